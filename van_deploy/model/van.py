@@ -1,0 +1,205 @@
+"""The Visual Attention Network, as the paper and the official code define it.
+
+Parameter names are those of the official repository
+(``Visual-Attention-Network/VAN-Classification``, ``models/van.py``,
+Apache-2.0), so an official ``state_dict`` loads as it is. This is the network
+every artefact is compared with: nothing in here is rewritten for speed.
+
+Layouts: images and features are ``(N, C, H, W)``; tokens are ``(N, H*W, C)``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.layers import DropPath, trunc_normal_
+from torch import Tensor, nn
+
+from van_deploy.model.variants import VanConfig
+
+__all__ = ["LKA", "VAN", "Attention", "Block", "DWConv", "Mlp", "PatchEmbed"]
+
+STAGES = 4
+
+
+class DWConv(nn.Module):
+    """The MLP's 3x3 depth-wise convolution, which tells it where things are."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, dim, H, W)`` to the same shape."""
+        return self.dwconv(x)
+
+
+class Mlp(nn.Module):
+    """1x1 convolution, depth-wise 3x3, GELU, 1x1 convolution."""
+
+    def __init__(self, dim: int, hidden: int, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden, 1)
+        self.dwconv = DWConv(hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden, dim, 1)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, dim, H, W)`` to the same shape."""
+        x = self.drop(self.act(self.dwconv(self.fc1(x))))
+        return self.drop(self.fc2(x))
+
+
+class LKA(nn.Module):
+    """Large Kernel Attention: a decomposed large kernel that gates its input."""
+
+    def __init__(self, dim: int, kernels: tuple[int, int], dilation: int) -> None:
+        super().__init__()
+        k0, k1 = kernels
+        self.conv0 = nn.Conv2d(dim, dim, k0, padding=k0 // 2, groups=dim)
+        self.conv_spatial = nn.Conv2d(
+            dim, dim, k1, padding=dilation * (k1 // 2), groups=dim, dilation=dilation
+        )
+        self.conv1 = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, dim, H, W)`` to the same shape."""
+        return x * self.conv1(self.conv_spatial(self.conv0(x)))
+
+
+class Attention(nn.Module):
+    """LKA between two 1x1 convolutions, with a shortcut around the three."""
+
+    def __init__(self, dim: int, kernels: tuple[int, int], dilation: int) -> None:
+        super().__init__()
+        self.proj_1 = nn.Conv2d(dim, dim, 1)
+        self.activation = nn.GELU()
+        self.spatial_gating_unit = LKA(dim, kernels, dilation)
+        self.proj_2 = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, dim, H, W)`` to the same shape."""
+        return self.proj_2(self.spatial_gating_unit(self.activation(self.proj_1(x)))) + x
+
+
+class Block(nn.Module):
+    """One VAN block: attention, then MLP, each normalised, scaled and added."""
+
+    LAYER_SCALE_INIT = 1e-2  # the official code's layer_scale_init_value
+
+    def __init__(
+        self, dim: int, hidden: int, config: VanConfig, drop_rate: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.attn = Attention(dim, config.lka_kernels, config.lka_dilation)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.mlp = Mlp(dim, hidden, drop_rate)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.layer_scale_1 = nn.Parameter(self.LAYER_SCALE_INIT * torch.ones(dim))
+        self.layer_scale_2 = nn.Parameter(self.LAYER_SCALE_INIT * torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, dim, H, W)`` to the same shape."""
+        scale_1 = self.layer_scale_1[:, None, None]
+        scale_2 = self.layer_scale_2[:, None, None]
+        x = x + self.drop_path(scale_1 * self.attn(self.norm1(x)))
+        return x + self.drop_path(scale_2 * self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patch embedding: a strided convolution and a BatchNorm."""
+
+    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride=stride, padding=kernel // 2)
+        self.norm = nn.BatchNorm2d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, in_chans, H, W)`` to ``(N, dim, ceil(H/stride), ceil(W/stride))``."""
+        return self.norm(self.proj(x))
+
+
+class VAN(nn.Module):
+    """A whole network with a classification head.
+
+    Args:
+        config: widths, depths, kernels and the number of classes.
+        drop_rate: dropout in the MLPs (training only).
+        drop_path_rate: stochastic depth of the last block (training only).
+    """
+
+    def __init__(
+        self, config: VanConfig, drop_rate: float = 0.0, drop_path_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = config.num_classes
+        self.num_features = self.head_hidden_size = config.embed_dims[-1]
+        step = drop_path_rate / max(config.blocks - 1, 1)
+        drop_paths = (step * index for index in range(config.blocks))
+        previous = config.in_chans
+        for stage in range(STAGES):
+            dim, hidden = config.embed_dims[stage], config.hidden_dims[stage]
+            kernel, stride = (7, 4) if stage == 0 else (3, 2)
+            blocks = [
+                Block(dim, hidden, config, drop_rate, next(drop_paths))
+                for _ in range(config.depths[stage])
+            ]
+            self.add_module(f"patch_embed{stage + 1}", PatchEmbed(previous, dim, kernel, stride))
+            self.add_module(f"block{stage + 1}", nn.ModuleList(blocks))
+            self.add_module(f"norm{stage + 1}", nn.LayerNorm(dim, eps=config.layer_norm_eps))
+            previous = dim
+        self.head: nn.Module = nn.Linear(previous, config.num_classes)
+        self.apply(_initialise_)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Map images ``(N, in_chans, H, W)`` to pooled features ``(N, embed_dims[-1])``."""
+        batch = x.shape[0]
+        for stage in range(1, STAGES + 1):
+            x = self.get_submodule(f"patch_embed{stage}")(x)
+            _, _, height, width = x.shape
+            for block in self.get_submodule(f"block{stage}"):
+                x = block(x)
+            x = x.flatten(2).transpose(1, 2)  # (N, H*W, C)
+            x = self.get_submodule(f"norm{stage}")(x)
+            if stage != STAGES:
+                x = x.reshape(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
+        return x.mean(dim=1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map pooled features to logits ``(N, num_classes)``."""
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map normalised images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``."""
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head (timm's interface)."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a fresh one of ``num_classes`` outputs (timm's interface)."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head.apply(_initialise_)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters weight decay should leave alone (timm's interface)."""
+        return {name for name, _ in self.named_parameters() if "layer_scale" in name}
+
+
+def _initialise_(module: nn.Module) -> None:
+    """Set a module's weights as the official code does."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+        nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / (fan_out // module.groups)))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

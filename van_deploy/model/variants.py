@@ -1,0 +1,213 @@
+"""What is known about each VAN variant without opening any weights.
+
+Pure data and arithmetic: nothing heavy is imported, so ``van-deploy list``
+answers at once.
+
+Sources: the paper (arXiv 2202.09741, tables 2 and 4), the official repository
+``Visual-Attention-Network/VAN-Classification`` (``models/van.py``) and, for
+b4's accuracy, mmpretrain's model zoo.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+
+from van_deploy.errors import UsageError
+
+__all__ = ["VARIANTS", "HubFile", "VanConfig", "Variant", "variant_named"]
+
+
+@dataclass(frozen=True)
+class VanConfig:
+    """The architecture of one Visual Attention Network.
+
+    Attributes:
+        embed_dims: channels of the four stages.
+        depths: blocks in each stage.
+        mlp_ratios: hidden width of each stage's MLP over its channels. A float
+            only where a checkpoint says so.
+        num_classes: outputs of the head.
+        in_chans: channels of the input image.
+        lka_kernels: kernel of the depth-wise and of the dilated depth-wise
+            convolution of Large Kernel Attention.
+        layer_norm_eps: added to the variance in each stage's LayerNorm.
+    """
+
+    embed_dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    mlp_ratios: tuple[float, ...] = (8, 8, 4, 4)
+    num_classes: int = 1000
+    in_chans: int = 3
+    lka_kernels: tuple[int, int] = (5, 7)
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def lka_dilation(self) -> int:
+        """Dilation ``d`` of the second kernel, from the paper's decomposition.
+
+        A ``K x K`` kernel is split into a depth-wise ``(2d-1)`` kernel and a
+        depth-wise ``ceil(K/d)`` kernel with dilation ``d`` (arXiv 2202.09741,
+        section 3.2), so the first kernel's size gives ``d``.
+        """
+        return (self.lka_kernels[0] + 1) // 2
+
+    @property
+    def hidden_dims(self) -> tuple[int, ...]:
+        """Channels inside each stage's MLP."""
+        return tuple(round(d * r) for d, r in zip(self.embed_dims, self.mlp_ratios, strict=True))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in the whole network."""
+        return sum(self.depths)
+
+    def parameter_count(self) -> int:
+        """Trainable parameters (BatchNorm's running statistics not counted).
+
+        >>> VARIANTS["van_b0"].config.parameter_count()
+        4103176
+        """
+        k0, k1 = self.lka_kernels
+        total, previous = 0, self.in_chans
+        for stage, (dim, hidden, depth) in enumerate(
+            zip(self.embed_dims, self.hidden_dims, self.depths, strict=True)
+        ):
+            kernel = 7 if stage == 0 else 3
+            embed = dim * previous * kernel**2 + dim + 2 * dim
+            attention = 3 * (dim * dim + dim) + dim * (k0**2 + 1) + dim * (k1**2 + 1)
+            mlp = dim * hidden + hidden + hidden * (9 + 1) + hidden * dim + dim
+            total += embed + depth * (4 * dim + 2 * dim + attention + mlp) + 2 * dim
+            previous = dim
+        return total + previous * self.num_classes + self.num_classes
+
+    def mac_count(self, image_size: int = 224) -> int:
+        """Multiply-adds of one image through the convolutions and the head.
+
+        >>> round(VARIANTS["van_b0"].config.mac_count() / 1e9, 2)
+        0.87
+        """
+        k0, k1 = self.lka_kernels
+        total, previous, side = 0, self.in_chans, image_size
+        for stage, (dim, hidden, depth) in enumerate(
+            zip(self.embed_dims, self.hidden_dims, self.depths, strict=True)
+        ):
+            kernel, stride = (7, 4) if stage == 0 else (3, 2)
+            side = (side - 1) // stride + 1
+            block = 3 * dim * dim + dim * (k0**2 + k1**2) + hidden * (2 * dim + 9)
+            total += side * side * (dim * previous * kernel**2 + depth * block)
+            previous = dim
+        return total + previous * self.num_classes
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file in a Hugging Face repository.
+
+    Attributes:
+        repo_id: ``owner/name`` on the hub.
+        filename: path of the file inside the repository.
+    """
+
+    repo_id: str
+    filename: str
+
+    def __str__(self) -> str:
+        """Return ``owner/name/filename``."""
+        return f"{self.repo_id}/{self.filename}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A published VAN.
+
+    Attributes:
+        name: what timm and this program call it.
+        config: its architecture.
+        top1: ImageNet-1K validation top-1 in percent as published, or None.
+        weights: public ImageNet-1K weights on the hub, or None.
+        weights_note: where weights are if not on the hub, and what to pass.
+    """
+
+    name: str
+    config: VanConfig
+    top1: float | None = None
+    weights: HubFile | None = None
+    weights_note: str = ""
+    aliases: tuple[str, ...] = field(default=())
+
+
+def _official(size: str, file: str) -> HubFile:
+    return HubFile(f"Visual-Attention-Network/VAN-{size}-original", file)
+
+
+_NARROW = (32, 64, 160, 256)
+_USUAL = (64, 128, 320, 512)
+_ONLY_21K = (
+    "only ImageNet-21K weights were published (by mmpretrain): pass a checkpoint "
+    "of your own with --weights FILE, or try the export with --weights random"
+)
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant(
+            "van_b0",
+            VanConfig(_NARROW, (3, 3, 5, 2)),
+            75.4,
+            _official("Tiny", "van_tiny_754.pth.tar"),
+            aliases=("van_tiny",),
+        ),
+        Variant(
+            "van_b1",
+            VanConfig(_USUAL, (2, 2, 4, 2)),
+            81.1,
+            _official("Small", "van_small_811.pth.tar"),
+            aliases=("van_small",),
+        ),
+        Variant(
+            "van_b2",
+            VanConfig(_USUAL, (3, 3, 12, 3)),
+            82.8,
+            _official("Base", "van_base_828.pth.tar"),
+            aliases=("van_base",),
+        ),
+        Variant(
+            "van_b3",
+            VanConfig(_USUAL, (3, 5, 27, 3)),
+            83.9,
+            _official("Large", "van_large_839.pth.tar"),
+            aliases=("van_large",),
+        ),
+        Variant(
+            "van_b4",
+            VanConfig(_USUAL, (3, 6, 40, 3)),
+            84.1,
+            weights_note=(
+                "the only public ImageNet-1K weights are mmpretrain's "
+                "(van-b4_3rdparty_in1k_*.pth): download that file and pass it with --weights FILE"
+            ),
+        ),
+        Variant("van_b5", VanConfig((96, 192, 480, 768), (3, 3, 24, 3)), weights_note=_ONLY_21K),
+        Variant("van_b6", VanConfig((96, 192, 384, 768), (6, 6, 90, 6)), weights_note=_ONLY_21K),
+    )
+}
+
+
+def variant_named(name: str) -> Variant:
+    """Return the variant called ``name`` (``van_b1``, or its older name ``van_small``).
+
+    Raises:
+        UsageError: there is none; the nearest names are given.
+    """
+    wanted = name.lower().replace("-", "_")
+    for variant in VARIANTS.values():
+        if wanted == variant.name or wanted in variant.aliases:
+            return variant
+    near = difflib.get_close_matches(wanted, list(VARIANTS), n=3, cutoff=0.5)
+    guess = f"Did you mean {' or '.join(near)}? " if near else ""
+    raise UsageError(
+        f"There is no VAN variant called '{name}'.",
+        f"{guess}Known variants: {', '.join(VARIANTS)} (see `van-deploy list`); "
+        "a checkpoint is given by its path, such as ./mine.pth.",
+    )
