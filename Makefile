@@ -1,0 +1,41 @@
+# make demo   the whole main job on the embedded network: no download, no GPU
+# make test   the tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+# ONNX Runtime comes in two packages that hold the same module: the one for GPUs
+# is taken where an NVIDIA driver answers, and the other one is removed first.
+RUNTIME := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
+OTHER_ONNXRUNTIME := onnxruntime$(if $(filter cpu,$(RUNTIME)),-gpu)
+STAMP := .venv/.van-deploy-$(RUNTIME)
+
+.PHONY: setup demo test test-gpu format check bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip uninstall --yes --quiet $(OTHER_ONNXRUNTIME)
+	$(BIN)/python -m pip install --editable '.[dev,rtx,$(RUNTIME)]'
+	rm -f .venv/.van-deploy-* && touch $@
+
+demo: setup
+	$(BIN)/van-deploy export van_digits --output dist/van_digits
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+format: setup
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+check: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m van_deploy.bench
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Recipes: how each variant is deployed, one TOML file a variant."""

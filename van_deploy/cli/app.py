@@ -1,0 +1,152 @@
+"""The ``van-deploy`` program: its commands in the order of the work, and one place for errors.
+
+To add a command: write ``van_deploy/cli/<command>.py`` with a function whose
+docstring opens with one line and carries an ``Example:``, and add one line to
+the list below. Nothing heavy may be imported when that module is.
+
+Exit codes: 0 done, 1 a gate failed, 2 wrong usage, 3 something is missing from
+the environment, 4 a conversion or a build failed, 5 bad weights, images, recipe
+or bundle, 130 interrupted. Anything else that goes wrong is a fault of this
+program and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from van_deploy import __version__
+from van_deploy.cli import doctor, list_
+from van_deploy.cli.console import print_error
+from van_deploy.errors import MissingDependency, VanDeployError
+
+__all__ = ["CommandGroup", "app", "main", "translated"]
+
+MAIN_JOB = "Main job"
+LOOK = "Look around"
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+OS_REMEDIES = {
+    errno.ENOSPC: "Free some space there, or choose another place with --output.",
+    errno.EDQUOT: "Your quota is used up: free some space, or choose another place with --output.",
+    errno.EROFS: "That file system is read-only: choose another place with --output.",
+    errno.EACCES: "Change the permissions, or choose another place.",
+    errno.EPERM: "Change the permissions, or choose another place.",
+    errno.EMFILE: "Raise the limit on open files (`ulimit -n`).",
+}
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Failed to allocate memory")
+OUT_OF_SPACE = "No space left on device"
+
+
+class CommandGroup(TyperGroup):
+    """The commands; the one place where an error becomes a message and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        """Run the command and leave with the exit code of what went wrong.
+
+        Raises:
+            typer.Exit: the command failed for a reason the user can do something about.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print_error("Interrupted.")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            _silence_stdout()
+            raise typer.Exit(BROKEN_PIPE) from None
+        except (VanDeployError, MemoryError, OSError, RuntimeError) as failure:
+            error = translated(failure)
+            if error is None:
+                raise
+            print_error(error.message, error.remedy)
+            raise typer.Exit(error.exit_code) from failure
+
+
+app = typer.Typer(
+    cls=CommandGroup,
+    name="van-deploy",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 a gate failed, 2 wrong usage, 3 something is missing here, "
+    "4 a conversion failed, 5 bad input. Every command has --json.",
+)
+
+# One line a command, in the order in which people need them.
+app.command("list", rich_help_panel=LOOK)(list_.list_variants)
+app.command("doctor", rich_help_panel=LOOK)(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"van-deploy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Turn Visual Attention Network checkpoints into checked ONNX files and TensorRT engines.
+
+    Start with: van-deploy export van_b1
+    """
+
+
+def translated(failure: BaseException) -> VanDeployError | None:
+    """Return what to tell the user, or None if the failure is a fault of this program.
+
+    A full disk, missing permissions and exhausted memory come out of many
+    libraries in many types; here each becomes one message.
+    """
+    if isinstance(failure, VanDeployError):
+        return failure
+    text = str(failure)
+    if isinstance(failure, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
+        return MissingDependency(
+            f"There is not enough memory for this{_detail(text)}.",
+            "Use a smaller batch or image size, close other programs, or take a larger machine.",
+        )
+    if isinstance(failure, OSError) and failure.errno in OS_REMEDIES:
+        place = f" '{failure.filename}'" if failure.filename else ""
+        reason = os.strerror(failure.errno)
+        return MissingDependency(
+            f"Cannot write or read{place}: {reason}.", OS_REMEDIES[failure.errno]
+        )
+    if OUT_OF_SPACE in text:
+        return MissingDependency(f"Cannot write: {text}", OS_REMEDIES[errno.ENOSPC])
+    return None
+
+
+def main() -> NoReturn:
+    """Run ``van-deploy`` with the arguments of this process and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows '?'
+            stream.reconfigure(errors="replace")
+    app(prog_name="van-deploy")
+    raise SystemExit(0)
+
+
+def _detail(text: str) -> str:
+    """Return a library's own words, in brackets and on one line, if it had any."""
+    first = text.strip().splitlines()[0][:200] if text.strip() else ""
+    return f" ({first})" if first else ""
+
+
+def _silence_stdout() -> None:
+    """Point stdout at nothing, so that closing it at exit does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,150 @@
+"""What every command prints with.
+
+The convention: results go to stdout, progress and remarks to stderr. With
+``--json`` stdout carries one JSON document and nothing else; an error stays
+text on stderr, and the exit code tells which kind it was. Numbers JSON cannot
+spell are the strings ``"inf"``, ``"-inf"`` and ``"nan"``, which ``float()`` reads.
+
+Rich is imported when something is printed, not before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import PurePath
+from typing import IO, TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress
+
+__all__ = [
+    "AsJson",
+    "emit",
+    "plain",
+    "print_error",
+    "progress",
+    "remark",
+    "stderr_console",
+    "stdout_console",
+]
+
+PIPE_WIDTH = 100  # columns where output does not go to a terminal
+Result = TypeVar("Result")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+
+
+def stdout_console() -> Console:
+    """Return a console that writes results."""
+    return _console(sys.stdout)
+
+
+def stderr_console() -> Console:
+    """Return a console that writes progress, remarks and errors."""
+    return _console(sys.stderr)
+
+
+def emit(result: Result, as_json: bool, table: Callable[[Result], RenderableType]) -> None:
+    """Write a command's result to stdout.
+
+    Args:
+        result: plain data: mappings, sequences, frozen dataclasses, numbers.
+        as_json: write one JSON document instead of the table.
+        table: makes what a person reads from the result.
+    """
+    if as_json:
+        text = json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    else:
+        console = stdout_console()
+        with console.capture() as capture:
+            console.print(table(result))
+        text = capture.get()
+        if not console.is_terminal:  # no cell padding at the ends of lines in files and pipes
+            text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def plain(value: object) -> object:
+    """Return ``value`` in the types JSON has.
+
+    Raises:
+        TypeError: it holds something that has no plain form.
+
+    >>> plain({"sqnr_db": math.inf, "shape": (1, 3), "path": PurePath("a/b")})
+    {'sqnr_db': 'inf', 'shape': [1, 3], 'path': 'a/b'}
+    """
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if hasattr(value, "tolist"):  # NumPy's scalars and arrays
+        return plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} has no plain form: {value!r}")
+
+
+def progress() -> Progress:
+    """Return a progress display on stderr; silent where stderr is not a terminal.
+
+    It is a context manager::
+
+        with progress() as bar:
+            task = bar.add_task("Downloading", total=None)
+            bar.advance(task)
+    """
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = stderr_console()
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def remark(text: str) -> None:
+    """Write one line to stderr that is neither a result nor an error."""
+    stderr_console().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_error(message: str, remedy: str = "") -> None:
+    """Write an error to stderr: what failed, and below it what to do next."""
+    from rich.text import Text
+
+    lines = Text.assemble(("error: ", "bold red"), message)
+    for line in remedy.splitlines():
+        lines.append(f"\n  {line}")
+    stderr_console().print(lines, highlight=False, soft_wrap=True)
+
+
+def _console(file: IO[str]) -> Console:
+    """Return a console for ``file``, of fixed width where that is not a terminal."""
+    from rich.console import Console
+
+    console = Console(file=file)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        return Console(file=file, width=PIPE_WIDTH)
+    return console

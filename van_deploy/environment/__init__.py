@@ -1,0 +1,1 @@
+"""What this machine has: packages, processor, memory, GPUs, and what clashes."""

@@ -1,0 +1,160 @@
+"""Whether this machine has what a task needs, and what to do where it has not."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from van_deploy.errors import MissingDependency
+
+if TYPE_CHECKING:
+    from van_deploy.environment.machine import Environment
+
+__all__ = ["RTX_COMPUTE_CAPABILITIES", "Ability", "Need", "Shortfall", "abilities", "require"]
+
+# TensorRT for RTX 1.7 builds for these and no others: ComputeCapability's members.
+RTX_COMPUTE_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+
+
+class Need(str, enum.Enum):
+    """What a script can require of a machine before it starts."""
+
+    ONNXRUNTIME = "onnxruntime"
+    CUDA_PROVIDER = "cuda-ep"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+    OPENVINO = "openvino"
+    RAY = "ray"
+    GPU = "gpu"
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """Why something cannot be done here.
+
+    Attributes:
+        problem: what is missing, without a full stop.
+        remedy: what to do about it, a sentence.
+    """
+
+    problem: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Ability:
+    """A task, and whether this machine is up to it.
+
+    Attributes:
+        task: what somebody would want to do.
+        shortfall: why it cannot be done here, or None if it can.
+    """
+
+    task: str
+    shortfall: Shortfall | None
+
+
+def require(environment: Environment, needs: Iterable[Need]) -> None:
+    """Return if everything needed is here and usable.
+
+    Raises:
+        MissingDependency: something is not; all of it is listed.
+    """
+    missing = dict.fromkeys(filter(None, (_CHECKS[need](environment) for need in needs)))
+    if missing:
+        raise MissingDependency(
+            f"Required but not here: {'; '.join(lack.problem for lack in missing)}.",
+            "\n".join(lack.remedy for lack in missing),
+        )
+
+
+def abilities(environment: Environment) -> tuple[Ability, ...]:
+    """Return what can be done on this machine, and why the rest cannot."""
+    return tuple(
+        Ability(task, next(filter(None, (check(environment) for check in checks)), None))
+        for task, checks in _TASKS.items()
+    )
+
+
+def _usable(name: str) -> Callable[[Environment], Shortfall | None]:
+    """Return a check that the component called ``name`` is installed and loads."""
+
+    def check(environment: Environment) -> Shortfall | None:
+        from van_deploy.environment.packages import pip_command
+
+        item = environment.installed(name)
+        package = item.distribution or item.component.install
+        if item.version is None:
+            return Shortfall(
+                f"{name} is not installed", f"Install it with `{pip_command()} install {package}`."
+            )
+        if item.fault is not None:
+            return Shortfall(
+                f"{name} is installed but does not load ({item.fault})",
+                f"Try `{pip_command()} install --force-reinstall {package}`.",
+            )
+        return None
+
+    return check
+
+
+def _gpu(environment: Environment) -> Shortfall | None:
+    if environment.driver is None:
+        return Shortfall(
+            "no NVIDIA driver answers", "Run this on a machine with an NVIDIA GPU and its driver."
+        )
+    if not environment.driver.gpus:
+        return Shortfall(
+            "the NVIDIA driver sees no GPU", "Check `nvidia-smi` and the container's GPU access."
+        )
+    return None
+
+
+def _cuda_provider(environment: Environment) -> Shortfall | None:
+    from van_deploy.environment.packages import pip_command
+
+    if "CUDAExecutionProvider" in environment.providers:
+        return _gpu(environment)
+    pip = pip_command()
+    return Shortfall(
+        "ONNX Runtime has no CUDAExecutionProvider",
+        f"Install the GPU package: `{pip} uninstall --yes onnxruntime && "
+        f"{pip} install onnxruntime-gpu`.",
+    )
+
+
+def _rtx_gpu(environment: Environment) -> Shortfall | None:
+    """Return why no GPU here runs engines of TensorRT for RTX."""
+    gpus = environment.driver.gpus if environment.driver else ()
+    served = any(g.compute_capability in (None, *RTX_COMPUTE_CAPABILITIES) for g in gpus)
+    if served or not gpus:
+        return _gpu(environment)
+    names = ", ".join(f"{gpu.name} ({gpu.sm})" for gpu in gpus)
+    return Shortfall(f"TensorRT for RTX does not serve {names}", "Use TensorRT on this GPU.")
+
+
+_CHECKS: dict[Need, Callable[[Environment], Shortfall | None]] = {
+    Need.ONNXRUNTIME: _usable("onnxruntime"),
+    Need.CUDA_PROVIDER: _cuda_provider,
+    Need.TENSORRT: _usable("tensorrt"),
+    Need.TENSORRT_RTX: _usable("tensorrt-rtx"),
+    Need.OPENVINO: _usable("openvino"),
+    Need.RAY: _usable("ray"),
+    Need.GPU: _gpu,
+}
+
+_EXPORT = tuple(_usable(name) for name in ("torch", "timm", "onnx", "onnxscript", "onnxsim"))
+_TASKS: dict[str, tuple[Callable[[Environment], Shortfall | None], ...]] = {
+    "export ONNX files": _EXPORT,
+    "check them against PyTorch": (*_EXPORT, _usable("onnxruntime")),
+    "run them on the CPU with ONNX Runtime": (_usable("onnxruntime"),),
+    "run them on the CPU with OpenVINO": (_usable("openvino"),),
+    "run them on a GPU with ONNX Runtime": (_usable("onnxruntime"), _gpu, _cuda_provider),
+    "build engines with TensorRT": (_usable("tensorrt"), _gpu),
+    "run engines of TensorRT": (_usable("tensorrt"), _gpu),
+    "build engines with TensorRT for RTX": (_usable("tensorrt-rtx"),),
+    "run engines of TensorRT for RTX": (_usable("tensorrt-rtx"), _rtx_gpu),
+    "spread work over machines with Ray": (_usable("ray"),),
+}
