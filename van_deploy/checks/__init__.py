@@ -1,0 +1,1 @@
+"""Whether an artefact still is the network it was made from."""

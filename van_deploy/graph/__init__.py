@@ -1,0 +1,1 @@
+"""From a network to a checked ONNX graph: exact rewrites, export, simplification."""

@@ -187,7 +187,6 @@ class VAN(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.apply(_initialise_)
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Return the parameters weight decay should leave alone (timm's interface)."""
         return {name for name, _ in self.named_parameters() if "layer_scale" in name}

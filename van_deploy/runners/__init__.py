@@ -1,0 +1,1 @@
+"""One file a run time, all behind one protocol."""

@@ -1,0 +1,100 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from van_deploy.errors import ConversionError, MissingDependency
+from van_deploy.runners.base import Images, Logits
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = ["OnnxRuntimeRunner", "require_onnxruntime"]
+
+
+def require_onnxruntime() -> Any:
+    """Return the ``onnxruntime`` module.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependency(
+            f"ONNX Runtime is not installed, and nothing leaves this program unchecked: {error}.",
+            "Install it with `pip install 'van-deploy[cpu]'` "
+            "(or 'van-deploy[gpu]' on a machine with an NVIDIA GPU).",
+        ) from error
+    return onnxruntime
+
+
+class OnnxRuntimeRunner:
+    """Runs an ONNX graph.
+
+    Args:
+        model: a file, or a graph in memory (below 2 GB).
+        threads: threads inside one operator; None lets ONNX Runtime choose.
+        providers: execution providers in order of preference.
+        optimize: let ONNX Runtime rewrite the graph before running it.
+        name: what reports call it.
+    """
+
+    def __init__(
+        self,
+        model: Path | ModelProto,
+        *,
+        threads: int | None = None,
+        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        optimize: bool = True,
+        name: str = "onnxruntime-cpu",
+    ) -> None:
+        self.model = model
+        self.threads = threads
+        self.providers = providers
+        self.optimize = optimize
+        self.name = name
+        self._session: Any = None
+
+    def __enter__(self) -> OnnxRuntimeRunner:
+        """Load the graph.
+
+        Raises:
+            MissingDependency: ONNX Runtime is not installed.
+            ConversionError: it refuses the graph.
+        """
+        ort = require_onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors only
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        if not self.optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        source = str(self.model) if isinstance(self.model, Path) else self.model.SerializeToString()
+        try:
+            self._session = ort.InferenceSession(source, options, providers=list(self.providers))
+        except Exception as error:
+            what = f"'{self.model}'" if isinstance(self.model, Path) else "the graph"
+            raise ConversionError(
+                f"ONNX Runtime {ort.__version__} cannot load {what}: {error}",
+                "Look at the file with `van-deploy inspect`, or export at a lower --opset.",
+            ) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Release the session."""
+        self._session = None
+
+    def run(self, images: Images) -> Logits:
+        """Return the logits ``(N, K)`` of ``images (N, C, S, S)``."""
+        name = self._session.get_inputs()[0].name
+        logits: Logits = self._session.run(None, {name: images})[0]
+        return logits

@@ -1,0 +1,44 @@
+"""PyTorch: the original network, which everything else is compared with."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from van_deploy.runners.base import Images, Logits
+
+__all__ = ["TorchRunner"]
+
+
+class TorchRunner:
+    """Runs a module on the CPU in its own dtype.
+
+    Args:
+        model: a network in eval mode. It is borrowed, not copied.
+        name: what reports call it.
+    """
+
+    def __init__(self, model: nn.Module, name: str = "pytorch") -> None:
+        self.model = model
+        self.name = name
+
+    def __enter__(self) -> TorchRunner:
+        """Return the runner; the network is loaded already."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Do nothing: the network is its owner's."""
+
+    @torch.inference_mode()
+    def run(self, images: Images) -> Logits:
+        """Return the logits ``(N, K)`` of ``images (N, C, S, S)``, float32."""
+        dtype = next(self.model.parameters()).dtype
+        logits: Logits = self.model(torch.from_numpy(images).to(dtype)).float().numpy()
+        return logits
