@@ -1,0 +1,1 @@
+"""Calibration sets: which images the ranges of INT8 tensors are recorded on."""
