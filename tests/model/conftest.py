@@ -1,0 +1,229 @@
+"""Fixtures of the model room: other formats' names, written independently of the package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+from van_deploy.model.random_weights import random_van
+from van_deploy.model.van import VAN
+from van_deploy.model.variants import VanConfig
+
+Rename = Callable[[Mapping[str, Tensor], str], dict[str, Tensor]]
+
+
+@pytest.fixture(scope="session")
+def shared_checkpoint(shared: Path) -> Path:
+    """Return a really trained van_b0 in the official format (CIFAR-10 at 64 x 64)."""
+    return shared / "checkpoints" / "van_b0_cifar10.pth.tar"
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> VanConfig:
+    """Return an architecture small enough for every test."""
+    return VanConfig((8, 12, 16, 24), (1, 2, 1, 1), (4, 4, 2, 2), num_classes=5)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_config: VanConfig) -> VAN:
+    """Return a seeded VAN with non-trivial statistics; do not change it."""
+    return random_van(tiny_config, seed=7)
+
+
+@pytest.fixture(scope="session")
+def renamed() -> Rename:
+    """Return a function that gives an official state dict another format's names."""
+
+    def rename(state: Mapping[str, Tensor], target: str) -> dict[str, Tensor]:
+        spell = {"official": str, "transformers": _transformers, "mmpretrain": _mmpretrain}[target]
+        return {spell(name): tensor for name, tensor in state.items()}
+
+    return rename
+
+
+def _mmpretrain(name: str) -> str:
+    """Rename as mmpretrain's tools/model_converters/van2mmpretrain.py does."""
+    if name.startswith("head."):
+        return name.replace("head.", "head.fc.")
+    for old, new in (
+        (r"^(patch_embed\d)\.proj\.", r"\1.projection."),
+        (r"^block(\d)", r"blocks\1"),
+        (r"\.conv0\.", ".DW_conv."),
+        (r"\.conv_spatial\.", ".DW_D_conv."),
+        (r"\.dwconv\.dwconv\.", ".dwconv."),
+    ):
+        name = re.sub(old, new, name)
+    return "backbone." + name
+
+
+def _transformers(name: str) -> str:
+    """Rename as the modules of VanForImageClassification are called."""
+    if name.startswith("head."):
+        return name.replace("head.", "classifier.")
+    stage, rest = re.fullmatch(r"(?:patch_embed|block|norm)(\d)\.(.*)", name).groups()  # type: ignore[union-attr]
+    prefix = f"van.encoder.stages.{int(stage) - 1}."
+    if name.startswith("norm"):
+        return f"{prefix}normalization.{rest}"
+    if name.startswith("patch"):
+        rest = rest.replace("proj.", "convolution.").replace("norm.", "normalization.")
+        return f"{prefix}embeddings.{rest}"
+    for old, new in (
+        ("layer_scale_1", "attention_scaling.weight"),
+        ("layer_scale_2", "mlp_scaling.weight"),
+        ("attn.spatial_gating_unit.conv0", "attention.attention_layer.attention.depth_wise"),
+        (
+            "attn.spatial_gating_unit.conv_spatial",
+            "attention.attention_layer.attention.depth_wise_dilated",
+        ),
+        ("attn.spatial_gating_unit.conv1", "attention.attention_layer.attention.point_wise"),
+        ("attn.proj_1", "attention.pre_projection.conv"),
+        ("attn.proj_2", "attention.post_projection"),
+        ("mlp.dwconv.dwconv", "mlp.depth_wise"),
+        ("mlp.fc1", "mlp.in_dense"),
+        ("mlp.fc2", "mlp.out_dense"),
+        ("norm1", "pre_normomalization"),
+        ("norm2", "post_normalization"),
+    ):
+        rest = re.sub(rf"^(\d+)\.{re.escape(old)}(?=\.|$)", rf"\1.{new}", rest)
+    return f"{prefix}layers.{rest}"
+
+
+# --- a server that answers as the hub does -------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class FakeHub:
+    """A small local server with the hub's routes: model info, HEAD and ranged GET of files.
+
+    Attributes:
+        repos: contents of each repository's files.
+        gated: repositories that answer as gated ones do.
+        drop_after: bytes after which the next download's connection is cut, once.
+        announce: digests to announce instead of the true ones, by file name.
+        log: method, path and Range header of each request.
+    """
+
+    url: str = ""
+    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    drop_after: int | None = None
+    announce: dict[str, str] = field(default_factory=dict)
+    log: list[tuple[str, str, str | None]] = field(default_factory=list)
+
+    def downloads(self, filename: str) -> list[str | None]:
+        """Return the Range header of each GET of a file."""
+        return [r for method, path, r in self.log if method == "GET" and path.endswith(filename)]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        self.hub.log.append((self.command, self.path, self.headers.get("Range")))
+        path = self.path.partition("?")[0].strip("/")
+        if path.startswith("api/models/"):
+            repo_id = "/".join(path.split("/")[2:4])
+            if self._may_see(repo_id):
+                self._info(repo_id)
+            return
+        repo_id, _, rest = path.partition("/resolve/")
+        if self._may_see(repo_id):
+            self._file(repo_id, rest.partition("/")[2], body=body)
+
+    def _may_see(self, repo_id: str) -> bool:
+        if repo_id in self.hub.gated:
+            self._error(403, "GatedRepo", "Access to this model is restricted.")
+        elif repo_id not in self.hub.repos:
+            self._error(404, "RepoNotFound", "Repository not found")
+        else:
+            return True
+        return False
+
+    def _info(self, repo_id: str) -> None:
+        siblings = [{"rfilename": name} for name in self.hub.repos[repo_id]]
+        info = {"id": repo_id, "modelId": repo_id, "sha": COMMIT, "siblings": siblings}
+        self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def _file(self, repo_id: str, name: str, *, body: bool) -> None:
+        content = self.hub.repos[repo_id].get(name)
+        if content is None:
+            self._error(404, "EntryNotFound", "Entry not found")
+            return
+        digest = self.hub.announce.get(name, hashlib.sha256(content).hexdigest())
+        headers = {
+            "ETag": f'"{digest}"',
+            "X-Linked-Etag": f'"{digest}"',
+            "X-Linked-Size": str(len(content)),
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
+        start = int(re.sub(r"\D", "", (self.headers.get("Range") or "0").split("-")[0]) or 0)
+        part, status = content[start:], 206 if start else 200
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if body and self.hub.drop_after is not None and len(content) > self.hub.drop_after:
+            cut, self.hub.drop_after = self.hub.drop_after, None
+            self._send(status, part, headers, only=cut)
+            self.close_connection = True
+            return
+        self._send(status, part, headers, only=None if body else 0)
+
+    def _error(self, status: int, code: str, message: str) -> None:
+        headers = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": COMMIT}
+        self._send(status, b"{}", headers, only=0 if self.command == "HEAD" else None)
+
+    def _send(
+        self, status: int, content: bytes, headers: Mapping[str, str], only: int | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content if only is None else content[:only])
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put both caches in a folder of the test's own, and forget the user's hub settings."""
+    for name in ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("VAN_DEPLOY_CACHE", str(tmp_path / "own"))
+    return tmp_path
+
+
+@pytest.fixture
+def hub(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """Return a running local hub that ``HF_ENDPOINT`` points to."""
+    state = FakeHub()
+    handler = type("Handler", (_Handler,), {"hub": state})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", state.url)
+    yield state
+    server.shutdown()
+    server.server_close()
+    thread.join()

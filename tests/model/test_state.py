@@ -1,0 +1,293 @@
+"""Names of three formats, the architecture read back, and the strict load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+from van_deploy.errors import CheckpointError
+from van_deploy.model.architecture import config_from_state_dict, variant_of
+from van_deploy.model.keys import FORMATS, translate_keys, unwrap_prefixes
+from van_deploy.model.random_weights import random_van
+from van_deploy.model.state import network_from_state, official_state
+from van_deploy.model.van import VAN
+from van_deploy.model.variants import VARIANTS, VanConfig
+
+if TYPE_CHECKING:
+    from tests.model.conftest import Rename
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture
+def state(tiny: VAN) -> State:
+    return {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+
+
+def _load(state: State) -> VAN:
+    return network_from_state(official_state(state).tensors)[0]
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_every_name_of_every_format_is_translated(tiny: VAN, renamed: Rename, target: str) -> None:
+    official = tiny.state_dict()
+    names = list(renamed(official, target))
+    translation = translate_keys(names)
+    assert translation.format == target
+    assert list(translation.names.values()) == list(official)
+    assert translation.unused == ()
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_three_formats_give_the_same_logits(tiny: VAN, renamed: Rename, target: str) -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(_load(renamed(tiny.state_dict(), target))(images), tiny(images))
+
+
+def test_transformers_extra_layer_norm_is_known_and_noted(state: State, renamed: Rename) -> None:
+    foreign = renamed(state, "transformers")
+    foreign |= {"van.layernorm.weight": torch.ones(24), "van.layernorm.bias": torch.zeros(24)}
+    loaded = official_state(foreign)
+    assert "van.layernorm.weight" not in loaded.tensors
+    assert loaded.notes == (
+        "van.layernorm.bias, van.layernorm.weight: in the file, but VanForImageClassification "
+        "does not compute with them either; left out",
+    )
+
+
+def test_that_layer_norm_is_unexpected_among_official_names(state: State) -> None:
+    state["van.layernorm.weight"] = torch.ones(24)
+    with pytest.raises(CheckpointError, match="1 unexpected: van.layernorm.weight"):
+        _load(state)
+
+
+def test_mmpretrain_eps_is_pointed_out(state: State, renamed: Rename) -> None:
+    (note,) = official_state(renamed(state, "mmpretrain")).notes
+    assert note.startswith("mmpretrain runs its LayerNorms with eps 1e-5; the official 1e-6")
+
+
+@pytest.mark.parametrize("other", ["transformers", "mmpretrain"])
+def test_mixed_formats_are_refused(state: State, renamed: Rename, other: str) -> None:
+    mixed = renamed({k: v for k, v in state.items() if k.startswith("block1")}, other)
+    mixed |= {k: v for k, v in state.items() if not k.startswith("block1")}
+    with pytest.raises(CheckpointError, match=f"mixes formats: .* official .* {other} "):
+        official_state(mixed)
+
+
+@pytest.mark.parametrize(
+    "prefixes", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."]
+)
+def test_wrappers_prefixes_are_taken_off(state: State, prefixes: str) -> None:
+    wrapped = {prefixes + name: tensor for name, tensor in state.items()}
+    plain, removed = unwrap_prefixes(wrapped)
+    assert list(plain) == list(state)
+    assert "".join(removed) == prefixes
+
+
+def test_a_prefix_on_some_names_only_stays(state: State) -> None:
+    state["module.head.weight"] = state.pop("head.weight")
+    with pytest.raises(CheckpointError, match="no classification head"):
+        _load(state)
+
+
+@pytest.mark.parametrize(
+    ("names", "network"),
+    [
+        (["conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "fc.weight"], "a ResNet"),
+        (["cls_token", "blocks.0.attn.qkv.weight"], "a Vision Transformer"),
+        (["layers.0.blocks.0.attn.relative_position_bias_table"], "a Swin Transformer"),
+        (["downsample_layers.0.0.weight", "stages.0.0.dwconv.weight"], "a ConvNeXt"),
+        (
+            ["patch_embed1.proj.weight", "patch_embed1.norm.weight", "block1.0.attn.q.weight"],
+            "a Pyramid Vision Transformer",
+        ),
+        (
+            ["patch_embed1.proj.0.weight", "block1.0.attn.spatial_gating_unit.conv0_1.weight"],
+            "SegNeXt's MSCAN",
+        ),
+    ],
+)
+def test_other_networks_are_recognised(names: list[str], network: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        translate_keys(names)
+    assert error.value.message.startswith(
+        f"The checkpoint is not a VAN: it has no Large Kernel Attention. It looks like {network}. "
+        f"Its {len(names)} tensors begin with {names[0]}"
+    )
+
+
+def test_unknown_networks_are_refused_without_a_guess() -> None:
+    with pytest.raises(CheckpointError) as error:
+        translate_keys(["encoder.weight", "decoder.weight"])
+    assert error.value.message == (
+        "The checkpoint is not a VAN: it has no Large Kernel Attention. "
+        "Its 2 tensors begin with encoder.weight, decoder.weight."
+    )
+
+
+# --- the architecture ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_read_back(name: str) -> None:
+    config = VARIANTS[name].config
+    with torch.device("meta"):
+        state = VAN(config).state_dict()
+    assert config_from_state_dict(state) == config
+    assert variant_of(config) == name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        VanConfig((8, 8, 16, 16), (1, 1, 1, 1), (4, 3, 2, 1), num_classes=2, in_chans=1),
+        VanConfig((8, 8, 8, 8), (1, 2, 11, 1), (1.5, 2.25, 2, 2), lka_kernels=(7, 9)),
+        VanConfig((10, 6, 7, 3), (2, 1, 1, 1), (1.3, 2, 2, 2), in_chans=7, lka_kernels=(3, 5)),
+    ],
+)
+def test_unusual_architectures_are_read_back(config: VanConfig) -> None:
+    model = random_van(config, seed=3)
+    again, read = network_from_state(official_state(model.state_dict()).tensors)
+    assert (read.embed_dims, read.depths, read.hidden_dims) == (
+        config.embed_dims,
+        config.depths,
+        config.hidden_dims,
+    )
+    assert (read.num_classes, read.in_chans) == (config.num_classes, config.in_chans)
+    assert (read.lka_kernels, read.lka_dilation) == (config.lka_kernels, config.lka_dilation)
+    images = torch.randn(1, config.in_chans, 64, 64)
+    assert torch.equal(again(images), model(images))
+
+
+def test_a_missing_block_is_named(state: State) -> None:
+    rest = {k: v for k, v in state.items() if not k.startswith("block2.0.")}
+    with pytest.raises(CheckpointError, match=r"lacks block2\.0 but has block2\.1"):
+        _load(rest)
+
+
+def test_a_missing_stage_is_named(state: State) -> None:
+    rest = {k: v for k, v in state.items() if not k.startswith("block4.")}
+    with pytest.raises(CheckpointError, match="no block in stage 4"):
+        _load(rest)
+
+
+def test_even_kernels_are_refused(state: State) -> None:
+    name = "block1.0.attn.spatial_gating_unit.conv_spatial.weight"
+    state[name] = torch.zeros(8, 1, 4, 4)
+    with pytest.raises(CheckpointError, match="conv_spatial is 4x4; LKA's are square and odd"):
+        _load(state)
+
+
+def test_an_enormous_block_number_costs_nothing(state: State) -> None:
+    state["block1.999999.norm1.weight"] = torch.ones(8)
+    with pytest.raises(CheckpointError, match=r"lacks block1\.1 but has block1\.999999"):
+        _load(state)
+
+
+# --- the strict load -------------------------------------------------------------------------
+
+
+def test_network_is_ready_to_deploy(state: State) -> None:
+    model = _load(state)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_network_shares_no_memory_with_the_file(state: State) -> None:
+    model = _load(state)
+    before = model.get_parameter("head.bias").clone()
+    state["head.bias"].add_(1)
+    assert torch.equal(model.get_parameter("head.bias"), before)
+
+
+def test_missing_counters_are_no_fault(state: State, tiny: VAN) -> None:
+    rest = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(_load(rest)(images), tiny(images))
+
+
+def test_every_difference_is_listed_by_name(state: State) -> None:
+    del state["block2.1.norm2.running_var"]
+    del state["norm3.bias"]
+    state["extra.weight"] = torch.ones(1)
+    state["block2.0.mlp.fc2.weight"] = torch.ones(12, 47, 1, 1)
+    with pytest.raises(CheckpointError) as error:
+        _load(state)
+    assert error.value.message == (
+        "The checkpoint does not fit the VAN its shapes describe. "
+        "2 missing: block2.1.norm2.running_var, norm3.bias; 1 unexpected: extra.weight; "
+        "1 wrongly shaped: block2.0.mlp.fc2.weight (12, 47, 1, 1) instead of (12, 48, 1, 1)."
+    )
+
+
+def test_long_lists_are_cut_and_counted(state: State) -> None:
+    state |= {f"extra.{index:02d}": torch.ones(1) for index in range(25)}
+    with pytest.raises(CheckpointError, match=r"25 unexpected: extra.00, .*extra.09 and 15 more\."):
+        _load(state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinite_weights_are_refused(state: State, value: float) -> None:
+    state["block1.0.attn.proj_1.weight"][0, 0] = value
+    state["norm2.bias"][3] = value
+    with pytest.raises(CheckpointError) as error:
+        _load(state)
+    assert error.value.message == (
+        "2 tensors hold NaN or infinite values: block1.0.attn.proj_1.weight, norm2.bias."
+    )
+
+
+def test_negative_variances_are_refused(state: State) -> None:
+    state["patch_embed1.norm.running_var"][0] = -1
+    with pytest.raises(CheckpointError, match=r"negative: patch_embed1\.norm\.running_var\."):
+        _load(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_converted_and_noted(state: State, dtype: torch.dtype) -> None:
+    other = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    loaded = official_state(other)
+    assert {t.dtype for t in loaded.tensors.values()} == {torch.float32, torch.int64}
+    assert loaded.notes == (f"weights converted to float32 from {str(dtype)[6:]}",)
+
+
+def test_values_too_large_for_float32_are_refused(state: State) -> None:
+    state["head.bias"] = state["head.bias"].double() * 0 + 1e300
+    with pytest.raises(CheckpointError, match=r"infinite values: head\.bias"):
+        _load(state)
+
+
+def test_integer_weights_are_refused(state: State) -> None:
+    state["head.weight"] = torch.ones(5, 24, dtype=torch.int8)
+    with pytest.raises(CheckpointError, match=r"not floating point: head\.weight \(int8\)"):
+        _load(state)
+
+
+def test_hollow_tensors_are_refused(state: State) -> None:
+    state["head.weight"] = torch.ones(1).expand(10**9, 24)
+    with pytest.raises(CheckpointError, match="claim more elements than the file holds"):
+        _load(state)
+
+
+def test_loading_leaves_the_random_state_alone(state: State) -> None:
+    before = torch.random.get_rng_state()
+    _load(state)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_real_weights_in_three_formats(shared_checkpoint: Path, renamed: Rename) -> None:
+    from van_deploy.model.files import read_weights
+
+    tensors = read_weights(shared_checkpoint).tensors
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    logits = [_load(renamed(tensors, target))(images) for target in FORMATS]
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])

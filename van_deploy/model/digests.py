@@ -1,0 +1,101 @@
+"""The memory of downloads: the digest of each file when it first came.
+
+One small JSON a file, in ``$VAN_DEPLOY_CACHE``, else in the user's cache
+folder. A file that comes with another digest later is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from van_deploy.errors import DownloadError
+
+__all__ = ["cache_folder", "check_digest"]
+
+
+def cache_folder() -> Path:
+    """Return this program's cache folder (it may not exist).
+
+    ``$VAN_DEPLOY_CACHE``, else ``$XDG_CACHE_HOME/van-deploy``, else
+    ``~/.cache/van-deploy``, else, where nobody has a home, a folder of this
+    user's in the system's temporary one.
+    """
+    if own := os.environ.get("VAN_DEPLOY_CACHE"):
+        return Path(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "van-deploy"
+    return user_cache() / "van-deploy"
+
+
+def user_cache() -> Path:
+    """Return ``~/.cache``, or a folder in the temporary one where there is no home."""
+    home = os.path.expanduser("~")
+    if home != "~" and Path(home).is_dir():
+        return Path(home) / ".cache"
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid()) if hasattr(os, "getuid") else "user"
+    return Path(tempfile.gettempdir()) / f"cache-{user}"
+
+
+def check_digest(repo_id: str, filename: str, sha256: str) -> str:
+    """Compare a download with the memory, or remember it; return what to tell the user.
+
+    Raises:
+        DownloadError: the file was different when it first came, or the memory
+            cannot be read.
+    """
+    path = cache_folder() / "digests" / f"{_file_name(repo_id)}--{_file_name(filename)}.json"
+    remembered = _read(path)
+    if remembered is None:
+        record = {"repo_id": repo_id, "filename": filename, "sha256": sha256}
+        try:
+            _write(path, record)
+        except OSError as error:
+            return f"digest {sha256[:12]}… could not be recorded in {path.parent}: {error.strerror}"
+        return f"digest {sha256[:12]}… recorded: the first download on this machine"
+    if remembered != sha256:
+        raise DownloadError(
+            f"{repo_id}/{filename} is not the file it was: its SHA-256 is {sha256}, "
+            f"and was {remembered} when it was first downloaded.",
+            f"If the publisher replaced it and you trust that, remove {path} and try again.",
+        )
+    return f"digest {sha256[:12]}… as recorded at the first download"
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]", "--", text)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        value = None
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise DownloadError(
+            f"The recorded digest {path} cannot be read.", "Remove that file and try again."
+        )
+    return value
+
+
+def _write(path: Path, record: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".digest-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=2)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise

@@ -1,0 +1,313 @@
+"""Weights from the Hugging Face hub: found, downloaded, checked.
+
+Downloads go through ``huggingface_hub``: cached, resumed where a connection
+drops, from the mirror in ``HF_ENDPOINT`` if there is one, with the user's token
+for gated repositories. ``locate_weights`` and the cache's place need neither
+the network nor any heavy import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from van_deploy.errors import CheckpointError, DownloadError, UsageError
+from van_deploy.model.digests import check_digest, user_cache
+from van_deploy.model.variants import HubFile, Variant, variant_named
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+__all__ = [
+    "HubWeights",
+    "Progress",
+    "choose_file",
+    "fetch_weights",
+    "hub_cache",
+    "locate_weights",
+    "read_json",
+]
+
+Progress = Callable[[str, int, "int | None"], None]
+"""Called with a file's name, the bytes that are here, and those there will be (or None)."""
+
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+_PREFERRED = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = re.compile(r"\.(safetensors|bin|pth|pt|ckpt|pth\.tar)$", re.IGNORECASE)
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class HubWeights:
+    """A weights file from the hub, on this machine.
+
+    Attributes:
+        file: repository and name of the file.
+        path: where it is.
+        sha256: of its bytes.
+        config: the repository's ``config.json``, if it has one.
+        preprocessor: its ``preprocessor_config.json``, if it has one.
+        notes: what the user should be told.
+    """
+
+    file: HubFile
+    path: Path
+    sha256: str
+    config: Mapping[str, Any] | None
+    preprocessor: Mapping[str, Any] | None
+    notes: tuple[str, ...]
+
+
+def hub_cache() -> Path:
+    """Return the hub's cache folder, as ``huggingface_hub`` would choose it now."""
+    if cache := os.environ.get("HF_HUB_CACHE"):
+        return Path(os.path.expandvars(cache)).expanduser()
+    if home := os.environ.get("HF_HOME"):
+        return Path(os.path.expandvars(home)).expanduser() / "hub"
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else user_cache()) / "huggingface" / "hub"
+
+
+def locate_weights(variant: str | Variant) -> Path | None:
+    """Return where a variant's public weights are on this machine, or None.
+
+    Looks in the hub's cache only: no network, nothing heavy imported.
+
+    Raises:
+        UsageError: there is no such variant.
+    """
+    known = variant_named(variant) if isinstance(variant, str) else variant
+    if known.weights is None:
+        return None
+    snapshot = _snapshot(known.weights.repo_id)
+    path = snapshot / known.weights.filename if snapshot else None
+    return path if path and path.is_file() else None
+
+
+def fetch_weights(
+    repo_id: str,
+    filename: str | None = None,
+    *,
+    offline: bool = False,
+    expect_sha256: str | None = None,
+    progress: Progress | None = None,
+) -> HubWeights:
+    """Return a repository's weights, downloaded if they are not here yet.
+
+    Args:
+        repo_id: ``owner/name``.
+        filename: the file to take; without it, the one that can be meant.
+        offline: use only what is in the cache (also ``HF_HUB_OFFLINE=1``).
+        expect_sha256: what the file's digest must be.
+        progress: told how much is here.
+
+    Raises:
+        DownloadError: no network, no such repository or file, no permission, no
+            room, or another digest than expected, announced or remembered.
+        UsageError: the repository has several files that could be meant.
+    """
+    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    names = [filename] if filename else _list_files(repo_id, offline=offline)
+    chosen = filename or choose_file(names, repo_id)
+    path = _download(repo_id, chosen, offline=offline, progress=progress)
+    digest = _checked_digest(path, HubFile(repo_id, chosen), expect_sha256)
+    note = check_digest(repo_id, chosen, digest)
+    beside = dict.fromkeys((CONFIG, PREPROCESSOR)) | {
+        name: read_json(_download(repo_id, name, offline=offline, progress=None))
+        for name in (CONFIG, PREPROCESSOR)
+        if name in names
+    }
+    return HubWeights(
+        HubFile(repo_id, chosen), path, digest, beside[CONFIG], beside[PREPROCESSOR], (note,)
+    )
+
+
+def choose_file(names: Iterable[str], where: str) -> str:
+    """Return the one weights file among ``names`` that can be meant.
+
+    ``model.safetensors`` before ``pytorch_model.bin``, else the only one there is.
+
+    Raises:
+        UsageError: there is none, or several; they are listed.
+    """
+    names = sorted(names)
+    for name in _PREFERRED:
+        if name in names:
+            return name
+    found = [name for name in names if _WEIGHTS.search(name)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UsageError(
+            f"{where} has no weights that PyTorch can read (it has {', '.join(names[:8])}).",
+            "Pass a repository with a .safetensors, .bin, .pth or .pth.tar file.",
+        )
+    raise UsageError(
+        f"{where} has {len(found)} weights files: {', '.join(found[:10])}.",
+        f"Say which: {where}:{found[0]}",
+    )
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        CheckpointError: the file holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"The file {path} cannot be read: {error}.", "Download it again."
+        ) from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"The file {path} holds no JSON object.", "Download it again.")
+    return value
+
+
+def _snapshot(repo_id: str) -> Path | None:
+    """Return the cached snapshot of a repository's main branch."""
+    folder = hub_cache() / f"models--{repo_id.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return folder / "snapshots" / commit
+
+
+def _list_files(repo_id: str, *, offline: bool) -> list[str]:
+    if not offline:
+        with _clear_errors(repo_id, None):
+            info = _api().model_info(repo_id)
+            return [sibling.rfilename for sibling in info.siblings or ()]
+    snapshot = _snapshot(repo_id)
+    files = [p for p in snapshot.rglob("*") if p.is_file()] if snapshot else []
+    if snapshot is None or not files:
+        raise _not_cached(repo_id, None)
+    return [path.relative_to(snapshot).as_posix() for path in files]
+
+
+def _download(repo_id: str, name: str, *, offline: bool, progress: Progress | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with _clear_errors(repo_id, name):
+        path = hf_hub_download(
+            repo_id,
+            name,
+            cache_dir=hub_cache(),
+            endpoint=os.environ.get("HF_ENDPOINT") or None,
+            local_files_only=offline,
+            tqdm_class=_progress_class(name, progress),
+        )
+    return Path(path)
+
+
+def _api() -> HfApi:
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+
+
+def _progress_class(name: str, progress: Progress | None) -> Any:
+    """Return a progress bar for huggingface_hub that draws nothing and reports."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Reported(tqdm):  # type: ignore[type-arg, unused-ignore]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+            self.total = options.get("total")
+            self.n = options.get("initial") or 0
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if progress is not None:
+                progress(name, int(self.n), self.total)
+
+    return Reported
+
+
+def _checked_digest(path: Path, file: HubFile, expected: str | None) -> str:
+    from van_deploy.model.files import sha256_of_file
+
+    digest, blob = sha256_of_file(path), path.resolve()
+    # The hub names large files' blobs by their SHA-256.
+    if _SHA256.fullmatch(blob.name) and blob.name != digest:
+        raise DownloadError(
+            f"{file} is damaged: the hub announced the SHA-256 {blob.name}, "
+            f"the file at {blob} has {digest}.",
+            "Remove that file and try again.",
+        )
+    if expected is not None and digest != expected.lower():
+        raise DownloadError(
+            f"{file} is not the file that was asked for: its SHA-256 is {digest}, "
+            f"the expected one {expected.lower()}.",
+            "Check the expected digest, or the mirror in HF_ENDPOINT if one is set.",
+        )
+    return digest
+
+
+def _not_cached(repo_id: str, name: str | None) -> DownloadError:
+    what = f"{repo_id}/{name}" if name else repo_id
+    return DownloadError(
+        f"{what} is not in the cache ({hub_cache()}), and this is offline.",
+        "Run once without --offline, or pass a file with --weights FILE.",
+    )
+
+
+@contextmanager
+def _clear_errors(repo_id: str, name: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a DownloadError that says what to do."""
+    from huggingface_hub import errors
+
+    what = f"{repo_id}/{name}" if name else repo_id
+    here = f" ({os.environ['HF_ENDPOINT']})" if os.environ.get("HF_ENDPOINT") else ""
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise DownloadError(
+            f"{repo_id} is gated: its owners must let you in.",
+            "Ask for access on its page, then log in with `hf auth login` or set HF_TOKEN.",
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise DownloadError(
+            f"There is no repository {repo_id} on the hub{here}, or it is private.",
+            "Check the name; for a private one, log in with `hf auth login` or set HF_TOKEN. "
+            f"(There is no file {repo_id} here either.)",
+        ) from None
+    except errors.LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, errors.OfflineModeIsEnabled) or error.__cause__ is None:
+            raise _not_cached(repo_id, name) from None
+        raise _unreachable(what, here, error.__cause__) from None
+    except errors.EntryNotFoundError:
+        raise DownloadError(
+            f"The repository {repo_id} has no file {name}.",
+            f"See https://huggingface.co/{repo_id}/tree/main for what it has.",
+        ) from None
+    except errors.HFValidationError as error:
+        raise UsageError(
+            f"'{repo_id}' is no repository: {error}", "Repositories are owner/name."
+        ) from None
+    except errors.OfflineModeIsEnabled:
+        raise _not_cached(repo_id, name) from None
+    except Exception as error:
+        raise _unreachable(what, here, error) from None
+
+
+def _unreachable(what: str, here: str, error: BaseException) -> DownloadError:
+    first = str(error).strip().splitlines()
+    reason = first[0].rstrip(".") if first else type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        reason = f"{error.strerror}: {error.filename}"
+    elif isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+    return DownloadError(
+        f"{what} could not be downloaded{here}: {reason}.",
+        "Check the network, the room on the disk, and HF_ENDPOINT if a mirror is set; or "
+        "download the file elsewhere and pass it with --weights FILE.",
+    )
