@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -48,7 +48,7 @@ OUT_OF_SPACE = "No space left on device"
 class CommandGroup(TyperGroup):
     """The commands; the one place where an error becomes a message and an exit code."""
 
-    def invoke(self, ctx: typer.Context) -> object:
+    def invoke(self, ctx: Any) -> object:  # typer.Context, or Click's own in older Typers
         """Run the command and leave with the exit code of what went wrong.
 
         Raises:

@@ -24,7 +24,9 @@ def doctor(
     require: Annotated[
         list[Need] | None,
         typer.Option(
-            help="Exit with code 3 unless this is here and usable. May be repeated.",
+            metavar="NAME",
+            help="Exit with code 3 unless NAME is here and usable; may be repeated. "
+            f"One of {', '.join(need.value for need in Need)}.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -111,29 +111,31 @@ def _table(listed: list[Listed]) -> RenderableType:
     rows = (
         (
             item.name,
-            f"{item.parameters / 1e6:.1f}",
-            f"{item.multiply_adds / 1e9:.2f}",
+            f"{item.parameters / 1e6:.1f} M",
+            f"{item.multiply_adds / 1e9:.2f} G",
             item.image_size,
-            f"{item.top1_percent:.1f}" if item.top1_percent is not None else None,
-            verdict("here") if item.here else None,
+            f"{item.top1_percent:.1f} %" if item.top1_percent is not None else None,
+            verdict("YES") if item.here else None,
             _weights_text(item, notes),
         )
         for item in listed
     )
     columns = (
         Column("variant", style="bold"),
-        Column("parameters, M", "right"),
-        Column("multiply-adds, G", "right"),
-        Column("at", "right"),
-        Column("top-1, %", "right"),
-        "weights",
-        Column("where", wrap=True),
+        Column("params", "right"),
+        Column("mult-adds", "right"),
+        Column("px", "right"),
+        Column("top-1", "right"),
+        "here",
+        Column("weights", wrap=True),
     )
     remarks = {f"[{number}]": note for number, note in enumerate(notes, 1)}
     embedded = listed[-1]
+    remarks["mult-adds"] = "multiply-adds of one square image with sides of so many pixels"
     remarks["top-1"] = (
         f"{listed[0].top1_on}, as published; {embedded.name}: {embedded.top1_on}, measured"
     )
+    remarks["weights"] = f"files in repositories of https://huggingface.co/{HUB_OWNER}"
     remarks["licence"] = LICENCE
     return stack(rows_table(columns, rows), facts_table(remarks))
 

@@ -66,7 +66,7 @@ class VanConfig:
         """Trainable parameters (BatchNorm's running statistics not counted).
 
         >>> VARIANTS["van_b0"].config.parameter_count()
-        4103176
+        4105800
         """
         k0, k1 = self.lka_kernels
         total, previous = 0, self.in_chans
@@ -85,7 +85,7 @@ class VanConfig:
         """Multiply-adds of one image through the convolutions and the head.
 
         >>> round(VARIANTS["van_b0"].config.mac_count() / 1e9, 2)
-        0.87
+        0.86
         """
         k0, k1 = self.lka_kernels
         total, previous, side = 0, self.in_chans, image_size

@@ -1,0 +1,199 @@
+"""The program as a whole: help, version, exit codes, errors, speed of importing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from tests.conftest import Cli
+from van_deploy import __version__
+from van_deploy.cli.app import CommandGroup, app, translated
+from van_deploy.errors import BundleError, ConversionError, GateFailed, MissingDependency
+
+HEAVY = ("torch", "timm", "onnx", "onnxruntime", "numpy", "PIL", "tensorrt", "tensorrt_rtx")
+COMMANDS = [command.name or "" for command in app.registered_commands]
+WORKFLOW = (
+    *("export", "run", "list", "info", "inspect", "doctor", "quantize", "build", "verify"),
+    *("evaluate", "drift", "check", "bench", "predict", "package", "serve", "report"),
+)
+
+
+def failing(error: BaseException) -> Result:
+    """Run a program whose only command raises ``error``, with the real error handling."""
+    program = typer.Typer(cls=CommandGroup, pretty_exceptions_enable=False)
+
+    @program.command()
+    def fail() -> None:
+        raise error
+
+    @program.command()
+    def other() -> None:
+        """Make this a program with sub-commands."""
+
+    return CliRunner().invoke(program, ["fail"])
+
+
+def python(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "100", **extra},
+    )
+
+
+def test_version(cli: Cli) -> None:
+    result = cli("--version")
+    assert (result.exit_code, result.stdout) == (0, f"van-deploy {__version__}\n")
+
+
+def test_python_m_is_the_same_program() -> None:
+    result = python("-m", "van_deploy", "--version")
+    assert (result.returncode, result.stdout) == (0, f"van-deploy {__version__}\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_listed_on_its_own_line_and_has_an_example(cli: Cli, command: str) -> None:
+    overview = cli("--help").stdout
+    assert any(line.strip(" │").split(" ")[0] == command for line in overview.splitlines())
+    text = cli(command, "--help").stdout
+    assert f"Example: van-deploy {command}" in " ".join(text.split())
+    assert "--json" in text
+
+
+def test_commands_come_in_the_order_of_the_work() -> None:
+    known = [command for command in COMMANDS if command in WORKFLOW]
+    assert known == COMMANDS, "a command is missing from WORKFLOW in this test"
+
+
+@pytest.mark.parametrize("arguments", [("nonsense",), ("list", "--nonsense"), ("doctor", "x")])
+def test_wrong_usage_ends_with_2(cli: Cli, arguments: tuple[str, ...]) -> None:
+    result = cli(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert arguments[-1] in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (GateFailed("SQNR 12.0 dB is below 20.0 dB.", "Keep more in FP16."), 1),
+        (MissingDependency("SQNR 12.0 dB is below 20.0 dB.", "Keep more in FP16."), 3),
+        (ConversionError("SQNR 12.0 dB is below 20.0 dB.", "Keep more in FP16."), 4),
+        (BundleError("SQNR 12.0 dB is below 20.0 dB.", "Keep more in FP16."), 5),
+    ],
+)
+def test_an_error_is_its_message_its_remedy_and_its_code(error: Exception, code: int) -> None:
+    result = failing(error)
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr == "error: SQNR 12.0 dB is below 20.0 dB.\n  Keep more in FP16.\n"
+
+
+def test_an_error_is_not_taken_for_markup_and_not_wrapped() -> None:
+    path = "/a/[red]very/" + "long/" * 40
+    assert failing(BundleError(f"No bundle in {path}")).stderr == f"error: No bundle in {path}\n"
+
+
+def test_a_fault_of_the_program_keeps_its_traceback() -> None:
+    fault = KeyError("weights")
+    assert failing(fault).exception is fault
+
+
+def test_a_full_disk_is_one_message() -> None:
+    result = failing(OSError(errno.ENOSPC, "No space left on device", "dist/van_b1/model.onnx"))
+    assert result.exit_code == 3
+    assert result.stderr == (
+        "error: Cannot write or read 'dist/van_b1/model.onnx': No space left on device.\n"
+        "  Free some space there, or choose another place with --output.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
+def test_exhausted_memory_is_one_message(error: Exception) -> None:
+    result = failing(error)
+    assert result.exit_code == 3
+    assert result.stderr.startswith("error: There is not enough memory for this")
+    assert result.stderr.count("\n") == 2
+
+
+def test_a_full_disk_is_recognised_by_its_words_too() -> None:
+    error = translated(RuntimeError("I/O error: No space left on device (os error 28)"))
+    assert isinstance(error, MissingDependency)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O"), RuntimeError("a bug"), ValueError()])
+def test_other_failures_are_not_explained_away(error: Exception) -> None:
+    assert translated(error) is None
+
+
+def test_ctrl_c_ends_with_130() -> None:
+    result = failing(KeyboardInterrupt())
+    assert (result.exit_code, result.stderr) == (130, "error: Interrupted.\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a pipe breaks in another way on Windows")
+@pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("doctor", "--json")])
+def test_a_broken_pipe_is_quiet(arguments: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [sys.executable, "-m", "van_deploy", *arguments],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--json"]])
+def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['van-deploy', *{arguments!r}]\n"
+        "try: runpy.run_module('van_deploy', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    result = python("-c", code)
+    assert result.stderr == "[]\n"
+    assert result.stdout
+
+
+def test_importing_every_command_imports_nothing_heavy(repository: Path) -> None:
+    names = [f"van_deploy.cli.{path.stem}" for path in (repository / "van_deploy/cli").glob("*.py")]
+    code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
+    result = python("-c", code + f"print([name for name in {HEAVY!r} if name in sys.modules])")
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_output_survives_a_terminal_without_unicode() -> None:
+    result = python("-m", "van_deploy", "--help", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert result.returncode == 0
+    assert "doctor" in result.stdout
+
+
+def test_json_is_one_document_and_nothing_else(cli: Cli) -> None:
+    result = cli("doctor", "--json", "--require", "onnxruntime")
+    assert json.loads(result.stdout)["van_deploy"] == __version__
+    assert result.stderr == ""

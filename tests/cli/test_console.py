@@ -1,0 +1,89 @@
+"""What commands print with: JSON that any reader takes, tables, and silence in pipes."""
+
+from __future__ import annotations
+
+import json
+import math
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from van_deploy.cli.console import emit, plain, print_error, progress, remark
+from van_deploy.errors import VanDeployError
+from van_deploy.report.tables import checks_table, rows_table
+
+
+class Colour(Enum):
+    """An enum, as results hold them."""
+
+    RED = "red"
+
+
+def test_plain_takes_what_results_are_made_of() -> None:
+    value = {
+        "sqnr_db": math.inf,
+        "error": np.float32(0.5),
+        "count": np.int64(3),
+        "logits": np.array([[1.0, math.nan]]),
+        Colour.RED: {"path": Path("a") / "b", "none": None, "yes": True},
+        "list": (1, [2.5, -math.inf]),
+        "colour": Colour.RED,
+    }
+    text = json.dumps(plain(value), allow_nan=False)
+    assert json.loads(text) == {
+        "sqnr_db": "inf",
+        "error": 0.5,
+        "count": 3,
+        "logits": [[1.0, "nan"]],
+        "Colour.RED": {"path": "a/b", "none": None, "yes": True},
+        "list": [1, [2.5, "-inf"]],
+        "colour": "red",
+    }
+
+
+def test_plain_refuses_what_has_no_plain_form() -> None:
+    with pytest.raises(TypeError, match="VanDeployError has no plain form"):
+        plain({"error": VanDeployError("x")})
+
+
+def test_emit_writes_the_table_or_the_document(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"name": "van_b1", "blocks": 10}
+    emit(result, as_json=True, table=str)
+    emit(result, as_json=False, table=lambda r: rows_table(["name", "blocks"], [tuple(r.values())]))
+    out = capsys.readouterr().out
+    document, table = out.split("}\n")
+    assert json.loads(document + "}") == result
+    assert table == "name     blocks\n───────────────\nvan_b1   10\n"
+
+
+def test_verdicts_are_words_without_colour(capsys: pytest.CaptureFixture[str]) -> None:
+    checks: list[dict[str, object]] = [
+        {"name": "agreement", "outcome": True, "detail": "SQNR 96.2 dB"},
+        {"name": "top-1", "outcome": "failed", "detail": "[bold]3 of 8 differ"},
+        {"name": "engine", "outcome": None, "detail": "no GPU here"},
+    ]
+    emit(checks, as_json=False, table=checks_table)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["PASS", "FAIL", "SKIPPED"]
+    assert lines[3].endswith("[bold]3 of 8 differ")
+
+
+def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress() as bar:
+        task = bar.add_task("Downloading", total=2)
+        bar.advance(task, 2)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_remarks_and_errors_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    remark("reused model.onnx [same weights]")
+    print_error("No such file.", "Check the path.\nOr pass another.")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "reused model.onnx [same weights]\n"
+        "error: No such file.\n  Check the path.\n  Or pass another.\n"
+    )

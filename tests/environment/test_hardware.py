@@ -1,0 +1,77 @@
+"""What the machine offers, asked of this real machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from van_deploy.environment.hardware import Driver, Gpu, cpu, disk, memory, nvidia_driver
+
+
+def test_cores_allowed_are_those_of_this_process() -> None:
+    here = cpu()
+    assert 1 <= here.cores_allowed <= here.cores
+    assert here.name
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's CPU affinity")
+def test_a_narrower_affinity_is_seen() -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert cpu().cores_allowed == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux's /proc/cpuinfo")
+def test_features_are_those_the_kernel_reports() -> None:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    features = cpu().features
+    assert set(features) <= flags
+    assert ("avx2" in features) == ("avx2" in flags)
+
+
+def test_memory_is_bytes() -> None:
+    here = memory()
+    if here.total_bytes is None or here.available_bytes is None:
+        pytest.skip("this system does not tell its memory")
+    assert 2**28 < here.available_bytes <= here.total_bytes < 2**50
+
+
+def test_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    planned = tmp_path / "dist" / "van_b1"
+    here = disk(planned)
+    assert here.folder == planned
+    assert here.free_bytes > 0
+    assert not planned.exists()
+
+
+def test_no_driver_is_none() -> None:
+    assert nvidia_driver(("libno-such-library.so",)) is None
+    assert nvidia_driver(()) is None
+
+
+@pytest.mark.gpu
+def test_the_driver_agrees_with_nvidia_smi() -> None:
+    driver = nvidia_driver()
+    assert isinstance(driver, Driver)
+    told = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ours = [
+        "{}, {}.{}, {}".format(gpu.name, *(gpu.compute_capability or ()), driver.version)
+        for gpu in driver.gpus
+    ]
+    assert told.stdout.splitlines() == ours
+
+
+def test_sm_is_spelt_as_tensorrt_does() -> None:
+    assert Gpu("L4", (8, 9), 24 * 2**30).sm == "SM89"
+    assert Gpu("old", None, None).sm == "SM?"

@@ -1,0 +1,186 @@
+"""What is shipped: the wheel's files, the build files, the README's commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli
+from van_deploy import __version__
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+SHIPPED_DATA = {".css", ".html", ".json", ".md", ".npz", ".safetensors", ".toml", ".typed"}
+DATA_PACKAGES = {"export": "van_deploy/recipes", "calibration": "van_deploy/calibration_sets"}
+SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def tracked_files() -> list[Path]:
+    """Return the files git knows or would add; outside a checkout, nothing."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is not a git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def expected_in_wheel() -> set[str]:
+    """Return the wheel's names of every module and data file in the tree."""
+    folders = {"van_deploy": "van_deploy", **DATA_PACKAGES}
+    return {
+        f"{target}/{path.relative_to(ROOT / source).as_posix()}"
+        for source, target in folders.items()
+        for path in (ROOT / source).rglob("*")
+        if path.suffix in SHIPPED_DATA | {".py"} or path.name == "py.typed"
+        if "__pycache__" not in path.parts and ".ipynb_checkpoints" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Build the wheel from a copy of the tree, so that no stale build/ folder joins in."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    wanted = ("van_deploy/", "export/", "calibration/", "pyproject.toml", "README.md", "LICENSE")
+    for path in tracked_files():
+        name = path.relative_to(ROOT).as_posix()
+        if name.startswith(wanted):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes(path.read_bytes())
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"),
+            *("--no-build-isolation", "--wheel-dir", str(out), str(source)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return zipfile.ZipFile(next(out.glob("*.whl")))
+
+
+def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(
+    wheel: zipfile.ZipFile,
+) -> None:
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == expected_in_wheel()
+
+
+def test_the_wheel_carries_the_licence_and_the_command(wheel: zipfile.ZipFile) -> None:
+    info = f"van_deploy-{__version__}.dist-info"
+    assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
+    assert wheel.read(f"{info}/entry_points.txt").decode().split() == [
+        *("[console_scripts]", "van-deploy", "=", "van_deploy.cli.app:main")
+    ]
+    assert f"Version: {__version__}\n" in wheel.read(f"{info}/METADATA").decode()
+
+
+def test_the_wheel_is_small(wheel: zipfile.ZipFile) -> None:
+    assert sum(item.compress_size for item in wheel.infolist()) < 3 * 2**20
+
+
+def test_the_embedded_network_is_at_most_1_mb() -> None:
+    weights = ROOT / "van_deploy/model/digits/van_digits.safetensors"
+    assert weights.stat().st_size <= 1_000_000
+
+
+def test_the_package_list_is_the_tree() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    ours = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "van_deploy").rglob("__init__.py")
+    }
+    data = {name.replace("/", ".") for name in DATA_PACKAGES.values()}
+    assert set(settings["packages"]) == ours | data
+    assert settings["packages"] == sorted(settings["packages"])
+
+
+def test_one_onnxruntime_an_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    with_runtime = {
+        extra: [line for line in lines if line.startswith("onnxruntime")]
+        for extra, lines in extras.items()
+    }
+    assert {extra: len(lines) for extra, lines in with_runtime.items() if lines} == {
+        "cpu": 1,
+        "gpu": 1,
+    }
+    assert not [line for line in project["dependencies"] if line.startswith("onnxruntime")]
+
+
+def test_no_file_names_a_private_path() -> None:
+    private = re.compile("|".join(("/" + "work/", "/" + "root/", "/" + "home/[a-z]")))
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        if private.search(text):
+            found.append(path.relative_to(ROOT).as_posix())
+    assert found == []
+
+
+def test_every_text_file_ends_with_one_newline_and_has_no_tabs_but_the_makefile() -> None:
+    suffixes = {".py", ".toml", ".md", ".json", ".html", ".css"}
+    for path in tracked_files():
+        if path.suffix in suffixes and path.stat().st_size:
+            text = path.read_text(encoding="utf-8")
+            assert text.endswith("\n"), f"{path} does not end with a newline"
+            assert not text.endswith("\n\n"), f"{path} ends with empty lines"
+            assert "\t" not in text, f"{path} holds a tab"
+
+
+def readme_commands() -> list[list[str]]:
+    """Return the words of every command line in the README's ``sh`` blocks."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = "".join(SHELL_BLOCK.findall(text)).replace("\\\n", " ")
+    lines = [line.strip().removeprefix("$ ") for line in blocks.splitlines()]
+    commands = (shlex.split(line, comments=True) for line in lines)
+    return [words for words in commands if words]
+
+
+def test_every_command_in_the_readme_exists_with_its_options(cli: Cli) -> None:
+    helped: dict[str, str] = {}
+    for words in readme_commands():
+        if words[0].removeprefix(".venv/bin/") != "van-deploy":
+            continue
+        command = words[1]
+        if command not in helped:
+            result = cli(*([command] if not command.startswith("-") else []), "--help")
+            assert result.exit_code == 0, f"README: there is no `van-deploy {command}`"
+            helped[command] = result.stdout
+        for option in (word.partition("=")[0] for word in words[1:] if word.startswith("--")):
+            known = re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", helped[command])
+            assert known, f"README: `van-deploy {command}` has no {option}"
+
+
+def test_every_make_target_in_the_readme_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    asked = {word for words in readme_commands() if words[0] == "make" for word in words[1:]}
+    assert asked <= targets
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert phony is not None
+    assert set(phony.group(1).split()) == targets
+
+
+def test_ci_runs_the_tests_the_readme_names() -> None:
+    script = (ROOT / ".ci/run").read_text()
+    assert "set -euo pipefail" in script
+    assert script.rstrip().endswith("make check test")
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
