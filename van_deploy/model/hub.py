@@ -220,7 +220,7 @@ def _progress_class(name: str, progress: Progress | None) -> Any:
 
     class Reported(tqdm):  # type: ignore[type-arg, unused-ignore]
         def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": True})
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call, unused-ignore]
             self.total = options.get("total")
             self.n = options.get("initial") or 0
 
