@@ -153,6 +153,13 @@ class Bundle:
             _verify(self.path / relative, expected)
         return self.path / artefact.file
 
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each artefact's files, by name."""
+        return {
+            name: sum((self.path / file).stat().st_size for file in artefact.files)
+            for name, artefact in self.artefacts.items()
+        }
+
     def problems(self) -> list[str]:
         """Return one sentence for each file that is missing or changed; empty is good."""
         found = []

@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from van_deploy import __version__
-from van_deploy.cli import doctor, list_
+from van_deploy.cli import doctor, export, list_
 from van_deploy.cli.console import print_error
 from van_deploy.errors import MissingDependency, VanDeployError
 
@@ -82,6 +82,7 @@ app = typer.Typer(
 )
 
 # One line a command, in the order in which people need them.
+app.command("export", rich_help_panel=MAIN_JOB)(export.export)
 app.command("list", rich_help_panel=LOOK)(list_.list_variants)
 app.command("doctor", rich_help_panel=LOOK)(doctor.doctor)
 

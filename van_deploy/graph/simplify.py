@@ -1,0 +1,135 @@
+"""A smaller ONNX graph, kept only if it answers as the one before it.
+
+The work is onnxsim's. After the rewrites of :mod:`van_deploy.graph.fold` there
+is often nothing left for it to do, and then the graph is left alone; a plain
+export loses some nodes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from van_deploy.metrics import compare
+from van_deploy.runners.base import Images, Logits
+from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = [
+    "EXTERNAL_LIMIT_BYTES",
+    "SIMPLIFY_TOLERANCE",
+    "SimplifyReport",
+    "operator_counts",
+    "simplify_onnx",
+    "tensor_bytes",
+]
+
+SIMPLIFY_TOLERANCE = 1e-5
+"""Largest relative difference between the graph and its simplification, in float32.
+
+Folding a constant changes the order of additions; on the trained van_b0 that
+alone moves the logits by about 1e-6 of their size.
+"""
+
+EXTERNAL_LIMIT_BYTES = 2_000_000_000
+"""Weights past this go into a file of their own: protobuf ends at 2 GiB."""
+
+
+@dataclass(frozen=True)
+class SimplifyReport:
+    """What simplification did.
+
+    Attributes:
+        model: the graph to go on with.
+        changed: whether that is the simplified one.
+        reason: why, in words for the user.
+        before: operators by type before.
+        after: operators by type in ``model``.
+        relative_error: ``max|difference| / max|logit|``, or None if there was
+            nothing to compare.
+    """
+
+    model: ModelProto
+    changed: bool
+    reason: str
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    relative_error: float | None
+
+    @property
+    def removed(self) -> dict[str, int]:
+        """Operators that are gone, by type."""
+        gone = Counter(self.before)
+        gone.subtract(self.after)
+        return {kind: count for kind, count in gone.items() if count > 0}
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the figures, ready for JSON."""
+        return {
+            "changed": self.changed,
+            "reason": self.reason,
+            "nodes_before": sum(self.before.values()),
+            "nodes_after": sum(self.after.values()),
+            "removed": self.removed,
+            "relative_error": self.relative_error,
+            "tolerance": SIMPLIFY_TOLERANCE,
+        }
+
+
+def simplify_onnx(model: ModelProto, images: Images) -> SimplifyReport:
+    """Return ``model`` simplified, if that helps and changes nothing but the size.
+
+    Args:
+        model: an FP32 graph with a free batch; it is not changed.
+        images: ``(N, C, S, S)`` to compare both graphs on, at batch N and 1.
+    """
+    import onnxsim
+
+    before = operator_counts(model)
+    if tensor_bytes(model) > EXTERNAL_LIMIT_BYTES:
+        return SimplifyReport(model, False, "skipped: larger than 2 GB", before, before, None)
+    try:
+        simplified, _ = onnxsim.simplify(model)
+    except Exception as error:  # onnxsim raises bare C++ errors; the graph is good without it
+        reason = f"kept as exported: onnxsim failed ({error})"
+        return SimplifyReport(model, False, reason, before, before, None)
+    after = operator_counts(simplified)
+    if after == before:
+        reason = "nothing to remove"
+        return SimplifyReport(model, False, reason, before, before, None)
+    try:
+        error = _difference(model, simplified, images)
+    except Exception as failure:
+        reason = f"kept as exported: the simplified graph does not run ({failure})"
+        return SimplifyReport(model, False, reason, before, before, None)
+    if not error <= SIMPLIFY_TOLERANCE:  # also for NaN
+        reason = f"kept as exported: the simplified graph differs by {error:.1e}"
+        return SimplifyReport(model, False, reason, before, before, error)
+    return SimplifyReport(simplified, True, "simplified", before, after, error)
+
+
+def operator_counts(model: ModelProto) -> dict[str, int]:
+    """Return how many nodes of each operator a graph has, most frequent first."""
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+
+def tensor_bytes(model: ModelProto) -> int:
+    """Return the bytes of all initialisers that are held in memory."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+
+def _difference(model: ModelProto, simplified: ModelProto, images: Images) -> float:
+    errors = []
+    for batch in (images, images[:1]):
+        expected, actual = _logits(model, batch), _logits(simplified, batch)
+        errors.append(compare(expected, actual).relative)
+    return max(errors)
+
+
+def _logits(model: ModelProto, images: Images) -> Logits:
+    with OnnxRuntimeRunner(model) as runner:
+        return runner.run(images)

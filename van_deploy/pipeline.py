@@ -1,0 +1,332 @@
+"""The stages in order: from a recipe to a checked bundle."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from van_deploy.bundle import Artefact, Bundle, Draft, content_key, writing
+from van_deploy.checks.agreement import AgreementReport, check_agreement
+from van_deploy.checks.sample_images import images_to_check
+from van_deploy.errors import BundleError, GateFailed, InputError
+from van_deploy.graph.export import onnx_from_van
+from van_deploy.graph.files import graph_facts, save_onnx
+from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
+from van_deploy.graph.simplify import operator_counts, simplify_onnx
+from van_deploy.model.checkpoint import LoadedVan, load_van
+from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
+from van_deploy.recipe import Recipe
+from van_deploy.runners.base import Images, Logits, run_in_batches
+from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, require_onnxruntime
+from van_deploy.runners.pytorch import TorchRunner
+
+__all__ = ["ExportResult", "check_batches", "export_bundle", "load_for"]
+
+MODEL_FILE = "model.onnx"
+LABELS_FILE = "labels.txt"
+REFERENCE_BATCH = 8  # images PyTorch sees at a time: enough to be fast, few enough to be lean
+PROOF_IMAGES = 2
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export made.
+
+    Attributes:
+        bundle: the bundle as written.
+        reused: whether everything was there already, from the same ingredients.
+        reason: why it was reused or made anew.
+        notes: what the user should know about the weights.
+        seconds: time of each stage that ran.
+    """
+
+    bundle: Bundle
+    reused: bool
+    reason: str
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+class _Clock:
+    """Tells the user which stage runs, and remembers how long each took."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._current: tuple[str, float] | None = None
+
+    def stage(self, name: str) -> None:
+        now = time.perf_counter()
+        if self._current is not None:
+            stage, start = self._current
+            self.seconds[stage] = round(now - start, 3)
+        self._current = (name, now) if name else None
+        if name and self._progress is not None:
+            self._progress(name)
+
+
+def load_for(
+    recipe: Recipe,
+    *,
+    offline: bool = False,
+    seed: int = 0,
+    container: str | None = None,
+    download_progress: Callable[[int, int | None], None] | None = None,
+) -> LoadedVan:
+    """Return the network a recipe names, with the recipe's preprocessing and class names."""
+    from dataclasses import replace
+
+    settings = recipe.model
+    spec, weights = settings.name, settings.weights or None
+    if weights is not None and not _is_known(spec):
+        spec, weights = weights, None
+    loaded = load_van(
+        spec,
+        weights=weights,
+        expect_sha256=settings.sha256 or None,
+        offline=offline,
+        seed=seed,
+        container=container,
+        progress=download_progress,
+    )
+    preprocessing = loaded.preprocessing.override(**asdict(recipe.preprocessing))
+    class_names = loaded.class_names
+    if settings.labels:
+        class_names = _labels(Path(settings.labels), loaded.config.num_classes)
+    name = loaded.name if weights or _is_known(spec) else settings.name or loaded.name
+    return replace(loaded, name=name, preprocessing=preprocessing, class_names=class_names)
+
+
+def _is_known(name: str) -> bool:
+    from van_deploy.model.checkpoint import EMBEDDED
+    from van_deploy.model.variants import VARIANTS
+
+    return name in {EMBEDDED, *VARIANTS, *(a for v in VARIANTS.values() for a in v.aliases)}
+
+
+def check_batches(recipe: Recipe) -> tuple[int, ...]:
+    """Return the batch sizes an artefact is checked at: 1, 2, 3, the optimum and the maximum."""
+    wanted = {1, 2, 3, recipe.batch.opt, recipe.batch.max}
+    return tuple(sorted(b for b in wanted if b <= recipe.batch.max))
+
+
+def export_bundle(
+    loaded: LoadedVan,
+    recipe: Recipe,
+    output: Path,
+    *,
+    images: Path | None = None,
+    rewrites: Rewrites | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Return a bundle holding ``loaded`` as a checked FP32 ONNX graph.
+
+    Args:
+        loaded: the network, from :func:`load_for`.
+        recipe: how to deploy it.
+        output: the bundle's folder, made if need be.
+        images: folder of images to check on; None takes sample pictures.
+        rewrites: which exact rewrites to make; by default what the recipe says.
+        force: make it anew even if it is there already.
+        progress: told the name of each stage as it begins.
+
+    Raises:
+        MissingDependency: ONNX Runtime is not installed.
+        BundleError: ``output`` cannot hold the bundle.
+        GateFailed: the graph is not the network; nothing was written.
+    """
+    require_onnxruntime()
+    if rewrites is None:
+        rewrites = Rewrites() if recipe.export.fold else Rewrites.none()
+    clock = _Clock(progress)
+    clock.stage("Preparing images")
+    batches = check_batches(recipe)
+    inputs, described = images_to_check(
+        loaded.name, loaded.preprocessing, max(max(batches), PROOF_IMAGES), images
+    )
+    made_with = _ingredients(loaded, recipe, rewrites, inputs)
+    reason = _why_anew(output, made_with, force)
+    if not reason:
+        bundle = Bundle.open(output)
+        return ExportResult(bundle, True, "nothing changed", loaded.source.notes, {})
+    with writing(output, name=loaded.name) as draft:
+        clock.stage("Folding and proving the rewrites")
+        fold = fold_van(loaded.model, _tensor(inputs[:PROOF_IMAGES]), rewrites)
+        _require_fold(fold)
+        clock.stage("Running the original network")
+        with TorchRunner(loaded.model) as original:
+            expected = run_in_batches(original, inputs, REFERENCE_BATCH)
+        clock.stage("Exporting to ONNX")
+        size = loaded.preprocessing.image_size
+        model = onnx_from_van(
+            fold.model,
+            size,
+            loaded.config.in_chans,
+            opset=recipe.export.opset,
+            metadata=_metadata(loaded),
+        )
+        exported = operator_counts(model)
+        checks: dict[str, object] = {"fold": fold.as_dict()}
+        if recipe.export.simplify:
+            clock.stage("Simplifying")
+            simplified = simplify_onnx(model, inputs[:PROOF_IMAGES])
+            checks["simplify"] = simplified.as_dict()
+            model = simplified.model
+        facts = {**graph_facts(model), "exported_nodes": sum(exported.values())}
+        files = save_onnx(model, draft.file(MODEL_FILE))
+        del model, fold
+        clock.stage(f"Checking agreement at batch {', '.join(map(str, batches))}")
+        report = _agreement(draft, expected, inputs, batches, described)
+        checks["agreement"] = report.as_dict()
+        clock.stage("")
+        _describe(draft, loaded, recipe, checks)
+        _record(draft, loaded, files, made_with, facts)
+    return ExportResult(Bundle.open(output), False, reason, loaded.source.notes, clock.seconds)
+
+
+def _agreement(
+    draft: Draft, expected: Logits, inputs: Images, batches: tuple[int, ...], described: str
+) -> AgreementReport:
+    with OnnxRuntimeRunner(draft.file(MODEL_FILE)) as runner:
+        report = check_agreement(expected, runner, inputs, batches, described=described)
+    if not report:
+        raise GateFailed(
+            "The exported graph is not the network it was made from: "
+            + "; ".join(report.failures[:4])
+            + ".",
+            "Nothing was written. Find the cause with --no-fold and --no-simplify; "
+            "if one of them helps, please report it.",
+        )
+    return report
+
+
+def _require_fold(report: FoldReport) -> None:
+    if not report:
+        raise GateFailed(
+            f"The rewritten network differs from the original by {report.relative_error:.1e} "
+            "in float64, where rewriting must be exact (1e-10).",
+            "Nothing was written. Export with --no-fold, and please report it.",
+        )
+
+
+def _ingredients(
+    loaded: LoadedVan, recipe: Recipe, rewrites: Rewrites, inputs: Images
+) -> dict[str, Any]:
+    """Return everything that decides what the export will hold and find."""
+    import hashlib
+
+    return {
+        "weights": loaded.source.sha256,
+        "architecture": asdict(loaded.config),
+        "preprocessing": loaded.preprocessing.as_dict(),
+        "class names": content_key({"names": loaded.class_names}),
+        "rewrites": asdict(rewrites),
+        "export": asdict(recipe.export),
+        "batch": asdict(recipe.batch),
+        "images checked": hashlib.sha256(inputs.tobytes()).hexdigest(),
+        "code": code_digest(".", "model", "graph", "checks", "images", "runners"),
+        "versions": tool_versions(*EXPORT_TOOLS, "onnxruntime"),
+    }
+
+
+def _why_anew(output: Path, made_with: Mapping[str, Any], force: bool) -> str:
+    """Return why the export has to be made, or "" if the one in ``output`` is this one."""
+    if force:
+        return "asked to (--force)"
+    try:
+        bundle = Bundle.open(output)
+        artefact = bundle.artefact("fp32")
+        bundle.verified("fp32")
+    except BundleError as error:
+        return f"not there yet ({error.message})" if output.exists() else "not there yet"
+    if artefact.key == content_key(made_with):
+        return ""
+    plain = json.loads(json.dumps(made_with))
+    changed = [key for key, value in plain.items() if artefact.made_with.get(key) != value]
+    return f"changed since: {', '.join(changed)}"
+
+
+def _describe(
+    draft: Draft, loaded: LoadedVan, recipe: Recipe, checks: Mapping[str, object]
+) -> None:
+    """Write into the manifest what was asked and what was found."""
+    draft.manifest.update(
+        weights=asdict(loaded.source),
+        architecture=asdict(loaded.config),
+        parameters=sum(p.numel() for p in loaded.model.parameters()),
+        preprocessing=loaded.preprocessing.as_dict(),
+        class_names=list(loaded.class_names) if loaded.class_names else None,
+        batch=asdict(recipe.batch),
+        versions=tool_versions(*EXPORT_TOOLS, "onnxruntime"),
+    )
+    draft.manifest["checks"].update(checks)
+
+
+def _record(
+    draft: Draft,
+    loaded: LoadedVan,
+    files: list[str],
+    made_with: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> None:
+    if loaded.class_names:
+        text = "\n".join(loaded.class_names) + "\n"
+        draft.file(LABELS_FILE).write_text(text, encoding="utf-8")
+        files = [*files, LABELS_FILE]
+    draft.record(
+        Artefact(
+            name="fp32",
+            kind="onnx",
+            precision="fp32",
+            file=MODEL_FILE,
+            files=dict.fromkeys(files, ""),
+            made_from={"name": "weights", "sha256": loaded.source.sha256},
+            made_with=made_with,
+            key=content_key(made_with),
+            facts=facts,
+        )
+    )
+
+
+def _metadata(loaded: LoadedVan) -> dict[str, str]:
+    """Return what travels inside the ONNX file, for whoever meets it without its bundle."""
+    source = loaded.source
+    properties = {
+        "van_deploy.model": loaded.name,
+        "van_deploy.weights_sha256": source.sha256,
+        "van_deploy.weights_format": source.format,
+        "van_deploy.preprocessing": json.dumps(loaded.preprocessing.as_dict()),
+        "van_deploy.architecture": json.dumps(asdict(loaded.config)),
+    }
+    if loaded.class_names:
+        properties["van_deploy.class_names"] = json.dumps(loaded.class_names)
+    return properties
+
+
+def _labels(path: Path, classes: int) -> tuple[str, ...]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"The labels '{path}' cannot be read: {error}.", "Check the path."
+        ) from None
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if len(names) != classes:
+        raise InputError(
+            f"'{path}' has {len(names)} class names; the network has {classes} classes.",
+            "Write one name a line, in the order of the logits.",
+        )
+    return names
+
+
+def _tensor(images: Images) -> Any:
+    import torch
+
+    return torch.from_numpy(images)
