@@ -6,7 +6,9 @@ import hashlib
 import importlib.util
 import io
 import os
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,15 @@ def test_big_endian_sixteen_bit_grey_reads_the_same() -> None:
     assert np.asarray(opened)[..., 0].tolist() == [[0, 1], [128, 255]]
 
 
+def test_twelve_bit_grey_is_scaled_by_its_own_range() -> None:
+    tags = {256: 2, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 3}
+    values = bytes([0xFF, 0xF8, 0x00])  # 4095 and 2048, packed
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    data = b"II*\0" + struct.pack("<I", 12) + values + b"\0" + directory
+    assert np.asarray(open_image(data))[..., 0].tolist() == [[255, 128]]
+
+
 @pytest.mark.parametrize(("dtype", "mode"), [(np.int32, "I"), (np.float32, "F")])
 def test_pixels_without_an_agreed_range_are_refused(dtype: type, mode: str) -> None:
     data = encoded(Image.fromarray(np.ones((2, 2), dtype)), "TIFF")
@@ -254,8 +265,6 @@ def bomb(side: int) -> bytes:
     """Return a tiny PNG that claims to be ``side`` x ``side``."""
     data = bytearray(encoded(Image.new("1", (1, 1)), "PNG"))
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + bytes(data[24:29])
-    import zlib
-
     data[12:33] = header + zlib.crc32(header).to_bytes(4, "big")
     return bytes(data)
 
@@ -266,6 +275,16 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(side: int) -> None
         open_image(bomb(side), name="'bomb.png'")
     assert refused.value.message.startswith("'bomb.png' is too large to open safely: ")
     assert refused.value.remedy.startswith("Make it smaller first")
+
+
+def test_a_bomb_is_refused_where_pillow_s_warnings_are_silenced() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ImageError) as refused:
+            open_image(bomb(9_500), name="'bomb.png'")
+    assert refused.value.message == (
+        "'bomb.png' is too large to open safely: 9500 x 9500 pixels, more than 89,478,485."
+    )
 
 
 def test_the_limit_on_pixels_can_be_set() -> None:
@@ -434,17 +453,18 @@ def test_a_sample_batch_is_distinct_and_repeatable(two_pictures: Samples) -> Non
     assert not np.array_equal(batch, sample_batch(33, small, two_pictures, seed=1))
 
 
-def test_crops_are_mirrored_and_moved(two_pictures: Samples) -> None:
+def test_crops_differ_in_size_and_half_are_mirrored() -> None:
     crops: list[Image.Image] = []
 
     def keep(image: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
         crops.append(image)
         return small(image)
 
-    sample_batch(30, keep, two_pictures)
-    sides = {image.size for image in crops[2:]}
-    assert all(width == height >= 64 for width, height in sides)
-    assert len(sides) > 10
+    sample_batch(41, keep, Samples((gradient(240, 160),), "red grows to the right", True))
+    assert all(64 <= crop.width == crop.height <= 160 for crop in crops[1:])
+    assert len({crop.size for crop in crops[1:]}) > 10
+    red = [np.asarray(crop)[0, :, 0].astype(int) for crop in crops[1:]]
+    assert 10 <= sum(row[0] > row[-1] for row in red) <= 30
 
 
 def same_for_all(_image: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
