@@ -21,7 +21,11 @@ from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.recipe import Recipe
 from van_deploy.runners.base import Images, Logits, run_in_batches
-from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, require_onnxruntime
+from van_deploy.runners.onnxruntime import (
+    OnnxRuntimeRunner,
+    onnxruntime_logits,
+    require_onnxruntime,
+)
 from van_deploy.runners.pytorch import TorchRunner
 
 __all__ = ["ExportResult", "check_batches", "export_bundle", "load_for"]
@@ -77,7 +81,7 @@ def load_for(
     offline: bool = False,
     seed: int = 0,
     container: str | None = None,
-    download_progress: Callable[[int, int | None], None] | None = None,
+    download_progress: Callable[[str, int, int | None], None] | None = None,
 ) -> LoadedVan:
     """Return the network a recipe names, with the recipe's preprocessing and class names."""
     from dataclasses import replace
@@ -176,7 +180,7 @@ def export_bundle(
         checks: dict[str, object] = {"fold": fold.as_dict()}
         if recipe.export.simplify:
             clock.stage("Simplifying")
-            simplified = simplify_onnx(model, inputs[:PROOF_IMAGES])
+            simplified = simplify_onnx(model, inputs[:PROOF_IMAGES], onnxruntime_logits)
             checks["simplify"] = simplified.as_dict()
             model = simplified.model
         facts = {**graph_facts(model), "exported_nodes": sum(exported.values())}

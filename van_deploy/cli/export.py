@@ -181,8 +181,8 @@ def _export(
         def stage(name: str) -> None:
             bar.update(task, description=name, total=None)
 
-        def downloaded(here: int, total: int | None) -> None:
-            bar.update(task, description="Downloading weights", completed=here, total=total)
+        def downloaded(file: str, here: int, total: int | None) -> None:
+            bar.update(task, description=f"Downloading {file}", completed=here, total=total)
 
         from van_deploy.pipeline import export_bundle, load_for
 

@@ -8,6 +8,8 @@ Which of the optional parts are ``None`` is decided by
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from van_deploy.model.van import STAGES, VAN, Attention, Block, Mlp
@@ -37,6 +39,8 @@ class RewrittenBlock(nn.Module):
         self.mlp: Mlp = block.mlp
         self.layer_scale_1: Tensor | None = block.layer_scale_1
         self.layer_scale_2: Tensor | None = block.layer_scale_2
+        self.inner_scale: Tensor | None
+        self.carry: Tensor | None
         self.register_buffer("inner_scale", None)
         self.register_buffer("carry", None)
 
@@ -97,16 +101,18 @@ class RewrittenVan(nn.Module):
         self.config = model.config
         for stage in range(1, STAGES + 1):
             self.add_module(f"patch_embed{stage}", model.get_submodule(f"patch_embed{stage}"))
-            blocks = [RewrittenBlock(block) for block in model.get_submodule(f"block{stage}")]
+            originals = cast("nn.ModuleList", model.get_submodule(f"block{stage}"))
+            blocks = [RewrittenBlock(cast("Block", block)) for block in originals]
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
-            norm = model.get_submodule(f"norm{stage}")
+            norm = cast("nn.LayerNorm", model.get_submodule(f"norm{stage}"))
             stage_norm = StageNorm(norm, channels_last, last=stage == STAGES)
             self.add_module(f"norm{stage}", stage_norm)
         self.head = model.head
 
     def stage_blocks(self, stage: int) -> list[RewrittenBlock]:
         """Return the blocks of ``stage`` (1 to 4) in order."""
-        return list(self.get_submodule(f"block{stage}"))
+        blocks = cast("nn.ModuleList", self.get_submodule(f"block{stage}"))
+        return [cast("RewrittenBlock", block) for block in blocks]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``."""

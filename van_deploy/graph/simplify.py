@@ -8,13 +8,14 @@ export loses some nodes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from van_deploy.metrics import compare
-from van_deploy.runners.base import Images, Logits
-from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -27,6 +28,8 @@ __all__ = [
     "simplify_onnx",
     "tensor_bytes",
 ]
+
+Floats = npt.NDArray[np.float32]
 
 SIMPLIFY_TOLERANCE = 1e-5
 """Largest relative difference between the graph and its simplification, in float32.
@@ -80,12 +83,15 @@ class SimplifyReport:
         }
 
 
-def simplify_onnx(model: ModelProto, images: Images) -> SimplifyReport:
+def simplify_onnx(
+    model: ModelProto, images: Floats, run: Callable[[ModelProto, Floats], Floats]
+) -> SimplifyReport:
     """Return ``model`` simplified, if that helps and changes nothing but the size.
 
     Args:
         model: an FP32 graph with a free batch; it is not changed.
-        images: ``(N, C, S, S)`` to compare both graphs on, at batch N and 1.
+        images: ``(N, C, S, S)`` float32 to compare both graphs on, at batch N and 1.
+        run: gives a graph's logits ``(n, K)`` for ``n`` images.
     """
     import onnxsim
 
@@ -94,15 +100,18 @@ def simplify_onnx(model: ModelProto, images: Images) -> SimplifyReport:
         return SimplifyReport(model, False, "skipped: larger than 2 GB", before, before, None)
     try:
         simplified, _ = onnxsim.simplify(model)
-    except Exception as error:  # onnxsim raises bare C++ errors; the graph is good without it
-        reason = f"kept as exported: onnxsim failed ({error})"
+    except Exception as failure:  # onnxsim raises bare C++ errors; the graph is good without it
+        reason = f"kept as exported: onnxsim failed ({failure})"
         return SimplifyReport(model, False, reason, before, before, None)
     after = operator_counts(simplified)
     if after == before:
         reason = "nothing to remove"
         return SimplifyReport(model, False, reason, before, before, None)
     try:
-        error = _difference(model, simplified, images)
+        error = max(
+            compare(run(model, batch), run(simplified, batch)).relative
+            for batch in (images, images[:1])
+        )
     except Exception as failure:
         reason = f"kept as exported: the simplified graph does not run ({failure})"
         return SimplifyReport(model, False, reason, before, before, None)
@@ -120,16 +129,3 @@ def operator_counts(model: ModelProto) -> dict[str, int]:
 def tensor_bytes(model: ModelProto) -> int:
     """Return the bytes of all initialisers that are held in memory."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-
-
-def _difference(model: ModelProto, simplified: ModelProto, images: Images) -> float:
-    errors = []
-    for batch in (images, images[:1]):
-        expected, actual = _logits(model, batch), _logits(simplified, batch)
-        errors.append(compare(expected, actual).relative)
-    return max(errors)
-
-
-def _logits(model: ModelProto, images: Images) -> Logits:
-    with OnnxRuntimeRunner(model) as runner:
-        return runner.run(images)

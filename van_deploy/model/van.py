@@ -11,6 +11,7 @@ Layouts: images and features are ``(N, C, H, W)``; tokens are ``(N, H*W, C)``.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from timm.layers import DropPath, trunc_normal_
@@ -161,7 +162,7 @@ class VAN(nn.Module):
         for stage in range(1, STAGES + 1):
             x = self.get_submodule(f"patch_embed{stage}")(x)
             _, _, height, width = x.shape
-            for block in self.get_submodule(f"block{stage}"):
+            for block in cast("nn.ModuleList", self.get_submodule(f"block{stage}")):
                 x = block(x)
             x = x.flatten(2).transpose(1, 2)  # (N, H*W, C)
             x = self.get_submodule(f"norm{stage}")(x)

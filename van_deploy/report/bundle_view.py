@@ -15,9 +15,16 @@ from van_deploy.report.tables import (
     facts_table,
     rows_table,
     stack,
+    verdict,
 )
 
-__all__ = ["agreement_table", "artefacts_table", "model_facts", "proofs_table"]
+__all__ = [
+    "agreement_table",
+    "artefacts_table",
+    "model_facts",
+    "preprocessing_text",
+    "proofs_table",
+]
 
 
 def model_facts(manifest: Mapping[str, Any]) -> RenderableType:
@@ -96,7 +103,7 @@ def agreement_table(agreement: Mapping[str, Any]) -> RenderableType:
     )
     rows = (
         (
-            verdict_of(entry["passed"]),
+            verdict(entry["passed"]),
             entry["batch"],
             f"{entry['max_abs']:.1e}",
             f"{entry['mean_abs']:.1e}",
@@ -138,13 +145,6 @@ def artefacts_table(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Re
         for name, entry in manifest["artefacts"].items()
     )
     return stack(rows_table(columns, rows))
-
-
-def verdict_of(passed: bool) -> RenderableType:
-    """Return the coloured verdict word."""
-    from van_deploy.report.tables import verdict
-
-    return verdict(passed)
 
 
 def _seed(weights: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from van_deploy.runners.base import Images, Logits
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["OnnxRuntimeRunner", "require_onnxruntime"]
+__all__ = ["OnnxRuntimeRunner", "onnxruntime_logits", "require_onnxruntime"]
 
 
 def require_onnxruntime() -> Any:
@@ -98,3 +98,9 @@ class OnnxRuntimeRunner:
         name = self._session.get_inputs()[0].name
         logits: Logits = self._session.run(None, {name: images})[0]
         return logits
+
+
+def onnxruntime_logits(model: ModelProto, images: Images) -> Logits:
+    """Return the logits ``(N, K)`` of a graph in memory for ``images (N, C, S, S)``."""
+    with OnnxRuntimeRunner(model) as runner:
+        return runner.run(images)
