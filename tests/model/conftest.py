@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from torch import Tensor
+
 from van_deploy.model.random_weights import random_van
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VanConfig
@@ -43,7 +44,12 @@ def renamed() -> Rename:
     """Return a function that gives an official state dict another format's names."""
 
     def rename(state: Mapping[str, Tensor], target: str) -> dict[str, Tensor]:
-        spell = {"official": str, "transformers": _transformers, "mmpretrain": _mmpretrain}[target]
+        spellings: dict[str, Callable[[str], str]] = {
+            "official": str,
+            "transformers": _transformers,
+            "mmpretrain": _mmpretrain,
+        }
+        spell = spellings[target]
         return {spell(name): tensor for name, tensor in state.items()}
 
     return rename
@@ -98,8 +104,6 @@ def _transformers(name: str) -> str:
 
 # --- a server that answers as the hub does -------------------------------------------------
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 @dataclass
 class FakeHub:
@@ -119,6 +123,10 @@ class FakeHub:
     drop_after: int | None = None
     announce: dict[str, str] = field(default_factory=dict)
     log: list[tuple[str, str, str | None]] = field(default_factory=list)
+
+    def commit(self, repo_id: str) -> str:
+        """Return a commit that changes with the contents."""
+        return hashlib.sha1(repr(self.repos.get(repo_id)).encode()).hexdigest()
 
     def downloads(self, filename: str) -> list[str | None]:
         """Return the Range header of each GET of a file."""
@@ -161,7 +169,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _info(self, repo_id: str) -> None:
         siblings = [{"rfilename": name} for name in self.hub.repos[repo_id]]
-        info = {"id": repo_id, "modelId": repo_id, "sha": COMMIT, "siblings": siblings}
+        info = {
+            "id": repo_id,
+            "modelId": repo_id,
+            "sha": self.hub.commit(repo_id),
+            "siblings": siblings,
+        }
         self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def _file(self, repo_id: str, name: str, *, body: bool) -> None:
@@ -174,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
             "ETag": f'"{digest}"',
             "X-Linked-Etag": f'"{digest}"',
             "X-Linked-Size": str(len(content)),
-            "X-Repo-Commit": COMMIT,
+            "X-Repo-Commit": self.hub.commit(repo_id),
             "Accept-Ranges": "bytes",
         }
         start = int(re.sub(r"\D", "", (self.headers.get("Range") or "0").split("-")[0]) or 0)
@@ -189,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, part, headers, only=None if body else 0)
 
     def _error(self, status: int, code: str, message: str) -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": message, "X-Repo-Commit": COMMIT}
+        headers = {"X-Error-Code": code, "X-Error-Message": message}
         self._send(status, b"{}", headers, only=0 if self.command == "HEAD" else None)
 
     def _send(

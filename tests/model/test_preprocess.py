@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from van_deploy.errors import UsageError
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 

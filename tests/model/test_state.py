@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from torch import Tensor
+
 from van_deploy.errors import CheckpointError
 from van_deploy.model.architecture import config_from_state_dict, variant_of
 from van_deploy.model.keys import FORMATS, translate_keys, unwrap_prefixes
@@ -63,7 +64,7 @@ def test_transformers_extra_layer_norm_is_known_and_noted(state: State, renamed:
 
 def test_that_layer_norm_is_unexpected_among_official_names(state: State) -> None:
     state["van.layernorm.weight"] = torch.ones(24)
-    with pytest.raises(CheckpointError, match="1 unexpected: van.layernorm.weight"):
+    with pytest.raises(CheckpointError, match=r"1 unexpected: van\.layernorm\.weight"):
         _load(state)
 
 

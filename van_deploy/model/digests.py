@@ -77,7 +77,7 @@ def _file_name(text: str) -> str:
 def _read(path: Path) -> str | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))["sha256"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError):
         value = None

@@ -1,9 +1,8 @@
 """Reading a weights file without running anything that is in it.
 
 :func:`read_weights` returns the tensors and what the file says about itself,
-or says in one sentence what the file is instead. Pickles are read with
-``torch.load(weights_only=True)`` and the few harmless globals that training
-scripts leave beside their tensors; safetensors by their own reader.
+or says in one sentence what the file is instead. Pickles go through
+:mod:`~van_deploy.model.pickles`, safetensors through their own reader.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import argparse
 import hashlib
 import json
 import os
-import pickle
 import re
 import struct
 import zipfile
@@ -21,12 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
-import torch
 from torch import Tensor
 
 from van_deploy.errors import CheckpointError, UsageError
+from van_deploy.model.pickles import load_pickle, truncated
 
 __all__ = ["CONTAINERS", "SUFFIXES", "WeightsFile", "read_weights", "sha256_of_file"]
 
@@ -37,29 +34,6 @@ CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where training scripts put the state dict; averaged weights first, as timm does."""
 
 _MAX_UNPACKED = 8  # times the file's size; PyTorch itself writes 1
-
-
-class _Opaque:
-    """Stands in for a training log that the file holds and nobody needs."""
-
-    def __setstate__(self, state: object) -> None:
-        """Forget it."""
-
-
-def _safe_globals() -> list[Any]:
-    """Return what a pickle may build besides tensors: plain values, no behaviour.
-
-    ``Namespace`` is in the official files, numpy's scalars are timm's metrics,
-    and ``HistoryBuffer`` is mmengine's training log (replaced by a stand-in).
-    """
-    array = np.array(0.0)
-    reconstruct, scalar = array.__reduce__()[0], np.float64(0).__reduce__()[0]
-    allowed: list[Any] = [argparse.Namespace, np.ndarray, np.dtype]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
-    allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
-    allowed += [(_Opaque, "mmengine.logging.history_buffer.HistoryBuffer")]
-    return allowed
 
 
 @dataclass(frozen=True)
@@ -107,9 +81,9 @@ def read_weights(path: Path, *, container: str | None = None) -> WeightsFile:
     if _is_safetensors(head):
         return _read_safetensors(path, head, size, container)
     if head.startswith(b"PK"):
-        loaded = _load_pickle(path, mapped=_inspect_zip(path, size))
+        loaded = load_pickle(path, mapped=_inspect_zip(path, size))
     else:
-        loaded = _load_pickle(path, mapped=False)
+        loaded = load_pickle(path, mapped=False)
     return _unpacked(path, loaded, container)
 
 
@@ -177,14 +151,14 @@ def _read_safetensors(path: Path, head: bytes, size: int, container: str | None)
         raise _no_container(path, container, [])
     (length,) = struct.unpack("<Q", head[:8])
     if length + 8 > size:
-        raise _truncated(path, "its header is cut off")
+        raise truncated(path, "its header is cut off")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
     except safetensors.SafetensorError as error:
         if "incomplete" in str(error).lower():
-            raise _truncated(path, "it holds fewer bytes than its header promises") from None
+            raise truncated(path, "it holds fewer bytes than its header promises") from None
         raise CheckpointError(
             f"The safetensors file {path} cannot be read: {error}.",
             "It is damaged: copy or download it again.",
@@ -208,7 +182,7 @@ def _inspect_zip(path: Path, size: int) -> bool:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError):
-        raise _truncated(path, "its archive has no directory") from None
+        raise truncated(path, "its archive has no directory") from None
     names = [entry.filename for entry in entries]
     if any(re.search(r"(^|/)(code/|constants\.pkl$)", name) for name in names):
         raise CheckpointError(
@@ -228,59 +202,6 @@ def _inspect_zip(path: Path, size: int) -> bool:
             "PyTorch writes checkpoints unpacked: this one is not to be trusted.",
         )
     return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-
-
-def _load_pickle(path: Path, *, mapped: bool) -> Any:
-    try:
-        with torch.serialization.safe_globals(_safe_globals()):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise _refused_pickle(path, str(error)) from None
-    except EOFError:
-        raise _truncated(path, "its pickle ends too early") from None
-    except Exception as error:
-        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"The checkpoint {path} cannot be read: {message}",
-            "It is damaged or truncated: copy or download it again.",
-        ) from None
-
-
-def _refused_pickle(path: Path, message: str) -> CheckpointError:
-    wanted = _wanted_globals(path, message)
-    if any(name.startswith("torch.nn.modules.") for name in wanted):
-        return CheckpointError(
-            f"The file {path} holds a whole pickled network ({wanted[0]}), not its weights: "
-            "loading it would run code from the file.",
-            "In the program that made it, save the weights: "
-            "torch.save(model.state_dict(), 'weights.pth').",
-        )
-    if wanted:
-        return CheckpointError(
-            f"The file {path} is refused: its pickle wants {', '.join(wanted[:3])}, "
-            "and loading it would run code from the file.",
-            "If you trust the file, load it in the program that made it and save "
-            "model.state_dict() alone.",
-        )
-    first = message.strip().splitlines()[-1] if message.strip() else "no reason given"
-    return CheckpointError(
-        f"The file {path} is not a checkpoint that can be read: {first}",
-        "It is damaged or not a PyTorch file: pass a file written by torch.save or safetensors.",
-    )
-
-
-def _wanted_globals(path: Path, message: str) -> list[str]:
-    """Return what the pickle wanted and may not have, the first refused first."""
-    match = re.search(
-        r"(?:GLOBAL|Unsupported class|Unsupported global: GLOBAL)\s+([\w.]+)", message
-    )
-    first = [match[1]] if match else []
-    try:
-        with torch.serialization.safe_globals(_safe_globals()):
-            every = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:
-        every = []
-    return [*first, *(name for name in sorted(every) if name not in first)]
 
 
 def _unpacked(path: Path, loaded: Any, container: str | None) -> WeightsFile:
@@ -328,10 +249,4 @@ def _no_container(path: Path, container: str, present: list[str]) -> UsageError:
     return UsageError(
         f"The checkpoint {path} has no '{container}'.",
         f"It holds {', '.join(present)}." if present else "Its tensors are at the top level.",
-    )
-
-
-def _truncated(path: Path, how: str) -> CheckpointError:
-    return CheckpointError(
-        f"The checkpoint {path} is truncated or damaged: {how}.", "Copy or download it again."
     )

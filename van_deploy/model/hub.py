@@ -194,14 +194,19 @@ def _list_files(repo_id: str, *, offline: bool) -> list[str]:
 
 
 def _download(repo_id: str, name: str, *, offline: bool, progress: Progress | None) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    snapshot = _snapshot(repo_id)
     with _clear_errors(repo_id, name):
+        if not offline and not (snapshot and (snapshot / name).exists()):
+            # Asked once, so that no network is told at once: hf_hub_download of hub 2.4 retries for 23 s.
+            get_hf_file_metadata(hf_hub_url(repo_id, name, endpoint=endpoint), endpoint=endpoint)
         path = hf_hub_download(
             repo_id,
             name,
             cache_dir=hub_cache(),
-            endpoint=os.environ.get("HF_ENDPOINT") or None,
+            endpoint=endpoint,
             local_files_only=offline,
             tqdm_class=_progress_class(name, progress),
         )

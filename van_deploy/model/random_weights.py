@@ -80,7 +80,7 @@ def _move_affines_(model: VAN) -> None:
     for stage, depth in enumerate(model.config.depths, start=1):
         for name, parameter in model.get_submodule(f"block{stage}").named_parameters():
             if "layer_scale" in name:
-                parameter *= min(1.0, _LONG_STAGE / depth)
+                parameter.mul_(min(1.0, _LONG_STAGE / depth))
 
 
 def _fit_statistics_(model: VAN, pictures: Tensor) -> None:
