@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
-from van_deploy.model.checkpoint import LICENCE, LoadedVan, load_van
+from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.contract import preprocessing_from_json
 from van_deploy.model.preprocess import OFFICIAL
 from van_deploy.model.random_weights import random_van
+from van_deploy.model.sources import LICENCE
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig
 
@@ -230,6 +231,16 @@ def test_variants_without_public_weights(spec: str, remedy: str) -> None:
     assert error.value.message == f"{spec} has no public ImageNet-1K weights on the hub."
     assert remedy in error.value.remedy
     assert "--weights" in error.value.remedy
+
+
+def test_the_embedded_network() -> None:
+    loaded = load_van("van_digits")
+    assert (loaded.name, loaded.source.format) == ("van_digits", "embedded")
+    assert loaded.class_names == tuple("0123456789")
+    assert "assumed" not in loaded.preprocessing.source
+    assert load_van("van_digits", expect_sha256=loaded.source.sha256)
+    with pytest.raises(DownloadError, match="is not the file that was asked for"):
+        load_van("van_digits", expect_sha256="0" * 64)
 
 
 def test_senseless_requests(saved: Path) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
-from van_deploy.model.digests import cache_folder, check_digest
-from van_deploy.model.hub import choose_file, fetch_weights, hub_cache, locate_weights
+from van_deploy.model.digests import cache_folder, check_digest, hub_cache
+from van_deploy.model.hub import choose_file, fetch_weights, locate_weights
 from van_deploy.model.variants import VARIANTS, HubFile
 
 if TYPE_CHECKING:

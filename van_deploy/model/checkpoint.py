@@ -10,12 +10,10 @@ their own shapes describe. What the user should know is in
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from van_deploy.errors import CheckpointError, DownloadError, UsageError
+from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.architecture import config_from_state_dict, variant_of
 from van_deploy.model.contract import (
     class_names_from,
@@ -23,17 +21,11 @@ from van_deploy.model.contract import (
     layer_norm_eps_from,
     preprocessing_of,
 )
-from van_deploy.model.files import SUFFIXES, read_weights, sha256_of_file
-from van_deploy.model.hub import (
-    CONFIG,
-    PREPROCESSOR,
-    Progress,
-    choose_file,
-    fetch_weights,
-    read_json,
-)
+from van_deploy.model.files import SUFFIXES, read_weights
+from van_deploy.model.hub import Progress
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.random_weights import random_van, sha256_of_state
+from van_deploy.model.sources import REPO, Found, find_weights, from_hub, on_disk
 from van_deploy.model.state import network_from_state, official_state
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig, Variant, variant_named
@@ -43,12 +35,7 @@ __all__ = ["EMBEDDED", "LoadedVan", "WeightsSource", "config_from_state_dict", "
 EMBEDDED = "van_digits"
 """Name of the small trained network inside the package."""
 
-LICENCE = (
-    "licence of the public weights: Apache-2.0; their README adds "
-    '"for commercial use, please contact the authors"'
-)
 _RANDOM = "random weights: the outputs mean nothing"
-_REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<file>[\w./-]+))?")
 _PLAIN_STEMS = {"model", "pytorch_model", "checkpoint", "model_best", "last", "best"}
 
 
@@ -94,18 +81,6 @@ class LoadedVan:
     source: WeightsSource
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A weights file on this machine and what stood beside it."""
-
-    path: Path
-    sha256: str
-    repo_id: str | None = None
-    config: Mapping[str, Any] | None = None
-    processor: Mapping[str, Any] | None = None
-    notes: tuple[str, ...] = ()
 
 
 def load_van(
@@ -155,8 +130,16 @@ def load_van(
     if variant is not None and weights is None:
         found = _public(variant, offline, expect_sha256, progress)
     else:
-        found = _find(weights or spec, offline, expect_sha256, progress)
+        found = find_weights(weights or spec, offline, expect_sha256, progress)
     return _load(spec, variant, found, container)
+
+
+def _digest_asked_for(digest: str | None) -> str | None:
+    if digest is None or re.fullmatch("[0-9a-fA-F]{64}", digest):
+        return digest.lower() if digest else None
+    raise UsageError(
+        f"'{digest}' is no SHA-256.", "Give all 64 hexadecimal digits, as `sha256sum` prints them."
+    )
 
 
 def _is_place(word: str) -> bool:
@@ -168,14 +151,6 @@ def _is_place(word: str) -> bool:
     return lowered.replace("-", "_") not in known and Path(word).exists()
 
 
-def _digest_asked_for(digest: str | None) -> str | None:
-    if digest is None or re.fullmatch("[0-9a-fA-F]{64}", digest):
-        return digest.lower() if digest else None
-    raise UsageError(
-        f"'{digest}' is no SHA-256.", "Give all 64 hexadecimal digits, as `sha256sum` prints them."
-    )
-
-
 # --- where the weights come from -----------------------------------------------------------
 
 
@@ -183,7 +158,7 @@ def _embedded(expect_sha256: str | None) -> LoadedVan:
     """Load the network inside the package, which says everything about itself."""
     from van_deploy.model.embedded import embedded_files
 
-    found = _on_disk(embedded_files().weights, expect_sha256)
+    found = on_disk(embedded_files().weights, expect_sha256)
     loaded = _load(EMBEDDED, None, found, None)
     source = replace(loaded.source, format="embedded")
     return replace(loaded, name=EMBEDDED, source=source)
@@ -210,85 +185,21 @@ def _random(variant: Variant, spec: str, seed: int, expect_sha256: str | None) -
 
 def _public(
     variant: Variant, offline: bool, expect_sha256: str | None, progress: Progress | None
-) -> _Found:
+) -> Found:
     if variant.weights is None:
         raise UsageError(
             f"{variant.name} has no public ImageNet-1K weights on the hub.",
             f"{variant.weights_note[:1].upper()}{variant.weights_note[1:]}.",
         )
-    return _from_hub(
+    return from_hub(
         variant.weights.repo_id, variant.weights.filename, offline, expect_sha256, progress
     )
-
-
-def _find(word: str, offline: bool, expect_sha256: str | None, progress: Progress | None) -> _Found:
-    path = Path(word).expanduser()
-    if path.is_dir():
-        return _in_folder(path, expect_sha256)
-    repo = _REPO.fullmatch(word)
-    is_file = path.exists() or (word.lower().endswith(SUFFIXES) and not (repo and repo["file"]))
-    if is_file or word.startswith((".", "/", "~")):
-        return _on_disk(path, expect_sha256)
-    if repo is None:
-        raise UsageError(
-            f"'{word}' is neither a file that is here, nor a repository, nor 'random'.",
-            "Give a path, a Hugging Face repository (owner/name), or random.",
-        )
-    return _from_hub(repo["repo"], repo["file"], offline, expect_sha256, progress)
-
-
-def _from_hub(
-    repo_id: str,
-    filename: str | None,
-    offline: bool,
-    expect_sha256: str | None,
-    progress: Progress | None,
-) -> _Found:
-    got = fetch_weights(
-        repo_id, filename, offline=offline, expect_sha256=expect_sha256, progress=progress
-    )
-    notes = (*got.notes, *((LICENCE,) if is_official(repo_id) else ()))
-    return _Found(got.path, got.sha256, repo_id, got.config, got.preprocessor, notes)
-
-
-def _on_disk(path: Path, expect_sha256: str | None) -> _Found:
-    try:
-        digest = sha256_of_file(path)
-    except OSError:
-        digest = ""  # read_weights says what is wrong
-    _check_expected(str(path), digest, expect_sha256 if digest else None)
-    promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)  # torch.hub's and OpenMMLab's way
-    notes: tuple[str, ...] = ()
-    if promised and digest and not digest.startswith(promised[1]):
-        notes = (
-            f"the file's name promises a SHA-256 that begins with {promised[1]}, but it is "
-            f"{digest[:8]}…: it is not the published file, or it is damaged",
-        )
-    return _Found(path, digest, notes=notes)
-
-
-def _in_folder(folder: Path, expect_sha256: str | None) -> _Found:
-    names = [p.relative_to(folder).as_posix() for p in folder.iterdir() if p.is_file()]
-    found = _on_disk(folder / choose_file(names, str(folder)), expect_sha256)
-    config, processor = (
-        read_json(folder / name) if name in names else None for name in (CONFIG, PREPROCESSOR)
-    )
-    return replace(found, config=config, processor=processor)
-
-
-def _check_expected(what: str, digest: str, expected: str | None) -> None:
-    if expected is not None and digest != expected:
-        raise DownloadError(
-            f"{what} is not the file that was asked for: its SHA-256 is {digest}, "
-            f"the expected one {expected}.",
-            "Check the expected digest, or get the file again.",
-        )
 
 
 # --- from a file to a network --------------------------------------------------------------
 
 
-def _load(spec: str, variant: Variant | None, found: _Found, container: str | None) -> LoadedVan:
+def _load(spec: str, variant: Variant | None, found: Found, container: str | None) -> LoadedVan:
     file = read_weights(found.path, container=container)
     state = official_state(file.tensors)
     eps = layer_norm_eps_from(found.config)
@@ -368,7 +279,7 @@ def _imagenet_names() -> tuple[str, ...]:
 
 def _name(spec: str) -> str:
     """Return a name for a bundle, from a path or a repository."""
-    path = Path(spec.partition(":")[0] if _REPO.fullmatch(spec) else spec)
+    path = Path(spec.partition(":")[0] if REPO.fullmatch(spec) else spec)
     stem = path.name
     while stem.lower().endswith(SUFFIXES):
         stem = Path(stem).stem

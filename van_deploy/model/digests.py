@@ -1,4 +1,4 @@
-"""The memory of downloads: the digest of each file when it first came.
+"""Where downloads are kept, and the memory of each one's digest when it first came.
 
 One small JSON a file, in ``$VAN_DEPLOY_CACHE``, else in the user's cache
 folder. A file that comes with another digest later is refused.
@@ -43,6 +43,16 @@ def user_cache() -> Path:
     except (KeyError, OSError):
         user = str(os.getuid()) if hasattr(os, "getuid") else "user"
     return Path(tempfile.gettempdir()) / f"cache-{user}"
+
+
+def hub_cache() -> Path:
+    """Return the hub's cache folder, as ``huggingface_hub`` would choose it now."""
+    if cache := os.environ.get("HF_HUB_CACHE"):
+        return Path(os.path.expandvars(cache)).expanduser()
+    if home := os.environ.get("HF_HOME"):
+        return Path(os.path.expandvars(home)).expanduser() / "hub"
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else user_cache()) / "huggingface" / "hub"
 
 
 def check_digest(repo_id: str, filename: str, sha256: str) -> str:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
-from van_deploy.model.digests import check_digest, user_cache
+from van_deploy.model.digests import check_digest, hub_cache
+from van_deploy.model.hub_errors import clear_errors, not_cached
 from van_deploy.model.variants import HubFile, Variant, variant_named
 
 if TYPE_CHECKING:
@@ -62,16 +62,6 @@ class HubWeights:
     config: Mapping[str, Any] | None
     preprocessor: Mapping[str, Any] | None
     notes: tuple[str, ...]
-
-
-def hub_cache() -> Path:
-    """Return the hub's cache folder, as ``huggingface_hub`` would choose it now."""
-    if cache := os.environ.get("HF_HUB_CACHE"):
-        return Path(os.path.expandvars(cache)).expanduser()
-    if home := os.environ.get("HF_HOME"):
-        return Path(os.path.expandvars(home)).expanduser() / "hub"
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else user_cache()) / "huggingface" / "hub"
 
 
 def locate_weights(variant: str | Variant) -> Path | None:
@@ -183,13 +173,13 @@ def _snapshot(repo_id: str) -> Path | None:
 
 def _list_files(repo_id: str, *, offline: bool) -> list[str]:
     if not offline:
-        with _clear_errors(repo_id, None):
+        with clear_errors(repo_id, None):
             info = _api().model_info(repo_id)
             return [sibling.rfilename for sibling in info.siblings or ()]
     snapshot = _snapshot(repo_id)
     files = [p for p in snapshot.rglob("*") if p.is_file()] if snapshot else []
     if snapshot is None or not files:
-        raise _not_cached(repo_id, None)
+        raise not_cached(repo_id, None)
     return [path.relative_to(snapshot).as_posix() for path in files]
 
 
@@ -198,9 +188,10 @@ def _download(repo_id: str, name: str, *, offline: bool, progress: Progress | No
 
     endpoint = os.environ.get("HF_ENDPOINT") or None
     snapshot = _snapshot(repo_id)
-    with _clear_errors(repo_id, name):
+    with clear_errors(repo_id, name):
         if not offline and not (snapshot and (snapshot / name).exists()):
-            # Asked once, so that no network is told at once: hf_hub_download of hub 2.4 retries for 23 s.
+            # Asked once, so that a dead network is told at once: hf_hub_download (2.4) repeats
+            # its question for 23 s.
             get_hf_file_metadata(hf_hub_url(repo_id, name, endpoint=endpoint), endpoint=endpoint)
         path = hf_hub_download(
             repo_id,
@@ -255,64 +246,3 @@ def _checked_digest(path: Path, file: HubFile, expected: str | None) -> str:
             "Check the expected digest, or the mirror in HF_ENDPOINT if one is set.",
         )
     return digest
-
-
-def _not_cached(repo_id: str, name: str | None) -> DownloadError:
-    what = f"{repo_id}/{name}" if name else repo_id
-    return DownloadError(
-        f"{what} is not in the cache ({hub_cache()}), and this is offline.",
-        "Run once without --offline, or pass a file with --weights FILE.",
-    )
-
-
-@contextmanager
-def _clear_errors(repo_id: str, name: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a DownloadError that says what to do."""
-    from huggingface_hub import errors
-
-    what = f"{repo_id}/{name}" if name else repo_id
-    here = f" ({os.environ['HF_ENDPOINT']})" if os.environ.get("HF_ENDPOINT") else ""
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise DownloadError(
-            f"{repo_id} is gated: its owners must let you in.",
-            "Ask for access on its page, then log in with `hf auth login` or set HF_TOKEN.",
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise DownloadError(
-            f"There is no repository {repo_id} on the hub{here}, or it is private.",
-            "Check the name; for a private one, log in with `hf auth login` or set HF_TOKEN. "
-            f"(There is no file {repo_id} here either.)",
-        ) from None
-    except errors.LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, errors.OfflineModeIsEnabled) or error.__cause__ is None:
-            raise _not_cached(repo_id, name) from None
-        raise _unreachable(what, here, error.__cause__) from None
-    except errors.EntryNotFoundError:
-        raise DownloadError(
-            f"The repository {repo_id} has no file {name}.",
-            f"See https://huggingface.co/{repo_id}/tree/main for what it has.",
-        ) from None
-    except errors.HFValidationError as error:
-        raise UsageError(
-            f"'{repo_id}' is no repository: {error}", "Repositories are owner/name."
-        ) from None
-    except errors.OfflineModeIsEnabled:
-        raise _not_cached(repo_id, name) from None
-    except Exception as error:
-        raise _unreachable(what, here, error) from None
-
-
-def _unreachable(what: str, here: str, error: BaseException) -> DownloadError:
-    first = str(error).strip().splitlines()
-    reason = first[0].rstrip(".") if first else type(error).__name__
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        reason = f"{error.strerror}: {error.filename}"
-    elif isinstance(error, OSError) and error.strerror:
-        reason = error.strerror
-    return DownloadError(
-        f"{what} could not be downloaded{here}: {reason}.",
-        "Check the network, the room on the disk, and HF_ENDPOINT if a mirror is set; or "
-        "download the file elsewhere and pass it with --weights FILE.",
-    )
