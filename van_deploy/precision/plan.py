@@ -63,8 +63,7 @@ class ConvPlan:
     def dequantized_weight(self) -> FloatArray:
         """The weights the quantised convolution really multiplies with, float32."""
         shape = (-1,) + (1,) * (self.weight.ndim - 1)
-        product = self.weight.astype(np.float32) * self.weight_scale.reshape(shape)
-        return product.astype(np.float32)
+        return np.multiply(self.weight, self.weight_scale.reshape(shape), dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""How often every magnitude occurred, in memory that does not grow with the data.
+
+A bin is the sign, the exponent and the first :data:`MANTISSA_BITS` mantissa bits
+of a float32: bins are equally wide in proportion (0.1 to 0.2 %), every range fits
+without being known beforehand, and nothing is ever binned again. Filling one is
+a shift and a count, so every value of every image is counted, never a sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "BINS",
+    "LARGEST_EXPONENT",
+    "MANTISSA_BITS",
+    "SMALLEST_EXPONENT",
+    "Histogram",
+    "bin_centres",
+    "bin_edges",
+]
+
+MANTISSA_BITS = 9
+SMALLEST_EXPONENT = -24
+"""Magnitudes below 2^-24, the smallest FP16 number, share one bin."""
+
+LARGEST_EXPONENT = 40
+"""Magnitudes from 2^40 on share the last bin; the exact extremes are kept beside the bins."""
+
+BINS = (LARGEST_EXPONENT - SMALLEST_EXPONENT) << MANTISSA_BITS
+"""Bins of one sign, 32768; with counts of 8 bytes both signs take half a MiB."""
+
+_SHIFT = 23 - MANTISSA_BITS
+_FIRST = (SMALLEST_EXPONENT + 127) << MANTISSA_BITS  # 127: the exponent's bias in a float32
+_SIGN = 1 << (8 + MANTISSA_BITS)
+_CHUNK = 1 << 20  # values binned at a time: 8 MiB of indices
+
+Counts = npt.NDArray[np.int64]
+Values = npt.NDArray[np.float32]
+
+
+def bin_edges() -> npt.NDArray[np.float64]:
+    """Return the ``BINS + 1`` magnitudes between which the bins lie, in rising order."""
+    index = np.arange(BINS + 1) + _FIRST
+    return np.asarray(np.ldexp(1.0 + _fraction(index), _exponent(index)), dtype=np.float64)
+
+
+def bin_centres() -> npt.NDArray[np.float64]:
+    """Return the magnitude in the middle of each bin, ``(BINS,)``."""
+    edges = bin_edges()
+    return np.asarray((edges[:-1] + edges[1:]) / 2)
+
+
+@dataclass
+class Histogram:
+    """Counts of float32 values by sign and magnitude, and their exact extremes.
+
+    Attributes:
+        positive: ``(BINS,)`` counts of positive values.
+        negative: ``(BINS,)`` counts of negative values, by magnitude.
+        tiny: values of magnitude below ``2 ** SMALLEST_EXPONENT``, zeros included.
+        minimum: smallest value.
+        maximum: largest value.
+    """
+
+    positive: Counts = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    negative: Counts = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    tiny: int = 0
+    minimum: float = np.inf
+    maximum: float = -np.inf
+
+    @property
+    def count(self) -> int:
+        """How many values were counted."""
+        return self.tiny + int(self.positive.sum()) + int(self.negative.sum())
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude, exactly; 0 where nothing was counted."""
+        return max(self.maximum, -self.minimum, 0.0)
+
+    @property
+    def magnitudes(self) -> Counts:
+        """Counts of both signs, ``(BINS,)``."""
+        return self.positive + self.negative
+
+    def add_(self, values: Values) -> None:
+        """Count every one of ``values``, an array of any shape without NaN."""
+        flat = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
+        if not flat.size:
+            return
+        self.minimum = min(self.minimum, float(flat.min()))
+        self.maximum = max(self.maximum, float(flat.max()))
+        bits = flat.view(np.uint32)
+        index = np.empty(min(_CHUNK, flat.size), np.intp)
+        for start in range(0, flat.size, _CHUNK):
+            piece = bits[start : start + _CHUNK]
+            part = index[: piece.size]
+            np.right_shift(piece, _SHIFT, out=part, casting="unsafe")
+            counts = np.bincount(part, minlength=2 * _SIGN)
+            self._add_counts_(counts[:_SIGN], self.positive)
+            self._add_counts_(counts[_SIGN:], self.negative)
+
+    def _add_counts_(self, counts: npt.NDArray[Any], target: Counts) -> None:
+        last = _FIRST + BINS
+        self.tiny += int(counts[:_FIRST].sum())
+        target += counts[_FIRST:last]
+        target[-1] += counts[last:].sum()
+
+    def merged(self, other: Histogram) -> Histogram:
+        """Return the histogram of both sets of values."""
+        return Histogram(
+            positive=self.positive + other.positive,
+            negative=self.negative + other.negative,
+            tiny=self.tiny + other.tiny,
+            minimum=min(self.minimum, other.minimum),
+            maximum=max(self.maximum, other.maximum),
+        )
+
+    def magnitude_at(self, share: float) -> float:
+        """Return the magnitude that ``share`` (0..1) of all values do not exceed.
+
+        The bin's upper edge, so that it errs on the covering side, but never
+        more than :attr:`largest`.
+        """
+        rising = self.tiny + np.cumsum(self.magnitudes)
+        if not rising[-1] or share * rising[-1] <= self.tiny:
+            return 0.0
+        index = int(np.searchsorted(rising, share * rising[-1]))
+        return min(float(bin_edges()[index + 1]), self.largest)
+
+    def share_below(self, magnitude: float) -> float:
+        """Return which share of the values has a magnitude below ``magnitude``, zeros included."""
+        whole = int(np.searchsorted(bin_edges(), magnitude, side="right")) - 1
+        below = self.tiny + int(self.magnitudes[: max(whole, 0)].sum())
+        return below / max(self.count, 1)
+
+
+def _fraction(index: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    return np.asarray((index & ((1 << MANTISSA_BITS) - 1)) / float(1 << MANTISSA_BITS))
+
+
+def _exponent(index: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.asarray((index >> MANTISSA_BITS) - 127)

@@ -1,0 +1,313 @@
+"""The range of every tensor on real images, in one pass over them.
+
+One ONNX Runtime session gives every tensor of a batch at once; each goes into
+its fixed-size record and is dropped. The memory needed is that of one batch
+and of the records, whatever the number of images.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, TensorProto, helper
+
+from van_deploy.errors import ConversionError, ImageError
+from van_deploy.precision.histogram import Histogram
+from van_deploy.precision.plan import weighted_nodes
+from van_deploy.runners.onnxruntime import require_onnxruntime
+
+__all__ = [
+    "Ranges",
+    "TensorRange",
+    "float_tensors",
+    "ranges_from_file",
+    "ranges_summary",
+    "record_ranges",
+    "with_outputs",
+    "write_ranges",
+]
+
+FP16_SMALLEST_NORMAL = 2.0**-14
+FP16_SMALLEST = 2.0**-25  # rounds to the smallest FP16 number; below it, to zero
+
+Images = npt.NDArray[np.float32]
+
+
+@dataclass
+class TensorRange:
+    """What one tensor's values were, over every image.
+
+    Attributes:
+        minimum: smallest value.
+        maximum: largest value.
+        images: how many images were seen.
+        mean_minimum: mean over the images of each one's smallest value.
+        mean_maximum: mean over the images of each one's largest value.
+        smallest: smallest magnitude that is not zero; ``inf`` if all are.
+        count: how many values.
+        subnormal: how many non-zero values are below FP16's normal numbers (6.1e-5).
+        vanishing: how many non-zero values FP16 rounds to zero.
+        histogram: of all values, for the tensors it was asked for.
+    """
+
+    minimum: float = np.inf
+    maximum: float = -np.inf
+    images: int = 0
+    mean_minimum: float = 0.0
+    mean_maximum: float = 0.0
+    smallest: float = np.inf
+    count: int = 0
+    subnormal: int = 0
+    vanishing: int = 0
+    histogram: Histogram | None = None
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude; 0 where nothing was seen."""
+        return max(self.maximum, -self.minimum, 0.0)
+
+    def add_(self, values: npt.NDArray[np.float32]) -> None:
+        """Take in one batch ``(N, ...)``."""
+        rows = values.reshape(len(values), -1)
+        low, high = rows.min(axis=1), rows.max(axis=1)
+        self.minimum = min(self.minimum, float(low.min()))
+        self.maximum = max(self.maximum, float(high.max()))
+        before, self.images = self.images, self.images + len(rows)
+        self.mean_minimum = (self.mean_minimum * before + float(low.sum())) / self.images
+        self.mean_maximum = (self.mean_maximum * before + float(high.sum())) / self.images
+        self.count += values.size
+        self._add_small_(rows)
+        if self.histogram is not None:
+            self.histogram.add_(values)
+
+    def _add_small_(self, rows: npt.NDArray[np.float32]) -> None:
+        magnitude = np.abs(rows)
+        small = magnitude[magnitude < FP16_SMALLEST_NORMAL]
+        small = small[small > 0]
+        self.subnormal += small.size
+        self.vanishing += int(np.count_nonzero(small <= FP16_SMALLEST))
+        if small.size:
+            self.smallest = min(self.smallest, float(small.min()))
+        elif self.smallest >= FP16_SMALLEST_NORMAL:
+            least = float(np.min(magnitude, where=magnitude > 0, initial=np.inf))
+            self.smallest = min(self.smallest, least)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The ranges of a graph's tensors on one set of images.
+
+    Attributes:
+        tensors: by name, in the graph's order.
+        images: how many images they were recorded on.
+        facts: where they came from, for ``ranges.json``.
+    """
+
+    tensors: Mapping[str, TensorRange]
+    images: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def float_tensors(model: ModelProto) -> tuple[str, ...]:
+    """Return the names of the input and of every tensor a node makes, in the graph's order."""
+    made = [name for node in model.graph.node for name in node.output if name]
+    return (*(value.name for value in model.graph.input), *made)
+
+
+def with_outputs(model: ModelProto, names: Collection[str]) -> ModelProto:
+    """Return ``model`` with only ``names``, tensors inside it, as its outputs."""
+    observed = ModelProto()
+    observed.CopyFrom(model)
+    del observed.graph.output[:]
+    observed.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names
+    )
+    return observed
+
+
+def record_ranges(
+    model: ModelProto,
+    batches: Iterable[Images],
+    *,
+    histograms: Collection[str] | None = None,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Ranges:
+    """Return the range of every tensor of ``model``, recorded in one pass over ``batches``.
+
+    Args:
+        model: an FP32 graph.
+        batches: normalised images ``(N, C, S, S)`` float32, a batch at a time.
+        histograms: tensors that get a full histogram; by default the inputs of
+            every Conv and Gemm.
+        threads: of ONNX Runtime; None lets it choose.
+        progress: called after each batch with the images seen so far.
+
+    Raises:
+        ImageError: there was no image.
+        ConversionError: a tensor became infinite or NaN.
+    """
+    names = float_tensors(model)
+    wanted = (
+        {node.input[0] for node in weighted_nodes(model).values()}
+        if histograms is None
+        else set(histograms)
+    )
+    records = {
+        name: TensorRange(histogram=Histogram() if name in wanted else None) for name in names
+    }
+    run = _observer(model, names[1:], threads)
+    seen = 0
+    for images in batches:
+        records[names[0]].add_(images)
+        for name, values in zip(names[1:], run(images), strict=True):
+            if not np.isfinite(values.sum(dtype=np.float64)):
+                raise _not_finite(name, values)
+            records[name].add_(values)
+        seen += len(images)
+        if progress is not None:
+            progress(seen)
+    if not seen:
+        raise ImageError(
+            "There is no image to record ranges on.", "Pass a folder with --images DIR."
+        )
+    return Ranges(records, seen)
+
+
+def _observer(
+    model: ModelProto, names: Collection[str], threads: int | None
+) -> Callable[[Images], list[npt.NDArray[np.float32]]]:
+    """Return a function that gives the tensors ``names`` for a batch."""
+    ort = require_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_mem_pattern = False  # the last batch may be smaller
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = ort.InferenceSession(
+        with_outputs(model, names).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+    )
+    source = session.get_inputs()[0].name
+
+    def run(images: Images) -> list[npt.NDArray[np.float32]]:
+        found: list[npt.NDArray[np.float32]] = session.run(list(names), {source: images})
+        return found
+
+    return run
+
+
+def _not_finite(name: str, values: npt.NDArray[np.float32]) -> ConversionError:
+    share = np.count_nonzero(~np.isfinite(values)) / values.size
+    return ConversionError(
+        f"The tensor '{name}' is infinite or NaN on the calibration images "
+        f"({100 * share:.3g} % of its values in one batch).",
+        "Check the weights with `van-deploy inspect`, and the images' preprocessing.",
+    )
+
+
+PERCENTILES = (0.5, 0.99, 0.999, 0.9999, 0.99999)
+
+
+def ranges_summary(ranges: Ranges) -> dict[str, Any]:
+    """Return the ranges as ``ranges.json`` holds them: short numbers, one entry a tensor."""
+    return {
+        "schema": "van-deploy/ranges/1",
+        **ranges.facts,
+        "images": ranges.images,
+        "tensors": {name: _summary(record) for name, record in ranges.tensors.items()},
+    }
+
+
+def _summary(record: TensorRange) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "minimum": _short(record.minimum),
+        "maximum": _short(record.maximum),
+        "mean_minimum": _short(record.mean_minimum),
+        "mean_maximum": _short(record.mean_maximum),
+        "smallest_magnitude": _short(record.smallest) if np.isfinite(record.smallest) else None,
+        "below_fp16_normal": _short(record.subnormal / max(record.count, 1)),
+        "vanish_in_fp16": _short(record.vanishing / max(record.count, 1)),
+    }
+    if record.histogram is not None:
+        entry["magnitude_at"] = {
+            f"{100 * share:g}%": _short(record.histogram.magnitude_at(share))
+            for share in PERCENTILES
+        }
+    return entry
+
+
+def _short(value: float) -> float:
+    """Return ``value`` with six significant digits, so that files can be compared by eye."""
+    return float(f"{value:.6g}")
+
+
+def write_ranges(path: Path, ranges: Ranges) -> None:
+    """Write the whole record to ``path``, a compressed ``.npz``: what a later method needs."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    names = list(ranges.tensors)
+    scalars = ("minimum", "maximum", "mean_minimum", "mean_maximum", "smallest")
+    counts = ("images", "count", "subnormal", "vanishing")
+    for key in scalars:
+        arrays[key] = np.array([getattr(ranges.tensors[n], key) for n in names], np.float64)
+    for key in counts:
+        arrays[key] = np.array([getattr(ranges.tensors[n], key) for n in names], np.int64)
+    for number, name in enumerate(names):
+        histogram = ranges.tensors[name].histogram
+        if histogram is None:
+            continue
+        for sign in ("positive", "negative"):
+            filled = np.flatnonzero(getattr(histogram, sign))
+            arrays[f"{sign}_bins_{number}"] = filled.astype(np.int32)
+            arrays[f"{sign}_counts_{number}"] = getattr(histogram, sign)[filled]
+        arrays[f"tiny_{number}"] = np.array(histogram.tiny, np.int64)
+    header = {"names": names, "images": ranges.images, "facts": dict(ranges.facts)}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def ranges_from_file(path: Path) -> Ranges:
+    """Return the record :func:`write_ranges` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged.
+        KeyError: it lacks a part.
+    """
+    with np.load(path, allow_pickle=False) as stored:
+        header = json.loads(stored["header"].tobytes())
+        tensors = {
+            name: _stored_range(stored, number) for number, name in enumerate(header["names"])
+        }
+    return Ranges(tensors, int(header["images"]), header["facts"])
+
+
+def _stored_range(stored: Any, number: int) -> TensorRange:
+    record = TensorRange(
+        minimum=float(stored["minimum"][number]),
+        maximum=float(stored["maximum"][number]),
+        images=int(stored["images"][number]),
+        mean_minimum=float(stored["mean_minimum"][number]),
+        mean_maximum=float(stored["mean_maximum"][number]),
+        smallest=float(stored["smallest"][number]),
+        count=int(stored["count"][number]),
+        subnormal=int(stored["subnormal"][number]),
+        vanishing=int(stored["vanishing"][number]),
+    )
+    if f"tiny_{number}" in stored:
+        histogram = Histogram(
+            tiny=int(stored[f"tiny_{number}"]), minimum=record.minimum, maximum=record.maximum
+        )
+        for sign in ("positive", "negative"):
+            counts = getattr(histogram, sign)
+            counts[stored[f"{sign}_bins_{number}"]] = stored[f"{sign}_counts_{number}"]
+        record.histogram = histogram
+    return record
