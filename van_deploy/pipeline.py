@@ -11,13 +11,17 @@ from typing import Any
 
 from van_deploy.bundle import Artefact, Bundle, Draft, content_key, writing
 from van_deploy.checks.agreement import AgreementReport, check_agreement
-from van_deploy.checks.sample_images import images_to_check
+from van_deploy.checks.canary import CANARY_FILE, canary_entry, write_canary_picture
+from van_deploy.checks.sample_images import images_to_check, pixels_to_check
 from van_deploy.errors import BundleError, GateFailed, InputError
+from van_deploy.graph.embed import check_embedding
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.graph.simplify import operator_counts, simplify_onnx
+from van_deploy.images import open_image
 from van_deploy.model.checkpoint import LoadedVan, load_van
+from van_deploy.model.pixels import normalised
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.recipe import Recipe
 from van_deploy.runners.base import Images, Logits, run_in_batches
@@ -27,6 +31,7 @@ from van_deploy.runners.onnxruntime import (
     require_onnxruntime,
 )
 from van_deploy.runners.pytorch import TorchRunner
+from van_deploy.serve.embedded import Embedded, embed_artefacts
 
 __all__ = ["ExportResult", "check_batches", "export_bundle", "load_for"]
 
@@ -34,6 +39,7 @@ MODEL_FILE = "model.onnx"
 LABELS_FILE = "labels.txt"
 REFERENCE_BATCH = 8  # images PyTorch sees at a time: enough to be fast, few enough to be lean
 PROOF_IMAGES = 2
+EMBED_PROOF_IMAGES = 8  # the same graph again, with known nodes before it
 
 Progress = Callable[[str], None]
 
@@ -48,6 +54,7 @@ class ExportResult:
         reason: why it was reused or made anew.
         notes: what the user should know about the weights.
         seconds: time of each stage that ran.
+        embedded: the graphs with preprocessing inside that were asked for.
     """
 
     bundle: Bundle
@@ -55,6 +62,7 @@ class ExportResult:
     reason: str
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
+    embedded: tuple[Embedded, ...] = ()
 
 
 class _Clock:
@@ -149,6 +157,7 @@ def export_bundle(
     require_onnxruntime()
     if rewrites is None:
         rewrites = Rewrites() if recipe.export.fold else Rewrites.none()
+    check_embedding(recipe.export.embed_preprocess, recipe.export.outputs)
     clock = _Clock(progress)
     clock.stage("Preparing images")
     batches = check_batches(recipe)
@@ -158,8 +167,10 @@ def export_bundle(
     made_with = _ingredients(loaded, recipe, rewrites, inputs)
     reason = _why_anew(output, made_with, force)
     if not reason:
+        embedded = _embed(output, loaded, recipe, images, clock)
         bundle = Bundle.open(output)
-        return ExportResult(bundle, True, "nothing changed", loaded.source.notes, {})
+        same = "nothing changed"
+        return ExportResult(bundle, True, same, loaded.source.notes, clock.seconds, embedded)
     with writing(output, name=loaded.name) as draft:
         clock.stage("Folding and proving the rewrites")
         fold = fold_van(loaded.model, _tensor(inputs[:PROOF_IMAGES]), rewrites)
@@ -189,10 +200,50 @@ def export_bundle(
         clock.stage(f"Checking agreement at batch {', '.join(map(str, batches))}")
         report = _agreement(draft, expected, inputs, batches, described)
         checks["agreement"] = report.as_dict()
-        clock.stage("")
+        clock.stage("Keeping a canary")
+        canary = _canary(draft, loaded, images)
         _describe(draft, loaded, recipe, checks)
-        _record(draft, loaded, files, made_with, facts)
-    return ExportResult(Bundle.open(output), False, reason, loaded.source.notes, clock.seconds)
+        draft.manifest["canary"] = canary
+        _record(draft, loaded, [*files, CANARY_FILE], made_with, facts)
+    embedded = _embed(output, loaded, recipe, images, clock)
+    bundle = Bundle.open(output)
+    return ExportResult(bundle, False, reason, loaded.source.notes, clock.seconds, embedded)
+
+
+def _canary(draft: Draft, loaded: LoadedVan, images: Path | None) -> dict[str, Any]:
+    """Write the canary and return its entry in the manifest: PyTorch's answer to that file."""
+    path = draft.file(CANARY_FILE)
+    described = write_canary_picture(path, loaded.name, images)
+    tensor = loaded.preprocessing.transform()(open_image(path))
+    with TorchRunner(loaded.model) as original:
+        return canary_entry(path, original.run(tensor.numpy()[None]), described)
+
+
+def _embed(
+    output: Path, loaded: LoadedVan, recipe: Recipe, images: Path | None, clock: _Clock
+) -> tuple[Embedded, ...]:
+    """Make the embedded graphs that the recipe asks for, of every plain graph there is."""
+    settings = recipe.export
+    made: tuple[Embedded, ...] = ()
+    if settings.embeds:
+        clock.stage("Embedding preprocessing, and proving it")
+        batches = [batch for batch in check_batches(recipe) if batch <= EMBED_PROOF_IMAGES]
+        pixels = pixels_to_check(loaded.name, loaded.preprocessing, max(batches), images)
+        with TorchRunner(loaded.model) as original:
+            inputs = normalised(pixels, loaded.preprocessing)
+            expected = run_in_batches(original, inputs, REFERENCE_BATCH)
+        made = tuple(
+            embed_artefacts(
+                Bundle.open(output),
+                pixels,
+                settings.embed_preprocess,
+                settings.outputs,
+                batches=batches,
+                expected=expected,
+            )
+        )
+    clock.stage("")
+    return made
 
 
 def _agreement(
@@ -232,7 +283,11 @@ def _ingredients(
         "preprocessing": loaded.preprocessing.as_dict(),
         "class names": content_key({"names": loaded.class_names}),
         "rewrites": asdict(rewrites),
-        "export": asdict(recipe.export),
+        "export": {
+            name: value
+            for name, value in asdict(recipe.export).items()
+            if name not in {"embed_preprocess", "outputs"}  # these are artefacts of their own
+        },
         "batch": asdict(recipe.batch),
         "images checked": hashlib.sha256(inputs.tobytes()).hexdigest(),
         "code": code_digest(".", "model", "graph", "checks", "images", "runners"),

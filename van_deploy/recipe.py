@@ -77,11 +77,21 @@ class ExportSettings:
         opset: ONNX operator set.
         fold: make the exact rewrites.
         simplify: run onnxsim, and keep its graph if it agrees.
+        embed_preprocess: beside each plain graph, one with preprocessing inside:
+            ``none``, ``normalize`` or ``uint8`` (see :mod:`van_deploy.graph.embed`).
+        outputs: of that graph: some of ``logits``, ``probabilities``, ``top5``.
     """
 
     opset: int = 20
     fold: bool = True
     simplify: bool = True
+    embed_preprocess: str = "none"
+    outputs: tuple[str, ...] = ("logits",)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether a second graph is wanted, with something inside that the plain one lacks."""
+        return self.embed_preprocess != "none" or self.outputs != ("logits",)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from van_deploy.images import (
     sample_pictures,
 )
 from van_deploy.model.embedded import EMBEDDED_NAME, digits_images
+from van_deploy.model.pixels import Pixels, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.base import Images
 
-__all__ = ["images_to_check"]
+__all__ = ["images_to_check", "pixels_to_check"]
 
 
 def images_to_check(
@@ -37,13 +38,23 @@ def images_to_check(
     Raises:
         ImageError: the folder holds no image that can be read.
     """
-    if folder is not None:
-        samples = _of_folder(folder, count)
-    elif name == EMBEDDED_NAME:
-        samples = _digits(count)
-    else:
-        samples = sample_pictures()
+    samples = _samples(name, count, folder)
     return sample_batch(count, preprocessing.transform(), samples), samples.description
+
+
+def pixels_to_check(
+    name: str, preprocessing: Preprocessing, count: int, folder: Path | None = None
+) -> Pixels:
+    """Return the same pictures as bytes ``(count, S, S, C)``, before normalisation."""
+    samples = _samples(name, count, folder)
+    values = sample_batch(count, lambda image: pixels_from_image(image, preprocessing), samples)
+    return values.astype(np.uint8)
+
+
+def _samples(name: str, count: int, folder: Path | None) -> Samples:
+    if folder is not None:
+        return _of_folder(folder, count)
+    return _digits(count) if name == EMBEDDED_NAME else sample_pictures()
 
 
 def _of_folder(folder: Path, count: int) -> Samples:

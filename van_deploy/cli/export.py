@@ -95,6 +95,21 @@ def export(
         bool,
         typer.Option("--simplify/--no-simplify", help="Run onnxsim.", rich_help_panel=GRAPH),
     ] = True,
+    embed_preprocess: Annotated[
+        str,
+        typer.Option(
+            help="Also write graphs that take pixels: uint8 (N,H,W,3) bytes, normalize "
+            "(N,3,H,W) floats in 0..1, or none, the default.",
+            rich_help_panel=GRAPH,
+        ),
+    ] = "",
+    outputs: Annotated[
+        str,
+        typer.Option(
+            help="What those graphs give: some of logits,probabilities,top5; logits by default.",
+            rich_help_panel=GRAPH,
+        ),
+    ] = "",
     force: Annotated[
         bool, typer.Option("--force", help="Make it anew even if nothing changed.")
     ] = False,
@@ -123,6 +138,8 @@ def export(
             opset=opset,
             fold=None if fold else False,
             simplify=None if simplify else False,
+            embed_preprocess=embed_preprocess or None,
+            outputs=tuple(outputs.split(",")) if outputs else None,
         ),
     )
     if batch:
@@ -207,6 +224,7 @@ def _plain(result: ExportResult) -> dict[str, Any]:
         "reused": result.reused,
         "reason": result.reason,
         "seconds": dict(result.seconds),
+        "embedded": list(result.embedded),
         "manifest": dict(result.bundle.manifest),
     }
 
@@ -217,6 +235,7 @@ def _table(result: ExportResult) -> RenderableType:
     from van_deploy.report.bundle_view import (
         agreement_table,
         artefacts_table,
+        embedded_table,
         model_facts,
         proofs_table,
     )
@@ -230,5 +249,6 @@ def _table(result: ExportResult) -> RenderableType:
         proofs_table(manifest["checks"]),
         agreement_table(manifest["checks"]["agreement"]),
         artefacts_table(manifest, result.bundle.sizes()),
+        embedded_table(result.embedded) if result.embedded else None,
         Text(f"{word} the bundle {result.bundle.path}{took} ({result.reason})."),
     )

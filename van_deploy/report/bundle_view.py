@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -17,10 +17,12 @@ from van_deploy.report.tables import (
     stack,
     verdict,
 )
+from van_deploy.serve.embedded import Embedded
 
 __all__ = [
     "agreement_table",
     "artefacts_table",
+    "embedded_table",
     "model_facts",
     "preprocessing_text",
     "proofs_table",
@@ -145,6 +147,26 @@ def artefacts_table(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Re
         for name, entry in manifest["artefacts"].items()
     )
     return stack(rows_table(columns, rows))
+
+
+def embedded_table(embedded: Sequence[Embedded]) -> RenderableType:
+    """Return one line a graph with preprocessing inside: how far it is from its plain one."""
+    return checks_table(_embedded(item) for item in embedded)
+
+
+def _embedded(item: Embedded) -> dict[str, object]:
+    if item.agreement is None:
+        return {"name": item.name, "outcome": "reused", "detail": f"nothing changed in {item.base}"}
+    rows = item.agreement["batches"]
+    plain = max(row["plain"] for row in rows)
+    pytorch = [row["pytorch"] for row in rows if "pytorch" in row]
+    against = f", {max(pytorch):.1e} from PyTorch" if pytorch else ""
+    sizes = ", ".join(str(row["batch"]) for row in rows)
+    return {
+        "name": item.name,
+        "outcome": True,
+        "detail": f"relative difference {plain:.1e} from {item.base}{against}, at batch {sizes}",
+    }
 
 
 def _seed(weights: Mapping[str, Any]) -> str:

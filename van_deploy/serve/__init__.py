@@ -1,0 +1,1 @@
+"""From a bundle to something that answers: prediction, Triton's files, a small server."""
