@@ -1,0 +1,273 @@
+"""TensorRT 10, TensorRT 11 and TensorRT for RTX behind one face.
+
+Nothing outside this module asks which of them it has in hand: what differs is an
+attribute of :class:`Backend` or one of its methods. Every name of the bindings
+used anywhere in this package is listed in :data:`NAMES`, and a test compares that
+list with the bindings of 10.16, 11.4 and RTX 1.7.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from van_deploy.engine.options import BuildOptions, HardwareCompatibility, Profiling
+from van_deploy.environment.packages import installed_distributions, pip_command
+from van_deploy.errors import MissingDependency, UsageError
+
+__all__ = [
+    "BACKENDS",
+    "NAMES",
+    "RTX",
+    "RTX_TARGETS",
+    "TENSORRT",
+    "Backend",
+    "backend_named",
+    "choose_backend",
+]
+
+TENSORRT = "tensorrt"
+RTX = "tensorrt-rtx"
+
+RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+"""What TensorRT for RTX 1.7 can build for: the members of its ``ComputeCapability``."""
+
+COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
+    "": ("Builder", "DataType", "ILogger", "IProgressMonitor", "OnnxParser", "Runtime"),
+    "Builder": (
+        *("build_serialized_network", "create_builder_config", "create_network"),
+        "create_optimization_profile",
+    ),
+    "BuilderFlag": ("REFIT", "STRIP_PLAN", "TF32", "VERSION_COMPATIBLE"),
+    "DataType": ("FLOAT", "HALF", "INT8", "INT32", "INT64", "BOOL"),
+    "EngineInspector": ("get_engine_information",),
+    "HardwareCompatibilityLevel": ("AMPERE_PLUS", "NONE", "SAME_COMPUTE_CAPABILITY"),
+    "IBuilderConfig": (
+        *("add_optimization_profile", "builder_optimization_level", "clear_flag"),
+        *("create_timing_cache", "get_memory_pool_limit", "hardware_compatibility_level"),
+        *("profiling_verbosity", "progress_monitor", "set_flag", "set_memory_pool_limit"),
+        "set_timing_cache",
+    ),
+    "ICudaEngine": (
+        *("create_engine_inspector", "create_execution_context", "device_memory_size_v2"),
+        *("get_tensor_dtype", "get_tensor_mode", "get_tensor_name", "get_tensor_profile_shape"),
+        *("get_tensor_shape", "num_io_tensors", "num_layers", "num_optimization_profiles"),
+    ),
+    "IExecutionContext": (
+        *("execute_async_v3", "get_tensor_shape", "infer_shapes", "set_input_shape"),
+        *("set_optimization_profile_async", "set_tensor_address"),
+    ),
+    "IHostMemory": ("nbytes",),
+    "ILogger": ("Severity", "log"),
+    "INetworkDefinition": ("get_input", "get_output", "num_inputs", "num_layers", "num_outputs"),
+    "IOptimizationProfile": ("set_shape",),
+    "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
+    "ITensor": ("dtype", "name", "shape"),
+    "ITimingCache": ("combine", "serialize"),
+    "LayerInformationFormat": ("JSON",),
+    "MemoryPoolType": ("WORKSPACE",),
+    "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
+    "OnnxParser": ("get_error", "num_errors", "parse"),
+    "ParserError": ("code", "desc", "node_name", "node_operator"),
+    "ProfilingVerbosity": ("DETAILED", "LAYER_NAMES_ONLY", "NONE"),
+    "Runtime": ("deserialize_cuda_engine", "engine_host_code_allowed"),
+    "TensorIOMode": ("INPUT", "OUTPUT"),
+}
+RTX_NAMES: Mapping[str, tuple[str, ...]] = {
+    "ComputeCapability": tuple(name.replace("sm_", "SM") for name in RTX_TARGETS),
+    "CudaGraphStrategy": ("DISABLED", "WHOLE_GRAPH_CAPTURE"),
+    "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
+    "ICudaEngine": ("create_runtime_config",),
+    "IRuntimeCache": ("deserialize", "serialize"),
+    "IRuntimeConfig": ("create_runtime_cache", "cuda_graph_strategy", "set_runtime_cache"),
+    "Runtime": ("get_engine_validity",),
+}
+NAMES: Mapping[str, tuple[Mapping[str, tuple[str, ...]], ...]] = {
+    TENSORRT: (COMMON_NAMES,),
+    RTX: (COMMON_NAMES, RTX_NAMES),
+}
+"""The bindings' names this package uses, by back end: class, then members ("" for the module)."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One TensorRT, loaded.
+
+    Attributes:
+        name: ``tensorrt`` or ``tensorrt-rtx``.
+        title: how messages call it.
+        tag: how file names call it.
+        version: all four numbers, such as ``1.7.1.116``.
+        cuda: the major version of CUDA it was made for, or None if its package does not say.
+        module: the bindings.
+    """
+
+    name: str
+    title: str
+    tag: str
+    version: str
+    cuda: int | None
+    module: Any
+
+    @property
+    def release(self) -> str:
+        """The version people speak of: three numbers."""
+        return release_of(self.version)
+
+    @property
+    def label(self) -> str:
+        """Title and release, such as ``TensorRT for RTX 1.7.1``."""
+        return f"{self.title} {self.release}"
+
+    @property
+    def builds_for_absent_gpus(self) -> bool:
+        """Whether targets are chosen rather than found in the machine."""
+        return self.name == RTX
+
+    @property
+    def has_timing_cache(self) -> bool:
+        """Whether a timing cache does anything."""
+        return self.name == TENSORRT
+
+    def network_flags(self) -> int:
+        """Return the flags of ``create_network``: strongly typed, needed on 10, ignored on 11."""
+        return 1 << int(self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+    def configure_(self, config: Any, options: BuildOptions) -> None:
+        """Set everything of ``options`` but the profiles on a builder's configuration."""
+        trt = self.module
+        if options.workspace_bytes is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        config.profiling_verbosity = {
+            Profiling.NONE: trt.ProfilingVerbosity.NONE,
+            Profiling.LAYER_NAMES_ONLY: trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
+            Profiling.DETAILED: trt.ProfilingVerbosity.DETAILED,
+        }[options.profiling]
+        flags = trt.BuilderFlag
+        if options.tf32:
+            config.set_flag(flags.TF32)
+        else:
+            config.clear_flag(flags.TF32)
+        for wanted, flag in (
+            (options.version_compatible, flags.VERSION_COMPATIBLE),
+            (options.strip_weights, flags.STRIP_PLAN),
+            (options.refit, flags.REFIT),
+        ):
+            if wanted:
+                config.set_flag(flag)
+        if options.hardware_compatibility is not HardwareCompatibility.NONE:
+            name = options.hardware_compatibility.name
+            level = getattr(trt.HardwareCompatibilityLevel, name)
+            config.hardware_compatibility_level = level
+        if self.builds_for_absent_gpus:
+            self._set_targets_(config, options.targets)
+
+    def _set_targets_(self, config: Any, targets: tuple[str, ...]) -> None:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            capability = getattr(self.module.ComputeCapability, target.replace("sm_", "SM"))
+            config.set_compute_capability(capability, index)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is known of a back end before it is loaded."""
+
+    title: str
+    tag: str
+    module: str
+    distributions: tuple[str, ...]
+    install: str
+
+
+BACKENDS: Mapping[str, _Kind] = {
+    TENSORRT: _Kind(
+        "TensorRT",
+        "trt",
+        "tensorrt",
+        ("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
+        "tensorrt",
+    ),
+    RTX: _Kind(
+        "TensorRT for RTX",
+        "rtx",
+        "tensorrt_rtx",
+        ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+        "tensorrt-rtx-cu13",
+    ),
+}
+
+
+def release_of(version: str) -> str:
+    """Return the first three numbers of a version.
+
+    >>> release_of("1.7.1.116")
+    '1.7.1'
+    """
+    return ".".join(version.split(".")[:3])
+
+
+def backend_named(name: str) -> Backend:
+    """Return the back end called ``name``, loaded.
+
+    Raises:
+        UsageError: there is no back end of that name.
+        MissingDependency: it is not installed, or its libraries do not load.
+    """
+    if name not in BACKENDS:
+        raise UsageError(
+            f"There is no back end '{name}'.", f"Choose one of: {', '.join(BACKENDS)}."
+        )
+    kind = BACKENDS[name]
+    install = f"`{pip_command()} install {kind.install}`"
+    try:
+        module = importlib.import_module(kind.module)
+    except ModuleNotFoundError as error:
+        raise MissingDependency(
+            f"{kind.title} is not installed ({error}).", f"Install it with {install}."
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MissingDependency(
+            f"{kind.title} is installed but does not load: {error}.",
+            f"A library of it is missing or too old: reinstall it with {install}, and see "
+            "`van-deploy doctor` for packages of two CUDA versions.",
+        ) from error
+    distributions = installed_distributions()
+    found = next((d for d in kind.distributions if d in distributions), "")
+    cuda = int(found[-2:]) if found[-4:-2] == "cu" else None
+    return Backend(name, kind.title, kind.tag, str(module.__version__), cuda, module)
+
+
+def choose_backend(wanted: str, targets: tuple[str, ...], gpu: str | None) -> Backend:
+    """Return the back end to build with.
+
+    ``auto`` takes TensorRT where it is installed and the GPU in this machine is
+    all that is asked for, and TensorRT for RTX, which needs no GPU, otherwise.
+
+    Args:
+        wanted: ``auto``, ``tensorrt`` or ``tensorrt-rtx``.
+        targets: compute capabilities asked for; empty for the GPU present.
+        gpu: the compute capability of the GPU present, or None.
+
+    Raises:
+        MissingDependency: it is not installed.
+        UsageError: there is no back end of that name.
+    """
+    if wanted != "auto":
+        return backend_named(wanted)
+    local = gpu is not None and set(targets) <= {gpu}
+    if not local:
+        if gpu is None and not targets:
+            return backend_named(RTX)
+        unserved = [target for target in targets if target not in RTX_TARGETS]
+        return backend_named(TENSORRT if unserved else RTX)
+    try:
+        return backend_named(TENSORRT)
+    except MissingDependency:
+        if gpu not in RTX_TARGETS:
+            raise
+        return backend_named(RTX)

@@ -1,0 +1,87 @@
+"""What TensorRT says while it works: kept whole, and summarised."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["BuildLog", "memory_facts", "trt_logger", "warnings_summary"]
+
+_MEMORY = {
+    "weights_bytes": re.compile(r"Total Weights Memory: (\d+) bytes"),
+    "activation_bytes": re.compile(r"Total Activation Memory: (\d+) bytes"),
+    "scratch_bytes": re.compile(r"Max Scratch Memory: (\d+) bytes"),
+}
+
+
+@dataclass
+class BuildLog:
+    """Every message, in order.
+
+    Attributes:
+        entries: severity (``INTERNAL_ERROR``, ``ERROR``, ``WARNING``, ``INFO``,
+            ``VERBOSE``) and text.
+    """
+
+    entries: list[tuple[str, str]] = field(default_factory=list)
+
+    def of(self, *severities: str) -> list[str]:
+        """Return the messages of these severities."""
+        return [text for severity, text in self.entries if severity in severities]
+
+    @property
+    def errors(self) -> list[str]:
+        """The errors, each once."""
+        return list(dict.fromkeys(self.of("ERROR", "INTERNAL_ERROR")))
+
+    @property
+    def warnings(self) -> list[str]:
+        """The warnings as they came."""
+        return self.of("WARNING")
+
+    def text(self) -> str:
+        """Return the log as a file holds it: one letter for the severity, then the message."""
+        return "".join(f"[{severity[0]}] {text}\n" for severity, text in self.entries)
+
+
+def trt_logger(trt: Any, log: BuildLog) -> Any:
+    """Return a logger of the bindings ``trt`` that writes into ``log``. Keep it alive."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            log.entries.append((severity.name, text))
+
+    return Logger()
+
+
+def memory_facts(log: BuildLog) -> dict[str, int]:
+    """Return what the builder said about memory on the GPU, in bytes; no GPU is needed.
+
+    ``weights_bytes``, ``activation_bytes`` and ``scratch_bytes`` (part of the
+    activations) at the largest batch.
+    """
+    found: dict[str, int] = {}
+    for text in log.of("INFO", "VERBOSE"):
+        for name, pattern in _MEMORY.items():
+            if match := pattern.search(text):
+                found[name] = max(found.get(name, 0), int(match[1]))
+    return found
+
+
+def warnings_summary(warnings: list[str]) -> Mapping[str, int]:
+    """Return each different warning and how often it came, numbers in it left out.
+
+    >>> dict(warnings_summary(["a.cpp:12: odd 1", "a.cpp:14: odd 2", "other"]))
+    {'odd N': 2, 'other': 1}
+    """
+    summary: dict[str, int] = {}
+    for text in warnings:
+        plain = re.sub(r"^\S+\.cpp:\d+: ", "", text)
+        key = " ".join(re.sub(r"\b\d+(\.\d+)?\b", "N", plain).split())
+        summary[key] = summary.get(key, 0) + 1
+    return summary

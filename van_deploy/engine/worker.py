@@ -1,0 +1,216 @@
+"""The process that holds TensorRT while it builds; started by :mod:`van_deploy.engine.build`.
+
+Why a process of its own: its peak memory is the build's and nothing else's; when
+the system kills it for memory, or TensorRT crashes, the command lives on to say
+so; and nothing of CUDA stays behind in a program that may build many engines.
+
+It works in the folder whose descriptor is its first argument.
+The job is the first line of stdin, as JSON. A second line, or the end of stdin
+(the parent is gone), cancels the build at TensorRT's next step. Events leave as
+JSON lines on the stdout the process was started with; whatever a library prints
+goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from van_deploy.bundle import write_atomic
+from van_deploy.engine import timing_cache
+from van_deploy.engine.backend import Backend, backend_named
+from van_deploy.engine.catalogue import build_failure, parser_failure, parser_problems
+from van_deploy.engine.isolation import addresses_are_fixed
+from van_deploy.engine.log import BuildLog, memory_facts, trt_logger
+from van_deploy.engine.options import BuildOptions
+from van_deploy.errors import VanDeployError
+
+__all__ = ["Cancelled", "build", "main", "peak_memory_bytes"]
+
+Send = Callable[..., None]
+
+
+class Cancelled(Exception):  # noqa: N818 - an outcome, not an error
+    """The build was stopped on request."""
+
+
+def main() -> None:
+    """Build one plan as stdin says, tell stdout about it, and leave.
+
+    The process ends without running destructors: TensorRT for RTX 1.7.1 crashes
+    when some of its objects are released in an order Python may choose.
+    """
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def send(event: str, **facts: Any) -> None:
+        channel.write(json.dumps({"event": event, **facts}) + "\n")
+        channel.flush()
+
+    os.fchdir(int(sys.argv[1]))
+    job = json.loads(sys.stdin.readline())
+    cancelled = threading.Event()
+    threading.Thread(target=_listen, args=(cancelled,), daemon=True).start()
+    try:
+        send("built", **build(job, send, cancelled.is_set))
+    except Cancelled:
+        send("cancelled")
+    except VanDeployError as error:
+        send("failed", kind=type(error).__name__, message=error.message, remedy=error.remedy)
+    except BrokenPipeError:
+        pass  # the parent is gone
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def build(job: Mapping[str, Any], send: Send, is_cancelled: Callable[[], bool]) -> dict[str, Any]:
+    """Return what there is to know about the plan just written to ``job["plan"]``.
+
+    Args:
+        job: ``backend``, ``onnx``, ``plan``, ``log``, ``options``, ``timing_cache``,
+            and ``weights_beside``: the ONNX file's own path if it has external weights.
+        send: told of TensorRT's phases: ``phase``, ``step`` and ``done`` events.
+        is_cancelled: asked at each of TensorRT's steps.
+
+    Raises:
+        Cancelled: ``is_cancelled`` said so.
+        VanDeployError: the file cannot be taken or the plan cannot be built.
+    """
+    backend = backend_named(job["backend"])
+    options = BuildOptions.from_dict(job["options"])
+    log = BuildLog()
+    cache = Path(job["timing_cache"]) if job.get("timing_cache") else None
+    try:
+        return _build(backend, options, job, cache, log, send, is_cancelled)
+    finally:
+        write_atomic(Path(job["log"]), log.text())
+
+
+def _build(
+    backend: Backend,
+    options: BuildOptions,
+    job: Mapping[str, Any],
+    cache: Path | None,
+    log: BuildLog,
+    send: Send,
+    is_cancelled: Callable[[], bool],
+) -> dict[str, Any]:
+    trt = backend.module
+    # No error recorder: without one every error goes to the logger, and with one
+    # RTX 1.7.1 crashes when the parser is released before the network.
+    logger = trt_logger(trt, log)
+    builder = trt.Builder(logger)
+    if builder is None:
+        raise build_failure(backend.label, job["onnx"], log.errors)
+    start = time.perf_counter()
+    network = builder.create_network(backend.network_flags())
+    parser = trt.OnnxParser(network, logger)
+    path = Path(job["onnx"])
+    # Parsed from memory: the file's path would otherwise be in the log and in the heap.
+    if not parser.parse(path.read_bytes(), job.get("weights_beside")):
+        raise parser_failure(backend.label, path.name, parser_problems(parser), log.errors)
+    parsed = time.perf_counter()
+    layers = int(network.num_layers)
+    config = builder.create_builder_config()
+    backend.configure_(config, options)
+    _add_profiles_(builder, network, config, options)
+    monitor = _monitor(trt, send, is_cancelled)
+    config.progress_monitor = monitor
+    held = timing_cache.attach_(config, cache) if cache else None
+    plan = builder.build_serialized_network(network, config)
+    if is_cancelled():
+        raise Cancelled
+    if plan is None:
+        raise build_failure(backend.label, path.name, log.errors)
+    seconds = time.perf_counter() - parsed
+    if cache and held is not None:
+        timing_cache.save(config, held, cache)
+    _write(Path(job["plan"]), plan)
+    return {
+        "inputs": [_tensor(network.get_input(i)) for i in range(network.num_inputs)],
+        "outputs": [_tensor(network.get_output(i)) for i in range(network.num_outputs)],
+        "parser_layers": layers,
+        "parse_seconds": round(parsed - start, 3),
+        "build_seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "workspace_bytes": int(config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)),
+        "device_memory": memory_facts(log),
+        "warnings": log.warnings,
+        "fixed_addresses": addresses_are_fixed(),
+    }
+
+
+def _add_profiles_(builder: Any, network: Any, config: Any, options: BuildOptions) -> None:
+    images = network.get_input(0)
+    rest = tuple(images.shape)[1:]
+    for batch in options.profiles:
+        profile = builder.create_optimization_profile()
+        profile.set_shape(images.name, (batch.min, *rest), (batch.opt, *rest), (batch.max, *rest))
+        config.add_optimization_profile(profile)
+
+
+def _monitor(trt: Any, send: Send, is_cancelled: Callable[[], bool]) -> Any:
+    """Return a progress monitor; TensorRT stops when ``step_complete`` returns False."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            send("phase", name=name, parent=parent, steps=steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            send("step", name=name, step=step + 1)
+            return not is_cancelled()
+
+        def phase_finish(self, name: str) -> None:
+            send("done", name=name)
+
+    return Monitor()
+
+
+def _tensor(tensor: Any) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "shape": [int(size) for size in tensor.shape],
+        "dtype": tensor.dtype.name.lower(),
+    }
+
+
+def _write(path: Path, plan: Any) -> None:
+    with path.open("wb") as file:
+        file.write(memoryview(plan))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process has held.
+
+    From ``VmHWM`` where there is one: ``ru_maxrss`` survives ``exec`` on Linux and
+    would count the program that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _listen(cancelled: threading.Event) -> None:
+    """Wait for one more line of stdin, or its end."""
+    sys.stdin.readline()
+    cancelled.set()
+
+
+if __name__ == "__main__":
+    main()
