@@ -18,12 +18,14 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from van_deploy.errors import ConversionError
 
 __all__ = [
+    "FP16_LARGEST",
     "INT8_LIMIT",
     "SMALLEST_SCALE",
     "ConvPlan",
     "QuantizationPlan",
     "parameters_of",
     "simulate",
+    "storable_scales",
     "weight_scales",
     "weighted_nodes",
 ]
@@ -34,6 +36,8 @@ INT8_LIMIT = 127
 SMALLEST_SCALE = 2.0**-14
 """Smallest normal FP16 number, 6.1e-5. A smaller scale would be denormal or zero as FP16,
 and TensorRT refuses zero; the weights are rounded with the floored scale."""
+
+FP16_LARGEST = 65504.0
 
 Int8Array = npt.NDArray[np.int8]
 FloatArray = npt.NDArray[np.float32]
@@ -104,10 +108,26 @@ def parameters_of(model: ModelProto, node: NodeProto) -> tuple[FloatArray, Float
     return weight, numpy_helper.to_array(stored[node.input[2]]).astype(np.float32)
 
 
-def weight_scales(weight: FloatArray, floor: float = SMALLEST_SCALE) -> FloatArray:
-    """Return each output channel's step ``(O,)``: its largest magnitude over 127, floored."""
-    largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
-    return np.maximum(largest / INT8_LIMIT, floor).astype(np.float32)
+def weight_scales(weight: FloatArray) -> FloatArray:
+    """Return each output channel's step ``(O,)``: its largest magnitude over 127, storable."""
+    return storable_scales(np.abs(weight.reshape(len(weight), -1)).max(axis=1) / INT8_LIMIT)
+
+
+def storable_scales(scales: npt.ArrayLike) -> FloatArray:
+    """Return positive ``scales`` as float32 numbers that FP16 holds exactly.
+
+    Each is rounded up, so that what a scale covered is still covered, and is at
+    least :data:`SMALLEST_SCALE`. Integers rounded with these scales mean the same
+    in a file whose scales are FP16.
+
+    >>> storable_scales([0.0, 0.1]).tolist()
+    [6.103515625e-05, 0.10003662109375]
+    """
+    wanted = np.clip(np.asarray(scales, np.float64), SMALLEST_SCALE, FP16_LARGEST)
+    half = wanted.astype(np.float16)
+    short = half.astype(np.float64) < wanted
+    half = np.where(short, np.nextafter(half, np.float16(np.inf)), half)
+    return np.asarray(half, dtype=np.float32)
 
 
 def simulate(plan: QuantizationPlan) -> ModelProto:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.precision.histogram import Histogram, bin_centres, bin_edges
-from van_deploy.precision.plan import INT8_LIMIT, SMALLEST_SCALE
+from van_deploy.precision.plan import FP16_LARGEST, INT8_LIMIT, SMALLEST_SCALE, storable_scales
 from van_deploy.precision.ranges import TensorRange
 
 __all__ = [
@@ -38,7 +38,6 @@ DEFAULT_PERCENTILE = 0.99999
 """ONNX Runtime's default, 99.999 %."""
 
 UINT8_LIMIT = 255
-LARGEST_SCALE = 65504.0  # of FP16
 _CANDIDATES = 96
 _SMALLEST_CLIP = 1 / 128  # of the largest magnitude, where the search for a clip starts
 
@@ -74,14 +73,13 @@ def symmetric_scale(
     method: Method,
     *,
     percentile: float = DEFAULT_PERCENTILE,
-    floor: float = SMALLEST_SCALE,
 ) -> float:
     """Return the step of symmetric int8: integers -127..127, zero-point 0.
 
-    It is positive and finite, and at least ``floor``.
+    It is positive, finite, and a number that FP16 holds.
     """
     clip = clip_magnitude(record, method, percentile)
-    return min(max(clip / INT8_LIMIT, floor), LARGEST_SCALE)
+    return float(storable_scales(clip / INT8_LIMIT))
 
 
 def clip_magnitude(
@@ -124,7 +122,7 @@ def affine_scale(
 
 def _affine(low: float, high: float, floor: float = SMALLEST_SCALE) -> AffineScale:
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = min(max((high - low) / UINT8_LIMIT, floor), LARGEST_SCALE)
+    scale = min(max((high - low) / UINT8_LIMIT, floor), FP16_LARGEST)
     return AffineScale(scale, int(np.clip(round(-low / scale), 0, UINT8_LIMIT)))
 
 
