@@ -1,0 +1,177 @@
+"""Who can race: every artefact of a bundle in every run time that is here, and why not the rest."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+from collections.abc import Iterable, Sequence
+
+from van_deploy.bench.contender import Contender, Skipped
+from van_deploy.bundle import Artefact, Bundle
+from van_deploy.environment.hardware import Cpu, cpu, nvidia_driver
+from van_deploy.environment.packages import execution_providers
+from van_deploy.errors import BundleError, MissingDependency, UsageError
+
+__all__ = ["REFERENCE", "chosen", "contenders_of"]
+
+REFERENCE = "pytorch"
+"""Plain eager PyTorch, the network as it came: what ratios are given against."""
+
+BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
+PYTORCH_MODES = {
+    "pytorch": "eager",
+    "pytorch-channels-last": "channels-last",
+    "pytorch-compile": "compile",
+    "pytorch-autocast": "autocast",
+}
+GPU_PROVIDERS = {
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+
+Entry = Contender | Skipped
+
+
+def contenders_of(bundle: Bundle) -> list[Entry]:
+    """Return every contender of a bundle, its files' digests checked, and who cannot start.
+
+    Raises:
+        BundleError: there is no artefact, or a file is not the manifest's.
+    """
+    if not bundle.artefacts:
+        raise BundleError(
+            f"The bundle '{bundle.path}' has no artefact to time.",
+            "Make one with `van-deploy export`.",
+        )
+    processor, gpu = cpu(), _has_gpu()
+    entries: list[Entry] = list(_pytorch(bundle, processor, gpu))
+    for artefact in bundle.artefacts.values():
+        path = str(bundle.verified(artefact.name))
+        if artefact.kind == "engine":
+            entries.append(_engine(artefact, path, gpu))
+        else:
+            entries += _graph(artefact, path, processor, gpu)
+    return entries
+
+
+def chosen(entries: Sequence[Entry], patterns: Sequence[str]) -> list[Entry]:
+    """Return the entries whose names match one of the patterns, in the entries' order.
+
+    A pattern is a name, the start of one before a ``/``, or holds ``*``. No
+    pattern chooses all. A runner asked for that cannot start is an error.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+        MissingDependency: all a pattern matches cannot start.
+    """
+    if not patterns:
+        return list(entries)
+    picked: set[str] = set()
+    for pattern in patterns:
+        found = [entry for entry in entries if _matches(entry.name, pattern)]
+        if not found:
+            known = ", ".join(entry.name for entry in entries)
+            raise UsageError(f"There is no runner '{pattern}' here.", f"Runners: {known}.")
+        stuck = [entry for entry in found if isinstance(entry, Skipped)]
+        if len(stuck) == len(found):
+            raise MissingDependency(
+                f"The runner '{stuck[0].name}' cannot start: {stuck[0].reason}.",
+                stuck[0].remedy or "Leave it out of --runners.",
+            )
+        picked |= {entry.name for entry in found}
+    return [entry for entry in entries if entry.name in picked]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.split("/")[0] == pattern or fnmatch.fnmatch(name, pattern)
+
+
+def _pytorch(bundle: Bundle, processor: Cpu, gpu: bool) -> Iterable[Entry]:
+    weights = bundle.manifest.get("weights", {})
+    for name, mode in PYTORCH_MODES.items():
+        half = "fp16" if gpu else "bf16"
+        if mode == "autocast" and not gpu and not BF16_FEATURES & set(processor.features):
+            yield Skipped(name, "this processor has no bfloat16 instructions")
+            continue
+        yield Contender(
+            name=name,
+            runtime="pytorch",
+            precision=half if mode == "autocast" else "fp32",
+            bundle=str(bundle.path),
+            mode=mode,
+            sha256=str(weights.get("sha256", "")),
+        )
+
+
+def _graph(artefact: Artefact, path: str, processor: Cpu, gpu: bool) -> Iterable[Entry]:
+    """Yield one ONNX artefact in each run time."""
+    embedded = str(artefact.facts.get("embedded", "none"))
+
+    def contender(name: str, runtime: str, precision: str, mode: str = "") -> Contender:
+        return Contender(
+            name=f"{name}/{artefact.name}",
+            runtime=runtime,
+            precision=precision,
+            file=path,
+            mode=mode,
+            embedded=embedded,
+            sha256=artefact.sha256,
+        )
+
+    reason = _not_for_cpus(artefact)
+    if reason:
+        yield Skipped(f"onnxruntime/{artefact.name}", reason)
+        yield Skipped(f"openvino/{artefact.name}", reason)
+    else:
+        yield contender("onnxruntime", "onnxruntime", artefact.precision)
+        if importlib.util.find_spec("openvino") is None:
+            remedy = "Install it with `pip install 'van-deploy[openvino]'`."
+            yield Skipped(f"openvino/{artefact.name}", "OpenVINO is not installed", remedy)
+        else:
+            yield contender("openvino", "openvino", artefact.precision)
+            if artefact.precision == "fp32" and BF16_FEATURES & set(processor.features):
+                yield contender("openvino-bf16", "openvino", "bf16")
+    providers = execution_providers() if gpu else ()
+    for name, provider in GPU_PROVIDERS.items():
+        if provider in providers:
+            yield contender(name, "onnxruntime", artefact.precision, provider)
+        else:
+            missing = f"no {provider} in ONNX Runtime" if gpu else "no NVIDIA GPU answers here"
+            yield Skipped(f"{name}/{artefact.name}", missing)
+
+
+def _not_for_cpus(artefact: Artefact) -> str:
+    """Return why an ONNX artefact is not worth timing on a CPU, or "" if it is."""
+    if artefact.precision == "fp16":
+        return "FP16 is for GPUs: CPUs cast it to FP32 and back"
+    target = artefact.made_with.get("target", artefact.facts.get("target", ""))
+    if artefact.precision == "int8" and str(target) not in {"", "cpu"}:
+        return f"quantised for {target}; for a CPU use `van-deploy quantize --target cpu`"
+    return ""
+
+
+def _engine(artefact: Artefact, path: str, gpu: bool) -> Entry:
+    name = f"tensorrt/{artefact.name}"
+    if not gpu:
+        return Skipped(name, "no NVIDIA GPU answers here")
+    smallest, largest = _profile(artefact)
+    return Contender(
+        name=name,
+        runtime="tensorrt",
+        precision=artefact.precision,
+        file=path,
+        sha256=artefact.sha256,
+        min_batch=smallest,
+        max_batch=largest,
+    )
+
+
+def _profile(artefact: Artefact) -> tuple[int, int | None]:
+    """Return the least and the largest batch of an engine's profile, as far as it is known."""
+    batch = artefact.facts.get("batch") or {}
+    return int(batch.get("min", 1)), int(batch["max"]) if "max" in batch else None
+
+
+def _has_gpu() -> bool:
+    driver = nvidia_driver()
+    return driver is not None and bool(driver.gpus)
