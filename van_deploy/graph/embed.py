@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.errors import ConversionError, UsageError
-from van_deploy.graph.export import OUTPUT_NAME
+from van_deploy.graph.names import OUTPUT_NAME
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto

@@ -24,14 +24,12 @@ from onnx.numpy_helper import to_array
 from torch import nn
 
 from van_deploy.errors import ConversionError, UsageError
+from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = ["DEFAULT_OPSET", "INPUT_NAME", "OPSETS", "OUTPUT_NAME", "onnx_from_van"]
-
-INPUT_NAME = "images"
-OUTPUT_NAME = "logits"
 
 DEFAULT_OPSET = 20
 """The first opset in which GELU is one operator; below it, it is five."""

@@ -31,7 +31,8 @@ Every rewrite is an identity of real arithmetic, done here in float64. Below,
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +101,9 @@ class FoldReport:
         relative_error: ``max|difference| / max|logit|`` between the original
             and the rewritten network, both in float64, on ``images_compared``.
         images_compared: how many images that was measured on.
+        stream_scales: by block (``block3.4``) and patch embedding
+            (``patch_embed3``), the ``P`` ``(C,)`` float64 with which
+            ``original = P * rewritten`` at its output; 1 where nothing was re-scaled.
     """
 
     model: RewrittenVan
@@ -110,6 +114,7 @@ class FoldReport:
     multiplies_kept: int
     relative_error: float
     images_compared: int
+    stream_scales: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def passed(self) -> bool:
@@ -150,7 +155,7 @@ def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> Fo
     batchnorms = _count(work, nn.BatchNorm2d)
     expected = work(images.double())
     rewritten = RewrittenVan(work, rewrites.channels_last).eval()
-    _rewrite_(rewritten, rewrites)
+    stream_scales = _rewrite_(rewritten, rewrites)
     actual = rewritten(images.double())
     error = (actual - expected).abs().max() / expected.abs().max()
     left = _count(rewritten, nn.BatchNorm2d)
@@ -165,11 +170,17 @@ def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> Fo
         multiplies_kept=sum(block.carry is not None for block in blocks),
         relative_error=float(error),
         images_compared=len(images),
+        stream_scales=stream_scales,
     )
 
 
-def _rewrite_(model: RewrittenVan, rewrites: Rewrites) -> None:
-    """Carry out ``rewrites`` on ``model`` (float64), in the order they build on each other."""
+def _rewrite_(model: RewrittenVan, rewrites: Rewrites) -> dict[str, Tensor]:
+    """Carry out ``rewrites`` on ``model`` (float64), in the order they build on each other.
+
+    Returns:
+        :attr:`FoldReport.stream_scales`.
+    """
+    stream_scales: dict[str, Tensor] = {}
     for stage in range(1, STAGES + 1):
         embed = model.get_submodule(f"patch_embed{stage}")
         if rewrites.patch_norm:
@@ -181,10 +192,16 @@ def _rewrite_(model: RewrittenVan, rewrites: Rewrites) -> None:
                 _fold_layer_scales_(block)
             if rewrites.spatial_bias:
                 _fold_spatial_bias_(block)
+        names = [f"patch_embed{stage}"]
+        names += [f"block{stage}.{index}" for index in range(len(model.stage_blocks(stage)))]
         if rewrites.residual_stream:
-            _rescale_stream_(embed, model.stage_blocks(stage))
+            scales = _rescale_stream_(embed, model.stage_blocks(stage))
+        else:
+            scales = [torch.ones_like(embed.proj.bias)] * len(names)
+        stream_scales.update(zip(names, scales, strict=True))
     if rewrites.final_norm:
         _fold_final_norm_(model)
+    return stream_scales
 
 
 def _fold_patch_norm_(embed: PatchEmbed) -> None:
@@ -226,7 +243,7 @@ def _fold_final_norm_(model: RewrittenVan) -> None:
     norm.bias = None
 
 
-def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> None:
+def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> list[Tensor]:
     """Absorb the carries of one stage by re-scaling its residual stream.
 
     With ``x_k`` the stream before block ``k`` and ``D_k`` that block's carry,
@@ -236,8 +253,12 @@ def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> None:
     every ``P``. Going *backwards* from ``P = 1`` after the last block leaves
     nothing for the LayerNorm, and the first ``P`` goes into the patch embedding.
     A block whose ``P`` would pass :data:`STREAM_LIMIT` keeps its multiply.
+
+    Returns:
+        ``P`` after the patch embedding and after each block, in order.
     """
     after = torch.ones_like(embed.proj.bias)
+    scales = [after]
     for block in reversed(blocks):
         before = after / block.carry
         size = before.abs()
@@ -251,11 +272,13 @@ def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> None:
         _scale_inputs_(block.mlp.fc1, after)
         _scale_outputs_(block.mlp.fc2, 1 / after)
         after = before
+        scales.append(after)
     if isinstance(embed.norm, nn.BatchNorm2d):
         embed.norm.weight /= after
         embed.norm.bias /= after
     else:
         _scale_outputs_(embed.proj, 1 / after)
+    return scales[::-1]
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from van_deploy.bundle import Artefact, Bundle
 from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
-from van_deploy.graph.export import INPUT_NAME, OUTPUT_NAME
+from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import softmax
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.model.preprocess import Preprocessing

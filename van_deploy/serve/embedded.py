@@ -22,8 +22,8 @@ from van_deploy.graph.embed import (
     check_embedding,
     embed_preprocessing,
 )
-from van_deploy.graph.export import OUTPUT_NAME
 from van_deploy.graph.files import graph_facts, save_onnx
+from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import softmax
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.model.preprocess import Preprocessing
