@@ -16,10 +16,13 @@ __all__ = [
     "Comparison",
     "compare",
     "cosine",
+    "decision_margins",
     "kl_divergence",
     "softmax",
     "sqnr_db",
     "top1_agreement",
+    "top_classes",
+    "topk_agreement",
 ]
 
 Array = npt.NDArray[Any]
@@ -38,6 +41,7 @@ class Comparison:
         sqnr_db: see :func:`sqnr_db`.
         kl: mean Kullback-Leibler divergence of the softmax, in nats.
         top1_agreement: share of rows with the same first class, 0 to 1.
+        top5_agreement: see :func:`topk_agreement`, with ``k = 5``.
     """
 
     images: int
@@ -48,6 +52,7 @@ class Comparison:
     sqnr_db: float
     kl: float
     top1_agreement: float
+    top5_agreement: float
 
     def as_dict(self) -> dict[str, float | int]:
         """Return the figures by name."""
@@ -70,6 +75,7 @@ def compare(reference: Array, actual: Array) -> Comparison:
         sqnr_db=sqnr_db(expected, found),
         kl=float(kl_divergence(expected, found).mean()),
         top1_agreement=top1_agreement(expected, found),
+        top5_agreement=topk_agreement(expected, found, 5),
     )
 
 
@@ -118,6 +124,43 @@ def top1_agreement(reference: Array, actual: Array) -> float:
     """
     same = reference.argmax(axis=1) == actual.argmax(axis=1)
     return float((same & np.isfinite(actual).all(axis=1)).mean())
+
+
+def top_classes(logits: Array, k: int) -> npt.NDArray[np.int64]:
+    """Return each row's ``k`` largest columns ``(N, min(k, K))``, the largest first.
+
+    Ties go to the lower column, as in :func:`numpy.argmax`.
+
+    >>> top_classes(np.array([[0.1, 0.7, 0.2]]), 2)
+    array([[1, 2]])
+    """
+    order: npt.NDArray[np.int64] = np.argsort(-np.asarray(logits), axis=1, kind="stable")
+    return order[:, :k]
+
+
+def topk_agreement(reference: Array, actual: Array, k: int) -> float:
+    """Return the mean share of each row's first ``k`` classes that are the same, 0 to 1.
+
+    Their order does not count. A row of ``actual`` with a NaN agrees with nothing.
+    With ``K <= k`` classes the first classes are always the same.
+
+    >>> topk_agreement(np.array([[3.0, 2.0, 1.0, 0.0]]), np.array([[3.0, 0.0, 2.0, 1.0]]), 2)
+    0.5
+    """
+    expected, found = top_classes(reference, k), top_classes(actual, k)
+    shared = (expected[:, :, None] == found[:, None, :]).any(axis=2).mean(axis=1)
+    return float((shared * np.isfinite(actual).all(axis=1)).mean())
+
+
+def decision_margins(logits: Array) -> Array:
+    """Return how far each row's first class is ahead of its second, ``(N,)``, in logits.
+
+    >>> decision_margins(np.array([[0.5, 2.0, -1.0]]))
+    array([1.5])
+    """
+    first_two = np.partition(logits, -2, axis=1)[:, -2:]
+    margins: Array = first_two[:, 1] - first_two[:, 0]
+    return margins
 
 
 def _log_softmax(logits: Array) -> Array:
