@@ -26,6 +26,7 @@ __all__ = [
     "Backend",
     "backend_named",
     "choose_backend",
+    "release_of",
 ]
 
 TENSORRT = "tensorrt"

@@ -1,0 +1,238 @@
+"""Engines of a bundle: built from its ONNX files, and entered in its manifest."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from van_deploy.bundle import Artefact, Bundle, content_key, writing
+from van_deploy.engine.backend import Backend
+from van_deploy.engine.build import (
+    REPRODUCIBLE_NOT_CHECKED,
+    Progress,
+    engine_from_onnx,
+    engine_name,
+    targets_of,
+)
+from van_deploy.engine.host import Host, host_here
+from van_deploy.engine.options import BuildOptions
+from van_deploy.engine.refusals import refuse_impossible
+from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
+from van_deploy.errors import BundleError, InputError
+
+__all__ = [
+    "ENGINES",
+    "Built",
+    "EngineRequest",
+    "build_in_bundle",
+    "enter_engine",
+    "existing_engine",
+    "request_for",
+]
+
+ENGINES = "engines"
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """One engine to be built from a bundle.
+
+    Attributes:
+        bundle: the bundle's folder.
+        name: what the engine will be called.
+        precision: name of the ONNX artefact it is built from.
+        onnx: that artefact's file, its digests checked.
+        onnx_sha256: its digest.
+        ingredients: everything that decides what is in the plan.
+        preprocessing: of the model.
+    """
+
+    bundle: Path
+    name: str
+    precision: str
+    onnx: Path
+    onnx_sha256: str
+    ingredients: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
+
+    @property
+    def plan(self) -> Path:
+        """Where the plan will be."""
+        return self.bundle / self.file
+
+    @property
+    def file(self) -> str:
+        """The plan's place in the bundle."""
+        return f"{ENGINES}/{self.name}.plan"
+
+    @property
+    def key(self) -> str:
+        """Digest of the ingredients."""
+        return content_key(self.ingredients)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What became of one request.
+
+    Attributes:
+        name: the engine's.
+        path: its plan.
+        sidecar: what is known about it.
+        reused: whether it was there already, from the same ingredients.
+    """
+
+    name: str
+    path: Path
+    sidecar: Sidecar
+    reused: bool
+
+
+def request_for(
+    bundle: Bundle, precision: str, backend: Backend, options: BuildOptions, host: Host
+) -> EngineRequest:
+    """Return what building ``precision`` of ``bundle`` comes to.
+
+    Raises:
+        BundleError: the bundle has no such artefact, or a file of it was changed.
+        InputError: the artefact is not an ONNX file.
+        UsageError: ``backend`` cannot do what ``options`` ask.
+    """
+    artefact = bundle.artefact(precision)
+    if artefact.kind != "onnx":
+        raise InputError(
+            f"'{precision}' of '{bundle.path}' is of kind '{artefact.kind}'; engines are built "
+            "from ONNX files.",
+            "Choose fp32, fp16 or int8.",
+        )
+    refuse_impossible(backend, options, host)
+    ingredients = {
+        "onnx": {file: sha for file, sha in artefact.files.items() if ".onnx" in file},
+        "backend": backend.name,
+        "backend_version": backend.version,
+        "targets": targets_of(options, host),
+        "options": options.as_dict(),
+    }
+    return EngineRequest(
+        bundle=bundle.path,
+        name=engine_name(bundle.name, precision, backend, options, host),
+        precision=precision,
+        onnx=bundle.verified(precision),
+        onnx_sha256=artefact.sha256,
+        ingredients=ingredients,
+        preprocessing=dict(bundle.manifest.get("preprocessing") or {}),
+    )
+
+
+def existing_engine(request: EngineRequest) -> Sidecar | None:
+    """Return the sidecar of the engine asked for if the bundle holds it, unchanged."""
+    bundle = Bundle.open(request.bundle)
+    artefact = bundle.artefacts.get(request.name)
+    if artefact is None or artefact.key != request.key:
+        return None
+    try:
+        return verified_sidecar(bundle.verified(request.name))
+    except (BundleError, InputError):
+        return None
+
+
+def build_in_bundle(
+    request: EngineRequest,
+    backend: Backend,
+    options: BuildOptions,
+    *,
+    host: Host | None = None,
+    timing_cache: Path | None = None,
+    check_reproducible: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Built:
+    """Return the engine asked for, built unless the bundle holds it already.
+
+    Args:
+        request: from :func:`request_for`, with the same back end and options.
+        backend: what builds it.
+        options: what is asked of it.
+        host: this machine; None looks.
+        timing_cache: a file to learn from and add to.
+        check_reproducible: build twice and compare.
+        force: build it even if it is there.
+        progress: told what TensorRT is doing.
+
+    Raises:
+        VanDeployError: as :func:`engine_from_onnx`; the bundle is as it was.
+    """
+    present = None if force else existing_engine(request)
+    if present is not None:
+        checked = present.reproducible != REPRODUCIBLE_NOT_CHECKED
+        if checked or not check_reproducible:
+            return Built(request.name, request.plan, present, reused=True)
+    with tempfile.TemporaryDirectory(prefix="van-deploy-engine-") as folder:
+        plan = Path(folder) / f"{request.name}.plan"
+        sidecar = engine_from_onnx(
+            request.onnx,
+            plan,
+            backend=backend,
+            options=options,
+            precision=request.precision,
+            host=host or host_here(),
+            timing_cache=timing_cache,
+            check_reproducible=check_reproducible,
+            preprocessing=request.preprocessing,
+            progress=progress,
+        )
+        enter_engine(request, plan, sidecar)
+    return Built(request.name, request.plan, sidecar, reused=False)
+
+
+def enter_engine(request: EngineRequest, plan: Path, sidecar: Sidecar) -> None:
+    """Move a finished plan, its sidecar and its log into the bundle and its manifest.
+
+    Raises:
+        BundleError: the ONNX file was replaced while the engine was being built.
+    """
+    with writing(request.bundle) as draft:
+        source = draft.manifest["artefacts"].get(request.precision)
+        if source is None or source["files"][source["file"]] != request.onnx_sha256:
+            raise BundleError(
+                f"'{request.precision}' of '{request.bundle}' was replaced while the engine "
+                f"'{request.name}' was being built from it.",
+                "Nothing was written. Build again.",
+            )
+        files = {}
+        for path in (plan, sidecar_path(plan), log_path(plan)):
+            relative = f"{ENGINES}/{path.name}"
+            shutil.copyfile(path, draft.file(relative))
+            files[relative] = ""  # digested by the draft
+        draft.record(
+            Artefact(
+                name=request.name,
+                kind="engine",
+                precision=request.precision,
+                file=request.file,
+                files=files,
+                made_from={"name": request.precision, "sha256": request.onnx_sha256},
+                made_with=request.ingredients,
+                key=request.key,
+                facts=_facts(sidecar),
+            )
+        )
+
+
+def _facts(sidecar: Sidecar) -> dict[str, Any]:
+    return {
+        "backend": f"{sidecar.backend} {sidecar.backend_version}",
+        "targets": list(sidecar.targets),
+        "profiles": [str(profile) for profile in sidecar.profiles],
+        "bytes": sidecar.plan_bytes,
+        "parser_layers": sidecar.parser_layers,
+        "build_seconds": sidecar.build_seconds,
+        "peak_memory_bytes": sidecar.peak_memory_bytes,
+        "fixed_addresses": sidecar.fixed_addresses,
+        "reproducible": sidecar.reproducible,
+        "warnings": sum(sidecar.warnings.values()),
+    }

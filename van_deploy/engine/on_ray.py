@@ -1,0 +1,262 @@
+"""A fleet on a Ray cluster: one task a cell, on a machine with the right GPU.
+
+A task gets the ONNX file's bytes and gives back plan, sidecar and log; the
+bundles are written by the machine that started it all, so the machines need no
+common file system. They need this package, and TensorRT for their GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from van_deploy.bundle import Bundle
+from van_deploy.engine.backend import choose_backend
+from van_deploy.engine.build import engine_from_onnx, engine_name
+from van_deploy.engine.bundled import EngineRequest, enter_engine, existing_engine, request_for
+from van_deploy.engine.fleet import BUILT, FAILED, REUSED, Cell, Outcome, prepared
+from van_deploy.engine.host import Host, host_here
+from van_deploy.engine.options import BuildOptions
+from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
+from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
+
+__all__ = ["Delivery", "build_on_ray", "require_ray", "task_resources"]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a task gives back.
+
+    Attributes:
+        name: the engine's.
+        where: the host that built it.
+        ingredients: as :class:`EngineRequest` has them, with the host's back end and GPU.
+        files: plan, sidecar and log by suffix.
+        sidecar: the sidecar as JSON.
+        error: class name, message and remedy of what went wrong, or None.
+    """
+
+    name: str
+    where: str
+    ingredients: dict[str, Any]
+    files: dict[str, bytes]
+    sidecar: dict[str, Any]
+    error: tuple[str, str, str] | None
+
+
+def require_ray() -> Any:
+    """Return the ``ray`` module.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingDependency(
+            f"Ray is not installed ({error}).", "Install it with `pip install 'van-deploy[ray]'`."
+        ) from error
+    return ray
+
+
+def task_resources(cell: Cell) -> dict[str, Any]:
+    """Return the options of a cell's Ray task.
+
+    A cell with an accelerator type takes one GPU of that type, so that builds that
+    time kernels have it to themselves; any other takes two cores anywhere.
+    """
+    if cell.host.accelerator_type:
+        return {"num_gpus": 1, "accelerator_type": cell.host.accelerator_type, "max_retries": 0}
+    return {"num_cpus": 2, "max_retries": 0}
+
+
+def build_on_ray(
+    cells: tuple[Cell, ...], *, address: str | None = None, force: bool = False
+) -> Iterator[Outcome]:
+    """Build cells as Ray tasks, and yield each as it ends.
+
+    Args:
+        cells: from :func:`van_deploy.engine.fleet.cells_of`.
+        address: of the cluster; None joins the one this machine is in, or starts
+            one of this machine alone. A cluster joined before is used as it is.
+        force: build engines even if they are there.
+
+    Raises:
+        MissingDependency: Ray is not installed, or the cluster does not answer.
+    """
+    ray = require_ray()
+    started = _join(ray, address)
+    try:
+        waiting: dict[Any, Cell] = {}
+        remote = ray.remote(_deliver)
+        for cell in cells:
+            try:
+                outcome, arguments = _prepare(cell, force)
+            except VanDeployError as error:
+                yield Outcome(cell, FAILED, error=error)
+                continue
+            if outcome is not None:
+                yield outcome
+            else:
+                task = remote.options(**_possible(ray, cell)).remote(*arguments)
+                waiting[task] = cell
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            yield _finish(ray, done, waiting.pop(done))
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _join(ray: Any, address: str | None) -> bool:
+    """Join or start a cluster; return whether it is to be left at the end."""
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise MissingDependency(
+            f"The Ray cluster at '{address or 'this machine'}' does not answer: {error}",
+            "Start one with `ray start --head`, or give --ray-address.",
+        ) from error
+    return True
+
+
+def _possible(ray: Any, cell: Cell) -> dict[str, Any]:
+    """Return the task's options, with no more cores than the largest machine has."""
+    resources = task_resources(cell)
+    if "num_cpus" in resources:
+        most = max((node["Resources"].get("CPU", 0) for node in ray.nodes()), default=1)
+        resources["num_cpus"] = min(resources["num_cpus"], max(1, int(most)))
+    return resources
+
+
+def _prepare(cell: Cell, force: bool) -> tuple[Outcome | None, tuple[Any, ...]]:
+    """Return the cell's outcome if its engine is there, or else the task's arguments."""
+    bundle = Bundle.open(cell.bundle)
+    options = prepared(cell, bundle)
+    onnx = bundle.verified(cell.precision)
+    if len([f for f in bundle.artefact(cell.precision).files if ".onnx" in f]) > 1:
+        raise ConversionError(
+            f"'{onnx}' keeps its weights in a second file; Ray tasks take one file.",
+            "Build this one without --on ray.",
+        )
+    present = None if force else _present(bundle, cell, options)
+    if present is not None:
+        return Outcome(cell, REUSED, present.name, present), ()
+    preprocessing = dict(bundle.manifest.get("preprocessing") or {})
+    arguments = (onnx.read_bytes(), bundle.name, cell, options.as_dict(), preprocessing)
+    return None, arguments
+
+
+def _present(bundle: Bundle, cell: Cell, options: BuildOptions) -> Sidecar | None:
+    """Return the cell's engine if the bundle holds it.
+
+    Where this machine has the back end, its version counts too. Otherwise only
+    the file, the options and the targets can be compared.
+    """
+    if not cell.host.accelerator_type:
+        with contextlib.suppress(MissingDependency):
+            backend = choose_backend(cell.host.backend, cell.targets, None)
+            return existing_engine(request_for(bundle, cell.precision, backend, options, Host()))
+    source = bundle.artefact(cell.precision).sha256
+    for name, artefact in bundle.artefacts.items():
+        made = artefact.made_with
+        if (
+            artefact.kind == "engine"
+            and artefact.made_from.get("sha256") == source
+            and made.get("options") == options.as_dict()
+            and tuple(made.get("targets", ())) == cell.targets
+        ):
+            return verified_sidecar(bundle.verified(name))
+    return None
+
+
+def _deliver(
+    onnx: bytes,
+    model: str,
+    cell: Cell,
+    options_as_dict: dict[str, Any],
+    preprocessing: dict[str, Any],
+) -> Delivery:
+    """Build one engine on the machine this task runs on."""
+    import platform
+
+    host, where = host_here(), platform.node()
+    options = BuildOptions.from_dict(options_as_dict)
+    try:
+        backend = choose_backend(cell.host.backend, cell.targets, host.target)
+        name = engine_name(model, cell.precision, backend, options, host)
+        with tempfile.TemporaryDirectory(prefix="van-deploy-engine-") as folder:
+            source = Path(folder) / f"{model}.{cell.precision}.onnx"
+            source.write_bytes(onnx)
+            plan = Path(folder) / f"{name}.plan"
+            sidecar = engine_from_onnx(
+                source,
+                plan,
+                backend=backend,
+                options=options,
+                precision=cell.precision,
+                host=host,
+                preprocessing=preprocessing,
+            )
+            files = {path.suffix: path.read_bytes() for path in _three(plan)}
+        ingredients = {"backend": backend.name, "backend_version": backend.version}
+        return Delivery(name, where, ingredients, files, sidecar.as_dict(), None)
+    except VanDeployError as error:
+        told = (type(error).__name__, error.message, error.remedy)
+        return Delivery("", where, {}, {}, {}, told)
+
+
+def _finish(ray: Any, task: Any, cell: Cell) -> Outcome:
+    """Put what a task delivered into the cell's bundle."""
+    from van_deploy import errors
+
+    try:
+        delivery: Delivery = ray.get(task)
+    except ray.exceptions.RayError as error:
+        first = str(error).strip().splitlines()[0]
+        failure = ConversionError(f"The Ray task ended without an engine: {first}", "Run it again.")
+        return Outcome(cell, FAILED, error=failure)
+    if delivery.error is not None:
+        kind, message, remedy = delivery.error
+        failed = getattr(errors, kind, ConversionError)(message, remedy)
+        return Outcome(cell, FAILED, error=failed, where=delivery.where)
+    try:
+        sidecar = Sidecar.from_dict(delivery.sidecar)
+        _enter(cell, delivery, sidecar)
+    except VanDeployError as error:
+        return Outcome(cell, FAILED, delivery.name, error=error, where=delivery.where)
+    return Outcome(cell, BUILT, delivery.name, sidecar, where=delivery.where)
+
+
+def _enter(cell: Cell, delivery: Delivery, sidecar: Sidecar) -> None:
+    bundle = Bundle.open(cell.bundle)
+    artefact = bundle.artefact(cell.precision)
+    request = EngineRequest(
+        bundle=bundle.path,
+        name=delivery.name,
+        precision=cell.precision,
+        onnx=bundle.path / artefact.file,
+        onnx_sha256=sidecar.onnx_sha256,
+        ingredients={
+            "onnx": {file: sha for file, sha in artefact.files.items() if ".onnx" in file},
+            **delivery.ingredients,
+            "targets": sidecar.targets,
+            "options": dict(sidecar.options),
+        },
+        preprocessing=sidecar.preprocessing,
+    )
+    with tempfile.TemporaryDirectory(prefix="van-deploy-engine-") as folder:
+        plan = Path(folder) / f"{delivery.name}.plan"
+        for path in _three(plan):
+            path.write_bytes(delivery.files[path.suffix])
+        enter_engine(request, plan, sidecar)
+
+
+def _three(plan: Path) -> tuple[Path, Path, Path]:
+    return plan, sidecar_path(plan), log_path(plan)
