@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/van-deploy export van_digits --output dist/van_digits
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread a test process: the networks are small, and pytest-xdist runs several processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable, Iterable
 from pathlib import Path
 

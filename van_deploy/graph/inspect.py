@@ -1,0 +1,92 @@
+"""What is in an ONNX file, without running it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from van_deploy.errors import InputError
+from van_deploy.graph.files import graph_facts
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = ["describe_onnx", "read_onnx"]
+
+
+def read_onnx(path: Path) -> ModelProto:
+    """Return the graph in a file, without the weights it keeps in other files.
+
+    Raises:
+        InputError: the file cannot be read, or is not ONNX.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except OSError as error:
+        raise InputError(
+            f"'{path}' cannot be read: {error.strerror or error}.", "Check the path."
+        ) from error
+    except DecodeError as error:
+        raise InputError(
+            f"'{path}' is not an ONNX file, or is cut short: {error}.",
+            "Export it again with `van-deploy export`.",
+        ) from error
+    if not model.opset_import or not model.graph.node:
+        raise InputError(
+            f"'{path}' is not an ONNX file: it holds no graph.",
+            "Export it again with `van-deploy export`.",
+        )
+    return model
+
+
+def describe_onnx(path: Path) -> dict[str, Any]:
+    """Return what a deployer wants to know of an ONNX file.
+
+    The facts of :func:`van_deploy.graph.files.graph_facts`, and: bytes on disk,
+    values and bytes of the weights by type, where they are, the producer, and
+    the metadata (``van_deploy.*`` entries as the values they are).
+
+    Raises:
+        InputError: the file cannot be read, or is not ONNX.
+    """
+    import math
+
+    from onnx import TensorProto
+
+    model = read_onnx(path)
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    others = set()
+    for tensor in model.graph.initializer:
+        kind = TensorProto.DataType.Name(tensor.data_type).lower()
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        counts[kind] += math.prod(tensor.dims)
+        sizes[kind] += int(entries.get("length", 0)) or len(tensor.raw_data)
+        if "location" in entries:
+            others.add(entries["location"])
+    return {
+        "file": str(path),
+        "kind": "onnx",
+        "bytes": path.stat().st_size,
+        **graph_facts(model),
+        "weights": {kind: {"values": counts[kind], "bytes": sizes[kind]} for kind in counts},
+        "parameters": sum(counts.values()),
+        "external_files": sorted(others),
+        "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "metadata": {entry.key: _read(entry.value) for entry in model.metadata_props},
+    }
+
+
+def _read(text: str) -> Any:
+    """Return a metadata value as the JSON it may be, else as it stands."""
+    if not text.startswith(("{", "[")):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
