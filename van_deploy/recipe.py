@@ -26,15 +26,22 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "DEFAULT_GATES",
     "BatchRange",
     "ExportSettings",
+    "GateProfile",
+    "GateSettings",
     "ModelSettings",
     "PreprocessingSettings",
     "Recipe",
     "builtin_recipes",
     "read_recipe",
+    "read_settings",
     "recipe_named",
 ]
+
+
+Settings = typing.TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,69 @@ class BatchRange:
 
 
 @dataclass(frozen=True)
+class GateProfile:
+    """What an artefact of one precision must reach. Table ``[gates.fp32]`` and its like.
+
+    A limit that is left out is derived, in the run that applies it, from
+    PyTorch's own float32 noise (see ``docs/gates.md``).
+
+    Attributes:
+        margin_db: room below the noise expected at this precision, in dB.
+        sqnr_db: least signal to noise ratio of the logits, in dB.
+        relative: largest ``max|difference| / max|logit|``.
+        cosine: least cosine similarity of any image.
+        kl: largest mean divergence of the softmax, in nats.
+        row_relative: largest difference of an image alone and in a batch, over ``max|logit|``.
+        flip_margin: a changed prediction is a fault where PyTorch's first logit
+            was ahead of its second by more than this many RMS logits.
+        module_db: least signal to noise ratio that any module adds by itself, in dB.
+        top1_drop: most points of top-1 (percent) that may be lost on labelled images.
+    """
+
+    margin_db: float | None = None
+    sqnr_db: float | None = None
+    relative: float | None = None
+    cosine: float | None = None
+    kl: float | None = None
+    row_relative: float | None = None
+    flip_margin: float | None = None
+    module_db: float | None = None
+    top1_drop: float | None = None
+
+
+DEFAULT_GATES = {
+    "fp32": GateProfile(margin_db=20.0, module_db=100.0, top1_drop=0.1),
+    "fp16": GateProfile(margin_db=3.0, module_db=52.0, top1_drop=0.2),
+    "int8": GateProfile(margin_db=25.0, module_db=8.0, top1_drop=1.0),
+}
+"""Set on measured networks: ``docs/gates.md`` has the figures."""
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What differs from :data:`DEFAULT_GATES`, by precision. Table ``[gates]``."""
+
+    fp32: GateProfile = field(default_factory=GateProfile)
+    fp16: GateProfile = field(default_factory=GateProfile)
+    int8: GateProfile = field(default_factory=GateProfile)
+
+    def of(self, precision: str) -> GateProfile:
+        """Return the profile of ``fp32``, ``fp16`` or ``int8``, defaults filled in.
+
+        Raises:
+            UsageError: there is none for that precision.
+        """
+        if precision not in DEFAULT_GATES:
+            raise UsageError(
+                f"There are no gates for the precision '{precision}'.",
+                f"Known: {', '.join(DEFAULT_GATES)}.",
+            )
+        given: GateProfile = getattr(self, precision)
+        changes = {name: value for name, value in vars(given).items() if value is not None}
+        return dataclasses.replace(DEFAULT_GATES[precision], **changes)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything about one deployment; each attribute is a table of the file."""
 
@@ -141,6 +211,7 @@ class Recipe:
     preprocessing: PreprocessingSettings = field(default_factory=PreprocessingSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     batch: BatchRange = field(default_factory=BatchRange)
+    gates: GateSettings = field(default_factory=GateSettings)
 
 
 def builtin_recipes() -> dict[str, Path]:
@@ -176,18 +247,33 @@ def read_recipe(path: Path) -> Recipe:
         RecipeError: the file cannot be read, a key is unknown, or a value is
             not of its kind; names the file and the key.
     """
+    return read_settings(Recipe, path, "recipe")
+
+
+def read_settings(kind: type[Settings], path: Path, what: str) -> Settings:
+    """Return the frozen dataclass ``kind`` filled from a TOML file, every key checked.
+
+    Args:
+        kind: its fields are the file's keys, those that are dataclasses its tables.
+        path: the file.
+        what: what errors call it, such as ``recipe``.
+
+    Raises:
+        RecipeError: the file cannot be read, a key is unknown, or a value is
+            not of its kind; names the file and the key.
+    """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(
-            f"The recipe '{path}' cannot be read: {reason}.", "Check the path."
+            f"The {what} '{path}' cannot be read: {reason}.", "Check the path."
         ) from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(
-            f"The recipe '{path}' is not TOML: {error}.", "Mend the line it names."
+            f"The {what} '{path}' is not TOML: {error}.", "Mend the line it names."
         ) from error
-    return typing.cast("Recipe", _table(Recipe, tables, str(path), ""))
+    return typing.cast("Settings", _table(kind, tables, str(path), ""))
 
 
 def _table(kind: type, values: Mapping[str, Any], file: str, key: str) -> object:

@@ -1,49 +1,86 @@
-"""The network a bundle was made from, loaded again from where its weights came."""
+"""The PyTorch network a bundle was made from, found again and proved to be the same."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 from van_deploy.bundle import Bundle
-from van_deploy.errors import BundleError
-from van_deploy.model.checkpoint import LoadedVan, load_van
-from van_deploy.model.random_weights import sha256_of_state
+from van_deploy.errors import BundleError, InputError
+from van_deploy.model.checkpoint import EMBEDDED, LoadedVan, load_van
+from van_deploy.model.preprocess import Preprocessing
 
 __all__ = ["original_network"]
 
 
-def original_network(bundle: Bundle) -> LoadedVan:
+def original_network(bundle: Bundle, weights: str | Path | None = None) -> LoadedVan:
     """Return the unfolded PyTorch network of a bundle, its weights' digest checked.
 
-    Nothing is downloaded: weights from a hub must still be in its cache.
+    Its preprocessing and class names are the bundle's. Nothing is downloaded:
+    weights from a hub must still be in its cache.
+
+    Args:
+        bundle: the bundle.
+        weights: where its weights file is now; None takes the place the manifest names.
 
     Raises:
-        BundleError: the manifest does not say where the weights were, or they are others.
-        CheckpointError: they are not there any more.
-        DownloadError: the file has another digest.
+        BundleError: the manifest does not say where the weights were, or they
+            have moved, have changed, or are not this bundle's.
     """
-    weights = bundle.manifest.get("weights")
-    if weights is None:
+    recorded = bundle.manifest.get("weights")
+    if recorded is None:
         raise BundleError(
             f"The bundle '{bundle.path}' does not say which weights it was made from.",
             "Export the model again.",
         )
-    if weights["format"] == "random":
-        return _random(bundle)
-    container = weights["container"]
-    return load_van(
-        bundle.name if weights["format"] == "embedded" else weights["path"],
-        expect_sha256=weights["sha256"],
-        offline=True,
-        container=None if container == "top level" else container,
+    loaded = _load(bundle, recorded, str(weights) if weights is not None else None)
+    if loaded.source.sha256 != recorded["sha256"]:
+        raise _not_the_weights(bundle, recorded, loaded)
+    names = bundle.manifest.get("class_names")
+    return replace(
+        loaded,
+        name=bundle.name,
+        preprocessing=Preprocessing.from_dict(bundle.manifest["preprocessing"]),
+        class_names=tuple(names) if names else None,
     )
 
 
-def _random(bundle: Bundle) -> LoadedVan:
-    weights = bundle.manifest["weights"]
-    loaded = load_van(weights["spec"], weights="random", seed=weights["seed"])
-    if sha256_of_state(loaded.model.state_dict()) != weights["sha256"]:
+def _load(bundle: Bundle, recorded: Mapping[str, Any], weights: str | None) -> LoadedVan:
+    container = recorded["container"] if recorded["container"] != "top level" else None
+    try:
+        if weights is not None:
+            return load_van(_place(weights), container=container)
+        if recorded["format"] == "embedded":
+            return load_van(EMBEDDED)
+        if recorded["format"] == "random":
+            return load_van(recorded["spec"], weights="random", seed=recorded["seed"])
+        return load_van(_place(recorded["path"]), container=container)
+    except InputError as error:
+        place = weights or recorded["path"] or recorded["spec"]
         raise BundleError(
-            f"Seed {weights['seed']} gives other random weights here than those in "
+            f"The weights that the bundle '{bundle.path}' was made from cannot be read "
+            f"from '{place}': {error.message}",
+            "Say where they are with --weights PATH.",
+        ) from error
+
+
+def _not_the_weights(bundle: Bundle, recorded: Mapping[str, Any], loaded: LoadedVan) -> BundleError:
+    if loaded.source.format == "random":
+        return BundleError(
+            f"Seed {recorded['seed']} gives other random weights here than those in "
             f"'{bundle.path}'.",
             "Export the model again with this version of PyTorch.",
         )
-    return loaded
+    return BundleError(
+        f"'{loaded.source.path}' is not what the bundle '{bundle.path}' was made from: "
+        f"its SHA-256 is {loaded.source.sha256[:12]}..., "
+        f"the manifest says {recorded['sha256'][:12]}....",
+        "Give the file it was made from with --weights PATH, or export again.",
+    )
+
+
+def _place(path: str) -> str:
+    """Return a path so written that it is not taken for a variant's name."""
+    return str(Path(path).expanduser().absolute())
