@@ -8,7 +8,7 @@ LayerNorm's overflow is the best-known failure of FP16 (NVIDIA/TensorRT issues
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -172,7 +172,7 @@ class _Converter:
             value.type.tensor_type.elem_type = wanted
 
 
-def _rename(names: list[str], old: str, new: str) -> None:
+def _rename(names: MutableSequence[str], old: str, new: str) -> None:
     for index, name in enumerate(names):
         if name == old:
             names[index] = new

@@ -1,0 +1,313 @@
+"""FP32, FP16 and INT8 side by side, on images none of them was calibrated on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto
+
+from van_deploy.errors import ConversionError, ImageError
+from van_deploy.images import UnreadableImages
+from van_deploy.metrics import compare
+from van_deploy.model.preprocess import Preprocessing
+from van_deploy.precision.calibration import ChosenImages, input_batches
+from van_deploy.runners.onnxruntime import require_onnxruntime
+
+__all__ = [
+    "GATES",
+    "Candidate",
+    "Gate",
+    "PrecisionRow",
+    "compare_precisions",
+    "interleaved_ms",
+    "logits_session",
+    "recommended",
+]
+
+WORTHWHILE = 0.9
+"""A precision is worth its loss if it takes at most this share of the larger one's size or time."""
+
+Images = npt.NDArray[np.float32]
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a precision has to hold to be recommended.
+
+    Attributes:
+        agreement: smallest share (0..1) of images with FP32's first class.
+        sqnr_db: smallest SQNR of the logits.
+        drop_points: largest loss of top-1, in percentage points, where labels exist.
+    """
+
+    agreement: float
+    sqnr_db: float
+    drop_points: float
+
+
+GATES = {
+    "fp32": Gate(1.0, 100.0, 0.0),
+    "fp16": Gate(0.998, 40.0, 0.1),
+    "int8": Gate(0.985, 25.0, 0.5),
+}
+"""FP16's and INT8's: looser than what a good run reaches (99.9 %, 60 dB; 99.3 %, 33 dB), so that
+a few images more or less do not decide; a network far off them has a fault."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One graph to compare.
+
+    Attributes:
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        model: the graph.
+        size_bytes: of its file.
+        fuse: let ONNX Runtime fuse Q/DQ pairs into integer kernels, as on a CPU
+            target; otherwise every pair is computed as written, as TensorRT does.
+    """
+
+    precision: str
+    model: ModelProto
+    size_bytes: int
+    fuse: bool = False
+
+
+@dataclass(frozen=True)
+class PrecisionRow:
+    """One line of the comparison; the reference is FP32.
+
+    Attributes:
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        size_bytes: of the file.
+        sqnr_db: of the logits over all images.
+        cosine: smallest of any image.
+        kl: mean over the images, in nats.
+        agreement: share (0..1) of images with the same first class.
+        images: how many.
+        correct: how many were classified right, or None without labels.
+        ms_per_image: median on this CPU, or None where it was not measured.
+        passed: whether it holds its gate; None for FP32 itself.
+        failures: what it does not hold.
+    """
+
+    precision: str
+    size_bytes: int
+    sqnr_db: float
+    cosine: float
+    kl: float
+    agreement: float
+    images: int
+    correct: int | None
+    ms_per_image: float | None
+    passed: bool | None
+    failures: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the line as JSON can hold it; infinite figures become None."""
+        values = asdict(self)
+        values["failures"] = list(self.failures)
+        return {
+            key: None if isinstance(value, float) and not np.isfinite(value) else value
+            for key, value in values.items()
+        }
+
+
+def logits_session(
+    model: ModelProto, *, fuse: bool, threads: int | None = None
+) -> Callable[[Images], Logits]:
+    """Return a function from images ``(N, C, S, S)`` to float32 logits ``(N, K)``.
+
+    Args:
+        model: the graph; FP16 inputs are converted to.
+        fuse: see :class:`Candidate`.
+        threads: of ONNX Runtime; None lets it choose.
+
+    Raises:
+        ConversionError: ONNX Runtime refuses the graph.
+    """
+    ort = require_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if not fuse:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    try:
+        session = ort.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:
+        raise ConversionError(
+            f"ONNX Runtime refuses the converted graph: {error}",
+            "Please report it, with the command and the network's architecture.",
+        ) from error
+    entry = session.get_inputs()[0]
+    kind = np.float16 if entry.type == "tensor(float16)" else np.float32
+
+    def run(images: Images) -> Logits:
+        found = session.run(None, {entry.name: images.astype(kind, copy=False)})[0]
+        return np.asarray(found, dtype=np.float32)
+
+    return run
+
+
+def compare_precisions(
+    candidates: list[Candidate],
+    chosen: ChosenImages,
+    preprocessing: Preprocessing,
+    *,
+    batch: int,
+    class_names: tuple[str, ...] | None = None,
+    timed: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[PrecisionRow, ...]:
+    """Return one line for each candidate; the first one, FP32, is the reference.
+
+    Args:
+        candidates: the graphs, FP32 first.
+        chosen: the images; labels come from their folders.
+        preprocessing: of the network.
+        batch: images at a time.
+        class_names: in the order of the logits.
+        timed: also measure the time an image takes on this CPU.
+        threads: of ONNX Runtime.
+        progress: called after each batch with the images seen so far.
+
+    Raises:
+        ImageError: no image could be read, or too many could not.
+    """
+    runs = [logits_session(c.model, fuse=c.fuse, threads=threads) for c in candidates]
+    collected: list[list[Logits]] = [[] for _ in runs]
+    numbers: list[int] = []
+    unreadable = UnreadableImages()
+    first: Images | None = None
+    for images, found in input_batches(chosen, preprocessing, batch, unreadable):
+        first = images if first is None else first
+        for run, pieces in zip(runs, collected, strict=True):
+            pieces.append(run(images))
+        numbers += found
+        if progress is not None:
+            progress(len(numbers))
+    if first is None:
+        raise ImageError("There is no image to compare on.", "Pass a folder with --eval DIR.")
+    logits = [np.concatenate(pieces) for pieces in collected]
+    labels = chosen.labels(class_names, logits[0].shape[1])
+    if labels is not None:
+        labels = labels[numbers]
+    times = interleaved_ms(runs, first) if timed else [None] * len(runs)
+    reference = _row(candidates[0], logits[0], logits[0], labels, times[0], None)
+    return (
+        reference,
+        *(
+            _row(candidate, logits[0], found, labels, ms, reference)
+            for candidate, found, ms in zip(candidates[1:], logits[1:], times[1:], strict=True)
+        ),
+    )
+
+
+def _row(
+    candidate: Candidate,
+    expected: Logits,
+    found: Logits,
+    labels: npt.NDArray[Any] | None,
+    ms: float | None,
+    reference: PrecisionRow | None,
+) -> PrecisionRow:
+    figures = compare(expected, found)
+    correct = None if labels is None else int((found.argmax(axis=1) == labels).sum())
+    failures: tuple[str, ...] = ()
+    if reference is not None:
+        drop = None
+        if correct is not None and reference.correct is not None:
+            drop = 100 * (reference.correct - correct) / len(found)
+        gate = GATES[candidate.precision]
+        failures = _failures(gate, figures.top1_agreement, figures.sqnr_db, drop)
+    return PrecisionRow(
+        precision=candidate.precision,
+        size_bytes=candidate.size_bytes,
+        sqnr_db=figures.sqnr_db,
+        cosine=figures.cosine,
+        kl=figures.kl,
+        agreement=figures.top1_agreement,
+        images=figures.images,
+        correct=correct,
+        ms_per_image=ms,
+        passed=None if reference is None else not failures,
+        failures=failures,
+    )
+
+
+def _failures(gate: Gate, agreement: float, sqnr_db: float, drop: float | None) -> tuple[str, ...]:
+    found = []
+    if not agreement >= gate.agreement:
+        found.append(f"agreement {100 * agreement:.2f} % is below {100 * gate.agreement:g} %")
+    if not sqnr_db >= gate.sqnr_db:
+        found.append(f"SQNR {sqnr_db:.1f} dB is below {gate.sqnr_db:g} dB")
+    if drop is not None and drop > gate.drop_points:
+        found.append(f"top-1 lost {drop:.2f} points, more than {gate.drop_points:g}")
+    return tuple(found)
+
+
+def interleaved_ms(
+    runs: list[Callable[[Images], Logits]], images: Images, *, rounds: int = 11
+) -> list[float]:
+    """Return each function's median time an image in milliseconds, measured in turns.
+
+    Turn about, so that what else the machine does falls on all of them alike.
+    """
+    one = images[:1]
+    for run in runs:
+        run(one)
+    times: list[list[float]] = [[] for _ in runs]
+    for _ in range(rounds):
+        for run, taken in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run(one)
+            taken.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(taken) for taken in times]
+
+
+def recommended(rows: tuple[PrecisionRow, ...], target: str) -> tuple[str, str]:
+    """Return the smallest precision that holds its gate and pays, and why."""
+    best, why = rows[0], "nothing smaller holds its gate"
+    for row in rows[1:]:
+        if not row.passed:
+            continue
+        cost = _cost(row, target) / _cost(best, target)
+        if cost <= WORTHWHILE:
+            best, why = row, _gain(row, rows[0], target)
+    others = [_dismissal(row, best, target) for row in rows[1:] if row is not best]
+    return best.precision, "; ".join([why, *filter(None, others)])
+
+
+def _cost(row: PrecisionRow, target: str) -> float:
+    if target == "cpu" and row.ms_per_image is not None:
+        return row.ms_per_image
+    return float(row.size_bytes)
+
+
+def _gain(row: PrecisionRow, reference: PrecisionRow, target: str) -> str:
+    size = f"{reference.size_bytes / row.size_bytes:.2f} times smaller than FP32"
+    if target == "cpu" and row.ms_per_image and reference.ms_per_image:
+        return f"{reference.ms_per_image / row.ms_per_image:.2f} times FP32's speed here, {size}"
+    return f"{size}, at {100 * row.agreement:.2f} % agreement"
+
+
+def _dismissal(row: PrecisionRow, best: PrecisionRow, target: str) -> str:
+    """Return why a precision was passed over, or "" where a smaller one was taken."""
+    name = row.precision.upper()
+    if not row.passed:
+        return f"{name} is not worth it: {'; '.join(row.failures)}"
+    if _cost(row, target) > WORTHWHILE * _cost(best, target) and row.precision == "int8":
+        what = "time" if target == "cpu" and row.ms_per_image is not None else "size"
+        ratio = _cost(row, target) / _cost(best, target)
+        return f"{name} is not worth it: {ratio:.2f} times the {what} of {best.precision.upper()}"
+    return ""
