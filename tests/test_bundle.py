@@ -1,0 +1,235 @@
+"""A bundle is written whole or not at all, and believes only its digests."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from van_deploy.bundle import MANIFEST, Artefact, Bundle, content_key, writing
+from van_deploy.errors import BundleError
+
+
+def put(folder: Path, name: str, text: str, made_from: dict[str, str] | None = None) -> None:
+    """Write one artefact into the bundle ``m`` at ``folder``."""
+    with writing(folder, name="m") as draft:
+        draft.file(f"{name}.onnx").write_text(text)
+        draft.record(
+            Artefact(
+                name,
+                "onnx",
+                "fp32",
+                f"{name}.onnx",
+                {f"{name}.onnx": ""},
+                made_from=made_from or {},
+            )
+        )
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    put(tmp_path / "b", "fp32", "weights")
+    return tmp_path / "b"
+
+
+def test_what_was_written_is_read_back_and_verified(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    assert opened.name == "m"
+    assert opened.verified("fp32").read_text() == "weights"
+    assert opened.problems() == []
+    assert opened.sizes() == {"fp32": 7}
+    assert set(contents(bundle)) == {MANIFEST, "fp32.onnx"}
+    assert Bundle.open(bundle / MANIFEST).path == bundle
+
+
+def test_an_error_half_way_leaves_the_old_bundle(bundle: Path) -> None:
+    before = contents(bundle)
+    with pytest.raises(ZeroDivisionError):
+        _writes_and_fails(bundle)
+    assert contents(bundle) == before
+
+
+def _writes_and_fails(folder: Path) -> None:
+    with writing(folder) as draft:
+        draft.file("fp32.onnx").write_text("new")
+        draft.manifest["name"] = "other"
+        1 / 0  # noqa: B018
+
+
+def test_an_error_in_the_first_export_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), writing(tmp_path / "new", name="m"):
+        1 / 0  # noqa: B018
+    assert not (tmp_path / "new").exists()
+
+
+class Killed(BaseException):
+    """Stands for the process ending at once."""
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_killed_while_committing_the_next_reader_sees_the_whole_new_bundle(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    # Three files are moved (two artefacts and the manifest) and then the folder goes.
+    real, done = Path.replace, 0
+
+    def dies(self: Path, target: Path) -> Path:
+        nonlocal done
+        if ".pending" in self.parts:
+            if done == moves:
+                raise Killed
+            done += 1
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", dies)
+    try:
+        with writing(bundle) as draft:
+            for name, text in (("fp32", "new weights"), ("fp16", "half")):
+                draft.file(f"{name}.onnx").write_text(text)
+                file = f"{name}.onnx"
+                draft.record(Artefact(name, "onnx", name, file, {file: ""}))
+    except Killed:
+        assert moves < 3
+    monkeypatch.setattr(Path, "replace", real)
+    opened = Bundle.open(bundle)
+    assert opened.verified("fp32").read_text() == "new weights"
+    assert opened.verified("fp16").read_text() == "half"
+    assert set(contents(bundle)) == {MANIFEST, "fp32.onnx", "fp16.onnx"}
+
+
+def test_killed_before_committing_the_next_writer_clears_the_rest(bundle: Path) -> None:
+    staging = bundle / ".staging-dead"
+    staging.mkdir()
+    (staging / "fp32.onnx").write_text("half written")
+    put(bundle, "fp16", "half")
+    assert set(contents(bundle)) == {MANIFEST, "fp32.onnx", "fp16.onnx"}
+    assert Bundle.open(bundle).verified("fp32").read_text() == "weights"
+
+
+def test_what_was_made_from_an_older_artefact_goes_with_it(bundle: Path) -> None:
+    origin = {"name": "fp32", "sha256": Bundle.open(bundle).artefact("fp32").sha256}
+    put(bundle, "fp16", "half", origin)
+    put(bundle, "engine", "plan", {"name": "fp16", "sha256": "0" * 64})
+    put(bundle, "fp32", "weights")  # the same again: nothing goes
+    assert set(Bundle.open(bundle).artefacts) == {"fp32", "fp16", "engine"}
+    put(bundle, "fp32", "other weights")
+    assert set(Bundle.open(bundle).artefacts) == {"fp32"}
+    assert set(contents(bundle)) == {MANIFEST, "fp32.onnx"}
+
+
+def test_a_changed_file_is_refused_by_name(bundle: Path) -> None:
+    (bundle / "fp32.onnx").write_text("changed")
+    with pytest.raises(BundleError, match=r"fp32.onnx' was changed after the manifest was written"):
+        Bundle.open(bundle).verified("fp32")
+    (bundle / "fp32.onnx").unlink()
+    assert Bundle.open(bundle).problems() == [
+        f"'{bundle}/fp32.onnx' is named in the manifest and missing."
+    ]
+
+
+@pytest.mark.parametrize("file", ["../evil", "/etc/passwd", "a/../../b", "a\\b", ""])
+def test_a_manifest_that_climbs_out_is_refused(bundle: Path, file: str) -> None:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["artefacts"]["fp32"]["file"] = file
+    manifest["artefacts"]["fp32"]["files"] = {file: "0" * 64}
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"outside the bundle|damaged"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"schema": "van-deploy/bundle/1"}', '"x"', "\x00"]
+)
+def test_a_damaged_manifest_is_one_clear_error(bundle: Path, text: str) -> None:
+    (bundle / MANIFEST).write_text(text)
+    with pytest.raises(BundleError, match=r"The manifest '.*manifest.json' is damaged"):
+        Bundle.open(bundle)
+
+
+def test_another_schema_is_named(bundle: Path) -> None:
+    (bundle / MANIFEST).write_text('{"schema": "van-deploy/bundle/9"}')
+    with pytest.raises(BundleError, match="schema 'van-deploy/bundle/9'"):
+        Bundle.open(bundle)
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(BundleError) as caught, writing(tmp_path, name="m"):
+        pass
+    assert caught.value.message == (
+        f"'{tmp_path}' holds something else (thesis.tex) and no bundle."
+    )
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_another_models_bundle_is_left_alone(bundle: Path) -> None:
+    before = contents(bundle)
+    said = "holds the bundle of 'm', not of 'other'"
+    with pytest.raises(BundleError, match=said), writing(bundle, name="other"):
+        pass
+    assert contents(bundle) == before
+
+
+def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = "is a file, not a folder"
+    with pytest.raises(BundleError, match=said), writing(tmp_path / "file", name="m"):
+        pass
+
+
+def test_no_bundle_is_said_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(tmp_path / "nothing")
+    assert str(caught.value) == (
+        f"There is no bundle at '{tmp_path}/nothing'.\n"
+        "Make one with `van-deploy export MODEL --output DIR`."
+    )
+
+
+def test_a_missing_artefact_is_said_with_the_command_that_makes_it(bundle: Path) -> None:
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle).artefact("int8")
+    assert caught.value.message == f"The bundle '{bundle}' has no artefact 'int8'; it has: fp32."
+    assert caught.value.remedy == f"Make it with `van-deploy quantize {bundle} --precision int8`."
+
+
+def _adds(folder: Path, name: str) -> None:
+    put(folder, name, name)
+
+
+def test_two_processes_on_one_bundle_lose_nothing(bundle: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    names = [f"a{i}" for i in range(6)]
+    workers = [context.Process(target=_adds, args=(bundle, name)) for name in names]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    opened = Bundle.open(bundle)
+    assert set(opened.artefacts) == {"fp32", *names}
+    assert opened.problems() == []
+
+
+def test_a_bundle_that_another_process_keeps_is_said(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from filelock import FileLock
+
+    monkeypatch.setattr("van_deploy.bundle.LOCK_WAIT_S", 0.1)
+    with FileLock(bundle / ".lock"), pytest.raises(BundleError, match="has been writing"):
+        put(bundle, "fp16", "half")
+
+
+def test_the_key_depends_on_every_value_and_on_no_order() -> None:
+    key = content_key({"a": 1, "b": [1.5, None]})
+    assert key == content_key({"b": (1.5, None), "a": 1})
+    assert key != content_key({"a": 1, "b": [1.5, 0]})
