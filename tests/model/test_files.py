@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from van_deploy.bundle import file_sha256
 from van_deploy.errors import CheckpointError, UsageError
-from van_deploy.model.files import read_weights, sha256_of_file
+from van_deploy.model.files import read_weights
 from van_deploy.model.van import VAN
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
@@ -141,7 +142,7 @@ def test_safetensors_under_any_name(tmp_path: Path) -> None:
 
 def test_digest_is_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
-    assert sha256_of_file(tmp_path / "x") == (
+    assert file_sha256(tmp_path / "x") == (
         "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
 

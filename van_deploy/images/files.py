@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from van_deploy.bundle import file_sha256
 from van_deploy.errors import ImageError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ IMAGE_SUFFIXES = frozenset(
 )
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; Pillow's own warning limit
 BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
-CHUNK_BYTES = 1 << 20
 
 
 def find_images(folder: Path | str) -> tuple[Path, ...]:
@@ -177,13 +176,9 @@ def file_digest(path: Path | str) -> str:
     Raises:
         ImageError: the file cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
+        return file_sha256(Path(path))
     except OSError as problem:
         raise ImageError(
             f"'{path}' cannot be read: {problem.strerror}.", "Check the path and its permissions."
         ) from problem
-    return digest.hexdigest()

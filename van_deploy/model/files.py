@@ -8,9 +8,7 @@ or says in one sentence what the file is instead. Pickles go through
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import re
 import struct
 import zipfile
@@ -25,7 +23,7 @@ from torch import Tensor
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.pickles import load_pickle, truncated
 
-__all__ = ["CONTAINERS", "SUFFIXES", "WeightsFile", "read_weights", "sha256_of_file"]
+__all__ = ["CONTAINERS", "SUFFIXES", "WeightsFile", "read_weights"]
 
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 """Endings that make a word on the command line a path (``.pth.tar`` is a ``.tar``)."""
@@ -53,15 +51,6 @@ class WeightsFile:
     others: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-def sha256_of_file(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_weights(path: Path, *, container: str | None = None) -> WeightsFile:

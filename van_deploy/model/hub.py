@@ -229,9 +229,9 @@ def _progress_class(name: str, progress: Progress | None) -> Any:
 
 
 def _checked_digest(path: Path, file: HubFile, expected: str | None) -> str:
-    from van_deploy.model.files import sha256_of_file
+    from van_deploy.bundle import file_sha256
 
-    digest, blob = sha256_of_file(path), path.resolve()
+    digest, blob = file_sha256(path), path.resolve()
     # The hub names large files' blobs by their SHA-256.
     if _SHA256.fullmatch(blob.name) and blob.name != digest:
         raise DownloadError(

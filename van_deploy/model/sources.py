@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from van_deploy.bundle import file_sha256
 from van_deploy.errors import DownloadError, UsageError
 from van_deploy.model.contract import is_official
-from van_deploy.model.files import SUFFIXES, sha256_of_file
+from van_deploy.model.files import SUFFIXES
 from van_deploy.model.hub import (
     CONFIG,
     PREPROCESSOR,
@@ -100,7 +101,7 @@ def on_disk(path: Path, expect_sha256: str | None) -> Found:
         DownloadError: it has another digest than the one asked for.
     """
     try:
-        digest = sha256_of_file(path)
+        digest = file_sha256(path)
     except OSError:
         digest = ""  # read_weights says what is wrong
     _check_expected(str(path), digest, expect_sha256 if digest else None)
