@@ -216,7 +216,7 @@ def build_here(
     for cell in cells:
         try:
             yield _build_one(cell, host, force, progress(cell) if progress else None)
-        except VanDeployError as error:
+        except VanDeployError as error:  # noqa: PERF203 - each cell on its own
             yield Outcome(cell, FAILED, error=error)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def layers_from_json(text: str) -> tuple[Layer, ...]:
 def _layer(entry: str | Mapping[str, Any]) -> Layer:
     if isinstance(entry, str):
         return Layer(entry, "", "", ())
-    outputs = entry.get("Outputs") or ({},)
+    outputs: Sequence[Mapping[str, Any]] = entry.get("Outputs") or ({},)
     types = outputs[0].get("Format/Datatype") or outputs[0].get("Datatype") or ""
     metadata = str(entry.get("Metadata", ""))
     nodes = tuple(

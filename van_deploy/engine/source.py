@@ -92,7 +92,7 @@ def read_source(path: Path) -> OnnxSource:
 
 def _load(path: Path) -> ModelProto:
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     if not path.is_file():
         raise InputError(f"There is no ONNX file '{path}'.", "Make it with `van-deploy export`.")
@@ -135,7 +135,7 @@ def _structure(model: ModelProto, path: Path) -> Iterator[str]:
 def _types(graph: GraphProto) -> Iterator[str]:
     from onnx import TensorProto
 
-    silent = {
+    silent: dict[int, str] = {
         TensorProto.DOUBLE: "float64, which TensorRT would narrow to float32",
         TensorProto.STRING: "text, which TensorRT does not have",
         TensorProto.COMPLEX64: "complex numbers, which TensorRT does not have",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from van_deploy.environment.packages import pip_command
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.runners.base import Images, Logits
 
@@ -32,6 +33,10 @@ def require_onnxruntime() -> Any:
             "(or 'van-deploy[gpu]' on a machine with an NVIDIA GPU).",
         ) from error
     return onnxruntime
+
+
+CUDA_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+TENSORRT_PROVIDERS = ("TensorrtExecutionProvider", *CUDA_PROVIDERS)
 
 
 class OnnxRuntimeRunner:
@@ -65,14 +70,28 @@ class OnnxRuntimeRunner:
         self.name = name
         self._session: Any = None
 
+    @classmethod
+    def on_cuda(cls, model: Path | ModelProto, *, threads: int | None = None) -> OnnxRuntimeRunner:
+        """Return a runner on the GPU, through ONNX Runtime's own CUDA kernels: ``ort-cuda``."""
+        return cls(model, threads=threads, providers=CUDA_PROVIDERS, name="ort-cuda")
+
+    @classmethod
+    def on_tensorrt(
+        cls, model: Path | ModelProto, *, threads: int | None = None
+    ) -> OnnxRuntimeRunner:
+        """Return a runner on the GPU that builds TensorRT engines as it goes: ``ort-tensorrt``."""
+        return cls(model, threads=threads, providers=TENSORRT_PROVIDERS, name="ort-tensorrt")
+
     def __enter__(self) -> OnnxRuntimeRunner:
         """Load the graph.
 
         Raises:
-            MissingDependency: ONNX Runtime is not installed.
+            MissingDependency: ONNX Runtime is not installed, lacks the provider
+                asked for, or would have fallen back to another one.
             ConversionError: it refuses the graph.
         """
         ort = require_onnxruntime()
+        _require_provider(ort, self.providers[0])
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only
         if self.threads is not None:
@@ -90,6 +109,10 @@ class OnnxRuntimeRunner:
                 f"ONNX Runtime {ort.__version__} cannot load {what}: {error}",
                 "Look at the file with `van-deploy inspect`, or export at a lower --opset.",
             ) from error
+        used = tuple(self._session.get_providers())
+        if self.providers[0] not in used:
+            self._session = None
+            raise _fell_back(self.providers[0], used)
         return self
 
     def __exit__(
@@ -118,3 +141,31 @@ def onnxruntime_logits(model: ModelProto, images: Images) -> Logits:
     """Return the logits ``(N, K)`` of a graph in memory for ``images (N, C, S, S)``."""
     with OnnxRuntimeRunner(model) as runner:
         return runner.run(images)
+
+
+def _require_provider(ort: Any, provider: str) -> None:
+    """Return if this ONNX Runtime was built with the provider.
+
+    Raises:
+        MissingDependency: it was not.
+    """
+    available = ort.get_available_providers()
+    if provider not in available:
+        pip = pip_command()
+        raise MissingDependency(
+            f"This ONNX Runtime ({ort.__version__}) has no {provider}; it has "
+            f"{', '.join(available)}.",
+            f"Install the one for GPUs: `{pip} uninstall --yes onnxruntime && "
+            f"{pip} install onnxruntime-gpu`.",
+        )
+
+
+def _fell_back(provider: str, used: tuple[str, ...]) -> MissingDependency:
+    """Return the error for a session that ONNX Runtime quietly gave to another provider."""
+    needs = "TensorRT's libraries, " if provider == TENSORRT_PROVIDERS[0] else ""
+    return MissingDependency(
+        f"ONNX Runtime has {provider} but could not start it, and would have run on "
+        f"{used[0]} without a word.",
+        f"It needs {needs}CUDA and cuDNN of the versions it was built for, and an NVIDIA GPU: "
+        "run `van-deploy doctor`.",
+    )
