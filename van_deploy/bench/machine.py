@@ -50,14 +50,14 @@ class Watch:
     def __init__(self, cores: int) -> None:
         self.cores = cores
         self._start = moment()
+        self._own_s = _own_s()
 
-    def report(self, own_cpu_s: float) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Return load, clock, throttling and energy since the start.
 
-        Args:
-            own_cpu_s: processor seconds used by this benchmark itself.
+        What this process and the children it has waited for used is not "others".
         """
-        end = moment()
+        end, own_cpu_s = moment(), _own_s() - self._own_s
         wall = end.wall_s - self._start.wall_s
         other = None
         if end.busy_s is not None and self._start.busy_s is not None and wall > 0:
@@ -109,6 +109,12 @@ def _busy_s() -> float | None:
     fields = [int(x) for x in path.read_text().splitlines()[0].split()[1:9]]
     user, nice, system, _idle, _iowait, irq, softirq, steal = fields
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_s() -> float:
+    """Return processor seconds of this process and the children it has waited for."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _throttles() -> int | None:

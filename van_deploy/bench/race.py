@@ -7,7 +7,6 @@ disturbs all of them, and the ratio of two is taken within a round.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace

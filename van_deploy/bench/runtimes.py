@@ -77,7 +77,7 @@ def import_runtime(contender: Contender) -> dict[str, str]:
                 f"{name} is not installed: {error}.", "See `van-deploy doctor`."
             ) from error
         if hasattr(module, "__version__"):
-            versions[name] = str(module.__version__)
+            versions[name] = str(module.__version__).split("-")[0]
     return versions
 
 

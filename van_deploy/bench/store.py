@@ -1,0 +1,64 @@
+"""Keeping a benchmark: in the bundle it belongs to, and in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from van_deploy.bundle import Bundle, write_atomic, writing
+from van_deploy.errors import InputError
+
+__all__ = ["BENCH_FILE", "save_report"]
+
+BENCH_FILE = "bench.json"
+
+
+def save_report(report: Mapping[str, Any], bundle: Bundle | None, output: Path | None) -> None:
+    """Write a report's JSON into ``bundle`` and to ``output``, where given.
+
+    In the bundle it becomes ``bench.json``, and the manifest's ``checks`` get a
+    summary, so that whoever reads the manifest alone knows the figures.
+
+    Raises:
+        InputError: ``output`` cannot be written.
+        BundleError: the bundle cannot be written.
+    """
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    if output is not None:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(output, text)
+        except OSError as error:
+            raise InputError(
+                f"'{output}' cannot be written: {error.strerror or error}.",
+                "Choose another --output FILE.",
+            ) from error
+    if bundle is not None:
+        with writing(bundle.path) as draft:
+            draft.file(BENCH_FILE).write_text(text, encoding="utf-8")
+            draft.manifest["checks"]["bench"] = _summary(report)
+
+
+def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [row for row in report["rows"] if row["latency"]]
+    return {
+        "file": BENCH_FILE,
+        "date": report["date"],
+        "machine": report["machine"]["cpu"]["name"],
+        "threads": report["settings"]["threads"],
+        "reference": report["reference"],
+        "rows": [
+            {
+                "contender": row["contender"],
+                "batch": row["batch"],
+                "image_size": row["image_size"],
+                "p50_ms": row["latency"]["p50_ms"],
+                "images_per_s": row["images_per_s"],
+                "ratio": row["ratio"]["median"] if row["ratio"] else None,
+            }
+            for row in rows
+        ],
+        "skipped": {entry["name"]: entry["reason"] for entry in report["skipped"]},
+    }

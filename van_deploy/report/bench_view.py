@@ -1,0 +1,272 @@
+"""A benchmark as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from van_deploy.bench.timing import CV_LIMIT_PERCENT
+from van_deploy.report.tables import (
+    Column,
+    bytes_text,
+    count_text,
+    facts_table,
+    notes,
+    rows_table,
+    stack,
+)
+
+__all__ = ["bench_tables", "change_table", "limits_table", "machine_text", "ratio_text"]
+
+
+def bench_tables(report: Mapping[str, Any]) -> RenderableType:
+    """Return everything a person wants to see of a benchmark, given as its JSON."""
+    warnings = notes(report["warnings"]) if report["warnings"] else None
+    return stack(
+        facts_table(_facts(report)),
+        _latency_table(report),
+        _best_table(report),
+        _loading_table(report),
+        _roofline_table(report),
+        _skipped_table(report),
+        warnings,
+    )
+
+
+def machine_text(machine: Mapping[str, Any]) -> str:
+    """Return the machine on one line."""
+    cpu = machine["cpu"]
+    gpus = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
+    special = [f for f in cpu["features"] if f not in {"fma"}]
+    return f"{cpu['name']}, {cpu['cores_allowed']} cores ({' '.join(special)}){gpus}"
+
+
+def ratio_text(ratio: Mapping[str, Any] | None) -> str | None:
+    """Return a ratio with its spread over the rounds.
+
+    >>> ratio_text({"median": 4.132, "low": 4.0, "high": 4.31, "rounds": 6})
+    '4.13 (4.00-4.31)'
+    """
+    if ratio is None:
+        return None
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+
+
+def change_table(changes: Iterable[Any]) -> RenderableType:
+    """Return one line a row that two benchmarks have in common."""
+    columns = (
+        "runner",
+        Column("batch", "right"),
+        Column("size", "right"),
+        Column("before ms", "right"),
+        Column("after ms", "right"),
+        Column("times faster", "right"),
+        Column("ratio change", "right"),
+        "file",
+    )
+    rows = (
+        (
+            change.contender,
+            change.batch,
+            change.image_size,
+            _ms(change.before_ms),
+            _ms(change.after_ms),
+            f"{change.speedup:.3f}",
+            None
+            if change.ratio_change_percent is None
+            else f"{change.ratio_change_percent:+.1f} %",
+            "same" if change.same_file else "another",
+        )
+        for change in changes
+    )
+    return rows_table(columns, rows, "Compared with the older benchmark")
+
+
+def limits_table(name: str, source: str, limits: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Return the limits on paper of a device that is not at hand, one line a graph and batch."""
+    columns = (
+        "graph",
+        "precision",
+        Column("batch", "right"),
+        Column("operations", "right"),
+        Column("least ms", "right"),
+        Column("most images/s", "right"),
+        "limit",
+        Column("ms without fusion", "right"),
+    )
+    rows = (
+        (
+            limit["graph"],
+            limit["precision"],
+            limit["batch"],
+            count_text(limit["operations"]),
+            _ms(limit["limit"]["ms"]),
+            f"{1e3 * limit['batch'] / limit['limit']['ms']:,.0f}",
+            limit["limit"]["bound"],
+            _ms(limit["limit"]["traffic_ms"]),
+        )
+        for limit in limits
+    )
+    title = f"Limits on paper of {name.upper()} ({source}); nothing here was measured"
+    return rows_table(columns, rows, title)
+
+
+def _facts(report: Mapping[str, Any]) -> dict[str, object]:
+    settings, seconds = report["settings"], report["seconds"]
+    used = [r["contender"] for r in report["rows"]]
+    return {
+        "model": report.get("model", ""),
+        "machine": machine_text(report["machine"]),
+        "threads": f"{settings['threads']} a runner, {settings['streams']} stream(s)",
+        "versions": ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
+        "images": settings["images"],
+        "time": f"{seconds['wall']:.0f} s, of which {seconds['timed']:.0f} s timed, "
+        f"{seconds['overhead_percent']:.0f} % outside the {len(set(used))} runners",
+        "faster": f"times faster than {report['reference']}, paired by round (lowest-highest)"
+        if report["reference"]
+        else "nothing to compare with",
+    }
+
+
+def _latency_table(report: Mapping[str, Any]) -> RenderableType:
+    several = len({row["image_size"] for row in report["rows"]}) > 1
+    columns: list[Column | str] = [
+        "runner",
+        *([Column("size", "right")] if several else []),
+        Column("batch", "right"),
+        Column("p50 ms", "right"),
+        Column("p90 ms", "right"),
+        Column("p99 ms", "right"),
+        Column("images/s", "right"),
+        Column("faster (rounds)", "right"),
+    ]
+    rows = [_latency_row(row, several) for row in _ordered(report["rows"])]
+    failed = [
+        f"{row['contender']} at batch {row['batch']}: {row['error']}"
+        for row in report["rows"]
+        if row["error"]
+    ]
+    return stack(rows_table(columns, rows), notes(failed, "FAIL") if failed else None)
+
+
+def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return rows by image size and batch, the fastest first."""
+    return sorted(rows, key=lambda r: (r["image_size"], r["batch"], -(r["images_per_s"] or 0.0)))
+
+
+def _latency_row(row: Mapping[str, Any], several: bool) -> list[object]:
+    latency = row["latency"]
+    size = [row["image_size"]] if several else []
+    if latency is None:
+        return [row["contender"], *size, row["batch"], *[None] * 5]
+    return [
+        row["contender"],
+        *size,
+        row["batch"],
+        *(_ms(latency[key]) for key in ("p50_ms", "p90_ms", "p99_ms")),
+        f"{row['images_per_s']:,.1f}",
+        ratio_text(row["ratio"]),
+    ]
+
+
+def _best_table(report: Mapping[str, Any]) -> RenderableType | None:
+    under = report["best_under_p99"]
+    if under is None:
+        return None
+    rows = (
+        (name, best["batch"], _ms(best["p99_ms"]), f"{best['images_per_s']:,.1f}")
+        if best
+        else (name, None, None, None)
+        for name, best in under["best"].items()
+    )
+    columns = (
+        "runner",
+        Column("batch", "right"),
+        Column("p99 ms", "right"),
+        Column("images/s", "right"),
+    )
+    return rows_table(columns, rows, f"Best batch with p99 below {under['limit_ms']:g} ms")
+
+
+def _loading_table(report: Mapping[str, Any]) -> RenderableType | None:
+    if not report["loading"]:
+        return None
+    columns = (
+        "runner",
+        Column("import s", "right"),
+        Column("load s", "right"),
+        Column("first call ms", "right"),
+        Column("peak RAM", "right"),
+        Column("calls", "right"),
+        Column("CV %", "right"),
+    )
+    rows = (_loading_row(name, took, report["rows"]) for name, took in report["loading"].items())
+    title = "Loading, memory, and the unsteadiest batch (CV: deviation over mean of all calls)"
+    return rows_table(columns, rows, title)
+
+
+def _loading_row(
+    name: str, took: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> list[object]:
+    own = [row for row in rows if row["contender"] == name and row["latency"]]
+    figures = [f"{took['import_s']:.2f}", f"{took['load_s']:.2f}"]
+    if not own:
+        return [name, *figures, None, None, None, None]
+    worst = max(row["latency"]["cv_percent"] for row in own)
+    return [
+        name,
+        *figures,
+        _ms(own[0]["first_call_ms"]),
+        bytes_text(max(row["peak_rss_bytes"] for row in own)),
+        sum(row["latency"]["calls"] for row in own),
+        Text(f"{worst:.1f}", style="yellow" if worst > CV_LIMIT_PERCENT else ""),
+    ]
+
+
+def _roofline_table(report: Mapping[str, Any]) -> RenderableType | None:
+    ceilings = report["ceilings"]
+    if not ceilings or not report["roofline"]:
+        return None
+    rates = ", ".join(
+        f"{kind} {rate / 1e9:,.0f} G operations/s" for kind, rate in ceilings["ops_per_s"].items()
+    )
+    columns = (
+        "runner",
+        Column("batch", "right"),
+        Column("operations", "right"),
+        Column("least ms", "right"),
+        "limit",
+        Column("reached", "right"),
+        Column("ms without fusion", "right"),
+    )
+    rows = (
+        (
+            entry["contender"],
+            entry["batch"],
+            count_text(entry["work"]["operations"]),
+            _ms(entry["limit"]["ms"]),
+            entry["limit"]["bound"],
+            f"{entry['percent_of_limit']:.0f} %",
+            _ms(entry["limit"]["traffic_ms"]),
+        )
+        for entry in report["roofline"]
+    )
+    title = f"Roofline: measured {rates}, memory {ceilings['bytes_per_s'] / 1e9:.1f} GB/s"
+    return rows_table(columns, rows, title)
+
+
+def _skipped_table(report: Mapping[str, Any]) -> RenderableType | None:
+    if not report["skipped"]:
+        return None
+    return notes((f"{s['name']}: {s['reason']}" for s in report["skipped"]), "SKIPPED")
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:+.1f} %"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
