@@ -34,7 +34,7 @@ def model_facts(manifest: Mapping[str, Any]) -> RenderableType:
     weights, config = manifest["weights"], manifest["architecture"]
     facts = {
         "model": manifest["name"],
-        "weights": f"{weights['path'] or weights['spec']} "
+        "weights": f"{_where(weights)} "
         f"({weights['format']}{_seed(weights)}, sha256 {weights['sha256'][:12]})",
         "network": f"widths {_list(config['embed_dims'])}, depths {_list(config['depths'])}, "
         f"{config['num_classes']} classes, {count_text(manifest['parameters'])} parameters",
@@ -167,6 +167,12 @@ def _embedded(item: Embedded) -> dict[str, object]:
         "outcome": True,
         "detail": f"relative difference {plain:.1e} from {item.base}{against}, at batch {sizes}",
     }
+
+
+def _where(weights: Mapping[str, Any]) -> str:
+    """Return the weights' file; what ships in the package goes by its name."""
+    inside = weights["format"] in {"embedded", "random"}
+    return str(weights["spec"] if inside else weights["path"])
 
 
 def _seed(weights: Mapping[str, Any]) -> str:
