@@ -143,16 +143,16 @@ def find_flips(expected: Array, found: Array, flip_margin: float) -> list[Flip]:
     A row with a NaN is a flip, too, and always a fault.
     """
     margins = decision_margins(expected) / math.sqrt(float(np.square(expected).mean()))
-    finite = np.isfinite(found).all(axis=1)
+    finite = [bool(np.isfinite(row).all()) for row in found]
     before, after = expected.argmax(axis=1), found.argmax(axis=1)
-    rows = np.flatnonzero((before != after) | ~finite)
+    rows = np.flatnonzero((before != after) | ~np.array(finite))
     flips = [
         Flip(
             image=int(row),
             expected=int(before[row]),
             found=int(after[row]),
             margin=float(margins[row]),
-            fault=bool(margins[row] > flip_margin or not finite[row]),
+            fault=bool(margins[row] > flip_margin) or not finite[row],
         )
         for row in rows
     ]

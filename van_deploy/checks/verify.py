@@ -1,0 +1,417 @@
+"""Every artefact of a bundle against the original PyTorch network, and a verdict on each.
+
+Asked of each: are the logits the network's at every batch size, does a row come
+out as the image does alone, did a clear decision change, does any module add
+more error than its precision explains, and is its preprocessing the weights'?
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from van_deploy.bundle import Bundle
+from van_deploy.checks.drift import DriftRow, drift_of_graph
+from van_deploy.checks.gates import (
+    Flip,
+    Limits,
+    Noise,
+    find_flips,
+    judge,
+    limits_from_noise,
+    measure_noise,
+)
+from van_deploy.checks.isolate import cuts_of
+from van_deploy.checks.opened import CPU, NotRun, Opened, open_artefact, plain_onnx
+from van_deploy.checks.pictures import Pictures
+from van_deploy.checks.reference import Reference, reference_of
+from van_deploy.errors import VanDeployError
+from van_deploy.metrics import Array, Comparison, compare
+from van_deploy.model.checkpoint import LoadedVan
+from van_deploy.model.pixels import normalised
+from van_deploy.recipe import BatchRange, GateSettings
+from van_deploy.runners.base import Logits, run_in_batches
+from van_deploy.runners.pytorch import TorchRunner
+
+__all__ = [
+    "SCHEMA",
+    "ArtefactVerdict",
+    "BatchVerdict",
+    "ReferenceLogits",
+    "VerifyReport",
+    "batch_sizes",
+    "reference_logits",
+    "verify_bundle",
+    "verify_logits",
+]
+
+SCHEMA = "van-deploy/verify/1"
+REFERENCE_BATCH = 8
+MODULE_IMAGES = 2
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ReferenceLogits:
+    """What the original network says, and how sure float32 is of it.
+
+    Attributes:
+        float64: ``(N, K)``: the reference.
+        float32: ``(N, K)``: the same network in float32.
+        noise: between the two.
+    """
+
+    float64: Array
+    float32: Array
+    noise: Noise
+
+
+@dataclass(frozen=True)
+class BatchVerdict:
+    """One batch size.
+
+    Attributes:
+        batch: images in the batch.
+        comparison: against the reference; None if it did not run.
+        row_relative: against the same images alone, over ``max|logit|``.
+        failures: a sentence for each limit that was passed.
+    """
+
+    batch: int
+    comparison: Comparison | None
+    row_relative: float | None
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ArtefactVerdict:
+    """The verdict on one artefact.
+
+    Attributes:
+        artefact: its name.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        runner: what ran it.
+        outcome: ``passed``, ``failed`` or ``skipped``.
+        reason: why it was skipped.
+        limits: what was asked.
+        comparison: over all images.
+        flips: predictions that changed, the widest margin first.
+        batches: one entry a batch size.
+        modules: the parts that add most error, worst first.
+        failures: everything that failed, one sentence each.
+    """
+
+    artefact: str
+    precision: str
+    runner: str
+    outcome: str
+    reason: str = ""
+    limits: Limits | None = None
+    comparison: Comparison | None = None
+    flips: tuple[Flip, ...] = ()
+    batches: tuple[BatchVerdict, ...] = ()
+    modules: tuple[DriftRow, ...] = ()
+    failures: tuple[str, ...] = ()
+
+    @property
+    def margin_db(self) -> float | None:
+        """How far the SQNR is above its limit, in dB: what is left."""
+        if self.comparison is None or self.limits is None:
+            return None
+        return self.comparison.sqnr_db - self.limits.sqnr_db
+
+    @property
+    def module_margin_db(self) -> float | None:
+        """How far the worst module is above its limit, in dB."""
+        if not self.modules or self.limits is None:
+            return None
+        return float(self.modules[0].added_db or 0.0) - self.limits.module_db
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The verdict on every artefact of a bundle.
+
+    Attributes:
+        images: what they were compared on.
+        names: what each image is called.
+        noise: PyTorch in float32 against itself in float64, on these images.
+        artefacts: one verdict each.
+    """
+
+    images: str
+    names: tuple[str, ...]
+    noise: Noise
+    artefacts: tuple[ArtefactVerdict, ...]
+
+    @property
+    def failed(self) -> list[ArtefactVerdict]:
+        """The artefacts that did not pass."""
+        return [verdict for verdict in self.artefacts if verdict.outcome == "failed"]
+
+    @property
+    def passed(self) -> bool:
+        """Whether something ran and nothing failed."""
+        ran = [verdict for verdict in self.artefacts if verdict.outcome != "skipped"]
+        return bool(ran) and not self.failed
+
+    def __bool__(self) -> bool:
+        """Return :attr:`passed`."""
+        return self.passed
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report, ready for JSON."""
+        return {
+            "schema": SCHEMA,
+            "passed": self.passed,
+            "reference": "PyTorch, original network, float64",
+            "images": self.images,
+            "count": len(self.names),
+            "noise": self.noise.as_dict(),
+            "artefacts": {v.artefact: self._entry(v) for v in self.artefacts},
+        }
+
+    def _entry(self, verdict: ArtefactVerdict) -> dict[str, Any]:
+        entry = asdict(verdict)
+        entry["margin_db"] = verdict.margin_db
+        entry["module_margin_db"] = verdict.module_margin_db
+        entry["flips"] = [
+            {**asdict(flip), "image": self.names[flip.image]} for flip in verdict.flips
+        ]
+        return entry
+
+
+def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
+    """Return the batch sizes to try: 1, 2, 3, the optimum, the maximum and another odd one.
+
+    >>> batch_sizes(BatchRange(1, 8, 32)), batch_sizes(BatchRange(1, 1, 2))
+    ((1, 2, 3, 5, 8, 32), (1, 2))
+    """
+    wanted = {1, 2, 3, batch.opt, batch.max}
+    wanted.add(next(odd for odd in range(5, 99, 2) if odd not in wanted))
+    return tuple(sorted(size for size in wanted if size <= batch.max))
+
+
+def reference_logits(loaded: LoadedVan, pictures: Pictures) -> ReferenceLogits:
+    """Return the original network's logits of the pictures in float64 and float32."""
+    images = normalised(pictures.pixels, loaded.preprocessing)
+    with TorchRunner(loaded.model) as single:
+        float32 = run_in_batches(single, images, REFERENCE_BATCH)
+    import torch
+
+    double = copy.deepcopy(loaded.model).double()
+    with torch.inference_mode():
+        pieces = [
+            double(torch.from_numpy(images[start : start + REFERENCE_BATCH]).double()).numpy()
+            for start in range(0, len(images), REFERENCE_BATCH)
+        ]
+    float64 = np.concatenate(pieces)
+    return ReferenceLogits(float64, float32, measure_noise(float64, float32))
+
+
+def verify_bundle(
+    bundle: Bundle,
+    loaded: LoadedVan,
+    pictures: Pictures,
+    *,
+    gates: GateSettings | None = None,
+    artefacts: Sequence[str] = (),
+    runner: str = CPU,
+    modules: bool = True,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Return the verdict on each artefact of ``bundle``.
+
+    Args:
+        bundle: the bundle.
+        loaded: its original network.
+        pictures: at least as many as the largest batch.
+        gates: limits that are not to be derived.
+        artefacts: which ones; by default all.
+        runner: one of :data:`~van_deploy.checks.opened.RUNNERS`, for ONNX artefacts.
+        modules: look into plain ONNX graphs as well, module by module.
+        threads: threads of ONNX Runtime; None lets it choose.
+        progress: told what is checked.
+
+    Raises:
+        BundleError: an artefact is not there, or is not the manifest's.
+        UsageError: there is no such runner, or too few pictures.
+    """
+    say = progress or (lambda _: None)
+    settings = gates or GateSettings()
+    say("PyTorch in float64 and float32")
+    expected = reference_logits(loaded, pictures)
+    sizes = batch_sizes(BatchRange(**bundle.manifest["batch"]))
+    plain = plain_onnx(bundle)
+    reference = None
+    verdicts = []
+    for name in artefacts or bundle.artefacts:
+        artefact = bundle.artefact(name)
+        say(f"'{name}' at batch {', '.join(map(str, sizes))}")
+        limits = limits_from_noise(
+            expected.noise, artefact.precision, settings.of(artefact.precision)
+        )
+        opened = open_artefact(bundle, name, runner, threads=threads)
+        if isinstance(opened, NotRun):
+            verdicts.append(
+                ArtefactVerdict(name, artefact.precision, opened.runner, "skipped", opened.reason)
+            )
+            continue
+        verdict = _verify_opened(opened, artefact.precision, expected, pictures, sizes, limits)
+        verdict = _add(verdict, _contract_failures(bundle, name))
+        if modules and name in plain:
+            say(f"'{name}', module by module")
+            images = normalised(pictures.pixels[:MODULE_IMAGES], loaded.preprocessing)
+            reference = reference or reference_of(bundle, loaded, images)
+            verdict = _with_modules(verdict, bundle, reference, images)
+        verdicts.append(verdict)
+    return VerifyReport(pictures.described, pictures.names, expected.noise, tuple(verdicts))
+
+
+def verify_logits(
+    name: str, precision: str, expected: Array, found: Logits, limits: Limits
+) -> ArtefactVerdict:
+    """Return the verdict on logits alone, both ``(N, K)``: a pure function of them."""
+    comparison = compare(expected, found)
+    flips = find_flips(expected, found, limits.flip_margin)
+    faults = sum(flip.fault for flip in flips)
+    failures = tuple(judge(comparison, faults, limits))
+    return ArtefactVerdict(
+        artefact=name,
+        precision=precision,
+        runner="",
+        outcome="failed" if failures else "passed",
+        limits=limits,
+        comparison=comparison,
+        flips=tuple(flips),
+        failures=failures,
+    )
+
+
+def _verify_opened(
+    opened: Opened,
+    precision: str,
+    expected: ReferenceLogits,
+    pictures: Pictures,
+    sizes: Sequence[int],
+    limits: Limits,
+) -> ArtefactVerdict:
+    pixels, name = pictures.pixels, opened.artefact
+    try:
+        with opened:
+            alone = np.concatenate([opened.run(pixels[i : i + 1]) for i in range(len(pixels))])
+            if alone.shape != expected.float64.shape:
+                return _broken(
+                    opened,
+                    precision,
+                    limits,
+                    f"the output has shape {alone.shape} where PyTorch's has "
+                    f"{expected.float64.shape}",
+                )
+            verdict = verify_logits(name, precision, expected.float64, alone, limits)
+            batches = tuple(
+                _batch(opened, pixels[:size], expected.float64[:size], alone[:size], limits)
+                for size in sizes
+            )
+    except VanDeployError:
+        raise
+    except Exception as error:  # the run times raise their own bare types
+        return _broken(opened, precision, limits, f"it does not run at batch 1: {_line(error)}")
+    verdict = replace(verdict, runner=opened.runner, batches=batches)
+    failures = [f"batch {b.batch}: {text}" for b in batches for text in b.failures]
+    return _add(verdict, failures)
+
+
+def _batch(
+    opened: Opened, pixels: Any, expected: Array, alone: Logits, limits: Limits
+) -> BatchVerdict:
+    size = len(pixels)
+    try:
+        together = opened.run(pixels)
+    except Exception as error:
+        return BatchVerdict(size, None, None, (f"it does not run: {_line(error)}",))
+    if together.shape != expected.shape:
+        message = f"the output has shape {together.shape} where PyTorch's has {expected.shape}"
+        return BatchVerdict(size, None, None, (message,))
+    comparison = compare(expected, together)
+    row = compare(alone, together).relative
+    faults = sum(flip.fault for flip in find_flips(expected, together, limits.flip_margin))
+    failures = judge(comparison, faults, limits)
+    if not row <= limits.row_relative:
+        failures.append(f"an image alone and in the batch differ by {row:.1e}")
+    return BatchVerdict(size, comparison, row, tuple(failures))
+
+
+def _broken(opened: Opened, precision: str, limits: Limits, failure: str) -> ArtefactVerdict:
+    return ArtefactVerdict(
+        opened.artefact, precision, opened.runner, "failed", limits=limits, failures=(failure,)
+    )
+
+
+def _add(verdict: ArtefactVerdict, failures: Sequence[str]) -> ArtefactVerdict:
+    together = (*verdict.failures, *failures)
+    return replace(verdict, failures=together, outcome="failed" if together else verdict.outcome)
+
+
+def _with_modules(
+    verdict: ArtefactVerdict, bundle: Bundle, reference: Reference, images: Any
+) -> ArtefactVerdict:
+    """Return the verdict with what each module adds, and the modules that add too much."""
+    import onnx
+
+    cuts = cuts_of(onnx.load(bundle.verified("fp32")), "module", reference.modules)
+    rows = drift_of_graph(onnx.load(bundle.verified(verdict.artefact)), reference, images, cuts)
+    placed = sorted(
+        (row for row in rows if row.added_db is not None), key=lambda row: float(row.added_db or 0)
+    )
+    least = verdict.limits.module_db if verdict.limits else -math.inf
+    failures = [
+        f"{row.name} alone has {row.added_db:.1f} dB, at least {least:g} dB are asked"
+        + (f" ({row.note})" if row.note else "")
+        for row in placed
+        if not float(row.added_db or 0) >= least
+    ]
+    return _add(replace(verdict, modules=tuple(placed[:10])), failures)
+
+
+def _contract_failures(bundle: Bundle, name: str) -> list[str]:
+    """Return what the ONNX file says of itself that the manifest contradicts."""
+    import onnx
+
+    path = bundle.verified(name)
+    if path.suffix != ".onnx":
+        return []
+    model = onnx.load(path, load_external_data=False)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    failures = []
+    written = said.get("van_deploy.preprocessing")
+    if written is not None:
+        failures += _differences(json.loads(written), bundle.manifest["preprocessing"])
+    weights = said.get("van_deploy.weights_sha256")
+    if weights is not None and weights != bundle.manifest["weights"]["sha256"]:
+        failures.append("the file was made from other weights than the manifest names")
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0]
+    if batch.dim_value:
+        failures.append(f"its batch is frozen at {batch.dim_value}")
+    return failures
+
+
+def _differences(said: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    keys = ("image_size", "mean", "std", "interpolation", "crop_pct")
+    return [
+        f"the file was made for {key} {said.get(key)}, the manifest says {manifest.get(key)}"
+        for key in keys
+        if said.get(key) != manifest.get(key)
+    ]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
