@@ -1,0 +1,137 @@
+"""The web page in a real browser."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serve.conftest import Running
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("there is no Chromium here")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=path, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Running) -> Iterator[Any]:
+    page = browser.new_page(viewport={"width": 1180, "height": 760})
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on(
+        "console",
+        lambda message: problems.append(message.text) if message.type == "error" else None,
+    )
+    page.goto(server.url)
+    page.wait_for_selector("#model option", state="attached")
+    yield page
+    page.close()
+    assert [p for p in problems if "422" not in p] == []
+
+
+def screenshot(page: Any, name: str) -> None:
+    """Keep a picture of the page where ``VAN_DEPLOY_SCREENSHOTS`` names a folder."""
+    folder = os.environ.get("VAN_DEPLOY_SCREENSHOTS")
+    if folder:
+        page.wait_for_timeout(500)  # the bars grow
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def widths(page: Any, selector: str) -> list[float]:
+    return [
+        float(style.removesuffix("%"))
+        for style in page.eval_on_selector_all(selector, "all => all.map(e => e.style.width)")
+    ]
+
+
+def test_a_picture_gets_bars_times_and_pytorch_beside(page: Any, digits: Any, canary: Path) -> None:
+    assert page.inner_text("h1") == "van_digits"
+    assert "10 classes" in page.inner_text("#about")
+    screenshot(page, "empty")
+    page.set_input_files("#file", canary)
+    page.wait_for_selector("#result li")
+    page.locator(".bar i[style]").nth(9).wait_for(state="attached")
+    top = digits.manifest["canary"]["top5"]
+    names = page.locator("#bars li b").all_inner_texts()
+    assert names == [str(item["class"]) for item in top]
+    shares = [100 * item["probability"] for item in top]
+    assert widths(page, ".bar:not(.torch) i") == pytest.approx(shares, abs=0.01)
+    assert widths(page, ".bar.torch i") == pytest.approx(shares, abs=0.01)
+    assert page.inner_text("#file-size") == "8 \u00d7 8"
+    labels = page.locator("#times span").all_inner_texts()
+    assert labels == ["fp32-uint8", "PyTorch", "reading the file", "largest difference"]
+    assert all(" ms" in text for text in page.locator("#times b").all_inner_texts()[:3])
+    screenshot(page, "answer")
+
+
+def test_without_pytorch_there_is_one_bar_a_class(page: Any, canary: Path) -> None:
+    page.uncheck("#compare")
+    page.set_input_files("#file", canary)
+    page.wait_for_selector("#result li")
+    assert page.locator(".bar").count() == 5
+    assert page.locator("#times span").all_inner_texts() == ["fp32-uint8", "reading the file"]
+
+
+def test_another_model_can_be_chosen(page: Any, canary: Path) -> None:
+    page.set_input_files("#file", canary)
+    page.wait_for_selector("#result li")
+    page.select_option("#model", "van_digits-fp32")
+    page.wait_for_selector("#times span:text-is('fp32')")
+    assert page.inner_text("#address").endswith("/v2/models/van_digits-fp32")
+
+
+def test_a_file_can_be_dropped(page: Any, canary: Path) -> None:
+    page.evaluate(
+        """async (bytes) => {
+            const file = new File([new Uint8Array(bytes)], "dropped.png", {type: "image/png"});
+            const data = new DataTransfer();
+            data.items.add(file);
+            const drop = new DragEvent("drop", {dataTransfer: data, bubbles: true});
+            document.querySelector("#drop").dispatchEvent(drop);
+        }""",
+        list(canary.read_bytes()),
+    )
+    page.wait_for_selector("#result li")
+    assert page.inner_text("#file-name") == "dropped.png"
+
+
+def test_what_is_no_picture_is_told(page: Any, tmp_path: Path) -> None:
+    text = tmp_path / "note.txt"
+    text.write_text("not a picture")
+    page.set_input_files("#file", text)
+    page.wait_for_selector("#error:visible")
+    assert "it is in no known image format" in page.inner_text("#error")
+    assert page.locator("#result").is_hidden()
+    screenshot(page, "error")
+
+
+def test_a_narrow_window_has_no_sideways_scroll(
+    browser: Any, server: Running, canary: Path
+) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark")
+    page = context.new_page()
+    page.goto(server.url)
+    page.wait_for_selector("#model option", state="attached")
+    page.set_input_files("#file", canary)
+    page.wait_for_selector("#result li")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    screenshot(page, "narrow")
+    context.close()
