@@ -265,10 +265,22 @@ def choose_backend(wanted: str, targets: tuple[str, ...], gpu: str | None) -> Ba
         if gpu is None and not targets:
             return backend_named(RTX)
         unserved = [target for target in targets if target not in RTX_TARGETS]
-        return backend_named(TENSORRT if unserved else RTX)
+        return _tensorrt_for(unserved) if unserved else backend_named(RTX)
     try:
         return backend_named(TENSORRT)
     except MissingDependency:
         if gpu not in RTX_TARGETS:
             raise
         return backend_named(RTX)
+
+
+def _tensorrt_for(targets: list[str]) -> Backend:
+    """Return TensorRT, because TensorRT for RTX does not serve ``targets``."""
+    try:
+        return backend_named(TENSORRT)
+    except MissingDependency as error:
+        raise MissingDependency(
+            f"TensorRT for RTX does not build for {', '.join(targets)}, and TensorRT is not "
+            "installed.",
+            f"{error.remedy} It builds on a machine with that GPU.",
+        ) from error

@@ -1,0 +1,68 @@
+"""The real TensorRT for RTX, small real networks, and a bundle to build from."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from onnx import ModelProto
+
+from van_deploy.bundle import Artefact, writing
+from van_deploy.engine.backend import RTX, Backend, backend_named
+from van_deploy.graph.export import onnx_from_van
+from van_deploy.graph.fold import fold_van
+from van_deploy.model.checkpoint import load_van
+
+SIZE = 32
+BundleMaker = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def rtx() -> Backend:
+    """Return TensorRT for RTX, which builds on any machine."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("tensorrt-rtx is not installed (pip install tensorrt-rtx-cu13)")
+    return backend_named(RTX)
+
+
+@pytest.fixture(scope="session")
+def digits_graph() -> ModelProto:
+    """Return the embedded network as an ONNX graph with a free batch, 32 pixels."""
+    loaded = load_van("van_digits")
+    folded = fold_van(loaded.model, torch.zeros(1, loaded.config.in_chans, SIZE, SIZE))
+    return onnx_from_van(folded.model, SIZE, loaded.config.in_chans)
+
+
+@pytest.fixture
+def graph(digits_graph: ModelProto) -> ModelProto:
+    """Return a copy of that graph to spoil."""
+    return copy.deepcopy(digits_graph)
+
+
+@pytest.fixture(scope="session")
+def digits_onnx(digits_graph: ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return that graph as a file."""
+    path = tmp_path_factory.mktemp("digits") / "model.onnx"
+    onnx.save(digits_graph, path)
+    return path
+
+
+@pytest.fixture
+def new_bundle(digits_onnx: Path, tmp_path: Path) -> BundleMaker:
+    """Return a function that makes a bundle with an FP32 file."""
+
+    def make(name: str = "van_digits") -> Path:
+        folder = tmp_path / "dist" / name
+        with writing(folder, name=name) as draft:
+            draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
+            draft.record(Artefact("fp32", "onnx", "fp32", "model.onnx", {"model.onnx": ""}))
+            draft.manifest["batch"] = {"min": 1, "opt": 2, "max": 4}
+            draft.manifest["preprocessing"] = {"image_size": SIZE}
+        return folder
+
+    return make
