@@ -127,9 +127,17 @@ def chosen_artefacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
 
 
 def open_artefact(
-    bundle: Bundle, name: str, runner: str = CPU, *, threads: int | None = None
+    bundle: Bundle,
+    name: str,
+    runner: str = CPU,
+    *,
+    threads: int | None = None,
+    spin: bool = True,
 ) -> Opened | NotRun:
     """Return the artefact called ``name`` to be opened with ``with``, or why it does not run here.
+
+    ``threads`` and ``spin`` are those of
+    :class:`~van_deploy.runners.onnxruntime.OnnxRuntimeRunner`.
 
     Raises:
         BundleError: there is no such artefact, or its files are not the manifest's.
@@ -148,7 +156,7 @@ def open_artefact(
     if outputs is not None and OUTPUT_NAME not in outputs:
         return NotRun(name, runner, f"it gives {', '.join(outputs)} and no logits")
     if runner == CPU:
-        return Opened(bundle, name, CPU, Network(bundle, name, threads=threads))
+        return Opened(bundle, name, CPU, Network(bundle, name, threads=threads, spin=spin))
     provider = _PROVIDERS[runner]
     if provider not in require_onnxruntime().get_available_providers():
         return NotRun(name, runner, f"no {provider} in the ONNX Runtime that is installed")

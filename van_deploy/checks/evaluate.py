@@ -1,0 +1,310 @@
+"""The evaluation itself: every labelled image through every network, on one machine or on Ray."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from van_deploy.bundle import Bundle, content_key
+from van_deploy.checks.accuracy import Accuracy, PairedDrift, accuracy_of, paired_drift
+from van_deploy.checks.contestants import TOP, Answers, Contestants
+from van_deploy.checks.decoding import decode_batches
+from van_deploy.checks.journal import Journal
+from van_deploy.checks.labels import LabelledImages
+from van_deploy.checks.opened import CPU, NotRun
+from van_deploy.errors import ImageError
+from van_deploy.model.checkpoint import LoadedVan
+from van_deploy.recipe import GateSettings
+from van_deploy.runners.network import PYTORCH
+
+__all__ = [
+    "BATCH",
+    "SCHEMA",
+    "EvaluateReport",
+    "Settings",
+    "answered_batches",
+    "evaluate_bundle",
+    "journal_path",
+]
+
+SCHEMA = "van-deploy/evaluate/1"
+BATCH = 32
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate.
+
+    Attributes:
+        artefacts: which artefacts; empty for all.
+        runner: what runs ONNX artefacts.
+        batch: images a batch.
+        workers: threads that decode; 0 for as many as there are cores.
+        resume: go on with an interrupted evaluation.
+        journal: where answers are kept until the end; None for a file in the bundle.
+        on_ray: spread the batches over a Ray cluster.
+        ray_address: of the cluster; None joins the one this machine is in, or starts one here.
+        weights: where the original weights are now, for the machines of the cluster.
+    """
+
+    artefacts: tuple[str, ...] = ()
+    runner: str = CPU
+    batch: int = BATCH
+    workers: int = 0
+    resume: bool = False
+    journal: Path | None = None
+    on_ray: bool = False
+    ray_address: str | None = None
+    weights: str | None = None
+
+    @property
+    def decoders(self) -> int:
+        """Threads that decode."""
+        return self.workers or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """Accuracy of PyTorch and each artefact.
+
+    Attributes:
+        images: what they were evaluated on, and how the labels were found.
+        unreadable: file and reason of each image left out.
+        accuracies: by name, PyTorch first.
+        drifts: by artefact, against PyTorch.
+        skipped: artefacts that did not run, with the reason.
+        runners: what ran each.
+        class_names: for the report, or None.
+        seconds: what it took, without what was resumed.
+        resumed: images whose answers were there already.
+    """
+
+    images: str
+    unreadable: tuple[tuple[str, str], ...]
+    accuracies: Mapping[str, Accuracy]
+    drifts: Mapping[str, PairedDrift]
+    skipped: tuple[NotRun, ...]
+    runners: Mapping[str, str]
+    class_names: tuple[str, ...] | None
+    seconds: float
+    resumed: int
+
+    @property
+    def failed(self) -> list[str]:
+        """The artefacts that lost too much."""
+        return [name for name, drift in self.drifts.items() if not drift.passed]
+
+    @property
+    def passed(self) -> bool:
+        """Whether an artefact was evaluated and none lost too much."""
+        return bool(self.drifts) and not self.failed
+
+    def __bool__(self) -> bool:
+        """Return :attr:`passed`."""
+        return self.passed
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report, ready for JSON."""
+        return {
+            "schema": SCHEMA,
+            "passed": self.passed,
+            "images": self.images,
+            "count": self.accuracies[PYTORCH].images,
+            "unreadable": [{"file": file, "reason": reason} for file, reason in self.unreadable],
+            "accuracy": {
+                name: {"runner": self.runners[name], **asdict(accuracy)}
+                for name, accuracy in self.accuracies.items()
+            },
+            "drift": {name: drift.as_dict() for name, drift in self.drifts.items()},
+            "skipped": [asdict(entry) for entry in self.skipped],
+            "class_names": list(self.class_names) if self.class_names else None,
+            "seconds": round(self.seconds, 3),
+            "resumed": self.resumed,
+        }
+
+
+def journal_path(bundle: Bundle) -> Path:
+    """Return where the answers of an evaluation are kept until its end."""
+    return bundle.path / ".evaluate.jsonl"
+
+
+def evaluate_bundle(
+    bundle: Bundle,
+    loaded: LoadedVan,
+    labelled: LabelledImages,
+    settings: Settings | None = None,
+    *,
+    gates: GateSettings | None = None,
+    progress: Progress | None = None,
+) -> EvaluateReport:
+    """Return the accuracy of PyTorch and of each artefact of ``bundle`` on labelled images.
+
+    Args:
+        bundle: the bundle.
+        loaded: its original network.
+        labelled: the images.
+        settings: how.
+        gates: how much may be lost.
+        progress: told how many images of how many are answered.
+
+    Raises:
+        BundleError: an artefact is not there, or is not the manifest's.
+        ImageError: not one image can be read.
+        InputError: the journal to go on with is another evaluation's.
+        MissingDependency: Ray was asked for and is not here.
+    """
+    settings = settings or Settings()
+    names = list(settings.artefacts) or list(bundle.artefacts)
+    contestants = Contestants(bundle, loaded, names, settings.runner)
+    path = settings.journal or journal_path(bundle)
+    started, total = time.perf_counter(), len(labelled.paths)
+    with Journal(path, _key(bundle, labelled, names, settings), settings.resume) as journal:
+        answered = {i for entry in journal.entries for i in _indices(entry)}
+        resumed = len(answered)
+        left = [index for index in range(total) if index not in answered]
+        tell = progress or (lambda done, of: None)
+        tell(resumed, total)
+        table = _Table(total, list(contestants.runners))
+        for entry in journal.entries:
+            table.enter(entry)
+        journal.entries.clear()
+        for entry in _entries(bundle, labelled, left, settings, contestants):
+            journal.append(entry)
+            table.enter(entry)
+            answered.update(_indices(entry))
+            tell(len(answered), total)
+        report = _report(table, labelled, loaded, bundle, contestants, gates or GateSettings())
+        journal.finish()
+    return EvaluateReport(**report, seconds=time.perf_counter() - started, resumed=resumed)
+
+
+def answered_batches(
+    labelled: LabelledImages,
+    indices: Sequence[int],
+    contestants: Contestants,
+    loaded: LoadedVan,
+    batch: int,
+    decoders: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield a journal entry for each batch of the images ``indices``."""
+    batches = decode_batches(labelled.paths, indices, loaded.preprocessing, batch, workers=decoders)
+    for decoded in batches:
+        answers = contestants.answer(decoded.pixels) if len(decoded.indices) else {}
+        yield {
+            "indices": list(decoded.indices),
+            "unreadable": [list(pair) for pair in decoded.unreadable],
+            "answers": {name: given.as_lists() for name, given in answers.items()},
+        }
+
+
+def _entries(
+    bundle: Bundle,
+    labelled: LabelledImages,
+    left: Sequence[int],
+    settings: Settings,
+    contestants: Contestants,
+) -> Iterator[dict[str, Any]]:
+    if settings.on_ray:
+        from van_deploy.checks.on_ray import entries_on_ray
+
+        names = [name for name in contestants.runners if name != PYTORCH]
+        yield from entries_on_ray(bundle, labelled, left, names, settings)
+        return
+    with contestants:
+        yield from answered_batches(
+            labelled,
+            left,
+            contestants,
+            contestants.loaded,
+            settings.batch,
+            settings.decoders,
+        )
+
+
+class _Table:
+    """The answers of every network for every image, in arrays of fixed size."""
+
+    def __init__(self, images: int, names: Sequence[str]) -> None:
+        self.readable = np.zeros(images, bool)
+        self.unreadable: dict[int, str] = {}
+        self.answers = {
+            name: Answers(np.full((images, TOP), -1, np.int32), np.zeros(images, np.float32))
+            for name in names
+        }
+
+    def enter(self, entry: Mapping[str, Any]) -> None:
+        rows = entry["indices"]
+        self.unreadable |= {int(index): str(reason) for index, reason in entry["unreadable"]}
+        if rows:
+            self.readable[rows] = True
+            for name, given in entry["answers"].items():
+                self.answers[name].classes[rows] = given["classes"]
+                self.answers[name].confidence[rows] = given["confidence"]
+
+    def of(self, name: str) -> Answers:
+        whole = self.answers[name]
+        return Answers(whole.classes[self.readable], whole.confidence[self.readable])
+
+
+def _report(
+    table: _Table,
+    labelled: LabelledImages,
+    loaded: LoadedVan,
+    bundle: Bundle,
+    contestants: Contestants,
+    gates: GateSettings,
+) -> dict[str, Any]:
+    bad = [(str(labelled.paths[i]), reason) for i, reason in sorted(table.unreadable.items())]
+    if not table.readable.any():
+        raise ImageError(
+            f"Not one of the {len(labelled.paths)} images could be read; the first: {bad[0][1]}",
+            "Give a folder of images that can be read.",
+        )
+    labels: npt.NDArray[np.int64] = labelled.labels[table.readable]
+    reference = table.of(PYTORCH)
+    artefacts = [name for name in contestants.runners if name != PYTORCH]
+    return {
+        "images": f"{len(labels)} images of '{labelled.folder}': {labelled.described}",
+        "unreadable": tuple(bad),
+        "accuracies": {n: accuracy_of(table.of(n), labels) for n in contestants.runners},
+        "drifts": {
+            name: paired_drift(
+                reference,
+                table.of(name),
+                labels,
+                float(gates.of(bundle.artefact(name).precision).top1_drop or 0.0),
+            )
+            for name in artefacts
+        },
+        "skipped": tuple(contestants.skipped),
+        "runners": dict(contestants.runners),
+        "class_names": loaded.class_names,
+    }
+
+
+def _indices(entry: Mapping[str, Any]) -> list[int]:
+    return [*entry["indices"], *(int(index) for index, _ in entry["unreadable"])]
+
+
+def _key(bundle: Bundle, labelled: LabelledImages, names: Sequence[str], settings: Settings) -> str:
+    """Return the digest of everything that decides the answers."""
+    return content_key(
+        {
+            "weights": bundle.manifest["weights"]["sha256"],
+            "preprocessing": bundle.manifest["preprocessing"],
+            "artefacts": {name: bundle.artefact(name).sha256 for name in names},
+            "runner": settings.runner,
+            "batch": settings.batch,
+            "images": [[str(p), p.stat().st_size] for p in labelled.paths],
+            "labels": labelled.labels.tolist(),
+        }
+    )
