@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Contender", "Skipped"]
+__all__ = ["CUDA_GRAPH", "Contender", "Skipped"]
+
+CUDA_GRAPH = "cuda-graph"
+"""The mode of an engine that is recorded once and launched as one piece."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Contender:
         file: the ONNX file or plan to open; "" for PyTorch.
         bundle: folder the original network is read from; "" for files.
         mode: how PyTorch runs it (``eager``, ``channels-last``, ``compile``,
-            ``autocast``), or ONNX Runtime's execution provider; "" otherwise.
+            ``autocast``), ONNX Runtime's execution provider, or :data:`CUDA_GRAPH`;
+            "" otherwise.
         embedded: what preprocessing the graph has inside: ``none``, ``normalize`` or ``uint8``.
         sha256: digest of ``file``, or of the weights.
         max_batch: largest batch the file takes, or None where it is free.

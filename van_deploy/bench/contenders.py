@@ -6,11 +6,12 @@ import fnmatch
 import importlib.util
 from collections.abc import Iterable, Sequence
 
-from van_deploy.bench.contender import Contender, Skipped
+from van_deploy.bench.contender import CUDA_GRAPH, Contender, Skipped
 from van_deploy.bundle import Artefact, Bundle
 from van_deploy.environment.hardware import Cpu, cpu, nvidia_driver
 from van_deploy.environment.packages import execution_providers
 from van_deploy.errors import BundleError, MissingDependency, UsageError
+from van_deploy.recipe import BatchRange
 
 __all__ = ["REFERENCE", "chosen", "contenders_of"]
 
@@ -48,7 +49,7 @@ def contenders_of(bundle: Bundle) -> list[Entry]:
     for artefact in bundle.artefacts.values():
         path = str(bundle.verified(artefact.name))
         if artefact.kind == "engine":
-            entries.append(_engine(artefact, path, gpu))
+            entries += _engine(artefact, path, gpu)
         else:
             entries += _graph(artefact, path, processor, gpu)
     return entries
@@ -150,26 +151,31 @@ def _not_for_cpus(artefact: Artefact) -> str:
     return ""
 
 
-def _engine(artefact: Artefact, path: str, gpu: bool) -> Entry:
-    name = f"tensorrt/{artefact.name}"
-    if not gpu:
-        return Skipped(name, "no NVIDIA GPU answers here")
-    smallest, largest = _profile(artefact)
-    return Contender(
-        name=name,
-        runtime="tensorrt",
-        precision=artefact.precision,
-        file=path,
-        sha256=artefact.sha256,
-        min_batch=smallest,
-        max_batch=largest,
-    )
+def _engine(artefact: Artefact, path: str, gpu: bool) -> Iterable[Entry]:
+    """Yield an engine launched kernel by kernel and as one CUDA graph."""
+    smallest, largest = _served(artefact)
+    for name, mode in (("tensorrt", ""), ("tensorrt-graph", CUDA_GRAPH)):
+        if not gpu:
+            yield Skipped(f"{name}/{artefact.name}", "no NVIDIA GPU answers here")
+            continue
+        yield Contender(
+            name=f"{name}/{artefact.name}",
+            runtime="tensorrt",
+            precision=artefact.precision,
+            file=path,
+            mode=mode,
+            sha256=artefact.sha256,
+            min_batch=smallest,
+            max_batch=largest,
+        )
 
 
-def _profile(artefact: Artefact) -> tuple[int, int | None]:
-    """Return the least and the largest batch of an engine's profile, as far as it is known."""
-    batch = artefact.facts.get("batch") or {}
-    return int(batch.get("min", 1)), int(batch["max"]) if "max" in batch else None
+def _served(artefact: Artefact) -> tuple[int, int | None]:
+    """Return the least and the largest batch of an engine's profiles, as far as they are known."""
+    profiles = [BatchRange.parse(text) for text in artefact.facts.get("profiles", ())]
+    if not profiles:
+        return 1, None
+    return min(p.min for p in profiles), max(p.max for p in profiles)
 
 
 def _has_gpu() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from van_deploy.bench.contender import Contender
+from van_deploy.bench.contender import CUDA_GRAPH, Contender
 from van_deploy.bundle import Bundle
 from van_deploy.errors import MissingDependency, UsageError
 
@@ -129,4 +129,4 @@ def _openvino(contender: Contender, threads: int) -> Any:
 
 def _tensorrt(contender: Contender, threads: int) -> Any:
     module = importlib.import_module("van_deploy.runners.tensorrt")
-    return module.TensorRtRunner(Path(contender.file))
+    return module.TensorRtRunner(Path(contender.file), cuda_graph=contender.mode == CUDA_GRAPH)

@@ -1,0 +1,63 @@
+"""A check's rows as JUnit XML, which every CI server reads."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from van_deploy.checks.baseline import CheckReport, CheckRow
+
+__all__ = ["junit_from_check"]
+
+
+def junit_from_check(report: CheckReport) -> str:
+    """Return the report as JUnit XML: a suite a kind of row, a test case a row.
+
+    A skipped row that nobody allowed is a failure there, as it is for the exit code.
+    """
+    root = ElementTree.Element("testsuites", name="van-deploy check")
+    total = failures = skipped = 0
+    rows = sorted(report.rows, key=_suite)
+    for name, group in groupby(rows, key=_suite):
+        suite = ElementTree.SubElement(root, "testsuite", name=f"{report.model}.{name}")
+        cases = [_case(suite, row, report) for row in group]
+        counts = (len(cases), cases.count("failure"), cases.count("skipped"))
+        for key, count in zip(("tests", "failures", "skipped"), counts, strict=True):
+            suite.set(key, str(count))
+        suite.set("errors", "0")
+        total, failures, skipped = (
+            total + counts[0],
+            failures + counts[1],
+            skipped + counts[2],
+        )
+    root.set("tests", str(total))
+    root.set("failures", str(failures))
+    root.set("skipped", str(skipped))
+    root.set("errors", "0")
+    ElementTree.indent(root)
+    text = ElementTree.tostring(root, encoding="unicode")
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
+
+
+def _suite(row: CheckRow) -> str:
+    return row.name.split("/")[0]
+
+
+def _case(suite: ElementTree.Element, row: CheckRow, report: CheckReport) -> str:
+    """Add one row as a test case; return its outcome in JUnit's words."""
+    kind, _, name = row.name.partition("/")
+    case = ElementTree.SubElement(
+        suite, "testcase", classname=f"{report.model}.{kind}", name=name, time="0"
+    )
+    not_allowed = row.outcome == "skipped" and not report.allow_skip
+    if row.outcome == "failed" or not_allowed:
+        message = f"not checked: {row.message}" if not_allowed else row.message
+        failure = ElementTree.SubElement(case, "failure", message=message, type="gate")
+        failure.text = f"baseline {row.baseline}, now {row.now}: {message}"
+        return "failure"
+    if row.outcome == "skipped":
+        ElementTree.SubElement(case, "skipped", message=row.message)
+        return "skipped"
+    return "passed"
