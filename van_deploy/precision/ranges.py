@@ -26,6 +26,7 @@ __all__ = [
     "Ranges",
     "TensorRange",
     "float_tensors",
+    "lean_batch",
     "ranges_from_file",
     "ranges_summary",
     "record_ranges",
@@ -35,6 +36,9 @@ __all__ = [
 
 FP16_SMALLEST_NORMAL = 2.0**-14
 FP16_SMALLEST = 2.0**-25  # rounds to the smallest FP16 number; below it, to zero
+
+BATCH_BYTES = 384 << 20
+"""Memory that one batch's tensors may take while ranges are recorded."""
 
 Images = npt.NDArray[np.float32]
 
@@ -118,6 +122,17 @@ def float_tensors(model: ModelProto) -> tuple[str, ...]:
     """Return the names of the input and of every tensor a node makes, in the graph's order."""
     made = [name for node in model.graph.node for name in node.output if name]
     return (*(value.name for value in model.graph.input), *made)
+
+
+def lean_batch(model: ModelProto, budget_bytes: int = BATCH_BYTES) -> int:
+    """Return how many images, at most 32, have all tensors of ``model`` in ``budget_bytes``."""
+    from onnx.shape_inference import infer_shapes
+
+    values = 0
+    for value in infer_shapes(model).graph.value_info:
+        sides = [d.dim_value for d in value.type.tensor_type.shape.dim[1:]]
+        values += int(np.prod(sides))
+    return int(np.clip(budget_bytes // max(4 * values, 1), 1, 32))
 
 
 def with_outputs(model: ModelProto, names: Collection[str]) -> ModelProto:
