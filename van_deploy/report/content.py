@@ -1,0 +1,152 @@
+"""A bundle's whole story as a document: what was asked, made, checked, measured and skipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from van_deploy import __version__
+from van_deploy.bundle import Bundle
+from van_deploy.report.content_checks import (
+    Check,
+    accuracy_section,
+    checks_of,
+    drift_section,
+    skipped_section,
+    verdicts_section,
+)
+from van_deploy.report.content_model import (
+    graph_section,
+    made_section,
+    model_section,
+    preprocessing_section,
+    provenance_section,
+)
+from van_deploy.report.content_speed import (
+    fastest,
+    roofline_section,
+    speed_section,
+    tradeoff_section,
+)
+from van_deploy.report.document import Document, Section, Tile
+from van_deploy.report.tables import bytes_text, count_text
+
+__all__ = ["document_of"]
+
+BENCH_FILE = "bench.json"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the bundle holds, read once."""
+
+    manifest: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    checks: list[Check]
+    bench: Mapping[str, Any] | None
+
+
+def document_of(bundle: Bundle) -> Document:
+    """Return the report of a bundle: everything its manifest and its benchmark say.
+
+    What no command has measured yet is named in the last section, with the
+    command that would.
+
+    Raises:
+        BundleError: a file of an artefact is missing.
+    """
+    manifest = bundle.manifest
+    found = _Found(manifest, bundle.sizes(), checks_of(manifest, bundle.problems()), _bench(bundle))
+    counts = {word: sum(c.verdict == word for c in found.checks) for word in ("PASS", "FAIL")}
+    words = "no check" if not found.checks else f"{counts['PASS']} of {len(found.checks)} checks"
+    failed = f"; {counts['FAIL']} failed" if counts["FAIL"] else ""
+    verdict = "FAIL" if counts["FAIL"] else "PASS" if counts["PASS"] else "SKIPPED"
+    sections = (
+        model_section(manifest),
+        made_section(manifest, found.sizes),
+        preprocessing_section(bundle),
+        verdicts_section(found.checks),
+        accuracy_section(manifest["checks"]),
+        drift_section(manifest["checks"]),
+        *((speed_section(found.bench),) if found.bench else ()),
+        tradeoff_section(manifest["checks"], found.bench),
+        roofline_section(found.bench),
+        graph_section(manifest),
+        provenance_section(manifest),
+        skipped_section(manifest, found.checks, found.bench),
+    )
+    return Document(
+        title=bundle.name,
+        subtitle=_subtitle(manifest),
+        verdict=verdict,
+        verdict_note=f"{words} passed{failed}",
+        tiles=tuple(_tiles(found)),
+        sections=tuple(section for section in sections if isinstance(section, Section)),
+        footer=_footer(manifest),
+    )
+
+
+def _bench(bundle: Bundle) -> Mapping[str, Any] | None:
+    """Return the benchmark kept in the bundle; None without one that can be read."""
+    path = bundle.path / BENCH_FILE
+    try:
+        report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report if str(report.get("schema", "")).startswith("van-deploy/bench/") else None
+
+
+def _subtitle(manifest: Mapping[str, Any]) -> str:
+    size = manifest["preprocessing"]["image_size"]
+    precisions = sorted({entry["precision"].upper() for entry in manifest["artefacts"].values()})
+    return (
+        f"Visual Attention Network, {count_text(manifest['parameters'])} parameters, "
+        f"{size} x {size} pixels, {manifest['architecture']['num_classes']} classes, "
+        f"deployed as {', '.join(precisions)}"
+    )
+
+
+def _tiles(found: _Found) -> list[Tile]:
+    """Return the numbers people look for first, those that exist."""
+    tiles = []
+    best = fastest(found.bench) if found.bench else None
+    if best is not None:
+        times = f"{best['ratio']['median']:.1f} x PyTorch, " if best["ratio"] else ""
+        tiles.append(
+            Tile(
+                f"Fastest at batch {best['batch']}",
+                f"{best['latency']['p50_ms']:.3g} ms",
+                f"{times}{best['contender']}",
+            )
+        )
+    evaluated = found.manifest["checks"].get("evaluate", {}).get("accuracy", {})
+    if evaluated:
+        name, entry = list(evaluated.items())[-1]
+        low, high = entry["top1_interval"]
+        interval = f"95 %: {100 * low:.1f} to {100 * high:.1f}"
+        tiles.append(Tile(f"Top-1 of {name}", f"{100 * entry['top1']:.2f} %", interval))
+    agreement = found.manifest["checks"].get("agreement")
+    if agreement:
+        worst = min(float(entry["sqnr_db"]) for entry in agreement["batches"])
+        note = f"lowest of batch {', '.join(str(e['batch']) for e in agreement['batches'])}"
+        tone = "" if agreement["passed"] else "bad"
+        tiles.append(Tile("FP32 against PyTorch", f"{worst:.1f} dB", note, tone))
+    smallest = min(found.sizes, key=lambda name: found.sizes[name], default=None)
+    if smallest is not None:
+        size = bytes_text(found.sizes[smallest])
+        note = f"{smallest}, of {len(found.sizes)}" if len(found.sizes) > 1 else smallest
+        tiles.append(Tile("Smallest artefact", size, note))
+    nodes = found.manifest["artefacts"].get("fp32", {}).get("facts", {}).get("nodes")
+    if nodes:
+        folded = found.manifest["checks"].get("fold", {}).get("batchnorms_folded", 0)
+        tiles.append(Tile("Operators", str(nodes), f"{folded} BatchNorms folded away"))
+    return tiles
+
+
+def _footer(manifest: Mapping[str, Any]) -> str:
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    written = manifest.get("written", "unknown")
+    return f"Written by van-deploy {__version__} on {now}; the bundle was last changed {written}."

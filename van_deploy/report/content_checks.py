@@ -1,0 +1,281 @@
+"""The parts of a report about checks: verdicts, accuracy, drift, and what was not done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from van_deploy.report.document import Block, Figure, Grid, Section, Text
+from van_deploy.report.svg import Axis, Bar, Series, bar_chart, line_chart
+
+__all__ = [
+    "Check",
+    "accuracy_section",
+    "checks_of",
+    "drift_section",
+    "skipped_section",
+    "verdicts_section",
+]
+
+COMMANDS = {
+    "verify": "every artefact against PyTorch at every batch size: `van-deploy verify`",
+    "evaluate": "accuracy on labelled images: `van-deploy evaluate`",
+    "drift": "where in the network an artefact drifts: `van-deploy drift`",
+    "bench": "speed: `van-deploy bench`",
+}
+WORDS = {True: "PASS", False: "FAIL", "passed": "PASS", "failed": "FAIL", "skipped": "SKIPPED"}
+LOUDEST_DB = 200.0
+"""Where a plot ends: past it two results are equal to the last bit that float64 holds."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verdict.
+
+    Attributes:
+        verdict: ``PASS``, ``FAIL`` or ``SKIPPED``.
+        name: what was checked.
+        detail: what was measured, or why it was skipped.
+    """
+
+    verdict: str
+    name: str
+    detail: str
+
+
+def checks_of(manifest: Mapping[str, Any], problems: Sequence[str]) -> list[Check]:
+    """Return every verdict of the manifest.
+
+    Args:
+        manifest: the bundle's.
+        problems: what is wrong with the bundle's files now; empty is good.
+    """
+    checks = manifest["checks"]
+    files = sum(len(entry["files"]) for entry in manifest["artefacts"].values())
+    found = [Check("FAIL", "files", problem) for problem in problems] or [
+        Check("PASS", "files", f"all {files} have the manifest's SHA-256")
+    ]
+    for name, entry in checks.items():
+        if isinstance(entry, Mapping) and name != "bench":
+            found += READERS.get(name, _unknown)(name, entry)
+    return found
+
+
+def verdicts_section(checks: Sequence[Check]) -> Section:
+    """Return every verdict, failures first."""
+    order = {"FAIL": 0, "PASS": 1, "SKIPPED": 2}
+    rows = tuple(
+        (c.verdict, c.name, c.detail) for c in sorted(checks, key=lambda c: order[c.verdict])
+    )
+    return Section("Verdicts", (Grid(("verdict", "check", "measured"), rows),))
+
+
+def accuracy_section(checks: Mapping[str, Any]) -> Section | None:
+    """Return accuracy with its intervals, and what was lost against PyTorch."""
+    entry = checks.get("evaluate")
+    if not entry:
+        return None
+    columns = ("network", "runner", "images", "top-1 %", "95 %", "top-5 %", "95 %", "ECE")
+    rows = tuple(
+        (
+            name,
+            a["runner"],
+            f"{a['images']:,}",
+            f"{100 * a['top1']:.2f}",
+            _interval(a["top1_interval"]),
+            f"{100 * a['top5']:.2f}",
+            _interval(a["top5_interval"]),
+            f"{a['ece']:.3f}",
+        )
+        for name, a in entry["accuracy"].items()
+    )
+    blocks: list[Block] = [Grid(columns, rows, frozenset(range(2, 8)))]
+    drifts = entry.get("drift", {})
+    if drifts:
+        bars = [
+            Bar(
+                name,
+                100 * d["change"],
+                f"{100 * d['change']:+.2f}",
+                2 if d["passed"] else 6,
+                100 * d["interval"][0],
+                100 * d["interval"][1],
+            )
+            for name, d in drifts.items()
+        ]
+        blocks.append(_drift_grid(drifts))
+        if all(bar.value >= 0 for bar in bars):
+            axis = Axis("top-1 against PyTorch (points)")
+            blocks.append(Figure(bar_chart(bars, axis), "Change with its 95 % interval.", True))
+    blocks.append(Text(f"Images: {entry['images']}."))
+    return Section("Accuracy", tuple(blocks))
+
+
+def drift_section(checks: Mapping[str, Any]) -> Section | None:
+    """Return the plot of SQNR along the network, and the parts that add most error."""
+    entry = checks.get("drift")
+    if not entry:
+        return None
+    series, rows = [], []
+    for index, (name, drift) in enumerate(entry["artefacts"].items(), start=1):
+        placed = [r for r in drift["rows"] if r["sqnr_db"] is not None]
+        points = [(i + 1.0, _decibels(r["sqnr_db"])) for i, r in enumerate(placed)]
+        if points:
+            series.append(Series(name, points, index))
+        named = {row["name"]: row for row in drift["rows"]}
+        rows += [
+            (name, part, _db(named[part]["added_db"]), _db(named[part]["sqnr_db"]))
+            for part in drift["worst"][:5]
+            if part in named
+        ]
+    blocks: list[Block] = []
+    if series:
+        longest = max(len(s.points) for s in series)
+        axis = Axis(f"{entry['level']} in the order of the network", zero=longest > 10)
+        svg = line_chart(series, axis, Axis("SQNR against float64 (dB)"), 960, 320)
+        words = f"Signal over error after each {entry['level']}, on {entry['images']}."
+        blocks.append(Figure(svg, words, wide=True))
+    columns = ("artefact", f"worst {entry['level']}", "error it adds (dB)", "SQNR there (dB)")
+    blocks.append(Grid(columns, tuple(rows), frozenset({2, 3})))
+    chain = tuple((s["name"], _db(s["sqnr_db"]), s["reason"]) for s in entry.get("chain", ()))
+    if chain:
+        caption = "From PyTorch to the last artefact: SQNR of the logits"
+        blocks.append(Grid(("step", "SQNR (dB)", ""), chain, frozenset({1}), caption))
+    return Section("Drift", tuple(blocks))
+
+
+def skipped_section(
+    manifest: Mapping[str, Any], checks: Sequence[Check], bench: Mapping[str, Any] | None
+) -> Section | None:
+    """Return what was not done, and why."""
+    rows = [(c.name, c.detail) for c in checks if c.verdict == "SKIPPED"]
+    rows += [(s["name"], s["reason"]) for s in (bench or {}).get("skipped", ())]
+    rows += [
+        (name, f"not asked for yet: {what}")
+        for name, what in COMMANDS.items()
+        if name not in manifest["checks"]
+    ]
+    kinds = {entry["precision"] for entry in manifest["artefacts"].values()}
+    rows += [
+        (kind.upper(), f"not made: `van-deploy quantize --precision {kind}`")
+        for kind in ("fp16", "int8")
+        if kind not in kinds
+    ]
+    if not any(entry["kind"] == "engine" for entry in manifest["artefacts"].values()):
+        rows.append(("TensorRT engine", "not built: `van-deploy build`"))
+    return Section("What was skipped, and why", (Grid(("what", "why"), tuple(rows)),))
+
+
+def _fold(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
+    yield Check(
+        WORDS[bool(entry["passed"])],
+        "rewriting",
+        f"float64 relative error {float(entry['relative_error_float64']):.1e} (at most "
+        f"{entry['tolerance']:.0e}) on {entry['images_compared']} images",
+    )
+
+
+def _simplify(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
+    error = entry.get("relative_error")
+    if error is None:
+        yield Check("SKIPPED", "simplification", entry["reason"])
+        return
+    verdict = "PASS" if entry["changed"] else "SKIPPED"
+    yield Check(verdict, "simplification", f"{entry['reason']}; relative error {float(error):.1e}")
+
+
+def _agreement(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
+    for batch in entry["batches"]:
+        words = "; ".join(batch["failures"]) or (
+            f"SQNR {float(batch['sqnr_db']):.1f} dB, relative error {batch['relative']:.1e}, "
+            f"same first class for {100 * batch['top1_agreement']:.0f} %"
+        )
+        verdict = WORDS[bool(batch["passed"])]
+        yield Check(verdict, f"FP32 agreement, batch {batch['batch']}", words)
+
+
+def _verify(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
+    for artefact, verdict in entry["artefacts"].items():
+        figures = verdict.get("comparison")
+        words = verdict.get("reason") or "; ".join(verdict.get("failures", ())[:4])
+        if not words and figures:
+            limit = (verdict.get("limits") or {}).get("sqnr_db")
+            asked = f" (asked {float(limit):.1f})" if limit is not None else ""
+            words = (
+                f"SQNR {float(figures['sqnr_db']):.1f} dB{asked}, same first class for "
+                f"{100 * figures['top1_agreement']:.1f} %"
+            )
+        yield Check(WORDS[verdict["outcome"]], f"verify {artefact}", words)
+
+
+def _evaluate(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
+    for artefact, drift in entry.get("drift", {}).items():
+        yield Check(
+            WORDS[bool(drift["passed"])],
+            f"top-1 of {artefact}",
+            f"{-drift['top1_drop']:+.2f} points against PyTorch on {drift['images']:,} images "
+            f"(at most {drift['top1_drop_allowed']:g} lost), p = {drift['p_value']:.2g}",
+        )
+    for skipped in entry.get("skipped", ()):
+        yield Check(
+            "SKIPPED", f"top-1 of {skipped.get('name', '')}", str(skipped.get("reason", ""))
+        )
+
+
+def _nothing(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
+    return ()
+
+
+def _unknown(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
+    """Yield the verdict of a check this report knows nothing else about."""
+    for key in ("passed", "outcome"):
+        if entry.get(key) in WORDS:
+            detail = str(entry.get("reason") or entry.get("detail") or "")
+            yield Check(WORDS[entry[key]], name, detail)
+            return
+
+
+READERS = {
+    "fold": _fold,
+    "simplify": _simplify,
+    "agreement": _agreement,
+    "verify": _verify,
+    "evaluate": _evaluate,
+    "drift": _nothing,
+}
+
+
+def _drift_grid(drifts: Mapping[str, Any]) -> Grid:
+    columns = ("against PyTorch", "change (points)", "95 %", "lost", "won", "p", "same top-1 %", "")
+    rows = tuple(
+        (
+            name,
+            f"{100 * d['change']:+.2f}",
+            _interval(d["interval"], "+.2f"),
+            str(d["lost"]),
+            str(d["won"]),
+            f"{d['p_value']:.2g}",
+            f"{100 * d['agreement']:.2f}",
+            WORDS[bool(d["passed"])],
+        )
+        for name, d in drifts.items()
+    )
+    return Grid(columns, rows, frozenset(range(1, 7)))
+
+
+def _interval(pair: Sequence[float], form: str = ".2f") -> str:
+    return f"{100 * pair[0]:{form}} to {100 * pair[1]:{form}}"
+
+
+def _decibels(value: object) -> float:
+    """Return a level in dB within what a plot can show."""
+    level = float(value)  # type: ignore[arg-type]
+    return LOUDEST_DB if math.isnan(level) else max(-LOUDEST_DB, min(LOUDEST_DB, level))
+
+
+def _db(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{float(value):.1f}"  # type: ignore[arg-type]

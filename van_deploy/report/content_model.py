@@ -1,0 +1,224 @@
+"""The parts of a report about the model itself: network, artefacts, input, graph, origin."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from van_deploy.bundle import Bundle
+from van_deploy.errors import VanDeployError
+from van_deploy.model.pixels import normalised, pixels_from_image
+from van_deploy.model.preprocess import Preprocessing
+from van_deploy.report.document import Block, Facts, Figure, Grid, Picture, Section, Text
+from van_deploy.report.svg import Axis, Bar, bar_chart
+from van_deploy.report.tables import bytes_text, count_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "graph_section",
+    "made_section",
+    "model_section",
+    "preprocessing_section",
+    "provenance_section",
+]
+
+CANARY = "canary.png"
+SHOWN_SIDE = 256  # pixels of an example picture on the page
+PALETTE = {"fp32": 1, "fp16": 3, "int8": 2}
+
+
+def model_section(manifest: Mapping[str, Any]) -> Section:
+    """Return what was asked: the network, its weights and the batch range."""
+    config, weights, batch = manifest["architecture"], manifest["weights"], manifest["batch"]
+    seed = f", seed {weights['seed']}" if weights.get("seed") is not None else ""
+    facts = {
+        "Network": f"widths {_list(config['embed_dims'])}; depths {_list(config['depths'])}; "
+        f"large kernels {_list(config['lka_kernels'])}",
+        "Parameters": f"{manifest['parameters']:,}",
+        "Weights": f"{weights['path'] or weights['spec']} ({weights['format']}{seed})",
+        "SHA-256": weights["sha256"],
+        "Classes": _classes(manifest),
+        "Batch": f"{batch['min']} to {batch['max']}, best at {batch['opt']}",
+    }
+    notes = tuple(Text(f"Note: {note}.".replace("..", ".")) for note in weights.get("notes", ()))
+    return Section("What was asked", (Facts(facts), *notes))
+
+
+def made_section(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Section:
+    """Return what was made: one row an artefact, and their sizes as bars."""
+    rows = tuple(
+        (
+            name,
+            entry["kind"],
+            entry["precision"].upper(),
+            entry["file"],
+            str(entry["facts"].get("nodes", entry["facts"].get("parser_layers", ""))),
+            bytes_text(sizes[name]),
+            entry["made_from"].get("name", ""),
+            entry["files"][entry["file"]][:16],
+        )
+        for name, entry in manifest["artefacts"].items()
+    )
+    columns = ("artefact", "kind", "precision", "file", "nodes", "size", "made from", "SHA-256")
+    blocks: list[Block] = [Grid(columns, rows, frozenset({4, 5}))]
+    if len(sizes) > 1:
+        bars = [
+            Bar(name, size / 2**20, bytes_text(size), _colour(manifest, name))
+            for name, size in sizes.items()
+        ]
+        svg = bar_chart(bars, Axis("size on disk (MiB)"))
+        blocks.append(Figure(svg, "Size of each artefact with all its files.", wide=True))
+    return Section("What was made", tuple(blocks))
+
+
+def preprocessing_section(bundle: Bundle) -> Section:
+    """Return what a picture goes through, with an example before and after."""
+    preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
+    side = preprocessing.image_size
+    facts = {
+        "Resize": f"short side to {preprocessing.resize_size} pixels, {preprocessing.interpolation}"
+        f" (crop ratio {preprocessing.crop_pct:g})",
+        "Crop": f"centre, {side} x {side}",
+        "Normalise": f"mean {_list(preprocessing.mean)}; standard deviation "
+        f"{_list(preprocessing.std)}, of values in 0..1",
+        "Order": f"{preprocessing.channels} channels, (batch, channel, row, column), float32",
+        "From": preprocessing.source,
+    }
+    return Section("Preprocessing", (Facts(facts), *_example(bundle, preprocessing)))
+
+
+def graph_section(manifest: Mapping[str, Any]) -> Section:
+    """Return operator counts before and after each stage."""
+    blocks: list[Block] = []
+    stages = tuple(_stages(manifest))
+    if stages:
+        blocks.append(Grid(("stage", "operators", "what happened"), stages, frozenset({1})))
+    graphs = {
+        name: entry["facts"]["operators"]
+        for name, entry in manifest["artefacts"].items()
+        if entry["facts"].get("operators")
+    }
+    kinds = sorted(
+        {kind for counts in graphs.values() for kind in counts},
+        key=lambda kind: -max(counts.get(kind, 0) for counts in graphs.values()),
+    )
+    rows = tuple((kind, *(str(c.get(kind, "")) for c in graphs.values())) for kind in kinds)
+    total = ("all", *(str(sum(counts.values())) for counts in graphs.values()))
+    numbers = frozenset(range(1, len(graphs) + 1))
+    columns = ("operator", *graphs)
+    blocks.append(Grid(columns, (*rows, total), numbers, "Operators of each ONNX file"))
+    return Section("Graph", tuple(blocks))
+
+
+def provenance_section(manifest: Mapping[str, Any]) -> Section:
+    """Return where everything came from: versions, keys and digests of every file."""
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    keys = {f"Key of {name}": entry["key"] for name, entry in manifest["artefacts"].items()}
+    files = tuple(
+        (name, file, digest)
+        for name, entry in manifest["artefacts"].items()
+        for file, digest in entry["files"].items()
+    )
+    grid = Grid(("artefact", "file", "SHA-256"), files, caption="Every file", folded=True)
+    facts = {"Made with": versions, **keys, "Bundle schema": manifest["schema"]}
+    return Section("Provenance", (Facts(facts), grid))
+
+
+def _stages(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
+    checks, facts = manifest["checks"], manifest["artefacts"].get("fp32", {}).get("facts", {})
+    fold = checks.get("fold")
+    if fold:
+        kept = f"; {fold['multiplies_kept']} multiplies kept" if fold["multiplies_kept"] else ""
+        yield (
+            "rewriting (PyTorch)",
+            "",
+            f"{fold['batchnorms_folded']} BatchNorms and {fold['layer_scales_folded']} layer "
+            f"scales folded{kept}",
+        )
+    if "exported_nodes" in facts:
+        yield "export", str(facts["exported_nodes"]), f"opset {facts['opset']}"
+    simplify = checks.get("simplify")
+    if simplify:
+        removed = ", ".join(f"{n} {kind}" for kind, n in simplify["removed"].items())
+        words = simplify["reason"] + (f": removed {removed}" if removed else "")
+        yield "simplification", str(simplify["nodes_after"]), words
+    for name, entry in manifest["artefacts"].items():
+        if entry["kind"] == "onnx" and name != "fp32":
+            origin = entry["made_from"].get("name", "")
+            yield name, str(entry["facts"].get("nodes", "")), f"made from {origin}"
+        elif entry["kind"] == "engine":
+            layers = entry["facts"].get("parser_layers")
+            yield name, "" if layers is None else str(layers), "layers TensorRT's parser made"
+
+
+def _example(bundle: Bundle, preprocessing: Preprocessing) -> Iterable[Block]:
+    try:
+        picture, described = _picture(bundle)
+        pixels = pixels_from_image(picture, preprocessing)
+    except (VanDeployError, OSError) as error:
+        yield Text(f"There is no example picture: {error}")
+        return
+    from PIL import Image
+
+    after = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    values = normalised(pixels[None], preprocessing)
+    yield _shown(picture.convert("RGB"), f"Before: {described}, {_size(picture)}")
+    yield _shown(
+        after,
+        f"After: {_size(after)}; normalised, its values go from {values.min():.2f} to "
+        f"{values.max():.2f} about {values.mean():.2f}",
+    )
+
+
+def _picture(bundle: Bundle) -> tuple[Image, str]:
+    """Return the bundle's own example picture, or a sample photograph."""
+    from van_deploy.images import open_image, sample_pictures
+
+    canary = bundle.path / CANARY
+    if canary.is_file():
+        described = str(bundle.manifest.get("canary", {}).get("image", "the bundle's own picture"))
+        return open_image(canary), described
+    samples = sample_pictures()
+    return samples.images[0], "a sample photograph"
+
+
+def _shown(picture: Image, caption: str) -> Picture:
+    """Return a picture small enough for a page, as a data URI; tiny ones enlarged, unsmoothed."""
+    from PIL import Image
+
+    scale = SHOWN_SIDE / max(picture.size)
+    width, height = (max(1, round(scale * side)) for side in picture.size)
+    if scale < 1:
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    small = max(picture.size) < SHOWN_SIDE
+    if small:
+        picture.resize((width, height), Image.Resampling.NEAREST).save(data, "PNG", optimize=True)
+    else:
+        picture.save(data, "JPEG", quality=85)
+    kind = "png" if small else "jpeg"
+    text = base64.b64encode(data.getvalue()).decode()
+    return Picture(f"data:image/{kind};base64,{text}", caption, width, height)
+
+
+def _size(picture: Image) -> str:
+    return f"{picture.size[0]} x {picture.size[1]} pixels"
+
+
+def _colour(manifest: Mapping[str, Any], name: str) -> int:
+    return PALETTE.get(manifest["artefacts"][name]["precision"], 4)
+
+
+def _classes(manifest: Mapping[str, Any]) -> str:
+    names = manifest.get("class_names") or []
+    count = manifest["architecture"]["num_classes"]
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    return f"{count_text(count)} ({shown})" if names else f"{count_text(count)}, without names"
+
+
+def _list(values: Iterable[object]) -> str:
+    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
