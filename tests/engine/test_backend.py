@@ -117,8 +117,7 @@ def test_a_back_end_whose_library_is_missing(
     with pytest.raises(MissingDependency) as caught:
         backend_named(TENSORRT)
     assert caught.value.message == (
-        "TensorRT is installed but does not load: "
-        "libnvinfer.so.11: cannot open shared object file."
+        "TensorRT is installed but does not load: libnvinfer.so.11: cannot open shared object file."
     )
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from van_deploy.bundle import Bundle
     from van_deploy.engine.build import Progress
-    from van_deploy.engine.fleet import Outcome
+    from van_deploy.engine.fleet import Cell, Outcome
     from van_deploy.engine.options import BuildOptions
 
 __all__ = ["build", "fleet_document", "fleet_table"]
@@ -283,8 +283,7 @@ def _build_matrix(path: Path, on: Place, address: str, force: bool, as_json: boo
             tell = stack.enter_context(_cell_bars())
             stream = build_here(cells, force=force, progress=tell)
         for count, outcome in enumerate(stream, 1):
-            what = f"{outcome.cell.bundle.name} {outcome.cell.precision} {outcome.cell.target}"
-            remark(f"[{count}/{len(cells)}] {what}: {outcome.outcome}")
+            remark(f"[{count}/{len(cells)}] {_cell_name(outcome.cell)}: {outcome.outcome}")
             outcomes.append(outcome)
     order = {id(cell): index for index, cell in enumerate(cells)}
     outcomes.sort(key=lambda outcome: order.get(id(outcome.cell), 0))
@@ -327,28 +326,23 @@ def fleet_table(outcomes: Any) -> RenderableType:
         rows.append(
             (
                 verdict(word),
-                outcome.engine or f"{outcome.cell.bundle.name}-{outcome.cell.precision}",
-                outcome.cell.target,
+                outcome.engine or _cell_name(outcome.cell),
                 ", ".join(str(p) for p in sidecar.profiles) if sidecar else None,
                 bytes_text(sidecar.plan_bytes) if sidecar else None,
                 f"{sidecar.build_seconds:.1f}" if sidecar else None,
                 bytes_text(sidecar.peak_memory_bytes) if sidecar else None,
                 sum(sidecar.warnings.values()) if sidecar else None,
-                {True: "yes", False: "no"}.get(sidecar.reproducible, sidecar.reproducible)
-                if sidecar
-                else None,
+                {True: "yes", False: "no"}.get(sidecar.reproducible, "?") if sidecar else None,
             )
         )
     right = [Column(name, "right") for name in ("size", "build s", "memory", "warnings")]
-    table = rows_table(
-        ["", Column("engine", wrap=True), "target", "batch", *right, "reproducible"], rows
-    )
-    failures = [
-        f"{o.cell.bundle.name} {o.cell.precision} {o.cell.target}: {o.error}"
-        for o in outcomes
-        if o.error is not None
-    ]
+    table = rows_table(["", "engine", Column("batch", wrap=True), *right, "same twice"], rows)
+    failures = [f"{_cell_name(o.cell)}: {o.error}" for o in outcomes if o.error is not None]
     return stack(table, notes(failures, "FAIL") if failures else None)
+
+
+def _cell_name(cell: Cell) -> str:
+    return f"{cell.bundle.name} {cell.precision} {cell.target}"
 
 
 def _warnings(name: str, warnings: Any) -> str:
@@ -387,8 +381,8 @@ def _cell_bars() -> Iterator[Any]:
     """Give a function that returns, for each cell, what to tell about its build."""
     with contextlib.ExitStack() as stack:
 
-        def tell(cell: Any) -> Progress:
+        def tell(cell: Cell) -> Progress:
             stack.close()  # the bars of the cell before
-            return stack.enter_context(_bars(f"{cell.bundle.name} {cell.precision} {cell.target}"))
+            return stack.enter_context(_bars(_cell_name(cell)))
 
         yield tell

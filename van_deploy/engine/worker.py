@@ -26,11 +26,16 @@ from typing import Any
 from van_deploy.bundle import write_atomic
 from van_deploy.engine import timing_cache
 from van_deploy.engine.backend import Backend, backend_named
-from van_deploy.engine.catalogue import build_failure, parser_failure, parser_problems
+from van_deploy.engine.catalogue import (
+    CATALOGUE,
+    build_failure,
+    parser_failure,
+    parser_problems,
+)
 from van_deploy.engine.isolation import addresses_are_fixed
 from van_deploy.engine.log import BuildLog, memory_facts, trt_logger
 from van_deploy.engine.options import BuildOptions
-from van_deploy.errors import VanDeployError
+from van_deploy.errors import ConversionError, VanDeployError
 
 __all__ = ["Cancelled", "build", "main", "peak_memory_bytes"]
 
@@ -117,6 +122,7 @@ def _build(
     if not parser.parse(path.read_bytes(), job.get("weights_beside")):
         raise parser_failure(backend.label, path.name, parser_problems(parser), log.errors)
     parsed = time.perf_counter()
+    _refuse_frozen_batch(network, backend.label, path.name)
     layers = int(network.num_layers)
     config = builder.create_builder_config()
     backend.configure_(config, options)
@@ -145,6 +151,29 @@ def _build(
         "warnings": log.warnings,
         "fixed_addresses": addresses_are_fixed(),
     }
+
+
+def _refuse_frozen_batch(network: Any, label: str, source: str) -> None:
+    """Return if the outputs' batch is free where the input's is.
+
+    TensorRT tries a profile's optimum only (RTX 1.7.1): a graph that was frozen at
+    just that size would build, and fail later at every other.
+
+    Raises:
+        ConversionError: an output's batch is fixed.
+    """
+    if int(network.get_input(0).shape[0]) != -1:
+        return
+    for index in range(network.num_outputs):
+        output = network.get_output(index)
+        size = int(tuple(output.shape)[0]) if len(output.shape) else 0
+        if size != -1:
+            entry = next(entry for entry in CATALOGUE if entry.name == "frozen batch")
+            raise ConversionError(
+                f"{label} built no plan from '{source}': {entry.cause}. The output "
+                f"'{output.name}' has a fixed batch of {size}.",
+                entry.remedy,
+            )
 
 
 def _add_profiles_(builder: Any, network: Any, config: Any, options: BuildOptions) -> None:
