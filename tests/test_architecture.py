@@ -17,7 +17,7 @@ PACKAGE = ROOT / "van_deploy"
 ROOMS = (
     *("errors", "metrics", "environment", "recipe", "bundle", "provenance", "images"),
     *("model", "graph", "engine", "runners", "precision", "checks", "bench", "serve"),
-    *("report", "pipeline", "cli", "__main__"),
+    *("report", "pipeline", "run", "cli", "__main__"),
 )
 FOR_ALL = {"errors", "recipe", "bundle", "provenance", "images", "environment"}
 OPTIONAL = (

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.bundle import Bundle
+from van_deploy.bundle import Artefact, Bundle
 from van_deploy.checks.isolate import (
     FED,
     Cut,
@@ -53,6 +53,7 @@ __all__ = [
     "Step",
     "drift_of_bundle",
     "drift_of_graph",
+    "equalized_tensors",
 ]
 
 SCHEMA = "van-deploy/drift/1"
@@ -199,7 +200,9 @@ def drift_of_bundle(
     for name in names:
         say(f"Every {level} of '{name}', alone and in the whole")
         model = base if name == "fp32" else onnx.load(bundle.verified(name))
-        entries.append(ArtefactDrift(name, drift_of_graph(model, reference, images, cuts)))
+        moved = equalized_tensors(bundle.artefact(name))
+        rows = drift_of_graph(model, reference, images, cuts, moved)
+        entries.append(ArtefactDrift(name, rows))
         chain.append(_artefact_step(name, model, reference, images))
     chain += [
         Step(name, None, "engines run on their GPU only; see `van-deploy verify`")
@@ -209,8 +212,34 @@ def drift_of_bundle(
     return DriftReport(level, described, len(images), tuple(chain), tuple(entries))
 
 
+def equalized_tensors(artefact: Artefact) -> frozenset[str]:
+    """Return the tensors that equalisation re-scaled or centred in an artefact.
+
+    They stand for the same thing in other numbers, so they cannot be compared,
+    and the graph is not opened there.
+    """
+    return frozenset(_names_of_equalized(artefact.facts))
+
+
+def _names_of_equalized(facts: Any) -> Iterator[str]:
+    if isinstance(facts, Mapping):
+        for key, value in facts.items():
+            if key == "tensors" and isinstance(value, list):
+                yield from (
+                    str(item["name"])
+                    for item in value
+                    if isinstance(item, Mapping) and {"name", "exponent"} <= item.keys()
+                )
+            else:
+                yield from _names_of_equalized(value)
+
+
 def drift_of_graph(
-    model: ModelProto, reference: Reference, images: Images, cuts: Sequence[Cut]
+    model: ModelProto,
+    reference: Reference,
+    images: Images,
+    cuts: Sequence[Cut],
+    moved: Collection[str] = (),
 ) -> tuple[DriftRow, ...]:
     """Return the drift of each part of one graph, in the order of ``cuts``.
 
@@ -219,8 +248,9 @@ def drift_of_graph(
         reference: the network in float64.
         images: ``(N, C, S, S)`` normalised.
         cuts: from :func:`~van_deploy.checks.isolate.cuts_of`, of the FP32 graph.
+        moved: tensors that mean other numbers in this graph (:func:`equalized_tensors`).
     """
-    made = {output for node in model.graph.node for output in node.output}
+    made = {output for node in model.graph.node for output in node.output} - set(moved)
     present = [cut for cut in cuts if cut.tensor in made]
     tensors = [cut.tensor for cut in present]
     whole, alone = with_taps(model, tensors), isolated(model, tensors)
@@ -229,7 +259,12 @@ def drift_of_graph(
     rows = []
     for cut in cuts:
         if cut.tensor not in made:
-            rows.append(DriftRow(cut.name, None, None, "not in this graph"))
+            why = (
+                "in other numbers after equalisation"
+                if cut.tensor in moved
+                else "not in this graph"
+            )
+            rows.append(DriftRow(cut.name, None, None, why))
             continue
         rows.append(
             DriftRow(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.drift import DriftRow, drift_of_graph
+from van_deploy.checks.drift import DriftRow, drift_of_graph, equalized_tensors
 from van_deploy.checks.gates import (
     Flip,
     Limits,
@@ -54,6 +54,7 @@ __all__ = [
 SCHEMA = "van-deploy/verify/1"
 REFERENCE_BATCH = 8
 MODULE_IMAGES = 2
+SHOWN_MODULES = 10
 
 Progress = Callable[[str], None]
 
@@ -104,7 +105,7 @@ class ArtefactVerdict:
         comparison: over all images.
         flips: predictions that changed, the widest margin first.
         batches: one entry a batch size.
-        modules: the parts that add most error, worst first.
+        modules: every module by the error it adds, worst first.
         failures: everything that failed, one sentence each.
     """
 
@@ -179,7 +180,7 @@ class VerifyReport:
         }
 
     def _entry(self, verdict: ArtefactVerdict) -> dict[str, Any]:
-        entry = asdict(verdict)
+        entry = asdict(replace(verdict, modules=verdict.modules[:SHOWN_MODULES]))
         entry["margin_db"] = verdict.margin_db
         entry["module_margin_db"] = verdict.module_margin_db
         entry["flips"] = [
@@ -368,7 +369,9 @@ def _with_modules(
     import onnx
 
     cuts = cuts_of(onnx.load(bundle.verified("fp32")), "module", reference.modules)
-    rows = drift_of_graph(onnx.load(bundle.verified(verdict.artefact)), reference, images, cuts)
+    model = onnx.load(bundle.verified(verdict.artefact))
+    moved = equalized_tensors(bundle.artefact(verdict.artefact))
+    rows = drift_of_graph(model, reference, images, cuts, moved)
     placed = sorted(
         (row for row in rows if row.added_db is not None), key=lambda row: float(row.added_db or 0)
     )
@@ -379,7 +382,7 @@ def _with_modules(
         for row in placed
         if not float(row.added_db or 0) >= least
     ]
-    return _add(replace(verdict, modules=tuple(placed[:10])), failures)
+    return _add(replace(verdict, modules=tuple(placed)), failures)
 
 
 def _contract_failures(bundle: Bundle, name: str) -> list[str]:

@@ -48,6 +48,7 @@ def verify_tables(report: VerifyReport, names: Sequence[str] | None = None) -> R
     return stack(
         Text(text),
         _verdicts(report.artefacts),
+        _errors(ran),
         _batches(ran),
         _flips(report, ran, names),
         _failures(report.artefacts),
@@ -55,13 +56,11 @@ def verify_tables(report: VerifyReport, names: Sequence[str] | None = None) -> R
 
 
 def _verdicts(verdicts: Sequence[ArtefactVerdict]) -> RenderableType:
-    columns = (
+    columns: tuple[Column | str, ...] = (
         *("verdict", "artefact", "runner"),
-        *(
-            Column(header, "right")
-            for header in ("SQNR dB", "asked", "left", "max error", "cosine", "KL")
-        ),
-        *(Column(header, "right") for header in ("top-1", "top-5", "flips", "worst module")),
+        *(Column(header, "right") for header in ("SQNR dB", "asked", "left")),
+        *(Column(header, "right") for header in ("same top-1", "same top-5", "faulty flips")),
+        Column("", wrap=True),
     )
     return rows_table(columns, [_verdict_row(entry) for entry in verdicts])
 
@@ -70,21 +69,42 @@ def _verdict_row(entry: ArtefactVerdict) -> list[object]:
     head: list[object] = [verdict(entry.outcome), entry.artefact, entry.runner]
     figures, limits = entry.comparison, entry.limits
     if figures is None or limits is None:
-        return [*head, *[None] * 9, entry.reason or None]
+        return [*head, *[None] * 6, entry.reason]
     faults = sum(flip.fault for flip in entry.flips)
-    worst = entry.modules[0] if entry.modules else None
     return [
         *head,
         f"{figures.sqnr_db:.1f}",
         f"{limits.sqnr_db:.1f}",
         f"{entry.margin_db:+.1f}",
-        f"{figures.max_abs:.1e}",
-        f"{figures.cosine:.7f}",
-        f"{figures.kl:.1e}",
         f"{100 * figures.top1_agreement:.1f} %",
         f"{100 * figures.top5_agreement:.1f} %",
         f"{faults} of {len(entry.flips)}",
-        f"{worst.added_db:.1f} dB {worst.name}" if worst else None,
+        "",
+    ]
+
+
+def _errors(verdicts: Sequence[ArtefactVerdict]) -> RenderableType | None:
+    rows = [_error_row(entry) for entry in verdicts]
+    right = ("max error", "mean error", "relative", "asked", "cosine", "KL", "worst module dB")
+    columns = ("artefact", *(Column(header, "right") for header in right), Column("", wrap=True))
+    return rows_table(columns, rows) if rows else None
+
+
+def _error_row(entry: ArtefactVerdict) -> list[object]:
+    figures, limits = entry.comparison, entry.limits
+    if figures is None or limits is None:
+        return [entry.artefact, *[None] * 8]
+    worst = entry.modules[0] if entry.modules else None
+    return [
+        entry.artefact,
+        f"{figures.max_abs:.1e}",
+        f"{figures.mean_abs:.1e}",
+        f"{figures.relative:.1e}",
+        f"{limits.relative:.1e}",
+        f"{figures.cosine:.7f}",
+        f"{figures.kl:.1e}",
+        f"{worst.added_db:.1f}" if worst else None,
+        f"{worst.name} (asked {limits.module_db:g})" if worst else "not looked into",
     ]
 
 
@@ -191,7 +211,7 @@ def _drift(report: EvaluateReport) -> RenderableType:
         for name, drift in report.drifts.items()
     ]
     rows += [(verdict(None), entry.artefact, *[None] * 7, entry.reason) for entry in report.skipped]
-    columns = ("verdict", "artefact", *(Column(header, "right") for header in right))
+    columns = (Column("verdict"), Column("artefact"), *(Column(head, "right") for head in right))
     return rows_table((*columns, Column("note", wrap=True)), rows, "Against PyTorch")
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["summary_from_check"]
 
 MOST_ROWS = 50
-MARKS = {"passed": "✅", "failed": "❌", "skipped": "⚠️", "new": "🆕"}  # noqa: RUF001 - shown as such
+MARKS = {"passed": "✅", "failed": "❌", "skipped": "⚠️", "new": "🆕"}
 
 
 def summary_from_check(report: CheckReport) -> str:

@@ -1,0 +1,45 @@
+"""Results of checks, kept in the bundle's manifest beside the digests they are true of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from van_deploy.bundle import Bundle, writing
+
+__all__ = ["jsonable", "record_check"]
+
+
+def record_check(bundle: Bundle, name: str, result: Mapping[str, Any]) -> None:
+    """Write the result of a check into the manifest, with the digests of the artefacts.
+
+    Args:
+        bundle: what was checked.
+        name: of the check, such as ``verify``.
+        result: the report's ``as_dict()``.
+
+    Raises:
+        BundleError: the bundle was changed while it was checked, or cannot be written.
+    """
+    digests = {key: artefact.sha256 for key, artefact in bundle.artefacts.items()}
+    with writing(bundle.path) as draft:
+        draft.manifest["checks"][name] = {**jsonable(result), "artefacts_sha256": digests}
+
+
+def jsonable(value: Any) -> Any:
+    """Return ``value`` in JSON's types; numbers it cannot spell become ``"inf"``, ``"nan"``.
+
+    >>> jsonable({"sqnr_db": math.inf, "batches": (1, 2)})
+    {'sqnr_db': 'inf', 'batches': [1, 2]}
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return jsonable(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [jsonable(item) for item in value]
+    return value

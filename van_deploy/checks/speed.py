@@ -1,0 +1,57 @@
+"""How many times faster than PyTorch each artefact is, in turns so that the machine's moods cancel.
+
+For the gate only: a ratio within one run on one machine is all that can be
+compared between runs. `van-deploy bench` measures properly.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+from van_deploy.bundle import Bundle
+from van_deploy.checks.opened import CPU, NotRun, open_artefact
+from van_deploy.checks.pictures import Pictures
+from van_deploy.model.checkpoint import LoadedVan
+from van_deploy.model.pixels import normalised
+from van_deploy.runners.pytorch import TorchRunner
+
+__all__ = ["speed_ratios"]
+
+WARM_UPS, ROUNDS = 2, 9
+
+
+def speed_ratios(
+    bundle: Bundle, loaded: LoadedVan, pictures: Pictures, *, runner: str = CPU
+) -> dict[str, float]:
+    """Return PyTorch's time over each artefact's, at the bundle's optimal batch.
+
+    The median over rounds of the two calls of one round. What does not run here
+    is left out. The pixels are normalised outside PyTorch's time, inside an artefact's.
+    """
+    size = min(int(bundle.manifest["batch"]["opt"]), len(pictures.pixels))
+    pixels = pictures.pixels[:size]
+    images = normalised(pixels, loaded.preprocessing)
+    ratios = {}
+    for name in bundle.artefacts:
+        opened = open_artefact(bundle, name, runner)
+        if isinstance(opened, NotRun):
+            continue
+        with opened, TorchRunner(loaded.model) as original:
+            ratios[name] = _ratio(partial(original.run, images), partial(opened.run, pixels))
+    return ratios
+
+
+def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
+    for _ in range(WARM_UPS):
+        slow()
+        fast()
+    return statistics.median(_seconds(slow) / _seconds(fast) for _ in range(ROUNDS))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

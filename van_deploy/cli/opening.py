@@ -1,0 +1,79 @@
+"""What the commands that judge a bundle have in common: opening it and what it is judged by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from van_deploy.bundle import Bundle
+    from van_deploy.checks.pictures import Pictures
+    from van_deploy.model.checkpoint import LoadedVan
+    from van_deploy.recipe import GateSettings
+
+__all__ = [
+    "ArtefactNames",
+    "BundlePath",
+    "RecipeName",
+    "RunnerName",
+    "WeightsPath",
+    "gates_of",
+    "opened",
+    "pictures_for",
+]
+
+BundlePath = Annotated[Path, typer.Argument(help="The bundle, made by `van-deploy export`.")]
+WeightsPath = Annotated[
+    Path | None,
+    typer.Option(help="Where the original weights are now, if they have moved."),
+]
+RunnerName = Annotated[
+    str,
+    typer.Option(help="onnxruntime-cpu, onnxruntime-cuda or onnxruntime-tensorrt."),
+]
+ArtefactNames = Annotated[
+    list[str] | None,
+    typer.Option("--artefact", help="Which one; may be repeated. All by default."),
+]
+RecipeName = Annotated[
+    str, typer.Option(help="Recipe whose [gates] apply; the defaults without one.")
+]
+
+
+def opened(bundle: Path, weights: Path | None) -> tuple[Bundle, LoadedVan]:
+    """Return the bundle and the PyTorch network it was made from."""
+    from van_deploy.bundle import Bundle
+    from van_deploy.model.original import original_network
+
+    found = Bundle.open(bundle)
+    return found, original_network(found, weights)
+
+
+def gates_of(recipe: str) -> GateSettings | None:
+    """Return the gates of the recipe called that, or None for the defaults."""
+    from van_deploy.recipe import recipe_named
+
+    return recipe_named(recipe).gates if recipe else None
+
+
+def pictures_for(
+    bundle: Bundle, loaded: LoadedVan, images: Path | None, count: int | None, least: int = 32
+) -> Pictures:
+    """Return pictures to judge on: at least one of the bundle's largest batches of them.
+
+    Raises:
+        UsageError: fewer were asked for than the largest batch has.
+    """
+    from van_deploy.checks.pictures import pictures_to_check
+    from van_deploy.errors import UsageError
+
+    largest = int(bundle.manifest["batch"]["max"])
+    if count is not None and count < largest:
+        raise UsageError(
+            f"{count} images are fewer than the bundle's largest batch, {largest}.",
+            f"Give --count {largest} or more.",
+        )
+    wanted = count or max(least, largest)
+    return pictures_to_check(loaded.name, loaded.preprocessing, wanted, images)

@@ -1,0 +1,109 @@
+"""``van-deploy run``: everything a recipe asks for, ending in its gates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from van_deploy.cli.console import AsJson, emit, progress, remark
+from van_deploy.cli.opening import RunnerName
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from van_deploy.run import RunResult
+
+__all__ = ["run"]
+
+
+def run(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe: van_b1, van_digits, or a file (mine.toml).")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the bundle; dist/NAME by default."),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="fp16 or int8, besides fp32; may be repeated."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images to check on. By default sample photographs."),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Folder of images to calibrate INT8 on.")
+    ] = None,
+    evaluate: Annotated[
+        Path | None, typer.Option(help="Folder of labelled images; evaluates at the end.")
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Labels file for --evaluate.")] = None,
+    runner: RunnerName = "onnxruntime-cpu",
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Make everything anew even if nothing changed.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Do all that a recipe asks for: export, quantise, verify and, with images, evaluate.
+
+    Example: van-deploy run van_digits --precision fp16
+    """
+    from van_deploy.cli.export import recipe_for
+    from van_deploy.errors import GateFailed
+
+    wanted = recipe_for(recipe)
+    with progress() as bar:
+        task = bar.add_task("Loading PyTorch", total=None)
+
+        def say(text: str) -> None:
+            bar.update(task, description=text, total=None)
+
+        from van_deploy.checks.record import jsonable
+        from van_deploy.pipeline import load_for
+        from van_deploy.run import RunSettings, run_recipe
+
+        settings = RunSettings(
+            precisions=tuple(precision or ()),
+            images=images,
+            calibration=calibration,
+            labelled=evaluate,
+            labels_file=labels,
+            runner=runner,
+            force=force,
+        )
+        say("Loading weights")
+        loaded = load_for(wanted, offline=offline)
+        folder = output or Path("dist") / loaded.name
+        result = run_recipe(wanted, loaded, folder, settings, progress=say)
+    for note in result.export.notes:
+        remark(f"note: {note}")
+    emit(jsonable(result.as_dict()), as_json, lambda _: _table(result))
+    if not result:
+        raise GateFailed(
+            f"The bundle '{result.bundle.path}' was written and does not pass its gates.",
+            "See the rows above; `van-deploy drift` names the module.",
+        )
+
+
+def _table(result: RunResult) -> RenderableType:
+    from rich.text import Text
+
+    from van_deploy.report.bundle_view import artefacts_table
+    from van_deploy.report.gates_view import evaluate_tables, verify_tables
+    from van_deploy.report.tables import stack
+
+    bundle = result.bundle
+    names = bundle.manifest.get("class_names")
+    made = [f"Exported: {result.export.reason}."]
+    made += [f"Made '{name}': {reason}." for name, reason in result.made]
+    return stack(
+        Text("\n".join(made)),
+        artefacts_table(bundle.manifest, bundle.sizes()),
+        verify_tables(result.verify, names),
+        evaluate_tables(result.evaluate) if result.evaluate else None,
+        Text(f"The bundle is {bundle.path}."),
+    )
