@@ -166,6 +166,7 @@ def _prepend_(model: ModelProto, preprocessing: Preprocessing, embedding: str) -
     later = list(graph.node)
     graph.ClearField("node")
     graph.node.extend([*nodes, *later])
+    graph.value_info.append(images)
     graph.input[0].CopyFrom(pixels)
 
 

@@ -1,0 +1,316 @@
+"""Measure the server: throughput against the bare artefact, and every answer compared.
+
+    python benchmarks/serve.py load BUNDLE --requests 10000 --clients 64
+    python benchmarks/serve.py top1 BUNDLE FOLDER...
+
+``load`` runs the artefact alone first (no server), starts ``van-deploy serve`` as a
+process of its own, sends requests from so many connections at once, compares each
+answer with the artefact's own, and runs the artefact alone again: on a machine with
+other work the two bare runs tell how far the figure can be trusted. Client and server
+share the processor, so the ratio is a lower bound.
+
+``top1`` compares the whole way from each file: timm's transform and the plain graph
+against bytes and the graph with preprocessing inside.
+
+The result is one JSON document on standard output; progress goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from van_deploy.bundle import Bundle
+from van_deploy.checks.sample_images import pixels_to_check
+from van_deploy.images import find_images, open_image
+from van_deploy.model.pixels import pixels_from_image
+from van_deploy.runners.network import Network
+from van_deploy.serve.protocol import DATATYPES
+from van_deploy.serve.service import served_name
+
+DISTINCT = 64
+BARE_SECONDS = 4.0
+TOLERANCE = 1e-4
+"""Of the largest logit: what FP32 artefacts are allowed everywhere else."""
+
+
+@dataclass
+class Load:
+    """What the clients saw."""
+
+    answered: int = 0
+    wrong: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    latencies_ms: list[float] = field(default_factory=list)
+    worst_difference: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+
+def main() -> int:
+    """Run the asked measurement and return the exit code: 1 if an answer was lost or wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    load = commands.add_parser("load", help="throughput, and every answer compared")
+    load.add_argument("bundle", type=Path)
+    load.add_argument("--artefact", default="fp32-uint8")
+    load.add_argument("--images", type=Path, help="folder of pictures; samples by default")
+    load.add_argument("--requests", type=int, default=10_000)
+    load.add_argument("--clients", type=int, default=64)
+    load.add_argument("--threads", type=int, default=2)
+    load.add_argument("--instances", type=int, default=1)
+    load.add_argument("--queue-limit", type=int, default=256)
+    load.add_argument("--max-delay-ms", type=float, default=1.0)
+    load.add_argument("--bare-seconds", type=float, default=BARE_SECONDS)
+    top1 = commands.add_parser("top1", help="the same first class from every file")
+    top1.add_argument("bundle", type=Path)
+    top1.add_argument("folders", type=Path, nargs="+")
+    top1.add_argument("--artefact", default="fp32-uint8")
+    top1.add_argument("--limit", type=int, help="at most so many images of each folder")
+    arguments = parser.parse_args()
+    result = measure_load(arguments) if arguments.command == "load" else measure_top1(arguments)
+    print(json.dumps(result, indent=1))
+    return 0 if result["passed"] else 1
+
+
+def measure_load(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return throughput with and without the server, and what became of every request."""
+    bundle = Bundle.open(arguments.bundle)
+    with Network(bundle, arguments.artefact, threads=arguments.threads) as network:
+        pixels = pixels_to_check(bundle.name, network.preprocessing, DISTINCT, arguments.images)
+        inputs = network.prepare(pixels)
+        expected = np.concatenate(
+            [network.run(inputs[i : i + 1])["logits"] for i in range(DISTINCT)]
+        )
+        before = bare_throughput(network, inputs, arguments.bare_seconds)
+    note(f"bare artefact: {before}")
+    command = [
+        *(sys.executable, "-m", "van_deploy", "serve", str(arguments.bundle), "--port", "0"),
+        *("--artefact", arguments.artefact, "--threads", str(arguments.threads), "--json"),
+        *("--instances", str(arguments.instances), "--no-compare"),
+        *("--queue-limit", str(arguments.queue_limit)),
+        *("--max-delay-ms", str(arguments.max_delay_ms)),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            url = server_url(server)
+            name = served_name(bundle, arguments.artefact)
+            requests = [
+                request_bytes(url, name, network, inputs[i : i + 1]) for i in range(DISTINCT)
+            ]
+            start = time.perf_counter()
+            load = asyncio.run(drive(url, requests, expected, arguments))
+            seconds = time.perf_counter() - start
+            metrics = server_metrics(url)
+        finally:
+            server.terminate()
+            server.wait(60)
+    with Network(bundle, arguments.artefact, threads=arguments.threads) as network:
+        after = bare_throughput(network, inputs, arguments.bare_seconds)
+    note(f"bare artefact again: {after}")
+    return load_report(arguments, before, after, load, seconds, metrics, network.max_batch)
+
+
+def load_report(
+    arguments: argparse.Namespace,
+    before: dict[int, float],
+    after: dict[int, float],
+    load: Load,
+    seconds: float,
+    metrics: dict[str, float],
+    max_batch: int,
+) -> dict[str, Any]:
+    """Return the figures of one run."""
+    bare = (max(before.values()) + max(after.values())) / 2
+    rate = load.answered / seconds
+    p50, p99 = np.percentile(load.latencies_ms, [50, 99]) if load.latencies_ms else (0.0, 0.0)
+    return {
+        "settings": {k: str(v) for k, v in vars(arguments).items()},
+        "bare_images_per_s_before": {str(k): round(v, 1) for k, v in before.items()},
+        "bare_images_per_s_after": {str(k): round(v, 1) for k, v in after.items()},
+        "served_images_per_s": round(rate, 1),
+        "ratio": round(rate / bare, 3),
+        "p50_ms": round(float(p50), 2),
+        "p99_ms": round(float(p99), 2),
+        "bound_ms": round(1e3 * (arguments.queue_limit + 2 * max_batch) / rate, 1),
+        "requests": arguments.requests,
+        "answered": load.answered,
+        "lost": arguments.requests - load.answered,
+        "wrong": load.wrong,
+        "worst_relative_difference": load.worst_difference,
+        "statuses": load.statuses,
+        "failures": load.failures[:5],
+        "mean_batch": round(metrics["rows"] / max(metrics["batches"], 1.0), 2),
+        "passed": load.answered == arguments.requests and load.wrong == 0,
+    }
+
+
+def bare_throughput(network: Network, inputs: npt.NDArray[Any], seconds: float) -> dict[int, float]:
+    """Return images a second at batch 1, the optimum and the largest, without any server."""
+    optimum = int(network.bundle.manifest["batch"]["opt"])
+    rates = {}
+    for batch in sorted({1, optimum, min(network.max_batch, len(inputs))}):
+        rows = inputs[:batch]
+        network.run(rows)
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds / 3:
+            network.run(rows)
+            count += batch
+        rates[batch] = count / (time.perf_counter() - start)
+    return rates
+
+
+def request_bytes(url: str, name: str, network: Network, rows: npt.NDArray[Any]) -> bytes:
+    """Return a whole HTTP request: JSON, then the tensor as bytes."""
+    raw = rows.tobytes()
+    head = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": network.input.name,
+                    "shape": list(rows.shape),
+                    "datatype": DATATYPES[network.input.dtype],
+                    "parameters": {"binary_data_size": len(raw)},
+                }
+            ],
+            "outputs": [{"name": "logits", "parameters": {"binary_data": True}}],
+        }
+    ).encode()
+    lines = [
+        f"POST /v2/models/{name}/infer HTTP/1.1",
+        f"Host: {url.removeprefix('http://')}",
+        f"Content-Length: {len(head) + len(raw)}",
+        f"Inference-Header-Content-Length: {len(head)}",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + head + raw
+
+
+async def drive(
+    url: str, requests: list[bytes], expected: npt.NDArray[Any], arguments: argparse.Namespace
+) -> Load:
+    """Send every request from so many connections and compare each answer."""
+    load = Load()
+    numbers = iter(range(arguments.requests))
+    host, port = url.removeprefix("http://").split(":")
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        for number in numbers:
+            which = number % len(requests)
+            start = time.perf_counter()
+            writer.write(requests[which])
+            status, headers, body = await read_response(reader)
+            load.latencies_ms.append(1e3 * (time.perf_counter() - start))
+            load.statuses[status] = load.statuses.get(status, 0) + 1
+            if status == "200":
+                compare(load, headers, body, expected[which])
+            else:
+                load.failures.append(body.decode(errors="replace"))
+            if number % 1000 == 999:
+                note(f"{number + 1} requests")
+        writer.close()
+        await writer.wait_closed()
+
+    results = await asyncio.gather(
+        *(client() for _ in range(arguments.clients)), return_exceptions=True
+    )
+    load.failures += [repr(r) for r in results if isinstance(r, BaseException)]
+    return load
+
+
+async def read_response(
+    reader: asyncio.StreamReader,
+) -> tuple[str, dict[str, str], bytes]:
+    """Return status, headers and body of one HTTP response."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    headers = {
+        name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:])
+    }
+    body = await reader.readexactly(int(headers["content-length"]))
+    return head[0].split(" ")[1], headers, body
+
+
+def compare(load: Load, headers: dict[str, str], body: bytes, expected: npt.NDArray[Any]) -> None:
+    """Count one answer, and whether it is the artefact's own."""
+    load.answered += 1
+    tail = body[int(headers["inference-header-content-length"]) :]
+    logits = np.frombuffer(tail, np.float32)
+    if logits.shape != expected.shape:
+        load.wrong += 1
+        return
+    difference = float(np.abs(logits - expected).max() / np.abs(expected).max())
+    load.worst_difference = max(load.worst_difference, difference)
+    load.wrong += not difference <= TOLERANCE
+
+
+def server_url(server: subprocess.Popen[str]) -> str:
+    """Return where a starting server answers, once it says so."""
+    text = ""
+    while not text.endswith("}\n"):
+        line = server.stdout.readline() if server.stdout else ""
+        if not line:
+            raise SystemExit("the server did not start")
+        text += line
+    return str(json.loads(text)["url"])
+
+
+def server_metrics(url: str) -> dict[str, float]:
+    """Return how many batches ran, and how many rows they held."""
+    import urllib.request
+
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+
+    def total(name: str) -> float:
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+
+    return {
+        "rows": total("van_deploy_batch_rows_sum"),
+        "batches": total("van_deploy_batch_rows_count"),
+    }
+
+
+def measure_top1(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return how many files got another first class from bytes than from timm's floats."""
+    bundle = Bundle.open(arguments.bundle)
+    paths = [
+        path for folder in arguments.folders for path in find_images(folder)[: arguments.limit]
+    ]
+    changed, worst = [], 0.0
+    with Network(bundle, "fp32") as plain, Network(bundle, arguments.artefact) as embedded:
+        transform = plain.preprocessing.transform()
+        for start in range(0, len(paths), 16):
+            some = paths[start : start + 16]
+            images = [open_image(path) for path in some]
+            floats = np.stack([transform(image).numpy() for image in images])
+            pixels = np.stack([pixels_from_image(i, plain.preprocessing) for i in images])
+            expected = plain.run(floats)["logits"]
+            found = embedded.run(embedded.prepare(pixels))["logits"]
+            worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))
+            other = expected.argmax(axis=1) != found.argmax(axis=1)
+            changed += [str(path) for path, differs in zip(some, other, strict=True) if differs]
+    return {
+        "images": len(paths),
+        "other_top1": len(changed),
+        "files": changed[:10],
+        "worst_relative_difference": worst,
+        "passed": bool(paths) and not changed,
+    }
+
+
+def note(text: str) -> None:
+    """Write progress to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,115 @@
+"""The example client that goes into a package: one file that needs nothing of this project.
+
+It is the one place where a client's preprocessing is written down for others to
+copy, so it is made from the weights' own values and tested to give the same
+bytes as :mod:`van_deploy.model.pixels`.
+"""
+
+from __future__ import annotations
+
+from van_deploy.model.preprocess import Preprocessing
+
+__all__ = ["client_source"]
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+_TEMPLATE = '''\
+"""Ask @MODEL@ what is in some pictures: python client.py [--url HOST:PORT] PICTURE...
+
+Needs: pip install numpy pillow "tritonclient[http]"
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import tritonclient.http as triton
+from PIL import Image, ImageOps
+
+MODEL = "@MODEL@"
+SIZE = @SIZE@  # side of the square the network sees
+SHORT_SIDE = @SHORT_SIDE@  # of the picture, before the centre is cut out
+FILTER = Image.Resampling.@FILTER@
+MEAN = np.array(@MEAN@, np.float32)
+STD = np.array(@STD@, np.float32)
+LABELS = Path(__file__).parent / "models" / MODEL / "labels.txt"
+
+
+def pixels_from_file(path):
+    """Return a picture resized and cropped, (SIZE, SIZE, channels) uint8."""
+    image = ImageOps.exif_transpose(Image.open(path)).convert("@MODE@")
+    width, height = image.size
+    long_side = int(SHORT_SIDE * max(width, height) / min(width, height))
+    size = (SHORT_SIDE, long_side) if width <= height else (long_side, SHORT_SIDE)
+    image = image.resize(size, FILTER)
+    left, top = (round((side - SIZE) / 2) for side in image.size)
+    pixels = np.asarray(image.crop((left, top, left + SIZE, top + SIZE)))
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def tensor_from_files(paths):
+    """Return pictures as the model takes them."""
+    pixels = np.stack([pixels_from_file(path) for path in paths])
+@PREPARE@
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE")
+    parser.add_argument("--url", default="localhost:8000")
+    arguments = parser.parse_args()
+    names = LABELS.read_text(encoding="utf-8").splitlines() if LABELS.exists() else None
+    with triton.InferenceServerClient(arguments.url) as client:
+        for path in arguments.pictures:
+            tensor = tensor_from_files([path])
+            given = triton.InferInput("@INPUT@", list(tensor.shape), "@TYPE@")
+            given.set_data_from_numpy(tensor)
+            wanted = triton.InferRequestedOutput("logits")
+            logits = client.infer(MODEL, [given], outputs=[wanted]).as_numpy("logits")[0]
+            odds = np.exp(logits - logits.max())
+            odds /= odds.sum()
+            for index in np.argsort(-logits, kind="stable")[:5]:
+                print(f"{path}\\t{odds[index]:.4f}\\t{names[index] if names else index}")
+
+
+if __name__ == "__main__":
+    main()
+'''
+
+_PREPARE = {
+    "uint8": "    return pixels",
+    "normalize": "    return pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)",
+    "none": """\
+    values = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+    return (values - MEAN.reshape(1, -1, 1, 1)) / STD.reshape(1, -1, 1, 1)""",
+}
+
+
+def client_source(
+    model: str, input_name: str, input_type: str, embedding: str, preprocessing: Preprocessing
+) -> str:
+    """Return the source of a client for one model.
+
+    Args:
+        model: its name on the server.
+        input_name: of its input.
+        input_type: the protocol's name of the input's type, such as ``UINT8``.
+        embedding: what preprocessing the model has inside.
+        preprocessing: of the weights.
+    """
+    values = {
+        "MODEL": model,
+        "SIZE": preprocessing.image_size,
+        "SHORT_SIDE": preprocessing.resize_size,
+        "FILTER": preprocessing.interpolation.upper(),
+        "MEAN": list(preprocessing.mean),
+        "STD": list(preprocessing.std),
+        "MODE": _MODES.get(preprocessing.channels, "RGB"),
+        "INPUT": input_name,
+        "TYPE": input_type,
+        "PREPARE": _PREPARE[embedding],
+    }
+    source = _TEMPLATE
+    for key, value in values.items():
+        source = source.replace(f"@{key}@", str(value))
+    return source
