@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from van_deploy.recipe import BatchRange
 SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
 
 
-def built(folder: Path, rtx: Backend, options: BuildOptions = SM89, **more: bool) -> Built:
+def built(folder: Path, rtx: Backend, options: BuildOptions = SM89, **more: Any) -> Built:
     request = request_for(Bundle.open(folder), "fp32", rtx, options, Host())
     return build_in_bundle(request, rtx, options, host=Host(), **more)
 
@@ -70,7 +71,7 @@ def test_a_source_replaced_meanwhile(
 ) -> None:
     folder = new_bundle("van_digits")
     request = request_for(Bundle.open(folder), "fp32", rtx, SM89, Host())
-    replaced = []
+    replaced: list[BuildProgress] = []
 
     def replace_source(event: BuildProgress) -> None:
         if not replaced:

@@ -123,12 +123,14 @@ def test_what_rtx_is_refused_it_really_cannot_do(
 ) -> None:
     monkeypatch.setattr(refusals, "_refusals", lambda *_: iter(()))
     monkeypatch.setattr("van_deploy.engine.build.refuse_impossible", lambda *_: None)
+    change: dict[str, Any] = {option: True}
+    asked = replace(SM89, **change)
     with pytest.raises(MissingDependency):
         engine_from_onnx(
             digits_onnx,
             tmp_path / "e.plan",
             backend=rtx,
-            options=replace(SM89, **{option: True}),
+            options=asked,
             precision="fp32",
         )
     assert list(tmp_path.iterdir()) == []

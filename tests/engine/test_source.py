@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from van_deploy.errors import InputError
 from van_deploy.recipe import BatchRange
 
 
-def one_node(operator: str, kind: int, *more: object, **attributes: object) -> ModelProto:
+def one_node(operator: str, kind: int, **attributes: Any) -> ModelProto:
     images = helper.make_tensor_value_info("images", kind, ["batch", 3, 8, 8])
     logits = helper.make_tensor_value_info("logits", kind, None)
     node = helper.make_node(operator, ["images"], ["logits"], name="block1.0.act", **attributes)

@@ -166,7 +166,7 @@ def _refuse_frozen_batch(network: Any, label: str, source: str) -> None:
         return
     for index in range(network.num_outputs):
         output = network.get_output(index)
-        size = int(tuple(output.shape)[0]) if len(output.shape) else 0
+        size = int(next(iter(output.shape))) if len(output.shape) else 0
         if size != -1:
             entry = next(entry for entry in CATALOGUE if entry.name == "frozen batch")
             raise ConversionError(

@@ -1,0 +1,114 @@
+"""``van-deploy build``, with the real builder of TensorRT for RTX."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from tests.conftest import Cli
+from van_deploy.bundle import Artefact, Bundle, writing
+from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.graph.export import onnx_from_van
+from van_deploy.graph.fold import fold_van
+from van_deploy.model.checkpoint import load_van
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="tensorrt-rtx is not installed (pip install tensorrt-rtx-cu13)",
+)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    loaded = load_van("van_digits")
+    folded = fold_van(loaded.model, torch.zeros(1, loaded.config.in_chans, 32, 32))
+    folder = tmp_path / "van_digits"
+    with writing(folder, name="van_digits") as draft:
+        onnx.save(onnx_from_van(folded.model, 32, loaded.config.in_chans), draft.file("model.onnx"))
+        draft.record(Artefact("fp32", "onnx", "fp32", "model.onnx", {"model.onnx": ""}))
+        draft.manifest["batch"] = {"min": 1, "opt": 2, "max": 4}
+    return folder
+
+
+def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
+    result = cli("build", bundle, "--target", "sm_86,sm_89", "--json")
+    assert result.exit_code == 0
+    first, second = json.loads(result.stdout)
+    assert (first["target"], second["target"]) == ("sm_86", "sm_89")
+    assert first["outcome"] == "built"
+    assert first["sidecar"]["options"]["profiles"] == ["1:2:4"]
+    artefacts = Bundle.open(bundle).artefacts
+    assert [name for name, a in artefacts.items() if a.kind == "engine"] == [
+        first["engine"],
+        second["engine"],
+    ]
+    again = cli("build", bundle, "--target", "sm_86")
+    assert again.exit_code == 0
+    assert again.stdout.splitlines()[-1].split()[:2] == ["HERE", first["engine"]]
+    other = cli("build", bundle, "--target", "sm_86", "--batch", "1:1:1", "--force", "--json")
+    assert json.loads(other.stdout)[0]["sidecar"]["options"]["profiles"] == ["1:1:1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--target", "ada"], 2, "error: 'ada' is not a target."),
+        (["--target", "sm_89", "--batch", "8:4:1"], 2, "is not 1 <= min <= opt <= max"),
+        (["--target", "sm_89", "--workspace", "lots"], 2, "'lots' is not a size."),
+        (["--target", "sm_89", "--workspace", "900TiB"], 2, "is larger than the"),
+        (["--target", "sm_89", "--optimization-level", "9"], 2, "no optimization level 9"),
+        (["--target", "sm_90", "--backend", "tensorrt-rtx"], 2, "does not build for sm_90"),
+        (["--target", "sm_89", "--version-compatible"], 2, "has no version-compatible plans"),
+        (["--target", "sm_89", "--timing-cache", "x"], 2, "accepts a timing cache and does"),
+        (
+            ["--target", "sm_89", "--hardware-compatibility", "ampere-plus"],
+            2,
+            "ignores a hardware compatibility level",
+        ),
+        (["--target", "sm_89", "--on", "ray"], 2, "--on is for --matrix"),
+    ],
+)
+def test_requests_that_make_no_sense(
+    cli: Cli, bundle: Path, arguments: list[str], code: int, message: str
+) -> None:
+    result = cli("build", bundle, *arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert not (bundle / "engines").exists()
+
+
+@pytest.mark.skipif(nvidia_driver() is not None, reason="there is an NVIDIA driver here")
+def test_what_needs_a_gpu(cli: Cli, bundle: Path) -> None:
+    result = cli("build", bundle, "--target", "sm_89", "--strip-weights")
+    assert result.exit_code == 3
+    assert "needs a GPU for --strip-weights" in result.stderr
+    nothing = cli("build", bundle)
+    assert nothing.exit_code == 2
+    assert "builds for GPUs that are named, and none is" in nothing.stderr
+
+
+def test_no_bundle(cli: Cli, tmp_path: Path) -> None:
+    assert cli("build").exit_code == 2
+    missing = cli("build", tmp_path / "none", "--target", "sm_89")
+    assert missing.exit_code == 5
+    assert "There is no bundle at" in missing.stderr
+
+
+def test_a_bundle_and_a_matrix(cli: Cli, bundle: Path) -> None:
+    result = cli("build", bundle, "--matrix", bundle / "fleet.toml")
+    assert result.exit_code == 2
+    assert "Both a bundle and --matrix are given." in result.stderr
+
+
+def test_a_changed_onnx_file_is_not_believed(cli: Cli, bundle: Path) -> None:
+    with (bundle / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    result = cli("build", bundle, "--target", "sm_89")
+    assert result.exit_code == 5
+    assert "was changed after the manifest was written" in result.stderr

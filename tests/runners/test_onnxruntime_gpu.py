@@ -1,0 +1,81 @@
+"""ONNX Runtime's GPU providers: refused with a reason where they would fall back to the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from van_deploy.errors import MissingDependency
+from van_deploy.graph.export import onnx_from_van
+from van_deploy.metrics import compare
+from van_deploy.model.checkpoint import load_van
+from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, require_onnxruntime
+
+MAKERS = [OnnxRuntimeRunner.on_cuda, OnnxRuntimeRunner.on_tensorrt]
+PROVIDERS = dict(
+    zip(("ort-cuda", "ort-tensorrt"), ("CUDA", "Tensorrt"), strict=True),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    loaded = load_van("van_digits")
+    path = tmp_path_factory.mktemp("ort") / "model.onnx"
+    onnx.save(onnx_from_van(loaded.model, 32, loaded.config.in_chans), path)
+    return path
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_provider_that_is_not_built_in(make: Any, model: Path) -> None:
+    ort = require_onnxruntime()
+    runner = make(model)
+    provider = f"{PROVIDERS[runner.name]}ExecutionProvider"
+    if provider in ort.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has {provider}")
+    with pytest.raises(MissingDependency) as caught:
+        runner.__enter__()
+    assert caught.value.message.startswith(
+        f"This ONNX Runtime ({ort.__version__}) has no {provider}; it has "
+    )
+    assert "onnxruntime-gpu" in caught.value.remedy
+    assert caught.value.exit_code == 3
+
+
+def test_a_silent_fall_back_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with onnxruntime-gpu on a machine without CUDA: it claims, warns, and uses the CPU."""
+    ort = require_onnxruntime()
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA: the provider would really start")
+    claimed = [*ort.get_available_providers(), "CUDAExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: claimed)
+    with (
+        pytest.warns(UserWarning, match="not in available provider"),
+        pytest.raises(MissingDependency) as caught,
+    ):
+        OnnxRuntimeRunner.on_cuda(model).__enter__()
+    assert caught.value.message == (
+        "ONNX Runtime has CUDAExecutionProvider but could not start it, and would have run on "
+        "CPUExecutionProvider without a word."
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", MAKERS)
+def test_agreement_on_a_gpu(make: Any, model: Path) -> None:
+    loaded = load_van("van_digits")
+    shape = (5, loaded.config.in_chans, 32, 32)
+    images = np.random.default_rng(0).standard_normal(shape, np.float32)
+    with torch.inference_mode():
+        expected = loaded.model(torch.from_numpy(images)).numpy()
+    try:
+        with make(model) as runner:
+            found = compare(expected, runner.run(images))
+    except MissingDependency as error:
+        pytest.skip(error.message)
+    assert found.sqnr_db >= 50  # TF32 is on by default
+    assert found.top1_agreement == 1.0
