@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from van_deploy.metrics import Comparison, compare
 from van_deploy.runners.base import Images, Logits, Runner
@@ -141,15 +142,17 @@ def check_agreement(
         expected: ``(N, K)`` logits of the original, unfolded network in float32.
         runner: the artefact, opened.
         images: the ``(N, C, S, S)`` those logits belong to, all different.
-        batches: batch sizes to try, each at most N.
+        batches: batch sizes to try. A batch of more than N repeats the images,
+            in a rotated order each time, so that rows N apart differ too.
         tolerance: what still counts as agreement.
         described: what the images are, for the report.
     """
     alone = np.concatenate([runner.run(images[i : i + 1]) for i in range(len(images))])
     entries = []
     for batch in sorted(set(batches)):
-        together = alone[:1] if batch == 1 else runner.run(images[:batch])
-        entries.append(_compare_batch(expected[:batch], together, alone[:batch], tolerance))
+        rows = _rows(batch, len(images))
+        together = alone[:1] if batch == 1 else runner.run(images[rows])
+        entries.append(_compare_batch(expected[rows], together, alone[rows], tolerance))
     return AgreementReport(
         reference="PyTorch, original network, float32",
         runner=runner.name,
@@ -157,6 +160,16 @@ def check_agreement(
         tolerance=tolerance,
         batches=tuple(entries),
     )
+
+
+def _rows(batch: int, images: int) -> npt.NDArray[np.intp]:
+    """Return which image stands in each row of a batch.
+
+    >>> _rows(5, 2).tolist()
+    [0, 1, 1, 0, 0]
+    """
+    rows = np.arange(batch)
+    return (rows + rows // images) % images
 
 
 def _compare_batch(

@@ -31,6 +31,7 @@ Every rewrite is an identity of real arithmetic, done here in float64. Below,
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
@@ -153,10 +154,10 @@ def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> Fo
     rewrites = Rewrites() if rewrites is None else rewrites
     work = copy.deepcopy(model).double().eval()
     batchnorms = _count(work, nn.BatchNorm2d)
-    expected = work(images.double())
+    expected = _answers(work, images)
     rewritten = RewrittenVan(work, rewrites.channels_last).eval()
     stream_scales = _rewrite_(rewritten, rewrites)
-    actual = rewritten(images.double())
+    actual = _answers(rewritten, images)
     error = (actual - expected).abs().max() / expected.abs().max()
     left = _count(rewritten, nn.BatchNorm2d)
     blocks = [block for stage in range(1, STAGES + 1) for block in rewritten.stage_blocks(stage)]
@@ -279,6 +280,33 @@ def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> list[Te
     else:
         _scale_outputs_(embed.proj, 1 / after)
     return scales[::-1]
+
+
+def _answers(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits of a float64 network.
+
+    PyTorch has no float64 kernel for depth-wise convolutions and makes one small
+    product a channel, which is most of the time an export would take. While this
+    runs they are one product over all channels.
+    """
+    grouped = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    for conv in grouped:
+        conv.forward = functools.partial(_depthwise, conv)
+    try:
+        return model(images.double())
+    finally:
+        for conv in grouped:
+            del conv.forward
+
+
+def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return a depth-wise convolution with stride 1 of ``x (N, C, H, W)``."""
+    batch, channels, height, width = x.shape
+    taps = conv.weight.reshape(channels, -1)
+    columns = nn.functional.unfold(x, conv.kernel_size, conv.dilation, conv.padding)
+    columns = columns.reshape(batch, channels, taps.shape[1], height * width)
+    y = torch.einsum("nctp,ct->ncp", columns, taps).reshape(x.shape)
+    return y if conv.bias is None else y + conv.bias[:, None, None]
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
