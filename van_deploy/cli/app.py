@@ -21,7 +21,24 @@ import typer
 from typer.core import TyperGroup
 
 from van_deploy import __version__
-from van_deploy.cli import bench, build, doctor, export, info, inspect, list_, predict, serve
+from van_deploy.cli import (
+    bench,
+    build,
+    check,
+    doctor,
+    drift,
+    evaluate,
+    export,
+    info,
+    inspect,
+    list_,
+    package,
+    predict,
+    report,
+    run,
+    serve,
+    verify,
+)
 from van_deploy.cli.console import print_error
 from van_deploy.errors import MissingDependency, VanDeployError
 
@@ -30,6 +47,7 @@ __all__ = ["CommandGroup", "app", "main", "translated"]
 MAIN_JOB = "Main job"
 LOOK = "Look around"
 USE = "Use"
+JUDGE = "Gates"
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -85,13 +103,20 @@ app = typer.Typer(
 # One line a command, in the order in which people need them.
 app.command("export", rich_help_panel=MAIN_JOB)(export.export)
 app.command("build", rich_help_panel=MAIN_JOB)(build.build)
+app.command("run", rich_help_panel=MAIN_JOB)(run.run)
+app.command("verify", rich_help_panel=JUDGE)(verify.verify)
+app.command("evaluate", rich_help_panel=JUDGE)(evaluate.evaluate)
+app.command("drift", rich_help_panel=JUDGE)(drift.drift)
+app.command("check", rich_help_panel=JUDGE)(check.check)
 app.command("list", rich_help_panel=LOOK)(list_.list_variants)
 app.command("info", rich_help_panel=LOOK)(info.info)
 app.command("inspect", rich_help_panel=LOOK)(inspect.inspect)
 app.command("doctor", rich_help_panel=LOOK)(doctor.doctor)
 app.command("bench", rich_help_panel=USE)(bench.bench)
 app.command("predict", rich_help_panel=USE)(predict.predict)
+app.command("package", rich_help_panel=USE)(package.package)
 app.command("serve", rich_help_panel=USE)(serve.serve)
+app.command("report", rich_help_panel=USE)(report.report)
 
 
 def _print_version(wanted: bool) -> None:
