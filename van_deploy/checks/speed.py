@@ -1,4 +1,4 @@
-"""How many times faster than PyTorch each artefact is, in turns so that the machine's moods cancel.
+"""How many times faster than PyTorch each artefact is, taken in turns.
 
 For the gate only: a ratio within one run on one machine is all that can be
 compared between runs. `van-deploy bench` measures properly.
@@ -6,7 +6,6 @@ compared between runs. `van-deploy bench` measures properly.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,7 @@ from van_deploy.runners.pytorch import TorchRunner
 
 __all__ = ["speed_ratios"]
 
-WARM_UPS, ROUNDS = 2, 9
+WARM_UPS, ROUNDS = 2, 15
 
 
 def speed_ratios(
@@ -28,15 +27,14 @@ def speed_ratios(
 ) -> dict[str, float]:
     """Return PyTorch's time over each artefact's, at the bundle's optimal batch.
 
-    The median over rounds of the two calls of one round. What does not run here
-    is left out. The pixels are normalised outside PyTorch's time, inside an artefact's.
+    The fastest of each, taken in turns. What does not run here is left out. The pixels are normalised outside PyTorch's time, inside an artefact's.
     """
     size = min(int(bundle.manifest["batch"]["opt"]), len(pictures.pixels))
     pixels = pictures.pixels[:size]
     images = normalised(pixels, loaded.preprocessing)
     ratios = {}
     for name in bundle.artefacts:
-        opened = open_artefact(bundle, name, runner)
+        opened = open_artefact(bundle, name, runner, spin=False)  # or it slows PyTorch's turn
         if isinstance(opened, NotRun):
             continue
         with opened, TorchRunner(loaded.model) as original:
@@ -45,10 +43,12 @@ def speed_ratios(
 
 
 def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
+    """Return the ratio of the fastest calls, taken in turns: what disturbs only ever adds time."""
     for _ in range(WARM_UPS):
         slow()
         fast()
-    return statistics.median(_seconds(slow) / _seconds(fast) for _ in range(ROUNDS))
+    times = [(_seconds(slow), _seconds(fast)) for _ in range(ROUNDS)]
+    return min(first for first, _ in times) / min(second for _, second in times)
 
 
 def _seconds(call: Callable[[], object]) -> float:

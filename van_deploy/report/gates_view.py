@@ -51,7 +51,16 @@ def verify_tables(report: VerifyReport, names: Sequence[str] | None = None) -> R
         _errors(ran),
         _batches(ran),
         _flips(report, ran, names),
+        *(Text(_worst_module(entry)) for entry in ran if entry.modules),
         _failures(report.artefacts),
+    )
+
+
+def _worst_module(entry: ArtefactVerdict) -> str:
+    worst, asked = entry.modules[0], entry.limits.module_db if entry.limits else 0.0
+    return (
+        f"{entry.artefact}, each of {len(entry.modules)} modules by itself: the worst is "
+        f"{worst.name} with {worst.added_db:.1f} dB, at least {asked:g} are asked."
     )
 
 
@@ -59,7 +68,7 @@ def _verdicts(verdicts: Sequence[ArtefactVerdict]) -> RenderableType:
     columns: tuple[Column | str, ...] = (
         *("verdict", "artefact", "runner"),
         *(Column(header, "right") for header in ("SQNR dB", "asked", "left")),
-        *(Column(header, "right") for header in ("same top-1", "same top-5", "faulty flips")),
+        *(Column(header, "right") for header in ("top-1", "top-5", "faults")),
         Column("", wrap=True),
     )
     return rows_table(columns, [_verdict_row(entry) for entry in verdicts])
@@ -85,16 +94,15 @@ def _verdict_row(entry: ArtefactVerdict) -> list[object]:
 
 def _errors(verdicts: Sequence[ArtefactVerdict]) -> RenderableType | None:
     rows = [_error_row(entry) for entry in verdicts]
-    right = ("max error", "mean error", "relative", "asked", "cosine", "KL", "worst module dB")
-    columns = ("artefact", *(Column(header, "right") for header in right), Column("", wrap=True))
+    right = ("max error", "mean error", "relative", "asked", "cosine", "KL")
+    columns = (Column("artefact"), *(Column(head, "right") for head in right))
     return rows_table(columns, rows) if rows else None
 
 
 def _error_row(entry: ArtefactVerdict) -> list[object]:
     figures, limits = entry.comparison, entry.limits
     if figures is None or limits is None:
-        return [entry.artefact, *[None] * 8]
-    worst = entry.modules[0] if entry.modules else None
+        return [entry.artefact, *[None] * 6]
     return [
         entry.artefact,
         f"{figures.max_abs:.1e}",
@@ -103,8 +111,6 @@ def _error_row(entry: ArtefactVerdict) -> list[object]:
         f"{limits.relative:.1e}",
         f"{figures.cosine:.7f}",
         f"{figures.kl:.1e}",
-        f"{worst.added_db:.1f}" if worst else None,
-        f"{worst.name} (asked {limits.module_db:g})" if worst else "not looked into",
     ]
 
 
