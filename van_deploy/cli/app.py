@@ -34,6 +34,7 @@ from van_deploy.cli import (
     list_,
     package,
     predict,
+    quantize,
     report,
     run,
     serve,
@@ -102,6 +103,7 @@ app = typer.Typer(
 
 # One line a command, in the order in which people need them.
 app.command("export", rich_help_panel=MAIN_JOB)(export.export)
+app.command("quantize", rich_help_panel=MAIN_JOB)(quantize.quantize)
 app.command("build", rich_help_panel=MAIN_JOB)(build.build)
 app.command("run", rich_help_panel=MAIN_JOB)(run.run)
 app.command("verify", rich_help_panel=JUDGE)(verify.verify)

@@ -38,6 +38,10 @@ class QuantizeSettings:
         equalize: exact changes of the weights before the ranges are recorded, or None.
         refine: improvements of the plan against the network's own answers, or
             None; not for a CPU, whose rounding is another.
+        max_drop: largest loss in percentage points of top-1 (of agreement without
+            labels); the layers that cost more stay in higher precision. None
+            quantises the whole scope.
+        evaluations: most plans a search for ``max_drop`` may try.
         threads: of ONNX Runtime; None lets it choose.
     """
 
@@ -54,6 +58,8 @@ class QuantizeSettings:
     noise: bool = False
     equalize: EqualizeSettings | None = field(default_factory=EqualizeSettings)
     refine: RefineSettings | None = field(default_factory=RefineSettings)
+    max_drop: float | None = None
+    evaluations: int = 16
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +72,11 @@ class QuantizeSettings:
             raise UsageError(
                 f"The percentile {100 * self.percentile:g} % is outside (50, 100].",
                 "99.999 is usual.",
+            )
+        if self.precision == "fp16" and (self.max_drop is not None or self.noise):
+            raise UsageError(
+                "--max-drop and --calibrate-on-noise are for INT8; FP16 was asked for.",
+                "Add --precision int8, or leave them out.",
             )
         if self.target == "cpu":
             self._refuse_for_cpu()

@@ -57,6 +57,7 @@ from van_deploy.precision.ranges import (
 )
 from van_deploy.precision.refine import RefineSettings, refine_plan
 from van_deploy.precision.scales import Method
+from van_deploy.precision.search import Drop, rank_layers, search_kept, top1_drop
 from van_deploy.precision.settings import AUTO, QuantizeSettings
 from van_deploy.provenance import code_digest, tool_versions
 
@@ -64,6 +65,7 @@ __all__ = ["QuantizeResult", "quantize_bundle"]
 
 EQUALIZE_IMAGES = 128
 REFINE_IMAGES = 256
+RANKING_IMAGES = 32
 AUDIT_IMAGES = 64
 JUDGED_METHOD_IMAGES = 128
 
@@ -94,8 +96,11 @@ class QuantizeResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the precision that was asked for holds its gate."""
-        return all(row["passed"] for row in self.facts["comparison"] if row["requested"])
+        """Whether the precision asked for holds its gate, and the budget if there is one."""
+        searched = self.facts.get("search", {}).get("passed", True)
+        return searched and all(
+            row["passed"] for row in self.facts["comparison"] if row["requested"]
+        )
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
@@ -167,6 +172,7 @@ class _Job:
         self.seconds: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
         self.calibration: ChosenImages
+        self.held_out: ChosenImages
         self.judges: ChosenImages
         self.unreadable = UnreadableImages()
         self.stage = ""
@@ -183,13 +189,13 @@ class _Job:
         found = calibration_set_named(calibration) if isinstance(calibration, str) else calibration
         selection = found.images if found else ImageSelection()
         chosen = self._calibration_images(images, found, selection)
+        judges = None
         if evaluate is not None:
-            everything = replace(ImageSelection(), count=1 << 31, held_out=0.0)
-            self.calibration, self.judges = chosen, choose_images(everything, evaluate)
-            refuse_overlap(chosen, self.judges)
-        else:
-            share = selection.held_out or 0.2
-            self.calibration, self.judges = chosen.split(share, selection.seed)
+            everything = ImageSelection(count=1 << 31, held_out=0.0)
+            judges = choose_images(everything, evaluate)
+            refuse_overlap(chosen, judges)
+        self.calibration, self.held_out = chosen.split(selection.held_out, selection.seed)
+        self.judges = judges or self.held_out
 
     def _calibration_images(
         self, images: Path | None, found: CalibrationSet | None, selection: ImageSelection
@@ -228,6 +234,7 @@ class _Job:
             "graph": self.bundle.artefact("fp32").sha256,
             "preprocessing": self.preprocessing.as_dict(),
             "calibration images": self.calibration.digest,
+            "held-out images": self.held_out.digest,
             "evaluation images": self.judges.digest,
             "settings": asked,
             "code": code_digest("precision", "images", "model"),
@@ -358,6 +365,8 @@ class _Job:
         plan = initial_plan(model, ranges, scope, method, percentile=self.settings.percentile)
         if self.settings.refine is not None and self.settings.target == "tensorrt":
             plan = self.refined(plan, self.settings.refine)
+        if self.settings.max_drop is not None:
+            plan = self.searched(model, plan, self.settings.max_drop)
         self._begin("Writing the graph")
         self.facts |= {
             "plan": dict(plan.facts),
@@ -386,12 +395,51 @@ class _Job:
         self.facts["refine"] = report.as_dict()
         return report.plan
 
+    def searched(
+        self, model: ModelProto, plan: QuantizationPlan, max_drop: float
+    ) -> QuantizationPlan:
+        """Return the plan with as many layers as the budget allows."""
+        self._begin("Ranking layers")
+        first = _first(self.held_out, RANKING_IMAGES)
+        inputs = np.concatenate(list(self.batches(first, RANKING_IMAGES)))
+        ranking = rank_layers(plan, inputs, lambda i, n: self.say(f"Ranking layers {i}/{n}"))
+        self._begin("Searching")
+        expected, labels = self._judged_logits(model)
+
+        def evaluate(candidate: QuantizationPlan) -> Drop:
+            return top1_drop(expected, self._judged_logits(simulate(candidate))[0], labels)
+
+        report = search_kept(
+            plan,
+            ranking,
+            evaluate,
+            max_drop,
+            limit=self.settings.evaluations,
+            progress=lambda trial: self.say(f"Searching: {trial.kept} layers kept"),
+        )
+        self.facts["search"] = {**report.as_dict(), "searched_on": self.judges.description}
+        return report.plan
+
+    def _judged_logits(
+        self, model: ModelProto
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any] | None]:
+        """Return the logits of the images that judge, and their labels if the folders say them."""
+        run = logits_session(model, fuse=False, threads=self.settings.threads)
+        batches = input_batches(self.judges, self.preprocessing, 32, self.unreadable)
+        pieces, numbers = [], []
+        for inputs, found in batches:
+            pieces.append(run(inputs))
+            numbers += found
+        logits = np.concatenate(pieces)
+        labels = self.judges.labels(self.class_names, logits.shape[1])
+        return logits, None if labels is None else labels[numbers]
+
     def _method(self, model: ModelProto, ranges: Ranges) -> Method:
         """Return the method asked for, or the one that disturbs held-out logits least."""
         if self.settings.method != AUTO:
             return Method(self.settings.method)
         self._begin("Trying methods")
-        inputs = np.concatenate(list(self.batches(_first(self.judges, JUDGED_METHOD_IMAGES), 16)))
+        inputs = np.concatenate(list(self.batches(_first(self.held_out, JUDGED_METHOD_IMAGES), 16)))
         threads = self.settings.threads
         expected = _run(model, inputs, threads)
         table: dict[str, float] = {}

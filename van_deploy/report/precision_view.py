@@ -1,0 +1,140 @@
+"""What a quantisation cost and brought, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+
+from van_deploy.checks.statistics import wilson_interval
+from van_deploy.report.tables import Column, bytes_text, facts_table, notes, rows_table, stack
+from van_deploy.report.tables import verdict as verdict_text
+
+__all__ = ["precision_facts", "precision_notes", "precision_table", "precision_view"]
+
+
+def precision_view(facts: Mapping[str, Any]) -> RenderableType:
+    """Return everything worth reading about one FP16 or INT8 artefact."""
+    return stack(
+        _methods_table(facts.get("methods")),
+        _changes_table(facts.get("refine")),
+        _search_table(facts.get("search")),
+        precision_table(facts["comparison"]),
+        precision_facts(facts),
+        precision_notes(facts),
+    )
+
+
+def precision_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Return FP32, FP16 and INT8 side by side: one line each."""
+    labelled = any(row["correct"] is not None for row in rows)
+    timed = any(row["ms_per_image"] is not None for row in rows)
+    columns: list[Column | str] = [
+        "precision",
+        Column("size", "right"),
+        Column("SQNR, dB", "right"),
+        Column("cosine", "right"),
+        Column("KL, nats", "right"),
+        Column("agreement, %", "right"),
+    ]
+    columns += [Column("top-1, % (95 %)", "right")] if labelled else []
+    columns += [Column("ms/image", "right")] if timed else []
+    return rows_table([*columns, "gate"], (_line(row, labelled, timed) for row in rows))
+
+
+def _line(row: Mapping[str, Any], labelled: bool, timed: bool) -> list[object]:
+    reference = row["passed"] is None
+    cells: list[object] = [
+        row["precision"].upper(),
+        bytes_text(row["size_bytes"]),
+        None if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
+        None if reference else f"{row['cosine']:.5f}",
+        None if reference else f"{row['kl']:.1e}",
+        None if reference else f"{100 * row['agreement']:.2f}",
+    ]
+    if labelled:
+        cells.append(_accuracy(row))
+    if timed:
+        cells.append(None if row["ms_per_image"] is None else f"{row['ms_per_image']:.2f}")
+    return [*cells, None if reference else verdict_text(row["passed"])]
+
+
+def _accuracy(row: Mapping[str, Any]) -> str | None:
+    if row["correct"] is None:
+        return None
+    low, high = wilson_interval(row["correct"], row["images"])
+    share = row["correct"] / row["images"]
+    return f"{100 * share:.2f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def precision_facts(facts: Mapping[str, Any]) -> RenderableType:
+    """Return what the figures were measured on, and the recommendation."""
+    judged, calibration = facts["judged_on"], facts["calibration"]
+    said = {
+        "judged on": f"{judged['images']} images: {judged['description']}",
+        "ranges from": f"{calibration['images']} images: {calibration['description']}",
+    }
+    if "int8_share" in facts:
+        share = f"{100 * facts['int8_share']:.1f} % of the multiply-adds"
+        said["in INT8"] = f"{facts['quantized']} layers, {share}"
+        said["method"] = str(facts["plan"]["method"])
+    if "ranges" in facts:
+        reused = "reused" if facts["ranges"]["reused"] else "recorded"
+        said["ranges"] = f"{reused}: {facts['ranges']['reason']}"
+    said["recommended"] = f"{facts['recommended'].upper()}: {facts['why']}"
+    return facts_table(said)
+
+
+def precision_notes(facts: Mapping[str, Any]) -> RenderableType | None:
+    """Return what the user should know: noise, unreadable images, what FP16 could not hold."""
+    lines = []
+    calibration = facts["calibration"]
+    if calibration["noise"]:
+        lines.append("calibrated on NOISE: the ranges fit no real picture")
+    unreadable = calibration["unreadable"]
+    if unreadable:
+        lines.append(f"{len(unreadable)} image(s) could not be read: {'; '.join(unreadable[:3])}")
+    search = facts.get("search", {})
+    if not search.get("passed", True):
+        tried = len(search["trials"])
+        lines.append(f"no plan held {search['max_drop']:g} points in {tried} evaluations")
+    audit = facts.get("audit", {})
+    lines += [f"kept {node} in FP32: {why}" for node, why in audit.get("kept", {}).items()]
+    return notes(lines) if lines else None
+
+
+def _methods_table(methods: Mapping[str, Any] | None) -> RenderableType | None:
+    if methods is None:
+        return None
+    rows = (
+        (n, f"{kl:.2e}", "chosen" if n == methods["chosen"] else "")
+        for n, kl in methods["kl"].items()
+    )
+    title = f"Methods on {methods['images']} held-out images"
+    return rows_table(["method", Column("KL, nats", "right"), ""], rows, title)
+
+
+def _changes_table(refine: Mapping[str, Any] | None) -> RenderableType | None:
+    if refine is None:
+        return None
+    rows = (
+        (c["name"], f"{c['before_db']:.2f}", f"{c['after_db']:.2f}", "kept" if c["kept"] else "")
+        for c in refine["changes"]
+    )
+    columns: list[Column | str] = [
+        "refinement",
+        Column("before, dB", "right"),
+        Column("after, dB", "right"),
+        "",
+    ]
+    return rows_table(columns, rows, "Refinements, judged on images of the calibration kept aside")
+
+
+def _search_table(search: Mapping[str, Any] | None) -> RenderableType | None:
+    if search is None:
+        return None
+    rows = search["kept"].items()
+    columns: list[Column | str] = ["kept out of INT8", Column("why", wrap=True)]
+    title = f"At most {search['max_drop']:g} points lost, searched on {search['searched_on']}"
+    return rows_table(columns, rows, title)
