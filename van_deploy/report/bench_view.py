@@ -19,7 +19,7 @@ from van_deploy.report.tables import (
     stack,
 )
 
-__all__ = ["bench_tables", "change_table", "limits_table", "machine_text", "ratio_text"]
+__all__ = ["bench_tables", "change_table", "limits_table", "machine_text", "ms_text", "ratio_text"]
 
 
 def bench_tables(report: Mapping[str, Any]) -> RenderableType:
@@ -72,8 +72,8 @@ def change_table(changes: Iterable[Any]) -> RenderableType:
             change.contender,
             change.batch,
             change.image_size,
-            _ms(change.before_ms),
-            _ms(change.after_ms),
+            ms_text(change.before_ms),
+            ms_text(change.after_ms),
             f"{change.speedup:.3f}",
             None
             if change.ratio_change_percent is None
@@ -103,10 +103,10 @@ def limits_table(name: str, source: str, limits: Sequence[Mapping[str, Any]]) ->
             limit["precision"],
             limit["batch"],
             count_text(limit["operations"]),
-            _ms(limit["limit"]["ms"]),
+            ms_text(limit["limit"]["ms"]),
             f"{1e3 * limit['batch'] / limit['limit']['ms']:,.0f}",
             limit["limit"]["bound"],
-            _ms(limit["limit"]["traffic_ms"]),
+            ms_text(limit["limit"]["traffic_ms"]),
         )
         for limit in limits
     )
@@ -166,7 +166,7 @@ def _latency_row(row: Mapping[str, Any], several: bool) -> list[object]:
         row["contender"],
         *size,
         row["batch"],
-        *(_ms(latency[key]) for key in ("p50_ms", "p90_ms", "p99_ms")),
+        *(ms_text(latency[key]) for key in ("p50_ms", "p90_ms", "p99_ms")),
         f"{row['images_per_s']:,.1f}",
         ratio_text(row["ratio"]),
     ]
@@ -177,7 +177,7 @@ def _best_table(report: Mapping[str, Any]) -> RenderableType | None:
     if under is None:
         return None
     rows = (
-        (name, best["batch"], _ms(best["p99_ms"]), f"{best['images_per_s']:,.1f}")
+        (name, best["batch"], ms_text(best["p99_ms"]), f"{best['images_per_s']:,.1f}")
         if best
         else (name, None, None, None)
         for name, best in under["best"].items()
@@ -219,7 +219,7 @@ def _loading_row(
     return [
         name,
         *figures,
-        _ms(own[0]["first_call_ms"]),
+        ms_text(own[0]["first_call_ms"]),
         bytes_text(max(row["peak_rss_bytes"] for row in own)),
         sum(row["latency"]["calls"] for row in own),
         Text(f"{worst:.1f}", style="yellow" if worst > CV_LIMIT_PERCENT else ""),
@@ -247,10 +247,10 @@ def _roofline_table(report: Mapping[str, Any]) -> RenderableType | None:
             entry["contender"],
             entry["batch"],
             count_text(entry["work"]["operations"]),
-            _ms(entry["limit"]["ms"]),
+            ms_text(entry["limit"]["ms"]),
             entry["limit"]["bound"],
             f"{entry['percent_of_limit']:.0f} %",
-            _ms(entry["limit"]["traffic_ms"]),
+            ms_text(entry["limit"]["traffic_ms"]),
         )
         for entry in report["roofline"]
     )
@@ -268,5 +268,12 @@ def _percent(value: float | None) -> str | None:
     return None if value is None else f"{value:+.1f} %"
 
 
-def _ms(value: float) -> str:
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+def ms_text(value: float) -> str:
+    """Return milliseconds with three figures, as people read them.
+
+    >>> ms_text(0.4213), ms_text(12.345), ms_text(4321.0)
+    ('0.421', '12.3', '4,321')
+    """
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 10 else f"{value:.1f}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from van_deploy import __version__
 from van_deploy.bundle import Bundle
+from van_deploy.report.bench_view import ms_text
 from van_deploy.report.content_checks import (
     Check,
     accuracy_section,
@@ -118,7 +119,7 @@ def _tiles(found: _Found) -> list[Tile]:
         tiles.append(
             Tile(
                 f"Fastest at batch {best['batch']}",
-                f"{best['latency']['p50_ms']:.3g} ms",
+                f"{ms_text(best['latency']['p50_ms'])} ms",
                 f"{times}{best['contender']}",
             )
         )

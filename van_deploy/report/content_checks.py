@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from van_deploy.report.document import Block, Figure, Grid, Section, Text
-from van_deploy.report.svg import Axis, Bar, Series, bar_chart, line_chart
+from van_deploy.report.svg import Axis, Point, Series, interval_chart, line_chart
 
 __all__ = [
     "Check",
@@ -94,21 +94,20 @@ def accuracy_section(checks: Mapping[str, Any]) -> Section | None:
     blocks: list[Block] = [Grid(columns, rows, frozenset(range(2, 8)))]
     drifts = entry.get("drift", {})
     if drifts:
-        bars = [
-            Bar(
+        points = [
+            Point(
                 name,
                 100 * d["change"],
-                f"{100 * d['change']:+.2f}",
-                2 if d["passed"] else 6,
+                0.0,
+                1 if d["passed"] else 6,
                 100 * d["interval"][0],
                 100 * d["interval"][1],
             )
             for name, d in drifts.items()
         ]
         blocks.append(_drift_grid(drifts))
-        if all(bar.value >= 0 for bar in bars):
-            axis = Axis("top-1 against PyTorch (points)")
-            blocks.append(Figure(bar_chart(bars, axis), "Change with its 95 % interval.", True))
+        svg = interval_chart(points, Axis("top-1 against PyTorch (points)"), 960)
+        blocks.append(Figure(svg, "Change of top-1 with its 95 % interval.", wide=True))
     blocks.append(Text(f"Images: {entry['images']}."))
     return Section("Accuracy", tuple(blocks))
 

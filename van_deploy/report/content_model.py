@@ -70,7 +70,7 @@ def made_section(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Secti
             Bar(name, size / 2**20, bytes_text(size), _colour(manifest, name))
             for name, size in sizes.items()
         ]
-        svg = bar_chart(bars, Axis("size on disk (MiB)"))
+        svg = bar_chart(bars, Axis("size on disk (MiB)"), 960)
         blocks.append(Figure(svg, "Size of each artefact with all its files.", wide=True))
     return Section("What was made", tuple(blocks))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from van_deploy.report.bench_view import machine_text, ratio_text
+from van_deploy.report.bench_view import machine_text, ms_text, ratio_text
 from van_deploy.report.document import Block, Figure, Grid, Section, Text
 from van_deploy.report.svg import Axis, Bar, Point, Series, bar_chart, line_chart, scatter
 from van_deploy.report.tables import bytes_text, count_text
@@ -39,7 +39,9 @@ def speed_section(bench: Mapping[str, Any]) -> Section:
             f"awake at a time, in {settings['budget']['rounds']} rounds."
         )
     ]
-    blocks += [Text(f"Warning: {warning}.") for warning in bench["warnings"]]
+    if bench["warnings"]:
+        warned = tuple(("WARNING", warning) for warning in bench["warnings"])
+        blocks.append(Grid(("", "what to keep in mind"), warned))
     blocks += _plots(rows, bench["reference"])
     reference = bench["reference"] or "reference"
     columns = (
@@ -85,7 +87,7 @@ def tradeoff_section(checks: Mapping[str, Any], bench: Mapping[str, Any] | None)
             points.append(Point(best["contender"], best["images_per_s"], top1, index, low, high))
     if not points:
         return None
-    svg = scatter(points, Axis(f"images/s at batch {largest}"), Axis("top-1 (%)", zero=False), 720)
+    svg = scatter(points, Axis(f"images/s at batch {largest}"), Axis("top-1 (%)", zero=False), 960)
     words = "Each artefact in its fastest run time here; the whiskers are 95 % intervals."
     table = tuple((p.name, f"{p.x:,.1f}", f"{p.y:.2f}") for p in points)
     grid = Grid(("runner", "images/s", "top-1 %"), table, frozenset({1, 2}))
@@ -130,10 +132,10 @@ def roofline_section(bench: Mapping[str, Any] | None) -> Section | None:
             e["contender"],
             str(e["batch"]),
             count_text(e["work"]["operations"]),
-            f"{e['limit']['ms']:.3g}",
+            ms_text(e["limit"]["ms"]),
             e["limit"]["bound"],
             f"{e['percent_of_limit']:.0f}",
-            f"{e['limit']['traffic_ms']:.3g}",
+            ms_text(e["limit"]["traffic_ms"]),
         )
         for e in entries
     )
@@ -145,7 +147,7 @@ def roofline_section(bench: Mapping[str, Any] | None) -> Section | None:
         "Roofline",
         (
             Text(f"Limits measured in the same run: {rates}; {memory}."),
-            Figure(bar_chart(bars, Axis("of the limit (%)")), words, wide=True),
+            Figure(bar_chart(bars, Axis("of the limit (%)"), 960), words, wide=True),
             Grid(columns, rows, frozenset({1, 2, 3, 5, 6})),
         ),
     )
@@ -162,7 +164,7 @@ def _plots(rows: Sequence[Mapping[str, Any]], reference: str | None) -> list[Blo
     if len(batches) == 1:
         bars = [_bar(row) for name in names for row in rows if row["contender"] == name]
         caption = f"Latency at batch {batches[0]}: median, whisker to the 99th percentile."
-        return [Figure(bar_chart(bars, Axis("latency (ms)")), caption, wide=True)]
+        return [Figure(bar_chart(bars, Axis("latency (ms)"), 960), caption, wide=True)]
     latency = [Series(name, _line(rows, name, "p50_ms")) for name in names]
     images = [Series(name, _line(rows, name, "images_per_s")) for name in names]
     x = Axis("batch", log=True, ticks=tuple(map(float, batches)))
@@ -198,7 +200,7 @@ def _line(rows: Sequence[Mapping[str, Any]], name: str, figure: str) -> list[tup
 
 def _bar(row: Mapping[str, Any]) -> Bar:
     latency = row["latency"]
-    text = f"{latency['p50_ms']:.3g} ms"
+    text = f"{ms_text(latency['p50_ms'])} ms"
     return Bar(row["contender"], latency["p50_ms"], text, 1, latency["p50_ms"], latency["p99_ms"])
 
 
@@ -212,7 +214,7 @@ def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
         row["contender"],
         str(row["image_size"]),
         str(row["batch"]),
-        *(f"{latency[key]:.3g}" for key in ("p50_ms", "p90_ms", "p99_ms")),
+        *(ms_text(latency[key]) for key in ("p50_ms", "p90_ms", "p99_ms")),
         f"{row['images_per_s']:,.1f}",
         ratio_text(row["ratio"]) or "-",
         bytes_text(row["peak_rss_bytes"]),
@@ -223,7 +225,7 @@ def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _best(best: Mapping[str, Any]) -> Grid:
     rows = tuple(
-        (name, str(b["batch"]), f"{b['p99_ms']:.3g}", f"{b['images_per_s']:,.1f}")
+        (name, str(b["batch"]), ms_text(b["p99_ms"]), f"{b['images_per_s']:,.1f}")
         if b
         else (name, "-", "-", "-")
         for name, b in best["best"].items()

@@ -12,7 +12,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Axis", "Bar", "Point", "Series", "bar_chart", "line_chart", "nice_ticks", "scatter"]
+__all__ = [
+    "Axis",
+    "Bar",
+    "Point",
+    "Series",
+    "bar_chart",
+    "interval_chart",
+    "line_chart",
+    "nice_ticks",
+    "scatter",
+]
 
 SERIES_COLOURS = 8
 CHARACTER = 6.4  # mean width of one at the labels' size, in user units
@@ -191,6 +201,33 @@ def scatter(points: Sequence[Point], x: Axis, y: Axis, width: int = 560, height:
             _label(a + 9 if fits else a - 9, b - 7, point.name, "start" if fits else "end")
         )
     return _svg(width, height, f"{y.label} against {x.label}", parts)
+
+
+def interval_chart(points: Sequence[Point], x: Axis, width: int = 720, row: int = 30) -> str:
+    """Return one row a point: its ``x`` as a mark on its interval, and a line at zero."""
+    left = 18 + CHARACTER * max((len(p.name) for p in points), default=0)
+    height = 14 + row * len(points) + 44
+    area = (left, 10, width - 40, height - 44)
+    ends = [v for p in points for v in (p.x, p.low, p.high) if v is not None]
+    reach = 1.1 * max(map(abs, ends), default=1.0) or 1.0
+    ticks = nice_ticks(-reach, reach, 6)
+    scale = _Scale(ticks[0], ticks[-1], area[0], area[2], log=False)
+    zero = scale(0.0)
+    parts = [
+        _x_axis(ticks, scale, x, area),
+        f'<path d="M{zero:.1f} {area[1]}V{area[3]}" stroke="var(--axis)" stroke-width="1.5"/>',
+    ]
+    for index, point in enumerate(points):
+        middle, colour = area[1] + row * (index + 0.5) + 2, _colour(point.colour)
+        parts.append(_label(left - 8, middle + 4, point.name, "end"))
+        if point.low is not None and point.high is not None:
+            parts.append(
+                f'<path d="M{scale(point.low):.1f} {middle:.1f}H{scale(point.high):.1f}" '
+                f'stroke="{colour}" stroke-width="3" stroke-linecap="round" opacity="0.45"/>'
+            )
+        told = f"{point.name}: {_number(point.x)}"
+        parts.append(_dot(scale(point.x), middle, colour, told, 5))
+    return _svg(width, height, x.label, parts)
 
 
 def _axes(
