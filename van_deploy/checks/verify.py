@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from van_deploy.bundle import Bundle
+from van_deploy.checks.canary import check_canary
 from van_deploy.checks.drift import DriftRow, drift_of_graph, equalized_tensors
 from van_deploy.checks.gates import (
     Flip,
@@ -37,6 +38,7 @@ from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.pixels import normalised
 from van_deploy.recipe import BatchRange, GateSettings
 from van_deploy.runners.base import Logits, run_in_batches
+from van_deploy.runners.network import runnable_artefacts
 from van_deploy.runners.pytorch import TorchRunner
 
 __all__ = [
@@ -106,6 +108,8 @@ class ArtefactVerdict:
         flips: predictions that changed, the widest margin first.
         batches: one entry a batch size.
         modules: every module by the error it adds, worst first.
+        canary: largest change of a probability of the bundle's canary; None if it was
+            not asked.
         failures: everything that failed, one sentence each.
     """
 
@@ -119,6 +123,7 @@ class ArtefactVerdict:
     flips: tuple[Flip, ...] = ()
     batches: tuple[BatchVerdict, ...] = ()
     modules: tuple[DriftRow, ...] = ()
+    canary: float | None = None
     failures: tuple[str, ...] = ()
 
     @property
@@ -268,6 +273,7 @@ def verify_bundle(
             continue
         verdict = _verify_opened(opened, artefact.precision, expected, pictures, sizes, limits)
         verdict = _add(verdict, _contract_failures(bundle, name))
+        verdict = _with_canary(verdict, bundle, threads)
         if modules and name in plain:
             say(f"'{name}', module by module")
             images = normalised(pictures.pixels[:MODULE_IMAGES], loaded.preprocessing)
@@ -360,6 +366,15 @@ def _broken(opened: Opened, precision: str, limits: Limits, failure: str) -> Art
 def _add(verdict: ArtefactVerdict, failures: Sequence[str]) -> ArtefactVerdict:
     together = (*verdict.failures, *failures)
     return replace(verdict, failures=together, outcome="failed" if together else verdict.outcome)
+
+
+def _with_canary(verdict: ArtefactVerdict, bundle: Bundle, threads: int | None) -> ArtefactVerdict:
+    """Return the verdict with whether the artefact answers the bundle's picture as PyTorch did."""
+    if "canary" not in bundle.manifest or verdict.artefact not in runnable_artefacts(bundle):
+        return verdict
+    report = check_canary(bundle, verdict.artefact, threads=threads)
+    failures = [f"the canary '{bundle.manifest['canary']['file']}': {f}" for f in report.failures]
+    return _add(replace(verdict, canary=report.max_change), failures)
 
 
 def _with_modules(
