@@ -46,7 +46,7 @@ fewer bits hides that, and then the same file gives nearly the same figure anywh
 MODULE_SLACK_DB: Mapping[str, float] = {"fp32": 15.0, "fp16": 3.0, "int8": 2.0}
 """One module's figure moves more than the logits'; a scale twice too large costs 6 dB."""
 
-SPEED_SLACK = 0.3  # of the ratio: a CI machine has neighbours
+SPEED_SLACK = 0.4  # of the ratio: a CI machine has neighbours
 MOST_FINITE_DB = 300.0  # what "no error at all" is written as
 
 PASSED, FAILED, SKIPPED, NEW = "passed", "failed", "skipped", "new"

@@ -6,8 +6,9 @@ compared between runs. `van-deploy bench` measures properly.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from van_deploy.bundle import Bundle
@@ -19,7 +20,7 @@ from van_deploy.runners.pytorch import TorchRunner
 
 __all__ = ["speed_ratios"]
 
-WARM_UPS, ROUNDS = 2, 15
+WARM_UPS, ROUNDS = 2, 25
 
 
 def speed_ratios(
@@ -27,19 +28,40 @@ def speed_ratios(
 ) -> dict[str, float]:
     """Return PyTorch's time over each artefact's, at the bundle's optimal batch.
 
-    The fastest of each, taken in turns. What does not run here is left out. The pixels are normalised outside PyTorch's time, inside an artefact's.
+    One thread each; the fastest of each, taken in turns. What does not run here is left out.
+    The pixels are normalised outside PyTorch's time, inside an artefact's.
     """
     size = min(int(bundle.manifest["batch"]["opt"]), len(pictures.pixels))
+    with _one_thread():
+        return _ratios(bundle, loaded, pictures, runner, size)
+
+
+def _ratios(
+    bundle: Bundle, loaded: LoadedVan, pictures: Pictures, runner: str, size: int
+) -> dict[str, float]:
     pixels = pictures.pixels[:size]
     images = normalised(pixels, loaded.preprocessing)
     ratios = {}
     for name in bundle.artefacts:
-        opened = open_artefact(bundle, name, runner, spin=False)  # or it slows PyTorch's turn
+        opened = open_artefact(bundle, name, runner, threads=1, spin=False)
         if isinstance(opened, NotRun):
             continue
         with opened, TorchRunner(loaded.model) as original:
             ratios[name] = _ratio(partial(original.run, images), partial(opened.run, pixels))
     return ratios
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Hold PyTorch to one thread: on a busy machine several wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _ratio(slow: Callable[[], object], fast: Callable[[], object]) -> float:
