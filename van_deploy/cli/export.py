@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from van_deploy.pipeline import ExportResult
+    from van_deploy.precision.stage import QuantizeResult
     from van_deploy.recipe import Recipe
 
-__all__ = ["export", "floats", "recipe_for"]
+__all__ = ["export", "floats", "precisions_in", "recipe_for"]
 
 WEIGHTS = "Weights"
 INPUT = "Preprocessing (the weights' own by default; timm's names)"
 GRAPH = "Graph"
+PRECISION = "Other precisions"
 
 
 def export(
@@ -110,6 +112,21 @@ def export(
             rich_help_panel=GRAPH,
         ),
     ] = "",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Also make these: fp16, int8, or fp16,int8. More to choose: `quantize`.",
+            rich_help_panel=PRECISION,
+        ),
+    ] = "",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Images that calibrate them: a folder, a .npz, or a set's name; --images "
+            "by default.",
+            rich_help_panel=PRECISION,
+        ),
+    ] = "",
     force: Annotated[
         bool, typer.Option("--force", help="Make it anew even if nothing changed.")
     ] = False,
@@ -119,6 +136,7 @@ def export(
 
     Example: van-deploy export van_b1 --output dist/van_b1
     """
+    precisions = precisions_in(precision)
     recipe = recipe_for(model)
     recipe = replace(
         recipe,
@@ -147,7 +165,10 @@ def export(
 
         recipe = replace(recipe, batch=BatchRange.parse(batch))
     result = _export(recipe, output, images, offline, seed, container or None, force)
-    emit(_plain(result), as_json, lambda _: _table(result))
+    others = _others(result, precisions, images, calibration, force)
+    emit(_plain(result, others), as_json, lambda _: _table(result, others))
+    if not all(others):
+        raise typer.Exit(1)
 
 
 def recipe_for(model: str) -> Recipe:
@@ -176,6 +197,51 @@ def floats(option: str, text: str) -> tuple[float, ...] | None:
             f"{option} '{text}' is not a list of numbers.",
             f"Write them with commas: {option} 0.485,0.456,0.406.",
         ) from None
+
+
+def precisions_in(text: str) -> tuple[str, ...]:
+    """Return the precisions in ``fp16,int8``, none for an empty text.
+
+    Raises:
+        UsageError: one is neither.
+    """
+    from van_deploy.errors import UsageError
+
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in ("fp16", "int8"):
+            raise UsageError(
+                f"There is no precision '{name}' to add.", "Choose fp16, int8, or fp16,int8."
+            )
+    return names
+
+
+def _others(
+    result: ExportResult,
+    precisions: tuple[str, ...],
+    images: Path | None,
+    calibration: str,
+    force: bool,
+) -> list[QuantizeResult]:
+    """Make the other precisions of a bundle that was just exported."""
+    if not precisions:
+        return []
+    from van_deploy.cli.quantize import quantized
+    from van_deploy.precision.settings import QuantizeSettings
+
+    folder = Path(calibration) if calibration and Path(calibration).exists() else None
+    named = "" if folder else calibration
+    return [
+        quantized(
+            result.bundle.path,
+            QuantizeSettings(precision=precision),
+            folder or (None if named else images),
+            named,
+            None,
+            force,
+        )
+        for precision in precisions
+    ]
 
 
 def _given(settings: Any, **values: Any) -> Any:
@@ -218,20 +284,25 @@ def _export(
     return result
 
 
-def _plain(result: ExportResult) -> dict[str, Any]:
+def _plain(result: ExportResult, others: list[QuantizeResult]) -> dict[str, Any]:
+    from van_deploy.bundle import Bundle
+    from van_deploy.cli.quantize import quantized_json
+
     return {
         "bundle": str(result.bundle.path),
         "reused": result.reused,
         "reason": result.reason,
         "seconds": dict(result.seconds),
         "embedded": list(result.embedded),
-        "manifest": dict(result.bundle.manifest),
+        "precisions": [quantized_json(other) for other in others],
+        "manifest": dict(Bundle.open(result.bundle.path).manifest),
     }
 
 
-def _table(result: ExportResult) -> RenderableType:
+def _table(result: ExportResult, others: list[QuantizeResult]) -> RenderableType:
     from rich.text import Text
 
+    from van_deploy.cli.quantize import quantized_table
     from van_deploy.report.bundle_view import (
         agreement_table,
         artefacts_table,
@@ -251,4 +322,5 @@ def _table(result: ExportResult) -> RenderableType:
         artefacts_table(manifest, result.bundle.sizes()),
         embedded_table(result.embedded) if result.embedded else None,
         Text(f"{word} the bundle {result.bundle.path}{took} ({result.reason})."),
+        *(quantized_table(other) for other in others),
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from van_deploy.precision.settings import QuantizeSettings
     from van_deploy.precision.stage import QuantizeResult
 
-__all__ = ["quantize"]
+__all__ = ["quantize", "quantized", "quantized_json", "quantized_table"]
 
 IMAGES = "Images"
 NUMBERS = "INT8"
@@ -170,13 +170,13 @@ def quantize(
         evaluations=evaluations,
         threads=threads,
     )
-    result = _quantize(bundle, settings, images, calibration, evaluate, force)
-    emit(_plain(result), as_json, lambda _: _table(result))
+    result = quantized(bundle, settings, images, calibration, evaluate, force)
+    emit(quantized_json(result), as_json, lambda _: quantized_table(result))
     if not result:
         raise typer.Exit(1)
 
 
-def _quantize(
+def quantized(
     bundle: Path,
     settings: QuantizeSettings,
     images: Path | None,
@@ -184,6 +184,7 @@ def _quantize(
     evaluate: Path | None,
     force: bool,
 ) -> QuantizeResult:
+    """Return the result of one quantisation, with its stages shown on stderr."""
     from van_deploy.precision.stage import quantize_bundle
 
     with progress() as bar:
@@ -202,7 +203,8 @@ def _quantize(
     return result
 
 
-def _plain(result: QuantizeResult) -> dict[str, Any]:
+def quantized_json(result: QuantizeResult) -> dict[str, Any]:
+    """Return a quantisation as ``--json`` prints it."""
     from van_deploy.checks.statistics import wilson_interval
 
     rows = []
@@ -223,7 +225,8 @@ def _plain(result: QuantizeResult) -> dict[str, Any]:
     }
 
 
-def _table(result: QuantizeResult) -> RenderableType:
+def quantized_table(result: QuantizeResult) -> RenderableType:
+    """Return a quantisation as a person reads it."""
     from rich.text import Text
 
     from van_deploy.report.precision_view import precision_view
