@@ -7,7 +7,7 @@ logits are from its own. No labels are used.
 ===================  =========================================================
 ``bias_correction``  the mean error that rounding brings to each convolution's
                      output is taken out in its bias (arXiv 1906.04721, 4.2)
-``scales``           the steps of activations and weights, by gradient descent
+``scales``           the steps of activations, by gradient descent
 ``biases``           the biases, likewise
 ``rounding``         which way each weight is rounded, likewise (in the spirit
                      of AdaRound, arXiv 2004.10568, but jointly and against the
@@ -39,7 +39,11 @@ from van_deploy.precision.torch_graph import convolved
 __all__ = ["RefineReport", "RefineSettings", "RefineStep", "corrected_biases", "refine_plan"]
 
 CORRECTION_IMAGES = 64
-"""Images that the biases are corrected on, all in memory at once."""
+CORRECTION_PIXELS = 2**20
+"""The biases are corrected on at most so many images and pixels, all in memory at once."""
+
+STEP_PIXELS = 2**18
+"""At most so many pixels a step: 5 images of 224 x 224. Keeps the time a step in bounds."""
 
 Images = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -56,7 +60,7 @@ class RefineSettings:
         biases: likewise.
         rounding: likewise.
         steps: of gradient descent, each on one batch.
-        batch: images a step.
+        batch: images a step; fewer where that would be more than :data:`STEP_PIXELS`.
         scale_rate: Adam's rate for the logarithms of steps.
         bias_rate: Adam's rate for biases, in each output channel's standard deviation.
         rounding_rate: Adam's rate for weights, in integer steps.
@@ -70,9 +74,9 @@ class RefineSettings:
     rounding: bool = True
     steps: int = 64
     batch: int = 32
-    scale_rate: float = 0.01
-    bias_rate: float = 0.002
-    rounding_rate: float = 0.01
+    scale_rate: float = 0.005
+    bias_rate: float = 0.001
+    rounding_rate: float = 0.005
     held_out: float = 0.25
     seed: int = 0
 
@@ -188,7 +192,8 @@ def _changes(
 ) -> Iterator[tuple[str, _Change]]:
     """Yield what to try, in order."""
     if settings.bias_correction:
-        yield "bias_correction", lambda plan: corrected_biases(plan, images[:CORRECTION_IMAGES])
+        few = images[: _fitting(images, CORRECTION_IMAGES, CORRECTION_PIXELS)]
+        yield "bias_correction", lambda plan: corrected_biases(plan, few)
     if settings.scales or settings.biases or settings.rounding:
         yield "learning", lambda plan: _learnt(plan, images, answers, settings, progress)
 
@@ -210,6 +215,11 @@ def _split(batches: Iterable[Images], settings: RefineSettings) -> tuple[Tensor,
     images = images[torch.randperm(count, generator=_generator(settings))]
     judging = min(max(round(count * settings.held_out), 1), count - 1)
     return images[judging:], images[:judging]
+
+
+def _fitting(images: Tensor, count: int, pixels: int) -> int:
+    """Return how many of ``images (N, C, H, W)`` stay within both limits, one at least."""
+    return max(min(count, len(images), pixels // images[0, 0].numel()), 1)
 
 
 def _generator(settings: RefineSettings) -> torch.Generator:
@@ -276,11 +286,12 @@ def _learnt(
 ) -> QuantizationPlan:
     """Return ``plan`` after gradient descent on the squared error of the logits."""
     network = RoundedNetwork(plan)
-    _measure_units_(network, images[: settings.batch])
+    batch = _fitting(images, settings.batch, STEP_PIXELS)
+    _measure_units_(network, images[:batch])
     optimizer = torch.optim.Adam(_parameter_groups(network, settings))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     power = answers.square().mean()
-    picks = _picks(len(images), settings)
+    picks = _picks(len(images), batch, settings)
     for step in range(settings.steps):
         pick = next(picks)
         error = (network(images[pick]) - answers[pick]).square().mean() / power
@@ -293,10 +304,9 @@ def _learnt(
     return network.to_plan()
 
 
-def _picks(count: int, settings: RefineSettings) -> Iterator[Tensor]:
+def _picks(count: int, batch: int, settings: RefineSettings) -> Iterator[Tensor]:
     """Yield the indices of one batch after another, shuffled anew each time through."""
     generator = _generator(settings)
-    batch = min(settings.batch, count)
     while True:
         order = torch.randperm(count, generator=generator)
         yield from order[: count - count % batch].split(batch)
@@ -304,11 +314,10 @@ def _picks(count: int, settings: RefineSettings) -> Iterator[Tensor]:
 
 def _parameter_groups(network: RoundedNetwork, settings: RefineSettings) -> list[dict[str, Any]]:
     convs = network.convs.values()
-    scales = [*network.log_scales, *(conv.log_weight_scale for conv in convs)]
     biases = [conv.bias for conv in convs if conv.bias is not None]
     turns = [conv.turn for conv in convs]
     groups = (
-        (settings.scales, scales, settings.scale_rate),
+        (settings.scales, network.log_scales, settings.scale_rate),
         (settings.biases, biases, settings.bias_rate),
         (settings.rounding, turns, settings.rounding_rate),
     )

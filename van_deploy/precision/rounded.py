@@ -84,8 +84,10 @@ class RoundedConv:
         weight: its weight in the FP32 graph.
         log_scale: the change of its activation's step, shared with other readers.
 
+    The weights' own steps stay as they are: a change of one hundredth moves the
+    largest weights by more than a whole integer.
+
     Attributes:
-        log_weight_scale: ``(O,)`` change of the weights' steps, as logarithms.
         bias: ``(O,)`` what is added to the bias, in ``unit``; None where there is no bias.
         unit: ``(O,)`` of the bias, such as the usual size of the output.
         turn: what is added to each weight before rounding, in integer steps.
@@ -96,14 +98,13 @@ class RoundedConv:
     ) -> None:
         self.plan = plan
         self.log_scale = log_scale
-        self.shape = (-1,) + (1,) * (plan.weight.ndim - 1)
-        self.step = torch.from_numpy(plan.weight_scale).reshape(self.shape)
+        shape = (-1,) + (1,) * (plan.weight.ndim - 1)
+        self.step = torch.from_numpy(plan.weight_scale).reshape(shape)
         limit = INT8_LIMIT + 0.49
         exact = (torch.from_numpy(weight) / self.step).clamp(-limit, limit)
         integers = torch.from_numpy(plan.weight.astype(np.float32))
         # A weight that was rounded the other way on purpose starts in the middle of its integer.
         self.start = torch.where(exact.round() == integers, exact, integers)
-        self.log_weight_scale = nn.Parameter(torch.zeros(len(plan.weight_scale)))
         self.turn = nn.Parameter(torch.zeros_like(self.start))
         self.bias = None if plan.bias is None else nn.Parameter(torch.zeros(len(plan.bias)))
         self.unit = torch.ones(len(plan.weight_scale))
@@ -116,7 +117,7 @@ class RoundedConv:
 
     def weight(self) -> Tensor:
         """Return the weight as the integers give it."""
-        return self.integers() * self.step * self.log_weight_scale.exp().reshape(self.shape)
+        return self.integers() * self.step
 
     def integers(self) -> Tensor:
         """Return the rounded weight, -127..127, with the straight-through gradient."""
@@ -134,13 +135,11 @@ class RoundedConv:
     def to_plan(self) -> ConvPlan:
         """Return the node's new numbers."""
         step = float(self.plan.activation_scale * self.log_scale.exp())
-        weight_scale = self.plan.weight_scale * self.log_weight_scale.exp().numpy()
         bias = self.whole_bias()
         return replace(
             self.plan,
             activation_scale=float(storable_scales(step)),
             weight=self.integers().round().numpy().astype(np.int8),
-            weight_scale=storable_scales(weight_scale),
             bias=None if bias is None else bias.numpy().astype(np.float32),
         )
 

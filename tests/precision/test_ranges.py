@@ -1,0 +1,156 @@
+"""Ranges recorded in one pass, and their files."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import ModelProto, TensorProto, helper
+
+from tests.precision.conftest import Digits
+from van_deploy.errors import ConversionError, ImageError
+from van_deploy.precision.plan import weighted_nodes
+from van_deploy.precision.ranges import (
+    TensorRange,
+    float_tensors,
+    lean_batch,
+    ranges_from_file,
+    ranges_summary,
+    record_ranges,
+    with_outputs,
+    write_ranges,
+)
+
+
+def test_every_tensor_is_recorded_and_agrees_with_onnxruntime(
+    digits_graph: ModelProto, calibration_digits: Digits
+) -> None:
+    import onnxruntime as ort
+
+    images = calibration_digits.images[:12]
+    ranges = record_ranges(digits_graph, [images[:5], images[5:]])
+    names = float_tensors(digits_graph)
+    assert tuple(ranges.tensors) == names
+    assert ranges.images == 12
+    session = ort.InferenceSession(
+        with_outputs(digits_graph, names[1:]).SerializeToString(),
+        providers=["CPUExecutionProvider"],
+    )
+    for name, values in zip(names[1:], session.run(None, {"images": images}), strict=True):
+        record = ranges.tensors[name]
+        assert record.minimum == pytest.approx(values.min(), rel=1e-4, abs=1e-5)
+        assert record.maximum == pytest.approx(values.max(), rel=1e-4, abs=1e-5)
+        assert record.count == values.size
+        rows = values.reshape(len(values), -1)
+        assert record.mean_maximum == pytest.approx(rows.max(axis=1).mean(), rel=1e-3, abs=1e-5)
+
+
+def test_the_inputs_of_all_weighted_nodes_have_histograms(
+    digits_graph: ModelProto, calibration_digits: Digits
+) -> None:
+    ranges = record_ranges(digits_graph, [calibration_digits.images[:4]])
+    inputs = {node.input[0] for node in weighted_nodes(digits_graph).values()}
+    with_histogram = {n for n, r in ranges.tensors.items() if r.histogram is not None}
+    assert with_histogram == inputs
+    for name in inputs:
+        histogram = ranges.tensors[name].histogram
+        assert histogram is not None
+        assert histogram.count == ranges.tensors[name].count
+
+
+def test_batches_do_not_change_what_is_recorded(
+    digits_graph: ModelProto, calibration_digits: Digits
+) -> None:
+    images = calibration_digits.images[:8]
+    together = record_ranges(digits_graph, [images])
+    apart = record_ranges(digits_graph, [images[i : i + 1] for i in range(8)])
+    for name, record in together.tensors.items():
+        other = apart.tensors[name]
+        assert record.mean_maximum == pytest.approx(other.mean_maximum, rel=1e-4, abs=1e-5)
+        assert record.maximum == pytest.approx(other.maximum, rel=1e-4, abs=1e-5)
+
+
+def test_memory_does_not_grow_with_the_number_of_images(
+    digits_graph: ModelProto, calibration_digits: Digits
+) -> None:
+    def peak(rounds: int) -> int:
+        tracemalloc.start()
+        record_ranges(digits_graph, (calibration_digits.images[:4] for _ in range(rounds)))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    few, many = peak(2), peak(10)
+    assert many < 1.1 * few
+
+
+def test_small_magnitudes_are_counted_against_fp16() -> None:
+    record = TensorRange()
+    record.add_(np.array([[0.0, 1.0, 1e-5, -1e-9, -3.0]], np.float32))
+    assert (record.subnormal, record.vanishing) == (2, 1)
+    assert record.smallest == pytest.approx(1e-9)
+    assert record.largest == 3.0
+
+
+def test_no_images_is_an_error(digits_graph: ModelProto) -> None:
+    with pytest.raises(ImageError, match="There is no image to record ranges on"):
+        record_ranges(digits_graph, [])
+
+
+def test_a_tensor_that_is_not_finite_is_named() -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Log", ["images"], ["block1.0"], "block1.0")],
+        "g",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", 3])],
+        [helper.make_tensor_value_info("block1.0", TensorProto.FLOAT, ["n", 3])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    with pytest.raises(ConversionError) as caught:
+        record_ranges(model, [np.array([[1.0, -1.0, 2.0]], np.float32)], histograms=())
+    assert caught.value.message == (
+        "The tensor 'block1.0' is infinite or NaN on the calibration images "
+        "(33.3 % of its values in one batch)."
+    )
+
+
+def test_the_whole_record_comes_back_from_its_file(
+    digits_graph: ModelProto, calibration_digits: Digits, tmp_path: Path
+) -> None:
+    ranges = record_ranges(digits_graph, [calibration_digits.images[:4]])
+    write_ranges(tmp_path / "ranges.npz", ranges)
+    back = ranges_from_file(tmp_path / "ranges.npz")
+    assert back.images == 4
+    assert list(back.tensors) == list(ranges.tensors)
+    for name, record in ranges.tensors.items():
+        other = back.tensors[name]
+        assert (other.minimum, other.maximum, other.smallest) == (
+            record.minimum,
+            record.maximum,
+            record.smallest,
+        )
+        if record.histogram is not None:
+            assert other.histogram is not None
+            assert np.array_equal(other.histogram.positive, record.histogram.positive)
+            assert np.array_equal(other.histogram.negative, record.histogram.negative)
+            assert other.histogram.tiny == record.histogram.tiny
+
+
+def test_the_summary_is_short_and_plain(
+    digits_graph: ModelProto, calibration_digits: Digits
+) -> None:
+    summary = ranges_summary(record_ranges(digits_graph, [calibration_digits.images[:4]]))
+    text = json.dumps(summary, allow_nan=False)
+    assert summary["images"] == 4
+    entry = summary["tensors"]["block1.0.mlp.act"]
+    assert -0.18 < entry["minimum"] < 0 < entry["maximum"]
+    assert entry["magnitude_at"]["50%"] <= entry["magnitude_at"]["99.9%"] <= entry["maximum"]
+    assert len(text) < 120_000
+
+
+def test_the_batch_follows_the_size_of_the_tensors(digits_graph: ModelProto) -> None:
+    assert lean_batch(digits_graph) == 32
+    assert lean_batch(digits_graph, budget_bytes=1) == 1
+    assert 1 < lean_batch(digits_graph, budget_bytes=40 << 20) < 32
