@@ -3,11 +3,13 @@
     python benchmarks/serve.py load BUNDLE --requests 10000 --clients 64
     python benchmarks/serve.py top1 BUNDLE FOLDER...
 
-``load`` runs the artefact alone first (no server), starts ``van-deploy serve`` as a
-process of its own, sends requests from so many connections at once, compares each
-answer with the artefact's own, and runs the artefact alone again: on a machine with
-other work the two bare runs tell how far the figure can be trusted. Client and server
-share the processor, so the ratio is a lower bound.
+``load`` starts ``van-deploy serve`` as a process of its own and goes round by round: the
+artefact alone (no requests), then its share of the requests from so many connections at
+once, each answer compared with the artefact's own. The ratio is the median over the
+rounds, since other work on the machine comes and goes; its quartiles say how far it can
+be trusted. Client and server share the processor, so it is a lower bound. Two figures do
+not depend on other work: ``busy``, the share of the time in which a batch was running,
+and ``cpu_ratio``, the artefact's own processor time over the whole server's, an image.
 
 ``top1`` compares the whole way from each file: timm's transform and the plain graph
 against bytes and the graph with preprocessing inside.
@@ -65,6 +67,7 @@ def main() -> int:
     load.add_argument("--artefact", default="fp32-uint8")
     load.add_argument("--images", type=Path, help="folder of pictures; samples by default")
     load.add_argument("--requests", type=int, default=10_000)
+    load.add_argument("--rounds", type=int, default=10)
     load.add_argument("--clients", type=int, default=64)
     load.add_argument("--threads", type=int, default=2)
     load.add_argument("--instances", type=int, default=1)
@@ -88,11 +91,8 @@ def measure_load(arguments: argparse.Namespace) -> dict[str, Any]:
     with bare_network(bundle, arguments) as network:
         pixels = pixels_to_check(bundle.name, network.preprocessing, DISTINCT, arguments.images)
         inputs = network.prepare(pixels)
-        expected = np.concatenate(
-            [network.run(inputs[i : i + 1])["logits"] for i in range(DISTINCT)]
-        )
-    before = bare_throughput(bundle, arguments, inputs)
-    note(f"bare artefact: {before}")
+        answers = [network.run(inputs[i : i + 1])["logits"] for i in range(DISTINCT)]
+    expected = np.concatenate(answers)
     command = [
         *(sys.executable, "-m", "van_deploy", "serve", str(arguments.bundle), "--port", "0"),
         *("--artefact", arguments.artefact, "--threads", str(arguments.threads), "--json"),
@@ -100,6 +100,7 @@ def measure_load(arguments: argparse.Namespace) -> dict[str, Any]:
         *("--queue-limit", str(arguments.queue_limit)),
         *("--max-delay-ms", str(arguments.max_delay_ms)),
     ]
+    load, rounds, seconds = Load(), [], 0.0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             url = server_url(server)
@@ -107,37 +108,72 @@ def measure_load(arguments: argparse.Namespace) -> dict[str, Any]:
             requests = [
                 request_bytes(url, name, network, inputs[i : i + 1]) for i in range(DISTINCT)
             ]
-            start = time.perf_counter()
-            load = asyncio.run(drive(url, requests, expected, arguments))
-            seconds = time.perf_counter() - start
-            metrics = server_metrics(url)
+            idle = server_metrics(url)
+            for share in shares(arguments.requests, arguments.rounds):
+                bare = bare_throughput(bundle, arguments, inputs)
+                before, start = load.answered, time.perf_counter()
+                asyncio.run(drive(url, requests, expected, load, share, arguments.clients))
+                wall = time.perf_counter() - start
+                seconds += wall
+                served = (load.answered - before) / wall
+                rounds.append({"bare": bare, "served": round(served, 1)})
+                note(f"{load.answered} answered: {rounds[-1]}")
+            metrics = {k: v - idle[k] for k, v in server_metrics(url).items()}
         finally:
             server.terminate()
             server.wait(60)
-    after = bare_throughput(bundle, arguments, inputs)
-    note(f"bare artefact again: {after}")
-    return load_report(arguments, before, after, load, seconds, metrics, network.max_batch)
+    metrics["seconds"] = seconds
+    metrics["bare_cpu"] = bare_cpu_seconds(bundle, arguments, inputs)
+    return load_report(arguments, rounds, load, metrics, network.max_batch)
+
+
+def bare_cpu_seconds(
+    bundle: Bundle, arguments: argparse.Namespace, inputs: npt.NDArray[Any]
+) -> float:
+    """Return the processor time of one image at the largest batch, without any server."""
+    with bare_network(bundle, arguments, spin=False) as network:
+        rows = inputs[: network.max_batch]
+        network.run(rows)
+        start, count, end = time.process_time(), 0, time.perf_counter() + arguments.bare_seconds
+        while time.perf_counter() < end:
+            network.run(rows)
+            count += len(rows)
+        return (time.process_time() - start) / count
+
+
+def shares(total: int, rounds: int) -> list[int]:
+    """Return how many requests each round sends.
+
+    >>> shares(10, 3)
+    [4, 3, 3]
+    """
+    return [total // rounds + (index < total % rounds) for index in range(rounds)]
 
 
 def load_report(
     arguments: argparse.Namespace,
-    before: dict[str, float],
-    after: dict[str, float],
+    rounds: list[dict[str, Any]],
     load: Load,
-    seconds: float,
     metrics: dict[str, float],
     max_batch: int,
 ) -> dict[str, Any]:
     """Return the figures of one run."""
-    bare = (max(before.values()) + max(after.values())) / 2
-    rate = load.answered / seconds
+    ratios = [entry["served"] / max(entry["bare"].values()) for entry in rounds]
+    low, ratio, high = np.percentile(ratios, [25, 50, 75])
+    rate = float(np.median([entry["served"] for entry in rounds]))
     p50, p99 = np.percentile(load.latencies_ms, [50, 99]) if load.latencies_ms else (0.0, 0.0)
     return {
         "settings": {k: str(v) for k, v in vars(arguments).items()},
-        "bare_images_per_s_before": before,
-        "bare_images_per_s_after": after,
+        "rounds": rounds,
         "served_images_per_s": round(rate, 1),
-        "ratio": round(rate / bare, 3),
+        "ratio": round(float(ratio), 3),
+        "ratio_quartiles": [round(float(low), 3), round(float(high), 3)],
+        "busy": round(metrics["infer"] / metrics["seconds"] / arguments.instances, 3),
+        "cpu_ms_an_image": {
+            "artefact": round(1e3 * metrics["bare_cpu"], 3),
+            "server": round(1e3 * metrics["cpu"] / load.answered, 3),
+        },
+        "cpu_ratio": round(metrics["bare_cpu"] * load.answered / metrics["cpu"], 3),
         "p50_ms": round(float(p50), 2),
         "p99_ms": round(float(p99), 2),
         "bound_ms": round(1e3 * (arguments.queue_limit + 2 * max_batch) / rate, 1),
@@ -161,7 +197,7 @@ def bare_network(bundle: Bundle, arguments: argparse.Namespace, spin: bool = Tru
 def bare_throughput(
     bundle: Bundle, arguments: argparse.Namespace, inputs: npt.NDArray[Any]
 ) -> dict[str, float]:
-    """Return images a second at batch 1, the optimum and the largest, without any server.
+    """Return images a second at the optimum and the largest batch, without any server.
 
     With spinning threads and without: alone the first is faster, beside other work
     the second. The best of all is what the server is measured against.
@@ -170,11 +206,11 @@ def bare_throughput(
     for spin in (True, False):
         with bare_network(bundle, arguments, spin) as network:
             optimum = int(bundle.manifest["batch"]["opt"])
-            for batch in sorted({1, optimum, min(network.max_batch, len(inputs))}):
+            for batch in sorted({optimum, min(network.max_batch, len(inputs))}):
                 rows = inputs[:batch]
                 network.run(rows)
                 count, start = 0, time.perf_counter()
-                while time.perf_counter() - start < arguments.bare_seconds / 6:
+                while time.perf_counter() - start < arguments.bare_seconds / 4:
                     network.run(rows)
                     count += batch
                 name = f"batch {batch}{'' if spin else ', no spinning'}"
@@ -208,11 +244,15 @@ def request_bytes(url: str, name: str, network: Network, rows: npt.NDArray[Any])
 
 
 async def drive(
-    url: str, requests: list[bytes], expected: npt.NDArray[Any], arguments: argparse.Namespace
-) -> Load:
-    """Send every request from so many connections and compare each answer."""
-    load = Load()
-    numbers = iter(range(arguments.requests))
+    url: str,
+    requests: list[bytes],
+    expected: npt.NDArray[Any],
+    load: Load,
+    count: int,
+    clients: int,
+) -> None:
+    """Send so many requests from so many connections and compare each answer."""
+    numbers = iter(range(count))
     host, port = url.removeprefix("http://").split(":")
 
     async def client() -> None:
@@ -228,16 +268,11 @@ async def drive(
                 compare(load, headers, body, expected[which])
             else:
                 load.failures.append(body.decode(errors="replace"))
-            if number % 1000 == 999:
-                note(f"{number + 1} requests")
         writer.close()
         await writer.wait_closed()
 
-    results = await asyncio.gather(
-        *(client() for _ in range(arguments.clients)), return_exceptions=True
-    )
+    results = await asyncio.gather(*(client() for _ in range(clients)), return_exceptions=True)
     load.failures += [repr(r) for r in results if isinstance(r, BaseException)]
-    return load
 
 
 async def read_response(
@@ -277,18 +312,21 @@ def server_url(server: subprocess.Popen[str]) -> str:
 
 
 def server_metrics(url: str) -> dict[str, float]:
-    """Return how many batches ran, and how many rows they held."""
+    """Return how many batches ran and for how long, their rows, and the processor time."""
     import urllib.request
 
     with urllib.request.urlopen(f"{url}/metrics") as response:
         lines = response.read().decode().splitlines()
 
     def total(name: str) -> float:
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+        starts = (name + "{", name + " ")
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(starts))
 
     return {
         "rows": total("van_deploy_batch_rows_sum"),
         "batches": total("van_deploy_batch_rows_count"),
+        "infer": total("van_deploy_infer_seconds_sum"),
+        "cpu": total("process_cpu_seconds_total"),
     }
 
 

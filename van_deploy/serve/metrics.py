@@ -36,6 +36,7 @@ class ServerMetrics:
         client = serving_package("prometheus_client")
         self._client = client
         self.registry = client.CollectorRegistry()
+        client.ProcessCollector(registry=self.registry)  # processor time, memory, open files
         self.requests = client.Counter(
             "van_deploy_requests",
             "Requests answered, by route, model and HTTP status",
