@@ -257,7 +257,9 @@ class TestCpu:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.optimized_model_filepath = str(path)
-        ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(
+            cpu_graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
         operators = Counter(node.op_type for node in load(path).graph.node)
         convolutions = sum(node.op_type == "Conv" for node in cpu_graph.graph.node)
         assert operators["QLinearConv"] == convolutions

@@ -126,8 +126,8 @@ def storable_scales(scales: npt.ArrayLike) -> FloatArray:
     wanted = np.clip(np.asarray(scales, np.float64), SMALLEST_SCALE, FP16_LARGEST)
     half = wanted.astype(np.float16)
     short = half.astype(np.float64) < wanted
-    half = np.where(short, np.nextafter(half, np.float16(np.inf)), half)
-    return np.asarray(half, dtype=np.float32)
+    up = np.nextafter(half, np.where(short, np.float16(np.inf), half))
+    return np.asarray(up, dtype=np.float32)
 
 
 def simulate(plan: QuantizationPlan) -> ModelProto:

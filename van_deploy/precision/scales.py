@@ -38,7 +38,7 @@ DEFAULT_PERCENTILE = 0.99999
 """ONNX Runtime's default, 99.999 %."""
 
 UINT8_LIMIT = 255
-_CANDIDATES = 96
+_CANDIDATES = 64
 _SMALLEST_CLIP = 1 / 128  # of the largest magnitude, where the search for a clip starts
 
 Floats = npt.NDArray[np.float64]
@@ -129,54 +129,67 @@ def _affine(low: float, high: float, floor: float = SMALLEST_SCALE) -> AffineSca
 # --- least squared error -------------------------------------------------------------------
 
 
-def _mse_clip(histogram: Histogram) -> float:
-    """Return the clip with the least squared error: a coarse grid, then a fine one.
+class _Side:
+    """The squared error of the values on one side of zero, for any step.
 
-    What rounds to zero and what is clipped are sums over bins prepared once;
-    only the bins between are rounded for each candidate.
+    What rounds to zero and what is clipped are sums over bins prepared once; only
+    the bins between are rounded for each step.
     """
-    values, weights = _filled(histogram.magnitudes)
-    if not values.size:
+
+    def __init__(self, counts: npt.NDArray[np.int64], largest: float) -> None:
+        index = np.flatnonzero(counts)
+        self.values = np.minimum(bin_centres()[index], largest)
+        self.weights = counts[index].astype(np.float64)
+        self.zeroth, self.first, self.second = (
+            np.concatenate([[0.0], np.cumsum(self.weights * self.values**power)])
+            for power in range(3)
+        )
+
+    def error(self, step: float, levels: int) -> float:
+        """Return the sum of squared errors with the integers 0..``levels``."""
+        clip = step * levels
+        low, high = np.searchsorted(self.values, (step / 2, clip))
+        if low >= high:
+            low = high
+        between = self.values[low:high]
+        rounded = self.weights[low:high] @ np.square(np.rint(between / step) * step - between)
+        above = self.second[-1] - self.second[high] - 2 * clip * (self.first[-1] - self.first[high])
+        clipped = above + clip**2 * (self.zeroth[-1] - self.zeroth[high])
+        return float(self.second[low] + rounded + clipped)
+
+
+def _mse_clip(histogram: Histogram) -> float:
+    """Return the clip with the least squared error: a coarse grid, then a fine one."""
+    side = _Side(histogram.magnitudes, histogram.largest)
+    if not side.values.size:
         return histogram.largest
-    values = np.minimum(values, histogram.largest)
-    zeroth, first, second = (
-        np.concatenate([[0.0], np.cumsum(weights * values**power)]) for power in range(3)
-    )
 
     def error(clip: float) -> float:
-        scale = clip / INT8_LIMIT
-        low, high = np.searchsorted(values, (scale / 2, clip))
-        between = values[low:high]
-        rounded = weights[low:high] @ np.square(np.rint(between / scale) * scale - between)
-        above = second[-1] - second[high] - 2 * clip * (first[-1] - first[high])
-        return float(second[low] + rounded + above + clip**2 * (zeroth[-1] - zeroth[high]))
+        return side.error(clip / INT8_LIMIT, INT8_LIMIT)
 
     return _least(error, histogram.largest * _SMALLEST_CLIP, histogram.largest)
 
 
 def _affine_mse_clip(histogram: Histogram) -> tuple[float, float]:
     """Return the two clips with the least squared error, improving one side at a time."""
-    positive, negative = _filled(histogram.positive), _filled(histogram.negative)
-    values = np.concatenate([-negative[0][::-1], positive[0]])
-    weights = np.concatenate([negative[1][::-1], positive[1]])
-    low, high = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
-    if not values.size or low == high:
-        return low, high
-    values = np.clip(values, low, high)
+    lowest, highest = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
+    above, below = _Side(histogram.positive, highest), _Side(histogram.negative, -lowest)
+    if lowest == highest or not above.values.size + below.values.size:
+        return lowest, highest
 
     def error(low: float, high: float) -> float:
         chosen = _affine(low, high, 0.0)
-        rounded = np.rint(values / chosen.scale) + chosen.zero_point
-        rounded = (np.clip(rounded, 0, UINT8_LIMIT) - chosen.zero_point) * chosen.scale
-        return float(weights @ np.square(rounded - values))
+        return above.error(chosen.scale, UINT8_LIMIT - chosen.zero_point) + below.error(
+            chosen.scale, chosen.zero_point
+        )
 
-    lowest, highest = low, high
-    for _ in range(2):
+    low, high = lowest, highest
+    if highest > 0:
+        high = _least(partial(error, low), highest * _SMALLEST_CLIP, highest)
+    if lowest < 0:
+        low = -_least(partial(_flipped, error, high), -lowest * _SMALLEST_CLIP, -lowest)
         if highest > 0:
             high = _least(partial(error, low), highest * _SMALLEST_CLIP, highest)
-        if lowest < 0:
-            flipped = partial(_flipped, error, high)
-            low = -_least(flipped, -lowest * _SMALLEST_CLIP, -lowest)
     return low, high
 
 
@@ -188,15 +201,9 @@ def _least(error: _Error, smallest: float, largest: float) -> float:
     """Return the clip between the two with the least error, to a thousandth."""
     grid = np.geomspace(smallest, largest, _CANDIDATES)
     best = int(np.argmin([error(float(clip)) for clip in grid]))
-    around = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], 49)
+    around = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], 33)
     errors = [error(float(clip)) for clip in around]
     return float(around[int(np.argmin(errors))])
-
-
-def _filled(counts: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Return the middles of the bins that hold something, and their counts."""
-    index = np.flatnonzero(counts)
-    return bin_centres()[index], counts[index].astype(np.float64)
 
 
 # --- entropy -------------------------------------------------------------------------------
