@@ -35,7 +35,8 @@ check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m van_deploy.bench
+	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/engines.py van_b0 --twice
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -112,3 +112,14 @@ def test_a_changed_onnx_file_is_not_believed(cli: Cli, bundle: Path) -> None:
     result = cli("build", bundle, "--target", "sm_89")
     assert result.exit_code == 5
     assert "was changed after the manifest was written" in result.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_missing_precision_without_images(cli: Cli, bundle: Path, precision: str) -> None:
+    manifest = bundle / "manifest.json"  # of a network that brings no images of its own
+    manifest.write_text(manifest.read_text().replace('"name": "van_digits"', '"name": "mine"'))
+    result = cli("build", bundle, "--precision", precision, "--target", "sm_89")
+    assert result.exit_code == 5
+    assert f"has no artefact '{precision}'; it has: fp32." in result.stderr
+    assert f"Make it with `van-deploy quantize {bundle} --precision {precision}`." in result.stderr
+    assert "Or give --images DIR to make it on the way." in result.stderr

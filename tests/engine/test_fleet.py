@@ -105,7 +105,8 @@ def test_the_command_prints_a_table_and_fails(rtx: Backend, fleet_file: Path, cl
     result = cli("build", "--matrix", fleet_file)
     assert result.exit_code == 4
     assert f"van_digits-fp32-sm86-rtx{rtx.release}" in result.stdout
-    assert "FAIL   van_none fp32 sm_86: There is no bundle" in result.stdout
+    assert "1:2:4" in result.stdout
+    assert "FAIL  van_none fp32 sm_86: There is no bundle at" in result.stdout
     assert "[1/4] van_digits fp32 sm_86: built" in result.stderr
     assert "error: 2 of 4 engines failed." in result.stderr
     assert "Run the same command again to resume." in result.stderr

@@ -231,7 +231,7 @@ class TestOnAGpu:
             with TensorRtRunner(made.plan, runtime_cache=cache) as opened:
                 answers.append(opened.run(made.images[:4]))
             assert cache.stat().st_size > 0
-        np.testing.assert_array_equal(*answers)
+        np.testing.assert_array_equal(answers[0], answers[1])
 
     def test_a_damaged_plan_that_is_trusted(self, made: Made, tmp_path: Path) -> None:
         plan = tmp_path / "e.plan"

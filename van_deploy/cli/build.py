@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from van_deploy.engine.fleet import Cell, Outcome
     from van_deploy.engine.options import BuildOptions
 
-__all__ = ["build", "fleet_document", "fleet_table"]
+__all__ = [
+    "BackendName",
+    "Compatibility",
+    "Place",
+    "Verbosity",
+    "build",
+    "fleet_document",
+    "fleet_table",
+]
 
 KERNELS = "What is in the plan"
 MACHINES = "Where it runs"
@@ -129,6 +137,13 @@ def build(
             help="File of kernel timings to use and add to (TensorRT).", rich_help_panel=KERNELS
         ),
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of images to make a missing fp16 or int8 file with, "
+            "as `van-deploy quantize` does."
+        ),
+    ] = None,
     check_reproducible: Annotated[
         bool,
         typer.Option("--check-reproducible", help="Build twice and compare the bytes."),
@@ -196,6 +211,7 @@ def build(
             own_profiles=not batch,
             backend=backend.value,
             timing_cache=timing_cache,
+            images=images,
             check_reproducible=check_reproducible,
             force=force,
         )
@@ -212,6 +228,7 @@ def _outcomes(
     own_profiles: bool,
     backend: str,
     timing_cache: Path | None,
+    images: Path | None,
     check_reproducible: bool,
     force: bool,
 ) -> Iterator[Outcome]:
@@ -227,7 +244,7 @@ def _outcomes(
 
     host = host_here()
     for precision in precisions:
-        _make_missing(Bundle.open(path), precision)
+        _make_missing(Bundle.open(path), precision, images)
     bundle = Bundle.open(path)
     plans = []
     for precision in precisions:
@@ -258,13 +275,40 @@ def _outcomes(
         yield Outcome(cell, "reused" if built.reused else "built", built.name, built.sidecar)
 
 
-def _make_missing(bundle: Bundle, precision: str) -> None:
+def _make_missing(bundle: Bundle, precision: str, images: Path | None) -> None:
     """Make sure the bundle has an ONNX file of this precision.
 
+    FP16 and INT8 are made on the way where there are images to make them with: the
+    ranges of real activations decide what is in them.
+
     Raises:
-        BundleError: it has none, and it is not made on the way; the remedy is the command.
+        BundleError: it is missing, and there are no images; the remedy is the command.
     """
-    bundle.artefact(precision)
+    from van_deploy.errors import BundleError
+    from van_deploy.model.embedded import EMBEDDED_NAME
+
+    if precision in bundle.artefacts or precision not in {"fp16", "int8"}:
+        bundle.artefact(precision)
+        return
+    if images is None and bundle.name != EMBEDDED_NAME:
+        try:
+            bundle.artefact(precision)
+        except BundleError as error:
+            raise BundleError(
+                error.message, f"{error.remedy}\nOr give --images DIR to make it on the way."
+            ) from None
+    from van_deploy.precision.settings import QuantizeSettings
+    from van_deploy.precision.stage import quantize_bundle
+
+    remark(f"{precision} is not in the bundle yet: making it")
+    with progress() as bars:
+        task = bars.add_task(f"Making {precision}", total=None)
+        quantize_bundle(
+            bundle.path,
+            QuantizeSettings(precision=precision),
+            images=images,
+            progress=lambda said: bars.update(task, description=str(said)),
+        )
 
 
 def _build_matrix(path: Path, on: Place, address: str, force: bool, as_json: bool) -> None:
@@ -331,12 +375,11 @@ def fleet_table(outcomes: Any) -> RenderableType:
                 bytes_text(sidecar.plan_bytes) if sidecar else None,
                 f"{sidecar.build_seconds:.1f}" if sidecar else None,
                 bytes_text(sidecar.peak_memory_bytes) if sidecar else None,
-                sum(sidecar.warnings.values()) if sidecar else None,
                 {True: "yes", False: "no"}.get(sidecar.reproducible, "?") if sidecar else None,
             )
         )
-    right = [Column(name, "right") for name in ("size", "build s", "memory", "warnings")]
-    table = rows_table(["", "engine", Column("batch", wrap=True), *right, "same twice"], rows)
+    right = [Column(name, "right") for name in ("size", "build s", "memory")]
+    table = rows_table(["", "engine", "batch", *right, "same twice"], rows)
     failures = [f"{_cell_name(o.cell)}: {o.error}" for o in outcomes if o.error is not None]
     return stack(table, notes(failures, "FAIL") if failures else None)
 

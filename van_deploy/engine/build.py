@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from van_deploy import errors
 from van_deploy.bundle import file_sha256
@@ -200,13 +200,12 @@ def _run(
 ) -> Mapping[str, Any]:
     """Run one build in a process of its own, in ``folder``, and return what it reports."""
     with tempfile.TemporaryFile() as chatter, _worker(chatter, folder) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
+        commands, events = cast("IO[str]", process.stdin), cast("IO[str]", process.stdout)
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
+            commands.write(json.dumps(job) + "\n")
+            commands.flush()
         outcome: Mapping[str, Any] | None = None
-        for line in process.stdout:
+        for line in events:
             event = json.loads(line)
             if event["event"] in {"built", "failed", "cancelled"}:
                 outcome = event

@@ -49,7 +49,19 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Cell", "Fleet", "FleetHost", "Outcome", "build_here", "cells_of", "read_fleet"]
+__all__ = [
+    "BUILT",
+    "FAILED",
+    "REUSED",
+    "Cell",
+    "Fleet",
+    "FleetHost",
+    "Outcome",
+    "build_here",
+    "cells_of",
+    "prepared",
+    "read_fleet",
+]
 
 BUILT, REUSED, FAILED = "built", "reused", "failed"
 

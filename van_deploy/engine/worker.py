@@ -47,11 +47,7 @@ class Cancelled(Exception):  # noqa: N818 - an outcome, not an error
 
 
 def main() -> None:
-    """Build one plan as stdin says, tell stdout about it, and leave.
-
-    The process ends without running destructors: TensorRT for RTX 1.7.1 crashes
-    when some of its objects are released in an order Python may choose.
-    """
+    """Build one plan as stdin says, and tell stdout about it."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -71,8 +67,6 @@ def main() -> None:
         send("failed", kind=type(error).__name__, message=error.message, remedy=error.remedy)
     except BrokenPipeError:
         pass  # the parent is gone
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def build(job: Mapping[str, Any], send: Send, is_cancelled: Callable[[], bool]) -> dict[str, Any]:
@@ -236,8 +230,12 @@ def peak_memory_bytes() -> int:
 
 
 def _listen(cancelled: threading.Event) -> None:
-    """Wait for one more line of stdin, or its end."""
-    sys.stdin.readline()
+    """Wait for one more byte of stdin, or its end.
+
+    Not through ``sys.stdin``: a thread that holds its lock would keep the process
+    from ending in peace.
+    """
+    os.read(0, 1)
     cancelled.set()
 
 
