@@ -64,7 +64,9 @@ def server_app(service: Service) -> Any:
 
     model = "/v2/models/{model}"
     version = model + "/versions/{version}"
-    routes = [
+    routes = [  # looked through in this order, so the busy ones come first
+        route(f"{model}/infer", handlers.infer, methods=["POST"]),
+        route(f"{version}/infer", handlers.infer, methods=["POST"]),
         route("/", handlers.page),
         route("/predict", handlers.predict, methods=["POST"]),
         route("/models", handlers.models),
@@ -81,7 +83,6 @@ def server_app(service: Service) -> Any:
             route(f"{path}/ready", handlers.model_ready),
             route(f"{path}/config", handlers.model_config),
             route(f"{path}/stats", handlers.statistics),
-            route(f"{path}/infer", handlers.infer, methods=["POST"]),
         ]
     errors = {404: handlers.not_found, 405: handlers.not_allowed, 500: handlers.fault}
     return applications.Starlette(routes=routes, lifespan=lifespan, exception_handlers=errors)
