@@ -277,7 +277,7 @@ def interleaved_ms(
 
 def recommended(rows: tuple[PrecisionRow, ...], target: str) -> tuple[str, str]:
     """Return the smallest precision that holds its gate and pays, and why."""
-    best, why = rows[0], "nothing smaller holds its gate"
+    best, why = rows[0], "nothing smaller holds its gate and pays"
     for row in rows[1:]:
         if not row.passed:
             continue
