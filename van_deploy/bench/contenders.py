@@ -130,7 +130,7 @@ def _graph(artefact: Artefact, path: str, processor: Cpu, gpu: bool) -> Iterable
             yield Skipped(f"openvino/{artefact.name}", "OpenVINO is not installed", remedy)
         else:
             yield contender("openvino", "openvino", artefact.precision)
-            if artefact.precision == "fp32" and BF16_FEATURES & set(processor.features):
+            if BF16_FEATURES & set(processor.features):  # what is not quantised runs in it
                 yield contender("openvino-bf16", "openvino", "bf16")
     providers = execution_providers() if gpu else ()
     for name, provider in GPU_PROVIDERS.items():
@@ -145,8 +145,8 @@ def _not_for_cpus(artefact: Artefact) -> str:
     """Return why an ONNX artefact is not worth timing on a CPU, or "" if it is."""
     if artefact.precision == "fp16":
         return "FP16 is for GPUs: CPUs cast it to FP32 and back"
-    target = artefact.made_with.get("target", artefact.facts.get("target", ""))
-    if artefact.precision == "int8" and str(target) not in {"", "cpu"}:
+    target = artefact.made_with.get("settings", {}).get("target", "cpu")
+    if artefact.precision == "int8" and target != "cpu":
         return f"quantised for {target}; for a CPU use `van-deploy quantize --target cpu`"
     return ""
 

@@ -111,4 +111,7 @@ class OpenVinoRunner:
     def run_all(self, batch: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
         """Return every output by name, for a batch in the graph's own input type."""
         results = self._request.infer({0: batch}, share_inputs=True)
-        return {port.get_any_name(): value.copy() for port, value in results.to_dict().items()}
+        return {
+            port.get_any_name() if port.get_names() else f"output.{index}": value.copy()
+            for index, (port, value) in enumerate(results.to_dict().items())
+        }

@@ -1,0 +1,219 @@
+"""Runs this project's benchmarks and writes their tables into docs/benchmarks.md.
+
+    python -m benchmarks                          # everything
+    python -m benchmarks --only startup,export    # some sections; the others stay as they are
+    python -m benchmarks --list
+
+Each section is a script beside this file, started as a process of its own. A
+section's table is replaced as a whole, with the date, the machine and the versions
+of that run, so one can be measured again by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from van_deploy.bench.machine import busy_cores
+from van_deploy.bundle import write_atomic
+from van_deploy.environment.hardware import cpu, memory
+from van_deploy.provenance import EXPORT_TOOLS, tool_versions
+from van_deploy.report.bench_view import machine_text
+from van_deploy.report.markdown import markdown_table
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+BUSY = 0.1  # of the cores: above it, the page says that the machine was under load
+TOOLS = (*EXPORT_TOOLS, "onnxruntime", "openvino", "tensorrt-rtx-cu13")
+
+HEADER = """# Benchmarks
+
+Every table here was written by `make bench` (`python -m benchmarks`); each says when, where
+and with what, and the command that measures it again. Ratios are taken within one run,
+round by round; absolute times belong to the machine they name.
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the page.
+
+    Attributes:
+        title: its heading.
+        about: what is compared, one sentence.
+        script: the file beside this one.
+        arguments: for the script.
+        structured: the script prints ``columns``, ``rows``, ``claims`` and ``notes`` as
+            JSON; otherwise what it prints is shown as it stands.
+    """
+
+    title: str
+    about: str
+    script: str
+    arguments: tuple[str, ...] = ()
+    structured: bool = True
+
+
+SECTIONS: dict[str, Section] = {
+    "startup": Section("Starting", "How soon the command line answers.", "startup.py", ("--json",)),
+    "export": Section(
+        "Exporting",
+        "`van-deploy export` against a bare `torch.onnx.export` + onnxsim of the same network.",
+        "export.py",
+        ("--json",),
+    ),
+    "bench": Section(
+        "Running",
+        "This project's files against PyTorch's own modes and against the files others would "
+        "deploy (`peer:`), in the same run times.",
+        "runtimes.py",
+        ("--json",),
+    ),
+    "precision": Section("Precision", "What FP16 and INT8 cost.", "precision.py", structured=False),
+    "fidelity": Section(
+        "Fidelity", "Whether every fault that was put in is found.", "fidelity.py", structured=False
+    ),
+    "evaluate": Section(
+        "Evaluating", "Accuracy on labelled images, and its speed.", "evaluate.py", structured=False
+    ),
+    "engines": Section(
+        "Building engines",
+        "TensorRT for RTX on a machine without a GPU.",
+        "engines.py",
+        ("van_b0",),
+        structured=False,
+    ),
+}
+
+
+def main() -> int:
+    """Run the sections asked for; return 1 if one failed or missed a claim."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="sections, with commas between")
+    parser.add_argument("--list", action="store_true", help="print the sections and end")
+    parser.add_argument("--output", type=Path, default=PAGE)
+    arguments = parser.parse_args()
+    if arguments.list:
+        for name, section in SECTIONS.items():
+            print(f"{name:<12}{section.about}")
+        return 0
+    names = [name for name in arguments.only.split(",") if name] or list(SECTIONS)
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown:
+        parser.error(f"there is no section '{unknown[0]}'; known: {', '.join(SECTIONS)}")
+    return max(_run(name, arguments.output) for name in names)
+
+
+def _run(name: str, page: Path) -> int:
+    """Measure one section and put it on the page; return its script's exit code."""
+    section = SECTIONS[name]
+    script = Path(__file__).with_name(section.script)
+    if not script.exists():
+        print(f"{name}: benchmarks/{section.script} is not there", file=sys.stderr)
+        return 1
+    print(f"{name}: {section.about}", file=sys.stderr, flush=True)
+    busy = busy_cores()
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(script), *section.arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    took = time.perf_counter() - start
+    if not done.stdout.strip():
+        print(f"{name}: failed with code {done.returncode}", file=sys.stderr)
+        return 1
+    body = _structured(done.stdout) if section.structured else _plain(done.stdout)
+    text = "\n\n".join([_heading(name, section, took, busy), body])
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(page, _with_section(page, name, text))
+    print(f"{name}: {took:.0f} s, written to {page}", file=sys.stderr)
+    return int(done.returncode != 0)
+
+
+def _heading(name: str, section: Section, took: float, busy: float | None) -> str:
+    processor = cpu()
+    machine = {
+        "cpu": {
+            "name": processor.name,
+            "cores_allowed": processor.cores_allowed,
+            "features": processor.features,
+        },
+        "gpus": [],
+    }
+    total = memory().total_bytes
+    versions = ", ".join(f"{name} {version}" for name, version in tool_versions(*TOOLS).items())
+    lines = [
+        f"## {section.title}",
+        "",
+        section.about,
+        "",
+        f"- {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {took:.0f} s",
+        f"- {machine_text(machine)}" + (f", {total / 2**30:.0f} GiB" if total else ""),
+        f"- {versions}",
+        f"- `python -m benchmarks --only {name}`"
+        f" (`python benchmarks/{' '.join((section.script, *section.arguments))}`)",
+    ]
+    if busy is not None and busy > BUSY * processor.cores_allowed:
+        lines.append(
+            f"- **the machine was under load**: {busy:.1f} of {processor.cores_allowed} cores "
+            "were busy before this began; absolute times are too long"
+        )
+    return "\n".join(lines)
+
+
+def _structured(stdout: str) -> str:
+    """Return a script's JSON as Markdown: claims first, then the figures, then the notes."""
+    result: Mapping[str, Any] = json.loads(stdout)
+    claims = [
+        (c["claim"], c["measured"], "met" if c["met"] else "**missed**") for c in result["claims"]
+    ]
+    parts = []
+    if claims:
+        parts.append(markdown_table(("claim", "measured", ""), claims))
+    numbers = frozenset(
+        index
+        for index in range(len(result["columns"]))
+        if all(re.match(r"^[-+\d.,]*(\s|$|\d)", row[index]) for row in result["rows"])
+    )
+    parts.append(markdown_table(result["columns"], result["rows"], numbers))
+    if result["notes"]:
+        parts.append("\n".join(f"- {note}" for note in result["notes"]))
+    return "\n\n".join(parts)
+
+
+def _plain(stdout: str) -> str:
+    """Return what a script printed: its Markdown as it stands, anything else as it looked."""
+    text = stdout.strip("\n")
+    if re.search(r"^\| ?-{3}", text, re.MULTILINE):
+        return text
+    return f"```\n{text}\n```"
+
+
+def _with_section(page: Path, name: str, text: str) -> str:
+    """Return the page with one section replaced, or added in the order of ``SECTIONS``."""
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
+    kept = {
+        found[1]: found[2].strip("\n")
+        for found in re.finditer(r"<!-- begin (\w+) -->\n(.*?)<!-- end \1 -->", old, re.DOTALL)
+    }
+    kept[name] = text
+    blocks = [
+        f"<!-- begin {key} -->\n{kept[key]}\n<!-- end {key} -->" for key in SECTIONS if key in kept
+    ]
+    return HEADER + "\n" + "\n\n".join(blocks) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
