@@ -71,7 +71,7 @@ class Case:
 
 def refining(*names: str) -> RefineSettings:
     """Return settings with only ``names`` switched on."""
-    return RefineSettings(**{name: name in names for name in REFINE_SWITCHES})  # type: ignore[arg-type]
+    return RefineSettings(**{name: name in names for name in REFINE_SWITCHES})
 
 
 def cases() -> list[Case]:
@@ -106,9 +106,17 @@ def cases() -> list[Case]:
 
 
 class Bench:
-    """One network, its calibration and evaluation images, and its FP32 answers."""
+    """One network, its calibration and evaluation images, and its FP32 answers.
+
+    Args:
+        network: to quantise.
+        calibrate: folder of images, one folder a class.
+        evaluate: likewise.
+        threads: of ONNX Runtime.
+    """
 
     def __init__(self, network: LoadedVan, calibrate: Path, evaluate: Path, threads: int) -> None:
+        """Read the images and fold the network."""
         self.network, self.threads = network, threads
         self.calibration = self._load(calibrate)
         shuffled = np.random.default_rng(0).permutation(len(self.calibration.images))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from van_deploy.precision.equalize import (
     equalize,
 )
 from van_deploy.precision.initial import initial_plan, nodes_in_scope
+from van_deploy.precision.quantize import qdq_from_plan
 from van_deploy.precision.ranges import record_ranges
 from van_deploy.precision.refine import corrected_biases
 from van_deploy.precision.rounded import RoundedNetwork
@@ -132,6 +134,22 @@ def test_it_rounds_better(
             found = RoundedNetwork(plan)(torch.from_numpy(heldout_digits.images)).numpy()
         quality[name] = sqnr_db(logits(digits_graph, heldout_digits.images), found)
     assert quality["equalised"] > quality["plain"] + 1.0
+
+
+def test_tensorrt_adds_the_shift_in_the_kernel_it_has_anyway(
+    digits_graph: ModelProto,
+    calibration_digits: Digits,
+    rtx_plan: Callable[[ModelProto], bytes],
+) -> None:
+    """The plan holds the source of its pointwise kernels, which are counted."""
+    kernels = []
+    for settings in (replace(EqualizeSettings(), shift=False), EqualizeSettings()):
+        report = equalized(digits_graph, calibration_digits, settings)
+        ranges = record_ranges(report.model, calibration_digits.batches()[:1], threads=1)
+        plan = rtx_plan(qdq_from_plan(initial_plan(report.model, ranges)))
+        kernels.append(plan.count(b"__global__"))
+    assert report.additions == 9
+    assert kernels[0] == kernels[1] > 50
 
 
 def test_predicted_gains_are_gains_and_factors_are_bounded(

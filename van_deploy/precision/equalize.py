@@ -19,7 +19,9 @@ the network computes what it did before:
              zeros would have to be ``-c``.)
 ``shift``    ``c`` for what comes out of GELU and goes into ``fc2``. GELU ends at
              -0.17, so half of the integers -127..127 would stand for nothing.
-             No neighbour can take this one in: it is one Add a block
+             No neighbour can take this one in: it is one Add a block, which
+             TensorRT for RTX computes in the kernel that GELU and the rounding
+             are in anyway
 ===========  =================================================================
 
 The input of ``fc2`` cannot be divided: GELU does not commute with a factor, and
@@ -29,7 +31,10 @@ neither can the residual stream without a multiply a stage, since the scale that
 ``c`` and ``d`` are chosen by error, not by maximum: for each channel the step
 with the least squared error, clipping included, then the exponent of these
 steps with the least predicted error at the output of the convolutions that
-read the tensor, their own rounded weights included.
+read the tensor, their own rounded weights included. An offset makes the mean
+error of rounded weights larger: correct the biases afterwards
+(:func:`van_deploy.precision.refine.corrected_biases`), or ``centre`` and
+``shift`` lose more than they bring.
 """
 
 from __future__ import annotations
