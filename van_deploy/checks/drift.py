@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Artefact, Bundle
+from van_deploy.checks.coordinates import Coordinates
 from van_deploy.checks.isolate import (
     FED,
     Cut,
@@ -53,7 +54,7 @@ __all__ = [
     "Step",
     "drift_of_bundle",
     "drift_of_graph",
-    "equalized_tensors",
+    "is_equalized",
 ]
 
 SCHEMA = "van-deploy/drift/1"
@@ -200,8 +201,8 @@ def drift_of_bundle(
     for name in names:
         say(f"Every {level} of '{name}', alone and in the whole")
         model = base if name == "fp32" else onnx.load(bundle.verified(name))
-        moved = equalized_tensors(bundle.artefact(name))
-        rows = drift_of_graph(model, reference, images, cuts, moved)
+        equalized = is_equalized(bundle.artefact(name))
+        rows = drift_of_graph(model, reference, images, cuts, equalized=equalized)
         entries.append(ArtefactDrift(name, rows))
         chain.append(_artefact_step(name, model, reference, images))
     chain += [
@@ -212,26 +213,9 @@ def drift_of_bundle(
     return DriftReport(level, described, len(images), tuple(chain), tuple(entries))
 
 
-def equalized_tensors(artefact: Artefact) -> frozenset[str]:
-    """Return the tensors that equalisation re-scaled or centred in an artefact.
-
-    They stand for the same thing in other numbers, so they cannot be compared,
-    and the graph is not opened there.
-    """
-    return frozenset(_names_of_equalized(artefact.facts))
-
-
-def _names_of_equalized(facts: Any) -> Iterator[str]:
-    if isinstance(facts, Mapping):
-        for key, value in facts.items():
-            if key == "tensors" and isinstance(value, list):
-                yield from (
-                    str(item["name"])
-                    for item in value
-                    if isinstance(item, Mapping) and {"name", "exponent"} <= item.keys()
-                )
-            else:
-                yield from _names_of_equalized(value)
+def is_equalized(artefact: Artefact) -> bool:
+    """Return whether the channels of an artefact's tensors were re-scaled or shifted."""
+    return bool((artefact.facts.get("equalize") or {}).get("tensors"))
 
 
 def drift_of_graph(
@@ -239,7 +223,8 @@ def drift_of_graph(
     reference: Reference,
     images: Images,
     cuts: Sequence[Cut],
-    moved: Collection[str] = (),
+    *,
+    equalized: bool = False,
 ) -> tuple[DriftRow, ...]:
     """Return the drift of each part of one graph, in the order of ``cuts``.
 
@@ -248,23 +233,20 @@ def drift_of_graph(
         reference: the network in float64.
         images: ``(N, C, S, S)`` normalised.
         cuts: from :func:`~van_deploy.checks.isolate.cuts_of`, of the FP32 graph.
-        moved: tensors that mean other numbers in this graph (:func:`equalized_tensors`).
+        equalized: the graph's tensors are the network's but for a factor and a shift a
+            channel (:mod:`van_deploy.checks.coordinates`).
     """
-    made = {output for node in model.graph.node for output in node.output} - set(moved)
+    made = {output for node in model.graph.node for output in node.output}
     present = [cut for cut in cuts if cut.tensor in made]
     tensors = [cut.tensor for cut in present]
     whole, alone = with_taps(model, tensors), isolated(model, tensors)
-    so_far = _powers(whole, tensors, reference, images)
-    added = _powers(alone, tensors, reference, images)
+    maps = _coordinates(whole, tensors, reference, images) if equalized else {}
+    so_far = _powers(whole, tensors, reference, images, maps)
+    added = _powers(alone, tensors, reference, images, maps)
     rows = []
     for cut in cuts:
         if cut.tensor not in made:
-            why = (
-                "in other numbers after equalisation"
-                if cut.tensor in moved
-                else "not in this graph"
-            )
-            rows.append(DriftRow(cut.name, None, None, why))
+            rows.append(DriftRow(cut.name, None, None, "not in this graph"))
             continue
         rows.append(
             DriftRow(
@@ -277,44 +259,72 @@ def drift_of_graph(
     return tuple(rows)
 
 
+Maps = Mapping[str, Coordinates]
+
+
+def _coordinates(
+    whole: ModelProto, tensors: Sequence[str], reference: Reference, images: Images
+) -> Maps:
+    """Return how an equalised graph's tensors stand for the network's; none if it does not run."""
+    maps = {name: Coordinates() for name in tensors if name != OUTPUT_NAME}
+    try:
+        session = _session(whole)
+        for expected, feeds in _batches(reference, images, {}):
+            for name, value in run_taps(session, feeds):
+                if name in maps and value.ndim > 1:
+                    maps[name].add(expected[name], value)
+    except Exception:  # ONNX Runtime raises its own bare types; the graph's failure is told below
+        return {}
+    return maps
+
+
 def _powers(
-    model: ModelProto, tensors: Sequence[str], reference: Reference, images: Images
+    model: ModelProto, tensors: Sequence[str], reference: Reference, images: Images, maps: Maps
 ) -> dict[str, tuple[float, str]]:
     """Return SQNR and note of each tensor; where the graph does not run, part by part."""
     powers = {name: Power() for name in tensors}
     try:
         session = _session(model)
-        for expected, feeds in _batches(reference, images):
+        for expected, feeds in _batches(reference, images, maps):
             for name, value in run_taps(session, feeds):
-                powers[name].add(expected[_module(name)], value)
-    except Exception as error:  # ONNX Runtime raises its own bare types
-        return {name: _part_power(model, name, reference, images, error) for name in tensors}
+                powers[name].add(expected[_module(name)], _back(maps, name, value))
+    except Exception:  # ONNX Runtime raises its own bare types
+        return {name: _part_power(model, name, reference, images, maps) for name in tensors}
     return {name: (power.sqnr_db, "") for name, power in powers.items()}
 
 
 def _part_power(
-    model: ModelProto, tensor: str, reference: Reference, images: Images, failure: Exception
+    model: ModelProto, tensor: str, reference: Reference, images: Images, maps: Maps
 ) -> tuple[float, str]:
     """Return one part's SQNR, by itself, in a graph that does not run as a whole."""
     part, power = part_of(model, tensor), Power()
     try:
         session = _session(part)
-        for expected, feeds in _batches(reference, images):
+        for expected, feeds in _batches(reference, images, maps):
             for _, value in run_taps(session, feeds):
-                power.add(expected[_module(tensor)], value)
+                power.add(expected[_module(tensor)], _back(maps, tensor, value))
     except Exception as error:
         return -math.inf, f"does not run at batch {IMAGES_AT_ONCE}: {_one_line(error)}"
     return power.sqnr_db, ""
 
 
+def _back(maps: Maps, name: str, value: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    if name not in maps or not np.isfinite(value).all():
+        return value
+    return maps[name].back(value)
+
+
 def _batches(
-    reference: Reference, images: Images
+    reference: Reference, images: Images, maps: Maps
 ) -> Iterator[tuple[Mapping[str, npt.NDArray[np.float64]], dict[str, npt.NDArray[Any]]]]:
     """Yield the reference's tensors by module, and what a graph may be fed by input name."""
     for start in range(0, len(images), IMAGES_AT_ONCE):
         batch = images[start : start + IMAGES_AT_ONCE]
         expected = reference.outputs(batch)
-        feeds: dict[str, npt.NDArray[Any]] = {f"{n}{FED}": v for n, v in expected.items()}
+        feeds: dict[str, npt.NDArray[Any]] = {
+            f"{name}{FED}": maps[name].forward(value) if name in maps else value
+            for name, value in expected.items()
+        }
         feeds[INPUT_NAME] = batch
         yield expected, feeds
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.canary import check_canary
-from van_deploy.checks.drift import DriftRow, drift_of_graph, equalized_tensors
+from van_deploy.checks.drift import DriftRow, drift_of_graph, is_equalized
 from van_deploy.checks.gates import (
     Flip,
     Limits,
@@ -55,7 +55,7 @@ __all__ = [
 
 SCHEMA = "van-deploy/verify/1"
 REFERENCE_BATCH = 8
-MODULE_IMAGES = 2
+MODULE_IMAGES = 4
 SHOWN_MODULES = 10
 
 Progress = Callable[[str], None]
@@ -385,8 +385,8 @@ def _with_modules(
 
     cuts = cuts_of(onnx.load(bundle.verified("fp32")), "module", reference.modules)
     model = onnx.load(bundle.verified(verdict.artefact))
-    moved = equalized_tensors(bundle.artefact(verdict.artefact))
-    rows = drift_of_graph(model, reference, images, cuts, moved)
+    equalized = is_equalized(bundle.artefact(verdict.artefact))
+    rows = drift_of_graph(model, reference, images, cuts, equalized=equalized)
     placed = sorted(
         (row for row in rows if row.added_db is not None), key=lambda row: float(row.added_db or 0)
     )
