@@ -36,7 +36,6 @@ check: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks
-	$(BIN)/python benchmarks/engines.py van_b0 --twice
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

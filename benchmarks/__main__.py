@@ -89,7 +89,7 @@ SECTIONS: dict[str, Section] = {
         "Building engines",
         "TensorRT for RTX on a machine without a GPU.",
         "engines.py",
-        ("van_b0",),
+        ("van_b0", "--twice"),
         structured=False,
     ),
 }

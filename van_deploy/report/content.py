@@ -33,6 +33,7 @@ from van_deploy.report.content_speed import (
     tradeoff_section,
 )
 from van_deploy.report.document import Document, Section, Tile
+from van_deploy.report.freshness import fresh_bench, fresh_checks
 from van_deploy.report.tables import bytes_text, count_text
 
 __all__ = ["document_of"]
@@ -59,8 +60,17 @@ def document_of(bundle: Bundle) -> Document:
     Raises:
         BundleError: a file of an artefact is missing.
     """
-    manifest = bundle.manifest
-    found = _Found(manifest, bundle.sizes(), checks_of(manifest, bundle.problems()), _bench(bundle))
+    checks, stale = fresh_checks(bundle.manifest)
+    manifest = {**bundle.manifest, "checks": checks}
+    bench, outdated = fresh_bench(manifest, _bench(bundle))
+    verdicts = checks_of(manifest, bundle.problems())
+    verdicts += [
+        Check(
+            "SKIPPED", f"{name} {what}", f"measured on another file: run `van-deploy {name}` again"
+        )
+        for name, what in (*stale, *outdated)
+    ]
+    found = _Found(manifest, bundle.sizes(), verdicts, bench)
     counts = {word: sum(c.verdict == word for c in found.checks) for word in ("PASS", "FAIL")}
     words = "no check" if not found.checks else f"{counts['PASS']} of {len(found.checks)} checks"
     failed = f"; {counts['FAIL']} failed" if counts["FAIL"] else ""
@@ -72,7 +82,7 @@ def document_of(bundle: Bundle) -> Document:
         verdicts_section(found.checks),
         accuracy_section(manifest["checks"]),
         drift_section(manifest["checks"]),
-        *((speed_section(found.bench),) if found.bench else ()),
+        speed_section(found.bench),
         tradeoff_section(manifest["checks"], found.bench),
         roofline_section(found.bench),
         graph_section(manifest),
@@ -116,11 +126,13 @@ def _tiles(found: _Found) -> list[Tile]:
     best = fastest(found.bench) if found.bench else None
     if best is not None:
         times = f"{best['ratio']['median']:.1f} x PyTorch, " if best["ratio"] else ""
+        loaded = found.bench is not None and found.bench["during"]["under_load"]
         tiles.append(
             Tile(
                 f"Fastest at batch {best['batch']}",
                 f"{ms_text(best['latency']['p50_ms'])} ms",
-                f"{times}{best['contender']}",
+                f"{times}{best['contender']}{', measured under load' if loaded else ''}",
+                "warn" if loaded else "",
             )
         )
     evaluated = found.manifest["checks"].get("evaluate", {}).get("accuracy", {})

@@ -26,8 +26,10 @@ def fastest(bench: Mapping[str, Any]) -> Mapping[str, Any] | None:
     )
 
 
-def speed_section(bench: Mapping[str, Any]) -> Section:
+def speed_section(bench: Mapping[str, Any] | None) -> Section | None:
     """Return latency and throughput against batch, and every figure as a table."""
+    if bench is None:
+        return None
     settings, rows = bench["settings"], _measured(bench)
     where = (
         f"{machine_text(bench['machine'])}; {settings['threads']} threads, "

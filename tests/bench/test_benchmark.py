@@ -1,0 +1,216 @@
+"""Whole benchmarks on the embedded network, with the real ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Cli
+from van_deploy.bench.benchmark import BenchReport, Settings, benchmark_bundle
+from van_deploy.bench.compare import compare_reports, read_report
+from van_deploy.bench.machine import Watch, busy_cores
+from van_deploy.bench.store import save_report
+from van_deploy.bundle import Bundle
+from van_deploy.errors import InputError, UsageError
+
+QUICK_WORDS = (
+    *("--seconds", "0.05", "--calls", "2", "--rounds", "2", "--warmup", "0", "--limit", "0.2"),
+    *("--threads", "1", "--runners", "onnxruntime"),
+)
+
+
+@pytest.fixture(scope="module")
+def measured(digits: Bundle) -> BenchReport:
+    from van_deploy.bench.race import Budget
+
+    budget = Budget(seconds=0.1, calls=4, limit_s=0.5, rounds=2, warmup_s=0.0)
+    settings = Settings((1, 2), threads=1, runners=("onnxruntime",), budget=budget)
+    return benchmark_bundle(digits, settings)
+
+
+@pytest.fixture
+def plain(measured: BenchReport) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(json.dumps(measured.as_dict()))
+    return result
+
+
+def test_every_batch_has_a_row_with_figures_that_belong_together(measured: BenchReport) -> None:
+    rows = {row.batch: row for row in measured.rows}
+    assert sorted(rows) == [1, 2]
+    for batch, row in rows.items():
+        assert row.latency is not None
+        assert row.images_per_s is not None
+        assert row.latency.calls >= 4
+        assert row.latency.min_ms <= row.latency.p50_ms <= row.latency.p90_ms <= row.latency.p99_ms
+        assert row.images_per_s == pytest.approx(1e3 * batch / row.latency.mean_ms, rel=0.2)
+        assert row.peak_rss_bytes is not None
+        assert row.peak_rss_bytes > 10e6
+        assert len(row.round_ms) == 2
+
+
+def test_the_report_holds_what_is_needed_to_repeat_it(plain: dict[str, Any]) -> None:
+    assert plain["settings"]["threads"] == 1
+    assert plain["settings"]["budget"]["rounds"] == 2
+    assert plain["versions"]["onnxruntime"]
+    assert plain["machine"]["cpu"]["name"]
+    assert plain["contenders"]["onnxruntime/fp32"]["sha256"]
+    assert plain["weights"]["sha256"]
+    assert plain["loading"]["onnxruntime/fp32"]["load_s"] > 0
+    assert 0 <= plain["seconds"]["overhead_percent"] <= 100
+
+
+def test_the_roofline_stands_above_what_was_measured(plain: dict[str, Any]) -> None:
+    assert plain["ceilings"]["source"] == "measured"
+    assert plain["ceilings"]["ops_per_s"]["int8"] > 0
+    entries = plain["roofline"]
+    assert {entry["batch"] for entry in entries} == {1, 2}
+    assert all(0 < entry["percent_of_limit"] < 150 for entry in entries)
+
+
+def test_the_reference_is_the_first_that_runs_unless_it_was_named(
+    digits: Bundle, measured: BenchReport, quick: Settings
+) -> None:
+    assert measured.facts["reference"] == "onnxruntime/fp32"
+    with pytest.raises(UsageError, match="The reference 'pytorch-compile' is not among"):
+        benchmark_bundle(digits, replace(quick, reference="pytorch-compile"))
+
+
+def test_a_latency_limit_gives_the_best_batch_below_it(digits: Bundle, quick: Settings) -> None:
+    report = benchmark_bundle(digits, replace(quick, p99_ms=1e6))
+    under = report.facts["best_under_p99"]
+    best = under["best"]["onnxruntime/fp32"]
+    assert [row.batch for row in report.rows] == [1, 2, 4, 8, 16, 32]
+    assert best["images_per_s"] == max(row.images_per_s or 0 for row in report.rows)
+    report = benchmark_bundle(digits, replace(quick, p99_ms=1e-6))
+    assert [row.batch for row in report.rows] == [1], "what is too slow is not tried at more"
+    assert report.facts["best_under_p99"]["best"]["onnxruntime/fp32"] is None
+
+
+def test_other_image_sizes_run_the_same_weights(digits: Bundle, quick: Settings) -> None:
+    report = benchmark_bundle(digits, replace(quick, batches=(1,), image_sizes=(32, 64)))
+    small, native = sorted(report.rows, key=lambda row: row.image_size)
+    assert (small.image_size, native.image_size) == (32, 64)
+    assert small.error == native.error == ""
+
+
+@pytest.mark.parametrize(
+    "change", [{"batches": ()}, {"batches": (0,)}, {"streams": 0}, {"threads": 0}, {"p99_ms": 0.0}]
+)
+def test_nonsense_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Settings(**change)
+
+
+def test_load_by_others_is_noticed() -> None:
+    import subprocess
+    import sys
+
+    if busy_cores(0.1) is None:
+        pytest.skip("this system does not say how busy it is")
+    watch = Watch(cores=1)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            busy = busy_cores(0.4)
+            report = watch.report()
+        finally:
+            process.kill()
+    assert busy is not None
+    assert busy > 0.2
+    assert report["under_load"], "a process that was not waited for is others' work"
+
+
+def test_compare_pairs_rows_and_says_what_changed(plain: dict[str, Any]) -> None:
+    slower = copy.deepcopy(plain)
+    for row in slower["rows"]:
+        row["latency"]["p50_ms"] *= 2
+    changes = compare_reports(slower, plain)
+    assert [change.batch for change in changes] == [1, 2]
+    assert all(change.speedup == pytest.approx(2.0) for change in changes)
+    assert all(change.same_file for change in changes)
+    assert all(change.ratio_change_percent == pytest.approx(0.0) for change in changes)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("machine", "cpu", "name"), "Another CPU", "the device was Another CPU"),
+        (("versions", "tensorrt"), "10.16.1", "TensorRT's major version was TensorRT 10"),
+        (("settings", "threads"), 7, "the number of threads was 7, now it is 1"),
+        (("settings", "streams"), 3, "the number of streams was 3, now it is 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    plain: dict[str, Any], path: tuple[str, ...], value: object, words: str
+) -> None:
+    old = copy.deepcopy(plain)
+    place = old
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(UsageError) as caught:
+        compare_reports(old, plain)
+    assert caught.value.message.startswith("The two benchmarks cannot be compared: ")
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "something/else"}'])
+def test_another_file_is_not_taken_for_a_benchmark(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(text)
+    with pytest.raises(InputError):
+        read_report(path)
+
+
+def test_a_result_is_kept_in_the_bundle_and_in_a_file(
+    digits: Bundle, plain: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(digits.path, folder)
+    output = tmp_path / "deep" / "bench.json"
+    save_report(plain, Bundle.open(folder), output)
+    assert read_report(output) == read_report(folder / "bench.json") == plain
+    summary = Bundle.open(folder).manifest["checks"]["bench"]
+    assert [row["batch"] for row in summary["rows"]] == [1, 2]
+
+
+def test_the_command_prints_tables_and_one_json(digits: Bundle, cli: Cli, tmp_path: Path) -> None:
+    output = tmp_path / "new.json"
+    words = (digits.path, "--batches", "1", *QUICK_WORDS, "--no-save", "--output", output)
+    first = cli("bench", *words)
+    assert first.exit_code == 0
+    assert "onnxruntime/fp32" in first.stdout
+    assert "Roofline" in first.stdout
+    second = cli("bench", *words, "--json", "--compare", output)
+    result = json.loads(second.stdout)
+    assert result["schema"] == "van-deploy/bench/1"
+    assert result["changes"][0]["contender"] == "onnxruntime/fp32"
+    assert not (digits.path / "bench.json").exists()
+
+
+def test_the_command_refuses_in_words(digits: Bundle, cli: Cli, tmp_path: Path) -> None:
+    result = cli("bench", digits.path, "--batches", "1,two")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: --batches '1,two' is not a list of whole numbers.\n"
+        "  Write them with commas: --batches 1,8,32.\n"
+    )
+    assert cli("bench", digits.path, "--runners", "tvm").exit_code == 2
+    assert cli("bench", tmp_path / "nothing").exit_code == 5
+    assert cli("bench", digits.path, "--compare", tmp_path / "no.json").exit_code == 5
+
+
+def test_limits_on_paper_are_labelled_so(digits: Bundle, cli: Cli) -> None:
+    result = cli("bench", digits.path, "--device", "l4", "--batches", "8")
+    assert result.exit_code == 0
+    assert "Limits on paper of L4 (NVIDIA L4 data sheet (2023)); nothing here was measured" in (
+        " ".join(result.stdout.split())
+    )
+    values = json.loads(cli("bench", digits.path, "--device", "h100", "--json").stdout)
+    assert {limit["precision"] for limit in values["limits"]} == {"fp32", "tf32", "fp16"}
+    assert cli("bench", digits.path, "--device", "abacus").exit_code == 2

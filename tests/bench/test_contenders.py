@@ -1,0 +1,122 @@
+"""Who races, who does not and why, and how they are chosen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from van_deploy.bench.contender import Contender, Skipped
+from van_deploy.bench.contenders import chosen, contenders_of
+from van_deploy.bundle import MANIFEST, Bundle
+from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.errors import BundleError, MissingDependency, UsageError
+
+ENTRIES: list[Contender | Skipped] = [
+    Contender("pytorch", "pytorch", "fp32"),
+    Contender("pytorch-compile", "pytorch", "fp32"),
+    Contender("onnxruntime/fp32", "onnxruntime", "fp32"),
+    Contender("onnxruntime/int8-cpu", "onnxruntime", "int8"),
+    Skipped("openvino/fp32", "OpenVINO is not installed", "Install it."),
+]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        ((), [entry.name for entry in ENTRIES]),
+        (("pytorch",), ["pytorch"]),
+        (("pytorch*",), ["pytorch", "pytorch-compile"]),
+        (("onnxruntime",), ["onnxruntime/fp32", "onnxruntime/int8-cpu"]),
+        (("*/int8*", "pytorch"), ["pytorch", "onnxruntime/int8-cpu"]),
+    ],
+)
+def test_runners_are_chosen_by_name_run_time_or_pattern(
+    patterns: tuple[str, ...], names: list[str]
+) -> None:
+    assert [entry.name for entry in chosen(ENTRIES, patterns)] == names
+
+
+def test_an_unknown_runner_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UsageError) as caught:
+        chosen(ENTRIES, ("tvm",))
+    assert caught.value.message == "There is no runner 'tvm' here."
+    assert "onnxruntime/fp32" in caught.value.remedy
+
+
+def test_a_missing_runner_that_was_asked_for_is_an_error() -> None:
+    with pytest.raises(MissingDependency) as caught:
+        chosen(ENTRIES, ("openvino",))
+    assert caught.value.message == (
+        "The runner 'openvino/fp32' cannot start: OpenVINO is not installed."
+    )
+    assert caught.value.remedy == "Install it."
+
+
+def test_a_contender_survives_the_way_to_its_process() -> None:
+    contender = Contender("x/y", "tensorrt", "fp16", "a.plan", max_batch=8, min_batch=2)
+    assert Contender.from_dict(json.loads(json.dumps(contender.as_dict()))) == contender
+    assert contender.refuses(1)
+    assert not contender.refuses(8)
+
+
+def with_artefacts(bundle: Bundle, folder: Path, **changes: Mapping[str, object]) -> Bundle:
+    """Return a copy of ``bundle`` whose manifest has further artefacts, all the same file."""
+    shutil.copytree(bundle.path, folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name, change in changes.items():
+        manifest["artefacts"][name] = {**manifest["artefacts"]["fp32"], **change}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return Bundle.open(folder)
+
+
+def test_every_artefact_has_an_entry_and_what_cannot_run_has_a_reason(
+    digits: Bundle, tmp_path: Path
+) -> None:
+    bundle = with_artefacts(
+        digits,
+        tmp_path / "copy",
+        fp16={"precision": "fp16"},
+        int8={"precision": "int8", "made_with": {"settings": {"target": "tensorrt"}}},
+        engine={"kind": "engine", "precision": "fp16", "facts": {"profiles": ["2:4:8"]}},
+        **{"int8-cpu": {"precision": "int8", "made_with": {"settings": {"target": "cpu"}}}},
+    )
+    entries = {entry.name: entry for entry in contenders_of(bundle)}
+    assert isinstance(entries["pytorch"], Contender)
+    assert isinstance(entries["onnxruntime/fp32"], Contender)
+    assert isinstance(entries["onnxruntime/int8-cpu"], Contender)
+    for name, words in {
+        "onnxruntime/fp16": "FP16 is for GPUs",
+        "onnxruntime/int8": "quantised for tensorrt",
+        "openvino/int8": "quantised for tensorrt",
+    }.items():
+        entry = entries[name]
+        assert isinstance(entry, Skipped)
+        assert entry.reason.startswith(words)
+    driver = nvidia_driver()
+    if driver is None or not driver.gpus:
+        engine = entries["tensorrt/engine"]
+        assert isinstance(engine, Skipped)
+        assert engine.reason == "no NVIDIA GPU answers here"
+
+
+def test_a_changed_file_is_not_timed(digits: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(digits.path, folder)
+    with (folder / "model.onnx").open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(BundleError, match="was changed after the manifest"):
+        contenders_of(Bundle.open(folder))
+
+
+def test_a_bundle_without_artefacts_is_refused(digits: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(digits.path, folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["artefacts"] = {}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="has no artefact to time"):
+        contenders_of(Bundle.open(folder))

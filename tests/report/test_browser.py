@@ -1,0 +1,86 @@
+"""The page in a real browser: light, dark, narrow and printed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from van_deploy.bundle import Bundle
+from van_deploy.report.content import document_of
+from van_deploy.report.html import html_of_document
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--hide-scrollbars", "--disable-dev-shm-usage", "--enable-logging=stderr", "--v=0"),
+)
+DARK = "--blink-settings=preferredColorScheme=0"
+WITHIN_S = 120
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)"
+)
+
+
+@pytest.fixture(scope="module")
+def page(full: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(html_of_document(document_of(full)), encoding="utf-8")
+    return path
+
+
+def chromium(page: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=WITHIN_S,
+    )
+
+
+def screenshot(page: Path, folder: Path, *flags: str, width: int = 1180) -> np.ndarray:
+    target = folder / "shot.png"
+    size = f"--window-size={width},1600"
+    chromium(page, folder / "profile", size, f"--screenshot={target}", *flags)
+    with Image.open(target) as picture:
+        return np.asarray(picture.convert("RGB"), np.float64)
+
+
+def test_it_is_light_by_day_and_dark_by_night(page: Path, tmp_path: Path) -> None:
+    light = screenshot(page, tmp_path / "light")
+    dark = screenshot(page, tmp_path / "dark", DARK)
+    assert light.shape == dark.shape == (1600, 1180, 3)
+    assert light[4, 4].min() > 235
+    assert dark[4, 4].max() < 40
+    assert light.mean() > 200
+    assert dark.mean() < 80
+    assert light.std() > 15, "there is something on the page"
+
+
+def test_it_reads_without_errors_and_loads_nothing(page: Path, tmp_path: Path) -> None:
+    result = chromium(page, tmp_path / "profile", "--dump-dom")
+    assert "<h2>Roofline</h2>" in result.stdout
+    said = [line for line in result.stderr.splitlines() if ":CONSOLE" in line]
+    assert said == []
+
+
+def test_it_fits_a_narrow_window(page: Path, tmp_path: Path) -> None:
+    narrow = screenshot(page, tmp_path, width=500)
+    assert (narrow[:, -3:] == narrow[0, 0]).all(), "nothing reaches over the right edge"
+
+
+def test_it_prints(page: Path, tmp_path: Path) -> None:
+    target = tmp_path / "report.pdf"
+    chromium(page, tmp_path / "profile", DARK, "--no-pdf-header-footer", f"--print-to-pdf={target}")
+    data = target.read_bytes()
+    assert data.startswith(b"%PDF")
+    assert 2 <= data.count(b"/Type /Page\n") + data.count(b"/Type /Page ") <= 20
