@@ -84,8 +84,9 @@ def cases() -> list[Case]:
         for name in switches
     ]
     without = [
-        Case(f"all but {name}", replace(everything, **{name: False}), RefineSettings())
+        Case(f"all equalising but {name} + bias_correction", less, corrected)
         for name in switches
+        for less in [replace(everything, **{name: False})]
     ]
     learning = [
         Case(f"all equalising + bias_correction + {name}", everything, refining(*names))
