@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from van_deploy.checks.drift import DriftReport
 
-__all__ = ["drift"]
+__all__ = ["LevelName", "drift"]
 
 
 class LevelName(str, enum.Enum):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from van_deploy.checks.evaluate import EvaluateReport
 
-__all__ = ["evaluate"]
+__all__ = ["Where", "evaluate"]
 
 LABELS = "Labels"
 WORK = "How it is done"

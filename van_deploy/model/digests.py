@@ -16,7 +16,7 @@ from pathlib import Path
 
 from van_deploy.errors import DownloadError
 
-__all__ = ["cache_folder", "check_digest", "user_cache"]
+__all__ = ["cache_folder", "check_digest", "hub_cache", "user_cache"]
 
 
 def cache_folder() -> Path:
