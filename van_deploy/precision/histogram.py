@@ -8,6 +8,7 @@ a shift and a count, so every value of every image is counted, never a sample.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,34 +26,40 @@ __all__ = [
 ]
 
 MANTISSA_BITS = 9
-SMALLEST_EXPONENT = -24
-"""Magnitudes below 2^-24, the smallest FP16 number, share one bin."""
+SMALLEST_EXPONENT = -26
+"""Magnitudes below 2^-26, which FP16 rounds to zero, share one bin."""
 
 LARGEST_EXPONENT = 40
 """Magnitudes from 2^40 on share the last bin; the exact extremes are kept beside the bins."""
 
 BINS = (LARGEST_EXPONENT - SMALLEST_EXPONENT) << MANTISSA_BITS
-"""Bins of one sign, 32768; with counts of 8 bytes both signs take half a MiB."""
+"""Bins of one sign, 33792; with counts of 8 bytes both signs take half a MiB."""
 
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST = (SMALLEST_EXPONENT + 127) << MANTISSA_BITS  # 127: the exponent's bias in a float32
 _SIGN = 1 << (8 + MANTISSA_BITS)
-_CHUNK = 1 << 20  # values binned at a time: 8 MiB of indices
+_CHUNK = 1 << 18  # values binned at a time: 2 MiB of indices
 
 Counts = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float32]
 
 
+@functools.cache
 def bin_edges() -> npt.NDArray[np.float64]:
     """Return the ``BINS + 1`` magnitudes between which the bins lie, in rising order."""
     index = np.arange(BINS + 1) + _FIRST
-    return np.asarray(np.ldexp(1.0 + _fraction(index), _exponent(index)), dtype=np.float64)
+    edges = np.ldexp(1.0 + _fraction(index), _exponent(index)).astype(np.float64)
+    edges.setflags(write=False)
+    return edges
 
 
+@functools.cache
 def bin_centres() -> npt.NDArray[np.float64]:
     """Return the magnitude in the middle of each bin, ``(BINS,)``."""
     edges = bin_edges()
-    return np.asarray((edges[:-1] + edges[1:]) / 2)
+    centres = np.asarray((edges[:-1] + edges[1:]) / 2)
+    centres.setflags(write=False)
+    return centres
 
 
 @dataclass
@@ -63,6 +70,7 @@ class Histogram:
         positive: ``(BINS,)`` counts of positive values.
         negative: ``(BINS,)`` counts of negative values, by magnitude.
         tiny: values of magnitude below ``2 ** SMALLEST_EXPONENT``, zeros included.
+        zeros: those of them that are zero (or below 2^-126, as good as).
         minimum: smallest value.
         maximum: largest value.
     """
@@ -70,6 +78,7 @@ class Histogram:
     positive: Counts = field(default_factory=lambda: np.zeros(BINS, np.int64))
     negative: Counts = field(default_factory=lambda: np.zeros(BINS, np.int64))
     tiny: int = 0
+    zeros: int = 0
     minimum: float = np.inf
     maximum: float = -np.inf
 
@@ -91,10 +100,13 @@ class Histogram:
     def add_(self, values: Values) -> None:
         """Count every one of ``values``, an array of any shape without NaN."""
         flat = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)
-        if not flat.size:
-            return
-        self.minimum = min(self.minimum, float(flat.min()))
-        self.maximum = max(self.maximum, float(flat.max()))
+        if flat.size:
+            self.minimum = min(self.minimum, float(flat.min()))
+            self.maximum = max(self.maximum, float(flat.max()))
+            self.count_(flat)
+
+    def count_(self, flat: Values) -> None:
+        """Count ``flat (N,)``, whose extremes the caller has entered already."""
         bits = flat.view(np.uint32)
         index = np.empty(min(_CHUNK, flat.size), np.intp)
         for start in range(0, flat.size, _CHUNK):
@@ -104,6 +116,7 @@ class Histogram:
             counts = np.bincount(part, minlength=2 * _SIGN)
             self._add_counts_(counts[:_SIGN], self.positive)
             self._add_counts_(counts[_SIGN:], self.negative)
+            self.zeros += int(counts[0] + counts[_SIGN])
 
     def _add_counts_(self, counts: npt.NDArray[Any], target: Counts) -> None:
         last = _FIRST + BINS
@@ -117,6 +130,7 @@ class Histogram:
             positive=self.positive + other.positive,
             negative=self.negative + other.negative,
             tiny=self.tiny + other.tiny,
+            zeros=self.zeros + other.zeros,
             minimum=min(self.minimum, other.minimum),
             maximum=max(self.maximum, other.maximum),
         )
@@ -133,11 +147,26 @@ class Histogram:
         index = int(np.searchsorted(rising, share * rising[-1]))
         return min(float(bin_edges()[index + 1]), self.largest)
 
+    def below(self, magnitude: float) -> int:
+        """Return how many values have a magnitude below ``magnitude``, zeros included.
+
+        Exact where ``magnitude`` is the edge of a bin, as every power of two is;
+        else the bin it lies in is left out.
+        """
+        whole = int(np.searchsorted(bin_edges(), magnitude, side="right")) - 1
+        return self.tiny + int(self.magnitudes[: max(whole, 0)].sum())
+
+    @property
+    def smallest(self) -> float:
+        """The smallest magnitude that is not zero, to a bin's width; ``inf`` if there is none."""
+        if self.tiny > self.zeros:
+            return float(bin_edges()[0])
+        filled = np.flatnonzero(self.magnitudes)
+        return float(bin_edges()[filled[0]]) if filled.size else np.inf
+
     def share_below(self, magnitude: float) -> float:
         """Return which share of the values has a magnitude below ``magnitude``, zeros included."""
-        whole = int(np.searchsorted(bin_edges(), magnitude, side="right")) - 1
-        below = self.tiny + int(self.magnitudes[: max(whole, 0)].sum())
-        return below / max(self.count, 1)
+        return self.below(magnitude) / max(self.count, 1)
 
 
 def _fraction(index: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

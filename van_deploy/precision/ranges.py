@@ -1,14 +1,15 @@
 """The range of every tensor on real images, in one pass over them.
 
 One ONNX Runtime session gives every tensor of a batch at once; each goes into
-its fixed-size record and is dropped. The memory needed is that of one batch
+its fixed-size record and is dropped. The memory needed is that of two batches
 and of the records, whatever the number of images.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,12 @@ __all__ = [
 FP16_SMALLEST_NORMAL = 2.0**-14
 FP16_SMALLEST = 2.0**-25  # rounds to the smallest FP16 number; below it, to zero
 
-BATCH_BYTES = 384 << 20
-"""Memory that one batch's tensors may take while ranges are recorded."""
+BATCH_BYTES = 192 << 20
+"""Memory that one batch's tensors may take while ranges are recorded; two are held."""
 
 Images = npt.NDArray[np.float32]
+_Run = Callable[[Images], list[Images]]
+_CHUNK = 1 << 18  # values looked at together, few enough for a core's own cache
 
 
 @dataclass
@@ -56,7 +59,8 @@ class TensorRange:
         smallest: smallest magnitude that is not zero; ``inf`` if all are.
         count: how many values.
         subnormal: how many non-zero values are below FP16's normal numbers (6.1e-5).
-        vanishing: how many non-zero values FP16 rounds to zero.
+        vanishing: how many non-zero values FP16 rounds to zero. With a histogram, these
+            three are known once :meth:`close_` was called.
         histogram: of all values, for the tensors it was asked for.
     """
 
@@ -76,31 +80,49 @@ class TensorRange:
         """The largest magnitude; 0 where nothing was seen."""
         return max(self.maximum, -self.minimum, 0.0)
 
-    def add_(self, values: npt.NDArray[np.float32]) -> None:
-        """Take in one batch ``(N, ...)``."""
+    def add_(self, values: npt.NDArray[np.float32]) -> bool:
+        """Take in one batch ``(N, ...)``; return whether all of it was finite."""
         rows = values.reshape(len(values), -1)
         low, high = rows.min(axis=1), rows.max(axis=1)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):  # NaN is passed on by both
+            return False
         self.minimum = min(self.minimum, float(low.min()))
         self.maximum = max(self.maximum, float(high.max()))
         before, self.images = self.images, self.images + len(rows)
         self.mean_minimum = (self.mean_minimum * before + float(low.sum())) / self.images
         self.mean_maximum = (self.mean_maximum * before + float(high.sum())) / self.images
         self.count += values.size
-        self._add_small_(rows)
-        if self.histogram is not None:
-            self.histogram.add_(values)
+        if self.histogram is None:
+            self._add_small_(values.reshape(-1))
+        else:
+            self.histogram.minimum, self.histogram.maximum = self.minimum, self.maximum
+            self.histogram.count_(values.reshape(-1))
+        return True
 
-    def _add_small_(self, rows: npt.NDArray[np.float32]) -> None:
-        magnitude = np.abs(rows)
-        small = magnitude[magnitude < FP16_SMALLEST_NORMAL]
-        small = small[small > 0]
-        self.subnormal += small.size
-        self.vanishing += int(np.count_nonzero(small <= FP16_SMALLEST))
-        if small.size:
-            self.smallest = min(self.smallest, float(small.min()))
-        elif self.smallest >= FP16_SMALLEST_NORMAL:
-            least = float(np.min(magnitude, where=magnitude > 0, initial=np.inf))
-            self.smallest = min(self.smallest, least)
+    def _add_small_(self, flat: npt.NDArray[np.float32]) -> None:
+        """Count the small magnitudes of a tensor without a histogram."""
+        for start in range(0, flat.size, _CHUNK):
+            magnitude = np.abs(flat[start : start + _CHUNK])
+            least = float(magnitude.min())
+            if least > 0.0:
+                self.smallest = min(self.smallest, least)
+            if least >= FP16_SMALLEST_NORMAL:
+                continue
+            small = magnitude[magnitude < FP16_SMALLEST_NORMAL]
+            small = small[small > 0]
+            if small.size:
+                self.subnormal += small.size
+                self.vanishing += int(np.count_nonzero(small <= FP16_SMALLEST))
+                self.smallest = min(self.smallest, float(small.min()))
+
+    def close_(self) -> None:
+        """Take the counts of small magnitudes from the histogram, whose bins end at them."""
+        histogram = self.histogram
+        if histogram is None:
+            return
+        self.subnormal = histogram.below(FP16_SMALLEST_NORMAL) - histogram.zeros
+        self.vanishing = histogram.below(FP16_SMALLEST) - histogram.zeros
+        self.smallest = histogram.smallest
 
 
 @dataclass(frozen=True)
@@ -179,20 +201,33 @@ def record_ranges(
     }
     run = _observer(model, names[1:], threads)
     seen = 0
-    for images in batches:
-        records[names[0]].add_(images)
-        for name, values in zip(names[1:], run(images), strict=True):
-            if not np.isfinite(values.sum(dtype=np.float64)):
+    for images, found in _ahead(run, batches):
+        for name, values in zip(names, (images, *found), strict=True):
+            if not records[name].add_(values):
                 raise _not_finite(name, values)
-            records[name].add_(values)
         seen += len(images)
         if progress is not None:
             progress(seen)
+    for record in records.values():
+        record.close_()
     if not seen:
         raise ImageError(
             "There is no image to record ranges on.", "Pass a folder with --images DIR."
         )
     return Ranges(records, seen)
+
+
+def _ahead(run: _Run, batches: Iterable[Images]) -> Iterator[tuple[Images, list[Images]]]:
+    """Yield each batch with its tensors, the next one already being computed meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: tuple[Images, Future[list[Images]]] | None = None
+        for images in batches:
+            following = (images, pool.submit(run, images))
+            if pending is not None:
+                yield pending[0], pending[1].result()
+            pending = following
+        if pending is not None:
+            yield pending[0], pending[1].result()
 
 
 def _observer(
@@ -282,7 +317,7 @@ def write_ranges(path: Path, ranges: Ranges) -> None:
             filled = np.flatnonzero(getattr(histogram, sign))
             arrays[f"{sign}_bins_{number}"] = filled.astype(np.int32)
             arrays[f"{sign}_counts_{number}"] = getattr(histogram, sign)[filled]
-        arrays[f"tiny_{number}"] = np.array(histogram.tiny, np.int64)
+        arrays[f"tiny_{number}"] = np.array([histogram.tiny, histogram.zeros], np.int64)
     header = {"names": names, "images": ranges.images, "facts": dict(ranges.facts)}
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     with path.open("wb") as file:
@@ -318,8 +353,9 @@ def _stored_range(stored: Any, number: int) -> TensorRange:
         vanishing=int(stored["vanishing"][number]),
     )
     if f"tiny_{number}" in stored:
+        tiny, zeros = (int(count) for count in stored[f"tiny_{number}"])
         histogram = Histogram(
-            tiny=int(stored[f"tiny_{number}"]), minimum=record.minimum, maximum=record.maximum
+            tiny=tiny, zeros=zeros, minimum=record.minimum, maximum=record.maximum
         )
         for sign in ("positive", "negative"):
             counts = getattr(histogram, sign)
