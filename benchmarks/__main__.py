@@ -17,9 +17,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from van_deploy.report.bench_view import machine_text
 from van_deploy.report.markdown import markdown_table
 
 ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
 PAGE = ROOT / "docs" / "benchmarks.md"
 BUSY = 0.1  # of the cores: above it, the page says that the machine was under load
 TOOLS = (*EXPORT_TOOLS, "onnxruntime", "openvino", "tensorrt-rtx-cu13")
@@ -53,7 +55,9 @@ class Section:
         script: the file beside this one.
         arguments: for the script.
         structured: the script prints ``columns``, ``rows``, ``claims`` and ``notes`` as
-            JSON; otherwise what it prints is shown as it stands.
+            JSON; otherwise whatever JSON it prints becomes tables.
+        real: further arguments where real weights and images lie beside the checkout;
+            ``{shared}`` is their folder.
     """
 
     title: str
@@ -61,6 +65,13 @@ class Section:
     script: str
     arguments: tuple[str, ...] = ()
     structured: bool = True
+    real: tuple[str, ...] = ()
+
+    def command(self) -> list[str]:
+        """Return the script's name and arguments, real data among them where there is any."""
+        real = self.real if SHARED.is_dir() else ()
+        shared = SHARED.relative_to(ROOT.parent)
+        return [self.script, *self.arguments, *(a.format(shared=f"../{shared}") for a in real)]
 
 
 SECTIONS: dict[str, Section] = {
@@ -80,10 +91,11 @@ SECTIONS: dict[str, Section] = {
     ),
     "precision": Section("Precision", "What FP16 and INT8 cost.", "precision.py", structured=False),
     "fidelity": Section(
-        "Fidelity", "Whether every fault that was put in is found.", "fidelity.py", structured=False
-    ),
-    "evaluate": Section(
-        "Evaluating", "Accuracy on labelled images, and its speed.", "evaluate.py", structured=False
+        "Fidelity",
+        "What each technique brings to INT8 on van_digits.",
+        "fidelity.py",
+        ("--baseline",),
+        structured=False,
     ),
     "engines": Section(
         "Building engines",
@@ -124,7 +136,7 @@ def _run(name: str, page: Path) -> int:
     busy = busy_cores()
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, str(script), *section.arguments],
+        [sys.executable, str(script), *section.command()[1:]],
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -163,7 +175,7 @@ def _heading(name: str, section: Section, took: float, busy: float | None) -> st
         f"- {machine_text(machine)}" + (f", {total / 2**30:.0f} GiB" if total else ""),
         f"- {versions}",
         f"- `python -m benchmarks --only {name}`"
-        f" (`python benchmarks/{' '.join((section.script, *section.arguments))}`)",
+        f" (`python benchmarks/{' '.join(section.command())}`)",
     ]
     if busy is not None and busy > BUSY * processor.cores_allowed:
         lines.append(
@@ -194,11 +206,45 @@ def _structured(stdout: str) -> str:
 
 
 def _plain(stdout: str) -> str:
-    """Return what a script printed: its Markdown as it stands, anything else as it looked."""
+    """Return a script's output as Markdown: JSON as tables, anything else as it looked."""
     text = stdout.strip("\n")
-    if re.search(r"^\| ?-{3}", text, re.MULTILINE):
-        return text
-    return f"```\n{text}\n```"
+    try:
+        values = json.loads(text)
+    except ValueError:
+        try:  # one JSON object a line
+            values = [json.loads(line) for line in text.splitlines()]
+        except ValueError:
+            return f"```\n{text}\n```"
+    return "\n\n".join(_tables(values))
+
+
+def _tables(values: Any) -> Iterator[str]:
+    """Yield JSON as tables: a list of mappings as one, a mapping of those as several."""
+    if isinstance(values, list) and all(isinstance(row, dict) for row in values):
+        for columns, rows in groupby(values, key=lambda row: tuple(row)):
+            cells = [[_cell(value) for value in row.values()] for row in rows]
+            yield markdown_table(columns, cells)
+    elif isinstance(values, dict) and any(isinstance(v, list | dict) for v in values.values()):
+        plain = {k: v for k, v in values.items() if not isinstance(v, list | dict)}
+        if plain:
+            yield from _tables([plain])
+        for name, value in values.items():
+            if isinstance(value, list | dict):
+                yield f"**{name}**"
+                yield from _tables(value)
+    elif isinstance(values, dict):
+        yield from _tables([values])
+    else:
+        yield f"`{json.dumps(values)}`"
+
+
+def _cell(value: Any) -> str:
+    """Return one value as a person reads it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _with_section(page: Path, name: str, text: str) -> str:
