@@ -81,7 +81,7 @@ def paired_difference_interval(
 
     >>> low, high = paired_difference_interval(10, 4, 1000)
     >>> round(low, 5), round(high, 5)
-    (-0.01373, 0.00175)
+    (-0.01355, 0.00158)
     """
     if total == 0:
         return -1.0, 1.0

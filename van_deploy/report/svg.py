@@ -115,7 +115,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Return about ``count`` round numbers that cover ``low`` to ``high``.
 
     >>> nice_ticks(0, 9.3)
-    [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    [0, 2, 4, 6, 8, 10]
     """
     if not high > low:
         high = low + 1
