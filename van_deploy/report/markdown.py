@@ -41,7 +41,7 @@ def markdown_table(
     >>> print(markdown_table(("name", "ms"), [("a|b", "1.5")], frozenset({1})))
     | name | ms |
     | --- | ---: |
-    | a\\|b | 1.5 |
+    | a\|b | 1.5 |
     """
     names = list(columns)
     rule = ["---:" if index in numbers else "---" for index in range(len(names))]
