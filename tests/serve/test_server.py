@@ -298,7 +298,12 @@ class TestPictures:
             ),
             (b"x", {"Content-Encoding": "br"}, 400, "use gzip or deflate"),
             (b"xyz", {"Content-Encoding": "gzip"}, 400, "is damaged"),
-            (gzip.compress(b"x" * 99, mtime=0)[:-4], {"Content-Encoding": "gzip"}, 400, "is truncated"),
+            (
+                gzip.compress(b"x" * 99, mtime=0)[:-4],
+                {"Content-Encoding": "gzip"},
+                400,
+                "is truncated",
+            ),
         ],
     )
     def test_what_is_no_picture_is_refused(
