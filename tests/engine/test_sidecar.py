@@ -71,7 +71,7 @@ def test_a_plan_without_a_sidecar(plan: Path) -> None:
     sidecar_path(plan).unlink()
     with pytest.raises(InputError, match="has no sidecar") as caught:
         verified_sidecar(plan)
-    assert "--trust-engine" in caught.value.remedy
+    assert "trust_engine=True" in caught.value.remedy
     assert caught.value.exit_code == 5
 
 
