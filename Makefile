@@ -16,7 +16,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip uninstall --yes --quiet $(OTHER_ONNXRUNTIME)
-	$(BIN)/python -m pip install --editable '.[dev,rtx,serve,$(RUNTIME)]'
+	$(BIN)/python -m pip install --editable '.[dev,rtx,serve,openvino,ray,$(RUNTIME)]'
 	rm -f .venv/.van-deploy-* && touch $@
 
 demo: setup
