@@ -142,15 +142,20 @@ class Bundle:
             )
         return artefacts[name]
 
-    def verified(self, name: str) -> Path:
+    def verified(self, name: str, *, only_file: bool = False) -> Path:
         """Return the path of an artefact's file after checking every digest.
+
+        Args:
+            name: of the artefact.
+            only_file: check the file itself and not what lies beside it.
 
         Raises:
             BundleError: a file is missing or is not the one the manifest names.
         """
         artefact = self.artefact(name)
         for relative, expected in artefact.files.items():
-            _verify(self.path / relative, expected)
+            if relative == artefact.file or not only_file:
+                _verify(self.path / relative, expected)
         return self.path / artefact.file
 
     def sizes(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ from van_deploy.checks.baseline import (
 )
 from van_deploy.checks.evaluate import EvaluateReport, Settings, evaluate_bundle
 from van_deploy.checks.labels import labelled_images
-from van_deploy.checks.opened import CPU
+from van_deploy.checks.opened import ON_CPU, Execution
 from van_deploy.checks.pictures import Pictures, pictures_to_check
 from van_deploy.checks.record import record_check
 from van_deploy.checks.speed import speed_ratios
@@ -81,7 +81,7 @@ def measure_bundle(
     labelled: Path | None = None,
     labels_file: Path | None = None,
     gates: GateSettings | None = None,
-    runner: str = CPU,
+    execution: Execution = ON_CPU,
     speed: bool = False,
     progress: Progress | None = None,
 ) -> Measured:
@@ -94,21 +94,23 @@ def measure_bundle(
         labelled: folder of labelled images to evaluate on, or None.
         labels_file: their labels, where the folder does not tell.
         gates: limits that are not to be derived.
-        runner: what runs ONNX artefacts.
+        execution: what runs the artefacts.
         speed: measure ratios of speed as well.
         progress: told what is measured.
     """
     say = progress or (lambda _: None)
-    verify = verify_bundle(bundle, loaded, pictures, gates=gates, runner=runner, progress=progress)
+    verify = verify_bundle(
+        bundle, loaded, pictures, gates=gates, execution=execution, progress=progress
+    )
     figures: list[Figure] = list(figures_from_verify(verify))
     evaluate = None
     if labelled is not None:
         say("Evaluating")
-        evaluate = _evaluate(bundle, loaded, labelled, labels_file, gates, runner, say)
+        evaluate = _evaluate(bundle, loaded, labelled, labels_file, gates, execution, say)
         figures += figures_from_evaluate(evaluate)
     if speed:
         say("Measuring ratios of speed")
-        figures += figures_from_speed(speed_ratios(bundle, loaded, pictures, runner=runner))
+        figures += figures_from_speed(speed_ratios(bundle, loaded, pictures, execution=execution))
     return Measured(bundle, pictures, verify, evaluate, tuple(figures))
 
 
@@ -122,7 +124,7 @@ class RunSettings:
         calibration: folder to calibrate on, where a precision needs it.
         labelled: folder of labelled images to evaluate on; None leaves that out.
         labels_file: their labels, where the folder does not tell.
-        runner: what runs ONNX artefacts in the gates.
+        execution: what runs the artefacts in the gates.
         force: make everything anew.
     """
 
@@ -131,7 +133,7 @@ class RunSettings:
     calibration: Path | None = None
     labelled: Path | None = None
     labels_file: Path | None = None
-    runner: str = CPU
+    execution: Execution = ON_CPU
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -215,7 +217,12 @@ def run_recipe(
     say("Preparing images")
     pictures = pictures_to_check(loaded.name, loaded.preprocessing, count, settings.images)
     verify = verify_bundle(
-        bundle, loaded, pictures, gates=recipe.gates, runner=settings.runner, progress=progress
+        bundle,
+        loaded,
+        pictures,
+        gates=recipe.gates,
+        execution=settings.execution,
+        progress=progress,
     )
     record_check(bundle, "verify", verify.as_dict())
     evaluate = None
@@ -227,7 +234,7 @@ def run_recipe(
             settings.labelled,
             settings.labels_file,
             recipe.gates,
-            settings.runner,
+            settings.execution,
             say,
         )
         record_check(bundle, "evaluate", evaluate.as_dict())
@@ -259,7 +266,7 @@ def _evaluate(
     folder: Path,
     labels_file: Path | None,
     gates: GateSettings | None,
-    runner: str,
+    execution: Execution,
     say: Progress,
 ) -> EvaluateReport:
     labelled = labelled_images(
@@ -269,7 +276,7 @@ def _evaluate(
         bundle,
         loaded,
         labelled,
-        Settings(runner=runner),
+        Settings(execution=execution),
         gates=gates,
         progress=lambda done, total: say(f"{done} of {total} images"),
     )

@@ -72,7 +72,7 @@ def accuracy_of_digits(bundle: Bundle) -> dict[str, object]:
         "images": "60 held-out digits",
         "accuracy": {
             "pytorch": {"runner": "pytorch", **asdict(accuracy)},
-            "fp32": {"runner": "onnxruntime-cpu", **asdict(accuracy)},
+            "fp32": {"runner": "ort-cpu", **asdict(accuracy)},
         },
         "drift": {"fp32": drift.as_dict()},
         "skipped": [],

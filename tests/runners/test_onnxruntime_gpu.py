@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -16,10 +15,7 @@ from van_deploy.metrics import compare
 from van_deploy.model.checkpoint import load_van
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, require_onnxruntime
 
-MAKERS = [OnnxRuntimeRunner.on_cuda, OnnxRuntimeRunner.on_tensorrt]
-PROVIDERS = dict(
-    zip(("ort-cuda", "ort-tensorrt"), ("CUDA", "Tensorrt"), strict=True),
-)
+ON_GPUS = {"ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +26,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("make", MAKERS)
-def test_a_provider_that_is_not_built_in(make: Any, model: Path) -> None:
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_a_provider_that_is_not_built_in(name: str, model: Path) -> None:
     ort = require_onnxruntime()
-    runner = make(model)
-    provider = f"{PROVIDERS[runner.name]}ExecutionProvider"
+    runner = OnnxRuntimeRunner(model, name=name)
+    provider = ON_GPUS[name]
     if provider in ort.get_available_providers():
         pytest.skip(f"this ONNX Runtime has {provider}")
     with pytest.raises(MissingDependency) as caught:
@@ -57,7 +53,7 @@ def test_a_silent_fall_back_is_refused(model: Path, monkeypatch: pytest.MonkeyPa
         pytest.warns(UserWarning, match="not in available provider"),
         pytest.raises(MissingDependency) as caught,
     ):
-        OnnxRuntimeRunner.on_cuda(model).__enter__()
+        OnnxRuntimeRunner(model, name="ort-cuda").__enter__()
     assert caught.value.message == (
         "ONNX Runtime has CUDAExecutionProvider but could not start it, and would have run on "
         "CPUExecutionProvider without a word."
@@ -65,15 +61,15 @@ def test_a_silent_fall_back_is_refused(model: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("make", MAKERS)
-def test_agreement_on_a_gpu(make: Any, model: Path) -> None:
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_agreement_on_a_gpu(name: str, model: Path) -> None:
     loaded = load_van("van_digits")
     shape = (5, loaded.config.in_chans, 32, 32)
     images = np.random.default_rng(0).standard_normal(shape, np.float32)
     with torch.inference_mode():
         expected = loaded.model(torch.from_numpy(images)).numpy()
     try:
-        with make(model) as runner:
+        with OnnxRuntimeRunner(model, name=name) as runner:
             found = compare(expected, runner.run(images))
     except MissingDependency as error:
         pytest.skip(error.message)

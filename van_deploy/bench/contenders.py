@@ -12,6 +12,7 @@ from van_deploy.environment.hardware import Cpu, cpu, nvidia_driver
 from van_deploy.environment.packages import execution_providers
 from van_deploy.errors import BundleError, MissingDependency, UsageError
 from van_deploy.recipe import BatchRange
+from van_deploy.runners.onnxruntime import PROVIDERS
 
 __all__ = ["REFERENCE", "chosen", "contenders_of"]
 
@@ -25,10 +26,7 @@ PYTORCH_MODES = {
     "pytorch-compile": "compile",
     "pytorch-autocast": "autocast",
 }
-GPU_PROVIDERS = {
-    "onnxruntime-cuda": "CUDAExecutionProvider",
-    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
-}
+ON_GPUS = ("ort-cuda", "ort-tensorrt")
 
 Entry = Contender | Skipped
 
@@ -133,9 +131,10 @@ def _graph(artefact: Artefact, path: str, processor: Cpu, gpu: bool) -> Iterable
             if BF16_FEATURES & set(processor.features):  # what is not quantised runs in it
                 yield contender("openvino-bf16", "openvino", "bf16")
     providers = execution_providers() if gpu else ()
-    for name, provider in GPU_PROVIDERS.items():
+    for name in ON_GPUS:
+        provider = PROVIDERS[name][0]
         if provider in providers:
-            yield contender(name, "onnxruntime", artefact.precision, provider)
+            yield contender(name, "onnxruntime", artefact.precision, name)
         else:
             missing = f"no {provider} in ONNX Runtime" if gpu else "no NVIDIA GPU answers here"
             yield Skipped(f"{name}/{artefact.name}", missing)

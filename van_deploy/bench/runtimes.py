@@ -113,10 +113,8 @@ def _pytorch(contender: Contender, threads: int) -> Any:
 def _onnxruntime(contender: Contender, threads: int) -> Any:
     from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-    provider = contender.mode or "CPUExecutionProvider"
-    fallback = () if provider == "CPUExecutionProvider" else ("CPUExecutionProvider",)
     return OnnxRuntimeRunner(
-        Path(contender.file), threads=threads, providers=(provider, *fallback), name=contender.name
+        Path(contender.file), threads=threads, name=contender.mode or "ort-cpu"
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from van_deploy.bundle import Bundle, file_sha256
+from van_deploy.checks.opened import ON_CPU, Execution
 from van_deploy.errors import BundleError
 from van_deploy.images import find_images, open_image, sample_pictures
 from van_deploy.metrics import softmax
@@ -117,7 +118,11 @@ def canary_entry(path: Path, logits: Logits, described: str) -> dict[str, Any]:
 
 
 def check_canary(
-    bundle: Bundle, artefact: str = "fp32", *, threads: int | None = None
+    bundle: Bundle,
+    artefact: str = "fp32",
+    execution: Execution = ON_CPU,
+    *,
+    threads: int | None = None,
 ) -> CanaryReport:
     """Return whether ``artefact`` says of the bundle's canary what PyTorch said.
 
@@ -141,7 +146,14 @@ def check_canary(
             f"The canary '{path}' is missing or was changed after the manifest was written.",
             "Make the bundle again, or restore the file.",
         )
-    with Network(bundle, artefact, threads=threads) as network:
+    network = Network(
+        bundle,
+        artefact,
+        runner=execution.runner,
+        threads=threads,
+        trust_engine=execution.trust_engine,
+    )
+    with network:
         pixels = pixels_from_image(open_image(path), network.preprocessing)[None]
         outputs = network.run(network.prepare(pixels))
         many = TOP if "top5_classes" in outputs else int(1e9)

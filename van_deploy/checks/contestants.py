@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.opened import CPU, NotRun, Opened, open_artefact
+from van_deploy.checks.opened import ON_CPU, Execution, NotRun, open_artefact
 from van_deploy.metrics import softmax, top_classes
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.runners.base import Logits
-from van_deploy.runners.network import PYTORCH
+from van_deploy.runners.network import PYTORCH, Network
 from van_deploy.runners.pytorch import TorchRunner
 
 __all__ = ["TOP", "Answers", "Contestants"]
@@ -63,7 +63,7 @@ class Contestants:
         bundle: the bundle.
         loaded: its original network.
         artefacts: names of artefacts.
-        runner: what runs ONNX artefacts.
+        execution: what runs them.
         threads: threads of each network; None lets it choose.
 
     Attributes:
@@ -77,17 +77,17 @@ class Contestants:
         bundle: Bundle,
         loaded: LoadedVan,
         artefacts: Sequence[str],
-        runner: str = CPU,
+        execution: Execution = ON_CPU,
         threads: int | None = None,
     ) -> None:
         self.loaded = loaded
         self._torch = TorchRunner(loaded.model)
-        self._open: dict[str, Opened] = {}
+        self._open: dict[str, Network] = {}
         self._stack = contextlib.ExitStack()
         self.skipped: list[NotRun] = []
         for name in artefacts:
             # Idle threads must not spin: the next picture is being decoded on that core.
-            opened = open_artefact(bundle, name, runner, threads=threads, spin=False)
+            opened = open_artefact(bundle, name, execution, threads=threads, spin=False)
             if isinstance(opened, NotRun):
                 self.skipped.append(opened)
             else:
@@ -116,5 +116,5 @@ class Contestants:
         images = normalised(pixels, self.loaded.preprocessing)
         answers = {PYTORCH: Answers.of(self._torch.run(images))}
         for name, opened in self._open.items():
-            answers[name] = Answers.of(opened.run(pixels))
+            answers[name] = Answers.of(opened.logits(pixels))
         return answers

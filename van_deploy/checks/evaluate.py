@@ -18,7 +18,7 @@ from van_deploy.checks.contestants import TOP, Answers, Contestants
 from van_deploy.checks.decoding import decode_batches
 from van_deploy.checks.journal import Journal
 from van_deploy.checks.labels import LabelledImages
-from van_deploy.checks.opened import CPU, NotRun
+from van_deploy.checks.opened import ON_CPU, Execution, NotRun
 from van_deploy.errors import ImageError
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.recipe import GateSettings
@@ -46,7 +46,7 @@ class Settings:
 
     Attributes:
         artefacts: which artefacts; empty for all.
-        runner: what runs ONNX artefacts.
+        execution: what runs the artefacts.
         batch: images a batch.
         workers: threads that decode; 0 for as many as there are cores.
         resume: go on with an interrupted evaluation.
@@ -57,7 +57,7 @@ class Settings:
     """
 
     artefacts: tuple[str, ...] = ()
-    runner: str = CPU
+    execution: Execution = ON_CPU
     batch: int = BATCH
     workers: int = 0
     resume: bool = False
@@ -164,7 +164,7 @@ def evaluate_bundle(
     """
     settings = settings or Settings()
     names = list(settings.artefacts) or list(bundle.artefacts)
-    contestants = Contestants(bundle, loaded, names, settings.runner)
+    contestants = Contestants(bundle, loaded, names, settings.execution)
     path = settings.journal or journal_path(bundle)
     started, total = time.perf_counter(), len(labelled.paths)
     with Journal(path, _key(bundle, labelled, names, settings), settings.resume) as journal:
@@ -302,7 +302,7 @@ def _key(bundle: Bundle, labelled: LabelledImages, names: Sequence[str], setting
             "weights": bundle.manifest["weights"]["sha256"],
             "preprocessing": bundle.manifest["preprocessing"],
             "artefacts": {name: bundle.artefact(name).sha256 for name in names},
-            "runner": settings.runner,
+            "runner": settings.execution.runner,
             "batch": settings.batch,
             "images": [[str(p), p.stat().st_size] for p in labelled.paths],
             "labels": labelled.labels.tolist(),

@@ -40,7 +40,7 @@ class _Worker:
         self.loaded = original_network(opened, weights)
         self.settings = settings
         self.contestants = Contestants(
-            opened, self.loaded, names, settings.runner, threads=CORES_AN_ACTOR
+            opened, self.loaded, names, settings.execution, threads=CORES_AN_ACTOR
         ).__enter__()
 
     def answer(self, labelled: LabelledImages, indices: Sequence[int]) -> list[dict[str, Any]]:

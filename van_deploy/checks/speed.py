@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.opened import CPU, NotRun, open_artefact
+from van_deploy.checks.opened import ON_CPU, Execution, NotRun, open_artefact
 from van_deploy.checks.pictures import Pictures
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.pixels import normalised
@@ -24,7 +24,7 @@ WARM_UPS, ROUNDS = 2, 25
 
 
 def speed_ratios(
-    bundle: Bundle, loaded: LoadedVan, pictures: Pictures, *, runner: str = CPU
+    bundle: Bundle, loaded: LoadedVan, pictures: Pictures, *, execution: Execution = ON_CPU
 ) -> dict[str, float]:
     """Return PyTorch's time over each artefact's, at the bundle's optimal batch.
 
@@ -33,21 +33,21 @@ def speed_ratios(
     """
     size = min(int(bundle.manifest["batch"]["opt"]), len(pictures.pixels))
     with _one_thread():
-        return _ratios(bundle, loaded, pictures, runner, size)
+        return _ratios(bundle, loaded, pictures, execution, size)
 
 
 def _ratios(
-    bundle: Bundle, loaded: LoadedVan, pictures: Pictures, runner: str, size: int
+    bundle: Bundle, loaded: LoadedVan, pictures: Pictures, execution: Execution, size: int
 ) -> dict[str, float]:
     pixels = pictures.pixels[:size]
     images = normalised(pixels, loaded.preprocessing)
     ratios = {}
     for name in bundle.artefacts:
-        opened = open_artefact(bundle, name, runner, threads=1, spin=False)
+        opened = open_artefact(bundle, name, execution, threads=1, spin=False)
         if isinstance(opened, NotRun):
             continue
         with opened, TorchRunner(loaded.model) as original:
-            ratios[name] = _ratio(partial(original.run, images), partial(opened.run, pixels))
+            ratios[name] = _ratio(partial(original.run, images), partial(opened.logits, pixels))
     return ratios
 
 

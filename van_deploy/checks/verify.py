@@ -29,7 +29,7 @@ from van_deploy.checks.gates import (
     measure_noise,
 )
 from van_deploy.checks.isolate import cuts_of
-from van_deploy.checks.opened import CPU, NotRun, Opened, open_artefact, plain_onnx
+from van_deploy.checks.opened import ON_CPU, Execution, NotRun, open_artefact, plain_onnx
 from van_deploy.checks.pictures import Pictures
 from van_deploy.checks.reference import Reference, reference_of
 from van_deploy.errors import VanDeployError
@@ -38,7 +38,7 @@ from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.pixels import normalised
 from van_deploy.recipe import BatchRange, GateSettings
 from van_deploy.runners.base import Logits, run_in_batches
-from van_deploy.runners.network import runnable_artefacts
+from van_deploy.runners.network import Network
 from van_deploy.runners.pytorch import TorchRunner
 
 __all__ = [
@@ -229,7 +229,7 @@ def verify_bundle(
     *,
     gates: GateSettings | None = None,
     artefacts: Sequence[str] = (),
-    runner: str = CPU,
+    execution: Execution = ON_CPU,
     modules: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -242,7 +242,7 @@ def verify_bundle(
         pictures: at least as many as the largest batch.
         gates: limits that are not to be derived.
         artefacts: which ones; by default all.
-        runner: one of :data:`~van_deploy.checks.opened.RUNNERS`, for ONNX artefacts.
+        execution: what runs them.
         modules: look into plain ONNX graphs as well, module by module.
         threads: threads of ONNX Runtime; None lets it choose.
         progress: told what is checked.
@@ -265,15 +265,16 @@ def verify_bundle(
         limits = limits_from_noise(
             expected.noise, artefact.precision, settings.of(artefact.precision)
         )
-        opened = open_artefact(bundle, name, runner, threads=threads)
+        opened = open_artefact(bundle, name, execution, threads=threads)
         if isinstance(opened, NotRun):
             verdicts.append(
                 ArtefactVerdict(name, artefact.precision, opened.runner, "skipped", opened.reason)
             )
             continue
-        verdict = _verify_opened(opened, artefact.precision, expected, pictures, sizes, limits)
+        served = [size for size in sizes if opened.serves(size)]
+        verdict = _verify_opened(opened, artefact.precision, expected, pictures, served, limits)
         verdict = _add(verdict, _contract_failures(bundle, name))
-        verdict = _with_canary(verdict, bundle, threads)
+        verdict = _with_canary(verdict, bundle, execution, threads)
         if modules and name in plain:
             say(f"'{name}', module by module")
             images = normalised(pictures.pixels[:MODULE_IMAGES], loaded.preprocessing)
@@ -304,17 +305,17 @@ def verify_logits(
 
 
 def _verify_opened(
-    opened: Opened,
+    opened: Network,
     precision: str,
     expected: ReferenceLogits,
     pictures: Pictures,
     sizes: Sequence[int],
     limits: Limits,
 ) -> ArtefactVerdict:
-    pixels, name = pictures.pixels, opened.artefact
+    pixels, name = pictures.pixels, opened.name
     try:
         with opened:
-            alone = np.concatenate([opened.run(pixels[i : i + 1]) for i in range(len(pixels))])
+            alone = np.concatenate([opened.logits(pixels[i : i + 1]) for i in range(len(pixels))])
             if alone.shape != expected.float64.shape:
                 return _broken(
                     opened,
@@ -338,11 +339,11 @@ def _verify_opened(
 
 
 def _batch(
-    opened: Opened, pixels: Any, expected: Array, alone: Logits, limits: Limits
+    opened: Network, pixels: Any, expected: Array, alone: Logits, limits: Limits
 ) -> BatchVerdict:
     size = len(pixels)
     try:
-        together = opened.run(pixels)
+        together = opened.logits(pixels)
     except Exception as error:
         return BatchVerdict(size, None, None, (f"it does not run: {_line(error)}",))
     if together.shape != expected.shape:
@@ -357,9 +358,9 @@ def _batch(
     return BatchVerdict(size, comparison, row, tuple(failures))
 
 
-def _broken(opened: Opened, precision: str, limits: Limits, failure: str) -> ArtefactVerdict:
+def _broken(opened: Network, precision: str, limits: Limits, failure: str) -> ArtefactVerdict:
     return ArtefactVerdict(
-        opened.artefact, precision, opened.runner, "failed", limits=limits, failures=(failure,)
+        opened.name, precision, opened.runner, "failed", limits=limits, failures=(failure,)
     )
 
 
@@ -368,11 +369,13 @@ def _add(verdict: ArtefactVerdict, failures: Sequence[str]) -> ArtefactVerdict:
     return replace(verdict, failures=together, outcome="failed" if together else verdict.outcome)
 
 
-def _with_canary(verdict: ArtefactVerdict, bundle: Bundle, threads: int | None) -> ArtefactVerdict:
+def _with_canary(
+    verdict: ArtefactVerdict, bundle: Bundle, execution: Execution, threads: int | None
+) -> ArtefactVerdict:
     """Return the verdict with whether the artefact answers the bundle's picture as PyTorch did."""
-    if "canary" not in bundle.manifest or verdict.artefact not in runnable_artefacts(bundle):
+    if "canary" not in bundle.manifest:
         return verdict
-    report = check_canary(bundle, verdict.artefact, threads=threads)
+    report = check_canary(bundle, verdict.artefact, execution, threads=threads)
     failures = [f"the canary '{bundle.manifest['canary']['file']}': {f}" for f in report.failures]
     return _add(replace(verdict, canary=report.max_change), failures)
 

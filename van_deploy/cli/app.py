@@ -1,8 +1,6 @@
-"""The ``van-deploy`` program: its commands in the order of the work, and one place for errors.
+"""The ``van-deploy`` program: one place where errors become messages and exit codes.
 
-To add a command: write ``van_deploy/cli/<command>.py`` with a function whose
-docstring opens with one line and carries an ``Example:``, and add one line to
-the list below. Nothing heavy may be imported when that module is.
+Its commands are in :mod:`van_deploy.cli.commands`.
 
 Exit codes: 0 done, 1 a gate failed, 2 wrong usage, 3 something is missing from
 the environment, 4 a conversion or a build failed, 5 bad weights, images, recipe
@@ -21,34 +19,11 @@ import typer
 from typer.core import TyperGroup
 
 from van_deploy import __version__
-from van_deploy.cli import (
-    bench,
-    build,
-    check,
-    doctor,
-    drift,
-    evaluate,
-    export,
-    info,
-    inspect,
-    list_,
-    package,
-    predict,
-    quantize,
-    report,
-    run,
-    serve,
-    verify,
-)
+from van_deploy.cli.commands import LazyGroup
 from van_deploy.cli.console import print_error
 from van_deploy.errors import MissingDependency, VanDeployError
 
 __all__ = ["CommandGroup", "app", "main", "translated"]
-
-MAIN_JOB = "Main job"
-LOOK = "Look around"
-USE = "Use"
-JUDGE = "Gates"
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -90,8 +65,12 @@ class CommandGroup(TyperGroup):
             raise typer.Exit(error.exit_code) from failure
 
 
+class _Program(LazyGroup, CommandGroup):
+    """All commands, with their errors translated."""
+
+
 app = typer.Typer(
-    cls=CommandGroup,
+    cls=_Program,
     name="van-deploy",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -100,25 +79,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a gate failed, 2 wrong usage, 3 something is missing here, "
     "4 a conversion failed, 5 bad input. Every command has --json.",
 )
-
-# One line a command, in the order in which people need them.
-app.command("export", rich_help_panel=MAIN_JOB)(export.export)
-app.command("quantize", rich_help_panel=MAIN_JOB)(quantize.quantize)
-app.command("build", rich_help_panel=MAIN_JOB)(build.build)
-app.command("run", rich_help_panel=MAIN_JOB)(run.run)
-app.command("verify", rich_help_panel=JUDGE)(verify.verify)
-app.command("evaluate", rich_help_panel=JUDGE)(evaluate.evaluate)
-app.command("drift", rich_help_panel=JUDGE)(drift.drift)
-app.command("check", rich_help_panel=JUDGE)(check.check)
-app.command("list", rich_help_panel=LOOK)(list_.list_variants)
-app.command("info", rich_help_panel=LOOK)(info.info)
-app.command("inspect", rich_help_panel=LOOK)(inspect.inspect)
-app.command("doctor", rich_help_panel=LOOK)(doctor.doctor)
-app.command("bench", rich_help_panel=USE)(bench.bench)
-app.command("predict", rich_help_panel=USE)(predict.predict)
-app.command("package", rich_help_panel=USE)(package.package)
-app.command("serve", rich_help_panel=USE)(serve.serve)
-app.command("report", rich_help_panel=USE)(report.report)
 
 
 def _print_version(wanted: bool) -> None:

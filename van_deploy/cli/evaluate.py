@@ -14,7 +14,9 @@ from van_deploy.cli.opening import (
     BundlePath,
     RecipeName,
     RunnerName,
+    TrustEngine,
     WeightsPath,
+    execution_by,
     gates_of,
     opened,
 )
@@ -60,7 +62,8 @@ def evaluate(
         int | None, typer.Option(help="At most so many images, evenly spread.")
     ] = None,
     artefact: ArtefactNames = None,
-    runner: RunnerName = "onnxruntime-cpu",
+    runner: RunnerName = "ort-cpu",
+    trust_engine: TrustEngine = False,
     recipe: RecipeName = "",
     batch: Annotated[int, typer.Option(help="Images a batch.", rich_help_panel=WORK)] = 32,
     workers: Annotated[
@@ -118,7 +121,7 @@ def evaluate(
         )
         settings = Settings(
             artefacts=tuple(artefact or ()),
-            runner=runner,
+            execution=execution_by(runner, trust_engine),
             batch=batch,
             workers=workers,
             resume=resume,

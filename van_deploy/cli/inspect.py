@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from van_deploy.cli.console import AsJson, emit
+from van_deploy.cli.opening import TrustEngine
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,17 +23,20 @@ def inspect(
     artefact: Annotated[
         Path, typer.Argument(help="An ONNX file, an engine (.plan), or a bundle with them.")
     ],
+    trust_engine: TrustEngine = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what is in an artefact: operators, sizes, inputs and outputs, metadata.
 
     Example: van-deploy inspect dist/van_b1/model.onnx
     """
-    emit(described(artefact), as_json, _table)
+    emit(described(artefact, trust_engine=trust_engine), as_json, _table)
 
 
-def described(artefact: Path) -> list[dict[str, Any]]:
+def described(artefact: Path, *, trust_engine: bool = False) -> list[dict[str, Any]]:
     """Return the description of one file, or of everything in a bundle that can be run.
+
+    ``trust_engine`` is that of :func:`~van_deploy.engine.inspect.describe_engine`.
 
     Raises:
         InputError: there is nothing to describe, or it cannot be read.
@@ -43,13 +47,14 @@ def described(artefact: Path) -> list[dict[str, Any]]:
 
     if artefact.is_dir():
         bundle = Bundle.open(artefact)
-        return [one for a in bundle.artefacts.values() for one in described(bundle.path / a.file)]
+        files = [bundle.path / artefact.file for artefact in bundle.artefacts.values()]
+        return [one for file in files for one in described(file, trust_engine=trust_engine)]
     if not artefact.exists():
         raise InputError(f"There is no file '{artefact}'.", "Check the path.")
     if artefact.suffix in ENGINES:
         from van_deploy.engine.inspect import describe_engine
 
-        return [describe_engine(artefact)]
+        return [describe_engine(artefact, trust_engine=trust_engine)]
     if artefact.suffix == ".onnx":
         return [describe_onnx(artefact)]
     raise InputError(

@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from van_deploy.bundle import Bundle
+    from van_deploy.checks.opened import Execution
     from van_deploy.checks.pictures import Pictures
     from van_deploy.model.checkpoint import LoadedVan
     from van_deploy.recipe import GateSettings
@@ -18,7 +19,9 @@ __all__ = [
     "BundlePath",
     "RecipeName",
     "RunnerName",
+    "TrustEngine",
     "WeightsPath",
+    "execution_by",
     "gates_of",
     "opened",
     "pictures_for",
@@ -31,7 +34,14 @@ WeightsPath = Annotated[
 ]
 RunnerName = Annotated[
     str,
-    typer.Option(help="onnxruntime-cpu, onnxruntime-cuda or onnxruntime-tensorrt."),
+    typer.Option(help="What runs ONNX artefacts: ort-cpu, ort-cuda or ort-tensorrt."),
+]
+TrustEngine = Annotated[
+    bool,
+    typer.Option(
+        "--trust-engine",
+        help="Run an engine whose sidecar is gone. An engine is code: only one you built yourself.",
+    ),
 ]
 ArtefactNames = Annotated[
     list[str] | None,
@@ -49,6 +59,13 @@ def opened(bundle: Path, weights: Path | None) -> tuple[Bundle, LoadedVan]:
 
     found = Bundle.open(bundle)
     return found, original_network(found, weights)
+
+
+def execution_by(runner: str, trust_engine: bool = False) -> Execution:
+    """Return what runs the artefacts."""
+    from van_deploy.checks.opened import Execution
+
+    return Execution(runner, trust_engine)
 
 
 def gates_of(recipe: str) -> GateSettings | None:

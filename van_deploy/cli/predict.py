@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from van_deploy.cli.console import AsJson, emit, plain, progress, remark
+from van_deploy.cli.opening import RunnerName, TrustEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import RenderableType
 
+    from van_deploy.runners.network import Network
     from van_deploy.serve.predict import Prediction
 
 __all__ = ["predict"]
@@ -36,6 +38,8 @@ def predict(
     batch: Annotated[
         int | None, typer.Option(help="Pictures a batch; the bundle's optimum by default.")
     ] = None,
+    runner: RunnerName = "ort-cpu",
+    trust_engine: TrustEngine = False,
     threads: Annotated[
         int | None, typer.Option(help="Processor threads; chosen by the run time by default.")
     ] = None,
@@ -50,6 +54,7 @@ def predict(
     """
     from van_deploy.bundle import Bundle
     from van_deploy.errors import ImageError, UsageError
+    from van_deploy.runners.network import Network
     from van_deploy.serve.predict import Speed, sources_from
 
     if as_json and json_lines:
@@ -59,7 +64,8 @@ def predict(
     speed, bad = Speed(), 0
     size = batch or min(int(opened.manifest["batch"]["opt"]), len(sources))
     answers: list[Prediction] = []
-    for prediction in _predictions(opened, sources, artefact, top_k, size, threads, speed):
+    network = Network(opened, artefact, runner=runner, threads=threads, trust_engine=trust_engine)
+    for prediction in _predictions(network, sources, top_k, size, speed):
         bad += prediction.error is not None
         if json_lines:
             sys.stdout.write(json.dumps(plain(prediction), ensure_ascii=False) + "\n")
@@ -83,20 +89,13 @@ def predict(
 
 
 def _predictions(
-    bundle: Any,
-    sources: Any,
-    artefact: str,
-    top_k: int,
-    batch: int,
-    threads: int | None,
-    speed: Any,
+    network: Network, sources: Any, top_k: int, batch: int, speed: Any
 ) -> Iterator[Prediction]:
-    from van_deploy.runners.network import Network
     from van_deploy.serve import predict as library
 
     with progress() as bar:
-        task = bar.add_task(f"Loading {artefact}", total=len(sources))
-        with Network(bundle, artefact, threads=threads) as network:
+        task = bar.add_task(f"Loading {network.name}", total=len(sources))
+        with network:
             bar.update(task, description="Looking at pictures")
             for prediction in library.predict(
                 network, sources, top=top_k, batch=batch, speed=speed

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from van_deploy.cli.console import AsJson, emit, progress, remark
-from van_deploy.cli.opening import RunnerName
+from van_deploy.cli.opening import RunnerName, execution_by
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,7 +41,7 @@ def run(
         Path | None, typer.Option(help="Folder of labelled images; evaluates at the end.")
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Labels file for --evaluate.")] = None,
-    runner: RunnerName = "onnxruntime-cpu",
+    runner: RunnerName = "ort-cpu",
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Make everything anew even if nothing changed.")
@@ -72,7 +72,7 @@ def run(
             calibration=calibration,
             labelled=evaluate,
             labels_file=labels,
-            runner=runner,
+            execution=execution_by(runner),
             force=force,
         )
         say("Loading weights")

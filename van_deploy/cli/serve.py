@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from van_deploy.cli.console import AsJson, emit, remark
+from van_deploy.cli.opening import RunnerName, TrustEngine
 
 __all__ = ["serve"]
 
@@ -27,6 +28,8 @@ def serve(
         str, typer.Option(help="Address to listen on. There is no authentication.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    runner: RunnerName = "ort-cpu",
+    trust_engine: TrustEngine = False,
     threads: Annotated[
         int | None, typer.Option(help="Threads a batch; chosen by the run time by default.")
     ] = None,
@@ -64,6 +67,8 @@ def serve(
 
     settings = ServiceSettings(
         artefacts=tuple(dict.fromkeys(artefact or ())),
+        runner=runner,
+        trust_engine=trust_engine,
         threads=threads,
         instances=instances,
         queue_limit=queue_limit,

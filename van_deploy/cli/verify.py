@@ -13,7 +13,9 @@ from van_deploy.cli.opening import (
     BundlePath,
     RecipeName,
     RunnerName,
+    TrustEngine,
     WeightsPath,
+    execution_by,
     gates_of,
     opened,
     pictures_for,
@@ -29,7 +31,8 @@ __all__ = ["verify"]
 
 def verify(
     bundle: BundlePath,
-    runner: RunnerName = "onnxruntime-cpu",
+    runner: RunnerName = "ort-cpu",
+    trust_engine: TrustEngine = False,
     images: Annotated[
         Path | None,
         typer.Option(help="Folder of images to compare on. By default sample photographs."),
@@ -68,7 +71,7 @@ def verify(
             pictures_for(found, loaded, images, count),
             gates=gates,
             artefacts=artefact or (),
-            runner=runner,
+            execution=execution_by(runner, trust_engine),
             modules=modules,
             progress=lambda text: bar.update(task, description=text),
         )

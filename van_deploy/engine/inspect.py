@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.engine.backend import Backend, backend_named
+from van_deploy.bundle import file_sha256
+from van_deploy.engine.backend import BACKENDS, Backend, backend_named
 from van_deploy.engine.catalogue import load_failure
 from van_deploy.engine.compatibility import Obstacle, obstacles
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.log import BuildLog, trt_logger
-from van_deploy.engine.sidecar import Sidecar, log_path, verified_sidecar
+from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
 from van_deploy.errors import VanDeployError
 
 __all__ = [
@@ -75,12 +76,21 @@ class EngineDescription:
         return not self.obstacles
 
 
-def describe_engine(path: Path, host: Host | None = None) -> dict[str, Any]:
+def describe_engine(
+    path: Path, host: Host | None = None, *, trust_engine: bool = False
+) -> dict[str, Any]:
     """Return what is known about the engine at ``path``, as plain data for tables and JSON.
+
+    Args:
+        path: the plan.
+        host: the machine; None looks at this one.
+        trust_engine: load a plan without a sidecar, to see what is in it. That runs its code.
 
     Raises:
         InputError: plan or sidecar is missing, damaged, edited or swapped.
     """
+    if trust_engine and path.is_file() and not sidecar_path(path).exists():
+        return _foreign(path)
     found = engine_description(path, host)
     sidecar = found.sidecar
     return {
@@ -129,6 +139,28 @@ def engine_description(path: Path, host: Host | None = None) -> EngineDescriptio
         present,
         _build_notes(log) if present else (),
     )
+
+
+def _foreign(path: Path) -> dict[str, Any]:
+    """Return what can be said of a plan that nothing vouches for: its layers, where it loads."""
+    layers: tuple[Layer, ...] = ()
+    tried = {}
+    for name in BACKENDS:
+        try:
+            layers = layers_of(path, backend_named(name))
+        except VanDeployError as error:  # noqa: PERF203 - each back end on its own
+            tried[name] = error.message
+        else:
+            break
+    return {
+        "kind": "engine",
+        "file": str(path),
+        "sidecar": "none: nothing says where this plan comes from",
+        "plan_sha256": file_sha256(path),
+        "plan_bytes": path.stat().st_size,
+        "layers": [asdict(layer) for layer in layers],
+        "layers skipped": "" if layers else "; ".join(f"{n}: {why}" for n, why in tried.items()),
+    }
 
 
 def layers_of(path: Path, backend: Backend) -> tuple[Layer, ...]:

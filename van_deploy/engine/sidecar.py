@@ -173,7 +173,8 @@ def read_sidecar(plan: Path) -> Sidecar:
             f"'{plan}' has no sidecar: '{path.name}' is not beside it. Loading a plan runs the "
             "code in it, and nothing says where this one comes from.",
             "Copy the sidecar along with the plan, or build it again. "
-            "Only for a plan you made yourself: `TensorRtRunner(plan, trust_engine=True)`.",
+            "Only for a plan you made yourself: --trust-engine, in Python "
+            "`TensorRtRunner(plan, trust_engine=True)`.",
         )
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

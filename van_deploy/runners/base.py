@@ -22,7 +22,7 @@ class Runner(Protocol):
     """A network ready to answer. Open it with ``with``; it holds its resources until the end.
 
     Attributes:
-        name: what reports call it, such as ``onnxruntime-cpu``.
+        name: what reports call it, such as ``ort-cpu``.
     """
 
     name: str

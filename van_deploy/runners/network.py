@@ -1,8 +1,9 @@
 """An artefact of a bundle as something that answers pictures, whatever it takes and gives.
 
 A plain graph takes normalised floats, an embedded one bytes; one gives logits,
-another the first classes. :class:`Network` is one face for all of them: pixels
-in, outputs by name, and the most probable classes from whatever outputs there are.
+another the first classes; ONNX Runtime runs a graph, TensorRT an engine.
+:class:`Network` is one face for all of them: pixels in, outputs by name, and the
+most probable classes from whatever outputs there are.
 """
 
 from __future__ import annotations
@@ -16,27 +17,36 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Artefact, Bundle
-from van_deploy.errors import MissingDependency, UsageError
+from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.errors import InputError, UsageError
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import softmax
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from van_deploy.recipe import BatchRange
+from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
 
 __all__ = [
+    "ORT_CPU",
     "PYTORCH",
+    "RUNNERS",
     "Network",
     "Outputs",
     "TensorSpec",
     "TopClasses",
     "embedding_of",
     "network_input",
+    "profiles_of",
     "runnable_artefacts",
 ]
 
 PYTORCH = "pytorch"
 """The name under which the original network can be asked for, beside the artefacts."""
+
+ORT_CPU = "ort-cpu"
+RUNNERS = tuple(PROVIDERS)
+"""What can run an ONNX artefact. An engine is always run by TensorRT."""
 
 Outputs = dict[str, npt.NDArray[Any]]
 
@@ -79,14 +89,21 @@ def runnable_artefacts(bundle: Bundle) -> list[str]:
     return [name for name, item in bundle.artefacts.items() if item.file.endswith(".onnx")]
 
 
+def profiles_of(artefact: Artefact) -> list[BatchRange]:
+    """Return the batch sizes an engine serves; nothing where its entry does not say."""
+    return [BatchRange.parse(str(text)) for text in artefact.facts.get("profiles", ())]
+
+
 class Network:
     """One artefact, or the original network, ready to answer. Open it with ``with``.
 
     Args:
         bundle: where it is; every digest is checked on opening.
         artefact: its name in the bundle, or :data:`PYTORCH`.
+        runner: one of :data:`RUNNERS`, for an ONNX artefact; the others have one runner only.
         threads: threads inside one operator; None lets the run time choose.
         spin: see :class:`~van_deploy.runners.onnxruntime.OnnxRuntimeRunner`.
+        trust_engine: run an engine whose sidecar is gone; its digest is checked all the same.
 
     Attributes:
         input: what :meth:`run` takes.
@@ -96,6 +113,8 @@ class Network:
 
     Raises:
         BundleError: there is no such artefact.
+        InputError: nothing here runs an artefact of that kind.
+        UsageError: there is no such runner.
     """
 
     def __init__(
@@ -103,24 +122,42 @@ class Network:
         bundle: Bundle,
         artefact: str = "fp32",
         *,
+        runner: str = ORT_CPU,
         threads: int | None = None,
         spin: bool = True,
+        trust_engine: bool = False,
     ) -> None:
+        if runner not in RUNNERS:
+            raise UsageError(f"There is no runner '{runner}'.", f"Known: {', '.join(RUNNERS)}.")
         self.bundle = bundle
         self.name = artefact
         self.threads = threads
         self.preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
         self.max_batch = int(bundle.manifest["batch"]["max"])
-        self.runner = "pytorch" if artefact == PYTORCH else "onnxruntime-cpu"
-        self._spin = spin
+        self._spin, self._trust_engine = spin, trust_engine
+        self.is_engine = False
+        self._profiles: list[BatchRange] = []
         self._opened: Any = None
         if artefact == PYTORCH:
-            self.embedding = "none"
+            self.runner, self.embedding = PYTORCH, "none"
             self.input, self.outputs = self._plain_specs()
+            return
+        described = bundle.artefact(artefact)
+        self.is_engine = described.kind == "engine"
+        if self.is_engine:
+            self.runner = str(described.facts.get("backend", "tensorrt")).split()[0]
+            self._profiles = profiles_of(described)
+            self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
+            described = bundle.artefacts.get(str(described.made_from.get("name")), described)
+        elif described.file.endswith(".onnx"):
+            self.runner = runner
         else:
-            described = bundle.artefact(artefact)
-            self.embedding = embedding_of(described)
-            self.input, self.outputs = self._specs(described)
+            raise InputError(
+                f"'{artefact}' is of kind '{described.kind}', which nothing here runs.",
+                f"Choose one of: {', '.join(runnable_artefacts(bundle))}.",
+            )
+        self.embedding = embedding_of(described)
+        self.input, self.outputs = self._specs(described)
 
     def _plain_specs(self) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
         size, channels = self.preprocessing.image_size, self.preprocessing.channels
@@ -129,12 +166,6 @@ class Network:
         return given, (TensorSpec(OUTPUT_NAME, "float32", (classes,)),)
 
     def _specs(self, artefact: Artefact) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
-        if artefact.name not in runnable_artefacts(self.bundle):
-            raise MissingDependency(
-                f"'{artefact.name}' is a TensorRT engine; only a machine with its GPU runs it.",
-                f"Choose one of: {', '.join(runnable_artefacts(self.bundle))}; "
-                "engines are served by Triton (`van-deploy package triton`).",
-            )
         given, taken = artefact.facts.get("inputs"), artefact.facts.get("outputs")
         if not given or not taken:
             return self._plain_specs()
@@ -160,10 +191,45 @@ class Network:
 
             self._opened = TorchRunner(original_network(self.bundle).model)
             return self
-        path = self.bundle.verified(self.name)
-        runner = OnnxRuntimeRunner(path, threads=self.threads, spin=self._spin)
-        self._opened = runner.__enter__()
+        self._opened = self._runner().__enter__()
         return self
+
+    def _runner(self) -> Any:
+        """Return what runs the artefact, not yet open."""
+        if self.is_engine:
+            from van_deploy.runners.tensorrt import TensorRtRunner
+
+            plan = self.bundle.verified(self.name, only_file=self._trust_engine)
+            return TensorRtRunner(plan, trust_engine=self._trust_engine, backend=self.runner)
+        path = self.bundle.verified(self.name)
+        return OnnxRuntimeRunner(path, threads=self.threads, spin=self._spin, name=self.runner)
+
+    def obstacle(self) -> str:
+        """Return what keeps the artefact from running on this machine, one phrase; "" is good.
+
+        Raises:
+            InputError: an engine's sidecar is missing, damaged or edited.
+        """
+        if self.is_engine:
+            return f"engine not executed: {reason}" if (reason := self._engine_obstacle()) else ""
+        if self.runner in (PYTORCH, ORT_CPU):
+            return ""
+        provider = PROVIDERS[self.runner][0]
+        if provider not in require_onnxruntime().get_available_providers():
+            return f"no {provider} in the ONNX Runtime that is installed"
+        return "" if _has_gpu() else "not executed: no GPU"
+
+    def _engine_obstacle(self) -> str:
+        from van_deploy.engine.compatibility import obstacles
+        from van_deploy.engine.host import host_here
+        from van_deploy.engine.sidecar import sidecar_path, verified_sidecar
+
+        if not _has_gpu():
+            return "no GPU"
+        plan = self.bundle.path / self.bundle.artefact(self.name).file
+        if self._trust_engine and not sidecar_path(plan).exists():
+            return ""
+        return "; ".join(o.problem for o in obstacles(verified_sidecar(plan), host_here()))
 
     def __exit__(
         self,
@@ -181,11 +247,44 @@ class Network:
         return network_input(pixels, self.embedding, self.preprocessing)
 
     def run(self, batch: npt.NDArray[Any]) -> Outputs:
-        """Return every output by name for ``batch``, which is what :attr:`input` says."""
+        """Return every output by name for ``batch``, which is what :attr:`input` says.
+
+        An engine gets more pictures than it serves in several batches, and fewer with
+        the last one repeated.
+        """
         if self.name == PYTORCH:
             return {OUTPUT_NAME: self._opened.run(batch)}
-        outputs: Outputs = self._opened.run_all(batch)
-        return outputs
+        if not self._profiles:
+            outputs: Outputs = self._opened.run_all(batch)
+            return outputs
+        starts = range(0, len(batch), self.max_batch)
+        pieces = [self._run_filled(batch[i : i + self.max_batch]) for i in starts]
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _run_filled(self, batch: npt.NDArray[Any]) -> Outputs:
+        rows = next(n for n in range(len(batch), self.max_batch + 1) if self.serves(n))
+        filled = np.concatenate([batch, np.repeat(batch[-1:], rows - len(batch), axis=0)])
+        return {name: value[: len(batch)] for name, value in self._opened.run_all(filled).items()}
+
+    def serves(self, batch: int) -> bool:
+        """Return whether a batch of that many pictures is run as it is."""
+        if self._profiles:
+            return any(p.min <= batch <= p.max for p in self._profiles)
+        return batch >= 1
+
+    def logits(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        """Return the logits ``(N, K)`` of resized pictures ``(N, S, S, C)`` uint8.
+
+        Raises:
+            UsageError: the artefact gives none.
+        """
+        outputs = self.run(self.prepare(pixels))
+        if OUTPUT_NAME not in outputs:
+            raise UsageError(
+                f"'{self.name}' gives {', '.join(outputs)} and no logits.",
+                "Take an artefact with logits.",
+            )
+        return outputs[OUTPUT_NAME].astype(np.float32)
 
     def top(self, outputs: Mapping[str, npt.NDArray[Any]], count: int) -> TopClasses:
         """Return the ``count`` most probable classes of each row, or as many as there are.
@@ -212,6 +311,11 @@ def network_input(pixels: Pixels, embedding: str, preprocessing: Preprocessing) 
         values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
         return values / np.float32(255)
     return normalised(pixels, preprocessing)
+
+
+def _has_gpu() -> bool:
+    driver = nvidia_driver()
+    return driver is not None and bool(driver.gpus)
 
 
 def _ranked(outputs: Mapping[str, npt.NDArray[Any]], count: int) -> TopClasses:

@@ -1,7 +1,8 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime on the CPU and, through its providers, on GPUs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,20 @@ from van_deploy.runners.base import Images, Logits
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["OnnxRuntimeRunner", "onnxruntime_logits", "require_onnxruntime"]
+__all__ = [
+    "PROVIDERS",
+    "OnnxRuntimeRunner",
+    "onnxruntime_logits",
+    "require_onnxruntime",
+    "require_provider",
+]
+
+PROVIDERS: Mapping[str, tuple[str, ...]] = {
+    "ort-cpu": ("CPUExecutionProvider",),
+    "ort-cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "ort-tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+"""Execution providers of each runner, in the order in which they are offered the graph."""
 
 
 def require_onnxruntime() -> Any:
@@ -35,23 +49,19 @@ def require_onnxruntime() -> Any:
     return onnxruntime
 
 
-CUDA_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
-TENSORRT_PROVIDERS = ("TensorrtExecutionProvider", *CUDA_PROVIDERS)
-
-
 class OnnxRuntimeRunner:
     """Runs an ONNX graph.
 
     Args:
         model: a file, or a graph in memory (below 2 GB).
         threads: threads inside one operator; None lets ONNX Runtime choose.
-        providers: execution providers in order of preference.
         optimize: let ONNX Runtime rewrite the graph before running it.
         spin: let idle threads spin for the next operator. That is fastest alone; a
             server has other work for the processor.
         arena: keep freed memory for the next run. Without it a single large batch
             needs less at its peak.
-        name: what reports call it.
+        name: one of :data:`PROVIDERS`: which processor runs it. A GPU's runner that falls
+            back to the CPU is an error, not a slow run.
     """
 
     def __init__(
@@ -59,32 +69,19 @@ class OnnxRuntimeRunner:
         model: Path | ModelProto,
         *,
         threads: int | None = None,
-        providers: tuple[str, ...] = ("CPUExecutionProvider",),
         optimize: bool = True,
         spin: bool = True,
         arena: bool = True,
-        name: str = "onnxruntime-cpu",
+        name: str = "ort-cpu",
     ) -> None:
         self.model = model
         self.threads = threads
-        self.providers = providers
+        self.providers = PROVIDERS[name]
         self.optimize = optimize
         self.spin = spin
         self.arena = arena
         self.name = name
         self._session: Any = None
-
-    @classmethod
-    def on_cuda(cls, model: Path | ModelProto, *, threads: int | None = None) -> OnnxRuntimeRunner:
-        """Return a runner on the GPU, through ONNX Runtime's own CUDA kernels: ``ort-cuda``."""
-        return cls(model, threads=threads, providers=CUDA_PROVIDERS, name="ort-cuda")
-
-    @classmethod
-    def on_tensorrt(
-        cls, model: Path | ModelProto, *, threads: int | None = None
-    ) -> OnnxRuntimeRunner:
-        """Return a runner on the GPU that builds TensorRT engines as it goes: ``ort-tensorrt``."""
-        return cls(model, threads=threads, providers=TENSORRT_PROVIDERS, name="ort-tensorrt")
 
     def __enter__(self) -> OnnxRuntimeRunner:
         """Load the graph.
@@ -94,8 +91,7 @@ class OnnxRuntimeRunner:
                 asked for, or would have fallen back to another one.
             ConversionError: it refuses the graph.
         """
-        ort = require_onnxruntime()
-        _require_provider(ort, self.providers[0])
+        ort = require_provider(self.providers[0])
         options = ort.SessionOptions()
         options.log_severity_level = 3  # errors only
         if self.threads is not None:
@@ -148,12 +144,13 @@ def onnxruntime_logits(model: ModelProto, images: Images) -> Logits:
         return runner.run(images)
 
 
-def _require_provider(ort: Any, provider: str) -> None:
-    """Return if this ONNX Runtime was built with the provider.
+def require_provider(provider: str) -> Any:
+    """Return the ``onnxruntime`` module if it was built with the provider.
 
     Raises:
-        MissingDependency: it was not.
+        MissingDependency: it was not, or is not installed.
     """
+    ort = require_onnxruntime()
     available = ort.get_available_providers()
     if provider not in available:
         pip = pip_command()
@@ -163,11 +160,12 @@ def _require_provider(ort: Any, provider: str) -> None:
             f"Install the one for GPUs: `{pip} uninstall --yes onnxruntime && "
             f"{pip} install onnxruntime-gpu`.",
         )
+    return ort
 
 
 def _fell_back(provider: str, used: tuple[str, ...]) -> MissingDependency:
     """Return the error for a session that ONNX Runtime quietly gave to another provider."""
-    needs = "TensorRT's libraries, " if provider == TENSORRT_PROVIDERS[0] else ""
+    needs = "TensorRT's libraries, " if provider == PROVIDERS["ort-tensorrt"][0] else ""
     return MissingDependency(
         f"ONNX Runtime has {provider} but could not start it, and would have run on "
         f"{used[0]} without a word.",

@@ -200,7 +200,7 @@ def _verdict(
                     f"{row[against]:.1e} of the largest value; {limit:g} is allowed.",
                     "Nothing was written. Please report it.",
                 )
-    return {"base": base, "runner": "onnxruntime-cpu", "limits": limits, "batches": rows}
+    return {"base": base, "runner": "ort-cpu", "limits": limits, "batches": rows}
 
 
 def _difference(logits: Logits, found: Outputs) -> float:

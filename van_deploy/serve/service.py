@@ -14,10 +14,10 @@ import numpy as np
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.canary import CANARY_FILE
-from van_deploy.errors import VanDeployError
+from van_deploy.errors import UsageError, VanDeployError
 from van_deploy.images import open_image
 from van_deploy.model.pixels import Pixels, pixels_from_image
-from van_deploy.runners.network import PYTORCH, Network, runnable_artefacts
+from van_deploy.runners.network import ORT_CPU, PYTORCH, Network, runnable_artefacts
 from van_deploy.serve.batcher import Batcher, QueueFull, ShuttingDown
 from van_deploy.serve.metrics import ServerMetrics
 from van_deploy.serve.predict import named_classes
@@ -36,6 +36,8 @@ class ServiceSettings:
     Attributes:
         artefacts: which; the first one answers the web page. Empty for ``fp32-uint8`` if
             the bundle has it, else ``fp32``.
+        runner: what runs ONNX artefacts; engines are run by TensorRT.
+        trust_engine: run engines whose sidecar is gone.
         threads: threads inside one operator; None lets the run time choose.
         instances: batches that run at the same time, a model.
         queue_limit: pictures waiting, at most, a model.
@@ -47,6 +49,8 @@ class ServiceSettings:
     """
 
     artefacts: tuple[str, ...] = ()
+    runner: str = ORT_CPU
+    trust_engine: bool = False
     threads: int | None = None
     instances: int = 1
     queue_limit: int = 256
@@ -146,7 +150,19 @@ class Service:
             VanDeployError: an artefact is missing, was changed or does not run here.
         """
         for artefact in self.artefacts:
-            network = Network(self.bundle, artefact, threads=self.settings.threads, spin=False)
+            network = Network(
+                self.bundle,
+                artefact,
+                runner=self.settings.runner,
+                threads=self.settings.threads,
+                spin=False,
+                trust_engine=self.settings.trust_engine,
+            )
+            if network.is_engine and self.settings.instances > 1:
+                raise UsageError(
+                    f"The engine '{artefact}' answers one batch at a time.",
+                    "Leave out --instances, or let Triton serve it (`van-deploy package triton`).",
+                )
             self._stack.enter_context(network)
             given = network.input
             for rows in {1, network.max_batch}:
