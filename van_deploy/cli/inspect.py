@@ -73,9 +73,9 @@ def _table(descriptions: list[dict[str, Any]]) -> RenderableType:
 def _one(description: Mapping[str, Any]) -> RenderableType:
     if description["kind"] == "onnx":
         return _onnx(description)
-    from van_deploy.report.tables import facts_table
+    from van_deploy.report.engine_view import engine_tables
 
-    return facts_table({key: _line(value) for key, value in description.items()})
+    return engine_tables(description)
 
 
 def _onnx(description: Mapping[str, Any]) -> RenderableType:

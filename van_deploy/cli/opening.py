@@ -48,7 +48,7 @@ ArtefactNames = Annotated[
     typer.Option("--artefact", help="Which one; may be repeated. All by default."),
 ]
 RecipeName = Annotated[
-    str, typer.Option(help="Recipe whose [gates] apply; the defaults without one.")
+    str, typer.Option(help="Recipe whose \\[gates] apply; the defaults without one.")
 ]
 
 

@@ -22,6 +22,7 @@ from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.options import BuildOptions
 from van_deploy.engine.refusals import refuse_impossible
 from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
+from van_deploy.engine.worker import TEMPORARY
 from van_deploy.errors import BundleError, InputError
 
 __all__ = [
@@ -171,7 +172,7 @@ def build_in_bundle(
         checked = present.reproducible != REPRODUCIBLE_NOT_CHECKED
         if checked or not check_reproducible:
             return Built(request.name, request.plan, present, reused=True)
-    with tempfile.TemporaryDirectory(prefix="van-deploy-engine-") as folder:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
         plan = Path(folder) / f"{request.name}.plan"
         sidecar = engine_from_onnx(
             request.onnx,

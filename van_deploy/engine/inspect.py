@@ -149,7 +149,7 @@ def _foreign(path: Path) -> dict[str, Any]:
         try:
             layers = layers_of(path, backend_named(name))
         except VanDeployError as error:  # noqa: PERF203 - each back end on its own
-            tried[name] = error.message
+            tried[name] = error.message.rstrip(".")
         else:
             break
     return {

@@ -6,16 +6,19 @@ so; and nothing of CUDA stays behind in a program that may build many engines.
 
 It works in the folder whose descriptor is its first argument.
 The job is the first line of stdin, as JSON. A second line, or the end of stdin
-(the parent is gone), cancels the build at TensorRT's next step. Events leave as
+(the parent is gone), cancels the build at TensorRT's next step; a parent that was
+killed cannot tidy up, so then the folder is removed here. Events leave as
 JSON lines on the stdout the process was started with; whatever a library prints
 goes to stderr.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -37,9 +40,12 @@ from van_deploy.engine.log import BuildLog, memory_facts, trt_logger
 from van_deploy.engine.options import BuildOptions
 from van_deploy.errors import ConversionError, VanDeployError
 
-__all__ = ["Cancelled", "build", "main", "peak_memory_bytes"]
+__all__ = ["TEMPORARY", "Cancelled", "build", "main", "peak_memory_bytes"]
 
 Send = Callable[..., None]
+
+TEMPORARY = "van-deploy-engine-"
+"""How the temporary folders are called in which engines of a bundle are built."""
 
 
 class Cancelled(Exception):  # noqa: N818 - an outcome, not an error
@@ -56,6 +62,7 @@ def main() -> None:
         channel.flush()
 
     os.fchdir(int(sys.argv[1]))
+    parent = os.getppid()
     job = json.loads(sys.stdin.readline())
     cancelled = threading.Event()
     threading.Thread(target=_listen, args=(cancelled,), daemon=True).start()
@@ -67,6 +74,18 @@ def main() -> None:
         send("failed", kind=type(error).__name__, message=error.message, remedy=error.remedy)
     except BrokenPipeError:
         pass  # the parent is gone
+    finally:
+        if os.getppid() != parent:
+            _remove_folder()
+
+
+def _remove_folder() -> None:
+    """Remove the folder this process works in, and the temporary one it may be in."""
+    folder = Path.cwd()
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent.name.startswith(TEMPORARY):
+        with contextlib.suppress(OSError):  # something else is in there
+            folder.parent.rmdir()
 
 
 def build(job: Mapping[str, Any], send: Send, is_cancelled: Callable[[], bool]) -> dict[str, Any]:

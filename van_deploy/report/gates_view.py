@@ -47,7 +47,8 @@ def verify_tables(report: VerifyReport, names: Sequence[str] | None = None) -> R
     ran = [entry for entry in report.artefacts if entry.comparison is not None]
     return stack(
         Text(text),
-        _verdicts(report.artefacts),
+        _verdicts([entry for entry in report.artefacts if entry.outcome != "skipped"]),
+        _skipped(report.artefacts),
         _errors(ran),
         _batches(ran),
         _flips(report, ran, names),
@@ -64,21 +65,30 @@ def _worst_module(entry: ArtefactVerdict) -> str:
     )
 
 
-def _verdicts(verdicts: Sequence[ArtefactVerdict]) -> RenderableType:
+def _verdicts(verdicts: Sequence[ArtefactVerdict]) -> RenderableType | None:
     columns: tuple[Column | str, ...] = (
-        *("verdict", "artefact", "runner"),
+        *("verdict", Column("artefact", wrap=True), "runner"),
         *(Column(header, "right") for header in ("SQNR dB", "asked", "left")),
         *(Column(header, "right") for header in ("top-1", "top-5", "faults")),
-        Column("", wrap=True),
     )
-    return rows_table(columns, [_verdict_row(entry) for entry in verdicts])
+    return rows_table(columns, [_verdict_row(entry) for entry in verdicts]) if verdicts else None
+
+
+def _skipped(verdicts: Sequence[ArtefactVerdict]) -> RenderableType | None:
+    """Return what did not run here, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for entry in verdicts:
+        if entry.outcome == "skipped":
+            reasons.setdefault(f"{entry.runner}, {entry.reason}", []).append(entry.artefact)
+    lines = [f"{', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return notes(lines, "SKIPPED") if lines else None
 
 
 def _verdict_row(entry: ArtefactVerdict) -> list[object]:
     head: list[object] = [verdict(entry.outcome), entry.artefact, entry.runner]
     figures, limits = entry.comparison, entry.limits
     if figures is None or limits is None:
-        return [*head, *[None] * 6, entry.reason]
+        return [*head, *[None] * 6]
     faults = sum(flip.fault for flip in entry.flips)
     return [
         *head,
@@ -88,7 +98,6 @@ def _verdict_row(entry: ArtefactVerdict) -> list[object]:
         f"{100 * figures.top1_agreement:.1f} %",
         f"{100 * figures.top5_agreement:.1f} %",
         f"{faults} of {len(entry.flips)}",
-        "",
     ]
 
 
