@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.baseline import (
-    Baseline,
-    CheckReport,
+from van_deploy.checks.baseline import Baseline, baseline_of
+from van_deploy.checks.evaluate import EvaluateReport, Settings, evaluate_bundle
+from van_deploy.checks.figures import (
     Figure,
-    baseline_of,
-    compare_with_baseline,
     figures_from_evaluate,
     figures_from_speed,
     figures_from_verify,
 )
-from van_deploy.checks.evaluate import EvaluateReport, Settings, evaluate_bundle
 from van_deploy.checks.labels import labelled_images
 from van_deploy.checks.opened import ON_CPU, Execution
 from van_deploy.checks.pictures import Pictures, pictures_to_check
 from van_deploy.checks.record import record_check
+from van_deploy.checks.regression import CheckReport, compare_with_baseline
 from van_deploy.checks.speed import speed_ratios
-from van_deploy.checks.verify import VerifyReport, verify_bundle
+from van_deploy.checks.verdicts import VerifyReport
+from van_deploy.checks.verify import verify_bundle
 from van_deploy.errors import UsageError
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.pipeline import ExportResult, export_bundle

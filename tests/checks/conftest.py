@@ -1,4 +1,4 @@
-"""The digits in FP32, FP16 and INT8, to judge and to break."""
+"""Bundles to judge: the digits and, where it is, the CIFAR-10 network, in FP32, FP16 and INT8."""
 
 from __future__ import annotations
 
@@ -102,6 +102,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     folder = tmp_path_factory.mktemp("digits")
     labelled = write_digits_folder(folder / "images", "heldout", 200)
     return subject(folder / "bundle", "van_digits", labelled)
+
+
+@pytest.fixture(scope="session")
+def cifar(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """Return the bundle of the shared van_b0; it must not be changed."""
+    weights = shared / "checkpoints" / "van_b0_cifar10.pth.tar"
+    labelled = shared / "data" / "cifar10" / "eval"
+    return subject(tmp_path_factory.mktemp("cifar") / "bundle", str(weights), labelled)
 
 
 @pytest.fixture

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from onnx import ModelProto
 
 from tests.checks import faults
 from tests.checks.conftest import Broken, Subject
 from van_deploy.bundle import Bundle
 from van_deploy.checks.drift import drift_of_bundle
-from van_deploy.checks.verify import ArtefactVerdict, verify_bundle
+from van_deploy.checks.verdicts import ArtefactVerdict
+from van_deploy.checks.verify import verify_bundle
 from van_deploy.graph.embed import embed_preprocessing
 from van_deploy.model.pixels import normalised
 
 DIGITS_BLOCKS = [f"block{s}.{b}" for s, depth in enumerate((2, 2, 3, 2), 1) for b in range(depth)]
+CIFAR_BLOCKS = ["block1.1", "block3.4", "block4.0"]
 
 
 def verdict_of(whole: Subject, bundle: Bundle, name: str) -> ArtefactVerdict:
@@ -60,6 +65,14 @@ def test_one_blocks_weights_perturbed_by_1_percent(
     caught(digits, broken(digits, "fp16", precision, model), "fp16", block)
 
 
+@pytest.mark.parametrize("change", [faults.swapped_channels])
+def test_swapped_channels(
+    cifar: Subject, broken: Broken, change: Callable[[ModelProto], ModelProto]
+) -> None:
+    bundle = broken(cifar, "fp16", "fp16", change(cifar.graph("fp16")))
+    caught(cifar, bundle, "fp16", "patch_embed1")
+
+
 def test_a_wrong_mean_and_deviation_inside_the_graph(digits: Subject, broken: Broken) -> None:
     right = digits.loaded.preprocessing
     model = faults.wrong_normalisation(
@@ -93,3 +106,79 @@ def test_a_manifest_with_another_mean_than_the_file(digits: Subject, broken: Bro
         "the file was made for mean [0.305, 0.305, 0.305], the manifest says [0.5, 0.5, 0.5]"
         in verdict.failures
     )
+
+
+def test_a_batch_frozen_inside_the_graph(digits: Subject, broken: Broken) -> None:
+    model = faults.frozen_batch(digits.graph("fp32"), "block2.1", (1, 32, 8, 8))
+    bundle = broken(digits, "frozen", "fp32", model)
+    verdict = verdict_of(digits, bundle, "frozen")
+    failed = [batch.batch for batch in verdict.batches if batch.failures]
+    assert failed == [2, 3, 4, 5, 6]
+    assert verdict.outcome == "failed"
+    assert worst(digits, bundle, "frozen") == "norm2"  # the part that reads the reshaped tensor
+
+
+def test_a_batch_frozen_at_the_input(digits: Subject, broken: Broken) -> None:
+    model = digits.graph("fp32")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    verdict = verdict_of(digits, broken(digits, "frozen", "fp32", model), "frozen")
+    assert "its batch is frozen at 1" in verdict.failures
+
+
+@pytest.mark.parametrize("norm", ["norm1", "norm2", "norm3", "norm4"])
+def test_a_layer_norm_that_overflows_in_fp16(digits: Subject, broken: Broken, norm: str) -> None:
+    model = faults.overflowing_layer_norm(digits.graph("fp16"), norm)
+    caught(digits, broken(digits, "fp16", "fp16", model), "fp16", norm)
+
+
+@pytest.mark.parametrize("block", DIGITS_BLOCKS)
+@pytest.mark.parametrize("layer", ["attn.proj_1", "mlp.fc2"])
+def test_int8_scales_doubled_in_one_layer(
+    digits: Subject, broken: Broken, block: str, layer: str
+) -> None:
+    model = faults.scale_doubled(digits.graph("int8"), f"{block}.{layer}")
+    bundle = broken(digits, "int8", "int8", model)
+    caught(digits, bundle, "int8", block)
+    assert worst(digits, bundle, "int8", "module") == f"{block}.{layer}"
+
+
+class TestTheSharedNetwork:
+    """The same on a network that was trained on photographs."""
+
+    def test_artefacts_that_are_right_pass(self, cifar: Subject) -> None:
+        report = verify_bundle(cifar.bundle, cifar.loaded, cifar.pictures, threads=1)
+        assert {v.artefact: v.outcome for v in report.artefacts} == {
+            "fp32": "passed",
+            "fp16": "passed",
+            "int8": "passed",
+        }
+
+    @pytest.mark.parametrize("block", CIFAR_BLOCKS)
+    @pytest.mark.parametrize("precision", ["fp32", "fp16"])
+    def test_one_blocks_weights_perturbed_by_1_percent(
+        self, cifar: Subject, broken: Broken, precision: str, block: str
+    ) -> None:
+        model = faults.perturbed(cifar.graph(precision), block)
+        caught(cifar, broken(cifar, "fp16", precision, model), "fp16", block)
+
+    def test_a_wrong_mean_and_deviation(self, cifar: Subject, broken: Broken) -> None:
+        right = cifar.loaded.preprocessing
+        model = faults.wrong_normalisation(
+            cifar.graph("fp32"), (right.mean[0], right.std[0]), (0.5, 0.5)
+        )
+        caught(cifar, broken(cifar, "wrong", "fp32", model), "wrong", "patch_embed1")
+
+    def test_a_frozen_batch(self, cifar: Subject, broken: Broken) -> None:
+        model = faults.frozen_batch(cifar.graph("fp32"), "block3.2", (1, 160, 4, 4))
+        caught(cifar, broken(cifar, "frozen", "fp32", model), "frozen", "block3.3")
+
+    def test_a_layer_norm_that_overflows(self, cifar: Subject, broken: Broken) -> None:
+        model = faults.overflowing_layer_norm(cifar.graph("fp16"), "norm2")
+        caught(cifar, broken(cifar, "fp16", "fp16", model), "fp16", "norm2")
+
+    @pytest.mark.parametrize("block", CIFAR_BLOCKS)
+    def test_int8_scales_doubled_in_one_layer(
+        self, cifar: Subject, broken: Broken, block: str
+    ) -> None:
+        model = faults.scale_doubled(cifar.graph("int8"), f"{block}.mlp.fc1")
+        caught(cifar, broken(cifar, "int8", "int8", model), "int8", block)

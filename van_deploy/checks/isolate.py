@@ -31,8 +31,10 @@ __all__ = [
     "Level",
     "cuts_of",
     "isolated",
+    "part_name",
     "part_of",
     "run_taps",
+    "tensor_types",
     "with_taps",
 ]
 
@@ -97,6 +99,20 @@ def _part(node: str, module: str, level: Level, known: set[str]) -> str:
     return f"stage{stage}" if level == "stage" and stage else unit[0]
 
 
+def part_name(module: str, level: Level, parts: Iterable[str]) -> str:
+    """Return the part that a module is in: the longest of the names it begins with, or "".
+
+    >>> part_name("block1.0.mlp.fc2", "block", ["block1.0", "block1.1"])
+    'block1.0'
+    >>> part_name("block1.0.mlp.fc2", "stage", ["stage1"])
+    'stage1'
+    """
+    if level == "stage":
+        return _part(module, module, level, set())
+    around = [part for part in parts if f"{module}.".startswith(f"{part}.")]
+    return max(around, key=len, default="")
+
+
 def with_taps(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
     """Return a copy of ``model`` with ``tensors`` as its outputs, in that order."""
     tapped = ModelProto()
@@ -113,7 +129,7 @@ def isolated(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
     """
     cut = with_taps(model, tensors)
     graph = cut.graph
-    types = _types(cut)
+    types = tensor_types(cut)
     inside = set(tensors)
     read = set()
     for node in graph.node:
@@ -129,10 +145,11 @@ def isolated(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
     return cut
 
 
-def part_of(model: ModelProto, tensor: str) -> ModelProto:
-    """Return only what an :func:`isolated` graph needs to make one of its outputs."""
-    part = with_taps(model, [tensor])
-    wanted, nodes = {tensor}, []
+def part_of(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
+    """Return only what a graph needs to make some of its tensors, which are its outputs."""
+    part = with_taps(model, tensors)
+    wanted: set[str] = set(tensors)
+    nodes: list[NodeProto] = []
     for node in reversed(part.graph.node):
         if wanted.intersection(node.output):
             wanted.update(node.input)
@@ -173,14 +190,14 @@ _NUMPY: Mapping[str, Any] = {
 
 
 def _set_outputs_(model: ModelProto, tensors: Sequence[str]) -> None:
-    types = _types(model)
+    types = tensor_types(model)
     del model.graph.output[:]
     model.graph.output.extend(
         helper.make_tensor_value_info(name, types[name], None) for name in tensors
     )
 
 
-def _types(model: ModelProto) -> dict[str, int]:
+def tensor_types(model: ModelProto) -> dict[str, int]:
     """Return the element type of every float tensor, by following the graph's own types."""
     graph = model.graph
     types = {value.name: value.type.tensor_type.elem_type for value in graph.input}

@@ -2,25 +2,24 @@
 
 Asked of each: are the logits the network's at every batch size, does a row come
 out as the image does alone, did a clear decision change, does any module add
-more error than its precision explains, and is its preprocessing the weights'?
+more error than its precision explains, do INT8 steps suit what they round, does FP16
+hold every tensor, and is its preprocessing the weights'?
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.canary import check_canary
-from van_deploy.checks.drift import DriftRow, drift_of_graph, is_equalized
+from van_deploy.checks.contract import contract_failures
 from van_deploy.checks.gates import (
-    Flip,
     Limits,
     Noise,
     find_flips,
@@ -30,10 +29,14 @@ from van_deploy.checks.gates import (
 )
 from van_deploy.checks.isolate import cuts_of
 from van_deploy.checks.opened import ON_CPU, Execution, NotRun, open_artefact, plain_onnx
+from van_deploy.checks.overflow import overflows_of_graph
+from van_deploy.checks.parts import drift_of_graph, is_equalized
 from van_deploy.checks.pictures import Pictures
 from van_deploy.checks.reference import Reference, reference_of
-from van_deploy.errors import VanDeployError
-from van_deploy.metrics import Array, Comparison, compare
+from van_deploy.checks.steps import StepRow, steps_of_graph
+from van_deploy.checks.verdicts import ArtefactVerdict, BatchVerdict, VerifyReport
+from van_deploy.errors import ConversionError, VanDeployError
+from van_deploy.metrics import Array, compare
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.pixels import normalised
 from van_deploy.recipe import BatchRange, GateSettings
@@ -42,21 +45,16 @@ from van_deploy.runners.network import Network
 from van_deploy.runners.pytorch import TorchRunner
 
 __all__ = [
-    "SCHEMA",
-    "ArtefactVerdict",
-    "BatchVerdict",
     "ReferenceLogits",
-    "VerifyReport",
     "batch_sizes",
     "reference_logits",
     "verify_bundle",
     "verify_logits",
 ]
 
-SCHEMA = "van-deploy/verify/1"
 REFERENCE_BATCH = 8
 MODULE_IMAGES = 4
-SHOWN_MODULES = 10
+STEP_IMAGES = 16
 
 Progress = Callable[[str], None]
 
@@ -74,124 +72,6 @@ class ReferenceLogits:
     float64: Array
     float32: Array
     noise: Noise
-
-
-@dataclass(frozen=True)
-class BatchVerdict:
-    """One batch size.
-
-    Attributes:
-        batch: images in the batch.
-        comparison: against the reference; None if it did not run.
-        row_relative: against the same images alone, over ``max|logit|``.
-        failures: a sentence for each limit that was passed.
-    """
-
-    batch: int
-    comparison: Comparison | None
-    row_relative: float | None
-    failures: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ArtefactVerdict:
-    """The verdict on one artefact.
-
-    Attributes:
-        artefact: its name.
-        precision: ``fp32``, ``fp16`` or ``int8``.
-        runner: what ran it.
-        outcome: ``passed``, ``failed`` or ``skipped``.
-        reason: why it was skipped.
-        limits: what was asked.
-        comparison: over all images.
-        flips: predictions that changed, the widest margin first.
-        batches: one entry a batch size.
-        modules: every module by the error it adds, worst first.
-        canary: largest change of a probability of the bundle's canary; None if it was
-            not asked.
-        failures: everything that failed, one sentence each.
-    """
-
-    artefact: str
-    precision: str
-    runner: str
-    outcome: str
-    reason: str = ""
-    limits: Limits | None = None
-    comparison: Comparison | None = None
-    flips: tuple[Flip, ...] = ()
-    batches: tuple[BatchVerdict, ...] = ()
-    modules: tuple[DriftRow, ...] = ()
-    canary: float | None = None
-    failures: tuple[str, ...] = ()
-
-    @property
-    def margin_db(self) -> float | None:
-        """How far the SQNR is above its limit, in dB: what is left."""
-        if self.comparison is None or self.limits is None:
-            return None
-        return self.comparison.sqnr_db - self.limits.sqnr_db
-
-    @property
-    def module_margin_db(self) -> float | None:
-        """How far the worst module is above its limit, in dB."""
-        if not self.modules or self.limits is None:
-            return None
-        return float(self.modules[0].added_db or 0.0) - self.limits.module_db
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """The verdict on every artefact of a bundle.
-
-    Attributes:
-        images: what they were compared on.
-        names: what each image is called.
-        noise: PyTorch in float32 against itself in float64, on these images.
-        artefacts: one verdict each.
-    """
-
-    images: str
-    names: tuple[str, ...]
-    noise: Noise
-    artefacts: tuple[ArtefactVerdict, ...]
-
-    @property
-    def failed(self) -> list[ArtefactVerdict]:
-        """The artefacts that did not pass."""
-        return [verdict for verdict in self.artefacts if verdict.outcome == "failed"]
-
-    @property
-    def passed(self) -> bool:
-        """Whether something ran and nothing failed."""
-        ran = [verdict for verdict in self.artefacts if verdict.outcome != "skipped"]
-        return bool(ran) and not self.failed
-
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report, ready for JSON."""
-        return {
-            "schema": SCHEMA,
-            "passed": self.passed,
-            "reference": "PyTorch, original network, float64",
-            "images": self.images,
-            "count": len(self.names),
-            "noise": self.noise.as_dict(),
-            "artefacts": {v.artefact: self._entry(v) for v in self.artefacts},
-        }
-
-    def _entry(self, verdict: ArtefactVerdict) -> dict[str, Any]:
-        entry = asdict(replace(verdict, modules=verdict.modules[:SHOWN_MODULES]))
-        entry["margin_db"] = verdict.margin_db
-        entry["module_margin_db"] = verdict.module_margin_db
-        entry["flips"] = [
-            {**asdict(flip), "image": self.names[flip.image]} for flip in verdict.flips
-        ]
-        return entry
 
 
 def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
@@ -273,13 +153,15 @@ def verify_bundle(
             continue
         served = [size for size in sizes if opened.serves(size)]
         verdict = _verify_opened(opened, artefact.precision, expected, pictures, served, limits)
-        verdict = _add(verdict, _contract_failures(bundle, name))
+        verdict = _add(verdict, contract_failures(bundle, name))
         verdict = _with_canary(verdict, bundle, execution, threads)
         if modules and name in plain:
             say(f"'{name}', module by module")
             images = normalised(pictures.pixels[:MODULE_IMAGES], loaded.preprocessing)
             reference = reference or reference_of(bundle, loaded, images)
             verdict = _with_modules(verdict, bundle, reference, images)
+            more = normalised(pictures.pixels[:STEP_IMAGES], loaded.preprocessing)
+            verdict = _with_numbers(verdict, bundle, limits, more)
         verdicts.append(verdict)
     return VerifyReport(pictures.described, pictures.names, expected.noise, tuple(verdicts))
 
@@ -329,6 +211,8 @@ def _verify_opened(
                 _batch(opened, pixels[:size], expected.float64[:size], alone[:size], limits)
                 for size in sizes
             )
+    except ConversionError as error:
+        return _broken(opened, precision, limits, f"it does not load: {_line(error)}")
     except VanDeployError:
         raise
     except Exception as error:  # the run times raise their own bare types
@@ -403,35 +287,22 @@ def _with_modules(
     return _add(replace(verdict, modules=tuple(placed)), failures)
 
 
-def _contract_failures(bundle: Bundle, name: str) -> list[str]:
-    """Return what the ONNX file says of itself that the manifest contradicts."""
+def _with_numbers(
+    verdict: ArtefactVerdict, bundle: Bundle, limits: Limits, images: Any
+) -> ArtefactVerdict:
+    """Return the verdict with INT8 steps, those that do not suit, and FP16 overflows."""
     import onnx
 
-    path = bundle.verified(name)
-    if path.suffix != ".onnx":
-        return []
-    model = onnx.load(path, load_external_data=False)
-    said = {entry.key: entry.value for entry in model.metadata_props}
-    failures = []
-    written = said.get("van_deploy.preprocessing")
-    if written is not None:
-        failures += _differences(json.loads(written), bundle.manifest["preprocessing"])
-    weights = said.get("van_deploy.weights_sha256")
-    if weights is not None and weights != bundle.manifest["weights"]["sha256"]:
-        failures.append("the file was made from other weights than the manifest names")
-    batch = model.graph.input[0].type.tensor_type.shape.dim[0]
-    if batch.dim_value:
-        failures.append(f"its batch is frozen at {batch.dim_value}")
-    return failures
+    model = onnx.load(bundle.verified(verdict.artefact))
+    rows = steps_of_graph(model, images, bundle.artefact(verdict.artefact))
+    order = sorted(rows, key=lambda row: (not row.fault(limits.step_db), _suspicion(row)))
+    faults = [row.fault(limits.step_db) for row in order]
+    faults += overflows_of_graph(model, images[:MODULE_IMAGES]).values()
+    return _add(replace(verdict, steps=tuple(order)), [fault for fault in faults if fault])
 
 
-def _differences(said: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    keys = ("image_size", "mean", "std", "interpolation", "crop_pct")
-    return [
-        f"the file was made for {key} {said.get(key)}, the manifest says {manifest.get(key)}"
-        for key in keys
-        if said.get(key) != manifest.get(key)
-    ]
+def _suspicion(row: StepRow) -> float:
+    return math.inf if row.halving_gain_db is None else -row.halving_gain_db
 
 
 def _line(error: Exception) -> str:

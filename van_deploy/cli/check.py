@@ -23,7 +23,7 @@ from van_deploy.cli.opening import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from van_deploy.checks.baseline import CheckReport
+    from van_deploy.checks.regression import CheckReport
 
 __all__ = ["check"]
 

@@ -24,7 +24,7 @@ from van_deploy.cli.opening import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from van_deploy.checks.verify import VerifyReport
+    from van_deploy.checks.verdicts import VerifyReport
 
 __all__ = ["verify"]
 

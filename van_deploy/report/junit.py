@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from van_deploy.checks.baseline import CheckReport, CheckRow
+    from van_deploy.checks.regression import CheckReport, CheckRow
 
 __all__ = ["junit_from_check"]
 

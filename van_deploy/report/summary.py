@@ -9,7 +9,7 @@ from van_deploy.report.gates_view import number
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from van_deploy.checks.baseline import CheckReport, CheckRow
+    from van_deploy.checks.regression import CheckReport, CheckRow
 
 __all__ = ["summary_from_check"]
 
