@@ -159,9 +159,13 @@ class Bundle:
         return self.path / artefact.file
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each artefact's files, by name."""
+        """Return the bytes of each artefact that a run time loads: its file and its weights."""
         return {
-            name: sum((self.path / file).stat().st_size for file in artefact.files)
+            name: sum(
+                (self.path / file).stat().st_size
+                for file in artefact.files
+                if file == artefact.file or ".onnx" in file
+            )
             for name, artefact in self.artefacts.items()
         }
 

@@ -33,7 +33,7 @@ from van_deploy.runners.onnxruntime import (
 from van_deploy.runners.pytorch import TorchRunner
 from van_deploy.serve.embedded import Embedded, embed_artefacts
 
-__all__ = ["ExportResult", "check_batches", "export_bundle", "load_for"]
+__all__ = ["ExportResult", "check_batches", "embed_in_bundle", "export_bundle", "load_for"]
 
 MODEL_FILE = "model.onnx"
 LABELS_FILE = "labels.txt"
@@ -227,28 +227,44 @@ def _canary(draft: Draft, loaded: LoadedVan, images: Path | None) -> dict[str, A
 def _embed(
     output: Path, loaded: LoadedVan, recipe: Recipe, images: Path | None, clock: _Clock
 ) -> tuple[Embedded, ...]:
-    """Make the embedded graphs that the recipe asks for, of every plain graph there is."""
-    settings = recipe.export
     made: tuple[Embedded, ...] = ()
-    if settings.embeds:
+    if recipe.export.embeds:
         clock.stage("Embedding preprocessing, and proving it")
-        batches = [batch for batch in check_batches(recipe) if batch <= EMBED_PROOF_IMAGES]
-        pixels = pixels_to_check(loaded.name, loaded.preprocessing, max(batches), images)
-        with TorchRunner(loaded.model) as original:
-            inputs = normalised(pixels, loaded.preprocessing)
-            expected = run_in_batches(original, inputs, REFERENCE_BATCH)
-        made = tuple(
-            embed_artefacts(
-                Bundle.open(output),
-                pixels,
-                settings.embed_preprocess,
-                settings.outputs,
-                batches=batches,
-                expected=expected,
-            )
-        )
+        made = embed_in_bundle(output, loaded, recipe, images)
     clock.stage("")
     return made
+
+
+def embed_in_bundle(
+    output: Path, loaded: LoadedVan, recipe: Recipe, images: Path | None = None
+) -> tuple[Embedded, ...]:
+    """Return the graphs with preprocessing inside that a recipe asks for, made where missing.
+
+    Args:
+        output: the bundle's folder; every plain graph in it gets one.
+        loaded: the original network.
+        recipe: says which preprocessing and which outputs.
+        images: folder of pictures to prove them on; None for sample pictures.
+
+    Raises:
+        UsageError: the recipe asks for nothing to embed.
+        GateFailed: an embedded graph does not answer as its plain one; nothing was written.
+    """
+    batches = [batch for batch in check_batches(recipe) if batch <= EMBED_PROOF_IMAGES]
+    pixels = pixels_to_check(loaded.name, loaded.preprocessing, max(batches), images)
+    with TorchRunner(loaded.model) as original:
+        inputs = normalised(pixels, loaded.preprocessing)
+        expected = run_in_batches(original, inputs, REFERENCE_BATCH)
+    return tuple(
+        embed_artefacts(
+            Bundle.open(output),
+            pixels,
+            recipe.export.embed_preprocess,
+            recipe.export.outputs,
+            batches=batches,
+            expected=expected,
+        )
+    )
 
 
 def _agreement(

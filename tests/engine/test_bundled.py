@@ -140,3 +140,33 @@ def test_layers_of_both_inspectors() -> None:
     assert (second.name, second.nodes) == ("reformat", ())
     assert third.kind == ""
     assert layers_from_json("{}") == ()
+
+
+def test_an_engine_from_a_graph_with_preprocessing(rtx: Backend, new_bundle: BundleMaker) -> None:
+    import onnx
+
+    from van_deploy.graph.embed import embed_preprocessing
+    from van_deploy.graph.files import graph_facts
+    from van_deploy.model.checkpoint import load_van
+
+    folder = new_bundle("van_digits")
+    model = onnx.load(folder / "model.onnx")
+    preprocessing = load_van("van_digits").preprocessing.override(image_size=32)
+    embedded = embed_preprocessing(model, preprocessing, "uint8", ("logits", "top5"))
+    with writing(folder) as draft:
+        onnx.save(embedded, draft.file("model.uint8.onnx"))
+        facts = {**graph_facts(embedded), "embedded": "uint8"}
+        files = {"model.uint8.onnx": ""}
+        draft.record(
+            Artefact("fp32-uint8", "serving", "fp32", "model.uint8.onnx", files, facts=facts)
+        )
+    request = request_for(Bundle.open(folder), "fp32-uint8", rtx, SM89, Host())
+    made = build_in_bundle(request, rtx, SM89, host=Host())
+    artefact = Bundle.open(folder).artefact(made.name)
+    assert made.name == f"van_digits-fp32-uint8-sm89-rtx{rtx.release}"
+    assert (artefact.precision, artefact.made_from["name"]) == ("fp32", "fp32-uint8")
+    (given,) = made.sidecar.inputs
+    assert (given.name, given.shape, given.dtype) == ("pixels", (-1, 32, 32, 3), "uint8")
+    assert [output.name for output in made.sidecar.outputs] == [
+        *("logits", "top5_classes", "top5_probabilities")
+    ]

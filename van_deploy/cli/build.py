@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from van_deploy.cli.console import AsJson, emit, progress, remark
+from van_deploy.cli.console import AsJson, emit, names_in, progress, remark
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -72,7 +72,10 @@ def build(
     ] = None,
     precision: Annotated[
         list[str] | None,
-        typer.Option(help="fp32, fp16 or int8; may be repeated. fp32 by default."),
+        typer.Option(
+            help="fp32, fp16, int8 or another ONNX artefact of the bundle, such as fp32-uint8; "
+            "several with commas or by repeating. fp32 by default."
+        ),
     ] = None,
     batch: Annotated[
         list[str] | None,
@@ -205,7 +208,7 @@ def build(
     outcomes = tuple(
         _outcomes(
             bundle,
-            tuple(dict.fromkeys(precision or ["fp32"])),
+            names_in(precision) or ("fp32",),
             parse_targets(target) if target else ((),),
             options,
             own_profiles=not batch,
@@ -375,7 +378,7 @@ def fleet_table(outcomes: Any) -> RenderableType:
                 bytes_text(sidecar.plan_bytes) if sidecar else None,
                 f"{sidecar.build_seconds:.1f}" if sidecar else None,
                 bytes_text(sidecar.peak_memory_bytes) if sidecar else None,
-                {True: "yes", False: "no"}.get(sidecar.reproducible, "?") if sidecar else None,
+                {True: "yes", False: "no"}.get(sidecar.reproducible) if sidecar else None,
             )
         )
     right = [Column(name, "right") for name in ("size", "build s", "memory")]

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
 from typing import IO, TYPE_CHECKING, Annotated, TypeVar
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsJson",
     "emit",
+    "names_in",
     "plain",
     "print_error",
     "progress",
@@ -51,6 +52,16 @@ def stdout_console() -> Console:
 def stderr_console() -> Console:
     """Return a console that writes progress, remarks and errors."""
     return _console(sys.stderr)
+
+
+def names_in(given: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names in an option that may be repeated and may hold commas, each once.
+
+    >>> names_in(["fp16,int8", "fp16"])
+    ('fp16', 'int8')
+    """
+    parts = ",".join(given or ()).split(",")
+    return tuple(dict.fromkeys(name.strip() for name in parts if name.strip()))
 
 
 def emit(result: Result, as_json: bool, table: Callable[[Result], RenderableType]) -> None:

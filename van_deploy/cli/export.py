@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from van_deploy.cli.console import AsJson, emit, progress, remark
+from van_deploy.cli.console import AsJson, emit, names_in, progress, remark
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from van_deploy.model.checkpoint import LoadedVan
     from van_deploy.pipeline import ExportResult
     from van_deploy.precision.stage import QuantizeResult
     from van_deploy.recipe import Recipe
@@ -113,12 +114,12 @@ def export(
         ),
     ] = "",
     precision: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             help="Also make these: fp16, int8, or fp16,int8. More to choose: `quantize`.",
             rich_help_panel=PRECISION,
         ),
-    ] = "",
+    ] = None,
     calibration: Annotated[
         str,
         typer.Option(
@@ -164,8 +165,15 @@ def export(
         from van_deploy.recipe import BatchRange
 
         recipe = replace(recipe, batch=BatchRange.parse(batch))
-    result = _export(recipe, output, images, offline, seed, container or None, force)
+    result, loaded = _export(recipe, output, images, offline, seed, container or None, force)
     others = _others(result, precisions, images, calibration, force)
+    if others and recipe.export.embeds:
+        from van_deploy.pipeline import embed_in_bundle
+
+        with progress() as bar:
+            bar.add_task("Embedding preprocessing, and proving it", total=None)
+            embedded = embed_in_bundle(result.bundle.path, loaded, recipe, images)
+        result = replace(result, embedded=embedded)
     emit(_plain(result, others), as_json, lambda _: _table(result, others))
     if not all(others):
         raise typer.Exit(1)
@@ -199,15 +207,15 @@ def floats(option: str, text: str) -> tuple[float, ...] | None:
         ) from None
 
 
-def precisions_in(text: str) -> tuple[str, ...]:
-    """Return the precisions in ``fp16,int8``, none for an empty text.
+def precisions_in(given: list[str] | None) -> tuple[str, ...]:
+    """Return the precisions in ``fp16,int8``, which may be repeated.
 
     Raises:
         UsageError: one is neither.
     """
     from van_deploy.errors import UsageError
 
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    names = names_in(given)
     for name in names:
         if name not in ("fp16", "int8"):
             raise UsageError(
@@ -257,7 +265,7 @@ def _export(
     seed: int,
     container: str | None,
     force: bool,
-) -> ExportResult:
+) -> tuple[ExportResult, LoadedVan]:
     with progress() as bar:
         task = bar.add_task("Loading PyTorch", total=None)
 
@@ -281,7 +289,7 @@ def _export(
         result = export_bundle(loaded, recipe, folder, images=images, force=force, progress=stage)
     for note in result.notes:
         remark(f"note: {note}")
-    return result
+    return result, loaded
 
 
 def _plain(result: ExportResult, others: list[QuantizeResult]) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class EngineRequest:
     Attributes:
         bundle: the bundle's folder.
         name: what the engine will be called.
-        precision: name of the ONNX artefact it is built from.
+        source: name of the ONNX artefact it is built from.
+        precision: of that artefact: ``fp32``, ``fp16`` or ``int8``.
         onnx: that artefact's file, its digests checked.
         onnx_sha256: its digest.
         ingredients: everything that decides what is in the plan.
@@ -54,6 +55,7 @@ class EngineRequest:
 
     bundle: Path
     name: str
+    source: str
     precision: str
     onnx: Path
     onnx_sha256: str
@@ -94,21 +96,22 @@ class Built:
 
 
 def request_for(
-    bundle: Bundle, precision: str, backend: Backend, options: BuildOptions, host: Host
+    bundle: Bundle, source: str, backend: Backend, options: BuildOptions, host: Host
 ) -> EngineRequest:
-    """Return what building ``precision`` of ``bundle`` comes to.
+    """Return what building from the artefact ``source`` of ``bundle`` comes to.
 
     Raises:
         BundleError: the bundle has no such artefact, or a file of it was changed.
         InputError: the artefact is not an ONNX file.
         UsageError: ``backend`` cannot do what ``options`` ask.
     """
-    artefact = bundle.artefact(precision)
-    if artefact.kind != "onnx":
+    artefact = bundle.artefact(source)
+    if not artefact.file.endswith(".onnx"):
+        graphs = [name for name, item in bundle.artefacts.items() if item.file.endswith(".onnx")]
         raise InputError(
-            f"'{precision}' of '{bundle.path}' is of kind '{artefact.kind}'; engines are built "
+            f"'{source}' of '{bundle.path}' is of kind '{artefact.kind}'; engines are built "
             "from ONNX files.",
-            "Choose fp32, fp16 or int8.",
+            f"Choose one of: {', '.join(graphs)}.",
         )
     refuse_impossible(backend, options, host)
     ingredients = {
@@ -120,9 +123,10 @@ def request_for(
     }
     return EngineRequest(
         bundle=bundle.path,
-        name=engine_name(bundle.name, precision, backend, options, host),
-        precision=precision,
-        onnx=bundle.verified(precision),
+        name=engine_name(bundle.name, source, backend, options, host),
+        source=source,
+        precision=artefact.precision,
+        onnx=bundle.verified(source),
         onnx_sha256=artefact.sha256,
         ingredients=ingredients,
         preprocessing=dict(bundle.manifest.get("preprocessing") or {}),
@@ -197,10 +201,10 @@ def enter_engine(request: EngineRequest, plan: Path, sidecar: Sidecar) -> None:
         BundleError: the ONNX file was replaced while the engine was being built.
     """
     with writing(request.bundle) as draft:
-        source = draft.manifest["artefacts"].get(request.precision)
+        source = draft.manifest["artefacts"].get(request.source)
         if source is None or source["files"][source["file"]] != request.onnx_sha256:
             raise BundleError(
-                f"'{request.precision}' of '{request.bundle}' was replaced while the engine "
+                f"'{request.source}' of '{request.bundle}' was replaced while the engine "
                 f"'{request.name}' was being built from it.",
                 "Nothing was written. Build again.",
             )
@@ -216,7 +220,7 @@ def enter_engine(request: EngineRequest, plan: Path, sidecar: Sidecar) -> None:
                 precision=request.precision,
                 file=request.file,
                 files=files,
-                made_from={"name": request.precision, "sha256": request.onnx_sha256},
+                made_from={"name": request.source, "sha256": request.onnx_sha256},
                 made_with=request.ingredients,
                 key=request.key,
                 facts=_facts(sidecar),

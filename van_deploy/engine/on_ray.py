@@ -139,8 +139,8 @@ def _prepare(cell: Cell, force: bool) -> tuple[Outcome | None, tuple[Any, ...]]:
     """Return the cell's outcome if its engine is there, or else the task's arguments."""
     bundle = Bundle.open(cell.bundle)
     options = prepared(cell, bundle)
-    onnx = bundle.verified(cell.precision)
-    if len([f for f in bundle.artefact(cell.precision).files if ".onnx" in f]) > 1:
+    onnx, artefact = bundle.verified(cell.precision), bundle.artefact(cell.precision)
+    if len([f for f in artefact.files if ".onnx" in f]) > 1:
         raise ConversionError(
             f"'{onnx}' keeps its weights in a second file; Ray tasks take one file.",
             "Build this one without --on ray.",
@@ -149,8 +149,8 @@ def _prepare(cell: Cell, force: bool) -> tuple[Outcome | None, tuple[Any, ...]]:
     if present is not None:
         return Outcome(cell, REUSED, present.name, present), ()
     preprocessing = dict(bundle.manifest.get("preprocessing") or {})
-    arguments = (onnx.read_bytes(), bundle.name, cell, options.as_dict(), preprocessing)
-    return None, arguments
+    model = (bundle.name, artefact.precision)
+    return None, (onnx.read_bytes(), model, cell, options.as_dict(), preprocessing)
 
 
 def _present(bundle: Bundle, cell: Cell, options: BuildOptions) -> Sidecar | None:
@@ -178,21 +178,21 @@ def _present(bundle: Bundle, cell: Cell, options: BuildOptions) -> Sidecar | Non
 
 def _deliver(
     onnx: bytes,
-    model: str,
+    model: tuple[str, str],
     cell: Cell,
     options_as_dict: dict[str, Any],
     preprocessing: dict[str, Any],
 ) -> Delivery:
-    """Build one engine on the machine this task runs on."""
+    """Build one engine on the machine this task runs on; ``model`` is its name and precision."""
     import platform
 
     host, where = host_here(), platform.node()
     options = BuildOptions.from_dict(options_as_dict)
     try:
         backend = choose_backend(cell.host.backend, cell.targets, host.target)
-        name = engine_name(model, cell.precision, backend, options, host)
+        name = engine_name(model[0], cell.precision, backend, options, host)
         with tempfile.TemporaryDirectory(prefix="van-deploy-engine-") as folder:
-            source = Path(folder) / f"{model}.{cell.precision}.onnx"
+            source = Path(folder) / f"{model[0]}.{cell.precision}.onnx"
             source.write_bytes(onnx)
             plan = Path(folder) / f"{name}.plan"
             sidecar = engine_from_onnx(
@@ -200,7 +200,7 @@ def _deliver(
                 plan,
                 backend=backend,
                 options=options,
-                precision=cell.precision,
+                precision=model[1],
                 host=host,
                 preprocessing=preprocessing,
             )
@@ -240,7 +240,8 @@ def _enter(cell: Cell, delivery: Delivery, sidecar: Sidecar) -> None:
     request = EngineRequest(
         bundle=bundle.path,
         name=delivery.name,
-        precision=cell.precision,
+        source=cell.precision,
+        precision=artefact.precision,
         onnx=bundle.path / artefact.file,
         onnx_sha256=sidecar.onnx_sha256,
         ingredients={
