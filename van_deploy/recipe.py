@@ -157,7 +157,6 @@ class GateProfile:
         flip_margin: a changed prediction is a fault where PyTorch's first logit
             was ahead of its second by more than this many RMS logits.
         module_db: least signal to noise ratio that any module adds by itself, in dB.
-        step_db: by how many dB half the step of any INT8 tensor may lessen its error.
         top1_drop: most points of top-1 (percent) that may be lost on labelled images.
     """
 
@@ -169,7 +168,6 @@ class GateProfile:
     row_relative: float | None = None
     flip_margin: float | None = None
     module_db: float | None = None
-    step_db: float | None = None
     top1_drop: float | None = None
 
 

@@ -23,7 +23,7 @@ def stored(model: ModelProto) -> dict[str, TensorProto]:
 def set_values(tensor: TensorProto, values: np.ndarray) -> None:
     """Replace what an initialiser holds, in its own type."""
     kind = numpy_helper.to_array(tensor).dtype
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values.astype(kind)), tensor.name))
+    tensor.CopyFrom(numpy_helper.from_array(np.array(values).astype(kind), tensor.name))
 
 
 def perturbed(model: ModelProto, block: str, share: float = 0.01, seed: int = 0) -> ModelProto:
@@ -120,10 +120,23 @@ def overflowing_layer_norm(model: ModelProto, norm: str, factor: float = 512.0) 
     return with_nodes(model, [*kept[:index], *nodes, *kept[index + 1 :]])
 
 
-def scale_doubled(model: ModelProto, layer: str) -> ModelProto:
-    """Return a Q/DQ graph whose weights of one layer are read with twice their scale."""
-    scale = stored(model)[f"{layer}.weight.scale"]
+def scale_doubled(model: ModelProto, layer: str, of: str = "activation") -> ModelProto:
+    """Return a Q/DQ graph with twice the right scale in one layer.
+
+    Args:
+        model: the graph.
+        layer: the convolution.
+        of: ``activation``, in its Q and its DQ; ``weight``, rounded anew with it;
+            ``weight DQ``, where the integers stay, so that the weights double.
+    """
+    tensors = stored(model)
+    makers = {node.output[0]: node for node in model.graph.node}
+    conv = next(node for node in model.graph.node if node.name == layer)
+    scale = tensors[makers[conv.input[0 if of == "activation" else 1]].input[1]]
     set_values(scale, numpy_helper.to_array(scale) * 2)
+    if of == "weight":
+        integers = tensors[makers[conv.input[1]].input[0]]
+        set_values(integers, np.rint(numpy_helper.to_array(integers) / 2.0))
     return model
 
 

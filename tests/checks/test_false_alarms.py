@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.checks.conftest import Subject
@@ -13,78 +16,81 @@ from van_deploy.checks.labels import labelled_images
 from van_deploy.checks.opened import NotRun, open_artefact
 from van_deploy.checks.pictures import pictures_to_check
 from van_deploy.checks.statistics import bootstrap
-from van_deploy.checks.verify import reference_logits, verify_logits
+from van_deploy.checks.verify import ReferenceLogits, reference_logits, verify_logits
 from van_deploy.metrics import Array
 from van_deploy.recipe import GateSettings
 
 RESAMPLES = 200
-IMAGES = 120
+IMAGES = 64
+
+Rows = npt.NDArray[np.int64]
 
 
-def logits_of(whole: Subject, name: str, pixels: Array) -> Array:
-    opened = open_artefact(whole.bundle, name, threads=1)
-    assert not isinstance(opened, NotRun)
-    with opened:
-        return np.concatenate([opened.logits(pixels[i : i + 8]) for i in range(0, len(pixels), 8)])
+@dataclass(frozen=True)
+class Answered:
+    """Logits of PyTorch and of each artefact for the same labelled images."""
+
+    expected: ReferenceLogits
+    found: dict[str, Array]
+    labels: npt.NDArray[np.int64]
 
 
-def alarms(whole: Subject, name: str) -> float:
+def answered(whole: Subject) -> Answered:
+    preprocessing = whole.loaded.preprocessing
+    pictures = pictures_to_check(whole.loaded.name, preprocessing, IMAGES, whole.labelled)
+    found = {}
+    for name in ("fp32", "fp16", "int8"):
+        opened = open_artefact(whole.bundle, name, threads=1)
+        assert not isinstance(opened, NotRun)
+        with opened:
+            pieces = [opened.logits(pictures.pixels[i : i + 8]) for i in range(0, IMAGES, 8)]
+        found[name] = np.concatenate(pieces)
+    labelled = labelled_images(whole.labelled, 10)
+    by_name = dict(zip(labelled.paths, labelled.labels, strict=True))
+    labels = np.array([by_name[whole.labelled / name] for name in pictures.names])
+    return Answered(reference_logits(whole.loaded, pictures), found, labels)
+
+
+@pytest.fixture(scope="module", params=["digits", "cifar"])
+def network(request: pytest.FixtureRequest) -> Answered:
+    """Return the answers of the embedded network and, where it is, of the shared one."""
+    return answered(request.getfixturevalue(request.param))
+
+
+def verify_alarms(network: Answered, name: str, judged_as: str) -> float:
     """Return how many of 200 resamples fail a gate of verify."""
-    pictures = pictures_to_check(
-        whole.loaded.name, whole.loaded.preprocessing, IMAGES, whole.labelled
-    )
-    expected = reference_logits(whole.loaded, pictures)
-    found = logits_of(whole, name, pictures.pixels)
-    precision = whole.bundle.artefact(name).precision
-    profile = GateSettings().of(precision)
+    double, single = network.expected.float64, network.expected.float32
+    profile = GateSettings().of(judged_as)
 
-    def alarm(rows: np.ndarray) -> float:
-        noise = measure_noise(expected.float64[rows], expected.float32[rows])
-        limits = limits_from_noise(noise, precision, profile)
-        verdict = verify_logits(name, precision, expected.float64[rows], found[rows], limits)
+    def alarm(rows: Rows) -> float:
+        noise = measure_noise(double[rows], single[rows])
+        limits = limits_from_noise(noise, judged_as, profile)
+        verdict = verify_logits(name, judged_as, double[rows], network.found[name][rows], limits)
         return float(verdict.outcome == "failed")
 
     return float(bootstrap(IMAGES, alarm, RESAMPLES).sum())
 
 
+def evaluate_alarms(network: Answered, found: Array, top1_drop: float) -> float:
+    """Return how many of 200 resamples fail the gate of evaluate."""
+    before, after = Answers.of(network.expected.float32), Answers.of(found)
+
+    def alarm(rows: Rows) -> float:
+        one, other = (Answers(a.classes[rows], a.confidence[rows]) for a in (before, after))
+        return float(not paired_drift(one, other, network.labels[rows], top1_drop).passed)
+
+    return float(bootstrap(IMAGES, alarm, RESAMPLES).sum())
+
+
 @pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
-def test_verify_on_the_digits(digits: Subject, name: str) -> None:
-    assert alarms(digits, name) == 0
-
-
-@pytest.mark.parametrize("name", ["fp32", "fp16"])
-def test_verify_on_the_shared_network(cifar: Subject, name: str) -> None:
-    assert alarms(cifar, name) == 0
-
-
-def test_the_alarm_itself(digits: Subject) -> None:
-    """The same resamples of an artefact judged by a finer precision's limits all alarm."""
-    pictures = pictures_to_check("van_digits", digits.loaded.preprocessing, 32, digits.labelled)
-    expected = reference_logits(digits.loaded, pictures)
-    found = logits_of(digits, "fp16", pictures.pixels)
-
-    def alarm(rows: np.ndarray) -> float:
-        noise = measure_noise(expected.float64[rows], expected.float32[rows])
-        limits = limits_from_noise(noise, "fp32", GateSettings().of("fp32"))
-        verdict = verify_logits("x", "fp32", expected.float64[rows], found[rows], limits)
-        return float(verdict.outcome == "failed")
-
-    assert bootstrap(32, alarm, RESAMPLES).sum() == RESAMPLES
-
-
-@pytest.mark.parametrize("name", ["fp32", "fp16"])
-def test_evaluate_on_the_shared_network(cifar: Subject, name: str) -> None:
-    labelled = labelled_images(cifar.labelled, 10).first(IMAGES)
-    pictures = pictures_to_check(
-        cifar.loaded.name, cifar.loaded.preprocessing, IMAGES, cifar.labelled
-    )
-    expected = Answers.of(reference_logits(cifar.loaded, pictures).float32)
-    found = Answers.of(logits_of(cifar, name, pictures.pixels).astype(np.float32))
+def test_a_right_artefact_raises_no_alarm(network: Answered, name: str) -> None:
+    assert verify_alarms(network, name, name) == 0
     allowed = float(GateSettings().of(name).top1_drop or 0.0)
+    assert evaluate_alarms(network, network.found[name].astype(np.float32), allowed) == 0
 
-    def alarm(rows: np.ndarray) -> float:
-        before = Answers(expected.classes[rows], expected.confidence[rows])
-        after = Answers(found.classes[rows], found.confidence[rows])
-        return float(not paired_drift(before, after, labelled.labels[rows], allowed).passed)
 
-    assert bootstrap(IMAGES, alarm, RESAMPLES).sum() == 0
+def test_the_alarms_themselves(network: Answered) -> None:
+    """FP16 judged as FP32 always alarms, and so does an artefact that answers at random."""
+    assert verify_alarms(network, "fp16", "fp32") == RESAMPLES
+    nonsense = network.expected.float32[:, ::-1]
+    assert evaluate_alarms(network, nonsense, 0.2) == RESAMPLES

@@ -25,7 +25,6 @@ from typing import Any
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.chain import Step, artefact_step, export_steps, pytorch_steps
-from van_deploy.checks.gates import STEP_DB
 from van_deploy.checks.isolate import Level, cuts_of, part_name
 from van_deploy.checks.opened import plain_onnx
 from van_deploy.checks.overflow import overflows_of_graph
@@ -152,7 +151,7 @@ def drift_of_bundle(
         model = base if name == "fp32" else onnx.load(bundle.verified(name))
         equalized = is_equalized(bundle.artefact(name))
         rows = drift_of_graph(model, reference, images, cuts, equalized=equalized)
-        faults = faults_of(steps_of_graph(model, images, bundle.artefact(name)), STEP_DB)
+        faults = faults_of(steps_of_graph(model, images, bundle.artefact(name)))
         faults |= overflows_of_graph(model, images)
         entries.append(ArtefactDrift(name, with_faults(rows, faults, level)))
         chain.append(artefact_step(name, model, reference, images))

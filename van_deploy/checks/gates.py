@@ -48,10 +48,6 @@ WORST_ROW = 10.0
 WORST_VALUE = 2.0
 """The largest error is of one value, and moves more than a mean."""
 
-STEP_DB = 3.0
-"""Half a step that is right leaves more error, not less; twice that step mostly 4 to 6 dB
-more. The room is for images unlike the calibration's: ``docs/gates.md`` has the figures."""
-
 LARGEST_ROW_RELATIVE = 0.05
 """Whatever the precision, an image in a batch is the same image."""
 
@@ -84,7 +80,6 @@ class Limits:
     row_relative: float
     flip_margin: float
     module_db: float
-    step_db: float
     top1_drop: float
 
     def as_dict(self) -> dict[str, float]:
@@ -138,7 +133,6 @@ def limits_from_noise(noise: Noise, precision: str, profile: GateProfile) -> Lim
         row_relative=_given(profile.row_relative, min(relative, LARGEST_ROW_RELATIVE)),
         flip_margin=_given(profile.flip_margin, FLIP_SIGMAS * math.sqrt(2) * share),
         module_db=float(profile.module_db or 0.0),
-        step_db=_given(profile.step_db, STEP_DB),
         top1_drop=float(profile.top1_drop or 0.0),
     )
 

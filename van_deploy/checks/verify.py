@@ -161,7 +161,7 @@ def verify_bundle(
             reference = reference or reference_of(bundle, loaded, images)
             verdict = _with_modules(verdict, bundle, reference, images)
             more = normalised(pictures.pixels[:STEP_IMAGES], loaded.preprocessing)
-            verdict = _with_numbers(verdict, bundle, limits, more)
+            verdict = _with_numbers(verdict, bundle, more)
         verdicts.append(verdict)
     return VerifyReport(pictures.described, pictures.names, expected.noise, tuple(verdicts))
 
@@ -287,16 +287,14 @@ def _with_modules(
     return _add(replace(verdict, modules=tuple(placed)), failures)
 
 
-def _with_numbers(
-    verdict: ArtefactVerdict, bundle: Bundle, limits: Limits, images: Any
-) -> ArtefactVerdict:
+def _with_numbers(verdict: ArtefactVerdict, bundle: Bundle, images: Any) -> ArtefactVerdict:
     """Return the verdict with INT8 steps, those that do not suit, and FP16 overflows."""
     import onnx
 
     model = onnx.load(bundle.verified(verdict.artefact))
     rows = steps_of_graph(model, images, bundle.artefact(verdict.artefact))
-    order = sorted(rows, key=lambda row: (not row.fault(limits.step_db), _suspicion(row)))
-    faults = [row.fault(limits.step_db) for row in order]
+    order = sorted(rows, key=lambda row: (not row.fault, _suspicion(row)))
+    faults = [row.fault for row in order]
     faults += overflows_of_graph(model, images[:MODULE_IMAGES]).values()
     return _add(replace(verdict, steps=tuple(order)), [fault for fault in faults if fault])
 
