@@ -1,37 +1,32 @@
 """A recipe: the version-controlled truth of how one model is deployed.
 
 A recipe is a TOML file. It is read once, here, into frozen dataclasses; a
-mistake is reported with the file and the key. ``export/`` holds one for each
-variant; a user copies one for a model of their own.
+mistake is reported with the file and the key. Paths in it are relative to the
+file. ``export/`` holds one for each variant; a user copies one for a model of
+their own. ``docs/recipe.md`` shows every table.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import sys
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from van_deploy.errors import RecipeError, UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from van_deploy.settings import read_settings
 
 __all__ = [
     "DEFAULT_GATES",
     "BatchRange",
+    "EngineSettings",
+    "EvaluateSettings",
     "ExportSettings",
     "GateProfile",
     "GateSettings",
     "ModelSettings",
+    "PrecisionSettings",
     "PreprocessingSettings",
     "Recipe",
     "builtin_recipes",
@@ -40,8 +35,7 @@ __all__ = [
     "recipe_named",
 ]
 
-
-Settings = typing.TypeVar("Settings")
+PRECISIONS = ("fp16", "int8")
 
 
 @dataclass(frozen=True)
@@ -204,6 +198,109 @@ class GateSettings:
 
 
 @dataclass(frozen=True)
+class PrecisionSettings:
+    """What to make besides ``fp32``, and on which images. Table ``[precision]``.
+
+    The values are those of ``van-deploy quantize``.
+
+    Attributes:
+        make: ``fp16``, ``int8``, or both.
+        images: folder or ``.npz`` of training images to calibrate on.
+        calibration: a calibration set, by name or by the path of a ``.toml``.
+        evaluate: folder of images to judge on; a held-out part of the others without one.
+        method: how ranges become scales.
+        scope: what becomes INT8: ``pointwise``, ``all``, or regular expressions.
+        target: ``tensorrt`` or ``cpu``.
+        rest: what is not INT8: ``fp16`` or ``fp32``; "" for the target's own default.
+        keep: modules that stay FP32 besides the LayerNorms and the head.
+        equalize: make the exact re-scalings.
+        refine: correct biases, scales and rounding against FP32's own answers.
+        max_drop: points of top-1 (of agreement without labels) INT8 may lose.
+    """
+
+    make: tuple[str, ...] = ()
+    images: Path | None = None
+    calibration: str = ""
+    evaluate: Path | None = None
+    method: str = "mse"
+    scope: tuple[str, ...] = ()
+    target: str = "tensorrt"
+    rest: str = ""
+    keep: tuple[str, ...] = ()
+    equalize: bool = True
+    refine: bool = True
+    max_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse precisions that there are not."""
+        _all_known("precision", self.make, PRECISIONS)
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Which TensorRT engines to build. Table ``[engines]``; without it, none.
+
+    The values are those of ``van-deploy build``.
+
+    Attributes:
+        precisions: ``fp32``, ``fp16``, ``int8``: one engine each, for each of the targets.
+        targets: compute capabilities, such as ``sm_89``; ``sm_86+sm_89`` is one plan
+            for both. Empty for the GPU in this machine.
+        backend: ``auto``, ``tensorrt`` or ``tensorrt-rtx``.
+        batch: profiles ``min:opt:max``; empty for the recipe's ``[batch]``.
+        workspace: scratch memory a layer may use, such as ``4GiB``.
+        optimization_level: 0 to 5.
+        tf32: let FP32 layers compute in TF32.
+        hardware_compatibility: other GPUs to serve, as TensorRT names them.
+        version_compatible: let later versions load the plan.
+        strip_weights: leave the weights out of the plan.
+        refit: let weights be replaced later.
+        profiling: what the engine inspector can tell.
+        timing_cache: file of kernel timings to use and add to.
+    """
+
+    precisions: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    backend: str = "auto"
+    batch: tuple[str, ...] = ()
+    workspace: str = ""
+    optimization_level: int | None = None
+    tf32: bool = True
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    strip_weights: bool = False
+    refit: bool = False
+    profiling: str = "layer-names-only"
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse precisions that there are not."""
+        _all_known("precision", self.precisions, ("fp32", *PRECISIONS))
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Labelled images to measure accuracy on. Table ``[evaluate]``; without it, none.
+
+    Attributes:
+        images: their folder.
+        labels: file with a label for each, where the folder does not tell.
+        limit: at most so many, evenly spread.
+    """
+
+    images: Path | None = None
+    labels: Path | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse labels without images, and no images at all."""
+        if self.images is None and (self.labels is not None or self.limit is not None):
+            raise UsageError("There are labels or a limit, and no images.", "Name the folder of images, too.")
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"A limit of {self.limit} images is none.", "Give 1 or more.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything about one deployment; each attribute is a table of the file."""
 
@@ -211,7 +308,20 @@ class Recipe:
     preprocessing: PreprocessingSettings = field(default_factory=PreprocessingSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     batch: BatchRange = field(default_factory=BatchRange)
+    precision: PrecisionSettings = field(default_factory=PrecisionSettings)
+    engines: EngineSettings = field(default_factory=EngineSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     gates: GateSettings = field(default_factory=GateSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse engines of a precision that is not made."""
+        made = ("fp32", *self.precision.make)
+        missing = [name for name in self.engines.precisions if name not in made]
+        if missing:
+            raise UsageError(
+                f"The engines want '{missing[0]}', which is not made.",
+                f"Add it to `make` in [precision], or take one of: {', '.join(made)}.",
+            )
 
 
 def builtin_recipes() -> dict[str, Path]:
@@ -247,71 +357,25 @@ def read_recipe(path: Path) -> Recipe:
         RecipeError: the file cannot be read, a key is unknown, or a value is
             not of its kind; names the file and the key.
     """
-    return read_settings(Recipe, path, "recipe")
+    recipe = read_settings(Recipe, path, "recipe")
+    model, precision = recipe.model, recipe.precision
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(
+            model,
+            weights=_beside(path, model.weights),
+            labels=str(path.parent / model.labels) if model.labels else "",
+        ),
+        precision=dataclasses.replace(precision, calibration=_beside(path, precision.calibration)),
+    )
 
 
-def read_settings(kind: type[Settings], path: Path, what: str) -> Settings:
-    """Return the frozen dataclass ``kind`` filled from a TOML file, every key checked.
-
-    Args:
-        kind: its fields are the file's keys, those that are dataclasses its tables.
-        path: the file.
-        what: what errors call it, such as ``recipe``.
-
-    Raises:
-        RecipeError: the file cannot be read, a key is unknown, or a value is
-            not of its kind; names the file and the key.
-    """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RecipeError(
-            f"The {what} '{path}' cannot be read: {reason}.", "Check the path."
-        ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(
-            f"The {what} '{path}' is not TOML: {error}.", "Mend the line it names."
-        ) from error
-    return typing.cast("Settings", _table(kind, tables, str(path), ""))
+def _beside(recipe: Path, named: str) -> str:
+    """Return the path of a file beside the recipe, or the name as it is if there is none."""
+    return str(recipe.parent / named) if named and (recipe.parent / named).exists() else named
 
 
-def _table(kind: type, values: Mapping[str, Any], file: str, key: str) -> object:
-    """Return the dataclass ``kind`` filled from one table."""
-    if not isinstance(values, Mapping):
-        raise _wrong(file, key, "a table", values)
-    hints = typing.get_type_hints(kind)
-    unknown = [name for name in values if name not in hints]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], hints, n=1)
-        raise RecipeError(
-            f"'{file}' has an unknown key '{key}{unknown[0]}'.",
-            f"Did you mean '{key}{near[0]}'?" if near else f"Known keys: {', '.join(hints)}.",
-        )
-    read = {name: _value(hints[name], value, file, key + name) for name, value in values.items()}
-    try:
-        return kind(**read)
-    except UsageError as error:
-        raise RecipeError(f"'{file}', [{key.rstrip('.')}]: {error.message}", error.remedy) from None
-
-
-def _value(kind: Any, value: object, file: str, key: str) -> object:
-    """Return ``value`` as the type a dataclass's field is annotated with."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return _value(next(k for k in inner if k is not type(None)), value, file, key)
-    if dataclasses.is_dataclass(kind):
-        return _table(typing.cast("type", kind), typing.cast("Any", value), file, f"{key}.")
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise _wrong(file, key, "a list", value)
-        return tuple(_value(inner[0], item, file, key) for item in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise _wrong(file, key, f"a {kind.__name__}", value)
-    return value
-
-
-def _wrong(file: str, key: str, wanted: str, value: object) -> RecipeError:
-    return RecipeError(f"'{file}': the key '{key}' must be {wanted}, not {value!r}.", "Mend it.")
+def _all_known(what: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
+    strangers = [name for name in names if name not in known]
+    if strangers:
+        raise UsageError(f"There is no {what} '{strangers[0]}'.", f"Known: {', '.join(known)}.")

@@ -2,147 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.baseline import Baseline, baseline_of
-from van_deploy.checks.evaluate import EvaluateReport, Settings, evaluate_bundle
-from van_deploy.checks.figures import (
-    Figure,
-    figures_from_evaluate,
-    figures_from_speed,
-    figures_from_verify,
-)
-from van_deploy.checks.labels import labelled_images
+from van_deploy.checks.evaluate import EvaluateReport
+from van_deploy.checks.measure import evaluate_folder
 from van_deploy.checks.opened import ON_CPU, Execution
-from van_deploy.checks.pictures import Pictures, pictures_to_check
+from van_deploy.checks.pictures import pictures_to_check
 from van_deploy.checks.record import record_check
-from van_deploy.checks.regression import CheckReport, compare_with_baseline
-from van_deploy.checks.speed import speed_ratios
 from van_deploy.checks.verdicts import VerifyReport
 from van_deploy.checks.verify import verify_bundle
-from van_deploy.errors import UsageError
+from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.pipeline import ExportResult, export_bundle
-from van_deploy.recipe import GateSettings, Recipe
+from van_deploy.recipe import BatchRange, EngineSettings, PrecisionSettings, Recipe
 
-__all__ = ["Measured", "RunResult", "RunSettings", "measure_bundle", "run_recipe"]
+if TYPE_CHECKING:
+    from van_deploy.engine.options import BuildOptions
+    from van_deploy.precision.settings import QuantizeSettings
+
+__all__ = [
+    "Made",
+    "RunResult",
+    "RunSettings",
+    "build_options",
+    "quantize_settings",
+    "run_recipe",
+]
 
 LEAST_IMAGES = 32
-QUANTIZED = ("fp16", "int8")
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Everything a check compares.
-
-    Attributes:
-        bundle: what was measured.
-        pictures: what it was verified on.
-        verify: the verdict on each artefact.
-        evaluate: accuracy, if there were labelled images.
-        figures: all of it as figures.
-    """
-
-    bundle: Bundle
-    pictures: Pictures
-    verify: VerifyReport
-    evaluate: EvaluateReport | None
-    figures: tuple[Figure, ...]
-
-    def check(self, baseline: Baseline | None, *, allow_skip: bool) -> CheckReport:
-        """Return the gates and the figures against ``baseline``."""
-        return compare_with_baseline(
-            self.bundle,
-            self.pictures,
-            baseline,
-            self.figures,
-            self.verify,
-            self.evaluate,
-            allow_skip=allow_skip,
-        )
-
-    def baseline(self) -> Baseline:
-        """Return the baseline that says this is good."""
-        return baseline_of(self.bundle, self.pictures, self.figures)
-
-
-def measure_bundle(
-    bundle: Bundle,
-    loaded: LoadedVan,
-    pictures: Pictures,
-    *,
-    labelled: Path | None = None,
-    labels_file: Path | None = None,
-    gates: GateSettings | None = None,
-    execution: Execution = ON_CPU,
-    speed: bool = False,
-    progress: Progress | None = None,
-) -> Measured:
-    """Return everything a check compares, measured on this machine.
-
-    Args:
-        bundle: the bundle.
-        loaded: its original network.
-        pictures: to verify on.
-        labelled: folder of labelled images to evaluate on, or None.
-        labels_file: their labels, where the folder does not tell.
-        gates: limits that are not to be derived.
-        execution: what runs the artefacts.
-        speed: measure ratios of speed as well.
-        progress: told what is measured.
-    """
-    say = progress or (lambda _: None)
-    verify = verify_bundle(
-        bundle, loaded, pictures, gates=gates, execution=execution, progress=progress
-    )
-    figures: list[Figure] = list(figures_from_verify(verify))
-    evaluate = None
-    if labelled is not None:
-        say("Evaluating")
-        evaluate = _evaluate(bundle, loaded, labelled, labels_file, gates, execution, say)
-        figures += figures_from_evaluate(evaluate)
-    if speed:
-        say("Measuring ratios of speed")
-        figures += figures_from_speed(speed_ratios(bundle, loaded, pictures, execution=execution))
-    return Measured(bundle, pictures, verify, evaluate, tuple(figures))
-
-
-@dataclass(frozen=True)
 class RunSettings:
-    """What a run does beside exporting and verifying.
+    """How a run is done; *what* is done stands in the recipe.
 
     Attributes:
-        precisions: ``fp16``, ``int8``: artefacts to make besides ``fp32``.
         images: folder to check on; None for sample pictures.
-        calibration: folder to calibrate on, where a precision needs it.
-        labelled: folder of labelled images to evaluate on; None leaves that out.
-        labels_file: their labels, where the folder does not tell.
         execution: what runs the artefacts in the gates.
         force: make everything anew.
     """
 
-    precisions: tuple[str, ...] = ()
     images: Path | None = None
-    calibration: Path | None = None
-    labelled: Path | None = None
-    labels_file: Path | None = None
     execution: Execution = ON_CPU
     force: bool = False
 
-    def __post_init__(self) -> None:
-        """Refuse precisions that there are not."""
-        strangers = [name for name in self.precisions if name not in QUANTIZED]
-        if strangers:
-            raise UsageError(
-                f"There is no precision '{strangers[0]}' to make.",
-                f"Known: {', '.join(QUANTIZED)}.",
-            )
+
+@dataclass(frozen=True)
+class Made:
+    """One artefact that was made after exporting.
+
+    Attributes:
+        artefact: its name.
+        reason: why it was made anew or reused.
+        passed: whether it holds the gate of its own stage.
+    """
+
+    artefact: str
+    reason: str
+    passed: bool
 
 
 @dataclass(frozen=True)
@@ -152,21 +75,22 @@ class RunResult:
     Attributes:
         bundle: as written.
         export: what exporting did.
-        made: the artefacts made after it, with the reason if they were there already.
+        made: the artefacts made after it: precisions, then engines.
         verify: the verdict on each artefact.
         evaluate: accuracy, if there were labelled images.
     """
 
     bundle: Bundle
     export: ExportResult
-    made: tuple[tuple[str, str], ...]
+    made: tuple[Made, ...]
     verify: VerifyReport
     evaluate: EvaluateReport | None
 
     @property
     def passed(self) -> bool:
         """Whether every gate passed."""
-        return self.verify.passed and (self.evaluate is None or self.evaluate.passed)
+        accurate = self.evaluate is None or self.evaluate.passed
+        return self.verify.passed and accurate and all(made.passed for made in self.made)
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
@@ -178,7 +102,7 @@ class RunResult:
             "bundle": str(self.bundle.path),
             "passed": self.passed,
             "export": {"reused": self.export.reused, "reason": self.export.reason},
-            "made": [{"artefact": name, "reason": reason} for name, reason in self.made],
+            "made": [asdict(made) for made in self.made],
             "verify": self.verify.as_dict(),
             "evaluate": self.evaluate.as_dict() if self.evaluate else None,
         }
@@ -195,87 +119,174 @@ def run_recipe(
     """Return the bundle a recipe asks for, and the verdict of its gates.
 
     Args:
-        recipe: how to deploy, and the gates.
+        recipe: what to make, and the gates.
         loaded: the network, from :func:`van_deploy.pipeline.load_for`.
         output: the bundle's folder.
-        settings: what to make and to judge on.
+        settings: how.
         progress: told what is done.
 
     Raises:
+        RecipeError: a value of ``[precision]`` or ``[engines]`` makes no sense.
         GateFailed: exporting found that the graph is not the network.
         BundleError: ``output`` cannot hold the bundle.
         ImageError: a precision needs images to calibrate on and there are none.
+        MissingDependency: what builds the engines is not installed.
+        ConversionError: an engine cannot be built.
     """
     settings, say = settings or RunSettings(), progress or (lambda _: None)
+    wanted = [quantize_settings(recipe.precision, name) for name in recipe.precision.make]
+    build_options(recipe.engines, recipe.batch)  # a mistake is said before any work
     exported = export_bundle(
         loaded, recipe, output, images=settings.images, force=settings.force, progress=progress
     )
-    made = tuple(_quantize(output, settings, say))
+    made = [
+        *_quantized(output, recipe.precision, wanted, settings.force, say),
+        *_built(output, recipe, settings.force, say),
+    ]
     bundle = Bundle.open(output)
-    count = max(LEAST_IMAGES, recipe.batch.max)
     say("Preparing images")
-    pictures = pictures_to_check(loaded.name, loaded.preprocessing, count, settings.images)
+    count = max(LEAST_IMAGES, recipe.batch.max)
     verify = verify_bundle(
         bundle,
         loaded,
-        pictures,
+        pictures_to_check(loaded.name, loaded.preprocessing, count, settings.images),
         gates=recipe.gates,
         execution=settings.execution,
         progress=progress,
     )
     record_check(bundle, "verify", verify.as_dict())
-    evaluate = None
-    if settings.labelled is not None:
-        say("Evaluating")
-        evaluate = _evaluate(
-            bundle,
-            loaded,
-            settings.labelled,
-            settings.labels_file,
-            recipe.gates,
-            settings.execution,
-            say,
-        )
-        record_check(bundle, "evaluate", evaluate.as_dict())
-    return RunResult(Bundle.open(output), exported, made, verify, evaluate)
-
-
-def _quantize(output: Path, settings: RunSettings, say: Progress) -> Sequence[tuple[str, str]]:
-    """Make each precision asked for; return its name and why it was made or reused."""
-    made = []
-    for precision in settings.precisions:
-        from van_deploy.precision.settings import QuantizeSettings
-        from van_deploy.precision.stage import quantize_bundle
-
-        say(f"Making '{precision}'")
-        result = quantize_bundle(
-            output,
-            QuantizeSettings(precision=precision),
-            images=settings.calibration,
-            force=settings.force,
-            progress=say,
-        )
-        made.append((result.artefact, result.reason))
-    return made
-
-
-def _evaluate(
-    bundle: Bundle,
-    loaded: LoadedVan,
-    folder: Path,
-    labels_file: Path | None,
-    gates: GateSettings | None,
-    execution: Execution,
-    say: Progress,
-) -> EvaluateReport:
-    labelled = labelled_images(
-        folder, loaded.config.num_classes, loaded.class_names, labels_file=labels_file
-    )
-    return evaluate_bundle(
+    evaluate = evaluate_folder(
         bundle,
         loaded,
-        labelled,
-        Settings(execution=execution),
-        gates=gates,
-        progress=lambda done, total: say(f"{done} of {total} images"),
+        recipe.evaluate,
+        gates=recipe.gates,
+        execution=settings.execution,
+        progress=progress,
     )
+    if evaluate is not None:
+        record_check(bundle, "evaluate", evaluate.as_dict())
+    return RunResult(Bundle.open(output), exported, tuple(made), verify, evaluate)
+
+
+def quantize_settings(table: PrecisionSettings, precision: str) -> QuantizeSettings:
+    """Return what a recipe asks of one of its precisions.
+
+    Raises:
+        RecipeError: it contradicts itself.
+    """
+    from van_deploy.precision.equalize import EqualizeSettings
+    from van_deploy.precision.refine_settings import RefineSettings
+    from van_deploy.precision.settings import QuantizeSettings
+
+    int8 = precision == "int8"
+    try:
+        return QuantizeSettings(
+            precision=precision,
+            target=table.target if int8 else "tensorrt",
+            method=table.method,
+            scope=table.scope if int8 else (),
+            rest=table.rest if int8 else "",
+            keep=table.keep,
+            equalize=EqualizeSettings() if table.equalize else None,
+            refine=RefineSettings() if table.refine else None,
+            max_drop=table.max_drop if int8 else None,
+        )
+    except UsageError as error:
+        raise RecipeError(f"[precision]: {error.message}", error.remedy) from None
+
+
+def build_options(table: EngineSettings, batch: BatchRange) -> BuildOptions:
+    """Return what a recipe asks of its engines, without their targets.
+
+    Raises:
+        RecipeError: a value makes no sense.
+    """
+    from van_deploy.engine.options import (
+        BuildOptions,
+        HardwareCompatibility,
+        Profiling,
+        parse_size,
+        parse_targets,
+    )
+
+    try:
+        if table.targets:
+            parse_targets(",".join(table.targets))
+        return BuildOptions(
+            profiles=tuple(BatchRange.parse(text) for text in table.batch) or (batch,),
+            hardware_compatibility=_member(HardwareCompatibility, table.hardware_compatibility),
+            version_compatible=table.version_compatible,
+            workspace_bytes=parse_size(table.workspace) if table.workspace else None,
+            optimization_level=table.optimization_level,
+            tf32=table.tf32,
+            strip_weights=table.strip_weights,
+            refit=table.refit,
+            profiling=_member(Profiling, table.profiling),
+        )
+    except UsageError as error:
+        raise RecipeError(f"[engines]: {error.message}", error.remedy) from None
+
+
+def _member(kind: Any, name: str) -> Any:
+    known = [member.value for member in kind]
+    if name not in known:
+        raise UsageError(f"There is no '{name}'.", f"Known: {', '.join(known)}.")
+    return kind(name)
+
+
+def _quantized(
+    output: Path,
+    table: PrecisionSettings,
+    wanted: list[QuantizeSettings],
+    force: bool,
+    say: Progress,
+) -> Iterator[Made]:
+    """Make each precision asked for."""
+    from van_deploy.precision.stage import quantize_bundle
+
+    for settings in wanted:
+        say(f"Making '{settings.precision}'")
+        result = quantize_bundle(
+            output,
+            settings,
+            images=table.images,
+            calibration=table.calibration or None,
+            evaluate=table.evaluate,
+            force=force,
+            progress=say,
+        )
+        yield Made(result.artefact, result.reason, result.passed)
+
+
+def _built(output: Path, recipe: Recipe, force: bool, say: Progress) -> Iterator[Made]:
+    """Build each engine asked for; whatever cannot be built is found out first."""
+    if not recipe.engines.precisions:
+        return
+    from van_deploy.engine.backend import choose_backend
+    from van_deploy.engine.bundled import build_in_bundle, request_for
+    from van_deploy.engine.host import host_here
+    from van_deploy.engine.options import parse_targets
+    from van_deploy.engine.refusals import refuse_impossible
+
+    table, host = recipe.engines, host_here()
+    bundle, options = Bundle.open(output), build_options(table, recipe.batch)
+    plans = []
+    for precision in table.precisions:
+        for targets in parse_targets(",".join(table.targets)) if table.targets else ((),):
+            backend = choose_backend(table.backend, targets, host.target)
+            here = (host.target,) if host.target and backend.builds_for_absent_gpus else ()
+            asked = replace(options, targets=targets or here)
+            refuse_impossible(backend, asked, host, table.timing_cache)
+            plans.append((request_for(bundle, precision, backend, asked, host), backend, asked))
+    for request, backend, asked in plans:
+        say(f"Building '{request.name}'")
+        built = build_in_bundle(
+            request,
+            backend,
+            asked,
+            host=host,
+            timing_cache=table.timing_cache,
+            force=force,
+        )
+        reason = "the file, options and versions are those it was built from"
+        yield Made(built.name, reason if built.reused else "built", passed=True)

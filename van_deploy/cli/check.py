@@ -87,13 +87,14 @@ def check(
     Example: van-deploy check dist/van_b1 --baseline baseline.json --junit junit.xml
     """
     from van_deploy.errors import GateFailed
+    from van_deploy.recipe import EvaluateSettings
 
     gates = gates_of(recipe)
     with progress() as bar:
         task = bar.add_task("Loading PyTorch", total=None)
 
         from van_deploy.checks.baseline import read_baseline, write_baseline
-        from van_deploy.run import measure_bundle
+        from van_deploy.checks.measure import measure_bundle
 
         known = None if update else read_baseline(baseline)
         found, loaded = opened(bundle, weights)
@@ -102,8 +103,7 @@ def check(
             found,
             loaded,
             pictures_for(found, loaded, images, count),
-            labelled=evaluate,
-            labels_file=labels,
+            labelled=EvaluateSettings(evaluate, labels),
             gates=gates,
             execution=execution_by(runner, trust_engine),
             speed=speed,

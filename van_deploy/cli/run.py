@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from van_deploy.cli.console import AsJson, emit, progress, remark
+from van_deploy.cli.console import AsJson, emit, names_in, progress, remark
 from van_deploy.cli.opening import RunnerName, execution_by
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from van_deploy.recipe import Recipe
     from van_deploy.run import RunResult
 
 __all__ = ["run"]
+
+INSTEAD = "Instead of what the recipe says"
 
 
 def run(
@@ -26,21 +29,39 @@ def run(
         Path | None,
         typer.Option("--output", "-o", help="Folder of the bundle; dist/NAME by default."),
     ] = None,
-    precision: Annotated[
-        list[str] | None,
-        typer.Option(help="fp16 or int8, besides fp32; may be repeated."),
-    ] = None,
     images: Annotated[
         Path | None,
         typer.Option(help="Folder of images to check on. By default sample photographs."),
     ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="fp16, int8 or both, besides fp32; may be repeated.", rich_help_panel=INSTEAD
+        ),
+    ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Folder of images to calibrate INT8 on.")
+        Path | None,
+        typer.Option(help="Images to calibrate on: a folder or a .npz.", rich_help_panel=INSTEAD),
     ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Precisions to build engines of; may be repeated.", rich_help_panel=INSTEAD
+        ),
+    ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Compute capabilities of the engines: sm_86,sm_89.", rich_help_panel=INSTEAD
+        ),
+    ] = "",
     evaluate: Annotated[
-        Path | None, typer.Option(help="Folder of labelled images; evaluates at the end.")
+        Path | None,
+        typer.Option(help="Folder of labelled images to evaluate on.", rich_help_panel=INSTEAD),
     ] = None,
-    labels: Annotated[Path | None, typer.Option(help="Labels file for --evaluate.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Labels file for --evaluate.", rich_help_panel=INSTEAD)
+    ] = None,
     runner: RunnerName = "ort-cpu",
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     force: Annotated[
@@ -48,14 +69,19 @@ def run(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Do all that a recipe asks for: export, quantise, verify and, with images, evaluate.
+    """Do all that a recipe asks for: export, quantise, build engines, verify and evaluate.
 
-    Example: van-deploy run van_digits --precision fp16
+    Example: van-deploy run export/mine.toml --output dist/mine
     """
     from van_deploy.cli.export import recipe_for
     from van_deploy.errors import GateFailed
 
-    wanted = recipe_for(recipe)
+    wanted = _with(
+        recipe_for(recipe),
+        precision={"make": names_in(precision), "images": calibration},
+        engines={"precisions": names_in(engine), "targets": names_in([target])},
+        evaluate={"images": evaluate, "labels": labels},
+    )
     with progress() as bar:
         task = bar.add_task("Loading PyTorch", total=None)
 
@@ -66,15 +92,7 @@ def run(
         from van_deploy.pipeline import load_for
         from van_deploy.run import RunSettings, run_recipe
 
-        settings = RunSettings(
-            precisions=tuple(precision or ()),
-            images=images,
-            calibration=calibration,
-            labelled=evaluate,
-            labels_file=labels,
-            execution=execution_by(runner),
-            force=force,
-        )
+        settings = RunSettings(images=images, execution=execution_by(runner), force=force)
         say("Loading weights")
         loaded = load_for(wanted, offline=offline)
         folder = output or Path("dist") / loaded.name
@@ -89,6 +107,17 @@ def run(
         )
 
 
+def _with(recipe: Recipe, **tables: dict[str, Any]) -> Recipe:
+    """Return the recipe with what was given on the command line in its tables."""
+    from dataclasses import replace
+
+    changed = {
+        name: replace(getattr(recipe, name), **{key: v for key, v in values.items() if v})
+        for name, values in tables.items()
+    }
+    return replace(recipe, **changed)
+
+
 def _table(result: RunResult) -> RenderableType:
     from rich.text import Text
 
@@ -98,10 +127,14 @@ def _table(result: RunResult) -> RenderableType:
 
     bundle = result.bundle
     names = bundle.manifest.get("class_names")
-    made = [f"Exported: {result.export.reason}."]
-    made += [f"Made '{name}': {reason}." for name, reason in result.made]
+    lines = [f"Exported: {result.export.reason}."]
+    lines += [
+        f"{made.artefact}: {made.reason}."
+        + ("" if made.passed else " It does not hold its gate; `van-deploy quantize` tells why.")
+        for made in result.made
+    ]
     return stack(
-        Text("\n".join(made)),
+        Text("\n".join(lines)),
         artefacts_table(bundle.manifest, bundle.sizes()),
         verify_tables(result.verify, names),
         evaluate_tables(result.evaluate) if result.evaluate else None,
