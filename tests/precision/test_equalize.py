@@ -16,6 +16,7 @@ from van_deploy.errors import ConversionError, ImageError
 from van_deploy.metrics import sqnr_db
 from van_deploy.precision.absorb import Absorber
 from van_deploy.precision.channels import ChannelHistogram, best_steps, rounding_error
+from van_deploy.precision.correct import corrected_biases
 from van_deploy.precision.equalize import (
     SCALE_LIMIT,
     EqualizeReport,
@@ -25,12 +26,11 @@ from van_deploy.precision.equalize import (
 from van_deploy.precision.initial import initial_plan, nodes_in_scope
 from van_deploy.precision.quantize import qdq_from_plan
 from van_deploy.precision.ranges import record_ranges
-from van_deploy.precision.refine import corrected_biases
 from van_deploy.precision.rounded import RoundedNetwork
 from van_deploy.precision.torch_graph import TorchGraph
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-NONE = EqualizeSettings(spatial=False, gate=False, centre=False, shift=False)
+NONE = EqualizeSettings(spatial=False, gate=False, centre=False, shift=False, stretch=False)
 SWITCHES = [field.name for field in fields(EqualizeSettings)]
 
 
@@ -102,7 +102,8 @@ def test_each_switch_changes_its_own_tensors(
 ) -> None:
     def kinds(**switches: bool) -> set[str]:
         report = equalized(digits_graph, calibration_digits, replace(NONE, **switches))
-        assert report.additions == sum(tensor.kind == "gelu" for tensor in report.tensors)
+        assert report.additions == sum(tensor.added for tensor in report.tensors)
+        assert {tensor.kind for tensor in report.tensors if tensor.added} <= {"gelu"}
         nodes = len(report.model.graph.node) - len(digits_graph.graph.node)
         assert nodes == report.additions
         return {tensor.kind for tensor in report.tensors}
@@ -112,6 +113,7 @@ def test_each_switch_changes_its_own_tensors(
     assert kinds(gate=True) == {"gate"}
     assert kinds(centre=True) == {"spatial", "stream"}
     assert kinds(shift=True) == {"gelu"}
+    assert kinds(stretch=True) == {"gelu"}
 
 
 def test_the_stream_ends_where_it_was(digits_graph: ModelProto, calibration_digits: Digits) -> None:
@@ -136,19 +138,22 @@ def test_it_rounds_better(
     assert quality["equalised"] > quality["plain"] + 1.0
 
 
-def test_tensorrt_adds_the_shift_in_the_kernel_it_has_anyway(
+def test_tensorrt_stretches_and_shifts_in_the_kernel_it_has_anyway(
     digits_graph: ModelProto,
     calibration_digits: Digits,
     rtx_plan: Callable[[ModelProto], bytes],
 ) -> None:
     """The plan holds the source of its pointwise kernels, which are counted."""
     kernels = []
-    for settings in (replace(EqualizeSettings(), shift=False), EqualizeSettings()):
+    for settings in (
+        replace(EqualizeSettings(), shift=False, stretch=False),
+        EqualizeSettings(shift=True, stretch=True),
+    ):
         report = equalized(digits_graph, calibration_digits, settings)
         ranges = record_ranges(report.model, calibration_digits.batches()[:1], threads=1)
         plan = rtx_plan(qdq_from_plan(initial_plan(report.model, ranges)))
         kernels.append(plan.count(b"__global__"))
-    assert report.additions == 9
+    assert report.additions == 18  # a Mul and an Add for each of 9 blocks
     assert kernels[0] == kernels[1] > 50
 
 
@@ -210,7 +215,7 @@ def test_what_cannot_be_absorbed_is_refused(digits_graph: ModelProto) -> None:
     assert absorber.subtractor(padded) is None  # its zeros would have to be offset too
     assert absorber.divider(padded) is not None
     assert absorber.subtractor("images") is None
-    assert not absorber.shiftable("block1.0.attn.activation")  # the gate reads it too
+    assert not absorber.open_ended("block1.0.attn.activation")  # the gate reads it too
     with pytest.raises(ValueError, match="nothing can divide"):
         absorber.divide_(gelu, np.ones(64))
 

@@ -16,13 +16,14 @@ from tests.precision.conftest import Digits
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.metrics import compare
 from van_deploy.precision.compare import logits_session
-from van_deploy.precision.cpu import qdq_for_cpu
+from van_deploy.precision.cpu import CpuScales, cpu_scales
+from van_deploy.precision.cpu_writer import qdq_for_cpu
 from van_deploy.precision.half import DEFAULT_KEEP, kept_nodes
 from van_deploy.precision.initial import initial_plan, is_pointwise, nodes_in_scope
 from van_deploy.precision.plan import QuantizationPlan, simulate, weighted_nodes
 from van_deploy.precision.quantize import multiply_adds, qdq_from_plan, quantized_share
 from van_deploy.precision.ranges import Ranges, float_tensors, record_ranges
-from van_deploy.precision.scales import Method
+from van_deploy.precision.scales import Method, affine_scale
 
 SCOPES = ["pointwise", "all", (r"block[34]\..*fc1", "head")]
 
@@ -53,7 +54,8 @@ def stored(model: ModelProto) -> dict[str, npt.NDArray[Any]]:
 
 @pytest.fixture(scope="module")
 def cpu_graph(digits_graph: ModelProto, ranges: Ranges) -> ModelProto:
-    return qdq_for_cpu(initial_plan(digits_graph, ranges, "all"), ranges)
+    plan = initial_plan(digits_graph, ranges, "all")
+    return qdq_for_cpu(plan, cpu_scales(plan, ranges))
 
 
 class TestScope:
@@ -276,8 +278,32 @@ class TestCpu:
         bias = conv.bias.copy()
         bias[0] = 1e9
         changed = replace(plan, convs={**plan.convs, name: replace(conv, bias=bias)})
-        integers = stored(qdq_for_cpu(changed, ranges))[f"{name}.bias.integers"]
+        graph = qdq_for_cpu(changed, cpu_scales(changed, ranges))
+        integers = stored(graph)[f"{name}.bias.integers"]
         assert integers[0] == pytest.approx(2**30, rel=1e-3)
+
+    def test_what_the_residual_stream_gets_has_a_step_for_every_channel(
+        self, digits_graph: ModelProto, ranges: Ranges, heldout_digits: Digits
+    ) -> None:
+        """Two ways to write it: fused by ONNX Runtime, and in the network's own units."""
+        plan = initial_plan(digits_graph, ranges, "all")
+        scales = cpu_scales(plan, ranges)
+        assert len(scales.outputs) == 4 + 2 * 9  # patch embeddings, and two a block
+        for name, steps in scales.outputs.items():
+            record = ranges.tensors[name]
+            largest = np.maximum(record.channel_maximum, -record.channel_minimum)
+            assert (steps * 127 >= largest * (1 - 1e-5)).all()
+        fused, open_graph = (qdq_for_cpu(plan, scales, own_units=own) for own in (False, True))
+        found = run(fused, heldout_digits, fuse=True)
+        apart = compare(run(open_graph, heldout_digits, fuse=False), found)
+        assert apart.sqnr_db > 35
+        by_tensor = CpuScales(
+            {name: affine_scale(ranges.tensors[name], Method.MSE) for name in scales.outputs}
+            | dict(scales.tensors)
+        )
+        whole = run(qdq_for_cpu(plan, by_tensor), heldout_digits, fuse=True)
+        expected = run(digits_graph, heldout_digits, fuse=False)
+        assert compare(expected, found).sqnr_db > compare(expected, whole).sqnr_db + 0.5
 
     def test_types_of_input_and_output_stay(self, cpu_graph: ModelProto) -> None:
         for value in (*cpu_graph.graph.input, *cpu_graph.graph.output):

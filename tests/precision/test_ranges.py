@@ -17,12 +17,10 @@ from van_deploy.precision.ranges import (
     TensorRange,
     float_tensors,
     lean_batch,
-    ranges_from_file,
-    ranges_summary,
     record_ranges,
     with_outputs,
-    write_ranges,
 )
+from van_deploy.precision.ranges_file import ranges_from_file, ranges_summary, write_ranges
 
 
 def test_every_tensor_is_recorded_and_agrees_with_onnxruntime(

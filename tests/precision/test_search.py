@@ -48,7 +48,7 @@ def test_every_layer_is_ranked_by_what_it_does_alone(
     plan: QuantizationPlan, ranking: tuple[LayerDisturbance, ...]
 ) -> None:
     assert {layer.name for layer in ranking} == set(plan.convs)
-    figures = [layer.sqnr_db for layer in ranking]
+    figures = [layer.worth_db for layer in ranking]
     assert figures == sorted(figures)
     assert figures[0] < figures[-1]
     assert sum(layer.share for layer in ranking) == pytest.approx(quantized_share(plan))
@@ -121,6 +121,15 @@ def test_the_standard_error_counts_against_the_budget(
     assert not report.passed
 
 
+def test_wins_do_not_make_up_for_losses(
+    plan: QuantizationPlan, ranking: tuple[LayerDisturbance, ...]
+) -> None:
+    """As many won as lost: top-1 is the same, and yet the network is another one."""
+    within, beyond = (Drop(0.0, 0.1, "top-1", changed) for changed in (1.0, 1.1))
+    assert search_kept(plan, ranking, lambda _: within, max_drop=0.5).passed
+    assert not search_kept(plan, ranking, lambda _: beyond, max_drop=0.5).passed
+
+
 def test_it_holds_a_real_budget(
     plan: QuantizationPlan,
     ranking: tuple[LayerDisturbance, ...],
@@ -149,9 +158,10 @@ def test_a_drop_counts_images() -> None:
     same = top1_drop(reference, reference, labels)
     assert same == Drop(0.0, 0.0, "top-1")
     worse = top1_drop(reference, reference[[0, 1, 3, 3]], labels)
-    assert worse == Drop(25.0, 25.0, "top-1")
+    assert worse == Drop(25.0, 25.0, "top-1", 25.0)
     better_and_worse = top1_drop(reference, reference[[1, 1, 2, 0]], labels)
     assert better_and_worse.points == 0.0
+    assert better_and_worse.changed == 50.0
     assert better_and_worse.error == pytest.approx(25 * np.sqrt(2))
     assert top1_drop(reference, reference[[1, 1, 2, 3]]).of == "agreement"
 

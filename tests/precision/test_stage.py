@@ -16,10 +16,10 @@ from van_deploy.errors import BundleError, GateFailed, ImageError, UsageError
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.pipeline import export_bundle
-from van_deploy.precision.calibration import calibration_set_named
 from van_deploy.precision.compare import PrecisionRow, recommended
 from van_deploy.precision.equalize import EqualizeSettings
-from van_deploy.precision.refine import RefineSettings
+from van_deploy.precision.manifests import calibration_set_named
+from van_deploy.precision.refine_settings import RefineSettings
 from van_deploy.precision.settings import QuantizeSettings
 from van_deploy.precision.stage import quantize_bundle
 from van_deploy.recipe import BatchRange, Recipe

@@ -149,7 +149,7 @@ def quantize(
     Example: van-deploy quantize dist/van_b1 --images train/ --eval val/
     """
     from van_deploy.precision.equalize import EqualizeSettings
-    from van_deploy.precision.refine import RefineSettings
+    from van_deploy.precision.refine_settings import RefineSettings
     from van_deploy.precision.settings import QuantizeSettings
 
     settings = QuantizeSettings(
@@ -205,7 +205,7 @@ def quantized(
 
 def quantized_json(result: QuantizeResult) -> dict[str, Any]:
     """Return a quantisation as ``--json`` prints it."""
-    from van_deploy.checks.statistics import wilson_interval
+    from van_deploy.metrics import wilson_interval
 
     rows = []
     for row in result.facts["comparison"]:

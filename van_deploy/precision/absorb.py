@@ -22,7 +22,7 @@ class Absorber:
     """The graph surgery behind :mod:`van_deploy.precision.equalize`.
 
     Args:
-        model: the graph, changed in place by :meth:`finished` and :meth:`insert_shift_`.
+        model: the graph, changed in place by :meth:`finished` and :meth:`insert_affine_`.
     """
 
     def __init__(self, model: ModelProto) -> None:
@@ -88,8 +88,8 @@ class Absorber:
             return maker
         return self._added_branch(maker) if maker.op_type == "Add" else None
 
-    def shiftable(self, tensor: str) -> bool:
-        """Return whether an Add may stand between ``tensor`` and its only reader, a 1x1 conv."""
+    def open_ended(self, tensor: str) -> bool:
+        """Return whether nodes may stand between ``tensor`` and its only reader, a 1x1 conv."""
         users = self.users.get(tensor, [])
         return len(users) == 1 and tensor not in self.outputs and _is_unpadded_1x1(users[0])
 
@@ -143,18 +143,35 @@ class Absorber:
         for user in self.users[tensor]:
             self._return_(tensor, user, centre)
 
-    def insert_shift_(self, tensor: str, centre: Floats) -> None:
-        """Put an Add of ``-centre (C,)`` between ``tensor`` and its reader."""
+    def insert_affine_(self, tensor: str, centre: Floats, scale: Floats) -> int:
+        """Make its only reader read ``(tensor - centre) / scale``, both ``(C,)``; return the nodes.
+
+        One Mul and one Add at most: neither stands for nothing to multiply or to add.
+        """
         (reader,) = self.users[tensor]
-        name, constant = f"{tensor}.shifted", f"{tensor}.shift"
         dtype = helper.tensor_dtype_to_np_dtype(self.stored[reader.input[1]].data_type)
-        values = (-centre).reshape(1, -1, 1, 1).astype(dtype)
-        self.model.graph.initializer.append(numpy_helper.from_array(values, constant))
-        position = list(self.model.graph.node).index(reader)
-        add = helper.make_node("Add", [tensor, constant], [name], name)
-        self.model.graph.node.insert(position, add)
-        self._return_(tensor, reader, -values.reshape(-1).astype(np.float64))
+        factor, offset = (1.0 / scale).astype(dtype), (-centre / scale).astype(dtype)
+        name, added = tensor, 0
+        for operator, word, values, idle in (
+            ("Mul", "stretch", factor, 1.0),
+            ("Add", "shift", offset, 0.0),
+        ):
+            if (values == idle).all():
+                continue
+            made, constant = f"{tensor}.{word}ed", f"{tensor}.{word}"
+            self.model.graph.initializer.append(
+                numpy_helper.from_array(values.reshape(1, -1, 1, 1), constant)
+            )
+            position = list(self.model.graph.node).index(reader)
+            node = helper.make_node(operator, [name, constant], [made], made)
+            self.model.graph.node.insert(position, node)
+            name, added = made, added + 1
+        # what was stored, not what was meant: the reader takes in the rounded numbers
+        stretch, shift = factor.astype(np.float64), offset.astype(np.float64)
+        self.weights[reader.name] = self.weight(reader) / stretch[:, None, None]
+        self._return_(tensor, reader, -shift)
         reader.input[0] = name
+        return added
 
     def finished(self) -> ModelProto:
         """Return the graph with every change written into its stored tensors."""

@@ -1,110 +1,41 @@
-"""Which images calibrate INT8: manifests, seeded choice, and batches of network input.
+"""Which images calibrate INT8: a seeded, balanced choice, named by digest.
 
-A calibration set is a TOML file in ``calibration/`` or of the user's own. A
-folder of images needs none: the defaults below are one.
+A calibration set (:mod:`van_deploy.precision.manifests`) says which; a folder of
+images needs none.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from importlib import resources
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import content_key
-from van_deploy.errors import ImageError, RecipeError, UsageError
-from van_deploy.images import UnreadableImages, file_digest, find_images, open_image
+from van_deploy.errors import ImageError, UsageError
+from van_deploy.images import file_digest, find_images
 from van_deploy.model.embedded import digits_images
-from van_deploy.model.pixels import normalised, pixels_from_image
-from van_deploy.recipe import read_settings
-
-if TYPE_CHECKING:
-    from van_deploy.model.preprocess import Preprocessing
+from van_deploy.precision.manifests import ImageSelection
 
 __all__ = [
-    "UNREADABLE_LIMIT",
-    "CalibrationSet",
+    "NO_IMAGES",
     "ChosenImages",
-    "ImageSelection",
     "Picture",
-    "builtin_calibration_sets",
-    "calibration_set_named",
+    "array_digest",
     "choose_images",
-    "input_batches",
-    "noise_images",
     "refuse_overlap",
 ]
-
-SOURCES = ("folder", "npz", "digits", "noise")
-UNREADABLE_LIMIT = 0.01
-"""Largest share of the images that may be unreadable."""
 
 NO_IMAGES = (
     "INT8 needs images to calibrate on, and none were given.",
     "Pass --images DIR (about 512 training images), or a set with --calibration NAME. "
     "Noise is used only with --calibrate-on-noise, and fits no real picture.",
 )
-
-
-@dataclass(frozen=True)
-class ImageSelection:
-    """Which images, and how many. Table ``[images]``.
-
-    Attributes:
-        source: ``folder`` (one folder a class, or flat), ``npz``, ``digits`` (the
-            ones inside the package) or ``noise``.
-        path: the folder or file, relative to the manifest; "" for what
-            ``--images`` gives.
-        count: how many at most.
-        seed: of the choice.
-        balanced: the same number from every class folder, as far as there are
-            that many.
-        held_out: share of the chosen images (0..1) that is not calibrated on but
-            judges the methods, and the result where there are no other images.
-        digest: what :attr:`ChosenImages.digest` must be; "" where it is not known.
-    """
-
-    source: str = "folder"
-    path: str = ""
-    count: int = 512
-    seed: int = 0
-    balanced: bool = True
-    held_out: float = 0.2
-    digest: str = ""
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        if self.source not in SOURCES:
-            raise UsageError(
-                f"There is no source of images called '{self.source}'.",
-                f"Known sources: {', '.join(SOURCES)}.",
-            )
-        if self.count < 2:
-            raise UsageError(f"{self.count} images are too few.", "Give at least 2; 512 is usual.")
-        if not 0 <= self.held_out < 1:
-            raise UsageError(
-                f"The held-out share {self.held_out:g} is outside [0, 1).", "0.2 is usual."
-            )
-
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """One manifest of ``calibration/``.
-
-    Attributes:
-        description: what it is for, one sentence.
-        images: which images.
-    """
-
-    description: str = ""
-    images: ImageSelection = field(default_factory=ImageSelection)
 
 
 @dataclass(frozen=True)
@@ -182,36 +113,6 @@ class ChosenImages:
         return np.array([table[picture.group] for picture in self.pictures])
 
 
-def builtin_calibration_sets() -> dict[str, Path]:
-    """Return the manifests of ``calibration/`` by name."""
-    folder = resources.files("van_deploy.calibration_sets")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
-    return {name.removesuffix(".toml"): Path(str(folder / name)) for name in names}
-
-
-def calibration_set_named(name: str) -> CalibrationSet:
-    """Return the built-in set ``name``, or the one in the TOML file of that path.
-
-    Raises:
-        RecipeError: there is none, or it is wrong.
-    """
-    known = builtin_calibration_sets()
-    if name in known:
-        return read_settings(CalibrationSet, known[name], "calibration set")
-    if not name.endswith(".toml"):
-        near = difflib.get_close_matches(name, known, n=1)
-        guess = f"Did you mean {near[0]}? " if near else ""
-        raise RecipeError(
-            f"There is no calibration set called '{name}'.",
-            f"{guess}Known sets: {', '.join(known)}; one of your own is given by its path.",
-        )
-    found = read_settings(CalibrationSet, Path(name), "calibration set")
-    if found.images.path:
-        path = str(Path(name).parent / found.images.path)
-        found = replace(found, images=replace(found.images, path=path))
-    return found
-
-
 def choose_images(selection: ImageSelection, images: Path | None = None) -> ChosenImages:
     """Return the images a selection means.
 
@@ -243,7 +144,7 @@ def choose_images(selection: ImageSelection, images: Path | None = None) -> Chos
 def _digits(selection: ImageSelection) -> ChosenImages:
     values, labels = digits_images("train")
     pictures = [
-        Picture(f"digit {number}", _array_digest(image), str(label), image)
+        Picture(f"digit {number}", array_digest(image), str(label), image)
         for number, (image, label) in enumerate(zip(values, labels, strict=True))
     ]
     chosen = _pick(pictures, selection)
@@ -293,12 +194,13 @@ def _pictures_of_npz(path: Path) -> list[Picture]:
         )
     groups = [""] * len(values) if labels is None else [str(label) for label in labels]
     return [
-        Picture(f"image {number} of '{path}'", _array_digest(value), group, value)
+        Picture(f"image {number} of '{path}'", array_digest(value), group, value)
         for number, (value, group) in enumerate(zip(values, groups, strict=True))
     ]
 
 
-def _array_digest(values: npt.NDArray[Any]) -> str:
+def array_digest(values: npt.NDArray[Any]) -> str:
+    """Return the SHA-256 of an array's bytes, in hexadecimal."""
     return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
@@ -342,68 +244,3 @@ def refuse_overlap(calibration: ChosenImages, evaluation: ChosenImages) -> None:
             f"{len(both)} calibration image(s) are also evaluation images, byte for byte: {first}.",
             "Accuracy measured on calibration images says nothing: take them out of one folder.",
         )
-
-
-def input_batches(
-    chosen: ChosenImages,
-    preprocessing: Preprocessing,
-    batch: int,
-    unreadable: UnreadableImages,
-) -> Iterator[tuple[npt.NDArray[np.float32], list[int]]]:
-    """Yield network inputs ``(n, C, S, S)`` float32 with the numbers of their pictures.
-
-    Pictures that cannot be read are passed over and remembered in ``unreadable``.
-
-    Raises:
-        ImageError: more than :data:`UNREADABLE_LIMIT` of them cannot be read.
-    """
-    inputs: list[npt.NDArray[np.float32]] = []
-    numbers: list[int] = []
-    for number, picture in enumerate(chosen.pictures):
-        try:
-            inputs.append(_input(picture, preprocessing))
-        except ImageError as error:
-            unreadable(Path(picture.name), error)
-            unreadable.refuse_above(UNREADABLE_LIMIT, len(chosen.pictures))
-            continue
-        numbers.append(number)
-        if len(inputs) == batch:
-            yield np.stack(inputs), numbers
-            inputs, numbers = [], []
-    if inputs:
-        yield np.stack(inputs), numbers
-
-
-def _input(picture: Picture, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
-    from PIL import Image
-
-    if isinstance(picture.source, Path):
-        opened = open_image(picture.source)
-    elif picture.source.dtype == np.float32:
-        return _given_input(picture.source, picture.name, preprocessing)
-    else:
-        opened = Image.fromarray(np.ascontiguousarray(picture.source)).convert("RGB")
-    return normalised(pixels_from_image(opened, preprocessing)[None], preprocessing)[0]
-
-
-def _given_input(
-    values: npt.NDArray[Any], name: str, preprocessing: Preprocessing
-) -> npt.NDArray[np.float32]:
-    wanted = (preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
-    if values.shape != wanted:
-        raise UsageError(
-            f"The {name} is network input of shape {values.shape}; the network takes {wanted}.",
-            "Save it in the network's size, or give uint8 pictures of any size.",
-        )
-    return np.asarray(values, np.float32)
-
-
-def noise_images(count: int, preprocessing: Preprocessing, seed: int) -> ChosenImages:
-    """Return seeded normal noise as network input, labelled as what it is."""
-    rng = np.random.default_rng(seed)
-    shape = (preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
-    pictures = []
-    for number in range(count):
-        values = rng.standard_normal(shape).astype(np.float32)
-        pictures.append(Picture(f"noise {number}", _array_digest(values), "", values))
-    return ChosenImages(tuple(pictures), f"{count} samples of NOISE, no images", noise=True)

@@ -8,14 +8,18 @@ so that a step is judged without rounding anything.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from onnx import ModelProto
 
 from van_deploy.precision.plan import INT8_LIMIT
+from van_deploy.precision.torch_graph import TorchGraph
 
-__all__ = ["ChannelHistogram", "best_steps", "rounding_error"]
+__all__ = ["ChannelHistogram", "best_steps", "channel_histograms", "rounding_error"]
 
 _MANTISSA_BITS = 3
 _SMALLEST_EXPONENT = -20
@@ -81,6 +85,35 @@ class ChannelHistogram:
         used = np.flatnonzero(self.counts.sum(axis=0))
         shares = self.counts[:, used] / np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
         return _bin_values()[used], shares
+
+
+def channel_histograms(
+    model: ModelProto,
+    batches: Iterable[npt.NDArray[np.float32]],
+    tensors: Collection[str],
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Mapping[str, ChannelHistogram], int]:
+    """Return the histogram of each of ``tensors`` inside ``model``, and how many images it saw.
+
+    Args:
+        model: an FP32 graph.
+        batches: normalised images ``(N, C, S, S)`` float32, a batch at a time.
+        tensors: names.
+        progress: called after each batch with the images seen so far.
+    """
+    graph = TorchGraph(model)
+    histograms: dict[str, ChannelHistogram] = {}
+    seen = 0
+    for images in batches:
+        with torch.inference_mode():
+            _, watched = graph.run(torch.from_numpy(images).to(graph.dtype), watch=set(tensors))
+        for name, values in watched.items():
+            found = histograms.setdefault(name, ChannelHistogram.empty(values.shape[1]))
+            found.add_(values.float().numpy())
+        seen += len(images)
+        if progress is not None:
+            progress(seen)
+    return histograms, seen
 
 
 def rounding_error(

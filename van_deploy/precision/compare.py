@@ -14,9 +14,10 @@ from onnx import ModelProto
 
 from van_deploy.errors import ConversionError, ImageError
 from van_deploy.images import UnreadableImages
-from van_deploy.metrics import compare
+from van_deploy.metrics import compare, paired_difference_interval, wilson_interval
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.precision.calibration import ChosenImages, input_batches
+from van_deploy.precision.calibration import ChosenImages
+from van_deploy.precision.inputs import input_batches
 from van_deploy.runners.onnxruntime import require_onnxruntime
 
 __all__ = [
@@ -40,6 +41,10 @@ Logits = npt.NDArray[np.float32]
 @dataclass(frozen=True)
 class Gate:
     """What a precision has to hold to be recommended.
+
+    Shares of images are only as sure as the images are many: agreement and top-1 fail
+    where their 95 % interval lies wholly on the wrong side. Where it holds the limit,
+    the images are too few to tell, and the line says so.
 
     Attributes:
         agreement: smallest share (0..1) of images with FP32's first class.
@@ -95,6 +100,8 @@ class PrecisionRow:
         ms_per_image: median on this CPU, or None where it was not measured.
         passed: whether it holds its gate; None for FP32 itself.
         failures: what it does not hold.
+        doubts: what the images are too few to decide.
+        agreement_interval: of 95 %, of ``agreement``.
     """
 
     precision: str
@@ -108,11 +115,13 @@ class PrecisionRow:
     ms_per_image: float | None
     passed: bool | None
     failures: tuple[str, ...]
+    doubts: tuple[str, ...] = ()
+    agreement_interval: tuple[float, float] = (0.0, 1.0)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the line as JSON can hold it; infinite figures become None."""
         values = asdict(self)
-        values["failures"] = list(self.failures)
+        values |= {key: list(values[key]) for key in ("failures", "doubts", "agreement_interval")}
         return {
             key: None if isinstance(value, float) and not np.isfinite(value) else value
             for key, value in values.items()
@@ -223,13 +232,17 @@ def _row(
 ) -> PrecisionRow:
     figures = compare(expected, found)
     correct = None if labels is None else int((found.argmax(axis=1) == labels).sum())
+    same = wilson_interval(round(figures.top1_agreement * figures.images), figures.images)
     failures: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
     if reference is not None:
-        drop = None
-        if correct is not None and reference.correct is not None:
-            drop = 100 * (reference.correct - correct) / len(found)
         gate = GATES[candidate.precision]
-        failures = _failures(gate, figures.top1_agreement, figures.sqnr_db, drop)
+        checks = [_agreement_check(gate, figures.top1_agreement, same, figures.images)]
+        if labels is not None:
+            checks.append(_drop_check(gate, expected, found, labels))
+        failures, doubts = _sorted_out(checks)
+        if not figures.sqnr_db >= gate.sqnr_db:
+            failures += (f"SQNR {figures.sqnr_db:.1f} dB is below {gate.sqnr_db:g} dB",)
     return PrecisionRow(
         precision=candidate.precision,
         size_bytes=candidate.size_bytes,
@@ -242,18 +255,46 @@ def _row(
         ms_per_image=ms,
         passed=None if reference is None else not failures,
         failures=failures,
+        doubts=doubts,
+        agreement_interval=same,
     )
 
 
-def _failures(gate: Gate, agreement: float, sqnr_db: float, drop: float | None) -> tuple[str, ...]:
-    found = []
-    if not agreement >= gate.agreement:
-        found.append(f"agreement {100 * agreement:.2f} % is below {100 * gate.agreement:g} %")
-    if not sqnr_db >= gate.sqnr_db:
-        found.append(f"SQNR {sqnr_db:.1f} dB is below {gate.sqnr_db:g} dB")
-    if drop is not None and drop > gate.drop_points:
-        found.append(f"top-1 lost {drop:.2f} points, more than {gate.drop_points:g}")
-    return tuple(found)
+_Check = tuple[str, bool]
+"""What is wrong ("" for nothing), and whether that is sure."""
+
+
+def _agreement_check(
+    gate: Gate, share: float, interval: tuple[float, float], images: int
+) -> _Check:
+    if share >= gate.agreement:
+        return "", True
+    low, high = (100 * end for end in interval)
+    said = (
+        f"agreement {100 * share:.2f} % ({low:.1f} to {high:.1f} on {images} images) "
+        f"is below {100 * gate.agreement:g} %"
+    )
+    return said, interval[1] < gate.agreement
+
+
+def _drop_check(gate: Gate, expected: Logits, found: Logits, labels: npt.NDArray[Any]) -> _Check:
+    before, after = expected.argmax(axis=1) == labels, found.argmax(axis=1) == labels
+    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+    points = 100 * (lost - won) / len(labels)
+    if points <= gate.drop_points:
+        return "", True
+    gained = paired_difference_interval(lost, won, len(labels))
+    low, high = (-100 * end for end in reversed(gained))
+    said = (
+        f"top-1 lost {points:.2f} points ({low:.2f} to {high:.2f}), more than {gate.drop_points:g}"
+    )
+    return said, low > gate.drop_points
+
+
+def _sorted_out(checks: list[_Check]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what failed for sure, and what may be chance."""
+    wrong = [check for check in checks if check[0]]
+    return tuple(said for said, sure in wrong if sure), tuple(s for s, sure in wrong if not sure)
 
 
 def interleaved_ms(

@@ -40,20 +40,23 @@ error of rounded weights larger: correct the biases afterwards
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from onnx import ModelProto, NodeProto
 
 from van_deploy.errors import ImageError
 from van_deploy.precision.absorb import Absorber
-from van_deploy.precision.channels import ChannelHistogram, best_steps, rounding_error
+from van_deploy.precision.channels import (
+    ChannelHistogram,
+    best_steps,
+    channel_histograms,
+    rounding_error,
+)
 from van_deploy.precision.plan import INT8_LIMIT
-from van_deploy.precision.torch_graph import TorchGraph
 
 __all__ = ["EqualizeReport", "EqualizeSettings", "EqualizedTensor", "equalize"]
 
@@ -76,6 +79,7 @@ class EqualizeSettings:
     gate: bool = True
     centre: bool = True
     shift: bool = True
+    stretch: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class EqualizedTensor:
         exponent: of the channels' own best steps; 0 where no channel was re-scaled.
         centred: channels that were centred.
         channels: how many it has.
+        added: nodes that were put behind it.
         gain_db: predicted decrease of the rounding error at the output of the
             quantised convolutions that read it.
     """
@@ -97,6 +102,7 @@ class EqualizedTensor:
     exponent: float
     centred: int
     channels: int
+    added: int
     gain_db: float
 
 
@@ -107,7 +113,7 @@ class EqualizeReport:
     Attributes:
         model: the new graph; in real arithmetic it computes what the old one did.
         tensors: the tensors that were changed, in the graph's order.
-        additions: Add nodes that ``shift`` put into the graph.
+        additions: nodes that ``shift`` and ``stretch`` put into the graph.
         images: how many images the ranges were taken from.
     """
 
@@ -157,12 +163,12 @@ def equalize(
     result.CopyFrom(model)
     absorber = Absorber(result)
     sites = _sites(absorber, nodes, settings or EqualizeSettings())
-    histograms, seen = _channel_histograms(
-        model, batches, [site.tensor for site in sites], progress
-    )
+    histograms, seen = channel_histograms(model, batches, [site.tensor for site in sites], progress)
+    if not seen:
+        raise ImageError("There is no image to equalise with.", "Pass a folder with --images DIR.")
     changed = [_change_(absorber, site, histograms[site.tensor]) for site in sites]
     tensors = tuple(tensor for tensor in changed if tensor is not None)
-    additions = sum(tensor.kind == "gelu" for tensor in tensors)
+    additions = sum(tensor.added for tensor in tensors)
     return EqualizeReport(absorber.finished(), tensors, additions, seen)
 
 
@@ -197,35 +203,14 @@ def _sites(absorber: Absorber, nodes: Collection[str], settings: EqualizeSetting
         if subtractor is not None:
             kind, centre = ("stream" if divider is None else "spatial"), settings.centre
         elif divider is None:
-            kind, centre = "gelu", settings.shift and absorber.shiftable(tensor)
+            open_ended = absorber.open_ended(tensor)
+            divide, centre = settings.stretch and open_ended, settings.shift and open_ended
+            kind = "gelu"
         else:
             kind, centre = ("gate" if gate else "spatial"), False
         if readers and (divide or centre):
             sites.append(_Site(tensor, kind, divide, centre, readers))
     return sites
-
-
-def _channel_histograms(
-    model: ModelProto,
-    batches: Iterable[Images],
-    tensors: Collection[str],
-    progress: Callable[[int], None] | None,
-) -> tuple[Mapping[str, ChannelHistogram], int]:
-    graph = TorchGraph(model)
-    histograms: dict[str, ChannelHistogram] = {}
-    seen = 0
-    for images in batches:
-        with torch.inference_mode():
-            _, watched = graph.run(torch.from_numpy(images).to(graph.dtype), watch=set(tensors))
-        for name, values in watched.items():
-            found = histograms.setdefault(name, ChannelHistogram.empty(values.shape[1]))
-            found.add_(values.float().numpy())
-        seen += len(images)
-        if progress is not None:
-            progress(seen)
-    if not seen:
-        raise ImageError("There is no image to equalise with.", "Pass a folder with --images DIR.")
-    return histograms, seen
 
 
 def _change_(
@@ -236,16 +221,17 @@ def _change_(
     plain, best = choices[0], min(choices, key=lambda choice: choice.error)
     if best is plain:
         return None
-    if best.exponent:
-        absorber.divide_(site.tensor, best.scale)
-    centred = int(np.count_nonzero(best.centre))
-    if centred and site.kind == "gelu":
-        absorber.insert_shift_(site.tensor, best.centre)
-    elif centred:
-        absorber.subtract_(site.tensor, best.centre / best.scale)
+    centred, added = int(np.count_nonzero(best.centre)), 0
+    if site.kind == "gelu":
+        added = absorber.insert_affine_(site.tensor, best.centre, best.scale)
+    else:
+        if best.exponent:
+            absorber.divide_(site.tensor, best.scale)
+        if centred:
+            absorber.subtract_(site.tensor, best.centre / best.scale)
     gain = 10 * math.log10(plain.error / best.error)
     return EqualizedTensor(
-        site.tensor, site.kind, best.exponent, centred, len(best.scale), round(gain, 2)
+        site.tensor, site.kind, best.exponent, centred, len(best.scale), added, round(gain, 2)
     )
 
 

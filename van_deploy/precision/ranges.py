@@ -7,11 +7,9 @@ and of the records, whatever the number of images.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,11 +26,8 @@ __all__ = [
     "TensorRange",
     "float_tensors",
     "lean_batch",
-    "ranges_from_file",
-    "ranges_summary",
     "record_ranges",
     "with_outputs",
-    "write_ranges",
 ]
 
 FP16_SMALLEST_NORMAL = 2.0**-14
@@ -42,6 +37,7 @@ BATCH_BYTES = 192 << 20
 """Memory that one batch's tensors may take while ranges are recorded; two are held."""
 
 Images = npt.NDArray[np.float32]
+Extremes = npt.NDArray[np.float32]
 _Run = Callable[[Images], list[Images]]
 _CHUNK = 1 << 18  # values looked at together, few enough for a core's own cache
 
@@ -57,6 +53,8 @@ class TensorRange:
         mean_minimum: mean over the images of each one's smallest value.
         mean_maximum: mean over the images of each one's largest value.
         smallest: smallest magnitude that is not zero; ``inf`` if all are.
+        channel_minimum: ``(C,)`` smallest value along the second axis.
+        channel_maximum: ``(C,)`` likewise the largest.
         count: how many values.
         subnormal: how many non-zero values are below FP16's normal numbers (6.1e-5).
         vanishing: how many non-zero values FP16 rounds to zero. With a histogram, these
@@ -70,6 +68,8 @@ class TensorRange:
     mean_minimum: float = 0.0
     mean_maximum: float = 0.0
     smallest: float = np.inf
+    channel_minimum: Extremes = field(default_factory=lambda: np.array(np.inf, np.float32))
+    channel_maximum: Extremes = field(default_factory=lambda: np.array(-np.inf, np.float32))
     count: int = 0
     subnormal: int = 0
     vanishing: int = 0
@@ -82,13 +82,16 @@ class TensorRange:
 
     def add_(self, values: npt.NDArray[np.float32]) -> bool:
         """Take in one batch ``(N, ...)``; return whether all of it was finite."""
-        rows = values.reshape(len(values), -1)
-        low, high = rows.min(axis=1), rows.max(axis=1)
+        channels = values.reshape(len(values), values.shape[1], -1)  # (N, C, rest)
+        lows, highs = channels.min(axis=2), channels.max(axis=2)
+        low, high = lows.min(axis=1), highs.max(axis=1)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):  # NaN is passed on by both
             return False
         self.minimum = min(self.minimum, float(low.min()))
         self.maximum = max(self.maximum, float(high.max()))
-        before, self.images = self.images, self.images + len(rows)
+        self.channel_minimum = np.minimum(self.channel_minimum, lows.min(axis=0))
+        self.channel_maximum = np.maximum(self.channel_maximum, highs.max(axis=0))
+        before, self.images = self.images, self.images + len(low)
         self.mean_minimum = (self.mean_minimum * before + float(low.sum())) / self.images
         self.mean_maximum = (self.mean_maximum * before + float(high.sum())) / self.images
         self.count += values.size
@@ -261,104 +264,3 @@ def _not_finite(name: str, values: npt.NDArray[np.float32]) -> ConversionError:
         f"({100 * share:.3g} % of its values in one batch).",
         "Check the weights with `van-deploy inspect`, and the images' preprocessing.",
     )
-
-
-PERCENTILES = (0.5, 0.99, 0.999, 0.9999, 0.99999)
-
-
-def ranges_summary(ranges: Ranges) -> dict[str, Any]:
-    """Return the ranges as ``ranges.json`` holds them: short numbers, one entry a tensor."""
-    return {
-        "schema": "van-deploy/ranges/1",
-        **ranges.facts,
-        "images": ranges.images,
-        "tensors": {name: _summary(record) for name, record in ranges.tensors.items()},
-    }
-
-
-def _summary(record: TensorRange) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "minimum": _short(record.minimum),
-        "maximum": _short(record.maximum),
-        "mean_minimum": _short(record.mean_minimum),
-        "mean_maximum": _short(record.mean_maximum),
-        "smallest_magnitude": _short(record.smallest) if np.isfinite(record.smallest) else None,
-        "below_fp16_normal": _short(record.subnormal / max(record.count, 1)),
-        "vanish_in_fp16": _short(record.vanishing / max(record.count, 1)),
-    }
-    if record.histogram is not None:
-        entry["magnitude_at"] = {
-            f"{100 * share:g}%": _short(record.histogram.magnitude_at(share))
-            for share in PERCENTILES
-        }
-    return entry
-
-
-def _short(value: float) -> float:
-    """Return ``value`` with six significant digits, so that files can be compared by eye."""
-    return float(f"{value:.6g}")
-
-
-def write_ranges(path: Path, ranges: Ranges) -> None:
-    """Write the whole record to ``path``, a compressed ``.npz``: what a later method needs."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    names = list(ranges.tensors)
-    scalars = ("minimum", "maximum", "mean_minimum", "mean_maximum", "smallest")
-    counts = ("images", "count", "subnormal", "vanishing")
-    for key in scalars:
-        arrays[key] = np.array([getattr(ranges.tensors[n], key) for n in names], np.float64)
-    for key in counts:
-        arrays[key] = np.array([getattr(ranges.tensors[n], key) for n in names], np.int64)
-    for number, name in enumerate(names):
-        histogram = ranges.tensors[name].histogram
-        if histogram is None:
-            continue
-        for sign in ("positive", "negative"):
-            filled = np.flatnonzero(getattr(histogram, sign))
-            arrays[f"{sign}_bins_{number}"] = filled.astype(np.int32)
-            arrays[f"{sign}_counts_{number}"] = getattr(histogram, sign)[filled]
-        arrays[f"tiny_{number}"] = np.array([histogram.tiny, histogram.zeros], np.int64)
-    header = {"names": names, "images": ranges.images, "facts": dict(ranges.facts)}
-    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-
-def ranges_from_file(path: Path) -> Ranges:
-    """Return the record :func:`write_ranges` wrote.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is damaged.
-        KeyError: it lacks a part.
-    """
-    with np.load(path, allow_pickle=False) as stored:
-        header = json.loads(stored["header"].tobytes())
-        tensors = {
-            name: _stored_range(stored, number) for number, name in enumerate(header["names"])
-        }
-    return Ranges(tensors, int(header["images"]), header["facts"])
-
-
-def _stored_range(stored: Any, number: int) -> TensorRange:
-    record = TensorRange(
-        minimum=float(stored["minimum"][number]),
-        maximum=float(stored["maximum"][number]),
-        images=int(stored["images"][number]),
-        mean_minimum=float(stored["mean_minimum"][number]),
-        mean_maximum=float(stored["mean_maximum"][number]),
-        smallest=float(stored["smallest"][number]),
-        count=int(stored["count"][number]),
-        subnormal=int(stored["subnormal"][number]),
-        vanishing=int(stored["vanishing"][number]),
-    )
-    if f"tiny_{number}" in stored:
-        tiny, zeros = (int(count) for count in stored[f"tiny_{number}"])
-        histogram = Histogram(
-            tiny=tiny, zeros=zeros, minimum=record.minimum, maximum=record.maximum
-        )
-        for sign in ("positive", "negative"):
-            counts = getattr(histogram, sign)
-            counts[stored[f"{sign}_bins_{number}"]] = stored[f"{sign}_counts_{number}"]
-        record.histogram = histogram
-    return record

@@ -27,8 +27,10 @@ from van_deploy.precision.ranges import TensorRange
 
 __all__ = [
     "DEFAULT_PERCENTILE",
+    "UINT8_LIMIT",
     "AffineScale",
     "Method",
+    "affine_between",
     "affine_scale",
     "clip_magnitude",
     "symmetric_scale",
@@ -38,6 +40,7 @@ DEFAULT_PERCENTILE = 0.99999
 """ONNX Runtime's default, 99.999 %."""
 
 UINT8_LIMIT = 255
+"""Unsigned: 0..255, with a zero-point."""
 _CANDIDATES = 64
 _SMALLEST_CLIP = 1 / 128  # of the largest magnitude, where the search for a clip starts
 
@@ -117,10 +120,11 @@ def affine_scale(
     else:
         clip = clip_magnitude(record, method, percentile)
         low, high = max(record.minimum, -clip), min(record.maximum, clip)
-    return _affine(low, high, floor)
+    return affine_between(low, high, floor)
 
 
-def _affine(low: float, high: float, floor: float = SMALLEST_SCALE) -> AffineScale:
+def affine_between(low: float, high: float, floor: float = SMALLEST_SCALE) -> AffineScale:
+    """Return the step, at least ``floor``, and the zero-point that cover both ends and zero."""
     low, high = min(low, 0.0), max(high, 0.0)
     scale = min(max((high - low) / UINT8_LIMIT, floor), FP16_LARGEST)
     return AffineScale(scale, int(np.clip(round(-low / scale), 0, UINT8_LIMIT)))
@@ -178,7 +182,7 @@ def _affine_mse_clip(histogram: Histogram) -> tuple[float, float]:
         return lowest, highest
 
     def error(low: float, high: float) -> float:
-        chosen = _affine(low, high, 0.0)
+        chosen = affine_between(low, high, 0.0)
         return above.error(chosen.scale, UINT8_LIMIT - chosen.zero_point) + below.error(
             chosen.scale, chosen.zero_point
         )

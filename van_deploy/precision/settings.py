@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from van_deploy.errors import UsageError
 from van_deploy.precision.cpu import CPU_SCOPE
 from van_deploy.precision.equalize import EqualizeSettings
-from van_deploy.precision.refine import RefineSettings
+from van_deploy.precision.refine_settings import RefineSettings
 from van_deploy.precision.scales import DEFAULT_PERCENTILE, Method
 
 __all__ = ["AUTO", "METHODS", "TARGETS", "QuantizeSettings"]
@@ -37,7 +37,7 @@ class QuantizeSettings:
         noise: calibrate on noise; only ever on explicit request.
         equalize: exact changes of the weights before the ranges are recorded, or None.
         refine: improvements of the plan against the network's own answers, or
-            None; not for a CPU, whose rounding is another.
+            None; for a CPU without gradient descent, which knows TensorRT's rounding.
         max_drop: largest loss in percentage points of top-1 (of agreement without
             labels); the layers that cost more stay in higher precision. None
             quantises the whole scope.
@@ -99,7 +99,14 @@ class QuantizeSettings:
         """The exact changes; on a CPU without those that add operators."""
         if self.equalize is None or self.target == "tensorrt":
             return self.equalize
-        return replace(self.equalize, shift=False)
+        return replace(self.equalize, shift=False, stretch=False)
+
+    @property
+    def refine_for_target(self) -> RefineSettings | None:
+        """The improvements; on a CPU without gradient descent, which knows another rounding."""
+        if self.refine is None or self.target == "tensorrt":
+            return self.refine
+        return replace(self.refine, scales=False, biases=False, turns=False)
 
     @property
     def rest_precision(self) -> str:

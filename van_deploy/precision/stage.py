@@ -4,74 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from onnx import ModelProto, checker, load_model
 
 from van_deploy.bundle import Artefact, Bundle, Draft, content_key, writing
-from van_deploy.errors import BundleError, ConversionError, ImageError, UsageError
+from van_deploy.errors import BundleError, ConversionError, InputError
 from van_deploy.graph.files import graph_facts, save_onnx
-from van_deploy.images import UnreadableImages, sample_pictures
-from van_deploy.metrics import kl_divergence
-from van_deploy.model.embedded import EMBEDDED_NAME
-from van_deploy.model.preprocess import Preprocessing
 from van_deploy.precision.audit import audit_ranges, require_no_surprise
-from van_deploy.precision.calibration import (
-    NO_IMAGES,
-    CalibrationSet,
-    ChosenImages,
-    ImageSelection,
-    Picture,
-    calibration_set_named,
-    choose_images,
-    input_batches,
-    noise_images,
-    refuse_overlap,
-)
-from van_deploy.precision.compare import (
-    Candidate,
-    compare_precisions,
-    logits_session,
-    recommended,
-)
-from van_deploy.precision.cpu import qdq_for_cpu
-from van_deploy.precision.equalize import equalize
+from van_deploy.precision.compare import Candidate, compare_precisions, recommended
 from van_deploy.precision.half import DEFAULT_KEEP, HalfGraph, half_from_fp32, kept_nodes
-from van_deploy.precision.initial import initial_plan, nodes_in_scope
-from van_deploy.precision.plan import QuantizationPlan, simulate
-from van_deploy.precision.quantize import qdq_from_plan, quantized_share
-from van_deploy.precision.ranges import (
-    Ranges,
-    float_tensors,
-    lean_batch,
-    ranges_from_file,
-    ranges_summary,
-    record_ranges,
-    write_ranges,
-)
-from van_deploy.precision.refine import RefineSettings, refine_plan
-from van_deploy.precision.scales import Method
-from van_deploy.precision.search import Drop, rank_layers, search_kept, top1_drop
-from van_deploy.precision.settings import AUTO, QuantizeSettings
+from van_deploy.precision.int8 import Int8Maker
+from van_deploy.precision.job_images import JobImages, images_for
+from van_deploy.precision.manifests import CalibrationSet
+from van_deploy.precision.ranges import Ranges, float_tensors, lean_batch, record_ranges
+from van_deploy.precision.ranges_file import ranges_from_file, ranges_summary, write_ranges
+from van_deploy.precision.settings import QuantizeSettings
+from van_deploy.precision.stopwatch import Progress, Stopwatch
 from van_deploy.provenance import code_digest, tool_versions
 
 __all__ = ["QuantizeResult", "quantize_bundle"]
-
-EQUALIZE_IMAGES = 128
-REFINE_IMAGES = 256
-RANKING_IMAGES = 32
-AUDIT_IMAGES = 64
-JUDGED_METHOD_IMAGES = 128
-
-Progress = Callable[[str], None]
-Images = npt.NDArray[np.float32]
-"""Normalised network input ``(N, C, S, S)`` float32."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +93,13 @@ def quantize_bundle(
         GateFailed: with ``strict``, FP16 cannot hold a tensor.
         ConversionError: the result was refused by ONNX's checker or ONNX Runtime.
     """
-    job = _Job(Bundle.open(path), settings or QuantizeSettings(), progress)
-    job.choose_images_(images, calibration, evaluate)
+    opened, asked = Bundle.open(path), settings or QuantizeSettings()
+    opened.verified("fp32")
+    watch = Stopwatch(progress)
+    chosen = images_for(
+        opened, asked, watch, images=images, calibration=calibration, evaluate=evaluate
+    )
+    job = _Job(opened, asked, chosen, watch)
     reason = job.why_anew(force)
     if not reason:
         facts = job.bundle.artefact(job.settings.artefact).facts
@@ -149,7 +109,7 @@ def quantize_bundle(
     written = Bundle.open(path)
     name = job.settings.artefact
     return QuantizeResult(
-        written, name, False, reason, written.artefact(name).facts, dict(job.seconds)
+        written, name, False, reason, written.artefact(name).facts, dict(watch.seconds)
     )
 
 
@@ -157,71 +117,16 @@ class _Job:
     """One quantisation, from an open bundle to a new artefact in it."""
 
     def __init__(
-        self,
-        bundle: Bundle,
-        settings: QuantizeSettings,
-        progress: Progress | None,
+        self, bundle: Bundle, settings: QuantizeSettings, images: JobImages, watch: Stopwatch
     ) -> None:
         self.bundle = bundle
         self.settings = settings
-        self.say = progress or (lambda _: None)
-        self.source = bundle.verified("fp32")
-        self.preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
+        self.images = images
+        self.watch = watch
         names = bundle.manifest.get("class_names")
         self.class_names = tuple(names) if names else None
-        self.seconds: dict[str, float] = {}
-        self.facts: dict[str, Any] = {}
-        self.calibration: ChosenImages
-        self.held_out: ChosenImages
-        self.judges: ChosenImages
-        self.unreadable = UnreadableImages()
-        self.stage = ""
-        self.started = 0.0
-
-    # --- images ---
-
-    def choose_images_(
-        self,
-        images: Path | None,
-        calibration: CalibrationSet | str | None,
-        evaluate: Path | None,
-    ) -> None:
-        found = calibration_set_named(calibration) if isinstance(calibration, str) else calibration
-        selection = found.images if found else ImageSelection()
-        chosen = self._calibration_images(images, found, selection)
-        judges = None
-        if evaluate is not None:
-            everything = ImageSelection(count=1 << 31, held_out=0.0)
-            judges = choose_images(everything, evaluate)
-            refuse_overlap(chosen, judges)
-        self.calibration, self.held_out = chosen.split(selection.held_out, selection.seed)
-        self.judges = judges or self.held_out
-
-    def _calibration_images(
-        self, images: Path | None, found: CalibrationSet | None, selection: ImageSelection
-    ) -> ChosenImages:
-        if self.settings.noise:
-            if images is not None or found is not None:
-                raise UsageError(
-                    "--calibrate-on-noise and images to calibrate on were both given.",
-                    "Leave one of them out; images are always better.",
-                )
-            return noise_images(AUDIT_IMAGES, self.preprocessing, selection.seed)
-        if images is not None or found is not None:
-            return choose_images(selection, images)
-        if self.bundle.name == EMBEDDED_NAME:
-            return choose_images(calibration_set_named("digits").images)
-        if self.settings.precision == "fp16":
-            return _sample_images()
-        raise ImageError(*NO_IMAGES)
-
-    def batches(self, chosen: ChosenImages, batch: int) -> Any:
-        """Yield the network's input, and say how far it is."""
-        done, total = 0, len(chosen.pictures)
-        for inputs, _ in input_batches(chosen, self.preprocessing, batch, self.unreadable):
-            yield inputs
-            done += len(inputs)
-            self.say(f"{self.stage} {done}/{total}")
+        self.int8 = Int8Maker(settings, images, watch, self.class_names)
+        self.facts = self.int8.facts
 
     # --- the cache ---
 
@@ -232,10 +137,10 @@ class _Job:
         return {
             "weights": self.bundle.manifest["weights"]["sha256"],
             "graph": self.bundle.artefact("fp32").sha256,
-            "preprocessing": self.preprocessing.as_dict(),
-            "calibration images": self.calibration.digest,
-            "held-out images": self.held_out.digest,
-            "evaluation images": self.judges.digest,
+            "preprocessing": self.images.preprocessing.as_dict(),
+            "calibration images": self.images.calibration.digest,
+            "held-out images": self.images.held_out.digest,
+            "evaluation images": self.images.judges.digest,
             "settings": asked,
             "code": code_digest("precision", "images", "model"),
             "versions": tool_versions("onnx", "onnxruntime", "numpy", "pillow"),
@@ -270,16 +175,17 @@ class _Job:
 
     def make_(self) -> None:
         """Make the graph that was asked for, judge it, and write it into the bundle."""
-        original = load_model(self.source)
+        original = load_model(self.bundle.verified("fp32"))
         batch = lean_batch(original)
-        model = original if self.settings.precision == "fp16" else self.equalized(original, batch)
+        fp16 = self.settings.precision == "fp16"
+        model = original if fp16 else self.int8.equalized(original, batch)
         ranges = self.ranges(model, batch)
         kept = {} if self.settings.target == "cpu" else self.kept(model, ranges)
         self.facts["calibration"] = {
             "images": ranges.images,
-            "description": self.calibration.description,
-            "noise": self.calibration.noise,
-            "unreadable": [error.message for _, error in self.unreadable.found],
+            "description": self.images.calibration.description,
+            "noise": self.images.calibration.noise,
+            "unreadable": [error.message for _, error in self.images.unreadable.found],
         }
         graphs: dict[str, ModelProto] = {}
         if self.settings.target == "tensorrt":
@@ -287,7 +193,7 @@ class _Job:
             self.facts |= {"kept": dict(kept), "casts": half.casts}
             graphs["fp16"] = half.model
         if self.settings.precision == "int8":
-            graphs["int8"] = self.int8(model, ranges, kept)
+            graphs["int8"] = self.int8.graph(model, ranges, kept)
         self.compare_(original, graphs, batch)
         self.write_(graphs[self.settings.precision], ranges)
 
@@ -300,18 +206,6 @@ class _Job:
             kept = kept_nodes(model, DEFAULT_KEEP)
         return half_from_fp32(model, {name: why for name, why in kept.items() if name in names})
 
-    def equalized(self, model: ModelProto, batch: int) -> ModelProto:
-        """Return the graph after the exact changes that make its tensors round better."""
-        settings = self.settings.equalize_for_target
-        if settings is None:
-            return model
-        self._begin("Equalising")
-        nodes = nodes_in_scope(model, self.settings.scope_asked)
-        images = self.batches(_first(self.calibration, EQUALIZE_IMAGES), batch)
-        report = equalize(model, images, nodes, settings)
-        self.facts["equalize"] = report.as_dict()
-        return report.model
-
     def ranges(self, model: ModelProto, batch: int) -> Ranges:
         """Return the ranges, from the bundle if they were recorded from the same ingredients."""
         wanted = self.range_ingredients(model)
@@ -319,10 +213,10 @@ class _Job:
         self.facts["ranges"] = {"reused": stored is not None, "reason": why}
         if stored is not None:
             return stored
-        self._begin("Recording ranges")
+        self.watch.begin("Recording ranges")
         found = record_ranges(
             model,
-            self.batches(self.calibration, batch),
+            self.images.batches(self.images.calibration, batch),
             histograms=float_tensors(model) if self.settings.target == "cpu" else None,
             threads=self.settings.threads,
         )
@@ -335,8 +229,8 @@ class _Job:
         try:
             self.bundle.verified(name)
             found = ranges_from_file(self.bundle.path / f"{_stem(name)}.npz")
-        except (BundleError, OSError, ValueError, KeyError) as error:
-            return None, f"the recorded ones cannot be used: {error}"
+        except InputError as error:
+            return None, error.message
         changed = _changed(found.facts["made_with"], wanted)
         return (None, f"changed since: {changed}") if changed else (found, "nothing changed")
 
@@ -356,111 +250,9 @@ class _Job:
         self.facts["audit"] = audit.as_dict()
         return {**asked, **audit.kept}
 
-    def int8(self, model: ModelProto, ranges: Ranges, kept: Mapping[str, str]) -> ModelProto:
-        """Return the INT8 graph for the target."""
-        scope = self.settings.scope_asked
-        nodes_in_scope(model, scope)  # a wrong scope is said before any work
-        method = self._method(model, ranges)
-        self._begin("Choosing scales")
-        plan = initial_plan(model, ranges, scope, method, percentile=self.settings.percentile)
-        if self.settings.refine is not None and self.settings.target == "tensorrt":
-            plan = self.refined(plan, self.settings.refine)
-        if self.settings.max_drop is not None:
-            plan = self.searched(model, plan, self.settings.max_drop)
-        self._begin("Writing the graph")
-        self.facts |= {
-            "plan": dict(plan.facts),
-            "scales": {
-                conv.activation: float(f"{conv.activation_scale:.6g}")
-                for conv in plan.convs.values()
-            },
-            "quantized": len(plan.convs),
-            "int8_share": quantized_share(plan),
-        }
-        if self.settings.target == "cpu":
-            percentile = self.settings.percentile
-            return qdq_for_cpu(plan, ranges, method, percentile=percentile)
-        return qdq_from_plan(
-            plan,
-            rest=self.settings.rest_precision,
-            kept=kept,
-            half_io=self.settings.half_io,
-        )
-
-    def refined(self, plan: QuantizationPlan, settings: RefineSettings) -> QuantizationPlan:
-        """Return the plan improved against the network's own answers."""
-        self._begin("Refining")
-        images = self.batches(_first(self.calibration, REFINE_IMAGES), settings.batch)
-        report = refine_plan(plan, images, settings)
-        self.facts["refine"] = report.as_dict()
-        return report.plan
-
-    def searched(
-        self, model: ModelProto, plan: QuantizationPlan, max_drop: float
-    ) -> QuantizationPlan:
-        """Return the plan with as many layers as the budget allows."""
-        self._begin("Ranking layers")
-        first = _first(self.held_out, RANKING_IMAGES)
-        inputs = np.concatenate(list(self.batches(first, RANKING_IMAGES)))
-        ranking = rank_layers(plan, inputs, lambda i, n: self.say(f"Ranking layers {i}/{n}"))
-        self._begin("Searching")
-        expected, labels = self._judged_logits(model)
-
-        def evaluate(candidate: QuantizationPlan) -> Drop:
-            return top1_drop(expected, self._judged_logits(simulate(candidate))[0], labels)
-
-        report = search_kept(
-            plan,
-            ranking,
-            evaluate,
-            max_drop,
-            limit=self.settings.evaluations,
-            progress=lambda trial: self.say(f"Searching: {trial.kept} layers kept"),
-        )
-        self.facts["search"] = {**report.as_dict(), "searched_on": self.judges.description}
-        return report.plan
-
-    def _judged_logits(
-        self, model: ModelProto
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any] | None]:
-        """Return the logits of the images that judge, and their labels if the folders say them."""
-        run = logits_session(model, fuse=False, threads=self.settings.threads)
-        batches = input_batches(self.judges, self.preprocessing, 32, self.unreadable)
-        pieces, numbers = [], []
-        for inputs, found in batches:
-            pieces.append(run(inputs))
-            numbers += found
-        logits = np.concatenate(pieces)
-        labels = self.judges.labels(self.class_names, logits.shape[1])
-        return logits, None if labels is None else labels[numbers]
-
-    def _method(self, model: ModelProto, ranges: Ranges) -> Method:
-        """Return the method asked for, or the one that disturbs held-out logits least."""
-        if self.settings.method != AUTO:
-            return Method(self.settings.method)
-        self._begin("Trying methods")
-        inputs = np.concatenate(list(self.batches(_first(self.held_out, JUDGED_METHOD_IMAGES), 16)))
-        threads = self.settings.threads
-        expected = _run(model, inputs, threads)
-        table: dict[str, float] = {}
-        for method in Method:
-            self.say(f"Trying methods: {method.value}")
-            plan = initial_plan(
-                model,
-                ranges,
-                self.settings.scope_asked,
-                method,
-                percentile=self.settings.percentile,
-            )
-            found = _run(simulate(plan), inputs, threads)
-            table[method.value] = float(kl_divergence(expected, found).mean())
-        best = min(table, key=lambda name: table[name])
-        self.facts["methods"] = {"images": len(inputs), "kl": table, "chosen": best}
-        return Method(best)
-
     def compare_(self, model: ModelProto, graphs: Mapping[str, ModelProto], batch: int) -> None:
         """Check the new graphs, run them beside FP32, and note the lines and the verdict."""
-        self._begin("Comparing")
+        self.watch.begin("Comparing")
         for graph in graphs.values():
             _check(graph)
         cpu = self.settings.target == "cpu"
@@ -468,21 +260,21 @@ class _Job:
         candidates += [
             Candidate(name, graph, _size(graph), fuse=cpu) for name, graph in graphs.items()
         ]
-        total = len(self.judges.pictures)
+        total = len(self.images.judges.pictures)
         rows = compare_precisions(
             candidates,
-            self.judges,
-            self.preprocessing,
+            self.images.judges,
+            self.images.preprocessing,
             batch=min(4 * batch, 32),
             class_names=self.class_names,
             timed=cpu,
             threads=self.settings.threads,
-            progress=lambda done: self.say(f"Comparing {done}/{total}"),
+            progress=lambda done: self.watch.say(f"Comparing {done}/{total}"),
         )
         best, why = recommended(rows, self.settings.target)
         requested = self.settings.precision
         self.facts |= {
-            "judged_on": {"images": rows[0].images, "description": self.judges.description},
+            "judged_on": {"images": rows[0].images, "description": self.images.judges.description},
             "comparison": [
                 {**row.as_dict(), "requested": row.precision == requested} for row in rows
             ],
@@ -492,7 +284,7 @@ class _Job:
 
     def write_(self, graph: ModelProto, ranges: Ranges) -> None:
         """Put the graph, its ranges and the facts into the bundle."""
-        self._begin("Writing the bundle")
+        self.watch.begin("Writing the bundle")
         name = self.settings.artefact
         file, stem = f"model.{name}.onnx", _stem(name)
         made_with = self.ingredients()
@@ -516,38 +308,7 @@ class _Job:
                     facts={**graph_facts(graph), **self.facts},
                 )
             )
-        self._begin("")
-
-    def _begin(self, stage: str) -> None:
-        now = time.perf_counter()
-        if self.stage:
-            self.seconds[self.stage] = round(now - self.started, 3)
-        self.stage, self.started = stage, now
-        if stage:
-            self.say(stage)
-
-
-def _first(chosen: ChosenImages, count: int) -> ChosenImages:
-    """Return at most ``count`` images, spread evenly over ``chosen``."""
-    step = max(1, len(chosen.pictures) // count)
-    return replace(chosen, pictures=chosen.pictures[::step][:count])
-
-
-def _run(model: ModelProto, inputs: Images, threads: int | None) -> npt.NDArray[np.float32]:
-    run = logits_session(model, fuse=False, threads=threads)
-    return np.concatenate([run(inputs[i : i + 16]) for i in range(0, len(inputs), 16)])
-
-
-def _sample_images() -> ChosenImages:
-    """Return photographs found in installed packages, for an audit without the user's images."""
-    samples = sample_pictures()
-    pictures = tuple(
-        Picture(
-            f"sample {number}", hashlib.sha256(image.tobytes()).hexdigest(), "", np.asarray(image)
-        )
-        for number, image in enumerate(samples.images)
-    )
-    return ChosenImages(pictures, samples.description)
+        self.watch.begin("")
 
 
 def _check(graph: ModelProto) -> None:

@@ -157,16 +157,39 @@ def _mean(inputs: list[Tensor], attributes: Attributes) -> Tensor:
     return inputs[0].mean(dim=tuple(axes), keepdim=bool(attributes.get("keepdims", 1)))
 
 
+def _quantize(inputs: list[Tensor], attributes: Attributes) -> Tensor:
+    """Return the integers, as floats: PyTorch has no arithmetic for uint8 that saturates."""
+    x, (step, zero) = inputs[0], _along(inputs, attributes)
+    limits = torch.iinfo(inputs[2].dtype)
+    return (x / step).round().add(zero).clamp(limits.min, limits.max)
+
+
+def _dequantize(inputs: list[Tensor], attributes: Attributes) -> Tensor:
+    step, zero = _along(inputs, attributes)
+    return (inputs[0].to(step.dtype) - zero) * step
+
+
+def _along(inputs: list[Tensor], attributes: Attributes) -> tuple[Tensor, Tensor]:
+    """Return step and zero-point, both floats, in the shape that meets the tensor's axis."""
+    integers, step, zero = inputs
+    shape = [1] * integers.ndim
+    if step.ndim:
+        shape[attributes.get("axis", 1)] = -1
+    return step.reshape(shape), zero.to(step.dtype).reshape(shape)
+
+
 _WEIGHTED = frozenset({"Conv", "Gemm"})
 _OPERATORS: dict[str, Callable[[list[Tensor], Attributes], Tensor]] = {
     "Add": lambda inputs, _: inputs[0] + inputs[1],
     "Sub": lambda inputs, _: inputs[0] - inputs[1],
     "Mul": lambda inputs, _: inputs[0] * inputs[1],
+    "DequantizeLinear": _dequantize,
     "Div": lambda inputs, _: inputs[0] / inputs[1],
     "Erf": lambda inputs, _: torch.erf(inputs[0]),
     "Gelu": _gelu,
     "Identity": lambda inputs, _: inputs[0],
     "LayerNormalization": _layer_norm,
+    "QuantizeLinear": _quantize,
     "ReduceMean": _mean,
     "Transpose": lambda inputs, attributes: inputs[0].permute(*attributes["perm"]),
 }
