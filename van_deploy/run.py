@@ -21,6 +21,7 @@ from van_deploy.pipeline import ExportResult, export_bundle
 from van_deploy.recipe import BatchRange, EngineSettings, PrecisionSettings, Recipe
 
 if TYPE_CHECKING:
+    from van_deploy.engine.backend import Backend
     from van_deploy.engine.options import BuildOptions
     from van_deploy.precision.settings import QuantizeSettings
 
@@ -135,13 +136,13 @@ def run_recipe(
     """
     settings, say = settings or RunSettings(), progress or (lambda _: None)
     wanted = [quantize_settings(recipe.precision, name) for name in recipe.precision.make]
-    build_options(recipe.engines, recipe.batch)  # a mistake is said before any work
+    engines = list(_planned(recipe))  # a mistake is said before any work
     exported = export_bundle(
         loaded, recipe, output, images=settings.images, force=settings.force, progress=progress
     )
     made = [
         *_quantized(output, recipe.precision, wanted, settings.force, say),
-        *_built(output, recipe, settings.force, say),
+        *_built(output, recipe.engines, engines, settings.force, say),
     ]
     bundle = Bundle.open(output)
     say("Preparing images")
@@ -258,32 +259,58 @@ def _quantized(
         yield Made(result.artefact, result.reason, result.passed)
 
 
-def _built(output: Path, recipe: Recipe, force: bool, say: Progress) -> Iterator[Made]:
-    """Build each engine asked for; whatever cannot be built is found out first."""
-    if not recipe.engines.precisions:
+@dataclass(frozen=True)
+class _Planned:
+    """One engine to build: the artefact, what builds it, and what is asked."""
+
+    precision: str
+    backend: Backend
+    options: BuildOptions
+
+
+def _planned(recipe: Recipe) -> Iterator[_Planned]:
+    """Yield each engine the recipe asks for; what this machine cannot build is refused.
+
+    Raises:
+        RecipeError: nothing builds what is asked.
+        MissingDependency: what builds it is not installed, or wants a GPU.
+    """
+    table = recipe.engines
+    options = build_options(table, recipe.batch)
+    if not table.precisions:
         return
     from van_deploy.engine.backend import choose_backend
-    from van_deploy.engine.bundled import build_in_bundle, request_for
     from van_deploy.engine.host import host_here
     from van_deploy.engine.options import parse_targets
     from van_deploy.engine.refusals import refuse_impossible
 
-    table, host = recipe.engines, host_here()
-    bundle, options = Bundle.open(output), build_options(table, recipe.batch)
-    plans = []
-    for precision in table.precisions:
+    host = host_here()
+    try:
         for targets in parse_targets(",".join(table.targets)) if table.targets else ((),):
             backend = choose_backend(table.backend, targets, host.target)
             here = (host.target,) if host.target and backend.builds_for_absent_gpus else ()
             asked = replace(options, targets=targets or here)
             refuse_impossible(backend, asked, host, table.timing_cache)
-            plans.append((request_for(bundle, precision, backend, asked, host), backend, asked))
-    for request, backend, asked in plans:
+            yield from (_Planned(name, backend, asked) for name in table.precisions)
+    except UsageError as error:
+        raise RecipeError(f"[engines]: {error.message}", error.remedy) from None
+
+
+def _built(
+    output: Path, table: EngineSettings, planned: list[_Planned], force: bool, say: Progress
+) -> Iterator[Made]:
+    """Build each engine asked for."""
+    from van_deploy.engine.bundled import build_in_bundle, request_for
+    from van_deploy.engine.host import host_here
+
+    host = host_here()
+    for plan in planned:
+        request = request_for(Bundle.open(output), plan.precision, plan.backend, plan.options, host)
         say(f"Building '{request.name}'")
         built = build_in_bundle(
             request,
-            backend,
-            asked,
+            plan.backend,
+            plan.options,
             host=host,
             timing_cache=table.timing_cache,
             force=force,

@@ -1,0 +1,277 @@
+"""``van-deploy evaluate``: every way to say what an image is, interruption, and Ray."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.checks.conftest import Subject
+from tests.cli.conftest import CopyOf
+from tests.conftest import Cli
+from tests.golden_forms import misfits
+from van_deploy.checks.journal import Journal
+from van_deploy.model.random_weights import random_van
+from van_deploy.model.variants import VanConfig
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SYNSETS = ("n01440764", "n01443537", "n02123045", "n04254680")  # classes 0, 1, 281, 805
+CLASSES = (0, 1, 281, 805)
+
+
+def figures(document: dict[str, Any]) -> dict[str, Any]:
+    """Return what must not depend on how an evaluation was run."""
+    return {key: document[key] for key in ("count", "unreadable", "accuracy", "drift", "passed")}
+
+
+def evaluated(cli: Cli, *words: str | Path) -> dict[str, Any]:
+    """Return the document of an evaluation that passed."""
+    result = cli("evaluate", *words, "--json")
+    assert result.exit_code == 0, result.stderr
+    document: dict[str, Any] = json.loads(result.stdout)
+    assert misfits(document, "evaluate") == []
+    return document
+
+
+class TestTheDigits:
+    def test_folders_by_index_and_it_is_kept(
+        self, cli: Cli, judged: Subject, copy_of: CopyOf
+    ) -> None:
+        path = copy_of(judged)
+        document = evaluated(cli, path, "--images", judged.labelled, "--batch", "16")
+        assert document["count"] == 60
+        assert "class folders by index" in document["images"]
+        assert list(document["accuracy"]) == ["pytorch", "fp32", "fp16", "int8"]
+        assert document["accuracy"]["pytorch"]["top1"] > 0.9
+        assert document["accuracy"]["fp32"]["top1"] == document["accuracy"]["pytorch"]["top1"]
+        manifest = json.loads((path / "manifest.json").read_text())
+        assert manifest["checks"]["evaluate"]["count"] == 60
+        assert not (path / ".evaluate.jsonl").exists()
+
+    def test_folders_by_name_and_a_labels_file_give_the_same(
+        self, cli: Cli, judged: Subject, copy_of: CopyOf, tmp_path: Path
+    ) -> None:
+        path = copy_of(judged)
+        by_index = evaluated(cli, path, "--images", judged.labelled)
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({**manifest, "class_names": DIGITS}))
+        named, flat, lines = tmp_path / "named", tmp_path / "flat", []
+        flat.mkdir()
+        for file in sorted(judged.labelled.rglob("*.png")):
+            label = int(file.parent.name)
+            (named / DIGITS[label]).mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, named / DIGITS[label])
+            shutil.copy(file, flat)
+            lines.append(f"{file.name} {DIGITS[label]}")
+        labels = tmp_path / "labels.txt"
+        labels.write_text("\n".join(lines))
+        by_name = evaluated(cli, path, "--images", named)
+        assert "class folders by class name" in by_name["images"]
+        assert by_name["accuracy"] == by_index["accuracy"]
+        by_file = evaluated(cli, path, "--images", flat, "--labels", labels)
+        assert f"labels from '{labels}'" in by_file["images"]
+        assert by_file["accuracy"] == by_index["accuracy"]
+
+    def test_corrupt_images_are_named_counted_and_left_out(
+        self, cli: Cli, judged: Subject, copy_of: CopyOf, tmp_path: Path
+    ) -> None:
+        images = tmp_path / "images"
+        shutil.copytree(judged.labelled, images)
+        (images / "3" / "empty.png").touch()
+        good = next((images / "5").glob("*.png"))
+        (images / "5" / "torn.png").write_bytes(good.read_bytes()[:60])
+        path = copy_of(judged)
+        document = evaluated(cli, path, "--images", images)
+        assert document["count"] == 60
+        names = [Path(entry["file"]).name for entry in document["unreadable"]]
+        assert names == ["empty.png", "torn.png"]
+        assert all(entry["reason"] for entry in document["unreadable"])
+        table = cli("evaluate", path, "--images", images)
+        assert "2 images could not be read and were left out." in table.stdout
+        assert "torn.png" in table.stdout
+
+    def test_an_interrupted_evaluation_goes_on(
+        self, cli: Cli, judged: Subject, copy_of: CopyOf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = copy_of(judged)
+        words = ("--images", judged.labelled, "--batch", "8", "--artefact", "int8")
+        whole = evaluated(cli, path, *words)
+        write = Journal.append
+        batches: list[object] = []
+
+        def interrupted(journal: Journal, entry: dict[str, Any]) -> None:
+            if len(batches) == 3:
+                raise KeyboardInterrupt
+            batches.append(entry)
+            write(journal, entry)
+
+        monkeypatch.setattr(Journal, "append", interrupted)
+        assert cli("evaluate", path, *words).exit_code == 130
+        monkeypatch.undo()
+        journal = path / ".evaluate.jsonl"
+        journal.write_text(journal.read_text() + '{"indices": [40, 4')  # a line cut off by a crash
+        resumed = evaluated(cli, path, *words, "--resume")
+        assert resumed["resumed"] == 24
+        assert figures(resumed) == figures(whole)
+        assert not journal.exists()
+
+    def test_a_journal_of_something_else_is_refused(
+        self, cli: Cli, judged: Subject, copy_of: CopyOf, tmp_path: Path
+    ) -> None:
+        journal = tmp_path / "journal"
+        journal.write_text('{"key": "another"}\n')
+        words = ("--images", judged.labelled, "--journal", journal, "--resume")
+        result = cli("evaluate", copy_of(judged), *words)
+        assert result.exit_code == 5
+        assert "is of another evaluation" in result.stderr
+
+    def test_a_loss_beyond_chance_ends_with_1(
+        self, cli: Cli, judged: Subject, copy_of: CopyOf
+    ) -> None:
+        from tests.checks import faults
+        from tests.checks.conftest import put
+        from van_deploy.bundle import Bundle
+
+        path = copy_of(judged)
+        model = faults.perturbed(judged.graph("fp16"), "block1.0", share=3.0)
+        put(Bundle.open(path), "fp16", "fp16", model)
+        result = cli("evaluate", path, "--images", judged.labelled)
+        assert result.exit_code == 1
+        assert "error: More accuracy was lost than allowed: 'fp16'." in result.stderr
+
+    @pytest.mark.parametrize(
+        ("words", "code", "message"),
+        [
+            (("--batch", "0"), 2, "--batch and --limit are 1 or more"),
+            (("--labels", "/nowhere.txt"), 5, "The labels '/nowhere.txt' cannot be read"),
+        ],
+    )
+    def test_mistakes(
+        self, cli: Cli, judged: Subject, words: tuple[str, ...], code: int, message: str
+    ) -> None:
+        result = cli("evaluate", judged.bundle.path, "--images", judged.labelled, *words)
+        assert result.exit_code == code
+        assert message in result.stderr
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore")  # Ray's own
+    def test_ray_gives_the_figures_of_one_machine(
+        self, cli: Cli, judged: Subject, copy_of: CopyOf, ray: Any
+    ) -> None:
+        path = copy_of(judged)
+        words = ("--images", judged.labelled, "--batch", "8", "--artefact", "int8")
+        here = evaluated(cli, path, *words)
+        there = evaluated(cli, path, *words, "--on", "ray")
+        assert figures(there) == figures(here)
+
+    @pytest.fixture
+    def ray(self) -> Iterator[Any]:
+        """Return Ray with a cluster of this machine alone."""
+        if importlib.util.find_spec("ray") is None:
+            pytest.skip("ray is not installed (pip install 'van-deploy[ray]')")
+        import ray
+
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=100 << 20,
+            configure_logging=False,
+        )
+        yield ray
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from van_deploy.pipeline import export_bundle, load_for
+    from van_deploy.recipe import BatchRange, ModelSettings, PreprocessingSettings, Recipe
+
+    folder = tmp_path_factory.mktemp("thousand")
+    config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=1000)
+    torch.save(random_van(config, seed=3).state_dict(), folder / "tiny.pth")
+    recipe = Recipe(
+        model=ModelSettings(weights=str(folder / "tiny.pth")),
+        preprocessing=PreprocessingSettings(image_size=32),
+        batch=BatchRange(1, 2, 3),
+    )
+    export_bundle(load_for(recipe), recipe, folder / "bundle")
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    """Return three pictures for each of four classes."""
+    values = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), np.uint8)
+    return [Image.fromarray(picture) for picture in values]
+
+
+class TestAThousandClasses:
+    """ImageNet's ways to say what an image is, with a tiny network of 1000 classes."""
+
+    def test_every_layout_gives_the_same_figures(
+        self, cli: Cli, thousand: Path, pictures: list[Image.Image], tmp_path: Path
+    ) -> None:
+        by_wnid, by_index = tmp_path / "wnid", tmp_path / "index"
+        official, kaggle = tmp_path / "official" / "val", tmp_path / "kaggle" / "val"
+        for folder in (official, kaggle):
+            folder.mkdir(parents=True)
+        kit, csv = [], ["ImageId,PredictionString"]
+        for number, picture in enumerate(pictures):
+            place = number % 4
+            for folder in (by_wnid / SYNSETS[place], by_index / str(CLASSES[place])):
+                folder.mkdir(parents=True, exist_ok=True)
+                picture.save(folder / f"{number:02d}.png")
+            name = f"ILSVRC2012_val_{number + 1:08d}"
+            for folder in (official, kaggle):
+                picture.save(folder / f"{name}.png")
+            kit.append(str(3 - place + 1))  # the kit numbers its classes in its own order
+            csv.append(f"{name},{SYNSETS[place]} 1 2 30 40")
+        truth = tmp_path / "official" / "ILSVRC2012_validation_ground_truth.txt"
+        truth.write_text("\n".join(kit))
+        (tmp_path / "kit.txt").write_text("\n".join(reversed(SYNSETS)))
+        (tmp_path / "kaggle" / "LOC_val_solution.csv").write_text("\n".join(csv))
+        documents = {
+            "class folders by WordNet id": evaluated(cli, thousand, "--images", by_wnid),
+            "class folders by index": evaluated(cli, thousand, "--images", by_index),
+            "ground_truth.txt": evaluated(
+                cli, thousand, "--images", official, "--synsets", tmp_path / "kit.txt"
+            ),
+            "LOC_val_solution.csv": evaluated(cli, thousand, "--images", kaggle),
+        }
+        for described, document in documents.items():
+            assert described in document["images"]
+            assert document["count"] == 12
+        confidences = [d["accuracy"]["pytorch"]["ece"] for d in documents.values()]
+        assert confidences == pytest.approx([confidences[0]] * 4, rel=1e-9)
+        accuracies = [d["accuracy"]["fp32"]["top5"] for d in documents.values()]
+        assert len(set(accuracies)) == 1
+
+    def test_each_layout_finds_the_labels_themselves(self, tmp_path: Path) -> None:
+        from van_deploy.checks.labels import labelled_images
+
+        for name in SYNSETS:
+            (tmp_path / "folders" / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "folders" / name / "a.png")
+            (tmp_path / "files").mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "files" / f"{name}_something.png")
+        for folder in ("folders", "files"):
+            assert labelled_images(tmp_path / folder, 1000).labels.tolist() == list(CLASSES)
+
+    def test_the_kits_numbers_without_their_meaning_are_refused(
+        self, cli: Cli, thousand: Path, pictures: list[Image.Image], tmp_path: Path
+    ) -> None:
+        (tmp_path / "val").mkdir()
+        pictures[0].save(tmp_path / "val" / "a.png")
+        (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("490\n")
+        result = cli("evaluate", thousand, "--images", tmp_path / "val")
+        assert result.exit_code == 5
+        assert "Give --synsets FILE with one WordNet id a line" in result.stderr

@@ -1,0 +1,124 @@
+"""``van-deploy run`` does everything its recipe asks for, with the real builder of engines."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli
+from tests.golden_forms import misfits
+from van_deploy.bundle import Bundle
+from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.model.embedded import write_digits_folder
+
+RECIPE = """
+[model]
+name = "van_digits"
+
+[batch]
+min = 1
+opt = 2
+max = 4
+
+[precision]
+make = ["fp16", "int8"]
+equalize = false
+refine = false
+
+[engines]
+precisions = ["fp16"]
+targets = ["sm_89"]
+backend = "tensorrt-rtx"
+optimization_level = 0
+
+[evaluate]
+images = "labelled"
+limit = 40
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Return a recipe with everything in it, beside its images."""
+    write_digits_folder(tmp_path / "recipes" / "labelled", "heldout", 60)
+    file = tmp_path / "recipes" / "mine.toml"
+    file.write_text(RECIPE)
+    return file
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason="tensorrt-rtx is not installed (pip install tensorrt-rtx-cu13)",
+)
+@pytest.mark.skipif(nvidia_driver() is not None, reason="there is an NVIDIA driver here")
+def test_everything_a_recipe_asks_for(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    result = cli("run", recipe, "--output", output, "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["passed"] is True
+    names = [made["artefact"] for made in document["made"]]
+    assert names[:2] == ["fp16", "int8"]
+    assert names[2].startswith("van_digits-fp16-sm89-rtx")
+    bundle = Bundle.open(output)
+    assert list(bundle.artefacts) == ["fp32", *names]
+    assert bundle.problems() == []
+    assert bundle.artefact(names[2]).facts["profiles"] == ["1:2:4"]
+    assert misfits(document["verify"], "verify") == []
+    outcomes = {n: entry["outcome"] for n, entry in document["verify"]["artefacts"].items()}
+    assert outcomes == {"fp32": "passed", "fp16": "passed", "int8": "passed", names[2]: "skipped"}
+    reason = document["verify"]["artefacts"][names[2]]["reason"]
+    assert reason == "engine not executed: no GPU"
+    assert misfits(document["evaluate"], "evaluate") == []
+    assert document["evaluate"]["count"] == 40
+    assert [entry["artefact"] for entry in document["evaluate"]["skipped"]] == [names[2]]
+    assert set(bundle.manifest["checks"]) >= {"verify", "evaluate"}
+    again = cli("run", recipe, "--output", output)
+    assert again.exit_code == 0
+    assert "Exported: nothing changed" in again.stdout
+    assert "the file, options and versions are those it was built from" in again.stdout
+    assert "SKIPPED" in again.stdout
+
+
+def test_the_command_line_replaces_what_the_recipe_says(
+    cli: Cli, recipe: Path, tmp_path: Path
+) -> None:
+    recipe.write_text(RECIPE.split("[engines]")[0].replace('"fp16", "int8"', '"int8"'))
+    words = ("--precision", "fp16", "--evaluate", recipe.parent / "labelled")
+    result = cli("run", recipe, "--output", tmp_path / "bundle", *words, "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert [made["artefact"] for made in document["made"]] == ["fp16"]
+    assert document["evaluate"]["count"] == 60
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (('"tensorrt-rtx"', '"xla"'), 5, "[engines]: There is no back end"),
+        (('["fp16", "int8"]', '["int8"]'), 5, "The engines want 'fp16', which is not made."),
+        (('"sm_89"', '"ada"'), 5, "[engines]: 'ada' is not a target."),
+        (("equalize", "equalise"), 5, "has an unknown key 'precision.equalise'"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(
+    cli: Cli, recipe: Path, tmp_path: Path, change: tuple[str, str], code: int, message: str
+) -> None:
+    recipe.write_text(RECIPE.replace(*change))
+    result = cli("run", recipe, "--output", tmp_path / "bundle")
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_gate_of_the_recipe_that_fails_ends_with_1(
+    cli: Cli, recipe: Path, tmp_path: Path
+) -> None:
+    recipe.write_text(f"{RECIPE.split('[precision]')[0]}[gates.fp32]\nsqnr_db = 200.0\n")
+    result = cli("run", recipe, "--output", tmp_path / "bundle")
+    assert result.exit_code == 1
+    assert "was written and does not pass its gates." in result.stderr
+    assert Bundle.open(tmp_path / "bundle").manifest["checks"]["verify"]["passed"] is False
