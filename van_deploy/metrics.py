@@ -192,7 +192,9 @@ def wilson_interval(hits: int, total: int, confidence: float = CONFIDENCE) -> In
     share, weight = hits / total, z * z / total
     centre = (share + weight / 2) / (1 + weight)
     half = z * math.sqrt(share * (1 - share) / total + weight / (4 * total)) / (1 + weight)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    low = max(0.0, centre - half) if hits else 0.0  # exactly: rounding leaves 1e-18
+    high = min(1.0, centre + half) if hits < total else 1.0
+    return low, high
 
 
 def paired_difference_interval(
