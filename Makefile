@@ -9,14 +9,14 @@ RUNTIME := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
 OTHER_ONNXRUNTIME := onnxruntime$(if $(filter cpu,$(RUNTIME)),-gpu)
 STAMP := .venv/.van-deploy-$(RUNTIME)
 
-.PHONY: setup demo test test-gpu format check bench clean
+.PHONY: setup demo test test-gpu test-min format check pins bench clean
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip uninstall --yes --quiet $(OTHER_ONNXRUNTIME)
-	$(BIN)/python -m pip install --editable '.[dev,rtx,serve,openvino,ray,$(RUNTIME)]'
+	$(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[dev,rtx,serve,openvino,ray,sign,$(RUNTIME)]'
 	rm -f .venv/.van-deploy-* && touch $@
 
 demo: setup
@@ -28,11 +28,22 @@ test: setup
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
+# The lowest versions pyproject.toml allows, in an environment of their own: the main job.
+test-min:
+	rm -rf .venv-min build && $(PYTHON) -m venv .venv-min
+	.venv-min/bin/python -m pip install --constraint constraints-min.txt '.[cpu,serve,sign]'
+	supply_chain/smoke.sh .venv-min/bin
+
 format: setup
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/python -m supply_chain.audit
+
+# After the tests have passed: what they passed with, and the bill of materials.
+pins: setup
+	$(BIN)/python -m supply_chain.pins
 
 bench: setup
 	$(BIN)/python -m benchmarks

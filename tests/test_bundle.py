@@ -233,3 +233,55 @@ def test_the_key_depends_on_every_value_and_on_no_order() -> None:
     key = content_key({"a": 1, "b": [1.5, None]})
     assert key == content_key({"b": (1.5, None), "a": 1})
     assert key != content_key({"a": 1, "b": [1.5, 0]})
+
+
+# --- links in a bundle from elsewhere -------------------------------------------------------
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """Return a folder of somebody's, with a file in it."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/mine").write_text("mine")
+    return tmp_path / "home"
+
+
+def test_a_commit_left_behind_does_not_write_through_a_link(bundle: Path, outside: Path) -> None:
+    (bundle / "engines").symlink_to(outside)
+    (bundle / ".pending/engines").mkdir(parents=True)
+    (bundle / ".pending/engines/mine").write_text("theirs")
+    with pytest.raises(BundleError, match=r"engines' is a link"):
+        Bundle.open(bundle)
+    assert (outside / "mine").read_text() == "mine"
+
+
+def test_a_commit_left_behind_does_not_remove_through_a_link(bundle: Path, outside: Path) -> None:
+    (bundle / "engines").symlink_to(outside)
+    (bundle / ".pending").mkdir()
+    (bundle / ".pending/.gone").write_text('["engines/mine"]')
+    with pytest.raises(BundleError, match=r"engines' is a link"):
+        Bundle.open(bundle)
+    assert (outside / "mine").exists()
+
+
+def test_a_pending_folder_that_is_a_link_is_not_moved_in(bundle: Path, outside: Path) -> None:
+    (bundle / ".pending").symlink_to(outside)
+    with pytest.raises(BundleError, match=r"\.pending' is a link"):
+        Bundle.open(bundle)
+    assert (outside / "mine").exists()
+
+
+def test_a_lock_that_is_a_link_is_not_emptied(bundle: Path, outside: Path) -> None:
+    (bundle / ".lock").unlink(missing_ok=True)
+    (bundle / ".lock").symlink_to(outside / "mine")
+    with pytest.raises(BundleError, match=r"\.lock' is a link"):
+        put(bundle, "fp16", "x")
+    assert (outside / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "null"])
+def test_a_damaged_list_of_removals_is_one_message(bundle: Path, text: str) -> None:
+    (bundle / ".pending").mkdir()
+    (bundle / ".pending/.gone").write_text(text)
+    with pytest.raises(BundleError, match="of an interrupted command, is damaged"):
+        Bundle.open(bundle)

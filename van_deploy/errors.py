@@ -13,6 +13,7 @@
         ├── ImageError
         ├── RecipeError
         └── BundleError
+            └── SignatureError
 
 An error carries three sentences: what failed (with what was given) and what to
 do next. Anything that is not a :class:`VanDeployError` is a fault of this
@@ -31,6 +32,7 @@ __all__ = [
     "InputError",
     "MissingDependency",
     "RecipeError",
+    "SignatureError",
     "UsageError",
     "VanDeployError",
 ]
@@ -104,3 +106,7 @@ class RecipeError(InputError):
 
 class BundleError(InputError):
     """A bundle is missing, damaged, or does not match its manifest."""
+
+
+class SignatureError(BundleError):
+    """A bundle is not signed, not by the key that was asked for, or not as it was signed."""

@@ -24,6 +24,7 @@ HEAVY = ("torch", "timm", "onnx", "onnxruntime", "numpy", "PIL", "tensorrt", "te
 WORKFLOW = (
     *("export", "run", "list", "info", "inspect", "doctor", "quantize", "build", "verify"),
     *("evaluate", "drift", "check", "bench", "predict", "package", "serve", "report"),
+    *("sign", "verify-signature"),
 )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from van_deploy.cli.console import AsJson, emit, names_in, progress, remark
+from van_deploy.cli.opening import RequireSignature, open_bundle
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -167,6 +168,7 @@ def build(
         str,
         typer.Option(help="Of the Ray cluster; the local one by default.", rich_help_panel=MANY),
     ] = "",
+    require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
     """Build TensorRT engines from a bundle; TensorRT for RTX needs no GPU for it.
@@ -188,12 +190,19 @@ def build(
             raise UsageError(
                 "Both a bundle and --matrix are given.", "Name the bundle in the matrix file."
             )
+        if require_signature is not None:
+            raise UsageError(
+                "--require-signature is for one bundle, and --matrix names several.",
+                "Check each of them first with `van-deploy verify-signature`.",
+            )
         _build_matrix(matrix, on, ray_address, force, as_json)
         return
     if bundle is None:
         raise UsageError("No bundle is given.", "Name one, or a fleet file with --matrix.")
     if on is not Place.HERE:
         raise UsageError("--on is for --matrix.", "Write a fleet file, and give it with --matrix.")
+    if require_signature is not None:
+        open_bundle(bundle, require_signature)
     options = BuildOptions(
         profiles=tuple(BatchRange.parse(text) for text in batch or ()) or (BatchRange(),),
         hardware_compatibility=HardwareCompatibility(hardware_compatibility.value),
@@ -220,6 +229,8 @@ def build(
         )
     )
     emit(fleet_document(outcomes), as_json, lambda _: fleet_table(outcomes))
+    if require_signature is not None and any(o.outcome == "built" for o in outcomes):
+        remark("The bundle has new engines, which its signature does not cover: sign it again.")
 
 
 def _outcomes(

@@ -52,7 +52,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "run": Command(
         MAIN_JOB,
-        "Do all that a recipe asks for: export, quantise, verify and, with images, evaluate.",
+        "Do all that a recipe asks for: export, quantise, build engines, verify and evaluate.",
     ),
     "verify": Command(
         JUDGE,
@@ -92,6 +92,13 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "serve": Command(
         USE, "Answer over HTTP: a web page for pictures, and the v2 protocol for programs."
+    ),
+    "sign": Command(USE, "Sign a bundle: its manifest, which names every file with its SHA-256."),
+    "verify-signature": Command(
+        USE,
+        "Check a bundle's signature, every file's digest, and that no other file is in it.",
+        "verify_signature",
+        "verify_signature",
     ),
     "report": Command(
         USE, "Write one self-contained HTML file, and the same as Markdown, about a bundle."

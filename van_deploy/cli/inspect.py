@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from van_deploy.cli.console import AsJson, emit
-from van_deploy.cli.opening import TrustEngine
+from van_deploy.cli.opening import RequireSignature, TrustEngine, open_bundle
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,12 +24,15 @@ def inspect(
         Path, typer.Argument(help="An ONNX file, an engine (.plan), or a bundle with them.")
     ],
     trust_engine: TrustEngine = False,
+    require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what is in an artefact: operators, sizes, inputs and outputs, metadata.
 
     Example: van-deploy inspect dist/van_b1/model.onnx
     """
+    if require_signature is not None:
+        open_bundle(artefact, require_signature)
     emit(described(artefact, trust_engine=trust_engine), as_json, _table)
 
 

@@ -18,11 +18,13 @@ __all__ = [
     "ArtefactNames",
     "BundlePath",
     "RecipeName",
+    "RequireSignature",
     "RunnerName",
     "TrustEngine",
     "WeightsPath",
     "execution_by",
     "gates_of",
+    "open_bundle",
     "opened",
     "pictures_for",
 ]
@@ -47,17 +49,41 @@ ArtefactNames = Annotated[
     list[str] | None,
     typer.Option("--artefact", help="Which one; may be repeated. All by default."),
 ]
+RequireSignature = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PUBLICKEY",
+        help="Refuse the bundle unless it is whole and signed with this key (a PEM file).",
+    ),
+]
 RecipeName = Annotated[
     str, typer.Option(help="Recipe whose \\[gates] apply; the defaults without one.")
 ]
 
 
-def opened(bundle: Path, weights: Path | None) -> tuple[Bundle, LoadedVan]:
-    """Return the bundle and the PyTorch network it was made from."""
+def open_bundle(path: Path, require_signature: Path | None = None) -> Bundle:
+    """Return the bundle at ``path``, after checking its signature where one is required.
+
+    Raises:
+        SignatureError: it has none, one of another key, or was changed since.
+        BundleError: there is no bundle.
+    """
     from van_deploy.bundle import Bundle
+
+    if require_signature is None:
+        return Bundle.open(path)
+    from van_deploy.signing import public_key_from, signed_bundle
+
+    return signed_bundle(path, public_key_from(require_signature))[0]
+
+
+def opened(
+    bundle: Path, weights: Path | None, require_signature: Path | None = None
+) -> tuple[Bundle, LoadedVan]:
+    """Return the bundle and the PyTorch network it was made from."""
+    found = open_bundle(bundle, require_signature)
     from van_deploy.model.original import original_network
 
-    found = Bundle.open(bundle)
     return found, original_network(found, weights)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from van_deploy.cli.console import AsJson, emit, remark
+from van_deploy.cli.opening import RequireSignature, open_bundle
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -55,19 +56,19 @@ def package(
     triton_release: Annotated[
         str, typer.Option(help="Of the container image, such as 25.08.")
     ] = "",
+    require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a Triton model repository with its configuration, client and manifests.
 
     Example: van-deploy package triton dist/van_b1 --output dist/van_b1-triton
     """
-    from van_deploy.bundle import Bundle
     from van_deploy.errors import GateFailed, MissingDependency
     from van_deploy.serve.manifests import DEFAULT_TRITON
     from van_deploy.serve.triton import TritonSettings, package_triton
     from van_deploy.serve.triton_check import check_package
 
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle, require_signature)
     folder = output or opened.path.with_name(f"{opened.path.resolve().name}-{server.value}")
     if not check:
         settings = TritonSettings(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from van_deploy.cli.console import AsJson, emit, plain, progress, remark
-from van_deploy.cli.opening import RunnerName, TrustEngine
+from van_deploy.cli.opening import RequireSignature, RunnerName, TrustEngine, open_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +40,7 @@ def predict(
     ] = None,
     runner: RunnerName = "ort-cpu",
     trust_engine: TrustEngine = False,
+    require_signature: RequireSignature = None,
     threads: Annotated[
         int | None, typer.Option(help="Processor threads; chosen by the run time by default.")
     ] = None,
@@ -52,14 +53,13 @@ def predict(
 
     Example: van-deploy predict dist/van_b1 photo.jpg holiday/ --top-k 3
     """
-    from van_deploy.bundle import Bundle
     from van_deploy.errors import ImageError, UsageError
     from van_deploy.runners.network import Network
     from van_deploy.serve.predict import Speed, sources_from
 
     if as_json and json_lines:
         raise UsageError("--json and --jsonl exclude each other.", "Give one of them.")
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle, require_signature)
     sources = sources_from(images, _stdin() if "-" in images else None)
     speed, bad = Speed(), 0
     size = batch or min(int(opened.manifest["batch"]["opt"]), len(sources))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from van_deploy.cli.console import AsJson, emit, remark
-from van_deploy.cli.opening import RunnerName, TrustEngine
+from van_deploy.cli.opening import RequireSignature, RunnerName, TrustEngine, open_bundle
 
 __all__ = ["serve"]
 
@@ -30,6 +30,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
     runner: RunnerName = "ort-cpu",
     trust_engine: TrustEngine = False,
+    require_signature: RequireSignature = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads a batch; chosen by the run time by default.")
     ] = None,
@@ -60,7 +61,6 @@ def serve(
 
     Example: van-deploy serve dist/van_b1 --port 8000
     """
-    from van_deploy.bundle import Bundle
     from van_deploy.cli.console import progress
     from van_deploy.serve.server import listen, run_server
     from van_deploy.serve.service import Service, ServiceSettings
@@ -79,7 +79,7 @@ def serve(
     )
     with progress() as bar:
         bar.add_task("Loading", total=None)
-        service = Service(Bundle.open(bundle), settings)
+        service = Service(open_bundle(bundle, require_signature), settings)
         service.load()
         listening = listen(host, port)
     if not listening.loopback:

@@ -12,6 +12,7 @@ from van_deploy.cli.opening import (
     ArtefactNames,
     BundlePath,
     RecipeName,
+    RequireSignature,
     RunnerName,
     TrustEngine,
     WeightsPath,
@@ -48,6 +49,7 @@ def verify(
     ] = True,
     recipe: RecipeName = "",
     weights: WeightsPath = None,
+    require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare every artefact with PyTorch: logits, batch sizes, flips, and module by module.
@@ -63,7 +65,7 @@ def verify(
         from van_deploy.checks.record import jsonable, record_check
         from van_deploy.checks.verify import verify_bundle
 
-        found, loaded = opened(bundle, weights)
+        found, loaded = opened(bundle, weights, require_signature)
         bar.update(task, description="Preparing images")
         report = verify_bundle(
             found,
@@ -75,7 +77,8 @@ def verify(
             modules=modules,
             progress=lambda text: bar.update(task, description=text),
         )
-        record_check(found, "verify", report.as_dict())
+        if require_signature is None:  # what was signed stays as it was signed
+            record_check(found, "verify", report.as_dict())
     emit(jsonable(report.as_dict()), as_json, lambda _: _table(report, loaded.class_names))
     if not report:
         raise GateFailed(

@@ -157,4 +157,5 @@ _TASKS: dict[str, tuple[Callable[[Environment], Shortfall | None], ...]] = {
     "build engines with TensorRT for RTX": (_usable("tensorrt-rtx"),),
     "run engines of TensorRT for RTX": (_usable("tensorrt-rtx"), _rtx_gpu),
     "spread work over machines with Ray": (_usable("ray"),),
+    "sign bundles and check signatures": (_usable("cryptography"),),
 }

@@ -105,6 +105,7 @@ COMPONENTS: tuple[Component, ...] = (
         module="openvino",
     ),
     Component("ray", ("ray",), "evaluation and builds spread over machines", "ray"),
+    Component("cryptography", ("cryptography",), "signing bundles", "cryptography"),
 )
 
 

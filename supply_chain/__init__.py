@@ -1,0 +1,1 @@
+"""What this project is made of: pinned versions, lowest versions, known vulnerabilities."""

@@ -1,0 +1,46 @@
+"""``van-deploy verify-signature``: whether a bundle is what somebody signed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from van_deploy.cli.console import AsJson, emit
+from van_deploy.cli.opening import BundlePath
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["verify_signature"]
+
+
+def verify_signature(
+    bundle: BundlePath,
+    public_key: Annotated[
+        Path, typer.Option(help="Of who is to have signed it: Ed25519, a PEM file.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Check a bundle's signature, every file's digest, and that no other file is in it.
+
+    Example: van-deploy verify-signature dist/van_b1 --public-key release.pem.pub
+    """
+    from van_deploy.signing import public_key_from, signed_bundle
+
+    opened, signature = signed_bundle(bundle, public_key_from(public_key))
+    result = {
+        "bundle": str(opened.path),
+        "key id": signature.key_id,
+        "signed": signature.date,
+        "files": len(opened.digests),
+    }
+    emit(result, as_json, _table)
+
+
+def _table(result: dict[str, Any]) -> RenderableType:
+    from van_deploy.report.tables import facts_table, verdict
+
+    said = f"{result['files']} files are what was signed, and there is no other"
+    return facts_table({verdict("PASS").plain: said, **result})
