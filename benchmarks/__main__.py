@@ -89,13 +89,33 @@ SECTIONS: dict[str, Section] = {
         "runtimes.py",
         ("--json",),
     ),
-    "precision": Section("Precision", "What FP16 and INT8 cost.", "precision.py", structured=False),
+    "evaluate": Section(
+        "Evaluating",
+        "`van-deploy evaluate` on JPEG files against a loop that feeds the same networks tensors "
+        "that are ready.",
+        "evaluate.py",
+        ("--json",),
+        real=("--images", "{shared}/data/imagenet"),
+    ),
+    "precision": Section(
+        "Precision",
+        "What FP16 and INT8 cost, beside ONNX Runtime's own quantiser.",
+        "precision.py",
+        real=(
+            *("--checkpoint", "{shared}/checkpoints/van_b0_cifar10.pth.tar"),
+            *("--calib", "{shared}/data/cifar10/calib", "--eval", "{shared}/data/cifar10/eval"),
+            *("--photographs", "{shared}/data/imagenet"),
+        ),
+    ),
     "fidelity": Section(
         "Fidelity",
-        "What each technique brings to INT8 on van_digits.",
+        "What each technique brings to INT8: everything on, and each switch left out.",
         "fidelity.py",
-        ("--baseline",),
-        structured=False,
+        real=(
+            *("--checkpoint", "{shared}/checkpoints/van_b0_cifar10.pth.tar"),
+            *("--calibrate", "{shared}/data/cifar10/calib"),
+            *("--evaluate", "{shared}/data/cifar10/eval"),
+        ),
     ),
     "engines": Section(
         "Building engines",

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.opened import ON_CPU, Execution, NotRun, open_artefact
+from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import softmax, top_classes
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.pixels import Pixels, normalised
-from van_deploy.runners.base import Logits
+from van_deploy.runners.base import Images, Logits
 from van_deploy.runners.network import PYTORCH, Network
 from van_deploy.runners.pytorch import TorchRunner
 
@@ -114,7 +115,17 @@ class Contestants:
     def answer(self, pixels: Pixels) -> dict[str, Answers]:
         """Return what each network says of ``pixels (n, S, S, C)``, PyTorch first."""
         images = normalised(pixels, self.loaded.preprocessing)
-        answers = {PYTORCH: Answers.of(self._torch.run(images))}
+        return {name: Answers.of(logits) for name, logits in self.logits(images, pixels).items()}
+
+    def logits(self, images: Images, pixels: Pixels) -> dict[str, Logits]:
+        """Return each network's logits ``(n, K)``, PyTorch's first.
+
+        Args:
+            images: ``(n, C, S, S)`` normalised.
+            pixels: the same ``(n, S, S, C)`` uint8, for graphs with preprocessing inside.
+        """
+        found = {PYTORCH: self._torch.run(images)}
         for name, opened in self._open.items():
-            answers[name] = Answers.of(opened.logits(pixels))
-        return answers
+            plain = opened.embedding == "none" and not opened.is_engine
+            found[name] = opened.run(images)[OUTPUT_NAME] if plain else opened.logits(pixels)
+        return found
