@@ -22,6 +22,7 @@ from van_deploy.engine.fleet import BUILT, FAILED, REUSED, Cell, Outcome, prepar
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.options import BuildOptions
 from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
+from van_deploy.environment.privacy import without_ray_reports
 from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
 
 __all__ = ["Delivery", "build_on_ray", "require_ray", "task_resources"]
@@ -60,6 +61,7 @@ def require_ray() -> Any:
         raise MissingDependency(
             f"Ray is not installed ({error}).", "Install it with `pip install 'van-deploy[ray]'`."
         ) from error
+    without_ray_reports()
     return ray
 
 

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from van_deploy.environment.privacy import imported_quietly
+
 __all__ = [
     "COMPONENTS",
     "ONNXRUNTIMES",
@@ -197,7 +199,7 @@ def _installed(component: Component, distributions: Mapping[str, str]) -> Instal
 def _import_fault(module: str) -> str | None:
     """Return why the module cannot be imported, on one line, or None if it can."""
     try:
-        importlib.import_module(module)
+        imported_quietly(module)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return " ".join(str(error).split())[:300] or type(error).__name__
     return None

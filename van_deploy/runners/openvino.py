@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from van_deploy.environment.privacy import imported_quietly
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.runners.base import Images, Logits
 
@@ -24,13 +25,12 @@ def require_openvino() -> Any:
         MissingDependency: it is not installed.
     """
     try:
-        import openvino
+        return imported_quietly("openvino")
     except ImportError as error:
         raise MissingDependency(
             f"OpenVINO is not installed: {error}.",
             "Install it with `pip install 'van-deploy[openvino]'`.",
         ) from error
-    return openvino
 
 
 class OpenVinoRunner:
