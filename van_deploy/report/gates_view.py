@@ -12,10 +12,10 @@ from rich.text import Text
 from van_deploy.report.tables import Column, checks_table, notes, rows_table, stack, verdict
 
 if TYPE_CHECKING:
-    from van_deploy.checks.baseline import CheckReport
     from van_deploy.checks.drift import ArtefactDrift, DriftReport
     from van_deploy.checks.evaluate import EvaluateReport
-    from van_deploy.checks.verify import ArtefactVerdict, VerifyReport
+    from van_deploy.checks.regression import CheckReport
+    from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
 
 __all__ = [
     "bar",
@@ -180,6 +180,7 @@ def evaluate_tables(report: EvaluateReport) -> RenderableType:
         *lines,
         _accuracy(report),
         _drift(report),
+        _not_evaluated(report),
         _confusions(report),
         _classes(report),
         _left_out(report),
@@ -221,13 +222,20 @@ def _drift(report: EvaluateReport) -> RenderableType:
             f"{drift.p_value:.2g}",
             f"{100 * drift.agreement:.2f} %",
             f"-{drift.top1_drop_allowed:g}",
-            drift.note,
         )
         for name, drift in report.drifts.items()
     ]
-    rows += [(verdict(None), entry.artefact, *[None] * 7, entry.reason) for entry in report.skipped]
     columns = (Column("verdict"), Column("artefact"), *(Column(head, "right") for head in right))
-    return rows_table((*columns, Column("note", wrap=True)), rows, "Against PyTorch")
+    unsettled = [f"{name}: {drift.note}" for name, drift in report.drifts.items() if drift.note]
+    return stack(
+        rows_table(columns, rows, "Against PyTorch"),
+        notes(unsettled, "NOTE") if unsettled else None,
+    )
+
+
+def _not_evaluated(report: EvaluateReport) -> RenderableType | None:
+    lines = [f"{entry.artefact}: {entry.reason}" for entry in report.skipped]
+    return notes(lines, "SKIPPED") if lines else None
 
 
 def _confusions(report: EvaluateReport) -> RenderableType | None:
@@ -305,7 +313,7 @@ def _parts(entry: ArtefactDrift, level: str, top: int) -> RenderableType:
             None if row.added_db is None else f"{row.added_db:.1f}",
             bar(row.added_db),
             None if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
-            row.note,
+            "; ".join(filter(None, (row.fault, row.note))),
         )
         for row in rows
     ]
