@@ -130,6 +130,22 @@ def test_a_batch_frozen_at_the_input(digits: Subject, broken: Broken) -> None:
     assert "its batch is frozen at 1" in verdict.failures
 
 
+def test_a_graph_that_does_not_load_fails_and_the_others_are_still_judged(
+    digits: Subject, broken: Broken
+) -> None:
+    model = digits.graph("fp16")
+    node = next(node for node in model.graph.node if node.op_type == "Gelu")
+    node.op_type = "Gelo"
+    bundle = broken(digits, "fp16", "fp16", model)
+    report = verify_bundle(
+        bundle, digits.loaded, digits.pictures, modules=False, artefacts=["fp16", "fp32"]
+    )
+    assert [verdict.outcome for verdict in report.artefacts] == ["failed", "passed"]
+    (failure,) = report.artefacts[0].failures
+    assert failure.startswith("it does not load: ONNX Runtime")
+    assert "This is an invalid model" in failure
+
+
 @pytest.mark.parametrize("norm", ["norm1", "norm2", "norm3", "norm4"])
 def test_a_layer_norm_that_overflows_in_fp16(digits: Subject, broken: Broken, norm: str) -> None:
     model = faults.overflowing_layer_norm(digits.graph("fp16"), norm)

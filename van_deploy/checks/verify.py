@@ -257,8 +257,8 @@ def _with_canary(
     verdict: ArtefactVerdict, bundle: Bundle, execution: Execution, threads: int | None
 ) -> ArtefactVerdict:
     """Return the verdict with whether the artefact answers the bundle's picture as PyTorch did."""
-    if "canary" not in bundle.manifest:
-        return verdict
+    if "canary" not in bundle.manifest or verdict.comparison is None:
+        return verdict  # what gives no logits gives no answer either
     report = check_canary(bundle, verdict.artefact, execution, threads=threads)
     failures = [f"the canary '{bundle.manifest['canary']['file']}': {f}" for f in report.failures]
     return _add(replace(verdict, canary=report.max_change), failures)
