@@ -7,8 +7,8 @@ it, and the layer's error is then just what its step explains. What does show it
 * the largest integer of a channel's weights is far from the end of the integers.
 
 Reported, and no gate: by how much half the step would round the tensor better on
-the images at hand. It is 4 to 6 dB where a step is twice too large, but also where
-calibration saw one outlier that these images lack.
+the images at hand. A doubled step shows there in most layers, but so does one outlier
+that calibration met and these images lack.
 """
 
 from __future__ import annotations
