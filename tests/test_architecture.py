@@ -15,13 +15,27 @@ PACKAGE = ROOT / "van_deploy"
 
 # From the ground floor up: a module imports from its own room and from those before it.
 ROOMS = (
-    *("errors", "metrics", "environment", "recipe", "bundle", "provenance", "images"),
+    *(
+        "errors",
+        "forms",
+        "manifest",
+        "metrics",
+        "environment",
+        "settings",
+        "recipe_tables",
+        "recipe",
+        "bundle",
+        "provenance",
+        "signing",
+        "images",
+    ),
     *("model", "graph", "engine", "runners", "precision", "checks", "bench", "serve"),
     *("report", "pipeline", "run", "cli", "__main__"),
 )
-FOR_ALL = {"errors", "recipe", "bundle", "provenance", "images", "environment"}
+FOR_ALL = {"errors", "settings", "recipe_tables", "recipe", "bundle", "provenance", "images", "environment"}
 OPTIONAL = (
     *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray"),
+    *("cryptography", "starlette", "uvicorn", "prometheus_client", "tritonclient"),
     *("sklearn", "skimage", "scipy", "hypothesis", "pytest"),
 )
 HEAVY = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "PIL", "rich")

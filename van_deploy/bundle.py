@@ -27,10 +27,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from van_deploy.errors import BundleError
+from van_deploy.manifest import Section, require_manifest
 
 __all__ = [
     "MANIFEST",
     "SCHEMA",
+    "SIGNATURE",
     "Artefact",
     "Bundle",
     "Draft",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.json.sig"  # beside the manifest; see van_deploy.signing
 SCHEMA = "van-deploy/bundle/1"
 LOCK_WAIT_S = 60.0
 
@@ -124,6 +127,14 @@ class Bundle:
         found = self.manifest["artefacts"]
         return {name: Artefact(name=name, **entry) for name, entry in found.items()}
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file the manifest names, artefacts' and others, by relative path."""
+        found = dict(self.manifest.get("files", {}))
+        for artefact in self.artefacts.values():
+            found.update(artefact.files)
+        return found
+
     def artefact(self, name: str) -> Artefact:
         """Return the artefact called ``name``.
 
@@ -172,12 +183,25 @@ class Bundle:
     def problems(self) -> list[str]:
         """Return one sentence for each file that is missing or changed; empty is good."""
         found = []
-        for name in self.artefacts:
+        for relative, expected in self.digests.items():
             try:
-                self.verified(name)
+                _verify(self.path / relative, expected)
             except BundleError as error:  # noqa: PERF203 - each file on its own
                 found.append(error.message)
         return found
+
+    def unnamed(self) -> list[str]:
+        """Return what lies in the folder and is not in the manifest, sorted.
+
+        Links to folders count: what is behind them is not the bundle's.
+        """
+        known = {*self.digests, MANIFEST, SIGNATURE, _LOCK}
+        found = []
+        for parent, folders, files in os.walk(self.path):
+            links = [name for name in folders if Path(parent, name).is_symlink()]
+            paths = [Path(parent, name).relative_to(self.path) for name in (*files, *links)]
+            found += [path.as_posix() for path in paths if path.as_posix() not in known]
+        return sorted(found)
 
 
 @dataclass
@@ -332,6 +356,7 @@ def _starting_manifest(folder: Path, name: str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    _refuse_links(folder, folder / _LOCK)  # taking a lock empties the file
     try:
         with FileLock(folder / _LOCK, timeout=LOCK_WAIT_S):
             yield
@@ -354,6 +379,7 @@ def _unwritable(folder: Path, error: OSError) -> BundleError:
 def _commit(draft: Draft, before: set[str]) -> None:
     """Make the draft count: one rename, then the moves."""
     draft.manifest["written"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    _name_others(draft)
     gone = sorted(before - _owned_files(draft.manifest))
     text = json.dumps(_plain(draft.manifest), indent=2, ensure_ascii=False) + "\n"
     write_atomic(draft.staging / MANIFEST, text)
@@ -362,20 +388,66 @@ def _commit(draft: Draft, before: set[str]) -> None:
     _finish_commit(draft.path)
 
 
+def _names_in(gone: Path) -> list[str]:
+    try:
+        return [str(name) for name in json.loads(gone.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError) as error:
+        raise BundleError(
+            f"'{gone}', of an interrupted command, is damaged: {error}.",
+            "Make the bundle again.",
+        ) from error
+
+
+def _name_others(draft: Draft) -> None:
+    """Enter files that belong to no artefact, such as a report, in the manifest's ``files``."""
+    owned = _owned_files(draft.manifest)
+    kept = {
+        relative: sha256
+        for relative, sha256 in draft.manifest.get("files", {}).items()
+        if relative not in owned and (draft.path / relative).is_file()
+    }
+    staged = {
+        path.relative_to(draft.staging).as_posix(): path
+        for path in draft.staging.rglob("*")
+        if path.is_file()
+    }
+    new = {name: file_sha256(path) for name, path in staged.items() if name not in owned}
+    draft.manifest["files"] = dict(sorted({**kept, **new}.items()))
+
+
 def _finish_commit(folder: Path) -> None:
     """Move a committed draft's files to their places; can be repeated at any point."""
     pending = folder / _PENDING
     if not pending.is_dir():
         return
+    _refuse_links(folder, pending)
     gone = pending / ".gone"
-    for relative in json.loads(gone.read_text(encoding="utf-8")) if gone.exists() else []:
-        (folder / _inside(relative)).unlink(missing_ok=True)
+    for relative in _names_in(gone) if gone.exists() else []:
+        removed = folder / _inside(relative)
+        _refuse_links(folder, removed.parent)
+        removed.unlink(missing_ok=True)
     files = [path for path in pending.rglob("*") if path.is_file() and path != gone]
     for path in sorted(files, key=lambda path: path.name == MANIFEST):  # the manifest last
         target = folder / path.relative_to(pending)
+        _refuse_links(folder, target.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.replace(target)
     shutil.rmtree(pending)
+
+
+def _refuse_links(folder: Path, path: Path) -> None:
+    """Refuse to write through a link: a bundle from elsewhere could point it anywhere.
+
+    Raises:
+        BundleError: ``path``, or a folder between it and the bundle, is a symbolic link.
+    """
+    while path != folder:
+        if path.is_symlink():
+            raise BundleError(
+                f"'{path}' is a link, and what is behind it would be written to.",
+                "Do not use this bundle: van-deploy makes no links.",
+            )
+        path = path.parent
 
 
 def _owned_files(manifest: Mapping[str, Any]) -> set[str]:
@@ -390,23 +462,27 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "Make one with `van-deploy export MODEL --output DIR`.",
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"), object_hook=Section)
         if manifest["schema"] != SCHEMA:
             raise BundleError(
                 f"'{path}' has schema '{manifest['schema']}'; this version reads '{SCHEMA}'.",
                 "Export the model again with this version of van-deploy.",
             )
+        require_manifest(manifest)
         for name, entry in manifest["artefacts"].items():
             artefact = Artefact(name=name, **entry)
             for relative in (artefact.file, *artefact.files):
                 _inside(relative)
             artefact.sha256  # noqa: B018 - the file to open must be among the files
+        for relative, sha256 in manifest.get("files", {}).items():
+            _inside(relative)
+            str.lower(sha256)  # a digest is text
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(
             f"The manifest '{path}' is damaged: {type(error).__name__}: {error}.",
             "Export the model again; nothing in this bundle can be trusted.",
         ) from error
-    return dict(manifest)
+    return manifest
 
 
 def _inside(relative: str) -> PurePosixPath:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,21 +12,34 @@ from van_deploy.bundle import Bundle, writing
 
 __all__ = ["jsonable", "record_check"]
 
+MAY_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
-def record_check(bundle: Bundle, name: str, result: Mapping[str, Any]) -> None:
+
+def record_check(bundle: Bundle, name: str, result: Mapping[str, Any]) -> str:
     """Write the result of a check into the manifest, with the digests of the artefacts.
+
+    A bundle that may only be read keeps no record; the check is worth no less for it.
 
     Args:
         bundle: what was checked.
         name: of the check, such as ``verify``.
         result: the report's ``as_dict()``.
 
+    Returns:
+        Why nothing was recorded, a sentence, or "".
+
     Raises:
-        BundleError: the bundle was changed while it was checked, or cannot be written.
+        BundleError: the bundle was changed while it was checked.
     """
     digests = {key: artefact.sha256 for key, artefact in bundle.artefacts.items()}
-    with writing(bundle.path) as draft:
-        draft.manifest["checks"][name] = {**jsonable(result), "artefacts_sha256": digests}
+    try:
+        with writing(bundle.path) as draft:
+            draft.manifest["checks"][name] = {**jsonable(result), "artefacts_sha256": digests}
+    except OSError as error:
+        if error.errno not in MAY_NOT_WRITE:
+            raise
+        return f"'{bundle.path}' may only be read, so the result of '{name}' is not kept in it."
+    return ""
 
 
 def jsonable(value: Any) -> Any:

@@ -71,10 +71,12 @@ def drift(
             artefacts=artefact,
             progress=lambda text: bar.update(task, description=text),
         )
-        record_check(found, "drift", report.as_dict())
+        kept = record_check(found, "drift", report.as_dict())
     if plot is not None:
         _write_plot(report, plot)
         remark(f"Wrote {plot}.")
+    if kept:
+        remark(f"note: {kept}")
     emit(jsonable(report.as_dict()), as_json, lambda _: _table(report, top))
 
 

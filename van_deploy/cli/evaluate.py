@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from van_deploy.cli.console import AsJson, emit, progress
+from van_deploy.cli.console import AsJson, emit, progress, remark
 from van_deploy.cli.opening import (
     ArtefactNames,
     BundlePath,
@@ -140,7 +140,9 @@ def evaluate(
                 task, description=f"{done} of {total} images", completed=done, total=total
             ),
         )
-        record_check(found, "evaluate", report.as_dict())
+        kept = record_check(found, "evaluate", report.as_dict())
+    if kept:
+        remark(f"note: {kept}")
     emit(jsonable(report.as_dict()), as_json, lambda _: _table(report))
     if not report:
         names = ", ".join(f"'{name}'" for name in report.failed)

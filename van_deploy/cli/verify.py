@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from van_deploy.cli.console import AsJson, emit, progress
+from van_deploy.cli.console import AsJson, emit, progress, remark
 from van_deploy.cli.opening import (
     ArtefactNames,
     BundlePath,
@@ -77,8 +77,11 @@ def verify(
             modules=modules,
             progress=lambda text: bar.update(task, description=text),
         )
+        kept = ""
         if require_signature is None:  # what was signed stays as it was signed
-            record_check(found, "verify", report.as_dict())
+            kept = record_check(found, "verify", report.as_dict())
+    if kept:
+        remark(f"note: {kept}")
     emit(jsonable(report.as_dict()), as_json, lambda _: _table(report, loaded.class_names))
     if not report:
         raise GateFailed(

@@ -172,6 +172,8 @@ def layers_of(path: Path, backend: Backend) -> tuple[Layer, ...]:
     trt, log = backend.module, BuildLog()
     logger = trt_logger(trt, log)
     runtime = trt.Runtime(logger)
+    if runtime is not None:
+        runtime.engine_host_code_allowed = False
     engine = runtime.deserialize_cuda_engine(path.read_bytes()) if runtime else None
     if engine is None:
         raise load_failure(backend.label, str(path), log.errors)

@@ -17,6 +17,19 @@ from typing import Any
 from van_deploy.bundle import file_sha256, write_atomic
 from van_deploy.engine.options import BuildOptions
 from van_deploy.errors import InputError
+from van_deploy.forms import (
+    Form,
+    count,
+    list_of,
+    number,
+    one_of,
+    optional,
+    require_encodable,
+    require_form,
+    table,
+    table_of,
+    text,
+)
 from van_deploy.recipe import BatchRange
 
 __all__ = [
@@ -144,6 +157,35 @@ class Sidecar:
         return sidecar
 
 
+_TENSORS = list_of(
+    lambda value: (
+        table(value)
+        and text(value.get("name"))
+        and text(value.get("dtype"))
+        and list_of(lambda length: length == -1 or count(length))(value.get("shape"))
+    )
+)
+
+_FORM: Form = {
+    **dict.fromkeys(("name", "plan_sha256", "onnx_file", "onnx_sha256", "backend_version"), text),
+    "backend": one_of("tensorrt", "tensorrt-rtx"),
+    "precision": one_of("fp32", "fp16", "int8"),
+    **dict.fromkeys(("plan_bytes", "parser_layers", "peak_memory_bytes", "workspace_bytes"), count),
+    **dict.fromkeys(("parse_seconds", "build_seconds"), number),
+    "cuda": optional(count),
+    "targets": list_of(text),
+    "built_on": optional(text),
+    "options": table,
+    "inputs": _TENSORS,
+    "outputs": _TENSORS,
+    "device_memory": table_of(count),
+    "warnings": table_of(count),
+    "fixed_addresses": lambda value: isinstance(value, bool),
+    "reproducible": lambda value: isinstance(value, bool) or text(value),
+    "preprocessing": table,
+}
+
+
 def sidecar_path(plan: Path) -> Path:
     """Return where the sidecar of ``plan`` is."""
     return _beside(plan, ".json")
@@ -188,6 +230,8 @@ def read_sidecar(plan: Path) -> Sidecar:
             raise InputError(
                 f"'{path}' was edited after it was written: its digest does not match.", REBUILD
             )
+        require_encodable(document)
+        require_form(document, _FORM)
         return Sidecar.from_dict(document)
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(

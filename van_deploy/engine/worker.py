@@ -74,6 +74,10 @@ def main() -> None:
         send("failed", kind=type(error).__name__, message=error.message, remedy=error.remedy)
     except BrokenPipeError:
         pass  # the parent is gone
+    except OSError as error:
+        message = f"The engine cannot be written: {error.strerror or error}."
+        remedy = "Free some space there, or set TMPDIR to a folder with room. Nothing was written."
+        send("failed", kind="MissingDependency", message=message, remedy=remedy)
     finally:
         if os.getppid() != parent:
             _remove_folder()

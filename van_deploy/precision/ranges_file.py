@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -51,6 +52,7 @@ def _summary(record: TensorRange) -> dict[str, Any]:
 DAMAGE = (
     *(ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, MemoryError),
     *(NotImplementedError, zipfile.BadZipFile, zlib.error, OverflowError, RecursionError),
+    *(SyntaxError, tokenize.TokenError),  # NumPy reads an array's header as Python
 )
 """What reading a damaged archive of arrays ends with."""
 
@@ -72,9 +74,10 @@ def write_ranges(path: Path, ranges: Ranges) -> None:
         arrays[key] = np.array([getattr(ranges.tensors[n], key) for n in names], np.int64)
     for number, name in enumerate(names):
         record = ranges.tensors[name]
-        ends = [record.channel_minimum, record.channel_maximum]
-        arrays[f"channels_{number}"] = np.stack(ends)
-        histogram = ranges.tensors[name].histogram
+        if record.channels:
+            ends = [record.channel_minimum, record.channel_maximum]
+            arrays[f"channels_{number}"] = np.stack(ends)
+        histogram = record.histogram
         if histogram is None:
             continue
         for sign in ("positive", "negative"):
@@ -116,12 +119,13 @@ def _stored_range(stored: Any, number: int) -> TensorRange:
         mean_minimum=float(stored["mean_minimum"][number]),
         mean_maximum=float(stored["mean_maximum"][number]),
         smallest=float(stored["smallest"][number]),
-        channel_minimum=stored[f"channels_{number}"][0],
-        channel_maximum=stored[f"channels_{number}"][1],
         count=int(stored["count"][number]),
         subnormal=int(stored["subnormal"][number]),
         vanishing=int(stored["vanishing"][number]),
     )
+    if f"channels_{number}" in stored:
+        record.channels = True
+        record.channel_minimum, record.channel_maximum = stored[f"channels_{number}"]
     if f"tiny_{number}" in stored:
         tiny, zeros = (int(count) for count in stored[f"tiny_{number}"])
         histogram = Histogram(

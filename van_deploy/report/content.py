@@ -10,6 +10,8 @@ from typing import Any
 
 from van_deploy import __version__
 from van_deploy.bundle import Bundle
+from van_deploy.errors import BundleError
+from van_deploy.manifest import Section as ManifestSection
 from van_deploy.report.bench_view import ms_text
 from van_deploy.report.content_checks import (
     Check,
@@ -58,10 +60,22 @@ def document_of(bundle: Bundle) -> Document:
     command that would.
 
     Raises:
-        BundleError: a file of an artefact is missing.
+        BundleError: a file of an artefact is missing, or a check's record in the manifest
+            cannot be read.
     """
+    try:
+        return _document(bundle)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise BundleError(
+            f"The manifest of '{bundle.path}' records a check or a graph in a form that this "
+            f"version does not read ({type(error).__name__}: {error}).",
+            "Run the checks again with this version; if it wrote the bundle, please report it.",
+        ) from error
+
+
+def _document(bundle: Bundle) -> Document:
     checks, stale = fresh_checks(bundle.manifest)
-    manifest = {**bundle.manifest, "checks": checks}
+    manifest = ManifestSection({**bundle.manifest, "checks": checks})
     bench, outdated = fresh_bench(manifest, _bench(bundle))
     verdicts = checks_of(manifest, bundle.problems())
     verdicts += [
