@@ -32,7 +32,16 @@ ROOMS = (
     *("model", "graph", "engine", "runners", "precision", "checks", "bench", "serve"),
     *("report", "pipeline", "run", "cli", "__main__"),
 )
-FOR_ALL = {"errors", "settings", "recipe_tables", "recipe", "bundle", "provenance", "images", "environment"}
+FOR_ALL = {
+    "errors",
+    "settings",
+    "recipe_tables",
+    "recipe",
+    "bundle",
+    "provenance",
+    "images",
+    "environment",
+}
 OPTIONAL = (
     *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray"),
     *("cryptography", "starlette", "uvicorn", "prometheus_client", "tritonclient"),

@@ -15,6 +15,18 @@ from importlib import resources
 from pathlib import Path
 
 from van_deploy.errors import RecipeError, UsageError
+from van_deploy.recipe_tables import (
+    DEFAULT_GATES,
+    BatchRange,
+    EngineSettings,
+    EvaluateSettings,
+    ExportSettings,
+    GateProfile,
+    GateSettings,
+    ModelSettings,
+    PrecisionSettings,
+    PreprocessingSettings,
+)
 from van_deploy.settings import read_settings
 
 __all__ = [
@@ -34,270 +46,6 @@ __all__ = [
     "read_settings",
     "recipe_named",
 ]
-
-PRECISIONS = ("fp16", "int8")
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """Which network. Table ``[model]``.
-
-    Attributes:
-        name: what the bundle is called.
-        weights: a variant, a path, a repository or ``random``; "" for the
-            public weights of ``name``.
-        sha256: digest the weights file must have; "" to record the first one seen.
-        labels: file with one class name a line; "" for what the weights say.
-    """
-
-    name: str = ""
-    weights: str = ""
-    sha256: str = ""
-    labels: str = ""
-
-
-@dataclass(frozen=True)
-class PreprocessingSettings:
-    """What differs from the weights' own preprocessing. Table ``[preprocessing]``.
-
-    None takes the weights' value. Names and meanings are timm's.
-    """
-
-    image_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    interpolation: str | None = None
-    crop_pct: float | None = None
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """How the graph is written. Table ``[export]``.
-
-    Attributes:
-        opset: ONNX operator set.
-        fold: make the exact rewrites.
-        simplify: run onnxsim, and keep its graph if it agrees.
-        embed_preprocess: beside each plain graph, one with preprocessing inside:
-            ``none``, ``normalize`` or ``uint8`` (see :mod:`van_deploy.graph.embed`).
-        outputs: of that graph: some of ``logits``, ``probabilities``, ``top5``.
-    """
-
-    opset: int = 20
-    fold: bool = True
-    simplify: bool = True
-    embed_preprocess: str = "none"
-    outputs: tuple[str, ...] = ("logits",)
-
-    @property
-    def embeds(self) -> bool:
-        """Whether a second graph is wanted, with something inside that the plain one lacks."""
-        return self.embed_preprocess != "none" or self.outputs != ("logits",)
-
-
-@dataclass(frozen=True)
-class BatchRange:
-    """The batch sizes the artefact must serve. Table ``[batch]``."""
-
-    min: int = 1
-    opt: int = 8
-    max: int = 32
-
-    def __post_init__(self) -> None:
-        """Refuse a range that is none."""
-        if not 1 <= self.min <= self.opt <= self.max:
-            raise UsageError(
-                f"The batch range {self} is not 1 <= min <= opt <= max.",
-                "Give three rising numbers, such as 1:8:32.",
-            )
-
-    def __str__(self) -> str:
-        """Return ``min:opt:max``."""
-        return f"{self.min}:{self.opt}:{self.max}"
-
-    @classmethod
-    def parse(cls, text: str) -> BatchRange:
-        """Return the range written as ``min:opt:max``.
-
-        Raises:
-            UsageError: it is not that.
-
-        >>> BatchRange.parse("1:8:32").opt
-        8
-        """
-        try:
-            smallest, optimum, largest = (int(part) for part in text.split(":"))
-        except ValueError:
-            raise UsageError(
-                f"'{text}' is not a batch range.", "Write min:opt:max, such as 1:8:32."
-            ) from None
-        return cls(smallest, optimum, largest)
-
-
-@dataclass(frozen=True)
-class GateProfile:
-    """What an artefact of one precision must reach. Table ``[gates.fp32]`` and its like.
-
-    A limit that is left out is derived, in the run that applies it, from
-    PyTorch's own float32 noise (see ``docs/gates.md``).
-
-    Attributes:
-        margin_db: room below the noise expected at this precision, in dB.
-        sqnr_db: least signal to noise ratio of the logits, in dB.
-        relative: largest ``max|difference| / max|logit|``.
-        cosine: least cosine similarity of any image.
-        kl: largest mean divergence of the softmax, in nats.
-        row_relative: largest difference of an image alone and in a batch, over ``max|logit|``.
-        flip_margin: a changed prediction is a fault where PyTorch's first logit
-            was ahead of its second by more than this many RMS logits.
-        module_db: least signal to noise ratio that any module adds by itself, in dB.
-        top1_drop: most points of top-1 (percent) that may be lost on labelled images.
-    """
-
-    margin_db: float | None = None
-    sqnr_db: float | None = None
-    relative: float | None = None
-    cosine: float | None = None
-    kl: float | None = None
-    row_relative: float | None = None
-    flip_margin: float | None = None
-    module_db: float | None = None
-    top1_drop: float | None = None
-
-
-DEFAULT_GATES = {
-    "fp32": GateProfile(margin_db=20.0, module_db=100.0, top1_drop=0.1),
-    "fp16": GateProfile(margin_db=3.0, module_db=52.0, top1_drop=0.2),
-    "int8": GateProfile(margin_db=25.0, module_db=8.0, top1_drop=1.0),
-}
-"""Set on measured networks: ``docs/gates.md`` has the figures."""
-
-
-@dataclass(frozen=True)
-class GateSettings:
-    """What differs from :data:`DEFAULT_GATES`, by precision. Table ``[gates]``."""
-
-    fp32: GateProfile = field(default_factory=GateProfile)
-    fp16: GateProfile = field(default_factory=GateProfile)
-    int8: GateProfile = field(default_factory=GateProfile)
-
-    def of(self, precision: str) -> GateProfile:
-        """Return the profile of ``fp32``, ``fp16`` or ``int8``, defaults filled in.
-
-        Raises:
-            UsageError: there is none for that precision.
-        """
-        if precision not in DEFAULT_GATES:
-            raise UsageError(
-                f"There are no gates for the precision '{precision}'.",
-                f"Known: {', '.join(DEFAULT_GATES)}.",
-            )
-        given: GateProfile = getattr(self, precision)
-        changes = {name: value for name, value in vars(given).items() if value is not None}
-        return dataclasses.replace(DEFAULT_GATES[precision], **changes)
-
-
-@dataclass(frozen=True)
-class PrecisionSettings:
-    """What to make besides ``fp32``, and on which images. Table ``[precision]``.
-
-    The values are those of ``van-deploy quantize``.
-
-    Attributes:
-        make: ``fp16``, ``int8``, or both.
-        images: folder or ``.npz`` of training images to calibrate on.
-        calibration: a calibration set, by name or by the path of a ``.toml``.
-        evaluate: folder of images to judge on; a held-out part of the others without one.
-        method: how ranges become scales.
-        scope: what becomes INT8: ``pointwise``, ``all``, or regular expressions.
-        target: ``tensorrt`` or ``cpu``.
-        rest: what is not INT8: ``fp16`` or ``fp32``; "" for the target's own default.
-        keep: modules that stay FP32 besides the LayerNorms and the head.
-        equalize: make the exact re-scalings.
-        refine: correct biases, scales and rounding against FP32's own answers.
-        max_drop: points of top-1 (of agreement without labels) INT8 may lose.
-    """
-
-    make: tuple[str, ...] = ()
-    images: Path | None = None
-    calibration: str = ""
-    evaluate: Path | None = None
-    method: str = "mse"
-    scope: tuple[str, ...] = ()
-    target: str = "tensorrt"
-    rest: str = ""
-    keep: tuple[str, ...] = ()
-    equalize: bool = True
-    refine: bool = True
-    max_drop: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse precisions that there are not."""
-        _all_known("precision", self.make, PRECISIONS)
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Which TensorRT engines to build. Table ``[engines]``; without it, none.
-
-    The values are those of ``van-deploy build``.
-
-    Attributes:
-        precisions: ``fp32``, ``fp16``, ``int8``: one engine each, for each of the targets.
-        targets: compute capabilities, such as ``sm_89``; ``sm_86+sm_89`` is one plan
-            for both. Empty for the GPU in this machine.
-        backend: ``auto``, ``tensorrt`` or ``tensorrt-rtx``.
-        batch: profiles ``min:opt:max``; empty for the recipe's ``[batch]``.
-        workspace: scratch memory a layer may use, such as ``4GiB``.
-        optimization_level: 0 to 5.
-        tf32: let FP32 layers compute in TF32.
-        hardware_compatibility: other GPUs to serve, as TensorRT names them.
-        version_compatible: let later versions load the plan.
-        strip_weights: leave the weights out of the plan.
-        refit: let weights be replaced later.
-        profiling: what the engine inspector can tell.
-        timing_cache: file of kernel timings to use and add to.
-    """
-
-    precisions: tuple[str, ...] = ()
-    targets: tuple[str, ...] = ()
-    backend: str = "auto"
-    batch: tuple[str, ...] = ()
-    workspace: str = ""
-    optimization_level: int | None = None
-    tf32: bool = True
-    hardware_compatibility: str = "none"
-    version_compatible: bool = False
-    strip_weights: bool = False
-    refit: bool = False
-    profiling: str = "layer-names-only"
-    timing_cache: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse precisions that there are not."""
-        _all_known("precision", self.precisions, ("fp32", *PRECISIONS))
-
-
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """Labelled images to measure accuracy on. Table ``[evaluate]``; without it, none.
-
-    Attributes:
-        images: their folder.
-        labels: file with a label for each, where the folder does not tell.
-        limit: at most so many, evenly spread.
-    """
-
-    images: Path | None = None
-    labels: Path | None = None
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse labels without images, and no images at all."""
-        if self.images is None and (self.labels is not None or self.limit is not None):
-            raise UsageError("There are labels or a limit, and no images.", "Name the folder of images, too.")
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(f"A limit of {self.limit} images is none.", "Give 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -373,9 +121,3 @@ def read_recipe(path: Path) -> Recipe:
 def _beside(recipe: Path, named: str) -> str:
     """Return the path of a file beside the recipe, or the name as it is if there is none."""
     return str(recipe.parent / named) if named and (recipe.parent / named).exists() else named
-
-
-def _all_known(what: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
-    strangers = [name for name in names if name not in known]
-    if strangers:
-        raise UsageError(f"There is no {what} '{strangers[0]}'.", f"Known: {', '.join(known)}.")

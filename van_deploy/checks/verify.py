@@ -8,10 +8,9 @@ hold every tensor, and is its preprocessing the weights'?
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,12 @@ import numpy as np
 from van_deploy.bundle import Bundle
 from van_deploy.checks.canary import check_canary
 from van_deploy.checks.contract import contract_failures
+from van_deploy.checks.expected import ReferenceLogits, reference_logits
 from van_deploy.checks.gates import (
     Limits,
-    Noise,
     find_flips,
     judge,
     limits_from_noise,
-    measure_noise,
 )
 from van_deploy.checks.isolate import cuts_of
 from van_deploy.checks.opened import ON_CPU, Execution, NotRun, open_artefact, plain_onnx
@@ -40,38 +38,19 @@ from van_deploy.metrics import Array, compare
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.pixels import normalised
 from van_deploy.recipe import BatchRange, GateSettings
-from van_deploy.runners.base import Logits, run_in_batches
+from van_deploy.runners.base import Logits
 from van_deploy.runners.network import Network
-from van_deploy.runners.pytorch import TorchRunner
 
 __all__ = [
-    "ReferenceLogits",
     "batch_sizes",
-    "reference_logits",
     "verify_bundle",
     "verify_logits",
 ]
 
-REFERENCE_BATCH = 8
 MODULE_IMAGES = 4
 STEP_IMAGES = 16
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class ReferenceLogits:
-    """What the original network says, and how sure float32 is of it.
-
-    Attributes:
-        float64: ``(N, K)``: the reference.
-        float32: ``(N, K)``: the same network in float32.
-        noise: between the two.
-    """
-
-    float64: Array
-    float32: Array
-    noise: Noise
 
 
 def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
@@ -83,23 +62,6 @@ def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
     wanted = {1, 2, 3, batch.opt, batch.max}
     wanted.add(next(odd for odd in range(5, 99, 2) if odd not in wanted))
     return tuple(sorted(size for size in wanted if size <= batch.max))
-
-
-def reference_logits(loaded: LoadedVan, pictures: Pictures) -> ReferenceLogits:
-    """Return the original network's logits of the pictures in float64 and float32."""
-    images = normalised(pictures.pixels, loaded.preprocessing)
-    with TorchRunner(loaded.model) as single:
-        float32 = run_in_batches(single, images, REFERENCE_BATCH)
-    import torch
-
-    double = copy.deepcopy(loaded.model).double()
-    with torch.inference_mode():
-        pieces = [
-            double(torch.from_numpy(images[start : start + REFERENCE_BATCH]).double()).numpy()
-            for start in range(0, len(images), REFERENCE_BATCH)
-        ]
-    float64 = np.concatenate(pieces)
-    return ReferenceLogits(float64, float32, measure_noise(float64, float32))
 
 
 def verify_bundle(
