@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.evaluate import EvaluateReport
+from van_deploy.checks.evaluate_report import EvaluateReport
 from van_deploy.checks.measure import evaluate_folder
 from van_deploy.checks.opened import ON_CPU, Execution
 from van_deploy.checks.pictures import pictures_to_check

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle, content_key
-from van_deploy.checks.accuracy import Accuracy, PairedDrift, accuracy_of, paired_drift
+from van_deploy.checks.accuracy import accuracy_of, paired_drift
 from van_deploy.checks.contestants import TOP, Answers, Contestants
 from van_deploy.checks.decoding import decode_batches
+from van_deploy.checks.evaluate_report import EvaluateReport
 from van_deploy.checks.journal import Journal
 from van_deploy.checks.labels import LabelledImages
-from van_deploy.checks.opened import ON_CPU, Execution, NotRun
+from van_deploy.checks.opened import ON_CPU, Execution
 from van_deploy.errors import ImageError
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.recipe import GateSettings
@@ -26,15 +27,12 @@ from van_deploy.runners.network import PYTORCH
 
 __all__ = [
     "BATCH",
-    "SCHEMA",
-    "EvaluateReport",
     "Settings",
     "answered_batches",
     "evaluate_bundle",
     "journal_path",
 ]
 
-SCHEMA = "van-deploy/evaluate/1"
 BATCH = 32
 
 Progress = Callable[[int, int], None]
@@ -70,66 +68,6 @@ class Settings:
     def decoders(self) -> int:
         """Threads that decode."""
         return self.workers or len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True)
-class EvaluateReport:
-    """Accuracy of PyTorch and each artefact.
-
-    Attributes:
-        images: what they were evaluated on, and how the labels were found.
-        unreadable: file and reason of each image left out.
-        accuracies: by name, PyTorch first.
-        drifts: by artefact, against PyTorch.
-        skipped: artefacts that did not run, with the reason.
-        runners: what ran each.
-        class_names: for the report, or None.
-        seconds: what it took, without what was resumed.
-        resumed: images whose answers were there already.
-    """
-
-    images: str
-    unreadable: tuple[tuple[str, str], ...]
-    accuracies: Mapping[str, Accuracy]
-    drifts: Mapping[str, PairedDrift]
-    skipped: tuple[NotRun, ...]
-    runners: Mapping[str, str]
-    class_names: tuple[str, ...] | None
-    seconds: float
-    resumed: int
-
-    @property
-    def failed(self) -> list[str]:
-        """The artefacts that lost too much."""
-        return [name for name, drift in self.drifts.items() if not drift.passed]
-
-    @property
-    def passed(self) -> bool:
-        """Whether an artefact was evaluated and none lost too much."""
-        return bool(self.drifts) and not self.failed
-
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report, ready for JSON."""
-        return {
-            "schema": SCHEMA,
-            "passed": self.passed,
-            "images": self.images,
-            "count": self.accuracies[PYTORCH].images,
-            "unreadable": [{"file": file, "reason": reason} for file, reason in self.unreadable],
-            "accuracy": {
-                name: {"runner": self.runners[name], **asdict(accuracy)}
-                for name, accuracy in self.accuracies.items()
-            },
-            "drift": {name: drift.as_dict() for name, drift in self.drifts.items()},
-            "skipped": [asdict(entry) for entry in self.skipped],
-            "class_names": list(self.class_names) if self.class_names else None,
-            "seconds": round(self.seconds, 3),
-            "resumed": self.resumed,
-        }
 
 
 def journal_path(bundle: Bundle) -> Path:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from van_deploy.checks.evaluate import EvaluateReport
+from van_deploy.checks.evaluate_report import EvaluateReport
 from van_deploy.checks.speed import SpeedRatio
 from van_deploy.checks.verdicts import VerifyReport
 

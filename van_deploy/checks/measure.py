@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.baseline import Baseline, baseline_of
-from van_deploy.checks.evaluate import EvaluateReport, Settings, evaluate_bundle
+from van_deploy.checks.evaluate import Settings, evaluate_bundle
+from van_deploy.checks.evaluate_report import EvaluateReport
 from van_deploy.checks.figures import (
     Figure,
     figures_from_evaluate,

@@ -8,7 +8,7 @@ from typing import Any
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.baseline import Baseline, images_digest
-from van_deploy.checks.evaluate import EvaluateReport
+from van_deploy.checks.evaluate_report import EvaluateReport
 from van_deploy.checks.figures import Figure
 from van_deploy.checks.pictures import Pictures
 from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport

@@ -13,7 +13,7 @@ from van_deploy.report.tables import Column, checks_table, notes, rows_table, st
 
 if TYPE_CHECKING:
     from van_deploy.checks.drift import ArtefactDrift, DriftReport
-    from van_deploy.checks.evaluate import EvaluateReport
+    from van_deploy.checks.evaluate_report import EvaluateReport
     from van_deploy.checks.regression import CheckReport
     from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
 
