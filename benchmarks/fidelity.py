@@ -1,17 +1,21 @@
-"""What each technique brings to INT8, on the trained networks there are.
+"""What each technique brings to INT8: everything on, and each switch left out.
 
-Calibrates on one set of images and judges on another, against the FP32 logits.
-``van_digits`` is inside the package; for another network give its checkpoint
-and two folders of images, one folder a class.
+Calibrates on several seeded choices of images, since the differences are small, and
+judges on images of neither, against the FP32 logits. ``van_digits`` is inside the
+package; ``--checkpoint`` adds a network of your own, with two folders of images, one
+folder a class.
 
     python benchmarks/fidelity.py
-    python benchmarks/fidelity.py CHECKPOINT --calibrate DIR --evaluate DIR --baseline
+    python benchmarks/fidelity.py --checkpoint FILE --calibrate DIR --evaluate DIR
+
+A switch is a default only if leaving it out costs SQNR on every network measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -23,7 +27,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from onnx import ModelProto
 
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import fold_van
@@ -35,261 +38,195 @@ from van_deploy.precision.compare import logits_session
 from van_deploy.precision.equalize import EqualizeSettings, equalize
 from van_deploy.precision.initial import initial_plan, nodes_in_scope
 from van_deploy.precision.plan import QuantizationPlan, simulate
-from van_deploy.precision.quantize import quantized_share
 from van_deploy.precision.ranges import record_ranges
-from van_deploy.precision.refine import RefineSettings, refine_plan
-from van_deploy.precision.search import Drop, rank_layers, search_kept, top1_drop
+from van_deploy.precision.refine import refine_plan
+from van_deploy.precision.refine_settings import RefineSettings
 
 CALIBRATION_IMAGES = 256
+EQUALIZE_IMAGES = 64
 BATCH = 16
-EQUALIZE_NONE = EqualizeSettings(**{f.name: False for f in fields(EqualizeSettings)})
-REFINE_SWITCHES = ("bias_correction", "scales", "biases", "rounding")
-LEARNT = ("scales", "biases", "rounding")
+CORRECTIONS = ("bias_correction", "rounding")
+LEARNT = ("scales", "biases", "turns")
 
-
-@dataclass(frozen=True)
-class Set:
-    """Normalised images ``(N, 3, S, S)`` and their classes ``(N,)``."""
-
-    images: npt.NDArray[np.float32]
-    labels: npt.NDArray[np.int64]
-
-    def batches(self, count: int | None = None) -> Iterator[npt.NDArray[np.float32]]:
-        """Yield the first ``count`` images, a batch at a time."""
-        for start in range(0, len(self.images[:count]), BATCH):
-            yield self.images[start : min(start + BATCH, count or len(self.images))]
+Images = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: what is switched on."""
+    """One line of the table.
+
+    Attributes:
+        name: what is left out, or added.
+        equalize: what is switched on.
+        refine: likewise; None for nothing.
+        judges: the switch whose place among the defaults this line decides, and
+            whether it is a default now; ("", False) where it decides none.
+    """
 
     name: str
-    equalize: EqualizeSettings
+    equalize: EqualizeSettings | None
     refine: RefineSettings | None
+    judges: tuple[str, bool] = ("", False)
 
 
-def refining(*names: str) -> RefineSettings:
-    """Return settings with only ``names`` switched on."""
-    return RefineSettings(**{name: name in names for name in REFINE_SWITCHES})
-
-
-def cases() -> list[Case]:
-    """Return the lines of the table."""
-    everything = EqualizeSettings()
-    corrected = refining("bias_correction")
-    switches = [field.name for field in fields(EqualizeSettings)]
-    alone = [
-        Case(f"{name} + bias_correction", replace(EQUALIZE_NONE, **{name: True}), corrected)
-        for name in switches
-    ]
-    without = [
-        Case(f"all equalising but {name} + bias_correction", less, corrected)
-        for name in switches
-        for less in [replace(everything, **{name: False})]
-    ]
-    learning = [
-        Case(f"all equalising + bias_correction + {name}", everything, refining(*names))
-        for name in LEARNT
-        if (names := ("bias_correction", name))
-    ]
+def cases(learning: bool) -> list[Case]:
+    """Return the lines of the table, the defaults first."""
+    usual, refining = EqualizeSettings(), RefineSettings()
+    found = [Case("defaults", usual, refining)]
+    for name in (field.name for field in fields(EqualizeSettings)):
+        default = bool(getattr(usual, name))
+        flipped = replace(usual, **{name: not default})
+        word = "without" if default else "with"
+        found.append(Case(f"{word} {name}", flipped, refining, (name, default)))
+    for name in (*CORRECTIONS, *(LEARNT if learning else ())):
+        default = bool(getattr(refining, name))
+        less = replace(refining, **{name: not default})
+        word = "without" if default else "with"
+        found.append(Case(f"{word} {name}", usual, less, (name, default)))
     return [
-        Case("scales by least error only", EQUALIZE_NONE, None),
-        Case("bias_correction", EQUALIZE_NONE, corrected),
-        *alone,
-        Case("all equalising, no refining", everything, None),
-        Case("all equalising + bias_correction", everything, corrected),
-        *learning,
-        Case("refining, no equalising", EQUALIZE_NONE, RefineSettings()),
-        *without,
-        Case("everything (default)", everything, RefineSettings()),
+        *found,
+        Case("no equalising", None, refining),
+        Case("no refining", usual, None),
+        Case("scales by least error only", None, None),
     ]
 
 
-class Bench:
-    """One network, its calibration and evaluation images, and its FP32 answers.
+class Network:
+    """One network, its images, and its FP32 answers.
 
     Args:
+        name: of the network, for the table.
         network: to quantise.
         calibrate: folder of images, one folder a class.
         evaluate: likewise.
         threads: of ONNX Runtime.
     """
 
-    def __init__(self, network: LoadedVan, calibrate: Path, evaluate: Path, threads: int) -> None:
+    def __init__(
+        self, name: str, network: LoadedVan, calibrate: Path, evaluate: Path, threads: int
+    ) -> None:
         """Read the images and fold the network."""
-        self.network, self.threads = network, threads
-        self.calibration = self._load(calibrate)
-        shuffled = np.random.default_rng(0).permutation(len(self.calibration.images))
-        first = shuffled[:CALIBRATION_IMAGES]
-        self.labelled = self.calibration
-        self.calibration = Set(self.calibration.images[first], self.calibration.labels[first])
-        self.evaluation = self._load(evaluate)
-        folded = fold_van(network.model, torch.from_numpy(self.calibration.images[:2]))
+        self.name, self.threads = name, threads
+        self.preprocessing = network.preprocessing
+        self.calibration, self.evaluation = self._load(calibrate), self._load(evaluate)
+        folded = fold_van(network.model, torch.from_numpy(self.calibration[:2]))
         self.model = onnx_from_van(folded.model, network.preprocessing.image_size)
-        self.reference = self._run(self._original, self.evaluation)
+        self.reference = self._logits(self.model)
 
-    def _original(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        with torch.inference_mode():
-            return np.asarray(self.network.model(torch.from_numpy(images)).numpy())
-
-    def _load(self, folder: Path) -> Set:
-        paths = find_images(folder)
-        classes = sorted({path.parent.name for path in paths})
-        images, labels = [], []
-        for part, names in load_batches(paths, self.network.preprocessing.transform(), 64):
-            images.append(part)
-            labels += [classes.index(name.parent.name) for name in names]
-        return Set(np.concatenate(images), np.array(labels))
-
-    def _run(self, run: Any, data: Set) -> npt.NDArray[np.float32]:
-        return np.concatenate([run(part) for part in data.batches()])
-
-    def plan(self, case: Case, scope: str) -> QuantizationPlan:
-        """Return the plan of one case."""
-        nodes = nodes_in_scope(self.model, scope)
-        model = equalize(self.model, self.calibration.batches(64), nodes, case.equalize).model
-        read = {node.input[0] for node in model.graph.node if node.name in nodes}
-        ranges = record_ranges(
-            model, self.calibration.batches(), histograms=read, threads=self.threads
+    def _load(self, folder: Path) -> Images:
+        transform = self.preprocessing.transform()
+        return np.concatenate(
+            [part for part, _ in load_batches(find_images(folder), transform, 64)]
         )
-        plan = initial_plan(model, ranges, scope)
+
+    def _logits(self, model: Any) -> Images:
+        run = logits_session(model, fuse=False, threads=self.threads)
+        return np.concatenate([run(part) for part in _batches(self.evaluation)])
+
+    def chosen(self, seed: int) -> Images:
+        """Return one choice of calibration images."""
+        order = np.random.default_rng(seed).permutation(len(self.calibration))
+        return self.calibration[order[:CALIBRATION_IMAGES]]
+
+    def plan(self, case: Case, images: Images) -> QuantizationPlan:
+        """Return the plan of one case."""
+        model = self.model
+        if case.equalize is not None:
+            few = _batches(images[:EQUALIZE_IMAGES])
+            model = equalize(model, few, nodes_in_scope(model), case.equalize).model
+        ranges = record_ranges(model, _batches(images), threads=self.threads)
+        plan = initial_plan(model, ranges)
         if case.refine is None:
             return plan
-        return refine_plan(plan, self.calibration.batches(), case.refine).plan
+        return refine_plan(plan, _batches(images[:192]), case.refine, threads=self.threads).plan
 
-    def row(self, name: str, model: ModelProto, seconds: float, share: float) -> dict[str, Any]:
-        """Return how near the logits of ``model`` are to FP32's on the evaluation images."""
-        run = logits_session(model, fuse=False, threads=self.threads)
-        found = self._run(run, self.evaluation)
-        figures = compare(self.reference, found)
-        labels = self.evaluation.labels
-        drop = top1_drop(self.reference, found, labels)
-        return {
-            "case": name,
-            "sqnr_db": round(figures.sqnr_db, 2),
-            "agreement": round(100 * figures.top1_agreement, 2),
-            "kl": float(f"{figures.kl:.3g}"),
-            "top1": round(100 * float((found.argmax(1) == labels).mean()), 2),
-            "drop": round(drop.points, 2),
-            "int8_share": round(100 * share, 1),
-            "seconds": round(seconds, 1),
-        }
-
-    def case_row(self, case: Case, scope: str) -> dict[str, Any]:
-        """Return one line of the table."""
-        start = time.perf_counter()
-        plan = self.plan(case, scope)
-        seconds = time.perf_counter() - start
-        return self.row(f"{scope}: {case.name}", simulate(plan), seconds, quantized_share(plan))
-
-    def search_row(self, max_drop: float) -> dict[str, Any]:
-        """Return the line of the default plan after a search on the labelled calibration images."""
-        start = time.perf_counter()
-        plan = self.plan(cases()[-1], "pointwise")
-        expected = self._run(self._original, self.labelled)
-
-        def evaluate(candidate: QuantizationPlan) -> Drop:
-            run = logits_session(simulate(candidate), fuse=False, threads=self.threads)
-            return top1_drop(expected, self._run(run, self.labelled), self.labelled.labels)
-
-        ranking = rank_layers(plan, self.calibration.images[:48])
-        report = search_kept(plan, ranking, evaluate, max_drop)
-        seconds = time.perf_counter() - start
-        name = f"pointwise: search for at most {max_drop} points, {len(report.kept)} layers kept"
-        name += "" if report.passed else " (budget not met)"
-        return self.row(name, simulate(report.plan), seconds, report.share)
-
-    def baseline_row(self, folder: Path) -> dict[str, Any]:
-        """Return the line of ONNX Runtime's own ``quantize_static``, percentile 99.999."""
-        from onnx import load_model, save_model
-        from onnxruntime import quantization as ort
-
-        nodes = nodes_in_scope(self.model, "pointwise")
-        source, target = folder / "fp32.onnx", folder / "baseline.onnx"
-        save_model(self.model, source)
-        start = time.perf_counter()
-        ort.quantize_static(
-            str(source),
-            str(target),
-            _reader(self.calibration)(),
-            nodes_to_quantize=list(nodes),
-            op_types_to_quantize=["Conv"],
-            per_channel=True,
-            activation_type=ort.QuantType.QInt8,
-            weight_type=ort.QuantType.QInt8,
-            calibrate_method=ort.CalibrationMethod.Percentile,
-            extra_options={
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "CalibPercentile": 99.999,
-                "QuantizeBias": False,
-            },
-        )
-        seconds = time.perf_counter() - start
-        name = "pointwise: ONNX Runtime quantize_static, percentile"
-        share = quantized_share(QuantizationPlan(self.model, dict.fromkeys(nodes)))  # type: ignore[arg-type]
-        return self.row(name, load_model(target), seconds, share)
+    def measured(self, case: Case, seeds: int) -> list[tuple[float, float, float]]:
+        """Return SQNR in dB, agreement in per cent and the seconds taken, for each choice."""
+        found = []
+        for seed in range(seeds):
+            start = time.perf_counter()
+            plan = self.plan(case, self.chosen(seed))
+            seconds = time.perf_counter() - start
+            figures = compare(self.reference, self._logits(simulate(plan)))
+            found.append((figures.sqnr_db, 100 * figures.top1_agreement, seconds))
+        return found
 
 
-def _reader(data: Set) -> Any:
-    from onnxruntime.quantization import CalibrationDataReader
+def _batches(images: Images) -> Iterator[Images]:
+    for start in range(0, len(images), BATCH):
+        yield images[start : start + BATCH]
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        """Hands out the calibration images as ONNX Runtime wants them."""
 
-        def __init__(self) -> None:
-            self.parts = data.batches()
+def table(networks: list[Network], seeds: int, learning: bool) -> dict[str, Any]:
+    """Return the whole result as ``python -m benchmarks`` reads it."""
+    rows: list[list[str]] = []
+    gains: dict[str, list[tuple[str, float, bool]]] = {}
+    for network in networks:
+        usual: list[float] = []
+        for case in cases(learning):
+            found = network.measured(case, seeds)
+            quality = [sqnr for sqnr, _, _ in found]
+            usual = usual or quality
+            costs = [before - after for before, after in zip(usual, quality, strict=True)]
+            row = [network.name, case.name, f"{statistics.mean(quality):.2f}"]
+            row += [f"{statistics.mean(costs):+.2f} ({min(costs):+.2f} to {max(costs):+.2f})"]
+            row += [f"{statistics.mean(share for _, share, _ in found):.2f}"]
+            row += [f"{statistics.mean(seconds for _, _, seconds in found):.1f}"]
+            rows.append(row)
+            print("  ".join(row), file=sys.stderr, flush=True)
+            name, default = case.judges
+            if name:
+                brought = statistics.mean(costs) * (1 if default else -1)
+                gains.setdefault(name, []).append((network.name, brought, default))
+    return {
+        "columns": ["network", "case", "SQNR dB", "costs dB (choices)", "agreement %", "seconds"],
+        "rows": rows,
+        "claims": [_claim(name, found) for name, found in gains.items()],
+        "notes": [
+            f"Means over {seeds} choices of {CALIBRATION_IMAGES} calibration images; judged on "
+            + ", ".join(f"{len(n.evaluation)} images ({n.name})" for n in networks)
+            + ". What a case costs is taken choice by choice.",
+        ],
+    }
 
-        def get_next(self) -> dict[str, Any] | None:
-            """Return the next batch, None after the last."""
-            part = next(self.parts, None)
-            return None if part is None else {"images": part}
 
-    return Reader
+def _claim(name: str, found: list[tuple[str, float, bool]]) -> dict[str, Any]:
+    """Return whether a switch is where the rule puts it: on only if it pays everywhere."""
+    default = found[0][2]
+    pays = all(brought > 0 for _, brought, _ in found)
+    return {
+        "claim": f"`{name}` is {'a default' if default else 'off by default'}: "
+        f"it pays {'on every network' if default else 'not on every network'}",
+        "measured": ", ".join(f"{brought:+.2f} dB on {where}" for where, brought, _ in found),
+        "met": pays == default,
+    }
 
 
 def main() -> int:
-    """Run what the arguments ask for and print one JSON object a line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("weights", nargs="?", default=EMBEDDED_NAME)
+    """Print one JSON document; return 1 if a default breaks the rule."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--checkpoint", help="a network of your own, besides van_digits")
     parser.add_argument("--calibrate", type=Path, help="folder of images, one folder a class")
     parser.add_argument("--evaluate", type=Path, help="likewise, none of them the same")
-    parser.add_argument("--only", action="append", help="only cases whose line holds this text")
-    parser.add_argument("--baseline", action="store_true", help="ONNX Runtime's quantize_static")
-    parser.add_argument("--max-drop", type=float, default=0.2)
+    parser.add_argument("--choices", type=int, default=3, help="of calibration images")
+    parser.add_argument("--learning", action="store_true", help="gradient descent too: minutes")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.checkpoint and not (arguments.calibrate and arguments.evaluate):
+        parser.error("--checkpoint needs --calibrate and --evaluate")
     torch.set_num_threads(arguments.threads)
-    wanted = arguments.only or [""]
     with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as scratch:
-        folder = Path(scratch)
-        if arguments.weights == EMBEDDED_NAME and arguments.calibrate is None:
-            arguments.calibrate = write_digits_folder(folder / "train", "train", 520)
-            arguments.evaluate = write_digits_folder(folder / "heldout", "heldout")
-        if arguments.calibrate is None or arguments.evaluate is None:
-            parser.error("give --calibrate DIR and --evaluate DIR for a network of your own")
-        bench = Bench(
-            load_van(arguments.weights), arguments.calibrate, arguments.evaluate, arguments.threads
-        )
-        lines = [(f"{scope}: {case.name}", scope, case) for case in cases() for scope in SCOPES]
-        for name, scope, case in lines:
-            if any(text in name for text in wanted) and _in_table(case, scope):
-                print(json.dumps(bench.case_row(case, scope)), flush=True)
-        if any(text in "search" for text in wanted):
-            print(json.dumps(bench.search_row(arguments.max_drop)), flush=True)
-        if arguments.baseline:
-            print(json.dumps(bench.baseline_row(folder)), flush=True)
-    return 0
-
-
-SCOPES = ("pointwise", "all")
-
-
-def _in_table(case: Case, scope: str) -> bool:
-    """Return whether a case is measured in a scope: ``all`` only has its first and last line."""
-    ends = {cases()[0].name, cases()[-1].name}
-    return scope == "pointwise" or case.name in ends
+        train = write_digits_folder(Path(scratch) / "train", "train", 520)
+        heldout = write_digits_folder(Path(scratch) / "heldout", "heldout")
+        threads = arguments.threads
+        networks = [Network("van_digits", load_van(EMBEDDED_NAME), train, heldout, threads)]
+        if arguments.checkpoint:
+            loaded = load_van(arguments.checkpoint)
+            name = Path(arguments.checkpoint).name.split(".")[0]
+            networks.append(Network(name, loaded, arguments.calibrate, arguments.evaluate, threads))
+        result = table(networks, arguments.choices, arguments.learning)
+    print(json.dumps(result, indent=1))
+    return int(not all(claim["met"] for claim in result["claims"]))
 
 
 if __name__ == "__main__":

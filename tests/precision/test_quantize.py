@@ -16,7 +16,7 @@ from tests.precision.conftest import Digits
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.metrics import compare
 from van_deploy.precision.compare import logits_session
-from van_deploy.precision.cpu import CpuScales, cpu_scales
+from van_deploy.precision.cpu import CpuScales, added_tensors, cpu_scales
 from van_deploy.precision.cpu_writer import qdq_for_cpu
 from van_deploy.precision.half import DEFAULT_KEEP, kept_nodes
 from van_deploy.precision.initial import initial_plan, is_pointwise, nodes_in_scope
@@ -31,7 +31,13 @@ SCOPES = ["pointwise", "all", (r"block[34]\..*fc1", "head")]
 @pytest.fixture(scope="module")
 def ranges(digits_graph: ModelProto, calibration_digits: Digits) -> Ranges:
     every = float_tensors(digits_graph)
-    return record_ranges(digits_graph, calibration_digits.batches(), histograms=every)
+    return record_ranges(
+        digits_graph,
+        calibration_digits.batches(),
+        histograms=every,
+        channels=added_tensors(digits_graph),
+        threads=1,
+    )
 
 
 @pytest.fixture(scope="module")

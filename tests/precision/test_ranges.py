@@ -152,3 +152,25 @@ def test_the_batch_follows_the_size_of_the_tensors(digits_graph: ModelProto) -> 
     assert lean_batch(digits_graph) == 32
     assert lean_batch(digits_graph, budget_bytes=1) == 1
     assert 1 < lean_batch(digits_graph, budget_bytes=40 << 20) < 32
+
+
+def test_every_batch_is_counted_though_its_memory_is_used_again(
+    digits_graph: ModelProto, calibration_digits: Digits
+) -> None:
+    """Four batches and a smaller last one give what one batch gives."""
+    images = calibration_digits.images[:18]
+    name = "block1.0.mlp.fc2"
+    parts = [images[i : i + 4] for i in range(0, 18, 4)]
+    several = record_ranges(digits_graph, parts, channels=[name], threads=1)
+    once = record_ranges(digits_graph, [images], channels=[name], threads=1)
+    for tensor, record in once.tensors.items():
+        other = several.tensors[tensor]
+        assert other.count == record.count
+        assert other.minimum == pytest.approx(record.minimum, rel=1e-4, abs=1e-4)
+        assert other.mean_maximum == pytest.approx(record.mean_maximum, rel=1e-4, abs=1e-4)
+    assert several.tensors[name].channels
+    assert not several.tensors["images"].channels
+    ends = several.tensors[name]
+    assert ends.channel_maximum.shape == (16,)
+    assert ends.channel_maximum.max() == pytest.approx(ends.maximum)
+    assert ends.channel_minimum.min() == pytest.approx(ends.minimum)

@@ -19,7 +19,13 @@ from onnx import ModelProto
 from van_deploy.precision.plan import INT8_LIMIT
 from van_deploy.precision.torch_graph import TorchGraph
 
-__all__ = ["ChannelHistogram", "best_steps", "channel_histograms", "rounding_error"]
+__all__ = [
+    "ChannelHistogram",
+    "ChannelMoments",
+    "best_steps",
+    "channel_histograms",
+    "rounding_error",
+]
 
 _MANTISSA_BITS = 3
 _SMALLEST_EXPONENT = -20
@@ -80,11 +86,40 @@ class ChannelHistogram:
                 self.counts.shape
             )
 
-    def filled(self) -> tuple[Floats, Floats]:
-        """Return the values ``(B,)`` that occurred and each channel's shares of them ``(C, B)``."""
+    def filled(self) -> ChannelMoments:
+        """Return the values that occurred, in the form that rounding is judged with."""
         used = np.flatnonzero(self.counts.sum(axis=0))
-        shares = self.counts[:, used] / np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
-        return _bin_values()[used], shares
+        values = _bin_values()[used]
+        order = np.argsort(values, kind="stable")
+        shares = self.counts[:, used[order]] / np.maximum(self.counts.sum(axis=1), 1)[:, None]
+        return ChannelMoments.of(values[order], shares)
+
+
+@dataclass(frozen=True)
+class ChannelMoments:
+    """Sums over the smallest values of each channel, from which any stretch of them follows.
+
+    Attributes:
+        values: ``(B,)`` the values that occur, rising.
+        moments: ``(3, C, B + 1)``: the share of the first values of each channel, and the
+            sums of themselves and of their squares, by how many they are.
+    """
+
+    values: Floats
+    moments: Floats
+
+    @classmethod
+    def of(cls, values: Floats, shares: Floats) -> ChannelMoments:
+        """Return the moments of ``values (B,)``, rising, with ``shares (C, B)``."""
+        powers = shares[None] * np.stack([values**power for power in range(3)])[:, None, :]
+        none = np.zeros((3, len(shares), 1))
+        return cls(values, np.concatenate([none, np.cumsum(powers, axis=2)], axis=2))
+
+    def between(self, ends: Floats) -> Floats:
+        """Return the three moments ``(3, K - 1, C)`` between each two of ``ends (K, C)``."""
+        places = np.searchsorted(self.values, ends)
+        every = np.arange(ends.shape[1])
+        return np.diff(self.moments[:, every, places], axis=1)
 
 
 def channel_histograms(
@@ -116,23 +151,28 @@ def channel_histograms(
     return histograms, seen
 
 
-def rounding_error(
-    histogram: tuple[Floats, Floats], centre: Floats, step: Floats
-) -> tuple[Floats, Floats]:
+def rounding_error(filled: ChannelMoments, centre: Floats, step: Floats) -> tuple[Floats, Floats]:
     """Return each channel's mean squared error and mean square, both ``(C,)``.
 
     Args:
-        histogram: what :meth:`ChannelHistogram.filled` returned.
+        filled: what :meth:`ChannelHistogram.filled` returned.
         centre: ``(C,)`` what is subtracted before rounding.
         step: ``(C,)`` of the integers -127..127.
     """
-    values, shares = histogram
-    size = np.abs(values[None, :] - centre[:, None])
-    step = np.maximum(step, 1e-12)[:, None]
-    inside = np.minimum(np.square(size), np.square(step) / 12)
-    outside = np.maximum(size - INT8_LIMIT * step, 0.0)
-    error = np.where(outside > 0, np.square(outside), inside)
-    return (shares * error).sum(axis=1), (shares * np.square(size)).sum(axis=1)
+    step = np.maximum(step, 1e-12)
+    clip, fine = INT8_LIMIT * step, step / np.sqrt(12.0)
+    rest = np.full(len(step), np.inf)
+    ends = [-rest, centre - clip, centre - fine, centre + fine, centre + clip, rest]
+    below, left, zero, right, above = filled.between(np.stack(ends)).transpose(1, 0, 2)
+    error = _square_about(below, centre - clip) + _square_about(above, centre + clip)
+    error += (left[0] + right[0]) * np.square(fine) + _square_about(zero, centre)
+    whole = below + left + zero + right + above
+    return np.maximum(error, 0.0), np.maximum(_square_about(whole, centre), 0.0)
+
+
+def _square_about(moments: Floats, point: Floats) -> Floats:
+    """Return the sum of squared distances from ``point (C,)`` of what ``moments (3, C)`` sum."""
+    return moments[2] - 2 * point * moments[1] + np.square(point) * moments[0]
 
 
 def best_steps(histogram: ChannelHistogram, centre: Floats) -> tuple[Floats, Floats]:

@@ -36,7 +36,7 @@ from van_deploy.precision.scales import (
     clip_magnitude,
 )
 
-__all__ = ["CPU_SCOPE", "ZERO_POINT", "CpuScales", "cpu_scales", "quantized_nodes"]
+__all__ = ["CPU_SCOPE", "ZERO_POINT", "CpuScales", "added_tensors", "cpu_scales", "quantized_nodes"]
 
 CPU_SCOPE = "all"
 """What is quantised by default for a CPU; see the module's docstring."""
@@ -74,13 +74,16 @@ def cpu_scales(
     Args:
         plan: the convolutions that are quantised.
         ranges: of its model, with histograms of the tensors the convolutions
-            read and make.
+            read and make, and with the channels of :func:`added_tensors`; where those
+            were not recorded, such an output has one step like any other.
         method: how the activations' ranges are read.
         percentile: for :attr:`Method.PERCENTILE`, 0..1.
     """
     quantized = quantized_nodes(plan.model, plan.convs)
     outputs = {
-        name: _channel_steps(ranges.tensors[name]) for name in _added(plan.model, plan.convs)
+        name: _channel_steps(ranges.tensors[name])
+        for name in added_tensors(plan.model, plan.convs)
+        if ranges.tensors[name].channels
     }
     before_gelu = {n.input[0] for n in plan.model.graph.node if n.op_type == "Gelu"}
     tensors: dict[str, AffineScale] = {}
@@ -131,13 +134,19 @@ def _readers(model: ModelProto) -> dict[str, list[str]]:
     return readers
 
 
-def _added(model: ModelProto, convs: Collection[str]) -> tuple[str, ...]:
-    """Return what convolutions make and an addition reads, in the graph's order."""
+def added_tensors(model: ModelProto, convs: Collection[str] | None = None) -> tuple[str, ...]:
+    """Return what convolutions make and an addition reads, in the graph's order.
+
+    Args:
+        model: the graph.
+        convs: only these convolutions.
+    """
     read = {name for node in model.graph.node if node.op_type == "Add" for name in node.input}
     return tuple(
         node.output[0]
         for node in model.graph.node
-        if node.name in convs and node.op_type == "Conv" and node.output[0] in read
+        if node.op_type == "Conv" and node.output[0] in read
+        if convs is None or node.name in convs
     )
 
 

@@ -52,6 +52,7 @@ from van_deploy.errors import ImageError
 from van_deploy.precision.absorb import Absorber
 from van_deploy.precision.channels import (
     ChannelHistogram,
+    ChannelMoments,
     best_steps,
     channel_histograms,
     rounding_error,
@@ -264,7 +265,7 @@ def _relative(steps: Floats) -> Floats:
 
 def _with_common_step(
     histogram: ChannelHistogram,
-    filled: tuple[Floats, Floats],
+    filled: ChannelMoments,
     scale: Floats,
     gains: Floats,
     centred: bool,

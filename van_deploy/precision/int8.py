@@ -94,8 +94,15 @@ class Int8Maker:
             scales = cpu_scales(plan, ranges, method, percentile=percentile)
         written = simulate if scales is None else functools.partial(_looked_into, scales)
         plan = self._refined(plan, written)
+
+        def file(candidate: QuantizationPlan) -> ModelProto:
+            if scales is not None:
+                return qdq_for_cpu(candidate, scales)
+            rest, half_io = self.settings.rest_precision, self.settings.half_io
+            return qdq_from_plan(candidate, rest=rest, kept=kept, half_io=half_io)
+
         if self.settings.max_drop is not None:
-            plan = self._searched(model, plan, self.settings.max_drop, written)
+            plan = self._searched(model, plan, self.settings.max_drop, written, file)
         self.watch.begin("Writing the graph")
         self.facts |= {
             "plan": dict(plan.facts),
@@ -108,9 +115,7 @@ class Int8Maker:
         }
         if scales is not None:
             self.facts["scales"] = {n: float(f"{s.scale:.6g}") for n, s in scales.tensors.items()}
-            return qdq_for_cpu(plan, scales)
-        rest, half_io = self.settings.rest_precision, self.settings.half_io
-        return qdq_from_plan(plan, rest=rest, kept=kept, half_io=half_io)
+        return file(plan)
 
     def _initial(self, model: ModelProto, ranges: Ranges, method: Method) -> QuantizationPlan:
         scope, percentile = self.settings.scope_asked, self.settings.percentile
@@ -132,18 +137,29 @@ class Int8Maker:
         return report.plan
 
     def _searched(
-        self, model: ModelProto, plan: QuantizationPlan, max_drop: float, written: Written
+        self,
+        model: ModelProto,
+        plan: QuantizationPlan,
+        max_drop: float,
+        written: Written,
+        file: Written,
     ) -> QuantizationPlan:
-        """Return the plan with as many layers as the budget allows."""
+        """Return the plan with as many layers as the budget allows.
+
+        Layers are ranked one at a time by ``written``; what holds the budget is the ``file``
+        that will be deployed, with all that FP16 or a CPU's kernels do to it.
+        """
         self.watch.begin("Ranking layers")
         first = spread_over(self.images.held_out, RANKING_IMAGES)
         inputs = np.concatenate(list(self.images.batches(first, RANKING_IMAGES)))
-        ranking = rank_layers(plan, inputs, self.watch.reached)
+        ranking = rank_layers(
+            plan, inputs, self.watch.reached, written=written, threads=self.settings.threads
+        )
         self.watch.begin("Searching")
         expected, labels = self._judged_logits(model)
 
         def evaluate(candidate: QuantizationPlan) -> Drop:
-            return top1_drop(expected, self._judged_logits(written(candidate))[0], labels)
+            return top1_drop(expected, self._judged_logits(file(candidate))[0], labels)
 
         report = search_kept(
             plan,
@@ -161,7 +177,8 @@ class Int8Maker:
         self, model: ModelProto
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any] | None]:
         """Return the logits of the images that judge, and their labels if the folders say them."""
-        run = logits_session(model, fuse=False, threads=self.settings.threads)
+        fuse = self.settings.target == "cpu"
+        run = logits_session(model, fuse=fuse, threads=self.settings.threads)
         pieces, numbers = [], []
         for inputs, found in self.images.judged():
             pieces.append(run(inputs))

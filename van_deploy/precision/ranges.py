@@ -7,6 +7,7 @@ and of the records, whatever the number of images.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ class TensorRange:
         mean_minimum: mean over the images of each one's smallest value.
         mean_maximum: mean over the images of each one's largest value.
         smallest: smallest magnitude that is not zero; ``inf`` if all are.
-        channel_minimum: ``(C,)`` smallest value along the second axis.
+        channels: whether each channel's extremes are recorded as well.
+        channel_minimum: ``(C,)`` smallest value along the second axis, for those tensors.
         channel_maximum: ``(C,)`` likewise the largest.
         count: how many values.
         subnormal: how many non-zero values are below FP16's normal numbers (6.1e-5).
@@ -68,6 +70,7 @@ class TensorRange:
     mean_minimum: float = 0.0
     mean_maximum: float = 0.0
     smallest: float = np.inf
+    channels: bool = False
     channel_minimum: Extremes = field(default_factory=lambda: np.array(np.inf, np.float32))
     channel_maximum: Extremes = field(default_factory=lambda: np.array(-np.inf, np.float32))
     count: int = 0
@@ -82,15 +85,16 @@ class TensorRange:
 
     def add_(self, values: npt.NDArray[np.float32]) -> bool:
         """Take in one batch ``(N, ...)``; return whether all of it was finite."""
-        channels = values.reshape(len(values), values.shape[1], -1)  # (N, C, rest)
-        lows, highs = channels.min(axis=2), channels.max(axis=2)
-        low, high = lows.min(axis=1), highs.max(axis=1)
+        rows = values.reshape(len(values), -1)
+        low, high = rows.min(axis=1), rows.max(axis=1)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):  # NaN is passed on by both
             return False
         self.minimum = min(self.minimum, float(low.min()))
         self.maximum = max(self.maximum, float(high.max()))
-        self.channel_minimum = np.minimum(self.channel_minimum, lows.min(axis=0))
-        self.channel_maximum = np.maximum(self.channel_maximum, highs.max(axis=0))
+        if self.channels:
+            flat = values.reshape(len(values), values.shape[1], -1)  # (N, C, rest)
+            self.channel_minimum = np.minimum(self.channel_minimum, flat.min(axis=(0, 2)))
+            self.channel_maximum = np.maximum(self.channel_maximum, flat.max(axis=(0, 2)))
         before, self.images = self.images, self.images + len(low)
         self.mean_minimum = (self.mean_minimum * before + float(low.sum())) / self.images
         self.mean_maximum = (self.mean_maximum * before + float(high.sum())) / self.images
@@ -176,6 +180,7 @@ def record_ranges(
     batches: Iterable[Images],
     *,
     histograms: Collection[str] | None = None,
+    channels: Collection[str] = (),
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Ranges:
@@ -186,6 +191,7 @@ def record_ranges(
         batches: normalised images ``(N, C, S, S)`` float32, a batch at a time.
         histograms: tensors that get a full histogram; by default the inputs of
             every Conv and Gemm.
+        channels: tensors of which each channel's extremes are recorded too.
         threads: of ONNX Runtime; None lets it choose.
         progress: called after each batch with the images seen so far.
 
@@ -200,7 +206,10 @@ def record_ranges(
         else set(histograms)
     )
     records = {
-        name: TensorRange(histogram=Histogram() if name in wanted else None) for name in names
+        name: TensorRange(
+            histogram=Histogram() if name in wanted else None, channels=name in channels
+        )
+        for name in names
     }
     run = _observer(model, names[1:], threads)
     seen = 0
@@ -233,10 +242,12 @@ def _ahead(run: _Run, batches: Iterable[Images]) -> Iterator[tuple[Images, list[
             yield pending[0], pending[1].result()
 
 
-def _observer(
-    model: ModelProto, names: Collection[str], threads: int | None
-) -> Callable[[Images], list[npt.NDArray[np.float32]]]:
-    """Return a function that gives the tensors ``names`` for a batch."""
+def _observer(model: ModelProto, names: Collection[str], threads: int | None) -> _Run:
+    """Return a function that gives the tensors ``names`` for a batch.
+
+    What it gave is overwritten two calls later: the memory of a batch is used again,
+    since to be given new pages takes longer than the network itself.
+    """
     ort = require_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -249,10 +260,23 @@ def _observer(
         providers=["CPUExecutionProvider"],
     )
     source = session.get_inputs()[0].name
+    kept: list[list[Images]] = []
+    turn = itertools.cycle((0, 1))
 
-    def run(images: Images) -> list[npt.NDArray[np.float32]]:
-        found: list[npt.NDArray[np.float32]] = session.run(list(names), {source: images})
-        return found
+    def run(images: Images) -> list[Images]:
+        other_size = bool(kept) and len(kept[0][0]) != len(images)  # the last batch
+        if other_size or len(kept) < 2:
+            found: list[Images] = session.run(list(names), {source: images})
+            if not other_size:
+                kept.append(found)
+            return found
+        buffers = kept[next(turn)]
+        binding = session.io_binding()
+        binding.bind_cpu_input(source, images)
+        for name, buffer in zip(names, buffers, strict=True):
+            binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
+        session.run_with_iobinding(binding)
+        return buffers
 
     return run
 

@@ -24,15 +24,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from onnx import NodeProto
-from torch import Tensor
+from onnx import ModelProto
 
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.metrics import kl_divergence, sqnr_db
-from van_deploy.precision.plan import QuantizationPlan
+from van_deploy.precision.compare import logits_session
+from van_deploy.precision.correct import Written
+from van_deploy.precision.plan import QuantizationPlan, simulate
 from van_deploy.precision.quantize import multiply_adds
-from van_deploy.precision.rounded import RoundedNetwork
 
 __all__ = [
     "Drop",
@@ -199,6 +198,9 @@ def rank_layers(
     plan: QuantizationPlan,
     images: Images,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    written: Written = simulate,
+    threads: int | None = None,
 ) -> tuple[LayerDisturbance, ...]:
     """Return the layers of ``plan``, first the one that disturbs most for the work it does.
 
@@ -206,26 +208,26 @@ def rank_layers(
         plan: whose numbers are used.
         images: ``(N, C, S, S)`` float32; 32 to 64 are enough to put layers in order.
         progress: told of each layer, and of how many there are.
+        written: the graph of a plan whose rounding counts.
+        threads: of ONNX Runtime.
 
     Raises:
         ImageError: there is no image.
     """
     if not len(images):
         raise ImageError("There is no image to rank layers with.", "Pass --images DIR.")
-    network = RoundedNetwork(plan)
-    batch = torch.from_numpy(images)
     work = multiply_adds(plan.model)
     total = sum(work.values())
-    with torch.inference_mode():
-        reference = network.reference(batch).numpy()
-        found = []
-        for done, name in enumerate(plan.convs, 1):
-            logits = _alone(network, name, batch).numpy()
-            kl = float(kl_divergence(reference, logits).mean())
-            quality = sqnr_db(reference, logits)
-            found.append(LayerDisturbance(name, kl, quality, work[name] / total))
-            if progress is not None:
-                progress(done, len(plan.convs))
+    reference = _logits(plan.model, images, threads)
+    found = []
+    for done, (name, conv) in enumerate(plan.convs.items(), 1):
+        alone = written(replace(plan, convs={name: conv}))
+        logits = _logits(alone, images, threads)
+        kl = float(kl_divergence(reference, logits).mean())
+        quality = sqnr_db(reference, logits)
+        found.append(LayerDisturbance(name, kl, quality, work[name] / total))
+        if progress is not None:
+            progress(done, len(plan.convs))
     return tuple(sorted(found, key=lambda layer: layer.worth_db))
 
 
@@ -332,14 +334,8 @@ class _Search:
         return sum(layer.share for layer in self.ranking[kept:])
 
 
-def _alone(network: RoundedNetwork, name: str, images: Tensor) -> Tensor:
-    """Return the logits with only one layer rounded."""
-    conv = network.convs[name]
-
-    def only_this(node: NodeProto, x: Tensor) -> Tensor | None:
-        return conv.forward(node, x) if node.name == name else None
-
-    return network.graph.run(images, only_this)[0]
+def _logits(model: ModelProto, images: Images, threads: int | None) -> Logits:
+    return logits_session(model, fuse=False, threads=threads)(images)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from van_deploy.errors import BundleError, ConversionError, InputError
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.precision.audit import audit_ranges, require_no_surprise
 from van_deploy.precision.compare import Candidate, compare_precisions, recommended
+from van_deploy.precision.cpu import added_tensors
 from van_deploy.precision.half import DEFAULT_KEEP, HalfGraph, half_from_fp32, kept_nodes
 from van_deploy.precision.int8 import Int8Maker
 from van_deploy.precision.job_images import JobImages, images_for
@@ -218,6 +219,7 @@ class _Job:
             model,
             self.images.batches(self.images.calibration, batch),
             histograms=float_tensors(model) if self.settings.target == "cpu" else None,
+            channels=added_tensors(model) if self.settings.target == "cpu" else (),
             threads=self.settings.threads,
         )
         return replace(found, facts=json.loads(json.dumps({"made_with": wanted})))
