@@ -129,11 +129,26 @@ def translated(failure: BaseException) -> VanDeployError | None:
 
 def main() -> NoReturn:
     """Run ``van-deploy`` with the arguments of this process and exit."""
+    _require_utf8()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows '?'
             stream.reconfigure(errors="replace")
     app(prog_name="van-deploy")
     raise SystemExit(0)
+
+
+def _require_utf8() -> None:
+    """Start again in UTF-8 mode where the locale has file names in another encoding.
+
+    In the C locale without Python's coercion a name such as ``Größe.png`` becomes text that
+    native libraries (ONNX Runtime, TensorRT) do not take. This process's own programs
+    inherit the mode.
+    """
+    ours = os.path.basename(sys.argv[0]) in {"van-deploy", "__main__.py"}
+    if sys.getfilesystemencoding().lower() in {"utf-8", "utf8"} or not ours or os.name != "posix":
+        return
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _detail(text: str) -> str:
