@@ -8,15 +8,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from onnx import load
+from onnx import ModelProto, load
 
 from van_deploy.bundle import Bundle
 from van_deploy.errors import BundleError, GateFailed, ImageError, UsageError
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.pipeline import export_bundle
-from van_deploy.precision.compare import PrecisionRow, recommended
+from van_deploy.precision.compare import Candidate, PrecisionRow, _row, recommended
+from van_deploy.precision.cpu import saturation_warning
 from van_deploy.precision.equalize import EqualizeSettings
 from van_deploy.precision.manifests import calibration_set_named
 from van_deploy.precision.refine_settings import RefineSettings
@@ -238,6 +240,44 @@ class TestRefusals:
         with pytest.raises(GateFailed, match="FP16 cannot hold everything"):
             quantize_bundle(bundle, settings, calibration=FEW)
         assert list(Bundle.open(bundle).artefacts) == ["fp32"]
+
+
+class TestGates:
+    """A gate on a share of images fails only where its whole interval is on the wrong side."""
+
+    @staticmethod
+    def row(images: int, wrong: int, labelled: bool = False) -> PrecisionRow:
+        expected = np.zeros((images, 4), np.float32)
+        expected[:, :2] = 10.0, 9.99
+        found = expected.copy()
+        found[:wrong, 1] = 10.01
+        candidate = Candidate("int8", ModelProto(), 1)
+        labels = np.zeros(images, int) if labelled else None
+        reference = _row(Candidate("fp32", ModelProto(), 4), expected, expected, labels, None, None)
+        return _row(candidate, expected, found, labels, None, reference)
+
+    def test_two_of_a_hundred_are_too_few_to_fail(self) -> None:
+        row = self.row(102, 2)
+        assert row.passed
+        assert row.failures == ()
+        assert row.doubts == ("agreement 98.04 % (93.1 to 99.5 on 102 images) is below 98.5 %",)
+        assert row.as_dict()["doubts"] == list(row.doubts)
+
+    def test_forty_of_two_thousand_are_enough(self) -> None:
+        row = self.row(2000, 60)
+        assert not row.passed
+        assert row.failures == ("agreement 97.00 % (96.2 to 97.7 on 2000 images) is below 98.5 %",)
+        assert row.doubts == ()
+
+    def test_lost_top_1_likewise(self) -> None:
+        few, many = self.row(102, 2, labelled=True), self.row(2000, 60, labelled=True)
+        assert any("top-1 lost 1.96 points" in doubt for doubt in few.doubts)
+        assert any("top-1 lost 3.00 points" in failure for failure in many.failures)
+
+    def test_a_processor_without_vnni_is_warned_of(self) -> None:
+        assert "may saturate" in saturation_warning(["avx2"])
+        assert saturation_warning(["avx2", "avx_vnni"]) == ""
+        assert saturation_warning(["neon"]) == ""
 
 
 class TestRecommendation:

@@ -36,7 +36,15 @@ from van_deploy.precision.scales import (
     clip_magnitude,
 )
 
-__all__ = ["CPU_SCOPE", "ZERO_POINT", "CpuScales", "added_tensors", "cpu_scales", "quantized_nodes"]
+__all__ = [
+    "CPU_SCOPE",
+    "ZERO_POINT",
+    "CpuScales",
+    "added_tensors",
+    "cpu_scales",
+    "quantized_nodes",
+    "saturation_warning",
+]
 
 CPU_SCOPE = "all"
 """What is quantised by default for a CPU; see the module's docstring."""
@@ -46,6 +54,24 @@ GELU_ENDS = -4.0
 
 ZERO_POINT = 128
 """Of an output with a step for every channel."""
+
+
+def saturation_warning(features: Collection[str]) -> str:
+    """Return what is wrong with uint8 times int8 on a processor with ``features``, or "".
+
+    Without VNNI, x86 adds two such products in 16 bits, which two large ones overflow:
+    ONNX Runtime saturates there (its page on quantisation, "When and why do I need to try
+    U8U8?").
+
+    >>> saturation_warning(["avx2", "avx512_vnni"])
+    ''
+    """
+    if "avx2" not in features or any("vnni" in feature for feature in features):
+        return ""
+    return (
+        "this processor has no VNNI: ONNX Runtime adds products of uint8 and int8 in 16 bits "
+        "here, which may saturate; the figures above include that, other processors differ"
+    )
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import Any
 from onnx import ModelProto, checker, load_model
 
 from van_deploy.bundle import Artefact, Bundle, Draft, content_key, writing
+from van_deploy.environment.hardware import cpu as processor
 from van_deploy.errors import BundleError, ConversionError, InputError
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.precision.audit import audit_ranges, require_no_surprise
 from van_deploy.precision.compare import Candidate, compare_precisions, recommended
-from van_deploy.precision.cpu import added_tensors
+from van_deploy.precision.cpu import added_tensors, saturation_warning
 from van_deploy.precision.half import DEFAULT_KEEP, HalfGraph, half_from_fp32, kept_nodes
 from van_deploy.precision.int8 import Int8Maker
 from van_deploy.precision.job_images import JobImages, images_for
@@ -273,6 +274,8 @@ class _Job:
             threads=self.settings.threads,
             progress=lambda done: self.watch.say(f"Comparing {done}/{total}"),
         )
+        if cpu and (warning := saturation_warning(processor().features)):
+            self.facts["warnings"] = [warning]
         best, why = recommended(rows, self.settings.target)
         requested = self.settings.precision
         self.facts |= {

@@ -99,6 +99,14 @@ def precision_notes(facts: Mapping[str, Any]) -> RenderableType | None:
     if not search.get("passed", True):
         tried = len(search["trials"])
         lines.append(f"no plan held {search['max_drop']:g} points in {tried} evaluations")
+    for row in facts["comparison"]:
+        # results written before gates knew their interval have no doubts
+        lines += [
+            f"{row['precision'].upper()} passes, but {d}: too few images to tell"
+            for d in row.get("doubts", ())
+            if row["passed"]
+        ]
+    lines += facts.get("warnings", [])
     audit = facts.get("audit", {})
     lines += [f"kept {node} in FP32: {why}" for node, why in audit.get("kept", {}).items()]
     return notes(lines) if lines else None
