@@ -146,11 +146,18 @@ def test_a_manifest_that_climbs_out_is_refused(bundle: Path, file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"schema": "van-deploy/bundle/1"}', '"x"', "\x00"]
+    "text",
+    ["", "{", "[]", "null", '{"schema": "van-deploy/bundle/1", "artefacts": 2}', '"x"', "\x00"],
 )
 def test_a_damaged_manifest_is_one_clear_error(bundle: Path, text: str) -> None:
     (bundle / MANIFEST).write_text(text)
     with pytest.raises(BundleError, match=r"The manifest '.*manifest.json' is damaged"):
+        Bundle.open(bundle)
+
+
+def test_a_manifest_without_a_section_says_which(bundle: Path) -> None:
+    (bundle / MANIFEST).write_text('{"schema": "van-deploy/bundle/1"}')
+    with pytest.raises(BundleError, match="manifest says nothing about 'artefacts'"):
         Bundle.open(bundle)
 
 
