@@ -24,7 +24,7 @@ from van_deploy.cli.opening import (
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from van_deploy.checks.evaluate import EvaluateReport
+    from van_deploy.checks.evaluate_report import EvaluateReport
 
 __all__ = ["Where", "evaluate"]
 
