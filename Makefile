@@ -48,5 +48,11 @@ pins: setup
 bench: setup
 	$(BIN)/python -m benchmarks
 
+fuzz: setup
+	$(BIN)/python -m reliability --only fuzz
+
+faults: setup
+	$(BIN)/python -m reliability --only faults,load
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -162,7 +162,7 @@ def _tensors(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
             shape = [rng.choice((0, 1, 3, 2**20, 2**40)) for _ in range(rng.randint(0, 5))]
             state[name] = torch.zeros(1).expand(shape or (1,))
         elif way == 5:
-            state[name] = rng.choice((None, 1, "text", [value], {"a": value}))  # type: ignore[assignment]
+            state[name] = rng.choice((None, 1, "text", [value], {"a": value}))
         elif way == 6:
             state[rng.choice((name, "é", "a" * 500))] = value.unsqueeze(0)
         elif way == 7:

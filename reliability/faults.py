@@ -114,7 +114,9 @@ def _strangers(folder: Path) -> list[str]:
 # --- kill -9 --------------------------------------------------------------------------------
 
 
-def kills(folder: Path, count: int) -> list[Trials]:
+def kills(
+    folder: Path, count: int, only: Sequence[str] = ("export", "quantize", "build", "run")
+) -> list[Trials]:
     """Kill export, quantize, build and run at random moments."""
     base = folder / "base"
     _require(van_deploy("export", "van_digits", "--output", base))
@@ -127,9 +129,9 @@ def kills(folder: Path, count: int) -> list[Trials]:
         "run": lambda out: ["run", recipe, "--precision", "fp16", "--output", out, "--force"],
     }
     made = []
-    for name, words in commands.items():
+    for name in only:
         print(f"kill -9 of {name}", file=sys.stderr, flush=True)
-        made.append(_kills_of(name, words, base, folder, -(-count // len(commands))))
+        made.append(_kills_of(name, commands[name], base, folder, -(-count // len(only))))
     return made
 
 
@@ -203,7 +205,9 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
-def full_disk(folder: Path, count: int) -> list[Trials]:
+def full_disk(
+    folder: Path, count: int, only: Sequence[str] = ("export", "quantize", "build")
+) -> list[Trials]:
     """Run export, quantize and build where the disk fills up at ever later writes."""
     base = folder / "full-base"
     _require(van_deploy("export", "van_digits", "--output", base))
@@ -213,7 +217,7 @@ def full_disk(folder: Path, count: int) -> list[Trials]:
         "quantize": ["quantize", "--precision", "fp16"],
         "build": ["build", "--target", "sm_89"],
     }
-    return [_full_disk_of(n, words, base, size, folder / "disk") for n, words in commands.items()]
+    return [_full_disk_of(name, commands[name], base, size, folder / "disk") for name in only]
 
 
 def _full_disk_of(name: str, words: list[str], base: Path, used: int, disk: Path) -> Trials:
@@ -227,8 +231,9 @@ def _full_disk_of(name: str, words: list[str], base: Path, used: int, disk: Path
                     shutil.copytree(base, target)
                 temporary = disk / "tmp"
                 temporary.mkdir()
-                command = [words[0], *([target] if exists else []), *words[1:]]
-                command += [] if exists else [target]
+                place: list[str | Path] = [target]
+                command = [words[0], *(place if exists else []), *words[1:]]
+                command += [] if exists else place
                 code, stderr = finished(van_deploy(*command, TMPDIR=str(temporary)))
                 problem = bundle_is_whole(target)
                 if problem:

@@ -13,6 +13,7 @@ cases run in a process of their own that is started anew where it dies.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import resource
@@ -29,13 +30,14 @@ from typing import Any
 
 from reliability.corpus import KINDS, Corpus, digest_of, scratch
 
-__all__ = ["Fault", "Outcome", "fuzz"]
+__all__ = ["MIXED", "Fault", "Outcome", "fuzz"]
 
 TOTAL = 10_000
 LONGEST_S = 20.0
 MOST_BYTES = 2 * 10**9
 EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn")
-SILENT_S = 3 * LONGEST_S  # a worker that says nothing for so long is stuck in native code
+MIXED = "mixed"
+WORKER = ("-m", "reliability.fuzz", "--worker")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def fuzz(kind: str, first: int, count: int, folder: Path) -> Outcome:
     """Return what became of ``count`` cases of ``kind``, beginning with number ``first``.
 
     Args:
-        kind: one of :data:`~reliability.corpus.KINDS`.
+        kind: one of :data:`~reliability.corpus.KINDS`, or :data:`MIXED` for all in turn.
         first: number of the first case.
         count: how many.
         folder: for the sound files, which are made where they are not there.
@@ -120,26 +122,20 @@ def _count(outcome: Outcome, event: dict[str, Any]) -> None:
 
 def _worker(kind: str, first: int, count: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Yield ``began`` and ``ended`` events of cases run in a process of their own."""
-    command = [sys.executable, "-m", "reliability.fuzz", "--worker", kind]
-    command += [str(first), str(count), str(folder)]
+    command = [sys.executable, *WORKER, kind, str(first), str(count), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+    event: dict[str, Any] = {"event": "began", "index": first}
     with tempfile.TemporaryFile("w+") as chatter:
-        process = subprocess.Popen(
+        with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=chatter, text=True, env=environment
-        )
-        event: dict[str, Any] = {"event": "began", "index": first}
-        stdout = process.stdout
-        assert stdout is not None
-        try:
-            for line in stdout:
+        ) as process:
+            for line in process.stdout or ():
                 event = json.loads(line)
                 yield event
-        finally:
-            status = process.wait()
         if event["event"] == "began":
             chatter.seek(0)
             said = " ".join(chatter.read().split()[-40:])
-            yield {**event, "died": f"the process ended with {status}: {said}"}
+            yield {**event, "died": f"the process ended with {process.returncode}: {said}"}
 
 
 def _run_cases(kind: str, first: int, count: int, folder: Path) -> None:
@@ -182,11 +178,13 @@ def _case(corpus: Corpus, kind: str, index: int, executed: list[str]) -> dict[st
     from van_deploy.cli.app import translated
 
     fault, code = "", 0
+    if kind == MIXED:
+        kind = list(KINDS)[index % len(KINDS)]
     with scratch(corpus) as folder:
         read = KINDS[kind].spoil(corpus, digest_of(kind, index), folder)
         executed.clear()
         signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
-        signal.alarm(int(LONGEST_S))
+        faulthandler.dump_traceback_later(3 * LONGEST_S, exit=True)  # stuck in native code
         start = time.perf_counter()
         try:
             found = read()
@@ -199,6 +197,7 @@ def _case(corpus: Corpus, kind: str, index: int, executed: list[str]) -> dict[st
             fault = "" if known else f"{type(error).__name__}: {error}"[:300]
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.cancel_dump_traceback_later()
         seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if corpus.marker.exists() or executed:

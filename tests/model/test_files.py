@@ -280,3 +280,20 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
 def test_what_is_no_state_dict(tmp_path: Path, thing: object, what: str) -> None:
     torch.save(thing, tmp_path / "w.pth")
     assert what in _refusal(tmp_path / "w.pth").message
+
+
+def test_a_refused_pickle_whose_archive_is_damaged_is_one_message(tmp_path: Path) -> None:
+    """The pickle wants what it may not have, and naming that fails on a wrong checksum."""
+    import pickle
+    import zipfile
+
+    sound, path = tmp_path / "sound.pth", tmp_path / "bad.pth"
+    with zipfile.ZipFile(sound, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(print, protocol=2))
+        archive.writestr("archive/version", "3\n")
+    data = bytearray(sound.read_bytes())
+    place = data.index(b"PK\x01\x02") + 16  # the checksum in the archive's directory
+    data[place] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError):
+        read_weights(path)

@@ -14,6 +14,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,20 @@ def _wanted_globals(path: Path, message: str) -> list[str]:
 def _globals_in(path: Path) -> Iterator[str]:
     """Yield every ``module.name`` the file's pickles mention, as far as they can be read."""
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            yield from _globals_of(io.BytesIO(archive.read(name)))
+        yield from _globals_of(io.BytesIO(_pickle_in(path)))
         return
     with path.open("rb") as file:  # the old format: several pickles, then the tensors
         yield from _globals_of(file)
+
+
+def _pickle_in(archive: Path) -> bytes:
+    """Return the bytes of an archive's pickle; none where they cannot be had."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            names = (name for name in opened.namelist() if name.endswith("/data.pkl"))
+            return opened.read(next(names, ""))
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, ValueError, RuntimeError):
+        return b""  # damaged: what it wanted cannot be named
 
 
 def _globals_of(stream: Any) -> Iterator[str]:
