@@ -284,7 +284,6 @@ def test_what_is_no_state_dict(tmp_path: Path, thing: object, what: str) -> None
 
 def test_a_refused_pickle_whose_archive_is_damaged_is_one_message(tmp_path: Path) -> None:
     """The pickle wants what it may not have, and naming that fails on a wrong checksum."""
-    import pickle
     import zipfile
 
     sound, path = tmp_path / "sound.pth", tmp_path / "bad.pth"
