@@ -242,3 +242,23 @@ class TestTheSharedNetwork:
     def test_int8_scales_doubled_in_one_layer(self, cifar: Subject, broken: Broken) -> None:
         model = faults.scale_doubled(cifar.graph("int8"), "block3.4.mlp.fc1")
         caught(cifar, broken(cifar, "int8", "int8", model), "int8", "block3.4")
+
+
+def test_a_graph_of_first_classes_answers_the_canary(digits: Subject, broken: Broken) -> None:
+    right = digits.loaded.preprocessing
+    model = embed_preprocessing(digits.graph("fp32"), right, "uint8", ("top5",))
+    bundle = broken(digits, "fp32-uint8", "fp32", model, embedded="uint8")
+    verdict = verdict_of(digits, bundle, "fp32-uint8")
+    assert verdict.outcome == "skipped"
+    assert verdict.reason.endswith("no logits; only the canary was asked")
+    assert verdict.canary is not None
+    assert verdict.canary < 1e-4
+
+
+def test_a_graph_of_first_classes_with_a_wrong_mean(digits: Subject, broken: Broken) -> None:
+    wrong = digits.loaded.preprocessing.override(mean=(0.6,))
+    model = embed_preprocessing(digits.graph("fp32"), wrong, "uint8", ("top5",))
+    bundle = broken(digits, "fp32-uint8", "fp32", model, embedded="uint8")
+    verdict = verdict_of(digits, bundle, "fp32-uint8")
+    assert verdict.outcome == "failed"
+    assert verdict.failures[0].startswith("the canary 'canary.png': class ")

@@ -48,11 +48,13 @@ class NotRun:
         artefact: its name.
         runner: what would have run it.
         reason: one phrase.
+        answers: it runs here, but gives no logits to compare.
     """
 
     artefact: str
     runner: str
     reason: str
+    answers: bool = False
 
 
 def plain_onnx(bundle: Bundle) -> list[str]:
@@ -107,8 +109,11 @@ def open_artefact(
         trust_engine=execution.trust_engine,
     )
     bundle.verified(name, only_file=network.is_engine and execution.trust_engine)
-    if OUTPUT_NAME not in {output.name for output in network.outputs}:
-        given = ", ".join(output.name for output in network.outputs)
-        return NotRun(name, network.runner, f"it gives {given} and no logits")
     reason = network.obstacle()
-    return NotRun(name, network.runner, reason) if reason else network
+    if reason:
+        return NotRun(name, network.runner, reason)
+    given = [output.name for output in network.outputs]
+    if OUTPUT_NAME not in given:
+        reason = f"it gives {', '.join(given)} and no logits"
+        return NotRun(name, network.runner, reason, answers=True)
+    return network

@@ -109,9 +109,10 @@ def verify_bundle(
         )
         opened = open_artefact(bundle, name, execution, threads=threads)
         if isinstance(opened, NotRun):
-            verdicts.append(
-                ArtefactVerdict(name, artefact.precision, opened.runner, "skipped", opened.reason)
-            )
+            verdict = _skipped(opened, artefact.precision)
+            if opened.answers:
+                verdict = _with_canary(verdict, bundle, execution, threads)
+            verdicts.append(verdict)
             continue
         served = [size for size in sizes if opened.serves(size)]
         verdict = _verify_opened(opened, artefact.precision, expected, pictures, served, limits)
@@ -126,6 +127,11 @@ def verify_bundle(
             verdict = _with_numbers(verdict, bundle, more)
         verdicts.append(verdict)
     return VerifyReport(pictures.described, pictures.names, expected.noise, tuple(verdicts))
+
+
+def _skipped(not_run: NotRun, precision: str) -> ArtefactVerdict:
+    reason = not_run.reason + ("; only the canary was asked" if not_run.answers else "")
+    return ArtefactVerdict(not_run.artefact, precision, not_run.runner, "skipped", reason)
 
 
 def verify_logits(
@@ -219,8 +225,9 @@ def _with_canary(
     verdict: ArtefactVerdict, bundle: Bundle, execution: Execution, threads: int | None
 ) -> ArtefactVerdict:
     """Return the verdict with whether the artefact answers the bundle's picture as PyTorch did."""
-    if "canary" not in bundle.manifest or verdict.comparison is None:
-        return verdict  # what gives no logits gives no answer either
+    does_not_run = verdict.comparison is None and verdict.outcome == "failed"
+    if "canary" not in bundle.manifest or does_not_run:
+        return verdict
     report = check_canary(bundle, verdict.artefact, execution, threads=threads)
     failures = [f"the canary '{bundle.manifest['canary']['file']}': {f}" for f in report.failures]
     return _add(replace(verdict, canary=report.max_change), failures)
