@@ -9,7 +9,7 @@ RUNTIME := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
 OTHER_ONNXRUNTIME := onnxruntime$(if $(filter cpu,$(RUNTIME)),-gpu)
 STAMP := .venv/.van-deploy-$(RUNTIME)
 
-.PHONY: setup demo test test-gpu test-min format check pins bench clean
+.PHONY: setup demo test test-gpu test-min format check pins bench clean fuzz faults
 
 setup: $(STAMP)
 

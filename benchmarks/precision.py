@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import resource
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ import numpy.typing as npt
 import onnx
 
 from van_deploy.bundle import Bundle
+from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.images import UnreadableImages, find_images, open_image
 from van_deploy.metrics import compare
 from van_deploy.model.embedded import EMBEDDED_NAME, write_digits_folder
@@ -323,7 +323,7 @@ def _record(arguments: argparse.Namespace) -> dict[str, float]:
     else:
         with tempfile.TemporaryDirectory() as folder:
             seconds = _calibrate_with_onnxruntime(Path(arguments.model), crops, Path(folder))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    peak = peak_memory_bytes() / 2**30
     return {"seconds_per_image": round(seconds / arguments.count, 4), "peak_gb": round(peak, 2)}
 
 

@@ -16,7 +16,6 @@ import argparse
 import faulthandler
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -176,6 +175,7 @@ def _too_long(number: int, frame: object) -> None:
 
 def _case(corpus: Corpus, kind: str, index: int, executed: list[str]) -> dict[str, Any]:
     from van_deploy.cli.app import translated
+    from van_deploy.environment.hardware import peak_memory_bytes
 
     fault, code = "", 0
     if kind == MIXED:
@@ -199,7 +199,7 @@ def _case(corpus: Corpus, kind: str, index: int, executed: list[str]) -> dict[st
             signal.setitimer(signal.ITIMER_REAL, 0)
             faulthandler.cancel_dump_traceback_later()
         seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory_bytes()
     if corpus.marker.exists() or executed:
         fault = f"it ran something: {executed or 'the payload'}"
     elif not fault and not 0 <= code <= 5:

@@ -30,7 +30,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     with writing(folder) as draft:
-        draft.file("engines/e.plan").parent.mkdir()
         for name in ("e.plan", "e.json"):
             draft.file(f"engines/{name}").write_bytes(b"bytes")
         draft.record(

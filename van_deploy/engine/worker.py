@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import shutil
 import sys
 import threading
@@ -38,9 +37,10 @@ from van_deploy.engine.catalogue import (
 from van_deploy.engine.isolation import addresses_are_fixed
 from van_deploy.engine.log import BuildLog, memory_facts, trt_logger
 from van_deploy.engine.options import BuildOptions
+from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.errors import ConversionError, VanDeployError
 
-__all__ = ["TEMPORARY", "Cancelled", "build", "main", "peak_memory_bytes"]
+__all__ = ["TEMPORARY", "Cancelled", "build", "main"]
 
 Send = Callable[..., None]
 
@@ -235,21 +235,6 @@ def _write(path: Path, plan: Any) -> None:
         file.write(memoryview(plan))
         file.flush()
         os.fsync(file.fileno())
-
-
-def peak_memory_bytes() -> int:
-    """Return the most memory this process has held.
-
-    From ``VmHWM`` where there is one: ``ru_maxrss`` survives ``exec`` on Linux and
-    would count the program that started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _listen(cancelled: threading.Event) -> None:

@@ -10,13 +10,25 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Cpu", "Disk", "Driver", "Gpu", "Memory", "cpu", "disk", "memory", "nvidia_driver"]
+__all__ = [
+    "Cpu",
+    "Disk",
+    "Driver",
+    "Gpu",
+    "Memory",
+    "cpu",
+    "disk",
+    "memory",
+    "nvidia_driver",
+    "peak_memory_bytes",
+]
 
 # What decides how fast FP32, BF16 and INT8 run on a CPU; /proc/cpuinfo's names.
 CPU_FEATURES = (
@@ -252,3 +264,18 @@ def _number(path: Path) -> int | None:
 def _kib(value: str | None) -> int | None:
     """Return bytes of a ``/proc/meminfo`` value such as ``24684084 kB``."""
     return int(value.split()[0]) * 1024 if value else None
+
+
+def peak_memory_bytes() -> int:
+    """Return the most main memory this process has held.
+
+    From ``VmHWM`` where there is one: ``ru_maxrss`` survives ``exec`` on Linux and
+    would count the program that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
