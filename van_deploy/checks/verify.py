@@ -273,4 +273,4 @@ def _suspicion(row: StepRow) -> float:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:600]
