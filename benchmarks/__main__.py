@@ -4,8 +4,8 @@
     python -m benchmarks --only startup,export    # some sections; the others stay as they are
     python -m benchmarks --list
 
-Each section is a script beside this file, started as a process of its own. A
-section's table is replaced as a whole, with the date, the machine and the versions
+Each section is a script beside this file, started as a process of its own, that prints
+``columns``, ``rows``, ``claims`` and ``notes`` as JSON. A section's table is replaced as a whole, with the date, the machine and the versions
 of that run, so one can be measured again by itself.
 """
 
@@ -17,10 +17,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +53,6 @@ class Section:
         about: what is compared, one sentence.
         script: the file beside this one.
         arguments: for the script.
-        structured: the script prints ``columns``, ``rows``, ``claims`` and ``notes`` as
-            JSON; otherwise whatever JSON it prints becomes tables.
         real: further arguments where real weights and images lie beside the checkout;
             ``{shared}`` is their folder.
     """
@@ -64,7 +61,6 @@ class Section:
     about: str
     script: str
     arguments: tuple[str, ...] = ()
-    structured: bool = True
     real: tuple[str, ...] = ()
 
     def command(self) -> list[str]:
@@ -121,8 +117,7 @@ SECTIONS: dict[str, Section] = {
         "Building engines",
         "TensorRT for RTX on a machine without a GPU.",
         "engines.py",
-        ("van_b0", "--twice"),
-        structured=False,
+        ("--twice",),
     ),
 }
 
@@ -166,7 +161,7 @@ def _run(name: str, page: Path) -> int:
     if not done.stdout.strip():
         print(f"{name}: failed with code {done.returncode}", file=sys.stderr)
         return 1
-    body = _structured(done.stdout) if section.structured else _plain(done.stdout)
+    body = _structured(done.stdout)
     text = "\n\n".join([_heading(name, section, took, busy), body])
     page.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(page, _with_section(page, name, text))
@@ -223,48 +218,6 @@ def _structured(stdout: str) -> str:
     if result["notes"]:
         parts.append("\n".join(f"- {note}" for note in result["notes"]))
     return "\n\n".join(parts)
-
-
-def _plain(stdout: str) -> str:
-    """Return a script's output as Markdown: JSON as tables, anything else as it looked."""
-    text = stdout.strip("\n")
-    try:
-        values = json.loads(text)
-    except ValueError:
-        try:  # one JSON object a line
-            values = [json.loads(line) for line in text.splitlines()]
-        except ValueError:
-            return f"```\n{text}\n```"
-    return "\n\n".join(_tables(values))
-
-
-def _tables(values: Any) -> Iterator[str]:
-    """Yield JSON as tables: a list of mappings as one, a mapping of those as several."""
-    if isinstance(values, list) and all(isinstance(row, dict) for row in values):
-        for columns, rows in groupby(values, key=lambda row: tuple(row)):
-            cells = [[_cell(value) for value in row.values()] for row in rows]
-            yield markdown_table(columns, cells)
-    elif isinstance(values, dict) and any(isinstance(v, list | dict) for v in values.values()):
-        plain = {k: v for k, v in values.items() if not isinstance(v, list | dict)}
-        if plain:
-            yield from _tables([plain])
-        for name, value in values.items():
-            if isinstance(value, list | dict):
-                yield f"**{name}**"
-                yield from _tables(value)
-    elif isinstance(values, dict):
-        yield from _tables([values])
-    else:
-        yield f"`{json.dumps(values)}`"
-
-
-def _cell(value: Any) -> str:
-    """Return one value as a person reads it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _with_section(page: Path, name: str, text: str) -> str:
