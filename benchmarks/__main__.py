@@ -5,8 +5,9 @@
     python -m benchmarks --list
 
 Each section is a script beside this file, started as a process of its own, that prints
-``columns``, ``rows``, ``claims`` and ``notes`` as JSON. A section's table is replaced as a whole, with the date, the machine and the versions
-of that run, so one can be measured again by itself.
+``columns``, ``rows``, ``claims`` and ``notes`` as JSON. A section is replaced as a whole,
+with the date, the machine and the versions of that run, so one can be measured again by
+itself.
 """
 
 from __future__ import annotations
@@ -111,6 +112,16 @@ SECTIONS: dict[str, Section] = {
             *("--checkpoint", "{shared}/checkpoints/van_b0_cifar10.pth.tar"),
             *("--calibrate", "{shared}/data/cifar10/calib"),
             *("--evaluate", "{shared}/data/cifar10/eval"),
+        ),
+    ),
+    "serve": Section(
+        "Serving",
+        "`van-deploy serve` under 64 clients against the bare artefact, every answer compared.",
+        "serve.py",
+        ("claims",),
+        real=(
+            *("--checkpoint", "{shared}/checkpoints/van_b0_cifar10.pth.tar"),
+            *("--folders", "{shared}/data/cifar10/eval", "{shared}/data/imagenet"),
         ),
     ),
     "engines": Section(

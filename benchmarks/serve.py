@@ -2,6 +2,7 @@
 
     python benchmarks/serve.py load BUNDLE --requests 10000 --clients 64
     python benchmarks/serve.py top1 BUNDLE FOLDER...
+    python benchmarks/serve.py claims       # both, on a van_b0 of its own, as claims
 
 ``load`` starts ``van-deploy serve`` as a process of its own and goes round by round: the
 artefact alone (no requests), then its share of the requests from so many connections at
@@ -24,6 +25,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +44,10 @@ from van_deploy.serve.service import served_name
 
 DISTINCT = 64
 BARE_SECONDS = 4.0
+OWN = (  # the preprocessing of the checkpoint beside this repository, from its README
+    *("--image-size", "64", "--crop-pct", "1.0"),
+    *("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"),
+)
 TOLERANCE = 1e-4
 """Of the largest logit: what FP32 artefacts are allowed everywhere else."""
 
@@ -79,10 +85,82 @@ def main() -> int:
     top1.add_argument("folders", type=Path, nargs="+")
     top1.add_argument("--artefact", default="fp32-uint8")
     top1.add_argument("--limit", type=int, help="at most so many images of each folder")
+    claims = commands.add_parser("claims", help="what this project claims, in one table")
+    claims.add_argument("--checkpoint", help="trained weights for the comparison of classes")
+    claims.add_argument("--folders", type=Path, nargs="*", default=[])
+    claims.add_argument("--requests", default="10000")
     arguments = parser.parse_args()
+    if arguments.command == "claims":
+        result = measure_claims(parser, arguments)
+        print(json.dumps(result, indent=1))
+        return int(not all(claim["met"] for claim in result["claims"]))
     result = measure_load(arguments) if arguments.command == "load" else measure_top1(arguments)
     print(json.dumps(result, indent=1))
     return 0 if result["passed"] else 1
+
+
+def measure_claims(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the claims on the server, measured on bundles made for it."""
+    with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
+        bundle = exported(Path(folder) / "van_b0", "van_b0", "--weights", "random")
+        words = ["load", str(bundle), "--requests", arguments.requests]
+        load = measure_load(parser.parse_args(words))
+        claims = load_claims(load)
+        if arguments.checkpoint:
+            bundle = exported(Path(folder) / "own", arguments.checkpoint, *OWN)
+            words = ["top1", str(bundle), *map(str, arguments.folders)]
+            top1 = measure_top1(parser.parse_args(words))
+            same = f"{top1['images'] - top1['other_top1']:,} of {top1['images']:,} images"
+            text = "bytes in: the same first class as the file pipeline"
+            claims.append(claim(text, same, top1["passed"]))
+    columns = ["images/s served", "bare images/s", "p50 ms", "p99 ms", "mean batch", "busy"]
+    bare = float(np.median([max(entry["bare"].values()) for entry in load["rounds"]]))
+    row = [load["served_images_per_s"], round(bare, 1), load["p50_ms"], load["p99_ms"]]
+    row += [load["mean_batch"], load["busy"]]
+    note = (
+        "van_b0 at 224 pixels with preprocessing inside, random weights, 2 threads. Client and "
+        "server share the processor. `cpu_ratio`, the artefact's own processor time over the "
+        f"whole server's, was {load['cpu_ratio']:.2f}."
+    )
+    rows = [[str(value) for value in row]]
+    return {"columns": columns, "rows": rows, "claims": claims, "notes": [note]}
+
+
+def load_claims(load: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what is claimed of the server under load."""
+    low, high = load["ratio_quartiles"]
+    return [
+        claim(
+            "throughput >= 0.9 x the bare artefact",
+            f"{load['ratio']:.2f} x (quartiles {low:.2f} to {high:.2f})",
+            load["ratio"] >= 0.9,
+        ),
+        claim(
+            f"{load['requests']:,} requests, 64 clients: none lost, none wrong",
+            f"{load['lost']} lost, {load['wrong']} wrong",
+            load["passed"],
+        ),
+        claim(
+            "p99 bounded by the queue limit",
+            f"{load['p99_ms']:.0f} ms; a full queue and two batches take {load['bound_ms']:.0f} ms",
+            load["p99_ms"] <= load["bound_ms"],
+        ),
+    ]
+
+
+def claim(text: str, measured: str, met: bool) -> dict[str, Any]:
+    """Return one claim as benchmarks print it."""
+    return {"claim": text, "measured": measured, "met": bool(met)}
+
+
+def exported(folder: Path, *words: str) -> Path:
+    """Return a bundle whose artefacts also take bytes."""
+    command = [sys.executable, "-m", "van_deploy", "export", *words, "--output", str(folder)]
+    command += ["--embed-preprocess", "uint8", "--json"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
 
 
 def measure_load(arguments: argparse.Namespace) -> dict[str, Any]:
