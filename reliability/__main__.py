@@ -55,18 +55,22 @@ def main() -> int:
     """Run the parts asked for; return 1 if one found a fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS))
+    parser.add_argument("--count", type=int, help="of spoiled files or kills, for one part")
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         parser.error(f"there is no part '{unknown[0]}'; known: {', '.join(SECTIONS)}")
-    return max(_run(name) for name in names)
+    if arguments.count and (len(names) > 1 or names == ["load"]):
+        parser.error("--count goes with --only fuzz or --only faults")
+    return max(_run(name, arguments.count) for name in names)
 
 
-def _run(name: str) -> int:
+def _run(name: str, count: int | None) -> int:
     start = time.monotonic()
+    more = ["--count", str(count)] if count else []
     done = subprocess.run(
-        [sys.executable, "-m", f"reliability.{name}", "--json"],
+        [sys.executable, "-m", f"reliability.{name}", "--json", *more],
         stdout=subprocess.PIPE,
         text=True,
         check=False,
@@ -88,7 +92,7 @@ def _run(name: str) -> int:
         f"- {cpu().name}, {cpu().cores_allowed} cores"
         + (f", {total / 2**30:.0f} GiB" if total else ""),
         f"- {versions}",
-        f"- `python -m reliability --only {name}`",
+        f"- `{' '.join(['python -m reliability --only', name, *more])}`",
         "",
         markdown_table(result["columns"], result["rows"]),
         *(["", *faults] if faults else []),

@@ -159,8 +159,8 @@ def _tensors(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
         elif way == 3:
             state[name] = value.to(rng.choice((torch.int64, torch.bool, torch.complex64)))
         elif way == 4:
-            shape = [rng.choice((0, 1, 3, 2**20, 2**40)) for _ in range(rng.randint(0, 5))]
-            state[name] = torch.zeros(1).expand(shape or (1,))
+            shape = [rng.choice((0, 1, 3)) for _ in range(rng.randint(0, 4))]
+            state[name] = torch.zeros(1).expand([*shape, rng.choice((1, 2**20, 2**40))])
         elif way == 5:
             state[name] = rng.choice((None, 1, "text", [value], {"a": value}))
         elif way == 6:
