@@ -192,7 +192,7 @@ def _payload(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
         (eval, (f"open({marker!r}, 'w')",)),
         (open, (marker, "w")),
         (shutil.copy, (__file__, marker)),
-        (getattr, (os, "system")),
+        (eval, ("__import__('os').getpid()",)),
         (__import__, ("antigravity",)),
         (os.mkdir, (marker,)),
     ]

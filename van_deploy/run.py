@@ -17,7 +17,7 @@ from van_deploy.checks.verdicts import VerifyReport
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.pipeline import ExportResult, export_bundle
+from van_deploy.pipeline import ExportResult, embed_in_bundle, export_bundle
 from van_deploy.recipe import BatchRange, EngineSettings, PrecisionSettings, Recipe
 
 if TYPE_CHECKING:
@@ -140,10 +140,12 @@ def run_recipe(
     exported = export_bundle(
         loaded, recipe, output, images=settings.images, force=settings.force, progress=progress
     )
-    made = [
-        *_quantized(output, recipe.precision, wanted, settings.force, say),
-        *_built(output, recipe.engines, engines, settings.force, say),
-    ]
+    made = list(_quantized(output, recipe.precision, wanted, settings.force, say))
+    if made and recipe.export.embeds:
+        say("Embedding preprocessing, and proving it")
+        embedded = embed_in_bundle(output, loaded, recipe, settings.images)
+        exported = replace(exported, embedded=embedded)
+    made += _built(output, recipe.engines, engines, settings.force, say)
     bundle = Bundle.open(output)
     say("Preparing images")
     count = max(LEAST_IMAGES, recipe.batch.max)
