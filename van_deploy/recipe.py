@@ -63,7 +63,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse engines of a precision that is not made."""
-        made = ("fp32", *self.precision.make)
+        made = ["fp32", *self.precision.make]
+        if self.export.embed_preprocess != "none":
+            made += [f"{name}-{self.export.embed_preprocess}" for name in made]
         missing = [name for name in self.engines.precisions if name not in made]
         if missing:
             raise UsageError(

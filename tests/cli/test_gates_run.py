@@ -86,13 +86,16 @@ def test_everything_a_recipe_asks_for(cli: Cli, recipe: Path, tmp_path: Path) ->
 def test_the_command_line_replaces_what_the_recipe_says(
     cli: Cli, recipe: Path, tmp_path: Path
 ) -> None:
-    recipe.write_text(RECIPE.split("[engines]")[0].replace('"fp16", "int8"', '"int8"'))
+    embed = '\n[export]\nembed_preprocess = "uint8"\n'
+    recipe.write_text(RECIPE.split("[engines]")[0].replace('"fp16", "int8"', '"int8"') + embed)
     words = ("--precision", "fp16", "--evaluate", recipe.parent / "labelled")
     result = cli("run", recipe, "--output", tmp_path / "bundle", *words, "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert [made["artefact"] for made in document["made"]] == ["fp16"]
     assert document["evaluate"]["count"] == 60
+    artefacts = list(Bundle.open(tmp_path / "bundle").artefacts)
+    assert artefacts == ["fp32", "fp32-uint8", "fp16", "fp16-uint8"]
 
 
 @pytest.mark.parametrize(

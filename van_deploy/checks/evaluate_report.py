@@ -68,7 +68,10 @@ class EvaluateReport:
                 for name, accuracy in self.accuracies.items()
             },
             "drift": {name: drift.as_dict() for name, drift in self.drifts.items()},
-            "skipped": [asdict(entry) for entry in self.skipped],
+            "skipped": [
+                {"artefact": entry.artefact, "runner": entry.runner, "reason": entry.reason}
+                for entry in self.skipped
+            ],
             "class_names": list(self.class_names) if self.class_names else None,
             "seconds": round(self.seconds, 3),
             "resumed": self.resumed,

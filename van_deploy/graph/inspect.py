@@ -54,11 +54,22 @@ def describe_onnx(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file cannot be read, or is not ONNX.
     """
+    model = read_onnx(path)
+    try:
+        return _described(model, path)
+    except (ValueError, TypeError, KeyError, OverflowError, StopIteration) as error:
+        raise InputError(
+            f"'{path}' is damaged: its graph holds what ONNX does not know "
+            f"({type(error).__name__}: {error}).",
+            "Export it again with `van-deploy export`.",
+        ) from error
+
+
+def _described(model: ModelProto, path: Path) -> dict[str, Any]:
     import math
 
     from onnx import TensorProto
 
-    model = read_onnx(path)
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     others = set()
