@@ -195,6 +195,8 @@ def small_disk(folder: Path, kib: int) -> Iterator[Path]:
         PermissionError: this process may not mount one.
     """
     folder.mkdir(exist_ok=True)
+    if shutil.which("mount") is None:
+        raise PermissionError("there is no `mount` here")
     options = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
     done = subprocess.run(options, capture_output=True, text=True, check=False)
     if done.returncode:
