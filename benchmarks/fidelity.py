@@ -34,13 +34,13 @@ from van_deploy.images import find_images, load_batches
 from van_deploy.metrics import compare
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME, write_digits_folder
-from van_deploy.precision.compare import logits_session
 from van_deploy.precision.equalize import EqualizeSettings, equalize
 from van_deploy.precision.initial import initial_plan, nodes_in_scope
 from van_deploy.precision.plan import QuantizationPlan, simulate
 from van_deploy.precision.ranges import record_ranges
 from van_deploy.precision.refine import refine_plan
 from van_deploy.precision.refine_settings import RefineSettings
+from van_deploy.precision.session import logits_session
 
 CALIBRATION_IMAGES = 256
 EQUALIZE_IMAGES = 64

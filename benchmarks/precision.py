@@ -42,13 +42,15 @@ from van_deploy.model.embedded import EMBEDDED_NAME, write_digits_folder
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.precision.calibration import choose_images
-from van_deploy.precision.compare import interleaved_ms, logits_session
-from van_deploy.precision.cpu import CPU_SCOPE, added_tensors, cpu_scales
+from van_deploy.precision.compare import interleaved_ms
+from van_deploy.precision.cpu import CPU_SCOPE, added_tensors, cpu_scales, cpu_weight_scales
 from van_deploy.precision.cpu_writer import qdq_for_cpu
 from van_deploy.precision.initial import initial_plan, nodes_in_scope
 from van_deploy.precision.inputs import input_batches
 from van_deploy.precision.manifests import ImageSelection
-from van_deploy.precision.ranges import float_tensors, lean_batch, record_ranges
+from van_deploy.precision.observer import float_tensors
+from van_deploy.precision.ranges import lean_batch, record_ranges
+from van_deploy.precision.session import logits_session
 from van_deploy.precision.settings import QuantizeSettings
 from van_deploy.precision.stage import quantize_bundle
 
@@ -293,7 +295,7 @@ class _Bench:
         batches = [inputs[i : i + 4] for i in (0, 4, 8, 12)]
         channels = added_tensors(model)
         ranges = record_ranges(model, batches, histograms=every, channels=channels)
-        plan = initial_plan(model, ranges, CPU_SCOPE)
+        plan = initial_plan(model, ranges, CPU_SCOPE, weight_steps=cpu_weight_scales)
         graph = qdq_for_cpu(plan, cpu_scales(plan, ranges))
         runs = [logits_session(m, fuse=True, threads=None) for m in (model, graph)]
         for batch in (1, 8):

@@ -49,10 +49,10 @@ def test_json_is_one_document_with_intervals(cli: Cli, bundle: Path) -> None:
 def test_a_result_below_its_gate_ends_with_1(
     cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from van_deploy.precision import compare
+    from van_deploy.precision import verdict
 
-    hard = compare.Gate(agreement=1.0, sqnr_db=90.0, drop_points=0.0)
-    monkeypatch.setitem(compare.GATES, "int8", hard)
+    hard = verdict.Gate(agreement=1.0, sqnr_db=90.0, drop_points=0.0)
+    monkeypatch.setitem(verdict.GATES, "int8", hard)
     result = cli("quantize", bundle, "--method", "entropy", *FAST)
     assert result.exit_code == 1
     assert "INT8 is not worth it: SQNR " in " ".join(result.stdout.split())

@@ -15,9 +15,9 @@ from tests.precision.conftest import Digits
 from van_deploy.errors import GateFailed, UsageError
 from van_deploy.metrics import compare
 from van_deploy.precision.audit import audit_ranges, require_no_surprise
-from van_deploy.precision.compare import logits_session
 from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
 from van_deploy.precision.ranges import Ranges, record_ranges
+from van_deploy.precision.session import logits_session
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,29 @@ from onnx import ModelProto, TensorProto, checker, numpy_helper
 from tests.precision.conftest import Digits
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.metrics import compare
-from van_deploy.precision.compare import logits_session
-from van_deploy.precision.cpu import CpuScales, added_tensors, cpu_scales
+from van_deploy.precision.cpu import (
+    PAIR_LIMIT,
+    CpuScales,
+    added_tensors,
+    cpu_scales,
+    cpu_weight_scales,
+    pair_sums,
+)
 from van_deploy.precision.cpu_writer import qdq_for_cpu
 from van_deploy.precision.half import DEFAULT_KEEP, kept_nodes
-from van_deploy.precision.initial import initial_plan, is_pointwise, nodes_in_scope
-from van_deploy.precision.plan import QuantizationPlan, simulate, weighted_nodes
+from van_deploy.precision.initial import initial_plan, is_pointwise, nodes_in_scope, rounded_weight
+from van_deploy.precision.observer import float_tensors
+from van_deploy.precision.plan import (
+    QuantizationPlan,
+    parameters_of,
+    simulate,
+    weight_scales,
+    weighted_nodes,
+)
 from van_deploy.precision.quantize import multiply_adds, qdq_from_plan, quantized_share
-from van_deploy.precision.ranges import Ranges, float_tensors, record_ranges
+from van_deploy.precision.ranges import Ranges, record_ranges
 from van_deploy.precision.scales import Method, affine_scale
+from van_deploy.precision.session import logits_session
 
 SCOPES = ["pointwise", "all", (r"block[34]\..*fc1", "head")]
 
@@ -60,7 +74,7 @@ def stored(model: ModelProto) -> dict[str, npt.NDArray[Any]]:
 
 @pytest.fixture(scope="module")
 def cpu_graph(digits_graph: ModelProto, ranges: Ranges) -> ModelProto:
-    plan = initial_plan(digits_graph, ranges, "all")
+    plan = initial_plan(digits_graph, ranges, "all", weight_steps=cpu_weight_scales)
     return qdq_for_cpu(plan, cpu_scales(plan, ranges))
 
 
@@ -254,6 +268,40 @@ class TestCpu:
                 weight, *bias = (n.removesuffix(".dequantized") for n in node.input[1:])
                 assert values[f"{weight}.integers"].dtype == np.int8
                 assert [values[f"{b}.integers"].dtype for b in bias] == [np.int32] * len(bias)
+
+    def test_no_two_products_overflow_sixteen_bits(
+        self, digits_graph: ModelProto, ranges: Ranges
+    ) -> None:
+        """A plan whose steps ignore them, with two large neighbours, is widened on writing."""
+        plan = initial_plan(digits_graph, ranges, "all")
+        name = "block1.0.mlp.fc1"
+        weight = plan.convs[name].weight.copy()
+        weight[0, :2] = 127
+        changed = replace(
+            plan, convs={**plan.convs, name: replace(plan.convs[name], weight=weight)}
+        )
+        sums = [pair_sums(conv.weight).max() for conv in changed.convs.values()]
+        assert max(sums) == 254
+        graph = qdq_for_cpu(changed, cpu_scales(changed, ranges))
+        values = stored(graph)
+        for node in graph.graph.node:
+            if node.op_type == "Conv":
+                integers = values[f"{node.input[1].removesuffix('.dequantized')}.integers"]
+                assert pair_sums(integers).max() <= PAIR_LIMIT
+
+    def test_integers_give_what_the_file_says(
+        self, cpu_graph: ModelProto, heldout_digits: Digits
+    ) -> None:
+        """ONNX Runtime's integer kernels, with or without VNNI, against every pair as written."""
+        as_written = run(cpu_graph, heldout_digits, fuse=False)
+        assert compare(as_written, run(cpu_graph, heldout_digits, fuse=True)).sqnr_db > 45
+
+    def test_steps_for_a_cpu_leave_room_for_two_products(self, digits_graph: ModelProto) -> None:
+        for node in weighted_nodes(digits_graph).values():
+            weight, _ = parameters_of(digits_graph, node)
+            steps = cpu_weight_scales(weight)
+            assert pair_sums(rounded_weight(weight, steps)).max(initial=0.0) <= PAIR_LIMIT
+            assert (steps >= weight_scales(weight)).all()
 
     def test_onnxruntime_fuses_every_convolution(
         self, cpu_graph: ModelProto, tmp_path_factory: pytest.TempPathFactory

@@ -12,14 +12,9 @@ from onnx import ModelProto, TensorProto, helper
 
 from tests.precision.conftest import Digits
 from van_deploy.errors import ConversionError, ImageError
+from van_deploy.precision.observer import float_tensors, with_outputs
 from van_deploy.precision.plan import weighted_nodes
-from van_deploy.precision.ranges import (
-    TensorRange,
-    float_tensors,
-    lean_batch,
-    record_ranges,
-    with_outputs,
-)
+from van_deploy.precision.ranges import TensorRange, lean_batch, record_ranges
 from van_deploy.precision.ranges_file import ranges_from_file, ranges_summary, write_ranges
 
 

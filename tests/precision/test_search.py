@@ -10,19 +10,14 @@ from onnx import ModelProto
 
 from tests.precision.conftest import Digits
 from van_deploy.errors import ImageError, UsageError
+from van_deploy.precision.drop import Drop, top1_drop
 from van_deploy.precision.initial import initial_plan
 from van_deploy.precision.plan import QuantizationPlan
 from van_deploy.precision.quantize import quantized_share
 from van_deploy.precision.ranges import record_ranges
+from van_deploy.precision.ranking import LayerDisturbance, rank_layers
 from van_deploy.precision.scales import Method
-from van_deploy.precision.search import (
-    Drop,
-    LayerDisturbance,
-    SearchTrial,
-    rank_layers,
-    search_kept,
-    top1_drop,
-)
+from van_deploy.precision.search import SearchTrial, search_kept
 
 
 @pytest.fixture(scope="module")

@@ -10,20 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import ModelProto, load
+from onnx import load
 
 from van_deploy.bundle import Bundle
 from van_deploy.errors import BundleError, GateFailed, ImageError, UsageError
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.pipeline import export_bundle
-from van_deploy.precision.compare import Candidate, PrecisionRow, _row, recommended
-from van_deploy.precision.cpu import saturation_warning
 from van_deploy.precision.equalize import EqualizeSettings
 from van_deploy.precision.manifests import calibration_set_named
 from van_deploy.precision.refine_settings import RefineSettings
 from van_deploy.precision.settings import QuantizeSettings
 from van_deploy.precision.stage import quantize_bundle
+from van_deploy.precision.verdict import PrecisionRow, precision_row, recommended
 from van_deploy.recipe import BatchRange, Recipe
 
 PLAIN = QuantizeSettings(equalize=None, refine=None, threads=1)
@@ -251,10 +250,8 @@ class TestGates:
         expected[:, :2] = 10.0, 9.99
         found = expected.copy()
         found[:wrong, 1] = 10.01
-        candidate = Candidate("int8", ModelProto(), 1)
         labels = np.zeros(images, int) if labelled else None
-        reference = _row(Candidate("fp32", ModelProto(), 4), expected, expected, labels, None, None)
-        return _row(candidate, expected, found, labels, None, reference)
+        return precision_row("int8", 1, expected, found, labels)
 
     def test_two_of_a_hundred_are_too_few_to_fail(self) -> None:
         row = self.row(102, 2)
@@ -273,11 +270,6 @@ class TestGates:
         few, many = self.row(102, 2, labelled=True), self.row(2000, 60, labelled=True)
         assert any("top-1 lost 1.96 points" in doubt for doubt in few.doubts)
         assert any("top-1 lost 3.00 points" in failure for failure in many.failures)
-
-    def test_a_processor_without_vnni_is_warned_of(self) -> None:
-        assert "may saturate" in saturation_warning(["avx2"])
-        assert saturation_warning(["avx2", "avx_vnni"]) == ""
-        assert saturation_warning(["neon"]) == ""
 
 
 class TestRecommendation:

@@ -8,9 +8,8 @@ ratio is worth. `van-deploy bench` measures properly.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +20,7 @@ from van_deploy.checks.opened import ON_CPU, Execution, NotRun, open_artefact
 from van_deploy.checks.pictures import Pictures
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.pixels import normalised
-from van_deploy.runners.pytorch import TorchRunner
+from van_deploy.runners.pytorch import TorchRunner, one_torch_thread
 
 __all__ = ["ROUNDS", "SpeedRatio", "paired_ratio", "speed_ratios"]
 
@@ -58,7 +57,7 @@ def speed_ratios(
     The pixels are normalised outside PyTorch's time, inside an artefact's.
     """
     size = min(int(bundle.manifest["batch"]["opt"]), len(pictures.pixels))
-    with _one_thread():
+    with one_torch_thread():
         return _ratios(bundle, loaded, pictures, execution, size)
 
 
@@ -77,19 +76,6 @@ def _ratios(
                 partial(original.run, images), partial(opened.logits, pixels)
             )
     return ratios
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Hold PyTorch to one thread: on a busy machine several wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def paired_ratio(

@@ -24,7 +24,14 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
-from van_deploy.precision.plan import FP16_LARGEST, SMALLEST_SCALE, ConvPlan, QuantizationPlan
+from van_deploy.precision.plan import (
+    FP16_LARGEST,
+    SMALLEST_SCALE,
+    ConvPlan,
+    QuantizationPlan,
+    storable_scales,
+    weight_scales,
+)
 from van_deploy.precision.ranges import Ranges, TensorRange
 from van_deploy.precision.scales import (
     DEFAULT_PERCENTILE,
@@ -38,12 +45,14 @@ from van_deploy.precision.scales import (
 
 __all__ = [
     "CPU_SCOPE",
+    "PAIR_LIMIT",
     "ZERO_POINT",
     "CpuScales",
     "added_tensors",
     "cpu_scales",
+    "cpu_weight_scales",
+    "pair_sums",
     "quantized_nodes",
-    "saturation_warning",
 ]
 
 CPU_SCOPE = "all"
@@ -55,23 +64,13 @@ GELU_ENDS = -4.0
 ZERO_POINT = 128
 """Of an output with a step for every channel."""
 
+PAIR_LIMIT = 128
+"""Largest magnitude of the sum of two weights that are multiplied side by side: x86 processors
+without VNNI add two products of uint8 and int8 in 16 bits (``vpmaddubsw``), where 255 times
+more does not fit and is cut off (ONNX Runtime's page on quantisation, "When and why do I
+need to try U8U8?")."""
 
-def saturation_warning(features: Collection[str]) -> str:
-    """Return what is wrong with uint8 times int8 on a processor with ``features``, or "".
-
-    Without VNNI, x86 adds two such products in 16 bits, which two large ones overflow:
-    ONNX Runtime saturates there (its page on quantisation, "When and why do I need to try
-    U8U8?").
-
-    >>> saturation_warning(["avx2", "avx512_vnni"])
-    ''
-    """
-    if "avx2" not in features or any("vnni" in feature for feature in features):
-        return ""
-    return (
-        "this processor has no VNNI: ONNX Runtime adds products of uint8 and int8 in 16 bits "
-        "here, which may saturate; the figures above include that, other processors differ"
-    )
+_ROUNDING = 4  # by which rounding may lengthen such a sum; both weights may be moved by two
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,28 @@ def _channel_steps(record: TensorRange) -> npt.NDArray[np.float32]:
     """
     largest = np.maximum(record.channel_maximum, -record.channel_minimum)
     return np.clip(largest / (UINT8_LIMIT - ZERO_POINT), SMALLEST_SCALE, FP16_LARGEST)
+
+
+def pair_sums(weight: npt.NDArray[np.number]) -> npt.NDArray[np.float64]:
+    """Return each output channel's largest ``|w + v|`` of two neighbouring weights, ``(O,)``.
+
+    Neighbours in the order in which ONNX Runtime multiplies them: kernel row, kernel column,
+    input channel. A depth-wise convolution has none: it adds in 32 bits.
+
+    >>> pair_sums(np.array([[3.0, 4.0, -5.0, 1.0]]).reshape(1, 4, 1, 1))
+    array([7.])
+    """
+    if weight.ndim != 4 or weight.shape[1] == 1:
+        return np.zeros(len(weight))
+    rows = weight.astype(np.float64).transpose(0, 2, 3, 1).reshape(len(weight), -1)
+    rows = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
+    return np.abs(rows[:, ::2] + rows[:, 1::2]).max(axis=1)
+
+
+def cpu_weight_scales(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return each output channel's step ``(O,)``, wide enough that no two products overflow."""
+    wide = storable_scales(pair_sums(weight) / (PAIR_LIMIT - _ROUNDING))
+    return np.maximum(weight_scales(weight), wide)
 
 
 def quantized_nodes(model: ModelProto, convs: Mapping[str, ConvPlan]) -> set[str]:

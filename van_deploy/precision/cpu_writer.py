@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from van_deploy.precision.cpu import ZERO_POINT, CpuScales, quantized_nodes
+from van_deploy.precision.cpu import PAIR_LIMIT, ZERO_POINT, CpuScales, pair_sums, quantized_nodes
 from van_deploy.precision.plan import ConvPlan, QuantizationPlan
 
 __all__ = ["qdq_for_cpu"]
@@ -127,7 +127,7 @@ class _CpuWriter:
         unit = np.ones(len(conv.weight_scale))
         if output is not None and not self.own_units:
             unit = output.astype(np.float64)
-        weight, steps = _with_room_for_bias(conv, bias, activation)
+        weight, steps = _with_room(conv, bias, activation)
         name = node.input[1]
         node.input[1] = self._stored_integers(name, weight, steps / unit, np.int8)
         products = steps.astype(np.float64) * activation
@@ -159,14 +159,18 @@ class _CpuWriter:
         self.new.append(numpy_helper.from_array(values, name))
 
 
-def _with_room_for_bias(
+def _with_room(
     conv: ConvPlan, bias: npt.NDArray[np.floating], activation: float
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Return the integers and steps of a weight, with steps wide enough for an int32 bias.
+    """Return the integers and steps of a weight, with steps wide enough for what is summed.
 
-    A channel of nearly no weights has a tiny step, and its bias would not fit.
+    A channel of nearly no weights has a tiny step, and its bias would not fit into 32 bits.
+    Two products must fit into 16; the plan's steps see to that, but refining may have moved
+    both weights.
     """
-    needed = np.abs(bias.astype(np.float64)) / (activation * LARGEST_BIAS)
-    steps = np.maximum(conv.weight_scale, needed).astype(np.float32)
+    for_bias = np.abs(bias.astype(np.float64)) / (activation * LARGEST_BIAS)
+    pairs = pair_sums(conv.weight)
+    for_pairs = np.where(pairs > PAIR_LIMIT, pairs / (PAIR_LIMIT - 1), 1.0) * conv.weight_scale
+    steps = np.maximum(for_pairs, for_bias).astype(np.float32)
     ratio = (conv.weight_scale / steps).reshape((-1,) + (1,) * (conv.weight.ndim - 1))
     return np.rint(conv.weight * ratio).astype(np.int8), steps

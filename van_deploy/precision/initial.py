@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper
@@ -12,6 +12,7 @@ from van_deploy.errors import UsageError
 from van_deploy.precision.plan import (
     INT8_LIMIT,
     ConvPlan,
+    FloatArray,
     QuantizationPlan,
     parameters_of,
     weight_scales,
@@ -82,6 +83,7 @@ def initial_plan(
     method: Method = Method.MSE,
     *,
     percentile: float = DEFAULT_PERCENTILE,
+    weight_steps: Callable[[FloatArray], FloatArray] = weight_scales,
 ) -> QuantizationPlan:
     """Return the plan with every weight rounded to nearest and every scale by ``method``.
 
@@ -91,6 +93,7 @@ def initial_plan(
         scope: see :func:`nodes_in_scope`.
         method: how activation scales are read from the ranges.
         percentile: for :attr:`Method.PERCENTILE`, 0..1.
+        weight_steps: gives the steps ``(O,)`` of a weight's output channels.
 
     Raises:
         UsageError: see :func:`nodes_in_scope`.
@@ -103,7 +106,7 @@ def initial_plan(
         if activation not in scales:
             record = ranges.tensors[activation]
             scales[activation] = symmetric_scale(record, method, percentile=percentile)
-        convs[name] = _conv_plan(model, nodes[name], scales[activation])
+        convs[name] = _conv_plan(model, nodes[name], scales[activation], weight_steps)
     facts = {
         "method": method.value,
         "scope": scope if isinstance(scope, str) else list(scope),
@@ -112,9 +115,14 @@ def initial_plan(
     return QuantizationPlan(model, convs, facts)
 
 
-def _conv_plan(model: ModelProto, node: NodeProto, scale: float) -> ConvPlan:
+def _conv_plan(
+    model: ModelProto,
+    node: NodeProto,
+    scale: float,
+    weight_steps: Callable[[FloatArray], FloatArray],
+) -> ConvPlan:
     weight, bias = parameters_of(model, node)
-    steps = weight_scales(weight)
+    steps = weight_steps(weight)
     return ConvPlan(
         node=node.name,
         activation=node.input[0],

@@ -11,19 +11,21 @@ import numpy.typing as npt
 from onnx import ModelProto
 
 from van_deploy.metrics import kl_divergence
-from van_deploy.precision.compare import logits_session
 from van_deploy.precision.correct import Written
-from van_deploy.precision.cpu import CpuScales, cpu_scales
+from van_deploy.precision.cpu import CpuScales, cpu_scales, cpu_weight_scales
 from van_deploy.precision.cpu_writer import qdq_for_cpu
+from van_deploy.precision.drop import Drop, top1_drop
 from van_deploy.precision.equalize import equalize
 from van_deploy.precision.initial import initial_plan, nodes_in_scope
 from van_deploy.precision.job_images import JobImages, spread_over
-from van_deploy.precision.plan import QuantizationPlan, simulate
+from van_deploy.precision.plan import QuantizationPlan, simulate, weight_scales
 from van_deploy.precision.quantize import qdq_from_plan, quantized_share
 from van_deploy.precision.ranges import Ranges
+from van_deploy.precision.ranking import rank_layers
 from van_deploy.precision.refine import refine_plan
 from van_deploy.precision.scales import Method
-from van_deploy.precision.search import Drop, rank_layers, search_kept, top1_drop
+from van_deploy.precision.search import search_kept
+from van_deploy.precision.session import logits_session
 from van_deploy.precision.settings import AUTO, QuantizeSettings
 from van_deploy.precision.stopwatch import Stopwatch
 
@@ -119,7 +121,8 @@ class Int8Maker:
 
     def _initial(self, model: ModelProto, ranges: Ranges, method: Method) -> QuantizationPlan:
         scope, percentile = self.settings.scope_asked, self.settings.percentile
-        return initial_plan(model, ranges, scope, method, percentile=percentile)
+        steps = cpu_weight_scales if self.settings.target == "cpu" else weight_scales
+        return initial_plan(model, ranges, scope, method, percentile=percentile, weight_steps=steps)
 
     def _refined(self, plan: QuantizationPlan, written: Written) -> QuantizationPlan:
         """Return the plan improved against the network's own answers, if that is asked."""

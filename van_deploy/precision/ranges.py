@@ -1,46 +1,46 @@
 """The range of every tensor on real images, in one pass over them.
 
 One ONNX Runtime session gives every tensor of a batch at once; each goes into
-its fixed-size record and is dropped. The memory needed is that of two batches
-and of the records, whatever the number of images.
+its fixed-size record and is dropped. Two workers do that side by side, each with
+every second batch and with records of its own, which are put together in the end:
+so no core waits for another. The memory needed is that of two batches and of the
+records, whatever the number of images.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import functools
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto
 
+from van_deploy.environment.hardware import cpu
 from van_deploy.errors import ConversionError, ImageError
-from van_deploy.precision.histogram import Histogram
+from van_deploy.precision.histogram import CHUNK, Histogram
+from van_deploy.precision.observer import Images, Observer, float_tensors
 from van_deploy.precision.plan import weighted_nodes
-from van_deploy.runners.onnxruntime import require_onnxruntime
+from van_deploy.runners.pytorch import one_torch_thread
 
-__all__ = [
-    "Ranges",
-    "TensorRange",
-    "float_tensors",
-    "lean_batch",
-    "record_ranges",
-    "with_outputs",
-]
+__all__ = ["Ranges", "TensorRange", "lean_batch", "record_ranges"]
 
 FP16_SMALLEST_NORMAL = 2.0**-14
 FP16_SMALLEST = 2.0**-25  # rounds to the smallest FP16 number; below it, to zero
 
 BATCH_BYTES = 192 << 20
-"""Memory that one batch's tensors may take while ranges are recorded; two are held."""
+"""Memory that one batch's tensors may take while ranges are recorded."""
 
-Images = npt.NDArray[np.float32]
+WORKERS = 2
+"""Batches that are looked at at the same time."""
+
 Extremes = npt.NDArray[np.float32]
-_Run = Callable[[Images], list[Images]]
-_CHUNK = 1 << 18  # values looked at together, few enough for a core's own cache
+_FEW = 1 << 17  # values compared together, few enough for a core's own cache
 
 
 @dataclass
@@ -86,41 +86,71 @@ class TensorRange:
     def add_(self, values: npt.NDArray[np.float32]) -> bool:
         """Take in one batch ``(N, ...)``; return whether all of it was finite."""
         rows = values.reshape(len(values), -1)
+        together = max(1, CHUNK // max(rows.shape[1], 1))  # while they are in the cache
+        for start in range(0, len(rows), together):
+            if not self._add_rows_(rows[start : start + together]):
+                return False
+        if self.channels:
+            flat = values.reshape(len(values), values.shape[1], -1)  # (N, C, rest)
+            self.channel_minimum = np.minimum(self.channel_minimum, flat.min(axis=(0, 2)))
+            self.channel_maximum = np.maximum(self.channel_maximum, flat.max(axis=(0, 2)))
+        return True
+
+    def _add_rows_(self, rows: npt.NDArray[np.float32]) -> bool:
+        """Take in some images ``(N, values)``; return whether all of it was finite."""
         low, high = rows.min(axis=1), rows.max(axis=1)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):  # NaN is passed on by both
             return False
         self.minimum = min(self.minimum, float(low.min()))
         self.maximum = max(self.maximum, float(high.max()))
-        if self.channels:
-            flat = values.reshape(len(values), values.shape[1], -1)  # (N, C, rest)
-            self.channel_minimum = np.minimum(self.channel_minimum, flat.min(axis=(0, 2)))
-            self.channel_maximum = np.maximum(self.channel_maximum, flat.max(axis=(0, 2)))
         before, self.images = self.images, self.images + len(low)
         self.mean_minimum = (self.mean_minimum * before + float(low.sum())) / self.images
         self.mean_maximum = (self.mean_maximum * before + float(high.sum())) / self.images
-        self.count += values.size
+        self.count += rows.size
         if self.histogram is None:
-            self._add_small_(values.reshape(-1))
+            self._add_small_(rows.reshape(-1))
         else:
             self.histogram.minimum, self.histogram.maximum = self.minimum, self.maximum
-            self.histogram.count_(values.reshape(-1))
+            self.histogram.count_(rows.reshape(-1))
         return True
 
     def _add_small_(self, flat: npt.NDArray[np.float32]) -> None:
         """Count the small magnitudes of a tensor without a histogram."""
-        for start in range(0, flat.size, _CHUNK):
-            magnitude = np.abs(flat[start : start + _CHUNK])
+        for start in range(0, flat.size, _FEW):
+            magnitude = np.abs(flat[start : start + _FEW])
             least = float(magnitude.min())
-            if least > 0.0:
-                self.smallest = min(self.smallest, least)
-            if least >= FP16_SMALLEST_NORMAL:
-                continue
-            small = magnitude[magnitude < FP16_SMALLEST_NORMAL]
-            small = small[small > 0]
-            if small.size:
+            if least < FP16_SMALLEST_NORMAL:
+                small = magnitude[magnitude < FP16_SMALLEST_NORMAL]
+                small = small[small > 0]
                 self.subnormal += small.size
                 self.vanishing += int(np.count_nonzero(small <= FP16_SMALLEST))
-                self.smallest = min(self.smallest, float(small.min()))
+                least = float(
+                    (small if small.size else magnitude[magnitude > 0]).min(initial=np.inf)
+                )
+            self.smallest = min(self.smallest, least)
+
+    def merged(self, other: TensorRange) -> TensorRange:
+        """Return the range of both sets of images."""
+        images = max(self.images + other.images, 1)
+        ours, theirs = self.images / images, other.images / images
+        histogram = self.histogram
+        if histogram is not None and other.histogram is not None:
+            histogram = histogram.merged(other.histogram)
+        return TensorRange(
+            minimum=min(self.minimum, other.minimum),
+            maximum=max(self.maximum, other.maximum),
+            images=self.images + other.images,
+            mean_minimum=self.mean_minimum * ours + other.mean_minimum * theirs,
+            mean_maximum=self.mean_maximum * ours + other.mean_maximum * theirs,
+            smallest=min(self.smallest, other.smallest),
+            channels=self.channels,
+            channel_minimum=np.minimum(self.channel_minimum, other.channel_minimum),
+            channel_maximum=np.maximum(self.channel_maximum, other.channel_maximum),
+            count=self.count + other.count,
+            subnormal=self.subnormal + other.subnormal,
+            vanishing=self.vanishing + other.vanishing,
+            histogram=histogram,
+        )
 
     def close_(self) -> None:
         """Take the counts of small magnitudes from the histogram, whose bins end at them."""
@@ -147,12 +177,6 @@ class Ranges:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def float_tensors(model: ModelProto) -> tuple[str, ...]:
-    """Return the names of the input and of every tensor a node makes, in the graph's order."""
-    made = [name for node in model.graph.node for name in node.output if name]
-    return (*(value.name for value in model.graph.input), *made)
-
-
 def lean_batch(model: ModelProto, budget_bytes: int = BATCH_BYTES) -> int:
     """Return how many images, at most 32, have all tensors of ``model`` in ``budget_bytes``."""
     from onnx.shape_inference import infer_shapes
@@ -162,17 +186,6 @@ def lean_batch(model: ModelProto, budget_bytes: int = BATCH_BYTES) -> int:
         sides = [d.dim_value for d in value.type.tensor_type.shape.dim[1:]]
         values += int(np.prod(sides))
     return int(np.clip(budget_bytes // max(4 * values, 1), 1, 32))
-
-
-def with_outputs(model: ModelProto, names: Collection[str]) -> ModelProto:
-    """Return ``model`` with only ``names``, tensors inside it, as its outputs."""
-    observed = ModelProto()
-    observed.CopyFrom(model)
-    del observed.graph.output[:]
-    observed.graph.output.extend(
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names
-    )
-    return observed
 
 
 def record_ranges(
@@ -192,7 +205,7 @@ def record_ranges(
         histograms: tensors that get a full histogram; by default the inputs of
             every Conv and Gemm.
         channels: tensors of which each channel's extremes are recorded too.
-        threads: of ONNX Runtime; None lets it choose.
+        threads: how many may work; None for as many as there are cores.
         progress: called after each batch with the images seen so far.
 
     Raises:
@@ -205,80 +218,70 @@ def record_ranges(
         if histograms is None
         else set(histograms)
     )
-    records = {
-        name: TensorRange(
-            histogram=Histogram() if name in wanted else None, channels=name in channels
-        )
-        for name in names
-    }
-    run = _observer(model, names[1:], threads)
+    threads = threads or cpu().cores_allowed
+    workers = min(WORKERS, threads)
+    observer = Observer(model, names[1:], threads // workers, whole=channels)
+    recorders = [_Recorder(observer, names, wanted, channels) for _ in range(workers)]
     seen = 0
-    for images, found in _ahead(run, batches):
-        for name, values in zip(names, (images, *found), strict=True):
-            if not records[name].add_(values):
-                raise _not_finite(name, values)
-        seen += len(images)
+    for count in _in_turns(recorders, batches):
+        seen += count
         if progress is not None:
             progress(seen)
-    for record in records.values():
-        record.close_()
     if not seen:
         raise ImageError(
             "There is no image to record ranges on.", "Pass a folder with --images DIR."
         )
+    records = {
+        name: functools.reduce(TensorRange.merged, [r.records[name] for r in recorders])
+        for name in names
+    }
+    for record in records.values():
+        record.close_()
     return Ranges(records, seen)
 
 
-def _ahead(run: _Run, batches: Iterable[Images]) -> Iterator[tuple[Images, list[Images]]]:
-    """Yield each batch with its tensors, the next one already being computed meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        pending: tuple[Images, Future[list[Images]]] | None = None
-        for images in batches:
-            following = (images, pool.submit(run, images))
-            if pending is not None:
-                yield pending[0], pending[1].result()
-            pending = following
-        if pending is not None:
-            yield pending[0], pending[1].result()
+class _Recorder:
+    """One worker: the records of every tensor in the batches that are its turn."""
+
+    def __init__(
+        self,
+        observer: Observer,
+        names: Sequence[str],
+        histograms: Collection[str],
+        channels: Collection[str],
+    ) -> None:
+        self.run = observer.run_in_own_memory()
+        self.records = {
+            name: TensorRange(
+                histogram=Histogram() if name in histograms else None, channels=name in channels
+            )
+            for name in names
+        }
+
+    def take_(self, images: Images) -> int:
+        """Take in one batch, and return how many images it holds."""
+        values_of = zip(self.records, (images, *self.run(images)), strict=True)
+        for name, values in values_of:
+            if not self.records[name].add_(values):
+                raise _not_finite(name, values)
+        return len(images)
 
 
-def _observer(model: ModelProto, names: Collection[str], threads: int | None) -> _Run:
-    """Return a function that gives the tensors ``names`` for a batch.
+def _in_turns(recorders: Sequence[_Recorder], batches: Iterable[Images]) -> Iterator[int]:
+    """Yield how many images each batch held, in order; batch ``i`` goes to worker ``i % n``.
 
-    What it gave is overwritten two calls later: the memory of a batch is used again,
-    since to be given new pages takes longer than the network itself.
+    So which worker sees which batch, and with it every last digit, is always the same.
     """
-    ort = require_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_mem_pattern = False  # the last batch may be smaller
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    session = ort.InferenceSession(
-        with_outputs(model, names).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
-    source = session.get_inputs()[0].name
-    kept: list[list[Images]] = []
-    turn = itertools.cycle((0, 1))
-
-    def run(images: Images) -> list[Images]:
-        other_size = bool(kept) and len(kept[0][0]) != len(images)  # the last batch
-        if other_size or len(kept) < 2:
-            found: list[Images] = session.run(list(names), {source: images})
-            if not other_size:
-                kept.append(found)
-            return found
-        buffers = kept[next(turn)]
-        binding = session.io_binding()
-        binding.bind_cpu_input(source, images)
-        for name, buffer in zip(names, buffers, strict=True):
-            binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
-        session.run_with_iobinding(binding)
-        return buffers
-
-    return run
+    with one_torch_thread(), ExitStack() as stack:
+        pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in recorders]
+        waiting: deque[Future[int]] = deque()
+        for number, images in enumerate(batches):
+            if len(waiting) == len(recorders):
+                yield waiting.popleft().result()
+            turn = number % len(recorders)
+            waiting.append(pools[turn].submit(recorders[turn].take_, images))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _not_finite(name: str, values: npt.NDArray[np.float32]) -> ConversionError:

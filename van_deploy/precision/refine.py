@@ -36,11 +36,11 @@ from onnx import ModelProto
 
 from van_deploy.errors import ImageError
 from van_deploy.metrics import sqnr_db
-from van_deploy.precision.compare import logits_session
 from van_deploy.precision.correct import Written, corrected_plan
 from van_deploy.precision.learning import Progress, learnt_plan
 from van_deploy.precision.plan import QuantizationPlan, simulate
 from van_deploy.precision.refine_settings import RefineSettings
+from van_deploy.precision.session import logits_session
 
 __all__ = ["RefineReport", "RefineStep", "refine_plan"]
 

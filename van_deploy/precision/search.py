@@ -12,7 +12,8 @@ work that is given back, not the number of layers.
     report = search_kept(plan, ranking, evaluate, max_drop=0.5)
     report.plan, report.kept, report.passed
 
-``evaluate`` runs a plan on images and returns :func:`top1_drop` of its logits.
+``evaluate`` runs a plan on images and returns how much its logits lost
+(:func:`~van_deploy.precision.drop.top1_drop`).
 """
 
 from __future__ import annotations
@@ -22,83 +23,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from onnx import ModelProto
+from van_deploy.errors import UsageError
+from van_deploy.precision.drop import Drop
+from van_deploy.precision.plan import QuantizationPlan
+from van_deploy.precision.ranking import LayerDisturbance
 
-from van_deploy.errors import ImageError, UsageError
-from van_deploy.metrics import kl_divergence, sqnr_db
-from van_deploy.precision.compare import logits_session
-from van_deploy.precision.correct import Written
-from van_deploy.precision.plan import QuantizationPlan, simulate
-from van_deploy.precision.quantize import multiply_adds
-
-__all__ = [
-    "Drop",
-    "LayerDisturbance",
-    "SearchReport",
-    "SearchTrial",
-    "rank_layers",
-    "search_kept",
-    "top1_drop",
-]
-
-CHANGED = 2.0
-"""Answers that may change, for better or worse, over those that may be lost."""
-
-Images = npt.NDArray[np.float32]
-Logits = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Drop:
-    """How much accuracy a plan costs, in percentage points.
-
-    Attributes:
-        points: of top-1 where there are labels, else of top-1 agreement.
-        error: its standard error, from the images that changed sides.
-        of: ``top-1`` or ``agreement``.
-        changed: points of images whose first class is another one, for better or worse.
-    """
-
-    points: float
-    error: float
-    of: str
-    changed: float = 0.0
-
-    @property
-    def upper(self) -> float:
-        """The drop plus one standard error: what is held against the budget."""
-        return self.points + self.error
-
-    def holds(self, budget: float) -> bool:
-        """Return whether the drop is within ``budget``, and not only because losses met wins.
-
-        At most twice the budget of answers may have changed at all.
-        """
-        return self.upper <= budget and self.changed <= CHANGED * budget
-
-
-@dataclass(frozen=True)
-class LayerDisturbance:
-    """What rounding one layer alone does to the logits.
-
-    Attributes:
-        name: of the layer.
-        kl: mean Kullback-Leibler divergence from the FP32 logits, in nats.
-        sqnr_db: signal to noise of the logits.
-        share: of the network's multiply-adds, 0..1.
-    """
-
-    name: str
-    kl: float
-    sqnr_db: float
-    share: float
-
-    @property
-    def worth_db(self) -> float:
-        """The work it does in INT8 over the noise it brings, in decibels; the least goes first."""
-        return self.sqnr_db + 10 * math.log10(max(self.share, 1e-12))
+__all__ = ["SearchReport", "SearchTrial", "search_kept"]
 
 
 @dataclass(frozen=True)
@@ -171,66 +101,6 @@ class SearchReport:
         }
 
 
-def top1_drop(reference: Logits, actual: Logits, labels: npt.NDArray[Any] | None = None) -> Drop:
-    """Return how much accuracy ``actual`` lost against ``reference``, both ``(N, K)``.
-
-    Args:
-        reference: FP32 logits.
-        actual: logits of the quantised network.
-        labels: ``(N,)`` right classes, or None to count agreement.
-
-    >>> top1_drop(np.eye(4), np.eye(4)[[0, 1, 2, 2]]).points
-    25.0
-    """
-    before, after = reference.argmax(axis=1), actual.argmax(axis=1)
-    count = len(before)
-    if labels is None:
-        changed = int((before != after).sum())
-        points = 100 * changed / count
-        return Drop(points, 100 * math.sqrt(changed) / count, "agreement", points)
-    lost = int(((before == labels) & (after != labels)).sum())
-    won = int(((before != labels) & (after == labels)).sum())
-    points, error = 100 * (lost - won) / count, 100 * math.sqrt(lost + won) / count
-    return Drop(points, error, "top-1", 100 * float((before != after).mean()))
-
-
-def rank_layers(
-    plan: QuantizationPlan,
-    images: Images,
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    written: Written = simulate,
-    threads: int | None = None,
-) -> tuple[LayerDisturbance, ...]:
-    """Return the layers of ``plan``, first the one that disturbs most for the work it does.
-
-    Args:
-        plan: whose numbers are used.
-        images: ``(N, C, S, S)`` float32; 32 to 64 are enough to put layers in order.
-        progress: told of each layer, and of how many there are.
-        written: the graph of a plan whose rounding counts.
-        threads: of ONNX Runtime.
-
-    Raises:
-        ImageError: there is no image.
-    """
-    if not len(images):
-        raise ImageError("There is no image to rank layers with.", "Pass --images DIR.")
-    work = multiply_adds(plan.model)
-    total = sum(work.values())
-    reference = _logits(plan.model, images, threads)
-    found = []
-    for done, (name, conv) in enumerate(plan.convs.items(), 1):
-        alone = written(replace(plan, convs={name: conv}))
-        logits = _logits(alone, images, threads)
-        kl = float(kl_divergence(reference, logits).mean())
-        quality = sqnr_db(reference, logits)
-        found.append(LayerDisturbance(name, kl, quality, work[name] / total))
-        if progress is not None:
-            progress(done, len(plan.convs))
-    return tuple(sorted(found, key=lambda layer: layer.worth_db))
-
-
 def search_kept(
     plan: QuantizationPlan,
     ranking: Sequence[LayerDisturbance],
@@ -244,10 +114,11 @@ def search_kept(
 
     Args:
         plan: everything quantised.
-        ranking: its layers, the worst first, from :func:`rank_layers`.
+        ranking: its layers, the worst first.
         evaluate: how much accuracy a plan costs.
         max_drop: budget in percentage points; a drop's standard error counts against it, and
-            so do answers that changed: see :meth:`Drop.holds`.
+            so do answers that changed: see
+            :meth:`~van_deploy.precision.drop.Drop.holds`.
         limit: most evaluations.
         progress: told of each evaluation.
 
@@ -332,10 +203,6 @@ class _Search:
     def share(self, kept: int) -> float:
         """Return the share of multiply-adds left in INT8."""
         return sum(layer.share for layer in self.ranking[kept:])
-
-
-def _logits(model: ModelProto, images: Images, threads: int | None) -> Logits:
-    return logits_session(model, fuse=False, threads=threads)(images)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from onnx import ModelProto, checker, load_model
 
 from van_deploy.bundle import Artefact, Bundle, Draft, content_key, writing
-from van_deploy.environment.hardware import cpu as processor
-from van_deploy.errors import BundleError, ConversionError, InputError
+from van_deploy.errors import BundleError, ConversionError
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.precision.audit import audit_ranges, require_no_surprise
-from van_deploy.precision.compare import Candidate, compare_precisions, recommended
-from van_deploy.precision.cpu import added_tensors, saturation_warning
+from van_deploy.precision.compare import Candidate, compare_precisions
 from van_deploy.precision.half import DEFAULT_KEEP, HalfGraph, half_from_fp32, kept_nodes
 from van_deploy.precision.int8 import Int8Maker
 from van_deploy.precision.job_images import JobImages, images_for
 from van_deploy.precision.manifests import CalibrationSet
-from van_deploy.precision.ranges import Ranges, float_tensors, lean_batch, record_ranges
-from van_deploy.precision.ranges_file import ranges_from_file, ranges_summary, write_ranges
+from van_deploy.precision.ranges import Ranges, lean_batch
+from van_deploy.precision.ranges_file import ranges_summary, write_ranges
+from van_deploy.precision.recording import changed, ranges_of, ranges_stem
 from van_deploy.precision.settings import QuantizeSettings
 from van_deploy.precision.stopwatch import Progress, Stopwatch
+from van_deploy.precision.verdict import recommended
 from van_deploy.provenance import code_digest, tool_versions
 
 __all__ = ["QuantizeResult", "quantize_bundle"]
@@ -148,16 +147,6 @@ class _Job:
             "versions": tool_versions("onnx", "onnxruntime", "numpy", "pillow"),
         }
 
-    def range_ingredients(self, model: ModelProto) -> dict[str, Any]:
-        """Return what decides the recorded ranges: not the method, not the scope."""
-        chosen = self.ingredients()
-        parts = ("weights", "preprocessing", "calibration images", "code", "versions")
-        return {
-            **{part: chosen[part] for part in parts},
-            "graph": hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest(),
-            "histograms": "all" if self.settings.target == "cpu" else "inputs of convolutions",
-        }
-
     def why_anew(self, force: bool) -> str:
         """Return why the artefact has to be made, or "" if it is there already."""
         if force:
@@ -171,7 +160,7 @@ class _Job:
         wanted = self.ingredients()
         if artefact.key == content_key(wanted):
             return ""
-        return f"changed since: {_changed(artefact.made_with, wanted)}"
+        return f"changed since: {changed(artefact.made_with, wanted)}"
 
     # --- the work ---
 
@@ -181,7 +170,14 @@ class _Job:
         batch = lean_batch(original)
         fp16 = self.settings.precision == "fp16"
         model = original if fp16 else self.int8.equalized(original, batch)
-        ranges = self.ranges(model, batch)
+        ranges, self.facts["ranges"] = ranges_of(
+            self.bundle,
+            model,
+            self.settings,
+            self.ingredients(),
+            lambda: self.images.batches(self.images.calibration, batch),
+            self.watch,
+        )
         kept = {} if self.settings.target == "cpu" else self.kept(model, ranges)
         self.facts["calibration"] = {
             "images": ranges.images,
@@ -207,35 +203,6 @@ class _Job:
         if self.settings.rest_precision == "fp32":
             kept = kept_nodes(model, DEFAULT_KEEP)
         return half_from_fp32(model, {name: why for name, why in kept.items() if name in names})
-
-    def ranges(self, model: ModelProto, batch: int) -> Ranges:
-        """Return the ranges, from the bundle if they were recorded from the same ingredients."""
-        wanted = self.range_ingredients(model)
-        stored, why = self._stored_ranges(wanted)
-        self.facts["ranges"] = {"reused": stored is not None, "reason": why}
-        if stored is not None:
-            return stored
-        self.watch.begin("Recording ranges")
-        found = record_ranges(
-            model,
-            self.images.batches(self.images.calibration, batch),
-            histograms=float_tensors(model) if self.settings.target == "cpu" else None,
-            channels=added_tensors(model) if self.settings.target == "cpu" else (),
-            threads=self.settings.threads,
-        )
-        return replace(found, facts=json.loads(json.dumps({"made_with": wanted})))
-
-    def _stored_ranges(self, wanted: Mapping[str, Any]) -> tuple[Ranges | None, str]:
-        name = self.settings.artefact
-        if name not in self.bundle.artefacts:
-            return None, "none were recorded yet"
-        try:
-            self.bundle.verified(name)
-            found = ranges_from_file(self.bundle.path / f"{_stem(name)}.npz")
-        except InputError as error:
-            return None, error.message
-        changed = _changed(found.facts["made_with"], wanted)
-        return (None, f"changed since: {changed}") if changed else (found, "nothing changed")
 
     def kept(self, model: ModelProto, ranges: Ranges) -> dict[str, str]:
         """Return the nodes that stay FP32: the ones asked for, and the audit's.
@@ -274,8 +241,6 @@ class _Job:
             threads=self.settings.threads,
             progress=lambda done: self.watch.say(f"Comparing {done}/{total}"),
         )
-        if cpu and (warning := saturation_warning(processor().features)):
-            self.facts["warnings"] = [warning]
         best, why = recommended(rows, self.settings.target)
         requested = self.settings.precision
         self.facts |= {
@@ -291,7 +256,7 @@ class _Job:
         """Put the graph, its ranges and the facts into the bundle."""
         self.watch.begin("Writing the bundle")
         name = self.settings.artefact
-        file, stem = f"model.{name}.onnx", _stem(name)
+        file, stem = f"model.{name}.onnx", ranges_stem(name)
         made_with = self.ingredients()
         with writing(self.bundle.path) as draft:
             files = _save(draft, file, graph)
@@ -334,14 +299,3 @@ def _save(draft: Draft, file: str, graph: ModelProto) -> list[str]:
     copy = ModelProto()
     copy.CopyFrom(graph)
     return save_onnx(copy, draft.file(file))
-
-
-def _stem(artefact: str) -> str:
-    """Return what the files with an artefact's ranges are called, without suffix."""
-    return "ranges" if artefact == "int8" else f"ranges.{artefact}"
-
-
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return the names of the ingredients that differ, with commas; "" if none does."""
-    plain = json.loads(json.dumps(now))
-    return ", ".join(key for key, value in plain.items() if before.get(key) != value)

@@ -106,7 +106,6 @@ def precision_notes(facts: Mapping[str, Any]) -> RenderableType | None:
             for d in row.get("doubts", ())
             if row["passed"]
         ]
-    lines += facts.get("warnings", [])
     audit = facts.get("audit", {})
     lines += [f"kept {node} in FP32: {why}" for node, why in audit.get("kept", {}).items()]
     return notes(lines) if lines else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import TracebackType
 
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from van_deploy.runners.base import Images, Logits
 
-__all__ = ["TorchRunner"]
+__all__ = ["TorchRunner", "one_torch_thread"]
 
 
 class TorchRunner:
@@ -42,3 +44,18 @@ class TorchRunner:
         dtype = next(self.model.parameters()).dtype
         logits: Logits = self.model(torch.from_numpy(images).to(dtype)).float().numpy()
         return logits
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Hold PyTorch to one thread, here and in threads that are started inside.
+
+    On a busy machine several wait for each other, and small operations on several take
+    longer than on one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
