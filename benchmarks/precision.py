@@ -50,6 +50,7 @@ from van_deploy.precision.inputs import input_batches
 from van_deploy.precision.manifests import ImageSelection
 from van_deploy.precision.observer import float_tensors
 from van_deploy.precision.ranges import lean_batch, record_ranges
+from van_deploy.precision.recording import counted_tensors
 from van_deploy.precision.session import logits_session
 from van_deploy.precision.settings import QuantizeSettings
 from van_deploy.precision.stage import quantize_bundle
@@ -324,7 +325,8 @@ def _record(arguments: argparse.Namespace) -> dict[str, float]:
     crops = _crops(arguments.photographs, preprocessing, arguments.count)
     if arguments.record == "ours":
         start = time.perf_counter()
-        record_ranges(model, _batches(crops, lean_batch(model)))
+        counted = counted_tensors(model, QuantizeSettings())
+        record_ranges(model, _batches(crops, lean_batch(model)), histograms=counted)
         seconds = time.perf_counter() - start
     else:
         with tempfile.TemporaryDirectory() as folder:

@@ -12,10 +12,12 @@ from onnx import ModelProto, TensorProto, helper
 
 from tests.precision.conftest import Digits
 from van_deploy.errors import ConversionError, ImageError
-from van_deploy.precision.observer import float_tensors, with_outputs
+from van_deploy.precision.histogram import Histogram
+from van_deploy.precision.observer import Observer, float_tensors, with_outputs
 from van_deploy.precision.plan import weighted_nodes
-from van_deploy.precision.ranges import TensorRange, lean_batch, record_ranges
+from van_deploy.precision.ranges import lean_batch, record_ranges
 from van_deploy.precision.ranges_file import ranges_from_file, ranges_summary, write_ranges
+from van_deploy.precision.tensor_range import TensorRange
 
 
 def test_every_tensor_is_recorded_and_agrees_with_onnxruntime(
@@ -86,6 +88,84 @@ def test_small_magnitudes_are_counted_against_fp16() -> None:
     assert (record.subnormal, record.vanishing) == (2, 1)
     assert record.smallest == pytest.approx(1e-9)
     assert record.largest == 3.0
+
+
+def test_small_magnitudes_of_a_histogram_are_those_without_one() -> None:
+    values = np.array([[0.0, 1.0, 1e-5, -1e-9, -3.0, 6.2e-5, -6.0e-5]], np.float32)
+    plain, counted = TensorRange(), TensorRange(histogram=Histogram())
+    for record in (plain, counted):
+        assert record.add_(values)
+        record.close_()
+    assert (plain.subnormal, plain.vanishing) == (counted.subnormal, counted.vanishing) == (3, 1)
+    assert counted.histogram is not None
+    assert (counted.histogram.tiny, counted.histogram.zeros) == (2, 1)
+    assert counted.histogram.count == values.size
+
+
+def test_the_smallest_magnitude_is_seen_beside_zeros() -> None:
+    record = TensorRange()
+    record.add_(np.array([[0.0, 0.5, -0.25]], np.float32))
+    assert record.smallest == 0.25
+
+
+@pytest.mark.parametrize("where", [0, 70_000, 802_815])
+@pytest.mark.parametrize("histogram", [None, Histogram()])
+def test_nan_is_found_wherever_it_is(where: int, histogram: Histogram | None) -> None:
+    values = np.zeros((2, 256, 56, 56), np.float32)
+    values[1].reshape(-1)[where] = np.nan
+    assert not TensorRange(histogram=histogram).add_(values)
+
+
+def test_two_records_put_together_are_one(calibration_digits: Digits) -> None:
+    images = calibration_digits.images[:7]
+    whole, first, second = (TensorRange(histogram=Histogram(), channels=True) for _ in range(3))
+    whole.add_(images)
+    first.add_(images[:5])
+    second.add_(images[5:])
+    both = first.merged(second)
+    assert whole.histogram is not None
+    assert both.histogram is not None
+    assert np.array_equal(both.histogram.positive, whole.histogram.positive)
+    assert np.array_equal(both.histogram.negative, whole.histogram.negative)
+    assert (both.minimum, both.maximum, both.count) == (whole.minimum, whole.maximum, whole.count)
+    assert both.mean_maximum == pytest.approx(whole.mean_maximum)
+    assert np.array_equal(both.channel_maximum, whole.channel_maximum)
+    nothing = TensorRange(histogram=Histogram(), channels=True)
+    alone = whole.merged(nothing)
+    assert (alone.images, alone.mean_minimum) == (7, whole.mean_minimum)
+    assert np.array_equal(alone.channel_minimum, whole.channel_minimum)
+
+
+def test_values_are_given_as_they_lie_unless_their_order_matters(
+    digits_graph: ModelProto, calibration_digits: Digits
+) -> None:
+    """The same values of each image; of the tensors asked for, in the same places."""
+    images = calibration_digits.images[:3]
+    names = float_tensors(digits_graph)[1:]
+    whole = [name for name in names if name.endswith("fc1")]
+    lying = Observer(digits_graph, names, 1, whole).run_in_own_memory()(images)
+    usual = Observer(digits_graph, names, 1, names).run_in_own_memory()(images)
+    for name, found, wanted in zip(names, lying, usual, strict=True):
+        assert found.shape == wanted.shape
+        if name in whole:
+            assert np.allclose(found, wanted, atol=1e-5)
+        rows, expected = (np.sort(v.reshape(3, -1), axis=1) for v in (found, wanted))
+        assert np.allclose(rows, expected, atol=1e-5)
+
+
+def test_which_worker_sees_a_batch_is_always_the_same(
+    digits_graph: ModelProto, calibration_digits: Digits
+) -> None:
+    parts = [calibration_digits.images[i : i + 2] for i in range(0, 10, 2)]
+    first, second = (record_ranges(digits_graph, parts, threads=2) for _ in range(2))
+    for name, record in first.tensors.items():
+        other = second.tensors[name]
+        assert (record.mean_minimum, record.mean_maximum) == (
+            other.mean_minimum,
+            other.mean_maximum,
+        )
+        if record.histogram is not None and other.histogram is not None:
+            assert np.array_equal(record.histogram.positive, other.histogram.positive)
 
 
 def test_no_images_is_an_error(digits_graph: ModelProto) -> None:

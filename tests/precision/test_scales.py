@@ -11,7 +11,6 @@ from hypothesis.extra import numpy as hnp
 
 from van_deploy.precision.histogram import BINS, Histogram, bin_centres, bin_edges
 from van_deploy.precision.plan import SMALLEST_SCALE, storable_scales
-from van_deploy.precision.ranges import TensorRange
 from van_deploy.precision.scales import (
     AffineScale,
     Method,
@@ -19,6 +18,7 @@ from van_deploy.precision.scales import (
     clip_magnitude,
     symmetric_scale,
 )
+from van_deploy.precision.tensor_range import TensorRange
 
 Floats = npt.NDArray[np.float32]
 

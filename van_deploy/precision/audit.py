@@ -12,7 +12,12 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from van_deploy.errors import GateFailed
 from van_deploy.precision.plan import FP16_LARGEST
-from van_deploy.precision.ranges import FP16_SMALLEST, FP16_SMALLEST_NORMAL, Ranges, TensorRange
+from van_deploy.precision.ranges import Ranges
+from van_deploy.precision.tensor_range import (
+    FP16_SMALLEST,
+    FP16_SMALLEST_NORMAL,
+    TensorRange,
+)
 
 __all__ = [
     "HEADROOM",

@@ -32,7 +32,7 @@ from van_deploy.precision.plan import (
     storable_scales,
     weight_scales,
 )
-from van_deploy.precision.ranges import Ranges, TensorRange
+from van_deploy.precision.ranges import Ranges
 from van_deploy.precision.scales import (
     DEFAULT_PERCENTILE,
     UINT8_LIMIT,
@@ -42,6 +42,7 @@ from van_deploy.precision.scales import (
     affine_scale,
     clip_magnitude,
 )
+from van_deploy.precision.tensor_range import TensorRange
 
 __all__ = [
     "CPU_SCOPE",

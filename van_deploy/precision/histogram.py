@@ -12,7 +12,6 @@ ones, which takes twice as long a value.
 from __future__ import annotations
 
 import functools
-import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +21,13 @@ import torch
 
 __all__ = [
     "BINS",
-    "CHUNK",
     "LARGEST_EXPONENT",
     "MANTISSA_BITS",
     "SMALLEST_EXPONENT",
     "Histogram",
     "bin_centres",
     "bin_edges",
+    "leading_bits",
 ]
 
 MANTISSA_BITS = 9
@@ -44,10 +43,7 @@ BINS = (LARGEST_EXPONENT - SMALLEST_EXPONENT) << MANTISSA_BITS
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST = (SMALLEST_EXPONENT + 127) << MANTISSA_BITS  # 127: the exponent's bias in a float32
 _SIGN = 1 << (8 + MANTISSA_BITS)
-CHUNK = 1 << 20
-"""Values binned at a time: four for every possible bin, 4 MiB of indices."""
-
-_OWN = threading.local()
+_CHUNK = 1 << 20  # values counted at a time: four for every possible bin
 
 Counts = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float32]
@@ -69,6 +65,11 @@ def bin_centres() -> npt.NDArray[np.float64]:
     centres = np.asarray((edges[:-1] + edges[1:]) / 2)
     centres.setflags(write=False)
     return centres
+
+
+def leading_bits(flat: Values, out: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """Return sign, exponent and first mantissa bits of ``flat (N,)``, written to ``out (N,)``."""
+    return np.right_shift(flat.view(np.uint32), _SHIFT, out=out)
 
 
 @dataclass
@@ -112,17 +113,16 @@ class Histogram:
         if flat.size:
             self.minimum = min(self.minimum, float(flat.min()))
             self.maximum = max(self.maximum, float(flat.max()))
-            self.count_(flat)
+            self.count_(leading_bits(flat, np.empty(flat.size, np.uint32)))
 
-    def count_(self, flat: Values) -> None:
-        """Count ``flat (N,)``, whose extremes the caller has entered already."""
-        bits = flat.view(np.uint32)
-        for start in range(0, flat.size, CHUNK):
-            piece = bits[start : start + CHUNK]
-            index = _scratch()[: piece.size]
-            np.right_shift(piece, _SHIFT, out=index)
-            bins = torch.from_numpy(index.view(np.int32))
-            counts = torch.bincount(bins).numpy()  # as long as the last bin needs
+    def count_(self, bins: npt.NDArray[np.uint32]) -> None:
+        """Count values of which ``bins (N,)`` are the :func:`leading_bits`.
+
+        Their extremes are the caller's to enter.
+        """
+        for start in range(0, bins.size, _CHUNK):
+            piece = bins[start : start + _CHUNK]
+            counts = torch.bincount(torch.from_numpy(piece.view(np.int32))).numpy()
             kept = self._add_counts_(counts[:_SIGN], self.positive)
             kept += self._add_counts_(counts[_SIGN:], self.negative)
             self.tiny += piece.size - kept
@@ -180,13 +180,6 @@ class Histogram:
     def share_below(self, magnitude: float) -> float:
         """Return which share of the values has a magnitude below ``magnitude``, zeros included."""
         return self.below(magnitude) / max(self.count, 1)
-
-
-def _scratch() -> npt.NDArray[np.uint32]:
-    """Return this thread's own :data:`CHUNK` indices; new memory each time takes longer."""
-    if not hasattr(_OWN, "index"):
-        _OWN.index = np.empty(CHUNK, np.uint32)
-    return _OWN.index
 
 
 def _fraction(index: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -23,143 +23,19 @@ from onnx import ModelProto
 
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import ConversionError, ImageError
-from van_deploy.precision.histogram import CHUNK, Histogram
+from van_deploy.precision.histogram import Histogram
 from van_deploy.precision.observer import Images, Observer, float_tensors
 from van_deploy.precision.plan import weighted_nodes
+from van_deploy.precision.tensor_range import TensorRange
 from van_deploy.runners.pytorch import one_torch_thread
 
-__all__ = ["Ranges", "TensorRange", "lean_batch", "record_ranges"]
-
-FP16_SMALLEST_NORMAL = 2.0**-14
-FP16_SMALLEST = 2.0**-25  # rounds to the smallest FP16 number; below it, to zero
+__all__ = ["Ranges", "lean_batch", "record_ranges"]
 
 BATCH_BYTES = 192 << 20
 """Memory that one batch's tensors may take while ranges are recorded."""
 
 WORKERS = 2
 """Batches that are looked at at the same time."""
-
-Extremes = npt.NDArray[np.float32]
-_FEW = 1 << 17  # values compared together, few enough for a core's own cache
-
-
-@dataclass
-class TensorRange:
-    """What one tensor's values were, over every image.
-
-    Attributes:
-        minimum: smallest value.
-        maximum: largest value.
-        images: how many images were seen.
-        mean_minimum: mean over the images of each one's smallest value.
-        mean_maximum: mean over the images of each one's largest value.
-        smallest: smallest magnitude that is not zero; ``inf`` if all are.
-        channels: whether each channel's extremes are recorded as well.
-        channel_minimum: ``(C,)`` smallest value along the second axis, for those tensors.
-        channel_maximum: ``(C,)`` likewise the largest.
-        count: how many values.
-        subnormal: how many non-zero values are below FP16's normal numbers (6.1e-5).
-        vanishing: how many non-zero values FP16 rounds to zero. With a histogram, these
-            three are known once :meth:`close_` was called.
-        histogram: of all values, for the tensors it was asked for.
-    """
-
-    minimum: float = np.inf
-    maximum: float = -np.inf
-    images: int = 0
-    mean_minimum: float = 0.0
-    mean_maximum: float = 0.0
-    smallest: float = np.inf
-    channels: bool = False
-    channel_minimum: Extremes = field(default_factory=lambda: np.array(np.inf, np.float32))
-    channel_maximum: Extremes = field(default_factory=lambda: np.array(-np.inf, np.float32))
-    count: int = 0
-    subnormal: int = 0
-    vanishing: int = 0
-    histogram: Histogram | None = None
-
-    @property
-    def largest(self) -> float:
-        """The largest magnitude; 0 where nothing was seen."""
-        return max(self.maximum, -self.minimum, 0.0)
-
-    def add_(self, values: npt.NDArray[np.float32]) -> bool:
-        """Take in one batch ``(N, ...)``; return whether all of it was finite."""
-        rows = values.reshape(len(values), -1)
-        together = max(1, CHUNK // max(rows.shape[1], 1))  # while they are in the cache
-        for start in range(0, len(rows), together):
-            if not self._add_rows_(rows[start : start + together]):
-                return False
-        if self.channels:
-            flat = values.reshape(len(values), values.shape[1], -1)  # (N, C, rest)
-            self.channel_minimum = np.minimum(self.channel_minimum, flat.min(axis=(0, 2)))
-            self.channel_maximum = np.maximum(self.channel_maximum, flat.max(axis=(0, 2)))
-        return True
-
-    def _add_rows_(self, rows: npt.NDArray[np.float32]) -> bool:
-        """Take in some images ``(N, values)``; return whether all of it was finite."""
-        low, high = rows.min(axis=1), rows.max(axis=1)
-        if not (np.isfinite(low).all() and np.isfinite(high).all()):  # NaN is passed on by both
-            return False
-        self.minimum = min(self.minimum, float(low.min()))
-        self.maximum = max(self.maximum, float(high.max()))
-        before, self.images = self.images, self.images + len(low)
-        self.mean_minimum = (self.mean_minimum * before + float(low.sum())) / self.images
-        self.mean_maximum = (self.mean_maximum * before + float(high.sum())) / self.images
-        self.count += rows.size
-        if self.histogram is None:
-            self._add_small_(rows.reshape(-1))
-        else:
-            self.histogram.minimum, self.histogram.maximum = self.minimum, self.maximum
-            self.histogram.count_(rows.reshape(-1))
-        return True
-
-    def _add_small_(self, flat: npt.NDArray[np.float32]) -> None:
-        """Count the small magnitudes of a tensor without a histogram."""
-        for start in range(0, flat.size, _FEW):
-            magnitude = np.abs(flat[start : start + _FEW])
-            least = float(magnitude.min())
-            if least < FP16_SMALLEST_NORMAL:
-                small = magnitude[magnitude < FP16_SMALLEST_NORMAL]
-                small = small[small > 0]
-                self.subnormal += small.size
-                self.vanishing += int(np.count_nonzero(small <= FP16_SMALLEST))
-                least = float(
-                    (small if small.size else magnitude[magnitude > 0]).min(initial=np.inf)
-                )
-            self.smallest = min(self.smallest, least)
-
-    def merged(self, other: TensorRange) -> TensorRange:
-        """Return the range of both sets of images."""
-        images = max(self.images + other.images, 1)
-        ours, theirs = self.images / images, other.images / images
-        histogram = self.histogram
-        if histogram is not None and other.histogram is not None:
-            histogram = histogram.merged(other.histogram)
-        return TensorRange(
-            minimum=min(self.minimum, other.minimum),
-            maximum=max(self.maximum, other.maximum),
-            images=self.images + other.images,
-            mean_minimum=self.mean_minimum * ours + other.mean_minimum * theirs,
-            mean_maximum=self.mean_maximum * ours + other.mean_maximum * theirs,
-            smallest=min(self.smallest, other.smallest),
-            channels=self.channels,
-            channel_minimum=np.minimum(self.channel_minimum, other.channel_minimum),
-            channel_maximum=np.maximum(self.channel_maximum, other.channel_maximum),
-            count=self.count + other.count,
-            subnormal=self.subnormal + other.subnormal,
-            vanishing=self.vanishing + other.vanishing,
-            histogram=histogram,
-        )
-
-    def close_(self) -> None:
-        """Take the counts of small magnitudes from the histogram, whose bins end at them."""
-        histogram = self.histogram
-        if histogram is None:
-            return
-        self.subnormal = histogram.below(FP16_SMALLEST_NORMAL) - histogram.zeros
-        self.vanishing = histogram.below(FP16_SMALLEST) - histogram.zeros
-        self.smallest = histogram.smallest
 
 
 @dataclass(frozen=True)
@@ -251,6 +127,7 @@ class _Recorder:
         channels: Collection[str],
     ) -> None:
         self.run = observer.run_in_own_memory()
+        self.bins = np.empty(0, np.uint32)
         self.records = {
             name: TensorRange(
                 histogram=Histogram() if name in histograms else None, channels=name in channels
@@ -260,9 +137,12 @@ class _Recorder:
 
     def take_(self, images: Images) -> int:
         """Take in one batch, and return how many images it holds."""
-        values_of = zip(self.records, (images, *self.run(images)), strict=True)
-        for name, values in values_of:
-            if not self.records[name].add_(values):
+        found = (images, *self.run(images))
+        largest = max(values.size for values in found)
+        if self.bins.size < largest:
+            self.bins = np.empty(largest, np.uint32)
+        for name, values in zip(self.records, found, strict=True):
+            if not self.records[name].add_(values, self.bins):
                 raise _not_finite(name, values)
         return len(images)
 

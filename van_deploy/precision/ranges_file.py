@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from van_deploy.errors import InputError
 from van_deploy.precision.histogram import Histogram
-from van_deploy.precision.ranges import Ranges, TensorRange
+from van_deploy.precision.ranges import Ranges
+from van_deploy.precision.tensor_range import TensorRange
 
 __all__ = ["ranges_from_file", "ranges_summary", "write_ranges"]
 

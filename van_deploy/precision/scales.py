@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from van_deploy.precision.histogram import Histogram, bin_centres, bin_edges
 from van_deploy.precision.plan import FP16_LARGEST, INT8_LIMIT, SMALLEST_SCALE, storable_scales
-from van_deploy.precision.ranges import TensorRange
+from van_deploy.precision.tensor_range import TensorRange
 
 __all__ = [
     "DEFAULT_PERCENTILE",
