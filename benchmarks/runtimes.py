@@ -19,10 +19,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.benchmark import BenchReport, Settings, race_report
+from van_deploy.bench.budget import Budget
 from van_deploy.bench.contender import Contender, Skipped
 from van_deploy.bench.contenders import BF16_FEATURES, contenders_of
-from van_deploy.bench.race import Budget, Row
+from van_deploy.bench.lane import Row
+from van_deploy.bench.report import BenchReport, race_report
+from van_deploy.bench.settings import Settings
 from van_deploy.bundle import Bundle, file_sha256
 from van_deploy.environment.hardware import cpu
 
@@ -40,10 +42,10 @@ PEERS = {
 }
 TORCH_BEST = ("pytorch-channels-last", "pytorch-compile", "pytorch-autocast")
 SAME_RUN_TIME = {  # our file against every peer's file of that precision in that run time
-    "onnxruntime/fp32": [name for name, p in PEERS.items() if p[1:] == ("onnxruntime", "fp32")],
+    "ort-cpu/fp32": [name for name, p in PEERS.items() if p[1:] == ("onnxruntime", "fp32")],
     "openvino/fp32": [name for name, p in PEERS.items() if p[1:] == ("openvino", "fp32")],
     "openvino-bf16/fp32": ["peer:openvino-direct-bf16"],
-    "onnxruntime/int8-cpu": ["peer:ort-int8"],
+    "ort-cpu/int8-cpu": ["peer:ort-int8"],
 }
 NOISE = 0.98  # two runs of the same file differ by as much: below it, slower is slower
 AGREE_WITHIN_PERCENT = 5.0
@@ -115,7 +117,9 @@ def _prepared(
     images = _images(max(arguments.batches))
     np.save(folder / "images.npy", images)
     bundle = _bundle(variant, folder)
-    entries = [e for e in contenders_of(bundle) if not e.name.startswith("onnxruntime-")]
+    entries = [
+        e for e in contenders_of(bundle) if not e.name.startswith(("ort-cuda/", "ort-tensorrt/"))
+    ]
     peers = subprocess.run(
         [
             sys.executable,
@@ -238,15 +242,15 @@ def _claims(variant: str, report: BenchReport) -> Iterable[dict[str, object]]:
         torch_best = max(own, key=lambda n: rows[n].images_per_s or 0.0, default=None)
         if "pytorch" in rows:
             yield _at_least(f"{where}: {best} >= 5 x PyTorch eager", rows, best, "pytorch", 5.0)
-            name = "onnxruntime/fp32"
+            name = "ort-cpu/fp32"
             yield _at_least(f"{where}: {name} >= 2.5 x PyTorch eager", rows, name, "pytorch", 2.5)
         if torch_best:
             text = f"{where}: {best} >= 2 x the best of PyTorch's own ({torch_best})"
             yield _at_least(text, rows, best, torch_best, 2.0)
         peer = "peer:torchscript-17+sim"
         if peer in rows:
-            text = f"{where}: onnxruntime/fp32 >= 1.3 x opset-17 export + onnxsim"
-            yield _at_least(text, rows, "onnxruntime/fp32", peer, 1.3)
+            text = f"{where}: ort-cpu/fp32 >= 1.3 x opset-17 export + onnxsim"
+            yield _at_least(text, rows, "ort-cpu/fp32", peer, 1.3)
         for name, peers in SAME_RUN_TIME.items():
             for peer in peers:
                 if name in rows and peer in rows:

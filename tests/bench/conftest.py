@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from van_deploy.bench.benchmark import Settings
-from van_deploy.bench.race import Budget
+from van_deploy.bench.budget import Budget
+from van_deploy.bench.settings import Settings
 from van_deploy.bundle import Bundle
 from van_deploy.pipeline import export_bundle, load_for
 from van_deploy.recipe import recipe_named
@@ -28,7 +28,7 @@ def quick() -> Settings:
     return Settings(
         batches=(1, 2),
         threads=1,
-        runners=("onnxruntime",),
+        runners=("ort-cpu",),
         budget=Budget(seconds=0.1, calls=4, limit_s=0.5, rounds=2, warmup_s=0.02),
         roofline=False,
     )

@@ -12,25 +12,26 @@ from typing import Any
 import pytest
 
 from tests.conftest import Cli
-from van_deploy.bench.benchmark import BenchReport, Settings, benchmark_bundle
+from van_deploy.bench.benchmark import benchmark_bundle
+from van_deploy.bench.budget import Budget
 from van_deploy.bench.compare import compare_reports, read_report
 from van_deploy.bench.machine import Watch, busy_cores
+from van_deploy.bench.report import BenchReport
+from van_deploy.bench.settings import Settings
 from van_deploy.bench.store import save_report
 from van_deploy.bundle import Bundle
 from van_deploy.errors import InputError, UsageError
 
 QUICK_WORDS = (
     *("--seconds", "0.05", "--calls", "2", "--rounds", "2", "--warmup", "0", "--limit", "0.2"),
-    *("--threads", "1", "--runners", "onnxruntime"),
+    *("--threads", "1", "--runners", "ort-cpu"),
 )
 
 
 @pytest.fixture(scope="module")
 def measured(digits: Bundle) -> BenchReport:
-    from van_deploy.bench.race import Budget
-
     budget = Budget(seconds=0.1, calls=4, limit_s=0.5, rounds=2, warmup_s=0.0)
-    settings = Settings((1, 2), threads=1, runners=("onnxruntime",), budget=budget)
+    settings = Settings((1, 2), threads=1, runners=("ort-cpu",), budget=budget)
     return benchmark_bundle(digits, settings)
 
 
@@ -59,9 +60,9 @@ def test_the_report_holds_what_is_needed_to_repeat_it(plain: dict[str, Any]) -> 
     assert plain["settings"]["budget"]["rounds"] == 2
     assert plain["versions"]["onnxruntime"]
     assert plain["machine"]["cpu"]["name"]
-    assert plain["contenders"]["onnxruntime/fp32"]["sha256"]
+    assert plain["contenders"]["ort-cpu/fp32"]["sha256"]
     assert plain["weights"]["sha256"]
-    assert plain["loading"]["onnxruntime/fp32"]["load_s"] > 0
+    assert plain["loading"]["ort-cpu/fp32"]["load_s"] > 0
     assert 0 <= plain["seconds"]["overhead_percent"] <= 100
 
 
@@ -76,7 +77,7 @@ def test_the_roofline_stands_above_what_was_measured(plain: dict[str, Any]) -> N
 def test_the_reference_is_the_first_that_runs_unless_it_was_named(
     digits: Bundle, measured: BenchReport, quick: Settings
 ) -> None:
-    assert measured.facts["reference"] == "onnxruntime/fp32"
+    assert measured.facts["reference"] == "ort-cpu/fp32"
     with pytest.raises(UsageError, match="The reference 'pytorch-compile' is not among"):
         benchmark_bundle(digits, replace(quick, reference="pytorch-compile"))
 
@@ -84,12 +85,12 @@ def test_the_reference_is_the_first_that_runs_unless_it_was_named(
 def test_a_latency_limit_gives_the_best_batch_below_it(digits: Bundle, quick: Settings) -> None:
     report = benchmark_bundle(digits, replace(quick, p99_ms=1e6))
     under = report.facts["best_under_p99"]
-    best = under["best"]["onnxruntime/fp32"]
+    best = under["best"]["ort-cpu/fp32"]
     assert [row.batch for row in report.rows] == [1, 2, 4, 8, 16, 32]
     assert best["images_per_s"] == max(row.images_per_s or 0 for row in report.rows)
     report = benchmark_bundle(digits, replace(quick, p99_ms=1e-6))
     assert [row.batch for row in report.rows] == [1], "what is too slow is not tried at more"
-    assert report.facts["best_under_p99"]["best"]["onnxruntime/fp32"] is None
+    assert report.facts["best_under_p99"]["best"]["ort-cpu/fp32"] is None
 
 
 def test_other_image_sizes_run_the_same_weights(digits: Bundle, quick: Settings) -> None:
@@ -184,12 +185,12 @@ def test_the_command_prints_tables_and_one_json(digits: Bundle, cli: Cli, tmp_pa
     words = (digits.path, "--batches", "1", *QUICK_WORDS, "--no-save", "--output", output)
     first = cli("bench", *words)
     assert first.exit_code == 0
-    assert "onnxruntime/fp32" in first.stdout
+    assert "ort-cpu/fp32" in first.stdout
     assert "Roofline" in first.stdout
     second = cli("bench", *words, "--json", "--compare", output)
     result = json.loads(second.stdout)
-    assert result["schema"] == "van-deploy/bench/1"
-    assert result["changes"][0]["contender"] == "onnxruntime/fp32"
+    assert result["schema"] == "van-deploy/bench/2"
+    assert result["changes"][0]["contender"] == "ort-cpu/fp32"
     assert not (digits.path / "bench.json").exists()
 
 

@@ -18,8 +18,8 @@ from van_deploy.errors import BundleError, MissingDependency, UsageError
 ENTRIES: list[Contender | Skipped] = [
     Contender("pytorch", "pytorch", "fp32"),
     Contender("pytorch-compile", "pytorch", "fp32"),
-    Contender("onnxruntime/fp32", "onnxruntime", "fp32"),
-    Contender("onnxruntime/int8-cpu", "onnxruntime", "int8"),
+    Contender("ort-cpu/fp32", "onnxruntime", "fp32"),
+    Contender("ort-cpu/int8-cpu", "onnxruntime", "int8"),
     Skipped("openvino/fp32", "OpenVINO is not installed", "Install it."),
 ]
 
@@ -30,8 +30,8 @@ ENTRIES: list[Contender | Skipped] = [
         ((), [entry.name for entry in ENTRIES]),
         (("pytorch",), ["pytorch"]),
         (("pytorch*",), ["pytorch", "pytorch-compile"]),
-        (("onnxruntime",), ["onnxruntime/fp32", "onnxruntime/int8-cpu"]),
-        (("*/int8*", "pytorch"), ["pytorch", "onnxruntime/int8-cpu"]),
+        (("ort-cpu",), ["ort-cpu/fp32", "ort-cpu/int8-cpu"]),
+        (("*/int8*", "pytorch"), ["pytorch", "ort-cpu/int8-cpu"]),
     ],
 )
 def test_runners_are_chosen_by_name_run_time_or_pattern(
@@ -44,7 +44,7 @@ def test_an_unknown_runner_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError) as caught:
         chosen(ENTRIES, ("tvm",))
     assert caught.value.message == "There is no runner 'tvm' here."
-    assert "onnxruntime/fp32" in caught.value.remedy
+    assert "ort-cpu/fp32" in caught.value.remedy
 
 
 def test_a_missing_runner_that_was_asked_for_is_an_error() -> None:
@@ -86,11 +86,11 @@ def test_every_artefact_has_an_entry_and_what_cannot_run_has_a_reason(
     )
     entries = {entry.name: entry for entry in contenders_of(bundle)}
     assert isinstance(entries["pytorch"], Contender)
-    assert isinstance(entries["onnxruntime/fp32"], Contender)
-    assert isinstance(entries["onnxruntime/int8-cpu"], Contender)
+    assert isinstance(entries["ort-cpu/fp32"], Contender)
+    assert isinstance(entries["ort-cpu/int8-cpu"], Contender)
     for name, words in {
-        "onnxruntime/fp16": "FP16 is for GPUs",
-        "onnxruntime/int8": "quantised for tensorrt",
+        "ort-cpu/fp16": "FP16 is for GPUs",
+        "ort-cpu/int8": "quantised for tensorrt",
         "openvino/int8": "quantised for tensorrt",
     }.items():
         entry = entries[name]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from van_deploy.bench.budget import Budget
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.process import WorkerError, WorkerProcess
-from van_deploy.bench.race import Budget, Race
+from van_deploy.bench.race import Race
 from van_deploy.bench.worker import Worker
 from van_deploy.bundle import Bundle
 
@@ -21,7 +22,7 @@ QUICK = Budget(seconds=0.05, calls=2, limit_s=0.3, rounds=2, warmup_s=0.0)
 
 @pytest.fixture
 def graph(digits: Bundle) -> Contender:
-    return Contender("onnxruntime/fp32", "onnxruntime", "fp32", str(digits.verified("fp32")))
+    return Contender("ort-cpu/fp32", "onnxruntime", "fp32", str(digits.verified("fp32")))
 
 
 def state(pid: int) -> str:
@@ -84,11 +85,11 @@ def test_a_killed_worker_is_a_row_and_starts_again_at_the_next_batch(
         os.kill(victim.pid, signal.SIGKILL)
         first = {row.contender: row for row in race.run(images, 1, 64, QUICK, "other")}
         second = {row.contender: row for row in race.run(images, 2, 64, QUICK, "other")}
-    assert first["onnxruntime/fp32"].error_kind == "killed"
-    assert "SIGKILL" in first["onnxruntime/fp32"].error
+    assert first["ort-cpu/fp32"].error_kind == "killed"
+    assert "SIGKILL" in first["ort-cpu/fp32"].error
     assert first["other"].latency is not None
-    assert second["onnxruntime/fp32"].latency is not None
-    assert second["onnxruntime/fp32"].ratio is not None
+    assert second["ort-cpu/fp32"].latency is not None
+    assert second["ort-cpu/fp32"].ratio is not None
 
 
 def test_a_batch_outside_the_profile_is_a_row_and_the_rest_goes_on(

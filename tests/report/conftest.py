@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from van_deploy.bench.benchmark import Settings, benchmark_bundle
-from van_deploy.bench.race import Budget
+from van_deploy.bench.benchmark import benchmark_bundle
+from van_deploy.bench.budget import Budget
+from van_deploy.bench.settings import Settings
 from van_deploy.bench.store import save_report
 from van_deploy.bundle import Bundle
 from van_deploy.checks.drift import drift_of_bundle
@@ -41,7 +42,7 @@ def full(tmp_path_factory: pytest.TempPathFactory, bare: Bundle) -> Bundle:
     record_check(bundle, "drift", drift.as_dict())
     record_check(bundle, "evaluate", accuracy_of_digits(bundle))
     budget = Budget(seconds=0.05, calls=2, limit_s=0.2, rounds=2, warmup_s=0.0)
-    settings = Settings((1, 2), threads=1, runners=("onnxruntime*", "openvino"), budget=budget)
+    settings = Settings((1, 2), threads=1, runners=("ort-*", "openvino"), budget=budget)
     save_report(benchmark_bundle(Bundle.open(folder), settings).as_dict(), bundle, None)
     return Bundle.open(folder)
 

@@ -127,11 +127,11 @@ def test_preferred_sizes_come_from_the_benchmark(digits: Bundle) -> None:
     assert preferred_batches(digits, "fp32-uint8", 8) == (2, 8)
     rates = {1: 100.0, 2: 150.0, 4: 195.0, 8: 200.0, 16: 300.0}
     rows = [
-        {"contender": "onnxruntime/fp32", "batch": batch, "images_per_s": rate}
+        {"contender": "ort-cpu/fp32", "batch": batch, "images_per_s": rate}
         for batch, rate in rates.items()
         if batch <= 8
     ]
-    rows.append({"contender": "onnxruntime/int8", "batch": 1, "images_per_s": 9e9})
+    rows.append({"contender": "ort-cpu/int8", "batch": 1, "images_per_s": 9e9})
     checks = {**digits.manifest["checks"], "bench": {"rows": rows}}
     measured = Bundle(digits.path, {**digits.manifest, "checks": checks})
     assert preferred_batches(measured, "fp32-uint8", 8) == (4, 8)

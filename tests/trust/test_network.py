@@ -94,7 +94,7 @@ def commands(folder: Path) -> list[list[str]]:
         ["predict", bundle, f"{bundle}/canary.png"],
         ["package", "triton", bundle, "--output", str(folder / "triton")],
         [
-            *("bench", bundle, "--runners", "onnxruntime", "--batches", "1", "--seconds", "0.1"),
+            *("bench", bundle, "--runners", "ort-cpu", "--batches", "1", "--seconds", "0.1"),
             *("--calls", "2", "--limit", "0.2", "--rounds", "1", "--warmup", "0", "--no-save"),
         ],
         ["report", bundle],

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.benchmark import SCHEMA
+from van_deploy.bench.report import SCHEMA
 from van_deploy.errors import InputError, UsageError
 
-__all__ = ["Change", "compare_reports", "read_report"]
+__all__ = ["AGREE_WITHIN_PERCENT", "Change", "agreement", "compare_reports", "read_report"]
+
+AGREE_WITHIN_PERCENT = 5.0
+"""Two runs of the same files agree on a ratio that changed by no more."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Change:
         ratio_before: times faster than the reference, old; None without one.
         ratio_after: the same, new.
         ratio_change_percent: from the one to the other: what two runs should agree on.
+        uncertainty_percent: how much of that the two 95 % intervals leave open.
+        moved: whether the ratio changed by more than that and by more than 5 %.
         same_file: whether both timed the same bytes.
     """
 
@@ -40,6 +46,8 @@ class Change:
     ratio_before: float | None
     ratio_after: float | None
     ratio_change_percent: float | None
+    uncertainty_percent: float | None
+    moved: bool
     same_file: bool
 
 
@@ -64,7 +72,7 @@ def read_report(path: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         raise InputError(
             f"'{path}' has schema '{schema}'; this version reads '{SCHEMA}'.",
-            "Measure again with this version.",
+            "Measure again with this version: runners, ratios or rounds are written differently.",
         )
     return report
 
@@ -95,6 +103,31 @@ def compare_reports(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Chan
             "Measure the same runners at the same batch sizes.",
         )
     return changes
+
+
+def agreement(changes: Sequence[Change]) -> dict[str, Any]:
+    """Return in how many ratios two runs agree, ready for JSON.
+
+    ``within`` changed by 5 % or less; ``open`` by more, but by no more than their own
+    uncertainty; ``moved`` by more than both. ``worst`` names the largest change.
+    """
+    known = [c for c in changes if c.ratio_change_percent is not None and c.ratio_after != 1.0]
+    worst = max(known, key=lambda c: abs(c.ratio_change_percent or 0.0), default=None)
+    moved = [c for c in known if c.moved]
+    within = sum(abs(c.ratio_change_percent or 0.0) <= AGREE_WITHIN_PERCENT for c in known)
+    return {
+        "within_percent": AGREE_WITHIN_PERCENT,
+        "ratios": len(known),
+        "within": within,
+        "open": len(known) - within - len(moved),
+        "moved": [_named(change) for change in moved],
+        "worst": _named(worst) if worst else None,
+        "worst_percent": worst.ratio_change_percent if worst else None,
+    }
+
+
+def _named(change: Change) -> str:
+    return f"{change.contender} at batch {change.batch}, {change.image_size} pixels"
 
 
 def _device(report: Mapping[str, Any]) -> str:
@@ -129,12 +162,10 @@ def _change(
 ) -> Change:
     before, after = old["latency"]["p50_ms"], new["latency"]["p50_ms"]
     ratios = [row["ratio"]["median"] if row["ratio"] else None for row in (old, new)]
+    change, open_percent = _ratio_change(old["ratio"], new["ratio"])
     digests = [
         report["contenders"][new["contender"]]["sha256"] for report in (old_report, new_report)
     ]
-    change = None
-    if ratios[0] is not None and ratios[1] is not None:
-        change = 100 * (ratios[1] / ratios[0] - 1)
     return Change(
         contender=new["contender"],
         batch=new["batch"],
@@ -145,5 +176,24 @@ def _change(
         ratio_before=ratios[0],
         ratio_after=ratios[1],
         ratio_change_percent=change,
+        uncertainty_percent=open_percent,
+        moved=change is not None
+        and open_percent is not None
+        and abs(change) > max(AGREE_WITHIN_PERCENT, open_percent),
         same_file=digests[0] == digests[1],
     )
+
+
+def _ratio_change(
+    old: Mapping[str, Any] | None, new: Mapping[str, Any] | None
+) -> tuple[float | None, float | None]:
+    """Return a ratio's change in percent, and how much of it the two intervals leave open.
+
+    The ends that face each other count, added as independent errors are.
+    """
+    if old is None or new is None:
+        return None, None
+    change = math.log(new["median"] / old["median"])
+    towards = ("high", "low") if change > 0 else ("low", "high")
+    ends = (abs(math.log(r[end] / r["median"])) for r, end in zip((old, new), towards, strict=True))
+    return 100 * math.expm1(change), 100 * math.expm1(math.hypot(*ends))

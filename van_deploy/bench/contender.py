@@ -17,7 +17,7 @@ class Contender:
     """One network in one run time.
 
     Attributes:
-        name: what reports call it, such as ``onnxruntime/fp32``.
+        name: what reports call it, such as ``ort-cpu/fp32``.
         runtime: ``pytorch``, ``onnxruntime``, ``openvino`` or ``tensorrt``.
         precision: of the arithmetic: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
         file: the ONNX file or plan to open; "" for PyTorch.

@@ -119,10 +119,10 @@ def _graph(artefact: Artefact, path: str, processor: Cpu, gpu: bool) -> Iterable
 
     reason = _not_for_cpus(artefact)
     if reason:
-        yield Skipped(f"onnxruntime/{artefact.name}", reason)
+        yield Skipped(f"ort-cpu/{artefact.name}", reason)
         yield Skipped(f"openvino/{artefact.name}", reason)
     else:
-        yield contender("onnxruntime", "onnxruntime", artefact.precision)
+        yield contender("ort-cpu", "onnxruntime", artefact.precision, "ort-cpu")
         if importlib.util.find_spec("openvino") is None:
             remedy = "Install it with `pip install 'van-deploy[openvino]'`."
             yield Skipped(f"openvino/{artefact.name}", "OpenVINO is not installed", remedy)

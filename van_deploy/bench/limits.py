@@ -1,15 +1,19 @@
-"""What a bundle could do at best on a GPU that is not at hand, from figures on paper."""
+"""What a bundle could do at best: here, and on paper on a GPU that is not at hand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from van_deploy.bench.ceilings import Ceilings
+from van_deploy.bench.contender import Contender
 from van_deploy.bench.devices import paper_ceilings
-from van_deploy.bench.roofline import limit_of, work_of_file
+from van_deploy.bench.lane import Row
+from van_deploy.bench.roofline import Work, limit_of, work_of_file
 from van_deploy.bundle import Bundle
 
-__all__ = ["paper_limits"]
+__all__ = ["measured_limits", "paper_limits"]
 
 ASSUMED = {"fp32": ("fp32", "tf32", "fp16"), "fp16": ("fp16",), "int8": ("fp16",)}
 """The floating-point arithmetic an engine made from an artefact may use. The quantised
@@ -51,3 +55,36 @@ def paper_limits(bundle: Bundle, device: str, batches: Sequence[int]) -> dict[st
         "ceilings": ceilings.as_dict(),
         "limits": limits,
     }
+
+
+def measured_limits(
+    contenders: Sequence[Contender], rows: Sequence[Row], ceilings: Ceilings
+) -> list[dict[str, Any]]:
+    """Return each row's time over the least possible time for the same graph."""
+    graphs = {c.name: c for c in contenders if c.file.endswith(".onnx")}
+    plain = next((c for c in graphs.values() if c.precision == "fp32"), None)
+    counted: dict[tuple[str, int, int], Work] = {}
+    result = []
+    for row in rows:
+        contender = next(c for c in contenders if c.name == row.contender)
+        graph = graphs.get(row.contender, plain)  # PyTorch does the same arithmetic
+        if row.latency is None or graph is None:
+            continue
+        key = (graph.file, row.batch, row.image_size)
+        if key not in counted:
+            counted[key] = work_of_file(Path(graph.file), row.batch, row.image_size)
+        limit = limit_of(counted[key], ceilings, contender.precision)
+        if limit is None:
+            continue
+        per_batch = 1e3 * row.batch / row.images_per_s if row.images_per_s else row.latency.p50_ms
+        result.append(
+            {
+                "contender": row.contender,
+                "batch": row.batch,
+                "image_size": row.image_size,
+                "work": counted[key].as_dict(),
+                "limit": limit.as_dict(),
+                "percent_of_limit": 100 * limit.ms / per_batch,
+            }
+        )
+    return result

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["CV_LIMIT_PERCENT", "Latency", "Ratio", "latency_of", "paired_ratio", "percentile"]
+from van_deploy.bench.budget import LEAST_ROUNDS
+
+__all__ = [
+    "CV_LIMIT_PERCENT",
+    "Latency",
+    "Ratio",
+    "latency_of",
+    "paired_ratio",
+    "percentile",
+    "ratio_of",
+    "slice_ms",
+]
 
 CV_LIMIT_PERCENT = 2.5
 """Coefficient of variation above which trtexec, too, calls its timings unstable."""
@@ -41,15 +53,28 @@ class Ratio:
 
     Attributes:
         median: over the rounds.
-        low: the least favourable round.
-        high: the most favourable round.
+        low: lower end of the median's 95 % interval.
+        high: upper end of it.
+        least: the least favourable round.
+        most: the most favourable round.
         rounds: how many.
     """
 
     median: float
     low: float
     high: float
+    least: float
+    most: float
     rounds: int
+
+    @property
+    def uncertainty_percent(self) -> float:
+        """How far the interval reaches from the median, in percent of it."""
+        return 100 * max(self.high / self.median - 1, 1 - self.low / self.median)
+
+    def is_within(self, percent: float) -> bool:
+        """Return whether the rounds suffice for an interval, and it reaches no further."""
+        return self.rounds >= LEAST_ROUNDS and self.uncertainty_percent <= percent
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -77,16 +102,60 @@ def latency_of(milliseconds: Sequence[float]) -> Latency:
     )
 
 
+def slice_ms(milliseconds: Sequence[float]) -> float:
+    """Return what stands for one slice of calls: their mean.
+
+    Not their median: that forgets a short disturbance where a slice holds many
+    calls and cannot where it holds one, and so would flatter the faster of two.
+    What disturbs few slices is left out by the median over the rounds.
+    """
+    return statistics.fmean(milliseconds)
+
+
+def ratio_of(rounds: Sequence[float]) -> Ratio | None:
+    """Return the median of each round's ratio, and its 95 % interval; None without a round.
+
+    The interval is the one of order statistics, which assumes nothing of how
+    the rounds are distributed; fewer than six have none, and get all they span.
+
+    >>> ratio_of([2.0, 3.0, 2.0])
+    Ratio(median=2.0, low=2.0, high=3.0, least=2.0, most=3.0, rounds=3)
+    """
+    if not rounds:
+        return None
+    ordered = sorted(rounds)
+    cut = _cut(len(ordered))
+    return Ratio(
+        median=statistics.median(ordered),
+        low=ordered[cut],
+        high=ordered[-1 - cut],
+        least=ordered[0],
+        most=ordered[-1],
+        rounds=len(ordered),
+    )
+
+
 def paired_ratio(reference: Sequence[float], own: Sequence[float]) -> Ratio | None:
-    """Return how many times faster ``own`` is, from each round's median of both.
+    """Return how many times faster ``own`` is, from each round's slice of both.
 
     Dividing within a round cancels what slows the whole machine for a while,
     which dividing two overall medians does not. None without a common round.
 
-    >>> paired_ratio([10.0, 20.0, 12.0], [5.0, 10.0, 4.0])
-    Ratio(median=2.0, low=2.0, high=3.0, rounds=3)
+    >>> paired_ratio([10.0, 20.0, 12.0], [5.0, 10.0, 4.0]).median
+    2.0
     """
-    ratios = [slow / fast for slow, fast in zip(reference, own, strict=False)]
-    if not ratios:
-        return None
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios), len(ratios))
+    return ratio_of([slow / fast for slow, fast in zip(reference, own, strict=False)])
+
+
+def _cut(count: int) -> int:
+    """Return how many values to leave out at either end for 95 % around the median.
+
+    >>> [_cut(n) for n in (5, 6, 8, 9, 20, 30)]
+    [0, 0, 0, 1, 5, 9]
+    """
+    tail = cut = 0
+    while True:
+        tail += math.comb(count, cut)  # so many of 2^count ways leave at most `cut` below
+        if 2 * tail > 0.05 * 2**count:
+            return max(0, cut - 1)
+        cut += 1

@@ -12,7 +12,7 @@ from van_deploy.cli.console import AsJson, emit, plain, progress, remark
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from van_deploy.bench.benchmark import Settings
+    from van_deploy.bench.settings import Settings
     from van_deploy.bundle import Bundle
 
 __all__ = ["bench", "integers"]
@@ -29,7 +29,7 @@ def bench(
     runners: Annotated[
         str,
         typer.Option(
-            help="Only these, such as 'pytorch,onnxruntime,openvino/int8'; * is any text.",
+            help="Only these, such as 'pytorch,ort-cpu,openvino/int8-cpu'; * is any text.",
             rich_help_panel=WHAT,
         ),
     ] = "",
@@ -67,11 +67,18 @@ def bench(
     calls: Annotated[int, typer.Option(help="Calls at least.", rich_help_panel=HOW)] = 100,
     limit: Annotated[
         float,
-        typer.Option(help="Seconds at most, even with fewer calls.", rich_help_panel=HOW),
+        typer.Option(help="Seconds at most, settled or not.", rich_help_panel=HOW),
     ] = 10.0,
     rounds: Annotated[
-        int, typer.Option(help="Rounds that is spread over.", rich_help_panel=HOW)
-    ] = 6,
+        int, typer.Option(help="Rounds --seconds are spread over.", rich_help_panel=HOW)
+    ] = 30,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            help="Go on until a ratio's 95 % interval is within this many percent.",
+            rich_help_panel=HOW,
+        ),
+    ] = 2.0,
     warmup: Annotated[
         float, typer.Option(help="Unmeasured seconds before the first round.", rich_help_panel=HOW)
     ] = 1.0,
@@ -90,8 +97,8 @@ def bench(
 
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
     """
-    from van_deploy.bench.benchmark import Settings
-    from van_deploy.bench.race import Budget
+    from van_deploy.bench.budget import Budget
+    from van_deploy.bench.settings import Settings
     from van_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
@@ -103,7 +110,7 @@ def bench(
         runners=tuple(name.strip() for name in runners.split(",") if name.strip()),
         reference=reference,
         p99_ms=p99_ms,
-        budget=Budget(seconds, calls, max(limit, seconds), rounds, warmup),
+        budget=Budget(seconds, calls, max(limit, seconds), rounds, warmup, tolerance),
     )
     if device:
         _print_limits(opened, device, settings, as_json)
@@ -137,9 +144,10 @@ def _measure(
     as_json: bool,
 ) -> None:
     from van_deploy.bench.benchmark import benchmark_bundle
-    from van_deploy.bench.compare import compare_reports, read_report
+    from van_deploy.bench.compare import agreement, compare_reports, read_report
     from van_deploy.bench.store import save_report
-    from van_deploy.report.bench_view import bench_tables, change_table
+    from van_deploy.report.bench_changes import change_table
+    from van_deploy.report.bench_view import bench_tables
     from van_deploy.report.tables import stack
 
     old = read_report(compare) if compare else None
@@ -155,12 +163,15 @@ def _measure(
     changes = compare_reports(old, result) if old else []
     if changes:
         result["changes"] = plain(changes)
+        result["agreement"] = agreement(changes)
     if as_json:
         for warning in result["warnings"]:
             remark(f"warning: {warning}")
 
     def table(values: dict[str, Any]) -> RenderableType:
-        return stack(bench_tables(values), change_table(changes) if changes else None)
+        return stack(
+            bench_tables(values), change_table(changes, agreement(changes)) if changes else None
+        )
 
     emit(result, as_json, table)
 

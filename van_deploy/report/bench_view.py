@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -19,7 +19,7 @@ from van_deploy.report.tables import (
     stack,
 )
 
-__all__ = ["bench_tables", "change_table", "limits_table", "machine_text", "ms_text", "ratio_text"]
+__all__ = ["bench_tables", "limits_table", "machine_text", "ms_text", "ratio_text"]
 
 
 def bench_tables(report: Mapping[str, Any]) -> RenderableType:
@@ -45,44 +45,14 @@ def machine_text(machine: Mapping[str, Any]) -> str:
 
 
 def ratio_text(ratio: Mapping[str, Any] | None) -> str | None:
-    """Return a ratio with its spread over the rounds.
+    """Return a ratio with its 95 % interval.
 
-    >>> ratio_text({"median": 4.132, "low": 4.0, "high": 4.31, "rounds": 6})
+    >>> ratio_text({"median": 4.132, "low": 4.0, "high": 4.31, "rounds": 30})
     '4.13 (4.00-4.31)'
     """
     if ratio is None:
         return None
     return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
-
-
-def change_table(changes: Iterable[Any]) -> RenderableType:
-    """Return one line a row that two benchmarks have in common."""
-    columns = (
-        "runner",
-        Column("batch", "right"),
-        Column("size", "right"),
-        Column("before ms", "right"),
-        Column("after ms", "right"),
-        Column("times faster", "right"),
-        Column("ratio change", "right"),
-        "file",
-    )
-    rows = (
-        (
-            change.contender,
-            change.batch,
-            change.image_size,
-            ms_text(change.before_ms),
-            ms_text(change.after_ms),
-            f"{change.speedup:.3f}",
-            None
-            if change.ratio_change_percent is None
-            else f"{change.ratio_change_percent:+.1f} %",
-            "same" if change.same_file else "another",
-        )
-        for change in changes
-    )
-    return rows_table(columns, rows, "Compared with the older benchmark")
 
 
 def limits_table(name: str, source: str, limits: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -125,7 +95,7 @@ def _facts(report: Mapping[str, Any]) -> dict[str, object]:
         "images": settings["images"],
         "time": f"{seconds['wall']:.0f} s, of which {seconds['timed']:.0f} s timed, "
         f"{seconds['overhead_percent']:.0f} % outside the {len(set(used))} runners",
-        "faster": f"times faster than {report['reference']}, paired by round (lowest-highest)"
+        "faster": f"times faster than {report['reference']}, paired by round (95 % interval)"
         if report["reference"]
         else "nothing to compare with",
     }
@@ -141,7 +111,8 @@ def _latency_table(report: Mapping[str, Any]) -> RenderableType:
         Column("p90 ms", "right"),
         Column("p99 ms", "right"),
         Column("images/s", "right"),
-        Column("faster (rounds)", "right"),
+        Column("faster (95 %)", "right"),
+        Column("rounds", "right"),
     ]
     rows = [_latency_row(row, several) for row in _ordered(report["rows"])]
     failed = [
@@ -161,7 +132,7 @@ def _latency_row(row: Mapping[str, Any], several: bool) -> list[object]:
     latency = row["latency"]
     size = [row["image_size"]] if several else []
     if latency is None:
-        return [row["contender"], *size, row["batch"], *[None] * 5]
+        return [row["contender"], *size, row["batch"], *[None] * 6]
     return [
         row["contender"],
         *size,
@@ -169,7 +140,14 @@ def _latency_row(row: Mapping[str, Any], several: bool) -> list[object]:
         *(ms_text(latency[key]) for key in ("p50_ms", "p90_ms", "p99_ms")),
         f"{row['images_per_s']:,.1f}",
         ratio_text(row["ratio"]),
+        _rounds(row),
     ]
+
+
+def _rounds(row: Mapping[str, Any]) -> Text:
+    """Return how many rounds a row took, marked where its ratio did not settle."""
+    loose = row["settled"] is False
+    return Text(f"{len(row['round_ms'])}{'*' if loose else ''}", style="yellow" if loose else "")
 
 
 def _best_table(report: Mapping[str, Any]) -> RenderableType | None:
@@ -262,10 +240,6 @@ def _skipped_table(report: Mapping[str, Any]) -> RenderableType | None:
     if not report["skipped"]:
         return None
     return notes((f"{s['name']}: {s['reason']}" for s in report["skipped"]), "SKIPPED")
-
-
-def _percent(value: float | None) -> str | None:
-    return None if value is None else f"{value:+.1f} %"
 
 
 def ms_text(value: float) -> str:

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from van_deploy import __version__
+from van_deploy.bench.report import SCHEMA
 from van_deploy.bundle import Bundle
 from van_deploy.errors import BundleError
 from van_deploy.manifest import Section as ManifestSection
@@ -121,7 +122,7 @@ def _bench(bundle: Bundle) -> Mapping[str, Any] | None:
         report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return report if str(report.get("schema", "")).startswith("van-deploy/bench/") else None
+    return report if report.get("schema") == SCHEMA else None
 
 
 def _subtitle(manifest: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ def speed_section(bench: Mapping[str, Any] | None) -> Section | None:
     if bench is None:
         return None
     settings, rows = bench["settings"], _measured(bench)
+    budget = settings["budget"]
     where = (
         f"{machine_text(bench['machine'])}; {settings['threads']} threads, "
         f"{settings['streams']} stream(s); {bench['date'][:10]}"
@@ -38,7 +39,11 @@ def speed_section(bench: Mapping[str, Any] | None) -> Section | None:
     blocks: list[Block] = [
         Text(
             f"Measured on {where}. Each runner in a process of its own, one "
-            f"awake at a time, in {settings['budget']['rounds']} rounds."
+            f"awake at a time, in turns of {1e3 * budget['seconds'] / budget['rounds']:.0f} ms or "
+            "one call of the reference, whichever is longer. A ratio is the median "
+            "of the rounds' own, each to the reference just before and after, with its 95 % "
+            f"interval; * marks one that did not settle within "
+            f"{budget['tolerance_percent']:g} %."
         )
     ]
     if bench["warnings"]:
@@ -218,7 +223,7 @@ def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
         str(row["batch"]),
         *(ms_text(latency[key]) for key in ("p50_ms", "p90_ms", "p99_ms")),
         f"{row['images_per_s']:,.1f}",
-        ratio_text(row["ratio"]) or "-",
+        (ratio_text(row["ratio"]) or "-") + ("*" if row["settled"] is False else ""),
         bytes_text(row["peak_rss_bytes"]),
         f"{latency['cv_percent']:.1f}",
         str(latency["calls"]),

@@ -1,0 +1,187 @@
+"""One contender in a race: its process, and what was measured of it at the current batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from van_deploy.bench.budget import Budget
+from van_deploy.bench.contender import Contender
+from van_deploy.bench.process import WorkerError, WorkerProcess
+from van_deploy.bench.timing import Latency, Ratio, latency_of, ratio_of, slice_ms
+
+__all__ = ["Lane", "Row"]
+
+REWARM_CALLS, REWARM_S = 2, 0.02
+"""Unmeasured calls after a process was woken: its threads start, its weights come back
+into the caches."""
+
+WARM_CALLS = 3  # the fastest of them tells how long a call takes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one batch size.
+
+    Attributes:
+        contender: which one.
+        batch: images a call.
+        image_size: side of the input in pixels.
+        streams: calls in flight at the same time.
+        latency: of all calls, seen from the process; None where it failed.
+        images_per_s: over all streams; None where it failed.
+        ratio: times faster than the reference at this batch; None where one of the two failed.
+        settled: whether the ratio's interval came within the budget's tolerance; None
+            without a ratio.
+        round_ms: each round's mean.
+        round_ratios: each round's ratio, to the reference just before and just after.
+        first_call_ms: the first call with this batch.
+        peak_rss_bytes: largest resident memory of the process at this batch.
+        device: latency the device itself measured, without transfers; None on a CPU.
+        error: why there are no figures; "" where there are.
+        error_kind: ``memory``, ``missing``, ``killed``, ``failed``, ``batch`` or "".
+    """
+
+    contender: str
+    batch: int
+    image_size: int
+    streams: int
+    latency: Latency | None = None
+    images_per_s: float | None = None
+    ratio: Ratio | None = None
+    settled: bool | None = None
+    round_ms: tuple[float, ...] = ()
+    round_ratios: tuple[float, ...] = ()
+    first_call_ms: float | None = None
+    peak_rss_bytes: int | None = None
+    device: Latency | None = None
+    error: str = ""
+    error_kind: str = ""
+
+
+@dataclass
+class Lane:
+    """A contender, its process, and what was measured of it at the current batch.
+
+    Attributes:
+        contender: which one.
+        process: its process; None before :meth:`start`.
+        loaded: what loading it took.
+        failure: why it does not run at this batch.
+        round_ms: the mean of each round, filled in by the race.
+        round_ratios: the ratio of each round, filled in by the race.
+        timed_s: seconds of timed calls at this batch.
+        calls: how many those were.
+        call_s: the fastest call while warming up.
+        all_timed_s: seconds of timed calls, of all batches.
+    """
+
+    contender: Contender
+    process: WorkerProcess | None = None
+    loaded: dict[str, Any] = field(default_factory=dict)
+    failure: WorkerError | None = None
+    round_ms: list[float] = field(default_factory=list)
+    round_ratios: list[float] = field(default_factory=list)
+    timed_s: float = 0.0
+    calls: int = 0
+    call_s: float = 0.0
+    all_timed_s: float = 0.0
+    _latencies: list[float] = field(default_factory=list)
+    _device_ms: list[float] = field(default_factory=list)
+    _first_call_ms: float | None = None
+    _peak_rss: int = 0
+
+    @property
+    def rounds(self) -> int:
+        """Return in how many rounds it was timed."""
+        return len(self.round_ms)
+
+    def load(self, process: WorkerProcess, streams: int) -> None:
+        """Open the contender in ``process``; a failure is kept."""
+        self.process, self.failure = process, None
+        try:
+            self.loaded = process.ask(
+                "load",
+                contender=self.contender.as_dict(),
+                threads=process.threads,
+                streams=streams,
+            )
+        except WorkerError as error:
+            self.failure = error
+
+    def feed(
+        self, images: Path, batch: int, preprocessing: Mapping[str, Any] | None, warmup_s: float
+    ) -> None:
+        """Forget the last batch, take the next and warm up; a failure is kept."""
+        self._forget()
+        refusal = self.contender.refuses(batch)
+        if refusal:
+            self.failure = WorkerError("batch", refusal)
+            return
+        try:
+            answer = self._ask("feed", images=str(images), batch=batch, preprocessing=preprocessing)
+            self._first_call_ms = 1e3 * answer["first_call_s"]
+            self.call_s = self._ask("warm", seconds=warmup_s, calls=WARM_CALLS)["call_s"]
+        except WorkerError as error:
+            self.failure = error
+
+    def time_slice(self, seconds: float) -> float | None:
+        """Time calls for ``seconds``, one at least; return their mean in ms, None on failure."""
+        try:
+            self._ask("warm", seconds=REWARM_S, calls=REWARM_CALLS)
+            answer = self._ask("measure", seconds=seconds, calls=1, limit_s=max(seconds, 1e-3))
+        except WorkerError as error:
+            self.failure = error
+            return None
+        self._latencies += answer["latencies_ms"]
+        self._device_ms += answer["device_ms"]
+        self._peak_rss = max(self._peak_rss, answer["peak_rss_bytes"])
+        self.calls += answer["calls"]
+        self.timed_s += answer["wall_s"]
+        self.all_timed_s += answer["wall_s"]
+        return slice_ms(answer["latencies_ms"])
+
+    def is_done(self, budget: Budget, *, compared: bool) -> bool:
+        """Return whether it need not be timed again; ``compared``: there is a reference."""
+        if self.failure is not None or budget.is_over(self.timed_s, self.rounds):
+            return True
+        met = budget.is_met(self.timed_s, self.calls, self.rounds)
+        return met and (not compared or self._is_settled(budget))
+
+    def row(self, batch: int, image_size: int, streams: int, budget: Budget) -> Row:
+        """Return what was measured."""
+        row = Row(self.contender.name, batch, image_size, streams)
+        if self.failure is not None or not self._latencies:
+            failure = self.failure or WorkerError("failed", "nothing was measured")
+            return replace(row, error=failure.message, error_kind=failure.kind)
+        ratio = ratio_of(self.round_ratios)
+        return replace(
+            row,
+            latency=latency_of(self._latencies),
+            images_per_s=batch * self.calls / self.timed_s,
+            ratio=ratio,
+            settled=self._is_settled(budget) if ratio else None,
+            round_ms=tuple(self.round_ms),
+            round_ratios=tuple(self.round_ratios),
+            first_call_ms=self._first_call_ms,
+            peak_rss_bytes=self._peak_rss,
+            device=latency_of(self._device_ms) if self._device_ms else None,
+        )
+
+    def _is_settled(self, budget: Budget) -> bool:
+        ratio = ratio_of(self.round_ratios)
+        return ratio is not None and ratio.is_within(budget.tolerance_percent)
+
+    def _forget(self) -> None:
+        self.failure = None
+        self.round_ms, self.round_ratios = [], []
+        self._latencies, self._device_ms = [], []
+        self.timed_s, self.calls, self.call_s = 0.0, 0, 0.0
+        self._first_call_ms, self._peak_rss = None, 0
+
+    def _ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        if self.process is None:
+            raise WorkerError("failed", "it was not started")
+        return self.process.ask(do, **arguments)

@@ -1,0 +1,267 @@
+"""A race from settings to a report that holds what is needed to repeat it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from van_deploy.bench.ceilings import Ceilings
+from van_deploy.bench.contender import Contender, Skipped
+from van_deploy.bench.lane import Row
+from van_deploy.bench.limits import measured_limits
+from van_deploy.bench.machine import Watch, busy_cores, machine_facts
+from van_deploy.bench.process import WorkerError
+from van_deploy.bench.race import Race, ceilings_here
+from van_deploy.bench.resize import resized_file
+from van_deploy.bench.settings import Settings, with_known_reference
+from van_deploy.bench.steadiness import load_before, warnings_of
+from van_deploy.environment.hardware import cpu
+from van_deploy.errors import ConversionError
+from van_deploy.provenance import tool_versions
+
+__all__ = ["SCHEMA", "BenchReport", "Progress", "race_report"]
+
+SCHEMA = "van-deploy/bench/2"
+RUN_TIMES = (
+    "torch",
+    "timm",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+)
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What was measured, and everything needed to measure it again.
+
+    Attributes:
+        rows: one a contender, batch and image size.
+        skipped: who did not start, and why.
+        facts: the rest, ready for JSON: see :meth:`as_dict`.
+    """
+
+    rows: tuple[Row, ...]
+    skipped: tuple[Skipped, ...]
+    facts: Mapping[str, Any]
+
+    @property
+    def measured(self) -> list[Row]:
+        """The rows with figures."""
+        return [row for row in self.rows if row.latency is not None]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the whole report, ready for JSON."""
+        return {
+            "schema": SCHEMA,
+            **self.facts,
+            "rows": [asdict(row) for row in self.rows],
+            "skipped": [asdict(entry) for entry in self.skipped],
+        }
+
+
+@dataclass
+class _Measured:
+    """What the races of all image sizes came to."""
+
+    rows: list[Row] = field(default_factory=list)
+    loaded: dict[str, Any] = field(default_factory=dict)
+    timed_s: float = 0.0
+    runner_s: float = 0.0
+
+    def add(self, race: Race) -> None:
+        """Take over what a race's processes report once all of its batches are done."""
+        self.loaded.update(race.loaded())
+        self.timed_s += race.timed_s
+        self.runner_s += race.runner_s
+
+
+def race_report(
+    contenders: Sequence[Contender],
+    skipped: Sequence[Skipped],
+    inputs: Mapping[int, Any],
+    settings: Settings,
+    *,
+    native_size: int,
+    images: str,
+    preprocessing: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Return the report of a race between any contenders.
+
+    Args:
+        contenders: who runs.
+        skipped: who does not, for the report.
+        inputs: ``(N, C, S, S)`` float32 for each image size ``S``.
+        settings: what to measure.
+        native_size: the image size the contenders' files were made for.
+        images: what the inputs are, in words.
+        preprocessing: mean and std, for graphs with embedded preprocessing.
+        about: what to say of the model in the report.
+        environment: variables of every process.
+        progress: told what is going on.
+
+    Raises:
+        UsageError: the reference is not among the contenders.
+        ConversionError: not one contender could be timed.
+    """
+    settings = with_known_reference(settings, contenders)
+    cores = cpu().cores_allowed
+    threads = settings.threads or cores
+    start, warnings = time.perf_counter(), load_before(busy_cores(), cores)
+    ceilings = _ceilings(threads, progress) if settings.roofline else None
+    watch = Watch(cores)
+
+    def race_of(entries: Sequence[Contender]) -> Race:
+        return Race(
+            entries,
+            threads,
+            streams=settings.streams,
+            preprocessing=preprocessing,
+            environment=environment,
+            progress=progress,
+        )
+
+    measured = _measured(contenders, inputs, settings, native_size, race_of)
+    if not any(row.latency for row in measured.rows):
+        raise _nothing(measured.rows)
+    state = watch.report()
+    tolerance = settings.budget.tolerance_percent
+    return BenchReport(
+        rows=tuple(measured.rows),
+        skipped=tuple(skipped),
+        facts={
+            **(about or {}),
+            **_circumstances(settings, threads, images, contenders),
+            "reference": settings.reference if any(row.ratio for row in measured.rows) else None,
+            "loading": measured.loaded,
+            "during": state,
+            "ceilings": ceilings.as_dict() if ceilings else None,
+            "roofline": measured_limits(contenders, measured.rows, ceilings) if ceilings else [],
+            "best_under_p99": _best_under(measured.rows, settings.p99_ms),
+            "seconds": _seconds(time.perf_counter() - start, measured),
+            "warnings": warnings + warnings_of(measured.rows, state, tolerance),
+        },
+    )
+
+
+def _measured(
+    contenders: Sequence[Contender],
+    inputs: Mapping[int, Any],
+    settings: Settings,
+    native_size: int,
+    race_of: Callable[[Sequence[Contender]], Race],
+) -> _Measured:
+    """Return the rows of every image size, each in a race of its own."""
+    measured = _Measured()
+    with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
+        folder = Path(name)
+        for size, array in inputs.items():
+            here = list(contenders)
+            if size != native_size:
+                here = [resized_file(contender, size, folder) for contender in contenders]
+            with race_of(here) as race:
+                measured.rows += _batches(race, _saved(array, folder, size), size, settings)
+                measured.add(race)
+    return measured
+
+
+def _circumstances(
+    settings: Settings, threads: int, images: str, contenders: Sequence[Contender]
+) -> dict[str, Any]:
+    """Return what a result depends on besides the contenders' speed."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": {**asdict(settings), "threads": threads, "images": images},
+        "contenders": {c.name: c.as_dict() for c in contenders},
+        "machine": machine_facts(),
+        "python": platform.python_version(),
+        "versions": tool_versions(*RUN_TIMES),
+        "environment": _variables(),
+    }
+
+
+def _seconds(wall: float, measured: _Measured) -> dict[str, float]:
+    return {
+        "wall": wall,
+        "timed": measured.timed_s,
+        "in_runners": measured.runner_s,
+        "overhead_percent": 100 * (wall - measured.runner_s) / wall,
+    }
+
+
+def _nothing(rows: Sequence[Row]) -> ConversionError:
+    reasons = sorted({f"{row.contender}: {row.error}" for row in rows})
+    return ConversionError(
+        f"Not one runner could be timed: {'; '.join(reasons) or 'there is none here'}.",
+        "See `van-deploy doctor` for what is missing.",
+    )
+
+
+def _batches(race: Race, images: Path, size: int, settings: Settings) -> list[Row]:
+    """Return the rows of every batch; under a latency limit, the slow ones drop out."""
+    rows: list[Row] = []
+    running: set[str] | None = None
+    for batch in sorted(set(settings.batches)):
+        new = race.run(images, batch, size, settings.budget, settings.reference, running)
+        rows += new
+        if settings.p99_ms is not None:
+            limit = settings.p99_ms
+            running = {r.contender for r in new if r.latency and r.latency.p99_ms <= limit}
+            if not running:
+                break
+    return rows
+
+
+def _best_under(rows: Sequence[Row], p99_ms: float | None) -> dict[str, Any] | None:
+    """Return each contender's batch of most images a second under the limit, None for none."""
+    if p99_ms is None:
+        return None
+    best: dict[str, Any] = {row.contender: None for row in rows}
+    for row in rows:
+        if row.latency is None or row.latency.p99_ms > p99_ms:
+            continue
+        current = best[row.contender]
+        if current is None or (row.images_per_s or 0) > current["images_per_s"]:
+            best[row.contender] = {
+                "batch": row.batch,
+                "p99_ms": row.latency.p99_ms,
+                "images_per_s": row.images_per_s,
+            }
+    return {"limit_ms": p99_ms, "best": best}
+
+
+def _ceilings(threads: int, progress: Progress | None) -> Ceilings | None:
+    if progress is not None:
+        progress("Measuring what the machine can do")
+    try:
+        return ceilings_here(threads)
+    except WorkerError:
+        return None  # the figures stand without it; the report says there is no roofline
+
+
+def _saved(array: Any, folder: Path, size: int) -> Path:
+    import numpy as np
+
+    path = folder / f"images-{size}.npy"
+    np.save(path, array)
+    return path
+
+
+def _variables() -> dict[str, str]:
+    """Return the environment variables that change how fast things run."""
+    prefixes = ("OMP_", "MKL_", "KMP_", "OPENBLAS_", "CUDA_", "TORCH", "ORT_", "OPENVINO_", "OV_")
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)}
