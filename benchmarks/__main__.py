@@ -86,6 +86,12 @@ SECTIONS: dict[str, Section] = {
         "runtimes.py",
         ("--json",),
     ),
+    "repeat": Section(
+        "Running twice",
+        "`Running` for a few runners, twice in a row: how far the ratios of two runs are apart.",
+        "runtimes.py",
+        ("--repeat", "--limit", "10", "--json"),
+    ),
     "evaluate": Section(
         "Evaluating",
         "`van-deploy evaluate` on JPEG files against a loop that feeds the same networks tensors "

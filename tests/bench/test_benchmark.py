@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import Cli
 from van_deploy.bench.benchmark import benchmark_bundle
 from van_deploy.bench.budget import Budget
-from van_deploy.bench.compare import compare_reports, read_report
+from van_deploy.bench.compare import agreement, compare_reports, read_report
 from van_deploy.bench.machine import Watch, busy_cores
 from van_deploy.bench.report import BenchReport
 from van_deploy.bench.settings import Settings
@@ -137,6 +137,44 @@ def test_compare_pairs_rows_and_says_what_changed(plain: dict[str, Any]) -> None
     assert all(change.ratio_change_percent == pytest.approx(0.0) for change in changes)
 
 
+def shifted(report: dict[str, Any], factor: float, spread: float) -> dict[str, Any]:
+    """Return a report whose ratios are ``factor``, known to ``spread``."""
+    changed = copy.deepcopy(report)
+    for row in changed["rows"]:
+        low, high = factor * (1 - spread), factor * (1 + spread)
+        row["ratio"].update(median=factor, low=low, high=high)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("factor", "spread", "within", "moved"),
+    [(2.04, 0.01, 2, 0), (2.2, 0.02, 0, 2), (2.2, 0.2, 0, 0), (1.8, 0.02, 0, 2)],
+)
+def test_a_ratio_moved_if_it_changed_by_more_than_its_uncertainty_and_5_percent(
+    plain: dict[str, Any], factor: float, spread: float, within: int, moved: int
+) -> None:
+    before, after = shifted(plain, 2.0, spread), shifted(plain, factor, spread)
+    changes = compare_reports(before, after)
+    agreed = agreement(changes)
+    assert agreed["ratios"] == 2
+    assert agreed["within"] == within
+    assert len(agreed["moved"]) == moved
+    assert agreed["open"] == 2 - within - moved
+    assert agreed["worst_percent"] == pytest.approx(100 * (factor / 2 - 1))
+    assert agreed["worst"] == "ort-cpu/fp32 at batch 1, 64 pixels"
+
+
+def test_an_older_version_s_file_is_refused_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text('{"schema": "van-deploy/bench/1", "rows": []}')
+    with pytest.raises(InputError) as caught:
+        read_report(path)
+    assert caught.value.message == (
+        f"'{path}' has schema 'van-deploy/bench/1'; this version reads 'van-deploy/bench/2'."
+    )
+    assert caught.value.remedy.startswith("Measure again with this version")
+
+
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
@@ -144,6 +182,7 @@ def test_compare_pairs_rows_and_says_what_changed(plain: dict[str, Any]) -> None
         (("versions", "tensorrt"), "10.16.1", "TensorRT's major version was TensorRT 10"),
         (("settings", "threads"), 7, "the number of threads was 7, now it is 1"),
         (("settings", "streams"), 3, "the number of streams was 3, now it is 1"),
+        (("reference",), "pytorch", "the reference was pytorch, now it is ort-cpu/fp32"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
@@ -191,6 +230,7 @@ def test_the_command_prints_tables_and_one_json(digits: Bundle, cli: Cli, tmp_pa
     result = json.loads(second.stdout)
     assert result["schema"] == "van-deploy/bench/2"
     assert result["changes"][0]["contender"] == "ort-cpu/fp32"
+    assert result["agreement"]["within_percent"] == 5.0
     assert not (digits.path / "bench.json").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from van_deploy.bench.timing import latency_of, paired_ratio, percentile
+from van_deploy.bench.timing import latency_of, paired_ratio, percentile, ratio_of
 from van_deploy.bench.worker import timed_calls
 
 
@@ -28,11 +28,33 @@ def test_a_ratio_is_taken_within_each_round() -> None:
     # The machine was three times slower in the second round, for both.
     ratio = paired_ratio([10.0, 30.0, 10.0], [5.0, 15.0, 5.0])
     assert ratio is not None
-    assert (ratio.median, ratio.low, ratio.high, ratio.rounds) == (2.0, 2.0, 2.0, 3)
+    assert (ratio.median, ratio.least, ratio.most, ratio.rounds) == (2.0, 2.0, 2.0, 3)
 
 
 def test_without_a_common_round_there_is_no_ratio() -> None:
     assert paired_ratio([], [1.0]) is None
+
+
+@pytest.mark.parametrize("count", [6, 9, 20, 41, 100])
+def test_the_interval_holds_the_true_median_in_95_of_100_races(count: int) -> None:
+    rng = np.random.default_rng(count)
+    races = [ratio_of([*rng.lognormal(sigma=0.3, size=count)]) for _ in range(2000)]
+    held = [ratio.low <= 1.0 <= ratio.high for ratio in races if ratio]
+    assert 0.94 <= np.mean(held) <= 0.99
+    assert len(held) == 2000
+
+
+def test_the_interval_narrows_with_the_rounds_and_leaves_single_outliers_out() -> None:
+    steady = [2.0 + 0.001 * i for i in range(30)]
+    ratio = ratio_of([*steady[:-1], 9.0])
+    assert ratio is not None
+    assert ratio.most == 9.0
+    assert ratio.high < 2.03
+    assert ratio.uncertainty_percent < 1.0
+    assert ratio.is_within(1.0)
+    few = ratio_of(steady[:5])
+    assert few is not None
+    assert not few.is_within(50.0), "five rounds have no 95 % interval"
 
 
 def test_calls_are_timed_until_time_and_count_are_both_reached() -> None:

@@ -215,6 +215,16 @@ def test_the_command_refuses_what_it_cannot_do(full: Bundle, cli: Cli, tmp_path:
     assert cli("report", full.path, "--output", blocked / "report.html").exit_code == 5
 
 
+def test_a_benchmark_of_another_version_is_named_and_left_out(full: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(full.path, folder)
+    (folder / "bench.json").write_text('{"schema": "van-deploy/bench/1", "rows": []}')
+    document = document_of(Bundle.open(folder))
+    assert "Speed" not in [section.title for section in document.sections]
+    words = "bench.json was written by another version: run `van-deploy bench` again"
+    assert words in markdown_of_document(document)
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"schema": "other"}'])
 def test_a_damaged_benchmark_is_as_good_as_none(full: Bundle, tmp_path: Path, text: str) -> None:
     folder = tmp_path / "copy"

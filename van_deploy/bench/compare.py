@@ -82,7 +82,7 @@ def compare_reports(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Chan
 
     Raises:
         UsageError: they come from different devices, TensorRT majors or numbers of
-            threads or streams, or have no row in common.
+            threads or streams, have different references, or no row in common.
     """
     for what, of in COMPARABLE.items():
         before, after = of(old), of(new)
@@ -147,6 +147,7 @@ COMPARABLE: dict[str, Callable[[Mapping[str, Any]], object]] = {
     "TensorRT's major version": _tensorrt,
     "the number of threads": lambda report: report["settings"]["threads"],
     "the number of streams": lambda report: report["settings"]["streams"],
+    "the reference": lambda report: report["reference"],
 }
 
 

@@ -2,8 +2,8 @@
 
 In each round every contender is woken, warmed and timed for one slice, and the
 reference before and after every few of them. A contender's ratio in that round is
-the geometric mean of its ratios to the reference just before and just after: what
-drifts from one to the other cancels. The order turns round from one round to the
+to what the reference took just before and just after, interpolated to its own turn:
+a steady drift cancels. The order turns round from one round to the
 next. A contender is timed until its ratio has settled or its budget is spent.
 """
 
@@ -23,7 +23,7 @@ from van_deploy.bench.contender import Contender
 from van_deploy.bench.lane import Lane, Row
 from van_deploy.bench.process import WorkerProcess
 
-__all__ = ["Race", "bracketed", "ceilings_here", "with_reference"]
+__all__ = ["Race", "between", "ceilings_here", "with_reference"]
 
 Progress = Callable[[str], None]
 
@@ -132,7 +132,7 @@ class Race:
         base.round_ratios.append(1.0)
         marks = [time if lane is base else None for lane, time in zip(order, times, strict=True)]
         for place, (lane, ms) in enumerate(zip(order, times, strict=True)):
-            around = bracketed(marks, place)
+            around = between(marks, place)
             if lane is not base and ms is not None and around is not None:
                 lane.round_ratios.append(around / ms)
 
@@ -168,17 +168,22 @@ def with_reference(others: Sequence[Lane], base: Lane) -> list[Lane]:
     return order
 
 
-def bracketed(marks: Sequence[float | None], place: int) -> float | None:
-    """Return the geometric mean of the marks nearest before and after a place.
+def between(marks: Sequence[float | None], place: int) -> float | None:
+    """Return what the marks nearest before and after a place say of it, by their distance.
 
-    >>> bracketed([2.0, None, None, 8.0], 1), bracketed([2.0, None], 1), bracketed([None], 0)
+    Interpolated in the logarithm, so that a drift of so many percent a place cancels.
+
+    >>> between([2.0, None, None, 16.0], 1), between([2.0, None], 1), between([None], 0)
     (4.0, 2.0, None)
     """
-    before = next((mark for mark in reversed(marks[:place]) if mark is not None), None)
-    after = next((mark for mark in marks[place + 1 :] if mark is not None), None)
+    before = next((i for i in range(place - 1, -1, -1) if marks[i] is not None), None)
+    after = next((i for i in range(place + 1, len(marks)) if marks[i] is not None), None)
+    found = [marks[i] for i in (before, after) if i is not None]
+    known = [mark for mark in found if mark is not None]
     if before is None or after is None:
-        return before or after
-    return math.sqrt(before * after)
+        return known[0] if known else None
+    share = (place - before) / (after - before)
+    return round(known[0] * (known[1] / known[0]) ** share, 12)
 
 
 def ceilings_here(threads: int, seconds: float = 0.5) -> Ceilings:

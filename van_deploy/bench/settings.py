@@ -13,7 +13,6 @@ from van_deploy.errors import UsageError
 __all__ = ["Settings", "with_known_reference"]
 
 BATCH_LIMIT = 4096
-SIZE_LIMIT = 4096
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,9 @@ class Settings:
                 f"The batch sizes {list(self.batches)} are not between 1 and {BATCH_LIMIT}.",
                 "Write them with commas: --batches 1,8,32.",
             )
-        if self.streams < 1 or (self.threads is not None and self.threads < 1):
-            raise UsageError(
-                f"{self.threads} threads and {self.streams} streams make no sense.",
-                "Give 1 or more of each.",
-            )
+        for option, value in (("--threads", self.threads), ("--streams", self.streams)):
+            if value is not None and value < 1:
+                raise UsageError(f"{option} {value} makes no sense.", "Give 1 or more.")
         if self.p99_ms is not None and not self.p99_ms > 0:
             raise UsageError(f"{self.p99_ms:g} ms is no latency limit.", "Give more than 0.")
 

@@ -77,7 +77,8 @@ def document_of(bundle: Bundle) -> Document:
 def _document(bundle: Bundle) -> Document:
     checks, stale = fresh_checks(bundle.manifest)
     manifest = ManifestSection({**bundle.manifest, "checks": checks})
-    bench, outdated = fresh_bench(manifest, _bench(bundle))
+    kept = _bench(bundle)
+    bench, outdated = fresh_bench(manifest, kept if kept and kept["schema"] == SCHEMA else None)
     verdicts = checks_of(manifest, bundle.problems())
     verdicts += [
         Check(
@@ -85,6 +86,9 @@ def _document(bundle: Bundle) -> Document:
         )
         for name, what in (*stale, *outdated)
     ]
+    if kept and not bench:
+        reason = f"{BENCH_FILE} was written by another version: run `van-deploy bench` again"
+        verdicts.append(Check("SKIPPED", "bench", reason))
     found = _Found(manifest, bundle.sizes(), verdicts, bench)
     counts = {word: sum(c.verdict == word for c in found.checks) for word in ("PASS", "FAIL")}
     words = "no check" if not found.checks else f"{counts['PASS']} of {len(found.checks)} checks"
@@ -122,7 +126,7 @@ def _bench(bundle: Bundle) -> Mapping[str, Any] | None:
         report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return report if report.get("schema") == SCHEMA else None
+    return report if str(report.get("schema", "")).startswith("van-deploy/bench/") else None
 
 
 def _subtitle(manifest: Mapping[str, Any]) -> str:
