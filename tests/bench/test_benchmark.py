@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -244,6 +245,22 @@ def test_the_command_refuses_in_words(digits: Bundle, cli: Cli, tmp_path: Path) 
     assert cli("bench", digits.path, "--runners", "tvm").exit_code == 2
     assert cli("bench", tmp_path / "nothing").exit_code == 5
     assert cli("bench", digits.path, "--compare", tmp_path / "no.json").exit_code == 5
+
+
+def test_a_roofline_of_several_image_sizes_says_which(plain: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from van_deploy.report.bench_view import bench_tables
+
+    def shown(report: dict[str, Any]) -> str:
+        console = Console(width=140, record=True, file=io.StringIO())
+        console.print(bench_tables(report))
+        return console.export_text().partition("Roofline")[2].splitlines()[1]
+
+    assert "size" not in shown(plain)
+    several = copy.deepcopy(plain)
+    several["roofline"][0]["image_size"] = 32
+    assert shown(several).split()[:3] == ["runner", "size", "batch"]
 
 
 def test_limits_on_paper_are_labelled_so(digits: Bundle, cli: Cli) -> None:

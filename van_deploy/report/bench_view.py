@@ -211,8 +211,10 @@ def _roofline_table(report: Mapping[str, Any]) -> RenderableType | None:
     rates = ", ".join(
         f"{kind} {rate / 1e9:,.0f} G operations/s" for kind, rate in ceilings["ops_per_s"].items()
     )
-    columns = (
+    several = len({entry["image_size"] for entry in report["roofline"]}) > 1
+    columns: tuple[Column | str, ...] = (
         "runner",
+        *([Column("size", "right")] if several else []),
         Column("batch", "right"),
         Column("operations", "right"),
         Column("least ms", "right"),
@@ -223,6 +225,7 @@ def _roofline_table(report: Mapping[str, Any]) -> RenderableType | None:
     rows = (
         (
             entry["contender"],
+            *([entry["image_size"]] if several else []),
             entry["batch"],
             count_text(entry["work"]["operations"]),
             ms_text(entry["limit"]["ms"]),

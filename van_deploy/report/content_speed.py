@@ -127,6 +127,7 @@ def roofline_section(bench: Mapping[str, Any] | None) -> Section | None:
     )
     columns = (
         "runner",
+        "size",
         "batch",
         "operations",
         "least ms",
@@ -137,6 +138,7 @@ def roofline_section(bench: Mapping[str, Any] | None) -> Section | None:
     rows = tuple(
         (
             e["contender"],
+            str(e["image_size"]),
             str(e["batch"]),
             count_text(e["work"]["operations"]),
             ms_text(e["limit"]["ms"]),
@@ -155,7 +157,7 @@ def roofline_section(bench: Mapping[str, Any] | None) -> Section | None:
         (
             Text(f"Limits measured in the same run: {rates}; {memory}."),
             Figure(bar_chart(bars, Axis("of the limit (%)"), 960), words, wide=True),
-            Grid(columns, rows, frozenset({1, 2, 3, 5, 6})),
+            Grid(columns, rows, frozenset({1, 2, 3, 4, 6, 7})),
         ),
     )
 
