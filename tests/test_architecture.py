@@ -17,6 +17,8 @@ PACKAGE = ROOT / "van_deploy"
 ROOMS = (
     *(
         "errors",
+        "documents",
+        "external_weights",
         "forms",
         "manifest",
         "metrics",

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -292,3 +297,119 @@ def test_a_damaged_list_of_removals_is_one_message(bundle: Path, text: str) -> N
     (bundle / ".pending/.gone").write_text(text)
     with pytest.raises(BundleError, match="of an interrupted command, is damaged"):
         Bundle.open(bundle)
+
+
+# --- folders that no command of ours makes -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        (["sub"], "does not fit the bundle: .*Is a directory"),
+        (["fp32.onnx/x"], "does not fit the bundle: .*Not a directory"),
+        (["a" * 300], "which is no name of a file"),
+        (["a\nb"], "which is no name of a file"),
+    ],
+)
+def test_removals_that_do_not_fit_are_one_message(
+    bundle: Path, gone: list[str], message: str
+) -> None:
+    (bundle / "sub").mkdir()
+    (bundle / ".pending").mkdir()
+    (bundle / ".pending/.gone").write_text(json.dumps(gone))
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(bundle)
+
+
+def test_a_commit_left_behind_that_does_not_fit_is_one_message(bundle: Path) -> None:
+    (bundle / "sub").mkdir()
+    (bundle / ".pending").mkdir()
+    (bundle / ".pending/sub").write_text("a file where a folder is")
+    with pytest.raises(BundleError, match=r"\.pending' does not fit the bundle"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, ".pending/.gone"])
+def test_a_pipe_is_not_waited_for(bundle: Path, name: str) -> None:
+    (bundle / name).unlink(missing_ok=True)
+    (bundle / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(bundle / name)
+    with pytest.raises(BundleError, match=r"damaged: .*no regular file"):
+        Bundle.open(bundle)
+
+
+def test_a_lock_that_is_a_folder_is_one_message(bundle: Path) -> None:
+    (bundle / ".lock").unlink(missing_ok=True)
+    (bundle / ".lock").mkdir()
+    with pytest.raises(BundleError, match="cannot be written: Is a directory"):
+        put(bundle, "fp16", "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["files"].update({"a" * 300: ""}), "which is no name of a file"),
+        (lambda m: m["files"].update({"a\x1b": ""}), "which is no name of a file"),
+        (lambda m: m.update(name='x" } backend: "python'), "damaged: .*'name' is"),
+        (
+            lambda m: m["artefacts"].update({"x/../../y": m["artefacts"].pop("fp32")}),
+            "the name of an artefact",
+        ),
+        (lambda m: m.update(written="a" * 5000), "damaged: .*'written'"),
+        (lambda m: m.update(x=nested(50)), "nested more than 40 deep"),
+        (lambda m: m.update(x=float("nan"), name=float("nan")), "damaged: .*'name' is nan"),
+    ],
+)
+def test_what_no_manifest_of_ours_says_is_refused(
+    bundle: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    change(manifest)
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(bundle)
+
+
+def nested(levels: int) -> list[Any]:
+    inner: list[Any] = []
+    for _ in range(levels):
+        inner = [inner]
+    return inner
+
+
+def test_a_manifest_that_says_a_thing_twice_is_refused(bundle: Path) -> None:
+    text = (bundle / MANIFEST).read_text()
+    (bundle / MANIFEST).write_text(text.replace("{", '{"name": "other",', 1))
+    with pytest.raises(BundleError, match="it gives the key 'name' twice"):
+        Bundle.open(bundle)
+
+
+def test_a_manifest_nested_beyond_the_stack_is_damaged(bundle: Path) -> None:
+    (bundle / MANIFEST).write_text("[" * 200_000)
+    with pytest.raises(BundleError, match="nested more than 40 deep"):
+        Bundle.open(bundle)
+
+
+def test_a_first_writer_that_fails_takes_nothing_from_the_second(tmp_path: Path) -> None:
+    """The first made the folder, so it removes it; the second was waiting for its lock."""
+    folder, begun = tmp_path / "new", threading.Event()
+
+    def fails() -> None:
+        with contextlib.suppress(ZeroDivisionError), writing(folder, name="m"):
+            begun.set()
+            time.sleep(0.3)
+            raise ZeroDivisionError
+
+    first = threading.Thread(target=fails)
+    first.start()
+    begun.wait(10)
+    put(folder, "fp32", "weights")
+    first.join()
+    assert Bundle.open(folder).verified("fp32").read_text() == "weights"
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"b\xff")
+    with pytest.raises(BundleError, match="is not UTF-8"):
+        put(folder, "fp32", "weights")
+    assert not folder.exists()

@@ -26,7 +26,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from van_deploy.documents import json_from, text_from
 from van_deploy.errors import BundleError
+from van_deploy.external_weights import external_files, require_beside
+from van_deploy.forms import LONGEST_TEXT
 from van_deploy.manifest import Section, require_manifest
 
 __all__ = [
@@ -46,6 +49,8 @@ MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.sig"  # beside the manifest; see van_deploy.signing
 SCHEMA = "van-deploy/bundle/1"
 LOCK_WAIT_S = 60.0
+LOCK_ATTEMPTS = 10
+LONGEST_NAME_BYTES = 255  # of one file, on every file system in use
 
 _LOCK, _PENDING, _STAGING = ".lock", ".pending", ".staging-"
 
@@ -162,20 +167,30 @@ class Bundle:
 
         Raises:
             BundleError: a file is missing or is not the one the manifest names.
+            InputError: the artefact's weights are in a file that the manifest does not name.
         """
         artefact = self.artefact(name)
         for relative, expected in artefact.files.items():
             if relative == artefact.file or not only_file:
                 _verify(self.path / relative, expected)
-        return self.path / artefact.file
+        path = self.path / artefact.file
+        if artefact.kind == "onnx":
+            folder = PurePosixPath(artefact.file).parent
+            named = [file for file in map(PurePosixPath, artefact.files) if folder in file.parents]
+            beside = [file.relative_to(folder).as_posix() for file in named]
+            require_beside(path, external_files(path), beside)
+        return path
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each artefact that a run time loads: its file and its weights."""
+        """Return the bytes of each artefact that a run time loads: its file and its weights.
+
+        What is missing has none; :meth:`problems` names it.
+        """
         return {
             name: sum(
                 (self.path / file).stat().st_size
                 for file in artefact.files
-                if file == artefact.file or ".onnx" in file
+                if (file == artefact.file or ".onnx" in file) and (self.path / file).is_file()
             )
             for name, artefact in self.artefacts.items()
         }
@@ -262,9 +277,9 @@ def writing(path: str | Path, *, name: str | None = None) -> Iterator[Draft]:
             than :data:`LOCK_WAIT_S` seconds.
     """
     folder = Path(path)
-    created = _prepare(folder, create=name is not None)
-    try:
-        with _locked(folder):
+    with contextlib.ExitStack() as lock:
+        created = _hold(folder, lock, create=name is not None)
+        try:
             _finish_commit(folder)
             for left in folder.glob(f"{_STAGING}*"):  # of a process that died
                 shutil.rmtree(left, ignore_errors=True)
@@ -277,10 +292,10 @@ def writing(path: str | Path, *, name: str | None = None) -> Iterator[Draft]:
                 _commit(draft, before)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-    except BaseException:
-        if created and not (folder / MANIFEST).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+        except BaseException:  # while the lock is held: the next process may be waiting for it
+            if created and not (folder / MANIFEST).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def content_key(ingredients: Mapping[str, Any]) -> str:
@@ -322,6 +337,14 @@ def _prepare(folder: Path, *, create: bool) -> bool:
     if not create:
         Bundle.open(folder)
         return False
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        shown = str(folder).encode(errors="replace").decode()
+        raise BundleError(
+            f"The name of the folder '{shown}' is not UTF-8; run times cannot open files there.",
+            "Rename it, or choose another --output DIR.",
+        ) from None
     if folder.exists() and not folder.is_dir():
         raise BundleError(f"'{folder}' is a file, not a folder.", "Choose another --output DIR.")
     created = not folder.exists()
@@ -340,6 +363,33 @@ def _prepare(folder: Path, *, create: bool) -> bool:
             "Nothing was written. Choose an empty or a new folder with --output DIR.",
         )
     return created
+
+
+def _hold(folder: Path, lock: contextlib.ExitStack, *, create: bool) -> bool:
+    """Lock the folder for as long as ``lock`` lives; return whether the folder was made just now.
+
+    The process that held it before may have made the folder, failed, and removed it
+    with the file that this one was waiting for: then it is made again.
+    """
+    for _ in range(LOCK_ATTEMPTS):
+        created = _prepare(folder, create=create)
+        with contextlib.ExitStack() as attempt:
+            try:
+                attempt.enter_context(_locked(folder))
+            except FileNotFoundError:  # removed while this one waited
+                continue
+            except BaseException:
+                if created:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+                raise
+            if (folder / _LOCK).exists():
+                lock.push(attempt.pop_all())
+                return created
+    raise BundleError(
+        f"Other processes keep making and removing '{folder}'.",
+        "Wait for them to end, or choose another --output DIR.",
+    )
 
 
 def _starting_manifest(folder: Path, name: str | None) -> dict[str, Any]:
@@ -365,7 +415,7 @@ def _locked(folder: Path) -> Iterator[None]:
             f"Another process has been writing '{folder}' for over {LOCK_WAIT_S:.0f} s.",
             "Wait for it to end, or choose another --output DIR.",
         ) from error
-    except PermissionError as error:
+    except (PermissionError, IsADirectoryError) as error:
         raise _unwritable(folder, error) from error
 
 
@@ -390,7 +440,7 @@ def _commit(draft: Draft, before: set[str]) -> None:
 
 def _names_in(gone: Path) -> list[str]:
     try:
-        return [str(name) for name in json.loads(gone.read_text(encoding="utf-8"))]
+        return [str(name) for name in json_from(text_from(gone))]
     except (OSError, ValueError, TypeError) as error:
         raise BundleError(
             f"'{gone}', of an interrupted command, is damaged: {error}.",
@@ -421,6 +471,16 @@ def _finish_commit(folder: Path) -> None:
     if not pending.is_dir():
         return
     _refuse_links(folder, pending)
+    try:
+        _move_in(folder, pending)
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        raise BundleError(
+            f"What an interrupted command left in '{pending}' does not fit the bundle: {error}.",
+            "Do not use this bundle: van-deploy does not leave it so. Make it again.",
+        ) from error
+
+
+def _move_in(folder: Path, pending: Path) -> None:
     gone = pending / ".gone"
     for relative in _names_in(gone) if gone.exists() else []:
         removed = folder / _inside(relative)
@@ -462,7 +522,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "Make one with `van-deploy export MODEL --output DIR`.",
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"), object_hook=Section)
+        manifest = json_from(text_from(path), Section)
         if manifest["schema"] != SCHEMA:
             raise BundleError(
                 f"'{path}' has schema '{manifest['schema']}'; this version reads '{SCHEMA}'.",
@@ -477,7 +537,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         for relative, sha256 in manifest.get("files", {}).items():
             _inside(relative)
             str.lower(sha256)  # a digest is text
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BundleError(
             f"The manifest '{path}' is damaged: {type(error).__name__}: {error}.",
             "Export the model again; nothing in this bundle can be trusted.",
@@ -492,6 +552,12 @@ def _inside(relative: str) -> PurePosixPath:
         BundleError: it is absolute or climbs out.
     """
     path = PurePosixPath(relative)
+    too_long = any(len(part.encode(errors="replace")) > LONGEST_NAME_BYTES for part in path.parts)
+    if too_long or len(relative) > LONGEST_TEXT or not relative.isprintable():
+        raise BundleError(
+            f"The manifest names {relative[:100]!r}, which is no name of a file.",
+            "Do not use this bundle: its manifest was not written by van-deploy.",
+        )
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in relative:
         raise BundleError(
             f"The manifest names '{relative}', which is outside the bundle.",

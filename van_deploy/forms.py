@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 __all__ = [
+    "LONGEST_TEXT",
     "Check",
     "Form",
     "count",
     "list_of",
+    "name",
     "number",
     "one_of",
     "optional",
@@ -22,6 +25,8 @@ __all__ = [
     "table_of",
     "text",
 ]
+
+LONGEST_TEXT = 4096  # characters; a path has no more
 
 Check = Callable[[Any], bool]
 """Tells whether a value is of a kind."""
@@ -62,8 +67,17 @@ def require_encodable(document: Any) -> None:
 
 
 def text(value: Any) -> bool:
-    """Return whether it is text without control characters."""
-    return isinstance(value, str) and value.isprintable()
+    """Return whether it is text of a sensible length without control characters."""
+    return isinstance(value, str) and len(value) <= LONGEST_TEXT and value.isprintable()
+
+
+def name(value: Any) -> bool:
+    """Return whether it is a name that is safe as a file's, in YAML and in a program's text.
+
+    >>> name("van_b1-fp16"), name("../x"), name('x"; import os'), name("")
+    (True, False, False, False)
+    """
+    return isinstance(value, str) and re.fullmatch(r"\w[\w.+-]{0,199}", value) is not None
 
 
 def number(value: Any) -> bool:

@@ -12,9 +12,11 @@ from typing import Any
 
 from van_deploy.errors import BundleError
 from van_deploy.forms import (
+    LONGEST_TEXT,
     Form,
     count,
     list_of,
+    name,
     number,
     one_of,
     optional,
@@ -52,8 +54,9 @@ def require_manifest(manifest: Mapping[str, Any]) -> None:
     """
     require_encodable(manifest)
     require_form(manifest, _SECTIONS)
-    for name, artefact in manifest["artefacts"].items():
-        require_form(artefact, _ARTEFACT, f"artefacts.{name}")
+    for key, artefact in manifest["artefacts"].items():
+        require_form(key, name, "the name of an artefact")
+        require_form(artefact, _ARTEFACT, f"artefacts.{key}")
 
 
 def _tensor(value: Any) -> bool:
@@ -61,10 +64,6 @@ def _tensor(value: Any) -> bool:
     if not (table(value) and text(value.get("dtype"))):
         return False
     return list_of(lambda length: text(length) or count(length), at_least=1)(value.get("shape"))
-
-
-def _name(value: Any) -> bool:
-    return text(value) and value not in ("", ".", "..") and "/" not in value
 
 
 _ARTEFACT: Mapping[str, Form] = {
@@ -87,7 +86,7 @@ _ARTEFACT: Mapping[str, Form] = {
 }
 
 _SECTIONS: Mapping[str, Form] = {
-    "name": _name,
+    "name": name,
     "artefacts": table_of(table),
     "checks": table_of(table),
     "written": text,
@@ -113,6 +112,8 @@ _SECTIONS: Mapping[str, Form] = {
         "spec": text,
         "path": optional(text),
     },
-    "class_names": optional(list_of(lambda value: isinstance(value, str))),
+    "class_names": optional(
+        list_of(lambda value: isinstance(value, str) and len(value) <= LONGEST_TEXT)
+    ),
     "canary": {"file": text, "sha256": text, "image": text, "top5": list_of(table)},
 }

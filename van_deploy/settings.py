@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import sys
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from van_deploy.documents import DocumentError, toml_from
 from van_deploy.errors import RecipeError, UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["read_settings"]
 
@@ -40,13 +36,13 @@ def read_settings(kind: type[Settings], path: Path, what: str) -> Settings:
             not of its kind; names the file and the key.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        tables = toml_from(path)
+    except (OSError, DocumentError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(
             f"The {what} '{path}' cannot be read: {reason}.", "Check the path."
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise RecipeError(
             f"The {what} '{path}' is not TOML: {error}.", "Mend the line it names."
         ) from error
@@ -62,7 +58,7 @@ def _table(kind: type, values: Mapping[str, Any], file: str, key: str) -> object
     if unknown:
         near = difflib.get_close_matches(unknown[0], hints, n=1)
         raise RecipeError(
-            f"'{file}' has an unknown key '{key}{unknown[0]}'.",
+            f"'{file}' has an unknown key '{key}{unknown[0][:100]}'.",
             f"Did you mean '{key}{near[0]}'?" if near else f"Known keys: {', '.join(hints)}.",
         )
     read = {name: _value(hints[name], value, file, key + name) for name, value in values.items()}
@@ -96,4 +92,6 @@ def _value(kind: Any, value: object, file: str, key: str) -> object:
 
 
 def _wrong(file: str, key: str, wanted: str, value: object) -> RecipeError:
-    return RecipeError(f"'{file}': the key '{key}' must be {wanted}, not {value!r}.", "Mend it.")
+    return RecipeError(
+        f"'{file}': the key '{key}' must be {wanted}, not {reprlib.repr(value)}.", "Mend it."
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy.bench.report import SCHEMA
+from van_deploy.documents import json_from, text_from
 from van_deploy.errors import InputError, UsageError
 
 __all__ = ["AGREE_WITHIN_PERCENT", "Change", "agreement", "compare_reports", "read_report"]
@@ -58,7 +58,7 @@ def read_report(path: Path) -> dict[str, Any]:
         InputError: it cannot be read or is something else.
     """
     try:
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        report: dict[str, Any] = json_from(text_from(path))
         schema = report["schema"]
     except OSError as error:
         raise InputError(

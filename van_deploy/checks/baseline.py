@@ -16,6 +16,7 @@ from pathlib import Path
 from van_deploy.bundle import Bundle, write_atomic
 from van_deploy.checks.figures import Figure
 from van_deploy.checks.pictures import Pictures
+from van_deploy.documents import json_from, text_from
 from van_deploy.errors import InputError
 
 __all__ = [
@@ -86,7 +87,7 @@ def read_baseline(path: Path) -> Baseline:
         InputError: it cannot be read or is none.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json_from(text_from(path))
         if values["schema"] != SCHEMA:
             raise InputError(
                 f"'{path}' has schema '{values['schema']}'; this version reads '{SCHEMA}'.",
@@ -114,7 +115,7 @@ def read_baseline(path: Path) -> Baseline:
             f"There is no baseline at '{path}'.",
             "Make one with --update, look at it, and commit it.",
         ) from None
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"'{path}' is no baseline: {type(error).__name__}: {error}.",
             "Write it anew with --update.",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from van_deploy.bundle import Bundle
+from van_deploy.documents import json_from
 
 __all__ = ["contract_failures"]
 
@@ -23,7 +23,7 @@ def contract_failures(bundle: Bundle, name: str) -> list[str]:
     failures = []
     written = said.get("van_deploy.preprocessing")
     if written is not None:
-        failures += _differences(json.loads(written), bundle.manifest["preprocessing"])
+        failures += _differences(_table(written), bundle.manifest["preprocessing"])
     weights = said.get("van_deploy.weights_sha256")
     if weights is not None and weights != bundle.manifest["weights"]["sha256"]:
         failures.append("the file was made from other weights than the manifest names")
@@ -31,6 +31,15 @@ def contract_failures(bundle: Bundle, name: str) -> list[str]:
     if batch.dim_value:
         failures.append(f"its batch is frozen at {batch.dim_value}")
     return failures
+
+
+def _table(text: str) -> Mapping[str, Any]:
+    """Return the JSON object in ``text``; an empty one where there is none, which differs."""
+    try:
+        value = json_from(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, Mapping) else {}
 
 
 def _differences(said: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from van_deploy import __version__
 from van_deploy.cli.commands import LazyGroup
 from van_deploy.cli.console import print_error
-from van_deploy.errors import MissingDependency, VanDeployError
+from van_deploy.errors import InputError, MissingDependency, VanDeployError
 
 __all__ = ["CommandGroup", "app", "main", "translated"]
 
@@ -35,6 +35,16 @@ OS_REMEDIES = {
     errno.EACCES: "Change the permissions, or choose another place.",
     errno.EPERM: "Change the permissions, or choose another place.",
     errno.EMFILE: "Raise the limit on open files (`ulimit -n`).",
+    errno.ENFILE: "The machine has too many files open: close other programs.",
+    errno.EFBIG: "Raise the limit on a file's size (`ulimit -f`), or choose another file system.",
+    errno.EIO: "The disk or the network behind it fails: try again, or choose another place.",
+    errno.ESTALE: "The network file system lost the file: try again.",
+}
+PATH_REMEDIES = {
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "The links there lead in a circle: remove one of them.",
+    errno.ENOTDIR: "A part of that path is a file, not a folder: check it.",
+    errno.EISDIR: "That is a folder where a file is wanted: check the path.",
 }
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Failed to allocate memory")
 OUT_OF_SPACE = "No space left on device"
@@ -122,6 +132,10 @@ def translated(failure: BaseException) -> VanDeployError | None:
         return MissingDependency(
             f"Cannot write or read{place}: {reason}.", OS_REMEDIES[failure.errno]
         )
+    if isinstance(failure, OSError) and failure.errno in PATH_REMEDIES:
+        place = f" '{str(failure.filename)[:200]}'" if failure.filename else ""
+        reason = os.strerror(failure.errno)
+        return InputError(f"Cannot write or read{place}: {reason}.", PATH_REMEDIES[failure.errno])
     if OUT_OF_SPACE in text:
         return MissingDependency(f"Cannot write: {text}", OS_REMEDIES[errno.ENOSPC])
     return None

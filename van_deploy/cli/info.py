@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["info", "informed"]
 
+MOST_PROBLEMS = 20  # told one by one; --json has them all
+
 
 def info(
     model: Annotated[
@@ -115,7 +117,9 @@ def _bundle_table(result: dict[str, Any]) -> RenderableType:
     from van_deploy.report.tables import facts_table, notes, stack
 
     manifest = result["manifest"]
-    problems = result["problems"]
+    found = result["problems"]
+    more = [f"and {len(found) - MOST_PROBLEMS:,} more"] if len(found) > MOST_PROBLEMS else []
+    problems = [*found[:MOST_PROBLEMS], *more]
     return stack(
         facts_table({"bundle": result["path"], "written": manifest["written"]}),
         model_facts(manifest),

@@ -22,13 +22,13 @@ command to resume.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle import Bundle
+from van_deploy.documents import toml_from
 from van_deploy.engine.backend import choose_backend
 from van_deploy.engine.build import Progress
 from van_deploy.engine.bundled import build_in_bundle, request_for
@@ -43,11 +43,6 @@ from van_deploy.engine.options import (
 from van_deploy.engine.sidecar import Sidecar
 from van_deploy.errors import RecipeError, UsageError, VanDeployError
 from van_deploy.recipe import BatchRange
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = [
     "BUILT",
@@ -155,8 +150,8 @@ def read_fleet(path: Path) -> Fleet:
         RecipeError: it cannot be read, or a key or value in it is wrong.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        document = toml_from(path)
+    except (OSError, ValueError) as error:
         raise RecipeError(f"The fleet file '{path}' cannot be read: {error}.", SHAPE) from error
     try:
         _only(document, "", {"fleet", "options", "hosts"})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle import file_sha256, write_atomic
+from van_deploy.documents import json_from, text_from
 from van_deploy.engine.options import BuildOptions
 from van_deploy.errors import InputError
 from van_deploy.forms import (
@@ -219,7 +220,7 @@ def read_sidecar(plan: Path) -> Sidecar:
             "`TensorRtRunner(plan, trust_engine=True)`.",
         )
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json_from(text_from(path))
         schema = document.pop("schema")
         digest = document.pop("sidecar_sha256")
         if schema != SCHEMA:
@@ -233,7 +234,7 @@ def read_sidecar(plan: Path) -> Sidecar:
         require_encodable(document)
         require_form(document, _FORM)
         return Sidecar.from_dict(document)
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"The sidecar '{path}' is damaged: {type(error).__name__}: {error}.", REBUILD
         ) from error

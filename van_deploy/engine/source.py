@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from van_deploy.bundle import file_sha256
 from van_deploy.errors import InputError
+from van_deploy.external_weights import external_files_of, require_beside
 from van_deploy.recipe import BatchRange
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def read_source(path: Path) -> OnnxSource:
             take without a word and change.
     """
     model = _load(path)
+    others = external_files_of(model)
+    require_beside(path, others, None)
     opset = _opset(model, path)
     for problem in (*_structure(model, path), *_types(model.graph)):
         raise InputError(f"'{path}': {problem}.", EXPORT_AGAIN)
@@ -85,9 +88,8 @@ def read_source(path: Path) -> OnnxSource:
             f"{', '.join(map(str, free))}; engines here have a free batch (axis 0) only.",
             "Export it with a fixed image size.",
         )
-    external = any(tensor.external_data for tensor in model.graph.initializer)
     nodes = len(model.graph.node)
-    return OnnxSource(path, file_sha256(path), opset, value.name, shape, nodes, external)
+    return OnnxSource(path, file_sha256(path), opset, value.name, shape, nodes, bool(others))
 
 
 def _load(path: Path) -> ModelProto:
@@ -125,11 +127,6 @@ def _structure(model: ModelProto, path: Path) -> Iterator[str]:
         yield f"it has {len(inputs)} inputs; a VAN has one, the images"
     elif not _shape(inputs[0]):
         yield f"the input '{inputs[0].name}' has no shape"
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location" and not (path.parent / entry.value).is_file():
-                yield f"its weights '{tensor.name}' are in '{entry.value}', which is not beside it"
-                return
 
 
 def _types(graph: GraphProto) -> Iterator[str]:

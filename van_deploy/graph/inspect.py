@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from van_deploy.documents import DocumentError, json_from, require_regular_file
 from van_deploy.errors import InputError
 from van_deploy.graph.files import graph_facts
 
@@ -26,11 +26,11 @@ def read_onnx(path: Path) -> ModelProto:
     from google.protobuf.message import DecodeError
 
     try:
+        require_regular_file(path)
         model = onnx.load_model(path, load_external_data=False)
-    except OSError as error:
-        raise InputError(
-            f"'{path}' cannot be read: {error.strerror or error}.", "Check the path."
-        ) from error
+    except (OSError, DocumentError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"'{path}' cannot be read: {reason}.", "Check the path.") from error
     except DecodeError as error:
         raise InputError(
             f"'{path}' is not an ONNX file, or is cut short: {error}.",
@@ -98,6 +98,6 @@ def _read(text: str) -> Any:
     if not text.startswith(("{", "[")):
         return text
     try:
-        return json.loads(text)
+        return json_from(text)
     except ValueError:
         return text

@@ -14,6 +14,7 @@ import re
 import tempfile
 from pathlib import Path
 
+from van_deploy.documents import json_from, text_from
 from van_deploy.errors import DownloadError
 
 __all__ = ["cache_folder", "check_digest", "hub_cache", "user_cache"]
@@ -86,7 +87,7 @@ def _file_name(text: str) -> str:
 
 def _read(path: Path) -> str | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+        value = json_from(text_from(path))["sha256"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -11,6 +10,7 @@ from typing import Any
 from van_deploy import __version__
 from van_deploy.bench.report import SCHEMA
 from van_deploy.bundle import Bundle
+from van_deploy.documents import json_from, text_from
 from van_deploy.errors import BundleError
 from van_deploy.manifest import Section as ManifestSection
 from van_deploy.report.bench_view import ms_text
@@ -123,7 +123,7 @@ def _bench(bundle: Bundle) -> Mapping[str, Any] | None:
     """Return the benchmark kept in the bundle; None without one that can be read."""
     path = bundle.path / BENCH_FILE
     try:
-        report: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        report: Mapping[str, Any] = json_from(text_from(path))
     except (OSError, ValueError):
         return None
     return report if str(report.get("schema", "")).startswith("van-deploy/bench/") else None

@@ -7,6 +7,8 @@ bytes as :mod:`van_deploy.model.pixels`.
 
 from __future__ import annotations
 
+import json
+
 from van_deploy.model.preprocess import Preprocessing
 
 __all__ = ["client_source"]
@@ -14,7 +16,7 @@ __all__ = ["client_source"]
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 _TEMPLATE = '''\
-"""Ask @MODEL@ what is in some pictures: python client.py [--url HOST:PORT] PICTURE...
+"""Ask the model what is in some pictures: python client.py [--url HOST:PORT] PICTURE...
 
 Needs: pip install numpy pillow "tritonclient[http]"
 """
@@ -26,7 +28,7 @@ import numpy as np
 import tritonclient.http as triton
 from PIL import Image, ImageOps
 
-MODEL = "@MODEL@"
+MODEL = @MODEL@
 SIZE = @SIZE@  # side of the square the network sees
 SHORT_SIDE = @SHORT_SIDE@  # of the picture, before the centre is cut out
 FILTER = Image.Resampling.@FILTER@
@@ -62,7 +64,7 @@ def main():
     with triton.InferenceServerClient(arguments.url) as client:
         for path in arguments.pictures:
             tensor = tensor_from_files([path])
-            given = triton.InferInput("@INPUT@", list(tensor.shape), "@TYPE@")
+            given = triton.InferInput(@INPUT@, list(tensor.shape), @TYPE@)
             given.set_data_from_numpy(tensor)
             wanted = triton.InferRequestedOutput("logits")
             logits = client.infer(MODEL, [given], outputs=[wanted]).as_numpy("logits")[0]
@@ -98,15 +100,15 @@ def client_source(
         preprocessing: of the weights.
     """
     values = {
-        "MODEL": model,
+        "MODEL": json.dumps(model),
         "SIZE": preprocessing.image_size,
         "SHORT_SIDE": preprocessing.resize_size,
         "FILTER": preprocessing.interpolation.upper(),
         "MEAN": list(preprocessing.mean),
         "STD": list(preprocessing.std),
         "MODE": _MODES.get(preprocessing.channels, "RGB"),
-        "INPUT": input_name,
-        "TYPE": input_type,
+        "INPUT": json.dumps(input_name),
+        "TYPE": json.dumps(input_type),
         "PREPARE": _PREPARE[embedding],
     }
     source = _TEMPLATE

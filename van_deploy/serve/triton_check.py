@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle import Bundle, file_sha256
+from van_deploy.documents import json_from, text_from
 from van_deploy.errors import InputError, MissingDependency, VanDeployError
 from van_deploy.runners.network import TensorSpec
 from van_deploy.serve.triton import LABELS_FILE, PACKAGE_FILE, PACKAGE_SCHEMA, TritonModel
@@ -98,7 +98,7 @@ def _record(path: Path, bundle: Bundle) -> Mapping[str, Any]:
             f"There is no package in '{path}'.", "Make it: `van-deploy package triton BUNDLE`."
         )
     try:
-        record: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        record: Mapping[str, Any] = json_from(text_from(file))
         schema, name = record["schema"], record["bundle"]
         fields = (record["models"], record["files"])
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:

@@ -1,0 +1,127 @@
+"""Weights in other files are read from beside the graph, or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from van_deploy.bundle import Artefact, Bundle, writing
+from van_deploy.engine.source import read_source
+from van_deploy.errors import InputError
+from van_deploy.external_weights import external_files, external_files_of
+
+VALUES = np.arange(12, dtype=np.float32)
+
+
+def elsewhere(location: str) -> TensorProto:
+    """Return a tensor whose values are in another file."""
+    tensor = numpy_helper.from_array(VALUES, "w")
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def graph_with(location: str, where: str) -> ModelProto:
+    """Return a graph that adds such a tensor, given as an initializer, a constant or deeper."""
+    tensor, given, out = elsewhere(location), [], "w"
+    nodes = [helper.make_node("Add", ["x", out], ["y"])]
+    if where == "initializer":
+        given = [tensor]
+    elif where == "constant":
+        nodes.insert(0, helper.make_node("Constant", [], ["w"], value=tensor))
+    else:
+        constant = helper.make_node("Constant", [], ["v"], value=tensor)
+        result = [helper.make_tensor_value_info("v", TensorProto.FLOAT, [12])]
+        branch = helper.make_graph([constant], "branch", [], result)
+        yes = numpy_helper.from_array(np.array(True), "yes")
+        given = [yes]
+        nodes.insert(
+            0, helper.make_node("If", ["yes"], ["w"], then_branch=branch, else_branch=branch)
+        )
+    shape: list[str | int | None] = ["n", 12]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        given,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+
+
+@pytest.mark.parametrize("where", ["initializer", "constant", "branch"])
+def test_they_are_found_wherever_a_tensor_can_be(where: str, tmp_path: Path) -> None:
+    model = graph_with("there.bin", where)
+    assert external_files_of(model) == ("there.bin",)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    assert external_files(tmp_path / "m.onnx") == ("there.bin",)
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph", b"no graph, with a location"])
+def test_a_file_that_is_no_graph_names_none(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(content)
+    assert external_files(tmp_path / "m.onnx") == ()
+
+
+def link_to_file(folder: Path) -> None:
+    (folder / "link.bin").symlink_to("../outside.bin")
+
+
+def link_to_folder(folder: Path) -> None:
+    (folder / "up").symlink_to("..")
+
+
+def pipe(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.bin")
+
+
+HOSTILE: list[tuple[str, Callable[[Path], None] | None, str]] = [
+    ("/etc/passwd", None, "which is outside its folder"),
+    ("../outside.bin", None, "which is outside its folder"),
+    ("a/../../outside.bin", None, "which is outside its folder"),
+    ("..\\outside.bin", None, "which is outside its folder"),
+    ("a\x00b", None, "which is outside its folder"),
+    ("link.bin", link_to_file, "which is a link or behind one"),
+    ("up/outside.bin", link_to_folder, "which is a link or behind one"),
+    ("pipe.bin", pipe, "which is not beside it"),
+    ("", None, "which is not beside it"),
+]
+
+
+@pytest.mark.parametrize("where", ["initializer", "constant"])
+@pytest.mark.parametrize(("location", "prepare", "message"), HOSTILE)
+def test_no_engine_is_built_from_files_elsewhere(
+    location: str,
+    prepare: Callable[[Path], None] | None,
+    message: str,
+    where: str,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "b"
+    folder.mkdir()
+    (tmp_path / "outside.bin").write_bytes(VALUES.tobytes())
+    if prepare:
+        prepare(folder)
+    (folder / "m.onnx").write_bytes(graph_with(location, where).SerializeToString())
+    with pytest.raises(InputError, match=message):
+        read_source(folder / "m.onnx")
+
+
+def test_a_bundle_vouches_for_the_weights_beside_a_graph(tmp_path: Path) -> None:
+    folder, model = tmp_path / "b", graph_with("w.bin", "constant")
+    for files in ({"m.onnx": "", "w.bin": ""}, {"m.onnx": ""}):
+        with writing(folder, name="m") as draft:
+            draft.file("m.onnx").write_bytes(model.SerializeToString())
+            draft.file("w.bin").write_bytes(VALUES.tobytes())
+            draft.record(Artefact("fp32", "onnx", "fp32", "m.onnx", files))
+        if "w.bin" in files:
+            assert onnx.load(Bundle.open(folder).verified("fp32")).graph.node
+    with pytest.raises(InputError, match=r"'w\.bin', which the manifest does not name"):
+        Bundle.open(folder).verified("fp32")

@@ -1,0 +1,154 @@
+"""Text files that somebody else wrote: read whole, and strictly.
+
+Manifests, sidecars, recipes and the like are small. So each is first made sure to be a
+file (a pipe would be waited for) of a size such files have. JSON and TOML are taken more
+strictly than Python's readers do it: what is nested deeper than any of these files is
+refused, and so is JSON that gives a key twice, of which two readers may believe
+different ones.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "LARGEST_BYTES",
+    "DocumentError",
+    "json_from",
+    "require_regular_file",
+    "text_from",
+    "toml_from",
+]
+
+LARGEST_BYTES = 64 * 2**20  # a calibration set that names 100,000 images has 20 MB
+DEEPEST = 40  # a manifest has 8
+LONGEST_LINE = 64 * 2**10  # of TOML, whose reader takes squared time over dotted keys
+
+
+class DocumentError(ValueError):
+    """A file is not what it should be; the message says what it is, as the end of a sentence."""
+
+
+def require_regular_file(path: Path) -> None:
+    """Return if ``path`` is a file, through links or not, rather than a pipe or a device.
+
+    Raises:
+        DocumentError: it is something else.
+        OSError: there is nothing, a folder, or what may not be looked at.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise DocumentError("it is no regular file")
+
+
+def text_from(path: Path, largest_bytes: int = LARGEST_BYTES) -> str:
+    """Return the text of a file.
+
+    Raises:
+        DocumentError: it is no file, is too large, or is not UTF-8.
+        OSError: it cannot be read.
+    """
+    require_regular_file(path)
+    # Looked at again once it is open: between the two it may have become a pipe.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise DocumentError("it is no regular file")
+        content = file.read(largest_bytes + 1)
+    if len(content) > largest_bytes:
+        raise DocumentError(f"it has more than {largest_bytes:,} bytes")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"it is not UTF-8: {error}") from None
+
+
+def json_from(
+    text: str | bytes, table: Callable[[list[tuple[str, Any]]], Any] = dict, deepest: int = DEEPEST
+) -> Any:
+    """Return the JSON in ``text``.
+
+    Args:
+        text: UTF-8 where it is bytes.
+        table: makes an object of its keys and values.
+        deepest: more levels than this are refused.
+
+    Raises:
+        DocumentError: it is nested too deeply, or gives a key twice.
+        ValueError: it is not JSON.
+
+    >>> json_from('{"a": 1, "a": 2}')
+    Traceback (most recent call last):
+        ...
+    van_deploy.documents.DocumentError: it gives the key 'a' twice
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> Any:
+        found = table(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DocumentError(f"it gives the key {twice[:100]!r} twice")
+        return found
+
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise _too_deep(deepest) from None
+    _refuse_deep(value, deepest)
+    return value
+
+
+def toml_from(path: Path) -> dict[str, Any]:
+    """Return the TOML in a file.
+
+    Raises:
+        DocumentError: it is no file, too large, not UTF-8, nested too deeply, or has a line
+            longer than any that a person wrote.
+        tomllib.TOMLDecodeError: it is not TOML; a ValueError too.
+        OSError: it cannot be read.
+    """
+    text = text_from(path)
+    longest = max(map(len, text.splitlines()), default=0)
+    if longest > LONGEST_LINE:
+        raise DocumentError(f"it has a line of {longest:,} characters")
+    try:
+        tables = tomllib.loads(text)
+    except RecursionError:
+        raise _too_deep(DEEPEST) from None
+    _refuse_deep(tables, DEEPEST)
+    return tables
+
+
+def _refuse_deep(value: Any, deepest: int) -> None:
+    """Return if no more than so many lists and tables are in one another, level by level."""
+    level = [value]
+    for _ in range(deepest + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (Mapping, list))
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+            if isinstance(inner, (Mapping, list))
+        ]
+        if not level:
+            return
+    raise _too_deep(deepest)
+
+
+def _too_deep(deepest: int) -> DocumentError:
+    return DocumentError(f"it is nested more than {deepest} deep")
