@@ -87,3 +87,26 @@ def test_remarks_and_errors_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> 
         "reused model.onnx [same weights]\n"
         "error: No such file.\n  Check the path.\n  Or pass another.\n"
     )
+
+
+HOSTILE = "\x1b]0;mine\x07\x1b[2J\x9b31mcat\u202egod\r"
+
+
+def test_text_from_a_file_does_not_reach_a_terminal_as_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    emit({"name": HOSTILE}, False, lambda result: rows_table(["name"], [[result["name"]]]))
+    print_error(HOSTILE, HOSTILE)
+    remark(HOSTILE)
+    out, err = capsys.readouterr()
+    for text in (out, err):
+        assert "cat" in text
+        assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(text)
+
+
+def test_json_escapes_every_control_character(capsys: pytest.CaptureFixture[str]) -> None:
+    emit({"name": HOSTILE, "é": 1}, True, lambda _: "")
+    text = capsys.readouterr().out
+    assert json.loads(text) == {"name": HOSTILE, "é": 1}
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert "é" in text

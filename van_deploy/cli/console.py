@@ -15,6 +15,7 @@ import enum
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 __all__ = [
+    "CONTROL",
     "AsJson",
     "emit",
+    "json_text",
     "names_in",
     "plain",
     "print_error",
@@ -38,6 +41,8 @@ __all__ = [
     "stdout_console",
 ]
 
+# C0 and C1 but tab and newline, and what turns the direction of writing round.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 PIPE_WIDTH = 100  # columns where output does not go to a terminal
 Result = TypeVar("Result")
 
@@ -73,7 +78,7 @@ def emit(result: Result, as_json: bool, table: Callable[[Result], RenderableType
         table: makes what a person reads from the result.
     """
     if as_json:
-        text = json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json_text(plain(result), indent=2) + "\n"
     else:
         console = stdout_console()
         with console.capture() as capture:
@@ -83,6 +88,16 @@ def emit(result: Result, as_json: bool, table: Callable[[Result], RenderableType
             text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def json_text(value: object, indent: int | None = None) -> str:
+    r"""Return JSON that a terminal may be shown: control characters are escaped, all of them.
+
+    >>> json_text("\x9b2Jé")
+    '"\\u009b2Jé"'
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def plain(value: object) -> object:
@@ -155,7 +170,10 @@ def _console(file: IO[str]) -> Console:
     """Return a console for ``file``, of fixed width where that is not a terminal."""
     from rich.console import Console
 
+    from van_deploy.cli.harmless import Harmless
+
     console = Console(file=file)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        return Console(file=file, width=PIPE_WIDTH)
+        console = Console(file=file, width=PIPE_WIDTH)
+    console.push_render_hook(Harmless())
     return console

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from van_deploy.cli.console import AsJson, emit, plain, progress, remark
+from van_deploy.cli.console import AsJson, emit, json_text, plain, progress, remark
 from van_deploy.cli.opening import RequireSignature, RunnerName, TrustEngine, open_bundle
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def predict(
     for prediction in _predictions(network, sources, top_k, size, speed):
         bad += prediction.error is not None
         if json_lines:
-            sys.stdout.write(json.dumps(plain(prediction), ensure_ascii=False) + "\n")
+            sys.stdout.write(json_text(plain(prediction)) + "\n")
             sys.stdout.flush()
         else:
             answers.append(prediction)
