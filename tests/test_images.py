@@ -488,3 +488,26 @@ def test_batches_that_cannot_be_made_are_refused(
 ) -> None:
     with pytest.raises(error, match=text):
         sample_batch(count, transform, two_pictures)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.eps"])
+def test_postscript_is_not_given_to_ghostscript(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow runs ``gs`` on an EPS, whatever its file is called."""
+
+    def ran(*arguments: object, **_: object) -> None:
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr("subprocess.Popen", ran)
+    path = tmp_path / name
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    for source in (path, path.read_bytes()):
+        with pytest.raises(ImageError, match="it is in no known image format"):
+            open_image(source)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ImageError, match="it is no regular file"):
+        open_image(tmp_path / "x.png")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from van_deploy.bundle import file_sha256
+from van_deploy.documents import require_regular_file
 from van_deploy.errors import ImageError
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "file_digest", "find_images", "open_i
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
+# What the suffixes stand for; Pillow reads a camera's MPO as JPEG. No others are tried: it gives an
+# EPS to Ghostscript, whatever the file is called.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 89_478_485  # a quarter of a GiB as RGB; Pillow's own warning limit
 BITS_PER_SAMPLE = 258  # TIFF 6.0, section 8
 
@@ -92,7 +96,10 @@ def open_image(
 
     name = name or ("the image" if isinstance(source, bytes) else f"'{source}'")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        if not isinstance(source, bytes):
+            require_regular_file(Path(source))
+        opened = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(opened, formats=FORMATS) as image:
             _refuse_large(image, name, max_pixels)
             return _rgb_from_image(image, name)
     except ImageError:
