@@ -296,3 +296,34 @@ def test_a_refused_pickle_whose_archive_is_damaged_is_one_message(tmp_path: Path
     path.write_bytes(bytes(data))
     with pytest.raises(CheckpointError):
         read_weights(path)
+
+
+# --- files made to be in the way ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [3, (1, 2), b"x", None])
+def test_names_that_are_no_text(tmp_path: Path, name: object) -> None:
+    state: dict[object, Tensor] = dict(WEIGHTS.items())
+    state[name] = torch.ones(1)
+    torch.save(state, tmp_path / "w.pth")
+    message = f"holds tensors whose names are no text ({type(name).__name__})."
+    assert _refusal(tmp_path / "w.pth").message == f"The checkpoint {tmp_path / 'w.pth'} {message}"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "w.pth")
+    assert "cannot be read: it is no regular file." in _refusal(tmp_path / "w.pth").message
+
+
+def test_more_entries_than_any_network_has(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
+        archive.writestr("w/data.pkl", b"x")
+        for number in range(30_000):
+            archive.writestr(f"w/data/{number}", b"")
+    assert "holds 30,001 tensors, more than any VAN has." in _refusal(tmp_path / "w.pth").message
+
+
+def test_metadata_nested_beyond_the_stack_stays_text(tmp_path: Path) -> None:
+    deep = "[" * 100_000
+    save_file(WEIGHTS, tmp_path / "w.safetensors", metadata={"classes": deep})
+    assert read_weights(tmp_path / "w.safetensors").metadata == {"classes": deep}

@@ -29,6 +29,7 @@ __all__ = [
 OFFICIAL_OWNER = "Visual-Attention-Network"
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # Pillow's numbers
 _FIELDS = ("image_size", "mean", "std", "interpolation", "crop_pct")
+_MOST_VALUES = 16  # channels, of a mean
 _ALIASES = {"img_size": "image_size"}
 
 Found = tuple[Preprocessing, tuple[str, ...]]
@@ -59,7 +60,7 @@ def preprocessing_of(
     """
     official = replace(OFFICIAL, mean=OFFICIAL.mean[:1] * channels, std=OFFICIAL.std[:1] * channels)
     written = arguments.get("preprocessing")
-    if isinstance(written, Mapping):
+    if isinstance(written, Mapping) and all(map(_is_flat, written.values())):
         return _written(written, channels), ()
     own, notes = preprocessing_from_arguments(arguments, official)
     if own is not None:
@@ -87,7 +88,8 @@ def preprocessing_from_arguments(
     ``img_size`` or ``input_size``. What is not given is ``default``'s; what
     cannot be used is named in the notes.
     """
-    values = {_ALIASES.get(name, name): value for name, value in arguments.items()}
+    wanted = {*_FIELDS, *_ALIASES, "input_size"}
+    values = {_ALIASES.get(n, n): v for n, v in arguments.items() if n in wanted and _is_flat(v)}
     size = values.get("input_size")
     if not values.get("image_size") and isinstance(size, Sequence) and len(size) == 3:
         values["image_size"] = size[-1] if size[1] == size[2] else size
@@ -120,7 +122,7 @@ def preprocessing_from_json(processor: Mapping[str, Any], channels: int = 3) -> 
     """
     try:
         return _described(processor, channels)
-    except (UsageError, TypeError, IndexError, ValueError) as error:
+    except (UsageError, TypeError, IndexError, ValueError, ArithmeticError) as error:
         reason = error.message if isinstance(error, UsageError) else str(error)
         raise CheckpointError(
             f"The preprocessor_config.json beside the weights cannot be followed: {reason}",
@@ -144,7 +146,8 @@ def class_names_from(
             return tuple(map(str, names))
     own = (metadata.get("class_names"), metadata.get("classes"))
     for candidate in (*own, *_mmpretrain_classes(metadata)):
-        if isinstance(candidate, list | tuple) and len(candidate) == num_classes:
+        listed = isinstance(candidate, list | tuple) and len(candidate) == num_classes
+        if listed and all(isinstance(name, str | int) for name in candidate):
             return tuple(map(str, candidate))
     return None
 
@@ -170,6 +173,17 @@ def layer_norm_eps_from(config: Mapping[str, Any] | None) -> float:
             "It must be a small positive number such as 1e-6.",
         )
     return float(eps)
+
+
+def _is_flat(value: object) -> bool:
+    """Return whether it is a value, or a short list of them.
+
+    A pickle of some kilobytes can hold lists in lists that take for ever to look through.
+    """
+    items = value if isinstance(value, list | tuple) else [value]
+    return len(items) <= _MOST_VALUES and not any(
+        isinstance(item, Mapping | list | tuple | set | frozenset) for item in items
+    )
 
 
 def _written(values: Mapping[str, Any], channels: int) -> Preprocessing:

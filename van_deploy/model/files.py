@@ -8,7 +8,6 @@ or says in one sentence what the file is instead. Pickles go through
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import struct
 import zipfile
@@ -20,6 +19,7 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
+from van_deploy.documents import DocumentError, json_from, require_regular_file
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.pickles import load_pickle, truncated
 
@@ -31,6 +31,7 @@ SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Where training scripts put the state dict; averaged weights first, as timm does."""
 
+_MOST_ENTRIES = 30_000  # a VAN-B6 has 3,000 tensors, and its optimizer twice as many
 _MAX_UNPACKED = 8  # times the file's size; PyTorch itself writes 1
 
 
@@ -78,15 +79,16 @@ def read_weights(path: Path, *, container: str | None = None) -> WeightsFile:
 
 def _peek(path: Path) -> tuple[bytes, int]:
     try:
+        require_regular_file(path)
         with path.open("rb") as file:
             return file.read(512), path.stat().st_size
     except FileNotFoundError:
         raise CheckpointError(
             f"There is no file {path}.", "Check the path of the checkpoint."
         ) from None
-    except OSError as error:
+    except (OSError, DocumentError) as error:
         raise CheckpointError(
-            f"The file {path} cannot be read: {error.strerror}.",
+            f"The file {path} cannot be read: {getattr(error, 'strerror', None) or error}.",
             "Check its permissions and the disk it is on.",
         ) from None
 
@@ -157,7 +159,7 @@ def _read_safetensors(path: Path, head: bytes, size: int, container: str | None)
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json_from(text)
     except ValueError:
         return text
 
@@ -183,6 +185,11 @@ def _inspect_zip(path: Path, size: int) -> bool:
             f"The file {path} is a zip archive without PyTorch tensors "
             f"(it holds {', '.join(names[:3]) or 'nothing'}).",
             "Pass a file written by torch.save or safetensors.",
+        )
+    if len(entries) > _MOST_ENTRIES:
+        raise CheckpointError(
+            f"The file {path} holds {len(entries):,} tensors, more than any VAN has.",
+            "Pass a file with one network's weights.",
         )
     unpacked = sum(entry.file_size for entry in entries)
     if unpacked > _MAX_UNPACKED * size:
@@ -225,7 +232,14 @@ def _check_state(path: Path, tensors: Mapping[Any, Any], container: str | None) 
             f"The checkpoint {path} holds no tensors {where}at all.".replace("  ", " "),
             "Save the weights: torch.save(model.state_dict(), 'weights.pth').",
         )
-    strange = [str(k) for k, v in tensors.items() if not isinstance(v, Tensor)]
+    unnamed = [name for name in tensors if not isinstance(name, str)]
+    if unnamed:
+        raise CheckpointError(
+            f"The checkpoint {path} holds tensors {where}whose names are no text "
+            f"({type(unnamed[0]).__name__}).",
+            "Save the weights: torch.save(model.state_dict(), 'weights.pth').",
+        )
+    strange = [k[:100] for k, v in tensors.items() if not isinstance(v, Tensor)]
     if strange:
         raise CheckpointError(
             f"The checkpoint {path} holds things {where}that are no tensors: "

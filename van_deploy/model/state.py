@@ -20,6 +20,7 @@ from van_deploy.model.variants import VanConfig
 
 __all__ = ["NamedState", "network_from_state", "official_state"]
 
+_LONGEST = 200  # characters of a name in a message
 _LISTED = 10  # names in a message before "and N more"
 
 
@@ -101,7 +102,7 @@ def _is_weight(name: str) -> bool:
 
 
 def _listed(names: Iterable[str]) -> str:
-    names = list(names)
+    names = [name[:_LONGEST] for name in names]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 

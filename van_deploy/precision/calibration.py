@@ -20,6 +20,7 @@ from van_deploy.bundle import content_key
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.images import file_digest, find_images
 from van_deploy.model.embedded import digits_images
+from van_deploy.precision.archives import DAMAGE, opened_arrays
 from van_deploy.precision.manifests import ImageSelection
 
 __all__ = [
@@ -171,7 +172,7 @@ def _group(file: Path, folder: Path) -> str:
 def _pictures_of_npz(path: Path) -> list[Picture]:
     """Return the pictures of an ``.npz``: its array ``images``, or its only one."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with opened_arrays(path) as stored:
             names = list(stored)
             key = "images" if "images" in names else names[0] if len(names) == 1 else None
             if key is None:
@@ -181,7 +182,7 @@ def _pictures_of_npz(path: Path) -> list[Picture]:
                 )
             values = stored[key]
             labels = stored["labels"] if "labels" in names else None
-    except (OSError, ValueError, EOFError) as error:
+    except (*DAMAGE, OSError) as error:
         raise ImageError(
             f"'{path}' cannot be read as an .npz of images: {error}.",
             "Save it with np.savez(path, images=array).",
@@ -191,6 +192,11 @@ def _pictures_of_npz(path: Path) -> list[Picture]:
         raise ImageError(
             f"The images in '{path}' are {values.dtype} of shape {values.shape}.",
             "Give uint8 pictures (N, H, W) or (N, H, W, 3), or normalised float32 (N, C, S, S).",
+        )
+    if labels is not None and labels.shape != (len(values),):
+        raise ImageError(
+            f"'{path}' has {len(values)} images and labels of shape {labels.shape}.",
+            "Give one label an image, or none at all.",
         )
     groups = [""] * len(values) if labels is None else [str(label) for label in labels]
     return [

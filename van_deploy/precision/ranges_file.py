@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import tokenize
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from van_deploy.documents import json_from
 from van_deploy.errors import InputError
+from van_deploy.precision.archives import DAMAGE, opened_arrays
 from van_deploy.precision.histogram import Histogram
 from van_deploy.precision.ranges import Ranges
 from van_deploy.precision.tensor_range import TensorRange
@@ -48,14 +47,6 @@ def _summary(record: TensorRange) -> dict[str, Any]:
             for share in PERCENTILES
         }
     return entry
-
-
-DAMAGE = (
-    *(ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, MemoryError),
-    *(NotImplementedError, zipfile.BadZipFile, zlib.error, OverflowError, RecursionError),
-    *(SyntaxError, tokenize.TokenError),  # NumPy reads an array's header as Python
-)
-"""What reading a damaged archive of arrays ends with."""
 
 
 def _short(value: float) -> float:
@@ -99,8 +90,8 @@ def ranges_from_file(path: Path) -> Ranges:
         InputError: the file cannot be read, is damaged, or lacks a part.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            header = json.loads(stored["header"].tobytes())
+        with opened_arrays(path) as stored:
+            header = json_from(stored["header"].tobytes())
             tensors = {
                 name: _stored_range(stored, number) for number, name in enumerate(header["names"])
             }
