@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -114,6 +115,8 @@ class FakeHub:
         gated: repositories that answer as gated ones do.
         drop_after: bytes after which the next download's connection is cut, once.
         announce: digests to announce instead of the true ones, by file name.
+        length: bytes to announce instead of the true number, by file name.
+        stall_after: bytes after which every download stands still until the client gives up.
         log: method, path and Range header of each request.
     """
 
@@ -122,6 +125,8 @@ class FakeHub:
     gated: set[str] = field(default_factory=set)
     drop_after: int | None = None
     announce: dict[str, str] = field(default_factory=dict)
+    length: dict[str, int] = field(default_factory=dict)
+    stall_after: int | None = None
     log: list[tuple[str, str, str | None]] = field(default_factory=list)
 
     def commit(self, repo_id: str) -> str:
@@ -186,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {
             "ETag": f'"{digest}"',
             "X-Linked-Etag": f'"{digest}"',
-            "X-Linked-Size": str(len(content)),
+            "X-Linked-Size": str(self.hub.length.get(name, len(content))),
             "X-Repo-Commit": self.hub.commit(repo_id),
             "Accept-Ranges": "bytes",
         }
@@ -199,7 +204,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(status, part, headers, only=cut)
             self.close_connection = True
             return
-        self._send(status, part, headers, only=None if body else 0)
+        if name in self.hub.length:
+            headers["Content-Length"] = str(self.hub.length[name] - start)
+            self.close_connection = True
+        stall = self.hub.stall_after if body else None
+        self._send(status, part, headers, only=stall if body else 0)
+        if stall is not None:
+            self.wfile.flush()
+            with contextlib.suppress(OSError):
+                self.connection.settimeout(20)
+                self.connection.recv(1)  # until the client has closed it
+            self.close_connection = True
 
     def _error(self, status: int, code: str, message: str) -> None:
         headers = {"X-Error-Code": code, "X-Error-Message": message}
@@ -209,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         self, status: int, content: bytes, headers: Mapping[str, str], only: int | None = None
     ) -> None:
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content if only is None else content[:only])

@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,30 @@ def test_a_dropped_connection_is_taken_up_where_it_broke(
     assert 0 < start <= 40_000
     assert seen == sorted(seen)
     assert seen[-1] == len(CONTENT)
+
+
+@pytest.mark.parametrize("announced", [len(CONTENT) + 5000, len(CONTENT) - 5000])
+def test_a_hub_that_lies_about_the_length(hub: FakeHub, announced: int) -> None:
+    hub.repos[REPO] = {"w.pth": CONTENT}
+    hub.length["w.pth"] = announced
+    error = _refusal(REPO, "w.pth")
+    assert f"{REPO}/w.pth" in error.message
+    hub.length.clear()
+    assert fetch_weights(REPO, "w.pth").path.read_bytes() == CONTENT
+
+
+def test_a_download_that_stands_still_is_given_up(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    hub.repos[REPO] = {"w.pth": CONTENT}
+    hub.stall_after = 0
+    begun = time.monotonic()
+    error = _refusal(REPO, "w.pth")
+    assert time.monotonic() - begun < 60
+    assert f"{REPO}/w.pth" in error.message
+    hub.stall_after = None
+    assert fetch_weights(REPO, "w.pth").path.read_bytes() == CONTENT
 
 
 def test_offline_uses_the_cache_and_nothing_else(hub: FakeHub) -> None:

@@ -8,7 +8,7 @@ the network nor any heavy import.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from van_deploy.documents import json_from, text_from
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.model.digests import check_digest, hub_cache
 from van_deploy.model.hub_errors import clear_errors, not_cached
@@ -151,7 +152,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
         CheckpointError: the file holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json_from(text_from(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"The file {path} cannot be read: {error}.", "Download it again."
@@ -234,10 +235,14 @@ def _checked_digest(path: Path, file: HubFile, expected: str | None) -> str:
     digest, blob = file_sha256(path), path.resolve()
     # The hub names large files' blobs by their SHA-256.
     if _SHA256.fullmatch(blob.name) and blob.name != digest:
+        remedy = "Remove that file and try again."
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            blob.unlink()
+            remedy = "It was removed from the cache: try again, and check HF_ENDPOINT if it is set."
         raise DownloadError(
             f"{file} is damaged: the hub announced the SHA-256 {blob.name}, "
             f"the file at {blob} has {digest}.",
-            "Remove that file and try again.",
+            remedy,
         )
     if expected is not None and digest != expected.lower():
         raise DownloadError(
