@@ -351,6 +351,10 @@ CONSUMERS = {
     "build": (),
     "verify": (),
     "inspect": (),
+    "evaluate": ("--images", "x"),
+    "drift": (),
+    "bench": (),
+    "check": ("--baseline", "x.json", "--update"),
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from van_deploy.cli.console import AsJson, emit, plain, progress, remark
+from van_deploy.cli.opening import RequireSignature, open_bundle
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -91,6 +92,7 @@ def bench(
     save: Annotated[
         bool, typer.Option("--save/--no-save", help="Keep the result in the bundle (bench.json).")
     ] = True,
+    require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
     """Time every artefact in every run time that is here, each in a process of its own.
@@ -99,9 +101,8 @@ def bench(
     """
     from van_deploy.bench.budget import Budget
     from van_deploy.bench.settings import Settings
-    from van_deploy.bundle import Bundle
 
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle, require_signature)
     settings = Settings(
         batches=integers("--batches", batches),
         threads=threads,

@@ -11,6 +11,7 @@ from van_deploy.cli.console import AsJson, emit, progress, remark
 from van_deploy.cli.opening import (
     BundlePath,
     RecipeName,
+    RequireSignature,
     RunnerName,
     TrustEngine,
     WeightsPath,
@@ -80,6 +81,7 @@ def check(
     trust_engine: TrustEngine = False,
     recipe: RecipeName = "",
     weights: WeightsPath = None,
+    require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a bundle against its gates and a baseline; ends with 1 if anything is worse.
@@ -97,7 +99,7 @@ def check(
         from van_deploy.checks.measure import measure_bundle
 
         known = None if update else read_baseline(baseline)
-        found, loaded = opened(bundle, weights)
+        found, loaded = opened(bundle, weights, require_signature)
         bar.update(task, description="Preparing images")
         measured = measure_bundle(
             found,

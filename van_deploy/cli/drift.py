@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from van_deploy.cli.console import AsJson, emit, progress, remark
-from van_deploy.cli.opening import ArtefactNames, BundlePath, WeightsPath, opened
+from van_deploy.cli.opening import ArtefactNames, BundlePath, RequireSignature, WeightsPath, opened
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,6 +42,7 @@ def drift(
         Path | None, typer.Option(help="Write the error each part adds as an SVG file.")
     ] = None,
     weights: WeightsPath = None,
+    require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what each stage, block or module of each ONNX artefact adds to the error.
@@ -60,7 +61,7 @@ def drift(
         from van_deploy.checks.record import jsonable, record_check
         from van_deploy.model.pixels import normalised
 
-        found, loaded = opened(bundle, weights)
+        found, loaded = opened(bundle, weights, require_signature)
         pictures = pictures_to_check(loaded.name, loaded.preprocessing, count, images)
         report = drift_of_bundle(
             found,

@@ -13,6 +13,7 @@ from van_deploy.cli.opening import (
     ArtefactNames,
     BundlePath,
     RecipeName,
+    RequireSignature,
     RunnerName,
     TrustEngine,
     WeightsPath,
@@ -91,6 +92,7 @@ def evaluate(
         typer.Option(help="Of the Ray cluster; the local one by default.", rich_help_panel=WORK),
     ] = "",
     weights: WeightsPath = None,
+    require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure top-1 and top-5 of PyTorch and every artefact, and what was lost between them.
@@ -111,7 +113,7 @@ def evaluate(
         from van_deploy.checks.labels import labelled_images
         from van_deploy.checks.record import jsonable, record_check
 
-        found, loaded = opened(bundle, weights)
+        found, loaded = opened(bundle, weights, require_signature)
         labelled = labelled_images(
             images,
             loaded.config.num_classes,
