@@ -27,7 +27,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reliability.corpus import KINDS, Corpus, digest_of, scratch
+from reliability.corpus import Corpus, digest_of, scratch
+from reliability.kinds import KINDS
+from reliability.readers import command
 
 __all__ = ["MIXED", "Fault", "Outcome", "fuzz"]
 
@@ -77,7 +79,7 @@ def fuzz(kind: str, first: int, count: int, folder: Path) -> Outcome:
     """Return what became of ``count`` cases of ``kind``, beginning with number ``first``.
 
     Args:
-        kind: one of :data:`~reliability.corpus.KINDS`, or :data:`MIXED` for all in turn.
+        kind: one of :data:`~reliability.kinds.KINDS`, or :data:`MIXED` for all in turn.
         first: number of the first case.
         count: how many.
         folder: for the sound files, which are made where they are not there.
@@ -157,12 +159,10 @@ def _run_cases(kind: str, first: int, count: int, folder: Path) -> None:
 
 def _warm_up(corpus: Corpus) -> None:
     """Read a sound file of each kind, so that what libraries start once is started."""
-    from reliability.corpus import _command
-
     for words in (("info", str(corpus.folder / "zip.pth")), ("inspect", str(corpus.bundle))):
-        if _command(*words)() != 0:
+        if command(*words)() != 0:
             raise SystemExit(f"van-deploy {' '.join(words)} refuses a sound file")
-    _command("predict", str(corpus.bundle), str(corpus.bundle / "canary.png"))()
+    command("predict", str(corpus.bundle), str(corpus.bundle / "canary.png"))()
 
 
 class _TooLong(BaseException):

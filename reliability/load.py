@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from reliability.faults import finished, van_deploy
+from reliability.trials import finished, van_deploy
 
 __all__ = ["evaluate_many", "quantize_many", "serve_killed"]
 

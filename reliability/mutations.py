@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from collections.abc import Iterator, MutableMapping, MutableSequence
 from typing import Any
 
-__all__ = ["spoiled_bytes", "spoiled_json", "spoiled_text"]
+__all__ = ["STRANGE_VALUES", "spoiled_bytes", "spoiled_json", "spoiled_json_text", "spoiled_text"]
 
 MOST_ADDED = 4096  # bytes
 
@@ -15,7 +16,9 @@ STRANGE_VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**30, 0.0, -0.5, 1e308),
     *(float("nan"), float("inf"), "", "x", "../../etc/passwd", "/etc/passwd", "..", "a\\b"),
     *("\x00", "\udc80", "é" * 300, "[red]x[/]", [], {}, [[]], [None], {"": 0}, [1e999]),
+    *("\x1b]0;x\x07\x1b[2J", "\x9b2J\u202e", 'x"); import os; ("', "a" * 5000, ".pending"),
 )
+LEVELS = (50, 900, 100_000)  # of lists in lists
 STRANGE_WORDS = (
     *("", "=", "[", "]", '"', "'", "#", "\n", "\t", "\x00", "\ufeff", "[x]\n", "a = 1\n", "nan"),
     *("-1", "0", "1e999", "99999999999999999999", "true", '""', "[]", "{}", "../../x", "é", "\\"),
@@ -72,6 +75,21 @@ def spoiled_json(rng: random.Random, document: Any) -> Any:
     return spoiled
 
 
+def spoiled_json_text(rng: random.Random, document: Any) -> str:
+    """Return spoiled JSON as text; now and then it says a thing twice, or nests without end."""
+    text = json.dumps(spoiled_json(rng, document))
+    way = rng.randrange(20)
+    if way == 0:
+        levels = rng.choice(LEVELS)
+        return text.replace("{", '{"x": ' + "[" * levels + "]" * levels + ", ", 1)
+    if way == 1 and isinstance(document, dict):
+        name = json.dumps(rng.choice(list(document)))
+        return text.replace("{", f"{{{name}: {json.dumps(rng.choice(STRANGE_VALUES))}, ", 1)
+    if way == 2:
+        return text.replace("{", '{"x": ' + "9" * rng.choice((100, 5000)) + ", ", 1)
+    return text
+
+
 def _containers(value: Any) -> Iterator[Any]:
     if isinstance(value, dict | list):
         yield value
@@ -121,6 +139,9 @@ def spoiled_text(rng: random.Random, text: str) -> str:
         elif way == "swap":
             other = rng.randrange(len(lines))
             lines[index], lines[other] = lines[other], lines[index]
+        elif rng.random() < 0.1:
+            levels = rng.choice(LEVELS)
+            lines.insert(index, "x = " + "[" * levels + "]" * levels + "\n")
         else:
             lines.insert(index, str(rng.choice(STRANGE_WORDS)))
     return "".join(lines)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from reliability.faults import Trials, bundle_is_whole, finished, full_disk, kills, van_deploy
+from reliability.disks import full_disk
+from reliability.kills import kills
+from reliability.trials import Trials, bundle_is_whole, finished, van_deploy
 
 
 def judged(found: list[Trials]) -> None:
@@ -22,7 +24,7 @@ def test_a_killed_command(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reliability.faults.SIZES_KIB", (256, 900))
+    monkeypatch.setattr("reliability.disks.SIZES_KIB", (256, 900))
     judged(full_disk(tmp_path, 2, ["build"]))
 
 

@@ -45,12 +45,12 @@ def test_what_must_not_be_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("import os; os.abort()", "the process ended with -6"),
     ):
         program = (
-            "import sys, reliability.corpus as corpus, reliability.fuzz as fuzz\n"
-            "kind = corpus.KINDS['image']\n"
+            "import sys, reliability.kinds as kinds, reliability.fuzz as fuzz\n"
+            "kind = kinds.KINDS['image']\n"
             f"read = lambda: exec({words!r})\n"
-            "spoiled = corpus.Kind(1, '', lambda *_: read)\n"
+            "spoiled = kinds.Kind(1, '', lambda *_: read)\n"
             "fuzz._warm_up = lambda corpus: None\n"
-            "corpus.KINDS = fuzz.KINDS = {'image': spoiled}\n"
+            "kinds.KINDS = fuzz.KINDS = {'image': spoiled}\n"
             "fuzz._run_cases('image', 0, 1, fuzz.Path(sys.argv[1]))\n"
         )
         monkeypatch.setattr(module, "WORKER", ("-c", program, str(corpus)))

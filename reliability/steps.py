@@ -1,0 +1,123 @@
+"""A command stopped at each of its steps on the disk: killed there, or told that the disk is full.
+
+A step is an entry that is opened to write, made, renamed or removed inside the bundle;
+Python's audit hooks see them. Killing at random moments hardly ever falls between two
+renames; this goes through all of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from reliability.forks import Fork
+from reliability.trials import Trials, bundle_is_whole, require, van_deploy
+
+__all__ = ["full_at_every_step", "killed_at_every_step"]
+
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
+NEEDS_ROOM = {"os.mkdir", "os.rename", "open", "os.link", "os.symlink"}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "quantize": ("--precision", "fp16", "--force"),
+    "build": ("--target", "sm_89", "--force"),
+    "report": (),
+}
+MOST_STEPS = 1000
+
+Stop = Callable[[str, int], None]
+"""Called before each step with the audit event and the step's number."""
+
+
+def killed_at_every_step(
+    folder: Path, count: int, only: Sequence[str] = tuple(COMMANDS)
+) -> list[Trials]:
+    """Kill commands before each of their steps, one step after the other."""
+    return [_each_step(folder, name, _kill, "`kill -9` before every step of") for name in only]
+
+
+def full_at_every_step(
+    folder: Path, count: int, only: Sequence[str] = tuple(COMMANDS)
+) -> list[Trials]:
+    """Let the disk be full from each step of a command on."""
+    return [_each_step(folder, name, _full, "disk full from every step on of") for name in only]
+
+
+def _kill(at: int) -> Stop:
+    def stop(_: str, number: int) -> None:
+        if number == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return stop
+
+
+def _full(at: int) -> Stop:
+    def stop(event: str, number: int) -> None:
+        if number >= at and event in NEEDS_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return stop
+
+
+def _each_step(folder: Path, name: str, stop: Callable[[int], Stop], what: str) -> Trials:
+    trials = Trials(f"{what} `{name}`, on the bundle's files")
+    base, target = folder / "base", folder / f"stepped-{name}"
+    if not base.exists():
+        require(van_deploy("export", "van_digits", "--output", base))
+    for at in range(1, MOST_STEPS):
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(base, target)
+        words = [name, str(target), *COMMANDS[name]]
+        code, said = _forked(words, target, stop(at))
+        if code == 3 and "not installed" in said:
+            trials.skipped = said.strip().splitlines()[0]
+            return trials
+        problem = bundle_is_whole(target)
+        if problem:
+            trials.broken.append(f"step {at}: {problem}")
+        if code == 0:
+            return trials  # there was no such step any more
+        if code not in (-signal.SIGKILL, 3):
+            trials.broken.append(f"step {at}: {code} {said[-600:]}")
+        trials.count(
+            "killed, the bundle whole"
+            if code == -signal.SIGKILL
+            else f"exit code {code}, the bundle whole"
+        )
+        again, said = _forked(words, target, lambda *_: None)
+        if again or bundle_is_whole(target):
+            trials.broken.append(f"the run after step {at}: {again} {said[-600:]}")
+    trials.broken.append(f"it never came to an end in {MOST_STEPS} steps")
+    return trials
+
+
+def _forked(words: Sequence[str], place: Path, stop: Stop) -> tuple[int, str]:
+    """Return the exit code of a command run in a fork, and what it said on stderr."""
+    hook = _watching(os.path.realpath(place), stop)
+    return Fork(words, place.parent / "said", lambda: sys.addaudithook(hook)).finished()
+
+
+def _watching(place: str, stop: Stop) -> Callable[[str, tuple[Any, ...]], None]:
+    """Return an audit hook that counts what is changed below ``place``."""
+    number = 0
+
+    def hook(event: str, details: tuple[Any, ...]) -> None:
+        nonlocal number
+        if event == "open":
+            changes = isinstance(details[2], int) and details[2] & WRITING
+        else:
+            changes = event in CHANGES
+        path = details[0] if changes else None
+        if isinstance(path, (str, bytes, os.PathLike)) and os.path.realpath(
+            os.fsdecode(path)
+        ).startswith(place + os.sep):
+            number += 1
+            stop(event, number)
+
+    return hook
