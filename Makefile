@@ -9,7 +9,7 @@ RUNTIME := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
 OTHER_ONNXRUNTIME := onnxruntime$(if $(filter cpu,$(RUNTIME)),-gpu)
 STAMP := .venv/.van-deploy-$(RUNTIME)
 
-.PHONY: setup demo test test-gpu test-min format check pins bench clean fuzz faults
+.PHONY: setup demo test test-gpu test-min test-pythons format check pins bench clean fuzz faults
 
 setup: $(STAMP)
 
@@ -33,6 +33,10 @@ test-min:
 	rm -rf .venv-min build && $(PYTHON) -m venv .venv-min
 	.venv-min/bin/python -m pip install --constraint constraints-min.txt '.[cpu,serve,sign]'
 	supply_chain/smoke.sh .venv-min/bin
+
+# The main job in an environment of every Python from 3.10 to 3.13 that is here.
+test-pythons:
+	supply_chain/pythons.sh
 
 format: setup
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

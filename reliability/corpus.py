@@ -69,7 +69,8 @@ class Corpus:
         engine_from_onnx(source, plan, backend=backend, options=options, precision="fp32")
 
     def _make_signed(self) -> None:
-        from van_deploy.signing import new_key, private_key_from, sign_bundle
+        from van_deploy.signing import sign_bundle
+        from van_deploy.signing_keys import new_key, private_key_from
 
         key = self.folder / "key.pem"
         new_key(key)

@@ -28,6 +28,7 @@ ROOMS = (
         "recipe",
         "bundle",
         "provenance",
+        "signing_keys",
         "signing",
         "images",
     ),

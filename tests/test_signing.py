@@ -16,16 +16,13 @@ from typer.testing import Result
 from tests.conftest import Cli
 from van_deploy.bundle import MANIFEST, SIGNATURE, Artefact, Bundle, writing
 from van_deploy.errors import BundleError, InputError, SignatureError, UsageError
-from van_deploy.signing import (
+from van_deploy.signing import Signature, read_signature, sign_bundle, signed_bundle
+from van_deploy.signing_keys import (
     PASSWORD_VARIABLE,
-    Signature,
     key_id,
     new_key,
     private_key_from,
     public_key_from,
-    read_signature,
-    sign_bundle,
-    signed_bundle,
 )
 
 FILES = ("model.onnx", "labels.txt", "engines/m.plan", "engines/m.json", "report.html")

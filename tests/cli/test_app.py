@@ -204,3 +204,35 @@ def test_json_is_one_document_and_nothing_else(cli: Cli) -> None:
     result = cli("doctor", "--json", "--require", "onnxruntime")
     assert json.loads(result.stdout)["van_deploy"] == __version__
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "remedy"),
+    [
+        (errno.EFBIG, 3, "ulimit -f"),
+        (errno.EIO, 3, "choose another place"),
+        (errno.ENAMETOOLONG, 5, "Choose a shorter name."),
+        (errno.ELOOP, 5, "circle"),
+        (errno.ENOTDIR, 5, "is a file, not a folder"),
+        (errno.EISDIR, 5, "a file is wanted"),
+    ],
+)
+def test_what_a_file_system_says_is_one_message(number: int, code: int, remedy: str) -> None:
+    error = translated(OSError(number, os.strerror(number), "place"))
+    assert error is not None
+    assert (error.exit_code, "'place'" in error.message) == (code, True)
+    assert remedy in error.remedy
+
+
+def test_no_folder_for_temporary_files_is_one_message() -> None:
+    missing = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+    error = translated(missing)
+    assert error is not None
+    assert (error.exit_code, error.remedy) == (3, "Set the environment variable TMPDIR to one.")
+
+
+def test_a_name_that_no_file_system_takes_is_one_message(cli: Cli) -> None:
+    for words in (("info", "a" * 5000), ("inspect", "a" * 300), ("predict", "a" * 300, "x")):
+        result = cli(*words)
+        assert result.exit_code == 5
+        assert "File name too long" in result.stderr

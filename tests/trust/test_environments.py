@@ -236,11 +236,21 @@ def test_a_missing_file_with_such_a_name_is_one_message(elsewhere: Elsewhere) ->
     assert ran.stderr.startswith("error: ")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams(closed: str) -> None:
+    """A service, or a shell, may start a program without them."""
+    command = f"{sys.executable} -m van_deploy info nosuch {closed}"
+    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 2
+    assert "Traceback" not in ran.stderr
+    assert ran.stderr == "" if "2>" in closed else ran.stderr.startswith("error: There is no VAN")
+
+
 # --- Python versions -------------------------------------------------------------------------
 
 
 def test_the_sources_parse_as_python_3_10() -> None:
     """Newer syntax is an error here; newer functions of the library are ruff's and mypy's."""
-    for folder in ("van_deploy", "tests", "supply_chain", "benchmarks"):
+    for folder in ("van_deploy", "tests", "supply_chain", "benchmarks", "reliability"):
         for path in (ROOT / folder).rglob("*.py"):
             ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))

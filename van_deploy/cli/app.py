@@ -48,6 +48,7 @@ PATH_REMEDIES = {
 }
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Failed to allocate memory")
 OUT_OF_SPACE = "No space left on device"
+NO_TEMPORARY = "No usable temporary directory found"
 
 
 class CommandGroup(TyperGroup):
@@ -136,6 +137,11 @@ def translated(failure: BaseException) -> VanDeployError | None:
         place = f" '{str(failure.filename)[:200]}'" if failure.filename else ""
         reason = os.strerror(failure.errno)
         return InputError(f"Cannot write or read{place}: {reason}.", PATH_REMEDIES[failure.errno])
+    if NO_TEMPORARY in text:
+        return MissingDependency(
+            "There is no folder for temporary files that may be written.",
+            "Set the environment variable TMPDIR to one.",
+        )
     if OUT_OF_SPACE in text:
         return MissingDependency(f"Cannot write: {text}", OS_REMEDIES[errno.ENOSPC])
     return None
@@ -144,11 +150,19 @@ def translated(failure: BaseException) -> VanDeployError | None:
 def main() -> NoReturn:
     """Run ``van-deploy`` with the arguments of this process and exit."""
     _require_utf8()
+    _open_what_is_closed()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows '?'
             stream.reconfigure(errors="replace")
     app(prog_name="van-deploy")
     raise SystemExit(0)
+
+
+def _open_what_is_closed() -> None:
+    """Give the streams that a service or a shell (``>&-``) has closed a place to go."""
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - for good
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _require_utf8() -> None:

@@ -6,6 +6,7 @@ sent them moves its cursor, changes its title, or worse. Rich passes them on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
@@ -14,6 +15,8 @@ from rich.segment import Segment
 from van_deploy.cli.console import CONTROL
 
 __all__ = ["Harmless"]
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Harmless(RenderHook):
@@ -31,8 +34,9 @@ class _Cleaned:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         for segment in console.render(self._renderable, options):
             clean = segment.control or not CONTROL.search(segment.text)
-            yield (
-                segment
-                if clean
-                else Segment(CONTROL.sub("\N{REPLACEMENT CHARACTER}", segment.text), segment.style)
-            )
+            yield segment if clean else Segment(_cleaned(segment.text), segment.style)
+
+
+def _cleaned(text: str) -> str:
+    """Return text without colours, which libraries put into messages, and other sequences shown."""
+    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", COLOUR.sub("", text))

@@ -72,7 +72,8 @@ def open_bundle(path: Path, require_signature: Path | None = None) -> Bundle:
 
     if require_signature is None:
         return Bundle.open(path)
-    from van_deploy.signing import public_key_from, signed_bundle
+    from van_deploy.signing import signed_bundle
+    from van_deploy.signing_keys import public_key_from
 
     return signed_bundle(path, public_key_from(require_signature))[0]
 

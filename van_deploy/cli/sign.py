@@ -38,7 +38,8 @@ def sign(
     Example: van-deploy sign dist/van_b1 --key release.pem
     """
     from van_deploy.errors import UsageError
-    from van_deploy.signing import private_key_from, sign_bundle
+    from van_deploy.signing import sign_bundle
+    from van_deploy.signing_keys import private_key_from
 
     if new_key is not None:
         if bundle is not None or key is not None:
@@ -59,7 +60,7 @@ def sign(
 
 
 def _new_pair(path: Path, password: str) -> dict[str, Any]:
-    from van_deploy.signing import new_key
+    from van_deploy.signing_keys import new_key
 
     public, name = new_key(path, password)
     return {
@@ -74,7 +75,7 @@ def _password(file: Path | None) -> str:
     import os
 
     from van_deploy.errors import InputError
-    from van_deploy.signing import PASSWORD_VARIABLE
+    from van_deploy.signing_keys import PASSWORD_VARIABLE
 
     if file is None:
         return os.environ.get(PASSWORD_VARIABLE, "")

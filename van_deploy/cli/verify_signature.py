@@ -27,7 +27,8 @@ def verify_signature(
 
     Example: van-deploy verify-signature dist/van_b1 --public-key release.pem.pub
     """
-    from van_deploy.signing import public_key_from, signed_bundle
+    from van_deploy.signing import signed_bundle
+    from van_deploy.signing_keys import public_key_from
 
     opened, signature = signed_bundle(bundle, public_key_from(public_key))
     result = {
