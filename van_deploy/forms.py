@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 __all__ = [
+    "CONTROL",
     "LONGEST_TEXT",
     "Check",
     "Form",
@@ -26,6 +27,8 @@ __all__ = [
     "text",
 ]
 
+# C0 and C1 but tab and newline, and what turns the direction of writing round.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 LONGEST_TEXT = 4096  # characters; a path has no more
 
 Check = Callable[[Any], bool]

@@ -246,6 +246,15 @@ def test_closed_streams(closed: str) -> None:
     assert ran.stderr == "" if "2>" in closed else ran.stderr.startswith("error: There is no VAN")
 
 
+def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    command = f"mkdir {gone}; cd {gone}; rmdir {gone}; {sys.executable} -m van_deploy list"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 5
+    assert ran.stderr.startswith("error: The working folder cannot be used: ")
+
+
 # --- Python versions -------------------------------------------------------------------------
 
 

@@ -151,6 +151,7 @@ def main() -> NoReturn:
     """Run ``van-deploy`` with the arguments of this process and exit."""
     _require_utf8()
     _open_what_is_closed()
+    _require_a_working_folder()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows '?'
             stream.reconfigure(errors="replace")
@@ -163,6 +164,15 @@ def _open_what_is_closed() -> None:
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - for good
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def _require_a_working_folder() -> None:
+    """Leave where the folder this was started in is gone: native libraries abort there."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        print_error(f"The working folder cannot be used: {error.strerror}.", "Change to another.")
+        raise SystemExit(InputError.exit_code) from error
 
 
 def _require_utf8() -> None:

@@ -15,7 +15,6 @@ import enum
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
@@ -23,12 +22,13 @@ from typing import IO, TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from van_deploy.forms import CONTROL
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress
 
 __all__ = [
-    "CONTROL",
     "AsJson",
     "emit",
     "json_text",
@@ -41,8 +41,6 @@ __all__ = [
     "stdout_console",
 ]
 
-# C0 and C1 but tab and newline, and what turns the direction of writing round.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 PIPE_WIDTH = 100  # columns where output does not go to a terminal
 Result = TypeVar("Result")
 
@@ -170,7 +168,7 @@ def _console(file: IO[str]) -> Console:
     """Return a console for ``file``, of fixed width where that is not a terminal."""
     from rich.console import Console
 
-    from van_deploy.cli.harmless import Harmless
+    from van_deploy.report.harmless import Harmless
 
     console = Console(file=file)
     if not console.is_terminal and "COLUMNS" not in os.environ:
