@@ -16,9 +16,9 @@ from van_deploy.errors import ConversionError, ImageError
 from van_deploy.metrics import sqnr_db
 from van_deploy.precision.absorb import Absorber
 from van_deploy.precision.channels import ChannelHistogram, best_steps, rounding_error
+from van_deploy.precision.choices import SCALE_LIMIT
 from van_deploy.precision.correct import corrected_biases
 from van_deploy.precision.equalize import (
-    SCALE_LIMIT,
     EqualizeReport,
     EqualizeSettings,
     equalize,

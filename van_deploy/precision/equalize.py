@@ -28,10 +28,8 @@ The input of ``fc2`` cannot be divided: GELU does not commute with a factor, and
 neither can the residual stream without a multiply a stage, since the scale that
 :mod:`van_deploy.graph.fold` gave it is fixed by its end.
 
-``c`` and ``d`` are chosen by error, not by maximum: for each channel the step
-with the least squared error, clipping included, then the exponent of these
-steps with the least predicted error at the output of the convolutions that
-read the tensor, their own rounded weights included. An offset makes the mean
+``c`` and ``d`` are chosen by the error they leave (:mod:`van_deploy.precision.choices`).
+An offset makes the mean
 error of rounded weights larger: correct the biases afterwards
 (:func:`van_deploy.precision.refine.corrected_biases`), or ``centre`` and
 ``shift`` lose more than they bring.
@@ -50,25 +48,11 @@ from onnx import ModelProto, NodeProto
 
 from van_deploy.errors import ImageError
 from van_deploy.precision.absorb import Absorber
-from van_deploy.precision.channels import (
-    ChannelHistogram,
-    ChannelMoments,
-    best_steps,
-    channel_histograms,
-    rounding_error,
-)
-from van_deploy.precision.plan import INT8_LIMIT
+from van_deploy.precision.channels import ChannelHistogram, channel_histograms
+from van_deploy.precision.choices import choices_of
 
 __all__ = ["EqualizeReport", "EqualizeSettings", "EqualizedTensor", "equalize"]
 
-SCALE_LIMIT = 64.0
-"""Largest factor, either way, by which a channel is re-scaled: FP16 must hold the result."""
-
-_EXPONENTS = (0.5, 0.75, 1.0)
-_CLIPS = np.geomspace(0.15, 1.0, 16)
-_INDIFFERENT = 0.98  # a centre must bring 2 % less error to be preferred to none
-
-Floats = npt.NDArray[np.float64]
 Images = npt.NDArray[np.float32]
 
 
@@ -184,16 +168,6 @@ class _Site:
     readers: tuple[NodeProto, ...]
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """A candidate's ``c`` and ``d``, both ``(C,)``, and the error they are predicted to leave."""
-
-    centre: Floats
-    scale: Floats
-    exponent: float
-    error: float
-
-
 def _sites(absorber: Absorber, nodes: Collection[str], settings: EqualizeSettings) -> list[_Site]:
     sites = []
     for tensor in absorber.inputs_of(nodes):
@@ -218,7 +192,8 @@ def _change_(
     absorber: Absorber, site: _Site, histogram: ChannelHistogram
 ) -> EqualizedTensor | None:
     """Carry out the best choice for one tensor; return what it was, None for nothing."""
-    choices = _choices(absorber, site, histogram)
+    weights = [absorber.weight(reader) for reader in site.readers]
+    choices = choices_of(histogram, weights, divide=site.divide, centre=site.centre)
     plain, best = choices[0], min(choices, key=lambda choice: choice.error)
     if best is plain:
         return None
@@ -234,86 +209,3 @@ def _change_(
     return EqualizedTensor(
         site.tensor, site.kind, best.exponent, centred, len(best.scale), added, round(gain, 2)
     )
-
-
-def _choices(absorber: Absorber, site: _Site, histogram: ChannelHistogram) -> list[_Choice]:
-    """Return every candidate for one tensor; the first is to leave it as it is."""
-    size = len(histogram.minimum)
-    weights = [absorber.weight(reader) for reader in site.readers]
-    gains = np.sum([_input_gains(weight, size) for weight in weights], axis=0)
-    filled = histogram.filled()
-    zeros, ones = np.zeros(size), np.ones(size)
-    variance = rounding_error(filled, histogram.mean, ones)[1]
-    choices = []
-    for centred in (False, True) if site.centre else (False,):
-        middle = (histogram.maximum + histogram.minimum) / 2 if centred else zeros
-        steps = _relative(best_steps(histogram, middle)[0])
-        for exponent in (0.0, *_EXPONENTS) if site.divide else (0.0,):
-            scale = steps**exponent
-            centre, error = _with_common_step(histogram, filled, scale, gains, centred)
-            error += sum(_weight_error(weight, scale, variance) for weight in weights)
-            choices.append(_Choice(centre, scale, exponent, error))
-    return choices
-
-
-def _relative(steps: Floats) -> Floats:
-    """Return ``steps`` over their geometric mean, none more than the limit away from one."""
-    floored = np.maximum(steps, steps.max() / SCALE_LIMIT)
-    relative = floored / np.exp(np.log(floored).mean())
-    return np.asarray(np.clip(relative, 1 / SCALE_LIMIT, SCALE_LIMIT))
-
-
-def _with_common_step(
-    histogram: ChannelHistogram,
-    filled: ChannelMoments,
-    scale: Floats,
-    gains: Floats,
-    centred: bool,
-) -> tuple[Floats, float]:
-    """Return the centres ``(C,)`` and the error of the best step for all channels of ``x / scale``.
-
-    The error is what arrives at the readers' outputs: each channel's times its gain.
-    """
-    low, high = histogram.minimum, histogram.maximum
-    zeros = np.zeros(len(scale))
-    reach = np.maximum((high - low) / 2, 0.0) if centred else np.maximum(high, -low)
-    best = (zeros, math.inf)
-    for step in _CLIPS * max(float((reach / scale).max()), 1e-12) / INT8_LIMIT:
-        steps = step * scale
-        error, _ = rounding_error(filled, zeros, steps)
-        centre, penalised = zeros, error * _INDIFFERENT
-        for other in _centres(low, high, steps) if centred else ():
-            found, _ = rounding_error(filled, other, steps)
-            better = found < penalised
-            centre, error = np.where(better, other, centre), np.where(better, found, error)
-            penalised = np.where(better, found, penalised)
-        total = float((gains * error).sum())
-        if total < best[1]:
-            best = (centre, total)
-    return best
-
-
-def _centres(low: Floats, high: Floats, steps: Floats) -> tuple[Floats, Floats, Floats]:
-    """Return three places for the middle of the integers: mid-range, and clipping one end only."""
-    middle, reach = (low + high) / 2, INT8_LIMIT * steps
-    return middle, np.minimum(low + reach, middle), np.maximum(high - reach, middle)
-
-
-def _input_gains(weight: Floats, channels: int) -> Floats:
-    """Return the sum of squares of the weights that each input channel meets, ``(C,)``."""
-    groups = channels // weight.shape[1]
-    grouped = np.square(weight).reshape(groups, -1, *weight.shape[1:])  # (g, O/g, I/g, kh, kw)
-    return np.asarray(grouped.sum(axis=(1, 3, 4)).reshape(-1))
-
-
-def _weight_error(weight: Floats, scale: Floats, variance: Floats) -> float:
-    """Return the error that rounding ``weight * scale`` brings at the output.
-
-    Offsets bring none: their part is constant, and corrected in the bias.
-    """
-    groups = len(scale) // weight.shape[1]
-    grouped = weight.reshape(groups, -1, *weight.shape[1:])
-    largest = np.abs(grouped * scale.reshape(groups, 1, -1, 1, 1)).max(axis=(2, 3, 4))  # (g, O/g)
-    taps = weight.shape[2] * weight.shape[3]
-    power = taps * (variance / np.square(scale)).reshape(groups, -1).sum(axis=1)
-    return float((np.square(largest / INT8_LIMIT).sum(axis=1) / 12 * power).sum())
