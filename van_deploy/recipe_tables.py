@@ -195,7 +195,7 @@ class PrecisionSettings:
         calibration: a calibration set, by name or by the path of a ``.toml``.
         evaluate: folder of images to judge on; a held-out part of the others without one.
         method: how ranges become scales.
-        scope: what becomes INT8: ``pointwise``, ``all``, or regular expressions.
+        scope: what becomes INT8: ``pointwise``, ``deep``, ``all``, or regular expressions.
         target: ``tensorrt`` or ``cpu``.
         rest: what is not INT8: ``fp16`` or ``fp32``; "" for the target's own default.
         keep: modules that stay FP32 besides the LayerNorms and the head.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from onnx import ModelProto, TensorProto, checker, numpy_helper
+from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 
 from tests.precision.conftest import Digits
 from van_deploy.errors import ConversionError, UsageError
@@ -39,7 +39,7 @@ from van_deploy.precision.ranges import Ranges, record_ranges
 from van_deploy.precision.scales import Method, affine_scale
 from van_deploy.precision.session import logits_session
 
-SCOPES = ["pointwise", "all", (r"block[34]\..*fc1", "head")]
+SCOPES = ["pointwise", "deep", "all", (r"block[34]\..*fc1", "head")]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,11 @@ def stored(model: ModelProto) -> dict[str, npt.NDArray[Any]]:
     return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
 
 
-@pytest.fixture(scope="module")
-def cpu_graph(digits_graph: ModelProto, ranges: Ranges) -> ModelProto:
-    plan = initial_plan(digits_graph, ranges, "all", weight_steps=cpu_weight_scales)
+@pytest.fixture(scope="module", params=["deep", "all"])
+def cpu_graph(
+    request: pytest.FixtureRequest, digits_graph: ModelProto, ranges: Ranges
+) -> ModelProto:
+    plan = initial_plan(digits_graph, ranges, request.param, weight_steps=cpu_weight_scales)
     return qdq_for_cpu(plan, cpu_scales(plan, ranges))
 
 
@@ -90,6 +92,24 @@ class TestScope:
         convolutions = [n.name for n in digits_graph.graph.node if n.op_type == "Conv"]
         assert list(names) == convolutions
 
+    def test_deep_means_all_but_the_stem_and_the_first_stage(
+        self, digits_graph: ModelProto
+    ) -> None:
+        everything, deep = (nodes_in_scope(digits_graph, scope) for scope in ("all", "deep"))
+        left = [name for name in everything if name not in deep]
+        assert {name.split(".")[0] for name in left} == {"patch_embed1", "block1"}
+        assert {name.split(".")[0] for name in deep} == {
+            *("patch_embed2", "block2", "patch_embed3", "block3", "patch_embed4", "block4")
+        }
+
+    def test_deep_of_one_stage_is_refused(self) -> None:
+        given, made = (helper.make_tensor_value_info(n, 1, [1, 1, 1, 1]) for n in "xy")
+        node = helper.make_node("Conv", ["x", "w"], ["y"], name="block1.0.mlp.fc1")
+        weight = numpy_helper.from_array(np.ones((1, 1, 1, 1), np.float32), "w")
+        model = helper.make_model(helper.make_graph([node], "one", [given], [made], [weight]))
+        with pytest.raises(UsageError, match="has no second stage"):
+            nodes_in_scope(model, "deep")
+
     def test_expressions_are_searched_for(self, digits_graph: ModelProto) -> None:
         names = nodes_in_scope(digits_graph, ["head", r"block1\.0\.mlp"])
         assert names == (
@@ -102,7 +122,7 @@ class TestScope:
     def test_a_wrong_scope_is_refused(self, digits_graph: ModelProto) -> None:
         with pytest.raises(UsageError, match="matches no convolution of this network"):
             nodes_in_scope(digits_graph, "resnet")
-        with pytest.raises(UsageError, match="neither pointwise nor all nor a regular expression"):
+        with pytest.raises(UsageError, match="neither pointwise nor deep nor all nor a"):
             nodes_in_scope(digits_graph, "block[")
 
 
@@ -142,7 +162,7 @@ class TestPlan:
 
 class TestTensorrt:
     @pytest.mark.parametrize("rest", ["fp16", "fp32"])
-    @pytest.mark.parametrize("scope", SCOPES, ids=["pointwise", "all", "expressions"])
+    @pytest.mark.parametrize("scope", SCOPES, ids=["pointwise", "deep", "all", "expressions"])
     def test_it_is_valid_and_close(
         self,
         digits_graph: ModelProto,
@@ -264,7 +284,7 @@ class TestCpu:
         quantizers = [n for n in cpu_graph.graph.node if n.op_type == "QuantizeLinear"]
         assert {values[n.input[2]].dtype for n in quantizers} == {np.dtype(np.uint8)}
         for node in cpu_graph.graph.node:
-            if node.op_type == "Conv":
+            if node.op_type == "Conv" and node.input[1].endswith(".dequantized"):
                 weight, *bias = (n.removesuffix(".dequantized") for n in node.input[1:])
                 assert values[f"{weight}.integers"].dtype == np.int8
                 assert [values[f"{b}.integers"].dtype for b in bias] == [np.int32] * len(bias)
@@ -303,7 +323,7 @@ class TestCpu:
             assert pair_sums(rounded_weight(weight, steps)).max(initial=0.0) <= PAIR_LIMIT
             assert (steps >= weight_scales(weight)).all()
 
-    def test_onnxruntime_fuses_every_convolution(
+    def test_onnxruntime_fuses_every_quantised_convolution(
         self, cpu_graph: ModelProto, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
         import onnxruntime as ort
@@ -317,10 +337,12 @@ class TestCpu:
             cpu_graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         operators = Counter(node.op_type for node in load(path).graph.node)
-        convolutions = sum(node.op_type == "Conv" for node in cpu_graph.graph.node)
-        assert operators["QLinearConv"] == convolutions
-        assert operators["Conv"] == 0
-        assert operators["QLinearMul"] == 9  # the gates, one a block
+        convolutions = [node for node in cpu_graph.graph.node if node.op_type == "Conv"]
+        quantized = [node.name for node in convolutions if node.input[1].endswith(".dequantized")]
+        gates = {name.rpartition(".attn.")[0] for name in quantized if ".conv1" in name}
+        assert len(quantized) > 0.7 * len(convolutions)
+        assert operators["QLinearConv"] == len(quantized)
+        assert operators["QLinearMul"] == len(gates)  # one a block
 
     def test_a_bias_that_would_not_fit_widens_its_channels_step(
         self, digits_graph: ModelProto, ranges: Ranges

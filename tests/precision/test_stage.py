@@ -120,7 +120,7 @@ def test_the_cpu_has_a_graph_of_its_own(bundle: Path) -> None:
     assert found["int8"]["sqnr_db"] > 25
     assert found["int8"]["ms_per_image"] > 0
     assert (bundle / "ranges.int8-cpu.json").exists()
-    assert result.facts["int8_share"] > 0.99
+    assert 0.5 < result.facts["int8_share"] < 0.6  # all but the stem and the first stage
 
 
 def test_both_targets_live_side_by_side(bundle: Path) -> None:

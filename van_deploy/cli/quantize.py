@@ -71,8 +71,8 @@ def quantize(
     scope: Annotated[
         list[str] | None,
         typer.Option(
-            help="pointwise, all, or a regular expression over module names; repeatable. "
-            "pointwise for TensorRT, all for a CPU by default.",
+            help="pointwise, deep, all, or a regular expression over module names; repeatable. "
+            "pointwise for TensorRT, deep (all but stem and stage 1) for a CPU by default.",
             rich_help_panel=NUMBERS,
         ),
     ] = None,

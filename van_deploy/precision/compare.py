@@ -69,7 +69,9 @@ def compare_precisions(
     Raises:
         ImageError: no image could be read, or too many could not.
     """
-    runs = [logits_session(c.model, fuse=c.fuse, threads=threads) for c in candidates]
+    runs = [
+        logits_session(c.model, fuse=c.fuse, threads=threads, in_turns=timed) for c in candidates
+    ]
     collected: list[list[Logits]] = [[] for _ in runs]
     numbers: list[int] = []
     unreadable = UnreadableImages()

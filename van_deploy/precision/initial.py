@@ -23,7 +23,10 @@ from van_deploy.precision.scales import DEFAULT_PERCENTILE, Method, symmetric_sc
 
 __all__ = ["SCOPES", "initial_plan", "is_pointwise", "nodes_in_scope", "rounded_weight"]
 
-SCOPES = ("pointwise", "all")
+SCOPES = ("pointwise", "deep", "all")
+
+_SHALLOW = re.compile(r"(patch_embed1|block1)\.")
+"""The stem and the first stage: the most pixels, the fewest channels."""
 
 Scope = str | Sequence[str]
 
@@ -42,20 +45,34 @@ def nodes_in_scope(model: ModelProto, scope: Scope = "pointwise") -> tuple[str, 
     Args:
         model: an FP32 graph.
         scope: ``pointwise`` (the 1x1 convolutions), ``all`` (every convolution; the
-            head stays as it is), or regular expressions searched for in the
-            names of convolutions and the head.
+            head stays as it is), ``deep`` (every convolution but those of the stem
+            and of the first stage), or regular expressions searched for in the names
+            of convolutions and the head.
 
     Raises:
         UsageError: an expression is wrong or matches nothing.
     """
     nodes = weighted_nodes(model)
+    convs = [name for name, node in nodes.items() if node.op_type == "Conv"]
     if scope == "pointwise":
         return tuple(name for name, node in nodes.items() if is_pointwise(node))
     if scope == "all":
-        return tuple(name for name, node in nodes.items() if node.op_type == "Conv")
+        return tuple(convs)
+    if scope == "deep":
+        return _deep(convs)
     expressions = [scope] if isinstance(scope, str) else list(scope)
     found = set().union(*(_matching(expression, list(nodes)) for expression in expressions))
     return tuple(name for name in nodes if name in found)
+
+
+def _deep(convs: Sequence[str]) -> tuple[str, ...]:
+    found = tuple(name for name in convs if not _SHALLOW.match(name))
+    if not found:
+        raise UsageError(
+            "The scope 'deep' holds nothing: this network has no second stage.",
+            "Ask for every convolution: --scope all.",
+        )
+    return found
 
 
 def _matching(expression: str, names: Sequence[str]) -> set[str]:

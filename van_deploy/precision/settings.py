@@ -27,7 +27,7 @@ class QuantizeSettings:
         target: ``tensorrt`` or ``cpu``; the fast INT8 graphs differ.
         method: a :class:`~van_deploy.precision.scales.Method`, or ``auto``.
         percentile: for the method of that name, 0..1.
-        scope: ``pointwise``, ``all``, or regular expressions over module names; ""
+        scope: ``pointwise``, ``deep``, ``all``, or regular expressions over module names; ""
             for the target's own default.
         rest: what is not INT8: ``fp16`` or ``fp32``; "" for the target's own default.
         keep: modules that stay FP32, besides those of ``DEFAULT_KEEP``.
