@@ -110,6 +110,11 @@ SECTIONS: dict[str, Section] = {
             *("--photographs", "{shared}/data/imagenet"),
         ),
     ),
+    "recording": Section(
+        "Recording ranges",
+        "Where the time goes while the ranges of van_b0's tensors are recorded.",
+        "recording.py",
+    ),
     "fidelity": Section(
         "Fidelity",
         "What each technique brings to INT8: everything on, and each switch left out.",
