@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -232,3 +233,27 @@ def test_a_damaged_benchmark_is_as_good_as_none(full: Bundle, tmp_path: Path, te
     (folder / "bench.json").write_text(text)
     titles = [section.title for section in document_of(Bundle.open(folder)).sections]
     assert "Speed" not in titles
+
+
+def test_the_table_of_precisions_is_whole_in_a_pipe() -> None:
+    from rich.console import Console
+
+    from van_deploy.report.precision_view import precision_table
+
+    line = {
+        "precision": "int8",
+        "size_bytes": 123 << 20,
+        "sqnr_db": 37.04,
+        "cosine": 0.99873,
+        "kl": 1.8e-4,
+        "agreement": 0.9935,
+        "correct": 1538,
+        "images": 2000,
+        "ms_per_image": 116.06,
+        "passed": True,
+    }
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(precision_table([{**line, "passed": None}, line]))
+    shown = console.export_text()
+    for text in ("precision", "top-1 % (95 %)", "gate", "123.0 MiB", "76.90 (75.0-78.7)", "PASS"):
+        assert text in shown

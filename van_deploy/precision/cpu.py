@@ -6,7 +6,7 @@ gets its output quantised as well; GELU, the residual additions, LayerNorm and t
 stay FP32 between them. Depth-wise convolutions are quantised too: left in FP32 they cost
 a change of layout on each side, which is more than they take. The stem and the first stage
 are not: they have the most pixels and the fewest channels, so that rounding takes as long
-there as integers save, and van_b0's logits are 3.3 dB better
+there as integers save, and the whole network hears what is lost there
 (`benchmarks/precision.py --only cpu`).
 
 What a convolution adds to the residual stream has a step for every channel: its own

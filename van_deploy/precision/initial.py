@@ -88,7 +88,8 @@ def _matching(expression: str, names: Sequence[str]) -> set[str]:
     if not found:
         raise UsageError(
             f"The scope '{expression}' matches no convolution of this network.",
-            f"Names look like '{names[1 % len(names)]}'; `van-deploy inspect` lists them.",
+            f"Write {', '.join(SCOPES)}, or a part of names like '{names[1 % len(names)]}', which "
+            "`van-deploy inspect` lists.",
         )
     return found
 

@@ -28,8 +28,8 @@ def logits_session(
             otherwise every pair is computed as written, as TensorRT does.
         threads: of ONNX Runtime; None lets it choose.
         in_turns: it is timed in turns with others in this process: threads that wait
-            sleep. ONNX Runtime's would keep the cores busy for a while, and the next
-            session would take twice as long (54 instead of 23 ms, van_b0 at 224).
+            sleep. ONNX Runtime's would keep the cores busy for a while, and slow the
+            next session down.
 
     Raises:
         ConversionError: ONNX Runtime refuses the graph.

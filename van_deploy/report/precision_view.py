@@ -27,18 +27,18 @@ def precision_view(facts: Mapping[str, Any]) -> RenderableType:
 
 
 def precision_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Return FP32, FP16 and INT8 side by side: one line each."""
+    """Return FP32, FP16 and INT8 side by side: one line each, in 100 columns."""
     labelled = any(row["correct"] is not None for row in rows)
     timed = any(row["ms_per_image"] is not None for row in rows)
     columns: list[Column | str] = [
         "precision",
         Column("size", "right"),
-        Column("SQNR, dB", "right"),
+        Column("SQNR dB", "right"),
         Column("cosine", "right"),
-        Column("KL, nats", "right"),
-        Column("agreement, %", "right"),
+        Column("KL nats", "right"),
+        Column("agree %", "right"),
     ]
-    columns += [Column("top-1, % (95 %)", "right")] if labelled else []
+    columns += [Column("top-1 % (95 %)", "right")] if labelled else []
     columns += [Column("ms/image", "right")] if timed else []
     return rows_table([*columns, "gate"], (_line(row, labelled, timed) for row in rows))
 
@@ -65,7 +65,7 @@ def _accuracy(row: Mapping[str, Any]) -> str | None:
         return None
     low, high = wilson_interval(row["correct"], row["images"])
     share = row["correct"] / row["images"]
-    return f"{100 * share:.2f} ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{100 * share:.2f} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def precision_facts(facts: Mapping[str, Any]) -> RenderableType:
