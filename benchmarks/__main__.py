@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy.bench.machine import busy_cores
-from van_deploy.bundle import write_atomic
 from van_deploy.environment.hardware import cpu, memory
+from van_deploy.files import write_atomic
 from van_deploy.provenance import EXPORT_TOOLS, tool_versions
 from van_deploy.report.bench_view import machine_text
 from van_deploy.report.markdown import markdown_table

@@ -10,8 +10,9 @@ from typing import Any
 
 from van_deploy.bench.contender import Contender, Skipped
 from van_deploy.bench.contenders import BF16_FEATURES, contenders_of
-from van_deploy.bundle import Bundle, file_sha256
+from van_deploy.bundle import Bundle
 from van_deploy.environment.hardware import cpu
+from van_deploy.files import file_sha256
 
 __all__ = ["PEERS", "SIZE", "prepared"]
 

@@ -16,8 +16,8 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from van_deploy.bundle import write_atomic
 from van_deploy.environment.hardware import cpu, memory
+from van_deploy.files import write_atomic
 from van_deploy.provenance import EXPORT_TOOLS, tool_versions
 from van_deploy.report.markdown import markdown_table
 

@@ -18,6 +18,7 @@ ROOMS = (
     *(
         "errors",
         "documents",
+        "files",
         "external_weights",
         "forms",
         "manifest",
@@ -37,6 +38,7 @@ ROOMS = (
 )
 FOR_ALL = {
     "errors",
+    "files",
     "settings",
     "recipe_tables",
     "recipe",

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from van_deploy.bundle import MANIFEST, Artefact, Bundle, content_key, writing
+from van_deploy.bundle import MANIFEST, Artefact, Bundle, writing
 from van_deploy.errors import BundleError
+from van_deploy.files import content_key
 
 
 def put(folder: Path, name: str, text: str, made_from: dict[str, str] | None = None) -> None:
@@ -236,7 +237,7 @@ def test_a_bundle_that_another_process_keeps_is_said(
 ) -> None:
     from filelock import FileLock
 
-    monkeypatch.setattr("van_deploy.bundle.LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr("van_deploy.bundle.lock.LOCK_WAIT_S", 0.1)
     with FileLock(bundle / ".lock"), pytest.raises(BundleError, match="has been writing"):
         put(bundle, "fp16", "half")
 

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import Artefact, Bundle, Draft, content_key, writing
+from van_deploy.bundle import Artefact, Bundle, Draft, writing
 from van_deploy.checks.agreement import AgreementReport, check_agreement
 from van_deploy.checks.canary import CANARY_FILE, canary_entry, write_canary_picture
 from van_deploy.checks.sample_images import images_to_check, pixels_to_check
 from van_deploy.errors import BundleError, GateFailed, InputError
+from van_deploy.files import content_key
 from van_deploy.graph.embed import check_embedding
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.files import graph_facts, save_onnx

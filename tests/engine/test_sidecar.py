@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from van_deploy.bundle import file_sha256
 from van_deploy.engine.options import BuildOptions
 from van_deploy.engine.sidecar import (
     Sidecar,
@@ -19,6 +18,7 @@ from van_deploy.engine.sidecar import (
     write_sidecar,
 )
 from van_deploy.errors import InputError
+from van_deploy.files import file_sha256
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from van_deploy.bundle import file_sha256
 from van_deploy.errors import CheckpointError, UsageError
+from van_deploy.files import file_sha256
 from van_deploy.model.files import read_weights
 from van_deploy.model.van import VAN
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,35 +126,29 @@ def race_report(
     ceilings = _ceilings(threads, progress) if settings.roofline else None
     watch = Watch(cores)
 
-    def race_of(entries: Sequence[Contender]) -> Race:
-        return Race(
-            entries,
-            threads,
-            streams=settings.streams,
-            preprocessing=preprocessing,
-            environment=environment,
-            progress=progress,
-        )
-
+    race_of = partial(
+        Race,
+        threads=threads,
+        streams=settings.streams,
+        preprocessing=preprocessing,
+        environment=environment,
+        progress=progress,
+    )
     measured = _measured(contenders, inputs, settings, native_size, race_of)
     if not any(row.latency for row in measured.rows):
         raise _nothing(measured.rows)
     state = watch.report()
-    tolerance = settings.budget.tolerance_percent
+    warnings += warnings_of(measured.rows, state, settings.budget.tolerance_percent)
     return BenchReport(
         rows=tuple(measured.rows),
         skipped=tuple(skipped),
         facts={
             **(about or {}),
             **_circumstances(settings, threads, images, contenders),
-            "reference": settings.reference if any(row.ratio for row in measured.rows) else None,
-            "loading": measured.loaded,
+            **_findings(settings, contenders, measured, ceilings),
             "during": state,
-            "ceilings": ceilings.as_dict() if ceilings else None,
-            "roofline": measured_limits(contenders, measured.rows, ceilings) if ceilings else [],
-            "best_under_p99": _best_under(measured.rows, settings.p99_ms),
             "seconds": _seconds(time.perf_counter() - start, measured),
-            "warnings": warnings + warnings_of(measured.rows, state, tolerance),
+            "warnings": warnings,
         },
     )
 
@@ -191,6 +186,23 @@ def _circumstances(
         "python": platform.python_version(),
         "versions": tool_versions(*RUN_TIMES),
         "environment": _variables(),
+    }
+
+
+def _findings(
+    settings: Settings,
+    contenders: Sequence[Contender],
+    measured: _Measured,
+    ceilings: Ceilings | None,
+) -> dict[str, Any]:
+    """Return what follows from the rows, and what loading took."""
+    rows = measured.rows
+    return {
+        "reference": settings.reference if any(row.ratio for row in rows) else None,
+        "loading": measured.loaded,
+        "ceilings": ceilings.as_dict() if ceilings else None,
+        "roofline": measured_limits(contenders, rows, ceilings) if ceilings else [],
+        "best_under_p99": _best_under(rows, settings.p99_ms),
     }
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import Bundle, write_atomic, writing
+from van_deploy.bundle import Bundle, writing
 from van_deploy.errors import InputError
+from van_deploy.files import write_atomic
 
 __all__ = ["BENCH_FILE", "save_report"]
 

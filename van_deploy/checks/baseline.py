@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from van_deploy.bundle import Bundle, write_atomic
+from van_deploy.bundle import Bundle
 from van_deploy.checks.figures import Figure
 from van_deploy.checks.pictures import Pictures
 from van_deploy.documents import json_from, text_from
 from van_deploy.errors import InputError
+from van_deploy.files import write_atomic
 
 __all__ = [
     "SCHEMA",

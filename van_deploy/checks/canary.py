@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from van_deploy.bundle import Bundle, file_sha256
+from van_deploy.bundle import Bundle
 from van_deploy.checks.opened import ON_CPU, Execution
 from van_deploy.errors import BundleError
+from van_deploy.files import file_sha256
 from van_deploy.images import find_images, open_image, sample_pictures
 from van_deploy.metrics import softmax
 from van_deploy.model.embedded import EMBEDDED_NAME, digits_images

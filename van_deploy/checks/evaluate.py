@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.bundle import Bundle, content_key
+from van_deploy.bundle import Bundle
 from van_deploy.checks.accuracy import accuracy_of, paired_drift
 from van_deploy.checks.contestants import TOP, Answers, Contestants
 from van_deploy.checks.decoding import decode_batches
@@ -21,6 +21,7 @@ from van_deploy.checks.journal import Journal
 from van_deploy.checks.labels import LabelledImages
 from van_deploy.checks.opened import ON_CPU, Execution
 from van_deploy.errors import ImageError
+from van_deploy.files import content_key
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.recipe import GateSettings
 from van_deploy.runners.network import PYTORCH

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from van_deploy.bundle import write_atomic
 from van_deploy.errors import InputError
+from van_deploy.files import write_atomic
 
 __all__ = ["Journal"]
 

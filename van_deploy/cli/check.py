@@ -122,7 +122,7 @@ def check(
 
 
 def _write(report: CheckReport, junit: Path | None, summary: Path | None) -> None:
-    from van_deploy.bundle import write_atomic
+    from van_deploy.files import write_atomic
     from van_deploy.report.junit import junit_from_check
     from van_deploy.report.summary import summary_from_check
 

@@ -82,7 +82,7 @@ def drift(
 
 
 def _write_plot(report: DriftReport, path: Path) -> None:
-    from van_deploy.bundle import write_atomic
+    from van_deploy.files import write_atomic
     from van_deploy.report.drift_plot import drift_svg
 
     path.parent.mkdir(parents=True, exist_ok=True)

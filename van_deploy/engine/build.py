@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from van_deploy import errors
-from van_deploy.bundle import file_sha256
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.log import warnings_summary
@@ -30,6 +29,7 @@ from van_deploy.engine.sidecar import Sidecar, Tensor, log_path, sidecar_path, w
 from van_deploy.engine.source import OnnxSource, read_source
 from van_deploy.environment.hardware import memory
 from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
+from van_deploy.files import file_sha256
 
 __all__ = [
     "REPRODUCIBLE_NOT_CHECKED",

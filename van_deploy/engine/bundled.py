@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import Artefact, Bundle, content_key, writing
+from van_deploy.bundle import Artefact, Bundle, writing
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import (
     REPRODUCIBLE_NOT_CHECKED,
@@ -24,6 +24,7 @@ from van_deploy.engine.refusals import refuse_impossible
 from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
 from van_deploy.engine.worker import TEMPORARY
 from van_deploy.errors import BundleError, InputError
+from van_deploy.files import content_key
 
 __all__ = [
     "ENGINES",

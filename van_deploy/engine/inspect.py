@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import file_sha256
 from van_deploy.engine.backend import BACKENDS, Backend, backend_named
 from van_deploy.engine.catalogue import load_failure
 from van_deploy.engine.compatibility import Obstacle, obstacles
@@ -16,6 +15,7 @@ from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.log import BuildLog, trt_logger
 from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
 from van_deploy.errors import VanDeployError
+from van_deploy.files import file_sha256
 
 __all__ = [
     "EngineDescription",

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import file_sha256, write_atomic
 from van_deploy.documents import json_from, text_from
 from van_deploy.engine.options import BuildOptions
 from van_deploy.errors import InputError
+from van_deploy.files import file_sha256, write_atomic
 from van_deploy.forms import (
     Form,
     count,

@@ -25,7 +25,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import write_atomic
 from van_deploy.engine import timing_cache
 from van_deploy.engine.backend import Backend, backend_named
 from van_deploy.engine.catalogue import (
@@ -39,6 +38,7 @@ from van_deploy.engine.log import BuildLog, memory_facts, trt_logger
 from van_deploy.engine.options import BuildOptions
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.errors import ConversionError, VanDeployError
+from van_deploy.files import write_atomic
 
 __all__ = ["TEMPORARY", "Cancelled", "build", "main"]
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from van_deploy.bundle import file_sha256
 from van_deploy.documents import require_regular_file
 from van_deploy.errors import ImageError
+from van_deploy.files import file_sha256
 
 if TYPE_CHECKING:
     from PIL import Image

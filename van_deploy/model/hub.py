@@ -230,7 +230,7 @@ def _progress_class(name: str, progress: Progress | None) -> Any:
 
 
 def _checked_digest(path: Path, file: HubFile, expected: str | None) -> str:
-    from van_deploy.bundle import file_sha256
+    from van_deploy.files import file_sha256
 
     digest, blob = file_sha256(path), path.resolve()
     # The hub names large files' blobs by their SHA-256.

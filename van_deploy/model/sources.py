@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import file_sha256
 from van_deploy.errors import DownloadError, UsageError
+from van_deploy.files import file_sha256
 from van_deploy.model.contract import is_official
 from van_deploy.model.files import SUFFIXES
 from van_deploy.model.hub import (

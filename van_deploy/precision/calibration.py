@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.bundle import content_key
 from van_deploy.errors import ImageError, UsageError
+from van_deploy.files import content_key
 from van_deploy.images import file_digest, find_images
 from van_deploy.model.embedded import digits_images
 from van_deploy.precision.archives import DAMAGE, opened_arrays

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
-from van_deploy.bundle import Bundle, content_key
+from van_deploy.bundle import Bundle
 from van_deploy.errors import InputError
+from van_deploy.files import content_key
 from van_deploy.precision.cpu import added_tensors
 from van_deploy.precision.initial import nodes_in_scope
 from van_deploy.precision.observer import float_tensors

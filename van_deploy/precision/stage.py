@@ -10,8 +10,9 @@ from typing import Any
 
 from onnx import ModelProto, checker, load_model
 
-from van_deploy.bundle import Artefact, Bundle, Draft, content_key, writing
+from van_deploy.bundle import Artefact, Bundle, Draft, writing
 from van_deploy.errors import BundleError, ConversionError
+from van_deploy.files import content_key
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.precision.audit import audit_ranges, require_no_surprise
 from van_deploy.precision.compare import Candidate, compare_precisions

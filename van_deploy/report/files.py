@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from van_deploy.bundle import Bundle, write_atomic, writing
+from van_deploy.bundle import Bundle, writing
 from van_deploy.errors import InputError
+from van_deploy.files import write_atomic
 from van_deploy.report.document import Document
 from van_deploy.report.html import html_of_document
 from van_deploy.report.markdown import markdown_of_document

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from van_deploy.bundle import Artefact, Bundle, Draft, content_key, writing
+from van_deploy.bundle import Artefact, Bundle, Draft, writing
 from van_deploy.checks.agreement import FP32
 from van_deploy.errors import GateFailed, UsageError
+from van_deploy.files import content_key
 from van_deploy.graph.embed import (
     TOP_CLASSES,
     TOP_PROBABILITIES,

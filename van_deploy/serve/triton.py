@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import Bundle, file_sha256
+from van_deploy.bundle import Bundle
 from van_deploy.engine.sidecar import verified_sidecar
 from van_deploy.errors import BundleError, InputError, UsageError
+from van_deploy.files import file_sha256
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.network import Network, TensorSpec, embedding_of, runnable_artefacts
 from van_deploy.serve.client_source import client_source

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import Bundle, file_sha256
+from van_deploy.bundle import Bundle
 from van_deploy.documents import json_from, text_from
 from van_deploy.errors import InputError, MissingDependency, VanDeployError
+from van_deploy.files import file_sha256
 from van_deploy.runners.network import TensorSpec
 from van_deploy.serve.triton import LABELS_FILE, PACKAGE_FILE, PACKAGE_SCHEMA, TritonModel
 from van_deploy.serve.triton import triton_models as models_of

@@ -1,0 +1,18 @@
+"""A bundle on disk: a folder of artefacts and the manifest that vouches for them.
+
+Writing is all or nothing. A command collects its files in a staging folder
+inside the bundle; one ``rename`` of that folder to ``.pending`` is the moment
+it counts. The files are then moved to their places, the manifest last, and if
+the process dies half-way the next one to open the bundle finishes the moves.
+So a reader sees the old bundle or the new one, never a mixture.
+
+Reading believes nothing whose SHA-256 is not the manifest's.
+"""
+
+from van_deploy.bundle.artefact import Artefact
+from van_deploy.bundle.names import MANIFEST, SIGNATURE
+from van_deploy.bundle.reading import Bundle
+from van_deploy.bundle.record import SCHEMA
+from van_deploy.bundle.writing import Draft, writing
+
+__all__ = ["MANIFEST", "SCHEMA", "SIGNATURE", "Artefact", "Bundle", "Draft", "writing"]

@@ -1,0 +1,149 @@
+"""A bundle opened for reading. Nothing is believed whose SHA-256 is not the manifest's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from van_deploy.bundle.artefact import Artefact
+from van_deploy.bundle.commit import finish_commit
+from van_deploy.bundle.lock import locked
+from van_deploy.bundle.names import LOCK, MANIFEST, PENDING, SIGNATURE
+from van_deploy.bundle.record import read_manifest, verify
+from van_deploy.errors import BundleError
+from van_deploy.external_weights import external_files, require_beside
+
+__all__ = ["Bundle"]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle as its manifest describes it, opened for reading.
+
+    Attributes:
+        path: the folder.
+        manifest: the manifest's contents; not to be changed (see :func:`writing`).
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Return the bundle at ``path``, finishing an interrupted commit first.
+
+        Raises:
+            BundleError: there is no bundle, or its manifest cannot be read.
+        """
+        folder = Path(path)
+        if folder.name == MANIFEST:
+            folder = folder.parent
+        if not folder.is_dir():
+            raise BundleError(
+                f"There is no bundle at '{path}'.",
+                "Make one with `van-deploy export MODEL --output DIR`.",
+            )
+        if (folder / PENDING).is_dir():
+            with locked(folder):
+                finish_commit(folder)
+        return cls(folder, read_manifest(folder))
+
+    @property
+    def name(self) -> str:
+        """The model's name, such as ``van_b1``."""
+        return str(self.manifest["name"])
+
+    @property
+    def artefacts(self) -> dict[str, Artefact]:
+        """Every artefact by name, in the order they were made."""
+        found = self.manifest["artefacts"]
+        return {name: Artefact(name=name, **entry) for name, entry in found.items()}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file the manifest names, artefacts' and others, by relative path."""
+        found = dict(self.manifest.get("files", {}))
+        for artefact in self.artefacts.values():
+            found.update(artefact.files)
+        return found
+
+    def artefact(self, name: str) -> Artefact:
+        """Return the artefact called ``name``.
+
+        Raises:
+            BundleError: the bundle has none of that name.
+        """
+        artefacts = self.artefacts
+        if name not in artefacts:
+            command = "export" if name == "fp32" else f"quantize {self.path} --precision {name}"
+            raise BundleError(
+                f"The bundle '{self.path}' has no artefact '{name}'; "
+                f"it has: {', '.join(artefacts) or 'none'}.",
+                f"Make it with `van-deploy {command}`."
+                if name in {"fp32", "fp16", "int8"}
+                else "Choose one of those, or make it first.",
+            )
+        return artefacts[name]
+
+    def verified(self, name: str, *, only_file: bool = False) -> Path:
+        """Return the path of an artefact's file after checking every digest.
+
+        Args:
+            name: of the artefact.
+            only_file: check the file itself and not what lies beside it.
+
+        Raises:
+            BundleError: a file is missing or is not the one the manifest names.
+            InputError: the artefact's weights are in a file that the manifest does not name.
+        """
+        artefact = self.artefact(name)
+        for relative, expected in artefact.files.items():
+            if relative == artefact.file or not only_file:
+                verify(self.path / relative, expected)
+        path = self.path / artefact.file
+        if artefact.kind == "onnx":
+            folder = PurePosixPath(artefact.file).parent
+            named = [file for file in map(PurePosixPath, artefact.files) if folder in file.parents]
+            beside = [file.relative_to(folder).as_posix() for file in named]
+            require_beside(path, external_files(path), beside)
+        return path
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each artefact that a run time loads: its file and its weights.
+
+        What is missing has none; :meth:`problems` names it.
+        """
+        return {
+            name: sum(
+                (self.path / file).stat().st_size
+                for file in artefact.files
+                if (file == artefact.file or ".onnx" in file) and (self.path / file).is_file()
+            )
+            for name, artefact in self.artefacts.items()
+        }
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each file that is missing or changed; empty is good."""
+        found = []
+        for relative, expected in self.digests.items():
+            try:
+                verify(self.path / relative, expected)
+            except BundleError as error:  # noqa: PERF203 - each file on its own
+                found.append(error.message)
+        return found
+
+    def unnamed(self) -> list[str]:
+        """Return what lies in the folder and is not in the manifest, sorted.
+
+        Links to folders count: what is behind them is not the bundle's.
+        """
+        known = {*self.digests, MANIFEST, SIGNATURE, LOCK}
+        found = []
+        for parent, folders, files in os.walk(self.path):
+            links = [name for name in folders if Path(parent, name).is_symlink()]
+            paths = [Path(parent, name).relative_to(self.path) for name in (*files, *links)]
+            found += [path.as_posix() for path in paths if path.as_posix() not in known]
+        return sorted(found)
