@@ -81,16 +81,29 @@ SECTIONS: dict[str, Section] = {
     ),
     "bench": Section(
         "Running",
-        "This project's files against PyTorch's own modes and against the files others would "
-        "deploy (`peer:`), in the same run times.",
+        "This project's files in every run time against PyTorch's own modes.",
         "runtimes.py",
+        ("--json",),
+    ),
+    "rivals": Section(
+        "Running beside others' files",
+        "This project's files against the files others would deploy (`peer:`), in the same run "
+        "times. Below 1: slower than ours.",
+        "rivals.py",
+        ("--json",),
+    ),
+    "processes": Section(
+        "Processes",
+        "Why every process keeps its memory and why only quiet rounds count: van_b0 at batch 1 in "
+        "several processes of one kind, in turns.",
+        "processes.py",
         ("--json",),
     ),
     "repeat": Section(
         "Running twice",
         "`Running` for a few runners, twice in a row: how far the ratios of two runs are apart.",
         "runtimes.py",
-        ("--repeat", "--limit", "10", "--json"),
+        ("--repeat", "--json"),
     ),
     "evaluate": Section(
         "Evaluating",

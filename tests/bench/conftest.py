@@ -1,4 +1,4 @@
-"""A bundle of the embedded network, made once, and settings that take a second."""
+"""A bundle of the embedded network, settings that take a second, and a scripted contender."""
 
 from __future__ import annotations
 
@@ -7,10 +7,40 @@ from pathlib import Path
 import pytest
 
 from van_deploy.bench.budget import Budget
+from van_deploy.bench.contender import Contender
+from van_deploy.bench.lane import Lane
+from van_deploy.bench.process import WorkerError
 from van_deploy.bench.settings import Settings
 from van_deploy.bundle import Bundle
 from van_deploy.pipeline import export_bundle, load_for
 from van_deploy.recipe import recipe_named
+
+
+class Scripted(Lane):
+    """A contender whose slices take what a clock that drifts says, in place of a process."""
+
+    clock = 0
+    drift = 1.1  # 10 % slower from each slice to the next
+
+    def __init__(self, name: str, ms: float, fails_at: int = -1) -> None:
+        super().__init__(Contender(name, "onnxruntime", "fp32"), loaded={"load_s": 0.0})
+        self.ms, self.fails_at, self.slices = ms, fails_at, 0
+
+    def feed(self, images: Path, batch: int, preprocessing: object, warmup_s: float) -> None:
+        self._forget()
+        self.call_s = self.ms / 1e3
+
+    def time_slice(self, seconds: float) -> float | None:
+        self.slices += 1
+        Scripted.clock += 1
+        if self.slices == self.fails_at:
+            self.failure = WorkerError("killed", "killed by SIGKILL")
+            return None
+        took = self.ms * self.drift**Scripted.clock
+        self._latencies.append(took)
+        self.timed_s += seconds
+        self.calls += 1
+        return took
 
 
 @pytest.fixture(scope="session")

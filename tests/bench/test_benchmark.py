@@ -171,7 +171,7 @@ def test_an_older_version_s_file_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_report(path)
     assert caught.value.message == (
-        f"'{path}' has schema 'van-deploy/bench/1'; this version reads 'van-deploy/bench/2'."
+        f"'{path}' has schema 'van-deploy/bench/1'; this version reads 'van-deploy/bench/3'."
     )
     assert caught.value.remedy.startswith("Measure again with this version")
 
@@ -229,7 +229,7 @@ def test_the_command_prints_tables_and_one_json(digits: Bundle, cli: Cli, tmp_pa
     assert "Roofline" in first.stdout
     second = cli("bench", *words, "--json", "--compare", output)
     result = json.loads(second.stdout)
-    assert result["schema"] == "van-deploy/bench/2"
+    assert result["schema"] == "van-deploy/bench/3"
     assert result["changes"][0]["contender"] == "ort-cpu/fp32"
     assert result["agreement"]["within_percent"] == 5.0
     assert not (digits.path / "bench.json").exists()

@@ -120,3 +120,23 @@ def test_a_bundle_without_artefacts_is_refused(digits: Bundle, tmp_path: Path) -
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="has no artefact to time"):
         contenders_of(Bundle.open(folder))
+
+
+@pytest.mark.parametrize(
+    ("library", "gpu", "runs"),
+    [("glibc", False, True), ("", False, False), ("glibc", True, False)],
+)
+def test_eager_pytorch_runs_with_the_c_library_s_own_settings_where_that_differs(
+    digits: Bundle, monkeypatch: pytest.MonkeyPatch, library: str, gpu: bool, runs: bool
+) -> None:
+    monkeypatch.setattr("van_deploy.bench.contenders.platform.libc_ver", lambda: (library, ""))
+    monkeypatch.setattr("van_deploy.bench.contenders._has_gpu", lambda: gpu)
+    entries = {entry.name: entry for entry in contenders_of(digits)}
+    eager, other = entries["pytorch"], entries["pytorch-default-malloc"]
+    assert isinstance(eager, Contender)
+    assert eager.keeps_memory
+    assert isinstance(other, Contender) is runs
+    if isinstance(other, Contender):
+        assert not other.keeps_memory
+    else:
+        assert "nothing differs from 'pytorch'" in other.reason

@@ -6,39 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.conftest import Scripted
 from van_deploy.bench.budget import Budget
-from van_deploy.bench.contender import Contender
-from van_deploy.bench.lane import Lane
-from van_deploy.bench.process import WorkerError
 from van_deploy.bench.race import Race, with_reference
 from van_deploy.errors import UsageError
-
-
-class Scripted(Lane):
-    """A contender whose slices take what a clock that drifts says, in place of a process."""
-
-    clock = 0
-    drift = 1.1  # 10 % slower from each slice to the next
-
-    def __init__(self, name: str, ms: float, fails_at: int = -1) -> None:
-        super().__init__(Contender(name, "onnxruntime", "fp32"), loaded={"load_s": 0.0})
-        self.ms, self.fails_at, self.slices = ms, fails_at, 0
-
-    def feed(self, images: Path, batch: int, preprocessing: object, warmup_s: float) -> None:
-        self._forget()
-        self.call_s = self.ms / 1e3
-
-    def time_slice(self, seconds: float) -> float | None:
-        self.slices += 1
-        Scripted.clock += 1
-        if self.slices == self.fails_at:
-            self.failure = WorkerError("killed", "killed by SIGKILL")
-            return None
-        took = self.ms * self.drift**Scripted.clock
-        self._latencies.append(took)
-        self.timed_s += seconds
-        self.calls += 1
-        return took
 
 
 def raced(*lanes: Scripted, budget: Budget) -> dict[str, float | None]:

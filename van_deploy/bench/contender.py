@@ -29,6 +29,8 @@ class Contender:
         sha256: digest of ``file``, or of the weights.
         max_batch: largest batch the file takes, or None where it is free.
         min_batch: smallest batch it takes.
+        keeps_memory: whether its process keeps freed memory (see
+            :data:`~van_deploy.bench.process.KEEP_MEMORY`).
     """
 
     name: str
@@ -41,6 +43,7 @@ class Contender:
     sha256: str = ""
     max_batch: int | None = None
     min_batch: int = 1
+    keeps_memory: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
+import platform
 from collections.abc import Iterable, Sequence
 
 from van_deploy.bench.contender import CUDA_GRAPH, Contender, Skipped
@@ -14,14 +15,20 @@ from van_deploy.errors import BundleError, MissingDependency, UsageError
 from van_deploy.recipe import BatchRange
 from van_deploy.runners.onnxruntime import PROVIDERS
 
-__all__ = ["REFERENCE", "chosen", "contenders_of"]
+__all__ = ["GIVES_BACK", "REFERENCE", "chosen", "contenders_of"]
 
 REFERENCE = "pytorch"
-"""Plain eager PyTorch, the network as it came: what ratios are given against."""
+"""Eager PyTorch, the network as it came: what ratios are given against. Its process keeps
+the memory it frees, as every other's: what a server should be set to, and steady from one
+process to the next."""
+
+GIVES_BACK = "pytorch-default-malloc"
+"""The same with the C library's own settings: what eager PyTorch costs on a CPU untuned."""
 
 BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 PYTORCH_MODES = {
     "pytorch": "eager",
+    GIVES_BACK: "eager",
     "pytorch-channels-last": "channels-last",
     "pytorch-compile": "compile",
     "pytorch-autocast": "autocast",
@@ -89,6 +96,10 @@ def _pytorch(bundle: Bundle, processor: Cpu, gpu: bool) -> Iterable[Entry]:
     weights = bundle.manifest.get("weights", {})
     for name, mode in PYTORCH_MODES.items():
         half = "fp16" if gpu else "bf16"
+        if name == GIVES_BACK and (gpu or platform.libc_ver()[0] != "glibc"):
+            reason = "on a GPU" if gpu else "with this C library"
+            yield Skipped(name, f"{reason} nothing differs from '{REFERENCE}'")
+            continue
         if mode == "autocast" and not gpu and not BF16_FEATURES & set(processor.features):
             yield Skipped(name, "this processor has no bfloat16 instructions")
             continue
@@ -99,6 +110,7 @@ def _pytorch(bundle: Bundle, processor: Cpu, gpu: bool) -> Iterable[Entry]:
             bundle=str(bundle.path),
             mode=mode,
             sha256=str(weights.get("sha256", "")),
+            keeps_memory=name != GIVES_BACK,
         )
 
 

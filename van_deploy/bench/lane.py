@@ -7,16 +7,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.budget import Budget
+from van_deploy.bench.budget import LEAST_ROUNDS, Budget
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.process import WorkerError, WorkerProcess
-from van_deploy.bench.timing import Latency, Ratio, latency_of, ratio_of, slice_ms
+from van_deploy.bench.timing import Latency, Ratio, latency_of, quiet_rounds, ratio_of, slice_ms
 
 __all__ = ["Lane", "Row"]
 
-REWARM_CALLS, REWARM_S = 2, 0.02
+REWARM_CALLS, REWARM_S = 1, 0.02
 """Unmeasured calls after a process was woken: its threads start, its weights come back
-into the caches."""
+into the caches. The first measured call is then as long as those after it."""
 
 WARM_CALLS = 3  # the fastest of them tells how long a call takes
 
@@ -32,11 +32,13 @@ class Row:
         streams: calls in flight at the same time.
         latency: of all calls, seen from the process; None where it failed.
         images_per_s: over all streams; None where it failed.
-        ratio: times faster than the reference at this batch; None where one of the two failed.
-        settled: whether the ratio's interval came within the budget's tolerance; None
-            without a ratio.
+        ratio: times faster than the reference at this batch, over the quiet rounds, or over
+            all where those were too few; None where one of the two failed.
+        settled: whether the ratio's interval came within the budget's tolerance, over
+            quiet rounds; None without a ratio.
         round_ms: each round's mean.
         round_ratios: each round's ratio, to the reference just before and just after.
+        round_quiet: whether the machine was left alone in each (:mod:`van_deploy.bench.quiet`).
         first_call_ms: the first call with this batch.
         peak_rss_bytes: largest resident memory of the process at this batch.
         device: latency the device itself measured, without transfers; None on a CPU.
@@ -54,6 +56,7 @@ class Row:
     settled: bool | None = None
     round_ms: tuple[float, ...] = ()
     round_ratios: tuple[float, ...] = ()
+    round_quiet: tuple[bool, ...] = ()
     first_call_ms: float | None = None
     peak_rss_bytes: int | None = None
     device: Latency | None = None
@@ -72,6 +75,8 @@ class Lane:
         failure: why it does not run at this batch.
         round_ms: the mean of each round, filled in by the race.
         round_ratios: the ratio of each round, filled in by the race.
+        round_looks: what the work of :mod:`van_deploy.bench.quiet` took at most around the
+            slices of each round's ratio, in ms, filled in by the race.
         timed_s: seconds of timed calls at this batch.
         calls: how many those were.
         call_s: the fastest call while warming up.
@@ -84,6 +89,7 @@ class Lane:
     failure: WorkerError | None = None
     round_ms: list[float] = field(default_factory=list)
     round_ratios: list[float] = field(default_factory=list)
+    round_looks: list[float] = field(default_factory=list)
     timed_s: float = 0.0
     calls: int = 0
     call_s: float = 0.0
@@ -143,40 +149,54 @@ class Lane:
         self.all_timed_s += answer["wall_s"]
         return slice_ms(answer["latencies_ms"])
 
-    def is_done(self, budget: Budget, *, compared: bool) -> bool:
-        """Return whether it need not be timed again; ``compared``: there is a reference."""
+    def is_done(self, budget: Budget, limit_ms: float, *, compared: bool) -> bool:
+        """Return whether it need not be timed again.
+
+        Args:
+            budget: how long it is to be timed.
+            limit_ms: what the work of :mod:`van_deploy.bench.quiet` takes at most when quiet.
+            compared: whether there is a reference.
+        """
         if self.failure is not None or budget.is_over(self.timed_s, self.rounds):
             return True
         met = budget.is_met(self.timed_s, self.calls, self.rounds)
-        return met and (not compared or self._is_settled(budget))
+        return met and (not compared or self._is_settled(budget, limit_ms))
 
-    def row(self, batch: int, image_size: int, streams: int, budget: Budget) -> Row:
-        """Return what was measured."""
+    def row(
+        self, batch: int, image_size: int, streams: int, budget: Budget, limit_ms: float
+    ) -> Row:
+        """Return what was measured; see :meth:`is_done` on the last two."""
         row = Row(self.contender.name, batch, image_size, streams)
         if self.failure is not None or not self._latencies:
             failure = self.failure or WorkerError("failed", "nothing was measured")
             return replace(row, error=failure.message, error_kind=failure.kind)
-        ratio = ratio_of(self.round_ratios)
+        ratio = ratio_of(self._quiet(limit_ms)) or ratio_of(self.round_ratios)
         return replace(
             row,
             latency=latency_of(self._latencies),
             images_per_s=batch * self.calls / self.timed_s,
             ratio=ratio,
-            settled=self._is_settled(budget) if ratio else None,
+            settled=self._is_settled(budget, limit_ms) if ratio else None,
             round_ms=tuple(self.round_ms),
             round_ratios=tuple(self.round_ratios),
+            round_quiet=tuple(look <= limit_ms for look in self.round_looks),
             first_call_ms=self._first_call_ms,
             peak_rss_bytes=self._peak_rss,
             device=latency_of(self._device_ms) if self._device_ms else None,
         )
 
-    def _is_settled(self, budget: Budget) -> bool:
-        ratio = ratio_of(self.round_ratios)
+    def _quiet(self, limit_ms: float) -> list[float]:
+        """Return the ratios of the quiet rounds; none where they are too few to stand alone."""
+        quiet = quiet_rounds(self.round_ratios, self.round_looks, limit_ms)
+        return quiet if len(quiet) >= LEAST_ROUNDS else []
+
+    def _is_settled(self, budget: Budget, limit_ms: float) -> bool:
+        ratio = ratio_of(self._quiet(limit_ms))
         return ratio is not None and ratio.is_within(budget.tolerance_percent)
 
     def _forget(self) -> None:
         self.failure = None
-        self.round_ms, self.round_ratios = [], []
+        self.round_ms, self.round_ratios, self.round_looks = [], [], []
         self._latencies, self._device_ms = [], []
         self.timed_s, self.calls, self.call_s = 0.0, 0, 0.0
         self._first_call_ms, self._peak_rss = None, 0

@@ -17,12 +17,18 @@ from typing import IO, Any
 
 from van_deploy.errors import VanDeployError
 
-__all__ = ["WorkerError", "WorkerProcess"]
+__all__ = ["KEEP_MEMORY", "WorkerError", "WorkerProcess"]
 
 ANSWER_WITHIN_S = 900.0
 """Longer than any compilation of a VAN; past it a worker hangs."""
 
 CAN_STOP = hasattr(signal, "SIGSTOP")
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+"""Tells glibc to keep what a process frees. It gives large blocks back to the system otherwise,
+and takes them again page by page at the next call: so eager PyTorch spends a third of its time,
+more or less by how each process's memory happens to lie (``python benchmarks/processes.py``).
+See mallopt(3). Other C libraries ignore it; who sets these variables is not overruled."""
+
 ONE_THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -44,14 +50,22 @@ class WorkerProcess:
     Args:
         threads: how many its run time may use; set in its environment too.
         environment: further variables for it.
+        keeps_memory: keep what it frees (see :data:`KEEP_MEMORY`).
 
     Attributes:
         busy_s: seconds it has spent answering.
     """
 
-    def __init__(self, threads: int, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        threads: int,
+        environment: Mapping[str, str] | None = None,
+        *,
+        keeps_memory: bool = True,
+    ) -> None:
         self.threads = threads
         self.busy_s = 0.0
+        self._memory = KEEP_MEMORY if keeps_memory else {}
         self._environment = dict(environment or {})
         self._process: subprocess.Popen[str] | None = None
         self._errors: IO[bytes] | None = None
@@ -66,7 +80,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, **pools, **self._environment},
+            env={**self._memory, **os.environ, **pools, **self._environment},
         )
         return self
 

@@ -1,10 +1,10 @@
 """The race: every contender in a process of its own, one awake at a time, in many short rounds.
 
-In each round every contender is woken, warmed and timed for one slice, and the
-reference before and after every few of them. A contender's ratio in that round is
-to what the reference took just before and just after, interpolated to its own turn:
-a steady drift cancels. The order turns round from one round to the
-next. A contender is timed until its ratio has settled or its budget is spent.
+In each round every contender is woken, warmed and timed for one slice, at a quiet moment
+of the machine, and the reference before and after every few of them. A contender's ratio
+in that round is to what the reference took just before and just after, interpolated to
+its own turn: a steady drift cancels. The order turns round from one round to the next. A
+contender is timed until its ratio has settled over quiet rounds or its budget is spent.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.lane import Lane, Row
 from van_deploy.bench.process import WorkerProcess
+from van_deploy.bench.quiet import Gauge
 
-__all__ = ["Race", "between", "ceilings_here", "with_reference"]
+__all__ = ["Race", "between", "ceilings_here", "nearest", "with_reference"]
+
+PATIENCE_S = 5.0  # of waiting for quiet moments, before anything was timed
 
 Progress = Callable[[str], None]
 
@@ -38,6 +41,9 @@ class Race:
         preprocessing: mean and std, for graphs with embedded preprocessing.
         environment: variables of every process.
         progress: told what is going on.
+
+    Attributes:
+        gauge: watches whether the machine is left alone, while the race is open.
     """
 
     def __init__(
@@ -58,9 +64,12 @@ class Race:
         self._say = progress or (lambda _: None)
         self._stack = ExitStack()
         self._spent_s = 0.0
+        self.gauge = Gauge(None)
 
     def __enter__(self) -> Race:
-        """Start and load every contender, one after the other."""
+        """Start what watches the machine; start and load every contender, one after the other."""
+        watcher = self._stack.enter_context(WorkerProcess(self.threads, self.environment))
+        self.gauge = Gauge(lambda: float(watcher.ask("gauge")["ms"]))
         for lane in self._lanes:
             self._start(lane)
         return self
@@ -107,40 +116,61 @@ class Race:
             self._feed(lane, images, batch, budget)
         base = next((x for x in lanes if x.contender.name == reference and not x.failure), None)
         slice_s = budget.slice_s(base.call_s if base else 0.0)
+        waited_before = self.gauge.waited_s
+        self.gauge.look()
         for turn in count():
-            waiting = [lane for lane in lanes if not _is_done(lane, base, budget)]
+            limit_ms = self.gauge.limit_ms
+            waiting = [lane for lane in lanes if not _is_done(lane, base, budget, limit_ms)]
             if not waiting:
                 break
             self._say(_where(batch, turn, budget, len(waiting)))
-            self._round(waiting if turn % 2 == 0 else waiting[::-1], base, slice_s)
+            order = waiting if turn % 2 == 0 else waiting[::-1]
+            self._round(order, base, slice_s, self._patience_s(lanes, waited_before))
         if base is not None and base.failure is not None:
             for lane in lanes:
                 lane.round_ratios.clear()  # one that died is no reference
-        return [lane.row(batch, image_size, self.streams, budget) for lane in lanes]
+        limit_ms = self.gauge.limit_ms
+        return [lane.row(batch, image_size, self.streams, budget, limit_ms) for lane in lanes]
 
-    def _round(self, waiting: Sequence[Lane], base: Lane | None, slice_s: float) -> None:
+    def _round(
+        self, waiting: Sequence[Lane], base: Lane | None, slice_s: float, patience_s: float
+    ) -> None:
         """Time one slice of each, and of the reference between them."""
         others = [lane for lane in waiting if lane is not base]
         order = others if base is None else with_reference(others, base)
-        times = [lane.time_slice(slice_s) if not lane.failure else None for lane in order]
-        for lane in waiting if base in waiting or base is None else (*waiting, base):
-            own = [ms for x, ms in zip(order, times, strict=True) if x is lane and ms is not None]
-            if own:
-                lane.round_ms.append(statistics.geometric_mean(own))
-        if base is None:
-            return
-        base.round_ratios.append(1.0)
-        marks = [time if lane is base else None for lane, time in zip(order, times, strict=True)]
+        times: list[float | None] = []
+        looks: list[float] = []
+        for lane in order:
+            before = self.gauge.quiet_moment(patience_s / len(order))
+            times.append(None if lane.failure else lane.time_slice(slice_s))
+            looks.append(max(before, self.gauge.look()))
+        marks = [ms if lane is base else None for lane, ms in zip(order, times, strict=True)]
         for place, (lane, ms) in enumerate(zip(order, times, strict=True)):
-            around = between(marks, place)
-            if lane is not base and ms is not None and around is not None:
-                lane.round_ratios.append(around / ms)
+            if lane is base or ms is None:
+                continue
+            beside = nearest(marks, place)
+            lane.round_ms.append(ms)
+            lane.round_looks.append(max(looks[i] for i in (place, *beside)))
+            if beside:
+                lane.round_ratios.append(between(marks, place) / ms)
+        own = [ms for ms in marks if ms is not None]
+        if base is not None and own:
+            base.round_ms.append(statistics.geometric_mean(own))
+            base.round_ratios.append(1.0)
+            base.round_looks.append(max(look for look, ms in zip(looks, marks, strict=True) if ms))
+
+    def _patience_s(self, lanes: Sequence[Lane], waited_before_s: float) -> float:
+        """Return how long a round may wait: at one batch no longer than was timed, and some."""
+        timed = sum(lane.timed_s for lane in lanes)
+        return max(0.0, PATIENCE_S + timed - (self.gauge.waited_s - waited_before_s))
 
     def _start(self, lane: Lane) -> None:
         self._say(f"Loading {lane.contender.name}")
         if lane.process is not None:
             self._spent_s += lane.process.busy_s
-        process = WorkerProcess(self.threads, self.environment)
+        process = WorkerProcess(
+            self.threads, self.environment, keeps_memory=lane.contender.keeps_memory
+        )
         lane.load(self._stack.enter_context(process), self.streams)
 
     def _feed(self, lane: Lane, images: Path, batch: int, budget: Budget) -> None:
@@ -168,21 +198,35 @@ def with_reference(others: Sequence[Lane], base: Lane) -> list[Lane]:
     return order
 
 
-def between(marks: Sequence[float | None], place: int) -> float | None:
+def nearest(marks: Sequence[float | None], place: int) -> tuple[int, ...]:
+    """Return where the marks next to a place are, before it and after it, as far as they are.
+
+    >>> nearest([2.0, None, None, 16.0], 1), nearest([2.0, None], 1), nearest([None], 0)
+    ((0, 3), (0,), ())
+    """
+    before = [i for i in range(place) if marks[i] is not None][-1:]
+    after = [i for i in range(place + 1, len(marks)) if marks[i] is not None][:1]
+    return (*before, *after)
+
+
+def between(marks: Sequence[float | None], place: int) -> float:
     """Return what the marks nearest before and after a place say of it, by their distance.
 
     Interpolated in the logarithm, so that a drift of so many percent a place cancels.
 
-    >>> between([2.0, None, None, 16.0], 1), between([2.0, None], 1), between([None], 0)
-    (4.0, 2.0, None)
+    >>> between([2.0, None, None, 16.0], 1), between([2.0, None], 1)
+    (4.0, 2.0)
+
+    Raises:
+        ValueError: there is no mark.
     """
-    before = next((i for i in range(place - 1, -1, -1) if marks[i] is not None), None)
-    after = next((i for i in range(place + 1, len(marks)) if marks[i] is not None), None)
-    found = [marks[i] for i in (before, after) if i is not None]
-    known = [mark for mark in found if mark is not None]
-    if before is None or after is None:
-        return known[0] if known else None
-    share = (place - before) / (after - before)
+    beside = nearest(marks, place)
+    known = [mark for mark in (marks[i] for i in beside) if mark is not None]
+    if not known:
+        raise ValueError("no mark")
+    if len(known) == 1:
+        return known[0]
+    share = (place - beside[0]) / (beside[1] - beside[0])
     return round(known[0] * (known[1] / known[0]) ** share, 12)
 
 
@@ -196,10 +240,10 @@ def ceilings_here(threads: int, seconds: float = 0.5) -> Ceilings:
         return Ceilings(**process.ask("ceilings", threads=threads, seconds=seconds))
 
 
-def _is_done(lane: Lane, base: Lane | None, budget: Budget) -> bool:
+def _is_done(lane: Lane, base: Lane | None, budget: Budget, limit_ms: float) -> bool:
     """Return whether a contender needs no further round."""
     compared = base is not None and base.failure is None and lane is not base
-    return lane.is_done(budget, compared=compared)
+    return lane.is_done(budget, limit_ms, compared=compared)
 
 
 def _where(batch: int, turn: int, budget: Budget, waiting: int) -> str:

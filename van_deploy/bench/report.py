@@ -18,7 +18,7 @@ from van_deploy.bench.contender import Contender, Skipped
 from van_deploy.bench.lane import Row
 from van_deploy.bench.limits import measured_limits
 from van_deploy.bench.machine import Watch, busy_cores, machine_facts
-from van_deploy.bench.process import WorkerError
+from van_deploy.bench.process import KEEP_MEMORY, WorkerError
 from van_deploy.bench.race import Race, ceilings_here
 from van_deploy.bench.resize import resized_file
 from van_deploy.bench.settings import Settings, with_known_reference
@@ -29,7 +29,7 @@ from van_deploy.provenance import tool_versions
 
 __all__ = ["SCHEMA", "BenchReport", "Progress", "race_report"]
 
-SCHEMA = "van-deploy/bench/2"
+SCHEMA = "van-deploy/bench/3"
 RUN_TIMES = (
     "torch",
     "timm",
@@ -38,6 +38,10 @@ RUN_TIMES = (
     "openvino",
     "tensorrt",
     "tensorrt-rtx-cu13",
+)
+VARIABLES = (
+    *("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "MKL_", "KMP_", "OPENBLAS_"),
+    *("CUDA_", "TORCH", "ORT_", "OPENVINO_", "OV_"),
 )
 
 Progress = Callable[[str], None]
@@ -80,12 +84,16 @@ class _Measured:
     loaded: dict[str, Any] = field(default_factory=dict)
     timed_s: float = 0.0
     runner_s: float = 0.0
+    waited_s: float = 0.0
+    quiet: dict[str, Any] = field(default_factory=dict)
 
     def add(self, race: Race) -> None:
         """Take over what a race's processes report once all of its batches are done."""
         self.loaded.update(race.loaded())
         self.timed_s += race.timed_s
         self.runner_s += race.runner_s
+        self.waited_s += race.gauge.waited_s
+        self.quiet = race.gauge.as_dict() or {}
 
 
 def race_report(
@@ -146,7 +154,7 @@ def race_report(
             **(about or {}),
             **_circumstances(settings, threads, images, contenders),
             **_findings(settings, contenders, measured, ceilings),
-            "during": state,
+            "during": {**state, "quiet": measured.quiet},
             "seconds": _seconds(time.perf_counter() - start, measured),
             "warnings": warnings,
         },
@@ -211,7 +219,8 @@ def _seconds(wall: float, measured: _Measured) -> dict[str, float]:
         "wall": wall,
         "timed": measured.timed_s,
         "in_runners": measured.runner_s,
-        "overhead_percent": 100 * (wall - measured.runner_s) / wall,
+        "waited": measured.waited_s,
+        "overhead_percent": 100 * (wall - measured.runner_s - measured.waited_s) / wall,
     }
 
 
@@ -275,5 +284,5 @@ def _saved(array: Any, folder: Path, size: int) -> Path:
 
 def _variables() -> dict[str, str]:
     """Return the environment variables that change how fast things run."""
-    prefixes = ("OMP_", "MKL_", "KMP_", "OPENBLAS_", "CUDA_", "TORCH", "ORT_", "OPENVINO_", "OV_")
-    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)}
+    found = {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)}
+    return {**KEEP_MEMORY, **found}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from van_deploy.bench.budget import LEAST_ROUNDS
 from van_deploy.bench.lane import Row
 from van_deploy.bench.timing import CV_LIMIT_PERCENT
 
@@ -35,7 +36,7 @@ def warnings_of(
         )
     if state["throttled"]:
         found.append(f"the processor was slowed for heat {state['throttled']:.0f} times")
-    return [*found, *_wild(rows), *_unsettled(rows, tolerance_percent)]
+    return [*found, *_wild(rows), *_disturbed(rows), *_unsettled(rows, tolerance_percent)]
 
 
 def _wild(rows: Sequence[Row]) -> Iterator[str]:
@@ -50,6 +51,21 @@ def _wild(rows: Sequence[Row]) -> Iterator[str]:
             f"{len(spread)} of {len(rows)} rows vary by more than {CV_LIMIT_PERCENT} % from call "
             f"to call (most: {worst}, {spread[worst]:.0f} %)"
         )
+
+
+def _disturbed(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a warning where too few rounds were quiet for a ratio, so that all had to count."""
+    few = [row for row in rows if row.ratio and row.round_quiet and not _has_quiet(row)]
+    if few:
+        yield (
+            f"the machine was disturbed in nearly every round of {len(few)} of {len(rows)} rows, "
+            "by others on its processor or by heat: their ratios are over all rounds, and may "
+            "be others tomorrow"
+        )
+
+
+def _has_quiet(row: Row) -> bool:
+    return sum(row.round_quiet) >= min(LEAST_ROUNDS, len(row.round_quiet))
 
 
 def _unsettled(rows: Sequence[Row], tolerance_percent: float) -> Iterator[str]:

@@ -16,6 +16,7 @@ __all__ = [
     "latency_of",
     "paired_ratio",
     "percentile",
+    "quiet_rounds",
     "ratio_of",
     "slice_ms",
 ]
@@ -133,6 +134,15 @@ def ratio_of(rounds: Sequence[float]) -> Ratio | None:
         most=ordered[-1],
         rounds=len(ordered),
     )
+
+
+def quiet_rounds(rounds: Sequence[float], looks: Sequence[float], limit_ms: float) -> list[float]:
+    """Return the rounds in which the machine was left alone (:mod:`van_deploy.bench.quiet`).
+
+    >>> quiet_rounds([2.0, 3.0, 2.1], [0.8, 1.2, 0.8], 0.9)
+    [2.0, 2.1]
+    """
+    return [value for value, look in zip(rounds, looks, strict=False) if look <= limit_ms]
 
 
 def paired_ratio(reference: Sequence[float], own: Sequence[float]) -> Ratio | None:

@@ -10,6 +10,7 @@ parent, so no thread of it can spin.
 ``warm``       call for some seconds, unmeasured
 ``measure``    call for some seconds and answer with the latencies
 ``ceilings``   measure what the machine itself can do (needs no contender)
+``gauge``      do a fixed piece of work and answer with its time (the same)
 =============  ==========================================================
 """
 
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from van_deploy.bench.contender import Contender
+from van_deploy.bench.quiet import Product
 from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
 
 __all__ = ["Worker", "serve", "timed_calls"]
@@ -50,6 +52,7 @@ class Worker:
         self._calls: list[Call] = []
         self._contender: Contender | None = None
         self._threads = 1
+        self._product: Product | None = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return the answer to one request; what a user can act on comes as ``error``."""
@@ -60,6 +63,7 @@ class Worker:
             "warm": self.warm,
             "measure": self.measure,
             "ceilings": self.ceilings,
+            "gauge": self.gauge,
         }
         try:
             return handlers[request["do"]](**arguments)
@@ -142,6 +146,11 @@ class Worker:
         from van_deploy.bench.ceilings import measured_ceilings
 
         return measured_ceilings(threads, seconds).as_dict()
+
+    def gauge(self) -> dict[str, Any]:
+        """Answer with the milliseconds of a fixed piece of work (:mod:`van_deploy.bench.quiet`)."""
+        self._product = self._product or Product()
+        return {"ms": self._product.ms()}
 
     def close(self) -> None:
         """Release everything."""

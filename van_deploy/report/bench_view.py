@@ -94,10 +94,12 @@ def _facts(report: Mapping[str, Any]) -> dict[str, object]:
         "versions": ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
         "images": settings["images"],
         "time": f"{seconds['wall']:.0f} s, of which {seconds['timed']:.0f} s timed, "
+        f"{seconds['waited']:.0f} s spent waiting for quiet moments, "
         f"{seconds['overhead_percent']:.0f} % outside the {len(set(used))} runners",
         "faster": f"times faster than {report['reference']}, paired by round (95 % interval)"
         if report["reference"]
         else "nothing to compare with",
+        "rounds": "that were quiet, of all; * a ratio that did not settle",
     }
 
 
@@ -145,9 +147,10 @@ def _latency_row(row: Mapping[str, Any], several: bool) -> list[object]:
 
 
 def _rounds(row: Mapping[str, Any]) -> Text:
-    """Return how many rounds a row took, marked where its ratio did not settle."""
+    """Return how many rounds were quiet, of all; marked where the ratio did not settle."""
     loose = row["settled"] is False
-    return Text(f"{len(row['round_ms'])}{'*' if loose else ''}", style="yellow" if loose else "")
+    text = f"{sum(row['round_quiet'])} of {len(row['round_ms'])}{'*' if loose else ''}"
+    return Text(text, style="yellow" if loose else "")
 
 
 def _best_table(report: Mapping[str, Any]) -> RenderableType | None:

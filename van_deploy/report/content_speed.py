@@ -41,7 +41,8 @@ def speed_section(bench: Mapping[str, Any] | None) -> Section | None:
             f"Measured on {where}. Each runner in a process of its own, one "
             f"awake at a time, in turns of {1e3 * budget['seconds'] / budget['rounds']:.0f} ms or "
             "one call of the reference, whichever is longer. A ratio is the median "
-            "of the rounds' own, each to the reference just before and after, with its 95 % "
+            "of the rounds' own, each to the reference just before and after, over the rounds in "
+            "which nothing else disturbed the processor, with its 95 % "
             f"interval; * marks one that did not settle within "
             f"{budget['tolerance_percent']:g} %."
         )
