@@ -339,6 +339,14 @@ def test_a_pipe_is_not_waited_for(bundle: Path, name: str) -> None:
         Bundle.open(bundle)
 
 
+def test_a_pipe_that_looks_like_a_dead_command_s_folder_is_let_alone(bundle: Path) -> None:
+    os.mkfifo(bundle / ".staging-x")
+    (bundle / ".staging-y").mkdir()
+    put(bundle, "fp16", "x")
+    assert (bundle / ".staging-x").is_fifo()
+    assert not (bundle / ".staging-y").exists()
+
+
 def test_a_lock_that_is_a_folder_is_one_message(bundle: Path) -> None:
     (bundle / ".lock").unlink(missing_ok=True)
     (bundle / ".lock").mkdir()

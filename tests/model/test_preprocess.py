@@ -76,6 +76,7 @@ def test_override_says_what_was_asked_for() -> None:
         ({"image_size": True}, "The image size True is not a whole number."),
         ({"mean": (0.5, 0.5)}, "The mean has 2 values, but the network takes 3 channels."),
         ({"mean": (0.5, float("nan"), 0.5)}, "The mean nan is not a number."),
+        ({"mean": (10**400,) * 3}, f"The mean {'1'.ljust(80, '0')} is not a number."),
         ({"mean": (123.7, 116.3, 103.5)}, "The mean 123.7 is not of values in 0..1."),
         ({"std": (0.2, 0.0, 0.2)}, "The std 0 is not positive."),
         ({"std": ("a",)}, "The std 'a' is not a number."),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from tests.precision.conftest import Digits
 from van_deploy.errors import ConversionError, ImageError
+from van_deploy.precision import observer
 from van_deploy.precision.histogram import Histogram
 from van_deploy.precision.observer import Observer, float_tensors, with_outputs
 from van_deploy.precision.plan import weighted_nodes
@@ -134,6 +137,21 @@ def test_two_records_put_together_are_one(calibration_digits: Digits) -> None:
     alone = whole.merged(nothing)
     assert (alone.images, alone.mean_minimum) == (7, whole.mean_minimum)
     assert np.array_equal(alone.channel_minimum, whole.channel_minimum)
+
+
+@pytest.mark.parametrize(("free", "is_full"), [(0, True), (2**40, False)])
+def test_a_disk_too_full_for_the_optimised_graph_is_one_error_of_the_system(
+    digits_graph: ModelProto,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    is_full: bool,
+) -> None:
+    (tmp_path / "optimized.onnx").mkdir()  # ONNX Runtime cannot write there
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(Exception, match=r".") as caught:
+        observer._session(digits_graph, 1, tmp_path / "optimized.onnx")
+    assert (getattr(caught.value, "errno", None) == errno.ENOSPC) is is_full
 
 
 def test_values_are_given_as_they_lie_unless_their_order_matters(

@@ -90,7 +90,8 @@ def writing(path: str | Path, *, name: str | None = None) -> Iterator[Draft]:
         try:
             finish_commit(folder)
             for left in folder.glob(f"{STAGING}*"):  # of a process that died
-                shutil.rmtree(left, ignore_errors=True)
+                if left.is_dir():  # rmtree would wait for a pipe
+                    shutil.rmtree(left, ignore_errors=True)
             manifest = _starting_manifest(folder, name)
             before = owned_files(manifest)
             staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))

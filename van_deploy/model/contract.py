@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from van_deploy import forms
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 
@@ -260,9 +261,9 @@ def _side(size: Any) -> int:
         if len(sides) != 1:
             raise UsageError(f"size is {dict(size)}: only squares are supported.")
         size = sides.pop()
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise UsageError(f"size is {size!r}.")
-    return size
+    if not forms.size(size):
+        raise UsageError(f"size is {size!r}."[:200])
+    return int(size)
 
 
 def _crop_ratio(processor: Mapping[str, Any], size: int) -> float:
@@ -271,6 +272,8 @@ def _crop_ratio(processor: Mapping[str, Any], size: int) -> float:
         return _side(processor["crop_size"]) / size
     if processor.get("crop_pct") is None or size >= 384:  # ConvNeXt crops only below 384
         return 1.0
+    if not forms.number(processor["crop_pct"]):
+        raise UsageError(f"crop_pct is {processor['crop_pct']!r}."[:200])
     return float(processor["crop_pct"])
 
 

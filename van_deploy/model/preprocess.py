@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from van_deploy.errors import UsageError
+from van_deploy.forms import number
 
 if TYPE_CHECKING:
     import torch
@@ -200,9 +201,10 @@ def _image_size(value: object) -> int:
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"The {name} {value!r} is not a number.", "Give a number such as 0.5.")
-    return float(value)
+    if not number(value):
+        shown = repr(value)[:80]
+        raise UsageError(f"The {name} {shown} is not a number.", "Give a number such as 0.5.")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _per_channel(name: str, value: object, channels: int) -> tuple[float, ...]:

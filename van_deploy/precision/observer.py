@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -94,7 +97,11 @@ class Observer:
 
 
 def _session(model: ModelProto, threads: int, save_to: Path | None = None) -> Any:
-    """Return a session; a graph that is saved is optimised first, any other runs as it is."""
+    """Return a session; a graph that is saved is optimised first, any other runs as it is.
+
+    Raises:
+        OSError: the disk is too full to save it.
+    """
     ort = require_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -105,9 +112,14 @@ def _session(model: ModelProto, threads: int, save_to: Path | None = None) -> An
         options.optimized_model_filepath = str(save_to)
     else:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    content = model.SerializeToString()
+    try:
+        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception:
+        if save_to is not None and shutil.disk_usage(save_to.parent).free < len(content):
+            # ONNX Runtime only says that "Protobuf serialization failed"
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save_to)) from None
+        raise
 
 
 def _without_last_copies(model: ModelProto, whole: Collection[str]) -> dict[str, str]:
