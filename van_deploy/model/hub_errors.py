@@ -62,7 +62,17 @@ def clear_errors(repo_id: str, name: str | None) -> Iterator[None]:
     except errors.OfflineModeIsEnabled:
         raise not_cached(repo_id, name) from None
     except Exception as error:
+        _forget_connections()
         raise _unreachable(what, here, error) from None
+
+
+def _forget_connections() -> None:
+    """Let the next download begin with a new connection: this one's may be half dead."""
+    import huggingface_hub
+
+    close = getattr(huggingface_hub, "close_session", None)  # from huggingface_hub 1 on
+    if close is not None:
+        close()
 
 
 def _unreachable(what: str, here: str, error: BaseException) -> DownloadError:
