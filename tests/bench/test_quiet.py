@@ -134,6 +134,7 @@ def test_where_nothing_was_quiet_all_rounds_count_and_that_is_said(
     quiet_state = {"under_load": False, "throttled": None}
     said = " ".join(warnings_of(rows, quiet_state, 2.0))
     assert "disturbed in nearly every round of 2 of 2 rows" in said
+    assert "1 of 1 ratios did not settle" in said
     assert race.gauge.as_dict()
 
 

@@ -73,6 +73,7 @@ def test_a_race_goes_on_until_the_ratios_settle_or_the_limit_is_reached() -> Non
     assert rows["steady"].settled is True
     assert noisy.slices == 20, "slices of 0.1 s, two seconds at most"
     assert rows["noisy"].settled is False
+    assert rows["r"].settled is None, "the reference is 1 by definition"
 
 
 def test_slices_are_as_long_as_one_call_of_a_slow_reference() -> None:

@@ -35,7 +35,7 @@ class Row:
         ratio: times faster than the reference at this batch, over the quiet rounds, or over
             all where those were too few; None where one of the two failed.
         settled: whether the ratio's interval came within the budget's tolerance, over
-            quiet rounds; None without a ratio.
+            quiet rounds; None without a ratio, and for the reference's own, which is 1.
         round_ms: each round's mean.
         round_ratios: each round's ratio, to the reference just before and just after.
         round_quiet: whether the machine was left alone in each (:mod:`van_deploy.bench.quiet`).
@@ -155,7 +155,7 @@ class Lane:
         Args:
             budget: how long it is to be timed.
             limit_ms: what the work of :mod:`van_deploy.bench.quiet` takes at most when quiet.
-            compared: whether there is a reference.
+            compared: whether it is compared with a reference other than itself.
         """
         if self.failure is not None or budget.is_over(self.timed_s, self.rounds):
             return True
@@ -163,9 +163,16 @@ class Lane:
         return met and (not compared or self._is_settled(budget, limit_ms))
 
     def row(
-        self, batch: int, image_size: int, streams: int, budget: Budget, limit_ms: float
+        self,
+        batch: int,
+        image_size: int,
+        streams: int,
+        budget: Budget,
+        limit_ms: float,
+        *,
+        compared: bool,
     ) -> Row:
-        """Return what was measured; see :meth:`is_done` on the last two."""
+        """Return what was measured; see :meth:`is_done` on the last three."""
         row = Row(self.contender.name, batch, image_size, streams)
         if self.failure is not None or not self._latencies:
             failure = self.failure or WorkerError("failed", "nothing was measured")
@@ -176,7 +183,7 @@ class Lane:
             latency=latency_of(self._latencies),
             images_per_s=batch * self.calls / self.timed_s,
             ratio=ratio,
-            settled=self._is_settled(budget, limit_ms) if ratio else None,
+            settled=self._is_settled(budget, limit_ms) if ratio and compared else None,
             round_ms=tuple(self.round_ms),
             round_ratios=tuple(self.round_ratios),
             round_quiet=tuple(look <= limit_ms for look in self.round_looks),

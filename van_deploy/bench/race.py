@@ -130,7 +130,12 @@ class Race:
             for lane in lanes:
                 lane.round_ratios.clear()  # one that died is no reference
         limit_ms = self.gauge.limit_ms
-        return [lane.row(batch, image_size, self.streams, budget, limit_ms) for lane in lanes]
+        return [
+            lane.row(
+                batch, image_size, self.streams, budget, limit_ms, compared=_compared(lane, base)
+            )
+            for lane in lanes
+        ]
 
     def _round(
         self, waiting: Sequence[Lane], base: Lane | None, slice_s: float, patience_s: float
@@ -242,8 +247,11 @@ def ceilings_here(threads: int, seconds: float = 0.5) -> Ceilings:
 
 def _is_done(lane: Lane, base: Lane | None, budget: Budget, limit_ms: float) -> bool:
     """Return whether a contender needs no further round."""
-    compared = base is not None and base.failure is None and lane is not base
-    return lane.is_done(budget, limit_ms, compared=compared)
+    return lane.is_done(budget, limit_ms, compared=_compared(lane, base))
+
+
+def _compared(lane: Lane, base: Lane | None) -> bool:
+    return base is not None and base.failure is None and lane is not base
 
 
 def _where(batch: int, turn: int, budget: Budget, waiting: int) -> str:

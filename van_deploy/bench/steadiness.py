@@ -72,12 +72,12 @@ def _unsettled(rows: Sequence[Row], tolerance_percent: float) -> Iterator[str]:
     loose = {
         f"{row.contender} at batch {row.batch}": row.ratio.uncertainty_percent
         for row in rows
-        if row.ratio and not row.settled
+        if row.ratio and row.settled is False
     }
     if loose:
         worst = max(loose, key=lambda name: loose[name])
         yield (
-            f"{len(loose)} of {sum(row.ratio is not None for row in rows)} ratios did not settle "
+            f"{len(loose)} of {sum(row.settled is not None for row in rows)} ratios did not settle "
             f"within {tolerance_percent:g} % before their time was up (least: {worst}, "
             f"{loose[worst]:.1f} %); a longer --limit gives them more"
         )
