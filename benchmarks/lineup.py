@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy.bench.contender import Contender, Skipped
-from van_deploy.bench.contenders import BF16_FEATURES, contenders_of
+from van_deploy.bench.contenders import contenders_of
 from van_deploy.bundle import Bundle
 from van_deploy.environment.hardware import cpu
 from van_deploy.files import file_sha256
@@ -104,7 +104,7 @@ def _command(words: Sequence[str], *, check: bool) -> None:
 
 
 def _peers(folder: Path, outcomes: dict[str, str]) -> Iterable[Contender | Skipped]:
-    bf16 = bool(BF16_FEATURES & set(cpu().features))
+    bf16 = cpu().has_bfloat16
     for name, (file, runtime, precision) in PEERS.items():
         if outcomes.get(file) != "made":
             yield Skipped(name, outcomes.get(file, "was not made"))

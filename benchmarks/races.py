@@ -20,8 +20,8 @@ __all__ = ["NOTES", "arguments_of", "cells", "claim", "columns", "printed", "rac
 
 NOTES = (
     "A ratio is the median of the quiet rounds' own, in brackets its 95 % interval; * marks one "
-    "whose interval was still wider than 2 % when its time was up. Random weights: accuracy plays "
-    "no part here.",
+    "that had not come within 2 % over six quiet rounds or more when its time was up. Random "
+    "weights: accuracy plays no part here.",
 )
 
 

@@ -21,6 +21,7 @@ from van_deploy.bench.report import BenchReport
 from van_deploy.bench.settings import Settings
 from van_deploy.bench.store import save_report
 from van_deploy.bundle import Bundle
+from van_deploy.environment.hardware import cpu
 from van_deploy.errors import InputError, UsageError
 
 QUICK_WORDS = (
@@ -70,6 +71,7 @@ def test_the_report_holds_what_is_needed_to_repeat_it(plain: dict[str, Any]) -> 
 def test_the_roofline_stands_above_what_was_measured(plain: dict[str, Any]) -> None:
     assert plain["ceilings"]["source"] == "measured"
     assert plain["ceilings"]["ops_per_s"]["int8"] > 0
+    assert ("bf16" in plain["ceilings"]["ops_per_s"]) == cpu().has_bfloat16
     entries = plain["roofline"]
     assert {entry["batch"] for entry in entries} == {1, 2}
     assert all(0 < entry["percent_of_limit"] < 150 for entry in entries)

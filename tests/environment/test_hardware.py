@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from van_deploy.environment.hardware import Driver, Gpu, cpu, disk, memory, nvidia_driver
+from van_deploy.environment.hardware import Cpu, Driver, Gpu, cpu, disk, memory, nvidia_driver
 
 
 def test_cores_allowed_are_those_of_this_process() -> None:
@@ -75,3 +75,11 @@ def test_the_driver_agrees_with_nvidia_smi() -> None:
 def test_sm_is_spelt_as_tensorrt_does() -> None:
     assert Gpu("L4", (8, 9), 24 * 2**30).sm == "SM89"
     assert Gpu("old", None, None).sm == "SM?"
+
+
+@pytest.mark.parametrize(
+    ("features", "has"),
+    [(("avx2", "avx512_vnni"), False), (("avx2", "amx_bf16"), True), (("asimddp", "bf16"), True)],
+)
+def test_bfloat16_is_known_by_its_instructions(features: tuple[str, ...], has: bool) -> None:
+    assert Cpu("a processor", 2, 2, features).has_bfloat16 is has

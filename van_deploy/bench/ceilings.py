@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from van_deploy.environment.hardware import cpu
 from van_deploy.errors import MissingDependency
 
 __all__ = ["Ceilings", "measured_ceilings"]
@@ -47,17 +48,20 @@ def measured_ceilings(threads: int, seconds: float = 0.5) -> Ceilings:
     """Return this processor's limits with ``threads`` threads.
 
     Of two libraries' products the faster counts. Every figure is the best of
-    repeated runs during ``seconds``.
+    repeated runs during ``seconds``. bfloat16 is measured where the processor has
+    instructions for it: elsewhere nothing runs in it, and one product takes seconds.
     """
     import torch
 
     torch.set_num_threads(threads)
     a, b = (torch.rand(SIDE, SIDE) for _ in range(2))
     operations = 2.0 * SIDE**3
-    how = {"fp32": f"torch.mm {SIDE}^3", "bf16": f"torch.mm {SIDE}^3 in bfloat16"}
+    how = {"fp32": f"torch.mm {SIDE}^3"}
     rates = {"fp32": operations / _best_s(lambda: torch.mm(a, b), seconds)}
-    half_a, half_b = a.bfloat16(), b.bfloat16()
-    rates["bf16"] = operations / _best_s(lambda: torch.mm(half_a, half_b), seconds)
+    if cpu().has_bfloat16:
+        half_a, half_b = a.bfloat16(), b.bfloat16()
+        how["bf16"] = f"torch.mm {SIDE}^3 in bfloat16"
+        rates["bf16"] = operations / _best_s(lambda: torch.mm(half_a, half_b), seconds)
     for precision, (call, words) in _onnxruntime_products(threads).items():
         rate = operations / _best_s(call, seconds)
         if rate > rates.get(precision, 0.0):

@@ -25,7 +25,6 @@ process to the next."""
 GIVES_BACK = "pytorch-default-malloc"
 """The same with the C library's own settings: what eager PyTorch costs on a CPU untuned."""
 
-BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 PYTORCH_MODES = {
     "pytorch": "eager",
     GIVES_BACK: "eager",
@@ -100,7 +99,7 @@ def _pytorch(bundle: Bundle, processor: Cpu, gpu: bool) -> Iterable[Entry]:
             reason = "on a GPU" if gpu else "with this C library"
             yield Skipped(name, f"{reason} nothing differs from '{REFERENCE}'")
             continue
-        if mode == "autocast" and not gpu and not BF16_FEATURES & set(processor.features):
+        if mode == "autocast" and not gpu and not processor.has_bfloat16:
             yield Skipped(name, "this processor has no bfloat16 instructions")
             continue
         yield Contender(
@@ -140,7 +139,7 @@ def _graph(artefact: Artefact, path: str, processor: Cpu, gpu: bool) -> Iterable
             yield Skipped(f"openvino/{artefact.name}", "OpenVINO is not installed", remedy)
         else:
             yield contender("openvino", "openvino", artefact.precision)
-            if BF16_FEATURES & set(processor.features):  # what is not quantised runs in it
+            if processor.has_bfloat16:  # what is not quantised runs in it
                 yield contender("openvino-bf16", "openvino", "bf16")
     providers = execution_providers() if gpu else ()
     for name in ON_GPUS:

@@ -120,7 +120,11 @@ class Race:
         self.gauge.look()
         for turn in count():
             limit_ms = self.gauge.limit_ms
-            waiting = [lane for lane in lanes if not _is_done(lane, base, budget, limit_ms)]
+            waiting = [
+                lane
+                for lane in lanes
+                if not lane.is_done(budget, limit_ms, compared=_compared(lane, base))
+            ]
             if not waiting:
                 break
             self._say(_where(batch, turn, budget, len(waiting)))
@@ -245,12 +249,8 @@ def ceilings_here(threads: int, seconds: float = 0.5) -> Ceilings:
         return Ceilings(**process.ask("ceilings", threads=threads, seconds=seconds))
 
 
-def _is_done(lane: Lane, base: Lane | None, budget: Budget, limit_ms: float) -> bool:
-    """Return whether a contender needs no further round."""
-    return lane.is_done(budget, limit_ms, compared=_compared(lane, base))
-
-
 def _compared(lane: Lane, base: Lane | None) -> bool:
+    """Return whether a contender has a reference other than itself."""
     return base is not None and base.failure is None and lane is not base
 
 

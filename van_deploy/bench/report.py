@@ -133,7 +133,6 @@ def race_report(
     start, warnings = time.perf_counter(), load_before(busy_cores(), cores)
     ceilings = _ceilings(threads, progress) if settings.roofline else None
     watch = Watch(cores)
-
     race_of = partial(
         Race,
         threads=threads,
@@ -143,8 +142,6 @@ def race_report(
         progress=progress,
     )
     measured = _measured(contenders, inputs, settings, native_size, race_of)
-    if not any(row.latency for row in measured.rows):
-        raise _nothing(measured.rows)
     state = watch.report()
     warnings += warnings_of(measured.rows, state, settings.budget.tolerance_percent)
     return BenchReport(
@@ -168,7 +165,7 @@ def _measured(
     native_size: int,
     race_of: Callable[[Sequence[Contender]], Race],
 ) -> _Measured:
-    """Return the rows of every image size, each in a race of its own."""
+    """Return the rows of every image size, each in a race of its own; some have figures."""
     measured = _Measured()
     with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
         folder = Path(name)
@@ -179,6 +176,8 @@ def _measured(
             with race_of(here) as race:
                 measured.rows += _batches(race, _saved(array, folder, size), size, settings)
                 measured.add(race)
+    if not any(row.latency for row in measured.rows):
+        raise _nothing(measured.rows)
     return measured
 
 

@@ -45,6 +45,7 @@ CPU_FEATURES = (
     "i8mm",
     "bf16",
 )
+BF16_FEATURES = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 NVML_NAMES = ("nvml.dll",) if os.name == "nt" else ("libnvidia-ml.so.1", "libnvidia-ml.so")
 NVML_SUCCESS = 0
 
@@ -64,6 +65,11 @@ class Cpu:
     cores: int
     cores_allowed: int
     features: tuple[str, ...]
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether it has instructions for bfloat16; without them it is many times slower."""
+        return not BF16_FEATURES.isdisjoint(self.features)
 
 
 @dataclass(frozen=True)
