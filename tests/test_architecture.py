@@ -22,6 +22,7 @@ ROOMS = (
         "external_weights",
         "forms",
         "manifest",
+        "intervals",
         "metrics",
         "environment",
         "settings",
@@ -33,7 +34,7 @@ ROOMS = (
         "signing",
         "images",
     ),
-    *("model", "graph", "engine", "runners", "precision", "checks", "bench", "serve"),
+    *("model", "graph", "engine", "runners", "checks", "precision", "bench", "serve"),
     *("report", "pipeline", "run", "cli", "__main__"),
 )
 FOR_ALL = {

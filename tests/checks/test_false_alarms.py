@@ -11,8 +11,8 @@ import pytest
 from tests.checks.conftest import Subject
 from van_deploy.checks.accuracy import paired_drift
 from van_deploy.checks.contestants import Answers
+from van_deploy.checks.derived import limits_from_noise, measure_noise
 from van_deploy.checks.expected import ReferenceLogits, reference_logits
-from van_deploy.checks.gates import limits_from_noise, measure_noise
 from van_deploy.checks.labels import labelled_images
 from van_deploy.checks.opened import NotRun, open_artefact
 from van_deploy.checks.pictures import pictures_to_check

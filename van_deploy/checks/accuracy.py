@@ -17,7 +17,7 @@ from van_deploy.checks.contestants import TOP, Answers
 from van_deploy.checks.statistics import (
     expected_calibration_error,
     mcnemar_exact,
-    paired_difference_interval,
+    tango_interval,
     wilson_interval,
 )
 
@@ -136,7 +136,7 @@ def paired_drift(before: Answers, after: Answers, labels: Labels, top1_drop: flo
     lost, won = int((right & ~still).sum()), int((~right & still).sum())
     total = len(labels)
     change, p_value = (won - lost) / max(total, 1), mcnemar_exact(lost, won)
-    interval = paired_difference_interval(lost, won, total)
+    interval = tango_interval(won, lost, total)
     passed = not (-100 * change > top1_drop and p_value < SIGNIFICANCE)
     top5 = _among_first(after, labels).mean() - _among_first(before, labels).mean()
     return PairedDrift(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from van_deploy.checks.gates import Noise, measure_noise
+from van_deploy.checks.derived import Noise, measure_noise
 from van_deploy.checks.pictures import Pictures
 from van_deploy.metrics import Array
 from van_deploy.model.checkpoint import LoadedVan

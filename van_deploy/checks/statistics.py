@@ -6,13 +6,12 @@ are compared as pairs, not as two independent samples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.metrics import CONFIDENCE, paired_difference_interval, wilson_interval
+from van_deploy.intervals import CONFIDENCE, mcnemar_exact, tango_interval, wilson_interval
 
 __all__ = [
     "CONFIDENCE",
@@ -20,7 +19,7 @@ __all__ = [
     "bootstrap",
     "expected_calibration_error",
     "mcnemar_exact",
-    "paired_difference_interval",
+    "tango_interval",
     "wilson_interval",
 ]
 
@@ -29,24 +28,6 @@ ECE_BINS = 15
 Neural Networks", ICML 2017."""
 
 Array = npt.NDArray[np.float64]
-
-
-def mcnemar_exact(lost: int, won: int) -> float:
-    """Return the two-sided p-value that as many were ``lost`` as ``won`` but for chance.
-
-    McNemar's test in its exact form: of the images that only one of two
-    networks gets right, each is a fair coin.
-
-    Args:
-        lost: images only the reference gets right.
-        won: images only the artefact gets right.
-
-    >>> mcnemar_exact(0, 0), mcnemar_exact(6, 0)
-    (1.0, 0.03125)
-    """
-    flips = lost + won
-    tail = sum(math.comb(flips, count) for count in range(min(lost, won) + 1))
-    return min(1.0, 2 * tail / 2**flips)
 
 
 def expected_calibration_error(

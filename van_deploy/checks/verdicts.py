@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from van_deploy.checks.gates import Flip, Limits, Noise
+from van_deploy.checks.derived import Flip, Limits, Noise
 from van_deploy.checks.parts import DriftRow
 from van_deploy.checks.steps import StepRow
 from van_deploy.metrics import Comparison

@@ -18,13 +18,13 @@ import numpy as np
 from van_deploy.bundle import Bundle
 from van_deploy.checks.canary import check_canary
 from van_deploy.checks.contract import contract_failures
-from van_deploy.checks.expected import ReferenceLogits, reference_logits
-from van_deploy.checks.gates import (
+from van_deploy.checks.derived import (
     Limits,
     find_flips,
     judge,
     limits_from_noise,
 )
+from van_deploy.checks.expected import ReferenceLogits, reference_logits
 from van_deploy.checks.isolate import cuts_of
 from van_deploy.checks.opened import ON_CPU, Execution, NotRun, open_artefact, plain_onnx
 from van_deploy.checks.overflow import overflows_of_graph

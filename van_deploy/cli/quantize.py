@@ -205,7 +205,7 @@ def quantized(
 
 def quantized_json(result: QuantizeResult) -> dict[str, Any]:
     """Return a quantisation as ``--json`` prints it."""
-    from van_deploy.metrics import wilson_interval
+    from van_deploy.intervals import wilson_interval
 
     rows = []
     for row in result.facts["comparison"]:

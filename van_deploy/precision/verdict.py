@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.metrics import compare, paired_difference_interval, wilson_interval
+from van_deploy.intervals import tango_interval, wilson_interval
+from van_deploy.metrics import compare
 
 __all__ = ["GATES", "Gate", "PrecisionRow", "precision_row", "recommended"]
 
@@ -164,8 +165,7 @@ def _drop_check(gate: Gate, expected: Logits, found: Logits, labels: npt.NDArray
     points = 100 * (lost - won) / len(labels)
     if points <= gate.drop_points:
         return "", True
-    gained = paired_difference_interval(lost, won, len(labels))
-    low, high = (-100 * end for end in reversed(gained))
+    low, high = (100 * end for end in tango_interval(lost, won, len(labels)))
     said = (
         f"top-1 lost {points:.2f} points ({low:.2f} to {high:.2f}), more than {gate.drop_points:g}"
     )
