@@ -31,6 +31,7 @@ __all__ = [
     "Description",
     "Embedding",
     "EngineFacts",
+    "Golden",
     "GraphFacts",
     "Manifest",
     "Origin",
@@ -129,6 +130,8 @@ class Artefact(Schema):
     engine: EngineFacts | None = None
     quantization: Table = Field(default_factory=dict)
     """How it was quantised and what that cost, as measured."""
+    golden_sqnr_db: dict[Text, float] = Field(default_factory=dict)
+    """SQNR of its logits on the golden samples when it was made, by ``runner/numeric class``."""
 
     @property
     def sha256(self) -> str:
@@ -161,6 +164,20 @@ class Canary(Schema):
     top5: tuple[ProbableClass, ...]
 
 
+class Golden(Schema):
+    """Images in the bundle with PyTorch's own answers to them, to judge every artefact on."""
+
+    file: Place
+    """The arrays (see :mod:`van_deploy.checks.golden`)."""
+    count: Count
+    images: Text
+    """What they are, one phrase."""
+    originals: tuple[Place, ...]
+    """Encoded images that the first of them were read from."""
+    licence: Text
+    """Under which terms the images may be passed on."""
+
+
 def _positive(config: VanConfig) -> VanConfig:
     for name in ("embed_dims", "depths", "mlp_ratios", "lka_kernels"):
         if any(not 0 < number < 2**31 for number in getattr(config, name)):
@@ -185,7 +202,10 @@ class Description(Schema):
     batch: BatchRange
     versions: dict[Text, Text]
     """Of what made the bundle, by package."""
+    problem_type: Text | None = None
+    """What the weights say the logits are for, in Transformers' words; None where they do not."""
     canary: Canary | None = None
+    golden: Golden | None = None
 
 
 def _named(artefacts: Any) -> Any:
