@@ -36,15 +36,27 @@ __all__ = [
     "BELOW_RECORD_DB",
     "BROKEN_DB",
     "CLASSES",
+    "DEFAULT",
+    "LEAST_CODE",
     "LOSSY",
     "MODULE_FLOORS_DB",
+    "MODULE_SLACK_DB",
+    "MOST_SATURATED",
+    "ROUNDOFF_DB",
+    "SCALE_BOUNDS",
+    "SCALE_MEDIAN_FACTOR",
+    "SCALE_SPREAD",
     "SKIP_KINDS",
+    "SPEED_SLACK",
+    "SPEED_WITHIN",
     "SQNR_FLOORS_DB",
+    "WORST_ROW_DB",
     "Allowed",
     "Finding",
     "Limit",
     "Outcome",
     "Profile",
+    "ScaleBounds",
     "allowed_loss",
     "chance_changes",
     "failed",
@@ -115,6 +127,63 @@ ALLOWED_LOSS: Mapping[str, float] = {
 
 CHANCE_FLIPS = 1 / 2000
 """Share of images that another processor or build may decide otherwise: near-ties."""
+
+@dataclass(frozen=True)
+class ScaleBounds:
+    """What the activation scales of one calibration method may be, over the best ones.
+
+    The best scale of a tensor is the one with the least squared error on the golden images.
+
+    Attributes:
+        centre: what the median over the tensors is expected to be.
+        least: smallest of any tensor.
+        most: largest of any tensor.
+    """
+
+    centre: float
+    least: float
+    most: float
+
+
+SCALE_BOUNDS: Mapping[str, ScaleBounds] = {
+    "mse": ScaleBounds(1.0, 1 / 3, 3.0),
+    "percentile": ScaleBounds(1.15, 1 / 3, 3.5),
+    "minmax": ScaleBounds(1.5, 1 / 3, 4.5),
+    "entropy": ScaleBounds(1.0, 1 / 8, 3.0),
+    "average": ScaleBounds(0.8, 1 / 6, 2.5),
+}
+"""Measured on the shared van_b0 with golden images of its own kind and with photographs
+(docs/gates.md has the medians and the extremes). A method that is not known is held to ``mse``."""
+
+SPEED_SLACK = 0.1
+"""Share of a speed ratio that may be lost between a baseline and now."""
+
+SPEED_WITHIN = 0.02
+"""Share of a median ratio that its interval should be within; rounds go on until it is."""
+
+MODULE_SLACK_DB: Mapping[str, float] = {
+    "fp32": 15.0,
+    "tf32": 6.0,
+    "fp16": 3.0,
+    "bf16": 3.0,
+    "int8": 2.0,
+}
+"""How much a module's isolated SQNR may fall between a baseline and now: float32's own noise
+depends on the order in which a processor adds, rounding to fewer bits hides that."""
+
+SCALE_MEDIAN_FACTOR = 1.4
+"""The median may be off its centre by this factor either way: half way to a doubled scale."""
+
+SCALE_SPREAD = (2.0, 0.15)
+"""At most this share of the scales may be off the median by more than this factor. Right ones:
+0 to 9 %; ranges of another layer: 22 % and more."""
+
+LEAST_CODE = 112
+"""A channel whose largest weight is an integer below this wastes an eighth of them or more; right
+scales make it 125 to 127."""
+
+MOST_SATURATED = (4, 0.03)
+"""So many integers of a channel, or that share of them, may be at the end of the range."""
 
 SKIP_KINDS: Mapping[str, str] = {
     "engines": "an engine whose GPU is not in this machine",
@@ -198,6 +267,10 @@ class Allowed:
                 f"There is no kind of skip '{strangers[0]}'.", f"Known: {', '.join(SKIP_KINDS)}."
             )
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return what is let pass, ready for JSON."""
+        return {"skip": sorted(self.skip), "inconclusive": self.inconclusive}
+
     def holds(self, finding: Finding) -> bool:
         """Return whether a finding stands in nobody's way."""
         if finding.outcome is Outcome.SKIPPED:
@@ -229,6 +302,7 @@ class Profile:
 
 
 DEFAULT = Profile()
+"""A recipe that sets nothing."""
 
 
 def outcome_of(findings: Iterable[Finding]) -> Outcome:

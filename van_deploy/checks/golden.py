@@ -85,6 +85,7 @@ class Samples:
         names: what each image is called.
         description: all of them in one phrase.
         task: how logits become labels.
+        golden: whether they are those of the bundle.
     """
 
     inputs: Images
@@ -94,6 +95,7 @@ class Samples:
     names: tuple[str, ...]
     description: str
     task: Task = Task.SINGLE_LABEL
+    golden: bool = False
 
     @property
     def noise_db(self) -> float:
@@ -204,6 +206,7 @@ def golden_samples(bundle: Bundle) -> Samples:
         tuple(names),
         f"{len(inputs)} golden samples: {golden.images}",
         task_of(bundle),
+        golden=True,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ __all__ = [
     "ON_CPU",
     "Execution",
     "NotRun",
-    "answers_in_batches",
     "chosen_artefacts",
+    "given_to",
+    "in_batches",
     "open_artefact",
     "plain_onnx",
 ]
@@ -113,39 +114,42 @@ def open_artefact(
     return network
 
 
-def answers_in_batches(
-    network: Network, inputs: Images, pixels: Pixels | None, batch: int
-) -> Outputs:
-    """Return every output for the same images, ``batch`` at a time, one row an image.
-
-    A last batch that is not full is filled up with other images, so that every batch has
-    that size; a batch of more images than there are repeats them in another order.
+def given_to(network: Network, inputs: Images, pixels: Pixels | None) -> npt.NDArray[Any]:
+    """Return the images as an artifact takes them.
 
     Args:
-        network: opened.
+        network: the artifact.
         inputs: ``(N, C, S, S)`` float32, normalised.
         pixels: the same ``(N, S, S, C)`` uint8; None where there are none.
-        batch: images a batch.
 
     Raises:
         UsageError: the artifact takes pixels and there are none.
     """
-    count = len(inputs)
-    given = _given(network, inputs, pixels)
-    pieces: list[Outputs] = []
-    for start in range(0, count, batch):
-        rows = np.arange(start, start + batch)
-        pieces.append(network.run(given[(rows + rows // count) % count]))
-    return {name: np.concatenate([p[name] for p in pieces])[:count] for name in pieces[0]}
-
-
-def _given(network: Network, inputs: Images, pixels: Pixels | None) -> npt.NDArray[Any]:
-    """Return the images as the artifact takes them."""
-    if network.embedding == "none" and not network.is_engine:
-        return inputs.astype(network.input.dtype, copy=False)
-    if pixels is None and network.embedding != "none":
+    if network.embedding == "none":
+        return inputs
+    if pixels is None:
         raise UsageError(
             f"'{network.name}' takes pixels, and the images at hand are network input.",
             "Give images as files, or as uint8 arrays.",
         )
-    return inputs if pixels is None else network.prepare(pixels)
+    return network.prepare(pixels)
+
+
+def in_batches(
+    run: Callable[[npt.NDArray[Any]], Outputs], given: npt.NDArray[Any], batch: int
+) -> Outputs:
+    """Return every output for all images, one row an image, ``batch`` at a time.
+
+    Every batch is full: the last one is filled up with other images, and a batch of more images
+    than there are repeats them in another order.
+
+    Args:
+        run: the network.
+        given: ``(N, ...)`` as it takes them.
+        batch: images a batch.
+    """
+    count, pieces = len(given), []
+    for start in range(0, count, batch):
+        rows = np.arange(start, start + batch)
+        pieces.append(run(given[(rows + rows // count) % count]))
+    return {name: np.concatenate([p[name] for p in pieces])[:count] for name in pieces[0]}

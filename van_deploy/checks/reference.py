@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +98,7 @@ class NoiseSum:
         return 10 * math.log10(self.signal / self.noise)
 
 
+@runtime_checkable
 class ModuleReference(Protocol):
     """Gives every module's result.
 

@@ -24,7 +24,7 @@ from van_deploy.intervals import Interval, mcnemar_exact, tango_interval
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
 
 __all__ = [
-    "PairedLoss",
+    "Loss",
     "at_least",
     "images_to_decide",
     "judge_invariance",
@@ -118,34 +118,34 @@ def judge_invariance(alone: Array, together: Array, floor: Limit, batch: int) ->
 
 
 @dataclass(frozen=True)
-class PairedLoss:
-    """What an artifact lost against PyTorch on the same images.
+class Loss:
+    """What an artifact lost against PyTorch on the same images, in points (percent).
 
     Attributes:
         images: both answered.
-        lost: images only PyTorch gets right.
-        won: images only the artifact gets right.
-        loss: ``100 (lost - won) / images``, in points.
-        interval: its 95 % interval (Tango's score interval), in points.
+        loss: of top-1 or of another share; negative where the artifact is better.
+        interval: its 95 % interval.
+        lost: images only PyTorch gets right; None where that is not what is counted.
+        won: images only the artifact gets right; likewise.
         p_value: McNemar's exact test; reported, and no gate.
     """
 
     images: int
-    lost: int
-    won: int
     loss: float
     interval: Interval
-    p_value: float
+    lost: int | None = None
+    won: int | None = None
+    p_value: float | None = None
 
 
-def paired_loss(lost: int, won: int, images: int) -> PairedLoss:
-    """Return the loss with its interval; without images everything is possible."""
+def paired_loss(lost: int, won: int, images: int) -> Loss:
+    """Return the loss with Tango's score interval; without images everything is possible."""
     low, high = tango_interval(lost, won, images)
     loss = 100 * (lost - won) / images if images else math.nan
-    return PairedLoss(images, lost, won, loss, (100 * low, 100 * high), mcnemar_exact(lost, won))
+    return Loss(images, loss, (100 * low, 100 * high), lost, won, mcnemar_exact(lost, won))
 
 
-def judge_loss(loss: PairedLoss, allowed: Limit, what: str = "top-1") -> Finding:
+def judge_loss(loss: Loss, allowed: Limit, what: str = "top-1") -> Finding:
     """Return whether a lossy artifact is shown to lose no more than is allowed.
 
     Non-inferiority: PASS if the interval's upper end is within the allowed loss, FAIL if its
@@ -165,12 +165,13 @@ def judge_loss(loss: PairedLoss, allowed: Limit, what: str = "top-1") -> Finding
 
 
 def judge_numbers(
-    loss: PairedLoss,
+    loss: Loss,
     allowed: Limit,
     sqnr: float,
     floor: Limit,
     flips: Sequence[Flip],
     task: Task = Task.SINGLE_LABEL,
+    what: str = "top-1",
 ) -> list[Finding]:
     """Return whether a near-lossless artifact's numbers hold on the evaluation set.
 
@@ -185,32 +186,34 @@ def judge_numbers(
         floor: from :func:`sqnr_floor`.
         flips: of the evaluation set, from :func:`van_deploy.metrics.find_flips`.
         task: how logits become labels.
+        what: the share that was lost.
     """
     margin = Limit(flip_margin(floor.value, task), f"noise at {floor.value:.1f} dB")
     low, high = loss.interval
     shown = low > allowed.value
-    said = f"{low:+.2f} to {high:+.2f} pp of top-1 lost on {loss.images} images"
+    said = f"{low:+.2f} to {high:+.2f} pp of {what} lost on {loss.images} images"
     more = f", more than the {allowed.value:g} allowed ({allowed.origin})"
     outcome = Outcome.FAIL if shown else Outcome.PASS
     return [
         at_least("SQNR", sqnr, floor),
         _explained(flips, margin),
-        Finding("Δtop-1", outcome, said + more * shown, loss.loss, allowed, "pp"),
+        Finding(f"Δ{what}", outcome, said + more * shown, loss.loss, allowed, "pp"),
     ]
 
 
-def images_to_decide(loss: PairedLoss, allowed: float) -> int | None:
+def images_to_decide(loss: Loss, allowed: float) -> int | None:
     """Return how many images would decide if labels went on flipping at the same rate.
 
-    None where no number would: the loss is the allowed one, or nothing was measured.
+    None where no number would: the loss is the allowed one, or no pairs were counted.
     """
-    if not loss.images or (loss.loss == allowed and loss.lost + loss.won):
+    lost, won = loss.lost, loss.won
+    if not loss.images or lost is None or won is None:
         return None
     low, high = loss.images, MOST_IMAGES
 
     def decides(images: int) -> bool:
         share = images / loss.images
-        ends = tango_interval(loss.lost * share, loss.won * share, images)
+        ends = tango_interval(lost * share, won * share, images)
         return 100 * ends[1] <= allowed or 100 * ends[0] > allowed
 
     if not decides(high):
@@ -221,7 +224,7 @@ def images_to_decide(loss: PairedLoss, allowed: float) -> int | None:
     return low
 
 
-def _advice(loss: PairedLoss, allowed: Limit) -> str:
+def _advice(loss: Loss, allowed: Limit) -> str:
     needed = images_to_decide(loss, allowed.value)
     images = f"about {needed} images" if needed else "no number of images"
     return (
