@@ -9,16 +9,12 @@ from pathlib import Path
 
 import onnx
 import pytest
-import torch
 from onnx import ModelProto
 
+from tests.artifacts import SMALL_SIZE
 from van_deploy.bundle import Artefact, writing
 from van_deploy.engine.backend import RTX, Backend, backend_named
-from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.fold import fold_van
-from van_deploy.model.checkpoint import load_van
 
-SIZE = 32
 BundleMaker = Callable[[str], Path]
 
 
@@ -31,25 +27,15 @@ def rtx() -> Backend:
 
 
 @pytest.fixture(scope="session")
-def digits_graph() -> ModelProto:
+def digits_graph(digits_onnx: Path) -> ModelProto:
     """Return the embedded network as an ONNX graph with a free batch, 32 pixels."""
-    loaded = load_van("van_digits")
-    folded = fold_van(loaded.model, torch.zeros(1, loaded.config.in_chans, SIZE, SIZE))
-    return onnx_from_van(folded.model, SIZE, loaded.config.in_chans)
+    return onnx.load(digits_onnx)
 
 
 @pytest.fixture
 def graph(digits_graph: ModelProto) -> ModelProto:
     """Return a copy of that graph to spoil."""
     return copy.deepcopy(digits_graph)
-
-
-@pytest.fixture(scope="session")
-def digits_onnx(digits_graph: ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return that graph as a file."""
-    path = tmp_path_factory.mktemp("digits") / "model.onnx"
-    onnx.save(digits_graph, path)
-    return path
 
 
 @pytest.fixture
@@ -62,7 +48,7 @@ def new_bundle(digits_onnx: Path, tmp_path: Path) -> BundleMaker:
             draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
             draft.record(Artefact("fp32", "onnx", "fp32", "model.onnx", {"model.onnx": ""}))
             draft.manifest["batch"] = {"min": 1, "opt": 2, "max": 4}
-            draft.manifest["preprocessing"] = {"image_size": SIZE}
+            draft.manifest["preprocessing"] = {"image_size": SMALL_SIZE}
         return folder
 
     return make
