@@ -12,13 +12,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 from filelock import FileLock
 from onnx import ModelProto
 
-from van_deploy.bundle import Artefact, Bundle, writing
+from van_deploy.bundle import Bundle, Origin, writing
 from van_deploy.recipe import BatchRange, ExportSettings, ModelSettings, Recipe, recipe_named
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ class Subject:
 
 def subject_of(folder: Path, labelled: Path) -> Subject:
     """Return a bundle that :func:`with_precisions` made, with its network and images."""
+    from van_deploy.bundle.original import original_network
     from van_deploy.checks.pictures import Pictures, pictures_to_check
-    from van_deploy.model.original import original_network
 
     bundle = Bundle.open(folder)
     loaded = original_network(bundle)
@@ -173,8 +173,8 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
 
     Its largest batch is 6, so that six images are enough to check it.
     """
+    from van_deploy.bundle.original import original_network
     from van_deploy.checks.pictures import pictures_to_check
-    from van_deploy.model.original import original_network
     from van_deploy.model.pixels import normalised
     from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
     from van_deploy.precision.initial import initial_plan
@@ -182,8 +182,10 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     from van_deploy.precision.ranges import record_ranges
 
     shutil.copytree(exported, folder)
+    bundle = Bundle.open(folder)
     with writing(folder) as draft:
-        draft.manifest["batch"] = {"min": 1, "opt": 4, "max": 6}
+        batch = BatchRange(1, 4, 6)
+        draft.description = bundle.manifest.model_copy(update={"batch": batch})
     bundle = Bundle.open(folder)
     loaded = original_network(bundle)
     model = onnx.load(bundle.verified("fp32"))
@@ -193,25 +195,25 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     images = normalised(pictures.pixels, loaded.preprocessing)
     plan = initial_plan(model, record_ranges(model, [images], threads=1))
     scales = {conv.activation: conv.activation_scale for conv in plan.convs.values()}
-    put(bundle, "int8", "int8", qdq_from_plan(plan, kept=kept), scales=scales)
+    graph = qdq_from_plan(plan, kept=kept)
+    put(bundle, "int8", "int8", graph, quantization={"scales": scales})
 
 
-def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **facts: object) -> Bundle:
+def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: Any) -> Bundle:
     """Return the bundle with a graph entered as an artefact, vouched for like any other."""
+    from tests.described import entry
     from van_deploy.graph.files import graph_facts, save_onnx
 
-    kind = "serving" if "embedded" in facts else "onnx"
+    kind = "serving" if "embedded" in more else "onnx"
+    origin = Origin(name="fp32", sha256=bundle.artefact("fp32").sha256)
     with writing(bundle.path) as draft:
         files = save_onnx(model, draft.file(f"model.{name}.onnx"))
         draft.record(
-            Artefact(
-                name=name,
-                kind=kind,
-                precision=precision,
-                file=files[0],
-                files=dict.fromkeys(files, ""),
-                made_from={"name": "fp32", "sha256": bundle.artefact("fp32").sha256},
-                facts={**graph_facts(model), **facts},
+            entry(
+                *(name, kind, precision, files[0], files),
+                made_from=origin,
+                graph=graph_facts(model),
+                **more,
             )
         )
     return Bundle.open(bundle.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from onnx import ModelProto
@@ -25,10 +26,10 @@ def broken(copy_of: Copy) -> Broken:
     """Return a function that puts a broken graph in the place of an artefact, in a copy."""
 
     def replace(
-        whole: Subject, name: str, precision: str, model: ModelProto, **facts: object
+        whole: Subject, name: str, precision: str, model: ModelProto, **more: Any
     ) -> Bundle:
         if name == "int8":  # what was recorded when the right one was made stays recorded
-            facts = {"scales": whole.bundle.artefact("int8").facts["scales"], **facts}
-        return put(Bundle.open(copy_of(whole, "broken")), name, precision, model, **facts)
+            more = {"quantization": whole.bundle.artefact("int8").quantization, **more}
+        return put(Bundle.open(copy_of(whole, "broken")), name, precision, model, **more)
 
     return replace

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Cli
-from van_deploy.bundle import Artefact, Bundle, writing
+from tests.described import described, entry
+from van_deploy.bundle import Bundle, writing
 from van_deploy.environment.hardware import nvidia_driver
 
 pytestmark = pytest.mark.skipif(
@@ -23,8 +24,8 @@ def bundle(digits_onnx: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "van_digits"
     with writing(folder, name="van_digits") as draft:
         draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
-        draft.record(Artefact("fp32", "onnx", "fp32", "model.onnx", {"model.onnx": ""}))
-        draft.manifest["batch"] = {"min": 1, "opt": 2, "max": 4}
+        draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
+        draft.description = described("van_digits")
     return folder
 
 
