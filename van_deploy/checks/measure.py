@@ -15,13 +15,12 @@ from van_deploy.checks.figures import (
     figures_from_speed,
     figures_from_verify,
 )
-from van_deploy.checks.labels import labelled_images
 from van_deploy.checks.opened import ON_CPU, Execution
-from van_deploy.checks.pictures import Pictures
 from van_deploy.checks.regression import CheckReport, compare_with_baseline
 from van_deploy.checks.speed import speed_ratios
 from van_deploy.checks.verdicts import VerifyReport
 from van_deploy.checks.verify import verify_bundle
+from van_deploy.data import CheckImages, labelled_images
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.recipe import EvaluateSettings, GateSettings
 
@@ -43,7 +42,7 @@ class Measured:
     """
 
     bundle: Bundle
-    pictures: Pictures
+    pictures: CheckImages
     verify: VerifyReport
     evaluate: EvaluateReport | None
     figures: tuple[Figure, ...]
@@ -68,7 +67,7 @@ class Measured:
 def measure_bundle(
     bundle: Bundle,
     loaded: LoadedVan,
-    pictures: Pictures,
+    pictures: CheckImages,
     *,
     labelled: EvaluateSettings | None = None,
     gates: GateSettings | None = None,
