@@ -124,7 +124,7 @@ def images_for(
     """
     found = calibration_set_named(calibration) if isinstance(calibration, str) else calibration
     selection = found.images if found else ImageSelection()
-    preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
+    preprocessing = bundle.manifest.preprocessing
     if settings.noise:
         if images is not None or found is not None:
             raise UsageError(
@@ -150,8 +150,9 @@ def images_for(
 
 def _labelled(bundle: Bundle, images: ImageSet) -> ImageSet:
     """Return the images with labels, if their folders say them without doubt."""
-    classes = int(bundle.manifest["architecture"]["num_classes"])
-    return with_labels_if_known(images, classes, bundle.manifest.get("class_names"))[0]
+    manifest = bundle.manifest
+    classes = manifest.architecture.num_classes
+    return with_labels_if_known(images, classes, manifest.class_names)[0]
 
 
 def choose_images(selection: ImageSelection, images: Path | None = None) -> ImageSet:
