@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
-
-from van_deploy.errors import ImageError, UsageError
 from van_deploy.images import (
     Samples,
     UnreadableImages,
@@ -29,6 +27,8 @@ from van_deploy.images import (
     sample_batch,
     sample_pictures,
 )
+
+from van_deploy.errors import ImageError, UsageError
 
 ORIENTATION = 0x0112
 RED, BLUE = (255, 0, 0), (0, 0, 255)

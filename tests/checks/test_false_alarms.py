@@ -8,16 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.artifacts import Subject
+from tests.checks.conftest import Subject
 from van_deploy.checks.accuracy import paired_drift
 from van_deploy.checks.contestants import Answers
-from van_deploy.checks.derived import limits_from_noise, measure_noise
 from van_deploy.checks.expected import ReferenceLogits, reference_logits
-from van_deploy.checks.labels import labelled_images
+from van_deploy.checks.gates import limits_from_noise, measure_noise
 from van_deploy.checks.opened import NotRun, open_artefact
-from van_deploy.checks.pictures import pictures_to_check
 from van_deploy.checks.statistics import bootstrap
 from van_deploy.checks.verify import verify_logits
+from van_deploy.data import check_images, labelled_images
 from van_deploy.metrics import Array
 from van_deploy.recipe import GateSettings
 
@@ -38,7 +37,7 @@ class Answered:
 
 def answered(whole: Subject) -> Answered:
     preprocessing = whole.loaded.preprocessing
-    pictures = pictures_to_check(whole.loaded.name, preprocessing, IMAGES, whole.labelled)
+    pictures = check_images(whole.loaded.name, preprocessing, IMAGES, whole.labelled)
     found = {}
     for name in ("fp32", "fp16", "int8"):
         opened = open_artefact(whole.bundle, name, threads=1)

@@ -13,10 +13,10 @@ from tests.checks import faults
 from tests.checks.conftest import Broken
 from van_deploy.bundle import Bundle
 from van_deploy.checks.drift import drift_of_bundle
-from van_deploy.checks.pictures import pictures_to_check
 from van_deploy.checks.steps import faults_of, steps_of_graph
 from van_deploy.checks.verdicts import ArtefactVerdict
 from van_deploy.checks.verify import verify_bundle
+from van_deploy.data import check_images
 from van_deploy.graph.embed import embed_preprocessing
 from van_deploy.model.pixels import normalised
 
@@ -90,7 +90,7 @@ def test_a_wrong_mean_in_an_embedded_graph(digits: Subject, broken: Broken) -> N
 
 def test_swapped_channels(digits: Subject, broken: Broken) -> None:
     """Grey digits cannot show it, so the network looks at photographs."""
-    photographs = pictures_to_check("", digits.loaded.preprocessing, 8)
+    photographs = check_images("", digits.loaded.preprocessing, 8)
     whole = replace(digits, pictures=photographs)
     bundle = broken(digits, "fp16", "fp16", faults.swapped_channels(digits.graph("fp16")))
     caught(whole, bundle, "fp16", "patch_embed1")

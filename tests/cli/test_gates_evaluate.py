@@ -254,7 +254,7 @@ class TestAThousandClasses:
         assert len(set(accuracies)) == 1
 
     def test_each_layout_finds_the_labels_themselves(self, tmp_path: Path) -> None:
-        from van_deploy.checks.labels import labelled_images
+        from van_deploy.data import labelled_images
 
         for name in SYNSETS:
             (tmp_path / "folders" / name).mkdir(parents=True)
@@ -262,7 +262,9 @@ class TestAThousandClasses:
             (tmp_path / "files").mkdir(exist_ok=True)
             Image.new("RGB", (8, 8)).save(tmp_path / "files" / f"{name}_something.png")
         for folder in ("folders", "files"):
-            assert labelled_images(tmp_path / folder, 1000).labels.tolist() == list(CLASSES)
+            assert [i.label for i in labelled_images(tmp_path / folder, 1000).items] == list(
+                CLASSES
+            )
 
     def test_the_kits_numbers_without_their_meaning_are_refused(
         self, cli: Cli, thousand: Path, pictures: list[Image.Image], tmp_path: Path

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-
-from van_deploy.errors import ImageError, RecipeError, UsageError
 from van_deploy.images import UnreadableImages
-from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.model.embedded import write_digits_folder
 from van_deploy.precision.calibration import choose_images, refuse_overlap
 from van_deploy.precision.inputs import input_batches, noise_images
+
+from van_deploy.errors import ImageError, RecipeError, UsageError
+from van_deploy.model.checkpoint import LoadedVan
+from van_deploy.model.embedded import write_digits_folder
 from van_deploy.precision.manifests import (
     ImageSelection,
     builtin_calibration_sets,

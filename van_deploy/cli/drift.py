@@ -57,18 +57,17 @@ def drift(
         task = bar.add_task("Loading PyTorch", total=None)
 
         from van_deploy.checks.drift import drift_of_bundle
-        from van_deploy.checks.pictures import pictures_to_check
         from van_deploy.checks.record import jsonable, record_check
-        from van_deploy.model.pixels import normalised
+        from van_deploy.data import check_images
 
         found, loaded = opened(bundle, weights, require_signature)
-        pictures = pictures_to_check(loaded.name, loaded.preprocessing, count, images)
+        pictures = check_images(loaded.name, loaded.preprocessing, count, images)
         report = drift_of_bundle(
             found,
             loaded,
-            normalised(pictures.pixels, loaded.preprocessing),
+            pictures.inputs,
             level=level.value,
-            described=pictures.described,
+            described=pictures.description,
             artefacts=artefact,
             progress=lambda text: bar.update(task, description=text),
         )

@@ -59,6 +59,21 @@ def evaluate(
             rich_help_panel=LABELS,
         ),
     ] = None,
+    class_order: Annotated[
+        str | None,
+        typer.Option(
+            help="How the classes are numbered where nothing names them: strings (torchvision), "
+            "natural (timm), index or names.",
+            rich_help_panel=LABELS,
+        ),
+    ] = None,
+    label_files: Annotated[
+        bool,
+        typer.Option(
+            help="Look for a ground-truth file such as val.txt beside the images.",
+            rich_help_panel=LABELS,
+        ),
+    ] = True,
     limit: Annotated[
         int | None, typer.Option(help="At most so many images, evenly spread.")
     ] = None,
@@ -110,8 +125,8 @@ def evaluate(
         task = bar.add_task("Loading PyTorch", total=None)
 
         from van_deploy.checks.evaluate import Settings, evaluate_bundle
-        from van_deploy.checks.labels import labelled_images
         from van_deploy.checks.record import jsonable, record_check
+        from van_deploy.data import labelled_images
 
         found, loaded = opened(bundle, weights, require_signature)
         labelled = labelled_images(
@@ -120,6 +135,8 @@ def evaluate(
             loaded.class_names,
             labels_file=labels,
             synsets_file=synsets,
+            class_order=class_order,
+            find_labels=label_files,
         )
         settings = Settings(
             artefacts=tuple(artefact or ()),

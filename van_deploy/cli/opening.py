@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from van_deploy.bundle import Bundle
     from van_deploy.checks.opened import Execution
-    from van_deploy.checks.pictures import Pictures
+    from van_deploy.data import CheckImages
     from van_deploy.model.checkpoint import LoadedVan
     from van_deploy.recipe import GateSettings
 
@@ -104,13 +104,13 @@ def gates_of(recipe: str) -> GateSettings | None:
 
 def pictures_for(
     bundle: Bundle, loaded: LoadedVan, images: Path | None, count: int | None, least: int = 32
-) -> Pictures:
+) -> CheckImages:
     """Return pictures to judge on: at least one of the bundle's largest batches of them.
 
     Raises:
         UsageError: fewer were asked for than the largest batch has.
     """
-    from van_deploy.checks.pictures import pictures_to_check
+    from van_deploy.data import check_images
     from van_deploy.errors import UsageError
 
     largest = bundle.manifest.batch.max
@@ -120,4 +120,4 @@ def pictures_for(
             f"Give --count {largest} or more.",
         )
     wanted = count or max(least, largest)
-    return pictures_to_check(loaded.name, loaded.preprocessing, wanted, images)
+    return check_images(loaded.name, loaded.preprocessing, wanted, images)

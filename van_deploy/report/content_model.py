@@ -167,7 +167,7 @@ def _nodes(entry: Artefact) -> str:
 
 def _example(bundle: Bundle, preprocessing: Preprocessing) -> Iterable[Block]:
     try:
-        picture, described = _picture(bundle)
+        picture, described = _picture(bundle, preprocessing)
         pixels = pixels_from_image(picture, preprocessing)
     except (VanDeployError, OSError) as error:
         yield Text(f"There is no example picture: {error}")
@@ -184,16 +184,16 @@ def _example(bundle: Bundle, preprocessing: Preprocessing) -> Iterable[Block]:
     )
 
 
-def _picture(bundle: Bundle) -> tuple[Image, str]:
+def _picture(bundle: Bundle, preprocessing: Preprocessing) -> tuple[Image, str]:
     """Return the bundle's own example picture, or a sample photograph."""
-    from van_deploy.images import open_image, sample_pictures
+    from van_deploy.data import open_image, opened, sample_set
 
     canary = bundle.path / CANARY
     if canary.is_file():
         described = bundle.manifest.canary.image if bundle.manifest.canary else "its own picture"
-        return open_image(canary), described
-    samples = sample_pictures()
-    return samples.images[0], "a sample photograph"
+        return open_image(canary, channels=preprocessing.channels), described
+    sample = sample_set("", preprocessing).items[0]
+    return opened(sample, preprocessing.channels), "a sample photograph"
 
 
 def _shown(picture: Image, caption: str) -> Picture:

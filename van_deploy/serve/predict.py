@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from van_deploy.data import find_images, read_pixels
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.images import MAX_PIXELS, find_images, open_image
-from van_deploy.model.pixels import Pixels, pixels_from_image
+from van_deploy.model.pixels import MAX_PIXELS, Pixels
 from van_deploy.runners.network import Network, TopClasses
 
 __all__ = [
@@ -165,12 +165,13 @@ def predict(
     for source in sources:
         start = time.perf_counter()
         try:
-            image = open_image(
+            pixels = read_pixels(
                 source.content,
+                network.preprocessing,
                 name="standard input" if source.name == "-" else "",
                 max_pixels=max_pixels,
             )
-            waiting.pixels.append(pixels_from_image(image, network.preprocessing))
+            waiting.pixels.append(pixels)
             waiting.sources.append((source.name, None))
         except ImageError as error:
             waiting.sources.append((source.name, error.message))

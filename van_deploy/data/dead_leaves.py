@@ -1,6 +1,6 @@
-"""Synthetic pictures with the statistics of natural ones.
+"""Synthetic images with the statistics of natural ones.
 
-A dead-leaves picture is what one sees looking down on fallen leaves: textured
+A dead-leaves image is what one sees looking down on fallen leaves: textured
 discs that hide each other, with radii following a power law. With an exponent
 of 3 it is scale-invariant and its edges, contrasts and power spectrum resemble
 those of photographs (A. B. Lee, D. Mumford and J. Huang, "Occlusion models for
@@ -13,15 +13,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["dead_leaves_picture"]
+__all__ = ["dead_leaves_image"]
 
 SMALLEST_RADIUS, LARGEST_SHARE = 2.0, 0.35  # pixels; share of the side
 
 
-def dead_leaves_picture(seed: int, size: int = 320, leaves: int = 4000) -> NDArray[np.uint8]:
-    """Return a synthetic picture ``(size, size, 3)`` uint8, the same for the same arguments."""
+def dead_leaves_image(
+    seed: int, size: int = 320, leaves: int = 4000, channels: int = 3
+) -> NDArray[np.uint8]:
+    """Return a synthetic image ``(size, size, channels)`` uint8, always the same one."""
     rng = np.random.default_rng(seed)
-    canvas = np.tile(rng.uniform(0, 255, 3), (size, size, 1))
+    canvas = np.tile(rng.uniform(0, 255, channels), (size, size, 1))
     radii = _power_law_radii(rng, leaves, SMALLEST_RADIUS, LARGEST_SHARE * size)
     for radius in radii:
         _drop_leaf_(canvas, radius, rng)
@@ -38,14 +40,14 @@ def _power_law_radii(
 
 
 def _drop_leaf_(canvas: NDArray[np.float64], radius: float, rng: np.random.Generator) -> None:
-    """Paint one textured disc over ``canvas`` ``(size, size, 3)`` in place."""
+    """Paint one textured disc over ``canvas`` ``(size, size, C)`` in place."""
     size = len(canvas)
     y, x = rng.uniform(-radius, size + radius, 2)
     top, bottom = np.clip([y - radius, y + radius + 1], 0, size).astype(int)
     left, right = np.clip([x - radius, x + radius + 1], 0, size).astype(int)
     rows, columns = np.ogrid[top:bottom, left:right]
     inside = (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
-    colour = rng.uniform(0, 255, 3)
+    colour = rng.uniform(0, 255, canvas.shape[2])
     shade = _texture(rows - y, columns - x, radius, rng)
     canvas[top:bottom, left:right][inside] = (colour + shade[..., None])[inside]
 
