@@ -16,7 +16,6 @@ from pathlib import Path
 
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.recipe_tables import (
-    DEFAULT_GATES,
     BatchRange,
     EngineSettings,
     EvaluateSettings,
@@ -30,7 +29,6 @@ from van_deploy.recipe_tables import (
 from van_deploy.settings import read_settings
 
 __all__ = [
-    "DEFAULT_GATES",
     "BatchRange",
     "EngineSettings",
     "EvaluateSettings",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from van_deploy.errors import UsageError
 
 __all__ = [
-    "DEFAULT_GATES",
     "BatchRange",
     "EngineSettings",
     "EvaluateSettings",
@@ -67,6 +65,8 @@ class ExportSettings:
         embed_preprocess: beside each plain graph, one with preprocessing inside:
             ``none``, ``normalize`` or ``uint8`` (see :mod:`van_deploy.graph.embed`).
         outputs: of that graph: some of ``logits``, ``probabilities``, ``top5``.
+        golden: what the golden samples in the bundle are: the user's ``images`` where there
+            are any, the package's own ``samples``, or ``none``.
     """
 
     opset: int = 20
@@ -74,6 +74,7 @@ class ExportSettings:
     simplify: bool = True
     embed_preprocess: str = "none"
     outputs: tuple[str, ...] = ("logits",)
+    golden: str = "images"
 
     @property
     def embeds(self) -> bool:
@@ -122,65 +123,35 @@ class BatchRange:
 
 @dataclass(frozen=True)
 class GateProfile:
-    """What an artefact of one precision must reach. Table ``[gates.fp32]`` and its like.
+    """What an artefact of one numeric class must reach. Table ``[gates.fp32]`` and its like.
 
-    A limit that is left out is derived, in the run that applies it, from
-    PyTorch's own float32 noise (see ``docs/gates.md``).
+    A limit that is left out is that of :mod:`van_deploy.checks.gates`.
 
     Attributes:
-        margin_db: room below the noise expected at this precision, in dB.
-        sqnr_db: least signal to noise ratio of the logits, in dB.
-        relative: largest ``max|difference| / max|logit|``.
-        cosine: least cosine similarity of any image.
-        kl: largest mean divergence of the softmax, in nats.
-        row_relative: largest difference of an image alone and in a batch, over ``max|logit|``.
-        flip_margin: a changed prediction is a fault where PyTorch's first logit
-            was ahead of its second by more than this many RMS logits.
-        module_db: least signal to noise ratio that any module adds by itself, in dB.
-        top1_drop: most points of top-1 (percent) that may be lost on labelled images.
+        sqnr_db: least SQNR of the logits, in dB.
+        module_db: least isolated SQNR of any module, in dB.
+        top1_loss: points of top-1 (percent) that may be lost on labelled images.
     """
 
-    margin_db: float | None = None
     sqnr_db: float | None = None
-    relative: float | None = None
-    cosine: float | None = None
-    kl: float | None = None
-    row_relative: float | None = None
-    flip_margin: float | None = None
     module_db: float | None = None
-    top1_drop: float | None = None
-
-
-DEFAULT_GATES = {
-    "fp32": GateProfile(margin_db=20.0, module_db=100.0, top1_drop=0.1),
-    "fp16": GateProfile(margin_db=3.0, module_db=52.0, top1_drop=0.2),
-    "int8": GateProfile(margin_db=25.0, module_db=8.0, top1_drop=1.0),
-}
-"""Set on measured networks: ``docs/gates.md`` has the figures."""
+    top1_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class GateSettings:
-    """What differs from :data:`DEFAULT_GATES`, by precision. Table ``[gates]``."""
+    """What differs from the limits of :mod:`van_deploy.checks.gates`. Table ``[gates]``."""
 
     fp32: GateProfile = field(default_factory=GateProfile)
+    tf32: GateProfile = field(default_factory=GateProfile)
     fp16: GateProfile = field(default_factory=GateProfile)
+    bf16: GateProfile = field(default_factory=GateProfile)
     int8: GateProfile = field(default_factory=GateProfile)
 
-    def of(self, precision: str) -> GateProfile:
-        """Return the profile of ``fp32``, ``fp16`` or ``int8``, defaults filled in.
-
-        Raises:
-            UsageError: there is none for that precision.
-        """
-        if precision not in DEFAULT_GATES:
-            raise UsageError(
-                f"There are no gates for the precision '{precision}'.",
-                f"Known: {', '.join(DEFAULT_GATES)}.",
-            )
-        given: GateProfile = getattr(self, precision)
-        changes = {name: value for name, value in vars(given).items() if value is not None}
-        return dataclasses.replace(DEFAULT_GATES[precision], **changes)
+    def of(self, numeric: str) -> GateProfile:
+        """Return the profile of a numeric class."""
+        profile: GateProfile = getattr(self, numeric)
+        return profile
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from van_deploy.schema import Schema, validated_json
 __all__ = [
     "SCHEMA",
     "Artefact",
-    "Canary",
     "Description",
     "Embedding",
     "EngineFacts",
@@ -36,7 +35,6 @@ __all__ = [
     "Manifest",
     "Origin",
     "Precision",
-    "ProbableClass",
     "TensorFacts",
     "manifest_from",
     "read_manifest",
@@ -144,26 +142,6 @@ class Artefact(Schema):
         return content_key(self.made_with)
 
 
-class ProbableClass(Schema):
-    """A class and its probability."""
-
-    index: Count
-    """Of the class, in the order of the logits."""
-    probability: Annotated[float, Field(ge=0, le=1)]
-
-
-class Canary(Schema):
-    """An image in the bundle, and what PyTorch answers to it."""
-
-    file: Place
-    sha256: Text
-    image: Text
-    """What it is, one phrase."""
-    reference: Text
-    """What gave the answer."""
-    top5: tuple[ProbableClass, ...]
-
-
 class Golden(Schema):
     """Images in the bundle with PyTorch's own answers to them, to judge every artefact on."""
 
@@ -204,7 +182,6 @@ class Description(Schema):
     """Of what made the bundle, by package."""
     problem_type: Text | None = None
     """What the weights say the logits are for, in Transformers' words; None where they do not."""
-    canary: Canary | None = None
     golden: Golden | None = None
 
 

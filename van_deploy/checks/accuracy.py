@@ -127,9 +127,7 @@ def accuracy_of(answers: Answers, labels: Labels, classes: int, task: Task) -> A
     total = len(labels)
     if task is Task.MULTI_LABEL:
         counts = _label_counts(answers, labels)
-        interval = bootstrap_interval(
-            lambda rows: _f1(counts[rows]), total, resamples=RESAMPLES
-        )
+        interval = bootstrap_interval(lambda rows: _f1(counts[rows]), total, resamples=RESAMPLES)
         return Accuracy(total, "F1 (micro)", _f1(counts), interval, None, None, None)
     right = _right(answers, labels)
     first = int(right.sum())

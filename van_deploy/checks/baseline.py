@@ -12,7 +12,6 @@ from pydantic import Field
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.evaluate_report import EvaluateReport
-from van_deploy.checks.gates import Outcome
 from van_deploy.checks.golden import Samples
 from van_deploy.checks.speed import SpeedRatio
 from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
@@ -35,7 +34,7 @@ __all__ = [
     "write_baseline",
 ]
 
-SCHEMA = "van-deploy/baseline/2"
+SCHEMA: Literal["van-deploy/baseline/2"] = "van-deploy/baseline/2"
 MOST_DB = 300.0  # what "no error at all" is written as
 
 Ratio = Annotated[float, Field(gt=0)]
@@ -187,9 +186,7 @@ def read_baseline(path: Path) -> Baseline:
         raise InputError(f"'{path}' is no baseline: {reason}.", _ANEW) from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if isinstance(schema, str) and schema != SCHEMA:
-        raise InputError(
-            f"'{path}' has schema '{schema}'; this version reads '{SCHEMA}'.", _ANEW
-        )
+        raise InputError(f"'{path}' has schema '{schema}'; this version reads '{SCHEMA}'.", _ANEW)
     return validated_json(
         Baseline, text, where=f"'{path}' is no baseline", error=InputError, remedy=_ANEW
     )

@@ -164,7 +164,9 @@ def drift_of_bundle(
         model = onnx.load(bundle.verified(name))
         channels = channels_of(bundle, bundle.artefact(name))
         rows = drift_of_graph(model, reference, samples.inputs, cuts, channels)
-        entries.append(ArtefactDrift(name, _with_faults(rows, _faults(bundle, name, model, samples), level)))
+        entries.append(
+            ArtefactDrift(name, _with_faults(rows, _faults(bundle, name, model, samples), level))
+        )
     chain += [_link(bundle, name, samples) for name in bundle.artefacts]
     return DriftReport(
         level, samples.description, len(samples), reference.described, tuple(chain), tuple(entries)
@@ -175,9 +177,7 @@ def _rewritten(reference: TorchModules, samples: Samples) -> Link:
     noise = NoiseSum()
     noise.add(samples.logits, reference.outputs(samples.inputs)["head"])
     folding = f"folding itself is exact to {reference.fold.relative_error:.0e}"
-    return Link(
-        "rewritten, float64", noise.sqnr_db, f"folded weights stored in float32; {folding}"
-    )
+    return Link("rewritten, float64", noise.sqnr_db, f"folded weights stored in float32; {folding}")
 
 
 def _held(model: ModelProto, samples: Samples) -> ModelProto:
@@ -203,9 +203,7 @@ def _link(bundle: Bundle, name: str, samples: Samples) -> Link:
         return Link(name, None, f"does not run: {' '.join(str(error).split())[:200]}")
 
 
-def _faults(
-    bundle: Bundle, name: str, model: ModelProto, samples: Samples
-) -> dict[str, str]:
+def _faults(bundle: Bundle, name: str, model: ModelProto, samples: Samples) -> dict[str, str]:
     """Return what is wrong in a graph beside its error, by module or node."""
     artefact = bundle.artefact(name)
     try:

@@ -24,7 +24,7 @@ import enum
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from van_deploy.errors import UsageError
 from van_deploy.metrics import Task
@@ -127,6 +127,7 @@ ALLOWED_LOSS: Mapping[str, float] = {
 
 CHANCE_FLIPS = 1 / 2000
 """Share of images that another processor or build may decide otherwise: near-ties."""
+
 
 @dataclass(frozen=True)
 class ScaleBounds:
@@ -286,22 +287,30 @@ class Allowed:
         return shown and all(self.holds(finding) for finding in found)
 
 
+class Profile(Protocol):
+    """What a recipe's ``[gates.CLASS]`` sets otherwise; None keeps the limit of this module."""
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Least SQNR of the logits, in dB."""
+
+    @property
+    def module_db(self) -> float | None:
+        """Least isolated SQNR of any module, in dB."""
+
+    @property
+    def top1_loss(self) -> float | None:
+        """Points (percent) of top-1 that may be lost."""
+
+
 @dataclass(frozen=True)
-class Profile:
-    """What a recipe's ``[gates.CLASS]`` sets otherwise; None keeps the limit of this module.
-
-    Attributes:
-        sqnr_db: least SQNR of the logits, in dB.
-        module_db: least isolated SQNR of any module, in dB.
-        top1_loss: points (percent) of top-1 that may be lost.
-    """
-
+class _Default:
     sqnr_db: float | None = None
     module_db: float | None = None
     top1_loss: float | None = None
 
 
-DEFAULT = Profile()
+DEFAULT: Profile = _Default()
 """A recipe that sets nothing."""
 
 

@@ -17,6 +17,7 @@ resizing and cropping are checked too.
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from van_deploy.bundle import Bundle, Golden
+from van_deploy.bundle import Bundle, Draft, Golden
 from van_deploy.bundle.reading import verify
 from van_deploy.checks.gates import Finding, Outcome, failed
 from van_deploy.data import (
@@ -108,70 +109,76 @@ class Samples:
 
 
 def images_for_golden(
-    name: str, preprocessing: Preprocessing, source: Path | None, folder: Path
-) -> tuple[CheckImages, tuple[str, ...]]:
-    """Return the images of the golden samples, and the encoded originals of the first ones.
+    name: str, preprocessing: Preprocessing, source: Path | None
+) -> tuple[CheckImages, tuple[bytes, ...]]:
+    """Return the images of the golden samples, and the encoded originals of the first ones (PNG).
 
     Args:
         name: of the network.
         preprocessing: of the network.
         source: the user's folder or ``.npz``; None for sample photographs.
-        folder: where the originals are written, as ``0.png``, ``1.png``.
 
     Raises:
         ImageError: not one image can be read, or they are too few and too small.
     """
     images = image_set(source) if source is not None else sample_set(name, preprocessing)
-    originals = _originals(images, preprocessing, folder)
     chosen = check_images(name, preprocessing, GOLDEN_IMAGES, images if source else None)
+    originals = _originals(images, preprocessing)
     if not originals or chosen.pixels is None:
         return chosen, ()
-    first = [read_pixels(path, preprocessing) for path in originals]
-    pixels = np.stack([*first, *chosen.pixels])[:GOLDEN_IMAGES]
-    names = (*(path.name for path in originals), *chosen.names)[:GOLDEN_IMAGES]
+    first = [read_pixels(data, preprocessing, name="the original") for data in originals]
+    pixels = np.stack([*first, *chosen.pixels])[: len(chosen)]
+    names = (*_original_names(len(originals)), *chosen.names)[: len(chosen)]
     inputs = normalised(pixels, preprocessing)
-    told = tuple(path.name for path in originals)
-    return replace(chosen, inputs=inputs, pixels=pixels, names=names), told
+    return replace(chosen, inputs=inputs, pixels=pixels, names=names), originals
 
 
-def _originals(images: ImageSet, preprocessing: Preprocessing, folder: Path) -> list[Path]:
-    """Write the first images that can be read as PNG, and return where."""
-    written: list[Path] = []
+def _originals(images: ImageSet, preprocessing: Preprocessing) -> tuple[bytes, ...]:
+    """Return some of the images as PNG, small enough to ship."""
+    encoded: list[bytes] = []
     if preprocessing.channels not in IMAGE_MODES:
-        return written
+        return ()
     for item in images.items[:: max(1, len(images) // ORIGINALS)]:
-        if len(written) == ORIGINALS or not is_image(item):
+        if len(encoded) == ORIGINALS or not is_image(item):
             break
         try:
             image = opened(item, preprocessing.channels)
         except ImageError:
             continue
-        path = folder / f"{len(written)}.png"
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, format="PNG", optimize=True)
-        written.append(path)
-    return written
+        file = io.BytesIO()
+        image.save(file, format="PNG", optimize=True)
+        encoded.append(file.getvalue())
+    return tuple(encoded)
+
+
+def _original_names(count: int) -> list[str]:
+    return [f"golden/{row}.png" for row in range(count)]
 
 
 def write_golden(
-    path: Path, samples: Samples, originals: Sequence[str], *, users: bool
+    draft: Draft, samples: Samples, originals: Sequence[bytes], *, users: bool
 ) -> Golden:
-    """Write ``golden.npz`` and return what the manifest says of it.
+    """Write the golden samples into a bundle's draft, and return what the manifest says of them.
 
     Args:
-        path: of the file.
+        draft: of the bundle.
         samples: the images and the original network's answers.
-        originals: places of the encoded originals in the bundle.
+        originals: encoded images that the first of them were read from.
         users: whether the images are the user's own.
     """
     images = {"inputs": samples.inputs} if samples.pixels is None else {"pixels": samples.pixels}
-    np.savez_compressed(path, **images, logits=samples.logits, float32=samples.single)
+    np.savez_compressed(
+        draft.file(GOLDEN_FILE), logits=samples.logits, float32=samples.single, **images
+    )
+    places = _original_names(len(originals))
+    for place, data in zip(places, originals, strict=True):
+        draft.file(place).write_bytes(data)
     return Golden(
-        file=path.name,
+        file=GOLDEN_FILE,
         count=len(samples),
         images=samples.description,
-        originals=tuple(originals),
+        originals=tuple(places),
         licence=THEIRS if users else SAMPLES,
     )
 
@@ -193,11 +200,9 @@ def golden_samples(bundle: Bundle) -> Samples:
         inputs = found["inputs"] if pixels is None else normalised(pixels, preprocessing)
         _require_shapes(bundle, inputs, pixels, found)
     except (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile) as error:
-        raise BundleError(
-            f"The golden samples '{path}' are damaged: {error}.", _ANEW
-        ) from error
-    originals = [Path(place).name for place in golden.originals]
-    names = [*originals, *(f"golden {row}" for row in range(len(originals), len(inputs)))]
+        raise BundleError(f"The golden samples '{path}' are damaged: {error}.", _ANEW) from error
+    first = golden.originals[: len(inputs)]
+    names = [*first, *(f"golden {row}" for row in range(len(first), len(inputs)))]
     return Samples(
         inputs,
         pixels,

@@ -42,24 +42,22 @@ class Answers:
     @classmethod
     def of(cls, logits: Logits, task: Task = Task.SINGLE_LABEL) -> Answers:
         """Return the answers in ``logits (n, K)``."""
-        finite = np.isfinite(logits).all(axis=1)
-        safe = np.where(finite[:, None], logits, 0.0).astype(np.float64)
+        finite: npt.NDArray[np.bool_] = np.isfinite(logits).all(axis=1, keepdims=True)
+        safe = np.where(finite, logits, 0.0).astype(np.float64)
         single = task is Task.SINGLE_LABEL
         classes = top_classes(safe, TOP) if single else decisions(safe, task)
         shares = probabilities(safe, task)
         confidence = shares.max(axis=1) if single else np.maximum(shares, 1 - shares)[:, 0]
-        known = finite if task is not Task.MULTI_LABEL else np.zeros_like(finite)
+        known = finite[:, 0] & (task is not Task.MULTI_LABEL)
         return cls(
-            np.where(finite[:, None], classes, -1).astype(np.int32),
+            np.where(finite, classes, -1).astype(np.int32),
             np.where(known, confidence, 0.0).astype(np.float32),
         )
 
     @classmethod
     def empty(cls, images: int, width: int) -> Answers:
         """Return room for the answers to ``images``."""
-        return cls(
-            np.full((images, width), LEFT_OUT, np.int32), np.zeros(images, np.float32)
-        )
+        return cls(np.full((images, width), LEFT_OUT, np.int32), np.zeros(images, np.float32))
 
     def take(self, rows: npt.NDArray[Any]) -> Answers:
         """Return the answers of some images."""

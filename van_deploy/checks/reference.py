@@ -100,15 +100,15 @@ class NoiseSum:
 
 @runtime_checkable
 class ModuleReference(Protocol):
-    """Gives every module's result.
+    """Gives every module's result."""
 
-    Attributes:
-        described: what it is, for reports.
-        modules: paths of the modules whose result it gives.
-    """
+    @property
+    def described(self) -> str:
+        """What it is, for reports."""
 
-    described: str
-    modules: Sequence[str]
+    @property
+    def modules(self) -> Sequence[str]:
+        """Paths of the modules whose result it gives."""
 
     def outputs(self, images: Images) -> Mapping[str, Array]:
         """Return every module's result for ``images (N, C, S, S)``, float64, by path."""

@@ -11,7 +11,6 @@ from van_deploy.checks.baseline import (
     ArtefactFigures,
     Baseline,
     baseline_from,
-    samples_digest,
 )
 from van_deploy.checks.evaluate_report import EvaluateReport
 from van_deploy.checks.gates import (
@@ -163,9 +162,7 @@ def _gate_rows(verify: VerifyReport, evaluate: EvaluateReport | None) -> Iterato
         outcome = Finding(last.rule, loss.outcome, message, last.value, last.limit, last.unit)
         yield CheckRow(f"gate/evaluate/{name}", outcome)
     for entry in evaluate.skipped:
-        yield CheckRow(
-            f"gate/evaluate/{entry.artefact}", skipped("runs", entry.reason, entry.kind)
-        )
+        yield CheckRow(f"gate/evaluate/{entry.artefact}", skipped("runs", entry.reason, entry.kind))
 
 
 def _verify_finding(verdict: ArtefactVerdict) -> Finding:

@@ -31,6 +31,7 @@ from van_deploy.checks.gates import (
     Finding,
     Limit,
     Outcome,
+    ScaleBounds,
     failed,
 )
 from van_deploy.checks.golden import Samples
@@ -164,7 +165,8 @@ def _watch_(bare: ModelProto, pairs: Sequence[_Pair], samples: Samples) -> Array
     logits = []
     for start in range(0, len(samples), IMAGES_AT_ONCE):
         batch = samples.inputs[start : start + IMAGES_AT_ONCE]
-        values = {INPUT_NAME: batch, **dict(run_taps(session, {INPUT_NAME: batch}))}
+        values: dict[str, Array] = dict(run_taps(session, {INPUT_NAME: batch}))
+        values[INPUT_NAME] = batch
         logits.append(values[OUTPUT_NAME])
         for pair in pairs:
             pair.values.append(_some(values[pair.tensor]))
@@ -182,7 +184,7 @@ def _activations(pairs: Sequence[_Pair], method: str) -> tuple[list[ScaleRow], l
     bounds = SCALE_BOUNDS.get(method, SCALE_BOUNDS["mse"])
     ratios = [pair.scale / _best_scale(pair) for pair in pairs]
     rows = [
-        ScaleRow(p.tensor, p.modules, p.scale, ratio, _ratio_fault(p.tensor, ratio, bounds.least, bounds.most))
+        ScaleRow(p.tensor, p.modules, p.scale, ratio, _ratio_fault(p.tensor, ratio, bounds))
         for p, ratio in zip(pairs, ratios, strict=True)
     ]
     median = float(np.median(ratios))
@@ -212,12 +214,12 @@ def _activations(pairs: Sequence[_Pair], method: str) -> tuple[list[ScaleRow], l
     return rows, findings
 
 
-def _ratio_fault(tensor: str, ratio: float, least: float, most: float) -> str:
-    if least <= ratio <= most:
+def _ratio_fault(tensor: str, ratio: float, bounds: ScaleBounds) -> str:
+    if bounds.least <= ratio <= bounds.most:
         return ""
     return (
         f"the scale of '{tensor}' is {ratio:.2f} times the one of least error on the golden "
-        f"images; {least:.2f} to {most:g} is allowed"
+        f"images; {bounds.least:.2f} to {bounds.most:g} is allowed"
     )
 
 

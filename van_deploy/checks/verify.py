@@ -22,7 +22,6 @@ from van_deploy.checks.gates import (
     failed,
     module_floor,
     numeric_class,
-    outcome_of,
     skipped,
     sqnr_floor,
 )
