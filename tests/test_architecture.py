@@ -32,7 +32,18 @@ ROOMS = (
         "signing_keys",
         "images",
     ),
-    *("model", "bundle", "signing", "graph", "engine", "runners", "precision", "checks", "bench", "serve"),
+    *(
+        "model",
+        "bundle",
+        "signing",
+        "graph",
+        "engine",
+        "runners",
+        "precision",
+        "checks",
+        "bench",
+        "serve",
+    ),
     *("report", "pipeline", "run", "cli", "__main__"),
 )
 FOR_ALL = {
