@@ -28,6 +28,7 @@ from van_deploy.checks.layers import overflows_of_graph
 from van_deploy.checks.opened import in_batches
 from van_deploy.checks.rules import judge_invariance, judge_logits
 from van_deploy.checks.scales import ScaleRow, judge_scales
+from van_deploy.environment.hardware import cpu
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import Array, Comparison, Flip, compare, probabilities, rms, sqnr_db
@@ -49,6 +50,8 @@ __all__ = [
 ]
 
 OVERFLOW_IMAGES = 4
+ORDERS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+"""Instruction sets for which ONNX Runtime has kernels that add in another order."""
 
 Run = Callable[[npt.NDArray[Any]], Outputs]
 
@@ -111,8 +114,13 @@ class Judged:
 
 
 def record_key(runner: str, numeric: str) -> str:
-    """Return under which name an artifact's SQNR on the golden samples is recorded."""
-    return f"{runner}/{numeric}"
+    """Return under which name an artifact's SQNR on the golden samples is recorded.
+
+    On a CPU, float32's noise and what INT8 kernels saturate depend on the instruction set.
+    """
+    if runner != ORT_CPU or numeric not in ("fp32", "int8"):
+        return f"{runner}/{numeric}"
+    return "/".join([runner, numeric, *(f for f in cpu().features if f in ORDERS)])
 
 
 def batch_sizes(batch: BatchRange) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ class Answers:
     @classmethod
     def of(cls, logits: Logits, task: Task = Task.SINGLE_LABEL) -> Answers:
         """Return the answers in ``logits (n, K)``."""
-        finite: npt.NDArray[np.bool_] = np.isfinite(logits).all(axis=1, keepdims=True)
+        finite = np.isfinite(np.asarray(logits)).all(axis=1).reshape(-1, 1)
         safe = np.where(finite, logits, 0.0).astype(np.float64)
         single = task is Task.SINGLE_LABEL
         classes = top_classes(safe, TOP) if single else decisions(safe, task)

@@ -11,6 +11,8 @@ from typing import Any, cast
 from onnx import ModelProto, checker, load_model
 
 from van_deploy.bundle import Artefact, Bundle, Draft, Origin, Precision, writing
+from van_deploy.checks.golden import golden_samples
+from van_deploy.checks.judging import judge_new
 from van_deploy.errors import BundleError, ConversionError
 from van_deploy.files import content_key
 from van_deploy.graph.files import graph_facts, save_onnx
@@ -53,10 +55,13 @@ class QuantizeResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the precision asked for holds its gate, and the budget if there is one."""
+        """Whether the precision asked for holds its gates, and the budget if there is one."""
         searched = self.facts.get("search", {}).get("passed", True)
-        return searched and all(
-            row["passed"] for row in self.facts["comparison"] if row["requested"]
+        judged = self.facts.get("judged", {}).get("passed", True)
+        return (
+            searched
+            and judged
+            and all(row["passed"] for row in self.facts["comparison"] if row["requested"])
         )
 
     def __bool__(self) -> bool:
@@ -126,6 +131,7 @@ class _Job:
         self.watch = watch
         self.int8 = Int8Maker(settings, images, watch)
         self.facts = self.int8.facts
+        self.record: dict[str, float] = {}
 
     # --- the cache ---
 
@@ -191,6 +197,7 @@ class _Job:
         if self.settings.precision == "int8":
             graphs["int8"] = self.int8.graph(model, ranges, kept)
         self.compare_(original, graphs, batch)
+        self.judge_(graphs[self.settings.precision])
         self.write_(graphs[self.settings.precision], ranges)
 
     def half(self, model: ModelProto, kept: Mapping[str, str]) -> HalfGraph:
@@ -249,6 +256,17 @@ class _Job:
             "why": why,
         }
 
+    def judge_(self, graph: ModelProto) -> None:
+        """Judge the new graph on the bundle's golden samples, as verify will."""
+        if self.bundle.manifest.golden is None:
+            return
+        self.watch.begin("Judging on the golden samples")
+        samples = golden_samples(self.bundle)
+        judged, self.record = judge_new(
+            graph, self.settings.precision, samples, method=self.settings.method
+        )
+        self.facts["judged"] = judged.as_dict(samples)
+
     def write_(self, graph: ModelProto, ranges: Ranges) -> None:
         """Put the graph, its ranges and the facts into the bundle."""
         self.watch.begin("Writing the bundle")
@@ -272,6 +290,7 @@ class _Job:
                     made_with=self.ingredients(),
                     graph=graph_facts(graph),
                     quantization=self.facts,
+                    golden_sqnr_db=self.record,
                 )
             )
         self.watch.begin("")

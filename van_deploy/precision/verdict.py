@@ -8,43 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.intervals import tango_interval, wilson_interval
+from van_deploy.checks.gates import Finding, Outcome, allowed_loss, sqnr_floor
+from van_deploy.checks.rules import at_least, judge_loss, paired_loss
+from van_deploy.intervals import wilson_interval
 from van_deploy.metrics import compare
 
-__all__ = ["GATES", "Gate", "PrecisionRow", "precision_row", "recommended"]
+__all__ = ["PrecisionRow", "precision_row", "recommended"]
 
 WORTHWHILE = 0.9
 """A precision is worth its loss if it takes at most this share of the larger one's size or time."""
 
 Logits = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What a precision has to hold to be recommended.
-
-    Shares of images are only as sure as the images are many: agreement and top-1 fail
-    where their 95 % interval lies wholly on the wrong side. Where it holds the limit,
-    the images are too few to tell, and the line says so.
-
-    Attributes:
-        agreement: smallest share (0..1) of images with FP32's first class.
-        sqnr_db: smallest SQNR of the logits.
-        drop_points: largest loss of top-1, in percentage points, where labels exist.
-    """
-
-    agreement: float
-    sqnr_db: float
-    drop_points: float
-
-
-GATES = {
-    "fp32": Gate(1.0, 100.0, 0.0),
-    "fp16": Gate(0.998, 40.0, 0.1),
-    "int8": Gate(0.985, 25.0, 0.5),
-}
-"""FP16's and INT8's: looser than what a good run reaches (99.9 %, 60 dB; 99.3 %, 33 dB), so that
-a few images more or less do not decide; a network far off them has a fault."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +89,16 @@ def precision_row(
     figures = compare(expected, found)
     correct = None if labels is None else int((found.argmax(axis=1) == labels).sum())
     same = wilson_interval(round(figures.top1_agreement * figures.images), figures.images)
-    failures: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()
+    findings: list[Finding] = []
     if not reference:
-        gate = GATES[precision]
-        checks = [_agreement_check(gate, figures.top1_agreement, same, figures.images)]
+        findings.append(at_least("SQNR", figures.sqnr_db, sqnr_floor(precision, np.inf)))
         if labels is not None:
-            checks.append(_drop_check(gate, expected, found, labels))
-        failures, doubts = _sorted_out(checks)
-        if not figures.sqnr_db >= gate.sqnr_db:
-            failures += (f"SQNR {figures.sqnr_db:.1f} dB is below {gate.sqnr_db:g} dB",)
+            before, after = expected.argmax(axis=1) == labels, found.argmax(axis=1) == labels
+            lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+            loss = paired_loss(lost, won, len(labels))
+            findings.append(judge_loss(loss, allowed_loss(precision)))
+    failures = tuple(f.message for f in findings if f.outcome is Outcome.FAIL)
+    doubts = tuple(f.message for f in findings if f.outcome is Outcome.INCONCLUSIVE)
     return PrecisionRow(
         precision=precision,
         size_bytes=size_bytes,
@@ -140,42 +114,6 @@ def precision_row(
         doubts=doubts,
         agreement_interval=same,
     )
-
-
-_Check = tuple[str, bool]
-"""What is wrong ("" for nothing), and whether that is sure."""
-
-
-def _agreement_check(
-    gate: Gate, share: float, interval: tuple[float, float], images: int
-) -> _Check:
-    if share >= gate.agreement:
-        return "", True
-    low, high = (100 * end for end in interval)
-    said = (
-        f"agreement {100 * share:.2f} % ({low:.1f} to {high:.1f} on {images} images) "
-        f"is below {100 * gate.agreement:g} %"
-    )
-    return said, interval[1] < gate.agreement
-
-
-def _drop_check(gate: Gate, expected: Logits, found: Logits, labels: npt.NDArray[Any]) -> _Check:
-    before, after = expected.argmax(axis=1) == labels, found.argmax(axis=1) == labels
-    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
-    points = 100 * (lost - won) / len(labels)
-    if points <= gate.drop_points:
-        return "", True
-    low, high = (100 * end for end in tango_interval(lost, won, len(labels)))
-    said = (
-        f"top-1 lost {points:.2f} points ({low:.2f} to {high:.2f}), more than {gate.drop_points:g}"
-    )
-    return said, low > gate.drop_points
-
-
-def _sorted_out(checks: list[_Check]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what failed for sure, and what may be chance."""
-    wrong = [check for check in checks if check[0]]
-    return tuple(said for said, sure in wrong if sure), tuple(s for s, sure in wrong if not sure)
 
 
 def recommended(rows: tuple[PrecisionRow, ...], target: str) -> tuple[str, str]:
