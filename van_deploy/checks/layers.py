@@ -89,11 +89,15 @@ def _wide(values: Array, like: Array) -> Array:
     return values.reshape(1, -1, *(1,) * (like.ndim - 2))
 
 
-def channels_of(bundle: Bundle, artefact: Artefact) -> dict[str, Channels]:
-    """Return what equalisation did to an artifact's tensors; empty where nothing was done."""
+def channels_of(bundle: Bundle, artefact: Artefact) -> dict[str, Channels] | None:
+    """Return what equalisation did to an artifact's tensors; empty where nothing was done.
+
+    None where something was done and not recorded: then modules cannot be compared.
+    """
     place = artefact.quantization.get("channels")
     if place is None:
-        return {}
+        equalised = artefact.quantization.get("equalize") or {}
+        return None if equalised.get("tensors") else {}
     with np.load(bundle.path / str(place), allow_pickle=False) as arrays:
         names = {name.rpartition(".")[0] for name in arrays.files}
         return {
@@ -110,7 +114,7 @@ def drift_of_graph(
     reference: ModuleReference,
     images: Images,
     cuts: Sequence[Cut],
-    channels: Mapping[str, Channels] | None = None,
+    channels: Mapping[str, Channels] | None,
 ) -> tuple[DriftRow, ...]:
     """Return the drift of each part of one graph, in the order of ``cuts``.
 
@@ -121,12 +125,14 @@ def drift_of_graph(
         cuts: from :func:`~van_deploy.checks.graphs.cuts_of`, of the FP32 graph.
         channels: from :func:`channels_of`.
     """
-    maps = channels or {}
+    if channels is None:
+        note = "its channels were re-scaled, and by what was not recorded"
+        return tuple(DriftRow(cut.name, None, None, note) for cut in cuts)
     made = {output for node in model.graph.node for output in node.output}
     tensors = [cut.tensor for cut in cuts if cut.tensor in made]
     try:
         graphs = (with_taps(model, tensors), isolated(model, tensors))
-        so_far, alone = _noise(graphs, tensors, reference, images, maps)
+        so_far, alone = _noise(graphs, tensors, reference, images, channels)
     except Exception as error:  # ONNX Runtime raises its own bare types
         note = f"does not run at batch {IMAGES_AT_ONCE}: {' '.join(str(error).split())[:200]}"
         return tuple(DriftRow(cut.name, None, None, note) for cut in cuts)

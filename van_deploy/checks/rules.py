@@ -84,14 +84,16 @@ def judge_logits(
 def at_least(rule: str, value: float, limit: Limit, unit: str = "dB", where: str = "") -> Finding:
     """Return whether ``value`` is at least the limit; NaN is not."""
     holds = value >= limit.value
-    said = "" if holds else f"{where}{value:.1f} {unit} is below {limit.value:.1f} ({limit.origin})"
-    return Finding(rule, Outcome.PASS if holds else Outcome.FAIL, said, value, limit, unit)
+    said = f"{where}{rule} {value:.1f} {unit} is below {limit.value:.1f} {unit} ({limit.origin})"
+    outcome = Outcome.PASS if holds else Outcome.FAIL
+    return Finding(rule, outcome, "" if holds else said, value, limit, unit)
 
 
 def _explained(flips: Sequence[Flip], limit: Limit, where: str = "") -> Finding:
     faults = [flip for flip in flips if flip.fault]
     widest = max((flip.margin for flip in flips), default=0.0)
-    message = f"{where}{len(flips)} label flips, all within what the allowed noise explains"
+    noun = "label flip" if len(flips) == 1 else "label flips"
+    message = f"{where}{len(flips)} {noun}, within what the allowed noise explains"
     if faults:
         noun = "label flip" if len(faults) == 1 else "label flips"
         message = (

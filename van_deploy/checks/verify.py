@@ -212,14 +212,16 @@ def _with_modules(
 
     if isinstance(reference, Finding):
         return replace(verdict, findings=(*verdict.findings, reference))
+    channels = channels_of(bundle, bundle.artefact(verdict.artefact))
+    if channels is None:  # what is not recorded cannot be undone
+        return verdict
     cuts = cuts_of(onnx.load(bundle.verified("fp32")), "module", reference.modules)
-    artefact = bundle.artefact(verdict.artefact)
     rows = drift_of_graph(
         onnx.load(bundle.verified(verdict.artefact)),
         reference,
         samples.inputs[:MODULE_IMAGES],
         cuts,
-        channels_of(bundle, artefact),
+        channels,
     )
     placed = [(row.isolated_db, row) for row in rows if row.isolated_db is not None]
     if not placed:
