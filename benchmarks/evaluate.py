@@ -118,8 +118,7 @@ def _fed(bundle: Bundle, loaded: LoadedVan, labelled: ImageSet) -> float:
     start = time.perf_counter()
     with Contestants(bundle, loaded, list(bundle.artefacts)) as contestants:
         for batch in decoded:
-            pixels = batch.inputs if batch.pixels is None else batch.pixels
-            for logits in contestants.logits(batch.inputs, pixels).values():
+            for logits in contestants.logits(batch.inputs, batch.values).values():
                 if not np.isfinite(logits).all():
                     raise RuntimeError("a network gave a NaN")
     return time.perf_counter() - start

@@ -21,7 +21,7 @@ from van_deploy.bundle import (
 )
 from van_deploy.checks.agreement import AgreementReport, check_agreement
 from van_deploy.checks.canary import CANARY_FILE, canary_entry, write_canary_picture
-from van_deploy.data import IMAGE_MODES, check_images, class_names_from_file, read_pixels
+from van_deploy.data import check_images, class_names_from_file, open_image
 from van_deploy.errors import BundleError, GateFailed, InputError, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.embed import check_embedding
@@ -30,7 +30,7 @@ from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.graph.simplify import operator_counts, simplify_onnx
 from van_deploy.model.checkpoint import LoadedVan, load_van
-from van_deploy.model.pixels import normalised
+from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.recipe import Recipe
 from van_deploy.runners.base import Images, Logits, run_in_batches
@@ -219,7 +219,7 @@ def export_bundle(
         checks["agreement"] = report.as_dict()
         clock.stage("Keeping a canary")
         canary = None
-        if checked.pixels is not None and loaded.config.in_chans in IMAGE_MODES:
+        if checked.pixels is not None and loaded.config.in_chans in {1, 3, 4}:
             canary = _canary(draft, loaded, images)
             files = [*files, CANARY_FILE]
         draft.description = _description(loaded, recipe, canary)
@@ -234,7 +234,9 @@ def _canary(draft: Draft, loaded: LoadedVan, images: Path | None) -> Canary:
     """Write the canary and return its entry in the manifest: PyTorch's answer to that file."""
     path = draft.file(CANARY_FILE)
     described = write_canary_picture(path, loaded.name, loaded.preprocessing, images)
-    inputs = normalised(read_pixels(path, loaded.preprocessing)[None], loaded.preprocessing)
+    image = open_image(path, channels=loaded.preprocessing.channels)
+    pixels = pixels_from_image(image, loaded.preprocessing)
+    inputs = normalised(pixels[None], loaded.preprocessing)
     with TorchRunner(loaded.model) as original:
         return canary_entry(path, original.run(inputs), described)
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from van_deploy.bundle import Bundle, Canary, ProbableClass
 from van_deploy.checks.opened import ON_CPU, Execution
-from van_deploy.data import image_set, opened, read_pixels, sample_set
-from van_deploy.errors import BundleError
+from van_deploy.data import image_set, open_image, opened, sample_set
+from van_deploy.errors import BundleError, ImageError
 from van_deploy.files import file_sha256
 from van_deploy.metrics import softmax
+from van_deploy.model.pixels import pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.base import Logits
 from van_deploy.runners.network import PYTORCH, Network
@@ -93,6 +94,8 @@ def write_canary_picture(
     """
     images = image_set(folder) if folder else sample_set(name, preprocessing)
     picture = opened(images.items[0], preprocessing.channels)
+    if picture is None:
+        raise ImageError(f"The {images.items[0].name} is no image.", "Give images.")
     described = f"'{images.items[0].name}'" if folder else f"the first of: {images.description}"
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     picture.save(path, format="PNG", optimize=True)
@@ -155,7 +158,8 @@ def check_canary(
         trust_engine=execution.trust_engine,
     )
     with network:
-        pixels = read_pixels(path, network.preprocessing)[None]
+        image = open_image(path, channels=network.preprocessing.channels)
+        pixels = pixels_from_image(image, network.preprocessing)[None]
         outputs = network.run(network.prepare(pixels))
         many = TOP if "top5_classes" in outputs else int(1e9)
         top = network.top(outputs, many)

@@ -115,8 +115,7 @@ class Contestants:
 
     def answer(self, batch: Batch) -> dict[str, Answers]:
         """Return what each network says of some images, PyTorch first."""
-        values = batch.inputs if batch.pixels is None else batch.pixels
-        logits = self.logits(batch.inputs, values)
+        logits = self.logits(batch.inputs, batch.values)
         return {name: Answers.of(found) for name, found in logits.items()}
 
     def logits(self, images: Images, pixels: Pixels | Images) -> dict[str, Logits]:

@@ -123,8 +123,10 @@ def dataset_digest(images: ImageSet) -> str:
     return content_key({"dataset": rows})
 
 
-def image_set(path: Path | str) -> ImageSet:
+def image_set(path: Path | str | ImageSet) -> ImageSet:
     """Return the images of a folder, at any depth and sorted by path, or of an ``.npz``.
+
+    A set is returned as it is.
 
     An ``.npz`` holds an array ``images`` (or only one): uint8 ``(N, H, W)`` or
     ``(N, H, W, C)``, or normalised float32 ``(N, C, S, S)``; and, if known, ``labels``
@@ -133,6 +135,8 @@ def image_set(path: Path | str) -> ImageSet:
     Raises:
         ImageError: there is no image, or the path cannot be read.
     """
+    if isinstance(path, ImageSet):
+        return path
     path = Path(path)
     if path.suffix == ".npz":
         items = _items_of_npz(path)
@@ -229,9 +233,10 @@ def _items_of_npz(path: Path) -> tuple[ImageItem, ...]:
 
 def _indices(labels: npt.NDArray[Any], count: int, path: Path) -> list[Any]:
     if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        told = f", from {labels.min():g} to {labels.max():g}" if labels.dtype.kind in "iuf" else ""
         raise InputError(
-            f"'{path}' has {count} images and labels {labels.dtype} of shape {labels.shape}"
-            f"{', some negative' if labels.dtype.kind == 'i' and (labels < 0).any() else ''}.",
+            f"The labels in '{path}' are {labels.dtype} of shape {labels.shape}{told}, "
+            f"for {count} images.",
             "Give one whole number an image, the index of its class from 0, or no labels.",
         )
     found: list[Any] = labels.tolist()

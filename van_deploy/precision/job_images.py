@@ -12,16 +12,12 @@ import numpy.typing as npt
 from van_deploy.bundle import Bundle
 from van_deploy.data import (
     ImageSet,
-    choose,
     decoded_batches,
-    digits_set,
     image_set,
-    noise_set,
-    refuse_overlap,
     sample_set,
-    split,
     with_labels_if_known,
 )
+from van_deploy.data.calibration import choose, digits_set, noise_set, refuse_overlap, split
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing

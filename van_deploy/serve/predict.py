@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from van_deploy.data import find_images, read_pixels
+from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.model.pixels import MAX_PIXELS, Pixels
+from van_deploy.model.pixels import MAX_PIXELS, Pixels, pixels_from_image
 from van_deploy.runners.network import Network, TopClasses
 
 __all__ = [
@@ -165,13 +165,13 @@ def predict(
     for source in sources:
         start = time.perf_counter()
         try:
-            pixels = read_pixels(
+            image = open_image(
                 source.content,
-                network.preprocessing,
-                name="standard input" if source.name == "-" else "",
+                channels=network.preprocessing.channels,
+                name="Standard input" if source.name == "-" else "",
                 max_pixels=max_pixels,
             )
-            waiting.pixels.append(pixels)
+            waiting.pixels.append(pixels_from_image(image, network.preprocessing))
             waiting.sources.append((source.name, None))
         except ImageError as error:
             waiting.sources.append((source.name, error.message))
