@@ -47,7 +47,7 @@ class TestTheDigits:
         path = copy_of(judged)
         document = evaluated(cli, path, "--images", judged.labelled, "--batch", "16")
         assert document["count"] == 60
-        assert "class folders by index" in document["images"]
+        assert "class folders by class name" in document["images"]
         assert list(document["accuracy"]) == ["pytorch", "fp32", "fp16", "int8"]
         assert document["accuracy"]["pytorch"]["top1"] > 0.9
         assert document["accuracy"]["fp32"]["top1"] == document["accuracy"]["pytorch"]["top1"]
@@ -239,7 +239,9 @@ class TestAThousandClasses:
         (tmp_path / "kaggle" / "LOC_val_solution.csv").write_text("\n".join(csv))
         documents = {
             "class folders by WordNet id": evaluated(cli, thousand, "--images", by_wnid),
-            "class folders by index": evaluated(cli, thousand, "--images", by_index),
+            "in the order asked for (index)": evaluated(
+                cli, thousand, "--images", by_index, "--class-order", "index"
+            ),
             "ground_truth.txt": evaluated(
                 cli, thousand, "--images", official, "--synsets", tmp_path / "kit.txt"
             ),

@@ -59,7 +59,7 @@ def test_exact_names_go_before_folded_ones(make: Make) -> None:
     names = ["A", "a", "B", "b_c", "b c", "B-C", "+", "-", "_", "="]
     images = labelled_images(make(*names), 10, names)
     assert by_folder(images) == {name: index for index, name in enumerate(names)}
-    assert how(images) == "class folders by class name or WordNet id"
+    assert how(images) == "class folders by class name"
 
 
 @pytest.mark.parametrize(

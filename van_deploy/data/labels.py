@@ -102,13 +102,18 @@ def labelled_images(
     named = _of_names(images, groups, words) if class_order in {None, "names"} else None
     if named is not None:
         return images.labelled(*named)
-    file, unfit = _beside(images, GROUND_TRUTH_FILES, groups == [""]) if find_labels else None, ""
+    file = _beside(images, GROUND_TRUTH_FILES, groups == [""]) if find_labels else None
+    unfit, instead = "", "Sort the images into one folder a class, or give --labels FILE."
     if file is not None:
         try:
             labels = _of_file(images, file, words, None, synsets_file)
             return images.labelled(labels, f"labels from '{file}'")
         except InputError as error:
+            instead = f"{error.remedy} Or {instead[0].lower()}{instead[1:]}"
             unfit = f" ('{file}' is not used: {error.message.rstrip('.')})"
+    if "" in groups:
+        lost = next(item.name for item in images.items if not item.group)
+        raise ImageError(f"Nothing says which class '{lost}' belongs to{unfit}.", instead)
     by_group, how = _of_order(images, groups, words, class_order, unfit)
     return images.labelled([by_group[item.group] for item in images.items], how + unfit)
 
@@ -136,8 +141,9 @@ def _of_names(
     images: ImageSet, groups: Sequence[str], words: ClassWords
 ) -> tuple[list[int], str] | None:
     """Return labels from names that are the network's own, and how; None if they are not."""
-    kind = "class folders by class name or WordNet id"
     called = [item.group for item in images.items]
+    ids = all(WORDNET_ID.fullmatch(name) for name in groups)
+    kind = f"class folders by {'WordNet id' if ids else 'class name'}"
     if groups == [""]:
         kind = "WordNet ids in the files' names"
         found = [WORDNET_ID.match(Path(item.name).name) for item in images.items]
@@ -199,12 +205,6 @@ def _of_order(
     Raises:
         ImageError: no reading fits, or those that do differ.
     """
-    if "" in groups:
-        lost = next(item.name for item in images.items if not item.group)
-        raise ImageError(
-            f"Nothing says which class '{lost}' belongs to{unfit}.",
-            "Sort the images into one folder a class, or give --labels FILE.",
-        )
     readings = _readings(groups, images.folders or groups, words.count)
     if order in readings:
         return readings[order], f"class folders in the order asked for ({order})"
