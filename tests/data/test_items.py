@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from van_deploy.data.items import ImageItem, ImageSet, dataset_digest, find_images, image_set
-from van_deploy.errors import ImageError, InputError
+from van_deploy.errors import ImageError
 
 # --- finding ---------------------------------------------------------------------------------
 
@@ -172,33 +172,43 @@ def test_arrays_are_images_with_or_without_labels(values: Any, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": np.zeros((4, 5))}, "The images in '{}' are float64 of shape (4, 5)."),
+        ({"images": np.zeros((4, 5))}, "the images are float64 of shape (4, 5)"),
         (
             {"a": np.zeros(3), "b": np.zeros(3)},
-            "'{}' has no array called 'images' (it has: a, b).",
+            "it has no array called 'images' (it has: a, b)",
         ),
-        ({"images": np.zeros((0, 4, 4), np.uint8)}, "There is no image in '{}'."),
+        ({"images": np.zeros((0, 4, 4), np.uint8)}, "the images are uint8 of shape (0, 4, 4)"),
         (
             {"images": np.full((1, 3, 4, 4), np.nan, np.float32)},
-            "The images in '{}' hold NaN or infinity.",
+            "the images are float32 of shape (1, 3, 4, 4), not all finite",
         ),
     ],
 )
 def test_other_arrays_are_refused(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ImageError) as refused:
         saved(tmp_path, **arrays)
-    assert refused.value.message == message.format(tmp_path / "x.npz")
+    assert refused.value.message == (
+        f"'{tmp_path}/x.npz' cannot be read as an .npz of images: {message}."
+    )
+    assert refused.value.remedy.startswith("Save it with np.savez(path, images=array")
 
 
 @pytest.mark.parametrize(
-    "labels", [np.zeros(2, int), np.zeros((3, 1), int), np.zeros(3), np.array([0, -1, 2])]
+    ("labels", "least"),
+    [
+        (np.zeros(2, int), ", from 0"),
+        (np.zeros((3, 1), int), ", from 0"),
+        (np.zeros(3), ""),
+        (np.array([0, -1, 2]), ", from -1"),
+        (np.array(["a", "b", "c"]), ""),
+    ],
 )
-def test_labels_that_are_no_indices_are_refused(labels: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError) as refused:
+def test_labels_that_are_no_indices_are_refused(labels: Any, least: str, tmp_path: Path) -> None:
+    with pytest.raises(ImageError) as refused:
         saved(tmp_path, images=np.zeros((3, 4, 4), np.uint8), labels=labels)
     assert refused.value.message == (
-        f"The labels in '{tmp_path}/x.npz' are {labels.dtype} of shape {labels.shape}, "
-        f"from {labels.min():g} to {labels.max():g}, for 3 images."
+        f"'{tmp_path}/x.npz' cannot be read as an .npz of images: the labels of its 3 images are "
+        f"{labels.dtype} of shape {labels.shape}{least}."
     )
 
 

@@ -393,8 +393,8 @@ def test_an_order_of_folders_says_nothing_of_a_file(order: str, flat: Path) -> N
     with pytest.raises(UsageError) as refused:
         labelled_by(flat, "2\n0\n1\n", class_order=order)
     assert refused.value.message == (
-        f"--class-order {order} orders class folders, and the labels of the 3 images of '{flat}' "
-        "are in a file."
+        f"--class-order {order} orders class folders, and the labels are in "
+        f"'{flat.parent}/labels.txt'."
     )
 
 
@@ -474,7 +474,7 @@ def test_a_file_that_fits_decides_an_order_that_nothing_else_does(make: Make) ->
     root = make("class2", "class10")
     (root / "val.txt").write_text("class2/x.png 1\nclass10/x.png 0\n")
     assert by_folder(labelled_images(root, 2)) == {"class2": 1, "class10": 0}
-    asked = labelled_images(root, 2, class_order="natural", find_labels=False)
+    asked = labelled_images(root, 2, class_order="natural")
     assert by_folder(asked) == {"class2": 0, "class10": 1}
 
 

@@ -81,12 +81,6 @@ def labelled_images(
         raise UsageError(f"There is no class order '{class_order}'.", f"Known: {known}.")
     images = image_set(source)
     words = ClassWords(classes, class_names)
-    if class_order in {"strings", "natural"} and (labels_file or images.labels is not None):
-        raise UsageError(
-            f"--class-order {class_order} orders class folders, and the labels of the "
-            f"{images.description} are in a file.",
-            "Leave it out, or give names or index.",
-        )
     if labels_file is not None:
         labels = _of_file(images, labels_file, words, class_order, synsets_file)
         return images.labelled(labels, f"labels from '{labels_file}'")
@@ -102,11 +96,12 @@ def labelled_images(
     named = _of_names(images, groups, words) if class_order in {None, "names"} else None
     if named is not None:
         return images.labelled(*named)
-    file = _beside(images, GROUND_TRUTH_FILES, groups == [""]) if find_labels else None
+    flat = groups == [""]
+    file = _beside(images, GROUND_TRUTH_FILES, flat) if find_labels else None
     unfit, instead = "", "Sort the images into one folder a class, or give --labels FILE."
-    if file is not None:
+    if file is not None and (flat or class_order is None):
         try:
-            labels = _of_file(images, file, words, None, synsets_file)
+            labels = _of_file(images, file, words, class_order, synsets_file)
             return images.labelled(labels, f"labels from '{file}'")
         except InputError as error:
             instead = f"{error.remedy} Or {instead[0].lower()}{instead[1:]}"
@@ -256,7 +251,13 @@ def _of_file(
 
     Raises:
         InputError: it cannot be read, contradicts itself, or does not fit; the line is named.
+        UsageError: the order is one of folders.
     """
+    if order in {"strings", "natural"}:
+        raise UsageError(
+            f"--class-order {order} orders class folders, and the labels are in '{file}'.",
+            "Leave it out, or give names or index.",
+        )
     lines = text_lines(file)
     if lines and lines[0][1].replace(" ", "") == KAGGLE_HEADER:
         lines = [(number, line.split()[0]) for number, line in lines]
