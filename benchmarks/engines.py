@@ -19,10 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from van_deploy.engine.options import BuildOptions, parse_target
+
+from van_deploy.config import BatchRange
 from van_deploy.engine.backend import RTX, backend_named
 from van_deploy.engine.build import engine_from_onnx
-from van_deploy.engine.options import BuildOptions, parse_target
-from van_deploy.recipe import BatchRange
 
 VARIANTS = tuple(f"van_b{index}" for index in range(7))
 PRECISIONS = ("fp32", "fp16", "int8")

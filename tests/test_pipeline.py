@@ -14,13 +14,14 @@ from torch import Tensor
 
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
+from van_deploy.config import BatchRange, ModelSettings, Recipe
 from van_deploy.errors import GateFailed
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.images import find_images, load_batches
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.van import VAN
 from van_deploy.pipeline import check_batches, export_bundle, load_for
-from van_deploy.recipe import BatchRange, ModelSettings, Recipe, recipe_named
+from van_deploy.recipe import recipe_named
 from van_deploy.runners.base import run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.pytorch import TorchRunner

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.bench.conftest import Scripted
-from van_deploy.bench.budget import Budget
 from van_deploy.bench.process import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bench.quiet import LOOKS_FIRST, QUIET_LIMIT, Gauge, Product
 from van_deploy.bench.race import Race
 from van_deploy.bench.steadiness import warnings_of
+from van_deploy.config import Budget
 
 
 class Machine:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.bench.conftest import Scripted
-from van_deploy.bench.budget import Budget
 from van_deploy.bench.race import Race, with_reference
+from van_deploy.config import Budget
 from van_deploy.errors import UsageError
 
 

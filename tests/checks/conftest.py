@@ -13,6 +13,7 @@ from onnx import ModelProto
 
 from van_deploy.bundle import Artefact, Bundle, writing
 from van_deploy.checks.pictures import Pictures, pictures_to_check
+from van_deploy.config import BatchRange, ModelSettings, Recipe
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.embedded import write_digits_folder
@@ -23,7 +24,6 @@ from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
 from van_deploy.precision.initial import initial_plan
 from van_deploy.precision.quantize import qdq_from_plan
 from van_deploy.precision.ranges import record_ranges
-from van_deploy.recipe import BatchRange, ModelSettings, Recipe
 
 BATCHES = BatchRange(1, 4, 6)
 CALIBRATION_IMAGES = 48

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Cli
+from van_deploy.config import BatchRange, Recipe
 from van_deploy.model.checkpoint import load_van
 from van_deploy.pipeline import export_bundle
-from van_deploy.recipe import BatchRange, Recipe
 
 FAST = ("--no-refine", "--no-equalize", "--threads", "1")
 

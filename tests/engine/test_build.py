@@ -15,14 +15,13 @@ import onnx
 import pytest
 from onnx import ModelProto
 
+from van_deploy.config import BatchRange, BuildOptions, HardwareCompatibility, Profiling
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import BuildProgress, engine_from_onnx, engine_name
 from van_deploy.engine.host import Host
-from van_deploy.engine.options import BuildOptions, HardwareCompatibility, Profiling
 from van_deploy.engine.sidecar import Sidecar, read_sidecar, verified_sidecar
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.files import file_sha256
-from van_deploy.recipe import BatchRange
 
 SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
 

@@ -11,14 +11,13 @@ import pytest
 
 from tests.engine.conftest import BundleMaker
 from van_deploy.bundle import Artefact, Bundle, writing
+from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import BuildProgress
 from van_deploy.engine.bundled import Built, build_in_bundle, request_for
 from van_deploy.engine.host import Host
 from van_deploy.engine.inspect import describe_engine, layers_from_json
-from van_deploy.engine.options import BuildOptions
 from van_deploy.errors import BundleError, InputError
-from van_deploy.recipe import BatchRange
 
 SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
 

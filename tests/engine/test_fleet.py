@@ -12,13 +12,12 @@ import pytest
 from tests.conftest import Cli
 from tests.engine.conftest import BundleMaker
 from van_deploy.bundle import Bundle
+from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.fleet import FleetHost, build_here, cells_of, read_fleet
 from van_deploy.engine.host import Host
 from van_deploy.engine.on_ray import build_on_ray, task_resources
-from van_deploy.engine.options import BuildOptions, Profiling
 from van_deploy.errors import RecipeError
-from van_deploy.recipe import BatchRange
 
 FLEET = """
 [fleet]

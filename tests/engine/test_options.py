@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from van_deploy.engine.options import (
     BuildOptions,
     HardwareCompatibility,
@@ -12,8 +11,9 @@ from van_deploy.engine.options import (
     parse_target,
     parse_targets,
 )
+
+from van_deploy.config import BatchRange
 from van_deploy.errors import UsageError
-from van_deploy.recipe import BatchRange
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from van_deploy.config import BuildOptions, HardwareCompatibility
 from van_deploy.engine import refusals
 from van_deploy.engine.backend import RTX, TENSORRT, Backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import Host
-from van_deploy.engine.options import BuildOptions, HardwareCompatibility
 from van_deploy.engine.refusals import refuse_impossible
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import MissingDependency, UsageError, VanDeployError

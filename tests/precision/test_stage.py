@@ -13,6 +13,7 @@ import pytest
 from onnx import load
 
 from van_deploy.bundle import Bundle
+from van_deploy.config import BatchRange, QuantizeSettings, Recipe
 from van_deploy.errors import BundleError, GateFailed, ImageError, UsageError
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import write_digits_folder
@@ -20,10 +21,8 @@ from van_deploy.pipeline import export_bundle
 from van_deploy.precision.equalize import EqualizeSettings
 from van_deploy.precision.manifests import calibration_set_named
 from van_deploy.precision.refine_settings import RefineSettings
-from van_deploy.precision.settings import QuantizeSettings
 from van_deploy.precision.stage import quantize_bundle
 from van_deploy.precision.verdict import PrecisionRow, precision_row, recommended
-from van_deploy.recipe import BatchRange, Recipe
 
 PLAIN = QuantizeSettings(equalize=None, refine=None, threads=1)
 FEW = replace(

@@ -15,11 +15,11 @@ import onnx
 import pytest
 import torch
 
+from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.inspect import describe_engine
-from van_deploy.engine.options import BuildOptions, Profiling
 from van_deploy.engine.sidecar import read_sidecar, sidecar_path, write_sidecar
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, UsageError
@@ -28,7 +28,6 @@ from van_deploy.graph.fold import fold_van
 from van_deploy.metrics import compare
 from van_deploy.model.checkpoint import load_van
 from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
-from van_deploy.recipe import BatchRange
 from van_deploy.runners.base import Images, run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.tensorrt import TensorRtRunner, admit, profile_for

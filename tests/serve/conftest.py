@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from van_deploy.bundle import Bundle
+from van_deploy.config import BatchRange, ExportSettings, ServiceSettings
 from van_deploy.pipeline import export_bundle, load_for
-from van_deploy.recipe import BatchRange, ExportSettings, recipe_named
+from van_deploy.recipe import recipe_named
 from van_deploy.runners.network import Outputs
 from van_deploy.serve.server import listen, run_server
-from van_deploy.serve.service import Service, ServiceSettings
+from van_deploy.serve.service import Service
 
 
 @pytest.fixture(scope="session")

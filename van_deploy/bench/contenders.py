@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 
 from van_deploy.bench.contender import CUDA_GRAPH, Contender, Skipped
 from van_deploy.bundle import Artefact, Bundle
+from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import Cpu, cpu, nvidia_driver
 from van_deploy.environment.packages import execution_providers
 from van_deploy.errors import BundleError, MissingDependency, UsageError
-from van_deploy.recipe import BatchRange
 from van_deploy.runners.onnxruntime import PROVIDERS
 
 __all__ = ["GIVES_BACK", "REFERENCE", "chosen", "contenders_of"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle import Artefact, Bundle, writing
+from van_deploy.config import BuildOptions
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import (
     REPRODUCIBLE_NOT_CHECKED,
@@ -19,7 +20,6 @@ from van_deploy.engine.build import (
     targets_of,
 )
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.options import BuildOptions
 from van_deploy.engine.refusals import refuse_impossible
 from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
 from van_deploy.engine.worker import TEMPORARY
