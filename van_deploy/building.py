@@ -130,7 +130,7 @@ def _make_missing(
         except BundleError as error:
             raise BundleError(
                 error.message,
-                f"{error.remedy}\nOr give images to make it on the way: --images DIR.",
+                f"{error.remedy}\nOr give --images DIR to make it on the way.",
             ) from None
     if progress is not None:
         progress(f"{precision} is not in the bundle yet: making it")

@@ -59,7 +59,7 @@ def test_tensorrt_passes_on_its_gpu() -> None:
     ],
 )
 def test_rtx_refuses(change: dict[str, Any], message: str, kind: type[VanDeployError]) -> None:
-    error = refused(RTX_ABSENT, replace(SM89, **change), NO_GPU)
+    error = refused(RTX_ABSENT, SM89.changed(**change), NO_GPU)
     assert message in error.message
     assert type(error) is kind
     assert error.remedy
@@ -124,7 +124,7 @@ def test_what_rtx_is_refused_it_really_cannot_do(
     monkeypatch.setattr(refusals, "_refusals", lambda *_: iter(()))
     monkeypatch.setattr("van_deploy.engine.build.refuse_impossible", lambda *_: None)
     change: dict[str, Any] = {option: True}
-    asked = replace(SM89, **change)
+    asked = SM89.changed(**change)
     with pytest.raises(MissingDependency):
         engine_from_onnx(
             digits_onnx,

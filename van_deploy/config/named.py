@@ -37,21 +37,18 @@ class Named:
         name: of the keyword argument.
         place: its keys in the schema, the outermost table first.
         field: what is known about it.
+        flags: the option as the command line writes it.
     """
 
     name: str
     place: tuple[str, ...]
     field: FieldInfo
+    flags: tuple[str, ...]
 
     @property
     def keyword(self) -> str:
         """The option as a keyword argument is written."""
         return f"{self.name}="
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """The option as the command line writes it."""
-        return shown(self.field).flags or (f"--{self.name.replace('_', '-')}",)
 
 
 Options = Mapping[str, Named]
@@ -86,7 +83,11 @@ def _options(schema: type[Settings], place: tuple[str, ...]) -> Iterator[Named]:
         if isinstance(inner, type) and issubclass(inner, Settings) and inner is not BatchRange:
             yield from _options(inner, (*place, key))
         else:
-            yield Named(key, (*place, key), info)
+            yield Named(key, (*place, key), info, shown(info).flags or _flags(key))
+
+
+def _flags(name: str) -> tuple[str, ...]:
+    return (f"--{name.replace('_', '-')}",)
 
 
 def _chosen(tables: tuple[str, ...], **others: str) -> dict[str, Named]:
@@ -102,7 +103,7 @@ def _chosen(tables: tuple[str, ...], **others: str) -> dict[str, Named]:
         for part in place[:-1]:
             schema = table_in(schema.model_fields[part].annotation) or schema
         info = next(f for n, f in schema.model_fields.items() if key_of(n, f) == place[-1])
-        found[name] = Named(name, place, info)
+        found[name] = Named(name, place, info, _flags(name))
     return found
 
 
