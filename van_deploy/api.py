@@ -28,7 +28,6 @@ from van_deploy.config.named import EXPORT, Changes, changes_from, settings_from
 from van_deploy.recipe import recipe_for
 from van_deploy.results import (
     BuildReport,
-    PackageReport,
     Predictions,
     Progress,
     WrittenReport,
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
     from van_deploy.pipeline import ExportResult
     from van_deploy.precision.stage import QuantizeResult
     from van_deploy.run import RunResult
+    from van_deploy.serve.packaging import PackageReport
     from van_deploy.serve.predict import Prediction, Speed
 
 __all__ = ["Bundle", "Exported", "export", "open_bundle", "run_recipe"]
@@ -109,8 +109,8 @@ class Bundle:
         return self.opened().name
 
     @property
-    def manifest(self) -> Mapping[str, Any]:
-        """The manifest's contents."""
+    def manifest(self) -> on_disk.Manifest:
+        """What its manifest says now."""
         return self.opened().manifest
 
     @property
@@ -340,7 +340,7 @@ class Bundle:
         asked = settings_from(PredictSettings, settings, options)
         opened = self.opened()
         sources = sources_from([images] if isinstance(images, Image) else images)
-        batch = asked.batch or min(int(opened.manifest["batch"]["opt"]), len(sources))
+        batch = asked.batch or min(opened.manifest.batch.opt, len(sources))
         network = Network(
             opened,
             asked.artefact,
@@ -441,7 +441,7 @@ class Exported(Bundle):
             "seconds": dict(self.result.seconds),
             "embedded": list(self.result.embedded),
             "precisions": [result.as_dict() for result in self.precisions],
-            "manifest": dict(self.manifest),
+            "manifest": self.manifest,
         }
 
 

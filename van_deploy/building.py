@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from van_deploy.bundle import Bundle
-from van_deploy.config import BatchRange, BuildSettings, Precision, QuantizeSettings
+from van_deploy.config import BuildSettings, Precision, QuantizeSettings
 from van_deploy.engine.build import BuildProgress
 from van_deploy.engine.fleet import Outcome, build_here, cells_of, read_fleet
 from van_deploy.engine.planned import build_planned, planned_engines
@@ -32,8 +32,7 @@ def build_bundle(
         VanDeployError: as :meth:`van_deploy.api.Bundle.build`; nothing that cannot be built is
             found out after the first was.
     """
-    batch = bundle.manifest.get("batch")
-    plans = planned_engines(settings, BatchRange(**batch) if batch else BatchRange())
+    plans = planned_engines(settings, bundle.manifest.batch)
     for precision in settings.precisions:
         _make_missing(Bundle.open(bundle.path), precision, settings, progress)
     outcomes = build_planned(

@@ -28,7 +28,7 @@ def model_described(model: str, image_size: int | None = None) -> dict[str, Any]
             "path": str(bundle.path),
             "problems": bundle.problems(),
             "sizes": bundle.sizes(),
-            "manifest": dict(bundle.manifest),
+            "manifest": bundle.manifest,
         }
     named = [v for v in VARIANTS.values() if model in (v.name, *v.aliases)]
     return _variant(named[0].name, image_size) if named else _weights(model, image_size)
@@ -47,7 +47,7 @@ def _variant(name: str, image_size: int | None) -> dict[str, Any]:
         "name": variant.name,
         "also called": list(variant.aliases),
         **_counted(variant.config, size),
-        "preprocessing": OFFICIAL.as_dict(),
+        "preprocessing": OFFICIAL,
         "top1_percent": variant.top1,
         "weights": str(variant.weights) if variant.weights else None,
         "weights_note": variant.weights_note,
@@ -65,7 +65,7 @@ def _weights(spec: str, image_size: int | None) -> dict[str, Any]:
         "name": loaded.name,
         "variant": variant_of(loaded.config),
         **_counted(loaded.config, image_size or loaded.preprocessing.image_size),
-        "preprocessing": loaded.preprocessing.as_dict(),
+        "preprocessing": loaded.preprocessing,
         "source": asdict(loaded.source),
         "class_names": list(loaded.class_names) if loaded.class_names else None,
     }

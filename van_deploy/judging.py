@@ -138,7 +138,7 @@ def _execution(asked: RunnerSettings) -> Execution:
 
 
 def _original(bundle: Bundle, weights: Path | None, progress: Progress | None) -> LoadedVan:
-    from van_deploy.model.original import original_network
+    from van_deploy.bundle.original import original_network
 
     loaded = original_network(bundle, weights)
     if progress is not None:
@@ -154,7 +154,7 @@ def _images(bundle: Bundle, loaded: LoadedVan, asked: VerifySettings | CheckSett
     """
     from van_deploy.checks.pictures import pictures_to_check
 
-    largest = int(bundle.manifest["batch"]["max"])
+    largest = bundle.manifest.batch.max
     if asked.count is not None and asked.count < largest:
         raise UsageError(
             f"{asked.count} images are fewer than the bundle's largest batch, {largest}.",

@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from van_deploy.engine.fleet import Outcome
     from van_deploy.errors import VanDeployError
     from van_deploy.serve.predict import Prediction, Speed
-    from van_deploy.serve.triton_check import PackageCheck
 
-__all__ = ["BuildReport", "PackageReport", "Predictions", "Progress", "WrittenReport"]
+__all__ = ["BuildReport", "Predictions", "Progress", "WrittenReport"]
 
 
 class Progress(Protocol):
@@ -111,38 +110,6 @@ class Predictions:
             "speed": asdict(self.speed),
             "predictions": [asdict(answer) for answer in self.answers],
         }
-
-
-@dataclass(frozen=True)
-class PackageReport:
-    """A bundle packaged for a server.
-
-    Attributes:
-        path: the folder.
-        files: how many were written; 0 if it was only checked.
-        check: what was found on reading it again; None if that was not possible here.
-        skipped: why not; "" otherwise.
-    """
-
-    path: Path
-    files: int
-    check: PackageCheck | None
-    skipped: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing that was checked is wrong."""
-        return self.check is None or self.check.passed
-
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the findings, ready for JSON."""
-        if self.check is None:
-            return {"path": str(self.path), "check": f"skipped: {self.skipped}"}
-        return self.check.as_dict()
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,8 @@ class _Checked(ModelMetaclass):
 
         def __call__(cls, *values_in_order: Any, **values: Any) -> Any:  # noqa: N805
             values = {**dict(zip(cls.model_fields, values_in_order, strict=False)), **values}
-            spelling = {(name,): f"{name}=" for name in values}
+            spelling = {(_key(n, field),): f"{n}=" for n, field in cls.model_fields.items()}
+            spelling |= {(name,): f"{name}=" for name in values}
             return validated(cls, values, spelling=spelling)
 
 
@@ -186,10 +187,11 @@ def validated_json(
     except UsageError as failure:  # what a schema's own validator found to contradict itself
         text = f"{where}: {failure.message}" if where else failure.message
         raise error(text, failure.remedy) from None
-    if told.is_spelled:
-        raise UsageError(told.message, told.remedy or "Correct it.")
-    opening = f"{where}: " if where else ""
-    raise error(f"{opening}{told.message}", told.remedy or remedy or "Correct it.")
+    if where and not told.is_spelled:
+        raise error(f"{where}: {told.message}", told.remedy or remedy or "Correct it.")
+    kind = UsageError if told.is_spelled else error
+    sentence = told.message[0].upper() + told.message[1:]
+    raise kind(sentence, told.remedy or "Correct it.")
 
 
 def read_toml(model: type[Model], path: Path, what: str, error: type[InputError]) -> Model:
@@ -264,7 +266,7 @@ class _Told:
             self.message = self._filled(contradiction.message)
             self.remedy = self._filled(contradiction.remedy)
         elif fault["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
-            self.message = f"The key '{key}' is unknown."
+            self.message = f"the key '{key}' is unknown."
             self.remedy = self._nearest(model)
         elif fault["type"] in _TOLD:
             self.message = f"'{key}' {_TOLD[fault['type']]}."
@@ -273,7 +275,7 @@ class _Told:
                 r"^(Input|Value error,|String|List|Tuple|Dictionary) ?", "", fault["msg"]
             )
             given = reprlib.repr(fault["input"])
-            self.message = f"'{key}' is {given}: it {text}." if key else f"It {text}."
+            self.message = f"'{key}' is {given}: it {text}." if key else f"it {text}."
 
     def _spelled(self, place: list[str | int]) -> str:
         """Return a location as the user wrote it, and remember whether that was elsewhere."""

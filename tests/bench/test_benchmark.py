@@ -32,7 +32,7 @@ QUICK_WORDS = (
 @pytest.fixture(scope="module")
 def measured(digits: Bundle) -> BenchReport:
     budget = Budget(seconds=0.1, calls=4, limit_s=0.5, rounds=2, warmup_s=0.0)
-    settings = BenchSettings((1, 2), threads=1, runners=("ort-cpu",), budget=budget)
+    settings = BenchSettings(batches=(1, 2), threads=1, runners=("ort-cpu",), budget=budget)
     return benchmark_bundle(digits, settings)
 
 
@@ -90,7 +90,7 @@ def test_a_latency_limit_gives_the_best_batch_below_it(
     report = benchmark_bundle(digits, replace(quick, p99_ms=1e6))
     under = report.facts["best_under_p99"]
     best = under["best"]["ort-cpu/fp32"]
-    assert [row.batch for row in report.rows] == [1, 2, 4, 8, 16, 32]
+    assert [row.batch for row in report.rows] == [1, 2, 4, 8]
     assert best["images_per_s"] == max(row.images_per_s or 0 for row in report.rows)
     report = benchmark_bundle(digits, replace(quick, p99_ms=1e-6))
     assert [row.batch for row in report.rows] == [1], "what is too slow is not tried at more"
@@ -219,7 +219,7 @@ def test_a_result_is_kept_in_the_bundle_and_in_a_file(
     output = tmp_path / "deep" / "bench.json"
     save_report(plain, Bundle.open(folder), output)
     assert read_report(output) == read_report(folder / "bench.json") == plain
-    summary = Bundle.open(folder).manifest["checks"]["bench"]
+    summary = Bundle.open(folder).manifest.checks["bench"]
     assert [row["batch"] for row in summary["rows"]] == [1, 2]
 
 

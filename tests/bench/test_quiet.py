@@ -127,7 +127,7 @@ def test_where_nothing_was_quiet_all_rounds_count_and_that_is_said(
 ) -> None:
     monkeypatch.setattr("van_deploy.bench.race.PATIENCE_S", -1e9)
     machine = Machine(range(LOOKS_FIRST + 1, 10**9), factor=1.2)
-    race, rows = raced(machine, Budget(0.6, 1, 0.6, 6, 0.0))
+    race, rows = raced(machine, Budget(seconds=0.6, calls=1, limit_s=0.6, rounds=6, warmup_s=0.0))
     assert rows[1].ratio.rounds == 6
     assert rows[1].settled is False
     assert not any(rows[1].round_quiet)

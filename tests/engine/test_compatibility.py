@@ -32,7 +32,7 @@ def problems(sidecar: Sidecar, host: Host) -> list[str]:
 
 
 def of_tensorrt(sidecar: Sidecar, **options: object) -> Sidecar:
-    asked = replace(BuildOptions(), **options)  # type: ignore[arg-type]
+    asked = BuildOptions().changed(**options)
     return replace(
         sidecar,
         backend="tensorrt",

@@ -71,7 +71,7 @@ def test_rtx_refuses_a_timing_cache(tmp_path: Path) -> None:
 
 
 def test_rtx_strips_weights_where_there_is_a_gpu() -> None:
-    refuse_impossible(RTX_ABSENT, replace(SM89, strip_weights=True, refit=True), ADA)
+    refuse_impossible(RTX_ABSENT, SM89.changed(strip_weights=True, refit=True), ADA)
 
 
 def test_tensorrt_needs_the_gpu() -> None:

@@ -30,7 +30,7 @@ def verify(
 
     for text in asked.remarks:
         remark(f"note: {text}")
-    names = asked.manifest.get("class_names")
+    names = asked.manifest.class_names
     emit(jsonable(report.as_dict()), as_json, lambda _: verify_tables(report, names))
     if not report:
         raise GateFailed(

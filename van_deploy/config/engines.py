@@ -73,13 +73,9 @@ class PlanSettings(Settings):
             targets: what it serves.
             batch: what it serves where no profiles are given.
         """
-        given = {name: getattr(self, name) for name in self.model_fields_set & _PLAN}
-        if not self.profiles and batch is not None:
-            given["profiles"] = (batch,)
+        given = {name: getattr(self, name) for name in PlanSettings.model_fields}
+        given["profiles"] = self.profiles or (batch or BatchRange(),)
         return BuildOptions(targets=targets, **given)
-
-
-_PLAN = set(PlanSettings.model_fields)
 
 
 class BuildOptions(PlanSettings):

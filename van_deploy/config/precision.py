@@ -170,7 +170,7 @@ class PrecisionSettings(_Quantization, _Several):
         Raises:
             UsageError: it contradicts itself.
         """
-        given = {name: getattr(self, name) for name in self.model_fields_set - {"make"}}
+        given = {name: getattr(self, name) for name in _Quantization.model_fields}
         if precision == "fp16":
             given = {k: v for k, v in given.items() if k not in _FOR_INT8}
         return QuantizeSettings(precision=precision, **given)

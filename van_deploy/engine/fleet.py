@@ -30,7 +30,7 @@ from typing import Literal
 import pydantic
 
 from van_deploy.bundle import Bundle
-from van_deploy.config import BatchRange, BuildOptions
+from van_deploy.config import BuildOptions
 from van_deploy.config.engines import PlanSettings
 from van_deploy.config.fields import Target, option
 from van_deploy.engine.backend import choose_backend
@@ -198,10 +198,9 @@ def cells_of(fleet: Fleet) -> tuple[Cell, ...]:
 
 def prepared(cell: Cell, bundle: Bundle) -> BuildOptions:
     """Return a cell's options with the bundle's own batch range where the file gives none."""
-    own = bundle.manifest.get("batch")
-    if not cell.own_profiles or not own:
+    if not cell.own_profiles:
         return cell.options
-    return cell.options.changed(profiles=(BatchRange(**own),))
+    return cell.options.changed(profiles=(bundle.manifest.batch,))
 
 
 def build_here(

@@ -43,14 +43,14 @@ def _bundle_table(result: dict[str, Any]) -> RenderableType:
     more = [f"and {len(found) - MOST_PROBLEMS:,} more"] if len(found) > MOST_PROBLEMS else []
     problems = [*found[:MOST_PROBLEMS], *more]
     return stack(
-        facts_table({"bundle": result["path"], "written": manifest["written"]}),
+        facts_table({"bundle": result["path"], "written": manifest.written}),
         model_facts(manifest),
-        proofs_table(manifest["checks"]),
-        agreement_table(manifest["checks"]["agreement"]),
+        proofs_table(manifest.checks),
+        agreement_table(manifest.checks["agreement"]),
         artefacts_table(manifest, result["sizes"]),
         notes(problems, "FAIL") if problems else notes(["every file is the manifest's"], "PASS"),
-        notes(manifest["weights"]["notes"], "NOTE") if manifest["weights"]["notes"] else None,
-        facts_table(manifest["versions"], "Made with"),
+        notes(manifest.weights.notes, "NOTE") if manifest.weights.notes else None,
+        facts_table(manifest.versions, "Made with"),
     )
 
 
@@ -69,7 +69,7 @@ def _model_table(result: dict[str, Any]) -> RenderableType:
         "multiply-adds": f"{count_text(result['multiply_adds'])} "
         f"at {result['multiply_adds_at']} x {result['multiply_adds_at']}",
         "preprocessing": preprocessing_text(preprocessing),
-        "": f"from {preprocessing['source']}",
+        "": f"from {preprocessing.source}",
     }
     if result["kind"] == "variant":
         facts["top-1"] = (

@@ -154,7 +154,7 @@ class Service:
             instances=self.settings.instances,
             on_batch=batch_ran,
         )
-        served = Served(name, network, batcher, self.bundle.manifest.get("class_names"))
+        served = Served(name, network, batcher, self.bundle.manifest.class_names)
         self.models[name] = served
         self.metrics.watch_queue(name, lambda: batcher.queued_rows)
 
@@ -266,7 +266,7 @@ class Service:
         start = time.perf_counter()
         outputs = self._original.run(self._original.prepare(pixels))
         seconds = time.perf_counter() - start
-        names = self.bundle.manifest.get("class_names")
+        names = self.bundle.manifest.class_names
         ranked = self._original.top(outputs, top)
         every = self._original.top(outputs, int(1e9))
         mine = dict(zip(every.classes[0].tolist(), every.probabilities[0].tolist(), strict=True))

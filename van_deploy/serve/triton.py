@@ -21,7 +21,6 @@ from van_deploy.config import TritonSettings
 from van_deploy.engine.sidecar import verified_sidecar
 from van_deploy.errors import BundleError, InputError, UsageError
 from van_deploy.files import file_sha256
-from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.network import Network, TensorSpec, embedding_of, runnable_artefacts
 from van_deploy.serve.client_source import client_source
 from van_deploy.serve.manifests import Deployment, manifests
@@ -122,7 +121,7 @@ def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[in
     Those that reached 90 % of the best throughput in the bundle's benchmark; without
     one, the optimum the bundle was made for and the largest.
     """
-    bench = bundle.manifest["checks"].get("bench", {})
+    bench = bundle.manifest.checks.get("bench", {})
     plain = artefact.split("-")[0]
     rates: dict[int, float] = {}
     for row in bench.get("rows", ()):
@@ -132,7 +131,7 @@ def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[in
     if rates:
         good = [b for b, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
     else:
-        good = [int(bundle.manifest["batch"]["opt"]), max_batch]
+        good = [bundle.manifest.batch.opt, max_batch]
     return tuple(sorted({b for b in good if 1 < b <= max_batch}))
 
 
@@ -200,7 +199,7 @@ def _engine_model(bundle: Bundle, name: str) -> TritonModel:
             "ONNX artefact.",
         )
     (given,) = sidecar.inputs
-    source = bundle.artefacts.get(str(bundle.artefact(name).made_from.get("name")))
+    source = bundle.artefacts.get(bundle.artefact(name).made_from.name)
     return TritonModel(
         name=served_name(bundle, name),
         artefact=name,
@@ -231,7 +230,7 @@ def _write_model(
     version.mkdir(parents=True)
     for name, source in model.files.items():
         shutil.copyfile(source, version / name)
-    names = bundle.manifest.get("class_names")
+    names = bundle.manifest.class_names
     if names:
         (folder / LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
     config = model_config(
@@ -255,7 +254,7 @@ def _write_beside(
     made: Path, bundle: Bundle, models: Sequence[TritonModel], settings: TritonSettings
 ) -> None:
     first = models[0]
-    preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
+    preprocessing = bundle.manifest.preprocessing
     if any(spec.name == "logits" for spec in first.outputs):
         source = client_source(
             first.name,
