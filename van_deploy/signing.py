@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle
-from van_deploy.bundle.manifest import manifest_from
 from van_deploy.documents import json_from
 from van_deploy.errors import BundleError, SignatureError
 from van_deploy.files import write_atomic
+from van_deploy.manifest import manifest_from
 from van_deploy.signing_keys import key_id
 
 if TYPE_CHECKING:
