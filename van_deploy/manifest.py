@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, Field
 
+from van_deploy.config import BatchRange
 from van_deploy.documents import LONGEST_TEXT
 from van_deploy.errors import BundleError
 from van_deploy.fields import Count, FileName, Kept, Label, Table, Text
@@ -18,7 +19,6 @@ from van_deploy.files import content_key
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.variants import VanConfig
 from van_deploy.model.weights_source import WeightsSource
-from van_deploy.recipe import BatchRange
 from van_deploy.schema import Schema
 from van_deploy.versioned import Versioned, read_versioned, versioned_from
 
