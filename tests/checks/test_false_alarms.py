@@ -16,9 +16,9 @@ from van_deploy.checks.gates import limits_from_noise, measure_noise
 from van_deploy.checks.opened import NotRun, open_artefact
 from van_deploy.checks.statistics import bootstrap
 from van_deploy.checks.verify import verify_logits
+from van_deploy.config import GateSettings
 from van_deploy.data import check_images, labelled_images
 from van_deploy.metrics import Array
-from van_deploy.recipe import GateSettings
 
 RESAMPLES = 200
 IMAGES = 64
