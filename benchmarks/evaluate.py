@@ -24,6 +24,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.bundle.original import original_network
 from van_deploy.checks.contestants import Contestants
 from van_deploy.checks.evaluate import Settings, evaluate_bundle
+from van_deploy.config import ModelSettings, Recipe
 from van_deploy.data import (
     ImageSet,
     decoded_batches,
@@ -34,7 +35,6 @@ from van_deploy.data import (
 )
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.pipeline import export_bundle, load_for
-from van_deploy.recipe import ModelSettings, Recipe
 
 ASKED = 0.85
 BATCH = 32
@@ -118,8 +118,7 @@ def _fed(bundle: Bundle, loaded: LoadedVan, labelled: ImageSet) -> float:
     start = time.perf_counter()
     with Contestants(bundle, loaded, list(bundle.artefacts)) as contestants:
         for batch in decoded:
-            pixels = batch.inputs if batch.pixels is None else batch.pixels
-            for logits in contestants.logits(batch.inputs, pixels).values():
+            for logits in contestants.logits(batch.inputs, batch.values).values():
                 if not np.isfinite(logits).all():
                     raise RuntimeError("a network gave a NaN")
     return time.perf_counter() - start

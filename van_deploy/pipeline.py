@@ -23,6 +23,7 @@ from van_deploy.checks.gates import Outcome
 from van_deploy.checks.golden import GOLDEN_FILE, Samples, images_for_golden, write_golden
 from van_deploy.checks.judging import Judged, batch_sizes, judge_new
 from van_deploy.checks.reference import reference_samples
+from van_deploy.config import Recipe
 from van_deploy.data import check_images, class_names_from_file
 from van_deploy.errors import BundleError, GateFailed, InputError, UsageError
 from van_deploy.files import content_key
@@ -33,7 +34,6 @@ from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.graph.simplify import operator_counts, simplify_onnx
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
-from van_deploy.recipe import Recipe
 from van_deploy.runners.base import Images, run_in_batches
 from van_deploy.runners.onnxruntime import (
     onnxruntime_logits,
@@ -98,8 +98,6 @@ def load_for(
     recipe: Recipe,
     *,
     offline: bool = False,
-    seed: int = 0,
-    container: str | None = None,
     download_progress: Callable[[str, int, int | None], None] | None = None,
 ) -> LoadedVan:
     """Return the network a recipe names, with the recipe's preprocessing and class names."""
@@ -114,14 +112,14 @@ def load_for(
         weights=weights,
         expect_sha256=settings.sha256 or None,
         offline=offline,
-        seed=seed,
-        container=container,
+        seed=settings.seed,
+        container=settings.container or None,
         progress=download_progress,
     )
-    preprocessing = loaded.preprocessing.override(**asdict(recipe.preprocessing))
+    preprocessing = loaded.preprocessing.override(**recipe.preprocessing.model_dump())
     class_names = loaded.class_names
     if settings.labels:
-        class_names = class_names_from_file(Path(settings.labels), loaded.config.num_classes)
+        class_names = class_names_from_file(settings.labels, loaded.config.num_classes)
     name = loaded.name if weights or _is_known(spec) else settings.name or loaded.name
     return replace(loaded, name=name, preprocessing=preprocessing, class_names=class_names)
 
@@ -305,10 +303,10 @@ def _ingredients(
         "rewrites": asdict(rewrites),
         "export": {
             name: value
-            for name, value in asdict(recipe.export).items()
+            for name, value in recipe.export.as_dict().items()
             if name not in {"embed_preprocess", "outputs"}  # these are artefacts of their own
         },
-        "batch": asdict(recipe.batch),
+        "batch": recipe.batch.as_dict(),
         "images checked": hashlib.sha256(inputs.tobytes()).hexdigest(),
         "code": code_digest(".", "model", "graph", "checks", "data", "runners"),
         "versions": tool_versions(*EXPORT_TOOLS, "onnxruntime"),

@@ -16,9 +16,9 @@ from van_deploy.checks.gates import limits_from_noise, measure_noise
 from van_deploy.checks.opened import NotRun, open_artefact
 from van_deploy.checks.statistics import bootstrap
 from van_deploy.checks.verify import verify_logits
+from van_deploy.config import GateSettings
 from van_deploy.data import check_images, labelled_images
 from van_deploy.metrics import Array
-from van_deploy.recipe import GateSettings
 
 RESAMPLES = 200
 IMAGES = 64
@@ -43,11 +43,11 @@ def answered(whole: Subject) -> Answered:
         opened = open_artefact(whole.bundle, name, threads=1)
         assert not isinstance(opened, NotRun)
         with opened:
-            pieces = [opened.logits(pictures.pixels[i : i + 8]) for i in range(0, IMAGES, 8)]
+            pieces = [opened.logits(pictures.values[i : i + 8]) for i in range(0, IMAGES, 8)]
         found[name] = np.concatenate(pieces)
     labelled = labelled_images(whole.labelled, 10)
-    by_name = dict(zip(labelled.paths, labelled.labels, strict=True))
-    labels = np.array([by_name[whole.labelled / name] for name in pictures.names])
+    by_name = {labelled.relative(item): item.label for item in labelled.items}
+    labels = np.array([by_name[name] for name in pictures.names])
     return Answered(reference_logits(whole.loaded, pictures), found, labels)
 
 

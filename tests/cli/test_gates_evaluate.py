@@ -47,7 +47,7 @@ class TestTheDigits:
         path = copy_of(judged)
         document = evaluated(cli, path, "--images", judged.labelled, "--batch", "16")
         assert document["count"] == 60
-        assert "class folders by index" in document["images"]
+        assert "class folders by class name" in document["images"]
         assert list(document["accuracy"]) == ["pytorch", "fp32", "fp16", "int8"]
         assert document["accuracy"]["pytorch"]["top1"] > 0.9
         assert document["accuracy"]["fp32"]["top1"] == document["accuracy"]["pytorch"]["top1"]
@@ -148,7 +148,7 @@ class TestTheDigits:
     @pytest.mark.parametrize(
         ("words", "code", "message"),
         [
-            (("--batch", "0"), 2, "--batch and --limit are 1 or more"),
+            (("--batch", "0"), 2, "'--batch' is 0: it should be greater than or equal to 1."),
             (("--labels", "/nowhere.txt"), 5, "The labels '/nowhere.txt' cannot be read"),
         ],
     )
@@ -190,8 +190,8 @@ class TestTheDigits:
 
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
     from van_deploy.pipeline import export_bundle, load_for
-    from van_deploy.recipe import BatchRange, ModelSettings, PreprocessingSettings, Recipe
 
     folder = tmp_path_factory.mktemp("thousand")
     config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=1000)
@@ -239,7 +239,9 @@ class TestAThousandClasses:
         (tmp_path / "kaggle" / "LOC_val_solution.csv").write_text("\n".join(csv))
         documents = {
             "class folders by WordNet id": evaluated(cli, thousand, "--images", by_wnid),
-            "class folders by index": evaluated(cli, thousand, "--images", by_index),
+            "in the order asked for (index)": evaluated(
+                cli, thousand, "--images", by_index, "--class-order", "index"
+            ),
             "ground_truth.txt": evaluated(
                 cli, thousand, "--images", official, "--synsets", tmp_path / "kit.txt"
             ),

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from van_deploy.data import decoded_batches, labelled_images
+from van_deploy.data import decoded_batches, find_images, labelled_images
 from van_deploy.errors import UsageError
 from van_deploy.model.embedded import (
     DigitsSplit,

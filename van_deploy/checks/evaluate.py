@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,19 +33,20 @@ from van_deploy.checks.gates import (
 )
 from van_deploy.checks.opened import ON_CPU, Execution, NotRun, chosen_artefacts, open_artefact
 from van_deploy.checks.predictions import Answered, Table, answered
+from van_deploy.checks.reference import samples_for
 from van_deploy.checks.rules import judge_loss, judge_numbers
-from van_deploy.data import Batch, ImageSet, dataset_digest, decoded_batches
+from van_deploy.config import EvaluateSettings, GateSettings
+from van_deploy.data import Batch, ImageSet, dataset_digest, decoded_batches, labelled_images
 from van_deploy.errors import ConversionError, ImageError, InputError
 from van_deploy.metrics import Task
 from van_deploy.ray_tasks import RayTask, run_on_ray
-from van_deploy.recipe import GateSettings
 from van_deploy.runners.base import Logits
 from van_deploy.runners.network import PYTORCH, Network
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-__all__ = ["BATCH", "Settings", "evaluate_bundle"]
+__all__ = ["BATCH", "Settings", "evaluate_bundle", "evaluate_images"]
 
 BATCH = 32
 BATCHES_A_TASK = 4  # so that decoding runs ahead of the networks inside a task of the cluster
@@ -187,6 +189,43 @@ def evaluate_bundle(
         class_names=loaded.class_names,
         seconds=time.perf_counter() - started,
         allowed=settings.allowed,
+    )
+
+
+def evaluate_images(
+    bundle: Bundle,
+    loaded: LoadedVan,
+    images: Path,
+    asked: EvaluateSettings,
+    settings: Settings,
+    gates: GateSettings | None = None,
+    progress: Progress | None = None,
+) -> EvaluateReport:
+    """Return the accuracy on labelled images, as :func:`evaluate_bundle` does.
+
+    Args:
+        bundle: the bundle.
+        loaded: its original network.
+        images: their folder or ``.npz``.
+        asked: how their labels are found, and how many are taken.
+        settings: how to evaluate.
+        gates: limits a recipe sets otherwise.
+        progress: told how many images of how many are answered.
+    """
+    labelled = labelled_images(
+        images,
+        loaded.config.num_classes,
+        loaded.class_names,
+        labels_file=asked.labels,
+        synsets_file=asked.synsets,
+        class_order=asked.class_order,
+        find_labels=asked.label_files,
+    )
+    chosen = labelled.first(asked.limit) if asked.limit else labelled
+    golden = bundle.manifest.golden is not None
+    noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
+    return evaluate_bundle(
+        bundle, loaded, chosen, settings, noise_db=noise_db, gates=gates, progress=progress
     )
 
 

@@ -30,26 +30,24 @@ from van_deploy.bundle import Bundle, Draft, Golden
 from van_deploy.bundle.reading import verify
 from van_deploy.checks.gates import Finding, Outcome, failed
 from van_deploy.data import (
-    IMAGE_MODES,
     CheckImages,
     ImageSet,
     check_images,
     image_set,
+    open_image,
     opened,
-    read_pixels,
     sample_set,
 )
-from van_deploy.data.decode import is_image
 from van_deploy.errors import BundleError, ImageError, UsageError
 from van_deploy.metrics import Array, Task, sqnr_db
-from van_deploy.model.pixels import Pixels, normalised
+from van_deploy.model.pixels import Pixels, normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.base import Images
 from van_deploy.runners.network import task_of
 
 __all__ = [
-    "GOLDEN_CHOICES",
     "GOLDEN_FILE",
+    "GOLDEN_IMAGES",
     "Samples",
     "golden_samples",
     "images_for_golden",
@@ -60,9 +58,7 @@ __all__ = [
 GOLDEN_FILE = "golden.npz"
 GOLDEN_IMAGES = 16
 ORIGINALS = 2
-GOLDEN_CHOICES = ("images", "samples", "none")
-"""``--golden``: the user's images, the package's own photographs, or no golden samples."""
-
+IMAGE_CHANNELS = (1, 3, 4)  # those that image files have
 LONGEST_SIDE = 512  # pixels: large enough to be resized by the pipeline, small enough to ship
 RESIZED_WITHIN = 1
 """Levels of 255 by which another build of Pillow may resize otherwise."""
@@ -107,6 +103,17 @@ class Samples:
         """Return how many images there are."""
         return len(self.inputs)
 
+    def first(self, count: int) -> Samples:
+        """Return at most ``count`` of them."""
+        return replace(
+            self,
+            inputs=self.inputs[:count],
+            pixels=None if self.pixels is None else self.pixels[:count],
+            logits=self.logits[:count],
+            single=self.single[:count],
+            names=self.names[:count],
+        )
+
 
 def images_for_golden(
     name: str, preprocessing: Preprocessing, source: Path | None
@@ -126,7 +133,7 @@ def images_for_golden(
     originals = _originals(images, preprocessing)
     if not originals or chosen.pixels is None:
         return chosen, ()
-    first = [read_pixels(data, preprocessing, name="the original") for data in originals]
+    first = [_pixels(data, preprocessing) for data in originals]
     pixels = np.stack([*first, *chosen.pixels])[: len(chosen)]
     names = (*_original_names(len(originals)), *chosen.names)[: len(chosen)]
     inputs = normalised(pixels, preprocessing)
@@ -136,20 +143,25 @@ def images_for_golden(
 def _originals(images: ImageSet, preprocessing: Preprocessing) -> tuple[bytes, ...]:
     """Return some of the images as PNG, small enough to ship."""
     encoded: list[bytes] = []
-    if preprocessing.channels not in IMAGE_MODES:
+    if preprocessing.channels not in IMAGE_CHANNELS:
         return ()
     for item in images.items[:: max(1, len(images) // ORIGINALS)]:
-        if len(encoded) == ORIGINALS or not is_image(item):
-            break
         try:
             image = opened(item, preprocessing.channels)
         except ImageError:
             continue
+        if image is None or len(encoded) == ORIGINALS:
+            break
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         file = io.BytesIO()
         image.save(file, format="PNG", optimize=True)
         encoded.append(file.getvalue())
     return tuple(encoded)
+
+
+def _pixels(source: Path | bytes, preprocessing: Preprocessing) -> Pixels:
+    image = open_image(source, channels=preprocessing.channels)
+    return pixels_from_image(image, preprocessing)
 
 
 def _original_names(count: int) -> list[str]:
@@ -276,7 +288,7 @@ def _judge_original(
     if samples.pixels is None:
         raise UsageError(f"There are no pixels to compare '{path}' with.", _ANEW)
     try:
-        found = read_pixels(path, preprocessing)
+        found = _pixels(path, preprocessing)
     except ImageError as error:
         return failed("preprocessing", error.message.rstrip("."))
     change = int(np.abs(found.astype(int) - samples.pixels[row].astype(int)).max())

@@ -11,16 +11,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.golden import Samples
+from van_deploy.checks.golden import GOLDEN_IMAGES, Samples, golden_samples
 from van_deploy.checks.graphs import HEAD, quiet_session, run_taps, with_taps
-from van_deploy.data import CheckImages
+from van_deploy.data import CheckImages, check_images
 from van_deploy.errors import BundleError
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import Task
@@ -39,6 +40,7 @@ __all__ = [
     "OnnxModules",
     "TorchModules",
     "reference_samples",
+    "samples_for",
 ]
 
 REFERENCE_BATCH = 8  # images PyTorch sees at a time: enough to be fast, few enough to be lean
@@ -66,6 +68,39 @@ def reference_samples(loaded: LoadedVan, images: CheckImages) -> Samples:
         description=images.description,
         task=Task.of(loaded.config.num_classes, getattr(loaded, "problem_type", None)),
     )
+
+
+def samples_for(
+    bundle: Bundle, loaded: LoadedVan | None, images: Path | None, count: int = GOLDEN_IMAGES
+) -> Samples:
+    """Return what a bundle is judged on.
+
+    Args:
+        bundle: the bundle.
+        loaded: its original network; None takes the golden samples as they are.
+        images: the user's folder or ``.npz``; None for the golden samples, or sample
+            photographs where the bundle has none.
+        count: how many of the user's images.
+
+    Raises:
+        BundleError: there is no network and there are no golden samples, or they were changed.
+        ImageError: the images cannot be read.
+    """
+    if loaded is None:
+        return golden_samples(bundle)
+    if images is not None or bundle.manifest.golden is None:
+        return reference_samples(
+            loaded, check_images(loaded.name, loaded.preprocessing, count, images)
+        )
+    golden = golden_samples(bundle)
+    same = CheckImages(
+        tuple(range(len(golden))),
+        golden.inputs,
+        golden.pixels,
+        names=golden.names,
+        description=golden.description,
+    )
+    return replace(reference_samples(loaded, same), task=golden.task, golden=True)
 
 
 @dataclass

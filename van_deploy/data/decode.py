@@ -27,45 +27,30 @@ from van_deploy.model.preprocess import Preprocessing
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "IMAGE_MODES",
-    "Batch",
-    "decoded_batches",
-    "is_image",
-    "item_values",
-    "open_image",
-    "opened",
-    "read_pixels",
-    "require_images_of",
-    "stacked_inputs",
-]
-
-IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's mode of an image with so many channels."""
+__all__ = ["Batch", "decoded_batches", "image_mode", "item_values", "open_image", "opened"]
 
 # What the suffixes stand for; Pillow reads a camera's MPO as JPEG. No others are tried: it gives an
 # EPS to Ghostscript, whatever the file is called.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # TIFF 6.0, section 8
-DIRECT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}  # what Pillow converts to RGBA itself
-REASONS_SHOWN = 10
 AHEAD = 3
 """Batches decoded before they are asked for: enough to hide a slow file, and a bound on memory."""
 
 
-def require_images_of(channels: int) -> str:
+def image_mode(channels: int) -> str:
     """Return Pillow's mode of an image with ``channels`` channels.
 
     Raises:
         UsageError: no image file has so many.
     """
-    if channels not in IMAGE_MODES:
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    if channels not in modes:
         raise UsageError(
             f"The network takes {channels} channels, and image files have 1, 3 or 4.",
-            "Give arrays instead: --images FILE.npz with 'images', uint8 (N, S, S, "
-            f"{channels}) or normalised float32 (N, {channels}, S, S).",
+            f"Give arrays: an .npz with 'images', uint8 (N, S, S, {channels}) or normalised "
+            f"float32 (N, {channels}, S, S).",
         )
-    return IMAGE_MODES[channels]
+    return modes[channels]
 
 
 def open_image(
@@ -82,7 +67,7 @@ def open_image(
     Args:
         source: a path, or the bytes of an image file.
         channels: 1, 3 or 4.
-        name: what errors call the image; by default its path.
+        name: what errors call the image, at the beginning of a sentence; by default its path.
         max_pixels: more pixels than this are refused before they are decoded.
 
     Raises:
@@ -90,119 +75,108 @@ def open_image(
         ImageError: not an image, damaged, truncated, too large, or of a pixel
             type without an agreed range (32-bit integers, floats).
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    mode = require_images_of(channels)
-    name = name or ("the image" if isinstance(source, bytes) else f"'{source}'")
+    mode = image_mode(channels)
+    name = name or ("The image" if isinstance(source, bytes) else f"'{source}'")
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    remedy = "Replace the file or leave it out."
     try:
         if not isinstance(source, bytes):
             require_regular_file(Path(source))
-        opened = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(opened, formats=FORMATS) as image:
-            _refuse_large(image, name, max_pixels)
-            return _converted(image, mode, name)
-    except ImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
-        raise _too_large(name, str(problem)) from problem
+        stream = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(stream, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise Image.DecompressionBombError(  # noqa: TRY301 - told as Pillow's own is
+                    f"{width} x {height} pixels, more than {max_pixels:,}"
+                )
+            return _converted(image, mode)
     except Exception as problem:  # Pillow's decoders raise almost anything on damaged files
-        raise ImageError(
-            f"{_capitalised(name)} cannot be read as an image: {_reason(problem)}.",
-            "Replace the file or leave it out.",
-        ) from problem
+        reason = getattr(problem, "strerror", "") or " ".join(str(problem).split()).rstrip(".")
+        if isinstance(problem, UnidentifiedImageError):
+            reason = "it is in no known image format"
+        failed = "cannot be read as an image"
+        if isinstance(problem, bombs):
+            failed = "is too large to open safely"
+            remedy = "Make it smaller first: the network sees a few hundred pixels a side."
+        told = f"{name} {failed}: {reason or type(problem).__name__}."
+        raise ImageError(told, remedy) from problem
 
 
-def _refuse_large(image: Image.Image, name: str, max_pixels: int) -> None:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise _too_large(name, f"{width} x {height} pixels, more than {max_pixels:,}")
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """Return an opened image upright, with 8 bits a channel, in ``mode``.
 
-
-def _too_large(name: str, reason: str) -> ImageError:
-    return ImageError(
-        f"{_capitalised(name)} is too large to open safely: {reason.rstrip('.')}.",
-        "Make it smaller first: the network sees a few hundred pixels a side.",
-    )
-
-
-def _converted(image: Image.Image, mode: str, name: str) -> Image.Image:
-    """Return an opened image upright, with 8 bits a channel, in ``mode``."""
+    Raises:
+        ValueError: its pixels have no agreed range, or channels that Pillow drops.
+    """
     from PIL import ImageOps
 
     image.seek(0)
-    stored = getattr(image, "tag_v2", {}).get(SAMPLES_PER_PIXEL, 0)
-    if mode == "RGBA" and image.mode == "RGB" and stored > 3:
-        raise ImageError(
-            f"{_capitalised(name)} has {stored} channels, of which Pillow reads 3: "
-            "the others are not marked as transparency.",
-            "Save the images as an .npz of arrays, or as RGBA.",
-        )
+    tags = getattr(image, "tag_v2", {})
+    if mode == "RGBA" and image.mode == "RGB" and tags.get(SAMPLES_PER_PIXEL, 3) > 3:
+        raise ValueError("it has more than 3 channels, and none is marked as transparency")
+    upright = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        upright = _eight_bits(ImageOps.exif_transpose(image), _largest_value(image))
+        upright = _eight_bits(upright, tags.get(BITS_PER_SAMPLE, (16,)))
     elif image.mode in {"I", "F"}:
-        raise ImageError(
-            f"{_capitalised(name)} holds 32-bit pixels (mode {image.mode}), "
-            "which have no agreed range.",
-            "Convert it to 8 or 16 bits a channel.",
-        )
-    else:
-        upright = ImageOps.exif_transpose(image)
+        raise ValueError(f"32-bit pixels (mode {image.mode}) have no agreed range")
     if upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")  # straight to RGB, Pillow warns
-    if upright.mode not in DIRECT_MODES:
-        upright = upright.convert("RGB")
+    if upright.mode not in {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}:
+        upright = upright.convert("RGB")  # the others have no way to RGBA
     return upright.convert(mode)
 
 
-def _eight_bits(image: Image.Image, largest: int) -> Image.Image:
-    """Return integer grey ``0..largest`` as 8-bit grey, scaled and rounded."""
+def _eight_bits(image: Image.Image, bits: Any) -> Image.Image:
+    """Return 16-bit grey as 8-bit grey, scaled by what its file can hold (12-bit TIFF: 4095)."""
     from PIL import Image
 
+    largest = (1 << int(bits[0] if isinstance(bits, tuple) else bits)) - 1
     values = np.asarray(image).astype(np.float64) * (255 / largest)
     return Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
-
-
-def _largest_value(image: Image.Image) -> int:
-    """Return the largest value a 16-bit image's file can hold (12-bit TIFF: 4095)."""
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(BITS_PER_SAMPLE, (16,))
-    return (1 << int(bits[0] if isinstance(bits, tuple) else bits)) - 1
-
-
-def _reason(problem: Exception) -> str:
-    """Return the problem in words, on one line and without the file's name."""
-    from PIL import UnidentifiedImageError
-
-    if isinstance(problem, UnidentifiedImageError):
-        return "it is in no known image format"
-    if isinstance(problem, OSError) and problem.strerror:
-        return problem.strerror
-    text = " ".join(str(problem).split()).rstrip(".")
-    return text or type(problem).__name__
-
-
-def _capitalised(name: str) -> str:
-    return name[:1].upper() + name[1:]
 
 
 # --- network input ---------------------------------------------------------------------------
 
 
-def read_pixels(
-    source: Path | str | bytes,
-    preprocessing: Preprocessing,
-    *,
-    name: str = "",
-    max_pixels: int = MAX_PIXELS,
-) -> Pixels:
-    """Return an image file as its network sees it before normalisation, ``(S, S, C)`` uint8.
+def opened(item: ImageItem, channels: int = 3) -> Image.Image | None:
+    """Return an item as an image in the mode of ``channels``; None for arrays that are none.
 
     Raises:
-        UsageError: the network's channels are not an image's.
+        UsageError: no image has so many channels.
         ImageError: it cannot be read.
     """
-    image = open_image(source, channels=preprocessing.channels, name=name, max_pixels=max_pixels)
-    return pixels_from_image(image, preprocessing)
+    from PIL import Image
+
+    if isinstance(item.data, Path):
+        return open_image(item.data, channels=channels)
+    values = item.data if item.data.ndim == 3 else item.data[:, :, None]
+    if values.dtype != np.uint8 or values.shape[2] not in {1, 3, 4}:
+        return None
+    values = values[:, :, 0] if values.shape[2] == 1 else values
+    return Image.fromarray(np.ascontiguousarray(values)).convert(image_mode(channels))
+
+
+def item_values(item: ImageItem, preprocessing: Preprocessing) -> npt.NDArray[Any]:
+    """Return an item's pixels ``(S, S, C)`` uint8, or its network input ``(C, S, S)`` float32.
+
+    Raises:
+        UsageError: the network's channels are not an image's, or an array is not of its size.
+        ImageError: it cannot be read.
+    """
+    image = opened(item, preprocessing.channels)
+    if image is not None:
+        return pixels_from_image(image, preprocessing)
+    values = np.asarray(item.data)
+    side, channels = preprocessing.image_size, preprocessing.channels
+    wanted = (side, side, channels) if values.dtype == np.uint8 else (channels, side, side)
+    if values.shape != wanted:
+        raise UsageError(
+            f"The {item.name} is an array of shape {values.shape}; the network takes {wanted}.",
+            "Save it in the network's size; only uint8 images of 1, 3 or 4 channels are resized.",
+        )
+    return values
 
 
 @dataclass(frozen=True)
@@ -220,7 +194,27 @@ class Batch:
     indices: tuple[int, ...]
     inputs: npt.NDArray[np.float32]
     pixels: Pixels | None
-    unreadable: tuple[tuple[int, str], ...]
+    unreadable: tuple[tuple[int, str], ...] = ()
+
+    @classmethod
+    def of(
+        cls, values: Sequence[tuple[int, npt.NDArray[Any] | str]], preprocessing: Preprocessing
+    ) -> Batch:
+        """Return the batch of what :func:`item_values` gave, by index, or why it did not."""
+        good = [(index, value) for index, value in values if not isinstance(value, str)]
+        bad = [(index, value) for index, value in values if isinstance(value, str)]
+        side, channels = preprocessing.image_size, preprocessing.channels
+        arrays = [value for _, value in good] or [np.empty((side, side, channels), np.uint8)]
+        pixels = inputs = np.stack(arrays)[: len(good)]
+        if pixels.dtype == np.uint8:
+            inputs = normalised(pixels, preprocessing)
+        given = pixels if pixels.dtype == np.uint8 else None
+        return cls(tuple(index for index, _ in good), inputs, given, tuple(bad))
+
+    @property
+    def values(self) -> npt.NDArray[Any]:
+        """The pixels where there are any, else the inputs."""
+        return self.inputs if self.pixels is None else self.pixels
 
 
 def decoded_batches(
@@ -230,7 +224,7 @@ def decoded_batches(
     *,
     indices: Sequence[int] | None = None,
     workers: int = 1,
-    most_unreadable: float | None = None,
+    most_unreadable: float = 1.0,
 ) -> Iterator[Batch]:
     """Yield the items in their order as network input, ``batch`` of them at a time.
 
@@ -243,113 +237,34 @@ def decoded_batches(
         batch: items a batch, 1 or more.
         indices: which of the items; all by default.
         workers: threads.
-        most_unreadable: share (0..1) of the images; None leaves it to who reads the batches.
+        most_unreadable: share (0..1) of the images.
 
     Raises:
         UsageError: the network's channels are not an image's, or an array is not of its size.
-        ImageError: more than ``most_unreadable`` of the images cannot be read, or none can.
+        ImageError: more than ``most_unreadable`` of the images cannot be read.
     """
     every = range(len(items)) if indices is None else indices
-    groups = [every[start : start + batch] for start in range(0, len(every), max(1, batch))]
+    groups = [every[start : start + batch] for start in range(0, len(every), batch)]
     bad: list[str] = []
+
+    def values(index: int) -> tuple[int, npt.NDArray[Any] | str]:
+        try:
+            return index, item_values(items[index], preprocessing)
+        except ImageError as error:
+            return index, error.message
+
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode") as pool:
-        waiting: deque[tuple[Sequence[int], list[Any]]] = deque()
+        waiting: deque[Any] = deque()
         for group in (*groups, *[()] * AHEAD):
-            futures = [pool.submit(_values, items[index], preprocessing) for index in group]
-            waiting.append((group, futures))
+            waiting.append([pool.submit(values, index) for index in group])
             if len(waiting) <= AHEAD:
                 continue
-            made = _collected(*waiting.popleft(), preprocessing)
+            made = Batch.of([future.result() for future in waiting.popleft()], preprocessing)
             bad += [reason for _, reason in made.unreadable]
-            if most_unreadable is not None:
-                _refuse_unreadable(bad, len(every), most_unreadable)
+            if len(bad) > most_unreadable * len(every):
+                raise ImageError(
+                    f"{len(bad)} of {len(every)} images could not be read, more than "
+                    f"{100 * most_unreadable:g} %; the first: {bad[0]}",
+                    "Replace or remove these files.",
+                )
             yield made
-
-
-def _refuse_unreadable(bad: Sequence[str], total: int, share: float) -> None:
-    if bad and (len(bad) > share * total or len(bad) == total):
-        more = f"\n  and {len(bad) - REASONS_SHOWN} more" if len(bad) > REASONS_SHOWN else ""
-        raise ImageError(
-            f"{len(bad)} of {total} images could not be read, more than the {100 * share:g} % "
-            "allowed:\n  " + "\n  ".join(bad[:REASONS_SHOWN]) + more,
-            "Replace or remove these files.",
-        )
-
-
-def item_values(item: ImageItem, preprocessing: Preprocessing) -> npt.NDArray[Any]:
-    """Return an item's pixels ``(S, S, C)`` uint8, or its network input ``(C, S, S)`` float32.
-
-    Raises:
-        UsageError: the network's channels are not an image's, or an array is not of its size.
-        ImageError: it cannot be read.
-    """
-    if is_image(item):
-        return pixels_from_image(opened(item, preprocessing.channels), preprocessing)
-    values = np.asarray(item.data)
-    return _fitting(item.name, values, preprocessing)
-
-
-def is_image(item: ImageItem) -> bool:
-    """Return whether an item can be resized: a file, or bytes with an image's channels."""
-    if isinstance(item.data, Path):
-        return True
-    channels = item.data.shape[2] if item.data.ndim == 3 else 1
-    return item.data.dtype == np.uint8 and channels in IMAGE_MODES
-
-
-def opened(item: ImageItem, channels: int = 3) -> Image.Image:
-    """Return an item that :func:`is_image` as an image in the mode of ``channels``.
-
-    Raises:
-        UsageError: no image has so many channels.
-        ImageError: it cannot be read.
-    """
-    from PIL import Image
-
-    if isinstance(item.data, Path):
-        return open_image(item.data, channels=channels)
-    values = item.data
-    flat = values[:, :, 0] if values.ndim == 3 and values.shape[2] == 1 else values
-    return Image.fromarray(np.ascontiguousarray(flat)).convert(require_images_of(channels))
-
-
-def _values(item: ImageItem, preprocessing: Preprocessing) -> npt.NDArray[Any] | ImageError:
-    try:
-        return item_values(item, preprocessing)
-    except ImageError as error:
-        return error
-
-
-def _fitting(name: str, values: npt.NDArray[Any], preprocessing: Preprocessing) -> npt.NDArray[Any]:
-    """Return an array that is used as it is, after a look at its shape."""
-    channels_first = values.dtype == np.float32
-    side, channels = preprocessing.image_size, preprocessing.channels
-    wanted = (channels, side, side) if channels_first else (side, side, channels)
-    if values.shape != wanted:
-        kind = "network input" if channels_first else "an array"
-        raise UsageError(
-            f"The {name} is {kind} of shape {values.shape}; the network takes {wanted}.",
-            "Save it in the network's size; uint8 images of 1, 3 or 4 channels are resized.",
-        )
-    return values
-
-
-def stacked_inputs(
-    values: Sequence[npt.NDArray[Any]], preprocessing: Preprocessing
-) -> tuple[npt.NDArray[np.float32], Pixels | None]:
-    """Return pixels ``(S, S, C)`` or inputs ``(C, S, S)`` as a batch of inputs, and its pixels."""
-    side, channels = preprocessing.image_size, preprocessing.channels
-    if all(value.dtype == np.uint8 for value in values):
-        empty = np.empty((0, side, side, channels), np.uint8)
-        pixels = np.stack(values) if values else empty
-        return normalised(pixels, preprocessing), pixels
-    made = [v if v.dtype == np.float32 else normalised(v[None], preprocessing)[0] for v in values]
-    return np.stack(made), None
-
-
-def _collected(group: Sequence[int], futures: list[Any], preprocessing: Preprocessing) -> Batch:
-    results = [(index, future.result()) for index, future in zip(group, futures, strict=True)]
-    good = [(index, value) for index, value in results if not isinstance(value, ImageError)]
-    inputs, pixels = stacked_inputs([value for _, value in good], preprocessing)
-    bad = tuple((i, value.message) for i, value in results if isinstance(value, ImageError))
-    return Batch(tuple(index for index, _ in good), inputs, pixels, bad)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.data.arrays import DAMAGE, opened_arrays
-from van_deploy.errors import ImageError, InputError
+from van_deploy.errors import ImageError
 from van_deploy.files import content_key, file_sha256
 
 __all__ = ["IMAGE_SUFFIXES", "ImageItem", "ImageSet", "dataset_digest", "find_images", "image_set"]
@@ -123,8 +123,10 @@ def dataset_digest(images: ImageSet) -> str:
     return content_key({"dataset": rows})
 
 
-def image_set(path: Path | str) -> ImageSet:
+def image_set(path: Path | str | ImageSet) -> ImageSet:
     """Return the images of a folder, at any depth and sorted by path, or of an ``.npz``.
+
+    A set is returned as it is.
 
     An ``.npz`` holds an array ``images`` (or only one): uint8 ``(N, H, W)`` or
     ``(N, H, W, C)``, or normalised float32 ``(N, C, S, S)``; and, if known, ``labels``
@@ -133,6 +135,8 @@ def image_set(path: Path | str) -> ImageSet:
     Raises:
         ImageError: there is no image, or the path cannot be read.
     """
+    if isinstance(path, ImageSet):
+        return path
     path = Path(path)
     if path.suffix == ".npz":
         items = _items_of_npz(path)
@@ -193,46 +197,45 @@ def _refuse_folder(problem: OSError) -> None:
 
 
 def _items_of_npz(path: Path) -> tuple[ImageItem, ...]:
-    """Return the images of an ``.npz``: its array ``images``, or its only one."""
     try:
         with opened_arrays(path) as stored:
-            names = list(stored)
-            key = "images" if "images" in names else names[0] if len(names) == 1 else None
-            if key is None:
-                raise ImageError(
-                    f"'{path}' has no array called 'images' (it has: {', '.join(names)}).",
-                    "Save it with np.savez(path, images=array).",
-                )
-            values = stored[key]
-            labels = stored["labels"] if "labels" in names else None
+            values, labels = _arrays(stored)
     except (*DAMAGE, OSError) as error:
         raise ImageError(
             f"'{path}' cannot be read as an .npz of images: {error}.",
-            "Save it with np.savez(path, images=array).",
+            "Save it with np.savez(path, images=array, labels=indices): uint8 (N, H, W) or "
+            "(N, H, W, C), or normalised float32 (N, C, S, S); labels may be left out.",
         ) from error
-    bytes_of_images = values.dtype == np.uint8 and values.ndim in {3, 4}
-    if not bytes_of_images and not (values.dtype == np.float32 and values.ndim == 4):
-        raise ImageError(
-            f"The images in '{path}' are {values.dtype} of shape {values.shape}.",
-            "Give uint8 (N, H, W) or (N, H, W, C), or normalised float32 (N, C, S, S).",
-        )
-    if not len(values):
-        raise ImageError(f"There is no image in '{path}'.", "Save at least one.")
-    if values.dtype == np.float32 and not np.isfinite(values).all():
-        raise ImageError(f"The images in '{path}' hold NaN or infinity.", "Repair the array.")
-    known = [None] * len(values) if labels is None else _indices(labels, len(values), path)
+    known = [None] * len(values) if labels is None else labels.tolist()
     return tuple(
         ImageItem(f"image {n} of '{path}'", value, "" if label is None else str(label), label)
         for n, (value, label) in enumerate(zip(values, known, strict=True))
     )
 
 
-def _indices(labels: npt.NDArray[Any], count: int, path: Path) -> list[Any]:
-    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise InputError(
-            f"'{path}' has {count} images and labels {labels.dtype} of shape {labels.shape}"
-            f"{', some negative' if labels.dtype.kind == 'i' and (labels < 0).any() else ''}.",
-            "Give one whole number an image, the index of its class from 0, or no labels.",
+def _arrays(stored: Mapping[str, npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], Any]:
+    """Return the images of an archive (``images``, or its only array), and their labels or None.
+
+    Raises:
+        ValueError: they are no such things.
+    """
+    names = list(stored)
+    key = "images" if "images" in names or len(names) != 1 else names[0]
+    if key not in names:
+        raise ValueError(f"it has no array called 'images' (it has: {', '.join(names)})")
+    values = stored[key]
+    labels = stored["labels"] if "labels" in names else None
+    images = values.dtype == np.uint8 and values.ndim in {3, 4} and values.size
+    inputs = values.dtype == np.float32 and values.ndim == 4 and values.size
+    if not images and not (inputs and np.isfinite(values).all()):
+        finite = ", not all finite" if inputs else ""
+        raise ValueError(f"the images are {values.dtype} of shape {values.shape}{finite}")
+    if labels is not None and (
+        labels.shape != values.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0
+    ):
+        least = f", from {labels.min()}" if labels.dtype.kind == "i" and labels.size else ""
+        raise ValueError(
+            f"the labels of its {len(values)} images are {labels.dtype} of shape {labels.shape}"
+            f"{least}"
         )
-    found: list[Any] = labels.tolist()
-    return found
+    return values, labels

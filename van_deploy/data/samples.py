@@ -17,50 +17,38 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.data.calibration import digits_set
-from van_deploy.data.dead_leaves import dead_leaves_image
-from van_deploy.data.decode import IMAGE_MODES, is_image, item_values, opened, stacked_inputs
+from van_deploy.data.decode import Batch, item_values, opened
 from van_deploy.data.items import ImageItem, ImageSet, image_set
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME
-from van_deploy.model.pixels import Pixels, pixels_from_image
+from van_deploy.model.pixels import pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 
-__all__ = ["CheckImages", "check_images", "sample_set"]
+__all__ = ["CheckImages", "check_images", "dead_leaves_image", "sample_set"]
 
 # Photographs of ordinary scenes only: the packages also carry charts, text and micrographs.
 PHOTOGRAPHS = {
-    "scikit-image": (
-        "skimage",
-        "data",
-        ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
-    ),
-    "scikit-learn": ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
+    "skimage": [
+        *("data/astronaut.png", "data/chelsea.png", "data/coffee.png"),
+        *("data/motorcycle_left.png", "data/rocket.jpg"),
+    ],
+    "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
 }
 SYNTHETIC_IMAGES = 8
 SMALLEST_CROP = 0.4  # of the short side
 
 
 @dataclass(frozen=True)
-class CheckImages:
+class CheckImages(Batch):
     """Distinct network inputs, and what they are.
 
     Attributes:
-        inputs: ``(N, C, S, S)`` float32, normalised.
-        pixels: the same ``(N, S, S, C)`` uint8, resized and cropped; None where the user gave
-            network input.
         names: what each is called in a report.
         description: all of them in one phrase.
     """
 
-    inputs: npt.NDArray[np.float32]
-    pixels: Pixels | None
-    names: tuple[str, ...]
-    description: str
-
-    @property
-    def values(self) -> npt.NDArray[Any]:
-        """The pixels where there are any, else the inputs."""
-        return self.inputs if self.pixels is None else self.pixels
+    names: tuple[str, ...] = ()
+    description: str = ""
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -77,43 +65,60 @@ def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None)
         model_name: of the network.
         preprocessing: of the network; None for an ordinary RGB network.
     """
-    if preprocessing is not None and preprocessing.channels not in IMAGE_MODES:
-        return _synthetic(
-            preprocessing.image_size,
-            preprocessing.channels,
-            f"no photograph has {preprocessing.channels} channels",
-        )
     if model_name == EMBEDDED_NAME:
         return digits_set("heldout")
-    groups = {package: found for package in PHOTOGRAPHS if (found := _photographs(package))}
-    if not groups:
-        return _synthetic(320, 3, "neither scikit-image nor scikit-learn is installed")
-    sources = " and ".join(
-        f"{len(found)} from {package} ({', '.join(item.name for item in found)})"
-        for package, found in groups.items()
-    )
-    items = tuple(item for group in groups.values() for item in group)
-    return ImageSet(items, f"natural photographs: {sources}")
-
-
-def _photographs(package: str) -> list[ImageItem]:
-    """Return the photographs that ``package`` has on this machine; empty if none."""
-    module, folder, names = PHOTOGRAPHS[package]
-    spec = importlib.util.find_spec(module)  # finds a top-level package without importing it
-    if spec is None or spec.origin is None:
-        return []
-    paths = [Path(spec.origin).parent / folder / name for name in names]
-    # Newer releases moved some of these out of the package.
-    return [ImageItem(path.stem, path) for path in paths if path.is_file()]
-
-
-def _synthetic(side: int, channels: int, why: str) -> ImageSet:
-    items = tuple(
-        ImageItem(f"synthetic {seed}", dead_leaves_image(seed, side, channels=channels))
+    side, channels, why = 320, 3, "neither scikit-image nor scikit-learn is installed"
+    if preprocessing is not None and preprocessing.channels not in {1, 3, 4}:
+        side, channels = preprocessing.image_size, preprocessing.channels
+        why = f"no photograph has {channels} channels"
+    elif photographs := _photographs():
+        named = ", ".join(item.name for item in photographs)
+        return ImageSet(photographs, f"{len(photographs)} images (natural photographs: {named})")
+    items = [
+        ImageItem(f"synthetic {seed}", dead_leaves_image(seed, side, channels))
         for seed in range(SYNTHETIC_IMAGES)
-    )
-    described = f"{len(items)} synthetic dead-leaves images (not photographs: {why})"
-    return ImageSet(items, described)
+    ]
+    described = f"{len(items)} images (synthetic dead leaves, not photographs: {why})"
+    return ImageSet(tuple(items), described)
+
+
+def _photographs() -> tuple[ImageItem, ...]:
+    """Return the photographs that lie in packages on this machine."""
+    # find_spec finds a top-level package without importing it.
+    specs = {name: importlib.util.find_spec(name) for name in PHOTOGRAPHS}
+    paths = [
+        Path(spec.origin).parent / file
+        for name, spec in specs.items()
+        if spec is not None and spec.origin is not None
+        for file in PHOTOGRAPHS[name]
+    ]  # newer releases moved some of them out of the package
+    return tuple(ImageItem(path.stem, path) for path in paths if path.is_file())
+
+
+def dead_leaves_image(
+    seed: int, side: int, channels: int = 3, leaves: int = 1000
+) -> npt.NDArray[np.uint8]:
+    """Return a synthetic image ``(side, side, channels)`` uint8, always the same one.
+
+    Shaded discs that hide each other, with radii of density ``r**-3``: the edges, contrasts and
+    power spectrum resemble those of photographs (A. B. Lee, D. Mumford and J. Huang, "Occlusion
+    models for natural images", International Journal of Computer Vision 41, 2001).
+    """
+    rng = np.random.default_rng(seed)
+    canvas = np.tile(rng.uniform(0, 255, channels), (side, side, 1))
+    low, high = 2.0, 0.35 * side  # pixels
+    radii = (low**-2 - rng.uniform(size=leaves) * (low**-2 - high**-2)) ** -0.5
+    for radius in radii:
+        y, x = rng.uniform(-radius, side + radius, 2)
+        window = [slice(max(0, int(c - radius)), max(0, int(c + radius + 2))) for c in (y, x)]
+        part = canvas[tuple(window)]
+        rows, columns = np.ogrid[: part.shape[0], : part.shape[1]]
+        rows, columns = rows + window[0].start - y, columns + window[1].start - x
+        slope = rng.normal(0, 15, 2) / radius
+        shade = rows * slope[0] + columns * slope[1] + rng.normal(0, 4, part.shape[:2])
+        inside = rows**2 + columns**2 <= radius**2
+        part[inside] = (rng.uniform(0, 255, channels) + shade[..., None])[inside]
+    return np.rint(np.clip(canvas, 0, 255)).astype(np.uint8)
 
 
 def check_images(
@@ -143,44 +148,10 @@ def check_images(
     """
     if count < 1:
         raise UsageError(f"{count} images to check on make no sense.", "Ask for 1 or more.")
-    if source is None:
-        images = sample_set(model_name, preprocessing)
-    else:
-        images = source if isinstance(source, ImageSet) else image_set(source)
+    images = sample_set(model_name, preprocessing) if source is None else image_set(source)
     found: dict[bytes, tuple[str, npt.NDArray[Any]]] = {}
-    whole, bad = _whole(images, preprocessing, count, found)
-    rng = np.random.default_rng(seed)
-    for attempt in range(4 * count):
-        if len(found) == count:
-            break
-        item = whole[attempt % len(whole)]
-        values = _varied(item, preprocessing, rng)
-        found.setdefault(values.tobytes(), (f"part of {images.relative(item)}", values))
-    if len(found) < count:
-        raise ImageError(
-            f"Only {len(found)} of {count} distinct inputs could be made from "
-            f"{images.description}.",
-            "Give more images, with --images DIR or FILE.npz.",
-        )
-    inputs, pixels = stacked_inputs([values for _, values in found.values()], preprocessing)
-    taken = f"{len(whole)} images" if len(whole) == count else f"{count} images and crops"
-    described = images.description.removeprefix(f"{len(images)} images")
-    skipped = f"; {len(bad)} could not be read, the first: {bad[0]}" if bad else ""
-    described = images.description if source is None else f"{taken}{described}{skipped}"
-    return CheckImages(inputs, pixels, tuple(name for name, _ in found.values()), described)
-
-
-def _whole(
-    images: ImageSet,
-    preprocessing: Preprocessing,
-    count: int,
-    found: dict[bytes, tuple[str, npt.NDArray[Any]]],
-) -> tuple[list[ImageItem], list[str]]:
-    """Fill ``found`` with distinct images; return those, and why others could not be read."""
-    total = len(images)
+    whole, bad, total = [], [], len(images)
     spread = np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
-    whole: list[ImageItem] = []
-    bad: list[str] = []
     for index in dict.fromkeys([*spread, *range(total)]):  # the rest, should some be unreadable
         item = images.items[index]
         try:
@@ -193,28 +164,43 @@ def _whole(
             whole.append(item)
         if len(found) == count:
             break
-    if not whole:
+    rng = np.random.default_rng(seed)
+    for attempt in range(4 * count if whole else 0):
+        if len(found) == count:
+            break
+        item = whole[attempt % len(whole)]
+        values = _part(item, preprocessing, rng)
+        found.setdefault(values.tobytes(), (f"part of {images.relative(item)}", values))
+    if len(found) < count:
+        unread = f"; {len(bad)} could not be read, the first: {bad[0]}" if bad else "."
         raise ImageError(
-            f"Not one of the {total} images could be read; the first: {bad[0]}",
-            "Give images that can be read.",
+            f"Only {len(found)} of {count} distinct inputs could be made from the "
+            f"{images.description}{unread}",
+            "Give more images that can be read.",
         )
-    return whole, bad
+    batch = Batch.of(list(enumerate(values for _, values in found.values())), preprocessing)
+    taken = f"{count} of " if len(whole) == count else f"{count} images and parts of the "
+    unread = f"; {len(bad)} could not be read, the first: {bad[0]}" if bad else ""
+    return CheckImages(
+        **vars(batch),
+        names=tuple(name for name, _ in found.values()),
+        description=f"{taken}{images.description}{unread}",
+    )
 
 
-def _varied(
+def _part(
     item: ImageItem, preprocessing: Preprocessing, rng: np.random.Generator
 ) -> npt.NDArray[Any]:
     """Return a random square of an image, mirrored half of the time, or a shift of an array."""
     from PIL import ImageOps
 
-    if not is_image(item):
-        values = item_values(item, preprocessing)
-        axes = (1, 2) if values.dtype == np.float32 else (0, 1)
-        return np.roll(values, rng.integers(1, preprocessing.image_size, 2).tolist(), axes)
     image = opened(item, preprocessing.channels)
+    if image is None:
+        values = item_values(item, preprocessing)
+        axes = (0, 1) if values.dtype == np.uint8 else (1, 2)
+        return np.roll(values, rng.integers(1, preprocessing.image_size, 2).tolist(), axes)
     short = min(image.size)
     side = int(rng.integers(max(1, round(SMALLEST_CROP * short)), short, endpoint=True))
     left, top = (int(rng.integers(0, whole - side, endpoint=True)) for whole in image.size)
     crop = image.crop((left, top, left + side, top + side))
-    crop = ImageOps.mirror(crop) if rng.random() < 0.5 else crop
-    return pixels_from_image(crop, preprocessing)
+    return pixels_from_image(ImageOps.mirror(crop) if rng.random() < 0.5 else crop, preprocessing)

@@ -10,23 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
+from van_deploy.calibration_set import CalibrationSet, ImageSelection, calibration_set_named
+from van_deploy.config import QuantizeSettings
 from van_deploy.data import (
     ImageSet,
-    choose,
     decoded_batches,
-    digits_set,
     image_set,
-    noise_set,
-    refuse_overlap,
     sample_set,
-    split,
     with_labels_if_known,
 )
+from van_deploy.data.calibration import choose, digits_set, noise_set, refuse_overlap, split
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.precision.manifests import CalibrationSet, ImageSelection, calibration_set_named
-from van_deploy.precision.settings import QuantizeSettings
 from van_deploy.precision.stopwatch import Stopwatch
 
 __all__ = ["MOST_UNREADABLE", "JobImages", "choose_images", "images_for", "spread_over"]
@@ -142,17 +138,20 @@ def images_for(
         raise ImageError(*NO_IMAGES)
     judges = None
     if evaluate is not None:
-        judges = _labelled(bundle, image_set(evaluate))
+        judges = _labelled(bundle, image_set(evaluate), settings)
         refuse_overlap(chosen, judges)
-    calibrated, held_out = split(_labelled(bundle, chosen), selection.held_out, selection.seed)
+    calibrated, held_out = split(
+        _labelled(bundle, chosen, settings), selection.held_out, selection.seed
+    )
     return JobImages(calibrated, held_out, judges or held_out, preprocessing, watch)
 
 
-def _labelled(bundle: Bundle, images: ImageSet) -> ImageSet:
+def _labelled(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> ImageSet:
     """Return the images with labels, if their folders say them without doubt."""
     manifest = bundle.manifest
     classes = manifest.architecture.num_classes
-    return with_labels_if_known(images, classes, manifest.class_names)[0]
+    order = settings.class_order
+    return with_labels_if_known(images, classes, manifest.class_names, order)[0]
 
 
 def choose_images(selection: ImageSelection, images: Path | None = None) -> ImageSet:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from van_deploy.bundle import SCHEMA, Artefact, Bundle, Manifest
-from van_deploy.errors import VanDeployError
+from van_deploy.errors import UsageError, VanDeployError
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.report.document import Block, Facts, Figure, Grid, Picture, Section, Text
@@ -192,8 +192,10 @@ def _picture(bundle: Bundle, preprocessing: Preprocessing) -> tuple[Image, str]:
         path = bundle.path / golden.originals[0]
         described = f"the first golden sample of {golden.images}"
         return open_image(path, channels=preprocessing.channels), described
-    sample = sample_set("", preprocessing).items[0]
-    return opened(sample, preprocessing.channels), "a sample photograph"
+    sample = opened(sample_set("", preprocessing).items[0], preprocessing.channels)
+    if sample is None:
+        raise UsageError("The network takes no images.")
+    return sample, "a sample photograph"
 
 
 def _shown(picture: Image, caption: str) -> Picture:

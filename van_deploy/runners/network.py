@@ -10,23 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Artefact, Bundle
+from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import nvidia_driver
-from van_deploy.errors import UsageError
+from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import Task, probabilities
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.recipe import BatchRange
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
+
+if TYPE_CHECKING:
+    from van_deploy.model.checkpoint import LoadedVan
 
 __all__ = [
     "ORT_CPU",
@@ -39,6 +43,7 @@ __all__ = [
     "TopClasses",
     "embedding_of",
     "network_input",
+    "original_of",
     "profiles_of",
     "runnable_artefacts",
     "task_of",
@@ -99,6 +104,28 @@ def task_of(bundle: Bundle) -> Task:
     """Return how the logits of a bundle's network become labels."""
     manifest = bundle.manifest
     return Task.of(manifest.architecture.num_classes, manifest.problem_type)
+
+
+def original_of(bundle: Bundle, weights: Path | None = None) -> LoadedVan:
+    """Return the network a bundle was made from.
+
+    Args:
+        bundle: the bundle.
+        weights: where its weights are now; None takes the place the manifest names.
+
+    Raises:
+        MissingDependency: PyTorch or timm is not installed.
+        BundleError: the weights have moved, have changed, or are not this bundle's.
+    """
+    try:
+        from van_deploy.bundle.original import original_network
+    except ImportError as error:
+        raise MissingDependency(
+            f"The original network needs PyTorch and timm: {error}.",
+            "Install them with `pip install van-deploy`, or compare with the golden samples "
+            "(--against golden), which needs neither.",
+        ) from error
+    return original_network(bundle, weights)
 
 
 def embedding_of(artefact: Artefact) -> str:
@@ -202,10 +229,10 @@ class Network:
             ConversionError: the run time refuses it.
         """
         if self.name == PYTORCH:
-            from van_deploy.bundle.original import original_network
+            loaded = original_of(self.bundle)
             from van_deploy.runners.pytorch import TorchRunner
 
-            self._opened = TorchRunner(original_network(self.bundle).model)
+            self._opened = TorchRunner(loaded.model)
             return self
         self._opened = self._runner().__enter__()
         return self

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from van_deploy.data import find_images, read_pixels
+from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.model.pixels import MAX_PIXELS, Pixels
+from van_deploy.model.pixels import MAX_PIXELS, Pixels, pixels_from_image
 from van_deploy.runners.network import Network, TopClasses
 
 __all__ = [
@@ -101,31 +101,31 @@ class _Batch:
     pixels: list[Pixels] = field(default_factory=list)
 
 
-def sources_from(words: Sequence[str], stdin: bytes | None = None) -> tuple[Source, ...]:
-    """Return the pictures that words on a command line name, in their order.
+def sources_from(images: Sequence[str | Path | bytes]) -> tuple[Source, ...]:
+    """Return the pictures asked for, in their order.
 
     Args:
-        words: files, folders (searched at any depth), ``-``.
-        stdin: what ``-`` stands for.
+        images: files, folders (searched at any depth), or the bytes of a file, which are
+            called ``-``.
 
     Raises:
-        UsageError: a word is a URL, or ``-`` is given twice.
+        UsageError: one is a URL.
         ImageError: a file or folder does not exist, or a folder holds no image.
     """
-    if list(words).count("-") > 1:
-        raise UsageError("Standard input can be read once.", "Give '-' once.")
     found: list[Source] = []
-    for word in words:
+    for image in images:
+        if isinstance(image, bytes):
+            found.append(Source("-", image))
+            continue
+        word = str(image)
         if "://" in word:
             raise UsageError(
                 f"'{word}' is a URL; nothing is downloaded here.",
                 "Download it first, or pipe it in: curl URL | van-deploy predict BUNDLE -",
             )
         path = Path(word)
-        if word == "-":
-            found.append(Source("-", stdin or b""))
-        elif path.is_dir():
-            found += [Source(str(image), image) for image in find_images(path)]
+        if path.is_dir():
+            found += [Source(str(found_), found_) for found_ in find_images(path)]
         elif path.exists():
             found.append(Source(word, path))
         else:
@@ -165,13 +165,13 @@ def predict(
     for source in sources:
         start = time.perf_counter()
         try:
-            pixels = read_pixels(
+            image = open_image(
                 source.content,
-                network.preprocessing,
-                name="standard input" if source.name == "-" else "",
+                channels=network.preprocessing.channels,
+                name="Standard input" if source.name == "-" else "",
                 max_pixels=max_pixels,
             )
-            waiting.pixels.append(pixels)
+            waiting.pixels.append(pixels_from_image(image, network.preprocessing))
             waiting.sources.append((source.name, None))
         except ImageError as error:
             waiting.sources.append((source.name, error.message))
