@@ -12,7 +12,6 @@ from tests.artifacts import Subject
 from tests.checks import faults
 from tests.checks.conftest import Broken
 from van_deploy.checks.gates import BELOW_RECORD_DB, Outcome
-from van_deploy.checks.judging import judge_new
 from van_deploy.checks.verdicts import ArtefactVerdict
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.metrics import sqnr_db

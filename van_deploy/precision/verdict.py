@@ -8,10 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.checks.gates import Finding, Outcome, allowed_loss, sqnr_floor
-from van_deploy.checks.rules import at_least, judge_loss, paired_loss
+from van_deploy.checks.gates import (
+    LOSSY,
+    Finding,
+    Outcome,
+    allowed_loss,
+    flip_margin,
+    sqnr_floor,
+)
+from van_deploy.checks.rules import at_least, judge_loss, judge_numbers, paired_loss
 from van_deploy.intervals import wilson_interval
-from van_deploy.metrics import compare
+from van_deploy.metrics import Task, compare, find_flips, sqnr_db
 
 __all__ = ["PrecisionRow", "precision_row", "recommended"]
 
@@ -89,14 +96,7 @@ def precision_row(
     figures = compare(expected, found)
     correct = None if labels is None else int((found.argmax(axis=1) == labels).sum())
     same = wilson_interval(round(figures.top1_agreement * figures.images), figures.images)
-    findings: list[Finding] = []
-    if not reference:
-        findings.append(at_least("SQNR", figures.sqnr_db, sqnr_floor(precision, np.inf)))
-        if labels is not None:
-            before, after = expected.argmax(axis=1) == labels, found.argmax(axis=1) == labels
-            lost, won = int((before & ~after).sum()), int((after & ~before).sum())
-            loss = paired_loss(lost, won, len(labels))
-            findings.append(judge_loss(loss, allowed_loss(precision)))
+    findings = [] if reference else _judged(precision, expected, found, labels)
     failures = tuple(f.message for f in findings if f.outcome is Outcome.FAIL)
     doubts = tuple(f.message for f in findings if f.outcome is Outcome.INCONCLUSIVE)
     return PrecisionRow(
@@ -114,6 +114,23 @@ def precision_row(
         doubts=doubts,
         agreement_interval=same,
     )
+
+
+def _judged(
+    precision: str, expected: Logits, found: Logits, labels: npt.NDArray[Any] | None
+) -> list[Finding]:
+    """Return what the gates say of a precision, FP32 taken for PyTorch."""
+    floor = sqnr_floor(precision, np.inf)
+    sqnr = at_least("SQNR", sqnr_db(expected, found), floor)
+    if labels is None:
+        return [sqnr]
+    before, after = expected.argmax(axis=1) == labels, found.argmax(axis=1) == labels
+    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+    loss, allowed = paired_loss(lost, won, len(labels)), allowed_loss(precision)
+    if precision in LOSSY:
+        return [sqnr, judge_loss(loss, allowed)]
+    flips = find_flips(expected, found, Task.SINGLE_LABEL, flip_margin(floor.value))
+    return judge_numbers(loss, allowed, sqnr.value or 0.0, floor, flips)
 
 
 def recommended(rows: tuple[PrecisionRow, ...], target: str) -> tuple[str, str]:
