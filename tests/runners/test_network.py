@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import Cli
 from tests.described import entry
+from tests.each import each
 from van_deploy.bundle import Bundle, EngineFacts, Origin, writing
 from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import nvidia_driver
@@ -81,9 +82,7 @@ class Recorder:
         return {"logits": batch.reshape(len(batch), -1)[:, :5].astype(np.float32)}
 
 
-@pytest.mark.parametrize(
-    ("rows", "batches"), [(1, [1]), (2, [4]), (4, [4]), (6, [6]), (7, [6, 1]), (9, [6, 4])]
-)
+@each(("rows", "batches"), [(1, [1]), (2, [4]), (4, [4]), (6, [6]), (7, [6, 1]), (9, [6, 4])])
 def test_batches_an_engine_does_not_serve_are_filled_or_split(
     bundle: Bundle, rows: int, batches: list[int]
 ) -> None:
