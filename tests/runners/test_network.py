@@ -13,7 +13,7 @@ from tests.each import each
 from van_deploy.bundle import Bundle, EngineFacts, Origin, writing
 from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import nvidia_driver
-from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
+from van_deploy.errors import BundleError, MissingDependency, UsageError
 from van_deploy.runners.network import RUNNERS, Network
 
 PIXELS = np.arange(11 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(11, 64, 64, 3)
@@ -130,8 +130,6 @@ def test_what_there_is_not(bundle: Bundle) -> None:
     with pytest.raises(UsageError) as caught:
         Network(bundle, runner="cuda")
     assert caught.value.remedy == f"Known: {', '.join(RUNNERS)}."
-    with pytest.raises(InputError, match="of kind 'text', which nothing here runs"):
-        Network(bundle, "notes")
     with pytest.raises(BundleError, match="has no artefact 'fp8'"):
         Network(bundle, "fp8")
 
