@@ -235,6 +235,7 @@ def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
     assert graph_of(result).nodes == 13 * 13 + 17
 
 
+@pytest.mark.slow
 def test_the_shared_checkpoint_keeps_every_prediction(shared: Path, tmp_path: Path) -> None:
     checkpoint = shared / "checkpoints" / "van_b0_cifar10.pth.tar"
     images = shared / "data" / "cifar10" / "eval"
