@@ -111,6 +111,7 @@ class PredictOptions(TypedDict, total=False):
     batch: int | None
 
 class QuantizeOptions(TypedDict, total=False):
+    precision: Literal["fp16", "int8"]
     target: Literal["tensorrt", "cpu"]
     images: str | Path | None
     calibration: str
@@ -129,7 +130,6 @@ class QuantizeOptions(TypedDict, total=False):
     half_io: bool
     strict: bool
     threads: int | None
-    precision: Literal["fp16", "int8"]
 
 class RunOptions(TypedDict, total=False):
     runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]

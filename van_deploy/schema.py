@@ -159,7 +159,9 @@ def validated(
     try:
         text = to_json(values, inf_nan_mode="constants")
     except PydanticSerializationError as failure:
-        raise error(f"A value is none that a file could hold: {failure}.", "Correct it.") from None
+        raise UsageError(
+            f"A value is none that a file could hold: {failure}.", "Give a plain value."
+        ) from None
     return validated_json(
         model, text, where=where, error=error, remedy=remedy, spelling=spelling or {}
     )
@@ -190,7 +192,8 @@ def validated_json(
     if where and not told.is_spelled:
         raise error(f"{where}: {told.message}", told.remedy or remedy or "Correct it.")
     kind = UsageError if told.is_spelled else error
-    sentence = told.message[0].upper() + told.message[1:]
+    opening = told.message[:3]
+    sentence = opening.replace("the", "The").replace("it ", "It ") + told.message[3:]
     raise kind(sentence, told.remedy or "Correct it.")
 
 

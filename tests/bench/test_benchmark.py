@@ -6,7 +6,6 @@ import copy
 import io
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,24 +80,24 @@ def test_the_reference_is_the_first_that_runs_unless_it_was_named(
 ) -> None:
     assert measured.facts["reference"] == "ort-cpu/fp32"
     with pytest.raises(UsageError, match="The reference 'pytorch-compile' is not among"):
-        benchmark_bundle(digits, replace(quick, reference="pytorch-compile"))
+        benchmark_bundle(digits, quick.changed(reference="pytorch-compile"))
 
 
 def test_a_latency_limit_gives_the_best_batch_below_it(
     digits: Bundle, quick: BenchSettings
 ) -> None:
-    report = benchmark_bundle(digits, replace(quick, p99_ms=1e6))
+    report = benchmark_bundle(digits, quick.changed(p99_ms=1e6))
     under = report.facts["best_under_p99"]
     best = under["best"]["ort-cpu/fp32"]
     assert [row.batch for row in report.rows] == [1, 2, 4, 8]
     assert best["images_per_s"] == max(row.images_per_s or 0 for row in report.rows)
-    report = benchmark_bundle(digits, replace(quick, p99_ms=1e-6))
+    report = benchmark_bundle(digits, quick.changed(p99_ms=1e-6))
     assert [row.batch for row in report.rows] == [1], "what is too slow is not tried at more"
     assert report.facts["best_under_p99"]["best"]["ort-cpu/fp32"] is None
 
 
 def test_other_image_sizes_run_the_same_weights(digits: Bundle, quick: BenchSettings) -> None:
-    report = benchmark_bundle(digits, replace(quick, batches=(1,), image_sizes=(32, 64)))
+    report = benchmark_bundle(digits, quick.changed(batches=(1,), image_sizes=(32, 64)))
     small, native = sorted(report.rows, key=lambda row: row.image_size)
     assert (small.image_size, native.image_size) == (32, 64)
     assert small.error == native.error == ""

@@ -148,7 +148,7 @@ class TestTheDigits:
     @pytest.mark.parametrize(
         ("words", "code", "message"),
         [
-            (("--batch", "0"), 2, "--batch and --limit are 1 or more"),
+            (("--batch", "0"), 2, "'--batch' is 0: it should be greater than or equal to 1."),
             (("--labels", "/nowhere.txt"), 5, "The labels '/nowhere.txt' cannot be read"),
         ],
     )
