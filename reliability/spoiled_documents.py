@@ -107,7 +107,7 @@ backend = "tensorrt-rtx"
 
 def small_document(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     """Spoil a signature, a key, a baseline, a benchmark's report or a fleet file."""
-    from van_deploy.bench.compare import read_report
+    from van_deploy.bench.document import read_report
     from van_deploy.checks.baseline import read_baseline
     from van_deploy.engine.fleet import read_fleet
 

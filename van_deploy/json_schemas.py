@@ -165,8 +165,9 @@ def _keys(kind: Any) -> dict[str, Any]:
         return {field.serialization_alias or name: hints[name] for name, field in fields.items()}
     hints = typing.get_type_hints(kind, names, include_extras=True)
     found = {f.name: hints[f.name] for f in dataclasses.fields(kind) if field_is_json(f)}
-    for name in json_properties(kind):
-        getter = getattr(kind, name).fget
+    table: Any = kind  # of what type checkers take for one
+    for name in json_properties(table):
+        getter = getattr(table, name).fget
         found[name] = typing.get_type_hints(getter, names, include_extras=True)["return"]
     return found
 
