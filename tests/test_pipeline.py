@@ -66,7 +66,7 @@ def test_the_file_carries_what_a_server_needs(exported: Bundle, cli: Cli) -> Non
     assert metadata["van_deploy.preprocessing"] == plain(exported.manifest.preprocessing)
     assert metadata["van_deploy.class_names"] == list("0123456789")
     assert metadata["van_deploy.weights_sha256"] == exported.manifest.weights.sha256
-    assert description["nodes"] == 13 * 9 + 17
+    assert description["graph"]["nodes"] == 13 * 9 + 17
     assert description["weights"]["float"]["values"] > 100_000
 
 
