@@ -108,14 +108,15 @@ def load_for(
         offline=offline,
         seed=seed,
         container=container,
+        preprocessing=asdict(recipe.preprocessing),
+        own_labels=bool(settings.labels),
         progress=download_progress,
     )
-    preprocessing = loaded.preprocessing.override(**asdict(recipe.preprocessing))
     class_names = loaded.class_names
     if settings.labels:
         class_names = _labels(Path(settings.labels), loaded.config.num_classes)
     name = loaded.name if weights or _is_known(spec) else settings.name or loaded.name
-    return replace(loaded, name=name, preprocessing=preprocessing, class_names=class_names)
+    return replace(loaded, name=name, class_names=class_names)
 
 
 def _is_known(name: str) -> bool:

@@ -47,9 +47,12 @@ def model_facts(manifest: Mapping[str, Any]) -> RenderableType:
 
 def preprocessing_text(values: Mapping[str, Any]) -> str:
     """Return preprocessing on one line."""
+    from van_deploy.model.preprocess import Preprocessing
+
+    geometry = Preprocessing.from_dict(values).geometry
     return (
         f"{values['image_size']} x {values['image_size']}, {values['interpolation']}, "
-        f"crop {values['crop_pct']:g}, mean {_list(values['mean'])}, std {_list(values['std'])}"
+        f"{geometry}, mean {_list(values['mean'])}, std {_list(values['std'])}"
     )
 
 
