@@ -81,7 +81,8 @@ def fetch_weights(
     if not offline and not (snapshot and snapshot.name == revision and filename in here):
         try:
             with _clear_errors(repo_id, None):
-                names = _api().list_repo_files(repo_id, revision=revision)
+                info = _api().model_info(repo_id, revision=revision)
+                names = [sibling.rfilename for sibling in info.siblings or ()]
         except _UnreachableError as error:
             if not here or (filename and filename not in here):
                 raise

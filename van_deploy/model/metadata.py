@@ -168,9 +168,10 @@ def _preprocessing(
             )
         return default
     result = _built(sources[0], default, given)
-    notes.append(f"preprocessing from {name}: {result}")
-    if others := [other for other, _, _ in sources[1:]]:
-        notes[-1] += f" (and not from {', '.join(others)})"
+    others = ", ".join(other for other, _, _ in sources[1:])
+    if others or name.endswith("beside the weights"):
+        rest = f"; not from {others}" if others else ""
+        notes.append(f"preprocessing from {name}: {result}{rest}")
     return result
 
 

@@ -81,15 +81,14 @@ def load_pickle(path: Path, mapped: bool) -> Any:
 
 def _refused(path: Path, message: str) -> CheckpointError:
     """Return the error for a pickle that wants what it may not have; nothing of it ran."""
-    named = re.search(r"GLOBAL\s+([\w.]+)", message)
+    named = re.search(r"GLOBAL\s+([\w.]+)", message)  # the first one it met
     wanted = [named[1]] if named else []
     with contextlib.suppress(Exception):  # no zip, or damaged: the first one is all there is
-        wanted += sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    wanted = list(dict.fromkeys(wanted))
+        wanted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or wanted
     remedy = f"If you trust it, open it in the program that made it. {SAVE}"
-    if any(name.startswith("torch.nn.modules.") for name in wanted):
+    if named and any(name.startswith("torch.nn.modules.") for name in wanted):
         return CheckpointError(
-            f"The file {path} holds a whole pickled network ({wanted[0]}), not its weights: "
+            f"The file {path} holds a whole pickled network ({named[1]}), not its weights: "
             "loading it would run code from the file.",
             remedy,
         )

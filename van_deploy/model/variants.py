@@ -77,7 +77,7 @@ class VanConfig:
         return sum(self.depths)
 
     def parameter_count(self) -> int:
-        """Trainable parameters; a sequential head's BatchNorms are not counted.
+        """Trainable parameters (BatchNorm's running statistics not counted).
 
         >>> VARIANTS["van_b0"].config.parameter_count()
         4105800
@@ -92,8 +92,12 @@ class VanConfig:
             mlp = dim * hidden + hidden + hidden * (9 + 1) + hidden * dim + dim
             total += embed + depth * (4 * dim + 2 * dim + attention + mlp) + 2 * dim
             previous = dim
-        widths = self.head_widths
-        return total + sum((i + 1) * o for i, o in pairwise(widths))
+        for layer in self.head or (self.num_classes,):
+            if isinstance(layer, int):
+                total, previous = total + (previous + 1) * layer, layer
+            elif layer == "batchnorm":
+                total += 2 * previous
+        return total
 
     def mac_count(self, image_size: int = 224) -> int:
         """Multiply-adds of one image through the convolutions and the head.
@@ -111,14 +115,8 @@ class VanConfig:
             block = 3 * dim * dim + dim * (k0**2 + k1**2) + hidden * (2 * dim + 9)
             total += side * side * (dim * previous * kernel**2 + depth * block)
             previous = dim
-        widths = self.head_widths
-        return total + sum(i * o for i, o in pairwise(widths))
-
-    @property
-    def head_widths(self) -> tuple[int, ...]:
-        """Inputs of the head, and outputs of each of its linear layers."""
-        linear = tuple(layer for layer in self.head if isinstance(layer, int))
-        return (self.embed_dims[-1], *(linear or (self.num_classes,)))
+        linear = (layer for layer in self.head or (self.num_classes,) if isinstance(layer, int))
+        return total + sum(i * o for i, o in pairwise((previous, *linear)))
 
 
 @dataclass(frozen=True)
