@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,62 +11,69 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
-from van_deploy.bundle import Bundle
+from tests.each import each
+from van_deploy.bundle import Bundle, GraphFacts
+from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
+from van_deploy.documents import plain
 from van_deploy.errors import GateFailed
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.images import find_images, load_batches
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.van import VAN
-from van_deploy.pipeline import check_batches, export_bundle, load_for
-from van_deploy.recipe import BatchRange, ModelSettings, Recipe, recipe_named
+from van_deploy.pipeline import ExportResult, check_batches, export_bundle, load_for
+from van_deploy.recipe import recipe_named
 from van_deploy.runners.base import run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.pytorch import TorchRunner
 
-SMALL = BatchRange(1, 4, 5)
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return replace(recipe_named("van_digits"), batch=SMALL)
+    return recipe_named("van_digits").changed(batch=BATCHES)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def loaded(recipe: Recipe) -> LoadedVan:
     return load_for(recipe)
 
 
-@pytest.fixture(scope="session")
-def exported(loaded: LoadedVan, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("exported") / "van_digits"
-    return export_bundle(loaded, recipe, folder).bundle
+@pytest.fixture
+def exported(digits_bundle: Bundle) -> Bundle:
+    return digits_bundle
 
 
 def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(exported: Bundle) -> None:
     manifest = exported.manifest
     assert exported.verified("fp32").name == "model.onnx"
-    assert manifest["checks"]["fold"]["batchnorms_left"] == 0
-    assert manifest["checks"]["fold"]["passed"]
-    agreement = manifest["checks"]["agreement"]
+    assert manifest.checks["fold"]["batchnorms_left"] == 0
+    assert manifest.checks["fold"]["passed"]
+    agreement = manifest.checks["agreement"]
     assert agreement["passed"]
-    assert [entry["batch"] for entry in agreement["batches"]] == [1, 2, 3, 4, 5]
-    assert agreement["images"] == "5 held-out handwritten digits"
-    assert manifest["preprocessing"]["image_size"] == 64
-    assert manifest["weights"]["format"] == "embedded"
-    assert manifest["batch"] == {"min": 1, "opt": 4, "max": 5}
-    assert {"torch", "onnx", "onnxruntime", "van-deploy"} <= set(manifest["versions"])
+    assert [entry["batch"] for entry in agreement["batches"]] == [1, 2, 3, 8]
+    assert agreement["images"] == "8 held-out handwritten digits"
+    assert manifest.preprocessing.image_size == 64
+    assert manifest.weights.format == "embedded"
+    assert manifest.batch == BATCHES
+    assert {"torch", "onnx", "onnxruntime", "van-deploy"} <= set(manifest.versions)
     assert (exported.path / "labels.txt").read_text().split() == list("0123456789")
 
 
 def test_the_file_carries_what_a_server_needs(exported: Bundle, cli: Cli) -> None:
     [description] = json.loads(cli("inspect", exported.path, "--json").stdout)
     metadata = description["metadata"]
-    assert metadata["van_deploy.preprocessing"] == exported.manifest["preprocessing"]
+    assert metadata["van_deploy.preprocessing"] == plain(exported.manifest.preprocessing)
     assert metadata["van_deploy.class_names"] == list("0123456789")
-    assert metadata["van_deploy.weights_sha256"] == exported.manifest["weights"]["sha256"]
+    assert metadata["van_deploy.weights_sha256"] == exported.manifest.weights.sha256
     assert description["nodes"] == 13 * 9 + 17
     assert description["weights"]["float"]["values"] > 100_000
+
+
+def graph_of(result: ExportResult) -> GraphFacts:
+    graph = result.bundle.artefact("fp32").graph
+    assert graph is not None
+    return graph
 
 
 def test_a_second_export_reuses_the_first_and_says_why(
@@ -80,15 +86,14 @@ def test_a_second_export_reuses_the_first_and_says_why(
 
 
 def test_a_changed_recipe_makes_it_anew_and_says_what_changed(
-    loaded: LoadedVan, recipe: Recipe, tmp_path: Path
+    loaded: LoadedVan, recipe: Recipe, exported: Bundle, copy_of: Copy
 ) -> None:
-    folder = tmp_path / "b"
-    export_bundle(loaded, recipe, folder)
-    changed = replace(recipe, export=replace(recipe.export, opset=21))
+    folder = copy_of(exported)
+    changed = recipe.changed(export=recipe.export.changed(opset=21))
     result = export_bundle(loaded, changed, folder)
     assert not result.reused
     assert result.reason == "changed since: export"
-    assert result.bundle.artefact("fp32").facts["opset"] == 21
+    assert graph_of(result).opset == 21
     (folder / "model.onnx").write_bytes(b"changed")
     result = export_bundle(loaded, changed, folder)
     assert not result.reused
@@ -99,11 +104,11 @@ def test_a_changed_recipe_makes_it_anew_and_says_what_changed(
 def test_nothing_folded_nothing_simplified_is_still_the_network(
     loaded: LoadedVan, recipe: Recipe, tmp_path: Path
 ) -> None:
-    plain = replace(recipe, export=replace(recipe.export, fold=False, simplify=False))
+    plain = recipe.changed(export=recipe.export.changed(fold=False, simplify=False))
     manifest = export_bundle(loaded, plain, tmp_path / "b").bundle.manifest
-    assert manifest["checks"]["fold"]["batchnorms_left"] == 22
-    assert "simplify" not in manifest["checks"]
-    assert manifest["checks"]["agreement"]["passed"]
+    assert manifest.checks["fold"]["batchnorms_left"] == 22
+    assert "simplify" not in manifest.checks
+    assert manifest.checks["agreement"]["passed"]
 
 
 def test_a_graph_that_is_not_the_network_never_reaches_the_bundle(
@@ -164,7 +169,7 @@ def test_overrides_reach_the_manifest_and_say_so(cli: Cli, tmp_path: Path) -> No
     assert (values["image_size"], values["mean"], values["crop_pct"]) == (32, [0.1] * 3, 0.5)
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "code", "message"),
     [
         (["van_b9"], 2, "There is no VAN variant called 'van_b9'"),
@@ -218,16 +223,16 @@ def test_without_onnxruntime_nothing_starts(
 
 def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
     recipe = Recipe(
-        model=ModelSettings(name="van_b0", weights="random"),
+        model=ModelSettings(name="van_b0", weights="random", seed=3),
         batch=BatchRange(1, 1, 2),
+        preprocessing=PreprocessingSettings(image_size=64),
     )
-    recipe = replace(recipe, preprocessing=replace(recipe.preprocessing, image_size=64))
-    result = export_bundle(load_for(recipe, seed=3), recipe, tmp_path / "b")
-    weights = result.bundle.manifest["weights"]
-    assert (weights["format"], weights["seed"]) == ("random", 3)
+    result = export_bundle(load_for(recipe), recipe, tmp_path / "b")
+    weights = result.bundle.manifest.weights
+    assert (weights.format, weights.seed) == ("random", 3)
     assert any("random weights" in note for note in result.notes)
-    assert result.bundle.manifest["checks"]["agreement"]["passed"]
-    assert result.bundle.artefact("fp32").facts["nodes"] == 13 * 13 + 17
+    assert result.bundle.manifest.checks["agreement"]["passed"]
+    assert graph_of(result).nodes == 13 * 13 + 17
 
 
 def test_the_shared_checkpoint_keeps_every_prediction(shared: Path, tmp_path: Path) -> None:
@@ -259,6 +264,6 @@ def test_a_user_folder_smaller_than_the_batch_is_made_up_with_crops(
     Image.fromarray(pixels).save(tmp_path / "i" / "a.png")
     (tmp_path / "i" / "b.png").write_bytes(b"not an image")
     result = export_bundle(loaded, recipe, tmp_path / "b", images=tmp_path / "i")
-    described = result.bundle.manifest["checks"]["agreement"]["images"]
+    described = result.bundle.manifest.checks["agreement"]["images"]
     assert described.startswith("1 images of ")
     assert "1 image could not be read" in described

@@ -9,10 +9,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import Artefact, Bundle, Draft, writing
+from van_deploy.bundle import (
+    Artefact,
+    Bundle,
+    Canary,
+    Description,
+    Draft,
+    GraphFacts,
+    Origin,
+    writing,
+)
 from van_deploy.checks.agreement import AgreementReport, check_agreement
 from van_deploy.checks.canary import CANARY_FILE, canary_entry, write_canary_picture
 from van_deploy.checks.sample_images import images_to_check, pixels_to_check
+from van_deploy.config import Recipe
 from van_deploy.errors import BundleError, GateFailed, InputError
 from van_deploy.files import content_key
 from van_deploy.graph.embed import check_embedding
@@ -24,7 +34,6 @@ from van_deploy.images import open_image
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.pixels import normalised
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
-from van_deploy.recipe import Recipe
 from van_deploy.runners.base import Images, Logits, run_in_batches
 from van_deploy.runners.onnxruntime import (
     OnnxRuntimeRunner,
@@ -32,6 +41,7 @@ from van_deploy.runners.onnxruntime import (
     require_onnxruntime,
 )
 from van_deploy.runners.pytorch import TorchRunner
+from van_deploy.schema import validated
 from van_deploy.serve.embedded import Embedded, embed_artefacts
 
 __all__ = ["ExportResult", "check_batches", "embed_in_bundle", "export_bundle", "load_for"]
@@ -90,8 +100,6 @@ def load_for(
     recipe: Recipe,
     *,
     offline: bool = False,
-    seed: int = 0,
-    container: str | None = None,
     download_progress: Callable[[str, int, int | None], None] | None = None,
 ) -> LoadedVan:
     """Return the network a recipe names, with the recipe's preprocessing and class names."""
@@ -106,15 +114,17 @@ def load_for(
         weights=weights,
         expect_sha256=settings.sha256 or None,
         offline=offline,
-        seed=seed,
-        container=container,
-        preprocessing=asdict(recipe.preprocessing),
+        seed=settings.seed,
+        container=settings.container or None,
+        layer_norm_eps=settings.layer_norm_eps,
+        head=settings.head or None,
+        preprocessing=recipe.preprocessing.model_dump(),
         own_labels=bool(settings.labels),
         progress=download_progress,
     )
     class_names = loaded.class_names
     if settings.labels:
-        class_names = _labels(Path(settings.labels), loaded.config.num_classes)
+        class_names = _labels(settings.labels, loaded.config.num_classes)
     name = loaded.name if weights or _is_known(spec) else settings.name or loaded.name
     return replace(loaded, name=name, class_names=class_names)
 
@@ -195,13 +205,14 @@ def export_bundle(
             metadata=_metadata(loaded),
         )
         exported = operator_counts(model)
-        checks: dict[str, object] = {"fold": fold.as_dict()}
+        checks: dict[str, dict[str, Any]] = {"fold": fold.as_dict()}
         if recipe.export.simplify:
             clock.stage("Simplifying")
             simplified = simplify_onnx(model, inputs[:PROOF_IMAGES], onnxruntime_logits)
             checks["simplify"] = simplified.as_dict()
             model = simplified.model
-        facts = {**graph_facts(model), "exported_nodes": sum(exported.values())}
+        nodes = sum(exported.values())
+        facts = graph_facts(model).model_copy(update={"exported_nodes": nodes})
         files = save_onnx(model, draft.file(MODEL_FILE))
         del model, fold
         clock.stage(f"Checking agreement at batch {', '.join(map(str, batches))}")
@@ -209,15 +220,15 @@ def export_bundle(
         checks["agreement"] = report.as_dict()
         clock.stage("Keeping a canary")
         canary = _canary(draft, loaded, images)
-        _describe(draft, loaded, recipe, checks)
-        draft.manifest["canary"] = canary
+        draft.description = _description(loaded, recipe, canary)
+        draft.checks.update(checks)
         _record(draft, loaded, [*files, CANARY_FILE], made_with, facts)
     embedded = _embed(output, loaded, recipe, images, clock)
     bundle = Bundle.open(output)
     return ExportResult(bundle, False, reason, loaded.source.notes, clock.seconds, embedded)
 
 
-def _canary(draft: Draft, loaded: LoadedVan, images: Path | None) -> dict[str, Any]:
+def _canary(draft: Draft, loaded: LoadedVan, images: Path | None) -> Canary:
     """Write the canary and return its entry in the manifest: PyTorch's answer to that file."""
     path = draft.file(CANARY_FILE)
     described = write_canary_picture(path, loaded.name, images)
@@ -308,10 +319,10 @@ def _ingredients(
         "rewrites": asdict(rewrites),
         "export": {
             name: value
-            for name, value in asdict(recipe.export).items()
+            for name, value in recipe.export.as_dict().items()
             if name not in {"embed_preprocess", "outputs"}  # these are artefacts of their own
         },
-        "batch": asdict(recipe.batch),
+        "batch": recipe.batch.as_dict(),
         "images checked": hashlib.sha256(inputs.tobytes()).hexdigest(),
         "code": code_digest(".", "model", "graph", "checks", "images", "runners"),
         "versions": tool_versions(*EXPORT_TOOLS, "onnxruntime"),
@@ -335,20 +346,26 @@ def _why_anew(output: Path, made_with: Mapping[str, Any], force: bool) -> str:
     return f"changed since: {', '.join(changed)}"
 
 
-def _describe(
-    draft: Draft, loaded: LoadedVan, recipe: Recipe, checks: Mapping[str, object]
-) -> None:
-    """Write into the manifest what was asked and what was found."""
-    draft.manifest.update(
-        weights=asdict(loaded.source),
-        architecture=asdict(loaded.config),
-        parameters=sum(p.numel() for p in loaded.model.parameters()),
-        preprocessing=loaded.preprocessing.as_dict(),
-        class_names=list(loaded.class_names) if loaded.class_names else None,
-        batch=asdict(recipe.batch),
-        versions=tool_versions(*EXPORT_TOOLS, "onnxruntime"),
+def _description(loaded: LoadedVan, recipe: Recipe, canary: Canary) -> Description:
+    """Return what the manifest says of the network."""
+    values = {
+        "name": loaded.name,
+        "weights": loaded.source,
+        "architecture": loaded.config,
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "preprocessing": loaded.preprocessing,
+        "class_names": loaded.class_names or None,
+        "batch": recipe.batch,
+        "versions": tool_versions(*EXPORT_TOOLS, "onnxruntime"),
+        "canary": canary,
+    }
+    return validated(
+        Description,
+        values,
+        where="A manifest cannot hold what is known of the network",
+        error=InputError,
+        remedy="Correct the name, the path or the metadata that it came from.",
     )
-    draft.manifest["checks"].update(checks)
 
 
 def _record(
@@ -356,7 +373,7 @@ def _record(
     loaded: LoadedVan,
     files: list[str],
     made_with: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    facts: GraphFacts,
 ) -> None:
     if loaded.class_names:
         text = "\n".join(loaded.class_names) + "\n"
@@ -369,10 +386,9 @@ def _record(
             precision="fp32",
             file=MODEL_FILE,
             files=dict.fromkeys(files, ""),
-            made_from={"name": "weights", "sha256": loaded.source.sha256},
-            made_with=made_with,
-            key=content_key(made_with),
-            facts=facts,
+            made_from=Origin(name="weights", sha256=loaded.source.sha256),
+            made_with=dict(made_with),
+            graph=facts,
         )
     )
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from onnx import ModelProto
 
+from tests.artifacts import Subject
 from tests.checks import faults
-from tests.checks.conftest import Broken, Subject
+from tests.checks.conftest import Broken
 from van_deploy.bundle import Bundle
 from van_deploy.checks.drift import drift_of_bundle
 from van_deploy.checks.pictures import pictures_to_check
@@ -103,8 +104,8 @@ def test_an_embedded_graph_that_is_right(digits: Subject, broken: Broken) -> Non
 
 def test_a_manifest_with_another_mean_than_the_file(digits: Subject, broken: Broken) -> None:
     bundle = broken(digits, "fp16", "fp16", digits.graph("fp16"))
-    manifest = {**bundle.manifest, "preprocessing": {**bundle.manifest["preprocessing"]}}
-    manifest["preprocessing"]["mean"] = [0.5, 0.5, 0.5]
+    other = replace(bundle.manifest.preprocessing, mean=(0.5, 0.5, 0.5))
+    manifest = bundle.manifest.model_copy(update={"preprocessing": other})
     verdict = verdict_of(digits, Bundle(bundle.path, manifest), "fp32")
     assert verdict.outcome == "failed"
     assert (

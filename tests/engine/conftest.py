@@ -5,20 +5,19 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
-import torch
 from onnx import ModelProto
 
-from van_deploy.bundle import Artefact, writing
+from tests.artifacts import SMALL_SIZE
+from tests.described import described, entry
+from van_deploy.bundle import writing
 from van_deploy.engine.backend import RTX, Backend, backend_named
-from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.fold import fold_van
-from van_deploy.model.checkpoint import load_van
+from van_deploy.model.preprocess import OFFICIAL
 
-SIZE = 32
 BundleMaker = Callable[[str], Path]
 
 
@@ -31,25 +30,15 @@ def rtx() -> Backend:
 
 
 @pytest.fixture(scope="session")
-def digits_graph() -> ModelProto:
+def digits_graph(digits_onnx: Path) -> ModelProto:
     """Return the embedded network as an ONNX graph with a free batch, 32 pixels."""
-    loaded = load_van("van_digits")
-    folded = fold_van(loaded.model, torch.zeros(1, loaded.config.in_chans, SIZE, SIZE))
-    return onnx_from_van(folded.model, SIZE, loaded.config.in_chans)
+    return onnx.load(digits_onnx)
 
 
 @pytest.fixture
 def graph(digits_graph: ModelProto) -> ModelProto:
     """Return a copy of that graph to spoil."""
     return copy.deepcopy(digits_graph)
-
-
-@pytest.fixture(scope="session")
-def digits_onnx(digits_graph: ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return that graph as a file."""
-    path = tmp_path_factory.mktemp("digits") / "model.onnx"
-    onnx.save(digits_graph, path)
-    return path
 
 
 @pytest.fixture
@@ -60,9 +49,9 @@ def new_bundle(digits_onnx: Path, tmp_path: Path) -> BundleMaker:
         folder = tmp_path / "dist" / name
         with writing(folder, name=name) as draft:
             draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
-            draft.record(Artefact("fp32", "onnx", "fp32", "model.onnx", {"model.onnx": ""}))
-            draft.manifest["batch"] = {"min": 1, "opt": 2, "max": 4}
-            draft.manifest["preprocessing"] = {"image_size": SIZE}
+            draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
+            preprocessing = replace(OFFICIAL, image_size=SMALL_SIZE)
+            draft.description = described(name, preprocessing=preprocessing)
         return folder
 
     return make

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.embedded import write_digits_folder
-from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.network import Network
 from van_deploy.serve.predict import Source, Speed, predict, sources_from
 
@@ -31,8 +31,8 @@ def document(result: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("artefact", ["fp32", "fp32-uint8", "pytorch"])
-@pytest.mark.parametrize("batch", ["1", "4"])
+@each("artefact", ["fp32", "fp32-uint8", "pytorch"])
+@each("batch", ["1", "4"])
 def test_a_folder_through_every_artefact(
     digits: Bundle, folder: Path, cli: Cli, artefact: str, batch: str
 ) -> None:
@@ -76,7 +76,7 @@ def test_json_lines_and_a_bad_picture(digits: Bundle, folder: Path, cli: Cli) ->
 
 
 def as_timm_would(picture: Image.Image, digits: Bundle) -> int:
-    transform = Preprocessing.from_dict(digits.manifest["preprocessing"]).transform()
+    transform = digits.manifest.preprocessing.transform()
     with Network(digits) as network:
         return int(network.run(transform(picture).numpy()[None])["logits"].argmax())
 
@@ -124,18 +124,18 @@ def test_standard_input(digits: Bundle, canary: Path) -> None:
     command = [sys.executable, "-m", "van_deploy", "predict", str(digits.path), "-", "--json"]
     done = subprocess.run(command, input=canary.read_bytes(), capture_output=True, check=True)
     top = json.loads(done.stdout)["predictions"][0]["top"]
-    expected = digits.manifest["canary"]["top5"]
-    assert [c["index"] for c in top] == [c["class"] for c in expected]
+    assert digits.manifest.canary
+    expected = digits.manifest.canary.top5
+    assert [c["index"] for c in top] == [c.index for c in expected]
     empty = subprocess.run(command, input=b"", capture_output=True, check=False)
     assert empty.returncode == 5
     assert b"Standard input is empty." in empty.stderr
 
 
-@pytest.mark.parametrize(
+@each(
     ("words", "error", "message"),
     [
         (["https://x.org/a.jpg"], UsageError, "is a URL; nothing is downloaded here"),
-        (["-", "-"], UsageError, "can be read once"),
         (["nowhere.jpg"], ImageError, "There is no image 'nowhere.jpg'"),
     ],
 )
@@ -143,12 +143,17 @@ def test_what_cannot_be_read_is_refused(
     words: list[str], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        sources_from(words, b"")
+        sources_from(words)
 
 
 def test_impossible_requests(digits: Bundle, canary: Path, cli: Cli) -> None:
     assert cli("predict", digits.path, canary, "--batch", "9").exit_code == 2
     assert cli("predict", digits.path, canary, "--top-k", "0").exit_code == 2
+    twice = cli("predict", digits.path, "-", "-")
+    assert (twice.exit_code, twice.stderr) == (
+        2,
+        "error: Standard input can be read once.\n  Give '-' once.\n",
+    )
     assert cli("predict", digits.path, canary, "--json", "--jsonl").exit_code == 2
     assert cli("predict", digits.path, canary, "--artefact", "fp8").exit_code == 5
     table = cli("predict", digits.path, canary, "--top-k", "99")

@@ -10,35 +10,34 @@ Rich is imported when something is printed, not before.
 
 from __future__ import annotations
 
-import dataclasses
-import enum
+import contextlib
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePath
+from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from van_deploy.forms import CONTROL
+from van_deploy.documents import CONTROL, plain
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress
 
+    from van_deploy.results import Progress as Tell
+
 __all__ = [
     "AsJson",
     "emit",
     "json_text",
-    "names_in",
     "plain",
     "print_error",
     "progress",
     "remark",
     "stderr_console",
     "stdout_console",
+    "telling",
 ]
 
 PIPE_WIDTH = 100  # columns where output does not go to a terminal
@@ -55,16 +54,6 @@ def stdout_console() -> Console:
 def stderr_console() -> Console:
     """Return a console that writes progress, remarks and errors."""
     return _console(sys.stderr)
-
-
-def names_in(given: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names in an option that may be repeated and may hold commas, each once.
-
-    >>> names_in(["fp16,int8", "fp16"])
-    ('fp16', 'int8')
-    """
-    parts = ",".join(given or ()).split(",")
-    return tuple(dict.fromkeys(name.strip() for name in parts if name.strip()))
 
 
 def emit(result: Result, as_json: bool, table: Callable[[Result], RenderableType]) -> None:
@@ -98,34 +87,6 @@ def json_text(value: object, indent: int | None = None) -> str:
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def plain(value: object) -> object:
-    """Return ``value`` in the types JSON has.
-
-    Raises:
-        TypeError: it holds something that has no plain form.
-
-    >>> plain({"sqnr_db": math.inf, "shape": (1, 3), "path": PurePath("a/b")})
-    {'sqnr_db': 'inf', 'shape': [1, 3], 'path': 'a/b'}
-    """
-    if isinstance(value, enum.Enum):
-        return plain(value.value)
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if hasattr(value, "tolist"):  # NumPy's scalars and arrays
-        return plain(value.tolist())
-    raise TypeError(f"{type(value).__name__} has no plain form: {value!r}")
-
-
 def progress() -> Progress:
     """Return a progress display on stderr; silent where stderr is not a terminal.
 
@@ -147,6 +108,18 @@ def progress() -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+@contextlib.contextmanager
+def telling(first: str = "Loading PyTorch") -> Iterator[Tell]:
+    """Give a function that shows on stderr what is being done, and how much of it is done."""
+    with progress() as bar:
+        task = bar.add_task(first, total=None)
+
+        def tell(text: str, done: int = 0, total: int | None = None, /) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+
+        yield tell
 
 
 def remark(text: str) -> None:

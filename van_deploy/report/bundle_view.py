@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
+from rich.text import Text
 
+from van_deploy.bundle import Manifest
+from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.weights_source import WeightsSource
+from van_deploy.report.gates_view import evaluate_tables, verify_tables
+from van_deploy.report.precision_view import quantized_view
 from van_deploy.report.tables import (
     Column,
     bytes_text,
@@ -19,40 +25,44 @@ from van_deploy.report.tables import (
 )
 from van_deploy.serve.embedded import Embedded
 
+if TYPE_CHECKING:
+    from van_deploy.pipeline import ExportResult
+    from van_deploy.precision.stage import QuantizeResult
+    from van_deploy.run import RunResult
+
 __all__ = [
     "agreement_table",
     "artefacts_table",
     "embedded_table",
+    "export_view",
     "model_facts",
     "preprocessing_text",
     "proofs_table",
+    "run_view",
 ]
 
 
-def model_facts(manifest: Mapping[str, Any]) -> RenderableType:
+def model_facts(manifest: Manifest) -> RenderableType:
     """Return what the network is and what it must be fed."""
-    weights, config = manifest["weights"], manifest["architecture"]
+    weights, config = manifest.weights, manifest.architecture
     facts = {
-        "model": manifest["name"],
+        "model": manifest.name,
         "weights": f"{_where(weights)} "
-        f"({weights['format']}{_seed(weights)}, sha256 {weights['sha256'][:12]})",
-        "network": f"widths {_list(config['embed_dims'])}, depths {_list(config['depths'])}, "
-        f"{config['num_classes']} classes, {count_text(manifest['parameters'])} parameters",
-        "preprocessing": preprocessing_text(manifest["preprocessing"]),
-        "": f"from {manifest['preprocessing']['source']}",
-        "batch": "{min} to {max}, best at {opt}".format(**manifest["batch"]),
+        f"({weights.format}{_seed(weights)}, sha256 {weights.sha256[:12]})",
+        "network": f"widths {_list(config.embed_dims)}, depths {_list(config.depths)}, "
+        f"{config.num_classes} classes, {count_text(manifest.parameters)} parameters",
+        "preprocessing": preprocessing_text(manifest.preprocessing),
+        "": f"from {manifest.preprocessing.source}",
+        "batch": f"{manifest.batch.min} to {manifest.batch.max}, best at {manifest.batch.opt}",
     }
     return facts_table(facts)
 
 
-def preprocessing_text(values: Mapping[str, Any]) -> str:
+def preprocessing_text(values: Preprocessing) -> str:
     """Return preprocessing on one line."""
-    from van_deploy.model.preprocess import Preprocessing
-
-    geometry = Preprocessing.from_dict(values).geometry
     return (
-        f"{values['image_size']} x {values['image_size']}, {values['interpolation']}, "
-        f"{geometry}, mean {_list(values['mean'])}, std {_list(values['std'])}"
+        f"{values.image_size} x {values.image_size}, {values.interpolation}, "
+        f"{values.geometry}, mean {_list(values.mean)}, std {_list(values.std)}"
     )
 
 
@@ -123,7 +133,7 @@ def agreement_table(agreement: Mapping[str, Any]) -> RenderableType:
     return rows_table(columns, rows)
 
 
-def artefacts_table(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> RenderableType:
+def artefacts_table(manifest: Manifest, sizes: Mapping[str, int]) -> RenderableType:
     """Return one line an artefact: precision, nodes, size, digest.
 
     Args:
@@ -141,13 +151,13 @@ def artefacts_table(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Re
     rows = (
         (
             name,
-            entry["precision"],
-            entry["file"],
-            entry["facts"].get("nodes"),
+            entry.precision,
+            entry.file,
+            entry.graph.nodes if entry.graph else None,
             bytes_text(sizes[name]),
-            entry["files"][entry["file"]][:12],
+            entry.sha256[:12],
         )
-        for name, entry in manifest["artefacts"].items()
+        for name, entry in manifest.artefacts.items()
     )
     return stack(rows_table(columns, rows))
 
@@ -172,15 +182,50 @@ def _embedded(item: Embedded) -> dict[str, object]:
     }
 
 
-def _where(weights: Mapping[str, Any]) -> str:
+def _where(weights: WeightsSource) -> str:
     """Return the weights' file; what ships in the package goes by its name."""
-    inside = weights["format"] in {"embedded", "random"}
-    return str(weights["spec"] if inside else weights["path"])
+    inside = weights.format in {"embedded", "random"}
+    return str(weights.spec if inside else weights.path)
 
 
-def _seed(weights: Mapping[str, Any]) -> str:
-    return f", seed {weights['seed']}" if weights.get("seed") is not None else ""
+def _seed(weights: WeightsSource) -> str:
+    return f", seed {weights.seed}" if weights.seed is not None else ""
 
 
 def _list(values: Iterable[object]) -> str:
     return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def export_view(result: ExportResult, precisions: Iterable[QuantizeResult]) -> RenderableType:
+    """Return what was exported, and every precision that was made of it."""
+    manifest = result.bundle.manifest
+    word = "Reused" if result.reused else "Wrote"
+    took = f" in {sum(result.seconds.values()):.1f} s" if result.seconds else ""
+    return stack(
+        model_facts(manifest),
+        proofs_table(manifest.checks),
+        agreement_table(manifest.checks["agreement"]),
+        artefacts_table(manifest, result.bundle.sizes()),
+        embedded_table(result.embedded) if result.embedded else None,
+        Text(f"{word} the bundle {result.bundle.path}{took} ({result.reason})."),
+        *(quantized_view(other) for other in precisions),
+    )
+
+
+def run_view(result: RunResult) -> RenderableType:
+    """Return everything a run made, and the verdicts of its gates."""
+    bundle = result.bundle
+    names = bundle.manifest.class_names
+    lines = [f"Exported: {result.export.reason}."]
+    lines += [
+        f"{made.artefact}: {made.reason}."
+        + ("" if made.passed else " It does not hold its gate; `van-deploy quantize` tells why.")
+        for made in result.made
+    ]
+    return stack(
+        Text("\n".join(lines)),
+        artefacts_table(bundle.manifest, bundle.sizes()),
+        verify_tables(result.verify, names),
+        evaluate_tables(result.evaluate) if result.evaluate else None,
+        Text(f"The bundle is {bundle.path}."),
+    )

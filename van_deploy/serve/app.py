@@ -111,9 +111,9 @@ class _Handlers:
         return self._json(
             {
                 "bundle": self.service.bundle.name,
-                "preprocessing": manifest["preprocessing"],
-                "classes": manifest["architecture"]["num_classes"],
-                "parameters": manifest["parameters"],
+                "preprocessing": manifest.preprocessing,
+                "classes": manifest.architecture.num_classes,
+                "parameters": manifest.parameters,
                 "compare": self.service.settings.compare,
                 "max_body_bytes": self.service.settings.max_body_bytes,
                 "models": [

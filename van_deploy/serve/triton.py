@@ -12,18 +12,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle import Bundle
+from van_deploy.config import TritonSettings
 from van_deploy.engine.sidecar import verified_sidecar
 from van_deploy.errors import BundleError, InputError, UsageError
 from van_deploy.files import file_sha256
-from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.network import Network, TensorSpec, embedding_of, runnable_artefacts
 from van_deploy.serve.client_source import client_source
-from van_deploy.serve.manifests import DEFAULT_TRITON, Deployment, manifests
+from van_deploy.serve.manifests import Deployment, manifests
 from van_deploy.serve.protocol import DATATYPES
 from van_deploy.serve.service import served_name
 from van_deploy.serve.triton_config import PLATFORMS, model_config, pbtxt
@@ -32,7 +32,6 @@ __all__ = [
     "PACKAGE_FILE",
     "Package",
     "TritonModel",
-    "TritonSettings",
     "package_triton",
     "preferred_batches",
     "triton_models",
@@ -48,27 +47,6 @@ ENGINE_TYPES = {
     "uint8": "uint8",
     "int64": "int64",
 }
-
-
-@dataclass(frozen=True)
-class TritonSettings:
-    """How the models are to be run.
-
-    Attributes:
-        queue_delay_us: longest wait for other requests.
-        queue_limit: requests waiting, at most.
-        queue_timeout_ms: a request that waited longer is refused; 0 for never.
-        instances: copies of each model.
-        gpu: run ONNX models on a GPU too. Plans always are.
-        triton: release of Triton for the manifests.
-    """
-
-    queue_delay_us: int = 1000
-    queue_limit: int = 256
-    queue_timeout_ms: int = 0
-    instances: int = 1
-    gpu: bool = False
-    triton: str = DEFAULT_TRITON
 
 
 @dataclass(frozen=True)
@@ -143,7 +121,7 @@ def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[in
     Those that reached 90 % of the best throughput in the bundle's benchmark; without
     one, the optimum the bundle was made for and the largest.
     """
-    bench = bundle.manifest["checks"].get("bench", {})
+    bench = bundle.manifest.checks.get("bench", {})
     plain = artefact.split("-")[0]
     rates: dict[int, float] = {}
     for row in bench.get("rows", ()):
@@ -153,7 +131,7 @@ def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[in
     if rates:
         good = [b for b, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
     else:
-        good = [int(bundle.manifest["batch"]["opt"]), max_batch]
+        good = [bundle.manifest.batch.opt, max_batch]
     return tuple(sorted({b for b in good if 1 < b <= max_batch}))
 
 
@@ -221,7 +199,7 @@ def _engine_model(bundle: Bundle, name: str) -> TritonModel:
             "ONNX artefact.",
         )
     (given,) = sidecar.inputs
-    source = bundle.artefacts.get(str(bundle.artefact(name).made_from.get("name")))
+    source = bundle.artefacts.get(bundle.artefact(name).made_from.name)
     return TritonModel(
         name=served_name(bundle, name),
         artefact=name,
@@ -252,7 +230,7 @@ def _write_model(
     version.mkdir(parents=True)
     for name, source in model.files.items():
         shutil.copyfile(source, version / name)
-    names = bundle.manifest.get("class_names")
+    names = bundle.manifest.class_names
     if names:
         (folder / LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
     config = model_config(
@@ -276,7 +254,7 @@ def _write_beside(
     made: Path, bundle: Bundle, models: Sequence[TritonModel], settings: TritonSettings
 ) -> None:
     first = models[0]
-    preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
+    preprocessing = bundle.manifest.preprocessing
     if any(spec.name == "logits" for spec in first.outputs):
         source = client_source(
             first.name,
@@ -317,7 +295,7 @@ def _write_record(
             }
             for model in models
         },
-        "settings": asdict(settings),
+        "settings": settings.as_dict(),
         "files": {name: file_sha256(made / name) for name in files},
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"

@@ -219,15 +219,16 @@ def _graph(folder: Path, _: Any, model: TritonModel) -> Iterator[str]:
     from van_deploy.graph.files import graph_facts
 
     try:
-        facts: Any = graph_facts(onnx.load(path, load_external_data=False))
+        graph = graph_facts(onnx.load(path, load_external_data=False))
     except DecodeError as error:
         yield f"'{path.name}' is not ONNX: {error}"
         return
-    for key, wanted in (("inputs", (model.input,)), ("outputs", model.outputs)):
-        found = {n: (v["dtype"], tuple(v["shape"][1:])) for n, v in facts[key].items()}
+    pairs = (("inputs", graph.inputs, (model.input,)), ("outputs", graph.outputs, model.outputs))
+    for key, tensors, wanted in pairs:
+        found = {n: (v.dtype, v.row_shape) for n, v in tensors.items()}
         if found != {spec.name: (spec.dtype, spec.shape) for spec in wanted}:
             yield f"the graph's {key} are {found}"
-        if any(not isinstance(v["shape"][0], str) for v in facts[key].values()):
+        if any(not isinstance(v.shape[0], str) for v in tensors.values()):
             yield f"the graph's {key} have a fixed batch"
 
 
