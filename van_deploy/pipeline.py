@@ -25,6 +25,7 @@ from van_deploy.checks.judging import Judged, batch_sizes, judge_new
 from van_deploy.checks.reference import reference_samples
 from van_deploy.config import Recipe
 from van_deploy.data import check_images, class_names_from_file
+from van_deploy.documents import plain
 from van_deploy.errors import BundleError, GateFailed, InputError, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.embed import check_embedding
@@ -206,7 +207,7 @@ def export_bundle(
         del model, fold
         clock.stage(f"Checking agreement at batch {', '.join(map(str, batches))}")
         judged, record = _agreement(draft, samples, batches)
-        checks["agreement"] = judged.as_dict(samples)
+        checks["agreement"] = {"images": samples.description, **plain(judged)}
         golden = None
         if recipe.export.golden != "none":
             golden = write_golden(draft, samples, originals, users=source is not None)

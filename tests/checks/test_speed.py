@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 
-from van_deploy.checks import speed
 from van_deploy.checks.speed import ROUNDS, paired_ratio
 
 
@@ -15,7 +14,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr(speed.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr("van_deploy.checks.speed.time.perf_counter", lambda: self.now)
 
     def takes(self, seconds: itertools.cycle[float]) -> None:
         self.now += next(seconds)

@@ -14,6 +14,7 @@ from van_deploy.bundle import Artefact, Bundle, Draft, Origin, Precision, writin
 from van_deploy.calibration_set import CalibrationSet
 from van_deploy.checks.golden import golden_samples
 from van_deploy.checks.judging import judge_new
+from van_deploy.documents import plain
 from van_deploy.errors import BundleError, ConversionError
 from van_deploy.files import content_key
 from van_deploy.graph.files import graph_facts, save_onnx
@@ -58,7 +59,7 @@ class QuantizeResult:
     def passed(self) -> bool:
         """Whether the precision asked for holds its gates, and the budget if there is one."""
         searched = self.facts.get("search", {}).get("passed", True)
-        judged = self.facts.get("judged", {}).get("passed", True)
+        judged = self.facts.get("judged", {}).get("outcome", "pass") == "pass"
         return (
             searched
             and judged
@@ -286,7 +287,7 @@ class _Job:
         judged, self.record = judge_new(
             graph, self.settings.precision, samples, method=self.settings.method
         )
-        self.facts["judged"] = judged.as_dict(samples)
+        self.facts["judged"] = {"images": samples.description, **plain(judged)}
 
     def write_(self, graph: ModelProto, ranges: Ranges) -> None:
         """Put the graph, its ranges and the facts into the bundle."""

@@ -97,7 +97,7 @@ def _proofs(checks: Mapping[str, Any]) -> Iterable[dict[str, object]]:
     count = len(agreement["batches"])
     yield {
         "name": "agreement",
-        "outcome": agreement["passed"],
+        "outcome": agreement["outcome"],
         "detail": f"ONNX Runtime against PyTorch in float64, {count} batch sizes; "
         f"{agreement['images']}",
     }

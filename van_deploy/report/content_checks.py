@@ -88,7 +88,7 @@ def accuracy_section(checks: Mapping[str, Any]) -> Section | None:
     entry = checks.get("evaluate")
     if not entry:
         return None
-    metric = next(iter(entry["accuracy"].values()))["metric"]
+    metric = next(iter(entry["accuracies"].values()))["metric"]
     columns = ("network", "runner", "images", f"{metric} %", "95 %", "top-5 %", "95 %", "ECE")
     rows = tuple(
         (
@@ -101,10 +101,10 @@ def accuracy_section(checks: Mapping[str, Any]) -> Section | None:
             "-" if a["top5_interval"] is None else _interval(a["top5_interval"], 100),
             "-" if a["ece"] is None else f"{a['ece']:.3f}",
         )
-        for name, a in entry["accuracy"].items()
+        for name, a in entry["accuracies"].items()
     )
     blocks: list[Block] = [Grid(columns, rows, frozenset(range(2, 8)))]
-    losses = entry.get("loss", {})
+    losses = entry.get("losses", {})
     if losses:
         points = [
             Point(
@@ -138,7 +138,7 @@ def drift_section(checks: Mapping[str, Any]) -> Section | None:
         named = {row["name"]: row for row in drift["rows"]}
         rows += [
             (name, part, _db(named[part]["isolated_db"]), _db(named[part]["sqnr_db"]))
-            for part in drift["worst"][:5]
+            for part in drift["worst_names"][:5]
             if part in named
         ]
     blocks: list[Block] = []
@@ -217,7 +217,7 @@ def _verify(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
 
 
 def _evaluate(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
-    for artefact, loss in entry.get("loss", {}).items():
+    for artefact, loss in entry.get("losses", {}).items():
         said = [f["message"] for f in loss["findings"] if f["outcome"] == loss["outcome"]]
         yield Check(WORDS[loss["outcome"]], f"top-1 of {artefact}", "; ".join(filter(None, said)))
     for skipped in entry.get("skipped", ()):
