@@ -33,12 +33,17 @@ from van_deploy.schema import Open, Schema
 __all__ = ["DOCUMENTS", "files", "schema_of"]
 
 DOCUMENTS: Mapping[str, str] = {
+    "baseline": "van_deploy.checks.baseline:Baseline",
+    "check": "van_deploy.checks.regression:CheckReport",
+    "drift": "van_deploy.checks.drift:DriftReport",
+    "evaluate": "van_deploy.checks.evaluate_report:EvaluateReport",
     "info": "van_deploy.describe:model_described",
     "inspect": "van_deploy.describe:artefacts_described",
     "list": "van_deploy.model.listing:listed_variants",
     "manifest": "van_deploy.manifest:Manifest",
     "sidecar": "van_deploy.engine.sidecar:Sidecar",
     "signature": "van_deploy.signing:Signature",
+    "verify": "van_deploy.checks.verdicts:VerifyReport",
 }
 """Each document by name: the class of it, or the function that returns it."""
 
