@@ -75,7 +75,7 @@ def test_every_command_is_listed_on_its_own_line_and_has_an_example(cli: Cli, co
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_overview_says_what_the_command_says_of_itself(name: str) -> None:
     command = command_named(name)
-    assert command.help.splitlines()[0] == COMMANDS[name].summary
+    assert command.help.splitlines()[0] == COMMANDS[name][1]
     assert command.name == name
 
 
