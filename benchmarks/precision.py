@@ -38,6 +38,7 @@ from van_deploy.bench.contender import Contender
 from van_deploy.bench.lane import Row
 from van_deploy.bench.report import race_report
 from van_deploy.bundle import Bundle
+from van_deploy.calibration_set import ImageSelection
 from van_deploy.config import BenchSettings, QuantizeSettings
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.images import UnreadableImages, find_images, open_image
@@ -50,7 +51,6 @@ from van_deploy.precision.cpu import CPU_SCOPE, added_tensors, cpu_scales, cpu_w
 from van_deploy.precision.cpu_writer import qdq_for_cpu
 from van_deploy.precision.initial import initial_plan, nodes_in_scope
 from van_deploy.precision.inputs import input_batches
-from van_deploy.precision.manifests import ImageSelection
 from van_deploy.precision.observer import float_tensors
 from van_deploy.precision.ranges import lean_batch, record_ranges
 from van_deploy.precision.recording import counted_tensors

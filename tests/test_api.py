@@ -134,8 +134,8 @@ def test_every_command_that_makes_something_of_a_bundle_is_a_method() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="module 'van_deploy' has no attribute 'exprot'"):
-        vd.exprot  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'van_deploy' has no attribute 'nothing'"):
+        vd.nothing  # noqa: B018
 
 
 class TestBundle:

@@ -20,7 +20,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-SHIPPED_DATA = {".css", ".html", ".json", ".md", ".npz", ".safetensors", ".toml", ".typed"}
+SHIPPED_DATA = {".css", ".html", ".json", ".md", ".npz", ".pyi", ".safetensors", ".toml", ".typed"}
 DATA_PACKAGES = {"export": "van_deploy/recipes", "calibration": "van_deploy/calibration_sets"}
 SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy.bundle import Bundle, GraphFacts
 from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
 from van_deploy.documents import plain
@@ -168,7 +169,7 @@ def test_overrides_reach_the_manifest_and_say_so(cli: Cli, tmp_path: Path) -> No
     assert (values["image_size"], values["mean"], values["crop_pct"]) == (32, [0.1] * 3, 0.5)
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "code", "message"),
     [
         (["van_b9"], 2, "There is no VAN variant called 'van_b9'"),

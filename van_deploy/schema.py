@@ -312,18 +312,24 @@ def _is_branch(part: str | int) -> bool:
     return isinstance(part, str) and ("[" in part or part in {"int", "float", "str", "bool"})
 
 
-def _keys_at(model: type[Any], place: list[str | int]) -> list[str]:
+def _keys_at(table: type[Any], place: list[str | int]) -> list[str]:
     """Return the keys that the table at a location may have."""
     for part in place:
-        if isinstance(part, int):
+        if part not in _keys_of(table):  # a place in a list, or a key of a mapping
             continue
-        found = table_in(get_type_hints(model, include_extras=True).get(part))
+        found = table_in(_keys_of(table)[str(part)])
         if found is None:
             return []
-        model = found
-    if dataclasses.is_dataclass(model):
-        return [field.name for field in dataclasses.fields(model)]
-    return [_key(name, field) for name, field in model.model_fields.items()]
+        table = found
+    return list(_keys_of(table))
+
+
+def _keys_of(table: type[Any]) -> dict[str, Any]:
+    """Return the keys of a schema or a data class, and the type of each."""
+    hints = get_type_hints(table, include_extras=True)
+    if dataclasses.is_dataclass(table):
+        return {field.name: hints[field.name] for field in dataclasses.fields(table)}
+    return {_key(name, field): hints[name] for name, field in table.model_fields.items()}
 
 
 def _key(name: str, field: pydantic.fields.FieldInfo) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy.bench.benchmark import benchmark_bundle
 from van_deploy.bench.compare import agreement, compare_reports, read_report
 from van_deploy.bench.machine import Watch, busy_cores
@@ -103,7 +104,7 @@ def test_other_image_sizes_run_the_same_weights(digits: Bundle, quick: BenchSett
     assert small.error == native.error == ""
 
 
-@pytest.mark.parametrize(
+@each(
     "change", [{"batches": ()}, {"batches": (0,)}, {"streams": 0}, {"threads": 0}, {"p99_ms": 0.0}]
 )
 def test_nonsense_is_refused(change: dict[str, Any]) -> None:
@@ -202,7 +203,7 @@ def test_what_cannot_be_compared_is_refused(
     assert words in caught.value.message
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "something/else"}'])
+@each("text", ["", "[]", "{}", '{"schema": "something/else"}'])
 def test_another_file_is_not_taken_for_a_benchmark(tmp_path: Path, text: str) -> None:
     path = tmp_path / "old.json"
     path.write_text(text)

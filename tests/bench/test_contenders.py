@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.each import each
 from van_deploy.bench.contender import Contender, Skipped
 from van_deploy.bench.contenders import chosen, contenders_of
 from van_deploy.bundle import MANIFEST, Bundle
@@ -24,7 +25,7 @@ ENTRIES: list[Contender | Skipped] = [
 ]
 
 
-@pytest.mark.parametrize(
+@each(
     ("patterns", "names"),
     [
         ((), [entry.name for entry in ENTRIES]),

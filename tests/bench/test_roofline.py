@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from tests.each import each
 from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.devices import DEVICES, paper_ceilings
 from van_deploy.bench.roofline import Work, limit_of, work_of, work_of_file
@@ -124,7 +125,7 @@ def test_paper_figures_name_their_source_and_an_unknown_device_is_refused() -> N
         paper_ceilings("tpu")
 
 
-@pytest.mark.parametrize("name", DEVICES)
+@each("name", DEVICES)
 def test_paper_figures_are_in_a_sane_order(name: str) -> None:
     ops = DEVICES[name].ops_per_s
     assert ops["fp32"] < ops["fp16"] < ops["int8"]

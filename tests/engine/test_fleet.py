@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Cli
+from tests.each import each
 from tests.engine.conftest import BundleMaker
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions, Profiling
@@ -64,7 +65,7 @@ def test_a_file_becomes_cells(fleet_file: Path) -> None:
     assert "num_gpus" not in task_resources(cells[1])
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "words"),
     [
         ("[fleet", "is not TOML"),

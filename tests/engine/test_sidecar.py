@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.each import each
 from van_deploy.config import BuildOptions
 from van_deploy.engine.sidecar import (
     Sidecar,
@@ -109,7 +110,7 @@ def test_an_edited_sidecar(plan: Path, key: str, value: object) -> None:
         read_sidecar(plan)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "van-deploy/engine/1"}', "\xff"])
+@each("text", ["", "[]", "{}", '{"schema": "van-deploy/engine/1"}', "\xff"])
 def test_a_damaged_sidecar(plan: Path, text: str) -> None:
     sidecar_path(plan).write_text(text, encoding="latin-1")
     with pytest.raises(InputError, match="is damaged"):

@@ -15,6 +15,7 @@ import onnx
 import pytest
 
 from tests.artifacts import SMALL_SIZE, MadeOnce
+from tests.each import each
 from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
 from van_deploy.engine.build import engine_from_onnx
@@ -85,7 +86,7 @@ def test_a_profile_is_chosen_by_its_optimum() -> None:
     ]
 
 
-@pytest.mark.parametrize("batch", [0, 9])
+@each("batch", [0, 9])
 def test_a_batch_outside_every_profile(batch: int) -> None:
     with pytest.raises(UsageError) as caught:
         profile_for(PROFILES, batch)

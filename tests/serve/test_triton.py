@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import Cli
 from tests.described import entry
+from tests.each import each
 from tests.serve.conftest import Running
 from van_deploy.bundle import Bundle, writing
 from van_deploy.errors import InputError, UsageError
@@ -81,7 +82,7 @@ def remove_graph(package: Path) -> None:
     (package / "models" / NAME / "1/model.onnx").unlink()
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "check", "detail"),
     [
         (in_config("max_batch_size: 8", "max_batch_size: 16"), "batches", "max_batch_size is 16"),
@@ -99,6 +100,7 @@ def remove_graph(package: Path) -> None:
         (swap_graphs, "graph", "the graph's inputs are"),
         (remove_graph, "identity", "which must exist"),
     ],
+    fresh="package",
 )
 def test_every_disagreement_is_found(
     package: Path, digits: Bundle, change: Callable[[Path], None], check: str, detail: str

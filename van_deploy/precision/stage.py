@@ -11,6 +11,7 @@ from typing import Any, cast
 from onnx import ModelProto, checker, load_model
 
 from van_deploy.bundle import Artefact, Bundle, Draft, Origin, Precision, writing
+from van_deploy.calibration_set import CalibrationSet
 from van_deploy.errors import BundleError, ConversionError
 from van_deploy.files import content_key
 from van_deploy.graph.files import graph_facts, save_onnx
@@ -20,7 +21,6 @@ from van_deploy.precision.compare import Candidate, compare_precisions
 from van_deploy.precision.half import DEFAULT_KEEP, HalfGraph, half_from_fp32, kept_nodes
 from van_deploy.precision.int8 import Int8Maker
 from van_deploy.precision.job_images import JobImages, images_for
-from van_deploy.precision.manifests import CalibrationSet
 from van_deploy.precision.ranges import Ranges, lean_batch
 from van_deploy.precision.ranges_file import ranges_summary, write_ranges
 from van_deploy.precision.recording import changed, ranges_of, ranges_stem
