@@ -25,6 +25,7 @@ __all__ = [
     "PASSWORD_VARIABLE",
     "key_id",
     "new_key",
+    "new_pair",
     "password_from",
     "private_key_from",
     "public_key_from",
@@ -200,6 +201,17 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
             f"The key '{path}' cannot be written: {error.strerror or error}.",
             "Choose another place with --new-key FILE.",
         ) from error
+
+
+def new_pair(path: Path, password: str = "") -> dict[str, object]:
+    """Make a pair of keys and return what there is to tell of it; see :func:`new_key`."""
+    public, name = new_key(path, password)
+    return {
+        "private key": str(path),
+        "protected by a password": bool(password),
+        "public key": str(public),
+        "key id": name,
+    }
 
 
 def password_from(file: Path | None) -> str:
