@@ -13,8 +13,8 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
+from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.images import find_images, open_image
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import INTERPOLATIONS, OFFICIAL, Preprocessing
 from van_deploy.model.processors import from_torchvision
