@@ -73,12 +73,12 @@ def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None)
         why = f"no photograph has {channels} channels"
     elif photographs := _photographs():
         named = ", ".join(item.name for item in photographs)
-        return ImageSet(photographs, f"{len(photographs)} images (natural photographs: {named})")
+        return ImageSet(photographs, f"{len(photographs)} natural photographs: {named}")
     items = [
         ImageItem(f"synthetic {seed}", dead_leaves_image(seed, side, channels))
         for seed in range(SYNTHETIC_IMAGES)
     ]
-    described = f"{len(items)} images (synthetic dead leaves, not photographs: {why})"
+    described = f"{len(items)} synthetic dead-leaves images (not photographs: {why})"
     return ImageSet(tuple(items), described)
 
 
@@ -179,7 +179,7 @@ def check_images(
             "Give more images that can be read.",
         )
     batch = Batch.of(list(enumerate(values for _, values in found.values())), preprocessing)
-    taken = f"{count} of " if len(whole) == count else f"{count} images and parts of the "
+    taken = f"{count} of " if len(whole) == count else f"{count} images and parts of "
     unread = f"; {len(bad)} could not be read, the first: {bad[0]}" if bad else ""
     return CheckImages(
         **vars(batch),
