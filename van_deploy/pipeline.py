@@ -115,14 +115,17 @@ def load_for(
         offline=offline,
         seed=settings.seed,
         container=settings.container or None,
+        layer_norm_eps=settings.layer_norm_eps,
+        head=settings.head or None,
+        preprocessing=recipe.preprocessing.model_dump(),
+        own_labels=bool(settings.labels),
         progress=download_progress,
     )
-    preprocessing = loaded.preprocessing.override(**recipe.preprocessing.model_dump())
     class_names = loaded.class_names
     if settings.labels:
         class_names = class_names_from_file(settings.labels, loaded.config.num_classes)
     name = loaded.name if weights or _is_known(spec) else settings.name or loaded.name
-    return replace(loaded, name=name, preprocessing=preprocessing, class_names=class_names)
+    return replace(loaded, name=name, class_names=class_names)
 
 
 def _is_known(name: str) -> bool:

@@ -51,7 +51,7 @@ def answered(whole: Subject) -> Answered:
     return Answered(reference_logits(whole.loaded, pictures), found, labels)
 
 
-@pytest.fixture(scope="module", params=["digits", "cifar"])
+@pytest.fixture(scope="module", params=["digits", pytest.param("cifar", marks=pytest.mark.slow)])
 def network(request: pytest.FixtureRequest) -> Answered:
     """Return the answers of the embedded network and, where it is, of the shared one."""
     return answered(request.getfixturevalue(request.param))

@@ -202,6 +202,7 @@ def test_each_doubled_step_is_seen_whatever_the_layer(digits: Subject) -> None:
             assert layer in faults_of(steps_of_graph(model, none, artefact)), (of, layer)
 
 
+@pytest.mark.slow
 class TestTheSharedNetwork:
     """The same on a network that was trained on photographs."""
 

@@ -41,7 +41,7 @@ def full(made_once: MadeOnce, bare: Bundle) -> Bundle:
         settings = BenchSettings(
             batches=(1, 2), threads=1, runners=("ort-*", "openvino"), budget=budget
         )
-        save_report(benchmark_bundle(Bundle.open(folder), settings).as_dict(), bundle, None)
+        save_report(benchmark_bundle(Bundle.open(folder), settings), bundle, None)
 
     return Bundle.open(made_once("full_report", make))
 
