@@ -228,17 +228,6 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
         ) from error
 
 
-def new_pair(path: Path, password: str = "") -> dict[str, object]:
-    """Make a pair of keys and return what there is to tell of it; see :func:`new_key`."""
-    public, name = new_key(path, password)
-    return {
-        "private key": str(path),
-        "protected by a password": bool(password),
-        "public key": str(public),
-        "key id": name,
-    }
-
-
 def password_from(file: Path | None) -> str:
     """Return the password in the first line of a file, or in the environment; "" for none.
 
