@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PASSWORD_VARIABLE",
+    "KeyPair",
     "key_id",
     "new_key",
     "new_pair",
@@ -83,6 +85,29 @@ def new_key(path: Path, password: str = "") -> tuple[Path, str]:
         path.unlink()
         raise
     return public, key_id(key.public_key())
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """A new pair of keys.
+
+    Attributes:
+        private_key: its file, mode 0600.
+        has_password: whether a password protects it.
+        public_key: its file.
+        key_id: of the public key.
+    """
+
+    private_key: Path
+    has_password: bool
+    public_key: Path
+    key_id: str
+
+
+def new_pair(path: Path, password: str = "") -> KeyPair:
+    """Make a pair of keys. Arguments and errors are those of :func:`new_key`."""
+    public, name = new_key(path, password)
+    return KeyPair(path, bool(password), public, name)
 
 
 def key_id(key: Ed25519PublicKey) -> str:
@@ -201,17 +226,6 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
             f"The key '{path}' cannot be written: {error.strerror or error}.",
             "Choose another place with --new-key FILE.",
         ) from error
-
-
-def new_pair(path: Path, password: str = "") -> dict[str, object]:
-    """Make a pair of keys and return what there is to tell of it; see :func:`new_key`."""
-    public, name = new_key(path, password)
-    return {
-        "private key": str(path),
-        "protected by a password": bool(password),
-        "public key": str(public),
-        "key id": name,
-    }
 
 
 def password_from(file: Path | None) -> str:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from van_deploy.cli.console import AsJson, emit, remark
 from van_deploy.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from van_deploy.signing import Signed
+    from van_deploy.signing_keys import KeyPair
 
 __all__ = ["sign"]
 
@@ -35,14 +41,14 @@ def sign(
 
     Example: van-deploy sign dist/van_b1 --key release.pem
     """
-    from van_deploy.report.tables import facts_table
-    from van_deploy.signing import sign_bundle
+    from van_deploy.bundle import Bundle
+    from van_deploy.signing import Signed, sign_bundle
     from van_deploy.signing_keys import new_pair, password_from, private_key_from
 
     if new_key is not None:
         if bundle is not None or key is not None:
             raise UsageError("--new-key only makes a pair of keys.", "Sign in a second command.")
-        emit(new_pair(new_key, password_from(password_file)), as_json, facts_table)
+        emit(new_pair(new_key, password_from(password_file)), as_json, _table)
         return
     if bundle is None or key is None:
         raise UsageError(
@@ -53,5 +59,17 @@ def sign(
     if key.stat().st_mode & 0o077:
         remark(f"note: others on this machine may read or use '{key}': chmod 600 it")
     signature = sign_bundle(bundle, secret)
-    signed = {"bundle": str(bundle), "key id": signature.key_id, "signed": signature.date}
-    emit(signed, as_json, facts_table)
+    files = len(Bundle.open(bundle).digests)
+    emit(Signed(bundle, signature.key_id, signature.date, files), as_json, _table)
+
+
+def _table(result: Signed | KeyPair) -> RenderableType:
+    from van_deploy.report.tables import facts_table
+
+    shown = {True: "yes", False: "no"}
+    return facts_table(
+        {
+            key.replace("_", " "): shown[value] if isinstance(value, bool) else value
+            for key, value in vars(result).items()
+        }
+    )
