@@ -28,6 +28,7 @@ __all__ = [
     "key_id",
     "new_key",
     "new_pair",
+    "password_from",
     "private_key_from",
     "public_key_from",
     "require_signing",
@@ -225,3 +226,22 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
             f"The key '{path}' cannot be written: {error.strerror or error}.",
             "Choose another place with --new-key FILE.",
         ) from error
+
+
+def password_from(file: Path | None) -> str:
+    """Return the password in the first line of a file, or in the environment; "" for none.
+
+    Raises:
+        InputError: the file cannot be read, or is empty.
+    """
+    if file is None:
+        return os.environ.get(PASSWORD_VARIABLE, "")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The password file '{file}' cannot be read: {error}.") from error
+    if not lines or not lines[0]:
+        raise InputError(
+            f"The password file '{file}' is empty.", "Write the password in its first line."
+        )
+    return lines[0]
