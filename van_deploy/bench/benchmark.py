@@ -56,7 +56,7 @@ def benchmark_bundle(
             "model": bundle.name,
             "parameters": bundle.manifest.parameters,
             "weights": asdict(bundle.manifest.weights),
-            "batch_range": asdict(bundle.manifest.batch),
+            "batch_range": bundle.manifest.batch.as_dict(),
         },
         progress=progress,
     )
