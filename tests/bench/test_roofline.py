@@ -92,7 +92,9 @@ def made_up(**changes: int) -> Work:
         "output_values": 0,
         "operator_values": 0,
     }
-    return Work(**{**values, **changes})
+    values |= changes
+    kinds = ("matrix_ops", "quantized_ops", "depthwise_ops", "other_ops")
+    return Work(**values, operations=sum(values[kind] for kind in kinds))
 
 
 def test_the_limit_is_the_slower_of_arithmetic_and_memory() -> None:

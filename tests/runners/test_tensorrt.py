@@ -242,13 +242,13 @@ class TestOnAGpu:
 
     def test_the_inspector_names_pytorch_modules(self, made: Made) -> None:
         found = describe_engine(made.plan)
-        assert found["runs here"]
-        assert found["layers"]
-        text = " ".join(f"{layer['name']} {layer['nodes']}" for layer in found["layers"])
+        assert not found.obstacles
+        assert found.layers
+        text = " ".join(f"{layer.name} {layer.nodes}" for layer in found.layers)
         assert "block1" in text
 
     def test_a_stripped_plan_builds(self, made: Made, tmp_path: Path) -> None:
-        asked = read_sidecar(made.plan).build_options
+        asked = read_sidecar(made.plan).options
         stripped = engine_from_onnx(
             made.onnx,
             tmp_path / "e.plan",
@@ -268,7 +268,7 @@ class TestOnAGpu:
                 made.onnx,
                 tmp_path / f"{index}.plan",
                 backend=made.backend,
-                options=read_sidecar(made.plan).build_options,
+                options=read_sidecar(made.plan).options,
                 precision="fp32",
                 timing_cache=cache,
             )

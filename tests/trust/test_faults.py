@@ -11,7 +11,6 @@ from reliability.disks import full_disk
 from reliability.kills import kills
 from reliability.trials import Trials, bundle_is_whole, finished, van_deploy
 
-
 pytestmark = pytest.mark.slow
 
 
