@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from supply_chain.reference import files
+from tests.each import each
 from van_deploy.config import BatchRange, Recipe
 from van_deploy.config.named import EXPORT, Changes, changes_from, with_changes
 from van_deploy.errors import RecipeError, UsageError
@@ -31,14 +32,14 @@ def test_there_is_a_recipe_for_every_variant_and_for_the_embedded_network() -> N
     assert set(builtin_recipes()) == {*VARIANTS, "van_digits"}
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "van_digits"])
+@each("name", [*VARIANTS, "van_digits"])
 def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default(name: str) -> None:
     assert recipe_named(name) == Recipe.model_validate({"model": {"name": name}})
     text = builtin_recipes()[name].read_text()
     assert re.findall(r"^\w+ *=", text, re.MULTILINE) == ["name ="]
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "message", "remedy"),
     [
         ("[modle]\nname='x'", "the key 'modle' is unknown.", "Did you mean 'model'?"),
@@ -209,13 +210,13 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
         read_recipe(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("text", ["", "1", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1"])
+@each("text", ["", "1", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1"])
 def test_a_batch_range_is_three_numbers(text: str) -> None:
     with pytest.raises(UsageError, match="should be min:opt:max"):
         BatchRange.parse(text)
 
 
-@pytest.mark.parametrize("text", ["4:2:8", "1:9:8"])
+@each("text", ["4:2:8", "1:9:8"])
 def test_a_batch_range_rises(text: str) -> None:
     with pytest.raises(UsageError, match="is not min <= opt <= max"):
         BatchRange.parse(text)
@@ -242,7 +243,7 @@ class TestChanges:
         assert recipe.precision.make == ("int8",)
         assert recipe.gates.int8.top1_drop == 0.5
 
-    @pytest.mark.parametrize(
+    @each(
         ("text", "message", "remedy"),
         [
             (
@@ -280,7 +281,7 @@ class TestChanges:
             "--set precision.calibrate_on_noise and precision.images are both given."
         )
 
-    @pytest.mark.parametrize(
+    @each(
         ("name", "value", "message"),
         [
             ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
