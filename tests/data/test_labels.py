@@ -71,7 +71,7 @@ def test_exact_names_go_before_folded_ones(make: Make) -> None:
         ("Great_White-shark", "great white  shark"),
         ("TENCH", "tench, Tinca tinca"),
         ("tench", "tench, Tinca tinca"),
-        ("cafe\u0301", "caf\u00e9"),  # macOS writes file names in decomposed Unicode
+        ("u\u0308ber", "\u00fcber"),  # macOS writes file names in decomposed Unicode
         ("\uff21\uff22", "AB"),  # full-width letters
         ("stra\u00dfe", "STRASSE"),
         ("hot dog", " hot dog"),

@@ -116,5 +116,5 @@ def test_a_ribbon_is_refused_before_it_fills_the_memory() -> None:
 
 def test_five_channels_are_no_image() -> None:
     preprocessing = Preprocessing(64, (0.5,) * 5, (0.5,) * 5, "bicubic", 0.9, "test")
-    with pytest.raises(UsageError, match="No image has 5 channels"):
+    with pytest.raises(UsageError, match="The network takes 5 channels"):
         pixels_from_image(pictures()[0], preprocessing)

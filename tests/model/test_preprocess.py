@@ -54,7 +54,7 @@ def test_one_channel_network_gets_grey() -> None:
 
 
 def test_no_picture_has_five_channels() -> None:
-    with pytest.raises(UsageError, match="No image has 5 channels"):
+    with pytest.raises(UsageError, match="The network takes 5 channels"):
         Preprocessing(32, (0.5,) * 5, (0.5,) * 5, "bicubic", 1.0, "a test").transform()
 
 
