@@ -9,8 +9,8 @@ import pytest
 
 from supply_chain.reference import files
 from tests.each import each
-from van_deploy.config import BatchRange, Recipe
-from van_deploy.config.named import EXPORT, Changes, changes_from, with_changes
+from van_deploy.config import BatchRange, BenchSettings, Budget, QuantizeSettings, Recipe
+from van_deploy.config.named import EXPORT, RUN, Changes, changes_from, settings_from, with_changes
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
 from van_deploy.recipe import (
@@ -182,6 +182,14 @@ def test_a_folder_to_calibrate_on_is_not_taken_for_a_set(mine: Path, tmp_path: P
     assert read_recipe(mine).precision.sources == (tmp_path / "train", None)
 
 
+def test_a_folder_given_to_a_run_takes_the_place_of_the_recipe_s_images(
+    mine: Path, tmp_path: Path
+) -> None:
+    mine.write_text("[precision]\nimages='train'")
+    changes = changes_from(RUN, {"calibration": str(tmp_path)})
+    assert read_recipe(mine, changes).precision.sources == (tmp_path, None)
+
+
 def test_fp16_is_not_asked_what_is_for_int8(mine: Path) -> None:
     mine.write_text(
         "[precision]\nmake=['fp16', 'int8']\nmethod='entropy'\nscope=['all']\nrest='fp32'\n"
@@ -302,6 +310,18 @@ class TestChanges:
     def test_another_name_keeps_the_weights(self) -> None:
         renamed = recipe_for("van_b1", changes_from(EXPORT, {"name": "mine"}))
         assert (renamed.model.name, renamed.model.weights) == ("mine", "van_b1")
+        again = with_changes(recipe_named("van_b1"), changes_from(EXPORT, {"name": "mine"}))
+        assert again == renamed
+
+    def test_keyword_arguments_replace_what_a_table_says(self) -> None:
+        whole = BenchSettings(batches=(1,), budget=Budget(limit_s=9.0, seconds=2.0))
+        found = settings_from(BenchSettings, whole, {"limit": 5, "streams": 2})
+        assert (found.batches, found.streams) == ((1,), 2)
+        assert (found.budget.limit_s, found.budget.seconds) == (5.0, 2.0)
+        noise = settings_from(
+            QuantizeSettings, QuantizeSettings(noise=True), {"calibrate_on_noise": False}
+        )
+        assert noise == QuantizeSettings()
 
     def test_a_recipe_may_be_changed_after_it_was_read(self) -> None:
         recipe = with_changes(recipe_named("van_b1"), Changes({("export", "opset"): 18}))
