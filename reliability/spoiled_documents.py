@@ -43,8 +43,8 @@ def recipe(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
 
 def calibration(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     """Spoil one of the calibration sets."""
+    from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
     from van_deploy.precision.calibration import choose_images
-    from van_deploy.precision.manifests import builtin_calibration_sets, calibration_set_named
 
     def read(path: Path) -> object:
         found = calibration_set_named(str(path))

@@ -81,8 +81,8 @@ def _pictures(rng: random.Random, folder: Path) -> Reader:
     """Write an archive of pictures, with other arrays than there should be or spoiled bytes."""
     import numpy as np
 
+    from van_deploy.calibration_set import ImageSelection
     from van_deploy.precision.calibration import choose_images
-    from van_deploy.precision.manifests import ImageSelection
 
     arrays = {
         "images": rng.choice(

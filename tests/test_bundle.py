@@ -356,8 +356,8 @@ def test_a_damaged_list_of_removals_is_one_message(bundle: Path, text: str) -> N
     [
         (["sub"], "does not fit the bundle: .*Is a directory"),
         (["fp32.onnx/x"], "does not fit the bundle: .*Not a directory"),
-        (["a" * 300], "which is no name of a file"),
-        (["a\nb"], "which is no name of a file"),
+        (["a" * 300], "is no name of a file"),
+        (["a\nb"], "is no name of a file"),
     ],
 )
 def test_removals_that_do_not_fit_are_one_message(
@@ -405,8 +405,8 @@ def test_a_lock_that_is_a_folder_is_one_message(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m["files"].update({"a" * 300: ""}), "which is no name of a file"),
-        (lambda m: m["files"].update({"a\x1b": ""}), "which is no name of a file"),
+        (lambda m: m["files"].update({"a" * 300: ""}), "is no name of a file"),
+        (lambda m: m["files"].update({"a\x1b": ""}), "is no name of a file"),
         (lambda m: m.update(name='x" } backend: "python'), "damaged: 'name' is .*is no name"),
         (
             lambda m: m["artefacts"].update({"x/../../y": m["artefacts"].pop("fp32")}),
@@ -415,9 +415,9 @@ def test_a_lock_that_is_a_folder_is_one_message(bundle: Path) -> None:
         (lambda m: m.update(written="a" * 5000), "damaged: 'written' is .*5,000 characters"),
         (lambda m: m.update(x=nested(50)), "nested more than 40 deep"),
         (lambda m: m.update(name=float("nan")), "damaged: 'name' is nan"),
-        (lambda m: m["batch"].update(max="4"), "'batch.max' is '4': it should be a valid integer"),
-        (lambda m: m["batch"].update(max=True), "'batch.max' is True: it should be a valid integ"),
-        (lambda m: m["batch"].update(max=0), "The batch range 1:2:0 is not 1 <= min"),
+        (lambda m: m["batch"].update(max="4"), "'batch.max' is '4': it should be a whole number"),
+        (lambda m: m["batch"].update(max=True), "'batch.max' is True: it should be a whole nu"),
+        (lambda m: m["batch"].update(max=0), "'batch.max' is 0: it should be greater"),
         (lambda m: m["preprocessing"].update(image_size=3), "image size 3 is outside 32 to 4096"),
         (lambda m: m["preprocessing"].update(std=[0, 1, 1]), "The std 0 is not positive"),
         (lambda m: m["preprocessing"].update(mean=[10**400] * 3), "'preprocessing.mean.0' is"),

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.checks.conftest import Subject
+from tests.artifacts import Subject
 from van_deploy.checks.accuracy import paired_drift
 from van_deploy.checks.contestants import Answers
 from van_deploy.checks.expected import ReferenceLogits, reference_logits
@@ -18,8 +18,8 @@ from van_deploy.checks.opened import NotRun, open_artefact
 from van_deploy.checks.pictures import pictures_to_check
 from van_deploy.checks.statistics import bootstrap
 from van_deploy.checks.verify import verify_logits
+from van_deploy.config import GateSettings
 from van_deploy.metrics import Array
-from van_deploy.recipe import GateSettings
 
 RESAMPLES = 200
 IMAGES = 64

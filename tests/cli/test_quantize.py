@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Cli
-from van_deploy.model.checkpoint import load_van
-from van_deploy.pipeline import export_bundle
-from van_deploy.recipe import BatchRange, Recipe
+from van_deploy.bundle import Bundle
 
 FAST = ("--no-refine", "--no-equalize", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("quantize") / "van_digits"
-    export_bundle(load_van("van_digits"), Recipe(batch=BatchRange(1, 2, 3)), path)
-    return path
+def bundle(digits_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("quantize") / "van_digits"
+    return Path(shutil.copytree(digits_bundle.path, copy))
 
 
 def test_int8_shows_the_three_precisions_and_a_recommendation(cli: Cli, bundle: Path) -> None:
@@ -61,8 +59,16 @@ def test_a_result_below_its_gate_ends_with_1(
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("--precision", "int4"), 2, "error: There is no precision called 'int4'."),
-        (("--target", "cpu", "--precision", "fp16"), 2, "error: FP16 makes no sense for"),
+        (
+            ("--precision", "int4"),
+            2,
+            "error: '--precision' is 'int4': it should be 'fp16' or 'int8'.\n",
+        ),
+        (
+            ("--target", "cpu", "--precision", "fp16"),
+            2,
+            "error: FP16 makes no sense for --target cpu: ONNX Runtime's CPU",
+        ),
         (("--calibration", "none"), 5, "error: There is no calibration set called 'none'."),
         (("--scope", "resnet"), 2, "error: The scope 'resnet' matches no convolution"),
         (("--keep", "block9"), 2, "error: There is no module 'block9' to keep in FP32."),

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from van_deploy.calibration_set import (
+    ImageSelection,
+    builtin_calibration_sets,
+    calibration_set_named,
+)
 from van_deploy.errors import ImageError, RecipeError, UsageError
 from van_deploy.images import UnreadableImages
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.precision.calibration import choose_images, refuse_overlap
 from van_deploy.precision.inputs import input_batches, noise_images
-from van_deploy.precision.manifests import (
-    ImageSelection,
-    builtin_calibration_sets,
-    calibration_set_named,
-)
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,12 @@ class TestManifests:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("[images]\nsource = 'web'", "There is no source of images called 'web'."),
-            ("[images]\ncount = 1", "1 images are too few."),
-            ("[images]\nheld_out = 1.0", "The held-out share 1 is outside [0, 1)."),
-            ("[images]\nimages = 5", "has an unknown key 'images.images'."),
-            ("count = 5", "has an unknown key 'count'."),
-            ("[images]\nseed = 'a'", "the key 'images.seed' must be a int, not 'a'."),
+            ("[images]\nsource = 'web'", "'images.source' is 'web': it should be 'folder', 'npz'"),
+            ("[images]\ncount = 1", "'images.count' is 1: it should be greater than or equal to 2"),
+            ("[images]\nheld_out = 1.0", "'images.held_out' is 1.0: it should be less than 1."),
+            ("[images]\nimages = 5", "the key 'images.images' is unknown."),
+            ("count = 5", "the key 'count' is unknown."),
+            ("[images]\nseed = 'a'", "'images.seed' is 'a': it should be a whole number."),
         ],
     )
     def test_a_wrong_manifest_names_the_file_and_the_key(

@@ -1,6 +1,6 @@
 """Which images calibrate INT8: a seeded, balanced choice, named by digest.
 
-A calibration set (:mod:`van_deploy.precision.manifests`) says which; a folder of
+A calibration set (:mod:`van_deploy.calibration_set`) says which; a folder of
 images needs none.
 """
 
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from van_deploy.calibration_set import ImageSelection
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.files import content_key
 from van_deploy.images import file_digest, find_images
 from van_deploy.model.embedded import digits_images
 from van_deploy.precision.archives import DAMAGE, opened_arrays
-from van_deploy.precision.manifests import ImageSelection
 
 __all__ = [
     "NO_IMAGES",

@@ -9,11 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["DEFAULT_TRITON", "Deployment", "manifests"]
+from van_deploy.config.serving import DEFAULT_TRITON
 
-DEFAULT_TRITON = "25.08"
-"""Triton's release, as in the image's tag ``25.08-py3``. A TensorRT plan needs the
-release whose TensorRT is the one that built it."""
+__all__ = ["Deployment", "manifests"]
 
 
 @dataclass(frozen=True)

@@ -14,51 +14,20 @@ import numpy as np
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.canary import CANARY_FILE
+from van_deploy.config import ServiceSettings
 from van_deploy.errors import UsageError, VanDeployError
 from van_deploy.images import open_image
 from van_deploy.model.pixels import Pixels, pixels_from_image
-from van_deploy.runners.network import ORT_CPU, PYTORCH, Network, runnable_artefacts
+from van_deploy.runners.network import PYTORCH, Network, runnable_artefacts
 from van_deploy.serve.batcher import Batcher, QueueFull, ShuttingDown
 from van_deploy.serve.metrics import ServerMetrics
 from van_deploy.serve.predict import named_classes
 from van_deploy.serve.triton_config import model_config
 
-__all__ = ["Served", "Service", "ServiceSettings", "served_name"]
+__all__ = ["Served", "Service", "served_name"]
 
 DECODERS = 2  # pictures decoded at the same time, which bounds their memory
 DECODE_QUEUE = 64
-
-
-@dataclass(frozen=True)
-class ServiceSettings:
-    """How a bundle is served.
-
-    Attributes:
-        artefacts: which; the first one answers the web page. Empty for ``fp32-uint8`` if
-            the bundle has it, else ``fp32``.
-        runner: what runs ONNX artefacts; engines are run by TensorRT.
-        trust_engine: run engines whose sidecar is gone.
-        threads: threads inside one operator; None lets the run time choose.
-        instances: batches that run at the same time, a model.
-        queue_limit: pictures waiting, at most, a model.
-        max_delay_ms: how long an idle model waits for a second request.
-        max_body_bytes: largest request.
-        read_timeout_s: longest time a request may take to arrive.
-        max_pixels: largest picture.
-        compare: whether the page may ask PyTorch too.
-    """
-
-    artefacts: tuple[str, ...] = ()
-    runner: str = ORT_CPU
-    trust_engine: bool = False
-    threads: int | None = None
-    instances: int = 1
-    queue_limit: int = 256
-    max_delay_ms: float = 1.0
-    max_body_bytes: int = 32 * 2**20
-    read_timeout_s: float = 30.0
-    max_pixels: int = 50_000_000
-    compare: bool = True
 
 
 @dataclass

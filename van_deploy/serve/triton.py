@@ -12,17 +12,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle import Bundle
+from van_deploy.config import TritonSettings
 from van_deploy.engine.sidecar import verified_sidecar
 from van_deploy.errors import BundleError, InputError, UsageError
 from van_deploy.files import file_sha256
 from van_deploy.runners.network import Network, TensorSpec, embedding_of, runnable_artefacts
 from van_deploy.serve.client_source import client_source
-from van_deploy.serve.manifests import DEFAULT_TRITON, Deployment, manifests
+from van_deploy.serve.manifests import Deployment, manifests
 from van_deploy.serve.protocol import DATATYPES
 from van_deploy.serve.service import served_name
 from van_deploy.serve.triton_config import PLATFORMS, model_config, pbtxt
@@ -31,7 +32,6 @@ __all__ = [
     "PACKAGE_FILE",
     "Package",
     "TritonModel",
-    "TritonSettings",
     "package_triton",
     "preferred_batches",
     "triton_models",
@@ -47,27 +47,6 @@ ENGINE_TYPES = {
     "uint8": "uint8",
     "int64": "int64",
 }
-
-
-@dataclass(frozen=True)
-class TritonSettings:
-    """How the models are to be run.
-
-    Attributes:
-        queue_delay_us: longest wait for other requests.
-        queue_limit: requests waiting, at most.
-        queue_timeout_ms: a request that waited longer is refused; 0 for never.
-        instances: copies of each model.
-        gpu: run ONNX models on a GPU too. Plans always are.
-        triton: release of Triton for the manifests.
-    """
-
-    queue_delay_us: int = 1000
-    queue_limit: int = 256
-    queue_timeout_ms: int = 0
-    instances: int = 1
-    gpu: bool = False
-    triton: str = DEFAULT_TRITON
 
 
 @dataclass(frozen=True)
@@ -316,7 +295,7 @@ def _write_record(
             }
             for model in models
         },
-        "settings": asdict(settings),
+        "settings": settings.as_dict(),
         "files": {name: file_sha256(made / name) for name in files},
     }
     text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
