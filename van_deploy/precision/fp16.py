@@ -72,7 +72,7 @@ def kept_nodes(model: ModelProto, keep: Sequence[str]) -> dict[str, str]:
                 f"There is nothing called '{entry}' to keep in FP32.",
                 f"Modules are called like '{names[len(names) // 2]}', or a part before a dot.",
             )
-        found |= {name: f"'{entry}' is kept" for name in matched}
+        found |= dict.fromkeys(matched, f"'{entry}' is kept")
     return found
 
 
