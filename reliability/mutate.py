@@ -44,7 +44,7 @@ AREAS = {
     ),
     "fold": ("graph/fold.py", "graph/rewritten.py"),
     "precision": ("precision/*.py",),
-    "labels": ("checks/labels.py", "images/*.py", "data/*.py"),
+    "labels": ("data/*.py",),
     "bundle": ("bundle/*.py", "files.py"),
     "engine": (
         *("engine/sidecar.py", "engine/options.py", "engine/compatibility.py"),
@@ -53,7 +53,6 @@ AREAS = {
 }
 FURTHER = {
     "checks": ("cli/test_gates*.py", "precision/test_stage.py"),
-    "images": ("test_images.py", "cli/test_gates_evaluate.py", "precision/test_calibration.py"),
     "data": ("cli/test_gates_evaluate.py", "checks/test_*.py"),
     "precision": ("cli/test_quantize.py", "checks/test_*.py"),
     "engine": ("cli/test_build.py", "runners/test_tensorrt.py"),

@@ -44,7 +44,7 @@ def recipe(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
 def calibration(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     """Spoil one of the calibration sets."""
     from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
-    from van_deploy.precision.calibration import choose_images
+    from van_deploy.precision.job_images import choose_images
 
     def read(path: Path) -> object:
         found = calibration_set_named(str(path))

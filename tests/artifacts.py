@@ -23,7 +23,7 @@ from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe
 from van_deploy.recipe import recipe_named
 
 if TYPE_CHECKING:
-    from van_deploy.checks.pictures import Pictures
+    from van_deploy.checks.golden import Samples
     from van_deploy.model.checkpoint import LoadedVan
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
 BATCHES = BatchRange(1, 2, 8)
 SMALL_SIZE = 32
 CALIBRATION_IMAGES = 48
-SUBJECT_IMAGES = 16
 
 Copy = Callable[..., Path]
 State = dict[str, tuple[int, int]]
@@ -104,13 +103,13 @@ class Subject:
     Attributes:
         bundle: with ``fp32``, ``fp16`` and ``int8``.
         loaded: the original network.
-        pictures: to judge on.
+        samples: its golden samples.
         labelled: folder of labelled images.
     """
 
     bundle: Bundle
     loaded: LoadedVan
-    pictures: Pictures
+    samples: Samples
     labelled: Path
 
     def graph(self, name: str) -> ModelProto:
@@ -121,14 +120,10 @@ class Subject:
 def subject_of(folder: Path, labelled: Path) -> Subject:
     """Return a bundle that :func:`with_precisions` made, with its network and images."""
     from van_deploy.bundle.original import original_network
-    from van_deploy.checks.pictures import Pictures, pictures_to_check
+    from van_deploy.checks.golden import golden_samples
 
     bundle = Bundle.open(folder)
-    loaded = original_network(bundle)
-    every = pictures_to_check(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
-    few = slice(SUBJECT_IMAGES)
-    pictures = Pictures(every.pixels[few], every.names[few], every.described)
-    return Subject(bundle, loaded, pictures, labelled)
+    return Subject(bundle, original_network(bundle), golden_samples(bundle), labelled)
 
 
 # --- what is made ----------------------------------------------------------------------------
@@ -147,7 +142,7 @@ def digits_graph(path: Path, size: int) -> None:
     onnx.save(onnx_from_van(folded.model, size, loaded.config.in_chans), path)
 
 
-def export_network(folder: Path, weights: str = "van_digits") -> None:
+def export_network(folder: Path, weights: str = "van_digits", images: Path | None = None) -> None:
     """Write a bundle of the embedded network, or of a checkpoint, with ``BATCHES``."""
     from van_deploy.pipeline import export_bundle, load_for
 
@@ -155,7 +150,7 @@ def export_network(folder: Path, weights: str = "van_digits") -> None:
         recipe = recipe_named(weights).changed(batch=BATCHES)
     else:
         recipe = Recipe(model=ModelSettings(weights=weights), batch=BATCHES)
-    export_bundle(load_for(recipe), recipe, folder)
+    export_bundle(load_for(recipe), recipe, folder, images=images)
 
 
 def with_byte_graph(folder: Path, exported: Path) -> None:
@@ -174,8 +169,9 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     Its largest batch is 6, so that six images are enough to check it.
     """
     from van_deploy.bundle.original import original_network
-    from van_deploy.checks.pictures import pictures_to_check
-    from van_deploy.model.pixels import normalised
+    from van_deploy.checks.golden import golden_samples
+    from van_deploy.checks.judging import judge_new
+    from van_deploy.data import check_images
     from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
     from van_deploy.precision.initial import initial_plan
     from van_deploy.precision.quantize import qdq_from_plan
@@ -190,13 +186,12 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     loaded = original_network(bundle)
     model = onnx.load(bundle.verified("fp32"))
     kept = kept_nodes(model, DEFAULT_KEEP)
-    put(bundle, "fp16", "fp16", half_from_fp32(model, kept).model)
-    pictures = pictures_to_check(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
-    images = normalised(pictures.pixels, loaded.preprocessing)
-    plan = initial_plan(model, record_ranges(model, [images], threads=1))
-    scales = {conv.activation: conv.activation_scale for conv in plan.convs.values()}
-    graph = qdq_from_plan(plan, kept=kept)
-    put(bundle, "int8", "int8", graph, quantization={"scales": scales})
+    images = check_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
+    plan = initial_plan(model, record_ranges(model, [images.inputs], threads=1))
+    graphs = {"fp16": half_from_fp32(model, kept).model, "int8": qdq_from_plan(plan, kept=kept)}
+    for name, graph in graphs.items():
+        _, record = judge_new(graph, name, golden_samples(bundle))
+        put(bundle, name, name, graph, golden_sqnr_db=record)
 
 
 def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: Any) -> Bundle:

@@ -15,10 +15,10 @@ from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle, GraphFacts
 from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
+from van_deploy.data import decoded_batches, image_set
 from van_deploy.documents import plain
 from van_deploy.errors import GateFailed
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
-from van_deploy.images import find_images, load_batches
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.van import VAN
 from van_deploy.pipeline import ExportResult, check_batches, export_bundle, load_for
@@ -240,16 +240,15 @@ def test_the_shared_checkpoint_keeps_every_prediction(shared: Path, tmp_path: Pa
     recipe = Recipe(model=ModelSettings(weights=str(checkpoint)))
     loaded = load_for(recipe)
     bundle = export_bundle(loaded, recipe, tmp_path / "b", images=images).bundle
-    paths = find_images(images)
-    assert len(paths) == 2000
-    transform = loaded.preprocessing.transform()
+    items = image_set(images).items
+    assert len(items) == 2000
     original = load_van(str(checkpoint)).model
     same = 0
     with TorchRunner(original) as pytorch, OnnxRuntimeRunner(bundle.verified("fp32")) as onnx:
-        for batch, _ in load_batches(paths, transform, 50):
-            expected = run_in_batches(pytorch, batch, 50)
-            same += int((expected.argmax(1) == onnx.run(batch).argmax(1)).sum())
-    assert same == len(paths)
+        for batch in decoded_batches(items, loaded.preprocessing, 50):
+            expected = run_in_batches(pytorch, batch.inputs, 50)
+            same += int((expected.argmax(1) == onnx.run(batch.inputs).argmax(1)).sum())
+    assert same == len(items)
 
 
 def test_a_user_folder_smaller_than_the_batch_is_made_up_with_crops(

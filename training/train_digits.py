@@ -43,7 +43,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from van_deploy.images import find_images, load_batches
+from van_deploy.data import decoded_batches, labelled_images
 from van_deploy.model.embedded import (
     EMBEDDED_FOLDER,
     EMBEDDED_NAME,
@@ -208,13 +208,15 @@ def evaluate(folder: Path) -> dict[str, float]:
     model.load_state_dict(load_file(files.weights))
     right = count = 0
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        paths = find_images(write_digits_folder(Path(scratch) / "d", "heldout", folder=folder))
-        for images, names in load_batches(paths, preprocessing.transform(), 64):
-            predicted = model(torch.from_numpy(images)).argmax(1)
+        dest = write_digits_folder(Path(scratch) / "d", "heldout", folder=folder)
+        images = labelled_images(dest, CONFIG.num_classes)
+        for batch in decoded_batches(images.items, preprocessing, 64):
+            predicted = model(torch.from_numpy(batch.inputs)).argmax(1)
             right += sum(
-                int(p) == int(n.parent.name) for p, n in zip(predicted, names, strict=True)
+                int(p) == images.items[i].label
+                for p, i in zip(predicted, batch.indices, strict=True)
             )
-            count += len(names)
+            count += len(batch.indices)
     return {"images": count, "correct": right, "top1_percent": round(100 * right / count, 2)}
 
 

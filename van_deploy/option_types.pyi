@@ -37,25 +37,31 @@ class BuildOptions(TypedDict, total=False):
     check_reproducible: bool
 
 class CheckOptions(TypedDict, total=False):
+    allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
+    allow_inconclusive: bool
+    against: Literal["golden", "weights"]
     images: str | Path | None
     count: int | None
     runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
     trust_engine: bool
     weights: str | Path | None
     recipe: str
-    allow_skip: bool
     evaluate: str | Path | None
     labels: str | Path | None
+    class_order: Literal["strings", "natural", "index", "names"] | None
     speed: bool
 
 class DriftOptions(TypedDict, total=False):
     artefacts: Sequence[str]
     weights: str | Path | None
+    against: Literal["weights", "golden"]
     level: Literal["stage", "block", "module"]
     images: str | Path | None
     count: int
 
 class EvaluateOptions(TypedDict, total=False):
+    allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
+    allow_inconclusive: bool
     artefacts: Sequence[str]
     runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
     trust_engine: bool
@@ -64,11 +70,11 @@ class EvaluateOptions(TypedDict, total=False):
     images: str | Path
     labels: str | Path | None
     synsets: str | Path | None
+    class_order: Literal["strings", "natural", "index", "names"] | None
+    label_files: bool
     limit: int | None
     batch: int
     workers: int
-    resume: bool
-    journal: str | Path | None
     on: Literal["here", "ray"]
     ray_address: str
 
@@ -89,6 +95,7 @@ class ExportOptions(TypedDict, total=False):
     simplify: bool
     embed_preprocess: Literal["none", "normalize", "uint8"]
     outputs: Sequence[Literal["logits", "probabilities", "top5"]]
+    golden: Literal["images", "samples", "none"]
     batch: str
     precision: Sequence[Literal["fp16", "int8"]]
     calibration: str
@@ -116,6 +123,7 @@ class QuantizeOptions(TypedDict, total=False):
     images: str | Path | None
     calibration: str
     evaluate: str | Path | None
+    class_order: Literal["strings", "natural", "index", "names"] | None
     calibrate_on_noise: bool
     method: Literal["minmax", "average", "percentile", "mse", "entropy", "auto"]
     percentile: float
@@ -132,6 +140,8 @@ class QuantizeOptions(TypedDict, total=False):
     threads: int | None
 
 class RunOptions(TypedDict, total=False):
+    allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
+    allow_inconclusive: bool
     runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
     trust_engine: bool
     images: str | Path | None
@@ -139,6 +149,9 @@ class RunOptions(TypedDict, total=False):
     force: bool
 
 class VerifyOptions(TypedDict, total=False):
+    allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
+    allow_inconclusive: bool
+    against: Literal["golden", "weights"]
     images: str | Path | None
     count: int | None
     artefacts: Sequence[str]

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from van_deploy.bundle import Bundle
+from van_deploy.checks.evaluate import Settings, evaluate_images
 from van_deploy.checks.evaluate_report import EvaluateReport
-from van_deploy.checks.measure import evaluate_folder
+from van_deploy.checks.gates import Allowed
 from van_deploy.checks.opened import Execution
-from van_deploy.checks.pictures import pictures_to_check
 from van_deploy.checks.record import record_check
+from van_deploy.checks.reference import samples_for
 from van_deploy.checks.verdicts import VerifyReport
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import EngineSettings, Recipe, RunSettings
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from van_deploy.precision.stage import QuantizeResult
 
 __all__ = ["Made", "RunResult", "export_recipe", "run_recipe"]
-
-LEAST_IMAGES = 32
 
 Progress = Callable[[str], None]
 
@@ -118,27 +117,31 @@ def run_recipe(
     made = [Made(result.artefact, result.reason, result.passed) for result in precisions]
     made += _built(output, recipe.engines, engines, settings.force, say)
     bundle = Bundle.open(output)
-    say("Preparing images")
-    count = max(LEAST_IMAGES, recipe.batch.max)
+    say("Verifying")
     execution = Execution(settings.runner, settings.trust_engine)
+    allowed = Allowed(frozenset(settings.allow_skip), settings.allow_inconclusive)
     verify = verify_bundle(
         bundle,
-        loaded,
-        pictures_to_check(loaded.name, loaded.preprocessing, count, settings.images),
+        samples_for(bundle, loaded, None),
+        loaded=loaded,
         gates=recipe.gates,
         execution=execution,
+        allowed=allowed,
         progress=progress,
     )
     record_check(bundle, "verify", verify.as_dict())
-    evaluate = evaluate_folder(
-        bundle,
-        loaded,
-        recipe.evaluate,
-        gates=recipe.gates,
-        execution=execution,
-        progress=progress,
-    )
-    if evaluate is not None:
+    evaluate = None
+    if recipe.evaluate.images is not None:
+        say("Evaluating")
+        evaluate = evaluate_images(
+            bundle,
+            loaded,
+            recipe.evaluate.images,
+            recipe.evaluate,
+            Settings(execution=execution, allowed=allowed),
+            recipe.gates,
+            lambda done, total: say(f"{done} of {total} images"),
+        )
         record_check(bundle, "evaluate", evaluate.as_dict())
     return RunResult(Bundle.open(output), exported, tuple(made), verify, evaluate)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import brentq
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest
 
 from van_deploy.checks.accuracy import accuracy_of, paired_drift
 from van_deploy.checks.contestants import Answers
@@ -17,60 +14,7 @@ from van_deploy.checks.statistics import (
     ECE_BINS,
     bootstrap,
     expected_calibration_error,
-    mcnemar_exact,
-    paired_difference_interval,
-    wilson_interval,
 )
-
-COUNTS = st.integers(0, 300)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 3000), st.floats(0, 1), st.sampled_from([0.9, 0.95, 0.99]))
-def test_wilsons_interval_is_scipys(total: int, share: float, confidence: float) -> None:
-    hits = round(share * total)
-    expected = binomtest(hits, total).proportion_ci(confidence, method="wilson")
-    found = wilson_interval(hits, total, confidence)
-    assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
-    assert 0 <= found[0] <= hits / total <= found[1] <= 1
-
-
-@settings(deadline=None)
-@given(COUNTS, COUNTS)
-def test_mcnemars_p_is_scipys_binomial_test(lost: int, won: int) -> None:
-    expected = binomtest(lost, lost + won, 0.5).pvalue if lost + won else 1.0
-    assert mcnemar_exact(lost, won) == pytest.approx(expected, rel=1e-9)
-    assert mcnemar_exact(lost, won) == mcnemar_exact(won, lost)
-
-
-@pytest.mark.parametrize(("lost", "won", "total"), [(10, 4, 1000), (0, 0, 50), (30, 3, 200)])
-def test_the_paired_interval_inverts_its_own_test(lost: int, won: int, total: int) -> None:
-    """Each end is where the z of the difference, half a case in each cell, is 1.96."""
-    b, c, n = lost + 0.5, won + 0.5, total + 2
-    deviation = math.sqrt(b + c - (c - b) ** 2 / n) / n
-
-    def excess(end: float) -> float:
-        return abs((c - b) / n - end) / deviation - norm.ppf(0.975)
-
-    middle = (c - b) / n
-    expected = brentq(excess, middle - 1, middle), brentq(excess, middle, middle + 1)
-    assert paired_difference_interval(lost, won, total) == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize(("lost", "won"), [(0.02, 0.02), (0.05, 0.01), (0.004, 0.001)])
-def test_the_paired_interval_covers_the_truth(lost: float, won: float) -> None:
-    rng = np.random.default_rng(0)
-    draws = rng.multinomial(500, [lost, won, 1 - lost - won], size=4000)
-    intervals = np.array([paired_difference_interval(b, c, 500) for b, c, _ in draws.tolist()])
-    covered = (intervals[:, 0] <= won - lost) & (won - lost <= intervals[:, 1])
-    assert covered.mean() > 0.94
-
-
-def test_without_images_nothing_is_known() -> None:
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-    assert paired_difference_interval(0, 0, 0) == (-1.0, 1.0)
-    assert mcnemar_exact(0, 0) == 1.0
-    assert expected_calibration_error([], []) == 0.0
 
 
 def plain_ece(confidence: list[float], correct: list[bool], bins: int) -> float:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.images import find_images, open_image
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import INTERPOLATIONS, OFFICIAL, Preprocessing
 

@@ -224,7 +224,7 @@ def test_the_client_computes_the_librarys_pixels(digits: Bundle, tmp_path: Path)
 
     from PIL import Image
 
-    from van_deploy.images import open_image
+    from van_deploy.data import open_image
     from van_deploy.model.pixels import pixels_from_image
 
     package_triton(digits, tmp_path / "out")

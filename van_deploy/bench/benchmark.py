@@ -28,7 +28,7 @@ def benchmark_bundle(
         MissingDependency: a runner was asked for by name and cannot start.
         ConversionError: not one contender could be timed.
     """
-    from van_deploy.checks.sample_images import images_to_check
+    from van_deploy.data import check_images
 
     entries = chosen(contenders_of(bundle), settings.runners)
     contenders = [entry for entry in entries if isinstance(entry, Contender)]
@@ -42,7 +42,8 @@ def benchmark_bundle(
     described = ""
     for size in sizes:
         at_size = preprocessing.override(image_size=size)
-        inputs[size], described = images_to_check(bundle.name, at_size, max(settings.batches))
+        checked = check_images(bundle.name, at_size, max(settings.batches))
+        inputs[size], described = checked.inputs, checked.description
     return race_report(
         contenders,
         skipped,

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
 from van_deploy.config.fields import FileOrName, option
 from van_deploy.schema import Contradiction, Settings
 
-__all__ = ["EvaluateSettings", "ExportSettings", "ModelSettings", "PreprocessingSettings"]
+__all__ = [
+    "ClassOrder",
+    "EvaluateSettings",
+    "ExportSettings",
+    "ModelSettings",
+    "PreprocessingSettings",
+    "class_order_option",
+]
 
 WEIGHTS = "Weights"
 INPUT = "Preprocessing (the weights' own by default; timm's names)"
 GRAPH = "Graph"
 LABELS = "Labels"
+
+
+ClassOrder = Literal["strings", "natural", "index", "names"]
+"""How the classes of images are numbered; :data:`van_deploy.data.CLASS_ORDERS` explains them."""
+
+
+def class_order_option(panel: str) -> Any:
+    """Return the option that says how classes are numbered where nothing names them."""
+    return option(
+        None,
+        "How training numbered the class folders, where nothing names the classes: strings "
+        "(torchvision), natural (timm), index (of a number), names.",
+        panel=panel,
+    )
 
 
 class ModelSettings(Settings):
@@ -78,6 +99,13 @@ class ExportSettings(Settings):
         ("logits",), "What those graphs give.", panel=GRAPH, min_length=1
     )
 
+    golden: Literal["images", "samples", "none"] = option(
+        "images",
+        "Golden samples, on which the bundle is verified anywhere: the images given (they "
+        "travel in the bundle), the package's own samples, or none.",
+        panel=GRAPH,
+    )
+
     @pydantic.model_validator(mode="after")
     def _each_once(self) -> ExportSettings:
         if len(set(self.outputs)) != len(self.outputs):
@@ -94,7 +122,7 @@ class EvaluateSettings(Settings):
     """Labelled images to measure accuracy on. Table ``[evaluate]``; without it, none."""
 
     images: Path | None = option(
-        None, "Folder of labelled images: one folder a class, or ImageNet's own layout."
+        None, "Labelled images: one folder a class, ImageNet's own layout, or an .npz."
     )
     labels: Path | None = option(
         None, "File with a label for each image: 'file label' or one a line.", panel=LABELS
@@ -103,6 +131,10 @@ class EvaluateSettings(Settings):
         None,
         "What the numbers of ImageNet's development kit mean: a WordNet id a line.",
         panel=LABELS,
+    )
+    class_order: ClassOrder | None = class_order_option(LABELS)
+    label_files: bool = option(
+        True, "Look for a ground-truth file such as val.txt beside the images.", panel=LABELS
     )
     limit: int | None = option(None, "At most so many images, evenly spread.", ge=1)
 

@@ -15,16 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.images import MAX_PIXELS
 from van_deploy.model.preprocess import Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Pixels", "normalised", "pixels_from_image"]
+__all__ = ["MAX_PIXELS", "Pixels", "normalised", "pixels_from_image"]
 
 Pixels = npt.NDArray[np.uint8]
 """``(S, S, C)`` or ``(N, S, S, C)`` uint8."""
+
+MAX_PIXELS = 89_478_485
+"""A quarter of a GiB as RGB; Pillow's own warning limit."""
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 

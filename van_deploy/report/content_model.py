@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from van_deploy.bundle import SCHEMA, Artefact, Bundle, Manifest
-from van_deploy.errors import VanDeployError
+from van_deploy.errors import UsageError, VanDeployError
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.report.document import Block, Facts, Figure, Grid, Picture, Section, Text
@@ -26,7 +26,6 @@ __all__ = [
     "provenance_section",
 ]
 
-CANARY = "canary.png"
 SHOWN_SIDE = 256  # pixels of an example picture on the page
 PALETTE = {"fp32": 1, "fp16": 3, "int8": 2}
 
@@ -167,7 +166,7 @@ def _nodes(entry: Artefact) -> str:
 
 def _example(bundle: Bundle, preprocessing: Preprocessing) -> Iterable[Block]:
     try:
-        picture, described = _picture(bundle)
+        picture, described = _picture(bundle, preprocessing)
         pixels = pixels_from_image(picture, preprocessing)
     except (VanDeployError, OSError) as error:
         yield Text(f"There is no example picture: {error}")
@@ -184,16 +183,19 @@ def _example(bundle: Bundle, preprocessing: Preprocessing) -> Iterable[Block]:
     )
 
 
-def _picture(bundle: Bundle) -> tuple[Image, str]:
+def _picture(bundle: Bundle, preprocessing: Preprocessing) -> tuple[Image, str]:
     """Return the bundle's own example picture, or a sample photograph."""
-    from van_deploy.images import open_image, sample_pictures
+    from van_deploy.data import open_image, opened, sample_set
 
-    canary = bundle.path / CANARY
-    if canary.is_file():
-        described = bundle.manifest.canary.image if bundle.manifest.canary else "its own picture"
-        return open_image(canary), described
-    samples = sample_pictures()
-    return samples.images[0], "a sample photograph"
+    golden = bundle.manifest.golden
+    if golden and golden.originals and (bundle.path / golden.originals[0]).is_file():
+        path = bundle.path / golden.originals[0]
+        described = f"the first golden sample of {golden.images}"
+        return open_image(path, channels=preprocessing.channels), described
+    sample = opened(sample_set("", preprocessing).items[0], preprocessing.channels)
+    if sample is None:
+        raise UsageError("The network takes no images.")
+    return sample, "a sample photograph"
 
 
 def _shown(picture: Image, caption: str) -> Picture:

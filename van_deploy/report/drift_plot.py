@@ -56,9 +56,9 @@ def drift_svg(report: DriftReport) -> str:
 def _chart(entry: ArtefactDrift) -> tuple[str, float, float]:
     """Return one artefact's bars with their width and height."""
     bars = [
-        Bar(row.name, 10 ** (-_finite(row.added_db) / 20), f"{row.added_db:.1f} dB")
+        Bar(row.name, 10 ** (-_finite(row.isolated_db) / 20), f"{row.isolated_db:.1f} dB")
         for row in entry.rows
-        if row.added_db is not None
+        if row.isolated_db is not None
     ]
     axis = Axis("RMS of the added error over RMS of the part's result", log=True)
     chart = bar_chart(bars, axis)

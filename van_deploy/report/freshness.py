@@ -9,7 +9,7 @@ from van_deploy.bundle import Manifest
 
 __all__ = ["fresh_bench", "fresh_checks"]
 
-BY_ARTEFACT = ("artefacts", "accuracy", "drift")
+BY_ARTEFACT = ("artefacts", "accuracy", "loss")
 """Keys of a check's result under which there is one entry an artefact."""
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from van_deploy.checks.statistics import wilson_interval
+from van_deploy.intervals import wilson_interval
 from van_deploy.report.tables import Column, bytes_text, facts_table, notes, rows_table, stack
 from van_deploy.report.tables import verdict as verdict_text
 

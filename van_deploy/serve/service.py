@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.canary import CANARY_FILE
 from van_deploy.config import ServiceSettings
+from van_deploy.data import open_image
 from van_deploy.errors import UsageError, VanDeployError
-from van_deploy.images import open_image
 from van_deploy.model.pixels import Pixels, pixels_from_image
 from van_deploy.runners.network import PYTORCH, Network, runnable_artefacts
 from van_deploy.serve.batcher import Batcher, QueueFull, ShuttingDown
@@ -137,9 +136,10 @@ class Service:
             for rows in {1, network.max_batch}:
                 network.run(np.zeros((rows, *given.shape), given.dtype))
             self._add(served_name(self.bundle, artefact), network)
-        canary = self.bundle.path / CANARY_FILE
-        if canary.is_file():  # Pillow loads its decoders when it first needs them
-            self._pixels(canary.read_bytes())
+        golden = self.bundle.manifest.golden
+        for place in golden.originals[:1] if golden else ():
+            # Pillow loads its decoders when it first needs them.
+            self._pixels((self.bundle.path / place).read_bytes())
 
     def _add(self, name: str, network: Network) -> None:
         def batch_ran(rows: int, seconds: float) -> None:
@@ -239,8 +239,9 @@ class Service:
             self._decoding -= 1
 
     def _pixels(self, picture: bytes) -> tuple[Pixels, tuple[int, int]]:
-        image = open_image(picture, max_pixels=self.settings.max_pixels)
         preprocessing = next(iter(self.models.values())).network.preprocessing
+        limit = self.settings.max_pixels
+        image = open_image(picture, channels=preprocessing.channels, max_pixels=limit)
         return pixels_from_image(image, preprocessing)[None], image.size
 
     async def _compare(

@@ -1,14 +1,14 @@
-"""An ONNX graph opened at the modules' outputs, to see what each part adds by itself.
+"""An ONNX graph opened at the modules' results.
 
 Two forms of one graph:
 
-* :func:`with_taps` returns every module's output beside the logits: the error
-  *so far*, with everything before it included;
-* :func:`isolated` cuts the graph there. Each part reads the reference's tensor
-  where it read its predecessor's, so what comes out is the error the part *adds*.
+* :func:`with_taps` returns every module's result beside the logits: the error *so far*,
+  with everything before it included;
+* :func:`isolated` cuts the graph there. Each part reads the reference's tensor where it read
+  its predecessor's, so what comes out is the error the part adds by itself.
 
-Tensors are named after PyTorch modules (:mod:`van_deploy.graph.export`), and the
-precision passes keep those names, so the same cuts fit every artefact.
+Tensors are named after PyTorch modules (:mod:`van_deploy.graph.export`), and the precision
+passes keep those names, so the same cuts fit every artifact.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, helper, shape_inference
 
 from van_deploy.errors import UsageError
 from van_deploy.graph.names import OUTPUT_NAME
+from van_deploy.runners.onnxruntime import require_onnxruntime
 
 __all__ = [
+    "FED",
+    "HEAD",
     "LEVELS",
     "Cut",
     "Level",
     "cuts_of",
     "isolated",
     "part_name",
-    "part_of",
+    "quiet_session",
     "run_taps",
     "tensor_types",
     "with_taps",
@@ -40,14 +43,15 @@ __all__ = [
 
 Level = Literal["stage", "block", "module"]
 LEVELS: tuple[Level, ...] = ("stage", "block", "module")
+HEAD = "head"  # the module whose result is called OUTPUT_NAME in a graph
+FED = ".reference"  # suffix of the input that stands for a cut tensor
 
 _UNIT = re.compile(r"(patch_embed(?P<embed>\d)|block(?P<block>\d)\.\d+|norm(?P<norm>\d)|head)\b")
-FED = ".reference"  # suffix of the input that stands for a cut tensor
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A place where the graph can be opened.
+    """A place where a graph can be opened.
 
     Attributes:
         name: the PyTorch module (or stage) whose result passes there.
@@ -64,7 +68,7 @@ def cuts_of(model: ModelProto, level: Level, modules: Iterable[str]) -> list[Cut
     Args:
         model: the FP32 graph, whose nodes are named after modules.
         level: how fine.
-        modules: paths of the network's modules, whose reference output is known.
+        modules: paths of the modules whose reference result is known.
 
     Raises:
         UsageError: the graph's nodes carry no module names.
@@ -73,26 +77,24 @@ def cuts_of(model: ModelProto, level: Level, modules: Iterable[str]) -> list[Cut
     last: dict[str, str] = {}  # the last tensor of each part, in the graph's order
     for node in model.graph.node:
         tensor = node.output[0]
-        module = "head" if tensor == OUTPUT_NAME else tensor
-        name = _part(node.name, module, level, known)
-        if name and (level != "module" or module in known):
+        module = HEAD if tensor == OUTPUT_NAME else tensor
+        if module not in known:
+            continue
+        name = module if level == "module" else _unit(node.name or module, level)
+        if name:
             last.pop(name, None)
             last[name] = tensor
-    cuts = [Cut(name, tensor) for name, tensor in last.items()]
-    cuts = [cut for cut in cuts if cut.tensor == OUTPUT_NAME or cut.tensor in known]
-    if not cuts:
+    if not last:
         raise UsageError(
             "The graph's nodes are not named after PyTorch modules, so drift cannot be placed.",
             "Export the network with van-deploy, which names them.",
         )
-    return cuts
+    return [Cut(name, tensor) for name, tensor in last.items()]
 
 
-def _part(node: str, module: str, level: Level, known: set[str]) -> str:
-    """Return which part a node belongs to ("" for none)."""
-    if level == "module":
-        return module if module in known else ""
-    unit = _UNIT.match(node if node else module)
+def _unit(node: str, level: Level) -> str:
+    """Return the block or stage that a node belongs to ("" for none)."""
+    unit = _UNIT.match(node)
     if unit is None:
         return ""
     stage = unit["embed"] or unit["block"] or unit["norm"]
@@ -108,16 +110,20 @@ def part_name(module: str, level: Level, parts: Iterable[str]) -> str:
     'stage1'
     """
     if level == "stage":
-        return _part(module, module, level, set())
+        return _unit(module, level)
     around = [part for part in parts if f"{module}.".startswith(f"{part}.")]
     return max(around, key=len, default="")
 
 
 def with_taps(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
     """Return a copy of ``model`` with ``tensors`` as its outputs, in that order."""
+    types = tensor_types(model)
     tapped = ModelProto()
     tapped.CopyFrom(model)
-    _set_outputs_(tapped, tensors)
+    del tapped.graph.output[:]
+    tapped.graph.output.extend(
+        helper.make_tensor_value_info(name, types[name], None) for name in tensors
+    )
     return tapped
 
 
@@ -127,17 +133,15 @@ def isolated(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
     The input that replaces tensor ``t`` is ``t.reference``, of ``t``'s type;
     those that nothing reads are left out.
     """
+    types = tensor_types(model)
     cut = with_taps(model, tensors)
-    graph = cut.graph
-    types = tensor_types(cut)
-    inside = set(tensors)
-    read = set()
-    for node in graph.node:
+    inside, read = set(tensors), set()
+    for node in cut.graph.node:
         for index, name in enumerate(node.input):
             if name in inside:
                 node.input[index] = f"{name}{FED}"
                 read.add(name)
-    graph.input.extend(
+    cut.graph.input.extend(
         helper.make_tensor_value_info(f"{name}{FED}", types[name], None)
         for name in tensors
         if name in read
@@ -145,23 +149,23 @@ def isolated(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
     return cut
 
 
-def part_of(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
-    """Return only what a graph needs to make some of its tensors, which are its outputs."""
-    part = with_taps(model, tensors)
-    wanted: set[str] = set(tensors)
-    nodes: list[NodeProto] = []
-    for node in reversed(part.graph.node):
-        if wanted.intersection(node.output):
-            wanted.update(node.input)
-            nodes.append(NodeProto.FromString(node.SerializeToString()))
-    inputs = [value for value in model.graph.input if value.name in wanted]
-    stored = [tensor for tensor in model.graph.initializer if tensor.name in wanted]
-    for field in (part.graph.node, part.graph.input, part.graph.initializer):
-        del field[:]
-    part.graph.node.extend(reversed(nodes))
-    part.graph.input.extend(inputs)
-    part.graph.initializer.extend(stored)
-    return part
+def tensor_types(model: ModelProto) -> dict[str, int]:
+    """Return the element type of every tensor, as ONNX's own inference finds it."""
+    graph = shape_inference.infer_shapes(model).graph
+    return {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+
+
+def quiet_session(model: ModelProto) -> Any:
+    """Return an ONNX Runtime session on the CPU that prints nothing of its failures."""
+    ort = require_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # failures are reported by who asked, not on the screen
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def run_taps(
@@ -187,36 +191,3 @@ _NUMPY: Mapping[str, Any] = {
     "tensor(float16)": np.float16,
     "tensor(uint8)": np.uint8,
 }
-
-
-def _set_outputs_(model: ModelProto, tensors: Sequence[str]) -> None:
-    types = tensor_types(model)
-    del model.graph.output[:]
-    model.graph.output.extend(
-        helper.make_tensor_value_info(name, types[name], None) for name in tensors
-    )
-
-
-def tensor_types(model: ModelProto) -> dict[str, int]:
-    """Return the element type of every float tensor, by following the graph's own types."""
-    graph = model.graph
-    types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
-    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    for node in graph.node:
-        kind = _output_type(node, types)
-        types |= dict.fromkeys(node.output, kind)
-    return types
-
-
-def _output_type(node: NodeProto, types: Mapping[str, int]) -> int:
-    if node.op_type in {"Cast", "Constant"}:
-        for attribute in node.attribute:
-            if attribute.name == "to":
-                return int(attribute.i)
-            if attribute.name == "value":
-                return int(attribute.t.data_type)
-    if node.op_type == "QuantizeLinear":
-        return types.get(node.input[2], TensorProto.UINT8) if len(node.input) > 2 else 2
-    if node.op_type == "DequantizeLinear":
-        return types[node.input[1]]
-    return next((types[name] for name in node.input if name in types), TensorProto.FLOAT)
