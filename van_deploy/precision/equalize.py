@@ -39,11 +39,11 @@ from van_deploy.graph.rebuilt import RebuiltVan
 from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
 from van_deploy.model.van import STAGES
 from van_deploy.precision.observers import ChannelRange
-from van_deploy.precision.scales import ChannelAffine, percentile_range
+from van_deploy.precision.scales import ChannelAffine, Floats, percentile_range
 
 __all__ = ["TECHNIQUES", "Equalization", "equalize"]
 
-TECHNIQUES = ("cross_layer", "shift", "shift_scale")
+TECHNIQUES = ("cross_layer", "shift_scale", "shift")
 
 STRENGTH = 0.75
 RANGE_PERCENTILE = 99.99
@@ -115,7 +115,7 @@ def equalize(
         if "shift_scale" in techniques and f"{mlp}.fc2" in layers:
             affine = _affine(ranges[f"{mlp}.act"], shift=True, scale=True)
             changed.inserted[f"{mlp}.fc2"] = affine
-            block.mlp.act = nn.Sequential(block.mlp.act, ShiftScale(affine))
+            block.mlp.act = nn.Sequential(block.mlp.act, ShiftScale(affine))  # type: ignore[assignment]
             _take_in_(block.mlp.fc2, affine)
     if "shift" in techniques:
         for stage in range(1, STAGES + 1):
@@ -168,7 +168,7 @@ def _shift_stream_(
     sources = [f"{name}.{part}" for name in blocks for part in ("attn.proj_2", "mlp.fc2")]
     tensors = [tensor for name in blocks for tensor in (f"{name}.add", name)]
     carries = [carry for block in blocks.values() for carry in (block.carry, None)]
-    before = np.zeros(len(ranges[embed].minimum))
+    before: Floats = np.zeros(len(ranges[embed].minimum))
     for tensor, source, reader, carry in zip(
         [embed, *tensors], [embed, *sources], [*readers, ""], [None, *carries], strict=True
     ):

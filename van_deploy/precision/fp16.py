@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -222,8 +222,9 @@ def fp16_from_fp32(
     converted: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
     for node in list(graph):
         wanted = FLOAT if node.name in kept else FLOAT16
-        for place, value in enumerate(node.inputs):
-            if value is None or value.dtype not in {FLOAT, FLOAT16} or value.dtype is wanted:
+        for place, given in enumerate(node.inputs):
+            value = cast("ir.Value", given)  # VAN's operators leave no input out
+            if value.dtype not in {FLOAT, FLOAT16} or value.dtype is wanted:
                 continue  # the right type, or integers such as axes
             if value.is_initializer() and not any(n.name in kept for n, _ in value.uses()):
                 _store_as_fp16_(value)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -66,9 +67,9 @@ def qdq_for_tensorrt(
     writer = _Writer(model)
     for node, layer in writer.quantized(plan):
         if layer.weight_scales is not None:
-            floats = node.inputs[1].dtype.numpy()
+            floats = np.float16 if _input(node, 1).dtype is ir.DataType.FLOAT16 else np.float32
             writer.round_(node, 0, layer.input, floats)
-            integers = rounded(parameters(plan.network, node.name)[0], layer.weight_scales)
+            integers = rounded(parameters(plan.network, str(node.name))[0], layer.weight_scales)
             writer.integers_(node, 1, integers, layer.weight_scales.astype(floats))
     return writer.finished()
 
@@ -83,7 +84,7 @@ def qdq_for_cpu(model: ModelProto, plan: QuantizationPlan) -> ModelProto:
     writer = _Writer(_with_parameters(model, plan))
     for node, layer in writer.quantized(plan):
         for place in (0,) if layer.weight_scales is not None else (0, 1):
-            producer = node.inputs[place].producer()
+            producer = _input(node, place).producer()
             if producer is None or producer.op_type != "DequantizeLinear":
                 writer.round_(node, place, layer.input)
         if layer.weight_scales is not None:
@@ -125,7 +126,7 @@ class _Writer:
         self, node: ir.Node, place: int, quantizer: Quantizer, floats: npt.DTypeLike = np.float32
     ) -> None:
         """Put a pair before an input of ``node``, one for all readers with the same scale."""
-        value = node.inputs[place]
+        value = _input(node, place)
         key = (value, float(quantizer.scale))
         if key not in self.pairs:
             again = any(value is other for other, _ in self.pairs)
@@ -180,7 +181,10 @@ class _Writer:
         """Return a new stored tensor."""
         tensor = ir.tensor(np.ascontiguousarray(values).reshape(values.shape), name=name)
         value = ir.Value(
-            name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=name,
+            shape=ir.Shape(values.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         self.graph.register_initializer(value)
         return value
@@ -210,7 +214,8 @@ def _with_parameters(model: ModelProto, plan: QuantizationPlan) -> ModelProto:
         name = str(node.name)
         for place, values in enumerate(parameters(plan.network, name), 1):
             if place < len(node.inputs):
-                node.inputs[place].const_value = ir.tensor(values, name=node.inputs[place].name)
+                stored = _input(node, place)
+                stored.const_value = ir.tensor(values, name=stored.name)
             elif values.any():
                 node.resize_inputs(place + 1)
                 node.replace_input_with(place, writer.store(f"{name}.bias", values))
@@ -220,7 +225,11 @@ def _with_parameters(model: ModelProto, plan: QuantizationPlan) -> ModelProto:
             ):
                 constant = writer.store(f"{name}.{operator}.by", values.reshape(1, -1, 1, 1))
                 made = writer.insert(
-                    node, operator, [node.inputs[0], constant], f"{name}.{operator.lower()}"
+                    node, operator, [_input(node, 0), constant], f"{name}.{operator.lower()}"
                 )
                 node.replace_input_with(0, made)
     return writer.finished()
+
+
+def _input(node: ir.Node, place: int) -> ir.Value:
+    return cast("ir.Value", node.inputs[place])  # VAN's operators leave no input out

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ __all__ = [
     "UNCHANGED",
     "UNSIGNED_ZERO",
     "ChannelAffine",
+    "Floats",
     "Method",
     "Quantizer",
     "by_channel",
@@ -235,8 +237,8 @@ def unsigned(
 
         least, most = low, high
         for _ in range(2):
-            high = _least(lambda clip: error(low, clip), most)
-            low = -_least(lambda clip: error(-clip, high), -least)
+            high = _least(functools.partial(error, low), most)
+            low = -_least(lambda clip, high=high: error(-clip, high), -least)  # type: ignore[misc]
     return _between(low, high)
 
 
@@ -256,7 +258,9 @@ def percentile_range(record: ChannelRange, percentile: float) -> tuple[Floats, F
     return np.maximum(low, record.minimum), np.minimum(high, record.maximum)
 
 
-def _within(values: Floats, counts: Floats, percentile: float) -> tuple[Floats, Floats]:
+def _within(
+    values: Floats, counts: npt.NDArray[np.uint32], percentile: float
+) -> tuple[Floats, Floats]:
     """Return the first and the last of rising ``values`` in each row that are not cut off."""
     rising = np.cumsum(counts, axis=1, dtype=np.float64)
     cut = (1 - percentile / 100) * rising[:, -1:]
