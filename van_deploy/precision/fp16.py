@@ -252,7 +252,7 @@ def _converted(graph: ir.Graph, node: ir.Node, value: ir.Value, kind: ir.DataTyp
     name = f"{value.name}.{'fp16' if kind is FLOAT16 else 'fp32'}"
     if value.is_initializer():
         copy = ir.Value(
-            name=name, shape=value.shape, type=value.type, const_value=value.const_value
+            name=name, shape=value.shape, type=ir.TensorType(FLOAT), const_value=value.const_value
         )
         _store_as_fp16_(copy)
         graph.register_initializer(copy)

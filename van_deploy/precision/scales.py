@@ -274,9 +274,10 @@ def _ends(
     """Return the ends of a whole tensor, zero between them; not yet where ``mse`` clips."""
     low, high = affine.of(record.minimum).min(), affine.of(record.maximum).max()
     if method is Method.PERCENTILE:
-        values = affine.of(bin_values()[:, None]).T  # (C, BINS)
+        counts = _counted(record)
+        values = np.broadcast_to(affine.of(bin_values()[:, None]).T, counts.shape)
         order = np.argsort(values, axis=None)
-        found = _within(values.flat[order][None], _counted(record).flat[order][None], percentile)
+        found = _within(values.flat[order][None], counts.flat[order][None], percentile)
         low, high = max(low, found[0][0]), min(high, found[1][0])
     return min(float(low), 0.0), max(float(high), 0.0)
 
