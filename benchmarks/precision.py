@@ -326,7 +326,7 @@ class _Bench:
             self.result["notes"].append(
                 f"INT8 scopes on a CPU at 224, batch {batch}, over FP32: {'; '.join(scopes)}."
             )
-        self.result["notes"] += report.facts["warnings"]
+        self.result["notes"] += report.warnings
 
     def _racer(self, name: str, precision: str, graph: onnx.ModelProto) -> Contender:
         """Return a graph, written into the folder of this run, as one that can be raced."""

@@ -36,6 +36,7 @@ __all__ = [
     "MadeOnce",
     "Subject",
     "digits_graph",
+    "enter_engine",
     "export_network",
     "int8_graph",
     "put",
@@ -231,3 +232,24 @@ def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: An
             )
         )
     return Bundle.open(bundle.path)
+
+
+def enter_engine(folder: Path, name: str, made_from: str = "fp32") -> Bundle:
+    """Return the bundle with a file entered as an engine: nothing without a GPU runs it."""
+    from tests.described import entry
+    from van_deploy.bundle import EngineFacts
+
+    source = Bundle.open(folder).artefact(made_from)
+    plan = f"engines/{name}.plan"
+    with writing(folder) as draft:
+        draft.file(plan).write_bytes(b"no plan")
+        draft.record(
+            entry(
+                *(name, "engine", source.precision, plan, [plan]),
+                made_from=Origin(name=made_from, sha256=source.sha256),
+                engine=EngineFacts(
+                    backend="tensorrt 10.0", targets=("sm_89",), profiles=(), parser_layers=1
+                ),
+            )
+        )
+    return Bundle.open(folder)

@@ -75,6 +75,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(
     wheel: zipfile.ZipFile,
 ) -> None:
@@ -82,6 +83,7 @@ def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(
     assert names == expected_in_wheel()
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_the_licence_and_the_command(wheel: zipfile.ZipFile) -> None:
     info = f"van_deploy-{__version__}.dist-info"
     assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
@@ -91,6 +93,7 @@ def test_the_wheel_carries_the_licence_and_the_command(wheel: zipfile.ZipFile) -
     assert f"Version: {__version__}\n" in wheel.read(f"{info}/METADATA").decode()
 
 
+@pytest.mark.slow
 def test_the_wheel_is_small(wheel: zipfile.ZipFile) -> None:
     assert sum(item.compress_size for item in wheel.infolist()) < 3 * 2**20
 

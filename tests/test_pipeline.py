@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy.bundle import Bundle, GraphFacts
 from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
 from van_deploy.data import decoded_batches, image_set
@@ -65,7 +66,7 @@ def test_the_file_carries_what_a_server_needs(exported: Bundle, cli: Cli) -> Non
     assert metadata["van_deploy.preprocessing"] == plain(exported.manifest.preprocessing)
     assert metadata["van_deploy.class_names"] == list("0123456789")
     assert metadata["van_deploy.weights_sha256"] == exported.manifest.weights.sha256
-    assert description["nodes"] == 13 * 9 + 17
+    assert description["graph"]["nodes"] == 13 * 9 + 17
     assert description["weights"]["float"]["values"] > 100_000
 
 
@@ -168,7 +169,7 @@ def test_overrides_reach_the_manifest_and_say_so(cli: Cli, tmp_path: Path) -> No
     assert (values["image_size"], values["mean"], values["crop_pct"]) == (32, [0.1] * 3, 0.5)
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "code", "message"),
     [
         (["van_b9"], 2, "There is no VAN variant called 'van_b9'"),
@@ -234,6 +235,7 @@ def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
     assert graph_of(result).nodes == 13 * 13 + 17
 
 
+@pytest.mark.slow
 def test_the_shared_checkpoint_keeps_every_prediction(shared: Path, tmp_path: Path) -> None:
     checkpoint = shared / "checkpoints" / "van_b0_cifar10.pth.tar"
     images = shared / "data" / "cifar10" / "eval"

@@ -44,6 +44,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from van_deploy.data import decoded_batches, labelled_images
+from van_deploy.files import file_sha256
 from van_deploy.model.embedded import (
     EMBEDDED_FOLDER,
     EMBEDDED_NAME,
@@ -51,7 +52,6 @@ from van_deploy.model.embedded import (
     embedded_files,
     write_digits_folder,
 )
-from van_deploy.model.files import sha256_of_file
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VanConfig
@@ -122,8 +122,7 @@ def preprocessing_from_digits(images: np.ndarray, size: int) -> Preprocessing:
 def inputs_from_digits(images: np.ndarray, preprocessing: Preprocessing) -> Tensor:
     """Return the network's input ``(N, 3, S, S)`` float32, made as at inference."""
     transform = preprocessing.transform()
-    pictures = (Image.fromarray(image).convert("RGB") for image in images)
-    return torch.stack([torch.as_tensor(transform(picture)) for picture in pictures])
+    return torch.stack([transform(Image.fromarray(image)) for image in images])
 
 
 def augment(batch: Tensor, black: Tensor, plan: Schedule, generator: torch.Generator) -> Tensor:
@@ -256,7 +255,7 @@ def card_of(preprocessing: Preprocessing, plan: Schedule, folder: Path) -> dict[
             "pillow": PIL.__version__,
             "scikit-learn": version("scikit-learn"),
         },
-        "sha256": {file.name: sha256_of_file(file) for file in (files.weights, files.images)},
+        "sha256": {file.name: file_sha256(file) for file in (files.weights, files.images)},
         "data": {"licence": LICENCE, "attribution": ATTRIBUTION},
     }
 
@@ -264,7 +263,8 @@ def card_of(preprocessing: Preprocessing, plan: Schedule, folder: Path) -> dict[
 def make(folder: Path, plan: Schedule) -> None:
     """Train and write the three files into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(embedded_files(folder).images, **split_digits())
+    parts: dict[str, Any] = dict(split_digits())
+    np.savez_compressed(embedded_files(folder).images, **parts)
     images, labels = digits_images("train", folder)
     preprocessing = preprocessing_from_digits(images, plan.image_size)
     inputs = inputs_from_digits(images, preprocessing)

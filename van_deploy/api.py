@@ -36,7 +36,7 @@ from van_deploy.results import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from van_deploy.bench.report import BenchReport
+    from van_deploy.bench.document import BenchReport
     from van_deploy.checks.drift import DriftReport
     from van_deploy.checks.evaluate_report import EvaluateReport
     from van_deploy.checks.regression import CheckReport
@@ -195,7 +195,7 @@ class Bundle:
 
         opened = self.opened()
         report = judging.verify(opened, settings_from(VerifySettings, settings, options), progress)
-        self._record(opened, "verify", report.as_dict())
+        self._record(opened, "verify", report)
         return report
 
     def evaluate(
@@ -219,7 +219,7 @@ class Bundle:
         report = judging.evaluate(
             opened, settings_from(EvaluationSettings, settings, given), progress
         )
-        self._record(opened, "evaluate", report.as_dict())
+        self._record(opened, "evaluate", report)
         return report
 
     def drift(
@@ -239,7 +239,7 @@ class Bundle:
 
         opened = self.opened()
         report = judging.drift(opened, settings_from(DriftSettings, settings, options), progress)
-        self._record(opened, "drift", report.as_dict())
+        self._record(opened, "drift", report)
         return report
 
     def check(
@@ -287,14 +287,13 @@ class Bundle:
         """
         from van_deploy.bench.benchmark import benchmark_bundle
         from van_deploy.bench.store import save_report
-        from van_deploy.checks.record import jsonable
 
         opened = self.opened()
         report = benchmark_bundle(
             opened, settings_from(BenchSettings, settings, options), progress=progress
         )
         if save:
-            save_report(jsonable(report.as_dict()), opened, None)
+            save_report(report, opened, None)
         return report
 
     def predict(
@@ -399,7 +398,7 @@ class Bundle:
         files = write_report(document, opened, Path(output) if output else None)
         return WrittenReport(document.verdict, document.verdict_note, tuple(files))
 
-    def _record(self, opened: on_disk.Bundle, name: str, result: Mapping[str, Any]) -> None:
+    def _record(self, opened: on_disk.Bundle, name: str, result: object) -> None:
         """Keep a result in the manifest; what was signed stays as it was signed."""
         if self._key is not None:
             return

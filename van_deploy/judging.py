@@ -136,7 +136,7 @@ def check(
 
 def _allowed(asked: VerifySettings | EvaluationSettings | CheckSettings) -> Allowed:
     """Return what the user lets pass that was not shown."""
-    return Allowed(frozenset(asked.allow_skip), asked.allow_inconclusive)
+    return Allowed(asked.allow_skip, asked.allow_inconclusive)
 
 
 def _samples(

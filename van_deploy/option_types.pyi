@@ -83,6 +83,8 @@ class ExportOptions(TypedDict, total=False):
     weights: str
     sha256: str
     container: str
+    layer_norm_eps: float | None
+    head: Sequence[str]
     labels: str | Path | None
     seed: int
     image_size: int | None
@@ -90,6 +92,7 @@ class ExportOptions(TypedDict, total=False):
     std: Sequence[float] | None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None
     crop_pct: float | None
+    crop_mode: Literal["center", "squash", "border"] | None
     opset: int
     fold: bool
     simplify: bool

@@ -25,6 +25,7 @@ from van_deploy.checks.judging import Judged, batch_sizes, judge_new
 from van_deploy.checks.reference import reference_samples
 from van_deploy.config import Recipe
 from van_deploy.data import check_images, class_names_from_file
+from van_deploy.documents import plain
 from van_deploy.errors import BundleError, GateFailed, InputError, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.embed import check_embedding
@@ -114,14 +115,17 @@ def load_for(
         offline=offline,
         seed=settings.seed,
         container=settings.container or None,
+        layer_norm_eps=settings.layer_norm_eps,
+        head=settings.head or None,
+        preprocessing=recipe.preprocessing.model_dump(),
+        own_labels=bool(settings.labels),
         progress=download_progress,
     )
-    preprocessing = loaded.preprocessing.override(**recipe.preprocessing.model_dump())
     class_names = loaded.class_names
     if settings.labels:
         class_names = class_names_from_file(settings.labels, loaded.config.num_classes)
     name = loaded.name if weights or _is_known(spec) else settings.name or loaded.name
-    return replace(loaded, name=name, preprocessing=preprocessing, class_names=class_names)
+    return replace(loaded, name=name, class_names=class_names)
 
 
 def _is_known(name: str) -> bool:
@@ -203,7 +207,7 @@ def export_bundle(
         del model, fold
         clock.stage(f"Checking agreement at batch {', '.join(map(str, batches))}")
         judged, record = _agreement(draft, samples, batches)
-        checks["agreement"] = judged.as_dict(samples)
+        checks["agreement"] = {"images": samples.description, **plain(judged)}
         golden = None
         if recipe.export.golden != "none":
             golden = write_golden(draft, samples, originals, users=source is not None)

@@ -17,6 +17,7 @@ from van_deploy.checks.reference import samples_for
 from van_deploy.checks.verdicts import VerifyReport
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import EngineSettings, Recipe, RunSettings
+from van_deploy.documents import plain
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.pipeline import ExportResult, embed_in_bundle, export_bundle
 
@@ -79,8 +80,8 @@ class RunResult:
             "passed": self.passed,
             "export": {"reused": self.export.reused, "reason": self.export.reason},
             "made": [asdict(made) for made in self.made],
-            "verify": self.verify.as_dict(),
-            "evaluate": self.evaluate.as_dict() if self.evaluate else None,
+            "verify": plain(self.verify),
+            "evaluate": plain(self.evaluate),
         }
 
 
@@ -119,7 +120,7 @@ def run_recipe(
     bundle = Bundle.open(output)
     say("Verifying")
     execution = Execution(settings.runner, settings.trust_engine)
-    allowed = Allowed(frozenset(settings.allow_skip), settings.allow_inconclusive)
+    allowed = Allowed(settings.allow_skip, settings.allow_inconclusive)
     verify = verify_bundle(
         bundle,
         samples_for(bundle, loaded, None),
@@ -129,7 +130,7 @@ def run_recipe(
         allowed=allowed,
         progress=progress,
     )
-    record_check(bundle, "verify", verify.as_dict())
+    record_check(bundle, "verify", verify)
     evaluate = None
     if recipe.evaluate.images is not None:
         say("Evaluating")
@@ -142,7 +143,7 @@ def run_recipe(
             recipe.gates,
             lambda done, total: say(f"{done} of {total} images"),
         )
-        record_check(bundle, "evaluate", evaluate.as_dict())
+        record_check(bundle, "evaluate", evaluate)
     return RunResult(Bundle.open(output), exported, tuple(made), verify, evaluate)
 
 

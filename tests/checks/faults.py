@@ -132,7 +132,9 @@ def overflowing_layer_norm(model: ModelProto, norm: str, factor: float = 512.0) 
     return with_nodes(model, [*kept[:index], *nodes, *kept[index + 1 :]])
 
 
-def scale_doubled(model: ModelProto, layer: str, of: str = "activation") -> ModelProto:
+def scale_doubled(
+    model: ModelProto, layer: str, of: str = "activation", factor: float = 2.0
+) -> ModelProto:
     """Return a Q/DQ graph with twice the right scale in one layer.
 
     Args:
@@ -140,12 +142,13 @@ def scale_doubled(model: ModelProto, layer: str, of: str = "activation") -> Mode
         layer: the convolution.
         of: ``activation``, in its Q and its DQ; ``weight``, rounded anew with it;
             ``weight DQ``, where the integers stay, so that the weights double.
+        factor: instead of two.
     """
     tensors = stored(model)
     makers = {node.output[0]: node for node in model.graph.node}
     conv = next(node for node in model.graph.node if node.name == layer)
     scale = tensors[makers[conv.input[0 if of == "activation" else 1]].input[1]]
-    set_values(scale, numpy_helper.to_array(scale) * 2)
+    set_values(scale, numpy_helper.to_array(scale) * factor)
     if of == "weight":
         integers = tensors[makers[conv.input[1]].input[0]]
         set_values(integers, np.rint(numpy_helper.to_array(integers) / 2.0))

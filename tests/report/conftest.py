@@ -41,7 +41,7 @@ def full(made_once: MadeOnce, bare: Bundle) -> Bundle:
         settings = BenchSettings(
             batches=(1, 2), threads=1, runners=("ort-*", "openvino"), budget=budget
         )
-        save_report(benchmark_bundle(Bundle.open(folder), settings).as_dict(), bundle, None)
+        save_report(benchmark_bundle(Bundle.open(folder), settings), bundle, None)
 
     return Bundle.open(made_once("full_report", make))
 
@@ -52,9 +52,9 @@ def accuracy_of_digits(bundle: Bundle) -> dict[str, object]:
 
     import numpy as np
     from PIL import Image
+    from van_deploy.checks.contestants import Answers
 
     from van_deploy.checks.accuracy import accuracy_of, paired_drift
-    from van_deploy.checks.contestants import Answers
     from van_deploy.model.embedded import digits_images
     from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 

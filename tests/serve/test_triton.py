@@ -15,7 +15,8 @@ import pytest
 
 from tests.conftest import Cli
 from tests.described import entry
-from tests.serve.conftest import Running
+from tests.each import each
+from tests.serve.conftest import Running, top5_of
 from van_deploy.bundle import Bundle, writing
 from van_deploy.errors import InputError, UsageError
 from van_deploy.serve.triton import package_triton, preferred_batches
@@ -81,7 +82,7 @@ def remove_graph(package: Path) -> None:
     (package / "models" / NAME / "1/model.onnx").unlink()
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "check", "detail"),
     [
         (in_config("max_batch_size: 8", "max_batch_size: 16"), "batches", "max_batch_size is 16"),
@@ -99,6 +100,7 @@ def remove_graph(package: Path) -> None:
         (swap_graphs, "graph", "the graph's inputs are"),
         (remove_graph, "identity", "which must exist"),
     ],
+    fresh="package",
 )
 def test_every_disagreement_is_found(
     package: Path, digits: Bundle, change: Callable[[Path], None], check: str, detail: str
@@ -141,16 +143,16 @@ def test_an_rtx_plan_is_refused(digits: Bundle, tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     assert trt
     from van_deploy.config import BuildOptions
-    from van_deploy.engine.sidecar import Sidecar, Tensor, sidecar_path, write_sidecar
+    from van_deploy.engine.sidecar import SCHEMA, Sidecar, Tensor, sidecar_path, write_sidecar
 
     copy = shutil.copytree(digits.path, tmp_path / "copy")
     fields: dict[str, Any] = {
         "name": "e", "plan_sha256": "", "plan_bytes": 4, "onnx_file": "model.onnx",
         "onnx_sha256": "", "backend": "tensorrt-rtx", "backend_version": "1.7.1.116", "cuda": 13,
         "precision": "fp32", "targets": ("sm_89",), "built_on": None,
-        "options": BuildOptions().as_dict(),
-        "inputs": (Tensor("images", (-1, 3, 64, 64), "float"),),
-        "outputs": (Tensor("logits", (-1, 10), "float"),), "parser_layers": 1,
+        "options": BuildOptions(), "schema": SCHEMA,
+        "inputs": (Tensor(name="images", shape=(-1, 3, 64, 64), dtype="float"),),
+        "outputs": (Tensor(name="logits", shape=(-1, 10), dtype="float"),), "parser_layers": 1,
         "parse_seconds": 0.0, "build_seconds": 0.0, "peak_memory_bytes": 0, "workspace_bytes": 0,
         "device_memory": {}, "warnings": {}, "fixed_addresses": True, "reproducible": True,
     }  # fmt: skip
@@ -201,19 +203,18 @@ def test_manifests_are_yaml_with_probes_requests_and_scaling(package: Path) -> N
 
 
 @pytest.mark.parametrize("artefact", ["fp32-uint8", "fp32"])
-def test_the_generated_client_gets_the_canarys_answer(
-    digits: Bundle, server: Running, canary: Path, tmp_path: Path, artefact: str
+def test_the_generated_client_gets_the_originals_answer(
+    digits: Bundle, server: Running, original: Path, tmp_path: Path, artefact: str
 ) -> None:
     package_triton(digits, tmp_path / "out", [artefact])
     done = subprocess.run(
-        [sys.executable, tmp_path / "out/client.py", "--url", server.address, canary],
+        [sys.executable, tmp_path / "out/client.py", "--url", server.address, original],
         capture_output=True,
         text=True,
         check=True,
     )
     rows = [line.split("\t") for line in done.stdout.splitlines()]
-    assert digits.manifest.canary
-    expected = digits.manifest.canary.top5
+    expected = top5_of(digits)
     assert [row[2] for row in rows] == [str(item.index) for item in expected]
     found = [float(row[1]) for row in rows]
     np.testing.assert_allclose(found, [i.probability for i in expected], atol=6e-5)

@@ -49,6 +49,10 @@ class Bundle:
                 finish_commit(folder)
         return cls(folder, read_manifest(folder))
 
+    def __fspath__(self) -> str:
+        """Return the folder's path."""
+        return str(self.path)
+
     @property
     def name(self) -> str:
         """The model's name, such as ``van_b1``."""

@@ -7,8 +7,8 @@ labels.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +98,8 @@ class ArtefactLoss:
         classes: the classes whose accuracy changed most.
     """
 
+    JSON_PROPERTIES: ClassVar = ("outcome",)
+
     numeric: str
     loss: Loss
     findings: tuple[Finding, ...]
@@ -112,14 +114,6 @@ class ArtefactLoss:
     def outcome(self) -> Outcome:
         """What all findings say together."""
         return outcome_of(self.findings)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures, ready for JSON."""
-        return {
-            **asdict(self),
-            "outcome": self.outcome.value,
-            "findings": [finding.as_dict() for finding in self.findings],
-        }
 
 
 def accuracy_of(answers: Answers, labels: Labels, classes: int, task: Task) -> Accuracy:

@@ -123,7 +123,7 @@ def baseline_from(
         samples_sha256=samples_digest(samples),
         samples=samples.description,
         evaluation=evaluation,
-        artefacts={v.artefact: _figures(v, evaluate, speed) for v in verify.artefacts},
+        artefacts={v.artefact: _figures(v, evaluate, speed) for v in verify.artefacts.values()},
     )
 
 

@@ -16,8 +16,8 @@ CPU does not notice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import sqnr_floor
@@ -39,12 +39,14 @@ if TYPE_CHECKING:
 
 __all__ = ["FUSION_NOTE", "SCHEMA", "ArtefactDrift", "DriftReport", "Link", "drift_of_bundle"]
 
-SCHEMA = "van-deploy/drift/2"
+SCHEMA: Final = "van-deploy/drift/2"
 
 FUSION_NOTE = (
     "Extra outputs keep a runtime from fusing across them, so inside an engine the parts "
     "would run as other kernels than in use: engines are compared by their logits only."
 )
+
+SHOWN_ROWS = 10
 
 Progress = Callable[[str], None]
 
@@ -66,10 +68,22 @@ class Link:
 
 @dataclass(frozen=True)
 class ArtefactDrift:
-    """Every part of one artifact, in the order of the network."""
+    """Every part of one artifact.
+
+    Attributes:
+        artefact: its name.
+        rows: the parts, in the order of the network.
+    """
+
+    JSON_PROPERTIES: ClassVar = ("worst_names",)
 
     artefact: str
     rows: tuple[DriftRow, ...]
+
+    @property
+    def worst_names(self) -> list[str]:
+        """The names of the first of :attr:`worst`."""
+        return [row.name for row in self.worst[:SHOWN_ROWS]]
 
     @property
     def worst(self) -> list[DriftRow]:
@@ -88,7 +102,9 @@ class DriftReport:
         count: how many images.
         reference: what the parts were compared with.
         chain: the links in order.
-        artefacts: the parts of each plain ONNX artifact.
+        artefacts: the parts of each plain ONNX artifact, by name.
+        notes: what is to be known of such figures.
+        schema: of the document.
     """
 
     level: Level
@@ -96,26 +112,9 @@ class DriftReport:
     count: int
     reference: str
     chain: tuple[Link, ...]
-    artefacts: tuple[ArtefactDrift, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report, ready for JSON."""
-        return {
-            "schema": SCHEMA,
-            "level": self.level,
-            "images": self.images,
-            "count": self.count,
-            "reference": self.reference,
-            "chain": [asdict(link) for link in self.chain],
-            "artefacts": {
-                entry.artefact: {
-                    "rows": [asdict(row) for row in entry.rows],
-                    "worst": [row.name for row in entry.worst[:10]],
-                }
-                for entry in self.artefacts
-            },
-            "notes": [FUSION_NOTE],
-        }
+    artefacts: Mapping[str, ArtefactDrift]
+    notes: tuple[str, ...] = (FUSION_NOTE,)
+    schema: Literal["van-deploy/drift/2"] = SCHEMA
 
 
 def drift_of_bundle(
@@ -158,18 +157,17 @@ def drift_of_bundle(
     names = list(artefacts) or [
         name for name in plain_onnx(bundle) if loaded is not None or name != "fp32"
     ]
-    entries = []
+    entries = {}
     for name in names:
         say(f"Every {level} of '{name}', alone and in the whole")
         model = onnx.load(bundle.verified(name))
         channels = channels_of(bundle, bundle.artefact(name))
         rows = drift_of_graph(model, reference, samples.inputs, cuts, channels)
-        entries.append(
-            ArtefactDrift(name, _with_faults(rows, _faults(bundle, name, model, samples), level))
-        )
+        faults = _faults(bundle, name, model, samples)
+        entries[name] = ArtefactDrift(name, _with_faults(rows, faults, level))
     chain += [_link(bundle, name, samples) for name in bundle.artefacts]
     return DriftReport(
-        level, samples.description, len(samples), reference.described, tuple(chain), tuple(entries)
+        level, samples.description, len(samples), reference.described, tuple(chain), entries
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal
 
 from van_deploy.checks.accuracy import Accuracy, ArtefactLoss
 from van_deploy.checks.gates import Allowed, Finding, Outcome, skipped
@@ -14,7 +14,7 @@ from van_deploy.runners.network import PYTORCH
 
 __all__ = ["SCHEMA", "EvaluateReport"]
 
-SCHEMA = "van-deploy/evaluate/2"
+SCHEMA: Final = "van-deploy/evaluate/2"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,10 @@ class EvaluateReport:
         class_names: for the report, or None.
         seconds: what it took.
         allowed: what the user lets pass.
+        schema: of the document.
     """
+
+    JSON_PROPERTIES: ClassVar = ("count",)
 
     images: str
     dataset_sha256: str
@@ -46,6 +49,7 @@ class EvaluateReport:
     class_names: tuple[str, ...] | None
     seconds: float
     allowed: Allowed
+    schema: Literal["van-deploy/evaluate/2"] = SCHEMA
 
     @property
     def count(self) -> int:
@@ -69,24 +73,3 @@ class EvaluateReport:
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report, ready for JSON."""
-        return {
-            "schema": SCHEMA,
-            "passed": self.passed,
-            "allowed": self.allowed.as_dict(),
-            "images": self.images,
-            "dataset_sha256": self.dataset_sha256,
-            "count": self.count,
-            "task": self.task.value,
-            "unreadable": [{"file": file, "reason": reason} for file, reason in self.unreadable],
-            "accuracy": {
-                name: {"runner": self.runners[name], **asdict(accuracy)}
-                for name, accuracy in self.accuracies.items()
-            },
-            "loss": {name: loss.as_dict() for name, loss in self.losses.items()},
-            "skipped": [asdict(entry) for entry in self.skipped],
-            "class_names": list(self.class_names) if self.class_names else None,
-            "seconds": round(self.seconds, 3),
-        }

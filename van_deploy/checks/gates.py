@@ -23,8 +23,8 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from van_deploy.errors import UsageError
 from van_deploy.metrics import Task
@@ -240,10 +240,6 @@ class Finding:
     unit: str = ""
     skip: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the finding, ready for JSON."""
-        return {**asdict(self), "outcome": self.outcome.value}
-
 
 @dataclass(frozen=True)
 class Allowed:
@@ -257,20 +253,16 @@ class Allowed:
         UsageError: there is no such kind.
     """
 
-    skip: frozenset[str] = frozenset()
+    skip: tuple[str, ...] = ()
     inconclusive: bool = False
 
     def __post_init__(self) -> None:
         """Refuse kinds that there are not."""
-        strangers = sorted(self.skip - SKIP_KINDS.keys())
+        strangers = [kind for kind in self.skip if kind not in SKIP_KINDS]
         if strangers:
             raise UsageError(
                 f"There is no kind of skip '{strangers[0]}'.", f"Known: {', '.join(SKIP_KINDS)}."
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what is let pass, ready for JSON."""
-        return {"skip": sorted(self.skip), "inconclusive": self.inconclusive}
 
     def holds(self, finding: Finding) -> bool:
         """Return whether a finding stands in nobody's way."""

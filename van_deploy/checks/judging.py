@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,8 @@ class Judged:
         scales: of an INT8 graph.
     """
 
+    JSON_PROPERTIES: ClassVar = ("outcome",)
+
     findings: tuple[Finding, ...]
     comparison: Comparison | None = None
     flips: tuple[Flip, ...] = ()
@@ -95,17 +97,6 @@ class Judged:
     def outcome(self) -> Outcome:
         """What all findings say together."""
         return outcome_of(self.findings)
-
-    def as_dict(self, samples: Samples) -> dict[str, Any]:
-        """Return what was found on ``samples``, ready for JSON."""
-        return {
-            "passed": self.outcome is Outcome.PASS,
-            "images": samples.description,
-            "noise_db": samples.noise_db,
-            "comparison": asdict(self.comparison) if self.comparison else None,
-            "batches": [{**asdict(row), "outcome": row.outcome.value} for row in self.batches],
-            "findings": [finding.as_dict() for finding in self.findings],
-        }
 
     @property
     def record(self) -> float | None:

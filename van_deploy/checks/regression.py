@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar, Final, Literal
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.baseline import (
@@ -33,7 +33,7 @@ from van_deploy.errors import InputError
 
 __all__ = ["SCHEMA", "CheckReport", "CheckRow", "compare_with_baseline"]
 
-SCHEMA = "van-deploy/check/2"
+SCHEMA: Final = "van-deploy/check/2"
 SHOWN = 4  # messages of one gate
 
 
@@ -68,14 +68,23 @@ class CheckReport:
         images: what was verified on.
         allowed: what the user lets pass.
         measured: the baseline that says what was measured now is good.
+        schema: of the document.
     """
+
+    JSON_PROPERTIES: ClassVar = ("counts",)
 
     model: str
     rows: tuple[CheckRow, ...]
     new: tuple[str, ...]
     images: str
     allowed: Allowed
-    measured: Baseline
+    measured: Baseline = field(metadata={"json": False})
+    schema: Literal["van-deploy/check/2"] = SCHEMA
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows have each outcome."""
+        return {outcome.value: len(self.having(outcome)) for outcome in Outcome}
 
     def having(self, outcome: Outcome) -> list[CheckRow]:
         """Return the rows with that outcome."""
@@ -94,22 +103,6 @@ class CheckReport:
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report, ready for JSON."""
-        return {
-            "schema": SCHEMA,
-            "model": self.model,
-            "passed": self.passed,
-            "allowed": self.allowed.as_dict(),
-            "images": self.images,
-            "counts": {outcome.value: len(self.having(outcome)) for outcome in Outcome},
-            "rows": [
-                {"name": row.name, "baseline": row.baseline, **row.finding.as_dict()}
-                for row in self.rows
-            ],
-            "new": list(self.new),
-        }
 
 
 def compare_with_baseline(
@@ -151,7 +144,7 @@ def compare_with_baseline(
 def _gate_rows(verify: VerifyReport, evaluate: EvaluateReport | None) -> Iterator[CheckRow]:
     for finding in verify.findings:
         yield CheckRow(f"gate/{finding.rule}", finding)
-    for verdict in verify.artefacts:
+    for verdict in verify.artefacts.values():
         yield CheckRow(f"gate/verify/{verdict.artefact}", _verify_finding(verdict))
     if evaluate is None:
         return
@@ -209,7 +202,7 @@ def _require_same(baseline: Baseline, now: Baseline) -> None:
 
 def _skip_kinds(verify: VerifyReport) -> dict[str, str]:
     """Return the kind of skip of each artifact that was not run."""
-    skips = [(v.artefact, f) for v in verify.artefacts for f in v.findings if f.skip]
+    skips = [(v.artefact, f) for v in verify.artefacts.values() for f in v.findings if f.skip]
     return {name: finding.skip for name, finding in skips}
 
 

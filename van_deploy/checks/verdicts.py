@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Final, Literal
 
 from van_deploy.checks.gates import Allowed, Finding, Limit, Outcome, outcome_of
 from van_deploy.checks.judging import BatchRow
@@ -14,7 +14,7 @@ from van_deploy.metrics import Comparison, Flip
 
 __all__ = ["SCHEMA", "ArtefactVerdict", "VerifyReport"]
 
-SCHEMA = "van-deploy/verify/2"
+SCHEMA: Final = "van-deploy/verify/2"
 SHOWN_ROWS = 10
 
 
@@ -35,6 +35,8 @@ class ArtefactVerdict:
         scales: every scale of an INT8 graph.
     """
 
+    JSON_PROPERTIES: ClassVar = ("outcome", "reason", "limit", "margin_db", "worst_modules")
+
     artefact: str
     precision: str
     numeric: str
@@ -43,7 +45,7 @@ class ArtefactVerdict:
     comparison: Comparison | None = None
     flips: tuple[Flip, ...] = ()
     batches: tuple[BatchRow, ...] = ()
-    modules: tuple[DriftRow, ...] = ()
+    modules: tuple[DriftRow, ...] = field(default=(), metadata={"json": False})
     scales: tuple[ScaleRow, ...] = ()
 
     @property
@@ -56,6 +58,11 @@ class ArtefactVerdict:
         """Why it was skipped, or ""."""
         reasons = [f.message for f in self.findings if f.outcome is Outcome.SKIPPED]
         return reasons[0] if self.outcome is Outcome.SKIPPED and reasons else ""
+
+    @property
+    def worst_modules(self) -> tuple[DriftRow, ...]:
+        """The first of the modules."""
+        return self.modules[:SHOWN_ROWS]
 
     @property
     def failures(self) -> list[str]:
@@ -87,8 +94,9 @@ class VerifyReport:
         noise_db: SQNR of PyTorch in float32 against its float64, on these images.
         modules: what modules were compared with, or "".
         findings: on what belongs to no artifact: how images are read here.
-        artefacts: one verdict each.
+        artefacts: one verdict each, by name.
         allowed: what the user lets pass.
+        schema: of the document.
     """
 
     against: str
@@ -97,16 +105,17 @@ class VerifyReport:
     noise_db: float
     modules: str
     findings: tuple[Finding, ...]
-    artefacts: tuple[ArtefactVerdict, ...]
+    artefacts: Mapping[str, ArtefactVerdict]
     allowed: Allowed
+    schema: Literal["van-deploy/verify/2"] = SCHEMA
 
     def having(self, outcome: Outcome) -> list[ArtefactVerdict]:
         """Return the verdicts with that outcome."""
-        return [verdict for verdict in self.artefacts if verdict.outcome is outcome]
+        return [found for found in self.artefacts.values() if found.outcome is outcome]
 
     def _all(self) -> Iterator[Finding]:
         yield from self.findings
-        for verdict in self.artefacts:
+        for verdict in self.artefacts.values():
             yield from verdict.findings
 
     @property
@@ -117,37 +126,3 @@ class VerifyReport:
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report, ready for JSON."""
-        return {
-            "schema": SCHEMA,
-            "passed": self.passed,
-            "allowed": self.allowed.as_dict(),
-            "against": self.against,
-            "images": self.images,
-            "count": len(self.names),
-            "noise_db": self.noise_db,
-            "modules_against": self.modules,
-            "findings": [finding.as_dict() for finding in self.findings],
-            "artefacts": {v.artefact: self._entry(v) for v in self.artefacts},
-        }
-
-    def _entry(self, verdict: ArtefactVerdict) -> dict[str, Any]:
-        limit = verdict.limit
-        flips = [{**asdict(flip), "image": self.names[flip.image]} for flip in verdict.flips]
-        return {
-            "precision": verdict.precision,
-            "numeric_class": verdict.numeric,
-            "runner": verdict.runner,
-            "outcome": verdict.outcome.value,
-            "reason": verdict.reason,
-            "limit": asdict(limit) if limit else None,
-            "margin_db": verdict.margin_db,
-            "findings": [finding.as_dict() for finding in verdict.findings],
-            "comparison": asdict(verdict.comparison) if verdict.comparison else None,
-            "flips": flips,
-            "batches": [{**asdict(b), "outcome": b.outcome.value} for b in verdict.batches],
-            "modules": [asdict(row) for row in verdict.modules[:SHOWN_ROWS]],
-            "scales": [asdict(row) for row in verdict.scales],
-        }

@@ -96,7 +96,7 @@ def verify_bundle(
     say = progress or (lambda _: None)
     settings = gates or GateSettings()
     reference: ModuleReference | Finding | None = None
-    verdicts = []
+    verdicts = {}
     for name in chosen_artefacts(bundle, artefacts):
         say(f"'{name}' at every batch size")
         verdict = _answers(bundle, name, samples, settings, execution)
@@ -108,7 +108,7 @@ def verify_bundle(
                 say(f"'{name}', module by module")
                 reference = reference or _modules(bundle, samples, loaded, settings)
                 verdict = _with_modules(bundle, verdict, samples, reference, profile)
-        verdicts.append(verdict)
+        verdicts[name] = verdict
     return VerifyReport(
         against="the golden samples" if samples.golden else "the original network",
         images=samples.description,
@@ -116,7 +116,7 @@ def verify_bundle(
         noise_db=samples.noise_db,
         modules=reference.described if isinstance(reference, ModuleReference) else "",
         findings=tuple(judge_originals(bundle, samples)) if samples.golden else (),
-        artefacts=tuple(verdicts),
+        artefacts=verdicts,
         allowed=allowed or Allowed(),
     )
 

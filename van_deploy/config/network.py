@@ -56,8 +56,20 @@ class ModelSettings(Settings):
     )
     container: str = option(
         "",
-        "Which weights of a file that has several, such as state_dict_ema.",
+        "Which tensors of a file that holds several networks: keys, and the beginning of the "
+        "names, joined by dots, such as state_dict.student.",
         panel=WEIGHTS,
+    )
+    layer_norm_eps: float | None = option(
+        None,
+        "Epsilon of every LayerNorm; by default what stands beside the weights, else their "
+        "framework's own.",
+        panel=WEIGHTS,
+        gt=0,
+        lt=1,
+    )
+    head: tuple[str, ...] = option(
+        (), "Layers of a sequential head, such as linear,relu,linear.", panel=WEIGHTS
     )
     labels: Path | None = option(None, "File with one class name a line.", panel=WEIGHTS)
     seed: int = option(0, "Of random weights.", panel=WEIGHTS, ge=0)
@@ -73,7 +85,10 @@ class PreprocessingSettings(Settings):
         option(None, "Filter that resizes images.", panel=INPUT)
     )
     crop_pct: float | None = option(
-        None, "Crop over resized short side, in (0, 1].", panel=INPUT, gt=0, le=1
+        None, "Crop over resized side, in (0, 1].", panel=INPUT, gt=0, le=1
+    )
+    crop_mode: Literal["center", "squash", "border"] | None = option(
+        None, "Side that is resized: the short one, both, or the long one.", panel=INPUT
     )
 
 

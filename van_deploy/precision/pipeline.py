@@ -18,6 +18,7 @@ from van_deploy.calibration_set import CalibrationSet
 from van_deploy.checks.golden import golden_samples
 from van_deploy.checks.judging import judge_new
 from van_deploy.config import QuantizeSettings
+from van_deploy.documents import plain
 from van_deploy.errors import BundleError, ConversionError, MissingDependency
 from van_deploy.files import content_key
 from van_deploy.graph.files import graph_facts, save_onnx
@@ -72,7 +73,7 @@ class QuantizeResult:
     def passed(self) -> bool:
         """Whether the precision asked for holds its gates, and the budget if there is one."""
         searched = self.facts.get("search", {}).get("passed", True)
-        judged = self.facts.get("judged", {}).get("passed", True)
+        judged = self.facts.get("judged", {}).get("outcome", "pass") == "pass"
         rows = [row for row in self.facts["comparison"] if row["requested"]]
         shown = self.allow_inconclusive or not any(row["doubts"] for row in rows)
         return searched and judged and shown and all(row["passed"] for row in rows)
@@ -354,7 +355,7 @@ class _Job:
         judged, self.record = judge_new(
             graph, self.settings.precision, samples, method=self.settings.method
         )
-        self.facts["judged"] = judged.as_dict(samples)
+        self.facts["judged"] = {"images": samples.description, **plain(judged)}
 
     def write_(
         self, graph: ModelProto, ranges: Mapping[str, ChannelRange], int8: Int8 | None

@@ -62,7 +62,7 @@ def preprocessing_text(values: Preprocessing) -> str:
     """Return preprocessing on one line."""
     return (
         f"{values.image_size} x {values.image_size}, {values.interpolation}, "
-        f"crop {values.crop_pct:g}, mean {_list(values.mean)}, std {_list(values.std)}"
+        f"{values.geometry}, mean {_list(values.mean)}, std {_list(values.std)}"
     )
 
 
@@ -97,7 +97,7 @@ def _proofs(checks: Mapping[str, Any]) -> Iterable[dict[str, object]]:
     count = len(agreement["batches"])
     yield {
         "name": "agreement",
-        "outcome": agreement["passed"],
+        "outcome": agreement["outcome"],
         "detail": f"ONNX Runtime against PyTorch in float64, {count} batch sizes; "
         f"{agreement['images']}",
     }

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from van_deploy.bench.document import BenchReport
 from van_deploy.bundle import Manifest
 from van_deploy.report.document import Block, Figure, Grid, Section, Text
 from van_deploy.report.svg import Axis, Point, Series, interval_chart, line_chart
@@ -87,7 +88,7 @@ def accuracy_section(checks: Mapping[str, Any]) -> Section | None:
     entry = checks.get("evaluate")
     if not entry:
         return None
-    metric = next(iter(entry["accuracy"].values()))["metric"]
+    metric = next(iter(entry["accuracies"].values()))["metric"]
     columns = ("network", "runner", "images", f"{metric} %", "95 %", "top-5 %", "95 %", "ECE")
     rows = tuple(
         (
@@ -100,10 +101,10 @@ def accuracy_section(checks: Mapping[str, Any]) -> Section | None:
             "-" if a["top5_interval"] is None else _interval(a["top5_interval"], 100),
             "-" if a["ece"] is None else f"{a['ece']:.3f}",
         )
-        for name, a in entry["accuracy"].items()
+        for name, a in entry["accuracies"].items()
     )
     blocks: list[Block] = [Grid(columns, rows, frozenset(range(2, 8)))]
-    losses = entry.get("loss", {})
+    losses = entry.get("losses", {})
     if losses:
         points = [
             Point(
@@ -137,7 +138,7 @@ def drift_section(checks: Mapping[str, Any]) -> Section | None:
         named = {row["name"]: row for row in drift["rows"]}
         rows += [
             (name, part, _db(named[part]["isolated_db"]), _db(named[part]["sqnr_db"]))
-            for part in drift["worst"][:5]
+            for part in drift["worst_names"][:5]
             if part in named
         ]
     blocks: list[Block] = []
@@ -157,11 +158,11 @@ def drift_section(checks: Mapping[str, Any]) -> Section | None:
 
 
 def skipped_section(
-    manifest: Manifest, checks: Sequence[Check], bench: Mapping[str, Any] | None
+    manifest: Manifest, checks: Sequence[Check], bench: BenchReport | None
 ) -> Section | None:
     """Return what was not done, and why."""
     rows = [(c.name, c.detail) for c in checks if c.verdict == "SKIPPED"]
-    rows += [(s["name"], s["reason"]) for s in (bench or {}).get("skipped", ())]
+    rows += [(one.name, one.reason) for one in (bench.skipped if bench else ())]
     rows += [
         (name, f"not asked for yet: {what}")
         for name, what in COMMANDS.items()
@@ -216,7 +217,7 @@ def _verify(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
 
 
 def _evaluate(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
-    for artefact, loss in entry.get("loss", {}).items():
+    for artefact, loss in entry.get("losses", {}).items():
         said = [f["message"] for f in loss["findings"] if f["outcome"] == loss["outcome"]]
         yield Check(WORDS[loss["outcome"]], f"top-1 of {artefact}", "; ".join(filter(None, said)))
     for skipped in entry.get("skipped", ()):

@@ -78,9 +78,10 @@ def preprocessing_section(bundle: Bundle) -> Section:
     """Return what a picture goes through, with an example before and after."""
     preprocessing = bundle.manifest.preprocessing
     side = preprocessing.image_size
+    sides = {"center": "short side", "squash": "both sides", "border": "long side"}
     facts = {
-        "Resize": f"short side to {preprocessing.resize_size} pixels, {preprocessing.interpolation}"
-        f" (crop ratio {preprocessing.crop_pct:g})",
+        "Resize": f"{sides[preprocessing.crop_mode]} to {preprocessing.resize_size} pixels, "
+        f"{preprocessing.interpolation} (crop ratio {preprocessing.crop_pct:g})",
         "Crop": f"centre, {side} x {side}",
         "Normalise": f"mean {_list(preprocessing.mean)}; standard deviation "
         f"{_list(preprocessing.std)}, of values in 0..1",

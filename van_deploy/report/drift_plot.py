@@ -36,7 +36,7 @@ def write_drift_plot(report: DriftReport, path: Path) -> None:
 
 def drift_svg(report: DriftReport) -> str:
     """Return the error each part of each artefact adds, one chart below the other, as SVG."""
-    charts = [(entry, _chart(entry)) for entry in report.artefacts]
+    charts = [(entry, _chart(entry)) for entry in report.artefacts.values()]
     parts, y, width = [], 0.0, 0.0
     for entry, (chart, chart_width, height) in charts:
         parts.append(

@@ -53,7 +53,7 @@ def verify_tables(report: VerifyReport, names: Sequence[str] | None = None) -> R
         f"{report.images}. Compared with {report.against}; PyTorch's own float32 noise is "
         f"{report.noise_db:.1f} dB."
     )
-    ran = [entry for entry in report.artefacts if entry.outcome.value != "skipped"]
+    ran = [entry for entry in report.artefacts.values() if entry.outcome.value != "skipped"]
     columns: tuple[Column | str, ...] = (
         *("verdict", Column("artefact", wrap=True), "runner", "class"),
         *(Column(header, "right") for header in ("SQNR dB ↑", "limit", "margin")),
@@ -68,11 +68,11 @@ def verify_tables(report: VerifyReport, names: Sequence[str] | None = None) -> R
         Text(text),
         rows_table(columns, [_verdict_row(entry) for entry in ran]) if ran else None,
         notes(limits, "limit") if limits else None,
-        _skips((v.artefact, f) for v in report.artefacts for f in v.findings),
+        _skips((v.artefact, f) for v in report.artefacts.values() for f in v.findings),
         _flips(report, ran, names),
         *(Text(_worst_module(entry)) for entry in ran if entry.modules),
         _messages([("images", f) for f in report.findings], "fail"),
-        _messages(((v.artefact, f) for v in report.artefacts for f in v.findings), "fail"),
+        _messages(((v.artefact, f) for v in report.artefacts.values() for f in v.findings), "fail"),
     )
 
 
@@ -182,7 +182,7 @@ def _blocking(found: Sequence[tuple[str, Finding]], allowed: Allowed, nothing: s
 def verify_failure(report: VerifyReport) -> str:
     """Return why a verification did not pass, a sentence."""
     found = [("images", finding) for finding in report.findings]
-    found += [(v.artefact, f) for v in report.artefacts for f in v.findings]
+    found += [(v.artefact, f) for v in report.artefacts.values() for f in v.findings]
     return _blocking(
         found,
         report.allowed,
@@ -339,7 +339,7 @@ def drift_tables(report: DriftReport, top: int) -> RenderableType:
         }
         for link in report.chain
     ]
-    tables = [_parts(entry, report.level, top) for entry in report.artefacts]
+    tables = [_parts(entry, report.level, top) for entry in report.artefacts.values()]
     text = f"{report.images}. Parts are compared with {report.reference}."
     title = "The chain: logits against the original network in float64"
     return stack(Text(text), checks_table(chain, title), *tables, notes([FUSION_NOTE], "NOTE"))

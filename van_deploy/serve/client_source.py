@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 
 MODEL = @MODEL@
 SIZE = @SIZE@  # side of the square the network sees
-SHORT_SIDE = @SHORT_SIDE@  # of the picture, before the centre is cut out
+RESIZED = @RESIZED@  # pixels that @SIDES@ of the picture is resized to, before the crop
 FILTER = Image.Resampling.@FILTER@
 MEAN = np.array(@MEAN@, np.float32)
 STD = np.array(@STD@, np.float32)
@@ -41,11 +41,10 @@ def pixels_from_file(path):
     """Return a picture resized and cropped, (SIZE, SIZE, channels) uint8."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("@MODE@")
     width, height = image.size
-    long_side = int(SHORT_SIDE * max(width, height) / min(width, height))
-    size = (SHORT_SIDE, long_side) if width <= height else (long_side, SHORT_SIDE)
+@RESIZE@
     image = image.resize(size, FILTER)
-    left, top = (round((side - SIZE) / 2) for side in image.size)
-    pixels = np.asarray(image.crop((left, top, left + SIZE, top + SIZE)))
+@CROP@
+    pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
@@ -78,6 +77,24 @@ if __name__ == "__main__":
     main()
 '''
 
+_RESIZE = {
+    "center": """\
+    long_side = int(RESIZED * max(width, height) / min(width, height))
+    size = (RESIZED, long_side) if width <= height else (long_side, RESIZED)""",
+    "squash": """\
+    size = (RESIZED, RESIZED)""",
+    "border": """\
+    ratio = max(width, height) / RESIZED
+    size = (max(1, round(width / ratio)), max(1, round(height / ratio)))""",
+}
+_CROP = """\
+    left, top = (@OFFSET@ for side in size)
+    image = image.crop((left, top, left + SIZE, top + SIZE))"""
+_PAD = """\
+    left, top = (s // 2 if s > 0 else round(s / -2) * -1 for s in (SIZE - side for side in size))
+    canvas = Image.new("@MODE@", (SIZE, SIZE), tuple(round(255 * value) for value in MEAN))
+    canvas.paste(image, (left, top))
+    image = canvas"""
 _PREPARE = {
     "uint8": "    return pixels",
     "normalize": "    return pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)",
@@ -102,7 +119,15 @@ def client_source(
     values = {
         "MODEL": json.dumps(model),
         "SIZE": preprocessing.image_size,
-        "SHORT_SIDE": preprocessing.resize_size,
+        "RESIZED": preprocessing.resize_size,
+        "SIDES": {"center": "the short side", "squash": "each side", "border": "the long side"}[
+            preprocessing.crop_mode
+        ],
+        "RESIZE": _RESIZE[preprocessing.crop_mode],
+        "CROP": _PAD if preprocessing.crop_mode == "border" else _CROP,
+        "OFFSET": "(side - SIZE) // 2"
+        if preprocessing.crop_rounding == "floor"
+        else "round((side - SIZE) / 2)",
         "FILTER": preprocessing.interpolation.upper(),
         "MEAN": list(preprocessing.mean),
         "STD": list(preprocessing.std),
