@@ -12,9 +12,9 @@ from onnx import ModelProto, TensorProto, checker, numpy_helper
 
 from tests.precision.conftest import Digits
 from van_deploy.errors import GateFailed, UsageError
+from van_deploy.graph.rebuilt import van_from_onnx
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.graph.rebuilt import van_from_onnx
 from van_deploy.precision.comparison import logits_session
 from van_deploy.precision.fp16 import DEFAULT_KEEP, audit_ranges, fp16_from_fp32, kept_nodes
 from van_deploy.precision.observers import ChannelRange, observe
@@ -43,7 +43,12 @@ def scaled(model: ModelProto, factors: Mapping[str, float]) -> ModelProto:
 
 @pytest.mark.parametrize(
     ("keep", "half_io", "casts"),
-    [(DEFAULT_KEEP, False, 8), ((), False, 2), ((), True, 0), (("block2", *DEFAULT_KEEP), False, 8)],
+    [
+        (DEFAULT_KEEP, False, 8),
+        ((), False, 2),
+        ((), True, 0),
+        (("block2", *DEFAULT_KEEP), False, 8),
+    ],
 )
 def test_it_answers_as_fp32_does(
     digits_graph: ModelProto,

@@ -65,7 +65,9 @@ def test_batches_of_any_size_give_the_same(
     assert found.counts is not None
     assert ranges[name].counts is not None
     assert found.counts.sum() == ranges[name].counts.sum()
-    assert np.abs(found.counts.astype(float) - ranges[name].counts).sum() < 1e-3 * found.counts.sum()
+    assert (
+        np.abs(found.counts.astype(float) - ranges[name].counts).sum() < 1e-3 * found.counts.sum()
+    )
     assert np.allclose(found.maximum, ranges[name].maximum, rtol=1e-4)
 
 
@@ -96,4 +98,8 @@ def test_what_is_not_finite_is_named(network: RebuiltVan, calibration_digits: Di
 
 
 def test_large_images_are_looked_at_few_at_a_time() -> None:
-    assert (images_at_once(64 * 64), images_at_once(224 * 224), images_at_once(2000**2)) == (32, 5, 1)
+    assert (images_at_once(64 * 64), images_at_once(224 * 224), images_at_once(2000**2)) == (
+        32,
+        5,
+        1,
+    )
