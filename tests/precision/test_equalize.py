@@ -92,8 +92,8 @@ def test_a_dead_channel_does_no_harm(
     network: RebuiltVan, pointwise: tuple[str, ...], calibration_digits: Digits
 ) -> None:
     model = copy.deepcopy(network.model)
-    for name in ("conv_spatial", "conv1"):
-        conv = model.get_submodule(f"block1.0.attn.spatial_gating_unit.{name}")
+    unit = model.stage_blocks(1)[0].attn.spatial_gating_unit
+    for conv in (unit.conv_spatial, unit.conv1):
         conv.weight.data[0] = 0.0
         if conv.bias is not None:
             conv.bias.data[0] = 0.0

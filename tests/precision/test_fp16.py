@@ -135,7 +135,7 @@ class TestAudit:
         audit = audit_ranges(loud, found, (), 64)
         assert set(audit.kept) == {name, "block2.0.attn.spatial_gating_unit.conv_spatial"}
         assert "beyond half of FP16's 65504" in audit.kept[name]
-        with pytest.raises(GateFailed, match="FP16 cannot hold everything: 'block2.0.attn"):
+        with pytest.raises(GateFailed, match=r"FP16 cannot hold everything: 'block2\.0\.attn"):
             audit.require_passed()
         assert audit_ranges(loud, found, audit.kept, 64).problems == ()
         half = fp16_from_fp32(loud, audit.kept)

@@ -13,6 +13,7 @@ import enum
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -146,7 +147,7 @@ def weight_scales(weight: Floats) -> npt.NDArray[np.float32]:
     return storable_scales(np.abs(weight.reshape(len(weight), -1)).max(axis=1) / INT8_LIMIT)
 
 
-def pair_sums(weight: Floats) -> npt.NDArray[np.float64]:
+def pair_sums(weight: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return each output channel's largest ``|w + v|`` of two neighbouring weights, ``(O,)``.
 
     Neighbours in the order in which ONNX Runtime multiplies them: kernel row, kernel column,
