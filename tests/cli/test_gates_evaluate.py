@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from van_deploy.checks.journal import Journal
 
 from tests.artifacts import Copy, Subject, put
 from tests.conftest import Cli
 from tests.golden_forms import misfits
-from van_deploy.checks.journal import Journal
 from van_deploy.model.random_weights import random_van
 from van_deploy.model.variants import VanConfig
 
