@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 from filelock import FileLock
 from onnx import ModelProto
@@ -25,6 +27,7 @@ from van_deploy.recipe import recipe_named
 if TYPE_CHECKING:
     from van_deploy.checks.golden import Samples
     from van_deploy.model.checkpoint import LoadedVan
+    from van_deploy.model.variants import VanConfig
 
 __all__ = [
     "BATCHES",
@@ -35,6 +38,7 @@ __all__ = [
     "digits_graph",
     "enter_engine",
     "export_network",
+    "int8_graph",
     "put",
     "subject_of",
     "with_byte_graph",
@@ -173,10 +177,7 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     from van_deploy.checks.golden import golden_samples
     from van_deploy.checks.judging import judge_new
     from van_deploy.data import check_images
-    from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
-    from van_deploy.precision.initial import initial_plan
-    from van_deploy.precision.quantize import qdq_from_plan
-    from van_deploy.precision.ranges import record_ranges
+    from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
 
     shutil.copytree(exported, folder)
     bundle = Bundle.open(folder)
@@ -188,11 +189,29 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     model = onnx.load(bundle.verified("fp32"))
     kept = kept_nodes(model, DEFAULT_KEEP)
     images = check_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
-    plan = initial_plan(model, record_ranges(model, [images.inputs], threads=1))
-    graphs = {"fp16": half_from_fp32(model, kept).model, "int8": qdq_from_plan(plan, kept=kept)}
+    int8 = int8_graph(model, loaded.config, [images.inputs])
+    graphs = {"fp16": fp16_from_fp32(model, kept), "int8": int8}
     for name, graph in graphs.items():
         _, record = judge_new(graph, name, golden_samples(bundle))
         put(bundle, name, name, graph, golden_sqnr_db=record)
+
+
+def int8_graph(
+    model: ModelProto, config: VanConfig, batches: Sequence[npt.NDArray[np.float32]]
+) -> ModelProto:
+    """Return a folded graph with its 1x1 convolutions in INT8 for TensorRT, and no more."""
+    from van_deploy.graph.rebuilt import van_from_onnx
+    from van_deploy.precision.equalize import Equalization
+    from van_deploy.precision.fp16 import DEFAULT_KEEP, kept_nodes
+    from van_deploy.precision.observers import observe
+    from van_deploy.precision.plan import counted_tensors, layers_in_scope, make_plan
+    from van_deploy.precision.qdq import qdq_for_tensorrt
+
+    network = van_from_onnx(model, config)
+    layers = layers_in_scope(network.model, ("pointwise",))
+    ranges = observe(network, batches, counted_tensors(network, layers, "tensorrt"))
+    plan = make_plan(Equalization(network), ranges, layers)
+    return qdq_for_tensorrt(model, plan, kept=kept_nodes(model, DEFAULT_KEEP))
 
 
 def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: Any) -> Bundle:

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
         VerifyOptions,
     )
     from van_deploy.pipeline import ExportResult
-    from van_deploy.precision.stage import QuantizeResult
+    from van_deploy.precision.pipeline import QuantizeResult
     from van_deploy.run import RunResult
     from van_deploy.serve.packaging import PackageReport
     from van_deploy.serve.predict import Prediction, Speed
@@ -134,9 +134,9 @@ class Bundle:
         """Add an FP16 or INT8 graph, judged beside FP32; ``passed`` if it holds its gate.
 
         Raises:
-            VanDeployError: as :func:`~van_deploy.precision.stage.quantize_bundle`.
+            VanDeployError: as :func:`~van_deploy.precision.pipeline.quantize_bundle`.
         """
-        from van_deploy.precision.stage import quantize_bundle
+        from van_deploy.precision.pipeline import quantize_bundle
 
         asked = settings_from(QuantizeSettings, settings, options)
         images, calibration = asked.sources

@@ -206,10 +206,6 @@ def _positive(config: VanConfig) -> VanConfig:
     return config
 
 
-def _possible(preprocessing: Preprocessing) -> Preprocessing:
-    return Preprocessing.from_dict(vars(preprocessing))
-
-
 class Description(Schema):
     """What a bundle says of the network it deploys.
 
@@ -229,7 +225,7 @@ class Description(Schema):
     weights: Annotated[WeightsSource, Kept]
     architecture: Annotated[VanConfig, Kept, AfterValidator(_positive)]
     parameters: Count
-    preprocessing: Annotated[Preprocessing, Kept, AfterValidator(_possible)]
+    preprocessing: Annotated[Preprocessing, Kept]
     class_names: Annotated[tuple[Label, ...], Field(min_length=1)] | None
     batch: BatchRange
     versions: dict[Text, Text]

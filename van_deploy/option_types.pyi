@@ -1,4 +1,4 @@
-# Written by `python -m van_deploy.config.reference` from van_deploy/config.
+# Written by `python -m supply_chain.reference` from van_deploy/config.
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -128,18 +128,19 @@ class QuantizeOptions(TypedDict, total=False):
     evaluate: str | Path | None
     class_order: Literal["strings", "natural", "index", "names"] | None
     calibrate_on_noise: bool
-    method: Literal["minmax", "average", "percentile", "mse", "entropy", "auto"]
+    method: Literal["mse", "percentile", "minmax"]
     percentile: float
     scope: Sequence[str]
     rest: Literal["fp16", "fp32"] | None
     equalize: bool
-    refine: bool
+    bias_correction: bool
     max_drop: float | None
     evaluations: int
     keep: Sequence[str]
     keep_defaults: bool
     half_io: bool
     strict: bool
+    allow_inconclusive: bool
     threads: int | None
 
 class RunOptions(TypedDict, total=False):

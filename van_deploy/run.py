@@ -23,7 +23,7 @@ from van_deploy.pipeline import ExportResult, embed_in_bundle, export_bundle
 
 if TYPE_CHECKING:
     from van_deploy.engine.planned import Planned
-    from van_deploy.precision.stage import QuantizeResult
+    from van_deploy.precision.pipeline import QuantizeResult
 
 __all__ = ["Made", "RunResult", "export_recipe", "run_recipe"]
 
@@ -169,7 +169,7 @@ def export_recipe(
     Raises:
         VanDeployError: as :func:`run_recipe`.
     """
-    from van_deploy.precision.stage import quantize_bundle
+    from van_deploy.precision.pipeline import quantize_bundle
 
     exported = export_bundle(loaded, recipe, output, images=images, force=force, progress=progress)
     made = []

@@ -27,7 +27,7 @@ from van_deploy.serve.embedded import Embedded
 
 if TYPE_CHECKING:
     from van_deploy.pipeline import ExportResult
-    from van_deploy.precision.stage import QuantizeResult
+    from van_deploy.precision.pipeline import QuantizeResult
     from van_deploy.run import RunResult
 
 __all__ = [
