@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.each import each
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.preprocess import OFFICIAL
@@ -241,9 +242,7 @@ def test_another_architecture_is_refused(saved: Path) -> None:
         load_van("van_b0", weights=str(saved))
 
 
-@pytest.mark.parametrize(
-    ("spec", "remedy"), [("van_b4", "mmpretrain's"), ("van_b5", "21K"), ("van_b6", "21K")]
-)
+@each(("spec", "remedy"), [("van_b4", "mmpretrain's"), ("van_b5", "21K"), ("van_b6", "21K")])
 def test_variants_without_public_weights(spec: str, remedy: str) -> None:
     with pytest.raises(UsageError) as error:
         load_van(spec)
@@ -423,7 +422,7 @@ def test_what_the_caller_decides_is_not_looked_at(saved: Path, tiny: VAN) -> Non
         load_van(str(saved), preprocessing=given)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+@each("channels", [1, 2, 4, 13])
 def test_any_number_of_channels_loads(
     tmp_path: Path, tiny_config: VanConfig, channels: int
 ) -> None:

@@ -32,8 +32,8 @@ class _Quantization(Settings):
     )
     calibration: FileOrName = option(
         "",
-        "Images that calibrate: a set's name (digits, imagenet-512), its .toml, a folder or a "
-        ".npz.",
+        "Images that calibrate: a set's name (digits, imagenet-512), its .toml, or a folder or "
+        ".npz, which takes the place of images.",
         panel=IMAGES,
     )
     evaluate: Path | None = option(
@@ -153,7 +153,7 @@ class _Quantization(Settings):
     def sources(self) -> tuple[Path | None, str | None]:
         """The folder or ``.npz`` to calibrate on, and the calibration set that chooses from it."""
         named = Path(self.calibration)
-        if self.images is None and self.calibration and named.suffix != ".toml" and named.exists():
+        if self.calibration and named.suffix != ".toml" and named.exists():
             return named, None
         return self.images, self.calibration or None
 
