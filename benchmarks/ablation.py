@@ -78,6 +78,7 @@ class Network:
     """A trained network with its ranges, and images to correct and to judge on."""
 
     def __init__(self, loaded: LoadedVan, calibration: ImageSet, judging: ImageSet) -> None:
+        """Export the network, record its ranges and read the images."""
         self.loaded = loaded
         correcting = spread_over(calibration, CORRECTION_IMAGES)
         self.correcting, self.judging = (

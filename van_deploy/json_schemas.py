@@ -33,10 +33,14 @@ from van_deploy.schema import Open, Schema
 __all__ = ["DOCUMENTS", "files", "schema_of"]
 
 DOCUMENTS: Mapping[str, str] = {
+    "baseline": "van_deploy.checks.baseline:Baseline",
     "bench": "van_deploy.bench.document:BenchReport",
     "bench-limits": "van_deploy.bench.limits:PaperLimits",
     "build": "van_deploy.results:BuildReport",
+    "check": "van_deploy.checks.regression:CheckReport",
     "doctor": "van_deploy.environment.needs:Diagnosis",
+    "drift": "van_deploy.checks.drift:DriftReport",
+    "evaluate": "van_deploy.checks.evaluate_report:EvaluateReport",
     "info": "van_deploy.describe:model_described",
     "inspect": "van_deploy.describe:artefacts_described",
     "list": "van_deploy.model.listing:listed_variants",
@@ -47,6 +51,7 @@ DOCUMENTS: Mapping[str, str] = {
     "sign": "van_deploy.signing:Signed",
     "sign-new-key": "van_deploy.signing_keys:KeyPair",
     "signature": "van_deploy.signing:Signature",
+    "verify": "van_deploy.checks.verdicts:VerifyReport",
     "verify-signature": "van_deploy.signing:Signed",
 }
 """Each document by name: the class of it, or the function that returns it."""

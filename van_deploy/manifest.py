@@ -219,7 +219,6 @@ class Description(Schema):
         batch: the batch sizes the bundle is made for.
         versions: of what made the bundle, by package.
         golden: images and PyTorch's answers; None where they were left out.
-        problem_type: what the weights say the logits are for, in Transformers' words.
     """
 
     name: FileName
@@ -231,7 +230,6 @@ class Description(Schema):
     batch: BatchRange
     versions: dict[Text, Text]
     golden: Golden | None = None
-    problem_type: Text | None = None
 
 
 def _named(artefacts: dict[str, Artefact]) -> dict[str, Artefact]:

@@ -45,6 +45,8 @@ class Task(str, enum.Enum):
     """One logit: sigmoid, yes from 0.5."""
     MULTI_LABEL = "multi-label"
     """K independent labels: sigmoid, each yes from 0.5."""
+    REGRESSION = "regression"
+    """Values: no probability, and nothing is decided."""
 
     @classmethod
     def of(cls, classes: int, problem_type: str | None = None) -> Task:
@@ -57,6 +59,8 @@ class Task(str, enum.Enum):
         >>> Task.of(1), Task.of(5, "multi_label_classification")
         (<Task.BINARY: 'binary'>, <Task.MULTI_LABEL: 'multi-label'>)
         """
+        if problem_type == "regression":
+            return cls.REGRESSION
         if classes == 1:
             return cls.BINARY
         multi = problem_type == "multi_label_classification"
@@ -167,9 +171,14 @@ def cosine(reference: Array, actual: Array) -> Array:
 
 
 def probabilities(logits: Array, task: Task = Task.SINGLE_LABEL) -> Array:
-    """Return the probabilities ``(N, K)``: softmax, or a sigmoid for each logit."""
+    """Return the probabilities ``(N, K)``: softmax, or a sigmoid for each logit.
+
+    The values of a regression are returned as they are.
+    """
     if task is Task.SINGLE_LABEL:
         return softmax(logits)
+    if task is Task.REGRESSION:
+        return logits
     values = np.asarray(logits)
     small = np.exp(-np.abs(values))  # never overflows
     return np.where(values >= 0, 1 / (1 + small), small / (1 + small))
@@ -279,6 +288,8 @@ def find_flips(expected: Array, found: Array, task: Task, explained: float) -> l
         task: how logits become decisions.
         explained: margins up to this, in RMS logits, are noise.
     """
+    if task is Task.REGRESSION:
+        return []
     margins = decision_margins(expected, task) / max(rms(expected), np.finfo(np.float64).tiny)
     before, after = decisions(expected, task), decisions(found, task)
     flips = [

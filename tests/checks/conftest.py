@@ -16,6 +16,16 @@ from van_deploy.files import file_sha256
 Broken = Callable[..., Bundle]
 
 
+def overwritten(bundle: Bundle, name: str, model: ModelProto) -> Bundle:
+    """Return the bundle with another graph in an artefact's file, and only digests rewritten."""
+    right = bundle.artefact(name)
+    onnx.save(model, bundle.path / right.file)
+    manifest = bundle.path / MANIFEST
+    new = file_sha256(bundle.path / right.file)
+    manifest.write_text(manifest.read_text().replace(right.sha256, new))
+    return Bundle.open(bundle.path)
+
+
 @pytest.fixture(scope="session")
 def digits(judged: Subject) -> Subject:
     """Return the digits' bundle; it must not be changed."""
@@ -36,10 +46,6 @@ def broken(copy_of: Copy) -> Broken:
         right = copy.artefacts.get(name)
         if right is None or more:
             return put(copy, name, precision, model, **more)
-        onnx.save(model, copy.path / right.file)
-        manifest = copy.path / MANIFEST
-        new = file_sha256(copy.path / right.file)
-        manifest.write_text(manifest.read_text().replace(right.sha256, new))
-        return Bundle.open(copy.path)
+        return overwritten(copy, name, model)
 
     return replace

@@ -23,6 +23,7 @@ __all__ = [
     "Accuracy",
     "ArtefactLoss",
     "ClassChange",
+    "Labels",
     "accuracy_of",
     "class_changes",
     "confusions",

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import numpy as np
 from van_deploy.bundle import Bundle
 from van_deploy.checks.accuracy import (
     ArtefactLoss,
+    Labels,
     accuracy_of,
     class_changes,
     confusions,
@@ -36,12 +37,21 @@ from van_deploy.checks.predictions import Answered, Table, answered
 from van_deploy.checks.reference import samples_for
 from van_deploy.checks.rules import judge_loss, judge_numbers
 from van_deploy.config import EvaluateSettings, GateSettings
-from van_deploy.data import Batch, ImageSet, dataset_digest, decoded_batches, labelled_images
-from van_deploy.errors import ConversionError, ImageError, InputError
+from van_deploy.data import (
+    Batch,
+    ImageSet,
+    dataset_digest,
+    decoded_batches,
+    image_set,
+    label_sets,
+    labelled_images,
+)
+from van_deploy.errors import ConversionError, ImageError
+from van_deploy.files import content_key
 from van_deploy.metrics import Task
 from van_deploy.ray_tasks import RayTask, run_on_ray
 from van_deploy.runners.base import Logits
-from van_deploy.runners.network import PYTORCH, Network
+from van_deploy.runners.network import PYTORCH, Network, task_of
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
@@ -140,6 +150,7 @@ def evaluate_bundle(
     bundle: Bundle,
     loaded: LoadedVan,
     images: ImageSet,
+    labels: Labels,
     settings: Settings | None = None,
     *,
     noise_db: float,
@@ -151,7 +162,8 @@ def evaluate_bundle(
     Args:
         bundle: the bundle.
         loaded: its original network.
-        images: with their labels.
+        images: the evaluation set.
+        labels: of the images: classes ``(N,)``, or ``(N, K)`` of 0 and 1 for many labels.
         settings: how.
         noise_db: SQNR of PyTorch's float32 against its float64, of the golden samples.
         gates: limits a recipe sets otherwise.
@@ -160,14 +172,13 @@ def evaluate_bundle(
     Raises:
         BundleError: an artifact is not there, or is not the manifest's.
         ImageError: not one image can be read.
-        InputError: the images have no labels.
         MissingDependency: Ray was asked for and is not here.
         ConversionError: a machine of the cluster failed.
     """
     settings = settings or Settings()
     names = chosen_artefacts(bundle, settings.artefacts)
     networks = _Networks(bundle, loaded, names, settings.execution)
-    task = Task.of(loaded.config.num_classes, bundle.manifest.problem_type)
+    task = task_of(bundle)
     table = Table(len(images), list(networks.runners), loaded.config.num_classes, task)
     tell, started = progress or (lambda done, of: None), time.perf_counter()
     tell(0, len(images))
@@ -176,10 +187,10 @@ def evaluate_bundle(
         for done in _answered(networks, images, task, settings):
             table.enter(done)
             tell(int(table.readable.sum()) + len(table.unreadable), len(images))
-    report = _Report(table, images, numeric, noise_db, gates or GateSettings())
+    report = _Report(table, images, labels, numeric, noise_db, gates or GateSettings())
     return EvaluateReport(
         images=images.description,
-        dataset_sha256=dataset_digest(images),
+        dataset_sha256=content_key({"set": dataset_digest(images), "labels": labels.tolist()}),
         task=task,
         unreadable=report.unreadable(),
         accuracies=report.accuracies(),
@@ -212,21 +223,36 @@ def evaluate_images(
         gates: limits a recipe sets otherwise.
         progress: told how many images of how many are answered.
     """
+    chosen, labels = _labelled(images, asked, task_of(bundle), loaded)
+    golden = bundle.manifest.golden is not None
+    noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
+    return evaluate_bundle(
+        bundle, loaded, chosen, labels, settings, noise_db=noise_db, gates=gates, progress=progress
+    )
+
+
+def _labelled(
+    images: Path, asked: EvaluateSettings, task: Task, loaded: LoadedVan
+) -> tuple[ImageSet, Labels]:
+    """Return the evaluation set and its labels."""
+    classes, names, limit = loaded.config.num_classes, loaded.class_names, asked.limit
+    if task is Task.MULTI_LABEL:
+        found = image_set(images)
+        chosen = found.first(limit) if limit else found
+        labels = label_sets(chosen, asked.labels, classes, names)
+        described = f"{chosen.description}, labels from '{asked.labels}'"
+        return replace(chosen, description=described), labels
     labelled = labelled_images(
         images,
-        loaded.config.num_classes,
-        loaded.class_names,
+        classes,
+        names,
         labels_file=asked.labels,
         synsets_file=asked.synsets,
         class_order=asked.class_order,
         find_labels=asked.label_files,
     )
-    chosen = labelled.first(asked.limit) if asked.limit else labelled
-    golden = bundle.manifest.golden is not None
-    noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
-    return evaluate_bundle(
-        bundle, loaded, chosen, settings, noise_db=noise_db, gates=gates, progress=progress
-    )
+    chosen = labelled.first(limit) if limit else labelled
+    return chosen, np.array([item.label for item in chosen.items], np.int64)
 
 
 def _answered(
@@ -300,24 +326,19 @@ class _Report:
 
     table: Table
     images: ImageSet
+    labels: Labels
     numeric: Mapping[str, str]
     noise_db: float
     gates: GateSettings
 
     def __post_init__(self) -> None:
-        labels = self.images.labels
-        if labels is None:
-            raise InputError(
-                f"There are no labels for {self.images.description}.",
-                "Sort the images into one folder a class, or give --labels FILE.",
-            )
         if not self.table.readable.any():
             reason = self.table.unreadable[min(self.table.unreadable)]
             raise ImageError(
                 f"Not one of the {len(self.images)} images could be read; the first: {reason}",
                 "Give images that can be read.",
             )
-        self.labels: Any = np.asarray(labels)[self.table.readable]
+        self.labels = self.labels[self.table.readable]
 
     def unreadable(self) -> tuple[tuple[str, str], ...]:
         found = sorted(self.table.unreadable.items())

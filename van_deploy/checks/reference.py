@@ -66,7 +66,7 @@ def reference_samples(loaded: LoadedVan, images: CheckImages) -> Samples:
         single=np.concatenate(pieces[torch.float32]),
         names=images.names,
         description=images.description,
-        task=Task.of(loaded.config.num_classes, getattr(loaded, "problem_type", None)),
+        task=Task.of(loaded.config.num_classes, loaded.config.problem_type),
     )
 
 

@@ -261,7 +261,7 @@ def _interval(interval: tuple[float, float]) -> str:
 
 
 def _losses(report: EvaluateReport) -> RenderableType:
-    right = ("lost pp", "95 %", "allowed", "lost", "won", "McNemar p", "flips", "SQNR dB ↑")
+    right = ("lost pp (95 %)", "allowed", "lost/won", "p", "flips", "SQNR dB ↑")
     rows = []
     for name, entry in report.losses.items():
         loss, last = entry.loss, entry.findings[-1]
@@ -269,24 +269,17 @@ def _losses(report: EvaluateReport) -> RenderableType:
             (
                 verdict(entry.outcome.value),
                 name,
-                entry.numeric,
-                f"{loss.loss:+.2f}",
-                f"{loss.interval[0]:+.2f} to {loss.interval[1]:+.2f}",
+                f"{loss.loss:+.2f} ({loss.interval[0]:+.2f} to {loss.interval[1]:+.2f})",
                 None if last.limit is None else f"{last.limit.value:g}",
-                loss.lost,
-                loss.won,
+                None if loss.lost is None else f"{loss.lost}/{loss.won}",
                 None if loss.p_value is None else f"{loss.p_value:.2g}",
                 entry.flips,
                 f"{entry.sqnr_db:.1f}",
             )
         )
-    columns: tuple[Column | str, ...] = (
-        "verdict",
-        "artefact",
-        "class",
-        *(Column(head, "right") for head in right),
-    )
-    return rows_table(columns, rows, "Against PyTorch")
+    numbers = (Column(head, "right") for head in right)
+    columns: tuple[Column | str, ...] = ("verdict", "artefact", *numbers)
+    return rows_table(columns, rows, "Against PyTorch (p is McNemar's, and no gate)")
 
 
 def _confusions(report: EvaluateReport) -> RenderableType | None:

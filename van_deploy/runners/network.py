@@ -102,8 +102,8 @@ class Obstacle:
 
 def task_of(bundle: Bundle) -> Task:
     """Return how the logits of a bundle's network become labels."""
-    manifest = bundle.manifest
-    return Task.of(manifest.architecture.num_classes, manifest.problem_type)
+    network = bundle.manifest.architecture
+    return Task.of(network.num_classes, network.problem_type)
 
 
 def original_of(bundle: Bundle, weights: Path | None = None) -> LoadedVan:
