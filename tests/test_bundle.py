@@ -6,6 +6,8 @@ import contextlib
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -486,3 +488,17 @@ def test_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not UTF-8"):
         put(folder, "fp32", "weights")
     assert not folder.exists()
+
+
+def test_opening_a_bundle_imports_nothing_heavy(bundle: Path) -> None:
+    heavy = ("torch", "onnx", "onnxruntime", "numpy", "PIL", "timm", "rich")
+    lines = (
+        "import sys",
+        "from van_deploy.bundle import Bundle",
+        f"assert Bundle.open({str(bundle)!r}).manifest.preprocessing.image_size == 224",
+        f"raise SystemExit(' '.join(name for name in {heavy} if name in sys.modules))",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False
+    )
+    assert done.stderr.strip() == ""

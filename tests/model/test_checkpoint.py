@@ -272,6 +272,8 @@ def test_senseless_requests(saved: Path) -> None:
         load_van("van_b0", weights="rnadom")
     with pytest.raises(UsageError, match="Random weights have no digest"):
         load_van("van_b0", weights="random", expect_sha256="0" * 64)
+    with pytest.raises(UsageError, match="Random weights have no digest, no container and no"):
+        load_van("van_b0", weights="random", container="model")
     with pytest.raises(CheckpointError, match=r"There is no file \./absent\.pth|absent\.pth"):
         load_van("./absent.pth")
     with pytest.raises(CheckpointError, match=r"There is no file weights/absent\.pth"):
@@ -384,7 +386,11 @@ def test_eps_is_the_frameworks_own_or_the_callers(
                 "with 1e-06 (--layer-norm-eps)",
             )
         )
-        assert _same(load_van(str(path), layer_norm_eps=1e-6), tiny)
+        chosen = load_van(str(path), layer_norm_eps=1e-6)
+        assert _same(chosen, tiny)
+        assert chosen.source.notes == ()
+    random = load_van("van_b0", weights="random", layer_norm_eps=1e-3)
+    assert random.config.layer_norm_eps == random.model.get_submodule("norm1").eps == 1e-3
     with pytest.raises(UsageError, match=r"^LayerNorm's eps 1 is not between 0 and 1\."):
         load_van(str(path), layer_norm_eps=1.0)
 

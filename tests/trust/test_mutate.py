@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from reliability.mutate import AREAS, MUTANTS, Mutant, candidates, found_in, mutated, table
-from reliability.mutate import Row as MutantRow
+from reliability.mutants import AREAS, Mutant, candidates, found_in, mutated
+from reliability.mutate import MUTANTS, Row, table
 from tests.each import each
 
 SOURCE = '''
@@ -102,8 +102,8 @@ def test_the_list_is_of_sixty_ten_of_each_area() -> None:
 
 def test_the_table_counts_and_escapes() -> None:
     rows = [
-        MutantRow(AT, "checks/gates.py:5", "killed", "tests/checks/test_x.py::test_y", 1.5),
-        MutantRow(replace(AT, fragment="a | b"), "checks/gates.py", "code removed", "", 0.0),
+        Row(AT, "checks/gates.py:5", "killed", "tests/checks/test_x.py::test_y", 1.5),
+        Row(replace(AT, fragment="a | b"), "checks/gates.py", "code removed", "", 0.0),
     ]
     lines = table(rows).splitlines()
     assert lines[0] == "1 killed, 0 survived, 1 code removed"

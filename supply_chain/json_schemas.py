@@ -1,9 +1,9 @@
 """JSON Schemas of every document this program prints with ``--json`` or keeps in a file.
 
-``python -m van_deploy.json_schemas`` writes ``docs/schemas/NAME.schema.json``; a test
+``python -m supply_chain.reference`` writes ``docs/schemas/NAME.schema.json``; a test
 compares them, and real documents with them. They are made from the types of the results:
 their annotations, and the ``Attributes:`` of their docstrings. A new document is one line
-in :data:`DOCUMENTS`.
+in :data:`DOCUMENTS`. Files that a user writes are in :data:`INPUTS`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import inspect
 import json
 import os
 import re
-import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -26,11 +25,14 @@ from typing import Any, get_args, get_origin
 
 from pydantic import PlainSerializer
 
+from van_deploy.calibration_set import CalibrationSet
+from van_deploy.config import Recipe
 from van_deploy.documents import field_is_json, json_properties
+from van_deploy.engine.fleet import FleetFile
 from van_deploy.errors import VanDeployError
 from van_deploy.schema import Open, Schema
 
-__all__ = ["DOCUMENTS", "files", "schema_of"]
+__all__ = ["DOCUMENTS", "INPUTS", "files", "schema_of"]
 
 DOCUMENTS: Mapping[str, str] = {
     "baseline": "van_deploy.checks.baseline:Baseline",
@@ -56,6 +58,13 @@ DOCUMENTS: Mapping[str, str] = {
 }
 """Each document by name: the class of it, or the function that returns it."""
 
+INPUTS: Mapping[str, type[Schema]] = {
+    "calibration-set": CalibrationSet,
+    "fleet": FleetFile,
+    "recipe": Recipe,
+}
+"""Each file that a user writes, by name."""
+
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 SIMPLE: Mapping[Any, Mapping[str, Any]] = {
     Any: {},
@@ -78,10 +87,13 @@ LIMITS = {
 
 def files(root: Path) -> Mapping[Path, str]:
     """Return the path and the contents of every schema; ``root`` is the repository's."""
-    folder = root / "docs" / "schemas"
+    written = {name: schema_of(name) for name in DOCUMENTS}
+    written |= {
+        name: {"$schema": DIALECT, **table.model_json_schema()} for name, table in INPUTS.items()
+    }
     return {
-        folder / f"{name}.schema.json": json.dumps(schema_of(name), indent=2) + "\n"
-        for name in DOCUMENTS
+        root / "docs" / "schemas" / f"{name}.schema.json": json.dumps(schema, indent=2) + "\n"
+        for name, schema in written.items()
     }
 
 
@@ -233,10 +245,3 @@ def _table(properties: Mapping[str, Any], *, closed: bool = True) -> dict[str, A
         "required": list(properties),
         **({"additionalProperties": False} if closed else {}),
     }
-
-
-if __name__ == "__main__":
-    for path, text in files(Path(__file__).parents[1]).items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        sys.stdout.write(f"{path}\n")
