@@ -422,8 +422,14 @@ def test_a_lock_that_is_a_folder_is_one_message(bundle: Path) -> None:
         (lambda m: m["batch"].update(max="4"), "'batch.max' is '4': it should be a whole number"),
         (lambda m: m["batch"].update(max=True), "'batch.max' is True: it should be a whole nu"),
         (lambda m: m["batch"].update(max=0), "'batch.max' is 0: it should be greater"),
-        (lambda m: m["preprocessing"].update(image_size=3), "'preprocessing.image_size' is 3: it should be greater"),
-        (lambda m: m["preprocessing"].update(std=[0, 1, 1]), "'preprocessing.std' is .*not positive"),
+        (
+            lambda m: m["preprocessing"].update(image_size=3),
+            "'preprocessing.image_size' is 3: it should be greater",
+        ),
+        (
+            lambda m: m["preprocessing"].update(std=[0, 1, 1]),
+            "'preprocessing.std' is .*not positive",
+        ),
         (lambda m: m["preprocessing"].update(mean=[10**400] * 3), "'preprocessing.mean.0' is"),
         (lambda m: m["architecture"].update(depths=[-1, 2, 2, 2]), "depths that no network has"),
         (lambda m: m["weights"].update(spec="a\x1b[2J"), "'weights' is .*control characters"),
