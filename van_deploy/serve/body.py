@@ -5,156 +5,129 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from email.message import Message
 from typing import Any
 
-from van_deploy.errors import InputError
-from van_deploy.serve.metrics import serving_package
-from van_deploy.serve.protocol import RequestError
+from van_deploy.serve.refusal import Refusal
+from van_deploy.serve.workers import Workers
 
-__all__ = ["SlowClientError", "TooLargeError", "file_of_form", "read_body"]
+__all__ = ["ClientGoneError", "file_of_form", "read_body"]
 
 DISCARD_S = 2.0  # how long a client is listened to that has been refused already
+DEFLATE_RATIO = 1032  # the most that a byte of deflate stands for (zlib's technical details)
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
+MAX_PARTS = 16  # of a form
+
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 
 
-class TooLargeError(InputError):
-    """The body is larger than is allowed; HTTP status 413."""
+class ClientGoneError(Exception):
+    """The client closed its connection before its request was complete."""
 
 
-class SlowClientError(InputError):
-    """The body did not come in time; HTTP status 408."""
+async def read_body(
+    receive: Receive,
+    headers: Mapping[str, str],
+    limit: int,
+    timeout_s: float,
+    take: Callable[[int], None],
+    workers: Workers,
+) -> bytes:
+    """Return a request's body, decompressed.
 
-
-async def read_body(request: Any, limit_bytes: int, timeout_s: float) -> bytes:
-    """Return a Starlette request's body, decompressed.
+    Args:
+        receive: ASGI's.
+        headers: by their names in lower case.
+        limit: bytes the body may have, before and after decompression.
+        timeout_s: in which it must be complete.
+        take: called with the bytes that are held from then on; may refuse them.
+        workers: inflate it.
 
     Raises:
-        TooLargeError: it has more than ``limit_bytes``, before or after decompression.
-        SlowClientError: it was not complete after ``timeout_s``.
-        RequestError: its encoding is unknown or broken, or its length is no number.
+        ClientGoneError: it will never be complete.
+        Refusal: too large, too slow, too much for all requests together, or badly encoded.
     """
-    announced = request.headers.get("content-length", "0")
-    if not announced.isdecimal():
-        raise RequestError(f"The Content-Length '{announced}' is not a number.")
-    stream = request.stream()
     try:
-        if int(announced) > limit_bytes:
-            raise _too_large(limit_bytes)
-        async with _deadline(timeout_s):
-            body = await _collect(stream, limit_bytes)
-    except (asyncio.TimeoutError, TimeoutError):
-        raise SlowClientError(f"The request was not complete after {timeout_s:g} s.") from None
-    except TooLargeError:
-        with contextlib.suppress(Exception):  # so that the client gets to read the answer
-            async with _deadline(DISCARD_S):
-                await _discard(stream)
+        if int(headers.get("content-length", "0")) > limit:
+            raise _too_large(limit)
+        body = await asyncio.wait_for(_collected(receive, limit, take), timeout_s)
+        encoding = headers.get("content-encoding", "identity").lower()
+        if encoding == "identity":
+            return body
+        if encoding not in {"gzip", "deflate"}:
+            raise Refusal(f"The Content-Encoding {encoding[:20]!r} is unknown: gzip or deflate.")
+        take(min(limit, DEFLATE_RATIO * len(body)))
+        return await workers.in_thread(_inflated, body, limit)
+    except asyncio.TimeoutError:
+        raise Refusal(f"The request was not complete after {timeout_s:g} s.", status=408) from None
+    except Refusal as refusal:
+        if refusal.status in {413, 503}:
+            with contextlib.suppress(asyncio.TimeoutError, ClientGoneError):
+                await asyncio.wait_for(_discarded(receive), DISCARD_S)  # so that it can listen
         raise
-    return _decoded(body, request.headers, limit_bytes)
 
 
-async def file_of_form(body: bytes, headers: Any) -> bytes:
-    """Return the first file of a ``multipart/form-data`` body.
+def file_of_form(body: bytes, content_type: str) -> bytes:
+    """Return the first file of a ``multipart/form-data`` body (RFC 7578).
 
     Raises:
-        RequestError: the form is broken or has no file.
+        Refusal: the form is broken or has no file.
     """
-    serving_package("python_multipart")
-    parsers = serving_package("starlette.formparsers")
-
-    async def stream() -> AsyncIterator[bytes]:
-        yield body
-
-    try:
-        form = await parsers.MultiPartParser(headers, stream(), max_files=1, max_fields=16).parse()
-    except parsers.MultiPartException as error:
-        raise RequestError(f"The form cannot be read: {error.message}") from None
-    except KeyError:
-        raise RequestError("The form cannot be read: it has no boundary.") from None
-    async with _closing(form):
-        for value in form.values():
-            if not isinstance(value, str):
-                content: bytes = await value.read()
-                return content
-    raise RequestError("The form has no file.")
+    message = Message()
+    message["content-type"] = content_type
+    boundary = message.get_boundary()
+    if not boundary:
+        raise Refusal("The form has no boundary in its Content-Type.")
+    delimiter = b"\r\n--" + boundary.encode("utf-8", "replace")
+    for part in (b"\r\n" + body).split(delimiter, MAX_PARTS)[1:-1]:
+        head, found, content = part.partition(b"\r\n\r\n")
+        if found and b"filename" in head.lower():
+            return content
+    raise Refusal("The form has no file.")
 
 
-def _deadline(seconds: float) -> Any:
-    """Return a context that ends with TimeoutError after so many seconds.
-
-    Python 3.11 has one, which unlike ``wait_for`` makes no task for each request.
-    """
-    return asyncio.timeout(seconds) if hasattr(asyncio, "timeout") else _Deadline(seconds)
-
-
-class _Deadline:
-    """The same for Python 3.10: cancels the task and turns that into TimeoutError."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._expired = False
-
-    async def __aenter__(self) -> None:
-        task = asyncio.current_task()
-        loop = asyncio.get_running_loop()
-
-        def expire() -> None:
-            self._expired = True
-            if task is not None:
-                task.cancel()
-
-        self._handle = loop.call_later(self._seconds, expire)
-
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._handle.cancel()
-        if self._expired and kind is asyncio.CancelledError:
-            raise asyncio.TimeoutError
-
-
-@contextlib.asynccontextmanager
-async def _closing(form: Any) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        await form.close()
-
-
-async def _collect(stream: AsyncIterator[bytes], limit_bytes: int) -> bytes:
+async def _collected(receive: Receive, limit: int, take: Callable[[int], None]) -> bytes:
     pieces: list[bytes] = []
-    size = 0
-    async for piece in stream:
+    size, more = 0, True
+    while more:
+        piece, more = await _next_piece(receive)
         size += len(piece)
-        if size > limit_bytes:
-            raise _too_large(limit_bytes)
+        if size > limit:
+            raise _too_large(limit)
+        take(len(piece))
         pieces.append(piece)
-    return b"".join(pieces)
+    return b"".join(pieces) if len(pieces) > 1 else pieces[0]
 
 
-async def _discard(stream: AsyncIterator[bytes]) -> None:
-    async for _ in stream:
+async def _discarded(receive: Receive) -> None:
+    while (await _next_piece(receive))[1]:
         pass
 
 
-def _decoded(body: bytes, headers: Mapping[str, str], limit_bytes: int) -> bytes:
-    encoding = headers.get("content-encoding", "identity").lower()
-    if encoding == "identity":
-        return body
-    if encoding not in {"gzip", "deflate"}:
-        raise RequestError(f"The Content-Encoding '{encoding}' is unknown; use gzip or deflate.")
+async def _next_piece(receive: Receive) -> tuple[bytes, bool]:
+    message = await receive()
+    if message["type"] != "http.request":
+        raise ClientGoneError
+    return message.get("body", b""), message.get("more_body", False)
+
+
+def _inflated(body: bytes, limit: int) -> bytes:
     inflater = zlib.decompressobj(GZIP_OR_ZLIB)
     try:
-        plain = inflater.decompress(body, limit_bytes + 1)
+        plain = inflater.decompress(body, limit + 1)
     except zlib.error as error:
-        raise RequestError(f"The {encoding} body is damaged: {error}.") from None
-    if len(plain) > limit_bytes:
-        raise _too_large(limit_bytes)
+        raise Refusal(f"The compressed body is damaged: {error}.") from None
+    if len(plain) > limit:
+        raise _too_large(limit)
     if not inflater.eof:
-        raise RequestError(f"The {encoding} body is truncated.")
+        raise Refusal("The compressed body is truncated.")
     return plain
 
 
-def _too_large(limit_bytes: int) -> TooLargeError:
-    return TooLargeError(
-        f"The request is larger than the {limit_bytes:,} bytes this server takes.",
-        "Send fewer or smaller pictures, or start the server with a higher --max-body-mib.",
+def _too_large(limit: int) -> Refusal:
+    return Refusal(
+        f"The request is larger than the {limit:,} bytes this server takes.",
+        "Send fewer or smaller images, or start the server with a higher --max-body-mib.",
+        status=413,
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 from van_deploy.errors import MissingDependency
+from van_deploy.serve.batcher import Batch
 
 __all__ = ["ServerMetrics", "serving_package"]
 
@@ -18,8 +21,6 @@ def serving_package(name: str) -> Any:
     Raises:
         MissingDependency: it is not installed.
     """
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -33,64 +34,42 @@ class ServerMetrics:
     """The counters of one server, in a registry of its own."""
 
     def __init__(self) -> None:
-        client = serving_package("prometheus_client")
-        self._client = client
-        self.registry = client.CollectorRegistry()
-        client.ProcessCollector(registry=self.registry)  # processor time, memory, open files
-        self.requests = client.Counter(
-            "van_deploy_requests",
-            "Requests answered, by route, model and HTTP status",
-            ["route", "model", "status"],
-            registry=self.registry,
-        )
-        self.seconds = client.Histogram(
-            "van_deploy_request_seconds",
-            "Time from a request's first byte to its answer",
-            ["route", "model"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.queue_seconds = client.Histogram(
-            "van_deploy_queue_seconds",
-            "Time a request waited for its batch",
-            ["model"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.batch_rows = client.Histogram(
-            "van_deploy_batch_rows",
-            "Pictures in the batches that ran",
-            ["model"],
-            buckets=ROWS,
-            registry=self.registry,
-        )
-        self.infer_seconds = client.Histogram(
-            "van_deploy_infer_seconds",
-            "Time a batch ran",
-            ["model"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self._queued = client.Gauge(
-            "van_deploy_queued_rows",
-            "Pictures waiting for a batch",
-            ["model"],
-            registry=self.registry,
-        )
+        self._client = serving_package("prometheus_client")
+        self.registry = self._client.CollectorRegistry()
+        self._client.ProcessCollector(registry=self.registry)  # processor time, memory, files
 
-    def watch_queue(self, model: str, rows: Any) -> None:
-        """Report ``rows()`` as the length of a model's queue."""
-        self._queued.labels(model).set_function(rows)
+        def made(kind: str, name: str, text: str, labels: list[str], **more: Any) -> Any:
+            metric = getattr(self._client, kind)
+            return metric(f"van_deploy_{name}", text, labels, registry=self.registry, **more)
 
-    def batch_ran(self, model: str, rows: int, seconds: float) -> None:
+        of_model, every = ["model"], {"buckets": SECONDS}
+        text = "Requests answered, by route, model and HTTP status"
+        self._requests = made("Counter", "requests", text, ["route", "model", "status"])
+        text = "Time from a request's head to its answer"
+        self._seconds = made("Histogram", "request_seconds", text, ["route", "model"], **every)
+        text = "Time a request waited for its batch"
+        self.queue_seconds = made("Histogram", "queue_seconds", text, of_model, **every)
+        text = "Images in the batches that ran"
+        self._rows = made("Histogram", "batch_rows", text, of_model, buckets=ROWS)
+        self._infer = made("Histogram", "infer_seconds", "Time a batch ran", of_model, **every)
+        text = "Processor time of the threads that ran batches"
+        self._cpu = made("Counter", "infer_cpu_seconds", text, of_model)
+        self._queued = made("Gauge", "queued_images", "Images in the server", of_model)
+
+    def watch_queue(self, model: str, images: Callable[[], int]) -> None:
+        """Report ``images()`` as the length of a model's queue."""
+        self._queued.labels(model).set_function(images)
+
+    def batch_ran(self, model: str, batch: Batch) -> None:
         """Count one batch."""
-        self.batch_rows.labels(model).observe(rows)
-        self.infer_seconds.labels(model).observe(seconds)
+        self._rows.labels(model).observe(batch.rows)
+        self._infer.labels(model).observe(batch.seconds)
+        self._cpu.labels(model).inc(batch.cpu_seconds)
 
     def answered(self, route: str, model: str, status: int, seconds: float) -> None:
         """Count one request."""
-        self.requests.labels(route, model, str(status)).inc()
-        self.seconds.labels(route, model).observe(seconds)
+        self._requests.labels(route, model, str(status)).inc()
+        self._seconds.labels(route, model).observe(seconds)
 
     def text(self) -> tuple[bytes, str]:
         """Return every figure and its content type."""

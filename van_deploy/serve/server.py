@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import json
+import logging
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from van_deploy.errors import UsageError
-from van_deploy.serve.app import server_app
+from van_deploy.serve.app import LOG, App
 from van_deploy.serve.metrics import serving_package
 from van_deploy.serve.service import Service
 
-__all__ = ["Listening", "is_loopback", "listen", "run_server"]
+__all__ = ["Listening", "is_loopback", "listen", "log_to_stderr", "run_server"]
 
 BACKLOG = 1024
 KEEP_ALIVE_S = 75  # longer than most clients' pools
 DRAIN_S = 30
+MAX_HEAD_BYTES = 64 * 2**10  # of request line and headers
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,33 @@ class Listening:
     socket: socket.socket
     url: str
     loopback: bool
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, event, the event's own fields, a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        entry = {"time": f"{stamp}.{record.msecs:03.0f}Z", "level": record.levelname.lower()}
+        entry |= {"event": record.getMessage().strip(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def log_to_stderr(level: str) -> None:
+    """Write what the server logs to standard error, one JSON object a line.
+
+    Args:
+        level: ``error`` for faults, ``info`` for every request too.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines())
+    for logger, least in ((LOG, level.upper()), (logging.getLogger("uvicorn.error"), "ERROR")):
+        logger.handlers = [handler]
+        logger.setLevel(least)
+        logger.propagate = False
 
 
 def is_loopback(host: str) -> bool:
@@ -61,8 +94,7 @@ def listen(host: str = "127.0.0.1", port: int = 8000) -> Listening:
         bound.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         bound.close()
-        number = getattr(error, "errno", None)
-        taken = number == errno.EADDRINUSE
+        taken = getattr(error, "errno", None) == errno.EADDRINUSE
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(
             f"Cannot listen on {host} port {port}: {reason}.",
@@ -77,29 +109,28 @@ def run_server(
     listening: Listening,
     *,
     max_connections: int = 512,
-    on_ready: Callable[[], None] | None = None,
-    stop: threading.Event | None = None,
+    on_ready: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
-    """Answer until SIGINT or SIGTERM (or ``stop``), then finish what was begun.
+    """Answer until SIGINT or SIGTERM, then finish what was begun.
 
     Args:
         service: loaded.
         listening: from :func:`listen`; closed at the end.
         max_connections: more are answered with 503.
-        on_ready: called once requests are answered.
-        stop: ends the server where signals cannot reach it (outside the main thread).
+        on_ready: called once requests are answered, with a function that ends the server
+            from any thread.
     """
-    import asyncio
-
     uvicorn = serving_package("uvicorn")
     config = uvicorn.Config(
-        server_app(service),
+        App(service),
+        http=_protocol(service.settings.read_timeout_s),
+        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        lifespan="off",
+        ws="none",
         log_config=None,
-        log_level="warning",
         access_log=False,
         server_header=False,
         date_header=False,
-        ws="none",
         backlog=BACKLOG,
         limit_concurrency=max_connections,
         timeout_keep_alive=KEEP_ALIVE_S,
@@ -107,41 +138,80 @@ def run_server(
     )
 
     class Server(uvicorn.Server):  # type: ignore[misc, name-defined]
-        """uvicorn's, which tells the service that it is about to end, and ends with code 0."""
+        """uvicorn's, which leaves the signals to :func:`serve`."""
 
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets=sockets)
-            if on_ready is not None and not self.should_exit:
-                on_ready()
+        def capture_signals(self) -> Any:
+            return contextlib.nullcontext()
 
-        async def on_tick(self, counter: int) -> bool:
-            if stop is not None and stop.is_set():
-                service.draining = self.should_exit = True
-            return bool(await super().on_tick(counter))
+    async def serve() -> None:
+        server, loop = Server(config), asyncio.get_running_loop()
 
-        def handle_exit(self, number: int, frame: Any) -> None:
-            service.draining = True
-            super().handle_exit(number, frame)
+        def end() -> None:
+            server.force_exit = server.should_exit  # asked twice
+            service.draining = server.should_exit = True
 
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            if threading.current_thread() is not threading.main_thread():
-                yield
-                return
-            ours = (signal.SIGINT, signal.SIGTERM)
-            before = {number: signal.signal(number, self.handle_exit) for number in ours}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, end)
+        service.start()
+        running = asyncio.create_task(server.serve(sockets=[listening.socket]))
+        while not (server.started or running.done()):
+            await asyncio.sleep(0.01)
+        if on_ready is not None and not running.done():
+            on_ready(lambda: loop.call_soon_threadsafe(end))
+        await running
+        await service.close()
 
-    server = Server(config)
-    runner = getattr(config, "get_loop_factory", None)
-    factory = runner() if runner is not None else None
     with listening.socket:
-        if factory is not None and hasattr(asyncio, "Runner"):
-            with asyncio.Runner(loop_factory=factory) as loop:
-                loop.run(server.serve(sockets=[listening.socket]))
+        if sys.version_info >= (3, 11):
+            with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+                runner.run(serve())
         else:
-            asyncio.run(server.serve(sockets=[listening.socket]))
+            config.setup_event_loop()
+            asyncio.run(serve())
+
+
+def _protocol(timeout_s: float) -> type:
+    """Return uvicorn's HTTP protocol with limits on the head, which uvicorn takes at any length."""
+    base = serving_package("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol
+
+    class LimitedHead(base):  # type: ignore[misc, valid-type]
+        """Counts the bytes of a head and the seconds it takes."""
+
+        head = 0  # bytes of the head that is not complete; -1 while a body comes
+        timer: Any = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.wait_for_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.timer.cancel()
+            super().connection_lost(exc)
+
+        def wait_for_head(self) -> None:
+            self.head = 0
+            self.timer = self.loop.call_later(timeout_s, self.transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            while data and self.parser is not None and not self.transport.is_closing():
+                piece, data = data, b""
+                if self.head >= 0:
+                    room = MAX_HEAD_BYTES - self.head
+                    piece, data = piece[:room], piece[room:]
+                    self.head += len(piece)
+                super().data_received(piece)
+                if self.head >= MAX_HEAD_BYTES:
+                    self.send_400_response("The head of the request is too large.")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            if self.head < 0:
+                self.wait_for_head()
+
+        def on_headers_complete(self) -> None:
+            self.head = -1
+            self.timer.cancel()
+            super().on_headers_complete()
+
+    return LimitedHead

@@ -1,11 +1,13 @@
-"""What the server does, without HTTP: models behind their queues, pictures to named classes."""
+"""What the server does, without HTTP: models behind their queues, images to named classes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,20 +15,25 @@ from typing import Any
 import numpy as np
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.canary import CANARY_FILE
 from van_deploy.errors import UsageError, VanDeployError
 from van_deploy.images import open_image
 from van_deploy.model.pixels import Pixels, pixels_from_image
 from van_deploy.runners.network import ORT_CPU, PYTORCH, Network, runnable_artefacts
-from van_deploy.serve.batcher import Batcher, QueueFull, ShuttingDown
+from van_deploy.serve.batcher import Answer, Batch, Batcher
 from van_deploy.serve.metrics import ServerMetrics
 from van_deploy.serve.predict import named_classes
+from van_deploy.serve.refusal import Allowance
 from van_deploy.serve.triton_config import model_config
+from van_deploy.serve.triton_model import TritonModel, TritonSettings, served_name
+from van_deploy.serve.workers import Workers
 
-__all__ = ["Served", "Service", "ServiceSettings", "served_name"]
+__all__ = ["Served", "Service", "ServiceSettings"]
 
-DECODERS = 2  # pictures decoded at the same time, which bounds their memory
-DECODE_QUEUE = 64
+MIB = 2**20
+LARGE_IMAGE = 4_000_000  # pixels; larger ones are decoded one at a time, which bounds memory
+QUEUE_IMAGES = 256
+QUEUE_FULL = "The queue is full: the server has more images than it can answer."
+HELD_FULL = "The requests that are being received hold all the memory they may."
 
 
 @dataclass(frozen=True)
@@ -38,14 +45,18 @@ class ServiceSettings:
             the bundle has it, else ``fp32``.
         runner: what runs ONNX artefacts; engines are run by TensorRT.
         trust_engine: run engines whose sidecar is gone.
-        threads: threads inside one operator; None lets the run time choose.
+        threads: threads inside one operator; None lets the runtime choose.
         instances: batches that run at the same time, a model.
-        queue_limit: pictures waiting, at most, a model.
+        queue_limit: images of a model in the server, waiting or being answered, whatever route
+            they came by; None for 256, or two batches for each instance where that is more.
         max_delay_ms: how long an idle model waits for a second request.
         max_body_bytes: largest request.
+        max_json_bytes: largest JSON: numbers as text cost thirty times their size to parse.
+        max_held_bytes: bytes of all requests that are held at once.
         read_timeout_s: longest time a request may take to arrive.
-        max_pixels: largest picture.
+        max_pixels: largest image.
         compare: whether the page may ask PyTorch too.
+        api_key: what clients must send as ``Authorization: Bearer``; "" for no key.
     """
 
     artefacts: tuple[str, ...] = ()
@@ -53,12 +64,15 @@ class ServiceSettings:
     trust_engine: bool = False
     threads: int | None = None
     instances: int = 1
-    queue_limit: int = 256
+    queue_limit: int | None = None
     max_delay_ms: float = 1.0
-    max_body_bytes: int = 32 * 2**20
+    max_body_bytes: int = 32 * MIB
+    max_json_bytes: int = MIB
+    max_held_bytes: int = 256 * MIB
     read_timeout_s: float = 30.0
     max_pixels: int = 50_000_000
     compare: bool = True
+    api_key: str = field(default="", repr=False)
 
 
 @dataclass
@@ -68,88 +82,60 @@ class Served:
     Attributes:
         name: in addresses.
         network: opened.
-        batcher: its queue.
+        batcher: runs its batches.
+        queue: the images it may have.
         labels: names of its classes, or None.
-        requests: answered.
-        rows: answered.
-        failures: requests that ended with the model's own error.
-        queue_s: summed over requests.
-        infer_s: summed over requests.
-        batches: how many ran.
+        counts: ``requests``, ``rows``, ``batches``, ``failures``, and summed over requests
+            ``queue_s`` and ``infer_s``.
+        config: Triton's description of it, as it runs here.
     """
 
     name: str
     network: Network
     batcher: Batcher
+    queue: Allowance
     labels: Sequence[str] | None
-    requests: int = 0
-    rows: int = 0
-    failures: int = 0
-    queue_s: float = 0.0
-    infer_s: float = 0.0
-    batches: int = 0
-    last_ms: int = 0
-
-    def config(self) -> dict[str, Any]:
-        """Return Triton's description of it."""
-        return model_config(
-            self.name,
-            "onnx",
-            self.network.input,
-            self.network.outputs,
-            self.network.max_batch,
-            queue_delay_us=round(1e6 * self.batcher.max_delay_s),
-            queue_limit=self.batcher.queue_limit,
-        )
+    config: dict[str, Any]
+    counts: Counter[str] = field(default_factory=Counter)
 
 
-def served_name(bundle: Bundle, artefact: str) -> str:
-    """Return what a served artefact is called, here and in Triton: ``van_b1-fp32``."""
-    return f"{bundle.name}-{artefact}"
-
-
-@dataclass
 class Service:
     """The models of one bundle, ready to answer. :meth:`start` and :meth:`close` in one loop.
 
-    Attributes:
+    Args:
         bundle: what is served.
         settings: how.
+
+    Attributes:
         metrics: what was counted.
         models: by name, in the order asked for.
+        held: bytes of requests.
+        workers: for work that would hold up the event loop.
         draining: True once the server is being stopped.
     """
 
-    bundle: Bundle
-    settings: ServiceSettings
-    metrics: ServerMetrics = field(default_factory=ServerMetrics)
-    models: dict[str, Served] = field(default_factory=dict)
-    draining: bool = False
-    ready: bool = False
-
-    def __post_init__(self) -> None:
-        """Prepare what does not need an event loop."""
+    def __init__(self, bundle: Bundle, settings: ServiceSettings) -> None:
+        self.bundle = bundle
+        self.settings = settings
+        self.metrics = ServerMetrics()
+        self.models: dict[str, Served] = {}
+        self.held = Allowance(settings.max_held_bytes, HELD_FULL, 503)
+        self.workers = Workers()
+        self.draining = False
         self._stack = contextlib.ExitStack()
-        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="van-deploy-decode")
+        self._large = threading.Lock()
         self._torch = ThreadPoolExecutor(1, thread_name_prefix="van-deploy-pytorch")
         self._original: Network | VanDeployError | None = None
-        self._decoding = 0
-
-    @property
-    def artefacts(self) -> tuple[str, ...]:
-        """The artefacts that are served."""
-        if self.settings.artefacts:
-            return self.settings.artefacts
-        here = runnable_artefacts(self.bundle)
-        return ("fp32-uint8" if "fp32-uint8" in here else "fp32",)
 
     def load(self) -> None:
         """Open every model and run it once, so that the first client does not wait.
 
         Raises:
+            UsageError: the settings contradict the models.
             VanDeployError: an artefact is missing, was changed or does not run here.
         """
-        for artefact in self.artefacts:
+        usual = "fp32-uint8" if "fp32-uint8" in runnable_artefacts(self.bundle) else "fp32"
+        for artefact in self.settings.artefacts or (usual,):
             network = Network(
                 self.bundle,
                 artefact,
@@ -163,124 +149,126 @@ class Service:
                     f"The engine '{artefact}' answers one batch at a time.",
                     "Leave out --instances, or let Triton serve it (`van-deploy package triton`).",
                 )
-            self._stack.enter_context(network)
-            given = network.input
-            for rows in {1, network.max_batch}:
-                network.run(np.zeros((rows, *given.shape), given.dtype))
             self._add(served_name(self.bundle, artefact), network)
-        canary = self.bundle.path / CANARY_FILE
-        if canary.is_file():  # Pillow loads its decoders when it first needs them
-            self._pixels(canary.read_bytes())
+        noise = np.zeros((64, 64, 3), np.uint8)
+        if self._preprocessing.channels in (1, 3, 4):  # Pillow loads its filters when first used
+            from PIL import Image
+
+            pixels_from_image(Image.fromarray(noise), self._preprocessing)
 
     def _add(self, name: str, network: Network) -> None:
-        def batch_ran(rows: int, seconds: float) -> None:
-            served.batches += 1
-            self.metrics.batch_ran(name, rows, seconds)
-
-        batcher = Batcher(
-            network.run,
-            network.max_batch,
-            queue_limit=max(self.settings.queue_limit, network.max_batch),
-            max_delay_s=self.settings.max_delay_ms / 1e3,
-            instances=self.settings.instances,
-            on_batch=batch_ran,
+        instances, given = self.settings.instances, network.input
+        least = network.max_batch * instances
+        limit = self.settings.queue_limit or max(QUEUE_IMAGES, 2 * least)
+        if limit < least:
+            raise UsageError(
+                f"A queue of {limit} images cannot fill {instances} batches of "
+                f"{network.max_batch}.",
+                f"Give --queue-limit {least} or more.",
+            )
+        self._stack.enter_context(network)
+        for rows in {1, network.max_batch}:
+            network.run(np.zeros((rows, *given.shape), given.dtype))
+        backend = "tensorrt" if network.is_engine else "onnxruntime"
+        delay_s = self.settings.max_delay_ms / 1e3
+        how = TritonSettings(
+            queue_delay_us=round(1e6 * delay_s),
+            queue_limit=limit,
+            instances=instances,
+            threads=self.settings.threads or 0,
+            gpu=network.runner != ORT_CPU,
         )
-        served = Served(name, network, batcher, self.bundle.manifest.get("class_names"))
+        model = TritonModel(name, backend, given, network.outputs, network.max_batch)
+        served = Served(
+            name=name,
+            network=network,
+            batcher=Batcher(
+                network.run,
+                network.max_batch,
+                max_delay_s=delay_s,
+                instances=instances,
+                on_batch=lambda batch: self._batch_ran(served, batch),
+            ),
+            queue=Allowance(limit, QUEUE_FULL, 429),
+            labels=self.bundle.manifest.get("class_names"),
+            config=model_config(model, how),
+        )
         self.models[name] = served
-        self.metrics.watch_queue(name, lambda: batcher.queued_rows)
+        self.metrics.watch_queue(name, lambda: served.queue.used)
+
+    def _batch_ran(self, served: Served, batch: Batch) -> None:
+        served.counts["batches"] += 1
+        self.metrics.batch_ran(served.name, batch)
+
+    @property
+    def _preprocessing(self) -> Any:
+        return next(iter(self.models.values())).network.preprocessing
 
     def start(self) -> None:
         """Begin to answer; needs a running event loop."""
         for served in self.models.values():
             served.batcher.start()
-        self.ready = True
 
     async def close(self) -> None:
         """Answer what waits, then release everything."""
         self.draining = True
         await asyncio.gather(*(served.batcher.close() for served in self.models.values()))
-        self._decoders.shutdown()
+        self.workers.close()
         self._torch.shutdown()
         self._stack.close()
 
-    async def infer(self, served: Served, rows: Any) -> Any:
-        """Return a batcher's :class:`~van_deploy.serve.batcher.Answer` to ``rows``.
-
-        Raises:
-            QueueFull: the queue is full.
-            ShuttingDown: the server is being stopped.
-        """
-        if self.draining:
-            raise ShuttingDown
+    async def infer(self, served: Served, rows: Any) -> Answer:
+        """Return the answer to ``rows``, as the network takes them."""
         try:
             answer = await served.batcher.submit(rows)
-        except (QueueFull, ShuttingDown):
-            raise
         except Exception:
-            served.failures += 1
+            served.counts["failures"] += 1
             raise
-        served.requests += 1
-        served.rows += len(rows)
-        served.queue_s += answer.queue_s
-        served.infer_s += answer.infer_s
-        served.last_ms = round(1e3 * time.time())
+        served.counts.update(requests=1, rows=len(rows))
+        served.counts["queue_s"] += answer.queue_s  # type: ignore[assignment]
+        served.counts["infer_s"] += answer.batch.seconds  # type: ignore[assignment]
+        served.counts["last_ms"] = round(1e3 * time.time())
         self.metrics.queue_seconds.labels(served.name).observe(answer.queue_s)
         return answer
 
     async def look(
-        self, served: Served, picture: bytes, top: int, *, compare: bool
+        self, served: Served, content: bytes, top: int, *, compare: bool
     ) -> dict[str, Any]:
         """Return what is in an image file's bytes, as the page shows it.
 
         Raises:
-            ImageError: it is no picture, or too large.
+            ImageError: it is no image, or too large.
             UsageError: more classes are asked for than the artefact gives.
-            QueueFull: too many pictures wait.
         """
         start = time.perf_counter()
-        pixels, size = await self._decode(picture)
+        pixels, size = await self.workers.in_thread(self._pixels, content)
         decoded = time.perf_counter()
         answer = await self.infer(served, served.network.prepare(pixels))
         ranked = served.network.top(answer.outputs, top)
+        classes = [vars(c) for c in named_classes(ranked, 0, served.labels)]
         document: dict[str, Any] = {
             "model": served.name,
             "artefact": served.network.name,
-            "picture": {"width": size[0], "height": size[1]},
-            "top": [vars(c) for c in named_classes(ranked, 0, served.labels)],
+            "image": {"width": size[0], "height": size[1]},
+            "top": classes,
             "milliseconds": {
                 "decode": _ms(decoded - start),
                 "queue": _ms(answer.queue_s),
-                "infer": _ms(answer.infer_s),
+                "infer": _ms(answer.batch.seconds),
                 "total": _ms(time.perf_counter() - start),
             },
-            "batch": answer.batch_rows,
+            "batch": answer.batch.rows,
         }
-        if compare:
-            document["pytorch"] = await self._compare(pixels, top, document["top"])
+        if compare and self.settings.compare:
+            ask = asyncio.get_running_loop().run_in_executor
+            document["pytorch"] = await ask(self._torch, self._ask_pytorch, pixels, top, classes)
+        elif compare:
+            document["pytorch"] = {"skipped": "the server was started with --no-compare"}
         return document
 
-    async def _decode(self, picture: bytes) -> tuple[Pixels, tuple[int, int]]:
-        if self._decoding >= DECODE_QUEUE:
-            raise QueueFull
-        self._decoding += 1
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._decoders, self._pixels, picture)
-        finally:
-            self._decoding -= 1
-
-    def _pixels(self, picture: bytes) -> tuple[Pixels, tuple[int, int]]:
-        image = open_image(picture, max_pixels=self.settings.max_pixels)
-        preprocessing = next(iter(self.models.values())).network.preprocessing
-        return pixels_from_image(image, preprocessing)[None], image.size
-
-    async def _compare(
-        self, pixels: Pixels, top: int, answer: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any]:
-        if not self.settings.compare:
-            return {"skipped": "the server was started with --no-compare"}
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._torch, self._ask_pytorch, pixels, top, answer)
+    def _pixels(self, content: bytes) -> tuple[Pixels, tuple[int, int]]:
+        image = open_image(content, max_pixels=self.settings.max_pixels)
+        return pixels_from_image(image, self._preprocessing)[None], image.size
 
     def _ask_pytorch(
         self, pixels: Pixels, top: int, answer: Sequence[Mapping[str, Any]]
@@ -297,12 +285,11 @@ class Service:
         start = time.perf_counter()
         outputs = self._original.run(self._original.prepare(pixels))
         seconds = time.perf_counter() - start
-        names = self.bundle.manifest.get("class_names")
-        ranked = self._original.top(outputs, top)
         every = self._original.top(outputs, int(1e9))
         mine = dict(zip(every.classes[0].tolist(), every.probabilities[0].tolist(), strict=True))
+        names = self.bundle.manifest.get("class_names")
         return {
-            "top": [vars(c) for c in named_classes(ranked, 0, names)],
+            "top": [vars(c) for c in named_classes(every, 0, names)[:top]],
             "milliseconds": {"infer": _ms(seconds)},
             "largest_difference": max(abs(c["probability"] - mine[c["index"]]) for c in answer),
             "beside": [mine[c["index"]] for c in answer],

@@ -1,14 +1,15 @@
-"""A Triton model repository from a bundle.
+"""A Triton model repository from a bundle, with a client and manifests beside it.
 
-Everything a configuration repeats (names, types, shapes, batch limits) is read
-from the artefact or its sidecar, never typed again; :mod:`van_deploy.serve.triton_check`
-proves afterwards that the two agree.
+Everything a configuration repeats (names, types, shapes, batch limits) is read from the
+artefact or its sidecar, never typed again; :mod:`van_deploy.serve.triton_check` compares
+what was written with the files themselves.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -17,87 +18,40 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle import Bundle
-from van_deploy.engine.sidecar import verified_sidecar
-from van_deploy.errors import BundleError, InputError, UsageError
+from van_deploy.errors import UsageError
 from van_deploy.files import file_sha256
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.runners.network import Network, TensorSpec, embedding_of, runnable_artefacts
-from van_deploy.serve.client_source import client_source
-from van_deploy.serve.manifests import DEFAULT_TRITON, Deployment, manifests
-from van_deploy.serve.protocol import DATATYPES
-from van_deploy.serve.service import served_name
-from van_deploy.serve.triton_config import PLATFORMS, model_config, pbtxt
+from van_deploy.runners.onnxruntime import require_onnxruntime
+from van_deploy.schema import Schema
+from van_deploy.serve.templates import filled
+from van_deploy.serve.triton_config import DATATYPES, LABELS_FILE, config_text, model_config
+from van_deploy.serve.triton_environment import environment_name, write_environment
+from van_deploy.serve.triton_model import TritonModel, TritonSettings, triton_models
+from van_deploy.serve.triton_release import Release, chosen_release
 
-__all__ = [
-    "PACKAGE_FILE",
-    "Package",
-    "TritonModel",
-    "TritonSettings",
-    "package_triton",
-    "preferred_batches",
-    "triton_models",
-]
+__all__ = ["PACKAGE_FILE", "Package", "PackageRecord", "package_triton", "preferred_batches"]
 
 PACKAGE_FILE = "package.json"
-PACKAGE_SCHEMA = "van-deploy/triton/1"
-LABELS_FILE = "labels.txt"
+PACKAGE_FORMAT = "van-deploy/triton/2"
 GOOD_SHARE = 0.9  # of the best throughput: a batch size worth waiting for
-ENGINE_TYPES = {
-    "float": "float32",
-    "half": "float16",
-    "uint8": "uint8",
-    "int64": "int64",
-}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+BASE_MIB, PROCESS_MIB = 2048, 512  # of memory: Triton itself, and each process of a Python model
+VERSION_COMPATIBLE = "--backend-config=tensorrt,version-compatible=true"
 
 
-@dataclass(frozen=True)
-class TritonSettings:
-    """How the models are to be run.
+class PackageRecord(Schema):
+    """``package.json``: what a package holds and where it came from."""
 
-    Attributes:
-        queue_delay_us: longest wait for other requests.
-        queue_limit: requests waiting, at most.
-        queue_timeout_ms: a request that waited longer is refused; 0 for never.
-        instances: copies of each model.
-        gpu: run ONNX models on a GPU too. Plans always are.
-        triton: release of Triton for the manifests.
-    """
-
-    queue_delay_us: int = 1000
-    queue_limit: int = 256
-    queue_timeout_ms: int = 0
-    instances: int = 1
-    gpu: bool = False
-    triton: str = DEFAULT_TRITON
-
-
-@dataclass(frozen=True)
-class TritonModel:
-    """One artefact as Triton has to see it.
-
-    Attributes:
-        name: of the model.
-        artefact: its name in the bundle.
-        kind: ``onnx`` or ``engine``.
-        path: the file to open.
-        files: every file that goes with it, by the name it gets in the repository.
-        input: what it takes.
-        outputs: what it gives.
-        max_batch: what it was built or checked for.
-        embedding: what preprocessing it has inside.
-        backend_version: of the TensorRT that built a plan; "" for ONNX.
-    """
-
-    name: str
-    artefact: str
-    kind: str
-    path: Path
-    files: dict[str, Path]
-    input: TensorSpec
-    outputs: tuple[TensorSpec, ...]
-    max_batch: int
-    embedding: str
-    backend_version: str = ""
+    format: str
+    bundle: str
+    release: str
+    environment: dict[str, str]
+    """Packages of the Python backend's execution environment, and their versions."""
+    settings: dict[str, Any]
+    models: dict[str, dict[str, str]]
+    """Of each model, the artefact behind each file of its version."""
+    files: dict[str, str]
+    """SHA-256 of every file, by its path in the package."""
 
 
 @dataclass(frozen=True)
@@ -107,34 +61,14 @@ class Package:
     Attributes:
         path: its folder.
         models: what is in it.
+        release: of Triton, which its manifests name.
         files: every file, relative to ``path``.
     """
 
     path: Path
     models: tuple[TritonModel, ...]
+    release: Release
     files: tuple[str, ...]
-
-
-def triton_models(bundle: Bundle, artefacts: Sequence[str] = ()) -> tuple[TritonModel, ...]:
-    """Return the artefacts of a bundle as Triton models, every digest checked.
-
-    Args:
-        bundle: where they are.
-        artefacts: which; by default ``fp32-uint8`` where the bundle has it, else ``fp32``.
-
-    Raises:
-        BundleError: an artefact is missing or was changed.
-        InputError: Triton cannot load it.
-    """
-    if not artefacts:
-        here = runnable_artefacts(bundle)
-        artefacts = ("fp32-uint8" if "fp32-uint8" in here else "fp32",)
-    return tuple(
-        _engine_model(bundle, name)
-        if bundle.artefact(name).kind == "engine"
-        else _onnx_model(bundle, name)
-        for name in dict.fromkeys(artefacts)
-    )
 
 
 def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[int, ...]:
@@ -150,10 +84,8 @@ def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[in
         if plain in str(row["contender"]).replace("/", " ").split():
             batch = int(row["batch"])
             rates[batch] = max(rates.get(batch, 0.0), float(row["images_per_s"]))
-    if rates:
-        good = [b for b, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
-    else:
-        good = [int(bundle.manifest["batch"]["opt"]), max_batch]
+    good = [b for b, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
+    good = good or [int(bundle.manifest["batch"]["opt"]), max_batch]
     return tuple(sorted({b for b in good if 1 < b <= max_batch}))
 
 
@@ -169,172 +101,135 @@ def package_triton(
 
     Raises:
         BundleError: an artefact is missing or was changed.
+        ConversionError: the packages of an execution environment cannot be had.
         InputError: Triton cannot load an artefact.
-        UsageError: ``output`` holds something else.
+        MissingDependency: Triton's schema is not installed.
+        UsageError: ``output`` holds something else, or the release cannot load a model.
     """
     settings = settings or TritonSettings()
-    models = triton_models(bundle, artefacts)
+    if settings.gpu and settings.backend == "python":
+        raise UsageError(
+            "The Python backend's execution environment holds ONNX Runtime for processors.",
+            "Leave out --gpu, or take --backend onnxruntime.",
+        )
+    models = triton_models(bundle, artefacts, settings.backend)
+    release = chosen_release(models, settings.release)
+    python = settings.python or release.python
+    if settings.backend == "python" and not python:
+        raise UsageError(
+            f"No table here says which Python Triton {release.name} has.",
+            "Name it with --triton-python, such as 3.12.",
+        )
     _require_ours(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    workshop = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        made = workshop / "package"
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
+        made = Path(folder) / "package"
         for model in models:
-            _write_model(made / "models" / model.name, bundle, model, settings)
-        _write_beside(made, bundle, models, settings)
+            _write_model(made / "models" / model.name, bundle, model, settings, python)
+        packages: dict[str, str] = {}
+        if any(model.backend == "python" for model in models):
+            archive = made / "models" / environment_name(python)
+            packages = write_environment(archive, python, require_onnxruntime().__version__)
+        _write_beside(made, bundle, models, settings, release)
         files = sorted(p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file())
-        _write_record(made, bundle, models, settings, files)
+        record = PackageRecord(
+            format=PACKAGE_FORMAT,
+            bundle=bundle.name,
+            release=release.name,
+            environment=packages,
+            settings=asdict(settings),
+            models={m.name: {file: name for file, (_, name) in m.files.items()} for m in models},
+            files={name: file_sha256(made / name) for name in files},
+        )
+        text = json.dumps(record.model_dump(), indent=2, ensure_ascii=False)
+        (made / PACKAGE_FILE).write_text(f"{text}\n", encoding="utf-8")
         if output.exists():
-            os.replace(output, workshop / "old")
+            os.replace(output, Path(folder) / "old")
         os.replace(made, output)
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
-    return Package(output, models, (*files, PACKAGE_FILE))
-
-
-def _onnx_model(bundle: Bundle, name: str) -> TritonModel:
-    artefact = bundle.artefact(name)
-    path = bundle.verified(name)
-    network = Network(bundle, name)
-    beside = {Path(f).name: bundle.path / f for f in artefact.files if f.endswith(".data")}
-    return TritonModel(
-        name=served_name(bundle, name),
-        artefact=name,
-        kind="onnx",
-        path=path,
-        files={PLATFORMS["onnx"][1]: path, **beside},
-        input=network.input,
-        outputs=network.outputs,
-        max_batch=network.max_batch,
-        embedding=embedding_of(artefact),
-    )
-
-
-def _engine_model(bundle: Bundle, name: str) -> TritonModel:
-    path = bundle.verified(name)
-    sidecar = verified_sidecar(path)
-    if sidecar.backend != "tensorrt":
-        raise InputError(
-            f"Triton's TensorRT back end cannot load '{name}': it was built by "
-            f"{sidecar.backend} {sidecar.backend_version}.",
-            "Build a plan with `tensorrt` on a machine with the target GPU, or package the "
-            "ONNX artefact.",
-        )
-    (given,) = sidecar.inputs
-    source = bundle.artefacts.get(str(bundle.artefact(name).made_from.get("name")))
-    return TritonModel(
-        name=served_name(bundle, name),
-        artefact=name,
-        kind="engine",
-        path=path,
-        files={PLATFORMS["engine"][1]: path},
-        input=_spec(given),
-        outputs=tuple(_spec(tensor) for tensor in sidecar.outputs),
-        max_batch=max(profile.max for profile in sidecar.profiles),
-        embedding=embedding_of(source) if source else "none",
-        backend_version=sidecar.backend_version,
-    )
-
-
-def _spec(tensor: Any) -> TensorSpec:
-    if tensor.dtype not in ENGINE_TYPES:
-        raise InputError(
-            f"The engine's '{tensor.name}' is of type {tensor.dtype}, which no client here sends.",
-            f"Known: {', '.join(ENGINE_TYPES)}.",
-        )
-    return TensorSpec(tensor.name, ENGINE_TYPES[tensor.dtype], tuple(tensor.shape[1:]))
+    return Package(output, models, release, (*files, PACKAGE_FILE))
 
 
 def _write_model(
-    folder: Path, bundle: Bundle, model: TritonModel, settings: TritonSettings
+    folder: Path, bundle: Bundle, model: TritonModel, settings: TritonSettings, python: str
 ) -> None:
-    version = folder / "1"
+    version = folder / str(settings.version)
     version.mkdir(parents=True)
-    for name, source in model.files.items():
-        shutil.copyfile(source, version / name)
+    for file, (source, _) in model.files.items():
+        shutil.copyfile(source, version / file)
+    environment = ""
+    if model.backend == "python":
+        (version / "model.py").write_text(filled("model.py.txt", {}), encoding="utf-8")
+        environment = f"$$TRITON_MODEL_DIRECTORY/../{environment_name(python)}"
     names = bundle.manifest.get("class_names")
     if names:
         (folder / LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
+    artefact = next(iter(model.files.values()))[1]
     config = model_config(
-        model.name,
-        model.kind,
-        model.input,
-        model.outputs,
-        model.max_batch,
-        preferred=preferred_batches(bundle, model.artefact, model.max_batch),
-        queue_delay_us=settings.queue_delay_us,
-        queue_limit=settings.queue_limit,
-        queue_timeout_us=1000 * settings.queue_timeout_ms,
-        instances=settings.instances,
-        gpu=settings.gpu or model.kind == "engine",
-        labels_file=LABELS_FILE if names else "",
+        model,
+        settings,
+        preferred=preferred_batches(bundle, artefact, model.max_batch),
+        labels=LABELS_FILE if names else "",
+        environment=environment,
     )
-    (folder / "config.pbtxt").write_text(pbtxt(config), encoding="utf-8")
+    (folder / "config.pbtxt").write_text(config_text(config), encoding="utf-8")
 
 
 def _write_beside(
-    made: Path, bundle: Bundle, models: Sequence[TritonModel], settings: TritonSettings
-) -> None:
-    first = models[0]
-    preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
-    if any(spec.name == "logits" for spec in first.outputs):
-        source = client_source(
-            first.name,
-            first.input.name,
-            DATATYPES[first.input.dtype],
-            first.embedding,
-            preprocessing,
-        )
-        (made / "client.py").write_text(source, encoding="utf-8")
-    gpu = settings.gpu or any(model.kind == "engine" for model in models)
-    weights = sum(path.stat().st_size for model in models for path in model.files.values())
-    deployment = Deployment(
-        name=bundle.name,
-        gpu=gpu,
-        memory_mib=2048 + 4 * settings.instances * (weights >> 20),
-        triton=settings.triton,
-    )
-    for name, text in manifests(deployment).items():
-        (made / name).write_text(text, encoding="utf-8")
-
-
-def _write_record(
     made: Path,
     bundle: Bundle,
     models: Sequence[TritonModel],
     settings: TritonSettings,
-    files: Sequence[str],
+    release: Release,
 ) -> None:
-    record = {
-        "schema": PACKAGE_SCHEMA,
-        "bundle": bundle.name,
-        "models": {
-            model.name: {
-                "artefact": model.artefact,
-                "kind": model.kind,
-                "sha256": file_sha256(model.path),
-                "tensorrt": model.backend_version or None,
-            }
-            for model in models
-        },
-        "settings": asdict(settings),
-        "files": {name: file_sha256(made / name) for name in files},
+    """Write the manifests, and a client where the first model gives logits."""
+    weights = sum(path.stat().st_size for model in models for path, _ in model.files.values())
+    processes = settings.instances * sum(model.backend == "python" for model in models)
+    memory = BASE_MIB + PROCESS_MIB * processes + 4 * settings.instances * (weights >> 20)
+    gpu = settings.gpu or any(model.sidecar for model in models)
+    compatible = any(m.sidecar and m.sidecar.build_options.version_compatible for m in models)
+    values = {
+        "name": re.sub(r"[^a-z0-9]+", "-", bundle.name.lower()).strip("-")[:50] or "van",
+        "release": release.name,
+        "cpus": settings.threads * settings.instances * len(models) or 2,
+        "memory_mib": memory,
+        "max_batch": max(model.max_batch for model in models),
+        "extra": VERSION_COMPATIBLE,
     }
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    (made / PACKAGE_FILE).write_text(text, encoding="utf-8")
+    holds = ["gpu" if gpu else "cpu", *["extra"] * compatible]
+    for name in ("compose.yaml", "kubernetes.yaml", "kserve.yaml"):
+        (made / name).write_text(filled(name, values, holds), encoding="utf-8")
+    if any(spec.name == "logits" for spec in models[0].outputs):
+        (made / "client.py").write_text(_client(bundle, models[0]), encoding="utf-8")
+
+
+def _client(bundle: Bundle, model: TritonModel) -> str:
+    """Return the example client: one file that needs nothing of this project.
+
+    It is the one place where a client's preprocessing is written down for others to copy,
+    so it holds the weights' own values and is tested to compute the same bytes as
+    :mod:`van_deploy.model.pixels`.
+    """
+    preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
+    values: dict[str, object] = {
+        "model": json.dumps(model.name),
+        "size": preprocessing.image_size,
+        "short_side": preprocessing.resize_size,
+        "filter": preprocessing.interpolation.upper(),
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+        "mode": MODES.get(preprocessing.channels, "RGB"),
+        "input": json.dumps(model.input.name),
+        "datatype": DATATYPES[model.input.dtype],
+    }
+    return filled("client.py.txt", values, [model.embedding, "softmax"])
 
 
 def _require_ours(output: Path) -> None:
-    if not output.exists():
-        return
-    if not output.is_dir():
+    """Refuse to replace anything but an older package."""
+    if output.is_file():
         raise UsageError(f"'{output}' is a file, not a folder.", "Choose another --output DIR.")
-    if any(output.iterdir()) and not (output / PACKAGE_FILE).is_file():
+    if output.is_dir() and any(output.iterdir()) and not (output / PACKAGE_FILE).is_file():
         raise UsageError(
             f"'{output}' holds something else and no package.",
             "Nothing was written. Choose an empty or a new folder with --output DIR.",
-        )
-    if (output / "manifest.json").exists():
-        raise BundleError(
-            f"'{output}' is a bundle.", "Nothing was written. Choose another --output DIR."
         )

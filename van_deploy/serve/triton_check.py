@@ -1,22 +1,31 @@
-"""Whether a Triton model repository is what the bundle says: parsed by Triton's own schema."""
+"""Whether a Triton model repository is what its own files and the bundle say.
+
+Nothing here is derived by the code that wrote the package: the configuration is parsed by
+Triton's own schema and compared with the graph's inputs and outputs, with the plans'
+sidecars, and with what lies in the folders.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle import Bundle
-from van_deploy.documents import json_from, text_from
-from van_deploy.errors import InputError, MissingDependency, VanDeployError
+from van_deploy.engine.sidecar import verified_sidecar
+from van_deploy.errors import InputError, VanDeployError
 from van_deploy.files import file_sha256
-from van_deploy.runners.network import TensorSpec
-from van_deploy.serve.triton import LABELS_FILE, PACKAGE_FILE, PACKAGE_SCHEMA, TritonModel
-from van_deploy.serve.triton import triton_models as models_of
-from van_deploy.serve.triton_config import PLATFORMS, TRITON_TYPES
+from van_deploy.schema import read_json
+from van_deploy.serve.triton import PACKAGE_FILE, PACKAGE_FORMAT, PackageRecord
+from van_deploy.serve.triton_config import DATATYPES, config_from_text
+from van_deploy.serve.triton_model import spec_of, triton_models
+from van_deploy.serve.triton_release import release_named
 
 __all__ = ["Finding", "PackageCheck", "check_package"]
+
+AGAIN = "Package the bundle again."
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -25,12 +34,12 @@ class Finding:
 
     Attributes:
         name: of the model and the check.
-        outcome: whether it is as it should be.
+        outcome: whether it is as it should be; None if that could not be checked.
         detail: what was found.
     """
 
     name: str
-    outcome: bool
+    outcome: bool | None
     detail: str
 
 
@@ -43,8 +52,8 @@ class PackageCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether all is as it should be (and something was checked)."""
-        return bool(self.findings) and all(finding.outcome for finding in self.findings)
+        """Whether nothing is wrong (and something was checked)."""
+        return bool(self.findings) and all(f.outcome is not False for f in self.findings)
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
@@ -52,190 +61,132 @@ class PackageCheck:
 
     def as_dict(self) -> dict[str, object]:
         """Return the findings, ready for JSON."""
-        return {
-            "path": str(self.path),
-            "passed": self.passed,
-            "findings": [asdict(finding) for finding in self.findings],
-        }
+        findings = [asdict(finding) for finding in self.findings]
+        return {"path": str(self.path), "passed": self.passed, "findings": findings}
 
 
 def check_package(path: Path, bundle: Bundle) -> PackageCheck:
-    """Return how the repository in ``path`` compares with the bundle it was made from.
+    """Return how the repository in ``path`` compares with its files and the bundle.
 
     Raises:
         InputError: there is no package, or it is another bundle's.
         MissingDependency: tritonclient, which holds Triton's schema, is not installed.
     """
-    schema = _schema()
-    record = _record(path, bundle)
-    findings: list[Finding] = [_digests(path, record)]
-    for name, entry in record["models"].items():
-        try:
-            (model,) = models_of(bundle, [str(entry["artefact"])])
-            findings.append(_same_artefact(name, entry, model))
-        except VanDeployError as error:
-            findings.append(Finding(f"{name}: artefact", False, error.message))
-            continue
-        findings += _of_model(path / "models" / name, model, schema)
+    file = path / PACKAGE_FILE
+    record = read_json(PackageRecord, file, "package record", InputError, AGAIN)
+    if record.format != PACKAGE_FORMAT or record.bundle != bundle.name:
+        raise InputError(
+            f"'{path}' was made from '{record.bundle}' as {record.format}; this is "
+            f"'{bundle.name}' and {PACKAGE_FORMAT}.",
+            AGAIN,
+        )
+    wrong = [name for name, digest in record.files.items() if _digest(path / name) != digest]
+    text = f"{', '.join(wrong)}: missing or changed" if wrong else "every file as it was written"
+    findings = [Finding("files", not wrong, text)]
+    for name, sources in record.models.items():
+        for check in _of_model(path / "models" / name, record, sources, bundle):
+            findings.append(Finding(f"{name}: {check.name}", check.outcome, check.detail))
     return PackageCheck(path, tuple(findings))
 
 
-def _schema() -> Any:
+def _digest(path: Path) -> str:
+    return file_sha256(path) if path.is_file() else ""
+
+
+def _of_model(
+    folder: Path, record: PackageRecord, sources: Mapping[str, str], bundle: Bundle
+) -> Iterator[Finding]:
+    version = folder / str(record.settings["version"])
+    names = tuple(dict.fromkeys(sources.values()))
     try:
-        from google.protobuf import text_format
-        from tritonclient.grpc import model_config_pb2
-    except (ImportError, RuntimeError) as error:  # tritonclient raises RuntimeError without gRPC
-        raise MissingDependency(
-            f"Triton's schema is in tritonclient, which is not installed: {error}.",
-            "Install it with `pip install 'tritonclient[grpc]'`.",
-        ) from error
-    return lambda text: text_format.Parse(text, model_config_pb2.ModelConfig())
-
-
-def _record(path: Path, bundle: Bundle) -> Mapping[str, Any]:
-    file = path / PACKAGE_FILE
-    if not file.is_file():
-        raise InputError(
-            f"There is no package in '{path}'.", "Make it: `van-deploy package triton BUNDLE`."
-        )
-    try:
-        record: Mapping[str, Any] = json_from(text_from(file))
-        schema, name = record["schema"], record["bundle"]
-        fields = (record["models"], record["files"])
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise InputError(f"'{file}' is damaged: {error}.", "Package the bundle again.") from error
-    if schema != PACKAGE_SCHEMA or not all(isinstance(field, dict) for field in fields):
-        raise InputError(f"'{file}' is of another kind: {schema}.", "Package the bundle again.")
-    if name != bundle.name:
-        raise InputError(
-            f"'{path}' was made from '{name}', not from '{bundle.name}'.",
-            "Give the bundle it was made from.",
-        )
-    return record
-
-
-def _digests(path: Path, record: Mapping[str, Any]) -> Finding:
-    wrong = []
-    for name, digest in record["files"].items():
-        file = path / name
-        if not file.is_file():
-            wrong.append(f"{name} is missing")
-        elif file_sha256(file) != digest:
-            wrong.append(f"{name} was changed")
-    detail = "; ".join(wrong) or f"{len(record['files'])} files as they were written"
-    return Finding("files", not wrong, detail)
-
-
-def _same_artefact(name: str, entry: Mapping[str, Any], model: TritonModel) -> Finding:
-    same = file_sha256(model.path) == entry["sha256"]
-    detail = "the bundle's" if same else "the bundle's was made anew since: package it again"
-    return Finding(f"{name}: artefact", same, f"{model.artefact} is {detail}")
-
-
-def _of_model(folder: Path, model: TritonModel, schema: Callable[[str], Any]) -> Iterator[Finding]:
-    try:
-        config = schema((folder / "config.pbtxt").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # protobuf's ParseError is a ValueError or an OSError
-        yield Finding(f"{model.name}: config", False, str(error))
+        config = config_from_text((folder / "config.pbtxt").read_text(encoding="utf-8"))
+        (model,) = triton_models(bundle, names, config.backend)
+        taken, given, batches = _truth(version, sources, bundle)
+    except (OSError, ValueError, VanDeployError) as error:
+        yield Finding("config", False, getattr(error, "message", str(error)))
         return
-    except Exception as error:  # text_format.ParseError derives from Error only
-        yield Finding(f"{model.name}: config", False, f"not a ModelConfig: {error}")
-        return
-    yield Finding(f"{model.name}: config", True, "parsed by Triton's schema")
-    for check in (_identity, _tensors, _batches, _labels, _warmup, _graph):
-        wrong = list(check(folder, config, model))
-        right = check.__doc__ or ""
-        name = check.__name__.strip("_")
-        yield Finding(f"{model.name}: {name}", not wrong, "; ".join(wrong) or right)
+    old = [f for f, name in sources.items() if _digest(version / f) != _digest(model.files[f][0])]
+    yield _finding("artefact", [f"{f} is not the bundle's" for f in old], ", ".join(names))
+    yield Finding("release", *release_named(record.release).judged(model))
+    yield _finding("tensors", _tensors(config, taken, given), "the file's own inputs and outputs")
+    yield _finding("batches", _batches(config, batches), f"1 to {max(batches)}")
+    yield _finding("files", _files(folder, version, config), "all that the configuration names")
 
 
-def _identity(folder: Path, config: Any, model: TritonModel) -> Iterator[str]:
-    """Name, back end and file."""
-    backend, file = PLATFORMS[model.kind]
-    if not config.name == folder.name == model.name:
-        yield f"the name is '{config.name}', the folder '{folder.name}', expected '{model.name}'"
-    if config.backend != backend:
-        yield f"the back end is '{config.backend}', expected '{backend}'"
-    if config.default_model_filename != file or not (folder / "1" / file).is_file():
-        yield f"the file is '{config.default_model_filename}', expected '{file}', which must exist"
-    if config.response_cache.enable:
-        yield "the response cache is on"
+def _finding(name: str, wrong: list[str], right: str) -> Finding:
+    return Finding(name, not wrong, "; ".join(wrong) or right)
 
 
-def _tensors(_: Path, config: Any, model: TritonModel) -> Iterator[str]:
-    """Names, types and shapes are the artefact's."""
-    for what, found, wanted in (
-        ("input", config.input, (model.input,)),
-        ("output", config.output, model.outputs),
-    ):
-        described = {tensor.name: _described(tensor) for tensor in found}
-        expected = {spec.name: _expected(spec) for spec in wanted}
-        if described != expected:
-            yield f"the {what}s are {described}, the artefact's {expected}"
-
-
-def _batches(_: Path, config: Any, model: TritonModel) -> Iterator[str]:
-    """The batch limit is the artefact's, and preferred sizes are within it."""
-    if config.max_batch_size != model.max_batch:
-        yield f"max_batch_size is {config.max_batch_size}, the artefact's limit {model.max_batch}"
-    preferred = list(config.dynamic_batching.preferred_batch_size)
-    if any(not 1 <= size <= model.max_batch for size in preferred):
-        yield f"preferred sizes {preferred} are not all within 1 to {model.max_batch}"
-
-
-def _labels(folder: Path, config: Any, model: TritonModel) -> Iterator[str]:
-    """As many class names as classes."""
-    for tensor in config.output:
-        if not tensor.label_filename:
-            continue
-        file = folder / tensor.label_filename
-        if tensor.label_filename != LABELS_FILE or not file.is_file():
-            yield f"'{tensor.label_filename}' is not there"
-            continue
-        names = file.read_text(encoding="utf-8").splitlines()
-        if [len(names)] != list(tensor.dims):
-            yield f"{len(names)} names for an output of shape {list(tensor.dims)}"
-
-
-def _warmup(_: Path, config: Any, model: TritonModel) -> Iterator[str]:
-    """Warm-up requests are what the input takes."""
-    for request in config.model_warmup:
-        values = dict(request.inputs)
-        described = {name: _described(value) for name, value in values.items()}
-        if described != {model.input.name: _expected(model.input)}:
-            yield f"the warm-up '{request.name}' sends {described}"
-        if not 1 <= request.batch_size <= model.max_batch:
-            yield f"the warm-up '{request.name}' has a batch of {request.batch_size}"
-
-
-def _graph(folder: Path, _: Any, model: TritonModel) -> Iterator[str]:
-    """The file itself has these inputs and outputs, and a free batch."""
-    path = folder / "1" / PLATFORMS[model.kind][1]
-    if model.kind != "onnx" or not path.is_file():
-        return  # a plan is compared by its sidecar, which vouches for its bytes
+def _truth(
+    version: Path, sources: Mapping[str, str], bundle: Bundle
+) -> tuple[Tensors, Tensors, set[int]]:
+    """Return inputs, outputs and batch sizes, from the graph or the plan's sidecar."""
+    file, name = next(iter(sources.items()))
+    if file.endswith(".plan"):
+        sidecar = verified_sidecar(bundle.path / bundle.artefact(name).file)
+        sides = ([spec_of(t) for t in tensors] for tensors in (sidecar.inputs, sidecar.outputs))
+        taken, given = ({s.name: (DATATYPES[s.dtype], s.shape) for s in side} for side in sides)
+        return taken, given, {n for p in sidecar.profiles for n in range(p.min, p.max + 1)}
     import onnx
     from google.protobuf.message import DecodeError
 
     from van_deploy.graph.files import graph_facts
 
     try:
-        facts: Any = graph_facts(onnx.load(path, load_external_data=False))
+        facts: Any = graph_facts(onnx.load(version / file, load_external_data=False))
     except DecodeError as error:
-        yield f"'{path.name}' is not ONNX: {error}"
-        return
-    for key, wanted in (("inputs", (model.input,)), ("outputs", model.outputs)):
-        found = {n: (v["dtype"], tuple(v["shape"][1:])) for n, v in facts[key].items()}
-        if found != {spec.name: (spec.dtype, spec.shape) for spec in wanted}:
-            yield f"the graph's {key} are {found}"
-        if any(not isinstance(v["shape"][0], str) for v in facts[key].values()):
-            yield f"the graph's {key} have a fixed batch"
+        raise ValueError(f"'{file}' is not ONNX: {error}") from error
+    for values in (*facts["inputs"].values(), *facts["outputs"].values()):
+        if not isinstance(values["shape"][0], str):
+            raise ValueError(f"the graph has a fixed batch: {values['shape']}")  # noqa: TRY004
+    taken, given = (
+        {n: (DATATYPES[v["dtype"]], tuple(v["shape"][1:])) for n, v in facts[side].items()}
+        for side in ("inputs", "outputs")
+    )
+    return taken, given, set(range(1, int(bundle.manifest["batch"]["max"]) + 1))
 
 
-def _described(tensor: Any) -> tuple[int, tuple[int, ...]]:
-    return int(tensor.data_type), tuple(int(size) for size in tensor.dims)
+def _tensors(config: Any, taken: Tensors, given: Tensors) -> list[str]:
+    wrong = []
+    for what, found, wanted in (("inputs", config.input, taken), ("outputs", config.output, given)):
+        described = {t.name: _described(t) for t in found}
+        if described != wanted:
+            wrong.append(f"the {what} are {described}, the file's {wanted}")
+    for request in config.model_warmup:
+        if {name: _described(value) for name, value in request.inputs.items()} != taken:
+            wrong.append(f"the {request.name} of the warm-up is not what the model takes")
+    return wrong
 
 
-def _expected(spec: TensorSpec) -> tuple[int, tuple[int, ...]]:
+def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
     from tritonclient.grpc import model_config_pb2
 
-    return int(model_config_pb2.DataType.Value(TRITON_TYPES[spec.dtype])), spec.shape
+    kind = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_")
+    return kind, tuple(int(size) for size in tensor.dims)
+
+
+def _batches(config: Any, batches: set[int]) -> list[str]:
+    largest = config.max_batch_size
+    wrong = [f"a batch of {n} is not taken" for n in range(1, largest + 1) if n not in batches][:1]
+    if largest != max(batches):
+        wrong.append(f"max_batch_size is {largest}, the largest batch {max(batches)}")
+    wanted = [*config.dynamic_batching.preferred_batch_size]
+    wanted += [request.batch_size for request in config.model_warmup]
+    return wrong + [f"a batch of {n} is asked for" for n in wanted if n not in batches]
+
+
+def _files(folder: Path, version: Path, config: Any) -> list[str]:
+    needed = {config.default_model_filename, *config.cc_model_filenames.values()}
+    wrong = [f"'{name}' is not there" for name in sorted(needed) if not (version / name).is_file()]
+    if config.name != folder.name or [*config.version_policy.specific.versions] != [int(version.name)]:
+        wrong.append(f"the name is '{config.name}' or the version not {version.name}")
+    for tensor in config.output:
+        if tensor.label_filename:
+            labels = folder / tensor.label_filename
+            count = len(labels.read_text("utf-8").splitlines()) if labels.is_file() else 0
+            if [count] != [*tensor.dims]:
+                wrong.append(f"{count} labels for an output of shape {[*tensor.dims]}")
+    archive = config.parameters["EXECUTION_ENV_PATH"].string_value.rpartition("/")[2]
+    if archive and not (folder.parent / archive).is_file():
+        wrong.append(f"the execution environment '{archive}' is not there")
+    return wrong

@@ -1,140 +1,142 @@
-"""Triton's description of a model, as plain data and as ``config.pbtxt``.
+"""A model as Triton describes it: the fields of the protobuf message ``inference.ModelConfig``.
 
-The data is what the protobuf message ``inference.ModelConfig`` holds, by field
-name; the server gives it out as JSON and the packager writes it as text.
+The same plain data is written as ``config.pbtxt`` (by Triton's own message class, which
+refuses a field or a value it does not know) and given out by ``van-deploy serve``.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from van_deploy.errors import MissingDependency
 from van_deploy.runners.network import TensorSpec
+from van_deploy.serve.triton_model import TritonModel, TritonSettings
 
-__all__ = ["PLATFORMS", "TRITON_TYPES", "EnumWord", "model_config", "pbtxt"]
+__all__ = ["DATATYPES", "LABELS_FILE", "config_from_text", "config_text", "model_config"]
 
-TRITON_TYPES = {
-    "float32": "TYPE_FP32",
-    "float16": "TYPE_FP16",
-    "uint8": "TYPE_UINT8",
-    "int64": "TYPE_INT64",
-}
-PLATFORMS = {"onnx": ("onnxruntime", "model.onnx"), "engine": ("tensorrt", "model.plan")}
-"""Back end and file name for each kind of artefact."""
+DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "INT64"}
+"""NumPy's names of types, and the v2 protocol's; ``config.pbtxt`` puts ``TYPE_`` before them."""
 
+LABELS_FILE = "labels.txt"
 LABELLED = ("logits", "probabilities")
-
-
-class EnumWord(str):
-    """An enum's value."""
-
-    __slots__ = ()
+FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
+THREADS_KEY = "intra_op_thread_count"  # the ONNX Runtime backend's; model.py reads the same
 
 
 def model_config(
-    name: str,
-    kind: str,
-    given: TensorSpec,
-    outputs: Sequence[TensorSpec],
-    max_batch: int,
+    model: TritonModel,
+    how: TritonSettings,
     *,
     preferred: Sequence[int] = (),
-    queue_delay_us: int = 1000,
-    queue_limit: int = 256,
-    queue_timeout_us: int = 0,
-    instances: int = 1,
-    gpu: bool = False,
-    labels_file: str = "",
+    labels: str = "",
+    environment: str = "",
 ) -> dict[str, Any]:
     """Return the configuration of one model.
 
+    One instance group lists all profiles of a plan: the backend takes the fitting one for each
+    batch, where several groups would be scheduled without regard to it. A static profile (one
+    batch size) is run as a CUDA graph.
+
     Args:
-        name: of the model.
-        kind: ``onnx`` or ``engine``.
-        given: its input.
-        outputs: what it gives.
-        max_batch: rows a batch, as the artefact was built for.
+        model: names, types, shapes and limits.
+        how: it is to be run.
         preferred: batch sizes worth waiting for.
-        queue_delay_us: longest wait for other requests.
-        queue_limit: requests waiting, at most; more are refused.
-        queue_timeout_us: a request that waited longer is refused; 0 for never.
-        instances: copies that run at the same time.
-        gpu: whether they run on a GPU.
-        labels_file: names of the classes, beside the configuration; "" for none.
+        labels: file with the names of the classes, beside the configuration; "" for none.
+        environment: execution environment of the Python backend.
     """
-    backend, file = PLATFORMS[kind]
-    policy: dict[str, Any] = {"max_queue_size": queue_limit, "timeout_action": EnumWord("REJECT")}
-    if queue_timeout_us:
-        policy["default_timeout_microseconds"] = queue_timeout_us
-    batching: dict[str, Any] = {
-        "max_queue_delay_microseconds": queue_delay_us,
-        "default_queue_policy": policy,
-    }
-    if preferred:
-        batching = {"preferred_batch_size": sorted(preferred), **batching}
+    gpu = how.gpu or model.backend == "tensorrt"
+    parameters = {"EXECUTION_ENV_PATH": environment} if environment else {}
+    if how.threads and not gpu:
+        parameters[THREADS_KEY] = str(how.threads)
+    outputs = [_tensor(spec) for spec in model.outputs]
+    for output in outputs:
+        if labels and output["name"] in LABELLED:
+            output["label_filename"] = labels
+    ends = {rows for profile in model.profiles for rows in (profile.min, profile.max)}
+    given = _tensor(model.input)
+    graphs = [
+        {"batch_size": p.max, "input": {given["name"]: {"dim": given["dims"]}}}
+        for p in model.profiles
+        if p.min == p.max
+    ]
     return {
-        "name": name,
-        "backend": backend,
-        "max_batch_size": max_batch,
-        "input": [_tensor(given)],
-        "output": [
-            {
-                **_tensor(spec),
-                **(
-                    {"label_filename": labels_file} if labels_file and spec.name in LABELLED else {}
-                ),
-            }
-            for spec in outputs
-        ],
-        "version_policy": {"latest": {"num_versions": 1}},
+        "name": model.name,
+        "backend": model.backend,
+        "max_batch_size": model.max_batch,
+        "input": [given],
+        "output": outputs,
+        "version_policy": {"specific": {"versions": [how.version]}},
         "instance_group": [
-            {"count": instances, "kind": EnumWord("KIND_GPU" if gpu else "KIND_CPU")}
+            {
+                "count": how.instances,
+                "kind": "KIND_GPU" if gpu else "KIND_CPU",
+                "profile": [str(index) for index in range(len(model.profiles))],
+            }
         ],
-        "default_model_filename": file,
-        "dynamic_batching": batching,
-        "model_warmup": [_warmup(given, rows) for rows in sorted({1, max_batch})],
+        "default_model_filename": FILES[model.backend],
+        "cc_model_filenames": dict(model.plans),
+        "dynamic_batching": {
+            "preferred_batch_size": list(preferred),
+            "max_queue_delay_microseconds": how.queue_delay_us,
+            "default_queue_policy": {
+                "max_queue_size": how.queue_limit,
+                "timeout_action": "REJECT",
+                "default_timeout_microseconds": 1000 * how.queue_timeout_ms,
+            },
+        },
+        "optimization": {"cuda": {"graphs": True, "graph_spec": graphs}} if graphs else {},
+        "parameters": {key: {"string_value": text} for key, text in parameters.items()},
+        "model_warmup": [_warmup(given, rows) for rows in sorted(ends or {1, model.max_batch})],
         "response_cache": {"enable": False},
     }
 
 
-def pbtxt(message: Mapping[str, Any], indent: str = "") -> str:
-    """Return a message in protobuf's text form."""
-    lines = []
-    for key, value in message.items():
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, Mapping):
-                lines.append(f"{indent}{key} {{\n{pbtxt(item, indent + '  ')}{indent}}}\n")
-            else:
-                lines.append(f"{indent}{key}: {_scalar(item)}\n")
-    return "".join(lines)
+def config_text(config: Mapping[str, Any]) -> str:
+    """Return a configuration as ``config.pbtxt``.
+
+    Raises:
+        MissingDependency: tritonclient, which holds Triton's schema, is not installed.
+    """
+    message = _message()
+    from google.protobuf import json_format, text_format
+
+    return str(text_format.MessageToString(json_format.ParseDict(config, message)))
 
 
-def _scalar(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str) and not isinstance(value, EnumWord):
-        return json.dumps(value)
-    return str(value)
+def config_from_text(text: str) -> Any:
+    """Return the ``ModelConfig`` message in ``config.pbtxt``.
+
+    Raises:
+        MissingDependency: tritonclient, which holds Triton's schema, is not installed.
+        ValueError: the text is no ModelConfig.
+    """
+    message = _message()
+    from google.protobuf import text_format
+
+    try:
+        return text_format.Parse(text, message)
+    except text_format.ParseError as error:
+        raise ValueError(f"not a ModelConfig: {error}") from error
+
+
+def _message() -> Any:
+    try:
+        from tritonclient.grpc import model_config_pb2
+    except (ImportError, RuntimeError) as error:  # tritonclient raises RuntimeError without gRPC
+        raise MissingDependency(
+            f"Triton's schema is in tritonclient, which is not installed: {error}.",
+            "Install it with `pip install 'van-deploy[triton]'`.",
+        ) from error
+    return model_config_pb2.ModelConfig()
 
 
 def _tensor(spec: TensorSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "data_type": EnumWord(TRITON_TYPES[spec.dtype]),
-        "dims": list(spec.shape),
-    }
+    kind = f"TYPE_{DATATYPES[spec.dtype]}"
+    return {"name": spec.name, "data_type": kind, "dims": list(spec.shape)}
 
 
-def _warmup(given: TensorSpec, rows: int) -> dict[str, Any]:
+def _warmup(given: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """Return a request of zeros that Triton runs before it says it is ready."""
-    values = {
-        "data_type": EnumWord(TRITON_TYPES[given.dtype]),
-        "dims": list(given.shape),
-        "zero_data": True,
-    }
-    return {
-        "name": f"batch of {rows}",
-        "batch_size": rows,
-        "inputs": {"key": given.name, "value": values},
-    }
+    values = {"data_type": given["data_type"], "dims": given["dims"], "zero_data": True}
+    return {"name": f"batch of {rows}", "batch_size": rows, "inputs": {given["name"]: values}}

@@ -1,0 +1,126 @@
+"""Which release of Triton loads a model: its ONNX Runtime, TensorRT and Python, as published.
+
+The table is ``releases.toml``, with its sources. What it does not say is *not checked*,
+which is told to the user and is never a pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from van_deploy.documents import toml_from
+from van_deploy.errors import UsageError
+from van_deploy.serve.triton_model import TritonModel
+
+__all__ = ["Release", "chosen_release", "known_releases", "release_named"]
+
+
+@dataclass(frozen=True)
+class Release:
+    """What one of NVIDIA's images carries; "" or 0 where the table does not say.
+
+    Attributes:
+        name: such as ``25.08``.
+        onnxruntime: version of ONNX Runtime, or ``none`` where there is no such backend.
+        python: of the Python backend, such as ``3.12``.
+        tensorrt: version of TensorRT.
+        opset: the newest opset its ONNX Runtime loads.
+        ir_version: the newest IR version its ONNX Runtime loads.
+    """
+
+    name: str
+    onnxruntime: str = ""
+    python: str = ""
+    tensorrt: str = ""
+    opset: int = 0
+    ir_version: int = 0
+
+    def judged(self, model: TritonModel) -> tuple[bool | None, str]:
+        """Return whether it loads ``model`` (None: not checked), and why."""
+        here = f"Triton {self.name}"
+        if model.sidecar:
+            built = model.sidecar.backend_version
+            if not self.tensorrt:
+                text = f"not checked: no table here says which TensorRT {here} has"
+                return None, f"{text}; the plan was built by {built}"
+            same = f"{built}.".startswith(f"{self.tensorrt}.")
+            later = model.sidecar.build_options.version_compatible and _later(self.tensorrt, built)
+            return same or later, f"{here} has TensorRT {self.tensorrt}; the plan was built by {built}"
+        if model.backend == "python":
+            return True, "the execution environment brings ONNX Runtime"
+        if self.onnxruntime == "none":
+            return False, f"{here} was shipped without an ONNX Runtime backend"
+        if not self.opset:
+            return None, f"not checked: no table here says which ONNX Runtime {here} has"
+        fits = model.opset <= self.opset and model.ir_version <= self.ir_version
+        return fits, (
+            f"{here} has ONNX Runtime {self.onnxruntime}, which loads opset {self.opset} and IR "
+            f"version {self.ir_version} at most; the graph has opset {model.opset} and IR version "
+            f"{model.ir_version}"
+        )
+
+
+@functools.cache
+def known_releases() -> dict[str, Release]:
+    """Return the releases of the table by name, newest first."""
+    table = toml_from(Path(str(resources.files("van_deploy.serve") / "releases.toml")))
+    found = {}
+    for name, entry in table["releases"].items():
+        newest = table["onnx"].get(entry["onnxruntime"].rpartition(".")[0], (0, 0))
+        found[name] = Release(name, **entry, opset=newest[0], ir_version=newest[1])
+    return found
+
+
+def release_named(name: str) -> Release:
+    """Return what is known of a release; nothing, if the table does not have it.
+
+    Raises:
+        UsageError: it is not the name of a release.
+    """
+    if not re.fullmatch(r"[0-9]{2}\.(0[1-9]|1[0-2])", name):
+        raise UsageError(
+            f"'{name}' is not a release of Triton.",
+            "Write year and month as its container images do, such as 25.08.",
+        )
+    return known_releases().get(name, Release(name))
+
+
+def chosen_release(models: Sequence[TritonModel], asked: str = "") -> Release:
+    """Return the release that was asked for, or the newest that is known to load every model.
+
+    Raises:
+        UsageError: the release cannot load a model, or none is known to.
+    """
+    if not asked:
+        known = known_releases().values()
+        fitting = (r for r in known if all(r.judged(model)[0] for model in models))
+        release = next(fitting, None)
+        if release is None:
+            why = next(iter(known)).judged(models[0])[1]
+            raise UsageError(
+                f"No release of Triton is known to load '{models[0].name}' ({why}).",
+                "Name one that does with --triton-release; NVIDIA's list of what each carries: "
+                "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/.",
+            )
+        return release
+    release = release_named(asked)
+    for model in models:
+        loads, why = release.judged(model)
+        if loads is False:
+            raise UsageError(
+                f"Triton {asked} cannot load '{model.name}': {why}.",
+                "Leave out --triton-release for one that does, or take --backend python, which "
+                "brings its own ONNX Runtime.",
+            )
+    return release
+
+
+def _later(here: str, there: str) -> bool:
+    """Return whether one version number is not before another."""
+    first, second = (tuple(map(int, text.split("."))) for text in (here, there))
+    return first >= second[: len(first)]
