@@ -222,7 +222,7 @@ class _Bench:
 
     def _onnxruntime(self, bundle: Bundle, name: str) -> float:
         """Return the best SQNR of ONNX Runtime's own methods, in dB."""
-        preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
+        preprocessing = bundle.manifest.preprocessing
         model = onnx.load(bundle.verified("fp32"))
         calib, judge = (
             _inputs(folder, preprocessing, count)

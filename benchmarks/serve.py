@@ -283,7 +283,7 @@ def bare_throughput(
     rates = {}
     for spin in (True, False):
         with bare_network(bundle, arguments, spin) as network:
-            optimum = int(bundle.manifest["batch"]["opt"])
+            optimum = bundle.manifest.batch.opt
             for batch in sorted({optimum, min(network.max_batch, len(inputs))}):
                 rows = inputs[:batch]
                 network.run(rows)

@@ -14,25 +14,18 @@ from typing import Any
 
 import pytest
 
-from van_deploy.bundle import MANIFEST, Artefact, Bundle, writing
+from tests.described import WEIGHTS, described, entry
+from van_deploy.bundle import MANIFEST, SCHEMA, Bundle, Origin, writing
 from van_deploy.errors import BundleError
 from van_deploy.files import content_key
 
 
-def put(folder: Path, name: str, text: str, made_from: dict[str, str] | None = None) -> None:
+def put(folder: Path, name: str, text: str, made_from: Origin = WEIGHTS) -> None:
     """Write one artefact into the bundle ``m`` at ``folder``."""
     with writing(folder, name="m") as draft:
+        draft.description = described()
         draft.file(f"{name}.onnx").write_text(text)
-        draft.record(
-            Artefact(
-                name,
-                "onnx",
-                "fp32",
-                f"{name}.onnx",
-                {f"{name}.onnx": ""},
-                made_from=made_from or {},
-            )
-        )
+        draft.record(entry(name, "onnx", "fp32", f"{name}.onnx", made_from=made_from))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -66,7 +59,7 @@ def test_an_error_half_way_leaves_the_old_bundle(bundle: Path) -> None:
 def _writes_and_fails(folder: Path) -> None:
     with writing(folder) as draft:
         draft.file("fp32.onnx").write_text("new")
-        draft.manifest["name"] = "other"
+        draft.description = described("other")
         1 / 0  # noqa: B018
 
 
@@ -100,8 +93,7 @@ def test_killed_while_committing_the_next_reader_sees_the_whole_new_bundle(
         with writing(bundle) as draft:
             for name, text in (("fp32", "new weights"), ("fp16", "half")):
                 draft.file(f"{name}.onnx").write_text(text)
-                file = f"{name}.onnx"
-                draft.record(Artefact(name, "onnx", name, file, {file: ""}))
+                draft.record(entry(name, "onnx", name, f"{name}.onnx"))
     except Killed:
         assert moves < 3
     monkeypatch.setattr(Path, "replace", real)
@@ -121,9 +113,9 @@ def test_killed_before_committing_the_next_writer_clears_the_rest(bundle: Path) 
 
 
 def test_what_was_made_from_an_older_artefact_goes_with_it(bundle: Path) -> None:
-    origin = {"name": "fp32", "sha256": Bundle.open(bundle).artefact("fp32").sha256}
+    origin = Origin(name="fp32", sha256=Bundle.open(bundle).artefact("fp32").sha256)
     put(bundle, "fp16", "half", origin)
-    put(bundle, "engine", "plan", {"name": "fp16", "sha256": "0" * 64})
+    put(bundle, "engine", "plan", Origin(name="fp16", sha256="0" * 64))
     put(bundle, "fp32", "weights")  # the same again: nothing goes
     assert set(Bundle.open(bundle).artefacts) == {"fp32", "fp16", "engine"}
     put(bundle, "fp32", "other weights")
@@ -153,7 +145,7 @@ def test_a_manifest_that_climbs_out_is_refused(bundle: Path, file: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "null", '{"schema": "van-deploy/bundle/1", "artefacts": 2}', '"x"', "\x00"],
+    ["", "{", "[]", "null", f'{{"schema": "{SCHEMA}", "artefacts": 2}}', '"x"', "\x00"],
 )
 def test_a_damaged_manifest_is_one_clear_error(bundle: Path, text: str) -> None:
     (bundle / MANIFEST).write_text(text)
@@ -161,16 +153,72 @@ def test_a_damaged_manifest_is_one_clear_error(bundle: Path, text: str) -> None:
         Bundle.open(bundle)
 
 
-def test_a_manifest_without_a_section_says_which(bundle: Path) -> None:
-    (bundle / MANIFEST).write_text('{"schema": "van-deploy/bundle/1"}')
-    with pytest.raises(BundleError, match="manifest says nothing about 'artefacts'"):
+@pytest.mark.parametrize("section", ["written", "weights", "preprocessing", "artefacts", "checks"])
+def test_a_manifest_without_a_section_says_which(bundle: Path, section: str) -> None:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    del manifest[section]
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError) as caught:
         Bundle.open(bundle)
+    assert caught.value.message == (
+        f"The manifest '{bundle}/manifest.json' is damaged: '{section}' is missing."
+    )
+    assert caught.value.remedy == "Export the model again; nothing in this bundle can be trusted."
 
 
-def test_another_schema_is_named(bundle: Path) -> None:
-    (bundle / MANIFEST).write_text('{"schema": "van-deploy/bundle/9"}')
-    with pytest.raises(BundleError, match="schema 'van-deploy/bundle/9'"):
+def test_another_schema_is_refused_with_the_command_that_makes_the_bundle_anew(
+    bundle: Path,
+) -> None:
+    (bundle / MANIFEST).write_text('{"schema": "van-deploy/bundle/1", "name": "m"}')
+    with pytest.raises(BundleError) as caught:
         Bundle.open(bundle)
+    assert str(caught.value) == (
+        f"'{bundle}/manifest.json' has schema 'van-deploy/bundle/1'; this version reads "
+        f"'{SCHEMA}'.\nMake the bundle anew, in another folder or once this one is removed: "
+        "`van-deploy export MODEL --output DIR`."
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "remedy"),
+    [
+        (lambda m: m.update(artifacts={}), "the key 'artifacts' is unknown", "'artefacts'"),
+        (
+            lambda m: m["artefacts"]["fp32"].update(precison="fp32"),
+            "the key 'artefacts.fp32.precison' is unknown",
+            "'artefacts.fp32.precision'",
+        ),
+        (
+            lambda m: m["preprocessing"].update(crop=0.9),
+            "the key 'preprocessing.crop' is unknown",
+            "'preprocessing.crop_pct'",
+        ),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_one(
+    bundle: Path, change: Callable[[dict[str, Any]], object], message: str, remedy: str
+) -> None:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    change(manifest)
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(bundle)
+    assert caught.value.message == f"The manifest '{bundle}/manifest.json' is damaged: {message}."
+    assert caught.value.remedy == f"Did you mean {remedy}?"
+
+
+def test_what_is_written_again_is_the_same_but_for_its_date(bundle: Path) -> None:
+    before = Bundle.open(bundle).manifest
+    with writing(bundle):
+        pass
+    after = Bundle.open(bundle).manifest
+    assert after.model_copy(update={"written": before.written}) == before
+
+
+def test_a_new_bundle_needs_a_description(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs a description"), writing(tmp_path / "b", name="m"):
+        pass
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -359,14 +407,25 @@ def test_a_lock_that_is_a_folder_is_one_message(bundle: Path) -> None:
     [
         (lambda m: m["files"].update({"a" * 300: ""}), "which is no name of a file"),
         (lambda m: m["files"].update({"a\x1b": ""}), "which is no name of a file"),
-        (lambda m: m.update(name='x" } backend: "python'), "damaged: .*'name' is"),
+        (lambda m: m.update(name='x" } backend: "python'), "damaged: 'name' is .*is no name"),
         (
             lambda m: m["artefacts"].update({"x/../../y": m["artefacts"].pop("fp32")}),
-            "the name of an artefact",
+            r"'artefacts\.x/\.\./\.\./y' is 'x/\.\./\.\./y': it is no name",
         ),
-        (lambda m: m.update(written="a" * 5000), "damaged: .*'written'"),
+        (lambda m: m.update(written="a" * 5000), "damaged: 'written' is .*5,000 characters"),
         (lambda m: m.update(x=nested(50)), "nested more than 40 deep"),
-        (lambda m: m.update(x=float("nan"), name=float("nan")), "damaged: .*'name' is nan"),
+        (lambda m: m.update(name=float("nan")), "damaged: 'name' is nan"),
+        (lambda m: m["batch"].update(max="4"), "'batch.max' is '4': it should be a valid integer"),
+        (lambda m: m["batch"].update(max=True), "'batch.max' is True: it should be a valid integ"),
+        (lambda m: m["batch"].update(max=0), "The batch range 1:2:0 is not 1 <= min"),
+        (lambda m: m["preprocessing"].update(image_size=3), "image size 3 is outside 32 to 4096"),
+        (lambda m: m["preprocessing"].update(std=[0, 1, 1]), "The std 0 is not positive"),
+        (lambda m: m["preprocessing"].update(mean=[10**400] * 3), "'preprocessing.mean.0' is"),
+        (lambda m: m["architecture"].update(depths=[-1, 2, 2, 2]), "depths that no network has"),
+        (lambda m: m["weights"].update(spec="a\x1b[2J"), "'weights' is .*control characters"),
+        (lambda m: m["artefacts"]["fp32"].update(files={}), "no digest of 'fp32.onnx'"),
+        (lambda m: m.update(checks={"x": "\ud800"}), "half a character"),
+        (lambda m: m["artefacts"]["fp32"].update(kind="engines"), "it should be 'onnx', 'serving'"),
     ],
 )
 def test_what_no_manifest_of_ours_says_is_refused(

@@ -11,7 +11,8 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from van_deploy.bundle import Artefact, Bundle, writing
+from tests.described import described, entry
+from van_deploy.bundle import Bundle, writing
 from van_deploy.engine.source import read_source
 from van_deploy.errors import InputError
 from van_deploy.external_weights import external_files, external_files_of
@@ -116,11 +117,12 @@ def test_no_engine_is_built_from_files_elsewhere(
 
 def test_a_bundle_vouches_for_the_weights_beside_a_graph(tmp_path: Path) -> None:
     folder, model = tmp_path / "b", graph_with("w.bin", "constant")
-    for files in ({"m.onnx": "", "w.bin": ""}, {"m.onnx": ""}):
+    for files in (["m.onnx", "w.bin"], ["m.onnx"]):
         with writing(folder, name="m") as draft:
             draft.file("m.onnx").write_bytes(model.SerializeToString())
             draft.file("w.bin").write_bytes(VALUES.tobytes())
-            draft.record(Artefact("fp32", "onnx", "fp32", "m.onnx", files))
+            draft.description = described()
+            draft.record(entry("fp32", "onnx", "fp32", "m.onnx", files))
         if "w.bin" in files:
             assert onnx.load(Bundle.open(folder).verified("fp32")).graph.node
     with pytest.raises(InputError, match=r"'w\.bin', which the manifest does not name"):

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Cli
-from van_deploy.bundle import Bundle
+from van_deploy.bundle import Bundle, GraphFacts
+from van_deploy.documents import plain
 from van_deploy.errors import GateFailed
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.images import find_images, load_batches
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.van import VAN
-from van_deploy.pipeline import check_batches, export_bundle, load_for
+from van_deploy.pipeline import ExportResult, check_batches, export_bundle, load_for
 from van_deploy.recipe import BatchRange, ModelSettings, Recipe, recipe_named
 from van_deploy.runners.base import run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -47,27 +48,33 @@ def exported(loaded: LoadedVan, recipe: Recipe, tmp_path_factory: pytest.TempPat
 def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(exported: Bundle) -> None:
     manifest = exported.manifest
     assert exported.verified("fp32").name == "model.onnx"
-    assert manifest["checks"]["fold"]["batchnorms_left"] == 0
-    assert manifest["checks"]["fold"]["passed"]
-    agreement = manifest["checks"]["agreement"]
+    assert manifest.checks["fold"]["batchnorms_left"] == 0
+    assert manifest.checks["fold"]["passed"]
+    agreement = manifest.checks["agreement"]
     assert agreement["passed"]
     assert [entry["batch"] for entry in agreement["batches"]] == [1, 2, 3, 4, 5]
     assert agreement["images"] == "5 held-out handwritten digits"
-    assert manifest["preprocessing"]["image_size"] == 64
-    assert manifest["weights"]["format"] == "embedded"
-    assert manifest["batch"] == {"min": 1, "opt": 4, "max": 5}
-    assert {"torch", "onnx", "onnxruntime", "van-deploy"} <= set(manifest["versions"])
+    assert manifest.preprocessing.image_size == 64
+    assert manifest.weights.format == "embedded"
+    assert manifest.batch == BatchRange(1, 4, 5)
+    assert {"torch", "onnx", "onnxruntime", "van-deploy"} <= set(manifest.versions)
     assert (exported.path / "labels.txt").read_text().split() == list("0123456789")
 
 
 def test_the_file_carries_what_a_server_needs(exported: Bundle, cli: Cli) -> None:
     [description] = json.loads(cli("inspect", exported.path, "--json").stdout)
     metadata = description["metadata"]
-    assert metadata["van_deploy.preprocessing"] == exported.manifest["preprocessing"]
+    assert metadata["van_deploy.preprocessing"] == plain(exported.manifest.preprocessing)
     assert metadata["van_deploy.class_names"] == list("0123456789")
-    assert metadata["van_deploy.weights_sha256"] == exported.manifest["weights"]["sha256"]
+    assert metadata["van_deploy.weights_sha256"] == exported.manifest.weights.sha256
     assert description["nodes"] == 13 * 9 + 17
     assert description["weights"]["float"]["values"] > 100_000
+
+
+def graph_of(result: ExportResult) -> GraphFacts:
+    graph = result.bundle.artefact("fp32").graph
+    assert graph is not None
+    return graph
 
 
 def test_a_second_export_reuses_the_first_and_says_why(
@@ -88,7 +95,7 @@ def test_a_changed_recipe_makes_it_anew_and_says_what_changed(
     result = export_bundle(loaded, changed, folder)
     assert not result.reused
     assert result.reason == "changed since: export"
-    assert result.bundle.artefact("fp32").facts["opset"] == 21
+    assert graph_of(result).opset == 21
     (folder / "model.onnx").write_bytes(b"changed")
     result = export_bundle(loaded, changed, folder)
     assert not result.reused
@@ -101,9 +108,9 @@ def test_nothing_folded_nothing_simplified_is_still_the_network(
 ) -> None:
     plain = replace(recipe, export=replace(recipe.export, fold=False, simplify=False))
     manifest = export_bundle(loaded, plain, tmp_path / "b").bundle.manifest
-    assert manifest["checks"]["fold"]["batchnorms_left"] == 22
-    assert "simplify" not in manifest["checks"]
-    assert manifest["checks"]["agreement"]["passed"]
+    assert manifest.checks["fold"]["batchnorms_left"] == 22
+    assert "simplify" not in manifest.checks
+    assert manifest.checks["agreement"]["passed"]
 
 
 def test_a_graph_that_is_not_the_network_never_reaches_the_bundle(
@@ -223,11 +230,11 @@ def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
     )
     recipe = replace(recipe, preprocessing=replace(recipe.preprocessing, image_size=64))
     result = export_bundle(load_for(recipe, seed=3), recipe, tmp_path / "b")
-    weights = result.bundle.manifest["weights"]
-    assert (weights["format"], weights["seed"]) == ("random", 3)
+    weights = result.bundle.manifest.weights
+    assert (weights.format, weights.seed) == ("random", 3)
     assert any("random weights" in note for note in result.notes)
-    assert result.bundle.manifest["checks"]["agreement"]["passed"]
-    assert result.bundle.artefact("fp32").facts["nodes"] == 13 * 13 + 17
+    assert result.bundle.manifest.checks["agreement"]["passed"]
+    assert graph_of(result).nodes == 13 * 13 + 17
 
 
 def test_the_shared_checkpoint_keeps_every_prediction(shared: Path, tmp_path: Path) -> None:
@@ -259,6 +266,6 @@ def test_a_user_folder_smaller_than_the_batch_is_made_up_with_crops(
     Image.fromarray(pixels).save(tmp_path / "i" / "a.png")
     (tmp_path / "i" / "b.png").write_bytes(b"not an image")
     result = export_bundle(loaded, recipe, tmp_path / "b", images=tmp_path / "i")
-    described = result.bundle.manifest["checks"]["agreement"]["images"]
+    described = result.bundle.manifest.checks["agreement"]["images"]
     assert described.startswith("1 images of ")
     assert "1 image could not be read" in described

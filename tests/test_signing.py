@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from typer.testing import Result
 
 from tests.conftest import Cli
-from van_deploy.bundle import MANIFEST, SIGNATURE, Artefact, Bundle, writing
+from tests.described import described, entry
+from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle, writing
 from van_deploy.errors import BundleError, InputError, SignatureError, UsageError
 from van_deploy.signing import Signature, read_signature, sign_bundle, signed_bundle
 from van_deploy.signing_keys import (
@@ -35,10 +36,9 @@ def bundle(tmp_path: Path) -> Path:
     with writing(folder, name="m") as draft:
         for name in FILES:
             draft.file(name).write_text(f"the content of {name}")
-        onnx = dict.fromkeys(FILES[:2], "")
-        draft.record(Artefact("fp32", "onnx", "fp32", "model.onnx", onnx))
-        plan = dict.fromkeys(FILES[2:4], "")
-        draft.record(Artefact("engine", "engine", "fp32", "engines/m.plan", plan))
+        draft.description = described()
+        draft.record(entry("fp32", "onnx", "fp32", "model.onnx", FILES[:2]))
+        draft.record(entry("engine", "engine", "fp32", "engines/m.plan", FILES[2:4]))
     return folder
 
 
@@ -71,7 +71,7 @@ def test_a_signature_of_the_whole_bundle_is_checked(signed: Path, public: Path) 
 
 
 def test_a_report_is_named_by_the_manifest_too(bundle: Path) -> None:
-    assert set(Bundle.open(bundle).manifest["files"]) == {"report.html"}
+    assert set(Bundle.open(bundle).manifest.files) == {"report.html"}
     assert Bundle.open(bundle).unnamed() == []
 
 
@@ -118,7 +118,7 @@ def flipped_byte(signed: Path) -> None:
 
 def rewritten(signed: Path) -> None:
     with writing(signed) as draft:
-        draft.manifest["checks"]["verify"] = {"passed": True}
+        draft.checks["verify"] = {"passed": True}
 
 
 def added_space(signed: Path) -> None:

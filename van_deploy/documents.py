@@ -9,13 +9,17 @@ different ones.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import errno
 import json
+import math
 import os
+import re
 import stat
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -24,9 +28,12 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "CONTROL",
     "LARGEST_BYTES",
+    "LONGEST_TEXT",
     "DocumentError",
     "json_from",
+    "plain",
     "require_regular_file",
     "text_from",
     "toml_from",
@@ -34,7 +41,11 @@ __all__ = [
 
 LARGEST_BYTES = 64 * 2**20  # a calibration set that names 100,000 images has 20 MB
 DEEPEST = 40  # a manifest has 8
+LONGEST_TEXT = 4096  # characters; a path has no more
 LONGEST_LINE = 64 * 2**10  # of TOML, whose reader takes squared time over dotted keys
+
+# C0 and C1 but tab and newline, and what turns the direction of writing round.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class DocumentError(ValueError):
@@ -77,18 +88,15 @@ def text_from(path: Path, largest_bytes: int = LARGEST_BYTES) -> str:
         raise DocumentError(f"it is not UTF-8: {error}") from None
 
 
-def json_from(
-    text: str | bytes, table: Callable[[list[tuple[str, Any]]], Any] = dict, deepest: int = DEEPEST
-) -> Any:
+def json_from(text: str | bytes, deepest: int = DEEPEST) -> Any:
     """Return the JSON in ``text``.
 
     Args:
         text: UTF-8 where it is bytes.
-        table: makes an object of its keys and values.
         deepest: more levels than this are refused.
 
     Raises:
-        DocumentError: it is nested too deeply, or gives a key twice.
+        DocumentError: it is nested too deeply, gives a key twice, or spells half a character.
         ValueError: it is not JSON.
 
     >>> json_from('{"a": 1, "a": 2}')
@@ -98,7 +106,7 @@ def json_from(
     """
 
     def once(pairs: list[tuple[str, Any]]) -> Any:
-        found = table(pairs)
+        found = dict(pairs)
         if len(found) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
@@ -110,7 +118,38 @@ def json_from(
     except RecursionError:
         raise _too_deep(deepest) from None
     _refuse_deep(value, deepest)
+    _refuse_halves(text, value)
     return value
+
+
+def plain(value: object) -> Any:
+    """Return ``value`` in the types JSON has; numbers it cannot spell become ``"inf"``, ``"nan"``.
+
+    Raises:
+        TypeError: it holds something that has no plain form.
+
+    >>> plain({"sqnr_db": math.inf, "shape": (1, 3), "path": PurePath("a/b")})
+    {'sqnr_db': 'inf', 'shape': [1, 3], 'path': 'a/b'}
+    """
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if hasattr(value, "model_dump"):  # a Schema
+        return plain(value.model_dump(by_alias=True))
+    if hasattr(value, "tolist"):  # NumPy's scalars and arrays
+        return plain(value.tolist())
+    raise TypeError(f"{type(value).__name__} has no plain form: {value!r}")
 
 
 def toml_from(path: Path) -> dict[str, Any]:
@@ -148,6 +187,16 @@ def _refuse_deep(value: Any, deepest: int) -> None:
         if not level:
             return
     raise _too_deep(deepest)
+
+
+def _refuse_halves(text: str | bytes, value: Any) -> None:
+    """Return if every text in ``value`` can be written: JSON's escapes can spell halves."""
+    if re.search(r"\\u[dD]", text if isinstance(text, str) else text.decode(errors="replace")):
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise DocumentError(f"it spells {half}, half a character") from None
 
 
 def _too_deep(deepest: int) -> DocumentError:

@@ -9,7 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import Artefact, Bundle, Draft, writing
+from van_deploy.bundle import (
+    Artefact,
+    Bundle,
+    Canary,
+    Description,
+    Draft,
+    GraphFacts,
+    Origin,
+    writing,
+)
 from van_deploy.checks.agreement import AgreementReport, check_agreement
 from van_deploy.checks.canary import CANARY_FILE, canary_entry, write_canary_picture
 from van_deploy.checks.sample_images import images_to_check, pixels_to_check
@@ -32,6 +41,7 @@ from van_deploy.runners.onnxruntime import (
     require_onnxruntime,
 )
 from van_deploy.runners.pytorch import TorchRunner
+from van_deploy.schema import validated
 from van_deploy.serve.embedded import Embedded, embed_artefacts
 
 __all__ = ["ExportResult", "check_batches", "embed_in_bundle", "export_bundle", "load_for"]
@@ -194,13 +204,14 @@ def export_bundle(
             metadata=_metadata(loaded),
         )
         exported = operator_counts(model)
-        checks: dict[str, object] = {"fold": fold.as_dict()}
+        checks: dict[str, dict[str, Any]] = {"fold": fold.as_dict()}
         if recipe.export.simplify:
             clock.stage("Simplifying")
             simplified = simplify_onnx(model, inputs[:PROOF_IMAGES], onnxruntime_logits)
             checks["simplify"] = simplified.as_dict()
             model = simplified.model
-        facts = {**graph_facts(model), "exported_nodes": sum(exported.values())}
+        nodes = sum(exported.values())
+        facts = graph_facts(model).model_copy(update={"exported_nodes": nodes})
         files = save_onnx(model, draft.file(MODEL_FILE))
         del model, fold
         clock.stage(f"Checking agreement at batch {', '.join(map(str, batches))}")
@@ -208,15 +219,15 @@ def export_bundle(
         checks["agreement"] = report.as_dict()
         clock.stage("Keeping a canary")
         canary = _canary(draft, loaded, images)
-        _describe(draft, loaded, recipe, checks)
-        draft.manifest["canary"] = canary
+        draft.description = _description(loaded, recipe, canary)
+        draft.checks.update(checks)
         _record(draft, loaded, [*files, CANARY_FILE], made_with, facts)
     embedded = _embed(output, loaded, recipe, images, clock)
     bundle = Bundle.open(output)
     return ExportResult(bundle, False, reason, loaded.source.notes, clock.seconds, embedded)
 
 
-def _canary(draft: Draft, loaded: LoadedVan, images: Path | None) -> dict[str, Any]:
+def _canary(draft: Draft, loaded: LoadedVan, images: Path | None) -> Canary:
     """Write the canary and return its entry in the manifest: PyTorch's answer to that file."""
     path = draft.file(CANARY_FILE)
     described = write_canary_picture(path, loaded.name, images)
@@ -334,20 +345,26 @@ def _why_anew(output: Path, made_with: Mapping[str, Any], force: bool) -> str:
     return f"changed since: {', '.join(changed)}"
 
 
-def _describe(
-    draft: Draft, loaded: LoadedVan, recipe: Recipe, checks: Mapping[str, object]
-) -> None:
-    """Write into the manifest what was asked and what was found."""
-    draft.manifest.update(
-        weights=asdict(loaded.source),
-        architecture=asdict(loaded.config),
-        parameters=sum(p.numel() for p in loaded.model.parameters()),
-        preprocessing=loaded.preprocessing.as_dict(),
-        class_names=list(loaded.class_names) if loaded.class_names else None,
-        batch=asdict(recipe.batch),
-        versions=tool_versions(*EXPORT_TOOLS, "onnxruntime"),
+def _description(loaded: LoadedVan, recipe: Recipe, canary: Canary) -> Description:
+    """Return what the manifest says of the network."""
+    values = {
+        "name": loaded.name,
+        "weights": loaded.source,
+        "architecture": loaded.config,
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "preprocessing": loaded.preprocessing,
+        "class_names": loaded.class_names or None,
+        "batch": recipe.batch,
+        "versions": tool_versions(*EXPORT_TOOLS, "onnxruntime"),
+        "canary": canary,
+    }
+    return validated(
+        Description,
+        values,
+        where="A manifest cannot hold what is known of the network",
+        error=InputError,
+        remedy="Correct the name, the path or the metadata that it came from.",
     )
-    draft.manifest["checks"].update(checks)
 
 
 def _record(
@@ -355,7 +372,7 @@ def _record(
     loaded: LoadedVan,
     files: list[str],
     made_with: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    facts: GraphFacts,
 ) -> None:
     if loaded.class_names:
         text = "\n".join(loaded.class_names) + "\n"
@@ -368,10 +385,9 @@ def _record(
             precision="fp32",
             file=MODEL_FILE,
             files=dict.fromkeys(files, ""),
-            made_from={"name": "weights", "sha256": loaded.source.sha256},
-            made_with=made_with,
-            key=content_key(made_with),
-            facts=facts,
+            made_from=Origin(name="weights", sha256=loaded.source.sha256),
+            made_with=dict(made_with),
+            graph=facts,
         )
     )
 

@@ -9,11 +9,13 @@ nearest one.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import pydantic
 from pydantic_core import ErrorDetails
@@ -21,7 +23,7 @@ from pydantic_core import ErrorDetails
 from van_deploy.documents import DocumentError, json_from, text_from, toml_from
 from van_deploy.errors import InputError, UsageError
 
-__all__ = ["Open", "Schema", "read_json", "read_toml", "validated"]
+__all__ = ["Open", "Schema", "read_json", "read_toml", "validated", "validated_json"]
 
 Model = TypeVar("Model", bound="Schema")
 
@@ -71,9 +73,37 @@ def validated(
         error: a key is unknown or missing, or a value is not of its kind or out of its
             limits; one sentence about the first mistake.
     """
+    return _checked(lambda: model.model_validate(values), model, where, error, remedy)
+
+
+def validated_json(
+    model: type[Model],
+    text: str,
+    *,
+    where: str = "",
+    error: type[InputError] | type[UsageError] = UsageError,
+    remedy: str = "",
+) -> Model:
+    """Return ``model`` filled from JSON, in which nothing is taken for another type.
+
+    ``"3"``, ``3.0`` and ``true`` are no whole numbers there. The text has gone through
+    :func:`~van_deploy.documents.json_from`, which refuses what pydantic lets pass.
+    Arguments and errors are those of :func:`validated`.
+    """
+    strict = lambda: model.model_validate_json(text, strict=True)  # noqa: E731
+    return _checked(strict, model, where, error, remedy)
+
+
+def _checked(
+    fill: Callable[[], Model],
+    model: type[Model],
+    where: str,
+    error: type[InputError] | type[UsageError],
+    remedy: str,
+) -> Model:
     opening = f"{where}: " if where else ""
     try:
-        return model.model_validate(values)
+        return fill()
     except pydantic.ValidationError as failure:
         message, advice = _told(failure.errors(include_url=False)[0], model)
         raise error(f"{opening}{message}.", advice or remedy or "Correct it.") from None
@@ -110,19 +140,20 @@ def read_json(
 ) -> Model:
     """Return the schema in a JSON file. Arguments and errors are those of :func:`read_toml`."""
     try:
-        values = json_from(text_from(path))
+        text = text_from(path)
+        json_from(text)
     except OSError as failure:
         raise error(f"The {what} '{path}' cannot be read: {failure.strerror}.", remedy) from None
     except ValueError as failure:
         raise error(f"The {what} '{path}' is no JSON document: {failure}.", remedy) from None
-    return validated(model, values, where=f"The {what} '{path}'", error=error, remedy=remedy)
+    return validated_json(model, text, where=f"The {what} '{path}'", error=error, remedy=remedy)
 
 
 def _told(fault: ErrorDetails, model: type[Schema]) -> tuple[str, str]:
     """Return one mistake as a message without its full stop, and what to do next."""
     location = [part for part in fault["loc"] if not _is_branch(part)]
     key = ".".join(str(part) for part in location)[:200]
-    if fault["type"] == "extra_forbidden":
+    if fault["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
         known = _keys_at(model, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         prefix = key[: len(key) - len(str(location[-1]))]
@@ -131,7 +162,9 @@ def _told(fault: ErrorDetails, model: type[Schema]) -> tuple[str, str]:
         )
     if fault["type"] in _FAULTS:
         return _FAULTS[fault["type"]].format(key=key), ""
-    text = re.sub(r"^(Input|Value error,) ?", "", fault["msg"])
+    text = re.sub(r"^(Input|Value error,|String|List|Tuple|Dictionary) ?", "", fault["msg"])
+    if not key:
+        return f"it {text}", ""
     return f"'{key}' is {reprlib.repr(fault['input'])}: it {text}", ""
 
 
@@ -140,25 +173,30 @@ def _is_branch(part: str | int) -> bool:
     return isinstance(part, str) and ("[" in part or part in {"int", "float", "str", "bool"})
 
 
-def _keys_at(model: type[Schema], location: list[str | int]) -> list[str]:
+def _keys_at(table: type[Any], location: list[str | int]) -> list[str]:
     """Return the keys that the table at ``location`` may have."""
     for part in location:
-        if isinstance(part, int):
+        annotation = _keys_of(table).get(part)
+        if annotation is None:  # a place in a list, or a key of a mapping
             continue
-        field = model.model_fields.get(part)
-        found = _schema_in(field.annotation) if field else None
+        found = _table_in(annotation)
         if found is None:
             return []
-        model = found
-    return [field.alias or name for name, field in model.model_fields.items()]
+        table = found
+    return [str(key) for key in _keys_of(table)]
 
 
-def _schema_in(annotation: Any) -> type[Schema] | None:
-    """Return the schema that an annotation holds: itself, or inside a union, list or mapping."""
-    if isinstance(annotation, type) and issubclass(annotation, Schema):
+def _keys_of(table: type[Any]) -> dict[Any, Any]:
+    """Return the keys of a schema or a data class, and the type of each."""
+    if dataclasses.is_dataclass(table):
+        return dict(get_type_hints(table))
+    return {f.alias or name: f.annotation for name, f in table.model_fields.items()}
+
+
+def _table_in(annotation: Any) -> type[Any] | None:
+    """Return the table that an annotation holds: itself, or inside a union, list or mapping."""
+    if isinstance(annotation, type) and (
+        issubclass(annotation, Schema) or dataclasses.is_dataclass(annotation)
+    ):
         return annotation
-    for inner in get_args(annotation):
-        found = _schema_in(inner)
-        if found is not None:
-            return found
-    return None
+    return next(filter(None, map(_table_in, get_args(annotation))), None)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle
+from van_deploy.bundle.manifest import manifest_from
 from van_deploy.documents import json_from
 from van_deploy.errors import BundleError, SignatureError
 from van_deploy.files import write_atomic
@@ -133,7 +134,7 @@ def signed_bundle(path: Path, key: Ed25519PublicKey) -> tuple[Bundle, Signature]
         key.verify(base64.b64decode(found.signature), _signed_bytes(found.date, content))
     except InvalidSignature:
         raise _stale(bundle, found) from None
-    if json.loads(content) != bundle.manifest:
+    if manifest_from(content.decode(), bundle.path / MANIFEST) != bundle.manifest:
         raise SignatureError(
             f"'{bundle.path}' was changed while its signature was checked.", "Check it again."
         )
@@ -169,10 +170,10 @@ def _require_whole(bundle: Bundle, kind: type[BundleError], remedy: str) -> None
 
 
 def _stale(bundle: Bundle, signature: Signature) -> SignatureError:
-    written = bundle.manifest.get("written", "an unknown time")
     return SignatureError(
         f"The signature of '{bundle.path}' does not fit: key {signature.key_id[:16]}... signed it "
-        f"on {signature.date}, and its manifest (written {written}) is not what was signed.",
+        f"on {signature.date}, and its manifest (written {bundle.manifest.written}) is not "
+        "what was signed.",
         "If you changed the bundle yourself since (quantize, build, verify, report ... write to "
         "its manifest), sign it again. If not, do not use it.",
     )

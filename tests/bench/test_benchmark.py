@@ -218,7 +218,7 @@ def test_a_result_is_kept_in_the_bundle_and_in_a_file(
     output = tmp_path / "deep" / "bench.json"
     save_report(plain, Bundle.open(folder), output)
     assert read_report(output) == read_report(folder / "bench.json") == plain
-    summary = Bundle.open(folder).manifest["checks"]["bench"]
+    summary = Bundle.open(folder).manifest.checks["bench"]
     assert [row["batch"] for row in summary["rows"]] == [1, 2]
 
 

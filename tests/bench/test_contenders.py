@@ -81,7 +81,16 @@ def test_every_artefact_has_an_entry_and_what_cannot_run_has_a_reason(
         tmp_path / "copy",
         fp16={"precision": "fp16"},
         int8={"precision": "int8", "made_with": {"settings": {"target": "tensorrt"}}},
-        engine={"kind": "engine", "precision": "fp16", "facts": {"profiles": ["2:4:8"]}},
+        engine={
+            "kind": "engine",
+            "precision": "fp16",
+            "engine": {
+                "backend": "tensorrt 10.0",
+                "targets": ["sm_89"],
+                "profiles": [{"min": 2, "opt": 4, "max": 8}],
+                "parser_layers": 1,
+            },
+        },
         **{"int8-cpu": {"precision": "int8", "made_with": {"settings": {"target": "cpu"}}}},
     )
     entries = {entry.name: entry for entry in contenders_of(bundle)}

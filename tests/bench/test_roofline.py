@@ -10,9 +10,9 @@ from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.devices import DEVICES, paper_ceilings
 from van_deploy.bench.roofline import Work, limit_of, work_of, work_of_file
 from van_deploy.bundle import Bundle
+from van_deploy.bundle.original import original_network
 from van_deploy.errors import UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME
-from van_deploy.model.original import original_network
 
 CEILINGS = Ceilings({"fp32": 1e12, "int8": 4e12}, 1e11, "measured", {})
 
@@ -65,7 +65,7 @@ def test_a_product_of_two_dequantized_factors_counts_as_int8() -> None:
 
 def test_the_count_of_a_whole_van_is_the_variants_own(digits: Bundle) -> None:
     config = original_network(digits).config
-    size = digits.manifest["preprocessing"]["image_size"]
+    size = digits.manifest.preprocessing.image_size
     work = work_of_file(digits.verified("fp32"), batch=3)
     multiply_adds = config.mac_count(size)
     assert digits.name == EMBEDDED_NAME

@@ -6,17 +6,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from onnx import ModelProto
 
-from van_deploy.bundle import Artefact, Bundle, writing
+from tests.described import entry
+from van_deploy.bundle import Bundle, Origin, writing
+from van_deploy.bundle.original import original_network
 from van_deploy.checks.pictures import Pictures, pictures_to_check
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.embedded import write_digits_folder
-from van_deploy.model.original import original_network
 from van_deploy.model.pixels import normalised
 from van_deploy.pipeline import export_bundle, load_for
 from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
@@ -53,20 +55,18 @@ class Subject:
 Broken = Callable[..., Bundle]
 
 
-def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **facts: object) -> Bundle:
+def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: Any) -> Bundle:
     """Return the bundle with a graph entered as an artefact, vouched for like any other."""
-    kind = "serving" if "embedded" in facts else "onnx"
+    kind = "serving" if "embedded" in more else "onnx"
+    origin = Origin(name="fp32", sha256=bundle.artefact("fp32").sha256)
     with writing(bundle.path) as draft:
         files = save_onnx(model, draft.file(f"model.{name}.onnx"))
         draft.record(
-            Artefact(
-                name=name,
-                kind=kind,
-                precision=precision,
-                file=files[0],
-                files=dict.fromkeys(files, ""),
-                made_from={"name": "fp32", "sha256": bundle.artefact("fp32").sha256},
-                facts={**graph_facts(model), **facts},
+            entry(
+                *(name, kind, precision, files[0], files),
+                made_from=origin,
+                graph=graph_facts(model),
+                **more,
             )
         )
     return Bundle.open(bundle.path)
@@ -80,7 +80,9 @@ def quantized(bundle: Bundle, loaded: LoadedVan, pictures: Pictures) -> Bundle:
     images = normalised(pictures.pixels, loaded.preprocessing)
     plan = initial_plan(model, record_ranges(model, [images], threads=1))
     scales = {conv.activation: conv.activation_scale for conv in plan.convs.values()}
-    return put(bundle, "int8", "int8", qdq_from_plan(plan, kept=kept), scales=scales)
+    return put(
+        bundle, "int8", "int8", qdq_from_plan(plan, kept=kept), quantization={"scales": scales}
+    )
 
 
 def subject(folder: Path, weights: str, labelled: Path) -> Subject:
@@ -118,12 +120,12 @@ def broken(tmp_path: Path) -> Broken:
     """Return a function that puts a broken graph in the place of an artefact, in a copy."""
 
     def replace(
-        whole: Subject, name: str, precision: str, model: ModelProto, **facts: object
+        whole: Subject, name: str, precision: str, model: ModelProto, **more: Any
     ) -> Bundle:
         copy = tmp_path / "broken"
         shutil.copytree(whole.bundle.path, copy)
         if name == "int8":  # what was recorded when the right one was made stays recorded
-            facts = {"scales": whole.bundle.artefact("int8").facts["scales"], **facts}
-        return put(Bundle.open(copy), name, precision, model, **facts)
+            more = {"quantization": whole.bundle.artefact("int8").quantization, **more}
+        return put(Bundle.open(copy), name, precision, model, **more)
 
     return replace

@@ -103,8 +103,8 @@ def test_an_embedded_graph_that_is_right(digits: Subject, broken: Broken) -> Non
 
 def test_a_manifest_with_another_mean_than_the_file(digits: Subject, broken: Broken) -> None:
     bundle = broken(digits, "fp16", "fp16", digits.graph("fp16"))
-    manifest = {**bundle.manifest, "preprocessing": {**bundle.manifest["preprocessing"]}}
-    manifest["preprocessing"]["mean"] = [0.5, 0.5, 0.5]
+    other = replace(bundle.manifest.preprocessing, mean=(0.5, 0.5, 0.5))
+    manifest = bundle.manifest.model_copy(update={"preprocessing": other})
     verdict = verdict_of(digits, Bundle(bundle.path, manifest), "fp32")
     assert verdict.outcome == "failed"
     assert (

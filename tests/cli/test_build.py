@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.conftest import Cli
-from van_deploy.bundle import Artefact, Bundle, writing
+from tests.described import described, entry
+from van_deploy.bundle import Bundle, writing
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import fold_van
@@ -30,8 +31,8 @@ def bundle(tmp_path: Path) -> Path:
     folder = tmp_path / "van_digits"
     with writing(folder, name="van_digits") as draft:
         onnx.save(onnx_from_van(folded.model, 32, loaded.config.in_chans), draft.file("model.onnx"))
-        draft.record(Artefact("fp32", "onnx", "fp32", "model.onnx", {"model.onnx": ""}))
-        draft.manifest["batch"] = {"min": 1, "opt": 2, "max": 4}
+        draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
+        draft.description = described("van_digits")
     return folder
 
 

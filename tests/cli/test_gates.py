@@ -14,8 +14,9 @@ from tests.checks import faults
 from tests.checks.conftest import Subject, put
 from tests.cli.conftest import CopyOf
 from tests.conftest import Cli
+from tests.described import entry
 from tests.golden_forms import misfits
-from van_deploy.bundle import Artefact, Bundle, writing
+from van_deploy.bundle import Bundle, Origin, writing
 
 FEW = ("--count", "6")
 
@@ -33,18 +34,8 @@ def with_engine(path: Path) -> None:
     """Enter a file as an engine: nothing on this machine runs it."""
     with writing(path) as draft:
         draft.file("engines/x.plan").write_bytes(b"no plan")
-        made_from = {"name": "fp32", "sha256": Bundle.open(path).artefact("fp32").sha256}
-        draft.record(
-            Artefact(
-                "x",
-                "engine",
-                "fp16",
-                "engines/x.plan",
-                {"engines/x.plan": ""},
-                made_from=made_from,
-                facts={"backend": "tensorrt 10.0"},
-            )
-        )
+        origin = Origin(name="fp32", sha256=draft.artefacts["fp32"].sha256)
+        draft.record(entry("x", "engine", "fp16", "engines/x.plan", made_from=origin))
 
 
 class TestVerify:

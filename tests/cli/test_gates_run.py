@@ -66,7 +66,9 @@ def test_everything_a_recipe_asks_for(cli: Cli, recipe: Path, tmp_path: Path) ->
     bundle = Bundle.open(output)
     assert list(bundle.artefacts) == ["fp32", *names]
     assert bundle.problems() == []
-    assert bundle.artefact(names[2]).facts["profiles"] == ["1:2:4"]
+    engine = bundle.artefact(names[2]).engine
+    assert engine is not None
+    assert [str(batch) for batch in engine.profiles] == ["1:2:4"]
     assert misfits(document["verify"], "verify") == []
     outcomes = {n: entry["outcome"] for n, entry in document["verify"]["artefacts"].items()}
     assert outcomes == {"fp32": "passed", "fp16": "passed", "int8": "passed", names[2]: "skipped"}
@@ -75,7 +77,7 @@ def test_everything_a_recipe_asks_for(cli: Cli, recipe: Path, tmp_path: Path) ->
     assert misfits(document["evaluate"], "evaluate") == []
     assert document["evaluate"]["count"] == 40
     assert [entry["artefact"] for entry in document["evaluate"]["skipped"]] == [names[2]]
-    assert set(bundle.manifest["checks"]) >= {"verify", "evaluate"}
+    assert set(bundle.manifest.checks) >= {"verify", "evaluate"}
     again = cli("run", recipe, "--output", output)
     assert again.exit_code == 0
     assert "Exported: nothing changed" in again.stdout
@@ -124,4 +126,4 @@ def test_a_gate_of_the_recipe_that_fails_ends_with_1(
     result = cli("run", recipe, "--output", tmp_path / "bundle")
     assert result.exit_code == 1
     assert "was written and does not pass its gates." in result.stderr
-    assert Bundle.open(tmp_path / "bundle").manifest["checks"]["verify"]["passed"] is False
+    assert Bundle.open(tmp_path / "bundle").manifest.checks["verify"]["passed"] is False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -12,11 +13,13 @@ import pytest
 import torch
 from onnx import ModelProto
 
-from van_deploy.bundle import Artefact, writing
+from tests.described import described, entry
+from van_deploy.bundle import writing
 from van_deploy.engine.backend import RTX, Backend, backend_named
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import fold_van
 from van_deploy.model.checkpoint import load_van
+from van_deploy.model.preprocess import OFFICIAL
 
 SIZE = 32
 BundleMaker = Callable[[str], Path]
@@ -60,9 +63,8 @@ def new_bundle(digits_onnx: Path, tmp_path: Path) -> BundleMaker:
         folder = tmp_path / "dist" / name
         with writing(folder, name=name) as draft:
             draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
-            draft.record(Artefact("fp32", "onnx", "fp32", "model.onnx", {"model.onnx": ""}))
-            draft.manifest["batch"] = {"min": 1, "opt": 2, "max": 4}
-            draft.manifest["preprocessing"] = {"image_size": SIZE}
+            draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
+            draft.description = described(name, preprocessing=replace(OFFICIAL, image_size=SIZE))
         return folder
 
     return make

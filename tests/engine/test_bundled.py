@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.described import entry
 from tests.engine.conftest import BundleMaker
-from van_deploy.bundle import Artefact, Bundle, writing
+from van_deploy.bundle import Bundle, Origin, writing
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import BuildProgress
 from van_deploy.engine.bundled import Built, build_in_bundle, request_for
@@ -35,12 +36,12 @@ def test_an_engine_in_its_bundle(rtx: Backend, new_bundle: BundleMaker) -> None:
     artefact = bundle.artefact(made.name)
     assert made.name == f"van_digits-fp32-sm89-rtx{rtx.release}"
     assert (artefact.kind, artefact.precision) == ("engine", "fp32")
-    assert artefact.made_from == {"name": "fp32", "sha256": bundle.artefact("fp32").sha256}
+    assert artefact.made_from == Origin(name="fp32", sha256=bundle.artefact("fp32").sha256)
     assert sorted(Path(file).suffix for file in artefact.files) == [".json", ".log", ".plan"]
     assert bundle.problems() == []
     assert bundle.verified(made.name) == made.path
     assert made.sidecar.preprocessing == {"image_size": 32}
-    assert artefact.facts["reproducible"] == "not checked"
+    assert made.sidecar.reproducible == "not checked"
 
     again = built(folder, rtx)
     assert (again.reused, again.sidecar) == (True, made.sidecar)
@@ -78,7 +79,7 @@ def test_a_source_replaced_meanwhile(
             replaced.append(event)
             with writing(folder) as draft:
                 draft.file("model.onnx").write_bytes(digits_onnx.read_bytes() + b"\n")
-                draft.record(Artefact("fp32", "onnx", "fp32", "model.onnx", {"model.onnx": ""}))
+                draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
 
     with pytest.raises(BundleError, match="was replaced while the engine"):
         build_in_bundle(request, rtx, SM89, host=Host(), progress=replace_source)
@@ -155,16 +156,13 @@ def test_an_engine_from_a_graph_with_preprocessing(rtx: Backend, new_bundle: Bun
     embedded = embed_preprocessing(model, preprocessing, "uint8", ("logits", "top5"))
     with writing(folder) as draft:
         onnx.save(embedded, draft.file("model.uint8.onnx"))
-        facts = {**graph_facts(embedded), "embedded": "uint8"}
-        files = {"model.uint8.onnx": ""}
-        draft.record(
-            Artefact("fp32-uint8", "serving", "fp32", "model.uint8.onnx", files, facts=facts)
-        )
+        more: Any = {"graph": graph_facts(embedded), "embedded": "uint8"}
+        draft.record(entry("fp32-uint8", "serving", "fp32", "model.uint8.onnx", **more))
     request = request_for(Bundle.open(folder), "fp32-uint8", rtx, SM89, Host())
     made = build_in_bundle(request, rtx, SM89, host=Host())
     artefact = Bundle.open(folder).artefact(made.name)
     assert made.name == f"van_digits-fp32-uint8-sm89-rtx{rtx.release}"
-    assert (artefact.precision, artefact.made_from["name"]) == ("fp32", "fp32-uint8")
+    assert (artefact.precision, artefact.made_from.name) == ("fp32", "fp32-uint8")
     (given,) = made.sidecar.inputs
     assert (given.name, given.shape, given.dtype) == ("pixels", (-1, 32, 32, 3), "uint8")
     assert [output.name for output in made.sidecar.outputs] == [

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from van_deploy.bundle import TensorFacts
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.export import INPUT_NAME, OPSETS, OUTPUT_NAME, onnx_from_van
 from van_deploy.graph.files import graph_facts, save_onnx
@@ -111,8 +112,9 @@ def test_every_value_is_named_after_the_module_that_made_it(
 def test_the_batch_is_free_and_nothing_else_is(digits: LoadedVan, graph: onnx.ModelProto) -> None:
     size = digits.preprocessing.image_size
     facts = graph_facts(graph)
-    assert facts["inputs"] == {INPUT_NAME: {"dtype": "float32", "shape": ["batch", 3, size, size]}}
-    assert facts["outputs"] == {OUTPUT_NAME: {"dtype": "float32", "shape": ["batch", 10]}}
+    images = TensorFacts(dtype="float32", shape=("batch", 3, size, size))
+    assert facts.inputs == {INPUT_NAME: images}
+    assert facts.outputs == {OUTPUT_NAME: TensorFacts(dtype="float32", shape=("batch", 10))}
 
 
 def test_the_file_names_no_path_of_this_machine(graph: onnx.ModelProto) -> None:

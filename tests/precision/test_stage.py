@@ -57,10 +57,10 @@ def test_fp16_lands_in_the_bundle(bundle: Path) -> None:
     assert Bundle.open(bundle).problems() == []
     artefact = result.bundle.artefact("fp16")
     assert artefact.file == "model.fp16.onnx"
-    assert artefact.made_from["sha256"] == result.bundle.artefact("fp32").sha256
-    assert lines(dict(artefact.facts))["fp16"]["sqnr_db"] > 60
-    assert artefact.facts["audit"]["problems"] == []
-    assert set(artefact.facts["kept"].values()) == {
+    assert artefact.made_from.sha256 == result.bundle.artefact("fp32").sha256
+    assert lines(dict(artefact.quantization))["fp16"]["sqnr_db"] > 60
+    assert artefact.quantization["audit"]["problems"] == []
+    assert set(artefact.quantization["kept"].values()) == {
         f"'{name}' is kept" for name in ("norm1", "norm2", "norm3", "norm4", "head")
     }
 
@@ -194,8 +194,8 @@ class TestImages:
         heldout = write_digits_folder(tmp_path / "heldout", "heldout", 20)
         result = quantize_bundle(bundle, replace(PLAIN, noise=True), evaluate=heldout)
         artefact = Bundle.open(bundle).artefact("int8")
-        assert artefact.facts["calibration"]["noise"] is True
-        assert "NOISE" in artefact.facts["calibration"]["description"]
+        assert artefact.quantization["calibration"]["noise"] is True
+        assert "NOISE" in artefact.quantization["calibration"]["description"]
         assert result.facts["judged_on"]["images"] == 20
 
     def test_noise_and_images_together_are_refused(self, bundle: Path) -> None:

@@ -11,10 +11,10 @@ from van_deploy.bench.budget import Budget
 from van_deploy.bench.settings import Settings
 from van_deploy.bench.store import save_report
 from van_deploy.bundle import Bundle
+from van_deploy.bundle.original import original_network
 from van_deploy.checks.drift import drift_of_bundle
 from van_deploy.checks.record import record_check
 from van_deploy.checks.sample_images import images_to_check
-from van_deploy.model.original import original_network
 from van_deploy.pipeline import export_bundle, load_for
 from van_deploy.recipe import recipe_named
 
@@ -57,11 +57,10 @@ def accuracy_of_digits(bundle: Bundle) -> dict[str, object]:
     from van_deploy.checks.accuracy import accuracy_of, paired_drift
     from van_deploy.checks.contestants import Answers
     from van_deploy.model.embedded import digits_images
-    from van_deploy.model.preprocess import Preprocessing
     from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
     pictures, labels = digits_images("heldout")
-    transform = Preprocessing.from_dict(bundle.manifest["preprocessing"]).transform()
+    transform = bundle.manifest.preprocessing.transform()
     chosen = [Image.fromarray(np.ascontiguousarray(p)).convert("RGB") for p in pictures[:60]]
     inputs = np.stack([np.asarray(transform(p), np.float32) for p in chosen])
     with OnnxRuntimeRunner(bundle.verified("fp32")) as runner:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from tests.conftest import Cli
-from van_deploy.bundle import Artefact, Bundle, writing
+from tests.described import entry
+from van_deploy.bundle import Bundle, EngineFacts, Origin, writing
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
+from van_deploy.recipe import BatchRange
 from van_deploy.runners.network import RUNNERS, Network
 
 PIXELS = np.arange(11 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(11, 64, 64, 3)
@@ -33,20 +35,23 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         for name in ("e.plan", "e.json"):
             draft.file(f"engines/{name}").write_bytes(b"bytes")
         draft.record(
-            Artefact(
+            entry(
                 *("e", "engine", "fp16", "engines/e.plan"),
-                dict.fromkeys(("engines/e.plan", "engines/e.json"), ""),
-                made_from={"name": "fp16-uint8"},
-                facts={"backend": "tensorrt 10.16.1.11", "profiles": ["1:1:1", "4:4:6"]},
+                ("engines/e.plan", "engines/e.json"),
+                made_from=Origin(name="fp16-uint8", sha256=draft.artefacts["fp16-uint8"].sha256),
+                engine=EngineFacts(
+                    backend="tensorrt 10.16.1.11",
+                    targets=("sm_89",),
+                    profiles=(BatchRange(1, 1, 1), BatchRange(4, 4, 6)),
+                    parser_layers=1,
+                ),
             )
         )
-        draft.file("notes.txt").write_text("no network")
-        draft.record(Artefact("notes", "text", "fp32", "notes.txt", {"notes.txt": ""}))
     return Bundle.open(folder)
 
 
 def test_each_precision_has_its_graph_with_preprocessing(bundle: Bundle) -> None:
-    assert list(bundle.artefacts) == ["fp32", "fp32-uint8", "fp16", "fp16-uint8", "e", "notes"]
+    assert list(bundle.artefacts) == ["fp32", "fp32-uint8", "fp16", "fp16-uint8", "e"]
     embedded = bundle.artefact("fp16-uint8")
     assert (embedded.kind, embedded.precision) == ("serving", "fp16")
     with Network(bundle, "fp16") as plain, Network(bundle, "fp16-uint8") as bytes_in:

@@ -69,10 +69,10 @@ def test_a_picture_gets_bars_times_and_pytorch_beside(page: Any, digits: Any, ca
     page.set_input_files("#file", canary)
     page.wait_for_selector("#result li")
     page.locator(".bar i[style]").nth(9).wait_for(state="attached")
-    top = digits.manifest["canary"]["top5"]
+    top = digits.manifest.canary.top5
     names = page.locator("#bars li b").all_inner_texts()
-    assert names == [str(item["class"]) for item in top]
-    shares = [100 * item["probability"] for item in top]
+    assert names == [str(item.index) for item in top]
+    shares = [100 * item.probability for item in top]
     assert widths(page, ".bar:not(.torch) i") == pytest.approx(shares, abs=0.01)
     assert widths(page, ".bar.torch i") == pytest.approx(shares, abs=0.01)
     assert page.inner_text("#file-size") == "8 \u00d7 8"

@@ -16,7 +16,6 @@ from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.embedded import write_digits_folder
-from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.network import Network
 from van_deploy.serve.predict import Source, Speed, predict, sources_from
 
@@ -76,7 +75,7 @@ def test_json_lines_and_a_bad_picture(digits: Bundle, folder: Path, cli: Cli) ->
 
 
 def as_timm_would(picture: Image.Image, digits: Bundle) -> int:
-    transform = Preprocessing.from_dict(digits.manifest["preprocessing"]).transform()
+    transform = digits.manifest.preprocessing.transform()
     with Network(digits) as network:
         return int(network.run(transform(picture).numpy()[None])["logits"].argmax())
 
@@ -124,8 +123,9 @@ def test_standard_input(digits: Bundle, canary: Path) -> None:
     command = [sys.executable, "-m", "van_deploy", "predict", str(digits.path), "-", "--json"]
     done = subprocess.run(command, input=canary.read_bytes(), capture_output=True, check=True)
     top = json.loads(done.stdout)["predictions"][0]["top"]
-    expected = digits.manifest["canary"]["top5"]
-    assert [c["index"] for c in top] == [c["class"] for c in expected]
+    assert digits.manifest.canary
+    expected = digits.manifest.canary.top5
+    assert [c["index"] for c in top] == [c.index for c in expected]
     empty = subprocess.run(command, input=b"", capture_output=True, check=False)
     assert empty.returncode == 5
     assert b"Standard input is empty." in empty.stderr

@@ -24,7 +24,6 @@ from tests.serve.conftest import Running, serving
 from van_deploy.bundle import Bundle
 from van_deploy.model.embedded import digits_images
 from van_deploy.model.pixels import normalised, pixels_from_image
-from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.network import Network
 
 triton = pytest.importorskip("tritonclient.http")
@@ -37,7 +36,7 @@ def pictures(bundle: Bundle, count: int) -> Any:
     """Return ``count`` held-out digits as the network sees them, ``(count, 64, 64, 3)``."""
     from PIL import Image
 
-    preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
+    preprocessing = bundle.manifest.preprocessing
     images = digits_images("heldout")[0][:count]
     return np.stack(
         [pixels_from_image(Image.fromarray(i).convert("RGB"), preprocessing) for i in images]
@@ -121,7 +120,7 @@ class TestTritonClient:
     def test_the_plain_graph_takes_floats(
         self, client: Any, digits: Bundle, pixels: Any, expected: Any
     ) -> None:
-        images = normalised(pixels, Preprocessing.from_dict(digits.manifest["preprocessing"]))
+        images = normalised(pixels, digits.manifest.preprocessing)
         result = client.infer(PLAIN, [an_input(images, "images", "FP32")])
         found = result.as_numpy("logits")
         np.testing.assert_allclose(found, expected["logits"], rtol=1e-4, atol=1e-5)
@@ -269,10 +268,11 @@ class TestPictures:
     ) -> None:
         status, answer, _ = post(f"{server.url}/predict?compare=1", canary.read_bytes())
         assert status == 200
-        expected = digits.manifest["canary"]["top5"]
-        assert [c["index"] for c in answer["top"]] == [c["class"] for c in expected]
+        assert digits.manifest.canary
+        expected = digits.manifest.canary.top5
+        assert [c["index"] for c in answer["top"]] == [c.index for c in expected]
         found = [c["probability"] for c in answer["top"]]
-        np.testing.assert_allclose(found, [c["probability"] for c in expected], atol=1e-5)
+        np.testing.assert_allclose(found, [c.probability for c in expected], atol=1e-5)
         assert answer["pytorch"]["largest_difference"] < 1e-5
         assert answer["picture"] == {"width": 8, "height": 8}
 

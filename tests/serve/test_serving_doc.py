@@ -17,7 +17,6 @@ from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.images import open_image
 from van_deploy.model.pixels import pixels_from_image
-from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.network import Network
 
 
@@ -34,7 +33,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 def test_python_with_onnx_runtime_alone(digits: Bundle, text: str, tmp_path: Path) -> None:
     (source,) = (block for block in blocks(text, "python") if "onnxruntime" in block)
-    preprocessing = Preprocessing.from_dict(digits.manifest["preprocessing"])
+    preprocessing = digits.manifest.preprocessing
     sizes = f"{preprocessing.image_size}, {preprocessing.resize_size}"
     assert "SIZE, SHORT_SIDE = 224, 248" in source
     (tmp_path / "main.py").write_text(source.replace("224, 248", sizes))

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import Cli
+from tests.described import entry
 from tests.serve.conftest import Running
-from van_deploy.bundle import Artefact, Bundle, writing
+from van_deploy.bundle import Bundle, writing
 from van_deploy.errors import InputError, UsageError
 from van_deploy.serve.triton import package_triton, preferred_batches
 from van_deploy.serve.triton_check import check_package
@@ -132,8 +133,8 @@ def test_preferred_sizes_come_from_the_benchmark(digits: Bundle) -> None:
         if batch <= 8
     ]
     rows.append({"contender": "ort-cpu/int8", "batch": 1, "images_per_s": 9e9})
-    checks = {**digits.manifest["checks"], "bench": {"rows": rows}}
-    measured = Bundle(digits.path, {**digits.manifest, "checks": checks})
+    checks = {**digits.manifest.checks, "bench": {"rows": rows}}
+    measured = Bundle(digits.path, digits.manifest.model_copy(update={"checks": checks}))
     assert preferred_batches(measured, "fp32-uint8", 8) == (4, 8)
 
 
@@ -162,8 +163,8 @@ def test_an_rtx_plan_is_refused(digits: Bundle, tmp_path: Path) -> None:
         fields["plan_sha256"] = hashlib.sha256(b"plan").hexdigest()
         write_sidecar(plan, Sidecar(**fields))
         beside = sidecar_path(plan).name
-        files = {"engines/e.plan": "", f"engines/{beside}": ""}
-        draft.record(Artefact("e", "engine", "fp32", "engines/e.plan", files))
+        files = ("engines/e.plan", f"engines/{beside}")
+        draft.record(entry("e", "engine", "fp32", "engines/e.plan", files))
     with pytest.raises(InputError, match="cannot load 'e': it was built by tensorrt-rtx"):
         package_triton(Bundle.open(copy), tmp_path / "out", ["e"])
     assert not (tmp_path / "out").exists()
@@ -212,10 +213,11 @@ def test_the_generated_client_gets_the_canarys_answer(
         check=True,
     )
     rows = [line.split("\t") for line in done.stdout.splitlines()]
-    expected = digits.manifest["canary"]["top5"]
-    assert [row[2] for row in rows] == [str(item["class"]) for item in expected]
+    assert digits.manifest.canary
+    expected = digits.manifest.canary.top5
+    assert [row[2] for row in rows] == [str(item.index) for item in expected]
     found = [float(row[1]) for row in rows]
-    np.testing.assert_allclose(found, [i["probability"] for i in expected], atol=6e-5)
+    np.testing.assert_allclose(found, [i.probability for i in expected], atol=6e-5)
 
 
 def test_the_client_computes_the_librarys_pixels(digits: Bundle, tmp_path: Path) -> None:
@@ -225,7 +227,6 @@ def test_the_client_computes_the_librarys_pixels(digits: Bundle, tmp_path: Path)
 
     from van_deploy.images import open_image
     from van_deploy.model.pixels import pixels_from_image
-    from van_deploy.model.preprocess import Preprocessing
 
     package_triton(digits, tmp_path / "out")
     spec = importlib.util.spec_from_file_location("client", tmp_path / "out/client.py")
@@ -233,7 +234,7 @@ def test_the_client_computes_the_librarys_pixels(digits: Bundle, tmp_path: Path)
     assert spec.loader is not None
     client = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(client)
-    preprocessing = Preprocessing.from_dict(digits.manifest["preprocessing"])
+    preprocessing = digits.manifest.preprocessing
     rng = np.random.default_rng(0)
     for width, height in ((50, 70), (301, 200), (64, 64)):
         path = tmp_path / "a.png"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from van_deploy.bench.contender import Contender, Skipped
@@ -29,15 +29,14 @@ def benchmark_bundle(
         ConversionError: not one contender could be timed.
     """
     from van_deploy.checks.sample_images import images_to_check
-    from van_deploy.model.preprocess import Preprocessing
 
     entries = chosen(contenders_of(bundle), settings.runners)
     contenders = [entry for entry in entries if isinstance(entry, Contender)]
     skipped = [entry for entry in entries if isinstance(entry, Skipped)]
     if settings.p99_ms is not None:
-        largest = int(bundle.manifest["batch"]["max"])
+        largest = bundle.manifest.batch.max
         settings = replace(settings, batches=tuple(b for b in SWEEP if b <= max(1, largest)))
-    preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
+    preprocessing = bundle.manifest.preprocessing
     sizes = settings.image_sizes or (preprocessing.image_size,)
     inputs: dict[int, Any] = {}
     described = ""
@@ -55,9 +54,9 @@ def benchmark_bundle(
         about={
             "bundle": str(bundle.path),
             "model": bundle.name,
-            "parameters": bundle.manifest.get("parameters"),
-            "weights": bundle.manifest.get("weights"),
-            "batch_range": bundle.manifest.get("batch"),
+            "parameters": bundle.manifest.parameters,
+            "weights": asdict(bundle.manifest.weights),
+            "batch_range": asdict(bundle.manifest.batch),
         },
         progress=progress,
     )

@@ -12,7 +12,6 @@ from van_deploy.bundle import Artefact, Bundle
 from van_deploy.environment.hardware import Cpu, cpu, nvidia_driver
 from van_deploy.environment.packages import execution_providers
 from van_deploy.errors import BundleError, MissingDependency, UsageError
-from van_deploy.recipe import BatchRange
 from van_deploy.runners.onnxruntime import PROVIDERS
 
 __all__ = ["GIVES_BACK", "REFERENCE", "chosen", "contenders_of"]
@@ -92,7 +91,6 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _pytorch(bundle: Bundle, processor: Cpu, gpu: bool) -> Iterable[Entry]:
-    weights = bundle.manifest.get("weights", {})
     for name, mode in PYTORCH_MODES.items():
         half = "fp16" if gpu else "bf16"
         if name == GIVES_BACK and (gpu or platform.libc_ver()[0] != "glibc"):
@@ -108,14 +106,14 @@ def _pytorch(bundle: Bundle, processor: Cpu, gpu: bool) -> Iterable[Entry]:
             precision=half if mode == "autocast" else "fp32",
             bundle=str(bundle.path),
             mode=mode,
-            sha256=str(weights.get("sha256", "")),
+            sha256=bundle.manifest.weights.sha256,
             keeps_memory=name != GIVES_BACK,
         )
 
 
 def _graph(artefact: Artefact, path: str, processor: Cpu, gpu: bool) -> Iterable[Entry]:
     """Yield one ONNX artefact in each run time."""
-    embedded = str(artefact.facts.get("embedded", "none"))
+    embedded = artefact.embedded
 
     def contender(name: str, runtime: str, precision: str, mode: str = "") -> Contender:
         return Contender(
@@ -182,7 +180,7 @@ def _engine(artefact: Artefact, path: str, gpu: bool) -> Iterable[Entry]:
 
 def _served(artefact: Artefact) -> tuple[int, int | None]:
     """Return the least and the largest batch of an engine's profiles, as far as they are known."""
-    profiles = [BatchRange.parse(text) for text in artefact.facts.get("profiles", ())]
+    profiles = artefact.engine.profiles if artefact.engine else ()
     if not profiles:
         return 1, None
     return min(p.min for p in profiles), max(p.max for p in profiles)

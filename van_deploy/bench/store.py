@@ -39,7 +39,7 @@ def save_report(report: Mapping[str, Any], bundle: Bundle | None, output: Path |
     if bundle is not None:
         with writing(bundle.path) as draft:
             draft.file(BENCH_FILE).write_text(text, encoding="utf-8")
-            draft.manifest["checks"]["bench"] = _summary(report)
+            draft.checks["bench"] = _summary(report)
 
 
 def _summary(report: Mapping[str, Any]) -> dict[str, Any]:

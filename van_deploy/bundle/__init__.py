@@ -9,10 +9,40 @@ So a reader sees the old bundle or the new one, never a mixture.
 Reading believes nothing whose SHA-256 is not the manifest's.
 """
 
-from van_deploy.bundle.artefact import Artefact
+from van_deploy.bundle.manifest import (
+    SCHEMA,
+    Artefact,
+    Canary,
+    Description,
+    Embedding,
+    EngineFacts,
+    GraphFacts,
+    Manifest,
+    Origin,
+    Precision,
+    ProbableClass,
+    TensorFacts,
+)
 from van_deploy.bundle.names import MANIFEST, SIGNATURE
 from van_deploy.bundle.reading import Bundle
-from van_deploy.bundle.record import SCHEMA
 from van_deploy.bundle.writing import Draft, writing
 
-__all__ = ["MANIFEST", "SCHEMA", "SIGNATURE", "Artefact", "Bundle", "Draft", "writing"]
+__all__ = [
+    "MANIFEST",
+    "SCHEMA",
+    "SIGNATURE",
+    "Artefact",
+    "Bundle",
+    "Canary",
+    "Description",
+    "Draft",
+    "Embedding",
+    "EngineFacts",
+    "GraphFacts",
+    "Manifest",
+    "Origin",
+    "Precision",
+    "ProbableClass",
+    "TensorFacts",
+    "writing",
+]

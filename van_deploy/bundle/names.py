@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
+from van_deploy.documents import LONGEST_TEXT
 from van_deploy.errors import BundleError
-from van_deploy.forms import LONGEST_TEXT
 
 __all__ = ["LOCK", "MANIFEST", "PENDING", "SIGNATURE", "STAGING", "inside", "refuse_links"]
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from van_deploy.bundle.artefact import Artefact
 from van_deploy.bundle.commit import finish_commit
 from van_deploy.bundle.lock import locked
+from van_deploy.bundle.manifest import Artefact, Manifest, read_manifest
 from van_deploy.bundle.names import LOCK, MANIFEST, PENDING, SIGNATURE
-from van_deploy.bundle.record import read_manifest, verify
 from van_deploy.errors import BundleError
 from van_deploy.external_weights import external_files, require_beside
+from van_deploy.files import file_sha256
 
-__all__ = ["Bundle"]
+__all__ = ["Bundle", "verify"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,11 @@ class Bundle:
 
     Attributes:
         path: the folder.
-        manifest: the manifest's contents; not to be changed (see :func:`writing`).
+        manifest: what it says (to change it, see :func:`writing`).
     """
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -54,18 +52,17 @@ class Bundle:
     @property
     def name(self) -> str:
         """The model's name, such as ``van_b1``."""
-        return str(self.manifest["name"])
+        return self.manifest.name
 
     @property
     def artefacts(self) -> dict[str, Artefact]:
         """Every artefact by name, in the order they were made."""
-        found = self.manifest["artefacts"]
-        return {name: Artefact(name=name, **entry) for name, entry in found.items()}
+        return self.manifest.artefacts
 
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of every file the manifest names, artefacts' and others, by relative path."""
-        found = dict(self.manifest.get("files", {}))
+        found = dict(self.manifest.files)
         for artefact in self.artefacts.values():
             found.update(artefact.files)
         return found
@@ -147,3 +144,22 @@ class Bundle:
             paths = [Path(parent, name).relative_to(self.path) for name in (*files, *links)]
             found += [path.as_posix() for path in paths if path.as_posix() not in known]
         return sorted(found)
+
+
+def verify(path: Path, expected: str) -> None:
+    """Return if the file at ``path`` has the SHA-256 ``expected`` (hexadecimal).
+
+    Raises:
+        BundleError: it is missing or has another.
+    """
+    if not path.is_file():
+        raise BundleError(
+            f"'{path}' is named in the manifest and missing.", "Make the bundle again."
+        )
+    actual = file_sha256(path)
+    if actual != expected:
+        raise BundleError(
+            f"'{path}' was changed after the manifest was written: "
+            f"its SHA-256 is {actual[:12]}..., the manifest says {expected[:12]}....",
+            "Make the bundle again, or restore the file.",
+        )

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle.artefact import Artefact
 from van_deploy.bundle.commit import commit, finish_commit
 from van_deploy.bundle.lock import locked, unwritable
+from van_deploy.bundle.manifest import (
+    SCHEMA,
+    Artefact,
+    Description,
+    Manifest,
+    manifest_from,
+    read_manifest,
+)
 from van_deploy.bundle.names import LOCK, MANIFEST, PENDING, STAGING, inside
 from van_deploy.bundle.reading import Bundle
-from van_deploy.bundle.record import SCHEMA, owned_files, plain, read_manifest
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
 
@@ -29,17 +33,23 @@ LOCK_ATTEMPTS = 10
 
 @dataclass
 class Draft:
-    """Changes to a bundle that are not there yet. Made by :func:`writing`.
+    """Changes to a bundle that are not there yet. Made by :func:`writing`; free to change.
 
     Attributes:
         path: the bundle's folder.
         staging: where new files are written until the end.
-        manifest: the manifest to be, free to change.
+        description: of the network; a new bundle has none, and needs one before the end.
+        artefacts: by name; see :meth:`record` and :meth:`drop`.
+        checks: the newest result of each check, by its name.
+        files: SHA-256 of the files that belong to no artefact; new ones are found by themselves.
     """
 
     path: Path
     staging: Path
-    manifest: dict[str, Any]
+    description: Description | None = None
+    artefacts: dict[str, Artefact] = field(default_factory=dict)
+    checks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     def file(self, relative: str) -> Path:
         """Return where to write the file that will be ``relative`` in the bundle."""
@@ -52,22 +62,39 @@ class Draft:
 
         Its ``files`` are digested here; only their names need to be right.
         """
-        entry = {key: value for key, value in vars(artefact).items() if key != "name"}
-        entry["files"] = {relative: file_sha256(self.file(relative)) for relative in artefact.files}
-        self.manifest["artefacts"][artefact.name] = plain(entry)
-        sha256 = entry["files"][artefact.file]
-        self._drop_made_from(artefact.name, keep=sha256)
+        files = {relative: file_sha256(self.file(relative)) for relative in artefact.files}
+        artefact = artefact.model_copy(update={"files": files})
+        self.artefacts[artefact.name] = artefact
+        self._drop_made_from(artefact.name, keep=artefact.sha256)
 
     def drop(self, name: str) -> None:
         """Remove the artefact called ``name``, if there, and all that was made from it."""
-        if self.manifest["artefacts"].pop(name, None) is not None:
+        if self.artefacts.pop(name, None) is not None:
             self._drop_made_from(name, keep=None)
 
     def _drop_made_from(self, name: str, keep: str | None) -> None:
-        for other, entry in list(self.manifest["artefacts"].items()):
-            origin = entry.get("made_from", {})
-            if origin.get("name") == name and origin.get("sha256") != keep:
+        for other, artefact in list(self.artefacts.items()):
+            origin = artefact.made_from
+            if origin.name == name and origin.sha256 != keep:
                 self.drop(other)
+
+    def manifest(self) -> Manifest:
+        """Return the manifest to be.
+
+        Raises:
+            ValueError: a new bundle was not given a description.
+        """
+        if self.description is None:
+            raise ValueError("a new bundle needs a description")
+        described = {key: getattr(self.description, key) for key in Description.model_fields}
+        return Manifest(
+            schema=SCHEMA,
+            written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            artefacts=self.artefacts,
+            checks=self.checks,
+            files=self.files,
+            **described,
+        )
 
 
 @contextlib.contextmanager
@@ -92,11 +119,16 @@ def writing(path: str | Path, *, name: str | None = None) -> Iterator[Draft]:
             for left in folder.glob(f"{STAGING}*"):  # of a process that died
                 if left.is_dir():  # rmtree would wait for a pipe
                     shutil.rmtree(left, ignore_errors=True)
-            manifest = _starting_manifest(folder, name)
-            before = owned_files(manifest)
+            present = _present(folder, name)
+            before = present.owned_files() if present else set()
             staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
             try:
-                draft = Draft(folder, staging, copy.deepcopy(manifest))
+                draft = Draft(folder, staging)
+                if present:
+                    draft.description = present
+                    draft.artefacts |= present.artefacts
+                    draft.checks |= present.checks
+                    draft.files |= present.files
                 yield draft
                 _commit(draft, before)
             finally:
@@ -167,31 +199,33 @@ def _hold(folder: Path, lock: contextlib.ExitStack, *, create: bool) -> bool:
     )
 
 
-def _starting_manifest(folder: Path, name: str | None) -> dict[str, Any]:
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        if name is not None and manifest["name"] != name:
-            raise BundleError(
-                f"'{folder}' holds the bundle of '{manifest['name']}', not of '{name}'.",
-                "Nothing was written. Choose another --output DIR, or remove that bundle first.",
-            )
-        return manifest
-    return {"schema": SCHEMA, "name": name, "artefacts": {}, "checks": {}}
+def _present(folder: Path, name: str | None) -> Manifest | None:
+    """Return the manifest there is, which must be of the model called ``name``."""
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_manifest(folder)
+    if name is not None and manifest.name != name:
+        raise BundleError(
+            f"'{folder}' holds the bundle of '{manifest.name}', not of '{name}'.",
+            "Nothing was written. Choose another --output DIR, or remove that bundle first.",
+        )
+    return manifest
 
 
 def _commit(draft: Draft, before: set[str]) -> None:
-    draft.manifest["written"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     _name_others(draft)
-    text = json.dumps(plain(draft.manifest), indent=2, ensure_ascii=False) + "\n"
-    commit(draft.path, draft.staging, text, sorted(before - owned_files(draft.manifest)))
+    manifest = draft.manifest()
+    # Read back before it counts: what is written can be read, and written again, the same.
+    text = manifest_from(manifest.text(), draft.path / MANIFEST).text()
+    commit(draft.path, draft.staging, text, sorted(before - manifest.owned_files()))
 
 
 def _name_others(draft: Draft) -> None:
     """Enter files that belong to no artefact, such as a report, in the manifest's ``files``."""
-    owned = owned_files(draft.manifest)
+    owned = {file for artefact in draft.artefacts.values() for file in artefact.files}
     kept = {
         relative: sha256
-        for relative, sha256 in draft.manifest.get("files", {}).items()
+        for relative, sha256 in draft.files.items()
         if relative not in owned and (draft.path / relative).is_file()
     }
     staged = {
@@ -200,4 +234,4 @@ def _name_others(draft: Draft) -> None:
         if path.is_file()
     }
     new = {name: file_sha256(path) for name, path in staged.items() if name not in owned}
-    draft.manifest["files"] = dict(sorted({**kept, **new}.items()))
+    draft.files = dict(sorted({**kept, **new}.items()))

@@ -55,7 +55,7 @@ def baseline_of(bundle: Bundle, pictures: Pictures, figures: Sequence[Figure]) -
     """Return the baseline that says ``figures`` are good."""
     return Baseline(
         model=bundle.name,
-        weights_sha256=bundle.manifest["weights"]["sha256"],
+        weights_sha256=bundle.manifest.weights.sha256,
         images_sha256=images_digest(pictures),
         images=pictures.described,
         figures={figure.name: figure for figure in figures},

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from van_deploy.bundle import Bundle
+from van_deploy.bundle import Bundle, Canary, ProbableClass
 from van_deploy.checks.opened import ON_CPU, Execution
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
@@ -99,7 +99,7 @@ def write_canary_picture(path: Path, name: str, folder: Path | None = None) -> s
     return described
 
 
-def canary_entry(path: Path, logits: Logits, described: str) -> dict[str, Any]:
+def canary_entry(path: Path, logits: Logits, described: str) -> Canary:
     """Return what the manifest keeps of the canary in ``path``.
 
     Args:
@@ -109,13 +109,13 @@ def canary_entry(path: Path, logits: Logits, described: str) -> dict[str, Any]:
     """
     probabilities = softmax(logits.astype(np.float64))[0]
     order = np.argsort(-logits[0], kind="stable")[:TOP]
-    return {
-        "file": CANARY_FILE,
-        "sha256": file_sha256(path),
-        "image": described,
-        "reference": "PyTorch, original network, float32",
-        "top5": [{"class": int(i), "probability": float(probabilities[i])} for i in order],
-    }
+    return Canary(
+        file=CANARY_FILE,
+        sha256=file_sha256(path),
+        image=described,
+        reference="PyTorch, original network, float32",
+        top5=tuple(ProbableClass(index=int(i), probability=float(probabilities[i])) for i in order),
+    )
 
 
 def check_canary(
@@ -135,14 +135,14 @@ def check_canary(
         BundleError: the bundle has no canary, or it was changed.
         MissingDependency: nothing here runs the artefact.
     """
-    entry = bundle.manifest.get("canary")
+    entry = bundle.manifest.canary
     path = bundle.path / CANARY_FILE
     if entry is None:
         raise BundleError(
             f"The bundle '{bundle.path}' has no canary.",
             "Export it again with this version of van-deploy.",
         )
-    if not path.is_file() or file_sha256(path) != entry["sha256"]:
+    if not path.is_file() or file_sha256(path) != entry.sha256:
         raise BundleError(
             f"The canary '{path}' is missing or was changed after the manifest was written.",
             "Make the bundle again, or restore the file.",
@@ -167,13 +167,13 @@ def check_canary(
 
 
 def _compare(
-    entry: Mapping[str, Any],
+    entry: Canary,
     artefact: str,
     runner: str,
     found: Mapping[int, float],
     tolerance: float,
 ) -> CanaryReport:
-    expected = tuple((int(e["class"]), float(e["probability"])) for e in entry["top5"])
+    expected = tuple((e.index, e.probability) for e in entry.top5)
     least = min(found.values())  # what a class that is not listed has at most
     changes = {c: abs(p - found.get(c, min(p, least))) for c, p in expected}
     failures = [

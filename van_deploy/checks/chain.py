@@ -68,17 +68,16 @@ def pytorch_steps(reference: Reference, loaded: LoadedVan, images: Images) -> It
 
 def export_steps(bundle: Bundle, reference: Reference, images: Images) -> Iterator[Step]:
     """Yield the graph before simplification, measured if simplification changed it."""
-    simplify = bundle.manifest["checks"].get("simplify")
+    simplify = bundle.manifest.checks.get("simplify")
     if simplify is None or not simplify["changed"]:
         reason = "not asked for" if simplify is None else simplify["reason"]
         yield Step("ONNX before simplification", None, f"the same graph as 'fp32': {reason}")
         return
-    from van_deploy.graph.export import onnx_from_van
+    from van_deploy.graph.export import DEFAULT_OPSET, onnx_from_van
 
-    facts = bundle.artefact("fp32").facts
-    model = onnx_from_van(
-        reference.fold.model, images.shape[-1], images.shape[1], opset=int(facts["opset"])
-    )
+    graph = bundle.artefact("fp32").graph
+    opset = graph.opset if graph else DEFAULT_OPSET
+    model = onnx_from_van(reference.fold.model, images.shape[-1], images.shape[1], opset=opset)
     yield artefact_step("ONNX before simplification", model, reference, images)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from van_deploy.bundle import Bundle
-from van_deploy.documents import json_from
+from van_deploy.documents import json_from, plain
 
 __all__ = ["contract_failures"]
 
@@ -23,9 +23,9 @@ def contract_failures(bundle: Bundle, name: str) -> list[str]:
     failures = []
     written = said.get("van_deploy.preprocessing")
     if written is not None:
-        failures += _differences(_table(written), bundle.manifest["preprocessing"])
+        failures += _differences(_table(written), plain(bundle.manifest.preprocessing))
     weights = said.get("van_deploy.weights_sha256")
-    if weights is not None and weights != bundle.manifest["weights"]["sha256"]:
+    if weights is not None and weights != bundle.manifest.weights.sha256:
         failures.append("the file was made from other weights than the manifest names")
     batch = model.graph.input[0].type.tensor_type.shape.dim[0]
     if batch.dim_value:

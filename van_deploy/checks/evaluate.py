@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -238,8 +238,8 @@ def _key(bundle: Bundle, labelled: LabelledImages, names: Sequence[str], setting
     """Return the digest of everything that decides the answers."""
     return content_key(
         {
-            "weights": bundle.manifest["weights"]["sha256"],
-            "preprocessing": bundle.manifest["preprocessing"],
+            "weights": bundle.manifest.weights.sha256,
+            "preprocessing": asdict(bundle.manifest.preprocessing),
             "artefacts": {name: bundle.artefact(name).sha256 for name in names},
             "runner": settings.execution.runner,
             "batch": settings.batch,

@@ -32,8 +32,8 @@ class _Worker:
     ) -> None:
         import torch
 
+        from van_deploy.bundle.original import original_network
         from van_deploy.checks.contestants import Contestants
-        from van_deploy.model.original import original_network
 
         torch.set_num_threads(CORES_AN_ACTOR)
         opened = Bundle.open(bundle)

@@ -62,7 +62,7 @@ class DriftRow:
 
 def is_equalized(artefact: Artefact) -> bool:
     """Return whether the channels of an artefact's tensors were re-scaled or shifted."""
-    return bool((artefact.facts.get("equalize") or {}).get("tensors"))
+    return bool((artefact.quantization.get("equalize") or {}).get("tensors"))
 
 
 def drift_of_graph(

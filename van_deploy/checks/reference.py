@@ -125,7 +125,7 @@ def rewrites_of(bundle: Bundle) -> Rewrites:
         BundleError: the manifest does not say.
     """
     try:
-        names = bundle.manifest["checks"]["fold"]["rewrites"]
+        names = bundle.manifest.checks["fold"]["rewrites"]
         return Rewrites(**{f: f in names for f in Rewrites.__dataclass_fields__})
     except (KeyError, TypeError) as error:
         raise BundleError(

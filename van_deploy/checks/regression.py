@@ -163,7 +163,7 @@ def _figure_rows(baseline: Baseline | None, figures: Sequence[Figure]) -> Iterat
 
 
 def _require_same(bundle: Bundle, pictures: Pictures, baseline: Baseline) -> None:
-    weights = bundle.manifest["weights"]["sha256"]
+    weights = bundle.manifest.weights.sha256
     pairs = (
         ("model", baseline.model, bundle.name),
         ("weights", baseline.weights_sha256[:12], weights[:12]),

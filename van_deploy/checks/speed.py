@@ -56,7 +56,7 @@ def speed_ratios(
     One thread each, in paired rounds. What does not run here is left out.
     The pixels are normalised outside PyTorch's time, inside an artefact's.
     """
-    size = min(int(bundle.manifest["batch"]["opt"]), len(pictures.pixels))
+    size = min(bundle.manifest.batch.opt, len(pictures.pixels))
     with one_torch_thread():
         return _ratios(bundle, loaded, pictures, execution, size)
 

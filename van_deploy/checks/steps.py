@@ -94,7 +94,7 @@ def steps_of_graph(
     pairs = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     pairs = [node for node in pairs if len(node.input) > 2 and node.input[1] in stored]
     readers = _readers(model)
-    facts = artefact.facts if artefact else {}
+    facts = artefact.quantization if artefact else {}
     gains = _halving_gains(model, images, pairs, stored) if pairs else {}
     recorded = _recorded(facts, pairs, stored)
     activations = [

@@ -97,7 +97,7 @@ def verify_bundle(
     settings = gates or GateSettings()
     say("PyTorch in float64 and float32")
     expected = reference_logits(loaded, pictures)
-    sizes = batch_sizes(BatchRange(**bundle.manifest["batch"]))
+    sizes = batch_sizes(bundle.manifest.batch)
     plain = plain_onnx(bundle)
     reference = None
     verdicts = []
@@ -226,10 +226,11 @@ def _with_canary(
 ) -> ArtefactVerdict:
     """Return the verdict with whether the artefact answers the bundle's picture as PyTorch did."""
     does_not_run = verdict.comparison is None and verdict.outcome == "failed"
-    if "canary" not in bundle.manifest or does_not_run:
+    canary = bundle.manifest.canary
+    if canary is None or does_not_run:
         return verdict
     report = check_canary(bundle, verdict.artefact, execution, threads=threads)
-    failures = [f"the canary '{bundle.manifest['canary']['file']}': {f}" for f in report.failures]
+    failures = [f"the canary '{canary.file}': {f}" for f in report.failures]
     return _add(replace(verdict, canary=report.max_change), failures)
 
 

@@ -10,19 +10,15 @@ Rich is imported when something is printed, not before.
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePath
+from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from van_deploy.forms import CONTROL
+from van_deploy.documents import CONTROL, plain
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -96,34 +92,6 @@ def json_text(value: object, indent: int | None = None) -> str:
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
-
-
-def plain(value: object) -> object:
-    """Return ``value`` in the types JSON has.
-
-    Raises:
-        TypeError: it holds something that has no plain form.
-
-    >>> plain({"sqnr_db": math.inf, "shape": (1, 3), "path": PurePath("a/b")})
-    {'sqnr_db': 'inf', 'shape': [1, 3], 'path': 'a/b'}
-    """
-    if isinstance(value, enum.Enum):
-        return plain(value.value)
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if hasattr(value, "tolist"):  # NumPy's scalars and arrays
-        return plain(value.tolist())
-    raise TypeError(f"{type(value).__name__} has no plain form: {value!r}")
 
 
 def progress() -> Progress:

@@ -303,7 +303,7 @@ def _plain(result: ExportResult, others: list[QuantizeResult]) -> dict[str, Any]
         "seconds": dict(result.seconds),
         "embedded": list(result.embedded),
         "precisions": [quantized_json(other) for other in others],
-        "manifest": dict(Bundle.open(result.bundle.path).manifest),
+        "manifest": Bundle.open(result.bundle.path).manifest,
     }
 
 
@@ -325,8 +325,8 @@ def _table(result: ExportResult, others: list[QuantizeResult]) -> RenderableType
     took = f" in {sum(result.seconds.values()):.1f} s" if result.seconds else ""
     return stack(
         model_facts(manifest),
-        proofs_table(manifest["checks"]),
-        agreement_table(manifest["checks"]["agreement"]),
+        proofs_table(manifest.checks),
+        agreement_table(manifest.checks["agreement"]),
         artefacts_table(manifest, result.bundle.sizes()),
         embedded_table(result.embedded) if result.embedded else None,
         Text(f"{word} the bundle {result.bundle.path}{took} ({result.reason})."),

@@ -51,7 +51,7 @@ def informed(model: str, image_size: int | None = None) -> dict[str, Any]:
             "path": str(bundle.path),
             "problems": bundle.problems(),
             "sizes": bundle.sizes(),
-            "manifest": dict(bundle.manifest),
+            "manifest": bundle.manifest,
         }
     named = [v for v in VARIANTS.values() if model in (v.name, *v.aliases)]
     return _variant(named[0].name, image_size) if named else _weights(model, image_size)
@@ -70,7 +70,7 @@ def _variant(name: str, image_size: int | None) -> dict[str, Any]:
         "name": variant.name,
         "also called": list(variant.aliases),
         **_counted(variant.config, size),
-        "preprocessing": OFFICIAL.as_dict(),
+        "preprocessing": OFFICIAL,
         "top1_percent": variant.top1,
         "weights": str(variant.weights) if variant.weights else None,
         "weights_note": variant.weights_note,
@@ -88,7 +88,7 @@ def _weights(spec: str, image_size: int | None) -> dict[str, Any]:
         "name": loaded.name,
         "variant": variant_of(loaded.config),
         **_counted(loaded.config, image_size or loaded.preprocessing.image_size),
-        "preprocessing": loaded.preprocessing.as_dict(),
+        "preprocessing": loaded.preprocessing,
         "source": asdict(loaded.source),
         "class_names": list(loaded.class_names) if loaded.class_names else None,
     }
@@ -121,14 +121,14 @@ def _bundle_table(result: dict[str, Any]) -> RenderableType:
     more = [f"and {len(found) - MOST_PROBLEMS:,} more"] if len(found) > MOST_PROBLEMS else []
     problems = [*found[:MOST_PROBLEMS], *more]
     return stack(
-        facts_table({"bundle": result["path"], "written": manifest["written"]}),
+        facts_table({"bundle": result["path"], "written": manifest.written}),
         model_facts(manifest),
-        proofs_table(manifest["checks"]),
-        agreement_table(manifest["checks"]["agreement"]),
+        proofs_table(manifest.checks),
+        agreement_table(manifest.checks["agreement"]),
         artefacts_table(manifest, result["sizes"]),
         notes(problems, "FAIL") if problems else notes(["every file is the manifest's"], "PASS"),
-        notes(manifest["weights"]["notes"], "NOTE") if manifest["weights"]["notes"] else None,
-        facts_table(manifest["versions"], "Made with"),
+        notes(manifest.weights.notes, "NOTE") if manifest.weights.notes else None,
+        facts_table(manifest.versions, "Made with"),
     )
 
 
@@ -150,7 +150,7 @@ def _model_table(result: dict[str, Any]) -> RenderableType:
         "multiply-adds": f"{count_text(result['multiply_adds'])} "
         f"at {result['multiply_adds_at']} x {result['multiply_adds_at']}",
         "preprocessing": preprocessing_text(preprocessing),
-        "": f"from {preprocessing['source']}",
+        "": f"from {preprocessing.source}",
     }
     if result["kind"] == "variant":
         facts["top-1"] = (

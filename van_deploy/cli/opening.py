@@ -83,7 +83,7 @@ def opened(
 ) -> tuple[Bundle, LoadedVan]:
     """Return the bundle and the PyTorch network it was made from."""
     found = open_bundle(bundle, require_signature)
-    from van_deploy.model.original import original_network
+    from van_deploy.bundle.original import original_network
 
     return found, original_network(found, weights)
 
@@ -113,7 +113,7 @@ def pictures_for(
     from van_deploy.checks.pictures import pictures_to_check
     from van_deploy.errors import UsageError
 
-    largest = int(bundle.manifest["batch"]["max"])
+    largest = bundle.manifest.batch.max
     if count is not None and count < largest:
         raise UsageError(
             f"{count} images are fewer than the bundle's largest batch, {largest}.",

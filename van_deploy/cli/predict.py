@@ -61,7 +61,7 @@ def predict(
     opened = open_bundle(bundle, require_signature)
     sources = sources_from(images, _stdin() if "-" in images else None)
     speed, bad = Speed(), 0
-    size = batch or min(int(opened.manifest["batch"]["opt"]), len(sources))
+    size = batch or min(opened.manifest.batch.opt, len(sources))
     answers: list[Prediction] = []
     network = Network(opened, artefact, runner=runner, threads=threads, trust_engine=trust_engine)
     for prediction in _predictions(network, sources, top_k, size, speed):

@@ -220,6 +220,7 @@ def quantized_json(result: QuantizeResult) -> dict[str, Any]:
         "reason": result.reason,
         "passed": result.passed,
         "seconds": dict(result.seconds),
+        "graph": result.bundle.artefact(result.artefact).graph,
         **result.facts,
         "comparison": rows,
     }

@@ -126,7 +126,7 @@ def _table(result: RunResult) -> RenderableType:
     from van_deploy.report.tables import stack
 
     bundle = result.bundle
-    names = bundle.manifest.get("class_names")
+    names = bundle.manifest.class_names
     lines = [f"Exported: {result.export.reason}."]
     lines += [
         f"{made.artefact}: {made.reason}."

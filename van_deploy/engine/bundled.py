@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from van_deploy.bundle import Artefact, Bundle, writing
+from van_deploy.bundle import Artefact, Bundle, EngineFacts, Origin, Precision, writing
+from van_deploy.documents import plain
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import (
     REPRODUCIBLE_NOT_CHECKED,
@@ -130,7 +131,7 @@ def request_for(
         onnx=bundle.verified(source),
         onnx_sha256=artefact.sha256,
         ingredients=ingredients,
-        preprocessing=dict(bundle.manifest.get("preprocessing") or {}),
+        preprocessing=plain(bundle.manifest.preprocessing),
     )
 
 
@@ -202,8 +203,8 @@ def enter_engine(request: EngineRequest, plan: Path, sidecar: Sidecar) -> None:
         BundleError: the ONNX file was replaced while the engine was being built.
     """
     with writing(request.bundle) as draft:
-        source = draft.manifest["artefacts"].get(request.source)
-        if source is None or source["files"][source["file"]] != request.onnx_sha256:
+        source = draft.artefacts.get(request.source)
+        if source is None or source.sha256 != request.onnx_sha256:
             raise BundleError(
                 f"'{request.source}' of '{request.bundle}' was replaced while the engine "
                 f"'{request.name}' was being built from it.",
@@ -218,27 +219,16 @@ def enter_engine(request: EngineRequest, plan: Path, sidecar: Sidecar) -> None:
             Artefact(
                 name=request.name,
                 kind="engine",
-                precision=request.precision,
+                precision=cast("Precision", request.precision),
                 file=request.file,
                 files=files,
-                made_from={"name": request.source, "sha256": request.onnx_sha256},
-                made_with=request.ingredients,
-                key=request.key,
-                facts=_facts(sidecar),
+                made_from=Origin(name=request.source, sha256=request.onnx_sha256),
+                made_with=dict(request.ingredients),
+                engine=EngineFacts(
+                    backend=f"{sidecar.backend} {sidecar.backend_version}",
+                    targets=sidecar.targets,
+                    profiles=sidecar.profiles,
+                    parser_layers=sidecar.parser_layers,
+                ),
             )
         )
-
-
-def _facts(sidecar: Sidecar) -> dict[str, Any]:
-    return {
-        "backend": f"{sidecar.backend} {sidecar.backend_version}",
-        "targets": list(sidecar.targets),
-        "profiles": [str(profile) for profile in sidecar.profiles],
-        "bytes": sidecar.plan_bytes,
-        "parser_layers": sidecar.parser_layers,
-        "build_seconds": sidecar.build_seconds,
-        "peak_memory_bytes": sidecar.peak_memory_bytes,
-        "fixed_addresses": sidecar.fixed_addresses,
-        "reproducible": sidecar.reproducible,
-        "warnings": sum(sidecar.warnings.values()),
-    }

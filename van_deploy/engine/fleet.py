@@ -198,10 +198,9 @@ def prepared(cell: Cell, bundle: Bundle) -> BuildOptions:
     """Return a cell's options with the bundle's own batch range where the file gives none."""
     from dataclasses import replace
 
-    own = bundle.manifest.get("batch")
-    if not cell.own_profiles or not own:
+    if not cell.own_profiles:
         return cell.options
-    return replace(cell.options, profiles=(BatchRange(**own),))
+    return replace(cell.options, profiles=(bundle.manifest.batch,))
 
 
 def build_here(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle import Bundle
+from van_deploy.documents import plain
 from van_deploy.engine.backend import choose_backend
 from van_deploy.engine.build import engine_from_onnx, engine_name
 from van_deploy.engine.bundled import EngineRequest, enter_engine, existing_engine, request_for
@@ -150,7 +151,7 @@ def _prepare(cell: Cell, force: bool) -> tuple[Outcome | None, tuple[Any, ...]]:
     present = None if force else _present(bundle, cell, options)
     if present is not None:
         return Outcome(cell, REUSED, present.name, present), ()
-    preprocessing = dict(bundle.manifest.get("preprocessing") or {})
+    preprocessing = plain(bundle.manifest.preprocessing)
     model = (bundle.name, artefact.precision)
     return None, (onnx.read_bytes(), model, cell, options.as_dict(), preprocessing)
 
@@ -170,7 +171,7 @@ def _present(bundle: Bundle, cell: Cell, options: BuildOptions) -> Sidecar | Non
         made = artefact.made_with
         if (
             artefact.kind == "engine"
-            and artefact.made_from.get("sha256") == source
+            and artefact.made_from.sha256 == source
             and made.get("options") == options.as_dict()
             and tuple(made.get("targets", ())) == cell.targets
         ):

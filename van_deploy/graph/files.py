@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from van_deploy.bundle import GraphFacts, TensorFacts
 from van_deploy.graph.simplify import EXTERNAL_LIMIT_BYTES, operator_counts, tensor_bytes
 
 if TYPE_CHECKING:
@@ -33,27 +34,27 @@ def save_onnx(
     return [path.name, data]
 
 
-def graph_facts(model: ModelProto) -> dict[str, object]:
+def graph_facts(model: ModelProto) -> GraphFacts:
     """Return what is worth knowing of a graph: operators, weights, inputs and outputs.
 
     Shapes hold numbers, and names where a dimension is free.
     """
     counts = operator_counts(model)
     opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
-    return {
-        "opset": opset,
-        "ir_version": model.ir_version,
-        "nodes": sum(counts.values()),
-        "operators": counts,
-        "weight_bytes": tensor_bytes(model),
-        "inputs": {value.name: _type(value) for value in model.graph.input},
-        "outputs": {value.name: _type(value) for value in model.graph.output},
-    }
+    return GraphFacts(
+        opset=opset,
+        ir_version=model.ir_version,
+        nodes=sum(counts.values()),
+        operators=counts,
+        weight_bytes=tensor_bytes(model),
+        inputs={value.name: _type(value) for value in model.graph.input},
+        outputs={value.name: _type(value) for value in model.graph.output},
+    )
 
 
-def _type(value: object) -> dict[str, object]:
+def _type(value: object) -> TensorFacts:
     from onnx.helper import tensor_dtype_to_np_dtype
 
     tensor = value.type.tensor_type  # type: ignore[attr-defined]
-    shape = [d.dim_param or d.dim_value for d in tensor.shape.dim]
-    return {"dtype": str(tensor_dtype_to_np_dtype(tensor.elem_type)), "shape": shape}
+    shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
+    return TensorFacts(dtype=str(tensor_dtype_to_np_dtype(tensor.elem_type)), shape=shape)

@@ -84,7 +84,7 @@ def _described(model: ModelProto, path: Path) -> dict[str, Any]:
         "file": str(path),
         "kind": "onnx",
         "bytes": path.stat().st_size,
-        **graph_facts(model),
+        **graph_facts(model).model_dump(mode="json", exclude={"exported_nodes"}),
         "weights": {kind: {"values": counts[kind], "bytes": sizes[kind]} for kind in counts},
         "parameters": sum(counts.values()),
         "external_files": sorted(others),

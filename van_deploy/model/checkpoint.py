@@ -29,6 +29,7 @@ from van_deploy.model.sources import REPO, Found, find_weights, from_hub, on_dis
 from van_deploy.model.state import network_from_state, official_state
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig, Variant, variant_named
+from van_deploy.model.weights_source import WeightsSource
 
 __all__ = ["EMBEDDED", "LoadedVan", "WeightsSource", "config_from_state_dict", "load_van"]
 
@@ -37,29 +38,6 @@ EMBEDDED = "van_digits"
 
 _RANDOM = "random weights: the outputs mean nothing"
 _PLAIN_STEMS = {"model", "pytorch_model", "checkpoint", "model_best", "last", "best"}
-
-
-@dataclass(frozen=True)
-class WeightsSource:
-    """Where a network's weights came from.
-
-    Attributes:
-        spec: what the user asked for.
-        path: the file, or "" for random weights.
-        format: ``official``, ``transformers``, ``mmpretrain``, ``random`` or ``embedded``.
-        sha256: of the file's bytes; for random weights, of the state dict's.
-        seed: of random weights, else None.
-        container: key of the file the tensors were under, or ``top level``.
-        notes: everything the user should be told, one sentence each.
-    """
-
-    spec: str
-    path: str
-    format: str
-    sha256: str
-    seed: int | None
-    container: str
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def images_for(
     """
     found = calibration_set_named(calibration) if isinstance(calibration, str) else calibration
     selection = found.images if found else ImageSelection()
-    preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
+    preprocessing = bundle.manifest.preprocessing
     if settings.noise:
         if images is not None or found is not None:
             raise UsageError(

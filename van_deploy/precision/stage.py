@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from onnx import ModelProto, checker, load_model
 
-from van_deploy.bundle import Artefact, Bundle, Draft, writing
+from van_deploy.bundle import Artefact, Bundle, Draft, Origin, Precision, writing
 from van_deploy.errors import BundleError, ConversionError
 from van_deploy.files import content_key
 from van_deploy.graph.files import graph_facts, save_onnx
@@ -104,15 +104,14 @@ def quantize_bundle(
     job = _Job(opened, asked, chosen, watch)
     reason = job.why_anew(force)
     if not reason:
-        facts = job.bundle.artefact(job.settings.artefact).facts
+        facts = job.bundle.artefact(job.settings.artefact).quantization
         why = "the weights, graph, images, settings and versions are those it was made from"
         return QuantizeResult(job.bundle, job.settings.artefact, True, why, facts)
     job.make_()
     written = Bundle.open(path)
     name = job.settings.artefact
-    return QuantizeResult(
-        written, name, False, reason, written.artefact(name).facts, dict(watch.seconds)
-    )
+    facts = written.artefact(name).quantization
+    return QuantizeResult(written, name, False, reason, facts, dict(watch.seconds))
 
 
 class _Job:
@@ -125,8 +124,7 @@ class _Job:
         self.settings = settings
         self.images = images
         self.watch = watch
-        names = bundle.manifest.get("class_names")
-        self.class_names = tuple(names) if names else None
+        self.class_names = bundle.manifest.class_names
         self.int8 = Int8Maker(settings, images, watch, self.class_names)
         self.facts = self.int8.facts
 
@@ -137,7 +135,7 @@ class _Job:
         asked = asdict(self.settings)
         del asked["threads"]
         return {
-            "weights": self.bundle.manifest["weights"]["sha256"],
+            "weights": self.bundle.manifest.weights.sha256,
             "graph": self.bundle.artefact("fp32").sha256,
             "preprocessing": self.images.preprocessing.as_dict(),
             "calibration images": self.images.calibration.digest,
@@ -258,7 +256,6 @@ class _Job:
         self.watch.begin("Writing the bundle")
         name = self.settings.artefact
         file, stem = f"model.{name}.onnx", ranges_stem(name)
-        made_with = self.ingredients()
         with writing(self.bundle.path) as draft:
             files = _save(draft, file, graph)
             summary = {**ranges_summary(ranges), "scales": self.facts.get("scales", {})}
@@ -270,13 +267,13 @@ class _Job:
                 Artefact(
                     name=name,
                     kind="onnx",
-                    precision=self.settings.precision,
+                    precision=cast("Precision", self.settings.precision),
                     file=file,
                     files=dict.fromkeys([*files, f"{stem}.json", f"{stem}.npz"], ""),
-                    made_from={"name": "fp32", "sha256": self.bundle.artefact("fp32").sha256},
-                    made_with=made_with,
-                    key=content_key(made_with),
-                    facts={**graph_facts(graph), **self.facts},
+                    made_from=Origin(name="fp32", sha256=self.bundle.artefact("fp32").sha256),
+                    made_with=self.ingredients(),
+                    graph=graph_facts(graph),
+                    quantization=self.facts,
                 )
             )
         self.watch.begin("")

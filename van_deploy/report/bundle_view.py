@@ -7,6 +7,9 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from van_deploy.bundle import Manifest
+from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.weights_source import WeightsSource
 from van_deploy.report.tables import (
     Column,
     bytes_text,
@@ -29,27 +32,27 @@ __all__ = [
 ]
 
 
-def model_facts(manifest: Mapping[str, Any]) -> RenderableType:
+def model_facts(manifest: Manifest) -> RenderableType:
     """Return what the network is and what it must be fed."""
-    weights, config = manifest["weights"], manifest["architecture"]
+    weights, config = manifest.weights, manifest.architecture
     facts = {
-        "model": manifest["name"],
+        "model": manifest.name,
         "weights": f"{_where(weights)} "
-        f"({weights['format']}{_seed(weights)}, sha256 {weights['sha256'][:12]})",
-        "network": f"widths {_list(config['embed_dims'])}, depths {_list(config['depths'])}, "
-        f"{config['num_classes']} classes, {count_text(manifest['parameters'])} parameters",
-        "preprocessing": preprocessing_text(manifest["preprocessing"]),
-        "": f"from {manifest['preprocessing']['source']}",
-        "batch": "{min} to {max}, best at {opt}".format(**manifest["batch"]),
+        f"({weights.format}{_seed(weights)}, sha256 {weights.sha256[:12]})",
+        "network": f"widths {_list(config.embed_dims)}, depths {_list(config.depths)}, "
+        f"{config.num_classes} classes, {count_text(manifest.parameters)} parameters",
+        "preprocessing": preprocessing_text(manifest.preprocessing),
+        "": f"from {manifest.preprocessing.source}",
+        "batch": f"{manifest.batch.min} to {manifest.batch.max}, best at {manifest.batch.opt}",
     }
     return facts_table(facts)
 
 
-def preprocessing_text(values: Mapping[str, Any]) -> str:
+def preprocessing_text(values: Preprocessing) -> str:
     """Return preprocessing on one line."""
     return (
-        f"{values['image_size']} x {values['image_size']}, {values['interpolation']}, "
-        f"crop {values['crop_pct']:g}, mean {_list(values['mean'])}, std {_list(values['std'])}"
+        f"{values.image_size} x {values.image_size}, {values.interpolation}, "
+        f"crop {values.crop_pct:g}, mean {_list(values.mean)}, std {_list(values.std)}"
     )
 
 
@@ -120,7 +123,7 @@ def agreement_table(agreement: Mapping[str, Any]) -> RenderableType:
     return rows_table(columns, rows)
 
 
-def artefacts_table(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> RenderableType:
+def artefacts_table(manifest: Manifest, sizes: Mapping[str, int]) -> RenderableType:
     """Return one line an artefact: precision, nodes, size, digest.
 
     Args:
@@ -138,13 +141,13 @@ def artefacts_table(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Re
     rows = (
         (
             name,
-            entry["precision"],
-            entry["file"],
-            entry["facts"].get("nodes"),
+            entry.precision,
+            entry.file,
+            entry.graph.nodes if entry.graph else None,
             bytes_text(sizes[name]),
-            entry["files"][entry["file"]][:12],
+            entry.sha256[:12],
         )
-        for name, entry in manifest["artefacts"].items()
+        for name, entry in manifest.artefacts.items()
     )
     return stack(rows_table(columns, rows))
 
@@ -169,14 +172,14 @@ def _embedded(item: Embedded) -> dict[str, object]:
     }
 
 
-def _where(weights: Mapping[str, Any]) -> str:
+def _where(weights: WeightsSource) -> str:
     """Return the weights' file; what ships in the package goes by its name."""
-    inside = weights["format"] in {"embedded", "random"}
-    return str(weights["spec"] if inside else weights["path"])
+    inside = weights.format in {"embedded", "random"}
+    return str(weights.spec if inside else weights.path)
 
 
-def _seed(weights: Mapping[str, Any]) -> str:
-    return f", seed {weights['seed']}" if weights.get("seed") is not None else ""
+def _seed(weights: WeightsSource) -> str:
+    return f", seed {weights.seed}" if weights.seed is not None else ""
 
 
 def _list(values: Iterable[object]) -> str:

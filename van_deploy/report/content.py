@@ -9,10 +9,9 @@ from typing import Any
 
 from van_deploy import __version__
 from van_deploy.bench.report import SCHEMA
-from van_deploy.bundle import Bundle
+from van_deploy.bundle import Bundle, Manifest
 from van_deploy.documents import json_from, text_from
 from van_deploy.errors import BundleError
-from van_deploy.manifest import Section as ManifestSection
 from van_deploy.report.bench_view import ms_text
 from van_deploy.report.content_checks import (
     Check,
@@ -48,7 +47,7 @@ BENCH_FILE = "bench.json"
 class _Found:
     """What the bundle holds, read once."""
 
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     sizes: Mapping[str, int]
     checks: list[Check]
     bench: Mapping[str, Any] | None
@@ -76,7 +75,7 @@ def document_of(bundle: Bundle) -> Document:
 
 def _document(bundle: Bundle) -> Document:
     checks, stale = fresh_checks(bundle.manifest)
-    manifest = ManifestSection({**bundle.manifest, "checks": checks})
+    manifest = bundle.manifest.model_copy(update={"checks": checks})
     kept = _bench(bundle)
     bench, outdated = fresh_bench(manifest, kept if kept and kept["schema"] == SCHEMA else None)
     verdicts = checks_of(manifest, bundle.problems())
@@ -99,10 +98,10 @@ def _document(bundle: Bundle) -> Document:
         made_section(manifest, found.sizes),
         preprocessing_section(bundle),
         verdicts_section(found.checks),
-        accuracy_section(manifest["checks"]),
-        drift_section(manifest["checks"]),
+        accuracy_section(manifest.checks),
+        drift_section(manifest.checks),
         speed_section(found.bench),
-        tradeoff_section(manifest["checks"], found.bench),
+        tradeoff_section(manifest.checks, found.bench),
         roofline_section(found.bench),
         graph_section(manifest),
         provenance_section(manifest),
@@ -129,12 +128,12 @@ def _bench(bundle: Bundle) -> Mapping[str, Any] | None:
     return report if str(report.get("schema", "")).startswith("van-deploy/bench/") else None
 
 
-def _subtitle(manifest: Mapping[str, Any]) -> str:
-    size = manifest["preprocessing"]["image_size"]
-    precisions = sorted({entry["precision"].upper() for entry in manifest["artefacts"].values()})
+def _subtitle(manifest: Manifest) -> str:
+    size = manifest.preprocessing.image_size
+    precisions = sorted({entry.precision.upper() for entry in manifest.artefacts.values()})
     return (
-        f"Visual Attention Network, {count_text(manifest['parameters'])} parameters, "
-        f"{size} x {size} pixels, {manifest['architecture']['num_classes']} classes, "
+        f"Visual Attention Network, {count_text(manifest.parameters)} parameters, "
+        f"{size} x {size} pixels, {manifest.architecture.num_classes} classes, "
         f"deployed as {', '.join(precisions)}"
     )
 
@@ -154,13 +153,13 @@ def _tiles(found: _Found) -> list[Tile]:
                 "warn" if loaded else "",
             )
         )
-    evaluated = found.manifest["checks"].get("evaluate", {}).get("accuracy", {})
+    evaluated = found.manifest.checks.get("evaluate", {}).get("accuracy", {})
     if evaluated:
         name, entry = list(evaluated.items())[-1]
         low, high = entry["top1_interval"]
         interval = f"95 %: {100 * low:.1f} to {100 * high:.1f}"
         tiles.append(Tile(f"Top-1 of {name}", f"{100 * entry['top1']:.2f} %", interval))
-    agreement = found.manifest["checks"].get("agreement")
+    agreement = found.manifest.checks.get("agreement")
     if agreement:
         worst = min(float(entry["sqnr_db"]) for entry in agreement["batches"])
         note = f"lowest of batch {', '.join(str(e['batch']) for e in agreement['batches'])}"
@@ -171,14 +170,14 @@ def _tiles(found: _Found) -> list[Tile]:
         size = bytes_text(found.sizes[smallest])
         note = f"{smallest}, of {len(found.sizes)}" if len(found.sizes) > 1 else smallest
         tiles.append(Tile("Smallest artefact", size, note))
-    nodes = found.manifest["artefacts"].get("fp32", {}).get("facts", {}).get("nodes")
-    if nodes:
-        folded = found.manifest["checks"].get("fold", {}).get("batchnorms_folded", 0)
-        tiles.append(Tile("Operators", str(nodes), f"{folded} BatchNorms folded away"))
+    exported = found.manifest.artefacts.get("fp32")
+    if exported and exported.graph:
+        folded = found.manifest.checks.get("fold", {}).get("batchnorms_folded", 0)
+        tiles.append(Tile("Operators", str(exported.graph.nodes), f"{folded} BatchNorms folded"))
     return tiles
 
 
-def _footer(manifest: Mapping[str, Any]) -> str:
+def _footer(manifest: Manifest) -> str:
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    written = manifest.get("written", "unknown")
-    return f"Written by van-deploy {__version__} on {now}; the bundle was last changed {written}."
+    changed = f"the bundle was last changed {manifest.written}"
+    return f"Written by van-deploy {__version__} on {now}; {changed}."

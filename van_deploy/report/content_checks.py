@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from van_deploy.bundle import Manifest
 from van_deploy.report.document import Block, Figure, Grid, Section, Text
 from van_deploy.report.svg import Axis, Point, Series, interval_chart, line_chart
 
@@ -45,15 +46,15 @@ class Check:
     detail: str
 
 
-def checks_of(manifest: Mapping[str, Any], problems: Sequence[str]) -> list[Check]:
+def checks_of(manifest: Manifest, problems: Sequence[str]) -> list[Check]:
     """Return every verdict of the manifest.
 
     Args:
         manifest: the bundle's.
         problems: what is wrong with the bundle's files now; empty is good.
     """
-    checks = manifest["checks"]
-    files = sum(len(entry["files"]) for entry in manifest["artefacts"].values())
+    checks = manifest.checks
+    files = sum(len(entry.files) for entry in manifest.artefacts.values())
     found = [Check("FAIL", "files", problem) for problem in problems] or [
         Check("PASS", "files", f"all {files} have the manifest's SHA-256")
     ]
@@ -146,7 +147,7 @@ def drift_section(checks: Mapping[str, Any]) -> Section | None:
 
 
 def skipped_section(
-    manifest: Mapping[str, Any], checks: Sequence[Check], bench: Mapping[str, Any] | None
+    manifest: Manifest, checks: Sequence[Check], bench: Mapping[str, Any] | None
 ) -> Section | None:
     """Return what was not done, and why."""
     rows = [(c.name, c.detail) for c in checks if c.verdict == "SKIPPED"]
@@ -154,15 +155,15 @@ def skipped_section(
     rows += [
         (name, f"not asked for yet: {what}")
         for name, what in COMMANDS.items()
-        if name not in manifest["checks"]
+        if name not in manifest.checks
     ]
-    kinds = {entry["precision"] for entry in manifest["artefacts"].values()}
+    kinds = {entry.precision for entry in manifest.artefacts.values()}
     rows += [
         (kind.upper(), f"not made: `van-deploy quantize --precision {kind}`")
         for kind in ("fp16", "int8")
         if kind not in kinds
     ]
-    if not any(entry["kind"] == "engine" for entry in manifest["artefacts"].values()):
+    if not any(entry.kind == "engine" for entry in manifest.artefacts.values()):
         rows.append(("TensorRT engine", "not built: `van-deploy build`"))
     return Section("What was skipped, and why", (Grid(("what", "why"), tuple(rows)),))
 

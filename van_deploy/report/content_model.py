@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from van_deploy.bundle import Bundle
+from van_deploy.bundle import SCHEMA, Artefact, Bundle, Manifest
 from van_deploy.errors import VanDeployError
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
@@ -31,37 +31,37 @@ SHOWN_SIDE = 256  # pixels of an example picture on the page
 PALETTE = {"fp32": 1, "fp16": 3, "int8": 2}
 
 
-def model_section(manifest: Mapping[str, Any]) -> Section:
+def model_section(manifest: Manifest) -> Section:
     """Return what was asked: the network, its weights and the batch range."""
-    config, weights, batch = manifest["architecture"], manifest["weights"], manifest["batch"]
-    seed = f", seed {weights['seed']}" if weights.get("seed") is not None else ""
+    config, weights, batch = manifest.architecture, manifest.weights, manifest.batch
+    seed = f", seed {weights.seed}" if weights.seed is not None else ""
     facts = {
-        "Network": f"widths {_list(config['embed_dims'])}; depths {_list(config['depths'])}; "
-        f"large kernels {_list(config['lka_kernels'])}",
-        "Parameters": f"{manifest['parameters']:,}",
-        "Weights": f"{weights['path'] or weights['spec']} ({weights['format']}{seed})",
-        "SHA-256": weights["sha256"],
+        "Network": f"widths {_list(config.embed_dims)}; depths {_list(config.depths)}; "
+        f"large kernels {_list(config.lka_kernels)}",
+        "Parameters": f"{manifest.parameters:,}",
+        "Weights": f"{weights.path or weights.spec} ({weights.format}{seed})",
+        "SHA-256": weights.sha256,
         "Classes": _classes(manifest),
-        "Batch": f"{batch['min']} to {batch['max']}, best at {batch['opt']}",
+        "Batch": f"{batch.min} to {batch.max}, best at {batch.opt}",
     }
-    notes = tuple(Text(f"Note: {note}.".replace("..", ".")) for note in weights.get("notes", ()))
+    notes = tuple(Text(f"Note: {note}.".replace("..", ".")) for note in weights.notes)
     return Section("What was asked", (Facts(facts), *notes))
 
 
-def made_section(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Section:
+def made_section(manifest: Manifest, sizes: Mapping[str, int]) -> Section:
     """Return what was made: one row an artefact, and their sizes as bars."""
     rows = tuple(
         (
             name,
-            entry["kind"],
-            entry["precision"].upper(),
-            entry["file"],
-            str(entry["facts"].get("nodes", entry["facts"].get("parser_layers", ""))),
+            entry.kind,
+            entry.precision.upper(),
+            entry.file,
+            _nodes(entry),
             bytes_text(sizes[name]),
-            entry["made_from"].get("name", ""),
-            entry["files"][entry["file"]][:16],
+            entry.made_from.name,
+            entry.sha256[:16],
         )
-        for name, entry in manifest["artefacts"].items()
+        for name, entry in manifest.artefacts.items()
     )
     columns = ("artefact", "kind", "precision", "file", "nodes", "size", "made from", "SHA-256")
     blocks: list[Block] = [Grid(columns, rows, frozenset({4, 5}))]
@@ -77,7 +77,7 @@ def made_section(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> Secti
 
 def preprocessing_section(bundle: Bundle) -> Section:
     """Return what a picture goes through, with an example before and after."""
-    preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
+    preprocessing = bundle.manifest.preprocessing
     side = preprocessing.image_size
     facts = {
         "Resize": f"short side to {preprocessing.resize_size} pixels, {preprocessing.interpolation}"
@@ -91,16 +91,16 @@ def preprocessing_section(bundle: Bundle) -> Section:
     return Section("Preprocessing", (Facts(facts), *_example(bundle, preprocessing)))
 
 
-def graph_section(manifest: Mapping[str, Any]) -> Section:
+def graph_section(manifest: Manifest) -> Section:
     """Return operator counts before and after each stage."""
     blocks: list[Block] = []
     stages = tuple(_stages(manifest))
     if stages:
         blocks.append(Grid(("stage", "operators", "what happened"), stages, frozenset({1})))
     graphs = {
-        name: entry["facts"]["operators"]
-        for name, entry in manifest["artefacts"].items()
-        if entry["facts"].get("operators")
+        name: entry.graph.operators
+        for name, entry in manifest.artefacts.items()
+        if entry.graph is not None
     }
     kinds = sorted(
         {kind for counts in graphs.values() for kind in counts},
@@ -114,22 +114,22 @@ def graph_section(manifest: Mapping[str, Any]) -> Section:
     return Section("Graph", tuple(blocks))
 
 
-def provenance_section(manifest: Mapping[str, Any]) -> Section:
+def provenance_section(manifest: Manifest) -> Section:
     """Return where everything came from: versions, keys and digests of every file."""
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    keys = {f"Key of {name}": entry["key"] for name, entry in manifest["artefacts"].items()}
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    keys = {f"Key of {name}": entry.key for name, entry in manifest.artefacts.items()}
     files = tuple(
         (name, file, digest)
-        for name, entry in manifest["artefacts"].items()
-        for file, digest in entry["files"].items()
+        for name, entry in manifest.artefacts.items()
+        for file, digest in entry.files.items()
     )
     grid = Grid(("artefact", "file", "SHA-256"), files, caption="Every file", folded=True)
-    facts = {"Made with": versions, **keys, "Bundle schema": manifest["schema"]}
+    facts = {"Made with": versions, **keys, "Bundle schema": SCHEMA}
     return Section("Provenance", (Facts(facts), grid))
 
 
-def _stages(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
-    checks, facts = manifest["checks"], manifest["artefacts"].get("fp32", {}).get("facts", {})
+def _stages(manifest: Manifest) -> Iterable[tuple[str, str, str]]:
+    checks, exported = manifest.checks, manifest.artefacts.get("fp32")
     fold = checks.get("fold")
     if fold:
         kept = f"; {fold['multiplies_kept']} multiplies kept" if fold["multiplies_kept"] else ""
@@ -139,20 +139,30 @@ def _stages(manifest: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
             f"{fold['batchnorms_folded']} BatchNorms and {fold['layer_scales_folded']} layer "
             f"scales folded{kept}",
         )
-    if "exported_nodes" in facts:
-        yield "export", str(facts["exported_nodes"]), f"opset {facts['opset']}"
+    graph = exported.graph if exported else None
+    if graph and graph.exported_nodes is not None:
+        yield "export", str(graph.exported_nodes), f"opset {graph.opset}"
     simplify = checks.get("simplify")
     if simplify:
         removed = ", ".join(f"{n} {kind}" for kind, n in simplify["removed"].items())
         words = simplify["reason"] + (f": removed {removed}" if removed else "")
         yield "simplification", str(simplify["nodes_after"]), words
-    for name, entry in manifest["artefacts"].items():
-        if entry["kind"] == "onnx" and name != "fp32":
-            origin = entry["made_from"].get("name", "")
-            yield name, str(entry["facts"].get("nodes", "")), f"made from {origin}"
-        elif entry["kind"] == "engine":
-            layers = entry["facts"].get("parser_layers")
-            yield name, "" if layers is None else str(layers), "layers TensorRT's parser made"
+    for name, entry in manifest.artefacts.items():
+        if entry.kind == "onnx" and name != "fp32":
+            yield (
+                name,
+                _nodes(entry),
+                f"made from {entry.made_from.name}",
+            )
+        elif entry.kind == "engine":
+            yield name, _nodes(entry), "layers TensorRT's parser made"
+
+
+def _nodes(entry: Artefact) -> str:
+    """Return how many operators an artefact has, or layers."""
+    if entry.graph is not None:
+        return str(entry.graph.nodes)
+    return str(entry.engine.parser_layers) if entry.engine else ""
 
 
 def _example(bundle: Bundle, preprocessing: Preprocessing) -> Iterable[Block]:
@@ -180,7 +190,7 @@ def _picture(bundle: Bundle) -> tuple[Image, str]:
 
     canary = bundle.path / CANARY
     if canary.is_file():
-        described = str(bundle.manifest.get("canary", {}).get("image", "the bundle's own picture"))
+        described = bundle.manifest.canary.image if bundle.manifest.canary else "its own picture"
         return open_image(canary), described
     samples = sample_pictures()
     return samples.images[0], "a sample photograph"
@@ -209,13 +219,13 @@ def _size(picture: Image) -> str:
     return f"{picture.size[0]} x {picture.size[1]} pixels"
 
 
-def _colour(manifest: Mapping[str, Any], name: str) -> int:
-    return PALETTE.get(manifest["artefacts"][name]["precision"], 4)
+def _colour(manifest: Manifest, name: str) -> int:
+    return PALETTE.get(manifest.artefacts[name].precision, 4)
 
 
-def _classes(manifest: Mapping[str, Any]) -> str:
-    names = manifest.get("class_names") or []
-    count = manifest["architecture"]["num_classes"]
+def _classes(manifest: Manifest) -> str:
+    names = manifest.class_names or ()
+    count = manifest.architecture.num_classes
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     return f"{count_text(count)} ({shown})" if names else f"{count_text(count)}, without names"
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from van_deploy.bundle import Manifest
+
 __all__ = ["fresh_bench", "fresh_checks"]
 
 BY_ARTEFACT = ("artefacts", "accuracy", "drift")
 """Keys of a check's result under which there is one entry an artefact."""
 
 
-def fresh_checks(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def fresh_checks(manifest: Manifest) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """Return the checks without entries of artefacts that were made anew since.
 
     Returns:
@@ -19,7 +21,7 @@ def fresh_checks(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[tupl
     """
     now = _digests(manifest)
     checks, stale = {}, []
-    for name, entry in manifest["checks"].items():
+    for name, entry in manifest.checks.items():
         measured = entry.get("artefacts_sha256", {}) if isinstance(entry, Mapping) else {}
         gone = {artefact for artefact, digest in measured.items() if now.get(artefact) != digest}
         checks[name] = _without(entry, gone) if gone else entry
@@ -28,12 +30,12 @@ def fresh_checks(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], list[tupl
 
 
 def fresh_bench(
-    manifest: Mapping[str, Any], bench: Mapping[str, Any] | None
+    manifest: Manifest, bench: Mapping[str, Any] | None
 ) -> tuple[Mapping[str, Any] | None, list[tuple[str, str]]]:
     """Return a benchmark without the rows of files that are no longer in the bundle."""
     if bench is None:
         return None, []
-    known = {*_digests(manifest).values(), manifest["weights"]["sha256"]}
+    known = {*_digests(manifest).values(), manifest.weights.sha256}
     gone = {name for name, entry in bench["contenders"].items() if entry["sha256"] not in known}
     kept = {
         key: [row for row in bench[key] if row["contender"] not in gone]
@@ -42,8 +44,8 @@ def fresh_bench(
     return {**bench, **kept}, [("bench", name) for name in sorted(gone)]
 
 
-def _digests(manifest: Mapping[str, Any]) -> dict[str, str]:
-    return {name: entry["files"][entry["file"]] for name, entry in manifest["artefacts"].items()}
+def _digests(manifest: Manifest) -> dict[str, str]:
+    return {name: entry.sha256 for name, entry in manifest.artefacts.items()}
 
 
 def _without(entry: Mapping[str, Any], gone: set[str]) -> dict[str, Any]:

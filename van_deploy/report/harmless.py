@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
 from rich.segment import Segment
 
-from van_deploy.forms import CONTROL
+from van_deploy.documents import CONTROL
 
 __all__ = ["Harmless"]
 

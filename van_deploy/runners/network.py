@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Artefact, Bundle
 from van_deploy.environment.hardware import nvidia_driver
-from van_deploy.errors import InputError, UsageError
+from van_deploy.errors import UsageError
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import softmax
@@ -81,17 +81,17 @@ class TopClasses:
 
 def embedding_of(artefact: Artefact) -> str:
     """Return what preprocessing an artefact has inside: ``none``, ``normalize`` or ``uint8``."""
-    return str(artefact.facts.get("embedded", "none"))
+    return artefact.embedded
 
 
 def runnable_artefacts(bundle: Bundle) -> list[str]:
     """Return the names of the artefacts that ONNX Runtime can run, in the bundle's order."""
-    return [name for name, item in bundle.artefacts.items() if item.file.endswith(".onnx")]
+    return [name for name, item in bundle.artefacts.items() if item.kind != "engine"]
 
 
 def profiles_of(artefact: Artefact) -> list[BatchRange]:
     """Return the batch sizes an engine serves; nothing where its entry does not say."""
-    return [BatchRange.parse(str(text)) for text in artefact.facts.get("profiles", ())]
+    return list(artefact.engine.profiles) if artefact.engine else []
 
 
 class Network:
@@ -132,8 +132,8 @@ class Network:
         self.bundle = bundle
         self.name = artefact
         self.threads = threads
-        self.preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
-        self.max_batch = int(bundle.manifest["batch"]["max"])
+        self.preprocessing = bundle.manifest.preprocessing
+        self.max_batch = bundle.manifest.batch.max
         self._spin, self._trust_engine = spin, trust_engine
         self.is_engine = False
         self._profiles: list[BatchRange] = []
@@ -145,35 +145,27 @@ class Network:
         described = bundle.artefact(artefact)
         self.is_engine = described.kind == "engine"
         if self.is_engine:
-            self.runner = str(described.facts.get("backend", "tensorrt")).split()[0]
+            self.runner = described.engine.backend.split()[0] if described.engine else "tensorrt"
             self._profiles = profiles_of(described)
             self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
-            described = bundle.artefacts.get(str(described.made_from.get("name")), described)
-        elif described.file.endswith(".onnx"):
-            self.runner = runner
+            described = bundle.artefacts.get(described.made_from.name, described)
         else:
-            raise InputError(
-                f"'{artefact}' is of kind '{described.kind}', which nothing here runs.",
-                f"Choose one of: {', '.join(runnable_artefacts(bundle))}.",
-            )
+            self.runner = runner
         self.embedding = embedding_of(described)
         self.input, self.outputs = self._specs(described)
 
     def _plain_specs(self) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
         size, channels = self.preprocessing.image_size, self.preprocessing.channels
-        classes = int(self.bundle.manifest["architecture"]["num_classes"])
+        classes = self.bundle.manifest.architecture.num_classes
         given = TensorSpec(INPUT_NAME, "float32", (channels, size, size))
         return given, (TensorSpec(OUTPUT_NAME, "float32", (classes,)),)
 
     def _specs(self, artefact: Artefact) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
-        given, taken = artefact.facts.get("inputs"), artefact.facts.get("outputs")
-        if not given or not taken:
+        if artefact.graph is None:
             return self._plain_specs()
         inputs, outputs = (
-            tuple(
-                TensorSpec(name, str(v["dtype"]), tuple(v["shape"][1:])) for name, v in item.items()
-            )
-            for item in (given, taken)
+            tuple(TensorSpec(name, v.dtype, v.row_shape) for name, v in item.items())
+            for item in (artefact.graph.inputs, artefact.graph.outputs)
         )
         return inputs[0], outputs
 
@@ -186,7 +178,7 @@ class Network:
             ConversionError: the run time refuses it.
         """
         if self.name == PYTORCH:
-            from van_deploy.model.original import original_network
+            from van_deploy.bundle.original import original_network
             from van_deploy.runners.pytorch import TorchRunner
 
             self._opened = TorchRunner(original_network(self.bundle).model)

@@ -8,12 +8,12 @@ nodes before and behind it, proved on pictures before it is written.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import numpy as np
 
-from van_deploy.bundle import Artefact, Bundle, Draft, writing
+from van_deploy.bundle import Artefact, Bundle, Draft, Embedding, Origin, writing
 from van_deploy.checks.agreement import FP32
 from van_deploy.errors import GateFailed, UsageError
 from van_deploy.files import content_key
@@ -27,7 +27,6 @@ from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import softmax
 from van_deploy.model.pixels import Pixels, normalised
-from van_deploy.model.preprocess import Preprocessing
 from van_deploy.provenance import code_digest
 from van_deploy.runners.base import Logits
 from van_deploy.runners.network import Outputs, network_input
@@ -72,11 +71,7 @@ def embedded_name(base: str, embedding: str) -> str:
 
 def plain_graphs(bundle: Bundle) -> list[str]:
     """Return the ONNX artefacts of a bundle that take normalised images and give logits."""
-    return [
-        name
-        for name, artefact in bundle.artefacts.items()
-        if artefact.kind == "onnx" and "embedded" not in artefact.facts
-    ]
+    return [name for name, artefact in bundle.artefacts.items() if artefact.kind == "onnx"]
 
 
 def embed_artefacts(
@@ -134,25 +129,20 @@ def _embed(
 
     name, source = embedded_name(base, embedding), bundle.artefact(base)
     path = bundle.verified(base)
+    preprocessing = bundle.manifest.preprocessing
     made_with = {
         "embedding": embedding,
         "outputs": list(outputs),
         "base": source.sha256,
-        "preprocessing": bundle.manifest["preprocessing"],
+        "preprocessing": asdict(preprocessing),
         "code": code_digest("graph"),
     }
-    key = content_key(made_with)
     there = bundle.artefacts.get(name)
-    if there is not None and there.key == key:
+    if there is not None and there.key == content_key(made_with):
         bundle.verified(name)
         return Embedded(name, base, reused=True, agreement=None)
-    preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
     model = embed_preprocessing(onnx.load(path), preprocessing, embedding, outputs)
-    facts = {
-        **graph_facts(model),
-        "embedded": embedding,
-        "embedded_outputs": list(outputs),
-    }
+    facts = graph_facts(model)
     suffix = path.name.removesuffix(".onnx")
     files = save_onnx(model, draft.file(f"{suffix}.{name.removeprefix(f'{base}-')}.onnx"))
     reference = expected if source.precision == "fp32" else None
@@ -161,17 +151,17 @@ def _embed(
         logits = {n: plain.run(normalised(pixels[:n], preprocessing)) for n in batches}
         found = {n: embedded.run_all(inputs[:n]) for n in batches}
     report = _verdict(name, base, logits, found, reference)
-    draft.manifest["checks"][f"embedded {name}"] = report
+    draft.checks[f"embedded {name}"] = report
     artefact = Artefact(
         name=name,
         kind="serving",
         precision=source.precision,
         file=files[0],
         files=dict.fromkeys(files, ""),
-        made_from={"name": base, "sha256": source.sha256},
+        made_from=Origin(name=base, sha256=source.sha256),
         made_with=made_with,
-        key=key,
-        facts=facts,
+        graph=facts,
+        embedded=cast("Embedding", embedding),
     )
     draft.record(artefact)
     return Embedded(name, base, reused=False, agreement=report)

@@ -195,7 +195,7 @@ def _answers(network: Network, batch: _Batch, top: int, speed: Speed) -> Iterato
         speed.infer_s += time.perf_counter() - start
         speed.pictures += len(batch.pixels)
         ranked = network.top(outputs, top)
-        names = network.bundle.manifest.get("class_names")
+        names = network.bundle.manifest.class_names
         answers = iter([named_classes(ranked, row, names) for row in range(len(batch.pixels))])
     for name, error in batch.sources:
         yield Prediction(name, () if error else next(answers), error)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from van_deploy.bundle import Bundle
+from van_deploy.bundle.reading import Bundle
 from van_deploy.errors import BundleError, InputError
 from van_deploy.model.checkpoint import EMBEDDED, LoadedVan, load_van
-from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.weights_source import WeightsSource
 
 __all__ = ["original_network"]
 
@@ -26,39 +24,32 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
         weights: where its weights file is now; None takes the place the manifest names.
 
     Raises:
-        BundleError: the manifest does not say where the weights were, or they
-            have moved, have changed, or are not this bundle's.
+        BundleError: the weights have moved, have changed, or are not this bundle's.
     """
-    recorded = bundle.manifest.get("weights")
-    if recorded is None:
-        raise BundleError(
-            f"The bundle '{bundle.path}' does not say which weights it was made from.",
-            "Export the model again.",
-        )
+    recorded = bundle.manifest.weights
     loaded = _load(bundle, recorded, str(weights) if weights is not None else None)
-    if loaded.source.sha256 != recorded["sha256"]:
+    if loaded.source.sha256 != recorded.sha256:
         raise _not_the_weights(bundle, recorded, loaded)
-    names = bundle.manifest.get("class_names")
     return replace(
         loaded,
         name=bundle.name,
-        preprocessing=Preprocessing.from_dict(bundle.manifest["preprocessing"]),
-        class_names=tuple(names) if names else None,
+        preprocessing=bundle.manifest.preprocessing,
+        class_names=bundle.manifest.class_names,
     )
 
 
-def _load(bundle: Bundle, recorded: Mapping[str, Any], weights: str | None) -> LoadedVan:
-    container = recorded["container"] if recorded["container"] != "top level" else None
+def _load(bundle: Bundle, recorded: WeightsSource, weights: str | None) -> LoadedVan:
+    container = recorded.container if recorded.container != "top level" else None
     try:
         if weights is not None:
             return load_van(_place(weights), container=container)
-        if recorded["format"] == "embedded":
+        if recorded.format == "embedded":
             return load_van(EMBEDDED)
-        if recorded["format"] == "random":
-            return load_van(recorded["spec"], weights="random", seed=recorded["seed"])
-        return load_van(_place(recorded["path"]), container=container)
+        if recorded.format == "random":
+            return load_van(recorded.spec, weights="random", seed=recorded.seed or 0)
+        return load_van(_place(recorded.path), container=container)
     except InputError as error:
-        place = weights or recorded["path"] or recorded["spec"]
+        place = weights or recorded.path or recorded.spec
         raise BundleError(
             f"The weights that the bundle '{bundle.path}' was made from cannot be read "
             f"from '{place}': {error.message}",
@@ -66,17 +57,16 @@ def _load(bundle: Bundle, recorded: Mapping[str, Any], weights: str | None) -> L
         ) from error
 
 
-def _not_the_weights(bundle: Bundle, recorded: Mapping[str, Any], loaded: LoadedVan) -> BundleError:
+def _not_the_weights(bundle: Bundle, recorded: WeightsSource, loaded: LoadedVan) -> BundleError:
     if loaded.source.format == "random":
         return BundleError(
-            f"Seed {recorded['seed']} gives other random weights here than those in "
-            f"'{bundle.path}'.",
+            f"Seed {recorded.seed} gives other random weights here than those in '{bundle.path}'.",
             "Export the model again with this version of PyTorch.",
         )
     return BundleError(
         f"'{loaded.source.path}' is not what the bundle '{bundle.path}' was made from: "
         f"its SHA-256 is {loaded.source.sha256[:12]}..., "
-        f"the manifest says {recorded['sha256'][:12]}....",
+        f"the manifest says {recorded.sha256[:12]}....",
         "Give the file it was made from with --weights PATH, or export again.",
     )
 

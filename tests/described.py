@@ -1,0 +1,40 @@
+"""Parts of a manifest, for tests of what does not look into them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from van_deploy.bundle import Artefact, Description, Origin
+from van_deploy.model.preprocess import OFFICIAL
+from van_deploy.model.variants import VARIANTS
+from van_deploy.model.weights_source import WeightsSource
+from van_deploy.recipe import BatchRange
+
+__all__ = ["WEIGHTS", "described", "entry"]
+
+WEIGHTS = Origin(name="weights", sha256="0" * 64)
+
+
+def described(name: str = "m", **changes: Any) -> Description:
+    """Return what a bundle says of a network called ``name``, but for ``changes``."""
+    values: dict[str, Any] = {
+        "name": name,
+        "weights": WeightsSource(name, "", "random", "0" * 64, 0, "top level", ()),
+        "architecture": VARIANTS["van_b0"].config,
+        "parameters": 4105800,
+        "preprocessing": OFFICIAL,
+        "class_names": None,
+        "batch": BatchRange(1, 2, 4),
+        "versions": {"van-deploy": "0"},
+    }
+    return Description(**{**values, **changes})
+
+
+def entry(
+    name: str, kind: Any, precision: Any, file: str, files: Iterable[str] = (), **more: Any
+) -> Artefact:
+    """Return an artefact whose ``files``, by default its one, are digested when it is recorded."""
+    more = {"made_from": WEIGHTS, "made_with": {}, **more}
+    digests = dict.fromkeys(files or [file], "")
+    return Artefact(name=name, kind=kind, precision=precision, file=file, files=digests, **more)
