@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle, GraphFacts
 from van_deploy.documents import plain
@@ -26,23 +27,20 @@ from van_deploy.runners.base import run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.pytorch import TorchRunner
 
-SMALL = BatchRange(1, 4, 5)
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return replace(recipe_named("van_digits"), batch=SMALL)
+    return replace(recipe_named("van_digits"), batch=BATCHES)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def loaded(recipe: Recipe) -> LoadedVan:
     return load_for(recipe)
 
 
-@pytest.fixture(scope="session")
-def exported(loaded: LoadedVan, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("exported") / "van_digits"
-    return export_bundle(loaded, recipe, folder).bundle
+@pytest.fixture
+def exported(digits_bundle: Bundle) -> Bundle:
+    return digits_bundle
 
 
 def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(exported: Bundle) -> None:
@@ -52,11 +50,11 @@ def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(exported: Bundle) 
     assert manifest.checks["fold"]["passed"]
     agreement = manifest.checks["agreement"]
     assert agreement["passed"]
-    assert [entry["batch"] for entry in agreement["batches"]] == [1, 2, 3, 4, 5]
-    assert agreement["images"] == "5 held-out handwritten digits"
+    assert [entry["batch"] for entry in agreement["batches"]] == [1, 2, 3, 8]
+    assert agreement["images"] == "8 held-out handwritten digits"
     assert manifest.preprocessing.image_size == 64
     assert manifest.weights.format == "embedded"
-    assert manifest.batch == BatchRange(1, 4, 5)
+    assert manifest.batch == BATCHES
     assert {"torch", "onnx", "onnxruntime", "van-deploy"} <= set(manifest.versions)
     assert (exported.path / "labels.txt").read_text().split() == list("0123456789")
 
@@ -87,10 +85,9 @@ def test_a_second_export_reuses_the_first_and_says_why(
 
 
 def test_a_changed_recipe_makes_it_anew_and_says_what_changed(
-    loaded: LoadedVan, recipe: Recipe, tmp_path: Path
+    loaded: LoadedVan, recipe: Recipe, exported: Bundle, copy_of: Copy
 ) -> None:
-    folder = tmp_path / "b"
-    export_bundle(loaded, recipe, folder)
+    folder = copy_of(exported)
     changed = replace(recipe, export=replace(recipe.export, opset=21))
     result = export_bundle(loaded, changed, folder)
     assert not result.reused

@@ -12,8 +12,6 @@ from van_deploy.bench.lane import Lane
 from van_deploy.bench.process import WorkerError
 from van_deploy.bench.settings import Settings
 from van_deploy.bundle import Bundle
-from van_deploy.pipeline import export_bundle, load_for
-from van_deploy.recipe import recipe_named
 
 
 class Scripted(Lane):
@@ -44,12 +42,9 @@ class Scripted(Lane):
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def digits(digits_bundle: Bundle) -> Bundle:
     """Return the bundle of van_digits; tests that write take a copy."""
-    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    recipe = recipe_named("van_digits")
-    folder = tmp_path_factory.mktemp("bench") / "van_digits"
-    return export_bundle(load_for(recipe), recipe, folder).bundle
+    return digits_bundle
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def test_a_latency_limit_gives_the_best_batch_below_it(digits: Bundle, quick: Se
     report = benchmark_bundle(digits, replace(quick, p99_ms=1e6))
     under = report.facts["best_under_p99"]
     best = under["best"]["ort-cpu/fp32"]
-    assert [row.batch for row in report.rows] == [1, 2, 4, 8, 16, 32]
+    assert [row.batch for row in report.rows] == [1, 2, 4, 8]
     assert best["images_per_s"] == max(row.images_per_s or 0 for row in report.rows)
     report = benchmark_bundle(digits, replace(quick, p99_ms=1e-6))
     assert [row.batch for row in report.rows] == [1], "what is too slow is not tried at more"

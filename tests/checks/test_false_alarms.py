@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tests.checks.conftest import Subject
+from tests.artifacts import Subject
 from van_deploy.checks.accuracy import paired_drift
 from van_deploy.checks.contestants import Answers
 from van_deploy.checks.expected import ReferenceLogits, reference_logits

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from onnx import ModelProto
 
+from tests.artifacts import Subject
 from tests.checks import faults
-from tests.checks.conftest import Broken, Subject
+from tests.checks.conftest import Broken
 from van_deploy.bundle import Bundle
 from van_deploy.checks.drift import drift_of_bundle
 from van_deploy.checks.pictures import pictures_to_check

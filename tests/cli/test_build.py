@@ -6,17 +6,12 @@ import importlib.util
 import json
 from pathlib import Path
 
-import onnx
 import pytest
-import torch
 
 from tests.conftest import Cli
 from tests.described import described, entry
 from van_deploy.bundle import Bundle, writing
 from van_deploy.environment.hardware import nvidia_driver
-from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.fold import fold_van
-from van_deploy.model.checkpoint import load_van
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -25,12 +20,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    loaded = load_van("van_digits")
-    folded = fold_van(loaded.model, torch.zeros(1, loaded.config.in_chans, 32, 32))
+def bundle(digits_onnx: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "van_digits"
     with writing(folder, name="van_digits") as draft:
-        onnx.save(onnx_from_van(folded.model, 32, loaded.config.in_chans), draft.file("model.onnx"))
+        draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
         draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
         draft.description = described("van_digits")
     return folder

@@ -10,9 +10,8 @@ from xml.etree import ElementTree
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
 
+from tests.artifacts import Copy, Subject, put
 from tests.checks import faults
-from tests.checks.conftest import Subject, put
-from tests.cli.conftest import CopyOf
 from tests.conftest import Cli
 from tests.described import entry
 from tests.golden_forms import misfits
@@ -40,7 +39,7 @@ def with_engine(path: Path) -> None:
 
 class TestVerify:
     def test_right_artefacts_pass_and_it_is_kept(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf
+        self, cli: Cli, judged: Subject, copy_of: Copy
     ) -> None:
         path = copy_of(judged)
         result = cli("verify", path, *FEW, "--json")
@@ -55,7 +54,7 @@ class TestVerify:
         assert set(kept["artefacts_sha256"]) == {"fp32", "fp16", "int8"}
 
     def test_a_broken_artefact_ends_with_1_and_is_named(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf
+        self, cli: Cli, judged: Subject, copy_of: Copy
     ) -> None:
         path = copy_of(judged)
         perturbed_in(path)
@@ -74,7 +73,7 @@ class TestVerify:
         assert document["artefacts"]["fp32"]["modules"] == []
 
     def test_limits_of_a_recipe_apply(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf, tmp_path: Path
+        self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
     ) -> None:
         recipe = tmp_path / "hard.toml"
         recipe.write_text("[gates.fp16]\nsqnr_db = 120.0\n")
@@ -103,7 +102,7 @@ class TestVerify:
         assert "has no artefact 'fp8'; it has: fp32, fp16, int8." in result.stderr
 
     def test_a_runner_that_is_not_here_verifies_nothing(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf
+        self, cli: Cli, judged: Subject, copy_of: Copy
     ) -> None:
         import onnxruntime
 
@@ -117,7 +116,7 @@ class TestVerify:
 
 class TestDrift:
     def test_the_perturbed_block_comes_first(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf, tmp_path: Path
+        self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
     ) -> None:
         path, plot = copy_of(judged), tmp_path / "plots" / "drift.svg"
         perturbed_in(path)
@@ -137,7 +136,7 @@ class TestDrift:
         texts = {element.text for element in root.iter() if element.text}
         assert "fp16: error that each block adds" in texts
 
-    def test_stages_and_the_top_of_them(self, cli: Cli, judged: Subject, copy_of: CopyOf) -> None:
+    def test_stages_and_the_top_of_them(self, cli: Cli, judged: Subject, copy_of: Copy) -> None:
         path = copy_of(judged)
         words = ("--count", "1", "--level", "stage", "--artefact", "fp16", "--top", "2")
         result = cli("drift", path, *words)
@@ -153,7 +152,7 @@ class TestDrift:
 
 class TestCheck:
     @pytest.fixture
-    def good(self, cli: Cli, judged: Subject, copy_of: CopyOf, tmp_path: Path) -> tuple[Path, Path]:
+    def good(self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path) -> tuple[Path, Path]:
         """Return a bundle and the baseline that was written from it."""
         path, baseline = copy_of(judged), tmp_path / "baseline.json"
         words = ("--baseline", baseline, *FEW, "--evaluate", judged.labelled)
@@ -241,7 +240,7 @@ class TestCheck:
         assert "is no baseline: " in cli("check", path, "--baseline", broken, *FEW).stderr
 
     def test_speed_is_compared_beyond_its_spread_only(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf, tmp_path: Path
+        self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
     ) -> None:
         path, baseline = copy_of(judged), tmp_path / "baseline.json"
         words = ("--baseline", baseline, *FEW, "--speed", "--json")

@@ -14,8 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.checks.conftest import Subject
-from tests.cli.conftest import CopyOf
+from tests.artifacts import Copy, Subject, put
 from tests.conftest import Cli
 from tests.golden_forms import misfits
 from van_deploy.checks.journal import Journal
@@ -43,7 +42,7 @@ def evaluated(cli: Cli, *words: str | Path) -> dict[str, Any]:
 
 class TestTheDigits:
     def test_folders_by_index_and_it_is_kept(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf
+        self, cli: Cli, judged: Subject, copy_of: Copy
     ) -> None:
         path = copy_of(judged)
         document = evaluated(cli, path, "--images", judged.labelled, "--batch", "16")
@@ -57,7 +56,7 @@ class TestTheDigits:
         assert not (path / ".evaluate.jsonl").exists()
 
     def test_folders_by_name_and_a_labels_file_give_the_same(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf, tmp_path: Path
+        self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
     ) -> None:
         path = copy_of(judged)
         by_index = evaluated(cli, path, "--images", judged.labelled)
@@ -81,7 +80,7 @@ class TestTheDigits:
         assert by_file["accuracy"] == by_index["accuracy"]
 
     def test_corrupt_images_are_named_counted_and_left_out(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf, tmp_path: Path
+        self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
     ) -> None:
         images = tmp_path / "images"
         shutil.copytree(judged.labelled, images)
@@ -99,7 +98,7 @@ class TestTheDigits:
         assert "torn.png" in table.stdout
 
     def test_an_interrupted_evaluation_goes_on(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf, monkeypatch: pytest.MonkeyPatch
+        self, cli: Cli, judged: Subject, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = copy_of(judged)
         words = ("--images", judged.labelled, "--batch", "8", "--artefact", "int8")
@@ -124,7 +123,7 @@ class TestTheDigits:
         assert not journal.exists()
 
     def test_a_journal_of_something_else_is_refused(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf, tmp_path: Path
+        self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
     ) -> None:
         journal = tmp_path / "journal"
         journal.write_text('{"key": "another"}\n')
@@ -134,10 +133,9 @@ class TestTheDigits:
         assert "is of another evaluation" in result.stderr
 
     def test_a_loss_beyond_chance_ends_with_1(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf
+        self, cli: Cli, judged: Subject, copy_of: Copy
     ) -> None:
         from tests.checks import faults
-        from tests.checks.conftest import put
         from van_deploy.bundle import Bundle
 
         path = copy_of(judged)
@@ -164,7 +162,7 @@ class TestTheDigits:
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")  # Ray's own
     def test_ray_gives_the_figures_of_one_machine(
-        self, cli: Cli, judged: Subject, copy_of: CopyOf, ray: Any
+        self, cli: Cli, judged: Subject, copy_of: Copy, ray: Any
     ) -> None:
         path = copy_of(judged)
         words = ("--images", judged.labelled, "--batch", "8", "--artefact", "int8")

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Cli
-from van_deploy.model.checkpoint import load_van
-from van_deploy.pipeline import export_bundle
-from van_deploy.recipe import BatchRange, Recipe
+from van_deploy.bundle import Bundle
 
 FAST = ("--no-refine", "--no-equalize", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("quantize") / "van_digits"
-    export_bundle(load_van("van_digits"), Recipe(batch=BatchRange(1, 2, 3)), path)
-    return path
+def bundle(digits_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("quantize") / "van_digits"
+    return Path(shutil.copytree(digits_bundle.path, copy))
 
 
 def test_int8_shows_the_three_precisions_and_a_recommendation(cli: Cli, bundle: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import onnx
 import pytest
@@ -20,7 +18,7 @@ from van_deploy.graph.simplify import operator_counts, simplify_onnx
 from van_deploy.metrics import compare
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.van import VAN
-from van_deploy.model.variants import VARIANTS
+from van_deploy.model.variants import VARIANTS, VanConfig
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, onnxruntime_logits
 
 FORBIDDEN = {"BatchNormalization", "Reshape", "Shape", "Gather", "Concat", "Unsqueeze", "Cast"}
@@ -36,12 +34,23 @@ def graph(digits: LoadedVan, folded: torch.nn.Module) -> onnx.ModelProto:
     return onnx_from_van(folded, digits.preprocessing.image_size)
 
 
-@pytest.mark.parametrize("name", list(VARIANTS))
-def test_golden_operator_counts(name: str) -> None:
+@pytest.mark.parametrize(
+    "depths",
+    [
+        VARIANTS["van_b1"].config.depths,
+        VARIANTS["van_b2"].config.depths,
+        (1, 1, 2, 1),
+        *(
+            pytest.param(VARIANTS[name].config.depths, marks=pytest.mark.slow)
+            for name in VARIANTS
+            if name not in {"van_b1", "van_b2"}
+        ),
+    ],
+    ids=str,
+)
+def test_golden_operator_counts(depths: tuple[int, int, int, int]) -> None:
     # The counts follow from the depths alone, so narrow networks show them.
-    config = replace(
-        VARIANTS[name].config, embed_dims=(8, 8, 8, 8), mlp_ratios=(1, 1, 1, 1), num_classes=3
-    )
+    config = VanConfig((8, 8, 8, 8), depths, (1, 1, 1, 1), num_classes=3)
     model = VAN(config).eval()
     rewritten = fold_van(model, torch.rand(1, 3, 32, 32)).model
     counts = operator_counts(onnx_from_van(rewritten, 32))
@@ -60,7 +69,13 @@ def test_golden_operator_counts(name: str) -> None:
     assert not FORBIDDEN & set(counts)
 
 
-@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize(
+    "opset",
+    [
+        opset if opset in {17, 20, 23} else pytest.param(opset, marks=pytest.mark.slow)
+        for opset in OPSETS
+    ],
+)
 def test_every_opset_is_the_one_asked_for_and_answers_alike(
     digits: LoadedVan, digit_images: Tensor, folded: torch.nn.Module, opset: int
 ) -> None:

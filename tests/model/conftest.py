@@ -23,12 +23,6 @@ Rename = Callable[[Mapping[str, Tensor], str], dict[str, Tensor]]
 
 
 @pytest.fixture(scope="session")
-def shared_checkpoint(shared: Path) -> Path:
-    """Return a really trained van_b0 in the official format (CIFAR-10 at 64 x 64)."""
-    return shared / "checkpoints" / "van_b0_cifar10.pth.tar"
-
-
-@pytest.fixture(scope="session")
 def tiny_config() -> VanConfig:
     """Return an architecture small enough for every test."""
     return VanConfig((8, 12, 16, 24), (1, 2, 1, 1), (4, 4, 2, 2), num_classes=5)

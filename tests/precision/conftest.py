@@ -12,14 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from onnx import ModelProto, save
+from onnx import ModelProto, load, save
 from PIL import Image
 
+from van_deploy.bundle import Bundle
 from van_deploy.engine.backend import RTX, backend_named
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.options import BuildOptions
-from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.fold import fold_van
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME, DigitsSplit, digits_images
 from van_deploy.recipe import BatchRange
@@ -44,11 +43,9 @@ def van_digits() -> LoadedVan:
 
 
 @pytest.fixture(scope="session")
-def digits_graph(van_digits: LoadedVan, calibration_digits: Digits) -> ModelProto:
+def digits_graph(digits_bundle: Bundle) -> ModelProto:
     """Return its folded FP32 graph; not to be changed."""
-    folded = fold_van(van_digits.model, torch.from_numpy(calibration_digits.images[:2]))
-    assert folded.passed
-    return onnx_from_van(folded.model, van_digits.preprocessing.image_size)
+    return load(digits_bundle.verified("fp32"))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +11,16 @@ import numpy as np
 import pytest
 from onnx import load
 
+from tests.artifacts import Copy
 from van_deploy.bundle import Bundle
 from van_deploy.errors import BundleError, GateFailed, ImageError, UsageError
-from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import write_digits_folder
-from van_deploy.pipeline import export_bundle
 from van_deploy.precision.equalize import EqualizeSettings
 from van_deploy.precision.manifests import calibration_set_named
 from van_deploy.precision.refine_settings import RefineSettings
 from van_deploy.precision.settings import QuantizeSettings
 from van_deploy.precision.stage import quantize_bundle
 from van_deploy.precision.verdict import PrecisionRow, precision_row, recommended
-from van_deploy.recipe import BatchRange, Recipe
 
 PLAIN = QuantizeSettings(equalize=None, refine=None, threads=1)
 FEW = replace(
@@ -32,18 +29,10 @@ FEW = replace(
 )
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a bundle of the embedded network; not to be changed."""
-    path = tmp_path_factory.mktemp("bundles") / "van_digits"
-    export_bundle(load_van("van_digits"), Recipe(batch=BatchRange(1, 2, 3)), path)
-    return path
-
-
 @pytest.fixture
-def bundle(exported: Path, tmp_path: Path) -> Path:
-    """Return a copy to write into."""
-    return Path(shutil.copytree(exported, tmp_path / "bundle"))
+def bundle(digits_bundle: Bundle, copy_of: Copy) -> Path:
+    """Return a bundle of the embedded network to write into."""
+    return copy_of(digits_bundle)
 
 
 def lines(facts: object) -> dict[str, dict[str, float]]:

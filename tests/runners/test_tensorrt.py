@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 
+from tests.artifacts import SMALL_SIZE, MadeOnce
 from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import Host, host_here
@@ -23,17 +23,13 @@ from van_deploy.engine.options import BuildOptions, Profiling
 from van_deploy.engine.sidecar import read_sidecar, sidecar_path, write_sidecar
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, UsageError
-from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.fold import fold_van
 from van_deploy.metrics import compare
-from van_deploy.model.checkpoint import load_van
 from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
 from van_deploy.recipe import BatchRange
 from van_deploy.runners.base import Images, run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.tensorrt import TensorRtRunner, admit, profile_for
 
-SIZE = 32
 PROFILES = (BatchRange(1, 1, 1), BatchRange(2, 4, 8))
 NO_DRIVER = nvidia_driver() is None
 
@@ -49,7 +45,7 @@ class Made:
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(request: pytest.FixtureRequest, made_once: MadeOnce, digits_onnx: Path) -> Made:
     """Return an engine for the GPU here, or for an L4 where there is none."""
     host = host_here()
     wanted = () if host.target else ("sm_89",)
@@ -57,25 +53,29 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         backend = choose_backend("auto", wanted, host.target)
     except MissingDependency as error:
         pytest.skip(error.message)
-    folder = tmp_path_factory.mktemp("engine")
-    loaded = load_van("van_digits")
-    folded = fold_van(loaded.model, torch.zeros(1, loaded.config.in_chans, SIZE, SIZE))
-    model = onnx_from_van(folded.model, SIZE, loaded.config.in_chans)
-    if request.param == "fp16":
-        model = half_from_fp32(model, kept_nodes(model, DEFAULT_KEEP)).model
-    source = folder / "model.onnx"
-    onnx.save(model, source)
     targets = (host.target or "sm_89",) if backend.builds_for_absent_gpus else ()
-    plan = folder / "e.plan"
     options = BuildOptions(
         profiles=PROFILES, targets=targets, tf32=False, profiling=Profiling.DETAILED
     )
-    engine_from_onnx(
-        source, plan, backend=backend, options=options, precision=request.param, host=host
-    )
-    generator = np.random.default_rng(0)
-    shape = (11, loaded.config.in_chans, SIZE, SIZE)
-    return Made(plan, source, generator.standard_normal(shape, np.float32), backend)
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        model = onnx.load(digits_onnx)
+        if request.param == "fp16":
+            model = half_from_fp32(model, kept_nodes(model, DEFAULT_KEEP)).model
+        source = folder / "model.onnx"
+        onnx.save(model, source)
+        engine_from_onnx(
+            *(source, folder / "e.plan"),
+            backend=backend,
+            options=options,
+            precision=request.param,
+            host=host,
+        )
+
+    folder = made_once(f"engine_{request.param}", make)
+    images = np.random.default_rng(0).standard_normal((11, 3, SMALL_SIZE, SMALL_SIZE), np.float32)
+    return Made(folder / "e.plan", folder / "model.onnx", images, backend)
 
 
 def test_a_profile_is_chosen_by_its_optimum() -> None:

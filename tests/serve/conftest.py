@@ -5,35 +5,21 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from van_deploy.bundle import Bundle
-from van_deploy.pipeline import export_bundle, load_for
-from van_deploy.recipe import BatchRange, ExportSettings, recipe_named
 from van_deploy.runners.network import Outputs
 from van_deploy.serve.server import listen, run_server
 from van_deploy.serve.service import Service, ServiceSettings
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def digits(byte_bundle: Bundle) -> Bundle:
     """Return a bundle of ``van_digits`` with every output of the byte graph; not to be changed."""
-    pytest.importorskip("onnxruntime")
-    recipe = replace(
-        recipe_named("van_digits"),
-        export=ExportSettings(
-            simplify=False,
-            embed_preprocess="uint8",
-            outputs=("logits", "probabilities", "top5"),
-        ),
-        batch=BatchRange(1, 2, 8),
-    )
-    folder = tmp_path_factory.mktemp("bundles") / "van_digits"
-    return export_bundle(load_for(recipe), recipe, folder).bundle
+    return byte_bundle
 
 
 class Running:
