@@ -52,13 +52,6 @@ class Answer:
     batch: Batch
 
 
-@dataclass
-class _Waiting:
-    rows: npt.NDArray[Any]
-    future: asyncio.Future[Answer]
-    since: float
-
-
 class Batcher:
     """Collects requests for one model and runs them in batches, in threads of its own.
 
@@ -67,8 +60,8 @@ class Batcher:
     Args:
         run: the model; called in a thread, one batch at a time for each instance.
         max_batch: rows a batch, at most.
-        max_delay_s: how long the first request of a batch waits for others when
-            nothing runs. Under load nothing waits: the queue fills meanwhile.
+        max_delay_s: how long an idle instance waits for company to the first request.
+            Under load nothing waits: the queue fills while a batch runs.
         instances: batches that run at the same time.
         on_batch: told of each batch that ran.
     """
@@ -77,17 +70,13 @@ class Batcher:
         self,
         run: Callable[[npt.NDArray[Any]], Outputs],
         max_batch: int,
-        *,
-        max_delay_s: float = 0.001,
-        instances: int = 1,
-        on_batch: Callable[[Batch], None] | None = None,
+        max_delay_s: float,
+        instances: int,
+        on_batch: Callable[[Batch], None],
     ) -> None:
-        self.max_batch = max_batch
-        self.max_delay_s = max_delay_s
-        self.run = run
-        self._on_batch = on_batch
-        self._instances = instances
-        self._queue: deque[_Waiting] = deque()
+        self.run, self.max_batch, self.max_delay_s = run, max_batch, max_delay_s
+        self._instances, self._on_batch = instances, on_batch
+        self._queue: deque[tuple[npt.NDArray[Any], asyncio.Future[Answer], float]] = deque()
         self._pool = ThreadPoolExecutor(instances, thread_name_prefix="van-deploy-batch")
         self._changed = asyncio.Event()
         self._closing = False
@@ -100,7 +89,7 @@ class Batcher:
     async def submit(self, rows: npt.NDArray[Any]) -> Answer:
         """Return the answer to ``rows (n, ...)``, ``n`` at most ``max_batch``."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(rows, future, time.perf_counter()))
+        self._queue.append((rows, future, time.perf_counter()))
         self._changed.set()
         return await future
 
@@ -112,62 +101,49 @@ class Batcher:
         self._pool.shutdown()
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._queue or not self._closing:
-            waiting = self._take(time.perf_counter())
-            if not waiting:
+            if not self._queue:
                 self._changed.clear()
-                # A queue that is not empty has a batch to fill until its first one's time is up.
-                left = self._queue[0].since + self.max_delay_s - time.perf_counter() if self._queue else None
-                try:
-                    await asyncio.wait_for(self._changed.wait(), left)
-                except asyncio.TimeoutError:
-                    pass
+                await self._changed.wait()
+                if self.max_delay_s and not self._closing:
+                    await asyncio.sleep(self.max_delay_s)
                 continue
-            start = time.perf_counter()
-            try:
-                outputs, batch = await loop.run_in_executor(self._pool, self._run_rows, waiting)
-            except Exception as error:  # the model's own failure is each request's answer
-                for item in waiting:
-                    if not item.future.done():
-                        item.future.set_exception(error)
-                continue
-            self._deliver(waiting, outputs, batch, start)
+            taken: list[tuple[npt.NDArray[Any], asyncio.Future[Answer], float]] = []
+            room = self.max_batch
+            while self._queue and len(self._queue[0][0]) <= room:
+                taken.append(self._queue.popleft())
+                room -= len(taken[-1][0])
+            present = [item for item in taken if not item[1].cancelled()]
+            if present:
+                await self._answer(*zip(*present, strict=True))
         self._changed.set()  # for the other instances
 
-    def _take(self, now: float) -> list[_Waiting]:
-        """Return the next batch; nothing while there is time for it to grow."""
-        queued = sum(len(item.rows) for item in self._queue)
-        young = self._queue and now < self._queue[0].since + self.max_delay_s
-        if young and queued < self.max_batch and not self._closing:
-            return []
-        batch: list[_Waiting] = []
-        rows = 0
-        while self._queue and rows + len(self._queue[0].rows) <= self.max_batch:
-            item = self._queue.popleft()
-            if not item.future.cancelled():  # the client is there still
-                rows += len(item.rows)
-                batch.append(item)
-        return batch
-
-    def _run_rows(self, waiting: list[_Waiting]) -> tuple[Outputs, Batch]:
-        start, cpu = time.perf_counter(), time.thread_time()
-        rows = waiting[0].rows
-        if len(waiting) > 1:
-            rows = np.concatenate([item.rows for item in waiting])
-        outputs = self.run(rows)
-        batch = Batch(len(rows), time.perf_counter() - start, time.thread_time() - cpu)
-        return outputs, batch
-
-    def _deliver(
-        self, waiting: list[_Waiting], outputs: Outputs, batch: Batch, start: float
+    async def _answer(
+        self,
+        rows: tuple[npt.NDArray[Any], ...],
+        futures: tuple[asyncio.Future[Answer], ...],
+        since: tuple[float, ...],
     ) -> None:
-        if self._on_batch is not None:
-            self._on_batch(batch)
-        first = 0
-        for item in waiting:
-            last = first + len(item.rows)
-            own = {name: values[first:last] for name, values in outputs.items()}
-            if not item.future.done():
-                item.future.set_result(Answer(own, start - item.since, batch))
+        start, first = time.perf_counter(), 0
+        try:
+            loop = asyncio.get_running_loop()
+            outputs, batch = await loop.run_in_executor(self._pool, self._run, rows)
+        except Exception as error:  # the model's own failure is each request's answer
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        self._on_batch(batch)
+        for own, future, began in zip(rows, futures, since, strict=True):
+            last = first + len(own)
+            if not future.done():
+                found = {name: values[first:last] for name, values in outputs.items()}
+                future.set_result(Answer(found, start - began, batch))
             first = last
+
+    def _run(self, rows: tuple[npt.NDArray[Any], ...]) -> tuple[Outputs, Batch]:
+        start, cpu = time.perf_counter(), time.thread_time()
+        together = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        outputs = self.run(together)
+        seconds, cpu_seconds = time.perf_counter() - start, time.thread_time() - cpu
+        return outputs, Batch(len(together), seconds, cpu_seconds)

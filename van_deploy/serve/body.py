@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from email.message import Message
@@ -12,9 +11,8 @@ from typing import Any
 from van_deploy.serve.refusal import Refusal
 from van_deploy.serve.workers import Workers
 
-__all__ = ["ClientGoneError", "file_of_form", "read_body"]
+__all__ = ["ClientGoneError", "Receive", "file_of_form", "read_body"]
 
-DISCARD_S = 2.0  # how long a client is listened to that has been refused already
 DEFLATE_RATIO = 1032  # the most that a byte of deflate stands for (zlib's technical details)
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 MAX_PARTS = 16  # of a form
@@ -33,7 +31,7 @@ async def read_body(
     timeout_s: float,
     take: Callable[[int], None],
     workers: Workers,
-) -> bytes:
+) -> bytes | bytearray:
     """Return a request's body, decompressed.
 
     Args:
@@ -48,27 +46,22 @@ async def read_body(
         ClientGoneError: it will never be complete.
         Refusal: too large, too slow, too much for all requests together, or badly encoded.
     """
+    if int(headers.get("content-length", "0")) > limit:
+        raise _too_large(limit)
     try:
-        if int(headers.get("content-length", "0")) > limit:
-            raise _too_large(limit)
         body = await asyncio.wait_for(_collected(receive, limit, take), timeout_s)
-        encoding = headers.get("content-encoding", "identity").lower()
-        if encoding == "identity":
-            return body
-        if encoding not in {"gzip", "deflate"}:
-            raise Refusal(f"The Content-Encoding {encoding[:20]!r} is unknown: gzip or deflate.")
-        take(min(limit, DEFLATE_RATIO * len(body)))
-        return await workers.in_thread(_inflated, body, limit)
     except asyncio.TimeoutError:
         raise Refusal(f"The request was not complete after {timeout_s:g} s.", status=408) from None
-    except Refusal as refusal:
-        if refusal.status in {413, 503}:
-            with contextlib.suppress(asyncio.TimeoutError, ClientGoneError):
-                await asyncio.wait_for(_discarded(receive), DISCARD_S)  # so that it can listen
-        raise
+    encoding = headers.get("content-encoding", "identity").lower()
+    if encoding == "identity":
+        return body
+    if encoding not in {"gzip", "deflate"}:
+        raise Refusal(f"The Content-Encoding {encoding[:20]!r} is unknown: gzip or deflate.")
+    take(min(limit, DEFLATE_RATIO * len(body)))
+    return await workers.in_thread(_inflated, body, limit)
 
 
-def file_of_form(body: bytes, content_type: str) -> bytes:
+def file_of_form(body: bytes | bytearray, content_type: str) -> bytes:
     """Return the first file of a ``multipart/form-data`` body (RFC 7578).
 
     Raises:
@@ -76,43 +69,29 @@ def file_of_form(body: bytes, content_type: str) -> bytes:
     """
     message = Message()
     message["content-type"] = content_type
-    boundary = message.get_boundary()
-    if not boundary:
-        raise Refusal("The form has no boundary in its Content-Type.")
-    delimiter = b"\r\n--" + boundary.encode("utf-8", "replace")
-    for part in (b"\r\n" + body).split(delimiter, MAX_PARTS)[1:-1]:
+    boundary = message.get_boundary("")
+    for part in (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), MAX_PARTS)[1:-1]:
         head, found, content = part.partition(b"\r\n\r\n")
-        if found and b"filename" in head.lower():
+        if boundary and found and b"filename" in head.lower():
             return content
-    raise Refusal("The form has no file.")
+    raise Refusal("The form has no file, or no boundary in its Content-Type.")
 
 
-async def _collected(receive: Receive, limit: int, take: Callable[[int], None]) -> bytes:
-    pieces: list[bytes] = []
-    size, more = 0, True
+async def _collected(receive: Receive, limit: int, take: Callable[[int], None]) -> bytearray:
+    body, more = bytearray(), True
     while more:
-        piece, more = await _next_piece(receive)
-        size += len(piece)
-        if size > limit:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientGoneError
+        take(len(message["body"]))
+        body += message["body"]
+        if len(body) > limit:
             raise _too_large(limit)
-        take(len(piece))
-        pieces.append(piece)
-    return b"".join(pieces) if len(pieces) > 1 else pieces[0]
+        more = message["more_body"]
+    return body
 
 
-async def _discarded(receive: Receive) -> None:
-    while (await _next_piece(receive))[1]:
-        pass
-
-
-async def _next_piece(receive: Receive) -> tuple[bytes, bool]:
-    message = await receive()
-    if message["type"] != "http.request":
-        raise ClientGoneError
-    return message.get("body", b""), message.get("more_body", False)
-
-
-def _inflated(body: bytes, limit: int) -> bytes:
+def _inflated(body: bytearray, limit: int) -> bytes:
     inflater = zlib.decompressobj(GZIP_OR_ZLIB)
     try:
         plain = inflater.decompress(body, limit + 1)

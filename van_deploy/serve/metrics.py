@@ -13,6 +13,20 @@ __all__ = ["ServerMetrics", "serving_package"]
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+METRICS = {  # name: what, kind, labels, buckets
+    "requests": ("Requests answered", "Counter", ("route", "model", "status"), None),
+    "request_seconds": ("From head to answer", "Histogram", ("route", "model"), SECONDS),
+    "queue_seconds": ("Time a request waited for its batch", "Histogram", ("model",), SECONDS),
+    "queued_images": ("Images in the server", "Gauge", ("model",), None),
+    "batch_rows": ("Images in the batches that ran", "Histogram", ("model",), ROWS),
+    "infer_seconds": ("Time a batch ran", "Histogram", ("model",), SECONDS),
+    "infer_cpu_seconds": (
+        "Processor time of the threads that ran batches",
+        "Counter",
+        ("model",),
+        None,
+    ),
+}
 
 
 def serving_package(name: str) -> Any:
@@ -35,42 +49,33 @@ class ServerMetrics:
 
     def __init__(self) -> None:
         self._client = serving_package("prometheus_client")
-        self.registry = self._client.CollectorRegistry()
-        self._client.ProcessCollector(registry=self.registry)  # processor time, memory, files
-
-        def made(kind: str, name: str, text: str, labels: list[str], **more: Any) -> Any:
-            metric = getattr(self._client, kind)
-            return metric(f"van_deploy_{name}", text, labels, registry=self.registry, **more)
-
-        of_model, every = ["model"], {"buckets": SECONDS}
-        text = "Requests answered, by route, model and HTTP status"
-        self._requests = made("Counter", "requests", text, ["route", "model", "status"])
-        text = "Time from a request's head to its answer"
-        self._seconds = made("Histogram", "request_seconds", text, ["route", "model"], **every)
-        text = "Time a request waited for its batch"
-        self.queue_seconds = made("Histogram", "queue_seconds", text, of_model, **every)
-        text = "Images in the batches that ran"
-        self._rows = made("Histogram", "batch_rows", text, of_model, buckets=ROWS)
-        self._infer = made("Histogram", "infer_seconds", "Time a batch ran", of_model, **every)
-        text = "Processor time of the threads that ran batches"
-        self._cpu = made("Counter", "infer_cpu_seconds", text, of_model)
-        self._queued = made("Gauge", "queued_images", "Images in the server", of_model)
+        self._registry = self._client.CollectorRegistry()
+        self._client.ProcessCollector(registry=self._registry)  # processor time, memory, files
+        self._all: dict[str, Any] = {}
+        for name, (text, kind, labels, buckets) in METRICS.items():
+            more = {"buckets": buckets} if buckets else {}
+            made, full = getattr(self._client, kind), f"van_deploy_{name}"
+            self._all[name] = made(full, text, labels, registry=self._registry, **more)
 
     def watch_queue(self, model: str, images: Callable[[], int]) -> None:
         """Report ``images()`` as the length of a model's queue."""
-        self._queued.labels(model).set_function(images)
+        self._all["queued_images"].labels(model).set_function(images)
 
     def batch_ran(self, model: str, batch: Batch) -> None:
         """Count one batch."""
-        self._rows.labels(model).observe(batch.rows)
-        self._infer.labels(model).observe(batch.seconds)
-        self._cpu.labels(model).inc(batch.cpu_seconds)
+        self._all["batch_rows"].labels(model).observe(batch.rows)
+        self._all["infer_seconds"].labels(model).observe(batch.seconds)
+        self._all["infer_cpu_seconds"].labels(model).inc(batch.cpu_seconds)
+
+    def waited(self, model: str, seconds: float) -> None:
+        """Count how long one request waited for its batch."""
+        self._all["queue_seconds"].labels(model).observe(seconds)
 
     def answered(self, route: str, model: str, status: int, seconds: float) -> None:
         """Count one request."""
-        self._requests.labels(route, model, str(status)).inc()
-        self._seconds.labels(route, model).observe(seconds)
+        self._all["requests"].labels(route, model, str(status)).inc()
+        self._all["request_seconds"].labels(route, model).observe(seconds)
 
     def text(self) -> tuple[bytes, str]:
         """Return every figure and its content type."""
-        return self._client.generate_latest(self.registry), self._client.CONTENT_TYPE_LATEST
+        return self._client.generate_latest(self._registry), self._client.CONTENT_TYPE_LATEST

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any
 
@@ -27,71 +26,50 @@ from van_deploy.serve.triton_config import DATATYPES
 __all__ = ["InferRequest", "WantedOutput", "encode_response", "parse_request"]
 
 Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
+Values = npt.NDArray[Any]
 
 
-class _Parameters(Open):
+class Parameters(Open):
+    """What the extensions add to a request or to one of its tensors."""
+
     binary_data: pydantic.StrictBool | None = None
     binary_data_size: Count | None = None
     classification: Count = 0
     binary_data_output: pydantic.StrictBool = False
 
 
-class _Output(Open):
+class WantedOutput(Open):
+    """One output a client asked for."""
+
     name: str
-    parameters: _Parameters = _Parameters()
+    parameters: Parameters = Parameters()
 
 
-class _Input(_Output):
+class GivenInput(WantedOutput):
+    """One input as a client describes it; its values are in ``data`` or behind the JSON."""
+
     datatype: str
     shape: list[Count]
     data: Any = None
 
 
-class _Request(Open):
+class InferRequest(Open):
+    """The JSON of a request."""
+
     id: str = ""
-    inputs: list[_Input]
-    outputs: list[_Output] = []
-    parameters: _Parameters = _Parameters()
-
-
-@dataclass(frozen=True)
-class WantedOutput:
-    """One output a client asked for.
-
-    Attributes:
-        name: of the tensor.
-        binary: as raw bytes behind the JSON rather than as numbers in it.
-        classes: the first so many classes as ``value:index:label`` text; 0 for the tensor.
-    """
-
-    name: str
-    binary: bool
-    classes: int = 0
-
-
-@dataclass(frozen=True)
-class InferRequest:
-    """One request, checked against the model it is for.
-
-    Attributes:
-        id: the client's, to be repeated in the answer.
-        batch: ``(n, ...)``, what the model's input wants.
-        outputs: what the client wants back.
-    """
-
-    id: str
-    batch: npt.NDArray[Any]
-    outputs: tuple[WantedOutput, ...]
+    inputs: list[GivenInput]
+    outputs: list[WantedOutput] = []
+    parameters: Parameters = Parameters()
 
 
 def parse_request(
-    body: bytes,
+    body: bytes | bytearray,
     json_length: int | None,
     given: TensorSpec,
     outputs: Sequence[TensorSpec],
     max_batch: int,
-) -> InferRequest:
-    """Return the request in ``body``.
+) -> tuple[Values, InferRequest]:
+    """Return the rows in ``body`` as the model takes them, and the rest of the request.
 
     Args:
         body: JSON, followed by the binary tensors if there are any.
@@ -107,50 +85,55 @@ def parse_request(
     if end > len(body):
         raise Refusal(f"The JSON is said to be {end} bytes; the body has {len(body)}.")
     try:
-        document = from_json(body[:end])
+        document = from_json(bytes(memoryview(body)[:end]))
     except ValueError as error:
         raise Refusal(f"The request is not JSON: {error}.") from None
-    request = validated(_Request, document, where="The request", error=Refusal)
+    request = validated(InferRequest, document, where="The request", error=Refusal)
     if [entry.name for entry in request.inputs] != [given.name]:
         raise Refusal(f"The model has one input, '{given.name}'; give that one.")
-    batch = _tensor(request.inputs[0], memoryview(body)[end:], given, max_batch)
-    known = {spec.name: spec for spec in outputs}
-    wanted = request.outputs or [_Output(name=name) for name in known]
-    binary = request.parameters.binary_data_output
-    return InferRequest(request.id, batch, tuple(_wanted(entry, known, binary) for entry in wanted))
+    rows = _tensor(request.inputs[0], memoryview(body)[end:], given, max_batch)
+    known = {spec.name: spec.dtype for spec in outputs}
+    for wanted in request.outputs:
+        if wanted.name not in known:
+            names = ", ".join(known)
+            raise Refusal(f"There is no output {wanted.name[:99]!r}; the model gives {names}.")
+        if wanted.parameters.classification and known[wanted.name] != "float32":
+            raise Refusal(f"'{wanted.name}' has no classification.")
+    return rows, request.model_copy(
+        update={"inputs": [], "outputs": request.outputs or [WantedOutput(name=n) for n in known]}
+    )
 
 
 def encode_response(
-    identity: str,
-    wanted: Sequence[WantedOutput],
-    outputs: Mapping[str, npt.NDArray[Any]],
+    request: InferRequest,
+    outputs: Mapping[str, Values],
     model: str,
     labels: Sequence[str] | None = None,
 ) -> tuple[bytes, int | None]:
     """Return the answer's body, and the length of its JSON if binary tensors follow it."""
     entries: list[dict[str, Any]] = []
     tail: list[bytes] = []
-    for output in wanted:
-        values, datatype = outputs[output.name], DATATYPES[str(outputs[output.name].dtype)]
-        if output.classes:
-            values, datatype = _classification(values, output.classes, labels), "BYTES"
-        entry = {"name": output.name, "datatype": datatype, "shape": list(values.shape)}
-        if output.binary:
-            tail.append(_length_prefixed(values) if output.classes else values.tobytes())
+    for wanted in request.outputs:
+        values, options = outputs[wanted.name], wanted.parameters
+        entry: dict[str, Any] = {"name": wanted.name, "datatype": DATATYPES[str(values.dtype)]}
+        if options.classification:
+            values = _classification(values, options.classification, labels)
+            entry["datatype"] = "BYTES"
+        binary = options.binary_data
+        if request.parameters.binary_data_output if binary is None else binary:
+            tail.append(_length_prefixed(values) if options.classification else values.tobytes())
             entry["parameters"] = {"binary_data_size": len(tail[-1])}
         else:
             entry["data"] = values.ravel().tolist()
-        entries.append(entry)
-    document = {"model_name": model, "model_version": "1", "outputs": entries}
-    if identity:
-        document["id"] = identity
+        entries.append({**entry, "shape": list(values.shape)})
+    document: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": entries}
+    if request.id:
+        document["id"] = request.id
     head = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
     return b"".join([head, *tail]), len(head) if tail else None
 
 
-def _tensor(
-    entry: _Input, tail: memoryview, given: TensorSpec, max_batch: int
-) -> npt.NDArray[Any]:
+def _tensor(entry: GivenInput, tail: memoryview, given: TensorSpec, max_batch: int) -> Values:
     wanted, shape = DATATYPES[given.dtype], tuple(entry.shape)
     if entry.datatype != wanted:
         raise Refusal(f"The input '{given.name}' is {wanted}, not {entry.datatype[:20]!r}.")
@@ -176,54 +159,40 @@ def _tensor(
     return values
 
 
-def _numbers(data: Any, given: TensorSpec, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """Return numbers from JSON, flat or nested, without ever making an array of anything else."""
-    wrong = Refusal(
-        f"The input '{given.name}' has no data of shape {list(shape)}: give {math.prod(shape)} "
-        "numbers, or binary_data_size and the bytes."
-    )
+def _numbers(data: Any, given: TensorSpec, shape: tuple[int, ...]) -> Values:
+    """Return numbers from JSON, flat or nested, without making an array of anything else."""
     for size in shape[1:]:
-        if type(data) is list and data and type(data[0]) is list:
-            if set(map(type, data)) != {list} or set(map(len, data)) != {size}:
-                raise wrong
+        nested = type(data) is list and {type(item) for item in data} == {list}
+        if nested and set(map(len, data)) == {size}:
             data = list(chain.from_iterable(data))
-    if type(data) is not list or len(data) != math.prod(shape):
-        raise wrong
-    if not set(map(type, data)) <= {int, float}:
-        raise wrong
+    numbers = type(data) is list and {type(item) for item in data} <= {int, float}
+    if not numbers or len(data) != math.prod(shape):
+        raise Refusal(
+            f"The input '{given.name}' has no data of shape {list(shape)}: give "
+            f"{math.prod(shape)} numbers, or binary_data_size and the bytes."
+        )
     try:
         values = np.array(data, np.float64)
     except OverflowError:
-        raise wrong from None
-    if given.dtype == "uint8" and not ((0 <= values) & (values <= 255) & (values % 1 == 0)).all():
+        raise Refusal(f"The input '{given.name}' holds a number that is too large.") from None
+    if given.dtype == "uint8" and not ((values >= 0) & (values <= 255) & (values % 1 == 0)).all():
         raise Refusal(f"The input '{given.name}' is UINT8: whole numbers from 0 to 255.")
-    return values.astype(given.dtype).reshape(shape)
+    with np.errstate(over="ignore"):  # what float16 cannot hold is told as not finite
+        return values.astype(given.dtype).reshape(shape)
 
 
-def _wanted(entry: _Output, known: Mapping[str, TensorSpec], binary: bool) -> WantedOutput:
-    if entry.name not in known:
-        raise Refusal(f"There is no output '{entry.name[:99]}'; the model gives {', '.join(known)}.")
-    options = entry.parameters
-    if options.classification and known[entry.name].dtype != "float32":
-        raise Refusal(f"'{entry.name}' has no classification.")
-    as_bytes = binary if options.binary_data is None else options.binary_data
-    return WantedOutput(entry.name, as_bytes, options.classification)
-
-
-def _classification(
-    values: npt.NDArray[Any], count: int, labels: Sequence[str] | None
-) -> npt.NDArray[Any]:
+def _classification(values: Values, count: int, labels: Sequence[str] | None) -> Values:
     """Return ``value:index:label`` of the largest columns, as Triton writes them."""
     order = np.argsort(-values, axis=1, kind="stable")[:, :count]
-    known = labels if labels is not None and len(labels) == values.shape[1] else None
+    known = [f":{label}" for label in labels or ()] if len(labels or ()) == values.shape[1] else []
     rows = [
-        [f"{values[row, c]:f}:{c}" + (f":{known[c]}" if known else "") for c in columns.tolist()]
+        [f"{values[row, c]:f}:{c}{known[c] if known else ''}" for c in columns.tolist()]
         for row, columns in enumerate(order)
     ]
     return np.array(rows, dtype=object)
 
 
-def _length_prefixed(texts: npt.NDArray[Any]) -> bytes:
+def _length_prefixed(texts: Values) -> bytes:
     """Return texts as the protocol's BYTES: each behind its length in four bytes."""
     encoded = [str(text).encode() for text in texts.ravel()]
     return b"".join(len(text).to_bytes(4, "little") + text for text in encoded)

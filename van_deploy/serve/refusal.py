@@ -27,7 +27,7 @@ class Allowance:
 
     Args:
         limit: how many.
-        message: what a refused client is told.
+        message: what a client is told that is refused.
         status: HTTP's, with which it is refused.
 
     Attributes:
@@ -35,9 +35,7 @@ class Allowance:
     """
 
     def __init__(self, limit: int, message: str, status: int) -> None:
-        self.limit = limit
-        self.used = 0
-        self._refusal = (message, "", status)
+        self.limit, self.message, self.status, self.used = limit, message, status, 0
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[Callable[[int], None]]:
@@ -50,7 +48,7 @@ class Allowance:
         def take(count: int) -> None:
             nonlocal held
             if self.used + count > self.limit:
-                raise Refusal(*self._refusal)
+                raise Refusal(self.message, status=self.status)
             self.used += count
             held += count
 

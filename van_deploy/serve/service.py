@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,19 +19,19 @@ from van_deploy.bundle import Bundle
 from van_deploy.errors import UsageError, VanDeployError
 from van_deploy.images import open_image
 from van_deploy.model.pixels import Pixels, pixels_from_image
-from van_deploy.runners.network import ORT_CPU, PYTORCH, Network, runnable_artefacts
+from van_deploy.runners.network import ORT_CPU, PYTORCH, Network
 from van_deploy.serve.batcher import Answer, Batch, Batcher
 from van_deploy.serve.metrics import ServerMetrics
 from van_deploy.serve.predict import named_classes
 from van_deploy.serve.refusal import Allowance
 from van_deploy.serve.triton_config import model_config
-from van_deploy.serve.triton_model import TritonModel, TritonSettings, served_name
+from van_deploy.serve.triton_model import TritonModel, TritonSettings, served_name, usual_artefacts
 from van_deploy.serve.workers import Workers
 
 __all__ = ["Served", "Service", "ServiceSettings"]
 
 MIB = 2**20
-LARGE_IMAGE = 4_000_000  # pixels; larger ones are decoded one at a time, which bounds memory
+LARGE_IMAGE = 16_000_000  # pixels; larger ones are decoded one at a time, which bounds memory
 QUEUE_IMAGES = 256
 QUEUE_FULL = "The queue is full: the server has more images than it can answer."
 HELD_FULL = "The requests that are being received hold all the memory they may."
@@ -57,6 +58,7 @@ class ServiceSettings:
         max_pixels: largest image.
         compare: whether the page may ask PyTorch too.
         api_key: what clients must send as ``Authorization: Bearer``; "" for no key.
+        log_requests: write a line for every request, not only for faults.
     """
 
     artefacts: tuple[str, ...] = ()
@@ -73,6 +75,7 @@ class ServiceSettings:
     max_pixels: int = 50_000_000
     compare: bool = True
     api_key: str = field(default="", repr=False)
+    log_requests: bool = False
 
 
 @dataclass
@@ -80,23 +83,25 @@ class Served:
     """One model the server answers for.
 
     Attributes:
-        name: in addresses.
         network: opened.
         batcher: runs its batches.
         queue: the images it may have.
-        labels: names of its classes, or None.
-        counts: ``requests``, ``rows``, ``batches``, ``failures``, and summed over requests
-            ``queue_s`` and ``infer_s``.
         config: Triton's description of it, as it runs here.
+        labels: names of its classes, or None.
+        counts: ``requests``, ``rows``, ``batches``, ``failures``, ``queue_ns``, ``infer_ns``.
     """
 
-    name: str
     network: Network
     batcher: Batcher
     queue: Allowance
-    labels: Sequence[str] | None
     config: dict[str, Any]
-    counts: Counter[str] = field(default_factory=Counter)
+    labels: Sequence[str] | None
+    counts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    @property
+    def name(self) -> str:
+        """In addresses."""
+        return str(self.config["name"])
 
 
 class Service:
@@ -115,8 +120,7 @@ class Service:
     """
 
     def __init__(self, bundle: Bundle, settings: ServiceSettings) -> None:
-        self.bundle = bundle
-        self.settings = settings
+        self.bundle, self.settings = bundle, settings
         self.metrics = ServerMetrics()
         self.models: dict[str, Served] = {}
         self.held = Allowance(settings.max_held_bytes, HELD_FULL, 503)
@@ -134,75 +138,54 @@ class Service:
             UsageError: the settings contradict the models.
             VanDeployError: an artefact is missing, was changed or does not run here.
         """
-        usual = "fp32-uint8" if "fp32-uint8" in runnable_artefacts(self.bundle) else "fp32"
-        for artefact in self.settings.artefacts or (usual,):
+        settings = self.settings
+        for artefact in settings.artefacts or usual_artefacts(self.bundle):
             network = Network(
-                self.bundle,
-                artefact,
-                runner=self.settings.runner,
-                threads=self.settings.threads,
+                *(self.bundle, artefact),
+                runner=settings.runner,
+                threads=settings.threads,
                 spin=False,
-                trust_engine=self.settings.trust_engine,
+                trust_engine=settings.trust_engine,
             )
-            if network.is_engine and self.settings.instances > 1:
+            if network.is_engine and settings.instances > 1:
                 raise UsageError(
                     f"The engine '{artefact}' answers one batch at a time.",
                     "Leave out --instances, or let Triton serve it (`van-deploy package triton`).",
                 )
             self._add(served_name(self.bundle, artefact), network)
-        noise = np.zeros((64, 64, 3), np.uint8)
-        if self._preprocessing.channels in (1, 3, 4):  # Pillow loads its filters when first used
-            from PIL import Image
-
-            pixels_from_image(Image.fromarray(noise), self._preprocessing)
 
     def _add(self, name: str, network: Network) -> None:
-        instances, given = self.settings.instances, network.input
+        settings, instances, given = self.settings, self.settings.instances, network.input
         least = network.max_batch * instances
-        limit = self.settings.queue_limit or max(QUEUE_IMAGES, 2 * least)
+        limit = settings.queue_limit or max(QUEUE_IMAGES, 2 * least)
         if limit < least:
             raise UsageError(
-                f"A queue of {limit} images cannot fill {instances} batches of "
-                f"{network.max_batch}.",
+                f"A queue of {limit} images cannot fill {instances} x {network.max_batch} images.",
                 f"Give --queue-limit {least} or more.",
             )
         self._stack.enter_context(network)
         for rows in {1, network.max_batch}:
             network.run(np.zeros((rows, *given.shape), given.dtype))
         backend = "tensorrt" if network.is_engine else "onnxruntime"
-        delay_s = self.settings.max_delay_ms / 1e3
+        model = TritonModel(name, backend, given, network.outputs, network.max_batch)
         how = TritonSettings(
-            queue_delay_us=round(1e6 * delay_s),
+            queue_delay_us=round(1e3 * settings.max_delay_ms),
             queue_limit=limit,
             instances=instances,
-            threads=self.settings.threads or 0,
+            threads=settings.threads or 0,
             gpu=network.runner != ORT_CPU,
         )
-        model = TritonModel(name, backend, given, network.outputs, network.max_batch)
-        served = Served(
-            name=name,
-            network=network,
-            batcher=Batcher(
-                network.run,
-                network.max_batch,
-                max_delay_s=delay_s,
-                instances=instances,
-                on_batch=lambda batch: self._batch_ran(served, batch),
-            ),
-            queue=Allowance(limit, QUEUE_FULL, 429),
-            labels=self.bundle.manifest.get("class_names"),
-            config=model_config(model, how),
-        )
+
+        def ran(batch: Batch) -> None:
+            served.counts["batches"] += 1
+            self.metrics.batch_ran(name, batch)
+
+        delay_s = settings.max_delay_ms / 1e3
+        batcher = Batcher(network.run, network.max_batch, delay_s, instances, ran)
+        queue, names = Allowance(limit, QUEUE_FULL, 429), self.bundle.manifest.class_names
+        served = Served(network, batcher, queue, model_config(model, how), names)
         self.models[name] = served
-        self.metrics.watch_queue(name, lambda: served.queue.used)
-
-    def _batch_ran(self, served: Served, batch: Batch) -> None:
-        served.counts["batches"] += 1
-        self.metrics.batch_ran(served.name, batch)
-
-    @property
-    def _preprocessing(self) -> Any:
-        return next(iter(self.models.values())).network.preprocessing
+        self.metrics.watch_queue(name, lambda: queue.used)
 
     def start(self) -> None:
         """Begin to answer; needs a running event loop."""
@@ -211,7 +194,6 @@ class Service:
 
     async def close(self) -> None:
         """Answer what waits, then release everything."""
-        self.draining = True
         await asyncio.gather(*(served.batcher.close() for served in self.models.values()))
         self.workers.close()
         self._torch.shutdown()
@@ -219,16 +201,18 @@ class Service:
 
     async def infer(self, served: Served, rows: Any) -> Answer:
         """Return the answer to ``rows``, as the network takes them."""
+        counts = served.counts
         try:
             answer = await served.batcher.submit(rows)
         except Exception:
-            served.counts["failures"] += 1
+            counts["failures"] += 1
             raise
-        served.counts.update(requests=1, rows=len(rows))
-        served.counts["queue_s"] += answer.queue_s  # type: ignore[assignment]
-        served.counts["infer_s"] += answer.batch.seconds  # type: ignore[assignment]
-        served.counts["last_ms"] = round(1e3 * time.time())
-        self.metrics.queue_seconds.labels(served.name).observe(answer.queue_s)
+        counts["requests"] += 1
+        counts["rows"] += len(rows)
+        counts["queue_ns"] += round(1e9 * answer.queue_s)
+        counts["infer_ns"] += round(1e9 * answer.batch.seconds)
+        counts["last_ms"] = round(1e3 * time.time())
+        self.metrics.waited(served.name, answer.queue_s)
         return answer
 
     async def look(
@@ -241,38 +225,36 @@ class Service:
             UsageError: more classes are asked for than the artefact gives.
         """
         start = time.perf_counter()
-        pixels, size = await self.workers.in_thread(self._pixels, content)
+        pixels, size = await self.workers.in_thread(self._pixels, content, served.network)
         decoded = time.perf_counter()
         answer = await self.infer(served, served.network.prepare(pixels))
         ranked = served.network.top(answer.outputs, top)
-        classes = [vars(c) for c in named_classes(ranked, 0, served.labels)]
         document: dict[str, Any] = {
             "model": served.name,
             "artefact": served.network.name,
             "image": {"width": size[0], "height": size[1]},
-            "top": classes,
-            "milliseconds": {
-                "decode": _ms(decoded - start),
-                "queue": _ms(answer.queue_s),
-                "infer": _ms(answer.batch.seconds),
-                "total": _ms(time.perf_counter() - start),
-            },
+            "top": [vars(c) for c in named_classes(ranked, 0, served.labels)],
+            "milliseconds": {"decode": _ms(decoded - start), "queue": _ms(answer.queue_s)},
             "batch": answer.batch.rows,
         }
+        document["milliseconds"] |= {"infer": _ms(answer.batch.seconds)}
         if compare and self.settings.compare:
             ask = asyncio.get_running_loop().run_in_executor
-            document["pytorch"] = await ask(self._torch, self._ask_pytorch, pixels, top, classes)
-        elif compare:
-            document["pytorch"] = {"skipped": "the server was started with --no-compare"}
+            found = await ask(self._torch, self._ask_pytorch, pixels, document["top"])
+            document["pytorch"] = found
+        document["milliseconds"]["total"] = _ms(time.perf_counter() - start)
         return document
 
-    def _pixels(self, content: bytes) -> tuple[Pixels, tuple[int, int]]:
-        image = open_image(content, max_pixels=self.settings.max_pixels)
-        return pixels_from_image(image, self._preprocessing)[None], image.size
+    def _pixels(self, content: bytes, network: Network) -> tuple[Pixels, tuple[int, int]]:
+        from PIL import Image
 
-    def _ask_pytorch(
-        self, pixels: Pixels, top: int, answer: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Any]:
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
+            large = image.width * image.height > LARGE_IMAGE
+        with self._large if large else contextlib.nullcontext():
+            image = open_image(content, max_pixels=self.settings.max_pixels)
+            return pixels_from_image(image, network.preprocessing)[None], image.size
+
+    def _ask_pytorch(self, pixels: Pixels, answer: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the original network's answer; it is loaded when it is first asked."""
         if self._original is None:
             try:
@@ -285,11 +267,11 @@ class Service:
         start = time.perf_counter()
         outputs = self._original.run(self._original.prepare(pixels))
         seconds = time.perf_counter() - start
-        every = self._original.top(outputs, int(1e9))
-        mine = dict(zip(every.classes[0].tolist(), every.probabilities[0].tolist(), strict=True))
-        names = self.bundle.manifest.get("class_names")
+        every = self._original.top(outputs, outputs["logits"].shape[1])
+        classes = named_classes(every, 0, self.bundle.manifest.class_names)
+        mine = {c.index: c.probability for c in classes}
         return {
-            "top": [vars(c) for c in named_classes(every, 0, names)[:top]],
+            "top": [vars(c) for c in classes[: len(answer)]],
             "milliseconds": {"infer": _ms(seconds)},
             "largest_difference": max(abs(c["probability"] - mine[c["index"]]) for c in answer),
             "beside": [mine[c["index"]] for c in answer],

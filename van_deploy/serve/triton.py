@@ -20,13 +20,17 @@ from typing import Any
 from van_deploy.bundle import Bundle
 from van_deploy.errors import UsageError
 from van_deploy.files import file_sha256
-from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.onnxruntime import require_onnxruntime
 from van_deploy.schema import Schema
 from van_deploy.serve.templates import filled
 from van_deploy.serve.triton_config import DATATYPES, LABELS_FILE, config_text, model_config
 from van_deploy.serve.triton_environment import environment_name, write_environment
-from van_deploy.serve.triton_model import TritonModel, TritonSettings, triton_models
+from van_deploy.serve.triton_model import (
+    TritonModel,
+    TritonSettings,
+    triton_models,
+    usual_artefacts,
+)
 from van_deploy.serve.triton_release import Release, chosen_release
 
 __all__ = ["PACKAGE_FILE", "Package", "PackageRecord", "package_triton", "preferred_batches"]
@@ -77,7 +81,7 @@ def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[in
     Those that reached 90 % of the best throughput in the bundle's benchmark; without
     one, the optimum the bundle was made for and the largest.
     """
-    bench = bundle.manifest["checks"].get("bench", {})
+    bench = bundle.manifest.checks.get("bench", {})
     plain = artefact.split("-")[0]
     rates: dict[int, float] = {}
     for row in bench.get("rows", ()):
@@ -85,7 +89,7 @@ def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[in
             batch = int(row["batch"])
             rates[batch] = max(rates.get(batch, 0.0), float(row["images_per_s"]))
     good = [b for b, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
-    good = good or [int(bundle.manifest["batch"]["opt"]), max_batch]
+    good = good or [bundle.manifest.batch.opt, max_batch]
     return tuple(sorted({b for b in good if 1 < b <= max_batch}))
 
 
@@ -112,7 +116,7 @@ def package_triton(
             "The Python backend's execution environment holds ONNX Runtime for processors.",
             "Leave out --gpu, or take --backend onnxruntime.",
         )
-    models = triton_models(bundle, artefacts, settings.backend)
+    models = triton_models(bundle, artefacts or usual_artefacts(bundle), settings.backend)
     release = chosen_release(models, settings.release)
     python = settings.python or release.python
     if settings.backend == "python" and not python:
@@ -160,7 +164,7 @@ def _write_model(
     if model.backend == "python":
         (version / "model.py").write_text(filled("model.py.txt", {}), encoding="utf-8")
         environment = f"$$TRITON_MODEL_DIRECTORY/../{environment_name(python)}"
-    names = bundle.manifest.get("class_names")
+    names = bundle.manifest.class_names
     if names:
         (folder / LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
     artefact = next(iter(model.files.values()))[1]
@@ -209,7 +213,7 @@ def _client(bundle: Bundle, model: TritonModel) -> str:
     so it holds the weights' own values and is tested to compute the same bytes as
     :mod:`van_deploy.model.pixels`.
     """
-    preprocessing = Preprocessing.from_dict(bundle.manifest["preprocessing"])
+    preprocessing = bundle.manifest.preprocessing
     values: dict[str, object] = {
         "model": json.dumps(model.name),
         "size": preprocessing.image_size,

@@ -1,13 +1,12 @@
 """Whether a Triton model repository is what its own files and the bundle say.
 
-Nothing here is derived by the code that wrote the package: the configuration is parsed by
-Triton's own schema and compared with the graph's inputs and outputs, with the plans'
-sidecars, and with what lies in the folders.
+Nothing is taken from the code that wrote the package: the configuration is parsed by Triton's
+own schema and compared with the graph in the package, or with the plan's sidecar.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,15 @@ from van_deploy.engine.sidecar import verified_sidecar
 from van_deploy.errors import InputError, VanDeployError
 from van_deploy.files import file_sha256
 from van_deploy.schema import read_json
-from van_deploy.serve.triton import PACKAGE_FILE, PACKAGE_FORMAT, PackageRecord
-from van_deploy.serve.triton_config import DATATYPES, config_from_text
-from van_deploy.serve.triton_model import spec_of, triton_models
+from van_deploy.serve.triton import PACKAGE_FILE, PackageRecord
+from van_deploy.serve.triton_config import TYPES, config_from_text
+from van_deploy.serve.triton_model import triton_models
 from van_deploy.serve.triton_release import release_named
 
 __all__ = ["Finding", "PackageCheck", "check_package"]
 
 AGAIN = "Package the bundle again."
+PLAN_TYPES = {"float": "float32", "half": "float16"}
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
@@ -72,20 +72,20 @@ def check_package(path: Path, bundle: Bundle) -> PackageCheck:
         InputError: there is no package, or it is another bundle's.
         MissingDependency: tritonclient, which holds Triton's schema, is not installed.
     """
-    file = path / PACKAGE_FILE
-    record = read_json(PackageRecord, file, "package record", InputError, AGAIN)
-    if record.format != PACKAGE_FORMAT or record.bundle != bundle.name:
+    record = read_json(PackageRecord, path / PACKAGE_FILE, "package record", InputError, AGAIN)
+    if record.bundle != bundle.name:
         raise InputError(
-            f"'{path}' was made from '{record.bundle}' as {record.format}; this is "
-            f"'{bundle.name}' and {PACKAGE_FORMAT}.",
-            AGAIN,
+            f"'{path}' was made from '{record.bundle}', not from '{bundle.name}'.", AGAIN
         )
-    wrong = [name for name, digest in record.files.items() if _digest(path / name) != digest]
+    wrong = [f for f, digest in record.files.items() if _digest(path / f) != digest]
     text = f"{', '.join(wrong)}: missing or changed" if wrong else "every file as it was written"
     findings = [Finding("files", not wrong, text)]
     for name, sources in record.models.items():
-        for check in _of_model(path / "models" / name, record, sources, bundle):
-            findings.append(Finding(f"{name}: {check.name}", check.outcome, check.detail))
+        try:
+            checks = list(_of_model(path / "models" / name, record, sources, bundle))
+        except (OSError, ValueError, VanDeployError) as error:
+            checks = [("package", False, getattr(error, "message", str(error)))]
+        findings += [Finding(f"{name}: {check}", *result) for check, *result in checks]
     return PackageCheck(path, tuple(findings))
 
 
@@ -95,98 +95,67 @@ def _digest(path: Path) -> str:
 
 def _of_model(
     folder: Path, record: PackageRecord, sources: Mapping[str, str], bundle: Bundle
-) -> Iterator[Finding]:
+) -> Iterator[tuple[str, bool | None, str]]:
     version = folder / str(record.settings["version"])
-    names = tuple(dict.fromkeys(sources.values()))
-    try:
-        config = config_from_text((folder / "config.pbtxt").read_text(encoding="utf-8"))
-        (model,) = triton_models(bundle, names, config.backend)
-        taken, given, batches = _truth(version, sources, bundle)
-    except (OSError, ValueError, VanDeployError) as error:
-        yield Finding("config", False, getattr(error, "message", str(error)))
-        return
-    old = [f for f, name in sources.items() if _digest(version / f) != _digest(model.files[f][0])]
-    yield _finding("artefact", [f"{f} is not the bundle's" for f in old], ", ".join(names))
-    yield Finding("release", *release_named(record.release).judged(model))
-    yield _finding("tensors", _tensors(config, taken, given), "the file's own inputs and outputs")
-    yield _finding("batches", _batches(config, batches), f"1 to {max(batches)}")
-    yield _finding("files", _files(folder, version, config), "all that the configuration names")
+    config = config_from_text((folder / "config.pbtxt").read_text(encoding="utf-8"))
+    (model,) = triton_models(bundle, tuple(sources.values()), config.backend)
+    old = [f for f in sources if _digest(version / f) != _digest(model.files[f][0])]
+    text = f"{', '.join(old)}: not the bundle's, which was made anew since"
+    yield "artefact", not old, text if old else "the bundle's"
+    yield "release", *release_named(record.release).judged(model)
+    first = next(iter(sources))
+    if first.endswith(".plan"):
+        sidecar = verified_sidecar(bundle.path / bundle.artefact(sources[first]).file)
+        inputs, outputs = (
+            {t.name: (PLAN_TYPES.get(t.dtype, t.dtype), t.shape[1:]) for t in side}
+            for side in (sidecar.inputs, sidecar.outputs)
+        )
+        batches = {n for p in sidecar.profiles for n in range(p.min, p.max + 1)}
+    else:
+        inputs, outputs = _graph_tensors(version / first)
+        batches = set(range(1, bundle.manifest.batch.max + 1))
+    wrong = [*_tensors(config, inputs, outputs), *_batches(config, batches)]
+    yield "config", not wrong, "; ".join(wrong) or "as the file itself says"
 
 
-def _finding(name: str, wrong: list[str], right: str) -> Finding:
-    return Finding(name, not wrong, "; ".join(wrong) or right)
-
-
-def _truth(
-    version: Path, sources: Mapping[str, str], bundle: Bundle
-) -> tuple[Tensors, Tensors, set[int]]:
-    """Return inputs, outputs and batch sizes, from the graph or the plan's sidecar."""
-    file, name = next(iter(sources.items()))
-    if file.endswith(".plan"):
-        sidecar = verified_sidecar(bundle.path / bundle.artefact(name).file)
-        sides = ([spec_of(t) for t in tensors] for tensors in (sidecar.inputs, sidecar.outputs))
-        taken, given = ({s.name: (DATATYPES[s.dtype], s.shape) for s in side} for side in sides)
-        return taken, given, {n for p in sidecar.profiles for n in range(p.min, p.max + 1)}
+def _graph_tensors(path: Path) -> tuple[Tensors, Tensors]:
+    """Return inputs and outputs of an ONNX file, less the batch, which must be dynamic."""
     import onnx
     from google.protobuf.message import DecodeError
 
     from van_deploy.graph.files import graph_facts
 
     try:
-        facts: Any = graph_facts(onnx.load(version / file, load_external_data=False))
+        facts = graph_facts(onnx.load(path, load_external_data=False))
     except DecodeError as error:
-        raise ValueError(f"'{file}' is not ONNX: {error}") from error
-    for values in (*facts["inputs"].values(), *facts["outputs"].values()):
-        if not isinstance(values["shape"][0], str):
-            raise ValueError(f"the graph has a fixed batch: {values['shape']}")  # noqa: TRY004
-    taken, given = (
-        {n: (DATATYPES[v["dtype"]], tuple(v["shape"][1:])) for n, v in facts[side].items()}
-        for side in ("inputs", "outputs")
-    )
-    return taken, given, set(range(1, int(bundle.manifest["batch"]["max"]) + 1))
+        raise ValueError(f"'{path.name}' is not ONNX: {error}") from error
+    if not all(isinstance(t.shape[0], str) for t in (facts.inputs | facts.outputs).values()):
+        raise ValueError(f"'{path.name}' has a fixed batch")
+    sides = (facts.inputs, facts.outputs)
+    inputs, outputs = ({n: (t.dtype, t.row_shape) for n, t in side.items()} for side in sides)
+    return inputs, outputs
 
 
-def _tensors(config: Any, taken: Tensors, given: Tensors) -> list[str]:
-    wrong = []
-    for what, found, wanted in (("inputs", config.input, taken), ("outputs", config.output, given)):
-        described = {t.name: _described(t) for t in found}
+def _tensors(config: Any, inputs: Tensors, outputs: Tensors) -> Iterator[str]:
+    for found, wanted in ((config.input, inputs), (config.output, outputs)):
+        described = {tensor.name: _described(tensor) for tensor in found}
         if described != wanted:
-            wrong.append(f"the {what} are {described}, the file's {wanted}")
+            yield f"the tensors are {described}, the file's {wanted}"
     for request in config.model_warmup:
-        if {name: _described(value) for name, value in request.inputs.items()} != taken:
-            wrong.append(f"the {request.name} of the warm-up is not what the model takes")
-    return wrong
+        if {name: _described(value) for name, value in request.inputs.items()} != inputs:
+            yield f"the warm-up '{request.name}' is not what the model takes"
 
 
 def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
-    from tritonclient.grpc import model_config_pb2
-
-    kind = model_config_pb2.DataType.Name(tensor.data_type).removeprefix("TYPE_")
-    return kind, tuple(int(size) for size in tensor.dims)
+    return TYPES[tensor.data_type], tuple(tensor.dims)
 
 
-def _batches(config: Any, batches: set[int]) -> list[str]:
-    largest = config.max_batch_size
-    wrong = [f"a batch of {n} is not taken" for n in range(1, largest + 1) if n not in batches][:1]
-    if largest != max(batches):
-        wrong.append(f"max_batch_size is {largest}, the largest batch {max(batches)}")
+def _batches(config: Any, batches: Collection[int]) -> Iterator[str]:
+    if config.max_batch_size != max(batches):
+        yield f"max_batch_size is {config.max_batch_size}, the largest batch {max(batches)}"
     wanted = [*config.dynamic_batching.preferred_batch_size]
     wanted += [request.batch_size for request in config.model_warmup]
-    return wrong + [f"a batch of {n} is asked for" for n in wanted if n not in batches]
-
-
-def _files(folder: Path, version: Path, config: Any) -> list[str]:
-    needed = {config.default_model_filename, *config.cc_model_filenames.values()}
-    wrong = [f"'{name}' is not there" for name in sorted(needed) if not (version / name).is_file()]
-    if config.name != folder.name or [*config.version_policy.specific.versions] != [int(version.name)]:
-        wrong.append(f"the name is '{config.name}' or the version not {version.name}")
-    for tensor in config.output:
-        if tensor.label_filename:
-            labels = folder / tensor.label_filename
-            count = len(labels.read_text("utf-8").splitlines()) if labels.is_file() else 0
-            if [count] != [*tensor.dims]:
-                wrong.append(f"{count} labels for an output of shape {[*tensor.dims]}")
-    archive = config.parameters["EXECUTION_ENV_PATH"].string_value.rpartition("/")[2]
-    if archive and not (folder.parent / archive).is_file():
-        wrong.append(f"the execution environment '{archive}' is not there")
-    return wrong
+    for rows in [*range(1, config.max_batch_size + 1), *wanted]:
+        if rows not in batches:
+            yield f"a batch of {rows} is not taken"
+            return

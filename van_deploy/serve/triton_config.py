@@ -13,10 +13,13 @@ from van_deploy.errors import MissingDependency
 from van_deploy.runners.network import TensorSpec
 from van_deploy.serve.triton_model import TritonModel, TritonSettings
 
-__all__ = ["DATATYPES", "LABELS_FILE", "config_from_text", "config_text", "model_config"]
+__all__ = ["DATATYPES", "LABELS_FILE", "TYPES", "config_from_text", "config_text", "model_config"]
 
 DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "INT64"}
 """NumPy's names of types, and the v2 protocol's; ``config.pbtxt`` puts ``TYPE_`` before them."""
+
+TYPES = {2: "uint8", 5: "int64", 10: "float16", 11: "float32"}
+"""Values of Triton's ``inference.DataType`` by NumPy's names."""
 
 LABELS_FILE = "labels.txt"
 LABELLED = ("logits", "probabilities")
@@ -92,7 +95,7 @@ def model_config(
     }
 
 
-def config_text(config: Mapping[str, Any]) -> str:
+def config_text(config: dict[str, Any]) -> str:
     """Return a configuration as ``config.pbtxt``.
 
     Raises:

@@ -7,7 +7,6 @@ finding it, ``pyvenv.cfg``, and the packages. The interpreter stays the image's 
 
 from __future__ import annotations
 
-import gzip
 import platform
 import shutil
 import subprocess
@@ -54,10 +53,9 @@ def write_environment(archive: Path, python: str, onnxruntime: str) -> dict[str,
         (root / "bin/python3").symlink_to(INTERPRETER)
         home = f"home = {Path(INTERPRETER).parent}\ninclude-system-site-packages = false\n"
         (root / "pyvenv.cfg").write_text(home, encoding="utf-8")
-        with archive.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
-            with tarfile.open(fileobj=packed, mode="w") as tar:
-                for path in sorted(root.rglob("*")):
-                    tar.add(path, path.relative_to(root).as_posix(), False, filter=_anonymous)
+        with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
+            for path in sorted(root.rglob("*")):
+                tar.add(path, path.relative_to(root).as_posix(), False, filter=_anonymous)
         infos = (path.name.split("-") for path in packages.glob("*.dist-info"))
         return {name: version.removesuffix(".dist") for name, version, *_ in sorted(infos)}
 

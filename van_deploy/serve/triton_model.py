@@ -7,15 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from van_deploy.bundle import Bundle
-from van_deploy.engine.sidecar import Sidecar, Tensor, verified_sidecar
+from van_deploy.bundle import Bundle, GraphFacts
+from van_deploy.engine.sidecar import Sidecar, verified_sidecar
 from van_deploy.errors import InputError, UsageError
 from van_deploy.recipe import BatchRange
-from van_deploy.runners.network import Network, TensorSpec, embedding_of, runnable_artefacts
+from van_deploy.runners.network import Network, TensorSpec, runnable_artefacts
 
-__all__ = ["TritonModel", "TritonSettings", "served_name", "spec_of", "triton_models"]
-
-ENGINE_TYPES = {"float": "float32", "half": "float16", "uint8": "uint8", "int64": "int64"}
+__all__ = ["TritonModel", "TritonSettings", "served_name", "triton_models", "usual_artefacts"]
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,8 @@ class TritonModel:
         max_batch: what it was built or checked for.
         files: path and artefact of each file, by the name it gets in the version's folder.
         embedding: what preprocessing it has inside.
-        opset: of a graph.
-        ir_version: of a graph.
-        sidecar: of the first plan.
+        graph: facts of an ONNX file; None for plans.
+        sidecar: of the first plan; None for graphs.
         plans: compute capability to the file of its plan, such as ``{"8.9": "model.plan"}``.
     """
 
@@ -73,8 +70,7 @@ class TritonModel:
     max_batch: int
     files: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
     embedding: str = "none"
-    opset: int = 0
-    ir_version: int = 0
+    graph: GraphFacts | None = None
     sidecar: Sidecar | None = None
     plans: Mapping[str, str] = field(default_factory=dict)
 
@@ -89,16 +85,22 @@ def served_name(bundle: Bundle, artefact: str) -> str:
     return f"{bundle.name}-{artefact}"
 
 
-def triton_models(
-    bundle: Bundle, artefacts: Sequence[str] = (), backend: str = "onnxruntime"
-) -> tuple[TritonModel, ...]:
-    """Return the artefacts of a bundle as Triton models, every digest checked.
+def usual_artefacts(bundle: Bundle) -> tuple[str, ...]:
+    """Return what is served where nobody chooses: ``fp32-uint8`` if there is one, or ``fp32``."""
+    return ("fp32-uint8" if "fp32-uint8" in runnable_artefacts(bundle) else "fp32",)
 
-    Plans of one graph are one model, whose name says nothing of a GPU.
+
+def triton_models(
+    bundle: Bundle, artefacts: Sequence[str], backend: str = "onnxruntime"
+) -> tuple[TritonModel, ...]:
+    """Return artefacts of a bundle as Triton models, every digest checked.
+
+    Plans of one graph are one model, whose name says nothing of a GPU; each GPU gets the
+    plan of its own compute capability.
 
     Args:
         bundle: where they are.
-        artefacts: which; by default ``fp32-uint8`` where the bundle has it, else ``fp32``.
+        artefacts: which.
         backend: what runs the ONNX artefacts.
 
     Raises:
@@ -106,85 +108,56 @@ def triton_models(
         InputError: Triton cannot load it, or its sidecar is missing.
         UsageError: two artefacts cannot be in one repository.
     """
-    if not artefacts:
-        artefacts = ("fp32-uint8" if "fp32-uint8" in runnable_artefacts(bundle) else "fp32",)
-    models: dict[str, TritonModel] = {}
-    plans: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(artefacts):
         artefact = bundle.artefact(name)
-        if artefact.kind == "engine":
-            plans.setdefault(str(artefact.made_from.get("name") or name), []).append(name)
-        else:
-            models[name] = _graph_model(bundle, name, backend)
-    for source, engines in plans.items():
-        if source in models:
-            raise UsageError(
-                f"'{source}' and '{engines[0]}', made from it, would be models of one name.",
-                "Package them apart, with two --output folders.",
-            )
-        models[source] = _plan_model(bundle, source, engines)
-    return tuple(models.values())
+        source = artefact.made_from.name if artefact.kind == "engine" else name
+        groups.setdefault(source, []).append(name)
+    return tuple(_model(bundle, *group, backend) for group in groups.items())
 
 
-def spec_of(tensor: Tensor) -> TensorSpec:
-    """Return one of an engine's tensors as clients see it.
-
-    Raises:
-        InputError: no client here sends its type.
-    """
-    if tensor.dtype not in ENGINE_TYPES:
-        raise InputError(
-            f"The engine's '{tensor.name}' is of type {tensor.dtype}, which no client here sends.",
-            f"Known: {', '.join(ENGINE_TYPES)}.",
-        )
-    return TensorSpec(tensor.name, ENGINE_TYPES[tensor.dtype], tuple(tensor.shape[1:]))
-
-
-def _graph_model(bundle: Bundle, name: str, backend: str) -> TritonModel:
-    artefact, network = bundle.artefact(name), Network(bundle, name)
-    files = {"model.onnx": (bundle.verified(name), name)}
-    files |= {Path(f).name: (bundle.path / f, name) for f in artefact.files if f.endswith(".data")}
-    return TritonModel(
-        *(served_name(bundle, name), backend, network.input, network.outputs, network.max_batch),
-        files=files,
-        embedding=network.embedding,
-        opset=int(artefact.facts["opset"]),
-        ir_version=int(artefact.facts["ir_version"]),
-    )
-
-
-def _plan_model(bundle: Bundle, source: str, engines: Sequence[str]) -> TritonModel:
-    """Return the plans of one graph as one model; each GPU gets the plan of its capability."""
+def _model(bundle: Bundle, source: str, names: Sequence[str], backend: str) -> TritonModel:
+    first, network = bundle.artefact(names[0]), Network(bundle, names[0])
     files: dict[str, tuple[Path, str]] = {}
     plans: dict[str, str] = {}
     sidecars: list[Sidecar] = []
-    for name in engines:
-        path = bundle.verified(name)
+    for name in names:
+        artefact, path = bundle.artefact(name), bundle.verified(name)
+        if artefact.kind != first.kind:
+            raise UsageError(
+                f"'{names[0]}' and '{name}' are one network and would be models of one name.",
+                "Package them apart, with two --output folders.",
+            )
+        if not network.is_engine:
+            beside = [file for file in artefact.files if file.endswith(".data")]
+            files = {"model.onnx": (path, name)}
+            files |= {Path(file).name: (bundle.path / file, name) for file in beside}
+            continue
         sidecars.append(verified_sidecar(path))
         _require_servable(name, sidecars[-1], sidecars[0])
         file = f"model-{len(files)}.plan" if files else "model.plan"
         files[file] = (path, name)
         plans |= {re.sub(r"sm_(\d+)(\d)", r"\1.\2", t): file for t in sidecars[-1].targets}
-    graph, first = bundle.artefacts.get(source), sidecars[0]
     return TritonModel(
         name=served_name(bundle, source),
-        backend="tensorrt",
-        input=spec_of(first.inputs[0]),
-        outputs=tuple(spec_of(tensor) for tensor in first.outputs),
-        max_batch=max(profile.max for profile in first.profiles),
+        backend="tensorrt" if network.is_engine else backend,
+        input=network.input,
+        outputs=network.outputs,
+        max_batch=network.max_batch,
         files=files,
-        embedding=embedding_of(graph) if graph else "none",
-        sidecar=first,
+        embedding=network.embedding,
+        graph=first.graph,
+        sidecar=next(iter(sidecars), None),
         plans=plans,
     )
 
 
 def _require_servable(name: str, sidecar: Sidecar, first: Sidecar) -> None:
     """Refuse a plan that Triton cannot load, or cannot serve beside the first one."""
-    built = f"{sidecar.backend} {sidecar.backend_version}"
     if sidecar.backend != "tensorrt":
         raise InputError(
-            f"Triton's TensorRT backend cannot load '{name}': it was built by {built}.",
+            f"Triton's TensorRT backend cannot load '{name}': it was built by "
+            f"{sidecar.backend} {sidecar.backend_version}.",
             "Build a plan with `tensorrt` on a machine with the target GPU, or package the "
             "ONNX artefact.",
         )

@@ -43,26 +43,27 @@ class Release:
     def judged(self, model: TritonModel) -> tuple[bool | None, str]:
         """Return whether it loads ``model`` (None: not checked), and why."""
         here = f"Triton {self.name}"
-        if model.sidecar:
-            built = model.sidecar.backend_version
-            if not self.tensorrt:
-                text = f"not checked: no table here says which TensorRT {here} has"
-                return None, f"{text}; the plan was built by {built}"
-            same = f"{built}.".startswith(f"{self.tensorrt}.")
-            later = model.sidecar.build_options.version_compatible and _later(self.tensorrt, built)
-            return same or later, f"{here} has TensorRT {self.tensorrt}; the plan was built by {built}"
         if model.backend == "python":
             return True, "the execution environment brings ONNX Runtime"
-        if self.onnxruntime == "none":
-            return False, f"{here} was shipped without an ONNX Runtime backend"
-        if not self.opset:
-            return None, f"not checked: no table here says which ONNX Runtime {here} has"
-        fits = model.opset <= self.opset and model.ir_version <= self.ir_version
-        return fits, (
-            f"{here} has ONNX Runtime {self.onnxruntime}, which loads opset {self.opset} and IR "
-            f"version {self.ir_version} at most; the graph has opset {model.opset} and IR version "
-            f"{model.ir_version}"
-        )
+        if model.sidecar:
+            what, has, built = "TensorRT", self.tensorrt, model.sidecar.backend_version
+            detail = f"the plan was built by {built}"
+            fits = f"{built}.".startswith(f"{has}.")
+            if has and model.sidecar.build_options.version_compatible:
+                fits = [*map(int, has.split("."))] >= [*map(int, built.split("."))][
+                    : has.count(".") + 1
+                ]
+        else:
+            what, has, graph = "ONNX Runtime", self.onnxruntime, model.graph
+            detail = f"it loads opset {self.opset} and IR version {self.ir_version} at most"
+            if graph is not None:
+                detail += f", the graph has opset {graph.opset} and IR version {graph.ir_version}"
+                fits = graph.opset <= self.opset and graph.ir_version <= self.ir_version
+            if has == "none":
+                return False, f"{here} was shipped without an ONNX Runtime backend"
+        if not has:
+            return None, f"not checked: no table here says which {what} {here} has"
+        return fits, f"{here} has {what} {has}; {detail}"
 
 
 @functools.cache
@@ -96,31 +97,23 @@ def chosen_release(models: Sequence[TritonModel], asked: str = "") -> Release:
     Raises:
         UsageError: the release cannot load a model, or none is known to.
     """
-    if not asked:
-        known = known_releases().values()
-        fitting = (r for r in known if all(r.judged(model)[0] for model in models))
-        release = next(fitting, None)
-        if release is None:
-            why = next(iter(known)).judged(models[0])[1]
-            raise UsageError(
-                f"No release of Triton is known to load '{models[0].name}' ({why}).",
-                "Name one that does with --triton-release; NVIDIA's list of what each carries: "
-                "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/.",
-            )
-        return release
-    release = release_named(asked)
-    for model in models:
-        loads, why = release.judged(model)
+    known = list(known_releases().values())
+    for release in [release_named(asked)] if asked else known:
+        judged = [(model.name, *release.judged(model)) for model in models]
+        if asked or all(loads for _, loads, _ in judged):
+            break
+    else:
+        raise UsageError(
+            f"No release of Triton is known to load '{models[0].name}': "
+            f"{known[0].judged(models[0])[1]}.",
+            "Name one that does with --triton-release; NVIDIA's list of what each carries: "
+            "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/.",
+        )
+    for name, loads, why in judged:
         if loads is False:
             raise UsageError(
-                f"Triton {asked} cannot load '{model.name}': {why}.",
+                f"Triton {release.name} cannot load '{name}': {why}.",
                 "Leave out --triton-release for one that does, or take --backend python, which "
                 "brings its own ONNX Runtime.",
             )
     return release
-
-
-def _later(here: str, there: str) -> bool:
-    """Return whether one version number is not before another."""
-    first, second = (tuple(map(int, text.split("."))) for text in (here, there))
-    return first >= second[: len(first)]

@@ -17,20 +17,19 @@ from typing import Any, TypeVar
 
 from van_deploy.serve.refusal import Refusal
 
-__all__ = ["SMALL_JSON", "THREADS", "Workers"]
+__all__ = ["Workers"]
 
-SMALL_JSON = 16 * 2**10  # bytes that are parsed where they are: less than a millisecond
 THREADS = 2
 
 Result = TypeVar("Result")
 
 
 class Workers:
-    """A process and some threads for the server's own work; :meth:`close` ends them."""
+    """A process and two threads for the server's own work; :meth:`close` ends them."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="van-deploy-decode")
-        self._process: ProcessPoolExecutor | None = None  # started when it is first needed
+        self._process = self._new_process()  # starts when it is first needed
 
     async def in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Return ``function(*arguments)``, which releases Python's lock for the most part."""
@@ -43,34 +42,34 @@ class Workers:
         Raises:
             Refusal: that process died; there will be another one.
         """
-        if self._process is None:
-            spawn = multiprocessing.get_context("spawn")
-            self._process = ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin)
         process, loop = self._process, asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(process, function, *arguments)
         except BrokenExecutor:
             if self._process is process:
-                self._process = None
+                self._process = self._new_process()
             text = "The process that parses JSON ended; there is another one now."
             raise Refusal(text, status=503) from None
 
     def close(self) -> None:
-        """End what runs; nothing is waited for that was not asked for."""
+        """End both once what they were asked for is done."""
         self._threads.shutdown()
-        if self._process is not None:
-            self._process.shutdown()
+        self._process.shutdown()
+
+    @staticmethod
+    def _new_process() -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_follow_the_server)
 
 
-def _begin() -> None:
+def _follow_the_server() -> None:
     """Leave signals to the server, and end when it does, however it does."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
 
     def follow() -> None:
-        if parent is not None:
+        if parent := multiprocessing.parent_process():
             parent.join()
-        os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=follow, daemon=True).start()
