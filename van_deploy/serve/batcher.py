@@ -1,7 +1,7 @@
 """Dynamic batching: requests that arrive together run together.
 
 While a batch runs, requests collect in a queue; the next batch takes as many as fit. How
-many may wait is limited before they come here (:class:`van_deploy.serve.refusal.Allowance`).
+many may wait is limited before they come here (:class:`van_deploy.serve.intake.Allowance`).
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class ServerMetrics:
         self._all["requests"].labels(route, model, str(status)).inc()
         self._all["request_seconds"].labels(route, model).observe(seconds)
 
-    def text(self) -> tuple[bytes, str]:
-        """Return every figure and its content type."""
-        return self._client.generate_latest(self._registry), self._client.CONTENT_TYPE_LATEST
+    def text(self) -> tuple[bytes, dict[str, str]]:
+        """Return every figure, and the header that says of what form."""
+        kind = {"content-type": self._client.CONTENT_TYPE_LATEST}
+        return self._client.generate_latest(self._registry), kind

@@ -20,7 +20,7 @@ from pydantic_core import from_json
 
 from van_deploy.runners.network import TensorSpec
 from van_deploy.schema import Open, validated
-from van_deploy.serve.refusal import Refusal
+from van_deploy.serve.intake import RequestError
 from van_deploy.serve.triton_config import DATATYPES
 
 __all__ = ["InferRequest", "WantedOutput", "encode_response", "parse_request"]
@@ -79,26 +79,26 @@ def parse_request(
         max_batch: rows a request may have.
 
     Raises:
-        Refusal: says which rule was broken.
+        RequestError: says which rule was broken.
     """
     end = len(body) if json_length is None else json_length
     if end > len(body):
-        raise Refusal(f"The JSON is said to be {end} bytes; the body has {len(body)}.")
+        raise RequestError(f"The JSON is said to be {end} bytes; the body has {len(body)}.")
     try:
         document = from_json(bytes(memoryview(body)[:end]))
     except ValueError as error:
-        raise Refusal(f"The request is not JSON: {error}.") from None
-    request = validated(InferRequest, document, where="The request", error=Refusal)
+        raise RequestError(f"The request is not JSON: {error}.") from None
+    request = validated(InferRequest, document, where="The request", error=RequestError)
     if [entry.name for entry in request.inputs] != [given.name]:
-        raise Refusal(f"The model has one input, '{given.name}'; give that one.")
+        raise RequestError(f"The model has one input, '{given.name}'; give that one.")
     rows = _tensor(request.inputs[0], memoryview(body)[end:], given, max_batch)
     known = {spec.name: spec.dtype for spec in outputs}
     for wanted in request.outputs:
         if wanted.name not in known:
             names = ", ".join(known)
-            raise Refusal(f"There is no output {wanted.name[:99]!r}; the model gives {names}.")
+            raise RequestError(f"There is no output {wanted.name[:99]!r}; the model gives {names}.")
         if wanted.parameters.classification and known[wanted.name] != "float32":
-            raise Refusal(f"'{wanted.name}' has no classification.")
+            raise RequestError(f"'{wanted.name}' has no classification.")
     return rows, request.model_copy(
         update={"inputs": [], "outputs": request.outputs or [WantedOutput(name=n) for n in known]}
     )
@@ -136,10 +136,10 @@ def encode_response(
 def _tensor(entry: GivenInput, tail: memoryview, given: TensorSpec, max_batch: int) -> Values:
     wanted, shape = DATATYPES[given.dtype], tuple(entry.shape)
     if entry.datatype != wanted:
-        raise Refusal(f"The input '{given.name}' is {wanted}, not {entry.datatype[:20]!r}.")
+        raise RequestError(f"The input '{given.name}' is {wanted}, not {entry.datatype[:20]!r}.")
     if shape[1:] != given.shape or not 1 <= shape[0] <= max_batch:
         takes = f"[1..{max_batch}, {', '.join(map(str, given.shape))}]"
-        raise Refusal(
+        raise RequestError(
             f"The input '{given.name}' has shape {list(shape[:8])}; the model takes {takes}.",
             "Send smaller batches: the server fills batches across requests itself.",
         )
@@ -150,12 +150,12 @@ def _tensor(entry: GivenInput, tail: memoryview, given: TensorSpec, max_batch: i
     elif size == len(tail) == expected:
         values = np.frombuffer(tail, dtype=given.dtype).reshape(shape)
     else:
-        raise Refusal(
+        raise RequestError(
             f"The input '{given.name}' of shape {list(shape)} takes {expected} bytes; "
             f"{size} were announced and {len(tail)} sent."
         )
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise Refusal(f"The input '{given.name}' holds values that are not finite.")
+        raise RequestError(f"The input '{given.name}' holds values that are not finite.")
     return values
 
 
@@ -167,16 +167,16 @@ def _numbers(data: Any, given: TensorSpec, shape: tuple[int, ...]) -> Values:
             data = list(chain.from_iterable(data))
     numbers = type(data) is list and {type(item) for item in data} <= {int, float}
     if not numbers or len(data) != math.prod(shape):
-        raise Refusal(
+        raise RequestError(
             f"The input '{given.name}' has no data of shape {list(shape)}: give "
             f"{math.prod(shape)} numbers, or binary_data_size and the bytes."
         )
     try:
         values = np.array(data, np.float64)
     except OverflowError:
-        raise Refusal(f"The input '{given.name}' holds a number that is too large.") from None
+        raise RequestError(f"The input '{given.name}' holds a number that is too large.") from None
     if given.dtype == "uint8" and not ((values >= 0) & (values <= 255) & (values % 1 == 0)).all():
-        raise Refusal(f"The input '{given.name}' is UINT8: whole numbers from 0 to 255.")
+        raise RequestError(f"The input '{given.name}' is UINT8: whole numbers from 0 to 255.")
     with np.errstate(over="ignore"):  # what float16 cannot hold is told as not finite
         return values.astype(given.dtype).reshape(shape)
 

@@ -21,12 +21,11 @@ from van_deploy.images import open_image
 from van_deploy.model.pixels import Pixels, pixels_from_image
 from van_deploy.runners.network import ORT_CPU, PYTORCH, Network
 from van_deploy.serve.batcher import Answer, Batch, Batcher
+from van_deploy.serve.intake import Allowance, Workers
 from van_deploy.serve.metrics import ServerMetrics
 from van_deploy.serve.predict import named_classes
-from van_deploy.serve.refusal import Allowance
 from van_deploy.serve.triton_config import model_config
 from van_deploy.serve.triton_model import TritonModel, TritonSettings, served_name, usual_artefacts
-from van_deploy.serve.workers import Workers
 
 __all__ = ["Served", "Service", "ServiceSettings"]
 
@@ -186,6 +185,16 @@ class Service:
         served = Served(network, batcher, queue, model_config(model, how), names)
         self.models[name] = served
         self.metrics.watch_queue(name, lambda: queue.used)
+
+    def description(self) -> dict[str, Any]:
+        """Return what the page shows of the bundle and of this server."""
+        manifest, settings = self.bundle.manifest, self.settings
+        plain = manifest.model_dump(mode="json", include={"name", "preprocessing", "parameters"})
+        plain |= {"classes": manifest.architecture.num_classes, "compare": settings.compare}
+        plain |= {"max_body_bytes": settings.max_body_bytes}
+        networks = {name: served.network for name, served in self.models.items()}
+        models = [{"name": n, "artefact": v.name, "runner": v.runner} for n, v in networks.items()]
+        return {**plain, "models": models}
 
     def start(self) -> None:
         """Begin to answer; needs a running event loop."""
