@@ -12,6 +12,7 @@ import pytest
 from tests.described import entry
 from tests.engine.conftest import BundleMaker
 from van_deploy.bundle import Bundle, Origin, writing
+from van_deploy.documents import plain
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import BuildProgress
 from van_deploy.engine.bundled import Built, build_in_bundle, request_for
@@ -40,7 +41,7 @@ def test_an_engine_in_its_bundle(rtx: Backend, new_bundle: BundleMaker) -> None:
     assert sorted(Path(file).suffix for file in artefact.files) == [".json", ".log", ".plan"]
     assert bundle.problems() == []
     assert bundle.verified(made.name) == made.path
-    assert made.sidecar.preprocessing == {"image_size": 32}
+    assert made.sidecar.preprocessing == plain(bundle.manifest.preprocessing)
     assert made.sidecar.reproducible == "not checked"
 
     again = built(folder, rtx)

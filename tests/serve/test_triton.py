@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def test_a_bundle_made_anew_is_noticed(package: Path, digits: Bundle, tmp_path: 
     with writing(copy.path) as draft:
         text = (digits.path / "model.onnx").read_bytes()
         draft.file("model.uint8.onnx").write_bytes(text)
-        draft.record(replace(old, files=dict.fromkeys(old.files, "")))
+        draft.record(old)
     report = check_package(package, Bundle.open(copy.path))
     failed = [f for f in report.findings if not f.outcome]
     assert [f.name for f in failed][:1] == [f"{NAME}: artefact"]

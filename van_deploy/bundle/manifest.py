@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, Field
 
 from van_deploy.bundle.names import MANIFEST, inside
 from van_deploy.documents import json_from, text_from
@@ -112,7 +112,7 @@ class EngineFacts(Schema):
 class Artefact(Schema):
     """One thing in a bundle that can be run or read."""
 
-    name: FileName = Field(exclude=True)
+    name: FileName = Field(default="", exclude=True)
     """What the manifest calls it: ``fp32``, ``fp16``, ``int8``, or an engine's name."""
     kind: Literal["onnx", "serving", "engine"]
     """``serving`` is an ONNX file with more inside than the network."""
@@ -188,14 +188,9 @@ class Description(Schema):
     canary: Canary | None = None
 
 
-def _named(artefacts: Any) -> Any:
-    """Return the table of artefacts with each one's key in it as its name."""
-    if not isinstance(artefacts, Mapping):
-        return artefacts
-    return {
-        name: {**entry, "name": name} if isinstance(entry, Mapping) else entry
-        for name, entry in artefacts.items()
-    }
+def _named(artefacts: dict[str, Artefact]) -> dict[str, Artefact]:
+    """Return the artefacts, each with its key as its name."""
+    return {key: entry.model_copy(update={"name": key}) for key, entry in artefacts.items()}
 
 
 class _Opening(Schema):
@@ -209,7 +204,7 @@ class _Opening(Schema):
 class Manifest(Description, _Opening):
     """Everything in ``manifest.json``."""
 
-    artefacts: Annotated[dict[FileName, Artefact], BeforeValidator(_named)]
+    artefacts: Annotated[dict[FileName, Artefact], AfterValidator(_named)]
     checks: dict[Text, Table]
     """The newest result of each check, by its name."""
     files: dict[Place, Text]
