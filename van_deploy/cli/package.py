@@ -56,6 +56,10 @@ def package(
     triton_release: Annotated[
         str, typer.Option(help="Of the container image, such as 25.08.")
     ] = "",
+    triton_python: Annotated[str, typer.Option(help="Of the Python backend, such as 3.12.")] = "",
+    backend: Annotated[str, typer.Option(help="Of ONNX artefacts: onnxruntime or python.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option(min=0, help="Inside one operator.")] = 2,
+    model_version: Annotated[int, typer.Option(min=1, help="Number of the version.")] = 1,
     require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
@@ -64,9 +68,9 @@ def package(
     Example: van-deploy package triton dist/van_b1 --output dist/van_b1-triton
     """
     from van_deploy.errors import GateFailed, MissingDependency
-    from van_deploy.serve.manifests import DEFAULT_TRITON
-    from van_deploy.serve.triton import TritonSettings, package_triton
+    from van_deploy.serve.triton import package_triton
     from van_deploy.serve.triton_check import check_package
+    from van_deploy.serve.triton_model import TritonSettings
 
     opened = open_bundle(bundle, require_signature)
     folder = output or opened.path.with_name(f"{opened.path.resolve().name}-{server.value}")
@@ -77,7 +81,11 @@ def package(
             queue_timeout_ms=queue_timeout_ms,
             instances=instances,
             gpu=gpu,
-            triton=triton_release or DEFAULT_TRITON,
+            release=triton_release,
+            python=triton_python,
+            backend=backend,
+            threads=threads,
+            version=model_version,
         )
         made = package_triton(opened, folder, artefact or (), settings)
         remark(f"Wrote {len(made.files)} files to {made.path}.")

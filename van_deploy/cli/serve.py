@@ -39,9 +39,21 @@ def serve(
         float, typer.Option(min=0.0, help="How long a lone request waits for others.")
     ] = 1.0,
     queue_limit: Annotated[
-        int,
-        typer.Option(min=1, help="Pictures waiting; more get 429.", rich_help_panel=LIMITS),
-    ] = 256,
+        int | None,
+        typer.Option(min=1, help="Images in the server; more get 429.", rich_help_panel=LIMITS),
+    ] = None,
+    max_json_mib: Annotated[
+        float, typer.Option(min=0.001, help="Largest JSON.", rich_help_panel=LIMITS)
+    ] = 1.0,
+    max_held_mib: Annotated[
+        float, typer.Option(min=1, help="All requests held at once.", rich_help_panel=LIMITS)
+    ] = 256.0,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key that clients must send.")
+    ] = None,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Log every request, not only faults.")
+    ] = False,
     max_body_mib: Annotated[
         float, typer.Option(min=0.001, help="Largest request.", rich_help_panel=LIMITS)
     ] = 32.0,
@@ -62,7 +74,7 @@ def serve(
     Example: van-deploy serve dist/van_b1 --port 8000
     """
     from van_deploy.cli.console import progress
-    from van_deploy.serve.server import listen, run_server
+    from van_deploy.serve.server import is_loopback, listen, run_server, url_of
     from van_deploy.serve.service import Service, ServiceSettings
 
     settings = ServiceSettings(
@@ -74,6 +86,10 @@ def serve(
         queue_limit=queue_limit,
         max_delay_ms=max_delay_ms,
         max_body_bytes=round(max_body_mib * 2**20),
+        max_json_bytes=round(max_json_mib * 2**20),
+        max_held_bytes=round(max_held_mib * 2**20),
+        api_key=api_key_file.read_text().strip() if api_key_file else "",
+        log_requests=log_requests,
         read_timeout_s=read_timeout_s,
         compare=compare,
     )
@@ -81,17 +97,17 @@ def serve(
         bar.add_task("Loading", total=None)
         service = Service(open_bundle(bundle, require_signature), settings)
         service.load()
-        listening = listen(host, port)
-    if not listening.loopback:
+        bound = listen(host, port)
+    if not is_loopback(host):
         remark(f"note: {host} is reachable from other machines, and nobody is asked who they are")
 
-    def ready() -> None:
-        document = {"url": listening.url, "models": list(service.models)}
+    def ready(_: object) -> None:
+        document = {"url": url_of(bound), "models": list(service.models)}
         emit(
             document,
             as_json,
-            lambda _: f"{', '.join(service.models)} at {listening.url}  (Ctrl-C ends)",
+            lambda _: f"{', '.join(service.models)} at {url_of(bound)}  (Ctrl-C ends)",
         )
 
-    run_server(service, listening, max_connections=max_connections, on_ready=ready)
+    run_server(service, bound, max_connections=max_connections, on_ready=ready)
     remark("Stopped; every request that was begun is answered.")

@@ -257,8 +257,9 @@ class Service:
     def _pixels(self, content: bytes, network: Network) -> tuple[Pixels, tuple[int, int]]:
         from PIL import Image
 
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
-            large = image.width * image.height > LARGE_IMAGE
+        large = False
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as head:
+            large = head.width * head.height > LARGE_IMAGE
         with self._large if large else contextlib.nullcontext():
             image = open_image(content, max_pixels=self.settings.max_pixels)
             return pixels_from_image(image, network.preprocessing)[None], image.size
