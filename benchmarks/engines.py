@@ -15,14 +15,12 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from van_deploy.config import BuildOptions
 from van_deploy.engine.backend import RTX, backend_named
 from van_deploy.engine.build import engine_from_onnx
-from van_deploy.engine.options import BuildOptions, parse_target
-from van_deploy.recipe import BatchRange
 
 VARIANTS = tuple(f"van_b{index}" for index in range(7))
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -102,10 +100,7 @@ def _make(variant: str, folder: Path) -> None:
 def _measure(
     folder: Path, variant: str, precision: str, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    target = parse_target(arguments.target)
-    options = replace(
-        BuildOptions(), profiles=(BatchRange.parse(arguments.batch),), targets=(target,)
-    )
+    options = BuildOptions.from_dict({"batch": [arguments.batch], "targets": arguments.target})
     sidecar = engine_from_onnx(
         folder / f"{variant}.{precision}.onnx",
         folder / f"{variant}-{precision}.plan",

@@ -26,11 +26,11 @@ from van_deploy.checks.contestants import Contestants
 from van_deploy.checks.decoding import decode_batches
 from van_deploy.checks.evaluate import Settings, evaluate_bundle
 from van_deploy.checks.labels import LabelledImages, labelled_images
+from van_deploy.config import ModelSettings, Recipe
 from van_deploy.images import find_images, sample_pictures
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.pixels import normalised
 from van_deploy.pipeline import export_bundle, load_for
-from van_deploy.recipe import ModelSettings, Recipe
 
 ASKED = 0.85
 BATCH = 32

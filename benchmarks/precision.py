@@ -37,8 +37,8 @@ import onnx
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.lane import Row
 from van_deploy.bench.report import race_report
-from van_deploy.bench.settings import Settings
 from van_deploy.bundle import Bundle
+from van_deploy.config import BenchSettings, QuantizeSettings
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.images import UnreadableImages, find_images, open_image
 from van_deploy.metrics import compare
@@ -55,7 +55,6 @@ from van_deploy.precision.observer import float_tensors
 from van_deploy.precision.ranges import lean_batch, record_ranges
 from van_deploy.precision.recording import counted_tensors
 from van_deploy.precision.session import logits_session
-from van_deploy.precision.settings import QuantizeSettings
 from van_deploy.precision.stage import quantize_bundle
 
 PARTS = ("accuracy", "digits", "memory", "cpu")
@@ -312,7 +311,7 @@ class _Bench:
         for name, scope in CPU_SCOPES.items():
             plan = initial_plan(model, ranges, scope, weight_steps=cpu_weight_scales)
             racers.append(self._racer(name, "int8", qdq_for_cpu(plan, cpu_scales(plan, ranges))))
-        settings = Settings(batches=(1, 8), reference="FP32", roofline=False)
+        settings = BenchSettings(batches=(1, 8), reference="FP32", roofline=False)
         report = race_report(
             racers, [], {224: inputs[:8]}, settings, native_size=224, images="photographs"
         )

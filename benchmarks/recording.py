@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 
 from van_deploy.bundle import Bundle
+from van_deploy.config import QuantizeSettings
 from van_deploy.images import sample_batch
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.precision.histogram import Histogram
@@ -30,7 +31,6 @@ from van_deploy.precision.observer import Observer, float_tensors
 from van_deploy.precision.ranges import lean_batch, record_ranges
 from van_deploy.precision.recording import counted_tensors
 from van_deploy.precision.session import logits_session
-from van_deploy.precision.settings import QuantizeSettings
 from van_deploy.precision.tensor_range import TensorRange
 from van_deploy.runners.pytorch import one_torch_thread
 

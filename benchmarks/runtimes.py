@@ -18,12 +18,12 @@ from pathlib import Path
 from lineup import prepared
 from races import NOTES, arguments_of, cells, claim, columns, printed, raced
 
-from van_deploy.bench.budget import LEAST_ROUNDS
 from van_deploy.bench.compare import agreement, compare_reports
 from van_deploy.bench.contenders import GIVES_BACK, REFERENCE
 from van_deploy.bench.lane import Row
 from van_deploy.bench.report import BenchReport
 from van_deploy.bench.timing import paired_ratio
+from van_deploy.config.bench import LEAST_ROUNDS
 
 TORCH_BEST = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-autocast")
 REPEATED = ("pytorch", "pytorch-channels-last", "ort-cpu/fp32", "ort-cpu/int8-cpu", "openvino/fp32")

@@ -28,12 +28,11 @@ class Corpus:
         import torch
         from safetensors.torch import save_file
 
-        from van_deploy.engine.options import BuildOptions
+        from van_deploy.config import BuildOptions, ModelSettings, Recipe
         from van_deploy.model.checkpoint import load_van
         from van_deploy.pipeline import export_bundle
         from van_deploy.precision.ranges import record_ranges
         from van_deploy.precision.ranges_file import write_ranges
-        from van_deploy.recipe import ModelSettings, Recipe
 
         self.folder.mkdir(parents=True, exist_ok=True)
         recipe = Recipe(model=ModelSettings(name="van_digits"))

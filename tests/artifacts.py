@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,8 @@ from filelock import FileLock
 from onnx import ModelProto
 
 from van_deploy.bundle import Bundle, Origin, writing
-from van_deploy.recipe import BatchRange, ExportSettings, ModelSettings, Recipe, recipe_named
+from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe
+from van_deploy.recipe import recipe_named
 
 if TYPE_CHECKING:
     from van_deploy.checks.pictures import Pictures
@@ -151,7 +152,7 @@ def export_network(folder: Path, weights: str = "van_digits") -> None:
     from van_deploy.pipeline import export_bundle, load_for
 
     if weights == "van_digits":
-        recipe = replace(recipe_named(weights), batch=BATCHES)
+        recipe = recipe_named(weights).changed(batch=BATCHES)
     else:
         recipe = Recipe(model=ModelSettings(weights=weights), batch=BATCHES)
     export_bundle(load_for(recipe), recipe, folder)
@@ -162,9 +163,8 @@ def with_byte_graph(folder: Path, exported: Path) -> None:
     from van_deploy.pipeline import embed_in_bundle, load_for
 
     shutil.copytree(exported, folder)
-    outputs = ("logits", "probabilities", "top5")
-    export = ExportSettings(embed_preprocess="uint8", outputs=outputs)
-    recipe = replace(recipe_named("van_digits"), batch=BATCHES, export=export)
+    export = ExportSettings(embed_preprocess="uint8", outputs=("logits", "probabilities", "top5"))
+    recipe = recipe_named("van_digits").changed(batch=BATCHES, export=export)
     embed_in_bundle(folder, load_for(recipe), recipe)
 
 

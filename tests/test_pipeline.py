@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle, GraphFacts
+from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
 from van_deploy.documents import plain
 from van_deploy.errors import GateFailed
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
@@ -22,7 +22,7 @@ from van_deploy.images import find_images, load_batches
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.van import VAN
 from van_deploy.pipeline import ExportResult, check_batches, export_bundle, load_for
-from van_deploy.recipe import BatchRange, ModelSettings, Recipe, recipe_named
+from van_deploy.recipe import recipe_named
 from van_deploy.runners.base import run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.pytorch import TorchRunner
@@ -30,7 +30,7 @@ from van_deploy.runners.pytorch import TorchRunner
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return replace(recipe_named("van_digits"), batch=BATCHES)
+    return recipe_named("van_digits").changed(batch=BATCHES)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_changed_recipe_makes_it_anew_and_says_what_changed(
     loaded: LoadedVan, recipe: Recipe, exported: Bundle, copy_of: Copy
 ) -> None:
     folder = copy_of(exported)
-    changed = replace(recipe, export=replace(recipe.export, opset=21))
+    changed = recipe.changed(export=recipe.export.changed(opset=21))
     result = export_bundle(loaded, changed, folder)
     assert not result.reused
     assert result.reason == "changed since: export"
@@ -103,7 +103,7 @@ def test_a_changed_recipe_makes_it_anew_and_says_what_changed(
 def test_nothing_folded_nothing_simplified_is_still_the_network(
     loaded: LoadedVan, recipe: Recipe, tmp_path: Path
 ) -> None:
-    plain = replace(recipe, export=replace(recipe.export, fold=False, simplify=False))
+    plain = recipe.changed(export=recipe.export.changed(fold=False, simplify=False))
     manifest = export_bundle(loaded, plain, tmp_path / "b").bundle.manifest
     assert manifest.checks["fold"]["batchnorms_left"] == 22
     assert "simplify" not in manifest.checks
@@ -222,11 +222,11 @@ def test_without_onnxruntime_nothing_starts(
 
 def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
     recipe = Recipe(
-        model=ModelSettings(name="van_b0", weights="random"),
+        model=ModelSettings(name="van_b0", weights="random", seed=3),
         batch=BatchRange(1, 1, 2),
+        preprocessing=PreprocessingSettings(image_size=64),
     )
-    recipe = replace(recipe, preprocessing=replace(recipe.preprocessing, image_size=64))
-    result = export_bundle(load_for(recipe, seed=3), recipe, tmp_path / "b")
+    result = export_bundle(load_for(recipe), recipe, tmp_path / "b")
     weights = result.bundle.manifest.weights
     assert (weights.format, weights.seed) == ("random", 3)
     assert any("random weights" in note for note in result.notes)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from van_deploy.config import BatchRange, Recipe
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
-from van_deploy.recipe import BatchRange, Recipe, builtin_recipes, read_recipe, recipe_named
+from van_deploy.recipe import builtin_recipes, read_recipe, recipe_named
 from van_deploy.run import build_options, quantize_settings
 
 

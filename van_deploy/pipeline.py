@@ -22,6 +22,7 @@ from van_deploy.bundle import (
 from van_deploy.checks.agreement import AgreementReport, check_agreement
 from van_deploy.checks.canary import CANARY_FILE, canary_entry, write_canary_picture
 from van_deploy.checks.sample_images import images_to_check, pixels_to_check
+from van_deploy.config import Recipe
 from van_deploy.errors import BundleError, GateFailed, InputError
 from van_deploy.files import content_key
 from van_deploy.graph.embed import check_embedding
@@ -33,7 +34,6 @@ from van_deploy.images import open_image
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.pixels import normalised
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
-from van_deploy.recipe import Recipe
 from van_deploy.runners.base import Images, Logits, run_in_batches
 from van_deploy.runners.onnxruntime import (
     OnnxRuntimeRunner,
@@ -100,8 +100,6 @@ def load_for(
     recipe: Recipe,
     *,
     offline: bool = False,
-    seed: int = 0,
-    container: str | None = None,
     download_progress: Callable[[str, int, int | None], None] | None = None,
 ) -> LoadedVan:
     """Return the network a recipe names, with the recipe's preprocessing and class names."""
@@ -116,14 +114,14 @@ def load_for(
         weights=weights,
         expect_sha256=settings.sha256 or None,
         offline=offline,
-        seed=seed,
-        container=container,
+        seed=settings.seed,
+        container=settings.container or None,
         progress=download_progress,
     )
-    preprocessing = loaded.preprocessing.override(**asdict(recipe.preprocessing))
+    preprocessing = loaded.preprocessing.override(**recipe.preprocessing.model_dump())
     class_names = loaded.class_names
     if settings.labels:
-        class_names = _labels(Path(settings.labels), loaded.config.num_classes)
+        class_names = _labels(settings.labels, loaded.config.num_classes)
     name = loaded.name if weights or _is_known(spec) else settings.name or loaded.name
     return replace(loaded, name=name, preprocessing=preprocessing, class_names=class_names)
 
@@ -318,10 +316,10 @@ def _ingredients(
         "rewrites": asdict(rewrites),
         "export": {
             name: value
-            for name, value in asdict(recipe.export).items()
+            for name, value in recipe.export.as_dict().items()
             if name not in {"embed_preprocess", "outputs"}  # these are artefacts of their own
         },
-        "batch": asdict(recipe.batch),
+        "batch": recipe.batch.as_dict(),
         "images checked": hashlib.sha256(inputs.tobytes()).hexdigest(),
         "code": code_digest(".", "model", "graph", "checks", "images", "runners"),
         "versions": tool_versions(*EXPORT_TOOLS, "onnxruntime"),

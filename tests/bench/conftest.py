@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from van_deploy.bench.budget import Budget
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.lane import Lane
 from van_deploy.bench.process import WorkerError
-from van_deploy.bench.settings import Settings
 from van_deploy.bundle import Bundle
+from van_deploy.config import BenchSettings, Budget
 
 
 class Scripted(Lane):
@@ -48,9 +47,9 @@ def digits(digits_bundle: Bundle) -> Bundle:
 
 
 @pytest.fixture
-def quick() -> Settings:
+def quick() -> BenchSettings:
     """Return settings for a race of a second with ONNX Runtime alone."""
-    return Settings(
+    return BenchSettings(
         batches=(1, 2),
         threads=1,
         runners=("ort-cpu",),

@@ -14,13 +14,12 @@ import pytest
 
 from tests.conftest import Cli
 from van_deploy.bench.benchmark import benchmark_bundle
-from van_deploy.bench.budget import Budget
 from van_deploy.bench.compare import agreement, compare_reports, read_report
 from van_deploy.bench.machine import Watch, busy_cores
 from van_deploy.bench.report import BenchReport
-from van_deploy.bench.settings import Settings
 from van_deploy.bench.store import save_report
 from van_deploy.bundle import Bundle
+from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import InputError, UsageError
 
@@ -33,7 +32,7 @@ QUICK_WORDS = (
 @pytest.fixture(scope="module")
 def measured(digits: Bundle) -> BenchReport:
     budget = Budget(seconds=0.1, calls=4, limit_s=0.5, rounds=2, warmup_s=0.0)
-    settings = Settings((1, 2), threads=1, runners=("ort-cpu",), budget=budget)
+    settings = BenchSettings(batches=(1, 2), threads=1, runners=("ort-cpu",), budget=budget)
     return benchmark_bundle(digits, settings)
 
 
@@ -78,14 +77,16 @@ def test_the_roofline_stands_above_what_was_measured(plain: dict[str, Any]) -> N
 
 
 def test_the_reference_is_the_first_that_runs_unless_it_was_named(
-    digits: Bundle, measured: BenchReport, quick: Settings
+    digits: Bundle, measured: BenchReport, quick: BenchSettings
 ) -> None:
     assert measured.facts["reference"] == "ort-cpu/fp32"
     with pytest.raises(UsageError, match="The reference 'pytorch-compile' is not among"):
         benchmark_bundle(digits, replace(quick, reference="pytorch-compile"))
 
 
-def test_a_latency_limit_gives_the_best_batch_below_it(digits: Bundle, quick: Settings) -> None:
+def test_a_latency_limit_gives_the_best_batch_below_it(
+    digits: Bundle, quick: BenchSettings
+) -> None:
     report = benchmark_bundle(digits, replace(quick, p99_ms=1e6))
     under = report.facts["best_under_p99"]
     best = under["best"]["ort-cpu/fp32"]
@@ -96,7 +97,7 @@ def test_a_latency_limit_gives_the_best_batch_below_it(digits: Bundle, quick: Se
     assert report.facts["best_under_p99"]["best"]["ort-cpu/fp32"] is None
 
 
-def test_other_image_sizes_run_the_same_weights(digits: Bundle, quick: Settings) -> None:
+def test_other_image_sizes_run_the_same_weights(digits: Bundle, quick: BenchSettings) -> None:
     report = benchmark_bundle(digits, replace(quick, batches=(1,), image_sizes=(32, 64)))
     small, native = sorted(report.rows, key=lambda row: row.image_size)
     assert (small.image_size, native.image_size) == (32, 64)
@@ -108,7 +109,7 @@ def test_other_image_sizes_run_the_same_weights(digits: Bundle, quick: Settings)
 )
 def test_nonsense_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        Settings(**change)
+        BenchSettings(**change)
 
 
 def test_load_by_others_is_noticed() -> None:

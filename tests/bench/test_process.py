@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from van_deploy.bench.budget import Budget
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.process import WorkerError, WorkerProcess
 from van_deploy.bench.race import Race
 from van_deploy.bench.worker import Worker
 from van_deploy.bundle import Bundle
+from van_deploy.config import Budget
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are stopped by POSIX signals")
 QUICK = Budget(seconds=0.05, calls=2, limit_s=0.3, rounds=2, warmup_s=0.0)

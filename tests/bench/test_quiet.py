@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.bench.conftest import Scripted
-from van_deploy.bench.budget import Budget
 from van_deploy.bench.process import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bench.quiet import LOOKS_FIRST, QUIET_LIMIT, Gauge, Product
 from van_deploy.bench.race import Race
 from van_deploy.bench.steadiness import warnings_of
+from van_deploy.config import Budget
 
 
 class Machine:
@@ -127,7 +127,7 @@ def test_where_nothing_was_quiet_all_rounds_count_and_that_is_said(
 ) -> None:
     monkeypatch.setattr("van_deploy.bench.race.PATIENCE_S", -1e9)
     machine = Machine(range(LOOKS_FIRST + 1, 10**9), factor=1.2)
-    race, rows = raced(machine, Budget(0.6, 1, 0.6, 6, 0.0))
+    race, rows = raced(machine, Budget(seconds=0.6, calls=1, limit_s=0.6, rounds=6, warmup_s=0.0))
     assert rows[1].ratio.rounds == 6
     assert rows[1].settled is False
     assert not any(rows[1].round_quiet)

@@ -18,8 +18,8 @@ from van_deploy.checks.opened import NotRun, open_artefact
 from van_deploy.checks.pictures import pictures_to_check
 from van_deploy.checks.statistics import bootstrap
 from van_deploy.checks.verify import verify_logits
+from van_deploy.config import GateSettings
 from van_deploy.metrics import Array
-from van_deploy.recipe import GateSettings
 
 RESAMPLES = 200
 IMAGES = 64

@@ -190,8 +190,8 @@ class TestTheDigits:
 
 @pytest.fixture(scope="module")
 def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
     from van_deploy.pipeline import export_bundle, load_for
-    from van_deploy.recipe import BatchRange, ModelSettings, PreprocessingSettings, Recipe
 
     folder = tmp_path_factory.mktemp("thousand")
     config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=1000)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from van_deploy.config import BuildOptions, Profiling
 from van_deploy.engine import backend as backend_module
 from van_deploy.engine.backend import (
     NAMES,
@@ -19,7 +20,6 @@ from van_deploy.engine.backend import (
     backend_named,
     choose_backend,
 )
-from van_deploy.engine.options import BuildOptions, Profiling
 from van_deploy.errors import MissingDependency, UsageError
 
 RECORDED = sorted((Path(__file__).parent / "bindings").glob("*.json"))

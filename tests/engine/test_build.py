@@ -8,21 +8,19 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 from onnx import ModelProto
 
+from van_deploy.config import BatchRange, BuildOptions, HardwareCompatibility, Profiling
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import BuildProgress, engine_from_onnx, engine_name
 from van_deploy.engine.host import Host
-from van_deploy.engine.options import BuildOptions, HardwareCompatibility, Profiling
 from van_deploy.engine.sidecar import Sidecar, read_sidecar, verified_sidecar
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.files import file_sha256
-from van_deploy.recipe import BatchRange
 
 SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
 
@@ -85,7 +83,7 @@ def test_the_plan_is_as_tensorrt_wrote_it(rtx: Backend, digits_onnx: Path, tmp_p
 def test_the_same_inputs_give_the_same_bytes(
     rtx: Backend, digits_onnx: Path, tmp_path: Path
 ) -> None:
-    options = replace(SM89, profiling=Profiling.DETAILED)
+    options = SM89.changed(profiling=Profiling.DETAILED)
     first = engine_from_onnx(
         digits_onnx,
         tmp_path / "e.plan",
@@ -107,8 +105,8 @@ def test_the_same_inputs_give_the_same_bytes(
 def test_other_options_give_another_plan(rtx: Backend, digits_onnx: Path, tmp_path: Path) -> None:
     plans = [
         SM89,
-        replace(SM89, targets=("sm_120",)),
-        replace(SM89, profiles=(BatchRange(1, 1, 1), BatchRange(2, 8, 16))),
+        SM89.changed(targets=("sm_120",)),
+        SM89.changed(profiles=(BatchRange(1, 1, 1), BatchRange(2, 8, 16))),
     ]
     digests = [built(digits_onnx, tmp_path / f"{i}.plan", rtx, o) for i, o in enumerate(plans)]
     assert len({sidecar.plan_sha256 for sidecar in digests}) == len(plans)
@@ -131,7 +129,7 @@ def test_a_plan_that_was_there_survives_a_failed_build(
     plan = tmp_path / "e.plan"
     first = built(digits_onnx, plan, rtx)
     with pytest.raises(ConversionError):
-        built(digits_onnx, plan, rtx, replace(SM89, workspace_bytes=1024))
+        built(digits_onnx, plan, rtx, SM89.changed(workspace_bytes=1024))
     assert verified_sidecar(plan) == first
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -228,7 +226,7 @@ def test_names(rtx: Backend) -> None:
     tensorrt = Backend("tensorrt", "TensorRT", "trt", "11.4.0.106", 13, None)
     plus = BuildOptions(hardware_compatibility=HardwareCompatibility.AMPERE_PLUS)
     assert engine_name("van_b1", "fp16", rtx, SM89, Host()) == f"van_b1-fp16-sm89-{release}"
-    both = replace(SM89, targets=("sm_86", "sm_89"))
+    both = SM89.changed(targets=("sm_86", "sm_89"))
     assert engine_name("van_b1", "int8", rtx, both, Host()) == f"van_b1-int8-sm86+sm89-{release}"
     assert engine_name("van_b1", "fp16", tensorrt, BuildOptions(), host) == (
         "van_b1-fp16-sm89-trt11.4.0"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ import pytest
 from tests.described import entry
 from tests.engine.conftest import BundleMaker
 from van_deploy.bundle import Bundle, Origin, writing
+from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.documents import plain
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import BuildProgress
 from van_deploy.engine.bundled import Built, build_in_bundle, request_for
 from van_deploy.engine.host import Host
 from van_deploy.engine.inspect import describe_engine, layers_from_json
-from van_deploy.engine.options import BuildOptions
 from van_deploy.errors import BundleError, InputError
-from van_deploy.recipe import BatchRange
 
 SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
 
@@ -50,7 +48,7 @@ def test_an_engine_in_its_bundle(rtx: Backend, new_bundle: BundleMaker) -> None:
     assert not checked.reused
     assert checked.sidecar.reproducible in {True, False}
     assert built(folder, rtx, check_reproducible=True).reused
-    assert not built(folder, rtx, replace(SM89, tf32=False)).reused
+    assert not built(folder, rtx, SM89.changed(tf32=False)).reused
     assert len([a for a in Bundle.open(folder).artefacts.values() if a.kind == "engine"]) == 1
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.catalogue import (
@@ -20,9 +21,7 @@ from van_deploy.engine.catalogue import (
     load_failure,
     parser_failure,
 )
-from van_deploy.engine.options import BuildOptions
 from van_deploy.errors import ConversionError, InputError, MissingDependency, VanDeployError
-from van_deploy.recipe import BatchRange
 
 FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
 Spoil = Callable[[ModelProto], None]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.engine.test_sidecar import sidecar_for
+from van_deploy.config import BuildOptions, HardwareCompatibility
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.compatibility import obstacles, require_compatible
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.options import BuildOptions, HardwareCompatibility
 from van_deploy.engine.sidecar import Sidecar
 from van_deploy.environment.hardware import Driver, Gpu
 from van_deploy.errors import MissingDependency
@@ -32,7 +32,7 @@ def problems(sidecar: Sidecar, host: Host) -> list[str]:
 
 
 def of_tensorrt(sidecar: Sidecar, **options: object) -> Sidecar:
-    asked = replace(BuildOptions(), **options)  # type: ignore[arg-type]
+    asked = BuildOptions().changed(**options)
     return replace(
         sidecar,
         backend="tensorrt",

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Cli
+from van_deploy.config import BuildOptions
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import host_here
 from van_deploy.engine.inspect import layers_from_json
-from van_deploy.engine.options import BuildOptions
 from van_deploy.engine.sidecar import Sidecar, sidecar_path
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from van_deploy.config import BuildOptions, HardwareCompatibility
 from van_deploy.engine import refusals
 from van_deploy.engine.backend import RTX, TENSORRT, Backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import Host
-from van_deploy.engine.options import BuildOptions, HardwareCompatibility
 from van_deploy.engine.refusals import refuse_impossible
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import MissingDependency, UsageError, VanDeployError
@@ -59,7 +59,7 @@ def test_tensorrt_passes_on_its_gpu() -> None:
     ],
 )
 def test_rtx_refuses(change: dict[str, Any], message: str, kind: type[VanDeployError]) -> None:
-    error = refused(RTX_ABSENT, replace(SM89, **change), NO_GPU)
+    error = refused(RTX_ABSENT, SM89.changed(**change), NO_GPU)
     assert message in error.message
     assert type(error) is kind
     assert error.remedy
@@ -71,7 +71,7 @@ def test_rtx_refuses_a_timing_cache(tmp_path: Path) -> None:
 
 
 def test_rtx_strips_weights_where_there_is_a_gpu() -> None:
-    refuse_impossible(RTX_ABSENT, replace(SM89, strip_weights=True, refit=True), ADA)
+    refuse_impossible(RTX_ABSENT, SM89.changed(strip_weights=True, refit=True), ADA)
 
 
 def test_tensorrt_needs_the_gpu() -> None:
@@ -124,7 +124,7 @@ def test_what_rtx_is_refused_it_really_cannot_do(
     monkeypatch.setattr(refusals, "_refusals", lambda *_: iter(()))
     monkeypatch.setattr("van_deploy.engine.build.refuse_impossible", lambda *_: None)
     change: dict[str, Any] = {option: True}
-    asked = replace(SM89, **change)
+    asked = SM89.changed(**change)
     with pytest.raises(MissingDependency):
         engine_from_onnx(
             digits_onnx,

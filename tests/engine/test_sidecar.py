@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from van_deploy.engine.options import BuildOptions
+from van_deploy.config import BuildOptions
 from van_deploy.engine.sidecar import (
     Sidecar,
     Tensor,

@@ -10,9 +10,9 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from van_deploy.config import BatchRange
 from van_deploy.engine.source import read_source
 from van_deploy.errors import InputError
-from van_deploy.recipe import BatchRange
 
 
 def one_node(operator: str, kind: int, **attributes: Any) -> ModelProto:

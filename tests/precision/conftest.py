@@ -16,12 +16,11 @@ from onnx import ModelProto, load, save
 from PIL import Image
 
 from van_deploy.bundle import Bundle
+from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import RTX, backend_named
 from van_deploy.engine.build import engine_from_onnx
-from van_deploy.engine.options import BuildOptions
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME, DigitsSplit, digits_images
-from van_deploy.recipe import BatchRange
 
 
 @dataclass(frozen=True)

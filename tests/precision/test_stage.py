@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,19 +13,16 @@ from onnx import load
 
 from tests.artifacts import Copy
 from van_deploy.bundle import Bundle
+from van_deploy.config import QuantizeSettings
 from van_deploy.errors import BundleError, GateFailed, ImageError, UsageError
 from van_deploy.model.embedded import write_digits_folder
-from van_deploy.precision.equalize import EqualizeSettings
 from van_deploy.precision.manifests import calibration_set_named
-from van_deploy.precision.refine_settings import RefineSettings
-from van_deploy.precision.settings import QuantizeSettings
 from van_deploy.precision.stage import quantize_bundle
 from van_deploy.precision.verdict import PrecisionRow, precision_row, recommended
 
-PLAIN = QuantizeSettings(equalize=None, refine=None, threads=1)
-FEW = replace(
-    calibration_set_named("digits"),
-    images=replace(calibration_set_named("digits").images, count=60, digest=""),
+PLAIN = QuantizeSettings(equalize=False, refine=False, threads=1)
+FEW = calibration_set_named("digits").changed(
+    images=calibration_set_named("digits").images.changed(count=60, digest=""),
 )
 
 
@@ -41,7 +38,7 @@ def lines(facts: object) -> dict[str, dict[str, float]]:
 
 
 def test_fp16_lands_in_the_bundle(bundle: Path) -> None:
-    result = quantize_bundle(bundle, replace(PLAIN, precision="fp16"), calibration=FEW)
+    result = quantize_bundle(bundle, PLAIN.changed(precision="fp16"), calibration=FEW)
     assert result
     assert Bundle.open(bundle).problems() == []
     artefact = result.bundle.artefact("fp16")
@@ -56,7 +53,7 @@ def test_fp16_lands_in_the_bundle(bundle: Path) -> None:
 
 @pytest.mark.parametrize("method", ["minmax", "average", "percentile", "mse", "entropy"])
 def test_int8_by_every_method(bundle: Path, method: str) -> None:
-    result = quantize_bundle(bundle, replace(PLAIN, method=method), calibration=FEW)
+    result = quantize_bundle(bundle, PLAIN.changed(method=method), calibration=FEW)
     found = lines(dict(result.facts))
     assert set(found) == {"fp32", "fp16", "int8"}
     assert found["int8"]["sqnr_db"] > 20
@@ -70,7 +67,7 @@ def test_int8_by_every_method(bundle: Path, method: str) -> None:
 
 
 def test_auto_takes_the_method_with_the_least_divergence(bundle: Path) -> None:
-    result = quantize_bundle(bundle, replace(PLAIN, method="auto"), calibration=FEW)
+    result = quantize_bundle(bundle, PLAIN.changed(method="auto"), calibration=FEW)
     table = result.facts["methods"]
     assert set(table["kl"]) == {"minmax", "average", "percentile", "mse", "entropy"}
     assert table["chosen"] == min(table["kl"], key=table["kl"].get)
@@ -79,9 +76,7 @@ def test_auto_takes_the_method_with_the_least_divergence(bundle: Path) -> None:
 
 
 def test_every_improvement_together(bundle: Path) -> None:
-    settings = QuantizeSettings(
-        equalize=EqualizeSettings(), refine=RefineSettings(steps=2, batch=8), threads=1
-    )
+    settings = QuantizeSettings(threads=1)
     plain = quantize_bundle(bundle, PLAIN, calibration=FEW)
     result = quantize_bundle(bundle, settings, calibration=FEW)
     assert (
@@ -92,7 +87,7 @@ def test_every_improvement_together(bundle: Path) -> None:
 
 
 def test_a_budget_keeps_the_worst_layers_out(bundle: Path) -> None:
-    settings = replace(PLAIN, method="entropy", max_drop=0.0, evaluations=6)
+    settings = PLAIN.changed(method="entropy", max_drop=0.0, evaluations=6)
     result = quantize_bundle(bundle, settings, calibration=FEW)
     search = result.facts["search"]
     assert len(search["trials"]) <= 6
@@ -101,7 +96,7 @@ def test_a_budget_keeps_the_worst_layers_out(bundle: Path) -> None:
 
 
 def test_the_cpu_has_a_graph_of_its_own(bundle: Path) -> None:
-    result = quantize_bundle(bundle, replace(PLAIN, target="cpu"), calibration=FEW)
+    result = quantize_bundle(bundle, PLAIN.changed(target="cpu"), calibration=FEW)
     artefact = result.bundle.artefact("int8-cpu")
     assert (artefact.file, artefact.precision) == ("model.int8-cpu.onnx", "int8")
     found = lines(dict(result.facts))
@@ -114,7 +109,7 @@ def test_the_cpu_has_a_graph_of_its_own(bundle: Path) -> None:
 
 def test_both_targets_live_side_by_side(bundle: Path) -> None:
     quantize_bundle(bundle, PLAIN, calibration=FEW)
-    result = quantize_bundle(bundle, replace(PLAIN, target="cpu"), calibration=FEW)
+    result = quantize_bundle(bundle, PLAIN.changed(target="cpu"), calibration=FEW)
     assert list(result.bundle.artefacts) == ["fp32", "int8", "int8-cpu"]
     assert result.bundle.problems() == []
 
@@ -124,7 +119,7 @@ class TestReuse:
         first = quantize_bundle(bundle, PLAIN, calibration=FEW)
         assert (first.reused, first.reason) == (False, "not there yet")
         before = (bundle / "model.int8.onnx").stat().st_mtime_ns
-        second = quantize_bundle(bundle, replace(PLAIN, threads=2), calibration=FEW)
+        second = quantize_bundle(bundle, PLAIN.changed(threads=2), calibration=FEW)
         assert second.reused
         assert second.reason == (
             "the weights, graph, images, settings and versions are those it was made from"
@@ -134,13 +129,13 @@ class TestReuse:
 
     def test_another_method_reuses_the_ranges(self, bundle: Path) -> None:
         quantize_bundle(bundle, PLAIN, calibration=FEW)
-        result = quantize_bundle(bundle, replace(PLAIN, method="minmax"), calibration=FEW)
+        result = quantize_bundle(bundle, PLAIN.changed(method="minmax"), calibration=FEW)
         assert (result.reused, result.reason) == (False, "changed since: settings")
         assert result.facts["ranges"] == {"reused": True, "reason": "nothing changed"}
 
     def test_other_images_reuse_nothing(self, bundle: Path) -> None:
         quantize_bundle(bundle, PLAIN, calibration=FEW)
-        other = replace(FEW, images=replace(FEW.images, seed=5))
+        other = FEW.changed(images=FEW.images.changed(seed=5))
         result = quantize_bundle(bundle, PLAIN, calibration=other)
         assert result.reason == (
             "changed since: calibration images, held-out images, evaluation images"
@@ -181,7 +176,7 @@ class TestImages:
 
     def test_noise_is_labelled(self, bundle: Path, tmp_path: Path) -> None:
         heldout = write_digits_folder(tmp_path / "heldout", "heldout", 20)
-        result = quantize_bundle(bundle, replace(PLAIN, noise=True), evaluate=heldout)
+        result = quantize_bundle(bundle, PLAIN.changed(noise=True), evaluate=heldout)
         artefact = Bundle.open(bundle).artefact("int8")
         assert artefact.quantization["calibration"]["noise"] is True
         assert "NOISE" in artefact.quantization["calibration"]["description"]
@@ -189,7 +184,7 @@ class TestImages:
 
     def test_noise_and_images_together_are_refused(self, bundle: Path) -> None:
         with pytest.raises(UsageError, match="were both given"):
-            quantize_bundle(bundle, replace(PLAIN, noise=True), calibration=FEW)
+            quantize_bundle(bundle, PLAIN.changed(noise=True), calibration=FEW)
 
     def test_other_networks_need_images(self, bundle: Path) -> None:
         manifest = json.loads((bundle / "manifest.json").read_text())
@@ -202,18 +197,17 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("asked", "message"),
         [
-            ({"precision": "int4"}, "There is no precision called 'int4'."),
-            ({"target": "tpu"}, "There is no target called 'tpu'."),
-            ({"method": "kl"}, "There is no method called 'kl'."),
-            ({"percentile": 99.9}, "The percentile 9990 % is outside (50, 100]."),
-            ({"precision": "fp16", "target": "cpu"}, "FP16 makes no sense for --target cpu"),
-            ({"target": "cpu", "rest": "fp16"}, "--target cpu keeps what is not INT8 in FP32"),
-            ({"precision": "fp16", "max_drop": 1.0}, "--max-drop and --calibrate-on-noise are"),
+            ({"precision": "int4"}, "'precision=' is 'int4': it should be 'fp16' or 'int8'."),
+            ({"percentile": 0.999}, "'percentile=' is 0.999: it should be greater than 50."),
+            ({"precision": "fp16", "target": "cpu"}, "FP16 makes no sense for target= cpu"),
+            ({"target": "cpu", "rest": "fp16"}, "target= cpu keeps what is not INT8 in FP32"),
+            ({"precision": "fp16", "max_drop": 1.0}, "max_drop= is for INT8, and precision= is"),
+            ({"noise": True, "calibration": "digits"}, "noise= and calibration= are both given."),
         ],
     )
-    def test_contradictions_say_why(self, asked: dict[str, object], message: str) -> None:
+    def test_contradictions_say_why(self, asked: dict[str, Any], message: str) -> None:
         with pytest.raises(UsageError) as caught:
-            QuantizeSettings(**asked)  # type: ignore[arg-type]
+            QuantizeSettings(**asked)
         assert message in caught.value.message
 
     def test_there_must_be_a_bundle(self, tmp_path: Path) -> None:
@@ -224,7 +218,7 @@ class TestRefusals:
         self, bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("van_deploy.precision.audit.FP16_LARGEST", 50.0)
-        settings = replace(PLAIN, precision="fp16", strict=True)
+        settings = PLAIN.changed(precision="fp16", strict=True)
         with pytest.raises(GateFailed, match="FP16 cannot hold everything"):
             quantize_bundle(bundle, settings, calibration=FEW)
         assert list(Bundle.open(bundle).artefacts) == ["fp32"]

@@ -9,14 +9,13 @@ import pytest
 
 from tests.artifacts import MadeOnce
 from van_deploy.bench.benchmark import benchmark_bundle
-from van_deploy.bench.budget import Budget
-from van_deploy.bench.settings import Settings
 from van_deploy.bench.store import save_report
 from van_deploy.bundle import Bundle
 from van_deploy.bundle.original import original_network
 from van_deploy.checks.drift import drift_of_bundle
 from van_deploy.checks.record import record_check
 from van_deploy.checks.sample_images import images_to_check
+from van_deploy.config import BenchSettings, Budget
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +37,9 @@ def full(made_once: MadeOnce, bare: Bundle) -> Bundle:
         record_check(bundle, "drift", drift.as_dict())
         record_check(bundle, "evaluate", accuracy_of_digits(bundle))
         budget = Budget(seconds=0.05, calls=2, limit_s=0.2, rounds=2, warmup_s=0.0)
-        settings = Settings((1, 2), threads=1, runners=("ort-*", "openvino"), budget=budget)
+        settings = BenchSettings(
+            batches=(1, 2), threads=1, runners=("ort-*", "openvino"), budget=budget
+        )
         save_report(benchmark_bundle(Bundle.open(folder), settings).as_dict(), bundle, None)
 
     return Bundle.open(made_once("full_report", make))

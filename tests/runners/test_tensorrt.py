@@ -7,7 +7,7 @@ there was no GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +15,16 @@ import onnx
 import pytest
 
 from tests.artifacts import SMALL_SIZE, MadeOnce
+from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.inspect import describe_engine
-from van_deploy.engine.options import BuildOptions, Profiling
 from van_deploy.engine.sidecar import read_sidecar, sidecar_path, write_sidecar
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, UsageError
 from van_deploy.metrics import compare
 from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
-from van_deploy.recipe import BatchRange
 from van_deploy.runners.base import Images, run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.tensorrt import TensorRtRunner, admit, profile_for
@@ -253,7 +252,7 @@ class TestOnAGpu:
             made.onnx,
             tmp_path / "e.plan",
             backend=made.backend,
-            options=replace(asked, strip_weights=True, refit=True),
+            options=asked.changed(strip_weights=True, refit=True),
             precision="fp32",
         )
         assert stripped.plan_bytes < read_sidecar(made.plan).plan_bytes

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from van_deploy.bundle import Bundle
+from van_deploy.config import ServiceSettings
 from van_deploy.runners.network import Outputs
 from van_deploy.serve.server import listen, run_server
-from van_deploy.serve.service import Service, ServiceSettings
+from van_deploy.serve.service import Service
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +37,7 @@ Serve = Callable[..., contextlib.AbstractContextManager[Running]]
 
 @contextlib.contextmanager
 def serving(
-    bundle: Bundle, *, slow: threading.Event | None = None, **settings: object
+    bundle: Bundle, *, slow: threading.Event | None = None, **settings: Any
 ) -> Iterator[Running]:
     """Serve ``bundle`` on a free port until the block ends.
 
@@ -46,7 +47,7 @@ def serving(
         settings: of :class:`ServiceSettings`, and ``max_connections``.
     """
     connections = settings.pop("max_connections", 512)
-    service = Service(bundle, ServiceSettings(**settings))  # type: ignore[arg-type]
+    service = Service(bundle, ServiceSettings(**settings))
     service.load()
     if slow is not None:
         _hold(service, slow)

@@ -140,7 +140,7 @@ def test_preferred_sizes_come_from_the_benchmark(digits: Bundle) -> None:
 def test_an_rtx_plan_is_refused(digits: Bundle, tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     assert trt
-    from van_deploy.engine.options import BuildOptions
+    from van_deploy.config import BuildOptions
     from van_deploy.engine.sidecar import Sidecar, Tensor, sidecar_path, write_sidecar
 
     copy = shutil.copytree(digits.path, tmp_path / "copy")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from van_deploy.bench.contender import Contender, Skipped
 from van_deploy.bench.contenders import chosen, contenders_of
 from van_deploy.bench.report import BenchReport, Progress, race_report
-from van_deploy.bench.settings import Settings
 from van_deploy.bundle import Bundle
+from van_deploy.config import BenchSettings
 
 __all__ = ["benchmark_bundle"]
 
@@ -18,7 +18,7 @@ SWEEP = (1, 2, 4, 8, 16, 32, 64)
 
 
 def benchmark_bundle(
-    bundle: Bundle, settings: Settings, *, progress: Progress | None = None
+    bundle: Bundle, settings: BenchSettings, *, progress: Progress | None = None
 ) -> BenchReport:
     """Return how fast each artefact of ``bundle`` is in each run time that is here.
 
@@ -35,7 +35,7 @@ def benchmark_bundle(
     skipped = [entry for entry in entries if isinstance(entry, Skipped)]
     if settings.p99_ms is not None:
         largest = bundle.manifest.batch.max
-        settings = replace(settings, batches=tuple(b for b in SWEEP if b <= max(1, largest)))
+        settings = settings.changed(batches=tuple(b for b in SWEEP if b <= max(1, largest)))
     preprocessing = bundle.manifest.preprocessing
     sizes = settings.image_sizes or (preprocessing.image_size,)
     inputs: dict[int, Any] = {}

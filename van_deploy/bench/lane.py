@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.budget import LEAST_ROUNDS, Budget
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.process import WorkerError, WorkerProcess
 from van_deploy.bench.timing import Latency, Ratio, latency_of, quiet_rounds, ratio_of, slice_ms
+from van_deploy.config.bench import LEAST_ROUNDS, Budget
 
 __all__ = ["Lane", "Row"]
 

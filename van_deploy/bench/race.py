@@ -17,12 +17,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.budget import Budget
 from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.lane import Lane, Row
 from van_deploy.bench.process import WorkerProcess
 from van_deploy.bench.quiet import Gauge
+from van_deploy.config import Budget
 
 __all__ = ["Race", "between", "ceilings_here", "nearest", "with_reference"]
 

@@ -21,8 +21,9 @@ from van_deploy.bench.machine import Watch, busy_cores, machine_facts
 from van_deploy.bench.process import KEEP_MEMORY, WorkerError
 from van_deploy.bench.race import Race, ceilings_here
 from van_deploy.bench.resize import resized_file
-from van_deploy.bench.settings import Settings, with_known_reference
+from van_deploy.bench.settings import with_known_reference
 from van_deploy.bench.steadiness import load_before, warnings_of
+from van_deploy.config import BenchSettings
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import ConversionError
 from van_deploy.provenance import tool_versions
@@ -66,6 +67,15 @@ class BenchReport:
         """The rows with figures."""
         return [row for row in self.rows if row.latency is not None]
 
+    @property
+    def passed(self) -> bool:
+        """Whether every contender that started could be timed."""
+        return bool(self.rows) and len(self.measured) == len(self.rows)
+
+    def __bool__(self) -> bool:
+        """Return :attr:`passed`."""
+        return self.passed
+
     def as_dict(self) -> dict[str, Any]:
         """Return the whole report, ready for JSON."""
         return {
@@ -100,7 +110,7 @@ def race_report(
     contenders: Sequence[Contender],
     skipped: Sequence[Skipped],
     inputs: Mapping[int, Any],
-    settings: Settings,
+    settings: BenchSettings,
     *,
     native_size: int,
     images: str,
@@ -161,7 +171,7 @@ def race_report(
 def _measured(
     contenders: Sequence[Contender],
     inputs: Mapping[int, Any],
-    settings: Settings,
+    settings: BenchSettings,
     native_size: int,
     race_of: Callable[[Sequence[Contender]], Race],
 ) -> _Measured:
@@ -182,12 +192,12 @@ def _measured(
 
 
 def _circumstances(
-    settings: Settings, threads: int, images: str, contenders: Sequence[Contender]
+    settings: BenchSettings, threads: int, images: str, contenders: Sequence[Contender]
 ) -> dict[str, Any]:
     """Return what a result depends on besides the contenders' speed."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": {**asdict(settings), "threads": threads, "images": images},
+        "settings": {**settings.as_dict(), "threads": threads, "images": images},
         "contenders": {c.name: c.as_dict() for c in contenders},
         "machine": machine_facts(),
         "python": platform.python_version(),
@@ -197,7 +207,7 @@ def _circumstances(
 
 
 def _findings(
-    settings: Settings,
+    settings: BenchSettings,
     contenders: Sequence[Contender],
     measured: _Measured,
     ceilings: Ceilings | None,
@@ -231,7 +241,7 @@ def _nothing(rows: Sequence[Row]) -> ConversionError:
     )
 
 
-def _batches(race: Race, images: Path, size: int, settings: Settings) -> list[Row]:
+def _batches(race: Race, images: Path, size: int, settings: BenchSettings) -> list[Row]:
     """Return the rows of every batch; under a latency limit, the slow ones drop out."""
     rows: list[Row] = []
     running: set[str] | None = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from van_deploy.bench.budget import LEAST_ROUNDS
 from van_deploy.bench.lane import Row
 from van_deploy.bench.timing import CV_LIMIT_PERCENT
+from van_deploy.config.bench import LEAST_ROUNDS
 
 __all__ = ["load_before", "warnings_of"]
 

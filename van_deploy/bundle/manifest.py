@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from van_deploy.bundle.names import MANIFEST, inside
+from van_deploy.config import BatchRange
 from van_deploy.documents import json_from, text_from
 from van_deploy.errors import BundleError
 from van_deploy.fields import Count, FileName, Kept, Label, Table, Text
@@ -21,7 +22,6 @@ from van_deploy.files import content_key
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.variants import VanConfig
 from van_deploy.model.weights_source import WeightsSource
-from van_deploy.recipe import BatchRange
 from van_deploy.schema import Schema, validated_json
 
 __all__ = [

@@ -20,10 +20,10 @@ from van_deploy.checks.evaluate_report import EvaluateReport
 from van_deploy.checks.journal import Journal
 from van_deploy.checks.labels import LabelledImages
 from van_deploy.checks.opened import ON_CPU, Execution
+from van_deploy.config import GateSettings
 from van_deploy.errors import ImageError
 from van_deploy.files import content_key
 from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.recipe import GateSettings
 from van_deploy.runners.network import PYTORCH
 
 __all__ = [

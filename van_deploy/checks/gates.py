@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from van_deploy.config import GateProfile
 from van_deploy.metrics import Array, Comparison, compare, decision_margins
-from van_deploy.recipe import GateProfile
 
 __all__ = [
     "ROUNDOFF_DB",

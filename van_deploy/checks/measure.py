@@ -22,8 +22,8 @@ from van_deploy.checks.regression import CheckReport, compare_with_baseline
 from van_deploy.checks.speed import speed_ratios
 from van_deploy.checks.verdicts import VerifyReport
 from van_deploy.checks.verify import verify_bundle
+from van_deploy.config import EvaluateSettings, GateSettings
 from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.recipe import EvaluateSettings, GateSettings
 
 __all__ = ["Measured", "evaluate_folder", "measure_bundle"]
 

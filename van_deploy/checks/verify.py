@@ -33,11 +33,11 @@ from van_deploy.checks.pictures import Pictures
 from van_deploy.checks.reference import Reference, reference_of
 from van_deploy.checks.steps import StepRow, steps_of_graph
 from van_deploy.checks.verdicts import ArtefactVerdict, BatchVerdict, VerifyReport
+from van_deploy.config import BatchRange, GateSettings
 from van_deploy.errors import ConversionError, VanDeployError
 from van_deploy.metrics import Array, compare
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.pixels import normalised
-from van_deploy.recipe import BatchRange, GateSettings
 from van_deploy.runners.base import Logits
 from van_deploy.runners.network import Network
 

@@ -10,10 +10,11 @@ Rich is imported when something is printed, not before.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -24,17 +25,19 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress
 
+    from van_deploy.results import Progress as Tell
+
 __all__ = [
     "AsJson",
     "emit",
     "json_text",
-    "names_in",
     "plain",
     "print_error",
     "progress",
     "remark",
     "stderr_console",
     "stdout_console",
+    "telling",
 ]
 
 PIPE_WIDTH = 100  # columns where output does not go to a terminal
@@ -51,16 +54,6 @@ def stdout_console() -> Console:
 def stderr_console() -> Console:
     """Return a console that writes progress, remarks and errors."""
     return _console(sys.stderr)
-
-
-def names_in(given: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names in an option that may be repeated and may hold commas, each once.
-
-    >>> names_in(["fp16,int8", "fp16"])
-    ('fp16', 'int8')
-    """
-    parts = ",".join(given or ()).split(",")
-    return tuple(dict.fromkeys(name.strip() for name in parts if name.strip()))
 
 
 def emit(result: Result, as_json: bool, table: Callable[[Result], RenderableType]) -> None:
@@ -115,6 +108,18 @@ def progress() -> Progress:
         transient=True,
         disable=not console.is_terminal,
     )
+
+
+@contextlib.contextmanager
+def telling(first: str = "Loading PyTorch") -> Iterator[Tell]:
+    """Give a function that shows on stderr what is being done, and how much of it is done."""
+    with progress() as bar:
+        task = bar.add_task(first, total=None)
+
+        def tell(text: str, done: int = 0, total: int | None = None, /) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+
+        yield tell
 
 
 def remark(text: str) -> None:

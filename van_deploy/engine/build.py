@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from van_deploy import errors
+from van_deploy.config import BuildOptions, HardwareCompatibility
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.log import warnings_summary
-from van_deploy.engine.options import BuildOptions, HardwareCompatibility
 from van_deploy.engine.refusals import refuse_impossible
 from van_deploy.engine.sidecar import Sidecar, Tensor, log_path, sidecar_path, write_sidecar
 from van_deploy.engine.source import OnnxSource, read_source

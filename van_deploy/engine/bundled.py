@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from van_deploy.bundle import Artefact, Bundle, EngineFacts, Origin, Precision, writing
+from van_deploy.config import BuildOptions
 from van_deploy.documents import plain
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import (
@@ -20,7 +21,6 @@ from van_deploy.engine.build import (
     targets_of,
 )
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.options import BuildOptions
 from van_deploy.engine.refusals import refuse_impossible
 from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
 from van_deploy.engine.worker import TEMPORARY

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from van_deploy.config import HardwareCompatibility
 from van_deploy.engine.backend import BACKENDS, RTX, Backend, backend_named, release_of
 from van_deploy.engine.host import Host
-from van_deploy.engine.options import HardwareCompatibility
 from van_deploy.engine.sidecar import Sidecar
 from van_deploy.errors import MissingDependency
 

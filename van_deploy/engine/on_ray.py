@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle import Bundle
+from van_deploy.config import BuildOptions
 from van_deploy.documents import plain
 from van_deploy.engine.backend import choose_backend
 from van_deploy.engine.build import engine_from_onnx, engine_name
 from van_deploy.engine.bundled import EngineRequest, enter_engine, existing_engine, request_for
 from van_deploy.engine.fleet import BUILT, FAILED, REUSED, Cell, Outcome, prepared
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.options import BuildOptions
 from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
 from van_deploy.environment.privacy import without_ray_reports
 from van_deploy.errors import ConversionError, MissingDependency, VanDeployError

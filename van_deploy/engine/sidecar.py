@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.documents import json_from, text_from
-from van_deploy.engine.options import BuildOptions
 from van_deploy.errors import InputError
 from van_deploy.files import file_sha256, write_atomic
 from van_deploy.forms import (
@@ -31,7 +31,6 @@ from van_deploy.forms import (
     table_of,
     text,
 )
-from van_deploy.recipe import BatchRange
 
 __all__ = [
     "SCHEMA",

@@ -12,7 +12,15 @@ from van_deploy.errors import MissingDependency
 if TYPE_CHECKING:
     from van_deploy.environment.machine import Environment
 
-__all__ = ["RTX_COMPUTE_CAPABILITIES", "Ability", "Need", "Shortfall", "abilities", "require"]
+__all__ = [
+    "RTX_COMPUTE_CAPABILITIES",
+    "Ability",
+    "Need",
+    "Shortfall",
+    "abilities",
+    "as_document",
+    "require",
+]
 
 # TensorRT for RTX 1.7 builds for these and no others: ComputeCapability's members.
 RTX_COMPUTE_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
@@ -159,3 +167,34 @@ _TASKS: dict[str, tuple[Callable[[Environment], Shortfall | None], ...]] = {
     "spread work over machines with Ray": (_usable("ray"),),
     "sign bundles and check signatures": (_usable("cryptography"),),
 }
+
+
+def as_document(environment: Environment) -> dict[str, object]:
+    """Return the environment as JSON shows it: packages by name, and the abilities."""
+    return {
+        "van_deploy": environment.van_deploy,
+        "python": environment.python,
+        "system": environment.system,
+        "packages": {
+            item.component.name: {
+                "distribution": item.distribution,
+                "version": item.version,
+                "fault": item.fault,
+                "optional": item.component.optional,
+                "enables": item.component.enables,
+                "install": item.component.install,
+            }
+            for item in environment.components
+        },
+        "onnxruntime_providers": environment.providers,
+        "torch_cuda": environment.torch_cuda,
+        "cpu": environment.cpu,
+        "memory": environment.memory,
+        "disk": environment.disk,
+        "nvidia_driver": environment.driver,
+        "clashes": environment.clashes,
+        "abilities": [
+            {"task": a.task, "possible": a.shortfall is None, "shortfall": a.shortfall}
+            for a in abilities(environment)
+        ],
+    }

@@ -26,7 +26,14 @@ from van_deploy.precision.refine import refine_plan
 from van_deploy.precision.scales import Method
 from van_deploy.precision.search import search_kept
 from van_deploy.precision.session import logits_session
-from van_deploy.precision.settings import AUTO, QuantizeSettings
+from van_deploy.precision.settings import (
+    AUTO,
+    QuantizeSettings,
+    equalizing,
+    refining,
+    rest_precision,
+    scope_asked,
+)
 from van_deploy.precision.stopwatch import Stopwatch
 
 __all__ = ["Int8Maker"]
@@ -68,11 +75,11 @@ class Int8Maker:
 
     def equalized(self, model: ModelProto, batch: int) -> ModelProto:
         """Return the graph after the exact changes that make its tensors round better."""
-        settings = self.settings.equalize_for_target
+        settings = equalizing(self.settings)
         if settings is None:
             return model
         self.watch.begin("Equalising")
-        nodes = nodes_in_scope(model, self.settings.scope_asked)
+        nodes = nodes_in_scope(model, scope_asked(self.settings))
         few = spread_over(self.images.calibration, EQUALIZE_IMAGES)
         report = equalize(model, self.images.batches(few, batch), nodes, settings)
         self.facts["equalize"] = report.as_dict()
@@ -86,13 +93,13 @@ class Int8Maker:
             ranges: of it.
             kept: nodes that stay FP32 where the rest is FP16, and why.
         """
-        nodes_in_scope(model, self.settings.scope_asked)  # a wrong scope is said before any work
+        nodes_in_scope(model, scope_asked(self.settings))  # a wrong scope is said before any work
         method = self._method(model, ranges)
         self.watch.begin("Choosing scales")
         plan = self._initial(model, ranges, method)
         scales: CpuScales | None = None
         if self.settings.target == "cpu":
-            percentile = self.settings.percentile
+            percentile = self.settings.percentile / 100
             scales = cpu_scales(plan, ranges, method, percentile=percentile)
         written = simulate if scales is None else functools.partial(_looked_into, scales)
         plan = self._refined(plan, written)
@@ -100,7 +107,7 @@ class Int8Maker:
         def file(candidate: QuantizationPlan) -> ModelProto:
             if scales is not None:
                 return qdq_for_cpu(candidate, scales)
-            rest, half_io = self.settings.rest_precision, self.settings.half_io
+            rest, half_io = rest_precision(self.settings), self.settings.half_io
             return qdq_from_plan(candidate, rest=rest, kept=kept, half_io=half_io)
 
         if self.settings.max_drop is not None:
@@ -120,13 +127,13 @@ class Int8Maker:
         return file(plan)
 
     def _initial(self, model: ModelProto, ranges: Ranges, method: Method) -> QuantizationPlan:
-        scope, percentile = self.settings.scope_asked, self.settings.percentile
+        scope, percentile = scope_asked(self.settings), self.settings.percentile / 100
         steps = cpu_weight_scales if self.settings.target == "cpu" else weight_scales
         return initial_plan(model, ranges, scope, method, percentile=percentile, weight_steps=steps)
 
     def _refined(self, plan: QuantizationPlan, written: Written) -> QuantizationPlan:
         """Return the plan improved against the network's own answers, if that is asked."""
-        settings = self.settings.refine_for_target
+        settings = refining(self.settings)
         if settings is None:
             return plan
         self.watch.begin("Refining")

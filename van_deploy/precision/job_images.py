@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
+from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.images import UnreadableImages, sample_pictures
 from van_deploy.model.embedded import EMBEDDED_NAME
@@ -24,7 +25,6 @@ from van_deploy.precision.calibration import (
 )
 from van_deploy.precision.inputs import input_batches, noise_images
 from van_deploy.precision.manifests import CalibrationSet, ImageSelection, calibration_set_named
-from van_deploy.precision.settings import QuantizeSettings
 from van_deploy.precision.stopwatch import Stopwatch
 
 __all__ = ["JobImages", "images_for", "spread_over"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
-from van_deploy.errors import RecipeError, UsageError
-from van_deploy.recipe import read_settings
+from van_deploy.config.fields import option
+from van_deploy.errors import RecipeError
+from van_deploy.schema import Settings, read_toml
 
 __all__ = [
     "CalibrationSet",
@@ -17,61 +18,32 @@ __all__ = [
     "calibration_set_named",
 ]
 
-SOURCES = ("folder", "npz", "digits", "noise")
+
+class ImageSelection(Settings):
+    """Which images, and how many. Table ``[images]``."""
+
+    source: Literal["folder", "npz", "digits", "noise"] = option(
+        "folder", "folder (one folder a class, or flat), npz, digits (in the package) or noise."
+    )
+    path: str = option("", "Folder or file, relative to the set; what --images gives by default.")
+    count: int = option(512, "How many at most.", ge=2)
+    seed: int = option(0, "Of the choice.")
+    balanced: bool = option(True, "The same number from every class folder, as far as there are.")
+    held_out: float = option(
+        0.2,
+        "Share of the chosen images that is not calibrated on but judges the methods, and the "
+        "result where there are no other images.",
+        ge=0,
+        lt=1,
+    )
+    digest: str = option("", "What the digest of the chosen images must be, where it is known.")
 
 
-@dataclass(frozen=True)
-class ImageSelection:
-    """Which images, and how many. Table ``[images]``.
+class CalibrationSet(Settings):
+    """One manifest of ``calibration/``."""
 
-    Attributes:
-        source: ``folder`` (one folder a class, or flat), ``npz``, ``digits`` (the
-            ones inside the package) or ``noise``.
-        path: the folder or file, relative to the manifest; "" for what
-            ``--images`` gives.
-        count: how many at most.
-        seed: of the choice.
-        balanced: the same number from every class folder, as far as there are
-            that many.
-        held_out: share of the chosen images (0..1) that is not calibrated on but
-            judges the methods, and the result where there are no other images.
-        digest: what :attr:`ChosenImages.digest` must be; "" where it is not known.
-    """
-
-    source: str = "folder"
-    path: str = ""
-    count: int = 512
-    seed: int = 0
-    balanced: bool = True
-    held_out: float = 0.2
-    digest: str = ""
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        if self.source not in SOURCES:
-            raise UsageError(
-                f"There is no source of images called '{self.source}'.",
-                f"Known sources: {', '.join(SOURCES)}.",
-            )
-        if self.count < 2:
-            raise UsageError(f"{self.count} images are too few.", "Give at least 2; 512 is usual.")
-        if not 0 <= self.held_out < 1:
-            raise UsageError(
-                f"The held-out share {self.held_out:g} is outside [0, 1).", "0.2 is usual."
-            )
-
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """One manifest of ``calibration/``.
-
-    Attributes:
-        description: what it is for, one sentence.
-        images: which images.
-    """
-
-    description: str = ""
-    images: ImageSelection = field(default_factory=ImageSelection)
+    description: str = option("", "What it is for, one sentence.")
+    images: ImageSelection = option(ImageSelection, "Which images.")
 
 
 def builtin_calibration_sets() -> dict[str, Path]:
@@ -89,7 +61,7 @@ def calibration_set_named(name: str) -> CalibrationSet:
     """
     known = builtin_calibration_sets()
     if name in known:
-        return read_settings(CalibrationSet, known[name], "calibration set")
+        return read_toml(CalibrationSet, known[name], "calibration set", RecipeError)
     if not name.endswith(".toml"):
         near = difflib.get_close_matches(name, known, n=1)
         guess = f"Did you mean {near[0]}? " if near else ""
@@ -97,8 +69,8 @@ def calibration_set_named(name: str) -> CalibrationSet:
             f"There is no calibration set called '{name}'.",
             f"{guess}Known sets: {', '.join(known)}; one of your own is given by its path.",
         )
-    found = read_settings(CalibrationSet, Path(name), "calibration set")
+    found = read_toml(CalibrationSet, Path(name), "calibration set", RecipeError)
     if found.images.path:
         path = str(Path(name).parent / found.images.path)
-        found = replace(found, images=replace(found.images, path=path))
+        found = found.changed(images=found.images.changed(path=path))
     return found

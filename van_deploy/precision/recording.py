@@ -21,7 +21,7 @@ from van_deploy.precision.observer import float_tensors
 from van_deploy.precision.plan import weighted_nodes
 from van_deploy.precision.ranges import Ranges, record_ranges
 from van_deploy.precision.ranges_file import ranges_from_file
-from van_deploy.precision.settings import QuantizeSettings
+from van_deploy.precision.settings import QuantizeSettings, scope_asked
 from van_deploy.precision.stopwatch import Stopwatch
 
 __all__ = ["changed", "counted_tensors", "ranges_of", "ranges_stem"]
@@ -79,7 +79,7 @@ def counted_tensors(model: ModelProto, settings: QuantizeSettings) -> list[str]:
     if settings.target == "cpu":
         return list(float_tensors(model))
     nodes = weighted_nodes(model)
-    wanted = nodes_in_scope(model, settings.scope_asked) if settings.precision == "int8" else nodes
+    wanted = nodes_in_scope(model, scope_asked(settings)) if settings.precision == "int8" else nodes
     return sorted({nodes[name].input[0] for name in wanted})
 
 

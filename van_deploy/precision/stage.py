@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from van_deploy.bundle import Artefact, Bundle, Draft, Origin, Precision, writin
 from van_deploy.errors import BundleError, ConversionError
 from van_deploy.files import content_key
 from van_deploy.graph.files import graph_facts, save_onnx
+from van_deploy.metrics import wilson_interval
 from van_deploy.precision.audit import audit_ranges, require_no_surprise
 from van_deploy.precision.compare import Candidate, compare_precisions
 from van_deploy.precision.half import DEFAULT_KEEP, HalfGraph, half_from_fp32, kept_nodes
@@ -23,7 +24,7 @@ from van_deploy.precision.manifests import CalibrationSet
 from van_deploy.precision.ranges import Ranges, lean_batch
 from van_deploy.precision.ranges_file import ranges_summary, write_ranges
 from van_deploy.precision.recording import changed, ranges_of, ranges_stem
-from van_deploy.precision.settings import QuantizeSettings
+from van_deploy.precision.settings import QuantizeSettings, rest_precision
 from van_deploy.precision.stopwatch import Progress, Stopwatch
 from van_deploy.precision.verdict import recommended
 from van_deploy.provenance import code_digest, tool_versions
@@ -62,6 +63,25 @@ class QuantizeResult:
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything, ready for JSON."""
+        rows = []
+        for row in self.facts["comparison"]:
+            known = row["correct"] is not None
+            interval = wilson_interval(row["correct"], row["images"]) if known else None
+            rows.append({**row, "top1_interval": interval})
+        return {
+            "bundle": str(self.bundle.path),
+            "artefact": self.artefact,
+            "reused": self.reused,
+            "reason": self.reason,
+            "passed": self.passed,
+            "seconds": dict(self.seconds),
+            "graph": self.bundle.artefact(self.artefact).graph,
+            **self.facts,
+            "comparison": rows,
+        }
 
 
 def quantize_bundle(
@@ -132,8 +152,9 @@ class _Job:
 
     def ingredients(self) -> dict[str, Any]:
         """Return everything that decides what the result will hold."""
-        asked = asdict(self.settings)
-        del asked["threads"]
+        asked = self.settings.as_dict()
+        for name in ("threads", "images", "calibration", "evaluate"):
+            del asked[name]
         return {
             "weights": self.bundle.manifest.weights.sha256,
             "graph": self.bundle.artefact("fp32").sha256,
@@ -199,7 +220,7 @@ class _Job:
         if self.settings.precision == "fp16":
             return half_from_fp32(model, kept, half_io=self.settings.half_io)
         names = {node.name for node in model.graph.node}
-        if self.settings.rest_precision == "fp32":
+        if rest_precision(self.settings) == "fp32":
             kept = kept_nodes(model, DEFAULT_KEEP)
         return half_from_fp32(model, {name: why for name, why in kept.items() if name in names})
 
@@ -209,7 +230,7 @@ class _Job:
         Raises:
             GateFailed: with ``strict``, the audit found some.
         """
-        if self.settings.precision == "int8" and self.settings.rest_precision == "fp32":
+        if self.settings.precision == "int8" and rest_precision(self.settings) == "fp32":
             return {node.name: "--rest fp32" for node in model.graph.node}
         names = (*(DEFAULT_KEEP if self.settings.keep_defaults else ()), *self.settings.keep)
         asked = kept_nodes(model, names)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
 from rich.text import Text
 
-from van_deploy.report.bench_view import ms_text
+from van_deploy.bench.compare import Change, agreement
+from van_deploy.report.bench_view import bench_tables, ms_text
 from van_deploy.report.tables import Column, notes, rows_table, stack
 
-__all__ = ["change_table"]
+__all__ = ["bench_and_changes", "change_table"]
+
+
+def bench_and_changes(report: Mapping[str, Any], changes: Sequence[Change]) -> RenderableType:
+    """Return a benchmark, and below it what changed since an older one."""
+    table = change_table(changes, agreement(changes)) if changes else None
+    return stack(bench_tables(report), table)
 
 
 def change_table(changes: Iterable[Any], agreed: Mapping[str, Any]) -> RenderableType:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
+from rich.text import Text
 
 from van_deploy.bundle import Manifest
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.weights_source import WeightsSource
+from van_deploy.report.gates_view import evaluate_tables, verify_tables
+from van_deploy.report.precision_view import quantized_view
 from van_deploy.report.tables import (
     Column,
     bytes_text,
@@ -22,13 +25,20 @@ from van_deploy.report.tables import (
 )
 from van_deploy.serve.embedded import Embedded
 
+if TYPE_CHECKING:
+    from van_deploy.pipeline import ExportResult
+    from van_deploy.precision.stage import QuantizeResult
+    from van_deploy.run import RunResult
+
 __all__ = [
     "agreement_table",
     "artefacts_table",
     "embedded_table",
+    "export_view",
     "model_facts",
     "preprocessing_text",
     "proofs_table",
+    "run_view",
 ]
 
 
@@ -184,3 +194,38 @@ def _seed(weights: WeightsSource) -> str:
 
 def _list(values: Iterable[object]) -> str:
     return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def export_view(result: ExportResult, precisions: Iterable[QuantizeResult]) -> RenderableType:
+    """Return what was exported, and every precision that was made of it."""
+    manifest = result.bundle.manifest
+    word = "Reused" if result.reused else "Wrote"
+    took = f" in {sum(result.seconds.values()):.1f} s" if result.seconds else ""
+    return stack(
+        model_facts(manifest),
+        proofs_table(manifest.checks),
+        agreement_table(manifest.checks["agreement"]),
+        artefacts_table(manifest, result.bundle.sizes()),
+        embedded_table(result.embedded) if result.embedded else None,
+        Text(f"{word} the bundle {result.bundle.path}{took} ({result.reason})."),
+        *(quantized_view(other) for other in precisions),
+    )
+
+
+def run_view(result: RunResult) -> RenderableType:
+    """Return everything a run made, and the verdicts of its gates."""
+    bundle = result.bundle
+    names = bundle.manifest.class_names
+    lines = [f"Exported: {result.export.reason}."]
+    lines += [
+        f"{made.artefact}: {made.reason}."
+        + ("" if made.passed else " It does not hold its gate; `van-deploy quantize` tells why.")
+        for made in result.made
+    ]
+    return stack(
+        Text("\n".join(lines)),
+        artefacts_table(bundle.manifest, bundle.sizes()),
+        verify_tables(result.verify, names),
+        evaluate_tables(result.evaluate) if result.evaluate else None,
+        Text(f"The bundle is {bundle.path}."),
+    )

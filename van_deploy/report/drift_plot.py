@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from van_deploy.files import write_atomic
 from van_deploy.report.svg import Axis, Bar, bar_chart
 
 if TYPE_CHECKING:
     from van_deploy.checks.drift import ArtefactDrift, DriftReport
 
-__all__ = ["drift_svg"]
+__all__ = ["drift_svg", "write_drift_plot"]
 
 TITLE_HEIGHT = 30
 RUINED_DB = 0.0  # where a part's error is as large as its result, or it does not run
@@ -24,6 +26,12 @@ COLOURS: Mapping[str, str] = {
     "--grid": "#d8dde3",
     "--surface": "#ffffff",
 }
+
+
+def write_drift_plot(report: DriftReport, path: Path) -> None:
+    """Write the plot, with the folders it is to be in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, drift_svg(report))
 
 
 def drift_svg(report: DriftReport) -> str:

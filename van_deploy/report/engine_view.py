@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
-from van_deploy.report.tables import Column, bytes_text, facts_table, notes, rows_table, stack
+from van_deploy.report.tables import (
+    Column,
+    bytes_text,
+    facts_table,
+    notes,
+    rows_table,
+    stack,
+    verdict,
+)
 
-__all__ = ["engine_tables"]
+if TYPE_CHECKING:
+    from van_deploy.engine.fleet import Cell, Outcome
+
+__all__ = ["builds_view", "cell_name", "engine_tables", "warnings_text"]
 
 MOST_LAYERS = 200
 
@@ -127,3 +138,44 @@ def _shape(sizes: Sequence[int]) -> str:
 
 def _word(value: object) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
+
+
+def builds_view(outcomes: Sequence[Outcome]) -> RenderableType:
+    """Return one line an engine, and below it why any failed."""
+    rows = []
+    for outcome in outcomes:
+        sidecar = outcome.sidecar
+        word = {"built": "OK", "reused": "HERE", "failed": "FAIL"}[outcome.outcome]
+        rows.append(
+            (
+                verdict(word),
+                outcome.engine or cell_name(outcome.cell),
+                ", ".join(str(p) for p in sidecar.profiles) if sidecar else None,
+                bytes_text(sidecar.plan_bytes) if sidecar else None,
+                f"{sidecar.build_seconds:.1f}" if sidecar else None,
+                bytes_text(sidecar.peak_memory_bytes) if sidecar else None,
+                _same_twice(sidecar.reproducible) if sidecar else None,
+            )
+        )
+    right = [Column(name, "right") for name in ("size", "build s", "memory")]
+    table = rows_table(["", "engine", "batch", *right, "same twice"], rows)
+    failures = [f"{cell_name(o.cell)}: {o.error}" for o in outcomes if o.error is not None]
+    return stack(table, notes(failures, "FAIL") if failures else None)
+
+
+def _same_twice(reproducible: bool | str) -> str | None:
+    """Return whether a second build gave the same bytes; nothing where there was none."""
+    return {"True": "yes", "False": "no"}.get(str(reproducible))
+
+
+def cell_name(cell: Cell) -> str:
+    """Return what an engine that has no name yet is called."""
+    return f"{cell.bundle.name} {cell.precision} {cell.target}"
+
+
+def warnings_text(name: str, warnings: Mapping[str, int]) -> str:
+    """Return a line that sums up what TensorRT warned of; the log has the rest."""
+    total = sum(warnings.values())
+    first = max(warnings, key=lambda text: warnings[text])
+    short = first if len(first) <= 160 else first[:157] + "..."
+    return f"{name}: {total} warnings; most often: {short} (all of them are in its .log)"

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "bar",
+    "check_failure",
     "check_tables",
     "class_label",
     "drift_tables",
+    "evaluate_failure",
     "evaluate_tables",
     "number",
+    "verify_failure",
     "verify_tables",
 ]
 
@@ -374,3 +377,36 @@ def class_label(index: int, names: Sequence[str] | None) -> str:
     if index < 0:
         return "NaN"
     return names[index].split(",")[0] if names and index < len(names) else str(index)
+
+
+def verify_failure(report: VerifyReport) -> str:
+    """Return why a verification did not pass, a sentence."""
+    if not report.failed:
+        return "No artefact could be run on this machine, so nothing was verified."
+    names = ", ".join(f"'{verdict.artefact}'" for verdict in report.failed)
+    return f"{len(report.failed)} of {len(report.artefacts)} artefacts failed: {names}."
+
+
+def evaluate_failure(report: EvaluateReport) -> str:
+    """Return why an evaluation did not pass, a sentence."""
+    if not report.failed:
+        return "No artefact could be run on this machine, so nothing was evaluated."
+    names = ", ".join(f"'{name}'" for name in report.failed)
+    return f"More accuracy was lost than allowed: {names}."
+
+
+def check_failure(report: CheckReport) -> str:
+    """Return why a check did not pass, a sentence."""
+    failed, skipped = report.having("failed"), report.having("skipped")
+    if failed:
+        noun = "row" if len(failed) == 1 else "rows"
+        shown = ", ".join(row.name for row in failed[:5])
+        more = f" and {len(failed) - 5} more" if len(failed) > 5 else ""
+        return f"{len(failed)} {noun} failed: {shown}{more}."
+    if skipped:
+        noun = "row" if len(skipped) == 1 else "rows"
+        return (
+            f"{len(skipped)} {noun} could not be checked on this machine "
+            f"({skipped[0].name}: {skipped[0].message}); --allow-skip would let that pass."
+        )
+    return "Nothing was checked."

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from van_deploy.files import write_atomic
 
 if TYPE_CHECKING:
     from van_deploy.checks.regression import CheckReport, CheckRow
 
-__all__ = ["junit_from_check"]
+__all__ = ["junit_from_check", "write_junit"]
+
+
+def write_junit(report: CheckReport, path: Path) -> None:
+    """Write the report as JUnit XML, with the folders it is to be in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, junit_from_check(report))
 
 
 def junit_from_check(report: CheckReport) -> str:

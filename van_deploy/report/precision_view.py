@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
+from rich.text import Text
 
 from van_deploy.checks.statistics import wilson_interval
 from van_deploy.report.tables import Column, bytes_text, facts_table, notes, rows_table, stack
 from van_deploy.report.tables import verdict as verdict_text
 
-__all__ = ["precision_facts", "precision_notes", "precision_table", "precision_view"]
+if TYPE_CHECKING:
+    from van_deploy.precision.stage import QuantizeResult
+
+__all__ = [
+    "precision_facts",
+    "precision_notes",
+    "precision_table",
+    "precision_view",
+    "quantized_view",
+]
+
+
+def quantized_view(result: QuantizeResult) -> RenderableType:
+    """Return one quantisation: what it cost, and where it was written."""
+    file = result.bundle.path / result.bundle.artefact(result.artefact).file
+    took = f" in {sum(result.seconds.values()):.1f} s" if result.seconds else ""
+    word = "Reused" if result.reused else "Wrote"
+    return stack(precision_view(result.facts), Text(f"{word} {file}{took}."))
 
 
 def precision_view(facts: Mapping[str, Any]) -> RenderableType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from van_deploy.report.gates_view import number
@@ -11,10 +12,17 @@ if TYPE_CHECKING:
 
     from van_deploy.checks.regression import CheckReport, CheckRow
 
-__all__ = ["summary_from_check"]
+__all__ = ["append_summary", "summary_from_check"]
 
 MOST_ROWS = 50
 MARKS = {"passed": "✅", "failed": "❌", "skipped": "⚠️", "new": "🆕"}
+
+
+def append_summary(report: CheckReport, path: Path) -> None:
+    """Append the report to a file, as GitHub wants it with its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(summary_from_check(report))
 
 
 def summary_from_check(report: CheckReport) -> str:

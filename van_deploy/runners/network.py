@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Artefact, Bundle
+from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import UsageError
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
@@ -24,7 +25,6 @@ from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import softmax
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.recipe import BatchRange
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
 
 __all__ = [

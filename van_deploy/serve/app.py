@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import inspect
 import json
+import os
 import re
 import sys
 import time
@@ -13,6 +14,7 @@ import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from van_deploy import __version__
@@ -25,7 +27,7 @@ from van_deploy.serve.intake import (
     read_body,
 )
 from van_deploy.serve.protocol import InferRequest, Values, encode_response, parse_request
-from van_deploy.serve.service import Served, Service
+from van_deploy.serve.service import MIB, Served, Service
 
 __all__ = ["App"]
 
@@ -35,6 +37,7 @@ EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "st
 SERVER = {"name": "van-deploy", "version": __version__, "extensions": EXTENSIONS}
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 KEYLESS = {"/", "/page.css", "/page.js", "/v2/health/live", "/v2/health/ready"}
+KEY_VARIABLE = "VAN_DEPLOY_API_KEY"
 MAX_TOP = 1000
 SMALL_JSON = 16 * 2**10  # bytes parsed in the event loop: less than a millisecond
 MANY_BYTES = 2**20  # of a tensor, checked in a thread
@@ -86,10 +89,19 @@ class Response:
 
 
 class App:
-    """Answers for ``service``, which is loaded and started."""
+    """Answers for ``service``, which is loaded and started.
+
+    Attributes:
+        service: likewise.
+        keyed: whether clients must send a key.
+
+    Raises:
+        UsageError: the key cannot be had.
+    """
 
     def __init__(self, service: Service) -> None:
-        self.service = service
+        self.service, self._key = service, _key_of(service.settings.api_key_file)
+        self.keyed = bool(self._key)
         models = service.models
         self._routes: dict[str, tuple[str, Callable[[Request], Any]]] = {
             f"{MODEL}/infer": ("POST", self._infer),
@@ -148,7 +160,7 @@ class App:
 
     def _handler(self, request: Request) -> Callable[[Request], Any]:
         """Return what answers a path; it may do so at once, or in its own time."""
-        key, path = self.service.settings.api_key, request.path
+        key, path = self._key, request.path
         given = request.headers.get("authorization", "").encode()
         if key and path not in KEYLESS and not hmac.compare_digest(given, f"Bearer {key}".encode()):
             raise RequestError(
@@ -194,7 +206,7 @@ class App:
             raise RequestError(f"Inference-Header-Content-Length is {text[:20]!r}, not a number.")
         length = None if text is None else int(text)
         size = len(body) if length is None else min(length, len(body))
-        limit = self.service.settings.max_json_bytes if length is None else SMALL_JSON
+        limit = round(MIB * self.service.settings.max_json_mib) if length is None else SMALL_JSON
         if size > limit:
             raise RequestError(
                 f"The JSON has {size:,} bytes; this server takes {limit:,} of it here.",
@@ -231,7 +243,7 @@ class App:
         settings = self.service.settings
         if self.service.draining:
             raise RequestError("The server is shutting down.", status=503)
-        limits = (settings.max_body_bytes, settings.read_timeout_s)
+        limits = (round(MIB * settings.max_body_mib), settings.read_timeout_s)
         given = (request.receive, request.headers, *limits, take, self.service.workers)
         return await read_body(*given)
 
@@ -242,6 +254,23 @@ class App:
             text = f"There is no model {request.model[:99]!r} version {request.version[:20]!r}"
             raise RequestError(f"{text}; this server has {names}, version 1.", status=404)
         return served
+
+
+def _key_of(file: Path | None) -> str:
+    """Return what clients must send: what the file holds, else the environment; "" for no key.
+
+    Raises:
+        UsageError: the file cannot be read, or the key is empty or cannot be sent in a header.
+    """
+    try:
+        key = os.environ.get(KEY_VARIABLE) if file is None else file.read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"The key in '{file}' cannot be read: {error}.", "Check it.") from None
+    if key is not None and not re.fullmatch("[!-~]{1,4096}", key):
+        where = f"'{file}'" if file else KEY_VARIABLE
+        text = f"{where} holds no key: one word of printable ASCII characters."
+        raise UsageError(text, "Make one: `openssl rand -hex 32`.")
+    return key or ""
 
 
 def _json(document: Any, status: int = 200, **headers: str) -> Response:

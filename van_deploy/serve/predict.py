@@ -101,31 +101,31 @@ class _Batch:
     pixels: list[Pixels] = field(default_factory=list)
 
 
-def sources_from(words: Sequence[str], stdin: bytes | None = None) -> tuple[Source, ...]:
-    """Return the pictures that words on a command line name, in their order.
+def sources_from(images: Sequence[str | Path | bytes]) -> tuple[Source, ...]:
+    """Return the pictures asked for, in their order.
 
     Args:
-        words: files, folders (searched at any depth), ``-``.
-        stdin: what ``-`` stands for.
+        images: files, folders (searched at any depth), or the bytes of a file, which are
+            called ``-``.
 
     Raises:
-        UsageError: a word is a URL, or ``-`` is given twice.
+        UsageError: one is a URL.
         ImageError: a file or folder does not exist, or a folder holds no image.
     """
-    if list(words).count("-") > 1:
-        raise UsageError("Standard input can be read once.", "Give '-' once.")
     found: list[Source] = []
-    for word in words:
+    for image in images:
+        if isinstance(image, bytes):
+            found.append(Source("-", image))
+            continue
+        word = str(image)
         if "://" in word:
             raise UsageError(
                 f"'{word}' is a URL; nothing is downloaded here.",
                 "Download it first, or pipe it in: curl URL | van-deploy predict BUNDLE -",
             )
         path = Path(word)
-        if word == "-":
-            found.append(Source("-", stdin or b""))
-        elif path.is_dir():
-            found += [Source(str(image), image) for image in find_images(path)]
+        if path.is_dir():
+            found += [Source(str(found_), found_) for found_ in find_images(path)]
         elif path.exists():
             found.append(Source(word, path))
         else:

@@ -14,7 +14,6 @@ from typing import Any
 from van_deploy.errors import UsageError
 from van_deploy.serve.app import App
 from van_deploy.serve.metrics import serving_package
-from van_deploy.serve.service import Service
 
 __all__ = ["is_loopback", "listen", "run_server", "url_of"]
 
@@ -58,7 +57,7 @@ def url_of(bound: socket.socket) -> str:
 
 
 def run_server(
-    service: Service,
+    app: App,
     bound: socket.socket,
     *,
     max_connections: int = 512,
@@ -67,7 +66,7 @@ def run_server(
     """Answer until SIGINT or SIGTERM, then finish what was begun.
 
     Args:
-        service: loaded.
+        app: of a service that is loaded.
         bound: from :func:`listen`; closed at the end.
         max_connections: more are answered with 503.
         on_ready: called once requests are answered, with a function that ends the server
@@ -75,7 +74,7 @@ def run_server(
     """
     uvicorn = serving_package("uvicorn")
     config = uvicorn.Config(
-        App(service),
+        app,
         http="h11",
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         lifespan="off",
@@ -90,7 +89,7 @@ def run_server(
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=DRAIN_S,
     )
-    server = uvicorn.Server(config)
+    server, service = uvicorn.Server(config), app.service
     server.capture_signals = contextlib.nullcontext  # they are taken below, and end it with code 0
 
     async def serve() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from van_deploy.bundle import Bundle
+from van_deploy.config import ServiceSettings, TritonSettings
 from van_deploy.errors import UsageError, VanDeployError
 from van_deploy.images import open_image
 from van_deploy.model.pixels import Pixels, pixels_from_image
@@ -25,56 +26,15 @@ from van_deploy.serve.intake import Allowance, Workers
 from van_deploy.serve.metrics import ServerMetrics
 from van_deploy.serve.predict import named_classes
 from van_deploy.serve.triton_config import model_config
-from van_deploy.serve.triton_model import TritonModel, TritonSettings, served_name, usual_artefacts
+from van_deploy.serve.triton_model import TritonModel, served_name, usual_artefacts
 
-__all__ = ["Served", "Service", "ServiceSettings"]
+__all__ = ["MIB", "Served", "Service"]
 
 MIB = 2**20
 LARGE_IMAGE = 16_000_000  # pixels; larger ones are decoded one at a time, which bounds memory
 QUEUE_IMAGES = 256
 QUEUE_FULL = "The queue is full: the server has more images than it can answer."
 HELD_FULL = "The requests that are being received hold all the memory they may."
-
-
-@dataclass(frozen=True)
-class ServiceSettings:
-    """How a bundle is served.
-
-    Attributes:
-        artefacts: which; the first one answers the web page. Empty for ``fp32-uint8`` if
-            the bundle has it, else ``fp32``.
-        runner: what runs ONNX artefacts; engines are run by TensorRT.
-        trust_engine: run engines whose sidecar is gone.
-        threads: threads inside one operator; None lets the runtime choose.
-        instances: batches that run at the same time, a model.
-        queue_limit: images of a model in the server, waiting or being answered, whatever route
-            they came by; None for 256, or two batches for each instance where that is more.
-        max_delay_ms: how long an idle model waits for a second request.
-        max_body_bytes: largest request.
-        max_json_bytes: largest JSON: numbers as text cost thirty times their size to parse.
-        max_held_bytes: bytes of all requests that are held at once.
-        read_timeout_s: longest time a request may take to arrive.
-        max_pixels: largest image.
-        compare: whether the page may ask PyTorch too.
-        api_key: what clients must send as ``Authorization: Bearer``; "" for no key.
-        log_requests: write a line for every request, not only for faults.
-    """
-
-    artefacts: tuple[str, ...] = ()
-    runner: str = ORT_CPU
-    trust_engine: bool = False
-    threads: int | None = None
-    instances: int = 1
-    queue_limit: int | None = None
-    max_delay_ms: float = 1.0
-    max_body_bytes: int = 32 * MIB
-    max_json_bytes: int = MIB
-    max_held_bytes: int = 256 * MIB
-    read_timeout_s: float = 30.0
-    max_pixels: int = 50_000_000
-    compare: bool = True
-    api_key: str = field(default="", repr=False)
-    log_requests: bool = False
 
 
 @dataclass
@@ -122,7 +82,7 @@ class Service:
         self.bundle, self.settings = bundle, settings
         self.metrics = ServerMetrics()
         self.models: dict[str, Served] = {}
-        self.held = Allowance(settings.max_held_bytes, HELD_FULL, 503)
+        self.held = Allowance(round(MIB * settings.max_held_mib), HELD_FULL, 503)
         self.workers = Workers()
         self.draining = False
         self._stack = contextlib.ExitStack()
@@ -191,7 +151,7 @@ class Service:
         manifest, settings = self.bundle.manifest, self.settings
         plain = manifest.model_dump(mode="json", include={"name", "preprocessing", "parameters"})
         plain |= {"classes": manifest.architecture.num_classes, "compare": settings.compare}
-        plain |= {"max_body_bytes": settings.max_body_bytes}
+        plain |= {"max_body_bytes": round(MIB * settings.max_body_mib)}
         networks = {name: served.network for name, served in self.models.items()}
         models = [{"name": n, "artefact": v.name, "runner": v.runner} for n, v in networks.items()]
         return {**plain, "models": models}

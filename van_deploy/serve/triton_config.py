@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from van_deploy.config import TritonSettings
 from van_deploy.errors import MissingDependency
 from van_deploy.runners.network import TensorSpec
-from van_deploy.serve.triton_model import TritonModel, TritonSettings
+from van_deploy.serve.triton_model import TritonModel
 
-__all__ = ["DATATYPES", "LABELS_FILE", "TYPES", "config_from_text", "config_text", "model_config"]
+__all__ = ["DATATYPES", "LABELS_FILE", "config_text", "model_config"]
 
 DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "INT64"}
 """NumPy's names of types, and the v2 protocol's; ``config.pbtxt`` puts ``TYPE_`` before them."""
-
-TYPES = {2: "uint8", 5: "int64", 10: "float16", 11: "float32"}
-"""Values of Triton's ``inference.DataType`` by NumPy's names."""
 
 LABELS_FILE = "labels.txt"
 LABELLED = ("logits", "probabilities")
@@ -69,7 +67,7 @@ def model_config(
         "max_batch_size": model.max_batch,
         "input": [given],
         "output": outputs,
-        "version_policy": {"specific": {"versions": [how.version]}},
+        "version_policy": {"specific": {"versions": [how.model_version]}},
         "instance_group": [
             {
                 "count": how.instances,
@@ -105,22 +103,6 @@ def config_text(config: dict[str, Any]) -> str:
     from google.protobuf import json_format, text_format
 
     return str(text_format.MessageToString(json_format.ParseDict(config, message)))
-
-
-def config_from_text(text: str) -> Any:
-    """Return the ``ModelConfig`` message in ``config.pbtxt``.
-
-    Raises:
-        MissingDependency: tritonclient, which holds Triton's schema, is not installed.
-        ValueError: the text is no ModelConfig.
-    """
-    message = _message()
-    from google.protobuf import text_format
-
-    try:
-        return text_format.Parse(text, message)
-    except text_format.ParseError as error:
-        raise ValueError(f"not a ModelConfig: {error}") from error
 
 
 def _message() -> Any:

@@ -13,37 +13,7 @@ from van_deploy.errors import InputError, UsageError
 from van_deploy.recipe import BatchRange
 from van_deploy.runners.network import Network, TensorSpec, runnable_artefacts
 
-__all__ = ["TritonModel", "TritonSettings", "served_name", "triton_models", "usual_artefacts"]
-
-
-@dataclass(frozen=True)
-class TritonSettings:
-    """How models are to be run.
-
-    Attributes:
-        backend: of ONNX artefacts: ``onnxruntime``, or ``python`` for Triton's Python backend
-            with an ONNX Runtime of its own. Plans have one backend.
-        queue_delay_us: longest wait for other requests.
-        queue_limit: requests waiting, at most.
-        queue_timeout_ms: a request that waited longer is refused; 0 for never.
-        instances: batches of a model that run at the same time.
-        threads: inside one operator, for models on a processor; 0 for the runtime's choice.
-        gpu: run ONNX models on a GPU too. Plans always are.
-        version: number of the models' version.
-        release: of Triton; "" for the newest that is known to load the models.
-        python: version of the Python backend's Python; "" for the release's.
-    """
-
-    backend: str = "onnxruntime"
-    queue_delay_us: int = 1000
-    queue_limit: int = 256
-    queue_timeout_ms: int = 0
-    instances: int = 1
-    threads: int = 2
-    gpu: bool = False
-    version: int = 1
-    release: str = ""
-    python: str = ""
+__all__ = ["TritonModel", "served_name", "triton_models", "usual_artefacts"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""How a bundle is judged: the options of verify, evaluate, drift and check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from van_deploy.config.fields import option
+from van_deploy.config.network import EvaluateSettings
+from van_deploy.schema import Contradiction, Settings
+
+__all__ = [
+    "CheckSettings",
+    "DriftSettings",
+    "EvaluationSettings",
+    "RunSettings",
+    "RunnerSettings",
+    "VerifySettings",
+]
+
+WHAT = "What is measured"
+HOW = "How it is done"
+
+
+class RunnerSettings(Settings):
+    """What runs the artefacts of a bundle."""
+
+    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"] = option(
+        "ort-cpu", "What runs ONNX artefacts; engines are run by TensorRT.", panel=HOW
+    )
+    trust_engine: bool = option(
+        False,
+        "Run an engine whose sidecar is gone. An engine is code: only one you built yourself.",
+        panel=HOW,
+    )
+
+
+class _Original(Settings):
+    weights: Path | None = option(
+        None, "Where the original weights are now, if they have moved.", panel=HOW
+    )
+
+
+class _Judged(_Original, RunnerSettings):
+    recipe: str = option(
+        "", "Recipe whose [gates] apply; the defaults without one.", metavar="RECIPE", panel=HOW
+    )
+
+
+class _Artefacts(Settings):
+    artefacts: tuple[str, ...] = option(
+        (), "Which to judge.", flags=["--artefact"], shown_default="all"
+    )
+
+
+class _Samples(Settings):
+    images: Path | None = option(
+        None, "Folder of images to compare on.", shown_default="sample photographs", panel=WHAT
+    )
+    count: int | None = option(
+        None, "How many images.", shown_default="32, or the largest batch", panel=WHAT, ge=1
+    )
+
+
+class VerifySettings(_Judged, _Artefacts, _Samples):
+    """The options of ``van-deploy verify``."""
+
+    modules: bool = option(True, "Also judge each module by itself.", panel=WHAT)
+
+
+class EvaluationSettings(EvaluateSettings, _Judged, _Artefacts):
+    """The options of ``van-deploy evaluate``."""
+
+    images: Path = option(
+        ..., "Folder of labelled images: one folder a class, or ImageNet's own layout."
+    )
+    batch: int = option(32, "Images a batch.", panel=HOW, ge=1)
+    workers: int = option(0, "Threads that decode; 0 for one a core.", panel=HOW, ge=0)
+    resume: bool = option(False, "Go on with an evaluation that was interrupted.", panel=HOW)
+    journal: Path | None = option(
+        None, "Where answers are kept until the end.", panel=HOW, shown_default="in the bundle"
+    )
+    on: Literal["here", "ray"] = option("here", "This machine, or a Ray cluster.", panel=HOW)
+    ray_address: str = option("", "Of the Ray cluster.", panel=HOW, shown_default="the local one")
+
+
+class DriftSettings(_Original, _Artefacts):
+    """The options of ``van-deploy drift``."""
+
+    level: Literal["stage", "block", "module"] = option("block", "How finely the network is cut.")
+    images: Path | None = option(
+        None, "Folder of images to compare on.", shown_default="sample photographs", panel=WHAT
+    )
+    count: int = option(4, "How many images.", panel=WHAT, ge=1)
+
+
+class CheckSettings(_Judged, _Samples):
+    """The options of ``van-deploy check``."""
+
+    allow_skip: bool = option(False, "Pass although this machine could not check everything.")
+    evaluate: Path | None = option(None, "Folder of labelled images to evaluate on.", panel=WHAT)
+    labels: Path | None = option(None, "Labels file for the labelled images.", panel=WHAT)
+    speed: bool = option(False, "Also compare speed, as ratios only.", panel=WHAT)
+
+    @pydantic.model_validator(mode="after")
+    def _labels_of_images(self) -> CheckSettings:
+        if self.labels is not None and self.evaluate is None:
+            raise Contradiction(
+                "{labels} is given, and {evaluate} is not.", "Name the folder of images, too."
+            )
+        return self
+
+
+class RunSettings(RunnerSettings):
+    """How a run is done; *what* is done stands in the recipe."""
+
+    images: Path | None = option(
+        None, "Folder of images to check on.", shown_default="sample photographs"
+    )
+    offline: bool = option(False, "Never use the network.")
+    force: bool = option(False, "Make everything anew even if nothing changed.")
