@@ -21,17 +21,17 @@ class BenchOptions(TypedDict, total=False):
 
 class BuildOptions(TypedDict, total=False):
     batch: Sequence[str]
-    hardware_compatibility: Literal['none', 'ampere-plus', 'same-compute-capability']
+    hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"]
     version_compatible: bool
     workspace: int | str | None
     optimization_level: int | None
     tf32: bool
     strip_weights: bool
     refit: bool
-    profiling: Literal['none', 'layer-names-only', 'detailed']
+    profiling: Literal["none", "layer-names-only", "detailed"]
     precisions: Sequence[str]
     targets: Sequence[str]
-    backend: Literal['auto', 'tensorrt', 'tensorrt-rtx']
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx"]
     timing_cache: str | Path | None
     images: str | Path | None
     check_reproducible: bool
@@ -39,7 +39,7 @@ class BuildOptions(TypedDict, total=False):
 class CheckOptions(TypedDict, total=False):
     images: str | Path | None
     count: int | None
-    runner: Literal['ort-cpu', 'ort-cuda', 'ort-tensorrt']
+    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
     trust_engine: bool
     weights: str | Path | None
     recipe: str
@@ -51,13 +51,13 @@ class CheckOptions(TypedDict, total=False):
 class DriftOptions(TypedDict, total=False):
     artefacts: Sequence[str]
     weights: str | Path | None
-    level: Literal['stage', 'block', 'module']
+    level: Literal["stage", "block", "module"]
     images: str | Path | None
     count: int
 
 class EvaluateOptions(TypedDict, total=False):
     artefacts: Sequence[str]
-    runner: Literal['ort-cpu', 'ort-cuda', 'ort-tensorrt']
+    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
     trust_engine: bool
     weights: str | Path | None
     recipe: str
@@ -69,7 +69,7 @@ class EvaluateOptions(TypedDict, total=False):
     workers: int
     resume: bool
     journal: str | Path | None
-    on: Literal['here', 'ray']
+    on: Literal["here", "ray"]
     ray_address: str
 
 class ExportOptions(TypedDict, total=False):
@@ -82,19 +82,19 @@ class ExportOptions(TypedDict, total=False):
     image_size: int | None
     mean: Sequence[float] | None
     std: Sequence[float] | None
-    interpolation: Literal['nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'] | None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None
     crop_pct: float | None
     opset: int
     fold: bool
     simplify: bool
-    embed_preprocess: Literal['none', 'normalize', 'uint8']
-    outputs: Sequence[Literal['logits', 'probabilities', 'top5']]
+    embed_preprocess: Literal["none", "normalize", "uint8"]
+    outputs: Sequence[Literal["logits", "probabilities", "top5"]]
     batch: str
-    precision: Sequence[Literal['fp16', 'int8']]
+    precision: Sequence[Literal["fp16", "int8"]]
     calibration: str
 
 class PackageOptions(TypedDict, total=False):
-    backend: Literal['onnxruntime', 'python']
+    backend: Literal["onnxruntime", "python"]
     instances: int
     threads: int
     gpu: bool
@@ -107,7 +107,7 @@ class PackageOptions(TypedDict, total=False):
     artefacts: Sequence[str]
 
 class PredictOptions(TypedDict, total=False):
-    runner: Literal['ort-cpu', 'ort-cuda', 'ort-tensorrt']
+    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
     trust_engine: bool
     threads: int | None
     artefact: str
@@ -115,16 +115,16 @@ class PredictOptions(TypedDict, total=False):
     batch: int | None
 
 class QuantizeOptions(TypedDict, total=False):
-    precision: Literal['fp16', 'int8']
-    target: Literal['tensorrt', 'cpu']
+    precision: Literal["fp16", "int8"]
+    target: Literal["tensorrt", "cpu"]
     images: str | Path | None
     calibration: str
     evaluate: str | Path | None
     calibrate_on_noise: bool
-    method: Literal['minmax', 'average', 'percentile', 'mse', 'entropy', 'auto']
+    method: Literal["minmax", "average", "percentile", "mse", "entropy", "auto"]
     percentile: float
     scope: Sequence[str]
-    rest: Literal['fp16', 'fp32'] | None
+    rest: Literal["fp16", "fp32"] | None
     equalize: bool
     refine: bool
     max_drop: float | None
@@ -136,7 +136,7 @@ class QuantizeOptions(TypedDict, total=False):
     threads: int | None
 
 class RunOptions(TypedDict, total=False):
-    runner: Literal['ort-cpu', 'ort-cuda', 'ort-tensorrt']
+    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
     trust_engine: bool
     images: str | Path | None
     offline: bool
@@ -146,7 +146,7 @@ class VerifyOptions(TypedDict, total=False):
     images: str | Path | None
     count: int | None
     artefacts: Sequence[str]
-    runner: Literal['ort-cpu', 'ort-cuda', 'ort-tensorrt']
+    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
     trust_engine: bool
     weights: str | Path | None
     recipe: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +11,7 @@ import pydantic
 
 from van_deploy.config.fields import option
 from van_deploy.config.judging import RunnerSettings
+from van_deploy.errors import UsageError
 from van_deploy.schema import Contradiction, Settings
 
 __all__ = [
@@ -78,6 +81,24 @@ class ServiceSettings(_Threads):
     )
     max_pixels: int = option(50_000_000, "Largest image.", panel=LIMITS, ge=1)
 
+    def api_key(self) -> str:
+        """Return what clients must send; "" for no key.
+
+        Raises:
+            UsageError: the key cannot be read, or is none that a header can hold.
+        """
+        file, name = self.api_key_file, "VAN_DEPLOY_API_KEY"
+        try:
+            key = os.environ.get(name) if file is None else file.read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"The key in '{file}' cannot be read: {error}.", "Check it.") from None
+        if key is not None and not re.fullmatch("[!-~]{1,4096}", key):
+            raise UsageError(
+                f"'{file or name}' holds no key: one word of printable ASCII characters.",
+                "Make one: `openssl rand -hex 32`.",
+            )
+        return key or ""
+
 
 class ServeSettings(ServiceSettings):
     """The options of ``van-deploy serve``."""
@@ -92,7 +113,7 @@ class TritonSettings(Settings):
 
     backend: Literal["onnxruntime", "python"] = option(
         "onnxruntime",
-        "What runs ONNX artefacts; python brings an ONNX Runtime of its own. Plans run in TensorRT.",
+        "What runs ONNX artefacts; python brings an ONNX Runtime of its own.",
     )
     instances: int = option(1, "Batches at the same time, a model.", ge=1)
     threads: int = option(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import inspect
 import json
-import os
 import re
 import sys
 import time
@@ -14,7 +14,6 @@ import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from van_deploy import __version__
@@ -27,17 +26,19 @@ from van_deploy.serve.intake import (
     read_body,
 )
 from van_deploy.serve.protocol import InferRequest, Values, encode_response, parse_request
-from van_deploy.serve.service import MIB, Served, Service
+from van_deploy.serve.served import ServedModel
+from van_deploy.serve.service import MIB, Service
 
 __all__ = ["App"]
 
 MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config|/stats)?")
 MODEL = "/v2/models/MODEL"
+POSTS = {f"{MODEL}/infer", "/predict", "/v2/repository/index"}
+READY = {"version": "1", "state": "READY"}
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 SERVER = {"name": "van-deploy", "version": __version__, "extensions": EXTENSIONS}
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 KEYLESS = {"/", "/page.css", "/page.js", "/v2/health/live", "/v2/health/ready"}
-KEY_VARIABLE = "VAN_DEPLOY_API_KEY"
 MAX_TOP = 1000
 SMALL_JSON = 16 * 2**10  # bytes parsed in the event loop: less than a millisecond
 MANY_BYTES = 2**20  # of a tensor, checked in a thread
@@ -100,32 +101,26 @@ class App:
     """
 
     def __init__(self, service: Service) -> None:
-        self.service, self._key = service, _key_of(service.settings.api_key_file)
+        self.service, self._key = service, service.settings.api_key()
         self.keyed = bool(self._key)
         models = service.models
-        self._routes: dict[str, tuple[str, Callable[[Request], Any]]] = {
-            f"{MODEL}/infer": ("POST", self._infer),
-            "/predict": ("POST", self._predict),
-            "/v2/health/live": ("GET", lambda _: Response()),
-            "/v2/health/ready": (
-                "GET",
-                lambda _: Response(status=503 if service.draining else 200),
-            ),
-            "/": ("GET", _page("page.html", "text/html; charset=utf-8")),
-            "/page.css": ("GET", _page("page.css", "text/css")),
-            "/page.js": ("GET", _page("page.js", "text/javascript")),
-            "/models": ("GET", lambda _: service.description()),
-            "/metrics": ("GET", lambda _: Response(*service.metrics.text())),
-            "/v2": ("GET", lambda _: SERVER),
-            "/v2/repository/index": (
-                "POST",
-                lambda _: [{"name": name, "version": "1", "state": "READY"} for name in models],
-            ),
-            "/v2/models/stats": ("GET", lambda _: _statistics(*models.values())),
-            MODEL: ("GET", lambda request: _metadata(self._served(request).config)),
-            f"{MODEL}/config": ("GET", lambda request: self._served(request).config),
-            f"{MODEL}/ready": ("GET", lambda request: self._served(request) and Response()),
-            f"{MODEL}/stats": ("GET", lambda request: _statistics(self._served(request))),
+        self._routes: dict[str, Callable[[Request], Any]] = {
+            f"{MODEL}/infer": self._infer,
+            "/predict": self._predict,
+            "/v2/health/live": lambda _: Response(),
+            "/v2/health/ready": lambda _: Response(status=503 if service.draining else 200),
+            "/": _page("page.html", "text/html; charset=utf-8"),
+            "/page.css": _page("page.css", "text/css"),
+            "/page.js": _page("page.js", "text/javascript"),
+            "/models": lambda _: service.description(),
+            "/metrics": lambda _: Response(*service.metrics.text()),
+            "/v2": lambda _: SERVER,
+            "/v2/repository/index": lambda _: [{"name": n, **READY} for n in models],
+            "/v2/models/stats": lambda _: _statistics(*models.values()),
+            MODEL: lambda request: _metadata(self._served(request).config),
+            f"{MODEL}/config": lambda request: self._served(request).config,
+            f"{MODEL}/ready": lambda request: self._served(request) and Response(),
+            f"{MODEL}/stats": lambda request: _statistics(self._served(request)),
         }
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
@@ -149,7 +144,9 @@ class App:
             response = _json(response)
         seconds = time.perf_counter() - start
         model = request.model if request.model in self.service.models else ""
-        self.service.metrics.answered(request.route, model, response.status, seconds)
+        metrics, status = self.service.metrics, response.status
+        metrics.of("requests", request.route, model, status).inc()
+        metrics.of("request_seconds", request.route, model).observe(seconds)
         if self.service.settings.log_requests:
             what = {"method": scope["method"], "path": request.path, "model": model}
             _log("request", **what, status=response.status, ms=round(1e3 * seconds, 3))
@@ -170,26 +167,27 @@ class App:
         if match:
             request.model, request.version = match[1], match[2] or "1"
             path = f"{MODEL}{match[3] or ''}"
-        method, handler = self._routes.get(path, ("", None))
-        if handler is None:
+        if path not in self._routes:
             raise RequestError(f"There is nothing at {request.path[:200]!r}.", status=404)
+        method = "POST" if path in POSTS else "GET"
         if method != request.method:
             text = f"{request.path[:200]!r} takes {method}, not {request.method}."
             raise RequestError(text, status=405)
         request.route = path
-        return handler
+        return self._routes[path]
 
     async def _infer(self, request: Request) -> Response:
-        served, workers = self._served(request), self.service.workers
+        served = self._served(request)
         with self.service.held.hold() as take_bytes, served.queue.hold() as take_images:
             body = await self._body(request, take_bytes)
             take_images(1)
             rows, parsed = await self._parsed(request, body, served)
             take_images(len(rows) - 1)
-            answer = await self.service.infer(served, rows)
+            answer = await served.infer(rows)
             arguments = (parsed, answer.outputs, served.name, served.labels)
-            if sum(answer.outputs[wanted.name].size for wanted in parsed.outputs) > MANY_NUMBERS:
-                content, length = await workers.in_process(encode_response, *arguments)
+            texts = [w.name for w in parsed.outputs if not parsed.in_bytes(w)]
+            if sum(answer.outputs[name].size for name in texts) > MANY_NUMBERS:
+                content, length = await self.service.json.run(encode_response, *arguments)
             else:
                 content, length = encode_response(*arguments)
         if length is None:
@@ -198,7 +196,7 @@ class App:
         return Response(content, {**kind, "inference-header-content-length": str(length)})
 
     async def _parsed(
-        self, request: Request, body: bytes | bytearray, served: Served
+        self, request: Request, body: bytes | bytearray, served: ServedModel
     ) -> tuple[Values, InferRequest]:
         """Return what a body holds; large JSON is parsed in another process."""
         text = request.headers.get("inference-header-content-length")
@@ -214,12 +212,12 @@ class App:
                 "higher --max-json-mib.",
                 status=413,
             )
-        network, workers = served.network, self.service.workers
+        network = served.network
         arguments = (body, length, network.input, network.outputs, network.max_batch)
         if size > SMALL_JSON:
-            return await workers.in_process(parse_request, *arguments)
+            return await self.service.json.run(parse_request, *arguments)
         if len(body) > MANY_BYTES:
-            return await workers.in_thread(parse_request, *arguments)
+            return await asyncio.to_thread(parse_request, *arguments)
         return parse_request(*arguments)
 
     async def _predict(self, request: Request) -> dict[str, Any]:
@@ -244,33 +242,16 @@ class App:
         if self.service.draining:
             raise RequestError("The server is shutting down.", status=503)
         limits = (round(MIB * settings.max_body_mib), settings.read_timeout_s)
-        given = (request.receive, request.headers, *limits, take, self.service.workers)
+        given = (request.receive, request.headers, *limits, take)
         return await read_body(*given)
 
-    def _served(self, request: Request) -> Served:
+    def _served(self, request: Request) -> ServedModel:
         served = self.service.models.get(request.model)
         if served is None or request.version != "1":
             names = ", ".join(self.service.models)
             text = f"There is no model {request.model[:99]!r} version {request.version[:20]!r}"
             raise RequestError(f"{text}; this server has {names}, version 1.", status=404)
         return served
-
-
-def _key_of(file: Path | None) -> str:
-    """Return what clients must send: what the file holds, else the environment; "" for no key.
-
-    Raises:
-        UsageError: the file cannot be read, or the key is empty or cannot be sent in a header.
-    """
-    try:
-        key = os.environ.get(KEY_VARIABLE) if file is None else file.read_text("utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"The key in '{file}' cannot be read: {error}.", "Check it.") from None
-    if key is not None and not re.fullmatch("[!-~]{1,4096}", key):
-        where = f"'{file}'" if file else KEY_VARIABLE
-        text = f"{where} holds no key: one word of printable ASCII characters."
-        raise UsageError(text, "Make one: `openssl rand -hex 32`.")
-    return key or ""
 
 
 def _json(document: Any, status: int = 200, **headers: str) -> Response:
@@ -296,34 +277,27 @@ def _refused(error: RequestError | ImageError | UsageError) -> Response:
 
 
 def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
-    document = {"name": config["name"], "versions": ["1"], "platform": PLATFORMS[config["backend"]]}
-    for side in ("input", "output"):
-        document[f"{side}s"] = [
-            {
-                "name": tensor["name"],
-                "datatype": tensor["data_type"].removeprefix("TYPE_"),
-                "shape": [-1, *tensor["dims"]],
-            }
-            for tensor in config[side]
-        ]
-    return document
+    names = {"name": config["name"], "versions": ["1"]}
+    sides: dict[str, list[dict[str, Any]]] = {"inputs": [], "outputs": []}
+    for side, tensors in sides.items():
+        for tensor in config[side.rstrip("s")]:
+            datatype, shape = tensor["data_type"].removeprefix("TYPE_"), [-1, *tensor["dims"]]
+            tensors.append({"name": tensor["name"], "datatype": datatype, "shape": shape})
+    return {**names, "platform": PLATFORMS[config["backend"]], **sides}
 
 
-def _statistics(*models: Served) -> dict[str, Any]:
+def _statistics(*models: ServedModel) -> dict[str, Any]:
     """Return the protocol's statistics; times are in nanoseconds."""
     found = []
     for served in models:
         counts = served.counts
-        done, queue, infer = counts["requests"], counts["queue_ns"], counts["infer_ns"]
-        times = {
-            "success": {"count": done, "ns": queue + infer},
-            "fail": {"count": counts["failures"], "ns": 0},
-            "queue": {"count": done, "ns": queue},
-            "compute_infer": {"count": done, "ns": infer},
-        }
+        done, queue, infer = (counts[key] for key in ("requests", "queue_ns", "infer_ns"))
+        times = [("success", done, queue + infer), ("fail", counts["failures"], 0)]
+        times += [("queue", done, queue), ("compute_infer", done, infer)]
+        stats = {name: {"count": count, "ns": ns} for name, count, ns in times}
         totals = {"inference_count": counts["rows"], "execution_count": counts["batches"]}
         names = {"name": served.name, "version": "1", "last_inference": counts["last_ms"]}
-        found.append({**names, **totals, "inference_stats": times})
+        found.append({**names, **totals, "inference_stats": stats})
     return {"model_stats": found}
 
 

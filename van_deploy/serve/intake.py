@@ -15,21 +15,20 @@ import signal
 import threading
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from email.message import Message
 from typing import Any, TypeVar
 
 from van_deploy.errors import InputError
 
 __all__ = [
-    *("Allowance", "ClientGoneError", "Receive", "RequestError", "Workers"),
+    *("Allowance", "ClientGoneError", "Receive", "JsonProcess", "RequestError"),
     *("file_of_form", "read_body"),
 ]
 
 DEFLATE_RATIO = 1032  # the most that a byte of deflate stands for (zlib's technical details)
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 MAX_PARTS = 16  # of a form
-THREADS = 2
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 Result = TypeVar("Result")
@@ -84,36 +83,29 @@ class Allowance:
             self.used -= held
 
 
-class Workers:
-    """A process and two threads for the server's own work; :meth:`close` ends them."""
+class JsonProcess:
+    """Another process for what would hold Python's lock: reading and writing large JSON."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="van-deploy-decode")
-        self._process = _new_process()
+        self._pool = _new_pool()
 
-    async def in_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Return ``function(*arguments)``, which releases Python's lock for the most part."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, function, *arguments)
-
-    async def in_process(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Return ``function(*arguments)`` from another process; both must be picklable.
+    async def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Return ``function(*arguments)`` from the process; both must be picklable.
 
         Raises:
-            RequestError: that process died; there will be another one.
+            RequestError: the process died; there will be another one.
         """
-        process, loop = self._process, asyncio.get_running_loop()
+        pool, loop = self._pool, asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(process, function, *arguments)
+            return await loop.run_in_executor(pool, function, *arguments)
         except BrokenExecutor:
-            if self._process is process:
-                self._process = _new_process()
+            if self._pool is pool:
+                self._pool = _new_pool()
             raise RequestError("The process that parses JSON ended.", status=503) from None
 
     def close(self) -> None:
-        """End both once what they were asked for is done."""
-        self._threads.shutdown()
-        self._process.shutdown()
+        """End it once what it was asked for is done."""
+        self._pool.shutdown()
 
 
 async def read_body(
@@ -122,7 +114,6 @@ async def read_body(
     limit: int,
     timeout_s: float,
     take: Callable[[int], None],
-    workers: Workers,
 ) -> bytes | bytearray:
     """Return a request's body, decompressed.
 
@@ -132,7 +123,6 @@ async def read_body(
         limit: bytes the body may have, before and after decompression.
         timeout_s: in which it must be complete.
         take: called with the bytes that are held from then on; may refuse them.
-        workers: inflate it.
 
     Raises:
         ClientGoneError: it will never be complete.
@@ -151,7 +141,7 @@ async def read_body(
     if encoding not in {"gzip", "deflate"}:
         raise RequestError(f"The Content-Encoding {encoding[:20]!r} is unknown: gzip or deflate.")
     take(min(limit, DEFLATE_RATIO * len(body)))
-    return await workers.in_thread(_inflated, body, limit)
+    return await asyncio.to_thread(_inflated, body, limit)
 
 
 def file_of_form(body: bytes | bytearray, content_type: str) -> bytes:
@@ -203,8 +193,8 @@ def _too_large(limit: int) -> RequestError:
     return RequestError(text, remedy, 413)
 
 
-def _new_process() -> ProcessPoolExecutor:
-    """Return a process that starts when it is first needed."""
+def _new_pool() -> ProcessPoolExecutor:
+    """Return one process, which starts when it is first needed."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(1, mp_context=context, initializer=_follow_the_server)
 

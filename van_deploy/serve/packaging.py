@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ class PackageRecord(Schema):
     bundle: str
     release: str
     """Of Triton."""
-    environment: dict[str, str]
-    """Packages of the Python backend's execution environment, and their versions."""
     backend: str
     """Of ONNX artefacts."""
     models: dict[str, dict[str, str]]
@@ -114,11 +111,10 @@ def package(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop:
         made = Path(workshop) / "package"
-        packages = write_repository(made, bundle, models, settings, release)
+        write_repository(made, bundle, models, settings, release)
         record = PackageRecord(
             bundle=bundle.name,
             release=release.name,
-            environment=packages,
             backend=settings.backend,
             models={m.name: {file: name for file, (_, name) in m.files.items()} for m in models},
             files={
@@ -152,24 +148,18 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
     wrong += sorted(found - known)
     text = f"{', '.join(wrong)}: missing, changed or added" if wrong else "as they were written"
     findings = [Finding("files", not wrong, text)]
+    release, written = release_named(record.release), set(record.files.values())
     for name, sources in record.models.items():
         try:
-            checks = [*_of_model(record, sources, bundle)]
+            (model,) = triton_models(bundle, tuple(sources.values()), record.backend)
         except VanDeployError as error:
-            checks = [("artefact", False, error.message)]
-        findings += [Finding(f"{name}: {check}", good, said) for check, good, said in checks]
+            findings.append(Finding(f"{name}: artefact", False, error.message))
+            continue
+        old = [file for file, (source, _) in model.files.items() if _digest(source) not in written]
+        text = f"{', '.join(old)}: made anew in the bundle since" if old else "the bundle's"
+        findings.append(Finding(f"{name}: artefact", not old, text))
+        findings.append(Finding(f"{name}: release", *release.judged(model)))
     return PackageReport(path, 0, tuple(findings))
-
-
-def _of_model(
-    record: PackageRecord, sources: Mapping[str, str], bundle: Bundle
-) -> Iterator[tuple[str, bool | None, str]]:
-    (model,) = triton_models(bundle, tuple(sources.values()), record.backend)
-    written = set(record.files.values())
-    old = [file for file, (path, _) in model.files.items() if file_sha256(path) not in written]
-    text = f"{', '.join(old)}: made anew in the bundle since" if old else "the bundle's"
-    yield "artefact", not old, text
-    yield "release", *release_named(record.release).judged(model)
 
 
 def _digest(path: Path) -> str:

@@ -21,7 +21,7 @@ from pydantic_core import from_json
 from van_deploy.runners.network import TensorSpec
 from van_deploy.schema import Open, validated
 from van_deploy.serve.intake import RequestError
-from van_deploy.serve.triton_config import DATATYPES
+from van_deploy.serve.triton_model import DATATYPES
 
 __all__ = ["InferRequest", "WantedOutput", "encode_response", "parse_request"]
 
@@ -57,9 +57,14 @@ class InferRequest(Open):
     """The JSON of a request."""
 
     id: str = ""
-    inputs: list[GivenInput]
-    outputs: list[WantedOutput] = []
+    inputs: tuple[GivenInput, ...]
+    outputs: tuple[WantedOutput, ...] = ()
     parameters: Parameters = Parameters()
+
+    def in_bytes(self, wanted: WantedOutput) -> bool:
+        """Return whether an output is wanted as bytes behind the JSON."""
+        own = wanted.parameters.binary_data
+        return self.parameters.binary_data_output if own is None else own
 
 
 def parse_request(
@@ -119,8 +124,7 @@ def encode_response(
         if options.classification:
             values = _classification(values, options.classification, labels)
             entry["datatype"] = "BYTES"
-        binary = options.binary_data
-        if request.parameters.binary_data_output if binary is None else binary:
+        if request.in_bytes(wanted):
             tail.append(_length_prefixed(values) if options.classification else values.tobytes())
             entry["parameters"] = {"binary_data_size": len(tail[-1])}
         else:

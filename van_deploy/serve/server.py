@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from van_deploy.errors import UsageError
@@ -20,6 +21,7 @@ __all__ = ["is_loopback", "listen", "run_server", "url_of"]
 BACKLOG = 1024
 KEEP_ALIVE_S = 75  # longer than most clients' pools
 DRAIN_S = 30
+THREADS = 2  # that decode, inflate and check arrays
 MAX_HEAD_BYTES = 64 * 2**10  # of request line and headers
 
 
@@ -94,6 +96,7 @@ def run_server(
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(THREADS, "van-deploy-decode"))
 
         def end() -> None:
             server.force_exit = server.should_exit  # asked twice

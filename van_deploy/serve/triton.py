@@ -1,33 +1,46 @@
 """A Triton model repository, with a client and manifests beside it.
 
 Everything a configuration repeats (names, types, shapes, batch limits) is read from the
-artefact or its sidecar, never typed again.
+artefact or its sidecar, never typed again. The manifests, the client and ``model.py`` are
+files of ``templates/``, filled in.
 """
 
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
-from collections.abc import Sequence
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
+from string import Template
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import TritonSettings
-from van_deploy.errors import UsageError
+from van_deploy.errors import ConversionError, UsageError
 from van_deploy.runners.onnxruntime import require_onnxruntime
-from van_deploy.serve.templates import filled
-from van_deploy.serve.triton_config import DATATYPES, LABELS_FILE, config_text, model_config
-from van_deploy.serve.triton_environment import environment_name, write_environment
-from van_deploy.serve.triton_model import TritonModel
+from van_deploy.serve.triton_model import (
+    DATATYPES,
+    LABELS_FILE,
+    TritonModel,
+    config_text,
+    model_config,
+)
 from van_deploy.serve.triton_release import Release
 
-__all__ = ["preferred_batches", "write_repository"]
+__all__ = ["filled", "preferred_batches", "write_environment", "write_repository"]
 
 GOOD_SHARE = 0.9  # of the best throughput: a batch size worth waiting for
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 BASE_MIB, PROCESS_MIB = 2048, 512  # of memory: Triton itself, and each process of a Python model
-VERSION_COMPATIBLE = "--backend-config=tensorrt,version-compatible=true"
+INTERPRETER = "/usr/bin/python3"  # in NVIDIA's images, which are Ubuntu
+GLIBC_MINORS = (31, 28, 27, 24, 17)  # 2.31 is that of Ubuntu 20.04, the oldest image known here
 
 
 def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[int, ...]:
@@ -39,11 +52,10 @@ def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[in
     plain, rates = artefact.split("-")[0], dict[int, float]()
     for row in bundle.manifest.checks.get("bench", {}).get("rows", ()):
         if plain in str(row["contender"]).replace("/", " ").split():
-            batch = int(row["batch"])
-            rates[batch] = max(rates.get(batch, 0.0), float(row["images_per_s"]))
-    good = [b for b, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
+            rates[row["batch"]] = max(rates.get(row["batch"], 0.0), row["images_per_s"])
+    good = [n for n, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
     good = good or [bundle.manifest.batch.opt, max_batch]
-    return tuple(sorted({b for b in good if 1 < b <= max_batch}))
+    return tuple(sorted({n for n in good if 1 < n <= max_batch}))
 
 
 def write_repository(
@@ -52,8 +64,8 @@ def write_repository(
     models: Sequence[TritonModel],
     settings: TritonSettings,
     release: Release,
-) -> dict[str, str]:
-    """Write ``models/``, the manifests and a client; return the packages of an environment.
+) -> None:
+    """Write ``models/``, the manifests and a client.
 
     Args:
         made: folder to write; not there yet.
@@ -67,48 +79,94 @@ def write_repository(
         MissingDependency: Triton's schema is not installed.
         UsageError: nobody knows the release's Python.
     """
-    packages: dict[str, str] = {}
-    environment = ""
-    if any(model.backend == "python" for model in models):
-        python = settings.triton_python or release.python
-        if not python:
-            raise UsageError(
-                f"No table here says which Python Triton {release.name} has.",
-                "Name it with --triton-python, such as 3.12.",
-            )
-        environment = environment_name(python)
-        (made / "models").mkdir(parents=True)
-        version = require_onnxruntime().__version__
-        packages = write_environment(made / "models" / environment, python, version)
+    environment, python = "", settings.triton_python or release.python
     for model in models:
-        _write_model(made / "models" / model.name, bundle, model, settings, environment)
+        folder = made / "models" / model.name
+        version, names = folder / str(settings.model_version), bundle.manifest.class_names
+        version.mkdir(parents=True)
+        for file, (source, _) in model.files.items():
+            shutil.copyfile(source, version / file)
+        if names:
+            (folder / LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
+        if model.backend == "python":
+            environment = f"environment-python{python}.tar.gz"
+            (version / "model.py").write_text(filled("model.py.txt", {}), encoding="utf-8")
+        config = model_config(
+            *(model, settings),
+            preferred=preferred_batches(bundle, model.network.name, model.network.max_batch),
+            labels=LABELS_FILE if names else "",
+            environment=f"$$TRITON_MODEL_DIRECTORY/../{environment}" if environment else "",
+        )
+        (folder / "config.pbtxt").write_text(config_text(config), encoding="utf-8")
+    if environment and not python:
+        raise UsageError(
+            f"No table here says which Python Triton {release.name} has.",
+            "Name it with --triton-python, such as 3.12.",
+        )
+    if environment:
+        write_environment(made / "models" / environment, python)
     _write_manifests(made, bundle, models, settings, release)
-    if any(spec.name == "logits" for spec in models[0].outputs):
-        (made / "client.py").write_text(_client(bundle, models[0]), encoding="utf-8")
-    return packages
+    if any(spec.name == "logits" for spec in models[0].network.outputs):
+        (made / "client.py").write_text(_client(models[0]), encoding="utf-8")
 
 
-def _write_model(
-    folder: Path, bundle: Bundle, model: TritonModel, settings: TritonSettings, environment: str
-) -> None:
-    version, names = folder / str(settings.model_version), bundle.manifest.class_names
-    version.mkdir(parents=True)
-    for file, (source, _) in model.files.items():
-        shutil.copyfile(source, version / file)
-    if model.backend == "python":
-        (version / "model.py").write_text(filled("model.py.txt", {}), encoding="utf-8")
-        environment = f"$$TRITON_MODEL_DIRECTORY/../{environment}"
-    if names:
-        (folder / LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
-    artefact = next(iter(model.files.values()))[1]
-    config = model_config(
-        model,
-        settings,
-        preferred=preferred_batches(bundle, artefact, model.max_batch),
-        labels=LABELS_FILE if names else "",
-        environment=environment if model.backend == "python" else "",
-    )
-    (folder / "config.pbtxt").write_text(config_text(config), encoding="utf-8")
+def write_environment(archive: Path, python: str) -> None:
+    """Write an execution environment of the Python backend: this ONNX Runtime, for its Python.
+
+    NVIDIA's images have no ONNX Runtime for Python. The archive is a virtual environment with
+    one, which Triton unpacks; the interpreter stays the image's own.
+
+    Args:
+        archive: file to write, ``.tar.gz``.
+        python: version of the server's Python, such as ``3.12``.
+
+    Raises:
+        ConversionError: pip cannot get the packages.
+    """
+    wanted = (f"onnxruntime=={require_onnxruntime().__version__}", "numpy")
+    with tempfile.TemporaryDirectory(prefix="van-deploy-") as folder:
+        root, machine = Path(folder), platform.machine()
+        packages = root / f"lib/python{python}/site-packages"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", *wanted]
+        command += ["--target", str(packages), "--only-binary=:all:", "--python-version", python]
+        for tag in (*(f"manylinux_2_{minor}" for minor in GLIBC_MINORS), "manylinux2014"):
+            command += ["--platform", f"{tag}_{machine}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            raise ConversionError(
+                f"pip cannot get {' and '.join(wanted)} for Python {python}: "
+                f"{(said or [done.stderr])[-1]}",
+                "Check the connection to the package index, or choose a --triton-release whose "
+                "Python has such a wheel.",
+            )
+        shutil.rmtree(packages / "bin", ignore_errors=True)  # scripts that name this interpreter
+        (root / "bin").mkdir()
+        (root / "bin/python3").symlink_to(INTERPRETER)
+        for name, target in (("activate.txt", "bin/activate"), ("pyvenv.cfg", "pyvenv.cfg")):
+            (root / target).write_text(filled(name, {}), encoding="utf-8")
+        with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
+            tar.add(root, ".", filter=_anonymous)
+
+
+def filled(template: str, values: Mapping[str, object], holds: Collection[str] = ()) -> str:
+    """Return a file of ``templates/`` with its values in place.
+
+    A line that ends in ``#if WORD...`` is kept where one of the words holds; the mark itself
+    always goes. ``$name`` stands for a value, as in :class:`string.Template`.
+
+    Args:
+        template: its name, such as ``compose.yaml``.
+        values: by the name after ``$``.
+        holds: the words whose lines are kept.
+    """
+    lines = []
+    folder = resources.files("van_deploy.serve") / "templates"
+    for line in (folder / template).read_text("utf-8").splitlines():
+        text, marked, words = line.partition("#if ")
+        if not marked or set(words.split()) & set(holds):
+            lines.append(text.rstrip() if marked else line)
+    return Template("\n".join(lines) + "\n").substitute(values)
 
 
 def _write_manifests(
@@ -120,39 +178,43 @@ def _write_manifests(
 ) -> None:
     weights = sum(path.stat().st_size for model in models for path, _ in model.files.values())
     processes = settings.instances * sum(model.backend == "python" for model in models)
-    gpu = settings.gpu or any(model.sidecar for model in models)
-    compatible = any(m.sidecar and m.sidecar.build_options.version_compatible for m in models)
-    memory = BASE_MIB + PROCESS_MIB * processes + 4 * settings.instances * (weights >> 20)
     values = {
         "name": re.sub(r"[^a-z0-9]+", "-", bundle.name.lower()).strip("-")[:50] or "van",
         "release": release.name,
         "cpus": settings.threads * settings.instances * len(models) or 2,
-        "memory_mib": memory,
-        "max_batch": max(model.max_batch for model in models),
-        "extra": VERSION_COMPATIBLE,
+        "memory": BASE_MIB + PROCESS_MIB * processes + 4 * settings.instances * (weights >> 20),
+        "max_batch": max(model.network.max_batch for model in models),
     }
-    holds = ["gpu" if gpu else "cpu", *["extra"] * compatible]
+    plans = [model.sidecar.build_options for model in models if model.sidecar]
+    holds = ["gpu" if settings.gpu or plans else "cpu"]
+    holds += ["compatible" for options in plans if options.version_compatible]
     for name in ("compose.yaml", "kubernetes.yaml", "kserve.yaml"):
         (made / name).write_text(filled(name, values, holds), encoding="utf-8")
 
 
-def _client(bundle: Bundle, model: TritonModel) -> str:
+def _client(model: TritonModel) -> str:
     """Return the example client: one file that needs nothing of this project.
 
     It is the one place where a client's preprocessing is written down for others to copy,
     so it holds the weights' own values and is tested to compute the same bytes as
     :mod:`van_deploy.model.pixels`.
     """
-    preprocessing = bundle.manifest.preprocessing
-    values: dict[str, object] = {
-        "model": json.dumps(model.name),
-        "size": preprocessing.image_size,
+    network, preprocessing = model.network, model.network.preprocessing
+    values = {
+        **asdict(preprocessing),
         "short_side": preprocessing.resize_size,
         "filter": preprocessing.interpolation.upper(),
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
         "mode": MODES.get(preprocessing.channels, "RGB"),
-        "input": json.dumps(model.input.name),
-        "datatype": DATATYPES[model.input.dtype],
+        "model": json.dumps(model.name),
+        "input": json.dumps(network.input.name),
+        "datatype": DATATYPES[network.input.dtype],
     }
-    return filled("client.py.txt", values, [model.embedding, "softmax"])
+    return filled("client.py.txt", values, [network.embedding, "softmax"])
+
+
+def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Return an entry of an archive without what differs from one run or machine to the next."""
+    entry.uid = entry.gid = entry.mtime = 0
+    entry.uname = entry.gname = ""
+    entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+    return entry

@@ -19,6 +19,8 @@ from van_deploy.serve.triton_model import TritonModel
 
 __all__ = ["Release", "chosen_release", "known_releases", "release_named"]
 
+MATRIX = "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/"
+
 
 @dataclass(frozen=True)
 class Release:
@@ -42,28 +44,22 @@ class Release:
 
     def judged(self, model: TritonModel) -> tuple[bool | None, str]:
         """Return whether it loads ``model`` (None: not checked), and why."""
-        here = f"Triton {self.name}"
         if model.backend == "python":
             return True, "the execution environment brings ONNX Runtime"
+        graph = model.network.bundle.artefact(model.network.name).graph
         if model.sidecar:
             what, has, built = "TensorRT", self.tensorrt, model.sidecar.backend_version
-            detail = f"the plan was built by {built}"
-            fits = f"{built}.".startswith(f"{has}.")
-            if has and model.sidecar.build_options.version_compatible:
-                fits = [*map(int, has.split("."))] >= [*map(int, built.split("."))][
-                    : has.count(".") + 1
-                ]
-        else:
-            what, has, graph = "ONNX Runtime", self.onnxruntime, model.graph
-            detail = f"it loads opset {self.opset} and IR version {self.ir_version} at most"
-            if graph is not None:
-                detail += f", the graph has opset {graph.opset} and IR version {graph.ir_version}"
-                fits = graph.opset <= self.opset and graph.ir_version <= self.ir_version
-            if has == "none":
-                return False, f"{here} was shipped without an ONNX Runtime backend"
+            detail, fits = f"the plan was built by {built}", f"{built}.".startswith(f"{has}.")
+        elif graph:
+            what, has = "ONNX Runtime", self.onnxruntime
+            detail = (
+                f"it loads opset {self.opset} and IR version {self.ir_version} at most, the graph "
+                f"has opset {graph.opset} and IR version {graph.ir_version}"
+            )
+            fits = graph.opset <= self.opset and graph.ir_version <= self.ir_version
         if not has:
-            return None, f"not checked: no table here says which {what} {here} has"
-        return fits, f"{here} has {what} {has}; {detail}"
+            return None, f"not checked: no table here says which {what} Triton {self.name} has"
+        return fits, f"Triton {self.name} has {what} {has}; {detail}"
 
 
 @functools.cache
@@ -84,10 +80,7 @@ def release_named(name: str) -> Release:
         UsageError: it is not the name of a release.
     """
     if not re.fullmatch(r"[0-9]{2}\.(0[1-9]|1[0-2])", name):
-        raise UsageError(
-            f"'{name}' is not a release of Triton.",
-            "Write year and month as its container images do, such as 25.08.",
-        )
+        raise UsageError(f"'{name}' is not a release of Triton.", "Write one such as 25.08.")
     return known_releases().get(name, Release(name))
 
 
@@ -98,22 +91,14 @@ def chosen_release(models: Sequence[TritonModel], asked: str = "") -> Release:
         UsageError: the release cannot load a model, or none is known to.
     """
     known = list(known_releases().values())
-    for release in [release_named(asked)] if asked else known:
-        judged = [(model.name, *release.judged(model)) for model in models]
-        if asked or all(loads for _, loads, _ in judged):
-            break
-    else:
-        raise UsageError(
-            f"No release of Triton is known to load '{models[0].name}': "
-            f"{known[0].judged(models[0])[1]}.",
-            "Name one that does with --triton-release; NVIDIA's list of what each carries: "
-            "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/.",
-        )
-    for name, loads, why in judged:
-        if loads is False:
+    fitting = [release for release in known if all(release.judged(m)[0] for m in models)]
+    release = release_named(asked) if asked else (fitting or known)[0]
+    for model in models:
+        loads, why = release.judged(model)
+        if loads is False or not (loads or asked):
             raise UsageError(
-                f"Triton {release.name} cannot load '{name}': {why}.",
-                "Leave out --triton-release for one that does, or take --backend python, which "
-                "brings its own ONNX Runtime.",
+                f"Triton {release.name} is not known to load '{model.name}': {why}.",
+                f"Choose another --triton-release (NVIDIA lists what each has: {MATRIX}), or take "
+                "--backend python, which brings its own ONNX Runtime.",
             )
     return release
