@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from van_deploy.serve.triton_check import check_package
 
 from tests.conftest import Cli
 from tests.described import entry
@@ -19,7 +20,6 @@ from tests.serve.conftest import Running
 from van_deploy.bundle import Bundle, writing
 from van_deploy.errors import InputError, UsageError
 from van_deploy.serve.triton import package_triton, preferred_batches
-from van_deploy.serve.triton_check import check_package
 
 pytest.importorskip("tritonclient.grpc", reason="Triton's schema is in tritonclient[grpc]")
 

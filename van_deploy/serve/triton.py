@@ -40,6 +40,7 @@ GOOD_SHARE = 0.9  # of the best throughput: a batch size worth waiting for
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 BASE_MIB, PROCESS_MIB = 2048, 512  # of memory: Triton itself, and each process of a Python model
 INTERPRETER = "/usr/bin/python3"  # in NVIDIA's images, which are Ubuntu
+NUMPY = "numpy<2"  # as in NVIDIA's images up to 26.07: Triton 2.51 sends tensors of NumPy 2 empty
 GLIBC_MINORS = (31, 28, 27, 24, 17)  # 2.31 is that of Ubuntu 20.04, the oldest image known here
 
 
@@ -123,7 +124,7 @@ def write_environment(archive: Path, python: str) -> None:
     Raises:
         ConversionError: pip cannot get the packages.
     """
-    wanted = (f"onnxruntime=={require_onnxruntime().__version__}", "numpy")
+    wanted = (f"onnxruntime=={require_onnxruntime().__version__}", NUMPY)
     with tempfile.TemporaryDirectory(prefix="van-deploy-") as folder:
         root, machine = Path(folder), platform.machine()
         packages = root / f"lib/python{python}/site-packages"
