@@ -28,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from van_deploy.data import decoded_batches, image_set
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import fold_van
-from van_deploy.images import find_images, load_batches
 from van_deploy.metrics import compare
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME, write_digits_folder
@@ -114,10 +114,8 @@ class Network:
         self.reference = self._logits(self.model)
 
     def _load(self, folder: Path) -> Images:
-        transform = self.preprocessing.transform()
-        return np.concatenate(
-            [part for part, _ in load_batches(find_images(folder), transform, 64)]
-        )
+        batches = decoded_batches(image_set(folder).items, self.preprocessing, 64)
+        return np.concatenate([batch.inputs for batch in batches])
 
     def _logits(self, model: Any) -> Images:
         run = logits_session(model, fuse=False, threads=self.threads)

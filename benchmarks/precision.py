@@ -38,19 +38,18 @@ from van_deploy.bench.contender import Contender
 from van_deploy.bench.lane import Row
 from van_deploy.bench.report import race_report
 from van_deploy.bundle import Bundle
+from van_deploy.calibration_set import ImageSelection
 from van_deploy.config import BenchSettings, QuantizeSettings
+from van_deploy.data import check_images, decoded_batches, find_images, open_image
 from van_deploy.environment.hardware import peak_memory_bytes
-from van_deploy.images import UnreadableImages, find_images, open_image
 from van_deploy.metrics import compare
 from van_deploy.model.embedded import EMBEDDED_NAME, write_digits_folder
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.precision.calibration import choose_images
 from van_deploy.precision.cpu import CPU_SCOPE, added_tensors, cpu_scales, cpu_weight_scales
 from van_deploy.precision.cpu_writer import qdq_for_cpu
 from van_deploy.precision.initial import initial_plan, nodes_in_scope
-from van_deploy.precision.inputs import input_batches
-from van_deploy.precision.manifests import ImageSelection
+from van_deploy.precision.job_images import choose_images
 from van_deploy.precision.observer import float_tensors
 from van_deploy.precision.ranges import lean_batch, record_ranges
 from van_deploy.precision.recording import counted_tensors
@@ -327,7 +326,7 @@ class _Bench:
             self.result["notes"].append(
                 f"INT8 scopes on a CPU at 224, batch {batch}, over FP32: {'; '.join(scopes)}."
             )
-        self.result["notes"] += report.facts["warnings"]
+        self.result["notes"] += report.warnings
 
     def _racer(self, name: str, precision: str, graph: onnx.ModelProto) -> Contender:
         """Return a graph, written into the folder of this run, as one that can be raced."""
@@ -438,9 +437,7 @@ def _crops(folder: Path | None, preprocessing: Preprocessing, count: int) -> Ite
     """Yield ``count`` network inputs ``(C, S, S)``: photographs, then random crops of them."""
     rng = np.random.default_rng(0)
     if folder is None:
-        from van_deploy.images import sample_batch
-
-        yield from sample_batch(count, preprocessing.transform())
+        yield from check_images("", preprocessing, count).inputs
         return
     paths = find_images(folder)
     for number in range(count):
@@ -470,8 +467,7 @@ def _logits(model: onnx.ModelProto, images: Images) -> npt.NDArray[np.float32]:
 
 def _inputs(folder: Path, preprocessing: Preprocessing, count: int) -> Images:
     chosen = choose_images(ImageSelection(count=count), folder)
-    batches = input_batches(chosen, preprocessing, 32, UnreadableImages())
-    return np.concatenate([images for images, _ in batches])
+    return np.concatenate([b.inputs for b in decoded_batches(chosen.items, preprocessing, 32)])
 
 
 def _say(line: str) -> None:

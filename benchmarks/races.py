@@ -11,8 +11,9 @@ from typing import Any
 from lineup import SIZE
 
 from van_deploy.bench.contender import Contender, Skipped
+from van_deploy.bench.document import BenchReport
 from van_deploy.bench.lane import Row
-from van_deploy.bench.report import BenchReport, race_report
+from van_deploy.bench.report import race_report
 from van_deploy.config import BenchSettings, Budget
 
 __all__ = ["NOTES", "arguments_of", "cells", "claim", "columns", "printed", "raced"]
@@ -56,7 +57,7 @@ def raced(
         settings,
         native_size=SIZE,
         images="sample photographs",
-        about={"model": variant},
+        model=variant,
         progress=lambda text: print(f"{variant}: {text}", file=sys.stderr, flush=True),
     )
 

@@ -24,7 +24,7 @@ import onnx
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import QuantizeSettings
-from van_deploy.images import sample_batch
+from van_deploy.data import check_images
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.precision.histogram import Histogram
 from van_deploy.precision.observer import Observer, float_tensors
@@ -46,7 +46,7 @@ def main() -> int:
     model = _graph(parser.parse_args().checkpoint)
     batch, counted = lean_batch(model), counted_tensors(model, QuantizeSettings())
     preprocessing = Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9, "a benchmark")
-    images = np.stack(list(sample_batch(RECORDED, preprocessing.transform())))
+    images = check_images("", preprocessing, RECORDED).inputs
     names = float_tensors(model)
     observe = Observer(model, names[1:], threads=1).run_in_own_memory()
     plain = logits_session(model, fuse=False, threads=1)

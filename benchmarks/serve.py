@@ -35,8 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.sample_images import pixels_to_check
-from van_deploy.images import find_images, open_image
+from van_deploy.data import check_images, find_images, open_image
 from van_deploy.model.pixels import pixels_from_image
 from van_deploy.runners.network import Network
 from van_deploy.serve.protocol import DATATYPES
@@ -167,7 +166,8 @@ def measure_load(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return throughput with and without the server, and what became of every request."""
     bundle = Bundle.open(arguments.bundle)
     with bare_network(bundle, arguments) as network:
-        pixels = pixels_to_check(bundle.name, network.preprocessing, DISTINCT, arguments.images)
+        chosen = check_images(bundle.name, network.preprocessing, DISTINCT, arguments.images)
+        pixels = chosen.values
         inputs = network.prepare(pixels)
         answers = [network.run(inputs[i : i + 1])["logits"] for i in range(DISTINCT)]
     expected = np.concatenate(answers)

@@ -137,11 +137,11 @@ def serve_killed(bundle: Path, count: int) -> list[str]:
     Every client asks again until it is answered; every answer is compared.
     """
     from van_deploy.bundle import Bundle
-    from van_deploy.checks.sample_images import pixels_to_check
+    from van_deploy.data import check_images
     from van_deploy.runners.network import Network
 
     with Network(Bundle.open(bundle), "fp32-uint8") as network:
-        pixels = pixels_to_check("van_digits", network.preprocessing, 16, None)
+        pixels = check_images("van_digits", network.preprocessing, 16).values
         expected = np.concatenate([network.logits(pixels[i : i + 1]) for i in range(len(pixels))])
     start = time.monotonic()
     answers = asyncio.run(_killed_under_load(bundle, pixels, expected, count))

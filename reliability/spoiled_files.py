@@ -81,8 +81,8 @@ def _pictures(rng: random.Random, folder: Path) -> Reader:
     """Write an archive of pictures, with other arrays than there should be or spoiled bytes."""
     import numpy as np
 
-    from van_deploy.precision.calibration import choose_images
-    from van_deploy.precision.manifests import ImageSelection
+    from van_deploy.calibration_set import ImageSelection
+    from van_deploy.precision.job_images import choose_images
 
     arrays = {
         "images": rng.choice(
@@ -119,7 +119,7 @@ def _spoiled_archive(rng: random.Random, data: bytes) -> bytes:
 
 def image(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     """Spoil a picture, or write what only looks like one."""
-    from van_deploy.images import open_image
+    from van_deploy.data import open_image
 
     source = rng.choice(sorted(corpus.folder.glob("picture.*")))
     data = spoiled_bytes(rng, source.read_bytes())

@@ -52,13 +52,12 @@ def declared(names: Iterable[str] | None = None) -> list[Requirement]:
         names: extras and dependency groups to add to the base; by default all of them.
     """
     tables = _tables()
-    optional: Mapping[str, list[str]] = tables["project"]["optional-dependencies"]
-    groups: Mapping[str, list[Any]] = tables["dependency-groups"]
-    chosen = [*optional, *groups] if names is None else names
+    optional: dict[str, list[Any]] = tables["project"]["optional-dependencies"]
+    everything = {**optional, **tables["dependency-groups"]}
     lines = [*tables["project"]["dependencies"]]
-    for name in chosen:
-        included = (line for line in (optional | groups)[name] if isinstance(line, str))
-        lines += [line for line in included if line not in lines]
+    for name in everything if names is None else names:  # a table includes another group
+        wanted = (line for line in everything[name] if isinstance(line, str))
+        lines += [line for line in wanted if line not in lines]
     return [Requirement(line) for line in lines]
 
 

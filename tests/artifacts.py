@@ -23,7 +23,7 @@ from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe
 from van_deploy.recipe import recipe_named
 
 if TYPE_CHECKING:
-    from van_deploy.checks.pictures import Pictures
+    from van_deploy.data import CheckImages
     from van_deploy.model.checkpoint import LoadedVan
 
 __all__ = [
@@ -110,7 +110,7 @@ class Subject:
 
     bundle: Bundle
     loaded: LoadedVan
-    pictures: Pictures
+    pictures: CheckImages
     labelled: Path
 
     def graph(self, name: str) -> ModelProto:
@@ -121,13 +121,11 @@ class Subject:
 def subject_of(folder: Path, labelled: Path) -> Subject:
     """Return a bundle that :func:`with_precisions` made, with its network and images."""
     from van_deploy.bundle.original import original_network
-    from van_deploy.checks.pictures import Pictures, pictures_to_check
+    from van_deploy.data import check_images
 
     bundle = Bundle.open(folder)
     loaded = original_network(bundle)
-    every = pictures_to_check(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
-    few = slice(SUBJECT_IMAGES)
-    pictures = Pictures(every.pixels[few], every.names[few], every.described)
+    pictures = check_images(loaded.name, loaded.preprocessing, SUBJECT_IMAGES, labelled)
     return Subject(bundle, loaded, pictures, labelled)
 
 
@@ -174,8 +172,7 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     Its largest batch is 6, so that six images are enough to check it.
     """
     from van_deploy.bundle.original import original_network
-    from van_deploy.checks.pictures import pictures_to_check
-    from van_deploy.model.pixels import normalised
+    from van_deploy.data import check_images
     from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
     from van_deploy.precision.initial import initial_plan
     from van_deploy.precision.quantize import qdq_from_plan
@@ -191,8 +188,7 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     model = onnx.load(bundle.verified("fp32"))
     kept = kept_nodes(model, DEFAULT_KEEP)
     put(bundle, "fp16", "fp16", half_from_fp32(model, kept).model)
-    pictures = pictures_to_check(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
-    images = normalised(pictures.pixels, loaded.preprocessing)
+    images = check_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled).inputs
     plan = initial_plan(model, record_ranges(model, [images], threads=1))
     scales = {conv.activation: conv.activation_scale for conv in plan.convs.values()}
     graph = qdq_from_plan(plan, kept=kept)

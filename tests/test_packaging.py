@@ -20,7 +20,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-SHIPPED_DATA = {".css", ".html", ".json", ".md", ".npz", ".safetensors", ".toml", ".typed"}
+SHIPPED_DATA = {".css", ".html", ".json", ".md", ".npz", ".pyi", ".safetensors", ".toml", ".typed"}
 DATA_PACKAGES = {"export": "van_deploy/recipes", "calibration": "van_deploy/calibration_sets"}
 SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -46,7 +46,7 @@ def expected_in_wheel() -> set[str]:
         f"{target}/{path.relative_to(ROOT / source).as_posix()}"
         for source, target in folders.items()
         for path in (ROOT / source).rglob("*")
-        if path.suffix in SHIPPED_DATA | {".py"} or path.name == "py.typed"
+        if path.suffix in SHIPPED_DATA | {".py", ".pyi"} or path.name == "py.typed"
         if "__pycache__" not in path.parts and ".ipynb_checkpoints" not in path.parts
     }
 
@@ -75,6 +75,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(
     wheel: zipfile.ZipFile,
 ) -> None:
@@ -82,6 +83,7 @@ def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(
     assert names == expected_in_wheel()
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_the_licence_and_the_command(wheel: zipfile.ZipFile) -> None:
     info = f"van_deploy-{__version__}.dist-info"
     assert b"Apache License" in wheel.read(f"{info}/licenses/LICENSE")
@@ -91,6 +93,7 @@ def test_the_wheel_carries_the_licence_and_the_command(wheel: zipfile.ZipFile) -
     assert f"Version: {__version__}\n" in wheel.read(f"{info}/METADATA").decode()
 
 
+@pytest.mark.slow
 def test_the_wheel_is_small(wheel: zipfile.ZipFile) -> None:
     assert sum(item.compress_size for item in wheel.infolist()) < 3 * 2**20
 

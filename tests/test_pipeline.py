@@ -13,12 +13,13 @@ from torch import Tensor
 
 from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy.bundle import Bundle, GraphFacts
 from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
+from van_deploy.data import decoded_batches, image_set
 from van_deploy.documents import plain
 from van_deploy.errors import GateFailed
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
-from van_deploy.images import find_images, load_batches
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.van import VAN
 from van_deploy.pipeline import ExportResult, check_batches, export_bundle, load_for
@@ -65,7 +66,7 @@ def test_the_file_carries_what_a_server_needs(exported: Bundle, cli: Cli) -> Non
     assert metadata["van_deploy.preprocessing"] == plain(exported.manifest.preprocessing)
     assert metadata["van_deploy.class_names"] == list("0123456789")
     assert metadata["van_deploy.weights_sha256"] == exported.manifest.weights.sha256
-    assert description["nodes"] == 13 * 9 + 17
+    assert description["graph"]["nodes"] == 13 * 9 + 17
     assert description["weights"]["float"]["values"] > 100_000
 
 
@@ -168,7 +169,7 @@ def test_overrides_reach_the_manifest_and_say_so(cli: Cli, tmp_path: Path) -> No
     assert (values["image_size"], values["mean"], values["crop_pct"]) == (32, [0.1] * 3, 0.5)
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "code", "message"),
     [
         (["van_b9"], 2, "There is no VAN variant called 'van_b9'"),
@@ -234,22 +235,22 @@ def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
     assert graph_of(result).nodes == 13 * 13 + 17
 
 
+@pytest.mark.slow
 def test_the_shared_checkpoint_keeps_every_prediction(shared: Path, tmp_path: Path) -> None:
     checkpoint = shared / "checkpoints" / "van_b0_cifar10.pth.tar"
     images = shared / "data" / "cifar10" / "eval"
     recipe = Recipe(model=ModelSettings(weights=str(checkpoint)))
     loaded = load_for(recipe)
     bundle = export_bundle(loaded, recipe, tmp_path / "b", images=images).bundle
-    paths = find_images(images)
-    assert len(paths) == 2000
-    transform = loaded.preprocessing.transform()
+    items = image_set(images).items
+    assert len(items) == 2000
     original = load_van(str(checkpoint)).model
     same = 0
     with TorchRunner(original) as pytorch, OnnxRuntimeRunner(bundle.verified("fp32")) as onnx:
-        for batch, _ in load_batches(paths, transform, 50):
-            expected = run_in_batches(pytorch, batch, 50)
-            same += int((expected.argmax(1) == onnx.run(batch).argmax(1)).sum())
-    assert same == len(paths)
+        for batch in decoded_batches(items, loaded.preprocessing, 50):
+            expected = run_in_batches(pytorch, batch.inputs, 50)
+            same += int((expected.argmax(1) == onnx.run(batch.inputs).argmax(1)).sum())
+    assert same == len(items)
 
 
 def test_a_user_folder_smaller_than_the_batch_is_made_up_with_crops(

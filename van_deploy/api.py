@@ -36,7 +36,7 @@ from van_deploy.results import (
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from van_deploy.bench.report import BenchReport
+    from van_deploy.bench.document import BenchReport
     from van_deploy.checks.drift import DriftReport
     from van_deploy.checks.evaluate_report import EvaluateReport
     from van_deploy.checks.regression import CheckReport
@@ -287,14 +287,13 @@ class Bundle:
         """
         from van_deploy.bench.benchmark import benchmark_bundle
         from van_deploy.bench.store import save_report
-        from van_deploy.checks.record import jsonable
 
         opened = self.opened()
         report = benchmark_bundle(
             opened, settings_from(BenchSettings, settings, options), progress=progress
         )
         if save:
-            save_report(jsonable(report.as_dict()), opened, None)
+            save_report(report, opened, None)
         return report
 
     def predict(

@@ -24,9 +24,9 @@ from van_deploy.results import Progress
 if TYPE_CHECKING:
     from van_deploy.checks.drift import DriftReport
     from van_deploy.checks.evaluate_report import EvaluateReport
-    from van_deploy.checks.pictures import Pictures
     from van_deploy.checks.regression import CheckReport
     from van_deploy.checks.verdicts import VerifyReport
+    from van_deploy.data import CheckImages
 
 __all__ = ["check", "drift", "evaluate", "verify"]
 
@@ -55,20 +55,14 @@ def evaluate(
 ) -> EvaluateReport:
     """Return the accuracy, as :func:`~van_deploy.checks.evaluate.evaluate_bundle`."""
     from van_deploy.checks.evaluate import Settings, evaluate_bundle
-    from van_deploy.checks.labels import labelled_images
+    from van_deploy.checks.measure import images_asked
 
     def counted(done: int, total: int) -> None:
         if progress is not None:
             progress(f"{done} of {total} images", done, total)
 
     gates, loaded = _gates(asked.recipe), _original(bundle, asked.weights, progress)
-    labelled = labelled_images(
-        asked.images,
-        loaded.config.num_classes,
-        loaded.class_names,
-        labels_file=asked.labels,
-        synsets_file=asked.synsets,
-    )
+    labelled = images_asked(asked.images, asked, loaded)
     settings = Settings(
         artefacts=asked.artefacts,
         execution=_execution(asked),
@@ -80,24 +74,22 @@ def evaluate(
         ray_address=asked.ray_address or None,
         weights=str(asked.weights) if asked.weights else None,
     )
-    chosen = labelled.first(asked.limit) if asked.limit else labelled
-    return evaluate_bundle(bundle, loaded, chosen, settings, gates=gates, progress=counted)
+    return evaluate_bundle(bundle, loaded, labelled, settings, gates=gates, progress=counted)
 
 
 def drift(bundle: Bundle, asked: DriftSettings, progress: Progress | None) -> DriftReport:
     """Return where the artefacts drift, as :func:`~van_deploy.checks.drift.drift_of_bundle`."""
     from van_deploy.checks.drift import drift_of_bundle
-    from van_deploy.checks.pictures import pictures_to_check
-    from van_deploy.model.pixels import normalised
+    from van_deploy.data import check_images
 
     loaded = _original(bundle, asked.weights, progress)
-    images = pictures_to_check(loaded.name, loaded.preprocessing, asked.count, asked.images)
+    images = check_images(loaded.name, loaded.preprocessing, asked.count, asked.images)
     return drift_of_bundle(
         bundle,
         loaded,
-        normalised(images.pixels, loaded.preprocessing),
+        images.inputs,
         level=asked.level,
-        described=images.described,
+        described=images.description,
         artefacts=asked.artefacts or None,
         progress=progress,
     )
@@ -116,7 +108,9 @@ def check(
         bundle,
         loaded,
         _images(bundle, loaded, asked),
-        labelled=EvaluateSettings(images=asked.evaluate, labels=asked.labels),
+        labelled=EvaluateSettings(
+            images=asked.evaluate, labels=asked.labels, class_order=asked.class_order
+        ),
         gates=gates,
         execution=_execution(asked),
         speed=asked.speed,
@@ -146,13 +140,15 @@ def _original(bundle: Bundle, weights: Path | None, progress: Progress | None) -
     return loaded
 
 
-def _images(bundle: Bundle, loaded: LoadedVan, asked: VerifySettings | CheckSettings) -> Pictures:
+def _images(
+    bundle: Bundle, loaded: LoadedVan, asked: VerifySettings | CheckSettings
+) -> CheckImages:
     """Return images to judge on: at least one of the bundle's largest batches of them.
 
     Raises:
         UsageError: fewer were asked for than the largest batch has.
     """
-    from van_deploy.checks.pictures import pictures_to_check
+    from van_deploy.data import check_images
 
     largest = bundle.manifest.batch.max
     if asked.count is not None and asked.count < largest:
@@ -161,4 +157,4 @@ def _images(bundle: Bundle, loaded: LoadedVan, asked: VerifySettings | CheckSett
             f"Ask for {largest} or more.",
         )
     count = asked.count or max(LEAST_IMAGES, largest)
-    return pictures_to_check(loaded.name, loaded.preprocessing, count, asked.images)
+    return check_images(loaded.name, loaded.preprocessing, count, asked.images)

@@ -46,6 +46,7 @@ class CheckOptions(TypedDict, total=False):
     allow_skip: bool
     evaluate: str | Path | None
     labels: str | Path | None
+    class_order: Literal["strings", "natural", "index", "names"] | None
     speed: bool
 
 class DriftOptions(TypedDict, total=False):
@@ -64,6 +65,8 @@ class EvaluateOptions(TypedDict, total=False):
     images: str | Path
     labels: str | Path | None
     synsets: str | Path | None
+    class_order: Literal["strings", "natural", "index", "names"] | None
+    label_files: bool
     limit: int | None
     batch: int
     workers: int
@@ -77,6 +80,8 @@ class ExportOptions(TypedDict, total=False):
     weights: str
     sha256: str
     container: str
+    layer_norm_eps: float | None
+    head: Sequence[str]
     labels: str | Path | None
     seed: int
     image_size: int | None
@@ -84,6 +89,7 @@ class ExportOptions(TypedDict, total=False):
     std: Sequence[float] | None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None
     crop_pct: float | None
+    crop_mode: Literal["center", "squash", "border"] | None
     opset: int
     fold: bool
     simplify: bool
@@ -120,6 +126,7 @@ class QuantizeOptions(TypedDict, total=False):
     images: str | Path | None
     calibration: str
     evaluate: str | Path | None
+    class_order: Literal["strings", "natural", "index", "names"] | None
     calibrate_on_noise: bool
     method: Literal["minmax", "average", "percentile", "mse", "entropy", "auto"]
     percentile: float

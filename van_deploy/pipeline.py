@@ -21,18 +21,17 @@ from van_deploy.bundle import (
 )
 from van_deploy.checks.agreement import AgreementReport, check_agreement
 from van_deploy.checks.canary import CANARY_FILE, canary_entry, write_canary_picture
-from van_deploy.checks.sample_images import images_to_check, pixels_to_check
 from van_deploy.config import Recipe
-from van_deploy.errors import BundleError, GateFailed, InputError
+from van_deploy.data import check_images, class_names_from_file, open_image
+from van_deploy.errors import BundleError, GateFailed, InputError, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.embed import check_embedding
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.graph.simplify import operator_counts, simplify_onnx
-from van_deploy.images import open_image
 from van_deploy.model.checkpoint import LoadedVan, load_van
-from van_deploy.model.pixels import normalised
+from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.runners.base import Images, Logits, run_in_batches
 from van_deploy.runners.onnxruntime import (
@@ -116,14 +115,17 @@ def load_for(
         offline=offline,
         seed=settings.seed,
         container=settings.container or None,
+        layer_norm_eps=settings.layer_norm_eps,
+        head=settings.head or None,
+        preprocessing=recipe.preprocessing.model_dump(),
+        own_labels=bool(settings.labels),
         progress=download_progress,
     )
-    preprocessing = loaded.preprocessing.override(**recipe.preprocessing.model_dump())
     class_names = loaded.class_names
     if settings.labels:
-        class_names = _labels(settings.labels, loaded.config.num_classes)
+        class_names = class_names_from_file(settings.labels, loaded.config.num_classes)
     name = loaded.name if weights or _is_known(spec) else settings.name or loaded.name
-    return replace(loaded, name=name, preprocessing=preprocessing, class_names=class_names)
+    return replace(loaded, name=name, class_names=class_names)
 
 
 def _is_known(name: str) -> bool:
@@ -172,12 +174,13 @@ def export_bundle(
     clock = _Clock(progress)
     clock.stage("Preparing images")
     batches = check_batches(recipe)
-    inputs, described = images_to_check(
+    checked = check_images(
         loaded.name,
         loaded.preprocessing,
         max(PROOF_IMAGES, min(max(batches), CHECK_IMAGES)),
         images,
     )
+    inputs, described = checked.inputs, checked.description
     made_with = _ingredients(loaded, recipe, rewrites, inputs)
     reason = _why_anew(output, made_with, force)
     if not reason:
@@ -216,10 +219,13 @@ def export_bundle(
         report = _agreement(draft, expected, inputs, batches, described)
         checks["agreement"] = report.as_dict()
         clock.stage("Keeping a canary")
-        canary = _canary(draft, loaded, images)
+        canary = None
+        if checked.pixels is not None and loaded.config.in_chans in {1, 3, 4}:
+            canary = _canary(draft, loaded, images)
+            files = [*files, CANARY_FILE]
         draft.description = _description(loaded, recipe, canary)
         draft.checks.update(checks)
-        _record(draft, loaded, [*files, CANARY_FILE], made_with, facts)
+        _record(draft, loaded, files, made_with, facts)
     embedded = _embed(output, loaded, recipe, images, clock)
     bundle = Bundle.open(output)
     return ExportResult(bundle, False, reason, loaded.source.notes, clock.seconds, embedded)
@@ -228,10 +234,12 @@ def export_bundle(
 def _canary(draft: Draft, loaded: LoadedVan, images: Path | None) -> Canary:
     """Write the canary and return its entry in the manifest: PyTorch's answer to that file."""
     path = draft.file(CANARY_FILE)
-    described = write_canary_picture(path, loaded.name, images)
-    tensor = loaded.preprocessing.transform()(open_image(path))
+    described = write_canary_picture(path, loaded.name, loaded.preprocessing, images)
+    image = open_image(path, channels=loaded.preprocessing.channels)
+    pixels = pixels_from_image(image, loaded.preprocessing)
+    inputs = normalised(pixels[None], loaded.preprocessing)
     with TorchRunner(loaded.model) as original:
-        return canary_entry(path, original.run(tensor.numpy()[None]), described)
+        return canary_entry(path, original.run(inputs), described)
 
 
 def _embed(
@@ -261,10 +269,16 @@ def embed_in_bundle(
         GateFailed: an embedded graph does not answer as its plain one; nothing was written.
     """
     batches = [batch for batch in check_batches(recipe) if batch <= EMBED_PROOF_IMAGES]
-    pixels = pixels_to_check(loaded.name, loaded.preprocessing, max(batches), images)
+    checked = check_images(loaded.name, loaded.preprocessing, max(batches), images)
+    pixels = checked.pixels
+    if pixels is None:
+        raise UsageError(
+            f"A graph with preprocessing inside is proved on uint8 images; '{images}' holds "
+            "normalised network input.",
+            "Give uint8 images, or leave --images out.",
+        )
     with TorchRunner(loaded.model) as original:
-        inputs = normalised(pixels, loaded.preprocessing)
-        expected = run_in_batches(original, inputs, REFERENCE_BATCH)
+        expected = run_in_batches(original, checked.inputs, REFERENCE_BATCH)
     return tuple(
         embed_artefacts(
             Bundle.open(output),
@@ -321,7 +335,7 @@ def _ingredients(
         },
         "batch": recipe.batch.as_dict(),
         "images checked": hashlib.sha256(inputs.tobytes()).hexdigest(),
-        "code": code_digest(".", "model", "graph", "checks", "images", "runners"),
+        "code": code_digest(".", "model", "graph", "checks", "data", "runners"),
         "versions": tool_versions(*EXPORT_TOOLS, "onnxruntime"),
     }
 
@@ -343,7 +357,7 @@ def _why_anew(output: Path, made_with: Mapping[str, Any], force: bool) -> str:
     return f"changed since: {', '.join(changed)}"
 
 
-def _description(loaded: LoadedVan, recipe: Recipe, canary: Canary) -> Description:
+def _description(loaded: LoadedVan, recipe: Recipe, canary: Canary | None) -> Description:
     """Return what the manifest says of the network."""
     values = {
         "name": loaded.name,
@@ -403,22 +417,6 @@ def _metadata(loaded: LoadedVan) -> dict[str, str]:
     if loaded.class_names:
         properties["van_deploy.class_names"] = json.dumps(loaded.class_names)
     return properties
-
-
-def _labels(path: Path, classes: int) -> tuple[str, ...]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"The labels '{path}' cannot be read: {error}.", "Check the path."
-        ) from None
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if len(names) != classes:
-        raise InputError(
-            f"'{path}' has {len(names)} class names; the network has {classes} classes.",
-            "Write one name a line, in the order of the logits.",
-        )
-    return names
 
 
 def _proof_images(inputs: Images) -> Any:

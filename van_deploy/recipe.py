@@ -48,19 +48,53 @@ __all__ = [
     "PrecisionSettings",
     "PreprocessingSettings",
     "Recipe",
+    "builtin_files",
     "builtin_recipes",
     "changes_from_text",
+    "file_named",
     "read_recipe",
     "recipe_for",
     "recipe_named",
 ]
 
 
+FILES = "van_deploy.recipes"
+
+
 def builtin_recipes() -> dict[str, Path]:
     """Return the recipes of ``export/`` by name."""
-    folder = resources.files("van_deploy.recipes")
+    return builtin_files(FILES)
+
+
+def builtin_files(package: str) -> dict[str, Path]:
+    """Return the TOML files inside a data package by name."""
+    folder = resources.files(package)
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
     return {name.removesuffix(".toml"): Path(str(folder / name)) for name in names}
+
+
+def file_named(name: str, package: str, what: str) -> Path:
+    """Return the file inside a data package that ``name`` means, or the path that it is.
+
+    Args:
+        name: of a file in the package, or a path that ends in ``.toml``.
+        package: the data package.
+        what: what errors call such a file, such as ``recipe``.
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    known = builtin_files(package)
+    if name in known:
+        return known[name]
+    if not name.endswith(".toml"):
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        guess = f"Did you mean {' or '.join(near)}? " if near else ""
+        raise RecipeError(
+            f"There is no {what} called '{name}'.",
+            f"{guess}Known {what}s: {', '.join(known)}; one of your own is given by its path.",
+        )
+    return Path(name)
 
 
 def recipe_named(name: str, changes: Changes | None = None) -> Recipe:
@@ -70,17 +104,7 @@ def recipe_named(name: str, changes: Changes | None = None) -> Recipe:
         RecipeError: there is none, or it is wrong.
         UsageError: a change is wrong.
     """
-    known = builtin_recipes()
-    if name in known:
-        return read_recipe(known[name], changes)
-    if not name.endswith(".toml"):
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        guess = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise RecipeError(
-            f"There is no recipe called '{name}'.",
-            f"{guess}Known recipes: {', '.join(known)}; one of your own is given by its path.",
-        )
-    return read_recipe(Path(name), changes)
+    return read_recipe(file_named(name, FILES, "recipe"), changes)
 
 
 def recipe_for(model: str, changes: Changes | None = None) -> Recipe:

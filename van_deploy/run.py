@@ -11,11 +11,11 @@ from van_deploy.bundle import Bundle
 from van_deploy.checks.evaluate_report import EvaluateReport
 from van_deploy.checks.measure import evaluate_folder
 from van_deploy.checks.opened import Execution
-from van_deploy.checks.pictures import pictures_to_check
 from van_deploy.checks.record import record_check
 from van_deploy.checks.verdicts import VerifyReport
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import EngineSettings, Recipe, RunSettings
+from van_deploy.data import check_images
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.pipeline import ExportResult, embed_in_bundle, export_bundle
 
@@ -124,7 +124,7 @@ def run_recipe(
     verify = verify_bundle(
         bundle,
         loaded,
-        pictures_to_check(loaded.name, loaded.preprocessing, count, settings.images),
+        check_images(loaded.name, loaded.preprocessing, count, settings.images),
         gates=recipe.gates,
         execution=execution,
         progress=progress,

@@ -159,7 +159,9 @@ def validated(
     try:
         text = to_json(values, inf_nan_mode="constants")
     except PydanticSerializationError as failure:
-        raise error(f"A value is none that a file could hold: {failure}.", "Correct it.") from None
+        raise UsageError(
+            f"A value is none that a file could hold: {failure}.", "Give a plain value."
+        ) from None
     return validated_json(
         model, text, where=where, error=error, remedy=remedy, spelling=spelling or {}
     )
@@ -190,7 +192,8 @@ def validated_json(
     if where and not told.is_spelled:
         raise error(f"{where}: {told.message}", told.remedy or remedy or "Correct it.")
     kind = UsageError if told.is_spelled else error
-    sentence = told.message[0].upper() + told.message[1:]
+    opening = told.message[:3]
+    sentence = opening.replace("the", "The").replace("it ", "It ") + told.message[3:]
     raise kind(sentence, told.remedy or "Correct it.")
 
 
@@ -309,18 +312,24 @@ def _is_branch(part: str | int) -> bool:
     return isinstance(part, str) and ("[" in part or part in {"int", "float", "str", "bool"})
 
 
-def _keys_at(model: type[Any], place: list[str | int]) -> list[str]:
+def _keys_at(table: type[Any], place: list[str | int]) -> list[str]:
     """Return the keys that the table at a location may have."""
     for part in place:
-        if isinstance(part, int):
+        if part not in _keys_of(table):  # a place in a list, or a key of a mapping
             continue
-        found = table_in(get_type_hints(model, include_extras=True).get(part))
+        found = table_in(_keys_of(table)[str(part)])
         if found is None:
             return []
-        model = found
-    if dataclasses.is_dataclass(model):
-        return [field.name for field in dataclasses.fields(model)]
-    return [_key(name, field) for name, field in model.model_fields.items()]
+        table = found
+    return list(_keys_of(table))
+
+
+def _keys_of(table: type[Any]) -> dict[str, Any]:
+    """Return the keys of a schema or a data class, and the type of each."""
+    hints = get_type_hints(table, include_extras=True)
+    if dataclasses.is_dataclass(table):
+        return {field.name: hints[field.name] for field in dataclasses.fields(table)}
+    return {_key(name, field): hints[name] for name, field in table.model_fields.items()}
 
 
 def _key(name: str, field: pydantic.fields.FieldInfo) -> str:

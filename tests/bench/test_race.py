@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.bench.conftest import Scripted
+from tests.each import each
 from van_deploy.bench.race import Race, with_reference
 from van_deploy.config import Budget
 from van_deploy.errors import UsageError
@@ -83,7 +84,7 @@ def test_slices_are_as_long_as_one_call_of_a_slow_reference() -> None:
     assert fast.timed_s == pytest.approx(6 * 0.5)
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "words"),
     [
         ({"rounds": 0}, "'rounds=' is 0: it should be greater than or equal to 1."),

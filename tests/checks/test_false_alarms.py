@@ -13,12 +13,11 @@ from van_deploy.checks.accuracy import paired_drift
 from van_deploy.checks.contestants import Answers
 from van_deploy.checks.expected import ReferenceLogits, reference_logits
 from van_deploy.checks.gates import limits_from_noise, measure_noise
-from van_deploy.checks.labels import labelled_images
 from van_deploy.checks.opened import NotRun, open_artefact
-from van_deploy.checks.pictures import pictures_to_check
 from van_deploy.checks.statistics import bootstrap
 from van_deploy.checks.verify import verify_logits
 from van_deploy.config import GateSettings
+from van_deploy.data import check_images, labelled_images
 from van_deploy.metrics import Array
 
 RESAMPLES = 200
@@ -38,21 +37,21 @@ class Answered:
 
 def answered(whole: Subject) -> Answered:
     preprocessing = whole.loaded.preprocessing
-    pictures = pictures_to_check(whole.loaded.name, preprocessing, IMAGES, whole.labelled)
+    pictures = check_images(whole.loaded.name, preprocessing, IMAGES, whole.labelled)
     found = {}
     for name in ("fp32", "fp16", "int8"):
         opened = open_artefact(whole.bundle, name, threads=1)
         assert not isinstance(opened, NotRun)
         with opened:
-            pieces = [opened.logits(pictures.pixels[i : i + 8]) for i in range(0, IMAGES, 8)]
+            pieces = [opened.logits(pictures.values[i : i + 8]) for i in range(0, IMAGES, 8)]
         found[name] = np.concatenate(pieces)
     labelled = labelled_images(whole.labelled, 10)
-    by_name = dict(zip(labelled.paths, labelled.labels, strict=True))
-    labels = np.array([by_name[whole.labelled / name] for name in pictures.names])
+    by_name = {labelled.relative(item): item.label for item in labelled.items}
+    labels = np.array([by_name[name] for name in pictures.names])
     return Answered(reference_logits(whole.loaded, pictures), found, labels)
 
 
-@pytest.fixture(scope="module", params=["digits", "cifar"])
+@pytest.fixture(scope="module", params=["digits", pytest.param("cifar", marks=pytest.mark.slow)])
 def network(request: pytest.FixtureRequest) -> Answered:
     """Return the answers of the embedded network and, where it is, of the shared one."""
     return answered(request.getfixturevalue(request.param))

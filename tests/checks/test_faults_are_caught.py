@@ -13,12 +13,11 @@ from tests.checks import faults
 from tests.checks.conftest import Broken
 from van_deploy.bundle import Bundle
 from van_deploy.checks.drift import drift_of_bundle
-from van_deploy.checks.pictures import pictures_to_check
 from van_deploy.checks.steps import faults_of, steps_of_graph
 from van_deploy.checks.verdicts import ArtefactVerdict
 from van_deploy.checks.verify import verify_bundle
+from van_deploy.data import check_images
 from van_deploy.graph.embed import embed_preprocessing
-from van_deploy.model.pixels import normalised
 
 DIGITS_BLOCKS = [f"block{s}.{b}" for s, depth in enumerate((2, 2, 3, 2), 1) for b in range(depth)]
 CIFAR_BLOCKS = ["block1.1", "block3.4", "block4.0"]
@@ -30,7 +29,7 @@ def verdict_of(whole: Subject, bundle: Bundle, name: str) -> ArtefactVerdict:
 
 
 def worst(whole: Subject, bundle: Bundle, name: str, level: str = "block") -> str:
-    images = normalised(whole.pictures.pixels[:2], whole.loaded.preprocessing)
+    images = whole.pictures.inputs[:2]
     report = drift_of_bundle(
         bundle,
         whole.loaded,
@@ -90,7 +89,7 @@ def test_a_wrong_mean_in_an_embedded_graph(digits: Subject, broken: Broken) -> N
 
 def test_swapped_channels(digits: Subject, broken: Broken) -> None:
     """Grey digits cannot show it, so the network looks at photographs."""
-    photographs = pictures_to_check("", digits.loaded.preprocessing, 8)
+    photographs = check_images("", digits.loaded.preprocessing, 8)
     whole = replace(digits, pictures=photographs)
     bundle = broken(digits, "fp16", "fp16", faults.swapped_channels(digits.graph("fp16")))
     caught(whole, bundle, "fp16", "patch_embed1")
@@ -180,7 +179,7 @@ def test_int8_scales_doubled_in_one_layer(
 
 
 def test_every_step_of_a_right_graph_is_the_recorded_one(digits: Subject) -> None:
-    images = normalised(digits.pictures.pixels[:2], digits.loaded.preprocessing)
+    images = digits.pictures.inputs[:2]
     rows = steps_of_graph(digits.graph("int8"), images, digits.bundle.artefact("int8"))
     assert [row.fault for row in rows if row.fault] == []
     activations = [row for row in rows if row.halving_gain_db is not None]
@@ -203,6 +202,7 @@ def test_each_doubled_step_is_seen_whatever_the_layer(digits: Subject) -> None:
             assert layer in faults_of(steps_of_graph(model, none, artefact)), (of, layer)
 
 
+@pytest.mark.slow
 class TestTheSharedNetwork:
     """The same on a network that was trained on photographs."""
 

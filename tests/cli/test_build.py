@@ -51,11 +51,23 @@ def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--target", "ada"], 2, "error: 'ada' is not a target."),
-        (["--target", "sm_89", "--batch", "8:4:1"], 2, "is not 1 <= min <= opt <= max"),
-        (["--target", "sm_89", "--workspace", "lots"], 2, "'lots' is not a size."),
+        (["--target", "ada"], 2, "error: '--target' is 'ada': it should be compute capabilities"),
+        (
+            ["--target", "sm_89", "--batch", "8:4:1"],
+            2,
+            "error: The batch range 8:4:1 is not min <= opt <= max.\n  Give three",
+        ),
+        (
+            ["--target", "sm_89", "--workspace", "lots"],
+            2,
+            "error: '--workspace' is 'lots': it should be a number and a unit, such",
+        ),
         (["--target", "sm_89", "--workspace", "900TiB"], 2, "is larger than the"),
-        (["--target", "sm_89", "--optimization-level", "9"], 2, "no optimization level 9"),
+        (
+            ["--target", "sm_89", "--optimization-level", "9"],
+            2,
+            "error: '--optimization-level' is 9: it should be less than or equal to 5.\n",
+        ),
         (["--target", "sm_90", "--backend", "tensorrt-rtx"], 2, "does not build for sm_90"),
         (["--target", "sm_89", "--version-compatible"], 2, "has no version-compatible plans"),
         (["--target", "sm_89", "--timing-cache", "x"], 2, "accepts a timing cache and does"),

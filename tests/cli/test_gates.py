@@ -86,7 +86,10 @@ class TestVerify:
         ("words", "message"),
         [
             (("--count", "5"), "5 images are fewer than the bundle's largest batch, 6."),
-            (("--runner", "onnx"), "There is no runner 'onnx'."),
+            (
+                ("--runner", "onnx"),
+                "'--runner' is 'onnx': it should be 'ort-cpu', 'ort-cuda' or 'ort-tensorrt'.",
+            ),
         ],
     )
     def test_mistakes_end_with_2(

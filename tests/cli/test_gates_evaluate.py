@@ -47,7 +47,7 @@ class TestTheDigits:
         path = copy_of(judged)
         document = evaluated(cli, path, "--images", judged.labelled, "--batch", "16")
         assert document["count"] == 60
-        assert "class folders by index" in document["images"]
+        assert "class folders by class name" in document["images"]
         assert list(document["accuracy"]) == ["pytorch", "fp32", "fp16", "int8"]
         assert document["accuracy"]["pytorch"]["top1"] > 0.9
         assert document["accuracy"]["fp32"]["top1"] == document["accuracy"]["pytorch"]["top1"]
@@ -148,7 +148,7 @@ class TestTheDigits:
     @pytest.mark.parametrize(
         ("words", "code", "message"),
         [
-            (("--batch", "0"), 2, "--batch and --limit are 1 or more"),
+            (("--batch", "0"), 2, "'--batch' is 0: it should be greater than or equal to 1."),
             (("--labels", "/nowhere.txt"), 5, "The labels '/nowhere.txt' cannot be read"),
         ],
     )
@@ -239,7 +239,9 @@ class TestAThousandClasses:
         (tmp_path / "kaggle" / "LOC_val_solution.csv").write_text("\n".join(csv))
         documents = {
             "class folders by WordNet id": evaluated(cli, thousand, "--images", by_wnid),
-            "class folders by index": evaluated(cli, thousand, "--images", by_index),
+            "in the order asked for (index)": evaluated(
+                cli, thousand, "--images", by_index, "--class-order", "index"
+            ),
             "ground_truth.txt": evaluated(
                 cli, thousand, "--images", official, "--synsets", tmp_path / "kit.txt"
             ),
@@ -254,7 +256,7 @@ class TestAThousandClasses:
         assert len(set(accuracies)) == 1
 
     def test_each_layout_finds_the_labels_themselves(self, tmp_path: Path) -> None:
-        from van_deploy.checks.labels import labelled_images
+        from van_deploy.data import labelled_images
 
         for name in SYNSETS:
             (tmp_path / "folders" / name).mkdir(parents=True)
@@ -262,7 +264,9 @@ class TestAThousandClasses:
             (tmp_path / "files").mkdir(exist_ok=True)
             Image.new("RGB", (8, 8)).save(tmp_path / "files" / f"{name}_something.png")
         for folder in ("folders", "files"):
-            assert labelled_images(tmp_path / folder, 1000).labels.tolist() == list(CLASSES)
+            assert [i.label for i in labelled_images(tmp_path / folder, 1000).items] == list(
+                CLASSES
+            )
 
     def test_the_kits_numbers_without_their_meaning_are_refused(
         self, cli: Cli, thousand: Path, pictures: list[Image.Image], tmp_path: Path

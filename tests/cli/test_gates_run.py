@@ -103,10 +103,26 @@ def test_the_command_line_replaces_what_the_recipe_says(
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        (('"tensorrt-rtx"', '"xla"'), 5, "[engines]: There is no back end"),
-        (('["fp16", "int8"]', '["int8"]'), 5, "The engines want 'fp16', which is not made."),
-        (('"sm_89"', '"ada"'), 5, "[engines]: 'ada' is not a target."),
-        (("equalize", "equalise"), 5, "has an unknown key 'precision.equalise'"),
+        (
+            ('"tensorrt-rtx"', '"xla"'),
+            5,
+            "'engines.backend' is 'xla': it should be 'auto', 'tensorrt' or 'tensorrt-rtx'.",
+        ),
+        (
+            ('["fp16", "int8"]', '["int8"]'),
+            5,
+            "engines.precisions wants 'fp16', which is not made.",
+        ),
+        (
+            ('"sm_89"', '"ada"'),
+            5,
+            "'engines.targets.0' is 'ada': it should be compute capabilities",
+        ),
+        (
+            ("equalize", "equalise"),
+            5,
+            "the key 'precision.equalise' is unknown.\n  Did you mean 'precision.equalize'?",
+        ),
     ],
 )
 def test_mistakes_are_found_before_any_work(

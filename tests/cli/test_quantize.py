@@ -59,8 +59,16 @@ def test_a_result_below_its_gate_ends_with_1(
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("--precision", "int4"), 2, "error: There is no precision called 'int4'."),
-        (("--target", "cpu", "--precision", "fp16"), 2, "error: FP16 makes no sense for"),
+        (
+            ("--precision", "int4"),
+            2,
+            "error: '--precision' is 'int4': it should be 'fp16' or 'int8'.\n",
+        ),
+        (
+            ("--target", "cpu", "--precision", "fp16"),
+            2,
+            "error: FP16 makes no sense for --target cpu: ONNX Runtime's CPU",
+        ),
         (("--calibration", "none"), 5, "error: There is no calibration set called 'none'."),
         (("--scope", "resnet"), 2, "error: The scope 'resnet' matches no convolution"),
         (("--keep", "block9"), 2, "error: There is no module 'block9' to keep in FP32."),

@@ -21,6 +21,7 @@ from van_deploy.engine.host import Host
 from van_deploy.engine.sidecar import Sidecar, read_sidecar, verified_sidecar
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.files import file_sha256
+from van_deploy.model.preprocess import OFFICIAL
 
 SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
 
@@ -38,7 +39,7 @@ def test_plan_sidecar_and_log(rtx: Backend, digits_onnx: Path, tmp_path: Path) -
         backend=rtx,
         options=SM89,
         precision="fp32",
-        preprocessing={"image_size": 32},
+        preprocessing=OFFICIAL,
         progress=events.append,
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -57,8 +58,8 @@ def test_plan_sidecar_and_log(rtx: Backend, digits_onnx: Path, tmp_path: Path) -
     assert sidecar.build_seconds > 0
     assert 100 << 20 < sidecar.peak_memory_bytes < 2 << 30
     assert set(sidecar.device_memory) == {"weights_bytes", "activation_bytes", "scratch_bytes"}
-    assert sidecar.reproducible == "not checked"
-    assert sidecar.preprocessing == {"image_size": 32}
+    assert sidecar.reproducible is None
+    assert sidecar.preprocessing == OFFICIAL
     log = (tmp_path / f"{sidecar.name}.log").read_text()
     assert "[V] " in log
     assert "patch_embed1.proj" in log

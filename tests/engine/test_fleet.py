@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Cli
+from tests.each import each
 from tests.engine.conftest import BundleMaker
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions, Profiling
@@ -64,7 +65,7 @@ def test_a_file_becomes_cells(fleet_file: Path) -> None:
     assert "num_gpus" not in task_resources(cells[1])
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "words"),
     [
         ("[fleet", "is not TOML"),
@@ -88,6 +89,7 @@ def test_a_file_that_is_wrong(fleet_file: Path, text: str, words: str) -> None:
     assert str(fleet_file) in caught.value.message
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_a_failure_and_resumes(rtx: Backend, fleet_file: Path) -> None:
     cells = cells_of(read_fleet(fleet_file))
     first = list(build_here(cells, host=Host()))
@@ -100,6 +102,7 @@ def test_it_goes_on_after_a_failure_and_resumes(rtx: Backend, fleet_file: Path) 
     assert second[1].engine == f"van_digits-fp32-sm80+sm89-rtx{rtx.release}"
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_fails(rtx: Backend, fleet_file: Path, cli: Cli) -> None:
     result = cli("build", "--matrix", fleet_file)
     assert result.exit_code == 4

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.each import each
 from van_deploy.config import (
     BatchRange,
     BuildOptions,
@@ -22,7 +23,7 @@ def plain(values: dict[str, object]) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "size"),
     [
         ("1024", 1024),
@@ -42,7 +43,7 @@ def test_targets_in_every_spelling() -> None:
     assert [parse_target(text) for text in spellings] == [*[("sm_89",)] * 4, ("sm_80", "sm_120")]
 
 
-@pytest.mark.parametrize("text", ["", "four", "4 elephants", "-1G", "1e3"])
+@each("text", ["", "four", "4 elephants", "-1G", "1e3"])
 def test_what_is_not_a_size(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         BuildOptions(**plain({"workspace_bytes": text}))
@@ -51,7 +52,7 @@ def test_what_is_not_a_size(text: str) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["", "ada", "sm_", "sm_8", "sm_86+"])
+@each("text", ["", "ada", "sm_", "sm_8", "sm_86+"])
 def test_what_is_not_a_target(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         EngineSettings(**plain({"targets": ("sm_89", text)}))
@@ -61,7 +62,7 @@ def test_what_is_not_a_target(text: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
+@each(
     ("options", "message"),
     [
         ({"optimization_level": 6}, "'optimization_level=' is 6: it should be less than or equal"),

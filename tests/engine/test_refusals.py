@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.each import each
 from van_deploy.config import BuildOptions, HardwareCompatibility
 from van_deploy.engine import refusals
 from van_deploy.engine.backend import RTX, TENSORRT, Backend
@@ -32,7 +33,7 @@ def refused(backend: Backend, options: BuildOptions, host: Host, **more: Any) ->
     return caught.value
 
 
-@pytest.mark.parametrize("host", [NO_GPU, ADA])
+@each("host", [NO_GPU, ADA])
 def test_a_plain_request_passes(host: Host) -> None:
     refuse_impossible(RTX_ABSENT, SM89, host)
 
@@ -42,7 +43,7 @@ def test_tensorrt_passes_on_its_gpu() -> None:
     refuse_impossible(ABSENT, SM89, ADA)
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "message", "kind"),
     [
         ({"targets": ()}, "builds for GPUs that are named, and none is", UsageError),

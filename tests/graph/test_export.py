@@ -194,7 +194,7 @@ def test_large_weights_go_into_a_file_of_their_own(
     copy.CopyFrom(graph)
     assert save_onnx(copy, path, external_limit_bytes=1000) == ["model.onnx", "model.onnx.data"]
     description = describe_onnx(path)
-    assert description["external_files"] == ["model.onnx.data"]
-    assert description["bytes"] < 200_000 < path.with_name("model.onnx.data").stat().st_size
+    assert description.external_files == ("model.onnx.data",)
+    assert description.bytes < 200_000 < path.with_name("model.onnx.data").stat().st_size
     with OnnxRuntimeRunner(path) as runner:
         assert np.array_equal(runner.run(digit_images.numpy()), expected)

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from van_deploy.data import decoded_batches, find_images, labelled_images
 from van_deploy.errors import UsageError
-from van_deploy.images import find_images, load_batches
 from van_deploy.model.embedded import (
     DigitsSplit,
     digits_images,
@@ -81,11 +81,10 @@ def test_held_out_accuracy_is_the_stated_one(
     preprocessing = Preprocessing.from_dict(card["preprocessing"])
     hits = []
     with torch.inference_mode():
-        for images, paths in load_batches(
-            find_images(heldout_folder), preprocessing.transform(), 64
-        ):
-            predicted = model(torch.from_numpy(images)).argmax(1).tolist()
-            labels = [int(path.parent.name) for path in paths]
+        labelled = labelled_images(heldout_folder, 10)
+        for batch in decoded_batches(labelled.items, preprocessing, 64):
+            predicted = model(torch.from_numpy(batch.inputs)).argmax(1).tolist()
+            labels = [labelled.items[index].label for index in batch.indices]
             hits += [p == label for p, label in zip(predicted, labels, strict=True)]
     assert len(hits) == card["heldout"]["images"] == 360
     assert sum(hits) == card["heldout"]["correct"]

@@ -13,10 +13,10 @@ from onnx import load
 
 from tests.artifacts import Copy
 from van_deploy.bundle import Bundle
+from van_deploy.calibration_set import calibration_set_named
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import BundleError, GateFailed, ImageError, UsageError
 from van_deploy.model.embedded import write_digits_folder
-from van_deploy.precision.manifests import calibration_set_named
 from van_deploy.precision.stage import quantize_bundle
 from van_deploy.precision.verdict import PrecisionRow, precision_row, recommended
 

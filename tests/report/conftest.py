@@ -14,8 +14,8 @@ from van_deploy.bundle import Bundle
 from van_deploy.bundle.original import original_network
 from van_deploy.checks.drift import drift_of_bundle
 from van_deploy.checks.record import record_check
-from van_deploy.checks.sample_images import images_to_check
 from van_deploy.config import BenchSettings, Budget
+from van_deploy.data import check_images
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,8 @@ def full(made_once: MadeOnce, bare: Bundle) -> Bundle:
         shutil.copytree(bare.path, folder)
         bundle = Bundle.open(folder)
         loaded = original_network(bundle)
-        images, described = images_to_check(bundle.name, loaded.preprocessing, 2)
+        checked = check_images(bundle.name, loaded.preprocessing, 2)
+        images, described = checked.inputs, checked.description
         drift = drift_of_bundle(bundle, loaded, images, level="stage", described=described)
         record_check(bundle, "drift", drift.as_dict())
         record_check(bundle, "evaluate", accuracy_of_digits(bundle))
@@ -40,7 +41,7 @@ def full(made_once: MadeOnce, bare: Bundle) -> Bundle:
         settings = BenchSettings(
             batches=(1, 2), threads=1, runners=("ort-*", "openvino"), budget=budget
         )
-        save_report(benchmark_bundle(Bundle.open(folder), settings).as_dict(), bundle, None)
+        save_report(benchmark_bundle(Bundle.open(folder), settings), bundle, None)
 
     return Bundle.open(made_once("full_report", make))
 

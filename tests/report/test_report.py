@@ -9,9 +9,8 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.report.content import document_of
 from van_deploy.report.document import Document, Facts, Grid, Section, Text, Tile
@@ -228,7 +227,7 @@ def test_a_benchmark_of_another_version_is_named_and_left_out(full: Bundle, tmp_
     assert words in markdown_of_document(document)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"schema": "other"}'])
+@each("text", ["", "{", '{"schema": "other"}'])
 def test_a_damaged_benchmark_is_as_good_as_none(full: Bundle, tmp_path: Path, text: str) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(full.path, folder)

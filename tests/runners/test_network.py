@@ -9,10 +9,11 @@ import pytest
 
 from tests.conftest import Cli
 from tests.described import entry
+from tests.each import each
 from van_deploy.bundle import Bundle, EngineFacts, Origin, writing
 from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import nvidia_driver
-from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
+from van_deploy.errors import BundleError, MissingDependency, UsageError
 from van_deploy.runners.network import RUNNERS, Network
 
 PIXELS = np.arange(11 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(11, 64, 64, 3)
@@ -81,9 +82,7 @@ class Recorder:
         return {"logits": batch.reshape(len(batch), -1)[:, :5].astype(np.float32)}
 
 
-@pytest.mark.parametrize(
-    ("rows", "batches"), [(1, [1]), (2, [4]), (4, [4]), (6, [6]), (7, [6, 1]), (9, [6, 4])]
-)
+@each(("rows", "batches"), [(1, [1]), (2, [4]), (4, [4]), (6, [6]), (7, [6, 1]), (9, [6, 4])])
 def test_batches_an_engine_does_not_serve_are_filled_or_split(
     bundle: Bundle, rows: int, batches: list[int]
 ) -> None:
@@ -131,8 +130,6 @@ def test_what_there_is_not(bundle: Bundle) -> None:
     with pytest.raises(UsageError) as caught:
         Network(bundle, runner="cuda")
     assert caught.value.remedy == f"Known: {', '.join(RUNNERS)}."
-    with pytest.raises(InputError, match="of kind 'text', which nothing here runs"):
-        Network(bundle, "notes")
     with pytest.raises(BundleError, match="has no artefact 'fp8'"):
         Network(bundle, "fp8")
 

@@ -15,6 +15,7 @@ import onnx
 import pytest
 
 from tests.artifacts import SMALL_SIZE, MadeOnce
+from tests.each import each
 from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
 from van_deploy.engine.build import engine_from_onnx
@@ -85,7 +86,7 @@ def test_a_profile_is_chosen_by_its_optimum() -> None:
     ]
 
 
-@pytest.mark.parametrize("batch", [0, 9])
+@each("batch", [0, 9])
 def test_a_batch_outside_every_profile(batch: int) -> None:
     with pytest.raises(UsageError) as caught:
         profile_for(PROFILES, batch)
@@ -241,13 +242,13 @@ class TestOnAGpu:
 
     def test_the_inspector_names_pytorch_modules(self, made: Made) -> None:
         found = describe_engine(made.plan)
-        assert found["runs here"]
-        assert found["layers"]
-        text = " ".join(f"{layer['name']} {layer['nodes']}" for layer in found["layers"])
+        assert not found.obstacles
+        assert found.layers
+        text = " ".join(f"{layer.name} {layer.nodes}" for layer in found.layers)
         assert "block1" in text
 
     def test_a_stripped_plan_builds(self, made: Made, tmp_path: Path) -> None:
-        asked = read_sidecar(made.plan).build_options
+        asked = read_sidecar(made.plan).options
         stripped = engine_from_onnx(
             made.onnx,
             tmp_path / "e.plan",
@@ -267,7 +268,7 @@ class TestOnAGpu:
                 made.onnx,
                 tmp_path / f"{index}.plan",
                 backend=made.backend,
-                options=read_sidecar(made.plan).build_options,
+                options=read_sidecar(made.plan).options,
                 precision="fp32",
                 timing_cache=cache,
             )

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.checks.canary import check_canary
 from van_deploy.errors import BundleError, UsageError
@@ -30,7 +31,7 @@ def rewritten(path: Path, **changes: object) -> Bundle:
     return Bundle.open(path)
 
 
-@pytest.mark.parametrize("artefact", ["fp32", "fp32-uint8", "pytorch"])
+@each("artefact", ["fp32", "fp32-uint8", "pytorch"])
 def test_every_artefact_reproduces_it(digits: Bundle, artefact: str) -> None:
     report = check_canary(digits, artefact)
     assert report.passed
@@ -38,8 +39,8 @@ def test_every_artefact_reproduces_it(digits: Bundle, artefact: str) -> None:
     assert [c for c, _ in report.found] == [c for c, _ in report.expected]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"mean": [0.5] * 3}, {"std": [0.2] * 3}, {"interpolation": "nearest"}]
+@each(
+    "changes", [{"mean": [0.5] * 3}, {"std": [0.2] * 3}, {"interpolation": "nearest"}], fresh="copy"
 )
 def test_wrong_preprocessing_kills_it(copy: Path, changes: dict[str, object]) -> None:
     report = check_canary(rewritten(copy, **changes), "fp32")

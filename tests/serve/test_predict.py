@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.embedded import write_digits_folder
@@ -30,8 +31,8 @@ def document(result: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("artefact", ["fp32", "fp32-uint8", "pytorch"])
-@pytest.mark.parametrize("batch", ["1", "4"])
+@each("artefact", ["fp32", "fp32-uint8", "pytorch"])
+@each("batch", ["1", "4"])
 def test_a_folder_through_every_artefact(
     digits: Bundle, folder: Path, cli: Cli, artefact: str, batch: str
 ) -> None:
@@ -131,7 +132,7 @@ def test_standard_input(digits: Bundle, canary: Path) -> None:
     assert b"Standard input is empty." in empty.stderr
 
 
-@pytest.mark.parametrize(
+@each(
     ("words", "error", "message"),
     [
         (["https://x.org/a.jpg"], UsageError, "is a URL; nothing is downloaded here"),

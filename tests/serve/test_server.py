@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.each import each
 from tests.serve.conftest import Running, serving
 from van_deploy.bundle import Bundle
 from van_deploy.model.embedded import digits_images
@@ -105,8 +106,8 @@ class TestTritonClient:
         assert (config["max_batch_size"], config["backend"]) == (8, "onnxruntime")
         assert [m["name"] for m in client.get_model_repository_index()] == [BYTES, PLAIN]
 
-    @pytest.mark.parametrize("rows", [1, 3, 8])
-    @pytest.mark.parametrize("binary", [True, False])
+    @each("rows", [1, 3, 8])
+    @each("binary", [True, False])
     def test_answers_are_the_artefacts(
         self, client: Any, pixels: Any, expected: Any, rows: int, binary: bool
     ) -> None:
@@ -125,7 +126,7 @@ class TestTritonClient:
         found = result.as_numpy("logits")
         np.testing.assert_allclose(found, expected["logits"], rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+    @each("algorithm", ["gzip", "deflate"])
     def test_compressed_requests(
         self, client: Any, pixels: Any, expected: Any, algorithm: str
     ) -> None:
@@ -160,7 +161,7 @@ class TestTritonClient:
         client.infer(PLAIN, [an_input(np.zeros((5, 3, 64, 64), np.float32), "images", "FP32")])
         assert count() == before + 5
 
-    @pytest.mark.parametrize(
+    @each(
         ("values", "name", "datatype", "message"),
         [
             ((1, 64, 64, 3), "images", "UINT8", "There is no input 'images'"),
@@ -199,7 +200,7 @@ class TestJson:
         logits = next(o for o in answer["outputs"] if o["name"] == "logits")
         np.testing.assert_allclose(logits["data"], expected["logits"][0], rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize(
+    @each(
         ("document", "message"),
         [
             (b"\x89PNG", "The request is not JSON"),
@@ -215,7 +216,7 @@ class TestJson:
         assert status == 400
         assert message in answer["error"]
 
-    @pytest.mark.parametrize(
+    @each(
         ("change", "message"),
         [
             ({"data": [1, 2, 3]}, "give 12288 numbers"),
@@ -247,7 +248,7 @@ class TestJson:
             "The input 'images' holds values that are not finite.",
         )
 
-    @pytest.mark.parametrize("length", ["x", "-1", "999999999"])
+    @each("length", ["x", "-1", "999999999"])
     def test_a_wrong_header_length_is_refused(self, server: Running, length: str) -> None:
         headers = {"Inference-Header-Content-Length": length}
         status, answer, _ = post(f"{server.url}/v2/models/{BYTES}/infer", b"{}", headers)
@@ -283,7 +284,7 @@ class TestPictures:
         status, answer, _ = post(f"{server.url}/predict?top=1", body, headers)
         assert (status, len(answer["top"])) == (200, 1)
 
-    @pytest.mark.parametrize(
+    @each(
         ("body", "headers", "status", "message"),
         [
             (b"", {}, 400, "The request has no picture"),
@@ -336,7 +337,7 @@ class TestPictures:
         status, answer, _ = post(f"{server.url}/predict", body, {"Content-Encoding": "gzip"})
         assert (status, "larger than the 4,194,304 bytes" in answer["error"]) == (413, True)
 
-    @pytest.mark.parametrize("top", ["0", "-1", "x", "9999", "9" * 5000])
+    @each("top", ["0", "-1", "x", "9999", "9" * 5000])
     def test_an_impossible_top_is_refused(self, server: Running, top: str) -> None:
         assert post(f"{server.url}/predict?top={top}", b"x")[0] == 400
 

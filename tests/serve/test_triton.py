@@ -16,6 +16,7 @@ from van_deploy.serve.triton_check import check_package
 
 from tests.conftest import Cli
 from tests.described import entry
+from tests.each import each
 from tests.serve.conftest import Running
 from van_deploy.bundle import Bundle, writing
 from van_deploy.errors import InputError, UsageError
@@ -81,7 +82,7 @@ def remove_graph(package: Path) -> None:
     (package / "models" / NAME / "1/model.onnx").unlink()
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "check", "detail"),
     [
         (in_config("max_batch_size: 8", "max_batch_size: 16"), "batches", "max_batch_size is 16"),
@@ -99,6 +100,7 @@ def remove_graph(package: Path) -> None:
         (swap_graphs, "graph", "the graph's inputs are"),
         (remove_graph, "identity", "which must exist"),
     ],
+    fresh="package",
 )
 def test_every_disagreement_is_found(
     package: Path, digits: Bundle, change: Callable[[Path], None], check: str, detail: str
@@ -141,16 +143,16 @@ def test_an_rtx_plan_is_refused(digits: Bundle, tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     assert trt
     from van_deploy.config import BuildOptions
-    from van_deploy.engine.sidecar import Sidecar, Tensor, sidecar_path, write_sidecar
+    from van_deploy.engine.sidecar import SCHEMA, Sidecar, Tensor, sidecar_path, write_sidecar
 
     copy = shutil.copytree(digits.path, tmp_path / "copy")
     fields: dict[str, Any] = {
         "name": "e", "plan_sha256": "", "plan_bytes": 4, "onnx_file": "model.onnx",
         "onnx_sha256": "", "backend": "tensorrt-rtx", "backend_version": "1.7.1.116", "cuda": 13,
         "precision": "fp32", "targets": ("sm_89",), "built_on": None,
-        "options": BuildOptions().as_dict(),
-        "inputs": (Tensor("images", (-1, 3, 64, 64), "float"),),
-        "outputs": (Tensor("logits", (-1, 10), "float"),), "parser_layers": 1,
+        "options": BuildOptions(), "schema": SCHEMA,
+        "inputs": (Tensor(name="images", shape=(-1, 3, 64, 64), dtype="float"),),
+        "outputs": (Tensor(name="logits", shape=(-1, 10), dtype="float"),), "parser_layers": 1,
         "parse_seconds": 0.0, "build_seconds": 0.0, "peak_memory_bytes": 0, "workspace_bytes": 0,
         "device_memory": {}, "warnings": {}, "fixed_addresses": True, "reproducible": True,
     }  # fmt: skip
@@ -224,7 +226,7 @@ def test_the_client_computes_the_librarys_pixels(digits: Bundle, tmp_path: Path)
 
     from PIL import Image
 
-    from van_deploy.images import open_image
+    from van_deploy.data import open_image
     from van_deploy.model.pixels import pixels_from_image
 
     package_triton(digits, tmp_path / "out")

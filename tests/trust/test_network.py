@@ -204,6 +204,7 @@ def test_the_server_answers_on_this_machine_and_asks_no_other(
     assert refusals(folder) == []
 
 
+@pytest.mark.slow
 def test_a_download_is_refused_by_the_same_hook(tmp_path: Path) -> None:
     """The hook sees what asks for the network, and the refusal is one message with code 5."""
     result = subprocess.run(

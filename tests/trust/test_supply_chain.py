@@ -29,6 +29,7 @@ from supply_chain.pins import (
     pinned_names,
     pins_in,
 )
+from tests.each import each
 
 NAMES = ("cpu", "rtx", "openvino", "ray", "sign", "serve", "test", "lint", "audit", "full")
 PINS = pins_in(PINNED)
@@ -94,7 +95,7 @@ def test_every_pin_is_a_version_that_packages_here_admit() -> None:
     assert refused == []
 
 
-@pytest.mark.parametrize("path", [PINNED, LOWEST], ids=lambda path: str(path.name))
+@each("path", [PINNED, LOWEST])
 def test_pins_are_plain_names_and_versions_in_order(path: object) -> None:
     pins = pins_in(PINNED if path is PINNED else LOWEST)
     assert list(pins) == sorted(pins)
@@ -131,8 +132,14 @@ def imported() -> Iterator[tuple[str, str]]:
 
 
 def test_every_package_that_is_imported_is_declared() -> None:
-    known = {canonicalize_name(w.name) for w in declared()}
-    known |= {"click", "onnx-ir", "protobuf", "pydantic-core"}  # each comes with one of those
+    known = {str(canonicalize_name(w.name)) for w in declared()}
+    known |= {
+        "click",
+        "onnx-ir",
+        "protobuf",
+        "pydantic-core",
+        "typing-extensions",
+    }  # each comes with one of those
     standard = set(sys.stdlib_module_names) | {"van_deploy", "tomllib"}
     missing = {
         f"{module} in {path}"
@@ -172,14 +179,14 @@ KNOWN = {
 UNKNOWN = {"name": "c", "version": "3", "skip_reason": "Dependency not found"}
 
 
-@pytest.mark.parametrize(
+@each(
     ("report", "complaint", "code", "last"),
     [
         ([CLEAN], "", 0, "1 packages audited, 0 with known vulnerabilities"),
         ([CLEAN, KNOWN, UNKNOWN], "", 1, "2 packages audited, 1 with known vulnerabilities"),
     ],
 )
-@pytest.mark.parametrize("allowed", [False, True])
+@each("allowed", [False, True])
 def test_an_audit_says_what_it_did(
     report: list[object], complaint: str, code: int, last: str, allowed: bool
 ) -> None:
@@ -187,7 +194,7 @@ def test_an_audit_says_what_it_did(
     assert (got, lines[-1]) == (code, last)
 
 
-@pytest.mark.parametrize(
+@each(
     ("report", "complaint", "what"),
     [
         (

@@ -9,7 +9,10 @@ So a reader sees the old bundle or the new one, never a mixture.
 Reading believes nothing whose SHA-256 is not the manifest's.
 """
 
-from van_deploy.bundle.manifest import (
+from van_deploy.bundle.names import MANIFEST, SIGNATURE
+from van_deploy.bundle.reading import Bundle
+from van_deploy.bundle.writing import Draft, writing
+from van_deploy.manifest import (
     SCHEMA,
     Artefact,
     Canary,
@@ -23,9 +26,6 @@ from van_deploy.bundle.manifest import (
     ProbableClass,
     TensorFacts,
 )
-from van_deploy.bundle.names import MANIFEST, SIGNATURE
-from van_deploy.bundle.reading import Bundle
-from van_deploy.bundle.writing import Draft, writing
 
 __all__ = [
     "MANIFEST",

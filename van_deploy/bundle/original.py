@@ -7,8 +7,13 @@ from pathlib import Path
 
 from van_deploy.bundle.reading import Bundle
 from van_deploy.errors import BundleError, InputError
-from van_deploy.model.checkpoint import EMBEDDED, LoadedVan, load_van
-from van_deploy.model.weights_source import WeightsSource
+from van_deploy.files import file_sha256
+from van_deploy.model.checkpoint import LoadedVan
+from van_deploy.model.embedded import embedded_files
+from van_deploy.model.files import read_weights
+from van_deploy.model.pickles import TOP_LEVEL
+from van_deploy.model.random_weights import random_van, sha256_of_state
+from van_deploy.model.state import network_from_state, official_state
 
 __all__ = ["original_network"]
 
@@ -16,8 +21,9 @@ __all__ = ["original_network"]
 def original_network(bundle: Bundle, weights: str | Path | None = None) -> LoadedVan:
     """Return the unfolded PyTorch network of a bundle, its weights' digest checked.
 
-    Its preprocessing and class names are the bundle's. Nothing is downloaded:
-    weights from a hub must still be in its cache.
+    Only tensors are read from the weights file: architecture, preprocessing and class names
+    are the manifest's, whatever stands beside the file today. Nothing is downloaded: weights
+    from a hub must still be in its cache.
 
     Args:
         bundle: the bundle.
@@ -26,51 +32,51 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
     Raises:
         BundleError: the weights have moved, have changed, or are not this bundle's.
     """
-    recorded = bundle.manifest.weights
-    loaded = _load(bundle, recorded, str(weights) if weights is not None else None)
-    if loaded.source.sha256 != recorded.sha256:
-        raise _not_the_weights(bundle, recorded, loaded)
-    return replace(
-        loaded,
-        name=bundle.name,
-        preprocessing=bundle.manifest.preprocessing,
-        class_names=bundle.manifest.class_names,
-    )
-
-
-def _load(bundle: Bundle, recorded: WeightsSource, weights: str | None) -> LoadedVan:
-    container = recorded.container if recorded.container != "top level" else None
+    manifest = bundle.manifest
+    recorded, config = manifest.weights, manifest.architecture
+    place = Path(weights or recorded.path or recorded.spec).expanduser()
     try:
-        if weights is not None:
-            return load_van(_place(weights), container=container)
-        if recorded.format == "embedded":
-            return load_van(EMBEDDED)
-        if recorded.format == "random":
-            return load_van(recorded.spec, weights="random", seed=recorded.seed or 0)
-        return load_van(_place(recorded.path), container=container)
+        if weights is None and recorded.format == "random":
+            model, place = random_van(config, recorded.seed or 0), Path("")
+            digest = sha256_of_state(model.state_dict())
+        else:
+            if weights is None and recorded.format == "embedded":
+                place = embedded_files().weights
+            elif place.is_dir():
+                place /= Path(recorded.path).name
+            container = recorded.container
+            file = read_weights(place, container=None if container == TOP_LEVEL else container)
+            digest = file_sha256(place)
+            if digest == recorded.sha256:
+                tensors = official_state(file.tensors, container).tensors
+                model = network_from_state(tensors, config)
     except InputError as error:
-        place = weights or recorded.path or recorded.spec
         raise BundleError(
             f"The weights that the bundle '{bundle.path}' was made from cannot be read "
             f"from '{place}': {error.message}",
             "Say where they are with --weights PATH.",
         ) from error
+    if digest != recorded.sha256:
+        raise _not_the_weights(bundle, place, digest)
+    return LoadedVan(
+        bundle.name,
+        model,
+        config,
+        replace(recorded, path=str(place) if place.name else ""),
+        manifest.preprocessing,
+        manifest.class_names,
+    )
 
 
-def _not_the_weights(bundle: Bundle, recorded: WeightsSource, loaded: LoadedVan) -> BundleError:
-    if loaded.source.format == "random":
+def _not_the_weights(bundle: Bundle, place: Path, digest: str) -> BundleError:
+    recorded = bundle.manifest.weights
+    if not place.name:
         return BundleError(
             f"Seed {recorded.seed} gives other random weights here than those in '{bundle.path}'.",
             "Export the model again with this version of PyTorch.",
         )
     return BundleError(
-        f"'{loaded.source.path}' is not what the bundle '{bundle.path}' was made from: "
-        f"its SHA-256 is {loaded.source.sha256[:12]}..., "
-        f"the manifest says {recorded.sha256[:12]}....",
+        f"'{place}' is not what the bundle '{bundle.path}' was made from: "
+        f"its SHA-256 is {digest[:12]}..., the manifest says {recorded.sha256[:12]}....",
         "Give the file it was made from with --weights PATH, or export again.",
     )
-
-
-def _place(path: str) -> str:
-    """Return a path so written that it is not taken for a variant's name."""
-    return str(Path(path).expanduser().absolute())

@@ -8,11 +8,11 @@ from pathlib import Path, PurePosixPath
 
 from van_deploy.bundle.commit import finish_commit
 from van_deploy.bundle.lock import locked
-from van_deploy.bundle.manifest import Artefact, Manifest, read_manifest
 from van_deploy.bundle.names import LOCK, MANIFEST, PENDING, SIGNATURE
 from van_deploy.errors import BundleError
 from van_deploy.external_weights import external_files, require_beside
 from van_deploy.files import file_sha256
+from van_deploy.manifest import Artefact, Manifest, read_manifest
 
 __all__ = ["Bundle", "verify"]
 
@@ -48,6 +48,10 @@ class Bundle:
             with locked(folder):
                 finish_commit(folder)
         return cls(folder, read_manifest(folder))
+
+    def __fspath__(self) -> str:
+        """Return the folder's path."""
+        return str(self.path)
 
     @property
     def name(self) -> str:

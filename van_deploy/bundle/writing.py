@@ -13,18 +13,19 @@ from typing import Any
 
 from van_deploy.bundle.commit import commit, finish_commit
 from van_deploy.bundle.lock import locked, unwritable
-from van_deploy.bundle.manifest import (
+from van_deploy.bundle.names import LOCK, MANIFEST, PENDING, STAGING
+from van_deploy.bundle.reading import Bundle
+from van_deploy.errors import BundleError
+from van_deploy.files import file_sha256
+from van_deploy.manifest import (
     SCHEMA,
     Artefact,
     Description,
     Manifest,
+    inside,
     manifest_from,
     read_manifest,
 )
-from van_deploy.bundle.names import LOCK, MANIFEST, PENDING, STAGING, inside
-from van_deploy.bundle.reading import Bundle
-from van_deploy.errors import BundleError
-from van_deploy.files import file_sha256
 
 __all__ = ["Draft", "writing"]
 

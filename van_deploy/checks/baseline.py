@@ -15,7 +15,7 @@ from pathlib import Path
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.figures import Figure
-from van_deploy.checks.pictures import Pictures
+from van_deploy.data import CheckImages
 from van_deploy.documents import json_from, text_from
 from van_deploy.errors import InputError
 from van_deploy.files import write_atomic
@@ -51,20 +51,20 @@ class Baseline:
     figures: Mapping[str, Figure]
 
 
-def baseline_of(bundle: Bundle, pictures: Pictures, figures: Sequence[Figure]) -> Baseline:
+def baseline_of(bundle: Bundle, pictures: CheckImages, figures: Sequence[Figure]) -> Baseline:
     """Return the baseline that says ``figures`` are good."""
     return Baseline(
         model=bundle.name,
         weights_sha256=bundle.manifest.weights.sha256,
         images_sha256=images_digest(pictures),
-        images=pictures.described,
+        images=pictures.description,
         figures={figure.name: figure for figure in figures},
     )
 
 
-def images_digest(pictures: Pictures) -> str:
-    """Return the SHA-256 of the pixels."""
-    return hashlib.sha256(pictures.pixels.tobytes()).hexdigest()
+def images_digest(pictures: CheckImages) -> str:
+    """Return the SHA-256 of the images."""
+    return hashlib.sha256(pictures.values.tobytes()).hexdigest()
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:

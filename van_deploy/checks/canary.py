@@ -10,23 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from van_deploy.bundle import Bundle, Canary, ProbableClass
 from van_deploy.checks.opened import ON_CPU, Execution
-from van_deploy.errors import BundleError
+from van_deploy.data import image_set, open_image, opened, sample_set
+from van_deploy.errors import BundleError, ImageError
 from van_deploy.files import file_sha256
-from van_deploy.images import find_images, open_image, sample_pictures
 from van_deploy.metrics import softmax
-from van_deploy.model.embedded import EMBEDDED_NAME, digits_images
 from van_deploy.model.pixels import pixels_from_image
+from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.base import Logits
 from van_deploy.runners.network import PYTORCH, Network
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 __all__ = [
     "CANARY_FILE",
@@ -85,15 +81,22 @@ class CanaryReport:
         return {**asdict(self), "passed": self.passed}
 
 
-def write_canary_picture(path: Path, name: str, folder: Path | None = None) -> str:
+def write_canary_picture(
+    path: Path, name: str, preprocessing: Preprocessing, folder: Path | None = None
+) -> str:
     """Write the canary for a model to ``path`` as PNG and return what it is.
 
     Args:
         path: where to.
         name: the model's; ``van_digits`` gets one of its held-out digits.
+        preprocessing: of the network: 1, 3 or 4 channels.
         folder: the user's images, whose first is taken; None for a sample picture.
     """
-    picture, described = _picture(name, folder)
+    images = image_set(folder) if folder else sample_set(name, preprocessing)
+    picture = opened(images.items[0], preprocessing.channels)
+    if picture is None:
+        raise ImageError(f"The {images.items[0].name} is no image.", "Give images.")
+    described = f"'{images.items[0].name}'" if folder else f"the first of: {images.description}"
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     picture.save(path, format="PNG", optimize=True)
     return described
@@ -155,7 +158,8 @@ def check_canary(
         trust_engine=execution.trust_engine,
     )
     with network:
-        pixels = pixels_from_image(open_image(path), network.preprocessing)[None]
+        image = open_image(path, channels=network.preprocessing.channels)
+        pixels = pixels_from_image(image, network.preprocessing)[None]
         outputs = network.run(network.prepare(pixels))
         many = TOP if "top5_classes" in outputs else int(1e9)
         top = network.top(outputs, many)
@@ -194,17 +198,3 @@ def _compare(
         tolerance=tolerance,
         failures=tuple(failures),
     )
-
-
-def _picture(name: str, folder: Path | None) -> tuple[Image, str]:
-    if folder is not None:
-        path = find_images(folder)[0]
-        return open_image(path), f"'{path}'"
-    if name == EMBEDDED_NAME:
-        from PIL import Image as PilImage
-
-        images, labels = digits_images("heldout")
-        picture = PilImage.fromarray(np.ascontiguousarray(images[0])).convert("RGB")
-        return picture, f"a held-out handwritten {labels[0]}"
-    samples = sample_pictures()
-    return samples.images[0].copy(), f"the first of: {samples.description}"

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.opened import ON_CPU, Execution, NotRun, open_artefact
+from van_deploy.data import Batch
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import softmax, top_classes
 from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.model.pixels import Pixels, normalised
+from van_deploy.model.pixels import Pixels
 from van_deploy.runners.base import Images, Logits
 from van_deploy.runners.network import PYTORCH, Network
 from van_deploy.runners.pytorch import TorchRunner
@@ -112,12 +113,12 @@ class Contestants:
         """Release every network."""
         self._stack.__exit__(kind, error, trace)
 
-    def answer(self, pixels: Pixels) -> dict[str, Answers]:
-        """Return what each network says of ``pixels (n, S, S, C)``, PyTorch first."""
-        images = normalised(pixels, self.loaded.preprocessing)
-        return {name: Answers.of(logits) for name, logits in self.logits(images, pixels).items()}
+    def answer(self, batch: Batch) -> dict[str, Answers]:
+        """Return what each network says of some images, PyTorch first."""
+        logits = self.logits(batch.inputs, batch.values)
+        return {name: Answers.of(found) for name, found in logits.items()}
 
-    def logits(self, images: Images, pixels: Pixels) -> dict[str, Logits]:
+    def logits(self, images: Images, pixels: Pixels | Images) -> dict[str, Logits]:
         """Return each network's logits ``(n, K)``, PyTorch's first.
 
         Args:

@@ -15,12 +15,11 @@ import numpy.typing as npt
 from van_deploy.bundle import Bundle
 from van_deploy.checks.accuracy import accuracy_of, paired_drift
 from van_deploy.checks.contestants import TOP, Answers, Contestants
-from van_deploy.checks.decoding import decode_batches
 from van_deploy.checks.evaluate_report import EvaluateReport
 from van_deploy.checks.journal import Journal
-from van_deploy.checks.labels import LabelledImages
 from van_deploy.checks.opened import ON_CPU, Execution
 from van_deploy.config import GateSettings
+from van_deploy.data import ImageItem, ImageSet, decoded_batches
 from van_deploy.errors import ImageError
 from van_deploy.files import content_key
 from van_deploy.model.checkpoint import LoadedVan
@@ -79,7 +78,7 @@ def journal_path(bundle: Bundle) -> Path:
 def evaluate_bundle(
     bundle: Bundle,
     loaded: LoadedVan,
-    labelled: LabelledImages,
+    labelled: ImageSet,
     settings: Settings | None = None,
     *,
     gates: GateSettings | None = None,
@@ -105,7 +104,7 @@ def evaluate_bundle(
     names = list(settings.artefacts) or list(bundle.artefacts)
     contestants = Contestants(bundle, loaded, names, settings.execution)
     path = settings.journal or journal_path(bundle)
-    started, total = time.perf_counter(), len(labelled.paths)
+    started, total = time.perf_counter(), len(labelled)
     with Journal(path, _key(bundle, labelled, names, settings), settings.resume) as journal:
         answered = {i for entry in journal.entries for i in _indices(entry)}
         resumed = len(answered)
@@ -127,7 +126,7 @@ def evaluate_bundle(
 
 
 def answered_batches(
-    labelled: LabelledImages,
+    labelled: ImageSet,
     indices: Sequence[int],
     contestants: Contestants,
     loaded: LoadedVan,
@@ -135,9 +134,11 @@ def answered_batches(
     decoders: int,
 ) -> Iterator[dict[str, Any]]:
     """Yield a journal entry for each batch of the images ``indices``."""
-    batches = decode_batches(labelled.paths, indices, loaded.preprocessing, batch, workers=decoders)
+    batches = decoded_batches(
+        labelled.items, loaded.preprocessing, batch, indices=indices, workers=decoders
+    )
     for decoded in batches:
-        answers = contestants.answer(decoded.pixels) if len(decoded.indices) else {}
+        answers = contestants.answer(decoded) if len(decoded.indices) else {}
         yield {
             "indices": list(decoded.indices),
             "unreadable": [list(pair) for pair in decoded.unreadable],
@@ -147,7 +148,7 @@ def answered_batches(
 
 def _entries(
     bundle: Bundle,
-    labelled: LabelledImages,
+    labelled: ImageSet,
     left: Sequence[int],
     settings: Settings,
     contestants: Contestants,
@@ -196,23 +197,23 @@ class _Table:
 
 def _report(
     table: _Table,
-    labelled: LabelledImages,
+    labelled: ImageSet,
     loaded: LoadedVan,
     bundle: Bundle,
     contestants: Contestants,
     gates: GateSettings,
 ) -> dict[str, Any]:
-    bad = [(str(labelled.paths[i]), reason) for i, reason in sorted(table.unreadable.items())]
+    bad = [(labelled.items[i].name, reason) for i, reason in sorted(table.unreadable.items())]
     if not table.readable.any():
         raise ImageError(
-            f"Not one of the {len(labelled.paths)} images could be read; the first: {bad[0][1]}",
+            f"Not one of the {len(labelled)} images could be read; the first: {bad[0][1]}",
             "Give a folder of images that can be read.",
         )
-    labels: npt.NDArray[np.int64] = labelled.labels[table.readable]
+    labels = _labels(labelled)[table.readable]
     reference = table.of(PYTORCH)
     artefacts = [name for name in contestants.runners if name != PYTORCH]
     return {
-        "images": f"{len(labels)} images of '{labelled.folder}': {labelled.described}",
+        "images": f"{len(labels)} of {labelled.description}",
         "unreadable": tuple(bad),
         "accuracies": {n: accuracy_of(table.of(n), labels) for n in contestants.runners},
         "drifts": {
@@ -234,7 +235,17 @@ def _indices(entry: Mapping[str, Any]) -> list[int]:
     return [*entry["indices"], *(int(index) for index, _ in entry["unreadable"])]
 
 
-def _key(bundle: Bundle, labelled: LabelledImages, names: Sequence[str], settings: Settings) -> str:
+def _labels(labelled: ImageSet) -> npt.NDArray[np.int64]:
+    if labelled.labels is None:
+        raise ImageError("The images have no labels.", "Pass them through labelled_images.")
+    return labelled.labels
+
+
+def _size(item: ImageItem) -> int | str:
+    return item.data.stat().st_size if isinstance(item.data, Path) else item.digest
+
+
+def _key(bundle: Bundle, labelled: ImageSet, names: Sequence[str], settings: Settings) -> str:
     """Return the digest of everything that decides the answers."""
     return content_key(
         {
@@ -243,7 +254,7 @@ def _key(bundle: Bundle, labelled: LabelledImages, names: Sequence[str], setting
             "artefacts": {name: bundle.artefact(name).sha256 for name in names},
             "runner": settings.execution.runner,
             "batch": settings.batch,
-            "images": [[str(p), p.stat().st_size] for p in labelled.paths],
-            "labels": labelled.labels.tolist(),
+            "images": [[item.name, _size(item)] for item in labelled.items],
+            "labels": _labels(labelled).tolist(),
         }
     )

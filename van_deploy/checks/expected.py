@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from van_deploy.checks.gates import Noise, measure_noise
-from van_deploy.checks.pictures import Pictures
+from van_deploy.data import CheckImages
 from van_deploy.metrics import Array
 from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.model.pixels import normalised
 from van_deploy.runners.base import run_in_batches
 from van_deploy.runners.pytorch import TorchRunner
 
@@ -35,9 +34,9 @@ class ReferenceLogits:
     noise: Noise
 
 
-def reference_logits(loaded: LoadedVan, pictures: Pictures) -> ReferenceLogits:
+def reference_logits(loaded: LoadedVan, pictures: CheckImages) -> ReferenceLogits:
     """Return the original network's logits of the pictures in float64 and float32."""
-    images = normalised(pictures.pixels, loaded.preprocessing)
+    images = pictures.inputs
     with TorchRunner(loaded.model) as single:
         float32 = run_in_batches(single, images, REFERENCE_BATCH)
     import torch

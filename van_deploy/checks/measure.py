@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.baseline import Baseline, baseline_of
@@ -15,17 +16,16 @@ from van_deploy.checks.figures import (
     figures_from_speed,
     figures_from_verify,
 )
-from van_deploy.checks.labels import labelled_images
 from van_deploy.checks.opened import ON_CPU, Execution
-from van_deploy.checks.pictures import Pictures
 from van_deploy.checks.regression import CheckReport, compare_with_baseline
 from van_deploy.checks.speed import speed_ratios
 from van_deploy.checks.verdicts import VerifyReport
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import EvaluateSettings, GateSettings
+from van_deploy.data import CheckImages, ImageSet, labelled_images
 from van_deploy.model.checkpoint import LoadedVan
 
-__all__ = ["Measured", "evaluate_folder", "measure_bundle"]
+__all__ = ["Measured", "evaluate_folder", "images_asked", "measure_bundle"]
 
 Progress = Callable[[str], None]
 
@@ -43,7 +43,7 @@ class Measured:
     """
 
     bundle: Bundle
-    pictures: Pictures
+    pictures: CheckImages
     verify: VerifyReport
     evaluate: EvaluateReport | None
     figures: tuple[Figure, ...]
@@ -68,7 +68,7 @@ class Measured:
 def measure_bundle(
     bundle: Bundle,
     loaded: LoadedVan,
-    pictures: Pictures,
+    pictures: CheckImages,
     *,
     labelled: EvaluateSettings | None = None,
     gates: GateSettings | None = None,
@@ -109,6 +109,20 @@ def measure_bundle(
     return Measured(bundle, pictures, verify, evaluate, tuple(figures))
 
 
+def images_asked(images: Path, asked: EvaluateSettings, loaded: LoadedVan) -> ImageSet:
+    """Return the labelled images to evaluate on."""
+    labelled = labelled_images(
+        images,
+        loaded.config.num_classes,
+        loaded.class_names,
+        labels_file=asked.labels,
+        synsets_file=asked.synsets,
+        class_order=asked.class_order,
+        find_labels=asked.label_files,
+    )
+    return labelled.first(asked.limit) if asked.limit else labelled
+
+
 def evaluate_folder(
     bundle: Bundle,
     loaded: LoadedVan,
@@ -132,13 +146,10 @@ def evaluate_folder(
         return None
     say = progress or (lambda _: None)
     say("Evaluating")
-    labelled = labelled_images(
-        asked.images, loaded.config.num_classes, loaded.class_names, labels_file=asked.labels
-    )
     return evaluate_bundle(
         bundle,
         loaded,
-        labelled.first(asked.limit) if asked.limit else labelled,
+        images_asked(asked.images, asked, loaded),
         Settings(execution=execution),
         gates=gates,
         progress=lambda done, total: say(f"{done} of {total} images"),

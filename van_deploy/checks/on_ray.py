@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.labels import LabelledImages
+from van_deploy.data import ImageSet
 from van_deploy.engine.on_ray import require_ray
 from van_deploy.errors import ConversionError, MissingDependency
 
@@ -43,7 +43,7 @@ class _Worker:
             opened, self.loaded, names, settings.execution, threads=CORES_AN_ACTOR
         ).__enter__()
 
-    def answer(self, labelled: LabelledImages, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def answer(self, labelled: ImageSet, indices: Sequence[int]) -> list[dict[str, Any]]:
         from van_deploy.checks.evaluate import answered_batches
 
         return list(
@@ -55,7 +55,7 @@ class _Worker:
 
 def entries_on_ray(
     bundle: Bundle,
-    labelled: LabelledImages,
+    labelled: ImageSet,
     left: Sequence[int],
     names: Sequence[str],
     settings: Settings,
@@ -91,7 +91,7 @@ def entries_on_ray(
 
 
 def _gather(
-    ray: Any, actors: list[Any], labelled: LabelledImages, chunks: list[Sequence[int]]
+    ray: Any, actors: list[Any], labelled: ImageSet, chunks: list[Sequence[int]]
 ) -> Iterator[dict[str, Any]]:
     """Keep every actor busy; yield entries as they come."""
     images = ray.put(labelled)

@@ -10,8 +10,8 @@ from van_deploy.bundle import Bundle
 from van_deploy.checks.baseline import Baseline, images_digest
 from van_deploy.checks.evaluate_report import EvaluateReport
 from van_deploy.checks.figures import Figure
-from van_deploy.checks.pictures import Pictures
 from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
+from van_deploy.data import CheckImages
 from van_deploy.errors import InputError
 
 __all__ = ["SCHEMA", "CheckReport", "CheckRow", "compare_with_baseline"]
@@ -84,7 +84,7 @@ class CheckReport:
 
 def compare_with_baseline(
     bundle: Bundle,
-    pictures: Pictures,
+    pictures: CheckImages,
     baseline: Baseline | None,
     figures: Sequence[Figure],
     verify: VerifyReport,
@@ -109,7 +109,7 @@ def compare_with_baseline(
     if baseline is not None:
         _require_same(bundle, pictures, baseline)
     rows = [*_gate_rows(verify, evaluate), *_figure_rows(baseline, figures)]
-    return CheckReport(bundle.name, tuple(rows), allow_skip, pictures.described)
+    return CheckReport(bundle.name, tuple(rows), allow_skip, pictures.description)
 
 
 def _gate_rows(verify: VerifyReport, evaluate: EvaluateReport | None) -> Iterator[CheckRow]:
@@ -162,7 +162,7 @@ def _figure_rows(baseline: Baseline | None, figures: Sequence[Figure]) -> Iterat
             yield CheckRow(name, NEW, figure.value, None, "not in the baseline")
 
 
-def _require_same(bundle: Bundle, pictures: Pictures, baseline: Baseline) -> None:
+def _require_same(bundle: Bundle, pictures: CheckImages, baseline: Baseline) -> None:
     weights = bundle.manifest.weights.sha256
     pairs = (
         ("model", baseline.model, bundle.name),

@@ -17,9 +17,8 @@ import numpy as np
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.opened import ON_CPU, Execution, NotRun, open_artefact
-from van_deploy.checks.pictures import Pictures
+from van_deploy.data import CheckImages
 from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.model.pixels import normalised
 from van_deploy.runners.pytorch import TorchRunner, one_torch_thread
 
 __all__ = ["ROUNDS", "SpeedRatio", "paired_ratio", "speed_ratios"]
@@ -49,23 +48,22 @@ class SpeedRatio:
 
 
 def speed_ratios(
-    bundle: Bundle, loaded: LoadedVan, pictures: Pictures, *, execution: Execution = ON_CPU
+    bundle: Bundle, loaded: LoadedVan, pictures: CheckImages, *, execution: Execution = ON_CPU
 ) -> dict[str, SpeedRatio]:
     """Return PyTorch's time over each artefact's, at the bundle's optimal batch.
 
     One thread each, in paired rounds. What does not run here is left out.
     The pixels are normalised outside PyTorch's time, inside an artefact's.
     """
-    size = min(bundle.manifest.batch.opt, len(pictures.pixels))
+    size = min(bundle.manifest.batch.opt, len(pictures))
     with one_torch_thread():
         return _ratios(bundle, loaded, pictures, execution, size)
 
 
 def _ratios(
-    bundle: Bundle, loaded: LoadedVan, pictures: Pictures, execution: Execution, size: int
+    bundle: Bundle, loaded: LoadedVan, pictures: CheckImages, execution: Execution, size: int
 ) -> dict[str, SpeedRatio]:
-    pixels = pictures.pixels[:size]
-    images = normalised(pixels, loaded.preprocessing)
+    pixels, images = pictures.values[:size], pictures.inputs[:size]
     ratios = {}
     for name in bundle.artefacts:
         opened = open_artefact(bundle, name, execution, threads=1, spin=False)

@@ -29,15 +29,14 @@ from van_deploy.checks.isolate import cuts_of
 from van_deploy.checks.opened import ON_CPU, Execution, NotRun, open_artefact, plain_onnx
 from van_deploy.checks.overflow import overflows_of_graph
 from van_deploy.checks.parts import drift_of_graph, is_equalized
-from van_deploy.checks.pictures import Pictures
 from van_deploy.checks.reference import Reference, reference_of
 from van_deploy.checks.steps import StepRow, steps_of_graph
 from van_deploy.checks.verdicts import ArtefactVerdict, BatchVerdict, VerifyReport
 from van_deploy.config import BatchRange, GateSettings
+from van_deploy.data import CheckImages
 from van_deploy.errors import ConversionError, VanDeployError
 from van_deploy.metrics import Array, compare
 from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.model.pixels import normalised
 from van_deploy.runners.base import Logits
 from van_deploy.runners.network import Network
 
@@ -67,7 +66,7 @@ def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
 def verify_bundle(
     bundle: Bundle,
     loaded: LoadedVan,
-    pictures: Pictures,
+    pictures: CheckImages,
     *,
     gates: GateSettings | None = None,
     artefacts: Sequence[str] = (),
@@ -120,13 +119,13 @@ def verify_bundle(
         verdict = _with_canary(verdict, bundle, execution, threads)
         if modules and name in plain:
             say(f"'{name}', module by module")
-            images = normalised(pictures.pixels[:MODULE_IMAGES], loaded.preprocessing)
+            images = pictures.inputs[:MODULE_IMAGES]
             reference = reference or reference_of(bundle, loaded, images)
             verdict = _with_modules(verdict, bundle, reference, images)
-            more = normalised(pictures.pixels[:STEP_IMAGES], loaded.preprocessing)
+            more = pictures.inputs[:STEP_IMAGES]
             verdict = _with_numbers(verdict, bundle, more)
         verdicts.append(verdict)
-    return VerifyReport(pictures.described, pictures.names, expected.noise, tuple(verdicts))
+    return VerifyReport(pictures.description, pictures.names, expected.noise, tuple(verdicts))
 
 
 def _skipped(not_run: NotRun, precision: str) -> ArtefactVerdict:
@@ -158,11 +157,11 @@ def _verify_opened(
     opened: Network,
     precision: str,
     expected: ReferenceLogits,
-    pictures: Pictures,
+    pictures: CheckImages,
     sizes: Sequence[int],
     limits: Limits,
 ) -> ArtefactVerdict:
-    pixels, name = pictures.pixels, opened.name
+    pixels, name = pictures.values, opened.name
     try:
         with opened:
             alone = np.concatenate([opened.logits(pixels[i : i + 1]) for i in range(len(pixels))])

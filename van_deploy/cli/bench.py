@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 
-from van_deploy.cli.console import AsJson, emit, plain, remark, telling
+from van_deploy.cli.console import AsJson, emit, remark, telling
 from van_deploy.cli.options import with_options
 from van_deploy.cli.shared import BundlePath, RequireSignature, opened
 from van_deploy.config import BenchSettings
@@ -39,7 +39,8 @@ def bench(
 
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
     """
-    from van_deploy.bench import compare as comparing
+    from van_deploy.bench.compare import compared
+    from van_deploy.bench.document import read_report
 
     asked = opened(bundle, require_signature)
     if device:
@@ -47,22 +48,20 @@ def bench(
         from van_deploy.report.bench_view import limits_table
 
         limits = paper_limits(asked.opened(), device, settings.batches)
-        emit(limits, as_json, lambda r: limits_table(device, r["source"], r["limits"]))
+        emit(limits, as_json, limits_table)
         return
-    old = comparing.read_report(compare) if compare else None
+    old = read_report(compare) if compare else None
     with telling("Looking for runners") as tell:
         report = asked.benchmark(settings, save=save, progress=tell)
-    result = cast("dict[str, Any]", plain(report.as_dict()))
     if output is not None:
         from van_deploy.bench.store import save_report
 
-        save_report(result, None, output)
-    changes = comparing.compare_reports(old, result) if old else []
-    if changes:
-        result |= {"changes": changes, "agreement": comparing.agreement(changes)}
+        save_report(report, None, output)
+    if old is not None:
+        report = compared(old, report)
     if as_json:
-        for warning in result["warnings"]:
+        for warning in report.warnings:
             remark(f"warning: {warning}")
     from van_deploy.report.bench_changes import bench_and_changes
 
-    emit(result, as_json, lambda _: bench_and_changes(result, changes))
+    emit(report, as_json, bench_and_changes)

@@ -8,7 +8,7 @@ from typing import Literal
 import pydantic
 
 from van_deploy.config.fields import option
-from van_deploy.config.network import EvaluateSettings
+from van_deploy.config.network import ClassOrder, EvaluateSettings, class_order_option
 from van_deploy.schema import Contradiction, Settings
 
 __all__ = [
@@ -57,7 +57,10 @@ class _Artefacts(Settings):
 
 class _Samples(Settings):
     images: Path | None = option(
-        None, "Folder of images to compare on.", shown_default="sample photographs", panel=WHAT
+        None,
+        "Folder or .npz of images to compare on.",
+        shown_default="sample photographs",
+        panel=WHAT,
     )
     count: int | None = option(
         None, "How many images.", shown_default="32, or the largest batch", panel=WHAT, ge=1
@@ -74,7 +77,7 @@ class EvaluationSettings(EvaluateSettings, _Judged, _Artefacts):
     """The options of ``van-deploy evaluate``."""
 
     images: Path = option(
-        ..., "Folder of labelled images: one folder a class, or ImageNet's own layout."
+        ..., "Labelled images: one folder a class, ImageNet's own layout, or an .npz."
     )
     batch: int = option(32, "Images a batch.", panel=HOW, ge=1)
     workers: int = option(0, "Threads that decode; 0 for one a core.", panel=HOW, ge=0)
@@ -91,7 +94,10 @@ class DriftSettings(_Original, _Artefacts):
 
     level: Literal["stage", "block", "module"] = option("block", "How finely the network is cut.")
     images: Path | None = option(
-        None, "Folder of images to compare on.", shown_default="sample photographs", panel=WHAT
+        None,
+        "Folder or .npz of images to compare on.",
+        shown_default="sample photographs",
+        panel=WHAT,
     )
     count: int = option(4, "How many images.", panel=WHAT, ge=1)
 
@@ -102,6 +108,7 @@ class CheckSettings(_Judged, _Samples):
     allow_skip: bool = option(False, "Pass although this machine could not check everything.")
     evaluate: Path | None = option(None, "Folder of labelled images to evaluate on.", panel=WHAT)
     labels: Path | None = option(None, "Labels file for the labelled images.", panel=WHAT)
+    class_order: ClassOrder | None = class_order_option(WHAT)
     speed: bool = option(False, "Also compare speed, as ratios only.", panel=WHAT)
 
     @pydantic.model_validator(mode="after")

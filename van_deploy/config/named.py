@@ -123,6 +123,7 @@ RUN = _chosen(
     target="engines.targets",
     evaluate="evaluate.images",
     labels="evaluate.labels",
+    class_order="evaluate.class_order",
 )
 """Options of ``van-deploy run`` that replace keys of a recipe."""
 

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
 from van_deploy.config.fields import FileOrName, option
 from van_deploy.schema import Contradiction, Settings
 
-__all__ = ["EvaluateSettings", "ExportSettings", "ModelSettings", "PreprocessingSettings"]
+__all__ = [
+    "ClassOrder",
+    "EvaluateSettings",
+    "ExportSettings",
+    "ModelSettings",
+    "PreprocessingSettings",
+    "class_order_option",
+]
 
 WEIGHTS = "Weights"
 INPUT = "Preprocessing (the weights' own by default; timm's names)"
 GRAPH = "Graph"
 LABELS = "Labels"
+
+
+ClassOrder = Literal["strings", "natural", "index", "names"]
+"""How the classes of images are numbered; :data:`van_deploy.data.CLASS_ORDERS` explains them."""
+
+
+def class_order_option(panel: str) -> Any:
+    """Return the option that says how classes are numbered where nothing names them."""
+    return option(
+        None,
+        "How training numbered the class folders, where nothing names the classes: strings "
+        "(torchvision), natural (timm), index (of a number), names.",
+        panel=panel,
+    )
 
 
 class ModelSettings(Settings):
@@ -35,8 +56,20 @@ class ModelSettings(Settings):
     )
     container: str = option(
         "",
-        "Which weights of a file that has several, such as state_dict_ema.",
+        "Which tensors of a file that holds several networks: keys, and the beginning of the "
+        "names, joined by dots, such as state_dict.student.",
         panel=WEIGHTS,
+    )
+    layer_norm_eps: float | None = option(
+        None,
+        "Epsilon of every LayerNorm; by default what stands beside the weights, else their "
+        "framework's own.",
+        panel=WEIGHTS,
+        gt=0,
+        lt=1,
+    )
+    head: tuple[str, ...] = option(
+        (), "Layers of a sequential head, such as linear,relu,linear.", panel=WEIGHTS
     )
     labels: Path | None = option(None, "File with one class name a line.", panel=WEIGHTS)
     seed: int = option(0, "Of random weights.", panel=WEIGHTS, ge=0)
@@ -52,7 +85,10 @@ class PreprocessingSettings(Settings):
         option(None, "Filter that resizes images.", panel=INPUT)
     )
     crop_pct: float | None = option(
-        None, "Crop over resized short side, in (0, 1].", panel=INPUT, gt=0, le=1
+        None, "Crop over resized side, in (0, 1].", panel=INPUT, gt=0, le=1
+    )
+    crop_mode: Literal["center", "squash", "border"] | None = option(
+        None, "Side that is resized: the short one, both, or the long one.", panel=INPUT
     )
 
 
@@ -94,7 +130,7 @@ class EvaluateSettings(Settings):
     """Labelled images to measure accuracy on. Table ``[evaluate]``; without it, none."""
 
     images: Path | None = option(
-        None, "Folder of labelled images: one folder a class, or ImageNet's own layout."
+        None, "Labelled images: one folder a class, ImageNet's own layout, or an .npz."
     )
     labels: Path | None = option(
         None, "File with a label for each image: 'file label' or one a line.", panel=LABELS
@@ -103,6 +139,10 @@ class EvaluateSettings(Settings):
         None,
         "What the numbers of ImageNet's development kit mean: a WordNet id a line.",
         panel=LABELS,
+    )
+    class_order: ClassOrder | None = class_order_option(LABELS)
+    label_files: bool = option(
+        True, "Look for a ground-truth file such as val.txt beside the images.", panel=LABELS
     )
     limit: int | None = option(None, "At most so many images, evenly spread.", ge=1)
 

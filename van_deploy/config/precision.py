@@ -8,6 +8,7 @@ from typing import Literal
 import pydantic
 
 from van_deploy.config.fields import FileOrName, option
+from van_deploy.config.network import ClassOrder, class_order_option
 from van_deploy.schema import Contradiction, Settings
 
 __all__ = ["Precision", "PrecisionSettings", "QuantizeSettings"]
@@ -42,6 +43,7 @@ class _Quantization(Settings):
         flags=["--eval"],
         panel=IMAGES,
     )
+    class_order: ClassOrder | None = class_order_option(IMAGES)
     noise: bool = option(
         False,
         "Calibrate on noise, which fits no real image.",

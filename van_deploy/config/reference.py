@@ -120,7 +120,7 @@ def _types(schema: Mapping[str, Any], value: Mapping[str, Any]) -> Iterator[str]
         for one in value["anyOf"]:
             yield from _types(schema, one)
     elif "enum" in value:
-        yield f"Literal[{', '.join(repr(name) for name in value['enum'])}]"
+        yield f"Literal[{', '.join(json.dumps(name) for name in value['enum'])}]"
     elif value.get("type") == "array":
         yield f"Sequence[{' | '.join(_types(schema, value['items']))}]"
     elif value.get("type") == "object":  # a batch range, written min:opt:max

@@ -16,7 +16,6 @@ from typing import Any
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BuildOptions
-from van_deploy.documents import plain
 from van_deploy.engine.backend import choose_backend
 from van_deploy.engine.build import engine_from_onnx, engine_name
 from van_deploy.engine.bundled import EngineRequest, enter_engine, existing_engine, request_for
@@ -25,6 +24,7 @@ from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
 from van_deploy.environment.privacy import without_ray_reports
 from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
+from van_deploy.model.preprocess import Preprocessing
 
 __all__ = ["Delivery", "build_on_ray", "require_ray", "task_resources"]
 
@@ -38,7 +38,7 @@ class Delivery:
         where: the host that built it.
         ingredients: as :class:`EngineRequest` has them, with the host's back end and GPU.
         files: plan, sidecar and log by suffix.
-        sidecar: the sidecar as JSON.
+        sidecar: what is known about the plan; None if there is none.
         error: class name, message and remedy of what went wrong, or None.
     """
 
@@ -46,7 +46,7 @@ class Delivery:
     where: str
     ingredients: dict[str, Any]
     files: dict[str, bytes]
-    sidecar: dict[str, Any]
+    sidecar: Sidecar | None
     error: tuple[str, str, str] | None
 
 
@@ -151,9 +151,9 @@ def _prepare(cell: Cell, force: bool) -> tuple[Outcome | None, tuple[Any, ...]]:
     present = None if force else _present(bundle, cell, options)
     if present is not None:
         return Outcome(cell, REUSED, present.name, present), ()
-    preprocessing = plain(bundle.manifest.preprocessing)
+    preprocessing = bundle.manifest.preprocessing
     model = (bundle.name, artefact.precision)
-    return None, (onnx.read_bytes(), model, cell, options.as_dict(), preprocessing)
+    return None, (onnx.read_bytes(), model, cell, options, preprocessing)
 
 
 def _present(bundle: Bundle, cell: Cell, options: BuildOptions) -> Sidecar | None:
@@ -183,14 +183,13 @@ def _deliver(
     onnx: bytes,
     model: tuple[str, str],
     cell: Cell,
-    options_as_dict: dict[str, Any],
-    preprocessing: dict[str, Any],
+    options: BuildOptions,
+    preprocessing: Preprocessing,
 ) -> Delivery:
     """Build one engine on the machine this task runs on; ``model`` is its name and precision."""
     import platform
 
     host, where = host_here(), platform.node()
-    options = BuildOptions.from_dict(options_as_dict)
     try:
         backend = choose_backend(cell.host.backend, cell.targets, host.target)
         name = engine_name(model[0], cell.precision, backend, options, host)
@@ -209,10 +208,10 @@ def _deliver(
             )
             files = {path.suffix: path.read_bytes() for path in _three(plan)}
         ingredients = {"backend": backend.name, "backend_version": backend.version}
-        return Delivery(name, where, ingredients, files, sidecar.as_dict(), None)
+        return Delivery(name, where, ingredients, files, sidecar, None)
     except VanDeployError as error:
         told = (type(error).__name__, error.message, error.remedy)
-        return Delivery("", where, {}, {}, {}, told)
+        return Delivery("", where, {}, {}, None, told)
 
 
 def _finish(ray: Any, task: Any, cell: Cell) -> Outcome:
@@ -225,12 +224,12 @@ def _finish(ray: Any, task: Any, cell: Cell) -> Outcome:
         first = str(error).strip().splitlines()[0]
         failure = ConversionError(f"The Ray task ended without an engine: {first}", "Run it again.")
         return Outcome(cell, FAILED, error=failure)
-    if delivery.error is not None:
-        kind, message, remedy = delivery.error
+    sidecar = delivery.sidecar
+    if delivery.error is not None or sidecar is None:
+        kind, message, remedy = delivery.error or ("", "The Ray task built nothing.", "")
         failed = getattr(errors, kind, ConversionError)(message, remedy)
         return Outcome(cell, FAILED, error=failed, where=delivery.where)
     try:
-        sidecar = Sidecar.from_dict(delivery.sidecar)
         _enter(cell, delivery, sidecar)
     except VanDeployError as error:
         return Outcome(cell, FAILED, delivery.name, error=error, where=delivery.where)
@@ -251,7 +250,7 @@ def _enter(cell: Cell, delivery: Delivery, sidecar: Sidecar) -> None:
             "onnx": {file: sha for file, sha in artefact.files.items() if ".onnx" in file},
             **delivery.ingredients,
             "targets": sidecar.targets,
-            "options": dict(sidecar.options),
+            "options": sidecar.options.as_dict(),
         },
         preprocessing=sidecar.preprocessing,
     )

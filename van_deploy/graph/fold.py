@@ -238,6 +238,11 @@ def _fold_spatial_bias_(block: RewrittenBlock) -> None:
 
 def _fold_final_norm_(model: RewrittenVan) -> None:
     norm, head = model.get_submodule(f"norm{STAGES}"), model.head
+    if isinstance(head, nn.Sequential):
+        idle = (nn.Dropout, nn.Identity, nn.Flatten)
+        head = next((layer for layer in head if not isinstance(layer, idle)), head)
+    if not isinstance(head, nn.Linear):
+        return  # another layer stands before the first linear one
     head.bias += head.weight @ norm.bias
     head.weight *= norm.weight
     norm.weight.fill_(1)  # the ONNX operator wants a scale

@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
+from van_deploy.data import ImageSet, decoded_batches
 from van_deploy.errors import ImageError
-from van_deploy.images import UnreadableImages
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.precision.calibration import ChosenImages
-from van_deploy.precision.inputs import input_batches
+from van_deploy.precision.job_images import MOST_UNREADABLE
 from van_deploy.precision.session import logits_session
 from van_deploy.precision.verdict import PrecisionRow, precision_row
 
@@ -45,11 +44,10 @@ class Candidate:
 
 def compare_precisions(
     candidates: list[Candidate],
-    chosen: ChosenImages,
+    chosen: ImageSet,
     preprocessing: Preprocessing,
     *,
     batch: int,
-    class_names: tuple[str, ...] | None = None,
     timed: bool = False,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
@@ -58,10 +56,9 @@ def compare_precisions(
 
     Args:
         candidates: the graphs, FP32 first.
-        chosen: the images; labels come from their folders.
+        chosen: the images, with their labels if these are known.
         preprocessing: of the network.
         batch: images at a time.
-        class_names: in the order of the logits.
         timed: also measure the time an image takes on this CPU.
         threads: of ONNX Runtime.
         progress: called after each batch with the images seen so far.
@@ -74,21 +71,23 @@ def compare_precisions(
     ]
     collected: list[list[Logits]] = [[] for _ in runs]
     numbers: list[int] = []
-    unreadable = UnreadableImages()
     first: Images | None = None
-    for images, found in input_batches(chosen, preprocessing, batch, unreadable):
+    for part in decoded_batches(
+        chosen.items, preprocessing, batch, most_unreadable=MOST_UNREADABLE
+    ):
+        if not part.indices:
+            continue
+        images = part.inputs
         first = images if first is None else first
         for run, pieces in zip(runs, collected, strict=True):
             pieces.append(run(images))
-        numbers += found
+        numbers += part.indices
         if progress is not None:
             progress(len(numbers))
     if first is None:
         raise ImageError("There is no image to compare on.", "Pass a folder with --eval DIR.")
     logits = [np.concatenate(pieces) for pieces in collected]
-    labels = chosen.labels(class_names, logits[0].shape[1])
-    if labels is not None:
-        labels = labels[numbers]
+    labels = None if chosen.labels is None else chosen.labels[numbers]
     times = interleaved_ms(runs, first) if timed else [None] * len(runs)
     return tuple(
         precision_row(

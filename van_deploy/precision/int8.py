@@ -53,7 +53,6 @@ class Int8Maker:
         settings: what is asked.
         images: to calibrate and judge on.
         watch: told what is being done.
-        class_names: in the order of the logits.
 
     Attributes:
         facts: what was decided and measured, for the manifest.
@@ -64,13 +63,11 @@ class Int8Maker:
         settings: QuantizeSettings,
         images: JobImages,
         watch: Stopwatch,
-        class_names: tuple[str, ...] | None = None,
     ) -> None:
         """Take the settings; nothing is done yet."""
         self.settings = settings
         self.images = images
         self.watch = watch
-        self.class_names = class_names
         self.facts: dict[str, Any] = {}
 
     def equalized(self, model: ModelProto, batch: int) -> ModelProto:
@@ -194,7 +191,7 @@ class Int8Maker:
             pieces.append(run(inputs))
             numbers += found
         logits = np.concatenate(pieces)
-        labels = self.images.judges.labels(self.class_names, logits.shape[1])
+        labels = self.images.judges.labels
         return logits, None if labels is None else labels[numbers]
 
     def _method(self, model: ModelProto, ranges: Ranges) -> Method:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from van_deploy.data.arrays import DAMAGE, opened_arrays
 from van_deploy.documents import json_from
 from van_deploy.errors import InputError
-from van_deploy.precision.archives import DAMAGE, opened_arrays
 from van_deploy.precision.histogram import Histogram
 from van_deploy.precision.ranges import Ranges
 from van_deploy.precision.tensor_range import TensorRange

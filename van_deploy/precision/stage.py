@@ -11,6 +11,7 @@ from typing import Any, cast
 from onnx import ModelProto, checker, load_model
 
 from van_deploy.bundle import Artefact, Bundle, Draft, Origin, Precision, writing
+from van_deploy.calibration_set import CalibrationSet
 from van_deploy.errors import BundleError, ConversionError
 from van_deploy.files import content_key
 from van_deploy.graph.files import graph_facts, save_onnx
@@ -20,7 +21,6 @@ from van_deploy.precision.compare import Candidate, compare_precisions
 from van_deploy.precision.half import DEFAULT_KEEP, HalfGraph, half_from_fp32, kept_nodes
 from van_deploy.precision.int8 import Int8Maker
 from van_deploy.precision.job_images import JobImages, images_for
-from van_deploy.precision.manifests import CalibrationSet
 from van_deploy.precision.ranges import Ranges, lean_batch
 from van_deploy.precision.ranges_file import ranges_summary, write_ranges
 from van_deploy.precision.recording import changed, ranges_of, ranges_stem
@@ -144,8 +144,7 @@ class _Job:
         self.settings = settings
         self.images = images
         self.watch = watch
-        self.class_names = bundle.manifest.class_names
-        self.int8 = Int8Maker(settings, images, watch, self.class_names)
+        self.int8 = Int8Maker(settings, images, watch)
         self.facts = self.int8.facts
 
     # --- the cache ---
@@ -163,7 +162,7 @@ class _Job:
             "held-out images": self.images.held_out.digest,
             "evaluation images": self.images.judges.digest,
             "settings": asked,
-            "code": code_digest("precision", "images", "model"),
+            "code": code_digest("precision", "data", "model"),
             "versions": tool_versions("onnx", "onnxruntime", "numpy", "pillow"),
         }
 
@@ -203,7 +202,7 @@ class _Job:
             "images": ranges.images,
             "description": self.images.calibration.description,
             "noise": self.images.calibration.noise,
-            "unreadable": [error.message for _, error in self.images.unreadable.found],
+            "unreadable": list(self.images.unreadable),
         }
         graphs: dict[str, ModelProto] = {}
         if self.settings.target == "tensorrt":
@@ -250,13 +249,12 @@ class _Job:
         candidates += [
             Candidate(name, graph, _size(graph), fuse=cpu) for name, graph in graphs.items()
         ]
-        total = len(self.images.judges.pictures)
+        total = len(self.images.judges)
         rows = compare_precisions(
             candidates,
             self.images.judges,
             self.images.preprocessing,
             batch=min(4 * batch, 32),
-            class_names=self.class_names,
             timed=cpu,
             threads=self.settings.threads,
             progress=lambda done: self.watch.say(f"Comparing {done}/{total}"),

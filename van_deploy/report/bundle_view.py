@@ -62,7 +62,7 @@ def preprocessing_text(values: Preprocessing) -> str:
     """Return preprocessing on one line."""
     return (
         f"{values.image_size} x {values.image_size}, {values.interpolation}, "
-        f"crop {values.crop_pct:g}, mean {_list(values.mean)}, std {_list(values.std)}"
+        f"{values.geometry}, mean {_list(values.mean)}, std {_list(values.std)}"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from van_deploy.bench.document import BenchReport
 from van_deploy.bundle import Manifest
 from van_deploy.report.document import Block, Figure, Grid, Section, Text
 from van_deploy.report.svg import Axis, Point, Series, interval_chart, line_chart
@@ -147,11 +148,11 @@ def drift_section(checks: Mapping[str, Any]) -> Section | None:
 
 
 def skipped_section(
-    manifest: Manifest, checks: Sequence[Check], bench: Mapping[str, Any] | None
+    manifest: Manifest, checks: Sequence[Check], bench: BenchReport | None
 ) -> Section | None:
     """Return what was not done, and why."""
     rows = [(c.name, c.detail) for c in checks if c.verdict == "SKIPPED"]
-    rows += [(s["name"], s["reason"]) for s in (bench or {}).get("skipped", ())]
+    rows += [(one.name, one.reason) for one in (bench.skipped if bench else ())]
     rows += [
         (name, f"not asked for yet: {what}")
         for name, what in COMMANDS.items()

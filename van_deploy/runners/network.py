@@ -25,6 +25,7 @@ from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import softmax
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.model.preprocess import Preprocessing
+from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
 
 __all__ = [
@@ -234,7 +235,7 @@ class Network:
             self._opened.__exit__(kind, error, trace)
         self._opened = None
 
-    def prepare(self, pixels: Pixels) -> npt.NDArray[Any]:
+    def prepare(self, pixels: Pixels | Images) -> npt.NDArray[Any]:
         """Return resized pictures ``(N, S, S, C)`` uint8 as this artefact takes them."""
         return network_input(pixels, self.embedding, self.preprocessing)
 
@@ -264,7 +265,7 @@ class Network:
             return any(p.min <= batch <= p.max for p in self._profiles)
         return batch >= 1
 
-    def logits(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+    def logits(self, pixels: Pixels | Images) -> npt.NDArray[np.float32]:
         """Return the logits ``(N, K)`` of resized pictures ``(N, S, S, C)`` uint8.
 
         Raises:
@@ -295,14 +296,33 @@ class Network:
         return TopClasses(classes[:, :count], probabilities[:, :count])
 
 
-def network_input(pixels: Pixels, embedding: str, preprocessing: Preprocessing) -> npt.NDArray[Any]:
-    """Return resized pictures ``(N, S, S, C)`` uint8 as a graph with ``embedding`` takes them."""
+def network_input(
+    pixels: Pixels | Images, embedding: str, preprocessing: Preprocessing
+) -> npt.NDArray[Any]:
+    """Return images as a graph with ``embedding`` takes them.
+
+    Args:
+        pixels: resized images ``(N, S, S, C)`` uint8, or normalised ``(N, C, S, S)`` float32.
+        embedding: the preprocessing inside the graph.
+        preprocessing: of the network.
+
+    Raises:
+        UsageError: the graph normalises, and the images are normalised already.
+    """
+    if pixels.dtype == np.float32 and embedding == "none":
+        return pixels
+    if pixels.dtype == np.float32:
+        raise UsageError(
+            f"The images are normalised network input, and the graph (embedded: {embedding}) "
+            "normalises by itself.",
+            "Give uint8 images.",
+        )
     if embedding == "uint8":
         return np.ascontiguousarray(pixels)
     if embedding == "normalize":
         values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
         return values / np.float32(255)
-    return normalised(pixels, preprocessing)
+    return normalised(pixels.astype(np.uint8, copy=False), preprocessing)
 
 
 def _has_gpu() -> bool:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.images import MAX_PIXELS, find_images, open_image
-from van_deploy.model.pixels import Pixels, pixels_from_image
+from van_deploy.model.pixels import MAX_PIXELS, Pixels, pixels_from_image
 from van_deploy.runners.network import Network, TopClasses
 
 __all__ = [
@@ -167,7 +167,8 @@ def predict(
         try:
             image = open_image(
                 source.content,
-                name="standard input" if source.name == "-" else "",
+                channels=network.preprocessing.channels,
+                name="Standard input" if source.name == "-" else "",
                 max_pixels=max_pixels,
             )
             waiting.pixels.append(pixels_from_image(image, network.preprocessing))

@@ -15,8 +15,8 @@ import numpy as np
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import ServiceSettings
+from van_deploy.data import open_image
 from van_deploy.errors import VanDeployError
-from van_deploy.images import open_image
 from van_deploy.model.pixels import Pixels, pixels_from_image
 from van_deploy.runners.network import PYTORCH, Network
 from van_deploy.serve.intake import Allowance, JsonProcess
@@ -134,7 +134,8 @@ class Service:
         with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as head:
             large = head.width * head.height > LARGE_IMAGE
         with self._large if large else contextlib.nullcontext():
-            image = open_image(content, max_pixels=self.settings.max_pixels)
+            limit, channels = self.settings.max_pixels, network.preprocessing.channels
+            image = open_image(content, channels=channels, max_pixels=limit)
             return pixels_from_image(image, network.preprocessing)[None], image.size
 
     def _ask_pytorch(self, pixels: Pixels, answer: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from string import Template
 from van_deploy.bundle import Bundle
 from van_deploy.config import TritonSettings
 from van_deploy.errors import ConversionError, UsageError
+from van_deploy.model.pixels import image_mode
 from van_deploy.runners.onnxruntime import require_onnxruntime
 from van_deploy.serve.triton_model import (
     DATATYPES,
@@ -37,7 +38,6 @@ from van_deploy.serve.triton_release import Release
 __all__ = ["filled", "preferred_batches", "write_environment", "write_repository"]
 
 GOOD_SHARE = 0.9  # of the best throughput: a batch size worth waiting for
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 BASE_MIB, PROCESS_MIB = 2048, 512  # of memory: Triton itself, and each process of a Python model
 INTERPRETER = "/usr/bin/python3"  # in NVIDIA's images, which are Ubuntu
 NUMPY = "numpy<2"  # as in NVIDIA's images up to 26.07: Triton 2.51 sends tensors of NumPy 2 empty
@@ -107,7 +107,8 @@ def write_repository(
     if environment:
         write_environment(made / "models" / environment, python)
     _write_manifests(made, bundle, models, settings, release)
-    if any(spec.name == "logits" for spec in models[0].network.outputs):
+    network = models[0].network
+    if network.preprocessing.channels in {1, 3, 4} and network.outputs[0].name == "logits":
         (made / "client.py").write_text(_client(models[0]), encoding="utf-8")
 
 
@@ -203,14 +204,14 @@ def _client(model: TritonModel) -> str:
     network, preprocessing = model.network, model.network.preprocessing
     values = {
         **asdict(preprocessing),
-        "short_side": preprocessing.resize_size,
         "filter": preprocessing.interpolation.upper(),
-        "mode": MODES.get(preprocessing.channels, "RGB"),
+        "mode": image_mode(preprocessing.channels),
         "model": json.dumps(model.name),
         "input": json.dumps(network.input.name),
         "datatype": DATATYPES[network.input.dtype],
     }
-    return filled("client.py.txt", values, [network.embedding, "softmax"])
+    holds = [network.embedding, "softmax", preprocessing.crop_mode, preprocessing.crop_rounding]
+    return filled("client.py.txt", values, holds)
 
 
 def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
