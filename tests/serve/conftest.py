@@ -37,10 +37,13 @@ def with_plans(byte_bundle: Bundle, copy_of: Copy) -> PlanMaker:
     reads the sidecars only.
     """
 
-    def made(profiles: str = "1:2:8", *targets: str, **changes: Any) -> Bundle:
+    def made(
+        profiles: str = "1:2:8", *targets: str, other: dict[str, Any] | None = None, **changes: Any
+    ) -> Bundle:
         bundle = Bundle.open(copy_of(byte_bundle))
         with writing(bundle.path) as draft:
-            for target in targets or ("sm_89",):
+            for index, target in enumerate(targets or ("sm_89",)):
+                changes = {**changes, **(other or {})} if index else changes
                 plan = draft.file(f"engines/plan-{target}.plan")
                 plan.write_bytes(f"plan for {target}".encode())
                 sidecar = _sidecar(bundle, plan, target, profiles, changes)
@@ -69,9 +72,9 @@ def _sidecar(
         "precision": "fp32",
         "targets": (target,),
         "built_on": "a GPU",
-        "options": BuildOptions(profiles=ranges, targets=(target,)).as_dict(),
-        "inputs": (Tensor("images", (-1, 3, 64, 64), "float"),),
-        "outputs": (Tensor("logits", (-1, 10), "float"),),
+        "options": BuildOptions(profiles=ranges, targets=(target,)),
+        "inputs": (Tensor(name="images", shape=(-1, 3, 64, 64), dtype="float"),),
+        "outputs": (Tensor(name="logits", shape=(-1, 10), dtype="float"),),
         "parser_layers": 1,
         **dict.fromkeys(("parse_seconds", "build_seconds"), 0.0),
         **dict.fromkeys(("peak_memory_bytes", "workspace_bytes"), 0),
@@ -80,7 +83,7 @@ def _sidecar(
         "fixed_addresses": True,
         "reproducible": True,
     }
-    return Sidecar(**{**fields, **changes})
+    return Sidecar(schema="van-deploy/engine/2", **{**fields, **changes})
 
 
 def _entry(bundle: Bundle, sidecar: Sidecar, files: dict[str, str]) -> Artefact:

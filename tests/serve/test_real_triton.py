@@ -24,7 +24,7 @@ from reliability.tritonserver import PYTHON, Triton, triton_running, tritonserve
 from tests.serve.conftest import PlanMaker
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
-from van_deploy.images import find_images, open_image
+from van_deploy.data import find_images, open_image
 from van_deploy.model.pixels import pixels_from_image
 from van_deploy.runners.network import Network
 from van_deploy.serve import triton as triton_files
@@ -238,7 +238,7 @@ def test_the_shared_network_answers_as_it_does_here(
 def test_of_other_backends_it_misses_nothing_but_the_backend(
     backend: str, byte_bundle: Bundle, with_plans: PlanMaker, tmp_path: Path
 ) -> None:
-    bundle, names = byte_bundle, ("fp32-uint8",)
+    bundle, names = byte_bundle, tuple[str, ...](["fp32-uint8"])
     if backend == "tensorrt":
         bundle, names = with_plans("1:1:1,2:8:8", "sm_89", "sm_90"), ("plan-sm_89", "plan-sm_90")
     models = packaged(bundle, tmp_path / "package", artefacts=names)

@@ -128,13 +128,30 @@ async def read_body(
         ClientGoneError: it will never be complete.
         RequestError: too large, too slow, too much for all together, or badly encoded.
     """
-    if int(headers.get("content-length", "0")) > limit:
-        raise _too_large(limit)
+    body, over = bytearray(), int(headers.get("content-length", "0")) > limit
+
+    async def collect() -> None:
+        """Read to the end even what is too large, so that the client gets to read the answer."""
+        nonlocal over
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise ClientGoneError
+            over = over or len(body) + len(message["body"]) > limit
+            if not over:
+                take(len(message["body"]))
+                body.extend(message["body"])
+            more = message["more_body"]
+
     try:
-        body = await asyncio.wait_for(_collected(receive, limit, take), timeout_s)
+        await asyncio.wait_for(collect(), timeout_s)
     except asyncio.TimeoutError:
-        text = f"The request was not complete after {timeout_s:g} s."
-        raise RequestError(text, status=408) from None
+        if not over:
+            text = f"The request was not complete after {timeout_s:g} s."
+            raise RequestError(text, status=408) from None
+    if over:
+        raise _too_large(limit)
     encoding = headers.get("content-encoding", "identity").lower()
     if encoding == "identity":
         return body
@@ -158,20 +175,6 @@ def file_of_form(body: bytes | bytearray, content_type: str) -> bytes:
         if boundary and found and b"filename" in head.lower():
             return content
     raise RequestError("The form has no file, or no boundary in its Content-Type.")
-
-
-async def _collected(receive: Receive, limit: int, take: Callable[[int], None]) -> bytearray:
-    body, more = bytearray(), True
-    while more:
-        message = await receive()
-        if message["type"] != "http.request":
-            raise ClientGoneError
-        take(len(message["body"]))
-        body += message["body"]
-        if len(body) > limit:
-            raise _too_large(limit)
-        more = message["more_body"]
-    return body
 
 
 def _inflated(body: bytearray, limit: int) -> bytes:

@@ -6,16 +6,18 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import PackageSettings
 from van_deploy.errors import InputError, UsageError, VanDeployError
 from van_deploy.files import file_sha256
-from van_deploy.schema import Schema, read_json
 from van_deploy.serve.triton import write_repository
 from van_deploy.serve.triton_model import triton_models, usual_artefacts
 from van_deploy.serve.triton_release import chosen_release, release_named
+from van_deploy.versioned import Versioned, read_versioned
 
 __all__ = ["Finding", "PackageReport", "check_package", "package"]
 
@@ -23,9 +25,10 @@ PACKAGE_FILE = "package.json"
 AGAIN = "Package the bundle again."
 
 
-class PackageRecord(Schema):
+class PackageRecord(Versioned):
     """``package.json``: what a package holds and where it came from."""
 
+    schema_: Literal["van-deploy/triton/2"] = Field(alias="schema")
     bundle: str
     release: str
     """Of Triton."""
@@ -113,6 +116,7 @@ def package(
         made = Path(workshop) / "package"
         write_repository(made, bundle, models, settings, release)
         record = PackageRecord(
+            schema="van-deploy/triton/2",
             bundle=bundle.name,
             release=release.name,
             backend=settings.backend,
@@ -123,8 +127,7 @@ def package(
                 if path.is_file()
             },
         )
-        text = record.model_dump_json(indent=2)
-        (made / PACKAGE_FILE).write_text(f"{text}\n", encoding="utf-8")
+        (made / PACKAGE_FILE).write_text(record.text(), encoding="utf-8")
         if folder.exists():
             os.replace(folder, Path(workshop) / "old")
         os.replace(made, folder)
@@ -137,7 +140,8 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
     Raises:
         InputError: there is no package, or it is another bundle's.
     """
-    record = read_json(PackageRecord, path / PACKAGE_FILE, "package record", InputError, AGAIN)
+    given = (PackageRecord, path / PACKAGE_FILE, "package record", InputError)
+    record = read_versioned(*given, damaged=AGAIN, outdated=AGAIN)
     if record.bundle != bundle.name:
         raise InputError(
             f"'{path}' was made from '{record.bundle}', not from '{bundle.name}'.", AGAIN

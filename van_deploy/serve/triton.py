@@ -187,7 +187,7 @@ def _write_manifests(
         "memory": BASE_MIB + PROCESS_MIB * processes + 4 * settings.instances * (weights >> 20),
         "max_batch": max(model.network.max_batch for model in models),
     }
-    plans = [model.sidecar.build_options for model in models if model.sidecar]
+    plans = [model.sidecar.options for model in models if model.sidecar]
     holds = ["gpu" if settings.gpu or plans else "cpu"]
     holds += ["compatible" for options in plans if options.version_compatible]
     for name in ("compose.yaml", "kubernetes.yaml", "kserve.yaml"):

@@ -142,7 +142,7 @@ def model_config(
                 "default_timeout_microseconds": 1000 * how.queue_timeout_ms,
             },
         },
-        "optimization": {"cuda": cuda} if static else {},
+        **({"optimization": {"cuda": cuda}} if static else {}),
         "parameters": {key: {"string_value": v} for key, v in parameters.items() if v and not gpu},
         "model_warmup": [_warmup(given, rows) for rows in sorted(ends)],
         "response_cache": {"enable": False},

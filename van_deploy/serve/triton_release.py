@@ -50,6 +50,8 @@ class Release:
         if model.sidecar:
             what, has, built = "TensorRT", self.tensorrt, model.sidecar.backend_version
             detail, fits = f"the plan was built by {built}", f"{built}.".startswith(f"{has}.")
+        elif self.onnxruntime == "none":
+            return False, f"Triton {self.name} was shipped without an ONNX Runtime backend"
         elif graph:
             what, has = "ONNX Runtime", self.onnxruntime
             detail = (
