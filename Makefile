@@ -17,7 +17,7 @@ READY := .venv/.van-deploy
 TESTED := $(READY)-test-$(RUNTIME)
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: setup demo test test-full test-gpu test-min test-pythons coverage mutate format lint audit check pins bench fuzz faults clean
+.PHONY: setup demo test test-full test-gpu test-min test-pythons coverage mutate format lint audit check pins bench fuzz faults public-weights clean
 
 setup: $(TESTED)
 
@@ -103,6 +103,11 @@ fuzz: $(TESTED)
 
 faults: $(TESTED)
 	$(BIN)/python -m reliability --only faults,load
+
+# On a host with a network; IMAGENET=FOLDER measures the published top-1, too. Not run against
+# the real hub yet.
+public-weights: setup
+	$(BIN)/python -m training.public_weights $(if $(IMAGENET),--imagenet $(IMAGENET))
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 # One thread a test process: the networks are small, and pytest-xdist runs several processes.
@@ -25,6 +26,7 @@ from tests.artifacts import (
     with_byte_graph,
     with_precisions,
 )
+from tests.json_documents import require_valid
 from van_deploy.bundle import Bundle
 from van_deploy.cli.app import app
 from van_deploy.environment.hardware import nvidia_driver
@@ -54,14 +56,17 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Return a function that runs ``van-deploy`` in this process, 100 columns wide.
 
     Its result has ``exit_code``, ``stdout`` and ``stderr``; a fault of the program
-    is raised.
+    is raised. What it prints with ``--json`` is held against the command's JSON Schema.
     """
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*arguments: str | Path) -> Result:
         words = [str(argument) for argument in arguments]
-        return CliRunner().invoke(app, words, catch_exceptions=False)
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        if "--json" in words and result.stdout:
+            require_valid(json.loads(result.stdout), words[0])
+        return result
 
     return run
 

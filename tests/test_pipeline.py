@@ -52,7 +52,7 @@ def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(exported: Bundle) 
     agreement = manifest.checks["agreement"]
     assert agreement["passed"]
     assert [entry["batch"] for entry in agreement["batches"]] == [1, 2, 3, 8]
-    assert agreement["images"] == "8 held-out handwritten digits"
+    assert agreement["images"] == "8 of 360 held-out images of handwritten digits"
     assert manifest.preprocessing.image_size == 64
     assert manifest.weights.format == "embedded"
     assert manifest.batch == BATCHES
@@ -265,5 +265,6 @@ def test_a_user_folder_smaller_than_the_batch_is_made_up_with_crops(
     (tmp_path / "i" / "b.png").write_bytes(b"not an image")
     result = export_bundle(loaded, recipe, tmp_path / "b", images=tmp_path / "i")
     described = result.bundle.manifest.checks["agreement"]["images"]
-    assert described.startswith("1 images of ")
-    assert "1 image could not be read" in described
+    assert described.startswith(
+        f"8 images and parts of 2 images of '{tmp_path / 'i'}'; 1 could not "
+    )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from supply_chain.reference import files
 from van_deploy.config import BatchRange, Recipe
 from van_deploy.config.named import EXPORT, Changes, changes_from, with_changes
-from van_deploy.config.reference import files
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
 from van_deploy.recipe import (
@@ -313,7 +313,7 @@ def test_what_is_written_from_the_tables_is_up_to_date(repository: Path) -> None
         for path, text in files(repository).items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
-    assert stale == [], "run `python -m van_deploy.config.reference`"
+    assert stale == [], "run `python -m supply_chain.reference`"
 
 
 def test_the_page_about_recipes_shows_a_recipe_that_reads_with_every_table(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from van_deploy.api import Bundle, Exported, export, open_bundle, run_recipe
     from van_deploy.config import Recipe
+    from van_deploy.documents import plain
     from van_deploy.errors import VanDeployError
     from van_deploy.model.checkpoint import LoadedVan, load_van
     from van_deploy.recipe import read_recipe
@@ -34,6 +35,7 @@ __all__ = [
     "export",
     "load_van",
     "open_bundle",
+    "plain",
     "read_recipe",
     "run_recipe",
 ]
@@ -49,6 +51,7 @@ _HOMES = {
     "export": "api",
     "load_van": "model.checkpoint",
     "open_bundle": "api",
+    "plain": "documents",
     "read_recipe": "recipe",
     "run_recipe": "api",
 }

@@ -33,12 +33,21 @@ from van_deploy.schema import Open, Schema
 __all__ = ["DOCUMENTS", "files", "schema_of"]
 
 DOCUMENTS: Mapping[str, str] = {
+    "bench": "van_deploy.bench.document:BenchReport",
+    "bench-limits": "van_deploy.bench.limits:PaperLimits",
+    "build": "van_deploy.results:BuildReport",
+    "doctor": "van_deploy.environment.needs:Diagnosis",
     "info": "van_deploy.describe:model_described",
     "inspect": "van_deploy.describe:artefacts_described",
     "list": "van_deploy.model.listing:listed_variants",
     "manifest": "van_deploy.manifest:Manifest",
+    "predict": "van_deploy.results:Predictions",
+    "report": "van_deploy.results:WrittenReport",
     "sidecar": "van_deploy.engine.sidecar:Sidecar",
+    "sign": "van_deploy.signing:Signed",
+    "sign-new-key": "van_deploy.signing_keys:KeyPair",
     "signature": "van_deploy.signing:Signature",
+    "verify-signature": "van_deploy.signing:Signed",
 }
 """Each document by name: the class of it, or the function that returns it."""
 

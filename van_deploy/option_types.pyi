@@ -1,4 +1,4 @@
-# Written by `python -m van_deploy.config.reference` from van_deploy/config.
+# Written by `python -m supply_chain.reference` from van_deploy/config.
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from van_deploy.engine.fleet import Outcome
@@ -46,23 +46,6 @@ class BuildReport:
         """Return :attr:`passed`."""
         return self.passed
 
-    def as_dict(self) -> list[dict[str, Any]]:
-        """Return the outcomes, ready for JSON."""
-        return [
-            {
-                "bundle": str(outcome.cell.bundle),
-                "precision": outcome.cell.precision,
-                "target": outcome.cell.target,
-                "outcome": outcome.outcome,
-                "engine": outcome.engine,
-                "where": outcome.where,
-                "error": outcome.error.message if outcome.error else None,
-                "remedy": outcome.error.remedy if outcome.error else None,
-                "sidecar": outcome.sidecar.as_dict() if outcome.sidecar else None,
-            }
-            for outcome in self.outcomes
-        ]
-
 
 @dataclass(frozen=True)
 class Predictions:
@@ -102,15 +85,6 @@ class Predictions:
         """Iterate over the answers."""
         return iter(self.answers)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the answers, ready for JSON."""
-        return {
-            "bundle": str(self.bundle),
-            "artefact": self.artefact,
-            "speed": asdict(self.speed),
-            "predictions": [asdict(answer) for answer in self.answers],
-        }
-
 
 @dataclass(frozen=True)
 class WrittenReport:
@@ -121,6 +95,8 @@ class WrittenReport:
         checks: how many of each.
         files: the HTML, then the Markdown.
     """
+
+    JSON_PROPERTIES: ClassVar[tuple[str, ...]] = ("sizes",)
 
     verdict: str
     checks: str
@@ -135,10 +111,7 @@ class WrittenReport:
         """Return :attr:`passed`."""
         return self.passed
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the verdict and the files' sizes, ready for JSON."""
-        return {
-            "verdict": self.verdict,
-            "checks": self.checks,
-            "files": {str(path): path.stat().st_size for path in self.files},
-        }
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by its path."""
+        return {str(path): path.stat().st_size for path in self.files}

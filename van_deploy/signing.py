@@ -11,6 +11,7 @@ Needs the package ``cryptography``.
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SCHEMA",
     "Signature",
+    "Signed",
     "read_signature",
     "sign_bundle",
     "signed_bundle",
@@ -64,6 +66,23 @@ class Signature(Versioned):
     key_id: Text
     date: Text
     signature: Annotated[str, AfterValidator(_signature)]
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A bundle, and whose signature it has.
+
+    Attributes:
+        bundle: its folder.
+        key_id: of the key that signed it.
+        date: when, by the clock of the signer.
+        files: how many the signature speaks for.
+    """
+
+    bundle: Path
+    key_id: str
+    date: str
+    files: int
 
 
 def sign_bundle(path: Path, key: Ed25519PrivateKey) -> Signature:

@@ -73,10 +73,17 @@ def test_every_command_is_listed_on_its_own_line_and_has_an_example(cli: Cli, co
     assert "--json" in text
 
 
+@each("command", ["", *COMMANDS])
+def test_every_page_of_help_fits_100_columns_and_cuts_nothing_off(cli: Cli, command: str) -> None:
+    text = cli(*filter(None, [command]), "--help").stdout
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+
+
 @each("name", COMMANDS)
 def test_the_overview_says_what_the_command_says_of_itself(name: str) -> None:
     command = command_named(name)
-    assert command.help.splitlines()[0] == COMMANDS[name].summary
+    assert command.help.splitlines()[0] == COMMANDS[name][1]
     assert command.name == name
 
 

@@ -49,7 +49,7 @@ def test_photographs_of_installed_packages_are_used() -> None:
         pytest.skip("neither scikit-image nor scikit-learn is installed")
     samples = sample_set()
     names = [item.name for item in samples.items]
-    described = f"{len(names)} images (natural photographs: {', '.join(names)})"
+    described = f"{len(names)} natural photographs: {', '.join(names)}"
     assert samples.description == described
     images = [opened(item) for item in samples.items]
     assert all(image is not None and min(image.size) > 256 for image in images)
@@ -62,16 +62,14 @@ def test_without_those_packages_the_images_are_synthetic_and_say_so(
     monkeypatch.setattr("importlib.util.find_spec", has_no_package)
     samples = sample_set()
     assert samples.description == (
-        "8 images (synthetic dead leaves, not photographs: "
+        "8 synthetic dead-leaves images (not photographs: "
         "neither scikit-image nor scikit-learn is installed)"
     )
     assert len({item.digest for item in samples.items}) == 8
 
 
 def test_the_embedded_network_gets_digits_it_was_not_trained_on() -> None:
-    assert sample_set("van_digits").description == (
-        "360 images of handwritten digits held out of training"
-    )
+    assert sample_set("van_digits").description == ("360 held-out images of handwritten digits")
 
 
 def test_dead_leaves_have_the_spectrum_of_photographs_and_noise_has_not() -> None:
@@ -112,7 +110,7 @@ def test_few_images_are_taken_whole_and_then_in_parts(two: Path) -> None:
     assert len({values.tobytes() for values in checked.inputs}) == 33
     assert checked.names[:3] == ("0.png", "1.png", "part of 0.png")
     assert checked.description == (
-        f"33 images and parts of the 3 images of '{two}'; 1 could not be read, the first: "
+        f"33 images and parts of 3 images of '{two}'; 1 could not be read, the first: "
         f"'{two}/broken.png' cannot be read as an image: it is in no known image format."
     )
     assert checked.pixels is not None
@@ -164,8 +162,8 @@ def test_a_network_of_other_channels_is_checked_on_synthetic_arrays() -> None:
     assert checked.pixels is not None
     assert checked.pixels.shape == (12, 32, 32, 13)
     assert checked.description == (
-        "12 images and parts of the 8 images (synthetic dead leaves, not photographs: no "
-        "photograph has 13 channels)"
+        "12 images and parts of 8 synthetic dead-leaves images (not photographs: no photograph "
+        "has 13 channels)"
     )
 
 
@@ -216,6 +214,6 @@ def test_a_folder_of_images_is_no_input_of_a_network_of_other_channels(two: Path
         check_images("", for_channels(2), 4, two)
     assert str(refused.value) == (
         "The network takes 2 channels, and image files have 1, 3 or 4.\n"
-        "Give arrays: an .npz with 'images', uint8 (N, S, S, 2) or normalised float32 "
-        "(N, 2, S, S)."
+        "Only arrays have so many: for --images an .npz with 'images', uint8 (N, S, S, 2) or "
+        "normalised float32 (N, 2, S, S); for the server a tensor."
     )

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from van_deploy.manifest import (
     manifest_from,
     read_manifest,
 )
+from van_deploy.provenance import time_of_writing
 
 __all__ = ["Draft", "writing"]
 
@@ -90,7 +90,7 @@ class Draft:
         described = {key: getattr(self.description, key) for key in Description.model_fields}
         return Manifest(
             schema=SCHEMA,
-            written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            written=time_of_writing(),
             artefacts=self.artefacts,
             checks=self.checks,
             files=self.files,

@@ -61,7 +61,7 @@ def build(
     for outcome in report.outcomes:
         if outcome.outcome == "built" and outcome.sidecar and outcome.sidecar.warnings:
             remark(warnings_text(outcome.engine, outcome.sidecar.warnings))
-    emit(report.as_dict(), as_json, lambda _: builds_view(report.outcomes))
+    emit(report, as_json, lambda _: builds_view(report.outcomes))
     for text in asked.remarks:
         remark(text)
 
@@ -102,7 +102,7 @@ def _build_matrix(path: Path, on: str, address: str, force: bool, as_json: bool)
                 f"[{count}/{total}] {cell_name(outcome.cell)}: {outcome.outcome}"
             ),
         )
-    emit(report.as_dict(), as_json, lambda _: builds_view(report.outcomes))
+    emit(report, as_json, lambda _: builds_view(report.outcomes))
     if report.errors:
         raise ConversionError(
             f"{len(report.errors)} of {len(report.outcomes)} engines failed.",

@@ -35,8 +35,6 @@ __all__ = [
     "print_error",
     "progress",
     "remark",
-    "stderr_console",
-    "stdout_console",
     "telling",
 ]
 
@@ -44,16 +42,6 @@ PIPE_WIDTH = 100  # columns where output does not go to a terminal
 Result = TypeVar("Result")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-
-
-def stdout_console() -> Console:
-    """Return a console that writes results."""
-    return _console(sys.stdout)
-
-
-def stderr_console() -> Console:
-    """Return a console that writes progress, remarks and errors."""
-    return _console(sys.stderr)
 
 
 def emit(result: Result, as_json: bool, table: Callable[[Result], RenderableType]) -> None:
@@ -67,7 +55,7 @@ def emit(result: Result, as_json: bool, table: Callable[[Result], RenderableType
     if as_json:
         text = json_text(plain(result), indent=2) + "\n"
     else:
-        console = stdout_console()
+        console = _console(sys.stdout)
         with console.capture() as capture:
             console.print(table(result))
         text = capture.get()
@@ -98,7 +86,7 @@ def progress() -> Progress:
     """
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = stderr_console()
+    console = _console(sys.stderr)
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -124,7 +112,7 @@ def telling(first: str = "Loading PyTorch") -> Iterator[Tell]:
 
 def remark(text: str) -> None:
     """Write one line to stderr that is neither a result nor an error."""
-    stderr_console().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+    _console(sys.stderr).print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_error(message: str, remedy: str = "") -> None:
@@ -134,7 +122,7 @@ def print_error(message: str, remedy: str = "") -> None:
     lines = Text.assemble(("error: ", "bold red"), message)
     for line in remedy.splitlines():
         lines.append(f"\n  {line}")
-    stderr_console().print(lines, highlight=False, soft_wrap=True)
+    _console(sys.stderr).print(lines, highlight=False, soft_wrap=True)
 
 
 def _console(file: IO[str]) -> Console:

@@ -29,10 +29,10 @@ def doctor(
     Example: van-deploy doctor --require onnxruntime --require gpu
     """
     from van_deploy.environment.machine import environment_here
-    from van_deploy.environment.needs import as_document
+    from van_deploy.environment.needs import diagnosis_of
     from van_deploy.environment.needs import require as require_
     from van_deploy.report.doctor_view import environment_tables
 
     environment = environment_here(Path.cwd())
-    emit(as_document(environment), as_json, lambda _: environment_tables(environment))
+    emit(diagnosis_of(environment), as_json, lambda _: environment_tables(environment))
     require_(environment, require or ())

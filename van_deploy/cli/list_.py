@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from van_deploy.cli.console import AsJson, emit
 
-__all__ = ["list_variants"]
+__all__ = ["list_"]
 
 
-def list_variants(as_json: AsJson = False) -> None:
+def list_(as_json: AsJson = False) -> None:
     """List the variants: size, work, accuracy, and where their weights are.
 
     Example: van-deploy list --json

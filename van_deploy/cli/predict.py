@@ -58,7 +58,7 @@ def predict(
                 kept.append(answer)
     if not json_lines:
         answers = Predictions(asked.path, settings.artefact, speed, tuple(kept))
-        emit(answers.as_dict(), as_json, lambda _: predictions_table(answers))
+        emit(answers, as_json, predictions_table)
     remark(f"{settings.artefact}: {speed}")
     if bad:
         raise ImageError(

@@ -33,7 +33,6 @@ def report(
     from van_deploy.report.tables import bytes_text, facts_table, verdict
 
     written = opened(bundle, None).report(output)
-    result = written.as_dict()
-    sizes = {f"wrote {path}": bytes_text(size) for path, size in result["files"].items()}
+    sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}
     facts = {verdict(written.verdict).plain: written.checks, **sizes}
-    emit(result, as_json, lambda _: facts_table(facts))
+    emit(written, as_json, lambda _: facts_table(facts))

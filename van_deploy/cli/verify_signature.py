@@ -25,15 +25,11 @@ def verify_signature(
     Example: van-deploy verify-signature dist/van_b1 --public-key release.pem.pub
     """
     from van_deploy.report.tables import facts_table
-    from van_deploy.signing import signed_bundle
+    from van_deploy.signing import Signed, signed_bundle
     from van_deploy.signing_keys import public_key_from
 
     opened, signature = signed_bundle(bundle, public_key_from(public_key))
-    result = {
-        "bundle": str(opened.path),
-        "key id": signature.key_id,
-        "signed": signature.date,
-        "files": len(opened.digests),
-    }
-    said = f"{result['files']} files are what was signed, and there is no other"
-    emit(result, as_json, lambda _: facts_table({"PASS": said, **result}))
+    files = len(opened.digests)
+    signed = Signed(opened.path, signature.key_id, signature.date, files)
+    said = f"{files} files are what was signed, and there is no other"
+    emit(signed, as_json, lambda _: facts_table({"PASS": said, **vars(signed)}))

@@ -36,8 +36,7 @@ def choose(images: ImageSet, count: int, *, seed: int = 0, balanced: bool = True
     else:
         order = np.random.default_rng(seed).permutation(len(images))
         chosen = sorted(order[:count].tolist())
-    described = images.description.removeprefix(f"{len(images)} images")
-    return images.take(chosen, f"{len(chosen)} of {len(images)} images{described}")
+    return images.take(chosen, f"{len(chosen)} of {images.description}")
 
 
 def split(images: ImageSet, held_out: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
@@ -99,8 +98,8 @@ def digits_set(part: DigitsSplit) -> ImageSet:
         ImageItem(f"digit {number}", image, str(label), int(label))
         for number, (image, label) in enumerate(zip(values, labels, strict=True))
     )
-    kind = "of the training part" if part == "train" else "held out of training"
-    return ImageSet(items, f"{len(items)} images of handwritten digits {kind}")
+    kind = "training" if part == "train" else "held-out"
+    return ImageSet(items, f"{len(items)} {kind} images of handwritten digits")
 
 
 def noise_set(count: int, preprocessing: Preprocessing, seed: int = 0) -> ImageSet:

@@ -47,8 +47,8 @@ def image_mode(channels: int) -> str:
     if channels not in modes:
         raise UsageError(
             f"The network takes {channels} channels, and image files have 1, 3 or 4.",
-            f"Give arrays: an .npz with 'images', uint8 (N, S, S, {channels}) or normalised "
-            f"float32 (N, {channels}, S, S).",
+            f"Only arrays have so many: for --images an .npz with 'images', uint8 (N, S, S, "
+            f"{channels}) or normalised float32 (N, {channels}, S, S); for the server a tensor.",
         )
     return modes[channels]
 

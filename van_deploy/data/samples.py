@@ -9,6 +9,7 @@ samples are synthetic and labelled so.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ PHOTOGRAPHS = {
     "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
 }
 SYNTHETIC_IMAGES = 8
+PART = "part of "
 SMALLEST_CROP = 0.4  # of the short side
 
 
@@ -73,12 +75,12 @@ def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None)
         why = f"no photograph has {channels} channels"
     elif photographs := _photographs():
         named = ", ".join(item.name for item in photographs)
-        return ImageSet(photographs, f"{len(photographs)} images (natural photographs: {named})")
+        return ImageSet(photographs, f"{len(photographs)} natural photographs: {named}")
     items = [
         ImageItem(f"synthetic {seed}", dead_leaves_image(seed, side, channels))
         for seed in range(SYNTHETIC_IMAGES)
     ]
-    described = f"{len(items)} images (synthetic dead leaves, not photographs: {why})"
+    described = f"{len(items)} synthetic dead-leaves images (not photographs: {why})"
     return ImageSet(tuple(items), described)
 
 
@@ -150,42 +152,47 @@ def check_images(
         raise UsageError(f"{count} images to check on make no sense.", "Ask for 1 or more.")
     images = sample_set(model_name, preprocessing) if source is None else image_set(source)
     found: dict[bytes, tuple[str, npt.NDArray[Any]]] = {}
-    whole, bad, total = [], [], len(images)
+    bad: list[str] = []
+    for name, values in _candidates(images, preprocessing, count, seed, bad):
+        found.setdefault(values.tobytes(), (name, values))  # the same image twice tells nothing
+        if len(found) == count:
+            break
+    unread = f"; {len(bad)} could not be read, the first: {bad[0]}" if bad else ""
+    if len(found) < count:
+        raise ImageError(
+            f"Only {len(found)} of {count} distinct inputs could be made from the "
+            f"{images.description}{unread or '.'}",
+            "Give more images that can be read.",
+        )
+    batch = Batch.of(list(enumerate(values for _, values in found.values())), preprocessing)
+    names = tuple(name for name, _ in found.values())
+    parts = any(name.startswith(PART) for name in names)
+    taken = f"{count} images and parts of" if parts else f"{count} of"
+    return CheckImages(
+        **vars(batch), names=names, description=f"{taken} {images.description}{unread}"
+    )
+
+
+def _candidates(
+    images: ImageSet, preprocessing: Preprocessing, count: int, seed: int, bad: list[str]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Yield images whole, spread over their set, then random parts of them, each with its name.
+
+    Why an image could not be read is added to ``bad``.
+    """
+    total, whole, rng = len(images), [], np.random.default_rng(seed)
     spread = np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
     for index in dict.fromkeys([*spread, *range(total)]):  # the rest, should some be unreadable
         item = images.items[index]
         try:
-            values = item_values(item, preprocessing)
+            yield images.relative(item), item_values(item, preprocessing)
         except ImageError as error:
             bad.append(error.message)
-            continue
-        if values.tobytes() not in found:  # the same image twice tells nothing
-            found[values.tobytes()] = (images.relative(item), values)
+        else:
             whole.append(item)
-        if len(found) == count:
-            break
-    rng = np.random.default_rng(seed)
     for attempt in range(4 * count if whole else 0):
-        if len(found) == count:
-            break
         item = whole[attempt % len(whole)]
-        values = _part(item, preprocessing, rng)
-        found.setdefault(values.tobytes(), (f"part of {images.relative(item)}", values))
-    if len(found) < count:
-        unread = f"; {len(bad)} could not be read, the first: {bad[0]}" if bad else "."
-        raise ImageError(
-            f"Only {len(found)} of {count} distinct inputs could be made from the "
-            f"{images.description}{unread}",
-            "Give more images that can be read.",
-        )
-    batch = Batch.of(list(enumerate(values for _, values in found.values())), preprocessing)
-    taken = f"{count} of " if len(whole) == count else f"{count} images and parts of the "
-    unread = f"; {len(bad)} could not be read, the first: {bad[0]}" if bad else ""
-    return CheckImages(
-        **vars(batch),
-        names=tuple(name for name, _ in found.values()),
-        description=f"{taken}{images.description}{unread}",
-    )
+        yield f"{PART}{images.relative(item)}", _part(item, preprocessing, rng)
 
 
 def _part(

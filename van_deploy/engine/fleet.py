@@ -7,7 +7,7 @@
     precisions = ["fp32", "fp16"]
     targets = ["sm_86", "sm_89", "sm_90"]
 
-    [options]                                   # as on the command line; all optional
+    [options]                                   # keys of a recipe's [engines]; all optional
     batch = ["1:8:32"]
     workspace = "4GiB"
 

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 __all__ = [
     "RTX_COMPUTE_CAPABILITIES",
     "Ability",
+    "Diagnosis",
     "Need",
     "Shortfall",
     "abilities",
-    "as_document",
+    "diagnosis_of",
     "require",
 ]
 
@@ -169,32 +170,19 @@ _TASKS: dict[str, tuple[Callable[[Environment], Shortfall | None], ...]] = {
 }
 
 
-def as_document(environment: Environment) -> dict[str, object]:
-    """Return the environment as JSON shows it: packages by name, and the abilities."""
-    return {
-        "van_deploy": environment.van_deploy,
-        "python": environment.python,
-        "system": environment.system,
-        "packages": {
-            item.component.name: {
-                "distribution": item.distribution,
-                "version": item.version,
-                "fault": item.fault,
-                "optional": item.component.optional,
-                "enables": item.component.enables,
-                "install": item.component.install,
-            }
-            for item in environment.components
-        },
-        "onnxruntime_providers": environment.providers,
-        "torch_cuda": environment.torch_cuda,
-        "cpu": environment.cpu,
-        "memory": environment.memory,
-        "disk": environment.disk,
-        "nvidia_driver": environment.driver,
-        "clashes": environment.clashes,
-        "abilities": [
-            {"task": a.task, "possible": a.shortfall is None, "shortfall": a.shortfall}
-            for a in abilities(environment)
-        ],
-    }
+@dataclass(frozen=True)
+class Diagnosis:
+    """A machine, and what can be done on it.
+
+    Attributes:
+        environment: what is there.
+        abilities: what could be wanted of it, and why it is not up to that.
+    """
+
+    environment: Environment
+    abilities: tuple[Ability, ...]
+
+
+def diagnosis_of(environment: Environment) -> Diagnosis:
+    """Return what can be done on a machine, beside what is there."""
+    return Diagnosis(environment, abilities(environment))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +151,11 @@ def _labelled(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> I
     manifest = bundle.manifest
     classes = manifest.architecture.num_classes
     order = settings.class_order
-    return with_labels_if_known(images, classes, manifest.class_names, order)[0]
+    labelled, why = with_labels_if_known(images, classes, manifest.class_names, order)
+    if why and any(item.group for item in images.items):
+        described = f"{images.description}, without labels: {why.splitlines()[0].rstrip('.:')}"
+        return replace(images, description=described)
+    return labelled
 
 
 def choose_images(selection: ImageSelection, images: Path | None = None) -> ImageSet:

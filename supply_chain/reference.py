@@ -1,6 +1,6 @@
 """What is written from the tables of options: types of keyword arguments, a page, a schema.
 
-``python -m van_deploy.config.reference`` writes ``van_deploy/option_types.pyi``, the table
+``python -m supply_chain.reference`` writes ``van_deploy/option_types.pyi``, the table
 of keys in ``docs/recipe.md`` and ``docs/schemas/recipe.schema.json``; a test compares them.
 """
 
@@ -20,7 +20,7 @@ from van_deploy.schema import Settings
 
 __all__ = ["files", "key_table", "option_types", "recipe_schema"]
 
-BEGIN, END = "<!-- keys: python -m van_deploy.config.reference -->", "<!-- /keys -->"
+BEGIN, END = "<!-- keys: python -m supply_chain.reference -->", "<!-- /keys -->"
 TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 
 
@@ -62,7 +62,7 @@ def option_types() -> str:
     }
     options = {name: list(named_options(table).values()) for name, table in tables.items()}
     lines = [
-        "# Written by `python -m van_deploy.config.reference` from van_deploy/config.",
+        "# Written by `python -m supply_chain.reference` from van_deploy/config.",
         "from collections.abc import Sequence",
         "from pathlib import Path",
         "from typing import Literal, TypedDict",
@@ -159,7 +159,7 @@ def _values(schema: Mapping[str, Any], value: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    for path, text in files(Path(__file__).parents[2]).items():
+    for path, text in files(Path(__file__).parents[1]).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         sys.stdout.write(f"{path}\n")
