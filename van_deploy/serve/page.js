@@ -10,14 +10,26 @@ const make = (tag, cls, text) => {
 };
 let last = null, running = 0, limit = Infinity;
 
+// The key is kept for this tab only, and sent to this server only.
+async function request(path, options = {}) {
+  const key = sessionStorage.getItem("key");
+  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  const response = await fetch(path, { ...options, headers });
+  $("locked").hidden = response.status !== 401;
+  return response;
+}
+
 async function start() {
-  const info = await (await fetch("models")).json();
+  const response = await request("models");
+  if (!response.ok) return;
+  const info = await response.json();
   limit = info.max_body_bytes;
-  $("bundle").textContent = info.bundle;
-  document.title = info.bundle + " · van-deploy";
+  $("bundle").textContent = info.name;
+  document.title = info.name + " · van-deploy";
   const p = info.preprocessing;
   $("about").textContent = `${info.classes} classes, ${(info.parameters / 1e6).toFixed(1)} M parameters, ` +
     `${p.image_size} × ${p.image_size} pixels, ${p.interpolation}, crop ${p.crop_pct}`;
+  $("model").replaceChildren();
   for (const model of info.models) {
     const option = make("option", "", `${model.artefact} · ${model.runner}`);
     option.value = model.name;
@@ -59,7 +71,7 @@ async function ask(file) {
   try {
     if (file.size > limit) throw new Error(`The file is larger than the ${limit.toLocaleString("en")} bytes this server takes.`);
     const query = new URLSearchParams({ model: $("model").value, top: 5, compare: compare ? 1 : 0 });
-    const response = await fetch("predict?" + query, { method: "POST", body: file });
+    const response = await request("predict?" + query, { method: "POST", body: file });
     const answer = await response.json();
     if (turn !== running) return;
     if (!response.ok) throw new Error(answer.error);
@@ -76,10 +88,10 @@ async function ask(file) {
 }
 
 function draw(answer) {
-  const torch = answer.pytorch && answer.pytorch.top ? answer.pytorch : null;
+  const torch = answer.pytorch && answer.pytorch.beside ? answer.pytorch : null;
   $("empty").hidden = $("error").hidden = true;
   $("result").hidden = $("times").hidden = false;
-  $("file-size").textContent = `${answer.picture.width} × ${answer.picture.height}`;
+  $("file-size").textContent = `${answer.image.width} × ${answer.image.height}`;
   $("bars").replaceChildren(...answer.top.map((item, i) => row(item, torch && torch.beside[i])));
   $("key").hidden = !torch;
   $("key-artefact").textContent = answer.artefact;
@@ -124,4 +136,9 @@ for (const kind of ["dragleave", "drop"])
   document.addEventListener(kind, (event) => { event.preventDefault(); $("drop").classList.remove("over"); });
 document.addEventListener("drop", (event) => show(event.dataTransfer.files[0]));
 document.addEventListener("paste", (event) => show(event.clipboardData.files[0]));
+$("locked").onsubmit = (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("key", $("secret").value);
+  start();
+};
 start();
