@@ -542,6 +542,23 @@ class TestLimits:
                     client.sendall(b"X-Long: " + b"a" * 10_000 + b"\r\n")
             assert client.recv(65536).startswith(b"HTTP/1.1 400")
 
+    def test_a_head_that_does_not_come_is_cut_off(self, digits: Bundle) -> None:
+        with serving(digits, read_timeout_s=0.5) as server, connected(server) as client:
+            client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+            client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHo")
+            assert client.recv(65536) == b""
+
+    @pytest.mark.parametrize(("size", "status"), [(1, 400), (64, 422)])
+    def test_a_body_in_tiny_chunks_is_refused(
+        self, server: Running, size: int, status: int
+    ) -> None:
+        chunk = b"%x\r\n%b\r\n" % (size, b"x" * size)
+        with connected(server) as client:
+            head = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+            client.sendall(head + 3000 * chunk + b"0\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 %d" % status)
+
     def test_a_slow_client_is_cut_off_and_others_are_not_kept_waiting(
         self, digits: Bundle, canary: Path
     ) -> None:

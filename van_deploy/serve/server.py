@@ -23,6 +23,7 @@ KEEP_ALIVE_S = 75  # longer than most clients' pools
 DRAIN_S = 30
 THREADS = 2  # that decode, inflate and check arrays
 MAX_HEAD_BYTES = 64 * 2**10  # of request line and headers
+FREE_CHUNKS, LEAST_CHUNK_BYTES = 200, 64  # each chunk of a body costs a call, whatever its size
 
 
 def is_loopback(host: str) -> bool:
@@ -77,8 +78,7 @@ def run_server(
     uvicorn = serving_package("uvicorn")
     config = uvicorn.Config(
         app,
-        http="h11",
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        http=_protocol(app.service.settings.read_timeout_s),
         lifespan="off",
         ws="none",
         log_config=None,
@@ -116,3 +116,58 @@ def run_server(
     loop = (config.get_loop_factory() or asyncio.new_event_loop)()
     with bound, contextlib.closing(loop):
         loop.run_until_complete(serve())
+
+
+def _protocol(timeout_s: float) -> type:
+    """Return uvicorn's HTTP protocol, with limits on what it takes without end by itself.
+
+    The head of a request must be complete in time and within a size, and the chunks of a body
+    must not be tiny: a megabyte in chunks of one byte holds the event loop for seconds.
+    """
+    base: Any = serving_package("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol
+
+    class Limited(base):  # type: ignore[misc]
+        head = chunks = size = 0  # bytes of a head that is not complete, -1 in a body; of a body
+        timer: Any = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.wait_for_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.timer.cancel()
+            super().connection_lost(exc)
+
+        def wait_for_head(self) -> None:
+            self.head = self.chunks = self.size = 0
+            self.timer = self.loop.call_later(timeout_s, self.transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            while data and self.parser is not None and not self.transport.is_closing():
+                room = MAX_HEAD_BYTES - self.head if self.head >= 0 else len(data)
+                piece, data = data[:room], data[room:]
+                self.head += len(piece) if self.head >= 0 else 0
+                super().data_received(piece)
+                if self.head >= MAX_HEAD_BYTES:
+                    self.send_400_response("The head of the request is too large.")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            if self.head < 0:
+                self.wait_for_head()
+
+        def on_headers_complete(self) -> None:
+            self.head = -1
+            self.timer.cancel()
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self.size += len(body)
+            super().on_body(body)
+
+        def on_chunk_header(self) -> None:
+            self.chunks += 1
+            if self.chunks > FREE_CHUNKS + self.size // LEAST_CHUNK_BYTES:
+                raise ValueError("the chunks are too small")  # answered with 400 by uvicorn
+
+    return Limited
