@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import gzip
 import http.client
 import json
@@ -307,7 +308,8 @@ class TestJson:
         headers = {"Inference-Header-Content-Length": length.encode().decode("latin-1")}
         status, answer, _ = post(f"{server.url}/v2/models/{BYTES}/infer", b"{}", headers)
         assert status in {400, 413}
-        assert "Inference-Header-Content-Length is" in answer["error"] or "999999999" in str(answer)
+        wrong = ("Inference-Header-Content-Length is", "JSON before binary tensors has 999,999,999")
+        assert any(text in answer["error"] for text in wrong)
 
     def test_a_long_text_among_numbers_takes_no_more_memory_than_the_body(self) -> None:
         """NumPy's array of texts would give each of the numbers 400,000 bytes."""
@@ -326,7 +328,7 @@ class TestJson:
         document = {"inputs": [{**PIXELS, "data": [0] * 600_000}]}
         status, answer = infer_json(server, document)
         assert status == 413
-        assert "this server takes 1,048,576 of it here" in answer["error"]
+        assert "larger than 1,048,576 bytes" in answer["error"]
         assert "Send tensors as bytes" in answer["error"]
         assert "--max-json-mib" in answer["error"]
 
@@ -334,7 +336,7 @@ class TestJson:
         body = b" " * 20_000 + b"{}"
         headers = {"Inference-Header-Content-Length": str(len(body))}
         status, answer, _ = post(f"{server.url}/v2/models/{BYTES}/infer", body, headers)
-        assert (status, "16,384 of it here" in answer["error"]) == (413, True)
+        assert (status, "16,384 are taken" in answer["error"]) == (413, True)
 
     def test_large_json_is_parsed_elsewhere_and_others_are_answered(self, digits: Bundle) -> None:
         document = {"inputs": [{**PIXELS, "data": [0] * ROW}]}
@@ -496,7 +498,7 @@ class TestImages:
     def test_a_zip_bomb_is_refused(self, server: Running) -> None:
         body = gzip.compress(b"\0" * 50_000_000, mtime=0)
         status, answer, _ = post(f"{server.url}/predict", body, {"Content-Encoding": "gzip"})
-        assert (status, "larger than the 4,194,304 bytes" in answer["error"]) == (413, True)
+        assert (status, "larger than 4,194,304 bytes" in answer["error"]) == (413, True)
 
     @pytest.mark.parametrize("top", ["0", "-1", "x", "9999", "9" * 5000, "%D9%A1"])
     def test_an_impossible_top_is_refused(self, server: Running, top: str) -> None:
@@ -525,7 +527,7 @@ class TestLimits:
     def test_an_announced_oversize_is_413(self, server: Running) -> None:
         status, answer, _ = post(f"{server.url}/predict", bytes(5 * 2**20))
         assert status == 413
-        assert answer["error"].startswith("The request is larger than the 4,194,304 bytes")
+        assert answer["error"].startswith("The request is larger than 4,194,304 bytes")
 
     def test_an_unannounced_oversize_is_413(self, server: Running) -> None:
         connection = http.client.HTTPConnection(server.address, timeout=30)
@@ -548,6 +550,16 @@ class TestLimits:
             assert client.recv(65536).startswith(b"HTTP/1.1 200")
             client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHo")
             assert client.recv(65536) == b""
+
+    def test_many_requests_at_once_on_one_connection_are_refused(self, server: Running) -> None:
+        with connected(server) as client:
+            client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+            received = b""
+            with contextlib.suppress(ConnectionError):
+                while piece := client.recv(65536):
+                    received += piece
+        assert received.count(b"HTTP/1.1 200") <= 17
+        assert b"HTTP/1.1 400" in received
 
     @pytest.mark.parametrize(("size", "status"), [(1, 400), (64, 422)])
     def test_a_body_in_tiny_chunks_is_refused(
@@ -592,6 +604,20 @@ class TestLimits:
                 assert post(f"{server.url}/predict", canary.read_bytes())[0] == 200
             until(lambda: server.service.held.used == 0)
             assert post(f"{server.url}/predict", bytes(200_000))[0] == 422
+
+    def test_a_refused_body_is_freed_at_once(self, server: Running) -> None:
+        """Not when the collector finds the traceback that holds it."""
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            for size, status in ((5, 413), (3, 422)) * 4:
+                assert post(f"{server.url}/predict", bytes(size * 2**20))[0] == status
+            left = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+        assert left < 2**20
 
     def test_what_a_compressed_body_may_grow_to_counts(self, digits: Bundle) -> None:
         body = gzip.compress(bytes(100_000), mtime=0)

@@ -43,6 +43,11 @@ MAX_TOP = 1000
 SMALL_JSON = 16 * 2**10  # bytes parsed in the event loop: less than a millisecond
 MANY_BYTES = 2**20  # of a tensor, checked in a thread
 MANY_NUMBERS = 4096  # of an answer, written as JSON in another process
+SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib."
+SEND_BYTES = (
+    "Send tensors as bytes (the binary tensor extension), or start the server with a higher "
+    "--max-json-mib."
+)
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; connect-src 'self'; img-src blob: data:; "
     "script-src 'self'; style-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -135,6 +140,7 @@ class App:
             response = await answer if inspect.isawaitable(answer) else answer
         except (RequestError, ImageError, UsageError) as error:
             response = _refused(error)
+            traceback.clear_frames(error.__traceback__)  # so that the body is freed now
         except ClientGoneError:
             response = Response(status=499)  # nobody reads it
         except Exception:  # one request's failure must not be the server's
@@ -178,43 +184,37 @@ class App:
 
     async def _infer(self, request: Request) -> Response:
         served = self._served(request)
+        text = request.headers.get("inference-header-content-length")
+        if text is not None and not re.fullmatch("[0-9]{1,18}", text):
+            raise RequestError(f"Inference-Header-Content-Length is {text[:20]!r}, not a number.")
+        length = None if text is None else int(text)
+        if length is not None and length > SMALL_JSON:
+            text = f"The JSON before binary tensors has {length:,} bytes; {SMALL_JSON:,} are taken."
+            raise RequestError(text, status=413)
         with self.service.held.hold() as take_bytes, served.queue.hold() as take_images:
-            body = await self._body(request, take_bytes)
+            body = await self._body(request, take_bytes, json_only=length is None)
             take_images(1)
-            rows, parsed = await self._parsed(request, body, served)
+            rows, parsed = await self._parsed(body, length, served)
             take_images(len(rows) - 1)
             answer = await served.infer(rows)
             arguments = (parsed, answer.outputs, served.name, served.labels)
             texts = [w.name for w in parsed.outputs if not parsed.in_bytes(w)]
             if sum(answer.outputs[name].size for name in texts) > MANY_NUMBERS:
-                content, length = await self.service.json.run(encode_response, *arguments)
+                content, size = await self.service.json.run(encode_response, *arguments)
             else:
-                content, length = encode_response(*arguments)
-        if length is None:
+                content, size = encode_response(*arguments)
+        if size is None:
             return Response(content, {"content-type": "application/json"})
         kind = {"content-type": "application/octet-stream"}
-        return Response(content, {**kind, "inference-header-content-length": str(length)})
+        return Response(content, {**kind, "inference-header-content-length": str(size)})
 
     async def _parsed(
-        self, request: Request, body: bytes | bytearray, served: ServedModel
+        self, body: bytes | bytearray, length: int | None, served: ServedModel
     ) -> tuple[Values, InferRequest]:
         """Return what a body holds; large JSON is parsed in another process."""
-        text = request.headers.get("inference-header-content-length")
-        if text is not None and not re.fullmatch("[0-9]{1,18}", text):
-            raise RequestError(f"Inference-Header-Content-Length is {text[:20]!r}, not a number.")
-        length = None if text is None else int(text)
-        size = len(body) if length is None else min(length, len(body))
-        limit = round(MIB * self.service.settings.max_json_mib) if length is None else SMALL_JSON
-        if size > limit:
-            raise RequestError(
-                f"The JSON has {size:,} bytes; this server takes {limit:,} of it here.",
-                "Send tensors as bytes (the binary tensor extension), or start the server with a "
-                "higher --max-json-mib.",
-                status=413,
-            )
         network = served.network
         arguments = (body, length, network.input, network.outputs, network.max_batch)
-        if size > SMALL_JSON:
+        if length is None and len(body) > SMALL_JSON:
             return await self.service.json.run(parse_request, *arguments)
         if len(body) > MANY_BYTES:
             return await asyncio.to_thread(parse_request, *arguments)
@@ -228,22 +228,26 @@ class App:
             raise RequestError(f"'top' is {top[:20]!r}; it must be a number from 1 to {MAX_TOP}.")
         compare = query.get("compare", "0") not in {"0", "false", ""}
         with self.service.held.hold() as take_bytes, served.queue.hold() as take_images:
-            image = bytes(await self._body(request, take_bytes))
+            image = await self._body(request, take_bytes)
             take_images(1)
             kind = request.headers.get("content-type", "")
             if kind.lower().startswith("multipart/form-data"):
-                image = file_of_form(image, kind)
+                image = await asyncio.to_thread(file_of_form, image, kind)
             if not image:
                 raise RequestError("The request has no image: send an image file as its body.")
             return await self.service.look(served, image, int(top), compare=compare)
 
-    async def _body(self, request: Request, take: Callable[[int], None]) -> bytes | bytearray:
+    async def _body(
+        self, request: Request, take: Callable[[int], None], *, json_only: bool = False
+    ) -> bytes | bytearray:
         settings = self.service.settings
         if self.service.draining:
             raise RequestError("The server is shutting down.", status=503)
-        limits = (round(MIB * settings.max_body_mib), settings.read_timeout_s)
-        given = (request.receive, request.headers, *limits, take)
-        return await read_body(*given)
+        mib, remedy = (
+            (settings.max_json_mib, SEND_BYTES) if json_only else (settings.max_body_mib, SEND_LESS)
+        )
+        limits = (round(MIB * mib), remedy, settings.read_timeout_s)
+        return await read_body(request.receive, request.headers, *limits, take)
 
     def _served(self, request: Request) -> ServedModel:
         served = self.service.models.get(request.model)
@@ -269,7 +273,7 @@ def _refused(error: RequestError | ImageError | UsageError) -> Response:
     """Return what a client is told that is not answered."""
     status = 422 if isinstance(error, ImageError) else getattr(error, "status", 400)
     headers = {"retry-after": "1"} if status in {429, 503} else {}
-    if status in {408, 503}:
+    if status == 408:
         headers["connection"] = "close"
     if status == 401:
         headers["www-authenticate"] = "Bearer"

@@ -112,6 +112,7 @@ async def read_body(
     receive: Receive,
     headers: Mapping[str, str],
     limit: int,
+    remedy: str,
     timeout_s: float,
     take: Callable[[int], None],
 ) -> bytes | bytearray:
@@ -121,6 +122,7 @@ async def read_body(
         receive: ASGI's.
         headers: by their names in lower case.
         limit: bytes the body may have, before and after decompression.
+        remedy: what to do about a body that is larger.
         timeout_s: in which it must be complete.
         take: called with the bytes that are held from then on; may refuse them.
 
@@ -146,19 +148,22 @@ async def read_body(
 
     try:
         await asyncio.wait_for(collect(), timeout_s)
-    except asyncio.TimeoutError:
+    except BaseException as error:
+        body.clear()  # the error's traceback may keep it alive for a while
+        if not isinstance(error, asyncio.TimeoutError):
+            raise
         if not over:
             text = f"The request was not complete after {timeout_s:g} s."
             raise RequestError(text, status=408) from None
     if over:
-        raise _too_large(limit)
+        raise _too_large(limit, remedy)
     encoding = headers.get("content-encoding", "identity").lower()
     if encoding == "identity":
         return body
     if encoding not in {"gzip", "deflate"}:
         raise RequestError(f"The Content-Encoding {encoding[:20]!r} is unknown: gzip or deflate.")
     take(min(limit, DEFLATE_RATIO * len(body)))
-    return await asyncio.to_thread(_inflated, body, limit)
+    return await asyncio.to_thread(_inflated, body, limit, remedy)
 
 
 def file_of_form(body: bytes | bytearray, content_type: str) -> bytes:
@@ -169,31 +174,33 @@ def file_of_form(body: bytes | bytearray, content_type: str) -> bytes:
     """
     message = Message()
     message["content-type"] = content_type
-    boundary = message.get_boundary("")
-    for part in (b"\r\n" + body).split(b"\r\n--" + boundary.encode(), MAX_PARTS)[1:-1]:
-        head, found, content = part.partition(b"\r\n\r\n")
-        if boundary and found and b"filename" in head.lower():
-            return content
+    boundary, place = message.get_boundary("").encode(), 0
+    for _ in range(MAX_PARTS if boundary else 0):
+        start = body.find(b"\r\n\r\n", place)
+        end = body.find(b"\r\n--" + boundary, max(start, 0))
+        if min(start, end) < 0:
+            break
+        if b"filename" in body[place:start].lower():
+            return bytes(body[start + 4 : end])
+        place = end
     raise RequestError("The form has no file, or no boundary in its Content-Type.")
 
 
-def _inflated(body: bytearray, limit: int) -> bytes:
+def _inflated(body: bytearray, limit: int, remedy: str) -> bytes:
     inflater = zlib.decompressobj(GZIP_OR_ZLIB)
     try:
         plain = inflater.decompress(body, limit + 1)
     except zlib.error as error:
         raise RequestError(f"The compressed body is damaged: {error}.") from None
     if len(plain) > limit:
-        raise _too_large(limit)
+        raise _too_large(limit, remedy)
     if not inflater.eof:
         raise RequestError("The compressed body is truncated.")
     return plain
 
 
-def _too_large(limit: int) -> RequestError:
-    remedy = "Send fewer or smaller images, or start the server with a higher --max-body-mib."
-    text = f"The request is larger than the {limit:,} bytes this server takes."
-    return RequestError(text, remedy, 413)
+def _too_large(limit: int, remedy: str) -> RequestError:
+    return RequestError(f"The request is larger than {limit:,} bytes.", remedy, 413)
 
 
 def _new_pool() -> ProcessPoolExecutor:

@@ -22,7 +22,8 @@ BACKLOG = 1024
 KEEP_ALIVE_S = 75  # longer than most clients' pools
 DRAIN_S = 30
 THREADS = 2  # that decode, inflate and check arrays
-MAX_HEAD_BYTES = 64 * 2**10  # of request line and headers
+MAX_HEAD_BYTES = 16 * 2**10  # of request line and headers
+MAX_PIPELINED = 16  # requests of one connection that wait for each other
 FREE_CHUNKS, LEAST_CHUNK_BYTES = 200, 64  # each chunk of a body costs a call, whatever its size
 
 
@@ -159,6 +160,8 @@ def _protocol(timeout_s: float) -> type:
         def on_headers_complete(self) -> None:
             self.head = -1
             self.timer.cancel()
+            if len(self.pipeline) == MAX_PIPELINED:
+                raise ValueError("too many requests at once")  # answered with 400 by uvicorn
             super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
@@ -168,6 +171,6 @@ def _protocol(timeout_s: float) -> type:
         def on_chunk_header(self) -> None:
             self.chunks += 1
             if self.chunks > FREE_CHUNKS + self.size // LEAST_CHUNK_BYTES:
-                raise ValueError("the chunks are too small")  # answered with 400 by uvicorn
+                raise ValueError("the chunks are too small")
 
     return Limited

@@ -103,7 +103,7 @@ class Service:
         self._stack.close()
 
     async def look(
-        self, served: ServedModel, content: bytes, top: int, *, compare: bool
+        self, served: ServedModel, content: bytes | bytearray, top: int, *, compare: bool
     ) -> dict[str, Any]:
         """Return what is in an image file's bytes, as the page shows it.
 
@@ -127,10 +127,12 @@ class Service:
         document["milliseconds"] = {name: _ms(seconds) for name, seconds in times.items()}
         return document
 
-    def _pixels(self, content: bytes, network: Network) -> tuple[Pixels, tuple[int, int]]:
+    def _pixels(
+        self, content: bytes | bytearray, network: Network
+    ) -> tuple[Pixels, tuple[int, int]]:
         from PIL import Image
 
-        large = False
+        content, large = bytes(content), False
         with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as head:
             large = head.width * head.height > LARGE_IMAGE
         with self._large if large else contextlib.nullcontext():
