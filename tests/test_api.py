@@ -63,7 +63,7 @@ def test_the_page_runs_as_it_stands(page: list[str], tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0] == "['fp32'] not there yet"
     assert lines[1] == "fp16 True"
-    assert lines[2:4] == ["40 True", "2 rows"]
+    assert lines[2:4] == ["accurate enough: True", "2 rows"]
     assert re.fullmatch(r"digits/.* \[\('\d', 0\.\d+\), .*\]", lines[4])
     assert lines[-2:] == [
         "'opset=' is 40: it should be less than or equal to 23.",

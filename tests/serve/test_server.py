@@ -30,7 +30,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Cli
-from tests.serve.conftest import Running, serving
+from tests.serve.conftest import Running, serving, top5_of
 from van_deploy.bundle import Bundle
 from van_deploy.config import ServiceSettings
 from van_deploy.errors import UsageError
@@ -427,13 +427,12 @@ class TestJson:
 
 
 class TestImages:
-    def test_an_image_gets_the_canarys_answer(
-        self, server: Running, digits: Bundle, canary: Path
+    def test_an_image_gets_the_golden_answer(
+        self, server: Running, digits: Bundle, original: Path
     ) -> None:
-        status, answer, _ = post(f"{server.url}/predict?compare=1", canary.read_bytes())
+        status, answer, _ = post(f"{server.url}/predict?compare=1", original.read_bytes())
         assert status == 200
-        assert digits.manifest.canary
-        expected = digits.manifest.canary.top5
+        expected = top5_of(digits)
         assert [c["index"] for c in answer["top"]] == [c.index for c in expected]
         found = [c["probability"] for c in answer["top"]]
         np.testing.assert_allclose(found, [c.probability for c in expected], atol=1e-5)
@@ -441,9 +440,9 @@ class TestImages:
         np.testing.assert_allclose(answer["pytorch"]["beside"], found, atol=1e-5)
         assert answer["image"] == {"width": 8, "height": 8}
 
-    def test_a_form_works_too(self, server: Running, canary: Path) -> None:
+    def test_a_form_works_too(self, server: Running, original: Path) -> None:
         start = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a.png"\r\n\r\n'
-        body = start + canary.read_bytes() + b"\r\n--x--\r\n"
+        body = start + original.read_bytes() + b"\r\n--x--\r\n"
         headers = {"Content-Type": "multipart/form-data; boundary=x"}
         status, answer, _ = post(f"{server.url}/predict?top=1", body, headers)
         assert (status, len(answer["top"])) == (200, 1)
@@ -478,8 +477,8 @@ class TestImages:
         found, answer, _ = post(f"{server.url}/predict", body, headers)
         assert (found, message in answer["error"]) == (status, True), answer
 
-    def test_a_truncated_image_is_refused(self, server: Running, canary: Path) -> None:
-        body = canary.read_bytes()
+    def test_a_truncated_image_is_refused(self, server: Running, original: Path) -> None:
+        body = original.read_bytes()
         status, answer, _ = post(f"{server.url}/predict", body[: len(body) // 2])
         assert (status, "cannot be read as an image" in answer["error"]) == (422, True)
 
@@ -504,9 +503,9 @@ class TestImages:
     def test_an_impossible_top_is_refused(self, server: Running, top: str) -> None:
         assert post(f"{server.url}/predict?top={top}", b"x")[0] == 400
 
-    def test_metrics_name_the_model_that_answered(self, digits: Bundle, canary: Path) -> None:
+    def test_metrics_name_the_model_that_answered(self, digits: Bundle, original: Path) -> None:
         with serving(digits) as server:
-            post(f"{server.url}/predict", canary.read_bytes())
+            post(f"{server.url}/predict", original.read_bytes())
             post(f"{server.url}/predict?model=invented", b"x")
             text = get(f"{server.url}/metrics")[1].decode()
         line = 'van_deploy_requests_total{model="%s",route="/predict",status="%d"} 1.0'
@@ -572,25 +571,25 @@ class TestLimits:
             assert client.recv(65536).startswith(b"HTTP/1.1 %d" % status)
 
     def test_a_slow_client_is_cut_off_and_others_are_not_kept_waiting(
-        self, digits: Bundle, canary: Path
+        self, digits: Bundle, original: Path
     ) -> None:
         with serving(digits, read_timeout_s=0.5) as server, connected(server) as slow:
             slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nhalf")
-            assert post(f"{server.url}/predict", canary.read_bytes())[0] == 200
+            assert post(f"{server.url}/predict", original.read_bytes())[0] == 200
             answer = slow.recv(65536)
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"not complete after 0.5 s" in answer
 
-    def test_a_client_that_goes_away_harms_nobody(self, server: Running, canary: Path) -> None:
+    def test_a_client_that_goes_away_harms_nobody(self, server: Running, original: Path) -> None:
         for _ in range(20):
             with connected(server) as gone:
                 gone.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nhalf")
-        assert post(f"{server.url}/predict", canary.read_bytes())[0] == 200
+        assert post(f"{server.url}/predict", original.read_bytes())[0] == 200
         until(lambda: server.service.held.used == 0)
         assert all(served.queue.used == 0 for served in server.service.models.values())
 
     def test_bodies_held_at_once_are_limited_and_given_back(
-        self, digits: Bundle, canary: Path
+        self, digits: Bundle, original: Path
     ) -> None:
         with serving(digits, max_held_mib=1, read_timeout_s=20) as server:
             with connected(server) as slow:
@@ -601,7 +600,7 @@ class TestLimits:
                 assert (status, headers["Retry-After"]) == (503, "1")
                 assert "hold all the memory they may" in answer["error"]
                 assert get(f"{server.url}/v2/health/live")[0] == 200
-                assert post(f"{server.url}/predict", canary.read_bytes())[0] == 200
+                assert post(f"{server.url}/predict", original.read_bytes())[0] == 200
             until(lambda: server.service.held.used == 0)
             assert post(f"{server.url}/predict", bytes(200_000))[0] == 422
 
@@ -651,7 +650,7 @@ class TestLimits:
         assert statuses == [200, 200, 429, 429, 429, 429]
 
     def test_images_and_comparisons_are_under_the_same_limit(
-        self, digits: Bundle, canary: Path
+        self, digits: Bundle, original: Path
     ) -> None:
         gate = threading.Event()
         with (
@@ -664,7 +663,7 @@ class TestLimits:
                 return {"skipped": "not asked"}
 
             server.service._ask_pytorch = held  # type: ignore
-            url, image = f"{server.url}/predict?compare=1", canary.read_bytes()
+            url, image = f"{server.url}/predict?compare=1", original.read_bytes()
             asked = [pool.submit(post, url, image) for _ in range(20)]
             until(lambda: sum(future.done() for future in asked) == 12)
             refused, answer, headers = post(f"{server.url}/predict", image)
@@ -715,8 +714,8 @@ class TestLimits:
         thread.join(30)
         assert [a.shape for a in answers] == [(2, 10)]
 
-    def test_stopping_waits_for_a_body_that_has_begun(self, digits: Bundle, canary: Path) -> None:
-        image = canary.read_bytes()
+    def test_stopping_waits_for_a_body_that_has_begun(self, digits: Bundle, original: Path) -> None:
+        image = original.read_bytes()
         head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(image)}\r\n\r\n"
         with serving(digits) as server, connected(server) as client:
             client.sendall(head.encode() + image[:10])
@@ -726,11 +725,11 @@ class TestLimits:
             client.sendall(image[10:])
             assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
-    def test_a_draining_server_says_503(self, digits: Bundle, canary: Path) -> None:
+    def test_a_draining_server_says_503(self, digits: Bundle, original: Path) -> None:
         with serving(digits) as server:
             server.service.draining = True
             assert get(f"{server.url}/v2/health/ready")[0] == 503
-            status, answer, headers = post(f"{server.url}/predict", canary.read_bytes())
+            status, answer, headers = post(f"{server.url}/predict", original.read_bytes())
             assert (status, answer["error"]) == (503, "The server is shutting down.")
             assert headers["Retry-After"] == "1"
 
@@ -741,7 +740,7 @@ class TestLimits:
             assert held[-1].recv(65536).startswith(b"HTTP/1.1 503")
 
     def test_a_model_that_fails_is_500_and_only_the_log_says_why(
-        self, digits: Bundle, canary: Path, capfd: pytest.CaptureFixture[str]
+        self, digits: Bundle, original: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         with serving(digits, artefacts=("fp32-uint8",)) as server:
             network = server.service.models[BYTES].network
@@ -751,7 +750,7 @@ class TestLimits:
                 raise RuntimeError("out of luck")
 
             network.run = broken  # type: ignore
-            image = canary.read_bytes()
+            image = original.read_bytes()
             status, answer, _ = post(f"{server.url}/predict", image)
             assert (status, answer["error"]) == (500, "The server failed; its log says why.")
             network.run = run  # type: ignore[method-assign]
@@ -786,7 +785,7 @@ class TestKey:
         self,
         digits: Bundle,
         tmp_path: Path,
-        canary: Path,
+        original: Path,
         monkeypatch: pytest.MonkeyPatch,
         source: str,
     ) -> None:
@@ -796,7 +795,7 @@ class TestKey:
             settings = {"api_key_file": tmp_path / "key"}
         else:
             monkeypatch.setenv("VAN_DEPLOY_API_KEY", self.KEY)
-        image = canary.read_bytes()
+        image = original.read_bytes()
         with serving(digits, **settings) as server:
             for path in ("/", "/page.js", "/page.css", "/v2/health/live", "/v2/health/ready"):
                 assert get(server.url + path)[0] == 200
@@ -879,11 +878,11 @@ def command(bundle: Bundle) -> Iterator[tuple[subprocess.Popen[str], dict[str, A
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_command_serves_and_ends_in_order(
-    digits: Bundle, canary: Path, number: signal.Signals
+    digits: Bundle, original: Path, number: signal.Signals
 ) -> None:
     with command(digits) as (process, document):
         assert document["models"] == [BYTES]
-        assert post(f"{document['url']}/predict", canary.read_bytes())[0] == 200
+        assert post(f"{document['url']}/predict", original.read_bytes())[0] == 200
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0
@@ -904,13 +903,13 @@ def test_the_parser_ends_with_a_server_that_is_killed(digits: Bundle) -> None:
 
 @pytest.mark.slow
 def test_spoiled_requests_get_a_status_and_leave_no_traceback(
-    digits: Bundle, canary: Path, capfd: pytest.CaptureFixture[str]
+    digits: Bundle, original: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A seeded share of what ``python -m reliability.requests`` sends: ten thousand."""
     from reliability.requests import fuzz_requests
 
     with serving(digits, artefacts=("fp32-uint8",), read_timeout_s=0.5) as server:
-        statuses, faults = fuzz_requests(server.url, 0, 600, canary.read_bytes())
+        statuses, faults = fuzz_requests(server.url, 0, 600, original.read_bytes())
         assert server.service.held.used == 0
     assert faults == []
     assert {200, 400, 404, 405, 422} <= set(statuses)

@@ -25,7 +25,7 @@ from PIL import Image
 
 from tests.artifacts import Copy, put
 from tests.conftest import Cli
-from tests.serve.conftest import PlanMaker, Running
+from tests.serve.conftest import PlanMaker, Running, top5_of
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions
@@ -442,18 +442,17 @@ class TestManifests:
 class TestClient:
     @pytest.mark.parametrize("artefact", ["fp32-uint8", "fp32"])
     def test_it_gets_the_answer_of_the_bundles_image(
-        self, written: Written, digits: Bundle, server: Running, canary: Path, artefact: str
+        self, written: Written, digits: Bundle, server: Running, original: Path, artefact: str
     ) -> None:
         client = written(digits, artefact) / "client.py"
         done = subprocess.run(
-            [sys.executable, client, "--url", server.address, canary],
+            [sys.executable, client, "--url", server.address, original],
             capture_output=True,
             text=True,
             check=True,
         )
         rows = [line.split("\t") for line in done.stdout.splitlines()]
-        assert digits.manifest.canary
-        expected = digits.manifest.canary.top5
+        expected = top5_of(digits)
         assert [row[2] for row in rows] == [str(item.index) for item in expected]
         found = [float(row[1]) for row in rows]
         np.testing.assert_allclose(found, [i.probability for i in expected], atol=6e-5)

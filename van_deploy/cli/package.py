@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,12 +14,18 @@ from van_deploy.cli.shared import BundlePath, RequireSignature, opened
 from van_deploy.config import PackageSettings
 from van_deploy.errors import GateFailed
 
-__all__ = ["package"]
+__all__ = ["Server", "package"]
+
+
+class Server(str, enum.Enum):
+    """What a package can be for."""
+
+    TRITON = "triton"
 
 
 @with_options
 def package(
-    server: Annotated[Literal["triton"], typer.Argument(help="What serves it.")],
+    server: Annotated[Server, typer.Argument(help="What serves it.")],
     bundle: BundlePath,
     settings: PackageSettings,
     output: Annotated[

@@ -24,6 +24,7 @@ from string import Template
 from van_deploy.bundle import Bundle
 from van_deploy.config import TritonSettings
 from van_deploy.errors import ConversionError, UsageError
+from van_deploy.metrics import Task
 from van_deploy.model.pixels import image_mode
 from van_deploy.runners.onnxruntime import require_onnxruntime
 from van_deploy.serve.triton_model import (
@@ -39,6 +40,7 @@ __all__ = ["filled", "preferred_batches", "write_environment", "write_repository
 
 GOOD_SHARE = 0.9  # of the best throughput: a batch size worth waiting for
 BASE_MIB, PROCESS_MIB = 2048, 512  # of memory: Triton itself, and each process of a Python model
+ODDS = {Task.SINGLE_LABEL: "softmax", Task.REGRESSION: "plain"}
 INTERPRETER = "/usr/bin/python3"  # in NVIDIA's images, which are Ubuntu
 NUMPY = "numpy<2"  # as in NVIDIA's images up to 26.07: Triton 2.51 sends tensors of NumPy 2 empty
 GLIBC_MINORS = (31, 28, 27, 24, 17)  # 2.31 is that of Ubuntu 20.04, the oldest image known here
@@ -210,7 +212,8 @@ def _client(model: TritonModel) -> str:
         "input": json.dumps(network.input.name),
         "datatype": DATATYPES[network.input.dtype],
     }
-    holds = [network.embedding, "softmax", preprocessing.crop_mode, preprocessing.crop_rounding]
+    odds = ODDS.get(network.task, "sigmoid")
+    holds = [network.embedding, odds, preprocessing.crop_mode, preprocessing.crop_rounding]
     return filled("client.py.txt", values, holds)
 
 
