@@ -33,6 +33,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+from van_deploy.precision.cpu import CPU_SCOPE, added_tensors, cpu_scales, cpu_weight_scales
+from van_deploy.precision.cpu_writer import qdq_for_cpu
+from van_deploy.precision.initial import initial_plan, nodes_in_scope
+from van_deploy.precision.observer import float_tensors
+from van_deploy.precision.ranges import lean_batch, record_ranges
+from van_deploy.precision.recording import counted_tensors
+from van_deploy.precision.session import logits_session
+from van_deploy.precision.stage import quantize_bundle
 
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.lane import Row
@@ -46,15 +54,7 @@ from van_deploy.metrics import compare
 from van_deploy.model.embedded import EMBEDDED_NAME, write_digits_folder
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.precision.cpu import CPU_SCOPE, added_tensors, cpu_scales, cpu_weight_scales
-from van_deploy.precision.cpu_writer import qdq_for_cpu
-from van_deploy.precision.initial import initial_plan, nodes_in_scope
 from van_deploy.precision.job_images import choose_images
-from van_deploy.precision.observer import float_tensors
-from van_deploy.precision.ranges import lean_batch, record_ranges
-from van_deploy.precision.recording import counted_tensors
-from van_deploy.precision.session import logits_session
-from van_deploy.precision.stage import quantize_bundle
 
 PARTS = ("accuracy", "digits", "memory", "cpu")
 COLUMNS = (

@@ -44,7 +44,7 @@ class TestManifests:
         with pytest.raises(RecipeError) as caught:
             calibration_set_named("digit")
         assert caught.value.message == "There is no calibration set called 'digit'."
-        assert caught.value.remedy.startswith("Did you mean digits? Known sets: cifar10, digits")
+        assert caught.value.remedy.startswith("Did you mean digits? Known calibration sets: ")
 
     def test_a_users_manifest_is_relative_to_itself(self, folder: Path) -> None:
         manifest = folder.parent / "mine.toml"

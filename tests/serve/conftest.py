@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from van_deploy.bundle import Bundle
+from van_deploy.checks.golden import golden_samples
 from van_deploy.config import ServiceSettings
+from van_deploy.metrics import softmax
 from van_deploy.runners.network import Outputs
 from van_deploy.serve.server import listen, run_server
 from van_deploy.serve.service import Service
@@ -91,6 +95,21 @@ def server(digits: Bundle) -> Iterator[Running]:
 
 
 @pytest.fixture
-def canary(digits: Bundle) -> Path:
-    """Return the bundle's picture."""
-    return digits.path / "canary.png"
+def original(digits: Bundle) -> Path:
+    """Return the bundle's first golden original."""
+    return digits.path / "golden/0.png"
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A class and its probability."""
+
+    index: int
+    probability: float
+
+
+def top5_of(bundle: Bundle) -> list[Likely]:
+    """Return PyTorch's first five classes of the bundle's first golden original."""
+    shares = softmax(golden_samples(bundle).logits[:1])[0]
+    order = np.argsort(-shares, kind="stable")[:5]
+    return [Likely(int(index), float(shares[index])) for index in order]

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from tests.each import each
-from tests.serve.conftest import Running, serving
+from tests.serve.conftest import Running, serving, top5_of
 from van_deploy.bundle import Bundle
 from van_deploy.model.embedded import digits_images
 from van_deploy.model.pixels import normalised, pixels_from_image
@@ -264,22 +264,21 @@ class TestJson:
 
 
 class TestPictures:
-    def test_a_picture_gets_the_canarys_answer(
-        self, server: Running, digits: Bundle, canary: Path
+    def test_a_picture_gets_the_originals_answer(
+        self, server: Running, digits: Bundle, original: Path
     ) -> None:
-        status, answer, _ = post(f"{server.url}/predict?compare=1", canary.read_bytes())
+        status, answer, _ = post(f"{server.url}/predict?compare=1", original.read_bytes())
         assert status == 200
-        assert digits.manifest.canary
-        expected = digits.manifest.canary.top5
+        expected = top5_of(digits)
         assert [c["index"] for c in answer["top"]] == [c.index for c in expected]
         found = [c["probability"] for c in answer["top"]]
         np.testing.assert_allclose(found, [c.probability for c in expected], atol=1e-5)
         assert answer["pytorch"]["largest_difference"] < 1e-5
         assert answer["picture"] == {"width": 8, "height": 8}
 
-    def test_a_form_works_too(self, server: Running, canary: Path) -> None:
+    def test_a_form_works_too(self, server: Running, original: Path) -> None:
         start = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a.png"\r\n\r\n'
-        body = start + canary.read_bytes() + b"\r\n--x--\r\n"
+        body = start + original.read_bytes() + b"\r\n--x--\r\n"
         headers = {"Content-Type": "multipart/form-data; boundary=x"}
         status, answer, _ = post(f"{server.url}/predict?top=1", body, headers)
         assert (status, len(answer["top"])) == (200, 1)
@@ -313,8 +312,8 @@ class TestPictures:
         found, answer, _ = post(f"{server.url}/predict", body, headers)
         assert (found, message in answer["error"]) == (status, True), answer
 
-    def test_a_truncated_picture_is_refused(self, server: Running, canary: Path) -> None:
-        body = canary.read_bytes()
+    def test_a_truncated_picture_is_refused(self, server: Running, original: Path) -> None:
+        body = original.read_bytes()
         status, answer, _ = post(f"{server.url}/predict", body[: len(body) // 2])
         assert (status, "cannot be read as an image" in answer["error"]) == (422, True)
 
@@ -362,23 +361,23 @@ class TestLimits:
         connection.close()
 
     def test_a_slow_client_is_cut_off_and_others_are_not_kept_waiting(
-        self, digits: Bundle, canary: Path
+        self, digits: Bundle, original: Path
     ) -> None:
         with serving(digits, read_timeout_s=0.5) as server:
             host, port = server.address.split(":")
             with socket.create_connection((host, int(port)), timeout=30) as slow:
                 slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nhalf")
-                assert post(f"{server.url}/predict", canary.read_bytes())[0] == 200
+                assert post(f"{server.url}/predict", original.read_bytes())[0] == 200
                 answer = slow.recv(65536)
             assert answer.startswith(b"HTTP/1.1 408")
             assert b"not complete after 0.5 s" in answer
 
-    def test_a_client_that_goes_away_harms_nobody(self, server: Running, canary: Path) -> None:
+    def test_a_client_that_goes_away_harms_nobody(self, server: Running, original: Path) -> None:
         host, port = server.address.split(":")
         for _ in range(20):
             with socket.create_connection((host, int(port)), timeout=30) as gone:
                 gone.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nhalf")
-        assert post(f"{server.url}/predict", canary.read_bytes())[0] == 200
+        assert post(f"{server.url}/predict", original.read_bytes())[0] == 200
 
     def test_a_full_queue_is_429_and_what_waits_is_answered(self, digits: Bundle) -> None:
         gate = threading.Event()
@@ -428,7 +427,7 @@ class TestLimits:
             with pytest.raises(urllib.error.HTTPError, match="503"):
                 urllib.request.urlopen(f"{server.url}/v2/health/ready", timeout=30)
             status, answer, headers = post(
-                f"{server.url}/predict", (digits.path / "canary.png").read_bytes()
+                f"{server.url}/predict", (digits.path / "golden/0.png").read_bytes()
             )
             assert (status, answer["error"]) == (503, "The server is shutting down.")
             assert headers["Retry-After"] == "1"
@@ -451,7 +450,7 @@ class TestLimits:
                 raise RuntimeError("out of luck")
 
             batcher._run = broken
-            picture = (digits.path / "canary.png").read_bytes()
+            picture = (digits.path / "golden/0.png").read_bytes()
             status, answer, _ = post(f"{server.url}/predict", picture)
             assert (status, answer["error"]) == (500, "The model failed: RuntimeError: out of luck")
             batcher._run = run
@@ -493,7 +492,7 @@ def test_the_command_serves_and_ends_in_order(digits: Bundle) -> None:
             text += process.stdout.readline()
         document = json.loads(text)
         assert document["models"] == [BYTES]
-        picture = (digits.path / "canary.png").read_bytes()
+        picture = (digits.path / "golden/0.png").read_bytes()
         assert post(f"{document['url']}/predict", picture)[0] == 200
         process.terminate()
         _, errors = process.communicate(timeout=30)

@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import Cli
 from tests.described import entry
 from tests.each import each
-from tests.serve.conftest import Running
+from tests.serve.conftest import Running, top5_of
 from van_deploy.bundle import Bundle, writing
 from van_deploy.errors import InputError, UsageError
 from van_deploy.serve.triton import package_triton, preferred_batches
@@ -203,19 +203,18 @@ def test_manifests_are_yaml_with_probes_requests_and_scaling(package: Path) -> N
 
 
 @pytest.mark.parametrize("artefact", ["fp32-uint8", "fp32"])
-def test_the_generated_client_gets_the_canarys_answer(
-    digits: Bundle, server: Running, canary: Path, tmp_path: Path, artefact: str
+def test_the_generated_client_gets_the_originals_answer(
+    digits: Bundle, server: Running, original: Path, tmp_path: Path, artefact: str
 ) -> None:
     package_triton(digits, tmp_path / "out", [artefact])
     done = subprocess.run(
-        [sys.executable, tmp_path / "out/client.py", "--url", server.address, canary],
+        [sys.executable, tmp_path / "out/client.py", "--url", server.address, original],
         capture_output=True,
         text=True,
         check=True,
     )
     rows = [line.split("\t") for line in done.stdout.splitlines()]
-    assert digits.manifest.canary
-    expected = digits.manifest.canary.top5
+    expected = top5_of(digits)
     assert [row[2] for row in rows] == [str(item.index) for item in expected]
     found = [float(row[1]) for row in rows]
     np.testing.assert_allclose(found, [i.probability for i in expected], atol=6e-5)

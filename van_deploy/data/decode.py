@@ -21,13 +21,13 @@ import numpy.typing as npt
 from van_deploy.data.items import ImageItem
 from van_deploy.documents import require_regular_file
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.model.pixels import MAX_PIXELS, Pixels, normalised, pixels_from_image
+from van_deploy.model.pixels import MAX_PIXELS, Pixels, image_mode, normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Batch", "decoded_batches", "image_mode", "item_values", "open_image", "opened"]
+__all__ = ["Batch", "decoded_batches", "item_values", "open_image", "opened"]
 
 # What the suffixes stand for; Pillow reads a camera's MPO as JPEG. No others are tried: it gives an
 # EPS to Ghostscript, whatever the file is called.
@@ -35,22 +35,6 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # TIFF 6.0, section 8
 AHEAD = 3
 """Batches decoded before they are asked for: enough to hide a slow file, and a bound on memory."""
-
-
-def image_mode(channels: int) -> str:
-    """Return Pillow's mode of an image with ``channels`` channels.
-
-    Raises:
-        UsageError: no image file has so many.
-    """
-    modes = {1: "L", 3: "RGB", 4: "RGBA"}
-    if channels not in modes:
-        raise UsageError(
-            f"The network takes {channels} channels, and image files have 1, 3 or 4.",
-            f"Only arrays have so many: for --images an .npz with 'images', uint8 (N, S, S, "
-            f"{channels}) or normalised float32 (N, {channels}, S, S); for the server a tensor.",
-        )
-    return modes[channels]
 
 
 def open_image(

@@ -39,8 +39,9 @@ def image_mode(channels: int) -> str:
     """
     if channels not in _MODES:
         raise UsageError(
-            f"No image has {channels} channels.",
-            "Networks for 1, 3 or 4 input channels can be fed from image files.",
+            f"The network takes {channels} channels, and image files have 1, 3 or 4.",
+            f"Only arrays have so many: for --images an .npz with 'images', uint8 (N, S, S, "
+            f"{channels}) or normalised float32 (N, {channels}, S, S); for the server a tensor.",
         )
     return _MODES[channels]
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.canary import CANARY_FILE
 from van_deploy.config import ServiceSettings
 from van_deploy.data import open_image
 from van_deploy.errors import UsageError, VanDeployError
@@ -137,9 +136,10 @@ class Service:
             for rows in {1, network.max_batch}:
                 network.run(np.zeros((rows, *given.shape), given.dtype))
             self._add(served_name(self.bundle, artefact), network)
-        canary = self.bundle.path / CANARY_FILE
-        if canary.is_file():  # Pillow loads its decoders when it first needs them
-            self._pixels(canary.read_bytes())
+        golden = self.bundle.manifest.golden
+        for place in golden.originals[:1] if golden else ():
+            # Pillow loads its decoders when it first needs them.
+            self._pixels((self.bundle.path / place).read_bytes())
 
     def _add(self, name: str, network: Network) -> None:
         def batch_ran(rows: int, seconds: float) -> None:
