@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = (
-    *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray", "cryptography", "starlette"),
+    *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray", "cryptography"),
     *("uvicorn", "prometheus_client", "tritonclient", "sklearn", "skimage", "scipy"),
 )
 
