@@ -17,7 +17,7 @@ READY := .venv/.van-deploy
 TESTED := $(READY)-test-$(RUNTIME)
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: setup demo test test-full test-gpu test-min test-pythons coverage mutate format lint audit check pins bench fuzz faults public-weights clean
+.PHONY: setup demo test test-full test-gpu test-min test-pythons coverage mutate reference format lint audit check pins bench fuzz faults public-weights clean
 
 setup: $(TESTED)
 
@@ -77,6 +77,10 @@ coverage: $(READY)-full
 # Sixty small faults put into the code one by one: which test notices each?
 mutate: $(TESTED)
 	$(BIN)/python -m reliability.mutate
+
+# docs/schemas, the tables of docs/recipe.md and the types of keyword arguments, from the code.
+reference: $(TESTED)
+	$(BIN)/python -m supply_chain.reference
 
 format: $(READY)-lint
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

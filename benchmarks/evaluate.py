@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from van_deploy.checks.contestants import Contestants
 
 from van_deploy.bundle import Bundle
 from van_deploy.bundle.original import original_network
-from van_deploy.checks.contestants import Contestants
 from van_deploy.checks.evaluate import Settings, evaluate_bundle
 from van_deploy.config import ModelSettings, Recipe
 from van_deploy.data import (

@@ -28,7 +28,7 @@ def manifest(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
         path.write_text(spoiled, encoding="utf-8", errors="surrogatepass")
     words = rng.choice((("info",), ("inspect",), ("predict",), ("report",), ("package", "triton")))
     if words == ("predict",):
-        return command("predict", str(target), str(corpus.bundle / "canary.png"))
+        return command("predict", str(target), str(corpus.bundle / "golden/0.png"))
     more = ("--output", str(folder / "out")) if words[0] == "package" else ()
     return command(*words, str(target), *more)
 

@@ -1,7 +1,7 @@
-"""What is written from the tables of options: types of keyword arguments, a page, a schema.
+"""What is written from the code: types of keyword arguments, a page, the JSON Schemas.
 
-``python -m supply_chain.reference`` writes ``van_deploy/option_types.pyi``, the table
-of keys in ``docs/recipe.md`` and ``docs/schemas/recipe.schema.json``; a test compares them.
+``python -m supply_chain.reference`` writes ``van_deploy/option_types.pyi``, the table of
+keys in ``docs/recipe.md`` and ``docs/schemas``; a test compares them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from supply_chain import json_schemas
 from van_deploy import config
 from van_deploy.config.fields import range_text
 from van_deploy.config.named import EXPORT, Named, named_options
 from van_deploy.schema import Settings
 
-__all__ = ["files", "key_table", "option_types", "recipe_schema"]
+__all__ = ["files", "key_table", "option_types"]
 
 BEGIN, END = "<!-- keys: python -m supply_chain.reference -->", "<!-- /keys -->"
 TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
@@ -33,17 +34,8 @@ def files(root: Path) -> Mapping[Path, str]:
     return {
         root / "van_deploy" / "option_types.pyi": option_types(),
         page: table.sub(lambda _: written, text),
-        root / "docs" / "schemas" / "recipe.schema.json": recipe_schema(),
+        **json_schemas.files(root),
     }
-
-
-def recipe_schema() -> str:
-    """Return the JSON Schema of a recipe."""
-    schema = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **config.Recipe.model_json_schema(),
-    }
-    return json.dumps(schema, indent=2) + "\n"
 
 
 def option_types() -> str:

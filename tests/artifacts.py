@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 from filelock import FileLock
 from onnx import ModelProto
@@ -23,8 +25,9 @@ from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe
 from van_deploy.recipe import recipe_named
 
 if TYPE_CHECKING:
-    from van_deploy.data import CheckImages
+    from van_deploy.checks.golden import Samples
     from van_deploy.model.checkpoint import LoadedVan
+    from van_deploy.model.variants import VanConfig
 
 __all__ = [
     "BATCHES",
@@ -33,7 +36,9 @@ __all__ = [
     "MadeOnce",
     "Subject",
     "digits_graph",
+    "enter_engine",
     "export_network",
+    "int8_graph",
     "put",
     "subject_of",
     "with_byte_graph",
@@ -43,7 +48,6 @@ __all__ = [
 BATCHES = BatchRange(1, 2, 8)
 SMALL_SIZE = 32
 CALIBRATION_IMAGES = 48
-SUBJECT_IMAGES = 16
 
 Copy = Callable[..., Path]
 State = dict[str, tuple[int, int]]
@@ -104,13 +108,13 @@ class Subject:
     Attributes:
         bundle: with ``fp32``, ``fp16`` and ``int8``.
         loaded: the original network.
-        pictures: to judge on.
+        samples: its golden samples.
         labelled: folder of labelled images.
     """
 
     bundle: Bundle
     loaded: LoadedVan
-    pictures: CheckImages
+    samples: Samples
     labelled: Path
 
     def graph(self, name: str) -> ModelProto:
@@ -121,12 +125,10 @@ class Subject:
 def subject_of(folder: Path, labelled: Path) -> Subject:
     """Return a bundle that :func:`with_precisions` made, with its network and images."""
     from van_deploy.bundle.original import original_network
-    from van_deploy.data import check_images
+    from van_deploy.checks.golden import golden_samples
 
     bundle = Bundle.open(folder)
-    loaded = original_network(bundle)
-    pictures = check_images(loaded.name, loaded.preprocessing, SUBJECT_IMAGES, labelled)
-    return Subject(bundle, loaded, pictures, labelled)
+    return Subject(bundle, original_network(bundle), golden_samples(bundle), labelled)
 
 
 # --- what is made ----------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def digits_graph(path: Path, size: int) -> None:
     onnx.save(onnx_from_van(folded.model, size, loaded.config.in_chans), path)
 
 
-def export_network(folder: Path, weights: str = "van_digits") -> None:
+def export_network(folder: Path, weights: str = "van_digits", images: Path | None = None) -> None:
     """Write a bundle of the embedded network, or of a checkpoint, with ``BATCHES``."""
     from van_deploy.pipeline import export_bundle, load_for
 
@@ -153,7 +155,7 @@ def export_network(folder: Path, weights: str = "van_digits") -> None:
         recipe = recipe_named(weights).changed(batch=BATCHES)
     else:
         recipe = Recipe(model=ModelSettings(weights=weights), batch=BATCHES)
-    export_bundle(load_for(recipe), recipe, folder)
+    export_bundle(load_for(recipe), recipe, folder, images=images)
 
 
 def with_byte_graph(folder: Path, exported: Path) -> None:
@@ -172,11 +174,10 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     Its largest batch is 6, so that six images are enough to check it.
     """
     from van_deploy.bundle.original import original_network
+    from van_deploy.checks.golden import golden_samples
+    from van_deploy.checks.judging import judge_new
     from van_deploy.data import check_images
-    from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
-    from van_deploy.precision.initial import initial_plan
-    from van_deploy.precision.quantize import qdq_from_plan
-    from van_deploy.precision.ranges import record_ranges
+    from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
 
     shutil.copytree(exported, folder)
     bundle = Bundle.open(folder)
@@ -187,12 +188,30 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     loaded = original_network(bundle)
     model = onnx.load(bundle.verified("fp32"))
     kept = kept_nodes(model, DEFAULT_KEEP)
-    put(bundle, "fp16", "fp16", half_from_fp32(model, kept).model)
-    images = check_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled).inputs
-    plan = initial_plan(model, record_ranges(model, [images], threads=1))
-    scales = {conv.activation: conv.activation_scale for conv in plan.convs.values()}
-    graph = qdq_from_plan(plan, kept=kept)
-    put(bundle, "int8", "int8", graph, quantization={"scales": scales})
+    images = check_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
+    int8 = int8_graph(model, loaded.config, [images.inputs])
+    graphs = {"fp16": fp16_from_fp32(model, kept), "int8": int8}
+    for name, graph in graphs.items():
+        _, record = judge_new(graph, name, golden_samples(bundle))
+        put(bundle, name, name, graph, golden_sqnr_db=record)
+
+
+def int8_graph(
+    model: ModelProto, config: VanConfig, batches: Sequence[npt.NDArray[np.float32]]
+) -> ModelProto:
+    """Return a folded graph with its 1x1 convolutions in INT8 for TensorRT, and no more."""
+    from van_deploy.graph.rebuilt import van_from_onnx
+    from van_deploy.precision.equalize import Equalization
+    from van_deploy.precision.fp16 import DEFAULT_KEEP, kept_nodes
+    from van_deploy.precision.observers import observe
+    from van_deploy.precision.plan import counted_tensors, layers_in_scope, make_plan
+    from van_deploy.precision.qdq import qdq_for_tensorrt
+
+    network = van_from_onnx(model, config)
+    layers = layers_in_scope(network.model, ("pointwise",))
+    ranges = observe(network, batches, counted_tensors(network, layers, "tensorrt"))
+    plan = make_plan(Equalization(network), ranges, layers)
+    return qdq_for_tensorrt(model, plan, kept=kept_nodes(model, DEFAULT_KEEP))
 
 
 def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: Any) -> Bundle:
@@ -213,3 +232,24 @@ def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: An
             )
         )
     return Bundle.open(bundle.path)
+
+
+def enter_engine(folder: Path, name: str, made_from: str = "fp32") -> Bundle:
+    """Return the bundle with a file entered as an engine: nothing without a GPU runs it."""
+    from tests.described import entry
+    from van_deploy.bundle import EngineFacts
+
+    source = Bundle.open(folder).artefact(made_from)
+    plan = f"engines/{name}.plan"
+    with writing(folder) as draft:
+        draft.file(plan).write_bytes(b"no plan")
+        draft.record(
+            entry(
+                *(name, "engine", source.precision, plan, [plan]),
+                made_from=Origin(name=made_from, sha256=source.sha256),
+                engine=EngineFacts(
+                    backend="tensorrt 10.0", targets=("sm_89",), profiles=(), parser_layers=1
+                ),
+            )
+        )
+    return Bundle.open(folder)

@@ -136,11 +136,12 @@ def shared_checkpoint(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cifar_bundle(made_once: MadeOnce, shared_checkpoint: Path) -> Bundle:
+def cifar_bundle(made_once: MadeOnce, shared_checkpoint: Path, shared: Path) -> Bundle:
     """Return the bundle of the shared van_b0 as export leaves it; not to be changed."""
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    images = shared / "data" / "cifar10" / "calib"
     return Bundle.open(
-        made_once("cifar", lambda path: export_network(path, str(shared_checkpoint)))
+        made_once("cifar", lambda path: export_network(path, str(shared_checkpoint), images))
     )
 
 

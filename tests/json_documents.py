@@ -7,7 +7,7 @@ from typing import Any
 
 import jsonschema
 
-from van_deploy.json_schemas import DOCUMENTS, schema_of
+from supply_chain.json_schemas import DOCUMENTS, schema_of
 
 __all__ = ["require_valid"]
 

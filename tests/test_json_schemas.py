@@ -9,24 +9,23 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from supply_chain.json_schemas import DOCUMENTS, INPUTS, files, schema_of
+from tests.each import each
 from tests.json_documents import require_valid
 from van_deploy.bundle import MANIFEST, Bundle
-from van_deploy.documents import plain
-from van_deploy.json_schemas import DOCUMENTS, files, schema_of
+from van_deploy.documents import plain, toml_from
 from van_deploy.model.listing import listed_variants
-
-INPUT = {"recipe.schema.json"}  # written by van_deploy.config.reference
 
 
 def test_the_files_are_what_the_types_say(repository: Path) -> None:
     written = files(repository)
     stale = [path.name for path, text in written.items() if path.read_text() != text]
-    assert stale == [], "run `python -m van_deploy.json_schemas`"
+    assert stale == [], "run `python -m supply_chain.reference`"
     there = {path.name for path in (repository / "docs/schemas").iterdir()}
-    assert there == {path.name for path in written} | INPUT
+    assert there == {path.name for path in written}
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@each("name", DOCUMENTS)
 def test_each_is_a_schema_and_describes_what_it_is(name: str) -> None:
     schema = schema_of(name)
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -51,3 +50,13 @@ def test_what_json_cannot_spell_is_in_the_schema() -> None:
     listed[0]["top1_percent"] = "much"
     with pytest.raises(AssertionError, match="top1_percent"):
         require_valid(listed, "list")
+
+
+def test_a_file_that_ships_is_of_its_schema(repository: Path) -> None:
+    folders = {"calibration-set": "calibration", "recipe": "export"}
+    for name, folder in folders.items():
+        validator = jsonschema.Draft202012Validator(INPUTS[name].model_json_schema())
+        paths = sorted((repository / folder).glob("*.toml"))
+        assert paths
+        for path in paths:
+            assert list(validator.iter_errors(toml_from(path))) == [], path.name

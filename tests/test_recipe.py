@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from supply_chain.reference import files
-from van_deploy.config import BatchRange, Recipe
-from van_deploy.config.named import EXPORT, Changes, changes_from, with_changes
+from tests.each import each
+from van_deploy.config import BatchRange, BenchSettings, Budget, QuantizeSettings, Recipe
+from van_deploy.config.named import EXPORT, RUN, Changes, changes_from, settings_from, with_changes
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
 from van_deploy.recipe import (
@@ -31,14 +32,14 @@ def test_there_is_a_recipe_for_every_variant_and_for_the_embedded_network() -> N
     assert set(builtin_recipes()) == {*VARIANTS, "van_digits"}
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "van_digits"])
+@each("name", [*VARIANTS, "van_digits"])
 def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default(name: str) -> None:
     assert recipe_named(name) == Recipe.model_validate({"model": {"name": name}})
     text = builtin_recipes()[name].read_text()
     assert re.findall(r"^\w+ *=", text, re.MULTILINE) == ["name ="]
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "message", "remedy"),
     [
         ("[modle]\nname='x'", "the key 'modle' is unknown.", "Did you mean 'model'?"),
@@ -94,9 +95,9 @@ def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default
         ),
         (
             "[precision]\ntarget='cpu'\nrest='fp16'",
-            "precision.target cpu keeps what is not INT8 in FP32: a CPU casts FP16 at every "
-            "operator.",
-            "Leave out precision.rest fp16 and precision.half_io.",
+            "precision.rest fp16 is for FP16, and precision.target cpu keeps what is not INT8 in "
+            "FP32: a CPU casts FP16 at every operator.",
+            "",
         ),
         (
             "[engines]\nprecisions=['bf16']",
@@ -181,14 +182,22 @@ def test_a_folder_to_calibrate_on_is_not_taken_for_a_set(mine: Path, tmp_path: P
     assert read_recipe(mine).precision.sources == (tmp_path / "train", None)
 
 
+def test_a_folder_given_to_a_run_takes_the_place_of_the_recipe_s_images(
+    mine: Path, tmp_path: Path
+) -> None:
+    mine.write_text("[precision]\nimages='train'")
+    changes = changes_from(RUN, {"calibration": str(tmp_path)})
+    assert read_recipe(mine, changes).precision.sources == (tmp_path, None)
+
+
 def test_fp16_is_not_asked_what_is_for_int8(mine: Path) -> None:
     mine.write_text(
-        "[precision]\nmake=['fp16', 'int8']\nmethod='entropy'\nscope=['all']\nrest='fp32'\n"
+        "[precision]\nmake=['fp16', 'int8']\nmethod='minmax'\nscope=['all']\nrest='fp32'\n"
         "keep=['block1.0']\nequalize=false\nmax_drop=0.5\n"
     )
     precision = read_recipe(mine).precision
     int8, half = precision.of("int8"), precision.of("fp16")
-    assert (int8.method, int8.scope, int8.rest, int8.max_drop) == ("entropy", ("all",), "fp32", 0.5)
+    assert (int8.method, int8.scope, int8.rest, int8.max_drop) == ("minmax", ("all",), "fp32", 0.5)
     assert (half.precision, half.max_drop, half.rest, half.scope) == ("fp16", None, None, ())
     assert (int8.keep, half.keep, int8.equalize) == (("block1.0",), ("block1.0",), False)
 
@@ -209,13 +218,13 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
         read_recipe(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("text", ["", "1", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1"])
+@each("text", ["", "1", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1"])
 def test_a_batch_range_is_three_numbers(text: str) -> None:
     with pytest.raises(UsageError, match="should be min:opt:max"):
         BatchRange.parse(text)
 
 
-@pytest.mark.parametrize("text", ["4:2:8", "1:9:8"])
+@each("text", ["4:2:8", "1:9:8"])
 def test_a_batch_range_rises(text: str) -> None:
     with pytest.raises(UsageError, match="is not min <= opt <= max"):
         BatchRange.parse(text)
@@ -232,7 +241,7 @@ class TestChanges:
                     "batch.max=8",
                     "model.weights=mine.pth",
                     'precision.make=["int8"]',
-                    "gates.int8.top1_drop = 0.5",
+                    "gates.int8.top1_loss = 0.5",
                 ]
             ),
         )
@@ -240,9 +249,9 @@ class TestChanges:
         assert recipe.batch == BatchRange(1, 2, 8)
         assert recipe.model.weights == "mine.pth"
         assert recipe.precision.make == ("int8",)
-        assert recipe.gates.int8.top1_drop == 0.5
+        assert recipe.gates.int8.top1_loss == 0.5
 
-    @pytest.mark.parametrize(
+    @each(
         ("text", "message", "remedy"),
         [
             (
@@ -280,7 +289,7 @@ class TestChanges:
             "--set precision.calibrate_on_noise and precision.images are both given."
         )
 
-    @pytest.mark.parametrize(
+    @each(
         ("name", "value", "message"),
         [
             ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
@@ -301,6 +310,18 @@ class TestChanges:
     def test_another_name_keeps_the_weights(self) -> None:
         renamed = recipe_for("van_b1", changes_from(EXPORT, {"name": "mine"}))
         assert (renamed.model.name, renamed.model.weights) == ("mine", "van_b1")
+        again = with_changes(recipe_named("van_b1"), changes_from(EXPORT, {"name": "mine"}))
+        assert again == renamed
+
+    def test_keyword_arguments_replace_what_a_table_says(self) -> None:
+        whole = BenchSettings(batches=(1,), budget=Budget(limit_s=9.0, seconds=2.0))
+        found = settings_from(BenchSettings, whole, {"limit": 5, "streams": 2})
+        assert (found.batches, found.streams) == ((1,), 2)
+        assert (found.budget.limit_s, found.budget.seconds) == (5.0, 2.0)
+        noise = settings_from(
+            QuantizeSettings, QuantizeSettings(noise=True), {"calibrate_on_noise": False}
+        )
+        assert noise == QuantizeSettings()
 
     def test_a_recipe_may_be_changed_after_it_was_read(self) -> None:
         recipe = with_changes(recipe_named("van_b1"), Changes({("export", "opset"): 18}))

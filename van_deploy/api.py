@@ -56,7 +56,7 @@ if TYPE_CHECKING:
         VerifyOptions,
     )
     from van_deploy.pipeline import ExportResult
-    from van_deploy.precision.stage import QuantizeResult
+    from van_deploy.precision.pipeline import QuantizeResult
     from van_deploy.run import RunResult
     from van_deploy.serve.packaging import PackageReport
     from van_deploy.serve.predict import Prediction, Speed
@@ -134,9 +134,9 @@ class Bundle:
         """Add an FP16 or INT8 graph, judged beside FP32; ``passed`` if it holds its gate.
 
         Raises:
-            VanDeployError: as :func:`~van_deploy.precision.stage.quantize_bundle`.
+            VanDeployError: as :func:`~van_deploy.precision.pipeline.quantize_bundle`.
         """
-        from van_deploy.precision.stage import quantize_bundle
+        from van_deploy.precision.pipeline import quantize_bundle
 
         asked = settings_from(QuantizeSettings, settings, options)
         images, calibration = asked.sources
@@ -195,7 +195,7 @@ class Bundle:
 
         opened = self.opened()
         report = judging.verify(opened, settings_from(VerifySettings, settings, options), progress)
-        self._record(opened, "verify", report.as_dict())
+        self._record(opened, "verify", report)
         return report
 
     def evaluate(
@@ -219,7 +219,7 @@ class Bundle:
         report = judging.evaluate(
             opened, settings_from(EvaluationSettings, settings, given), progress
         )
-        self._record(opened, "evaluate", report.as_dict())
+        self._record(opened, "evaluate", report)
         return report
 
     def drift(
@@ -239,7 +239,7 @@ class Bundle:
 
         opened = self.opened()
         report = judging.drift(opened, settings_from(DriftSettings, settings, options), progress)
-        self._record(opened, "drift", report.as_dict())
+        self._record(opened, "drift", report)
         return report
 
     def check(
@@ -398,7 +398,7 @@ class Bundle:
         files = write_report(document, opened, Path(output) if output else None)
         return WrittenReport(document.verdict, document.verdict_note, tuple(files))
 
-    def _record(self, opened: on_disk.Bundle, name: str, result: Mapping[str, Any]) -> None:
+    def _record(self, opened: on_disk.Bundle, name: str, result: object) -> None:
         """Keep a result in the manifest; what was signed stays as it was signed."""
         if self._key is not None:
             return

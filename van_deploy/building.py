@@ -13,7 +13,7 @@ from van_deploy.engine.fleet import Outcome, build_here, cells_of, read_fleet
 from van_deploy.engine.planned import build_planned, planned_engines
 from van_deploy.errors import BundleError
 from van_deploy.model.embedded import EMBEDDED_NAME
-from van_deploy.precision.stage import quantize_bundle
+from van_deploy.precision.pipeline import quantize_bundle
 from van_deploy.results import BuildReport, Progress
 
 __all__ = ["build_bundle", "build_fleet", "phases"]

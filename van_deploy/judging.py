@@ -1,4 +1,4 @@
-"""A bundle judged as it was asked for: its network and the images found, then the checks run."""
+"""A bundle judged as it was asked for: what it is compared with found, then the checks run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from van_deploy.bundle import Bundle
+from van_deploy.checks.gates import Allowed
 from van_deploy.checks.opened import Execution
 from van_deploy.config import (
     CheckSettings,
@@ -16,36 +17,35 @@ from van_deploy.config import (
     RunnerSettings,
     VerifySettings,
 )
-from van_deploy.errors import UsageError
-from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.recipe import recipe_named
 from van_deploy.results import Progress
+from van_deploy.runners.network import original_of
 
 if TYPE_CHECKING:
     from van_deploy.checks.drift import DriftReport
     from van_deploy.checks.evaluate_report import EvaluateReport
+    from van_deploy.checks.golden import Samples
     from van_deploy.checks.regression import CheckReport
     from van_deploy.checks.verdicts import VerifyReport
-    from van_deploy.data import CheckImages
+    from van_deploy.model.checkpoint import LoadedVan
 
 __all__ = ["check", "drift", "evaluate", "verify"]
 
-LEAST_IMAGES = 32
-
 
 def verify(bundle: Bundle, asked: VerifySettings, progress: Progress | None) -> VerifyReport:
-    """Return the verdict on every artefact, as :func:`~van_deploy.checks.verify.verify_bundle`."""
+    """Return what is found of each artefact (:func:`~van_deploy.checks.verify.verify_bundle`)."""
     from van_deploy.checks.verify import verify_bundle
 
-    gates, loaded = _gates(asked.recipe), _original(bundle, asked.weights, progress)
+    loaded = _original(bundle, asked.weights, progress) if asked.against == "weights" else None
     return verify_bundle(
         bundle,
-        loaded,
-        _images(bundle, loaded, asked),
-        gates=gates,
+        _samples(bundle, loaded, asked),
+        loaded=loaded,
+        gates=_gates(asked.recipe),
         artefacts=asked.artefacts,
         execution=_execution(asked),
         modules=asked.modules,
+        allowed=_allowed(asked),
         progress=progress,
     )
 
@@ -54,43 +54,40 @@ def evaluate(
     bundle: Bundle, asked: EvaluationSettings, progress: Progress | None
 ) -> EvaluateReport:
     """Return the accuracy, as :func:`~van_deploy.checks.evaluate.evaluate_bundle`."""
-    from van_deploy.checks.evaluate import Settings, evaluate_bundle
-    from van_deploy.checks.measure import images_asked
+    from van_deploy.checks.evaluate import Settings, evaluate_images
 
-    def counted(done: int, total: int) -> None:
-        if progress is not None:
-            progress(f"{done} of {total} images", done, total)
-
-    gates, loaded = _gates(asked.recipe), _original(bundle, asked.weights, progress)
-    labelled = images_asked(asked.images, asked, loaded)
+    loaded = _original(bundle, asked.weights, progress)
     settings = Settings(
         artefacts=asked.artefacts,
         execution=_execution(asked),
         batch=asked.batch,
         workers=asked.workers,
-        resume=asked.resume,
-        journal=asked.journal,
         on_ray=asked.on == "ray",
         ray_address=asked.ray_address or None,
         weights=str(asked.weights) if asked.weights else None,
+        allowed=_allowed(asked),
     )
-    return evaluate_bundle(bundle, loaded, labelled, settings, gates=gates, progress=counted)
+    gates = _gates(asked.recipe)
+
+    def counted(done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{done} of {total} images", done, total)
+
+    return evaluate_images(bundle, loaded, asked.images, asked, settings, gates, counted)
 
 
 def drift(bundle: Bundle, asked: DriftSettings, progress: Progress | None) -> DriftReport:
     """Return where the artefacts drift, as :func:`~van_deploy.checks.drift.drift_of_bundle`."""
     from van_deploy.checks.drift import drift_of_bundle
-    from van_deploy.data import check_images
+    from van_deploy.checks.reference import samples_for
 
-    loaded = _original(bundle, asked.weights, progress)
-    images = check_images(loaded.name, loaded.preprocessing, asked.count, asked.images)
+    loaded = _original(bundle, asked.weights, progress) if asked.against == "weights" else None
     return drift_of_bundle(
         bundle,
-        loaded,
-        images.inputs,
+        samples_for(bundle, loaded, asked.images, asked.count).first(asked.count),
+        loaded=loaded,
         level=asked.level,
-        described=images.description,
-        artefacts=asked.artefacts or None,
+        artefacts=asked.artefacts,
         progress=progress,
     )
 
@@ -100,26 +97,55 @@ def check(
 ) -> CheckReport:
     """Return the bundle against its gates and a baseline, which is written with ``update``."""
     from van_deploy.checks.baseline import read_baseline, write_baseline
-    from van_deploy.checks.measure import measure_bundle
+    from van_deploy.checks.evaluate import Settings, evaluate_images
+    from van_deploy.checks.regression import compare_with_baseline
+    from van_deploy.checks.speed import speed_ratios
+    from van_deploy.checks.verify import verify_bundle
+
+    def counted(done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{done} of {total} images", done, total)
 
     gates, known = _gates(asked.recipe), None if update else read_baseline(baseline)
-    loaded = _original(bundle, asked.weights, progress)
-    measured = measure_bundle(
-        bundle,
-        loaded,
-        _images(bundle, loaded, asked),
-        labelled=EvaluateSettings(
-            images=asked.evaluate, labels=asked.labels, class_order=asked.class_order
-        ),
-        gates=gates,
-        execution=_execution(asked),
-        speed=asked.speed,
-        progress=progress,
+    needed = asked.against == "weights" or asked.evaluate is not None or asked.speed
+    loaded = _original(bundle, asked.weights, progress) if needed else None
+    original = loaded if asked.against == "weights" else None
+    samples, execution = _samples(bundle, original, asked), _execution(asked)
+    verified = verify_bundle(
+        bundle, samples, loaded=original, gates=gates, execution=execution, progress=progress
     )
-    report = measured.check(known, allow_skip=asked.allow_skip or update)
+    evaluated = None
+    if asked.evaluate is not None and loaded is not None:
+        table = EvaluateSettings(
+            images=asked.evaluate, labels=asked.labels, class_order=asked.class_order
+        )
+        settings = Settings(execution=execution)
+        evaluated = evaluate_images(bundle, loaded, asked.evaluate, table, settings, gates, counted)
+    ratios = {}
+    if asked.speed and loaded is not None:
+        if progress is not None:
+            progress("Measuring ratios of speed")
+        ratios = speed_ratios(bundle, loaded, samples, execution=execution)
+    report = compare_with_baseline(
+        bundle, samples, known, verified, evaluated, ratios, _allowed(asked)
+    )
     if update and report:
-        write_baseline(baseline, measured.baseline())
+        write_baseline(baseline, report.measured)
     return report
+
+
+def _allowed(asked: VerifySettings | EvaluationSettings | CheckSettings) -> Allowed:
+    """Return what the user lets pass that was not shown."""
+    return Allowed(asked.allow_skip, asked.allow_inconclusive)
+
+
+def _samples(
+    bundle: Bundle, loaded: LoadedVan | None, asked: VerifySettings | CheckSettings
+) -> Samples:
+    from van_deploy.checks.golden import GOLDEN_IMAGES
+    from van_deploy.checks.reference import samples_for
+
+    return samples_for(bundle, loaded, asked.images, asked.count or GOLDEN_IMAGES)
 
 
 def _gates(recipe: str) -> GateSettings | None:
@@ -132,29 +158,12 @@ def _execution(asked: RunnerSettings) -> Execution:
 
 
 def _original(bundle: Bundle, weights: Path | None, progress: Progress | None) -> LoadedVan:
-    from van_deploy.bundle.original import original_network
-
-    loaded = original_network(bundle, weights)
-    if progress is not None:
-        progress("Preparing images")
-    return loaded
-
-
-def _images(
-    bundle: Bundle, loaded: LoadedVan, asked: VerifySettings | CheckSettings
-) -> CheckImages:
-    """Return images to judge on: at least one of the bundle's largest batches of them.
+    """Return the network a bundle was made from.
 
     Raises:
-        UsageError: fewer were asked for than the largest batch has.
+        MissingDependency: PyTorch is not installed.
+        BundleError: the weights have moved, have changed, or are not this bundle's.
     """
-    from van_deploy.data import check_images
-
-    largest = bundle.manifest.batch.max
-    if asked.count is not None and asked.count < largest:
-        raise UsageError(
-            f"{asked.count} images are fewer than the bundle's largest batch, {largest}.",
-            f"Ask for {largest} or more.",
-        )
-    count = asked.count or max(LEAST_IMAGES, largest)
-    return check_images(loaded.name, loaded.preprocessing, count, asked.images)
+    if progress is not None:
+        progress("Loading the original network")
+    return original_of(bundle, weights)

@@ -26,15 +26,14 @@ __all__ = [
     "MANIFEST",
     "SCHEMA",
     "Artefact",
-    "Canary",
     "Description",
     "Embedding",
     "EngineFacts",
+    "Golden",
     "GraphFacts",
     "Manifest",
     "Origin",
     "Precision",
-    "ProbableClass",
     "TensorFacts",
     "inside",
     "manifest_from",
@@ -154,6 +153,8 @@ class Artefact(Schema):
         embedded: preprocessing inside it (see :mod:`van_deploy.graph.embed`).
         engine: what it is, if it is an engine.
         quantization: how it was quantised and what that cost, as measured.
+        golden_sqnr_db: SQNR of its logits on the golden samples when it was made, by
+            runner, numeric class and what else it depends on.
     """
 
     name: FileName = Field(default="", exclude=True)
@@ -167,6 +168,7 @@ class Artefact(Schema):
     embedded: Embedding = "none"
     engine: EngineFacts | None = None
     quantization: Table = Field(default_factory=dict)
+    golden_sqnr_db: dict[Text, float] = Field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -179,34 +181,22 @@ class Artefact(Schema):
         return content_key(self.made_with)
 
 
-class ProbableClass(Schema):
-    """A class and its probability.
+class Golden(Schema):
+    """Images in the bundle with PyTorch's own answers to them, to judge every artefact on.
 
     Attributes:
-        index: of the class, in the order of the logits.
-        probability: 0 to 1.
-    """
-
-    index: Count
-    probability: Annotated[float, Field(ge=0, le=1)]
-
-
-class Canary(Schema):
-    """An image in the bundle, and what PyTorch answers to it.
-
-    Attributes:
-        file: the image.
-        sha256: of the file, in hexadecimal.
-        image: what it is, one phrase.
-        reference: what gave the answer.
-        top5: the most probable classes, most probable first.
+        file: the arrays (see :mod:`van_deploy.checks.golden`).
+        count: how many images.
+        images: what they are, one phrase.
+        originals: encoded images that the first of them were read from.
+        licence: under which terms the images may be passed on.
     """
 
     file: Place
-    sha256: Text
-    image: Text
-    reference: Text
-    top5: tuple[ProbableClass, ...]
+    count: Count
+    images: Text
+    originals: tuple[Place, ...]
+    licence: Text
 
 
 def _positive(config: VanConfig) -> VanConfig:
@@ -228,7 +218,7 @@ class Description(Schema):
         class_names: in the order of the logits; None where nobody says.
         batch: the batch sizes the bundle is made for.
         versions: of what made the bundle, by package.
-        canary: an image and PyTorch's answer; None where there is none.
+        golden: images and PyTorch's answers; None where they were left out.
     """
 
     name: FileName
@@ -239,7 +229,7 @@ class Description(Schema):
     class_names: Annotated[tuple[Label, ...], Field(min_length=1)] | None
     batch: BatchRange
     versions: dict[Text, Text]
-    canary: Canary | None = None
+    golden: Golden | None = None
 
 
 def _named(artefacts: dict[str, Artefact]) -> dict[str, Artefact]:

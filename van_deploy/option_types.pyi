@@ -37,13 +37,15 @@ class BuildOptions(TypedDict, total=False):
     check_reproducible: bool
 
 class CheckOptions(TypedDict, total=False):
+    allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
+    allow_inconclusive: bool
+    against: Literal["golden", "weights"]
     images: str | Path | None
     count: int | None
     runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
     trust_engine: bool
     weights: str | Path | None
     recipe: str
-    allow_skip: bool
     evaluate: str | Path | None
     labels: str | Path | None
     class_order: Literal["strings", "natural", "index", "names"] | None
@@ -52,11 +54,14 @@ class CheckOptions(TypedDict, total=False):
 class DriftOptions(TypedDict, total=False):
     artefacts: Sequence[str]
     weights: str | Path | None
+    against: Literal["weights", "golden"]
     level: Literal["stage", "block", "module"]
     images: str | Path | None
     count: int
 
 class EvaluateOptions(TypedDict, total=False):
+    allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
+    allow_inconclusive: bool
     artefacts: Sequence[str]
     runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
     trust_engine: bool
@@ -70,8 +75,6 @@ class EvaluateOptions(TypedDict, total=False):
     limit: int | None
     batch: int
     workers: int
-    resume: bool
-    journal: str | Path | None
     on: Literal["here", "ray"]
     ray_address: str
 
@@ -95,17 +98,22 @@ class ExportOptions(TypedDict, total=False):
     simplify: bool
     embed_preprocess: Literal["none", "normalize", "uint8"]
     outputs: Sequence[Literal["logits", "probabilities", "top5"]]
+    golden: Literal["images", "samples", "none"]
     batch: str
     precision: Sequence[Literal["fp16", "int8"]]
     calibration: str
 
 class PackageOptions(TypedDict, total=False):
+    backend: Literal["onnxruntime", "python"]
+    instances: int
+    threads: int
+    gpu: bool
+    model_version: int
+    triton_release: str
+    triton_python: str
     queue_delay_us: int
     queue_limit: int
     queue_timeout_ms: int
-    instances: int
-    gpu: bool
-    triton_release: str
     artefacts: Sequence[str]
 
 class PredictOptions(TypedDict, total=False):
@@ -124,21 +132,24 @@ class QuantizeOptions(TypedDict, total=False):
     evaluate: str | Path | None
     class_order: Literal["strings", "natural", "index", "names"] | None
     calibrate_on_noise: bool
-    method: Literal["minmax", "average", "percentile", "mse", "entropy", "auto"]
+    method: Literal["mse", "percentile", "minmax"]
     percentile: float
     scope: Sequence[str]
     rest: Literal["fp16", "fp32"] | None
     equalize: bool
-    refine: bool
+    bias_correction: bool
     max_drop: float | None
     evaluations: int
     keep: Sequence[str]
     keep_defaults: bool
     half_io: bool
     strict: bool
+    allow_inconclusive: bool
     threads: int | None
 
 class RunOptions(TypedDict, total=False):
+    allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
+    allow_inconclusive: bool
     runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
     trust_engine: bool
     images: str | Path | None
@@ -146,6 +157,9 @@ class RunOptions(TypedDict, total=False):
     force: bool
 
 class VerifyOptions(TypedDict, total=False):
+    allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
+    allow_inconclusive: bool
+    against: Literal["golden", "weights"]
     images: str | Path | None
     count: int | None
     artefacts: Sequence[str]

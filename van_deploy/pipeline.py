@@ -12,17 +12,20 @@ from typing import Any
 from van_deploy.bundle import (
     Artefact,
     Bundle,
-    Canary,
     Description,
     Draft,
+    Golden,
     GraphFacts,
     Origin,
     writing,
 )
-from van_deploy.checks.agreement import AgreementReport, check_agreement
-from van_deploy.checks.canary import CANARY_FILE, canary_entry, write_canary_picture
+from van_deploy.checks.gates import Outcome
+from van_deploy.checks.golden import GOLDEN_FILE, Samples, images_for_golden, write_golden
+from van_deploy.checks.judging import Judged, batch_sizes, judge_new
+from van_deploy.checks.reference import reference_samples
 from van_deploy.config import Recipe
-from van_deploy.data import check_images, class_names_from_file, open_image
+from van_deploy.data import check_images, class_names_from_file
+from van_deploy.documents import plain
 from van_deploy.errors import BundleError, GateFailed, InputError, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.embed import check_embedding
@@ -31,11 +34,9 @@ from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.graph.simplify import operator_counts, simplify_onnx
 from van_deploy.model.checkpoint import LoadedVan, load_van
-from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
-from van_deploy.runners.base import Images, Logits, run_in_batches
+from van_deploy.runners.base import Images, run_in_batches
 from van_deploy.runners.onnxruntime import (
-    OnnxRuntimeRunner,
     onnxruntime_logits,
     require_onnxruntime,
 )
@@ -43,12 +44,11 @@ from van_deploy.runners.pytorch import TorchRunner
 from van_deploy.schema import validated
 from van_deploy.serve.embedded import Embedded, embed_artefacts
 
-__all__ = ["ExportResult", "check_batches", "embed_in_bundle", "export_bundle", "load_for"]
+__all__ = ["ExportResult", "embed_in_bundle", "export_bundle", "load_for"]
 
 MODEL_FILE = "model.onnx"
 LABELS_FILE = "labels.txt"
 REFERENCE_BATCH = 8  # images PyTorch sees at a time: enough to be fast, few enough to be lean
-CHECK_IMAGES = 8  # different ones; a larger batch repeats them in another order
 PROOF_IMAGES = 2
 PROOF_SIDE = 96  # pixels: enough for the large kernels to have an inside and borders
 EMBED_PROOF_IMAGES = 8  # the same graph again, with known nodes before it
@@ -135,12 +135,6 @@ def _is_known(name: str) -> bool:
     return name in {EMBEDDED, *VARIANTS, *(a for v in VARIANTS.values() for a in v.aliases)}
 
 
-def check_batches(recipe: Recipe) -> tuple[int, ...]:
-    """Return the batch sizes an artefact is checked at: 1, 2, 3, the optimum and the maximum."""
-    wanted = {1, 2, 3, recipe.batch.opt, recipe.batch.max}
-    return tuple(sorted(b for b in wanted if b <= recipe.batch.max))
-
-
 def export_bundle(
     loaded: LoadedVan,
     recipe: Recipe,
@@ -157,7 +151,8 @@ def export_bundle(
         loaded: the network, from :func:`load_for`.
         recipe: how to deploy it.
         output: the bundle's folder, made if need be.
-        images: folder of images to check on; None takes sample pictures.
+        images: images to check on, and the golden samples unless the recipe takes others;
+            None takes sample photographs.
         rewrites: which exact rewrites to make; by default what the recipe says.
         force: make it anew even if it is there already.
         progress: told the name of each stage as it begins.
@@ -173,14 +168,10 @@ def export_bundle(
     check_embedding(recipe.export.embed_preprocess, recipe.export.outputs)
     clock = _Clock(progress)
     clock.stage("Preparing images")
-    batches = check_batches(recipe)
-    checked = check_images(
-        loaded.name,
-        loaded.preprocessing,
-        max(PROOF_IMAGES, min(max(batches), CHECK_IMAGES)),
-        images,
-    )
-    inputs, described = checked.inputs, checked.description
+    batches = batch_sizes(recipe.batch)
+    source = None if recipe.export.golden == "samples" else images
+    checked, originals = images_for_golden(loaded.name, loaded.preprocessing, source)
+    inputs = checked.inputs
     made_with = _ingredients(loaded, recipe, rewrites, inputs)
     reason = _why_anew(output, made_with, force)
     if not reason:
@@ -192,9 +183,8 @@ def export_bundle(
         clock.stage("Folding and proving the rewrites")
         fold = fold_van(loaded.model, _proof_images(inputs), rewrites)
         _require_fold(fold)
-        clock.stage("Running the original network")
-        with TorchRunner(loaded.model) as original:
-            expected = run_in_batches(original, inputs, REFERENCE_BATCH)
+        clock.stage("Running the original network in float64")
+        samples = reference_samples(loaded, checked)
         clock.stage("Exporting to ONNX")
         size = loaded.preprocessing.image_size
         model = onnx_from_van(
@@ -216,30 +206,18 @@ def export_bundle(
         files = save_onnx(model, draft.file(MODEL_FILE))
         del model, fold
         clock.stage(f"Checking agreement at batch {', '.join(map(str, batches))}")
-        report = _agreement(draft, expected, inputs, batches, described)
-        checks["agreement"] = report.as_dict()
-        clock.stage("Keeping a canary")
-        canary = None
-        if checked.pixels is not None and loaded.config.in_chans in {1, 3, 4}:
-            canary = _canary(draft, loaded, images)
-            files = [*files, CANARY_FILE]
-        draft.description = _description(loaded, recipe, canary)
+        judged, record = _agreement(draft, samples, batches)
+        checks["agreement"] = {"images": samples.description, **plain(judged)}
+        golden = None
+        if recipe.export.golden != "none":
+            golden = write_golden(draft, samples, originals, users=source is not None)
+            files = [*files, GOLDEN_FILE, *golden.originals]
+        draft.description = _description(loaded, recipe, golden)
         draft.checks.update(checks)
-        _record(draft, loaded, files, made_with, facts)
+        _record(draft, loaded, files, made_with, facts, record)
     embedded = _embed(output, loaded, recipe, images, clock)
     bundle = Bundle.open(output)
     return ExportResult(bundle, False, reason, loaded.source.notes, clock.seconds, embedded)
-
-
-def _canary(draft: Draft, loaded: LoadedVan, images: Path | None) -> Canary:
-    """Write the canary and return its entry in the manifest: PyTorch's answer to that file."""
-    path = draft.file(CANARY_FILE)
-    described = write_canary_picture(path, loaded.name, loaded.preprocessing, images)
-    image = open_image(path, channels=loaded.preprocessing.channels)
-    pixels = pixels_from_image(image, loaded.preprocessing)
-    inputs = normalised(pixels[None], loaded.preprocessing)
-    with TorchRunner(loaded.model) as original:
-        return canary_entry(path, original.run(inputs), described)
 
 
 def _embed(
@@ -268,7 +246,7 @@ def embed_in_bundle(
         UsageError: the recipe asks for nothing to embed.
         GateFailed: an embedded graph does not answer as its plain one; nothing was written.
     """
-    batches = [batch for batch in check_batches(recipe) if batch <= EMBED_PROOF_IMAGES]
+    batches = [batch for batch in batch_sizes(recipe.batch) if batch <= EMBED_PROOF_IMAGES]
     checked = check_images(loaded.name, loaded.preprocessing, max(batches), images)
     pixels = checked.pixels
     if pixels is None:
@@ -292,19 +270,18 @@ def embed_in_bundle(
 
 
 def _agreement(
-    draft: Draft, expected: Logits, inputs: Images, batches: tuple[int, ...], described: str
-) -> AgreementReport:
-    with OnnxRuntimeRunner(draft.file(MODEL_FILE), arena=False) as runner:
-        report = check_agreement(expected, runner, inputs, batches, described=described)
-    if not report:
+    draft: Draft, samples: Samples, batches: tuple[int, ...]
+) -> tuple[Judged, dict[str, float]]:
+    """Return what the exported graph says at every batch size, and the SQNR to record of it."""
+    judged, record = judge_new(draft.file(MODEL_FILE), "fp32", samples, batches)
+    if judged.outcome is not Outcome.PASS:
+        wrong = [f.message for f in judged.findings if f.outcome is Outcome.FAIL]
         raise GateFailed(
-            "The exported graph is not the network it was made from: "
-            + "; ".join(report.failures[:4])
-            + ".",
+            f"The exported graph is not the network it was made from: {'; '.join(wrong[:4])}.",
             "Nothing was written. Find the cause with --no-fold and --no-simplify; "
             "if one of them helps, please report it.",
         )
-    return report
+    return judged, record
 
 
 def _require_fold(report: FoldReport) -> None:
@@ -357,7 +334,7 @@ def _why_anew(output: Path, made_with: Mapping[str, Any], force: bool) -> str:
     return f"changed since: {', '.join(changed)}"
 
 
-def _description(loaded: LoadedVan, recipe: Recipe, canary: Canary | None) -> Description:
+def _description(loaded: LoadedVan, recipe: Recipe, golden: Golden | None) -> Description:
     """Return what the manifest says of the network."""
     values = {
         "name": loaded.name,
@@ -368,7 +345,7 @@ def _description(loaded: LoadedVan, recipe: Recipe, canary: Canary | None) -> De
         "class_names": loaded.class_names or None,
         "batch": recipe.batch,
         "versions": tool_versions(*EXPORT_TOOLS, "onnxruntime"),
-        "canary": canary,
+        "golden": golden,
     }
     return validated(
         Description,
@@ -385,6 +362,7 @@ def _record(
     files: list[str],
     made_with: Mapping[str, Any],
     facts: GraphFacts,
+    record: dict[str, float],
 ) -> None:
     if loaded.class_names:
         text = "\n".join(loaded.class_names) + "\n"
@@ -400,6 +378,7 @@ def _record(
             made_from=Origin(name="weights", sha256=loaded.source.sha256),
             made_with=dict(made_with),
             graph=facts,
+            golden_sqnr_db=record,
         )
     )
 

@@ -28,7 +28,7 @@ from van_deploy.config import (
     Recipe,
 )
 from van_deploy.config.fields import InFile, key_of
-from van_deploy.config.named import Changes, put
+from van_deploy.config.named import Changes, put_all
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.schema import Settings, table_in, toml_tables, validated
 
@@ -137,11 +137,7 @@ def read_recipe(path: Path, changes: Changes | None = None) -> Recipe:
 
 
 def _changed(tables: dict[str, Any], changes: Changes, where: str) -> Recipe:
-    model = tables.get("model")
-    if ("model", "name") in changes.values and isinstance(model, dict) and model.get("name"):
-        model.setdefault("weights", model["name"])  # another name, and still these weights
-    for place, value in changes.values.items():
-        put(tables, place, value)
+    put_all(tables, changes)
     return validated(Recipe, tables, where=where, error=RecipeError, spelling=changes.spelling)
 
 

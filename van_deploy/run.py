@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from van_deploy.bundle import Bundle
+from van_deploy.checks.evaluate import Settings, evaluate_images
 from van_deploy.checks.evaluate_report import EvaluateReport
-from van_deploy.checks.measure import evaluate_folder
+from van_deploy.checks.gates import Allowed
 from van_deploy.checks.opened import Execution
 from van_deploy.checks.record import record_check
+from van_deploy.checks.reference import samples_for
 from van_deploy.checks.verdicts import VerifyReport
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import EngineSettings, Recipe, RunSettings
-from van_deploy.data import check_images
+from van_deploy.documents import plain
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.pipeline import ExportResult, embed_in_bundle, export_bundle
 
 if TYPE_CHECKING:
     from van_deploy.engine.planned import Planned
-    from van_deploy.precision.stage import QuantizeResult
+    from van_deploy.precision.pipeline import QuantizeResult
 
 __all__ = ["Made", "RunResult", "export_recipe", "run_recipe"]
-
-LEAST_IMAGES = 32
 
 Progress = Callable[[str], None]
 
@@ -80,8 +80,8 @@ class RunResult:
             "passed": self.passed,
             "export": {"reused": self.export.reused, "reason": self.export.reason},
             "made": [asdict(made) for made in self.made],
-            "verify": self.verify.as_dict(),
-            "evaluate": self.evaluate.as_dict() if self.evaluate else None,
+            "verify": plain(self.verify),
+            "evaluate": plain(self.evaluate),
         }
 
 
@@ -118,28 +118,32 @@ def run_recipe(
     made = [Made(result.artefact, result.reason, result.passed) for result in precisions]
     made += _built(output, recipe.engines, engines, settings.force, say)
     bundle = Bundle.open(output)
-    say("Preparing images")
-    count = max(LEAST_IMAGES, recipe.batch.max)
+    say("Verifying")
     execution = Execution(settings.runner, settings.trust_engine)
+    allowed = Allowed(settings.allow_skip, settings.allow_inconclusive)
     verify = verify_bundle(
         bundle,
-        loaded,
-        check_images(loaded.name, loaded.preprocessing, count, settings.images),
+        samples_for(bundle, loaded, None),
+        loaded=loaded,
         gates=recipe.gates,
         execution=execution,
+        allowed=allowed,
         progress=progress,
     )
-    record_check(bundle, "verify", verify.as_dict())
-    evaluate = evaluate_folder(
-        bundle,
-        loaded,
-        recipe.evaluate,
-        gates=recipe.gates,
-        execution=execution,
-        progress=progress,
-    )
-    if evaluate is not None:
-        record_check(bundle, "evaluate", evaluate.as_dict())
+    record_check(bundle, "verify", verify)
+    evaluate = None
+    if recipe.evaluate.images is not None:
+        say("Evaluating")
+        evaluate = evaluate_images(
+            bundle,
+            loaded,
+            recipe.evaluate.images,
+            recipe.evaluate,
+            Settings(execution=execution, allowed=allowed),
+            recipe.gates,
+            lambda done, total: say(f"{done} of {total} images"),
+        )
+        record_check(bundle, "evaluate", evaluate)
     return RunResult(Bundle.open(output), exported, tuple(made), verify, evaluate)
 
 
@@ -165,7 +169,7 @@ def export_recipe(
     Raises:
         VanDeployError: as :func:`run_recipe`.
     """
-    from van_deploy.precision.stage import quantize_bundle
+    from van_deploy.precision.pipeline import quantize_bundle
 
     exported = export_bundle(loaded, recipe, output, images=images, force=force, progress=progress)
     made = []

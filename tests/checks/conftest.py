@@ -1,35 +1,51 @@
-"""Bundles to judge, and broken ones: the digits and, where it is, the CIFAR-10 network."""
+"""Bundles to judge, and broken ones whose manifest vouches for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from onnx import ModelProto
 
-from tests.artifacts import Copy, Subject, put, subject_of
-from van_deploy.bundle import Bundle
+from tests.artifacts import Copy, Subject, put
+from van_deploy.bundle import MANIFEST, Bundle
+from van_deploy.files import file_sha256
 
 Broken = Callable[..., Bundle]
 
 
+def overwritten(bundle: Bundle, name: str, model: ModelProto) -> Bundle:
+    """Return the bundle with another graph in an artefact's file, and only digests rewritten."""
+    right = bundle.artefact(name)
+    onnx.save(model, bundle.path / right.file)
+    manifest = bundle.path / MANIFEST
+    new = file_sha256(bundle.path / right.file)
+    manifest.write_text(manifest.read_text().replace(right.sha256, new))
+    return Bundle.open(bundle.path)
+
+
 @pytest.fixture(scope="session")
-def digits(precisions_bundle: Path, heldout_200: Path) -> Subject:
+def digits(judged: Subject) -> Subject:
     """Return the digits' bundle; it must not be changed."""
-    return subject_of(precisions_bundle, heldout_200)
+    return judged
 
 
 @pytest.fixture
 def broken(copy_of: Copy) -> Broken:
-    """Return a function that puts a broken graph in the place of an artefact, in a copy."""
+    """Return a function that puts a broken graph in the place of an artefact, in a copy.
+
+    What was recorded when the right one was made stays recorded: only digests are rewritten.
+    """
 
     def replace(
         whole: Subject, name: str, precision: str, model: ModelProto, **more: Any
     ) -> Bundle:
-        if name == "int8":  # what was recorded when the right one was made stays recorded
-            more = {"quantization": whole.bundle.artefact("int8").quantization, **more}
-        return put(Bundle.open(copy_of(whole, "broken")), name, precision, model, **more)
+        copy = Bundle.open(copy_of(whole, "broken"))
+        right = copy.artefacts.get(name)
+        if right is None or more:
+            return put(copy, name, precision, model, **more)
+        return overwritten(copy, name, model)
 
     return replace

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.each import each
 from van_deploy.data.calibration import choose, digits_set, noise_set, refuse_overlap, split
 from van_deploy.data.items import ImageItem, ImageSet, image_set
 from van_deploy.errors import ImageError
@@ -84,7 +85,7 @@ def test_a_copy_of_a_held_out_image_is_not_calibrated_on(folder: Path, tmp_path:
     refuse_overlap(kept, aside)
 
 
-@pytest.mark.parametrize("shades", [[1], [5, 5, 5]])
+@each("shades", [[1], [5, 5, 5]])
 def test_what_cannot_be_split_is_refused(shades: list[int]) -> None:
     items = [ImageItem(str(n), np.full((2, 2), shade, np.uint8)) for n, shade in enumerate(shades)]
     with pytest.raises(ImageError) as refused:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
+from tests.each import each
 from van_deploy.data.decode import Batch, decoded_batches, open_image
 from van_deploy.data.items import ImageItem, image_set
 from van_deploy.errors import ImageError, UsageError
@@ -45,7 +46,7 @@ def for_channels(channels: int) -> Preprocessing:
 # --- opening ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+@each("kind", ["PNG", "BMP", "TIFF", "PPM"])
 def test_a_lossless_picture_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"x.{kind.lower()}"
     path.write_bytes(encoded(gradient(), kind))
@@ -53,7 +54,7 @@ def test_a_lossless_picture_comes_back_as_it_was(kind: str, tmp_path: Path) -> N
         assert np.array_equal(np.asarray(open_image(source)), np.asarray(gradient()))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
+@each("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
 def test_every_mode_becomes_rgb_as_pillow_converts_it(mode: str) -> None:
     picture = gradient().convert(mode)
     opened = open_image(encoded(picture, "TIFF" if mode in {"CMYK", "YCbCr"} else "PNG"))
@@ -76,7 +77,7 @@ def test_a_transparent_palette_keeps_its_colours_and_warns_of_nothing() -> None:
         assert open_image(data).getcolors() == [(16, BLUE)]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@each("kind", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_is_scaled_not_clipped(kind: str) -> None:
     values = np.array([[0, 257, 1000], [32896, 65278, 65535]], dtype=np.uint16)
     opened = np.asarray(open_image(encoded(Image.fromarray(values), kind)))
@@ -101,7 +102,7 @@ def test_twelve_bit_grey_is_scaled_by_its_own_range() -> None:
     assert np.asarray(open_image(data))[..., 0].tolist() == [[255, 128]]
 
 
-@pytest.mark.parametrize(("dtype", "mode"), [(np.int32, "I"), (np.float32, "F")])
+@each(("dtype", "mode"), [(np.int32, "I"), (np.float32, "F")])
 def test_pixels_without_an_agreed_range_are_refused(dtype: type, mode: str) -> None:
     data = encoded(Image.fromarray(np.ones((2, 2), dtype)), "TIFF")
     with pytest.raises(ImageError) as refused:
@@ -120,7 +121,7 @@ def test_the_camera_s_orientation_is_applied() -> None:
     assert np.array_equal(np.asarray(opened), np.asarray(gradient()))
 
 
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "TIFF", "WEBP"])
+@each("kind", ["GIF", "PNG", "TIFF", "WEBP"])
 def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -128,7 +129,7 @@ def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
     assert open_image(data).getcolors() == [(64, RED)]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
+@each("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
 def test_a_truncated_file_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), kind)
@@ -141,7 +142,7 @@ def test_a_truncated_file_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     assert "\n" not in refused.value.message
 
 
-@pytest.mark.parametrize(
+@each(
     ("content", "reason"),
     [
         (b"", "it is in no known image format"),
@@ -187,7 +188,7 @@ def bomb(side: int) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("side", [9_500, 20_000, 2_000_000])
+@each("side", [9_500, 20_000, 2_000_000])
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(side: int) -> None:
     with pytest.raises(ImageError) as refused:
         open_image(bomb(side), name="'bomb.png'")
@@ -252,7 +253,7 @@ def test_four_channels_keep_the_transparency_and_the_others_drop_it() -> None:
     assert np.array_equal(grey, np.asarray(gradient().convert("L")))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "I;16"])
+@each("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr", "I;16"])
 def test_an_image_without_transparency_is_opaque_in_four_channels(mode: str) -> None:
     picture = (
         gradient().convert("L").convert("I;16") if mode == "I;16" else gradient().convert(mode)
@@ -286,7 +287,7 @@ def test_a_fourth_band_that_is_no_transparency_is_not_dropped_in_silence(tmp_pat
     )
 
 
-@pytest.mark.parametrize("channels", [2, 5, 13])
+@each("channels", [2, 5, 13])
 def test_no_image_file_has_other_channels(channels: int) -> None:
     with pytest.raises(UsageError) as refused:
         open_image(encoded(gradient(), "PNG"), channels=channels)
@@ -371,7 +372,7 @@ def test_arrays_of_other_channels_are_taken_as_they_are() -> None:
     assert np.array_equal(second.inputs[0], values)
 
 
-@pytest.mark.parametrize(
+@each(
     ("values", "wanted"),
     [
         (np.zeros((3, 16, 16), np.float32), "(3, 16, 16); the network takes (3, 32, 32)"),

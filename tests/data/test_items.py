@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.each import each
 from van_deploy.data.items import ImageItem, ImageSet, dataset_digest, find_images, image_set
 from van_deploy.errors import ImageError
 
@@ -152,7 +153,7 @@ def saved(path: Path, **arrays: Any) -> ImageSet:
     return image_set(path / "x.npz")
 
 
-@pytest.mark.parametrize(
+@each(
     "values",
     [
         np.zeros((3, 5, 7), np.uint8),
@@ -169,7 +170,7 @@ def test_arrays_are_images_with_or_without_labels(values: Any, tmp_path: Path) -
     assert saved(tmp_path, anything=values).labels is None
 
 
-@pytest.mark.parametrize(
+@each(
     ("arrays", "message"),
     [
         ({"images": np.zeros((4, 5))}, "the images are float64 of shape (4, 5)"),
@@ -193,7 +194,7 @@ def test_other_arrays_are_refused(arrays: dict[str, Any], message: str, tmp_path
     assert refused.value.remedy.startswith("Save it with np.savez(path, images=array")
 
 
-@pytest.mark.parametrize(
+@each(
     ("labels", "least"),
     [
         (np.zeros(2, int), ", from 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key as timm_natural_key
 from torchvision.datasets import ImageFolder
 
+from tests.each import each
 from van_deploy.data.items import ImageSet, image_set
 from van_deploy.data.labels import labelled_images, natural_key, with_labels_if_known
 from van_deploy.data.words import class_names_from_file
@@ -28,6 +30,7 @@ def make(tmp_path: Path) -> Make:
 
     def made(*names: str, folder: str = "images", empty: Sequence[str] = ()) -> Path:
         root = tmp_path / folder
+        shutil.rmtree(root, ignore_errors=True)
         for number, name in enumerate(names):
             path = root / (name if "." in name else f"{name}/x.png")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +65,7 @@ def test_exact_names_go_before_folded_ones(make: Make) -> None:
     assert how(images) == "class folders by class name"
 
 
-@pytest.mark.parametrize(
+@each(
     ("folder", "name"),
     [
         ("Great_White-shark", "great white  shark"),
@@ -149,7 +152,7 @@ FOLDERS = {
 }
 
 
-@pytest.mark.parametrize("names", FOLDERS.values(), ids=FOLDERS)
+@each("names", FOLDERS.values())
 def test_the_orders_are_torchvisions_and_timms(names: list[str], make: Make) -> None:
     root = make(*names)
     strings = labelled_images(root, len(names), class_order="strings")
@@ -161,7 +164,7 @@ def test_the_orders_are_torchvisions_and_timms(names: list[str], make: Make) -> 
     assert all(natural_key(name) == timm_natural_key(name) for name in names)
 
 
-@pytest.mark.parametrize("names", FOLDERS.values(), ids=FOLDERS)
+@each("names", FOLDERS.values())
 def test_orders_that_differ_are_shown_and_not_guessed(names: list[str], make: Make) -> None:
     with pytest.raises(ImageError) as refused:
         labelled_images(make(*names), len(names))
@@ -200,7 +203,7 @@ def test_each_remedy_of_the_refusal_works(make: Make, tmp_path: Path) -> None:
     assert by_folder(images) == {"class10": 0, "class2": 1, "class1": 2}
 
 
-@pytest.mark.parametrize(
+@each(
     ("names", "said"),
     [
         (["airplane", "bird", "cat"], "in sorted order (the weights name no classes)"),
@@ -216,7 +219,7 @@ def test_where_all_orders_agree_nothing_is_asked(names: list[str], said: str, ma
     assert how(images) == f"class folders {said}"
 
 
-@pytest.mark.parametrize(
+@each(
     ("names", "classes", "orders"),
     [
         (["1", "2", "3"], 10, "index or strings or natural"),  # 1 is the first of 1..10, or index 1
@@ -256,7 +259,7 @@ def test_numbers_are_numbers_even_if_the_classes_have_names(make: Make) -> None:
         labelled_images(make(*map(str, range(11)), folder="eleven"), 11, list("abcdefghijk"))
 
 
-@pytest.mark.parametrize("order", ["strings", "natural", "index", "names"])
+@each("order", ["strings", "natural", "index", "names"])
 def test_an_order_that_does_not_fit_is_refused(order: str, make: Make) -> None:
     root = make("x", "y")
     with pytest.raises(ImageError) as refused:
@@ -326,8 +329,8 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("text", WRITTEN.values(), ids=WRITTEN)
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@each("text", WRITTEN.values())
+@each("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_labels_are_read_as_people_write_them(text: str, encoding: str, flat: Path) -> None:
     names = ["the first", "second, or other", "third"]
     images = labelled_by(flat, text.encode(encoding), names=names)
@@ -394,7 +397,7 @@ def test_a_number_that_is_both_a_name_and_an_index_is_not_guessed(flat: Path) ->
     assert [item.label for item in same.items] == [2, 0, 1]
 
 
-@pytest.mark.parametrize("order", ["strings", "natural"])
+@each("order", ["strings", "natural"])
 def test_an_order_of_folders_says_nothing_of_a_file(order: str, flat: Path) -> None:
     with pytest.raises(UsageError) as refused:
         labelled_by(flat, "2\n0\n1\n", class_order=order)
@@ -404,11 +407,11 @@ def test_an_order_of_folders_says_nothing_of_a_file(order: str, flat: Path) -> N
     )
 
 
-@pytest.mark.parametrize(
+@each(
     ("content", "reason"),
     [
-        (b"a.png 1\nb\xe9.png 2\n", "line 2 is not UTF-8"),
         (None, "No such file or directory"),
+        (b"a.png 1\nb\xe9.png 2\n", "line 2 is not UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(
@@ -448,8 +451,8 @@ def test_a_file_beside_flat_images_is_found_up_to_three_folders_above(make: Make
     assert refused.value.message == f"Nothing says which class '{root}/a.png' belongs to."
 
 
-@pytest.mark.parametrize("text", ["data/val/a/x.png\ndata/val/b/x.png\n", "run 7\nfine\n", ""])
-@pytest.mark.parametrize("place", ["", "..", "../.."])
+@each("text", ["data/val/a/x.png\ndata/val/b/x.png\n", "run 7\nfine\n", ""])
+@each("place", ["", "..", "../.."])
 def test_class_folders_do_not_mind_a_file_called_so(text: str, place: str, make: Make) -> None:
     root = make("a", "b", folder="data/val")
     (root / place / "val.txt").write_text(text)

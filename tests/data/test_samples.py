@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.each import each
 from van_deploy.data.decode import open_image, opened
 from van_deploy.data.items import ImageItem, ImageSet
 from van_deploy.data.samples import check_images, dead_leaves_image, sample_set
@@ -167,7 +168,7 @@ def test_a_network_of_other_channels_is_checked_on_synthetic_arrays() -> None:
     )
 
 
-@pytest.mark.parametrize(
+@each(
     "values",
     [
         np.random.default_rng(0).integers(0, 256, (2, 32, 32, 5), dtype=np.uint8),

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.each import each
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.preprocess import OFFICIAL
@@ -241,9 +242,7 @@ def test_another_architecture_is_refused(saved: Path) -> None:
         load_van("van_b0", weights=str(saved))
 
 
-@pytest.mark.parametrize(
-    ("spec", "remedy"), [("van_b4", "mmpretrain's"), ("van_b5", "21K"), ("van_b6", "21K")]
-)
+@each(("spec", "remedy"), [("van_b4", "mmpretrain's"), ("van_b5", "21K"), ("van_b6", "21K")])
 def test_variants_without_public_weights(spec: str, remedy: str) -> None:
     with pytest.raises(UsageError) as error:
         load_van(spec)
@@ -273,6 +272,8 @@ def test_senseless_requests(saved: Path) -> None:
         load_van("van_b0", weights="rnadom")
     with pytest.raises(UsageError, match="Random weights have no digest"):
         load_van("van_b0", weights="random", expect_sha256="0" * 64)
+    with pytest.raises(UsageError, match="Random weights have no digest, no container and no"):
+        load_van("van_b0", weights="random", container="model")
     with pytest.raises(CheckpointError, match=r"There is no file \./absent\.pth|absent\.pth"):
         load_van("./absent.pth")
     with pytest.raises(CheckpointError, match=r"There is no file weights/absent\.pth"):
@@ -385,7 +386,11 @@ def test_eps_is_the_frameworks_own_or_the_callers(
                 "with 1e-06 (--layer-norm-eps)",
             )
         )
-        assert _same(load_van(str(path), layer_norm_eps=1e-6), tiny)
+        chosen = load_van(str(path), layer_norm_eps=1e-6)
+        assert _same(chosen, tiny)
+        assert chosen.source.notes == ()
+    random = load_van("van_b0", weights="random", layer_norm_eps=1e-3)
+    assert random.config.layer_norm_eps == random.model.get_submodule("norm1").eps == 1e-3
     with pytest.raises(UsageError, match=r"^LayerNorm's eps 1 is not between 0 and 1\."):
         load_van(str(path), layer_norm_eps=1.0)
 
@@ -423,7 +428,7 @@ def test_what_the_caller_decides_is_not_looked_at(saved: Path, tiny: VAN) -> Non
         load_van(str(saved), preprocessing=given)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+@each("channels", [1, 2, 4, 13])
 def test_any_number_of_channels_loads(
     tmp_path: Path, tiny_config: VanConfig, channels: int
 ) -> None:

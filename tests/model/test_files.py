@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.each import each
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.files import file_sha256
 from van_deploy.model.files import read_weights
@@ -48,7 +49,7 @@ def _van(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     return {f"{prefix}{n}": t for n, t in state.items() if "conv_spatial" in n or "head" in n}
 
 
-@pytest.mark.parametrize(
+@each(
     "key", ["state_dict", "model", "model_state_dict", "net", "ema", "module", "teacher", "weights"]
 )
 def test_a_container_is_known_by_its_keys(tmp_path: Path, tiny: VAN, key: str) -> None:
@@ -74,7 +75,7 @@ def test_what_stands_among_the_tensors_is_metadata(tmp_path: Path) -> None:
     assert found.metadata == {"epoch": 3, "class_to_idx": {"cat": 0}}
 
 
-@pytest.mark.parametrize("averaged", ["state_dict_ema", "model_ema", "ema", "ema_model.module"])
+@each("averaged", ["state_dict_ema", "model_ema", "ema", "ema_model.module"])
 def test_averaged_weights_come_first_and_the_choice_is_free(
     tmp_path: Path, tiny: VAN, averaged: str
 ) -> None:
@@ -103,7 +104,7 @@ def test_several_networks_must_be_told_apart(tmp_path: Path, tiny: VAN) -> None:
     assert list(read_weights(path, container="teacher.net").tensors) == [f"net.{n}" for n in state]
 
 
-@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@each("suffix", ["pth", "safetensors"])
 def test_a_container_that_is_not_there(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"w.{suffix}"
     flat = suffix == "safetensors"
@@ -210,10 +211,8 @@ class _Evil:
         return (self.call, self.arguments)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize(
-    ("call", "wanted"), [(os.system, "posix.system"), (eval, "eval"), (os.mkdir, "posix.mkdir")]
-)
+@each("zipped", [True, False])
+@each(("call", "wanted"), [(os.system, "posix.system"), (eval, "eval"), (os.mkdir, "posix.mkdir")])
 def test_code_in_a_pickle_is_named_and_does_not_run(
     tmp_path: Path, call: Any, wanted: str, zipped: bool
 ) -> None:
@@ -236,7 +235,7 @@ def test_code_in_a_pickle_of_another_kind_does_not_run(tmp_path: Path) -> None:
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+@each("zipped", [True, False])
 def test_a_whole_pickled_network_is_explained(tmp_path: Path, tiny: VAN, zipped: bool) -> None:
     torch.save(tiny, tmp_path / "whole.pth", _use_new_zipfile_serialization=zipped)
     error = _refusal(tmp_path / "whole.pth")
@@ -253,8 +252,8 @@ def test_torchscript_is_explained(tmp_path: Path) -> None:
     assert "is a TorchScript program" in _refusal(path).message
 
 
-@pytest.mark.parametrize("share", [0.0005, 0.3, 0.9, 0.999])
-@pytest.mark.parametrize("kind", ["zip", "old", "safetensors"])
+@each("share", [0.0005, 0.3, 0.9, 0.999])
+@each("kind", ["zip", "old", "safetensors"])
 def test_truncated_files(tmp_path: Path, kind: str, share: float) -> None:
     path = tmp_path / "w.pth"
     weights = {f"layer{index}.weight": torch.randn(100, 10) for index in range(20)}
@@ -268,7 +267,7 @@ def test_truncated_files(tmp_path: Path, kind: str, share: float) -> None:
     assert "truncated" in str(error)
 
 
-@pytest.mark.parametrize(
+@each(
     ("content", "what"),
     [
         (b"", "is empty"),
@@ -313,7 +312,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     assert "cannot be read: Is a directory" in _refusal(tmp_path).message
 
 
-@pytest.mark.parametrize(
+@each(
     ("thing", "what"),
     [
         ([torch.ones(2)], "holds a list, not a state dict"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.each import each
 from van_deploy.errors import CheckpointError
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.metadata import described
@@ -65,7 +66,7 @@ def test_strides_change_the_network(made: Made, tiny_config: VanConfig) -> None:
     assert loaded.config.mac_count(64) > tiny_config.mac_count(64)
 
 
-@pytest.mark.parametrize(
+@each(
     ("config", "message"),
     [
         ({"strides": [4, 2, 2]}, "'strides' is [4, 2, 2]: it should have at least 4 items"),
@@ -95,7 +96,7 @@ def test_what_contradicts_the_tensors_is_refused(
     assert made()  # without it, as the remedy says
 
 
-@pytest.mark.parametrize(
+@each(
     ("config", "message"),
     [
         ({"architecture": "van_b0"}, "says architecture van_b0; the tensors have None"),
@@ -118,9 +119,7 @@ def test_what_contradicts_timms_configuration(
     assert made(config={"architecture": "van_mine", "model_args": arguments, **sound})
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"bn_eps": 1e-3}, {"gp": "max"}, {"bn_tf": True}, {"model_kwargs": {"a": 1}}]
-)
+@each("arguments", [{"bn_eps": 1e-3}, {"gp": "max"}, {"bn_tf": True}, {"model_kwargs": {"a": 1}}])
 def test_arguments_that_change_the_network(made: Made, arguments: dict[str, Any]) -> None:
     error = refused(made, args=arguments)
     key, value = next(iter(arguments.items()))
@@ -156,7 +155,7 @@ def test_what_the_logits_mean(made: Made) -> None:
     assert made(meta={"cfg": text}).config.problem_type == kind
 
 
-@pytest.mark.parametrize("key", ["cfg", "config"])
+@each("key", ["cfg", "config"])
 def test_mmpretrains_configuration(made: Made, key: str) -> None:
     text = "model = dict(backbone=dict(type='VAN', norm_cfg=dict(type='LN', eps=1e-3)))"
     assert made(meta={key: text}).config.layer_norm_eps == 1e-3
@@ -167,7 +166,7 @@ def test_mmpretrains_configuration(made: Made, key: str) -> None:
 # --- the preprocessing -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "text"),
     [
         ({"img_size": 96}, "96x96 bicubic, crop 0.9, mean 0.5"),
@@ -195,7 +194,7 @@ def test_torchvisions_sides_are_pixels(made: Made) -> None:
     assert (found.image_size, found.resize_size, found.mean[0]) == (224, 232, 0.485)
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "message"),
     [
         ({"input_size": [3, 224, 320]}, "input_size is [3, 224, 320]: only squares are supported."),
@@ -229,7 +228,7 @@ def lists_in_lists(levels: int) -> Any:
     return value
 
 
-@pytest.mark.parametrize("name", ["img_size", "input_size", "mean", "std", "crop_pct", "classes"])
+@each("name", ["img_size", "input_size", "mean", "std", "crop_pct", "classes"])
 def test_lists_that_take_for_ever_to_look_through(tiny_config: VanConfig, name: str) -> None:
     begun = time.monotonic()
     for inside in ({name: lists_in_lists(60)}, {"preprocessing": {name: lists_in_lists(60)}}):
@@ -239,7 +238,7 @@ def test_lists_that_take_for_ever_to_look_through(tiny_config: VanConfig, name: 
     assert time.monotonic() - begun < 10
 
 
-@pytest.mark.parametrize(
+@each(
     ("processor", "text"),
     [
         ({}, "64x64 bicubic, crop 0.875, mean 0.5"),
@@ -261,7 +260,7 @@ def test_processors(made: Made, processor: dict[str, Any], text: str) -> None:
     assert found.source == "the preprocessor_config.json beside the weights"
 
 
-@pytest.mark.parametrize(
+@each(
     ("processor", "reason"),
     [
         ({"image_processor_type": "SegformerImageProcessor"}, "is none of the processors known"),
@@ -313,7 +312,7 @@ def test_processors_that_cannot_be_followed(
     assert made(processor={**PROCESSOR, **processor}, preprocessing=GIVEN)
 
 
-@pytest.mark.parametrize(
+@each(
     ("config", "text"),
     [
         ({"input_size": [3, 64, 64], "crop_pct": 1.0}, "64x64 bicubic, crop 1, mean 0.485/0.456"),
@@ -338,7 +337,7 @@ def test_timms_offsets_are_refused(made: Made) -> None:
         assert f"{key} is 1, which is not supported" in refused(made, config=config).message
 
 
-@pytest.mark.parametrize(
+@each(
     ("steps", "message"),
     [
         ("dict(type='ResizeEdge', scale=73)", "ResizeEdge's backend is not pillow"),
@@ -385,7 +384,7 @@ def test_the_nearest_to_the_weights_is_taken_and_the_others_are_named(made: Made
 # --- the classes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@each(
     "inside",
     [
         {"class_to_idx": {name: index for index, name in reversed(list(enumerate(NAMES)))}},
@@ -414,7 +413,7 @@ def test_what_names_no_class(made: Made) -> None:
     assert made(classes=[1, 2, 3, 4, 5]).class_names == ("1", "2", "3", "4", "5")
 
 
-@pytest.mark.parametrize(
+@each(
     ("inside", "message"),
     [
         ({"classes": NAMES[:4]}, "classes in the file names 4 classes; the network has 5."),

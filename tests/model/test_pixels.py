@@ -13,6 +13,7 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
+from tests.each import each
 from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.pixels import normalised, pixels_from_image
@@ -51,9 +52,9 @@ def assert_same(image: Image.Image, preprocessing: Preprocessing, theirs: Any) -
     assert np.array_equal(preprocessing.transform()(image).numpy(), expected)
 
 
-@pytest.mark.parametrize("mode", ["center", "squash", "border"])
-@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-@pytest.mark.parametrize(("size", "crop"), [(224, 0.9), (65, 0.87), (64, 1.0)])
+@each("mode", ["center", "squash", "border"])
+@each("interpolation", INTERPOLATIONS)
+@each(("size", "crop"), [(224, 0.9), (65, 0.87), (64, 1.0)])
 def test_every_bit_is_timms(interpolation: str, size: int, crop: float, mode: str) -> None:
     preprocessing = OFFICIAL.override(
         image_size=size, crop_pct=crop, interpolation=interpolation, crop_mode=mode, **IMAGENET
@@ -64,7 +65,7 @@ def test_every_bit_is_timms(interpolation: str, size: int, crop: float, mode: st
             assert_same(image, preprocessing, theirs)
 
 
-@pytest.mark.parametrize(
+@each(
     ("args", "size", "crop"),
     [
         ({"val_resize_size": 232, "val_crop_size": 224, "interpolation": "bicubic"}, 232, 224),
@@ -89,9 +90,7 @@ def test_every_bit_is_torchvisions(args: dict[str, Any], size: int, crop: int) -
         assert_same(image, preprocessing, theirs)
 
 
-@pytest.mark.parametrize(
-    ("channels", "mode"), list(itertools.product((1, 3, 4), ("RGB", "L", "RGBA")))
-)
+@each(("channels", "mode"), list(itertools.product((1, 3, 4), ("RGB", "L", "RGBA"))))
 def test_channels_and_modes(channels: int, mode: str) -> None:
     preprocessing = Preprocessing(64, (0.4,) * channels, (0.2,) * channels, "bicubic", 0.9, "test")
     converted = pictures()[1].convert(mode)

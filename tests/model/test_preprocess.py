@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.each import each
 from van_deploy.errors import UsageError
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 
@@ -39,7 +40,7 @@ def test_transform_is_resize_crop_scale_normalise() -> None:
     assert np.abs(tensor.numpy() - by_hand.transpose(2, 0, 1)).max() < 1e-6
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
+@each("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
 def test_pictures_of_any_mode_become_rgb(mode: str) -> None:
     picture = Image.new(mode, (50, 40)) if mode == "I;16" else _picture(50, 40).convert(mode)
     assert OFFICIAL.override(image_size=32).transform()(picture).shape == (3, 32, 32)
@@ -66,7 +67,7 @@ def test_override_says_what_was_asked_for() -> None:
     assert OFFICIAL.override() is OFFICIAL
 
 
-@pytest.mark.parametrize(
+@each(
     ("given", "message"),
     [
         ({"image_size": 31}, "The image_size 31 should be greater than or equal to 32."),
@@ -117,7 +118,7 @@ def test_sides_are_pixels_and_a_new_ratio_is_timms() -> None:
     assert OFFICIAL.override(crop_mode="squash").geometry == "crop 0.9, squash"
 
 
-@pytest.mark.parametrize(
+@each(
     ("changes", "message"),
     [
         ({"resize_size": 200}, "cuts 224 pixels out of an image resized to 200"),

@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.data.config import resolve_data_config
 
+from tests.each import each
 from van_deploy.errors import UsageError
 from van_deploy.model import registry  # noqa: F401
 from van_deploy.model.hub import locate_weights
@@ -48,7 +49,7 @@ def test_data_configuration_is_the_weights() -> None:
     assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 0.9)
 
 
-@pytest.mark.parametrize(("classes", "channels"), [(10, 3), (0, 3), (7, 1)])
+@each(("classes", "channels"), [(10, 3), (0, 3), (7, 1)])
 def test_heads_and_channels(classes: int, channels: int) -> None:
     model = _create("van_b0", num_classes=classes, in_chans=channels).eval()
     output = model(torch.randn(2, channels, 64, 64))

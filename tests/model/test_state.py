@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.each import each
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.architecture import config_from_state_dict, variant_of
 from van_deploy.model.keys import FORMATS, translate_keys
@@ -41,7 +42,7 @@ def _images(count: int = 1, channels: int = 3) -> Tensor:
 # --- names -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@each("target", FORMATS)
 def test_every_name_of_every_format_is_translated(tiny: VAN, renamed: Rename, target: str) -> None:
     official = tiny.state_dict()
     names = list(renamed(official, target))
@@ -51,7 +52,7 @@ def test_every_name_of_every_format_is_translated(tiny: VAN, renamed: Rename, ta
     assert (translation.unused, translation.unknown, translation.beside) == ((), (), ())
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@each("target", FORMATS)
 def test_three_formats_give_the_same_logits(tiny: VAN, renamed: Rename, target: str) -> None:
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     assert torch.equal(_load(renamed(tiny.state_dict(), target))(images), tiny(images))
@@ -165,7 +166,7 @@ def test_backbones_are_called_backbones(
 # --- the architecture ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@each("name", VARIANTS)
 def test_every_variant_is_read_back(name: str) -> None:
     config = VARIANTS[name].config
     with torch.device("meta"):
@@ -174,7 +175,7 @@ def test_every_variant_is_read_back(name: str) -> None:
     assert variant_of(config) == name
 
 
-@pytest.mark.parametrize(
+@each(
     "config",
     [
         VanConfig((8, 8, 16, 16), (1, 1, 1, 1), (4, 3, 2, 1), num_classes=2, in_chans=1),
@@ -246,7 +247,7 @@ def _with_head(tiny: VAN, head: nn.Sequential) -> tuple[State, nn.Module]:
     return {**body, **{f"head.{k}": v for k, v in head.state_dict().items()}}, head.eval()
 
 
-@pytest.mark.parametrize(
+@each(
     ("head", "said", "layers"),
     [
         (nn.Sequential(nn.Dropout(0.2), nn.Linear(24, 7)), None, ("dropout", 7)),

@@ -52,9 +52,9 @@ def accuracy_of_digits(bundle: Bundle) -> dict[str, object]:
 
     import numpy as np
     from PIL import Image
+    from van_deploy.checks.contestants import Answers
 
     from van_deploy.checks.accuracy import accuracy_of, paired_drift
-    from van_deploy.checks.contestants import Answers
     from van_deploy.model.embedded import digits_images
     from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 

@@ -14,7 +14,7 @@ from van_deploy.bundle import Bundle, EngineFacts, Origin, writing
 from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import BundleError, MissingDependency, UsageError
-from van_deploy.runners.network import RUNNERS, Network
+from van_deploy.runners.network import RUNNERS, Network, Obstacle
 
 PIXELS = np.arange(11 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(11, 64, 64, 3)
 
@@ -98,11 +98,14 @@ def test_what_keeps_it_from_running_here(bundle: Bundle) -> None:
     driver = nvidia_driver()
     if driver is not None and driver.gpus:
         pytest.skip("this machine has a GPU")
-    assert Network(bundle, "fp32").obstacle() == ""
-    assert Network(bundle, "e").obstacle() == "engine not executed: no GPU"
-    assert Network(bundle, "fp32", runner="ort-cuda").obstacle() in {
+    assert Network(bundle, "fp32").obstacle() is None
+    assert Network(bundle, "e").obstacle() == Obstacle("engines", "engine not executed: no GPU")
+    cuda = Network(bundle, "fp32", runner="ort-cuda").obstacle()
+    assert cuda is not None
+    assert cuda.kind == "runtimes"
+    assert cuda.reason in {
         "no CUDAExecutionProvider in the ONNX Runtime that is installed",
-        "not executed: no GPU",
+        "CUDAExecutionProvider finds no GPU",
     }
     with pytest.raises(MissingDependency), Network(bundle, "fp32", runner="ort-tensorrt"):
         pass
@@ -142,7 +145,7 @@ def test_the_commands_end_with_3_where_the_gpu_is_missing(
     if driver is not None and driver.gpus:
         pytest.skip("this machine has a GPU")
     words = [command, bundle.path]
-    words += [bundle.path / "canary.png"] if command == "predict" else ["--port", "0"]
+    words += [bundle.path / "golden/0.png"] if command == "predict" else ["--port", "0"]
     result = cli(*words, "--runner", "ort-cuda")
     assert result.exit_code == 3
     assert "CUDAExecutionProvider" in result.stderr

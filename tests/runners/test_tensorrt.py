@@ -25,7 +25,7 @@ from van_deploy.engine.sidecar import read_sidecar, sidecar_path, write_sidecar
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, UsageError
 from van_deploy.metrics import compare
-from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
+from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
 from van_deploy.runners.base import Images, run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.tensorrt import TensorRtRunner, admit, profile_for
@@ -62,7 +62,7 @@ def made(request: pytest.FixtureRequest, made_once: MadeOnce, digits_onnx: Path)
         folder.mkdir()
         model = onnx.load(digits_onnx)
         if request.param == "fp16":
-            model = half_from_fp32(model, kept_nodes(model, DEFAULT_KEEP)).model
+            model = fp16_from_fp32(model, kept_nodes(model, DEFAULT_KEEP))
         source = folder / "model.onnx"
         onnx.save(model, source)
         engine_from_onnx(

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.conftest import Cli
 from tests.each import each
+from tests.serve.conftest import top5_of
 from van_deploy.bundle import Bundle
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.embedded import write_digits_folder
@@ -120,12 +121,11 @@ def test_the_first_frame_of_an_animation(digits: Bundle, folder: Path, tmp_path:
     assert a.top == b.top
 
 
-def test_standard_input(digits: Bundle, canary: Path) -> None:
+def test_standard_input(digits: Bundle, original: Path) -> None:
     command = [sys.executable, "-m", "van_deploy", "predict", str(digits.path), "-", "--json"]
-    done = subprocess.run(command, input=canary.read_bytes(), capture_output=True, check=True)
+    done = subprocess.run(command, input=original.read_bytes(), capture_output=True, check=True)
     top = json.loads(done.stdout)["answers"][0]["top"]
-    assert digits.manifest.canary
-    expected = digits.manifest.canary.top5
+    expected = top5_of(digits)
     assert [c["index"] for c in top] == [c.index for c in expected]
     empty = subprocess.run(command, input=b"", capture_output=True, check=False)
     assert empty.returncode == 5
@@ -146,16 +146,16 @@ def test_what_cannot_be_read_is_refused(
         sources_from(words)
 
 
-def test_impossible_requests(digits: Bundle, canary: Path, cli: Cli) -> None:
-    assert cli("predict", digits.path, canary, "--batch", "9").exit_code == 2
-    assert cli("predict", digits.path, canary, "--top-k", "0").exit_code == 2
+def test_impossible_requests(digits: Bundle, original: Path, cli: Cli) -> None:
+    assert cli("predict", digits.path, original, "--batch", "9").exit_code == 2
+    assert cli("predict", digits.path, original, "--top-k", "0").exit_code == 2
     twice = cli("predict", digits.path, "-", "-")
     assert (twice.exit_code, twice.stderr) == (
         2,
         "error: Standard input can be read once.\n  Give '-' once.\n",
     )
-    assert cli("predict", digits.path, canary, "--json", "--jsonl").exit_code == 2
-    assert cli("predict", digits.path, canary, "--artefact", "fp8").exit_code == 5
-    table = cli("predict", digits.path, canary, "--top-k", "99")
+    assert cli("predict", digits.path, original, "--json", "--jsonl").exit_code == 2
+    assert cli("predict", digits.path, original, "--artefact", "fp8").exit_code == 5
+    table = cli("predict", digits.path, original, "--top-k", "99")
     assert table.exit_code == 0
     assert "95.7%" in table.stdout

@@ -71,7 +71,7 @@ def test_cpp_with_onnx_runtime_alone(digits: Bundle, text: str, tmp_path: Path) 
         check=True,
     )
     with Network(digits, "fp32-uint8") as network:
-        picture = open_image(digits.path / "canary.png")
+        picture = open_image(digits.path / "golden/0.png")
         pixels = pixels_from_image(picture, network.preprocessing)
         expected = network.run(pixels[None])["logits"][0]
     (tmp_path / "pixels.rgb").write_bytes(pixels.tobytes())

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = (
-    *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray", "cryptography", "starlette"),
+    *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray", "cryptography"),
     *("uvicorn", "prometheus_client", "tritonclient", "sklearn", "skimage", "scipy"),
 )
 
@@ -186,7 +186,7 @@ def elsewhere(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Else
     away = Elsewhere(installed, folder)
     made = away.run("export", "van_digits", "--output", "mein Bündel 一", **ASCII)
     assert made.returncode == 0, made.stderr
-    shutil.copy(folder / "mein Bündel 一/canary.png", folder / "Größe eins.png")
+    shutil.copy(folder / "mein Bündel 一/golden/0.png", folder / "Größe eins.png")
     return away
 
 

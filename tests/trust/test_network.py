@@ -91,7 +91,7 @@ def commands(folder: Path) -> list[list[str]]:
         ["evaluate", bundle, "--images", pictures, "--artefact", "fp32"],
         ["check", bundle, "--baseline", baseline, "--update", "--allow-skip"],
         ["inspect", bundle],
-        ["predict", bundle, f"{bundle}/canary.png"],
+        ["predict", bundle, f"{bundle}/golden/0.png"],
         ["package", "triton", bundle, "--output", str(folder / "triton")],
         [
             *("bench", bundle, "--runners", "ort-cpu", "--batches", "1", "--seconds", "0.1"),
@@ -101,7 +101,7 @@ def commands(folder: Path) -> list[list[str]]:
         ["sign", "--new-key", key],
         ["sign", bundle, "--key", key],
         ["verify-signature", bundle, "--public-key", f"{key}.pub"],
-        ["predict", bundle, f"{bundle}/canary.png", "--require-signature", f"{key}.pub"],
+        ["predict", bundle, f"{bundle}/golden/0.png", "--require-signature", f"{key}.pub"],
     ]
     if RTX:
         lines.insert(6, ["build", bundle, "--target", "sm_89", "--optimization-level", "0"])

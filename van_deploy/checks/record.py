@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
-from typing import Any
 
 from van_deploy.bundle import Bundle, writing
 from van_deploy.documents import plain as jsonable
@@ -14,7 +12,7 @@ __all__ = ["jsonable", "record_check"]
 MAY_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def record_check(bundle: Bundle, name: str, result: Mapping[str, Any]) -> str:
+def record_check(bundle: Bundle, name: str, result: object) -> str:
     """Write the result of a check into the manifest, with the digests of the artefacts.
 
     A bundle that may only be read keeps no record; the check is worth no less for it.
@@ -22,7 +20,7 @@ def record_check(bundle: Bundle, name: str, result: Mapping[str, Any]) -> str:
     Args:
         bundle: what was checked.
         name: of the check, such as ``verify``.
-        result: the report's ``as_dict()``.
+        result: the report.
 
     Returns:
         Why nothing was recorded, a sentence, or "".

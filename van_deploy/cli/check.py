@@ -56,7 +56,7 @@ def check(
         write_junit(report, junit)
     if summary is not None:
         append_summary(report, summary)
-    emit(jsonable(report.as_dict()), as_json, lambda _: check_tables(report))
+    emit(jsonable(report), as_json, lambda _: check_tables(report))
     if not report:
         raise GateFailed(check_failure(report), "See the rows above.")
     if update:

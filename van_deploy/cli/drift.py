@@ -47,4 +47,4 @@ def drift(
         remark(f"Wrote {plot}.")
     for text in asked.remarks:
         remark(f"note: {text}")
-    emit(jsonable(report.as_dict()), as_json, lambda _: drift_tables(report, top))
+    emit(jsonable(report), as_json, lambda _: drift_tables(report, top))

@@ -30,7 +30,7 @@ def evaluate(
 
     for text in asked.remarks:
         remark(f"note: {text}")
-    emit(jsonable(report.as_dict()), as_json, lambda _: evaluate_tables(report))
+    emit(jsonable(report), as_json, lambda _: evaluate_tables(report))
     if not report:
         raise GateFailed(
             evaluate_failure(report), "See the rows above; `van-deploy drift` names the module."

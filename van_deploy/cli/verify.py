@@ -31,7 +31,7 @@ def verify(
     for text in asked.remarks:
         remark(f"note: {text}")
     names = asked.manifest.class_names
-    emit(jsonable(report.as_dict()), as_json, lambda _: verify_tables(report, names))
+    emit(jsonable(report), as_json, lambda _: verify_tables(report, names))
     if not report:
         raise GateFailed(
             verify_failure(report), "See the rows above; `van-deploy drift` names the module."

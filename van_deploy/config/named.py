@@ -22,6 +22,7 @@ __all__ = [
     "changes_from",
     "named_options",
     "put",
+    "put_all",
     "settings_from",
     "with_changes",
 ]
@@ -147,9 +148,8 @@ def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
     Raises:
         UsageError: a change is wrong; names the option as it was written.
     """
-    tree = recipe.model_dump(exclude_unset=True, mode="json")
-    for place, value in changes.values.items():
-        put(tree, place, value)
+    tree = _written(recipe)
+    put_all(tree, changes)
     return validated(Recipe, tree, spelling=changes.spelling)
 
 
@@ -161,12 +161,37 @@ def settings_from(schema: type[Table], given: Table | None, values: Mapping[str,
     """
     options = named_options(schema)
     _refuse_unknown(options, values)
-    tree = given.model_dump(exclude_unset=True, mode="json") if given else {}
+    tree = _written(given) if given else {}
     for name, value in values.items():
         put(tree, options[name].place, value)
     return validated(
         schema, tree, spelling={option.place: option.keyword for option in options.values()}
     )
+
+
+def _written(settings: Settings) -> dict[str, Any]:
+    """Return the values that were given, as a file would have them."""
+    plain = settings.as_dict()
+    return {
+        key_of(name, info): _written(value)
+        if isinstance(value := getattr(settings, name), Settings)
+        else plain[name]
+        for name, info in type(settings).model_fields.items()
+        if name in settings.model_fields_set
+    }
+
+
+def put_all(tables: dict[str, Any], changes: Changes) -> None:
+    """Set values in a recipe's tables; a network of another name keeps the weights it had.
+
+    Raises:
+        UsageError: something else is where a table should be.
+    """
+    model = tables.get("model")
+    if ("model", "name") in changes.values and isinstance(model, dict) and model.get("name"):
+        model.setdefault("weights", model["name"])
+    for place, value in changes.values.items():
+        put(tables, place, value)
 
 
 def put(tree: dict[str, Any], place: tuple[str, ...], value: Any) -> None:

@@ -114,6 +114,13 @@ class ExportSettings(Settings):
         ("logits",), "What those graphs give.", panel=GRAPH, min_length=1
     )
 
+    golden: Literal["images", "samples", "none"] = option(
+        "images",
+        "Golden samples, on which the bundle is verified anywhere: the images given (they "
+        "travel in the bundle), the package's own samples, or none.",
+        panel=GRAPH,
+    )
+
     @pydantic.model_validator(mode="after")
     def _each_once(self) -> ExportSettings:
         if len(set(self.outputs)) != len(self.outputs):

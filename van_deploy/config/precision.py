@@ -32,8 +32,8 @@ class _Quantization(Settings):
     )
     calibration: FileOrName = option(
         "",
-        "Images that calibrate: a set's name (digits, imagenet-512), its .toml, a folder or a "
-        ".npz.",
+        "Images that calibrate: a set's name (digits, imagenet-512), its .toml, or a folder or "
+        ".npz, which takes the place of images.",
         panel=IMAGES,
     )
     evaluate: Path | None = option(
@@ -50,16 +50,15 @@ class _Quantization(Settings):
         key="calibrate_on_noise",
         panel=IMAGES,
     )
-    method: Literal["minmax", "average", "percentile", "mse", "entropy", "auto"] = option(
-        "mse",
-        "How ranges become scales; auto takes the best on held-out images.",
-        panel=NUMBERS,
+    method: Literal["mse", "percentile", "minmax"] = option(
+        "mse", "How ranges become scales.", panel=NUMBERS
     )
     percentile: float = option(99.999, "Of the method percentile.", panel=NUMBERS, gt=50, le=100)
     scope: tuple[str, ...] = option(
         (),
         "What becomes INT8: pointwise, deep (all but stem and stage 1), all, or regular "
-        "expressions over module names.",
+        "expressions over module names; auto times the first three and takes the fastest that "
+        "holds its gate.",
         panel=NUMBERS,
         shown_default="pointwise for TensorRT, deep for a CPU",
         commas=False,
@@ -71,10 +70,10 @@ class _Quantization(Settings):
         shown_default="fp16 for TensorRT, fp32 for a CPU",
     )
     equalize: bool = option(
-        True, "Make the exact re-scalings before the ranges are recorded.", panel=NUMBERS
+        True, "Re-scale and shift channels exactly, so that they round better.", panel=NUMBERS
     )
-    refine: bool = option(
-        True, "Correct biases, scales and rounding against FP32's own answers.", panel=NUMBERS
+    bias_correction: bool = option(
+        True, "Take the mean error of every layer out in its bias.", panel=NUMBERS
     )
     max_drop: float | None = option(
         None,
@@ -99,6 +98,7 @@ class _Quantization(Settings):
         "Refuse where FP16 cannot hold a tensor, instead of keeping it FP32.",
         panel=TYPES,
     )
+    allow_inconclusive: bool = option(False, "Let pass what the evaluation set cannot decide.")
     threads: int | None = option(None, "Of ONNX Runtime.", shown_default="its own choice", ge=1)
 
     @pydantic.model_validator(mode="after")
@@ -109,18 +109,51 @@ class _Quantization(Settings):
                 f"{{calibrate_on_noise}} and {given} are both given.",
                 "Leave one of them out; images are always better.",
             )
-        if self.target == "cpu" and (self.rest == "fp16" or self.half_io):
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _what_goes_together(self) -> _Quantization:
+        for_fp16 = {"half_io": self.half_io, "strict": self.strict}
+        given = next((f"{{{name}}}" for name, value in for_fp16.items() if value), "")
+        if self.target == "cpu" and (self.rest == "fp16" or given):
             raise Contradiction(
-                "{target} cpu keeps what is not INT8 in FP32: a CPU casts FP16 at every operator.",
-                "Leave out {rest} fp16 and {half_io}.",
+                f"{given or '{rest} fp16'} is for FP16, and {{target}} cpu keeps what is not INT8 "
+                "in FP32: a CPU casts FP16 at every operator.",
+                f"Leave {given or '{rest}'} out.",
+            )
+        if self.rest == "fp32" and given:
+            raise Contradiction(
+                f"{given} is for FP16, and {{rest}} is fp32.", "Leave one of them out."
+            )
+        if self.equalize and not self.bias_correction:
+            raise Contradiction(
+                "{equalize} shifts channels, which loses more than it brings without "
+                "{bias_correction}.",
+                "Switch off {equalize}, too.",
+            )
+        if "auto" in self.scope and (len(self.scope) > 1 or self.max_drop is not None):
+            other = "other scopes" if len(self.scope) > 1 else "{max_drop}"
+            raise Contradiction(
+                f"{{scope}} auto times whole scopes, and {other} were given, too.",
+                "Find the scope first, then ask for it by its name.",
             )
         return self
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The scope, the target's default included."""
+        return self.scope or (("deep",) if self.target == "cpu" else ("pointwise",))
+
+    @property
+    def rest_precision(self) -> Literal["fp16", "fp32"]:
+        """What becomes of everything that is not INT8."""
+        return self.rest or ("fp32" if self.target == "cpu" else "fp16")
 
     @property
     def sources(self) -> tuple[Path | None, str | None]:
         """The folder or ``.npz`` to calibrate on, and the calibration set that chooses from it."""
         named = Path(self.calibration)
-        if self.images is None and self.calibration and named.suffix != ".toml" and named.exists():
+        if self.calibration and named.suffix != ".toml" and named.exists():
             return named, None
         return self.images, self.calibration or None
 
@@ -136,8 +169,13 @@ class QuantizeSettings(_Quantization, _One):
     def _for_int8(self) -> QuantizeSettings:
         if self.precision == "int8":
             return self
-        if self.max_drop is not None or self.noise:
-            given = "{max_drop}" if self.max_drop is not None else "{calibrate_on_noise}"
+        asked = {
+            "{max_drop}": self.max_drop is not None,
+            "{calibrate_on_noise}": self.noise,
+            "{scope}": bool(self.scope),
+            "{rest}": self.rest is not None,
+        }
+        for given in (name for name, is_given in asked.items() if is_given):
             raise Contradiction(
                 f"{given} is for INT8, and {{precision}} is fp16.",
                 f"Make int8, or leave {given} out.",

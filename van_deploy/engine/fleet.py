@@ -47,6 +47,7 @@ __all__ = [
     "REUSED",
     "Cell",
     "Fleet",
+    "FleetFile",
     "FleetHost",
     "Outcome",
     "build_here",
@@ -75,15 +76,15 @@ class _Table(Settings):
     targets: tuple[Target, ...] = option(..., "What each plan serves.", min_length=1)
 
 
-class _File(Settings):
-    """A fleet file."""
+class FleetFile(Settings):
+    """Many engines: bundles, precisions and targets; a fleet file."""
 
     fleet: _Table = option(..., "Which engines.")
     options: PlanSettings = option(PlanSettings, "As on the command line.")
     hosts: dict[str, FleetHost] = option(dict, "Where a target needs its own GPU.")
 
     @pydantic.model_validator(mode="after")
-    def _hosts_are_of_targets(self) -> _File:
+    def _hosts_are_of_targets(self) -> FleetFile:
         known = {"+".join(plan) for plan in self.fleet.targets}
         for name in self.hosts:
             if name not in known:
@@ -168,7 +169,7 @@ def read_fleet(path: Path) -> Fleet:
     Raises:
         RecipeError: it cannot be read, or a key or value in it is wrong.
     """
-    found = read_toml(_File, path, "fleet file", RecipeError)
+    found = read_toml(FleetFile, path, "fleet file", RecipeError)
     return Fleet(
         bundles=tuple(path.parent / place for place in found.fleet.bundles),
         precisions=found.fleet.precisions,

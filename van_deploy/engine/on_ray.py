@@ -22,11 +22,11 @@ from van_deploy.engine.bundled import EngineRequest, enter_engine, existing_engi
 from van_deploy.engine.fleet import BUILT, FAILED, REUSED, Cell, Outcome, prepared
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
-from van_deploy.environment.privacy import without_ray_reports
 from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.preprocess import Preprocessing
+from van_deploy.ray_tasks import RayDone, RayTask, require_ray, run_on_ray
 
-__all__ = ["Delivery", "build_on_ray", "require_ray", "task_resources"]
+__all__ = ["Delivery", "build_on_ray", "task_resources"]
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,6 @@ class Delivery:
     files: dict[str, bytes]
     sidecar: Sidecar | None
     error: tuple[str, str, str] | None
-
-
-def require_ray() -> Any:
-    """Return the ``ray`` module.
-
-    Raises:
-        MissingDependency: it is not installed.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingDependency(
-            f"Ray is not installed ({error}).", "Install it with `pip install 'van-deploy[ray]'`."
-        ) from error
-    without_ray_reports()
-    return ray
 
 
 def task_resources(cell: Cell) -> dict[str, Any]:
@@ -91,51 +75,20 @@ def build_on_ray(
     Raises:
         MissingDependency: Ray is not installed, or the cluster does not answer.
     """
-    ray = require_ray()
-    started = _join(ray, address)
-    try:
-        waiting: dict[Any, Cell] = {}
-        remote = ray.remote(_deliver)
-        for cell in cells:
-            try:
-                outcome, arguments = _prepare(cell, force)
-            except VanDeployError as error:
-                yield Outcome(cell, FAILED, error=error)
-                continue
-            if outcome is not None:
-                yield outcome
-            else:
-                task = remote.options(**_possible(ray, cell)).remote(*arguments)
-                waiting[task] = cell
-        while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
-            yield _finish(ray, done, waiting.pop(done))
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _join(ray: Any, address: str | None) -> bool:
-    """Join or start a cluster; return whether it is to be left at the end."""
-    if ray.is_initialized():
-        return False
-    try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise MissingDependency(
-            f"The Ray cluster at '{address or 'this machine'}' does not answer: {error}",
-            "Start one with `ray start --head`, or give --ray-address.",
-        ) from error
-    return True
-
-
-def _possible(ray: Any, cell: Cell) -> dict[str, Any]:
-    """Return the task's options, with no more cores than the largest machine has."""
-    resources = task_resources(cell)
-    if "num_cpus" in resources:
-        most = max((node["Resources"].get("CPU", 0) for node in ray.nodes()), default=1)
-        resources["num_cpus"] = min(resources["num_cpus"], max(1, int(most)))
-    return resources
+    require_ray()
+    tasks = []
+    for cell in cells:
+        try:
+            outcome, arguments = _prepare(cell, force)
+        except VanDeployError as error:
+            yield Outcome(cell, FAILED, error=error)
+            continue
+        if outcome is not None:
+            yield outcome
+        else:
+            tasks.append(RayTask(cell, arguments, task_resources(cell)))
+    for done in run_on_ray(_deliver, tasks, address=address):
+        yield _finish(done)
 
 
 def _prepare(cell: Cell, force: bool) -> tuple[Outcome | None, tuple[Any, ...]]:
@@ -180,6 +133,7 @@ def _present(bundle: Bundle, cell: Cell, options: BuildOptions) -> Sidecar | Non
 
 
 def _deliver(
+    shared: None,
     onnx: bytes,
     model: tuple[str, str],
     cell: Cell,
@@ -214,16 +168,17 @@ def _deliver(
         return Delivery("", where, {}, {}, None, told)
 
 
-def _finish(ray: Any, task: Any, cell: Cell) -> Outcome:
+def _finish(done: RayDone) -> Outcome:
     """Put what a task delivered into the cell's bundle."""
     from van_deploy import errors
 
-    try:
-        delivery: Delivery = ray.get(task)
-    except ray.exceptions.RayError as error:
-        first = str(error).strip().splitlines()[0]
-        failure = ConversionError(f"The Ray task ended without an engine: {first}", "Run it again.")
+    cell: Cell = done.tag
+    if done.failure:
+        failure = ConversionError(
+            f"The Ray task ended without an engine: {done.failure}", "Run it again."
+        )
         return Outcome(cell, FAILED, error=failure)
+    delivery: Delivery = done.result
     sidecar = delivery.sidecar
     if delivery.error is not None or sidecar is None:
         kind, message, remedy = delivery.error or ("", "The Ray task built nothing.", "")

@@ -35,6 +35,7 @@ EMBEDDED = EMBEDDED_NAME
 """Name of the small trained network inside the package."""
 
 _RANDOM = "random weights: the outputs mean nothing"
+_NO_PREPROCESSING = ("layer_norm_eps", "class_names")
 _PLAIN_STEMS = {"model", "pytorch_model", "checkpoint", "model_best", "last", "best"}
 
 
@@ -110,8 +111,16 @@ def load_van(
             f"'{spec}' already says which weights to use, and so does '{weights}'.",
             f"Give one of them; with a variant's name ({', '.join(VARIANTS)}) --weights is free.",
         )
+    eps: dict[str, Any] = {}
+    if layer_norm_eps is not None:
+        eps["layer_norm_eps"] = _epsilon(layer_norm_eps)
     if variant is not None and weights == "random":
-        loaded = _random(variant, spec, seed, expect_sha256)
+        if expect_sha256 or container or head:
+            raise UsageError(
+                "Random weights have no digest, no container and no other head.",
+                "Leave these out, or the random weights.",
+            )
+        loaded = _random(variant, spec, seed, replace(variant.config, **eps))
         return replace(loaded, preprocessing=loaded.preprocessing.override(**given))
     if spec == EMBEDDED:
         found = on_disk(embedded_files().weights, expect_sha256)
@@ -121,7 +130,7 @@ def load_van(
         found = find_weights(weights or spec, offline, expect_sha256, progress)
     if own_labels:
         given["class_names"] = ()
-    return _load(spec, variant, found, container, layer_norm_eps, head, given)
+    return _load(spec, variant, found, container, head, {**given, **eps})
 
 
 def _load(
@@ -129,7 +138,6 @@ def _load(
     variant: Variant | None,
     found: Found,
     container: str | None,
-    layer_norm_eps: float | None,
     head: Sequence[str] | None,
     given: dict[str, Any],
 ) -> LoadedVan:
@@ -143,11 +151,8 @@ def _load(
     said = described(
         config, state.format, file.metadata, found.beside, official=official, given=given
     )
-    given.pop("class_names", None)
-    config = said.config
-    if layer_norm_eps is not None:
-        config = replace(config, layer_norm_eps=_epsilon(layer_norm_eps))
-    names = said.class_names
+    given = {key: value for key, value in given.items() if key not in _NO_PREPROCESSING}
+    config, names = said.config, said.class_names
     if names is None and official and config.num_classes == 1000:
         names = _imagenet_names()
     source = WeightsSource(
@@ -181,12 +186,8 @@ def _is_place(word: str) -> bool:
     return lowered.replace("-", "_") not in known and Path(word).exists()
 
 
-def _random(variant: Variant, spec: str, seed: int, expect_sha256: str | None) -> LoadedVan:
-    if expect_sha256 is not None:
-        raise UsageError(
-            "Random weights have no digest to expect.", "Leave out the digest, or the weights."
-        )
-    model = random_van(variant.config, seed)
+def _random(variant: Variant, spec: str, seed: int, config: VanConfig) -> LoadedVan:
+    model = random_van(config, seed)
     source = WeightsSource(
         spec=spec,
         path="",
@@ -197,7 +198,7 @@ def _random(variant: Variant, spec: str, seed: int, expect_sha256: str | None) -
         notes=(_RANDOM,),
     )
     preprocessing = replace(OFFICIAL, source="the official VAN weights' (these ones are random)")
-    return LoadedVan(variant.name, model, variant.config, source, preprocessing, None)
+    return LoadedVan(variant.name, model, config, source, preprocessing, None)
 
 
 def _public(variant: Variant) -> HubFile:
@@ -253,7 +254,8 @@ def _imagenet_names() -> tuple[str, ...]:
 
 def _name(spec: str) -> str:
     """Return a name for a bundle, from a path or a repository."""
-    path = Path(spec.partition(":")[0] if REPO.fullmatch(spec) else spec)
+    repo = REPO.fullmatch(spec)
+    path = Path(repo["repo"] if repo and not Path(spec).exists() else spec)
     stem = path.name
     while stem.lower().endswith(SUFFIXES):
         stem = Path(stem).stem

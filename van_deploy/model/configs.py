@@ -71,7 +71,12 @@ def is_transformers(config: Values) -> bool:
 
 
 def network_said(
-    config: VanConfig, source: str, arguments: Values, beside: Values, openmmlab: Values
+    config: VanConfig,
+    source: str,
+    arguments: Values,
+    beside: Values,
+    openmmlab: Values,
+    layer_norm_eps: float | None = None,
 ) -> tuple[VanConfig, list[str]]:
     """Return the architecture with what configurations add to it, and what was taken.
 
@@ -81,6 +86,7 @@ def network_said(
         arguments: of the training script.
         beside: the ``config.json`` beside the weights, or empty.
         openmmlab: mmpretrain's configuration, as the file holds it, or empty.
+        layer_norm_eps: what the caller decides, whatever is said.
 
     Raises:
         CheckpointError: a field contradicts the tensors, or is not supported.
@@ -97,7 +103,9 @@ def network_said(
             notes.append(f"not known here, in the config.json beside the weights: {names}")
     elif beside:
         notes.append("the config.json beside the weights is of no network: not used")
-    if "layer_norm_eps" not in said and source in _EPS:
+    if layer_norm_eps is not None:
+        said["layer_norm_eps"] = layer_norm_eps
+    elif "layer_norm_eps" not in said and source in _EPS:
         said["layer_norm_eps"] = _EPS[source]
         notes.append(
             f"LayerNorm's eps is {source}'s own {_EPS[source]:g}; the published weights were "

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from van_deploy.errors import CheckpointError, UsageError
@@ -77,7 +78,7 @@ def described(
     beside: Mapping[str, Values],
     *,
     official: bool = False,
-    given: Collection[str] = (),
+    given: Mapping[str, Any] = MappingProxyType({}),
 ) -> Said:
     """Return everything that a checkpoint says beside its tensors.
 
@@ -87,8 +88,8 @@ def described(
         inside: what else the file holds.
         beside: the JSON beside it, by file name.
         official: whether the weights come from the authors' own repositories.
-        given: fields of the preprocessing, and ``class_names``, that the caller decides:
-            what is said of them is not looked at.
+        given: what the caller decides, by name: values of the preprocessing, ``class_names``
+            and ``layer_norm_eps``. What is said of them is not looked at.
 
     Raises:
         CheckpointError: a field contradicts the tensors or another one, or is not supported.
@@ -99,7 +100,8 @@ def described(
     meta, config_json = _table(inside.get("meta")), beside.get(CONFIG, {})
     cfg = meta.get("cfg", meta.get("config"))
     openmmlab = python_config(cfg[:_LONGEST_CONFIG]) if isinstance(cfg, str) else _table(cfg)
-    config, notes = network_said(config, source, arguments, config_json, openmmlab)
+    eps = given.get("layer_norm_eps")
+    config, notes = network_said(config, source, arguments, config_json, openmmlab, eps)
     sources = list(_sources(inside, arguments, openmmlab, beside))
     preprocessing = _preprocessing(config.in_chans, sources, official, given, notes)
     names = None

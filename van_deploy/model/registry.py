@@ -70,7 +70,7 @@ def _register(name: str) -> None:
         return model
 
     create.__name__, create.__doc__ = name, f"Return {name}."
-    register_model(create)
+    globals()[name] = register_model(create)  # timm adds the name to __all__
 
 
 for _name in VARIANTS:

@@ -6,6 +6,7 @@ load; every parameter of the network comes from the file.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def network_from_state(state: Mapping[str, Tensor], config: VanConfig) -> VAN:
     Raises:
         CheckpointError: tensors are missing, unexpected or wrongly shaped; they are listed.
     """
-    with torch.device("meta"):  # shapes only: no time and no random numbers spent
+    with torch.device("meta"):  # shapes only: no time, no random numbers
         model = VAN(config)
     expected = model.state_dict()
     counters = {name for name in expected if not _is_weight(name)}
@@ -134,6 +135,11 @@ def _listed(names: Iterable[str]) -> str:
     names = [name[:_LONGEST] for name in names]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
+
+
+def _extremes(t: Tensor) -> tuple[float, ...]:
+    """Return the smallest and the largest value, NaN where there is one; none of an empty one."""
+    return tuple(float(value) for value in torch.aminmax(t)) if t.numel() else ()
 
 
 def _is_hollow(t: Tensor) -> bool:
@@ -168,13 +174,13 @@ def _refuse_unusable(state: Mapping[str, Tensor]) -> None:
 def _refuse_senseless(state: Mapping[str, Tensor]) -> None:
     _refuse(
         state,
-        lambda name, t: _is_weight(name) and not t.isfinite().all(),
+        lambda name, t: _is_weight(name) and not all(map(math.isfinite, _extremes(t))),
         "{} tensors hold NaN or infinite values",
         "The training diverged or the file is damaged: pass an earlier checkpoint.",
     )
     _refuse(
         state,
-        lambda name, t: name.endswith("running_var") and bool((t < 0).any()),
+        lambda name, t: name.endswith("running_var") and min(_extremes(t), default=0.0) < 0,
         "Running variances are negative",
         "The file is damaged: pass an earlier checkpoint.",
     )

@@ -186,7 +186,8 @@ class VAN(nn.Module):
             self.head = (
                 nn.Linear(previous, config.num_classes) if config.num_classes else nn.Identity()
             )
-        self.apply(_initialise_)
+        if not next(self.parameters()).is_meta:
+            self.apply(_initialise_)
 
     def _stage(self, x: Tensor, stage: int) -> Tensor:
         """Map the maps before ``stage`` (1 to 4) to those after its LayerNorm."""

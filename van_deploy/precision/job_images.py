@@ -36,8 +36,6 @@ MOST_UNREADABLE = 0.01
 """Largest share of the images that may be unreadable."""
 
 NOISE_IMAGES = 64
-REMEMBERED_BYTES = 256 << 20
-"""Network input of the images that judge is kept in memory up to this: a search reads it often."""
 
 Images = npt.NDArray[np.float32]
 Batch = tuple[Images, list[int]]
@@ -62,37 +60,23 @@ class JobImages:
     preprocessing: Preprocessing
     watch: Stopwatch
     unreadable: dict[str, None] = field(default_factory=dict)
-    _judged: list[Batch] = field(default_factory=list)
 
     def batches(self, chosen: ImageSet, batch: int) -> Iterator[Images]:
         """Yield network input ``(n, C, S, S)`` float32, and say how far it is."""
         done, total = 0, len(chosen)
-        for inputs, _ in self._read(chosen, batch):
+        for inputs, _ in self.read(chosen, batch):
             yield inputs
             done += len(inputs)
             self.watch.reached(done, total)
 
-    def _read(self, chosen: ImageSet, batch: int) -> Iterator[Batch]:
+    def read(self, chosen: ImageSet, batch: int) -> Iterator[Batch]:
+        """Yield network input ``(n, C, S, S)`` float32 with the numbers of its images."""
         for part in decoded_batches(
             chosen.items, self.preprocessing, batch, most_unreadable=MOST_UNREADABLE
         ):
             self.unreadable.update((reason, None) for _, reason in part.unreadable)
             if part.indices:
                 yield part.inputs, list(part.indices)
-
-    def judged(self, batch: int = 32) -> Iterator[Batch]:
-        """Yield the network input of the judges with the numbers of their pictures."""
-        if self._judged:
-            yield from self._judged
-            return
-        side = self.preprocessing.image_size
-        whole = 4 * self.preprocessing.channels * side * side * len(self.judges)
-        found: list[Batch] = []
-        for part in self._read(self.judges, batch):
-            yield part
-            if whole <= REMEMBERED_BYTES:
-                found.append(part)
-        self._judged = found
 
 
 def images_for(

@@ -27,7 +27,7 @@ from van_deploy.serve.embedded import Embedded
 
 if TYPE_CHECKING:
     from van_deploy.pipeline import ExportResult
-    from van_deploy.precision.stage import QuantizeResult
+    from van_deploy.precision.pipeline import QuantizeResult
     from van_deploy.run import RunResult
 
 __all__ = [
@@ -94,41 +94,30 @@ def _proofs(checks: Mapping[str, Any]) -> Iterable[dict[str, object]]:
             f"{simplify['reason']}{f' (removed {removed})' if removed else ''}{measured}",
         }
     agreement = checks["agreement"]
-    batches = agreement["batches"]
+    count = len(agreement["batches"])
     yield {
         "name": "agreement",
-        "outcome": agreement["passed"],
-        "detail": f"{agreement['runner']} against {agreement['reference']}, "
-        f"{sum(entry['images'] for entry in batches)} answers; {agreement['images']}",
+        "outcome": agreement["outcome"],
+        "detail": f"ONNX Runtime against PyTorch in float64, {count} batch sizes; "
+        f"{agreement['images']}",
     }
 
 
 def agreement_table(agreement: Mapping[str, Any]) -> RenderableType:
     """Return one line a batch size: how far the artefact is from PyTorch."""
-    columns = (
-        "verdict",
-        Column("batch", "right"),
-        Column("max error", "right"),
-        Column("mean error", "right"),
-        Column("relative", "right"),
-        Column("cosine", "right"),
-        Column("SQNR dB", "right"),
-        Column("same top-1", "right"),
-        Column("row alone", "right"),
-    )
+    right = ("batch", "SQNR dB ↑", "batch invariance dB ↑")
+    numbers = (Column(header, "right") for header in right)
+    columns: tuple[Column | str, ...] = ("verdict", *numbers)
     rows = (
         (
-            verdict(entry["passed"]),
-            entry["batch"],
-            f"{entry['max_abs']:.1e}",
-            f"{entry['mean_abs']:.1e}",
-            f"{entry['relative']:.1e}",
-            f"{entry['cosine']:.7f}",
-            f"{float(entry['sqnr_db']):.1f}",
-            f"{100 * entry['top1_agreement']:.1f} %",
-            f"{entry['row_relative']:.0e}",
+            verdict(row["outcome"]),
+            row["batch"],
+            *(
+                None if row[key] is None else f"{float(row[key]):.1f}"
+                for key in ("sqnr_db", "invariance_db")
+            ),
         )
-        for entry in agreement["batches"]
+        for row in agreement["batches"]
     )
     return rows_table(columns, rows)
 

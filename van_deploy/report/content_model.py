@@ -26,7 +26,6 @@ __all__ = [
     "provenance_section",
 ]
 
-CANARY = "canary.png"
 SHOWN_SIDE = 256  # pixels of an example picture on the page
 PALETTE = {"fp32": 1, "fp16": 3, "int8": 2}
 
@@ -189,10 +188,11 @@ def _picture(bundle: Bundle, preprocessing: Preprocessing) -> tuple[Image, str]:
     """Return the bundle's own example picture, or a sample photograph."""
     from van_deploy.data import open_image, opened, sample_set
 
-    canary = bundle.path / CANARY
-    if canary.is_file():
-        described = bundle.manifest.canary.image if bundle.manifest.canary else "its own picture"
-        return open_image(canary, channels=preprocessing.channels), described
+    golden = bundle.manifest.golden
+    if golden and golden.originals and (bundle.path / golden.originals[0]).is_file():
+        path = bundle.path / golden.originals[0]
+        described = f"the first golden sample of {golden.images}"
+        return open_image(path, channels=preprocessing.channels), described
     sample = opened(sample_set("", preprocessing).items[0], preprocessing.channels)
     if sample is None:
         raise UsageError("The network takes no images.")

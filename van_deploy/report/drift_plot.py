@@ -36,7 +36,7 @@ def write_drift_plot(report: DriftReport, path: Path) -> None:
 
 def drift_svg(report: DriftReport) -> str:
     """Return the error each part of each artefact adds, one chart below the other, as SVG."""
-    charts = [(entry, _chart(entry)) for entry in report.artefacts]
+    charts = [(entry, _chart(entry)) for entry in report.artefacts.values()]
     parts, y, width = [], 0.0, 0.0
     for entry, (chart, chart_width, height) in charts:
         parts.append(
@@ -56,9 +56,9 @@ def drift_svg(report: DriftReport) -> str:
 def _chart(entry: ArtefactDrift) -> tuple[str, float, float]:
     """Return one artefact's bars with their width and height."""
     bars = [
-        Bar(row.name, 10 ** (-_finite(row.added_db) / 20), f"{row.added_db:.1f} dB")
+        Bar(row.name, 10 ** (-_finite(row.isolated_db) / 20), f"{row.isolated_db:.1f} dB")
         for row in entry.rows
-        if row.added_db is not None
+        if row.isolated_db is not None
     ]
     axis = Axis("RMS of the added error over RMS of the part's result", log=True)
     chart = bar_chart(bars, axis)

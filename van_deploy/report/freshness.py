@@ -10,7 +10,7 @@ from van_deploy.bundle import Manifest
 
 __all__ = ["fresh_bench", "fresh_checks"]
 
-BY_ARTEFACT = ("artefacts", "accuracy", "drift")
+BY_ARTEFACT = ("artefacts", "accuracies", "losses")
 """Keys of a check's result under which there is one entry an artefact."""
 
 

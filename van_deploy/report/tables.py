@@ -33,6 +33,7 @@ VERDICT_STYLES = {
     "PASS": "bold green",
     "FAIL": "bold red",
     "SKIPPED": "yellow",
+    "INCONCLUSIVE": "bold magenta",
     "WARNING": "bold yellow",
     "MISSING": "yellow",
     "OK": "green",

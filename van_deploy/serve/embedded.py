@@ -14,7 +14,6 @@ from typing import Any, cast
 import numpy as np
 
 from van_deploy.bundle import Artefact, Bundle, Draft, Embedding, Origin, writing
-from van_deploy.checks.agreement import FP32
 from van_deploy.errors import GateFailed, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.embed import (
@@ -25,11 +24,11 @@ from van_deploy.graph.embed import (
 )
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.names import OUTPUT_NAME
-from van_deploy.metrics import softmax
+from van_deploy.metrics import Task, probabilities
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.provenance import code_digest
 from van_deploy.runners.base import Logits
-from van_deploy.runners.network import Outputs, network_input
+from van_deploy.runners.network import Outputs, network_input, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 __all__ = ["Embedded", "embed_artefacts", "embedded_name", "plain_graphs"]
@@ -41,6 +40,9 @@ SAME_GRAPH = 1e-5
 Both get the same bits, so the difference should be none; a run time may still
 choose other kernels. The limit is that of simplification.
 """
+
+SAME_NETWORK = 1e-4
+"""Largest relative difference between the original network and an embedded FP32 graph."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def _embed(
     if there is not None and there.key == content_key(made_with):
         bundle.verified(name)
         return Embedded(name, base, reused=True, agreement=None)
-    model = embed_preprocessing(onnx.load(path), preprocessing, embedding, outputs)
+    task = task_of(bundle)
+    model = embed_preprocessing(onnx.load(path), preprocessing, embedding, outputs, task)
     facts = graph_facts(model)
     suffix = path.name.removesuffix(".onnx")
     files = save_onnx(model, draft.file(f"{suffix}.{name.removeprefix(f'{base}-')}.onnx"))
@@ -150,7 +153,7 @@ def _embed(
     with OnnxRuntimeRunner(path) as plain, OnnxRuntimeRunner(draft.file(files[0])) as embedded:
         logits = {n: plain.run(normalised(pixels[:n], preprocessing)) for n in batches}
         found = {n: embedded.run_all(inputs[:n]) for n in batches}
-    report = _verdict(name, base, logits, found, reference)
+    report = _verdict(name, base, logits, found, reference, task)
     draft.checks[f"embedded {name}"] = report
     artefact = Artefact(
         name=name,
@@ -173,15 +176,16 @@ def _verdict(
     plain: Mapping[int, Logits],
     found: Mapping[int, Outputs],
     reference: Logits | None,
+    task: Task,
 ) -> dict[str, Any]:
     """Return how an embedded graph compares, by batch size; refuse one that differs."""
     rows = []
     for batch, logits in plain.items():
-        differences = {"plain": _difference(logits, found[batch])}
+        differences = {"plain": _difference(logits, found[batch], task)}
         if reference is not None:
-            differences["pytorch"] = _difference(reference[:batch], found[batch])
+            differences["pytorch"] = _difference(reference[:batch], found[batch], task)
         rows.append({"batch": batch, **differences})
-    limits = {"plain": SAME_GRAPH, "pytorch": FP32.relative}
+    limits = {"plain": SAME_GRAPH, "pytorch": SAME_NETWORK}
     for row in rows:
         for against, limit in limits.items():
             if against in row and not row[against] <= limit:
@@ -194,16 +198,16 @@ def _verdict(
     return {"base": base, "runner": "ort-cpu", "limits": limits, "batches": rows}
 
 
-def _difference(logits: Logits, found: Outputs) -> float:
+def _difference(logits: Logits, found: Outputs, task: Task) -> float:
     """Return the largest relative difference of any output from what ``logits`` mean."""
-    probabilities = softmax(logits.astype(np.float64))
+    shares = probabilities(logits.astype(np.float64), task)
     pairs = []
     if OUTPUT_NAME in found:
         pairs.append((logits, found[OUTPUT_NAME]))
     if "probabilities" in found:
-        pairs.append((probabilities, found["probabilities"]))
+        pairs.append((shares, found["probabilities"]))
     if TOP_CLASSES in found:
-        chosen = np.take_along_axis(probabilities, found[TOP_CLASSES], axis=1)
-        best = -np.sort(-probabilities, axis=1)[:, : chosen.shape[1]]
+        chosen = np.take_along_axis(shares, found[TOP_CLASSES], axis=1)
+        best = -np.sort(-shares, axis=1)[:, : chosen.shape[1]]
         pairs += [(best, chosen), (best, found[TOP_PROBABILITIES])]  # the right ones, in order
     return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)
