@@ -494,7 +494,6 @@ class TestClient:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_environment_is_one_that_triton_finds_python_in(tmp_path: Path) -> None:
     """Later Tritons only put its bin/ on PATH; what starts from there must find the packages."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
