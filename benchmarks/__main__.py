@@ -123,19 +123,13 @@ SECTIONS: dict[str, Section] = {
             *("--photographs", "{shared}/data/imagenet"),
         ),
     ),
-    "recording": Section(
-        "Recording ranges",
-        "Where the time goes while the ranges of van_b0's tensors are recorded.",
-        "recording.py",
-    ),
-    "fidelity": Section(
-        "Fidelity",
-        "What each technique brings to INT8: everything on, and each switch left out.",
-        "fidelity.py",
+    "ablation": Section(
+        "Ablation",
+        "What each technique brings to INT8 on both trained networks, and what it adds to a plan.",
+        "ablation.py",
         real=(
             *("--checkpoint", "{shared}/checkpoints/van_b0_cifar10.pth.tar"),
-            *("--calibrate", "{shared}/data/cifar10/calib"),
-            *("--evaluate", "{shared}/data/cifar10/eval"),
+            *("--calib", "{shared}/data/cifar10/calib", "--eval", "{shared}/data/cifar10/eval"),
         ),
     ),
     "serve": Section(

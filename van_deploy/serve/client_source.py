@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 
+from van_deploy.metrics import Task
 from van_deploy.model.preprocess import Preprocessing
 
 __all__ = ["client_source"]
@@ -67,8 +68,7 @@ def main():
             given.set_data_from_numpy(tensor)
             wanted = triton.InferRequestedOutput("logits")
             logits = client.infer(MODEL, [given], outputs=[wanted]).as_numpy("logits")[0]
-            odds = np.exp(logits - logits.max())
-            odds /= odds.sum()
+@ODDS@
             for index in np.argsort(-logits, kind="stable")[:5]:
                 print(f"{path}\\t{odds[index]:.4f}\\t{names[index] if names else index}")
 
@@ -104,8 +104,24 @@ _PREPARE = {
 }
 
 
+_ODDS = {
+    Task.SINGLE_LABEL: """\
+            odds = np.exp(logits - logits.max())
+            odds /= odds.sum()""",
+    Task.BINARY: """\
+            odds = 1 / (1 + np.exp(-logits.astype(np.float64)))""",
+    Task.REGRESSION: """\
+            odds = logits""",
+}
+
+
 def client_source(
-    model: str, input_name: str, input_type: str, embedding: str, preprocessing: Preprocessing
+    model: str,
+    input_name: str,
+    input_type: str,
+    embedding: str,
+    preprocessing: Preprocessing,
+    task: Task = Task.SINGLE_LABEL,
 ) -> str:
     """Return the source of a client for one model.
 
@@ -115,6 +131,7 @@ def client_source(
         input_type: the protocol's name of the input's type, such as ``UINT8``.
         embedding: what preprocessing the model has inside.
         preprocessing: of the weights.
+        task: how logits become probabilities.
     """
     values = {
         "MODEL": json.dumps(model),
@@ -135,6 +152,7 @@ def client_source(
         "INPUT": json.dumps(input_name),
         "TYPE": json.dumps(input_type),
         "PREPARE": _PREPARE[embedding],
+        "ODDS": _ODDS.get(task, _ODDS[Task.BINARY]),
     }
     source = _TEMPLATE
     for key, value in values.items():

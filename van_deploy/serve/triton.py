@@ -21,7 +21,13 @@ from van_deploy.config import TritonSettings
 from van_deploy.engine.sidecar import verified_sidecar
 from van_deploy.errors import BundleError, InputError, UsageError
 from van_deploy.files import file_sha256
-from van_deploy.runners.network import Network, TensorSpec, embedding_of, runnable_artefacts
+from van_deploy.runners.network import (
+    Network,
+    TensorSpec,
+    embedding_of,
+    runnable_artefacts,
+    task_of,
+)
 from van_deploy.serve.client_source import client_source
 from van_deploy.serve.manifests import Deployment, manifests
 from van_deploy.serve.protocol import DATATYPES
@@ -262,6 +268,7 @@ def _write_beside(
             DATATYPES[first.input.dtype],
             first.embedding,
             preprocessing,
+            task_of(bundle),
         )
         (made / "client.py").write_text(source, encoding="utf-8")
     gpu = settings.gpu or any(model.kind == "engine" for model in models)
