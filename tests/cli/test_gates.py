@@ -11,13 +11,13 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
+from van_deploy.json_schemas import schema_of
 
 from tests.artifacts import Copy, Subject, enter_engine
 from tests.checks import faults
 from tests.checks.conftest import overwritten
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
-from van_deploy.json_schemas import schema_of
 
 FEW = ("--against", "weights", "--count", "6")
 UNDECIDED = "--allow-inconclusive"  # 60 images are too few for INT8
