@@ -40,8 +40,8 @@ SECTIONS = {
     ),
     "requests": (
         "Spoiled requests",
-        "Every HTTP request was spoiled by a seeded generator and sent to a running server, 16 at a "
-        "time. Any status but 2xx, 4xx and 503, a traceback in the log and a server that does not "
+        "Every HTTP request was spoiled by a seeded generator and sent to a running server, 16 at "
+        "a time. Any status but 2xx, 4xx and 503, a traceback in the log and a server that does not "
         "answer afterwards is a fault; no answer is right where a request was not complete.",
     ),
     "faults": (
