@@ -108,8 +108,8 @@ class TestVerify:
         refused = cli("verify", path, "--images", judged.labelled)
         assert refused.exit_code == 2
         assert (
-            "error: '--images' is given, and other images than the golden samples can only be "
-            "compared with the original network.\n  Add '--against' weights." in refused.stderr
+            "error: --images is given, and other images than the golden samples can only be "
+            "compared with the original network.\n  Add --against weights." in refused.stderr
         )
         words = ("--artefact", "fp32", "--images", judged.labelled, "--json")
         result = cli("verify", path, *FEW, *words)
@@ -222,23 +222,24 @@ class TestDrift:
         assert cli("drift", judged.bundle.path, "--top", "-1").exit_code == 2
 
 
+@pytest.fixture(scope="module")
+def made(judged: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a baseline that was written from the bundle as it is; not to be changed."""
+    from van_deploy.api import Bundle as Opened
+
+    folder = tmp_path_factory.mktemp("checked")
+    bundle = Opened(shutil.copytree(judged.bundle.path, folder / "bundle"))
+    report = bundle.check(
+        folder / "baseline.json",
+        update=True,
+        evaluate=judged.labelled,
+        allow_inconclusive=True,
+    )
+    assert report.passed
+    return folder / "baseline.json"
+
+
 class TestCheck:
-    @pytest.fixture(scope="class")
-    def made(self, judged: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Return a baseline that was written from the bundle as it is; not to be changed."""
-        from van_deploy.api import Bundle as Opened
-
-        folder = tmp_path_factory.mktemp("checked")
-        bundle = Opened(shutil.copytree(judged.bundle.path, folder / "bundle"))
-        report = bundle.check(
-            folder / "baseline.json",
-            update=True,
-            evaluate=judged.labelled,
-            allow_inconclusive=True,
-        )
-        assert report.passed
-        return folder / "baseline.json"
-
     @pytest.fixture
     def good(self, made: Path, judged: Subject, copy_of: Copy, tmp_path: Path) -> tuple[Path, Path]:
         """Return a bundle and its baseline."""

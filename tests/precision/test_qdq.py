@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 from onnx import ModelProto, TensorProto, checker, numpy_helper
 
+from benchmarks.ablation import plan_kernels
 from tests.precision.conftest import Digits
-from tests.precision.rtx import kernels_by_block
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.rebuilt import RebuiltVan
 from van_deploy.metrics import sqnr_db
@@ -130,15 +130,16 @@ class TestTensorRt:
         ranges: Ranges,
     ) -> None:
         """Kernels of one block in the plan that TensorRT for RTX builds, for Ada GPUs."""
+        pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
         kept = kept_nodes(digits_graph, DEFAULT_KEEP)
         counts = []
         for techniques in ((), TECHNIQUES):
             made = make_plan(equalize(network, ranges, pointwise, techniques), ranges, pointwise)
             graph = qdq_for_tensorrt(digits_graph, made, kept=kept)
-            counts.append(kernels_by_block(graph)["block2.0"])
+            counts.append(plan_kernels(graph)["block2.0"])
         assert len(graph.graph.node) > 13 * 9 + 17
         assert counts[0] == counts[1]
-        assert kernels_by_block(fp16_from_fp32(digits_graph, kept))["block2.0"] < counts[0]
+        assert plan_kernels(fp16_from_fp32(digits_graph, kept))["block2.0"] < counts[0]
 
 
 class TestCpu:

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from van_deploy.cli.console import AsJson, emit, remark, telling
 from van_deploy.cli.options import with_options
 from van_deploy.cli.shared import Force, RequireSignature, opened
-from van_deploy.config import BuildSettings
+from van_deploy.config import BuildSettings, FleetSettings
 from van_deploy.errors import ConversionError, UsageError
 
 __all__ = ["build"]
-
-MANY = "Many engines"
 
 
 @with_options
 def build(
     settings: BuildSettings,
+    fleet: FleetSettings,
     bundle: Annotated[
         Path | None, typer.Argument(help="A bundle that `van-deploy export` made.")
     ] = None,
     force: Force = False,
-    matrix: Annotated[
-        Path | None,
-        typer.Option(
-            help="Build bundles x precisions x targets of this TOML file.", rich_help_panel=MANY
-        ),
-    ] = None,
-    on: Annotated[
-        Literal["here", "ray"], typer.Option(help="Where --matrix builds.", rich_help_panel=MANY)
-    ] = "here",
-    ray_address: Annotated[
-        str,
-        typer.Option(help="Of the Ray cluster; the local one by default.", rich_help_panel=MANY),
-    ] = "",
     require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
@@ -45,14 +31,12 @@ def build(
 
     Example: van-deploy build dist/van_b1 --precision fp16 --target sm_89
     """
-    if matrix is not None:
+    if fleet.matrix is not None:
         _refuse_beside_matrix(bundle, settings, require_signature)
-        _build_matrix(matrix, on, ray_address, force, as_json)
+        _build_matrix(fleet.matrix, fleet, force, as_json)
         return
     if bundle is None:
         raise UsageError("No bundle is given.", "Name one, or a fleet file with --matrix.")
-    if on != "here":
-        raise UsageError("--on is for --matrix.", "Write a fleet file, and give it with --matrix.")
     asked = opened(bundle, require_signature)
     with telling("Planning") as tell:
         report = asked.build(settings, force=force, progress=tell)
@@ -86,7 +70,7 @@ def _refuse_beside_matrix(
         )
 
 
-def _build_matrix(path: Path, on: str, address: str, force: bool, as_json: bool) -> None:
+def _build_matrix(path: Path, fleet: FleetSettings, force: bool, as_json: bool) -> None:
     """Build a fleet, print its table, and fail if a cell did."""
     from van_deploy.building import build_fleet
     from van_deploy.report.engine_view import builds_view, cell_name
@@ -94,8 +78,8 @@ def _build_matrix(path: Path, on: str, address: str, force: bool, as_json: bool)
     with telling("Reading the matrix") as tell:
         report = build_fleet(
             path,
-            on=on,
-            address=address,
+            on=fleet.on,
+            address=fleet.ray_address,
             force=force,
             progress=tell,
             each=lambda count, total, outcome: remark(

@@ -111,7 +111,7 @@ def _facts(option: Named, choices: list[str]) -> str:
     """Return what the help says of an option's choices, default and limits."""
     value = None
     if not option.field.is_required():
-        value = option.field.get_default(call_default_factory=True)
+        value = option.field.get_default(call_default_factory=True, validated_data={})
     text = shown(option.field).default
     if not text and value not in (None, "", (), False, True):
         values = value if isinstance(value, tuple) else (value,)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,12 +14,18 @@ from van_deploy.cli.shared import BundlePath, RequireSignature, opened
 from van_deploy.config import PackageSettings
 from van_deploy.errors import GateFailed
 
-__all__ = ["package"]
+__all__ = ["Server", "package"]
+
+
+class Server(str, enum.Enum):
+    """What a package can be for."""
+
+    TRITON = "triton"
 
 
 @with_options
 def package(
-    server: Annotated[Literal["triton"], typer.Argument(help="What serves it.")],
+    server: Annotated[Server, typer.Argument(help="What serves it.")],
     bundle: BundlePath,
     settings: PackageSettings,
     output: Annotated[
@@ -40,18 +47,10 @@ def package(
         remark(f"Wrote {report.files} files to {report.path}.")
     from van_deploy.report.tables import checks_table
 
-    findings = report.check.findings if report.check else ()
-    emit(
-        report.as_dict(),
-        as_json,
-        lambda document: (
-            checks_table(vars(finding) for finding in findings)
-            if findings
-            else f"check {document['check']}"
-        ),
-    )
+    findings = report.findings
+    emit(report.as_dict(), as_json, lambda _: checks_table(vars(found) for found in findings))
     if not report:
-        wrong = ", ".join(finding.name for finding in findings if not finding.outcome)
+        wrong = ", ".join(finding.name for finding in findings if finding.outcome is False)
         raise GateFailed(
             f"The package '{report.path}' is not what the bundle says: {wrong}.",
             "Package the bundle again.",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from van_deploy.config.bench import BenchSettings, Budget
 from van_deploy.config.deployment import Recipe
-from van_deploy.config.engines import BuildOptions, BuildSettings, EngineSettings
+from van_deploy.config.engines import BuildOptions, BuildSettings, EngineSettings, FleetSettings
 from van_deploy.config.fields import BatchRange, HardwareCompatibility, Profiling
 from van_deploy.config.gates import GateProfile, GateSettings
 from van_deploy.config.judging import (
@@ -53,6 +53,7 @@ __all__ = [
     "EvaluateSettings",
     "EvaluationSettings",
     "ExportSettings",
+    "FleetSettings",
     "GateProfile",
     "GateSettings",
     "HardwareCompatibility",

@@ -18,10 +18,11 @@ from van_deploy.config.fields import (
 )
 from van_deploy.schema import Contradiction, Settings, validated
 
-__all__ = ["BuildOptions", "BuildSettings", "EngineSettings", "PlanSettings"]
+__all__ = ["BuildOptions", "BuildSettings", "EngineSettings", "FleetSettings", "PlanSettings"]
 
 MACHINES = "Where it runs"
 KERNELS = "What is in the plan"
+MANY = "Many engines"
 ARTEFACTS = (
     "fp32, fp16, int8 or another ONNX artefact of the bundle, such as fp32-uint8: an engine "
     "each, for each of the targets."
@@ -140,3 +141,21 @@ class BuildSettings(EngineSettings):
         "Folder of images to make a missing fp16 or int8 file with, as `van-deploy quantize` does.",
     )
     check_reproducible: bool = option(False, "Build twice and compare the bytes.")
+
+
+class FleetSettings(Settings):
+    """Many engines at once: options of ``van-deploy build``."""
+
+    matrix: Path | None = option(
+        None, "Build bundles x precisions x targets of this TOML file.", panel=MANY
+    )
+    on: Literal["here", "ray"] = option("here", "Where the matrix is built.", panel=MANY)
+    ray_address: str = option("", "Of the Ray cluster.", panel=MANY, shown_default="the local one")
+
+    @pydantic.model_validator(mode="after")
+    def _of_a_matrix(self) -> FleetSettings:
+        if self.matrix is None and self.on != "here":
+            raise Contradiction(
+                "{on} is for {matrix}.", "Write a fleet file, and give it with {matrix}."
+            )
+        return self

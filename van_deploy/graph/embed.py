@@ -88,7 +88,7 @@ def embed_preprocessing(
         embedding: one of :data:`EMBEDDINGS`; with ``none`` the input stays as it is.
         outputs: some of :data:`OUTPUTS`. ``probabilities`` is the softmax ``(batch, K)``
             float32, or what else ``task`` makes of logits; ``top5`` gives ``top5_classes``
-            int64 and ``top5_probabilities`` float32, both ``(batch, min(5, K))``, most
+            int64 and ``top5_probabilities`` float32, both ``(batch, min(5, K))``, the most
             probable first.
         task: how logits become probabilities.
 

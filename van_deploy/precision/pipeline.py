@@ -190,7 +190,7 @@ class _Job:
             "held-out images": self.images.held_out.digest,
             "evaluation images": self.images.judges.digest,
             "settings": asked,
-            "code": code_digest("precision", "data", "model"),
+            "code": code_digest("precision", "graph", "checks", "data", "model"),
             "versions": tool_versions("onnx", "onnxruntime", "torch", "numpy", "pillow"),
         }
 
