@@ -243,7 +243,7 @@ def test_closed_streams(closed: str) -> None:
     ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 5
     assert "Traceback" not in ran.stderr
-    assert ran.stderr == "" if "2>" in closed else ran.stderr.startswith("error: There is no bund")
+    assert ran.stderr == "" if "2>" in closed else ran.stderr.startswith("error: There is no ")
 
 
 def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
