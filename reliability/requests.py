@@ -187,7 +187,7 @@ def main() -> int:
         if code:
             raise SystemExit(stderr)
         server, url = started(bundle, "--threads", "1", "--read-timeout-s", "0.5", log=log)
-        image = (bundle / "canary.png").read_bytes()
+        image = (bundle / "golden/0.png").read_bytes()
         try:
             statuses, faults = fuzz_requests(url, arguments.first, arguments.count, image)
         finally:
