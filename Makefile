@@ -103,7 +103,7 @@ bench: $(TESTED)
 	$(BIN)/python -m benchmarks
 
 fuzz: $(TESTED)
-	$(BIN)/python -m reliability --only fuzz
+	$(BIN)/python -m reliability --only fuzz,requests
 
 faults: $(TESTED)
 	$(BIN)/python -m reliability --only faults,load

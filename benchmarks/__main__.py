@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -134,7 +135,7 @@ SECTIONS: dict[str, Section] = {
     ),
     "serve": Section(
         "Serving",
-        "`van-deploy serve` under 64 clients against the bare artefact, every answer compared.",
+        "`van-deploy serve` against a real Triton, its own inference and the worst bodies.",
         "serve.py",
         ("claims",),
         real=(
@@ -185,6 +186,7 @@ def _run(name: str, page: Path) -> int:
         text=True,
         check=False,
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     took = time.perf_counter() - start
     if not done.stdout.strip():

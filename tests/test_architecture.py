@@ -16,7 +16,7 @@ PACKAGE = ROOT / "van_deploy"
 
 OPTIONAL = (
     *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray"),
-    *("cryptography", "starlette", "uvicorn", "prometheus_client", "tritonclient"),
+    *("cryptography", "uvicorn", "prometheus_client", "tritonclient"),
     *("sklearn", "skimage", "scipy", "hypothesis", "pytest"),
 )
 HEAVY = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "PIL", "rich")

@@ -95,9 +95,9 @@ def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default
         ),
         (
             "[precision]\ntarget='cpu'\nrest='fp16'",
-            "precision.target cpu keeps what is not INT8 in FP32: a CPU casts FP16 at every "
-            "operator.",
-            "Leave out precision.rest fp16 and precision.half_io.",
+            "precision.rest fp16 is for FP16, and precision.target cpu keeps what is not INT8 in "
+            "FP32: a CPU casts FP16 at every operator.",
+            "",
         ),
         (
             "[engines]\nprecisions=['bf16']",
@@ -192,12 +192,12 @@ def test_a_folder_given_to_a_run_takes_the_place_of_the_recipe_s_images(
 
 def test_fp16_is_not_asked_what_is_for_int8(mine: Path) -> None:
     mine.write_text(
-        "[precision]\nmake=['fp16', 'int8']\nmethod='entropy'\nscope=['all']\nrest='fp32'\n"
+        "[precision]\nmake=['fp16', 'int8']\nmethod='minmax'\nscope=['all']\nrest='fp32'\n"
         "keep=['block1.0']\nequalize=false\nmax_drop=0.5\n"
     )
     precision = read_recipe(mine).precision
     int8, half = precision.of("int8"), precision.of("fp16")
-    assert (int8.method, int8.scope, int8.rest, int8.max_drop) == ("entropy", ("all",), "fp32", 0.5)
+    assert (int8.method, int8.scope, int8.rest, int8.max_drop) == ("minmax", ("all",), "fp32", 0.5)
     assert (half.precision, half.max_drop, half.rest, half.scope) == ("fp16", None, None, ())
     assert (int8.keep, half.keep, int8.equalize) == (("block1.0",), ("block1.0",), False)
 
@@ -241,7 +241,7 @@ class TestChanges:
                     "batch.max=8",
                     "model.weights=mine.pth",
                     'precision.make=["int8"]',
-                    "gates.int8.top1_drop = 0.5",
+                    "gates.int8.top1_loss = 0.5",
                 ]
             ),
         )
@@ -249,7 +249,7 @@ class TestChanges:
         assert recipe.batch == BatchRange(1, 2, 8)
         assert recipe.model.weights == "mine.pth"
         assert recipe.precision.make == ("int8",)
-        assert recipe.gates.int8.top1_drop == 0.5
+        assert recipe.gates.int8.top1_loss == 0.5
 
     @each(
         ("text", "message", "remedy"),

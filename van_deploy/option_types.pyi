@@ -104,12 +104,16 @@ class ExportOptions(TypedDict, total=False):
     calibration: str
 
 class PackageOptions(TypedDict, total=False):
+    backend: Literal["onnxruntime", "python"]
+    instances: int
+    threads: int
+    gpu: bool
+    model_version: int
+    triton_release: str
+    triton_python: str
     queue_delay_us: int
     queue_limit: int
     queue_timeout_ms: int
-    instances: int
-    gpu: bool
-    triton_release: str
     artefacts: Sequence[str]
 
 class PredictOptions(TypedDict, total=False):

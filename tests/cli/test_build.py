@@ -32,8 +32,8 @@ def bundle(digits_onnx: Path, tmp_path: Path) -> Path:
 def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
     result = cli("build", bundle, "--target", "sm_86,sm_89", "--json")
     assert result.exit_code == 0
-    first, second = json.loads(result.stdout)
-    assert (first["target"], second["target"]) == ("sm_86", "sm_89")
+    first, second = json.loads(result.stdout)["outcomes"]
+    assert [one["cell"]["targets"] for one in (first, second)] == [["sm_86"], ["sm_89"]]
     assert first["outcome"] == "built"
     assert first["sidecar"]["options"]["profiles"] == ["1:2:4"]
     artefacts = Bundle.open(bundle).artefacts
@@ -45,7 +45,7 @@ def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
     assert again.exit_code == 0
     assert again.stdout.splitlines()[-1].split()[:2] == ["HERE", first["engine"]]
     other = cli("build", bundle, "--target", "sm_86", "--batch", "1:1:1", "--force", "--json")
-    assert json.loads(other.stdout)[0]["sidecar"]["options"]["profiles"] == ["1:1:1"]
+    assert json.loads(other.stdout)["outcomes"][0]["sidecar"]["options"]["profiles"] == ["1:1:1"]
 
 
 @pytest.mark.parametrize(

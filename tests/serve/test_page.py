@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Running, top5_of
+from tests.serve.conftest import Running, serving, top5_of
+from van_deploy.bundle import Bundle
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -125,6 +126,30 @@ def test_what_is_no_picture_is_told(page: Any, tmp_path: Path) -> None:
     assert "it is in no known image format" in page.inner_text("#error")
     assert page.locator("#result").is_hidden()
     screenshot(page, "error")
+
+
+def test_a_key_is_asked_for_and_kept_for_the_tab(
+    browser: Any, digits: Bundle, original: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text("open-sesame")
+    context = browser.new_context()
+    page = context.new_page()
+    with serving(digits, api_key_file=tmp_path / "key") as server:
+        page.goto(server.url)
+        page.wait_for_selector("#locked:visible")
+        page.fill("#secret", "wrong")
+        with page.expect_response("**/models") as refused:
+            page.press("#secret", "Enter")
+        assert refused.value.status == 401
+        assert page.locator("#locked").is_visible()
+        page.fill("#secret", "open-sesame")
+        page.press("#secret", "Enter")
+        page.wait_for_selector("#model option", state="attached")
+        assert page.locator("#locked").is_hidden()
+        screenshot(page, "key")
+        page.set_input_files("#file", original)
+        page.wait_for_selector("#result li")
+    context.close()
 
 
 def test_a_narrow_window_has_no_sideways_scroll(

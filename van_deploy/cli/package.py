@@ -47,18 +47,10 @@ def package(
         remark(f"Wrote {report.files} files to {report.path}.")
     from van_deploy.report.tables import checks_table
 
-    findings = report.check.findings if report.check else ()
-    emit(
-        report.as_dict(),
-        as_json,
-        lambda document: (
-            checks_table(vars(finding) for finding in findings)
-            if findings
-            else f"check {document['check']}"
-        ),
-    )
+    findings = report.findings
+    emit(report.as_dict(), as_json, lambda _: checks_table(vars(found) for found in findings))
     if not report:
-        wrong = ", ".join(finding.name for finding in findings if not finding.outcome)
+        wrong = ", ".join(finding.name for finding in findings if finding.outcome is False)
         raise GateFailed(
             f"The package '{report.path}' is not what the bundle says: {wrong}.",
             "Package the bundle again.",

@@ -17,30 +17,27 @@ def serve(
     require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer over HTTP: a web page for pictures, and the v2 protocol for programs.
+    """Answer over HTTP: a web page for images, and the v2 protocol for programs.
 
     Example: van-deploy serve dist/van_b1 --port 8000
     """
-    from van_deploy.serve.server import listen, run_server
+    from van_deploy.serve.app import App
+    from van_deploy.serve.server import is_loopback, listen, run_server, url_of
     from van_deploy.serve.service import Service
 
     with telling("Loading"):
         service = Service(opened(bundle, require_signature).opened(), settings)
+        app = App(service)
         service.load()
-        listening = listen(settings.host, settings.port)
-    if not listening.loopback:
-        remark(
-            f"note: {settings.host} is reachable from other machines, and nobody is asked who "
-            "they are"
-        )
+        bound = listen(settings.host, settings.port)
+    if not is_loopback(settings.host):
+        keyless = "" if app.keyed else ", and nobody is asked for a key"
+        remark(f"note: {settings.host} is reachable from other machines{keyless}")
 
-    def ready() -> None:
-        document = {"url": listening.url, "models": list(service.models)}
-        emit(
-            document,
-            as_json,
-            lambda _: f"{', '.join(service.models)} at {listening.url}  (Ctrl-C ends)",
-        )
+    def ready(_: object) -> None:
+        document = {"url": url_of(bound), "models": list(service.models)}
+        names = ", ".join(service.models)
+        emit(document, as_json, lambda d: f"{names} at {d['url']}  (Ctrl-C ends)")
 
-    run_server(service, listening, max_connections=settings.max_connections, on_ready=ready)
+    run_server(app, bound, max_connections=settings.max_connections, on_ready=ready)
     remark("Stopped; every request that was begun is answered.")

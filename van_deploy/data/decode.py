@@ -100,7 +100,8 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
     if mode == "RGBA" and image.mode == "RGB" and tags.get(SAMPLES_PER_PIXEL, 3) > 3:
         raise ValueError("it has more than 3 channels, and none is marked as transparency")
-    upright = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)  # which makes no copy where nothing is turned
+    upright: Image.Image = image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         upright = _eight_bits(upright, tags.get(BITS_PER_SAMPLE, (16,)))
     elif image.mode in {"I", "F"}:
