@@ -169,12 +169,18 @@ def mutated(source: str, mutant: Mutant) -> tuple[str, int] | None:
         for node in statements_of(function):
             seen += fragment_of(node) == mutant.fragment
             if seen == mutant.occurrence and fragment_of(node) == mutant.fragment:
-                for fault in faults_of(node):
-                    if fragment_of(ast.fix_missing_locations(fault)) == mutant.becomes:
-                        line = getattr(node, "lineno", 0)
-                        new = _Put(node, fault).visit(module)
-                        return ast.unparse(ast.fix_missing_locations(new)) + "\n", line
+                line = getattr(node, "lineno", 0)
+                new = _Put(node, _fault(node, mutant.becomes)).visit(module)
+                return ast.unparse(ast.fix_missing_locations(new)) + "\n", line
     return None
+
+
+def _fault(node: ast.AST, becomes: str) -> ast.AST:
+    """Return what is to stand in the place of ``node``; an expression may be chosen by hand."""
+    for fault in faults_of(node):
+        if fragment_of(ast.fix_missing_locations(fault)) == becomes:
+            return fault
+    return ast.parse(becomes, mode="eval").body
 
 
 class _Put(ast.NodeTransformer):

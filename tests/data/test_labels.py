@@ -375,6 +375,12 @@ def test_a_name_that_several_images_have_labels_none_of_them(make: Make) -> None
     assert by_file(images) == {"a/1.png": 2, "b/1.png": 0, "b/2.png": 1}
 
 
+def test_the_longest_name_in_a_line_is_the_file(make: Make) -> None:
+    root = make("a.png", "a 1.png")
+    images = labelled_by(root, "a 1 2\na 0\n", names=["x", "1 2", "y"])
+    assert by_file(images) == {"a.png": 0, "a 1.png": 2}
+
+
 def test_a_number_that_is_both_a_name_and_an_index_is_not_guessed(flat: Path) -> None:
     names, text = ["2", "0", "1"], "a.png 2\nb c.png 0\nd, e.png 1\n"
     with pytest.raises(InputError) as refused:
@@ -479,6 +485,13 @@ def test_a_file_that_fits_decides_an_order_that_nothing_else_does(make: Make) ->
     assert by_folder(labelled_images(root, 2)) == {"class2": 1, "class10": 0}
     asked = labelled_images(root, 2, class_order="natural")
     assert by_folder(asked) == {"class2": 0, "class10": 1}
+
+
+def test_a_file_above_class_folders_is_not_asked_even_if_it_fits(make: Make) -> None:
+    root = make("class2", "class10")
+    (root.parent / "val.txt").write_text("class2/x.png 1\nclass10/x.png 0\n")
+    with pytest.raises(ImageError, match="are not known: nothing says"):
+        labelled_images(root, 2)
 
 
 # --- arrays, and commands that can do without ------------------------------------------------

@@ -57,6 +57,7 @@ def test_plan_sidecar_and_log(rtx: Backend, digits_onnx: Path, tmp_path: Path) -
     assert sidecar.inputs[0].shape[0] == sidecar.outputs[0].shape[0] == -1
     assert sidecar.build_seconds > 0
     assert 100 << 20 < sidecar.peak_memory_bytes < 2 << 30
+    assert sidecar.parser_layers <= 1.2 * (13 * 9 + 17), "hardly more than the graph has nodes"
     assert set(sidecar.device_memory) == {"weights_bytes", "activation_bytes", "scratch_bytes"}
     assert sidecar.reproducible is None
     assert sidecar.preprocessing == OFFICIAL
@@ -259,7 +260,8 @@ def test_builds_side_by_side_do_not_disturb_each_other(
     }
 
 
-def test_the_layers_of_a_folded_van(rtx: Backend, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_layers_of_a_folded_van_b0(rtx: Backend, tmp_path: Path) -> None:
     """The parser makes at most 220 layers of van_b0; the original network gives far more."""
     import torch
 

@@ -138,12 +138,16 @@ def test_the_file_names_no_path_of_this_machine(graph: onnx.ModelProto) -> None:
     assert b"site-packages" not in text
 
 
+@pytest.fixture(scope="module")
+def unfolded(digits: LoadedVan) -> onnx.ModelProto:
+    return onnx_from_van(digits.model, digits.preprocessing.image_size)
+
+
 def test_the_unfolded_network_exports_and_loses_nodes_to_simplification(
-    digits: LoadedVan, digit_images: Tensor
+    digits: LoadedVan, digit_images: Tensor, unfolded: onnx.ModelProto
 ) -> None:
-    model = onnx_from_van(digits.model, digits.preprocessing.image_size)
-    assert operator_counts(model)["BatchNormalization"] == 2 * digits.config.blocks
-    report = simplify_onnx(model, digit_images.numpy(), onnxruntime_logits)
+    assert operator_counts(unfolded)["BatchNormalization"] == 2 * digits.config.blocks
+    report = simplify_onnx(unfolded, digit_images.numpy(), onnxruntime_logits)
     assert report.changed
     assert sum(report.removed.values()) == sum(report.before.values()) - sum(report.after.values())
     assert report.relative_error is not None
@@ -151,7 +155,7 @@ def test_the_unfolded_network_exports_and_loses_nodes_to_simplification(
 
 
 def test_a_simplified_graph_that_answers_differently_is_not_kept(
-    digits: LoadedVan, digit_images: Tensor, monkeypatch: pytest.MonkeyPatch
+    digit_images: Tensor, unfolded: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import onnxsim
 
@@ -164,10 +168,9 @@ def test_a_simplified_graph_that_answers_differently_is_not_kept(
         return simplified, True  # it says all is well
 
     monkeypatch.setattr(onnxsim, "simplify", breaks)
-    model = onnx_from_van(digits.model, digits.preprocessing.image_size)
-    report = simplify_onnx(model, digit_images.numpy(), onnxruntime_logits)
+    report = simplify_onnx(unfolded, digit_images.numpy(), onnxruntime_logits)
     assert not report.changed
-    assert report.model is model
+    assert report.model is unfolded
     assert report.reason.startswith("kept as exported: the simplified graph differs by")
 
 

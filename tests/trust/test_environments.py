@@ -239,11 +239,11 @@ def test_a_missing_file_with_such_a_name_is_one_message(elsewhere: Elsewhere) ->
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
 def test_closed_streams(closed: str) -> None:
     """A service, or a shell, may start a program without them."""
-    command = f"{sys.executable} -m van_deploy info nosuch {closed}"
+    command = f"{sys.executable} -m van_deploy report nosuch {closed}"
     ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert ran.returncode == 2
+    assert ran.returncode == 5
     assert "Traceback" not in ran.stderr
-    assert ran.stderr == "" if "2>" in closed else ran.stderr.startswith("error: There is no VAN")
+    assert ran.stderr == "" if "2>" in closed else ran.stderr.startswith("error: There is no ")
 
 
 def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:

@@ -79,25 +79,28 @@ def test_it_is_found_behind_other_lines_and_in_another_file(tree: Path) -> None:
     assert "if value <= 1 and self.strict" in place[1]
 
 
+def test_a_fault_may_be_written_by_hand() -> None:
+    changed = mutated(SOURCE, replace(AT, becomes="value < self.other"))
+    assert changed is not None
+    assert "if value < self.other and self.strict" in changed[0]
+
+
 @each(
     "gone",
     [
         replace(AT, function="Limits.fails"),
         replace(AT, fragment="value < 2"),
         replace(AT, occurrence=1),
-        replace(AT, becomes="value > 1"),
     ],
 )
 def test_code_that_is_gone(tree: Path, gone: Mutant) -> None:
     assert found_in(tree, gone) is None
 
 
-def test_the_list_is_of_sixty_ten_of_each_area() -> None:
+def test_the_list_has_ten_of_each_area_or_more() -> None:
     mutants = [Mutant(**entry) for entry in json.loads(MUTANTS.read_text(encoding="utf-8"))]
-    assert len(set(mutants)) == 60
-    assert {area: sum(m.area == area for m in mutants) for area in AREAS} == dict.fromkeys(
-        AREAS, 10
-    )
+    assert len(set(mutants)) == len(mutants)
+    assert min(sum(m.area == area for m in mutants) for area in AREAS) >= 10
 
 
 def test_the_table_counts_and_escapes() -> None:

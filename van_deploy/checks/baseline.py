@@ -28,6 +28,7 @@ __all__ = [
     "ArtefactFigures",
     "Baseline",
     "EvaluationSet",
+    "SpeedFigures",
     "baseline_from",
     "read_baseline",
     "samples_digest",

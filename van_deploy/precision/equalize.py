@@ -41,7 +41,7 @@ from van_deploy.model.van import STAGES
 from van_deploy.precision.observers import ChannelRange
 from van_deploy.precision.scales import ChannelAffine, Floats, percentile_range
 
-__all__ = ["TECHNIQUES", "Equalization", "equalize"]
+__all__ = ["TECHNIQUES", "Equalization", "ShiftScale", "equalize"]
 
 TECHNIQUES = ("cross_layer", "shift_scale", "shift")
 

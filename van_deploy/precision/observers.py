@@ -30,7 +30,7 @@ from van_deploy.errors import ConversionError, ImageError
 from van_deploy.graph.rebuilt import RebuiltVan
 from van_deploy.runners.pytorch import one_torch_thread
 
-__all__ = ["BINS", "ChannelRange", "bin_values", "images_at_once", "observe"]
+__all__ = ["BINS", "ChannelRange", "bin_values", "images_at_once", "observe", "range_of"]
 
 MANTISSA_BITS = 3
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -15, 16

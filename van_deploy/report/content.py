@@ -159,17 +159,17 @@ def _tiles(found: _Found) -> list[Tile]:
                 "warn" if loaded else "",
             )
         )
-    evaluated = found.manifest.checks.get("evaluate", {}).get("accuracy", {})
+    evaluated = found.manifest.checks.get("evaluate", {}).get("accuracies", {})
     if evaluated:
         name, entry = list(evaluated.items())[-1]
         low, high = entry["top1_interval"]
         interval = f"95 %: {100 * low:.1f} to {100 * high:.1f}"
-        tiles.append(Tile(f"Top-1 of {name}", f"{100 * entry['top1']:.2f} %", interval))
+        tiles.append(Tile(f"{entry['metric']} of {name}", f"{100 * entry['top1']:.2f} %", interval))
     agreement = found.manifest.checks.get("agreement")
     if agreement:
         worst = min(float(entry["sqnr_db"]) for entry in agreement["batches"])
         note = f"lowest of batch {', '.join(str(e['batch']) for e in agreement['batches'])}"
-        tone = "" if agreement["passed"] else "bad"
+        tone = "" if agreement["outcome"] == "pass" else "bad"
         tiles.append(Tile("FP32 against PyTorch", f"{worst:.1f} dB", note, tone))
     smallest = min(found.sizes, key=lambda name: found.sizes[name], default=None)
     if smallest is not None:

@@ -93,7 +93,7 @@ def accuracy_section(checks: Mapping[str, Any]) -> Section | None:
     rows = tuple(
         (
             name,
-            a["runner"],
+            entry["runners"][name],
             f"{a['images']:,}",
             f"{100 * a['top1']:.2f}",
             _interval(a["top1_interval"], 100),

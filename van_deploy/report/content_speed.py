@@ -78,7 +78,7 @@ def speed_section(bench: BenchReport | None) -> Section | None:
 
 def tradeoff_section(checks: Mapping[str, Any], bench: BenchReport | None) -> Section | None:
     """Return throughput against accuracy, for the artefacts that have both."""
-    accuracy = checks.get("evaluate", {}).get("accuracy", {})
+    accuracy = checks.get("evaluate", {}).get("accuracies", {})
     if not accuracy or bench is None:
         return None
     rows = bench.measured
