@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from van_deploy.config import BatchRange
 from van_deploy.documents import LONGEST_TEXT
@@ -200,8 +200,11 @@ class Golden(Schema):
 
 
 def _positive(config: VanConfig) -> VanConfig:
+    sides = {"num_classes": (config.num_classes,), "in_chans": (config.in_chans,)}
     for name in ("embed_dims", "depths", "mlp_ratios", "lka_kernels"):
-        if any(not 0 < number < 2**31 for number in getattr(config, name)):
+        sides[name] = getattr(config, name)
+    for name, numbers in sides.items():
+        if any(not 0 < number < 2**31 for number in numbers):
             raise ValueError(f"has {name} that no network has")
     return config
 
@@ -230,6 +233,18 @@ class Description(Schema):
     batch: BatchRange
     versions: dict[Text, Text]
     golden: Golden | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Description:
+        """Refuse names or preprocessing of another network."""
+        classes, channels = self.architecture.num_classes, self.architecture.in_chans
+        if self.class_names is not None and len(self.class_names) != classes:
+            raise ValueError(f"has {len(self.class_names)} class names for {classes} classes")
+        if self.preprocessing.channels != channels:
+            raise ValueError(
+                f"prepares {self.preprocessing.channels} channels for a network of {channels}"
+            )
+        return self
 
 
 def _named(artefacts: dict[str, Artefact]) -> dict[str, Artefact]:

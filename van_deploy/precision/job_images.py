@@ -61,14 +61,6 @@ class JobImages:
     watch: Stopwatch
     unreadable: dict[str, None] = field(default_factory=dict)
 
-    def batches(self, chosen: ImageSet, batch: int) -> Iterator[Images]:
-        """Yield network input ``(n, C, S, S)`` float32, and say how far it is."""
-        done, total = 0, len(chosen)
-        for inputs, _ in self.read(chosen, batch):
-            yield inputs
-            done += len(inputs)
-            self.watch.reached(done, total)
-
     def read(self, chosen: ImageSet, batch: int) -> Iterator[Batch]:
         """Yield network input ``(n, C, S, S)`` float32 with the numbers of its images."""
         for part in decoded_batches(
@@ -77,6 +69,11 @@ class JobImages:
             self.unreadable.update((reason, None) for _, reason in part.unreadable)
             if part.indices:
                 yield part.inputs, list(part.indices)
+                self.watch.reached(part.indices[-1] + 1, len(chosen))
+
+    def inputs(self, chosen: ImageSet, batch: int) -> Iterator[Images]:
+        """Yield the same without the numbers."""
+        return (inputs for inputs, _ in self.read(chosen, batch))
 
 
 def images_for(

@@ -4,22 +4,15 @@ The network runs as a PyTorch module with a hook on each of its parts. A histogr
 the sign, the exponent and the first :data:`MANTISSA_BITS` mantissa bits of a float32, so a
 bin is 6 to 12 % wide wherever it lies, no range has to be known beforehand, and nothing is
 ever binned again. Every value of every image is counted, never a sample.
-
-Two workers take every second batch each: memory is that of two batches and of the records,
-whatever the number of images. Counts and extremes do not depend on who comes first.
+Memory is that of one batch and of the records, whatever the number of images.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import threading
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +21,6 @@ from torch import Tensor
 
 from van_deploy.errors import ConversionError, ImageError
 from van_deploy.graph.rebuilt import RebuiltVan
-from van_deploy.runners.pytorch import one_torch_thread
 
 __all__ = ["BINS", "ChannelRange", "bin_values", "images_at_once", "observe", "range_of"]
 
@@ -43,7 +35,6 @@ BINS = 2 * ((LARGEST_EXPONENT - SMALLEST_EXPONENT) << MANTISSA_BITS)
 BATCH_PIXELS = 2**18
 """Images that are looked at together have at most so many pixels: five of 224 x 224."""
 
-WORKERS = 2
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST = (SMALLEST_EXPONENT + 127) << MANTISSA_BITS  # 127: the exponent's bias in a float32
 _CHUNK = 2**19  # values counted together, few enough for a cache
@@ -138,65 +129,37 @@ def observe(
         ImageError: there was no image.
         ConversionError: a tensor became infinite or NaN.
     """
-    recorder = _Recorder(network, counted)
-    seen = 0
-    for count in recorder.take_in_turns(batches):
-        seen += count
-        if progress is not None:
-            progress(seen)
-    if not seen:
-        raise ImageError(
-            "There is no image to record ranges on.", "Pass a folder with --images DIR."
-        )
-    return {name: recorder.ranges[name] for name in network.tensors}
+    ranges: dict[str, ChannelRange] = {}
 
-
-class _Recorder:
-    """Copies of a network, with the same weights, whose hooks keep the range of every tensor."""
-
-    def __init__(self, network: RebuiltVan, counted: Collection[str]) -> None:
-        self.ranges: dict[str, ChannelRange] = {}
-        self.lock = threading.Lock()
-        weights: dict[int, Any] = {id(p): p for p in network.model.parameters()}
-        self.models = [copy.deepcopy(network.model, dict(weights)) for _ in range(WORKERS)]
-        for model in self.models:
-            for tensor, (name, is_output) in network.tensors.items():
-                add = functools.partial(self._add_, tensor, tensor in counted)
-                module = model.get_submodule(name)
-                if is_output:
-                    module.register_forward_hook(lambda _m, _a, out, add=add: add(out))
-                else:
-                    module.register_forward_pre_hook(lambda _m, args, add=add: add(args[0]))
-
-    def _add_(self, tensor: str, counted: bool, values: Tensor) -> None:
+    def add(tensor: str, values: Tensor) -> None:
         try:
-            found = range_of(values, counted)
+            found = range_of(values, tensor in counted)
         except ValueError as error:
             raise ConversionError(
                 f"The tensor '{tensor}' is {error} on the calibration images.",
                 "Check the weights with `van-deploy inspect`, and the images' preprocessing.",
             ) from None
-        with self.lock:
-            self.ranges.setdefault(tensor, found)
-            if self.ranges[tensor] is not found:
-                self.ranges[tensor].add_(found)
+        if tensor in ranges:
+            ranges[tensor].add_(found)
+        else:
+            ranges[tensor] = found
 
-    @torch.inference_mode()
-    def take_(self, turn: int, images: npt.NDArray[np.float32]) -> int:
-        """Take in one batch, and return how many images it holds."""
-        given = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
-        self.models[turn](given)
-        return len(images)
-
-    def take_in_turns(self, batches: Iterable[npt.NDArray[np.float32]]) -> Iterator[int]:
-        """Yield how many images each batch held, in order."""
-        with one_torch_thread(), ExitStack() as stack:
-            pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in self.models]
-            waiting: deque[Future[int]] = deque()
-            for number, images in enumerate(batches):
-                if len(waiting) == len(pools):
-                    yield waiting.popleft().result()
-                turn = number % len(pools)
-                waiting.append(pools[turn].submit(self.take_, turn, images))
-            while waiting:
-                yield waiting.popleft().result()
+    seen = 0
+    with ExitStack() as stack, torch.inference_mode():
+        for tensor, (name, is_output) in network.tensors.items():
+            module = network.model.get_submodule(name)
+            if is_output:
+                hook = module.register_forward_hook(lambda _m, _a, y, t=tensor: add(t, y))
+            else:
+                hook = module.register_forward_pre_hook(lambda _m, x, t=tensor: add(t, x[0]))
+            stack.callback(hook.remove)
+        for images in batches:
+            network.model(torch.from_numpy(images).contiguous(memory_format=torch.channels_last))
+            seen += len(images)
+            if progress is not None:
+                progress(seen)
+    if not seen:
+        raise ImageError(
+            "There is no image to record ranges on.", "Pass a folder with --images DIR."
+        )
+    return ranges

@@ -226,7 +226,7 @@ class _Job:
         counted = counted_tensors(network, every, asked.target)
         self.watch.begin("Recording ranges")
         side = self.images.preprocessing.image_size
-        batches = self.images.batches(self.images.calibration, images_at_once(side * side))
+        batches = self.images.inputs(self.images.calibration, images_at_once(side * side))
         ranges = observe(network, batches, counted)
         kept = self.kept(model, ranges, by_user)
         self.facts["calibration"] = {
@@ -285,7 +285,7 @@ class _Job:
         self.watch.begin("Quantising")
         images, preprocessing = self.images, self.images.preprocessing
         correcting, confirming = (
-            np.concatenate(list(images.batches(spread_over(chosen, count), 16)))
+            np.concatenate(list(images.inputs(spread_over(chosen, count), 16)))
             for chosen, count in (
                 (images.calibration, CORRECTING_IMAGES),
                 (images.held_out, CONFIRMING_IMAGES),
