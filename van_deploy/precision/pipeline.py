@@ -22,8 +22,7 @@ from van_deploy.documents import plain
 from van_deploy.errors import BundleError, ConversionError, MissingDependency
 from van_deploy.files import content_key
 from van_deploy.graph.files import graph_facts, save_onnx
-from van_deploy.graph.rebuilt import RebuiltVan, van_from_onnx
-from van_deploy.intervals import wilson_interval
+from van_deploy.graph.rebuilt import van_from_onnx
 from van_deploy.manifest import GraphFacts
 from van_deploy.precision.comparison import (
     Candidate,
