@@ -22,7 +22,6 @@ import numpy as np
 from van_deploy.checks.contestants import Contestants
 
 from van_deploy.bundle import Bundle
-from van_deploy.bundle.original import original_network
 from van_deploy.checks.evaluate import Settings, evaluate_bundle
 from van_deploy.config import ModelSettings, Recipe
 from van_deploy.data import (
@@ -35,6 +34,7 @@ from van_deploy.data import (
 )
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.pipeline import export_bundle, load_for
+from van_deploy.runners.original import original_network
 
 ASKED = 0.85
 BATCH = 32

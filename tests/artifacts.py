@@ -124,8 +124,8 @@ class Subject:
 
 def subject_of(folder: Path, labelled: Path) -> Subject:
     """Return a bundle that :func:`with_precisions` made, with its network and images."""
-    from van_deploy.bundle.original import original_network
     from van_deploy.checks.golden import golden_samples
+    from van_deploy.runners.original import original_network
 
     bundle = Bundle.open(folder)
     return Subject(bundle, original_network(bundle), golden_samples(bundle), labelled)
@@ -173,11 +173,11 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
 
     Its largest batch is 6, so that six images are enough to check it.
     """
-    from van_deploy.bundle.original import original_network
     from van_deploy.checks.golden import golden_samples
     from van_deploy.checks.judging import judge_new
     from van_deploy.data import check_images
     from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
+    from van_deploy.runners.original import original_network
 
     shutil.copytree(exported, folder)
     bundle = Bundle.open(folder)
@@ -237,7 +237,7 @@ def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: An
 def enter_engine(folder: Path, name: str, made_from: str = "fp32") -> Bundle:
     """Return the bundle with a file entered as an engine: nothing without a GPU runs it."""
     from tests.described import entry
-    from van_deploy.bundle import EngineFacts
+    from van_deploy.manifest import EngineFacts
 
     source = Bundle.open(folder).artefact(made_from)
     plan = f"engines/{name}.plan"

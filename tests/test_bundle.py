@@ -18,9 +18,10 @@ import pytest
 
 from tests.described import WEIGHTS, described, entry
 from tests.each import each
-from van_deploy.bundle import MANIFEST, SCHEMA, Bundle, Origin, writing
+from van_deploy.bundle import MANIFEST, Bundle, Origin, writing
 from van_deploy.errors import BundleError
 from van_deploy.files import content_key
+from van_deploy.manifest import SCHEMA
 
 
 def put(folder: Path, name: str, text: str, made_from: Origin = WEIGHTS) -> None:

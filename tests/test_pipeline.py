@@ -14,13 +14,14 @@ from torch import Tensor
 from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy.bundle import Bundle, GraphFacts
+from van_deploy.bundle import Bundle
 from van_deploy.checks.judging import batch_sizes
 from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
 from van_deploy.data import decoded_batches, image_set
 from van_deploy.documents import plain
 from van_deploy.errors import GateFailed
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
+from van_deploy.manifest import GraphFacts
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.van import VAN
 from van_deploy.pipeline import ExportResult, export_bundle, load_for

@@ -8,16 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import (
-    Artefact,
-    Bundle,
-    Description,
-    Draft,
-    Golden,
-    GraphFacts,
-    Origin,
-    writing,
-)
+from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
 from van_deploy.checks.gates import Outcome
 from van_deploy.checks.golden import GOLDEN_FILE, Samples, images_for_golden, write_golden
 from van_deploy.checks.judging import Judged, batch_sizes, judge_new
@@ -32,6 +23,7 @@ from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.graph.simplify import operator_counts, simplify_onnx
+from van_deploy.manifest import Description, Golden, GraphFacts
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.runners.base import Images

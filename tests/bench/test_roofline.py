@@ -11,9 +11,9 @@ from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.devices import DEVICES, paper_ceilings
 from van_deploy.bench.roofline import Work, limit_of, work_of, work_of_file
 from van_deploy.bundle import Bundle
-from van_deploy.bundle.original import original_network
 from van_deploy.errors import UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME
+from van_deploy.runners.original import original_network
 
 CEILINGS = Ceilings({"fp32": 1e12, "int8": 4e12}, 1e11, "measured", {})
 

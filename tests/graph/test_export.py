@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from van_deploy.bundle import TensorFacts
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.export import INPUT_NAME, OPSETS, OUTPUT_NAME, onnx_from_van
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.fold import fold_van
 from van_deploy.graph.inspect import describe_onnx
 from van_deploy.graph.simplify import operator_counts, simplify_onnx
+from van_deploy.manifest import TensorFacts
 from van_deploy.metrics import compare
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.van import VAN

@@ -12,10 +12,10 @@ from torch import nn
 
 from tests.described import described
 from van_deploy.bundle import Bundle, writing
-from van_deploy.bundle.original import original_network
 from van_deploy.errors import BundleError
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.van import VAN
+from van_deploy.runners.original import original_network
 
 if TYPE_CHECKING:
     from tests.model.conftest import Rename

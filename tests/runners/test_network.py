@@ -10,10 +10,11 @@ import pytest
 from tests.conftest import Cli
 from tests.described import entry
 from tests.each import each
-from van_deploy.bundle import Bundle, EngineFacts, Origin, writing
+from van_deploy.bundle import Bundle, Origin, writing
 from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import BundleError, MissingDependency, UsageError
+from van_deploy.manifest import EngineFacts
 from van_deploy.runners.network import RUNNERS, Network, Obstacle
 
 PIXELS = np.arange(11 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(11, 64, 64, 3)

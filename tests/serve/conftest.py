@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from tests.artifacts import Copy
-from van_deploy.bundle import Artefact, Bundle, EngineFacts, Origin, writing
+from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.checks.golden import golden_samples
 from van_deploy.config import BatchRange, BuildOptions, ServiceSettings
 from van_deploy.engine.sidecar import Sidecar, Tensor, sidecar_path, write_sidecar
+from van_deploy.manifest import EngineFacts
 from van_deploy.metrics import softmax
 from van_deploy.runners.network import Outputs
 from van_deploy.serve.app import App

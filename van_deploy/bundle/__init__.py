@@ -12,35 +12,6 @@ Reading believes nothing whose SHA-256 is not the manifest's.
 from van_deploy.bundle.names import MANIFEST, SIGNATURE
 from van_deploy.bundle.reading import Bundle
 from van_deploy.bundle.writing import Draft, writing
-from van_deploy.manifest import (
-    SCHEMA,
-    Artefact,
-    Description,
-    Embedding,
-    EngineFacts,
-    Golden,
-    GraphFacts,
-    Manifest,
-    Origin,
-    Precision,
-    TensorFacts,
-)
+from van_deploy.manifest import Artefact, Manifest, Origin
 
-__all__ = [
-    "MANIFEST",
-    "SCHEMA",
-    "SIGNATURE",
-    "Artefact",
-    "Bundle",
-    "Description",
-    "Draft",
-    "Embedding",
-    "EngineFacts",
-    "Golden",
-    "GraphFacts",
-    "Manifest",
-    "Origin",
-    "Precision",
-    "TensorFacts",
-    "writing",
-]
+__all__ = ["MANIFEST", "SIGNATURE", "Artefact", "Bundle", "Draft", "Manifest", "Origin", "writing"]

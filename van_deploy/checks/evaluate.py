@@ -311,7 +311,7 @@ def _networks_here(
 ) -> _Networks:
     import torch
 
-    from van_deploy.bundle.original import original_network
+    from van_deploy.runners.original import original_network
 
     torch.set_num_threads(1)
     bundle = Bundle.open(path)

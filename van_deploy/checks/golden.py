@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from van_deploy.bundle import Bundle, Draft, Golden
+from van_deploy.bundle import Bundle, Draft
 from van_deploy.bundle.reading import verify
 from van_deploy.checks.gates import Finding, Outcome, failed
 from van_deploy.data import (
@@ -39,6 +39,7 @@ from van_deploy.data import (
     sample_set,
 )
 from van_deploy.errors import BundleError, ImageError, UsageError
+from van_deploy.manifest import Golden
 from van_deploy.metrics import Array, Task, sqnr_db
 from van_deploy.model.pixels import Pixels, normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing

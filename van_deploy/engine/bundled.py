@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from van_deploy.bundle import Artefact, Bundle, EngineFacts, Origin, Precision, writing
+from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.config import BuildOptions
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import (
@@ -24,6 +24,7 @@ from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_
 from van_deploy.engine.worker import TEMPORARY
 from van_deploy.errors import BundleError, InputError
 from van_deploy.files import content_key
+from van_deploy.manifest import EngineFacts, Precision
 from van_deploy.model.preprocess import Preprocessing
 
 __all__ = [

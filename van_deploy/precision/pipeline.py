@@ -13,7 +13,7 @@ import numpy.typing as npt
 from onnx import ModelProto, checker, load_model
 from torch import nn
 
-from van_deploy.bundle import Artefact, Bundle, Draft, Origin, Precision, writing
+from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
 from van_deploy.calibration_set import CalibrationSet
 from van_deploy.checks.golden import golden_samples
 from van_deploy.checks.judging import judge_new
@@ -23,7 +23,7 @@ from van_deploy.errors import BundleError, ConversionError, MissingDependency
 from van_deploy.files import content_key
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.rebuilt import van_from_onnx
-from van_deploy.manifest import GraphFacts
+from van_deploy.manifest import GraphFacts, Precision
 from van_deploy.precision.comparison import (
     Candidate,
     PrecisionRow,

@@ -7,8 +7,9 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from van_deploy.bundle import SCHEMA, Artefact, Bundle, Manifest
+from van_deploy.bundle import Artefact, Bundle, Manifest
 from van_deploy.errors import UsageError, VanDeployError
+from van_deploy.manifest import SCHEMA
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.report.document import Block, Facts, Figure, Grid, Picture, Section, Text

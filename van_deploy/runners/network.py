@@ -118,7 +118,7 @@ def original_of(bundle: Bundle, weights: Path | None = None) -> LoadedVan:
         BundleError: the weights have moved, have changed, or are not this bundle's.
     """
     try:
-        from van_deploy.bundle.original import original_network
+        from van_deploy.runners.original import original_network
     except ImportError as error:
         raise MissingDependency(
             f"The original network needs PyTorch and timm: {error}.",

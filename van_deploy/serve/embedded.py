@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from van_deploy.bundle import Artefact, Bundle, Draft, Embedding, Origin, writing
+from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
 from van_deploy.errors import GateFailed, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.embed import (
@@ -24,6 +24,7 @@ from van_deploy.graph.embed import (
 )
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.names import OUTPUT_NAME
+from van_deploy.manifest import Embedding
 from van_deploy.metrics import Task, probabilities
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.provenance import code_digest
