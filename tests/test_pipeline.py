@@ -15,6 +15,7 @@ from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle, GraphFacts
+from van_deploy.checks.judging import batch_sizes
 from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
 from van_deploy.data import decoded_batches, image_set
 from van_deploy.documents import plain
@@ -22,7 +23,7 @@ from van_deploy.errors import GateFailed
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.van import VAN
-from van_deploy.pipeline import ExportResult, check_batches, export_bundle, load_for
+from van_deploy.pipeline import ExportResult, export_bundle, load_for
 from van_deploy.recipe import recipe_named
 from van_deploy.runners.base import run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -51,8 +52,8 @@ def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(exported: Bundle) 
     assert manifest.checks["fold"]["passed"]
     agreement = manifest.checks["agreement"]
     assert agreement["passed"]
-    assert [entry["batch"] for entry in agreement["batches"]] == [1, 2, 3, 8]
-    assert agreement["images"] == "8 of 360 held-out images of handwritten digits"
+    assert [entry["batch"] for entry in agreement["batches"]] == [1, 2, 3, 5, 8]
+    assert agreement["images"] == "16 of 360 held-out images of handwritten digits"
     assert manifest.preprocessing.image_size == 64
     assert manifest.weights.format == "embedded"
     assert manifest.batch == BATCHES
@@ -122,7 +123,7 @@ def test_a_graph_that_is_not_the_network_never_reaches_the_bundle(
         return report
 
     monkeypatch.setattr("van_deploy.pipeline.fold_van", slightly_wrong)
-    with pytest.raises(GateFailed, match="not the network it was made from: batch 1: SQNR"):
+    with pytest.raises(GateFailed, match="not the network it was made from: SQNR"):
         export_bundle(loaded, recipe, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -139,9 +140,9 @@ def test_a_wrong_rewrite_never_reaches_the_bundle(
     assert not (tmp_path / "b").exists()
 
 
-def test_batches_checked_are_1_2_3_the_optimum_and_the_maximum() -> None:
-    assert check_batches(Recipe()) == (1, 2, 3, 8, 32)
-    assert check_batches(Recipe(batch=BatchRange(1, 2, 2))) == (1, 2)
+def test_batches_checked_are_1_2_3_another_odd_one_the_optimum_and_the_maximum() -> None:
+    assert batch_sizes(Recipe().batch) == (1, 2, 3, 5, 8, 32)
+    assert batch_sizes(BatchRange(1, 2, 2)) == (1, 2)
 
 
 def test_the_command_prints_the_verdicts_and_where_the_bundle_is(cli: Cli, tmp_path: Path) -> None:
@@ -177,10 +178,14 @@ def test_overrides_reach_the_manifest_and_say_so(cli: Cli, tmp_path: Path) -> No
         (["./none.pth"], 5, "none.pth"),
         (["van_digits", "--image-size", "8"], 2, "8"),
         (["van_digits", "--image-size", "big"], 2, "--image-size"),
-        (["van_digits", "--mean", "a,b"], 2, "--mean 'a,b' is not a list of numbers"),
+        (["van_digits", "--mean", "a,b"], 2, "'--mean' is 'a': it should be a number."),
         (["van_digits", "--std", "0,0,0"], 2, "std"),
-        (["van_digits", "--batch", "8"], 2, "'8' is not a batch range"),
-        (["van_digits", "--opset", "9"], 2, "Opset 9 is not supported"),
+        (["van_digits", "--batch", "8"], 2, "'--batch' is '8': it should be min:opt:max"),
+        (
+            ["van_digits", "--opset", "9"],
+            2,
+            "'--opset' is 9: it should be greater than or equal to 17",
+        ),
         (["van_digits", "--images", "no/such/folder"], 5, "no/such/folder"),
         (["van_digits", "--labels", "no-such-file"], 5, "The labels 'no-such-file' cannot be read"),
         (["van_digits", "--sha256", "0" * 64], 5, "0000000"),
@@ -266,5 +271,5 @@ def test_a_user_folder_smaller_than_the_batch_is_made_up_with_crops(
     result = export_bundle(loaded, recipe, tmp_path / "b", images=tmp_path / "i")
     described = result.bundle.manifest.checks["agreement"]["images"]
     assert described.startswith(
-        f"8 images and parts of 2 images of '{tmp_path / 'i'}'; 1 could not "
+        f"16 images and parts of 2 images of '{tmp_path / 'i'}'; 1 could not "
     )

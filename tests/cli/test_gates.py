@@ -11,8 +11,8 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 from junitparser import Failure, JUnitXml, Skipped
-from van_deploy.json_schemas import schema_of
 
+from supply_chain.json_schemas import schema_of
 from tests.artifacts import Copy, Subject, enter_engine
 from tests.checks import faults
 from tests.checks.conftest import overwritten

@@ -95,6 +95,8 @@ class Baseline(Schema):
     """Of the images that the artifacts were verified on."""
     samples: Text
     """What they were."""
+    against: Text
+    """What artifacts and modules were compared with."""
     evaluation: EvaluationSet | None = None
     artefacts: dict[Text, ArtefactFigures]
 
@@ -123,6 +125,7 @@ def baseline_from(
         weights_sha256=bundle.manifest.weights.sha256,
         samples_sha256=samples_digest(samples),
         samples=samples.description,
+        against=verify.against,
         evaluation=evaluation,
         artefacts={v.artefact: _figures(v, evaluate, speed) for v in verify.artefacts.values()},
     )

@@ -112,6 +112,9 @@ class Samples:
             logits=self.logits[:count],
             single=self.single[:count],
             names=self.names[:count],
+            description=self.description
+            if count >= len(self)
+            else f"the first {count} of {self.description}",
         )
 
 
@@ -134,10 +137,16 @@ def images_for_golden(
     if not originals or chosen.pixels is None:
         return chosen, ()
     first = [_pixels(data, preprocessing) for data in originals]
-    pixels = np.stack([*first, *chosen.pixels])[: len(chosen)]
-    names = (*_original_names(len(originals)), *chosen.names)[: len(chosen)]
+    others = [row for row, p in enumerate(chosen.pixels) if not _among(p, first)]
+    pixels = np.stack([*first, *chosen.pixels[others]])[: len(chosen)]
+    names = (*_original_names(len(originals)), *(chosen.names[row] for row in others))
+    names = names[: len(chosen)]
     inputs = normalised(pixels, preprocessing)
     return replace(chosen, inputs=inputs, pixels=pixels, names=names), originals
+
+
+def _among(pixels: Pixels, others: Sequence[Pixels]) -> bool:
+    return any(np.array_equal(pixels, other) for other in others)
 
 
 def _originals(images: ImageSet, preprocessing: Preprocessing) -> tuple[bytes, ...]:

@@ -99,6 +99,11 @@ class Judged:
         return outcome_of(self.findings)
 
     @property
+    def passed(self) -> bool:
+        """Whether nothing failed and nothing is left open."""
+        return self.outcome is Outcome.PASS
+
+    @property
     def record(self) -> float | None:
         """The SQNR to record, in dB; None where there is none."""
         return None if self.comparison is None else min(self.comparison.sqnr_db, ROUNDOFF_DB)

@@ -80,7 +80,7 @@ def samples_for(
         loaded: its original network; None takes the golden samples as they are.
         images: the user's folder or ``.npz``; None for the golden samples, or sample
             photographs where the bundle has none.
-        count: how many of the user's images.
+        count: how many of the images, where there is a network.
 
     Raises:
         BundleError: there is no network and there are no golden samples, or they were changed.
@@ -92,7 +92,7 @@ def samples_for(
         return reference_samples(
             loaded, check_images(loaded.name, loaded.preprocessing, count, images)
         )
-    golden = golden_samples(bundle)
+    golden = golden_samples(bundle).first(count)
     same = CheckImages(
         tuple(range(len(golden))),
         golden.inputs,

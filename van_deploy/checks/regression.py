@@ -35,6 +35,7 @@ __all__ = ["SCHEMA", "CheckReport", "CheckRow", "compare_with_baseline"]
 
 SCHEMA: Final = "van-deploy/check/2"
 SHOWN = 4  # messages of one gate
+DIGEST = 64  # characters
 
 
 @dataclass(frozen=True)
@@ -176,26 +177,24 @@ def _verify_finding(verdict: ArtefactVerdict) -> Finding:
 def _require_same(baseline: Baseline, now: Baseline) -> None:
     pairs = [
         ("another model", baseline.model, now.model),
-        ("other weights", baseline.weights_sha256[:12], now.weights_sha256[:12]),
-        ("other images to verify on", baseline.samples_sha256[:12], now.samples_sha256[:12]),
+        ("other weights", baseline.weights_sha256, now.weights_sha256),
+        ("other images to verify on", baseline.samples_sha256, now.samples_sha256),
+        ("another reference", baseline.against, now.against),
     ]
     if baseline.evaluation and now.evaluation:
         pairs += [
-            (
-                "another evaluation set",
-                f"{baseline.evaluation.sha256[:12]} ({baseline.evaluation.description})",
-                f"{now.evaluation.sha256[:12]} ({now.evaluation.description})",
-            ),
+            ("another evaluation set", baseline.evaluation.sha256, now.evaluation.sha256),
             (
                 "another evaluation set",
                 f"{baseline.evaluation.images} images that can be read",
-                f"{now.evaluation.images}",
+                str(now.evaluation.images),
             ),
         ]
     for what, then, here in pairs:
         if then != here:
+            short = [text[:12] if len(text) == DIGEST else text for text in (then, here)]
             raise InputError(
-                f"The baseline was measured with {what}: {then}, and now {here}.",
+                f"The baseline was measured with {what}: {short[0]}, and now {short[1]}.",
                 "Give the same ones, or write the baseline anew with --update.",
             )
 

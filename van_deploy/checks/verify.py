@@ -110,7 +110,7 @@ def verify_bundle(
                 verdict = _with_modules(bundle, verdict, samples, reference, profile)
         verdicts[name] = verdict
     return VerifyReport(
-        against="the golden samples" if samples.golden else "the original network",
+        against="the golden samples" if loaded is None else "the original network",
         images=samples.description,
         names=samples.names,
         noise_db=samples.noise_db,

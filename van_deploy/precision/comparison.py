@@ -88,10 +88,15 @@ class PrecisionRow:
     agreement_interval: tuple[float, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the line as JSON can hold it; infinite figures become None."""
+        """Return the line as JSON can hold it, with top-1's interval; infinite figures as None."""
+        known = self.correct is not None
+        values = {
+            **asdict(self),
+            "top1_interval": wilson_interval(self.correct or 0, self.images) if known else None,
+        }
         return {
             key: None if isinstance(value, float) and not np.isfinite(value) else value
-            for key, value in asdict(self).items()
+            for key, value in values.items()
         }
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.rebuilt import van_from_onnx
-from van_deploy.intervals import wilson_interval
+from van_deploy.manifest import GraphFacts
 from van_deploy.precision.comparison import (
     Candidate,
     PrecisionRow,
@@ -55,6 +55,8 @@ class QuantizeResult:
         allow_inconclusive: whether what the evaluation set cannot decide passes.
     """
 
+    JSON_PROPERTIES: ClassVar[tuple[str, ...]] = ("graph",)
+
     bundle: Bundle
     artefact: str
     reused: bool
@@ -62,6 +64,11 @@ class QuantizeResult:
     facts: Mapping[str, Any]
     seconds: Mapping[str, float] = field(default_factory=dict)
     allow_inconclusive: bool = False
+
+    @property
+    def graph(self) -> GraphFacts | None:
+        """What is in the new graph."""
+        return self.bundle.artefact(self.artefact).graph
 
     @property
     def passed(self) -> bool:
@@ -75,25 +82,6 @@ class QuantizeResult:
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything, ready for JSON."""
-        rows = []
-        for row in self.facts["comparison"]:
-            known = row["correct"] is not None
-            interval = wilson_interval(row["correct"], row["images"]) if known else None
-            rows.append({**row, "top1_interval": interval})
-        return {
-            "bundle": str(self.bundle.path),
-            "artefact": self.artefact,
-            "reused": self.reused,
-            "reason": self.reason,
-            "passed": self.passed,
-            "seconds": dict(self.seconds),
-            "graph": self.bundle.artefact(self.artefact).graph,
-            **self.facts,
-            "comparison": rows,
-        }
 
 
 def quantize_bundle(
