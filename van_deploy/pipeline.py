@@ -290,16 +290,9 @@ def _why_anew(output: Path, made_with: Mapping[str, Any], force: bool) -> str:
     if force:
         return "asked to (--force)"
     try:
-        bundle = Bundle.open(output)
-        artefact = bundle.artefact("fp32")
-        bundle.verified("fp32")
+        return Bundle.open(output).why_anew("fp32", made_with)
     except BundleError as error:
         return f"not there yet ({error.message})" if output.exists() else "not there yet"
-    if artefact.key == content_key(made_with):
-        return ""
-    plain = json.loads(json.dumps(made_with))
-    changed = [key for key, value in plain.items() if artefact.made_with.get(key) != value]
-    return f"changed since: {', '.join(changed)}"
 
 
 def _description(loaded: LoadedVan, recipe: Recipe, golden: Golden | None) -> Description:

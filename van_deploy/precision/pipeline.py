@@ -19,8 +19,7 @@ from van_deploy.checks.golden import golden_samples
 from van_deploy.checks.judging import judge_new
 from van_deploy.config import QuantizeSettings
 from van_deploy.documents import plain
-from van_deploy.errors import BundleError, ConversionError, MissingDependency
-from van_deploy.files import content_key
+from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.rebuilt import van_from_onnx
 from van_deploy.manifest import GraphFacts, Precision
@@ -124,7 +123,8 @@ def quantize_bundle(
         opened, asked, watch, images=images, calibration=calibration, evaluate=evaluate
     )
     job = _Job(opened, asked, chosen, watch)
-    reason, name = job.why_anew(force), asked.artefact
+    name = asked.artefact
+    reason = "asked to (--force)" if force else opened.why_anew(name, job.ingredients())
     if not reason:
         facts = opened.artefact(name).quantization
         why = "the weights, graph, images, settings and versions are those it was made from"
@@ -156,8 +156,6 @@ class _Job:
         self.facts: dict[str, Any] = {}
         self.record: dict[str, float] = {}
 
-    # --- the cache ---
-
     def ingredients(self) -> dict[str, Any]:
         """Return everything that decides what the result will hold."""
         asked = self.settings.as_dict()
@@ -174,25 +172,6 @@ class _Job:
             "code": code_digest("precision", "graph", "checks", "data", "model"),
             "versions": tool_versions("onnx", "onnxruntime", "torch", "numpy", "pillow"),
         }
-
-    def why_anew(self, force: bool) -> str:
-        """Return why the artefact has to be made, or "" if it is there already."""
-        if force:
-            return "asked to (--force)"
-        name = self.settings.artefact
-        try:
-            artefact = self.bundle.artefact(name)
-            self.bundle.verified(name)
-        except BundleError as error:
-            return error.message if name in self.bundle.artefacts else "not there yet"
-        wanted = self.ingredients()
-        if artefact.key == content_key(wanted):
-            return ""
-        plain = json.loads(json.dumps(wanted))
-        parts = (key for key, value in plain.items() if artefact.made_with.get(key) != value)
-        return f"changed since: {', '.join(parts)}"
-
-    # --- the work ---
 
     def make_(self) -> None:
         """Make the graph that was asked for, judge it, and write it into the bundle."""
