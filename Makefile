@@ -1,6 +1,7 @@
 # make demo        the whole main job on the embedded network: no download, no GPU
 # make test        the tests: six minutes on two cores
-# make test-full   the slow ones: faults, fuzzing, Ray, a browser, wheels, every variant
+# make test-full   the slow ones: faults, fuzzing, Ray, a browser, Triton, wheels, every variant
+# make triton      of these, the packages that a real Triton server is given
 # make check       style, types, layers, spelling; and known vulnerabilities of the pins
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +18,7 @@ READY := .venv/.van-deploy
 TESTED := $(READY)-test-$(RUNTIME)
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: setup demo test test-full test-gpu test-min test-pythons coverage mutate reference format lint audit check pins bench fuzz faults public-weights clean
+.PHONY: setup demo test test-full test-gpu triton test-min test-pythons coverage mutate reference format lint audit check pins bench fuzz faults public-weights clean
 
 setup: $(TESTED)
 
@@ -59,6 +60,10 @@ test-full: $(READY)-full
 
 test-gpu: $(TESTED)
 	$(BIN)/python -m pytest -m gpu
+
+# A part of test-full: packages in a real tritonserver (of a wheel, so without a container).
+triton: $(TESTED)
+	$(BIN)/python -m pytest tests/serve/test_real_triton.py
 
 # The lowest versions pyproject.toml allows, in an environment of their own: the main job.
 test-min:

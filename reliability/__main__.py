@@ -41,8 +41,8 @@ SECTIONS = {
     "requests": (
         "Spoiled requests",
         "Every HTTP request was spoiled by a seeded generator and sent to a running server, 16 at "
-        "a time. Any status but 2xx, 4xx and 503, a traceback in the log and a server that does not "
-        "answer afterwards is a fault; no answer is right where a request was not complete.",
+        "a time. Any status but 2xx, 4xx and 503, a traceback in the log and a server that stops "
+        "answering is a fault; no answer is right where a request was not complete.",
     ),
     "faults": (
         "Faults",
@@ -61,9 +61,7 @@ def main() -> int:
     """Run the parts asked for; return 1 if one found a fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS))
-    parser.add_argument(
-        "--count", type=int, help="of spoiled files, requests or kills, for one part"
-    )
+    parser.add_argument("--count", type=int, help="of cases or kills, for one part")
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     unknown = [name for name in names if name not in SECTIONS]

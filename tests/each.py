@@ -2,12 +2,13 @@
 
 For cases that take milliseconds and share their fixtures. All are tried; a failure names
 every case that failed and shows the first one's traceback. ``tmp_path`` is a new folder for
-each case, and so are the folders named as ``fresh``; a case must leave other fixtures as they
+each case, and a fixture named as ``fresh`` is copied for each; a case must leave others as they
 were.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import shutil
@@ -30,7 +31,7 @@ def each(
     Args:
         names: of the arguments that a case gives, as ``pytest.mark.parametrize`` takes them.
         cases: one value each, or as many as there are names.
-        fresh: a fixture that is a folder; each case gets a copy of its own.
+        fresh: a fixture, a folder or an object, of which each case gets a copy of its own.
     """
     chosen = tuple(names.replace(" ", "").split(",")) if isinstance(names, str) else names
     listed = [case if len(chosen) > 1 else (case,) for case in cases]
@@ -46,9 +47,7 @@ def each(
                 if "tmp_path" in given:
                     given["tmp_path"] = _folder(given["tmp_path"], number)
                 if fresh:
-                    folder: Path = given[fresh]
-                    copy = folder.with_name(f"{folder.name}-{number}")
-                    given[fresh] = Path(shutil.copytree(folder, copy, symlinks=True))
+                    given[fresh] = _copy(given[fresh], number)
                 try:
                     test(*arguments, **given)
                 except (Exception, pytest.fail.Exception) as error:
@@ -64,6 +63,14 @@ def each(
 
     assert listed, "there is no case"
     return decorate
+
+
+def _copy(value: object, number: int) -> object:
+    """Return a copy of a folder, beside it, or of an object."""
+    if not isinstance(value, Path):
+        return copy.deepcopy(value)
+    target = value.with_name(f"{value.name}-{number}")
+    return Path(shutil.copytree(value, target, symlinks=True))
 
 
 def _folder(parent: Path, number: int) -> Path:

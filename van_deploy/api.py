@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     )
     from van_deploy.pipeline import ExportResult
     from van_deploy.precision.pipeline import QuantizeResult
-    from van_deploy.run import RunResult
+    from van_deploy.run import ExportReport, RunResult
     from van_deploy.serve.packaging import PackageReport
     from van_deploy.serve.predict import Prediction, Speed
 
@@ -425,23 +425,18 @@ class Exported(Bundle):
     @property
     def passed(self) -> bool:
         """Whether every precision holds its gate; an FP32 graph that does not is never written."""
-        return all(self.precisions)
+        return self.done.passed
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return what was done and the manifest, ready for JSON."""
-        return {
-            "bundle": str(self.path),
-            "reused": self.result.reused,
-            "reason": self.result.reason,
-            "seconds": dict(self.result.seconds),
-            "embedded": list(self.result.embedded),
-            "precisions": [result.as_dict() for result in self.precisions],
-            "manifest": self.manifest,
-        }
+    @property
+    def done(self) -> ExportReport:
+        """What exporting did in every precision, and the manifest."""
+        from van_deploy.run import ExportReport
+
+        return ExportReport(self.result, self.precisions, self.manifest)
 
 
 def export(

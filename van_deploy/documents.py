@@ -153,8 +153,6 @@ def plain(value: object) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        if hasattr(value, "as_dict"):
-            return plain(value.as_dict())
         names = [field.name for field in dataclasses.fields(value) if field_is_json(field)]
         return {n: plain(getattr(value, n)) for n in (*names, *json_properties(type(value)))}
     if isinstance(value, VanDeployError):

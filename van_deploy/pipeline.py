@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,20 +34,19 @@ from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.graph.simplify import operator_counts, simplify_onnx
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
-from van_deploy.runners.base import Images, run_in_batches
+from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import (
     onnxruntime_logits,
     require_onnxruntime,
 )
-from van_deploy.runners.pytorch import TorchRunner
 from van_deploy.schema import validated
 from van_deploy.serve.embedded import Embedded, embed_artefacts
+from van_deploy.stopwatch import Stopwatch
 
 __all__ = ["ExportResult", "embed_in_bundle", "export_bundle", "load_for"]
 
 MODEL_FILE = "model.onnx"
 LABELS_FILE = "labels.txt"
-REFERENCE_BATCH = 8  # images PyTorch sees at a time: enough to be fast, few enough to be lean
 PROOF_IMAGES = 2
 PROOF_SIDE = 96  # pixels: enough for the large kernels to have an inside and borders
 EMBED_PROOF_IMAGES = 8  # the same graph again, with known nodes before it
@@ -75,24 +73,6 @@ class ExportResult:
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
     embedded: tuple[Embedded, ...] = ()
-
-
-class _Clock:
-    """Tells the user which stage runs, and remembers how long each took."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-        self._current: tuple[str, float] | None = None
-
-    def stage(self, name: str) -> None:
-        now = time.perf_counter()
-        if self._current is not None:
-            stage, start = self._current
-            self.seconds[stage] = round(now - start, 3)
-        self._current = (name, now) if name else None
-        if name and self._progress is not None:
-            self._progress(name)
 
 
 def load_for(
@@ -166,8 +146,8 @@ def export_bundle(
     if rewrites is None:
         rewrites = Rewrites() if recipe.export.fold else Rewrites.none()
     check_embedding(recipe.export.embed_preprocess, recipe.export.outputs)
-    clock = _Clock(progress)
-    clock.stage("Preparing images")
+    clock = Stopwatch(progress)
+    clock.begin("Preparing images")
     batches = batch_sizes(recipe.batch)
     source = None if recipe.export.golden == "samples" else images
     checked, originals = images_for_golden(loaded.name, loaded.preprocessing, source)
@@ -180,12 +160,12 @@ def export_bundle(
         same = "nothing changed"
         return ExportResult(bundle, True, same, loaded.source.notes, clock.seconds, embedded)
     with writing(output, name=loaded.name) as draft:
-        clock.stage("Folding and proving the rewrites")
+        clock.begin("Folding and proving the rewrites")
         fold = fold_van(loaded.model, _proof_images(inputs), rewrites)
         _require_fold(fold)
-        clock.stage("Running the original network in float64")
+        clock.begin("Running the original network in float64")
         samples = reference_samples(loaded, checked)
-        clock.stage("Exporting to ONNX")
+        clock.begin("Exporting to ONNX")
         size = loaded.preprocessing.image_size
         model = onnx_from_van(
             fold.model,
@@ -197,7 +177,7 @@ def export_bundle(
         exported = operator_counts(model)
         checks: dict[str, dict[str, Any]] = {"fold": fold.as_dict()}
         if recipe.export.simplify:
-            clock.stage("Simplifying")
+            clock.begin("Simplifying")
             simplified = simplify_onnx(model, inputs[:PROOF_IMAGES], onnxruntime_logits)
             checks["simplify"] = simplified.as_dict()
             model = simplified.model
@@ -205,7 +185,7 @@ def export_bundle(
         facts = graph_facts(model).model_copy(update={"exported_nodes": nodes})
         files = save_onnx(model, draft.file(MODEL_FILE))
         del model, fold
-        clock.stage(f"Checking agreement at batch {', '.join(map(str, batches))}")
+        clock.begin(f"Checking agreement at batch {', '.join(map(str, batches))}")
         judged, record = _agreement(draft, samples, batches)
         checks["agreement"] = {"images": samples.description, **plain(judged)}
         golden = None
@@ -221,13 +201,13 @@ def export_bundle(
 
 
 def _embed(
-    output: Path, loaded: LoadedVan, recipe: Recipe, images: Path | None, clock: _Clock
+    output: Path, loaded: LoadedVan, recipe: Recipe, images: Path | None, clock: Stopwatch
 ) -> tuple[Embedded, ...]:
     made: tuple[Embedded, ...] = ()
     if recipe.export.embeds:
-        clock.stage("Embedding preprocessing, and proving it")
+        clock.begin("Embedding preprocessing, and proving it")
         made = embed_in_bundle(output, loaded, recipe, images)
-    clock.stage("")
+    clock.begin("")
     return made
 
 
@@ -255,18 +235,14 @@ def embed_in_bundle(
             "normalised network input.",
             "Give uint8 images, or leave --images out.",
         )
-    with TorchRunner(loaded.model) as original:
-        expected = run_in_batches(original, checked.inputs, REFERENCE_BATCH)
-    return tuple(
-        embed_artefacts(
-            Bundle.open(output),
-            pixels,
-            recipe.export.embed_preprocess,
-            recipe.export.outputs,
-            batches=batches,
-            expected=expected,
-        )
+    made = embed_artefacts(
+        Bundle.open(output),
+        pixels,
+        recipe.export.embed_preprocess,
+        recipe.export.outputs,
+        batches=batches,
     )
+    return tuple(made)
 
 
 def _agreement(

@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from van_deploy.errors import VanDeployError
     from van_deploy.serve.predict import Prediction, Speed
 
-__all__ = ["BuildReport", "Predictions", "Progress", "WrittenReport"]
+__all__ = [
+    "BuildReport",
+    "Listening",
+    "Predictions",
+    "Progress",
+    "WrittenReport",
+]
 
 
 class Progress(Protocol):
@@ -115,3 +121,16 @@ class WrittenReport:
     def sizes(self) -> dict[str, int]:
         """Bytes of each file, by its path."""
         return {str(path): path.stat().st_size for path in self.files}
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A server that answers.
+
+    Attributes:
+        url: where.
+        models: what it serves.
+    """
+
+    url: str
+    models: tuple[str, ...]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.evaluate import Settings, evaluate_images
@@ -17,7 +17,7 @@ from van_deploy.checks.reference import samples_for
 from van_deploy.checks.verdicts import VerifyReport
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import EngineSettings, Recipe, RunSettings
-from van_deploy.documents import plain
+from van_deploy.manifest import Manifest
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.pipeline import ExportResult, embed_in_bundle, export_bundle
 
@@ -25,9 +25,33 @@ if TYPE_CHECKING:
     from van_deploy.engine.planned import Planned
     from van_deploy.precision.pipeline import QuantizeResult
 
-__all__ = ["Made", "RunResult", "export_recipe", "run_recipe"]
+__all__ = ["ExportReport", "Made", "RunResult", "export_recipe", "run_recipe"]
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export made, in every precision that was asked for.
+
+    Attributes:
+        export: of the FP32 graph.
+        precisions: the others.
+        manifest: of the bundle.
+    """
+
+    export: ExportResult
+    precisions: tuple[QuantizeResult, ...]
+    manifest: Manifest
+
+    @property
+    def passed(self) -> bool:
+        """Whether every precision holds its gate; an FP32 graph that does not is never written."""
+        return all(self.precisions)
+
+    def __bool__(self) -> bool:
+        """Return :attr:`passed`."""
+        return self.passed
 
 
 @dataclass(frozen=True)
@@ -72,17 +96,6 @@ class RunResult:
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the result, ready for JSON."""
-        return {
-            "bundle": str(self.bundle.path),
-            "passed": self.passed,
-            "export": {"reused": self.export.reused, "reason": self.export.reason},
-            "made": [asdict(made) for made in self.made],
-            "verify": plain(self.verify),
-            "evaluate": plain(self.evaluate),
-        }
 
 
 def run_recipe(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.each import each
 from van_deploy.checks.gates import (
     Allowed,
     Finding,
@@ -50,7 +51,7 @@ def noisy(expected: np.ndarray, sqnr_db: float, seed: int = 1) -> np.ndarray:
 
 
 class TestLimits:
-    @pytest.mark.parametrize(
+    @each(
         ("numeric", "floor", "origin"),
         [
             ("fp32", 114.8, "PyTorch's own float32 noise, 134.8 dB, minus 20"),
@@ -95,7 +96,7 @@ class TestOutcomes:
         assert outcome_of([passed, skipped("b", "")]) is PASS
         assert outcome_of([]) is Outcome.SKIPPED
 
-    @pytest.mark.parametrize(
+    @each(
         ("finding", "needs"),
         [
             (Finding("b", INCONCLUSIVE), Allowed(inconclusive=True)),
@@ -154,7 +155,7 @@ class TestLogits:
             "label flips": PASS,
         }
 
-    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    @each("value", [np.nan, np.inf])
     def test_what_is_no_number_fails(self, value: float) -> None:
         expected = logits()
         found = expected.copy()
@@ -246,7 +247,7 @@ class TestNonInferiority:
             "larger top1_loss in the recipe, or pass --allow-inconclusive"
         )
 
-    @pytest.mark.parametrize(("allowed", "images"), [(1.0, 381), (0.5, 765)])
+    @each(("allowed", "images"), [(1.0, 381), (0.5, 765)])
     def test_the_images_that_decide_without_a_flip(self, allowed: float, images: int) -> None:
         assert images_to_decide(paired_loss(0, 0, 10), allowed) == images
         limit = Limit(allowed, "x")

@@ -41,8 +41,8 @@ def test_json_is_one_document_with_intervals(cli: Cli, bundle: Path) -> None:
     found = json.loads(result.stdout)
     assert found["artefact"] == "fp16"
     assert found["passed"] is True
-    low, high = found["comparison"][1]["top1_interval"]
-    share = found["comparison"][1]["correct"] / found["comparison"][1]["images"]
+    low, high = found["facts"]["comparison"][1]["top1_interval"]
+    share = found["facts"]["comparison"][1]["correct"] / found["facts"]["comparison"][1]["images"]
     assert low < share <= high
 
 

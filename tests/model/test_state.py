@@ -75,7 +75,7 @@ def test_that_layer_norm_is_unexpected_among_official_names(state: State) -> Non
         _load(state)
 
 
-@pytest.mark.parametrize("other", ["transformers", "mmpretrain"])
+@each("other", ["transformers", "mmpretrain"], fresh="state")
 def test_mixed_formats_are_refused(state: State, renamed: Rename, other: str) -> None:
     mixed = renamed({k: v for k, v in state.items() if k.startswith("block1")}, other)
     mixed |= {k: v for k, v in state.items() if not k.startswith("block1")}
@@ -86,8 +86,8 @@ def test_mixed_formats_are_refused(state: State, renamed: Rename, other: str) ->
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.", "_forward_module.")
 
 
-@pytest.mark.parametrize("target", FORMATS)
-@pytest.mark.parametrize("prefix", [*PREFIXES, "module._orig_mod.", "a.b.c."])
+@each("target", FORMATS, fresh="state")
+@each("prefix", [*PREFIXES, "module._orig_mod.", "a.b.c."], fresh="state")
 def test_a_network_is_found_behind_any_prefix(
     state: State, tiny: VAN, renamed: Rename, prefix: str, target: str
 ) -> None:
@@ -135,7 +135,7 @@ def test_other_networks_are_refused_without_a_guess() -> None:
     )
 
 
-@pytest.mark.parametrize(
+@each(
     ("target", "prefix", "beside", "whose"),
     [
         ("official", "", "", ""),
@@ -145,6 +145,7 @@ def test_other_networks_are_refused_without_a_guess() -> None:
         ("mmpretrain", "", "auxiliary_head.conv.bias", ", as in VAN-Segmentation"),
         ("transformers", "", "", ", as Transformers' VanModel is"),
     ],
+    fresh="state",
 )
 def test_backbones_are_called_backbones(
     state: State, renamed: Rename, target: str, prefix: str, beside: str, whose: str
@@ -348,7 +349,7 @@ def test_long_lists_are_cut_and_counted(state: State) -> None:
         _load(state)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@each("value", [float("nan"), float("inf"), float("-inf")], fresh="state")
 def test_nan_and_infinite_weights_are_refused(state: State, value: float) -> None:
     state["block1.0.attn.proj_1.weight"][0, 0] = value
     state["norm2.bias"][3] = value
@@ -365,7 +366,7 @@ def test_negative_variances_are_refused(state: State) -> None:
         _load(state)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@each("dtype", [torch.float16, torch.bfloat16, torch.float64], fresh="state")
 def test_other_precisions_are_converted_and_noted(state: State, dtype: torch.dtype) -> None:
     other = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     loaded = official_state(other)

@@ -73,9 +73,7 @@ def test_batches_of_any_size_give_the_same(
 def test_every_tensor_has_extremes_and_only_the_asked_are_counted(
     network: RebuiltVan, calibration_digits: Digits
 ) -> None:
-    seen: list[int] = []
-    found = observe(network, calibration_digits.batches(32), ["block1.0"], seen.append)
-    assert seen == [32, 64]
+    found = observe(network, calibration_digits.batches(32), ["block1.0"])
     assert set(found) == set(network.tensors)
     assert [name for name, record in found.items() if record.counts is not None] == ["block1.0"]
     assert found["images"].largest == pytest.approx(np.abs(calibration_digits.images).max())

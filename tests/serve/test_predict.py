@@ -19,7 +19,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.runners.network import Network
-from van_deploy.serve.predict import Source, Speed, predict, sources_from
+from van_deploy.serve.predict import Speed, predict, sources_from
 
 
 @pytest.fixture
@@ -58,10 +58,10 @@ def test_batches_are_filled_across_bad_pictures(digits: Bundle, folder: Path) ->
     with Network(digits) as network:
         run = network.run
         network.run = lambda batch: sizes.append(len(batch)) or run(batch)  # type: ignore
-        sources = [Source(str(p), p) for p in [*files[:1], bad, *files[1:]]]
+        sources = [*files[:1], bad, *files[1:]]
         answers = list(predict(network, sources, batch=4, speed=(speed := Speed())))
     assert sizes == [4, 1]
-    assert [a.source for a in answers] == [s.name for s in sources]
+    assert [a.source for a in answers] == [str(s) for s in sources]
     assert [a.error is None for a in answers] == [True, False, True, True, True, True]
     assert speed.pictures == 5
 

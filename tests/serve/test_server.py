@@ -30,6 +30,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Cli
+from tests.each import each
 from tests.serve.conftest import Running, serving, top5_of
 from van_deploy.bundle import Bundle
 from van_deploy.config import ServiceSettings
@@ -157,8 +158,8 @@ class TestTritonClient:
         assert batching["max_queue_delay_microseconds"] == 2500
         assert batching["default_queue_policy"]["max_queue_size"] == 77
 
-    @pytest.mark.parametrize("rows", [1, 3, 8])
-    @pytest.mark.parametrize("binary", [True, False])
+    @each("rows", [1, 3, 8])
+    @each("binary", [True, False])
     def test_answers_are_the_artefacts(
         self, client: Any, pixels: Any, expected: Any, rows: int, binary: bool
     ) -> None:
@@ -177,7 +178,7 @@ class TestTritonClient:
         found = result.as_numpy("logits")
         np.testing.assert_allclose(found, expected["logits"], rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+    @each("algorithm", ["gzip", "deflate"])
     def test_compressed_requests(
         self, client: Any, pixels: Any, expected: Any, algorithm: str
     ) -> None:
@@ -209,7 +210,7 @@ class TestTritonClient:
         client.infer(PLAIN, [an_input(np.zeros((5, 3, 64, 64), np.float32), "images", "FP32")])
         assert counts() == (images + 5, requests + 1)
 
-    @pytest.mark.parametrize(
+    @each(
         ("values", "name", "datatype", "message"),
         [
             ((1, 64, 64, 3), "images", "UINT8", "The model has one input, 'pixels'; give that"),
@@ -247,7 +248,7 @@ class TestJson:
         logits = next(o for o in answer["outputs"] if o["name"] == "logits")
         np.testing.assert_allclose(logits["data"], expected["logits"][0], rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize(
+    @each(
         ("document", "message"),
         [
             (b"\x89PNG", "The request is not JSON"),
@@ -270,7 +271,7 @@ class TestJson:
         assert status == 400
         assert message in answer["error"]
 
-    @pytest.mark.parametrize(
+    @each(
         ("change", "message"),
         [
             ({"data": [1, 2, 3]}, "give 12288 numbers"),
@@ -303,7 +304,7 @@ class TestJson:
         message = "The input 'images' holds values that are not finite."
         assert (status, answer["error"]) == (400, message)
 
-    @pytest.mark.parametrize("length", ["x", "-1", "999999999", "9" * 5000, "\u0661"])
+    @each("length", ["x", "-1", "999999999", "9" * 5000, "\u0661"])
     def test_a_wrong_header_length_is_refused(self, server: Running, length: str) -> None:
         headers = {"Inference-Header-Content-Length": length.encode().decode("latin-1")}
         status, answer, _ = post(f"{server.url}/v2/models/{BYTES}/infer", b"{}", headers)
@@ -453,7 +454,7 @@ class TestImages:
         kind = 'multipart/form-data; charset=utf-8; boundary="x"'
         assert file_of_form(field + file + b"--x--\r\n", kind) == b"\r\n-x--y"
 
-    @pytest.mark.parametrize(
+    @each(
         ("body", "headers", "status", "message"),
         [
             (b"", {}, 400, "The request has no image"),
@@ -499,7 +500,7 @@ class TestImages:
         status, answer, _ = post(f"{server.url}/predict", body, {"Content-Encoding": "gzip"})
         assert (status, "larger than 4,194,304 bytes" in answer["error"]) == (413, True)
 
-    @pytest.mark.parametrize("top", ["0", "-1", "x", "9999", "9" * 5000, "%D9%A1"])
+    @each("top", ["0", "-1", "x", "9999", "9" * 5000, "%D9%A1"])
     def test_an_impossible_top_is_refused(self, server: Running, top: str) -> None:
         assert post(f"{server.url}/predict?top={top}", b"x")[0] == 400
 
@@ -560,7 +561,7 @@ class TestLimits:
         assert received.count(b"HTTP/1.1 200") <= 17
         assert b"HTTP/1.1 400" in received
 
-    @pytest.mark.parametrize(("size", "status"), [(1, 400), (64, 422)])
+    @each(("size", "status"), [(1, 400), (64, 422)])
     def test_a_body_in_tiny_chunks_is_refused(
         self, server: Running, size: int, status: int
     ) -> None:
@@ -810,7 +811,7 @@ class TestKey:
             assert get(f"{server.url}/v2", good)[0] == 200
             assert post(f"{server.url}/predict", image, good)[0] == 200
 
-    @pytest.mark.parametrize(
+    @each(
         ("content", "message"),
         [
             (None, "cannot be read: [Errno 2]"),

@@ -94,7 +94,7 @@ def test_every_python_block_is_python(text: str) -> None:
 def test_every_command_exists_with_its_options(text: str, cli: Cli) -> None:
     lines = [line for block in blocks(text, "sh") for line in block.splitlines()]
     commands = [line.split() for line in lines if line.startswith("van-deploy ")]
-    assert len(commands) == 7
+    assert len(commands) == 9
     for _, command, *words in commands:
         help_text = cli(command, "--help").stdout
         for word in words:

@@ -25,6 +25,7 @@ from PIL import Image
 
 from tests.artifacts import Copy, put
 from tests.conftest import Cli
+from tests.each import each
 from tests.serve.conftest import PlanMaker, Running, top5_of
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
@@ -223,7 +224,7 @@ class TestRelease:
         text = (written(bundle, "plan-sm_89") / "kserve.yaml").read_text()
         assert yaml.safe_load(text)["spec"]["predictor"]["model"]["runtimeVersion"] == "24.11-py3"
 
-    @pytest.mark.parametrize(
+    @each(
         ("release", "message"),
         [
             (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 
 from van_deploy.bundle import Bundle, writing
-from van_deploy.documents import plain as jsonable
+from van_deploy.documents import plain
 
-__all__ = ["jsonable", "record_check"]
+__all__ = ["record_check"]
 
 MAY_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -31,7 +31,7 @@ def record_check(bundle: Bundle, name: str, result: object) -> str:
     digests = {key: artefact.sha256 for key, artefact in bundle.artefacts.items()}
     try:
         with writing(bundle.path) as draft:
-            draft.checks[name] = {**jsonable(result), "artefacts_sha256": digests}
+            draft.checks[name] = {**plain(result), "artefacts_sha256": digests}
     except OSError as error:
         if error.errno not in MAY_NOT_WRITE:
             raise

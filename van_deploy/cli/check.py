@@ -47,7 +47,6 @@ def check(
         report = opened(bundle, require_signature).check(
             baseline, settings, update=update, progress=tell
         )
-    from van_deploy.checks.record import jsonable
     from van_deploy.report.gates_view import check_failure, check_tables
     from van_deploy.report.junit import write_junit
     from van_deploy.report.summary import append_summary
@@ -56,7 +55,7 @@ def check(
         write_junit(report, junit)
     if summary is not None:
         append_summary(report, summary)
-    emit(jsonable(report), as_json, lambda _: check_tables(report))
+    emit(report, as_json, lambda _: check_tables(report))
     if not report:
         raise GateFailed(check_failure(report), "See the rows above.")
     if update:

@@ -38,7 +38,6 @@ def drift(
     asked = opened(bundle, require_signature)
     with telling() as tell:
         report = asked.drift(settings, progress=tell)
-    from van_deploy.checks.record import jsonable
     from van_deploy.report.drift_plot import write_drift_plot
     from van_deploy.report.gates_view import drift_tables
 
@@ -47,4 +46,4 @@ def drift(
         remark(f"Wrote {plot}.")
     for text in asked.remarks:
         remark(f"note: {text}")
-    emit(jsonable(report), as_json, lambda _: drift_tables(report, top))
+    emit(report, as_json, lambda _: drift_tables(report, top))

@@ -25,12 +25,11 @@ def evaluate(
     asked = opened(bundle, require_signature)
     with telling() as tell:
         report = asked.evaluate(None, settings, progress=tell)
-    from van_deploy.checks.record import jsonable
     from van_deploy.report.gates_view import evaluate_failure, evaluate_tables
 
     for text in asked.remarks:
         remark(f"note: {text}")
-    emit(jsonable(report), as_json, lambda _: evaluate_tables(report))
+    emit(report, as_json, lambda _: evaluate_tables(report))
     if not report:
         raise GateFailed(
             evaluate_failure(report), "See the rows above; `van-deploy drift` names the module."

@@ -47,6 +47,6 @@ def export(
         remark(f"note: {note}")
     from van_deploy.report.bundle_view import export_view
 
-    emit(made.as_dict(), as_json, lambda _: export_view(made.result, made.precisions))
+    emit(made.done, as_json, lambda _: export_view(made.result, made.precisions))
     if not made:
         raise typer.Exit(1)

@@ -48,7 +48,7 @@ def package(
     from van_deploy.report.tables import checks_table
 
     findings = report.findings
-    emit(report.as_dict(), as_json, lambda _: checks_table(vars(found) for found in findings))
+    emit(report, as_json, lambda _: checks_table(vars(found) for found in findings))
     if not report:
         wrong = ", ".join(finding.name for finding in findings if finding.outcome is False)
         raise GateFailed(

@@ -31,6 +31,6 @@ def quantize(
     remark(f"{result.artefact}: {word}: {result.reason}")
     from van_deploy.report.precision_view import quantized_view
 
-    emit(result.as_dict(), as_json, lambda _: quantized_view(result))
+    emit(result, as_json, quantized_view)
     if not result:
         raise typer.Exit(1)

@@ -37,14 +37,13 @@ def run(
     wanted = recipe_for(recipe, changes | changes_from_text(assignments or ()))
     with telling() as tell:
         from van_deploy import api
-        from van_deploy.checks.record import jsonable
 
         result = api.run_recipe(wanted, output, settings, progress=tell)
     for note in result.export.notes:
         remark(f"note: {note}")
     from van_deploy.report.bundle_view import run_view
 
-    emit(jsonable(result.as_dict()), as_json, lambda _: run_view(result))
+    emit(result, as_json, run_view)
     if not result:
         raise GateFailed(
             f"The bundle '{result.bundle.path}' was written and does not pass its gates.",

@@ -21,6 +21,7 @@ def serve(
 
     Example: van-deploy serve dist/van_b1 --port 8000
     """
+    from van_deploy.results import Listening
     from van_deploy.serve.app import App
     from van_deploy.serve.server import is_loopback, listen, run_server, url_of
     from van_deploy.serve.service import Service
@@ -35,9 +36,8 @@ def serve(
         remark(f"note: {settings.host} is reachable from other machines{keyless}")
 
     def ready(_: object) -> None:
-        document = {"url": url_of(bound), "models": list(service.models)}
-        names = ", ".join(service.models)
-        emit(document, as_json, lambda d: f"{names} at {d['url']}  (Ctrl-C ends)")
+        ready = Listening(url_of(bound), tuple(service.models))
+        emit(ready, as_json, lambda r: f"{', '.join(r.models)} at {r.url}  (Ctrl-C ends)")
 
     run_server(app, bound, max_connections=settings.max_connections, on_ready=ready)
     remark("Stopped; every request that was begun is answered.")

@@ -25,13 +25,12 @@ def verify(
     asked = opened(bundle, require_signature)
     with telling() as tell:
         report = asked.verify(settings, progress=tell)
-    from van_deploy.checks.record import jsonable
     from van_deploy.report.gates_view import verify_failure, verify_tables
 
     for text in asked.remarks:
         remark(f"note: {text}")
     names = asked.manifest.class_names
-    emit(jsonable(report), as_json, lambda _: verify_tables(report, names))
+    emit(report, as_json, lambda _: verify_tables(report, names))
     if not report:
         raise GateFailed(
             verify_failure(report), "See the rows above; `van-deploy drift` names the module."

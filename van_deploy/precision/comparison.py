@@ -44,14 +44,11 @@ class Candidate:
         name: what the table calls it: ``fp32``, ``fp16``, ``int8``, or with its scope.
         precision: ``fp32``, ``fp16`` or ``int8``, which decides its gate.
         model: the graph.
-        fuse: let ONNX Runtime fuse Q/DQ pairs into integer kernels, as on a CPU
-            target; otherwise every pair is computed as written, as TensorRT does.
     """
 
     name: str
     precision: str
     model: ModelProto
-    fuse: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,10 +88,15 @@ class PrecisionRow:
     agreement_interval: tuple[float, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the line as JSON can hold it; infinite figures become None."""
+        """Return the line as JSON can hold it, with top-1's interval; infinite figures as None."""
+        known = self.correct is not None
+        values = {
+            **asdict(self),
+            "top1_interval": wilson_interval(self.correct or 0, self.images) if known else None,
+        }
         return {
             key: None if isinstance(value, float) and not np.isfinite(value) else value
-            for key, value in asdict(self).items()
+            for key, value in values.items()
         }
 
 
@@ -103,6 +105,7 @@ def compare_precisions(
     batches: Iterable[tuple[Images, Sequence[int]]],
     labels: npt.NDArray[np.int64] | None,
     *,
+    fuse: bool,
     judged: bool,
     max_drop: float | None = None,
     providers: Sequence[str] = (),
@@ -114,6 +117,7 @@ def compare_precisions(
         candidates: the graphs, FP32 first.
         batches: images ``(n, C, S, S)`` with their numbers.
         labels: of all images by number, or None.
+        fuse: see :func:`logits_session`.
         judged: whether the images were given to judge accuracy on, so that a loss of
             accuracy is a gate; the logits always are.
         max_drop: points that may be lost instead of what the class allows.
@@ -124,7 +128,7 @@ def compare_precisions(
         ImageError: no image could be read.
         ConversionError: ONNX Runtime refuses a graph.
     """
-    runs = [logits_session(c.model, fuse=c.fuse, threads=threads) for c in candidates]
+    runs = [logits_session(c.model, fuse=fuse, threads=threads) for c in candidates]
     pieces: list[list[Logits]] = [[] for _ in runs]
     numbers: list[int] = []
     first: Images | None = None
@@ -240,7 +244,8 @@ def logits_session(
 
     Args:
         model: the graph; FP16 inputs are converted to.
-        fuse: see :class:`Candidate`.
+        fuse: let ONNX Runtime fuse Q/DQ pairs into integer kernels, as on a CPU
+            target; otherwise every pair is computed as written, as TensorRT does.
         threads: of ONNX Runtime; None lets it choose.
         providers: of ONNX Runtime.
         in_turns: it is timed in turns with others in this process: threads that wait

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from van_deploy.graph.rebuilt import RebuiltVan
 from van_deploy.metrics import sqnr_db
 from van_deploy.precision.comparison import logits_session
 from van_deploy.precision.equalize import TECHNIQUES, equalize
+from van_deploy.precision.job_images import JobImages
 from van_deploy.precision.observers import ChannelRange
-from van_deploy.precision.plan import QuantizationPlan, make_plan
+from van_deploy.precision.plan import QuantizationPlan, make_plan, multiply_adds
 from van_deploy.precision.qdq import qdq_for_cpu, qdq_for_tensorrt
 from van_deploy.precision.scales import ChannelAffine, Method
 from van_deploy.precision.sensitivity import (
@@ -26,9 +27,12 @@ from van_deploy.precision.sensitivity import (
     require_resolution,
     search_kept,
 )
-from van_deploy.precision.simulate import bias_corrected, logits
+from van_deploy.precision.simulate import CORRECTION_IMAGES, bias_corrected, logits
 
-__all__ = ["Budget", "Int8", "Int8Maker", "TechniqueGain"]
+__all__ = ["Int8", "Int8Maker", "TechniqueGain"]
+
+CONFIRMING_IMAGES = 48
+"""Held-out images that techniques are confirmed on; :data:`RANKING_IMAGES` rank layers."""
 
 RANKING_IMAGES = 32
 
@@ -89,63 +93,46 @@ class Int8:
         return found if self.search is None else {**found, "search": self.search.as_dict()}
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How much accuracy may be lost, on which images: not those the result is judged on.
-
-    Attributes:
-        max_drop: percentage points.
-        evaluations: most plans to try.
-        images: how many there are.
-        labels: ``(images,)`` by number, or None.
-        batches: gives the images ``(n, C, S, S)`` with their numbers, as often as it is called.
-    """
-
-    max_drop: float
-    evaluations: int
-    images: int
-    labels: npt.NDArray[np.int64] | None
-    batches: Callable[[], Iterable[tuple[Images, Sequence[int]]]]
-
-
-@dataclass(frozen=True)
 class Int8Maker:
     """What INT8 graphs of one network are made from.
 
-    Attributes:
+    Args:
         model: the FP32 graph.
         network: rebuilt from it.
         ranges: of its tensors, counted for every layer that may be quantised.
         settings: what is asked.
         kept: nodes that stay FP32 where the rest is FP16.
-        work: multiply-adds by module.
-        calibration: images that biases are corrected on, ``(N, C, S, S)``.
-        held_out: images that confirm techniques and rank layers, likewise.
-        say: told what is being done.
+        images: to correct biases on, to confirm techniques and to search on.
     """
 
-    model: ModelProto
-    network: RebuiltVan
-    ranges: Mapping[str, ChannelRange]
-    settings: QuantizeSettings
-    kept: Mapping[str, str]
-    work: Mapping[str, int]
-    calibration: Images
-    held_out: Images
-    say: Callable[[str], None]
+    def __init__(
+        self,
+        model: ModelProto,
+        network: RebuiltVan,
+        ranges: Mapping[str, ChannelRange],
+        settings: QuantizeSettings,
+        kept: Mapping[str, str],
+        images: JobImages,
+    ) -> None:
+        self.model, self.network, self.ranges = model, network, ranges
+        self.settings, self.kept, self.images = settings, kept, images
+        preprocessing = images.preprocessing
+        self.work = multiply_adds(network.model, preprocessing.channels, preprocessing.image_size)
+        self.correcting = images.few(images.calibration, CORRECTION_IMAGES)
+        self.confirming = images.few(images.held_out, CONFIRMING_IMAGES)
 
-    def make(self, layers: Sequence[str], budget: Budget | None = None) -> Int8:
+    def make(self, layers: Sequence[str]) -> Int8:
         """Return the network with ``layers`` in INT8, or as many of them as the budget allows.
 
         Raises:
             ImageError: the budget is smaller than one image.
         """
-        if budget is not None:
-            require_resolution(budget.max_drop, budget.images)
+        max_drop, search = self.settings.max_drop, None
+        if max_drop is not None:
+            require_resolution(max_drop, len(self.images.others))
         plan, affines, gains = self._confirmed(layers)
-        search = None
-        if budget is not None:
-            search = self._searched(plan, gains, budget)
+        if max_drop is not None:
+            search = self._searched(plan, gains, max_drop)
             plan = plan.without(search.kept)
         final = self._corrected(plan, gains)
         share = sum(self.work[name] for name in final.convolutions) / sum(self.work.values())
@@ -159,12 +146,12 @@ class Int8Maker:
         if self.settings.equalize:
             added = self.settings.target == "tensorrt"
             wanted += [name for name in TECHNIQUES if added or name != "shift_scale"]
-        expected = logits(QuantizationPlan(self.network), self.held_out)
+        expected = logits(QuantizationPlan(self.network), self.confirming)
         gains: list[TechniqueGain] = []
         best: tuple[QuantizationPlan, Mapping[str, ChannelAffine]]
         best_db: float | None = None
         for name in ("scales", *wanted):
-            self.say(f"Trying {name.replace('_', ' ')}")
+            self.images.watch.begin(f"Trying {name.replace('_', ' ')}")
             trial = [*(gain.name for gain in gains if gain.kept), name]
             changed = equalize(self.network, self.ranges, layers, trial)
             plan = make_plan(
@@ -175,8 +162,8 @@ class Int8Maker:
                 method=Method(self.settings.method),
                 percentile=self.settings.percentile,
             )
-            tried = bias_corrected(plan, self.calibration) if "bias_correction" in trial else plan
-            found = sqnr_db(expected, logits(tried, self.held_out))
+            tried = bias_corrected(plan, self.correcting) if "bias_correction" in trial else plan
+            found = sqnr_db(expected, logits(tried, self.confirming))
             kept = best_db is None or found > best_db
             gains.append(TechniqueGain(name, best_db, found, kept))
             if kept:
@@ -187,46 +174,37 @@ class Int8Maker:
         self, plan: QuantizationPlan, gains: Sequence[TechniqueGain]
     ) -> QuantizationPlan:
         if any(gain.kept and gain.name == "bias_correction" for gain in gains):
-            return bias_corrected(plan, self.calibration)
+            return bias_corrected(plan, self.correcting)
         return plan
 
     def _searched(
-        self, plan: QuantizationPlan, gains: Sequence[TechniqueGain], budget: Budget
+        self, plan: QuantizationPlan, gains: Sequence[TechniqueGain], max_drop: float
     ) -> SearchReport:
         """Return what to keep in higher precision.
 
         Layers are ranked one at a time in PyTorch; what holds the budget is the graph that
         will be deployed, with all that FP16 or a CPU's kernels do to it.
         """
-        self.say("Ranking layers")
-        ranking = rank_layers(plan, self.held_out[:RANKING_IMAGES], self.work)
-        expected, numbers = self._logits(self.model, budget)
-        labels = None if budget.labels is None else budget.labels[numbers]
+        self.images.watch.begin("Searching")
+        ranking = rank_layers(plan, self.confirming[:RANKING_IMAGES], self.work)
+        expected, numbers = self._logits(self.model)
+        labels = self.images.others.labels
+        known = None if labels is None else labels[numbers]
 
         def lost(candidate: QuantizationPlan) -> int:
-            graph = self._graph(self._corrected(candidate, gains))
-            return labels_lost(expected, self._logits(graph, budget)[0], labels)
+            found = self._logits(self._graph(self._corrected(candidate, gains)))[0]
+            return labels_lost(expected, found, known)
 
-        return search_kept(
-            plan,
-            ranking,
-            lost,
-            budget.max_drop,
-            len(numbers),
-            of="agreement" if labels is None else "top-1",
-            limit=budget.evaluations,
-            progress=lambda trial: self.say(f"Searching: {trial.kept} layers kept"),
-        )
+        of = "agreement" if labels is None else "top-1"
+        limit = self.settings.evaluations
+        return search_kept(plan, ranking, lost, max_drop, len(numbers), of=of, limit=limit)
 
-    def _logits(self, model: ModelProto, budget: Budget) -> tuple[Images, list[int]]:
+    def _logits(self, model: ModelProto) -> tuple[Images, list[int]]:
+        """Return the logits of the images to search on, and the images' numbers."""
         fuse = self.settings.target == "cpu"
         run = logits_session(model, fuse=fuse, threads=self.settings.threads)
-        pieces: list[Images] = []
-        numbers: list[int] = []
-        for images, found in budget.batches():
-            pieces.append(run(images))
-            numbers += found
-        return np.concatenate(pieces), numbers
+        parts = [(run(images), found) for images, found in self.images.read(self.images.others, 32)]
+        return np.concatenate([logits for logits, _ in parts]), [n for _, f in parts for n in f]
 
     def _graph(self, plan: QuantizationPlan) -> ModelProto:
         if self.settings.target == "cpu":

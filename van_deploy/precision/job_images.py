@@ -23,7 +23,7 @@ from van_deploy.data.calibration import choose, digits_set, noise_set, refuse_ov
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.precision.stopwatch import Stopwatch
+from van_deploy.stopwatch import Stopwatch
 
 __all__ = ["MOST_UNREADABLE", "JobImages", "choose_images", "images_for", "spread_over"]
 
@@ -49,6 +49,7 @@ class JobImages:
         calibration: the ranges and everything learnt come from these.
         held_out: of the calibration images: they judge methods.
         judges: they judge the result.
+        named: whether the user named them; else they are the held-out ones.
         preprocessing: of the network.
         watch: told how far the reading is.
         unreadable: the reasons why images could not be read.
@@ -57,9 +58,17 @@ class JobImages:
     calibration: ImageSet
     held_out: ImageSet
     judges: ImageSet
+    named: bool
     preprocessing: Preprocessing
     watch: Stopwatch
     unreadable: dict[str, None] = field(default_factory=dict)
+
+    @property
+    def others(self) -> ImageSet:
+        """All images that do not judge the result."""
+        if not self.named:
+            return self.calibration
+        return replace(self.calibration, items=(*self.calibration.items, *self.held_out.items))
 
     def read(self, chosen: ImageSet, batch: int) -> Iterator[Batch]:
         """Yield network input ``(n, C, S, S)`` float32 with the numbers of its images."""
@@ -71,9 +80,9 @@ class JobImages:
                 yield part.inputs, list(part.indices)
                 self.watch.reached(part.indices[-1] + 1, len(chosen))
 
-    def inputs(self, chosen: ImageSet, batch: int) -> Iterator[Images]:
-        """Yield the same without the numbers."""
-        return (inputs for inputs, _ in self.read(chosen, batch))
+    def few(self, chosen: ImageSet, count: int) -> Images:
+        """Return network input of at most ``count`` images, spread evenly over ``chosen``."""
+        return np.concatenate([part for part, _ in self.read(spread_over(chosen, count), 16)])
 
 
 def images_for(
@@ -124,7 +133,8 @@ def images_for(
     calibrated, held_out = split(
         _labelled(bundle, chosen, settings), selection.held_out, selection.seed
     )
-    return JobImages(calibrated, held_out, judges or held_out, preprocessing, watch)
+    named = judges is not None
+    return JobImages(calibrated, held_out, judges or held_out, named, preprocessing, watch)
 
 
 def _labelled(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> ImageSet:

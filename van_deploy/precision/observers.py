@@ -10,7 +10,7 @@ Memory is that of one batch and of the records, whatever the number of images.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -115,7 +115,6 @@ def observe(
     network: RebuiltVan,
     batches: Iterable[npt.NDArray[np.float32]],
     counted: Collection[str],
-    progress: Callable[[int], None] | None = None,
 ) -> dict[str, ChannelRange]:
     """Return the range of every tensor of ``network``, by its name in the graph.
 
@@ -123,7 +122,6 @@ def observe(
         network: runs in float32.
         batches: normalised images ``(N, C, S, S)``, a batch at a time.
         counted: tensors whose values are counted.
-        progress: called with the images seen so far.
 
     Raises:
         ImageError: there was no image.
@@ -144,7 +142,6 @@ def observe(
         else:
             ranges[tensor] = found
 
-    seen = 0
     with ExitStack() as stack, torch.inference_mode():
         for tensor, (name, is_output) in network.tensors.items():
             module = network.model.get_submodule(name)
@@ -155,10 +152,7 @@ def observe(
             stack.callback(hook.remove)
         for images in batches:
             network.model(torch.from_numpy(images).contiguous(memory_format=torch.channels_last))
-            seen += len(images)
-            if progress is not None:
-                progress(seen)
-    if not seen:
+    if not ranges:
         raise ImageError(
             "There is no image to record ranges on.", "Pass a folder with --images DIR."
         )

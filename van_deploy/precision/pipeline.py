@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,8 @@ from van_deploy.documents import plain
 from van_deploy.errors import BundleError, ConversionError, MissingDependency
 from van_deploy.files import content_key
 from van_deploy.graph.files import graph_facts, save_onnx
-from van_deploy.graph.rebuilt import RebuiltVan, van_from_onnx
-from van_deploy.intervals import wilson_interval
+from van_deploy.graph.rebuilt import van_from_onnx
+from van_deploy.manifest import GraphFacts
 from van_deploy.precision.comparison import (
     Candidate,
     PrecisionRow,
@@ -31,20 +31,15 @@ from van_deploy.precision.comparison import (
     recommended,
 )
 from van_deploy.precision.fp16 import DEFAULT_KEEP, audit_ranges, fp16_from_fp32, kept_nodes
-from van_deploy.precision.int8 import Budget, Int8, Int8Maker
-from van_deploy.precision.job_images import JobImages, images_for, spread_over
+from van_deploy.precision.int8 import Int8, Int8Maker
+from van_deploy.precision.job_images import JobImages, images_for
 from van_deploy.precision.observers import ChannelRange, images_at_once, observe
-from van_deploy.precision.plan import SCOPES, counted_tensors, layers_in_scope, multiply_adds
-from van_deploy.precision.stopwatch import Progress, Stopwatch
+from van_deploy.precision.plan import SCOPES, counted_tensors, layers_in_scope
 from van_deploy.provenance import code_digest, tool_versions
 from van_deploy.runners.onnxruntime import require_onnxruntime
+from van_deploy.stopwatch import Progress, Stopwatch
 
 __all__ = ["QuantizeResult", "quantize_bundle"]
-
-CONFIRMING_IMAGES = 48
-"""Held-out images that techniques are confirmed on, and layers ranked."""
-
-CORRECTING_IMAGES = 128
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,8 @@ class QuantizeResult:
         allow_inconclusive: whether what the evaluation set cannot decide passes.
     """
 
+    JSON_PROPERTIES: ClassVar[tuple[str, ...]] = ("graph",)
+
     bundle: Bundle
     artefact: str
     reused: bool
@@ -68,6 +65,11 @@ class QuantizeResult:
     facts: Mapping[str, Any]
     seconds: Mapping[str, float] = field(default_factory=dict)
     allow_inconclusive: bool = False
+
+    @property
+    def graph(self) -> GraphFacts | None:
+        """What is in the new graph."""
+        return self.bundle.artefact(self.artefact).graph
 
     @property
     def passed(self) -> bool:
@@ -81,25 +83,6 @@ class QuantizeResult:
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return everything, ready for JSON."""
-        rows = []
-        for row in self.facts["comparison"]:
-            known = row["correct"] is not None
-            interval = wilson_interval(row["correct"], row["images"]) if known else None
-            rows.append({**row, "top1_interval": interval})
-        return {
-            "bundle": str(self.bundle.path),
-            "artefact": self.artefact,
-            "reused": self.reused,
-            "reason": self.reason,
-            "passed": self.passed,
-            "seconds": dict(self.seconds),
-            "graph": self.bundle.artefact(self.artefact).graph,
-            **self.facts,
-            "comparison": rows,
-        }
 
 
 def quantize_bundle(
@@ -140,7 +123,7 @@ def quantize_bundle(
     chosen = images_for(
         opened, asked, watch, images=images, calibration=calibration, evaluate=evaluate
     )
-    job = _Job(opened, asked, chosen, watch, evaluate is not None)
+    job = _Job(opened, asked, chosen, watch)
     reason, name = job.why_anew(force), asked.artefact
     if not reason:
         facts = opened.artefact(name).quantization
@@ -165,13 +148,11 @@ class _Job:
         settings: QuantizeSettings,
         images: JobImages,
         watch: Stopwatch,
-        judged: bool,
     ) -> None:
         self.bundle = bundle
         self.settings = settings
         self.images = images
         self.watch = watch
-        self.judged = judged
         self.facts: dict[str, Any] = {}
         self.record: dict[str, float] = {}
 
@@ -226,8 +207,8 @@ class _Job:
         counted = counted_tensors(network, every, asked.target)
         self.watch.begin("Recording ranges")
         side = self.images.preprocessing.image_size
-        batches = self.images.inputs(self.images.calibration, images_at_once(side * side))
-        ranges = observe(network, batches, counted)
+        read = self.images.read(self.images.calibration, images_at_once(side * side))
+        ranges = observe(network, (images for images, _ in read), counted)
         kept = self.kept(model, ranges, by_user)
         self.facts["calibration"] = {
             "images": len(self.images.calibration) - len(self.images.unreadable),
@@ -243,11 +224,10 @@ class _Job:
             candidates.append(Candidate("fp16", "fp16", half))
         made: dict[str, Int8] = {}
         if scopes:
-            maker = self._maker(model, network, ranges, kept)
-            made = {name: maker.make(layers, self._budget()) for name, layers in scopes.items()}
-            fuse = asked.target == "cpu"
+            maker = Int8Maker(model, network, ranges, asked, kept, self.images)
+            made = {name: maker.make(layers) for name, layers in scopes.items()}
             names = {s: "int8" if len(made) == 1 else f"int8 {s}" for s in made}
-            candidates += [Candidate(names[s], "int8", m.model, fuse) for s, m in made.items()]
+            candidates += [Candidate(names[s], "int8", m.model) for s, m in made.items()]
         row = self.compare_(candidates)
         graph = next(c.model for c in candidates if c.name == row.name)
         int8 = next((result for result in made.values() if result.model is graph), None)
@@ -275,51 +255,6 @@ class _Job:
         self.facts |= {"audit": audit.as_dict(), "kept": found}
         return found
 
-    def _maker(
-        self,
-        model: ModelProto,
-        network: RebuiltVan,
-        ranges: Mapping[str, ChannelRange],
-        kept: Mapping[str, str],
-    ) -> Int8Maker:
-        self.watch.begin("Quantising")
-        images, preprocessing = self.images, self.images.preprocessing
-        correcting, confirming = (
-            np.concatenate(list(images.inputs(spread_over(chosen, count), 16)))
-            for chosen, count in (
-                (images.calibration, CORRECTING_IMAGES),
-                (images.held_out, CONFIRMING_IMAGES),
-            )
-        )
-        work = multiply_adds(network.model, preprocessing.channels, preprocessing.image_size)
-        return Int8Maker(
-            model,
-            network,
-            ranges,
-            self.settings,
-            kept,
-            work,
-            correcting,
-            confirming,
-            self.watch.say,
-        )
-
-    def _budget(self) -> Budget | None:
-        """Return what may be lost, on images that do not judge the result."""
-        if self.settings.max_drop is None:
-            return None
-        searched = self.images.calibration
-        if self.judged:  # else the held-out images judge
-            both = (*searched.items, *self.images.held_out.items)
-            searched = replace(searched, items=both)
-        return Budget(
-            self.settings.max_drop,
-            self.settings.evaluations,
-            len(searched),
-            searched.labels,
-            lambda: self.images.read(searched, 32),
-        )
-
     def compare_(self, candidates: Sequence[Candidate]) -> PrecisionRow:
         """Check the new graphs, run them beside FP32, note the lines; return the chosen one's."""
         self.watch.begin("Comparing")
@@ -330,7 +265,8 @@ class _Job:
             candidates,
             self.images.read(self.images.judges, 32),
             self.images.judges.labels,
-            judged=self.judged,
+            fuse=asked.target == "cpu",
+            judged=self.images.named,
             max_drop=asked.max_drop,
             providers=_timed_in(asked),
             threads=asked.threads,

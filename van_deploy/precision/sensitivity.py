@@ -111,7 +111,6 @@ def rank_layers(
     plan: QuantizationPlan,
     images: Images,
     work: Mapping[str, int],
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LayerSensitivity, ...]:
     """Return the layers of ``plan``, first the one that disturbs most for the work it does.
 
@@ -119,16 +118,13 @@ def rank_layers(
         plan: not corrected: without rounding its network must be the original.
         images: ``(N, C, S, S)``; 32 are enough to put layers in order.
         work: multiply-adds of each layer, and of what is not quantised.
-        progress: told of each layer, and of how many there are.
     """
     total, layers = sum(work.values()), plan.convolutions
     expected = logits(plan.without(layers), images)
     found = []
-    for done, name in enumerate(layers, 1):
+    for name in layers:
         quality = sqnr_db(expected, logits(plan, images, name))
         found.append(LayerSensitivity(name, quality, work[name] / total))
-        if progress is not None:
-            progress(done, len(layers))
     return tuple(sorted(found, key=lambda layer: layer.worth_db))
 
 
@@ -172,7 +168,6 @@ def search_kept(
     *,
     of: str = "top-1",
     limit: int = 16,
-    progress: Callable[[SearchTrial], None] | None = None,
 ) -> SearchReport:
     """Return which of the worst layers must be kept in higher precision, the fewest that hold.
 
@@ -184,7 +179,6 @@ def search_kept(
         images: how many ``lost`` looks at.
         of: what is lost, ``top-1`` or ``agreement``.
         limit: most evaluations.
-        progress: told of each evaluation.
     """
     trials: dict[int, SearchTrial] = {}
 
@@ -192,8 +186,6 @@ def search_kept(
         if kept not in trials:
             count = lost(plan.without([layer.name for layer in ranking[:kept]]))
             trials[kept] = SearchTrial(kept, count, 100 * count / images <= max_drop)
-            if progress is not None:
-                progress(trials[kept])
         return trials[kept].holds
 
     failing, holding = -1, 0

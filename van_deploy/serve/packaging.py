@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -19,25 +19,29 @@ from van_deploy.serve.triton_model import triton_models, usual_artefacts
 from van_deploy.serve.triton_release import chosen_release, release_named
 from van_deploy.versioned import Versioned, read_versioned
 
-__all__ = ["Finding", "PackageReport", "check_package", "package"]
+__all__ = ["Finding", "PackageRecord", "PackageReport", "check_package", "package"]
 
 PACKAGE_FILE = "package.json"
 AGAIN = "Package the bundle again."
 
 
 class PackageRecord(Versioned):
-    """``package.json``: what a package holds and where it came from."""
+    """``package.json``: what a package holds and where it came from.
+
+    Attributes:
+        bundle: the model's name.
+        release: of Triton.
+        backend: of ONNX artefacts.
+        models: of each model, the artefact behind each file of its version.
+        files: SHA-256 of every file, by its path in the package.
+    """
 
     schema_: Literal["van-deploy/triton/2"] = Field(alias="schema")
     bundle: str
     release: str
-    """Of Triton."""
     backend: str
-    """Of ONNX artefacts."""
     models: dict[str, dict[str, str]]
-    """Of each model, the artefact behind each file of its version."""
     files: dict[str, str]
-    """SHA-256 of every file, by its path in the package."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,6 @@ class PackageReport:
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the findings, ready for JSON."""
-        findings = [asdict(finding) for finding in self.findings]
-        return {"path": str(self.path), "passed": self.passed, "findings": findings}
 
 
 def package(
