@@ -176,7 +176,7 @@ class TestBundle:
 
     def test_images_in_memory_are_answered_like_files(self, digits_bundle: Bundle) -> None:
         bundle = vd.open_bundle(digits_bundle.path)
-        file = digits_bundle.path / "canary.png"
+        file = digits_bundle.path / "golden/0.png"
         answers = bundle.predict([file, file.read_bytes()], top_k=2)
         assert answers.passed
         assert len(answers) == 2

@@ -288,7 +288,8 @@ class TestCheck:
         written["artefacts"]["fp32"]["accuracy"]["top1"] += 1
         baseline.write_text(json.dumps(written))
         words = ("--baseline", baseline, "--evaluate", judged.labelled, UNDECIDED)
-        assert cli("check", path, *words).exit_code == 0
+        result = cli("check", path, *words)
+        assert result.exit_code == 0, result.stderr
 
     def test_too_few_images_need_leave(
         self, cli: Cli, judged: Subject, good: tuple[Path, Path]

@@ -150,8 +150,6 @@ SCALE_BOUNDS: Mapping[str, ScaleBounds] = {
     "mse": ScaleBounds(1.0, 1 / 3, 3.0),
     "percentile": ScaleBounds(1.15, 1 / 3, 3.5),
     "minmax": ScaleBounds(1.5, 1 / 3, 4.5),
-    "entropy": ScaleBounds(1.0, 1 / 8, 3.0),
-    "average": ScaleBounds(0.8, 1 / 6, 2.5),
 }
 """Measured on the shared van_b0 with golden images of its own kind and with photographs
 (docs/gates.md has the medians and the extremes). A method that is not known is held to ``mse``."""

@@ -185,8 +185,8 @@ def _require_same(baseline: Baseline, now: Baseline) -> None:
         pairs += [
             ("another evaluation set", baseline.evaluation.sha256, now.evaluation.sha256),
             (
-                "another evaluation set",
-                f"{baseline.evaluation.images} images that can be read",
+                "another number of images that can be read",
+                str(baseline.evaluation.images),
                 str(now.evaluation.images),
             ),
         ]
