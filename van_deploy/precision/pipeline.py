@@ -330,8 +330,7 @@ def _timed_in(settings: QuantizeSettings) -> tuple[str, ...]:
         raise MissingDependency(
             "--scope auto times graphs on a GPU, in ONNX Runtime's CUDA provider, which is not "
             "here.",
-            "Name a scope and compare engines with `van-deploy build --tune`, or give "
-            "--target cpu.",
+            "Name a scope, or give --target cpu.",
         )
     return ("CUDAExecutionProvider", "CPUExecutionProvider")
 
