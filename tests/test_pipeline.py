@@ -154,7 +154,7 @@ def test_the_command_prints_the_verdicts_and_where_the_bundle_is(cli: Cli, tmp_p
     assert result.stdout.count("PASS") == 3 + 3
     assert f"Wrote the bundle {out}" in result.stdout.replace("\n", "")
     again = cli("export", "van_digits", "--output", out, "--batch", "1:2:3", "--json")
-    assert json.loads(again.stdout)["reused"] is True
+    assert json.loads(again.stdout)["export"]["reused"] is True
 
 
 def test_overrides_reach_the_manifest_and_say_so(cli: Cli, tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def plain(value: object) -> Any:
     Raises:
         TypeError: it holds something that has no plain form.
 
-    >>> plain({"sqnr_db": math.inf, "shape": (1, 3), "path": PurePath("a/b")})
+    >>> plain({"sqnr_db": math.inf, "shape": (1, 3), "path": Path("a/b")})
     {'sqnr_db': 'inf', 'shape': [1, 3], 'path': 'a/b'}
     """
     if isinstance(value, enum.Enum):

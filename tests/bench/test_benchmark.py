@@ -248,8 +248,7 @@ def test_the_command_refuses_in_words(digits: Bundle, cli: Cli, tmp_path: Path) 
     result = cli("bench", digits.path, "--batches", "1,two")
     assert result.exit_code == 2
     assert result.stderr == (
-        "error: --batches '1,two' is not a list of whole numbers.\n"
-        "  Write them with commas: --batches 1,8,32.\n"
+        "error: '--batches' is 'two': it should be a whole number.\n  Correct it.\n"
     )
     assert cli("bench", digits.path, "--runners", "tvm").exit_code == 2
     assert cli("bench", tmp_path / "nothing").exit_code == 5

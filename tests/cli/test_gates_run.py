@@ -25,7 +25,7 @@ max = 4
 [precision]
 make = ["fp16", "int8"]
 equalize = false
-refine = false
+bias_correction = false
 
 [engines]
 precisions = ["fp16"]

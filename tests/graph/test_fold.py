@@ -101,7 +101,7 @@ def test_one_channel_that_cannot_be_rescaled_leaves_the_others_absorbed(
     report = fold_van(model, digit_images[:1])
     left = report.model.stage_blocks(3)[1].carry
     assert left is not None
-    assert left[5] == 0.0
+    assert abs(float(left[5])) < 1e-6
     assert (left[[c for c in range(len(left)) if c != 5]] == 1.0).all()
     others = [c for c in range(len(left)) if c != 5]
     assert torch.equal(report.stream_scales["block3.0"][others], usual["block3.0"][others])

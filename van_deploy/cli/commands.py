@@ -71,7 +71,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         USE,
         "Write a Triton model repository with its configuration, client and manifests.",
     ),
-    "serve": (USE, "Answer over HTTP: a web page for pictures, and the v2 protocol for programs."),
+    "serve": (USE, "Answer over HTTP: a web page for images, and the v2 protocol for programs."),
     "sign": (USE, "Sign a bundle: its manifest, which names every file with its SHA-256."),
     "verify-signature": (
         USE,

@@ -22,8 +22,13 @@ from typing import Any, TypeVar
 from van_deploy.errors import InputError
 
 __all__ = [
-    *("Allowance", "ClientGoneError", "Receive", "JsonProcess", "RequestError"),
-    *("file_of_form", "read_body"),
+    "Allowance",
+    "ClientGoneError",
+    "JsonProcess",
+    "Receive",
+    "RequestError",
+    "file_of_form",
+    "read_body",
 ]
 
 DEFLATE_RATIO = 1032  # the most that a byte of deflate stands for (zlib's technical details)

@@ -20,8 +20,14 @@ from van_deploy.errors import InputError, MissingDependency, UsageError
 from van_deploy.runners.network import Network, TensorSpec, runnable_artefacts
 
 __all__ = [
-    *("DATATYPES", "LABELS_FILE", "TritonModel", "config_text", "model_config", "served_name"),
-    *("triton_models", "usual_artefacts"),
+    "DATATYPES",
+    "LABELS_FILE",
+    "TritonModel",
+    "config_text",
+    "model_config",
+    "served_name",
+    "triton_models",
+    "usual_artefacts",
 ]
 
 DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "INT64"}
