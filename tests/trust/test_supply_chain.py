@@ -31,7 +31,19 @@ from supply_chain.pins import (
 )
 from tests.each import each
 
-NAMES = ("cpu", "rtx", "openvino", "ray", "sign", "serve", "test", "lint", "audit", "full")
+NAMES = (
+    "cpu",
+    "rtx",
+    "openvino",
+    "ray",
+    "sign",
+    "serve",
+    "triton",
+    "test",
+    "lint",
+    "audit",
+    "full",
+)
 PINS = pins_in(PINNED)
 MODULES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 MODULES |= {"google": "protobuf", "cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx-cu13"}

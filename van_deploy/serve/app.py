@@ -29,7 +29,7 @@ from van_deploy.serve.protocol import InferRequest, Values, encode_response, par
 from van_deploy.serve.served import ServedModel
 from van_deploy.serve.service import MIB, Service
 
-__all__ = ["App"]
+__all__ = ["App", "Request", "Response"]
 
 MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config|/stats)?")
 MODEL = "/v2/models/MODEL"

@@ -23,7 +23,14 @@ from van_deploy.schema import Open, validated
 from van_deploy.serve.intake import RequestError
 from van_deploy.serve.triton_model import DATATYPES
 
-__all__ = ["InferRequest", "WantedOutput", "encode_response", "parse_request"]
+__all__ = [
+    "GivenInput",
+    "InferRequest",
+    "Parameters",
+    "WantedOutput",
+    "encode_response",
+    "parse_request",
+]
 
 Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
 Values = npt.NDArray[Any]
