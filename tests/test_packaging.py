@@ -20,7 +20,18 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
-SHIPPED_DATA = {".css", ".html", ".json", ".md", ".npz", ".pyi", ".safetensors", ".toml", ".typed"}
+SHIPPED_DATA = {
+    ".css",
+    ".html",
+    ".js",
+    ".json",
+    ".md",
+    ".npz",
+    ".pyi",
+    ".safetensors",
+    ".toml",
+    ".typed",
+}
 DATA_PACKAGES = {"export": "van_deploy/recipes", "calibration": "van_deploy/calibration_sets"}
 SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -46,7 +57,9 @@ def expected_in_wheel() -> set[str]:
         f"{target}/{path.relative_to(ROOT / source).as_posix()}"
         for source, target in folders.items()
         for path in (ROOT / source).rglob("*")
-        if path.suffix in SHIPPED_DATA | {".py", ".pyi"} or path.name == "py.typed"
+        if path.suffix in SHIPPED_DATA | {".py", ".pyi"}
+        or path.name == "py.typed"
+        or (path.parent.name == "templates" and path.is_file())
         if "__pycache__" not in path.parts and ".ipynb_checkpoints" not in path.parts
     }
 
