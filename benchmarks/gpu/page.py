@@ -40,10 +40,7 @@ COLUMNS = (
 
 def page(documents: Sequence[Document]) -> str:
     """Return the whole page."""
-    parts = [INTRODUCTION]
-    for document in documents:
-        parts.append(_run(document))
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join([INTRODUCTION, *map(_run, documents)]).rstrip() + "\n"
 
 
 def _run(document: Document) -> str:
@@ -137,7 +134,8 @@ def short_table(document: Document) -> str:
     """Return what fits a terminal: every row in one line, and every step that has none."""
     lines = [
         f"{row['network']:<8} b{row['batch']:<4} {row['runner']:<34} "
-        f"{_number(row['queued_ms'], 3):>9} ms {_number(1e3 * row['batch'] / row['queued_ms'], 0):>8}"
+        f"{_number(row['queued_ms'], 3):>9} ms"
+        f" {_number(1e3 * row['batch'] / row['queued_ms'], 0):>8}"
         f" img/s {_number(row['percent_of_floor'], 0):>4} % floor"
         f" x{_number(row['times_best'], 2)} best PyTorch, {_number(row.get('sqnr_db'), 1)} dB"
         for row in rows_of(document)
@@ -225,6 +223,8 @@ def _any(value: Any) -> str:
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return (
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        )
 
     return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, rows)])

@@ -31,9 +31,8 @@ def steps_of_a(context: Context) -> list[Step]:
         options = ("--variant", variant, "--rival", rival, *more)
         return torch_step(name, "compile", about, *options, limit=limit, least=35)
 
-    def kernels(step: str, variant: str, batch: int, limit: float) -> Step:
-        short = variant.removeprefix("van_")
-        return _kernel_step(context, f"kernels-{step}-{short}-{batch}", step, variant, batch, limit)
+    def kernels(variant: str, budget: float) -> Step:
+        return _kernels(context, variant, budget)
 
     tuned = "torch.compile FP16 channels-last, mode max-autotune (CUDA graphs)."
     quick = "torch.compile FP16 channels-last, mode reduce-overhead (CUDA graphs)."
@@ -43,40 +42,42 @@ def steps_of_a(context: Context) -> list[Step]:
         torch_step("environment", "environment", "Versions, device, doctor.", limit=100),
         torch_step("ceilings", "ceilings", "The device's own limits.", limit=60),
         torch_step("eager-b0", "eager", eager, "--variant", "van_b0", limit=90),
+        kernels("van_b0", 75),
         compiled("van_b0", "compile-fp16", tuned, limit=150),
-        kernels("check", "van_b0", 128, 60),
         compiled("van_b0", "compile-fp16-quick", quick),
-        kernels("network", "van_b0", 128, 60),
-        kernels("each", "van_b0", 128, 60),
-        kernels("network", "van_b0", 1, 45),
         compiled("van_b0", "compile-bf16", bf16),
         torch_step("eager-b2", "eager", eager, "--variant", "van_b2", limit=90),
         compiled("van_b2", "compile-fp16", tuned, limit=150),
-        kernels("network", "van_b2", 128, 60),
         compiled("van_b2", "compile-fp16-quick", quick),
+        kernels("van_b2", 60),
         compiled("van_b0", "compile-fp16", tuned + " Of the folded network.", "--folded"),
-        kernels("network", "van_b2", 1, 45),
         compiled("van_b2", "compile-bf16", bf16),
     ]
 
 
-def _kernel_step(
-    context: Context, name: str, step: str, variant: str, batch: int, limit: float
-) -> Step:
-    """Return a step of kernels.py. It runs alone unless it takes turns by itself."""
+def _kernels(context: Context, variant: str, budget: float) -> Step:
+    """Return the step of kernels.py. It runs alone unless it takes turns by itself."""
     script = HERE / "kernels.py"
-    skip = ""
-    if not script.exists():
-        skip = "benchmarks/gpu/kernels.py is not in this checkout"
-    elif not context.on_gpu:
-        skip = NO_GPU
-    command = [sys.executable, str(script), step, "--variant", variant, "--batch", str(batch)]
-    command += ["--dtype", "fp16", "--out", str(context.work / f"{name}.json")]
-    command += ["--budget", str(int(limit) - 5)]
-    takes_turns = script.exists() and "turns import" in script.read_text(encoding="utf-8")
-    about = {
-        "check": "This project's kernels against PyTorch.",
-        "each": "Each of this project's kernels by itself.",
-        "network": "The whole network with this project's kernels.",
-    }[step]
-    return Step(name, about, command, limit, 15, skip, alone=not (takes_turns or step == "check"))
+    name = f"kernels-{variant.removeprefix('van_')}"
+    out = context.work / f"{name}.json"
+    command = [sys.executable, str(script), "all", "--out", str(out), "--budget", str(int(budget))]
+    environment = {}
+    takes_turns = script.exists() and "from turns import" in script.read_text(encoding="utf-8")
+    skip = "" if script.exists() else "benchmarks/gpu/kernels.py is not in this checkout"
+    if context.on_gpu:
+        command += ["--variant", variant, "--batch", "128", "--dtype", "fp16"]
+    elif context.rehearse:
+        command += ["--variant", "tiny", "--size", "32", "--batch", "1", "--tries", "1"]
+        environment["TRITON_INTERPRET"] = "1"
+    else:
+        skip = skip or NO_GPU
+    return Step(
+        name,
+        f"This project's kernels in {variant}: checked, timed one by one, tuned, as a network.",
+        command,
+        limit_s=budget + 20,
+        least_s=30,
+        skip=skip,
+        alone=not takes_turns,
+        environment=environment,
+    )

@@ -16,6 +16,7 @@ says so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import queue
 import shutil
@@ -41,7 +42,8 @@ from turns import DONE, GO, REQUEST, VARIABLE
 SCHEMA = "van-deploy/gpu-report/1"
 WRITE_UP_S = 6  # of the budget, kept for the page and the archive
 ARCHIVE_LIMIT = 15_000_000
-CACHE_LIMIT = 80_000_000
+CACHE_LIMIT = 120_000_000
+INTERMEDIATE = (".ttir", ".ttgir", ".llir", ".ptx", ".source")  # a kernel runs from its cubin
 TICK_S = 0.05
 
 
@@ -55,6 +57,8 @@ class Running:
         started: when.
         deadline: when it is stopped; later by every turn of another step.
         log: what it printed.
+        turn_s: seconds that it had the machine alone.
+        reader: puts its lines into the queue.
     """
 
     step: Step
@@ -63,6 +67,7 @@ class Running:
     deadline: float
     log: list[str] = field(default_factory=list)
     turn_s: float = 0.0
+    reader: threading.Thread | None = None
 
 
 class Report:
@@ -78,6 +83,7 @@ class Report:
     def __init__(
         self, context: Context, steps: Sequence[Step], budget_s: float, parallel: int
     ) -> None:
+        """See the class."""
         self.context, self.steps, self.parallel = context, list(steps), parallel
         self.start = time.monotonic()
         self.end = self.start + budget_s - WRITE_UP_S
@@ -140,13 +146,14 @@ class Report:
             errors="replace",
             cwd=self.context.work,
             env=environment,
-            preexec_fn=os.setpgrp,  # noqa: PLW1509 - the group is what is stopped
+            preexec_fn=os.setpgrp,
         )
         now = time.monotonic()
         running = Running(step, process, now, now + step.limit_s)
         self.running.append(running)
         self._say(f"{step.name}: started")
-        threading.Thread(target=self._read, args=(running,), daemon=True).start()
+        running.reader = threading.Thread(target=self._read, args=(running,), daemon=True)
+        running.reader.start()
 
     def _read(self, running: Running) -> None:
         assert running.process.stdout is not None
@@ -226,6 +233,12 @@ class Report:
 
     def _drop(self, running: Running) -> None:
         self.running.remove(running)
+        if running.reader is not None:
+            running.reader.join(2)
+        for pipe in (running.process.stdin, running.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
         self.waiting = [other for other in self.waiting if other is not running]
         self._release(running)
 
@@ -290,12 +303,17 @@ def _archive(context: Context) -> None:
             if path.is_file() and path.stat().st_size < ARCHIVE_LIMIT:
                 archive.add(path, path.name)
     cache = context.cache
-    size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    size = sum(
+        path.stat().st_size
+        for path in cache.rglob("*")
+        if path.is_file() and path.suffix not in INTERMEDIATE
+    )
     if not size or size > CACHE_LIMIT:
         print(f"compiler cache: {size / 1e6:.0f} MB, not archived", flush=True)
         return
     target = context.output / "cache.tar.gz"
-    command = ["tar", "-C", str(cache), "-czf", str(target), "."]
+    left_out = [f"--exclude=*{suffix}" for suffix in INTERMEDIATE]
+    command = ["tar", "-C", str(cache), *left_out, "-czf", str(target), "."]
     try:
         subprocess.run(command, check=True, timeout=WRITE_UP_S * 2)
     except (subprocess.SubprocessError, OSError) as error:

@@ -17,6 +17,7 @@ class Result:
     """
 
     def __init__(self, path: Path | None) -> None:
+        """See the class."""
         self.path = path
         self.content: dict[str, Any] = {"rows": [], "tables": {}, "notes": [], "facts": {}}
 

@@ -11,6 +11,12 @@ from typing import Any
 
 __all__ = ["Context", "Step"]
 
+KERNEL_TABLES = {
+    "check": "kernels against PyTorch in float64",
+    "each": "kernels one by one",
+    "sqnr": "the network against PyTorch in float64",
+}
+
 HERE = Path(__file__).resolve().parent
 SKIPPED = 75
 """Exit code with which a step says that it cannot run here; its last line is the reason."""
@@ -89,8 +95,8 @@ class Context:
     ) -> Context:
         """Return one with its folders made; work and cache lie outside what is kept."""
         output = output.resolve()
-        work = Path("/tmp/van-gpu-report") / part  # noqa: S108 - a fixed path keeps caches valid
-        cache = Path("/tmp/van-gpu-report/cache")  # noqa: S108
+        work = Path("/tmp/van-gpu-report") / part
+        cache = Path("/tmp/van-gpu-report/cache")
         for folder in (output, work, cache):
             folder.mkdir(parents=True, exist_ok=True)
         for old in work.glob("*.json"):
@@ -128,7 +134,7 @@ class Context:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return content
+        return of_kernels(content) if "variant" in content else content
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file into the output folder, whole or not at all."""
@@ -141,3 +147,49 @@ class Context:
         """Return a JSON document."""
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return document
+
+
+def of_kernels(found: dict[str, Any]) -> dict[str, Any]:
+    """Return what kernels.py wrote as rows, tables and notes."""
+    by_step: dict[str, list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        by_step.setdefault(row["step"], []).append(row)
+    decibel = {row.get("plan"): row.get("db") for row in by_step.get("sqnr", ())}
+    timed = [*by_step.get("network", ()), *by_step.get("compiled", ()), *by_step.get("aoti", ())]
+    rows = [
+        {
+            "network": found["variant"],
+            "image_size": found["size"],
+            "runner": f"kernels, plan {row['plan']}",
+            "group": "van-deploy",
+            "precision": found["dtype"],
+            "batch": row["batch"],
+            "queued_ms": row["ms"],
+            "sqnr_db": decibel.get(row["plan"]),
+            "compile_s": row.get("compile_s"),
+            "note": "a CUDA graph, replayed",
+        }
+        for row in timed
+        if row.get("ms")
+    ]
+    what = f"{found['variant']} {found['dtype']}"
+    tables = {
+        f"{what}: {title}": [
+            {key: value for key, value in row.items() if key not in ("step", "tried", "where")}
+            for row in by_step[step]
+        ]
+        for step, title in KERNEL_TABLES.items()
+        if step in by_step
+    }
+    for row in by_step.get("profile", ()):
+        lines = [
+            {"kernel": name, "calls": calls, "us": us, "percent": 100 * us / row["total_us"]}
+            for name, calls, us in row["kernels"]
+        ]
+        tables[f"{what}: plan {row['plan']}, batch {row['batch']}, by kernel"] = lines
+    notes = [
+        f"{row['step']} {row.get('key') or row.get('plan') or ''}: {row['error']}"
+        for row in found["rows"]
+        if row.get("error")
+    ]
+    return {"rows": rows, "tables": tables, "notes": notes, "facts": found}

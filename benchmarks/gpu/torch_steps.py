@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,9 @@ SEED = 20
 
 def environment(result: Result, options: argparse.Namespace) -> None:
     """Record what ran: device, driver, versions, and what ``van-deploy doctor`` says."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    result.fact("versions", versions)
+    installed = {found.name.lower(): found.version for found in distributions()}
+    known = {name: installed[name] for name in PACKAGES if name in installed}
+    result.fact("versions", known)
     result.fact("python", platform.python_version())
     result.fact("platform", platform.platform())
     result.fact("processors", os.cpu_count())
@@ -69,8 +65,7 @@ def _device_facts(result: Result, device: str) -> None:
     result.fact("cuda_of_torch", torch.version.cuda)
     if not device.startswith("cuda"):
         return
-    from van_deploy.bench.gpu_state import GpuWatch
-    from van_deploy.bench.rivals import pci_address
+    from van_deploy.bench.gpu_state import GpuWatch, pci_address
 
     properties = torch.cuda.get_device_properties(device)
     result.fact(
@@ -132,8 +127,7 @@ class _Subject:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
-        from van_deploy.bench.gpu_state import GpuWatch
-        from van_deploy.bench.rivals import pci_address
+        from van_deploy.bench.gpu_state import GpuWatch, pci_address
         from van_deploy.model.random_weights import random_van, smooth_pictures
         from van_deploy.model.variants import variant_named
 
@@ -239,7 +233,8 @@ def _profile_eager(result: Result, subject: _Subject) -> None:
     with turn():
         lines = by_module(model, images)
     kind = "FP16" if subject.on_gpu else "FP32 on the processor"
-    title = f"{subject.options.variant}, batch {batch}: eager {kind} channels-last, by PyTorch module"
+    what = f"{subject.options.variant}, batch {batch}: eager {kind} channels-last"
+    title = f"{what}, by PyTorch module"
     result.table(title, lines)
 
 

@@ -145,9 +145,7 @@ def measured_gpu_ceilings(device: str, seconds: float = 0.5) -> Ceilings:
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         for precision, kind in kinds.items():
-            a, b = (
-                torch.randn(GPU_SIDE, GPU_SIDE, device=device, dtype=kind) for _ in range(2)
-            )
+            a, b = (torch.randn(GPU_SIDE, GPU_SIDE, device=device, dtype=kind) for _ in range(2))
             out = torch.empty_like(a)
             rate = operations / _median_s(lambda: torch.mm(a, b, out=out), seconds)  # noqa: B023
             rates[precision], how[precision] = rate, f"torch.mm {GPU_SIDE}^3 in {precision}"

@@ -235,7 +235,7 @@ def _warm(
         look = now
         states.append(watch.state())
         steady = _is_steady([state.sm_mhz for state in states[-STEADY_LOOKS:]])
-        if now - start >= WARM_LEAST_S and steady is not False or now - start >= WARM_MOST_S:
+        if (now - start >= WARM_LEAST_S and steady is not False) or now - start >= WARM_MOST_S:
             return now - start, steady, states
 
 

@@ -6,10 +6,11 @@ NVML numbers the GPUs by itself: the one that CUDA uses is found by its PCI addr
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["GpuState", "GpuWatch"]
+__all__ = ["GpuState", "GpuWatch", "pci_address"]
 
 THROTTLING = {
     0x04: "power cap",
@@ -118,3 +119,21 @@ class GpuWatch:
         with contextlib.suppress(self._nvml.NVMLError, AttributeError):
             return getattr(self._nvml, function)(self._gpu, *arguments)
         return None
+
+
+def pci_address(device: str) -> str:
+    """Return the PCI address of a CUDA device such as ``cuda:0``, as NVML takes it.
+
+    By PyTorch where it is imported already, else by cuda-python.
+    """
+    number = int(device.partition(":")[2] or 0)
+    if "torch" in sys.modules:
+        import torch
+
+        found: Any = torch.cuda.get_device_properties(number)
+        return f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+    from van_deploy.runners.cuda import require_cuda
+
+    address = require_cuda().call("cudaDeviceGetPCIBusId", 32, number)
+    text = address.decode() if isinstance(address, bytes) else str(address)
+    return text.rstrip("\x00")

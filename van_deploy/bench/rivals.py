@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RIVALS", "Rival", "TorchResident", "pci_address"]
+__all__ = ["RIVALS", "Rival", "TorchResident"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -140,12 +140,3 @@ class TorchResident:
             self._output = self._model(self._input)
         self._graph = graph
         self.launch()
-
-
-def pci_address(device: str) -> str:
-    """Return the PCI address of a CUDA device, as NVML takes it.
-
-    CUDA's numbers are not NVML's: CUDA_VISIBLE_DEVICES renumbers only CUDA's.
-    """
-    found = torch.cuda.get_device_properties(device)
-    return f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
