@@ -152,15 +152,19 @@ class Context:
 def of_kernels(found: dict[str, Any]) -> dict[str, Any]:
     """Return what kernels.py wrote as rows, tables and notes."""
     by_step: dict[str, list[dict[str, Any]]] = {}
+    tuned = False
     for row in found["rows"]:
-        by_step.setdefault(row["step"], []).append(row)
+        tuned = tuned or row["step"] == "tuned"
+        by_step.setdefault(row["step"], []).append(
+            {**row, "tiles": "tuned" if tuned else "default"}
+        )
     decibel = {row.get("plan"): row.get("db") for row in by_step.get("sqnr", ())}
     timed = [*by_step.get("network", ()), *by_step.get("compiled", ()), *by_step.get("aoti", ())]
     rows = [
         {
             "network": found["variant"],
             "image_size": found["size"],
-            "runner": f"kernels, plan {row['plan']}",
+            "runner": f"kernels, plan {row['plan']}, {row['tiles']} tiles",
             "group": "van-deploy",
             "precision": found["dtype"],
             "batch": row["batch"],
@@ -175,7 +179,11 @@ def of_kernels(found: dict[str, Any]) -> dict[str, Any]:
     what = f"{found['variant']} {found['dtype']}"
     tables = {
         f"{what}: {title}": [
-            {key: value for key, value in row.items() if key not in ("step", "tried", "where")}
+            {
+                key: value
+                for key, value in row.items()
+                if key not in ("step", "tiles", "tried", "where")
+            }
             for row in by_step[step]
         ]
         for step, title in KERNEL_TABLES.items()
