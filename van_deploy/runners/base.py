@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from van_deploy.errors import UsageError
+
 __all__ = [
     "CudaOptions",
     "Images",
@@ -16,6 +18,7 @@ __all__ = [
     "Resident",
     "ResidentRunner",
     "Runner",
+    "gpu_index",
     "run_in_batches",
 ]
 
@@ -120,3 +123,20 @@ def run_in_batches(runner: Runner, images: Images, batch: int) -> Logits:
     """Return the logits of ``images``, running at most ``batch`` at a time."""
     pieces = [runner.run(images[i : i + batch]) for i in range(0, len(images), batch)]
     return np.concatenate(pieces)
+
+
+def gpu_index(device: str) -> int | None:
+    """Return which of CUDA's devices is meant, or None for the CPU.
+
+    Raises:
+        UsageError: it is neither ``cpu`` nor ``cuda:N``.
+
+    >>> gpu_index("cuda:1"), gpu_index("cuda"), gpu_index("cpu")
+    (1, 0, None)
+    """
+    kind, _, number = device.partition(":")
+    if device == "cpu":
+        return None
+    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
+        raise UsageError(f"There is no device '{device}'.", "Give cpu, cuda or cuda:N.")
+    return int(number or 0)
