@@ -24,7 +24,7 @@ AREAS = {
     "labels": ("checks/labels.py", "images/*.py", "data/*.py"),
     "bundle": ("bundle/*.py", "files.py"),
     "engine": (
-        *("engine/sidecar.py", "engine/options.py", "engine/compatibility.py"),
+        *("engine/sidecar.py", "engine/compatibility.py"),
         "engine/refusals.py",
     ),
 }

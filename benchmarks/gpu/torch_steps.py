@@ -168,7 +168,7 @@ class _Subject:
 
     def resident(self, name: str, batch: int) -> Any:
         """Return the network in one of PyTorch's modes, compiled and warm."""
-        from van_deploy.bench.rivals import TorchResident
+        from rivals import TorchResident
 
         model, images = copy.deepcopy(self.model), self.images[:batch]
         return TorchResident(model, images, self.rival(name), self.device)
@@ -177,7 +177,7 @@ class _Subject:
         """Return one of PyTorch's modes; on a CPU, whose FP16 takes seconds, in FP32."""
         from dataclasses import replace
 
-        from van_deploy.bench.rivals import RIVALS
+        from rivals import RIVALS
 
         rival = RIVALS[name]
         return rival if self.on_gpu else replace(rival, precision="fp32", graph=False)
