@@ -37,7 +37,8 @@ def main() -> None:
             _run("quantize", bundle, "--precision", precision, "--calibration", "digits")
     if "van_b0" in wanted:
         bundle = str(folder / "van_b0")
-        _run("export", "van_b0", "--weights", "random", "--output", bundle)
+        batch = ["--batch", "1:32:128"]
+        _run("export", "van_b0", "--weights", "random", *batch, "--output", bundle)
         for precision in ("fp16", "int8"):
             _run("quantize", bundle, "--precision", precision, "--calibrate-on-noise")
     if "van_b0_cifar10" in wanted and options.checkpoint:

@@ -60,7 +60,7 @@ def steps_of_b(context: Context) -> list[Step]:
             *("--backend", backend, "--artifact", artifact),
             limit=120,
         )
-        for backend in ("tensorrt", "tensorrt_rtx")
+        for backend in ("tensorrt", "tensorrt-rtx")
         for artifact in ("fp16", "int8")
     ]
     return [

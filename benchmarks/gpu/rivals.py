@@ -72,6 +72,7 @@ class TorchResident:
     def __init__(
         self, model: nn.Module, images: npt.NDArray[np.float32], rival: Rival, device: str
     ) -> None:
+        """See the class."""
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         dtype = DTYPES[rival.precision]

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -27,7 +28,7 @@ from turns import turn
 ROOT = Path(__file__).resolve().parents[2]
 COMPARED = 32
 SEED = 20
-VERSIONED = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt_rtx"}
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 def ort(result: Result, options: argparse.Namespace) -> None:
@@ -56,30 +57,29 @@ def _ort_name(cuda: Any) -> str:
 def inductor(result: Result, options: argparse.Namespace) -> None:
     """Build an AOTInductor package for this GPU by the command line, then time it."""
     subject = _Subject(options)
-    _built(result, subject.bundle, "--backend", "inductor", "--precision", options.artifact)
+    _built(result, subject.bundle, options, "inductor")
     from van_deploy.runners.inductor import InductorRunner
 
-    for name, path in _of_kind(subject.bundle, ".pt2"):
+    for name, path in _of_kind(subject.bundle, "package"):
         runner = InductorRunner(path, device=options.device)
         subject.measure(result, runner, f"inductor {name}")
+    _verified(result, subject.bundle, options)
 
 
 def engine(result: Result, options: argparse.Namespace) -> None:
     """Build an engine for this GPU by the command line, then time it with and without a graph."""
     subject = _Subject(options)
     backend = options.backend
-    if not _installed(VERSIONED[backend]):
-        _skip(f"the package {VERSIONED[backend]} is not installed")
-    before = dict(_of_kind(subject.bundle, ".plan"))
-    _built(result, subject.bundle, "--backend", backend, "--precision", options.artifact)
+    if not _installed(MODULES[backend]):
+        _skip(f"the package {MODULES[backend]} is not installed")
+    _built(result, subject.bundle, options, backend)
     from van_deploy.runners.tensorrt import TensorRtRunner
 
-    for name, path in _of_kind(subject.bundle, ".plan"):
-        if name in before:
-            continue
+    for name, path in _of_kind(subject.bundle, "engine"):
         for graph in (False, True):
             runner = TensorRtRunner(path, device=options.device, cuda_graph=graph)
             subject.measure(result, runner, f"{backend} {name}" + "+graph" * graph)
+    _verified(result, subject.bundle, options)
 
 
 def rtx(result: Result, options: argparse.Namespace) -> None:
@@ -150,8 +150,8 @@ def _run_plan(
     from van_deploy.runners.tensorrt import TensorRtRunner
 
     try:
-        runner = TensorRtRunner(plan, device=options.device)
-        _Subject(options).measure(result, runner, "tensorrt_rtx, no target")
+        runner = TensorRtRunner(plan, trust_engine=True, device=options.device)
+        _Subject(options).measure(result, runner, "tensorrt-rtx, no target")
         stages.append({"stage": "run", "worked": True, "detail": ""})
     except Exception as error:
         detail = f"{type(error).__name__}: {error}"[:500]
@@ -162,22 +162,31 @@ def _run_plan(
 def agreement(result: Result, options: argparse.Namespace) -> None:
     """Verify and evaluate a bundle with one runner, by the command line, as its user would."""
     bundle = _copied(options)
-    commands = [["verify", str(bundle), "--runner", options.runner]]
+    _verified(result, bundle, options)
     if options.images:
-        commands.append(["evaluate", str(bundle), str(options.images), "--runner", options.runner])
-    for command in commands:
-        done = _van_deploy(*command, "--json")
-        result.fact(f"{command[0]}_exit_code", done.returncode)
-        try:
-            document = json.loads(done.stdout)
-        except json.JSONDecodeError:
-            result.note(f"`van-deploy {command[0]}`: {_end(done)}")
-            continue
-        result.fact(command[0], document)
-        title = f"{bundle.name}: van-deploy {command[0]} --runner {options.runner}"
-        result.table(title, list(_judged(document)))
-        if done.returncode:
-            result.note(f"{title}: exit code {done.returncode}. {_end(done)}")
+        _judge(result, bundle, options, "evaluate", str(options.images))
+
+
+def _verified(result: Result, bundle: Path, options: argparse.Namespace) -> None:
+    """Add what ``van-deploy verify`` says of everything in a bundle."""
+    _judge(result, bundle, options, "verify")
+
+
+def _judge(
+    result: Result, bundle: Path, options: argparse.Namespace, verb: str, *images: str
+) -> None:
+    """Add what one judging command says, with its gates and its exit code."""
+    where = ["--device", options.device] if options.device.startswith("cuda") else []
+    done = _van_deploy(verb, str(bundle), *images, "--runner", options.runner, *where, "--json")
+    title = f"{bundle.name}: van-deploy {verb} --runner {options.runner}"
+    result.fact(f"{verb}_exit_code", done.returncode)
+    result.note(f"{title}: exit code {done.returncode}." + f" {_end(done)}" * bool(done.returncode))
+    try:
+        document = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        return
+    result.fact(verb, document)
+    result.table(title, list(_judged(document)))
 
 
 def _judged(document: Any) -> Iterator[dict[str, Any]]:
@@ -290,9 +299,8 @@ class _Subject:
             try:
                 with turn():
                     resident = opened.resident(self.images[:batch])
-                    timing = timed(
-                        resident, batch, clock_of(resident), watch, seconds=self.options.seconds
-                    )
+                    clock = clock_of(resident, self.options.device)
+                    timing = timed(resident, batch, clock, watch, seconds=self.options.seconds)
                 logits = resident.outputs()[:COMPARED]
                 resident.close()
             except Exception as error:
@@ -336,21 +344,25 @@ def _copied(options: argparse.Namespace) -> Path:
     return target
 
 
-def _built(result: Result, bundle: Path, *arguments: str) -> None:
+def _built(result: Result, bundle: Path, options: argparse.Namespace, backend: str) -> None:
+    arguments = ["--backend", backend, "--precision", options.artifact, "--device", options.device]
+    start = time.perf_counter()
     done = _van_deploy("build", str(bundle), *arguments)
-    result.note(f"`van-deploy build {' '.join(arguments)}`: exit code {done.returncode}.")
+    took = time.perf_counter() - start
+    what = f"`van-deploy build {' '.join(arguments)}`"
+    result.note(f"{what}: exit code {done.returncode} after {took:.0f} s.")
     if done.returncode:
         raise SystemExit(_end(done))
 
 
-def _of_kind(bundle: Path, suffix: str) -> list[tuple[str, Path]]:
+def _of_kind(bundle: Path, kind: str) -> list[tuple[str, Path]]:
     from van_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
     return [
         (artefact.name, opened.verified(artefact.name))
         for artefact in opened.artefacts.values()
-        if artefact.file.endswith(suffix)
+        if artefact.kind == kind
     ]
 
 
@@ -400,7 +412,7 @@ def main() -> None:
     parser.add_argument("--artifact", default="fp32")
     parser.add_argument("--batches", default="1,8,32,128", type=_numbers)
     parser.add_argument("--runner", default="ort-cuda")
-    parser.add_argument("--backend", default="tensorrt")
+    parser.add_argument("--backend", default="tensorrt", choices=MODULES)
     parser.add_argument("--images", type=Path)
     parser.add_argument("--tf32", action="store_true")
     parser.add_argument("--seconds", default=0.4, type=float, help="measured, a row")

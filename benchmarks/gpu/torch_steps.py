@@ -189,7 +189,7 @@ class _Subject:
         from van_deploy.metrics import sqnr_db, top1_agreement
 
         resident = resident or self.resident(name, batch)
-        clock = clock_of(resident) if self.on_gpu else HostClock()
+        clock = clock_of(resident, self.device) if self.on_gpu else HostClock()
         watch = self.watch or GpuWatch.absent("not on a GPU")
         timing = timed(resident, batch, clock, watch, seconds=self.options.seconds)
         logits = resident.outputs()[:COMPARED]

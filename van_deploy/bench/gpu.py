@@ -1,13 +1,13 @@
 """Time on the device itself: inputs and outputs stay there, CUDA events mark the time.
 
-What is timed is a :class:`Resident`: a network whose buffers lie on the device and that puts
-its work on one CUDA stream without waiting for it. Three numbers come out, and none of them
-holds another: the latency of one batch alone, the time of a batch when the next ones are
-queued behind it (throughput), and the two transfers through pinned memory.
+What is timed is a resident batch (:class:`~van_deploy.runners.base.Resident`). Three numbers
+come out, and none of them holds another: the latency of one batch alone, the time of a batch
+when the next ones are queued behind it (throughput), and the transfers through pinned memory.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 from van_deploy.bench.gpu_state import GpuState, GpuWatch
 from van_deploy.bench.timing import Latency, latency_of
+from van_deploy.runners.base import Resident, gpu_index
 
-__all__ = ["Clock", "DeviceTiming", "HostClock", "Resident", "TorchClock", "clock_of", "timed"]
+__all__ = ["Clock", "DeviceTiming", "HostClock", "TorchClock", "clock_of", "timed"]
 
 STEADY_LOOKS, STEADY_PERCENT = 3, 2.0
 """The clock is steady when this many looks in a row lie within this many percent."""
@@ -29,31 +30,6 @@ QUEUE_S, QUEUE_MOST = 0.05, 512
 
 TRANSFERS = 20
 """Copies each way of which the median counts."""
-
-
-class Resident(Protocol):
-    """A network with its inputs and outputs on the device; see ``runners``' ``resident``.
-
-    Attributes:
-        stream: handle of the CUDA stream that everything is put on; 0 is the default one.
-    """
-
-    stream: int
-
-    def upload(self) -> None:
-        """Put the copy of the images from pinned memory to the device on the stream."""
-
-    def launch(self) -> None:
-        """Put one run of the network on the stream."""
-
-    def download(self) -> None:
-        """Put the copy of the outputs from the device to pinned memory on the stream."""
-
-    def outputs(self) -> Any:
-        """Wait, and return the logits ``(N, K)`` float32."""
-
-    def close(self) -> None:
-        """Release the buffers."""
 
 
 class Clock(Protocol):
@@ -74,13 +50,16 @@ class TorchClock:
 
     Args:
         stream: handle of the stream to mark; 0 is the default one.
+        device: CUDA's number of the GPU.
     """
 
-    def __init__(self, stream: int) -> None:
+    def __init__(self, stream: int, device: int = 0) -> None:
         import torch
 
         self._cuda = torch.cuda
-        self._stream = torch.cuda.ExternalStream(stream) if stream else torch.cuda.default_stream()
+        self._stream: Any = torch.cuda.default_stream(device)
+        if stream:
+            self._stream = torch.cuda.ExternalStream(stream, device=device)
 
     def mark(self) -> Any:
         """Record an event."""
@@ -102,16 +81,18 @@ class CudaClock:
 
     Args:
         stream: handle of the stream to mark; 0 is the default one.
+        device: CUDA's number of the GPU.
     """
 
-    def __init__(self, stream: int) -> None:
+    def __init__(self, stream: int, device: int = 0) -> None:
         from van_deploy.runners.cuda import require_cuda
 
-        self._cuda, self._stream = require_cuda(), stream
+        self._cuda, self._stream = require_cuda(device), stream
+        self._free: list[Any] = []
 
     def mark(self) -> Any:
         """Record an event."""
-        event = self._cuda.call("cudaEventCreate")
+        event = self._free.pop() if self._free else self._cuda.call("cudaEventCreate")
         self._cuda.call("cudaEventRecord", event, self._stream)
         return event
 
@@ -121,7 +102,9 @@ class CudaClock:
 
     def ms(self, start: Any, end: Any) -> float:
         """Return the milliseconds between two events."""
-        return float(self._cuda.call("cudaEventElapsedTime", start, end))
+        elapsed = float(self._cuda.call("cudaEventElapsedTime", start, end))
+        self._free += [start, end]
+        return elapsed
 
 
 class HostClock:
@@ -139,11 +122,10 @@ class HostClock:
         return 1e3 * (end - start)
 
 
-def clock_of(resident: Resident) -> Clock:
+def clock_of(resident: Resident, device: str) -> Clock:
     """Return the clock of a network on a GPU: PyTorch's where PyTorch is imported already."""
-    import sys
-
-    return TorchClock(resident.stream) if "torch" in sys.modules else CudaClock(resident.stream)
+    kind = TorchClock if "torch" in sys.modules else CudaClock
+    return kind(resident.stream, gpu_index(device) or 0)
 
 
 @dataclass(frozen=True)

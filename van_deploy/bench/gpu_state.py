@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from van_deploy.runners.base import gpu_index
+
 __all__ = ["GpuState", "GpuWatch", "pci_address"]
 
 THROTTLING = {
@@ -126,7 +128,7 @@ def pci_address(device: str) -> str:
 
     By PyTorch where it is imported already, else by cuda-python.
     """
-    number = int(device.partition(":")[2] or 0)
+    number = gpu_index(device) or 0
     if "torch" in sys.modules:
         import torch
 
@@ -134,6 +136,6 @@ def pci_address(device: str) -> str:
         return f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
     from van_deploy.runners.cuda import require_cuda
 
-    address = require_cuda().call("cudaDeviceGetPCIBusId", 32, number)
+    address = require_cuda(number).call("cudaDeviceGetPCIBusId", 32, number)
     text = address.decode() if isinstance(address, bytes) else str(address)
     return text.rstrip("\x00")
