@@ -26,6 +26,22 @@ KERNEL_KINDS = (
 """What a kernel's name tells of it; the first match counts. Names do not tell 3x3 from 5x5."""
 
 
+LAYER_KINDS = (
+    (r"Quantize|\.int8|\.dequantized", "quantise"),
+    (r"Reorder|Reformat|Cast|\.cast|Transpose", "reformat"),
+    (r"conv_spatial", "dw 7x7 d3"),
+    (r"conv0", "dw 5x5"),
+    (r"dwconv", "dw 3x3"),
+    (r"proj_[12]|conv1|fc[12]", "1x1"),
+    (r"activation|\.act\b|act_kernel", "GELU"),
+    (r"patch_embed", "patch embedding"),
+    (r"norm", "LayerNorm"),
+    (r"head", "head"),
+)
+"""What the name of a layer of ours tells: the graph's nodes bear the names of PyTorch's modules.
+The kernel sizes are the published variants'."""
+
+
 @dataclass(frozen=True)
 class ProfileLine:
     """One part of a network's time.
@@ -136,6 +152,36 @@ def kind_of_kernel(name: str) -> str:
     return next((kind for sign, kind in KERNEL_KINDS if re.search(sign, lowered)), "other")
 
 
+def kind_of_layer(name: str) -> str:
+    """Return what kind of module a layer of a session or an engine came from.
+
+    A fused layer's name holds those of all its parts; the first counts.
+
+    >>> kind_of_layer("block1.0.attn.proj_1 + block1.0.attn.activation"), kind_of_layer("block1.0")
+    ('1x1', 'elementwise (gate, residual, scale)')
+    """
+    first = name.partition(" + ")[0]
+    return next((kind for sign, kind in LAYER_KINDS if re.search(sign, first)), OTHER)
+
+
+def _by_node(contender: Contender, runner: Any, batch: Any, runs: int) -> list[ProfileLine]:
+    """Return ONNX Runtime's own profile of a graph, from a session like the runner's."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        with runner.profiled(Path(folder)) as session:
+            for _ in range(runs + 1):
+                session(batch)
+        (file,) = Path(folder).glob("*.json")
+        events = json.loads(file.read_text())
+    parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    nodes = [event for event in events if event.get("cat") == "Node"]
+    for event in nodes[len(nodes) // (runs + 1) :]:  # the first run prepares
+        parts[kind_of_layer(event["name"])][0] += event["dur"]
+        parts[kind_of_layer(event["name"])][1] += 1
+    return _lines(parts, runs)
+
+
 def _profiled(launch: Callable[[], object], runs: int) -> Iterable[Any]:
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -170,3 +216,31 @@ def _lines(parts: dict[str, list[float]], runs: int) -> list[ProfileLine]:
         for kind, (microseconds, calls) in parts.items()
     ]
     return sorted(lines, key=lambda line: -line.ms)
+
+
+def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLine]:
+    """Return where the time of a contender's opened runner goes, by kind of layer.
+
+    PyTorch is profiled by module where it is eager, by kernel where it is compiled; ONNX
+    Runtime and TensorRT by the layers they report, found again in the ONNX graph by name.
+
+    Raises:
+        UsageError: its runtime tells nothing.
+    """
+    if contender.runtime == "pytorch" and contender.mode in ("eager", "channels-last"):
+        import torch
+
+        images = torch.from_numpy(batch).to(runner.device, runner.dtype)
+        return by_module(runner.network, images)
+    if contender.runtime == "onnxruntime":
+        return _by_node(runner, batch)
+    if contender.device != "cpu" and contender.runtime in ("pytorch", "inductor"):
+        resident = runner.resident(batch)
+        resident.launch()
+        return by_kernel(resident.launch)[0]
+    if contender.runtime == "tensorrt":
+        return _by_layer(runner, batch)
+    raise UsageError(
+        f"'{contender.name}' does not say where its time goes.",
+        "Profile PyTorch, ONNX Runtime or TensorRT.",
+    )
