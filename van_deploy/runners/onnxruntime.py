@@ -190,7 +190,8 @@ class OnnxRuntimeRunner:
     def _opened(self, ort: Any, options: Any, provider: Any) -> Any:
         source = str(self.model) if isinstance(self.model, Path) else self.model.SerializeToString()
         try:
-            return ort.InferenceSession(source, options, providers=[provider])
+            with _silent(ort) if self.provider == CUDA else contextlib.nullcontext():
+                return ort.InferenceSession(source, options, providers=[provider])
         except Exception as error:
             what = f"'{self.model}'" if isinstance(self.model, Path) else "the graph"
             if self.provider == CUDA and not provider_starts(ort, CUDA):
@@ -416,11 +417,22 @@ def provider_starts(ort: Any, provider: str) -> bool:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
+    with _silent(ort):
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
     if provider not in session.get_providers():
         return False
     session.run(None, {"x": np.zeros(1, np.float32)})
     return True
+
+
+@contextlib.contextmanager
+def _silent(ort: Any) -> Iterator[None]:
+    """Keep what ONNX Runtime logs about providers from the user: it comes as an error."""
+    ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)
 
 
 def _does_not_start(ort: Any) -> MissingDependency:
