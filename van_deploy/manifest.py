@@ -44,7 +44,7 @@ SCHEMA: Final = "van-deploy/bundle/2"
 MANIFEST = "manifest.json"
 LONGEST_NAME_BYTES = 255  # of one file, on every file system in use
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 Embedding = Literal["none", "normalize", "uint8"]
 """Which preprocessing a graph has inside (see :mod:`van_deploy.graph.embed`)."""
@@ -142,9 +142,9 @@ class Artefact(Schema):
     """One thing in a bundle that can be run or read.
 
     Attributes:
-        name: what the manifest calls it: ``fp32``, ``fp16``, ``int8``, or an engine's name.
+        name: what the manifest calls it: its precision, or an engine's name.
         kind: ``onnx``; ``serving``, an ONNX file with more inside than the network; ``engine``.
-        precision: ``fp32``, ``fp16`` or ``int8``.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
         file: the file to open, relative to the bundle.
         files: every file that belongs to it (external weights, a sidecar), and its SHA-256.
         made_from: another artefact, or the weights.

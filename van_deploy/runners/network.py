@@ -21,6 +21,7 @@ from van_deploy.bundle import Artefact, Bundle
 from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import MissingDependency, UsageError
+from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import Task, probabilities
@@ -158,6 +159,7 @@ class Network:
         input: what :meth:`run` takes.
         outputs: what :meth:`run` gives.
         max_batch: pictures a batch, at most.
+        emulated: whether BF16 is emulated; known once it is open.
         runner: what runs it, for reports.
         task: how its logits become labels.
 
@@ -186,7 +188,7 @@ class Network:
         self.max_batch = bundle.manifest.batch.max
         self.task = task_of(bundle)
         self._spin, self._trust_engine = spin, trust_engine
-        self.is_engine = False
+        self.is_engine = self.emulated = False
         self._profiles: list[BatchRange] = []
         self._opened: Any = None
         if artefact == PYTORCH:
@@ -235,6 +237,7 @@ class Network:
             self._opened = TorchRunner(loaded.model)
             return self
         self._opened = self._runner().__enter__()
+        self.emulated = getattr(self._opened, "emulated", False)
         return self
 
     def _runner(self) -> Any:
@@ -277,6 +280,11 @@ class Network:
             return None
         kind = "engines" if all(each.about == "gpu" for each in found) else "runtimes"
         return Obstacle(kind, "engine not executed: " + "; ".join(o.problem for o in found))
+
+    @property
+    def described(self) -> str:
+        """What runs it, for reports."""
+        return f"{self.runner}, {BF16_EMULATED}" if self.emulated else self.runner
 
     @property
     def tf32(self) -> bool:

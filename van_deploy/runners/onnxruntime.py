@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from van_deploy.environment.packages import pip_command
 from van_deploy.errors import ConversionError, MissingDependency
+from van_deploy.graph.bfloat16 import emulated_bf16, holds_bf16
 from van_deploy.runners.base import Images, Logits
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PROVIDERS",
     "OnnxRuntimeRunner",
+    "inference_session",
     "onnxruntime_logits",
     "require_onnxruntime",
     "require_provider",
@@ -49,6 +51,37 @@ def require_onnxruntime() -> Any:
     return onnxruntime
 
 
+def inference_session(
+    model: Path | ModelProto, options: Any, providers: Sequence[str]
+) -> tuple[Any, bool]:
+    """Return an ONNX Runtime session, and whether BF16 is emulated in it.
+
+    It is where the provider has no BF16 operators (see :mod:`van_deploy.graph.bfloat16`). Then
+    nothing else is rewritten: what stands in the emulation is what runs.
+
+    Args:
+        model: a file, or a graph in memory (below 2 GB).
+        options: of the session.
+        providers: of ONNX Runtime, in the order in which they are offered the graph.
+
+    Raises:
+        Exception: ONNX Runtime's own, where it refuses the graph.
+    """
+    import onnx
+
+    ort = require_onnxruntime()
+    try:
+        source = str(model) if isinstance(model, Path) else model.SerializeToString()
+        return ort.InferenceSession(source, options, providers=list(providers)), False
+    except Exception:
+        graph = onnx.load(model) if isinstance(model, Path) else model
+        if not holds_bf16(graph):
+            raise
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = emulated_bf16(graph).SerializeToString()
+    return ort.InferenceSession(source, options, providers=list(providers)), True
+
+
 class OnnxRuntimeRunner:
     """Runs an ONNX graph.
 
@@ -62,6 +95,9 @@ class OnnxRuntimeRunner:
             needs less at its peak.
         name: one of :data:`PROVIDERS`: which processor runs it. A GPU's runner that falls
             back to the CPU is an error, not a slow run.
+
+    Attributes:
+        emulated: whether BF16 is emulated; known once it is open.
     """
 
     def __init__(
@@ -81,6 +117,7 @@ class OnnxRuntimeRunner:
         self.spin = spin
         self.arena = arena
         self.name = name
+        self.emulated = False
         self._session: Any = None
 
     def __enter__(self) -> OnnxRuntimeRunner:
@@ -101,9 +138,8 @@ class OnnxRuntimeRunner:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not self.optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        source = str(self.model) if isinstance(self.model, Path) else self.model.SerializeToString()
         try:
-            self._session = ort.InferenceSession(source, options, providers=list(self.providers))
+            self._session, self.emulated = inference_session(self.model, options, self.providers)
         except Exception as error:
             what = f"'{self.model}'" if isinstance(self.model, Path) else "the graph"
             raise ConversionError(
