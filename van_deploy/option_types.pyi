@@ -102,7 +102,7 @@ class ExportOptions(TypedDict, total=False):
     outputs: Sequence[Literal["logits", "probabilities", "top5"]]
     golden: Literal["images", "samples", "none"]
     batch: str
-    precision: Sequence[Literal["fp16", "int8"]]
+    precision: Sequence[Literal["fp16", "bf16", "int8"]]
     calibration: str
 
 class PackageOptions(TypedDict, total=False):
@@ -128,7 +128,7 @@ class PredictOptions(TypedDict, total=False):
     batch: int | None
 
 class QuantizeOptions(TypedDict, total=False):
-    precision: Literal["fp16", "int8"]
+    precision: Literal["fp16", "bf16", "int8"]
     target: Literal["tensorrt", "cpu"]
     images: str | Path | None
     calibration: str
