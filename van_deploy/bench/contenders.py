@@ -183,8 +183,10 @@ def _cuda(plain: Contender, cuda: CudaOptions) -> Iterator[Entry]:
 
 def _not_for_cpus(artefact: Artefact) -> str:
     """Return why an ONNX artifact is not worth timing on a CPU, or "" if it is."""
-    if artefact.precision in ("fp16", "bf16"):
-        return f"{artefact.precision.upper()} is for GPUs: CPUs cast it to FP32 and back"
+    if artefact.precision == "fp16":
+        return "FP16 is for GPUs: CPUs cast it to FP32 and back"
+    if artefact.precision == "bf16":
+        return "ONNX Runtime has no BF16 convolution for CPUs: the file is for GPUs"
     target = artefact.made_with.get("settings", {}).get("target", "cpu")
     if artefact.precision == "int8" and target != "cpu":
         return f"quantised for {target}; for a CPU use `van-deploy quantize --target cpu`"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-__all__ = ["ProfileLine", "by_kernel", "by_module", "kind_of_module"]
+from van_deploy.bench.contender import Contender
+from van_deploy.errors import UsageError
+
+__all__ = ["ProfileLine", "by_kernel", "by_module", "kind_of_layer", "kind_of_module", "profile_of"]
 
 LABEL = "van:"
 OTHER = "elementwise (gate, residual, scale)"
@@ -109,19 +115,16 @@ def by_module(model: Any, images: Any, runs: int = 5) -> list[ProfileLine]:
         for handle in handles:
             handle.remove()
     on_gpu = images.is_cuda
-    parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for event in events:
-        if event.name.startswith(LABEL) or _is_on_device(event):
-            continue
-        microseconds = (
-            sum(kernel.duration for kernel in event.kernels)
-            if on_gpu
-            else event.self_cpu_time_total
-        )
-        if microseconds:
-            parts[_label_above(event)][0] += microseconds
-            parts[_label_above(event)][1] += len(event.kernels) if on_gpu else 1
-    return _lines(parts, runs)
+    times = [
+        (_label_above(event), float(kernel.duration))
+        for event in events
+        if on_gpu and not event.name.startswith(LABEL)
+        for kernel in event.kernels
+    ]
+    if not on_gpu:
+        own = (e for e in events if e.self_cpu_time_total and not e.name.startswith(LABEL))
+        times = [(_label_above(event), float(event.self_cpu_time_total)) for event in own]
+    return _summed(times, runs)
 
 
 def by_kernel(launch: Callable[[], object], runs: int = 5) -> tuple[list[ProfileLine], list[Any]]:
@@ -129,15 +132,13 @@ def by_kernel(launch: Callable[[], object], runs: int = 5) -> tuple[list[Profile
 
     It sees into CUDA graphs and compiled networks, whose kernels belong to no one module.
     """
-    kinds: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    names: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for event in _profiled(launch, runs):
-        if not _is_on_device(event) or getattr(event, "is_user_annotation", False):
-            continue
-        for parts, key in ((kinds, kind_of_kernel(event.name)), (names, event.name[:160])):
-            parts[key][0] += event.time_range.elapsed_us()
-            parts[key][1] += 1
-    return _lines(kinds, runs), _lines(names, runs)[:25]
+    ran = [
+        (event.name, float(event.time_range.elapsed_us()))
+        for event in _profiled(launch, runs)
+        if event.device_type.name != "CPU" and not event.is_user_annotation
+    ]
+    kinds = _summed(((kind_of_kernel(name), us) for name, us in ran), runs)
+    return kinds, _summed(((name[:160], us) for name, us in ran), runs)[:25]
 
 
 def kind_of_kernel(name: str) -> str:
@@ -164,22 +165,44 @@ def kind_of_layer(name: str) -> str:
     return next((kind for sign, kind in LAYER_KINDS if re.search(sign, first)), OTHER)
 
 
-def _by_node(contender: Contender, runner: Any, batch: Any, runs: int) -> list[ProfileLine]:
-    """Return ONNX Runtime's own profile of a graph, from a session like the runner's."""
-    import tempfile
+def _by_node(contender: Contender, batch: Any, runs: int = 5) -> list[ProfileLine]:
+    """Return ONNX Runtime's own profile of a graph, from a session like the contender's."""
+    from van_deploy.bench.worker import runner_of
 
     with tempfile.TemporaryDirectory() as folder:
-        with runner.profiled(Path(folder)) as session:
+        runner = runner_of(contender, 0)
+        runner.profile, runner.threads = Path(folder), None
+        with runner:
             for _ in range(runs + 1):
-                session(batch)
+                runner.run_all(batch)
         (file,) = Path(folder).glob("*.json")
-        events = json.loads(file.read_text())
-    parts: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        events = json.loads(file.read_text(encoding="utf-8"))
     nodes = [event for event in events if event.get("cat") == "Node"]
-    for event in nodes[len(nodes) // (runs + 1) :]:  # the first run prepares
-        parts[kind_of_layer(event["name"])][0] += event["dur"]
-        parts[kind_of_layer(event["name"])][1] += 1
-    return _lines(parts, runs)
+    nodes = nodes[len(nodes) // (runs + 1) :]  # the first run prepares
+    return _summed(((kind_of_layer(e["name"]), e["dur"]) for e in nodes), runs)
+
+
+def _by_layer(runner: Any, batch: Any, runs: int = 5) -> list[ProfileLine]:
+    """Return an engine's time by kind of layer, by TensorRT's ``IProfiler``."""
+    loaded = runner.loaded
+    times: list[tuple[str, float]] = []
+
+    class Profiler(loaded.trt.IProfiler):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            loaded.trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, name: str, ms: float) -> None:
+            times.append((kind_of_layer(name), 1e3 * ms))
+
+    runner.run_all(batch)
+    profiler = Profiler()
+    for context in loaded.contexts.values():
+        context.profiler = profiler
+    for _ in range(runs):
+        runner.run_all(batch)
+    for context in loaded.contexts.values():
+        context.profiler = None
+    return _summed(times, runs)
 
 
 def _profiled(launch: Callable[[], object], runs: int) -> Iterable[Any]:
@@ -197,10 +220,6 @@ def _profiled(launch: Callable[[], object], runs: int) -> Iterable[Any]:
     return events
 
 
-def _is_on_device(event: Any) -> bool:
-    return event.device_type.name != "CPU"
-
-
 def _label_above(event: Any) -> str:
     while event is not None:
         if event.name.startswith(LABEL):
@@ -209,11 +228,15 @@ def _label_above(event: Any) -> str:
     return OTHER
 
 
-def _lines(parts: dict[str, list[float]], runs: int) -> list[ProfileLine]:
-    total = sum(microseconds for microseconds, _ in parts.values())
+def _summed(times: Iterable[tuple[str, float]], runs: int) -> list[ProfileLine]:
+    """Return the kinds and microseconds of all calls in ``runs`` runs, the longest first."""
+    parts: dict[str, list[float]] = defaultdict(list)
+    for kind, microseconds in times:
+        parts[kind].append(microseconds)
+    total = sum(map(sum, parts.values())) or 1.0
     lines = [
-        ProfileLine(kind, microseconds / runs / 1e3, 100 * microseconds / total, calls / runs)
-        for kind, (microseconds, calls) in parts.items()
+        ProfileLine(kind, sum(us) / runs / 1e3, 100 * sum(us) / total, len(us) / runs)
+        for kind, us in parts.items()
     ]
     return sorted(lines, key=lambda line: -line.ms)
 
@@ -233,7 +256,7 @@ def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLin
         images = torch.from_numpy(batch).to(runner.device, runner.dtype)
         return by_module(runner.network, images)
     if contender.runtime == "onnxruntime":
-        return _by_node(runner, batch)
+        return _by_node(contender, batch)
     if contender.device != "cpu" and contender.runtime in ("pytorch", "inductor"):
         resident = runner.resident(batch)
         resident.launch()
