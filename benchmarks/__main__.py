@@ -93,13 +93,6 @@ SECTIONS: dict[str, Section] = {
         "rivals.py",
         ("--json",),
     ),
-    "processes": Section(
-        "Processes",
-        "Why every process keeps its memory and why only quiet rounds count: van_b0 at batch 1 in "
-        "several processes of one kind, in turns.",
-        "processes.py",
-        ("--json",),
-    ),
     "repeat": Section(
         "Running twice",
         "`Running` for a few runners, twice in a row: how far the ratios of two runs are apart.",
@@ -200,7 +193,7 @@ def _run(name: str, page: Path) -> int:
     return int(done.returncode != 0)
 
 
-def _heading(name: str, section: Section, took: float, busy: float | None) -> str:
+def _heading(name: str, section: Section, took: float, busy: float) -> str:
     processor = cpu()
     machine = {
         "cpu": {
@@ -223,7 +216,7 @@ def _heading(name: str, section: Section, took: float, busy: float | None) -> st
         f"- `python -m benchmarks --only {name}`"
         f" (`python benchmarks/{' '.join(section.command())}`)",
     ]
-    if busy is not None and busy > BUSY * processor.cores_allowed:
+    if busy > BUSY * processor.cores_allowed:
         lines.append(
             f"- **the machine was under load**: {busy:.1f} of {processor.cores_allowed} cores "
             "were busy before this began; absolute times are too long"

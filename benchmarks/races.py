@@ -10,10 +10,10 @@ from typing import Any
 
 from lineup import SIZE
 
+from van_deploy.bench.benchmark import race_report
 from van_deploy.bench.contender import Contender, Skipped
 from van_deploy.bench.document import BenchReport
-from van_deploy.bench.lane import Row
-from van_deploy.bench.report import race_report
+from van_deploy.bench.race import Row
 from van_deploy.config import BenchSettings, Budget
 
 __all__ = ["NOTES", "arguments_of", "cells", "claim", "columns", "printed", "raced"]

@@ -21,7 +21,7 @@ from races import NOTES, arguments_of, cells, claim, columns, printed, raced
 from van_deploy.bench.compare import agreement, compare_reports
 from van_deploy.bench.contenders import GIVES_BACK, REFERENCE
 from van_deploy.bench.document import BenchReport
-from van_deploy.bench.lane import Row
+from van_deploy.bench.race import Row
 from van_deploy.bench.timing import paired_ratio
 from van_deploy.config.bench import LEAST_ROUNDS
 
@@ -29,7 +29,6 @@ TORCH_BEST = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-au
 REPEATED = ("pytorch", "pytorch-channels-last", "ort-cpu/fp32", "ort-cpu/int8-cpu", "openvino/fp32")
 """Raced twice by --repeat: one of each kind; the whole field would take an hour."""
 PLAIN = "ort-cpu/fp32"
-OVERHEAD_PERCENT = 15.0
 MORE_NOTES = (
     *NOTES,
     "`pytorch` and all others keep the memory they free; `pytorch-default-malloc` is eager PyTorch "
@@ -54,7 +53,6 @@ def main() -> int:
         for report in reports:
             rows += [cells(variant, row) for row in _ordered(report)]
             notes += [f"{variant}: {text}" for text in report.warnings]
-            claims.append(_overhead(variant, report))
         notes += [f"{variant}: {s.name} skipped, {s.reason}" for s in reports[0].skipped]
         claims += [_repeatable(variant, *reports)] if arguments.repeat else []
         claims += [] if arguments.repeat else _claims(variant, reports[0])
@@ -119,12 +117,6 @@ def _at_least(
         return claim(text, "no round in common", met=False)
     measured = f"{ratio.median:.2f} x ({ratio.low:.2f} to {ratio.high:.2f})"
     return claim(text, measured, met=ratio.median >= limit)
-
-
-def _overhead(variant: str, report: BenchReport) -> dict[str, object]:
-    overhead = report.seconds.overhead_percent
-    text = f"{variant}: benchmark overhead at most {OVERHEAD_PERCENT:g} %"
-    return claim(text, f"{overhead:.1f} %", met=overhead <= OVERHEAD_PERCENT)
 
 
 def _repeatable(variant: str, first: BenchReport, second: BenchReport) -> dict[str, object]:

@@ -299,7 +299,7 @@ class _Subject:
                 with turn():
                     resident = opened.resident(self.images[:batch])
                     clock = clock_of(resident, self.options.device)
-                    timing = timed(resident, batch, clock, self.watch, seconds=self.options.seconds)
+                    timing = timed(resident, batch, clock, watch, seconds=self.options.seconds)
                 logits = resident.outputs()[:COMPARED]
                 resident.close()
             except Exception as error:

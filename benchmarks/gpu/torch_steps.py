@@ -185,7 +185,6 @@ class _Subject:
     def measure(self, result: Result, name: str, batch: int, resident: Any = None) -> None:
         """Add the row of one mode at one batch size."""
         from van_deploy.bench.gpu import HostClock, clock_of, timed
-        from van_deploy.bench.gpu_state import GpuWatch
         from van_deploy.metrics import sqnr_db, top1_agreement
 
         resident = resident or self.resident(name, batch)

@@ -31,7 +31,7 @@ from van_deploy.errors import ConversionError, UsageError
 from van_deploy.provenance import tool_versions
 from van_deploy.runners.base import CudaOptions
 
-__all__ = ["Measured", "benchmark_bundle", "race_report"]
+__all__ = ["Measured", "benchmark_bundle", "race_report", "warnings_of"]
 
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes tried under a latency limit, as far as the bundle's range goes."""
@@ -165,7 +165,11 @@ def race_report(
     watch = Watch(cores)
     with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
         sized = [
-            (size, _saved(array, Path(folder), size), _resized(contenders, size, native_size, folder))
+            (
+                size,
+                _saved(array, Path(folder), size),
+                _resized(contenders, size, native_size, folder),
+            )
             for size, array in inputs.items()
         ]
         if device == "cpu":
@@ -201,7 +205,7 @@ def race_report(
         during=during,
         seconds=Seconds(time.perf_counter() - start, measured.timed_s),
         warnings=(
-            *_warnings(rows, settings, busy, cores, during),
+            *warnings_of(rows, settings, busy, cores, during),
             *(int8_not_worth_it(rows, contenders) if device != "cpu" else ()),
         ),
     )
@@ -250,9 +254,7 @@ def _on_gpu(
                 measured.rows += rows
                 measured.add(lane, settings.profile)
     contenders = sized[0][2]
-    measured.reference, measured.rows = with_ratios(
-        measured.rows, contenders, settings.reference
-    )
+    measured.reference, measured.rows = with_ratios(measured.rows, contenders, settings.reference)
     return measured
 
 
@@ -351,7 +353,7 @@ def _variables() -> dict[str, str]:
 # --- whether the figures can be believed -----------------------------------------------------
 
 
-def _warnings(
+def warnings_of(
     rows: Sequence[Row], settings: BenchSettings, busy: float, cores: int, during: During
 ) -> Iterator[str]:
     """Yield what to keep in mind: load, heat, variation, unsettled ratios."""

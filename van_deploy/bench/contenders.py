@@ -1,4 +1,4 @@
-"""Who can be timed: every artifact of a bundle in every runtime that is here, and why not others."""
+"""Who can be timed: every artifact of a bundle in every runtime here, and why not others."""
 
 from __future__ import annotations
 

@@ -111,4 +111,3 @@ class GpuWatch:
         with contextlib.suppress(self._nvml.NVMLError, AttributeError):
             return getattr(self._nvml, function)(self._gpu, *arguments)
         return None
-

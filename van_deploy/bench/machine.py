@@ -66,9 +66,7 @@ class Watch:
 
         What this process and the children it has waited for used is not "others".
         """
-        wall, busy, own = (
-            end - start for start, end in zip(self._start, self._now(), strict=True)
-        )
+        wall, busy, own = (end - start for start, end in zip(self._start, self._now(), strict=True))
         other = max(0.0, (busy - own) / wall) if wall > 0 else 0.0
         return During(other, other > OTHER_LOAD_LIMIT * self.cores)
 

@@ -116,7 +116,9 @@ def int8_not_worth_it(rows: Sequence[Row], contenders: Sequence[Contender]) -> l
                 (
                     row.queued_ms
                     for row in rows
-                    if row.batch == batch and row.queued_ms and precisions.get(row.contender) == kind
+                    if row.batch == batch
+                    and row.queued_ms
+                    and precisions.get(row.contender) == kind
                 ),
                 default=None,
             )

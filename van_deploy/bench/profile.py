@@ -170,7 +170,7 @@ def _by_node(contender: Contender, batch: Any, runs: int = 5) -> list[ProfileLin
     from van_deploy.bench.worker import runner_of
 
     with tempfile.TemporaryDirectory() as folder:
-        runner = runner_of(contender, 0)
+        runner = runner_of(contender, 1)
         runner.profile, runner.threads = Path(folder), None
         with runner:
             for _ in range(runs + 1):
@@ -184,7 +184,7 @@ def _by_node(contender: Contender, batch: Any, runs: int = 5) -> list[ProfileLin
 
 def _by_layer(runner: Any, batch: Any, runs: int = 5) -> list[ProfileLine]:
     """Return an engine's time by kind of layer, by TensorRT's ``IProfiler``."""
-    loaded = runner.loaded
+    loaded = runner._open()
     times: list[tuple[str, float]] = []
 
     class Profiler(loaded.trt.IProfiler):  # type: ignore[misc, name-defined]
@@ -254,7 +254,7 @@ def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLin
         import torch
 
         images = torch.from_numpy(batch).to(runner.device, runner.dtype)
-        return by_module(runner.network, images)
+        return by_module(runner.model, images)
     if contender.runtime == "onnxruntime":
         return _by_node(contender, batch)
     if contender.device != "cpu" and contender.runtime in ("pytorch", "inductor"):

@@ -1,4 +1,4 @@
-"""The race on a CPU: each contender in a process of its own, one awake at a time, many short rounds.
+"""The race on a CPU: each contender in its own process, one awake at a time, many short rounds.
 
 In each round every contender is woken, warmed and timed for one slice, and the reference
 before and after every few of them. A contender's ratio in that round is to what the reference

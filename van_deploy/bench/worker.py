@@ -74,11 +74,8 @@ def runner_of(contender: Contender, threads: int) -> Any:
         from van_deploy.runners.base import CudaOptions
         from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-        more = {"device": device, "cuda": CudaOptions(**contender.options)}
-        name = contender.mode or "ort-cpu"
-        return OnnxRuntimeRunner(
-            file, threads=threads, name=name, **more if name == "ort-cuda" else {}
-        )
+        name, cuda = contender.mode or "ort-cpu", CudaOptions(**contender.options)
+        return OnnxRuntimeRunner(file, threads=threads, name=name, device=device, cuda=cuda)
     if contender.runtime == "openvino":
         from van_deploy.runners.openvino import OpenVinoRunner
 
