@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from van_deploy.engine.fleet import Cell, Outcome
     from van_deploy.engine.inspect import EngineDescription
     from van_deploy.engine.sidecar import Sidecar
+    from van_deploy.results import Tuned
 
-__all__ = ["builds_view", "cell_name", "engine_tables", "warnings_text"]
+__all__ = ["builds_view", "cell_name", "engine_tables", "tuning_view", "warnings_text"]
 
 MOST_LAYERS = 200
 
@@ -159,6 +160,27 @@ def builds_view(outcomes: Sequence[Outcome]) -> RenderableType:
     table = rows_table(["", "engine", "batch", *right, "same twice"], rows)
     failures = [f"{cell_name(o.cell)}: {o.error}" for o in outcomes if o.error is not None]
     return stack(table, notes(failures, "FAIL") if failures else None)
+
+
+def tuning_view(rows: Sequence[Tuned]) -> RenderableType:
+    """Return one line a candidate, the fastest first; those that were not timed come last."""
+    ordered = sorted(rows, key=lambda row: row.latency_ms or float("inf"))
+    right = [Column(name, "right") for name in ("batch", "ms", "images/s", "SQNR dB ↑")]
+    return rows_table(
+        ["", Column("candidate", wrap=True), *right, Column("why not", wrap=True)],
+        [
+            (
+                verdict("KEPT" if row.kept else "PASS" if row.passed else "FAIL"),
+                row.candidate,
+                str(row.batch) if row.batch else None,
+                f"{row.latency_ms:.3f}" if row.latency_ms else None,
+                f"{row.images_per_s:.0f}" if row.images_per_s else None,
+                f"{row.sqnr_db:.1f}" if row.sqnr_db is not None else None,
+                row.error,
+            )
+            for row in ordered
+        ],
+    )
 
 
 def _same_twice(reproducible: bool | None) -> str | None:
