@@ -193,7 +193,8 @@ def _judge(
 
 def _judged(document: Any) -> Iterator[dict[str, Any]]:
     """Yield one flat line a finding of every artifact, and one an accuracy."""
-    for entry in document.get("artefacts") or document.get("artifacts") or ():
+    entries = document.get("artefacts") or document.get("artifacts") or {}
+    for entry in entries.values() if isinstance(entries, dict) else entries:
         lines = {}
         for finding in entry["findings"] if isinstance(entry, dict) else ():
             limit = finding.get("limit")
