@@ -32,7 +32,7 @@ PLAIN = "ort-cpu/fp32"
 MORE_NOTES = (
     *NOTES,
     "`pytorch` and all others keep the memory they free; `pytorch-default-malloc` is eager PyTorch "
-    "with the C library's own settings, whose processes differ (see `Processes`).",
+    "with the C library's own settings, whose processes differ from one to the next.",
     "OpenVINO computes in bfloat16 by default where the processor has it; `openvino/` rows are "
     "forced to float32, `openvino-bf16/` rows are not.",
 )
