@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.config import BatchRange, BuildSettings
@@ -52,9 +52,11 @@ if TYPE_CHECKING:
 __all__ = [
     "INDUCTOR",
     "PRECISIONS",
+    "PackageDescription",
     "PackageRequest",
     "build_package",
     "cudnn_tf32",
+    "describe_package",
     "package_obstacles",
     "package_request",
     "quietly",
@@ -281,6 +283,33 @@ def package_obstacles(sidecar: PackageSidecar, host: Host) -> tuple[Obstacle, ..
                 )
             )
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class PackageDescription:
+    """A package, without loading it.
+
+    Attributes:
+        file: the package.
+        sidecar: what was recorded when it was compiled.
+        obstacles: why it does not run here; empty if it does.
+        kind: says what this describes.
+    """
+
+    file: Path
+    sidecar: PackageSidecar
+    obstacles: tuple[Obstacle, ...]
+    kind: Literal["package"] = "package"
+
+
+def describe_package(path: Path) -> PackageDescription:
+    """Return what is known about the package at ``path``, its digest checked.
+
+    Raises:
+        InputError: package or sidecar is missing, damaged, edited or swapped.
+    """
+    sidecar = verified_package(path)
+    return PackageDescription(path, sidecar, package_obstacles(sidecar, host_here()))
 
 
 def require_package(package: Path, host: Host | None = None) -> PackageSidecar:

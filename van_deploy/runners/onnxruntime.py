@@ -83,16 +83,18 @@ def inference_session(
     import onnx
 
     ort = require_onnxruntime()
+    # Left to itself ONNX Runtime goes on with the CPU where another provider fails.
+    how: dict[str, Any] = {"providers": list(providers), "enable_fallback": 0}
     try:
         source = str(model) if isinstance(model, Path) else model.SerializeToString()
-        return ort.InferenceSession(source, options, providers=list(providers)), False
+        return ort.InferenceSession(source, options, **how), False
     except Exception:
         graph = onnx.load(model) if isinstance(model, Path) else model
         if not holds_bf16(graph):
             raise
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = emulated_bf16(graph).SerializeToString()
-    return ort.InferenceSession(source, options, providers=list(providers)), True
+    return ort.InferenceSession(source, options, **how), True
 
 
 class OnnxRuntimeRunner:
