@@ -130,8 +130,6 @@ CASES = (
     Case("torch-eager", "tf32", _torch("eager")),
     Case("torch-fp16", "fp16", _torch("channels-last", "fp16")),
     Case("torch-bf16", "bf16", _torch("channels-last", "bf16")),
-    # Each batch size is tuned anew, which takes a while.
-    Case("torch-compile-fp16", "fp16", _torch("compile", "fp16"), batches=(8,)),
     Case("ort-cuda", "fp32", _ort("fp32", EXACT)),
     Case("ort-cuda-tf32", "tf32", _ort("fp32", CudaOptions())),
     Case("ort-cuda-graph", "fp32", _ort("fp32", CudaOptions(use_tf32=False, cuda_graph=True))),
@@ -149,7 +147,6 @@ CASES = (
     Case("ort-cuda-int8", "int8", _ort("int8", CudaOptions())),
     Case("inductor-fp32", "tf32", _inductor("fp32", "cuda:0")),
     Case("inductor-fp16", "fp16", _inductor("fp16", "cuda:0")),
-    Case("inductor-bf16", "bf16", _inductor("bf16", "cuda:0")),
     Case("tensorrt-fp32", "fp32", _tensorrt("fp32", graph=False)),
     Case("tensorrt-fp32-graph", "fp32", _tensorrt("fp32", graph=True)),
     Case("tensorrt-tf32", "tf32", _tensorrt("fp32", graph=False, tf32=True)),

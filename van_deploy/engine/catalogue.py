@@ -1,8 +1,8 @@
 """What TensorRT's messages mean, and what to do about each.
 
-An entry of ``catalogue.toml`` is a pattern, its cause in plain words and a remedy. The patterns of the
-parser and of the builder were collected from TensorRT for RTX 1.7.1 on files made
-wrong on purpose (``tests/engine/test_catalogue.py`` does it again); those marked
+An entry of ``catalogue.toml`` is a pattern, its cause in plain words and a remedy. The
+patterns of the parser and of the builder were collected from TensorRT for RTX 1.7.1 on
+files made wrong on purpose (``tests/engine/test_catalogue.py`` does it again); those marked
 "reported" come from issue threads, because they need a GPU or another release.
 """
 
