@@ -187,7 +187,7 @@ class TestOnThisCpu:
                     found = compare(expected[:batch], runner.run(images[:batch]))
                     assert found.sqnr_db >= floor, (precision, batch)
                 with pytest.raises(
-                    UsageError, match="does not serve a batch of 9; it takes 1 to 8"
+                    InputError, match="does not serve a batch of 9; it takes 1 to 8"
                 ):
                     runner.run(images)
                 with pytest.raises(UsageError, match="is for the CPU"):
