@@ -13,10 +13,12 @@ from typing import Any
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import MissingDependency
 
-__all__ = ["Ceilings", "measured_ceilings"]
+__all__ = ["Ceilings", "measured_ceilings", "measured_gpu_ceilings"]
 
 SIDE = 1536  # of the square matrices: 27 MB in float32, past the caches of most cores
 COPY_BYTES = 256 * 2**20
+GPU_SIDE = 8192
+GPU_COPY_BYTES = 2 * 2**30  # forty times an H100's second-level cache
 
 
 @dataclass(frozen=True)
@@ -125,3 +127,60 @@ def _product(operator: str, left: int, right: int, result: int) -> Any:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     model.ir_version = helper.find_min_ir_version_for(model.opset_import)
     return model
+
+
+def measured_gpu_ceilings(device: str, seconds: float = 0.5) -> Ceilings:
+    """Return a GPU's own limits, by PyTorch and CUDA events, on random data.
+
+    A copy of 2 GiB on the device counts bytes read and bytes written; products are of 8192^3.
+    Medians, not bests: what a network meets is the clock that lasts.
+    """
+    import torch
+
+    rates: dict[str, float] = {}
+    how: dict[str, str] = {}
+    operations = 2.0 * GPU_SIDE**3
+    kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        for precision, kind in kinds.items():
+            a, b = (torch.randn(GPU_SIDE, GPU_SIDE, device=device, dtype=kind) for _ in range(2))
+            out = torch.empty_like(a)
+            rate = operations / _median_s(lambda: torch.mm(a, b, out=out), seconds)  # noqa: B023
+            rates[precision], how[precision] = rate, f"torch.mm {GPU_SIDE}^3 in {precision}"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    left, right = (
+        torch.randint(-127, 128, (GPU_SIDE, GPU_SIDE), device=device, dtype=torch.int8)
+        for _ in range(2)
+    )
+    right = right.t()
+    rates["int8"] = operations / _median_s(lambda: torch._int_mm(left, right), seconds)
+    how["int8"] = f"torch._int_mm {GPU_SIDE}^3"
+    source = torch.randn(GPU_COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    copied = 2 * GPU_COPY_BYTES / _median_s(lambda: target.copy_(source), seconds)
+    how["memory"] = f"copy of {GPU_COPY_BYTES // 2**20} MiB on the device, read and written"
+    return Ceilings(rates, copied, "measured", how)
+
+
+def _median_s(call: Callable[[], object], seconds: float) -> float:
+    """Return the median seconds of a call on the GPU, by CUDA events."""
+    import statistics
+
+    import torch
+
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    while time.perf_counter() < end or len(samples) < 5:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
+        last.synchronize()
+        samples.append(first.elapsed_time(last) / 1e3)
+    return statistics.median(samples)

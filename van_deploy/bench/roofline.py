@@ -13,7 +13,9 @@ from van_deploy.bench.ceilings import Ceilings
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-__all__ = ["Limit", "Work", "limit_of", "work_of", "work_of_file"]
+    from van_deploy.model.variants import VanConfig
+
+__all__ = ["Limit", "Work", "kernel_traffic_bytes", "limit_of", "work_of", "work_of_file"]
 
 FREE = {"QuantizeLinear", "DequantizeLinear", "Cast", "Transpose", "Reshape", "Shape", "Constant"}
 """They move or relabel numbers; what they cost is not arithmetic."""
@@ -143,6 +145,32 @@ def limit_of(work: Work, ceilings: Ceilings, precision: str) -> Limit | None:
         traffic_ms=1e3 * size * work.operator_values / ceilings.bytes_per_s,
         source=ceilings.source,
     )
+
+
+def kernel_traffic_bytes(
+    config: VanConfig, image_size: int, batch: int, value_bytes: int = 2
+) -> float:
+    """Return the bytes through device memory with one kernel a step and nothing fused further.
+
+    A step is a convolution with what follows it element by element: bias, GELU, gate or
+    residual. In a block the C wide maps cross memory 15 times (``proj_1`` 2, ``conv0`` 2,
+    ``conv_spatial`` 2, ``conv1`` with the gate 3, ``proj_2`` with the residual 3, ``fc1`` 1,
+    ``fc2`` with the residual 2), the hidden ones 4 times (``fc1`` 1, ``dwconv`` with the GELU
+    2, ``fc2`` 1). The weights are read once a batch.
+
+    >>> from van_deploy.model.variants import VARIANTS
+    >>> round(kernel_traffic_bytes(VARIANTS["van_b0"].config, 224, 1000) / 1e9)  # MB an image
+    55
+    """
+    values, side, channels = 0, image_size, config.in_chans
+    for stage, width in enumerate(config.embed_dims):
+        values += channels * side * side  # the patch embedding reads it
+        side = -(-side // config.strides[stage])
+        pixels, channels = side * side, width
+        values += 3 * width * pixels  # it writes its maps; the LayerNorm reads and writes them
+        block = 15 * width + 4 * config.hidden_dims[stage]
+        values += config.depths[stage] * block * pixels
+    return value_bytes * (batch * values + config.parameter_count())
 
 
 def _fix_input_(model: ModelProto, batch: int, image_size: int | None) -> None:

@@ -14,6 +14,7 @@ from van_deploy.engine.bundled import build_in_bundle, request_for
 from van_deploy.engine.fleet import BUILT, REUSED, Cell, FleetHost, Outcome
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.refusals import refuse_impossible
+from van_deploy.errors import UsageError
 
 __all__ = ["Planned", "build_planned", "planned_engines"]
 
@@ -49,6 +50,11 @@ def planned_engines(
         UsageError: nothing builds what is asked.
         MissingDependency: what builds it is not installed, or wants a GPU.
     """
+    if settings.backend == "inductor":
+        raise UsageError(
+            "A recipe's engines are TensorRT's.",
+            "Build the package with `van-deploy build BUNDLE --backend inductor`.",
+        )
     host = host or host_here()
     plans = []
     for targets in settings.targets or ((),):
