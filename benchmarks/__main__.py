@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -123,24 +124,18 @@ SECTIONS: dict[str, Section] = {
             *("--photographs", "{shared}/data/imagenet"),
         ),
     ),
-    "recording": Section(
-        "Recording ranges",
-        "Where the time goes while the ranges of van_b0's tensors are recorded.",
-        "recording.py",
-    ),
-    "fidelity": Section(
-        "Fidelity",
-        "What each technique brings to INT8: everything on, and each switch left out.",
-        "fidelity.py",
+    "ablation": Section(
+        "Ablation",
+        "What each technique brings to INT8 on both trained networks, and what it adds to a plan.",
+        "ablation.py",
         real=(
             *("--checkpoint", "{shared}/checkpoints/van_b0_cifar10.pth.tar"),
-            *("--calibrate", "{shared}/data/cifar10/calib"),
-            *("--evaluate", "{shared}/data/cifar10/eval"),
+            *("--calib", "{shared}/data/cifar10/calib", "--eval", "{shared}/data/cifar10/eval"),
         ),
     ),
     "serve": Section(
         "Serving",
-        "`van-deploy serve` under 64 clients against the bare artefact, every answer compared.",
+        "`van-deploy serve` against a real Triton, its own inference and the worst bodies.",
         "serve.py",
         ("claims",),
         real=(
@@ -191,6 +186,7 @@ def _run(name: str, page: Path) -> int:
         text=True,
         check=False,
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     took = time.perf_counter() - start
     if not done.stdout.strip():

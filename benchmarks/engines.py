@@ -15,14 +15,12 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from van_deploy.config import BuildOptions
 from van_deploy.engine.backend import RTX, backend_named
 from van_deploy.engine.build import engine_from_onnx
-from van_deploy.engine.options import BuildOptions, parse_target
-from van_deploy.recipe import BatchRange
 
 VARIANTS = tuple(f"van_b{index}" for index in range(7))
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -76,7 +74,7 @@ def _make(variant: str, folder: Path) -> None:
     from van_deploy.graph.export import onnx_from_van
     from van_deploy.graph.fold import fold_van
     from van_deploy.model.checkpoint import load_van
-    from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
+    from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
 
     torch.set_num_threads(2)
     loaded = load_van(variant, weights="random")
@@ -84,28 +82,30 @@ def _make(variant: str, folder: Path) -> None:
     images = torch.zeros(1, loaded.config.in_chans, size, size)
     folded = fold_van(loaded.model, images)
     model = onnx_from_van(folded.model, size, loaded.config.in_chans)
+    config = loaded.config
     del loaded, folded
     onnx.save(model, folder / f"{variant}.fp32.onnx")
-    half = half_from_fp32(model, kept_nodes(model, DEFAULT_KEEP))
-    onnx.save(half.model, folder / f"{variant}.fp16.onnx")
+    kept = kept_nodes(model, DEFAULT_KEEP)
+    onnx.save(fp16_from_fp32(model, kept), folder / f"{variant}.fp16.onnx")
     if variant == SEVERAL:
-        from van_deploy.precision.initial import initial_plan
-        from van_deploy.precision.quantize import qdq_from_plan
-        from van_deploy.precision.ranges import record_ranges
+        from van_deploy.graph.rebuilt import van_from_onnx
+        from van_deploy.precision.equalize import Equalization
+        from van_deploy.precision.observers import observe
+        from van_deploy.precision.plan import counted_tensors, layers_in_scope, make_plan
+        from van_deploy.precision.qdq import qdq_for_tensorrt
 
         one = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).numpy()
-        plan = initial_plan(model, record_ranges(model, [one]))
-        kept = kept_nodes(model, DEFAULT_KEEP)
-        onnx.save(qdq_from_plan(plan, kept=kept), folder / f"{variant}.int8.onnx")
+        network = van_from_onnx(model, config)
+        layers = layers_in_scope(network.model, ("pointwise",))
+        ranges = observe(network, [one], counted_tensors(network, layers, "tensorrt"))
+        plan = make_plan(Equalization(network), ranges, layers)
+        onnx.save(qdq_for_tensorrt(model, plan, kept=kept), folder / f"{variant}.int8.onnx")
 
 
 def _measure(
     folder: Path, variant: str, precision: str, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    target = parse_target(arguments.target)
-    options = replace(
-        BuildOptions(), profiles=(BatchRange.parse(arguments.batch),), targets=(target,)
-    )
+    options = BuildOptions.from_dict({"batch": [arguments.batch], "targets": arguments.target})
     sidecar = engine_from_onnx(
         folder / f"{variant}.{precision}.onnx",
         folder / f"{variant}-{precision}.plan",

@@ -19,18 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from van_deploy.checks.contestants import Contestants
 
 from van_deploy.bundle import Bundle
-from van_deploy.bundle.original import original_network
-from van_deploy.checks.contestants import Contestants
-from van_deploy.checks.decoding import decode_batches
 from van_deploy.checks.evaluate import Settings, evaluate_bundle
-from van_deploy.checks.labels import LabelledImages, labelled_images
-from van_deploy.images import find_images, sample_pictures
+from van_deploy.config import ModelSettings, Recipe
+from van_deploy.data import (
+    ImageSet,
+    decoded_batches,
+    find_images,
+    labelled_images,
+    opened,
+    sample_set,
+)
 from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.model.pixels import normalised
 from van_deploy.pipeline import export_bundle, load_for
-from van_deploy.recipe import ModelSettings, Recipe
+from van_deploy.runners.original import original_network
 
 ASKED = 0.85
 BATCH = 32
@@ -65,7 +69,7 @@ def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for _ in range(arguments.rounds):
         files, ready = _evaluated(bundle, loaded, labelled), _fed(bundle, loaded, labelled)
         rounds.append((files, ready, ready / files))
-    total, ratio = len(labelled.paths), statistics.median(ratio for _, _, ratio in rounds)
+    total, ratio = len(labelled), statistics.median(ratio for _, _, ratio in rounds)
     size = loaded.preprocessing.image_size
     return {
         "columns": ["round", "evaluate images/s", "ready tensors images/s", "ratio"],
@@ -91,32 +95,30 @@ def measured(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _write_images(source: Path | None, count: int, dest: Path) -> None:
     """Fill a folder with JPEG files in class folders."""
     paths = find_images(source) if source else []
-    samples = [] if source else sample_pictures().images
+    samples = [] if source else sample_set().items
     for index in range(count):
         place = dest / str(index % 10) / f"{index:04d}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
         if paths:
             shutil.copy(paths[index % len(paths)], place)
             continue
-        picture = samples[index % len(samples)].convert("RGB")
+        picture = opened(samples[index % len(samples)])
         scale = SHORT_SIDE / min(picture.size)
         picture.resize((round(picture.width * scale), round(picture.height * scale))).save(place)
 
 
-def _evaluated(bundle: Bundle, loaded: LoadedVan, labelled: LabelledImages) -> float:
+def _evaluated(bundle: Bundle, loaded: LoadedVan, labelled: ImageSet) -> float:
     """Return the seconds of one evaluation."""
     return evaluate_bundle(bundle, loaded, labelled, Settings(batch=BATCH)).seconds
 
 
-def _fed(bundle: Bundle, loaded: LoadedVan, labelled: LabelledImages) -> float:
+def _fed(bundle: Bundle, loaded: LoadedVan, labelled: ImageSet) -> float:
     """Return the seconds the same networks take for the same batches, ready in memory."""
-    preprocessing, every = loaded.preprocessing, range(len(labelled.paths))
-    decoded = decode_batches(labelled.paths, every, preprocessing, BATCH, workers=1)
-    batches = [(normalised(batch.pixels, preprocessing), batch.pixels) for batch in decoded]
+    decoded = list(decoded_batches(labelled.items, loaded.preprocessing, BATCH))
     start = time.perf_counter()
     with Contestants(bundle, loaded, list(bundle.artefacts)) as contestants:
-        for images, pixels in batches:
-            for logits in contestants.logits(images, pixels).values():
+        for batch in decoded:
+            for logits in contestants.logits(batch.inputs, batch.values).values():
                 if not np.isfinite(logits).all():
                     raise RuntimeError("a network gave a NaN")
     return time.perf_counter() - start

@@ -66,24 +66,25 @@ def _made(variant: str, folder: Path) -> dict[str, str]:
 
 
 def _images(count: int) -> Any:
-    from van_deploy.checks.sample_images import images_to_check
+    from van_deploy.data import check_images
     from van_deploy.model.preprocess import OFFICIAL
 
-    return images_to_check("", OFFICIAL, max(count, CALIBRATION_IMAGES))[0]
+    return check_images("", OFFICIAL, max(count, CALIBRATION_IMAGES)).inputs
 
 
 def _bundle(variant: str, folder: Path) -> Bundle:
     """Return a bundle with the FP32 graph and INT8 for CPUs, made by the commands themselves."""
-    from van_deploy.images import sample_pictures
+    from van_deploy.data import opened, sample_set
 
     pictures = folder / "pictures"
     pictures.mkdir()
-    for index, picture in enumerate(sample_pictures().images):
+    for index, item in enumerate(sample_set().items):
+        picture = opened(item)
         width, height = picture.size
         for part in range(-(-CALIBRATION_IMAGES // 7)):  # crops of the sample photographs
             inset = part * min(width, height) // 8
             box = (inset, inset, width - inset, height - inset)
-            picture.convert("RGB").crop(box).save(pictures / f"{index}-{part}.png")
+            picture.crop(box).save(pictures / f"{index}-{part}.png")
     target = folder / "bundle"
     words = ["export", variant, "--weights", "random", "--output", str(target)]
     _command(words, check=True)

@@ -14,9 +14,9 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def main() -> int:
 
 def _opened(contender: Contender, images: Path, stack: ExitStack) -> Timed:
     process = stack.enter_context(WorkerProcess(THREADS, keeps_memory=contender.keeps_memory))
-    process.ask("load", contender=contender.as_dict(), threads=THREADS, streams=1)
+    process.ask("load", contender=asdict(contender), threads=THREADS, streams=1)
     process.ask("feed", images=str(images), batch=1, preprocessing=None)
     process.ask("warm", seconds=WARMUP_S, calls=3)
     return Timed(contender, process)
@@ -117,7 +117,7 @@ def _result(lanes: Sequence[Timed], gauge: Gauge) -> dict[str, Any]:
                 ", ".join(f"{lane.faults / lane.calls:.0f}" for lane in own),
             ]
         )
-    seen: Mapping[str, Any] = gauge.as_dict() or {}
+    seen = gauge.seen()
     return {
         "columns": [
             "runner",
@@ -137,8 +137,10 @@ def _result(lanes: Sequence[Timed], gauge: Gauge) -> dict[str, Any]:
             if kind in spreads
         ],
         "notes": [
-            f"{100 * seen.get('quiet_share', 0.0):.0f} % of {seen.get('looks', 0)} looks were "
-            f"quiet: {seen.get('work', 'the work')} in {limit:.2f} ms each or less.",
+            f"{100 * seen.quiet_share:.0f} % of {seen.looks} looks were quiet: {seen.work} in "
+            f"{limit:.2f} ms each or less."
+            if seen
+            else "Nothing watched how quiet the machine was.",
             "Medians of slices' means. A page fault: the system hands a page of memory out "
             "(`/proc/PID/stat`, minflt).",
         ],

@@ -10,11 +10,11 @@ from typing import Any
 
 from lineup import SIZE
 
-from van_deploy.bench.budget import Budget
 from van_deploy.bench.contender import Contender, Skipped
+from van_deploy.bench.document import BenchReport
 from van_deploy.bench.lane import Row
-from van_deploy.bench.report import BenchReport, race_report
-from van_deploy.bench.settings import Settings
+from van_deploy.bench.report import race_report
+from van_deploy.config import BenchSettings, Budget
 
 __all__ = ["NOTES", "arguments_of", "cells", "claim", "columns", "printed", "raced"]
 
@@ -47,7 +47,7 @@ def raced(
 ) -> BenchReport:
     """Return the report of one race."""
     budget = Budget(arguments.seconds, 100, max(arguments.limit, arguments.seconds))
-    settings = Settings(
+    settings = BenchSettings(
         batches=tuple(arguments.batches), reference=reference, budget=budget, roofline=False
     )
     return race_report(
@@ -57,7 +57,7 @@ def raced(
         settings,
         native_size=SIZE,
         images="sample photographs",
-        about={"model": variant},
+        model=variant,
         progress=lambda text: print(f"{variant}: {text}", file=sys.stderr, flush=True),
     )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from lineup import PEERS, prepared
 from races import NOTES, arguments_of, cells, claim, columns, printed, raced
 
-from van_deploy.bench.report import BenchReport
+from van_deploy.bench.document import BenchReport
 
 SAME_RUN_TIME = {  # our file, and which run time and precision its rivals have
     "ort-cpu/fp32": ("onnxruntime", "fp32"),
@@ -49,7 +49,7 @@ def main() -> int:
                 by_batch = sorted(report.rows, key=lambda row: row.batch)
                 rows += [cells(variant, row) for row in by_batch]
                 claims += _claims(variant, ours, report)
-                notes += [f"{variant}, {ours}: {text}" for text in report.facts["warnings"]]
+                notes += [f"{variant}, {ours}: {text}" for text in report.warnings]
             notes += [
                 f"{variant}: {s.name} skipped, {s.reason}" for s in skipped if s.name in PEERS
             ]

@@ -18,12 +18,12 @@ from pathlib import Path
 from lineup import prepared
 from races import NOTES, arguments_of, cells, claim, columns, printed, raced
 
-from van_deploy.bench.budget import LEAST_ROUNDS
 from van_deploy.bench.compare import agreement, compare_reports
 from van_deploy.bench.contenders import GIVES_BACK, REFERENCE
+from van_deploy.bench.document import BenchReport
 from van_deploy.bench.lane import Row
-from van_deploy.bench.report import BenchReport
 from van_deploy.bench.timing import paired_ratio
+from van_deploy.config.bench import LEAST_ROUNDS
 
 TORCH_BEST = ("pytorch", "pytorch-channels-last", "pytorch-compile", "pytorch-autocast")
 REPEATED = ("pytorch", "pytorch-channels-last", "ort-cpu/fp32", "ort-cpu/int8-cpu", "openvino/fp32")
@@ -53,7 +53,7 @@ def main() -> int:
         reports = _reports(variant, arguments)
         for report in reports:
             rows += [cells(variant, row) for row in _ordered(report)]
-            notes += [f"{variant}: {text}" for text in report.facts["warnings"]]
+            notes += [f"{variant}: {text}" for text in report.warnings]
             claims.append(_overhead(variant, report))
         notes += [f"{variant}: {s.name} skipped, {s.reason}" for s in reports[0].skipped]
         claims += [_repeatable(variant, *reports)] if arguments.repeat else []
@@ -122,24 +122,24 @@ def _at_least(
 
 
 def _overhead(variant: str, report: BenchReport) -> dict[str, object]:
-    overhead = report.facts["seconds"]["overhead_percent"]
+    overhead = report.seconds.overhead_percent
     text = f"{variant}: benchmark overhead at most {OVERHEAD_PERCENT:g} %"
     return claim(text, f"{overhead:.1f} %", met=overhead <= OVERHEAD_PERCENT)
 
 
 def _repeatable(variant: str, first: BenchReport, second: BenchReport) -> dict[str, object]:
-    changes = compare_reports(first.as_dict(), second.as_dict())
+    changes = compare_reports(first, second)
     agreed = agreement(changes)
     names = ", ".join(dict.fromkeys(c.contender for c in changes if c.contender != REFERENCE))
     measured = (
-        f"{agreed['within']} of {agreed['ratios']} ratios; the largest change, {agreed['worst']}, "
-        f"{agreed['worst_percent']:+.1f} %; {agreed['open']} open, {len(agreed['moved'])} moved"
+        f"{agreed.within} of {agreed.ratios} ratios; the largest change, {agreed.worst}, "
+        f"{agreed.worst_percent:+.1f} %; {agreed.open} open, {len(agreed.moved)} moved"
     )
     text = (
         f"{variant}: two consecutive runs of {names} against PyTorch eager agree on "
-        f"every ratio within {agreed['within_percent']:g} %"
+        f"every ratio within {agreed.within_percent:g} %"
     )
-    return claim(text, measured, met=agreed["within"] == agreed["ratios"])
+    return claim(text, measured, met=agreed.within == agreed.ratios)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,24 @@
-"""Measure the server: throughput against the bare artefact, and every answer compared.
+"""Measure the server: against a real Triton, against its own inference, under the worst bodies.
 
-    python benchmarks/serve.py load BUNDLE --requests 10000 --clients 64
-    python benchmarks/serve.py top1 BUNDLE FOLDER...
-    python benchmarks/serve.py claims       # both, on a van_b0 of its own, as claims
+    python -m benchmarks.serve load BUNDLE --requests 10000 --clients 64
+    python -m benchmarks.serve triton BUNDLE --requests 2000
+    python -m benchmarks.serve worst BUNDLE --seconds 30
+    python -m benchmarks.serve top1 BUNDLE FOLDER...
+    python -m benchmarks.serve claims       # all of it, on a van_b0 of its own, as claims
 
-``load`` starts ``van-deploy serve`` as a process of its own and goes round by round: the
-artefact alone (no requests), then its share of the requests from so many connections at
-once, each answer compared with the artefact's own. The ratio is the median over the
-rounds, since other work on the machine comes and goes; its quartiles say how far it can
-be trusted. Client and server share the processor, so it is a lower bound. Two figures do
-not depend on other work: ``busy``, the share of the time in which a batch was running,
-and ``cpu_ratio``, the artefact's own processor time over the whole server's, an image.
+``load`` sends requests of one image over so many connections, in the binary protocol, and
+compares each answer with the artefact's own. With one thread an instance all of inference is in
+the threads that run batches, whose processor time the server counts: the rest of its processor
+time is its own.
 
-``top1`` compares the whole way from each file: timm's transform and the plain graph
-against bytes and the graph with preprocessing inside.
+``triton`` gives the same requests in turns to this server and to a real Triton with the Python
+backend (:mod:`reliability.tritonserver`), with equal threads, instances and batching.
+
+``worst`` lets 16 clients in a process of their own send the worst bodies known, again and again,
+and asks ``/v2/health/live`` meanwhile; the memory is that of the server and its processes.
+
+``top1`` compares the whole way from each file: timm's transform and the plain graph against
+bytes and the graph with preprocessing inside.
 
 The result is one JSON document on standard output; progress goes to standard error.
 """
@@ -22,11 +27,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import gzip
+import itertools
 import json
+import multiprocessing
+import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+import zlib
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,22 +49,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from reliability.requests import started
+from reliability.tritonserver import PYTHON, triton_running
+from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
-from van_deploy.checks.sample_images import pixels_to_check
-from van_deploy.images import find_images, open_image
+from van_deploy.data import check_images, find_images, open_image
 from van_deploy.model.pixels import pixels_from_image
 from van_deploy.runners.network import Network
-from van_deploy.serve.protocol import DATATYPES
-from van_deploy.serve.service import served_name
+from van_deploy.serve.triton_model import DATATYPES, served_name
 
 DISTINCT = 64
-BARE_SECONDS = 4.0
+TOLERANCE = 1e-4  # of the largest logit: what FP32 artefacts are allowed everywhere else
+LIVE_S = 0.2
+OWN_MIB = 900  # see docs/serving.md: what is held, parsed and decoded at once
 OWN = (  # the preprocessing of the checkpoint beside this repository, from its README
     *("--image-size", "64", "--crop-pct", "1.0"),
     *("--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"),
 )
-TOLERANCE = 1e-4
-"""Of the largest logit: what FP32 artefacts are allowed everywhere else."""
 
 
 @dataclass
@@ -58,101 +74,69 @@ class Load:
 
     answered: int = 0
     wrong: int = 0
-    statuses: dict[str, int] = field(default_factory=dict)
+    statuses: Counter[int] = field(default_factory=Counter)
     latencies_ms: list[float] = field(default_factory=list)
     worst_difference: float = 0.0
     failures: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Requests:
+    """Images as raw requests, and what the artefact itself answers."""
+
+    raw: list[bytes]
+    expected: npt.NDArray[np.float32]
+
+
 def main() -> int:
-    """Run the asked measurement and return the exit code: 1 if an answer was lost or wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run the asked measurement and return the exit code: 1 if a figure was missed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    load = commands.add_parser("load", help="throughput, and every answer compared")
-    load.add_argument("bundle", type=Path)
-    load.add_argument("--artefact", default="fp32-uint8")
-    load.add_argument("--images", type=Path, help="folder of pictures; samples by default")
-    load.add_argument("--requests", type=int, default=10_000)
-    load.add_argument("--rounds", type=int, default=10)
-    load.add_argument("--clients", type=int, default=64)
-    load.add_argument("--threads", type=int, default=2)
-    load.add_argument("--instances", type=int, default=1)
-    load.add_argument("--queue-limit", type=int, default=256)
-    load.add_argument("--max-delay-ms", type=float, default=1.0)
-    load.add_argument("--bare-seconds", type=float, default=BARE_SECONDS)
-    top1 = commands.add_parser("top1", help="the same first class from every file")
-    top1.add_argument("bundle", type=Path)
-    top1.add_argument("folders", type=Path, nargs="+")
-    top1.add_argument("--artefact", default="fp32-uint8")
-    top1.add_argument("--limit", type=int, help="at most so many images of each folder")
-    claims = commands.add_parser("claims", help="what this project claims, in one table")
+    for name in ("load", "triton", "worst", "top1"):
+        command = commands.add_parser(name)
+        command.add_argument("bundle", type=Path)
+        command.add_argument("--artefact", default="fp32-uint8")
+        command.add_argument("--requests", type=int, default=10_000 if name == "load" else 2000)
+        command.add_argument("--clients", type=int, default=16 if name == "worst" else 64)
+        command.add_argument("--instances", type=int, default=2)
+        command.add_argument("--rounds", type=int, default=10)
+        command.add_argument("--seconds", type=float, default=30.0)
+        command.add_argument("--limit", type=int, help="at most so many images of each folder")
+        if name == "top1":
+            command.add_argument("folders", type=Path, nargs="+")
+    claims = commands.add_parser("claims")
     claims.add_argument("--checkpoint", help="trained weights for the comparison of classes")
     claims.add_argument("--folders", type=Path, nargs="*", default=[])
-    claims.add_argument("--requests", default="10000")
     arguments = parser.parse_args()
+    measure = {"load": load, "triton": triton, "worst": worst, "top1": top1}
     if arguments.command == "claims":
-        result = measure_claims(parser, arguments)
-        print(json.dumps(result, indent=1))
-        return int(not all(claim["met"] for claim in result["claims"]))
-    result = measure_load(arguments) if arguments.command == "load" else measure_top1(arguments)
+        result = all_claims(parser, arguments)
+    else:
+        result = measure[arguments.command](arguments)
+        result["passed"] = all(claim["met"] for claim in result["claims"])
     print(json.dumps(result, indent=1))
-    return 0 if result["passed"] else 1
-
-
-def measure_claims(
-    parser: argparse.ArgumentParser, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Return the claims on the server, measured on bundles made for it."""
-    with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
-        bundle = exported(Path(folder) / "van_b0", "van_b0", "--weights", "random")
-        words = ["load", str(bundle), "--requests", arguments.requests]
-        load = measure_load(parser.parse_args(words))
-        claims = load_claims(load)
-        if arguments.checkpoint:
-            bundle = exported(Path(folder) / "own", arguments.checkpoint, *OWN)
-            words = ["top1", str(bundle), *map(str, arguments.folders)]
-            top1 = measure_top1(parser.parse_args(words))
-            same = f"{top1['images'] - top1['other_top1']:,} of {top1['images']:,} images"
-            text = "bytes in: the same first class as the file pipeline"
-            claims.append(claim(text, same, top1["passed"]))
-    columns = ["images/s served", "bare images/s", "p50 ms", "p99 ms", "mean batch", "busy"]
-    bare = float(np.median([max(entry["bare"].values()) for entry in load["rounds"]]))
-    row = [load["served_images_per_s"], round(bare, 1), load["p50_ms"], load["p99_ms"]]
-    row += [load["mean_batch"], load["busy"]]
-    note = (
-        "van_b0 at 224 pixels with preprocessing inside, random weights, 2 threads. Client and "
-        "server share the processor. `cpu_ratio`, the artefact's own processor time over the "
-        f"whole server's, was {load['cpu_ratio']:.2f}."
-    )
-    rows = [[str(value) for value in row]]
-    return {"columns": columns, "rows": rows, "claims": claims, "notes": [note]}
-
-
-def load_claims(load: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is claimed of the server under load."""
-    low, high = load["ratio_quartiles"]
-    return [
-        claim(
-            "throughput >= 0.9 x the bare artefact",
-            f"{load['ratio']:.2f} x (quartiles {low:.2f} to {high:.2f})",
-            load["ratio"] >= 0.9,
-        ),
-        claim(
-            f"{load['requests']:,} requests, 64 clients: none lost, none wrong",
-            f"{load['lost']} lost, {load['wrong']} wrong",
-            load["passed"],
-        ),
-        claim(
-            "p99 bounded by the queue limit",
-            f"{load['p99_ms']:.0f} ms; a full queue and two batches take {load['bound_ms']:.0f} ms",
-            load["p99_ms"] <= load["bound_ms"],
-        ),
-    ]
+    return int(not all(claim["met"] for claim in result["claims"]))
 
 
 def claim(text: str, measured: str, met: bool) -> dict[str, Any]:
     """Return one claim as benchmarks print it."""
     return {"claim": text, "measured": measured, "met": bool(met)}
+
+
+def all_claims(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return every claim on the server, measured on bundles made for it."""
+    claims = []
+    with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
+        bundle = exported(Path(folder) / "van_b0", "van_b0", "--weights", "random")
+        for command, measure in (("load", load), ("triton", triton), ("worst", worst)):
+            claims += measure(parser.parse_args([command, str(bundle)]))["claims"]
+        if arguments.checkpoint:
+            bundle = exported(Path(folder) / "own", arguments.checkpoint, *OWN)
+            words = ["top1", str(bundle), *map(str, arguments.folders)]
+            claims += top1(parser.parse_args(words))["claims"]
+    rows = [[entry["claim"], entry["measured"]] for entry in claims]
+    notes = ["van_b0 at 224 pixels, preprocessing inside, random weights, two instances."]
+    return {"columns": ["what", "measured"], "rows": rows, "claims": claims, "notes": notes}
 
 
 def exported(folder: Path, *words: str) -> Path:
@@ -163,172 +147,247 @@ def exported(folder: Path, *words: str) -> Path:
     return folder
 
 
-def measure_load(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return throughput with and without the server, and what became of every request."""
-    bundle = Bundle.open(arguments.bundle)
-    with bare_network(bundle, arguments) as network:
-        pixels = pixels_to_check(bundle.name, network.preprocessing, DISTINCT, arguments.images)
-        inputs = network.prepare(pixels)
-        answers = [network.run(inputs[i : i + 1])["logits"] for i in range(DISTINCT)]
-    expected = np.concatenate(answers)
-    command = [
-        *(sys.executable, "-m", "van_deploy", "serve", str(arguments.bundle), "--port", "0"),
-        *("--artefact", arguments.artefact, "--threads", str(arguments.threads), "--json"),
-        *("--instances", str(arguments.instances), "--no-compare"),
-        *("--queue-limit", str(arguments.queue_limit)),
-        *("--max-delay-ms", str(arguments.max_delay_ms)),
-    ]
-    load, rounds, seconds = Load(), [], 0.0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            url = server_url(server)
-            name = served_name(bundle, arguments.artefact)
-            requests = [
-                request_bytes(url, name, network, inputs[i : i + 1]) for i in range(DISTINCT)
-            ]
-            idle = server_metrics(url)
-            for share in shares(arguments.requests, arguments.rounds):
-                bare = bare_throughput(bundle, arguments, inputs)
-                before, start = load.answered, time.perf_counter()
-                asyncio.run(drive(url, requests, expected, load, share, arguments.clients))
-                wall = time.perf_counter() - start
-                seconds += wall
-                served = (load.answered - before) / wall
-                rounds.append({"bare": bare, "served": round(served, 1)})
-                note(f"{load.answered} answered: {rounds[-1]}")
-            metrics = {k: v - idle[k] for k, v in server_metrics(url).items()}
-        finally:
-            server.terminate()
-            server.wait(60)
-    metrics["seconds"] = seconds
-    metrics["bare_cpu"] = bare_cpu_seconds(bundle, arguments, inputs)
-    return load_report(arguments, rounds, load, metrics, network.max_batch)
-
-
-def bare_cpu_seconds(
-    bundle: Bundle, arguments: argparse.Namespace, inputs: npt.NDArray[Any]
-) -> float:
-    """Return the processor time of one image at the largest batch, without any server."""
-    with bare_network(bundle, arguments, spin=False) as network:
-        rows = inputs[: network.max_batch]
-        network.run(rows)
-        start, count, end = time.process_time(), 0, time.perf_counter() + arguments.bare_seconds
-        while time.perf_counter() < end:
-            network.run(rows)
-            count += len(rows)
-        return (time.process_time() - start) / count
-
-
-def shares(total: int, rounds: int) -> list[int]:
-    """Return how many requests each round sends.
-
-    >>> shares(10, 3)
-    [4, 3, 3]
-    """
-    return [total // rounds + (index < total % rounds) for index in range(rounds)]
-
-
-def load_report(
-    arguments: argparse.Namespace,
-    rounds: list[dict[str, Any]],
-    load: Load,
-    metrics: dict[str, float],
-    max_batch: int,
-) -> dict[str, Any]:
-    """Return the figures of one run."""
-    ratios = [entry["served"] / max(entry["bare"].values()) for entry in rounds]
-    low, ratio, high = np.percentile(ratios, [25, 50, 75])
-    rate = float(np.median([entry["served"] for entry in rounds]))
-    p50, p99 = np.percentile(load.latencies_ms, [50, 99]) if load.latencies_ms else (0.0, 0.0)
+def load(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return whether every answer came and was right, and what the server itself cost."""
+    requests, found = requests_of(arguments), Load()
+    with ours(arguments) as (url, _):
+        asyncio.run(drive(url, requests, found, DISTINCT, arguments.clients))  # warm
+        found, before, start = Load(), server_metrics(url), time.perf_counter()
+        asyncio.run(drive(url, requests, found, arguments.requests, arguments.clients))
+        seconds = time.perf_counter() - start
+        spent = {name: value - before[name] for name, value in server_metrics(url).items()}
+    own = 1 - spent["infer_cpu"] / spent["cpu"]
+    lost = arguments.requests - found.answered
+    p50, p99 = np.percentile(found.latencies_ms, [50, 99])
+    clients = f"{arguments.requests:,} requests, {arguments.clients} clients"
     return {
-        "settings": {k: str(v) for k, v in vars(arguments).items()},
-        "rounds": rounds,
-        "served_images_per_s": round(rate, 1),
-        "ratio": round(float(ratio), 3),
-        "ratio_quartiles": [round(float(low), 3), round(float(high), 3)],
-        "busy": round(metrics["infer"] / metrics["seconds"] / arguments.instances, 3),
-        "cpu_ms_an_image": {
-            "artefact": round(1e3 * metrics["bare_cpu"], 3),
-            "server": round(1e3 * metrics["cpu"] / load.answered, 3),
-        },
-        "cpu_ratio": round(metrics["bare_cpu"] * load.answered / metrics["cpu"], 3),
-        "p50_ms": round(float(p50), 2),
-        "p99_ms": round(float(p99), 2),
-        "bound_ms": round(1e3 * (arguments.queue_limit + 2 * max_batch) / rate, 1),
-        "requests": arguments.requests,
-        "answered": load.answered,
-        "lost": arguments.requests - load.answered,
-        "wrong": load.wrong,
-        "worst_relative_difference": load.worst_difference,
-        "statuses": load.statuses,
-        "failures": load.failures[:5],
-        "mean_batch": round(metrics["rows"] / max(metrics["batches"], 1.0), 2),
-        "passed": load.answered == arguments.requests and load.wrong == 0,
+        "settings": {name: str(value) for name, value in vars(arguments).items()},
+        "images_per_s": round(found.answered / seconds, 1),
+        "cpu_ms_an_image": round(1e3 * spent["cpu"] / found.answered, 3),
+        "own_cpu_share": round(own, 4),
+        "mean_batch": round(spent["rows"] / spent["batches"], 2),
+        "p50_ms": round(float(p50), 1),
+        "p99_ms": round(float(p99), 1),
+        "worst_relative_difference": found.worst_difference,
+        "statuses": dict(found.statuses),
+        "failures": found.failures[:5],
+        "claims": [
+            claim(
+                f"{clients}: none lost, none wrong",
+                f"{lost} lost, {found.wrong} wrong",
+                not lost and not found.wrong,
+            ),
+            claim("processor time outside inference <= 5 %", f"{100 * own:.2f} %", own <= 0.05),
+        ],
     }
 
 
-def bare_network(bundle: Bundle, arguments: argparse.Namespace, spin: bool = True) -> Network:
-    """Return the artefact without a server, as `van-deploy bench` runs it (with spinning)."""
-    return Network(bundle, arguments.artefact, threads=arguments.threads, spin=spin)
+def triton(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return this server's throughput over a real Triton's, round by round."""
+    requests, share = requests_of(arguments), arguments.requests // arguments.rounds
+    rates: dict[str, list[float]] = {"ours": [], "triton": []}
+    found = {name: Load() for name in rates}
+    with (
+        tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name,
+        contextlib.ExitStack() as stack,
+    ):
+        package = Path(name) / "package"
+        options = {"instances": arguments.instances, "threads": 1, "triton_python": PYTHON}
+        open_bundle(arguments.bundle).package(
+            package,
+            artefacts=(arguments.artefact,),
+            backend="python",
+            triton_release="24.10",
+            **options,
+        )
+        running = stack.enter_context(triton_running(package / "models", Path(name) / "server"))
+        urls = {"ours": stack.enter_context(ours(arguments))[0], "triton": f"http://{running.http}"}
+        for url in urls.values():
+            asyncio.run(drive(url, requests, Load(), DISTINCT, arguments.clients))
+        for index in range(arguments.rounds):
+            for server in sorted(urls, reverse=bool(index % 2)):
+                start = time.perf_counter()
+                asyncio.run(drive(urls[server], requests, found[server], share, arguments.clients))
+                rates[server].append(share / (time.perf_counter() - start))
+            note(f"{rates['ours'][-1]:.1f} images/s here, {rates['triton'][-1]:.1f} in Triton")
+    low, ratio, high = np.percentile(np.divide(rates["ours"], rates["triton"]), [25, 50, 75])
+    wrong = sum(seen.wrong + seen.statuses.total() - seen.answered for seen in found.values())
+    measured = f"{ratio:.2f} x (quartiles {low:.2f} to {high:.2f}), {wrong} wrong answers"
+    text = "throughput >= 1.0 x Triton's Python backend, equal threads, instances and batching"
+    medians = {name: round(float(np.median(values)), 1) for name, values in rates.items()}
+    return {"images_per_s": medians, "claims": [claim(text, measured, ratio >= 1 and not wrong)]}
 
 
-def bare_throughput(
-    bundle: Bundle, arguments: argparse.Namespace, inputs: npt.NDArray[Any]
-) -> dict[str, float]:
-    """Return images a second at the optimum and the largest batch, without any server.
+def worst(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return how long ``/v2/health/live`` took, and the memory, while the worst bodies came."""
+    bundle = Bundle.open(arguments.bundle)
+    latencies, peak = [], 0
+    with ours(arguments) as (url, pid):
+        idle = memory_of(pid)
+        process = multiprocessing.get_context("spawn").Process(
+            target=attack, args=(url, bundle, arguments.artefact, arguments.clients), daemon=True
+        )
+        process.start()
+        time.sleep(3)
+        end = time.perf_counter() + arguments.seconds
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            urllib.request.urlopen(f"{url}/v2/health/live", timeout=60).close()
+            latencies.append(time.perf_counter() - start)
+            peak = max(peak, memory_of(pid))
+            time.sleep(0.02)
+        process.kill()
+        process.join()
+    p50, p99 = np.percentile(latencies, [50, 99])
+    more = (peak - idle) / 2**20
+    return {
+        "asked": len(latencies),
+        "live_ms": {
+            "p50": round(1e3 * p50, 1),
+            "p99": round(1e3 * p99, 1),
+            "max": round(1e3 * max(latencies), 1),
+        },
+        "memory_mib": {"idle": idle >> 20, "peak": peak >> 20},
+        "claims": [
+            claim("/v2/health/live within 200 ms at p99", f"{1e3 * p99:.0f} ms", p99 <= LIVE_S),
+            claim(f"memory within {OWN_MIB} MiB above idle", f"{more:.0f} MiB", more <= OWN_MIB),
+        ],
+    }
 
-    With spinning threads and without: alone the first is faster, beside other work
-    the second. The best of all is what the server is measured against.
-    """
-    rates = {}
-    for spin in (True, False):
-        with bare_network(bundle, arguments, spin) as network:
-            optimum = bundle.manifest.batch.opt
-            for batch in sorted({optimum, min(network.max_batch, len(inputs))}):
-                rows = inputs[:batch]
-                network.run(rows)
-                count, start = 0, time.perf_counter()
-                while time.perf_counter() - start < arguments.bare_seconds / 4:
-                    network.run(rows)
-                    count += batch
-                name = f"batch {batch}{'' if spin else ', no spinning'}"
-                rates[name] = round(count / (time.perf_counter() - start), 1)
-    return rates
+
+def attack(url: str, bundle: Bundle, artefact: str, clients: int) -> None:
+    """Send the worst bodies from so many clients at once, until this process is ended."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    host, port = url.removeprefix("http://").split(":")
+    bodies = worst_requests(bundle, artefact)
+
+    def client(first: int) -> None:
+        for raw in itertools.islice(itertools.cycle(bodies), first, None):
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 30) as c:
+                c.sendall(raw)
+                c.recv(65536)
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients)))
 
 
-def request_bytes(url: str, name: str, network: Network, rows: npt.NDArray[Any]) -> bytes:
-    """Return a whole HTTP request: JSON, then the tensor as bytes."""
-    raw = rows.tobytes()
+def worst_requests(bundle: Bundle, artefact: str) -> list[bytes]:
+    """Return requests that cost the most to refuse or to answer, by what was found."""
+    network = Network(bundle, artefact)
+    infer, tensor = f"/v2/models/{served_name(bundle, artefact)}/infer", network.input
+    opening = json.dumps({"inputs": [{"name": tensor.name, "shape": [1], "datatype": "UINT8"}]})
+    opening = opening.removesuffix("}]}") + ', "data": '
+    mebibyte = 2**20 - 1000
+
+    def listed(item: str) -> bytes:
+        return f"{opening}[{','.join([item] * (mebibyte // (len(item) + 1)))}]}}]}}".encode()
+
+    size = network.max_batch * int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
+    shape = [network.max_batch, *tensor.shape]
     head = json.dumps(
         {
             "inputs": [
                 {
-                    "name": network.input.name,
-                    "shape": list(rows.shape),
-                    "datatype": DATATYPES[network.input.dtype],
-                    "parameters": {"binary_data_size": len(raw)},
+                    "name": tensor.name,
+                    "shape": shape,
+                    "datatype": DATATYPES[tensor.dtype],
+                    "parameters": {"binary_data_size": size},
                 }
-            ],
-            "outputs": [{"name": "logits", "parameters": {"binary_data": True}}],
+            ]
         }
     ).encode()
-    lines = [
-        f"POST /v2/models/{name}/infer HTTP/1.1",
-        f"Host: {url.removeprefix('http://')}",
-        f"Content-Length: {len(head) + len(raw)}",
-        f"Inference-Header-Content-Length: {len(head)}",
+    side = (7000).to_bytes(4, "big")
+    header, rows = (
+        side + side + bytes([8, 6, 0, 0, 0]),
+        zlib.compress(bytes(7000 * (4 * 7000 + 1)), 9),
+    )
+    chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        for kind, data in chunks
+    )
+    form = b"multipart/form-data; boundary=x"
+    return [
+        *(request(infer, listed(item)) for item in ("[]", "{}", '{"a":[1]}', "1.5", "7", '"ab"')),
+        request(infer, opening.encode() + b"[" * mebibyte),
+        request(infer, f'{opening}["{"x" * 100_000}"{",1" * 1000}]}}]}}'.encode()),
+        request(infer, gzip.compress(bytes(32 * 2**20)), b"Content-Encoding: gzip\r\n"),
+        request(infer, head + bytes(size), b"Inference-Header-Content-Length: %d\r\n" % len(head)),
+        request("/predict", png),
+        request("/predict", b"\r\n--" * (8 * 2**20), b"Content-Type: %b\r\n" % form),
+        request("/predict", bytes(32 * 2**20)),
+        request(
+            "/predict", b"1\r\nx\r\n" * 200_000, b"Transfer-Encoding: chunked\r\n", length=False
+        ),
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 200_000,
+        b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n" * 3000,
     ]
-    return "\r\n".join([*lines, "", ""]).encode() + head + raw
 
 
-async def drive(
-    url: str,
-    requests: list[bytes],
-    expected: npt.NDArray[Any],
-    load: Load,
-    count: int,
-    clients: int,
-) -> None:
+def request(path: str, body: bytes, headers: bytes = b"", *, length: bool = True) -> bytes:
+    """Return a whole POST request whose connection ends with it."""
+    size = b"Content-Length: %d\r\n" % len(body) if length else b""
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n".encode()
+    return head + headers + size + b"\r\n" + body
+
+
+def top1(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return how many files got another top-1 from bytes than from timm's floats."""
+    bundle = Bundle.open(arguments.bundle)
+    paths = [p for folder in arguments.folders for p in find_images(folder)[: arguments.limit]]
+    changed = 0
+    with Network(bundle, "fp32") as plain, Network(bundle, arguments.artefact) as embedded:
+        transform = plain.preprocessing.transform()
+        for start in range(0, len(paths), 16):
+            images = [open_image(path) for path in paths[start : start + 16]]
+            floats = np.stack([transform(image).numpy() for image in images])
+            pixels = np.stack([pixels_from_image(i, plain.preprocessing) for i in images])
+            tops = [
+                plain.run(floats)["logits"].argmax(axis=1),
+                embedded.run(embedded.prepare(pixels))["logits"].argmax(axis=1),
+            ]
+            changed += int((tops[0] != tops[1]).sum())
+    measured = f"{len(paths) - changed:,} of {len(paths):,} images"
+    text = "bytes in: the same top-1 as the file pipeline"
+    return {"claims": [claim(text, measured, bool(paths) and not changed)]}
+
+
+@contextlib.contextmanager
+def ours(arguments: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """Serve the bundle with one thread an instance; give its address and process."""
+    words = ("--artefact", arguments.artefact, "--threads", "1", "--no-compare")
+    server, url = started(arguments.bundle, *words, "--instances", str(arguments.instances))
+    try:
+        yield url, server.pid
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def requests_of(arguments: argparse.Namespace) -> Requests:
+    """Return distinct images as raw requests of the binary protocol."""
+    bundle = Bundle.open(arguments.bundle)
+    with Network(bundle, arguments.artefact, threads=1) as network:
+        images = check_images(bundle.name, network.preprocessing, DISTINCT, None)
+        inputs = network.prepare(images.values)
+        expected = [network.run(inputs[i : i + 1])["logits"] for i in range(DISTINCT)]
+        given = network.input
+    name, raw = served_name(bundle, arguments.artefact), []
+    for row in inputs:
+        values = row[None].tobytes()
+        tensor = {"name": given.name, "shape": [1, *row.shape], "datatype": DATATYPES[given.dtype]}
+        tensor["parameters"] = {"binary_data_size": len(values)}
+        wanted = [{"name": "logits", "parameters": {"binary_data": True}}]
+        head = json.dumps({"inputs": [tensor], "outputs": wanted}).encode()
+        lines = [f"POST /v2/models/{name}/infer HTTP/1.1", "Host: x"]
+        lines += [f"Content-Length: {len(head) + len(values)}"]
+        lines += [f"Inference-Header-Content-Length: {len(head)}", "", ""]
+        raw.append("\r\n".join(lines).encode() + head + values)
+    return Requests(raw, np.concatenate(expected))
+
+
+async def drive(url: str, requests: Requests, found: Load, count: int, clients: int) -> None:
     """Send so many requests from so many connections and compare each answer."""
     numbers = iter(range(count))
     host, port = url.removeprefix("http://").split(":")
@@ -336,63 +395,43 @@ async def drive(
     async def client() -> None:
         reader, writer = await asyncio.open_connection(host, int(port))
         for number in numbers:
-            which = number % len(requests)
+            which = number % len(requests.raw)
             start = time.perf_counter()
-            writer.write(requests[which])
-            status, headers, body = await read_response(reader)
-            load.latencies_ms.append(1e3 * (time.perf_counter() - start))
-            load.statuses[status] = load.statuses.get(status, 0) + 1
-            if status == "200":
-                compare(load, headers, body, expected[which])
+            writer.write(requests.raw[which])
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower().split("\r\n")
+            headers = dict(line.split(": ", 1) for line in head[1:] if line)
+            body = await reader.readexactly(int(headers["content-length"]))
+            found.latencies_ms.append(1e3 * (time.perf_counter() - start))
+            status = int(head[0].split()[1])
+            found.statuses[status] += 1
+            if status == 200:
+                compare(
+                    found,
+                    body[int(headers["inference-header-content-length"]) :],
+                    requests.expected[which],
+                )
             else:
-                load.failures.append(body.decode(errors="replace"))
+                found.failures.append(body.decode(errors="replace"))
         writer.close()
-        await writer.wait_closed()
 
     results = await asyncio.gather(*(client() for _ in range(clients)), return_exceptions=True)
-    load.failures += [repr(r) for r in results if isinstance(r, BaseException)]
+    found.failures += [repr(result) for result in results if isinstance(result, BaseException)]
 
 
-async def read_response(
-    reader: asyncio.StreamReader,
-) -> tuple[str, dict[str, str], bytes]:
-    """Return status, headers and body of one HTTP response."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    headers = {
-        name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:])
-    }
-    body = await reader.readexactly(int(headers["content-length"]))
-    return head[0].split(" ")[1], headers, body
-
-
-def compare(load: Load, headers: dict[str, str], body: bytes, expected: npt.NDArray[Any]) -> None:
+def compare(found: Load, tail: bytes, expected: npt.NDArray[np.float32]) -> None:
     """Count one answer, and whether it is the artefact's own."""
-    load.answered += 1
-    tail = body[int(headers["inference-header-content-length"]) :]
+    found.answered += 1
     logits = np.frombuffer(tail, np.float32)
     if logits.shape != expected.shape:
-        load.wrong += 1
+        found.wrong += 1
         return
     difference = float(np.abs(logits - expected).max() / np.abs(expected).max())
-    load.worst_difference = max(load.worst_difference, difference)
-    load.wrong += not difference <= TOLERANCE
-
-
-def server_url(server: subprocess.Popen[str]) -> str:
-    """Return where a starting server answers, once it says so."""
-    text = ""
-    while not text.endswith("}\n"):
-        line = server.stdout.readline() if server.stdout else ""
-        if not line:
-            raise SystemExit("the server did not start")
-        text += line
-    return str(json.loads(text)["url"])
+    found.worst_difference = max(found.worst_difference, difference)
+    found.wrong += not difference <= TOLERANCE
 
 
 def server_metrics(url: str) -> dict[str, float]:
-    """Return how many batches ran and for how long, their rows, and the processor time."""
-    import urllib.request
-
+    """Return how many batches ran, their rows, and processor times in seconds."""
     with urllib.request.urlopen(f"{url}/metrics") as response:
         lines = response.read().decode().splitlines()
 
@@ -403,37 +442,27 @@ def server_metrics(url: str) -> dict[str, float]:
     return {
         "rows": total("van_deploy_batch_rows_sum"),
         "batches": total("van_deploy_batch_rows_count"),
-        "infer": total("van_deploy_infer_seconds_sum"),
+        "infer_cpu": total("van_deploy_infer_cpu_seconds_total"),
         "cpu": total("process_cpu_seconds_total"),
     }
 
 
-def measure_top1(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return how many files got another first class from bytes than from timm's floats."""
-    bundle = Bundle.open(arguments.bundle)
-    paths = [
-        path for folder in arguments.folders for path in find_images(folder)[: arguments.limit]
-    ]
-    changed, worst = [], 0.0
-    with Network(bundle, "fp32") as plain, Network(bundle, arguments.artefact) as embedded:
-        transform = plain.preprocessing.transform()
-        for start in range(0, len(paths), 16):
-            some = paths[start : start + 16]
-            images = [open_image(path) for path in some]
-            floats = np.stack([transform(image).numpy() for image in images])
-            pixels = np.stack([pixels_from_image(i, plain.preprocessing) for i in images])
-            expected = plain.run(floats)["logits"]
-            found = embedded.run(embedded.prepare(pixels))["logits"]
-            worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))
-            other = expected.argmax(axis=1) != found.argmax(axis=1)
-            changed += [str(path) for path, differs in zip(some, other, strict=True) if differs]
-    return {
-        "images": len(paths),
-        "other_top1": len(changed),
-        "files": changed[:10],
-        "worst_relative_difference": worst,
-        "passed": bool(paths) and not changed,
-    }
+def memory_of(pid: int) -> int:
+    """Return the resident bytes of a process and of those below it."""
+    pages = 0
+    for process in [pid, *children_of(pid)]:
+        with contextlib.suppress(OSError):
+            pages += int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes below one, at any depth."""
+    found = []
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, tasks.read_text().split()):
+            found += [child, *children_of(child)]
+    return found
 
 
 def note(text: str) -> None:

@@ -1,7 +1,7 @@
 """Runs fuzzing, faults and load, and writes their tables into docs/reliability.md.
 
 python -m reliability                     # everything, about an hour
-python -m reliability --only fuzz
+python -m reliability --only fuzz,requests
 python -m reliability --only faults,load
 """
 
@@ -38,6 +38,12 @@ SECTIONS = {
         "or refused with one of the documented exit codes; a traceback, code that ran, more than "
         "20 s or more than 2 GB is a fault.",
     ),
+    "requests": (
+        "Spoiled requests",
+        "Every HTTP request was spoiled by a seeded generator and sent to a running server, 16 at "
+        "a time. Any status but 2xx, 4xx and 503, a traceback in the log and a server that stops "
+        "answering is a fault; no answer is right where a request was not complete.",
+    ),
     "faults": (
         "Faults",
         "After each the bundle must be the old one or the new one, whole, and the next run must "
@@ -55,14 +61,14 @@ def main() -> int:
     """Run the parts asked for; return 1 if one found a fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS))
-    parser.add_argument("--count", type=int, help="of spoiled files or kills, for one part")
+    parser.add_argument("--count", type=int, help="of cases or kills, for one part")
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         parser.error(f"there is no part '{unknown[0]}'; known: {', '.join(SECTIONS)}")
     if arguments.count and (len(names) > 1 or names == ["load"]):
-        parser.error("--count goes with --only fuzz or --only faults")
+        parser.error("--count goes with one of --only fuzz, requests and faults")
     return max(_run(name, arguments.count) for name in names)
 
 

@@ -28,12 +28,9 @@ class Corpus:
         import torch
         from safetensors.torch import save_file
 
-        from van_deploy.engine.options import BuildOptions
+        from van_deploy.config import BuildOptions, ModelSettings, Recipe
         from van_deploy.model.checkpoint import load_van
         from van_deploy.pipeline import export_bundle
-        from van_deploy.precision.ranges import record_ranges
-        from van_deploy.precision.ranges_file import write_ranges
-        from van_deploy.recipe import ModelSettings, Recipe
 
         self.folder.mkdir(parents=True, exist_ok=True)
         recipe = Recipe(model=ModelSettings(name="van_digits"))
@@ -43,12 +40,6 @@ class Corpus:
         torch.save({"state_dict": state, "epoch": 3}, self.folder / "zip.pth")
         torch.save(state, self.folder / "old.pth", _use_new_zipfile_serialization=False)
         save_file(state, self.folder / "plain.safetensors")
-        import numpy as np
-        import onnx
-
-        model = onnx.load(self.bundle / "model.onnx")
-        images = np.random.default_rng(0).normal(size=(2, 3, 64, 64)).astype(np.float32)
-        write_ranges(self.folder / "ranges.npz", record_ranges(model, [images], threads=1))
         self._make_signed()
         self._make_engine(BuildOptions(targets=("sm_89",)))
         self._make_images()

@@ -91,7 +91,7 @@ def read_only(folder: Path, count: int) -> list[Trials]:
             cases: Sequence[tuple[list[str | Path], set[int]]] = (
                 (["info", target], {0}),
                 (["inspect", target], {0}),
-                (["predict", target, base / "canary.png"], {0}),
+                (["predict", target, base / "golden/0.png"], {0}),
                 (["verify", target, "--no-modules"], {0, 3, 5}),
                 (["drift", target, "--level", "stage"], {0, 3, 5}),
                 (["quantize", target, "--precision", "fp16"], {3, 5}),

@@ -162,7 +162,7 @@ def _warm_up(corpus: Corpus) -> None:
     for words in (("info", str(corpus.folder / "zip.pth")), ("inspect", str(corpus.bundle))):
         if command(*words)() != 0:
             raise SystemExit(f"van-deploy {' '.join(words)} refuses a sound file")
-    command("predict", str(corpus.bundle), str(corpus.bundle / "canary.png"))()
+    command("predict", str(corpus.bundle), str(corpus.bundle / "golden/0.png"))()
 
 
 class _TooLong(BaseException):

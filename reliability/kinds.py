@@ -10,7 +10,7 @@ from pathlib import Path
 from reliability.corpus import Corpus
 from reliability.readers import Reader
 from reliability.spoiled_documents import calibration, manifest, recipe, sidecar, small_document
-from reliability.spoiled_files import image, onnx_file, ranges
+from reliability.spoiled_files import archive, image, onnx_file
 from reliability.spoiled_folders import folder
 from reliability.spoiled_weights import checkpoint, repository
 
@@ -53,7 +53,7 @@ KINDS: Mapping[str, Kind] = {
     "recipe": Kind(80, "recipes; read as `export` and `run` read them", recipe),
     "calibration": Kind(50, "calibration sets, and the choice of images", calibration),
     "sidecar": Kind(60, "engines' sidecars, most with a right digest; read by `inspect`", sidecar),
-    "ranges": Kind(60, "ranges and pictures in `.npz`; read as `quantize` reads them", ranges),
+    "archives": Kind(60, "images in `.npz`; read as `quantize` reads them", archive),
     "image": Kind(
         100,
         "PNG, JPEG, BMP, TIFF, WebP, GIF, PPM, and PostScript by their names; "

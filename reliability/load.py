@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from reliability.requests import started
 from reliability.trials import finished, van_deploy
 
 __all__ = ["evaluate_many", "quantize_many", "serve_killed"]
@@ -29,6 +30,7 @@ FEW = 20  # the same work on a twentieth of the images
 REQUESTS = 10_000
 CLIENTS = 64
 KILLS = 5
+WORDS = ("--artefact", "fp32-uint8", "--threads", "1", "--no-compare")  # of `serve`
 RETRY_S = 0.05
 FLAT = 1.1  # times the memory of the small run
 
@@ -137,11 +139,11 @@ def serve_killed(bundle: Path, count: int) -> list[str]:
     Every client asks again until it is answered; every answer is compared.
     """
     from van_deploy.bundle import Bundle
-    from van_deploy.checks.sample_images import pixels_to_check
+    from van_deploy.data import check_images
     from van_deploy.runners.network import Network
 
     with Network(Bundle.open(bundle), "fp32-uint8") as network:
-        pixels = pixels_to_check("van_digits", network.preprocessing, 16, None)
+        pixels = check_images("van_digits", network.preprocessing, 16).values
         expected = np.concatenate([network.logits(pixels[i : i + 1]) for i in range(len(pixels))])
     start = time.monotonic()
     answers = asyncio.run(_killed_under_load(bundle, pixels, expected, count))
@@ -162,7 +164,7 @@ async def _killed_under_load(
     import urllib.parse
 
     answers = {"right": 0, "wrong": 0, "again": 0, "kills": 0}
-    server, url = await asyncio.to_thread(_start, bundle, 0)
+    server, url = await asyncio.to_thread(started, bundle, *WORDS)
     port = int(urllib.parse.urlsplit(url).port or 0)
     numbers = iter(range(count))
 
@@ -184,7 +186,7 @@ async def _killed_under_load(
             server.kill()
             await asyncio.to_thread(server.wait)
             answers["kills"] += 1
-            server, _ = await asyncio.to_thread(_start, bundle, port)
+            server, _ = await asyncio.to_thread(started, bundle, *WORDS, port=port)
 
     try:
         await asyncio.gather(killer(), *(client() for _ in range(CLIENTS)))
@@ -192,26 +194,6 @@ async def _killed_under_load(
         server.terminate()
         await asyncio.to_thread(server.wait)
     return answers
-
-
-def _start(bundle: Path, port: int) -> tuple[subprocess.Popen[str], str]:
-    """Return a server that answers, and its address."""
-    server = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "van_deploy", "serve", str(bundle), "--port", str(port)),
-            *("--artefact", "fp32-uint8", "--threads", "1", "--json", "--no-compare"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    text = ""
-    while not text.endswith("}\n"):
-        line = server.stdout.readline() if server.stdout else ""
-        if not line:
-            raise RuntimeError("the server did not start")
-        text += line
-    return server, str(json.loads(text)["url"])
 
 
 async def _asked(port: int, pixels: Any) -> Any:

@@ -28,7 +28,7 @@ def manifest(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
         path.write_text(spoiled, encoding="utf-8", errors="surrogatepass")
     words = rng.choice((("info",), ("inspect",), ("predict",), ("report",), ("package", "triton")))
     if words == ("predict",):
-        return command("predict", str(target), str(corpus.bundle / "canary.png"))
+        return command("predict", str(target), str(corpus.bundle / "golden/0.png"))
     more = ("--output", str(folder / "out")) if words[0] == "package" else ()
     return command(*words, str(target), *more)
 
@@ -43,8 +43,8 @@ def recipe(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
 
 def calibration(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     """Spoil one of the calibration sets."""
-    from van_deploy.precision.calibration import choose_images
-    from van_deploy.precision.manifests import builtin_calibration_sets, calibration_set_named
+    from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
+    from van_deploy.precision.job_images import choose_images
 
     def read(path: Path) -> object:
         found = calibration_set_named(str(path))
@@ -67,7 +67,7 @@ def _text_file(
 
 def sidecar(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     """Spoil an engine's sidecar; most of the time its digest is right."""
-    from van_deploy.engine.sidecar import _digest
+    from van_deploy.files import content_key
 
     for suffix in ("plan", "log"):
         shutil.copy(corpus.folder / f"engine.{suffix}", folder)
@@ -78,8 +78,7 @@ def sidecar(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     else:
         document = spoiled_json(rng, json.loads(text))
         if isinstance(document, dict) and rng.random() < 0.8:  # an edit by one who knows how
-            body = {k: v for k, v in document.items() if k not in ("schema", "sidecar_sha256")}
-            document["sidecar_sha256"] = _digest(body)
+            document["sidecar_sha256"] = content_key({**document, "sidecar_sha256": ""})
         path.write_text(json.dumps(document), encoding="utf-8", errors="surrogatepass")
     return command("inspect", str(folder / "engine.plan"))
 
@@ -108,7 +107,7 @@ backend = "tensorrt-rtx"
 
 def small_document(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     """Spoil a signature, a key, a baseline, a benchmark's report or a fleet file."""
-    from van_deploy.bench.compare import read_report
+    from van_deploy.bench.document import read_report
     from van_deploy.checks.baseline import read_baseline
     from van_deploy.engine.fleet import read_fleet
 

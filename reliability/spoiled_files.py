@@ -1,4 +1,4 @@
-"""Graphs, recorded ranges and pictures that are damaged or lie."""
+"""Graphs, archives and pictures that are damaged or lie."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reliability.corpus import Corpus
 from reliability.mutations import spoiled_bytes
 from reliability.readers import Reader, command
 
-__all__ = ["image", "onnx_file", "ranges"]
+__all__ = ["archive", "image", "onnx_file"]
 
 PLACES = ("../../etc/passwd", "/etc/passwd", "there", "", "link", "link/x", "a\\b", "..")
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
@@ -62,27 +62,12 @@ def onnx_file(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     return command("inspect", str(path))
 
 
-def ranges(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
-    """Spoil recorded ranges, or pictures in an archive."""
-    from van_deploy.precision.ranges_file import ranges_from_file
-
-    if rng.random() < 0.3:
-        return _pictures(rng, folder)
-    data = (corpus.folder / "ranges.npz").read_bytes()
-    path = folder / "ranges.npz"
-    if rng.random() < 0.5:
-        path.write_bytes(spoiled_bytes(rng, data))
-    else:
-        path.write_bytes(_spoiled_archive(rng, data))
-    return lambda: ranges_from_file(path)
-
-
-def _pictures(rng: random.Random, folder: Path) -> Reader:
-    """Write an archive of pictures, with other arrays than there should be or spoiled bytes."""
+def archive(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
+    """Write an archive of images, with other arrays than there should be or spoiled bytes."""
     import numpy as np
 
-    from van_deploy.precision.calibration import choose_images
-    from van_deploy.precision.manifests import ImageSelection
+    from van_deploy.calibration_set import ImageSelection
+    from van_deploy.precision.job_images import choose_images
 
     arrays = {
         "images": rng.choice(
@@ -97,7 +82,9 @@ def _pictures(rng: random.Random, folder: Path) -> Reader:
         arrays["labels"] = rng.choice((np.zeros(4), np.array(1), np.zeros((4, 2)), np.zeros(9)))
     path, made = folder / "pictures.npz", io.BytesIO()
     np.savez_compressed(made, **arrays)  # type: ignore[arg-type]
-    spoiled = rng.choice((bytes, lambda data: spoiled_bytes(rng, data)))
+    spoiled = rng.choice(
+        (bytes, lambda data: spoiled_bytes(rng, data), lambda data: _spoiled_archive(rng, data))
+    )
     path.write_bytes(spoiled(made.getvalue()))
     return lambda: choose_images(ImageSelection(count=2), path)
 
@@ -119,7 +106,7 @@ def _spoiled_archive(rng: random.Random, data: bytes) -> bytes:
 
 def image(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     """Spoil a picture, or write what only looks like one."""
-    from van_deploy.images import open_image
+    from van_deploy.data import open_image
 
     source = rng.choice(sorted(corpus.folder.glob("picture.*")))
     data = spoiled_bytes(rng, source.read_bytes())

@@ -15,7 +15,7 @@ from reliability.readers import Reader, command
 __all__ = ["folder"]
 
 ENTRIES = (
-    *("manifest.json", "manifest.json.sig", "model.onnx", "canary.png", "labels.txt", ".lock"),
+    *("manifest.json", "manifest.json.sig", "model.onnx", "golden/0.png", "labels.txt", ".lock"),
     *(".pending", ".staging-x", "engines", "bench.json", "stranger"),
 )
 GONE = (
@@ -41,7 +41,7 @@ def folder(corpus: Corpus, rng: random.Random, place: Path) -> Reader:
         )
     )
     place_of = 2 if words[0] == "package" else 1
-    more = [str(corpus.bundle / "canary.png")] if words[0] == "predict" else []
+    more = [str(corpus.bundle / "golden/0.png")] if words[0] == "predict" else []
     more += ["--output", str(place / "out")] if words[0] == "package" else []
     read = command(*words[:place_of], str(bundle), *words[place_of:], *more)
 

@@ -1,11 +1,12 @@
 """Asks for known vulnerabilities of the pinned packages: ``python -m supply_chain.audit``.
 
-Ends with 1 if a package has one. Where the service cannot be reached, or knows none of the
-packages, nothing was audited: that is said, as ``skipped`` with the reason, and ends with 0.
+Ends with 1 if a package has one, and if nothing was audited: the service cannot be reached,
+or knows none of the packages. ``--allow-offline`` lets the latter pass, and that is said.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -19,24 +20,25 @@ __all__ = ["judged", "main"]
 LONGEST_S = 300
 
 
-def judged(report: str, complaint: str) -> tuple[int, list[str]]:
+def judged(report: str, complaint: str, allow_offline: bool = False) -> tuple[int, list[str]]:
     """Return the exit code and the lines to print.
 
     Args:
         report: pip-audit's JSON; "" if it wrote none.
         complaint: what it wrote to stderr.
+        allow_offline: whether it may pass though nothing was audited.
     """
     try:
         entries: Sequence[Mapping[str, Any]] = json.loads(report)["dependencies"]
     except (ValueError, KeyError, TypeError):
         lines = [line for line in complaint.splitlines() if line.strip()]
         reason = lines[-1].strip()[:300] if lines else "pip-audit wrote no report"
-        return 0, [f"skipped: nothing was audited: {reason}"]
+        return _nothing(f"nothing was audited: {reason}", allow_offline)
     audited = [entry for entry in entries if "vulns" in entry]
     passed_over = [entry for entry in entries if "vulns" not in entry]
     if not audited:
         reason = passed_over[0].get("skip_reason", "no reason given") if passed_over else "no pins"
-        return 0, [f"skipped: none of {len(entries)} packages could be audited: {reason}"]
+        return _nothing(f"none of {len(entries)} packages was audited: {reason}", allow_offline)
     lines = [
         f"{entry['name']} {entry['version']}: {found['id']}, "
         f"mended in {', '.join(found.get('fix_versions', ())) or 'no version yet'}"
@@ -49,8 +51,17 @@ def judged(report: str, complaint: str) -> tuple[int, list[str]]:
     return int(vulnerable > 0), lines
 
 
-def main() -> int:
+def _nothing(what: str, allowed: bool) -> tuple[int, list[str]]:
+    if allowed:
+        return 0, [f"SKIPPED: {what} (--allow-offline lets this pass)"]
+    return 1, [f"FAILED: {what}", "give --allow-offline to let this pass"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Audit ``constraints.txt``, print what came of it, and return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--allow-offline", action="store_true")
+    allow_offline: bool = parser.parse_args(arguments).allow_offline
     command = [
         *(sys.executable, "-m", "pip_audit", "--requirement", str(PINNED), "--no-deps"),
         *("--disable-pip", "--format", "json", "--progress-spinner", "off", "--timeout", "10"),
@@ -59,9 +70,9 @@ def main() -> int:
         ran = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=LONGEST_S
         )
-        code, lines = judged(ran.stdout, ran.stderr)
+        code, lines = judged(ran.stdout, ran.stderr, allow_offline)
     except subprocess.TimeoutExpired:
-        code, lines = 0, [f"skipped: nothing was audited: no answer in {LONGEST_S} s"]
+        code, lines = _nothing(f"nothing was audited: no answer in {LONGEST_S} s", allow_offline)
     sys.stdout.write("".join(f"pip-audit: {line}\n" for line in lines))
     return code
 

@@ -34,6 +34,7 @@ __all__ = [
     "declared",
     "lowest",
     "needed",
+    "pinned_names",
     "pins_in",
 ]
 
@@ -44,12 +45,19 @@ NOT_TOGETHER = {"gpu"}  # holds the other ONNX Runtime, and TensorRT for a GPU t
 TRIED_LOWEST = ("cpu", "serve", "sign")  # the extras whose lower bounds `make test-min` tries
 
 
-def declared(extras: Iterable[str] | None = None) -> list[Requirement]:
-    """Return what ``pyproject.toml`` asks for: the base, and all extras or those named."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    optional: Mapping[str, list[str]] = project["optional-dependencies"]
-    chosen = optional if extras is None else extras
-    lines = [*project["dependencies"], *(line for extra in chosen for line in optional[extra])]
+def declared(names: Iterable[str] | None = None) -> list[Requirement]:
+    """Return what ``pyproject.toml`` asks for.
+
+    Args:
+        names: extras and dependency groups to add to the base; by default all of them.
+    """
+    tables = _tables()
+    optional: dict[str, list[Any]] = tables["project"]["optional-dependencies"]
+    everything = {**optional, **tables["dependency-groups"]}
+    lines = [*tables["project"]["dependencies"]]
+    for name in everything if names is None else names:  # a table includes another group
+        wanted = (line for line in everything[name] if isinstance(line, str))
+        lines += [line for line in wanted if line not in lines]
     return [Requirement(line) for line in lines]
 
 
@@ -137,14 +145,20 @@ def _text(title: str, pins: Mapping[str, str]) -> str:
     return "\n".join([*lines, *(f"{name}=={version}" for name, version in pins.items())]) + "\n"
 
 
-def _extras() -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [extra for extra in project["optional-dependencies"] if extra not in NOT_TOGETHER]
+def _tables() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def pinned_names() -> list[str]:
+    """Return the extras and groups that the tests run with."""
+    tables = _tables()
+    names = [*tables["project"]["optional-dependencies"], *tables["dependency-groups"]]
+    return [name for name in names if name not in NOT_TOGETHER]
 
 
 def main() -> None:
     """Write the three files."""
-    names = sorted(needed(declared(_extras())))
+    names = sorted(needed(declared(pinned_names())))
     pinned = {name: metadata.version(name).partition("+")[0] for name in names}
     python = ".".join(platform.python_version_tuple()[:2])
     title = (

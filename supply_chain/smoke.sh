@@ -11,7 +11,7 @@ cd "$folder"
 "$van_deploy" export van_digits --output digits > export.txt
 "$van_deploy" quantize digits --precision fp16 > fp16.txt
 "$van_deploy" verify digits > verify.txt
-"$van_deploy" predict digits digits/canary.png
+"$van_deploy" predict digits digits/golden/0.png
 "$van_deploy" report digits > report.txt
 "$van_deploy" sign --new-key key.pem > new.txt
 "$van_deploy" sign digits --key key.pem > sign.txt

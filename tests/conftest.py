@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 # One thread a test process: the networks are small, and pytest-xdist runs several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from tests.artifacts import (
+    SMALL_SIZE,
+    Copy,
+    MadeOnce,
+    Subject,
+    digits_graph,
+    export_network,
+    subject_of,
+    with_byte_graph,
+    with_precisions,
+)
+from tests.json_documents import require_valid
+from van_deploy.bundle import Bundle
 from van_deploy.cli.app import app
 from van_deploy.environment.hardware import nvidia_driver
 
@@ -41,16 +56,115 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Return a function that runs ``van-deploy`` in this process, 100 columns wide.
 
     Its result has ``exit_code``, ``stdout`` and ``stderr``; a fault of the program
-    is raised.
+    is raised. What it prints with ``--json`` is held against the command's JSON Schema.
     """
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*arguments: str | Path) -> Result:
         words = [str(argument) for argument in arguments]
-        return CliRunner().invoke(app, words, catch_exceptions=False)
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        if "--json" in words and result.stdout:
+            require_valid(json.loads(result.stdout), words[0])
+        return result
 
     return run
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeOnce]:
+    """Return what makes a file or folder once for all processes of this run.
+
+    The fixtures below lend what it made. A test that writes takes a copy (``copy_of``);
+    the run fails at its end if one did not.
+    """
+    made = MadeOnce.beside(tmp_path_factory.getbasetemp())
+    yield made
+    assert made.changed() == [], "a test changed what all tests share; let it take a copy"
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Copy:
+    """Return a function that copies a bundle into ``tmp_path``, so that a test may write."""
+
+    def copied(whole: Bundle | Subject | Path, name: str = "bundle") -> Path:
+        bundle = whole.bundle if isinstance(whole, Subject) else whole
+        path = bundle.path if isinstance(bundle, Bundle) else bundle
+        return Path(shutil.copytree(path, tmp_path / name))
+
+    return copied
+
+
+@pytest.fixture(scope="session")
+def digits_bundle(made_once: MadeOnce) -> Bundle:
+    """Return van_digits as export leaves it, batches 1 to 8; not to be changed."""
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    return Bundle.open(made_once("van_digits", export_network))
+
+
+@pytest.fixture(scope="session")
+def byte_bundle(made_once: MadeOnce, digits_bundle: Bundle) -> Bundle:
+    """Return ``digits_bundle`` with a byte graph that gives every output; not to be changed."""
+    made = made_once("with_byte_graph", lambda path: with_byte_graph(path, digits_bundle.path))
+    return Bundle.open(made)
+
+
+@pytest.fixture(scope="session")
+def heldout_200(made_once: MadeOnce) -> Path:
+    """Return a folder of 200 labelled held-out digits, a folder a class; not to be changed."""
+    return _heldout(made_once, 200)
+
+
+@pytest.fixture(scope="session")
+def precisions_bundle(made_once: MadeOnce, digits_bundle: Bundle, heldout_200: Path) -> Path:
+    """Return ``digits_bundle`` with FP16 and INT8 graphs; not to be changed."""
+    return made_once(
+        "with_precisions", lambda path: with_precisions(path, digits_bundle.path, heldout_200)
+    )
+
+
+@pytest.fixture(scope="session")
+def judged(made_once: MadeOnce, precisions_bundle: Path) -> Subject:
+    """Return the digits in FP32, FP16 and INT8 with 60 labelled images; not to be changed."""
+    return subject_of(precisions_bundle, _heldout(made_once, 60))
+
+
+@pytest.fixture(scope="session")
+def shared_checkpoint(shared: Path) -> Path:
+    """Return a really trained van_b0 in the official format (CIFAR-10 at 64 x 64)."""
+    return shared / "checkpoints" / "van_b0_cifar10.pth.tar"
+
+
+@pytest.fixture(scope="session")
+def cifar_bundle(made_once: MadeOnce, shared_checkpoint: Path, shared: Path) -> Bundle:
+    """Return the bundle of the shared van_b0 as export leaves it; not to be changed."""
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    images = shared / "data" / "cifar10" / "calib"
+    return Bundle.open(
+        made_once("cifar", lambda path: export_network(path, str(shared_checkpoint), images))
+    )
+
+
+@pytest.fixture(scope="session")
+def cifar(made_once: MadeOnce, cifar_bundle: Bundle, shared: Path) -> Subject:
+    """Return the shared van_b0 in FP32, FP16 and INT8, with its images; not to be changed."""
+    labelled = shared / "data" / "cifar10" / "eval"
+    made = made_once(
+        "cifar_with_precisions", lambda path: with_precisions(path, cifar_bundle.path, labelled)
+    )
+    return subject_of(made, labelled)
+
+
+@pytest.fixture(scope="session")
+def digits_onnx(made_once: MadeOnce) -> Path:
+    """Return the embedded network as an ONNX file, 32 pixels, a free batch; not to be changed."""
+    return made_once("digits32.onnx", lambda path: digits_graph(path, SMALL_SIZE))
+
+
+def _heldout(made_once: MadeOnce, count: int) -> Path:
+    from van_deploy.model.embedded import write_digits_folder
+
+    return made_once(f"heldout{count}", lambda path: write_digits_folder(path, "heldout", count))
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:

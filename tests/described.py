@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from van_deploy.bundle import Artefact, Description, Origin
+from van_deploy.bundle import Artefact, Origin
+from van_deploy.config import BatchRange
+from van_deploy.manifest import Description
 from van_deploy.model.preprocess import OFFICIAL
 from van_deploy.model.variants import VARIANTS
 from van_deploy.model.weights_source import WeightsSource
-from van_deploy.recipe import BatchRange
 
 __all__ = ["WEIGHTS", "described", "entry"]
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.each import each
 from van_deploy.documents import DocumentError, json_from, text_from, toml_from
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "message"),
     [
         ("[" * 100_000, "it is nested more than 40 deep"),
@@ -31,7 +32,7 @@ def test_json_as_usual() -> None:
         json_from("")
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "message"),
     [
         ("a = " + "[" * 20_000 + "]" * 20_000, "it is nested more than 40 deep"),

@@ -12,6 +12,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.described import described, entry
+from tests.each import each
 from van_deploy.bundle import Bundle, writing
 from van_deploy.engine.source import read_source
 from van_deploy.errors import InputError
@@ -57,7 +58,7 @@ def graph_with(location: str, where: str) -> ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
 
 
-@pytest.mark.parametrize("where", ["initializer", "constant", "branch"])
+@each("where", ["initializer", "constant", "branch"])
 def test_they_are_found_wherever_a_tensor_can_be(where: str, tmp_path: Path) -> None:
     model = graph_with("there.bin", where)
     assert external_files_of(model) == ("there.bin",)
@@ -65,7 +66,7 @@ def test_they_are_found_wherever_a_tensor_can_be(where: str, tmp_path: Path) -> 
     assert external_files(tmp_path / "m.onnx") == ("there.bin",)
 
 
-@pytest.mark.parametrize("content", [b"", b"no graph", b"no graph, with a location"])
+@each("content", [b"", b"no graph", b"no graph, with a location"])
 def test_a_file_that_is_no_graph_names_none(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(content)
     assert external_files(tmp_path / "m.onnx") == ()
@@ -96,8 +97,8 @@ HOSTILE: list[tuple[str, Callable[[Path], None] | None, str]] = [
 ]
 
 
-@pytest.mark.parametrize("where", ["initializer", "constant"])
-@pytest.mark.parametrize(("location", "prepare", "message"), HOSTILE)
+@each("where", ["initializer", "constant"])
+@each(("location", "prepare", "message"), HOSTILE)
 def test_no_engine_is_built_from_files_elsewhere(
     location: str,
     prepare: Callable[[Path], None] | None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,37 +11,39 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
-from van_deploy.bundle import Bundle, GraphFacts
+from tests.each import each
+from van_deploy.bundle import Bundle
+from van_deploy.checks.judging import batch_sizes
+from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
+from van_deploy.data import decoded_batches, image_set
 from van_deploy.documents import plain
 from van_deploy.errors import GateFailed
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
-from van_deploy.images import find_images, load_batches
+from van_deploy.manifest import GraphFacts
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.van import VAN
-from van_deploy.pipeline import ExportResult, check_batches, export_bundle, load_for
-from van_deploy.recipe import BatchRange, ModelSettings, Recipe, recipe_named
+from van_deploy.pipeline import ExportResult, export_bundle, load_for
+from van_deploy.recipe import recipe_named
 from van_deploy.runners.base import run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.pytorch import TorchRunner
 
-SMALL = BatchRange(1, 4, 5)
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return replace(recipe_named("van_digits"), batch=SMALL)
+    return recipe_named("van_digits").changed(batch=BATCHES)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def loaded(recipe: Recipe) -> LoadedVan:
     return load_for(recipe)
 
 
-@pytest.fixture(scope="session")
-def exported(loaded: LoadedVan, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("exported") / "van_digits"
-    return export_bundle(loaded, recipe, folder).bundle
+@pytest.fixture
+def exported(digits_bundle: Bundle) -> Bundle:
+    return digits_bundle
 
 
 def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(exported: Bundle) -> None:
@@ -52,11 +53,11 @@ def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(exported: Bundle) 
     assert manifest.checks["fold"]["passed"]
     agreement = manifest.checks["agreement"]
     assert agreement["passed"]
-    assert [entry["batch"] for entry in agreement["batches"]] == [1, 2, 3, 4, 5]
-    assert agreement["images"] == "5 held-out handwritten digits"
+    assert [entry["batch"] for entry in agreement["batches"]] == [1, 2, 3, 5, 8]
+    assert agreement["images"] == "16 of 360 held-out images of handwritten digits"
     assert manifest.preprocessing.image_size == 64
     assert manifest.weights.format == "embedded"
-    assert manifest.batch == BatchRange(1, 4, 5)
+    assert manifest.batch == BATCHES
     assert {"torch", "onnx", "onnxruntime", "van-deploy"} <= set(manifest.versions)
     assert (exported.path / "labels.txt").read_text().split() == list("0123456789")
 
@@ -67,7 +68,7 @@ def test_the_file_carries_what_a_server_needs(exported: Bundle, cli: Cli) -> Non
     assert metadata["van_deploy.preprocessing"] == plain(exported.manifest.preprocessing)
     assert metadata["van_deploy.class_names"] == list("0123456789")
     assert metadata["van_deploy.weights_sha256"] == exported.manifest.weights.sha256
-    assert description["nodes"] == 13 * 9 + 17
+    assert description["graph"]["nodes"] == 13 * 9 + 17
     assert description["weights"]["float"]["values"] > 100_000
 
 
@@ -87,11 +88,10 @@ def test_a_second_export_reuses_the_first_and_says_why(
 
 
 def test_a_changed_recipe_makes_it_anew_and_says_what_changed(
-    loaded: LoadedVan, recipe: Recipe, tmp_path: Path
+    loaded: LoadedVan, recipe: Recipe, exported: Bundle, copy_of: Copy
 ) -> None:
-    folder = tmp_path / "b"
-    export_bundle(loaded, recipe, folder)
-    changed = replace(recipe, export=replace(recipe.export, opset=21))
+    folder = copy_of(exported)
+    changed = recipe.changed(export=recipe.export.changed(opset=21))
     result = export_bundle(loaded, changed, folder)
     assert not result.reused
     assert result.reason == "changed since: export"
@@ -106,7 +106,7 @@ def test_a_changed_recipe_makes_it_anew_and_says_what_changed(
 def test_nothing_folded_nothing_simplified_is_still_the_network(
     loaded: LoadedVan, recipe: Recipe, tmp_path: Path
 ) -> None:
-    plain = replace(recipe, export=replace(recipe.export, fold=False, simplify=False))
+    plain = recipe.changed(export=recipe.export.changed(fold=False, simplify=False))
     manifest = export_bundle(loaded, plain, tmp_path / "b").bundle.manifest
     assert manifest.checks["fold"]["batchnorms_left"] == 22
     assert "simplify" not in manifest.checks
@@ -124,7 +124,7 @@ def test_a_graph_that_is_not_the_network_never_reaches_the_bundle(
         return report
 
     monkeypatch.setattr("van_deploy.pipeline.fold_van", slightly_wrong)
-    with pytest.raises(GateFailed, match="not the network it was made from: batch 1: SQNR"):
+    with pytest.raises(GateFailed, match="not the network it was made from: SQNR"):
         export_bundle(loaded, recipe, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -141,9 +141,9 @@ def test_a_wrong_rewrite_never_reaches_the_bundle(
     assert not (tmp_path / "b").exists()
 
 
-def test_batches_checked_are_1_2_3_the_optimum_and_the_maximum() -> None:
-    assert check_batches(Recipe()) == (1, 2, 3, 8, 32)
-    assert check_batches(Recipe(batch=BatchRange(1, 2, 2))) == (1, 2)
+def test_batches_checked_are_1_2_3_another_odd_one_the_optimum_and_the_maximum() -> None:
+    assert batch_sizes(Recipe().batch) == (1, 2, 3, 5, 8, 32)
+    assert batch_sizes(BatchRange(1, 2, 2)) == (1, 2)
 
 
 def test_the_command_prints_the_verdicts_and_where_the_bundle_is(cli: Cli, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_the_command_prints_the_verdicts_and_where_the_bundle_is(cli: Cli, tmp_p
     assert result.stdout.count("PASS") == 3 + 3
     assert f"Wrote the bundle {out}" in result.stdout.replace("\n", "")
     again = cli("export", "van_digits", "--output", out, "--batch", "1:2:3", "--json")
-    assert json.loads(again.stdout)["reused"] is True
+    assert json.loads(again.stdout)["export"]["reused"] is True
 
 
 def test_overrides_reach_the_manifest_and_say_so(cli: Cli, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_overrides_reach_the_manifest_and_say_so(cli: Cli, tmp_path: Path) -> No
     assert (values["image_size"], values["mean"], values["crop_pct"]) == (32, [0.1] * 3, 0.5)
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "code", "message"),
     [
         (["van_b9"], 2, "There is no VAN variant called 'van_b9'"),
@@ -179,10 +179,14 @@ def test_overrides_reach_the_manifest_and_say_so(cli: Cli, tmp_path: Path) -> No
         (["./none.pth"], 5, "none.pth"),
         (["van_digits", "--image-size", "8"], 2, "8"),
         (["van_digits", "--image-size", "big"], 2, "--image-size"),
-        (["van_digits", "--mean", "a,b"], 2, "--mean 'a,b' is not a list of numbers"),
+        (["van_digits", "--mean", "a,b"], 2, "'--mean' is 'a': it should be a number."),
         (["van_digits", "--std", "0,0,0"], 2, "std"),
-        (["van_digits", "--batch", "8"], 2, "'8' is not a batch range"),
-        (["van_digits", "--opset", "9"], 2, "Opset 9 is not supported"),
+        (["van_digits", "--batch", "8"], 2, "'--batch' is '8': it should be min:opt:max"),
+        (
+            ["van_digits", "--opset", "9"],
+            2,
+            "'--opset' is 9: it should be greater than or equal to 17",
+        ),
         (["van_digits", "--images", "no/such/folder"], 5, "no/such/folder"),
         (["van_digits", "--labels", "no-such-file"], 5, "The labels 'no-such-file' cannot be read"),
         (["van_digits", "--sha256", "0" * 64], 5, "0000000"),
@@ -225,11 +229,11 @@ def test_without_onnxruntime_nothing_starts(
 
 def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
     recipe = Recipe(
-        model=ModelSettings(name="van_b0", weights="random"),
+        model=ModelSettings(name="van_b0", weights="random", seed=3),
         batch=BatchRange(1, 1, 2),
+        preprocessing=PreprocessingSettings(image_size=64),
     )
-    recipe = replace(recipe, preprocessing=replace(recipe.preprocessing, image_size=64))
-    result = export_bundle(load_for(recipe, seed=3), recipe, tmp_path / "b")
+    result = export_bundle(load_for(recipe), recipe, tmp_path / "b")
     weights = result.bundle.manifest.weights
     assert (weights.format, weights.seed) == ("random", 3)
     assert any("random weights" in note for note in result.notes)
@@ -237,22 +241,22 @@ def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
     assert graph_of(result).nodes == 13 * 13 + 17
 
 
+@pytest.mark.slow
 def test_the_shared_checkpoint_keeps_every_prediction(shared: Path, tmp_path: Path) -> None:
     checkpoint = shared / "checkpoints" / "van_b0_cifar10.pth.tar"
     images = shared / "data" / "cifar10" / "eval"
     recipe = Recipe(model=ModelSettings(weights=str(checkpoint)))
     loaded = load_for(recipe)
     bundle = export_bundle(loaded, recipe, tmp_path / "b", images=images).bundle
-    paths = find_images(images)
-    assert len(paths) == 2000
-    transform = loaded.preprocessing.transform()
+    items = image_set(images).items
+    assert len(items) == 2000
     original = load_van(str(checkpoint)).model
     same = 0
     with TorchRunner(original) as pytorch, OnnxRuntimeRunner(bundle.verified("fp32")) as onnx:
-        for batch, _ in load_batches(paths, transform, 50):
-            expected = run_in_batches(pytorch, batch, 50)
-            same += int((expected.argmax(1) == onnx.run(batch).argmax(1)).sum())
-    assert same == len(paths)
+        for batch in decoded_batches(items, loaded.preprocessing, 50):
+            expected = run_in_batches(pytorch, batch.inputs, 50)
+            same += int((expected.argmax(1) == onnx.run(batch.inputs).argmax(1)).sum())
+    assert same == len(items)
 
 
 def test_a_user_folder_smaller_than_the_batch_is_made_up_with_crops(
@@ -267,5 +271,6 @@ def test_a_user_folder_smaller_than_the_batch_is_made_up_with_crops(
     (tmp_path / "i" / "b.png").write_bytes(b"not an image")
     result = export_bundle(loaded, recipe, tmp_path / "b", images=tmp_path / "i")
     described = result.bundle.manifest.checks["agreement"]["images"]
-    assert described.startswith("1 images of ")
-    assert "1 image could not be read" in described
+    assert described.startswith(
+        f"16 images and parts of 2 images of '{tmp_path / 'i'}'; 1 could not "
+    )

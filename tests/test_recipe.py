@@ -1,206 +1,210 @@
-"""Recipes: every one that ships is valid; a mistake names the file and the key."""
+"""Recipes: every one that ships is valid; a mistake is told as its source spells the key."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
+from supply_chain.reference import files
+from tests.each import each
+from van_deploy.config import BatchRange, BenchSettings, Budget, QuantizeSettings, Recipe
+from van_deploy.config.named import EXPORT, RUN, Changes, changes_from, settings_from, with_changes
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
-from van_deploy.recipe import BatchRange, Recipe, builtin_recipes, read_recipe, recipe_named
-from van_deploy.run import build_options, quantize_settings
+from van_deploy.recipe import (
+    builtin_recipes,
+    changes_from_text,
+    read_recipe,
+    recipe_for,
+    recipe_named,
+)
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """Return where a recipe is written."""
+    return tmp_path / "mine.toml"
 
 
 def test_there_is_a_recipe_for_every_variant_and_for_the_embedded_network() -> None:
     assert set(builtin_recipes()) == {*VARIANTS, "van_digits"}
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "van_digits"])
-def test_every_recipe_that_ships_reads_and_names_its_model(name: str) -> None:
-    recipe = recipe_named(name)
-    assert recipe.model.name == name
-    assert recipe.batch == BatchRange(1, 8, 32)
+@each("name", [*VARIANTS, "van_digits"])
+def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default(name: str) -> None:
+    assert recipe_named(name) == Recipe.model_validate({"model": {"name": name}})
+    text = builtin_recipes()[name].read_text()
+    assert re.findall(r"^\w+ *=", text, re.MULTILINE) == ["name ="]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
+@each(
+    ("text", "message", "remedy"),
     [
-        ("[modle]\nname='x'", "has an unknown key 'modle'"),
-        ("[model]\nnam='x'", "has an unknown key 'model.nam'"),
-        ("[model]\nname=3", "the key 'model.name' must be a str, not 3"),
-        ("model=3", "the key 'model.' must be a table, not 3"),
-        ("[export]\nopset='20'", "the key 'export.opset' must be a int, not '20'"),
-        ("[export]\nfold=1", "the key 'export.fold' must be a bool, not 1"),
-        ("[batch]\nmin=true", "the key 'batch.min' must be a int, not True"),
-        ("[batch]\nmin=4\nopt=2", "The batch range 4:2:32 is not 1 <= min <= opt <= max"),
-        ("[preprocessing]\nmean=0.5", "the key 'preprocessing.mean' must be a list, not 0.5"),
-        ("[preprocessing]\nmean=['a']", "the key 'preprocessing.mean' must be a float, not 'a'"),
-        ("[model", "is not TOML"),
-        ("[precision]\nmake='fp16'", "the key 'precision.make' must be a list, not 'fp16'"),
-        ("[precision]\nmake=['int4']", "[precision]: There is no precision 'int4'"),
-        ("[precision]\nimages=3", "the key 'precision.images' must be a path, not 3"),
-        ("[precision]\nimages=''", "the key 'precision.images' must be a path, not ''"),
-        ("[precision]\nmaxdrop=1", "has an unknown key 'precision.maxdrop'"),
-        ("[engines]\nprecisions=['bf16']", "[engines]: There is no precision 'bf16'"),
-        ("[engines]\nprecisions=['fp16']", "The engines want 'fp16', which is not made"),
-        ("[engines]\ntarget='sm_89'", "has an unknown key 'engines.target'"),
-        ("[evaluate]\nlabels='l.txt'", "[evaluate]: There are labels or a limit, and no images"),
-        ("[evaluate]\nimages='x'\nlimit=0", "[evaluate]: A limit of 0 images is none"),
+        ("[modle]\nname='x'", "the key 'modle' is unknown.", "Did you mean 'model'?"),
+        ("[model]\nnam='x'", "the key 'model.nam' is unknown.", "Did you mean 'model.name'?"),
+        (
+            "[preprocessing]\nimagesize=64",
+            "the key 'preprocessing.imagesize' is unknown.",
+            "Did you mean 'preprocessing.image_size'?",
+        ),
+        ("[model]\nname=3", "'model.name' is 3: it should be a text.", "Correct it."),
+        ("model=3", "'model' is 3: it should be a table.", "Correct it."),
+        ("[export]\nopset='20'", "'export.opset' is '20': it should be a whole number.", ""),
+        ("[export]\nopset=20.0", "'export.opset' is 20.0: it should be a whole number.", ""),
+        ("[export]\nopset=40", "'export.opset' is 40: it should be less than or equal to 23.", ""),
+        ("[export]\nfold=1", "'export.fold' is 1: it should be true or false.", ""),
+        ("[export]\noutputs=[]", "'export.outputs' is []: it should have at least 1 item", ""),
+        (
+            "[export]\noutputs=['top5', 'top5']",
+            "export.outputs names an output twice.",
+            "Give each once.",
+        ),
+        ("[batch]\nmin=true", "'batch.min' is True: it should be a whole number.", ""),
+        (
+            "[batch]\nmin=4\nopt=2",
+            "The batch range 4:2:32 is not min <= opt <= max.",
+            "Give three rising numbers, such as 1:8:32.",
+        ),
+        ("batch='1:2'", "'batch' is '1:2': it should be min:opt:max, such as 1:8:32.", ""),
+        ("[preprocessing]\nmean=0.5", "'preprocessing.mean' is 0.5: it should be a list.", ""),
+        (
+            "[preprocessing]\nmean=['a']",
+            "'preprocessing.mean.0' is 'a': it should be a number.",
+            "",
+        ),
+        (
+            "[preprocessing]\ncrop_pct=nan",
+            "'preprocessing.crop_pct' is nan: it should be a fini",
+            "",
+        ),
+        ("[model\n", "", ""),
+        ("[precision]\nmake='fp16'", "'precision.make' is 'fp16': it should be a list.", ""),
+        (
+            "[precision]\nmake=['int4']",
+            "'precision.make.0' is 'int4': it should be 'fp16' or 'int8'.",
+            "",
+        ),
+        ("[precision]\nimages=3", "'precision.images' is 3: it should be a text.", ""),
+        ("[precision]\nmaxdrop=1", "the key 'precision.maxdrop' is unknown.", ""),
+        (
+            "[precision]\ncalibrate_on_noise=true\nimages='x'",
+            "precision.calibrate_on_noise and precision.images are both given.",
+            "Leave one of them out; images are always better.",
+        ),
+        (
+            "[precision]\ntarget='cpu'\nrest='fp16'",
+            "precision.rest fp16 is for FP16, and precision.target cpu keeps what is not INT8 in "
+            "FP32: a CPU casts FP16 at every operator.",
+            "",
+        ),
+        (
+            "[engines]\nprecisions=['bf16']",
+            "engines.precisions wants 'bf16', which is not made.",
+            "Add it to precision.make, or take one of: fp32.",
+        ),
+        ("[engines]\ntarget='sm_89'", "the key 'engines.target' is unknown.", ""),
+        ("[engines]\ntargets=['ada']", "'engines.targets.0' is 'ada': it should be compute", ""),
+        ("[engines]\nbatch=['1:2']", "'engines.batch.0' is '1:2': it should be min:opt:max", ""),
+        (
+            "[engines]\nworkspace='lots'",
+            "'engines.workspace' is 'lots': it should be a number and a unit, such as 4GiB.",
+            "",
+        ),
+        ("[engines]\noptimization_level=9", "'engines.optimization_level' is 9: it should be", ""),
+        ("[engines]\nprofiling='all'", "'engines.profiling' is 'all': it should be 'none', ", ""),
+        (
+            "[evaluate]\nlabels='l.txt'",
+            "evaluate.labels is given, and evaluate.images is not.",
+            "Name the folder of images, too.",
+        ),
+        ("[evaluate]\nimages='x'\nlimit=0", "'evaluate.limit' is 0: it should be greater than", ""),
     ],
 )
-def test_a_mistake_names_the_file_and_the_key(tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text(text)
+def test_a_mistake_names_the_file_and_the_key(
+    mine: Path, text: str, message: str, remedy: str
+) -> None:
+    mine.write_text(text)
     with pytest.raises(RecipeError) as caught:
-        read_recipe(file)
-    assert message in caught.value.message
-    assert str(file) in caught.value.message
+        read_recipe(mine)
+    assert caught.value.message.startswith(f"The recipe '{mine}'")
+    assert caught.value.message.removeprefix(f"The recipe '{mine}': ").startswith(message)
+    assert caught.value.remedy == remedy or not remedy
     assert caught.value.remedy
 
 
-def test_an_unknown_key_offers_the_nearest(tmp_path: Path) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text("[preprocessing]\nimagesize = 64")
-    with pytest.raises(RecipeError) as caught:
-        read_recipe(file)
-    assert caught.value.remedy == "Did you mean 'preprocessing.image_size'?"
+def test_a_key_given_twice_is_no_toml(mine: Path) -> None:
+    mine.write_text("[export]\nopset = 18\nopset = 20\n")
+    with pytest.raises(RecipeError, match=r"is not TOML: Cannot overwrite a value \(at line 3"):
+        read_recipe(mine)
 
 
-def test_whole_numbers_do_for_floats_and_lists_become_tuples(tmp_path: Path) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text("[preprocessing]\nmean=[0, 0.5, 1]\ncrop_pct=1")
-    settings = read_recipe(file).preprocessing
+def test_whole_numbers_do_for_floats_and_lists_become_tuples(mine: Path) -> None:
+    mine.write_text("[preprocessing]\nmean=[0, 0.5, 1]\ncrop_pct=1")
+    settings = read_recipe(mine).preprocessing
     assert settings.mean == (0.0, 0.5, 1.0)
     assert settings.crop_pct == 1.0
 
 
-def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_recipe_and_those_of_changes_are_not(
+    mine: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mine.pth").touch()
     (tmp_path / "set.toml").touch()
-    file = tmp_path / "mine.toml"
-    file.write_text(
+    mine.write_text(
         "[model]\nweights='mine.pth'\nlabels='names.txt'\n"
         "[precision]\nmake=['fp16']\nimages='train'\ncalibration='set.toml'\n"
         "[engines]\ntiming_cache='/var/cache/timings'\n"
         "[evaluate]\nimages='val/../test'\nlabels='labels.txt'\n"
     )
-    recipe = read_recipe(file)
+    recipe = read_recipe(mine, changes_from_text(["precision.evaluate=judges"]))
     assert recipe.model.weights == str(tmp_path / "mine.pth")
-    assert recipe.model.labels == str(tmp_path / "names.txt")
+    assert recipe.model.labels == tmp_path / "names.txt"
     assert recipe.precision.images == tmp_path / "train"
     assert recipe.precision.calibration == str(tmp_path / "set.toml")
+    assert recipe.precision.evaluate == Path("judges")
     assert recipe.engines.timing_cache == Path("/var/cache/timings")
     assert recipe.evaluate.images == tmp_path / "val/../test"
     assert recipe.evaluate.labels == tmp_path / "labels.txt"
 
 
-def test_names_that_are_no_files_stay_names(tmp_path: Path) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text("[model]\nweights='owner/name'\n[precision]\ncalibration='imagenet-512'")
-    recipe = read_recipe(file)
+def test_names_that_are_no_files_stay_names(mine: Path) -> None:
+    mine.write_text("[model]\nweights='owner/name'\n[precision]\ncalibration='imagenet-512'")
+    recipe = read_recipe(mine)
     assert (recipe.model.weights, recipe.precision.calibration) == ("owner/name", "imagenet-512")
+    assert recipe.precision.sources == (None, "imagenet-512")
 
 
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ("method='best'", "[precision]: There is no method called 'best'."),
-        ("target='gpu'", "[precision]: There is no target called 'gpu'."),
-        ("rest='int4'", "[precision]: There is no rest called 'int4'."),
-    ],
-)
-def test_a_precision_that_makes_no_sense_is_the_recipes_fault(
-    tmp_path: Path, table: str, message: str
+def test_a_folder_to_calibrate_on_is_not_taken_for_a_set(mine: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    mine.write_text("[precision]\ncalibration='train'")
+    assert read_recipe(mine).precision.sources == (tmp_path / "train", None)
+
+
+def test_a_folder_given_to_a_run_takes_the_place_of_the_recipe_s_images(
+    mine: Path, tmp_path: Path
 ) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text(f"[precision]\nmake=['int8']\n{table}")
-    with pytest.raises(RecipeError) as caught:
-        quantize_settings(read_recipe(file).precision, "int8")
-    assert caught.value.message == message
-    assert caught.value.remedy
+    mine.write_text("[precision]\nimages='train'")
+    changes = changes_from(RUN, {"calibration": str(tmp_path)})
+    assert read_recipe(mine, changes).precision.sources == (tmp_path, None)
 
 
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ("targets=['ada']", "[engines]: 'ada' is not a target."),
-        ("batch=['1:2']", "[engines]: '1:2' is not a batch range."),
-        ("workspace='lots'", "[engines]: 'lots' is not a size."),
-        ("optimization_level=9", "[engines]: There is no optimization level 9."),
-        ("profiling='all'", "[engines]: There is no 'all'."),
-        ("hardware_compatibility='any'", "[engines]: There is no 'any'."),
-    ],
-)
-def test_an_engine_that_makes_no_sense_is_the_recipes_fault(
-    tmp_path: Path, table: str, message: str
-) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text(f"[engines]\n{table}")
-    recipe = read_recipe(file)
-    with pytest.raises(RecipeError) as caught:
-        build_options(recipe.engines, recipe.batch)
-    assert caught.value.message == message
-    assert caught.value.remedy
-
-
-def test_every_value_of_the_tables_arrives(tmp_path: Path) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text(
-        "[batch]\nmin=1\nopt=2\nmax=4\n"
-        "[precision]\nmake=['fp16', 'int8']\nmethod='entropy'\nscope=['all']\nrest='fp32'\n"
-        "keep=['block1.0']\nequalize=false\nrefine=false\nmax_drop=0.5\n"
-        "[engines]\nworkspace='1GiB'\noptimization_level=2\ntf32=false\nrefit=true\n"
-        "strip_weights=true\nversion_compatible=true\nprofiling='detailed'\n"
-        "hardware_compatibility='ampere-plus'\n"
+def test_fp16_is_not_asked_what_is_for_int8(mine: Path) -> None:
+    mine.write_text(
+        "[precision]\nmake=['fp16', 'int8']\nmethod='minmax'\nscope=['all']\nrest='fp32'\n"
+        "keep=['block1.0']\nequalize=false\nmax_drop=0.5\n"
     )
-    recipe = read_recipe(file)
-    int8 = quantize_settings(recipe.precision, "int8")
-    assert (int8.method, int8.scope, int8.rest, int8.keep) == (
-        "entropy",
-        ("all",),
-        "fp32",
-        ("block1.0",),
-    )
-    assert (int8.equalize, int8.refine, int8.max_drop) == (None, None, 0.5)
-    half = quantize_settings(recipe.precision, "fp16")
-    assert (half.precision, half.max_drop, half.keep) == ("fp16", None, ("block1.0",))
-    options = build_options(recipe.engines, recipe.batch)
-    assert options.as_dict() == {
-        "profiles": ["1:2:4"],
-        "targets": [],
-        "hardware_compatibility": "ampere-plus",
-        "version_compatible": True,
-        "workspace_bytes": 2**30,
-        "optimization_level": 2,
-        "tf32": False,
-        "strip_weights": True,
-        "refit": True,
-        "profiling": "detailed",
-    }
+    precision = read_recipe(mine).precision
+    int8, half = precision.of("int8"), precision.of("fp16")
+    assert (int8.method, int8.scope, int8.rest, int8.max_drop) == ("minmax", ("all",), "fp32", 0.5)
+    assert (half.precision, half.max_drop, half.rest, half.scope) == ("fp16", None, None, ())
+    assert (int8.keep, half.keep, int8.equalize) == (("block1.0",), ("block1.0",), False)
 
 
-def test_the_page_about_recipes_shows_a_recipe_that_reads_with_every_table(
-    repository: Path, tmp_path: Path
-) -> None:
-    page = (repository / "docs" / "recipe.md").read_text()
-    (block,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    file = tmp_path / "mine.toml"
-    file.write_text(block)
-    recipe = read_recipe(file)
-    names = {field.name for field in dataclasses.fields(Recipe)}
-    assert set(re.findall(r"^\[(\w+)", block, re.MULTILINE)) == names
-    assert recipe.precision.make == ("fp16", "int8")
-    build_options(recipe.engines, recipe.batch)
-    quantize_settings(recipe.precision, "int8")
-
-
-def test_an_empty_file_is_the_default_recipe(tmp_path: Path) -> None:
-    file = tmp_path / "mine.toml"
-    file.write_text("")
-    assert read_recipe(file) == Recipe()
+def test_an_empty_file_is_the_default_recipe(mine: Path) -> None:
+    mine.write_text("")
+    assert read_recipe(mine) == Recipe()
 
 
 def test_an_unknown_recipe_offers_the_nearest() -> None:
@@ -214,13 +218,130 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
         read_recipe(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("text", ["", "1", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3"])
+@each("text", ["", "1", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1"])
 def test_a_batch_range_is_three_numbers(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a batch range"):
+    with pytest.raises(UsageError, match="should be min:opt:max"):
         BatchRange.parse(text)
 
 
-@pytest.mark.parametrize("text", ["0:1:2", "4:2:8", "1:9:8", "-1:1:1"])
+@each("text", ["4:2:8", "1:9:8"])
 def test_a_batch_range_rises(text: str) -> None:
-    with pytest.raises(UsageError, match="is not 1 <= min <= opt <= max"):
+    with pytest.raises(UsageError, match="is not min <= opt <= max"):
         BatchRange.parse(text)
+
+
+class TestChanges:
+    def test_every_key_can_be_set_by_text(self, mine: Path) -> None:
+        mine.write_text("[batch]\nmin=1\nopt=2\nmax=4\n[engines]\ntf32=true\n")
+        recipe = read_recipe(
+            mine,
+            changes_from_text(
+                [
+                    "engines.tf32=false",
+                    "batch.max=8",
+                    "model.weights=mine.pth",
+                    'precision.make=["int8"]',
+                    "gates.int8.top1_loss = 0.5",
+                ]
+            ),
+        )
+        assert recipe.engines.tf32 is False
+        assert recipe.batch == BatchRange(1, 2, 8)
+        assert recipe.model.weights == "mine.pth"
+        assert recipe.precision.make == ("int8",)
+        assert recipe.gates.int8.top1_loss == 0.5
+
+    @each(
+        ("text", "message", "remedy"),
+        [
+            (
+                "export.opset=40",
+                "'--set export.opset' is 40: it should be less than or equal to 23.",
+                "Correct it.",
+            ),
+            (
+                "engines.tf23=false",
+                "The key '--set engines.tf23' is unknown.",
+                "Did you mean '--set engines.tf32'?",
+            ),
+            ("tf32", "--set 'tf32' is no assignment.", "Write KEY=VALUE, such as --set engines."),
+            (
+                "batch.max=8",
+                "'batch.max' cannot be set: 'batch' is no table.",
+                "Set the whole of it.",
+            ),
+        ],
+    )
+    def test_a_mistake_is_told_as_it_was_written(
+        self, mine: Path, text: str, message: str, remedy: str
+    ) -> None:
+        mine.write_text("batch = '1:2:4'\n")
+        with pytest.raises(UsageError) as caught:
+            read_recipe(mine, changes_from_text([text]))
+        assert caught.value.message == message
+        assert caught.value.remedy.startswith(remedy)
+
+    def test_a_change_that_contradicts_the_file_is_told_in_both_spellings(self, mine: Path) -> None:
+        mine.write_text("[precision]\nimages = 'train'\n")
+        with pytest.raises(UsageError) as caught:
+            read_recipe(mine, changes_from_text(["precision.calibrate_on_noise=true"]))
+        assert caught.value.message == (
+            "--set precision.calibrate_on_noise and precision.images are both given."
+        )
+
+    @each(
+        ("name", "value", "message"),
+        [
+            ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
+            ("opset", "20", "'opset=' is '20': it should be a whole number."),
+            ("opst", 20, "The key 'opst=' is unknown."),
+            ("batch", "1:2", "'batch=' is '1:2': it should be min:opt:max, such as 1:8:32."),
+            ("precision", ["int4"], "'precision=' is 'int4': it should be 'fp16' or 'int8'."),
+            ("outputs", object(), "A value is none that a file could hold: Unable to serialize"),
+        ],
+    )
+    def test_keyword_arguments_are_checked_like_keys(
+        self, name: str, value: object, message: str
+    ) -> None:
+        with pytest.raises(UsageError) as caught:
+            recipe_for("van_digits", changes_from(EXPORT, {name: value}))
+        assert caught.value.message.startswith(message)
+
+    def test_another_name_keeps_the_weights(self) -> None:
+        renamed = recipe_for("van_b1", changes_from(EXPORT, {"name": "mine"}))
+        assert (renamed.model.name, renamed.model.weights) == ("mine", "van_b1")
+        again = with_changes(recipe_named("van_b1"), changes_from(EXPORT, {"name": "mine"}))
+        assert again == renamed
+
+    def test_keyword_arguments_replace_what_a_table_says(self) -> None:
+        whole = BenchSettings(batches=(1,), budget=Budget(limit_s=9.0, seconds=2.0))
+        found = settings_from(BenchSettings, whole, {"limit": 5, "streams": 2})
+        assert (found.batches, found.streams) == ((1,), 2)
+        assert (found.budget.limit_s, found.budget.seconds) == (5.0, 2.0)
+        noise = settings_from(
+            QuantizeSettings, QuantizeSettings(noise=True), {"calibrate_on_noise": False}
+        )
+        assert noise == QuantizeSettings()
+
+    def test_a_recipe_may_be_changed_after_it_was_read(self) -> None:
+        recipe = with_changes(recipe_named("van_b1"), Changes({("export", "opset"): 18}))
+        assert (recipe.model.name, recipe.export.opset) == ("van_b1", 18)
+
+
+def test_what_is_written_from_the_tables_is_up_to_date(repository: Path) -> None:
+    stale = [
+        path.relative_to(repository).as_posix()
+        for path, text in files(repository).items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    assert stale == [], "run `python -m supply_chain.reference`"
+
+
+def test_the_page_about_recipes_shows_a_recipe_that_reads_with_every_table(
+    repository: Path, mine: Path
+) -> None:
+    page = (repository / "docs" / "recipe.md").read_text()
+    (block,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    mine.write_text(block)
+    assert read_recipe(mine).precision.make == ("fp16", "int8")
+    assert set(re.findall(r"^\[(\w+)", block, re.MULTILINE)) == set(Recipe.model_fields)

@@ -15,6 +15,7 @@ from typer.testing import Result
 
 from tests.conftest import Cli
 from tests.described import described, entry
+from tests.each import each
 from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle, writing
 from van_deploy.errors import BundleError, InputError, SignatureError, UsageError
 from van_deploy.signing import Signature, read_signature, sign_bundle, signed_bundle
@@ -83,7 +84,7 @@ def test_signing_again_replaces_the_signature(signed: Path, public: Path, tmp_pa
         checked(signed, public)
 
 
-@pytest.mark.parametrize("name", FILES)
+@each("name", FILES, fresh="signed")
 def test_one_flipped_bit_in_any_file_is_told(signed: Path, public: Path, name: str) -> None:
     content = bytearray((signed / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -92,7 +93,7 @@ def test_one_flipped_bit_in_any_file_is_told(signed: Path, public: Path, name: s
         checked(signed, public)
 
 
-@pytest.mark.parametrize("name", FILES)
+@each("name", FILES, fresh="signed")
 def test_a_missing_file_is_told(signed: Path, public: Path, name: str) -> None:
     (signed / name).unlink()
     with pytest.raises(SignatureError, match=f"'{signed}/{name}' is named in the manifest and"):
@@ -139,9 +140,10 @@ def flipped_signature(signed: Path) -> None:
     (signed / SIGNATURE).write_text(json.dumps(document))
 
 
-@pytest.mark.parametrize(
+@each(
     "change",
     [edited_digest, flipped_byte, rewritten, added_space, other_date, flipped_signature],
+    fresh="signed",
 )
 def test_what_was_changed_after_signing_does_not_fit(
     signed: Path, public: Path, change: Callable[[Path], None]
@@ -176,7 +178,7 @@ def left_staging(bundle: Path) -> None:
     (bundle / ".staging-x/model.onnx").write_text("x")
 
 
-@pytest.mark.parametrize("add", [link_to_a_folder, hidden_file, left_staging])
+@each("add", [link_to_a_folder, hidden_file, left_staging], fresh="bundle")
 def test_what_the_manifest_does_not_name_is_refused(
     bundle: Path, key: Path, public: Path, add: Callable[[Path], None]
 ) -> None:
@@ -200,12 +202,13 @@ def test_an_unsigned_bundle_says_so(bundle: Path, public: Path) -> None:
         checked(bundle, public)
 
 
-@pytest.mark.parametrize(
+@each(
     "text",
     [
         *("", "[]", "null", "{}", "\0\0", "[" * 100_000, '{"schema": "van-deploy/signature/1"}'),
         '{"schema": "van-deploy/signature/9", "algorithm": "none"}',
     ],
+    fresh="signed",
 )
 def test_a_damaged_signature_is_one_sentence(signed: Path, public: Path, text: str) -> None:
     (signed / SIGNATURE).write_text(text)
@@ -213,9 +216,10 @@ def test_a_damaged_signature_is_one_sentence(signed: Path, public: Path, text: s
         checked(signed, public)
 
 
-@pytest.mark.parametrize(
+@each(
     ("field", "value"),
     [("algorithm", "none"), ("signature", "AAAA"), ("signature", "!"), ("date", 3), ("more", "x")],
+    fresh="signed",
 )
 def test_a_signature_of_another_form_is_damaged(
     signed: Path, public: Path, field: str, value: object
@@ -235,7 +239,7 @@ def test_a_new_private_key_is_for_its_owner_alone(key: Path, public: Path) -> No
     assert public.read_bytes().startswith(b"-----BEGIN PUBLIC KEY-----")
 
 
-@pytest.mark.parametrize("there", ["k.pem", "k.pem.pub"])
+@each("there", ["k.pem", "k.pem.pub"])
 def test_a_key_is_never_overwritten(tmp_path: Path, there: str) -> None:
     (tmp_path / there).write_text("mine")
     with pytest.raises(UsageError, match="is there already, and keys are never overwritten"):
@@ -271,7 +275,7 @@ def pem_of(
     return key.private_bytes(pem.Encoding.PEM, form, pem.NoEncryption())
 
 
-@pytest.mark.parametrize(
+@each(
     ("content", "words"),
     [
         (b"", "holds no private Ed25519 key in PEM form"),
@@ -300,7 +304,7 @@ def test_the_other_half_of_a_pair_is_named(key: Path, public: Path) -> None:
         private_key_from(public)
 
 
-@pytest.mark.parametrize("load", [private_key_from, public_key_from])
+@each("load", [private_key_from, public_key_from])
 def test_a_key_that_is_not_there(tmp_path: Path, load: Callable[[Path], object]) -> None:
     with pytest.raises(InputError, match=r"cannot be read: No such file or directory\."):
         load(tmp_path / "absent")
@@ -334,7 +338,7 @@ def test_a_key_others_can_read_is_remarked(cli: Cli, bundle: Path, key: Path) ->
     )
 
 
-@pytest.mark.parametrize(
+@each(
     "arguments",
     [(), ("b",), ("--key", "k"), ("b", "--new-key", "k"), ("--key", "k", "--new-key", "k")],
 )
@@ -361,7 +365,7 @@ def consumed(cli: Cli, command: str, bundle: Path, public: Path) -> Result:
     return cli(command, *before, bundle, *CONSUMERS.get(command, ()), *options)
 
 
-@pytest.mark.parametrize("command", [*CONSUMERS, "package"])
+@each("command", [*CONSUMERS, "package"], fresh="bundle")
 def test_every_consumer_refuses_a_bundle_without_the_signature(
     cli: Cli, bundle: Path, key: Path, public: Path, command: str
 ) -> None:

@@ -43,7 +43,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from van_deploy.images import find_images, load_batches
+from van_deploy.data import decoded_batches, labelled_images
+from van_deploy.files import file_sha256
 from van_deploy.model.embedded import (
     EMBEDDED_FOLDER,
     EMBEDDED_NAME,
@@ -51,7 +52,6 @@ from van_deploy.model.embedded import (
     embedded_files,
     write_digits_folder,
 )
-from van_deploy.model.files import sha256_of_file
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VanConfig
@@ -122,8 +122,7 @@ def preprocessing_from_digits(images: np.ndarray, size: int) -> Preprocessing:
 def inputs_from_digits(images: np.ndarray, preprocessing: Preprocessing) -> Tensor:
     """Return the network's input ``(N, 3, S, S)`` float32, made as at inference."""
     transform = preprocessing.transform()
-    pictures = (Image.fromarray(image).convert("RGB") for image in images)
-    return torch.stack([torch.as_tensor(transform(picture)) for picture in pictures])
+    return torch.stack([transform(Image.fromarray(image)) for image in images])
 
 
 def augment(batch: Tensor, black: Tensor, plan: Schedule, generator: torch.Generator) -> Tensor:
@@ -208,13 +207,15 @@ def evaluate(folder: Path) -> dict[str, float]:
     model.load_state_dict(load_file(files.weights))
     right = count = 0
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        paths = find_images(write_digits_folder(Path(scratch) / "d", "heldout", folder=folder))
-        for images, names in load_batches(paths, preprocessing.transform(), 64):
-            predicted = model(torch.from_numpy(images)).argmax(1)
+        dest = write_digits_folder(Path(scratch) / "d", "heldout", folder=folder)
+        images = labelled_images(dest, CONFIG.num_classes)
+        for batch in decoded_batches(images.items, preprocessing, 64):
+            predicted = model(torch.from_numpy(batch.inputs)).argmax(1)
             right += sum(
-                int(p) == int(n.parent.name) for p, n in zip(predicted, names, strict=True)
+                int(p) == images.items[i].label
+                for p, i in zip(predicted, batch.indices, strict=True)
             )
-            count += len(names)
+            count += len(batch.indices)
     return {"images": count, "correct": right, "top1_percent": round(100 * right / count, 2)}
 
 
@@ -254,7 +255,7 @@ def card_of(preprocessing: Preprocessing, plan: Schedule, folder: Path) -> dict[
             "pillow": PIL.__version__,
             "scikit-learn": version("scikit-learn"),
         },
-        "sha256": {file.name: sha256_of_file(file) for file in (files.weights, files.images)},
+        "sha256": {file.name: file_sha256(file) for file in (files.weights, files.images)},
         "data": {"licence": LICENCE, "attribution": ATTRIBUTION},
     }
 
@@ -262,7 +263,8 @@ def card_of(preprocessing: Preprocessing, plan: Schedule, folder: Path) -> dict[
 def make(folder: Path, plan: Schedule) -> None:
     """Train and write the three files into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(embedded_files(folder).images, **split_digits())
+    parts: dict[str, Any] = dict(split_digits())
+    np.savez_compressed(embedded_files(folder).images, **parts)
     images, labels = digits_images("train", folder)
     preprocessing = preprocessing_from_digits(images, plan.image_size)
     inputs = inputs_from_digits(images, preprocessing)

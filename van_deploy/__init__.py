@@ -1,11 +1,69 @@
 """Visual Attention Network checkpoints, turned into checked ONNX files and engines.
 
-Importing this package imports nothing heavy: PyTorch and the run times are
-loaded by the modules that use them.
+::
+
+    import van_deploy as vd
+
+    bundle = vd.export("van_b1", output="dist/b1")
+    bundle.quantize(precision="fp16")
+    if not bundle.verify():
+        raise SystemExit("an artefact is not the network")
+
+Importing this package imports nothing heavy: each name is imported on first use.
 """
 
 from __future__ import annotations
 
-__all__ = ["__version__"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from van_deploy.api import Bundle, Exported, export, open_bundle, run_recipe
+    from van_deploy.config import Recipe
+    from van_deploy.documents import plain
+    from van_deploy.errors import VanDeployError
+    from van_deploy.model.checkpoint import LoadedVan, load_van
+    from van_deploy.recipe import read_recipe
+
+__all__ = [
+    "Bundle",
+    "Exported",
+    "LoadedVan",
+    "Recipe",
+    "VanDeployError",
+    "__version__",
+    "export",
+    "load_van",
+    "open_bundle",
+    "plain",
+    "read_recipe",
+    "run_recipe",
+]
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Bundle": "api",
+    "Exported": "api",
+    "LoadedVan": "model.checkpoint",
+    "Recipe": "config",
+    "VanDeployError": "errors",
+    "export": "api",
+    "load_van": "model.checkpoint",
+    "open_bundle": "api",
+    "plain": "documents",
+    "read_recipe": "recipe",
+    "run_recipe": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name, imported now."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'van_deploy' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"van_deploy.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return sorted(__all__)

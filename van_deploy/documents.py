@@ -19,8 +19,10 @@ import re
 import stat
 import sys
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
+
+from van_deploy.errors import VanDeployError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,7 +34,9 @@ __all__ = [
     "LARGEST_BYTES",
     "LONGEST_TEXT",
     "DocumentError",
+    "field_is_json",
     "json_from",
+    "json_properties",
     "plain",
     "require_regular_file",
     "text_from",
@@ -123,12 +127,17 @@ def json_from(text: str | bytes, deepest: int = DEEPEST) -> Any:
 
 
 def plain(value: object) -> Any:
-    """Return ``value`` in the types JSON has; numbers it cannot spell become ``"inf"``, ``"nan"``.
+    """Return ``value`` in the types JSON has.
+
+    A data class becomes its fields, and the properties that :func:`json_properties` names;
+    a schema what its file holds; an error of ours its kind, message and remedy; a path its
+    text. Numbers that JSON cannot spell become ``"inf"``, ``"-inf"`` and ``"nan"``, which
+    ``float()`` reads.
 
     Raises:
         TypeError: it holds something that has no plain form.
 
-    >>> plain({"sqnr_db": math.inf, "shape": (1, 3), "path": PurePath("a/b")})
+    >>> plain({"sqnr_db": math.inf, "shape": (1, 3), "path": Path("a/b")})
     {'sqnr_db': 'inf', 'shape': [1, 3], 'path': 'a/b'}
     """
     if isinstance(value, enum.Enum):
@@ -137,19 +146,36 @@ def plain(value: object) -> Any:
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, PurePath):
-        return str(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        names = [field.name for field in dataclasses.fields(value) if field_is_json(field)]
+        return {n: plain(getattr(value, n)) for n in (*names, *json_properties(type(value)))}
+    if isinstance(value, VanDeployError):
+        return {"kind": type(value).__name__, "message": value.message, "remedy": value.remedy}
     if hasattr(value, "model_dump"):  # a Schema
         return plain(value.model_dump(by_alias=True))
     if hasattr(value, "tolist"):  # NumPy's scalars and arrays
         return plain(value.tolist())
     raise TypeError(f"{type(value).__name__} has no plain form: {value!r}")
+
+
+def field_is_json(field: dataclasses.Field[Any]) -> bool:
+    """Return whether a field belongs to the document, as all but ``{"json": False}`` do."""
+    return bool(field.metadata.get("json", True))
+
+
+def json_properties(kind: type) -> tuple[str, ...]:
+    """Return the properties of a data class that belong to its document.
+
+    They are ``passed``, and those that its ``JSON_PROPERTIES`` names.
+    """
+    passed = ("passed",) if isinstance(getattr(kind, "passed", None), property) else ()
+    return (*getattr(kind, "JSON_PROPERTIES", ()), *passed)
 
 
 def toml_from(path: Path) -> dict[str, Any]:

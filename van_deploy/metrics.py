@@ -1,39 +1,70 @@
-"""How far one set of logits is from another, and how sure that is. Pure functions.
+"""How far one set of logits is from another, and which labels they give. Pure functions.
 
 Logits are ``(N, K)``: one row an image, one column a class.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
-    "CONFIDENCE",
     "Comparison",
+    "Flip",
+    "Task",
     "compare",
     "cosine",
     "decision_margins",
+    "decisions",
+    "find_flips",
     "kl_divergence",
-    "paired_difference_interval",
+    "probabilities",
+    "rms",
     "softmax",
     "sqnr_db",
     "top1_agreement",
     "top_classes",
     "topk_agreement",
-    "wilson_interval",
+    "worst_row_sqnr_db",
 ]
 
 Array = npt.NDArray[Any]
-Interval = tuple[float, float]
 
-CONFIDENCE = 0.95
-"""Of an interval, where nothing else is asked."""
+
+class Task(str, enum.Enum):
+    """How logits become labels."""
+
+    SINGLE_LABEL = "single-label"
+    """One of K classes: softmax, the largest logit."""
+    BINARY = "binary"
+    """One logit: sigmoid, yes from 0.5."""
+    MULTI_LABEL = "multi-label"
+    """K independent labels: sigmoid, each yes from 0.5."""
+    REGRESSION = "regression"
+    """Values: no probability, and nothing is decided."""
+
+    @classmethod
+    def of(cls, classes: int, problem_type: str | None = None) -> Task:
+        """Return the task of a network with ``classes`` logits.
+
+        Args:
+            classes: how many logits it has.
+            problem_type: what its weights say, in Transformers' words, if they do.
+
+        >>> Task.of(1), Task.of(5, "multi_label_classification")
+        (<Task.BINARY: 'binary'>, <Task.MULTI_LABEL: 'multi-label'>)
+        """
+        if problem_type == "regression":
+            return cls.REGRESSION
+        if classes == 1:
+            return cls.BINARY
+        multi = problem_type == "multi_label_classification"
+        return cls.MULTI_LABEL if multi else cls.SINGLE_LABEL
 
 
 @dataclass(frozen=True)
@@ -106,11 +137,51 @@ def sqnr_db(reference: Array, actual: Array) -> float:
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
 
 
+def rms(logits: Array) -> float:
+    """Return the root mean square of all logits."""
+    return math.sqrt(float(np.square(np.asarray(logits, np.float64)).mean()))
+
+
+def worst_row_sqnr_db(reference: Array, actual: Array) -> float:
+    """Return the SQNR of the row with most noise, against the mean signal of all rows, in dB.
+
+    The mean signal, so that a row whose logits happen to be small is not called worse.
+    """
+    expected, found = np.asarray(reference, np.float64), np.asarray(actual, np.float64)
+    if not np.isfinite(found).all():
+        return -math.inf
+    noise = float(np.square(found - expected).mean(axis=1).max())
+    signal = float(np.square(expected).mean())
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
 def cosine(reference: Array, actual: Array) -> Array:
-    """Return each row's cosine similarity, ``(N,)``; one for two rows of zeros."""
-    norms = np.linalg.norm(reference, axis=1) * np.linalg.norm(actual, axis=1)
+    """Return each row's cosine similarity, ``(N,)``: 1 for two rows of zeros, 0 if only one is.
+
+    >>> cosine(np.zeros((2, 1)), np.array([[0.0], [3.0]]))
+    array([1., 0.])
+    """
+    first, second = np.linalg.norm(reference, axis=1), np.linalg.norm(actual, axis=1)
+    norms = first * second
     dots = np.einsum("nk,nk->n", reference, actual)
-    return np.where(norms > 0, dots / np.where(norms > 0, norms, 1.0), 1.0)
+    alike = ((first == 0) & (second == 0)).astype(np.float64)
+    return np.where(norms > 0, dots / np.where(norms > 0, norms, 1.0), alike)
+
+
+def probabilities(logits: Array, task: Task = Task.SINGLE_LABEL) -> Array:
+    """Return the probabilities ``(N, K)``: softmax, or a sigmoid for each logit.
+
+    The values of a regression are returned as they are.
+    """
+    if task is Task.SINGLE_LABEL:
+        return softmax(logits)
+    if task is Task.REGRESSION:
+        return logits
+    values = np.asarray(logits)
+    small = np.exp(-np.abs(values))  # never overflows
+    return np.where(values >= 0, 1 / (1 + small), small / (1 + small))
 
 
 def softmax(logits: Array) -> Array:
@@ -160,65 +231,81 @@ def topk_agreement(reference: Array, actual: Array, k: int) -> float:
     return float((shared * np.isfinite(actual).all(axis=1)).mean())
 
 
-def decision_margins(logits: Array) -> Array:
-    """Return how far each row's first class is ahead of its second, ``(N,)``, in logits.
+def decision_margins(logits: Array, task: Task = Task.SINGLE_LABEL) -> Array:
+    """Return how far each decision is from another one, in logits.
+
+    Of one of K classes: how far the first is ahead of the second, ``(N, 1)``. Of yes or no:
+    how far each logit is from 0, ``(N, K)``.
 
     >>> decision_margins(np.array([[0.5, 2.0, -1.0]]))
-    array([1.5])
+    array([[1.5]])
     """
+    if task is not Task.SINGLE_LABEL or logits.shape[1] < 2:
+        return np.abs(logits)
     first_two = np.partition(logits, -2, axis=1)[:, -2:]
-    margins: Array = first_two[:, 1] - first_two[:, 0]
+    margins: Array = first_two[:, 1:] - first_two[:, :1]
     return margins
+
+
+def decisions(logits: Array, task: Task = Task.SINGLE_LABEL) -> npt.NDArray[np.int64]:
+    """Return the decisions: the class ``(N, 1)``, or 0 and 1 for no and yes ``(N, K)``.
+
+    -1 stands for a row with a NaN or an infinity.
+    """
+    single = task is Task.SINGLE_LABEL
+    found = logits.argmax(axis=1)[:, None] if single else (logits >= 0)
+    finite = np.isfinite(logits).all(axis=1, keepdims=True)
+    return np.where(finite, found, -1).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A decision that changed.
+
+    Attributes:
+        image: which of the images, from 0.
+        expected: PyTorch's decision: the class, or 0 or 1 for no and yes.
+        found: the artifact's; -1 for a NaN or an infinity.
+        margin: how far PyTorch's decision was from another one, in RMS logits.
+        fault: whether that is more than the noise allowed explains.
+        label: which label was decided on, where there are several.
+    """
+
+    image: int
+    expected: int
+    found: int
+    margin: float
+    fault: bool
+    label: int = 0
+
+
+def find_flips(expected: Array, found: Array, task: Task, explained: float) -> list[Flip]:
+    """Return the decisions that changed between two sets of logits, the widest margin first.
+
+    Args:
+        expected: ``(N, K)`` of the reference.
+        found: ``(N, K)``; a row that is not finite is a flip, and always a fault.
+        task: how logits become decisions.
+        explained: margins up to this, in RMS logits, are noise.
+    """
+    if task is Task.REGRESSION:
+        return []
+    margins = decision_margins(expected, task) / max(rms(expected), np.finfo(np.float64).tiny)
+    before, after = decisions(expected, task), decisions(found, task)
+    flips = [
+        Flip(
+            image=int(row),
+            expected=int(before[row, label]),
+            found=int(after[row, label]),
+            margin=float(margins[row, label]),
+            fault=bool(margins[row, label] > explained) or after[row, label] < 0,
+            label=int(label),
+        )
+        for row, label in np.argwhere(before != after)
+    ]
+    return sorted(flips, key=lambda flip: -flip.margin)
 
 
 def _log_softmax(logits: Array) -> Array:
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
-def wilson_interval(hits: int, total: int, confidence: float = CONFIDENCE) -> Interval:
-    """Return Wilson's score interval of the share ``hits / total`` (0 to 1).
-
-    Wilson, "Probable inference, the law of succession, and statistical
-    inference", JASA 22, 1927. Without images nothing is known: (0, 1).
-
-    >>> low, high = wilson_interval(90, 100)
-    >>> round(low, 4), round(high, 4)
-    (0.8256, 0.9448)
-    """
-    if total == 0:
-        return 0.0, 1.0
-    z = _quantile(confidence)
-    share, weight = hits / total, z * z / total
-    centre = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / total + weight / (4 * total)) / (1 + weight)
-    low = max(0.0, centre - half) if hits else 0.0  # exactly: rounding leaves 1e-18
-    high = min(1.0, centre + half) if hits < total else 1.0
-    return low, high
-
-
-def paired_difference_interval(
-    lost: int, won: int, total: int, confidence: float = CONFIDENCE
-) -> Interval:
-    """Return an interval of ``(won - lost) / total``, the change of a share in paired answers.
-
-    Wald's interval after adding half a case to each of the four cells (Agresti
-    and Min, "Simple improved confidence intervals for comparing matched
-    proportions", Statistics in Medicine 24, 2005), which covers well also
-    where few or no answers changed. Without images: (-1, 1).
-
-    >>> low, high = paired_difference_interval(10, 4, 1000)
-    >>> round(low, 5), round(high, 5)
-    (-0.01355, 0.00158)
-    """
-    if total == 0:
-        return -1.0, 1.0
-    b, c, n = lost + 0.5, won + 0.5, total + 2
-    centre = (c - b) / n
-    half = _quantile(confidence) * math.sqrt(b + c - (c - b) ** 2 / n) / n
-    return max(-1.0, centre - half), min(1.0, centre + half)
-
-
-def _quantile(confidence: float) -> float:
-    """Return ``z`` with which a normal variable is inside ``+-z`` that often."""
-    return NormalDist().inv_cdf((1 + confidence) / 2)

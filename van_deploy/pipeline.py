@@ -3,53 +3,42 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle import (
-    Artefact,
-    Bundle,
-    Canary,
-    Description,
-    Draft,
-    GraphFacts,
-    Origin,
-    writing,
-)
-from van_deploy.checks.agreement import AgreementReport, check_agreement
-from van_deploy.checks.canary import CANARY_FILE, canary_entry, write_canary_picture
-from van_deploy.checks.sample_images import images_to_check, pixels_to_check
-from van_deploy.errors import BundleError, GateFailed, InputError
+from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
+from van_deploy.checks.gates import Outcome
+from van_deploy.checks.golden import GOLDEN_FILE, Samples, images_for_golden, write_golden
+from van_deploy.checks.judging import Judged, batch_sizes, judge_new
+from van_deploy.checks.reference import reference_samples
+from van_deploy.config import Recipe
+from van_deploy.data import check_images, class_names_from_file
+from van_deploy.documents import plain
+from van_deploy.errors import BundleError, GateFailed, InputError, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.embed import check_embedding
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.graph.simplify import operator_counts, simplify_onnx
-from van_deploy.images import open_image
+from van_deploy.manifest import Description, Golden, GraphFacts
 from van_deploy.model.checkpoint import LoadedVan, load_van
-from van_deploy.model.pixels import normalised
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
-from van_deploy.recipe import Recipe
-from van_deploy.runners.base import Images, Logits, run_in_batches
+from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import (
-    OnnxRuntimeRunner,
     onnxruntime_logits,
     require_onnxruntime,
 )
-from van_deploy.runners.pytorch import TorchRunner
 from van_deploy.schema import validated
 from van_deploy.serve.embedded import Embedded, embed_artefacts
+from van_deploy.stopwatch import Stopwatch
 
-__all__ = ["ExportResult", "check_batches", "embed_in_bundle", "export_bundle", "load_for"]
+__all__ = ["ExportResult", "embed_in_bundle", "export_bundle", "load_for"]
 
 MODEL_FILE = "model.onnx"
 LABELS_FILE = "labels.txt"
-REFERENCE_BATCH = 8  # images PyTorch sees at a time: enough to be fast, few enough to be lean
-CHECK_IMAGES = 8  # different ones; a larger batch repeats them in another order
 PROOF_IMAGES = 2
 PROOF_SIDE = 96  # pixels: enough for the large kernels to have an inside and borders
 EMBED_PROOF_IMAGES = 8  # the same graph again, with known nodes before it
@@ -78,30 +67,10 @@ class ExportResult:
     embedded: tuple[Embedded, ...] = ()
 
 
-class _Clock:
-    """Tells the user which stage runs, and remembers how long each took."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-        self._current: tuple[str, float] | None = None
-
-    def stage(self, name: str) -> None:
-        now = time.perf_counter()
-        if self._current is not None:
-            stage, start = self._current
-            self.seconds[stage] = round(now - start, 3)
-        self._current = (name, now) if name else None
-        if name and self._progress is not None:
-            self._progress(name)
-
-
 def load_for(
     recipe: Recipe,
     *,
     offline: bool = False,
-    seed: int = 0,
-    container: str | None = None,
     download_progress: Callable[[str, int, int | None], None] | None = None,
 ) -> LoadedVan:
     """Return the network a recipe names, with the recipe's preprocessing and class names."""
@@ -116,16 +85,19 @@ def load_for(
         weights=weights,
         expect_sha256=settings.sha256 or None,
         offline=offline,
-        seed=seed,
-        container=container,
+        seed=settings.seed,
+        container=settings.container or None,
+        layer_norm_eps=settings.layer_norm_eps,
+        head=settings.head or None,
+        preprocessing=recipe.preprocessing.model_dump(),
+        own_labels=bool(settings.labels),
         progress=download_progress,
     )
-    preprocessing = loaded.preprocessing.override(**asdict(recipe.preprocessing))
     class_names = loaded.class_names
     if settings.labels:
-        class_names = _labels(Path(settings.labels), loaded.config.num_classes)
+        class_names = class_names_from_file(settings.labels, loaded.config.num_classes)
     name = loaded.name if weights or _is_known(spec) else settings.name or loaded.name
-    return replace(loaded, name=name, preprocessing=preprocessing, class_names=class_names)
+    return replace(loaded, name=name, class_names=class_names)
 
 
 def _is_known(name: str) -> bool:
@@ -133,12 +105,6 @@ def _is_known(name: str) -> bool:
     from van_deploy.model.variants import VARIANTS
 
     return name in {EMBEDDED, *VARIANTS, *(a for v in VARIANTS.values() for a in v.aliases)}
-
-
-def check_batches(recipe: Recipe) -> tuple[int, ...]:
-    """Return the batch sizes an artefact is checked at: 1, 2, 3, the optimum and the maximum."""
-    wanted = {1, 2, 3, recipe.batch.opt, recipe.batch.max}
-    return tuple(sorted(b for b in wanted if b <= recipe.batch.max))
 
 
 def export_bundle(
@@ -157,7 +123,8 @@ def export_bundle(
         loaded: the network, from :func:`load_for`.
         recipe: how to deploy it.
         output: the bundle's folder, made if need be.
-        images: folder of images to check on; None takes sample pictures.
+        images: images to check on, and the golden samples unless the recipe takes others;
+            None takes sample photographs.
         rewrites: which exact rewrites to make; by default what the recipe says.
         force: make it anew even if it is there already.
         progress: told the name of each stage as it begins.
@@ -171,15 +138,12 @@ def export_bundle(
     if rewrites is None:
         rewrites = Rewrites() if recipe.export.fold else Rewrites.none()
     check_embedding(recipe.export.embed_preprocess, recipe.export.outputs)
-    clock = _Clock(progress)
-    clock.stage("Preparing images")
-    batches = check_batches(recipe)
-    inputs, described = images_to_check(
-        loaded.name,
-        loaded.preprocessing,
-        max(PROOF_IMAGES, min(max(batches), CHECK_IMAGES)),
-        images,
-    )
+    clock = Stopwatch(progress)
+    clock.begin("Preparing images")
+    batches = batch_sizes(recipe.batch)
+    source = None if recipe.export.golden == "samples" else images
+    checked, originals = images_for_golden(loaded.name, loaded.preprocessing, source)
+    inputs = checked.inputs
     made_with = _ingredients(loaded, recipe, rewrites, inputs)
     reason = _why_anew(output, made_with, force)
     if not reason:
@@ -188,13 +152,12 @@ def export_bundle(
         same = "nothing changed"
         return ExportResult(bundle, True, same, loaded.source.notes, clock.seconds, embedded)
     with writing(output, name=loaded.name) as draft:
-        clock.stage("Folding and proving the rewrites")
+        clock.begin("Folding and proving the rewrites")
         fold = fold_van(loaded.model, _proof_images(inputs), rewrites)
         _require_fold(fold)
-        clock.stage("Running the original network")
-        with TorchRunner(loaded.model) as original:
-            expected = run_in_batches(original, inputs, REFERENCE_BATCH)
-        clock.stage("Exporting to ONNX")
+        clock.begin("Running the original network in float64")
+        samples = reference_samples(loaded, checked)
+        clock.begin("Exporting to ONNX")
         size = loaded.preprocessing.image_size
         model = onnx_from_van(
             fold.model,
@@ -206,7 +169,7 @@ def export_bundle(
         exported = operator_counts(model)
         checks: dict[str, dict[str, Any]] = {"fold": fold.as_dict()}
         if recipe.export.simplify:
-            clock.stage("Simplifying")
+            clock.begin("Simplifying")
             simplified = simplify_onnx(model, inputs[:PROOF_IMAGES], onnxruntime_logits)
             checks["simplify"] = simplified.as_dict()
             model = simplified.model
@@ -214,36 +177,29 @@ def export_bundle(
         facts = graph_facts(model).model_copy(update={"exported_nodes": nodes})
         files = save_onnx(model, draft.file(MODEL_FILE))
         del model, fold
-        clock.stage(f"Checking agreement at batch {', '.join(map(str, batches))}")
-        report = _agreement(draft, expected, inputs, batches, described)
-        checks["agreement"] = report.as_dict()
-        clock.stage("Keeping a canary")
-        canary = _canary(draft, loaded, images)
-        draft.description = _description(loaded, recipe, canary)
+        clock.begin(f"Checking agreement at batch {', '.join(map(str, batches))}")
+        judged, record = _agreement(draft, samples, batches)
+        checks["agreement"] = {"images": samples.description, **plain(judged)}
+        golden = None
+        if recipe.export.golden != "none":
+            golden = write_golden(draft, samples, originals, users=source is not None)
+            files = [*files, GOLDEN_FILE, *golden.originals]
+        draft.description = _description(loaded, recipe, golden)
         draft.checks.update(checks)
-        _record(draft, loaded, [*files, CANARY_FILE], made_with, facts)
+        _record(draft, loaded, files, made_with, facts, record)
     embedded = _embed(output, loaded, recipe, images, clock)
     bundle = Bundle.open(output)
     return ExportResult(bundle, False, reason, loaded.source.notes, clock.seconds, embedded)
 
 
-def _canary(draft: Draft, loaded: LoadedVan, images: Path | None) -> Canary:
-    """Write the canary and return its entry in the manifest: PyTorch's answer to that file."""
-    path = draft.file(CANARY_FILE)
-    described = write_canary_picture(path, loaded.name, images)
-    tensor = loaded.preprocessing.transform()(open_image(path))
-    with TorchRunner(loaded.model) as original:
-        return canary_entry(path, original.run(tensor.numpy()[None]), described)
-
-
 def _embed(
-    output: Path, loaded: LoadedVan, recipe: Recipe, images: Path | None, clock: _Clock
+    output: Path, loaded: LoadedVan, recipe: Recipe, images: Path | None, clock: Stopwatch
 ) -> tuple[Embedded, ...]:
     made: tuple[Embedded, ...] = ()
     if recipe.export.embeds:
-        clock.stage("Embedding preprocessing, and proving it")
+        clock.begin("Embedding preprocessing, and proving it")
         made = embed_in_bundle(output, loaded, recipe, images)
-    clock.stage("")
+    clock.begin("")
     return made
 
 
@@ -262,37 +218,38 @@ def embed_in_bundle(
         UsageError: the recipe asks for nothing to embed.
         GateFailed: an embedded graph does not answer as its plain one; nothing was written.
     """
-    batches = [batch for batch in check_batches(recipe) if batch <= EMBED_PROOF_IMAGES]
-    pixels = pixels_to_check(loaded.name, loaded.preprocessing, max(batches), images)
-    with TorchRunner(loaded.model) as original:
-        inputs = normalised(pixels, loaded.preprocessing)
-        expected = run_in_batches(original, inputs, REFERENCE_BATCH)
-    return tuple(
-        embed_artefacts(
-            Bundle.open(output),
-            pixels,
-            recipe.export.embed_preprocess,
-            recipe.export.outputs,
-            batches=batches,
-            expected=expected,
+    batches = [batch for batch in batch_sizes(recipe.batch) if batch <= EMBED_PROOF_IMAGES]
+    checked = check_images(loaded.name, loaded.preprocessing, max(batches), images)
+    pixels = checked.pixels
+    if pixels is None:
+        raise UsageError(
+            f"A graph with preprocessing inside is proved on uint8 images; '{images}' holds "
+            "normalised network input.",
+            "Give uint8 images, or leave --images out.",
         )
+    made = embed_artefacts(
+        Bundle.open(output),
+        pixels,
+        recipe.export.embed_preprocess,
+        recipe.export.outputs,
+        batches=batches,
     )
+    return tuple(made)
 
 
 def _agreement(
-    draft: Draft, expected: Logits, inputs: Images, batches: tuple[int, ...], described: str
-) -> AgreementReport:
-    with OnnxRuntimeRunner(draft.file(MODEL_FILE), arena=False) as runner:
-        report = check_agreement(expected, runner, inputs, batches, described=described)
-    if not report:
+    draft: Draft, samples: Samples, batches: tuple[int, ...]
+) -> tuple[Judged, dict[str, float]]:
+    """Return what the exported graph says at every batch size, and the SQNR to record of it."""
+    judged, record = judge_new(draft.file(MODEL_FILE), "fp32", samples, batches)
+    if judged.outcome is not Outcome.PASS:
+        wrong = [f.message for f in judged.findings if f.outcome is Outcome.FAIL]
         raise GateFailed(
-            "The exported graph is not the network it was made from: "
-            + "; ".join(report.failures[:4])
-            + ".",
+            f"The exported graph is not the network it was made from: {'; '.join(wrong[:4])}.",
             "Nothing was written. Find the cause with --no-fold and --no-simplify; "
             "if one of them helps, please report it.",
         )
-    return report
+    return judged, record
 
 
 def _require_fold(report: FoldReport) -> None:
@@ -318,12 +275,12 @@ def _ingredients(
         "rewrites": asdict(rewrites),
         "export": {
             name: value
-            for name, value in asdict(recipe.export).items()
+            for name, value in recipe.export.as_dict().items()
             if name not in {"embed_preprocess", "outputs"}  # these are artefacts of their own
         },
-        "batch": asdict(recipe.batch),
+        "batch": recipe.batch.as_dict(),
         "images checked": hashlib.sha256(inputs.tobytes()).hexdigest(),
-        "code": code_digest(".", "model", "graph", "checks", "images", "runners"),
+        "code": code_digest(".", "model", "graph", "checks", "data", "runners"),
         "versions": tool_versions(*EXPORT_TOOLS, "onnxruntime"),
     }
 
@@ -333,19 +290,12 @@ def _why_anew(output: Path, made_with: Mapping[str, Any], force: bool) -> str:
     if force:
         return "asked to (--force)"
     try:
-        bundle = Bundle.open(output)
-        artefact = bundle.artefact("fp32")
-        bundle.verified("fp32")
+        return Bundle.open(output).why_anew("fp32", made_with)
     except BundleError as error:
         return f"not there yet ({error.message})" if output.exists() else "not there yet"
-    if artefact.key == content_key(made_with):
-        return ""
-    plain = json.loads(json.dumps(made_with))
-    changed = [key for key, value in plain.items() if artefact.made_with.get(key) != value]
-    return f"changed since: {', '.join(changed)}"
 
 
-def _description(loaded: LoadedVan, recipe: Recipe, canary: Canary) -> Description:
+def _description(loaded: LoadedVan, recipe: Recipe, golden: Golden | None) -> Description:
     """Return what the manifest says of the network."""
     values = {
         "name": loaded.name,
@@ -356,7 +306,7 @@ def _description(loaded: LoadedVan, recipe: Recipe, canary: Canary) -> Descripti
         "class_names": loaded.class_names or None,
         "batch": recipe.batch,
         "versions": tool_versions(*EXPORT_TOOLS, "onnxruntime"),
-        "canary": canary,
+        "golden": golden,
     }
     return validated(
         Description,
@@ -373,6 +323,7 @@ def _record(
     files: list[str],
     made_with: Mapping[str, Any],
     facts: GraphFacts,
+    record: dict[str, float],
 ) -> None:
     if loaded.class_names:
         text = "\n".join(loaded.class_names) + "\n"
@@ -388,6 +339,7 @@ def _record(
             made_from=Origin(name="weights", sha256=loaded.source.sha256),
             made_with=dict(made_with),
             graph=facts,
+            golden_sqnr_db=record,
         )
     )
 
@@ -405,22 +357,6 @@ def _metadata(loaded: LoadedVan) -> dict[str, str]:
     if loaded.class_names:
         properties["van_deploy.class_names"] = json.dumps(loaded.class_names)
     return properties
-
-
-def _labels(path: Path, classes: int) -> tuple[str, ...]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"The labels '{path}' cannot be read: {error}.", "Check the path."
-        ) from None
-    names = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if len(names) != classes:
-        raise InputError(
-            f"'{path}' has {len(names)} class names; the network has {classes} classes.",
-            "Write one name a line, in the order of the logits.",
-        )
-    return names
 
 
 def _proof_images(inputs: Images) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
 from van_deploy import __version__
+from van_deploy.errors import UsageError
 
-__all__ = ["EXPORT_TOOLS", "code_digest", "tool_versions"]
+__all__ = ["EXPORT_TOOLS", "code_digest", "time_of_writing", "tool_versions"]
 
 EXPORT_TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "pillow")
 
@@ -36,3 +39,24 @@ def code_digest(*rooms: str) -> str:
         for path in sorted((package / room).glob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def time_of_writing() -> str:
+    """Return the time that files are to name (ISO 8601, UTC): ``SOURCE_DATE_EPOCH``, or now.
+
+    Raises:
+        UsageError: the variable is set to something that is no number of seconds.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        moment = (
+            datetime.fromtimestamp(int(given), timezone.utc)
+            if given
+            else datetime.now(timezone.utc)
+        )
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(
+            f"The environment variable SOURCE_DATE_EPOCH is '{given}', no number of seconds.",
+            "Set it to seconds since 1970, or unset it.",
+        ) from None
+    return moment.isoformat(timespec="seconds")

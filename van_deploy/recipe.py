@@ -1,22 +1,21 @@
 """A recipe: the version-controlled truth of how one model is deployed.
 
-A recipe is a TOML file. It is read once, here, into frozen dataclasses; a
-mistake is reported with the file and the key. Paths in it are relative to the
-file. ``export/`` holds one for each variant; a user copies one for a model of
-their own. ``docs/recipe.md`` shows every table.
+A recipe is a TOML file. It is read once, here, into the tables of
+:mod:`van_deploy.config`; a mistake is reported with the file and the key. Paths in it are
+relative to the file. ``export/`` holds one for each variant; a user copies one for a model
+of their own. ``docs/recipe.md`` shows every key.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
+from typing import Any, get_args
 
-from van_deploy.errors import RecipeError, UsageError
-from van_deploy.recipe_tables import (
-    DEFAULT_GATES,
+from van_deploy.config import (
     BatchRange,
     EngineSettings,
     EvaluateSettings,
@@ -26,11 +25,19 @@ from van_deploy.recipe_tables import (
     ModelSettings,
     PrecisionSettings,
     PreprocessingSettings,
+    Recipe,
 )
-from van_deploy.settings import read_settings
+from van_deploy.config.fields import InFile, key_of
+from van_deploy.config.named import Changes, put_all
+from van_deploy.errors import RecipeError, UsageError
+from van_deploy.schema import Settings, table_in, toml_tables, validated
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 __all__ = [
-    "DEFAULT_GATES",
     "BatchRange",
     "EngineSettings",
     "EvaluateSettings",
@@ -41,85 +48,137 @@ __all__ = [
     "PrecisionSettings",
     "PreprocessingSettings",
     "Recipe",
+    "builtin_files",
     "builtin_recipes",
+    "changes_from_text",
+    "file_named",
     "read_recipe",
-    "read_settings",
+    "recipe_for",
     "recipe_named",
 ]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything about one deployment; each attribute is a table of the file."""
-
-    model: ModelSettings = field(default_factory=ModelSettings)
-    preprocessing: PreprocessingSettings = field(default_factory=PreprocessingSettings)
-    export: ExportSettings = field(default_factory=ExportSettings)
-    batch: BatchRange = field(default_factory=BatchRange)
-    precision: PrecisionSettings = field(default_factory=PrecisionSettings)
-    engines: EngineSettings = field(default_factory=EngineSettings)
-    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
-    gates: GateSettings = field(default_factory=GateSettings)
-
-    def __post_init__(self) -> None:
-        """Refuse engines of a precision that is not made."""
-        made = ["fp32", *self.precision.make]
-        if self.export.embed_preprocess != "none":
-            made += [f"{name}-{self.export.embed_preprocess}" for name in made]
-        missing = [name for name in self.engines.precisions if name not in made]
-        if missing:
-            raise UsageError(
-                f"The engines want '{missing[0]}', which is not made.",
-                f"Add it to `make` in [precision], or take one of: {', '.join(made)}.",
-            )
+FILES = "van_deploy.recipes"
 
 
 def builtin_recipes() -> dict[str, Path]:
     """Return the recipes of ``export/`` by name."""
-    folder = resources.files("van_deploy.recipes")
+    return builtin_files(FILES)
+
+
+def builtin_files(package: str) -> dict[str, Path]:
+    """Return the TOML files inside a data package by name."""
+    folder = resources.files(package)
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
     return {name.removesuffix(".toml"): Path(str(folder / name)) for name in names}
 
 
-def recipe_named(name: str) -> Recipe:
-    """Return the built-in recipe ``name``, or the one in the file of that path.
+def file_named(name: str, package: str, what: str) -> Path:
+    """Return the file inside a data package that ``name`` means, or the path that it is.
+
+    Args:
+        name: of a file in the package, or a path that ends in ``.toml``.
+        package: the data package.
+        what: what errors call such a file, such as ``recipe``.
 
     Raises:
-        RecipeError: there is none, or it is wrong.
+        RecipeError: it is neither.
     """
-    known = builtin_recipes()
+    known = builtin_files(package)
     if name in known:
-        return read_recipe(known[name])
+        return known[name]
     if not name.endswith(".toml"):
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         guess = f"Did you mean {' or '.join(near)}? " if near else ""
         raise RecipeError(
-            f"There is no recipe called '{name}'.",
-            f"{guess}Known recipes: {', '.join(known)}; one of your own is given by its path.",
+            f"There is no {what} called '{name}'.",
+            f"{guess}Known {what}s: {', '.join(known)}; one of your own is given by its path.",
         )
-    return read_recipe(Path(name))
+    return Path(name)
 
 
-def read_recipe(path: Path) -> Recipe:
+def recipe_named(name: str, changes: Changes | None = None) -> Recipe:
+    """Return the built-in recipe ``name``, or the one in the file of that path.
+
+    Raises:
+        RecipeError: there is none, or it is wrong.
+        UsageError: a change is wrong.
+    """
+    return read_recipe(file_named(name, FILES, "recipe"), changes)
+
+
+def recipe_for(model: str, changes: Changes | None = None) -> Recipe:
+    """Return the recipe for what the user named: a recipe, or anything with weights.
+
+    Raises:
+        RecipeError: it is a recipe, and wrong.
+        UsageError: a change is wrong.
+    """
+    if model.endswith(".toml") or model in builtin_recipes():
+        return recipe_named(model, changes)
+    return _changed({"model": {"weights": model}}, changes or Changes(), "")
+
+
+def read_recipe(path: Path, changes: Changes | None = None) -> Recipe:
     """Return the recipe in a TOML file, every key checked.
+
+    Args:
+        path: the file.
+        changes: values that replace the file's; paths in them are not relative to it.
 
     Raises:
         RecipeError: the file cannot be read, a key is unknown, or a value is
             not of its kind; names the file and the key.
+        UsageError: a change is wrong; names the option as it was written.
     """
-    recipe = read_settings(Recipe, path, "recipe")
-    model, precision = recipe.model, recipe.precision
-    return dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(
-            model,
-            weights=_beside(path, model.weights),
-            labels=str(path.parent / model.labels) if model.labels else "",
-        ),
-        precision=dataclasses.replace(precision, calibration=_beside(path, precision.calibration)),
-    )
+    tables = toml_tables(path, "recipe", RecipeError)
+    _find_files_(tables, Recipe, path.parent)
+    return _changed(tables, changes or Changes(), f"The recipe '{path}'")
 
 
-def _beside(recipe: Path, named: str) -> str:
-    """Return the path of a file beside the recipe, or the name as it is if there is none."""
-    return str(recipe.parent / named) if named and (recipe.parent / named).exists() else named
+def _changed(tables: dict[str, Any], changes: Changes, where: str) -> Recipe:
+    put_all(tables, changes)
+    return validated(Recipe, tables, where=where, error=RecipeError, spelling=changes.spelling)
+
+
+def changes_from_text(assignments: Iterable[str], option: str = "--set") -> Changes:
+    """Return the changes of a recipe written ``KEY=VALUE``.
+
+    The value is TOML; what is none is taken as text, so that ``model.weights=mine.pth``
+    needs no quotation marks.
+
+    Raises:
+        UsageError: one has no ``=``, or its key is none of a recipe.
+    """
+    changes = Changes()
+    for text in assignments:
+        key, equals, written = text.partition("=")
+        place = tuple(part.strip() for part in key.split("."))
+        if not equals or not all(place):
+            raise UsageError(
+                f"{option} '{text}' is no assignment.",
+                f"Write KEY=VALUE, such as {option} engines.tf32=false.",
+            )
+        try:
+            value = tomllib.loads(f"value = {written}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = written
+        changes |= Changes({place: value}, {place: f"{option} {'.'.join(place)}"})
+    return changes
+
+
+def _find_files_(values: Any, schema: type[Settings], folder: Path) -> None:
+    """Make the paths in a recipe's values relative to the working folder, in place."""
+    if not isinstance(values, dict):
+        return
+    for name, field in schema.model_fields.items():
+        key = key_of(name, field)
+        value = values.get(key)
+        inner = table_in(field.annotation)
+        if inner is not None:
+            _find_files_(value, inner, folder)
+        elif isinstance(value, str) and value:
+            is_path = Path in (field.annotation, *get_args(field.annotation))
+            may_be_path = any(isinstance(mark, InFile) for mark in field.metadata)
+            if is_path or (may_be_path and (folder / value).exists()):
+                values[key] = str(folder / value)

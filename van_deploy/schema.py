@@ -1,10 +1,11 @@
-"""The base of every document and table of settings, and how a mistake in one is told.
+"""The base of every document and table of options, and how a mistake in one is told.
 
 Recipes, options, manifests, sidecars, baselines and calibration sets are pydantic
 models derived from :class:`Schema`. Whatever they are filled from (TOML, JSON, the
 command line, keyword arguments), a mistake becomes one message from
-:func:`validated`: the key, what was given, what it takes, and for an unknown key the
-nearest one.
+:func:`validated`: the key as its source spells it, what was given, what it takes, and
+for an unknown key the nearest one. Nothing is taken for another type: ``"3"``, ``3.0``
+and ``true`` are no whole numbers.
 """
 
 from __future__ import annotations
@@ -13,24 +14,66 @@ import dataclasses
 import difflib
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import pydantic
-from pydantic_core import ErrorDetails
+from pydantic._internal._model_construction import ModelMetaclass
+from pydantic_core import ErrorDetails, PydanticSerializationError, to_json
+from typing_extensions import dataclass_transform
 
 from van_deploy.documents import DocumentError, json_from, text_from, toml_from
 from van_deploy.errors import InputError, UsageError
 
-__all__ = ["Open", "Schema", "read_json", "read_toml", "validated", "validated_json"]
+__all__ = [
+    "Contradiction",
+    "Open",
+    "Schema",
+    "Settings",
+    "Spelling",
+    "read_json",
+    "read_toml",
+    "table_in",
+    "toml_tables",
+    "validated",
+    "validated_json",
+]
 
 Model = TypeVar("Model", bound="Schema")
+Spelling = Mapping[tuple[str, ...], str]
+"""How the user wrote the keys that did not come from a file: ``("export", "opset")``
+is ``--opset`` or ``opset=``. What is not in it is written with dots."""
 
-_FAULTS = {
-    "missing": "'{key}' is missing",
-    "frozen_instance": "'{key}' cannot be changed",
+_TOLD = {
+    "missing": "is missing",
+    "frozen_instance": "cannot be changed",
 }
+_KINDS = {
+    "tuple_type": "should be a list",
+    "list_type": "should be a list",
+    "model_type": "should be a table",
+    "dict_type": "should be a table",
+    "path_type": "should be a path",
+    "string_type": "should be a text",
+    "int_type": "should be a whole number",
+    "float_type": "should be a number",
+    "bool_type": "should be true or false",
+}
+
+
+class Contradiction(ValueError):  # noqa: N818 - what it is, as errors.py names its classes
+    """Two values that do not go together, found by a schema's own validator.
+
+    Args:
+        message: what does not go together; ``{opset}`` stands for that key of the same
+            table as the user wrote it.
+        remedy: what to do next, with the same placeholders.
+    """
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message, self.remedy = message, remedy
 
 
 class Schema(pydantic.BaseModel):
@@ -40,16 +83,53 @@ class Schema(pydantic.BaseModel):
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
-        validate_default=False,
-        use_attribute_docstrings=True,
+        defer_build=True,
         hide_input_in_errors=True,
+        populate_by_name=True,
+        use_attribute_docstrings=True,
     )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the values, ready for JSON."""
+        return self.model_dump(mode="json")
+
+    def changed(self: Model, **values: Any) -> Model:
+        """Return a copy with other values, checked like the first.
+
+        Raises:
+            UsageError: a value is not of its kind, or contradicts another.
+        """
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return validated(type(self), {**given, **values})
 
 
 class Open(Schema):
     """A table that others may add keys to; the ones it names are still checked."""
 
     model_config = pydantic.ConfigDict(extra="allow")
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(pydantic.Field,))
+class _Checked(ModelMetaclass):
+    """Makes ``Settings(...)`` as strict as a file, with the same messages."""
+
+    if not TYPE_CHECKING:
+
+        def __call__(cls, *values_in_order: Any, **values: Any) -> Any:  # noqa: N805
+            values = {**dict(zip(cls.model_fields, values_in_order, strict=False)), **values}
+            spelling = {(_key(n, field),): f"{n}=" for n, field in cls.model_fields.items()}
+            spelling |= {(name,): f"{name}=" for name in values}
+            return validated(cls, values, spelling=spelling)
+
+
+class Settings(Schema, metaclass=_Checked):
+    """A table of options. Made in Python it is checked as it is when a file is read.
+
+    Raises:
+        UsageError: a value is not of its kind, or contradicts another.
+    """
+
+    model_config = pydantic.ConfigDict(use_attribute_docstrings=False)
 
 
 def validated(
@@ -59,6 +139,7 @@ def validated(
     where: str = "",
     error: type[InputError] | type[UsageError] = UsageError,
     remedy: str = "",
+    spelling: Spelling | None = None,
 ) -> Model:
     """Return ``model`` filled from ``values``.
 
@@ -68,47 +149,52 @@ def validated(
         where: what opens the message, such as ``The recipe 'x.toml'``; "" for the key alone.
         error: what a mistake is raised as.
         remedy: what to do next, where the mistake itself suggests nothing better.
+        spelling: how the user wrote the keys that are not from ``where``; a mistake in one
+            of those is a :class:`UsageError` without ``where``.
 
     Raises:
         error: a key is unknown or missing, or a value is not of its kind or out of its
             limits; one sentence about the first mistake.
     """
-    return _checked(lambda: model.model_validate(values), model, where, error, remedy)
+    try:
+        text = to_json(values, inf_nan_mode="constants")
+    except PydanticSerializationError as failure:
+        raise UsageError(
+            f"A value is none that a file could hold: {failure}.", "Give a plain value."
+        ) from None
+    return validated_json(
+        model, text, where=where, error=error, remedy=remedy, spelling=spelling or {}
+    )
 
 
 def validated_json(
     model: type[Model],
-    text: str,
+    text: str | bytes,
     *,
     where: str = "",
     error: type[InputError] | type[UsageError] = UsageError,
     remedy: str = "",
+    spelling: Spelling | None = None,
 ) -> Model:
-    """Return ``model`` filled from JSON, in which nothing is taken for another type.
+    """Return ``model`` filled from JSON.
 
-    ``"3"``, ``3.0`` and ``true`` are no whole numbers there. The text has gone through
-    :func:`~van_deploy.documents.json_from`, which refuses what pydantic lets pass.
-    Arguments and errors are those of :func:`validated`.
+    A text from outside has gone through :func:`~van_deploy.documents.json_from`, which
+    refuses what pydantic lets pass. Arguments and errors are those of :func:`validated`.
     """
-    strict = lambda: model.model_validate_json(text, strict=True)  # noqa: E731
-    return _checked(strict, model, where, error, remedy)
-
-
-def _checked(
-    fill: Callable[[], Model],
-    model: type[Model],
-    where: str,
-    error: type[InputError] | type[UsageError],
-    remedy: str,
-) -> Model:
-    opening = f"{where}: " if where else ""
     try:
-        return fill()
+        return model.model_validate_json(text, strict=True)
     except pydantic.ValidationError as failure:
-        message, advice = _told(failure.errors(include_url=False)[0], model)
-        raise error(f"{opening}{message}.", advice or remedy or "Correct it.") from None
+        fault = failure.errors(include_url=False)[0]
+        told = _Told(model, fault, spelling or {})
     except UsageError as failure:  # what a schema's own validator found to contradict itself
-        raise error(f"{opening}{failure.message}", failure.remedy) from None
+        text = f"{where}: {failure.message}" if where else failure.message
+        raise error(text, failure.remedy) from None
+    if where and not told.is_spelled:
+        raise error(f"{where}: {told.message}", told.remedy or remedy or "Correct it.")
+    kind = UsageError if told.is_spelled else error
+    opening = told.message[:3]
+    sentence = opening.replace("the", "The").replace("it ", "It ") + told.message[3:]
+    raise kind(sentence, told.remedy or "Correct it.")
 
 
 def read_toml(model: type[Model], path: Path, what: str, error: type[InputError]) -> Model:
@@ -123,8 +209,14 @@ def read_toml(model: type[Model], path: Path, what: str, error: type[InputError]
     Raises:
         error: the file cannot be read, is not TOML, or is not of this schema.
     """
+    values = toml_tables(path, what, error)
+    return validated(model, values, where=f"The {what} '{path}'", error=error)
+
+
+def toml_tables(path: Path, what: str, error: type[InputError]) -> dict[str, Any]:
+    """Return the tables of a TOML file. Arguments and errors are those of :func:`read_toml`."""
     try:
-        values = toml_from(path)
+        return toml_from(path)
     except (OSError, DocumentError) as failure:
         reason = getattr(failure, "strerror", None) or failure
         raise error(f"The {what} '{path}' cannot be read: {reason}.", "Check the path.") from None
@@ -132,7 +224,6 @@ def read_toml(model: type[Model], path: Path, what: str, error: type[InputError]
         raise error(
             f"The {what} '{path}' is not TOML: {failure}.", "Correct the line it names."
         ) from None
-    return validated(model, values, where=f"The {what} '{path}'", error=error)
 
 
 def read_json(
@@ -149,23 +240,71 @@ def read_json(
     return validated_json(model, text, where=f"The {what} '{path}'", error=error, remedy=remedy)
 
 
-def _told(fault: ErrorDetails, model: type[Schema]) -> tuple[str, str]:
-    """Return one mistake as a message without its full stop, and what to do next."""
-    location = [part for part in fault["loc"] if not _is_branch(part)]
-    key = ".".join(str(part) for part in location)[:200]
-    if fault["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
-        known = _keys_at(model, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        prefix = key[: len(key) - len(str(location[-1]))]
-        return f"the key '{key}' is unknown", (
-            f"Did you mean '{prefix}{near[0]}'?" if near else f"Known keys: {', '.join(known)}."
+def table_in(annotation: Any) -> type[Any] | None:
+    """Return the table that an annotation holds: itself, or inside a union, list or mapping."""
+    if isinstance(annotation, type) and (
+        issubclass(annotation, Schema) or dataclasses.is_dataclass(annotation)
+    ):
+        return annotation
+    return next(filter(None, map(table_in, get_args(annotation))), None)
+
+
+class _Told:
+    """The first mistake in a document, in words.
+
+    Attributes:
+        message: a sentence.
+        remedy: what to do next; "" where the message says it.
+        is_spelled: whether the user wrote the key outside of the document.
+    """
+
+    def __init__(self, model: type[Schema], fault: ErrorDetails, spelling: Spelling) -> None:
+        self._spelling = spelling
+        self._place = [part for part in fault["loc"] if not _is_branch(part)]
+        self.is_spelled = False
+        key = self._spelled(self._place)
+        self.remedy = ""
+        contradiction = fault.get("ctx", {}).get("error")
+        if isinstance(contradiction, Contradiction):
+            self.message = self._filled(contradiction.message)
+            self.remedy = self._filled(contradiction.remedy)
+        elif fault["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+            self.message = f"the key '{key}' is unknown."
+            self.remedy = self._nearest(model)
+        elif fault["type"] in _TOLD:
+            self.message = f"'{key}' {_TOLD[fault['type']]}."
+        else:
+            text = _KINDS.get(fault["type"]) or re.sub(
+                r"^(Input|Value error,|String|List|Tuple|Dictionary) ?", "", fault["msg"]
+            )
+            given = reprlib.repr(fault["input"])
+            self.message = f"'{key}' is {given}: it {text}." if key else f"it {text}."
+
+    def _spelled(self, place: list[str | int]) -> str:
+        """Return a location as the user wrote it, and remember whether that was elsewhere."""
+        for length in range(len(place), 0, -1):
+            written = self._spelling.get(tuple(map(str, place[:length])))
+            if written is not None:
+                self.is_spelled = True
+                rest = [part for part in place[length:] if isinstance(part, str)]
+                return ".".join([written.rstrip("="), *rest]) if rest else written
+        return ".".join(map(str, place))[:200]
+
+    def _filled(self, text: str) -> str:
+        """Return a contradiction with its placeholders as the user wrote those keys."""
+        return re.sub(
+            r"\{([\w.]+)\}", lambda found: self._spelled([*self._place, *found[1].split(".")]), text
         )
-    if fault["type"] in _FAULTS:
-        return _FAULTS[fault["type"]].format(key=key), ""
-    text = re.sub(r"^(Input|Value error,|String|List|Tuple|Dictionary) ?", "", fault["msg"])
-    if not key:
-        return f"it {text}", ""
-    return f"'{key}' is {reprlib.repr(fault['input'])}: it {text}", ""
+
+    def _nearest(self, model: type[Schema]) -> str:
+        """Return what the unknown key may have been meant for."""
+        *table, name = self._place
+        known = _keys_at(model, table)
+        near = difflib.get_close_matches(str(name), known, n=1)
+        if near:
+            ours = self._spelled(self._place)
+            return f"Did you mean '{ours.replace(str(name), near[0])}'?"
+        return f"Known keys: {', '.join(known)}."
 
 
 def _is_branch(part: str | int) -> bool:
@@ -173,30 +312,26 @@ def _is_branch(part: str | int) -> bool:
     return isinstance(part, str) and ("[" in part or part in {"int", "float", "str", "bool"})
 
 
-def _keys_at(table: type[Any], location: list[str | int]) -> list[str]:
-    """Return the keys that the table at ``location`` may have."""
-    for part in location:
-        annotation = _keys_of(table).get(part)
-        if annotation is None:  # a place in a list, or a key of a mapping
+def _keys_at(table: type[Any], place: list[str | int]) -> list[str]:
+    """Return the keys that the table at a location may have."""
+    for part in place:
+        if part not in _keys_of(table):  # a place in a list, or a key of a mapping
             continue
-        found = _table_in(annotation)
+        found = table_in(_keys_of(table)[str(part)])
         if found is None:
             return []
         table = found
-    return [str(key) for key in _keys_of(table)]
+    return list(_keys_of(table))
 
 
-def _keys_of(table: type[Any]) -> dict[Any, Any]:
+def _keys_of(table: type[Any]) -> dict[str, Any]:
     """Return the keys of a schema or a data class, and the type of each."""
+    hints = get_type_hints(table, include_extras=True)
     if dataclasses.is_dataclass(table):
-        return dict(get_type_hints(table))
-    return {f.alias or name: f.annotation for name, f in table.model_fields.items()}
+        return {field.name: hints[field.name] for field in dataclasses.fields(table)}
+    return {_key(name, field): hints[name] for name, field in table.model_fields.items()}
 
 
-def _table_in(annotation: Any) -> type[Any] | None:
-    """Return the table that an annotation holds: itself, or inside a union, list or mapping."""
-    if isinstance(annotation, type) and (
-        issubclass(annotation, Schema) or dataclasses.is_dataclass(annotation)
-    ):
-        return annotation
-    return next(filter(None, map(_table_in, get_args(annotation))), None)
+def _key(name: str, field: pydantic.fields.FieldInfo) -> str:
+    """Return what a field is called in files."""
+    return field.validation_alias if isinstance(field.validation_alias, str) else name

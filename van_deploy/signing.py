@@ -11,19 +11,20 @@ Needs the package ``cryptography``.
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+from pydantic import AfterValidator, Field
 
 from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle
-from van_deploy.bundle.manifest import manifest_from
-from van_deploy.documents import json_from
 from van_deploy.errors import BundleError, SignatureError
+from van_deploy.fields import Text
 from van_deploy.files import write_atomic
+from van_deploy.manifest import manifest_from
 from van_deploy.signing_keys import key_id
+from van_deploy.versioned import Versioned, read_versioned
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -34,31 +35,54 @@ if TYPE_CHECKING:
 __all__ = [
     "SCHEMA",
     "Signature",
+    "Signed",
     "read_signature",
     "sign_bundle",
     "signed_bundle",
 ]
 
-SCHEMA = "van-deploy/signature/1"
-ALGORITHM = "ed25519"
-LARGEST_SIGNATURE_BYTES = 64 * 2**10
+SCHEMA: Final = "van-deploy/signature/1"
+SIGNATURE_BYTES = 64  # RFC 8032
 
 
-@dataclass(frozen=True)
-class Signature:
+def _signature(text: str) -> str:
+    if len(base64.b64decode(text, validate=True)) != SIGNATURE_BYTES:
+        raise ValueError(f"has not {SIGNATURE_BYTES} bytes")
+    return text
+
+
+class Signature(Versioned):
     """What ``manifest.json.sig`` says.
 
     Attributes:
-        algorithm: ``ed25519``.
+        algorithm: the only one.
         key_id: SHA-256 of the public key (DER, SubjectPublicKeyInfo), in hexadecimal.
         date: when it was signed, by the clock of the signer (ISO 8601, UTC); signed too.
         signature: 64 bytes, in base64.
     """
 
-    algorithm: str
+    schema_: Literal["van-deploy/signature/1"] = Field(alias="schema")
+    algorithm: Literal["ed25519"]
+    key_id: Text
+    date: Text
+    signature: Annotated[str, AfterValidator(_signature)]
+
+
+@dataclass(frozen=True)
+class Signed:
+    """A bundle, and whose signature it has.
+
+    Attributes:
+        bundle: its folder.
+        key_id: of the key that signed it.
+        date: when, by the clock of the signer.
+        files: how many the signature speaks for.
+    """
+
+    bundle: Path
     key_id: str
     date: str
-    signature: str
+    files: int
 
 
 def sign_bundle(path: Path, key: Ed25519PrivateKey) -> Signature:
@@ -73,9 +97,14 @@ def sign_bundle(path: Path, key: Ed25519PrivateKey) -> Signature:
     _require_whole(bundle, BundleError, "Nothing was signed. Make the bundle again.")
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     raw = key.sign(_signed_bytes(date, content))
-    signature = Signature(ALGORITHM, key_id(key.public_key()), date, base64.b64encode(raw).decode())
-    text = json.dumps({"schema": SCHEMA, **asdict(signature)}, indent=2) + "\n"
-    write_atomic(bundle.path / SIGNATURE, text)
+    signature = Signature(
+        schema=SCHEMA,
+        algorithm="ed25519",
+        key_id=key_id(key.public_key()),
+        date=date,
+        signature=base64.b64encode(raw).decode(),
+    )
+    write_atomic(bundle.path / SIGNATURE, signature.text())
     return signature
 
 
@@ -91,21 +120,14 @@ def read_signature(bundle: Path) -> Signature:
             f"The bundle '{bundle}' is not signed: it has no {SIGNATURE}.",
             f"Sign it where it was made, with `van-deploy sign {bundle} --key FILE`.",
         )
-    try:
-        with path.open("rb") as file:
-            document = json_from(file.read(LARGEST_SIGNATURE_BYTES).decode())
-        schema = document.pop("schema")
-        if schema != SCHEMA:
-            raise SignatureError(
-                f"'{path}' has schema '{schema}'; this version reads '{SCHEMA}'.",
-                "Sign the bundle again with this version of van-deploy.",
-            )
-        return _signature_from(document)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SignatureError(
-            f"The signature '{path}' is damaged: {type(error).__name__}: {error}.",
-            "Do not use this bundle; fetch it again.",
-        ) from error
+    return read_versioned(
+        Signature,
+        path,
+        "signature",
+        SignatureError,
+        damaged="Do not use this bundle; fetch it again.",
+        outdated="Sign the bundle again with this version of van-deploy.",
+    )
 
 
 def signed_bundle(path: Path, key: Ed25519PublicKey) -> tuple[Bundle, Signature]:
@@ -144,17 +166,6 @@ def signed_bundle(path: Path, key: Ed25519PublicKey) -> tuple[Bundle, Signature]
 
 def _signed_bytes(date: str, manifest: bytes) -> bytes:
     return f"{SCHEMA}\n{date}\n".encode() + manifest
-
-
-def _signature_from(document: Mapping[str, Any]) -> Signature:
-    found = Signature(**document)
-    if not all(isinstance(value, str) for value in vars(found).values()):
-        raise TypeError("its values are not text")
-    if found.algorithm != ALGORITHM:
-        raise ValueError(f"its algorithm is '{found.algorithm}', not {ALGORITHM}")
-    if len(base64.b64decode(found.signature, validate=True)) != 64:
-        raise ValueError("its signature has not 64 bytes")
-    return found
 
 
 def _require_whole(bundle: Bundle, kind: type[BundleError], remedy: str) -> None:

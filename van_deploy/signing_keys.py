@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PASSWORD_VARIABLE",
+    "KeyPair",
     "key_id",
     "new_key",
+    "new_pair",
+    "password_from",
     "private_key_from",
     "public_key_from",
     "require_signing",
@@ -81,6 +85,29 @@ def new_key(path: Path, password: str = "") -> tuple[Path, str]:
         path.unlink()
         raise
     return public, key_id(key.public_key())
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """A new pair of keys.
+
+    Attributes:
+        private_key: its file, mode 0600.
+        has_password: whether a password protects it.
+        public_key: its file.
+        key_id: of the public key.
+    """
+
+    private_key: Path
+    has_password: bool
+    public_key: Path
+    key_id: str
+
+
+def new_pair(path: Path, password: str = "") -> KeyPair:
+    """Make a pair of keys. Arguments and errors are those of :func:`new_key`."""
+    public, name = new_key(path, password)
+    return KeyPair(path, bool(password), public, name)
 
 
 def key_id(key: Ed25519PublicKey) -> str:
@@ -199,3 +226,22 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
             f"The key '{path}' cannot be written: {error.strerror or error}.",
             "Choose another place with --new-key FILE.",
         ) from error
+
+
+def password_from(file: Path | None) -> str:
+    """Return the password in the first line of a file, or in the environment; "" for none.
+
+    Raises:
+        InputError: the file cannot be read, or is empty.
+    """
+    if file is None:
+        return os.environ.get(PASSWORD_VARIABLE, "")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The password file '{file}' cannot be read: {error}.") from error
+    if not lines or not lines[0]:
+        raise InputError(
+            f"The password file '{file}' is empty.", "Write the password in its first line."
+        )
+    return lines[0]

@@ -6,14 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from van_deploy.bench.budget import Budget
 from van_deploy.bench.contender import Contender
-from van_deploy.bench.lane import Lane
+from van_deploy.bench.lane import Lane, Loading
 from van_deploy.bench.process import WorkerError
-from van_deploy.bench.settings import Settings
 from van_deploy.bundle import Bundle
-from van_deploy.pipeline import export_bundle, load_for
-from van_deploy.recipe import recipe_named
+from van_deploy.config import BenchSettings, Budget
 
 
 class Scripted(Lane):
@@ -23,7 +20,9 @@ class Scripted(Lane):
     drift = 1.1  # 10 % slower from each slice to the next
 
     def __init__(self, name: str, ms: float, fails_at: int = -1) -> None:
-        super().__init__(Contender(name, "onnxruntime", "fp32"), loaded={"load_s": 0.0})
+        super().__init__(
+            Contender(name, "onnxruntime", "fp32"), loaded=Loading(0.0, 0.0, 0, 0, {}, 1)
+        )
         self.ms, self.fails_at, self.slices = ms, fails_at, 0
 
     def feed(self, images: Path, batch: int, preprocessing: object, warmup_s: float) -> None:
@@ -44,18 +43,15 @@ class Scripted(Lane):
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def digits(digits_bundle: Bundle) -> Bundle:
     """Return the bundle of van_digits; tests that write take a copy."""
-    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    recipe = recipe_named("van_digits")
-    folder = tmp_path_factory.mktemp("bench") / "van_digits"
-    return export_bundle(load_for(recipe), recipe, folder).bundle
+    return digits_bundle
 
 
 @pytest.fixture
-def quick() -> Settings:
+def quick() -> BenchSettings:
     """Return settings for a race of a second with ONNX Runtime alone."""
-    return Settings(
+    return BenchSettings(
         batches=(1, 2),
         threads=1,
         runners=("ort-cpu",),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from tests.each import each
 from van_deploy.bench.contender import Contender, Skipped
 from van_deploy.bench.contenders import chosen, contenders_of
 from van_deploy.bundle import MANIFEST, Bundle
@@ -24,7 +26,7 @@ ENTRIES: list[Contender | Skipped] = [
 ]
 
 
-@pytest.mark.parametrize(
+@each(
     ("patterns", "names"),
     [
         ((), [entry.name for entry in ENTRIES]),
@@ -58,7 +60,7 @@ def test_a_missing_runner_that_was_asked_for_is_an_error() -> None:
 
 def test_a_contender_survives_the_way_to_its_process() -> None:
     contender = Contender("x/y", "tensorrt", "fp16", "a.plan", max_batch=8, min_batch=2)
-    assert Contender.from_dict(json.loads(json.dumps(contender.as_dict()))) == contender
+    assert Contender(**json.loads(json.dumps(asdict(contender)))) == contender
     assert contender.refuses(1)
     assert not contender.refuses(8)
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from van_deploy.bench.budget import Budget
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.process import WorkerError, WorkerProcess
 from van_deploy.bench.race import Race
 from van_deploy.bench.worker import Worker
 from van_deploy.bundle import Bundle
+from van_deploy.config import Budget
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="processes are stopped by POSIX signals")
 QUICK = Budget(seconds=0.05, calls=2, limit_s=0.3, rounds=2, warmup_s=0.0)
@@ -41,7 +42,7 @@ def wait_for(pid: int, letter: str) -> str:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc here")
 def test_a_worker_is_stopped_between_requests(graph: Contender, images: Path) -> None:
     with WorkerProcess(1) as process:
-        process.ask("load", contender=graph.as_dict(), threads=1, streams=1)
+        process.ask("load", contender=asdict(graph), threads=1, streams=1)
         assert wait_for(process.pid, "T") == "T"
         answer = process.ask("feed", images=str(images), batch=2, preprocessing=None)
         assert answer["first_call_s"] > 0
@@ -57,7 +58,7 @@ def test_a_file_the_run_time_refuses_is_one_message(tmp_path: Path) -> None:
     broken.write_bytes(b"no graph")
     contender = Contender("x", "onnxruntime", "fp32", str(broken))
     with WorkerProcess(1) as process, pytest.raises(WorkerError, match="cannot load") as caught:
-        process.ask("load", contender=contender.as_dict(), threads=1, streams=1)
+        process.ask("load", contender=asdict(contender), threads=1, streams=1)
     assert caught.value.kind == "failed"
 
 
@@ -78,7 +79,7 @@ def test_exhausted_memory_is_recognised(text: str, images: Path) -> None:
 def test_a_killed_worker_is_a_row_and_starts_again_at_the_next_batch(
     graph: Contender, images: Path
 ) -> None:
-    other = Contender(**{**graph.as_dict(), "name": "other"})
+    other = replace(graph, name="other")
     with Race([graph, other], threads=1) as race:
         victim = race._lanes[0].process
         assert victim is not None
@@ -95,7 +96,7 @@ def test_a_killed_worker_is_a_row_and_starts_again_at_the_next_batch(
 def test_a_batch_outside_the_profile_is_a_row_and_the_rest_goes_on(
     graph: Contender, images: Path
 ) -> None:
-    narrow = Contender(**{**graph.as_dict(), "name": "narrow", "max_batch": 1})
+    narrow = replace(graph, name="narrow", max_batch=1)
     with Race([graph, narrow], threads=1) as race:
         rows = {row.contender: row for row in race.run(images, 2, 64, QUICK, graph.name)}
         again = {row.contender: row for row in race.run(images, 1, 64, QUICK, graph.name)}
@@ -109,7 +110,7 @@ def test_streams_share_the_threads_and_all_of_them_count(graph: Contender, image
     with Race([graph], threads=2, streams=2) as race:
         (row,) = race.run(images, 1, 64, QUICK, graph.name)
         loaded = race.loaded()[graph.name]
-    assert loaded["threads_each"] == 1
+    assert loaded.threads_each == 1
     assert row.streams == 2
     assert row.latency is not None
     assert row.latency.calls >= 2 * QUICK.rounds

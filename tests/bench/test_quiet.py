@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.bench.conftest import Scripted
-from van_deploy.bench.budget import Budget
+from van_deploy.bench.machine import During
 from van_deploy.bench.process import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bench.quiet import LOOKS_FIRST, QUIET_LIMIT, Gauge, Product
 from van_deploy.bench.race import Race
 from van_deploy.bench.steadiness import warnings_of
+from van_deploy.config import Budget
 
 
 class Machine:
@@ -36,10 +37,10 @@ class Machine:
 def test_a_moment_is_quiet_up_to_a_tenth_above_the_undisturbed() -> None:
     gauge = Gauge(Machine(range(5, 9)).work)
     assert gauge.limit_ms == pytest.approx(QUIET_LIMIT)
-    seen = gauge.as_dict()
+    seen = gauge.seen()
     assert seen is not None
-    assert seen["looks"] == LOOKS_FIRST
-    assert seen["quiet_share"] == pytest.approx(1 - 4 / LOOKS_FIRST)
+    assert seen.looks == LOOKS_FIRST
+    assert seen.quiet_share == pytest.approx(1 - 4 / LOOKS_FIRST)
 
 
 def test_a_quiet_moment_is_waited_for_and_the_wait_does_not_change_the_measure() -> None:
@@ -66,7 +67,7 @@ def test_where_nothing_watches_every_moment_is_quiet() -> None:
     gauge = Gauge(None)
     assert gauge.quiet_moment(60.0) == gauge.look() == 0.0
     assert gauge.limit_ms == float("inf")
-    assert gauge.as_dict() is None
+    assert gauge.seen() is None
 
 
 def test_a_race_goes_on_when_the_watcher_dies() -> None:
@@ -127,15 +128,15 @@ def test_where_nothing_was_quiet_all_rounds_count_and_that_is_said(
 ) -> None:
     monkeypatch.setattr("van_deploy.bench.race.PATIENCE_S", -1e9)
     machine = Machine(range(LOOKS_FIRST + 1, 10**9), factor=1.2)
-    race, rows = raced(machine, Budget(0.6, 1, 0.6, 6, 0.0))
+    race, rows = raced(machine, Budget(seconds=0.6, calls=1, limit_s=0.6, rounds=6, warmup_s=0.0))
     assert rows[1].ratio.rounds == 6
     assert rows[1].settled is False
     assert not any(rows[1].round_quiet)
-    quiet_state = {"under_load": False, "throttled": None}
+    quiet_state = During(None, False, None, None, None, None)
     said = " ".join(warnings_of(rows, quiet_state, 2.0))
     assert "disturbed in nearly every round of 2 of 2 rows" in said
     assert "1 of 1 ratios did not settle" in said
-    assert race.gauge.as_dict()
+    assert race.gauge.seen()
 
 
 def test_the_work_takes_some_time() -> None:

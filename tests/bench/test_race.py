@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.bench.conftest import Scripted
-from van_deploy.bench.budget import Budget
+from tests.each import each
 from van_deploy.bench.race import Race, with_reference
+from van_deploy.config import Budget
 from van_deploy.errors import UsageError
 
 
@@ -82,15 +84,15 @@ def test_slices_are_as_long_as_one_call_of_a_slow_reference() -> None:
     assert fast.timed_s == pytest.approx(6 * 0.5)
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "words"),
     [
-        ({"rounds": 0}, "0 rounds and 100 calls make no sense."),
-        ({"seconds": 0.0}, "0 s timed, 10 s at most and 1 s of warm-up make no sense."),
-        ({"tolerance_percent": 0.0}, "0 % is no tolerance."),
+        ({"rounds": 0}, "'rounds=' is 0: it should be greater than or equal to 1."),
+        ({"seconds": 0.0}, "'seconds=' is 0.0: it should be greater than 0."),
+        ({"tolerance_percent": 0.0}, "'tolerance_percent=' is 0.0: it should be greater than 0."),
     ],
 )
-def test_a_budget_that_measures_nothing_is_refused(change: dict[str, float], words: str) -> None:
+def test_a_budget_that_measures_nothing_is_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError) as caught:
-        Budget(**change)  # type: ignore[arg-type]
+        Budget(**change)
     assert caught.value.message == words

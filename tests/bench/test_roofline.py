@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from tests.each import each
 from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.devices import DEVICES, paper_ceilings
 from van_deploy.bench.roofline import Work, limit_of, work_of, work_of_file
 from van_deploy.bundle import Bundle
-from van_deploy.bundle.original import original_network
 from van_deploy.errors import UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME
+from van_deploy.runners.original import original_network
 
 CEILINGS = Ceilings({"fp32": 1e12, "int8": 4e12}, 1e11, "measured", {})
 
@@ -91,7 +92,9 @@ def made_up(**changes: int) -> Work:
         "output_values": 0,
         "operator_values": 0,
     }
-    return Work(**{**values, **changes})
+    values |= changes
+    kinds = ("matrix_ops", "quantized_ops", "depthwise_ops", "other_ops")
+    return Work(**values, operations=sum(values[kind] for kind in kinds))
 
 
 def test_the_limit_is_the_slower_of_arithmetic_and_memory() -> None:
@@ -124,7 +127,7 @@ def test_paper_figures_name_their_source_and_an_unknown_device_is_refused() -> N
         paper_ceilings("tpu")
 
 
-@pytest.mark.parametrize("name", DEVICES)
+@each("name", DEVICES)
 def test_paper_figures_are_in_a_sane_order(name: str) -> None:
     ops = DEVICES[name].ops_per_s
     assert ops["fp32"] < ops["fp16"] < ops["int8"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.each import each
 from van_deploy.bench.timing import latency_of, paired_ratio, percentile, ratio_of
 from van_deploy.bench.worker import timed_calls
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 99, 100, 101, 1000])
-@pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 1.0])
+@each("count", [1, 2, 5, 99, 100, 101, 1000])
+@each("share", [0.5, 0.9, 0.99, 1.0])
 def test_percentile_is_numpys_inverted_cdf(count: int, share: float) -> None:
     values = np.random.default_rng(count).lognormal(size=count)
     expected = float(np.quantile(values, share, method="inverted_cdf"))
@@ -35,7 +36,7 @@ def test_without_a_common_round_there_is_no_ratio() -> None:
     assert paired_ratio([], [1.0]) is None
 
 
-@pytest.mark.parametrize("count", [6, 9, 20, 41, 100])
+@each("count", [6, 9, 20, 41, 100])
 def test_the_interval_holds_the_true_median_in_95_of_100_races(count: int) -> None:
     rng = np.random.default_rng(count)
     races = [ratio_of([*rng.lognormal(sigma=0.3, size=count)]) for _ in range(2000)]

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 __all__ = [
+    "bias_lost",
+    "channel_zeroed",
+    "classes_swapped",
     "frozen_batch",
+    "layer_norm_epsilon",
+    "negated",
     "overflowing_layer_norm",
     "perturbed",
+    "rows_shifted",
     "scale_doubled",
+    "scales_of_another_layer",
+    "scales_times",
     "swapped_channels",
+    "weights_rounded_anew",
     "wrong_normalisation",
+    "zeroed",
 ]
 
 
@@ -120,7 +132,9 @@ def overflowing_layer_norm(model: ModelProto, norm: str, factor: float = 512.0) 
     return with_nodes(model, [*kept[:index], *nodes, *kept[index + 1 :]])
 
 
-def scale_doubled(model: ModelProto, layer: str, of: str = "activation") -> ModelProto:
+def scale_doubled(
+    model: ModelProto, layer: str, of: str = "activation", factor: float = 2.0
+) -> ModelProto:
     """Return a Q/DQ graph with twice the right scale in one layer.
 
     Args:
@@ -128,16 +142,143 @@ def scale_doubled(model: ModelProto, layer: str, of: str = "activation") -> Mode
         layer: the convolution.
         of: ``activation``, in its Q and its DQ; ``weight``, rounded anew with it;
             ``weight DQ``, where the integers stay, so that the weights double.
+        factor: instead of two.
     """
     tensors = stored(model)
     makers = {node.output[0]: node for node in model.graph.node}
     conv = next(node for node in model.graph.node if node.name == layer)
     scale = tensors[makers[conv.input[0 if of == "activation" else 1]].input[1]]
-    set_values(scale, numpy_helper.to_array(scale) * 2)
+    set_values(scale, numpy_helper.to_array(scale) * factor)
     if of == "weight":
         integers = tensors[makers[conv.input[1]].input[0]]
         set_values(integers, np.rint(numpy_helper.to_array(integers) / 2.0))
     return model
+
+
+def negated(model: ModelProto) -> ModelProto:
+    """Return the graph with every logit's sign turned."""
+    return _behind_logits(model, [helper.make_node("Neg", ["right"], ["logits"], "fault.neg")])
+
+
+def zeroed(model: ModelProto) -> ModelProto:
+    """Return the graph whose logits are all 0."""
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0, np.float32), "fault.zero"))
+    node = helper.make_node("Mul", ["right", "fault.zero"], ["logits"], "fault.mul")
+    return _behind_logits(model, [node])
+
+
+def rows_shifted(model: ModelProto) -> ModelProto:
+    """Return the graph whose rows come out one later than their images, the last one first."""
+    ends = {"fault.last": [-1], "fault.first": [0], "fault.end": [2**31 - 1], "fault.axis": [0]}
+    for name, values in ends.items():
+        tensor = numpy_helper.from_array(np.array(values, np.int64), name)
+        model.graph.initializer.append(tensor)
+    nodes = [
+        helper.make_node(
+            "Slice", ["right", "fault.last", "fault.end", "fault.axis"], ["tail"], "fault.tail"
+        ),
+        helper.make_node(
+            "Slice", ["right", "fault.first", "fault.last", "fault.axis"], ["rest"], "fault.rest"
+        ),
+        helper.make_node("Concat", ["tail", "rest"], ["logits"], "fault.concat", axis=0),
+    ]
+    return _behind_logits(model, nodes)
+
+
+def classes_swapped(model: ModelProto) -> ModelProto:
+    """Return the graph with the first two classes in each other's place."""
+    size = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
+    order = np.array([1, 0, *range(2, size)], np.int64)
+    model.graph.initializer.append(numpy_helper.from_array(order, "fault.order"))
+    node = helper.make_node("Gather", ["right", "fault.order"], ["logits"], "fault.gather", axis=1)
+    return _behind_logits(model, [node])
+
+
+def layer_norm_epsilon(model: ModelProto, epsilon: float = 1e-3) -> ModelProto:
+    """Return the graph with another epsilon in its LayerNorms."""
+    for node in model.graph.node:
+        if node.op_type == "LayerNormalization":
+            kept = [a for a in node.attribute if a.name != "epsilon"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute("epsilon", epsilon)])
+    return model
+
+
+def bias_lost(model: ModelProto, layer: str = "block2.1.mlp.fc1") -> ModelProto:
+    """Return the graph without one convolution's bias."""
+    node = next(node for node in model.graph.node if node.name == layer)
+    bias = stored(model)[node.input[2]]
+    set_values(bias, np.zeros(bias.dims))
+    return model
+
+
+def channel_zeroed(model: ModelProto, layer: str = "block2.1.attn.proj_2") -> ModelProto:
+    """Return the graph with one output channel of a convolution at 0."""
+    node = next(node for node in model.graph.node if node.name == layer)
+    makers = {n.output[0]: n for n in model.graph.node}
+    weight = node.input[1] if node.input[1] in stored(model) else makers[node.input[1]].input[0]
+    for name in (weight, node.input[2]):
+        values = numpy_helper.to_array(stored(model)[name]).copy()
+        values[int(np.abs(values.reshape(len(values), -1)).sum(axis=1).argmax())] = 0
+        set_values(stored(model)[name], values)
+    return model
+
+
+def scales_times(model: ModelProto, factor: float) -> ModelProto:
+    """Return a Q/DQ graph with every activation's scale times a factor."""
+    tensors = stored(model)
+    for name in dict.fromkeys(n.input[1] for n in model.graph.node if n.op_type == QUANTIZE):
+        set_values(tensors[name], numpy_helper.to_array(tensors[name]) * factor)
+    return model
+
+
+def scales_of_another_layer(model: ModelProto, step: int = 1) -> ModelProto:
+    """Return a Q/DQ graph in which each activation has the scale of another one."""
+    tensors = stored(model)
+    names = list(dict.fromkeys(n.input[1] for n in model.graph.node if n.op_type == QUANTIZE))
+    values = [numpy_helper.to_array(tensors[name]) for name in names]
+    for name, other in zip(names, values[-step:] + values[:-step], strict=True):
+        set_values(tensors[name], other)
+    return model
+
+
+def weights_rounded_anew(
+    model: ModelProto, scales: Callable[[np.ndarray], np.ndarray]
+) -> ModelProto:
+    """Return a Q/DQ graph whose square weights were rounded with other scales.
+
+    Args:
+        model: the graph.
+        scales: from weights ``(O, I)`` to their scales ``(O,)``.
+    """
+    tensors = stored(model)
+    for node in model.graph.node:
+        integers = tensors.get(node.input[0])
+        if node.op_type != "DequantizeLinear" or integers is None:
+            continue
+        codes = numpy_helper.to_array(integers).astype(np.float64)
+        old = numpy_helper.to_array(tensors[node.input[1]]).astype(np.float64)
+        matrix = codes.reshape(len(codes), -1) * old[:, None]
+        if matrix.shape[0] != matrix.shape[1]:
+            continue
+        new = scales(matrix).astype(np.float16).astype(np.float64)
+        set_values(tensors[node.input[1]], new)
+        rounded = np.clip(np.rint(matrix / new[:, None]), -127, 127)
+        set_values(integers, rounded.reshape(codes.shape))
+    return model
+
+
+QUANTIZE = "QuantizeLinear"
+
+
+def _behind_logits(model: ModelProto, nodes: list[NodeProto]) -> ModelProto:
+    """Return the graph with nodes between what were its logits, now ``right``, and ``logits``."""
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name == "logits":
+                    names[index] = "right"
+    return with_nodes(model, [*model.graph.node, *nodes])
 
 
 def inserted(model: ModelProto, tensor: str, nodes: list[NodeProto]) -> ModelProto:

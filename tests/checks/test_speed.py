@@ -6,31 +6,33 @@ import itertools
 
 import pytest
 
-from van_deploy.checks.figures import Figure, figures_from_speed
-from van_deploy.checks.speed import SpeedRatio, paired_ratio
+from van_deploy.checks.speed import ROUNDS, paired_ratio
 
 
-def test_the_ratio_survives_a_machine_that_slows_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    slowness, clock = itertools.count(), [0.0]
-    monkeypatch.setattr("van_deploy.checks.speed.time.perf_counter", lambda: clock[0])
+class Clock:
+    """Time that passes only inside the two networks."""
 
-    def work(seconds: float) -> None:
-        # Each call finds a slower machine; a ratio of the two sums would still be near.
-        clock[0] += seconds * (1 + 0.02 * next(slowness))
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("van_deploy.checks.speed.time.perf_counter", lambda: self.now)
 
-    found = paired_ratio(lambda: work(0.0012), lambda: work(0.0004), rounds=15)
-    assert found.ratio == pytest.approx(3.0, rel=0.05)
-    assert found.low <= found.ratio <= found.high
-    assert found.spread >= found.high - found.ratio
+    def takes(self, seconds: itertools.cycle[float]) -> None:
+        self.now += next(seconds)
 
 
-@pytest.mark.parametrize(
-    ("now", "spread", "fails"),
-    [(1.95, 0.0, False), (1.5, 0.0, True), (1.5, 0.2, False), (1.2, 0.2, True), (2.5, 0.0, False)],
-)
-def test_it_fails_beyond_slack_and_both_spreads(now: float, spread: float, fails: bool) -> None:
-    (then,) = figures_from_speed({"fp32": SpeedRatio(2.0, 1.9, 2.05)})
-    assert then.slack == pytest.approx(0.2)
-    assert then.spread == pytest.approx(0.1)
-    figure = Figure(then.name, now, "higher", 0.1 * now, spread)
-    assert (then.worse_by(now) > then.room_for(figure)) is fails
+def test_a_steady_machine_needs_the_least_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    slow, fast = itertools.cycle([6.0]), itertools.cycle([2.0])
+    found = paired_ratio(lambda: clock.takes(slow), lambda: clock.takes(fast))
+    assert (found.ratio, found.interval, found.rounds) == (3.0, (3.0, 3.0), ROUNDS[0])
+
+
+def test_a_restless_machine_gets_more_rounds_and_a_wide_interval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    slow, fast = itertools.cycle([4.0, 6.0, 9.0]), itertools.cycle([2.0])
+    found = paired_ratio(lambda: clock.takes(slow), lambda: clock.takes(fast))
+    assert found.ratio == 3.0
+    assert found.interval[0] <= 3.0 <= found.interval[1]
+    assert found.rounds > ROUNDS[0]

@@ -15,6 +15,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy import __version__
 from van_deploy.cli.app import CommandGroup, translated
 from van_deploy.cli.commands import COMMANDS, command_named
@@ -63,7 +64,7 @@ def test_python_m_is_the_same_program() -> None:
     assert (result.returncode, result.stdout) == (0, f"van-deploy {__version__}\n")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@each("command", COMMANDS)
 def test_every_command_is_listed_on_its_own_line_and_has_an_example(cli: Cli, command: str) -> None:
     overview = cli("--help").stdout
     assert any(line.strip(" │").split(" ")[0] == command for line in overview.splitlines())
@@ -72,10 +73,17 @@ def test_every_command_is_listed_on_its_own_line_and_has_an_example(cli: Cli, co
     assert "--json" in text
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@each("command", ["", *COMMANDS])
+def test_every_page_of_help_fits_100_columns_and_cuts_nothing_off(cli: Cli, command: str) -> None:
+    text = cli(*filter(None, [command]), "--help").stdout
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+
+
+@each("name", COMMANDS)
 def test_the_overview_says_what_the_command_says_of_itself(name: str) -> None:
     command = command_named(name)
-    assert command.help.splitlines()[0] == COMMANDS[name].summary
+    assert command.help.splitlines()[0] == COMMANDS[name][1]
     assert command.name == name
 
 
@@ -83,14 +91,14 @@ def test_every_command_is_known() -> None:
     assert set(COMMANDS) == set(WORKFLOW)
 
 
-@pytest.mark.parametrize("arguments", [("nonsense",), ("list", "--nonsense"), ("doctor", "x")])
+@each("arguments", [("nonsense",), ("list", "--nonsense"), ("doctor", "x")])
 def test_wrong_usage_ends_with_2(cli: Cli, arguments: tuple[str, ...]) -> None:
     result = cli(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert arguments[-1] in result.stderr
 
 
-@pytest.mark.parametrize(
+@each(
     ("error", "code"),
     [
         (GateFailed("SQNR 12.0 dB is below 20.0 dB.", "Keep more in FP16."), 1),
@@ -125,7 +133,7 @@ def test_a_full_disk_is_one_message() -> None:
     )
 
 
-@pytest.mark.parametrize(
+@each(
     "error",
     [
         MemoryError(),
@@ -147,9 +155,7 @@ def test_a_full_disk_is_recognised_by_its_words_too() -> None:
     assert isinstance(error, MissingDependency)
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.EINVAL, "odd"), RuntimeError("a bug"), ValueError()]
-)
+@each("error", [OSError(errno.EINVAL, "odd"), RuntimeError("a bug"), ValueError()])
 def test_other_failures_are_not_explained_away(error: Exception) -> None:
     assert translated(error) is None
 
@@ -204,11 +210,11 @@ def test_output_survives_a_terminal_without_unicode() -> None:
 
 def test_json_is_one_document_and_nothing_else(cli: Cli) -> None:
     result = cli("doctor", "--json", "--require", "onnxruntime")
-    assert json.loads(result.stdout)["van_deploy"] == __version__
+    assert json.loads(result.stdout)["environment"]["van_deploy"] == __version__
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize(
+@each(
     ("number", "code", "remedy"),
     [
         (errno.EFBIG, 3, "ulimit -f"),

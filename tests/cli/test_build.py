@@ -6,17 +6,12 @@ import importlib.util
 import json
 from pathlib import Path
 
-import onnx
 import pytest
-import torch
 
 from tests.conftest import Cli
 from tests.described import described, entry
 from van_deploy.bundle import Bundle, writing
 from van_deploy.environment.hardware import nvidia_driver
-from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.fold import fold_van
-from van_deploy.model.checkpoint import load_van
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -25,12 +20,10 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    loaded = load_van("van_digits")
-    folded = fold_van(loaded.model, torch.zeros(1, loaded.config.in_chans, 32, 32))
+def bundle(digits_onnx: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "van_digits"
     with writing(folder, name="van_digits") as draft:
-        onnx.save(onnx_from_van(folded.model, 32, loaded.config.in_chans), draft.file("model.onnx"))
+        draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
         draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
         draft.description = described("van_digits")
     return folder
@@ -39,8 +32,8 @@ def bundle(tmp_path: Path) -> Path:
 def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
     result = cli("build", bundle, "--target", "sm_86,sm_89", "--json")
     assert result.exit_code == 0
-    first, second = json.loads(result.stdout)
-    assert (first["target"], second["target"]) == ("sm_86", "sm_89")
+    first, second = json.loads(result.stdout)["outcomes"]
+    assert [one["cell"]["targets"] for one in (first, second)] == [["sm_86"], ["sm_89"]]
     assert first["outcome"] == "built"
     assert first["sidecar"]["options"]["profiles"] == ["1:2:4"]
     artefacts = Bundle.open(bundle).artefacts
@@ -52,17 +45,29 @@ def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
     assert again.exit_code == 0
     assert again.stdout.splitlines()[-1].split()[:2] == ["HERE", first["engine"]]
     other = cli("build", bundle, "--target", "sm_86", "--batch", "1:1:1", "--force", "--json")
-    assert json.loads(other.stdout)[0]["sidecar"]["options"]["profiles"] == ["1:1:1"]
+    assert json.loads(other.stdout)["outcomes"][0]["sidecar"]["options"]["profiles"] == ["1:1:1"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--target", "ada"], 2, "error: 'ada' is not a target."),
-        (["--target", "sm_89", "--batch", "8:4:1"], 2, "is not 1 <= min <= opt <= max"),
-        (["--target", "sm_89", "--workspace", "lots"], 2, "'lots' is not a size."),
+        (["--target", "ada"], 2, "error: '--target' is 'ada': it should be compute capabilities"),
+        (
+            ["--target", "sm_89", "--batch", "8:4:1"],
+            2,
+            "error: The batch range 8:4:1 is not min <= opt <= max.\n  Give three",
+        ),
+        (
+            ["--target", "sm_89", "--workspace", "lots"],
+            2,
+            "error: '--workspace' is 'lots': it should be a number and a unit, such",
+        ),
         (["--target", "sm_89", "--workspace", "900TiB"], 2, "is larger than the"),
-        (["--target", "sm_89", "--optimization-level", "9"], 2, "no optimization level 9"),
+        (
+            ["--target", "sm_89", "--optimization-level", "9"],
+            2,
+            "error: '--optimization-level' is 9: it should be less than or equal to 5.\n",
+        ),
         (["--target", "sm_90", "--backend", "tensorrt-rtx"], 2, "does not build for sm_90"),
         (["--target", "sm_89", "--version-compatible"], 2, "has no version-compatible plans"),
         (["--target", "sm_89", "--timing-cache", "x"], 2, "accepts a timing cache and does"),

@@ -55,6 +55,7 @@ def test_it_has_the_shape_of_a_workflow(workflow: dict[Any, Any]) -> None:
             assert re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"])
 
 
+@pytest.mark.slow
 def test_its_commands_run(
     cli: Cli, workflow: dict[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

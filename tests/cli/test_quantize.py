@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Cli
-from van_deploy.model.checkpoint import load_van
-from van_deploy.pipeline import export_bundle
-from van_deploy.recipe import BatchRange, Recipe
+from van_deploy.bundle import Bundle
+from van_deploy.checks import gates
 
-FAST = ("--no-refine", "--no-equalize", "--threads", "1")
+FAST = ("--no-bias-correction", "--no-equalize", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("quantize") / "van_digits"
-    export_bundle(load_van("van_digits"), Recipe(batch=BatchRange(1, 2, 3)), path)
-    return path
+def bundle(digits_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("quantize") / "van_digits"
+    return Path(shutil.copytree(digits_bundle.path, copy))
 
 
 def test_int8_shows_the_three_precisions_and_a_recommendation(cli: Cli, bundle: Path) -> None:
     result = cli("quantize", bundle, *FAST)
     assert result.exit_code == 0
     firsts = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
-    assert firsts[0] == "precision"
+    assert firsts[0] == "What"
     assert [word for word in firsts if word in {"FP32", "FP16", "INT8"}] == ["FP32", "FP16", "INT8"]
-    assert "recommended  INT8: " in result.stdout
-    assert "judged on    102 images: 102 held-out images of 512 handwritten digits" in result.stdout
+    assert "recommended  speed not measured: " in result.stdout
+    judged = "102 held-out images of 512 of 1437 training images of handwritten digits"
+    assert f"judged on    102 images: {judged}" in result.stdout
     assert "int8: made anew: not there yet" in result.stderr
     again = cli("quantize", bundle, *FAST)
     assert "int8: reused: " in again.stderr
@@ -41,31 +41,36 @@ def test_json_is_one_document_with_intervals(cli: Cli, bundle: Path) -> None:
     found = json.loads(result.stdout)
     assert found["artefact"] == "fp16"
     assert found["passed"] is True
-    low, high = found["comparison"][1]["top1_interval"]
-    share = found["comparison"][1]["correct"] / found["comparison"][1]["images"]
+    low, high = found["facts"]["comparison"][1]["top1_interval"]
+    share = found["facts"]["comparison"][1]["correct"] / found["facts"]["comparison"][1]["images"]
     assert low < share <= high
 
 
 def test_a_result_below_its_gate_ends_with_1(
     cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from van_deploy.precision import verdict
-
-    hard = verdict.Gate(agreement=1.0, sqnr_db=90.0, drop_points=0.0)
-    monkeypatch.setitem(verdict.GATES, "int8", hard)
-    result = cli("quantize", bundle, "--method", "entropy", *FAST)
+    monkeypatch.setitem(gates.SQNR_FLOORS_DB, "int8", 90.0)
+    result = cli("quantize", bundle, "--method", "minmax", *FAST)
     assert result.exit_code == 1
-    assert "INT8 is not worth it: SQNR " in " ".join(result.stdout.split())
+    assert "INT8 does not hold its gate: " in " ".join(result.stdout.split())
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("--precision", "int4"), 2, "error: There is no precision called 'int4'."),
-        (("--target", "cpu", "--precision", "fp16"), 2, "error: FP16 makes no sense for"),
+        (
+            ("--precision", "int4"),
+            2,
+            "error: '--precision' is 'int4': it should be 'fp16' or 'int8'.\n",
+        ),
+        (
+            ("--target", "cpu", "--precision", "fp16"),
+            2,
+            "error: FP16 makes no sense for --target cpu: ONNX Runtime's CPU",
+        ),
         (("--calibration", "none"), 5, "error: There is no calibration set called 'none'."),
         (("--scope", "resnet"), 2, "error: The scope 'resnet' matches no convolution"),
-        (("--keep", "block9"), 2, "error: There is no module 'block9' to keep in FP32."),
+        (("--keep", "block9"), 2, "error: There is nothing called 'block9' to keep in FP32."),
         (("--images", "/nowhere"), 5, "error: The image folder '/nowhere' does not exist."),
     ],
 )

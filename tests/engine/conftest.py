@@ -10,18 +10,14 @@ from pathlib import Path
 
 import onnx
 import pytest
-import torch
 from onnx import ModelProto
 
+from tests.artifacts import SMALL_SIZE
 from tests.described import described, entry
 from van_deploy.bundle import writing
 from van_deploy.engine.backend import RTX, Backend, backend_named
-from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.fold import fold_van
-from van_deploy.model.checkpoint import load_van
 from van_deploy.model.preprocess import OFFICIAL
 
-SIZE = 32
 BundleMaker = Callable[[str], Path]
 
 
@@ -34,25 +30,15 @@ def rtx() -> Backend:
 
 
 @pytest.fixture(scope="session")
-def digits_graph() -> ModelProto:
+def digits_graph(digits_onnx: Path) -> ModelProto:
     """Return the embedded network as an ONNX graph with a free batch, 32 pixels."""
-    loaded = load_van("van_digits")
-    folded = fold_van(loaded.model, torch.zeros(1, loaded.config.in_chans, SIZE, SIZE))
-    return onnx_from_van(folded.model, SIZE, loaded.config.in_chans)
+    return onnx.load(digits_onnx)
 
 
 @pytest.fixture
 def graph(digits_graph: ModelProto) -> ModelProto:
     """Return a copy of that graph to spoil."""
     return copy.deepcopy(digits_graph)
-
-
-@pytest.fixture(scope="session")
-def digits_onnx(digits_graph: ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return that graph as a file."""
-    path = tmp_path_factory.mktemp("digits") / "model.onnx"
-    onnx.save(digits_graph, path)
-    return path
 
 
 @pytest.fixture
@@ -64,7 +50,8 @@ def new_bundle(digits_onnx: Path, tmp_path: Path) -> BundleMaker:
         with writing(folder, name=name) as draft:
             draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
             draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
-            draft.description = described(name, preprocessing=replace(OFFICIAL, image_size=SIZE))
+            preprocessing = replace(OFFICIAL, image_size=SMALL_SIZE)
+            draft.description = described(name, preprocessing=preprocessing)
         return folder
 
     return make

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.each import each
+from van_deploy.config import BuildOptions, Profiling
 from van_deploy.engine import backend as backend_module
 from van_deploy.engine.backend import (
     NAMES,
@@ -19,7 +21,6 @@ from van_deploy.engine.backend import (
     backend_named,
     choose_backend,
 )
-from van_deploy.engine.options import BuildOptions, Profiling
 from van_deploy.errors import MissingDependency, UsageError
 
 RECORDED = sorted((Path(__file__).parent / "bindings").glob("*.json"))
@@ -47,12 +48,12 @@ def test_the_bindings_of_10_and_11_are_recorded() -> None:
     assert [path.stem for path in RECORDED] == ["10.16.1.11", "11.4.0.106"]
 
 
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+@each("path", RECORDED)
 def test_every_name_used_is_in_tensorrt(path: Path) -> None:
     assert missing(TENSORRT, json.loads(path.read_text())) == set()
 
 
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+@each("path", RECORDED)
 def test_the_names_of_rtx_are_not_in_tensorrt(path: Path) -> None:
     has = json.loads(path.read_text())
     absent = missing(RTX, has)
@@ -73,7 +74,7 @@ def test_rtx_builds_for_these_targets_and_no_others(rtx: Backend) -> None:
     assert {f"SM{target.removeprefix('sm_')}" for target in RTX_TARGETS} == members
 
 
-@pytest.mark.parametrize("path", USERS, ids=lambda path: path.stem)
+@each("path", USERS)
 def test_names_taken_from_the_bindings_are_listed(path: Path) -> None:
     """Every ``trt.X`` and ``trt.X.Y`` in the code is in the list that is compared."""
     listed = wanted(RTX)
@@ -127,9 +128,7 @@ def test_version_and_cuda(rtx: Backend) -> None:
     assert rtx.cuda in {12, 13}
 
 
-@pytest.mark.parametrize(
-    ("targets", "gpu"), [(("sm_89",), None), ((), None), (("sm_86", "sm_89"), "sm_89")]
-)
+@each(("targets", "gpu"), [(("sm_89",), None), ((), None), (("sm_86", "sm_89"), "sm_89")])
 def test_auto_takes_rtx_where_the_gpu_is_not_the_whole_request(
     rtx: Backend, targets: tuple[str, ...], gpu: str | None
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,13 @@ import pytest
 from tests.described import entry
 from tests.engine.conftest import BundleMaker
 from van_deploy.bundle import Bundle, Origin, writing
+from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import BuildProgress
 from van_deploy.engine.bundled import Built, build_in_bundle, request_for
 from van_deploy.engine.host import Host
 from van_deploy.engine.inspect import describe_engine, layers_from_json
-from van_deploy.engine.options import BuildOptions
 from van_deploy.errors import BundleError, InputError
-from van_deploy.recipe import BatchRange
 
 SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
 
@@ -40,8 +38,8 @@ def test_an_engine_in_its_bundle(rtx: Backend, new_bundle: BundleMaker) -> None:
     assert sorted(Path(file).suffix for file in artefact.files) == [".json", ".log", ".plan"]
     assert bundle.problems() == []
     assert bundle.verified(made.name) == made.path
-    assert made.sidecar.preprocessing == {"image_size": 32}
-    assert made.sidecar.reproducible == "not checked"
+    assert made.sidecar.preprocessing == bundle.manifest.preprocessing
+    assert made.sidecar.reproducible is None
 
     again = built(folder, rtx)
     assert (again.reused, again.sidecar) == (True, made.sidecar)
@@ -49,7 +47,7 @@ def test_an_engine_in_its_bundle(rtx: Backend, new_bundle: BundleMaker) -> None:
     assert not checked.reused
     assert checked.sidecar.reproducible in {True, False}
     assert built(folder, rtx, check_reproducible=True).reused
-    assert not built(folder, rtx, replace(SM89, tf32=False)).reused
+    assert not built(folder, rtx, SM89.changed(tf32=False)).reused
     assert len([a for a in Bundle.open(folder).artefacts.values() if a.kind == "engine"]) == 1
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
@@ -103,14 +101,12 @@ def test_an_engine_is_no_source(rtx: Backend, new_bundle: BundleMaker) -> None:
 def test_a_description_of_an_engine(rtx: Backend, new_bundle: BundleMaker) -> None:
     made = built(new_bundle("van_digits"), rtx)
     found = describe_engine(made.path, Host())
-    json.dumps(found)
-    assert found["kind"] == "engine"
-    assert found["runs here"] is False
-    assert found["plan is sound"] is True
-    assert found["layers"] == []
-    assert found["layers skipped"].endswith("this machine has no NVIDIA GPU that answers")
-    assert found["plan_sha256"] == made.sidecar.plan_sha256
-    assert any(note.startswith("Total Weights Memory") for note in found["build notes"])
+    assert found.obstacles
+    assert found.plan_is_sound is True
+    assert found.layers == ()
+    assert found.layers_skipped.endswith("this machine has no NVIDIA GPU that answers")
+    assert found.plan_sha256 == made.sidecar.plan_sha256
+    assert any(note.startswith("Total Weights Memory") for note in found.build_notes)
 
 
 def test_a_description_of_a_damaged_engine(rtx: Backend, new_bundle: BundleMaker) -> None:

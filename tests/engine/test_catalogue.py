@@ -10,6 +10,8 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from tests.each import each
+from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.catalogue import (
@@ -20,9 +22,7 @@ from van_deploy.engine.catalogue import (
     load_failure,
     parser_failure,
 )
-from van_deploy.engine.options import BuildOptions
 from van_deploy.errors import ConversionError, InputError, MissingDependency, VanDeployError
-from van_deploy.recipe import BatchRange
 
 FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
 Spoil = Callable[[ModelProto], None]
@@ -91,7 +91,7 @@ def test_the_parser_names_the_pytorch_module(
     assert error.remedy
 
 
-@pytest.mark.parametrize(
+@each(
     ("model", "name", "node"),
     [
         (quantised(0.0, 0), "scale not positive", "block1.0.quantize (QuantizeLinear)"),
@@ -114,7 +114,6 @@ def test_the_parser_names_the_pytorch_module(
         (conv(np.ones((4, 3, 3, 3), np.float16)), "mixed types", "patch_embed1.proj (Conv)"),
         (conv(np.ones((4, 5, 3, 3), np.float32)), "weights do not fit", "patch_embed1.proj (Conv)"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_the_parser_refuses(
     rtx: Backend, tmp_path: Path, model: ModelProto, name: str, node: str
@@ -158,7 +157,7 @@ def test_a_workspace_that_is_too_small(rtx: Backend, digits_onnx: Path, tmp_path
     assert caught.value.remedy == "Raise --workspace, or leave it out."
 
 
-@pytest.mark.parametrize(
+@each(
     ("said", "name", "kind"),
     [
         (

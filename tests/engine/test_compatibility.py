@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.engine.test_sidecar import sidecar_for
+from van_deploy.config import BuildOptions, HardwareCompatibility
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.compatibility import obstacles, require_compatible
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.options import BuildOptions, HardwareCompatibility
 from van_deploy.engine.sidecar import Sidecar
 from van_deploy.environment.hardware import Driver, Gpu
 from van_deploy.errors import MissingDependency
@@ -20,11 +20,15 @@ ADA = Host("NVIDIA L4", "sm_89", 24 << 30, "580.65.06", (13, 0))
 A100 = Host("NVIDIA A100", "sm_80", 80 << 30, "580.65.06", (13, 0))
 
 
+def but(sidecar: Sidecar, **values: object) -> Sidecar:
+    return sidecar.model_copy(update=values)
+
+
 @pytest.fixture
 def sidecar(rtx: Backend, tmp_path: Path) -> Sidecar:
     plan = tmp_path / "e.plan"
     plan.write_bytes(b"stands for a plan")
-    return replace(sidecar_for(plan), backend_version=rtx.version, cuda=rtx.cuda)
+    return but(sidecar_for(plan), backend_version=rtx.version, cuda=rtx.cuda)
 
 
 def problems(sidecar: Sidecar, host: Host) -> list[str]:
@@ -32,13 +36,12 @@ def problems(sidecar: Sidecar, host: Host) -> list[str]:
 
 
 def of_tensorrt(sidecar: Sidecar, **options: object) -> Sidecar:
-    asked = replace(BuildOptions(), **options)  # type: ignore[arg-type]
-    return replace(
+    return but(
         sidecar,
         backend="tensorrt",
         backend_version="11.4.0.106",
         built_on="NVIDIA L4",
-        options=asked.as_dict(),
+        options=BuildOptions().changed(**options),
     )
 
 
@@ -56,7 +59,7 @@ def test_another_gpu(sidecar: Sidecar, rtx: Backend) -> None:
 
 
 def test_a_plan_for_several(sidecar: Sidecar) -> None:
-    both = replace(sidecar, targets=("sm_80", "sm_89"))
+    both = but(sidecar, targets=("sm_80", "sm_89"))
     assert problems(both, A100) == problems(both, ADA) == []
 
 
@@ -67,7 +70,7 @@ def test_no_gpu(sidecar: Sidecar) -> None:
 
 
 def test_another_release(sidecar: Sidecar, rtx: Backend) -> None:
-    (obstacle,) = obstacles(replace(sidecar, backend_version="1.2.0.54"), ADA)
+    (obstacle,) = obstacles(but(sidecar, backend_version="1.2.0.54"), ADA)
     assert obstacle.problem == (
         "it was built for sm_89 with TensorRT for RTX 1.2.0; "
         f"installed is TensorRT for RTX {rtx.release}"
@@ -76,7 +79,7 @@ def test_another_release(sidecar: Sidecar, rtx: Backend) -> None:
 
 
 def test_another_build_of_one_release(sidecar: Sidecar, rtx: Backend) -> None:
-    (obstacle,) = obstacles(replace(sidecar, backend_version=f"{rtx.release}.1"), ADA)
+    (obstacle,) = obstacles(but(sidecar, backend_version=f"{rtx.release}.1"), ADA)
     assert f"installed is TensorRT for RTX {rtx.version}" in obstacle.problem
 
 
@@ -89,9 +92,7 @@ def test_an_old_driver(sidecar: Sidecar) -> None:
 
 def test_every_reason_is_given_at_once(sidecar: Sidecar) -> None:
     with pytest.raises(MissingDependency) as caught:
-        require_compatible(
-            replace(sidecar, backend_version="1.2.0.54"), replace(A100, cuda=(11, 8))
-        )
+        require_compatible(but(sidecar, backend_version="1.2.0.54"), replace(A100, cuda=(11, 8)))
     assert caught.value.message.startswith(f"The engine '{sidecar.name}' does not run here: ")
     assert caught.value.message.count(";") >= 3
     assert len(caught.value.remedy.splitlines()) == 3
@@ -120,10 +121,10 @@ class TestTensorRT:
 
     def test_version_compatible_runs_on_later_versions_only(self, sidecar: Sidecar) -> None:
         older = of_tensorrt(sidecar, version_compatible=True)
-        assert problems(replace(older, backend_version="10.16.1.11"), ADA) == []
-        (problem,) = problems(replace(older, backend_version="11.5.0.1"), ADA)
+        assert problems(but(older, backend_version="10.16.1.11"), ADA) == []
+        (problem,) = problems(but(older, backend_version="11.5.0.1"), ADA)
         assert problem.endswith("never on earlier ones)")
-        plain = replace(of_tensorrt(sidecar), backend_version="10.16.1.11")
+        plain = but(of_tensorrt(sidecar), backend_version="10.16.1.11")
         assert len(problems(plain, ADA)) == 1
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Cli
+from van_deploy.config import BuildOptions
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import host_here
 from van_deploy.engine.inspect import layers_from_json
-from van_deploy.engine.options import BuildOptions
 from van_deploy.engine.sidecar import Sidecar, sidecar_path
 
 
@@ -38,7 +38,7 @@ def test_the_sidecar_and_the_log_tell_what_it_is(cli: Cli, built: tuple[Path, Si
     text = " ".join(cli("inspect", plan).stdout.split())
     for words in (
         f"sha256 {sidecar.plan_sha256}",
-        f"back end tensorrt-rtx {sidecar.backend_version}",
+        f"backend tensorrt-rtx {sidecar.backend_version}",
         "GPUs sm_89",
         "input images float (N, 3, 32, 32)",
         "output logits float (N, 10)",
@@ -54,8 +54,10 @@ def test_as_json(cli: Cli, built: tuple[Path, Sidecar]) -> None:
     plan, sidecar = built
     (document,) = json.loads(cli("inspect", plan, "--json").stdout)
     assert document["plan_sha256"] == sidecar.plan_sha256
-    assert document["plan is sound"] is True
-    assert document["inputs"] == [{"name": "images", "shape": [-1, 3, 32, 32], "dtype": "float"}]
+    assert document["plan_is_sound"] is True
+    assert document["sidecar"]["inputs"] == [
+        {"name": "images", "shape": [-1, 3, 32, 32], "dtype": "float"}
+    ]
 
 
 def test_a_plan_without_a_sidecar(cli: Cli, built: tuple[Path, Sidecar], tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from tests.each import each
+from van_deploy.config import BuildOptions, HardwareCompatibility
 from van_deploy.engine import refusals
 from van_deploy.engine.backend import RTX, TENSORRT, Backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import Host
-from van_deploy.engine.options import BuildOptions, HardwareCompatibility
 from van_deploy.engine.refusals import refuse_impossible
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import MissingDependency, UsageError, VanDeployError
@@ -32,7 +33,7 @@ def refused(backend: Backend, options: BuildOptions, host: Host, **more: Any) ->
     return caught.value
 
 
-@pytest.mark.parametrize("host", [NO_GPU, ADA])
+@each("host", [NO_GPU, ADA])
 def test_a_plain_request_passes(host: Host) -> None:
     refuse_impossible(RTX_ABSENT, SM89, host)
 
@@ -42,7 +43,7 @@ def test_tensorrt_passes_on_its_gpu() -> None:
     refuse_impossible(ABSENT, SM89, ADA)
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "message", "kind"),
     [
         ({"targets": ()}, "builds for GPUs that are named, and none is", UsageError),
@@ -59,7 +60,7 @@ def test_tensorrt_passes_on_its_gpu() -> None:
     ],
 )
 def test_rtx_refuses(change: dict[str, Any], message: str, kind: type[VanDeployError]) -> None:
-    error = refused(RTX_ABSENT, replace(SM89, **change), NO_GPU)
+    error = refused(RTX_ABSENT, SM89.changed(**change), NO_GPU)
     assert message in error.message
     assert type(error) is kind
     assert error.remedy
@@ -71,7 +72,7 @@ def test_rtx_refuses_a_timing_cache(tmp_path: Path) -> None:
 
 
 def test_rtx_strips_weights_where_there_is_a_gpu() -> None:
-    refuse_impossible(RTX_ABSENT, replace(SM89, strip_weights=True, refit=True), ADA)
+    refuse_impossible(RTX_ABSENT, SM89.changed(strip_weights=True, refit=True), ADA)
 
 
 def test_tensorrt_needs_the_gpu() -> None:
@@ -124,7 +125,7 @@ def test_what_rtx_is_refused_it_really_cannot_do(
     monkeypatch.setattr(refusals, "_refusals", lambda *_: iter(()))
     monkeypatch.setattr("van_deploy.engine.build.refuse_impossible", lambda *_: None)
     change: dict[str, Any] = {option: True}
-    asked = replace(SM89, **change)
+    asked = SM89.changed(**change)
     with pytest.raises(MissingDependency):
         engine_from_onnx(
             digits_onnx,

@@ -10,9 +10,10 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from tests.each import each
+from van_deploy.config import BatchRange
 from van_deploy.engine.source import read_source
 from van_deploy.errors import InputError
-from van_deploy.recipe import BatchRange
 
 
 def one_node(operator: str, kind: int, **attributes: Any) -> ModelProto:
@@ -53,7 +54,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         read_source(tmp_path / "none.onnx")
 
 
-@pytest.mark.parametrize("content", [b"", b"hello world, this is no protobuf", b"\0" * 64])
+@each("content", [b"", b"hello world, this is no protobuf", b"\0" * 64])
 def test_a_file_that_is_not_onnx(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
@@ -68,7 +69,7 @@ def test_a_file_cut_short(digits_onnx: Path, tmp_path: Path) -> None:
         read_source(path)
 
 
-@pytest.mark.parametrize(
+@each(
     ("kind", "words"),
     [
         (TensorProto.DOUBLE, "float64, which TensorRT would narrow to float32"),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 
-import pytest
-
+from tests.each import each
 from van_deploy.environment.clashes import Clash, clashes_among, unmet_requirements
 from van_deploy.environment.hardware import Driver, Gpu
 from van_deploy.environment.packages import installed_distributions, pip_command
@@ -21,7 +20,7 @@ def test_nothing_clashes_in_a_plain_cpu_installation() -> None:
     )
 
 
-@pytest.mark.parametrize(("driver", "kept"), [(None, "onnxruntime"), (L4, "onnxruntime-gpu")])
+@each(("driver", "kept"), [(None, "onnxruntime"), (L4, "onnxruntime-gpu")])
 def test_two_onnxruntimes(driver: Driver | None, kept: str) -> None:
     both = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.32.0"}
     assert clashes_among(both, None, driver) == (
@@ -41,7 +40,7 @@ def test_a_gpu_with_the_onnxruntime_for_cpus() -> None:
     )
 
 
-@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+@each("flavour", ["tensorrt", "tensorrt-rtx"])
 def test_tensorrt_of_another_cuda_than_pytorch(flavour: str) -> None:
     (clash,) = clashes_among({f"{flavour}-cu12": "11.4.0"}, "13.0", None)
     assert clash.message == (

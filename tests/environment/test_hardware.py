@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.each import each
 from van_deploy.environment.hardware import Cpu, Driver, Gpu, cpu, disk, memory, nvidia_driver
 
 
@@ -77,7 +78,7 @@ def test_sm_is_spelt_as_tensorrt_does() -> None:
     assert Gpu("old", None, None).sm == "SM?"
 
 
-@pytest.mark.parametrize(
+@each(
     ("features", "has"),
     [(("avx2", "avx512_vnni"), False), (("avx2", "amx_bf16"), True), (("asimddp", "bf16"), True)],
 )

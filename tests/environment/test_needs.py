@@ -120,7 +120,9 @@ def test_tensorrt_for_rtx_builds_without_a_gpu_and_runs_on_those_it_serves(
 def test_doctor_requires(cli: Cli) -> None:
     result = cli("doctor", "--require", "onnxruntime", "--json")
     assert result.exit_code == 0
-    assert json.loads(result.stdout)["packages"]["onnxruntime"]["fault"] is None
+    components = json.loads(result.stdout)["environment"]["components"]
+    found = {item["component"]["name"]: item for item in components}
+    assert found["onnxruntime"]["fault"] is None
 
 
 def test_doctor_exits_with_3_for_what_is_missing(cli: Cli, here: Environment) -> None:

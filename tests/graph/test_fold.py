@@ -92,6 +92,22 @@ def test_a_stream_that_cannot_be_rescaled_keeps_its_multiply_and_stays_exact(
     assert report.relative_error <= FOLD_TOLERANCE
 
 
+def test_one_channel_that_cannot_be_rescaled_leaves_the_others_absorbed(
+    digits: LoadedVan, digit_images: Tensor
+) -> None:
+    model = copy.deepcopy(digits.model)
+    usual = fold_van(model, digit_images[:1]).stream_scales
+    with_carry_(model, 3, 1, 5, 0.0)
+    report = fold_van(model, digit_images[:1])
+    left = report.model.stage_blocks(3)[1].carry
+    assert left is not None
+    assert abs(float(left[5])) < 1e-6
+    assert (left[[c for c in range(len(left)) if c != 5]] == 1.0).all()
+    others = [c for c in range(len(left)) if c != 5]
+    assert torch.equal(report.stream_scales["block3.0"][others], usual["block3.0"][others])
+    assert report.stream_scales["block3.0"][5] == 1.0
+
+
 def test_many_small_carries_restart_once_the_limit_is_reached(
     digits: LoadedVan, digit_images: Tensor
 ) -> None:

@@ -25,7 +25,7 @@ def small() -> ModelProto:
 
 def test_a_sound_file(tmp_path: Path) -> None:
     onnx.save(small(), tmp_path / "m.onnx")
-    assert describe_onnx(tmp_path / "m.onnx")["metadata"] == {"a": "text"}
+    assert describe_onnx(tmp_path / "m.onnx").metadata == {"a": "text"}
 
 
 def unknown_type(data: bytes) -> bytes:

@@ -23,12 +23,6 @@ Rename = Callable[[Mapping[str, Tensor], str], dict[str, Tensor]]
 
 
 @pytest.fixture(scope="session")
-def shared_checkpoint(shared: Path) -> Path:
-    """Return a really trained van_b0 in the official format (CIFAR-10 at 64 x 64)."""
-    return shared / "checkpoints" / "van_b0_cifar10.pth.tar"
-
-
-@pytest.fixture(scope="session")
 def tiny_config() -> VanConfig:
     """Return an architecture small enough for every test."""
     return VanConfig((8, 12, 16, 24), (1, 2, 1, 1), (4, 4, 2, 2), num_classes=5)
@@ -111,7 +105,7 @@ class FakeHub:
     """A small local server with the hub's routes: model info, HEAD and ranged GET of files.
 
     Attributes:
-        repos: contents of each repository's files.
+        repos: contents of each repository's files; another revision's under ``owner/name@v1``.
         gated: repositories that answer as gated ones do.
         drop_after: bytes after which the next download's connection is cut, once.
         announce: digests to announce instead of the true ones, by file name.
@@ -155,13 +149,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.log.append((self.command, self.path, self.headers.get("Range")))
         path = self.path.partition("?")[0].strip("/")
         if path.startswith("api/models/"):
-            repo_id = "/".join(path.split("/")[2:4])
-            if self._may_see(repo_id):
-                self._info(repo_id)
+            repo_id, _, revision = path.removeprefix("api/models/").partition("/revision/")
+            if not self._may_see(repo_id):
+                return
+            if found := self._at(repo_id, revision or "main"):
+                self._info(found)
+            else:
+                self._error(404, "RevisionNotFound", "Invalid rev id")
             return
         repo_id, _, rest = path.partition("/resolve/")
+        revision, _, name = rest.partition("/")
         if self._may_see(repo_id):
-            self._file(repo_id, rest.partition("/")[2], body=body)
+            self._file(self._at(repo_id, revision), name, body=body)
+
+    def _at(self, repo_id: str, revision: str) -> str:
+        """Return the key of a repository at a revision: a name, or the commit it stands for."""
+        keys = [key for key in self.hub.repos if key.partition("@")[0] == repo_id]
+        by_name = {key.partition("@")[2] or "main": key for key in keys}
+        by_commit = {self.hub.commit(key): key for key in keys}
+        return {**by_name, **by_commit}.get(revision, "")
 
     def _may_see(self, repo_id: str) -> bool:
         if repo_id in self.hub.gated:
@@ -175,15 +181,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, repo_id: str) -> None:
         siblings = [{"rfilename": name} for name in self.hub.repos[repo_id]]
         info = {
-            "id": repo_id,
-            "modelId": repo_id,
+            "id": repo_id.partition("@")[0],
+            "modelId": repo_id.partition("@")[0],
             "sha": self.hub.commit(repo_id),
             "siblings": siblings,
         }
         self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def _file(self, repo_id: str, name: str, *, body: bool) -> None:
-        content = self.hub.repos[repo_id].get(name)
+        content = self.hub.repos.get(repo_id, {}).get(name)
         if content is None:
             self._error(404, "EntryNotFound", "Entry not found")
             return

@@ -6,17 +6,19 @@ import argparse
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.each import each
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.model.checkpoint import LoadedVan, load_van
-from van_deploy.model.contract import preprocessing_from_json
 from van_deploy.model.preprocess import OFFICIAL
 from van_deploy.model.random_weights import random_van
 from van_deploy.model.sources import LICENCE
@@ -71,7 +73,7 @@ def test_a_path_needs_no_variant(saved: Path, tiny: VAN, tiny_config: VanConfig)
     assert (source.format, source.container, source.seed) == ("official", "state_dict", None)
     assert source.notes == ()
     assert loaded.preprocessing.source == (
-        "assumed: the official VAN weights' (the file says nothing)"
+        "assumed: the official VAN weights' (nothing says another)"
     )
 
 
@@ -83,25 +85,6 @@ def test_the_shared_checkpoint_says_everything(shared_checkpoint: Path) -> None:
         "64x64 bicubic, crop 1, mean 0.485/0.456/0.406, std 0.229/0.224/0.225"
     )
     assert loaded.preprocessing.source == "the checkpoint's own training arguments"
-
-
-def test_partial_and_unusable_arguments(saved: Path, tiny: VAN) -> None:
-    arguments = argparse.Namespace(
-        mean=[0.4], std=None, interpolation="random", crop_pct=0.95, input_size=[3, 96, 96]
-    )
-    torch.save({"state_dict": tiny.state_dict(), "args": arguments}, saved)
-    loaded = load_van(str(saved))
-    assert str(loaded.preprocessing) == (
-        "96x96 bicubic, crop 0.95, mean 0.4/0.4/0.4, std 0.5/0.5/0.5"
-    )
-    assert loaded.preprocessing.source == (
-        "the checkpoint's own training arguments (std, interpolation: assumed, "
-        "the official weights')"
-    )
-    assert loaded.source.notes == (
-        "the checkpoint's own interpolation is not used: "
-        "There is no interpolation called 'random'.",
-    )
 
 
 def test_safetensors_metadata(tmp_path: Path, tiny: VAN) -> None:
@@ -120,36 +103,15 @@ def test_safetensors_metadata(tmp_path: Path, tiny: VAN) -> None:
     assert load_van(str(tmp_path / "w.safetensors")).preprocessing.mean == (0.1, 0.2, 0.3)
 
 
-def test_mmpretrain_file(tmp_path: Path, tiny: VAN, renamed: Rename) -> None:
-    whole = {
-        "meta": {"dataset_meta": {"classes": ["v", "w", "x", "y", "z"]}},
-        "state_dict": renamed(tiny.state_dict(), "mmpretrain"),
-    }
-    torch.save(whole, tmp_path / "van-tiny_8xb128_in1k_20220501-00000000.pth")
-    loaded = load_van(str(tmp_path / "van-tiny_8xb128_in1k_20220501-00000000.pth"))
-    assert _same(loaded, tiny)
-    assert loaded.source.format == "mmpretrain"
-    assert loaded.class_names == ("v", "w", "x", "y", "z")
-    assert loaded.source.notes[0].startswith(
-        "the file's name promises a SHA-256 that begins with 00000000, but it is "
-    )
+def test_the_names_digest_is_compared(saved: Path) -> None:
+    named = saved.rename(saved.parent / "van-tiny_8xb128_in1k_20220501-00000000.pth")
+    (note,) = load_van(str(named)).source.notes
+    assert note.startswith("the file's name promises a SHA-256 that begins with 00000000, but it")
 
 
-def test_one_of_several_containers(saved: Path, tiny: VAN, tiny_config: VanConfig) -> None:
-    raw = random_van(tiny_config, seed=8)
-    torch.save({"state_dict": raw.state_dict(), "state_dict_ema": tiny.state_dict()}, saved)
-    averaged = load_van(str(saved))
-    assert _same(averaged, tiny)
-    assert averaged.source.notes == (
-        "the file also holds state_dict: the averaged weights under state_dict_ema were taken; "
-        "choose with --container",
-    )
-    chosen = load_van(str(saved), container="state_dict")
-    assert _same(chosen, raw)
-    assert chosen.source.notes == ()
-
-
-def test_folder_saved_by_transformers(tmp_path: Path, tiny: VAN, renamed: Rename) -> None:
+def test_a_folder_and_the_file_in_it_are_the_same(
+    tmp_path: Path, tiny: VAN, renamed: Rename
+) -> None:
     folder = tmp_path / "van-mine"
     folder.mkdir()
     save_file(renamed(tiny.state_dict(), "transformers"), folder / "model.safetensors")
@@ -157,13 +119,71 @@ def test_folder_saved_by_transformers(tmp_path: Path, tiny: VAN, renamed: Rename
     config = {"model_type": "van", "layer_norm_eps": 1e-5, "id2label": labels}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps(CONVNEXT))
-    loaded = load_van(str(folder))
-    assert loaded.name == "van-mine"
+    loaded, file = load_van(str(folder)), load_van(str(folder / "model.safetensors"))
+    assert (loaded.name, file.name) == ("van-mine", "van-mine")
+    assert (loaded.config, loaded.preprocessing) == (file.config, file.preprocessing)
+    assert (loaded.class_names, loaded.source.notes) == (file.class_names, file.source.notes)
     assert loaded.config.layer_norm_eps == 1e-5
     assert loaded.model.get_submodule("norm4").eps == 1e-5
     assert loaded.class_names == tuple(labels.values())
     assert loaded.preprocessing.crop_pct == 0.875
     assert loaded.preprocessing.source == "the preprocessor_config.json beside the weights"
+    assert loaded.source.notes == (
+        "from the config.json beside the weights: layer_norm_eps 1e-05",
+        "preprocessing from the preprocessor_config.json beside the weights: 224x224 bicubic, "
+        "crop 0.875, mean 0.485/0.456/0.406, std 0.229/0.224/0.225",
+        "class names from id2label in config.json",
+    )
+
+
+def test_four_forms_of_one_network(tmp_path: Path, tiny: VAN, renamed: Rename) -> None:
+    """Official, Transformers, timm and mmpretrain: equal logits and equal pixels."""
+    names = [f"class {index}" for index in range(5)]
+    colour = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    for form in ("official", "transformers", "timm", "mmpretrain"):
+        (tmp_path / form).mkdir()
+    arguments = argparse.Namespace(
+        **colour, img_size=64, crop_pct=0.875, interpolation="bicubic", model="van_tiny"
+    )
+    official = {"state_dict": tiny.state_dict(), "args": arguments, "class_to_idx": None}
+    official["class_to_idx"] = {name: index for index, name in enumerate(names)}
+    torch.save(official, tmp_path / "official" / "w.pth")
+    folder = tmp_path / "transformers"
+    torch.save(renamed(tiny.state_dict(), "transformers"), folder / "pytorch_model.bin")
+    config = {"model_type": "van", "id2label": dict(enumerate(names))}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps({**CONVNEXT, "size": 64}))
+    save_file(tiny.state_dict(), tmp_path / "timm" / "model.safetensors")
+    cfg = {**colour, "input_size": [3, 64, 64], "crop_pct": 0.875, "interpolation": "bicubic"}
+    config = {"architecture": "van_mine", "label_names": names, "pretrained_cfg": cfg}
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
+    text = """
+model = dict(backbone=dict(type='VAN', norm_cfg=dict(type='LN', eps=1e-06)))
+data_preprocessor = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='ResizeEdge', scale=73, edge='short', backend='pillow', interpolation='bicubic'),
+    dict(type='CenterCrop', crop_size=64),
+    dict(type='PackInputs'),
+]"""
+    meta = {"cfg": text, "dataset_meta": {"classes": names}}
+    state = renamed(tiny.state_dict(), "mmpretrain")
+    torch.save({"state_dict": state, "meta": meta}, tmp_path / "mmpretrain" / "epoch_1.pth")
+    image = Image.effect_mandelbrot((150, 100), (-2, -1.5, 1, 1.5), 100)
+    pixels = {}
+    for form in ("official", "transformers", "timm", "mmpretrain"):
+        loaded = load_van(str(tmp_path / form))
+        assert _same(loaded, tiny), form
+        assert loaded.class_names == tuple(names), form
+        pixels[form] = loaded.preprocessing.transform()(image)
+    assert torch.equal(pixels["official"], pixels["timm"])
+    assert torch.allclose(pixels["official"], pixels["mmpretrain"], atol=1e-6)
+    # Transformers cuts one pixel further up where the middle is between two.
+    exact = Image.effect_mandelbrot((144, 73), (-2, -1.5, 1, 1.5), 100)
+    assert torch.equal(
+        load_van(str(tmp_path / "transformers")).preprocessing.transform()(exact),
+        load_van(str(tmp_path / "official")).preprocessing.transform()(exact),
+    )
 
 
 def test_plain_file_names_take_their_folders(tmp_path: Path, tiny: VAN) -> None:
@@ -222,9 +242,7 @@ def test_another_architecture_is_refused(saved: Path) -> None:
         load_van("van_b0", weights=str(saved))
 
 
-@pytest.mark.parametrize(
-    ("spec", "remedy"), [("van_b4", "mmpretrain's"), ("van_b5", "21K"), ("van_b6", "21K")]
-)
+@each(("spec", "remedy"), [("van_b4", "mmpretrain's"), ("van_b5", "21K"), ("van_b6", "21K")])
 def test_variants_without_public_weights(spec: str, remedy: str) -> None:
     with pytest.raises(UsageError) as error:
         load_van(spec)
@@ -254,6 +272,8 @@ def test_senseless_requests(saved: Path) -> None:
         load_van("van_b0", weights="rnadom")
     with pytest.raises(UsageError, match="Random weights have no digest"):
         load_van("van_b0", weights="random", expect_sha256="0" * 64)
+    with pytest.raises(UsageError, match="Random weights have no digest, no container and no"):
+        load_van("van_b0", weights="random", container="model")
     with pytest.raises(CheckpointError, match=r"There is no file \./absent\.pth|absent\.pth"):
         load_van("./absent.pth")
     with pytest.raises(CheckpointError, match=r"There is no file weights/absent\.pth"):
@@ -343,47 +363,89 @@ def test_another_networks_repository(hub: FakeHub, tiny: VAN) -> None:
     _publish(
         hub, "me/vit", {"a.pth": _bytes(tiny.state_dict()), "config.json": {"model_type": "vit"}}
     )
-    with pytest.raises(CheckpointError, match="is of a vit with gelu, not of a VAN"):
+    with pytest.raises(CheckpointError, match="'model_type' is 'vit': it should be 'van'"):
         load_van("me/vit")
 
 
-# --- Transformers' JSON ----------------------------------------------------------------------
+# --- what the caller decides -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({}, "224x224 bicubic, crop 0.875, mean 0.485/0.456/0.406, std 0.229/0.224/0.225"),
-        ({"size": {"shortest_edge": 224}}, "224x224 bicubic, crop 0.875, mean 0.485/0.456/0.406"),
-        ({"size": {"height": 256, "width": 256}, "crop_size": 224}, "224x224 bicubic, crop 0.875"),
-        ({"size": 384}, "384x384 bicubic, crop 1,"),
-        ({"resample": 2}, "224x224 bilinear"),
-        ({"do_normalize": False}, "crop 0.875, mean 0/0/0, std 1/1/1"),
-        ({"rescale_factor": 0.00392156862745098}, "224x224 bicubic"),
-    ],
-)
-def test_spellings_of_the_json(change: dict[str, Any], text: str) -> None:
-    assert text in str(preprocessing_from_json({**CONVNEXT, **change}))
+def test_eps_is_the_frameworks_own_or_the_callers(
+    tmp_path: Path, tiny: VAN, renamed: Rename
+) -> None:
+    path = tmp_path / "w.pth"
+    for form, eps in (("official", 1e-6), ("transformers", 1e-6), ("mmpretrain", 1e-5)):
+        torch.save(renamed(tiny.state_dict(), form), path)
+        loaded = load_van(str(path))
+        assert loaded.config.layer_norm_eps == loaded.model.get_submodule("norm1").eps == eps
+        assert loaded.source.notes == (
+            ()
+            if form != "mmpretrain"
+            else (
+                "LayerNorm's eps is mmpretrain's own 1e-05; the published weights were trained "
+                "with 1e-06 (--layer-norm-eps)",
+            )
+        )
+        chosen = load_van(str(path), layer_norm_eps=1e-6)
+        assert _same(chosen, tiny)
+        assert chosen.source.notes == ()
+    random = load_van("van_b0", weights="random", layer_norm_eps=1e-3)
+    assert random.config.layer_norm_eps == random.model.get_submodule("norm1").eps == 1e-3
+    with pytest.raises(UsageError, match=r"^LayerNorm's eps 1 is not between 0 and 1\."):
+        load_van(str(path), layer_norm_eps=1.0)
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"size": {"height": 224, "width": 192}}, "only squares are supported"),
-        ({"size": "big"}, "size is 'big'"),
-        ({"resample": 17}, "index out of range"),
-        ({"do_resize": False}, "do_resize is false"),
-        ({"rescale_factor": 1.0}, "rescale_factor is 1.0, not 1/255"),
-        ({"image_mean": [0.5, 0.5]}, "The std has 3 values"),
-        ({"crop_pct": 2}, "The crop ratio 2 is outside"),
-    ],
-)
-def test_json_that_cannot_be_followed(change: dict[str, Any], reason: str) -> None:
-    with pytest.raises(CheckpointError, match="beside the weights cannot be followed") as error:
-        preprocessing_from_json({**CONVNEXT, **change})
-    assert reason in error.value.message
+def test_a_head_is_described(tmp_path: Path, tiny: VAN) -> None:
+    body = {k: v for k, v in tiny.state_dict().items() if not k.startswith("head.")}
+    head = torch.nn.Sequential(torch.nn.Linear(24, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2))
+    torch.save(
+        {**body, **{f"head.{k}": v for k, v in head.state_dict().items()}}, tmp_path / "w.pt"
+    )
+    loaded = load_van(str(tmp_path / "w.pt"), head=("linear", "tanh", "linear"))
+    assert loaded.config.head == (6, "tanh", 2)
+    images = torch.randn(2, 3, 64, 64)
+    features = tiny.forward_head(tiny.forward_features(images), pre_logits=True)
+    assert torch.equal(loaded.model(images), head(features))
 
 
-def test_incomplete_json_cannot_be_followed() -> None:
-    with pytest.raises(CheckpointError, match="image_std, resample is not given"):
-        preprocessing_from_json({"size": 224, "image_mean": 0.5})
+def test_what_the_caller_decides_is_not_looked_at(saved: Path, tiny: VAN) -> None:
+    arguments = {"input_size": [3, 64, 96], "interpolation": "random", "crop_pct": 0.9}
+    torch.save(
+        {"state_dict": tiny.state_dict(), "args": arguments, "class_to_idx": {"a": 0}}, saved
+    )
+    with pytest.raises(CheckpointError, match=r"input_size is \[3, 64, 96\]: only squares"):
+        load_van(str(saved), own_labels=True)
+    given = {"image_size": 64, "interpolation": "bilinear", "mean": None}
+    loaded = load_van(str(saved), preprocessing=given, own_labels=True)
+    assert str(loaded.preprocessing) == (
+        "64x64 bilinear, crop 0.9, mean 0.5/0.5/0.5, std 0.5/0.5/0.5"
+    )
+    assert loaded.preprocessing.source == (
+        "the checkpoint's own training arguments (mean, std: assumed, the official weights'), "
+        "except image_size, interpolation as asked for"
+    )
+    with pytest.raises(CheckpointError, match="class_to_idx in the file names 1 classes"):
+        load_van(str(saved), preprocessing=given)
+
+
+@each("channels", [1, 2, 4, 13])
+def test_any_number_of_channels_loads(
+    tmp_path: Path, tiny_config: VanConfig, channels: int
+) -> None:
+    model = random_van(replace(tiny_config, in_chans=channels), seed=4)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    loaded = load_van(str(tmp_path / "w.pth"))
+    assert loaded.config.in_chans == loaded.preprocessing.channels == channels
+    images = torch.randn(1, channels, 64, 64)
+    assert torch.equal(loaded.model(images), model(images))
+
+
+def test_one_logit_loads(tmp_path: Path, tiny_config: VanConfig) -> None:
+    model = random_van(replace(tiny_config, num_classes=1), seed=4)
+    torch.save({"model": model.state_dict(), "class_to_idx": {"cat": 0, "dog": 1}}, tmp_path / "w")
+    loaded = load_van(str(tmp_path / "w"), container="model")
+    assert loaded.config.num_classes == 1
+    assert loaded.class_names == ("dog",)
+    assert "one logit: nothing says whether of two classes or of a regression" in (
+        loaded.source.notes
+    )

@@ -16,6 +16,7 @@ import pytest
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.model.digests import cache_folder, check_digest, hub_cache
 from van_deploy.model.hub import choose_file, fetch_weights, locate_weights
+from van_deploy.model.sources import Found, find_weights
 from van_deploy.model.variants import VARIANTS, HubFile
 
 if TYPE_CHECKING:
@@ -32,17 +33,28 @@ def _refusal(*arguments: str, **options: object) -> DownloadError:
     return error.value
 
 
+def _find(word: str, *, offline: bool = False, sha256: str | None = None) -> Found:
+    return find_weights(word, offline, sha256, None)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def test_download_is_cached_reported_and_remembered(hub: FakeHub) -> None:
     hub.repos[REPO] = {"w.pth": CONTENT}
     seen: list[tuple[str, int, int | None]] = []
     digest = hashlib.sha256(CONTENT).hexdigest()
-    first = fetch_weights(REPO, "w.pth", progress=lambda *step: seen.append(step))
-    assert first.path.read_bytes() == CONTENT
-    assert first.sha256 == digest
-    assert first.file == HubFile(REPO, "w.pth")
-    assert first.notes == (f"digest {digest[:12]}… recorded: the first download on this machine",)
+    file, path, sha256, notes = fetch_weights(
+        REPO, "w.pth", progress=lambda *step: seen.append(step)
+    )
+    assert path.read_bytes() == CONTENT
+    assert (file, sha256, notes) == (HubFile(REPO, "w.pth"), digest, ())
     assert seen[-1] == ("w.pth", len(CONTENT), len(CONTENT))
-    again = fetch_weights(REPO, "w.pth")
+    first, again = _find(f"{REPO}:w.pth"), _find(f"{REPO}:w.pth")
+    assert first.notes == (f"digest {digest[:12]}… recorded: the first download on this machine",)
     assert again.notes == (f"digest {digest[:12]}… as recorded at the first download",)
     assert len(hub.downloads("w.pth")) == 1
 
@@ -55,8 +67,8 @@ def test_a_dropped_connection_is_taken_up_where_it_broke(
     hub.repos[REPO] = {"w.pth": CONTENT}
     hub.drop_after = 40_000
     seen: list[int] = []
-    got = fetch_weights(REPO, "w.pth", progress=lambda _name, here, _all: seen.append(here))
-    assert got.path.read_bytes() == CONTENT
+    _, path, *_ = fetch_weights(REPO, "w.pth", progress=lambda _name, here, _all: seen.append(here))
+    assert path.read_bytes() == CONTENT
     first, second = hub.downloads("w.pth")
     assert first is None
     assert second is not None
@@ -73,7 +85,7 @@ def test_a_hub_that_lies_about_the_length(hub: FakeHub, announced: int) -> None:
     error = _refusal(REPO, "w.pth")
     assert f"{REPO}/w.pth" in error.message
     hub.length.clear()
-    assert fetch_weights(REPO, "w.pth").path.read_bytes() == CONTENT
+    assert fetch_weights(REPO, "w.pth")[1].read_bytes() == CONTENT
 
 
 def test_a_download_that_stands_still_is_given_up(
@@ -87,17 +99,44 @@ def test_a_download_that_stands_still_is_given_up(
     assert time.monotonic() - begun < 60
     assert f"{REPO}/w.pth" in error.message
     hub.stall_after = None
-    assert fetch_weights(REPO, "w.pth").path.read_bytes() == CONTENT
+    assert fetch_weights(REPO, "w.pth")[1].read_bytes() == CONTENT
 
 
 def test_offline_uses_the_cache_and_nothing_else(hub: FakeHub) -> None:
     hub.repos[REPO] = {"model.safetensors": CONTENT, "config.json": b'{"a": 1}'}
-    online = fetch_weights(REPO)
+    online = _find(REPO)
     hub.log.clear()
-    offline = fetch_weights(REPO, offline=True)
-    assert offline.path == online.path
-    assert offline.config == {"a": 1}
+    offline = _find(REPO, offline=True)
+    assert (offline.path, offline.beside) == (online.path, {"config.json": {"a": 1}})
     assert hub.log == []
+
+
+def test_a_revision_is_its_own_file(hub: FakeHub) -> None:
+    hub.repos[REPO] = {"w.pth": CONTENT}
+    hub.repos[f"{REPO}@v1"] = {"w.pth": CONTENT + b"old"}
+    commit = hub.commit(f"{REPO}@v1")
+    assert _find(REPO).path.read_bytes() == CONTENT
+    for revision in ("v1", commit):
+        assert _find(f"{REPO}@{revision}:w.pth").path.read_bytes() == CONTENT + b"old"
+        assert _find(f"{REPO}@{revision}", offline=True).path.read_bytes() == CONTENT + b"old"
+    hub.log.clear()
+    assert _find(f"{REPO}@{commit}:w.pth").repo_id == REPO
+    assert hub.log == [], "a commit that is here never changes: nothing is asked"
+    with pytest.raises(DownloadError, match=f"^The repository {REPO} has no such revision"):
+        _find(f"{REPO}@v2")
+
+
+def test_the_cache_serves_while_the_hub_is_away(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos[REPO] = {"w.pth": CONTENT}
+    path = _find(REPO).path
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{_free_port()}")
+    found = _find(REPO)
+    assert found.path == path
+    assert found.notes[0].startswith("the copy in the cache, since the hub cannot be asked: ")
+    with pytest.raises(DownloadError, match=f"^{REPO} could not be downloaded"):
+        _find(f"{REPO}:other.pth")
 
 
 def test_offline_by_environment(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,9 +157,7 @@ def test_offline_without_cache(caches: Path, filename: str | None) -> None:
 
 
 def test_no_network(caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
     for error in (_refusal(REPO, "w.pth"), _refusal(REPO)):
         assert f"could not be downloaded (http://127.0.0.1:{port}): " in error.message
@@ -149,13 +186,14 @@ def test_gated_repository(hub: FakeHub) -> None:
 def test_expected_digest(hub: FakeHub) -> None:
     hub.repos[REPO] = {"w.pth": CONTENT}
     right = hashlib.sha256(CONTENT).hexdigest()
-    error = _refusal(REPO, "w.pth", expect_sha256="0" * 64)
-    assert error.message == (
+    with pytest.raises(DownloadError) as error:
+        _find(REPO, sha256="0" * 64)
+    assert error.value.message == (
         f"{REPO}/w.pth is not the file that was asked for: its SHA-256 is {right}, "
         f"the expected one {'0' * 64}."
     )
     assert not (cache_folder() / "digests").exists(), "a refused file must not be remembered"
-    assert fetch_weights(REPO, "w.pth", expect_sha256=right.upper()).sha256 == right
+    assert _find(REPO, sha256=right).sha256 == right
 
 
 def test_announced_digest_must_be_true(hub: FakeHub) -> None:
@@ -168,34 +206,40 @@ def test_announced_digest_must_be_true(hub: FakeHub) -> None:
 
 def test_a_changed_file_is_refused_later(hub: FakeHub) -> None:
     hub.repos[REPO] = {"w.pth": CONTENT}
-    old = fetch_weights(REPO, "w.pth").sha256
+    old = _find(REPO).sha256
     hub.repos[REPO] = {"w.pth": CONTENT + b"changed"}
-    error = _refusal(REPO, "w.pth")
-    assert f"and was {old} when it was first downloaded" in error.message
+    with pytest.raises(DownloadError) as error:
+        _find(REPO)
+    assert f"and was {old} when it was first downloaded" in error.value.message
     remembered = next((cache_folder() / "digests").iterdir())
-    assert str(remembered) in error.remedy
+    assert str(remembered) in error.value.remedy
     remembered.unlink()
-    assert fetch_weights(REPO, "w.pth").path.read_bytes().endswith(b"changed")
+    assert _find(REPO).path.read_bytes().endswith(b"changed")
 
 
-def test_repositorys_json_is_read(hub: FakeHub) -> None:
+def test_repositorys_json_lies_beside(hub: FakeHub) -> None:
     hub.repos[REPO] = {
         "pytorch_model.bin": b"x",
         "model.safetensors": CONTENT,
         "config.json": b'{"layer_norm_eps": 1e-5}',
         "preprocessor_config.json": b'{"size": 224}',
+        "sub/w.pth": CONTENT,
+        "sub/config.json": b'{"depths": 3}',
     }
-    got = fetch_weights(REPO)
-    assert got.file.filename == "model.safetensors"
-    assert got.config == {"layer_norm_eps": 1e-5}
-    assert got.preprocessor == {"size": 224}
+    found = _find(REPO)
+    assert found.path.name == "model.safetensors"
+    assert found.beside == {
+        "config.json": {"layer_norm_eps": 1e-5},
+        "preprocessor_config.json": {"size": 224},
+    }
+    assert _find(f"{REPO}:sub/w.pth").beside == {"config.json": {"depths": 3}}
 
 
 @pytest.mark.parametrize("content", [b"[1, 2]", b"{", b"\xff\xfe"])
 def test_broken_json_is_named(hub: FakeHub, content: bytes) -> None:
     hub.repos[REPO] = {"w.pth": CONTENT, "config.json": content}
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        fetch_weights(REPO)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: "):
+        _find(REPO)
 
 
 def test_the_one_file_that_can_be_meant() -> None:
@@ -214,7 +258,7 @@ def test_locating_weights(hub: FakeHub) -> None:
     assert file is not None
     hub.repos[file.repo_id] = {file.filename: CONTENT}
     assert locate_weights("van_b0") is None
-    path = fetch_weights(file.repo_id, file.filename).path
+    path = fetch_weights(file.repo_id, file.filename)[1]
     hub.log.clear()
     assert locate_weights("van_tiny") == path
     assert locate_weights("van_b5") is None

@@ -1,4 +1,4 @@
-"""The light pipeline gives timm's bits."""
+"""Every bit of timm's and torchvision's evaluation transforms."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from timm.data.transforms_factory import create_transform
+from torchvision import transforms
 
+from tests.each import each
+from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.images import find_images, open_image
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import INTERPOLATIONS, OFFICIAL, Preprocessing
+from van_deploy.model.processors import from_torchvision
 
 SIZES = ((8, 8), (33, 57), (57, 33), (249, 248), (300, 301), (1, 5), (224, 224), (1000, 247))
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def pictures() -> list[Image.Image]:
@@ -23,42 +29,82 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in SIZES]
 
 
-def same_as_timm(image: Image.Image, preprocessing: Preprocessing, timm: Any) -> None:
-    expected = timm(image).numpy()
-    found = normalised(pixels_from_image(image, preprocessing)[None], preprocessing)[0]
+def ours(image: Image.Image, preprocessing: Preprocessing) -> Any:
+    return normalised(pixels_from_image(image, preprocessing)[None], preprocessing)[0]
+
+
+def timms(preprocessing: Preprocessing) -> Any:
+    return create_transform(
+        (preprocessing.channels, preprocessing.image_size, preprocessing.image_size),
+        is_training=False,
+        interpolation=preprocessing.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+    )
+
+
+def assert_same(image: Image.Image, preprocessing: Preprocessing, theirs: Any) -> None:
+    expected, found = theirs(image).numpy(), ours(image, preprocessing)
     assert found.dtype == np.float32
     assert np.array_equal(found, expected), (image.size, np.abs(found - expected).max())
+    assert np.array_equal(preprocessing.transform()(image).numpy(), expected)
 
 
-@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-@pytest.mark.parametrize(("size", "crop"), [(224, 0.9), (65, 0.87), (64, 1.0)])
-def test_every_bit_is_timms(interpolation: str, size: int, crop: float) -> None:
+@each("mode", ["center", "squash", "border"])
+@each("interpolation", INTERPOLATIONS)
+@each(("size", "crop"), [(224, 0.9), (65, 0.87), (64, 1.0)])
+def test_every_bit_is_timms(interpolation: str, size: int, crop: float, mode: str) -> None:
     preprocessing = OFFICIAL.override(
-        image_size=size,
-        crop_pct=crop,
-        interpolation=interpolation,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+        image_size=size, crop_pct=crop, interpolation=interpolation, crop_mode=mode, **IMAGENET
     )
-    timm = preprocessing.transform()
+    theirs = timms(preprocessing)
     for image in pictures():
-        same_as_timm(image, preprocessing, timm)
+        if mode != "border" or min(image.size) > 1:  # timm resizes a ribbon to a width of 0
+            assert_same(image, preprocessing, theirs)
 
 
-@pytest.mark.parametrize(
-    ("channels", "mode"), list(itertools.product((1, 3, 4), ("RGB", "L", "RGBA")))
+@each(
+    ("args", "size", "crop"),
+    [
+        ({"val_resize_size": 232, "val_crop_size": 224, "interpolation": "bicubic"}, 232, 224),
+        ({"val_resize_size": 256, "val_crop_size": 225, "interpolation": "bilinear"}, 256, 225),
+    ],
 )
+def test_every_bit_is_torchvisions(args: dict[str, Any], size: int, crop: int) -> None:
+    """Against the steps of references/classification/presets.py's ClassificationPresetEval."""
+    preprocessing = Preprocessing.from_dict({"source": "", **from_torchvision(args)})
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(
+                size, interpolation=transforms.InterpolationMode(args["interpolation"])
+            ),
+            transforms.CenterCrop(crop),
+            transforms.PILToTensor(),
+            transforms.ConvertImageDtype(torch.float),
+            transforms.Normalize(mean=IMAGENET["mean"], std=IMAGENET["std"]),
+        ]
+    )
+    for image in pictures():
+        assert_same(image, preprocessing, theirs)
+
+
+@each(("channels", "mode"), list(itertools.product((1, 3, 4), ("RGB", "L", "RGBA"))))
 def test_channels_and_modes(channels: int, mode: str) -> None:
     preprocessing = Preprocessing(64, (0.4,) * channels, (0.2,) * channels, "bicubic", 0.9, "test")
-    image = pictures()[1].convert(mode)
-    assert pixels_from_image(image, preprocessing).shape == (64, 64, channels)
-    same_as_timm(image, preprocessing, preprocessing.transform())
+    converted = pictures()[1].convert(mode)
+    assert pixels_from_image(converted, preprocessing).shape == (64, 64, channels)
+    image = converted.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    for crop_mode in ("center", "squash", "border"):
+        changed = preprocessing.override(crop_mode=crop_mode)
+        assert np.array_equal(ours(converted, changed), timms(changed)(image).numpy())
 
 
 def test_every_bit_is_timms_on_photographs(shared: Path) -> None:
-    timm = OFFICIAL.transform()
+    theirs = timms(OFFICIAL)
     for path in find_images(shared / "data/imagenet")[::8]:
-        same_as_timm(open_image(path), OFFICIAL, timm)
+        assert_same(open_image(path), OFFICIAL, theirs)
 
 
 def test_a_ribbon_is_refused_before_it_fills_the_memory() -> None:
@@ -68,7 +114,7 @@ def test_a_ribbon_is_refused_before_it_fills_the_memory() -> None:
     assert "14880000 pixels long" in caught.value.message
 
 
-def test_five_channels_are_no_picture() -> None:
+def test_five_channels_are_no_image() -> None:
     preprocessing = Preprocessing(64, (0.5,) * 5, (0.5,) * 5, "bicubic", 0.9, "test")
-    with pytest.raises(UsageError, match="No picture has 5 channels"):
+    with pytest.raises(UsageError, match="The network takes 5 channels"):
         pixels_from_image(pictures()[0], preprocessing)

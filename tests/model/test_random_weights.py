@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.each import each
 from van_deploy.model.random_weights import random_van, sha256_of_state, smooth_pictures
 from van_deploy.model.variants import VARIANTS, VanConfig
 
@@ -34,7 +34,7 @@ def test_the_global_random_state_is_left_alone(tiny_config: VanConfig) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
+@each(
     "config",
     [
         VARIANTS["van_b0"].config,

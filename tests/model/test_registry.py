@@ -10,11 +10,12 @@ import timm
 import torch
 from timm.data.config import resolve_data_config
 
+from tests.each import each
 from van_deploy.errors import UsageError
+from van_deploy.model import registry  # noqa: F401
 from van_deploy.model.hub import locate_weights
-from van_deploy.model.registry import TimmVan
 from van_deploy.model.van import VAN
-from van_deploy.model.variants import VARIANTS
+from van_deploy.model.variants import VARIANTS, VanConfig
 
 if TYPE_CHECKING:
     from tests.model.conftest import FakeHub
@@ -33,7 +34,7 @@ def test_timm_lists_every_variant() -> None:
 
 def test_same_parameters_as_the_plain_network() -> None:
     model = _create("van_b0").eval()
-    assert isinstance(model, TimmVan)
+    assert isinstance(model, VAN)
     with torch.device("meta"):
         plain = VAN(VARIANTS["van_b0"].config)
     assert {k: v.shape for k, v in model.state_dict().items()} == {
@@ -48,7 +49,7 @@ def test_data_configuration_is_the_weights() -> None:
     assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 0.9)
 
 
-@pytest.mark.parametrize(("classes", "channels"), [(10, 3), (0, 3), (7, 1)])
+@each(("classes", "channels"), [(10, 3), (0, 3), (7, 1)])
 def test_heads_and_channels(classes: int, channels: int) -> None:
     model = _create("van_b0", num_classes=classes, in_chans=channels).eval()
     output = model(torch.randn(2, channels, 64, 64))
@@ -61,6 +62,46 @@ def test_head_can_be_replaced() -> None:
     model.reset_classifier(3)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
     assert model.get_classifier().out_features == 3
+    assert model.num_classes == 3
+
+
+def test_features_are_maps_until_the_head_pools_them() -> None:
+    model, images = _create("van_b0").eval(), torch.randn(2, 3, 64, 96)
+    maps = model.forward_features(images)
+    assert maps.shape == (2, 256, 2, 3)
+    pooled = model.forward_head(maps, pre_logits=True)
+    assert torch.equal(pooled, maps.mean((2, 3)))
+    assert torch.equal(model(images), model.head(pooled))
+    assert pooled.shape[1] == model.num_features == model.head_hidden_size
+
+
+def test_pooling_can_be_left_out() -> None:
+    model, images = (
+        _create("van_b0", num_classes=0, global_pool="").eval(),
+        torch.randn(1, 3, 64, 64),
+    )
+    assert torch.equal(model(images), model.forward_features(images))
+    model.reset_classifier(4, "avg")
+    assert model(images).shape == (1, 4)
+    model.reset_classifier(0, "")
+    assert model(images).shape == (1, 256, 2, 2)
+    with pytest.raises(ValueError, match="Without pooling there can be no head"):
+        model.reset_classifier(4)
+    with pytest.raises(ValueError, match="not by 'max'"):
+        _create("van_b0", global_pool="max")
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    config = VanConfig((8, 8, 8, 8), (2, 1, 1, 1), (2, 2, 2, 2), num_classes=2)
+    torch.manual_seed(0)
+    model, images = VAN(config), torch.randn(2, 3, 64, 64)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([torch.clone(p.grad) for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
 def test_feature_maps_are_the_stages() -> None:
@@ -77,9 +118,13 @@ def test_feature_maps_are_the_stages() -> None:
     ]
     model = _create("van_b0").eval()
     images = torch.randn(2, 3, 64, 64)
-    pooled, chosen = model.forward_intermediates(images, indices=[1, 3])
-    assert torch.allclose(pooled, model.forward_features(images), rtol=1e-4, atol=1e-5)
-    assert torch.equal(pooled, chosen[-1].mean(dim=(2, 3)))
+    final, chosen = model.forward_intermediates(images, indices=[1, 3])
+    assert torch.equal(final, model.forward_features(images))
+    assert torch.equal(final, chosen[-1])
+    early = model.forward_intermediates(
+        images, indices=[1], stop_early=True, intermediates_only=True
+    )
+    assert torch.equal(early[0], chosen[0])
 
 
 def test_stochastic_depth_reaches_the_blocks() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from van_deploy.errors import CheckpointError
+from tests.each import each
+from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.architecture import config_from_state_dict, variant_of
-from van_deploy.model.keys import FORMATS, translate_keys, unwrap_prefixes
+from van_deploy.model.keys import FORMATS, translate_keys
 from van_deploy.model.random_weights import random_van
 from van_deploy.model.state import network_from_state, official_state
 from van_deploy.model.van import VAN
@@ -28,24 +30,29 @@ def state(tiny: VAN) -> State:
     return {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
 
 
-def _load(state: State) -> VAN:
-    return network_from_state(official_state(state).tensors)[0]
+def _load(state: State, head: Sequence[str] | None = None) -> VAN:
+    tensors = official_state(state).tensors
+    return network_from_state(tensors, config_from_state_dict(tensors, head)[0])
+
+
+def _images(count: int = 1, channels: int = 3) -> Tensor:
+    return torch.randn(count, channels, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 # --- names -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@each("target", FORMATS)
 def test_every_name_of_every_format_is_translated(tiny: VAN, renamed: Rename, target: str) -> None:
     official = tiny.state_dict()
     names = list(renamed(official, target))
     translation = translate_keys(names)
     assert translation.format == target
     assert list(translation.names.values()) == list(official)
-    assert translation.unused == ()
+    assert (translation.unused, translation.unknown, translation.beside) == ((), (), ())
 
 
-@pytest.mark.parametrize("target", FORMATS)
+@each("target", FORMATS)
 def test_three_formats_give_the_same_logits(tiny: VAN, renamed: Rename, target: str) -> None:
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     assert torch.equal(_load(renamed(tiny.state_dict(), target))(images), tiny(images))
@@ -68,93 +75,129 @@ def test_that_layer_norm_is_unexpected_among_official_names(state: State) -> Non
         _load(state)
 
 
-def test_mmpretrain_eps_is_pointed_out(state: State, renamed: Rename) -> None:
-    (note,) = official_state(renamed(state, "mmpretrain")).notes
-    assert note.startswith("mmpretrain runs its LayerNorms with eps 1e-5; the official 1e-6")
-
-
-@pytest.mark.parametrize("other", ["transformers", "mmpretrain"])
+@each("other", ["transformers", "mmpretrain"], fresh="state")
 def test_mixed_formats_are_refused(state: State, renamed: Rename, other: str) -> None:
     mixed = renamed({k: v for k, v in state.items() if k.startswith("block1")}, other)
     mixed |= {k: v for k, v in state.items() if not k.startswith("block1")}
-    with pytest.raises(CheckpointError, match=f"mixes formats: .* official .* {other} "):
+    with pytest.raises(CheckpointError, match=f"mixes formats, and is whole in none: .*{other}"):
         official_state(mixed)
 
 
-@pytest.mark.parametrize(
-    "prefixes", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."]
-)
-def test_wrappers_prefixes_are_taken_off(state: State, prefixes: str) -> None:
-    wrapped = {prefixes + name: tensor for name, tensor in state.items()}
-    plain, removed = unwrap_prefixes(wrapped)
-    assert list(plain) == list(state)
-    assert "".join(removed) == prefixes
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.", "_forward_module.")
 
 
-def test_a_prefix_on_some_names_only_stays(state: State) -> None:
-    state["module.head.weight"] = state.pop("head.weight")
-    with pytest.raises(CheckpointError, match="no classification head"):
-        _load(state)
+@each("target", FORMATS, fresh="state")
+@each("prefix", [*PREFIXES, "module._orig_mod.", "a.b.c."], fresh="state")
+def test_a_network_is_found_behind_any_prefix(
+    state: State, tiny: VAN, renamed: Rename, prefix: str, target: str
+) -> None:
+    wrapped = {prefix + name: t for name, t in renamed(state, target).items()}
+    wrapped |= {"n_averaged": torch.tensor(9), "criterion.weight": torch.ones(5)}
+    wrapped |= {f"{prefix}total_ops": torch.zeros(1), "val_accuracy.tp": torch.zeros(5)}
+    found = official_state(wrapped)
+    assert found.notes == (
+        "left by training, no part of the network: n_averaged, criterion.weight, "
+        f"{prefix}total_ops, val_accuracy.tp",
+    )
+    assert torch.equal(_load(wrapped)(_images()), tiny(_images()))
 
 
-@pytest.mark.parametrize(
-    ("names", "network"),
-    [
-        (["conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "fc.weight"], "a ResNet"),
-        (["cls_token", "blocks.0.attn.qkv.weight"], "a Vision Transformer"),
-        (["layers.0.blocks.0.attn.relative_position_bias_table"], "a Swin Transformer"),
-        (["downsample_layers.0.0.weight", "stages.0.0.dwconv.weight"], "a ConvNeXt"),
-        (
-            ["patch_embed1.proj.weight", "patch_embed1.norm.weight", "block1.0.attn.q.weight"],
-            "a Pyramid Vision Transformer",
-        ),
-        (
-            ["patch_embed1.proj.0.weight", "block1.0.attn.spatial_gating_unit.conv0_1.weight"],
-            "SegNeXt's MSCAN",
-        ),
-    ],
-)
-def test_other_networks_are_recognised(names: list[str], network: str) -> None:
+def test_what_stands_beside_a_network_is_no_guess(state: State, tiny: VAN) -> None:
+    wrapped = {f"model.{name}": tensor for name, tensor in state.items()}
+    wrapped["normalize.mean"] = torch.ones(3)
     with pytest.raises(CheckpointError) as error:
-        translate_keys(names)
-    assert error.value.message.startswith(
-        f"The checkpoint is not a VAN: it has no Large Kernel Attention. It looks like {network}. "
-        f"Its {len(names)} tensors begin with {names[0]}"
+        official_state(wrapped, "state_dict")
+    assert error.value.message == (
+        "The checkpoint holds tensors beside the VAN whose part is unknown: normalize.mean."
+    )
+    assert error.value.remedy.endswith("name its own: --container state_dict.model.")
+
+
+def test_several_networks_under_one_key(state: State) -> None:
+    both = {f"{who}.{name}": t for who in ("student", "teacher") for name, t in state.items()}
+    with pytest.raises(UsageError) as error:
+        official_state(both, "state_dict")
+    assert error.value.message == (
+        "The checkpoint holds 2 networks: official names under 'student.', official names under "
+        "'teacher.'."
+    )
+    assert error.value.remedy == (
+        "Say which: --container state_dict.student or --container state_dict.teacher."
     )
 
 
-def test_unknown_networks_are_refused_without_a_guess() -> None:
+def test_other_networks_are_refused_without_a_guess() -> None:
     with pytest.raises(CheckpointError) as error:
-        translate_keys(["encoder.weight", "decoder.weight"])
+        translate_keys(["layer1.0.conv1.weight", "fc.weight"])
     assert error.value.message == (
-        "The checkpoint is not a VAN: it has no Large Kernel Attention. "
-        "Its 2 tensors begin with encoder.weight, decoder.weight."
+        "The checkpoint is not a VAN: no tensor is called as its Large Kernel Attention is. "
+        "Its 2 tensors begin with layer1.0.conv1.weight, fc.weight."
+    )
+
+
+@each(
+    ("target", "prefix", "beside", "whose"),
+    [
+        ("official", "", "", ""),
+        ("official", "backbone.", "decode_head.conv_seg.weight", ", as in VAN-Segmentation"),
+        ("official", "backbone.", "rpn_head.rpn_conv.weight", ", as in VAN-Detection"),
+        ("mmpretrain", "", "", ""),
+        ("mmpretrain", "", "auxiliary_head.conv.bias", ", as in VAN-Segmentation"),
+        ("transformers", "", "", ", as Transformers' VanModel is"),
+    ],
+    fresh="state",
+)
+def test_backbones_are_called_backbones(
+    state: State, renamed: Rename, target: str, prefix: str, beside: str, whose: str
+) -> None:
+    body = renamed({k: v for k, v in state.items() if not k.startswith("head.")}, target)
+    body = {prefix + name.removeprefix("van."): tensor for name, tensor in body.items()}
+    rest = f" Beside it: {beside}." if beside else ""
+    with pytest.raises(CheckpointError) as error:
+        official_state(body | ({beside: torch.ones(2)} if beside else {}))
+    assert error.value.message == (
+        f"The checkpoint is a VAN backbone ({target} names) without a classification head"
+        f"{whose}.{rest}"
+    )
+    assert error.value.remedy == (
+        "Backbones cannot be exported yet: pass the weights of a whole classifier."
     )
 
 
 # --- the architecture ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@each("name", VARIANTS)
 def test_every_variant_is_read_back(name: str) -> None:
     config = VARIANTS[name].config
     with torch.device("meta"):
         state = VAN(config).state_dict()
-    assert config_from_state_dict(state) == config
+    assert config_from_state_dict(state) == (config, ())
     assert variant_of(config) == name
 
 
-@pytest.mark.parametrize(
+@each(
     "config",
     [
         VanConfig((8, 8, 16, 16), (1, 1, 1, 1), (4, 3, 2, 1), num_classes=2, in_chans=1),
         VanConfig((8, 8, 8, 8), (1, 2, 11, 1), (1.5, 2.25, 2, 2), lka_kernels=(7, 9)),
         VanConfig((10, 6, 7, 3), (2, 1, 1, 1), (1.3, 2, 2, 2), in_chans=7, lka_kernels=(3, 5)),
+        VanConfig((8, 8, 8, 8), (1, 1, 1, 1), (1, 1, 1, 1), patch_sizes=(4, 2, 5, 3)),
     ],
 )
 def test_unusual_architectures_are_read_back(config: VanConfig) -> None:
     model = random_van(config, seed=3)
-    again, read = network_from_state(official_state(model.state_dict()).tensors)
+    tensors = official_state(model.state_dict()).tensors
+    read, notes = config_from_state_dict(tensors)
+    assert notes == (
+        ()
+        if config.lka_kernels == (5, 7)
+        else (
+            f"kernels {config.lka_kernels[0]} and {config.lka_kernels[1]}: the dilation "
+            f"{config.lka_dilation} is the paper's for the first, the weights do not say",
+        )
+    )
+    again = network_from_state(tensors, read)
     assert (read.embed_dims, read.depths, read.hidden_dims) == (
         config.embed_dims,
         config.depths,
@@ -174,7 +217,7 @@ def test_a_missing_block_is_named(state: State) -> None:
 
 def test_a_missing_stage_is_named(state: State) -> None:
     rest = {k: v for k, v in state.items() if not k.startswith("block4.")}
-    with pytest.raises(CheckpointError, match="no block in stage 4"):
+    with pytest.raises(CheckpointError, match="no block in stage 4 of the VAN"):
         _load(rest)
 
 
@@ -189,6 +232,77 @@ def test_an_enormous_block_number_costs_nothing(state: State) -> None:
     state["block1.999999.norm1.weight"] = torch.ones(8)
     with pytest.raises(CheckpointError, match=r"lacks block1\.1 but has block1\.999999"):
         _load(state)
+
+
+# --- sequential heads ------------------------------------------------------------------------
+
+
+def _with_head(tiny: VAN, head: nn.Sequential) -> tuple[State, nn.Module]:
+    """Return the tiny network's state dict with another head, and that head fitted to data."""
+    torch.manual_seed(3)
+    for layer in head:
+        if isinstance(layer, nn.BatchNorm1d):
+            nn.init.uniform_(layer.running_var, 0.5, 2)  # type: ignore[arg-type]
+            nn.init.normal_(layer.running_mean)  # type: ignore[arg-type]
+    body = {k: v for k, v in tiny.state_dict().items() if not k.startswith("head.")}
+    return {**body, **{f"head.{k}": v for k, v in head.state_dict().items()}}, head.eval()
+
+
+@each(
+    ("head", "said", "layers"),
+    [
+        (nn.Sequential(nn.Dropout(0.2), nn.Linear(24, 7)), None, ("dropout", 7)),
+        (nn.Sequential(nn.BatchNorm1d(24), nn.Linear(24, 7)), None, ("batchnorm", 7)),
+        (
+            nn.Sequential(nn.Linear(24, 9), nn.ReLU(), nn.Linear(9, 7)),
+            "linear,relu,linear",
+            (9, "relu", 7),
+        ),
+        (
+            nn.Sequential(
+                *(nn.Flatten(), nn.Linear(24, 9), nn.BatchNorm1d(9), nn.GELU(), nn.Dropout()),
+                *(nn.Linear(9, 7), nn.Sigmoid()),
+            ),
+            "flatten,linear,batchnorm,gelu,dropout,linear,sigmoid",
+            ("flatten", 9, "batchnorm", "gelu", "dropout", 7, "sigmoid"),
+        ),
+    ],
+)
+def test_a_sequential_head_is_part_of_the_network(
+    tiny: VAN, head: nn.Sequential, said: str | None, layers: tuple[int | str, ...]
+) -> None:
+    state, own = _with_head(tiny, head)
+    tensors = official_state(state).tensors
+    config, notes = config_from_state_dict(tensors, said.split(",") if said else None)
+    assert (config.head, config.num_classes) == (layers, 7)
+    assert notes == (
+        ("the head begins with layers without weights: taken for dropout (--head)",)
+        if layers[0] == "dropout"
+        else ()
+    )
+    model = network_from_state(tensors, config)
+    features = tiny.forward_head(tiny.forward_features(_images(2)), pre_logits=True)
+    assert torch.equal(model(_images(2)), own(features))
+    assert config.parameter_count() == sum(p.numel() for p in model.parameters())
+
+
+def test_what_a_head_does_not_tell_is_asked(tiny: VAN) -> None:
+    state, _ = _with_head(tiny, nn.Sequential(nn.Linear(24, 9), nn.Tanh(), nn.Linear(9, 7)))
+    with pytest.raises(CheckpointError) as error:
+        _load(state)
+    assert error.value.message == (
+        "The head is linear, ?, linear: the weights do not say what stands at each '?'."
+    )
+    assert error.value.remedy.startswith("Say all its layers, such as --head linear,relu,linear;")
+    assert _load(state, ["linear", "relu", "linear"])
+    for said in ("linear,linear", "linear,relu", "linear,relu,linear,linear", "relu,linear,linear"):
+        with pytest.raises(UsageError, match=f"^--head {said} is not the checkpoint's: linear, "):
+            _load(state, said.split(","))
+
+
+def test_one_linear_layer_needs_no_head(state: State) -> None:
+    with pytest.raises(UsageError, match="The head is one linear layer"):
+        _load(state, ["linear"])
 
 
 # --- the strict load -------------------------------------------------------------------------
@@ -235,7 +349,7 @@ def test_long_lists_are_cut_and_counted(state: State) -> None:
         _load(state)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@each("value", [float("nan"), float("inf"), float("-inf")], fresh="state")
 def test_nan_and_infinite_weights_are_refused(state: State, value: float) -> None:
     state["block1.0.attn.proj_1.weight"][0, 0] = value
     state["norm2.bias"][3] = value
@@ -252,7 +366,7 @@ def test_negative_variances_are_refused(state: State) -> None:
         _load(state)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@each("dtype", [torch.float16, torch.bfloat16, torch.float64], fresh="state")
 def test_other_precisions_are_converted_and_noted(state: State, dtype: torch.dtype) -> None:
     other = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     loaded = official_state(other)
@@ -268,7 +382,7 @@ def test_values_too_large_for_float32_are_refused(state: State) -> None:
 
 def test_integer_weights_are_refused(state: State) -> None:
     state["head.weight"] = torch.ones(5, 24, dtype=torch.int8)
-    with pytest.raises(CheckpointError, match=r"not floating point: head\.weight \(int8\)"):
+    with pytest.raises(CheckpointError, match=r"not floating point: head\.weight\."):
         _load(state)
 
 

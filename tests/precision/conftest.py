@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from onnx import ModelProto, save
+from onnx import ModelProto, load
 from PIL import Image
 
-from van_deploy.engine.backend import RTX, backend_named
-from van_deploy.engine.build import engine_from_onnx
-from van_deploy.engine.options import BuildOptions
-from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.fold import fold_van
+from van_deploy.bundle import Bundle
+from van_deploy.graph.rebuilt import RebuiltVan, van_from_onnx
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME, DigitsSplit, digits_images
-from van_deploy.recipe import BatchRange
+from van_deploy.precision.observers import ChannelRange, observe
+from van_deploy.precision.plan import QuantizationPlan, layers_in_scope
+from van_deploy.precision.simulate import logits
 
 
 @dataclass(frozen=True)
@@ -44,11 +40,9 @@ def van_digits() -> LoadedVan:
 
 
 @pytest.fixture(scope="session")
-def digits_graph(van_digits: LoadedVan, calibration_digits: Digits) -> ModelProto:
+def digits_graph(digits_bundle: Bundle) -> ModelProto:
     """Return its folded FP32 graph; not to be changed."""
-    folded = fold_van(van_digits.model, torch.from_numpy(calibration_digits.images[:2]))
-    assert folded.passed
-    return onnx_from_van(folded.model, van_digits.preprocessing.image_size)
+    return load(digits_bundle.verified("fp32"))
 
 
 @pytest.fixture(scope="session")
@@ -63,24 +57,28 @@ def heldout_digits(van_digits: LoadedVan) -> Digits:
     return _digits(van_digits, "heldout", 48)
 
 
-@pytest.fixture
-def rtx_plan(tmp_path: Path) -> Callable[[ModelProto], bytes]:
-    """Return a function that gives the plan TensorRT for RTX builds of a graph, for Ada GPUs."""
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        pytest.skip("tensorrt-rtx is not installed (pip install tensorrt-rtx-cu13)")
+@pytest.fixture(scope="session")
+def network(digits_graph: ModelProto, van_digits: LoadedVan) -> RebuiltVan:
+    """Return the embedded network, rebuilt from its graph; not to be changed."""
+    return van_from_onnx(digits_graph, van_digits.config)
 
-    def build(model: ModelProto) -> bytes:
-        save(model, tmp_path / "model.onnx")
-        engine_from_onnx(
-            tmp_path / "model.onnx",
-            tmp_path / "model.plan",
-            backend=backend_named(RTX),
-            options=BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),)),
-            precision="int8",
-        )
-        return (tmp_path / "model.plan").read_bytes()
 
-    return build
+@pytest.fixture(scope="session")
+def pointwise(network: RebuiltVan) -> tuple[str, ...]:
+    """Return its 1x1 convolutions."""
+    return layers_in_scope(network.model, ("pointwise",))
+
+
+@pytest.fixture(scope="session")
+def ranges(network: RebuiltVan, calibration_digits: Digits) -> dict[str, ChannelRange]:
+    """Return the ranges of its tensors, all counted."""
+    return observe(network, calibration_digits.batches(), set(network.tensors))
+
+
+@pytest.fixture(scope="session")
+def expected(network: RebuiltVan, heldout_digits: Digits) -> npt.NDArray[np.float32]:
+    """Return its logits of the held-out digits."""
+    return logits(QuantizationPlan(network), heldout_digits.images)
 
 
 def _digits(network: LoadedVan, split: DigitsSplit, count: int) -> Digits:

@@ -25,9 +25,12 @@ FLAGS = (
 DARK = "--blink-settings=preferredColorScheme=0"
 WITHIN_S = 120
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.report.content import document_of
 from van_deploy.report.document import Document, Facts, Grid, Section, Text, Tile
@@ -118,7 +117,7 @@ def test_an_export_alone_says_what_was_not_measured(bare: Bundle) -> None:
 def test_figures_are_the_manifests_own(full: Bundle) -> None:
     text = markdown_of_document(document_of(full))
     manifest = full.manifest
-    accuracy = manifest.checks["evaluate"]["accuracy"]["fp32"]
+    accuracy = manifest.checks["evaluate"]["accuracies"]["fp32"]
     bench = json.loads((full.path / "bench.json").read_text())
     assert manifest.weights.sha256 in text
     assert f"| {100 * accuracy['top1']:.2f} |" in text
@@ -146,15 +145,15 @@ def test_html_and_markdown_say_the_same(full: Bundle) -> None:
 
 def test_a_failed_check_makes_the_whole_report_fail(full: Bundle, tmp_path: Path) -> None:
     agreement = json.loads(json.dumps(full.manifest.checks["agreement"]))
-    agreement["passed"] = agreement["batches"][0]["passed"] = False
-    agreement["batches"][0]["failures"] = ["SQNR 12.0 dB is below 90 dB"]
+    agreement["outcome"] = agreement["batches"][0]["outcome"] = "fail"
+    agreement["batches"][0]["sqnr_db"] = 12.0
     document = document_of(edited(full, tmp_path / "copy", agreement=agreement))
     assert document.verdict == "FAIL"
     assert document.verdict_note.endswith("; 1 failed")
     verdicts = next(s for s in document.sections if s.title == "Verdicts").blocks[0]
     assert isinstance(verdicts, Grid)
     assert verdicts.rows[0][0] == "FAIL"
-    assert "SQNR 12.0 dB is below 90 dB" in verdicts.rows[0][2]
+    assert verdicts.rows[0][2] == "SQNR 12.0 dB"
 
 
 def test_a_changed_file_makes_the_report_fail(full: Bundle, tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ def test_a_benchmark_of_another_version_is_named_and_left_out(full: Bundle, tmp_
     assert words in markdown_of_document(document)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"schema": "other"}'])
+@each("text", ["", "{", '{"schema": "other"}'])
 def test_a_damaged_benchmark_is_as_good_as_none(full: Bundle, tmp_path: Path, text: str) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(full.path, folder)
@@ -243,7 +242,7 @@ def test_the_table_of_precisions_is_whole_in_a_pipe() -> None:
     from van_deploy.report.precision_view import precision_table
 
     line = {
-        "precision": "int8",
+        "name": "int8",
         "size_bytes": 123 << 20,
         "sqnr_db": 37.04,
         "cosine": 0.99873,

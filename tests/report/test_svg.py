@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 
+from tests.each import each
 from van_deploy.report.svg import (
     Axis,
     Bar,
@@ -30,9 +31,7 @@ def titles(svg: str) -> list[str]:
     return [title.text or "" for title in ET.fromstring(svg).iter("title")]
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0, 9.3), (-1, 1), (0, 1e-6), (99.9, 100.1), (0, 123456), (5, 5)]
-)
+@each(("low", "high"), [(0, 1), (0, 9.3), (-1, 1), (0, 1e-6), (99.9, 100.1), (0, 123456), (5, 5)])
 def test_ticks_are_round_few_and_cover_the_values(low: float, high: float) -> None:
     ticks = nice_ticks(low, high)
     steps = {round((b - a) / (ticks[1] - ticks[0]), 6) for a, b in pairwise(ticks)}
@@ -90,7 +89,7 @@ def test_points_and_intervals_are_where_they_belong() -> None:
     assert left < float(line[1]) < right, "zero is between them"
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-9, 5.0, -3.0])
+@each("value", [0.0, 1e-9, 5.0, -3.0])
 def test_one_value_alone_is_no_trouble(value: float) -> None:
     for svg in (
         line_chart([Series("s", [(1, value)])], Axis("x"), Axis("y")),

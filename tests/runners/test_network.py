@@ -9,11 +9,13 @@ import pytest
 
 from tests.conftest import Cli
 from tests.described import entry
-from van_deploy.bundle import Bundle, EngineFacts, Origin, writing
+from tests.each import each
+from van_deploy.bundle import Bundle, Origin, writing
+from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import nvidia_driver
-from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
-from van_deploy.recipe import BatchRange
-from van_deploy.runners.network import RUNNERS, Network
+from van_deploy.errors import BundleError, MissingDependency, UsageError
+from van_deploy.manifest import EngineFacts
+from van_deploy.runners.network import RUNNERS, Network, Obstacle
 
 PIXELS = np.arange(11 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(11, 64, 64, 3)
 
@@ -81,9 +83,7 @@ class Recorder:
         return {"logits": batch.reshape(len(batch), -1)[:, :5].astype(np.float32)}
 
 
-@pytest.mark.parametrize(
-    ("rows", "batches"), [(1, [1]), (2, [4]), (4, [4]), (6, [6]), (7, [6, 1]), (9, [6, 4])]
-)
+@each(("rows", "batches"), [(1, [1]), (2, [4]), (4, [4]), (6, [6]), (7, [6, 1]), (9, [6, 4])])
 def test_batches_an_engine_does_not_serve_are_filled_or_split(
     bundle: Bundle, rows: int, batches: list[int]
 ) -> None:
@@ -99,11 +99,14 @@ def test_what_keeps_it_from_running_here(bundle: Bundle) -> None:
     driver = nvidia_driver()
     if driver is not None and driver.gpus:
         pytest.skip("this machine has a GPU")
-    assert Network(bundle, "fp32").obstacle() == ""
-    assert Network(bundle, "e").obstacle() == "engine not executed: no GPU"
-    assert Network(bundle, "fp32", runner="ort-cuda").obstacle() in {
+    assert Network(bundle, "fp32").obstacle() is None
+    assert Network(bundle, "e").obstacle() == Obstacle("engines", "engine not executed: no GPU")
+    cuda = Network(bundle, "fp32", runner="ort-cuda").obstacle()
+    assert cuda is not None
+    assert cuda.kind == "runtimes"
+    assert cuda.reason in {
         "no CUDAExecutionProvider in the ONNX Runtime that is installed",
-        "not executed: no GPU",
+        "CUDAExecutionProvider finds no GPU",
     }
     with pytest.raises(MissingDependency), Network(bundle, "fp32", runner="ort-tensorrt"):
         pass
@@ -131,8 +134,6 @@ def test_what_there_is_not(bundle: Bundle) -> None:
     with pytest.raises(UsageError) as caught:
         Network(bundle, runner="cuda")
     assert caught.value.remedy == f"Known: {', '.join(RUNNERS)}."
-    with pytest.raises(InputError, match="of kind 'text', which nothing here runs"):
-        Network(bundle, "notes")
     with pytest.raises(BundleError, match="has no artefact 'fp8'"):
         Network(bundle, "fp8")
 
@@ -145,7 +146,7 @@ def test_the_commands_end_with_3_where_the_gpu_is_missing(
     if driver is not None and driver.gpus:
         pytest.skip("this machine has a GPU")
     words = [command, bundle.path]
-    words += [bundle.path / "canary.png"] if command == "predict" else ["--port", "0"]
+    words += [bundle.path / "golden/0.png"] if command == "predict" else ["--port", "0"]
     result = cli(*words, "--runner", "ort-cuda")
     assert result.exit_code == 3
     assert "CUDAExecutionProvider" in result.stderr

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 
 from van_deploy.errors import MissingDependency
-from van_deploy.graph.export import onnx_from_van
 from van_deploy.metrics import compare
 from van_deploy.model.checkpoint import load_van
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, require_onnxruntime
@@ -18,12 +16,9 @@ from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, require_onnxruntim
 ON_GPUS = {"ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    loaded = load_van("van_digits")
-    path = tmp_path_factory.mktemp("ort") / "model.onnx"
-    onnx.save(onnx_from_van(loaded.model, 32, loaded.config.in_chans), path)
-    return path
+@pytest.fixture
+def model(digits_onnx: Path) -> Path:
+    return digits_onnx
 
 
 @pytest.mark.parametrize("name", ON_GPUS)

@@ -7,33 +7,29 @@ there was no GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-import torch
 
+from tests.artifacts import SMALL_SIZE, MadeOnce
+from tests.each import each
+from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.inspect import describe_engine
-from van_deploy.engine.options import BuildOptions, Profiling
 from van_deploy.engine.sidecar import read_sidecar, sidecar_path, write_sidecar
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, UsageError
-from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.fold import fold_van
 from van_deploy.metrics import compare
-from van_deploy.model.checkpoint import load_van
-from van_deploy.precision.half import DEFAULT_KEEP, half_from_fp32, kept_nodes
-from van_deploy.recipe import BatchRange
+from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
 from van_deploy.runners.base import Images, run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.tensorrt import TensorRtRunner, admit, profile_for
 
-SIZE = 32
 PROFILES = (BatchRange(1, 1, 1), BatchRange(2, 4, 8))
 NO_DRIVER = nvidia_driver() is None
 
@@ -49,7 +45,7 @@ class Made:
 
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(request: pytest.FixtureRequest, made_once: MadeOnce, digits_onnx: Path) -> Made:
     """Return an engine for the GPU here, or for an L4 where there is none."""
     host = host_here()
     wanted = () if host.target else ("sm_89",)
@@ -57,25 +53,29 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         backend = choose_backend("auto", wanted, host.target)
     except MissingDependency as error:
         pytest.skip(error.message)
-    folder = tmp_path_factory.mktemp("engine")
-    loaded = load_van("van_digits")
-    folded = fold_van(loaded.model, torch.zeros(1, loaded.config.in_chans, SIZE, SIZE))
-    model = onnx_from_van(folded.model, SIZE, loaded.config.in_chans)
-    if request.param == "fp16":
-        model = half_from_fp32(model, kept_nodes(model, DEFAULT_KEEP)).model
-    source = folder / "model.onnx"
-    onnx.save(model, source)
     targets = (host.target or "sm_89",) if backend.builds_for_absent_gpus else ()
-    plan = folder / "e.plan"
     options = BuildOptions(
         profiles=PROFILES, targets=targets, tf32=False, profiling=Profiling.DETAILED
     )
-    engine_from_onnx(
-        source, plan, backend=backend, options=options, precision=request.param, host=host
-    )
-    generator = np.random.default_rng(0)
-    shape = (11, loaded.config.in_chans, SIZE, SIZE)
-    return Made(plan, source, generator.standard_normal(shape, np.float32), backend)
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        model = onnx.load(digits_onnx)
+        if request.param == "fp16":
+            model = fp16_from_fp32(model, kept_nodes(model, DEFAULT_KEEP))
+        source = folder / "model.onnx"
+        onnx.save(model, source)
+        engine_from_onnx(
+            *(source, folder / "e.plan"),
+            backend=backend,
+            options=options,
+            precision=request.param,
+            host=host,
+        )
+
+    folder = made_once(f"engine_{request.param}", make)
+    images = np.random.default_rng(0).standard_normal((11, 3, SMALL_SIZE, SMALL_SIZE), np.float32)
+    return Made(folder / "e.plan", folder / "model.onnx", images, backend)
 
 
 def test_a_profile_is_chosen_by_its_optimum() -> None:
@@ -86,7 +86,7 @@ def test_a_profile_is_chosen_by_its_optimum() -> None:
     ]
 
 
-@pytest.mark.parametrize("batch", [0, 9])
+@each("batch", [0, 9])
 def test_a_batch_outside_every_profile(batch: int) -> None:
     with pytest.raises(UsageError) as caught:
         profile_for(PROFILES, batch)
@@ -242,18 +242,18 @@ class TestOnAGpu:
 
     def test_the_inspector_names_pytorch_modules(self, made: Made) -> None:
         found = describe_engine(made.plan)
-        assert found["runs here"]
-        assert found["layers"]
-        text = " ".join(f"{layer['name']} {layer['nodes']}" for layer in found["layers"])
+        assert not found.obstacles
+        assert found.layers
+        text = " ".join(f"{layer.name} {layer.nodes}" for layer in found.layers)
         assert "block1" in text
 
     def test_a_stripped_plan_builds(self, made: Made, tmp_path: Path) -> None:
-        asked = read_sidecar(made.plan).build_options
+        asked = read_sidecar(made.plan).options
         stripped = engine_from_onnx(
             made.onnx,
             tmp_path / "e.plan",
             backend=made.backend,
-            options=replace(asked, strip_weights=True, refit=True),
+            options=asked.changed(strip_weights=True, refit=True),
             precision="fp32",
         )
         assert stripped.plan_bytes < read_sidecar(made.plan).plan_bytes
@@ -268,7 +268,7 @@ class TestOnAGpu:
                 made.onnx,
                 tmp_path / f"{index}.plan",
                 backend=made.backend,
-                options=read_sidecar(made.plan).build_options,
+                options=read_sidecar(made.plan).options,
                 precision="fp32",
                 timing_cache=cache,
             )

@@ -1,56 +1,127 @@
-"""A bundle of the embedded network, and servers for it in threads of this process."""
+"""A bundle of the embedded network, what passes for plans, and servers in threads."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from van_deploy.bundle import Bundle
-from van_deploy.pipeline import export_bundle, load_for
-from van_deploy.recipe import BatchRange, ExportSettings, recipe_named
+from tests.artifacts import Copy
+from van_deploy.bundle import Artefact, Bundle, Origin, writing
+from van_deploy.checks.golden import golden_samples
+from van_deploy.config import BatchRange, BuildOptions, ServiceSettings
+from van_deploy.engine.sidecar import Sidecar, Tensor, sidecar_path, write_sidecar
+from van_deploy.manifest import EngineFacts
+from van_deploy.metrics import softmax
 from van_deploy.runners.network import Outputs
-from van_deploy.serve.server import listen, run_server
-from van_deploy.serve.service import Service, ServiceSettings
+from van_deploy.serve.app import App
+from van_deploy.serve.server import listen, run_server, url_of
+from van_deploy.serve.service import Service
+
+PlanMaker = Callable[..., Bundle]
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def digits(byte_bundle: Bundle) -> Bundle:
     """Return a bundle of ``van_digits`` with every output of the byte graph; not to be changed."""
-    pytest.importorskip("onnxruntime")
-    recipe = replace(
-        recipe_named("van_digits"),
-        export=ExportSettings(
-            simplify=False,
-            embed_preprocess="uint8",
-            outputs=("logits", "probabilities", "top5"),
+    return byte_bundle
+
+
+@pytest.fixture
+def with_plans(byte_bundle: Bundle, copy_of: Copy) -> PlanMaker:
+    """Return a function that gives a copy of the digits files that pass for TensorRT's plans.
+
+    Nobody here can build a plan for Triton: that takes ``tensorrt`` and a GPU. What is tested
+    reads the sidecars only.
+    """
+
+    def made(
+        profiles: str = "1:2:8", *targets: str, other: dict[str, Any] | None = None, **changes: Any
+    ) -> Bundle:
+        bundle = Bundle.open(copy_of(byte_bundle))
+        with writing(bundle.path) as draft:
+            for index, target in enumerate(targets or ("sm_89",)):
+                changes = {**changes, **(other or {})} if index else changes
+                plan = draft.file(f"engines/plan-{target}.plan")
+                plan.write_bytes(f"plan for {target}".encode())
+                sidecar = _sidecar(bundle, plan, target, profiles, changes)
+                write_sidecar(plan, sidecar)
+                files = {f"engines/{p.name}": "" for p in (plan, sidecar_path(plan))}
+                draft.record(_entry(bundle, sidecar, files))
+        return Bundle.open(bundle.path)
+
+    return made
+
+
+def _sidecar(
+    bundle: Bundle, plan: Path, target: str, profiles: str, changes: dict[str, Any]
+) -> Sidecar:
+    ranges = tuple(BatchRange.parse(text) for text in profiles.split(","))
+    graph = bundle.artefact("fp32")
+    fields: dict[str, Any] = {
+        "name": plan.stem,
+        "plan_sha256": hashlib.sha256(plan.read_bytes()).hexdigest(),
+        "plan_bytes": plan.stat().st_size,
+        "onnx_file": "model.onnx",
+        "onnx_sha256": graph.sha256,
+        "backend": "tensorrt",
+        "backend_version": "10.9.0.34",
+        "cuda": 12,
+        "precision": "fp32",
+        "targets": (target,),
+        "built_on": "a GPU",
+        "options": BuildOptions(profiles=ranges, targets=(target,)),
+        "inputs": (Tensor(name="images", shape=(-1, 3, 64, 64), dtype="float"),),
+        "outputs": (Tensor(name="logits", shape=(-1, 10), dtype="float"),),
+        "parser_layers": 1,
+        **dict.fromkeys(("parse_seconds", "build_seconds"), 0.0),
+        **dict.fromkeys(("peak_memory_bytes", "workspace_bytes"), 0),
+        "device_memory": {},
+        "warnings": {},
+        "fixed_addresses": True,
+        "reproducible": True,
+    }
+    return Sidecar(schema="van-deploy/engine/2", **{**fields, **changes})
+
+
+def _entry(bundle: Bundle, sidecar: Sidecar, files: dict[str, str]) -> Artefact:
+    return Artefact(
+        name=sidecar.name,
+        kind="engine",
+        precision="fp32",
+        file=next(iter(files)),
+        files=files,
+        made_from=Origin(name="fp32", sha256=bundle.artefact("fp32").sha256),
+        made_with={},
+        engine=EngineFacts(
+            backend=f"{sidecar.backend} {sidecar.backend_version}",
+            targets=sidecar.targets,
+            profiles=sidecar.profiles,
+            parser_layers=1,
         ),
-        batch=BatchRange(1, 2, 8),
     )
-    folder = tmp_path_factory.mktemp("bundles") / "van_digits"
-    return export_bundle(load_for(recipe), recipe, folder).bundle
 
 
 class Running:
     """A server that answers, in a thread of its own."""
 
-    def __init__(self, service: Service, url: str) -> None:
+    def __init__(self, service: Service, url: str, stop: Callable[[], Any]) -> None:
         self.service = service
         self.url = url
         self.address = url.removeprefix("http://")
-
-
-Serve = Callable[..., contextlib.AbstractContextManager[Running]]
+        self.stop = stop
 
 
 @contextlib.contextmanager
 def serving(
-    bundle: Bundle, *, slow: threading.Event | None = None, **settings: object
+    bundle: Bundle, *, slow: threading.Event | None = None, **settings: Any
 ) -> Iterator[Running]:
     """Serve ``bundle`` on a free port until the block ends.
 
@@ -60,23 +131,26 @@ def serving(
         settings: of :class:`ServiceSettings`, and ``max_connections``.
     """
     connections = settings.pop("max_connections", 512)
-    service = Service(bundle, ServiceSettings(**settings))  # type: ignore[arg-type]
+    service = Service(bundle, ServiceSettings(**settings))
+    app = App(service)
     service.load()
     if slow is not None:
         _hold(service, slow)
-    listening = listen(port=0)
-    ready, stop = threading.Event(), threading.Event()
-    thread = threading.Thread(
-        target=run_server,
-        args=(service, listening),
-        kwargs={"on_ready": ready.set, "stop": stop, "max_connections": connections},
-    )
+    bound = listen(port=0)
+    url, ready, ends = url_of(bound), threading.Event(), list[Callable[[], Any]]()
+
+    def on_ready(end: Callable[[], Any]) -> None:
+        ends.append(end)
+        ready.set()
+
+    options = {"on_ready": on_ready, "max_connections": connections}
+    thread = threading.Thread(target=run_server, args=(app, bound), kwargs=options)
     thread.start()
     try:
         assert ready.wait(30)
-        yield Running(service, listening.url)
+        yield Running(service, url, ends[0])
     finally:
-        stop.set()
+        ends[0]()
         if slow is not None:
             slow.set()
         thread.join(30)
@@ -91,19 +165,33 @@ def _hold(service: Service, gate: threading.Event) -> None:
             gate.wait(30)
             return run(batch)
 
-        served.batcher._run = held
+        served.network.run = held  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="session")
 def server(digits: Bundle) -> Iterator[Running]:
     """Serve the bytes graph and the plain one for the whole session."""
     pytest.importorskip("uvicorn")
-    pytest.importorskip("starlette")
-    with serving(digits, artefacts=("fp32-uint8", "fp32"), max_body_bytes=4 * 2**20) as running:
+    with serving(digits, artefacts=("fp32-uint8", "fp32"), max_body_mib=4) as running:
         yield running
 
 
 @pytest.fixture
-def canary(digits: Bundle) -> Path:
-    """Return the bundle's picture."""
-    return digits.path / "canary.png"
+def original(digits: Bundle) -> Path:
+    """Return the bundle's first golden original."""
+    return digits.path / "golden/0.png"
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A class and its probability."""
+
+    index: int
+    probability: float
+
+
+def top5_of(bundle: Bundle) -> list[Likely]:
+    """Return PyTorch's first five classes of the bundle's first golden original."""
+    shares = softmax(golden_samples(bundle).logits[:1])[0]
+    order = np.argsort(-shares, kind="stable")[:5]
+    return [Likely(int(index), float(shares[index])) for index in order]

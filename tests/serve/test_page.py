@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import Running
+from tests.serve.conftest import Running, serving, top5_of
+from van_deploy.bundle import Bundle
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+pytestmark = pytest.mark.slow
 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -62,14 +65,16 @@ def widths(page: Any, selector: str) -> list[float]:
     ]
 
 
-def test_a_picture_gets_bars_times_and_pytorch_beside(page: Any, digits: Any, canary: Path) -> None:
+def test_a_picture_gets_bars_times_and_pytorch_beside(
+    page: Any, digits: Any, original: Path
+) -> None:
     assert page.inner_text("h1") == "van_digits"
     assert "10 classes" in page.inner_text("#about")
     screenshot(page, "empty")
-    page.set_input_files("#file", canary)
+    page.set_input_files("#file", original)
     page.wait_for_selector("#result li")
     page.locator(".bar i[style]").nth(9).wait_for(state="attached")
-    top = digits.manifest.canary.top5
+    top = top5_of(digits)
     names = page.locator("#bars li b").all_inner_texts()
     assert names == [str(item.index) for item in top]
     shares = [100 * item.probability for item in top]
@@ -82,23 +87,23 @@ def test_a_picture_gets_bars_times_and_pytorch_beside(page: Any, digits: Any, ca
     screenshot(page, "answer")
 
 
-def test_without_pytorch_there_is_one_bar_a_class(page: Any, canary: Path) -> None:
+def test_without_pytorch_there_is_one_bar_a_class(page: Any, original: Path) -> None:
     page.uncheck("#compare")
-    page.set_input_files("#file", canary)
+    page.set_input_files("#file", original)
     page.wait_for_selector("#result li")
     assert page.locator(".bar").count() == 5
     assert page.locator("#times span").all_inner_texts() == ["fp32-uint8", "reading the file"]
 
 
-def test_another_model_can_be_chosen(page: Any, canary: Path) -> None:
-    page.set_input_files("#file", canary)
+def test_another_model_can_be_chosen(page: Any, original: Path) -> None:
+    page.set_input_files("#file", original)
     page.wait_for_selector("#result li")
     page.select_option("#model", "van_digits-fp32")
     page.wait_for_selector("#times span:text-is('fp32')")
     assert page.inner_text("#address").endswith("/v2/models/van_digits-fp32")
 
 
-def test_a_file_can_be_dropped(page: Any, canary: Path) -> None:
+def test_a_file_can_be_dropped(page: Any, original: Path) -> None:
     page.evaluate(
         """async (bytes) => {
             const file = new File([new Uint8Array(bytes)], "dropped.png", {type: "image/png"});
@@ -107,7 +112,7 @@ def test_a_file_can_be_dropped(page: Any, canary: Path) -> None:
             const drop = new DragEvent("drop", {dataTransfer: data, bubbles: true});
             document.querySelector("#drop").dispatchEvent(drop);
         }""",
-        list(canary.read_bytes()),
+        list(original.read_bytes()),
     )
     page.wait_for_selector("#result li")
     assert page.inner_text("#file-name") == "dropped.png"
@@ -123,14 +128,38 @@ def test_what_is_no_picture_is_told(page: Any, tmp_path: Path) -> None:
     screenshot(page, "error")
 
 
+def test_a_key_is_asked_for_and_kept_for_the_tab(
+    browser: Any, digits: Bundle, original: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text("open-sesame")
+    context = browser.new_context()
+    page = context.new_page()
+    with serving(digits, api_key_file=tmp_path / "key") as server:
+        page.goto(server.url)
+        page.wait_for_selector("#locked:visible")
+        page.fill("#secret", "wrong")
+        with page.expect_response("**/models") as refused:
+            page.press("#secret", "Enter")
+        assert refused.value.status == 401
+        assert page.locator("#locked").is_visible()
+        page.fill("#secret", "open-sesame")
+        page.press("#secret", "Enter")
+        page.wait_for_selector("#model option", state="attached")
+        assert page.locator("#locked").is_hidden()
+        screenshot(page, "key")
+        page.set_input_files("#file", original)
+        page.wait_for_selector("#result li")
+    context.close()
+
+
 def test_a_narrow_window_has_no_sideways_scroll(
-    browser: Any, server: Running, canary: Path
+    browser: Any, server: Running, original: Path
 ) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme="dark")
     page = context.new_page()
     page.goto(server.url)
     page.wait_for_selector("#model option", state="attached")
-    page.set_input_files("#file", canary)
+    page.set_input_files("#file", original)
     page.wait_for_selector("#result li")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     screenshot(page, "narrow")

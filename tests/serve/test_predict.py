@@ -13,11 +13,13 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Cli
+from tests.each import each
+from tests.serve.conftest import top5_of
 from van_deploy.bundle import Bundle
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.runners.network import Network
-from van_deploy.serve.predict import Source, Speed, predict, sources_from
+from van_deploy.serve.predict import Speed, predict, sources_from
 
 
 @pytest.fixture
@@ -30,8 +32,8 @@ def document(result: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("artefact", ["fp32", "fp32-uint8", "pytorch"])
-@pytest.mark.parametrize("batch", ["1", "4"])
+@each("artefact", ["fp32", "fp32-uint8", "pytorch"])
+@each("batch", ["1", "4"])
 def test_a_folder_through_every_artefact(
     digits: Bundle, folder: Path, cli: Cli, artefact: str, batch: str
 ) -> None:
@@ -40,7 +42,7 @@ def test_a_folder_through_every_artefact(
         *("--batch", batch, "--top-k", "2", "--json"),
     )
     assert result.exit_code == 0
-    predictions = document(result)["predictions"]
+    predictions = document(result)["answers"]
     assert len(predictions) == 11
     right = sum(p["top"][0]["name"] == Path(p["source"]).parent.name for p in predictions)
     assert right >= 10  # the network is right on 97 of 100
@@ -56,10 +58,10 @@ def test_batches_are_filled_across_bad_pictures(digits: Bundle, folder: Path) ->
     with Network(digits) as network:
         run = network.run
         network.run = lambda batch: sizes.append(len(batch)) or run(batch)  # type: ignore
-        sources = [Source(str(p), p) for p in [*files[:1], bad, *files[1:]]]
+        sources = [*files[:1], bad, *files[1:]]
         answers = list(predict(network, sources, batch=4, speed=(speed := Speed())))
     assert sizes == [4, 1]
-    assert [a.source for a in answers] == [s.name for s in sources]
+    assert [a.source for a in answers] == [str(s) for s in sources]
     assert [a.error is None for a in answers] == [True, False, True, True, True, True]
     assert speed.pictures == 5
 
@@ -92,7 +94,7 @@ def test_every_mode_is_answered_as_timm_would(
     path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
     picture.save(path)
     result = cli("predict", digits.path, path, "--json")
-    top = document(result)["predictions"][0]["top"][0]["index"]
+    top = document(result)["answers"][0]["top"][0]["index"]
     expected = grey if mode == "I;16" else picture.convert("RGB")
     assert top == as_timm_would(expected, digits)
 
@@ -106,7 +108,7 @@ def test_exif_orientation_is_applied(
     upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
     upright.save(tmp_path / "upright.png")
     paths = [tmp_path / name for name in ("turned.png", "upright.png")]
-    turned, straight = document(cli("predict", digits.path, *paths, "--json"))["predictions"]
+    turned, straight = document(cli("predict", digits.path, *paths, "--json"))["answers"]
     assert turned["top"] == straight["top"]
 
 
@@ -119,23 +121,21 @@ def test_the_first_frame_of_an_animation(digits: Bundle, folder: Path, tmp_path:
     assert a.top == b.top
 
 
-def test_standard_input(digits: Bundle, canary: Path) -> None:
+def test_standard_input(digits: Bundle, original: Path) -> None:
     command = [sys.executable, "-m", "van_deploy", "predict", str(digits.path), "-", "--json"]
-    done = subprocess.run(command, input=canary.read_bytes(), capture_output=True, check=True)
-    top = json.loads(done.stdout)["predictions"][0]["top"]
-    assert digits.manifest.canary
-    expected = digits.manifest.canary.top5
+    done = subprocess.run(command, input=original.read_bytes(), capture_output=True, check=True)
+    top = json.loads(done.stdout)["answers"][0]["top"]
+    expected = top5_of(digits)
     assert [c["index"] for c in top] == [c.index for c in expected]
     empty = subprocess.run(command, input=b"", capture_output=True, check=False)
     assert empty.returncode == 5
     assert b"Standard input is empty." in empty.stderr
 
 
-@pytest.mark.parametrize(
+@each(
     ("words", "error", "message"),
     [
         (["https://x.org/a.jpg"], UsageError, "is a URL; nothing is downloaded here"),
-        (["-", "-"], UsageError, "can be read once"),
         (["nowhere.jpg"], ImageError, "There is no image 'nowhere.jpg'"),
     ],
 )
@@ -143,14 +143,19 @@ def test_what_cannot_be_read_is_refused(
     words: list[str], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        sources_from(words, b"")
+        sources_from(words)
 
 
-def test_impossible_requests(digits: Bundle, canary: Path, cli: Cli) -> None:
-    assert cli("predict", digits.path, canary, "--batch", "9").exit_code == 2
-    assert cli("predict", digits.path, canary, "--top-k", "0").exit_code == 2
-    assert cli("predict", digits.path, canary, "--json", "--jsonl").exit_code == 2
-    assert cli("predict", digits.path, canary, "--artefact", "fp8").exit_code == 5
-    table = cli("predict", digits.path, canary, "--top-k", "99")
+def test_impossible_requests(digits: Bundle, original: Path, cli: Cli) -> None:
+    assert cli("predict", digits.path, original, "--batch", "9").exit_code == 2
+    assert cli("predict", digits.path, original, "--top-k", "0").exit_code == 2
+    twice = cli("predict", digits.path, "-", "-")
+    assert (twice.exit_code, twice.stderr) == (
+        2,
+        "error: Standard input can be read once.\n  Give '-' once.\n",
+    )
+    assert cli("predict", digits.path, original, "--json", "--jsonl").exit_code == 2
+    assert cli("predict", digits.path, original, "--artefact", "fp8").exit_code == 5
+    table = cli("predict", digits.path, original, "--top-k", "99")
     assert table.exit_code == 0
     assert "95.7%" in table.stdout

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
-from van_deploy.images import open_image
+from van_deploy.data import open_image
 from van_deploy.model.pixels import pixels_from_image
 from van_deploy.runners.network import Network
 
@@ -71,7 +71,7 @@ def test_cpp_with_onnx_runtime_alone(digits: Bundle, text: str, tmp_path: Path) 
         check=True,
     )
     with Network(digits, "fp32-uint8") as network:
-        picture = open_image(digits.path / "canary.png")
+        picture = open_image(digits.path / "golden/0.png")
         pixels = pixels_from_image(picture, network.preprocessing)
         expected = network.run(pixels[None])["logits"][0]
     (tmp_path / "pixels.rgb").write_bytes(pixels.tobytes())
@@ -94,7 +94,7 @@ def test_every_python_block_is_python(text: str) -> None:
 def test_every_command_exists_with_its_options(text: str, cli: Cli) -> None:
     lines = [line for block in blocks(text, "sh") for line in block.splitlines()]
     commands = [line.split() for line in lines if line.startswith("van-deploy ")]
-    assert len(commands) == 7
+    assert len(commands) == 9
     for _, command, *words in commands:
         help_text = cli(command, "--help").stdout
         for word in words:

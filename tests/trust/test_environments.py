@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = (
-    *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray", "cryptography", "starlette"),
+    *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray", "cryptography"),
     *("uvicorn", "prometheus_client", "tritonclient", "sklearn", "skimage", "scipy"),
 )
 
@@ -128,7 +128,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(
             ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".*")
         )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     subprocess.run(
         [
@@ -186,7 +186,7 @@ def elsewhere(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Else
     away = Elsewhere(installed, folder)
     made = away.run("export", "van_digits", "--output", "mein Bündel 一", **ASCII)
     assert made.returncode == 0, made.stderr
-    shutil.copy(folder / "mein Bündel 一/canary.png", folder / "Größe eins.png")
+    shutil.copy(folder / "mein Bündel 一/golden/0.png", folder / "Größe eins.png")
     return away
 
 
@@ -239,11 +239,11 @@ def test_a_missing_file_with_such_a_name_is_one_message(elsewhere: Elsewhere) ->
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
 def test_closed_streams(closed: str) -> None:
     """A service, or a shell, may start a program without them."""
-    command = f"{sys.executable} -m van_deploy info nosuch {closed}"
+    command = f"{sys.executable} -m van_deploy report nosuch {closed}"
     ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert ran.returncode == 2
+    assert ran.returncode == 5
     assert "Traceback" not in ran.stderr
-    assert ran.stderr == "" if "2>" in closed else ran.stderr.startswith("error: There is no VAN")
+    assert ran.stderr == "" if "2>" in closed else ran.stderr.startswith("error: There is no ")
 
 
 def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:

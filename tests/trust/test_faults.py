@@ -11,6 +11,8 @@ from reliability.disks import full_disk
 from reliability.kills import kills
 from reliability.trials import Trials, bundle_is_whole, finished, van_deploy
 
+pytestmark = pytest.mark.slow
+
 
 def judged(found: list[Trials]) -> None:
     assert [sentence for trials in found for sentence in trials.broken] == []

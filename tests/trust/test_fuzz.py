@@ -21,6 +21,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz") / "corpus"
 
 
+@pytest.mark.slow
 def test_spoiled_files(corpus: Path) -> None:
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("tensorrt-rtx is not installed, so there is no engine to spoil")
@@ -31,6 +32,7 @@ def test_spoiled_files(corpus: Path) -> None:
     assert sum(n for code, n in outcome.codes.items() if code) > CASES / 3, "too little is refused"
 
 
+@pytest.mark.slow
 def test_what_must_not_be_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fuzzer sees a traceback, code that runs, and a process that dies."""
     from reliability import fuzz as module

@@ -26,10 +26,24 @@ from supply_chain.pins import (
     declared,
     lowest,
     needed,
+    pinned_names,
     pins_in,
 )
+from tests.each import each
 
-EXTRAS = ("cpu", "dev", "openvino", "ray", "rtx", "serve", "sign")
+NAMES = (
+    "cpu",
+    "rtx",
+    "openvino",
+    "ray",
+    "sign",
+    "serve",
+    "triton",
+    "test",
+    "lint",
+    "audit",
+    "full",
+)
 PINS = pins_in(PINNED)
 MODULES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 MODULES |= {"google": "protobuf", "cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx-cu13"}
@@ -49,7 +63,7 @@ def installed(name: str) -> str | None:
 def test_what_is_installed_is_what_is_asked_for() -> None:
     wrong = [
         f"{wanted}, here {version}"
-        for wanted in declared(EXTRAS)
+        for wanted in declared(NAMES)
         if here(wanted) and (version := installed(wanted.name)) is not None
         if not wanted.specifier.contains(version, prereleases=True)
     ]
@@ -61,14 +75,15 @@ def test_the_base_is_installed() -> None:
 
 
 def test_every_direct_requirement_is_pinned() -> None:
-    assert {canonicalize_name(w.name) for w in declared(EXTRAS) if here(w)} <= PINS.keys() | (
+    assert {canonicalize_name(w.name) for w in declared(NAMES) if here(w)} <= PINS.keys() | (
         {"tomli"} if sys.version_info < (3, 11) else set()
     )
-    assert NOT_TOGETHER.isdisjoint(EXTRAS)
+    assert pinned_names() == list(NAMES)
+    assert NOT_TOGETHER.isdisjoint(NAMES)
 
 
 def test_every_pin_is_a_version_the_project_admits() -> None:
-    wanted = [w for w in declared(EXTRAS) if canonicalize_name(w.name) in PINS]
+    wanted = [w for w in declared(NAMES) if canonicalize_name(w.name) in PINS]
     refused = [
         f"{w} refuses {PINS[canonicalize_name(w.name)]}"
         for w in wanted
@@ -83,7 +98,7 @@ def test_every_pin_is_a_version_that_packages_here_admit() -> None:
     refused = [
         f"{w} refuses {PINS[name]}"
         for name, requirements in needed(
-            w for w in declared(EXTRAS) if installed(w.name) is not None
+            w for w in declared(NAMES) if installed(w.name) is not None
         ).items()
         for w in requirements
         if name in PINS and installed(name) == PINS[name]
@@ -92,7 +107,7 @@ def test_every_pin_is_a_version_that_packages_here_admit() -> None:
     assert refused == []
 
 
-@pytest.mark.parametrize("path", [PINNED, LOWEST], ids=lambda path: str(path.name))
+@each("path", [PINNED, LOWEST])
 def test_pins_are_plain_names_and_versions_in_order(path: object) -> None:
     pins = pins_in(PINNED if path is PINNED else LOWEST)
     assert list(pins) == sorted(pins)
@@ -129,7 +144,14 @@ def imported() -> Iterator[tuple[str, str]]:
 
 
 def test_every_package_that_is_imported_is_declared() -> None:
-    known = {canonicalize_name(w.name) for w in declared()} | {"click", "protobuf", "onnx-ir"}
+    known = {str(canonicalize_name(w.name)) for w in declared()}
+    known |= {
+        "click",
+        "onnx-ir",
+        "protobuf",
+        "pydantic-core",
+        "typing-extensions",
+    }  # each comes with one of those
     standard = set(sys.stdlib_module_names) | {"van_deploy", "tomllib"}
     missing = {
         f"{module} in {path}"
@@ -169,33 +191,50 @@ KNOWN = {
 UNKNOWN = {"name": "c", "version": "3", "skip_reason": "Dependency not found"}
 
 
-@pytest.mark.parametrize(
+@each(
     ("report", "complaint", "code", "last"),
     [
         ([CLEAN], "", 0, "1 packages audited, 0 with known vulnerabilities"),
         ([CLEAN, KNOWN, UNKNOWN], "", 1, "2 packages audited, 1 with known vulnerabilities"),
+    ],
+)
+@each("allowed", [False, True])
+def test_an_audit_says_what_it_did(
+    report: list[object], complaint: str, code: int, last: str, allowed: bool
+) -> None:
+    got, lines = audit.judged(json.dumps({"dependencies": report}), complaint, allowed)
+    assert (got, lines[-1]) == (code, last)
+
+
+@each(
+    ("report", "complaint", "what"),
+    [
         (
             [UNKNOWN, UNKNOWN],
             "",
-            0,
-            "skipped: none of 2 packages could be audited: Dependency not found",
+            "none of 2 packages was audited: Dependency not found",
         ),
-        ([], "", 0, "skipped: none of 0 packages could be audited: no pins"),
+        ([], "", "none of 0 packages was audited: no pins"),
         (
             None,
             "Traceback\nConnectionError: no route\n",
-            0,
-            "skipped: nothing was audited: ConnectionError: no route",
+            "nothing was audited: ConnectionError: no route",
         ),
-        (None, "", 0, "skipped: nothing was audited: pip-audit wrote no report"),
+        (None, "", "nothing was audited: pip-audit wrote no report"),
     ],
 )
-def test_an_audit_says_what_it_did(
-    report: list[object] | None, complaint: str, code: int, last: str
+def test_an_audit_that_could_not_ask_fails_unless_told_otherwise(
+    report: list[object] | None, complaint: str, what: str
 ) -> None:
     text = "" if report is None else json.dumps({"dependencies": report})
-    got, lines = audit.judged(text, complaint)
-    assert (got, lines[-1]) == (code, last)
+    assert audit.judged(text, complaint) == (
+        1,
+        [f"FAILED: {what}", "give --allow-offline to let this pass"],
+    )
+    assert audit.judged(text, complaint, allow_offline=True) == (
+        0,
+        [f"SKIPPED: {what} (--allow-offline lets this pass)"],
+    )
 
 
 def test_a_vulnerability_is_named_with_its_remedy() -> None:
@@ -207,8 +246,10 @@ def test_a_vulnerability_is_named_with_its_remedy() -> None:
     ]
 
 
-def test_check_runs_the_audit() -> None:
+def test_check_runs_the_linters_and_the_audit() -> None:
     text = (ROOT / "Makefile").read_text()
-    check = re.search(r"^check:.*\n((?:\t.*\n)+)", text, re.MULTILINE)
-    assert check is not None
-    assert "supply_chain.audit" in check.group(1)
+    recipes = dict(re.findall(r"^(lint|audit|check):(.*\n(?:\t.*\n)*)", text, re.MULTILINE))
+    assert recipes["check"].split() == ["lint", "audit"]
+    assert "supply_chain.audit $(AUDIT)" in recipes["audit"]
+    for tool in ("ruff check .", "ruff format --check .", "lint-imports", "codespell", "mypy"):
+        assert tool in recipes["lint"]

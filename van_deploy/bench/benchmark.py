@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from typing import Any
 
 from van_deploy.bench.contender import Contender, Skipped
 from van_deploy.bench.contenders import chosen, contenders_of
-from van_deploy.bench.report import BenchReport, Progress, race_report
-from van_deploy.bench.settings import Settings
+from van_deploy.bench.document import BenchReport, Subject
+from van_deploy.bench.report import Progress, race_report
 from van_deploy.bundle import Bundle
+from van_deploy.config import BenchSettings
 
 __all__ = ["benchmark_bundle"]
 
@@ -18,7 +18,7 @@ SWEEP = (1, 2, 4, 8, 16, 32, 64)
 
 
 def benchmark_bundle(
-    bundle: Bundle, settings: Settings, *, progress: Progress | None = None
+    bundle: Bundle, settings: BenchSettings, *, progress: Progress | None = None
 ) -> BenchReport:
     """Return how fast each artefact of ``bundle`` is in each run time that is here.
 
@@ -28,21 +28,22 @@ def benchmark_bundle(
         MissingDependency: a runner was asked for by name and cannot start.
         ConversionError: not one contender could be timed.
     """
-    from van_deploy.checks.sample_images import images_to_check
+    from van_deploy.data import check_images
 
     entries = chosen(contenders_of(bundle), settings.runners)
     contenders = [entry for entry in entries if isinstance(entry, Contender)]
     skipped = [entry for entry in entries if isinstance(entry, Skipped)]
     if settings.p99_ms is not None:
         largest = bundle.manifest.batch.max
-        settings = replace(settings, batches=tuple(b for b in SWEEP if b <= max(1, largest)))
+        settings = settings.changed(batches=tuple(b for b in SWEEP if b <= max(1, largest)))
     preprocessing = bundle.manifest.preprocessing
     sizes = settings.image_sizes or (preprocessing.image_size,)
     inputs: dict[int, Any] = {}
     described = ""
     for size in sizes:
         at_size = preprocessing.override(image_size=size)
-        inputs[size], described = images_to_check(bundle.name, at_size, max(settings.batches))
+        checked = check_images(bundle.name, at_size, max(settings.batches))
+        inputs[size], described = checked.inputs, checked.description
     return race_report(
         contenders,
         skipped,
@@ -51,12 +52,12 @@ def benchmark_bundle(
         native_size=preprocessing.image_size,
         images=described,
         preprocessing=preprocessing.as_dict(),
-        about={
-            "bundle": str(bundle.path),
-            "model": bundle.name,
-            "parameters": bundle.manifest.parameters,
-            "weights": asdict(bundle.manifest.weights),
-            "batch_range": asdict(bundle.manifest.batch),
-        },
+        model=bundle.name,
+        subject=Subject(
+            bundle=str(bundle.path),
+            parameters=bundle.manifest.parameters,
+            weights=bundle.manifest.weights,
+            batch_range=bundle.manifest.batch,
+        ),
         progress=progress,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from van_deploy.environment.hardware import cpu
@@ -38,10 +38,6 @@ class Ceilings:
     source: str
     how: dict[str, str]
     vector_ops_per_s: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields by name."""
-        return asdict(self)
 
 
 def measured_ceilings(threads: int, seconds: float = 0.5) -> Ceilings:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 __all__ = ["CUDA_GRAPH", "Contender", "Skipped"]
 
@@ -44,15 +42,6 @@ class Contender:
     max_batch: int | None = None
     min_batch: int = 1
     keeps_memory: bool = True
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields by name."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Contender:
-        """Return the contender :meth:`as_dict` described."""
-        return cls(**values)
 
     def refuses(self, batch: int) -> str:
         """Return why it cannot run ``batch`` images at once, or "" if it can.

@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.budget import LEAST_ROUNDS, Budget
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.process import WorkerError, WorkerProcess
 from van_deploy.bench.timing import Latency, Ratio, latency_of, quiet_rounds, ratio_of, slice_ms
+from van_deploy.config.bench import LEAST_ROUNDS, Budget
 
-__all__ = ["Lane", "Row"]
+__all__ = ["Lane", "Loading", "Row"]
 
 REWARM_CALLS, REWARM_S = 1, 0.02
 """Unmeasured calls after a process was woken: its threads start, its weights come back
 into the caches. The first measured call is then as long as those after it."""
 
 WARM_CALLS = 3  # the fastest of them tells how long a call takes
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What loading a contender took.
+
+    Attributes:
+        import_s: to import its runtime.
+        load_s: to open the file, once a stream.
+        rss_imported_bytes: resident memory in between.
+        rss_loaded_bytes: resident memory after it.
+        versions: of what runs it, by package.
+        threads_each: of each stream.
+    """
+
+    import_s: float
+    load_s: float
+    rss_imported_bytes: int
+    rss_loaded_bytes: int
+    versions: Mapping[str, str]
+    threads_each: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +84,22 @@ class Row:
     error: str = ""
     error_kind: str = ""
 
+    @property
+    def rate(self) -> float:
+        """Images a second; 0 where it failed."""
+        return self.images_per_s or 0.0
+
+    @property
+    def times(self) -> Latency:
+        """The latency of a row with figures.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.latency is None:
+            raise ValueError(f"{self.contender} at batch {self.batch} has no figures")
+        return self.latency
+
 
 @dataclass
 class Lane:
@@ -71,7 +108,7 @@ class Lane:
     Attributes:
         contender: which one.
         process: its process; None before :meth:`start`.
-        loaded: what loading it took.
+        loaded: what loading it took; None before, and where it failed.
         failure: why it does not run at this batch.
         round_ms: the mean of each round, filled in by the race.
         round_ratios: the ratio of each round, filled in by the race.
@@ -85,7 +122,7 @@ class Lane:
 
     contender: Contender
     process: WorkerProcess | None = None
-    loaded: dict[str, Any] = field(default_factory=dict)
+    loaded: Loading | None = None
     failure: WorkerError | None = None
     round_ms: list[float] = field(default_factory=list)
     round_ratios: list[float] = field(default_factory=list)
@@ -108,12 +145,13 @@ class Lane:
         """Open the contender in ``process``; a failure is kept."""
         self.process, self.failure = process, None
         try:
-            self.loaded = process.ask(
+            answer = process.ask(
                 "load",
-                contender=self.contender.as_dict(),
+                contender=asdict(self.contender),
                 threads=process.threads,
                 streams=streams,
             )
+            self.loaded = Loading(**answer)
         except WorkerError as error:
             self.failure = error
 

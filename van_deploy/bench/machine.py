@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from van_deploy.environment.hardware import cpu, memory, nvidia_driver
+from van_deploy.environment.hardware import Cpu, Gpu, cpu, memory, nvidia_driver
 
-__all__ = ["Moment", "Watch", "busy_cores", "machine_facts", "moment"]
+__all__ = ["During", "Machine", "Moment", "Watch", "busy_cores", "machine_here", "moment"]
 
 OTHER_LOAD_LIMIT = 0.1
 """Share of the cores this process may use that others may keep busy before it is said."""
@@ -40,6 +39,48 @@ class Moment:
     mhz: float | None
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a timing depends on.
+
+    Attributes:
+        cpu: the processor.
+        memory_bytes: installed; None where the system does not say.
+        gpus: that answer.
+        driver: NVIDIA's, or None.
+        load_average: of 1, 5 and 15 minutes; None where the system does not say.
+        governor: of the first core's clock; None likewise.
+    """
+
+    cpu: Cpu
+    memory_bytes: int | None
+    gpus: tuple[Gpu, ...]
+    driver: str | None
+    load_average: tuple[float, ...] | None
+    governor: str | None
+
+
+@dataclass(frozen=True)
+class During:
+    """What else a machine did for some time. None is where it does not say.
+
+    Attributes:
+        other_load_cores: cores that others kept busy.
+        under_load: whether that was more than a tenth of the cores.
+        throttled: how often a core was slowed for heat.
+        energy_j: what the processor packages used.
+        mhz_before: mean clock at the start.
+        mhz_after: and at the end.
+    """
+
+    other_load_cores: float | None
+    under_load: bool
+    throttled: float | None
+    energy_j: float | None
+    mhz_before: float | None
+    mhz_after: float | None
+
+
 class Watch:
     """Tells, of the time since it was made, what others used of the processor.
 
@@ -52,7 +93,7 @@ class Watch:
         self._start = moment()
         self._own_s = _own_s()
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> During:
         """Return load, clock, throttling and energy since the start.
 
         What this process and the children it has waited for used is not "others".
@@ -62,14 +103,14 @@ class Watch:
         other = None
         if end.busy_s is not None and self._start.busy_s is not None and wall > 0:
             other = max(0.0, (end.busy_s - self._start.busy_s - own_cpu_s) / wall)
-        return {
-            "other_load_cores": other,
-            "under_load": other is not None and other > OTHER_LOAD_LIMIT * self.cores,
-            "throttled": _difference(self._start.throttles, end.throttles),
-            "energy_j": _difference(self._start.energy_j, end.energy_j),
-            "mhz_before": self._start.mhz,
-            "mhz_after": end.mhz,
-        }
+        return During(
+            other_load_cores=other,
+            under_load=other is not None and other > OTHER_LOAD_LIMIT * self.cores,
+            throttled=_difference(self._start.throttles, end.throttles),
+            energy_j=_difference(self._start.energy_j, end.energy_j),
+            mhz_before=self._start.mhz,
+            mhz_after=end.mhz,
+        )
 
 
 def moment() -> Moment:
@@ -87,18 +128,17 @@ def busy_cores(seconds: float = LOOK_S) -> float | None:
     return (after - before) / (time.perf_counter() - start)
 
 
-def machine_facts() -> dict[str, Any]:
-    """Return what a timing depends on: processor, memory, GPUs, and their driver."""
+def machine_here() -> Machine:
+    """Return what a timing on this machine depends on."""
     driver = nvidia_driver()
-    gpus = [] if driver is None else [{**asdict(g), "sm": g.sm} for g in driver.gpus]
-    return {
-        "cpu": asdict(cpu()),
-        "memory_bytes": memory().total_bytes,
-        "gpus": gpus,
-        "driver": driver.version if driver else None,
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "governor": _text(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
-    }
+    return Machine(
+        cpu=cpu(),
+        memory_bytes=memory().total_bytes,
+        gpus=driver.gpus if driver else (),
+        driver=driver.version if driver else None,
+        load_average=os.getloadavg() if hasattr(os, "getloadavg") else None,
+        governor=_text(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+    )
 
 
 def _busy_s() -> float | None:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from van_deploy.bench.process import WorkerError
 from van_deploy.bench.timing import percentile
 
-__all__ = ["LOOKS_FIRST", "QUIET_LIMIT", "Gauge", "Product"]
+__all__ = ["LOOKS_FIRST", "QUIET_LIMIT", "Gauge", "Product", "Quiet"]
 
 SIDE, WARM, REPEATS = 384, 2, 8
 """Three float32 matrices of this side are 1.8 MB; ten products take about 10 ms on two cores."""
@@ -30,6 +31,25 @@ took 0.8 to 0.88 ms in one of them and 1.0 ms or more in the other."""
 UNDISTURBED = 0.1  # the share of looks that may be faster than the one that stands for quiet
 LOOKS_FIRST = 20
 LOOK_AGAIN_S = 0.1
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """How quiet the machine was.
+
+    Attributes:
+        work: what was timed to see it.
+        limit_ms: what that may take in a quiet moment.
+        looks: how often it was timed.
+        quiet_share: of the looks, 0 to 1.
+        waited_s: for quiet moments.
+    """
+
+    work: str
+    limit_ms: float
+    looks: int
+    quiet_share: float
+    waited_s: float
 
 
 class Product:
@@ -103,18 +123,18 @@ class Gauge:
         self.waited_s += time.perf_counter() - start
         return self._last
 
-    def as_dict(self) -> dict[str, Any] | None:
-        """Return what was seen, ready for JSON; None where nothing watched."""
+    def seen(self) -> Quiet | None:
+        """Return what was seen; None where nothing watched."""
         if not self._looks:
             return None
         quiet = sum(look <= self.limit_ms for look in self._looks)
-        return {
-            "work": f"{REPEATS} products of {SIDE} x {SIDE} float32 matrices",
-            "limit_ms": self.limit_ms,
-            "looks": len(self._looks),
-            "quiet_share": quiet / len(self._looks),
-            "waited_s": self.waited_s,
-        }
+        return Quiet(
+            work=f"{REPEATS} products of {SIDE} x {SIDE} float32 matrices",
+            limit_ms=self.limit_ms,
+            looks=len(self._looks),
+            quiet_share=quiet / len(self._looks),
+            waited_s=self.waited_s,
+        )
 
     def _measured(self) -> float:
         if self._work is None:

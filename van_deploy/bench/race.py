@@ -17,12 +17,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.budget import Budget
 from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.contender import Contender
-from van_deploy.bench.lane import Lane, Row
+from van_deploy.bench.lane import Lane, Loading, Row
 from van_deploy.bench.process import WorkerProcess
 from van_deploy.bench.quiet import Gauge
+from van_deploy.config import Budget
 
 __all__ = ["Race", "between", "ceilings_here", "nearest", "with_reference"]
 
@@ -88,7 +88,7 @@ class Race:
         """Seconds of timed calls so far."""
         return sum(lane.all_timed_s for lane in self._lanes)
 
-    def loaded(self) -> dict[str, dict[str, Any]]:
+    def loaded(self) -> dict[str, Loading]:
         """Return what loading each contender took, by name; those that failed are absent."""
         return {lane.contender.name: lane.loaded for lane in self._lanes if lane.loaded}
 

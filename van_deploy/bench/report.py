@@ -7,7 +7,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -15,21 +15,23 @@ from typing import Any
 
 from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.contender import Contender, Skipped
-from van_deploy.bench.lane import Row
+from van_deploy.bench.document import SCHEMA, BenchReport, Best, BestUnder, Seconds, Subject
+from van_deploy.bench.lane import Loading, Row
 from van_deploy.bench.limits import measured_limits
-from van_deploy.bench.machine import Watch, busy_cores, machine_facts
+from van_deploy.bench.machine import Watch, busy_cores, machine_here
 from van_deploy.bench.process import KEEP_MEMORY, WorkerError
+from van_deploy.bench.quiet import Quiet
 from van_deploy.bench.race import Race, ceilings_here
 from van_deploy.bench.resize import resized_file
-from van_deploy.bench.settings import Settings, with_known_reference
+from van_deploy.bench.settings import with_known_reference
 from van_deploy.bench.steadiness import load_before, warnings_of
+from van_deploy.config import BenchSettings
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import ConversionError
 from van_deploy.provenance import tool_versions
 
-__all__ = ["SCHEMA", "BenchReport", "Progress", "race_report"]
+__all__ = ["Progress", "race_report"]
 
-SCHEMA = "van-deploy/bench/3"
 RUN_TIMES = (
     "torch",
     "timm",
@@ -47,45 +49,16 @@ VARIABLES = (
 Progress = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class BenchReport:
-    """What was measured, and everything needed to measure it again.
-
-    Attributes:
-        rows: one a contender, batch and image size.
-        skipped: who did not start, and why.
-        facts: the rest, ready for JSON: see :meth:`as_dict`.
-    """
-
-    rows: tuple[Row, ...]
-    skipped: tuple[Skipped, ...]
-    facts: Mapping[str, Any]
-
-    @property
-    def measured(self) -> list[Row]:
-        """The rows with figures."""
-        return [row for row in self.rows if row.latency is not None]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the whole report, ready for JSON."""
-        return {
-            "schema": SCHEMA,
-            **self.facts,
-            "rows": [asdict(row) for row in self.rows],
-            "skipped": [asdict(entry) for entry in self.skipped],
-        }
-
-
 @dataclass
 class _Measured:
     """What the races of all image sizes came to."""
 
     rows: list[Row] = field(default_factory=list)
-    loaded: dict[str, Any] = field(default_factory=dict)
+    loaded: dict[str, Loading] = field(default_factory=dict)
     timed_s: float = 0.0
     runner_s: float = 0.0
     waited_s: float = 0.0
-    quiet: dict[str, Any] = field(default_factory=dict)
+    quiet: Quiet | None = None
 
     def add(self, race: Race) -> None:
         """Take over what a race's processes report once all of its batches are done."""
@@ -93,19 +66,20 @@ class _Measured:
         self.timed_s += race.timed_s
         self.runner_s += race.runner_s
         self.waited_s += race.gauge.waited_s
-        self.quiet = race.gauge.as_dict() or {}
+        self.quiet = race.gauge.seen()
 
 
 def race_report(
     contenders: Sequence[Contender],
     skipped: Sequence[Skipped],
     inputs: Mapping[int, Any],
-    settings: Settings,
+    settings: BenchSettings,
     *,
     native_size: int,
     images: str,
     preprocessing: Mapping[str, Any] | None = None,
-    about: Mapping[str, Any] | None = None,
+    model: str = "",
+    subject: Subject | None = None,
     environment: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
@@ -119,7 +93,8 @@ def race_report(
         native_size: the image size the contenders' files were made for.
         images: what the inputs are, in words.
         preprocessing: mean and std, for graphs with embedded preprocessing.
-        about: what to say of the model in the report.
+        model: what the report calls the network.
+        subject: the bundle the files are of, for the report.
         environment: variables of every process.
         progress: told what is going on.
 
@@ -145,23 +120,36 @@ def race_report(
     state = watch.report()
     warnings += warnings_of(measured.rows, state, settings.budget.tolerance_percent)
     return BenchReport(
+        schema=SCHEMA,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        model=model,
+        subject=subject,
+        settings=settings,
+        threads=threads,
+        images=images,
+        machine=machine_here(),
+        python=platform.python_version(),
+        versions=tool_versions(*RUN_TIMES),
+        environment=_variables(),
+        contenders={contender.name: contender for contender in contenders},
+        reference=settings.reference if any(row.ratio for row in measured.rows) else None,
         rows=tuple(measured.rows),
         skipped=tuple(skipped),
-        facts={
-            **(about or {}),
-            **_circumstances(settings, threads, images, contenders),
-            **_findings(settings, contenders, measured, ceilings),
-            "during": {**state, "quiet": measured.quiet},
-            "seconds": _seconds(time.perf_counter() - start, measured),
-            "warnings": warnings,
-        },
+        loading=measured.loaded,
+        ceilings=ceilings,
+        roofline=measured_limits(contenders, measured.rows, ceilings) if ceilings else (),
+        best_under_p99=_best_under(measured.rows, settings.p99_ms),
+        during=state,
+        quiet=measured.quiet,
+        seconds=_seconds(time.perf_counter() - start, measured),
+        warnings=tuple(warnings),
     )
 
 
 def _measured(
     contenders: Sequence[Contender],
     inputs: Mapping[int, Any],
-    settings: Settings,
+    settings: BenchSettings,
     native_size: int,
     race_of: Callable[[Sequence[Contender]], Race],
 ) -> _Measured:
@@ -181,46 +169,14 @@ def _measured(
     return measured
 
 
-def _circumstances(
-    settings: Settings, threads: int, images: str, contenders: Sequence[Contender]
-) -> dict[str, Any]:
-    """Return what a result depends on besides the contenders' speed."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": {**asdict(settings), "threads": threads, "images": images},
-        "contenders": {c.name: c.as_dict() for c in contenders},
-        "machine": machine_facts(),
-        "python": platform.python_version(),
-        "versions": tool_versions(*RUN_TIMES),
-        "environment": _variables(),
-    }
-
-
-def _findings(
-    settings: Settings,
-    contenders: Sequence[Contender],
-    measured: _Measured,
-    ceilings: Ceilings | None,
-) -> dict[str, Any]:
-    """Return what follows from the rows, and what loading took."""
-    rows = measured.rows
-    return {
-        "reference": settings.reference if any(row.ratio for row in rows) else None,
-        "loading": measured.loaded,
-        "ceilings": ceilings.as_dict() if ceilings else None,
-        "roofline": measured_limits(contenders, rows, ceilings) if ceilings else [],
-        "best_under_p99": _best_under(rows, settings.p99_ms),
-    }
-
-
-def _seconds(wall: float, measured: _Measured) -> dict[str, float]:
-    return {
-        "wall": wall,
-        "timed": measured.timed_s,
-        "in_runners": measured.runner_s,
-        "waited": measured.waited_s,
-        "overhead_percent": 100 * (wall - measured.runner_s - measured.waited_s) / wall,
-    }
+def _seconds(wall: float, measured: _Measured) -> Seconds:
+    return Seconds(
+        wall=wall,
+        timed=measured.timed_s,
+        in_runners=measured.runner_s,
+        waited=measured.waited_s,
+        overhead_percent=100 * (wall - measured.runner_s - measured.waited_s) / wall,
+    )
 
 
 def _nothing(rows: Sequence[Row]) -> ConversionError:
@@ -231,7 +187,7 @@ def _nothing(rows: Sequence[Row]) -> ConversionError:
     )
 
 
-def _batches(race: Race, images: Path, size: int, settings: Settings) -> list[Row]:
+def _batches(race: Race, images: Path, size: int, settings: BenchSettings) -> list[Row]:
     """Return the rows of every batch; under a latency limit, the slow ones drop out."""
     rows: list[Row] = []
     running: set[str] | None = None
@@ -246,22 +202,18 @@ def _batches(race: Race, images: Path, size: int, settings: Settings) -> list[Ro
     return rows
 
 
-def _best_under(rows: Sequence[Row], p99_ms: float | None) -> dict[str, Any] | None:
+def _best_under(rows: Sequence[Row], p99_ms: float | None) -> BestUnder | None:
     """Return each contender's batch of most images a second under the limit, None for none."""
     if p99_ms is None:
         return None
-    best: dict[str, Any] = {row.contender: None for row in rows}
+    best: dict[str, Best | None] = {row.contender: None for row in rows}
     for row in rows:
         if row.latency is None or row.latency.p99_ms > p99_ms:
             continue
-        current = best[row.contender]
-        if current is None or (row.images_per_s or 0) > current["images_per_s"]:
-            best[row.contender] = {
-                "batch": row.batch,
-                "p99_ms": row.latency.p99_ms,
-                "images_per_s": row.images_per_s,
-            }
-    return {"limit_ms": p99_ms, "best": best}
+        current, rate = best[row.contender], row.images_per_s or 0.0
+        if current is None or rate > current.images_per_s:
+            best[row.contender] = Best(row.batch, row.latency.p99_ms, rate)
+    return BestUnder(p99_ms, best)
 
 
 def _ceilings(threads: int, progress: Progress | None) -> Ceilings | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from van_deploy.bench.ceilings import Ceilings
 
@@ -27,6 +27,7 @@ class Work:
 
     Attributes:
         batch: images.
+        operations: all of them.
         matrix_ops: operations of ordinary and 1x1 convolutions and matrix products in
             floating point; a multiply-add is two.
         quantized_ops: the same where both factors are quantised.
@@ -41,6 +42,7 @@ class Work:
     """
 
     batch: int
+    operations: int
     matrix_ops: int
     quantized_ops: int
     depthwise_ops: int
@@ -51,21 +53,14 @@ class Work:
     output_values: int
     operator_values: int
 
-    @property
-    def operations(self) -> int:
-        """All operations."""
-        return self.matrix_ops + self.quantized_ops + self.depthwise_ops + self.other_ops
-
-    def as_dict(self) -> dict[str, int]:
-        """Return the counts by name."""
-        return {**asdict(self), "operations": self.operations}
-
 
 @dataclass(frozen=True)
 class Limit:
     """The least time for some work on some device, and what sets it.
 
     Attributes:
+        ms: the least time: no runtime can be faster.
+        bound: which limit that is.
         compute_ms: all operations at the device's rates.
         memory_ms: the weights, the input and the output once through memory, everything
             between them kept in caches.
@@ -74,24 +69,12 @@ class Limit:
         source: where the device's figures come from.
     """
 
+    ms: float
+    bound: Literal["compute", "memory"]
     compute_ms: float
     memory_ms: float
     traffic_ms: float
     source: str
-
-    @property
-    def ms(self) -> float:
-        """The least time: no run time can be faster."""
-        return max(self.compute_ms, self.memory_ms)
-
-    @property
-    def bound(self) -> str:
-        """Which limit it is: ``compute`` or ``memory``."""
-        return "compute" if self.compute_ms >= self.memory_ms else "memory"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures by name."""
-        return {**asdict(self), "ms": self.ms, "bound": self.bound}
 
 
 def work_of_file(path: Path, batch: int, image_size: int | None = None) -> Work:
@@ -151,9 +134,12 @@ def limit_of(work: Work, ceilings: Ceilings, precision: str) -> Limit | None:
     size = BYTES[kind]
     once = work.quantized_weights + size * (work.weights - work.quantized_weights)
     once += 4 * (work.input_values + work.output_values)  # both stay float32
+    compute_ms, memory_ms = 1e3 * seconds, 1e3 * once / ceilings.bytes_per_s
     return Limit(
-        compute_ms=1e3 * seconds,
-        memory_ms=1e3 * once / ceilings.bytes_per_s,
+        ms=max(compute_ms, memory_ms),
+        bound="compute" if compute_ms >= memory_ms else "memory",
+        compute_ms=compute_ms,
+        memory_ms=memory_ms,
         traffic_ms=1e3 * size * work.operator_values / ceilings.bytes_per_s,
         source=ceilings.source,
     )
@@ -186,7 +172,7 @@ def _count(nodes: Any, shapes: Mapping[str, list[int]], constants: set[str]) -> 
         counts[kind] += operations
         names = (*node.input, *node.output)
         touched += sum(math.prod(shapes[name]) for name in names if name in shapes)
-    return {**counts, "operator_values": touched}
+    return {"operations": sum(counts.values()), **counts, "operator_values": touched}
 
 
 def _operations(

@@ -101,7 +101,7 @@ def open_contender(contender: Contender, threads: int) -> OpenContender:
 def _pytorch(contender: Contender, threads: int) -> Any:
     import torch
 
-    from van_deploy.bundle.original import original_network
+    from van_deploy.runners.original import original_network
     from van_deploy.runners.pytorch_modes import TorchModeRunner
 
     torch.set_num_threads(threads)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from van_deploy.bench.budget import LEAST_ROUNDS
 from van_deploy.bench.lane import Row
+from van_deploy.bench.machine import During
 from van_deploy.bench.timing import CV_LIMIT_PERCENT
+from van_deploy.config.bench import LEAST_ROUNDS
 
 __all__ = ["load_before", "warnings_of"]
 
@@ -24,18 +24,16 @@ def load_before(busy: float | None, cores: int) -> list[str]:
     ]
 
 
-def warnings_of(
-    rows: Sequence[Row], state: Mapping[str, Any], tolerance_percent: float
-) -> list[str]:
+def warnings_of(rows: Sequence[Row], state: During, tolerance_percent: float) -> list[str]:
     """Return what to keep in mind of some rows, and of what else the machine did meanwhile."""
     found = []
-    if state["under_load"]:
+    if state.under_load:
         found.append(
-            f"other work kept {state['other_load_cores']:.1f} cores busy while this ran; "
+            f"other work kept {state.other_load_cores or 0.0:.1f} cores busy while this ran; "
             "latencies are too long, ratios less so"
         )
-    if state["throttled"]:
-        found.append(f"the processor was slowed for heat {state['throttled']:.0f} times")
+    if state.throttled:
+        found.append(f"the processor was slowed for heat {state.throttled:.0f} times")
     return [*found, *_wild(rows), *_disturbed(rows), *_unsettled(rows, tolerance_percent)]
 
 

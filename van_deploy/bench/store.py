@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from van_deploy.bench.document import BenchReport
 from van_deploy.bundle import Bundle, writing
 from van_deploy.errors import InputError
 from van_deploy.files import write_atomic
@@ -16,8 +15,8 @@ __all__ = ["BENCH_FILE", "save_report"]
 BENCH_FILE = "bench.json"
 
 
-def save_report(report: Mapping[str, Any], bundle: Bundle | None, output: Path | None) -> None:
-    """Write a report's JSON into ``bundle`` and to ``output``, where given.
+def save_report(report: BenchReport, bundle: Bundle | None, output: Path | None) -> None:
+    """Write a report into ``bundle`` and to ``output``, where given.
 
     In the bundle it becomes ``bench.json``, and the manifest's ``checks`` get a
     summary, so that whoever reads the manifest alone knows the figures.
@@ -26,7 +25,7 @@ def save_report(report: Mapping[str, Any], bundle: Bundle | None, output: Path |
         InputError: ``output`` cannot be written.
         BundleError: the bundle cannot be written.
     """
-    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    text = report.text()
     if output is not None:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -42,24 +41,24 @@ def save_report(report: Mapping[str, Any], bundle: Bundle | None, output: Path |
             draft.checks["bench"] = _summary(report)
 
 
-def _summary(report: Mapping[str, Any]) -> dict[str, Any]:
-    rows = [row for row in report["rows"] if row["latency"]]
+def _summary(report: BenchReport) -> dict[str, Any]:
     return {
         "file": BENCH_FILE,
-        "date": report["date"],
-        "machine": report["machine"]["cpu"]["name"],
-        "threads": report["settings"]["threads"],
-        "reference": report["reference"],
+        "date": report.date,
+        "machine": report.machine.cpu.name,
+        "threads": report.threads,
+        "reference": report.reference,
         "rows": [
             {
-                "contender": row["contender"],
-                "batch": row["batch"],
-                "image_size": row["image_size"],
-                "p50_ms": row["latency"]["p50_ms"],
-                "images_per_s": row["images_per_s"],
-                "ratio": row["ratio"]["median"] if row["ratio"] else None,
+                "contender": row.contender,
+                "batch": row.batch,
+                "image_size": row.image_size,
+                "p50_ms": row.latency.p50_ms,
+                "images_per_s": row.images_per_s,
+                "ratio": row.ratio.median if row.ratio else None,
             }
-            for row in rows
+            for row in report.rows
+            if row.latency
         ],
-        "skipped": {entry["name"]: entry["reason"] for entry in report["skipped"]},
+        "skipped": {entry.name: entry.reason for entry in report.skipped},
     }

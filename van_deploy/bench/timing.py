@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from van_deploy.bench.budget import LEAST_ROUNDS
+from van_deploy.config.bench import LEAST_ROUNDS
 
 __all__ = [
     "CV_LIMIT_PERCENT",

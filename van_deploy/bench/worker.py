@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -74,7 +75,7 @@ class Worker:
         """Open the contender once a stream; answer with the seconds that took."""
         from van_deploy.bench.runtimes import import_runtime, open_contender
 
-        self._contender = Contender.from_dict(contender)
+        self._contender = Contender(**contender)
         self._threads = threads
         start = time.perf_counter()
         versions = import_runtime(self._contender)
@@ -145,7 +146,7 @@ class Worker:
         """Answer with the machine's own limits (see :mod:`van_deploy.bench.ceilings`)."""
         from van_deploy.bench.ceilings import measured_ceilings
 
-        return measured_ceilings(threads, seconds).as_dict()
+        return asdict(measured_ceilings(threads, seconds))
 
     def gauge(self) -> dict[str, Any]:
         """Answer with the milliseconds of a fixed piece of work (:mod:`van_deploy.bench.quiet`)."""

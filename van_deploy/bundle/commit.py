@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from van_deploy.bundle.names import MANIFEST, PENDING, inside, refuse_links
+from van_deploy.bundle.names import MANIFEST, PENDING, refuse_links
 from van_deploy.documents import json_from, text_from
 from van_deploy.errors import BundleError
 from van_deploy.files import write_atomic
+from van_deploy.manifest import inside
 
 __all__ = ["commit", "finish_commit"]
 
@@ -50,7 +51,7 @@ def finish_commit(folder: Path) -> None:
 def _move_in(folder: Path, pending: Path) -> None:
     gone = pending / _GONE
     for relative in _names_in(gone) if gone.exists() else []:
-        removed = folder / inside(relative)
+        removed = folder / relative
         refuse_links(folder, removed.parent)
         removed.unlink(missing_ok=True)
     files = [path for path in pending.rglob("*") if path.is_file() and path != gone]
@@ -64,7 +65,7 @@ def _move_in(folder: Path, pending: Path) -> None:
 
 def _names_in(gone: Path) -> list[str]:
     try:
-        return [str(name) for name in json_from(text_from(gone))]
+        return [inside(str(name)) for name in json_from(text_from(gone))]
     except (OSError, ValueError, TypeError) as error:
         raise BundleError(
             f"'{gone}', of an interrupted command, is damaged: {error}.",

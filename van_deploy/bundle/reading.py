@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from van_deploy.bundle.commit import finish_commit
 from van_deploy.bundle.lock import locked
-from van_deploy.bundle.manifest import Artefact, Manifest, read_manifest
 from van_deploy.bundle.names import LOCK, MANIFEST, PENDING, SIGNATURE
 from van_deploy.errors import BundleError
 from van_deploy.external_weights import external_files, require_beside
 from van_deploy.files import file_sha256
+from van_deploy.manifest import Artefact, Manifest, read_manifest
 
 __all__ = ["Bundle", "verify"]
 
@@ -48,6 +51,10 @@ class Bundle:
             with locked(folder):
                 finish_commit(folder)
         return cls(folder, read_manifest(folder))
+
+    def __fspath__(self) -> str:
+        """Return the folder's path."""
+        return str(self.path)
 
     @property
     def name(self) -> str:
@@ -107,6 +114,22 @@ class Bundle:
             beside = [file.relative_to(folder).as_posix() for file in named]
             require_beside(path, external_files(path), beside)
         return path
+
+    def why_anew(self, name: str, made_with: Mapping[str, Any]) -> str:
+        """Return why an artefact has to be made, or "" if it is there from the same ingredients.
+
+        Args:
+            name: of the artefact.
+            made_with: everything that decides what will be in it.
+        """
+        try:
+            artefact = self.artefact(name)
+            self.verified(name)
+        except BundleError as error:
+            return error.message if name in self.artefacts else "not there yet"
+        wanted, had = json.loads(json.dumps(made_with)), artefact.made_with
+        changed = [key for key in {**wanted, **had} if wanted.get(key) != had.get(key)]
+        return f"changed since: {', '.join(changed)}" if changed else ""
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each artefact that a run time loads: its file and its weights.

@@ -7,24 +7,25 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle.commit import commit, finish_commit
 from van_deploy.bundle.lock import locked, unwritable
-from van_deploy.bundle.manifest import (
+from van_deploy.bundle.names import LOCK, MANIFEST, PENDING, STAGING
+from van_deploy.bundle.reading import Bundle
+from van_deploy.errors import BundleError
+from van_deploy.files import file_sha256
+from van_deploy.manifest import (
     SCHEMA,
     Artefact,
     Description,
     Manifest,
+    inside,
     manifest_from,
     read_manifest,
 )
-from van_deploy.bundle.names import LOCK, MANIFEST, PENDING, STAGING, inside
-from van_deploy.bundle.reading import Bundle
-from van_deploy.errors import BundleError
-from van_deploy.files import file_sha256
+from van_deploy.provenance import time_of_writing
 
 __all__ = ["Draft", "writing"]
 
@@ -89,7 +90,7 @@ class Draft:
         described = {key: getattr(self.description, key) for key in Description.model_fields}
         return Manifest(
             schema=SCHEMA,
-            written=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            written=time_of_writing(),
             artefacts=self.artefacts,
             checks=self.checks,
             files=self.files,

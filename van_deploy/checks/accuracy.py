@@ -1,32 +1,46 @@
-"""Accuracy on labelled images: PyTorch's, each artefact's, and what was lost between them.
+"""Accuracy on labelled images: PyTorch's, each artifact's, and what was lost between them.
 
-Both answer the same images, so they are compared as pairs. A few dozen bytes an
-image are kept, whatever its size.
+A metric that has no meaning is absent: top-5 of five classes or fewer, calibration of many
+labels.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.checks.contestants import TOP, Answers
-from van_deploy.checks.statistics import (
-    expected_calibration_error,
-    mcnemar_exact,
-    paired_difference_interval,
-    wilson_interval,
-)
+from van_deploy.checks.gates import Finding, Outcome, outcome_of
+from van_deploy.checks.predictions import TOP, Answers
+from van_deploy.checks.rules import Loss, paired_loss
+from van_deploy.intervals import bootstrap_interval, wilson_interval
+from van_deploy.metrics import Flip, Task
 
-__all__ = ["SIGNIFICANCE", "Accuracy", "ClassChange", "PairedDrift", "accuracy_of", "paired_drift"]
+__all__ = [
+    "Accuracy",
+    "ArtefactLoss",
+    "ClassChange",
+    "Labels",
+    "accuracy_of",
+    "class_changes",
+    "confusions",
+    "expected_calibration_error",
+    "loss_of",
+]
 
-SIGNIFICANCE = 0.05
+ECE_BINS = 15
+"""Equal-width bins of confidence, as in Guo et al., "On Calibration of Modern Neural
+Networks", ICML 2017."""
+
 MOST_CONFUSIONS, MOST_CLASSES = 20, 20
+RESAMPLES = 1000
 
-Labels = npt.NDArray[np.int64]
+Labels = npt.NDArray[Any]
+"""``(N,)`` int64 classes, or ``(N, K)`` of 0 and 1 for many labels."""
+Right = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -35,19 +49,21 @@ class Accuracy:
 
     Attributes:
         images: answered.
-        top1: share with the right first class, 0 to 1.
-        top1_interval: its 95 % interval (Wilson).
-        top5: share with the right class among the first five.
+        metric: ``top-1``; for many labels ``F1 (micro)``.
+        top1: share with the right first class or decision, or the F1, 0 to 1.
+        top1_interval: its 95 % interval: Wilson's, or of resampled images.
+        top5: share with the right class among the first five, or None.
         top5_interval: likewise.
-        ece: expected calibration error, 0 to 1.
+        ece: expected calibration error, 0 to 1, or None.
     """
 
     images: int
+    metric: str
     top1: float
     top1_interval: tuple[float, float]
-    top5: float
-    top5_interval: tuple[float, float]
-    ece: float
+    top5: float | None
+    top5_interval: tuple[float, float] | None
+    ece: float | None
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,7 @@ class ClassChange:
         label: the class.
         images: of it.
         before: how many PyTorch gets right.
-        after: how many the artefact gets right.
+        after: how many the artifact gets right.
     """
 
     label: int
@@ -68,130 +84,133 @@ class ClassChange:
 
 
 @dataclass(frozen=True)
-class PairedDrift:
-    """What an artefact lost against PyTorch on the same images.
+class ArtefactLoss:
+    """What an artifact lost against PyTorch on the same images, and what the gate says.
 
     Attributes:
-        images: both answered.
-        lost: images only PyTorch gets right.
-        won: images only the artefact gets right.
-        change: of top-1, as a share: ``(won - lost) / images``.
-        interval: its 95 % interval.
-        p_value: McNemar's exact test.
-        top5_change: of top-5, as a share.
-        agreement: share with the same first class.
-        confusions: ``(PyTorch's class, the artefact's, count)`` of changed predictions.
+        numeric: the numeric class it was judged in.
+        loss: with its interval, in points.
+        findings: of the gate.
+        sqnr_db: of its logits on these images.
+        flips: how many labels flipped.
+        widest_flip: PyTorch's margin at the widest of them, in RMS logits; 0 for none.
+        top5_change: of top-5, in points, or None.
+        confusions: ``(PyTorch's class, the artifact's, count)`` of flipped labels.
         classes: the classes whose accuracy changed most.
-        top1_drop_allowed: in points (percent).
-        passed: whether the drop is within that, or not beyond chance.
-        note: what the number of images does not settle.
     """
 
-    images: int
-    lost: int
-    won: int
-    change: float
-    interval: tuple[float, float]
-    p_value: float
-    top5_change: float
-    agreement: float
+    JSON_PROPERTIES: ClassVar = ("outcome",)
+
+    numeric: str
+    loss: Loss
+    findings: tuple[Finding, ...]
+    sqnr_db: float
+    flips: int
+    widest_flip: float
+    top5_change: float | None
     confusions: tuple[tuple[int, int, int], ...]
     classes: tuple[ClassChange, ...]
-    top1_drop_allowed: float
-    passed: bool
-    note: str
 
     @property
-    def top1_drop(self) -> float:
-        """Points of top-1 lost; negative where the artefact is better."""
-        return -100 * self.change
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures, ready for JSON."""
-        return {**asdict(self), "top1_drop": self.top1_drop}
+    def outcome(self) -> Outcome:
+        """What all findings say together."""
+        return outcome_of(self.findings)
 
 
-def accuracy_of(answers: Answers, labels: Labels) -> Accuracy:
-    """Return how often ``answers`` are ``labels``, ``(N,)``."""
-    right, among = _right(answers, labels), _among_first(answers, labels)
+def accuracy_of(answers: Answers, labels: Labels, classes: int, task: Task) -> Accuracy:
+    """Return how often ``answers`` are ``labels``."""
     total = len(labels)
-    first, five = int(right.sum()), int(among.sum())
-    return Accuracy(
-        images=total,
-        top1=first / max(total, 1),
-        top1_interval=wilson_interval(first, total),
-        top5=five / max(total, 1),
-        top5_interval=wilson_interval(five, total),
-        ece=expected_calibration_error(answers.confidence, right),
-    )
+    if task is Task.MULTI_LABEL:
+        counts = _label_counts(answers, labels)
+        interval = bootstrap_interval(lambda rows: _f1(counts[rows]), total, resamples=RESAMPLES)
+        return Accuracy(total, "F1 (micro)", _f1(counts), interval, None, None, None)
+    right = _right(answers, labels)
+    first = int(right.sum())
+    five, five_interval = None, None
+    if task is Task.SINGLE_LABEL and classes > TOP:
+        among = int(_among_first(answers, labels).sum())
+        five, five_interval = among / total, wilson_interval(among, total)
+    ece = expected_calibration_error(answers.confidence, right)
+    interval = wilson_interval(first, total)
+    return Accuracy(total, "top-1", first / total, interval, five, five_interval, ece)
 
 
-def paired_drift(before: Answers, after: Answers, labels: Labels, top1_drop: float) -> PairedDrift:
-    """Return what was lost from ``before`` (PyTorch) to ``after``.
-
-    The gate fails where more than ``top1_drop`` points are lost *and* McNemar's
-    test says that chance does not explain it (p below 0.05).
-    """
-    right, still = _right(before, labels), _right(after, labels)
-    lost, won = int((right & ~still).sum()), int((~right & still).sum())
+def loss_of(before: Answers, after: Answers, labels: Labels, task: Task) -> Loss:
+    """Return what was lost from ``before`` (PyTorch) to ``after``, in points."""
     total = len(labels)
-    change, p_value = (won - lost) / max(total, 1), mcnemar_exact(lost, won)
-    interval = paired_difference_interval(lost, won, total)
-    passed = not (-100 * change > top1_drop and p_value < SIGNIFICANCE)
-    top5 = _among_first(after, labels).mean() - _among_first(before, labels).mean()
-    return PairedDrift(
-        images=total,
-        lost=lost,
-        won=won,
-        change=change,
-        interval=interval,
-        p_value=p_value,
-        top5_change=float(top5) if total else 0.0,
-        agreement=float((before.classes[:, 0] == after.classes[:, 0]).mean()) if total else 1.0,
-        confusions=_confusions(before, after),
-        classes=_class_changes(right, still, labels),
-        top1_drop_allowed=top1_drop,
-        passed=passed,
-        note=_unsettled(-100 * interval[0], top1_drop, total) if passed else "",
-    )
+    if task is not Task.MULTI_LABEL:
+        right, still = _right(before, labels), _right(after, labels)
+        return paired_loss(int((right & ~still).sum()), int((~right & still).sum()), total)
+    one, other = _label_counts(before, labels), _label_counts(after, labels)
+
+    def lost(rows: npt.NDArray[np.int64]) -> float:
+        return 100 * (_f1(one[rows]) - _f1(other[rows]))
+
+    every = np.arange(total)
+    return Loss(total, lost(every), bootstrap_interval(lost, total, resamples=RESAMPLES))
 
 
-def _unsettled(most: float, allowed: float, images: int) -> str:
-    if most <= allowed:
-        return ""
-    return (
-        f"not proved: with {images} images up to {most:.2f} points may be lost, "
-        f"more than the {allowed:g} allowed"
-    )
-
-
-def _right(answers: Answers, labels: Labels) -> npt.NDArray[np.bool_]:
-    right: npt.NDArray[np.bool_] = answers.classes[:, 0] == labels
+def _right(answers: Answers, labels: Labels) -> Right:
+    right: Right = answers.classes[:, 0] == labels
     return right
 
 
-def _among_first(answers: Answers, labels: Labels) -> npt.NDArray[np.bool_]:
-    found: npt.NDArray[np.bool_] = (answers.classes[:, :TOP] == labels[:, None]).any(axis=1)
-    return found
+def _among_first(answers: Answers, labels: Labels) -> Right:
+    among: Right = (answers.classes[:, :TOP] == labels[:, None]).any(axis=1)
+    return among
 
 
-def _confusions(before: Answers, after: Answers) -> tuple[tuple[int, int, int], ...]:
-    old, new = before.classes[:, 0], after.classes[:, 0]
-    changed = np.flatnonzero(old != new)
-    counts = Counter((int(old[row]), int(new[row])) for row in changed)
+def _label_counts(answers: Answers, labels: Labels) -> npt.NDArray[np.int64]:
+    """Return each image's labels that are found, wanted, and both, ``(N, 3)``."""
+    found, wanted = answers.classes == 1, labels.astype(bool)
+    return np.stack([found.sum(1), wanted.sum(1), (found & wanted).sum(1)], axis=1)
+
+
+def _f1(counts: npt.NDArray[np.int64]) -> float:
+    """Return the micro F1 of images' counts: twice the hits over what is found and wanted."""
+    found, wanted, hits = counts.sum(axis=0).tolist()
+    return 2 * hits / (found + wanted) if found + wanted else 1.0
+
+
+def expected_calibration_error(
+    confidence: npt.ArrayLike, correct: npt.ArrayLike, bins: int = ECE_BINS
+) -> float:
+    """Return how far confidence is from being right, 0 to 1: the ECE.
+
+    The mean over images of ``|accuracy - mean confidence|`` of each image's bin.
+
+    Args:
+        confidence: ``(N,)`` probability of the first class, 0 to 1.
+        correct: ``(N,)`` whether the first class was right.
+        bins: equal-width bins ``(k/bins, (k+1)/bins]``.
+    """
+    scores = np.asarray(confidence, np.float64)
+    right = np.asarray(correct, np.float64)
+    if not len(scores):
+        return 0.0
+    index = np.clip(np.ceil(scores * bins).astype(int) - 1, 0, bins - 1)
+    surplus = np.bincount(index, weights=scores - right, minlength=bins)
+    return float(np.abs(surplus).sum() / len(scores))
+
+
+def confusions(flips: list[Flip]) -> tuple[tuple[int, int, int], ...]:
+    """Return which decision flipped into which, and how often, the commonest first."""
+    counts = Counter((flip.expected, flip.found) for flip in flips)
     ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
     return tuple((source, target, count) for (source, target), count in ordered[:MOST_CONFUSIONS])
 
 
-def _class_changes(
-    right: npt.NDArray[np.bool_], still: npt.NDArray[np.bool_], labels: Labels
-) -> tuple[ClassChange, ...]:
-    size = int(labels.max()) + 1 if len(labels) else 0
+def class_changes(before: Answers, after: Answers, labels: Labels) -> tuple[ClassChange, ...]:
+    """Return the classes whose accuracy changed, the largest change first; of ``(N,)`` labels."""
+    if labels.ndim > 1 or not len(labels):
+        return ()
+    right, still = _right(before, labels), _right(after, labels)
+    size = int(labels.max()) + 1
     counts = np.bincount(labels, minlength=size)
-    before, after = (np.bincount(labels[hit], minlength=size) for hit in (right, still))
-    changed = np.flatnonzero(before != after)
-    order = sorted(changed, key=lambda label: (-abs(int(after[label] - before[label])), label))
+    old, new = (np.bincount(labels[hit], minlength=size) for hit in (right, still))
+    changed = np.flatnonzero(old != new)
+    order = sorted(changed, key=lambda label: (-abs(int(new[label] - old[label])), label))
     return tuple(
-        ClassChange(int(label), int(counts[label]), int(before[label]), int(after[label]))
+        ClassChange(int(label), int(counts[label]), int(old[label]), int(new[label]))
         for label in order[:MOST_CLASSES]
     )

@@ -1,123 +1,199 @@
-"""What was measured when somebody said it was good.
-
-A baseline is a list of figures with a name, a direction and a slack. It is
-committed beside the recipe; :mod:`van_deploy.checks.regression` measures the same
-figures on the same images and names every row that got worse by more than its slack.
-"""
+"""What was measured when somebody said it was good: a document to commit beside the recipe."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.figures import Figure
-from van_deploy.checks.pictures import Pictures
+from van_deploy.checks.evaluate_report import EvaluateReport
+from van_deploy.checks.golden import Samples
+from van_deploy.checks.speed import SpeedRatio
+from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
 from van_deploy.documents import json_from, text_from
 from van_deploy.errors import InputError
+from van_deploy.fields import Count, Text
 from van_deploy.files import write_atomic
+from van_deploy.metrics import Task
+from van_deploy.schema import Schema, validated_json
 
 __all__ = [
     "SCHEMA",
+    "AccuracyFigures",
+    "ArtefactFigures",
     "Baseline",
-    "baseline_of",
-    "images_digest",
+    "EvaluationSet",
+    "SpeedFigures",
+    "baseline_from",
     "read_baseline",
+    "samples_digest",
     "write_baseline",
 ]
 
-SCHEMA = "van-deploy/baseline/1"
+SCHEMA: Literal["van-deploy/baseline/2"] = "van-deploy/baseline/2"
+MOST_DB = 300.0  # what "no error at all" is written as
+
+Ratio = Annotated[float, Field(gt=0)]
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """Figures that were good once.
+class EvaluationSet(Schema):
+    """The labelled images that accuracy was measured on."""
 
-    Attributes:
-        model: whose they are.
-        weights_sha256: of the weights.
-        images_sha256: of the pixels that were verified on.
-        images: what they were.
-        figures: by name.
-    """
-
-    model: str
-    weights_sha256: str
-    images_sha256: str
-    images: str
-    figures: Mapping[str, Figure]
+    sha256: Text
+    """Of their names, contents and labels."""
+    description: Text
+    images: Count
+    """How many could be read."""
 
 
-def baseline_of(bundle: Bundle, pictures: Pictures, figures: Sequence[Figure]) -> Baseline:
-    """Return the baseline that says ``figures`` are good."""
+class AccuracyFigures(Schema):
+    """How much of the evaluation set an artifact gets right."""
+
+    top1: Count | None = None
+    """Images with the right first class or decision; None for many labels."""
+    top5: Count | None = None
+    """Images with the right class among the first five; None with five classes or fewer."""
+    f1: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Micro F1 of many labels."""
+
+
+class SpeedFigures(Schema):
+    """The original network's time over an artifact's."""
+
+    ratio: Ratio
+    low: Ratio
+    """Lower end of the 95 % interval of that median."""
+    high: Ratio
+    """Its upper end."""
+
+
+class ArtefactFigures(Schema):
+    """What was measured of one artifact."""
+
+    runner: Text
+    numeric_class: Text
+    sqnr_db: float | None = None
+    """Of its logits; None where it was not run."""
+    modules: dict[Text, float] = Field(default_factory=dict)
+    """Isolated SQNR of each module, in dB."""
+    accuracy: AccuracyFigures | None = None
+    speed: SpeedFigures | None = None
+
+
+class Baseline(Schema):
+    """Figures that were good once."""
+
+    schema_: Literal["van-deploy/baseline/2"] = Field(SCHEMA, alias="schema")
+    model: Text
+    weights_sha256: Text
+    samples_sha256: Text
+    """Of the images that the artifacts were verified on."""
+    samples: Text
+    """What they were."""
+    against: Text
+    """What artifacts and modules were compared with."""
+    evaluation: EvaluationSet | None = None
+    artefacts: dict[Text, ArtefactFigures]
+
+
+def samples_digest(samples: Samples) -> str:
+    """Return the SHA-256 of the network input."""
+    return hashlib.sha256(samples.inputs.tobytes()).hexdigest()
+
+
+def baseline_from(
+    bundle: Bundle,
+    samples: Samples,
+    verify: VerifyReport,
+    evaluate: EvaluateReport | None,
+    speed: dict[str, SpeedRatio],
+) -> Baseline:
+    """Return the baseline that says what was measured is good."""
+    evaluation = None
+    if evaluate is not None:
+        evaluation = EvaluationSet(
+            sha256=evaluate.dataset_sha256, description=evaluate.images, images=evaluate.count
+        )
     return Baseline(
+        schema=SCHEMA,
         model=bundle.name,
         weights_sha256=bundle.manifest.weights.sha256,
-        images_sha256=images_digest(pictures),
-        images=pictures.described,
-        figures={figure.name: figure for figure in figures},
+        samples_sha256=samples_digest(samples),
+        samples=samples.description,
+        against=verify.against,
+        evaluation=evaluation,
+        artefacts={v.artefact: _figures(v, evaluate, speed) for v in verify.artefacts.values()},
     )
 
 
-def images_digest(pictures: Pictures) -> str:
-    """Return the SHA-256 of the pixels."""
-    return hashlib.sha256(pictures.pixels.tobytes()).hexdigest()
+def _figures(
+    verdict: ArtefactVerdict, evaluate: EvaluateReport | None, speed: dict[str, SpeedRatio]
+) -> ArtefactFigures:
+    measured = speed.get(verdict.artefact)
+    return ArtefactFigures(
+        runner=verdict.runner,
+        numeric_class=verdict.numeric,
+        sqnr_db=None if verdict.comparison is None else _db(verdict.comparison.sqnr_db),
+        modules={row.name: _db(float(row.isolated_db or 0.0)) for row in verdict.modules},
+        accuracy=_accuracy(verdict.artefact, evaluate),
+        speed=None
+        if measured is None
+        else SpeedFigures(
+            ratio=measured.ratio, low=measured.interval[0], high=measured.interval[1]
+        ),
+    )
+
+
+def _accuracy(name: str, evaluate: EvaluateReport | None) -> AccuracyFigures | None:
+    accuracy = None if evaluate is None else evaluate.accuracies.get(name)
+    if evaluate is None or accuracy is None:
+        return None
+    if evaluate.task is Task.MULTI_LABEL:
+        return AccuracyFigures(f1=accuracy.top1)
+    top5 = None if accuracy.top5 is None else round(accuracy.top5 * accuracy.images)
+    return AccuracyFigures(top1=round(accuracy.top1 * accuracy.images), top5=top5)
+
+
+def _db(value: float) -> float:
+    """Return a figure in dB that JSON can hold."""
+    return max(-MOST_DB, min(MOST_DB, -MOST_DB if math.isnan(value) else round(value, 3)))
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
     """Write a baseline as JSON, one figure a line, so that a change shows in a diff."""
-    about = {key: value for key, value in vars(baseline).items() if key != "figures"}
-    head = json.dumps({"schema": SCHEMA, **about}, indent=2)[:-2]
-    lines = [
-        f"    {json.dumps(name)}: "
-        + json.dumps({key: value for key, value in vars(f).items() if key != "name"})
-        for name, f in sorted(baseline.figures.items())
-    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = ",\n".join(lines)
-    write_atomic(path, f'{head},\n  "figures": {{\n{body}\n  }}\n}}\n')
+    values = baseline.model_dump(mode="json", by_alias=True)
+    write_atomic(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_baseline(path: Path) -> Baseline:
     """Return the baseline in a file.
 
     Raises:
-        InputError: it cannot be read or is none.
+        InputError: it cannot be read, is of another version, or is none.
     """
     try:
-        values = json_from(text_from(path))
-        if values["schema"] != SCHEMA:
-            raise InputError(
-                f"'{path}' has schema '{values['schema']}'; this version reads '{SCHEMA}'.",
-                "Write it anew with --update.",
-            )
-        figures = {
-            name: Figure(
-                name,
-                float(f["value"]),
-                str(f["better"]),
-                float(f["slack"]),
-                float(f.get("spread", 0.0)),
-            )
-            for name, f in values["figures"].items()
-        }
-        return Baseline(
-            model=str(values["model"]),
-            weights_sha256=str(values["weights_sha256"]),
-            images_sha256=str(values["images_sha256"]),
-            images=str(values["images"]),
-            figures=figures,
-        )
+        text = text_from(path)
+        raw = json_from(text)
     except FileNotFoundError:
         raise InputError(
             f"There is no baseline at '{path}'.",
             "Make one with --update, look at it, and commit it.",
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"'{path}' is no baseline: {type(error).__name__}: {error}.",
-            "Write it anew with --update.",
-        ) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"'{path}' is no baseline: {reason}.", _ANEW) from error
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if isinstance(schema, str) and schema != SCHEMA:
+        raise InputError(f"'{path}' has schema '{schema}'; this version reads '{SCHEMA}'.", _ANEW)
+    return validated_json(
+        Baseline, text, where=f"'{path}' is no baseline", error=InputError, remedy=_ANEW
+    )
+
+
+_ANEW = "Write it anew with --update."

@@ -43,9 +43,8 @@ def _table(text: str) -> Mapping[str, Any]:
 
 
 def _differences(said: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    keys = ("image_size", "mean", "std", "interpolation", "crop_pct")
     return [
-        f"the file was made for {key} {said.get(key)}, the manifest says {manifest.get(key)}"
-        for key in keys
-        if said.get(key) != manifest.get(key)
+        f"the file was made for {key} {said.get(key)}, the manifest says {value}"
+        for key, value in manifest.items()
+        if key != "source" and said.get(key) != value
     ]

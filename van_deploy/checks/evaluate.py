@@ -2,39 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.accuracy import accuracy_of, paired_drift
-from van_deploy.checks.contestants import TOP, Answers, Contestants
-from van_deploy.checks.decoding import decode_batches
+from van_deploy.checks.accuracy import (
+    ArtefactLoss,
+    Labels,
+    accuracy_of,
+    class_changes,
+    confusions,
+    loss_of,
+)
 from van_deploy.checks.evaluate_report import EvaluateReport
-from van_deploy.checks.journal import Journal
-from van_deploy.checks.labels import LabelledImages
-from van_deploy.checks.opened import ON_CPU, Execution
-from van_deploy.errors import ImageError
+from van_deploy.checks.gates import (
+    LOSSY,
+    Allowed,
+    Limit,
+    allowed_loss,
+    flip_margin,
+    numeric_class,
+    sqnr_floor,
+)
+from van_deploy.checks.opened import ON_CPU, Execution, NotRun, chosen_artefacts, open_artefact
+from van_deploy.checks.predictions import Answered, Table, answered
+from van_deploy.checks.reference import samples_for
+from van_deploy.checks.rules import judge_loss, judge_numbers
+from van_deploy.config import EvaluateSettings, GateSettings
+from van_deploy.data import (
+    Batch,
+    ImageSet,
+    dataset_digest,
+    decoded_batches,
+    image_set,
+    label_sets,
+    labelled_images,
+)
+from van_deploy.errors import ConversionError, ImageError
 from van_deploy.files import content_key
-from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.recipe import GateSettings
-from van_deploy.runners.network import PYTORCH
+from van_deploy.metrics import Task
+from van_deploy.ray_tasks import RayTask, run_on_ray
+from van_deploy.runners.base import Logits
+from van_deploy.runners.network import PYTORCH, Network, task_of
 
-__all__ = [
-    "BATCH",
-    "Settings",
-    "answered_batches",
-    "evaluate_bundle",
-    "journal_path",
-]
+if TYPE_CHECKING:
+    from van_deploy.model.checkpoint import LoadedVan
+
+__all__ = ["BATCH", "Settings", "evaluate_bundle", "evaluate_images"]
 
 BATCH = 32
+BATCHES_A_TASK = 4  # so that decoding runs ahead of the networks inside a task of the cluster
 
 Progress = Callable[[int, int], None]
 
@@ -44,26 +69,24 @@ class Settings:
     """How to evaluate.
 
     Attributes:
-        artefacts: which artefacts; empty for all.
-        execution: what runs the artefacts.
+        artefacts: which artifacts; empty for all.
+        execution: what runs the artifacts.
         batch: images a batch.
         workers: threads that decode; 0 for as many as there are cores.
-        resume: go on with an interrupted evaluation.
-        journal: where answers are kept until the end; None for a file in the bundle.
         on_ray: spread the batches over a Ray cluster.
         ray_address: of the cluster; None joins the one this machine is in, or starts one here.
         weights: where the original weights are now, for the machines of the cluster.
+        allowed: what the user lets pass.
     """
 
     artefacts: tuple[str, ...] = ()
     execution: Execution = ON_CPU
     batch: int = BATCH
     workers: int = 0
-    resume: bool = False
-    journal: Path | None = None
     on_ray: bool = False
     ray_address: str | None = None
     weights: str | None = None
+    allowed: Allowed = field(default_factory=Allowed)
 
     @property
     def decoders(self) -> int:
@@ -71,179 +94,290 @@ class Settings:
         return self.workers or len(os.sched_getaffinity(0))
 
 
-def journal_path(bundle: Bundle) -> Path:
-    """Return where the answers of an evaluation are kept until its end."""
-    return bundle.path / ".evaluate.jsonl"
+class _Networks(contextlib.ExitStack):
+    """PyTorch and some artifacts, opened together with ``with``."""
+
+    def __init__(
+        self, bundle: Bundle, loaded: LoadedVan, names: Sequence[str], execution: Execution
+    ) -> None:
+        from van_deploy.runners.pytorch import TorchRunner
+
+        super().__init__()
+        self.bundle, self.loaded = bundle, loaded
+        self._torch = TorchRunner(loaded.model)
+        self._artefacts: dict[str, Network] = {}
+        self.skipped: list[NotRun] = []
+        for name in names:
+            # Idle threads must not spin: the next image is being decoded on that core.
+            opened = open_artefact(bundle, name, execution, spin=False)
+            if isinstance(opened, NotRun):
+                self.skipped.append(opened)
+            elif "logits" not in {output.name for output in opened.outputs}:
+                reason = "it gives no logits"
+                self.skipped.append(NotRun(name, opened.runner, reason, ""))
+            else:
+                self._artefacts[name] = opened
+        self.runners = {PYTORCH: PYTORCH, **{n: a.runner for n, a in self._artefacts.items()}}
+
+    def __enter__(self) -> _Networks:
+        """Load every network."""
+        super().__enter__()
+        for opened in self._artefacts.values():
+            self.enter_context(opened)
+        return self
+
+    def classes(self) -> dict[str, str]:
+        """Return the numeric class of each artifact, while it is open."""
+        return {
+            name: numeric_class(self.bundle.artefact(name).precision, tf32=opened.tf32)
+            for name, opened in self._artefacts.items()
+        }
+
+    def logits(self, batch: Batch) -> dict[str, Logits]:
+        """Return each network's logits ``(n, K)``, PyTorch's first."""
+        if not len(batch.indices):
+            return {}
+        found = {PYTORCH: self._torch.run(batch.inputs)}
+        for name, opened in self._artefacts.items():
+            given = batch.inputs if batch.pixels is None else batch.pixels
+            if opened.embedding == "none":
+                given = batch.inputs  # normalised once for all of them
+            found[name] = opened.logits(given)
+        return found
 
 
 def evaluate_bundle(
     bundle: Bundle,
     loaded: LoadedVan,
-    labelled: LabelledImages,
+    images: ImageSet,
+    labels: Labels,
     settings: Settings | None = None,
     *,
+    noise_db: float,
     gates: GateSettings | None = None,
     progress: Progress | None = None,
 ) -> EvaluateReport:
-    """Return the accuracy of PyTorch and of each artefact of ``bundle`` on labelled images.
+    """Return the accuracy of PyTorch and of each artifact of ``bundle`` on labelled images.
 
     Args:
         bundle: the bundle.
         loaded: its original network.
-        labelled: the images.
+        images: the evaluation set.
+        labels: of the images: classes ``(N,)``, or ``(N, K)`` of 0 and 1 for many labels.
         settings: how.
-        gates: how much may be lost.
+        noise_db: SQNR of PyTorch's float32 against its float64, of the golden samples.
+        gates: limits a recipe sets otherwise.
         progress: told how many images of how many are answered.
 
     Raises:
-        BundleError: an artefact is not there, or is not the manifest's.
+        BundleError: an artifact is not there, or is not the manifest's.
         ImageError: not one image can be read.
-        InputError: the journal to go on with is another evaluation's.
         MissingDependency: Ray was asked for and is not here.
+        ConversionError: a machine of the cluster failed.
     """
     settings = settings or Settings()
-    names = list(settings.artefacts) or list(bundle.artefacts)
-    contestants = Contestants(bundle, loaded, names, settings.execution)
-    path = settings.journal or journal_path(bundle)
-    started, total = time.perf_counter(), len(labelled.paths)
-    with Journal(path, _key(bundle, labelled, names, settings), settings.resume) as journal:
-        answered = {i for entry in journal.entries for i in _indices(entry)}
-        resumed = len(answered)
-        left = [index for index in range(total) if index not in answered]
-        tell = progress or (lambda done, of: None)
-        tell(resumed, total)
-        table = _Table(total, list(contestants.runners))
-        for entry in journal.entries:
-            table.enter(entry)
-        journal.entries.clear()
-        for entry in _entries(bundle, labelled, left, settings, contestants):
-            journal.append(entry)
-            table.enter(entry)
-            answered.update(_indices(entry))
-            tell(len(answered), total)
-        report = _report(table, labelled, loaded, bundle, contestants, gates or GateSettings())
-        journal.finish()
-    return EvaluateReport(**report, seconds=time.perf_counter() - started, resumed=resumed)
+    names = chosen_artefacts(bundle, settings.artefacts)
+    networks = _Networks(bundle, loaded, names, settings.execution)
+    task = task_of(bundle)
+    table = Table(len(images), list(networks.runners), loaded.config.num_classes, task)
+    tell, started = progress or (lambda done, of: None), time.perf_counter()
+    tell(0, len(images))
+    with networks:
+        numeric = networks.classes()
+        for done in _answered(networks, images, task, settings):
+            table.enter(done)
+            tell(int(table.readable.sum()) + len(table.unreadable), len(images))
+    report = _Report(table, images, labels, numeric, noise_db, gates or GateSettings())
+    return EvaluateReport(
+        images=images.description,
+        dataset_sha256=content_key({"set": dataset_digest(images), "labels": labels.tolist()}),
+        task=task,
+        unreadable=report.unreadable(),
+        accuracies=report.accuracies(),
+        losses={name: report.loss(name) for name in networks.runners if name != PYTORCH},
+        skipped=tuple(networks.skipped),
+        runners=dict(networks.runners),
+        class_names=loaded.class_names,
+        seconds=time.perf_counter() - started,
+        allowed=settings.allowed,
+    )
 
 
-def answered_batches(
-    labelled: LabelledImages,
-    indices: Sequence[int],
-    contestants: Contestants,
+def evaluate_images(
+    bundle: Bundle,
     loaded: LoadedVan,
+    images: Path,
+    asked: EvaluateSettings,
+    settings: Settings,
+    gates: GateSettings | None = None,
+    progress: Progress | None = None,
+) -> EvaluateReport:
+    """Return the accuracy on labelled images, as :func:`evaluate_bundle` does.
+
+    Args:
+        bundle: the bundle.
+        loaded: its original network.
+        images: their folder or ``.npz``.
+        asked: how their labels are found, and how many are taken.
+        settings: how to evaluate.
+        gates: limits a recipe sets otherwise.
+        progress: told how many images of how many are answered.
+    """
+    chosen, labels = _labelled(images, asked, task_of(bundle), loaded)
+    golden = bundle.manifest.golden is not None
+    noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
+    return evaluate_bundle(
+        bundle, loaded, chosen, labels, settings, noise_db=noise_db, gates=gates, progress=progress
+    )
+
+
+def _labelled(
+    images: Path, asked: EvaluateSettings, task: Task, loaded: LoadedVan
+) -> tuple[ImageSet, Labels]:
+    """Return the evaluation set and its labels."""
+    classes, names, limit = loaded.config.num_classes, loaded.class_names, asked.limit
+    if task is Task.MULTI_LABEL:
+        found = image_set(images)
+        chosen = found.first(limit) if limit else found
+        labels = label_sets(chosen, asked.labels, classes, names)
+        described = f"{chosen.description}, labels from '{asked.labels}'"
+        return replace(chosen, description=described), labels
+    labelled = labelled_images(
+        images,
+        classes,
+        names,
+        labels_file=asked.labels,
+        synsets_file=asked.synsets,
+        class_order=asked.class_order,
+        find_labels=asked.label_files,
+    )
+    chosen = labelled.first(limit) if limit else labelled
+    return chosen, np.array([item.label for item in chosen.items], np.int64)
+
+
+def _answered(
+    networks: _Networks, images: ImageSet, task: Task, settings: Settings
+) -> Iterator[Answered]:
+    """Yield what the networks say, batch by batch."""
+    if not settings.on_ray:
+        yield from _batches(networks, images, None, task, settings.batch, settings.decoders)
+        return
+    names = tuple(name for name in networks.runners if name != PYTORCH)
+    path = str(networks.bundle.path.absolute())
+    shared = (path, names, settings, images, task)
+    step = settings.batch * BATCHES_A_TASK
+    tasks = [
+        RayTask(start, (list(range(start, min(start + step, len(images)))),), {"num_cpus": 1})
+        for start in range(0, len(images), step)
+    ]
+    for done in run_on_ray(_on_machine, tasks, shared=shared, address=settings.ray_address):
+        if done.failure:
+            raise ConversionError(
+                f"A machine of the Ray cluster failed: {done.failure}",
+                "Every machine must see the bundle, the weights and the images under the same "
+                "paths. Run it again.",
+            )
+        yield from done.result
+
+
+def _batches(
+    networks: _Networks,
+    images: ImageSet,
+    indices: Sequence[int] | None,
+    task: Task,
     batch: int,
     decoders: int,
-) -> Iterator[dict[str, Any]]:
-    """Yield a journal entry for each batch of the images ``indices``."""
-    batches = decode_batches(labelled.paths, indices, loaded.preprocessing, batch, workers=decoders)
-    for decoded in batches:
-        answers = contestants.answer(decoded.pixels) if len(decoded.indices) else {}
-        yield {
-            "indices": list(decoded.indices),
-            "unreadable": [list(pair) for pair in decoded.unreadable],
-            "answers": {name: given.as_lists() for name, given in answers.items()},
-        }
+) -> Iterator[Answered]:
+    preprocessing = networks.loaded.preprocessing
+    for found in decoded_batches(
+        images.items, preprocessing, batch, indices=indices, workers=decoders
+    ):
+        logits = networks.logits(found)
+        yield answered(found.indices, found.unreadable, logits, PYTORCH, task)
 
 
-def _entries(
-    bundle: Bundle,
-    labelled: LabelledImages,
-    left: Sequence[int],
-    settings: Settings,
-    contestants: Contestants,
-) -> Iterator[dict[str, Any]]:
-    if settings.on_ray:
-        from van_deploy.checks.on_ray import entries_on_ray
-
-        names = [name for name in contestants.runners if name != PYTORCH]
-        yield from entries_on_ray(bundle, labelled, left, names, settings)
-        return
-    with contestants:
-        yield from answered_batches(
-            labelled,
-            left,
-            contestants,
-            contestants.loaded,
-            settings.batch,
-            settings.decoders,
-        )
+def _on_machine(
+    shared: tuple[str, tuple[str, ...], Settings, ImageSet, Task], indices: list[int]
+) -> list[Answered]:
+    """Return what the networks say of some images; a machine of the cluster loads them once."""
+    path, names, settings, images, task = shared
+    networks = _networks_here(path, names, settings.execution, settings.weights)
+    return list(_batches(networks, images, indices, task, settings.batch, 1))
 
 
-class _Table:
-    """The answers of every network for every image, in arrays of fixed size."""
+@lru_cache(maxsize=1)
+def _networks_here(
+    path: str, names: tuple[str, ...], execution: Execution, weights: str | None
+) -> _Networks:
+    import torch
 
-    def __init__(self, images: int, names: Sequence[str]) -> None:
-        self.readable = np.zeros(images, bool)
-        self.unreadable: dict[int, str] = {}
-        self.answers = {
-            name: Answers(np.full((images, TOP), -1, np.int32), np.zeros(images, np.float32))
-            for name in names
-        }
+    from van_deploy.runners.original import original_network
 
-    def enter(self, entry: Mapping[str, Any]) -> None:
-        rows = entry["indices"]
-        self.unreadable |= {int(index): str(reason) for index, reason in entry["unreadable"]}
-        if rows:
-            self.readable[rows] = True
-            for name, given in entry["answers"].items():
-                self.answers[name].classes[rows] = given["classes"]
-                self.answers[name].confidence[rows] = given["confidence"]
-
-    def of(self, name: str) -> Answers:
-        whole = self.answers[name]
-        return Answers(whole.classes[self.readable], whole.confidence[self.readable])
+    torch.set_num_threads(1)
+    bundle = Bundle.open(path)
+    loaded = original_network(bundle, weights)
+    one = Execution(execution.runner, execution.trust_engine, threads=1)
+    return _Networks(bundle, loaded, names, one).__enter__()
 
 
-def _report(
-    table: _Table,
-    labelled: LabelledImages,
-    loaded: LoadedVan,
-    bundle: Bundle,
-    contestants: Contestants,
-    gates: GateSettings,
-) -> dict[str, Any]:
-    bad = [(str(labelled.paths[i]), reason) for i, reason in sorted(table.unreadable.items())]
-    if not table.readable.any():
-        raise ImageError(
-            f"Not one of the {len(labelled.paths)} images could be read; the first: {bad[0][1]}",
-            "Give a folder of images that can be read.",
-        )
-    labels: npt.NDArray[np.int64] = labelled.labels[table.readable]
-    reference = table.of(PYTORCH)
-    artefacts = [name for name in contestants.runners if name != PYTORCH]
-    return {
-        "images": f"{len(labels)} images of '{labelled.folder}': {labelled.described}",
-        "unreadable": tuple(bad),
-        "accuracies": {n: accuracy_of(table.of(n), labels) for n in contestants.runners},
-        "drifts": {
-            name: paired_drift(
-                reference,
-                table.of(name),
-                labels,
-                float(gates.of(bundle.artefact(name).precision).top1_drop or 0.0),
+@dataclass
+class _Report:
+    """What the answers say, once all of them are there."""
+
+    table: Table
+    images: ImageSet
+    labels: Labels
+    numeric: Mapping[str, str]
+    noise_db: float
+    gates: GateSettings
+
+    def __post_init__(self) -> None:
+        if not self.table.readable.any():
+            reason = self.table.unreadable[min(self.table.unreadable)]
+            raise ImageError(
+                f"Not one of the {len(self.images)} images could be read; the first: {reason}",
+                "Give images that can be read.",
             )
-            for name in artefacts
-        },
-        "skipped": tuple(contestants.skipped),
-        "runners": dict(contestants.runners),
-        "class_names": loaded.class_names,
-    }
+        self.labels = self.labels[self.table.readable]
 
+    def unreadable(self) -> tuple[tuple[str, str], ...]:
+        found = sorted(self.table.unreadable.items())
+        return tuple((self.images.items[index].name, reason) for index, reason in found)
 
-def _indices(entry: Mapping[str, Any]) -> list[int]:
-    return [*entry["indices"], *(int(index) for index, _ in entry["unreadable"])]
-
-
-def _key(bundle: Bundle, labelled: LabelledImages, names: Sequence[str], settings: Settings) -> str:
-    """Return the digest of everything that decides the answers."""
-    return content_key(
-        {
-            "weights": bundle.manifest.weights.sha256,
-            "preprocessing": asdict(bundle.manifest.preprocessing),
-            "artefacts": {name: bundle.artefact(name).sha256 for name in names},
-            "runner": settings.execution.runner,
-            "batch": settings.batch,
-            "images": [[str(p), p.stat().st_size] for p in labelled.paths],
-            "labels": labelled.labels.tolist(),
+    def accuracies(self) -> dict[str, Any]:
+        table = self.table
+        return {
+            name: accuracy_of(table.answers(name), self.labels, table.classes, table.task)
+            for name in table.names
         }
-    )
+
+    def loss(self, name: str) -> ArtefactLoss:
+        """Return what one artifact lost, and what the gate of its class says."""
+        table, numeric = self.table, self.numeric[name]
+        profile, task = self.gates.of(numeric), self.table.task
+        before, after = table.answers(PYTORCH), table.answers(name)
+        loss = loss_of(before, after, self.labels, task)
+        allowed = allowed_loss(numeric, profile)
+        floor: Limit = sqnr_floor(numeric, self.noise_db, profile)
+        flips = table.flips(name, flip_margin(floor.value, task))
+        what = "F1" if task is Task.MULTI_LABEL else "top-1"
+        sqnr = table.sqnr_db(name)
+        if numeric in LOSSY:
+            findings = [judge_loss(loss, allowed, what)]
+        else:
+            findings = judge_numbers(loss, allowed, sqnr, floor, flips, task, what)
+        accuracies = [
+            accuracy_of(a, self.labels, table.classes, task).top5 for a in (before, after)
+        ]
+        old, new = accuracies
+        return ArtefactLoss(
+            numeric=numeric,
+            loss=loss,
+            findings=tuple(findings),
+            sqnr_db=sqnr,
+            flips=len(flips),
+            widest_flip=flips[0].margin if flips else 0.0,
+            top5_change=None if old is None or new is None else 100 * (new - old),
+            confusions=confusions(flips),
+            classes=class_changes(before, after, self.labels),
+        )

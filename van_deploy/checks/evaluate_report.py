@@ -3,76 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal
 
-from van_deploy.checks.accuracy import Accuracy, PairedDrift
+from van_deploy.checks.accuracy import Accuracy, ArtefactLoss
+from van_deploy.checks.gates import Allowed, Finding, Outcome, skipped
 from van_deploy.checks.opened import NotRun
+from van_deploy.metrics import Task
 from van_deploy.runners.network import PYTORCH
 
 __all__ = ["SCHEMA", "EvaluateReport"]
 
-SCHEMA = "van-deploy/evaluate/1"
+SCHEMA: Final = "van-deploy/evaluate/2"
 
 
 @dataclass(frozen=True)
 class EvaluateReport:
-    """Accuracy of PyTorch and each artefact.
+    """Accuracy of PyTorch and each artifact.
 
     Attributes:
         images: what they were evaluated on, and how the labels were found.
+        dataset_sha256: digest of the evaluation set: names, contents and labels.
+        task: how logits become labels.
         unreadable: file and reason of each image left out.
         accuracies: by name, PyTorch first.
-        drifts: by artefact, against PyTorch.
-        skipped: artefacts that did not run, with the reason.
+        losses: by artifact, against PyTorch.
+        skipped: artifacts that did not run, with the reason.
         runners: what ran each.
         class_names: for the report, or None.
-        seconds: what it took, without what was resumed.
-        resumed: images whose answers were there already.
+        seconds: what it took.
+        allowed: what the user lets pass.
+        schema: of the document.
     """
 
+    JSON_PROPERTIES: ClassVar = ("count",)
+
     images: str
+    dataset_sha256: str
+    task: Task
     unreadable: tuple[tuple[str, str], ...]
     accuracies: Mapping[str, Accuracy]
-    drifts: Mapping[str, PairedDrift]
+    losses: Mapping[str, ArtefactLoss]
     skipped: tuple[NotRun, ...]
     runners: Mapping[str, str]
     class_names: tuple[str, ...] | None
     seconds: float
-    resumed: int
+    allowed: Allowed
+    schema: Literal["van-deploy/evaluate/2"] = SCHEMA
 
     @property
-    def failed(self) -> list[str]:
-        """The artefacts that lost too much."""
-        return [name for name, drift in self.drifts.items() if not drift.passed]
+    def count(self) -> int:
+        """How many images were answered."""
+        return self.accuracies[PYTORCH].images
+
+    def having(self, outcome: Outcome) -> list[str]:
+        """Return the artifacts with that outcome."""
+        return [name for name, loss in self.losses.items() if loss.outcome is outcome]
+
+    def findings(self) -> list[Finding]:
+        """Return every finding, those of skipped artifacts included."""
+        found = [finding for loss in self.losses.values() for finding in loss.findings]
+        return [*found, *(skipped("runs", entry.reason, entry.kind) for entry in self.skipped)]
 
     @property
     def passed(self) -> bool:
-        """Whether an artefact was evaluated and none lost too much."""
-        return bool(self.drifts) and not self.failed
+        """Whether an artifact passed, and nothing else stands in the way."""
+        return self.allowed.passes(self.findings())
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report, ready for JSON."""
-        return {
-            "schema": SCHEMA,
-            "passed": self.passed,
-            "images": self.images,
-            "count": self.accuracies[PYTORCH].images,
-            "unreadable": [{"file": file, "reason": reason} for file, reason in self.unreadable],
-            "accuracy": {
-                name: {"runner": self.runners[name], **asdict(accuracy)}
-                for name, accuracy in self.accuracies.items()
-            },
-            "drift": {name: drift.as_dict() for name, drift in self.drifts.items()},
-            "skipped": [
-                {"artefact": entry.artefact, "runner": entry.runner, "reason": entry.reason}
-                for entry in self.skipped
-            ],
-            "class_names": list(self.class_names) if self.class_names else None,
-            "seconds": round(self.seconds, 3),
-            "resumed": self.resumed,
-        }

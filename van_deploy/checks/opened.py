@@ -1,23 +1,27 @@
-"""Every artefact of a bundle ready to be judged, or the reason why not.
-
-What this machine cannot run is a :class:`NotRun` with the reason, never a pass.
-"""
+"""Every artifact of a bundle ready to be judged, or the reason why not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
 from van_deploy.errors import UsageError
-from van_deploy.graph.names import OUTPUT_NAME
-from van_deploy.runners.network import ORT_CPU, Network, embedding_of
+from van_deploy.model.pixels import Pixels
+from van_deploy.runners.base import Images
+from van_deploy.runners.network import ORT_CPU, Network, Outputs, embedding_of
 
 __all__ = [
     "ON_CPU",
     "Execution",
     "NotRun",
     "chosen_artefacts",
+    "given_to",
+    "in_batches",
     "open_artefact",
     "plain_onnx",
 ]
@@ -25,16 +29,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Execution:
-    """What runs the artefacts of a bundle.
+    """What runs the artifacts of a bundle.
 
     Attributes:
-        runner: one of :data:`~van_deploy.runners.network.RUNNERS`, for ONNX artefacts;
+        runner: one of :data:`~van_deploy.runners.network.RUNNERS`, for ONNX artifacts;
             engines are run by TensorRT.
         trust_engine: run engines whose sidecar is gone.
+        threads: threads inside one operator; None lets the runtime choose.
     """
 
     runner: str = ORT_CPU
     trust_engine: bool = False
+    threads: int | None = None
 
 
 ON_CPU = Execution()
@@ -42,23 +48,23 @@ ON_CPU = Execution()
 
 @dataclass(frozen=True)
 class NotRun:
-    """An artefact that this machine does not run.
+    """An artifact that this machine does not run.
 
     Attributes:
         artefact: its name.
         runner: what would have run it.
         reason: one phrase.
-        answers: it runs here, but gives no logits to compare.
+        kind: of :data:`~van_deploy.checks.gates.SKIP_KINDS`.
     """
 
     artefact: str
     runner: str
     reason: str
-    answers: bool = False
+    kind: str
 
 
 def plain_onnx(bundle: Bundle) -> list[str]:
-    """Return the ONNX artefacts that take normalised images and give logits."""
+    """Return the ONNX artifacts that take normalised images and give logits."""
     return [
         name
         for name, artefact in bundle.artefacts.items()
@@ -67,7 +73,7 @@ def plain_onnx(bundle: Bundle) -> list[str]:
 
 
 def chosen_artefacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
-    """Return the artefacts called ``names``, or all of them.
+    """Return the artifacts called ``names``, or all of them.
 
     Raises:
         BundleError: one of the names is not in the bundle.
@@ -78,25 +84,18 @@ def chosen_artefacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
     chosen = list(names) or list(bundle.artefacts)
     if not chosen:
         raise UsageError(
-            f"The bundle '{bundle.path}' holds no artefact.", "Make one with `van-deploy export`."
+            f"The bundle '{bundle.path}' holds no artifact.", "Make one with `van-deploy export`."
         )
     return chosen
 
 
 def open_artefact(
-    bundle: Bundle,
-    name: str,
-    execution: Execution = ON_CPU,
-    *,
-    threads: int | None = None,
-    spin: bool = True,
+    bundle: Bundle, name: str, execution: Execution = ON_CPU, *, spin: bool = True
 ) -> Network | NotRun:
-    """Return the artefact called ``name`` to be opened with ``with``, or why it does not run here.
-
-    ``threads`` and ``spin`` are those of :class:`~van_deploy.runners.network.Network`.
+    """Return the artifact called ``name`` to be opened with ``with``, or why it does not run here.
 
     Raises:
-        BundleError: there is no such artefact, or its files are not the manifest's.
+        BundleError: there is no such artifact, or its files are not the manifest's.
         UsageError: there is no such runner.
         MissingDependency: ONNX Runtime is not installed.
     """
@@ -104,16 +103,53 @@ def open_artefact(
         bundle,
         name,
         runner=execution.runner,
-        threads=threads,
+        threads=execution.threads,
         spin=spin,
         trust_engine=execution.trust_engine,
     )
     bundle.verified(name, only_file=network.is_engine and execution.trust_engine)
-    reason = network.obstacle()
-    if reason:
-        return NotRun(name, network.runner, reason)
-    given = [output.name for output in network.outputs]
-    if OUTPUT_NAME not in given:
-        reason = f"it gives {', '.join(given)} and no logits"
-        return NotRun(name, network.runner, reason, answers=True)
+    obstacle = network.obstacle()
+    if obstacle is not None:
+        return NotRun(name, network.runner, obstacle.reason, obstacle.kind)
     return network
+
+
+def given_to(network: Network, inputs: Images, pixels: Pixels | None) -> npt.NDArray[Any]:
+    """Return the images as an artifact takes them.
+
+    Args:
+        network: the artifact.
+        inputs: ``(N, C, S, S)`` float32, normalised.
+        pixels: the same ``(N, S, S, C)`` uint8; None where there are none.
+
+    Raises:
+        UsageError: the artifact takes pixels and there are none.
+    """
+    if network.embedding == "none":
+        return inputs
+    if pixels is None:
+        raise UsageError(
+            f"'{network.name}' takes pixels, and the images at hand are network input.",
+            "Give images as files, or as uint8 arrays.",
+        )
+    return network.prepare(pixels)
+
+
+def in_batches(
+    run: Callable[[npt.NDArray[Any]], Outputs], given: npt.NDArray[Any], batch: int
+) -> Outputs:
+    """Return every output for all images, one row an image, ``batch`` at a time.
+
+    Every batch is full: the last one is filled up with other images, and a batch of more images
+    than there are repeats them in another order.
+
+    Args:
+        run: the network.
+        given: ``(N, ...)`` as it takes them.
+        batch: images a batch.
+    """
+    count, pieces = len(given), []
+    for start in range(0, count, batch):
+        rows = np.arange(start, start + batch)
+        pieces.append(run(given[(rows + rows // count) % count]))
+    return {name: np.concatenate([p[name] for p in pieces])[:count] for name in pieces[0]}

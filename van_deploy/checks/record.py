@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
-from typing import Any
 
 from van_deploy.bundle import Bundle, writing
-from van_deploy.documents import plain as jsonable
+from van_deploy.documents import plain
 
-__all__ = ["jsonable", "record_check"]
+__all__ = ["record_check"]
 
 MAY_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def record_check(bundle: Bundle, name: str, result: Mapping[str, Any]) -> str:
+def record_check(bundle: Bundle, name: str, result: object) -> str:
     """Write the result of a check into the manifest, with the digests of the artefacts.
 
     A bundle that may only be read keeps no record; the check is worth no less for it.
@@ -22,7 +20,7 @@ def record_check(bundle: Bundle, name: str, result: Mapping[str, Any]) -> str:
     Args:
         bundle: what was checked.
         name: of the check, such as ``verify``.
-        result: the report's ``as_dict()``.
+        result: the report.
 
     Returns:
         Why nothing was recorded, a sentence, or "".
@@ -33,7 +31,7 @@ def record_check(bundle: Bundle, name: str, result: Mapping[str, Any]) -> str:
     digests = {key: artefact.sha256 for key, artefact in bundle.artefacts.items()}
     try:
         with writing(bundle.path) as draft:
-            draft.checks[name] = {**jsonable(result), "artefacts_sha256": digests}
+            draft.checks[name] = {**plain(result), "artefacts_sha256": digests}
     except OSError as error:
         if error.errno not in MAY_NOT_WRITE:
             raise

@@ -1,36 +1,110 @@
-"""The tensors every artefact is compared with: the network's modules in float64.
+"""What artifacts are compared with: the original network's logits, and every module's result.
 
-The reference is the *rewritten* network in float64. An artefact's residual
-stream is re-scaled by the rewrites, so its blocks can be compared with no other;
-and that this network is the original is measured here too, block by block.
+The logits are the *original* network's, in float64. Modules are compared with the
+*rewritten* network's: an artifact's residual stream is re-scaled by the rewrites, so its
+blocks can be compared with no other. Where PyTorch is not, ``model.onnx`` stands in for it
+once it holds on the golden samples.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
 
 from van_deploy.bundle import Bundle
+from van_deploy.checks.golden import GOLDEN_IMAGES, Samples, golden_samples
+from van_deploy.checks.graphs import HEAD, quiet_session, run_taps, with_taps
+from van_deploy.data import CheckImages, check_images
 from van_deploy.errors import BundleError
-from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
-from van_deploy.model.checkpoint import LoadedVan
+from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
+from van_deploy.metrics import Task
+from van_deploy.runners.base import Images
 
-__all__ = ["Power", "Reference", "reference_of", "rewrites_of", "unit_powers"]
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import nn
 
+    from van_deploy.graph.fold import Rewrites
+    from van_deploy.model.checkpoint import LoadedVan
+
+__all__ = [
+    "ModuleReference",
+    "NoiseSum",
+    "OnnxModules",
+    "TorchModules",
+    "reference_samples",
+    "samples_for",
+]
+
+REFERENCE_BATCH = 8  # images PyTorch sees at a time: enough to be fast, few enough to be lean
 PROOF_IMAGES = 1
 Array = npt.NDArray[np.float64]
 
 
+def reference_samples(loaded: LoadedVan, images: CheckImages) -> Samples:
+    """Return images with the original network's answers in float64 and float32."""
+    import torch
+
+    pieces: dict[Any, list[npt.NDArray[Any]]] = {torch.float32: [], torch.float64: []}
+    double = copy.deepcopy(loaded.model).double().eval()
+    with torch.inference_mode():
+        for start in range(0, len(images), REFERENCE_BATCH):
+            batch = torch.from_numpy(images.inputs[start : start + REFERENCE_BATCH])
+            pieces[torch.float32].append(loaded.model(batch).numpy())
+            pieces[torch.float64].append(double(batch.double()).numpy())
+    return Samples(
+        inputs=images.inputs,
+        pixels=images.pixels,
+        logits=np.concatenate(pieces[torch.float64]),
+        single=np.concatenate(pieces[torch.float32]),
+        names=images.names,
+        description=images.description,
+        task=Task.of(loaded.config.num_classes, loaded.config.problem_type),
+    )
+
+
+def samples_for(
+    bundle: Bundle, loaded: LoadedVan | None, images: Path | None, count: int = GOLDEN_IMAGES
+) -> Samples:
+    """Return what a bundle is judged on.
+
+    Args:
+        bundle: the bundle.
+        loaded: its original network; None takes the golden samples as they are.
+        images: the user's folder or ``.npz``; None for the golden samples, or sample
+            photographs where the bundle has none.
+        count: how many of the images, where there is a network.
+
+    Raises:
+        BundleError: there is no network and there are no golden samples, or they were changed.
+        ImageError: the images cannot be read.
+    """
+    if loaded is None:
+        return golden_samples(bundle)
+    if images is not None or bundle.manifest.golden is None:
+        return reference_samples(
+            loaded, check_images(loaded.name, loaded.preprocessing, count, images)
+        )
+    golden = golden_samples(bundle).first(count)
+    same = CheckImages(
+        tuple(range(len(golden))),
+        golden.inputs,
+        golden.pixels,
+        names=golden.names,
+        description=golden.description,
+    )
+    return replace(reference_samples(loaded, same), task=golden.task, golden=True)
+
+
 @dataclass
-class Power:
+class NoiseSum:
     """Signal and noise of one tensor, summed over images as they pass.
 
     Attributes:
@@ -41,13 +115,13 @@ class Power:
     signal: float = 0.0
     noise: float = 0.0
 
-    def add(self, reference: Array, found: Array) -> None:
+    def add(self, reference: npt.NDArray[Any], found: npt.NDArray[Any]) -> None:
         """Add one batch; a NaN, an infinity or another shape makes the noise infinite."""
-        self.signal += float(np.square(reference).sum())
+        self.signal += float(np.square(reference, dtype=np.float64).sum())
         if found.shape != reference.shape or not np.isfinite(found).all():
             self.noise = math.inf
         else:
-            self.noise += float(np.square(found - reference).sum())
+            self.noise += float(np.square(found.astype(np.float64) - reference).sum())
 
     @property
     def sqnr_db(self) -> float:
@@ -59,71 +133,95 @@ class Power:
         return 10 * math.log10(self.signal / self.noise)
 
 
-class Reference:
-    """The original and the rewritten network in float64, and every module's result.
+@runtime_checkable
+class ModuleReference(Protocol):
+    """Gives every module's result."""
+
+    @property
+    def described(self) -> str:
+        """What it is, for reports."""
+
+    @property
+    def modules(self) -> Sequence[str]:
+        """Paths of the modules whose result it gives."""
+
+    def outputs(self, images: Images) -> Mapping[str, Array]:
+        """Return every module's result for ``images (N, C, S, S)``, float64, by path."""
+
+
+class TorchModules:
+    """The original network, rewritten as the bundle's export was, in float64.
 
     Args:
+        bundle: says which rewrites were made.
         loaded: the original network.
-        rewrites: those the bundle was exported with.
-        image: ``(1, C, S, S)`` to prove the rewriting on.
-    """
-
-    def __init__(self, loaded: LoadedVan, rewrites: Rewrites, image: Tensor) -> None:
-        self.fold: FoldReport = fold_van(loaded.model, image, rewrites)
-        self.original = copy.deepcopy(loaded.model).double().eval()
-        # Folded in float64 and stored in float32: these are the weights the artefacts hold.
-        self.rewritten = copy.deepcopy(self.fold.model).double().eval()
-        self.modules = [name for name, _ in self.rewritten.named_modules() if name]
-
-    @torch.inference_mode()
-    def outputs(self, images: npt.NDArray[np.float32]) -> dict[str, Array]:
-        """Return every module's result for ``images (N, C, S, S)``, float64, by path."""
-        found: dict[str, Array] = {}
-        with _taps(self.rewritten, self.modules, found):
-            self.rewritten(torch.from_numpy(images).double())
-        return found
-
-    @torch.inference_mode()
-    def original_units(self, images: npt.NDArray[np.float32]) -> dict[str, Array]:
-        """Return the original's patch embeddings, blocks and logits as the rewritten has them."""
-        names = [*self.fold.stream_scales, "head"]
-        found: dict[str, Array] = {}
-        with _taps(self.original, names, found):
-            self.original(torch.from_numpy(images).double())
-        for name, scale in self.fold.stream_scales.items():
-            found[name] = found[name] / scale.numpy()[:, None, None]
-        return found
-
-
-class _taps:  # noqa: N801 - reads as a verb
-    """Collects the results of modules while it is open."""
-
-    def __init__(self, model: nn.Module, names: list[str], found: dict[str, Array]) -> None:
-        self.model, self.names, self.found = model, names, found
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for name in self.names:
-            module = self.model.get_submodule(name)
-            self.handles.append(module.register_forward_hook(self._hook(name)))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _hook(self, name: str) -> Any:
-        def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
-            self.found[name] = output.numpy().astype(np.float64)
-
-        return keep
-
-
-def rewrites_of(bundle: Bundle) -> Rewrites:
-    """Return the rewrites a bundle was exported with.
+        images: the first is what the rewriting is proved on.
 
     Raises:
-        BundleError: the manifest does not say.
+        BundleError: the manifest does not say how the network was rewritten.
     """
+
+    described = "PyTorch, the rewritten network in float64"
+
+    def __init__(self, bundle: Bundle, loaded: LoadedVan, images: Images) -> None:
+        import torch
+
+        from van_deploy.graph.fold import fold_van
+
+        proof = torch.from_numpy(images[:PROOF_IMAGES])
+        self.fold = fold_van(loaded.model, proof, _rewrites_of(bundle))
+        # Folded in float64 and stored in float32: these are the weights the artifacts hold.
+        self.network: nn.Module = copy.deepcopy(self.fold.model).double().eval()
+        self.modules = [name for name, _ in self.network.named_modules() if name]
+
+    def outputs(self, images: Images) -> Mapping[str, Array]:
+        """Return every module's result for ``images (N, C, S, S)``, float64, by path."""
+        import torch
+
+        found: dict[str, Array] = {}
+
+        def keep(name: str) -> Any:
+            def hook(module: object, inputs: object, output: Any) -> None:
+                found[name] = output.numpy()
+
+            return hook
+
+        handles = [
+            self.network.get_submodule(name).register_forward_hook(keep(name))
+            for name in self.modules
+        ]
+        try:
+            with torch.inference_mode():
+                self.network(torch.from_numpy(images).double())
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+class OnnxModules:
+    """``model.onnx`` in ONNX Runtime, which has to hold on the golden samples first.
+
+    Args:
+        model: the graph, whose tensors are named after modules.
+    """
+
+    described = "model.onnx in ONNX Runtime, which holds on the golden samples"
+
+    def __init__(self, model: ModelProto) -> None:
+        made = [name for node in model.graph.node for name in node.output if name]
+        self.modules = [HEAD if name == OUTPUT_NAME else name for name in made]
+        self._session = quiet_session(with_taps(model, made))
+
+    def outputs(self, images: Images) -> Mapping[str, Array]:
+        """Return every tensor for ``images (N, C, S, S)``, float64, by name."""
+        taps = run_taps(self._session, {INPUT_NAME: images})
+        return {HEAD if name == OUTPUT_NAME else name: value for name, value in taps}
+
+
+def _rewrites_of(bundle: Bundle) -> Rewrites:
+    from van_deploy.graph.fold import Rewrites
+
     try:
         names = bundle.manifest.checks["fold"]["rewrites"]
         return Rewrites(**{f: f in names for f in Rewrites.__dataclass_fields__})
@@ -132,17 +230,3 @@ def rewrites_of(bundle: Bundle) -> Rewrites:
             f"The bundle '{bundle.path}' does not say how its network was rewritten.",
             "Export the model again.",
         ) from error
-
-
-def reference_of(bundle: Bundle, loaded: LoadedVan, images: npt.NDArray[np.float32]) -> Reference:
-    """Return the reference for a bundle's artefacts, its rewriting proved on the first image."""
-    return Reference(loaded, rewrites_of(bundle), torch.from_numpy(images[:PROOF_IMAGES]))
-
-
-def unit_powers(reference: Reference, images: npt.NDArray[np.float32]) -> Mapping[str, Power]:
-    """Return how the rewritten network's units compare with the original's, both in float64."""
-    expected, found = reference.original_units(images), reference.outputs(images)
-    powers = {name: Power() for name in expected}
-    for name, power in powers.items():
-        power.add(expected[name], found[name])
-    return powers

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Final, Literal
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.baseline import Baseline, images_digest
+from van_deploy.checks.baseline import (
+    ArtefactFigures,
+    Baseline,
+    baseline_from,
+)
 from van_deploy.checks.evaluate_report import EvaluateReport
-from van_deploy.checks.figures import Figure
-from van_deploy.checks.pictures import Pictures
+from van_deploy.checks.gates import (
+    BELOW_RECORD_DB,
+    MODULE_SLACK_DB,
+    SPEED_SLACK,
+    Allowed,
+    Finding,
+    Limit,
+    Outcome,
+    chance_changes,
+    failed,
+    skipped,
+)
+from van_deploy.checks.golden import Samples
+from van_deploy.checks.rules import at_least
+from van_deploy.checks.speed import SpeedRatio
 from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
 from van_deploy.errors import InputError
 
 __all__ = ["SCHEMA", "CheckReport", "CheckRow", "compare_with_baseline"]
 
-SCHEMA = "van-deploy/check/1"
-PASSED, FAILED, SKIPPED, NEW = "passed", "failed", "skipped", "new"
+SCHEMA: Final = "van-deploy/check/2"
+SHOWN = 4  # messages of one gate
+DIGEST = 64  # characters
 
 
 @dataclass(frozen=True)
@@ -25,18 +43,19 @@ class CheckRow:
     """One line of the check.
 
     Attributes:
-        name: of the figure or the gate.
-        outcome: ``passed``, ``failed``, ``skipped`` or ``new``.
-        now: what was measured, or None.
+        name: what it is about, such as ``gate/verify/fp16`` or ``baseline/int8/top-1``.
+        finding: what was found.
         baseline: what it was, or None.
-        message: what is wrong, or why it was skipped.
     """
 
     name: str
-    outcome: str
-    now: float | None = None
+    finding: Finding
     baseline: float | None = None
-    message: str = ""
+
+    @property
+    def outcome(self) -> Outcome:
+        """What was found, in a word."""
+        return self.finding.outcome
 
 
 @dataclass(frozen=True)
@@ -45,133 +64,225 @@ class CheckReport:
 
     Attributes:
         model: what was checked.
-        rows: every gate and every figure.
-        allow_skip: whether what this machine cannot check may be left unchecked.
+        rows: every gate, and every figure of the baseline.
+        new: artifacts that the baseline does not know.
         images: what was verified on.
+        allowed: what the user lets pass.
+        measured: the baseline that says what was measured now is good.
+        schema: of the document.
     """
+
+    JSON_PROPERTIES: ClassVar = ("counts",)
 
     model: str
     rows: tuple[CheckRow, ...]
-    allow_skip: bool
+    new: tuple[str, ...]
     images: str
+    allowed: Allowed
+    measured: Baseline = field(metadata={"json": False})
+    schema: Literal["van-deploy/check/2"] = SCHEMA
 
-    def having(self, outcome: str) -> list[CheckRow]:
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows have each outcome."""
+        return {outcome.value: len(self.having(outcome)) for outcome in Outcome}
+
+    def having(self, outcome: Outcome) -> list[CheckRow]:
         """Return the rows with that outcome."""
-        return [row for row in self.rows if row.outcome == outcome]
+        return [row for row in self.rows if row.outcome is outcome]
+
+    @property
+    def blocking(self) -> list[CheckRow]:
+        """The rows that stand in the way."""
+        return [row for row in self.rows if not self.allowed.holds(row.finding)]
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed, something passed, and nothing was skipped without leave."""
-        skipped = self.having(SKIPPED) and not self.allow_skip
-        return bool(self.having(PASSED)) and not self.having(FAILED) and not skipped
+        """Whether something passed, and nothing stands in the way."""
+        return self.allowed.passes(row.finding for row in self.rows)
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report, ready for JSON."""
-        return {
-            "schema": SCHEMA,
-            "model": self.model,
-            "passed": self.passed,
-            "allow_skip": self.allow_skip,
-            "images": self.images,
-            "counts": {o: len(self.having(o)) for o in (PASSED, FAILED, SKIPPED, NEW)},
-            "rows": [asdict(row) for row in self.rows],
-        }
-
 
 def compare_with_baseline(
     bundle: Bundle,
-    pictures: Pictures,
+    samples: Samples,
     baseline: Baseline | None,
-    figures: Sequence[Figure],
     verify: VerifyReport,
     evaluate: EvaluateReport | None,
-    *,
-    allow_skip: bool = False,
+    speed: Mapping[str, SpeedRatio],
+    allowed: Allowed,
 ) -> CheckReport:
     """Return every gate, and every figure against the baseline.
 
     Args:
         bundle: what was measured.
-        pictures: what it was verified on.
+        samples: what it was verified on.
         baseline: what was good; None while a new one is being written.
-        figures: what was measured now.
-        verify: whose gates are rows as well.
-        evaluate: likewise, if there were labelled images.
-        allow_skip: whether rows may stay unchecked.
+        verify: what verifying found.
+        evaluate: what evaluating found, if there were labelled images.
+        speed: by artifact; empty where it was not measured.
+        allowed: what the user lets pass.
 
     Raises:
-        InputError: the baseline is of another model, other weights or other images.
+        InputError: the baseline is of another model, other weights, or other images.
     """
+    measured = baseline_from(bundle, samples, verify, evaluate, dict(speed))
+    rows = list(_gate_rows(verify, evaluate))
+    new: tuple[str, ...] = ()
     if baseline is not None:
-        _require_same(bundle, pictures, baseline)
-    rows = [*_gate_rows(verify, evaluate), *_figure_rows(baseline, figures)]
-    return CheckReport(bundle.name, tuple(rows), allow_skip, pictures.described)
+        _require_same(baseline, measured)
+        rows += _baseline_rows(baseline, measured, _skip_kinds(verify))
+        new = tuple(name for name in measured.artefacts if name not in baseline.artefacts)
+    return CheckReport(bundle.name, tuple(rows), new, samples.description, allowed, measured)
+
+
+# --- gates -----------------------------------------------------------------------------------
 
 
 def _gate_rows(verify: VerifyReport, evaluate: EvaluateReport | None) -> Iterator[CheckRow]:
-    for verdict in verify.artefacts:
-        yield CheckRow(
-            f"gate/verify/{verdict.artefact}",
-            verdict.outcome,
-            message=verdict.reason or _some(verdict),
-        )
+    for finding in verify.findings:
+        yield CheckRow(f"gate/{finding.rule}", finding)
+    for verdict in verify.artefacts.values():
+        yield CheckRow(f"gate/verify/{verdict.artefact}", _verify_finding(verdict))
     if evaluate is None:
         return
-    for name, drift in evaluate.drifts.items():
-        message = (
-            f"{drift.top1_drop:+.2f} points of top-1 lost, {drift.top1_drop_allowed:g} allowed "
-            f"(p = {drift.p_value:.2g})"
-        )
-        yield CheckRow(
-            f"gate/evaluate/{name}",
-            PASSED if drift.passed else FAILED,
-            drift.top1_drop,
-            message=message,
-        )
+    for name, loss in evaluate.losses.items():
+        last = loss.findings[-1]  # the loss itself
+        found = [f for f in loss.findings if f.outcome is loss.outcome]
+        message = "; ".join(finding.message for finding in found[:SHOWN] if finding.message)
+        outcome = Finding(last.rule, loss.outcome, message, last.value, last.limit, last.unit)
+        yield CheckRow(f"gate/evaluate/{name}", outcome)
     for entry in evaluate.skipped:
-        yield CheckRow(f"gate/evaluate/{entry.artefact}", SKIPPED, message=entry.reason)
+        yield CheckRow(f"gate/evaluate/{entry.artefact}", skipped("runs", entry.reason, entry.kind))
 
 
-def _some(verdict: ArtefactVerdict, most: int = 4) -> str:
-    shown = list(verdict.failures[:most])
-    if len(verdict.failures) > most:
-        shown.append(f"and {len(verdict.failures) - most} more")
-    return "; ".join(shown)
+def _verify_finding(verdict: ArtefactVerdict) -> Finding:
+    found = [f for f in verdict.findings if f.outcome is verdict.outcome]
+    if verdict.outcome is Outcome.SKIPPED:
+        return found[0]
+    value = None if verdict.comparison is None else verdict.comparison.sqnr_db
+    shown = [finding.message for finding in found[:SHOWN]]
+    if len(found) > SHOWN:
+        shown.append(f"and {len(found) - SHOWN} more")
+    message = "; ".join(shown) if verdict.outcome is not Outcome.PASS else ""
+    return Finding("SQNR", verdict.outcome, message, value, verdict.limit, "dB")
 
 
-def _figure_rows(baseline: Baseline | None, figures: Sequence[Figure]) -> Iterator[CheckRow]:
-    known = {} if baseline is None else dict(baseline.figures)
-    now = {figure.name: figure for figure in figures}
-    for name, old in known.items():
-        if name not in now:
-            yield CheckRow(
-                name, SKIPPED, None, old.value, "in the baseline, and not measured this time"
-            )
-            continue
-        worse = old.worse_by(now[name].value)
-        room = old.room_for(now[name])
-        failed = not worse <= room  # NaN fails
-        message = f"worse by {worse:.4g}, {room:.4g} allowed" if failed else ""
-        yield CheckRow(name, FAILED if failed else PASSED, now[name].value, old.value, message)
-    for name, figure in now.items():
-        if name not in known:
-            yield CheckRow(name, NEW, figure.value, None, "not in the baseline")
+# --- baseline --------------------------------------------------------------------------------
 
 
-def _require_same(bundle: Bundle, pictures: Pictures, baseline: Baseline) -> None:
-    weights = bundle.manifest.weights.sha256
-    pairs = (
-        ("model", baseline.model, bundle.name),
-        ("weights", baseline.weights_sha256[:12], weights[:12]),
-        ("images", baseline.images_sha256[:12], images_digest(pictures)[:12]),
-    )
-    for what, then, now in pairs:
-        if then != now:
+def _require_same(baseline: Baseline, now: Baseline) -> None:
+    pairs = [
+        ("another model", baseline.model, now.model),
+        ("other weights", baseline.weights_sha256, now.weights_sha256),
+        ("other images to verify on", baseline.samples_sha256, now.samples_sha256),
+        ("another reference", baseline.against, now.against),
+    ]
+    if baseline.evaluation and now.evaluation:
+        pairs += [
+            ("another evaluation set", baseline.evaluation.sha256, now.evaluation.sha256),
+            (
+                "another number of images that can be read",
+                str(baseline.evaluation.images),
+                str(now.evaluation.images),
+            ),
+        ]
+    for what, then, here in pairs:
+        if then != here:
+            short = [text[:12] if len(text) == DIGEST else text for text in (then, here)]
             raise InputError(
-                f"The baseline was measured with other {what}: {then}, and now {now}.",
+                f"The baseline was measured with {what}: {short[0]}, and now {short[1]}.",
                 "Give the same ones, or write the baseline anew with --update.",
             )
+
+
+def _skip_kinds(verify: VerifyReport) -> dict[str, str]:
+    """Return the kind of skip of each artifact that was not run."""
+    skips = [(v.artefact, f) for v in verify.artefacts.values() for f in v.findings if f.skip]
+    return {name: finding.skip for name, finding in skips}
+
+
+def _baseline_rows(
+    baseline: Baseline, measured: Baseline, kinds: Mapping[str, str]
+) -> Iterator[CheckRow]:
+    for name, old in baseline.artefacts.items():
+        now = measured.artefacts.get(name)
+        if now is None:
+            message = "the baseline has this artifact and the bundle lacks it"
+            yield CheckRow(f"baseline/{name}", failed("artifact", message))
+            continue
+        yield from _sqnr_rows(name, old, now, kinds.get(name, ""))
+        if old.accuracy is not None:
+            images = baseline.evaluation.images if baseline.evaluation else 0
+            yield from _accuracy_rows(name, old, now, images, kinds.get(name, "accuracy"))
+        if old.speed is not None:
+            speed = _speed(old, now, kinds.get(name, "speed"))
+            yield CheckRow(f"baseline/{name}/speed", speed, old.speed.ratio)
+
+
+def _sqnr_rows(
+    name: str, old: ArtefactFigures, now: ArtefactFigures, kind: str
+) -> Iterator[CheckRow]:
+    if old.sqnr_db is None:
+        return
+    row = f"baseline/{name}/SQNR"
+    here, there = (f"{f.runner}, {f.numeric_class}" for f in (now, old))
+    if now.sqnr_db is None or here != there:
+        why = "it was not run here" if now.sqnr_db is None else f"run by {here}"
+        message = f"{why}; the baseline is of {there}"
+        yield CheckRow(row, skipped("SQNR", message, kind or "runtimes"), old.sqnr_db)
+        return
+    limit = Limit(old.sqnr_db - BELOW_RECORD_DB, f"baseline minus {BELOW_RECORD_DB:g}")
+    yield CheckRow(row, at_least("SQNR", now.sqnr_db, limit), old.sqnr_db)
+    slack = MODULE_SLACK_DB[old.numeric_class]
+    drops = {m: then - now.modules[m] for m, then in old.modules.items() if m in now.modules}
+    if drops:
+        worst = max(drops, key=lambda module: drops[module])
+        limit = Limit(old.modules[worst] - slack, f"baseline minus {slack:g}")
+        found = at_least("modules", now.modules[worst], limit, where=f"{worst}: ")
+        yield CheckRow(f"baseline/{name}/modules", found, old.modules[worst])
+
+
+def _accuracy_rows(
+    name: str, old: ArtefactFigures, now: ArtefactFigures, images: int, kind: str
+) -> Iterator[CheckRow]:
+    then, here = old.accuracy, now.accuracy
+    slack = chance_changes(images)
+    for figure, label in (("top1", "top-1"), ("top5", "top-5"), ("f1", "F1")):
+        before = getattr(then, figure)
+        if before is None:
+            continue
+        share = before if figure == "f1" else before / images
+        row = f"baseline/{name}/{label}"
+        after = getattr(here, figure) if here is not None else None
+        if after is None:
+            why = "the baseline has it, and this run measured no accuracy of this artifact"
+            yield CheckRow(row, skipped(label, why, kind), 100 * share)
+            continue
+        value = after if figure == "f1" else after / images
+        origin = f"baseline minus {slack} of {images} images, which chance may change"
+        limit = Limit(100 * (share - slack / images), origin)
+        yield CheckRow(row, at_least(label, 100 * value, limit, "%"), 100 * share)
+
+
+def _speed(old: ArtefactFigures, now: ArtefactFigures, kind: str) -> Finding:
+    """Return whether the median ratio fell by more than the slack, as its interval tells."""
+    then, here = old.speed, now.speed
+    if then is None or here is None:
+        why = "the baseline has it, and this run did not measure it: add --speed"
+        return skipped("speed", why, kind)
+    least, low, high = 1 - SPEED_SLACK, here.low / then.high, here.high / then.low
+    origin = f"baseline minus {100 * SPEED_SLACK:g} %"
+    limit = Limit(then.ratio * least, origin)
+    said = f"{100 * low:.0f} to {100 * high:.0f} % of the baseline's ratio"
+    outcome = Outcome.INCONCLUSIVE
+    if low >= least:
+        outcome = Outcome.PASS
+    elif high < least:
+        outcome = Outcome.FAIL
+    else:
+        said += ": a quieter machine would decide"
+    return Finding("speed", outcome, said, here.ratio, limit, "x")

@@ -1,139 +1,128 @@
-"""What verifying a bundle finds: a verdict on each artefact, and all of them together."""
+"""What verifying a bundle finds: the findings on each artifact, and all of them together."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Final, Literal
 
-from van_deploy.checks.gates import Flip, Limits, Noise
-from van_deploy.checks.parts import DriftRow
-from van_deploy.checks.steps import StepRow
-from van_deploy.metrics import Comparison
+from van_deploy.checks.gates import Allowed, Finding, Limit, Outcome, outcome_of
+from van_deploy.checks.judging import BatchRow
+from van_deploy.checks.layers import DriftRow
+from van_deploy.checks.scales import ScaleRow
+from van_deploy.metrics import Comparison, Flip
 
-__all__ = ["SCHEMA", "ArtefactVerdict", "BatchVerdict", "VerifyReport"]
+__all__ = ["SCHEMA", "ArtefactVerdict", "VerifyReport"]
 
-SCHEMA = "van-deploy/verify/1"
+SCHEMA: Final = "van-deploy/verify/2"
 SHOWN_ROWS = 10
 
 
 @dataclass(frozen=True)
-class BatchVerdict:
-    """One batch size.
-
-    Attributes:
-        batch: images in the batch.
-        comparison: against the reference; None if it did not run.
-        row_relative: against the same images alone, over ``max|logit|``.
-        failures: a sentence for each limit that was passed.
-    """
-
-    batch: int
-    comparison: Comparison | None
-    row_relative: float | None
-    failures: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class ArtefactVerdict:
-    """The verdict on one artefact.
+    """What was found of one artifact.
 
     Attributes:
         artefact: its name.
-        precision: ``fp32``, ``fp16`` or ``int8``.
-        runner: what ran it.
-        outcome: ``passed``, ``failed`` or ``skipped``.
-        reason: why it was skipped.
-        limits: what was asked.
-        comparison: over all images.
-        flips: predictions that changed, the widest margin first.
-        batches: one entry a batch size.
+        precision: of the artifact.
+        numeric: the numeric class it was judged in.
+        runner: what ran it, or would have.
+        findings: one a rule.
+        comparison: of its logits with the reference, one image at a time.
+        flips: decisions that changed, the widest margin first.
+        batches: one row a batch size.
         modules: every module by the error it adds, worst first.
-        steps: every rounded tensor of an INT8 graph, the most suspicious first.
-        canary: largest change of a probability of the bundle's canary; None if it was
-            not asked.
-        failures: everything that failed, one sentence each.
+        scales: every scale of an INT8 graph.
     """
+
+    JSON_PROPERTIES: ClassVar = ("outcome", "reason", "limit", "margin_db", "worst_modules")
 
     artefact: str
     precision: str
+    numeric: str
     runner: str
-    outcome: str
-    reason: str = ""
-    limits: Limits | None = None
+    findings: tuple[Finding, ...]
     comparison: Comparison | None = None
     flips: tuple[Flip, ...] = ()
-    batches: tuple[BatchVerdict, ...] = ()
-    modules: tuple[DriftRow, ...] = ()
-    steps: tuple[StepRow, ...] = ()
-    canary: float | None = None
-    failures: tuple[str, ...] = ()
+    batches: tuple[BatchRow, ...] = ()
+    modules: tuple[DriftRow, ...] = field(default=(), metadata={"json": False})
+    scales: tuple[ScaleRow, ...] = ()
+
+    @property
+    def outcome(self) -> Outcome:
+        """What all findings say together."""
+        return outcome_of(self.findings)
+
+    @property
+    def reason(self) -> str:
+        """Why it was skipped, or ""."""
+        reasons = [f.message for f in self.findings if f.outcome is Outcome.SKIPPED]
+        return reasons[0] if self.outcome is Outcome.SKIPPED and reasons else ""
+
+    @property
+    def worst_modules(self) -> tuple[DriftRow, ...]:
+        """The first of the modules."""
+        return self.modules[:SHOWN_ROWS]
+
+    @property
+    def failures(self) -> list[str]:
+        """The messages of what does not hold."""
+        return [f.message for f in self.findings if f.outcome is Outcome.FAIL]
+
+    @property
+    def limit(self) -> Limit | None:
+        """The limit on the SQNR that decides: the highest of the floor's and the record's."""
+        found = [f.limit for f in self.findings if f.rule.startswith("SQNR") and f.limit]
+        return max(found, key=lambda limit: limit.value, default=None)
 
     @property
     def margin_db(self) -> float | None:
-        """How far the SQNR is above its limit, in dB: what is left."""
-        if self.comparison is None or self.limits is None:
+        """How far the SQNR is above that limit, in dB."""
+        if self.comparison is None or self.limit is None:
             return None
-        return self.comparison.sqnr_db - self.limits.sqnr_db
-
-    @property
-    def module_margin_db(self) -> float | None:
-        """How far the worst module is above its limit, in dB."""
-        if not self.modules or self.limits is None:
-            return None
-        return float(self.modules[0].added_db or 0.0) - self.limits.module_db
+        return self.comparison.sqnr_db - self.limit.value
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The verdict on every artefact of a bundle.
+    """What was found of every artifact of a bundle.
 
     Attributes:
+        against: what they were compared with.
         images: what they were compared on.
         names: what each image is called.
-        noise: PyTorch in float32 against itself in float64, on these images.
-        artefacts: one verdict each.
+        noise_db: SQNR of PyTorch in float32 against its float64, on these images.
+        modules: what modules were compared with, or "".
+        findings: on what belongs to no artifact: how images are read here.
+        artefacts: one verdict each, by name.
+        allowed: what the user lets pass.
+        schema: of the document.
     """
 
+    against: str
     images: str
     names: tuple[str, ...]
-    noise: Noise
-    artefacts: tuple[ArtefactVerdict, ...]
+    noise_db: float
+    modules: str
+    findings: tuple[Finding, ...]
+    artefacts: Mapping[str, ArtefactVerdict]
+    allowed: Allowed
+    schema: Literal["van-deploy/verify/2"] = SCHEMA
 
-    @property
-    def failed(self) -> list[ArtefactVerdict]:
-        """The artefacts that did not pass."""
-        return [verdict for verdict in self.artefacts if verdict.outcome == "failed"]
+    def having(self, outcome: Outcome) -> list[ArtefactVerdict]:
+        """Return the verdicts with that outcome."""
+        return [found for found in self.artefacts.values() if found.outcome is outcome]
+
+    def _all(self) -> Iterator[Finding]:
+        yield from self.findings
+        for verdict in self.artefacts.values():
+            yield from verdict.findings
 
     @property
     def passed(self) -> bool:
-        """Whether something ran and nothing failed."""
-        ran = [verdict for verdict in self.artefacts if verdict.outcome != "skipped"]
-        return bool(ran) and not self.failed
+        """Whether an artifact passed, and nothing else stands in the way."""
+        return bool(self.having(Outcome.PASS)) and self.allowed.passes(self._all())
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report, ready for JSON."""
-        return {
-            "schema": SCHEMA,
-            "passed": self.passed,
-            "reference": "PyTorch, original network, float64",
-            "images": self.images,
-            "count": len(self.names),
-            "noise": self.noise.as_dict(),
-            "artefacts": {v.artefact: self._entry(v) for v in self.artefacts},
-        }
-
-    def _entry(self, verdict: ArtefactVerdict) -> dict[str, Any]:
-        shown = replace(
-            verdict, modules=verdict.modules[:SHOWN_ROWS], steps=verdict.steps[:SHOWN_ROWS]
-        )
-        entry = asdict(shown)
-        entry["margin_db"] = verdict.margin_db
-        entry["module_margin_db"] = verdict.module_margin_db
-        entry["flips"] = [
-            {**asdict(flip), "image": self.names[flip.image]} for flip in verdict.flips
-        ]
-        return entry

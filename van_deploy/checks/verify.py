@@ -1,276 +1,247 @@
-"""Every artefact of a bundle against the original PyTorch network, and a verdict on each.
+"""Every artifact of a bundle against the original network's own answers.
 
-Asked of each: are the logits the network's at every batch size, does a row come
-out as the image does alone, did a clear decision change, does any module add
-more error than its precision explains, do INT8 steps suit what they round, does FP16
+Asked of each: does it hold its class's SQNR floor and its own record at every batch size,
+does an image come out of a batch as it does alone, did a clear decision change, does any
+module add more error than its class explains, do INT8 scales suit what they round, does FP16
 hold every tensor, and is its preprocessing the weights'?
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.canary import check_canary
 from van_deploy.checks.contract import contract_failures
-from van_deploy.checks.expected import ReferenceLogits, reference_logits
 from van_deploy.checks.gates import (
-    Limits,
-    find_flips,
-    judge,
-    limits_from_noise,
+    Allowed,
+    Finding,
+    Outcome,
+    Profile,
+    failed,
+    module_floor,
+    numeric_class,
+    skipped,
+    sqnr_floor,
 )
-from van_deploy.checks.isolate import cuts_of
-from van_deploy.checks.opened import ON_CPU, Execution, NotRun, open_artefact, plain_onnx
-from van_deploy.checks.overflow import overflows_of_graph
-from van_deploy.checks.parts import drift_of_graph, is_equalized
-from van_deploy.checks.pictures import Pictures
-from van_deploy.checks.reference import Reference, reference_of
-from van_deploy.checks.steps import StepRow, steps_of_graph
-from van_deploy.checks.verdicts import ArtefactVerdict, BatchVerdict, VerifyReport
+from van_deploy.checks.golden import Samples, judge_originals
+from van_deploy.checks.graphs import cuts_of
+from van_deploy.checks.judging import (
+    Judged,
+    batch_sizes,
+    judge_answers,
+    judge_graph,
+    judge_new,
+    record_key,
+)
+from van_deploy.checks.layers import channels_of, drift_of_graph
+from van_deploy.checks.opened import (
+    ON_CPU,
+    Execution,
+    NotRun,
+    chosen_artefacts,
+    given_to,
+    open_artefact,
+    plain_onnx,
+)
+from van_deploy.checks.reference import ModuleReference, OnnxModules, TorchModules
+from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
 from van_deploy.errors import ConversionError, VanDeployError
-from van_deploy.metrics import Array, compare
-from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.model.pixels import normalised
-from van_deploy.recipe import BatchRange, GateSettings
-from van_deploy.runners.base import Logits
+from van_deploy.recipe import GateSettings
 from van_deploy.runners.network import Network
 
-__all__ = [
-    "batch_sizes",
-    "verify_bundle",
-    "verify_logits",
-]
+if TYPE_CHECKING:
+    from van_deploy.model.checkpoint import LoadedVan
+
+__all__ = ["AGAINST", "verify_bundle"]
+
+AGAINST = ("golden", "weights")
+"""``--against``: the golden samples of the bundle, or the original network."""
 
 MODULE_IMAGES = 4
-STEP_IMAGES = 16
 
 Progress = Callable[[str], None]
 
 
-def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
-    """Return the batch sizes to try: 1, 2, 3, the optimum, the maximum and another odd one.
-
-    >>> batch_sizes(BatchRange(1, 8, 32)), batch_sizes(BatchRange(1, 1, 2))
-    ((1, 2, 3, 5, 8, 32), (1, 2))
-    """
-    wanted = {1, 2, 3, batch.opt, batch.max}
-    wanted.add(next(odd for odd in range(5, 99, 2) if odd not in wanted))
-    return tuple(sorted(size for size in wanted if size <= batch.max))
-
-
 def verify_bundle(
     bundle: Bundle,
-    loaded: LoadedVan,
-    pictures: Pictures,
+    samples: Samples,
     *,
+    loaded: LoadedVan | None = None,
     gates: GateSettings | None = None,
     artefacts: Sequence[str] = (),
     execution: Execution = ON_CPU,
     modules: bool = True,
-    threads: int | None = None,
+    allowed: Allowed | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Return the verdict on each artefact of ``bundle``.
+    """Return what is found of each artifact of ``bundle``.
 
     Args:
         bundle: the bundle.
-        loaded: its original network.
-        pictures: at least as many as the largest batch.
-        gates: limits that are not to be derived.
+        samples: its golden samples, or others with the original network's answers.
+        loaded: the original network, for the modules; None compares them with ``model.onnx``.
+        gates: limits a recipe sets otherwise.
         artefacts: which ones; by default all.
         execution: what runs them.
         modules: look into plain ONNX graphs as well, module by module.
-        threads: threads of ONNX Runtime; None lets it choose.
+        allowed: what the user lets pass.
         progress: told what is checked.
 
     Raises:
-        BundleError: an artefact is not there, or is not the manifest's.
-        UsageError: there is no such runner, or too few pictures.
+        BundleError: an artifact is not there, or is not the manifest's.
+        UsageError: there is no such runner.
     """
     say = progress or (lambda _: None)
     settings = gates or GateSettings()
-    say("PyTorch in float64 and float32")
-    expected = reference_logits(loaded, pictures)
-    sizes = batch_sizes(bundle.manifest.batch)
-    plain = plain_onnx(bundle)
-    reference = None
-    verdicts = []
-    for name in artefacts or bundle.artefacts:
-        artefact = bundle.artefact(name)
-        say(f"'{name}' at batch {', '.join(map(str, sizes))}")
-        limits = limits_from_noise(
-            expected.noise, artefact.precision, settings.of(artefact.precision)
-        )
-        opened = open_artefact(bundle, name, execution, threads=threads)
-        if isinstance(opened, NotRun):
-            verdict = _skipped(opened, artefact.precision)
-            if opened.answers:
-                verdict = _with_canary(verdict, bundle, execution, threads)
-            verdicts.append(verdict)
-            continue
-        served = [size for size in sizes if opened.serves(size)]
-        verdict = _verify_opened(opened, artefact.precision, expected, pictures, served, limits)
-        verdict = _add(verdict, contract_failures(bundle, name))
-        verdict = _with_canary(verdict, bundle, execution, threads)
-        if modules and name in plain:
-            say(f"'{name}', module by module")
-            images = normalised(pictures.pixels[:MODULE_IMAGES], loaded.preprocessing)
-            reference = reference or reference_of(bundle, loaded, images)
-            verdict = _with_modules(verdict, bundle, reference, images)
-            more = normalised(pictures.pixels[:STEP_IMAGES], loaded.preprocessing)
-            verdict = _with_numbers(verdict, bundle, more)
-        verdicts.append(verdict)
-    return VerifyReport(pictures.described, pictures.names, expected.noise, tuple(verdicts))
-
-
-def _skipped(not_run: NotRun, precision: str) -> ArtefactVerdict:
-    reason = not_run.reason + ("; only the canary was asked" if not_run.answers else "")
-    return ArtefactVerdict(not_run.artefact, precision, not_run.runner, "skipped", reason)
-
-
-def verify_logits(
-    name: str, precision: str, expected: Array, found: Logits, limits: Limits
-) -> ArtefactVerdict:
-    """Return the verdict on logits alone, both ``(N, K)``: a pure function of them."""
-    comparison = compare(expected, found)
-    flips = find_flips(expected, found, limits.flip_margin)
-    faults = sum(flip.fault for flip in flips)
-    failures = tuple(judge(comparison, faults, limits))
-    return ArtefactVerdict(
-        artefact=name,
-        precision=precision,
-        runner="",
-        outcome="failed" if failures else "passed",
-        limits=limits,
-        comparison=comparison,
-        flips=tuple(flips),
-        failures=failures,
+    reference: ModuleReference | Finding | None = None
+    verdicts = {}
+    for name in chosen_artefacts(bundle, artefacts):
+        say(f"'{name}' at every batch size")
+        verdict = _answers(bundle, name, samples, settings, execution)
+        if verdict.comparison is not None and name in plain_onnx(bundle):
+            profile = settings.of(verdict.numeric)
+            say(f"'{name}', its tensors")
+            verdict = _with_graph(bundle, verdict, samples, profile)
+            if modules and (loaded is not None or name != "fp32"):
+                say(f"'{name}', module by module")
+                reference = reference or _modules(bundle, samples, loaded, settings)
+                verdict = _with_modules(bundle, verdict, samples, reference, profile)
+        verdicts[name] = verdict
+    return VerifyReport(
+        against="the golden samples" if loaded is None else "the original network",
+        images=samples.description,
+        names=samples.names,
+        noise_db=samples.noise_db,
+        modules=reference.described if isinstance(reference, ModuleReference) else "",
+        findings=tuple(judge_originals(bundle, samples)) if samples.golden else (),
+        artefacts=verdicts,
+        allowed=allowed or Allowed(),
     )
 
 
-def _verify_opened(
-    opened: Network,
-    precision: str,
-    expected: ReferenceLogits,
-    pictures: Pictures,
-    sizes: Sequence[int],
-    limits: Limits,
+def _answers(
+    bundle: Bundle, name: str, samples: Samples, gates: GateSettings, execution: Execution
 ) -> ArtefactVerdict:
-    pixels, name = pictures.pixels, opened.name
+    """Return what one artifact's answers and its file say."""
+    artefact = bundle.artefact(name)
+    numeric = numeric_class(artefact.precision)
+    opened = open_artefact(bundle, name, execution)
+    if isinstance(opened, NotRun):
+        found = (skipped("runs", opened.reason, opened.kind),)
+        return ArtefactVerdict(name, artefact.precision, numeric, opened.runner, found)
     try:
         with opened:
-            alone = np.concatenate([opened.logits(pixels[i : i + 1]) for i in range(len(pixels))])
-            if alone.shape != expected.float64.shape:
-                return _broken(
-                    opened,
-                    precision,
-                    limits,
-                    f"the output has shape {alone.shape} where PyTorch's has "
-                    f"{expected.float64.shape}",
-                )
-            verdict = verify_logits(name, precision, expected.float64, alone, limits)
-            batches = tuple(
-                _batch(opened, pixels[:size], expected.float64[:size], alone[:size], limits)
-                for size in sizes
-            )
+            numeric = numeric_class(artefact.precision, tf32=opened.tf32)
+            judged = _judge_opened(bundle, opened, numeric, samples, gates)
     except ConversionError as error:
-        return _broken(opened, precision, limits, f"it does not load: {_line(error)}")
+        judged = Judged((failed("loads", f"it does not load: {_line(error)}"),))
     except VanDeployError:
         raise
-    except Exception as error:  # the run times raise their own bare types
-        return _broken(opened, precision, limits, f"it does not run at batch 1: {_line(error)}")
-    verdict = replace(verdict, runner=opened.runner, batches=batches)
-    failures = [f"batch {b.batch}: {text}" for b in batches for text in b.failures]
-    return _add(verdict, failures)
-
-
-def _batch(
-    opened: Network, pixels: Any, expected: Array, alone: Logits, limits: Limits
-) -> BatchVerdict:
-    size = len(pixels)
-    try:
-        together = opened.logits(pixels)
-    except Exception as error:
-        return BatchVerdict(size, None, None, (f"it does not run: {_line(error)}",))
-    if together.shape != expected.shape:
-        message = f"the output has shape {together.shape} where PyTorch's has {expected.shape}"
-        return BatchVerdict(size, None, None, (message,))
-    comparison = compare(expected, together)
-    row = compare(alone, together).relative
-    faults = sum(flip.fault for flip in find_flips(expected, together, limits.flip_margin))
-    failures = judge(comparison, faults, limits)
-    if not row <= limits.row_relative:
-        failures.append(f"an image alone and in the batch differ by {row:.1e}")
-    return BatchVerdict(size, comparison, row, tuple(failures))
-
-
-def _broken(opened: Network, precision: str, limits: Limits, failure: str) -> ArtefactVerdict:
+    except Exception as error:  # the runtimes raise their own bare types
+        judged = Judged((failed("runs", f"it does not run at batch 1: {_line(error)}"),))
+    said = [failed("contract", text) for text in contract_failures(bundle, name)]
     return ArtefactVerdict(
-        opened.name, precision, opened.runner, "failed", limits=limits, failures=(failure,)
+        name,
+        artefact.precision,
+        numeric,
+        opened.runner,
+        (*judged.findings, *(said or [Finding("contract", Outcome.PASS)])),
+        judged.comparison,
+        judged.flips,
+        judged.batches,
     )
 
 
-def _add(verdict: ArtefactVerdict, failures: Sequence[str]) -> ArtefactVerdict:
-    together = (*verdict.failures, *failures)
-    return replace(verdict, failures=together, outcome="failed" if together else verdict.outcome)
+def _judge_opened(
+    bundle: Bundle, opened: Network, numeric: str, samples: Samples, gates: GateSettings
+) -> Judged:
+    recorded = None
+    if samples.golden:
+        records = bundle.artefact(opened.name).golden_sqnr_db
+        recorded = records.get(record_key(opened.runner, numeric))
+    return judge_answers(
+        opened.run,
+        given_to(opened, samples.inputs, samples.pixels),
+        samples,
+        [size for size in batch_sizes(bundle.manifest.batch) if opened.serves(size)],
+        sqnr_floor(numeric, samples.noise_db, gates.of(numeric)),
+        recorded,
+    )
 
 
-def _with_canary(
-    verdict: ArtefactVerdict, bundle: Bundle, execution: Execution, threads: int | None
+def _with_graph(
+    bundle: Bundle, verdict: ArtefactVerdict, samples: Samples, profile: Profile
 ) -> ArtefactVerdict:
-    """Return the verdict with whether the artefact answers the bundle's picture as PyTorch did."""
-    does_not_run = verdict.comparison is None and verdict.outcome == "failed"
-    canary = bundle.manifest.canary
-    if canary is None or does_not_run:
-        return verdict
-    report = check_canary(bundle, verdict.artefact, execution, threads=threads)
-    failures = [f"the canary '{canary.file}': {f}" for f in report.failures]
-    return _add(replace(verdict, canary=report.max_change), failures)
+    """Return the verdict with what the graph's tensors say."""
+    import onnx
+
+    method = str(bundle.artefact(verdict.artefact).quantization.get("method", "mse"))
+    model = onnx.load(bundle.verified(verdict.artefact))
+    judged = judge_graph(model, verdict.numeric, samples, method, profile)
+    findings = (*verdict.findings, *judged.findings)
+    return replace(verdict, findings=findings, scales=judged.scales)
+
+
+def _modules(
+    bundle: Bundle, samples: Samples, loaded: LoadedVan | None, gates: GateSettings
+) -> ModuleReference | Finding:
+    """Return what modules are compared with, or why they are not."""
+    if loaded is not None:
+        return TorchModules(bundle, loaded, samples.inputs)
+    import onnx
+
+    path = bundle.verified("fp32")
+    held, _ = judge_new(path, "fp32", samples, profile=gates.of("fp32"))
+    if held.outcome is not Outcome.PASS:
+        why = "model.onnx, which modules are compared with, does not hold on the golden samples"
+        return skipped("modules", why)
+    return OnnxModules(onnx.load(path))
 
 
 def _with_modules(
-    verdict: ArtefactVerdict, bundle: Bundle, reference: Reference, images: Any
+    bundle: Bundle,
+    verdict: ArtefactVerdict,
+    samples: Samples,
+    reference: ModuleReference | Finding,
+    profile: Profile,
 ) -> ArtefactVerdict:
     """Return the verdict with what each module adds, and the modules that add too much."""
     import onnx
 
+    if isinstance(reference, Finding):
+        return replace(verdict, findings=(*verdict.findings, reference))
+    channels = channels_of(bundle, bundle.artefact(verdict.artefact))
+    if channels is None:  # what is not recorded cannot be undone
+        return verdict
     cuts = cuts_of(onnx.load(bundle.verified("fp32")), "module", reference.modules)
-    model = onnx.load(bundle.verified(verdict.artefact))
-    equalized = is_equalized(bundle.artefact(verdict.artefact))
-    rows = drift_of_graph(model, reference, images, cuts, equalized=equalized)
-    placed = sorted(
-        (row for row in rows if row.added_db is not None), key=lambda row: float(row.added_db or 0)
+    rows = drift_of_graph(
+        onnx.load(bundle.verified(verdict.artefact)),
+        reference,
+        samples.inputs[:MODULE_IMAGES],
+        cuts,
+        channels,
     )
-    least = verdict.limits.module_db if verdict.limits else -math.inf
-    failures = [
-        f"{row.name} alone has {row.added_db:.1f} dB, at least {least:g} dB are asked"
-        + (f" ({row.note})" if row.note else "")
-        for row in placed
-        if not float(row.added_db or 0) >= least
-    ]
-    return _add(replace(verdict, modules=tuple(placed)), failures)
-
-
-def _with_numbers(verdict: ArtefactVerdict, bundle: Bundle, images: Any) -> ArtefactVerdict:
-    """Return the verdict with INT8 steps, those that do not suit, and FP16 overflows."""
-    import onnx
-
-    model = onnx.load(bundle.verified(verdict.artefact))
-    rows = steps_of_graph(model, images, bundle.artefact(verdict.artefact))
-    order = sorted(rows, key=lambda row: (not row.fault, _suspicion(row)))
-    faults = [row.fault for row in order]
-    faults += overflows_of_graph(model, images[:MODULE_IMAGES]).values()
-    return _add(replace(verdict, steps=tuple(order)), [fault for fault in faults if fault])
-
-
-def _suspicion(row: StepRow) -> float:
-    return math.inf if row.halving_gain_db is None else -row.halving_gain_db
+    placed = [(row.isolated_db, row) for row in rows if row.isolated_db is not None]
+    if not placed:
+        found = failed("modules", f"they cannot be compared: {rows[0].note}")
+        return replace(verdict, findings=(*verdict.findings, found))
+    placed.sort(key=lambda pair: pair[0])
+    limit = module_floor(verdict.numeric, profile)
+    bad = [f"{row.name} {value:.1f} dB" for value, row in placed if not value >= limit.value]
+    more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+    message = f"modules below {limit.value:g} dB ({limit.origin}): {', '.join(bad[:4])}{more}"
+    found = Finding(
+        "modules",
+        Outcome.FAIL if bad else Outcome.PASS,
+        message if bad else f"{placed[0][1].name} adds most",
+        placed[0][0],
+        limit,
+        "dB",
+    )
+    ordered = tuple(row for _, row in placed)
+    return replace(verdict, findings=(*verdict.findings, found), modules=ordered)
 
 
 def _line(error: Exception) -> str:

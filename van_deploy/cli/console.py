@@ -10,10 +10,11 @@ Rich is imported when something is printed, not before.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -24,43 +25,23 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.progress import Progress
 
+    from van_deploy.results import Progress as Tell
+
 __all__ = [
     "AsJson",
     "emit",
     "json_text",
-    "names_in",
     "plain",
     "print_error",
     "progress",
     "remark",
-    "stderr_console",
-    "stdout_console",
+    "telling",
 ]
 
 PIPE_WIDTH = 100  # columns where output does not go to a terminal
 Result = TypeVar("Result")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-
-
-def stdout_console() -> Console:
-    """Return a console that writes results."""
-    return _console(sys.stdout)
-
-
-def stderr_console() -> Console:
-    """Return a console that writes progress, remarks and errors."""
-    return _console(sys.stderr)
-
-
-def names_in(given: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names in an option that may be repeated and may hold commas, each once.
-
-    >>> names_in(["fp16,int8", "fp16"])
-    ('fp16', 'int8')
-    """
-    parts = ",".join(given or ()).split(",")
-    return tuple(dict.fromkeys(name.strip() for name in parts if name.strip()))
 
 
 def emit(result: Result, as_json: bool, table: Callable[[Result], RenderableType]) -> None:
@@ -74,7 +55,7 @@ def emit(result: Result, as_json: bool, table: Callable[[Result], RenderableType
     if as_json:
         text = json_text(plain(result), indent=2) + "\n"
     else:
-        console = stdout_console()
+        console = _console(sys.stdout)
         with console.capture() as capture:
             console.print(table(result))
         text = capture.get()
@@ -105,7 +86,7 @@ def progress() -> Progress:
     """
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = stderr_console()
+    console = _console(sys.stderr)
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -117,9 +98,21 @@ def progress() -> Progress:
     )
 
 
+@contextlib.contextmanager
+def telling(first: str = "Loading PyTorch") -> Iterator[Tell]:
+    """Give a function that shows on stderr what is being done, and how much of it is done."""
+    with progress() as bar:
+        task = bar.add_task(first, total=None)
+
+        def tell(text: str, done: int = 0, total: int | None = None, /) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+
+        yield tell
+
+
 def remark(text: str) -> None:
     """Write one line to stderr that is neither a result nor an error."""
-    stderr_console().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+    _console(sys.stderr).print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_error(message: str, remedy: str = "") -> None:
@@ -129,7 +122,7 @@ def print_error(message: str, remedy: str = "") -> None:
     lines = Text.assemble(("error: ", "bold red"), message)
     for line in remedy.splitlines():
         lines.append(f"\n  {line}")
-    stderr_console().print(lines, highlight=False, soft_wrap=True)
+    _console(sys.stderr).print(lines, highlight=False, soft_wrap=True)
 
 
 def _console(file: IO[str]) -> Console:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from van_deploy.cli.console import AsJson, emit, remark
-from van_deploy.cli.opening import RequireSignature, open_bundle
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from van_deploy.serve.triton_check import PackageCheck
+from van_deploy.cli.options import with_options
+from van_deploy.cli.shared import BundlePath, RequireSignature, opened
+from van_deploy.config import PackageSettings
+from van_deploy.errors import GateFailed
 
 __all__ = ["Server", "package"]
 
@@ -25,37 +23,18 @@ class Server(str, enum.Enum):
     TRITON = "triton"
 
 
+@with_options
 def package(
     server: Annotated[Server, typer.Argument(help="What serves it.")],
-    bundle: Annotated[Path, typer.Argument(help="A bundle made by `van-deploy export`.")],
+    bundle: BundlePath,
+    settings: PackageSettings,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of the package; BUNDLE-triton by default."),
     ] = None,
-    artefact: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Which to package; may be repeated. By default fp32-uint8 where the bundle "
-            "has it, else fp32."
-        ),
-    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; check the package that is there.")
     ] = False,
-    queue_delay_us: Annotated[
-        int, typer.Option(min=0, help="Longest wait for other requests.")
-    ] = 1000,
-    queue_limit: Annotated[int, typer.Option(min=1, help="Requests waiting, at most.")] = 256,
-    queue_timeout_ms: Annotated[
-        int, typer.Option(min=0, help="Refuse what waited longer; 0 for never.")
-    ] = 0,
-    instances: Annotated[int, typer.Option(min=1, help="Copies of each model.")] = 1,
-    gpu: Annotated[
-        bool, typer.Option("--gpu", help="Run ONNX models on a GPU; plans always are.")
-    ] = False,
-    triton_release: Annotated[
-        str, typer.Option(help="Of the container image, such as 25.08.")
-    ] = "",
     require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
@@ -63,42 +42,16 @@ def package(
 
     Example: van-deploy package triton dist/van_b1 --output dist/van_b1-triton
     """
-    from van_deploy.errors import GateFailed, MissingDependency
-    from van_deploy.serve.manifests import DEFAULT_TRITON
-    from van_deploy.serve.triton import TritonSettings, package_triton
-    from van_deploy.serve.triton_check import check_package
-
-    opened = open_bundle(bundle, require_signature)
-    folder = output or opened.path.with_name(f"{opened.path.resolve().name}-{server.value}")
-    if not check:
-        settings = TritonSettings(
-            queue_delay_us=queue_delay_us,
-            queue_limit=queue_limit,
-            queue_timeout_ms=queue_timeout_ms,
-            instances=instances,
-            gpu=gpu,
-            triton=triton_release or DEFAULT_TRITON,
-        )
-        made = package_triton(opened, folder, artefact or (), settings)
-        remark(f"Wrote {len(made.files)} files to {made.path}.")
-    try:
-        report = check_package(folder, opened)
-    except MissingDependency as error:
-        if check:
-            raise
-        skipped = f"skipped: {error.message} {error.remedy}"
-        emit({"path": str(folder), "check": skipped}, as_json, lambda r: f"check {r['check']}")
-        return
-    emit(report.as_dict(), as_json, lambda _: _table(report))
-    if not report:
-        wrong: list[Any] = [f.name for f in report.findings if not f.outcome]
-        raise GateFailed(
-            f"The package '{folder}' is not what the bundle says: {', '.join(wrong)}.",
-            "Package the bundle again.",
-        )
-
-
-def _table(report: PackageCheck) -> RenderableType:
+    report = opened(bundle, require_signature).package(output, settings, only_check=check)
+    if report.files:
+        remark(f"Wrote {report.files} files to {report.path}.")
     from van_deploy.report.tables import checks_table
 
-    return checks_table(vars(finding) for finding in report.findings)
+    findings = report.findings
+    emit(report, as_json, lambda _: checks_table(vars(found) for found in findings))
+    if not report:
+        wrong = ", ".join(finding.name for finding in findings if finding.outcome is False)
+        raise GateFailed(
+            f"The package '{report.path}' is not what the bundle says: {wrong}.",
+            "Package the bundle again.",
+        )

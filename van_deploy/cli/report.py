@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from van_deploy.cli.console import AsJson, emit
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from van_deploy.cli.shared import BundlePath, opened
 
 __all__ = ["report"]
 
 
 def report(
-    bundle: Annotated[Path, typer.Argument(help="A bundle, such as dist/van_b1.")],
+    bundle: BundlePath,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -32,23 +30,9 @@ def report(
 
     Example: van-deploy report dist/van_b1
     """
-    from van_deploy.bundle import Bundle
-    from van_deploy.report.content import document_of
-    from van_deploy.report.files import write_report
-
-    opened = Bundle.open(bundle)
-    document = document_of(opened)
-    files = write_report(document, opened, output)
-    result = {
-        "verdict": document.verdict,
-        "checks": document.verdict_note,
-        "files": {str(path): path.stat().st_size for path in files},
-    }
-    emit(result, as_json, _table)
-
-
-def _table(result: dict[str, Any]) -> RenderableType:
     from van_deploy.report.tables import bytes_text, facts_table, verdict
 
-    sizes = {f"wrote {path}": bytes_text(size) for path, size in result["files"].items()}
-    return facts_table({verdict(result["verdict"]).plain: result["checks"], **sizes})
+    written = opened(bundle, None).report(output)
+    sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}
+    facts = {verdict(written.verdict).plain: written.checks, **sizes}
+    emit(written, as_json, lambda _: facts_table(facts))

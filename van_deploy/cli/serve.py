@@ -2,96 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from van_deploy.cli.console import AsJson, emit, remark
-from van_deploy.cli.opening import RequireSignature, RunnerName, TrustEngine, open_bundle
+from van_deploy.cli.console import AsJson, emit, remark, telling
+from van_deploy.cli.options import with_options
+from van_deploy.cli.shared import BundlePath, RequireSignature, opened
+from van_deploy.config import ServeSettings
 
 __all__ = ["serve"]
 
-LIMITS = "Limits"
 
-
+@with_options
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="A bundle made by `van-deploy export`.")],
-    artefact: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Which to serve; may be repeated, the first answers the page. "
-            "By default fp32-uint8 where the bundle has it, else fp32."
-        ),
-    ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on. There is no authentication.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
-    runner: RunnerName = "ort-cpu",
-    trust_engine: TrustEngine = False,
+    bundle: BundlePath,
+    settings: ServeSettings,
     require_signature: RequireSignature = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads a batch; chosen by the run time by default.")
-    ] = None,
-    instances: Annotated[int, typer.Option(min=1, help="Batches at the same time.")] = 1,
-    max_delay_ms: Annotated[
-        float, typer.Option(min=0.0, help="How long a lone request waits for others.")
-    ] = 1.0,
-    queue_limit: Annotated[
-        int,
-        typer.Option(min=1, help="Pictures waiting; more get 429.", rich_help_panel=LIMITS),
-    ] = 256,
-    max_body_mib: Annotated[
-        float, typer.Option(min=0.001, help="Largest request.", rich_help_panel=LIMITS)
-    ] = 32.0,
-    read_timeout_s: Annotated[
-        float,
-        typer.Option(min=0.1, help="Longest a request may take to come.", rich_help_panel=LIMITS),
-    ] = 30.0,
-    max_connections: Annotated[
-        int, typer.Option(min=1, help="More get 503.", rich_help_panel=LIMITS)
-    ] = 512,
-    compare: Annotated[
-        bool, typer.Option("--compare/--no-compare", help="Let the page ask PyTorch too.")
-    ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Answer over HTTP: a web page for pictures, and the v2 protocol for programs.
+    """Answer over HTTP: a web page for images, and the v2 protocol for programs.
 
     Example: van-deploy serve dist/van_b1 --port 8000
     """
-    from van_deploy.cli.console import progress
-    from van_deploy.serve.server import listen, run_server
-    from van_deploy.serve.service import Service, ServiceSettings
+    from van_deploy.results import Listening
+    from van_deploy.serve.app import App
+    from van_deploy.serve.server import is_loopback, listen, run_server, url_of
+    from van_deploy.serve.service import Service
 
-    settings = ServiceSettings(
-        artefacts=tuple(dict.fromkeys(artefact or ())),
-        runner=runner,
-        trust_engine=trust_engine,
-        threads=threads,
-        instances=instances,
-        queue_limit=queue_limit,
-        max_delay_ms=max_delay_ms,
-        max_body_bytes=round(max_body_mib * 2**20),
-        read_timeout_s=read_timeout_s,
-        compare=compare,
-    )
-    with progress() as bar:
-        bar.add_task("Loading", total=None)
-        service = Service(open_bundle(bundle, require_signature), settings)
+    with telling("Loading"):
+        service = Service(opened(bundle, require_signature).opened(), settings)
+        app = App(service)
         service.load()
-        listening = listen(host, port)
-    if not listening.loopback:
-        remark(f"note: {host} is reachable from other machines, and nobody is asked who they are")
+        bound = listen(settings.host, settings.port)
+    if not is_loopback(settings.host):
+        keyless = "" if app.keyed else ", and nobody is asked for a key"
+        remark(f"note: {settings.host} is reachable from other machines{keyless}")
 
-    def ready() -> None:
-        document = {"url": listening.url, "models": list(service.models)}
-        emit(
-            document,
-            as_json,
-            lambda _: f"{', '.join(service.models)} at {listening.url}  (Ctrl-C ends)",
-        )
+    def ready(_: object) -> None:
+        ready = Listening(url_of(bound), tuple(service.models))
+        emit(ready, as_json, lambda r: f"{', '.join(r.models)} at {r.url}  (Ctrl-C ends)")
 
-    run_server(service, listening, max_connections=max_connections, on_ready=ready)
+    run_server(app, bound, max_connections=settings.max_connections, on_ready=ready)
     remark("Stopped; every request that was begun is answered.")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from van_deploy.cli.console import AsJson, emit, remark
+from van_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from van_deploy.signing import Signed
+    from van_deploy.signing_keys import KeyPair
 
 __all__ = ["sign"]
 
@@ -37,63 +41,35 @@ def sign(
 
     Example: van-deploy sign dist/van_b1 --key release.pem
     """
-    from van_deploy.errors import UsageError
-    from van_deploy.signing import sign_bundle
-    from van_deploy.signing_keys import private_key_from
+    from van_deploy.bundle import Bundle
+    from van_deploy.signing import Signed, sign_bundle
+    from van_deploy.signing_keys import new_pair, password_from, private_key_from
 
     if new_key is not None:
         if bundle is not None or key is not None:
             raise UsageError("--new-key only makes a pair of keys.", "Sign in a second command.")
-        emit(_new_pair(new_key, _password(password_file)), as_json, _table)
+        emit(new_pair(new_key, password_from(password_file)), as_json, _table)
         return
     if bundle is None or key is None:
         raise UsageError(
             "A bundle and --key FILE are wanted.",
             "Make a pair of keys first with `van-deploy sign --new-key FILE`.",
         )
-    secret = private_key_from(key, _password(password_file))
+    secret = private_key_from(key, password_from(password_file))
     if key.stat().st_mode & 0o077:
         remark(f"note: others on this machine may read or use '{key}': chmod 600 it")
     signature = sign_bundle(bundle, secret)
-    signed = {"bundle": str(bundle), "key id": signature.key_id, "signed": signature.date}
-    emit(signed, as_json, _table)
+    files = len(Bundle.open(bundle).digests)
+    emit(Signed(bundle, signature.key_id, signature.date, files), as_json, _table)
 
 
-def _new_pair(path: Path, password: str) -> dict[str, Any]:
-    from van_deploy.signing_keys import new_key
-
-    public, name = new_key(path, password)
-    return {
-        "private key": str(path),
-        "protected by a password": bool(password),
-        "public key": str(public),
-        "key id": name,
-    }
-
-
-def _password(file: Path | None) -> str:
-    import os
-
-    from van_deploy.errors import InputError
-    from van_deploy.signing_keys import PASSWORD_VARIABLE
-
-    if file is None:
-        return os.environ.get(PASSWORD_VARIABLE, "")
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The password file '{file}' cannot be read: {error}.") from error
-    if not lines or not lines[0]:
-        raise InputError(
-            f"The password file '{file}' is empty.", "Write the password in its first line."
-        )
-    return lines[0]
-
-
-def _table(result: dict[str, Any]) -> RenderableType:
+def _table(result: Signed | KeyPair) -> RenderableType:
     from van_deploy.report.tables import facts_table
 
     shown = {True: "yes", False: "no"}
     return facts_table(
-        {key: shown[value] if isinstance(value, bool) else value for key, value in result.items()}
+        {
+            key.replace("_", " "): shown[value] if isinstance(value, bool) else value
+            for key, value in vars(result).items()
+        }
     )

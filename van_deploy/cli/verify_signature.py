@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from van_deploy.cli.console import AsJson, emit
-from van_deploy.cli.opening import BundlePath
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from van_deploy.cli.shared import BundlePath
 
 __all__ = ["verify_signature"]
 
@@ -27,21 +24,12 @@ def verify_signature(
 
     Example: van-deploy verify-signature dist/van_b1 --public-key release.pem.pub
     """
-    from van_deploy.signing import signed_bundle
+    from van_deploy.report.tables import facts_table
+    from van_deploy.signing import Signed, signed_bundle
     from van_deploy.signing_keys import public_key_from
 
     opened, signature = signed_bundle(bundle, public_key_from(public_key))
-    result = {
-        "bundle": str(opened.path),
-        "key id": signature.key_id,
-        "signed": signature.date,
-        "files": len(opened.digests),
-    }
-    emit(result, as_json, _table)
-
-
-def _table(result: dict[str, Any]) -> RenderableType:
-    from van_deploy.report.tables import facts_table, verdict
-
-    said = f"{result['files']} files are what was signed, and there is no other"
-    return facts_table({verdict("PASS").plain: said, **result})
+    files = len(opened.digests)
+    signed = Signed(opened.path, signature.key_id, signature.date, files)
+    said = f"{files} files are what was signed, and there is no other"
+    emit(signed, as_json, lambda _: facts_table({"PASS": said, **vars(signed)}))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from van_deploy.engine.options import BuildOptions, HardwareCompatibility, Profiling
+from van_deploy.config import BuildOptions, HardwareCompatibility, Profiling
 from van_deploy.environment.packages import installed_distributions, pip_command
 from van_deploy.errors import MissingDependency, UsageError
 

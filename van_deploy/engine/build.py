@@ -15,31 +15,31 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
 from van_deploy import errors
+from van_deploy.config import BuildOptions, HardwareCompatibility
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.log import warnings_summary
-from van_deploy.engine.options import BuildOptions, HardwareCompatibility
 from van_deploy.engine.refusals import refuse_impossible
-from van_deploy.engine.sidecar import Sidecar, Tensor, log_path, sidecar_path, write_sidecar
+from van_deploy.engine.sidecar import SCHEMA, Sidecar, log_path, sidecar_path, write_sidecar
 from van_deploy.engine.source import OnnxSource, read_source
 from van_deploy.environment.hardware import memory
 from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
 from van_deploy.files import file_sha256
+from van_deploy.model.preprocess import Preprocessing
+from van_deploy.schema import validated
 
 __all__ = [
-    "REPRODUCIBLE_NOT_CHECKED",
     "BuildProgress",
     "engine_from_onnx",
     "engine_name",
     "targets_of",
 ]
 
-REPRODUCIBLE_NOT_CHECKED = "not checked"
 ONNX, PLAN, LOG = (
     "engine.onnx",
     "engine.plan",
@@ -101,7 +101,7 @@ def engine_from_onnx(
     host: Host | None = None,
     timing_cache: Path | None = None,
     check_reproducible: bool = False,
-    preprocessing: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
     progress: Progress | None = None,
 ) -> Sidecar:
     """Build ``plan`` from ``onnx``, with its sidecar and its log beside it.
@@ -148,12 +148,12 @@ def engine_from_onnx(
         (Path(folder) / PLAN).replace(draft)
         (Path(folder) / LOG).replace(log_path(draft))
         sidecar = _sidecar(facts, draft, source, backend, options, precision, host)
-        sidecar = replace(sidecar, preprocessing=dict(preprocessing or {}))
+        sidecar = sidecar.model_copy(update={"preprocessing": preprocessing})
         if check_reproducible:
             _run(job, Path(folder), backend, progress)
             same = file_sha256(Path(folder) / PLAN) == sidecar.plan_sha256
-            sidecar = replace(sidecar, reproducible=same)
-        write_sidecar(draft, sidecar)
+            sidecar = sidecar.model_copy(update={"reproducible": same})
+        sidecar = write_sidecar(draft, sidecar)
         for path in (log_path(draft), draft, sidecar_path(draft)):  # the sidecar last
             path.replace(plan.parent / path.name)
     return sidecar
@@ -168,30 +168,25 @@ def _sidecar(
     precision: str,
     host: Host,
 ) -> Sidecar:
-    return Sidecar(
-        name=plan.name.removesuffix(".plan"),
-        plan_sha256=file_sha256(plan),
-        plan_bytes=plan.stat().st_size,
-        onnx_file=source.path.name,
-        onnx_sha256=source.sha256,
-        backend=backend.name,
-        backend_version=backend.version,
-        cuda=backend.cuda,
-        precision=precision,
-        targets=targets_of(options, host),
-        built_on=None if backend.builds_for_absent_gpus else host.gpu,
-        options=options.as_dict(),
-        inputs=tuple(Tensor.from_dict(entry) for entry in facts["inputs"]),
-        outputs=tuple(Tensor.from_dict(entry) for entry in facts["outputs"]),
-        parser_layers=facts["parser_layers"],
-        parse_seconds=facts["parse_seconds"],
-        build_seconds=facts["build_seconds"],
-        peak_memory_bytes=facts["peak_memory_bytes"],
-        workspace_bytes=facts["workspace_bytes"],
-        device_memory=facts["device_memory"],
-        warnings=dict(warnings_summary(facts["warnings"])),
-        fixed_addresses=facts["fixed_addresses"],
-        reproducible=REPRODUCIBLE_NOT_CHECKED,
+    return validated(
+        Sidecar,
+        {
+            **{name: value for name, value in facts.items() if name in Sidecar.model_fields},
+            "schema": SCHEMA,
+            "name": plan.name.removesuffix(".plan"),
+            "plan_sha256": file_sha256(plan),
+            "plan_bytes": plan.stat().st_size,
+            "onnx_file": source.path.name,
+            "onnx_sha256": source.sha256,
+            "backend": backend.name,
+            "backend_version": backend.version,
+            "cuda": backend.cuda,
+            "precision": precision,
+            "targets": targets_of(options, host),
+            "built_on": None if backend.builds_for_absent_gpus else host.gpu,
+            "options": options,
+            "warnings": dict(warnings_summary(facts["warnings"])),
+        },
     )
 
 

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from van_deploy.bundle import Artefact, Bundle, EngineFacts, Origin, Precision, writing
-from van_deploy.documents import plain
+from van_deploy.bundle import Artefact, Bundle, Origin, writing
+from van_deploy.config import BuildOptions
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import (
-    REPRODUCIBLE_NOT_CHECKED,
     Progress,
     engine_from_onnx,
     engine_name,
     targets_of,
 )
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.options import BuildOptions
 from van_deploy.engine.refusals import refuse_impossible
 from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
 from van_deploy.engine.worker import TEMPORARY
 from van_deploy.errors import BundleError, InputError
 from van_deploy.files import content_key
+from van_deploy.manifest import EngineFacts, Precision
+from van_deploy.model.preprocess import Preprocessing
 
 __all__ = [
     "ENGINES",
@@ -62,7 +62,7 @@ class EngineRequest:
     onnx: Path
     onnx_sha256: str
     ingredients: Mapping[str, Any]
-    preprocessing: Mapping[str, Any]
+    preprocessing: Preprocessing | None
 
     @property
     def plan(self) -> Path:
@@ -131,7 +131,7 @@ def request_for(
         onnx=bundle.verified(source),
         onnx_sha256=artefact.sha256,
         ingredients=ingredients,
-        preprocessing=plain(bundle.manifest.preprocessing),
+        preprocessing=bundle.manifest.preprocessing,
     )
 
 
@@ -175,7 +175,7 @@ def build_in_bundle(
     """
     present = None if force else existing_engine(request)
     if present is not None:
-        checked = present.reproducible != REPRODUCIBLE_NOT_CHECKED
+        checked = present.reproducible is not None
         if checked or not check_reproducible:
             return Built(request.name, request.plan, present, reused=True)
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from van_deploy.config import HardwareCompatibility
 from van_deploy.engine.backend import BACKENDS, RTX, Backend, backend_named, release_of
 from van_deploy.engine.host import Host
-from van_deploy.engine.options import HardwareCompatibility
 from van_deploy.engine.sidecar import Sidecar
 from van_deploy.errors import MissingDependency
 
@@ -68,7 +68,7 @@ def built_for(sidecar: Sidecar) -> str:
 
 
 def _served(sidecar: Sidecar) -> str:
-    level = sidecar.build_options.hardware_compatibility
+    level = sidecar.options.hardware_compatibility
     if level is HardwareCompatibility.AMPERE_PLUS:
         return "sm_80 and newer"
     return " and ".join(sidecar.targets)
@@ -78,12 +78,12 @@ def _version(sidecar: Sidecar, backend: Backend) -> tuple[Obstacle, ...]:
     if backend.version == sidecar.backend_version:
         return ()
     here, there = release_of(backend.version), release_of(sidecar.backend_version)
-    if sidecar.build_options.version_compatible and _numbers(here) >= _numbers(there):
+    if sidecar.options.version_compatible and _numbers(here) >= _numbers(there):
         return ()
     if here == there:  # another build of one release
         here, there = backend.version, sidecar.backend_version
     direction = ""
-    if sidecar.build_options.version_compatible:
+    if sidecar.options.version_compatible:
         direction = " (a version-compatible plan runs on later versions, never on earlier ones)"
     return (
         Obstacle(
@@ -118,7 +118,7 @@ def _gpu(sidecar: Sidecar, host: Host) -> tuple[Obstacle, ...]:
 
 
 def _serves(sidecar: Sidecar, target: str) -> bool:
-    if sidecar.build_options.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS:
+    if sidecar.options.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS:
         return int(target.removeprefix("sm_")) >= 80
     return target in sidecar.targets
 

@@ -7,7 +7,7 @@
     precisions = ["fp32", "fp16"]
     targets = ["sm_86", "sm_89", "sm_90"]
 
-    [options]                                   # as on the command line; all optional
+    [options]                                   # keys of a recipe's [engines]; all optional
     batch = ["1:8:32"]
     workspace = "4GiB"
 
@@ -25,24 +25,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+import pydantic
 
 from van_deploy.bundle import Bundle
-from van_deploy.documents import toml_from
+from van_deploy.config import BuildOptions
+from van_deploy.config.engines import PlanSettings
+from van_deploy.config.fields import Target, option
 from van_deploy.engine.backend import choose_backend
 from van_deploy.engine.build import Progress
 from van_deploy.engine.bundled import build_in_bundle, request_for
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.options import (
-    BuildOptions,
-    HardwareCompatibility,
-    Profiling,
-    parse_size,
-    parse_targets,
-)
 from van_deploy.engine.sidecar import Sidecar
-from van_deploy.errors import RecipeError, UsageError, VanDeployError
-from van_deploy.recipe import BatchRange
+from van_deploy.errors import RecipeError, VanDeployError
+from van_deploy.schema import Contradiction, Settings, read_toml
 
 __all__ = [
     "BUILT",
@@ -50,6 +47,7 @@ __all__ = [
     "REUSED",
     "Cell",
     "Fleet",
+    "FleetFile",
     "FleetHost",
     "Outcome",
     "build_here",
@@ -61,17 +59,39 @@ __all__ = [
 BUILT, REUSED, FAILED = "built", "reused", "failed"
 
 
-@dataclass(frozen=True)
-class FleetHost:
-    """Where a target is built. Table ``[hosts.<target>]``.
+class FleetHost(Settings):
+    """Where a target is built. Table ``[hosts.<target>]``."""
 
-    Attributes:
-        backend: ``auto``, ``tensorrt`` or ``tensorrt-rtx``.
-        accelerator_type: Ray's name of the GPU the build must run on; "" for any machine.
-    """
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = option("auto", "What builds it.")
+    accelerator_type: str = option(
+        "", "Ray's name of the GPU the build must run on.", shown_default="any machine"
+    )
 
-    backend: str = "auto"
-    accelerator_type: str = ""
+
+class _Table(Settings):
+    """Which engines. Table ``[fleet]``."""
+
+    bundles: tuple[Path, ...] = option(..., "Folders, relative to this file.", min_length=1)
+    precisions: tuple[str, ...] = option(..., "ONNX artefacts of each.", min_length=1)
+    targets: tuple[Target, ...] = option(..., "What each plan serves.", min_length=1)
+
+
+class FleetFile(Settings):
+    """Many engines: bundles, precisions and targets; a fleet file."""
+
+    fleet: _Table = option(..., "Which engines.")
+    options: PlanSettings = option(PlanSettings, "As on the command line.")
+    hosts: dict[str, FleetHost] = option(dict, "Where a target needs its own GPU.")
+
+    @pydantic.model_validator(mode="after")
+    def _hosts_are_of_targets(self) -> FleetFile:
+        known = {"+".join(plan) for plan in self.fleet.targets}
+        for name in self.hosts:
+            if name not in known:
+                raise Contradiction(
+                    f"{{hosts}}.{name} is for no target.", f"Targets: {', '.join(sorted(known))}."
+                )
+        return self
 
 
 @dataclass(frozen=True)
@@ -149,42 +169,25 @@ def read_fleet(path: Path) -> Fleet:
     Raises:
         RecipeError: it cannot be read, or a key or value in it is wrong.
     """
-    try:
-        document = toml_from(path)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"The fleet file '{path}' cannot be read: {error}.", SHAPE) from error
-    try:
-        _only(document, "", {"fleet", "options", "hosts"})
-        table = _table(document, "fleet")
-        _only(table, "fleet.", {"bundles", "precisions", "targets"})
-        targets = tuple(
-            t for text in _texts(table, "fleet", "targets") for t in parse_targets(text)
-        )
-        options, has_profiles = _options(_table(document, "options", optional=True))
-        return Fleet(
-            bundles=tuple(path.parent / place for place in _texts(table, "fleet", "bundles")),
-            precisions=_texts(table, "fleet", "precisions"),
-            targets=targets,
-            options=options,
-            has_profiles=has_profiles,
-            hosts=_hosts(_table(document, "hosts", optional=True), targets),
-        )
-    except UsageError as error:
-        raise RecipeError(f"'{path}': {error.message}", error.remedy) from error
-    except _Wrong as error:
-        raise RecipeError(f"'{path}': {error}.", SHAPE) from error
+    found = read_toml(FleetFile, path, "fleet file", RecipeError)
+    return Fleet(
+        bundles=tuple(path.parent / place for place in found.fleet.bundles),
+        precisions=found.fleet.precisions,
+        targets=found.fleet.targets,
+        options=found.options.of(),
+        has_profiles=bool(found.options.profiles),
+        hosts=found.hosts,
+    )
 
 
 def cells_of(fleet: Fleet) -> tuple[Cell, ...]:
     """Return every engine of a fleet, bundle by bundle."""
-    from dataclasses import replace
-
     return tuple(
         Cell(
             bundle,
             precision,
             targets,
-            replace(fleet.options, targets=targets),
+            fleet.options.changed(targets=targets),
             fleet.hosts.get("+".join(targets), FleetHost()),
             not fleet.has_profiles,
         )
@@ -196,11 +199,9 @@ def cells_of(fleet: Fleet) -> tuple[Cell, ...]:
 
 def prepared(cell: Cell, bundle: Bundle) -> BuildOptions:
     """Return a cell's options with the bundle's own batch range where the file gives none."""
-    from dataclasses import replace
-
     if not cell.own_profiles:
         return cell.options
-    return replace(cell.options, profiles=(bundle.manifest.batch,))
+    return cell.options.changed(profiles=(bundle.manifest.batch,))
 
 
 def build_here(
@@ -233,76 +234,3 @@ def _build_one(cell: Cell, host: Host, force: bool, progress: Progress | None) -
     request = request_for(bundle, cell.precision, backend, options, host)
     built = build_in_bundle(request, backend, options, host=host, force=force, progress=progress)
     return Outcome(cell, REUSED if built.reused else BUILT, built.name, built.sidecar)
-
-
-SHAPE = "See the example in docs/engines.md."
-
-
-class _Wrong(Exception):  # noqa: N818 - becomes a RecipeError, with the file's name
-    """Something in the file is not what it should be."""
-
-
-def _only(table: Mapping[str, Any], where: str, known: set[str]) -> None:
-    for key in table:
-        if key not in known:
-            raise _Wrong(f"there is no key '{where}{key}'; known are {', '.join(sorted(known))}")
-
-
-def _table(document: Mapping[str, Any], name: str, *, optional: bool = False) -> Mapping[str, Any]:
-    table = document.get(name, {} if optional else None)
-    if not isinstance(table, Mapping):
-        raise _Wrong(f"the table [{name}] is missing" if table is None else f"'{name}' is no table")
-    return table
-
-
-def _texts(table: Mapping[str, Any], where: str, key: str) -> tuple[str, ...]:
-    value = table.get(key)
-    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise _Wrong(f"'{where}.{key}' must be a list of texts with at least one entry")
-    return tuple(value)
-
-
-def _options(table: Mapping[str, Any]) -> tuple[BuildOptions, bool]:
-    """Return the options of a file, and whether they hold profiles."""
-    _only(table, "options.", {"batch", *_OPTION_READERS})
-    read: dict[str, Any] = {}
-    for key, (name, reader, kind) in _OPTION_READERS.items():
-        if key in table:
-            if not isinstance(table[key], kind) or isinstance(table[key], bool) != (kind is bool):
-                raise _Wrong(f"'options.{key}' must be of type {kind.__name__}")
-            try:
-                read[name] = reader(table[key])
-            except ValueError as error:
-                raise _Wrong(f"'options.{key}': {error}") from error
-    if "batch" in table:
-        batches = _texts(table, "options", "batch")
-        read["profiles"] = tuple(BatchRange.parse(text) for text in batches)
-    return BuildOptions(**read), "batch" in table
-
-
-_OPTION_READERS: Mapping[str, tuple[str, Callable[[Any], Any], type]] = {
-    "workspace": ("workspace_bytes", parse_size, str),
-    "optimization-level": ("optimization_level", int, int),
-    "tf32": ("tf32", bool, bool),
-    "profiling": ("profiling", Profiling, str),
-    "hardware-compatibility": ("hardware_compatibility", HardwareCompatibility, str),
-    "version-compatible": ("version_compatible", bool, bool),
-    "strip-weights": ("strip_weights", bool, bool),
-    "refit": ("refit", bool, bool),
-}
-
-
-def _hosts(
-    table: Mapping[str, Any], targets: tuple[tuple[str, ...], ...]
-) -> Mapping[str, FleetHost]:
-    known = {"+".join(plan) for plan in targets}
-    hosts = {}
-    for name in table:
-        if name not in known:
-            raise _Wrong(f"[hosts.{name}] is for no target; targets are {', '.join(sorted(known))}")
-        entry = _table(table, name)
-        _only(entry, f"hosts.{name}.", {"backend", "accelerator_type"})
-        if not all(isinstance(value, str) for value in entry.values()):
-            raise _Wrong(f"the values of [hosts.{name}] must be texts")
-        hosts[name] = FleetHost(**entry)
-    return hosts

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from van_deploy.engine.backend import BACKENDS, Backend, backend_named
 from van_deploy.engine.catalogue import load_failure
@@ -21,7 +21,6 @@ __all__ = [
     "EngineDescription",
     "Layer",
     "describe_engine",
-    "engine_description",
     "layers_from_json",
     "layers_of",
 ]
@@ -51,35 +50,39 @@ class EngineDescription:
     """An engine as far as this machine can tell.
 
     Attributes:
-        path: the plan.
-        sidecar: what was recorded at the build.
-        obstacles: why it does not run here; empty if it does.
+        file: the plan.
+        plan_sha256: its digest.
+        plan_bytes: its size.
+        sidecar: what was recorded at the build; None where nothing vouches for the plan.
+        obstacles: why it does not run here; empty if it does, or if nothing is known.
         plan_is_sound: TensorRT's own look at the bytes; None where it has none.
         layers: from the engine inspector; empty where that cannot run.
         layers_skipped: why there are no layers, or "".
         log: the build log, or None if it is not beside the plan.
         build_notes: what the build log tells about fusion, for plans that cannot be loaded here.
+        kind: says what this describes.
     """
 
-    path: Path
-    sidecar: Sidecar
+    file: Path
+    plan_sha256: str
+    plan_bytes: int
+    sidecar: Sidecar | None
     obstacles: tuple[Obstacle, ...]
     plan_is_sound: bool | None
     layers: tuple[Layer, ...]
     layers_skipped: str
     log: Path | None
     build_notes: tuple[str, ...]
-
-    @property
-    def runs_here(self) -> bool:
-        """Whether nothing keeps it from running on this machine."""
-        return not self.obstacles
+    kind: Literal["engine"] = "engine"
 
 
 def describe_engine(
     path: Path, host: Host | None = None, *, trust_engine: bool = False
-) -> dict[str, Any]:
-    """Return what is known about the engine at ``path``, as plain data for tables and JSON.
+) -> EngineDescription:
+    """Return what is known about the engine at ``path``.
+
+    The plan's digest is checked first; the plan is deserialised only where it
+    runs, to ask the engine inspector.
 
     Args:
         path: the plan.
@@ -89,78 +92,42 @@ def describe_engine(
     Raises:
         InputError: plan or sidecar is missing, damaged, edited or swapped.
     """
-    if trust_engine and path.is_file() and not sidecar_path(path).exists():
-        return _foreign(path)
-    found = engine_description(path, host)
-    sidecar = found.sidecar
-    return {
-        "kind": "engine",
-        "file": str(path),
-        "runs here": found.runs_here,
-        "why not": [obstacle.problem for obstacle in found.obstacles],
-        "remedies": list(dict.fromkeys(obstacle.remedy for obstacle in found.obstacles)),
-        "plan is sound": found.plan_is_sound,
-        **sidecar.as_dict(),
-        "log": str(found.log) if found.log else None,
-        "layers": [asdict(layer) for layer in found.layers],
-        "layers skipped": found.layers_skipped,
-        "build notes": list(found.build_notes),
-    }
-
-
-def engine_description(path: Path, host: Host | None = None) -> EngineDescription:
-    """Return what is known about the engine at ``path``.
-
-    The plan's digest is checked first; the plan is deserialised only where it
-    runs, to ask the engine inspector.
-
-    Raises:
-        InputError: plan or sidecar is missing, damaged, edited or swapped.
-    """
-    host = host or host_here()
-    sidecar = verified_sidecar(path)
-    found = obstacles(sidecar, host)
+    sidecar: Sidecar | None = None
+    found: tuple[Obstacle, ...] = ()
+    sound = None
     layers: tuple[Layer, ...] = ()
-    skipped = "; ".join(obstacle.problem for obstacle in found)
-    if not found:
-        try:
-            layers = layers_of(path, backend_named(sidecar.backend))
-        except VanDeployError as error:
-            skipped = error.message
+    if trust_engine and path.is_file() and not sidecar_path(path).exists():
+        layers, skipped = _layers_of(path, BACKENDS)
+    else:
+        sidecar = verified_sidecar(path)
+        found, sound = obstacles(sidecar, host or host_here()), _is_sound(path, sidecar)
+        skipped = "; ".join(obstacle.problem for obstacle in found)
+        if not found:
+            layers, skipped = _layers_of(path, (sidecar.backend,))
     log = log_path(path)
-    present = log if log.is_file() else None
     return EngineDescription(
-        path,
-        sidecar,
-        found,
-        _is_sound(path, sidecar),
-        layers,
-        skipped,
-        present,
-        _build_notes(log) if present else (),
+        file=path,
+        plan_sha256=sidecar.plan_sha256 if sidecar else file_sha256(path),
+        plan_bytes=path.stat().st_size,
+        sidecar=sidecar,
+        obstacles=found,
+        plan_is_sound=sound,
+        layers=layers,
+        layers_skipped=skipped,
+        log=log if log.is_file() else None,
+        build_notes=_build_notes(log) if sidecar and log.is_file() else (),
     )
 
 
-def _foreign(path: Path) -> dict[str, Any]:
-    """Return what can be said of a plan that nothing vouches for: its layers, where it loads."""
-    layers: tuple[Layer, ...] = ()
+def _layers_of(path: Path, backends: Iterable[str]) -> tuple[tuple[Layer, ...], str]:
+    """Return the layers of a plan by the first backend that loads it, or why none does."""
     tried = {}
-    for name in BACKENDS:
+    for name in backends:
         try:
-            layers = layers_of(path, backend_named(name))
-        except VanDeployError as error:  # noqa: PERF203 - each back end on its own
+            return layers_of(path, backend_named(name)), ""
+        except VanDeployError as error:  # noqa: PERF203 - each backend on its own
             tried[name] = error.message.rstrip(".")
-        else:
-            break
-    return {
-        "kind": "engine",
-        "file": str(path),
-        "sidecar": "none: nothing says where this plan comes from",
-        "plan_sha256": file_sha256(path),
-        "plan_bytes": path.stat().st_size,
-        "layers": [asdict(layer) for layer in layers],
-        "layers skipped": "" if layers else "; ".join(f"{n}: {why}" for n, why in tried.items()),
-    }
+    return (), "; ".join(f"{name}: {why}" for name, why in tried.items())
 
 
 def layers_of(path: Path, backend: Backend) -> tuple[Layer, ...]:

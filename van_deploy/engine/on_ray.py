@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle import Bundle
-from van_deploy.documents import plain
+from van_deploy.config import BuildOptions
 from van_deploy.engine.backend import choose_backend
 from van_deploy.engine.build import engine_from_onnx, engine_name
 from van_deploy.engine.bundled import EngineRequest, enter_engine, existing_engine, request_for
 from van_deploy.engine.fleet import BUILT, FAILED, REUSED, Cell, Outcome, prepared
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.options import BuildOptions
 from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
-from van_deploy.environment.privacy import without_ray_reports
 from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
+from van_deploy.model.preprocess import Preprocessing
+from van_deploy.ray_tasks import RayDone, RayTask, require_ray, run_on_ray
 
-__all__ = ["Delivery", "build_on_ray", "require_ray", "task_resources"]
+__all__ = ["Delivery", "build_on_ray", "task_resources"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Delivery:
         where: the host that built it.
         ingredients: as :class:`EngineRequest` has them, with the host's back end and GPU.
         files: plan, sidecar and log by suffix.
-        sidecar: the sidecar as JSON.
+        sidecar: what is known about the plan; None if there is none.
         error: class name, message and remedy of what went wrong, or None.
     """
 
@@ -46,24 +46,8 @@ class Delivery:
     where: str
     ingredients: dict[str, Any]
     files: dict[str, bytes]
-    sidecar: dict[str, Any]
+    sidecar: Sidecar | None
     error: tuple[str, str, str] | None
-
-
-def require_ray() -> Any:
-    """Return the ``ray`` module.
-
-    Raises:
-        MissingDependency: it is not installed.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingDependency(
-            f"Ray is not installed ({error}).", "Install it with `pip install 'van-deploy[ray]'`."
-        ) from error
-    without_ray_reports()
-    return ray
 
 
 def task_resources(cell: Cell) -> dict[str, Any]:
@@ -91,51 +75,20 @@ def build_on_ray(
     Raises:
         MissingDependency: Ray is not installed, or the cluster does not answer.
     """
-    ray = require_ray()
-    started = _join(ray, address)
-    try:
-        waiting: dict[Any, Cell] = {}
-        remote = ray.remote(_deliver)
-        for cell in cells:
-            try:
-                outcome, arguments = _prepare(cell, force)
-            except VanDeployError as error:
-                yield Outcome(cell, FAILED, error=error)
-                continue
-            if outcome is not None:
-                yield outcome
-            else:
-                task = remote.options(**_possible(ray, cell)).remote(*arguments)
-                waiting[task] = cell
-        while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
-            yield _finish(ray, done, waiting.pop(done))
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _join(ray: Any, address: str | None) -> bool:
-    """Join or start a cluster; return whether it is to be left at the end."""
-    if ray.is_initialized():
-        return False
-    try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise MissingDependency(
-            f"The Ray cluster at '{address or 'this machine'}' does not answer: {error}",
-            "Start one with `ray start --head`, or give --ray-address.",
-        ) from error
-    return True
-
-
-def _possible(ray: Any, cell: Cell) -> dict[str, Any]:
-    """Return the task's options, with no more cores than the largest machine has."""
-    resources = task_resources(cell)
-    if "num_cpus" in resources:
-        most = max((node["Resources"].get("CPU", 0) for node in ray.nodes()), default=1)
-        resources["num_cpus"] = min(resources["num_cpus"], max(1, int(most)))
-    return resources
+    require_ray()
+    tasks = []
+    for cell in cells:
+        try:
+            outcome, arguments = _prepare(cell, force)
+        except VanDeployError as error:
+            yield Outcome(cell, FAILED, error=error)
+            continue
+        if outcome is not None:
+            yield outcome
+        else:
+            tasks.append(RayTask(cell, arguments, task_resources(cell)))
+    for done in run_on_ray(_deliver, tasks, address=address):
+        yield _finish(done)
 
 
 def _prepare(cell: Cell, force: bool) -> tuple[Outcome | None, tuple[Any, ...]]:
@@ -151,9 +104,9 @@ def _prepare(cell: Cell, force: bool) -> tuple[Outcome | None, tuple[Any, ...]]:
     present = None if force else _present(bundle, cell, options)
     if present is not None:
         return Outcome(cell, REUSED, present.name, present), ()
-    preprocessing = plain(bundle.manifest.preprocessing)
+    preprocessing = bundle.manifest.preprocessing
     model = (bundle.name, artefact.precision)
-    return None, (onnx.read_bytes(), model, cell, options.as_dict(), preprocessing)
+    return None, (onnx.read_bytes(), model, cell, options, preprocessing)
 
 
 def _present(bundle: Bundle, cell: Cell, options: BuildOptions) -> Sidecar | None:
@@ -180,17 +133,17 @@ def _present(bundle: Bundle, cell: Cell, options: BuildOptions) -> Sidecar | Non
 
 
 def _deliver(
+    shared: None,
     onnx: bytes,
     model: tuple[str, str],
     cell: Cell,
-    options_as_dict: dict[str, Any],
-    preprocessing: dict[str, Any],
+    options: BuildOptions,
+    preprocessing: Preprocessing,
 ) -> Delivery:
     """Build one engine on the machine this task runs on; ``model`` is its name and precision."""
     import platform
 
     host, where = host_here(), platform.node()
-    options = BuildOptions.from_dict(options_as_dict)
     try:
         backend = choose_backend(cell.host.backend, cell.targets, host.target)
         name = engine_name(model[0], cell.precision, backend, options, host)
@@ -209,28 +162,29 @@ def _deliver(
             )
             files = {path.suffix: path.read_bytes() for path in _three(plan)}
         ingredients = {"backend": backend.name, "backend_version": backend.version}
-        return Delivery(name, where, ingredients, files, sidecar.as_dict(), None)
+        return Delivery(name, where, ingredients, files, sidecar, None)
     except VanDeployError as error:
         told = (type(error).__name__, error.message, error.remedy)
-        return Delivery("", where, {}, {}, {}, told)
+        return Delivery("", where, {}, {}, None, told)
 
 
-def _finish(ray: Any, task: Any, cell: Cell) -> Outcome:
+def _finish(done: RayDone) -> Outcome:
     """Put what a task delivered into the cell's bundle."""
     from van_deploy import errors
 
-    try:
-        delivery: Delivery = ray.get(task)
-    except ray.exceptions.RayError as error:
-        first = str(error).strip().splitlines()[0]
-        failure = ConversionError(f"The Ray task ended without an engine: {first}", "Run it again.")
+    cell: Cell = done.tag
+    if done.failure:
+        failure = ConversionError(
+            f"The Ray task ended without an engine: {done.failure}", "Run it again."
+        )
         return Outcome(cell, FAILED, error=failure)
-    if delivery.error is not None:
-        kind, message, remedy = delivery.error
+    delivery: Delivery = done.result
+    sidecar = delivery.sidecar
+    if delivery.error is not None or sidecar is None:
+        kind, message, remedy = delivery.error or ("", "The Ray task built nothing.", "")
         failed = getattr(errors, kind, ConversionError)(message, remedy)
         return Outcome(cell, FAILED, error=failed, where=delivery.where)
     try:
-        sidecar = Sidecar.from_dict(delivery.sidecar)
         _enter(cell, delivery, sidecar)
     except VanDeployError as error:
         return Outcome(cell, FAILED, delivery.name, error=error, where=delivery.where)
@@ -251,7 +205,7 @@ def _enter(cell: Cell, delivery: Delivery, sidecar: Sidecar) -> None:
             "onnx": {file: sha for file, sha in artefact.files.items() if ".onnx" in file},
             **delivery.ingredients,
             "targets": sidecar.targets,
-            "options": dict(sidecar.options),
+            "options": sidecar.options.as_dict(),
         },
         preprocessing=sidecar.preprocessing,
     )

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from van_deploy.config import BuildOptions, HardwareCompatibility
 from van_deploy.engine.backend import RTX_TARGETS, Backend
 from van_deploy.engine.host import Host
-from van_deploy.engine.options import BuildOptions, HardwareCompatibility
 from van_deploy.environment.hardware import memory
 from van_deploy.errors import MissingDependency, UsageError, VanDeployError
 

@@ -7,31 +7,20 @@ deserialised, and a digest of its own, so that an edit shows.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Final, Literal
 
-from van_deploy.documents import json_from, text_from
-from van_deploy.engine.options import BuildOptions
+from pydantic import Field
+
+from van_deploy.config import BatchRange, BuildOptions
+from van_deploy.documents import plain
 from van_deploy.errors import InputError
-from van_deploy.files import file_sha256, write_atomic
-from van_deploy.forms import (
-    Form,
-    count,
-    list_of,
-    number,
-    one_of,
-    optional,
-    require_encodable,
-    require_form,
-    table,
-    table_of,
-    text,
-)
-from van_deploy.recipe import BatchRange
+from van_deploy.fields import Count, FileName, Kept, Text
+from van_deploy.files import content_key, file_sha256, write_atomic
+from van_deploy.manifest import Precision
+from van_deploy.model.preprocess import Preprocessing
+from van_deploy.schema import Schema
+from van_deploy.versioned import Versioned, read_versioned
 
 __all__ = [
     "SCHEMA",
@@ -44,12 +33,11 @@ __all__ = [
     "write_sidecar",
 ]
 
-SCHEMA = "van-deploy/engine/1"
+SCHEMA: Final = "van-deploy/engine/2"
 REBUILD = "Build the engine again with `van-deploy build`."
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(Schema):
     """One input or output of an engine.
 
     Attributes:
@@ -58,18 +46,12 @@ class Tensor:
         dtype: TensorRT's name in lower case: ``float``, ``half``, ``int8``.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Tensor:
-        """Return the tensor that JSON describes."""
-        return cls(str(plain["name"]), tuple(int(n) for n in plain["shape"]), str(plain["dtype"]))
+    name: Text
+    shape: tuple[Annotated[int, Field(ge=-1, lt=2**31)], ...]
+    dtype: Text
 
 
-@dataclass(frozen=True)
-class Sidecar:
+class Sidecar(Versioned):
     """Everything there is to know about a plan without loading it.
 
     Attributes:
@@ -80,11 +62,11 @@ class Sidecar:
         onnx_sha256: that file's digest.
         backend: ``tensorrt`` or ``tensorrt-rtx``.
         backend_version: all four numbers.
-        cuda: major version of CUDA the back end was made for, or None if unknown.
-        precision: ``fp32``, ``fp16`` or ``int8``.
+        cuda: major version of CUDA the backend was made for, or None if unknown.
+        precision: of the ONNX file.
         targets: compute capabilities it serves, such as ``sm_89``.
         built_on: the GPU it was built on; None for TensorRT for RTX, which uses none.
-        options: what was asked of the build (:class:`BuildOptions` as JSON).
+        options: what was asked of the build.
         inputs: what goes in.
         outputs: what comes out.
         parser_layers: layers TensorRT's parser made of the graph.
@@ -97,94 +79,46 @@ class Sidecar:
         warnings: what the builder warned of, and how often.
         fixed_addresses: whether the build ran without address randomisation, without
             which two builds differ in a few bytes (see :mod:`van_deploy.engine.isolation`).
-        reproducible: whether a second build gave the same bytes, or ``not checked``.
-        preprocessing: of the model, as in the bundle's manifest.
+        reproducible: whether a second build gave the same bytes; None where none was made.
+        preprocessing: of the model; None where nobody said.
+        sidecar_sha256: digest of all the rest.
     """
 
-    name: str
-    plan_sha256: str
-    plan_bytes: int
-    onnx_file: str
-    onnx_sha256: str
-    backend: str
-    backend_version: str
-    cuda: int | None
-    precision: str
-    targets: tuple[str, ...]
-    built_on: str | None
-    options: Mapping[str, Any]
+    schema_: Literal["van-deploy/engine/2"] = Field(alias="schema")
+    name: FileName
+    plan_sha256: Text
+    plan_bytes: Count
+    onnx_file: Text
+    onnx_sha256: Text
+    backend: Literal["tensorrt", "tensorrt-rtx"]
+    backend_version: Text
+    cuda: Count | None
+    precision: Precision
+    targets: tuple[Text, ...]
+    built_on: Text | None
+    options: BuildOptions
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    parser_layers: int
+    parser_layers: Count
     parse_seconds: float
     build_seconds: float
-    peak_memory_bytes: int
-    workspace_bytes: int
-    device_memory: Mapping[str, int]
-    warnings: Mapping[str, int]
+    peak_memory_bytes: Count
+    workspace_bytes: Count
+    device_memory: dict[Text, Count]
+    warnings: dict[str, Count]
     fixed_addresses: bool
-    reproducible: bool | str
-    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    reproducible: bool | None = None
+    preprocessing: Annotated[Preprocessing, Kept] | None = None
+    sidecar_sha256: Text = ""
 
     @property
     def profiles(self) -> tuple[BatchRange, ...]:
         """The batch sizes it serves."""
-        return self.build_options.profiles
+        return self.options.profiles
 
-    @property
-    def build_options(self) -> BuildOptions:
-        """What was asked of the build."""
-        return BuildOptions.from_dict(self.options)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the sidecar as JSON has it, without its digest."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return plain
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Sidecar:
-        """Return the sidecar that :meth:`as_dict` wrote.
-
-        Raises:
-            KeyError: something is missing.
-            TypeError: something has the wrong form.
-        """
-        known = {entry.name: plain[entry.name] for entry in fields(cls)}
-        known["targets"] = tuple(plain["targets"])
-        known["inputs"] = tuple(Tensor.from_dict(entry) for entry in plain["inputs"])
-        known["outputs"] = tuple(Tensor.from_dict(entry) for entry in plain["outputs"])
-        sidecar = cls(**known)
-        sidecar.build_options  # noqa: B018 - the options must be readable
-        return sidecar
-
-
-_TENSORS = list_of(
-    lambda value: (
-        table(value)
-        and text(value.get("name"))
-        and text(value.get("dtype"))
-        and list_of(lambda length: length == -1 or count(length))(value.get("shape"))
-    )
-)
-
-_FORM: Form = {
-    **dict.fromkeys(("name", "plan_sha256", "onnx_file", "onnx_sha256", "backend_version"), text),
-    "backend": one_of("tensorrt", "tensorrt-rtx"),
-    "precision": one_of("fp32", "fp16", "int8"),
-    **dict.fromkeys(("plan_bytes", "parser_layers", "peak_memory_bytes", "workspace_bytes"), count),
-    **dict.fromkeys(("parse_seconds", "build_seconds"), number),
-    "cuda": optional(count),
-    "targets": list_of(text),
-    "built_on": optional(text),
-    "options": table,
-    "inputs": _TENSORS,
-    "outputs": _TENSORS,
-    "device_memory": table_of(count),
-    "warnings": table_of(count),
-    "fixed_addresses": lambda value: isinstance(value, bool),
-    "reproducible": lambda value: isinstance(value, bool) or text(value),
-    "preprocessing": table,
-}
+    def digest(self) -> str:
+        """Return what :attr:`sidecar_sha256` has to be."""
+        return content_key(plain(self.model_copy(update={"sidecar_sha256": ""})))
 
 
 def sidecar_path(plan: Path) -> Path:
@@ -197,11 +131,11 @@ def log_path(plan: Path) -> Path:
     return _beside(plan, ".log")
 
 
-def write_sidecar(plan: Path, sidecar: Sidecar) -> None:
-    """Write the sidecar of ``plan``, all of it or nothing."""
-    body = sidecar.as_dict()
-    document = {"schema": SCHEMA, **body, "sidecar_sha256": _digest(body)}
-    write_atomic(sidecar_path(plan), json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+def write_sidecar(plan: Path, sidecar: Sidecar) -> Sidecar:
+    """Write the sidecar of ``plan``, all of it or nothing, and return it with its digest."""
+    complete = sidecar.model_copy(update={"sidecar_sha256": sidecar.digest()})
+    write_atomic(sidecar_path(plan), complete.text())
+    return complete
 
 
 def read_sidecar(plan: Path) -> Sidecar:
@@ -219,25 +153,14 @@ def read_sidecar(plan: Path) -> Sidecar:
             "Only for a plan you made yourself: --trust-engine, in Python "
             "`TensorRtRunner(plan, trust_engine=True)`.",
         )
-    try:
-        document = json_from(text_from(path))
-        schema = document.pop("schema")
-        digest = document.pop("sidecar_sha256")
-        if schema != SCHEMA:
-            raise InputError(
-                f"'{path}' has schema '{schema}'; this version reads '{SCHEMA}'.", REBUILD
-            )
-        if digest != _digest(document):
-            raise InputError(
-                f"'{path}' was edited after it was written: its digest does not match.", REBUILD
-            )
-        require_encodable(document)
-        require_form(document, _FORM)
-        return Sidecar.from_dict(document)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    sidecar = read_versioned(
+        Sidecar, path, "sidecar", InputError, damaged=REBUILD, outdated=REBUILD
+    )
+    if sidecar.sidecar_sha256 != sidecar.digest():
         raise InputError(
-            f"The sidecar '{path}' is damaged: {type(error).__name__}: {error}.", REBUILD
-        ) from error
+            f"'{path}' was edited after it was written: its digest does not match.", REBUILD
+        )
+    return sidecar
 
 
 def verified_sidecar(plan: Path) -> Sidecar:
@@ -262,8 +185,3 @@ def verified_sidecar(plan: Path) -> Sidecar:
 def _beside(plan: Path, suffix: str) -> Path:
     """Return the file of the plan's stem; names hold dots, so ``with_suffix`` will not do."""
     return plan.with_name(plan.name.removesuffix(".plan") + suffix)
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from van_deploy.config import BatchRange
 from van_deploy.errors import InputError
 from van_deploy.external_weights import external_files_of, require_beside
 from van_deploy.files import file_sha256
-from van_deploy.recipe import BatchRange
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto

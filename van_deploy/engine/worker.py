@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from van_deploy.config import BuildOptions
 from van_deploy.engine import timing_cache
 from van_deploy.engine.backend import Backend, backend_named
 from van_deploy.engine.catalogue import (
@@ -35,7 +36,6 @@ from van_deploy.engine.catalogue import (
 )
 from van_deploy.engine.isolation import addresses_are_fixed
 from van_deploy.engine.log import BuildLog, memory_facts, trt_logger
-from van_deploy.engine.options import BuildOptions
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.errors import ConversionError, VanDeployError
 from van_deploy.files import write_atomic

@@ -12,7 +12,16 @@ from van_deploy.errors import MissingDependency
 if TYPE_CHECKING:
     from van_deploy.environment.machine import Environment
 
-__all__ = ["RTX_COMPUTE_CAPABILITIES", "Ability", "Need", "Shortfall", "abilities", "require"]
+__all__ = [
+    "RTX_COMPUTE_CAPABILITIES",
+    "Ability",
+    "Diagnosis",
+    "Need",
+    "Shortfall",
+    "abilities",
+    "diagnosis_of",
+    "require",
+]
 
 # TensorRT for RTX 1.7 builds for these and no others: ComputeCapability's members.
 RTX_COMPUTE_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
@@ -159,3 +168,21 @@ _TASKS: dict[str, tuple[Callable[[Environment], Shortfall | None], ...]] = {
     "spread work over machines with Ray": (_usable("ray"),),
     "sign bundles and check signatures": (_usable("cryptography"),),
 }
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A machine, and what can be done on it.
+
+    Attributes:
+        environment: what is there.
+        abilities: what could be wanted of it, and why it is not up to that.
+    """
+
+    environment: Environment
+    abilities: tuple[Ability, ...]
+
+
+def diagnosis_of(environment: Environment) -> Diagnosis:
+    """Return what can be done on a machine, beside what is there."""
+    return Diagnosis(environment, abilities(environment))

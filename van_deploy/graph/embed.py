@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.names import OUTPUT_NAME
+from van_deploy.metrics import Task
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
@@ -76,6 +77,7 @@ def embed_preprocessing(
     preprocessing: Preprocessing,
     embedding: str = "uint8",
     outputs: Sequence[str] = ("logits",),
+    task: Task = Task.SINGLE_LABEL,
 ) -> ModelProto:
     """Return a copy of ``model`` that takes pixels and gives ``outputs``; the batch stays free.
 
@@ -85,8 +87,10 @@ def embed_preprocessing(
         preprocessing: what ``images`` must have gone through.
         embedding: one of :data:`EMBEDDINGS`; with ``none`` the input stays as it is.
         outputs: some of :data:`OUTPUTS`. ``probabilities`` is the softmax ``(batch, K)``
-            float32; ``top5`` gives ``top5_classes`` int64 and ``top5_probabilities``
-            float32, both ``(batch, min(5, K))``, most probable first.
+            float32, or what else ``task`` makes of logits; ``top5`` gives ``top5_classes``
+            int64 and ``top5_probabilities`` float32, both ``(batch, min(5, K))``, the most
+            probable first.
+        task: how logits become probabilities.
 
     Raises:
         UsageError: see :func:`check_embedding`.
@@ -102,7 +106,7 @@ def embed_preprocessing(
     if embedding != "none":
         _prepend_(embedded, preprocessing, embedding)
     if tuple(outputs) != ("logits",):
-        _append_(embedded, outputs)
+        _append_(embedded, outputs, task)
     entries = {"van_deploy.embedded": embedding, "van_deploy.outputs": ",".join(outputs)}
     for key, value in entries.items():
         embedded.metadata_props.add(key=key, value=value)
@@ -170,8 +174,8 @@ def _prepend_(model: ModelProto, preprocessing: Preprocessing, embedding: str) -
     graph.input[0].CopyFrom(pixels)
 
 
-def _append_(model: ModelProto, outputs: Sequence[str]) -> None:
-    """Put softmax and the first classes behind the network."""
+def _append_(model: ModelProto, outputs: Sequence[str], task: Task) -> None:
+    """Put probabilities and the first classes behind the network."""
     from onnx import TensorProto, helper
 
     graph = model.graph
@@ -182,7 +186,11 @@ def _append_(model: ModelProto, outputs: Sequence[str]) -> None:
     scores = logits.name
     if logits.type.tensor_type.elem_type != TensorProto.FLOAT:
         scores = _node(nodes, "Cast", [scores], "answer.float", to=TensorProto.FLOAT)
-    _node(nodes, "Softmax", [scores], PROBABILITIES, axis=1)
+    if task is Task.SINGLE_LABEL:
+        _node(nodes, "Softmax", [scores], PROBABILITIES, axis=1)
+    else:
+        operator = "Identity" if task is Task.REGRESSION else "Sigmoid"
+        _node(nodes, operator, [scores], PROBABILITIES)
     if "top5" in outputs:  # of the logits: where a softmax saturates, it holds ties
         _constant(model, "answer.k", np.array([top], np.int64))
         nodes.append(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from van_deploy.bundle import GraphFacts, TensorFacts
 from van_deploy.graph.simplify import EXTERNAL_LIMIT_BYTES, operator_counts, tensor_bytes
+from van_deploy.manifest import GraphFacts, TensorFacts
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
@@ -57,7 +58,7 @@ STREAM_LIMIT = 256.0
 """Largest factor, either way, by which a residual channel may be re-scaled.
 
 Float32 would stand far more; FP16's range (6.1e-5 to 65504) is what this leaves
-room for. Past it, a block keeps its multiply and the scaling starts afresh.
+room for. Past it, a channel keeps its multiply in that block and starts afresh.
 """
 
 
@@ -238,6 +239,11 @@ def _fold_spatial_bias_(block: RewrittenBlock) -> None:
 
 def _fold_final_norm_(model: RewrittenVan) -> None:
     norm, head = model.get_submodule(f"norm{STAGES}"), model.head
+    if isinstance(head, nn.Sequential):
+        idle = (nn.Dropout, nn.Identity, nn.Flatten)
+        head = next((layer for layer in head if not isinstance(layer, idle)), head)
+    if not isinstance(head, nn.Linear):
+        return  # another layer stands before the first linear one
     head.bias += head.weight @ norm.bias
     head.weight *= norm.weight
     norm.weight.fill_(1)  # the ONNX operator wants a scale
@@ -253,7 +259,11 @@ def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> list[Te
     where ``P_k = P_{k+1} / D_k``. The 1x1 convolutions on either side absorb
     every ``P``. Going *backwards* from ``P = 1`` after the last block leaves
     nothing for the LayerNorm, and the first ``P`` goes into the patch embedding.
-    A block whose ``P`` would pass :data:`STREAM_LIMIT` keeps its multiply.
+
+    Every channel by itself: one whose ``P`` would pass :data:`STREAM_LIMIT` keeps
+    its carry in that block's multiply, and starts again from ``P = 1``; the others'
+    factor there is 1. Where a multiply stays, channels more than half way to the
+    limit start again as well, since it costs nothing and saves later multiplies.
 
     Returns:
         ``P`` after the patch embedding and after each block, in order.
@@ -262,12 +272,13 @@ def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> list[Te
     scales = [after]
     for block in reversed(blocks):
         before = after / block.carry
-        size = before.abs()
-        if bool(((size <= STREAM_LIMIT) & (size >= 1 / STREAM_LIMIT)).all()):
-            block.carry = None
-        else:
-            before = torch.ones_like(after)
-            block.carry = block.carry / after
+        absorbed = _within(before, STREAM_LIMIT)
+        left = None
+        if not absorbed.all():
+            absorbed = _within(before, math.sqrt(STREAM_LIMIT))
+            left = torch.where(absorbed, 1.0, block.carry / after)
+            before = torch.where(absorbed, before, 1.0)
+        block.carry = left
         _scale_inputs_(block.attn.proj_1, before)
         _scale_outputs_(block.attn.proj_2, 1 / after)
         _scale_inputs_(block.mlp.fc1, after)
@@ -280,6 +291,10 @@ def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> list[Te
     else:
         _scale_outputs_(embed.proj, 1 / after)
     return scales[::-1]
+
+
+def _within(factor: Tensor, limit: float) -> Tensor:
+    return (factor.abs() <= limit) & (factor.abs() >= 1 / limit)
 
 
 def _answers(model: nn.Module, images: Tensor) -> Tensor:

@@ -3,17 +3,60 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from van_deploy.documents import DocumentError, json_from, require_regular_file
 from van_deploy.errors import InputError
 from van_deploy.graph.files import graph_facts
+from van_deploy.manifest import GraphFacts
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["describe_onnx", "read_onnx"]
+__all__ = ["OnnxDescription", "TypedWeights", "describe_onnx", "read_onnx"]
+
+
+@dataclass(frozen=True)
+class TypedWeights:
+    """The weights of one type.
+
+    Attributes:
+        values: how many.
+        bytes: their size.
+    """
+
+    values: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class OnnxDescription:
+    """What a deployer wants to know of an ONNX file.
+
+    Attributes:
+        file: where it is.
+        bytes: on disk, without the files beside it.
+        graph: operators, inputs and outputs.
+        weights: by ONNX's name of their type.
+        parameters: values of all weights.
+        external_files: files beside it that hold weights.
+        producer: name and version of what wrote it.
+        metadata: its own entries; those that are JSON (``van_deploy.*``) as the values they are.
+        kind: says what this describes.
+    """
+
+    file: Path
+    bytes: int
+    graph: GraphFacts
+    weights: Mapping[str, TypedWeights]
+    parameters: int
+    external_files: tuple[str, ...]
+    producer: str
+    metadata: Mapping[str, Any]
+    kind: Literal["onnx"] = "onnx"
 
 
 def read_onnx(path: Path) -> ModelProto:
@@ -44,12 +87,8 @@ def read_onnx(path: Path) -> ModelProto:
     return model
 
 
-def describe_onnx(path: Path) -> dict[str, Any]:
+def describe_onnx(path: Path) -> OnnxDescription:
     """Return what a deployer wants to know of an ONNX file.
-
-    The facts of :func:`van_deploy.graph.files.graph_facts`, and: bytes on disk,
-    values and bytes of the weights by type, where they are, the producer, and
-    the metadata (``van_deploy.*`` entries as the values they are).
 
     Raises:
         InputError: the file cannot be read, or is not ONNX.
@@ -65,7 +104,7 @@ def describe_onnx(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _described(model: ModelProto, path: Path) -> dict[str, Any]:
+def _described(model: ModelProto, path: Path) -> OnnxDescription:
     import math
 
     from onnx import TensorProto
@@ -80,17 +119,16 @@ def _described(model: ModelProto, path: Path) -> dict[str, Any]:
         sizes[kind] += int(entries.get("length", 0)) or len(tensor.raw_data)
         if "location" in entries:
             others.add(entries["location"])
-    return {
-        "file": str(path),
-        "kind": "onnx",
-        "bytes": path.stat().st_size,
-        **graph_facts(model).model_dump(mode="json", exclude={"exported_nodes"}),
-        "weights": {kind: {"values": counts[kind], "bytes": sizes[kind]} for kind in counts},
-        "parameters": sum(counts.values()),
-        "external_files": sorted(others),
-        "producer": f"{model.producer_name} {model.producer_version}".strip(),
-        "metadata": {entry.key: _read(entry.value) for entry in model.metadata_props},
-    }
+    return OnnxDescription(
+        file=path,
+        bytes=path.stat().st_size,
+        graph=graph_facts(model),
+        weights={kind: TypedWeights(counts[kind], sizes[kind]) for kind in counts},
+        parameters=sum(counts.values()),
+        external_files=tuple(sorted(others)),
+        producer=f"{model.producer_name} {model.producer_version}".strip(),
+        metadata={entry.key: _read(entry.value) for entry in model.metadata_props},
+    )
 
 
 def _read(text: str) -> Any:

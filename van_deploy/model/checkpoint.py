@@ -10,33 +10,32 @@ their own shapes describe. What the user should know is in
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.architecture import config_from_state_dict, variant_of
-from van_deploy.model.contract import (
-    class_names_from,
-    is_official,
-    layer_norm_eps_from,
-    preprocessing_of,
-)
+from van_deploy.model.embedded import EMBEDDED_NAME, embedded_files
 from van_deploy.model.files import SUFFIXES, read_weights
 from van_deploy.model.hub import Progress
+from van_deploy.model.metadata import described
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.random_weights import random_van, sha256_of_state
-from van_deploy.model.sources import REPO, Found, find_weights, from_hub, on_disk
+from van_deploy.model.sources import REPO, Found, find_weights, from_hub, is_official, on_disk
 from van_deploy.model.state import network_from_state, official_state
 from van_deploy.model.van import VAN
-from van_deploy.model.variants import VARIANTS, VanConfig, Variant, variant_named
+from van_deploy.model.variants import VARIANTS, HubFile, VanConfig, Variant, variant_named
 from van_deploy.model.weights_source import WeightsSource
 
 __all__ = ["EMBEDDED", "LoadedVan", "WeightsSource", "config_from_state_dict", "load_van"]
 
-EMBEDDED = "van_digits"
+EMBEDDED = EMBEDDED_NAME
 """Name of the small trained network inside the package."""
 
 _RANDOM = "random weights: the outputs mean nothing"
+_NO_PREPROCESSING = ("layer_norm_eps", "class_names")
 _PLAIN_STEMS = {"model", "pytorch_model", "checkpoint", "model_best", "last", "best"}
 
 
@@ -69,25 +68,35 @@ def load_van(
     offline: bool = False,
     seed: int = 0,
     container: str | None = None,
+    layer_norm_eps: float | None = None,
+    head: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    own_labels: bool = False,
     progress: Progress | None = None,
 ) -> LoadedVan:
     """Return the network a user asked for, its weights loaded strictly.
 
     Args:
-        spec: a variant's name, ``van_digits``, a path to a checkpoint or to a
-            folder saved by Transformers, or ``owner/name[:file]`` on the hub.
+        spec: a variant's name, ``van_digits``, a path to a checkpoint or to the folder
+            it is in, or ``owner/name[@revision][:file]`` on the hub.
         weights: for a variant, where its weights come from instead: a path, a
             repository, or ``random``.
         expect_sha256: what the digest of the weights file must be.
         offline: never use the network.
         seed: of random weights.
-        container: which state dict to take where a file holds several
-            (``state_dict``, ``state_dict_ema``, ``model``, ``model_ema``).
+        container: which tensors to take where a file holds several networks: its keys
+            joined by dots, and behind them the beginning of the names.
+        layer_norm_eps: of every LayerNorm; by default what the checkpoint says, or else
+            what the framework uses that its names are of.
+        head: the layers of a sequential head, such as ``("linear", "relu", "linear")``.
+        preprocessing: values that the caller decides, by the names that
+            :meth:`~van_deploy.model.preprocess.Preprocessing.override` takes.
+        own_labels: the caller has class names; the checkpoint's are not looked at.
         progress: told how much of a download is here.
 
     Raises:
         UsageError: the request makes no sense, or a variant has no public weights.
-        CheckpointError: the weights cannot be used.
+        CheckpointError: the weights cannot be used, or something beside them cannot be followed.
         DownloadError: the weights could not be fetched, or have another digest.
 
     >>> loaded = load_van("van_b0", weights="random", seed=1)
@@ -95,21 +104,69 @@ def load_van(
     ('random', (3, 3, 5, 2))
     """
     expect_sha256 = _digest_asked_for(expect_sha256)
+    given = {name: value for name, value in (preprocessing or {}).items() if value is not None}
     variant = None if _is_place(spec) or spec == EMBEDDED else variant_named(spec)
     if variant is None and weights is not None:
         raise UsageError(
             f"'{spec}' already says which weights to use, and so does '{weights}'.",
             f"Give one of them; with a variant's name ({', '.join(VARIANTS)}) --weights is free.",
         )
-    if spec == EMBEDDED:
-        return _embedded(expect_sha256)
+    eps: dict[str, Any] = {}
+    if layer_norm_eps is not None:
+        eps["layer_norm_eps"] = _epsilon(layer_norm_eps)
     if variant is not None and weights == "random":
-        return _random(variant, spec, seed, expect_sha256)
-    if variant is not None and weights is None:
-        found = _public(variant, offline, expect_sha256, progress)
+        if expect_sha256 or container or head:
+            raise UsageError(
+                "Random weights have no digest, no container and no other head.",
+                "Leave these out, or the random weights.",
+            )
+        loaded = _random(variant, spec, seed, replace(variant.config, **eps))
+        return replace(loaded, preprocessing=loaded.preprocessing.override(**given))
+    if spec == EMBEDDED:
+        found = on_disk(embedded_files().weights, expect_sha256)
+    elif variant is not None and weights is None:
+        found = from_hub(_public(variant), offline, expect_sha256, progress)
     else:
         found = find_weights(weights or spec, offline, expect_sha256, progress)
-    return _load(spec, variant, found, container)
+    if own_labels:
+        given["class_names"] = ()
+    return _load(spec, variant, found, container, head, {**given, **eps})
+
+
+def _load(
+    spec: str,
+    variant: Variant | None,
+    found: Found,
+    container: str | None,
+    head: Sequence[str] | None,
+    given: dict[str, Any],
+) -> LoadedVan:
+    """Return the network in a file; see :func:`load_van`."""
+    file = read_weights(found.path, container=container)
+    state = official_state(file.tensors, file.container)
+    config, assumed = config_from_state_dict(state.tensors, head)
+    if variant is not None:
+        assumed += _compare_with_variant(variant, config)
+    official = is_official(found.repo_id)
+    said = described(
+        config, state.format, file.metadata, found.beside, official=official, given=given
+    )
+    given = {key: value for key, value in given.items() if key not in _NO_PREPROCESSING}
+    config, names = said.config, said.class_names
+    if names is None and official and config.num_classes == 1000:
+        names = _imagenet_names()
+    source = WeightsSource(
+        spec=spec,
+        path=str(found.path),
+        format="embedded" if spec == EMBEDDED else state.format,
+        sha256=found.sha256,
+        seed=None,
+        container=file.container,
+        notes=(*found.notes, *file.notes, *state.notes, *assumed, *said.notes),
+    )
+    name = variant.name if variant else EMBEDDED if spec == EMBEDDED else _name(spec)
+    model = network_from_state(state.tensors, config)
+    return LoadedVan(name, model, config, source, said.preprocessing.override(**given), names)
 
 
 def _digest_asked_for(digest: str | None) -> str | None:
@@ -129,25 +186,8 @@ def _is_place(word: str) -> bool:
     return lowered.replace("-", "_") not in known and Path(word).exists()
 
 
-# --- where the weights come from -----------------------------------------------------------
-
-
-def _embedded(expect_sha256: str | None) -> LoadedVan:
-    """Load the network inside the package, which says everything about itself."""
-    from van_deploy.model.embedded import embedded_files
-
-    found = on_disk(embedded_files().weights, expect_sha256)
-    loaded = _load(EMBEDDED, None, found, None)
-    source = replace(loaded.source, format="embedded")
-    return replace(loaded, name=EMBEDDED, source=source)
-
-
-def _random(variant: Variant, spec: str, seed: int, expect_sha256: str | None) -> LoadedVan:
-    if expect_sha256 is not None:
-        raise UsageError(
-            "Random weights have no digest to expect.", "Leave out the digest, or the weights."
-        )
-    model = random_van(variant.config, seed)
+def _random(variant: Variant, spec: str, seed: int, config: VanConfig) -> LoadedVan:
+    model = random_van(config, seed)
     source = WeightsSource(
         spec=spec,
         path="",
@@ -158,70 +198,27 @@ def _random(variant: Variant, spec: str, seed: int, expect_sha256: str | None) -
         notes=(_RANDOM,),
     )
     preprocessing = replace(OFFICIAL, source="the official VAN weights' (these ones are random)")
-    return LoadedVan(variant.name, model, variant.config, source, preprocessing, None)
+    return LoadedVan(variant.name, model, config, source, preprocessing, None)
 
 
-def _public(
-    variant: Variant, offline: bool, expect_sha256: str | None, progress: Progress | None
-) -> Found:
+def _public(variant: Variant) -> HubFile:
     if variant.weights is None:
         raise UsageError(
             f"{variant.name} has no public ImageNet-1K weights on the hub.",
             f"{variant.weights_note[:1].upper()}{variant.weights_note[1:]}.",
         )
-    return from_hub(
-        variant.weights.repo_id, variant.weights.filename, offline, expect_sha256, progress
-    )
+    return variant.weights
 
 
-# --- from a file to a network --------------------------------------------------------------
-
-
-def _load(spec: str, variant: Variant | None, found: Found, container: str | None) -> LoadedVan:
-    file = read_weights(found.path, container=container)
-    state = official_state(file.tensors)
-    eps = layer_norm_eps_from(found.config)
-    model, config = network_from_state(state.tensors, layer_norm_eps=eps)
-    notes = [*found.notes, *state.notes]
-    if file.others and container is None:
-        averaged = " averaged" if file.container.endswith("_ema") else ""
-        notes.append(
-            f"the file also holds {', '.join(file.others)}: the{averaged} weights under "
-            f"{file.container} were taken; choose with --container"
+def _epsilon(value: float) -> float:
+    if not 0 < value < 1:
+        raise UsageError(
+            f"LayerNorm's eps {value:g} is not between 0 and 1.", "Give a number such as 1e-6."
         )
-    if variant is not None:
-        notes += _compare_with_variant(variant, config)
-    if config.lka_kernels != (5, 7):
-        notes.append(
-            f"kernels {config.lka_kernels[0]} and {config.lka_kernels[1]}: the dilation "
-            f"{config.lka_dilation} is the paper's for the first, the weights do not say"
-        )
-    arguments = {**file.metadata, **file.arguments}
-    preprocessing, more = preprocessing_of(
-        config.in_chans, arguments=arguments, processor=found.processor, repo_id=found.repo_id
-    )
-    source = WeightsSource(
-        spec=spec,
-        path=str(found.path),
-        format=state.format,
-        sha256=found.sha256,
-        seed=None,
-        container=file.container,
-        notes=(*notes, *more),
-    )
-    names = class_names_from(found.config, file.metadata, config.num_classes)
-    if (
-        names is None
-        and found.repo_id
-        and is_official(found.repo_id)
-        and config.num_classes == 1000
-    ):
-        names = _imagenet_names()
-    name = variant.name if variant else _name(spec)
-    return LoadedVan(name, model, config, source, preprocessing, names)
+    return value
 
 
-def _compare_with_variant(variant: Variant, config: VanConfig) -> list[str]:
+def _compare_with_variant(variant: Variant, config: VanConfig) -> tuple[str, ...]:
     """Refuse another architecture under a variant's name; report other ends."""
     wanted = variant.config
     body = ("embed_dims", "depths", "hidden_dims", "lka_kernels")
@@ -240,12 +237,12 @@ def _compare_with_variant(variant: Variant, config: VanConfig) -> list[str]:
             else "Give the file alone, without a variant's name.",
         )
     ends = (("num_classes", "classes"), ("in_chans", "input channels"))
-    return [
+    return tuple(
         f"the weights have {getattr(config, field)} {what} ({variant.name}: "
         f"{getattr(wanted, field)}); read from the file"
         for field, what in ends
         if getattr(config, field) != getattr(wanted, field)
-    ]
+    )
 
 
 def _imagenet_names() -> tuple[str, ...]:
@@ -257,7 +254,8 @@ def _imagenet_names() -> tuple[str, ...]:
 
 def _name(spec: str) -> str:
     """Return a name for a bundle, from a path or a repository."""
-    path = Path(spec.partition(":")[0] if REPO.fullmatch(spec) else spec)
+    repo = REPO.fullmatch(spec)
+    path = Path(repo["repo"] if repo and not Path(spec).exists() else spec)
     stem = path.name
     while stem.lower().endswith(SUFFIXES):
         stem = Path(stem).stem

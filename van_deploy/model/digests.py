@@ -6,7 +6,6 @@ folder. A file that comes with another digest later is refused.
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from van_deploy.documents import json_from, text_from
 from van_deploy.errors import DownloadError
+from van_deploy.files import write_atomic
 
 __all__ = ["cache_folder", "check_digest", "hub_cache", "user_cache"]
 
@@ -29,9 +29,12 @@ def cache_folder() -> Path:
     """
     if own := os.environ.get("VAN_DEPLOY_CACHE"):
         return Path(own)
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "van-deploy"
-    return user_cache() / "van-deploy"
+    return _shared_cache() / "van-deploy"
+
+
+def _shared_cache() -> Path:
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return Path(shared) if shared else user_cache()
 
 
 def user_cache() -> Path:
@@ -52,8 +55,7 @@ def hub_cache() -> Path:
         return Path(os.path.expandvars(cache)).expanduser()
     if home := os.environ.get("HF_HOME"):
         return Path(os.path.expandvars(home)).expanduser() / "hub"
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else user_cache()) / "huggingface" / "hub"
+    return _shared_cache() / "huggingface" / "hub"
 
 
 def check_digest(repo_id: str, filename: str, sha256: str) -> str:
@@ -63,15 +65,24 @@ def check_digest(repo_id: str, filename: str, sha256: str) -> str:
         DownloadError: the file was different when it first came, or the memory
             cannot be read.
     """
-    path = cache_folder() / "digests" / f"{_file_name(repo_id)}--{_file_name(filename)}.json"
-    remembered = _read(path)
-    if remembered is None:
-        record = {"repo_id": repo_id, "filename": filename, "sha256": sha256}
+    name = re.sub(r"[^\w.-]", "--", f"{repo_id}/{filename}")
+    path = cache_folder() / "digests" / f"{name}.json"
+    try:
+        remembered = json_from(text_from(path))["sha256"]
+    except (FileNotFoundError, NotADirectoryError):
+        record = json.dumps({"repo_id": repo_id, "filename": filename, "sha256": sha256})
         try:
-            _write(path, record)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, record)
         except OSError as error:
             return f"digest {sha256[:12]}… could not be recorded in {path.parent}: {error.strerror}"
         return f"digest {sha256[:12]}… recorded: the first download on this machine"
+    except (OSError, ValueError, LookupError, TypeError):
+        remembered = None
+    if not isinstance(remembered, str) or not re.fullmatch("[0-9a-f]{64}", remembered):
+        raise DownloadError(
+            f"The recorded digest {path} cannot be read.", "Remove that file and try again."
+        )
     if remembered != sha256:
         raise DownloadError(
             f"{repo_id}/{filename} is not the file it was: its SHA-256 is {sha256}, "
@@ -79,34 +90,3 @@ def check_digest(repo_id: str, filename: str, sha256: str) -> str:
             f"If the publisher replaced it and you trust that, remove {path} and try again.",
         )
     return f"digest {sha256[:12]}… as recorded at the first download"
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.-]", "--", text)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        value = json_from(text_from(path))["sha256"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError):
-        value = None
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise DownloadError(
-            f"The recorded digest {path} cannot be read.", "Remove that file and try again."
-        )
-    return value
-
-
-def _write(path: Path, record: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".digest-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=2)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

@@ -1,9 +1,8 @@
 """Weights from the Hugging Face hub: found, downloaded, checked.
 
-Downloads go through ``huggingface_hub``: cached, resumed where a connection
-drops, from the mirror in ``HF_ENDPOINT`` if there is one, with the user's token
-for gated repositories. ``locate_weights`` and the cache's place need neither
-the network nor any heavy import.
+Downloads, caching, resuming and revisions are ``huggingface_hub``'s, with the
+mirror in ``HF_ENDPOINT`` if there is one and the user's token for gated
+repositories. ``locate_weights`` needs neither the network nor any heavy import.
 """
 
 from __future__ import annotations
@@ -11,58 +10,26 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from van_deploy.documents import json_from, text_from
-from van_deploy.errors import CheckpointError, DownloadError, UsageError
-from van_deploy.model.digests import check_digest, hub_cache
-from van_deploy.model.hub_errors import clear_errors, not_cached
-from van_deploy.model.variants import HubFile, Variant, variant_named
+from van_deploy.errors import DownloadError, UsageError
+from van_deploy.model.digests import hub_cache
+from van_deploy.model.variants import CONFIG, PROCESSOR, HubFile, Variant, variant_named
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
-__all__ = [
-    "HubWeights",
-    "Progress",
-    "choose_file",
-    "fetch_weights",
-    "hub_cache",
-    "locate_weights",
-    "read_json",
-]
+__all__ = ["Progress", "choose_file", "fetch_weights", "locate_weights"]
 
 Progress = Callable[[str, int, "int | None"], None]
 """Called with a file's name, the bytes that are here, and those there will be (or None)."""
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 _PREFERRED = ("model.safetensors", "pytorch_model.bin")
 _WEIGHTS = re.compile(r"\.(safetensors|bin|pth|pt|ckpt|pth\.tar)$", re.IGNORECASE)
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
-class HubWeights:
-    """A weights file from the hub, on this machine.
-
-    Attributes:
-        file: repository and name of the file.
-        path: where it is.
-        sha256: of its bytes.
-        config: the repository's ``config.json``, if it has one.
-        preprocessor: its ``preprocessor_config.json``, if it has one.
-        notes: what the user should be told.
-    """
-
-    file: HubFile
-    path: Path
-    sha256: str
-    config: Mapping[str, Any] | None
-    preprocessor: Mapping[str, Any] | None
-    notes: tuple[str, ...]
+class _UnreachableError(DownloadError):
+    """The hub did not answer, or broke off."""
 
 
 def locate_weights(variant: str | Variant) -> Path | None:
@@ -76,7 +43,7 @@ def locate_weights(variant: str | Variant) -> Path | None:
     known = variant_named(variant) if isinstance(variant, str) else variant
     if known.weights is None:
         return None
-    snapshot = _snapshot(known.weights.repo_id)
+    snapshot = _snapshot(known.weights.repo_id, known.weights.revision)
     path = snapshot / known.weights.filename if snapshot else None
     return path if path and path.is_file() else None
 
@@ -85,38 +52,50 @@ def fetch_weights(
     repo_id: str,
     filename: str | None = None,
     *,
+    revision: str = "main",
     offline: bool = False,
-    expect_sha256: str | None = None,
     progress: Progress | None = None,
-) -> HubWeights:
-    """Return a repository's weights, downloaded if they are not here yet.
+) -> tuple[HubFile, Path, str, tuple[str, ...]]:
+    """Return a repository's weights file, its place here, its SHA-256, and notes.
+
+    It is downloaded if it is not here yet; the JSON beside it in the repository lies beside
+    it here.
 
     Args:
         repo_id: ``owner/name``.
         filename: the file to take; without it, the one that can be meant.
+        revision: a commit, branch or tag.
         offline: use only what is in the cache (also ``HF_HUB_OFFLINE=1``).
-        expect_sha256: what the file's digest must be.
         progress: told how much is here.
 
     Raises:
         DownloadError: no network, no such repository or file, no permission, no
-            room, or another digest than expected, announced or remembered.
+            room, or another digest than the hub announced.
         UsageError: the repository has several files that could be meant.
     """
     offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    names = [filename] if filename else _list_files(repo_id, offline=offline)
+    snapshot = _snapshot(repo_id, revision)
+    notes: tuple[str, ...] = ()
+    here = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*")] if snapshot else []
+    names = here
+    if not offline and not (snapshot and snapshot.name == revision and filename in here):
+        try:
+            with _clear_errors(repo_id, None):
+                info = _api().model_info(repo_id, revision=revision)
+                names = [sibling.rfilename for sibling in info.siblings or ()]
+        except _UnreachableError as error:
+            if not here or (filename and filename not in here):
+                raise
+            offline = True
+            notes = (f"the copy in the cache, since the hub cannot be asked: {error.message}",)
+    if not names:
+        raise _not_cached(repo_id, filename)
     chosen = filename or choose_file(names, repo_id)
-    path = _download(repo_id, chosen, offline=offline, progress=progress)
-    digest = _checked_digest(path, HubFile(repo_id, chosen), expect_sha256)
-    note = check_digest(repo_id, chosen, digest)
-    beside = dict.fromkeys((CONFIG, PREPROCESSOR)) | {
-        name: read_json(_download(repo_id, name, offline=offline, progress=None))
-        for name in (CONFIG, PREPROCESSOR)
-        if name in names
-    }
-    return HubWeights(
-        HubFile(repo_id, chosen), path, digest, beside[CONFIG], beside[PREPROCESSOR], (note,)
-    )
+    folder = chosen[: chosen.rfind("/") + 1]
+    beside = [folder + name for name in (CONFIG, PROCESSOR) if folder + name in names]
+    path, *_ = [_download(repo_id, name, revision, offline, progress) for name in (chosen, *beside)]
+    file = HubFile(repo_id, chosen, revision)
+    return file, path, _checked_digest(path, file), notes
 
 
 def choose_file(names: Iterable[str], where: str) -> str:
@@ -128,10 +107,8 @@ def choose_file(names: Iterable[str], where: str) -> str:
         UsageError: there is none, or several; they are listed.
     """
     names = sorted(names)
-    for name in _PREFERRED:
-        if name in names:
-            return name
-    found = [name for name in names if _WEIGHTS.search(name)]
+    found = [name for name in _PREFERRED if name in names][:1]
+    found = found or [name for name in names if _WEIGHTS.search(name)]
     if len(found) == 1:
         return found[0]
     if not found:
@@ -145,70 +122,35 @@ def choose_file(names: Iterable[str], where: str) -> str:
     )
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        CheckpointError: the file holds no JSON object.
-    """
-    try:
-        value = json_from(text_from(path))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"The file {path} cannot be read: {error}.", "Download it again."
-        ) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"The file {path} holds no JSON object.", "Download it again.")
-    return value
-
-
-def _snapshot(repo_id: str) -> Path | None:
-    """Return the cached snapshot of a repository's main branch."""
+def _snapshot(repo_id: str, revision: str) -> Path | None:
+    """Return the cached snapshot of a repository's revision."""
     folder = hub_cache() / f"models--{repo_id.replace('/', '--')}"
-    try:
-        commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
-    return folder / "snapshots" / commit
+    commit = revision
+    with contextlib.suppress(OSError):
+        commit = (folder / "refs" / revision).read_text(encoding="utf-8").strip()
+    snapshot = folder / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
 
 
-def _list_files(repo_id: str, *, offline: bool) -> list[str]:
-    if not offline:
-        with clear_errors(repo_id, None):
-            info = _api().model_info(repo_id)
-            return [sibling.rfilename for sibling in info.siblings or ()]
-    snapshot = _snapshot(repo_id)
-    files = [p for p in snapshot.rglob("*") if p.is_file()] if snapshot else []
-    if snapshot is None or not files:
-        raise not_cached(repo_id, None)
-    return [path.relative_to(snapshot).as_posix() for path in files]
+def _api() -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
-def _download(repo_id: str, name: str, *, offline: bool, progress: Progress | None) -> Path:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    endpoint = os.environ.get("HF_ENDPOINT") or None
-    snapshot = _snapshot(repo_id)
-    with clear_errors(repo_id, name):
-        if not offline and not (snapshot and (snapshot / name).exists()):
-            # Asked once, so that a dead network is told at once: hf_hub_download (2.4) repeats
-            # its question for 23 s.
-            get_hf_file_metadata(hf_hub_url(repo_id, name, endpoint=endpoint), endpoint=endpoint)
-        path = hf_hub_download(
+def _download(
+    repo_id: str, name: str, revision: str, offline: bool, progress: Progress | None
+) -> Path:
+    with _clear_errors(repo_id, name):
+        path = _api().hf_hub_download(
             repo_id,
             name,
+            revision=revision,
             cache_dir=hub_cache(),
-            endpoint=endpoint,
             local_files_only=offline,
             tqdm_class=_progress_class(name, progress),
         )
     return Path(path)
-
-
-def _api() -> HfApi:
-    from huggingface_hub import HfApi
-
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 
 def _progress_class(name: str, progress: Progress | None) -> Any:
@@ -229,12 +171,12 @@ def _progress_class(name: str, progress: Progress | None) -> Any:
     return Reported
 
 
-def _checked_digest(path: Path, file: HubFile, expected: str | None) -> str:
+def _checked_digest(path: Path, file: HubFile) -> str:
     from van_deploy.files import file_sha256
 
     digest, blob = file_sha256(path), path.resolve()
     # The hub names large files' blobs by their SHA-256.
-    if _SHA256.fullmatch(blob.name) and blob.name != digest:
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
         remedy = "Remove that file and try again."
         with contextlib.suppress(OSError):  # a cache that may only be read
             blob.unlink()
@@ -244,10 +186,70 @@ def _checked_digest(path: Path, file: HubFile, expected: str | None) -> str:
             f"the file at {blob} has {digest}.",
             remedy,
         )
-    if expected is not None and digest != expected.lower():
-        raise DownloadError(
-            f"{file} is not the file that was asked for: its SHA-256 is {digest}, "
-            f"the expected one {expected.lower()}.",
-            "Check the expected digest, or the mirror in HF_ENDPOINT if one is set.",
-        )
     return digest
+
+
+# --- errors --------------------------------------------------------------------------------
+
+
+def _not_cached(repo_id: str, name: str | None) -> DownloadError:
+    what = f"{repo_id}/{name}" if name else repo_id
+    return DownloadError(
+        f"{what} is not in the cache ({hub_cache()}), and this is offline.",
+        "Run once without --offline, or pass a file with --weights FILE.",
+    )
+
+
+@contextmanager
+def _clear_errors(repo_id: str, name: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into an error that says what to do.
+
+    Raises:
+        DownloadError: the hub cannot be reached, or has or gives no such thing.
+        UsageError: the repository's name is impossible.
+    """
+    from huggingface_hub import errors
+
+    here = f" ({os.environ['HF_ENDPOINT']})" if os.environ.get("HF_ENDPOINT") else ""
+    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    try:
+        yield
+    except errors.GatedRepoError:
+        message = f"{repo_id} is gated: its owners must let you in."
+        remedy = f"Ask for access on its page, then {log_in}."
+    except errors.RepositoryNotFoundError:
+        message = f"There is no repository {repo_id} on the hub{here}, or it is private."
+        remedy = f"Check the name, and that no path was meant; for a private one, {log_in}."
+    except errors.RevisionNotFoundError:
+        message = f"The repository {repo_id} has no such revision."
+        remedy = f"See https://huggingface.co/{repo_id}/commits/main for those it has."
+    except errors.HFValidationError as error:
+        raise UsageError(
+            f"'{repo_id}' is no repository: {error}", "Repositories are owner/name."
+        ) from None
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        if cause is None or isinstance(cause, errors.OfflineModeIsEnabled):
+            raise _not_cached(repo_id, name) from None
+        if not isinstance(error, errors.EntryNotFoundError) or cause is not error:
+            raise _unreachable(f"{repo_id}/{name}" if name else repo_id, here, cause) from None
+        message = f"The repository {repo_id} has no file {name}."
+        remedy = f"See https://huggingface.co/{repo_id}/tree/main for what it has."
+    else:
+        return
+    raise DownloadError(message, remedy)
+
+
+def _unreachable(what: str, here: str, error: BaseException) -> DownloadError:
+    import huggingface_hub
+
+    # The next download begins with a new connection: this one's may be half dead.
+    getattr(huggingface_hub, "close_session", lambda: None)()  # from huggingface_hub 1 on
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    if isinstance(error, OSError) and error.strerror:
+        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return _UnreachableError(
+        f"{what} could not be downloaded{here}: {reason}.",
+        "Check the network, the room on the disk, and HF_ENDPOINT if a mirror is set; or "
+        "download the file elsewhere and pass it with --weights FILE.",
+    )

@@ -1,9 +1,9 @@
-"""How a picture becomes the tensor a set of weights was trained on.
+"""How an image becomes the tensor a set of weights was trained on.
 
-Mean, standard deviation, interpolation, crop ratio and size belong to the
-*weights*: with the wrong ones a network still answers, only worse. So they
-travel with every artefact, and everything that shows them says where they came
-from. Names and meanings are timm's.
+Mean, standard deviation, interpolation, sizes and crop belong to the *weights*:
+with the wrong ones a network still answers, only worse. So they travel with
+every artefact, and everything that shows them says where they came from. Names
+and meanings are timm's. :mod:`van_deploy.model.pixels` does what is said here.
 
 Nothing heavy is imported until :meth:`Preprocessing.transform` is called.
 """
@@ -11,12 +11,14 @@ Nothing heavy is imported until :meth:`Preprocessing.transform` is called.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from van_deploy.errors import UsageError
-from van_deploy.forms import number
 
 if TYPE_CHECKING:
     import torch
@@ -24,54 +26,84 @@ if TYPE_CHECKING:
 
 __all__ = ["INTERPOLATIONS", "MAX_IMAGE_SIZE", "MIN_IMAGE_SIZE", "OFFICIAL", "Preprocessing"]
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
 """timm's names of Pillow's filters."""
 
 MIN_IMAGE_SIZE = 32
-"""Pixels. The four stages divide the side by 32: below, the last has no picture left."""
+"""Pixels. The four stages divide the side by 32: below, the last has nothing left."""
 
 MAX_IMAGE_SIZE = 4096
 """Pixels. A limit that catches slips of the keyboard before they fill the memory."""
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+def _positive(values: tuple[float, ...]) -> tuple[float, ...]:
+    if min(values) <= 0:
+        raise ValueError("is not positive: images are divided by it")
+    return values
+
+
+def _unit(value: float) -> float:
+    if abs(value) > 1:
+        raise ValueError("is not of values in 0..1: divide those of 0..255 images by 255")
+    return value
+
+
+_Number = Annotated[float, Field(strict=True), AfterValidator(_unit)]
+_Channels = Annotated[tuple[_Number, ...], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to a picture before the network sees it.
+    """What is done to an image before the network sees it.
 
-    The picture's short side is resized to ``floor(image_size / crop_pct)``, the
-    centre square of ``image_size`` is cut out, values are scaled to 0..1, then
-    ``(x - mean) / std`` per channel.
+    It is resized, the centre square of ``image_size`` is cut out, values are
+    scaled to 0..1, then ``(x - mean) / std`` per channel.
 
     Attributes:
         image_size: side of the square input, in pixels.
         mean: per channel, of values in 0..1.
         std: per channel, of values in 0..1.
         interpolation: one of :data:`INTERPOLATIONS`.
-        crop_pct: side of the crop over the resized short side, in (0, 1].
+        crop_pct: side of the crop over the resized side, in (0, 1], as the source gave it.
         source: where these values came from, one phrase for the user.
+        crop_mode: which side is resized to ``resize_size``: the short one (``center``), both
+            (``squash``), or the long one (``border``, padded with the mean colour).
+        resize_size: in pixels; where it is 0, timm's ``floor(image_size / crop_pct)``.
+        crop_rounding: the crop's first row and column where the middle is between two:
+            the ``even`` one (timm, torchvision, mmpretrain) or the first (``floor``, Transformers).
 
     >>> OFFICIAL.resize_size
     248
     """
 
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False, extra="forbid")
+
+    image_size: Annotated[int, Field(strict=True, ge=MIN_IMAGE_SIZE, le=MAX_IMAGE_SIZE)]
+    mean: _Channels
+    std: Annotated[_Channels, AfterValidator(_positive)]
+    interpolation: Interpolation
+    crop_pct: Annotated[float, Field(strict=True, gt=0, le=1)]
     source: str
+    crop_mode: Literal["center", "squash", "border"] = "center"
+    resize_size: Annotated[int, Field(strict=True, ge=0)] = 0
+    crop_rounding: Literal["even", "floor"] = "even"
+
+    def __post_init__(self) -> None:
+        """Fill in the resized side, and refuse what does not fit together."""
+        if not self.resize_size:
+            object.__setattr__(self, "resize_size", math.floor(self.image_size / self.crop_pct))
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"has {len(self.mean)} means and {len(self.std)} deviations")
+        if self.resize_size < self.image_size:
+            raise ValueError(
+                f"cuts {self.image_size} pixels out of an image resized to {self.resize_size}"
+            )
 
     @property
     def channels(self) -> int:
         """Channels of the input tensor."""
         return len(self.mean)
-
-    @property
-    def resize_size(self) -> int:
-        """Short side of the resized picture before the crop, in pixels."""
-        return math.floor(self.image_size / self.crop_pct)
 
     def override(
         self,
@@ -81,6 +113,7 @@ class Preprocessing:
         std: Sequence[float] | None = None,
         interpolation: str | None = None,
         crop_pct: float | None = None,
+        crop_mode: str | None = None,
     ) -> Preprocessing:
         """Return a copy with the given values, saying in ``source`` which were given.
 
@@ -89,28 +122,36 @@ class Preprocessing:
         Raises:
             UsageError: a value is not possible; it is named.
         """
-        channels = self.channels
-        given: dict[str, Any] = {}
-        if image_size is not None:
-            given["image_size"] = _image_size(image_size)
-        if mean is not None:
-            given["mean"] = _per_channel("mean", mean, channels)
-        if std is not None:
-            given["std"] = _per_channel("std", std, channels)
-        if interpolation is not None:
-            given["interpolation"] = _interpolation(interpolation)
-        if crop_pct is not None:
-            given["crop_pct"] = _crop_pct(crop_pct)
+        given = {
+            "image_size": image_size,
+            "mean": self._per_channel("mean", mean),
+            "std": self._per_channel("std", std),
+            "interpolation": interpolation,
+            "crop_pct": crop_pct,
+            "crop_mode": crop_mode,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
         if not given:
             return self
-        names = ", ".join(given)
-        return replace(self, **given, source=f"{self.source}, except {names} as asked for")
+        resize = {"resize_size": 0} if {"image_size", "crop_pct"} & given.keys() else {}
+        source = f"{self.source}, except {', '.join(given)} as asked for"
+        return self.from_dict({**self.as_dict(), **resize, **given, "source": source})
+
+    def _per_channel(self, name: str, value: object) -> tuple[Any, ...] | None:
+        if value is None:
+            return None
+        values = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if len(values) not in (1, self.channels):
+            raise UsageError(
+                f"The {name} has {len(values)} values, but the network takes "
+                f"{self.channels} channels.",
+                f"Give one value, or {self.channels}.",
+            )
+        return values * (self.channels // len(values))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values as JSON can hold them; :meth:`from_dict` reads them back."""
-        values = asdict(self)
-        values["mean"], values["std"] = list(self.mean), list(self.std)
-        return values
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
@@ -119,131 +160,55 @@ class Preprocessing:
         Raises:
             UsageError: a value is missing or not possible; it is named.
         """
-        fields = ("image_size", "mean", "std", "interpolation", "crop_pct")
-        missing = [name for name in fields if name not in values]
-        if missing:
-            raise UsageError(
-                f"The preprocessing lacks {', '.join(missing)}.",
-                f"It needs all of {', '.join(fields)}.",
-            )
-        mean = values["mean"]
-        channels = len(mean) if isinstance(mean, list | tuple) else 1
-        return cls(
-            image_size=_image_size(values["image_size"]),
-            mean=_per_channel("mean", mean, channels),
-            std=_per_channel("std", values["std"], channels),
-            interpolation=_interpolation(values["interpolation"]),
-            crop_pct=_crop_pct(values["crop_pct"]),
-            source=str(values.get("source", "a stored description")),
+        try:
+            return _ADAPTER.validate_python({"source": "a stored description", **values})
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+        text = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        name = str(fault["loc"][0]) if fault["loc"] else ""
+        if fault["type"] == "missing":
+            raise UsageError(f"The preprocessing lacks {name}.", "Give it.")
+        shown = f"{name} {reprlib.repr(fault['input'])}" if name else "preprocessing"
+        raise UsageError(
+            f"The {shown} {text}.", "Correct it, or leave it out to take the weights' own."
         )
 
     def transform(self) -> Callable[[Image], torch.Tensor]:
-        """Return timm's evaluation transform: a picture to ``(C, S, S)`` float32, normalised.
-
-        Pictures of any Pillow mode are converted to as many channels as the
-        network takes (1: grey, 3: RGB, 4: RGBA).
+        """Return the evaluation transform: an image to ``(C, S, S)`` float32, normalised.
 
         Raises:
-            UsageError: the network's channels are not a picture's (not 1, 3 or 4).
+            UsageError: the network's channels are not an image's (not 1, 3 or 4).
         """
-        mode = _MODES.get(self.channels)
-        if mode is None:
-            raise UsageError(
-                f"No picture has {self.channels} channels.",
-                "Networks for 1, 3 or 4 input channels can be fed from picture files.",
-            )
-        from timm.data.transforms_factory import create_transform
+        import torch
 
-        timm_transform = create_transform(
-            (self.channels, self.image_size, self.image_size),
-            is_training=False,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            std=self.std,
-            crop_pct=self.crop_pct,
-        )
+        from van_deploy.model.pixels import image_mode, normalised, pixels_from_image
+
+        image_mode(self.channels)
 
         def transform(image: Image) -> torch.Tensor:
-            tensor: torch.Tensor = timm_transform(image.convert(mode))
-            return tensor
+            return torch.from_numpy(normalised(pixels_from_image(image, self)[None], self)[0])
 
         return transform
+
+    @property
+    def geometry(self) -> str:
+        """What is done to the sides, in a few words."""
+        ratio = math.floor(self.image_size / float(f"{self.crop_pct:g}")) == self.resize_size
+        crop = f"crop {self.crop_pct:g}" if ratio else f"resize {self.resize_size}"
+        return crop if self.crop_mode == "center" else f"{crop}, {self.crop_mode}"
 
     def __str__(self) -> str:
         """Return the values in one line, without their source."""
         mean = "/".join(f"{value:g}" for value in self.mean)
         std = "/".join(f"{value:g}" for value in self.std)
-        return (
-            f"{self.image_size}x{self.image_size} {self.interpolation}, "
-            f"crop {self.crop_pct:g}, mean {mean}, std {std}"
-        )
+        size = f"{self.image_size}x{self.image_size}"
+        return f"{size} {self.interpolation}, {self.geometry}, mean {mean}, std {std}"
 
+
+_ADAPTER = TypeAdapter(Preprocessing)
 
 OFFICIAL = Preprocessing(
     224, (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9, "the training of the official VAN weights"
 )
 """timm 0.4.12's ``_cfg()``, which the official ``models/van.py`` uses; mmpretrain's
 configurations agree and reproduce the published accuracies."""
-
-
-def _image_size(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UsageError(
-            f"The image size {value!r} is not a whole number.",
-            "Give the side of the square input in pixels, such as 224.",
-        )
-    if not MIN_IMAGE_SIZE <= value <= MAX_IMAGE_SIZE:
-        raise UsageError(
-            f"The image size {value} is outside {MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE} pixels.",
-            "VAN divides the side by 32; give a size in that range, such as 224.",
-        )
-    return value
-
-
-def _number(name: str, value: object) -> float:
-    if not number(value):
-        shown = repr(value)[:80]
-        raise UsageError(f"The {name} {shown} is not a number.", "Give a number such as 0.5.")
-    return float(value)  # type: ignore[arg-type]
-
-
-def _per_channel(name: str, value: object, channels: int) -> tuple[float, ...]:
-    values = value if isinstance(value, list | tuple) else (value,)
-    numbers = tuple(_number(name, item) for item in values)
-    if len(numbers) == 1:
-        numbers *= channels
-    if len(numbers) != channels:
-        raise UsageError(
-            f"The {name} has {len(numbers)} values, but the network takes {channels} channels.",
-            f"Give one value, or {channels}.",
-        )
-    if name == "std" and min(numbers) <= 0:
-        raise UsageError(
-            f"The std {min(numbers):g} is not positive.",
-            "Pictures are divided by it; 0.5 is what the official weights want.",
-        )
-    if max(map(abs, numbers)) > 1:
-        raise UsageError(
-            f"The {name} {max(numbers, key=abs):g} is not of values in 0..1.",
-            "Divide means and deviations of 0..255 pictures by 255.",
-        )
-    return numbers
-
-
-def _interpolation(value: object) -> str:
-    if value not in INTERPOLATIONS:
-        raise UsageError(
-            f"There is no interpolation called {value!r}.",
-            f"Known: {', '.join(INTERPOLATIONS)}.",
-        )
-    return str(value)
-
-
-def _crop_pct(value: object) -> float:
-    number = _number("crop ratio", value)
-    if not 0.0 < number <= 1.0:
-        raise UsageError(
-            f"The crop ratio {number:g} is outside (0, 1].",
-            "1 keeps the whole short side; 0.9 is what the official weights want.",
-        )
-    return number

@@ -1,37 +1,33 @@
-"""Where weights come from: a file, a folder saved by Transformers, or the hub.
+"""Where weights come from: a file, a folder, or the hub.
 
 Everything here ends in a :class:`Found`: a file on this machine, its digest
-(checked against the one asked for), and what stood beside it.
+(checked against the one asked for), and the JSON that stands beside it. A
+folder and the weights file in it are the same.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.errors import DownloadError, UsageError
+from van_deploy.documents import json_from, text_from
+from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.files import file_sha256
-from van_deploy.model.contract import is_official
+from van_deploy.model.digests import check_digest
 from van_deploy.model.files import SUFFIXES
-from van_deploy.model.hub import (
-    CONFIG,
-    PREPROCESSOR,
-    Progress,
-    choose_file,
-    fetch_weights,
-    read_json,
-)
+from van_deploy.model.hub import Progress, choose_file, fetch_weights
+from van_deploy.model.variants import CONFIG, PROCESSOR, HubFile
 
-__all__ = ["LICENCE", "REPO", "Found", "find_weights", "from_hub", "on_disk"]
+__all__ = ["LICENCE", "REPO", "Found", "find_weights", "from_hub", "is_official", "on_disk"]
 
 LICENCE = (
     "licence of the public weights: Apache-2.0; their README adds "
     '"for commercial use, please contact the authors"'
 )
-REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(:(?P<file>[\w./-]+))?")
+REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?")
 
 
 @dataclass(frozen=True)
@@ -40,33 +36,38 @@ class Found:
 
     Attributes:
         path: the file.
-        sha256: of its bytes.
-        repo_id: the hub repository it came from, or None.
-        config: the ``config.json`` beside it, or None.
-        processor: the ``preprocessor_config.json`` beside it, or None.
+        sha256: of its bytes; "" where it cannot be read.
+        beside: the ``config.json`` and ``preprocessor_config.json`` beside it, by name.
+        repo_id: the hub repository it came from, or "".
         notes: what the user should be told.
     """
 
     path: Path
     sha256: str
-    repo_id: str | None = None
-    config: Mapping[str, Any] | None = None
-    processor: Mapping[str, Any] | None = None
+    beside: Mapping[str, Mapping[str, Any]]
+    repo_id: str = ""
     notes: tuple[str, ...] = ()
+
+
+def is_official(repo_id: str) -> bool:
+    """Return whether a hub repository is the authors' own."""
+    return repo_id.partition("/")[0].lower() == "visual-attention-network"
 
 
 def find_weights(
     word: str, offline: bool, expect_sha256: str | None, progress: Progress | None
 ) -> Found:
-    """Return the weights a word names: a path, a folder, or ``owner/name[:file]``.
+    """Return the weights a word names: a path, a folder, or ``owner/name[@revision][:file]``.
 
     Raises:
         UsageError: the word is none of these, or several files could be meant.
+        CheckpointError: the JSON beside the weights cannot be read.
         DownloadError: the weights cannot be fetched, or have another digest.
     """
     path = Path(word).expanduser()
     if path.is_dir():
-        return _in_folder(path, expect_sha256)
+        names = [entry.name for entry in path.iterdir() if entry.is_file()]
+        return on_disk(path / choose_file(names, str(path)), expect_sha256)
     repo = REPO.fullmatch(word)
     is_file = path.exists() or (word.lower().endswith(SUFFIXES) and not (repo and repo["file"]))
     if is_file or word.startswith((".", "/", "~")):
@@ -76,58 +77,74 @@ def find_weights(
             f"'{word}' is neither a file that is here, nor a repository, nor 'random'.",
             "Give a path, a Hugging Face repository (owner/name), or random.",
         )
-    return from_hub(repo["repo"], repo["file"], offline, expect_sha256, progress)
+    file = HubFile(repo["repo"], repo["file"] or "", repo["revision"] or "main")
+    return from_hub(file, offline, expect_sha256, progress)
 
 
 def from_hub(
-    repo_id: str,
-    filename: str | None,
-    offline: bool,
-    expect_sha256: str | None,
-    progress: Progress | None,
+    file: HubFile, offline: bool, expect_sha256: str | None, progress: Progress | None
 ) -> Found:
     """Return a repository's weights (see :func:`~van_deploy.model.hub.fetch_weights`)."""
-    got = fetch_weights(
-        repo_id, filename, offline=offline, expect_sha256=expect_sha256, progress=progress
+    got, path, digest, notes = fetch_weights(
+        file.repo_id,
+        file.filename or None,
+        revision=file.revision,
+        offline=offline,
+        progress=progress,
     )
-    notes = (*got.notes, *((LICENCE,) if is_official(repo_id) else ()))
-    return Found(got.path, got.sha256, repo_id, got.config, got.preprocessor, notes)
+    _check_expected(str(got), digest, expect_sha256 or file.sha256)
+    at = "" if got.revision == "main" else f"@{got.revision}"
+    remembered = check_digest(got.repo_id, got.filename + at, digest)
+    licence = (LICENCE,) if is_official(got.repo_id) else ()
+    return Found(path, digest, _beside(path), got.repo_id, (*notes, remembered, *licence))
 
 
 def on_disk(path: Path, expect_sha256: str | None) -> Found:
-    """Return a file and its digest; a file that cannot be read has none.
+    """Return a file, its digest and the JSON beside it.
 
     Raises:
         DownloadError: it has another digest than the one asked for.
+        CheckpointError: the JSON cannot be read.
     """
     try:
         digest = file_sha256(path)
     except OSError:
-        digest = ""  # read_weights says what is wrong
-    _check_expected(str(path), digest, expect_sha256 if digest else None)
+        return Found(path, "", {})  # read_weights says what is wrong
+    _check_expected(str(path), digest, expect_sha256)
     promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)  # torch.hub's and OpenMMLab's way
     notes: tuple[str, ...] = ()
-    if promised and digest and not digest.startswith(promised[1]):
+    if promised and not digest.startswith(promised[1]):
         notes = (
             f"the file's name promises a SHA-256 that begins with {promised[1]}, but it is "
             f"{digest[:8]}…: it is not the published file, or it is damaged",
         )
-    return Found(path, digest, notes=notes)
+    return Found(path, digest, _beside(path), notes=notes)
 
 
-def _in_folder(folder: Path, expect_sha256: str | None) -> Found:
-    names = [p.relative_to(folder).as_posix() for p in folder.iterdir() if p.is_file()]
-    found = on_disk(folder / choose_file(names, str(folder)), expect_sha256)
-    config, processor = (
-        read_json(folder / name) if name in names else None for name in (CONFIG, PREPROCESSOR)
-    )
-    return replace(found, config=config, processor=processor)
+def _beside(path: Path) -> dict[str, Mapping[str, Any]]:
+    """Return the JSON objects beside a weights file."""
+    found = {}
+    for name in (CONFIG, PROCESSOR):
+        file = path.parent / name
+        try:
+            value = json_from(text_from(file)) if file.exists() else {}
+            reason = "" if isinstance(value, dict) else "it holds no JSON object"
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        if reason:
+            raise CheckpointError(
+                f"The file {file} cannot be read: {reason}.",
+                "Correct it, or move the weights out of its folder to do without it.",
+            )
+        found[name] = value
+    return {name: value for name, value in found.items() if value}
 
 
 def _check_expected(what: str, digest: str, expected: str | None) -> None:
-    if expected is not None and digest != expected:
+    if expected and digest != expected:
         raise DownloadError(
             f"{what} is not the file that was asked for: its SHA-256 is {digest}, "
             f"the expected one {expected}.",
-            "Check the expected digest, or get the file again.",
+            "Check the expected digest, or the mirror in HF_ENDPOINT if one is set; or get the "
+            "file again.",
         )

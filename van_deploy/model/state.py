@@ -6,15 +6,17 @@ load; every parameter of the network comes from the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from van_deploy.errors import CheckpointError
-from van_deploy.model.architecture import config_from_state_dict
-from van_deploy.model.keys import translate_keys, unwrap_prefixes
+from van_deploy.model.keys import Translation, translate_keys
+from van_deploy.model.pickles import TOP_LEVEL
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VanConfig
 
@@ -40,28 +42,41 @@ class NamedState:
     notes: tuple[str, ...]
 
 
-def official_state(tensors: Mapping[str, Tensor]) -> NamedState:
+def official_state(tensors: Mapping[str, Tensor], container: str = "") -> NamedState:
     """Return a state dict under its official names, in float32, checked for sense.
 
+    Args:
+        tensors: names as in the file.
+        container: where in the file they were, for the advice to take others.
+
     Raises:
-        CheckpointError: the names are another network's or of mixed formats; a
-            tensor is not floating point, NaN, infinite, a negative variance, or
-            claims more elements than it has.
+        CheckpointError: the names are another network's, of mixed formats, or of a backbone
+            without a head; tensors stand beside the network whose part is unknown; or one is
+            not floating point, NaN, infinite, a negative variance, or claims more elements
+            than it has.
+        UsageError: there are several networks.
     """
-    plain, _ = unwrap_prefixes(tensors)
-    translation = translate_keys(plain)
+    container = "" if container == TOP_LEVEL else container
+    found = translate_keys(tensors, container)
+    if not any(name.startswith("head.") for name in found.names.values()):
+        raise _headless(found)
+    if found.beside:
+        inner = ".".join(filter(None, (container, found.prefix.rstrip("."))))
+        raise CheckpointError(
+            f"The checkpoint holds tensors beside the VAN whose part is unknown: "
+            f"{_listed(found.beside)}.",
+            f"If the network does without them at inference, name its own: --container {inner}.",
+        )
     notes = []
-    if translation.unused:
+    if found.unused:
         notes.append(
-            f"{', '.join(sorted(translation.unused))}: in the file, but VanForImageClassification "
+            f"{', '.join(sorted(found.unused))}: in the file, but VanForImageClassification "
             "does not compute with them either; left out"
         )
-    if translation.format == "mmpretrain":
-        notes.append(
-            "mmpretrain runs its LayerNorms with eps 1e-5; the official 1e-6, which the published "
-            "weights were trained with, is used (the state dict does not say)"
-        )
-    used = {new: plain[old] for old, new in translation.names.items()}
+    if found.idle:
+        notes.append(f"left by training, no part of the network: {_listed(found.idle)}")
+    used = {new: tensors[old] for old, new in found.names.items()}
+    used |= {name.removeprefix(found.prefix): tensors[name] for name in found.unknown}
     _refuse_unusable(used)
     other = sorted({str(t.dtype) for n, t in used.items() if _is_weight(n)} - {"torch.float32"})
     if other:
@@ -71,30 +86,45 @@ def official_state(tensors: Mapping[str, Tensor]) -> NamedState:
         for name, tensor in used.items()
     }
     _refuse_senseless(converted)
-    return NamedState(converted, translation.format, tuple(notes))
+    return NamedState(converted, found.format, tuple(notes))
 
 
-def network_from_state(
-    state: Mapping[str, Tensor], *, layer_norm_eps: float = 1e-6
-) -> tuple[VAN, VanConfig]:
-    """Return the network a state dict with official names describes, and its architecture.
+def _headless(found: Translation) -> CheckpointError:
+    """Return the error for a backbone, saying whose it is as far as that shows."""
+    beside = (*found.beside, *found.unknown)
+    whose = {
+        r"(decode_head|auxiliary_head)\.": ", as in VAN-Segmentation",
+        r"(neck|rpn_head|roi_head|bbox_head)\.": ", as in VAN-Detection",
+    }
+    where = [text for pattern, text in whose.items() if any(re.match(pattern, n) for n in beside)]
+    if found.format == "transformers":
+        where = [", as Transformers' VanModel is"]
+    rest = f" Beside it: {_listed(beside)}." if beside else ""
+    return CheckpointError(
+        f"The checkpoint is a VAN backbone ({found.format} names) without a classification head"
+        f"{''.join(where[:1])}.{rest}",
+        "Backbones cannot be exported yet: pass the weights of a whole classifier.",
+    )
 
-    The network is in evaluation mode, float32, without gradients, and shares
-    the tensors' memory. Missing ``num_batches_tracked`` are no fault: they only
-    matter in training.
+
+def network_from_state(state: Mapping[str, Tensor], config: VanConfig) -> VAN:
+    """Return the network of an architecture with the weights of a state dict.
+
+    In evaluation mode, float32, without gradients; it shares the tensors'
+    memory. Missing ``num_batches_tracked`` are no fault: they only matter in
+    training.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or wrongly shaped; they are listed.
     """
-    config = config_from_state_dict(state, layer_norm_eps=layer_norm_eps)
-    with torch.device("meta"):  # shapes only: no time and no random numbers spent
+    with torch.device("meta"):  # shapes only: no time, no random numbers
         model = VAN(config)
     expected = model.state_dict()
     counters = {name for name in expected if not _is_weight(name)}
     complete = {**dict.fromkeys(counters, torch.tensor(0)), **state}
     _refuse_difference(expected, complete)
     model.load_state_dict(complete, assign=True)
-    return model.eval().requires_grad_(False), config
+    return model.eval().requires_grad_(False)
 
 
 def _is_weight(name: str) -> bool:
@@ -107,46 +137,53 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
+def _extremes(t: Tensor) -> tuple[float, ...]:
+    """Return the smallest and the largest value, NaN where there is one; none of an empty one."""
+    return tuple(float(value) for value in torch.aminmax(t)) if t.numel() else ()
+
+
+def _is_hollow(t: Tensor) -> bool:
+    plain = t.layout == torch.strided and not t.is_quantized and t.device.type == "cpu"
+    return not plain or t.numel() * t.element_size() > t.untyped_storage().nbytes()
+
+
+def _refuse(
+    state: Mapping[str, Tensor], wrong: Callable[[str, Tensor], bool], what: str, remedy: str
+) -> None:
+    """Refuse a state dict with tensors that are ``wrong``; ``{}`` in ``what`` is their number."""
+    names = [name for name, tensor in state.items() if wrong(name, tensor)]
+    if names:
+        raise CheckpointError(f"{what.format(len(names))}: {_listed(names)}.", remedy)
+
+
 def _refuse_unusable(state: Mapping[str, Tensor]) -> None:
-    hollow = [
-        name
-        for name, t in state.items()
-        if t.layout != torch.strided
-        or t.is_quantized
-        or t.device.type != "cpu"
-        or t.numel() * t.element_size() > t.untyped_storage().nbytes()
-    ]
-    if hollow:
-        raise CheckpointError(
-            f"Tensors claim more elements than the file holds, or are not plain: "
-            f"{_listed(hollow)}.",
-            "The file is damaged or made to harm: get it from a source you trust.",
-        )
-    wrong = [
-        f"{name} ({str(t.dtype).removeprefix('torch.')})"
-        for name, t in state.items()
-        if _is_weight(name) and not t.is_floating_point()
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"Weights are not floating point: {_listed(wrong)}.",
-            "Pass the weights from before quantisation; quantising is this program's job.",
-        )
+    _refuse(
+        state,
+        lambda _, t: _is_hollow(t),
+        "Tensors claim more elements than the file holds, or are not plain",
+        "The file is damaged or made to harm: get it from a source you trust.",
+    )
+    _refuse(
+        state,
+        lambda name, t: _is_weight(name) and not t.is_floating_point(),
+        "Weights are not floating point",
+        "Pass the weights from before quantisation; quantising is this program's job.",
+    )
 
 
 def _refuse_senseless(state: Mapping[str, Tensor]) -> None:
-    broken = [name for name, t in state.items() if _is_weight(name) and not t.isfinite().all()]
-    if broken:
-        raise CheckpointError(
-            f"{len(broken)} tensors hold NaN or infinite values: {_listed(broken)}.",
-            "The training diverged or the file is damaged: pass an earlier checkpoint.",
-        )
-    negative = [name for name, t in state.items() if name.endswith("running_var") and (t < 0).any()]
-    if negative:
-        raise CheckpointError(
-            f"Running variances are negative: {_listed(negative)}.",
-            "The file is damaged: pass an earlier checkpoint.",
-        )
+    _refuse(
+        state,
+        lambda name, t: _is_weight(name) and not all(map(math.isfinite, _extremes(t))),
+        "{} tensors hold NaN or infinite values",
+        "The training diverged or the file is damaged: pass an earlier checkpoint.",
+    )
+    _refuse(
+        state,
+        lambda name, t: name.endswith("running_var") and min(_extremes(t), default=0.0) < 0,
+        "Running variances are negative",
+        "The file is damaged: pass an earlier checkpoint.",
+    )
 
 
 def _refuse_difference(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -4,24 +4,36 @@ Parameter names are those of the official repository
 (``Visual-Attention-Network/VAN-Classification``, ``models/van.py``,
 Apache-2.0), so an official ``state_dict`` loads as it is. This is the network
 every artefact is compared with: nothing in here is rewritten for speed.
+Methods and their arguments are those of timm's models.
 
-Layouts: images and features are ``(N, C, H, W)``; tokens are ``(N, H*W, C)``.
+Layout: images and features are ``(N, C, H, W)``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm.layers import DropPath, trunc_normal_
+from timm.layers.format import Format
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from van_deploy.model.variants import VanConfig
 
-__all__ = ["LKA", "VAN", "Attention", "Block", "DWConv", "Mlp", "PatchEmbed"]
+__all__ = ["HEAD_LAYERS", "LKA", "VAN", "Attention", "Block", "DWConv", "Mlp", "PatchEmbed"]
 
 STAGES = 4
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish)
+HEAD_LAYERS: dict[str, type[nn.Module]] = {
+    kind.__name__.lower(): kind
+    for kind in (nn.Dropout, nn.Identity, nn.Flatten, *_ACTIVATIONS, nn.Tanh, nn.Sigmoid)
+}
+"""Layers without weights that a sequential head may have, with PyTorch's default arguments."""
 
 
 class DWConv(nn.Module):
@@ -127,51 +139,104 @@ class VAN(nn.Module):
     """A whole network with a classification head.
 
     Args:
-        config: widths, depths, kernels and the number of classes.
+        config: the architecture; ``num_classes`` 0 leaves the pooled features.
         drop_rate: dropout in the MLPs (training only).
         drop_path_rate: stochastic depth of the last block (training only).
+        global_pool: ``avg``, or "" for the last feature maps as they are (no head then).
+
+    Raises:
+        ValueError: another pooling, or none although there is a head.
     """
 
     def __init__(
-        self, config: VanConfig, drop_rate: float = 0.0, drop_path_rate: float = 0.0
+        self,
+        config: VanConfig,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
         super().__init__()
         self.config = config
-        self.num_classes = config.num_classes
         self.num_features = self.head_hidden_size = config.embed_dims[-1]
+        self.grad_checkpointing = False
+        self.feature_info: list[dict[str, Any]] = []
         step = drop_path_rate / max(config.blocks - 1, 1)
         drop_paths = (step * index for index in range(config.blocks))
         previous = config.in_chans
-        for stage in range(STAGES):
-            dim, hidden = config.embed_dims[stage], config.hidden_dims[stage]
-            kernel, stride = (7, 4) if stage == 0 else (3, 2)
+        for index, (dim, hidden) in enumerate(
+            zip(config.embed_dims, config.hidden_dims, strict=True)
+        ):
+            kernel, stride, name = config.patch_sizes[index], config.strides[index], index + 1
             blocks = [
                 Block(dim, hidden, config, drop_rate, next(drop_paths))
-                for _ in range(config.depths[stage])
+                for _ in range(config.depths[index])
             ]
-            self.add_module(f"patch_embed{stage + 1}", PatchEmbed(previous, dim, kernel, stride))
-            self.add_module(f"block{stage + 1}", nn.ModuleList(blocks))
-            self.add_module(f"norm{stage + 1}", nn.LayerNorm(dim, eps=config.layer_norm_eps))
+            self.add_module(f"patch_embed{name}", PatchEmbed(previous, dim, kernel, stride))
+            self.add_module(f"block{name}", nn.ModuleList(blocks))
+            self.add_module(f"norm{name}", nn.LayerNorm(dim, eps=config.layer_norm_eps))
+            reduction = math.prod(config.strides[:name])
+            self.feature_info.append(
+                {"num_chs": dim, "reduction": reduction, "module": f"norm{name}"}
+            )
             previous = dim
-        self.head: nn.Module = nn.Linear(previous, config.num_classes)
-        self.apply(_initialise_)
+        _require_pooling(config.num_classes, global_pool)
+        self.global_pool, self.num_classes = global_pool, config.num_classes
+        self.head: nn.Module = nn.Sequential(*_layers(config))
+        if not config.head:
+            self.head = (
+                nn.Linear(previous, config.num_classes) if config.num_classes else nn.Identity()
+            )
+        if not next(self.parameters()).is_meta:
+            self.apply(_initialise_)
+
+    def _stage(self, x: Tensor, stage: int) -> Tensor:
+        """Map the maps before ``stage`` (1 to 4) to those after its LayerNorm."""
+        x = self.get_submodule(f"patch_embed{stage}")(x)
+        blocks = self.get_submodule(f"block{stage}")
+        if self.grad_checkpointing:
+            x = checkpoint_seq(list(blocks.children()), x)
+        else:
+            for block in blocks.children():
+                x = block(x)
+        norm = self.get_submodule(f"norm{stage}")
+        return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images ``(N, in_chans, H, W)`` to pooled features ``(N, embed_dims[-1])``."""
-        batch = x.shape[0]
+        """Map images ``(N, in_chans, H, W)`` to the last maps ``(N, embed_dims[-1], h, w)``."""
         for stage in range(1, STAGES + 1):
-            x = self.get_submodule(f"patch_embed{stage}")(x)
-            _, _, height, width = x.shape
-            for block in cast("nn.ModuleList", self.get_submodule(f"block{stage}")):
-                x = block(x)
-            x = x.flatten(2).transpose(1, 2)  # (N, H*W, C)
-            x = self.get_submodule(f"norm{stage}")(x)
-            if stage != STAGES:
-                x = x.reshape(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
-        return x.mean(dim=1)
+            x = self._stage(x, stage)
+        return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str | Format = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return the last maps and the chosen stages' ``(N, C, H, W)``, after their LayerNorms.
+
+        ``norm`` changes nothing: every stage ends in its own.
+
+        Raises:
+            ValueError: another format than NCHW is asked for.
+        """
+        if Format(output_fmt) is not Format.NCHW:
+            raise ValueError("VAN's feature maps are NCHW.")
+        take, last = feature_take_indices(STAGES, indices)
+        maps = []
+        for stage in range(last + 1 if stop_early else STAGES):
+            x = self._stage(x, stage + 1)
+            if stage in take:
+                maps.append(x)
+        return maps if intermediates_only else (x, maps)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map pooled features to logits ``(N, num_classes)``."""
+        """Map the last maps to logits ``(N, num_classes)``, or only pool them (``pre_logits``)."""
+        if self.global_pool:
+            x = x.mean(dim=(2, 3))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,18 +244,46 @@ class VAN(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """Return the head (timm's interface)."""
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a fresh one of ``num_classes`` outputs (timm's interface)."""
-        self.num_classes = num_classes
+        """Replace the head by a fresh one of ``num_classes`` outputs, and the pooling if given.
+
+        Raises:
+            ValueError: another pooling than ``avg`` and "", or "" although there is a head.
+        """
+        pool = self.global_pool if global_pool is None else global_pool
+        _require_pooling(num_classes, pool)
+        self.global_pool, self.num_classes = pool, num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.apply(_initialise_)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass, and compute the rest again."""
+        self.grad_checkpointing = enable
+
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters weight decay should leave alone (timm's interface)."""
+        """Return the parameters weight decay should leave alone."""
         return {name for name, _ in self.named_parameters() if "layer_scale" in name}
+
+
+def _require_pooling(num_classes: int, global_pool: str) -> None:
+    if global_pool not in ("avg", ""):
+        raise ValueError(f"VAN pools by avg or not at all (''), not by {global_pool!r}.")
+    if num_classes and not global_pool:
+        raise ValueError("Without pooling there can be no head: num_classes must be 0.")
+
+
+def _layers(config: VanConfig) -> Iterator[nn.Module]:
+    """Yield the layers of a sequential head."""
+    width = config.embed_dims[-1]
+    for layer in config.head:
+        if isinstance(layer, int):
+            yield nn.Linear(width, layer)
+            width = layer
+        else:
+            yield nn.BatchNorm1d(width) if layer == "batchnorm" else HEAD_LAYERS[layer]()
 
 
 def _initialise_(module: nn.Module) -> None:

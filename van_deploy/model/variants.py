@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from van_deploy.errors import UsageError
 
-__all__ = ["VARIANTS", "HubFile", "VanConfig", "Variant", "variant_named"]
+__all__ = ["CONFIG", "PROCESSOR", "VARIANTS", "HubFile", "VanConfig", "Variant", "variant_named"]
+
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+"""What stands beside weights, by Transformers' and timm's names."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,12 @@ class VanConfig:
         lka_kernels: kernel of the depth-wise and of the dilated depth-wise
             convolution of Large Kernel Attention.
         layer_norm_eps: added to the variance in each stage's LayerNorm.
+        strides: of the four patch embeddings.
+        patch_sizes: kernels of the four patch embeddings.
+        head: layers of a sequential head in order, such as ``("dropout", 64, "relu", 10)``,
+            a number for a linear layer of so many outputs; empty for one linear layer.
+        problem_type: what the logits mean, in Transformers' words:
+            ``single_label_classification``, ``multi_label_classification`` or ``regression``.
     """
 
     embed_dims: tuple[int, ...]
@@ -41,6 +51,10 @@ class VanConfig:
     in_chans: int = 3
     lka_kernels: tuple[int, int] = (5, 7)
     layer_norm_eps: float = 1e-6
+    strides: tuple[int, ...] = (4, 2, 2, 2)
+    patch_sizes: tuple[int, ...] = (7, 3, 3, 3)
+    head: tuple[int | str, ...] = ()
+    problem_type: str = "single_label_classification"
 
     @property
     def lka_dilation(self) -> int:
@@ -70,16 +84,20 @@ class VanConfig:
         """
         k0, k1 = self.lka_kernels
         total, previous = 0, self.in_chans
-        for stage, (dim, hidden, depth) in enumerate(
-            zip(self.embed_dims, self.hidden_dims, self.depths, strict=True)
+        for dim, hidden, depth, kernel in zip(
+            self.embed_dims, self.hidden_dims, self.depths, self.patch_sizes, strict=True
         ):
-            kernel = 7 if stage == 0 else 3
             embed = dim * previous * kernel**2 + dim + 2 * dim
             attention = 3 * (dim * dim + dim) + dim * (k0**2 + 1) + dim * (k1**2 + 1)
             mlp = dim * hidden + hidden + hidden * (9 + 1) + hidden * dim + dim
             total += embed + depth * (4 * dim + 2 * dim + attention + mlp) + 2 * dim
             previous = dim
-        return total + previous * self.num_classes + self.num_classes
+        for layer in self.head or (self.num_classes,):
+            if isinstance(layer, int):
+                total, previous = total + (previous + 1) * layer, layer
+            elif layer == "batchnorm":
+                total += 2 * previous
+        return total
 
     def mac_count(self, image_size: int = 224) -> int:
         """Multiply-adds of one image through the convolutions and the head.
@@ -92,12 +110,13 @@ class VanConfig:
         for stage, (dim, hidden, depth) in enumerate(
             zip(self.embed_dims, self.hidden_dims, self.depths, strict=True)
         ):
-            kernel, stride = (7, 4) if stage == 0 else (3, 2)
-            side = (side - 1) // stride + 1
+            kernel = self.patch_sizes[stage]
+            side = (side + kernel // 2 * 2 - kernel) // self.strides[stage] + 1
             block = 3 * dim * dim + dim * (k0**2 + k1**2) + hidden * (2 * dim + 9)
             total += side * side * (dim * previous * kernel**2 + depth * block)
             previous = dim
-        return total + previous * self.num_classes
+        linear = (layer for layer in self.head or (self.num_classes,) if isinstance(layer, int))
+        return total + sum(i * o for i, o in pairwise((previous, *linear)))
 
 
 @dataclass(frozen=True)
@@ -107,10 +126,14 @@ class HubFile:
     Attributes:
         repo_id: ``owner/name`` on the hub.
         filename: path of the file inside the repository.
+        revision: the commit it is taken from, or a branch or tag.
+        sha256: of its bytes, or "" where nobody wrote it down yet.
     """
 
     repo_id: str
     filename: str
+    revision: str = "main"
+    sha256: str = ""
 
     def __str__(self) -> str:
         """Return ``owner/name/filename``."""

@@ -1,211 +1,216 @@
-"""Exact changes of a graph's weights after which its tensors round better.
+"""Exact changes of a network's weights, after which its tensors round better.
 
-A tensor ``x`` that is rounded to int8 with one step for all its channels rounds
-best when every channel fills the same range around zero. Write ``x' = (x - c) / d``
-per channel. Wherever the neighbours are linear, they take ``c`` and ``d`` in and
-the network computes what it did before:
+A tensor rounded to int8 with one scale for all channels rounds best when every channel
+fills the same range around zero. Write ``x' = (x - shift) / factor`` by channel. Where the
+neighbours are linear they take both in, and the network computes what it did before:
 
-===========  =================================================================
-``spatial``  between two convolutions (``conv_spatial -> conv1``, and in scope
-             ``all`` also ``conv0 -> conv_spatial`` and ``fc1 -> dwconv``): the
-             first one's output channels are divided by ``d``, the second one's
-             input channels multiplied
-``gate``     ``conv1 -> gate -> proj_2``: the product of the gate is divided by
-             dividing ``conv1``'s output channels
-``centre``   ``c`` for the residual stream and for ``conv_spatial -> conv1``:
-             subtracted in the bias of whatever adds to the tensor, returned in
-             the bias of the 1x1 convolutions that read it, and cancelled at the
-             next addition of the stream. (Not before a padded convolution: its
-             zeros would have to be ``-c``.)
-``shift``    ``c`` for what comes out of GELU and goes into ``fc2``. GELU ends at
-             -0.17, so half of the integers -127..127 would stand for nothing.
-             No neighbour can take this one in: it is one Add a block, which
-             TensorRT for RTX computes in the kernel that GELU and the rounding
-             are in anyway
-===========  =================================================================
+=================  ======================================================================
+``cross_layer``    cross-layer equalisation (arXiv 1906.04721, section 4.1): a factor
+                   between ``conv_spatial`` and ``conv1``, and from ``conv1`` through the
+                   gate into ``proj_2``; in scope ``all`` also between ``conv0`` and
+                   ``conv_spatial``, and between ``fc1`` and the depth-wise convolution
+``shift``          channel-wise shifting (arXiv 2304.09145) of what only 1x1 convolutions
+                   and additions read: the residual stream, and ``conv1``'s input. It goes
+                   out of one bias and into the next (not before a padded convolution,
+                   whose zeros would have to be shifted too)
+``shift_scale``    shifting and scaling by channel of what comes out of GELU and goes into
+                   ``fc2``. No neighbour before it is linear: it is one Mul and one Add a
+                   block, which TensorRT computes in the kernel that GELU and the rounding
+                   are in anyway (`docs/precision.md` counts them)
+=================  ======================================================================
 
-The input of ``fc2`` cannot be divided: GELU does not commute with a factor, and
-neither can the residual stream without a multiply a stage, since the scale that
-:mod:`van_deploy.graph.fold` gave it is fixed by its end.
-
-``c`` and ``d`` are chosen by the error they leave (:mod:`van_deploy.precision.choices`).
-An offset makes the mean
-error of rounded weights larger: correct the biases afterwards
-(:func:`van_deploy.precision.refine.corrected_biases`), or ``centre`` and
-``shift`` lose more than they bring.
+A factor is the width of the channel's range to the power :data:`STRENGTH`, SmoothQuant's
+migration strength (arXiv 2211.10438): with 1 the channels would round alike, and the weights
+behind them would pay for it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
-from onnx import ModelProto, NodeProto
+import torch
+from torch import Tensor, nn
 
-from van_deploy.errors import ImageError
-from van_deploy.precision.absorb import Absorber
-from van_deploy.precision.channels import ChannelHistogram, channel_histograms
-from van_deploy.precision.choices import choices_of
+from van_deploy.graph.rebuilt import RebuiltVan
+from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
+from van_deploy.model.van import STAGES
+from van_deploy.precision.observers import ChannelRange
+from van_deploy.precision.scales import ChannelAffine, Floats, percentile_range
 
-__all__ = ["EqualizeReport", "EqualizeSettings", "EqualizedTensor", "equalize"]
+__all__ = ["TECHNIQUES", "Equalization", "ShiftScale", "equalize"]
 
-Images = npt.NDArray[np.float32]
+TECHNIQUES = ("cross_layer", "shift_scale", "shift")
 
+STRENGTH = 0.75
+RANGE_PERCENTILE = 99.99
+"""What a channel's range holds: its largest values decide neither shift nor factor."""
 
-@dataclass(frozen=True)
-class EqualizeSettings:
-    """Which exact changes to consider; see the module's table."""
-
-    spatial: bool = True
-    gate: bool = True
-    centre: bool = True
-    shift: bool = True
-    stretch: bool = True
+FACTOR_LIMIT = 64.0
+"""Largest factor, either way: FP16 must hold the result."""
 
 
-@dataclass(frozen=True)
-class EqualizedTensor:
-    """What was done to one tensor.
+@dataclass
+class Equalization:
+    """A changed network, and what was done to its tensors.
 
     Attributes:
-        name: the tensor.
-        kind: ``spatial``, ``gate``, ``stream`` or ``gelu``: what makes it.
-        exponent: of the channels' own best steps; 0 where no channel was re-scaled.
-        centred: channels that were centred.
-        channels: how many it has.
-        added: nodes that were put behind it.
-        gain_db: predicted decrease of the rounding error at the output of the
-            quantised convolutions that read it.
+        network: computes in real arithmetic what it did before.
+        affines: by the name of each tensor that is another one now.
+        inserted: by module, what its input goes through now before it: one Mul and one Add.
     """
 
-    name: str
-    kind: str
-    exponent: float
-    centred: int
-    channels: int
-    added: int
-    gain_db: float
+    network: RebuiltVan
+    affines: dict[str, ChannelAffine] = field(default_factory=dict)
+    inserted: dict[str, ChannelAffine] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class EqualizeReport:
-    """An equalised graph, and what was done.
+class ShiftScale(nn.Module):
+    """Shifts and scales by channel: ``x * multiplier + offset``, both ``(C, 1, 1)`` float32."""
 
-    Attributes:
-        model: the new graph; in real arithmetic it computes what the old one did.
-        tensors: the tensors that were changed, in the graph's order.
-        additions: nodes that ``shift`` and ``stretch`` put into the graph.
-        images: how many images the ranges were taken from.
-    """
+    def __init__(self, affine: ChannelAffine) -> None:
+        super().__init__()
+        multiplier, offset = affine.multiply_add()
+        self.multiplier = nn.Parameter(torch.from_numpy(multiplier)[:, None, None], False)
+        self.offset = nn.Parameter(torch.from_numpy(offset)[:, None, None], False)
 
-    model: ModelProto
-    tensors: tuple[EqualizedTensor, ...]
-    additions: int
-    images: int
-
-    @property
-    def modified(self) -> bool:
-        """Whether anything was changed."""
-        return bool(self.tensors)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures, ready for JSON."""
-        return {
-            "images": self.images,
-            "additions": self.additions,
-            "tensors": [asdict(tensor) for tensor in self.tensors],
-        }
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, H, W)`` to the same shape."""
+        return x * self.multiplier + self.offset
 
 
+@torch.no_grad()
 def equalize(
-    model: ModelProto,
-    batches: Iterable[Images],
-    nodes: Collection[str],
-    settings: EqualizeSettings | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> EqualizeReport:
-    """Return ``model`` with the inputs of ``nodes`` easier to round, otherwise the same function.
-
-    Call it before the ranges are recorded: ``record_ranges(report.model, ...)`` and
-    ``initial_plan(report.model, ...)`` follow. 64 to 128 images are plenty.
+    network: RebuiltVan,
+    ranges: Mapping[str, ChannelRange],
+    layers: Collection[str],
+    techniques: Collection[str] = TECHNIQUES,
+) -> Equalization:
+    """Return a copy of ``network`` in which the inputs of ``layers`` are easier to round.
 
     Args:
-        model: the FP32 graph; it is not changed.
-        batches: normalised images ``(N, C, S, S)`` float32, a batch at a time.
-        nodes: names of the convolutions that will be quantised.
-        settings: which changes to consider (default: all).
-        progress: called after each batch with the images seen so far.
-
-    Raises:
-        ImageError: there was no image.
-        ConversionError: the graph is not one of this project's.
+        network: it is not changed.
+        ranges: of its tensors, counted where ``layers`` read.
+        layers: modules that will be quantised.
+        techniques: some of :data:`TECHNIQUES`.
     """
-    result = ModelProto()
-    result.CopyFrom(model)
-    absorber = Absorber(result)
-    sites = _sites(absorber, nodes, settings or EqualizeSettings())
-    histograms, seen = channel_histograms(model, batches, [site.tensor for site in sites], progress)
-    if not seen:
-        raise ImageError("There is no image to equalise with.", "Pass a folder with --images DIR.")
-    changed = [_change_(absorber, site, histograms[site.tensor]) for site in sites]
-    tensors = tuple(tensor for tensor in changed if tensor is not None)
-    additions = sum(tensor.added for tensor in tensors)
-    return EqualizeReport(absorber.finished(), tensors, additions, seen)
+    changed = Equalization(replace(network, model=copy.deepcopy(network.model)))
+    for name, block in _blocks(changed.network.model):
+        unit, mlp = f"{name}.attn.spatial_gating_unit", f"{name}.mlp"
+        site = _Site(changed, ranges, "shift" in techniques)
+        if "cross_layer" in techniques:
+            gate = block.attn.spatial_gating_unit
+            if f"{unit}.conv_spatial" in layers:
+                site.absorb_(f"{unit}.conv0", gate.conv0, gate.conv_spatial)
+            if f"{mlp}.dwconv.dwconv" in layers:
+                site.absorb_(f"{mlp}.fc1", block.mlp.fc1, block.mlp.dwconv.dwconv)
+            if f"{unit}.conv1" in layers:
+                site.absorb_(f"{unit}.conv_spatial", gate.conv_spatial, gate.conv1)
+            if f"{name}.attn.proj_2" in layers:
+                site.absorb_(unit, gate.conv1, block.attn.proj_2)
+                changed.affines[f"{unit}.conv1"] = changed.affines[unit]
+        if "shift_scale" in techniques and f"{mlp}.fc2" in layers:
+            affine = _affine(ranges[f"{mlp}.act"], shift=True, scale=True)
+            changed.inserted[f"{mlp}.fc2"] = affine
+            block.mlp.act = nn.Sequential(block.mlp.act, ShiftScale(affine))  # type: ignore[assignment]
+            _take_in_(block.mlp.fc2, affine)
+    if "shift" in techniques:
+        for stage in range(1, STAGES + 1):
+            _shift_stream_(changed, ranges, layers, stage)
+    return changed
 
 
 @dataclass(frozen=True)
 class _Site:
-    """A tensor that may be changed: what may be done to it, and the quantised readers."""
+    """Where a tensor stands between two linear modules: it can be another one."""
 
-    tensor: str
-    kind: str
-    divide: bool
-    centre: bool
-    readers: tuple[NodeProto, ...]
+    changed: Equalization
+    ranges: Mapping[str, ChannelRange]
+    shift: bool
 
-
-def _sites(absorber: Absorber, nodes: Collection[str], settings: EqualizeSettings) -> list[_Site]:
-    sites = []
-    for tensor in absorber.inputs_of(nodes):
-        readers = tuple(node for node in absorber.readers(tensor) if node.name in nodes)
-        divider, subtractor = absorber.divider(tensor), absorber.subtractor(tensor)
-        gate = divider is not None and divider.output[0] != tensor
-        divide = divider is not None and (settings.gate if gate else settings.spatial)
-        if subtractor is not None:
-            kind, centre = ("stream" if divider is None else "spatial"), settings.centre
-        elif divider is None:
-            open_ended = absorber.open_ended(tensor)
-            divide, centre = settings.stretch and open_ended, settings.shift and open_ended
-            kind = "gelu"
-        else:
-            kind, centre = ("gate" if gate else "spatial"), False
-        if readers and (divide or centre):
-            sites.append(_Site(tensor, kind, divide, centre, readers))
-    return sites
+    def absorb_(self, tensor: str, source: nn.Conv2d, reader: nn.Conv2d) -> None:
+        """Change ``tensor``, which ``source`` decides by channel and ``reader`` alone reads."""
+        made_by_source = self.changed.network.model.get_submodule(tensor) is source
+        shift = self.shift and made_by_source and reader.kernel_size == (1, 1)
+        affine = _affine(self.ranges[tensor], shift=shift, scale=True)
+        factor = torch.from_numpy(affine.factor)
+        source.weight.copy_(source.weight.double() / factor[:, None, None, None])
+        _set_bias_(source, (_bias(source) - torch.from_numpy(affine.shift)) / factor)
+        _take_in_(reader, affine)
+        self.changed.affines[tensor] = affine
 
 
-def _change_(
-    absorber: Absorber, site: _Site, histogram: ChannelHistogram
-) -> EqualizedTensor | None:
-    """Carry out the best choice for one tensor; return what it was, None for nothing."""
-    weights = [absorber.weight(reader) for reader in site.readers]
-    choices = choices_of(histogram, weights, divide=site.divide, centre=site.centre)
-    plain, best = choices[0], min(choices, key=lambda choice: choice.error)
-    if best is plain:
-        return None
-    centred, added = int(np.count_nonzero(best.centre)), 0
-    if site.kind == "gelu":
-        added = absorber.insert_affine_(site.tensor, best.centre, best.scale)
-    else:
-        if best.exponent:
-            absorber.divide_(site.tensor, best.scale)
-        if centred:
-            absorber.subtract_(site.tensor, best.centre / best.scale)
-    gain = 10 * math.log10(plain.error / best.error)
-    return EqualizedTensor(
-        site.tensor, site.kind, best.exponent, centred, len(best.scale), added, round(gain, 2)
+def _affine(record: ChannelRange, *, shift: bool, scale: bool) -> ChannelAffine:
+    """Return the change after which the channels of a tensor fill more equal ranges."""
+    low, high = percentile_range(record, RANGE_PERCENTILE)
+    middle = (low + high) / 2 if shift else np.zeros(len(low))
+    width = np.maximum(np.maximum(high - middle, middle - low), 1e-12)
+    relative = np.maximum(width, width.max() / FACTOR_LIMIT)
+    relative /= np.exp(np.log(relative).mean())
+    factor = np.clip(relative, 1 / FACTOR_LIMIT, FACTOR_LIMIT) ** STRENGTH
+    return ChannelAffine(middle, factor if scale else np.ones(len(low)))
+
+
+def _shift_stream_(
+    changed: Equalization, ranges: Mapping[str, ChannelRange], layers: Collection[str], stage: int
+) -> None:
+    """Centre the residual stream of a stage wherever a layer reads it.
+
+    What adds to the stream subtracts the new centre in its bias, and the last addition
+    returns the stream to what it was.
+    """
+    blocks = dict(_blocks(changed.network.model, stage))
+    embed = f"patch_embed{stage}.proj"
+    readers = [f"{name}.{part}" for name in blocks for part in ("attn.proj_1", "mlp.fc1")]
+    sources = [f"{name}.{part}" for name in blocks for part in ("attn.proj_2", "mlp.fc2")]
+    tensors = [tensor for name in blocks for tensor in (f"{name}.add", name)]
+    carries = [carry for block in blocks.values() for carry in (block.carry, None)]
+    before: Floats = np.zeros(len(ranges[embed].minimum))
+    for tensor, source, reader, carry in zip(
+        [embed, *tensors], [embed, *sources], [*readers, ""], [None, *carries], strict=True
+    ):
+        carried = before if carry is None else before * carry.double().numpy()
+        affine = ChannelAffine(np.zeros(len(before)), np.ones(len(before)))
+        if reader in layers:
+            affine = _affine(ranges[tensor], shift=True, scale=False)
+            _take_in_(_conv(changed, reader), affine)
+        conv, moved = _conv(changed, source), affine.shift - carried
+        _set_bias_(conv, _bias(conv) - torch.from_numpy(moved))
+        changed.affines[source] = ChannelAffine(moved, affine.factor)
+        changed.affines[tensor] = affine
+        before = affine.shift
+
+
+def _take_in_(conv: nn.Conv2d, affine: ChannelAffine) -> None:
+    """Make ``conv`` take the changed tensor where it took the original."""
+    factor, shift = torch.from_numpy(affine.factor), torch.from_numpy(affine.shift)
+    weight = conv.weight.double()
+    if affine.shift.any():
+        _set_bias_(conv, _bias(conv) + weight[:, :, 0, 0] @ shift)
+    depthwise = conv.groups > 1
+    conv.weight.copy_(
+        weight * (factor[:, None, None, None] if depthwise else factor[:, None, None])
     )
+
+
+def _conv(changed: Equalization, name: str) -> nn.Conv2d:
+    return cast("nn.Conv2d", changed.network.model.get_submodule(name))
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    return torch.zeros(len(conv.weight)).double() if conv.bias is None else conv.bias.double()
+
+
+def _set_bias_(conv: nn.Conv2d, bias: Tensor) -> None:
+    if conv.bias is not None or bias.any():
+        conv.bias = nn.Parameter(bias.float(), requires_grad=False)
+
+
+def _blocks(model: RewrittenVan, *stages: int) -> Iterator[tuple[str, RewrittenBlock]]:
+    """Yield the blocks of some stages (of all by default) with their paths."""
+    for stage in stages or range(1, STAGES + 1):
+        for index, block in enumerate(model.stage_blocks(stage)):
+            yield f"block{stage}.{index}", block

@@ -1,218 +1,213 @@
-"""An FP32 graph made into INT8, step by step, by what the settings ask."""
+"""A network quantised step by step, each technique kept where held-out images confirm it."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
-from van_deploy.metrics import kl_divergence
-from van_deploy.precision.correct import Written
-from van_deploy.precision.cpu import CpuScales, cpu_scales, cpu_weight_scales
-from van_deploy.precision.cpu_writer import qdq_for_cpu
-from van_deploy.precision.drop import Drop, top1_drop
-from van_deploy.precision.equalize import equalize
-from van_deploy.precision.initial import initial_plan, nodes_in_scope
-from van_deploy.precision.job_images import JobImages, spread_over
-from van_deploy.precision.plan import QuantizationPlan, simulate, weight_scales
-from van_deploy.precision.quantize import qdq_from_plan, quantized_share
-from van_deploy.precision.ranges import Ranges
-from van_deploy.precision.ranking import rank_layers
-from van_deploy.precision.refine import refine_plan
-from van_deploy.precision.scales import Method
-from van_deploy.precision.search import search_kept
-from van_deploy.precision.session import logits_session
-from van_deploy.precision.settings import AUTO, QuantizeSettings
-from van_deploy.precision.stopwatch import Stopwatch
+from van_deploy.config import QuantizeSettings
+from van_deploy.graph.rebuilt import RebuiltVan
+from van_deploy.metrics import sqnr_db
+from van_deploy.precision.comparison import logits_session
+from van_deploy.precision.equalize import TECHNIQUES, equalize
+from van_deploy.precision.job_images import JobImages
+from van_deploy.precision.observers import ChannelRange
+from van_deploy.precision.plan import QuantizationPlan, make_plan, multiply_adds
+from van_deploy.precision.qdq import qdq_for_cpu, qdq_for_tensorrt
+from van_deploy.precision.scales import ChannelAffine, Method
+from van_deploy.precision.sensitivity import (
+    SearchReport,
+    labels_lost,
+    rank_layers,
+    require_resolution,
+    search_kept,
+)
+from van_deploy.precision.simulate import CORRECTION_IMAGES, bias_corrected, logits
 
-__all__ = ["Int8Maker"]
+__all__ = ["Int8", "Int8Maker", "TechniqueGain"]
 
-EQUALIZE_IMAGES = 128
-REFINE_IMAGES = 192
+CONFIRMING_IMAGES = 48
+"""Held-out images that techniques are confirmed on; :data:`RANKING_IMAGES` rank layers."""
+
 RANKING_IMAGES = 32
-JUDGED_METHOD_IMAGES = 128
 
 Images = npt.NDArray[np.float32]
 
 
-class Int8Maker:
-    """The steps from an FP32 graph to an INT8 one.
-
-    Args:
-        settings: what is asked.
-        images: to calibrate and judge on.
-        watch: told what is being done.
-        class_names: in the order of the logits.
+@dataclass(frozen=True)
+class TechniqueGain:
+    """What one technique brought on top of those kept before it.
 
     Attributes:
-        facts: what was decided and measured, for the manifest.
+        name: ``scales``, ``bias_correction``, or one of :data:`TECHNIQUES`.
+        before_db: SQNR of the logits of the held-out images before it; None for ``scales``.
+        after_db: and with it, biases corrected anew.
+        kept: whether it is in the result.
+    """
+
+    name: str
+    before_db: float | None
+    after_db: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Int8:
+    """A network in INT8.
+
+    Attributes:
+        plan: what is quantised, and how.
+        model: the graph for the target.
+        techniques: what each brought.
+        share: of the multiply-adds that run in INT8, 0..1.
+        affines: by tensor, how it differs from the FP32 graph's.
+        search: for a budget, what was kept in higher precision.
+    """
+
+    plan: QuantizationPlan
+    model: ModelProto
+    techniques: tuple[TechniqueGain, ...]
+    share: float
+    affines: Mapping[str, ChannelAffine]
+    search: SearchReport | None = None
+
+    def scales(self) -> dict[str, float]:
+        """Return the scale of each quantised activation that has one, by its name in the graph."""
+        plan = self.plan
+        found = {plan.network.reads[name]: plan.layers[name].input for name in plan.convolutions}
+        return {name: float(f"{float(q.scale):.6g}") for name, q in found.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what was decided, for the manifest."""
+        found = {
+            "quantized": len(self.plan.convolutions),
+            "int8_share": self.share,
+            "techniques": [asdict(gain) for gain in self.techniques],
+            "scales": self.scales(),
+        }
+        return found if self.search is None else {**found, "search": self.search.as_dict()}
+
+
+class Int8Maker:
+    """What INT8 graphs of one network are made from.
+
+    Args:
+        model: the FP32 graph.
+        network: rebuilt from it.
+        ranges: of its tensors, counted for every layer that may be quantised.
+        settings: what is asked.
+        kept: nodes that stay FP32 where the rest is FP16.
+        images: to correct biases on, to confirm techniques and to search on.
     """
 
     def __init__(
         self,
+        model: ModelProto,
+        network: RebuiltVan,
+        ranges: Mapping[str, ChannelRange],
         settings: QuantizeSettings,
+        kept: Mapping[str, str],
         images: JobImages,
-        watch: Stopwatch,
-        class_names: tuple[str, ...] | None = None,
     ) -> None:
-        """Take the settings; nothing is done yet."""
-        self.settings = settings
-        self.images = images
-        self.watch = watch
-        self.class_names = class_names
-        self.facts: dict[str, Any] = {}
+        self.model, self.network, self.ranges = model, network, ranges
+        self.settings, self.kept, self.images = settings, kept, images
+        preprocessing = images.preprocessing
+        self.work = multiply_adds(network.model, preprocessing.channels, preprocessing.image_size)
+        self.correcting = images.few(images.calibration, CORRECTION_IMAGES)
+        self.confirming = images.few(images.held_out, CONFIRMING_IMAGES)
 
-    def equalized(self, model: ModelProto, batch: int) -> ModelProto:
-        """Return the graph after the exact changes that make its tensors round better."""
-        settings = self.settings.equalize_for_target
-        if settings is None:
-            return model
-        self.watch.begin("Equalising")
-        nodes = nodes_in_scope(model, self.settings.scope_asked)
-        few = spread_over(self.images.calibration, EQUALIZE_IMAGES)
-        report = equalize(model, self.images.batches(few, batch), nodes, settings)
-        self.facts["equalize"] = report.as_dict()
-        return report.model
+    def make(self, layers: Sequence[str]) -> Int8:
+        """Return the network with ``layers`` in INT8, or as many of them as the budget allows.
 
-    def graph(self, model: ModelProto, ranges: Ranges, kept: Mapping[str, str]) -> ModelProto:
-        """Return the INT8 graph for the target.
-
-        Args:
-            model: FP32, equalised or not.
-            ranges: of it.
-            kept: nodes that stay FP32 where the rest is FP16, and why.
+        Raises:
+            ImageError: the budget is smaller than one image.
         """
-        nodes_in_scope(model, self.settings.scope_asked)  # a wrong scope is said before any work
-        method = self._method(model, ranges)
-        self.watch.begin("Choosing scales")
-        plan = self._initial(model, ranges, method)
-        scales: CpuScales | None = None
-        if self.settings.target == "cpu":
-            percentile = self.settings.percentile
-            scales = cpu_scales(plan, ranges, method, percentile=percentile)
-        written = simulate if scales is None else functools.partial(_looked_into, scales)
-        plan = self._refined(plan, written)
+        max_drop, search = self.settings.max_drop, None
+        if max_drop is not None:
+            require_resolution(max_drop, len(self.images.others))
+        plan, affines, gains = self._confirmed(layers)
+        if max_drop is not None:
+            search = self._searched(plan, gains, max_drop)
+            plan = plan.without(search.kept)
+        final = self._corrected(plan, gains)
+        share = sum(self.work[name] for name in final.convolutions) / sum(self.work.values())
+        return Int8(final, self._graph(final), gains, share, affines, search)
 
-        def file(candidate: QuantizationPlan) -> ModelProto:
-            if scales is not None:
-                return qdq_for_cpu(candidate, scales)
-            rest, half_io = self.settings.rest_precision, self.settings.half_io
-            return qdq_from_plan(candidate, rest=rest, kept=kept, half_io=half_io)
+    def _confirmed(
+        self, layers: Sequence[str]
+    ) -> tuple[QuantizationPlan, Mapping[str, ChannelAffine], tuple[TechniqueGain, ...]]:
+        """Return the plan with every technique that held-out images confirm, uncorrected."""
+        wanted = ["bias_correction"] if self.settings.bias_correction else []
+        if self.settings.equalize:
+            added = self.settings.target == "tensorrt"
+            wanted += [name for name in TECHNIQUES if added or name != "shift_scale"]
+        expected = logits(QuantizationPlan(self.network), self.confirming)
+        gains: list[TechniqueGain] = []
+        best: tuple[QuantizationPlan, Mapping[str, ChannelAffine]]
+        best_db: float | None = None
+        for name in ("scales", *wanted):
+            self.images.watch.begin(f"Trying {name.replace('_', ' ')}")
+            trial = [*(gain.name for gain in gains if gain.kept), name]
+            changed = equalize(self.network, self.ranges, layers, trial)
+            plan = make_plan(
+                changed,
+                self.ranges,
+                layers,
+                target=self.settings.target,
+                method=Method(self.settings.method),
+                percentile=self.settings.percentile,
+            )
+            tried = bias_corrected(plan, self.correcting) if "bias_correction" in trial else plan
+            found = sqnr_db(expected, logits(tried, self.confirming))
+            kept = best_db is None or found > best_db
+            gains.append(TechniqueGain(name, best_db, found, kept))
+            if kept:
+                best, best_db = (plan, changed.affines), found
+        return (*best, tuple(gains))
 
-        if self.settings.max_drop is not None:
-            plan = self._searched(model, plan, self.settings.max_drop, written, file)
-        self.watch.begin("Writing the graph")
-        self.facts |= {
-            "plan": dict(plan.facts),
-            "scales": {
-                conv.activation: float(f"{conv.activation_scale:.6g}")
-                for conv in plan.convs.values()
-            },
-            "quantized": len(plan.convs),
-            "int8_share": quantized_share(plan),
-        }
-        if scales is not None:
-            self.facts["scales"] = {n: float(f"{s.scale:.6g}") for n, s in scales.tensors.items()}
-        return file(plan)
-
-    def _initial(self, model: ModelProto, ranges: Ranges, method: Method) -> QuantizationPlan:
-        scope, percentile = self.settings.scope_asked, self.settings.percentile
-        steps = cpu_weight_scales if self.settings.target == "cpu" else weight_scales
-        return initial_plan(model, ranges, scope, method, percentile=percentile, weight_steps=steps)
-
-    def _refined(self, plan: QuantizationPlan, written: Written) -> QuantizationPlan:
-        """Return the plan improved against the network's own answers, if that is asked."""
-        settings = self.settings.refine_for_target
-        if settings is None:
-            return plan
-        self.watch.begin("Refining")
-        few = spread_over(self.images.calibration, REFINE_IMAGES)
-        batches = self.images.batches(few, settings.batch)
-        threads = self.settings.threads
-        report = refine_plan(
-            plan, batches, settings, self.watch.reached, written=written, threads=threads
-        )
-        self.facts["refine"] = report.as_dict()
-        return report.plan
+    def _corrected(
+        self, plan: QuantizationPlan, gains: Sequence[TechniqueGain]
+    ) -> QuantizationPlan:
+        if any(gain.kept and gain.name == "bias_correction" for gain in gains):
+            return bias_corrected(plan, self.correcting)
+        return plan
 
     def _searched(
-        self,
-        model: ModelProto,
-        plan: QuantizationPlan,
-        max_drop: float,
-        written: Written,
-        file: Written,
-    ) -> QuantizationPlan:
-        """Return the plan with as many layers as the budget allows.
+        self, plan: QuantizationPlan, gains: Sequence[TechniqueGain], max_drop: float
+    ) -> SearchReport:
+        """Return what to keep in higher precision.
 
-        Layers are ranked one at a time by ``written``; what holds the budget is the ``file``
-        that will be deployed, with all that FP16 or a CPU's kernels do to it.
+        Layers are ranked one at a time in PyTorch; what holds the budget is the graph that
+        will be deployed, with all that FP16 or a CPU's kernels do to it.
         """
-        self.watch.begin("Ranking layers")
-        first = spread_over(self.images.held_out, RANKING_IMAGES)
-        inputs = np.concatenate(list(self.images.batches(first, RANKING_IMAGES)))
-        ranking = rank_layers(
-            plan, inputs, self.watch.reached, written=written, threads=self.settings.threads
-        )
-        self.watch.begin("Searching")
-        expected, labels = self._judged_logits(model)
+        self.images.watch.begin("Searching")
+        ranking = rank_layers(plan, self.confirming[:RANKING_IMAGES], self.work)
+        expected, numbers = self._logits(self.model)
+        labels = self.images.others.labels
+        known = None if labels is None else labels[numbers]
 
-        def evaluate(candidate: QuantizationPlan) -> Drop:
-            return top1_drop(expected, self._judged_logits(file(candidate))[0], labels)
+        def lost(candidate: QuantizationPlan) -> int:
+            found = self._logits(self._graph(self._corrected(candidate, gains)))[0]
+            return labels_lost(expected, found, known)
 
-        report = search_kept(
-            plan,
-            ranking,
-            evaluate,
-            max_drop,
-            limit=self.settings.evaluations,
-            progress=lambda trial: self.watch.say(f"Searching: {trial.kept} layers kept"),
-        )
-        on = self.images.judges.description
-        self.facts["search"] = {**report.as_dict(), "searched_on": on}
-        return report.plan
+        of = "agreement" if labels is None else "top-1"
+        limit = self.settings.evaluations
+        return search_kept(plan, ranking, lost, max_drop, len(numbers), of=of, limit=limit)
 
-    def _judged_logits(
-        self, model: ModelProto
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[Any] | None]:
-        """Return the logits of the images that judge, and their labels if the folders say them."""
+    def _logits(self, model: ModelProto) -> tuple[Images, list[int]]:
+        """Return the logits of the images to search on, and the images' numbers."""
         fuse = self.settings.target == "cpu"
         run = logits_session(model, fuse=fuse, threads=self.settings.threads)
-        pieces, numbers = [], []
-        for inputs, found in self.images.judged():
-            pieces.append(run(inputs))
-            numbers += found
-        logits = np.concatenate(pieces)
-        labels = self.images.judges.labels(self.class_names, logits.shape[1])
-        return logits, None if labels is None else labels[numbers]
+        parts = [(run(images), found) for images, found in self.images.read(self.images.others, 32)]
+        return np.concatenate([logits for logits, _ in parts]), [n for _, f in parts for n in f]
 
-    def _method(self, model: ModelProto, ranges: Ranges) -> Method:
-        """Return the method asked for, or the one that disturbs held-out logits least."""
-        if self.settings.method != AUTO:
-            return Method(self.settings.method)
-        self.watch.begin("Trying methods")
-        few = spread_over(self.images.held_out, JUDGED_METHOD_IMAGES)
-        inputs = np.concatenate(list(self.images.batches(few, 16)))
-        expected = _run(model, inputs, self.settings.threads)
-        table: dict[str, float] = {}
-        for method in Method:
-            self.watch.say(f"Trying methods: {method.value}")
-            plan = self._initial(model, ranges, method)
-            found = _run(simulate(plan), inputs, self.settings.threads)
-            table[method.value] = float(kl_divergence(expected, found).mean())
-        best = min(table, key=lambda name: table[name])
-        self.facts["methods"] = {"images": len(inputs), "kl": table, "chosen": best}
-        return Method(best)
-
-
-def _looked_into(scales: CpuScales, plan: QuantizationPlan) -> ModelProto:
-    return qdq_for_cpu(plan, scales, own_units=True)
-
-
-def _run(model: ModelProto, inputs: Images, threads: int | None) -> npt.NDArray[np.float32]:
-    run = logits_session(model, fuse=False, threads=threads)
-    return np.concatenate([run(inputs[i : i + 16]) for i in range(0, len(inputs), 16)])
+    def _graph(self, plan: QuantizationPlan) -> ModelProto:
+        if self.settings.target == "cpu":
+            return qdq_for_cpu(self.model, plan)
+        rest, half_io = self.settings.rest_precision, self.settings.half_io
+        return qdq_for_tensorrt(self.model, plan, rest=rest, kept=self.kept, half_io=half_io)

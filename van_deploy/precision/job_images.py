@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,27 +10,32 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
+from van_deploy.calibration_set import CalibrationSet, ImageSelection, calibration_set_named
+from van_deploy.config import QuantizeSettings
+from van_deploy.data import (
+    ImageSet,
+    decoded_batches,
+    image_set,
+    sample_set,
+    with_labels_if_known,
+)
+from van_deploy.data.calibration import choose, digits_set, noise_set, refuse_overlap, split
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.images import UnreadableImages, sample_pictures
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.precision.calibration import (
-    NO_IMAGES,
-    ChosenImages,
-    Picture,
-    choose_images,
-    refuse_overlap,
-)
-from van_deploy.precision.inputs import input_batches, noise_images
-from van_deploy.precision.manifests import CalibrationSet, ImageSelection, calibration_set_named
-from van_deploy.precision.settings import QuantizeSettings
-from van_deploy.precision.stopwatch import Stopwatch
+from van_deploy.stopwatch import Stopwatch
 
-__all__ = ["JobImages", "images_for", "spread_over"]
+__all__ = ["MOST_UNREADABLE", "JobImages", "choose_images", "images_for", "spread_over"]
+
+NO_IMAGES = (
+    "INT8 needs images to calibrate on, and none were given.",
+    "Pass --images DIR (about 512 training images), or a set with --calibration NAME. "
+    "Noise is used only with --calibrate-on-noise, and fits no real picture.",
+)
+MOST_UNREADABLE = 0.01
+"""Largest share of the images that may be unreadable."""
 
 NOISE_IMAGES = 64
-REMEMBERED_BYTES = 256 << 20
-"""Network input of the images that judge is kept in memory up to this: a search reads it often."""
 
 Images = npt.NDArray[np.float32]
 Batch = tuple[Images, list[int]]
@@ -45,40 +49,40 @@ class JobImages:
         calibration: the ranges and everything learnt come from these.
         held_out: of the calibration images: they judge methods.
         judges: they judge the result.
+        named: whether the user named them; else they are the held-out ones.
         preprocessing: of the network.
         watch: told how far the reading is.
-        unreadable: what could not be read.
+        unreadable: the reasons why images could not be read.
     """
 
-    calibration: ChosenImages
-    held_out: ChosenImages
-    judges: ChosenImages
+    calibration: ImageSet
+    held_out: ImageSet
+    judges: ImageSet
+    named: bool
     preprocessing: Preprocessing
     watch: Stopwatch
-    unreadable: UnreadableImages = field(default_factory=UnreadableImages)
-    _judged: list[Batch] = field(default_factory=list)
+    unreadable: dict[str, None] = field(default_factory=dict)
 
-    def batches(self, chosen: ChosenImages, batch: int) -> Iterator[Images]:
-        """Yield network input ``(n, C, S, S)`` float32, and say how far it is."""
-        done, total = 0, len(chosen.pictures)
-        for inputs, _ in input_batches(chosen, self.preprocessing, batch, self.unreadable):
-            yield inputs
-            done += len(inputs)
-            self.watch.reached(done, total)
+    @property
+    def others(self) -> ImageSet:
+        """All images that do not judge the result."""
+        if not self.named:
+            return self.calibration
+        return replace(self.calibration, items=(*self.calibration.items, *self.held_out.items))
 
-    def judged(self, batch: int = 32) -> Iterator[Batch]:
-        """Yield the network input of the judges with the numbers of their pictures."""
-        if self._judged:
-            yield from self._judged
-            return
-        side = self.preprocessing.image_size
-        whole = 4 * self.preprocessing.channels * side * side * len(self.judges.pictures)
-        found: list[Batch] = []
-        for part in input_batches(self.judges, self.preprocessing, batch, self.unreadable):
-            yield part
-            if whole <= REMEMBERED_BYTES:
-                found.append(part)
-        self._judged = found
+    def read(self, chosen: ImageSet, batch: int) -> Iterator[Batch]:
+        """Yield network input ``(n, C, S, S)`` float32 with the numbers of its images."""
+        for part in decoded_batches(
+            chosen.items, self.preprocessing, batch, most_unreadable=MOST_UNREADABLE
+        ):
+            self.unreadable.update((reason, None) for _, reason in part.unreadable)
+            if part.indices:
+                yield part.inputs, list(part.indices)
+                self.watch.reached(part.indices[-1] + 1, len(chosen))
+
+    def few(self, chosen: ImageSet, count: int) -> Images:
+        """Return network input of at most ``count`` images, spread evenly over ``chosen``."""
+        return np.concatenate([part for part, _ in self.read(spread_over(chosen, count), 16)])
 
 
 def images_for(
@@ -113,36 +117,68 @@ def images_for(
                 "--calibrate-on-noise and images to calibrate on were both given.",
                 "Leave one of them out; images are always better.",
             )
-        chosen = noise_images(NOISE_IMAGES, preprocessing, selection.seed)
+        chosen = noise_set(NOISE_IMAGES, preprocessing, selection.seed)
     elif images is not None or found is not None:
         chosen = choose_images(selection, images)
     elif bundle.name == EMBEDDED_NAME:
         chosen = choose_images(calibration_set_named("digits").images)
     elif settings.precision == "fp16":
-        chosen = _sample_images()
+        chosen = sample_set("", preprocessing)
     else:
         raise ImageError(*NO_IMAGES)
     judges = None
     if evaluate is not None:
-        judges = choose_images(ImageSelection(count=1 << 31, held_out=0.0), evaluate)
+        judges = _labelled(bundle, image_set(evaluate), settings)
         refuse_overlap(chosen, judges)
-    calibrated, held_out = chosen.split(selection.held_out, selection.seed)
-    return JobImages(calibrated, held_out, judges or held_out, preprocessing, watch)
-
-
-def spread_over(chosen: ChosenImages, count: int) -> ChosenImages:
-    """Return at most ``count`` images, spread evenly over ``chosen``."""
-    step = max(1, len(chosen.pictures) // count)
-    return replace(chosen, pictures=chosen.pictures[::step][:count])
-
-
-def _sample_images() -> ChosenImages:
-    """Return photographs found in installed packages, for an audit without the user's images."""
-    samples = sample_pictures()
-    pictures = tuple(
-        Picture(
-            f"sample {number}", hashlib.sha256(image.tobytes()).hexdigest(), "", np.asarray(image)
-        )
-        for number, image in enumerate(samples.images)
+    calibrated, held_out = split(
+        _labelled(bundle, chosen, settings), selection.held_out, selection.seed
     )
-    return ChosenImages(pictures, samples.description)
+    named = judges is not None
+    return JobImages(calibrated, held_out, judges or held_out, named, preprocessing, watch)
+
+
+def _labelled(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> ImageSet:
+    """Return the images with labels, if their folders say them without doubt."""
+    manifest = bundle.manifest
+    classes = manifest.architecture.num_classes
+    order = settings.class_order
+    labelled, why = with_labels_if_known(images, classes, manifest.class_names, order)
+    if why and any(item.group for item in images.items):
+        described = f"{images.description}, without labels: {why.splitlines()[0].rstrip('.:')}"
+        return replace(images, description=described)
+    return labelled
+
+
+def choose_images(selection: ImageSelection, images: Path | None = None) -> ImageSet:
+    """Return the images a selection means.
+
+    Args:
+        selection: which, and how many.
+        images: the user's folder or ``.npz``, instead of the selection's own path.
+
+    Raises:
+        ImageError: there are none, or they are not the ones the set names.
+    """
+    if selection.source == "noise":
+        raise UsageError(*NO_IMAGES)
+    if selection.source == "digits" and images is None:
+        found = digits_set("train")
+    else:
+        path = images or (Path(selection.path) if selection.path else None)
+        if path is None:
+            raise ImageError(*NO_IMAGES)
+        found = image_set(path)
+    chosen = choose(found, selection.count, seed=selection.seed, balanced=selection.balanced)
+    if selection.digest and images is None and chosen.digest != selection.digest:
+        raise ImageError(
+            f"The images are not the ones the calibration set names: their digest is "
+            f"{chosen.digest[:16]}…, the set's {selection.digest[:16]}….",
+            "Restore the images, or correct the digest in the set.",
+        )
+    return chosen
+
+
+def spread_over(chosen: ImageSet, count: int) -> ImageSet:
+    """Return at most ``count`` images, spread evenly over ``chosen``."""
+    step = max(1, len(chosen) // count)
+    return chosen.take(range(len(chosen))[::step][:count])

@@ -1,184 +1,244 @@
-"""What is going to be quantised, and with which numbers: decided before any file is written.
-
-Everything that raises fidelity (equalisation, bias correction, refined scales,
-learnt rounding, a search) takes a plan and returns another. Only
-:mod:`van_deploy.precision.quantize` turns one into a graph.
-"""
+"""Which modules are quantised, and with which numbers: decided before any file is written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import functools
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+import torch
+from torch import nn
 
-from van_deploy.errors import ConversionError
+from van_deploy.errors import UsageError
+from van_deploy.graph.rebuilt import RebuiltVan
+from van_deploy.precision.equalize import Equalization
+from van_deploy.precision.observers import ChannelRange
+from van_deploy.precision.scales import (
+    DEFAULT_PERCENTILE,
+    UNCHANGED,
+    ChannelAffine,
+    Method,
+    Quantizer,
+    by_channel,
+    cpu_weight_scales,
+    symmetric,
+    unsigned,
+    weight_scales,
+)
 
 __all__ = [
-    "FP16_LARGEST",
-    "INT8_LIMIT",
-    "SMALLEST_SCALE",
-    "ConvPlan",
+    "SCOPES",
+    "LayerPlan",
     "QuantizationPlan",
-    "parameters_of",
-    "simulate",
-    "storable_scales",
-    "weight_scales",
-    "weighted_nodes",
+    "counted_tensors",
+    "layers_in_scope",
+    "make_plan",
+    "multiply_adds",
+    "parameters",
 ]
 
-INT8_LIMIT = 127
-"""Symmetric: -128 is not used, so that a value and its opposite are both there."""
+SCOPES = ("pointwise", "deep", "all")
 
-SMALLEST_SCALE = 2.0**-14
-"""Smallest normal FP16 number, 6.1e-5. A smaller scale would be denormal or zero as FP16,
-and TensorRT refuses zero; the weights are rounded with the floored scale."""
+GELU_ENDS = -4.0
+"""GELU of anything smaller is within 1.3e-4 of zero: no unsigned integers are spent on it."""
 
-FP16_LARGEST = 65504.0
+Floats = npt.NDArray[np.float32]
 
-Int8Array = npt.NDArray[np.int8]
-FloatArray = npt.NDArray[np.float32]
+_SHALLOW = re.compile(r"(patch_embed1|block1)\.")
+_ADDED = re.compile(r"(patch_embed\d\.proj|proj_2|fc2)$")  # what an addition reads
+_BEFORE_GELU = re.compile(r"(proj_1|dwconv\.dwconv)$")
 
 
 @dataclass(frozen=True)
-class ConvPlan:
-    """One convolution, or the Gemm of the head, that will run in INT8.
+class LayerPlan:
+    """How one module is quantised.
 
     Attributes:
-        node: name of the node in the FP32 graph, which is its PyTorch module path.
-        activation: name of the tensor it reads.
-        activation_scale: step of that tensor: symmetric int8, zero-point 0.
-        weight: ``(O, I/g, kh, kw)`` (Gemm: as in the graph), already rounded, in -127..127.
-        weight_scale: ``(O,)`` step of each output channel's weights.
-        bias: ``(O,)`` float32, or None where the node has none.
+        input: rounding of what it reads.
+        weight_scales: ``(O,)`` of each output channel; None for the gate, a multiplication.
+        output: rounding of what it gives, or None.
     """
 
-    node: str
-    activation: str
-    activation_scale: float
-    weight: Int8Array
-    weight_scale: FloatArray
-    bias: FloatArray | None
-
-    @property
-    def dequantized_weight(self) -> FloatArray:
-        """The weights the quantised convolution really multiplies with, float32."""
-        shape = (-1,) + (1,) * (self.weight.ndim - 1)
-        return np.multiply(self.weight, self.weight_scale.reshape(shape), dtype=np.float32)
+    input: Quantizer
+    weight_scales: npt.NDArray[np.float32] | None = None
+    output: Quantizer | None = None
 
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """Every quantised node of a graph.
+    """A network, and which of its modules are quantised, with which numbers.
 
     Attributes:
-        model: the FP32 graph the plan is for, equalised or not; never changed.
-        convs: the quantised nodes by name, in the graph's order.
-        facts: what made the plan what it is, for the manifest.
+        network: equalised and corrected, in float32.
+        layers: by module path, in the order they run.
+        inserted: by module, what its input goes through in ``network`` and not in the graph
+            that it was rebuilt from.
     """
 
-    model: ModelProto
-    convs: Mapping[str, ConvPlan]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    network: RebuiltVan
+    layers: Mapping[str, LayerPlan] = field(default_factory=dict)
+    inserted: Mapping[str, ChannelAffine] = field(default_factory=dict)
+
+    @property
+    def convolutions(self) -> tuple[str, ...]:
+        """The layers with weights."""
+        return tuple(n for n, plan in self.layers.items() if plan.weight_scales is not None)
+
+    def without(self, names: Collection[str]) -> QuantizationPlan:
+        """Return the plan with fewer convolutions, and without gates that lost a neighbour."""
+        left = [name for name in self.convolutions if name not in names]
+        stay = {*left, *_gates(left)}
+        return replace(self, layers={n: p for n, p in self.layers.items() if n in stay})
 
 
-def weighted_nodes(model: ModelProto) -> dict[str, NodeProto]:
-    """Return the Conv and Gemm nodes by name, in the graph's order."""
-    return {node.name: node for node in model.graph.node if node.op_type in {"Conv", "Gemm"}}
+# --- which modules -------------------------------------------------------------------------
 
 
-def parameters_of(model: ModelProto, node: NodeProto) -> tuple[FloatArray, FloatArray | None]:
-    """Return a weighted node's weight and bias (None where it has none) as float32 arrays.
+def layers_in_scope(
+    model: nn.Module, scope: Sequence[str], kept: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Return the convolutions (and the head, where it is named) that are to be quantised.
+
+    Args:
+        model: the network.
+        scope: ``pointwise`` (the 1x1 convolutions), ``all`` (every convolution; the head
+            stays as it is), ``deep`` (every convolution but those of the stem and of the
+            first stage), or regular expressions searched for in module paths.
+        kept: modules that must not be.
 
     Raises:
-        ConversionError: the weight is not stored in the graph.
+        UsageError: an expression is wrong or matches nothing, or nothing is left.
     """
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    if node.input[1] not in stored:
-        raise ConversionError(
-            f"The weights of '{node.name}' are computed in the graph, not stored in it.",
-            "Export the network again with van-deploy.",
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    convs = {n: m for n, m in modules.items() if isinstance(m, nn.Conv2d)}
+    found: set[str] = set()
+    for entry in scope:
+        if entry == "pointwise":
+            found |= {n for n, m in convs.items() if m.kernel_size == (1, 1) and m.groups == 1}
+        elif entry == "all":
+            found |= set(convs)
+        elif entry == "deep":
+            found |= {name for name in convs if not _SHALLOW.match(name)}
+        else:
+            found |= _matching(entry, list(modules))
+    layers = tuple(name for name in modules if name in found and name not in kept)
+    if not layers:
+        raise UsageError(
+            f"The scope '{', '.join(scope)}' holds nothing that is not kept in higher precision.",
+            "Ask for a larger scope, such as --scope all, or name less with --keep.",
         )
-    weight = numpy_helper.to_array(stored[node.input[1]]).astype(np.float32)
-    if len(node.input) < 3 or not node.input[2]:
-        return weight, None
-    return weight, numpy_helper.to_array(stored[node.input[2]]).astype(np.float32)
+    return layers
 
 
-def weight_scales(weight: FloatArray) -> FloatArray:
-    """Return each output channel's step ``(O,)``: its largest magnitude over 127, storable."""
-    return storable_scales(np.abs(weight.reshape(len(weight), -1)).max(axis=1) / INT8_LIMIT)
+def _matching(expression: str, names: Sequence[str]) -> set[str]:
+    try:
+        pattern = re.compile(expression)
+    except re.error as error:
+        raise UsageError(
+            f"The scope '{expression}' is neither {' nor '.join(SCOPES)} nor a regular "
+            f"expression: {error}.",
+            "Write for instance --scope 'block[34].*fc1'.",
+        ) from error
+    found = {name for name in names if pattern.search(name)}
+    if not found:
+        raise UsageError(
+            f"The scope '{expression}' matches no convolution of this network.",
+            f"Write {', '.join(SCOPES)}, or a part of names like '{names[1]}', which "
+            "`van-deploy inspect` lists.",
+        )
+    return found
 
 
-def storable_scales(scales: npt.ArrayLike) -> FloatArray:
-    """Return positive ``scales`` as float32 numbers that FP16 holds exactly.
-
-    Each is rounded up, so that what a scale covered is still covered, and is at
-    least :data:`SMALLEST_SCALE`. Integers rounded with these scales mean the same
-    in a file whose scales are FP16.
-
-    >>> storable_scales([0.0, 0.1]).tolist()
-    [6.103515625e-05, 0.10003662109375]
-    """
-    wanted = np.clip(np.asarray(scales, np.float64), SMALLEST_SCALE, FP16_LARGEST)
-    half = wanted.astype(np.float16)
-    short = half.astype(np.float64) < wanted
-    up = np.nextafter(half, np.where(short, np.float16(np.inf), half))
-    return np.asarray(up, dtype=np.float32)
-
-
-def simulate(plan: QuantizationPlan) -> ModelProto:
-    """Return the FP32 graph with the plan's rounding in it, quick to run on a CPU.
-
-    Activations pass a QuantizeLinear and a DequantizeLinear (float32 scale, int8),
-    weights are stored dequantised. Every node keeps its name and its output's
-    name, so any of them can be asked for as an extra output. ONNX Runtime must
-    not fuse the pairs into integer kernels, which on a CPU are slower for
-    symmetric int8: open the session with ``session.disable_quant_qdq = 1``.
-    """
-    model = ModelProto()
-    model.CopyFrom(plan.model)
-    graph = model.graph
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    faked: dict[tuple[str, float], str] = {}
-    nodes: list[NodeProto] = []
-    for node in graph.node:
-        conv = plan.convs.get(node.name)
-        if conv is not None:
-            key = (conv.activation, conv.activation_scale)
-            if key not in faked:
-                suffix = f"/{node.name}" if conv.activation in {a for a, _ in faked} else ""
-                faked[key] = f"{conv.activation}.simulated{suffix}"
-                nodes += _fake_quantize(graph, conv, faked[key])
-            node.input[0] = faked[key]
-            _replace(tensors[node.input[1]], conv.dequantized_weight)
-            if conv.bias is not None:
-                _replace(tensors[node.input[2]], conv.bias)
-        nodes.append(node)
-    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
-    return model
-
-
-def _fake_quantize(graph: Any, conv: ConvPlan, name: str) -> list[NodeProto]:
-    """Return the pair of nodes that rounds ``conv``'s input; its parameters go into ``graph``."""
-    scale, zero = f"{name}.scale", f"{name}.zero_point"
-    graph.initializer.extend(
-        [
-            numpy_helper.from_array(np.array(conv.activation_scale, np.float32), scale),
-            helper.make_tensor(zero, TensorProto.INT8, [], [0]),
-        ]
-    )
-    integer = f"{name}.int8"
-    return [
-        helper.make_node("QuantizeLinear", [conv.activation, scale, zero], [integer], integer),
-        helper.make_node("DequantizeLinear", [integer, scale, zero], [name], name),
+@torch.inference_mode()
+def multiply_adds(model: nn.Module, channels: int, image_size: int) -> dict[str, int]:
+    """Return the multiply-adds of each convolution and of the head, for one image."""
+    found: dict[str, int] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda m, _a, y, name=name: found.update({name: m.weight[0].numel() * y[0].numel()})
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
     ]
+    model(torch.zeros(1, channels, image_size, image_size))
+    for handle in handles:
+        handle.remove()
+    return found
 
 
-def _replace(tensor: TensorProto, values: FloatArray) -> None:
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
+# --- with which numbers --------------------------------------------------------------------
+
+
+def counted_tensors(network: RebuiltVan, layers: Collection[str], target: str) -> set[str]:
+    """Return the tensors whose histograms decide the scales of ``layers``."""
+    read = {network.reads[name] for name in layers}
+    if target == "cpu":
+        read |= {name for name in layers if name != "head" and not _ADDED.search(name)}
+        read |= {network.reads[f"{gate}.conv0"] for gate in _gates(layers)}
+    return read
+
+
+def make_plan(
+    equalized: Equalization,
+    ranges: Mapping[str, ChannelRange],
+    layers: Sequence[str],
+    *,
+    target: str = "tensorrt",
+    method: Method = Method.MSE,
+    percentile: float = DEFAULT_PERCENTILE,
+) -> QuantizationPlan:
+    """Return the plan with every scale by ``method``.
+
+    Args:
+        equalized: the network, and how its tensors differ from those of ``ranges``.
+        ranges: of the network before, with :func:`counted_tensors` counted.
+        layers: what is quantised, from :func:`layers_in_scope`.
+        target: ``tensorrt``, or ``cpu``: ONNX Runtime's integer kernels want the outputs
+            rounded, too, and the gates between quantised convolutions.
+        method: how activation scales are read from the ranges.
+        percentile: for that method, in percent.
+    """
+    network, affines = equalized.network, equalized.affines
+
+    @functools.cache
+    def scale_of(tensor: str) -> Quantizer:
+        lowest = GELU_ENDS if _BEFORE_GELU.search(tensor) else -np.inf
+        affine = affines.get(tensor, UNCHANGED)
+        return unsigned(ranges[tensor], method, percentile, affine, lowest)
+
+    chosen: dict[str, LayerPlan] = {}
+    for name in layers:
+        tensor, (weight, bias) = network.reads[name], parameters(network, name)
+        if target == "tensorrt":
+            affine = equalized.inserted.get(name) or affines.get(tensor, UNCHANGED)
+            scale = symmetric(ranges[tensor], method, percentile, affine)
+            chosen[name] = LayerPlan(scale, weight_scales(weight))
+            continue
+        scale, output = scale_of(tensor), None
+        if _ADDED.search(name):
+            output = by_channel(ranges[name], affines.get(name, UNCHANGED))
+        elif name != "head":
+            output = scale_of(name)
+        chosen[name] = LayerPlan(scale, cpu_weight_scales(weight, bias, scale.scale), output)
+    if target == "cpu":
+        gates = _gates(layers)
+        chosen |= {gate: LayerPlan(scale_of(network.reads[f"{gate}.conv0"])) for gate in gates}
+    return QuantizationPlan(network, chosen, equalized.inserted)
+
+
+def parameters(network: RebuiltVan, name: str) -> tuple[Floats, Floats]:
+    """Return a convolution's weight ``(O, ...)`` and bias ``(O,)``, 0 where it has none."""
+    module = cast("nn.Conv2d", network.model.get_submodule(name))
+    bias = torch.zeros(len(module.weight)) if module.bias is None else module.bias
+    return module.weight.detach().contiguous().numpy(), bias.detach().numpy()
+
+
+def _gates(layers: Collection[str]) -> list[str]:
+    """Return the multiplications between two quantised convolutions."""
+    attentions = [name.removesuffix(".proj_2") for name in layers if name.endswith(".proj_2")]
+    gates = [f"{attention}.spatial_gating_unit" for attention in attentions]
+    return [gate for gate in gates if f"{gate}.conv1" in layers]

@@ -1,258 +1,343 @@
-"""From a tensor's recorded range to the step of its integers. Pure functions.
+"""From a tensor's histogram to the scale of its 8-bit integers. Pure functions.
 
-=============  ==================================================================
-``minmax``     the largest magnitude is just representable: nothing is clipped
-``average``    the mean over the images of each one's largest magnitude
-``percentile`` the magnitude that 99.999 % of all values do not exceed
-``mse``        the least squared error over the whole histogram, clipping included
-``entropy``    the least KL divergence between the histogram and its 8-bit version,
-               as TensorRT's and ONNX Runtime's calibrators define it
-=============  ==================================================================
+==============  =================================================================
+``minmax``      the largest magnitude is just representable: nothing is clipped
+``percentile``  the magnitude that 99.999 % of all values do not exceed
+``mse``         the least squared error over the whole histogram, clipping included
+==============  =================================================================
 """
 
 from __future__ import annotations
 
 import enum
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.precision.histogram import Histogram, bin_centres, bin_edges
-from van_deploy.precision.plan import FP16_LARGEST, INT8_LIMIT, SMALLEST_SCALE, storable_scales
-from van_deploy.precision.tensor_range import TensorRange
+from van_deploy.precision.observers import ChannelRange, bin_values
 
 __all__ = [
     "DEFAULT_PERCENTILE",
-    "UINT8_LIMIT",
-    "AffineScale",
+    "FP16_LARGEST",
+    "INT8_LIMIT",
+    "SMALLEST_SCALE",
+    "UNCHANGED",
+    "UNSIGNED_ZERO",
+    "ChannelAffine",
+    "Floats",
     "Method",
-    "affine_between",
-    "affine_scale",
-    "clip_magnitude",
-    "symmetric_scale",
+    "Quantizer",
+    "by_channel",
+    "cpu_weight_scales",
+    "pair_sums",
+    "percentile_range",
+    "rounded",
+    "storable_scales",
+    "symmetric",
+    "unsigned",
+    "weight_scales",
 ]
 
-DEFAULT_PERCENTILE = 0.99999
-"""ONNX Runtime's default, 99.999 %."""
+DEFAULT_PERCENTILE = 99.999
+"""ONNX Runtime's default."""
 
-UINT8_LIMIT = 255
-"""Unsigned: 0..255, with a zero-point."""
-_CANDIDATES = 64
-_SMALLEST_CLIP = 1 / 128  # of the largest magnitude, where the search for a clip starts
+INT8_LIMIT = 127
+"""Symmetric: -128 is not used, so that a value and its opposite are both there."""
 
-Floats = npt.NDArray[np.float64]
-_Error = Callable[[float], float]
+UNSIGNED_ZERO = 128
+"""Zero-point of an unsigned tensor with a scale for every channel."""
+
+SMALLEST_SCALE = 2.0**-14
+"""Smallest normal FP16 number, 6.1e-5. A smaller scale would be denormal or zero as FP16,
+and TensorRT refuses zero."""
+
+FP16_LARGEST = 65504.0
+
+PAIR_LIMIT = 128
+"""Largest magnitude of the sum of two weights that are multiplied side by side: x86 processors
+without VNNI add two products of uint8 and int8 in 16 bits (``vpmaddubsw``), where 255 times
+more does not fit and is cut off (ONNX Runtime's page on quantisation, "When and why do I
+need to try U8U8?")."""
+
+LARGEST_BIAS = 2.0**30  # of an int32, with a factor of two to spare for the sum it joins
+
+_GRID = 24  # clips tried first, then as many around the best
+_SMALLEST_CLIP = 1 / 64  # of the largest magnitude, where the search starts
+
+Floats = npt.NDArray[np.floating]
 
 
 class Method(str, enum.Enum):
-    """How a scale is read from a range."""
+    """How a scale is read from a histogram."""
 
     MINMAX = "minmax"
-    AVERAGE = "average"
     PERCENTILE = "percentile"
     MSE = "mse"
-    ENTROPY = "entropy"
 
 
 @dataclass(frozen=True)
-class AffineScale:
-    """The step and the zero-point of an unsigned 8-bit tensor.
+class ChannelAffine:
+    """An exact change of a tensor by channel: ``x' = (x - shift) / factor``.
 
     Attributes:
-        scale: step, positive.
-        zero_point: the integer that stands for 0, in 0..255.
+        shift: ``(C,)`` float64.
+        factor: ``(C,)`` float64, positive.
     """
 
-    scale: float
-    zero_point: int
+    shift: Floats
+    factor: Floats
+
+    def of(self, values: Floats) -> Floats:
+        """Return ``values (..., C)`` after the change."""
+        return np.asarray((values - self.shift) / self.factor)
+
+    def multiply_add(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Return the change as ``x * multiplier + offset``, ``(C,)`` float32 each."""
+        multiplier = (1 / self.factor).astype(np.float32)
+        return multiplier, (-self.shift / self.factor).astype(np.float32)
 
 
-def symmetric_scale(
-    record: TensorRange,
+UNCHANGED = ChannelAffine(np.zeros(1), np.ones(1))
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """8-bit integers ``clip(round(x / scale) + zero_point)`` and what they stand for.
+
+    Attributes:
+        scale: positive; one number, or ``(C,)``.
+        zero_point: the integer that stands for 0.
+        signed: -128..127, else 0..255.
+    """
+
+    scale: Floats
+    zero_point: int = 0
+    signed: bool = True
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The smallest and the largest integer, without the zero-point."""
+        low, high = (-128, 127) if self.signed else (0, 255)
+        return low - self.zero_point, high - self.zero_point
+
+
+def storable_scales(scales: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """Return positive ``scales`` as float32 numbers that FP16 holds exactly.
+
+    Each is rounded up, so that what a scale covered is still covered, and is at
+    least :data:`SMALLEST_SCALE`. Integers rounded with these scales mean the same
+    in a file whose scales are FP16.
+
+    >>> storable_scales([0.0, 0.1]).tolist()
+    [6.103515625e-05, 0.10003662109375]
+    """
+    wanted = np.clip(np.asarray(scales, np.float64), SMALLEST_SCALE, FP16_LARGEST)
+    half = wanted.astype(np.float16)
+    short = half.astype(np.float64) < wanted
+    up = np.nextafter(half, np.where(short, np.float16(np.inf), half))
+    return np.asarray(up, dtype=np.float32)
+
+
+def weight_scales(weight: Floats) -> npt.NDArray[np.float32]:
+    """Return each output channel's scale ``(O,)``: its largest magnitude over 127, storable."""
+    return storable_scales(np.abs(weight.reshape(len(weight), -1)).max(axis=1) / INT8_LIMIT)
+
+
+def pair_sums(weight: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return each output channel's largest ``|w + v|`` of two neighbouring weights, ``(O,)``.
+
+    Neighbours in the order in which ONNX Runtime multiplies them: kernel row, kernel column,
+    input channel. A depth-wise convolution has none: it adds in 32 bits.
+
+    >>> pair_sums(np.array([[3.0, 4.0, -5.0, 1.0]]).reshape(1, 4, 1, 1))
+    array([7.])
+    """
+    if weight.ndim != 4 or weight.shape[1] == 1:
+        return np.zeros(len(weight))
+    rows = weight.astype(np.float64).transpose(0, 2, 3, 1).reshape(len(weight), -1)
+    rows = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
+    return np.asarray(np.abs(rows[:, ::2] + rows[:, 1::2]).max(axis=1))
+
+
+def cpu_weight_scales(
+    weight: Floats, bias: Floats, activation_scale: Floats
+) -> npt.NDArray[np.float32]:
+    """Return each output channel's scale ``(O,)``, wide enough for ONNX Runtime's kernels.
+
+    No two products overflow (:data:`PAIR_LIMIT`; rounding lengthens a sum by one at most),
+    and the bias fits into 32 bits.
+    """
+    for_bias = np.abs(bias) / (float(activation_scale) * LARGEST_BIAS)
+    wide = np.maximum(pair_sums(weight) / (PAIR_LIMIT - 1), for_bias)
+    return np.maximum(weight_scales(weight), storable_scales(wide))
+
+
+def rounded(weight: Floats, scales: Floats) -> npt.NDArray[np.int8]:
+    """Return ``weight (O, ...)`` in integers of ``scales (O,)``, rounded to nearest."""
+    integers = np.rint(weight / scales.reshape(-1, *(1,) * (weight.ndim - 1)))
+    return np.clip(integers, -INT8_LIMIT, INT8_LIMIT).astype(np.int8)
+
+
+# --- activations ---------------------------------------------------------------------------
+
+
+def symmetric(
+    record: ChannelRange,
     method: Method,
-    *,
     percentile: float = DEFAULT_PERCENTILE,
-) -> float:
-    """Return the step of symmetric int8: integers -127..127, zero-point 0.
+    affine: ChannelAffine = UNCHANGED,
+) -> Quantizer:
+    """Return signed integers with zero-point 0, whose scale FP16 holds.
 
-    It is positive, finite, and a number that FP16 holds.
+    Args:
+        record: of the tensor, counted.
+        method: how the scale is read.
+        percentile: for that method, in percent.
+        affine: what the tensor goes through between ``record`` and the rounding.
     """
-    clip = clip_magnitude(record, method, percentile)
-    return float(storable_scales(clip / INT8_LIMIT))
+    low, high = _ends(record, method, percentile, affine)
+    largest = max(high, -low)
+    if method is Method.MSE and largest > 0:
+        sums = _BinSums(record, affine)
+        largest = _least(lambda clip: sums.error(clip / INT8_LIMIT, -clip, clip), largest)
+    return Quantizer(storable_scales(largest / INT8_LIMIT))
 
 
-def clip_magnitude(
-    record: TensorRange, method: Method, percentile: float = DEFAULT_PERCENTILE
-) -> float:
-    """Return the magnitude from which values are clipped; 0 for a tensor of zeros."""
-    if method is Method.AVERAGE:
-        return max(record.mean_maximum, -record.mean_minimum, 0.0)
-    if method is Method.MINMAX or record.histogram is None:
-        return record.largest
+def unsigned(
+    record: ChannelRange,
+    method: Method,
+    percentile: float = DEFAULT_PERCENTILE,
+    affine: ChannelAffine = UNCHANGED,
+    lowest: float = -np.inf,
+) -> Quantizer:
+    """Return unsigned integers with a zero-point, for a tensor whose two sides differ.
+
+    Zero is always exactly representable. ``mse`` clips the two sides where the squared
+    error is least, one side at a time.
+
+    Args:
+        record: of the tensor, counted.
+        method: how the scale is read.
+        percentile: for that method, in percent.
+        affine: what the tensor goes through between ``record`` and the rounding.
+        lowest: no integers are spent below this.
+    """
+    low, high = _ends(record, method, percentile, affine)
+    low = max(low, lowest)
+    if method is Method.MSE and low < high:
+        sums = _BinSums(record, affine)
+
+        def error(low: float, high: float) -> float:
+            found = _between(low, high)
+            first, last = (limit * float(found.scale) for limit in found.limits)
+            return sums.error(float(found.scale), first, last)
+
+        least, most = low, high
+        for _ in range(2):
+            high = _least(functools.partial(error, low), most)
+            low = -_least(lambda clip, high=high: error(-clip, high), -least)  # type: ignore[misc]
+    return _between(low, high)
+
+
+def by_channel(record: ChannelRange, affine: ChannelAffine = UNCHANGED) -> Quantizer:
+    """Return unsigned integers with a scale for every channel, which clip nothing."""
+    ends = np.abs([affine.of(record.minimum), affine.of(record.maximum)])
+    scale = ends.max(axis=0) / (255 - UNSIGNED_ZERO)
+    return Quantizer(np.clip(scale, SMALLEST_SCALE, FP16_LARGEST), UNSIGNED_ZERO, signed=False)
+
+
+def percentile_range(record: ChannelRange, percentile: float) -> tuple[Floats, Floats]:
+    """Return the ends of each channel, ``(C,)`` both, that so many percent of it stay within.
+
+    At each end at most the rest is cut off, by whole bins.
+    """
+    low, high = _within(bin_values()[None], _counted(record), percentile)
+    return np.maximum(low, record.minimum), np.minimum(high, record.maximum)
+
+
+def _within(
+    values: Floats, counts: npt.NDArray[np.uint32], percentile: float
+) -> tuple[Floats, Floats]:
+    """Return the first and the last of rising ``values`` in each row that are not cut off."""
+    rising = np.cumsum(counts, axis=1, dtype=np.float64)
+    cut = (1 - percentile / 100) * rising[:, -1:]
+    first, last = (rising > cut).argmax(axis=1), (rising >= rising[:, -1:] - cut).argmax(axis=1)
+    return values[..., first].reshape(-1), values[..., last].reshape(-1)
+
+
+def _ends(
+    record: ChannelRange, method: Method, percentile: float, affine: ChannelAffine
+) -> tuple[float, float]:
+    """Return the ends of a whole tensor, zero between them; not yet where ``mse`` clips."""
+    low, high = affine.of(record.minimum).min(), affine.of(record.maximum).max()
     if method is Method.PERCENTILE:
-        return record.histogram.magnitude_at(percentile)
-    if method is Method.ENTROPY:
-        return _entropy_clip(record.histogram)
-    return _mse_clip(record.histogram)
+        counts = _counted(record)
+        values = np.broadcast_to(affine.of(bin_values()[:, None]).T, counts.shape)
+        order = np.argsort(values, axis=None)
+        found = _within(values.flat[order][None], counts.flat[order][None], percentile)
+        low, high = max(low, found[0][0]), min(high, found[1][0])
+    return min(float(low), 0.0), max(float(high), 0.0)
 
 
-def affine_scale(
-    record: TensorRange,
-    method: Method,
-    *,
-    percentile: float = DEFAULT_PERCENTILE,
-    floor: float = SMALLEST_SCALE,
-) -> AffineScale:
-    """Return the step and zero-point of uint8, for a tensor whose two sides differ.
-
-    Zero is always exactly representable. ``mse`` clips the two sides where the
-    squared error is least; the other methods clip both at the symmetric
-    magnitude, or at the tensor's own end where that is nearer.
-    """
-    if method is Method.MSE and record.histogram is not None:
-        low, high = _affine_mse_clip(record.histogram)
-    elif method is Method.AVERAGE:
-        low, high = record.mean_minimum, record.mean_maximum
-    else:
-        clip = clip_magnitude(record, method, percentile)
-        low, high = max(record.minimum, -clip), min(record.maximum, clip)
-    return affine_between(low, high, floor)
+def _between(low: float, high: float) -> Quantizer:
+    """Return the unsigned integers that cover both ends and zero."""
+    scale = min(max((high - low) / 255, SMALLEST_SCALE), FP16_LARGEST)
+    return Quantizer(np.array(scale), int(np.clip(round(-low / scale), 0, 255)), signed=False)
 
 
-def affine_between(low: float, high: float, floor: float = SMALLEST_SCALE) -> AffineScale:
-    """Return the step, at least ``floor``, and the zero-point that cover both ends and zero."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = min(max((high - low) / UINT8_LIMIT, floor), FP16_LARGEST)
-    return AffineScale(scale, int(np.clip(round(-low / scale), 0, UINT8_LIMIT)))
+class _BinSums:
+    """Sums over the smallest values of each channel, from which any scale's error follows.
 
-
-# --- least squared error -------------------------------------------------------------------
-
-
-class _Side:
-    """The squared error of the values on one side of zero, for any step.
-
-    What rounds to zero and what is clipped are sums over bins prepared once; only
-    the bins between are rounded for each step.
+    An error of rounding is taken as evenly spread, ``scale^2 / 12``, except where all values
+    round to zero, and where they are clipped: so a scale is judged without rounding anything.
     """
 
-    def __init__(self, counts: npt.NDArray[np.int64], largest: float) -> None:
-        index = np.flatnonzero(counts)
-        self.values = np.minimum(bin_centres()[index], largest)
-        self.weights = counts[index].astype(np.float64)
-        self.zeroth, self.first, self.second = (
-            np.concatenate([[0.0], np.cumsum(self.weights * self.values**power)])
-            for power in range(3)
-        )
+    def __init__(self, record: ChannelRange, affine: ChannelAffine) -> None:
+        counts = _counted(record)
+        if affine is UNCHANGED:  # all channels alike
+            counts = counts.sum(axis=0, keepdims=True, dtype=np.uint64)
+        used = np.flatnonzero(counts.any(axis=0))
+        values = bin_values()[used]
+        powers = counts[:, used] * np.stack([values**power for power in range(3)])[:, None, :]
+        none = np.zeros((3, len(counts), 1))
+        self.values = values
+        self.sums = np.concatenate([none, np.cumsum(powers, axis=2)], axis=2)  # (3, C, B + 1)
+        self.affine = affine
+        self.every = np.arange(len(counts))
 
-    def error(self, step: float, levels: int) -> float:
-        """Return the sum of squared errors with the integers 0..``levels``."""
-        clip = step * levels
-        low, high = np.searchsorted(self.values, (step / 2, clip))
-        if low >= high:
-            low = high
-        between = self.values[low:high]
-        rounded = self.weights[low:high] @ np.square(np.rint(between / step) * step - between)
-        above = self.second[-1] - self.second[high] - 2 * clip * (self.first[-1] - self.first[high])
-        clipped = above + clip**2 * (self.zeroth[-1] - self.zeroth[high])
-        return float(self.second[low] + rounded + clipped)
+    def error(self, scale: float, low: float, high: float) -> float:
+        """Return the squared error of ``x'`` with integers that reach from low to high."""
+        fine = scale / np.sqrt(12)
+        rest = np.inf
+        ends = [-rest, low, max(-fine, low), min(fine, high), high, rest]
+        shift, factor = self.affine.shift, self.affine.factor
+        places = np.searchsorted(self.values, np.multiply.outer(ends, factor) + shift)
+        parts = np.diff(self.sums[:, self.every, places], axis=1)  # (3, 5, C)
 
+        def squares(part: int, about: float) -> Floats:  # of x' - about
+            zeroth, first, second = parts[:, part]
+            point = about * factor + shift
+            return np.asarray((second - 2 * point * first + point**2 * zeroth) / factor**2)
 
-def _mse_clip(histogram: Histogram) -> float:
-    """Return the clip with the least squared error: a coarse grid, then a fine one."""
-    side = _Side(histogram.magnitudes, histogram.largest)
-    if not side.values.size:
-        return histogram.largest
-
-    def error(clip: float) -> float:
-        return side.error(clip / INT8_LIMIT, INT8_LIMIT)
-
-    return _least(error, histogram.largest * _SMALLEST_CLIP, histogram.largest)
+        spread = (parts[0, 1] + parts[0, 3]) * fine**2
+        return float((squares(0, low) + spread + squares(2, 0.0) + squares(4, high)).sum())
 
 
-def _affine_mse_clip(histogram: Histogram) -> tuple[float, float]:
-    """Return the two clips with the least squared error, improving one side at a time."""
-    lowest, highest = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
-    above, below = _Side(histogram.positive, highest), _Side(histogram.negative, -lowest)
-    if lowest == highest or not above.values.size + below.values.size:
-        return lowest, highest
-
-    def error(low: float, high: float) -> float:
-        chosen = affine_between(low, high, 0.0)
-        return above.error(chosen.scale, UINT8_LIMIT - chosen.zero_point) + below.error(
-            chosen.scale, chosen.zero_point
-        )
-
-    low, high = lowest, highest
-    if highest > 0:
-        high = _least(partial(error, low), highest * _SMALLEST_CLIP, highest)
-    if lowest < 0:
-        low = -_least(partial(_flipped, error, high), -lowest * _SMALLEST_CLIP, -lowest)
-        if highest > 0:
-            high = _least(partial(error, low), highest * _SMALLEST_CLIP, highest)
-    return low, high
-
-
-def _flipped(error: Callable[[float, float], float], high: float, clip: float) -> float:
-    return error(-clip, high)
-
-
-def _least(error: _Error, smallest: float, largest: float) -> float:
-    """Return the clip between the two with the least error, to a thousandth."""
-    grid = np.geomspace(smallest, largest, _CANDIDATES)
-    best = int(np.argmin([error(float(clip)) for clip in grid]))
-    around = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], 33)
-    errors = [error(float(clip)) for clip in around]
-    return float(around[int(np.argmin(errors))])
-
-
-# --- entropy -------------------------------------------------------------------------------
-
-_LINEAR_BINS = 2048  # TensorRT's calibrator uses as many
-_LEVELS = INT8_LIMIT + 1
-
-
-def _entropy_clip(histogram: Histogram) -> float:
-    """Return the clip whose 8-bit version diverges least from the histogram."""
-    if not histogram.largest:
+def _least(error: Callable[[float], float], largest: float) -> float:
+    """Return the clip up to ``largest`` with the least error: a coarse grid, then a fine one."""
+    if largest <= 0:
         return 0.0
-    counts = _linear_counts(histogram)
-    stops = range(_LEVELS, _LINEAR_BINS + 1, 8)
-    divergence = [_divergence(counts, stop) for stop in stops]
-    best = list(stops)[int(np.argmin(divergence))]
-    return histogram.largest * best / _LINEAR_BINS
+    grid = np.geomspace(largest * _SMALLEST_CLIP, largest, _GRID)
+    best = int(np.argmin([error(float(clip)) for clip in grid]))
+    around = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, _GRID - 1)], _GRID)
+    return float(around[int(np.argmin([error(float(clip)) for clip in around]))])
 
 
-def _linear_counts(histogram: Histogram) -> Floats:
-    """Return the magnitudes' counts in equal bins up to the largest, shared out in proportion.
-
-    The first bin is left out, as in TensorRT's calibrator: it holds zeros, which
-    every scale represents exactly.
-    """
-    rising = np.concatenate([[0.0], np.cumsum(histogram.magnitudes, dtype=np.float64)])
-    edges = np.minimum(bin_edges(), histogram.largest)
-    wanted = np.linspace(0.0, histogram.largest, _LINEAR_BINS + 1)
-    counts: Floats = np.diff(np.interp(wanted, edges, rising))
-    counts[0] = counts[1]
-    return counts
-
-
-def _divergence(counts: Floats, stop: int) -> float:
-    """Return KL(P || Q) with ``P`` clipped at bin ``stop`` and ``Q`` its 128 levels."""
-    reference = counts[:stop].copy()
-    reference[-1] += counts[stop:].sum()
-    level = np.arange(stop) * _LEVELS // stop
-    filled = counts[:stop] > 0
-    totals = np.bincount(level, weights=counts[:stop], minlength=_LEVELS)
-    sharers = np.bincount(level, weights=filled.astype(np.float64), minlength=_LEVELS)
-    shared = np.divide(totals, sharers, out=np.zeros(_LEVELS), where=sharers > 0)
-    quantized = np.where(filled, shared[level], 0.0)
-    p, q = reference / reference.sum(), quantized / max(quantized.sum(), 1e-30)
-    present = p > 0
-    q = np.where(q > 0, q, 1e-12)  # a clipped tail that lands in an empty bin
-    value = float((p[present] * np.log(p[present] / q[present])).sum())
-    return value if math.isfinite(value) else math.inf
+def _counted(record: ChannelRange) -> npt.NDArray[np.uint32]:
+    if record.counts is None:
+        raise ValueError("the values of this tensor were not counted")
+    return record.counts

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import RenderableType
 from rich.text import Text
 
-from van_deploy.bench.timing import CV_LIMIT_PERCENT
+from van_deploy.bench.document import BenchReport
+from van_deploy.bench.lane import Loading, Row
+from van_deploy.bench.limits import PaperLimits
+from van_deploy.bench.machine import Machine
+from van_deploy.bench.timing import CV_LIMIT_PERCENT, Ratio
 from van_deploy.report.tables import (
     Column,
     bytes_text,
@@ -22,9 +25,9 @@ from van_deploy.report.tables import (
 __all__ = ["bench_tables", "limits_table", "machine_text", "ms_text", "ratio_text"]
 
 
-def bench_tables(report: Mapping[str, Any]) -> RenderableType:
-    """Return everything a person wants to see of a benchmark, given as its JSON."""
-    warnings = notes(report["warnings"]) if report["warnings"] else None
+def bench_tables(report: BenchReport) -> RenderableType:
+    """Return everything a person wants to see of a benchmark."""
+    warnings = notes(report.warnings) if report.warnings else None
     return stack(
         facts_table(_facts(report)),
         _latency_table(report),
@@ -36,26 +39,26 @@ def bench_tables(report: Mapping[str, Any]) -> RenderableType:
     )
 
 
-def machine_text(machine: Mapping[str, Any]) -> str:
+def machine_text(machine: Machine) -> str:
     """Return the machine on one line."""
-    cpu = machine["cpu"]
-    gpus = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
-    special = [f for f in cpu["features"] if f not in {"fma"}]
-    return f"{cpu['name']}, {cpu['cores_allowed']} cores ({' '.join(special)}){gpus}"
+    cpu = machine.cpu
+    gpus = "".join(f", {gpu.name}" for gpu in machine.gpus)
+    special = [f for f in cpu.features if f not in {"fma"}]
+    return f"{cpu.name}, {cpu.cores_allowed} cores ({' '.join(special)}){gpus}"
 
 
-def ratio_text(ratio: Mapping[str, Any] | None) -> str | None:
+def ratio_text(ratio: Ratio | None) -> str | None:
     """Return a ratio with its 95 % interval.
 
-    >>> ratio_text({"median": 4.132, "low": 4.0, "high": 4.31, "rounds": 30})
+    >>> ratio_text(Ratio(median=4.132, low=4.0, high=4.31, least=3.9, most=4.4, rounds=30))
     '4.13 (4.00-4.31)'
     """
     if ratio is None:
         return None
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})"
+    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
-def limits_table(name: str, source: str, limits: Sequence[Mapping[str, Any]]) -> RenderableType:
+def limits_table(limits: PaperLimits) -> RenderableType:
     """Return the limits on paper of a device that is not at hand, one line a graph and batch."""
     columns = (
         "graph",
@@ -69,42 +72,44 @@ def limits_table(name: str, source: str, limits: Sequence[Mapping[str, Any]]) ->
     )
     rows = (
         (
-            limit["graph"],
-            limit["precision"],
-            limit["batch"],
-            count_text(limit["operations"]),
-            ms_text(limit["limit"]["ms"]),
-            f"{1e3 * limit['batch'] / limit['limit']['ms']:,.0f}",
-            limit["limit"]["bound"],
-            ms_text(limit["limit"]["traffic_ms"]),
+            limit.graph,
+            limit.precision,
+            limit.batch,
+            count_text(limit.operations),
+            ms_text(limit.limit.ms),
+            f"{1e3 * limit.batch / limit.limit.ms:,.0f}",
+            limit.limit.bound,
+            ms_text(limit.limit.traffic_ms),
         )
-        for limit in limits
+        for limit in limits.limits
     )
-    title = f"Limits on paper of {name.upper()} ({source}); nothing here was measured"
+    title = (
+        f"Limits on paper of {limits.device.upper()} ({limits.source}); nothing here was measured"
+    )
     return rows_table(columns, rows, title)
 
 
-def _facts(report: Mapping[str, Any]) -> dict[str, object]:
-    settings, seconds = report["settings"], report["seconds"]
-    used = [r["contender"] for r in report["rows"]]
+def _facts(report: BenchReport) -> dict[str, object]:
+    settings, seconds = report.settings, report.seconds
+    used = [r.contender for r in report.rows]
     return {
-        "model": report.get("model", ""),
-        "machine": machine_text(report["machine"]),
-        "threads": f"{settings['threads']} a runner, {settings['streams']} stream(s)",
-        "versions": ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
-        "images": settings["images"],
-        "time": f"{seconds['wall']:.0f} s, of which {seconds['timed']:.0f} s timed, "
-        f"{seconds['waited']:.0f} s spent waiting for quiet moments, "
-        f"{seconds['overhead_percent']:.0f} % outside the {len(set(used))} runners",
-        "faster": f"times faster than {report['reference']}, paired by round (95 % interval)"
-        if report["reference"]
+        "model": report.model,
+        "machine": machine_text(report.machine),
+        "threads": f"{report.threads} a runner, {settings.streams} stream(s)",
+        "versions": ", ".join(f"{k} {v}" for k, v in report.versions.items()),
+        "images": report.images,
+        "time": f"{seconds.wall:.0f} s, of which {seconds.timed:.0f} s timed, "
+        f"{seconds.waited:.0f} s spent waiting for quiet moments, "
+        f"{seconds.overhead_percent:.0f} % outside the {len(set(used))} runners",
+        "faster": f"times faster than {report.reference}, paired by round (95 % interval)"
+        if report.reference
         else "nothing to compare with",
         "rounds": "that were quiet, of all; * a ratio that did not settle",
     }
 
 
-def _latency_table(report: Mapping[str, Any]) -> RenderableType:
-    several = len({row["image_size"] for row in report["rows"]}) > 1
+def _latency_table(report: BenchReport) -> RenderableType:
+    several = len({row.image_size for row in report.rows}) > 1
     columns: list[Column | str] = [
         "runner",
         *([Column("size", "right")] if several else []),
@@ -116,52 +121,50 @@ def _latency_table(report: Mapping[str, Any]) -> RenderableType:
         Column("faster (95 %)", "right"),
         Column("rounds", "right"),
     ]
-    rows = [_latency_row(row, several) for row in _ordered(report["rows"])]
+    rows = [_latency_row(row, several) for row in _ordered(report.rows)]
     failed = [
-        f"{row['contender']} at batch {row['batch']}: {row['error']}"
-        for row in report["rows"]
-        if row["error"]
+        f"{row.contender} at batch {row.batch}: {row.error}" for row in report.rows if row.error
     ]
     return stack(rows_table(columns, rows), notes(failed, "FAIL") if failed else None)
 
 
-def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _ordered(rows: Sequence[Row]) -> list[Row]:
     """Return rows by image size and batch, the fastest first."""
-    return sorted(rows, key=lambda r: (r["image_size"], r["batch"], -(r["images_per_s"] or 0.0)))
+    return sorted(rows, key=lambda r: (r.image_size, r.batch, -(r.images_per_s or 0.0)))
 
 
-def _latency_row(row: Mapping[str, Any], several: bool) -> list[object]:
-    latency = row["latency"]
-    size = [row["image_size"]] if several else []
+def _latency_row(row: Row, several: bool) -> list[object]:
+    latency = row.latency
+    size = [row.image_size] if several else []
     if latency is None:
-        return [row["contender"], *size, row["batch"], *[None] * 6]
+        return [row.contender, *size, row.batch, *[None] * 6]
     return [
-        row["contender"],
+        row.contender,
         *size,
-        row["batch"],
-        *(ms_text(latency[key]) for key in ("p50_ms", "p90_ms", "p99_ms")),
-        f"{row['images_per_s']:,.1f}",
-        ratio_text(row["ratio"]),
+        row.batch,
+        *(ms_text(ms) for ms in (latency.p50_ms, latency.p90_ms, latency.p99_ms)),
+        f"{row.images_per_s:,.1f}",
+        ratio_text(row.ratio),
         _rounds(row),
     ]
 
 
-def _rounds(row: Mapping[str, Any]) -> Text:
+def _rounds(row: Row) -> Text:
     """Return how many rounds were quiet, of all; marked where the ratio did not settle."""
-    loose = row["settled"] is False
-    text = f"{sum(row['round_quiet'])} of {len(row['round_ms'])}{'*' if loose else ''}"
+    loose = row.settled is False
+    text = f"{sum(row.round_quiet)} of {len(row.round_ms)}{'*' if loose else ''}"
     return Text(text, style="yellow" if loose else "")
 
 
-def _best_table(report: Mapping[str, Any]) -> RenderableType | None:
-    under = report["best_under_p99"]
+def _best_table(report: BenchReport) -> RenderableType | None:
+    under = report.best_under_p99
     if under is None:
         return None
     rows = (
-        (name, best["batch"], ms_text(best["p99_ms"]), f"{best['images_per_s']:,.1f}")
+        (name, best.batch, ms_text(best.p99_ms), f"{best.images_per_s:,.1f}")
         if best
         else (name, None, None, None)
-        for name, best in under["best"].items()
+        for name, best in under.best.items()
     )
     columns = (
         "runner",
@@ -169,11 +172,11 @@ def _best_table(report: Mapping[str, Any]) -> RenderableType | None:
         Column("p99 ms", "right"),
         Column("images/s", "right"),
     )
-    return rows_table(columns, rows, f"Best batch with p99 below {under['limit_ms']:g} ms")
+    return rows_table(columns, rows, f"Best batch with p99 below {under.limit_ms:g} ms")
 
 
-def _loading_table(report: Mapping[str, Any]) -> RenderableType | None:
-    if not report["loading"]:
+def _loading_table(report: BenchReport) -> RenderableType | None:
+    if not report.loading:
         return None
     columns = (
         "runner",
@@ -184,37 +187,35 @@ def _loading_table(report: Mapping[str, Any]) -> RenderableType | None:
         Column("calls", "right"),
         Column("CV %", "right"),
     )
-    rows = (_loading_row(name, took, report["rows"]) for name, took in report["loading"].items())
+    rows = (_loading_row(name, took, report.rows) for name, took in report.loading.items())
     title = "Loading, memory, and the unsteadiest batch (CV: deviation over mean of all calls)"
     return rows_table(columns, rows, title)
 
 
-def _loading_row(
-    name: str, took: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
-) -> list[object]:
-    own = [row for row in rows if row["contender"] == name and row["latency"]]
-    figures = [f"{took['import_s']:.2f}", f"{took['load_s']:.2f}"]
+def _loading_row(name: str, took: Loading, rows: Sequence[Row]) -> list[object]:
+    own = [row for row in rows if row.contender == name and row.latency]
+    figures = [f"{took.import_s:.2f}", f"{took.load_s:.2f}"]
     if not own:
         return [name, *figures, None, None, None, None]
-    worst = max(row["latency"]["cv_percent"] for row in own)
+    worst = max(row.times.cv_percent for row in own)
     return [
         name,
         *figures,
-        ms_text(own[0]["first_call_ms"]),
-        bytes_text(max(row["peak_rss_bytes"] for row in own)),
-        sum(row["latency"]["calls"] for row in own),
+        ms_text(own[0].first_call_ms or 0.0),
+        bytes_text(max(row.peak_rss_bytes or 0 for row in own)),
+        sum(row.times.calls for row in own),
         Text(f"{worst:.1f}", style="yellow" if worst > CV_LIMIT_PERCENT else ""),
     ]
 
 
-def _roofline_table(report: Mapping[str, Any]) -> RenderableType | None:
-    ceilings = report["ceilings"]
-    if not ceilings or not report["roofline"]:
+def _roofline_table(report: BenchReport) -> RenderableType | None:
+    ceilings = report.ceilings
+    if not ceilings or not report.roofline:
         return None
     rates = ", ".join(
-        f"{kind} {rate / 1e9:,.0f} G operations/s" for kind, rate in ceilings["ops_per_s"].items()
+        f"{kind} {rate / 1e9:,.0f} G operations/s" for kind, rate in ceilings.ops_per_s.items()
     )
-    several = len({entry["image_size"] for entry in report["roofline"]}) > 1
+    several = len({entry.image_size for entry in report.roofline}) > 1
     columns: tuple[Column | str, ...] = (
         "runner",
         *([Column("size", "right")] if several else []),
@@ -227,25 +228,25 @@ def _roofline_table(report: Mapping[str, Any]) -> RenderableType | None:
     )
     rows = (
         (
-            entry["contender"],
-            *([entry["image_size"]] if several else []),
-            entry["batch"],
-            count_text(entry["work"]["operations"]),
-            ms_text(entry["limit"]["ms"]),
-            entry["limit"]["bound"],
-            f"{entry['percent_of_limit']:.0f} %",
-            ms_text(entry["limit"]["traffic_ms"]),
+            entry.contender,
+            *([entry.image_size] if several else []),
+            entry.batch,
+            count_text(entry.work.operations),
+            ms_text(entry.limit.ms),
+            entry.limit.bound,
+            f"{entry.percent_of_limit:.0f} %",
+            ms_text(entry.limit.traffic_ms),
         )
-        for entry in report["roofline"]
+        for entry in report.roofline
     )
-    title = f"Roofline: measured {rates}, memory {ceilings['bytes_per_s'] / 1e9:.1f} GB/s"
+    title = f"Roofline: measured {rates}, memory {ceilings.bytes_per_s / 1e9:.1f} GB/s"
     return rows_table(columns, rows, title)
 
 
-def _skipped_table(report: Mapping[str, Any]) -> RenderableType | None:
-    if not report["skipped"]:
+def _skipped_table(report: BenchReport) -> RenderableType | None:
+    if not report.skipped:
         return None
-    return notes((f"{s['name']}: {s['reason']}" for s in report["skipped"]), "SKIPPED")
+    return notes((f"{s.name}: {s.reason}" for s in report.skipped), "SKIPPED")
 
 
 def ms_text(value: float) -> str:

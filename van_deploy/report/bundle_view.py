@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
+from rich.text import Text
 
 from van_deploy.bundle import Manifest
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.weights_source import WeightsSource
+from van_deploy.report.gates_view import evaluate_tables, verify_tables
+from van_deploy.report.precision_view import quantized_view
 from van_deploy.report.tables import (
     Column,
     bytes_text,
@@ -22,13 +25,20 @@ from van_deploy.report.tables import (
 )
 from van_deploy.serve.embedded import Embedded
 
+if TYPE_CHECKING:
+    from van_deploy.pipeline import ExportResult
+    from van_deploy.precision.pipeline import QuantizeResult
+    from van_deploy.run import RunResult
+
 __all__ = [
     "agreement_table",
     "artefacts_table",
     "embedded_table",
+    "export_view",
     "model_facts",
     "preprocessing_text",
     "proofs_table",
+    "run_view",
 ]
 
 
@@ -52,7 +62,7 @@ def preprocessing_text(values: Preprocessing) -> str:
     """Return preprocessing on one line."""
     return (
         f"{values.image_size} x {values.image_size}, {values.interpolation}, "
-        f"crop {values.crop_pct:g}, mean {_list(values.mean)}, std {_list(values.std)}"
+        f"{values.geometry}, mean {_list(values.mean)}, std {_list(values.std)}"
     )
 
 
@@ -84,41 +94,30 @@ def _proofs(checks: Mapping[str, Any]) -> Iterable[dict[str, object]]:
             f"{simplify['reason']}{f' (removed {removed})' if removed else ''}{measured}",
         }
     agreement = checks["agreement"]
-    batches = agreement["batches"]
+    count = len(agreement["batches"])
     yield {
         "name": "agreement",
-        "outcome": agreement["passed"],
-        "detail": f"{agreement['runner']} against {agreement['reference']}, "
-        f"{sum(entry['images'] for entry in batches)} answers; {agreement['images']}",
+        "outcome": agreement["outcome"],
+        "detail": f"ONNX Runtime against PyTorch in float64, {count} batch sizes; "
+        f"{agreement['images']}",
     }
 
 
 def agreement_table(agreement: Mapping[str, Any]) -> RenderableType:
     """Return one line a batch size: how far the artefact is from PyTorch."""
-    columns = (
-        "verdict",
-        Column("batch", "right"),
-        Column("max error", "right"),
-        Column("mean error", "right"),
-        Column("relative", "right"),
-        Column("cosine", "right"),
-        Column("SQNR dB", "right"),
-        Column("same top-1", "right"),
-        Column("row alone", "right"),
-    )
+    right = ("batch", "SQNR dB ↑", "batch invariance dB ↑")
+    numbers = (Column(header, "right") for header in right)
+    columns: tuple[Column | str, ...] = ("verdict", *numbers)
     rows = (
         (
-            verdict(entry["passed"]),
-            entry["batch"],
-            f"{entry['max_abs']:.1e}",
-            f"{entry['mean_abs']:.1e}",
-            f"{entry['relative']:.1e}",
-            f"{entry['cosine']:.7f}",
-            f"{float(entry['sqnr_db']):.1f}",
-            f"{100 * entry['top1_agreement']:.1f} %",
-            f"{entry['row_relative']:.0e}",
+            verdict(row["outcome"]),
+            row["batch"],
+            *(
+                None if row[key] is None else f"{float(row[key]):.1f}"
+                for key in ("sqnr_db", "invariance_db")
+            ),
         )
-        for entry in agreement["batches"]
+        for row in agreement["batches"]
     )
     return rows_table(columns, rows)
 
@@ -161,14 +160,12 @@ def _embedded(item: Embedded) -> dict[str, object]:
     if item.agreement is None:
         return {"name": item.name, "outcome": "reused", "detail": f"nothing changed in {item.base}"}
     rows = item.agreement["batches"]
-    plain = max(row["plain"] for row in rows)
-    pytorch = [row["pytorch"] for row in rows if "pytorch" in row]
-    against = f", {max(pytorch):.1e} from PyTorch" if pytorch else ""
+    largest = max(row["difference"] for row in rows)
     sizes = ", ".join(str(row["batch"]) for row in rows)
     return {
         "name": item.name,
         "outcome": True,
-        "detail": f"relative difference {plain:.1e} from {item.base}{against}, at batch {sizes}",
+        "detail": f"relative difference {largest:.1e} from {item.base}, at batch {sizes}",
     }
 
 
@@ -184,3 +181,38 @@ def _seed(weights: WeightsSource) -> str:
 
 def _list(values: Iterable[object]) -> str:
     return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def export_view(result: ExportResult, precisions: Iterable[QuantizeResult]) -> RenderableType:
+    """Return what was exported, and every precision that was made of it."""
+    manifest = result.bundle.manifest
+    word = "Reused" if result.reused else "Wrote"
+    took = f" in {sum(result.seconds.values()):.1f} s" if result.seconds else ""
+    return stack(
+        model_facts(manifest),
+        proofs_table(manifest.checks),
+        agreement_table(manifest.checks["agreement"]),
+        artefacts_table(manifest, result.bundle.sizes()),
+        embedded_table(result.embedded) if result.embedded else None,
+        Text(f"{word} the bundle {result.bundle.path}{took} ({result.reason})."),
+        *(quantized_view(other) for other in precisions),
+    )
+
+
+def run_view(result: RunResult) -> RenderableType:
+    """Return everything a run made, and the verdicts of its gates."""
+    bundle = result.bundle
+    names = bundle.manifest.class_names
+    lines = [f"Exported: {result.export.reason}."]
+    lines += [
+        f"{made.artefact}: {made.reason}."
+        + ("" if made.passed else " It does not hold its gate; `van-deploy quantize` tells why.")
+        for made in result.made
+    ]
+    return stack(
+        Text("\n".join(lines)),
+        artefacts_table(bundle.manifest, bundle.sizes()),
+        verify_tables(result.verify, names),
+        evaluate_tables(result.evaluate) if result.evaluate else None,
+        Text(f"The bundle is {bundle.path}."),
+    )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
 
 from van_deploy import __version__
-from van_deploy.bench.report import SCHEMA
+from van_deploy.bench.document import SCHEMA, BenchReport, read_report
 from van_deploy.bundle import Bundle, Manifest
 from van_deploy.documents import json_from, text_from
-from van_deploy.errors import BundleError
+from van_deploy.errors import BundleError, InputError
 from van_deploy.report.bench_view import ms_text
 from van_deploy.report.content_checks import (
     Check,
@@ -50,7 +49,7 @@ class _Found:
     manifest: Manifest
     sizes: Mapping[str, int]
     checks: list[Check]
-    bench: Mapping[str, Any] | None
+    bench: BenchReport | None
 
 
 def document_of(bundle: Bundle) -> Document:
@@ -77,7 +76,7 @@ def _document(bundle: Bundle) -> Document:
     checks, stale = fresh_checks(bundle.manifest)
     manifest = bundle.manifest.model_copy(update={"checks": checks})
     kept = _bench(bundle)
-    bench, outdated = fresh_bench(manifest, kept if kept and kept["schema"] == SCHEMA else None)
+    bench, outdated = fresh_bench(manifest, kept if isinstance(kept, BenchReport) else None)
     verdicts = checks_of(manifest, bundle.problems())
     verdicts += [
         Check(
@@ -85,7 +84,7 @@ def _document(bundle: Bundle) -> Document:
         )
         for name, what in (*stale, *outdated)
     ]
-    if kept and not bench:
+    if isinstance(kept, str):
         reason = f"{BENCH_FILE} was written by another version: run `van-deploy bench` again"
         verdicts.append(Check("SKIPPED", "bench", reason))
     found = _Found(manifest, bundle.sizes(), verdicts, bench)
@@ -118,14 +117,21 @@ def _document(bundle: Bundle) -> Document:
     )
 
 
-def _bench(bundle: Bundle) -> Mapping[str, Any] | None:
-    """Return the benchmark kept in the bundle; None without one that can be read."""
+def _bench(bundle: Bundle) -> BenchReport | str | None:
+    """Return the benchmark kept in the bundle, or the schema of another version's.
+
+    None without one that can be read.
+    """
     path = bundle.path / BENCH_FILE
     try:
-        report: Mapping[str, Any] = json_from(text_from(path))
-    except (OSError, ValueError):
-        return None
-    return report if str(report.get("schema", "")).startswith("van-deploy/bench/") else None
+        return read_report(path)
+    except InputError:
+        try:
+            schema = json_from(text_from(path))["schema"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+    other = isinstance(schema, str) and schema.startswith("van-deploy/bench/")
+    return schema if other and schema != SCHEMA else None
 
 
 def _subtitle(manifest: Manifest) -> str:
@@ -143,27 +149,27 @@ def _tiles(found: _Found) -> list[Tile]:
     tiles = []
     best = fastest(found.bench) if found.bench else None
     if best is not None:
-        times = f"{best['ratio']['median']:.1f} x PyTorch, " if best["ratio"] else ""
-        loaded = found.bench is not None and found.bench["during"]["under_load"]
+        times = f"{best.ratio.median:.1f} x PyTorch, " if best.ratio else ""
+        loaded = found.bench is not None and found.bench.during.under_load
         tiles.append(
             Tile(
-                f"Fastest at batch {best['batch']}",
-                f"{ms_text(best['latency']['p50_ms'])} ms",
-                f"{times}{best['contender']}{', measured under load' if loaded else ''}",
+                f"Fastest at batch {best.batch}",
+                f"{ms_text(best.times.p50_ms)} ms",
+                f"{times}{best.contender}{', measured under load' if loaded else ''}",
                 "warn" if loaded else "",
             )
         )
-    evaluated = found.manifest.checks.get("evaluate", {}).get("accuracy", {})
+    evaluated = found.manifest.checks.get("evaluate", {}).get("accuracies", {})
     if evaluated:
         name, entry = list(evaluated.items())[-1]
         low, high = entry["top1_interval"]
         interval = f"95 %: {100 * low:.1f} to {100 * high:.1f}"
-        tiles.append(Tile(f"Top-1 of {name}", f"{100 * entry['top1']:.2f} %", interval))
+        tiles.append(Tile(f"{entry['metric']} of {name}", f"{100 * entry['top1']:.2f} %", interval))
     agreement = found.manifest.checks.get("agreement")
     if agreement:
         worst = min(float(entry["sqnr_db"]) for entry in agreement["batches"])
         note = f"lowest of batch {', '.join(str(e['batch']) for e in agreement['batches'])}"
-        tone = "" if agreement["passed"] else "bad"
+        tone = "" if agreement["outcome"] == "pass" else "bad"
         tiles.append(Tile("FP32 against PyTorch", f"{worst:.1f} dB", note, tone))
     smallest = min(found.sizes, key=lambda name: found.sizes[name], default=None)
     if smallest is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from van_deploy.bench.document import BenchReport
 from van_deploy.bundle import Manifest
 from van_deploy.report.document import Block, Figure, Grid, Section, Text
 from van_deploy.report.svg import Axis, Point, Series, interval_chart, line_chart
@@ -26,7 +27,16 @@ COMMANDS = {
     "drift": "where in the network an artefact drifts: `van-deploy drift`",
     "bench": "speed: `van-deploy bench`",
 }
-WORDS = {True: "PASS", False: "FAIL", "passed": "PASS", "failed": "FAIL", "skipped": "SKIPPED"}
+WORDS = {
+    True: "PASS",
+    False: "FAIL",
+    "passed": "PASS",
+    "failed": "FAIL",
+    "skipped": "SKIPPED",
+    "pass": "PASS",
+    "fail": "FAIL",
+    "inconclusive": "INCONCLUSIVE",
+}
 LOUDEST_DB = 200.0
 """Where a plot ends: past it two results are equal to the last bit that float64 holds."""
 
@@ -36,7 +46,7 @@ class Check:
     """One verdict.
 
     Attributes:
-        verdict: ``PASS``, ``FAIL`` or ``SKIPPED``.
+        verdict: ``PASS``, ``FAIL``, ``INCONCLUSIVE`` or ``SKIPPED``.
         name: what was checked.
         detail: what was measured, or why it was skipped.
     """
@@ -66,7 +76,7 @@ def checks_of(manifest: Manifest, problems: Sequence[str]) -> list[Check]:
 
 def verdicts_section(checks: Sequence[Check]) -> Section:
     """Return every verdict, failures first."""
-    order = {"FAIL": 0, "PASS": 1, "SKIPPED": 2}
+    order = {"FAIL": 0, "INCONCLUSIVE": 1, "PASS": 2, "SKIPPED": 3}
     rows = tuple(
         (c.verdict, c.name, c.detail) for c in sorted(checks, key=lambda c: order[c.verdict])
     )
@@ -78,37 +88,38 @@ def accuracy_section(checks: Mapping[str, Any]) -> Section | None:
     entry = checks.get("evaluate")
     if not entry:
         return None
-    columns = ("network", "runner", "images", "top-1 %", "95 %", "top-5 %", "95 %", "ECE")
+    metric = next(iter(entry["accuracies"].values()))["metric"]
+    columns = ("network", "runner", "images", f"{metric} %", "95 %", "top-5 %", "95 %", "ECE")
     rows = tuple(
         (
             name,
-            a["runner"],
+            entry["runners"][name],
             f"{a['images']:,}",
             f"{100 * a['top1']:.2f}",
-            _interval(a["top1_interval"]),
-            f"{100 * a['top5']:.2f}",
-            _interval(a["top5_interval"]),
-            f"{a['ece']:.3f}",
+            _interval(a["top1_interval"], 100),
+            "-" if a["top5"] is None else f"{100 * a['top5']:.2f}",
+            "-" if a["top5_interval"] is None else _interval(a["top5_interval"], 100),
+            "-" if a["ece"] is None else f"{a['ece']:.3f}",
         )
-        for name, a in entry["accuracy"].items()
+        for name, a in entry["accuracies"].items()
     )
     blocks: list[Block] = [Grid(columns, rows, frozenset(range(2, 8)))]
-    drifts = entry.get("drift", {})
-    if drifts:
+    losses = entry.get("losses", {})
+    if losses:
         points = [
             Point(
                 name,
-                100 * d["change"],
+                entry["loss"]["loss"],
                 0.0,
-                1 if d["passed"] else 6,
-                100 * d["interval"][0],
-                100 * d["interval"][1],
+                1 if entry["outcome"] == "pass" else 6,
+                entry["loss"]["interval"][0],
+                entry["loss"]["interval"][1],
             )
-            for name, d in drifts.items()
+            for name, entry in losses.items()
         ]
-        blocks.append(_drift_grid(drifts))
-        svg = interval_chart(points, Axis("top-1 against PyTorch (points)"), 960)
-        blocks.append(Figure(svg, "Change of top-1 with its 95 % interval.", wide=True))
+        blocks.append(_loss_grid(losses))
+        svg = interval_chart(points, Axis(f"{metric} lost against PyTorch (points)"), 960)
+        blocks.append(Figure(svg, f"{metric} lost, with its 95 % interval.", wide=True))
     blocks.append(Text(f"Images: {entry['images']}."))
     return Section("Accuracy", tuple(blocks))
 
@@ -126,8 +137,8 @@ def drift_section(checks: Mapping[str, Any]) -> Section | None:
             series.append(Series(name, points, index))
         named = {row["name"]: row for row in drift["rows"]}
         rows += [
-            (name, part, _db(named[part]["added_db"]), _db(named[part]["sqnr_db"]))
-            for part in drift["worst"][:5]
+            (name, part, _db(named[part]["isolated_db"]), _db(named[part]["sqnr_db"]))
+            for part in drift["worst_names"][:5]
             if part in named
         ]
     blocks: list[Block] = []
@@ -137,7 +148,7 @@ def drift_section(checks: Mapping[str, Any]) -> Section | None:
         svg = line_chart(series, axis, Axis("SQNR against float64 (dB)"), 960, 320)
         words = f"Signal over error after each {entry['level']}, on {entry['images']}."
         blocks.append(Figure(svg, words, wide=True))
-    columns = ("artefact", f"worst {entry['level']}", "error it adds (dB)", "SQNR there (dB)")
+    columns = ("artefact", f"worst {entry['level']}", "isolated SQNR (dB, ↑)", "SQNR there (dB, ↑)")
     blocks.append(Grid(columns, tuple(rows), frozenset({2, 3})))
     chain = tuple((s["name"], _db(s["sqnr_db"]), s["reason"]) for s in entry.get("chain", ()))
     if chain:
@@ -147,11 +158,11 @@ def drift_section(checks: Mapping[str, Any]) -> Section | None:
 
 
 def skipped_section(
-    manifest: Manifest, checks: Sequence[Check], bench: Mapping[str, Any] | None
+    manifest: Manifest, checks: Sequence[Check], bench: BenchReport | None
 ) -> Section | None:
     """Return what was not done, and why."""
     rows = [(c.name, c.detail) for c in checks if c.verdict == "SKIPPED"]
-    rows += [(s["name"], s["reason"]) for s in (bench or {}).get("skipped", ())]
+    rows += [(one.name, one.reason) for one in (bench.skipped if bench else ())]
     rows += [
         (name, f"not asked for yet: {what}")
         for name, what in COMMANDS.items()
@@ -188,40 +199,29 @@ def _simplify(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
 
 def _agreement(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
     for batch in entry["batches"]:
-        words = "; ".join(batch["failures"]) or (
-            f"SQNR {float(batch['sqnr_db']):.1f} dB, relative error {batch['relative']:.1e}, "
-            f"same first class for {100 * batch['top1_agreement']:.0f} %"
-        )
-        verdict = WORDS[bool(batch["passed"])]
-        yield Check(verdict, f"FP32 agreement, batch {batch['batch']}", words)
+        words = "" if batch["sqnr_db"] is None else f"SQNR {float(batch['sqnr_db']):.1f} dB"
+        yield Check(WORDS[batch["outcome"]], f"FP32 agreement, batch {batch['batch']}", words)
 
 
 def _verify(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
     for artefact, verdict in entry["artefacts"].items():
-        figures = verdict.get("comparison")
-        words = verdict.get("reason") or "; ".join(verdict.get("failures", ())[:4])
-        if not words and figures:
-            limit = (verdict.get("limits") or {}).get("sqnr_db")
-            asked = f" (asked {float(limit):.1f})" if limit is not None else ""
+        wrong = [f["message"] for f in verdict["findings"] if f["outcome"] == verdict["outcome"]]
+        words = "; ".join(filter(None, wrong[:4])) if verdict["outcome"] != "pass" else ""
+        figures, limit = verdict.get("comparison"), verdict.get("limit")
+        if not words and figures and limit:
             words = (
-                f"SQNR {float(figures['sqnr_db']):.1f} dB{asked}, same first class for "
-                f"{100 * figures['top1_agreement']:.1f} %"
+                f"SQNR {float(figures['sqnr_db']):.1f} dB (limit {float(limit['value']):.1f}: "
+                f"{limit['origin']}), {len(verdict['flips'])} label flips"
             )
         yield Check(WORDS[verdict["outcome"]], f"verify {artefact}", words)
 
 
 def _evaluate(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
-    for artefact, drift in entry.get("drift", {}).items():
-        yield Check(
-            WORDS[bool(drift["passed"])],
-            f"top-1 of {artefact}",
-            f"{-drift['top1_drop']:+.2f} points against PyTorch on {drift['images']:,} images "
-            f"(at most {drift['top1_drop_allowed']:g} lost), p = {drift['p_value']:.2g}",
-        )
+    for artefact, loss in entry.get("losses", {}).items():
+        said = [f["message"] for f in loss["findings"] if f["outcome"] == loss["outcome"]]
+        yield Check(WORDS[loss["outcome"]], f"top-1 of {artefact}", "; ".join(filter(None, said)))
     for skipped in entry.get("skipped", ()):
-        yield Check(
-            "SKIPPED", f"top-1 of {skipped.get('name', '')}", str(skipped.get("reason", ""))
-        )
+        yield Check("SKIPPED", f"top-1 of {skipped['artefact']}", str(skipped["reason"]))
 
 
 def _nothing(name: str, entry: Mapping[str, Any]) -> Iterable[Check]:
@@ -247,26 +247,26 @@ READERS = {
 }
 
 
-def _drift_grid(drifts: Mapping[str, Any]) -> Grid:
-    columns = ("against PyTorch", "change (points)", "95 %", "lost", "won", "p", "same top-1 %", "")
+def _loss_grid(losses: Mapping[str, Any]) -> Grid:
+    columns = ("against PyTorch", "lost (pp)", "95 %", "allowed", "lost", "won", "p", "")
     rows = tuple(
         (
             name,
-            f"{100 * d['change']:+.2f}",
-            _interval(d["interval"], "+.2f"),
-            str(d["lost"]),
-            str(d["won"]),
-            f"{d['p_value']:.2g}",
-            f"{100 * d['agreement']:.2f}",
-            WORDS[bool(d["passed"])],
+            f"{entry['loss']['loss']:+.2f}",
+            _interval(entry["loss"]["interval"], 1, "+.2f"),
+            f"{entry['findings'][-1]['limit']['value']:g}",
+            str(entry["loss"]["lost"]),
+            str(entry["loss"]["won"]),
+            "-" if entry["loss"]["p_value"] is None else f"{entry['loss']['p_value']:.2g}",
+            WORDS[entry["outcome"]],
         )
-        for name, d in drifts.items()
+        for name, entry in losses.items()
     )
     return Grid(columns, rows, frozenset(range(1, 7)))
 
 
-def _interval(pair: Sequence[float], form: str = ".2f") -> str:
-    return f"{100 * pair[0]:{form}} to {100 * pair[1]:{form}}"
+def _interval(pair: Sequence[float], factor: float, form: str = ".2f") -> str:
+    return f"{factor * pair[0]:{form}} to {factor * pair[1]:{form}}"
 
 
 def _decibels(value: object) -> float:

@@ -7,8 +7,9 @@ import io
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from van_deploy.bundle import SCHEMA, Artefact, Bundle, Manifest
-from van_deploy.errors import VanDeployError
+from van_deploy.bundle import Artefact, Bundle, Manifest
+from van_deploy.errors import UsageError, VanDeployError
+from van_deploy.manifest import SCHEMA
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.report.document import Block, Facts, Figure, Grid, Picture, Section, Text
@@ -26,7 +27,6 @@ __all__ = [
     "provenance_section",
 ]
 
-CANARY = "canary.png"
 SHOWN_SIDE = 256  # pixels of an example picture on the page
 PALETTE = {"fp32": 1, "fp16": 3, "int8": 2}
 
@@ -79,9 +79,10 @@ def preprocessing_section(bundle: Bundle) -> Section:
     """Return what a picture goes through, with an example before and after."""
     preprocessing = bundle.manifest.preprocessing
     side = preprocessing.image_size
+    sides = {"center": "short side", "squash": "both sides", "border": "long side"}
     facts = {
-        "Resize": f"short side to {preprocessing.resize_size} pixels, {preprocessing.interpolation}"
-        f" (crop ratio {preprocessing.crop_pct:g})",
+        "Resize": f"{sides[preprocessing.crop_mode]} to {preprocessing.resize_size} pixels, "
+        f"{preprocessing.interpolation} (crop ratio {preprocessing.crop_pct:g})",
         "Crop": f"centre, {side} x {side}",
         "Normalise": f"mean {_list(preprocessing.mean)}; standard deviation "
         f"{_list(preprocessing.std)}, of values in 0..1",
@@ -167,7 +168,7 @@ def _nodes(entry: Artefact) -> str:
 
 def _example(bundle: Bundle, preprocessing: Preprocessing) -> Iterable[Block]:
     try:
-        picture, described = _picture(bundle)
+        picture, described = _picture(bundle, preprocessing)
         pixels = pixels_from_image(picture, preprocessing)
     except (VanDeployError, OSError) as error:
         yield Text(f"There is no example picture: {error}")
@@ -184,16 +185,19 @@ def _example(bundle: Bundle, preprocessing: Preprocessing) -> Iterable[Block]:
     )
 
 
-def _picture(bundle: Bundle) -> tuple[Image, str]:
+def _picture(bundle: Bundle, preprocessing: Preprocessing) -> tuple[Image, str]:
     """Return the bundle's own example picture, or a sample photograph."""
-    from van_deploy.images import open_image, sample_pictures
+    from van_deploy.data import open_image, opened, sample_set
 
-    canary = bundle.path / CANARY
-    if canary.is_file():
-        described = bundle.manifest.canary.image if bundle.manifest.canary else "its own picture"
-        return open_image(canary), described
-    samples = sample_pictures()
-    return samples.images[0], "a sample photograph"
+    golden = bundle.manifest.golden
+    if golden and golden.originals and (bundle.path / golden.originals[0]).is_file():
+        path = bundle.path / golden.originals[0]
+        described = f"the first golden sample of {golden.images}"
+        return open_image(path, channels=preprocessing.channels), described
+    sample = opened(sample_set("", preprocessing).items[0], preprocessing.channels)
+    if sample is None:
+        raise UsageError("The network takes no images.")
+    return sample, "a sample photograph"
 
 
 def _shown(picture: Image, caption: str) -> Picture:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from van_deploy.bench.document import BenchReport, BestUnder
+from van_deploy.bench.lane import Row
 from van_deploy.report.bench_view import machine_text, ms_text, ratio_text
 from van_deploy.report.document import Block, Figure, Grid, Section, Text
 from van_deploy.report.svg import Axis, Bar, Point, Series, bar_chart, line_chart, scatter
@@ -15,43 +17,41 @@ __all__ = ["fastest", "roofline_section", "speed_section", "tradeoff_section"]
 MOST_LINES = 8  # as many as there are colours
 
 
-def fastest(bench: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def fastest(bench: BenchReport) -> Row | None:
     """Return the row of least latency at the smallest batch of the native image size."""
-    rows = _measured(bench)
+    rows = bench.measured
     if not rows:
         return None
-    batch = min(row["batch"] for row in rows)
-    return min(
-        (row for row in rows if row["batch"] == batch), key=lambda r: float(r["latency"]["p50_ms"])
-    )
+    batch = min(row.batch for row in rows)
+    return min((row for row in rows if row.batch == batch), key=lambda r: r.times.p50_ms)
 
 
-def speed_section(bench: Mapping[str, Any] | None) -> Section | None:
+def speed_section(bench: BenchReport | None) -> Section | None:
     """Return latency and throughput against batch, and every figure as a table."""
     if bench is None:
         return None
-    settings, rows = bench["settings"], _measured(bench)
-    budget = settings["budget"]
+    settings, rows = bench.settings, bench.measured
+    budget = settings.budget
     where = (
-        f"{machine_text(bench['machine'])}; {settings['threads']} threads, "
-        f"{settings['streams']} stream(s); {bench['date'][:10]}"
+        f"{machine_text(bench.machine)}; {bench.threads} threads, "
+        f"{settings.streams} stream(s); {bench.date[:10]}"
     )
     blocks: list[Block] = [
         Text(
             f"Measured on {where}. Each runner in a process of its own, one "
-            f"awake at a time, in turns of {1e3 * budget['seconds'] / budget['rounds']:.0f} ms or "
+            f"awake at a time, in turns of {1e3 * budget.seconds / budget.rounds:.0f} ms or "
             "one call of the reference, whichever is longer. A ratio is the median "
             "of the rounds' own, each to the reference just before and after, over the rounds in "
             "which nothing else disturbed the processor, with its 95 % "
             f"interval; * marks one that did not settle within "
-            f"{budget['tolerance_percent']:g} %."
+            f"{budget.tolerance_percent:g} %."
         )
     ]
-    if bench["warnings"]:
-        warned = tuple(("WARNING", warning) for warning in bench["warnings"])
+    if bench.warnings:
+        warned = tuple(("WARNING", warning) for warning in bench.warnings)
         blocks.append(Grid(("", "what to keep in mind"), warned))
-    blocks += _plots(rows, bench["reference"])
-    reference = bench["reference"] or "reference"
+    blocks += _plots(rows, bench.reference)
+    reference = bench.reference or "reference"
     columns = (
         "runner",
         "size",
@@ -65,34 +65,32 @@ def speed_section(bench: Mapping[str, Any] | None) -> Section | None:
         "CV %",
         "calls",
     )
-    ordered = sorted(rows, key=lambda r: (r["image_size"], r["batch"], -r["images_per_s"]))
+    ordered = sorted(rows, key=lambda r: (r.image_size, r.batch, -r.rate))
     blocks.append(Grid(columns, tuple(map(_row, ordered)), frozenset(range(1, 11))))
-    failed = tuple(
-        (row["contender"], str(row["batch"]), row["error"]) for row in bench["rows"] if row["error"]
-    )
+    failed = tuple((row.contender, str(row.batch), row.error) for row in bench.rows if row.error)
     if failed:
         blocks.append(Grid(("runner", "batch", "why there are no figures"), failed, frozenset({1})))
-    best = bench.get("best_under_p99")
+    best = bench.best_under_p99
     if best:
         blocks.append(_best(best))
     return Section("Speed", tuple(blocks))
 
 
-def tradeoff_section(checks: Mapping[str, Any], bench: Mapping[str, Any] | None) -> Section | None:
+def tradeoff_section(checks: Mapping[str, Any], bench: BenchReport | None) -> Section | None:
     """Return throughput against accuracy, for the artefacts that have both."""
-    accuracy = checks.get("evaluate", {}).get("accuracy", {})
+    accuracy = checks.get("evaluate", {}).get("accuracies", {})
     if not accuracy or bench is None:
         return None
-    rows = _measured(bench)
-    largest = max((row["batch"] for row in rows), default=0)
+    rows = bench.measured
+    largest = max((row.batch for row in rows), default=0)
     points = []
     for index, name in enumerate(accuracy, start=1):
-        own = [r for r in rows if r["batch"] == largest and _artefact(r["contender"]) == name]
+        own = [r for r in rows if r.batch == largest and _artefact(r.contender) == name]
         if own:
-            best = max(own, key=lambda r: float(r["images_per_s"]))
+            best = max(own, key=lambda r: r.rate)
             low, high = (100 * v for v in accuracy[name]["top1_interval"])
             top1 = 100 * accuracy[name]["top1"]
-            points.append(Point(best["contender"], best["images_per_s"], top1, index, low, high))
+            points.append(Point(best.contender, best.rate, top1, index, low, high))
     if not points:
         return None
     svg = scatter(points, Axis(f"images/s at batch {largest}"), Axis("top-1 (%)", zero=False), 960)
@@ -102,30 +100,28 @@ def tradeoff_section(checks: Mapping[str, Any], bench: Mapping[str, Any] | None)
     return Section("Throughput against accuracy", (Figure(svg, words, wide=True), grid))
 
 
-def roofline_section(bench: Mapping[str, Any] | None) -> Section | None:
+def roofline_section(bench: BenchReport | None) -> Section | None:
     """Return how near each result is to what the machine could do at best."""
-    if bench is None or not bench.get("ceilings") or not bench.get("roofline"):
+    if bench is None or not bench.ceilings or not bench.roofline:
         return None
-    ceilings, entries = bench["ceilings"], bench["roofline"]
-    largest = max(entry["batch"] for entry in entries)
-    shown = [e for e in entries if e["batch"] == largest]
-    shown.sort(key=lambda e: -float(e["percent_of_limit"]))
+    ceilings, entries = bench.ceilings, bench.roofline
+    largest = max(entry.batch for entry in entries)
+    shown = [e for e in entries if e.batch == largest]
+    shown.sort(key=lambda e: -float(e.percent_of_limit))
     bars = [
         Bar(
-            e["contender"],
-            e["percent_of_limit"],
-            f"{e['percent_of_limit']:.0f} %",
-            1 if e["limit"]["bound"] == "compute" else 3,
+            e.contender,
+            e.percent_of_limit,
+            f"{e.percent_of_limit:.0f} %",
+            1 if e.limit.bound == "compute" else 3,
         )
         for e in shown
     ]
     rates = "; ".join(
-        f"{kind.upper()} {rate / 1e9:,.0f} G operations/s ({ceilings['how'].get(kind, '')})"
-        for kind, rate in ceilings["ops_per_s"].items()
+        f"{kind.upper()} {rate / 1e9:,.0f} G operations/s ({ceilings.how.get(kind, '')})"
+        for kind, rate in ceilings.ops_per_s.items()
     )
-    memory = (
-        f"memory {ceilings['bytes_per_s'] / 1e9:.1f} GB/s ({ceilings['how'].get('memory', '')})"
-    )
+    memory = f"memory {ceilings.bytes_per_s / 1e9:.1f} GB/s ({ceilings.how.get('memory', '')})"
     columns = (
         "runner",
         "size",
@@ -138,14 +134,14 @@ def roofline_section(bench: Mapping[str, Any] | None) -> Section | None:
     )
     rows = tuple(
         (
-            e["contender"],
-            str(e["image_size"]),
-            str(e["batch"]),
-            count_text(e["work"]["operations"]),
-            ms_text(e["limit"]["ms"]),
-            e["limit"]["bound"],
-            f"{e['percent_of_limit']:.0f}",
-            ms_text(e["limit"]["traffic_ms"]),
+            e.contender,
+            str(e.image_size),
+            str(e.batch),
+            count_text(e.work.operations),
+            ms_text(e.limit.ms),
+            e.limit.bound,
+            f"{e.percent_of_limit:.0f}",
+            ms_text(e.limit.traffic_ms),
         )
         for e in entries
     )
@@ -163,20 +159,20 @@ def roofline_section(bench: Mapping[str, Any] | None) -> Section | None:
     )
 
 
-def _plots(rows: Sequence[Mapping[str, Any]], reference: str | None) -> list[Block]:
+def _plots(rows: Sequence[Row], reference: str | None) -> list[Block]:
     """Return latency and throughput against batch; bars where there is only one batch."""
     if not rows:
         return []
-    native = rows[0]["image_size"]
-    rows = [row for row in rows if row["image_size"] == native]
-    batches = sorted({row["batch"] for row in rows})
+    native = rows[0].image_size
+    rows = [row for row in rows if row.image_size == native]
+    batches = sorted({row.batch for row in rows})
     names = _fastest_names(rows, batches[-1], reference)
     if len(batches) == 1:
-        bars = [_bar(row) for name in names for row in rows if row["contender"] == name]
+        bars = [_bar(row) for name in names for row in rows if row.contender == name]
         caption = f"Latency at batch {batches[0]}: median, whisker to the 99th percentile."
         return [Figure(bar_chart(bars, Axis("latency (ms)"), 960), caption, wide=True)]
-    latency = [Series(name, _line(rows, name, "p50_ms")) for name in names]
-    images = [Series(name, _line(rows, name, "images_per_s")) for name in names]
+    latency = [Series(name, _line(rows, name, lambda row: row.times.p50_ms)) for name in names]
+    images = [Series(name, _line(rows, name, lambda row: row.rate)) for name in names]
     x = Axis("batch", log=True, ticks=tuple(map(float, batches)))
     return [
         Figure(
@@ -187,60 +183,51 @@ def _plots(rows: Sequence[Mapping[str, Any]], reference: str | None) -> list[Blo
     ]
 
 
-def _fastest_names(
-    rows: Sequence[Mapping[str, Any]], batch: int, reference: str | None
-) -> list[str]:
+def _fastest_names(rows: Sequence[Row], batch: int, reference: str | None) -> list[str]:
     """Return the runners to draw, fastest first; the reference is always among them."""
-    ranked = sorted(
-        (row for row in rows if row["batch"] == batch), key=lambda r: -float(r["images_per_s"])
-    )
-    names = [row["contender"] for row in ranked]
+    ranked = sorted((row for row in rows if row.batch == batch), key=lambda r: -r.rate)
+    names = [row.contender for row in ranked]
     if len(names) > MOST_LINES and reference in names[MOST_LINES:]:
         return [*names[: MOST_LINES - 1], str(reference)]
     return names[:MOST_LINES]
 
 
-def _line(rows: Sequence[Mapping[str, Any]], name: str, figure: str) -> list[tuple[float, float]]:
-    own = sorted((row for row in rows if row["contender"] == name), key=lambda r: int(r["batch"]))
-    return [
-        (float(r["batch"]), float(r["latency"][figure] if figure in r["latency"] else r[figure]))
-        for r in own
-    ]
+def _line(
+    rows: Sequence[Row], name: str, figure: Callable[[Row], float]
+) -> list[tuple[float, float]]:
+    own = sorted((row for row in rows if row.contender == name), key=lambda r: r.batch)
+    return [(float(row.batch), figure(row)) for row in own]
 
 
-def _bar(row: Mapping[str, Any]) -> Bar:
-    latency = row["latency"]
-    text = f"{ms_text(latency['p50_ms'])} ms"
-    return Bar(row["contender"], latency["p50_ms"], text, 1, latency["p50_ms"], latency["p99_ms"])
+def _bar(row: Row) -> Bar:
+    latency = row.times
+    text = f"{ms_text(latency.p50_ms)} ms"
+    return Bar(row.contender, latency.p50_ms, text, 1, latency.p50_ms, latency.p99_ms)
 
 
-def _measured(bench: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [row for row in bench["rows"] if row["latency"]]
-
-
-def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    latency = row["latency"]
+def _row(row: Row) -> tuple[str, ...]:
+    latency = row.times
     return (
-        row["contender"],
-        str(row["image_size"]),
-        str(row["batch"]),
-        *(ms_text(latency[key]) for key in ("p50_ms", "p90_ms", "p99_ms")),
-        f"{row['images_per_s']:,.1f}",
-        (ratio_text(row["ratio"]) or "-") + ("*" if row["settled"] is False else ""),
-        bytes_text(row["peak_rss_bytes"]),
-        f"{latency['cv_percent']:.1f}",
-        str(latency["calls"]),
+        row.contender,
+        str(row.image_size),
+        str(row.batch),
+        *(ms_text(ms) for ms in (latency.p50_ms, latency.p90_ms, latency.p99_ms)),
+        f"{row.rate:,.1f}",
+        (ratio_text(row.ratio) or "-") + ("*" if row.settled is False else ""),
+        bytes_text(row.peak_rss_bytes or 0),
+        f"{latency.cv_percent:.1f}",
+        str(latency.calls),
     )
 
 
-def _best(best: Mapping[str, Any]) -> Grid:
+def _best(best: BestUnder) -> Grid:
     rows = tuple(
-        (name, str(b["batch"]), ms_text(b["p99_ms"]), f"{b['images_per_s']:,.1f}")
+        (name, str(b.batch), ms_text(b.p99_ms), f"{b.images_per_s:,.1f}")
         if b
         else (name, "-", "-", "-")
-        for name, b in best["best"].items()
+        for name, b in best.best.items()
     )
-    caption = f"Best batch with p99 below {best['limit_ms']:g} ms"
+    caption = f"Best batch with p99 below {best.limit_ms:g} ms"
     return Grid(("runner", "batch", "p99 ms", "images/s"), rows, frozenset({1, 2, 3}), caption)
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from van_deploy.files import write_atomic
 from van_deploy.report.svg import Axis, Bar, bar_chart
 
 if TYPE_CHECKING:
     from van_deploy.checks.drift import ArtefactDrift, DriftReport
 
-__all__ = ["drift_svg"]
+__all__ = ["drift_svg", "write_drift_plot"]
 
 TITLE_HEIGHT = 30
 RUINED_DB = 0.0  # where a part's error is as large as its result, or it does not run
@@ -26,9 +28,15 @@ COLOURS: Mapping[str, str] = {
 }
 
 
+def write_drift_plot(report: DriftReport, path: Path) -> None:
+    """Write the plot, with the folders it is to be in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, drift_svg(report))
+
+
 def drift_svg(report: DriftReport) -> str:
     """Return the error each part of each artefact adds, one chart below the other, as SVG."""
-    charts = [(entry, _chart(entry)) for entry in report.artefacts]
+    charts = [(entry, _chart(entry)) for entry in report.artefacts.values()]
     parts, y, width = [], 0.0, 0.0
     for entry, (chart, chart_width, height) in charts:
         parts.append(
@@ -48,9 +56,9 @@ def drift_svg(report: DriftReport) -> str:
 def _chart(entry: ArtefactDrift) -> tuple[str, float, float]:
     """Return one artefact's bars with their width and height."""
     bars = [
-        Bar(row.name, 10 ** (-_finite(row.added_db) / 20), f"{row.added_db:.1f} dB")
+        Bar(row.name, 10 ** (-_finite(row.isolated_db) / 20), f"{row.isolated_db:.1f} dB")
         for row in entry.rows
-        if row.added_db is not None
+        if row.isolated_db is not None
     ]
     axis = Axis("RMS of the added error over RMS of the part's result", log=True)
     chart = bar_chart(bars, axis)

@@ -3,122 +3,121 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
-from van_deploy.report.tables import Column, bytes_text, facts_table, notes, rows_table, stack
+from van_deploy.report.tables import (
+    Column,
+    bytes_text,
+    facts_table,
+    notes,
+    rows_table,
+    stack,
+    verdict,
+)
 
-__all__ = ["engine_tables"]
+if TYPE_CHECKING:
+    from van_deploy.engine.fleet import Cell, Outcome
+    from van_deploy.engine.inspect import EngineDescription
+    from van_deploy.engine.sidecar import Sidecar
+
+__all__ = ["builds_view", "cell_name", "engine_tables", "warnings_text"]
 
 MOST_LAYERS = 200
 
 
-def engine_tables(description: Mapping[str, Any]) -> RenderableType:
-    """Return whether an engine runs here, what it is, and its layers where they are known.
-
-    Args:
-        description: from :func:`van_deploy.engine.inspect.describe_engine`.
-    """
-    if "name" not in description:
-        return stack(facts_table(_file(description)), _layers(description))
-    log = description["build notes"]
+def engine_tables(description: EngineDescription) -> RenderableType:
+    """Return whether an engine runs here, what it is, and its layers where they are known."""
+    sidecar = description.sidecar
+    if sidecar is None:
+        unknown = {"sidecar": "none: nothing says where this plan comes from"}
+        return stack(facts_table({**_file(description), **unknown}), _layers(description))
+    log = description.build_notes
     return stack(
-        facts_table({"engine": description["name"], **_file(description), **_made(description)}),
-        facts_table(_serves(description), "Serves"),
-        facts_table(_built(description), "Build"),
+        facts_table({"engine": sidecar.name, **_file(description), **_made(description, sidecar)}),
+        facts_table(_serves(sidecar), "Serves"),
+        facts_table(_built(description, sidecar), "Build"),
         _here(description),
         _layers(description),
         facts_table({"": "\n".join(log)}, "From the build log") if log else None,
     )
 
 
-def _file(description: Mapping[str, Any]) -> dict[str, object]:
-    facts = {
-        "file": description["file"],
-        "size": bytes_text(description["plan_bytes"]),
-        "sha256": description["plan_sha256"],
-    }
-    if "sidecar" in description:
-        facts["sidecar"] = description["sidecar"]
-    return facts
-
-
-def _made(description: Mapping[str, Any]) -> dict[str, object]:
-    sound = {True: "yes", False: "NO", None: "not asked: its back end is not here"}
+def _file(description: EngineDescription) -> dict[str, object]:
     return {
-        "made from": f"{description['onnx_file']} (sha256 {description['onnx_sha256'][:12]})",
-        "precision": description["precision"],
-        "back end": f"{description['backend']} {description['backend_version']}, "
-        f"CUDA {description['cuda'] or 'unknown'}",
-        "plan is sound": sound[description["plan is sound"]],
+        "file": str(description.file),
+        "size": bytes_text(description.plan_bytes),
+        "sha256": description.plan_sha256,
     }
 
 
-def _serves(description: Mapping[str, Any]) -> dict[str, object]:
+def _made(description: EngineDescription, sidecar: Sidecar) -> dict[str, object]:
+    sound = {True: "yes", False: "NO", None: "not asked: its backend is not here"}
+    return {
+        "made from": f"{sidecar.onnx_file} (sha256 {sidecar.onnx_sha256[:12]})",
+        "precision": sidecar.precision,
+        "backend": f"{sidecar.backend} {sidecar.backend_version}, CUDA {sidecar.cuda or 'unknown'}",
+        "plan is sound": sound[description.plan_is_sound],
+    }
+
+
+def _serves(sidecar: Sidecar) -> dict[str, object]:
     tensors = {
-        f"{kind} {entry['name']}": f"{entry['dtype']} ({_shape(entry['shape'])})"
-        for kind, entries in (("input", description["inputs"]), ("output", description["outputs"]))
-        for entry in entries
+        f"{kind} {tensor.name}": f"{tensor.dtype} ({_shape(tensor.shape)})"
+        for kind, tensors in (("input", sidecar.inputs), ("output", sidecar.outputs))
+        for tensor in tensors
     }
-    options = description["options"]
     return {
-        "GPUs": ", ".join(description["targets"]),
-        "batch": ", ".join(_profile(profile) for profile in options["profiles"]),
+        "GPUs": ", ".join(sidecar.targets),
+        "batch": ", ".join(map(str, sidecar.profiles)),
         **tensors,
         "memory on the GPU": ", ".join(
             f"{name.removesuffix('_bytes')} {bytes_text(size)}"
-            for name, size in description["device_memory"].items()
+            for name, size in sidecar.device_memory.items()
         )
         or None,
     }
 
 
-def _built(description: Mapping[str, Any]) -> dict[str, object]:
+def _built(description: EngineDescription, sidecar: Sidecar) -> dict[str, object]:
     options = {
         key.replace("_", " "): value
-        for key, value in description["options"].items()
+        for key, value in sidecar.options.as_dict().items()
         if key not in ("profiles", "targets") and value not in (None, False, "none")
     }
     return {
-        "took": f"{description['parse_seconds'] + description['build_seconds']:.1f} s and "
-        f"{bytes_text(description['peak_memory_bytes'])}",
-        "parser's layers": description["parser_layers"],
-        "on": description["built_on"] or "no GPU: its back end needs none to build",
+        "took": f"{sidecar.parse_seconds + sidecar.build_seconds:.1f} s and "
+        f"{bytes_text(sidecar.peak_memory_bytes)}",
+        "parser's layers": sidecar.parser_layers,
+        "on": sidecar.built_on or "no GPU: its backend needs none to build",
         "options": ", ".join(f"{key} {_word(value)}" for key, value in options.items()) or None,
-        "same bytes twice": _word(description["reproducible"]),
-        "warnings": "\n".join(f"{n} x {text}" for text, n in description["warnings"].items())
-        or None,
-        "log": description["log"],
+        "same bytes twice": _same_twice(sidecar.reproducible) or "not checked",
+        "warnings": "\n".join(f"{n} x {text}" for text, n in sidecar.warnings.items()) or None,
+        "log": description.log,
     }
 
 
-def _here(description: Mapping[str, Any]) -> RenderableType:
-    if description["runs here"]:
+def _here(description: EngineDescription) -> RenderableType:
+    if not description.obstacles:
         return notes(["it runs on this machine"], "YES")
-    remedies = " ".join(description["remedies"])
-    return notes([f"runs here: {'; '.join(description['why not'])}. {remedies}"], "NO")
+    problems = "; ".join(obstacle.problem for obstacle in description.obstacles)
+    remedies = " ".join(dict.fromkeys(obstacle.remedy for obstacle in description.obstacles))
+    return notes([f"runs here: {problems}. {remedies}"], "NO")
 
 
-def _layers(description: Mapping[str, Any]) -> RenderableType | None:
-    layers: Sequence[Mapping[str, Any]] = description["layers"]
-    if not layers:
-        reason = description["layers skipped"]
-        if description.get("why not"):
+def _layers(description: EngineDescription) -> RenderableType | None:
+    if not description.layers:
+        reason = description.layers_skipped
+        if description.obstacles:
             reason = "only the engine's own GPU can load it and name them"
         return notes([f"layers: {reason}"], "SKIPPED") if reason else None
     columns = (Column("layer", wrap=True), "kind", "precision", Column("modules", wrap=True))
     rows = [
-        (layer["name"], layer["kind"], layer["precision"], ", ".join(layer["nodes"]))
-        for layer in layers[:MOST_LAYERS]
+        (layer.name, layer.kind, layer.precision, ", ".join(layer.nodes))
+        for layer in description.layers[:MOST_LAYERS]
     ]
-    return rows_table(columns, rows, f"{len(layers)} layers")
-
-
-def _profile(profile: Mapping[str, int] | str) -> str:
-    if isinstance(profile, str):
-        return profile
-    return f"{profile['min']}:{profile['opt']}:{profile['max']}"
+    return rows_table(columns, rows, f"{len(description.layers)} layers")
 
 
 def _shape(sizes: Sequence[int]) -> str:
@@ -127,3 +126,44 @@ def _shape(sizes: Sequence[int]) -> str:
 
 def _word(value: object) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
+
+
+def builds_view(outcomes: Sequence[Outcome]) -> RenderableType:
+    """Return one line an engine, and below it why any failed."""
+    rows = []
+    for outcome in outcomes:
+        sidecar = outcome.sidecar
+        word = {"built": "OK", "reused": "HERE", "failed": "FAIL"}[outcome.outcome]
+        rows.append(
+            (
+                verdict(word),
+                outcome.engine or cell_name(outcome.cell),
+                ", ".join(str(p) for p in sidecar.profiles) if sidecar else None,
+                bytes_text(sidecar.plan_bytes) if sidecar else None,
+                f"{sidecar.build_seconds:.1f}" if sidecar else None,
+                bytes_text(sidecar.peak_memory_bytes) if sidecar else None,
+                _same_twice(sidecar.reproducible) if sidecar else None,
+            )
+        )
+    right = [Column(name, "right") for name in ("size", "build s", "memory")]
+    table = rows_table(["", "engine", "batch", *right, "same twice"], rows)
+    failures = [f"{cell_name(o.cell)}: {o.error}" for o in outcomes if o.error is not None]
+    return stack(table, notes(failures, "FAIL") if failures else None)
+
+
+def _same_twice(reproducible: bool | None) -> str | None:
+    """Return whether a second build gave the same bytes; nothing where there was none."""
+    return None if reproducible is None else _word(reproducible)
+
+
+def cell_name(cell: Cell) -> str:
+    """Return what an engine that has no name yet is called."""
+    return f"{cell.bundle.name} {cell.precision} {cell.target}"
+
+
+def warnings_text(name: str, warnings: Mapping[str, int]) -> str:
+    """Return a line that sums up what TensorRT warned of; the log has the rest."""
+    total = sum(warnings.values())
+    first = max(warnings, key=lambda text: warnings[text])
+    short = first if len(first) <= 160 else first[:157] + "..."
+    return f"{name}: {total} warnings; most often: {short} (all of them are in its .log)"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from van_deploy.bench.document import BenchReport
 from van_deploy.bundle import Manifest
 
 __all__ = ["fresh_bench", "fresh_checks"]
 
-BY_ARTEFACT = ("artefacts", "accuracy", "drift")
+BY_ARTEFACT = ("artefacts", "accuracies", "losses")
 """Keys of a check's result under which there is one entry an artefact."""
 
 
@@ -30,18 +31,18 @@ def fresh_checks(manifest: Manifest) -> tuple[dict[str, Any], list[tuple[str, st
 
 
 def fresh_bench(
-    manifest: Manifest, bench: Mapping[str, Any] | None
-) -> tuple[Mapping[str, Any] | None, list[tuple[str, str]]]:
+    manifest: Manifest, bench: BenchReport | None
+) -> tuple[BenchReport | None, list[tuple[str, str]]]:
     """Return a benchmark without the rows of files that are no longer in the bundle."""
     if bench is None:
         return None, []
     known = {*_digests(manifest).values(), manifest.weights.sha256}
-    gone = {name for name, entry in bench["contenders"].items() if entry["sha256"] not in known}
+    gone = {name for name, entry in bench.contenders.items() if entry.sha256 not in known}
     kept = {
-        key: [row for row in bench[key] if row["contender"] not in gone]
-        for key in ("rows", "roofline")
+        "rows": tuple(row for row in bench.rows if row.contender not in gone),
+        "roofline": tuple(row for row in bench.roofline if row.contender not in gone),
     }
-    return {**bench, **kept}, [("bench", name) for name in sorted(gone)]
+    return bench.model_copy(update=kept), [("bench", name) for name in sorted(gone)]
 
 
 def _digests(manifest: Manifest) -> dict[str, str]:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from van_deploy.files import write_atomic
 
 if TYPE_CHECKING:
     from van_deploy.checks.regression import CheckReport, CheckRow
 
-__all__ = ["junit_from_check"]
+__all__ = ["junit_from_check", "write_junit"]
+
+
+def write_junit(report: CheckReport, path: Path) -> None:
+    """Write the report as JUnit XML, with the folders it is to be in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, junit_from_check(report))
 
 
 def junit_from_check(report: CheckReport) -> str:
     """Return the report as JUnit XML: a suite a kind of row, a test case a row.
 
-    A skipped row that nobody allowed is a failure there, as it is for the exit code.
+    What was not shown and nobody allowed is a failure there, as it is for the exit code.
     """
     root = ElementTree.Element("testsuites", name="van-deploy check")
     total = failures = skipped = 0
@@ -51,13 +60,14 @@ def _case(suite: ElementTree.Element, row: CheckRow, report: CheckReport) -> str
     case = ElementTree.SubElement(
         suite, "testcase", classname=f"{report.model}.{kind}", name=name, time="0"
     )
-    not_allowed = row.outcome == "skipped" and not report.allow_skip
-    if row.outcome == "failed" or not_allowed:
-        message = f"not checked: {row.message}" if not_allowed else row.message
+    found, outcome = row.finding, row.outcome.value
+    if not report.allowed.holds(found):
+        said = {"skipped": "not checked: ", "inconclusive": "undecided: "}.get(outcome, "")
+        message = f"{said}{found.message}"
         failure = ElementTree.SubElement(case, "failure", message=message, type="gate")
-        failure.text = f"baseline {row.baseline}, now {row.now}: {message}"
+        failure.text = f"baseline {row.baseline}, now {found.value}: {message}"
         return "failure"
-    if row.outcome == "skipped":
-        ElementTree.SubElement(case, "skipped", message=row.message)
+    if outcome != "pass":
+        ElementTree.SubElement(case, "skipped", message=found.message)
         return "skipped"
     return "passed"

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
+from rich.text import Text
 
-from van_deploy.checks.statistics import wilson_interval
+from van_deploy.intervals import wilson_interval
 from van_deploy.report.tables import Column, bytes_text, facts_table, notes, rows_table, stack
 from van_deploy.report.tables import verdict as verdict_text
 
-__all__ = ["precision_facts", "precision_notes", "precision_table", "precision_view"]
+if TYPE_CHECKING:
+    from van_deploy.precision.pipeline import QuantizeResult
+
+__all__ = [
+    "precision_facts",
+    "precision_notes",
+    "precision_table",
+    "precision_view",
+    "quantized_view",
+]
+
+
+def quantized_view(result: QuantizeResult) -> RenderableType:
+    """Return one quantisation: what it cost, and where it was written."""
+    file = result.bundle.path / result.bundle.artefact(result.artefact).file
+    took = f" in {sum(result.seconds.values()):.1f} s" if result.seconds else ""
+    word = "Reused" if result.reused else "Wrote"
+    return stack(precision_view(result.facts), Text(f"{word} {file}{took}."))
 
 
 def precision_view(facts: Mapping[str, Any]) -> RenderableType:
     """Return everything worth reading about one FP16 or INT8 artefact."""
     return stack(
-        _methods_table(facts.get("methods")),
-        _changes_table(facts.get("refine")),
+        _techniques_table(facts.get("techniques")),
         _search_table(facts.get("search")),
         precision_table(facts["comparison"]),
         precision_facts(facts),
@@ -46,7 +63,7 @@ def precision_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 def _line(row: Mapping[str, Any], labelled: bool, timed: bool) -> list[object]:
     reference = row["passed"] is None
     cells: list[object] = [
-        row["precision"].upper(),
+        row["name"].upper(),
         bytes_text(row["size_bytes"]),
         None if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
         None if reference else f"{row['cosine']:.5f}",
@@ -78,11 +95,9 @@ def precision_facts(facts: Mapping[str, Any]) -> RenderableType:
     if "int8_share" in facts:
         share = f"{100 * facts['int8_share']:.1f} % of the multiply-adds"
         said["in INT8"] = f"{facts['quantized']} layers, {share}"
-        said["method"] = str(facts["plan"]["method"])
-    if "ranges" in facts:
-        reused = "reused" if facts["ranges"]["reused"] else "recorded"
-        said["ranges"] = f"{reused}: {facts['ranges']['reason']}"
-    said["recommended"] = f"{facts['recommended'].upper()}: {facts['why']}"
+        said["scales"] = str(facts["method"])
+    best = facts["recommended"]
+    said["recommended"] = f"{best.upper()}: {facts['why']}" if best else str(facts["why"])
     return facts_table(said)
 
 
@@ -91,7 +106,7 @@ def precision_notes(facts: Mapping[str, Any]) -> RenderableType | None:
     lines = []
     calibration = facts["calibration"]
     if calibration["noise"]:
-        lines.append("calibrated on NOISE: the ranges fit no real picture")
+        lines.append("calibrated on NOISE: the ranges fit no real image")
     unreadable = calibration["unreadable"]
     if unreadable:
         lines.append(f"{len(unreadable)} image(s) could not be read: {'; '.join(unreadable[:3])}")
@@ -100,10 +115,9 @@ def precision_notes(facts: Mapping[str, Any]) -> RenderableType | None:
         tried = len(search["trials"])
         lines.append(f"no plan held {search['max_drop']:g} points in {tried} evaluations")
     for row in facts["comparison"]:
-        # results written before gates knew their interval have no doubts
         lines += [
-            f"{row['precision'].upper()} passes, but {d}: too few images to tell"
-            for d in row.get("doubts", ())
+            f"{row['name'].upper()} is undecided: {doubt}"
+            for doubt in row["doubts"]
             if row["passed"]
         ]
     audit = facts.get("audit", {})
@@ -111,31 +125,25 @@ def precision_notes(facts: Mapping[str, Any]) -> RenderableType | None:
     return notes(lines) if lines else None
 
 
-def _methods_table(methods: Mapping[str, Any] | None) -> RenderableType | None:
-    if methods is None:
+def _techniques_table(techniques: Sequence[Mapping[str, Any]] | None) -> RenderableType | None:
+    if not techniques:
         return None
     rows = (
-        (n, f"{kl:.2e}", "chosen" if n == methods["chosen"] else "")
-        for n, kl in methods["kl"].items()
-    )
-    title = f"Methods on {methods['images']} held-out images"
-    return rows_table(["method", Column("KL, nats", "right"), ""], rows, title)
-
-
-def _changes_table(refine: Mapping[str, Any] | None) -> RenderableType | None:
-    if refine is None:
-        return None
-    rows = (
-        (c["name"], f"{c['before_db']:.2f}", f"{c['after_db']:.2f}", "kept" if c["kept"] else "")
-        for c in refine["changes"]
+        (
+            gain["name"].replace("_", " "),
+            None if gain["before_db"] is None else f"{gain['before_db']:.2f}",
+            f"{gain['after_db']:.2f}",
+            "kept" if gain["kept"] else "left out",
+        )
+        for gain in techniques
     )
     columns: list[Column | str] = [
-        "refinement",
-        Column("before, dB", "right"),
-        Column("after, dB", "right"),
+        "technique",
+        Column("SQNR before (dB, ↑)", "right"),
+        Column("after", "right"),
         "",
     ]
-    return rows_table(columns, rows, "Refinements, judged on images of the calibration kept aside")
+    return rows_table(columns, rows, "What each technique brings on held-out images")
 
 
 def _search_table(search: Mapping[str, Any] | None) -> RenderableType | None:
@@ -143,5 +151,8 @@ def _search_table(search: Mapping[str, Any] | None) -> RenderableType | None:
         return None
     rows = search["kept"].items()
     columns: list[Column | str] = ["kept out of INT8", Column("why", wrap=True)]
-    title = f"At most {search['max_drop']:g} points lost, searched on {search['searched_on']}"
+    title = (
+        f"At most {search['max_drop']:g} points of {search['of']} lost, searched on "
+        f"{search['images']} images"
+    )
     return rows_table(columns, rows, title)

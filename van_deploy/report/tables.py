@@ -33,6 +33,7 @@ VERDICT_STYLES = {
     "PASS": "bold green",
     "FAIL": "bold red",
     "SKIPPED": "yellow",
+    "INCONCLUSIVE": "bold magenta",
     "WARNING": "bold yellow",
     "MISSING": "yellow",
     "OK": "green",
@@ -183,6 +184,8 @@ def _cell(value: object) -> RenderableType:
     """Return a cell's text; what is already a Rich ``Text`` keeps its style."""
     if isinstance(value, Text):
         return value
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
     return Text("-", style="dim") if value is None else Text(str(value))
 
 

@@ -10,35 +10,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Artefact, Bundle
+from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import nvidia_driver
-from van_deploy.errors import UsageError
+from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
-from van_deploy.metrics import softmax
+from van_deploy.metrics import Task, probabilities
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.recipe import BatchRange
+from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
+
+if TYPE_CHECKING:
+    from van_deploy.model.checkpoint import LoadedVan
 
 __all__ = [
     "ORT_CPU",
     "PYTORCH",
     "RUNNERS",
     "Network",
+    "Obstacle",
     "Outputs",
     "TensorSpec",
     "TopClasses",
     "embedding_of",
     "network_input",
+    "original_of",
     "profiles_of",
     "runnable_artefacts",
+    "task_of",
 ]
 
 PYTORCH = "pytorch"
@@ -79,6 +87,47 @@ class TopClasses:
     probabilities: npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class Obstacle:
+    """What keeps an artefact from running on this machine.
+
+    Attributes:
+        kind: ``engines`` where an engine's GPU is not here, else ``runtimes``.
+        reason: one phrase.
+    """
+
+    kind: str
+    reason: str
+
+
+def task_of(bundle: Bundle) -> Task:
+    """Return how the logits of a bundle's network become labels."""
+    network = bundle.manifest.architecture
+    return Task.of(network.num_classes, network.problem_type)
+
+
+def original_of(bundle: Bundle, weights: Path | None = None) -> LoadedVan:
+    """Return the network a bundle was made from.
+
+    Args:
+        bundle: the bundle.
+        weights: where its weights are now; None takes the place the manifest names.
+
+    Raises:
+        MissingDependency: PyTorch or timm is not installed.
+        BundleError: the weights have moved, have changed, or are not this bundle's.
+    """
+    try:
+        from van_deploy.runners.original import original_network
+    except ImportError as error:
+        raise MissingDependency(
+            f"The original network needs PyTorch and timm: {error}.",
+            "Install them with `pip install van-deploy`, or compare with the golden samples "
+            "(--against golden), which needs neither.",
+        ) from error
+    return original_network(bundle, weights)
+
+
 def embedding_of(artefact: Artefact) -> str:
     """Return what preprocessing an artefact has inside: ``none``, ``normalize`` or ``uint8``."""
     return artefact.embedded
@@ -110,6 +159,7 @@ class Network:
         outputs: what :meth:`run` gives.
         max_batch: pictures a batch, at most.
         runner: what runs it, for reports.
+        task: how its logits become labels.
 
     Raises:
         BundleError: there is no such artefact.
@@ -134,6 +184,7 @@ class Network:
         self.threads = threads
         self.preprocessing = bundle.manifest.preprocessing
         self.max_batch = bundle.manifest.batch.max
+        self.task = task_of(bundle)
         self._spin, self._trust_engine = spin, trust_engine
         self.is_engine = False
         self._profiles: list[BatchRange] = []
@@ -178,10 +229,10 @@ class Network:
             ConversionError: the run time refuses it.
         """
         if self.name == PYTORCH:
-            from van_deploy.bundle.original import original_network
+            loaded = original_of(self.bundle)
             from van_deploy.runners.pytorch import TorchRunner
 
-            self._opened = TorchRunner(original_network(self.bundle).model)
+            self._opened = TorchRunner(loaded.model)
             return self
         self._opened = self._runner().__enter__()
         return self
@@ -196,32 +247,44 @@ class Network:
         path = self.bundle.verified(self.name)
         return OnnxRuntimeRunner(path, threads=self.threads, spin=self._spin, name=self.runner)
 
-    def obstacle(self) -> str:
-        """Return what keeps the artefact from running on this machine, one phrase; "" is good.
+    def obstacle(self) -> Obstacle | None:
+        """Return what keeps the artefact from running on this machine; None is good.
 
         Raises:
             InputError: an engine's sidecar is missing, damaged or edited.
         """
         if self.is_engine:
-            return f"engine not executed: {reason}" if (reason := self._engine_obstacle()) else ""
+            return self._engine_obstacle()
         if self.runner in (PYTORCH, ORT_CPU):
-            return ""
+            return None
         provider = PROVIDERS[self.runner][0]
         if provider not in require_onnxruntime().get_available_providers():
-            return f"no {provider} in the ONNX Runtime that is installed"
-        return "" if _has_gpu() else "not executed: no GPU"
+            return Obstacle("runtimes", f"no {provider} in the ONNX Runtime that is installed")
+        return None if _has_gpu() else Obstacle("runtimes", f"{provider} finds no GPU")
 
-    def _engine_obstacle(self) -> str:
+    def _engine_obstacle(self) -> Obstacle | None:
         from van_deploy.engine.compatibility import obstacles
         from van_deploy.engine.host import host_here
         from van_deploy.engine.sidecar import sidecar_path, verified_sidecar
 
         if not _has_gpu():
-            return "no GPU"
+            return Obstacle("engines", "engine not executed: no GPU")
         plan = self.bundle.path / self.bundle.artefact(self.name).file
         if self._trust_engine and not sidecar_path(plan).exists():
-            return ""
-        return "; ".join(o.problem for o in obstacles(verified_sidecar(plan), host_here()))
+            return None
+        found = obstacles(verified_sidecar(plan), host_here())
+        if not found:
+            return None
+        kind = "engines" if all(each.about == "gpu" for each in found) else "runtimes"
+        return Obstacle(kind, "engine not executed: " + "; ".join(o.problem for o in found))
+
+    @property
+    def tf32(self) -> bool:
+        """Whether FP32 layers may compute in TF32; of a network that is open."""
+        if self.is_engine:
+            options = self.bundle.artefact(self.name).made_with.get("options")
+            return bool(options.get("tf32", True)) if isinstance(options, Mapping) else True
+        return isinstance(self._opened, OnnxRuntimeRunner) and self._opened.tf32
 
     def __exit__(
         self,
@@ -234,7 +297,7 @@ class Network:
             self._opened.__exit__(kind, error, trace)
         self._opened = None
 
-    def prepare(self, pixels: Pixels) -> npt.NDArray[Any]:
+    def prepare(self, pixels: Pixels | Images) -> npt.NDArray[Any]:
         """Return resized pictures ``(N, S, S, C)`` uint8 as this artefact takes them."""
         return network_input(pixels, self.embedding, self.preprocessing)
 
@@ -264,7 +327,7 @@ class Network:
             return any(p.min <= batch <= p.max for p in self._profiles)
         return batch >= 1
 
-    def logits(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+    def logits(self, pixels: Pixels | Images) -> npt.NDArray[np.float32]:
         """Return the logits ``(N, K)`` of resized pictures ``(N, S, S, C)`` uint8.
 
         Raises:
@@ -285,7 +348,7 @@ class Network:
             UsageError: the artefact gives only its first five and more are asked for.
         """
         if OUTPUT_NAME in outputs or "probabilities" in outputs:
-            return _ranked(outputs, count)
+            return _ranked(outputs, count, self.task)
         classes, probabilities = outputs[TOP_CLASSES], outputs[TOP_PROBABILITIES]
         if count > classes.shape[1]:
             raise UsageError(
@@ -295,14 +358,33 @@ class Network:
         return TopClasses(classes[:, :count], probabilities[:, :count])
 
 
-def network_input(pixels: Pixels, embedding: str, preprocessing: Preprocessing) -> npt.NDArray[Any]:
-    """Return resized pictures ``(N, S, S, C)`` uint8 as a graph with ``embedding`` takes them."""
+def network_input(
+    pixels: Pixels | Images, embedding: str, preprocessing: Preprocessing
+) -> npt.NDArray[Any]:
+    """Return images as a graph with ``embedding`` takes them.
+
+    Args:
+        pixels: resized images ``(N, S, S, C)`` uint8, or normalised ``(N, C, S, S)`` float32.
+        embedding: the preprocessing inside the graph.
+        preprocessing: of the network.
+
+    Raises:
+        UsageError: the graph normalises, and the images are normalised already.
+    """
+    if pixels.dtype == np.float32 and embedding == "none":
+        return pixels
+    if pixels.dtype == np.float32:
+        raise UsageError(
+            f"The images are normalised network input, and the graph (embedded: {embedding}) "
+            "normalises by itself.",
+            "Give uint8 images.",
+        )
     if embedding == "uint8":
         return np.ascontiguousarray(pixels)
     if embedding == "normalize":
         values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
         return values / np.float32(255)
-    return normalised(pixels, preprocessing)
+    return normalised(pixels.astype(np.uint8, copy=False), preprocessing)
 
 
 def _has_gpu() -> bool:
@@ -310,10 +392,10 @@ def _has_gpu() -> bool:
     return driver is not None and bool(driver.gpus)
 
 
-def _ranked(outputs: Mapping[str, npt.NDArray[Any]], count: int) -> TopClasses:
+def _ranked(outputs: Mapping[str, npt.NDArray[Any]], count: int, task: Task) -> TopClasses:
     """Return the first classes by logit where there are logits, else by probability."""
     logits = outputs.get(OUTPUT_NAME)
     scores = outputs["probabilities"] if logits is None else logits.astype(np.float32)
-    probabilities = scores if logits is None else softmax(scores)
+    shares = scores if logits is None else probabilities(scores, task)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :count].astype(np.int64)
-    return TopClasses(order, np.take_along_axis(probabilities, order, axis=1).astype(np.float32))
+    return TopClasses(order, np.take_along_axis(shares, order, axis=1).astype(np.float32))

@@ -125,6 +125,13 @@ class OnnxRuntimeRunner:
         """Release the session."""
         self._session = None
 
+    @property
+    def tf32(self) -> bool:
+        """Whether FP32 operators may compute in TF32: CUDA's ``use_tf32``, on by default."""
+        options = self._session.get_provider_options()
+        cuda = options.get("CUDAExecutionProvider")
+        return cuda is not None and cuda.get("use_tf32", "1") != "0"
+
     def run(self, images: Images) -> Logits:
         """Return the logits ``(N, K)`` of ``images (N, C, S, S)``."""
         name = self._session.get_inputs()[0].name

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from van_deploy.config import BatchRange
 from van_deploy.engine.backend import RTX, Backend, backend_named
 from van_deploy.engine.catalogue import load_failure
 from van_deploy.engine.compatibility import require_compatible
@@ -25,7 +26,6 @@ from van_deploy.engine.host import host_here
 from van_deploy.engine.log import BuildLog, trt_logger
 from van_deploy.engine.sidecar import Sidecar, sidecar_path, verified_sidecar
 from van_deploy.errors import ConversionError, InputError, UsageError
-from van_deploy.recipe import BatchRange
 from van_deploy.runners.base import Images, Logits
 from van_deploy.runners.cuda import (
     Cuda,

@@ -1,342 +1,312 @@
-"""The server's addresses: the v2 protocol, the web page, pictures, health, metrics."""
+"""The server's addresses, as an ASGI application: v2 protocol, page, images, health, metrics."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import hashlib
+import asyncio
+import hmac
+import inspect
+import json
 import re
+import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+import traceback
+import urllib.parse
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
 from van_deploy import __version__
-from van_deploy.errors import ImageError, UsageError, VanDeployError
-from van_deploy.serve.batcher import QueueFull, ShuttingDown
-from van_deploy.serve.body import SlowClientError, TooLargeError, file_of_form, read_body
-from van_deploy.serve.metrics import serving_package
-from van_deploy.serve.protocol import (
+from van_deploy.errors import ImageError, UsageError
+from van_deploy.serve.intake import (
+    ClientGoneError,
+    Receive,
     RequestError,
-    encode_response,
-    parse_request,
-    tensor_metadata,
+    file_of_form,
+    read_body,
 )
-from van_deploy.serve.service import Served, Service
+from van_deploy.serve.protocol import InferRequest, Values, encode_response, parse_request
+from van_deploy.serve.served import ServedModel
+from van_deploy.serve.service import MIB, Service
 
-__all__ = ["EXTENSIONS", "server_app"]
+__all__ = ["App", "Request", "Response"]
 
-EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "statistics")
-STATUS_OF = (
-    (RequestError, 400),
-    (TooLargeError, 413),
-    (SlowClientError, 408),
-    (ImageError, 422),
-    (UsageError, 400),
-)
-RETRY_AFTER_S = "1"
+MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config|/stats)?")
+MODEL = "/v2/models/MODEL"
+POSTS = {f"{MODEL}/infer", "/predict", "/v2/repository/index"}
+READY = {"version": "1", "state": "READY"}
+EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
+SERVER = {"name": "van-deploy", "version": __version__, "extensions": EXTENSIONS}
+PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+KEYLESS = {"/", "/page.css", "/page.js", "/v2/health/live", "/v2/health/ready"}
 MAX_TOP = 1000
+SMALL_JSON = 16 * 2**10  # bytes parsed in the event loop: less than a millisecond
+MANY_BYTES = 2**20  # of a tensor, checked in a thread
+MANY_NUMBERS = 4096  # of an answer, written as JSON in another process
+SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib."
+SEND_BYTES = (
+    "Send tensors as bytes (the binary tensor extension), or start the server with a higher "
+    "--max-json-mib."
+)
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; connect-src 'self'; img-src blob: data:; "
+    "script-src 'self'; style-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
 
-Handler = Callable[[Any], Awaitable[Any]]
+Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
-class _UnknownModelError(VanDeployError):
-    """There is no model of that name or version; HTTP status 404."""
+@dataclass
+class Request:
+    """One request, as far as its head says.
+
+    Attributes:
+        method: HEAD counts as GET; its answer's body is not sent.
+        path: decoded.
+        query: last value of each parameter.
+        headers: by their names in lower case.
+        receive: ASGI's, for the body.
+        route: of the path, for the metrics; "" until one is found.
+        model: in the path or the query; likewise.
+        version: of the model, in the path.
+    """
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    receive: Receive
+    route: str = ""
+    model: str = ""
+    version: str = "1"
 
 
-def server_app(service: Service) -> Any:
-    """Return the ASGI application that answers for ``service``, which is loaded.
+@dataclass
+class Response:
+    """One answer."""
+
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    status: int = 200
+
+
+class App:
+    """Answers for ``service``, which is loaded and started.
+
+    Attributes:
+        service: likewise.
+        keyed: whether clients must send a key.
 
     Raises:
-        MissingDependency: the server's packages are not installed.
+        UsageError: the key cannot be had.
     """
-    applications = serving_package("starlette.applications")
-    route = serving_package("starlette.routing").Route
-    handlers = _Handlers(service)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: Any) -> AsyncIterator[None]:
-        service.start()
-        try:
-            yield
-        finally:
-            await service.close()
-
-    model = "/v2/models/{model}"
-    version = model + "/versions/{version}"
-    routes = [  # looked through in this order, so the busy ones come first
-        route(f"{model}/infer", handlers.infer, methods=["POST"]),
-        route(f"{version}/infer", handlers.infer, methods=["POST"]),
-        route("/", handlers.page),
-        route("/predict", handlers.predict, methods=["POST"]),
-        route("/models", handlers.models),
-        route("/metrics", handlers.metrics),
-        route("/v2", handlers.server_metadata),
-        route("/v2/health/live", handlers.live),
-        route("/v2/health/ready", handlers.ready),
-        route("/v2/repository/index", handlers.index, methods=["POST"]),
-        route("/v2/models/stats", handlers.all_statistics),
-    ]
-    for path in (model, version):
-        routes += [
-            route(path, handlers.model_metadata),
-            route(f"{path}/ready", handlers.model_ready),
-            route(f"{path}/config", handlers.model_config),
-            route(f"{path}/stats", handlers.statistics),
-        ]
-    errors = {404: handlers.not_found, 405: handlers.not_allowed, 500: handlers.fault}
-    return applications.Starlette(routes=routes, lifespan=lifespan, exception_handlers=errors)
-
-
-class _Handlers:
-    """One method an address."""
 
     def __init__(self, service: Service) -> None:
-        self.service = service
-        self._responses = serving_package("starlette.responses")
-        page = (resources.files("van_deploy.serve") / "page.html").read_text(encoding="utf-8")
-        self._page = page.encode()
-        self._page_headers = _page_headers(page)
-
-    # --- what is there -----------------------------------------------------------------------
-
-    async def page(self, _: Any) -> Any:
-        return self._responses.Response(
-            self._page, media_type="text/html", headers=self._page_headers
-        )
-
-    async def models(self, _: Any) -> Any:
-        """Return what the page shows of the bundle."""
-        manifest = self.service.bundle.manifest
-        return self._json(
-            {
-                "bundle": self.service.bundle.name,
-                "preprocessing": manifest.preprocessing,
-                "classes": manifest.architecture.num_classes,
-                "parameters": manifest.parameters,
-                "compare": self.service.settings.compare,
-                "max_body_bytes": self.service.settings.max_body_bytes,
-                "models": [
-                    {
-                        "name": served.name,
-                        "artefact": served.network.name,
-                        "runner": served.network.runner,
-                    }
-                    for served in self.service.models.values()
-                ],
-            }
-        )
-
-    async def server_metadata(self, _: Any) -> Any:
-        return self._json(
-            {"name": "van-deploy", "version": __version__, "extensions": list(EXTENSIONS)}
-        )
-
-    async def live(self, _: Any) -> Any:
-        return self._responses.Response(status_code=200)
-
-    async def ready(self, _: Any) -> Any:
-        usable = self.service.ready and not self.service.draining
-        return self._responses.Response(status_code=200 if usable else 503)
-
-    async def metrics(self, _: Any) -> Any:
-        text, kind = self.service.metrics.text()
-        return self._responses.Response(text, headers={"content-type": kind})
-
-    async def index(self, _: Any) -> Any:
-        return self._json(
-            [{"name": name, "version": "1", "state": "READY"} for name in self.service.models]
-        )
-
-    async def model_metadata(self, request: Any) -> Any:
-        return await self._of_model(request, _metadata)
-
-    async def model_ready(self, request: Any) -> Any:
-        return await self._of_model(request, lambda _: None)
-
-    async def model_config(self, request: Any) -> Any:
-        return await self._of_model(request, lambda served: served.config())
-
-    async def statistics(self, request: Any) -> Any:
-        return await self._of_model(request, lambda served: {"model_stats": [_statistics(served)]})
-
-    async def all_statistics(self, _: Any) -> Any:
-        every = [_statistics(served) for served in self.service.models.values()]
-        return self._json({"model_stats": every})
-
-    async def _of_model(self, request: Any, describe: Callable[[Served], Any]) -> Any:
-        try:
-            described = describe(self._served(request))
-        except _UnknownModelError as error:
-            return self._error(404, str(error))
-        return (
-            self._responses.Response(status_code=200)
-            if described is None
-            else self._json(described)
-        )
-
-    # --- answers -----------------------------------------------------------------------------
-
-    async def infer(self, request: Any) -> Any:
-        return await self._answered("infer", request, self._infer)
-
-    async def predict(self, request: Any) -> Any:
-        return await self._answered("predict", request, self._predict)
-
-    async def _infer(self, request: Any) -> Any:
-        served = self._served(request)
-        body = await self._body(request)
-        network = served.network
-        parsed = parse_request(
-            body, _json_length(request), network.input, network.outputs, network.max_batch
-        )
-        answer = await self.service.infer(served, parsed.batch)
-        content, json_length = encode_response(parsed, answer.outputs, served.name, served.labels)
-        if json_length is None:
-            return self._responses.Response(content, media_type="application/json")
-        headers = {
-            "content-type": "application/octet-stream",
-            "inference-header-content-length": str(json_length),
+        self.service, self._key = service, service.settings.api_key()
+        self.keyed = bool(self._key)
+        models = service.models
+        self._routes: dict[str, Callable[[Request], Any]] = {
+            f"{MODEL}/infer": self._infer,
+            "/predict": self._predict,
+            "/v2/health/live": lambda _: Response(),
+            "/v2/health/ready": lambda _: Response(status=503 if service.draining else 200),
+            "/": _page("page.html", "text/html; charset=utf-8"),
+            "/page.css": _page("page.css", "text/css"),
+            "/page.js": _page("page.js", "text/javascript"),
+            "/models": lambda _: service.description(),
+            "/metrics": lambda _: Response(*service.metrics.text()),
+            "/v2": lambda _: SERVER,
+            "/v2/repository/index": lambda _: [{"name": n, **READY} for n in models],
+            "/v2/models/stats": lambda _: _statistics(*models.values()),
+            MODEL: lambda request: _metadata(self._served(request).config),
+            f"{MODEL}/config": lambda request: self._served(request).config,
+            f"{MODEL}/ready": lambda request: self._served(request) and Response(),
+            f"{MODEL}/stats": lambda request: _statistics(self._served(request)),
         }
-        return self._responses.Response(content, headers=headers)
 
-    async def _predict(self, request: Any) -> Any:
-        query = request.query_params
-        served = self._served(request, query.get("model"))
-        top = query.get("top", "5")
-        if not top.isdecimal() or not 1 <= int(top[:9]) <= MAX_TOP:
-            raise RequestError(f"'top' is {top!r}; it must be a number from 1 to {MAX_TOP}.")
-        picture = await self._body(request)
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            picture = await file_of_form(picture, request.headers)
-        if not picture:
-            raise RequestError("The request has no picture: send an image file as its body.")
-        compare = query.get("compare", "0") not in {"0", "false", ""}
-        document = await self.service.look(served, picture, int(top), compare=compare)
-        return self._json(document)
-
-    async def _body(self, request: Any) -> bytes:
-        settings = self.service.settings
-        return await read_body(request, settings.max_body_bytes, settings.read_timeout_s)
-
-    def _served(self, request: Any, name: str | None = None) -> Served:
-        models = self.service.models
-        wanted = request.path_params.get("model") or name or next(iter(models))
-        if wanted not in models or request.path_params.get("version", "1") != "1":
-            version = request.path_params.get("version")
-            raise _UnknownModelError(
-                f"There is no model '{wanted}'{f' version {version}' if version else ''}; "
-                f"this server has {', '.join(models)}, version 1."
-            )
-        return models[wanted]
-
-    async def _answered(self, route: str, request: Any, handler: Handler) -> Any:
-        """Return the handler's response, or the status its failure means; count it."""
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request; whatever happens, with a status."""
         start = time.perf_counter()
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        query = urllib.parse.parse_qsl(scope["query_string"].decode("latin-1"), True)
+        heads = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        request = Request(method, scope["path"], dict(query), heads, receive)
         try:
-            response = await handler(request)
-        except _UnknownModelError as error:
-            response = self._error(404, str(error))
-        except QueueFull:
-            text = "The queue is full: the server has more requests than it can answer."
-            response = self._error(429, text, retry=True)
-        except ShuttingDown:
-            response = self._error(503, "The server is shutting down.", retry=True)
-        except VanDeployError as error:
-            status = next((code for kind, code in STATUS_OF if isinstance(error, kind)), 500)
-            response = self._error(status, str(error), close=status in {408, 413})
-        except serving_package("starlette.requests").ClientDisconnect:
-            response = self._responses.Response(status_code=499)  # nobody reads it
-        except Exception as error:  # one request's failure must not be the server's
-            response = self._error(500, f"The model failed: {type(error).__name__}: {error}")
-        model = request.path_params.get("model", "")
-        known = model if model in self.service.models else ""  # clients cannot invent series
-        self.service.metrics.answered(
-            route, known, response.status_code, time.perf_counter() - start
+            answer = self._handler(request)(request)
+            response = await answer if inspect.isawaitable(answer) else answer
+        except (RequestError, ImageError, UsageError) as error:
+            response = _refused(error)
+            traceback.clear_frames(error.__traceback__)  # so that the body is freed now
+        except ClientGoneError:
+            response = Response(status=499)  # nobody reads it
+        except Exception:  # one request's failure must not be the server's
+            response = _json({"error": "The server failed; its log says why."}, 500)
+            _log("fault", path=request.path, traceback=traceback.format_exc())
+        if not isinstance(response, Response):
+            response = _json(response)
+        seconds = time.perf_counter() - start
+        model = request.model if request.model in self.service.models else ""
+        metrics, status = self.service.metrics, response.status
+        metrics.of("requests", request.route, model, status).inc()
+        metrics.of("request_seconds", request.route, model).observe(seconds)
+        if self.service.settings.log_requests:
+            what = {"method": scope["method"], "path": request.path, "model": model}
+            _log("request", **what, status=response.status, ms=round(1e3 * seconds, 3))
+        headers = {"content-length": str(len(response.body)), **response.headers}
+        pairs = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()]
+        await send({"type": "http.response.start", "status": response.status, "headers": pairs})
+        await send({"type": "http.response.body", "body": response.body})
+
+    def _handler(self, request: Request) -> Callable[[Request], Any]:
+        """Return what answers a path; it may do so at once, or in its own time."""
+        key, path = self._key, request.path
+        given = request.headers.get("authorization", "").encode()
+        if key and path not in KEYLESS and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+            raise RequestError(
+                "This server wants its key: 'Authorization: Bearer KEY'.", status=401
+            )
+        match = MODEL_PATH.fullmatch(path) if path not in self._routes else None
+        if match:
+            request.model, request.version = match[1], match[2] or "1"
+            path = f"{MODEL}{match[3] or ''}"
+        if path not in self._routes:
+            raise RequestError(f"There is nothing at {request.path[:200]!r}.", status=404)
+        method = "POST" if path in POSTS else "GET"
+        if method != request.method:
+            text = f"{request.path[:200]!r} takes {method}, not {request.method}."
+            raise RequestError(text, status=405)
+        request.route = path
+        return self._routes[path]
+
+    async def _infer(self, request: Request) -> Response:
+        served = self._served(request)
+        text = request.headers.get("inference-header-content-length")
+        if text is not None and not re.fullmatch("[0-9]{1,18}", text):
+            raise RequestError(f"Inference-Header-Content-Length is {text[:20]!r}, not a number.")
+        length = None if text is None else int(text)
+        if length is not None and length > SMALL_JSON:
+            text = f"The JSON before binary tensors has {length:,} bytes; {SMALL_JSON:,} are taken."
+            raise RequestError(text, status=413)
+        with self.service.held.hold() as take_bytes, served.queue.hold() as take_images:
+            body = await self._body(request, take_bytes, json_only=length is None)
+            take_images(1)
+            rows, parsed = await self._parsed(body, length, served)
+            take_images(len(rows) - 1)
+            answer = await served.infer(rows)
+            arguments = (parsed, answer.outputs, served.name, served.labels)
+            texts = [w.name for w in parsed.outputs if not parsed.in_bytes(w)]
+            if sum(answer.outputs[name].size for name in texts) > MANY_NUMBERS:
+                content, size = await self.service.json.run(encode_response, *arguments)
+            else:
+                content, size = encode_response(*arguments)
+        if size is None:
+            return Response(content, {"content-type": "application/json"})
+        kind = {"content-type": "application/octet-stream"}
+        return Response(content, {**kind, "inference-header-content-length": str(size)})
+
+    async def _parsed(
+        self, body: bytes | bytearray, length: int | None, served: ServedModel
+    ) -> tuple[Values, InferRequest]:
+        """Return what a body holds; large JSON is parsed in another process."""
+        network = served.network
+        arguments = (body, length, network.input, network.outputs, network.max_batch)
+        if length is None and len(body) > SMALL_JSON:
+            return await self.service.json.run(parse_request, *arguments)
+        if len(body) > MANY_BYTES:
+            return await asyncio.to_thread(parse_request, *arguments)
+        return parse_request(*arguments)
+
+    async def _predict(self, request: Request) -> dict[str, Any]:
+        query = request.query
+        request.model = query.get("model", next(iter(self.service.models)))
+        served, top = self._served(request), query.get("top", "5")
+        if not re.fullmatch("[0-9]{1,4}", top) or not 1 <= int(top) <= MAX_TOP:
+            raise RequestError(f"'top' is {top[:20]!r}; it must be a number from 1 to {MAX_TOP}.")
+        compare = query.get("compare", "0") not in {"0", "false", ""}
+        with self.service.held.hold() as take_bytes, served.queue.hold() as take_images:
+            image = await self._body(request, take_bytes)
+            take_images(1)
+            kind = request.headers.get("content-type", "")
+            if kind.lower().startswith("multipart/form-data"):
+                image = await asyncio.to_thread(file_of_form, image, kind)
+            if not image:
+                raise RequestError("The request has no image: send an image file as its body.")
+            return await self.service.look(served, image, int(top), compare=compare)
+
+    async def _body(
+        self, request: Request, take: Callable[[int], None], *, json_only: bool = False
+    ) -> bytes | bytearray:
+        settings = self.service.settings
+        if self.service.draining:
+            raise RequestError("The server is shutting down.", status=503)
+        mib, remedy = (
+            (settings.max_json_mib, SEND_BYTES) if json_only else (settings.max_body_mib, SEND_LESS)
         )
-        return response
+        limits = (round(MIB * mib), remedy, settings.read_timeout_s)
+        return await read_body(request.receive, request.headers, *limits, take)
 
-    # --- errors ------------------------------------------------------------------------------
-
-    async def not_found(self, request: Any, _: Any) -> Any:
-        return self._error(404, f"There is nothing at '{request.url.path}' on this server.")
-
-    async def not_allowed(self, request: Any, error: Any) -> Any:
-        allowed = (error.headers or {}).get("Allow", "")
-        response = self._error(405, f"'{request.url.path}' does not take {request.method}.")
-        response.headers["Allow"] = allowed
-        return response
-
-    async def fault(self, _: Any, error: Any) -> Any:
-        return self._error(500, f"The server failed: {type(error).__name__}.")
-
-    def _error(self, status: int, text: str, *, retry: bool = False, close: bool = False) -> Any:
-        headers = {"retry-after": RETRY_AFTER_S} if retry else {}
-        if close:
-            headers["connection"] = "close"
-        return self._json({"error": text}, status, headers)
-
-    def _json(self, document: Any, status: int = 200, headers: dict[str, str] | None = None) -> Any:
-        return self._responses.JSONResponse(document, status_code=status, headers=headers)
+    def _served(self, request: Request) -> ServedModel:
+        served = self.service.models.get(request.model)
+        if served is None or request.version != "1":
+            names = ", ".join(self.service.models)
+            text = f"There is no model {request.model[:99]!r} version {request.version[:20]!r}"
+            raise RequestError(f"{text}; this server has {names}, version 1.", status=404)
+        return served
 
 
-def _json_length(request: Any) -> int | None:
-    text = request.headers.get("inference-header-content-length")
-    if text is None:
-        return None
-    if not text.isdecimal():
-        raise RequestError(f"Inference-Header-Content-Length is '{text}', not a number.")
-    return int(text)
+def _json(document: Any, status: int = 200, **headers: str) -> Response:
+    """Return JSON; every character beyond ASCII is escaped, so any text can be sent."""
+    kind = {"content-type": "application/json"}
+    return Response(json.dumps(document).encode(), {**kind, **headers}, status)
 
 
-def _metadata(served: Served) -> dict[str, Any]:
-    network = served.network
-    return {
-        "name": served.name,
-        "versions": ["1"],
-        "platform": "onnxruntime_onnx",
-        "inputs": [tensor_metadata(network.input)],
-        "outputs": [tensor_metadata(spec) for spec in network.outputs],
-    }
+def _page(name: str, kind: str) -> Callable[[Request], Response]:
+    content = (resources.files("van_deploy.serve") / name).read_bytes()
+    return lambda _: Response(content, {"content-type": kind, **PAGE_HEADERS})
 
 
-def _statistics(served: Served) -> dict[str, Any]:
+def _refused(error: RequestError | ImageError | UsageError) -> Response:
+    """Return what a client is told that is not answered."""
+    status = 422 if isinstance(error, ImageError) else getattr(error, "status", 400)
+    headers = {"retry-after": "1"} if status in {429, 503} else {}
+    if status == 408:
+        headers["connection"] = "close"
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return _json({"error": str(error)}, status, **headers)
+
+
+def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"name": config["name"], "versions": ["1"]}
+    sides: dict[str, list[dict[str, Any]]] = {"inputs": [], "outputs": []}
+    for side, tensors in sides.items():
+        for tensor in config[side.rstrip("s")]:
+            datatype, shape = tensor["data_type"].removeprefix("TYPE_"), [-1, *tensor["dims"]]
+            tensors.append({"name": tensor["name"], "datatype": datatype, "shape": shape})
+    return {**names, "platform": PLATFORMS[config["backend"]], **sides}
+
+
+def _statistics(*models: ServedModel) -> dict[str, Any]:
     """Return the protocol's statistics; times are in nanoseconds."""
-
-    def duration(count: int, seconds: float) -> dict[str, int]:
-        return {"count": count, "ns": round(1e9 * seconds)}
-
-    return {
-        "name": served.name,
-        "version": "1",
-        "last_inference": served.last_ms,
-        "inference_count": served.rows,
-        "execution_count": served.batches,
-        "inference_stats": {
-            "success": duration(served.requests, served.queue_s + served.infer_s),
-            "fail": duration(served.failures, 0.0),
-            "queue": duration(served.requests, served.queue_s),
-            "compute_infer": duration(served.requests, served.infer_s),
-        },
-    }
+    found = []
+    for served in models:
+        counts = served.counts
+        done, queue, infer = (counts[key] for key in ("requests", "queue_ns", "infer_ns"))
+        times = [("success", done, queue + infer), ("fail", counts["failures"], 0)]
+        times += [("queue", done, queue), ("compute_infer", done, infer)]
+        stats = {name: {"count": count, "ns": ns} for name, count, ns in times}
+        totals = {"inference_count": counts["rows"], "execution_count": counts["batches"]}
+        names = {"name": served.name, "version": "1", "last_inference": counts["last_ms"]}
+        found.append({**names, **totals, "inference_stats": stats})
+    return {"model_stats": found}
 
 
-def _page_headers(page: str) -> dict[str, str]:
-    """Return headers that let the page run its own script and talk to its own server only."""
-
-    def hashes(tag: str) -> str:
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in found)
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-    policy = (
-        "default-src 'none'; connect-src 'self'; img-src blob: data:; base-uri 'none'; "
-        f"form-action 'none'; frame-ancestors 'none'; "
-        f"script-src {hashes('script')}; style-src {hashes('style')}"
-    )
-    return {
-        "content-security-policy": policy,
-        "x-content-type-options": "nosniff",
-        "referrer-policy": "no-referrer",
-        "cache-control": "no-cache",
-    }
+def _log(event: str, **fields: object) -> None:
+    """Write one JSON object on one line of standard error."""
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    sys.stderr.write(json.dumps({"time": stamp, "event": event, **fields}) + "\n")
+    sys.stderr.flush()

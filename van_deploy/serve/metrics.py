@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from van_deploy.errors import MissingDependency
@@ -10,6 +11,15 @@ __all__ = ["ServerMetrics", "serving_package"]
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+METRICS: dict[str, tuple[str, str, tuple[str, ...], dict[str, Any]]] = {
+    "requests": ("Counter", "Requests answered", ("route", "model", "status"), {}),
+    "request_seconds": ("Histogram", "To answer", ("route", "model"), {"buckets": SECONDS}),
+    "queue_seconds": ("Histogram", "Waiting for a batch", ("model",), {"buckets": SECONDS}),
+    "queued_images": ("Gauge", "Images in the server", ("model",), {}),
+    "batch_rows": ("Histogram", "Images in a batch", ("model",), {"buckets": ROWS}),
+    "infer_seconds": ("Histogram", "Running a batch", ("model",), {"buckets": SECONDS}),
+    "infer_cpu_seconds": ("Counter", "Processor time of running batches", ("model",), {}),
+}
 
 
 def serving_package(name: str) -> Any:
@@ -18,8 +28,6 @@ def serving_package(name: str) -> Any:
     Raises:
         MissingDependency: it is not installed.
     """
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -33,65 +41,21 @@ class ServerMetrics:
     """The counters of one server, in a registry of its own."""
 
     def __init__(self) -> None:
-        client = serving_package("prometheus_client")
-        self._client = client
-        self.registry = client.CollectorRegistry()
-        client.ProcessCollector(registry=self.registry)  # processor time, memory, open files
-        self.requests = client.Counter(
-            "van_deploy_requests",
-            "Requests answered, by route, model and HTTP status",
-            ["route", "model", "status"],
-            registry=self.registry,
-        )
-        self.seconds = client.Histogram(
-            "van_deploy_request_seconds",
-            "Time from a request's first byte to its answer",
-            ["route", "model"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.queue_seconds = client.Histogram(
-            "van_deploy_queue_seconds",
-            "Time a request waited for its batch",
-            ["model"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.batch_rows = client.Histogram(
-            "van_deploy_batch_rows",
-            "Pictures in the batches that ran",
-            ["model"],
-            buckets=ROWS,
-            registry=self.registry,
-        )
-        self.infer_seconds = client.Histogram(
-            "van_deploy_infer_seconds",
-            "Time a batch ran",
-            ["model"],
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self._queued = client.Gauge(
-            "van_deploy_queued_rows",
-            "Pictures waiting for a batch",
-            ["model"],
-            registry=self.registry,
-        )
+        self._client = serving_package("prometheus_client")
+        self._registry = self._client.CollectorRegistry()
+        self._client.ProcessCollector(registry=self._registry)  # processor time, memory, files
+        self._all = {
+            name: getattr(self._client, kind)(
+                f"van_deploy_{name}", text, labels, registry=self._registry, **more
+            )
+            for name, (kind, text, labels, more) in METRICS.items()
+        }
 
-    def watch_queue(self, model: str, rows: Any) -> None:
-        """Report ``rows()`` as the length of a model's queue."""
-        self._queued.labels(model).set_function(rows)
+    def of(self, name: str, *labels: object) -> Any:
+        """Return one metric, such as ``requests``, for some values of its labels."""
+        return self._all[name].labels(*labels)
 
-    def batch_ran(self, model: str, rows: int, seconds: float) -> None:
-        """Count one batch."""
-        self.batch_rows.labels(model).observe(rows)
-        self.infer_seconds.labels(model).observe(seconds)
-
-    def answered(self, route: str, model: str, status: int, seconds: float) -> None:
-        """Count one request."""
-        self.requests.labels(route, model, str(status)).inc()
-        self.seconds.labels(route, model).observe(seconds)
-
-    def text(self) -> tuple[bytes, str]:
-        """Return every figure and its content type."""
-        return self._client.generate_latest(self.registry), self._client.CONTENT_TYPE_LATEST
+    def text(self) -> tuple[bytes, dict[str, str]]:
+        """Return every figure, and the header that says of what form."""
+        kind = {"content-type": self._client.CONTENT_TYPE_LATEST}
+        return self._client.generate_latest(self._registry), kind

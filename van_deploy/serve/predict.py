@@ -1,32 +1,20 @@
-"""Pictures in, named classes out: files, folders and bytes through one artefact.
-
-Batches are filled across pictures, whatever folder they come from; a picture
-that cannot be read gets an error in its place and the others their answers.
-"""
+"""Images in, named classes out: files, folders and bytes through one artifact."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.images import MAX_PIXELS, find_images, open_image
 from van_deploy.model.pixels import Pixels, pixels_from_image
 from van_deploy.runners.network import Network, TopClasses
 
-__all__ = [
-    "NamedClass",
-    "Prediction",
-    "Source",
-    "Speed",
-    "named_classes",
-    "predict",
-    "sources_from",
-]
+__all__ = ["NamedClass", "Prediction", "Speed", "named_classes", "predict", "sources_from"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +34,10 @@ class NamedClass:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one picture.
+    """The answer to one image.
 
     Attributes:
-        source: its path, or ``-`` for standard input.
+        source: its path, or ``-`` for bytes.
         top: most probable classes, most probable first; empty if unreadable.
         error: why it could not be read, or None.
     """
@@ -59,20 +47,12 @@ class Prediction:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class Source:
-    """A picture still to be read: a path, or the bytes themselves."""
-
-    name: str
-    content: Path | bytes
-
-
 @dataclass
 class Speed:
     """Where the time of a run went.
 
     Attributes:
-        pictures: answered.
+        pictures: images answered.
         decode_s: reading, decoding, resizing and cropping.
         infer_s: the network, with normalisation where that is outside it.
     """
@@ -93,64 +73,50 @@ class Speed:
         )
 
 
-@dataclass
-class _Batch:
-    """Sources in their order, and the pixels of those that could be read."""
-
-    sources: list[tuple[str, str | None]] = field(default_factory=list)
-    pixels: list[Pixels] = field(default_factory=list)
-
-
-def sources_from(words: Sequence[str], stdin: bytes | None = None) -> tuple[Source, ...]:
-    """Return the pictures that words on a command line name, in their order.
+def sources_from(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ...]:
+    """Return the images asked for, in their order.
 
     Args:
-        words: files, folders (searched at any depth), ``-``.
-        stdin: what ``-`` stands for.
+        images: files, folders (searched at any depth), or the bytes of a file.
 
     Raises:
-        UsageError: a word is a URL, or ``-`` is given twice.
+        UsageError: one is a URL.
         ImageError: a file or folder does not exist, or a folder holds no image.
     """
-    if list(words).count("-") > 1:
-        raise UsageError("Standard input can be read once.", "Give '-' once.")
-    found: list[Source] = []
-    for word in words:
-        if "://" in word:
+    found: list[Path | bytes] = []
+    for image in images:
+        if isinstance(image, bytes):
+            found.append(image)
+        elif "://" in str(image):
             raise UsageError(
-                f"'{word}' is a URL; nothing is downloaded here.",
+                f"'{image}' is a URL; nothing is downloaded here.",
                 "Download it first, or pipe it in: curl URL | van-deploy predict BUNDLE -",
             )
-        path = Path(word)
-        if word == "-":
-            found.append(Source("-", stdin or b""))
-        elif path.is_dir():
-            found += [Source(str(image), image) for image in find_images(path)]
-        elif path.exists():
-            found.append(Source(word, path))
+        elif not (path := Path(image)).exists():
+            raise ImageError(f"There is no image '{image}'.", "Check the path.")
         else:
-            raise ImageError(f"There is no image '{word}'.", "Check the path.")
+            found += find_images(path) if path.is_dir() else [path]
     return tuple(found)
 
 
 def predict(
     network: Network,
-    sources: Iterable[Source],
+    sources: Iterable[Path | bytes],
     *,
     top: int = 5,
     batch: int = 8,
     speed: Speed | None = None,
-    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Prediction]:
-    """Yield the answer to each picture, in order.
+    """Yield the answer to each image, in order.
+
+    Batches are filled across folders; an image that cannot be read gets an error in its place.
 
     Args:
         network: opened.
-        sources: the pictures.
+        sources: the images.
         top: how many classes.
-        batch: pictures a batch, at most the network's ``max_batch``.
+        batch: images a batch, at most the network's ``max_batch``.
         speed: added to as the run goes on.
-        max_pixels: larger pictures are not opened.
 
     Raises:
         UsageError: ``top`` or ``batch`` is not possible.
@@ -161,24 +127,22 @@ def predict(
             f"Ask for 1 class or more, and batches of 1 to {network.max_batch}.",
         )
     speed = speed if speed is not None else Speed()
-    waiting = _Batch()
+    names: list[tuple[str, str | None]] = []
+    pixels: list[Pixels] = []
     for source in sources:
-        start = time.perf_counter()
+        start, name = time.perf_counter(), "-" if isinstance(source, bytes) else str(source)
         try:
-            image = open_image(
-                source.content,
-                name="standard input" if source.name == "-" else "",
-                max_pixels=max_pixels,
-            )
-            waiting.pixels.append(pixels_from_image(image, network.preprocessing))
-            waiting.sources.append((source.name, None))
+            called = "Standard input" if isinstance(source, bytes) else ""
+            image = open_image(source, channels=network.preprocessing.channels, name=called)
+            pixels.append(pixels_from_image(image, network.preprocessing))
+            names.append((name, None))
         except ImageError as error:
-            waiting.sources.append((source.name, error.message))
+            names.append((name, error.message))
         speed.decode_s += time.perf_counter() - start
-        if len(waiting.pixels) == batch:
-            yield from _answers(network, waiting, top, speed)
-            waiting = _Batch()
-    yield from _answers(network, waiting, top, speed)
+        if len(pixels) == batch:
+            yield from _answers(network, names, pixels, top, speed)
+            names, pixels = [], []
+    yield from _answers(network, names, pixels, top, speed)
 
 
 def named_classes(top: TopClasses, row: int, names: Sequence[str] | None) -> tuple[NamedClass, ...]:
@@ -187,15 +151,21 @@ def named_classes(top: TopClasses, row: int, names: Sequence[str] | None) -> tup
     return tuple(NamedClass(c, names[c] if names else str(c), float(p)) for c, p in pairs)
 
 
-def _answers(network: Network, batch: _Batch, top: int, speed: Speed) -> Iterator[Prediction]:
-    answers: Iterator[tuple[NamedClass, ...]] = iter(())
-    if batch.pixels:
+def _answers(
+    network: Network,
+    names: Sequence[tuple[str, str | None]],
+    pixels: Sequence[Pixels],
+    top: int,
+    speed: Speed,
+) -> Iterator[Prediction]:
+    """Yield the answers to images, of which some have an error and no pixels."""
+    rows: Iterator[int] = iter(range(len(pixels)))
+    if pixels:
         start = time.perf_counter()
-        outputs = network.run(network.prepare(np.stack(batch.pixels)))
+        outputs = network.run(network.prepare(np.stack(pixels)))
         speed.infer_s += time.perf_counter() - start
-        speed.pictures += len(batch.pixels)
+        speed.pictures += len(pixels)
         ranked = network.top(outputs, top)
-        names = network.bundle.manifest.class_names
-        answers = iter([named_classes(ranked, row, names) for row in range(len(batch.pixels))])
-    for name, error in batch.sources:
-        yield Prediction(name, () if error else next(answers), error)
+    classes = network.bundle.manifest.class_names
+    for name, error in names:
+        yield Prediction(name, () if error else named_classes(ranked, next(rows), classes), error)

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from van_deploy.errors import UsageError
-from van_deploy.serve.app import server_app
+from van_deploy.serve.app import App
 from van_deploy.serve.metrics import serving_package
-from van_deploy.serve.service import Service
 
-__all__ = ["Listening", "is_loopback", "listen", "run_server"]
+__all__ = ["is_loopback", "listen", "run_server", "url_of"]
 
 BACKLOG = 1024
 KEEP_ALIVE_S = 75  # longer than most clients' pools
 DRAIN_S = 30
-
-
-@dataclass(frozen=True)
-class Listening:
-    """A socket that is bound.
-
-    Attributes:
-        socket: to hand to :func:`run_server`.
-        url: where the server will answer.
-        loopback: whether only this machine can reach it.
-    """
-
-    socket: socket.socket
-    url: str
-    loopback: bool
+THREADS = 2  # that decode, inflate and check arrays
+MAX_HEAD_BYTES = 16 * 2**10  # of request line and headers
+MAX_PIPELINED = 16  # requests of one connection that wait for each other
+FREE_CHUNKS, LEAST_CHUNK_BYTES = 200, 64  # each chunk of a body costs a call, whatever its size
 
 
 def is_loopback(host: str) -> bool:
@@ -47,101 +36,141 @@ def is_loopback(host: str) -> bool:
     return host in {"localhost", "::1"} or host.startswith("127.")
 
 
-def listen(host: str = "127.0.0.1", port: int = 8000) -> Listening:
+def listen(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
     """Return a bound socket; port 0 takes a free one.
 
     Raises:
         UsageError: the address is taken, forbidden or not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-        bound.listen(BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
-        bound.close()
-        number = getattr(error, "errno", None)
-        taken = number == errno.EADDRINUSE
-        reason = getattr(error, "strerror", None) or str(error)
+        taken = getattr(error, "errno", None) == errno.EADDRINUSE
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
         raise UsageError(
             f"Cannot listen on {host} port {port}: {reason}.",
             "Choose another --port, or 0 for a free one." if taken else "Check --host and --port.",
         ) from error
-    shown = f"[{host}]" if family == socket.AF_INET6 else host
-    return Listening(bound, f"http://{shown}:{bound.getsockname()[1]}", is_loopback(host))
+
+
+def url_of(bound: socket.socket) -> str:
+    """Return where a server on a bound socket answers."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def run_server(
-    service: Service,
-    listening: Listening,
+    app: App,
+    bound: socket.socket,
     *,
     max_connections: int = 512,
-    on_ready: Callable[[], None] | None = None,
-    stop: threading.Event | None = None,
+    on_ready: Callable[[Callable[[], Any]], None] = lambda _: None,
 ) -> None:
-    """Answer until SIGINT or SIGTERM (or ``stop``), then finish what was begun.
+    """Answer until SIGINT or SIGTERM, then finish what was begun.
 
     Args:
-        service: loaded.
-        listening: from :func:`listen`; closed at the end.
+        app: of a service that is loaded.
+        bound: from :func:`listen`; closed at the end.
         max_connections: more are answered with 503.
-        on_ready: called once requests are answered.
-        stop: ends the server where signals cannot reach it (outside the main thread).
+        on_ready: called once requests are answered, with a function that ends the server
+            from any thread.
     """
-    import asyncio
-
     uvicorn = serving_package("uvicorn")
     config = uvicorn.Config(
-        server_app(service),
+        app,
+        http=_protocol(app.service.settings.read_timeout_s),
+        lifespan="off",
+        ws="none",
         log_config=None,
-        log_level="warning",
+        log_level="critical",
         access_log=False,
         server_header=False,
         date_header=False,
-        ws="none",
         backlog=BACKLOG,
         limit_concurrency=max_connections,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=DRAIN_S,
     )
+    server, service = uvicorn.Server(config), app.service
+    server.capture_signals = contextlib.nullcontext  # they are taken below, and end it with code 0
 
-    class Server(uvicorn.Server):  # type: ignore[misc, name-defined]
-        """uvicorn's, which tells the service that it is about to end, and ends with code 0."""
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(THREADS, "van-deploy-decode"))
 
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets=sockets)
-            if on_ready is not None and not self.should_exit:
-                on_ready()
+        def end() -> None:
+            server.force_exit = server.should_exit  # asked twice
+            service.draining = server.should_exit = True
 
-        async def on_tick(self, counter: int) -> bool:
-            if stop is not None and stop.is_set():
-                service.draining = self.should_exit = True
-            return bool(await super().on_tick(counter))
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, end)
+        service.start()
+        running = asyncio.create_task(server.serve(sockets=[bound]))
+        while not (server.started or running.done()):
+            await asyncio.sleep(0.01)
+        on_ready(lambda: loop.call_soon_threadsafe(end))
+        await running
+        await service.close()
 
-        def handle_exit(self, number: int, frame: Any) -> None:
-            service.draining = True
-            super().handle_exit(number, frame)
+    loop = (config.get_loop_factory() or asyncio.new_event_loop)()
+    with bound, contextlib.closing(loop):
+        loop.run_until_complete(serve())
 
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            if threading.current_thread() is not threading.main_thread():
-                yield
-                return
-            ours = (signal.SIGINT, signal.SIGTERM)
-            before = {number: signal.signal(number, self.handle_exit) for number in ours}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
 
-    server = Server(config)
-    runner = getattr(config, "get_loop_factory", None)
-    factory = runner() if runner is not None else None
-    with listening.socket:
-        if factory is not None and hasattr(asyncio, "Runner"):
-            with asyncio.Runner(loop_factory=factory) as loop:
-                loop.run(server.serve(sockets=[listening.socket]))
-        else:
-            asyncio.run(server.serve(sockets=[listening.socket]))
+def _protocol(timeout_s: float) -> type:
+    """Return uvicorn's HTTP protocol, with limits on what it takes without end by itself.
+
+    The head of a request must be complete in time and within a size, and the chunks of a body
+    must not be tiny: a megabyte in chunks of one byte holds the event loop for seconds.
+    """
+    base: Any = serving_package("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol
+
+    class Limited(base):  # type: ignore[misc]
+        head = chunks = size = 0  # bytes of a head that is not complete, -1 in a body; of a body
+        timer: Any = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.wait_for_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.timer.cancel()
+            super().connection_lost(exc)
+
+        def wait_for_head(self) -> None:
+            self.head = self.chunks = self.size = 0
+            self.timer = self.loop.call_later(timeout_s, self.transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            while data and self.parser is not None and not self.transport.is_closing():
+                room = MAX_HEAD_BYTES - self.head if self.head >= 0 else len(data)
+                piece, data = data[:room], data[room:]
+                self.head += len(piece) if self.head >= 0 else 0
+                super().data_received(piece)
+                if self.head >= MAX_HEAD_BYTES:
+                    self.send_400_response("The head of the request is too large.")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            if self.head < 0:
+                self.wait_for_head()
+
+        def on_headers_complete(self) -> None:
+            self.head = -1
+            self.timer.cancel()
+            if len(self.pipeline) == MAX_PIPELINED:
+                raise ValueError("too many requests at once")  # answered with 400 by uvicorn
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self.size += len(body)
+            super().on_body(body)
+
+        def on_chunk_header(self) -> None:
+            self.chunks += 1
+            if self.chunks > FREE_CHUNKS + self.size // LEAST_CHUNK_BYTES:
+                raise ValueError("the chunks are too small")
+
+    return Limited

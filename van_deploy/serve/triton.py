@@ -1,139 +1,49 @@
-"""A Triton model repository from a bundle.
+"""A Triton model repository, with a client and manifests beside it.
 
-Everything a configuration repeats (names, types, shapes, batch limits) is read
-from the artefact or its sidecar, never typed again; :mod:`van_deploy.serve.triton_check`
-proves afterwards that the two agree.
+Everything a configuration repeats (names, types, shapes, batch limits) is read from the
+artefact or its sidecar, never typed again. The manifests, the client and ``model.py`` are
+files of ``templates/``, filled in.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import platform
+import re
 import shutil
+import subprocess
+import sys
+import tarfile
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from string import Template
 
 from van_deploy.bundle import Bundle
-from van_deploy.engine.sidecar import verified_sidecar
-from van_deploy.errors import BundleError, InputError, UsageError
-from van_deploy.files import file_sha256
-from van_deploy.runners.network import Network, TensorSpec, embedding_of, runnable_artefacts
-from van_deploy.serve.client_source import client_source
-from van_deploy.serve.manifests import DEFAULT_TRITON, Deployment, manifests
-from van_deploy.serve.protocol import DATATYPES
-from van_deploy.serve.service import served_name
-from van_deploy.serve.triton_config import PLATFORMS, model_config, pbtxt
+from van_deploy.config import TritonSettings
+from van_deploy.errors import ConversionError, UsageError
+from van_deploy.metrics import Task
+from van_deploy.model.pixels import image_mode
+from van_deploy.runners.onnxruntime import require_onnxruntime
+from van_deploy.serve.triton_model import (
+    DATATYPES,
+    LABELS_FILE,
+    TritonModel,
+    config_text,
+    model_config,
+)
+from van_deploy.serve.triton_release import Release
 
-__all__ = [
-    "PACKAGE_FILE",
-    "Package",
-    "TritonModel",
-    "TritonSettings",
-    "package_triton",
-    "preferred_batches",
-    "triton_models",
-]
+__all__ = ["filled", "preferred_batches", "write_environment", "write_repository"]
 
-PACKAGE_FILE = "package.json"
-PACKAGE_SCHEMA = "van-deploy/triton/1"
-LABELS_FILE = "labels.txt"
 GOOD_SHARE = 0.9  # of the best throughput: a batch size worth waiting for
-ENGINE_TYPES = {
-    "float": "float32",
-    "half": "float16",
-    "uint8": "uint8",
-    "int64": "int64",
-}
-
-
-@dataclass(frozen=True)
-class TritonSettings:
-    """How the models are to be run.
-
-    Attributes:
-        queue_delay_us: longest wait for other requests.
-        queue_limit: requests waiting, at most.
-        queue_timeout_ms: a request that waited longer is refused; 0 for never.
-        instances: copies of each model.
-        gpu: run ONNX models on a GPU too. Plans always are.
-        triton: release of Triton for the manifests.
-    """
-
-    queue_delay_us: int = 1000
-    queue_limit: int = 256
-    queue_timeout_ms: int = 0
-    instances: int = 1
-    gpu: bool = False
-    triton: str = DEFAULT_TRITON
-
-
-@dataclass(frozen=True)
-class TritonModel:
-    """One artefact as Triton has to see it.
-
-    Attributes:
-        name: of the model.
-        artefact: its name in the bundle.
-        kind: ``onnx`` or ``engine``.
-        path: the file to open.
-        files: every file that goes with it, by the name it gets in the repository.
-        input: what it takes.
-        outputs: what it gives.
-        max_batch: what it was built or checked for.
-        embedding: what preprocessing it has inside.
-        backend_version: of the TensorRT that built a plan; "" for ONNX.
-    """
-
-    name: str
-    artefact: str
-    kind: str
-    path: Path
-    files: dict[str, Path]
-    input: TensorSpec
-    outputs: tuple[TensorSpec, ...]
-    max_batch: int
-    embedding: str
-    backend_version: str = ""
-
-
-@dataclass(frozen=True)
-class Package:
-    """A model repository that was written.
-
-    Attributes:
-        path: its folder.
-        models: what is in it.
-        files: every file, relative to ``path``.
-    """
-
-    path: Path
-    models: tuple[TritonModel, ...]
-    files: tuple[str, ...]
-
-
-def triton_models(bundle: Bundle, artefacts: Sequence[str] = ()) -> tuple[TritonModel, ...]:
-    """Return the artefacts of a bundle as Triton models, every digest checked.
-
-    Args:
-        bundle: where they are.
-        artefacts: which; by default ``fp32-uint8`` where the bundle has it, else ``fp32``.
-
-    Raises:
-        BundleError: an artefact is missing or was changed.
-        InputError: Triton cannot load it.
-    """
-    if not artefacts:
-        here = runnable_artefacts(bundle)
-        artefacts = ("fp32-uint8" if "fp32-uint8" in here else "fp32",)
-    return tuple(
-        _engine_model(bundle, name)
-        if bundle.artefact(name).kind == "engine"
-        else _onnx_model(bundle, name)
-        for name in dict.fromkeys(artefacts)
-    )
+BASE_MIB, PROCESS_MIB = 2048, 512  # of memory: Triton itself, and each process of a Python model
+ODDS = {Task.SINGLE_LABEL: "softmax", Task.REGRESSION: "plain"}
+INTERPRETER = "/usr/bin/python3"  # in NVIDIA's images, which are Ubuntu
+NUMPY = "numpy<2"  # as in NVIDIA's images up to 26.07: Triton 2.51 sends tensors of NumPy 2 empty
+GLIBC_MINORS = (31, 28, 27, 24, 17)  # 2.31 is that of Ubuntu 20.04, the oldest image known here
 
 
 def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[int, ...]:
@@ -142,198 +52,174 @@ def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[in
     Those that reached 90 % of the best throughput in the bundle's benchmark; without
     one, the optimum the bundle was made for and the largest.
     """
-    bench = bundle.manifest.checks.get("bench", {})
-    plain = artefact.split("-")[0]
-    rates: dict[int, float] = {}
-    for row in bench.get("rows", ()):
+    plain, rates = artefact.split("-")[0], dict[int, float]()
+    for row in bundle.manifest.checks.get("bench", {}).get("rows", ()):
         if plain in str(row["contender"]).replace("/", " ").split():
-            batch = int(row["batch"])
-            rates[batch] = max(rates.get(batch, 0.0), float(row["images_per_s"]))
-    if rates:
-        good = [b for b, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
-    else:
-        good = [bundle.manifest.batch.opt, max_batch]
-    return tuple(sorted({b for b in good if 1 < b <= max_batch}))
+            rates[row["batch"]] = max(rates.get(row["batch"], 0.0), row["images_per_s"])
+    good = [n for n, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
+    good = good or [bundle.manifest.batch.opt, max_batch]
+    return tuple(sorted({n for n in good if 1 < n <= max_batch}))
 
 
-def package_triton(
-    bundle: Bundle,
-    output: Path,
-    artefacts: Sequence[str] = (),
-    settings: TritonSettings | None = None,
-) -> Package:
-    """Return a Triton model repository in ``output``, with a client and manifests beside it.
-
-    The folder appears whole; an older package there is replaced, anything else is refused.
-
-    Raises:
-        BundleError: an artefact is missing or was changed.
-        InputError: Triton cannot load an artefact.
-        UsageError: ``output`` holds something else.
-    """
-    settings = settings or TritonSettings()
-    models = triton_models(bundle, artefacts)
-    _require_ours(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    workshop = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        made = workshop / "package"
-        for model in models:
-            _write_model(made / "models" / model.name, bundle, model, settings)
-        _write_beside(made, bundle, models, settings)
-        files = sorted(p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file())
-        _write_record(made, bundle, models, settings, files)
-        if output.exists():
-            os.replace(output, workshop / "old")
-        os.replace(made, output)
-    finally:
-        shutil.rmtree(workshop, ignore_errors=True)
-    return Package(output, models, (*files, PACKAGE_FILE))
-
-
-def _onnx_model(bundle: Bundle, name: str) -> TritonModel:
-    artefact = bundle.artefact(name)
-    path = bundle.verified(name)
-    network = Network(bundle, name)
-    beside = {Path(f).name: bundle.path / f for f in artefact.files if f.endswith(".data")}
-    return TritonModel(
-        name=served_name(bundle, name),
-        artefact=name,
-        kind="onnx",
-        path=path,
-        files={PLATFORMS["onnx"][1]: path, **beside},
-        input=network.input,
-        outputs=network.outputs,
-        max_batch=network.max_batch,
-        embedding=embedding_of(artefact),
-    )
-
-
-def _engine_model(bundle: Bundle, name: str) -> TritonModel:
-    path = bundle.verified(name)
-    sidecar = verified_sidecar(path)
-    if sidecar.backend != "tensorrt":
-        raise InputError(
-            f"Triton's TensorRT back end cannot load '{name}': it was built by "
-            f"{sidecar.backend} {sidecar.backend_version}.",
-            "Build a plan with `tensorrt` on a machine with the target GPU, or package the "
-            "ONNX artefact.",
-        )
-    (given,) = sidecar.inputs
-    source = bundle.artefacts.get(bundle.artefact(name).made_from.name)
-    return TritonModel(
-        name=served_name(bundle, name),
-        artefact=name,
-        kind="engine",
-        path=path,
-        files={PLATFORMS["engine"][1]: path},
-        input=_spec(given),
-        outputs=tuple(_spec(tensor) for tensor in sidecar.outputs),
-        max_batch=max(profile.max for profile in sidecar.profiles),
-        embedding=embedding_of(source) if source else "none",
-        backend_version=sidecar.backend_version,
-    )
-
-
-def _spec(tensor: Any) -> TensorSpec:
-    if tensor.dtype not in ENGINE_TYPES:
-        raise InputError(
-            f"The engine's '{tensor.name}' is of type {tensor.dtype}, which no client here sends.",
-            f"Known: {', '.join(ENGINE_TYPES)}.",
-        )
-    return TensorSpec(tensor.name, ENGINE_TYPES[tensor.dtype], tuple(tensor.shape[1:]))
-
-
-def _write_model(
-    folder: Path, bundle: Bundle, model: TritonModel, settings: TritonSettings
-) -> None:
-    version = folder / "1"
-    version.mkdir(parents=True)
-    for name, source in model.files.items():
-        shutil.copyfile(source, version / name)
-    names = bundle.manifest.class_names
-    if names:
-        (folder / LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
-    config = model_config(
-        model.name,
-        model.kind,
-        model.input,
-        model.outputs,
-        model.max_batch,
-        preferred=preferred_batches(bundle, model.artefact, model.max_batch),
-        queue_delay_us=settings.queue_delay_us,
-        queue_limit=settings.queue_limit,
-        queue_timeout_us=1000 * settings.queue_timeout_ms,
-        instances=settings.instances,
-        gpu=settings.gpu or model.kind == "engine",
-        labels_file=LABELS_FILE if names else "",
-    )
-    (folder / "config.pbtxt").write_text(pbtxt(config), encoding="utf-8")
-
-
-def _write_beside(
-    made: Path, bundle: Bundle, models: Sequence[TritonModel], settings: TritonSettings
-) -> None:
-    first = models[0]
-    preprocessing = bundle.manifest.preprocessing
-    if any(spec.name == "logits" for spec in first.outputs):
-        source = client_source(
-            first.name,
-            first.input.name,
-            DATATYPES[first.input.dtype],
-            first.embedding,
-            preprocessing,
-        )
-        (made / "client.py").write_text(source, encoding="utf-8")
-    gpu = settings.gpu or any(model.kind == "engine" for model in models)
-    weights = sum(path.stat().st_size for model in models for path in model.files.values())
-    deployment = Deployment(
-        name=bundle.name,
-        gpu=gpu,
-        memory_mib=2048 + 4 * settings.instances * (weights >> 20),
-        triton=settings.triton,
-    )
-    for name, text in manifests(deployment).items():
-        (made / name).write_text(text, encoding="utf-8")
-
-
-def _write_record(
+def write_repository(
     made: Path,
     bundle: Bundle,
     models: Sequence[TritonModel],
     settings: TritonSettings,
-    files: Sequence[str],
+    release: Release,
 ) -> None:
-    record = {
-        "schema": PACKAGE_SCHEMA,
-        "bundle": bundle.name,
-        "models": {
-            model.name: {
-                "artefact": model.artefact,
-                "kind": model.kind,
-                "sha256": file_sha256(model.path),
-                "tensorrt": model.backend_version or None,
-            }
-            for model in models
-        },
-        "settings": asdict(settings),
-        "files": {name: file_sha256(made / name) for name in files},
-    }
-    text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    (made / PACKAGE_FILE).write_text(text, encoding="utf-8")
+    """Write ``models/``, the manifests and a client.
 
+    Args:
+        made: folder to write; not there yet.
+        bundle: where the models come from.
+        models: likewise.
+        settings: how they are to be run.
+        release: of Triton.
 
-def _require_ours(output: Path) -> None:
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise UsageError(f"'{output}' is a file, not a folder.", "Choose another --output DIR.")
-    if any(output.iterdir()) and not (output / PACKAGE_FILE).is_file():
+    Raises:
+        ConversionError: the packages of an execution environment cannot be had.
+        MissingDependency: Triton's schema is not installed.
+        UsageError: nobody knows the release's Python.
+    """
+    environment, python = "", settings.triton_python or release.python
+    for model in models:
+        folder = made / "models" / model.name
+        version, names = folder / str(settings.model_version), bundle.manifest.class_names
+        version.mkdir(parents=True)
+        for file, (source, _) in model.files.items():
+            shutil.copyfile(source, version / file)
+        if names:
+            (folder / LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
+        if model.backend == "python":
+            environment = f"environment-python{python}.tar.gz"
+            (version / "model.py").write_text(filled("model.py.txt", {}), encoding="utf-8")
+        config = model_config(
+            *(model, settings),
+            preferred=preferred_batches(bundle, model.network.name, model.network.max_batch),
+            labels=LABELS_FILE if names else "",
+            environment=f"$$TRITON_MODEL_DIRECTORY/../{environment}" if environment else "",
+        )
+        (folder / "config.pbtxt").write_text(config_text(config), encoding="utf-8")
+    if environment and not python:
         raise UsageError(
-            f"'{output}' holds something else and no package.",
-            "Nothing was written. Choose an empty or a new folder with --output DIR.",
+            f"No table here says which Python Triton {release.name} has.",
+            "Name it with --triton-python, such as 3.12.",
         )
-    if (output / "manifest.json").exists():
-        raise BundleError(
-            f"'{output}' is a bundle.", "Nothing was written. Choose another --output DIR."
-        )
+    if environment:
+        write_environment(made / "models" / environment, python)
+    _write_manifests(made, bundle, models, settings, release)
+    network = models[0].network
+    if network.preprocessing.channels in {1, 3, 4} and network.outputs[0].name == "logits":
+        (made / "client.py").write_text(_client(models[0]), encoding="utf-8")
+
+
+def write_environment(archive: Path, python: str) -> None:
+    """Write an execution environment of the Python backend: this ONNX Runtime, for its Python.
+
+    NVIDIA's images have no ONNX Runtime for Python. The archive is a virtual environment with
+    one, which Triton unpacks; the interpreter stays the image's own.
+
+    Args:
+        archive: file to write, ``.tar.gz``.
+        python: version of the server's Python, such as ``3.12``.
+
+    Raises:
+        ConversionError: pip cannot get the packages.
+    """
+    wanted = (f"onnxruntime=={require_onnxruntime().__version__}", NUMPY)
+    with tempfile.TemporaryDirectory(prefix="van-deploy-") as folder:
+        root, machine = Path(folder), platform.machine()
+        packages = root / f"lib/python{python}/site-packages"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", *wanted]
+        command += ["--target", str(packages), "--only-binary=:all:", "--python-version", python]
+        for tag in (*(f"manylinux_2_{minor}" for minor in GLIBC_MINORS), "manylinux2014"):
+            command += ["--platform", f"{tag}_{machine}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            raise ConversionError(
+                f"pip cannot get {' and '.join(wanted)} for Python {python}: "
+                f"{(said or [done.stderr])[-1]}",
+                "Check the connection to the package index, or choose a --triton-release whose "
+                "Python has such a wheel.",
+            )
+        shutil.rmtree(packages / "bin", ignore_errors=True)  # scripts that name this interpreter
+        (root / "bin").mkdir()
+        (root / "bin/python3").symlink_to(INTERPRETER)
+        for name, target in (("activate.txt", "bin/activate"), ("pyvenv.cfg", "pyvenv.cfg")):
+            (root / target).write_text(filled(name, {}), encoding="utf-8")
+        with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
+            tar.add(root, ".", filter=_anonymous)
+
+
+def filled(template: str, values: Mapping[str, object], holds: Collection[str] = ()) -> str:
+    """Return a file of ``templates/`` with its values in place.
+
+    A line that ends in ``#if WORD...`` is kept where one of the words holds; the mark itself
+    always goes. ``$name`` stands for a value, as in :class:`string.Template`.
+
+    Args:
+        template: its name, such as ``compose.yaml``.
+        values: by the name after ``$``.
+        holds: the words whose lines are kept.
+    """
+    lines = []
+    folder = resources.files("van_deploy.serve") / "templates"
+    for line in (folder / template).read_text("utf-8").splitlines():
+        text, marked, words = line.partition("#if ")
+        if not marked or set(words.split()) & set(holds):
+            lines.append(text.rstrip() if marked else line)
+    return Template("\n".join(lines) + "\n").substitute(values)
+
+
+def _write_manifests(
+    made: Path,
+    bundle: Bundle,
+    models: Sequence[TritonModel],
+    settings: TritonSettings,
+    release: Release,
+) -> None:
+    weights = sum(path.stat().st_size for model in models for path, _ in model.files.values())
+    processes = settings.instances * sum(model.backend == "python" for model in models)
+    values = {
+        "name": re.sub(r"[^a-z0-9]+", "-", bundle.name.lower()).strip("-")[:50] or "van",
+        "release": release.name,
+        "cpus": settings.threads * settings.instances * len(models) or 2,
+        "memory": BASE_MIB + PROCESS_MIB * processes + 4 * settings.instances * (weights >> 20),
+        "max_batch": max(model.network.max_batch for model in models),
+    }
+    plans = [model.sidecar.options for model in models if model.sidecar]
+    holds = ["gpu" if settings.gpu or plans else "cpu"]
+    holds += ["compatible" for options in plans if options.version_compatible]
+    for name in ("compose.yaml", "kubernetes.yaml", "kserve.yaml"):
+        (made / name).write_text(filled(name, values, holds), encoding="utf-8")
+
+
+def _client(model: TritonModel) -> str:
+    """Return the example client: one file that needs nothing of this project.
+
+    It is the one place where a client's preprocessing is written down for others to copy,
+    so it holds the weights' own values and is tested to compute the same bytes as
+    :mod:`van_deploy.model.pixels`.
+    """
+    network, preprocessing = model.network, model.network.preprocessing
+    values = {
+        **asdict(preprocessing),
+        "filter": preprocessing.interpolation.upper(),
+        "mode": image_mode(preprocessing.channels),
+        "model": json.dumps(model.name),
+        "input": json.dumps(network.input.name),
+        "datatype": DATATYPES[network.input.dtype],
+    }
+    odds = ODDS.get(network.task, "sigmoid")
+    holds = [network.embedding, odds, preprocessing.crop_mode, preprocessing.crop_rounding]
+    return filled("client.py.txt", values, holds)
+
+
+def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Return an entry of an archive without what differs from one run or machine to the next."""
+    entry.uid = entry.gid = entry.mtime = 0
+    entry.uname = entry.gname = ""
+    entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+    return entry

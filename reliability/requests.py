@@ -1,0 +1,208 @@
+"""Spoiled HTTP requests, thousands of them, sent to a server that must not mind.
+
+    python -m reliability.requests                    # 10,000
+    python -m reliability.requests --first 1234 --count 1   # one case again
+
+Each case is one connection with one or two requests on it, made by a seeded generator: sound
+ones whose JSON, headers, tensors, images, forms or raw bytes were spoiled. What comes back must
+be a status of 2xx, 4xx or 503, or nothing where the request was not complete. A traceback in
+the log, another status and a server that does not answer afterwards are faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import json
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from reliability.trials import finished, van_deploy
+
+__all__ = ["case", "fuzz_requests", "started"]
+
+TOTAL = 10_000
+CLIENTS = 16
+SILENCE_S = 1.0  # then nothing more comes: the request was not complete
+NAME = "van_digits-fp32-uint8"
+ROW = 64 * 64 * 3
+ODD: tuple[Any, ...] = (
+    *(None, True, -1, 0, 2**63, 10**400, 1.5, float("nan"), float("inf")),
+    *("", "x", "\ud800", "9" * 5000, "a" * 20_000, ["a" * 1000, 1]),
+    *([], {}, [[]], [[[[[]]]]], {"a": {"b": []}}, [1, [2, [3]]]),
+)
+HEADERS = (
+    *("Inference-Header-Content-Length", "Content-Length", "Content-Encoding", "Content-Type"),
+    *("Transfer-Encoding", "Expect", "Authorization", "Upgrade", "Connection", "Host", "X-\x80"),
+)
+VALUES = (
+    *("", "0", "-1", "x", "9" * 5000, "1e3", "chunked", "gzip", "deflate", "br", "\x80\xff"),
+    *("100-continue", "multipart/form-data", "multipart/form-data; boundary=x", "websocket"),
+    *("close", "a" * 70_000),
+)
+PATHS = (
+    *("/", "/predict", "/v2", "/models", "/metrics", "/v2/health/live", "/v2/models/stats"),
+    *(f"/v2/models/{NAME}", f"/v2/models/{NAME}/versions/1/infer", f"/v2/models/{NAME}/config"),
+    *("/%ff%00", "/v2/models/%ED%A0%80/infer", "/../../etc/passwd", "/predict?top=%F0"),
+    *("*", "//", "/" + "a" * 9000),
+)
+
+
+def case(seed: int, image: bytes) -> bytes:
+    """Return what one client sends."""
+    rng = random.Random(seed)
+    raw = b"".join(_request(rng, image) for _ in range(1 + (rng.random() < 0.2)))
+    if rng.random() < 0.15:
+        spoiled = bytearray(raw)
+        for _ in range(rng.choice((1, 3, 20))):
+            place = rng.randrange(min(len(spoiled), 600))
+            spoiled[place : place + rng.choice((0, 1, 1, 8))] = rng.randbytes(rng.choice((0, 1, 4)))
+        raw = bytes(spoiled)
+    return raw if rng.random() < 0.9 else raw[: rng.randrange(len(raw))]
+
+
+def _request(rng: random.Random, image: bytes) -> bytes:
+    kind = rng.choice(("json", "binary", "image", "form", "get"))
+    path, body = f"/v2/models/{NAME}/infer", b""
+    headers = {"Host": "x", "Connection": rng.choice(("close", "close", "keep-alive"))}
+    if kind in {"json", "binary"}:
+        rows = rng.choice((1, 1, 1, 2, 8, 9, 0))
+        tensor: dict[str, Any] = {"name": "pixels", "datatype": "UINT8", "shape": [rows, 64, 64, 3]}
+        tail = rng.randbytes(rows * ROW) if kind == "binary" else b""
+        more = {"parameters": {"binary_data_size": len(tail)}} if tail else {"data": [7] * ROW}
+        wanted = [{"name": "logits", "parameters": {"classification": 2, "binary_data": True}}]
+        document = {"id": "1", "inputs": [{**tensor, **more}], "outputs": wanted}
+        head = json.dumps(_spoiled(rng, document) if rng.random() < 0.6 else document).encode()
+        if tail:
+            headers["Inference-Header-Content-Length"] = str(len(head))
+        body = head + tail
+    elif kind != "get":
+        path = "/predict"
+        if rng.random() < 0.2:
+            path += "?top=" + rng.choice(("5", "0", "x", "9" * 5000, "%00", "2&model=%ff", "&&="))
+        spoiled = bytearray(image)
+        for _ in range(rng.choice((0, 0, 1, 2, 50))):
+            spoiled[rng.randrange(len(spoiled))] = rng.randrange(256)
+        body = bytes(spoiled)
+        if kind == "form":
+            headers["Content-Type"] = "multipart/form-data; boundary=x"
+            start = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a.png"\r\n\r\n'
+            body = rng.choice((start, b"", b"--x\r\n", b"--x--")) + body + b"\r\n--x--\r\n"
+    if rng.random() < 0.15:
+        headers["Content-Encoding"] = rng.choice(("gzip", "deflate"))
+        body = gzip.compress(body)[: rng.choice((None, -3))]
+    if kind == "get" or rng.random() < 0.1:
+        path = rng.choice(PATHS)
+    headers["Content-Length"] = str(len(body))
+    if rng.random() < 0.25:
+        headers[rng.choice(HEADERS)] = rng.choice(VALUES)
+    method = (
+        rng.choice(("GET", "POST", "HEAD", "PUT", "\x80", "CONNECT")) if rng.random() < 0.1 else ""
+    )
+    method = method or ("GET" if kind == "get" else "POST")
+    lines = [f"{method} {path} HTTP/{rng.choice(('1.1', '1.1', '1.1', '1.0', '3.0'))}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def _spoiled(rng: random.Random, value: Any) -> Any:
+    """Return JSON with one value at a random depth replaced, renamed or dropped."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        if rng.random() < 0.15:
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: _spoiled(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.7:
+        place = rng.randrange(len(value))
+        return [*value[:place], _spoiled(rng, value[place]), *value[place + 1 :]]
+    return rng.choice(ODD)
+
+
+def answers(address: tuple[str, int], raw: bytes) -> list[int]:
+    """Return the statuses that a server gives to what a client sends."""
+    received = b""
+    with contextlib.suppress(OSError), socket.create_connection(address, SILENCE_S) as client:
+        with contextlib.suppress(ConnectionError):  # the server may have had enough of it
+            client.sendall(raw)
+        while piece := client.recv(65536):
+            received += piece
+    return [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3})", received)]
+
+
+def fuzz_requests(url: str, first: int, count: int, image: bytes) -> tuple[Counter[int], list[str]]:
+    """Return how often each status came (0: no answer) and what must not have happened."""
+    host, port = url.removeprefix("http://").split(":")
+    address, faults = (host, int(port)), list[str]()
+    statuses: Counter[int] = Counter()
+    seeds = range(first, first + count)
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        found = pool.map(lambda seed: answers(address, case(seed, image)), seeds)
+        for seed, codes in zip(seeds, found, strict=True):
+            statuses.update(codes or [0])
+            wrong = [code for code in codes if code // 100 not in {1, 2, 4} and code != 503]
+            faults += [f"case {seed}: status {code}" for code in wrong]
+    if answers(address, b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n") != [200]:
+        faults.append("the server does not answer any more")
+    return statuses, faults
+
+
+def started(
+    bundle: Path, *words: str, port: int = 0, log: Path | None = None
+) -> tuple[subprocess.Popen[str], str]:
+    """Return a server that answers, and its address."""
+    command = [sys.executable, "-m", "van_deploy", "serve", str(bundle), "--port", str(port)]
+    errors = log.open("w", encoding="utf-8") if log else subprocess.DEVNULL
+    server = subprocess.Popen(
+        [*command, "--json", *words], stdout=subprocess.PIPE, stderr=errors, text=True
+    )
+    text = ""
+    while not text.endswith("}\n"):
+        line = server.stdout.readline() if server.stdout else ""
+        if not line:
+            raise RuntimeError("the server did not start")
+        text += line
+    return server, str(json.loads(text)["url"])
+
+
+def main() -> int:
+    """Send the cases asked for, print a table; return 1 if there was a fault."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--count", type=int, default=TOTAL)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="van-deploy-requests-") as name:
+        bundle, log = Path(name) / "bundle", Path(name) / "log"
+        export = ("export", "van_digits", "--output", bundle, "--embed-preprocess", "uint8")
+        code, stderr = finished(van_deploy(*export))
+        if code:
+            raise SystemExit(stderr)
+        server, url = started(bundle, "--threads", "1", "--read-timeout-s", "0.5", log=log)
+        image = (bundle / "golden/0.png").read_bytes()
+        try:
+            statuses, faults = fuzz_requests(url, arguments.first, arguments.count, image)
+        finally:
+            server.terminate()
+            code = server.wait(60)
+        said = log.read_text(encoding="utf-8")
+        faults += ["a traceback in the log"] * ("raceback" in said)
+        faults += [f"the server ended with {code}"] * (code != 0)
+        if faults:
+            print(said[-3000:], file=sys.stderr)
+    rows = [[str(code) if code else "none", str(n)] for code, n in sorted(statuses.items())]
+    result = {"columns": ["status", "answers"], "rows": rows, "faults": faults}
+    print(json.dumps(result, indent=1) if arguments.json else result)
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,255 @@
+"""Artifacts that many tests read: each is made once in a test run, by whichever process is first.
+
+Exporting van_digits takes three seconds of a processor and importing PyTorch four, so
+no test makes its own where a copy does. :class:`MadeOnce` holds a lock while it makes
+something, and at the end of the run it says which of them a test has changed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from filelock import FileLock
+from onnx import ModelProto
+
+from van_deploy.bundle import Bundle, Origin, writing
+from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe
+from van_deploy.recipe import recipe_named
+
+if TYPE_CHECKING:
+    from van_deploy.checks.golden import Samples
+    from van_deploy.model.checkpoint import LoadedVan
+    from van_deploy.model.variants import VanConfig
+
+__all__ = [
+    "BATCHES",
+    "SMALL_SIZE",
+    "Copy",
+    "MadeOnce",
+    "Subject",
+    "digits_graph",
+    "enter_engine",
+    "export_network",
+    "int8_graph",
+    "put",
+    "subject_of",
+    "with_byte_graph",
+    "with_precisions",
+]
+
+BATCHES = BatchRange(1, 2, 8)
+SMALL_SIZE = 32
+CALIBRATION_IMAGES = 48
+
+Copy = Callable[..., Path]
+State = dict[str, tuple[int, int]]
+
+
+@dataclass
+class MadeOnce:
+    """Makes files and folders once for all processes of a test run.
+
+    Attributes:
+        root: folder that all processes of the run share.
+    """
+
+    root: Path
+    _lent: dict[Path, State] = field(default_factory=dict)
+
+    @classmethod
+    def beside(cls, base: Path) -> MadeOnce:
+        """Return the one of this run, from the base temporary folder of this process."""
+        root = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+        (root / "made_once").mkdir(exist_ok=True)
+        return cls(root / "made_once")
+
+    def __call__(self, name: str, make: Callable[[Path], object]) -> Path:
+        """Return the file or folder ``name``, made by ``make(path)`` if this is the first call."""
+        path = self.root / name
+        with FileLock(self.root / f"{name}.lock"):
+            if not path.exists():
+                partial = self.root / f"partial-{name}"
+                shutil.rmtree(partial, ignore_errors=True)
+                make(partial)
+                partial.rename(path)
+            self._lent.setdefault(path, _state(path))
+        return path
+
+    def changed(self) -> list[str]:
+        """Return the files that differ from what this process was lent."""
+        return sorted(
+            {
+                f"{path.name}/{name}"
+                for path, before in self._lent.items()
+                for name, _ in before.items() ^ _state(path).items()
+            }
+        )
+
+
+def _state(path: Path) -> State:
+    """Return size and time of change of every file in ``path``; bundles' locks are left out."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    stats = {p.relative_to(path).as_posix(): p.stat() for p in files if p.name != ".lock"}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A bundle and everything it is judged with.
+
+    Attributes:
+        bundle: with ``fp32``, ``fp16`` and ``int8``.
+        loaded: the original network.
+        samples: its golden samples.
+        labelled: folder of labelled images.
+    """
+
+    bundle: Bundle
+    loaded: LoadedVan
+    samples: Samples
+    labelled: Path
+
+    def graph(self, name: str) -> ModelProto:
+        """Return an artefact's graph, free to be changed."""
+        return onnx.load(self.bundle.verified(name))
+
+
+def subject_of(folder: Path, labelled: Path) -> Subject:
+    """Return a bundle that :func:`with_precisions` made, with its network and images."""
+    from van_deploy.checks.golden import golden_samples
+    from van_deploy.runners.original import original_network
+
+    bundle = Bundle.open(folder)
+    return Subject(bundle, original_network(bundle), golden_samples(bundle), labelled)
+
+
+# --- what is made ----------------------------------------------------------------------------
+
+
+def digits_graph(path: Path, size: int) -> None:
+    """Write the embedded network, folded, as an ONNX file with a free batch."""
+    import torch
+
+    from van_deploy.graph.export import onnx_from_van
+    from van_deploy.graph.fold import fold_van
+    from van_deploy.model.checkpoint import load_van
+
+    loaded = load_van("van_digits")
+    folded = fold_van(loaded.model, torch.zeros(1, loaded.config.in_chans, size, size))
+    onnx.save(onnx_from_van(folded.model, size, loaded.config.in_chans), path)
+
+
+def export_network(folder: Path, weights: str = "van_digits", images: Path | None = None) -> None:
+    """Write a bundle of the embedded network, or of a checkpoint, with ``BATCHES``."""
+    from van_deploy.pipeline import export_bundle, load_for
+
+    if weights == "van_digits":
+        recipe = recipe_named(weights).changed(batch=BATCHES)
+    else:
+        recipe = Recipe(model=ModelSettings(weights=weights), batch=BATCHES)
+    export_bundle(load_for(recipe), recipe, folder, images=images)
+
+
+def with_byte_graph(folder: Path, exported: Path) -> None:
+    """Write a copy of a bundle that also takes bytes, and gives every output."""
+    from van_deploy.pipeline import embed_in_bundle, load_for
+
+    shutil.copytree(exported, folder)
+    export = ExportSettings(embed_preprocess="uint8", outputs=("logits", "probabilities", "top5"))
+    recipe = recipe_named("van_digits").changed(batch=BATCHES, export=export)
+    embed_in_bundle(folder, load_for(recipe), recipe)
+
+
+def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
+    """Write a copy of a bundle with FP16 and INT8 graphs, calibrated on labelled images.
+
+    Its largest batch is 6, so that six images are enough to check it.
+    """
+    from van_deploy.checks.golden import golden_samples
+    from van_deploy.checks.judging import judge_new
+    from van_deploy.data import check_images
+    from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
+    from van_deploy.runners.original import original_network
+
+    shutil.copytree(exported, folder)
+    bundle = Bundle.open(folder)
+    with writing(folder) as draft:
+        batch = BatchRange(1, 4, 6)
+        draft.description = bundle.manifest.model_copy(update={"batch": batch})
+    bundle = Bundle.open(folder)
+    loaded = original_network(bundle)
+    model = onnx.load(bundle.verified("fp32"))
+    kept = kept_nodes(model, DEFAULT_KEEP)
+    images = check_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
+    int8 = int8_graph(model, loaded.config, [images.inputs])
+    graphs = {"fp16": fp16_from_fp32(model, kept), "int8": int8}
+    for name, graph in graphs.items():
+        _, record = judge_new(graph, name, golden_samples(bundle))
+        put(bundle, name, name, graph, golden_sqnr_db=record)
+
+
+def int8_graph(
+    model: ModelProto, config: VanConfig, batches: Sequence[npt.NDArray[np.float32]]
+) -> ModelProto:
+    """Return a folded graph with its 1x1 convolutions in INT8 for TensorRT, and no more."""
+    from van_deploy.graph.rebuilt import van_from_onnx
+    from van_deploy.precision.equalize import Equalization
+    from van_deploy.precision.fp16 import DEFAULT_KEEP, kept_nodes
+    from van_deploy.precision.observers import observe
+    from van_deploy.precision.plan import counted_tensors, layers_in_scope, make_plan
+    from van_deploy.precision.qdq import qdq_for_tensorrt
+
+    network = van_from_onnx(model, config)
+    layers = layers_in_scope(network.model, ("pointwise",))
+    ranges = observe(network, batches, counted_tensors(network, layers, "tensorrt"))
+    plan = make_plan(Equalization(network), ranges, layers)
+    return qdq_for_tensorrt(model, plan, kept=kept_nodes(model, DEFAULT_KEEP))
+
+
+def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: Any) -> Bundle:
+    """Return the bundle with a graph entered as an artefact, vouched for like any other."""
+    from tests.described import entry
+    from van_deploy.graph.files import graph_facts, save_onnx
+
+    kind = "serving" if "embedded" in more else "onnx"
+    origin = Origin(name="fp32", sha256=bundle.artefact("fp32").sha256)
+    with writing(bundle.path) as draft:
+        files = save_onnx(model, draft.file(f"model.{name}.onnx"))
+        draft.record(
+            entry(
+                *(name, kind, precision, files[0], files),
+                made_from=origin,
+                graph=graph_facts(model),
+                **more,
+            )
+        )
+    return Bundle.open(bundle.path)
+
+
+def enter_engine(folder: Path, name: str, made_from: str = "fp32") -> Bundle:
+    """Return the bundle with a file entered as an engine: nothing without a GPU runs it."""
+    from tests.described import entry
+    from van_deploy.manifest import EngineFacts
+
+    source = Bundle.open(folder).artefact(made_from)
+    plan = f"engines/{name}.plan"
+    with writing(folder) as draft:
+        draft.file(plan).write_bytes(b"no plan")
+        draft.record(
+            entry(
+                *(name, "engine", source.precision, plan, [plan]),
+                made_from=Origin(name=made_from, sha256=source.sha256),
+                engine=EngineFacts(
+                    backend="tensorrt 10.0", targets=("sm_89",), profiles=(), parser_layers=1
+                ),
+            )
+        )
+    return Bundle.open(folder)

@@ -1,0 +1,168 @@
+"""Commands made of functions and tables: what is written, how it is checked, and what help says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from tests.conftest import Cli
+from van_deploy.cli.app import CommandGroup
+from van_deploy.cli.options import with_options
+from van_deploy.config.fields import BatchRange, Size, option
+from van_deploy.config.named import RUN, Changes
+from van_deploy.schema import Contradiction, Settings
+
+HOW = "How it is done"
+
+
+class Inner(Settings):
+    """A table inside the table."""
+
+    seconds: float = option(3.0, "At least.", panel=HOW, gt=0)
+
+
+class Table(Settings):
+    """One option of every kind."""
+
+    count: int = option(20, "How many.", ge=1, le=40)
+    kind: Literal["fast", "good"] | None = option(None, "Which.", shown_default="the best")
+    fold: bool = option(True, "Make the [exact] rewrites.")
+    force: bool = option(False, "Anew.", key="always")
+    batch: BatchRange = option(BatchRange, "Sizes.")
+    size: Size | None = option(None, "Memory.")
+    names: tuple[str, ...] = option((), "Which.", flags=["--name", "-n"])
+    patterns: tuple[str, ...] = option((), "Regular expressions.", commas=False)
+    sides: tuple[int, ...] = option((1, 2), "In pixels.")
+    file: Path | None = option(None, "A file.")
+    inner: Inner = option(Inner, "How long.")
+
+    @pydantic.model_validator(mode="after")
+    def _both(self) -> Table:
+        if self.force and not self.fold:
+            raise Contradiction("{always} and no {fold} exclude each other.", "Leave {fold} out.")
+        return self
+
+
+def run(*words: str) -> tuple[Result, list[object]]:
+    """Run a program with one command made of the table; return what it was called with, too."""
+    program = typer.Typer(cls=CommandGroup, pretty_exceptions_enable=False)
+    called: list[object] = []
+
+    @program.command()
+    @with_options
+    def make(
+        place: str, table: Table, changes: Annotated[Changes, RUN], quiet: bool = False
+    ) -> None:
+        """Make it."""
+        called.extend([place, table, dict(changes.values), quiet])
+
+    @program.command()
+    def other() -> None:
+        """Make this a program with sub-commands."""
+
+    result = CliRunner().invoke(program, ["make", *words], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    return result, called
+
+
+def test_nothing_given_is_the_table_s_own_defaults() -> None:
+    result, called = run("here")
+    assert result.exit_code == 0
+    assert called == ["here", Table(), {}, False]
+
+
+def test_every_kind_of_value_arrives_as_a_file_would_have_it() -> None:
+    result, called = run(
+        *("here", "--count", "3", "--kind", "good", "--no-fold", "--batch", "1:2:4"),
+        *("--size", "1GiB", "-n", "a,b", "--name", "c", "--patterns", "a{1,2}", "--sides", "3,4"),
+        *(
+            "--file",
+            "x.txt",
+            "--seconds",
+            "0.5",
+            "--quiet",
+            "--target",
+            "sm_89",
+            "--engine",
+            "fp16",
+        ),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert called[1] == Table(
+        count=3,
+        kind="good",
+        fold=False,
+        batch=BatchRange(1, 2, 4),
+        size=1 << 30,
+        names=("a", "b", "c"),
+        patterns=("a{1,2}",),
+        sides=(3, 4),
+        file=Path("x.txt"),
+        inner=Inner(seconds=0.5),
+    )
+    assert called[2:] == [
+        {("engines", "targets"): ["sm_89"], ("engines", "precisions"): ["fp16"]},
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--count", "41"], "'--count' is 41: it should be less than or equal to 40.\n"),
+        (["--count", "many"], "'--count' is 'many': it should be a whole number.\n"),
+        (["--count", "3.0"], "'--count' is '3.0': it should be a whole number.\n"),
+        (["--kind", "slow"], "'--kind' is 'slow': it should be 'fast' or 'good'.\n"),
+        (["--batch", "1:2"], "'--batch' is '1:2': it should be min:opt:max, such as 1:8:32.\n"),
+        (["--size", "lots"], "'--size' is 'lots': it should be a number and a unit, such as 4GiB."),
+        (["--sides", "1,x"], "'--sides' is 'x': it should be a whole number.\n"),
+        (["--seconds", "nan"], "'--seconds' is nan: it should be a finite number.\n"),
+        (["--seconds", "0"], "'--seconds' is 0.0: it should be greater than 0.\n"),
+        (
+            ["--always", "--no-fold"],
+            "--always and no --no-fold exclude each other.\n  Leave --no-fold out.\n",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_the_option_s_name(words: list[str], message: str) -> None:
+    result, called = run("here", *words)
+    assert (result.exit_code, called) == (2, [])
+    assert result.stderr.startswith(f"error: {message}")
+
+
+def test_help_says_the_choices_the_default_and_the_limits() -> None:
+    text = " ".join(run("--help")[0].stdout.replace("│", " ").split())
+    for words in (
+        "--count INTEGER How many. [default: 20; 1 to 40]",
+        "--kind fast|good Which. [default: the best]",
+        "--fold --no-fold Make the [exact] rewrites.",
+        "--always Anew.",
+        "--batch MIN:OPT:MAX Sizes. [default: 1:8:32]",
+        "--name -n TEXT,... Which.",
+        "--sides INTEGER,... In pixels. [default: 1,2]",
+        "--file PATH A file.",
+        "--seconds NUMBER At least. [default: 3.0; above 0]",
+        "--engine TEXT,... fp32, fp16, int8 or another ONNX artefact",
+    ):
+        assert words in text
+    assert f"─ {HOW} ─" in text
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("'--opset' is 40: it should be less than or equal to 23.", ["--opset", "40"]),
+        ("'--set export.opset' is 40: it should be", ["--set", "export.opset=40"]),
+    ],
+)
+def test_export_checks_before_it_loads_anything(
+    cli: Cli, tmp_path: Path, source: str, words: list[str]
+) -> None:
+    result = cli("export", "van_digits", "-o", tmp_path / "b", *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {source}")
+    assert not (tmp_path / "b").exists()

@@ -1,0 +1,528 @@
+"""Which class each image is: names, orders, files, and what is not guessed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data.readers.class_map import load_class_map  # noqa: F401 - timm is here
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils.misc import natural_key as timm_natural_key
+from torchvision.datasets import ImageFolder
+
+from tests.each import each
+from van_deploy.data.items import ImageSet, image_set
+from van_deploy.data.labels import labelled_images, natural_key, with_labels_if_known
+from van_deploy.data.words import class_names_from_file
+from van_deploy.errors import ImageError, InputError, UsageError
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Return a function that makes a folder with an image at each path, all different."""
+
+    def made(*names: str, folder: str = "images", empty: Sequence[str] = ()) -> Path:
+        root = tmp_path / folder
+        shutil.rmtree(root, ignore_errors=True)
+        for number, name in enumerate(names):
+            path = root / (name if "." in name else f"{name}/x.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4), (number % 256, number // 256, 0)).save(path, "PNG")
+        for name in empty:
+            (root / name).mkdir(parents=True)
+        return root
+
+    return made
+
+
+def by_folder(images: ImageSet) -> dict[str, int | None]:
+    return {item.group: item.label for item in images.items}
+
+
+def by_file(images: ImageSet) -> dict[str, int | None]:
+    return {images.relative(item): item.label for item in images.items}
+
+
+def how(images: ImageSet) -> str:
+    """Return how the labels were found."""
+    return images.description.partition("', ")[2]
+
+
+# --- class folders by name -------------------------------------------------------------------
+
+
+def test_exact_names_go_before_folded_ones(make: Make) -> None:
+    names = ["A", "a", "B", "b_c", "b c", "B-C", "+", "-", "_", "="]
+    images = labelled_images(make(*names), 10, names)
+    assert by_folder(images) == {name: index for index, name in enumerate(names)}
+    assert how(images) == "class folders by class name"
+
+
+@each(
+    ("folder", "name"),
+    [
+        ("Great_White-shark", "great white  shark"),
+        ("TENCH", "tench, Tinca tinca"),
+        ("tench", "tench, Tinca tinca"),
+        ("u\u0308ber", "\u00fcber"),  # macOS writes file names in decomposed Unicode
+        ("\uff21\uff22", "AB"),  # full-width letters
+        ("stra\u00dfe", "STRASSE"),
+        ("hot dog", " hot dog"),
+    ],
+)
+def test_a_name_is_found_in_another_form(folder: str, name: str, make: Make) -> None:
+    images = labelled_images(make(folder, "other"), 2, [name, "other"])
+    assert by_folder(images) == {folder: 0, "other": 1}
+
+
+def test_a_form_that_two_names_share_names_neither(make: Make) -> None:
+    with pytest.raises(ImageError) as refused:
+        labelled_images(make("Crane", "dog"), 3, ["crane", "CRANE", "dog"])
+    assert refused.value.message.startswith("1 of the 2 folders in '")
+    assert refused.value.message.endswith("' do not name one of the network's 3 classes: Crane.")
+
+
+def test_two_folders_of_one_class_are_refused(make: Make) -> None:
+    with pytest.raises(ImageError) as refused:
+        labelled_images(make("a", "A", "b"), 2, ["a", "b"])
+    assert refused.value.message == "The folders 'A' and 'a' are both class 0."
+
+
+def test_a_folder_that_is_no_class_is_refused_even_if_the_count_fits(make: Make) -> None:
+    root = make("cat", "dgo")
+    with pytest.raises(ImageError) as refused:
+        labelled_images(root, 2, ["cat", "dog"])
+    assert refused.value.message == (
+        f"1 of the 2 folders in '{root}' do not name one of the network's 2 classes: dgo."
+    )
+    with pytest.raises(ImageError, match="2 of the 2 folders"):  # names are known, these are not
+        labelled_images(make("x", "y", folder="others"), 2, ["cat", "dog"])
+
+
+def test_names_that_are_numbers_are_names_first(make: Make) -> None:
+    """What ``class_to_idx`` of an ImageFolder says of folders 0 to 11."""
+    names = sorted(str(number) for number in range(12))
+    images = labelled_images(make(*names), 12, names)
+    assert by_folder(images) == {name: index for index, name in enumerate(names)}
+
+
+# --- WordNet ids -----------------------------------------------------------------------------
+
+
+def test_wordnet_ids_name_imagenets_classes_in_folders_and_files(make: Make) -> None:
+    folders = labelled_images(make("n01440764", "n02123045"), 1000)
+    assert by_folder(folders) == {"n01440764": 0, "n02123045": 281}
+    files = labelled_images(make("n02123045_tabby.png", "n01440764_1.png", folder="flat"), 1000)
+    assert by_file(files) == {"n01440764_1.png": 0, "n02123045_tabby.png": 281}
+    assert how(files) == "WordNet ids in the files' names"
+
+
+def test_wordnet_ids_mean_nothing_to_another_network_of_1000_classes(make: Make) -> None:
+    root = make("n01440764", "n02123045")
+    names = [f"plankton {number}" for number in range(1000)]
+    with pytest.raises(ImageError, match="2 of the 2 folders"):
+        labelled_images(root, 1000, names)
+    imagenet = ["tench, Tinca tinca", *map(str, range(999))]
+    with pytest.raises(ImageError, match="2 of the 2 folders"):
+        labelled_images(root, 1000, imagenet)
+
+
+def test_imagenets_own_names_keep_its_wordnet_ids(make: Make) -> None:
+    from timm.data.imagenet_info import ImageNetInfo
+
+    names = [text.split(",")[0].upper() for text in ImageNetInfo().label_descriptions()]
+    images = labelled_images(make("n01440764", "tabby"), 1000, names)
+    assert by_folder(images) == {"n01440764": 0, "tabby": 281}
+
+
+# --- the order of class folders --------------------------------------------------------------
+
+FOLDERS = {
+    "natural": [f"class{number}" for number in range(1, 11)],
+    "case": list("AbCdEfGhIj"),
+    "numbers": [str(number) for number in range(12)],
+    "from one": [str(number) for number in range(1, 13)],
+}
+
+
+@each("names", FOLDERS.values())
+def test_the_orders_are_torchvisions_and_timms(names: list[str], make: Make) -> None:
+    root = make(*names)
+    strings = labelled_images(root, len(names), class_order="strings")
+    assert by_folder(strings) == ImageFolder(str(root)).class_to_idx
+    natural = labelled_images(root, len(names), class_order="natural")
+    assert by_folder(natural) == find_images_and_targets(str(root))[1]
+    assert by_folder(strings) != by_folder(natural)
+    assert how(natural) == "class folders in the order asked for (natural)"
+    assert all(natural_key(name) == timm_natural_key(name) for name in names)
+
+
+@each("names", FOLDERS.values())
+def test_orders_that_differ_are_shown_and_not_guessed(names: list[str], make: Make) -> None:
+    with pytest.raises(ImageError) as refused:
+        labelled_images(make(*names), len(names))
+    assert "nothing says in which order the network has them" in refused.value.message
+    assert "\n  strings: " in refused.value.message
+    orders = "index or strings" if "0" in names else "strings or natural"
+    assert refused.value.remedy.startswith(f"Give --class-order {orders}, ")
+
+
+def test_the_refusal_shows_both_readings_whole(make: Make) -> None:
+    root = make("class1", "class2", "class10")
+    with pytest.raises(ImageError) as refused:
+        labelled_images(root, 3)
+    assert str(refused.value) == (
+        f"The classes of the 3 folders in '{root}' are not known: nothing says in which order "
+        "the network has them, and what fits differs:\n"
+        "  strings: 'class10' is class 1, 'class2' is class 2 (folders sorted as strings, as "
+        "torchvision's ImageFolder does)\n"
+        "  natural: 'class10' is class 2, 'class2' is class 1 (folders sorted with numbers as "
+        "numbers, ignoring case, as timm does)\n"
+        "Give --class-order strings or natural, --labels FILE, or export again with --labels "
+        "NAMES.txt: one folder's name a line, in the order of the logits."
+    )
+
+
+def test_each_remedy_of_the_refusal_works(make: Make, tmp_path: Path) -> None:
+    root, order = make("class1", "class2", "class10"), ["class10", "class2", "class1"]
+    for name, expected in (("strings", [0, 1, 2]), ("natural", [0, 2, 1])):
+        images = labelled_images(root, 3, class_order=name)
+        assert [item.label for item in images.items] == expected
+    (tmp_path / "names.txt").write_text("\n".join(order))
+    names = class_names_from_file(tmp_path / "names.txt", 3)
+    assert by_folder(labelled_images(root, 3, names)) == {n: i for i, n in enumerate(order)}
+    (tmp_path / "labels.txt").write_text("class1/x.png 2\nclass2/x.png 1\nclass10/x.png 0\n")
+    images = labelled_images(root, 3, labels_file=tmp_path / "labels.txt")
+    assert by_folder(images) == {"class10": 0, "class2": 1, "class1": 2}
+
+
+@each(
+    ("names", "said"),
+    [
+        (["airplane", "bird", "cat"], "in sorted order (the weights name no classes)"),
+        (["n01", "n02", "n10"], "in sorted order (the weights name no classes)"),
+        ([f"{number:03}" for number in range(1, 103)], "by number"),
+        (["0", "1", "2"], "by number"),
+        (["00", "01", "02"], "by number"),
+    ],
+)
+def test_where_all_orders_agree_nothing_is_asked(names: list[str], said: str, make: Make) -> None:
+    images = labelled_images(make(*names), len(names))
+    assert by_folder(images) == {name: index for index, name in enumerate(names)}
+    assert how(images) == f"class folders {said}"
+
+
+@each(
+    ("names", "classes", "orders"),
+    [
+        (["1", "2", "3"], 10, "index or strings or natural"),  # 1 is the first of 1..10, or index 1
+        ([str(n) for n in range(1, 10)], 10, "index or strings or natural"),
+        (["0", "5", "11"], 12, "index or strings"),
+        (["01", "02"], 10, "index or strings"),
+        (["1", "3", "10"], 10, "strings or natural"),  # 10 is no index: they count from 1
+    ],
+)
+def test_numbers_of_an_incomplete_set_are_not_guessed(
+    names: list[str], classes: int, orders: str, make: Make
+) -> None:
+    with pytest.raises(ImageError, match="are not known: nothing says") as refused:
+        labelled_images(make(*names), classes)
+    for order in orders.split(" or "):
+        assert order in refused.value.remedy
+        labelled_images(make(*names), classes, class_order=order)
+
+
+def test_an_empty_folder_for_a_class_without_images_decides(make: Make) -> None:
+    from_one = [f"{number}" for number in range(1, 10)]
+    images = labelled_images(make(*from_one[:8], empty=["9"]), 9)
+    assert by_folder(images) == {str(number): number - 1 for number in range(1, 9)}
+    images = labelled_images(make("b", "c", folder="letters", empty=["a", ".git"]), 3)
+    assert by_folder(images) == {"b": 1, "c": 2}
+
+
+def test_an_empty_folder_that_is_no_class_does_not_count(make: Make) -> None:
+    images = labelled_images(make("b", "c", empty=["a"]), 2)
+    assert by_folder(images) == {"b": 0, "c": 1}
+
+
+def test_numbers_are_numbers_even_if_the_classes_have_names(make: Make) -> None:
+    images = labelled_images(make("0", "1", "2"), 3, ["cat", "dog", "emu"])
+    assert by_folder(images) == {"0": 0, "1": 1, "2": 2}
+    with pytest.raises(ImageError, match="are not known: nothing says"):
+        labelled_images(make(*map(str, range(11)), folder="eleven"), 11, list("abcdefghijk"))
+
+
+@each("order", ["strings", "natural", "index", "names"])
+def test_an_order_that_does_not_fit_is_refused(order: str, make: Make) -> None:
+    root = make("x", "y")
+    with pytest.raises(ImageError) as refused:
+        labelled_images(root, 3, class_order=order)
+    assert refused.value.message == (
+        f"--class-order {order} does not fit: 2 of the 2 folders in '{root}' do not name one of "
+        "the network's 3 classes: x, y."
+    )
+    assert "an empty folder for a class without images counts" in refused.value.remedy
+
+
+def test_an_unknown_order_is_refused(make: Make) -> None:
+    with pytest.raises(UsageError) as refused:
+        labelled_images(make("x"), 3, class_order="random")
+    assert str(refused.value) == (
+        "There is no class order 'random'.\nKnown: strings, natural, index, names."
+    )
+
+
+def test_one_logit_has_two_answers(make: Make) -> None:
+    images = labelled_images(make("bad", "good"), 1)
+    assert by_folder(images) == {"bad": 0, "good": 1}
+    assert by_folder(labelled_images(make("0", "1", folder="numbers"), 1)) == {"0": 0, "1": 1}
+
+
+def test_images_beside_class_folders_are_named(make: Make) -> None:
+    root = make("a", "b", "stray.png")
+    with pytest.raises(ImageError) as refused:
+        labelled_images(root, 2)
+    assert refused.value.message == f"Nothing says which class '{root}/stray.png' belongs to."
+
+
+# --- labels files ----------------------------------------------------------------------------
+
+
+def labelled_by(
+    root: Path, text: str | bytes, classes: int = 3, names: Any = None, **more: Any
+) -> ImageSet:
+    """Return a folder labelled by a file with a text."""
+    file = root.parent / "labels.txt"
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    return labelled_images(root, classes, names, labels_file=file, **more)
+
+
+@pytest.fixture
+def flat(make: Make) -> Path:
+    return make("a.png", "b c.png", "d, e.png")
+
+
+WRITTEN = {
+    "blanks": "a.png 2\nb c.png 0\nd, e.png 1\n",
+    "many blanks": "a.png    2  \n  b c.png   0\n\nd, e.png\t \t1",
+    "tabs": "a.png\t2\nb c.png\t0\nd, e.png\t1\n",
+    "commas": "a.png,2\nb c.png,0\nd, e.png,1\n",
+    "comma and blank": "a.png, 2\nb c.png, 0\nd, e.png, 1\n",
+    "semicolons": "a.png;2\nb c.png;0\nd, e.png;1\n",
+    "quotes": 'a.png,2\n"b c.png",0\n"d, e.png","1"\n',
+    "a header": "file,label\na.png,2\nb c.png,0\nd, e.png,1\n",
+    "no suffix": "a 2\nb c 0\nd, e 1\n",
+    "paths": "./a.png 2\nval/b c.png 0\nC:\\data\\d, e.png 1\n",
+    "other files": "z.png 1\na.png 2\nb c.png 0\nd, e.png 1\ny.png 7\n",
+    "twice the same": "a.png 2\nb c.png 0\nd, e.png 1\na.png 2\n",
+    "one a line": "2\n0\n1\n",
+    "carriage returns": "a.png 2\r\nb c.png 0\r\nd, e.png 1\r\n",
+    "names": "a.png third\nb c.png The First\nd, e.png second, or other\n",
+    "names one a line": "third\nThe First\nsecond, or other\n",
+}
+
+
+@each("text", WRITTEN.values())
+@each("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_labels_are_read_as_people_write_them(text: str, encoding: str, flat: Path) -> None:
+    names = ["the first", "second, or other", "third"]
+    images = labelled_by(flat, text.encode(encoding), names=names)
+    assert by_file(images) == {"a.png": 2, "b c.png": 0, "d, e.png": 1}
+    assert how(images) == f"labels from '{flat.parent}/labels.txt'"
+
+
+def test_a_file_that_contradicts_itself_is_refused_with_both_lines(flat: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        labelled_by(flat, "file label\na.png 2\nb c.png 0\n\nd, e.png 1\na 0\n")
+    assert str(refused.value) == (
+        f"'{flat.parent}/labels.txt' contradicts itself about 'a.png': '2' in line 2, '0' in "
+        "line 6.\nTake the wrong line out."
+    )
+
+
+def test_a_label_that_is_no_class_is_refused_with_its_line(flat: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        labelled_by(flat, "a.png 2\nb c.png 3\nd, e.png 1\n")
+    assert refused.value.message == (
+        f"'3' in line 2 of '{flat.parent}/labels.txt' is no class of this network "
+        "(it has 3, 0 to 2)."
+    )
+
+
+def test_images_without_a_label_are_counted_and_named(flat: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        labelled_by(flat, "a.png 2\n")
+    assert refused.value.message == (
+        f"'{flat.parent}/labels.txt' (1 lines) has no label for 2 of the 3 images, the first: "
+        "'b c.png'."
+    )
+    with pytest.raises(InputError, match=r"\(2 lines\) has no label for 3 of the 3 images"):
+        labelled_by(flat, "2\n1\n")
+
+
+def test_a_name_that_several_images_have_labels_none_of_them(make: Make) -> None:
+    root = make("a/1.png", "b/1.png", "b/2.png")
+    with pytest.raises(InputError, match="has no label for 2 of the 3 images, the first: 'a/1"):
+        labelled_by(root, "1.png 0\n2.png 1\n")
+    images = labelled_by(root, "train/a/1.png 2\nb/1.png 0\n2.png 1\n")
+    assert by_file(images) == {"a/1.png": 2, "b/1.png": 0, "b/2.png": 1}
+
+
+def test_the_longest_name_in_a_line_is_the_file(make: Make) -> None:
+    root = make("a.png", "a 1.png")
+    images = labelled_by(root, "a 1 2\na 0\n", names=["x", "1 2", "y"])
+    assert by_file(images) == {"a.png": 0, "a 1.png": 2}
+
+
+def test_a_number_that_is_both_a_name_and_an_index_is_not_guessed(flat: Path) -> None:
+    names, text = ["2", "0", "1"], "a.png 2\nb c.png 0\nd, e.png 1\n"
+    with pytest.raises(InputError) as refused:
+        labelled_by(flat, text, names=names)
+    assert refused.value.message == (
+        f"'2' in line 1 of '{flat.parent}/labels.txt' may be any of the classes 0, 2."
+    )
+    assert "--class-order names or index" in refused.value.remedy
+    as_names = labelled_by(flat, text, names=names, class_order="names")
+    assert [item.label for item in as_names.items] == [0, 1, 2]
+    as_indices = labelled_by(flat, text, names=names, class_order="index")
+    assert [item.label for item in as_indices.items] == [2, 0, 1]
+    same = labelled_by(flat, text, names=["0", "1", "2"])
+    assert [item.label for item in same.items] == [2, 0, 1]
+
+
+@each("order", ["strings", "natural"])
+def test_an_order_of_folders_says_nothing_of_a_file(order: str, flat: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        labelled_by(flat, "2\n0\n1\n", class_order=order)
+    assert refused.value.message == (
+        f"--class-order {order} orders class folders, and the labels are in "
+        f"'{flat.parent}/labels.txt'."
+    )
+
+
+@each(
+    ("content", "reason"),
+    [
+        (None, "No such file or directory"),
+        (b"a.png 1\nb\xe9.png 2\n", "line 2 is not UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(
+    content: bytes | None, reason: str, flat: Path
+) -> None:
+    file = flat.parent / "labels.csv"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        labelled_images(flat, 3, labels_file=file)
+    assert refused.value.message == f"The labels '{file}' cannot be read: {reason}."
+
+
+def test_class_names_are_read_with_a_mark_and_counted(tmp_path: Path) -> None:
+    file = tmp_path / "names.txt"
+    file.write_text("the first\n second, or other \n\nthird\n", encoding="utf-8-sig")
+    assert class_names_from_file(file, 3) == ("the first", "second, or other", "third")
+    with pytest.raises(InputError) as refused:
+        class_names_from_file(file, 4)
+    assert refused.value.message == f"'{file}' has 3 class names; the network has 4 classes."
+
+
+# --- files found beside the images -----------------------------------------------------------
+
+
+def test_a_file_beside_flat_images_is_found_up_to_three_folders_above(make: Make) -> None:
+    root = make("a.png", "b.png", folder="deep/er/still/flat")
+    above = root.parents[2] / "val.txt"
+    above.write_text("a.png 1\nb.png 0\n")
+    images = labelled_images(root, 2)
+    assert [item.label for item in images.items] == [1, 0]
+    assert how(images) == f"labels from '{above}'"
+    (root / "val.txt").write_text("0\n0\n")
+    assert [item.label for item in labelled_images(root, 2).items] == [0, 0]
+    with pytest.raises(ImageError) as refused:
+        labelled_images(root, 2, find_labels=False)
+    assert refused.value.message == f"Nothing says which class '{root}/a.png' belongs to."
+
+
+@each("text", ["data/val/a/x.png\ndata/val/b/x.png\n", "run 7\nfine\n", ""])
+@each("place", ["", "..", "../.."])
+def test_class_folders_do_not_mind_a_file_called_so(text: str, place: str, make: Make) -> None:
+    root = make("a", "b", folder="data/val")
+    (root / place / "val.txt").write_text(text)
+    assert by_folder(labelled_images(root, 2)) == {"a": 0, "b": 1}
+    assert by_folder(labelled_images(root, 2, ["b", "a"])) == {"a": 1, "b": 0}
+
+
+def test_a_file_that_does_not_fit_every_image_is_not_used_and_said(make: Make) -> None:
+    root = make("class2", "class10")
+    (root / "val.txt").write_text("class2/x.png 0\n")
+    with pytest.raises(ImageError) as refused:
+        labelled_images(root, 2)
+    assert (
+        f" ('{root}/val.txt' is not used: '{root}/val.txt' (1 lines) has no label for 1 of the 2 "
+        "images, the first: 'class10/x.png'):\n  strings: "
+    ) in refused.value.message
+    images = labelled_images(make("a", "b", folder="sorted"), 2)
+    assert how(images) == "class folders in sorted order (the weights name no classes)"
+    (root.parent / "sorted" / "val.txt").write_text("7\n8\n")
+    assert how(labelled_images(root.parent / "sorted", 2)).endswith(
+        "'7' in line 1 of '"
+        + str(root.parent / "sorted" / "val.txt")
+        + "' is no class of this network (it has 2, 0 to 1))"
+    )
+
+
+def test_a_file_that_fits_decides_an_order_that_nothing_else_does(make: Make) -> None:
+    root = make("class2", "class10")
+    (root / "val.txt").write_text("class2/x.png 1\nclass10/x.png 0\n")
+    assert by_folder(labelled_images(root, 2)) == {"class2": 1, "class10": 0}
+    asked = labelled_images(root, 2, class_order="natural")
+    assert by_folder(asked) == {"class2": 0, "class10": 1}
+
+
+def test_a_file_above_class_folders_is_not_asked_even_if_it_fits(make: Make) -> None:
+    root = make("class2", "class10")
+    (root.parent / "val.txt").write_text("class2/x.png 1\nclass10/x.png 0\n")
+    with pytest.raises(ImageError, match="are not known: nothing says"):
+        labelled_images(root, 2)
+
+
+# --- arrays, and commands that can do without ------------------------------------------------
+
+
+def test_labels_in_an_archive_are_indices(tmp_path: Path) -> None:
+    labels = np.arange(12)
+    np.savez(tmp_path / "x.npz", images=np.zeros((12, 4, 4), np.uint8), labels=labels)
+    images = labelled_images(tmp_path / "x.npz", 12, [str(11 - number) for number in range(12)])
+    assert [item.label for item in images.items] == labels.tolist()
+    with pytest.raises(InputError) as refused:
+        labelled_images(tmp_path / "x.npz", 11)
+    assert refused.value.message == (
+        f"Label 11 of the 12 images of '{tmp_path}/x.npz' is no class of this network (it has "
+        "11, 0 to 10)."
+    )
+
+
+def test_a_command_that_can_do_without_labels_is_told_why_there_are_none(make: Make) -> None:
+    known, why = with_labels_if_known(image_set(make("cat", "dog")), 2, ["dog", "cat"])
+    assert (by_folder(known), why) == ({"cat": 1, "dog": 0}, "")
+    numbers = image_set(make(*map(str, range(12)), folder="numbers"))
+    unknown, why = with_labels_if_known(numbers, 12)
+    assert unknown.labels is None
+    assert "nothing says in which order" in why
+    asked, _ = with_labels_if_known(numbers, 12, class_order="natural")
+    assert by_folder(asked) == {str(number): number for number in range(12)}
+
+
+def test_an_ambiguous_order_is_resolved_before_a_part_is_chosen(make: Make) -> None:
+    """A choice of images may leave classes out: their folders count all the same."""
+    images = image_set(make("a", "b", "c", "d"))
+    part = images.take([1, 3])
+    assert by_folder(labelled_images(part, 4)) == {"b": 1, "d": 3}

@@ -1,0 +1,220 @@
+"""The user's images or samples in their place, as distinct network inputs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.each import each
+from van_deploy.data.decode import open_image, opened
+from van_deploy.data.items import ImageItem, ImageSet
+from van_deploy.data.samples import check_images, dead_leaves_image, sample_set
+from van_deploy.errors import ImageError, UsageError
+from van_deploy.model.pixels import normalised, pixels_from_image
+from van_deploy.model.preprocess import Preprocessing
+
+
+def for_channels(channels: int = 3, side: int = 32) -> Preprocessing:
+    """Return the preprocessing of a network for small images."""
+    return Preprocessing(side, (0.5,) * channels, (0.25,) * channels, "bilinear", 1.0, "a test")
+
+
+def has_no_package(_name: str) -> None:
+    """Answer as ``importlib.util.find_spec`` where nothing is installed."""
+
+
+def spectral_slope(image: Any) -> float:
+    """Return the exponent of an image's power spectrum over spatial frequency."""
+    grey = np.asarray(image, dtype=np.float64).mean(axis=2)
+    side = min(grey.shape)
+    window = np.outer(np.hanning(side), np.hanning(side))
+    grey = (grey[:side, :side] - grey[:side, :side].mean()) * window
+    power = np.abs(np.fft.fft2(grey)) ** 2
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
+    edges = np.geomspace(4 / side, 0.4, 20)
+    ring = np.digitize(frequency.ravel(), edges)
+    mean = [power.ravel()[ring == i].mean() for i in range(1, len(edges))]
+    return float(np.polyfit(np.log(np.sqrt(edges[1:] * edges[:-1])), np.log(mean), 1)[0])
+
+
+# --- samples ---------------------------------------------------------------------------------
+
+
+def test_photographs_of_installed_packages_are_used() -> None:
+    if not any(map(importlib.util.find_spec, ("skimage", "sklearn"))):
+        pytest.skip("neither scikit-image nor scikit-learn is installed")
+    samples = sample_set()
+    names = [item.name for item in samples.items]
+    described = f"{len(names)} natural photographs: {', '.join(names)}"
+    assert samples.description == described
+    images = [opened(item) for item in samples.items]
+    assert all(image is not None and min(image.size) > 256 for image in images)
+    assert all(spectral_slope(image) < -1.5 for image in images)
+
+
+def test_without_those_packages_the_images_are_synthetic_and_say_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", has_no_package)
+    samples = sample_set()
+    assert samples.description == (
+        "8 synthetic dead-leaves images (not photographs: "
+        "neither scikit-image nor scikit-learn is installed)"
+    )
+    assert len({item.digest for item in samples.items}) == 8
+
+
+def test_the_embedded_network_gets_digits_it_was_not_trained_on() -> None:
+    assert sample_set("van_digits").description == ("360 held-out images of handwritten digits")
+
+
+def test_dead_leaves_have_the_spectrum_of_photographs_and_noise_has_not() -> None:
+    slopes = [spectral_slope(dead_leaves_image(seed, 320)) for seed in (1, 2)]
+    assert all(-2.7 < slope < -1.5 for slope in slopes), slopes
+    noise = np.random.default_rng(0).integers(0, 256, (320, 320, 3))
+    assert abs(spectral_slope(noise)) < 0.3
+
+
+def test_dead_leaves_follow_their_seed_and_have_any_number_of_channels() -> None:
+    once = dead_leaves_image(3, 96, leaves=200)
+    assert once.shape == (96, 96, 3)
+    assert once.dtype == np.uint8
+    assert np.array_equal(once, dead_leaves_image(3, 96, leaves=200))
+    assert not np.array_equal(once, dead_leaves_image(4, 96, leaves=200))
+    many = dead_leaves_image(3, 64, 13, leaves=200)
+    assert many.shape == (64, 64, 13)
+    assert len({many[..., channel].tobytes() for channel in range(13)}) == 13
+
+
+# --- what a network is checked on ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images and one that cannot be read."""
+    folder = tmp_path_factory.mktemp("two")
+    for seed in (0, 1):
+        image = Image.fromarray(dead_leaves_image(seed, 160, leaves=300)).resize((200, 160))
+        image.save(folder / f"{seed}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+def test_few_images_are_taken_whole_and_then_in_parts(two: Path) -> None:
+    checked = check_images("", for_channels(), 33, two)
+    assert (len(checked), checked.inputs.shape) == (33, (33, 3, 32, 32))
+    assert len({values.tobytes() for values in checked.inputs}) == 33
+    assert checked.names[:3] == ("0.png", "1.png", "part of 0.png")
+    assert checked.description == (
+        f"33 images and parts of 3 images of '{two}'; 1 could not be read, the first: "
+        f"'{two}/broken.png' cannot be read as an image: it is in no known image format."
+    )
+    assert checked.pixels is not None
+    assert np.array_equal(checked.inputs, normalised(checked.pixels, for_channels()))
+    first = pixels_from_image(open_image(two / "0.png"), for_channels())
+    assert np.array_equal(checked.pixels[0], first)
+
+
+def test_the_same_arguments_give_the_same_inputs(two: Path) -> None:
+    checked = check_images("", for_channels(), 9, two)
+    assert np.array_equal(checked.inputs, check_images("", for_channels(), 9, two).inputs)
+    assert np.array_equal(checked.inputs[:5], check_images("", for_channels(), 5, two).inputs)
+    other = check_images("", for_channels(), 9, two, seed=1).inputs
+    assert not np.array_equal(checked.inputs, other)
+
+
+def test_many_images_are_spread_over_their_folder(tmp_path: Path) -> None:
+    for number in range(40):
+        path = tmp_path / f"{number // 10}" / f"{number:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (32, 32), 5 * number).save(path)
+    checked = check_images("", for_channels(1), 4, tmp_path)
+    assert checked.names == ("0/00.png", "1/13.png", "2/26.png", "3/39.png")
+    assert checked.description == f"4 of 40 images of '{tmp_path}'"
+
+
+def test_the_same_image_twice_tells_nothing(tmp_path: Path) -> None:
+    for number, shade in enumerate((9, 9, 9, 77)):
+        Image.new("L", (32, 32), shade).save(tmp_path / f"{number}.png")
+    assert check_images("", for_channels(1), 2, tmp_path).names == ("0.png", "3.png")
+
+
+def test_parts_differ_in_size_and_half_are_mirrored() -> None:
+    values = np.repeat(np.linspace(0, 255, 240).astype(np.uint8)[None], 160, axis=0)
+    images = ImageSet((ImageItem("grows to the right", values),), "1 images")
+    checked = check_images("", for_channels(1), 41, images)
+    assert checked.pixels is not None
+    ends = checked.pixels[1:, 16, [0, -1], 0].astype(int)
+    spans = abs(ends[:, 1] - ends[:, 0])
+    assert all(60 <= span <= 170 for span in spans), spans
+    assert len(set(spans.tolist())) > 10
+    assert 10 <= int((ends[:, 0] > ends[:, 1]).sum()) <= 30
+
+
+def test_a_network_of_other_channels_is_checked_on_synthetic_arrays() -> None:
+    checked = check_images("", for_channels(13), 12)
+    assert checked.inputs.shape == (12, 13, 32, 32)
+    assert len({values.tobytes() for values in checked.inputs}) == 12
+    assert checked.pixels is not None
+    assert checked.pixels.shape == (12, 32, 32, 13)
+    assert checked.description == (
+        "12 images and parts of 8 synthetic dead-leaves images (not photographs: no photograph "
+        "has 13 channels)"
+    )
+
+
+@each(
+    "values",
+    [
+        np.random.default_rng(0).integers(0, 256, (2, 32, 32, 5), dtype=np.uint8),
+        np.random.default_rng(0).standard_normal((2, 5, 32, 32)).astype(np.float32),
+    ],
+)
+def test_arrays_of_the_users_are_taken_whole_and_then_shifted(values: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", values)
+    checked = check_images("", for_channels(5), 6, tmp_path / "x.npz")
+    assert np.array_equal(checked.values[:2], values)
+    assert len({one.tobytes() for one in checked.values}) == 6
+    assert np.array_equal(np.sort(checked.values[2], None), np.sort(values[0], None))
+    assert (checked.pixels is None) == (values.dtype == np.float32)
+
+
+def test_pixels_and_network_input_cannot_be_mixed_up() -> None:
+    """A float array for a network that resizes is refused, not resized."""
+    images = ImageSet((ImageItem("image 0", np.zeros((3, 48, 48), np.float32)),), "1 images")
+    with pytest.raises(UsageError, match=r"an array of shape \(3, 48, 48\); the network takes"):
+        check_images("", for_channels(), 1, images)
+
+
+def test_images_that_cannot_be_made_are_refused(two: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="0 images to check on make no sense"):
+        check_images("", for_channels(), 0, two)
+    Image.new("L", (64, 64), 7).save(tmp_path / "flat.png")
+    with pytest.raises(ImageError) as refused:
+        check_images("", for_channels(), 4, tmp_path)
+    assert refused.value.message == (
+        f"Only 1 of 4 distinct inputs could be made from the 1 images of '{tmp_path}'."
+    )
+    (tmp_path / "flat.png").write_bytes(b"")
+    with pytest.raises(ImageError) as unread:
+        check_images("", for_channels(), 4, tmp_path)
+    assert unread.value.message == (
+        f"Only 0 of 4 distinct inputs could be made from the 1 images of '{tmp_path}'; 1 could "
+        f"not be read, the first: '{tmp_path}/flat.png' cannot be read as an image: it is in no "
+        "known image format."
+    )
+
+
+def test_a_folder_of_images_is_no_input_of_a_network_of_other_channels(two: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        check_images("", for_channels(2), 4, two)
+    assert str(refused.value) == (
+        "The network takes 2 channels, and image files have 1, 3 or 4.\n"
+        "Only arrays have so many: for --images an .npz with 'images', uint8 (N, S, S, 2) or "
+        "normalised float32 (N, 2, S, S); for the server a tensor."
+    )

@@ -1,0 +1,82 @@
+"""``make public-weights``, against the local hub."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from training import public_weights
+from van_deploy.model.random_weights import random_van
+from van_deploy.model.variants import VARIANTS
+
+if TYPE_CHECKING:
+    from tests.model.conftest import FakeHub
+
+
+@pytest.fixture
+def published(hub: FakeHub) -> bytes:
+    """Return the file that the local hub publishes as van_b0's."""
+    file = VARIANTS["van_b0"].weights
+    assert file is not None
+    buffer = io.BytesIO()
+    torch.save({"state_dict": random_van(VARIANTS["van_b0"].config, 1).state_dict()}, buffer)
+    hub.repos[file.repo_id] = {file.filename: buffer.getvalue()}
+    return buffer.getvalue()
+
+
+def test_the_digest_is_compared_with_the_pinned_one(
+    published: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(public_weights, "command", lambda *words: (0, ""))
+    digest = hashlib.sha256(published).hexdigest()
+    assert public_weights.main(["van_b0"]) == 0
+    told = capsys.readouterr().out
+    assert f"sha256    {digest}\n  pinned    (not yet: pin the line above)" in told
+    assert "top-1     not measured (no --imagenet)\nvan_b0: as published" in told
+    file = VARIANTS["van_b0"].weights
+    assert file is not None
+    pinned = replace(VARIANTS["van_b0"], weights=replace(file, sha256="0" * 64))
+    monkeypatch.setitem(VARIANTS, "van_b0", pinned)
+    assert public_weights.main(["van_b0"]) == 1
+    assert "van_b0: the SHA-256 is not the pinned one" in capsys.readouterr().out
+
+
+def test_a_check_that_fails_and_an_accuracy_that_differs(
+    published: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = {"export": (0, ""), "verify": (1, ""), "evaluate": (0, "")}
+    monkeypatch.setattr(public_weights, "command", lambda word, *_: answers[word])
+    assert public_weights.main(["van_b0", "--imagenet", "val"]) == 1
+    told = capsys.readouterr().out
+    assert "van_b0: verify ended with exit code 1" in told
+    assert "top-1     not measured (something failed)" in told
+    for top1, code in ((0.754, 0), (0.74, 1)):
+        text = f'{{"accuracy": {{"fp32": {{"top1": {top1}}}}}}}'
+        answers |= {"verify": (0, ""), "evaluate": (0, text)}
+        assert public_weights.main(["van_b0", "--imagenet", "val"]) == code
+    assert "van_b0: top-1 is 74.00 %, published 75.4 %" in capsys.readouterr().out
+
+
+def test_a_hub_without_the_file(
+    hub: FakeHub,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert public_weights.main(["van_b1"]) == 1
+    assert "van_b1: There is no repository Visual-Attention-Network/" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_whole_of_it(
+    published: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert public_weights.main(["van_b0", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "van_b0" / "model.onnx").exists()
+    told = capfd.readouterr().out
+    assert "export    passed" in told
+    assert "verify    passed" in told

@@ -1,0 +1,131 @@
+"""The network and the pixels of Transformers 4.30.2, run in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from van_deploy.model.checkpoint import load_van
+from van_deploy.model.pixels import normalised, pixels_from_image
+from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.processors import from_processor
+
+pytestmark = pytest.mark.slow
+
+# The last release with a VAN, and what it needs that is not here, in a folder of their own.
+TRANSFORMERS = ("transformers==4.30.2", "huggingface_hub==0.30.0", "regex", "requests")
+PROCESSORS: tuple[dict[str, Any], ...] = (
+    {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 64}},
+    {"image_processor_type": "ConvNextImageProcessor", "size": 225, "crop_pct": 0.9},
+    {"feature_extractor_type": "ConvNextFeatureExtractor", "size": 384, "resample": 3},
+    {"image_processor_type": "ConvNextImageProcessor"},
+    {"image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 64}},
+    {"image_processor_type": "ViTImageProcessor", "size": 65, "do_normalize": False},
+    {"image_processor_type": "DeiTImageProcessor", "size": 71, "crop_size": 64},
+    {"image_processor_type": "DeiTImageProcessor", "size": 64, "do_center_crop": False},
+    {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 71}, "crop_size": 64},
+    {"image_processor_type": "CLIPImageProcessor", "image_mean": [0.5, 0.4, 0.3]},
+    {"image_processor_type": "MobileNetV1ImageProcessor", "resample": 0},
+    {"image_processor_type": "MobileNetV2ImageProcessor", "image_std": [0.2, 0.3, 0.4]},
+)
+PIXELS = """
+import json, sys
+import numpy as np, transformers
+from PIL import Image
+folder = sys.argv[1]
+for index, said in enumerate(json.load(open(f"{folder}/processors.json"))):
+    name = said.get("image_processor_type") or said["feature_extractor_type"]
+    kind = getattr(transformers, name.replace("FeatureExtractor", "ImageProcessor"))
+    processor = kind.from_dict(said)
+    for number in range(int(sys.argv[2])):
+        image = Image.open(f"{folder}/{number}.png")
+        np.save(f"{folder}/{index}-{number}.npy", processor(image)["pixel_values"][0])
+"""
+
+
+NETWORK = """
+import sys
+import torch
+from transformers import VanConfig, VanForImageClassification
+torch.manual_seed(0)
+config = VanConfig(
+    hidden_sizes=[8, 8, 16, 16], depths=[1, 2, 1, 1], mlp_ratios=[4, 4, 2, 2], num_channels=4,
+    strides=[2, 2, 1, 2], patch_sizes=[7, 5, 3, 3], layer_norm_eps=1e-2,
+    id2label={0: "cat", 1: "dog", 2: "emu"}, problem_type="multi_label_classification",
+)
+model = VanForImageClassification(config).eval()
+with torch.no_grad():
+    for name, value in model.state_dict().items():
+        if "norm" in name or "scaling" in name:
+            value.uniform_(0.5, 1.5) if value.is_floating_point() else None
+    images = torch.randn(2, 4, 64, 96)
+    logits = model(images).logits
+model.save_pretrained(sys.argv[1])
+torch.save((images, logits), f"{sys.argv[1]}/run.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def transformers(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Return an environment in which Transformers 4.30.2 can be imported."""
+    assert request.config.cache is not None
+    folder = request.config.cache.mkdir("transformers-4.30.2")
+    if not (folder / "installed").exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+        done = subprocess.run(
+            [*pip, "--target", folder, *TRANSFORMERS], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"Transformers 4.30.2 cannot be installed: {done.stderr.strip()[-200:]}")
+        (folder / "installed").touch()
+    return {**os.environ, "PYTHONPATH": str(folder), "USE_TORCH": "0"}
+
+
+def test_every_pixel_is_transformers(transformers: dict[str, str], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sizes = ((33, 57), (57, 33), (249, 248), (300, 301), (224, 224), (1000, 247))
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    (tmp_path / "processors.json").write_text(json.dumps(PROCESSORS))
+    subprocess.run(
+        [sys.executable, "-c", PIXELS, str(tmp_path), str(len(images))],
+        check=True,
+        env=transformers,
+    )
+    for index, said in enumerate(PROCESSORS):
+        values = from_processor(said)
+        for key in ("mean", "std"):
+            values[key] = values[key] if isinstance(values[key], list) else [values[key]] * 3
+        preprocessing = Preprocessing.from_dict({"source": "", **values})
+        for number, image in enumerate(images):
+            theirs = np.load(tmp_path / f"{index}-{number}.npy")
+            found = normalised(pixels_from_image(image, preprocessing)[None], preprocessing)[0]
+            assert theirs.shape == found.shape, said
+            # They scale and normalise in another order: bytes are equal, floats to rounding.
+            difference = np.abs(theirs - found).max()
+            assert difference < 1e-5, (said, image.size, difference)
+
+
+def test_the_network_is_transformers(transformers: dict[str, str], tmp_path: Path) -> None:
+    environment = {**transformers, "USE_TORCH": "1"}
+    subprocess.run([sys.executable, "-c", NETWORK, str(tmp_path)], check=True, env=environment)
+    images, logits = torch.load(tmp_path / "run.pt")
+    (tmp_path / "run.pt").unlink()
+    loaded = load_van(str(tmp_path))
+    assert logits.std() > 0.01
+    assert torch.allclose(loaded.model(images), logits, rtol=1e-5, atol=1e-5)
+    config = loaded.config
+    assert (config.strides, config.patch_sizes) == ((2, 2, 1, 2), (7, 5, 3, 3))
+    assert (config.layer_norm_eps, config.in_chans) == (1e-2, 4)
+    assert config.problem_type == "multi_label_classification"
+    assert loaded.class_names == ("cat", "dog", "emu")

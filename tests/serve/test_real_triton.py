@@ -1,0 +1,252 @@
+"""Packages given to a real Triton server and judged by its own client, over HTTP and gRPC.
+
+The server is the one in the ``nvidia-pytriton`` wheel (see :mod:`reliability.tritonserver`). It
+has the Python backend; of the others it can only say that they are not there, after it has
+found nothing wrong with the configuration.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import shutil
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from reliability.tritonserver import PYTHON, Triton, triton_running, tritonserver_folder
+from tests.serve.conftest import PlanMaker
+from van_deploy.api import open_bundle
+from van_deploy.bundle import Bundle
+from van_deploy.data import find_images, open_image
+from van_deploy.model.pixels import pixels_from_image
+from van_deploy.runners.network import Network
+from van_deploy.serve import triton as triton_files
+
+http = pytest.importorskip("tritonclient.http")
+grpc = pytest.importorskip("tritonclient.grpc")
+pytestmark = pytest.mark.slow
+
+NAME = "van_digits-fp32-uint8"
+CLIENTS = (http, grpc)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Path:
+    """Return the folder of the server, or skip where it cannot be had."""
+    try:
+        return tritonserver_folder()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def packaged(bundle: Bundle, output: Path, **options: Any) -> Path:
+    report = open_bundle(bundle.path).package(output, **options)
+    assert report.passed, report.findings
+    return output / "models"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Return the options of a package for this Python; pip fetches its environment once."""
+    kept, write = tmp_path_factory.mktemp("environment") / "kept", triton_files.write_environment
+
+    def copied(archive: Path, python: str) -> None:
+        if not kept.exists():
+            write(kept, python)
+        shutil.copy(kept, archive)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_files, "write_environment", copied)
+        options = {"triton_python": PYTHON, "triton_release": "24.10", "threads": 1}
+        yield {"backend": "python", **options}
+
+
+@pytest.fixture(scope="module")
+def triton(
+    tmp_path_factory: pytest.TempPathFactory, byte_bundle: Bundle, environment: dict[str, Any]
+) -> Iterator[Triton]:
+    """Serve the digits with two instances."""
+    folder = tmp_path_factory.mktemp("triton")
+    models = packaged(byte_bundle, folder / "package", instances=2, **environment)
+    with triton_running(models, folder / "server") as running:
+        assert running.process.poll() is None, running.said()
+        yield running
+
+
+def client_of(module: Any, triton: Triton) -> Any:
+    return module.InferenceServerClient(triton.http if module is http else triton.grpc)
+
+
+def given(module: Any, values: npt.NDArray[Any], name: str = "pixels") -> Any:
+    kind = "UINT8" if values.dtype == np.uint8 else "FP32"
+    tensor = module.InferInput(name, list(values.shape), kind)
+    tensor.set_data_from_numpy(values)
+    return tensor
+
+
+def labelled_pixels(bundle: Bundle, folder: Path) -> npt.NDArray[np.uint8]:
+    preprocessing = bundle.manifest.preprocessing
+    images = (open_image(path) for path in find_images(folder))
+    return np.stack([pixels_from_image(image, preprocessing) for image in images])
+
+
+@pytest.mark.parametrize("module", CLIENTS)
+def test_metadata_and_configuration_are_the_packages(module: Any, triton: Triton) -> None:
+    with client_of(module, triton) as client:
+        json = {} if module is http else {"as_json": True}
+        metadata = client.get_model_metadata(NAME, **json)
+        config = client.get_model_config(NAME, **json)
+        assert client.is_server_ready()
+        assert client.is_model_ready(NAME, "1")
+    config = config.get("config", config)
+    assert metadata["platform"] == "python"
+    shapes = {t["name"]: [int(n) for n in t["shape"]] for t in metadata["inputs"]}
+    assert shapes == {"pixels": [-1, 64, 64, 3]}
+    names = ["logits", "probabilities", "top5_classes", "top5_probabilities"]
+    assert [t["name"] for t in metadata["outputs"]] == names
+    assert config["max_batch_size"] == 8
+    batching = config["dynamic_batching"]
+    assert [int(n) for n in batching["preferred_batch_size"]] == [2, 8]
+    assert int(batching["max_queue_delay_microseconds"]) == 1000
+    policy = batching["default_queue_policy"]
+    assert (policy.get("timeout_action", "REJECT"), int(policy["max_queue_size"])) == (
+        "REJECT",
+        256,
+    )
+    (group,) = config["instance_group"]
+    assert (group["count"], group["kind"]) == (2, "KIND_CPU")
+    assert config["parameters"]["intra_op_thread_count"]["string_value"] == "1"
+    assert config["version_policy"]["specific"]["versions"] in ([1], ["1"])
+
+
+def test_the_warm_up_has_run_before_the_first_request(
+    tmp_path: Path, byte_bundle: Bundle, environment: dict[str, Any]
+) -> None:
+    models = packaged(byte_bundle, tmp_path / "package", instances=2, **environment)
+    with triton_running(models, tmp_path / "server") as running:
+        text = urllib.request.urlopen(running.metrics, timeout=30).read().decode()
+    found = dict(re.findall(rf'^(nv_\w+){{model="{NAME}",version="1"}} (\d+)', text, re.MULTILINE))
+    assert int(found["nv_inference_exec_count"]) == 4  # batches of 1 and 8, two instances
+    assert int(found["nv_inference_count"]) == 18
+    assert "nv_inference_pending_request_count" in found  # what GPU deployments scale on
+
+
+@pytest.mark.parametrize("module", CLIENTS)
+def test_every_digit_gets_the_artefacts_own_answer(
+    module: Any, triton: Triton, byte_bundle: Bundle, heldout_200: Path
+) -> None:
+    pixels = labelled_pixels(byte_bundle, heldout_200)
+    with Network(byte_bundle, "fp32-uint8", threads=1) as network:
+        expected = np.concatenate([network.run(p[None])["logits"] for p in pixels])
+    classified = [module.InferRequestedOutput("logits", class_count=1)]
+    with client_of(module, triton) as client:
+        rows = [pixels[start : start + 8] for start in range(0, len(pixels), 8)]
+        answers = [client.infer(NAME, [given(module, some)]) for some in rows]
+        found = np.concatenate([answer.as_numpy("logits") for answer in answers])
+        first = client.infer(NAME, [given(module, pixels[:1])], outputs=classified)
+        (text,) = first.as_numpy("logits")
+    assert len(pixels) == 200
+    assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    value, index, label = text[0].decode().split(":")
+    assert (int(index), label) == (expected[0].argmax(), str(expected[0].argmax()))
+    assert float(value) == pytest.approx(float(expected[0].max()), abs=1e-4)
+
+
+def test_requests_that_arrive_together_run_together(
+    triton: Triton, byte_bundle: Bundle, heldout_200: Path
+) -> None:
+    pixels = labelled_pixels(byte_bundle, heldout_200)[:64]
+    with grpc.InferenceServerClient(triton.grpc) as client:
+        before = batches_of(client)
+        assert errors_of(client, NAME, [given(grpc, p[None]) for p in pixels]) == [None] * 64
+        for _ in range(50):  # an answer may come before it is counted
+            ran = {n: count - before.get(n, 0) for n, count in batches_of(client).items()}
+            if sum(size * count for size, count in ran.items()) == 64:
+                break
+            time.sleep(0.1)
+    assert sum(size * count for size, count in ran.items()) == 64
+    assert 1 < max(size for size, count in ran.items() if count) <= 8
+
+
+def errors_of(client: Any, name: str, tensors: list[Any]) -> list[Any]:
+    """Send every tensor at once, as a request of its own; return the errors, None for none."""
+    answers: queue.Queue[Any] = queue.Queue()
+    for tensor in tensors:
+        client.async_infer(name, [tensor], callback=lambda result, error: answers.put(error))
+    return [answers.get(timeout=60) for _ in tensors]
+
+
+def batches_of(client: Any) -> dict[int, int]:
+    """Return how many batches of each size have run."""
+    (stats,) = client.get_inference_statistics(NAME).model_stats
+    return {b.batch_size: b.compute_infer.count for b in stats.batch_stats}
+
+
+@pytest.mark.parametrize("module", CLIENTS)
+def test_a_batch_that_is_too_large_is_refused(module: Any, triton: Triton) -> None:
+    with client_of(module, triton) as client, pytest.raises(Exception, match="must be <= 8"):
+        client.infer(NAME, [given(module, np.zeros((9, 64, 64, 3), np.uint8))])
+
+
+def test_a_full_queue_is_refused_and_what_waits_is_answered(
+    tmp_path: Path, cifar_bundle: Bundle, environment: dict[str, Any]
+) -> None:
+    models = packaged(cifar_bundle, tmp_path / "package", queue_limit=2, **environment)
+    name = f"{cifar_bundle.name}-fp32"
+    values = np.zeros((cifar_bundle.manifest.batch.max, 3, 64, 64), np.float32)
+    with (
+        triton_running(models, tmp_path / "server") as running,
+        grpc.InferenceServerClient(running.grpc) as client,
+    ):
+        errors = errors_of(client, name, [given(grpc, values, "images") for _ in range(16)])
+    refused = [str(error) for error in errors if error is not None]
+    assert 0 < len(refused) < 16
+    assert all("Exceeds maximum queue size" in text for text in refused), refused
+
+
+def test_the_shared_network_answers_as_it_does_here(
+    tmp_path: Path, cifar_bundle: Bundle, shared: Path, environment: dict[str, Any]
+) -> None:
+    models = packaged(cifar_bundle, tmp_path / "package", artefacts=("fp32",), **environment)
+    pixels = labelled_pixels(cifar_bundle, shared / "data/cifar10/eval")
+    largest = cifar_bundle.manifest.batch.max
+    found, expected = [], []
+    with (
+        triton_running(models, tmp_path / "server") as running,
+        http.InferenceServerClient(running.http, network_timeout=60) as client,
+        Network(cifar_bundle, "fp32", threads=1) as network,
+    ):
+        for start in range(0, len(pixels), largest):
+            rows = network.prepare(pixels[start : start + largest])
+            answer = client.infer(f"{cifar_bundle.name}-fp32", [given(http, rows, "images")])
+            found.append(answer.as_numpy("logits"))
+            expected.append(network.run(rows)["logits"])
+    tops = [np.concatenate(logits).argmax(axis=1) for logits in (found, expected)]
+    assert len(tops[0]) == len(pixels) >= 1000
+    assert (tops[0] == tops[1]).all()
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+def test_of_other_backends_it_misses_nothing_but_the_backend(
+    backend: str, byte_bundle: Bundle, with_plans: PlanMaker, tmp_path: Path
+) -> None:
+    bundle, names = byte_bundle, tuple[str, ...](["fp32-uint8"])
+    if backend == "tensorrt":
+        bundle, names = with_plans("1:1:1,2:8:8", "sm_89", "sm_90"), ("plan-sm_89", "plan-sm_90")
+    models = packaged(bundle, tmp_path / "package", artefacts=names)
+    with triton_running(models, tmp_path / "server") as ended:
+        assert ended.process.poll() is not None
+        said = ended.said()
+    errors = re.findall(r"^E\d{4} .*?\] \"(.*)\"$", said, re.MULTILINE)
+    wrong = [e for e in errors if "CudaDriverHelper" not in e]
+    assert len(wrong) == 1, said
+    assert f"unable to find backend library for backend '{backend}'" in wrong[0]
+    assert "Poll failed" not in said

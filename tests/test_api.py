@@ -1,0 +1,191 @@
+"""The public API: its page runs, its names, and the same bytes whatever asked for them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import van_deploy as vd
+from tests.artifacts import Copy
+from tests.conftest import Cli
+from van_deploy import api
+from van_deploy.bundle import Bundle
+from van_deploy.cli.commands import COMMANDS
+from van_deploy.errors import BundleError, UsageError
+from van_deploy.model.embedded import write_digits_folder
+
+RECIPE = """
+[model]
+name = "van_digits"
+
+[batch]
+min = 1
+opt = 2
+max = 4
+
+[export]
+opset = 18
+embed_preprocess = "uint8"
+
+[precision]
+make = ["fp16"]
+"""
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def page() -> list[str]:
+    """Return the blocks of Python in the page about the API."""
+    text = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    return PYTHON_BLOCK.findall(text)
+
+
+def test_the_page_runs_as_it_stands(page: list[str], tmp_path: Path) -> None:
+    write_digits_folder(tmp_path / "digits", "heldout", 60)
+    example, engines, mistake = page
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        engines = ""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "\n".join([example, engines, mistake])],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "['fp32'] not there yet"
+    assert lines[1] == "fp16 True"
+    assert lines[2:4] == ["accurate enough: True", "2 rows"]
+    assert re.fullmatch(r"digits/.* \[\('\d', 0\.\d+\), .*\]", lines[4])
+    assert lines[-2:] == [
+        "'opset=' is 40: it should be less than or equal to 23.",
+        "Correct it.",
+    ]
+    if engines:
+        assert lines[6].startswith("True van_digits-fp32-sm89-rtx")
+
+
+def test_a_recipe_a_command_and_a_call_make_the_same_manifest(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    file = tmp_path / "mine.toml"
+    file.write_text(RECIPE)
+    words = ("--batch", "1:2:4", "--opset", "18", "--embed-preprocess", "uint8")
+    assert cli("export", file, "-o", tmp_path / "recipe").exit_code == 0
+    assert (
+        cli("export", "van_digits", "-o", tmp_path / "line", *words, "--precision", "fp16")
+    ).exit_code == 0
+    options = {"opset": 18, "embed_preprocess": "uint8", "precision": ["fp16"]}
+    assert vd.export("van_digits", tmp_path / "call", batch="1:2:4", **options)  # type: ignore[arg-type]
+    manifests = {
+        name: (tmp_path / name / "manifest.json").read_bytes()
+        for name in ("recipe", "line", "call")
+    }
+    assert manifests["line"] == manifests["recipe"]
+    assert manifests["call"] == manifests["recipe"]
+    assert b'"written": "2023-11-14T22:13:20+00:00"' in manifests["recipe"]
+
+
+def test_a_run_from_a_file_from_flags_and_from_python_is_the_same(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    file = tmp_path / "mine.toml"
+    file.write_text(RECIPE.split("[export]")[0])
+    assert cli("run", file, "-o", tmp_path / "recipe").exit_code == 0
+    words = ("--set", "batch=1:2:4")
+    assert cli("run", "van_digits", "-o", tmp_path / "line", *words).exit_code == 0
+    assert vd.run_recipe("van_digits", tmp_path / "call", changes={"batch": "1:2:4"})
+    manifests = {(tmp_path / n / "manifest.json").read_bytes() for n in ("recipe", "line", "call")}
+    assert len(manifests) == 1
+
+
+def test_a_wrong_time_of_writing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH is 'yesterday', no number of seconds"):
+        vd.export("van_digits", tmp_path / "b")
+
+
+def test_no_public_name_is_a_package_s_or_a_module_s() -> None:
+    folder = Path(vd.__file__).parent
+    ours = {path.stem for path in folder.iterdir() if path.name != "__init__.py"}
+    assert set(vd.__all__) & ours == set()
+    assert {name for name in vd.__all__ if getattr(vd, name, None) is None} == set()
+    assert set(vd.__all__) <= set(dir(vd))
+
+
+def test_every_command_that_makes_something_of_a_bundle_is_a_method() -> None:
+    others = {"export", "run", "list", "info", "inspect", "doctor"}  # of no bundle, or only shown
+    others |= {"serve", "sign", "verify-signature"}
+    renamed = {"bench": "benchmark"}
+    for name in set(COMMANDS) - others:
+        assert hasattr(api.Bundle, renamed.get(name, name)), name
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'van_deploy' has no attribute 'nothing'"):
+        vd.nothing  # noqa: B018
+
+
+class TestBundle:
+    def test_a_bundle_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(BundleError, match="There is no bundle at"):
+            vd.open_bundle(tmp_path / "none")
+
+    def test_it_sees_what_another_one_wrote(self, copy_of: Copy, digits_bundle: Bundle) -> None:
+        path = copy_of(digits_bundle)
+        first, second = vd.open_bundle(path), vd.open_bundle(path)
+        made = first.quantize(precision="fp16", equalize=False, threads=1)
+        assert (made.passed, bool(made), made.artefact) == (True, True, "fp16")
+        assert second.artefacts == ["fp32", "fp16"]
+        assert second.manifest.name == second.name == "van_digits"
+        assert repr(second) == f"Bundle('{path}')"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"max_drop": "1"}, "'max_drop=' is '1': it should be a number."),
+            ({"precison": "fp16"}, "The key 'precison=' is unknown."),
+            (
+                {"precision": "fp16", "max_drop": 1.0},
+                "max_drop= is for INT8, and precision= is fp16.",
+            ),
+            (
+                {"calibrate_on_noise": True, "images": "train"},
+                "calibrate_on_noise= and images= are both given.",
+            ),
+        ],
+    )
+    def test_options_are_checked_before_any_work(
+        self, digits_bundle: Bundle, options: dict[str, object], message: str
+    ) -> None:
+        with pytest.raises(UsageError) as caught:
+            vd.open_bundle(digits_bundle.path).quantize(**options)  # type: ignore[arg-type]
+        assert caught.value.message == message
+
+    def test_images_in_memory_are_answered_like_files(self, digits_bundle: Bundle) -> None:
+        bundle = vd.open_bundle(digits_bundle.path)
+        file = digits_bundle.path / "golden/0.png"
+        answers = bundle.predict([file, file.read_bytes()], top_k=2)
+        assert answers.passed
+        assert len(answers) == 2
+        assert [answer.source for answer in answers] == [str(file), "-"]
+        assert answers.answers[0].top == answers.answers[1].top
+
+    def test_an_image_that_cannot_be_read_is_no_pass(
+        self, digits_bundle: Bundle, tmp_path: Path
+    ) -> None:
+        (tmp_path / "broken.png").write_bytes(b"no image")
+        answers = vd.open_bundle(digits_bundle.path).predict(tmp_path / "broken.png")
+        assert (bool(answers), answers.unreadable) == (False, 1)

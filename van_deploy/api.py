@@ -1,0 +1,540 @@
+"""The public API: networks in, bundles out, and everything that is done with a bundle.
+
+Functions and methods take the options of the command of their name as keyword arguments,
+or its table of :mod:`van_deploy.config` whole. ``docs/api.md`` shows them at work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from van_deploy import bundle as on_disk
+from van_deploy.config import (
+    BenchSettings,
+    BuildSettings,
+    CheckSettings,
+    DriftSettings,
+    EvaluationSettings,
+    PackageSettings,
+    PredictSettings,
+    QuantizeSettings,
+    Recipe,
+    RunSettings,
+    VerifySettings,
+)
+from van_deploy.config.named import EXPORT, Changes, changes_from, settings_from, with_changes
+from van_deploy.recipe import recipe_for
+from van_deploy.results import (
+    BuildReport,
+    Predictions,
+    Progress,
+    WrittenReport,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from van_deploy.bench.document import BenchReport
+    from van_deploy.checks.drift import DriftReport
+    from van_deploy.checks.evaluate_report import EvaluateReport
+    from van_deploy.checks.regression import CheckReport
+    from van_deploy.checks.verdicts import VerifyReport
+    from van_deploy.model.checkpoint import LoadedVan
+    from van_deploy.option_types import (
+        BenchOptions,
+        BuildOptions,
+        CheckOptions,
+        DriftOptions,
+        EvaluateOptions,
+        ExportOptions,
+        PackageOptions,
+        PredictOptions,
+        QuantizeOptions,
+        RunOptions,
+        VerifyOptions,
+    )
+    from van_deploy.pipeline import ExportResult
+    from van_deploy.precision.pipeline import QuantizeResult
+    from van_deploy.run import ExportReport, RunResult
+    from van_deploy.serve.packaging import PackageReport
+    from van_deploy.serve.predict import Prediction, Speed
+
+__all__ = ["Bundle", "Exported", "export", "open_bundle", "run_recipe"]
+
+Image = str | Path | bytes
+
+
+class Bundle:
+    """A bundle on disk. Each method opens it anew, so that it sees what another one wrote.
+
+    Args:
+        path: its folder.
+        require_signature: a public key (a PEM file); the bundle is refused unless it is whole
+            and signed with that key, and nothing is recorded in it.
+
+    Attributes:
+        path: its folder.
+        remarks: what the methods had to say that belongs to no result.
+
+    Raises:
+        BundleError: there is no bundle.
+        SignatureError: it has no signature, one of another key, or was changed since.
+    """
+
+    def __init__(self, path: str | Path, *, require_signature: Path | None = None) -> None:
+        self.path = Path(path)
+        self.remarks: list[str] = []
+        self._key = require_signature
+        self.path = self.opened().path
+
+    def opened(self) -> on_disk.Bundle:
+        """Return the bundle as its manifest describes it now.
+
+        Raises:
+            BundleError: there is no bundle, or its manifest cannot be read.
+            SignatureError: a signature is required, and this is not what was signed.
+        """
+        if self._key is None:
+            return on_disk.Bundle.open(self.path)
+        from van_deploy.signing import signed_bundle
+        from van_deploy.signing_keys import public_key_from
+
+        return signed_bundle(self.path, public_key_from(self._key))[0]
+
+    @property
+    def name(self) -> str:
+        """The model's name, such as ``van_b1``."""
+        return self.opened().name
+
+    @property
+    def manifest(self) -> on_disk.Manifest:
+        """What its manifest says now."""
+        return self.opened().manifest
+
+    @property
+    def artefacts(self) -> list[str]:
+        """The names of everything in it that can be run, in the order they were made."""
+        return list(self.opened().artefacts)
+
+    def __repr__(self) -> str:
+        """Return the class and the folder."""
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+    def quantize(
+        self,
+        settings: QuantizeSettings | None = None,
+        /,
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+        **options: Unpack[QuantizeOptions],
+    ) -> QuantizeResult:
+        """Add an FP16 or INT8 graph, judged beside FP32; ``passed`` if it holds its gate.
+
+        Raises:
+            VanDeployError: as :func:`~van_deploy.precision.pipeline.quantize_bundle`.
+        """
+        from van_deploy.precision.pipeline import quantize_bundle
+
+        asked = settings_from(QuantizeSettings, settings, options)
+        images, calibration = asked.sources
+        return quantize_bundle(
+            self.opened().path,
+            asked,
+            images=images,
+            calibration=calibration,
+            evaluate=asked.evaluate,
+            force=force,
+            progress=progress,
+        )
+
+    def build(
+        self,
+        settings: BuildSettings | None = None,
+        /,
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+        **options: Unpack[BuildOptions],
+    ) -> BuildReport:
+        """Build TensorRT engines; TensorRT for RTX needs no GPU for it.
+
+        Raises:
+            UsageError: nothing builds what is asked.
+            MissingDependency: what builds it is not installed, or wants a GPU.
+            BundleError: a graph to build from is missing, and there are no images to make it.
+            ConversionError: an engine cannot be built.
+        """
+        from van_deploy.building import build_bundle
+
+        asked = settings_from(BuildSettings, settings, options)
+        opened = self.opened()
+        report = build_bundle(opened, asked, force=force, progress=progress)
+        if self._key is not None and any(o.outcome == "built" for o in report.outcomes):
+            self.remarks.append(
+                "The bundle has new engines, which its signature does not cover: sign it again."
+            )
+        return report
+
+    def verify(
+        self,
+        settings: VerifySettings | None = None,
+        /,
+        *,
+        progress: Progress | None = None,
+        **options: Unpack[VerifyOptions],
+    ) -> VerifyReport:
+        """Compare every artefact with PyTorch: logits, batch sizes, flips, modules.
+
+        Raises:
+            VanDeployError: as :func:`~van_deploy.checks.verify.verify_bundle`.
+        """
+        from van_deploy import judging
+
+        opened = self.opened()
+        report = judging.verify(opened, settings_from(VerifySettings, settings, options), progress)
+        self._record(opened, "verify", report)
+        return report
+
+    def evaluate(
+        self,
+        images: str | Path | None = None,
+        settings: EvaluationSettings | None = None,
+        /,
+        *,
+        progress: Progress | None = None,
+        **options: Unpack[EvaluateOptions],
+    ) -> EvaluateReport:
+        """Measure top-1 and top-5 of PyTorch and every artefact on a folder of labelled images.
+
+        Raises:
+            VanDeployError: as :func:`~van_deploy.checks.evaluate.evaluate_bundle`.
+        """
+        from van_deploy import judging
+
+        given: Mapping[str, Any] = {**options, **({"images": images} if images else {})}
+        opened = self.opened()
+        report = judging.evaluate(
+            opened, settings_from(EvaluationSettings, settings, given), progress
+        )
+        self._record(opened, "evaluate", report)
+        return report
+
+    def drift(
+        self,
+        settings: DriftSettings | None = None,
+        /,
+        *,
+        progress: Progress | None = None,
+        **options: Unpack[DriftOptions],
+    ) -> DriftReport:
+        """Measure what each stage, block or module of each ONNX artefact adds to the error.
+
+        Raises:
+            VanDeployError: as :func:`~van_deploy.checks.drift.drift_of_bundle`.
+        """
+        from van_deploy import judging
+
+        opened = self.opened()
+        report = judging.drift(opened, settings_from(DriftSettings, settings, options), progress)
+        self._record(opened, "drift", report)
+        return report
+
+    def check(
+        self,
+        baseline: str | Path,
+        settings: CheckSettings | None = None,
+        /,
+        *,
+        update: bool = False,
+        progress: Progress | None = None,
+        **options: Unpack[CheckOptions],
+    ) -> CheckReport:
+        """Hold the bundle against its gates and a committed baseline.
+
+        With ``update`` the baseline is written from what is measured, if the gates hold.
+
+        Raises:
+            InputError: the baseline cannot be read, or is not this bundle's.
+            VanDeployError: as :meth:`verify` and :meth:`evaluate`.
+        """
+        from van_deploy import judging
+
+        asked = settings_from(CheckSettings, settings, options)
+        return judging.check(self.opened(), Path(baseline), asked, update, progress)
+
+    def benchmark(
+        self,
+        settings: BenchSettings | None = None,
+        /,
+        *,
+        save: bool = True,
+        progress: Progress | None = None,
+        **options: Unpack[BenchOptions],
+    ) -> BenchReport:
+        """Time every artefact in every runtime that is here, each in a process of its own.
+
+        Args:
+            settings: what, and for how long.
+            save: keep the result in the bundle (``bench.json``).
+            progress: told what is timed.
+            options: those of ``settings``.
+
+        Raises:
+            VanDeployError: as :func:`~van_deploy.bench.benchmark.benchmark_bundle`.
+        """
+        from van_deploy.bench.benchmark import benchmark_bundle
+        from van_deploy.bench.store import save_report
+
+        opened = self.opened()
+        report = benchmark_bundle(
+            opened, settings_from(BenchSettings, settings, options), progress=progress
+        )
+        if save:
+            save_report(report, opened, None)
+        return report
+
+    def predict(
+        self,
+        images: Image | Sequence[Image],
+        settings: PredictSettings | None = None,
+        /,
+        *,
+        progress: Progress | None = None,
+        **options: Unpack[PredictOptions],
+    ) -> Predictions:
+        """Return the classes of images: files, folders, or the bytes of a file.
+
+        ``passed`` if every image could be read.
+
+        Raises:
+            ImageError: there is no such file, or a folder holds no image.
+            BundleError: there is no such artefact, or its files are not the manifest's.
+        """
+        from van_deploy.serve.predict import Speed
+
+        asked, speed = settings_from(PredictSettings, settings, options), Speed()
+        answers = tuple(self.stream(images, asked, speed=speed, progress=progress))
+        return Predictions(self.path, asked.artefact, speed, answers)
+
+    def stream(
+        self,
+        images: Image | Sequence[Image],
+        settings: PredictSettings | None = None,
+        /,
+        *,
+        speed: Speed | None = None,
+        progress: Progress | None = None,
+        **options: Unpack[PredictOptions],
+    ) -> Iterator[Prediction]:
+        """Yield what :meth:`predict` returns, one image after the other.
+
+        ``speed`` is added to as it goes on. Raises what :meth:`predict` raises.
+        """
+        from van_deploy.runners.network import Network
+        from van_deploy.serve.predict import predict, sources_from
+
+        asked = settings_from(PredictSettings, settings, options)
+        opened = self.opened()
+        sources = sources_from([images] if isinstance(images, Image) else images)
+        batch = asked.batch or min(opened.manifest.batch.opt, len(sources))
+        network = Network(
+            opened,
+            asked.artefact,
+            runner=asked.runner,
+            threads=asked.threads,
+            trust_engine=asked.trust_engine,
+        )
+        with network:
+            answers = predict(network, sources, top=asked.top_k, batch=batch, speed=speed)
+            for done, answer in enumerate(answers, 1):
+                if progress is not None:
+                    progress("Looking at images", done, len(sources))
+                yield answer
+
+    def package(
+        self,
+        output: str | Path | None = None,
+        settings: PackageSettings | None = None,
+        /,
+        *,
+        only_check: bool = False,
+        **options: Unpack[PackageOptions],
+    ) -> PackageReport:
+        """Write a Triton model repository, and check it against the bundle.
+
+        Args:
+            output: its folder; ``BUNDLE-triton`` by default.
+            settings: how Triton is to run the models.
+            only_check: write nothing; check the package that is there.
+            options: those of ``settings``.
+
+        Raises:
+            InputError: there is no package to check, or Triton cannot load an artefact.
+            MissingDependency: ``only_check``, and what holds Triton's schema is not installed.
+            UsageError: ``output`` holds something else.
+        """
+        from van_deploy.serve.packaging import package
+
+        asked = settings_from(PackageSettings, settings, options)
+        return package(self.opened(), Path(output) if output else None, asked, only_check)
+
+    def report(self, output: str | Path | None = None) -> WrittenReport:
+        """Write everything known of the bundle as one HTML file, and as Markdown beside it.
+
+        Args:
+            output: the HTML file; ``report.html`` in the bundle by default.
+
+        Raises:
+            InputError: ``output`` cannot be written.
+        """
+        from van_deploy.report.content import document_of
+        from van_deploy.report.files import write_report
+
+        opened = self.opened()
+        document = document_of(opened)
+        files = write_report(document, opened, Path(output) if output else None)
+        return WrittenReport(document.verdict, document.verdict_note, tuple(files))
+
+    def _record(self, opened: on_disk.Bundle, name: str, result: object) -> None:
+        """Keep a result in the manifest; what was signed stays as it was signed."""
+        if self._key is not None:
+            return
+        from van_deploy.checks.record import record_check
+
+        said = record_check(opened, name, result)
+        if said:
+            self.remarks.append(said)
+
+
+class Exported(Bundle):
+    """A bundle that was just exported.
+
+    Attributes:
+        result: what exporting did: whether and why it was made anew, and how long it took.
+        precisions: the other precisions that were made.
+    """
+
+    def __init__(self, result: ExportResult, precisions: Sequence[QuantizeResult]) -> None:
+        super().__init__(result.bundle.path)
+        self.result = result
+        self.precisions = tuple(precisions)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every precision holds its gate; an FP32 graph that does not is never written."""
+        return self.done.passed
+
+    def __bool__(self) -> bool:
+        """Return :attr:`passed`."""
+        return self.passed
+
+    @property
+    def done(self) -> ExportReport:
+        """What exporting did in every precision, and the manifest."""
+        from van_deploy.run import ExportReport
+
+        return ExportReport(self.result, self.precisions, self.manifest)
+
+
+def export(
+    model: str | Path | Recipe,
+    output: str | Path | None = None,
+    *,
+    images: str | Path | None = None,
+    offline: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Unpack[ExportOptions],
+) -> Exported:
+    """Return a bundle with a VAN as ONNX, checked against PyTorch at every batch size.
+
+    Args:
+        model: a variant (``van_b1``), ``van_digits``, a checkpoint's path, a repository
+            (``owner/name``), a recipe's path, or a recipe.
+        output: the bundle's folder; ``dist/NAME`` by default.
+        images: folder of images to check on; sample photographs by default.
+        offline: never use the network.
+        force: make everything anew.
+        progress: told what is done.
+        options: keys of the recipe to change.
+
+    Raises:
+        UsageError: an option is unknown, is not of its kind, or contradicts another.
+        InputError: the weights, the recipe or the images cannot be used.
+        GateFailed: the graph is not the network; nothing was written.
+
+    >>> bool(export("van_digits", output=getfixture("tmp_path") / "digits"))
+    True
+    """
+    from van_deploy.run import export_recipe
+
+    recipe = _recipe(model, changes_from(EXPORT, options))
+    loaded = _loaded(recipe, offline, progress)
+    result, precisions = export_recipe(
+        loaded,
+        recipe,
+        Path(output) if output else Path("dist") / loaded.name,
+        images=Path(images) if images else None,
+        force=force,
+        progress=progress,
+    )
+    return Exported(result, precisions)
+
+
+def run_recipe(
+    recipe: str | Path | Recipe,
+    output: str | Path | None = None,
+    settings: RunSettings | None = None,
+    /,
+    *,
+    changes: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
+    **options: Unpack[RunOptions],
+) -> RunResult:
+    """Do all that a recipe asks for: export, quantise, build engines, verify and evaluate.
+
+    Args:
+        recipe: its name or path, or anything that :func:`export` takes.
+        output: the bundle's folder; ``dist/NAME`` by default.
+        settings: how.
+        changes: keys of the recipe with other values, such as ``{"engines.tf32": False}``.
+        progress: told what is done.
+        options: those of ``settings``.
+
+    Raises:
+        VanDeployError: as :func:`~van_deploy.run.run_recipe`.
+    """
+    from van_deploy import run
+
+    asked = settings_from(RunSettings, settings, options)
+    values = {tuple(key.split(".")): value for key, value in (changes or {}).items()}
+    wanted = _recipe(recipe, Changes(values, {place: ".".join(place) for place in values}))
+    loaded = _loaded(wanted, asked.offline, progress)
+    folder = Path(output) if output else Path("dist") / loaded.name
+    return run.run_recipe(wanted, loaded, folder, asked, progress=progress)
+
+
+def open_bundle(path: str | Path, *, require_signature: str | Path | None = None) -> Bundle:
+    """Return the bundle at ``path``. Arguments and errors are those of :class:`Bundle`."""
+    return Bundle(path, require_signature=Path(require_signature) if require_signature else None)
+
+
+def _recipe(model: str | Path | Recipe, changes: Changes) -> Recipe:
+    if isinstance(model, Recipe):
+        return with_changes(model, changes)
+    return recipe_for(str(model), changes)
+
+
+def _loaded(recipe: Recipe, offline: bool, progress: Progress | None) -> LoadedVan:
+    from van_deploy.pipeline import load_for
+
+    def downloaded(file: str, here: int, total: int | None) -> None:
+        if progress is not None:
+            progress(f"Downloading {file}", here, total)
+
+    if progress is not None:
+        progress("Loading weights")
+    return load_for(recipe, offline=offline, download_progress=downloaded)

@@ -1,0 +1,141 @@
+"""Engines of one bundle, with the graphs they are built from made where they are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from van_deploy.bundle import Bundle
+from van_deploy.config import BuildSettings, Precision, QuantizeSettings
+from van_deploy.engine.build import BuildProgress
+from van_deploy.engine.fleet import Outcome, build_here, cells_of, read_fleet
+from van_deploy.engine.planned import build_planned, planned_engines
+from van_deploy.errors import BundleError
+from van_deploy.model.embedded import EMBEDDED_NAME
+from van_deploy.precision.pipeline import quantize_bundle
+from van_deploy.results import BuildReport, Progress
+
+__all__ = ["build_bundle", "build_fleet", "phases"]
+
+
+def build_bundle(
+    bundle: Bundle,
+    settings: BuildSettings,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Return the engines asked for, built in the bundle unless they are there already.
+
+    Raises:
+        VanDeployError: as :meth:`van_deploy.api.Bundle.build`; nothing that cannot be built is
+            found out after the first was.
+    """
+    plans = planned_engines(settings, bundle.manifest.batch)
+    for precision in settings.precisions:
+        _make_missing(Bundle.open(bundle.path), precision, settings, progress)
+    outcomes = build_planned(
+        bundle.path,
+        plans,
+        timing_cache=settings.timing_cache,
+        check_reproducible=settings.check_reproducible,
+        force=force,
+        progress=(lambda name: phases(name, progress)) if progress else None,
+    )
+    return BuildReport(tuple(outcomes))
+
+
+def build_fleet(
+    path: Path,
+    *,
+    on: str = "here",
+    address: str = "",
+    force: bool = False,
+    progress: Progress | None = None,
+    each: Callable[[int, int, Outcome], None] | None = None,
+) -> BuildReport:
+    """Return what became of every engine of a fleet file; one that fails does not stop the others.
+
+    Args:
+        path: the file.
+        on: ``here``, or ``ray`` for a Ray cluster.
+        address: of the cluster; "" for the local one.
+        force: build engines even if they are there.
+        progress: told what is being built.
+        each: told of every engine that is done: which of how many, and how it ended.
+
+    Raises:
+        RecipeError: the file is wrong.
+        MissingDependency: Ray was asked for and is not here.
+    """
+    cells = cells_of(read_fleet(path))
+    if on == "ray":
+        from van_deploy.engine.on_ray import build_on_ray
+
+        stream = build_on_ray(cells, address=address or None, force=force)
+    else:
+        stream = build_here(
+            cells,
+            force=force,
+            progress=(lambda cell: phases(f"{cell.bundle.name} {cell.precision}", progress))
+            if progress
+            else None,
+        )
+    outcomes = []
+    for count, outcome in enumerate(stream, 1):
+        if each is not None:
+            each(count, len(cells), outcome)
+        outcomes.append(outcome)
+    order = {id(cell): index for index, cell in enumerate(cells)}
+    outcomes.sort(key=lambda outcome: order.get(id(outcome.cell), 0))
+    return BuildReport(tuple(outcomes))
+
+
+def phases(name: str, progress: Progress) -> Callable[[BuildProgress], None]:
+    """Return what TensorRT's events are told to, so that ``progress`` names the phase it is in."""
+    running: dict[str, int] = {}
+
+    def told(event: BuildProgress) -> None:
+        if event.event == "phase":
+            running[event.name] = event.steps
+        elif event.event == "done":
+            running.pop(event.name, None)
+        if running:
+            phase = list(running)[-1]
+            done = event.steps if event.event == "step" and event.name == phase else 0
+            progress(f"{name}: {phase}", done, running[phase] or None)
+
+    return told
+
+
+def _make_missing(
+    bundle: Bundle, precision: str, settings: BuildSettings, progress: Progress | None
+) -> None:
+    """Make sure the bundle has an ONNX file of this precision.
+
+    FP16 and INT8 are made on the way where there are images to make them with: the
+    ranges of real activations decide what is in them.
+
+    Raises:
+        BundleError: it is missing, and there are no images; the remedy is the command.
+    """
+    if precision in bundle.artefacts or precision not in {"fp16", "int8"}:
+        bundle.artefact(precision)
+        return
+    if settings.images is None and bundle.name != EMBEDDED_NAME:
+        try:
+            bundle.artefact(precision)
+        except BundleError as error:
+            raise BundleError(
+                error.message,
+                f"{error.remedy}\nOr give --images DIR to make it on the way.",
+            ) from None
+    if progress is not None:
+        progress(f"{precision} is not in the bundle yet: making it")
+    quantize_bundle(
+        bundle.path,
+        QuantizeSettings(precision=cast("Precision", precision)),
+        images=settings.images,
+        progress=progress,
+    )

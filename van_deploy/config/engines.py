@@ -1,0 +1,161 @@
+"""Which engines to build, and how: the table ``[engines]`` and ``van-deploy build``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from van_deploy.config.fields import (
+    BatchRange,
+    HardwareCompatibility,
+    Profiling,
+    Size,
+    Target,
+    option,
+)
+from van_deploy.schema import Contradiction, Settings, validated
+
+__all__ = ["BuildOptions", "BuildSettings", "EngineSettings", "FleetSettings", "PlanSettings"]
+
+MACHINES = "Where it runs"
+KERNELS = "What is in the plan"
+MANY = "Many engines"
+ARTEFACTS = (
+    "fp32, fp16, int8 or another ONNX artefact of the bundle, such as fp32-uint8: an engine "
+    "each, for each of the targets."
+)
+Profile = Annotated[BatchRange, pydantic.PlainSerializer(str)]
+
+
+class PlanSettings(Settings):
+    """What decides the contents of a plan, besides the ONNX file, the backend and the GPUs."""
+
+    profiles: tuple[Profile, ...] = option(
+        (),
+        "Batch sizes min:opt:max, one profile each.",
+        key="batch",
+        shown_default="the bundle's own",
+    )
+    hardware_compatibility: HardwareCompatibility = option(
+        HardwareCompatibility.NONE, "Other GPUs to serve (TensorRT).", panel=MACHINES
+    )
+    version_compatible: bool = option(
+        False, "Let later versions load it (TensorRT).", panel=MACHINES
+    )
+    workspace_bytes: Size | None = option(
+        None,
+        "Scratch memory a layer may use, as 4GiB.",
+        key="workspace",
+        panel=KERNELS,
+        shown_default="the backend's own limit",
+    )
+    optimization_level: int | None = option(
+        None,
+        "0 builds fast, 5 searches longest.",
+        panel=KERNELS,
+        shown_default="the backend's own",
+        ge=0,
+        le=5,
+    )
+    tf32: bool = option(True, "Let FP32 layers compute in TF32.", panel=KERNELS)
+    strip_weights: bool = option(False, "Leave the weights out.", panel=KERNELS)
+    refit: bool = option(False, "Let weights be replaced later.", panel=KERNELS)
+    profiling: Profiling = option(
+        Profiling.LAYER_NAMES_ONLY, "What the engine inspector can tell.", panel=KERNELS
+    )
+
+    def of(self, targets: tuple[str, ...] = (), batch: BatchRange | None = None) -> BuildOptions:
+        """Return what is asked of one plan.
+
+        Args:
+            targets: what it serves.
+            batch: what it serves where no profiles are given.
+        """
+        given = {name: getattr(self, name) for name in PlanSettings.model_fields}
+        given["profiles"] = self.profiles or (batch or BatchRange(),)
+        return BuildOptions(targets=targets, **given)
+
+
+class BuildOptions(PlanSettings):
+    """Everything that decides what is in one plan, besides the ONNX file and the backend."""
+
+    profiles: tuple[Profile, ...] = option(
+        lambda: (BatchRange(),),
+        "Batch sizes min:opt:max, one profile each.",
+        key="batch",
+        min_length=1,
+    )
+    targets: Target = option((), "Compute capabilities the plan serves; empty for the GPU here.")
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> BuildOptions:
+        """Return the options that :meth:`as_dict` wrote.
+
+        Raises:
+            UsageError: they are none.
+
+        >>> BuildOptions.from_dict(BuildOptions(targets=("sm_89",)).as_dict()).targets
+        ('sm_89',)
+        """
+        return validated(cls, plain)
+
+
+class EngineSettings(PlanSettings):
+    """Which TensorRT engines to build. Table ``[engines]``; without it, none."""
+
+    precisions: tuple[str, ...] = option(
+        (),
+        ARTEFACTS,
+        flags=["--precision"],
+    )
+    targets: tuple[Target, ...] = option(
+        (),
+        "Compute capabilities: sm_86,sm_89 are two plans, sm_86+sm_89 is one for both.",
+        flags=["--target"],
+        panel=MACHINES,
+        shown_default="the GPU in this machine",
+    )
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = option(
+        "auto", "What builds and will run it.", panel=MACHINES
+    )
+    timing_cache: Path | None = option(
+        None, "File of kernel timings to use and add to (TensorRT).", panel=KERNELS
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _each_once(self) -> EngineSettings:
+        if len(set(self.targets)) != len(self.targets):
+            raise Contradiction("{targets} names a plan twice.", "Name each once.")
+        return self
+
+
+class BuildSettings(EngineSettings):
+    """The options of ``van-deploy build``."""
+
+    precisions: tuple[str, ...] = option(("fp32",), ARTEFACTS, flags=["--precision"])
+    images: Path | None = option(
+        None,
+        "Folder of images to make a missing fp16 or int8 file with, as `van-deploy quantize` does.",
+    )
+    check_reproducible: bool = option(False, "Build twice and compare the bytes.")
+
+
+class FleetSettings(Settings):
+    """Many engines at once: options of ``van-deploy build``."""
+
+    matrix: Path | None = option(
+        None, "Build bundles x precisions x targets of this TOML file.", panel=MANY
+    )
+    on: Literal["here", "ray"] = option("here", "Where the matrix is built.", panel=MANY)
+    ray_address: str = option("", "Of the Ray cluster.", panel=MANY, shown_default="the local one")
+
+    @pydantic.model_validator(mode="after")
+    def _of_a_matrix(self) -> FleetSettings:
+        if self.matrix is None and self.on != "here":
+            raise Contradiction(
+                "{on} is for {matrix}.", "Write a fleet file, and give it with {matrix}."
+            )
+        return self

@@ -1,0 +1,159 @@
+"""How a bundle is judged: the options of verify, evaluate, drift and check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+from typing_extensions import Self
+
+from van_deploy.config.fields import option
+from van_deploy.config.network import ClassOrder, EvaluateSettings, class_order_option
+from van_deploy.schema import Contradiction, Settings
+
+__all__ = [
+    "CheckSettings",
+    "DriftSettings",
+    "EvaluationSettings",
+    "RunSettings",
+    "RunnerSettings",
+    "VerifySettings",
+]
+
+WHAT = "What is measured"
+HOW = "How it is done"
+
+
+class RunnerSettings(Settings):
+    """What runs the artefacts of a bundle."""
+
+    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"] = option(
+        "ort-cpu", "What runs ONNX artefacts; engines are run by TensorRT.", panel=HOW
+    )
+    trust_engine: bool = option(
+        False,
+        "Run an engine whose sidecar is gone. An engine is code: only one you built yourself.",
+        panel=HOW,
+    )
+
+
+class _Original(Settings):
+    weights: Path | None = option(
+        None, "Where the original weights are now, if they have moved.", panel=HOW
+    )
+
+
+class _Judged(_Original, RunnerSettings):
+    recipe: str = option(
+        "", "Recipe whose [gates] apply; the defaults without one.", metavar="RECIPE", panel=HOW
+    )
+
+
+class _Allowed(Settings):
+    allow_skip: tuple[Literal["engines", "runtimes", "accuracy", "speed"], ...] = option(
+        (),
+        "Let a kind of skip pass: engines (their GPU is not here), runtimes (not installed), "
+        "accuracy or speed (in the baseline, not measured now).",
+        metavar="KIND",
+    )
+    allow_inconclusive: bool = option(False, "Let pass what the data cannot decide.")
+
+
+class _Artefacts(Settings):
+    artefacts: tuple[str, ...] = option(
+        (), "Which to judge.", flags=["--artefact"], shown_default="all"
+    )
+
+
+class _Samples(Settings):
+    against: Literal["golden", "weights"] = option(
+        "golden",
+        "What to compare with: the golden samples in the bundle, or the original network "
+        "(PyTorch and the weights).",
+        panel=WHAT,
+    )
+    images: Path | None = option(
+        None,
+        "Folder or .npz of images to compare on, with --against weights.",
+        shown_default="the golden samples",
+        panel=WHAT,
+    )
+    count: int | None = option(
+        None, "How many of these images.", shown_default="16", panel=WHAT, ge=1
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _images_need_weights(self) -> Self:
+        given = [key for key in ("images", "count") if getattr(self, key) is not None]
+        if given and self.against != "weights":
+            raise Contradiction(
+                f"{{{given[0]}}} is given, and other images than the golden samples can only be "
+                "compared with the original network.",
+                "Add {against} weights.",
+            )
+        return self
+
+
+class VerifySettings(_Judged, _Artefacts, _Samples, _Allowed):
+    """The options of ``van-deploy verify``."""
+
+    modules: bool = option(True, "Also judge each module by itself.", panel=WHAT)
+
+
+class EvaluationSettings(EvaluateSettings, _Judged, _Artefacts, _Allowed):
+    """The options of ``van-deploy evaluate``."""
+
+    images: Path = option(
+        ..., "Labelled images: one folder a class, ImageNet's own layout, or an .npz."
+    )
+    batch: int = option(32, "Images a batch.", panel=HOW, ge=1)
+    workers: int = option(0, "Threads that decode; 0 for one a core.", panel=HOW, ge=0)
+    on: Literal["here", "ray"] = option("here", "This machine, or a Ray cluster.", panel=HOW)
+    ray_address: str = option("", "Of the Ray cluster.", panel=HOW, shown_default="the local one")
+
+
+class DriftSettings(_Original, _Artefacts):
+    """The options of ``van-deploy drift``."""
+
+    against: Literal["weights", "golden"] = option(
+        "weights",
+        "What to compare parts with: the original network (PyTorch and the weights), or "
+        "model.onnx once that holds on the golden samples.",
+        panel=WHAT,
+    )
+    level: Literal["stage", "block", "module"] = option("block", "How finely the network is cut.")
+    images: Path | None = option(
+        None,
+        "Folder or .npz of images to compare on, with --against weights.",
+        shown_default="the golden samples",
+        panel=WHAT,
+    )
+    count: int = option(4, "How many images.", panel=WHAT, ge=1)
+
+
+class CheckSettings(_Judged, _Samples, _Allowed):
+    """The options of ``van-deploy check``."""
+
+    evaluate: Path | None = option(None, "Folder of labelled images to evaluate on.", panel=WHAT)
+    labels: Path | None = option(None, "Labels file for the labelled images.", panel=WHAT)
+    class_order: ClassOrder | None = class_order_option(WHAT)
+    speed: bool = option(False, "Also compare speed, as ratios only.", panel=WHAT)
+
+    @pydantic.model_validator(mode="after")
+    def _labels_of_images(self) -> CheckSettings:
+        if self.labels is not None and self.evaluate is None:
+            raise Contradiction(
+                "{labels} is given, and {evaluate} is not.", "Name the folder of images, too."
+            )
+        return self
+
+
+class RunSettings(RunnerSettings, _Allowed):
+    """How a run is done; *what* is done stands in the recipe."""
+
+    images: Path | None = option(
+        None, "Folder of images to check on.", shown_default="sample photographs"
+    )
+    offline: bool = option(False, "Never use the network.")
+    force: bool = option(False, "Make everything anew even if nothing changed.")

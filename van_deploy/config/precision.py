@@ -1,0 +1,216 @@
+"""What to make besides FP32, and how: the table ``[precision]`` and ``van-deploy quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from van_deploy.config.fields import FileOrName, option
+from van_deploy.config.network import ClassOrder, class_order_option
+from van_deploy.schema import Contradiction, Settings
+
+__all__ = ["Precision", "PrecisionSettings", "QuantizeSettings"]
+
+Precision = Literal["fp16", "int8"]
+"""What can be made of an exported graph."""
+
+IMAGES = "Images"
+NUMBERS = "INT8"
+TYPES = "FP16"
+
+
+class _Quantization(Settings):
+    """What ``[precision]`` and ``van-deploy quantize`` have in common."""
+
+    target: Literal["tensorrt", "cpu"] = option(
+        "tensorrt", "What will run it: the fast INT8 graphs differ."
+    )
+    images: Path | None = option(
+        None, "Folder or .npz of training images to calibrate on.", panel=IMAGES
+    )
+    calibration: FileOrName = option(
+        "",
+        "Images that calibrate: a set's name (digits, imagenet-512), its .toml, or a folder or "
+        ".npz, which takes the place of images.",
+        panel=IMAGES,
+    )
+    evaluate: Path | None = option(
+        None,
+        "Folder of images to judge on; labels are its sub-folders. By default a held-out part "
+        "of the calibration images.",
+        flags=["--eval"],
+        panel=IMAGES,
+    )
+    class_order: ClassOrder | None = class_order_option(IMAGES)
+    noise: bool = option(
+        False,
+        "Calibrate on noise, which fits no real image.",
+        key="calibrate_on_noise",
+        panel=IMAGES,
+    )
+    method: Literal["mse", "percentile", "minmax"] = option(
+        "mse", "How ranges become scales.", panel=NUMBERS
+    )
+    percentile: float = option(99.999, "Of the method percentile.", panel=NUMBERS, gt=50, le=100)
+    scope: tuple[str, ...] = option(
+        (),
+        "What becomes INT8: pointwise, deep (all but stem and stage 1), all, or regular "
+        "expressions over module names; auto times the first three and takes the fastest that "
+        "holds its gate.",
+        panel=NUMBERS,
+        shown_default="pointwise for TensorRT, deep for a CPU",
+        commas=False,
+    )
+    rest: Literal["fp16", "fp32"] | None = option(
+        None,
+        "What is not INT8.",
+        panel=NUMBERS,
+        shown_default="fp16 for TensorRT, fp32 for a CPU",
+    )
+    equalize: bool = option(
+        True, "Re-scale and shift channels exactly, so that they round better.", panel=NUMBERS
+    )
+    bias_correction: bool = option(
+        True, "Take the mean error of every layer out in its bias.", panel=NUMBERS
+    )
+    max_drop: float | None = option(
+        None,
+        "Points of top-1 (of agreement without labels) that may be lost; the layers that cost "
+        "more stay in higher precision.",
+        panel=NUMBERS,
+        ge=0,
+    )
+    evaluations: int = option(16, "Most plans a search for max_drop may try.", panel=NUMBERS, ge=1)
+    keep: tuple[str, ...] = option(
+        (),
+        "Modules that stay FP32, besides the LayerNorms and the head.",
+        panel=TYPES,
+        commas=False,
+    )
+    keep_defaults: bool = option(
+        True, "Keep the LayerNorms, the pooling and the head in FP32.", panel=TYPES
+    )
+    half_io: bool = option(False, "Make input and output FP16.", panel=TYPES)
+    strict: bool = option(
+        False,
+        "Refuse where FP16 cannot hold a tensor, instead of keeping it FP32.",
+        panel=TYPES,
+    )
+    allow_inconclusive: bool = option(False, "Let pass what the evaluation set cannot decide.")
+    threads: int | None = option(None, "Of ONNX Runtime.", shown_default="its own choice", ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _one_kind_of_images(self) -> _Quantization:
+        if self.noise and (self.images is not None or self.calibration):
+            given = "{images}" if self.images is not None else "{calibration}"
+            raise Contradiction(
+                f"{{calibrate_on_noise}} and {given} are both given.",
+                "Leave one of them out; images are always better.",
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _what_goes_together(self) -> _Quantization:
+        for_fp16 = {"half_io": self.half_io, "strict": self.strict}
+        given = next((f"{{{name}}}" for name, value in for_fp16.items() if value), "")
+        if self.target == "cpu" and (self.rest == "fp16" or given):
+            raise Contradiction(
+                f"{given or '{rest} fp16'} is for FP16, and {{target}} cpu keeps what is not INT8 "
+                "in FP32: a CPU casts FP16 at every operator.",
+                f"Leave {given or '{rest}'} out.",
+            )
+        if self.rest == "fp32" and given:
+            raise Contradiction(
+                f"{given} is for FP16, and {{rest}} is fp32.", "Leave one of them out."
+            )
+        if self.equalize and not self.bias_correction:
+            raise Contradiction(
+                "{equalize} shifts channels, which loses more than it brings without "
+                "{bias_correction}.",
+                "Switch off {equalize}, too.",
+            )
+        if "auto" in self.scope and (len(self.scope) > 1 or self.max_drop is not None):
+            other = "other scopes" if len(self.scope) > 1 else "{max_drop}"
+            raise Contradiction(
+                f"{{scope}} auto times whole scopes, and {other} were given, too.",
+                "Find the scope first, then ask for it by its name.",
+            )
+        return self
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
+        """The scope, the target's default included."""
+        return self.scope or (("deep",) if self.target == "cpu" else ("pointwise",))
+
+    @property
+    def rest_precision(self) -> Literal["fp16", "fp32"]:
+        """What becomes of everything that is not INT8."""
+        return self.rest or ("fp32" if self.target == "cpu" else "fp16")
+
+    @property
+    def sources(self) -> tuple[Path | None, str | None]:
+        """The folder or ``.npz`` to calibrate on, and the calibration set that chooses from it."""
+        named = Path(self.calibration)
+        if self.calibration and named.suffix != ".toml" and named.exists():
+            return named, None
+        return self.images, self.calibration or None
+
+
+class _One(Settings):
+    precision: Precision = option("int8", "What to make.", flags=["--precision", "-p"])
+
+
+class QuantizeSettings(_Quantization, _One):
+    """One precision to make of a bundle's network: the options of ``van-deploy quantize``."""
+
+    @pydantic.model_validator(mode="after")
+    def _for_int8(self) -> QuantizeSettings:
+        if self.precision == "int8":
+            return self
+        asked = {
+            "{max_drop}": self.max_drop is not None,
+            "{calibrate_on_noise}": self.noise,
+            "{scope}": bool(self.scope),
+            "{rest}": self.rest is not None,
+        }
+        for given in (name for name, is_given in asked.items() if is_given):
+            raise Contradiction(
+                f"{given} is for INT8, and {{precision}} is fp16.",
+                f"Make int8, or leave {given} out.",
+            )
+        if self.target == "cpu":
+            raise Contradiction(
+                "FP16 makes no sense for {target} cpu: ONNX Runtime's CPU kernels cast it to "
+                "FP32 and back around every operator.",
+                "Make int8 for a CPU, or leave the graph in FP32.",
+            )
+        return self
+
+    @property
+    def artefact(self) -> str:
+        """What the result is called in the bundle."""
+        return "int8-cpu" if self.target == "cpu" else self.precision
+
+
+_FOR_INT8 = {"max_drop", "noise", "rest", "scope", "target"}
+
+
+class _Several(Settings):
+    make: tuple[Precision, ...] = option((), "Also make these.")
+
+
+class PrecisionSettings(_Quantization, _Several):
+    """What to make besides ``fp32``, and on which images. Table ``[precision]``."""
+
+    def of(self, precision: Precision) -> QuantizeSettings:
+        """Return what is asked of one precision; what is for INT8 only is not asked of FP16.
+
+        Raises:
+            UsageError: it contradicts itself.
+        """
+        given = {name: getattr(self, name) for name in _Quantization.model_fields}
+        if precision == "fp16":
+            given = {k: v for k, v in given.items() if k not in _FOR_INT8}
+        return QuantizeSettings(precision=precision, **given)

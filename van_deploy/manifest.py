@@ -1,0 +1,307 @@
+"""What a bundle's manifest says, as one model: written with it, and read with it.
+
+A bundle from somewhere else is input like any other. So the manifest is checked once,
+when it is read; after that every section is there, and of its type.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Final, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from van_deploy.config import BatchRange
+from van_deploy.documents import LONGEST_TEXT
+from van_deploy.errors import BundleError
+from van_deploy.fields import Count, FileName, Kept, Label, Table, Text
+from van_deploy.files import content_key
+from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.variants import VanConfig
+from van_deploy.model.weights_source import WeightsSource
+from van_deploy.schema import Schema
+from van_deploy.versioned import Versioned, read_versioned, versioned_from
+
+__all__ = [
+    "MANIFEST",
+    "SCHEMA",
+    "Artefact",
+    "Description",
+    "Embedding",
+    "EngineFacts",
+    "Golden",
+    "GraphFacts",
+    "Manifest",
+    "Origin",
+    "Precision",
+    "TensorFacts",
+    "inside",
+    "manifest_from",
+    "read_manifest",
+]
+
+SCHEMA: Final = "van-deploy/bundle/2"
+MANIFEST = "manifest.json"
+LONGEST_NAME_BYTES = 255  # of one file, on every file system in use
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+Embedding = Literal["none", "normalize", "uint8"]
+"""Which preprocessing a graph has inside (see :mod:`van_deploy.graph.embed`)."""
+
+
+def inside(relative: str) -> str:
+    """Return the path of a file if it stays inside the bundle.
+
+    Raises:
+        ValueError: it is absolute, climbs out, or is no name of a file.
+    """
+    path = PurePosixPath(relative)
+    too_long = any(len(part.encode(errors="replace")) > LONGEST_NAME_BYTES for part in path.parts)
+    if too_long or len(relative) > LONGEST_TEXT or not relative.isprintable():
+        raise ValueError("is no name of a file")
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in relative:
+        raise ValueError("is outside the bundle")
+    return relative
+
+
+Place = Annotated[str, AfterValidator(inside)]
+"""Path of a file, relative to the bundle and inside it."""
+
+
+class Origin(Schema):
+    """What an artefact was made from.
+
+    Attributes:
+        name: another artefact's name, or ``weights``.
+        sha256: of its file, in hexadecimal.
+    """
+
+    name: Text
+    sha256: Text
+
+
+class TensorFacts(Schema):
+    """An input or an output of a graph.
+
+    Attributes:
+        dtype: NumPy's name.
+        shape: numbers, and names where a dimension is free.
+    """
+
+    dtype: Text
+    shape: Annotated[tuple[Count | Text, ...], Field(min_length=1)]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape without the batch; -1 where it is free."""
+        return tuple(-1 if isinstance(length, str) else length for length in self.shape[1:])
+
+
+class GraphFacts(Schema):
+    """What an ONNX file holds.
+
+    Attributes:
+        opset: ONNX operator set.
+        ir_version: of the file's format.
+        nodes: operators in it.
+        operators: how many of each type.
+        weight_bytes: of its weights.
+        inputs: by name.
+        outputs: by name.
+        exported_nodes: nodes before simplification; None where nothing was exported from PyTorch.
+    """
+
+    opset: Count
+    ir_version: Count
+    nodes: Count
+    operators: dict[Text, Count]
+    weight_bytes: Count
+    inputs: dict[Text, TensorFacts]
+    outputs: dict[Text, TensorFacts]
+    exported_nodes: Count | None = None
+
+
+class EngineFacts(Schema):
+    """What a TensorRT engine is; its sidecar says the rest.
+
+    Attributes:
+        backend: name and version, such as ``tensorrt-rtx 1.7.1.2``.
+        targets: compute capabilities it serves, such as ``sm_89``.
+        profiles: batch sizes it serves.
+        parser_layers: layers TensorRT's parser made of the graph.
+    """
+
+    backend: Text
+    targets: tuple[Text, ...]
+    profiles: tuple[BatchRange, ...]
+    parser_layers: Count
+
+
+class Artefact(Schema):
+    """One thing in a bundle that can be run or read.
+
+    Attributes:
+        name: what the manifest calls it: ``fp32``, ``fp16``, ``int8``, or an engine's name.
+        kind: ``onnx``; ``serving``, an ONNX file with more inside than the network; ``engine``.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        file: the file to open, relative to the bundle.
+        files: every file that belongs to it (external weights, a sidecar), and its SHA-256.
+        made_from: another artefact, or the weights.
+        made_with: everything that decided what is in it.
+        graph: what is in it, if it is ONNX.
+        embedded: preprocessing inside it (see :mod:`van_deploy.graph.embed`).
+        engine: what it is, if it is an engine.
+        quantization: how it was quantised and what that cost, as measured.
+        golden_sqnr_db: SQNR of its logits on the golden samples when it was made, by
+            runner, numeric class and what else it depends on.
+    """
+
+    name: FileName = Field(default="", exclude=True)
+    kind: Literal["onnx", "serving", "engine"]
+    precision: Precision
+    file: Place
+    files: dict[Place, Text]
+    made_from: Origin
+    made_with: Table
+    graph: GraphFacts | None = None
+    embedded: Embedding = "none"
+    engine: EngineFacts | None = None
+    quantization: Table = Field(default_factory=dict)
+    golden_sqnr_db: dict[Text, float] = Field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the file to open, in hexadecimal."""
+        return self.files[self.file]
+
+    @property
+    def key(self) -> str:
+        """Digest of :attr:`made_with`: equal where nothing that matters has changed."""
+        return content_key(self.made_with)
+
+
+class Golden(Schema):
+    """Images in the bundle with PyTorch's own answers to them, to judge every artefact on.
+
+    Attributes:
+        file: the arrays (see :mod:`van_deploy.checks.golden`).
+        count: how many images.
+        images: what they are, one phrase.
+        originals: encoded images that the first of them were read from.
+        licence: under which terms the images may be passed on.
+    """
+
+    file: Place
+    count: Count
+    images: Text
+    originals: tuple[Place, ...]
+    licence: Text
+
+
+def _positive(config: VanConfig) -> VanConfig:
+    sides = {"num_classes": (config.num_classes,), "in_chans": (config.in_chans,)}
+    for name in ("embed_dims", "depths", "mlp_ratios", "lka_kernels"):
+        sides[name] = getattr(config, name)
+    for name, numbers in sides.items():
+        if any(not 0 < number < 2**31 for number in numbers):
+            raise ValueError(f"has {name} that no network has")
+    return config
+
+
+class Description(Schema):
+    """What a bundle says of the network it deploys.
+
+    Attributes:
+        name: the model's, such as ``van_b1``.
+        weights: where they came from.
+        architecture: of the network.
+        parameters: how many it has.
+        preprocessing: what its input must have gone through.
+        class_names: in the order of the logits; None where nobody says.
+        batch: the batch sizes the bundle is made for.
+        versions: of what made the bundle, by package.
+        golden: images and PyTorch's answers; None where they were left out.
+    """
+
+    name: FileName
+    weights: Annotated[WeightsSource, Kept]
+    architecture: Annotated[VanConfig, Kept, AfterValidator(_positive)]
+    parameters: Count
+    preprocessing: Annotated[Preprocessing, Kept]
+    class_names: Annotated[tuple[Label, ...], Field(min_length=1)] | None
+    batch: BatchRange
+    versions: dict[Text, Text]
+    golden: Golden | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Description:
+        """Refuse names or preprocessing of another network."""
+        classes, channels = self.architecture.num_classes, self.architecture.in_chans
+        if self.class_names is not None and len(self.class_names) != classes:
+            raise ValueError(f"has {len(self.class_names)} class names for {classes} classes")
+        if self.preprocessing.channels != channels:
+            raise ValueError(
+                f"prepares {self.preprocessing.channels} channels for a network of {channels}"
+            )
+        return self
+
+
+def _named(artefacts: dict[str, Artefact]) -> dict[str, Artefact]:
+    """Return the artefacts, each with its key as its name and the digest of its file."""
+    for entry in artefacts.values():
+        if entry.file not in entry.files:
+            raise ValueError(f"has no digest of '{entry.file}'")
+    return {key: entry.model_copy(update={"name": key}) for key, entry in artefacts.items()}
+
+
+class Manifest(Description, Versioned):
+    """Everything in ``manifest.json``.
+
+    Attributes:
+        written: when, by the clock of the machine (ISO 8601, UTC).
+        artefacts: by name, in the order they were made.
+        checks: the newest result of each check, by its name.
+        files: SHA-256 of the files that belong to no artefact, such as a report.
+    """
+
+    schema_: Literal["van-deploy/bundle/2"] = Field(alias="schema")
+    written: Text
+    artefacts: Annotated[dict[FileName, Artefact], AfterValidator(_named)]
+    checks: dict[Text, Table]
+    files: dict[Place, Text]
+
+    def owned_files(self) -> set[str]:
+        """Return the files that belong to an artefact, by relative path."""
+        return {file for artefact in self.artefacts.values() for file in artefact.files}
+
+
+def manifest_from(text: str, path: Path) -> Manifest:
+    """Return the manifest that the file at ``path`` holds; the files it names are not looked at.
+
+    Raises:
+        BundleError: it is damaged, of another version, or names files outside of the bundle.
+    """
+    return versioned_from(Manifest, text, path, "manifest", BundleError, **_REMEDIES)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of the bundle in ``folder``. Errors are :func:`manifest_from`'s.
+
+    Raises:
+        BundleError: there is none.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise BundleError(
+            f"'{folder}' is not a bundle: it has no {MANIFEST}.",
+            "Make one with `van-deploy export MODEL --output DIR`.",
+        )
+    return read_versioned(Manifest, path, "manifest", BundleError, **_REMEDIES)
+
+
+_REMEDIES = {
+    "damaged": "Export the model again; nothing in this bundle can be trusted.",
+    "outdated": "Make the bundle anew, in another folder or once this one is removed: "
+    "`van-deploy export MODEL --output DIR`.",
+}

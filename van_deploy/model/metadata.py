@@ -1,0 +1,271 @@
+"""What stands beside the tensors: the one reader of it.
+
+A state dict does not hold strides, LayerNorm's ``eps``, the meaning of the
+logits, the preprocessing or the classes. They are in the file itself (a
+training script's ``args``, ``class_to_idx``, mmpretrain's ``meta``, safetensors
+metadata) and in the ``config.json`` and ``preprocessor_config.json`` beside it.
+Every field that changes the network, its input or the meaning of its output is
+used, or refused by name; what was taken is in the notes.
+
+For the authors' own Transformers conversions the JSON is known to be wrong: the
+conversion script pushed ConvNeXt's processor beside weights trained with
+0.5/0.5/0.9 (VAN-Classification issues 2 and 16). There the official values are
+used and the difference is pointed out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from van_deploy.errors import CheckpointError, UsageError
+from van_deploy.model.configs import is_timm, is_transformers, network_said
+from van_deploy.model.preprocess import OFFICIAL, Preprocessing
+from van_deploy.model.processors import (
+    from_mmpretrain,
+    from_processor,
+    from_timm,
+    from_timm_config,
+    from_torchvision,
+    python_config,
+)
+from van_deploy.model.variants import CONFIG, PROCESSOR, VanConfig
+
+__all__ = ["Said", "described"]
+
+_ARGUMENTS = ("args", "hyper_parameters", "hparams")
+_TIMM = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "img_size", "input_size")
+_TORCHVISION = ("val_resize_size", "val_crop_size")
+_INDEX_OF = ("class_to_idx", "label2id")
+_NAMES = (*_INDEX_OF, "idx_to_class", "id2label", "class_names", "classes", "label_names")
+_LONGEST_CONFIG = 2**20  # characters
+_OPTIONS = {
+    "image_size": "--image-size",
+    "mean": "--mean",
+    "std": "--std",
+    "interpolation": "--interpolation",
+    "crop_pct": "--crop-pct",
+}
+
+Values = Mapping[str, Any]
+Source = tuple[str, Callable[[Values], dict[str, Any]], Values]
+"""What it is called, how it is read, and what is read."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """Everything known of a network but its tensors.
+
+    Attributes:
+        config: the architecture, with what only the metadata tells.
+        preprocessing: what the input must have gone through.
+        class_names: in the order of the logits, or None if nothing says them.
+        notes: what was taken from where, and what the user should know.
+    """
+
+    config: VanConfig
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    notes: tuple[str, ...]
+
+
+def described(
+    config: VanConfig,
+    source: str,
+    inside: Values,
+    beside: Mapping[str, Values],
+    *,
+    official: bool = False,
+    given: Mapping[str, Any] = MappingProxyType({}),
+) -> Said:
+    """Return everything that a checkpoint says beside its tensors.
+
+    Args:
+        config: the architecture as the tensors tell it.
+        source: format of the tensors' names.
+        inside: what else the file holds.
+        beside: the JSON beside it, by file name.
+        official: whether the weights come from the authors' own repositories.
+        given: what the caller decides, by name: values of the preprocessing, ``class_names``
+            and ``layer_norm_eps``. What is said of them is not looked at.
+
+    Raises:
+        CheckpointError: a field contradicts the tensors or another one, or is not supported.
+    """
+    arguments = dict(inside)
+    for name in _ARGUMENTS:
+        arguments |= _table(inside.get(name))
+    meta, config_json = _table(inside.get("meta")), beside.get(CONFIG, {})
+    cfg = meta.get("cfg", meta.get("config"))
+    openmmlab = python_config(cfg[:_LONGEST_CONFIG]) if isinstance(cfg, str) else _table(cfg)
+    eps = given.get("layer_norm_eps")
+    config, notes = network_said(config, source, arguments, config_json, openmmlab, eps)
+    sources = list(_sources(inside, arguments, openmmlab, beside))
+    preprocessing = _preprocessing(config.in_chans, sources, official, given, notes)
+    names = None
+    if "class_names" not in given:
+        places = (
+            ("the file", arguments),
+            ("the file's meta", {**meta, "classes": meta.get("CLASSES", meta.get("classes"))}),
+            ("the file's meta", _table(meta.get("dataset_meta"))),
+            (CONFIG, {"label_names": config_json.get("labels"), **config_json}),
+            (CONFIG, _table(config_json.get("pretrained_cfg"))),
+        )
+        names = _class_names(config.num_classes, places, notes)
+    return Said(config, preprocessing, names, tuple(notes))
+
+
+def _table(value: object) -> dict[str, Any]:
+    return {str(key): inner for key, inner in value.items()} if isinstance(value, Mapping) else {}
+
+
+# --- the preprocessing ---------------------------------------------------------------------
+
+
+def _sources(
+    inside: Values, arguments: Values, openmmlab: Values, beside: Mapping[str, Values]
+) -> Iterator[Source]:
+    """Yield everything that describes a preprocessing, the nearest to the weights first."""
+    if written := _table(inside.get("preprocessing")):
+        yield str(written.get("source", "the weights file")), dict, written
+    own = "the checkpoint's own training arguments"
+    if any(name in arguments for name in _TORCHVISION):
+        yield own, from_torchvision, arguments
+    elif any(arguments.get(name) not in (None, "") for name in _TIMM):
+        yield own, from_timm, arguments
+    if "model" in openmmlab:
+        yield "the checkpoint's own configuration", from_mmpretrain, openmmlab
+    config, there = beside.get(CONFIG, {}), "beside the weights"
+    if PROCESSOR in beside:
+        yield f"the {PROCESSOR} {there}", from_processor, beside[PROCESSOR]
+    elif is_transformers(config) and "image_size" in config:
+        yield f"the {CONFIG} {there}", lambda c: {"image_size": c["image_size"]}, config
+    if is_timm(config):
+        yield f"the {CONFIG} {there}", from_timm_config, config
+
+
+def _preprocessing(
+    channels: int, sources: list[Source], official: bool, given: Collection[str], notes: list[str]
+) -> Preprocessing:
+    """Return the preprocessing of the first source, or the official one."""
+    colour = {"mean": OFFICIAL.mean[:1] * channels, "std": OFFICIAL.std[:1] * channels}
+    default = replace(OFFICIAL, **colour)  # type: ignore[arg-type]
+    if not sources:
+        if official:
+            return default
+        return replace(default, source="assumed: the official VAN weights' (nothing says another)")
+    name, _, _ = sources[0]
+    if official and name.endswith("beside the weights"):
+        stated = _built(sources[0], default, ())
+        if differ := [key for key in _OPTIONS if getattr(stated, key) != getattr(default, key)]:
+            says, trained = (
+                ", ".join(f"{key} {_short(getattr(values, key))}" for key in differ)
+                for values in (stated, default)
+            )
+            notes.append(
+                f"the repository's JSON says {says}; the weights were trained with {trained}, "
+                "which is used"
+            )
+        return default
+    result = _built(sources[0], default, given)
+    others = ", ".join(other for other, _, _ in sources[1:])
+    if others or name.endswith("beside the weights"):
+        rest = f"; not from {others}" if others else ""
+        notes.append(f"preprocessing from {name}: {result}{rest}")
+    return result
+
+
+def _built(source: Source, default: Preprocessing, given: Collection[str]) -> Preprocessing:
+    """Return the preprocessing that a source describes; what it leaves out is the default's."""
+    name, read, values = source
+    if "image_size" in given:
+        values = {key: v for key, v in values.items() if key not in ("img_size", "input_size")}
+    try:
+        found = {
+            key: value
+            for key, value in read(values).items()
+            if key not in given and value is not None and value not in ("", [], ())
+        }
+        fixed: dict[str, Any] = {
+            key: found.pop(key) for key in ("resize_size", "crop_rounding") if key in found
+        }
+        if {"image_size", "crop_pct"} & set(given):
+            fixed.pop("resize_size", None)
+        assumed = [key for key in _OPTIONS if key not in found and key not in given]
+        found.pop("source", None)
+        result = default.override(**found).as_dict()
+        rest = f" ({', '.join(assumed)}: assumed, the official weights')" if assumed else ""
+        return Preprocessing.from_dict({**result, **fixed, "source": name + rest})
+    except (UsageError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+        if set(_OPTIONS) <= set(given):
+            return default
+        reason = e.message if isinstance(e, UsageError) else f"{str(e)[:200]}."
+        raise CheckpointError(
+            f"{name[0].upper()}{name[1:]} cannot be followed: {reason}",
+            f"Say yourself what the weights want: {' '.join(_OPTIONS.values())}.",
+        ) from None
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return "/".join(f"{number:g}" for number in (value[:1] if len(set(value)) == 1 else value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- the classes ---------------------------------------------------------------------------
+
+
+def _class_names(
+    classes: int, places: tuple[tuple[str, Values], ...], notes: list[str]
+) -> tuple[str, ...] | None:
+    """Return the names of the classes, on which all that name them must agree."""
+    found: dict[str, tuple[str, ...]] = {}
+    for place, values in places:
+        for key in _NAMES:
+            if names := _names_in(key, values.get(key), place, classes):
+                found.setdefault(f"{key} in {place}", names)
+    if not found:
+        return None
+    where, first = next(iter(found.items()))
+    for other, names in found.items():
+        if names != first:
+            index = next(i for i, name in enumerate(names) if name != first[i])
+            raise CheckpointError(
+                f"The class names contradict each other: class {index} is '{first[index]}' by "
+                f"{where}, and '{names[index]}' by {other}.",
+                _LABELS,
+            )
+    notes.append(f"class names from {where}")
+    return first
+
+
+_LABELS = "Give the names yourself, one a line in the logits' order: --labels FILE."
+
+
+def _names_in(key: str, value: object, place: str, classes: int) -> tuple[str, ...] | None:
+    """Return the class names that a field holds, or None where it holds none."""
+    if not value or not isinstance(value, Mapping | list | tuple):
+        return None
+    try:
+        if isinstance(value, Mapping):
+            pairs = {i: name for name, i in value.items()} if key in _INDEX_OF else value
+            by_index = {int(index): name for index, name in pairs.items()}
+            listed = [by_index[index] for index in range(len(value))]
+        else:
+            listed = list(value)
+    except (TypeError, ValueError, LookupError):
+        listed = [None]
+    if not all(isinstance(name, str | int) for name in listed):
+        raise CheckpointError(f"{key} in {place} does not name one class a logit.", _LABELS)
+    names = tuple(map(str, listed))
+    if names == tuple(f"LABEL_{index}" for index in range(len(names))):
+        return None
+    if classes == 1 and len(names) == 2:  # of two classes, one logit is the second's
+        return names[1:]
+    if len(names) != classes:
+        raise CheckpointError(
+            f"{key} in {place} names {len(names)} classes; the network has {classes}.", _LABELS
+        )
+    return names

@@ -1,0 +1,115 @@
+"""One function over many tasks on a Ray cluster, each result as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from van_deploy.environment.privacy import without_ray_reports
+from van_deploy.errors import MissingDependency
+
+__all__ = ["RayDone", "RayTask", "require_ray", "run_on_ray"]
+
+
+@dataclass(frozen=True)
+class RayTask:
+    """One call of the function.
+
+    Attributes:
+        tag: what its result is told by.
+        arguments: of the call, after what all calls share.
+        options: Ray's, such as ``num_cpus`` and ``accelerator_type``.
+    """
+
+    tag: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RayDone:
+    """A task that ended.
+
+    Attributes:
+        tag: of the task.
+        result: what the function returned.
+        failure: why it did not return, one line; "" where it did.
+    """
+
+    tag: Any
+    result: Any
+    failure: str = ""
+
+
+def require_ray() -> Any:
+    """Return the ``ray`` module.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingDependency(
+            f"Ray is not installed ({error}).", "Install it with `pip install 'van-deploy[ray]'`."
+        ) from error
+    without_ray_reports()
+    return ray
+
+
+def run_on_ray(
+    function: Callable[..., Any],
+    tasks: Iterable[RayTask],
+    *,
+    shared: Any = None,
+    address: str | None = None,
+) -> Iterator[RayDone]:
+    """Call ``function(shared, *arguments)`` for each task, and yield each as it ends.
+
+    Args:
+        function: of a module that the machines of the cluster have, too.
+        tasks: taken one by one; a task is not tried a second time.
+        shared: the same for all of them, sent once.
+        address: of the cluster; None joins the one this machine is in, or starts one of this
+            machine alone. A cluster joined before is used as it is.
+
+    Raises:
+        MissingDependency: Ray is not installed, or the cluster does not answer.
+    """
+    ray = require_ray()
+    started = _join(ray, address)
+    try:
+        remote, given = ray.remote(function), ray.put(shared)
+        most = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=1)
+        waiting: dict[Any, Any] = {}
+        for task in tasks:
+            options = {"max_retries": 0, **task.options}
+            if "num_cpus" in options:  # no more than the largest machine has
+                options["num_cpus"] = min(options["num_cpus"], max(1, most))
+            waiting[remote.options(**options).remote(given, *task.arguments)] = task.tag
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            tag = waiting.pop(done)
+            try:
+                yield RayDone(tag, ray.get(done))
+            except ray.exceptions.RayError as error:
+                lines = str(error).strip().splitlines()
+                yield RayDone(tag, None, lines[-1] if lines else type(error).__name__)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _join(ray: Any, address: str | None) -> bool:
+    """Join or start a cluster; return whether it is to be left at the end."""
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise MissingDependency(
+            f"The Ray cluster at '{address or 'this machine'}' does not answer: {error}",
+            "Start one with `ray start --head`, or give --ray-address.",
+        ) from error
+    return True

@@ -1,0 +1,136 @@
+"""What the methods of a bundle return, where no stage has a result of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from van_deploy.engine.fleet import Outcome
+    from van_deploy.errors import VanDeployError
+    from van_deploy.serve.predict import Prediction, Speed
+
+__all__ = [
+    "BuildReport",
+    "Listening",
+    "Predictions",
+    "Progress",
+    "WrittenReport",
+]
+
+
+class Progress(Protocol):
+    """What is told how far the work is."""
+
+    def __call__(self, text: str, done: int = 0, total: int | None = None, /) -> None:
+        """Take what is being done, and how much of it is done where that is known."""
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """The engines that were asked for.
+
+    Attributes:
+        outcomes: one an engine, in order.
+    """
+
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def errors(self) -> list[VanDeployError]:
+        """Why engines failed, in order."""
+        return [outcome.error for outcome in self.outcomes if outcome.error is not None]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is one and none failed."""
+        return bool(self.outcomes) and not self.errors
+
+    def __bool__(self) -> bool:
+        """Return :attr:`passed`."""
+        return self.passed
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The answers to some images.
+
+    Attributes:
+        bundle: whose network answered.
+        artefact: which of its artefacts.
+        speed: where the time went.
+        answers: one an image, in order.
+    """
+
+    bundle: Path
+    artefact: str
+    speed: Speed
+    answers: tuple[Prediction, ...]
+
+    @property
+    def unreadable(self) -> int:
+        """How many images could not be read."""
+        return sum(answer.error is not None for answer in self.answers)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every image could be read."""
+        return not self.unreadable
+
+    def __bool__(self) -> bool:
+        """Return :attr:`passed`."""
+        return self.passed
+
+    def __len__(self) -> int:
+        """Return how many answers there are."""
+        return len(self.answers)
+
+    def __iter__(self) -> Iterator[Prediction]:
+        """Iterate over the answers."""
+        return iter(self.answers)
+
+
+@dataclass(frozen=True)
+class WrittenReport:
+    """A bundle's report, as files.
+
+    Attributes:
+        verdict: ``PASS``, ``FAIL`` or ``SKIPPED``, for all checks together.
+        checks: how many of each.
+        files: the HTML, then the Markdown.
+    """
+
+    JSON_PROPERTIES: ClassVar[tuple[str, ...]] = ("sizes",)
+
+    verdict: str
+    checks: str
+    files: tuple[Path, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the verdict is ``PASS``."""
+        return self.verdict == "PASS"
+
+    def __bool__(self) -> bool:
+        """Return :attr:`passed`."""
+        return self.passed
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by its path."""
+        return {str(path): path.stat().st_size for path in self.files}
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A server that answers.
+
+    Attributes:
+        url: where.
+        models: what it serves.
+    """
+
+    url: str
+    models: tuple[str, ...]
