@@ -1,4 +1,10 @@
-"""Depth-wise convolutions in NHWC: K x K with any dilation, bias, and GELU where wanted."""
+"""Depth-wise convolutions in NHWC: K x K with any dilation, bias, and GELU where wanted.
+
+The taps of a depth-wise convolution come from the L1 cache and each becomes float32 before
+it is multiplied, so a thread computes ROWS outputs of one column and 8 channels: rows that
+lie ``dilation`` apart share all but ``dilation`` of their input rows, and a value is loaded
+and converted once for all of them.
+"""
 
 from __future__ import annotations
 
@@ -7,84 +13,177 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.kernels.launch import launched, require, rows_of, size_of_power
+from van_deploy.kernels.launch import divisor_block, launched, require, tile_key, tile_of
 
-__all__ = ["depthwise", "depthwise_taps", "gelu"]
-
-
-SQRT_HALF = tl.constexpr(0.7071067811865476)
+__all__ = ["depthwise", "depthwise_rows", "gelu", "row_groups", "row_items"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def gelu(x):  # type: ignore[no-untyped-def]
-    """Return the exact GELU, with the error function, of float32 values."""
-    return 0.5 * x * (1.0 + tl.math.erf(x * SQRT_HALF))
+def gelu(x, ERF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the exact GELU, with the error function, of float32 values.
+
+    ERF 0 calls libdevice's erf; 1 takes Abramowitz and Stegun 7.1.26, in error by at most
+    1.5e-7, in the form ``relu(x) - |x| Q(|x|)`` that is accurate in the negative tail too.
+    """
+    if ERF == 0:
+        return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    size = tl.abs(x)
+    t = 1.0 / (1.0 + 0.23164189 * size)  # 0.3275911 / sqrt(2)
+    series = 0.5307027145 * t - 0.7265760135  # half of a5 and a4, and so on down to a1
+    series = (series * t + 0.7107068705) * t - 0.142248368
+    series = (series * t + 0.127414796) * t
+    return tl.maximum(x, 0.0) - size * series * tl.exp2(-0.7213475204444817 * x * x)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def depthwise_taps(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, n, h, w, channels, H, W, C, inside, K: tl.constexpr, D: tl.constexpr
+def row_items(first, count, BLOCK: tl.constexpr, H, W, groups, D: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return which items exist, and image, first row and column of each: all (BLOCK,)."""
+    item = first + tl.arange(0, BLOCK)
+    group = (item // W) % groups
+    return item < count, item // (W * groups), (group // D) * (ROWS * D) + group % D, item % W
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def depthwise_rows(  # type: ignore[no-untyped-def]
+    x_ptr,
+    w_ptr,
+    inside,
+    n,
+    h,
+    w,
+    channels,
+    H,
+    W,
+    C,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """Return the float32 sums over K x K taps at pixels (n, h, w) and ``channels``.
+    """Return ROWS tensors (P, B) of float32 sums over K x K taps, at rows h, h + D, ...
 
     Args:
         x_ptr: (N, H, W, C).
-        w_ptr: (K, K, C): tap first, so that neighbouring threads read neighbouring channels.
-        n, h, w: (P,) image, row and column of each pixel.
-        channels: (B,) of the channels; those outside C are masked.
-        inside: (P,) whether there is such a pixel.
+        w_ptr: (K, K, C) float32: tap first, so that neighbouring threads read neighbours.
+        inside, n, h, w: (P,) what :func:`row_items` returns.
+        channels: (B,) of the channels; those outside C are masked, unless EVEN.
         K, D: side of the kernel and its dilation; the padding is D * (K // 2).
+        EVEN: all channels exist.
+        UNROLL: unroll the columns too; the rows always are.
     """
-    known = channels < C
-    total = tl.zeros((n.shape[0], channels.shape[0]), tl.float32)
-    for row in tl.static_range(K):
-        y = h + (row - K // 2) * D
+    totals = ()
+    for _ in tl.static_range(ROWS):
+        totals = totals + (tl.zeros((n.shape[0], channels.shape[0]), tl.float32),)  # noqa: RUF005
+    if UNROLL:
         for column in tl.static_range(K):
-            x = w + (column - K // 2) * D
-            valid = inside & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-            pixel = ((n * H + y) * W + x).to(tl.int64) * C
-            values = tl.load(
-                x_ptr + pixel[:, None] + channels[None, :],
-                mask=valid[:, None] & known[None, :],
-                other=0.0,
+            totals = _column(
+                totals, x_ptr, w_ptr, inside, n, h, w, channels, H, W, C, column, K, D, ROWS, EVEN
             )
-            tap = tl.load(w_ptr + (row * K + column) * C + channels, mask=known, other=0.0)
-            total += values.to(tl.float32) * tap[None, :].to(tl.float32)
-    return total
+    else:
+        for column in range(K):
+            totals = _column(
+                totals, x_ptr, w_ptr, inside, n, h, w, channels, H, W, C, column, K, D, ROWS, EVEN
+            )
+    return totals
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _depthwise_kernel(  # type: ignore[no-untyped-def]
+def _column(  # type: ignore[no-untyped-def]
+    totals,
+    x_ptr,
+    w_ptr,
+    inside,
+    n,
+    h,
+    w,
+    channels,
+    H,
+    W,
+    C,
+    column,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Add the taps of one column of the kernel to the sums."""
+    known = channels < C
+    x = w + (column - K // 2) * D
+    fits = inside & (x >= 0) & (x < W)
+    top = h - (K // 2) * D
+    start = ((n * H + top) * W + x) * C
+    for row in tl.static_range(ROWS + K - 1):
+        y = top + row * D
+        mask = (fits & (y >= 0) & (y < H))[:, None]
+        if not EVEN:
+            mask = mask & known[None, :]
+        place = (start + row * D * W * C)[:, None] + channels[None, :]
+        values = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        added = ()
+        for out in tl.static_range(ROWS):
+            if out <= row and row - out < K:
+                at = w_ptr + ((row - out) * K + column) * C + channels
+                tap = tl.load(at) if EVEN else tl.load(at, mask=known, other=0.0)
+                added = added + (totals[out] + values * tap[None, :],)  # noqa: RUF005
+            else:
+                added = added + (totals[out],)  # noqa: RUF005
+        totals = added
+    return totals
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def depthwise_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     w_ptr,
     b_ptr,
     out_ptr,
-    pixels,
+    items,
+    groups,
     H,
     W,
     C,
     K: tl.constexpr,
     D: tl.constexpr,
     GELU: tl.constexpr,
+    LONG: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ERF: tl.constexpr,
 ):
-    """Compute BLOCK_P neighbouring pixels of BLOCK_C channels."""
-    pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    """Compute ROWS rows of BLOCK_P columns and BLOCK_C channels."""
+    inside, n, h, w = row_items(tl.program_id(0) * BLOCK_P, items, BLOCK_P, H, W, groups, D, ROWS)
+    if LONG:
+        n = n.to(tl.int64)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside, known = pixel < pixels, channels < C
-    n, h, w = pixel // (H * W), (pixel // W) % H, pixel % W
-    total = depthwise_taps(x_ptr, w_ptr, n, h, w, channels, H, W, C, inside, K, D)
-    total += tl.load(b_ptr + channels, mask=known, other=0.0).to(tl.float32)[None, :]
-    if GELU:
-        total = gelu(total)
-    tl.store(
-        out_ptr + pixel.to(tl.int64)[:, None] * C + channels[None, :],
-        total.to(out_ptr.dtype.element_ty),
-        mask=inside[:, None] & known[None, :],
+    known = channels < C
+    totals = depthwise_rows(
+        x_ptr, w_ptr, inside, n, h, w, channels, H, W, C, K, D, ROWS, EVEN, UNROLL
     )
+    bias = tl.load(b_ptr + channels, mask=known, other=0.0)[None, :]
+    for out in tl.static_range(ROWS):
+        total = totals[out] + bias
+        if GELU:
+            total = gelu(total, ERF)
+        y = h + out * D
+        place = (((n * H + y) * W + w) * C)[:, None] + channels[None, :]
+        mask = (inside & (y < H))[:, None] & known[None, :]
+        tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def row_groups(height: int, dilation: int, rows: int) -> int:
+    """Return how many groups of ``rows`` rows, each ``dilation`` apart, cover ``height`` rows.
+
+    >>> row_groups(56, 3, 5), row_groups(7, 1, 4)
+    (12, 2)
+    """
+    return dilation * triton.cdiv(height, rows * dilation)
+
+
+@torch.library.triton_op("van_deploy::depthwise", mutates_args={})
 def depthwise(
     x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1, gelu: bool = False
 ) -> Tensor:
@@ -92,8 +191,8 @@ def depthwise(
 
     Args:
         x: ``(N, H, W, C)``, contiguous.
-        weight: ``(K, K, C)``, K odd.
-        bias: ``(C,)``.
+        weight: ``(K, K, C)`` float32, K odd.
+        bias: ``(C,)`` float32.
         dilation: distance of the taps in pixels.
         gelu: apply the exact GELU.
 
@@ -102,16 +201,27 @@ def depthwise(
     """
     batch, height, width, channels = require(x, "x", 4)
     side = weight.shape[0]
-    require(weight, "weight", (side, side, channels), like=x)
-    require(bias, "bias", (channels,), like=x)
+    require(weight, "weight", (side | 1, side | 1, channels), like=x, dtype=torch.float32)
+    require(bias, "bias", (channels,), like=x, dtype=torch.float32)
     out = torch.empty_like(x)
-    pixels = batch * height * width
-    block_c = size_of_power(channels, 64)
-    block_p = rows_of(side, block_c)
+    default = {
+        "ROWS": 5 if side > 5 and height > 3 * dilation else 4,
+        "BLOCK_P": 32,
+        "BLOCK_C": divisor_block(channels, 32),
+        "UNROLL": 0,
+        "ERF": 1,
+        "num_warps": 4,
+    }
+    key = tile_key("depthwise", (side, dilation, channels), batch * height * width)
+    tile = tile_of(key, default, x.device)
+    groups = row_groups(height, dilation, tile["ROWS"])
+    items = batch * groups * width
     launched(
-        _depthwise_kernel,
-        (triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c)),
-        (x, weight, bias, out, pixels, height, width, channels),
-        dict(K=side, D=dilation, GELU=gelu, BLOCK_P=block_p, BLOCK_C=block_c),
+        depthwise_kernel,
+        (triton.cdiv(items, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"])),
+        (x, weight, bias, out, items, groups, height, width, channels, side, dilation, gelu)
+        + (x.numel() >= 2**31, channels % tile["BLOCK_C"] == 0),
+        tile,
+        key,
     )
     return out
