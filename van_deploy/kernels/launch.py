@@ -127,7 +127,7 @@ def require(
 
 def require_device(tensor: Tensor, name: str, like: Tensor | None = None) -> None:
     """Raise :class:`UsageError` unless ``tensor`` is on a GPU, and on that of ``like``."""
-    if _records and not _records[-1][1]:
+    if not all(run for _, run in _records):
         return
     if tensor.device.type != ("cpu" if INTERPRETED else "cuda"):
         raise UsageError(
@@ -144,7 +144,7 @@ def launched(
     """Run ``kernel`` over ``grid``; inside ``torch.compile`` it becomes part of the graph."""
     for launches, _ in _records:
         launches.append(Launch(kernel, grid, arguments, tile, key))
-    if _records and not _records[-1][1]:
+    if not all(run for _, run in _records):
         return
     wrapped: Callable[..., Any] = kernel if INTERPRETED else torch.library.wrap_triton(kernel)
     wrapped[grid](*arguments, **tile)  # type: ignore[index]

@@ -178,7 +178,7 @@ def mlp_tail(
         "num_warps": 4 if block_c < 128 else 8,
         "num_stages": 1,
     }
-    key = tile_key("mlp_tail", (then, hidden, channels), pixels)
+    key = tile_key("mlp_tail", (hidden, channels), pixels)
     tile = tile_of(key, default, x.device)
     groups = row_groups(height, 1, tile["ROWS"])
     items = batch * groups * width
