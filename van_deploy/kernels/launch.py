@@ -162,7 +162,7 @@ def tile_key(kind: str, sizes: Iterable[int], pixels: int) -> str:
 def tile_of(key: str, default: Tile, device: torch.device) -> Tile:
     """Return the tile for a shape class: being tried, tuned for this GPU, or ``default``."""
     chosen = TILES.get(key)
-    if chosen is None and device.type == "cuda":
+    if chosen is None and device.type == "cuda" and torch.cuda.is_available():
         chosen = tuned_tiles(*torch.cuda.get_device_capability(device)).get(key)
     return default if chosen is None else {**default, **chosen}
 
