@@ -159,13 +159,13 @@ def _make_missing(
 ) -> None:
     """Make sure the bundle has an ONNX file of this precision.
 
-    FP16 and INT8 are made on the way where there are images to make them with: the
+    FP16, BF16 and INT8 are made on the way where there are images to make them with: the
     ranges of real activations decide what is in them.
 
     Raises:
         BundleError: it is missing, and there are no images; the remedy is the command.
     """
-    if precision in bundle.artefacts or precision not in {"fp16", "int8"}:
+    if precision in bundle.artefacts or precision not in {"fp16", "bf16", "int8"}:
         bundle.artefact(precision)
         return
     if settings.images is None and bundle.name != EMBEDDED_NAME:

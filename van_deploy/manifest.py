@@ -143,7 +143,7 @@ class Artefact(Schema):
     """One thing in a bundle that can be run or read.
 
     Attributes:
-        name: what the manifest calls it: ``fp32``, ``fp16``, ``int8``, or an engine's name.
+        name: what the manifest calls it: its precision, or an engine's name.
         kind: ``onnx``; ``serving``, an ONNX file with more inside than the network; ``engine``,
             a TensorRT plan; ``package``, an Inductor package.
         precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``.

@@ -39,8 +39,8 @@ def main() -> None:
         bundle = str(folder / "van_b0")
         batch = ["--batch", "1:32:128"]
         _run("export", "van_b0", "--weights", "random", *batch, "--output", bundle)
-        for precision in ("fp16", "int8"):
-            _run("quantize", bundle, "--precision", precision, "--calibrate-on-noise")
+        _run("quantize", bundle, "--precision", "fp16")
+        _run("quantize", bundle, "--precision", "int8", "--calibrate-on-noise")
     if "van_b0_cifar10" in wanted and options.checkpoint:
         bundle = str(folder / "van_b0_cifar10")
         size = ["--image-size", "64", "--crop-pct", "1.0"]

@@ -100,18 +100,13 @@ class Report:
         """Run every step that fits."""
         left = list(self.steps)
         while left or self.running:
-            while left and self._has_room():
+            while left and len(self.running) < self.parallel and self.holder is None:
                 step = left.pop(0)
                 reason = self._refusal(step)
                 if reason:
                     self._finish(step, "skipped", reason)
-                elif step.alone and self.running:
-                    left.insert(0, step)
-                    break
                 else:
                     self._launch(step)
-                    if step.alone:
-                        break
             if self.running:
                 self._attend()
         self._write()
@@ -120,11 +115,6 @@ class Report:
         """End everything that still runs."""
         for running in list(self.running):
             self._kill(running)
-
-    def _has_room(self) -> bool:
-        """Return whether another step may start now."""
-        alone = any(running.step.alone for running in self.running)
-        return len(self.running) < self.parallel and self.holder is None and not alone
 
     def _refusal(self, step: Step) -> str:
         if step.skip:
@@ -172,6 +162,11 @@ class Report:
                 self._ended(running)
             elif line == REQUEST:
                 self.waiting.append(running)
+            elif running.step.turn_at and line.startswith(running.step.turn_at):
+                running.log.append(line)
+                if running is not self.holder and running not in self.waiting:
+                    _signal(running, signal.SIGSTOP)
+                    self.waiting.append(running)
             elif line == DONE:
                 self._release(running)
             else:
@@ -193,6 +188,9 @@ class Report:
         for other in self.running:
             if other is not running:
                 _signal(other, signal.SIGSTOP)
+        if running.step.turn_at:
+            _signal(running, signal.SIGCONT)
+            return
         try:
             assert running.process.stdin is not None
             running.process.stdin.write(GO + "\n")
@@ -209,7 +207,8 @@ class Report:
         for other in self.running:
             if other is not running:
                 other.deadline += took
-                _signal(other, signal.SIGCONT)
+                if not (other.step.turn_at and other in self.waiting):
+                    _signal(other, signal.SIGCONT)
 
     def _ended(self, running: Running) -> None:
         if running not in self.running:

@@ -225,11 +225,10 @@ def tests(result: Result, options: argparse.Namespace) -> None:
     """Run the tests marked ``gpu`` against the installed wheel, from a copy of tests/ alone."""
     folder = Path.cwd() / "gpu-tests"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", folder / "tests")
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "tests" / "gpu", folder / "tests" / "gpu")
+    shutil.copy(ROOT / "pyproject.toml", folder)
     junit = folder / "junit.xml"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "-rs", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "-rs", "--tb=short"]
     command += [
         "-p",
         "no:cacheprovider",
@@ -285,10 +284,10 @@ class _Subject:
     def measure(self, result: Result, runner: Any, name: str, **facts: Any) -> float:
         """Add a row a batch size; return the milliseconds of the largest batch, queued."""
         from van_deploy.bench.gpu import clock_of, timed
-        from van_deploy.bench.gpu_state import GpuWatch, pci_address
+        from van_deploy.bench.gpu_state import GpuWatch
         from van_deploy.metrics import sqnr_db, top1_agreement
 
-        watch = GpuWatch(pci_address(self.options.device))
+        watch = GpuWatch(self.options.device)
         slowest = float("inf")
         try:
             opened = runner.__enter__()
@@ -346,6 +345,8 @@ def _copied(options: argparse.Namespace) -> Path:
 
 def _built(result: Result, bundle: Path, options: argparse.Namespace, backend: str) -> None:
     arguments = ["--backend", backend, "--precision", options.artifact, "--device", options.device]
+    if backend == "inductor":
+        arguments += ["--batch", "1:128:128"]
     start = time.perf_counter()
     done = _van_deploy("build", str(bundle), *arguments)
     took = time.perf_counter() - start

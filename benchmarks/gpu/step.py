@@ -33,7 +33,8 @@ class Step:
         limit_s: it is ended after so many seconds.
         least_s: it is not started with less of the budget left.
         skip: why it does not run here; "" where it does.
-        alone: nothing else runs at the same time: it times without taking turns.
+        turn_at: beginning of the line after which it times, for a script that takes no turns
+            itself: it is held there until its turn comes, which lasts until it ends.
         environment: further variables.
         skip_code: its exit code that means "cannot run here".
     """
@@ -44,7 +45,7 @@ class Step:
     limit_s: float = 60.0
     least_s: float = 10.0
     skip: str = ""
-    alone: bool = False
+    turn_at: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     skip_code: int = SKIPPED
 

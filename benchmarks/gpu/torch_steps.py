@@ -65,7 +65,7 @@ def _device_facts(result: Result, device: str) -> None:
     result.fact("cuda_of_torch", torch.version.cuda)
     if not device.startswith("cuda"):
         return
-    from van_deploy.bench.gpu_state import GpuWatch, pci_address
+    from van_deploy.bench.gpu_state import GpuWatch
 
     properties = torch.cuda.get_device_properties(device)
     result.fact(
@@ -79,7 +79,7 @@ def _device_facts(result: Result, device: str) -> None:
             "cudnn": torch.backends.cudnn.version(),
         },
     )
-    watch = GpuWatch(pci_address(device))
+    watch = GpuWatch(device)
     result.fact("nvml", {**watch.described(), "state": watch.state()})
 
 
@@ -127,7 +127,7 @@ class _Subject:
     def __init__(self, options: argparse.Namespace) -> None:
         import torch
 
-        from van_deploy.bench.gpu_state import GpuWatch, pci_address
+        from van_deploy.bench.gpu_state import GpuWatch
         from van_deploy.model.random_weights import random_van, smooth_pictures
         from van_deploy.model.variants import variant_named
 
@@ -149,7 +149,7 @@ class _Subject:
 
             self.model = fold_van(self.model, pictures[:1]).model
             self.note = "the network as van-deploy folds it"
-        self.watch = GpuWatch(pci_address(self.device)) if self.on_gpu else None
+        self.watch = GpuWatch(self.device)
 
     def _fp32(self, images: Any) -> Any:
         """Return the original's logits in FP32 without TF32."""
@@ -185,13 +185,11 @@ class _Subject:
     def measure(self, result: Result, name: str, batch: int, resident: Any = None) -> None:
         """Add the row of one mode at one batch size."""
         from van_deploy.bench.gpu import HostClock, clock_of, timed
-        from van_deploy.bench.gpu_state import GpuWatch
         from van_deploy.metrics import sqnr_db, top1_agreement
 
         resident = resident or self.resident(name, batch)
         clock = clock_of(resident, self.device) if self.on_gpu else HostClock()
-        watch = self.watch or GpuWatch.absent("not on a GPU")
-        timing = timed(resident, batch, clock, watch, seconds=self.options.seconds)
+        timing = timed(resident, batch, clock, self.watch, seconds=self.options.seconds)
         logits = resident.outputs()[:COMPARED]
         expected = self.expected[: len(logits)]
         result.row(

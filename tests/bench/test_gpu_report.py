@@ -83,6 +83,27 @@ def test_others_are_stopped_during_a_turn(scripts: Any, context: Any) -> None:
         assert not [tick for tick in ticks if start + margin < tick < end - margin]
 
 
+def test_a_script_without_turns_is_held_at_its_line_until_it_has_the_machine(
+    scripts: Any, context: Any
+) -> None:
+    out = {name: str(context.work / f"{name}.json") for name in ("turns", "none")}
+    held = (
+        "import time, json, pathlib\n"
+        "print('built', flush=True); time.sleep(0.1)\n"
+        "print('step=copy', flush=True); time.sleep(0.02)\n"
+        "start = time.monotonic(); time.sleep(0.4); end = time.monotonic()\n"
+        f"pathlib.Path({out['none']!r}).write_text(json.dumps({{'span': [start, end]}}))"
+    )
+    steps = [
+        step_of(scripts, "turns", IN_TURN.format(scripts=str(SCRIPTS), out=out["turns"])),
+        step_of(scripts, "none", held, turn_at="step=copy"),
+    ]
+    first, second = run(scripts, context, steps)
+    spans = sorted([first["content"]["facts"]["span"], second["content"]["span"]])
+    assert spans[0][1] <= spans[1][0] + 0.05
+    assert second["state"] == "done"
+
+
 def test_a_failure_a_timeout_and_a_refusal_do_not_stop_the_others(
     scripts: Any, context: Any
 ) -> None:

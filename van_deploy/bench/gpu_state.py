@@ -1,18 +1,18 @@
 """A GPU's clocks, power, temperature and memory while something runs on it, by NVML.
 
-NVML numbers the GPUs by itself: the one that CUDA uses is found by its PCI address.
+NVML numbers the GPUs by itself: the one that CUDA uses is found by its identifier.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from dataclasses import dataclass
 from typing import Any
 
+from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.runners.base import gpu_index
 
-__all__ = ["GpuState", "GpuWatch", "pci_address"]
+__all__ = ["GpuState", "GpuWatch"]
 
 THROTTLING = {
     0x04: "power cap",
@@ -50,38 +50,28 @@ class GpuWatch:
     """Reads the state of one GPU. Without NVML every state is empty.
 
     Args:
-        pci_address: of the GPU, such as ``00000000:01:00.0``; "" for the first one.
+        device: CUDA's name of the GPU, such as ``cuda:0``; ``cpu`` watches nothing.
 
     Attributes:
         reason: why there is no NVML; "" where there is.
     """
 
-    def __init__(self, pci_address: str = "") -> None:
-        self.reason = ""
+    def __init__(self, device: str) -> None:
         self._nvml: Any = None
-        try:
-            import pynvml
-        except ImportError as error:
-            self.reason = f"nvidia-ml-py is not installed ({error})"
+        self.reason, index = "", gpu_index(device)
+        driver = nvidia_driver()
+        if index is None or driver is None or index >= len(driver.gpus):
+            self.reason = f"no NVIDIA driver answers for '{device}'"
             return
+        import pynvml
+
         try:
             pynvml.nvmlInit()
-            self._gpu = (
-                pynvml.nvmlDeviceGetHandleByPciBusId(pci_address.encode())
-                if pci_address
-                else pynvml.nvmlDeviceGetHandleByIndex(0)
-            )
+            self._gpu = pynvml.nvmlDeviceGetHandleByUUID(driver.gpus[index].uuid)
         except pynvml.NVMLError as error:
             self.reason = f"NVML: {error}"
             return
         self._nvml = pynvml
-
-    @classmethod
-    def absent(cls, reason: str) -> GpuWatch:
-        """Return one that sees nothing, for what does not run on a GPU."""
-        watch = cls.__new__(cls)
-        watch.reason, watch._nvml = reason, None
-        return watch
 
     def state(self) -> GpuState:
         """Return the state now."""
@@ -121,21 +111,3 @@ class GpuWatch:
         with contextlib.suppress(self._nvml.NVMLError, AttributeError):
             return getattr(self._nvml, function)(self._gpu, *arguments)
         return None
-
-
-def pci_address(device: str) -> str:
-    """Return the PCI address of a CUDA device such as ``cuda:0``, as NVML takes it.
-
-    By PyTorch where it is imported already, else by cuda-python.
-    """
-    number = gpu_index(device) or 0
-    if "torch" in sys.modules:
-        import torch
-
-        found: Any = torch.cuda.get_device_properties(number)
-        return f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
-    from van_deploy.runners.cuda import require_cuda
-
-    address = require_cuda(number).call("cudaDeviceGetPCIBusId", 32, number)
-    text = address.decode() if isinstance(address, bytes) else str(address)
-    return text.rstrip("\x00")

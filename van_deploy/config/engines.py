@@ -24,7 +24,7 @@ MACHINES = "Where it runs"
 KERNELS = "What is in the plan"
 MANY = "Many engines"
 ARTEFACTS = (
-    "fp32, fp16, int8 or another ONNX artefact of the bundle, such as fp32-uint8: an engine "
+    "fp32, fp16, bf16, int8 or another ONNX artefact of the bundle, such as fp32-uint8: an engine "
     "each, for each of the targets. Inductor computes in fp32, fp16 or bf16."
 )
 Profile = Annotated[BatchRange, pydantic.PlainSerializer(str)]
@@ -152,7 +152,8 @@ class BuildSettings(EngineSettings):
     )
     images: Path | None = option(
         None,
-        "Folder of images to make a missing fp16 or int8 file with, as `van-deploy quantize` does.",
+        "Folder of images to make a missing fp16, bf16 or int8 file with, as `van-deploy quantize` "
+        "does.",
     )
     check_reproducible: bool = option(False, "Build twice and compare the bytes.")
 

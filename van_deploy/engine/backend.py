@@ -77,7 +77,7 @@ COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
     "TensorIOMode": ("INPUT", "OUTPUT"),
 }
 RTX_NAMES: Mapping[str, tuple[str, ...]] = {
-    "ComputeCapability": tuple(name.replace("sm_", "SM") for name in RTX_TARGETS),
+    "ComputeCapability": ("CURRENT", *(name.replace("sm_", "SM") for name in RTX_TARGETS)),
     "CudaGraphStrategy": ("DISABLED", "WHOLE_GRAPH_CAPTURE"),
     "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
     "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
@@ -167,10 +167,10 @@ class Backend:
             self._set_targets_(config, options.targets)
 
     def _set_targets_(self, config: Any, targets: tuple[str, ...]) -> None:
-        config.num_compute_capabilities = len(targets)
-        for index, target in enumerate(targets):
-            capability = getattr(self.module.ComputeCapability, target.replace("sm_", "SM"))
-            config.set_compute_capability(capability, index)
+        names = [target.replace("sm_", "SM") for target in targets] or ["CURRENT"]
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            config.set_compute_capability(getattr(self.module.ComputeCapability, name), index)
 
 
 @dataclass(frozen=True)

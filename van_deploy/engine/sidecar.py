@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 SCHEMA: Final = "van-deploy/engine/2"
-PACKAGE_SCHEMA: Final = "van-deploy/package/1"
+PACKAGE_SCHEMA: Final = "van-deploy/inductor/1"
 REBUILD = "Build the engine again with `van-deploy build`."
 
 
@@ -170,7 +170,7 @@ class PackageSidecar(_Vouching):
         sidecar_sha256: digest of all the rest.
     """
 
-    schema_: Literal["van-deploy/package/1"] = Field(alias="schema")
+    schema_: Literal["van-deploy/inductor/1"] = Field(alias="schema")
     name: FileName
     file_sha256: Text
     file_bytes: Count

@@ -24,6 +24,7 @@ from van_deploy.engine.host import host_here
 from van_deploy.engine.inductor import package_obstacles
 from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
 from van_deploy.errors import MissingDependency, UsageError
+from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import Task, probabilities
@@ -162,6 +163,7 @@ class Network:
         input: what :meth:`run` takes.
         outputs: what :meth:`run` gives.
         max_batch: pictures a batch, at most.
+        emulated: whether BF16 is emulated; known once it is open.
         runner: what runs it, for reports.
         task: how its logits become labels.
 
@@ -191,7 +193,7 @@ class Network:
         self.max_batch = bundle.manifest.batch.max
         self.task = task_of(bundle)
         self._spin, self._trust_engine, self._device = spin, trust_engine, device
-        self.is_engine = self.is_package = False
+        self.is_engine = self.is_package = self.emulated = False
         self._profiles: list[BatchRange] = []
         self._opened: Any = None
         if artefact == PYTORCH:
@@ -244,6 +246,7 @@ class Network:
             self._opened = TorchRunner(loaded.model)
             return self
         self._opened = self._runner().__enter__()
+        self.emulated = getattr(self._opened, "emulated", False)
         return self
 
     def _runner(self) -> Any:
@@ -304,6 +307,11 @@ class Network:
         kind = "engines" if all(each.about == "gpu" for each in found) else "runtimes"
         what = "package" if self.is_package else "engine"
         return Obstacle(kind, f"{what} not executed: " + "; ".join(o.problem for o in found))
+
+    @property
+    def described(self) -> str:
+        """What runs it, for reports."""
+        return f"{self.runner}, {BF16_EMULATED}" if self.emulated else self.runner
 
     @property
     def tf32(self) -> bool:
