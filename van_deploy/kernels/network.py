@@ -92,7 +92,10 @@ class _Block(nn.Module):
     def __init__(self, block: RewrittenBlock, dtype: torch.dtype) -> None:
         super().__init__()
         unit = block.attn.spatial_gating_unit
-        self.proj_1, self.proj_2 = _matrix(block.attn.proj_1, dtype), _matrix(block.attn.proj_2, dtype)
+        self.proj_1, self.proj_2 = (
+            _matrix(block.attn.proj_1, dtype),
+            _matrix(block.attn.proj_2, dtype),
+        )
         self.conv0, self.conv_spatial = _taps(unit.conv0), _taps(unit.conv_spatial)
         self.conv1 = _matrix(unit.conv1, dtype)
         self.dilation = cast("tuple[int, int]", unit.conv_spatial.dilation)[0]
@@ -191,9 +194,7 @@ def _attention(ops: Any, block: Any, x: Tensor, act: Tensor, plan: Plan) -> tupl
         y = ops.pointwise(y, proj_2.weight, proj_2.bias, "add", skip)
         return y, ops.pointwise(y, fc1.weight, fc1.bias, "none", None)
     wide = (fc1.weight, fc1.bias) if plan.widen else (None, None)
-    outs = ops.gated(
-        y, conv1.weight, conv1.bias, act, proj_2.weight, proj_2.bias, skip, *wide
-    )
+    outs = ops.gated(y, conv1.weight, conv1.bias, act, proj_2.weight, proj_2.bias, skip, *wide)
     if plan.widen:
         return outs[0], outs[1]
     return outs[0], ops.pointwise(outs[0], fc1.weight, fc1.bias, "none", None)

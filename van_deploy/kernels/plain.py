@@ -87,4 +87,3 @@ def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
         padding=weight.shape[0] // 2,
     )
     return y.permute(0, 2, 3, 1).contiguous()
-
