@@ -66,7 +66,11 @@ def depthwise(
 
 def pointwise(shape: tuple[int, ...], outer: int, dtype: torch.dtype = torch.float32) -> float:
     """Return the largest error of the four epilogues."""
-    x, weight, bias = tensor(*shape, dtype=dtype), tensor(outer, shape[3], dtype=dtype), tensor(outer)
+    x, weight, bias = (
+        tensor(*shape, dtype=dtype),
+        tensor(outer, shape[3], dtype=dtype),
+        tensor(outer),
+    )
     other = tensor(*shape[:3], outer, dtype=dtype)
     return max(
         error("pointwise", x, weight, bias, name, other if name in ("multiply", "add") else None)
@@ -220,7 +224,9 @@ def refused() -> dict[str, str]:
             x, weight, bias, tensor(272, 16), tensor(272), tensor(1, 4, 4, 272)
         ),
         "shift": lambda: STEPS.mlp_tail(x, weight, bias, tensor(16, 16), bias, x, bias),
-        "integers": lambda: STEPS.patches(torch.ones(1, 3, 8, 8).int(), tensor(3, 3, 3, 16), bias, 2),
+        "integers": lambda: STEPS.patches(
+            torch.ones(1, 3, 8, 8).int(), tensor(3, 3, 3, 16), bias, 2
+        ),
     }
     messages = {}
     for name, call in calls.items():

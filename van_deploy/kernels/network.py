@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.fold import fold_van
@@ -63,6 +64,18 @@ class _Weights(nn.Module):
         self.register_buffer("bias", torch.zeros(outer) if bias is None else bias.float())
 
 
+class _Norm(_Weights):
+    """A LayerNorm's scale and shift in float32, and in the type of PyTorch's own LayerNorm."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
+        super().__init__(norm.weight.float(), norm.bias, norm.weight.shape[0])
+        self.register_buffer("scale", self.weight.to(dtype))
+        self.register_buffer("shift", self.bias.to(dtype))
+
+
 def _matrix(conv: nn.Conv2d, dtype: torch.dtype) -> _Weights:
     return _Weights(conv.weight[:, :, 0, 0].to(dtype), conv.bias, conv.out_channels)
 
@@ -79,7 +92,10 @@ class _Block(nn.Module):
     def __init__(self, block: RewrittenBlock, dtype: torch.dtype) -> None:
         super().__init__()
         unit = block.attn.spatial_gating_unit
-        self.proj_1, self.proj_2 = _matrix(block.attn.proj_1, dtype), _matrix(block.attn.proj_2, dtype)
+        self.proj_1, self.proj_2 = (
+            _matrix(block.attn.proj_1, dtype),
+            _matrix(block.attn.proj_2, dtype),
+        )
         self.conv0, self.conv_spatial = _taps(unit.conv0), _taps(unit.conv_spatial)
         self.conv1 = _matrix(unit.conv1, dtype)
         self.dilation = cast("tuple[int, int]", unit.conv_spatial.dilation)[0]
@@ -113,16 +129,13 @@ class FusedVan(nn.Module):
         self.strides = model.config.strides
         self.eps = model.config.layer_norm_eps
         for stage in range(1, STAGES + 1):
-            conv = model.get_submodule(f"patch_embed{stage}").proj
-            assert_conv = cast("nn.Conv2d", conv)
-            weight = assert_conv.weight.permute(2, 3, 1, 0).to(dtype)
-            self.add_module(f"patch_embed{stage}", _Weights(weight, assert_conv.bias, weight.shape[-1]))
+            conv = cast("nn.Conv2d", model.get_submodule(f"patch_embed{stage}.proj"))
+            weight = conv.weight.permute(2, 3, 1, 0).to(dtype)
+            self.add_module(f"patch_embed{stage}", _Weights(weight, conv.bias, conv.out_channels))
             blocks = [_Block(block, dtype) for block in model.stage_blocks(stage)]
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
             norm = cast("nn.LayerNorm", model.get_submodule(f"norm{stage}"))
-            channels = norm.weight.shape[0]
-            bias = cast("Tensor | None", norm.bias)
-            self.add_module(f"norm{stage}", _Weights(norm.weight.float(), bias, channels))
+            self.add_module(f"norm{stage}", _Norm(norm, dtype))
         self.head = model.head.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +180,7 @@ class FusedVan(nn.Module):
                 x = ops.pointwise(hidden, block.fc2.weight, block.fc2.bias, "add", x)
         if plan.tail and len(blocks):
             return x
-        return plain.layer_norm(x, norm.weight, norm.bias, self.eps)
+        return functional.layer_norm(x, norm.scale.shape, norm.scale, norm.shift, self.eps)
 
 
 def _attention(ops: Any, block: Any, x: Tensor, act: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -181,9 +194,7 @@ def _attention(ops: Any, block: Any, x: Tensor, act: Tensor, plan: Plan) -> tupl
         y = ops.pointwise(y, proj_2.weight, proj_2.bias, "add", skip)
         return y, ops.pointwise(y, fc1.weight, fc1.bias, "none", None)
     wide = (fc1.weight, fc1.bias) if plan.widen else (None, None)
-    outs = ops.gated(
-        y, conv1.weight, conv1.bias, act, proj_2.weight, proj_2.bias, skip, *wide
-    )
+    outs = ops.gated(y, conv1.weight, conv1.bias, act, proj_2.weight, proj_2.bias, skip, *wide)
     if plan.widen:
         return outs[0], outs[1]
     return outs[0], ops.pointwise(outs[0], fc1.weight, fc1.bias, "none", None)

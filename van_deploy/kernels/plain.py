@@ -5,7 +5,6 @@ Shapes, layouts and arguments are the kernels'; any device and floating-point ty
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -88,10 +87,3 @@ def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
         padding=weight.shape[0] // 2,
     )
     return y.permute(0, 2, 3, 1).contiguous()
-
-
-def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """Return the LayerNorm over the last dimension, with float32 scale and shift."""
-    return torch.nn.functional.layer_norm(
-        x, scale.shape, scale.to(x.dtype), shift.to(x.dtype), eps
-    )
