@@ -154,6 +154,7 @@ class TorchModeRunner:
 
     Attributes:
         name: what reports call it.
+        model: the network.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class TorchModeRunner:
         self.mode = mode
         self.device = torch_device(device)
         self.dtype = DTYPES[precision]
-        self._model = model
+        self.model = model
         self._call: Any = None
         self._channels_last = mode in {"channels-last", "autocast"} or (
             mode == "compile" and self.device.type == "cuda"
@@ -181,7 +182,7 @@ class TorchModeRunner:
             MissingDependency: the GPU is out of memory.
         """
         with torch_failures("loading the network"):
-            model = self._model.to(self.device, self.dtype).eval()
+            model = self.model.to(self.device, self.dtype).eval()
         if self._channels_last:
             model = model.to(memory_format=torch.channels_last)
         self._call = model
