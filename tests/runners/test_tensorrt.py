@@ -85,7 +85,7 @@ def test_a_profile_is_chosen_by_its_optimum() -> None:
 
 @each("batch", [0, 9])
 def test_a_batch_outside_every_profile(batch: int) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(InputError) as caught:
         profile_for(PROFILES, batch)
     assert caught.value.message == (
         f"The engine does not serve a batch of {batch}; its profiles are 1:1:1, 2:4:8."

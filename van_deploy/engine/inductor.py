@@ -17,14 +17,15 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from van_deploy.bundle import Artefact, Bundle, Origin, writing
+from van_deploy.bundle import Artefact, Bundle, Origin
 from van_deploy.config import BatchRange, BuildSettings
-from van_deploy.engine.compatibility import Obstacle
+from van_deploy.engine.bundled import ENGINES, enter_files
+from van_deploy.engine.compatibility import Obstacle, refuse
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.sidecar import (
     PACKAGE_SCHEMA,
@@ -52,9 +53,11 @@ if TYPE_CHECKING:
 __all__ = [
     "INDUCTOR",
     "PRECISIONS",
+    "PackageDescription",
     "PackageRequest",
     "build_package",
     "cudnn_tf32",
+    "describe_package",
     "package_obstacles",
     "package_request",
     "quietly",
@@ -232,7 +235,23 @@ def build_package(
             "build_seconds": round(time.perf_counter() - start, 3),
         }
         sidecar = write_sidecar(file, validated(PackageSidecar, facts))
-        _enter(request.bundle, source, file, sidecar, ingredients)
+        inside = f"{ENGINES}/{file.name}"
+        artefact = Artefact(
+            name=name,
+            kind="package",
+            precision=sidecar.precision,
+            file=inside,
+            files={inside: ""},
+            made_from=Origin(name=SOURCE, sha256=source.sha256),
+            made_with=ingredients,
+            engine=EngineFacts(
+                backend=f"{INDUCTOR} {sidecar.torch}",
+                targets=sidecar.targets,
+                profiles=(sidecar.batch,),
+                parser_layers=0,
+            ),
+        )
+        enter_files(request.bundle, artefact, (file, sidecar_path(file)))
     return sidecar, False
 
 
@@ -283,6 +302,33 @@ def package_obstacles(sidecar: PackageSidecar, host: Host) -> tuple[Obstacle, ..
     return tuple(found)
 
 
+@dataclass(frozen=True)
+class PackageDescription:
+    """A package, without loading it.
+
+    Attributes:
+        file: the package.
+        sidecar: what was recorded when it was compiled.
+        obstacles: why it does not run here; empty if it does.
+        kind: says what this describes.
+    """
+
+    file: Path
+    sidecar: PackageSidecar
+    obstacles: tuple[Obstacle, ...]
+    kind: Literal["package"] = "package"
+
+
+def describe_package(path: Path) -> PackageDescription:
+    """Return what is known about the package at ``path``, its digest checked.
+
+    Raises:
+        InputError: package or sidecar is missing, damaged, edited or swapped.
+    """
+    sidecar = verified_package(path)
+    return PackageDescription(path, sidecar, package_obstacles(sidecar, host_here()))
+
+
 def require_package(package: Path, host: Host | None = None) -> PackageSidecar:
     """Return the sidecar of a package that may be loaded here.
 
@@ -291,14 +337,7 @@ def require_package(package: Path, host: Host | None = None) -> PackageSidecar:
         MissingDependency: PyTorch, GPU or processor are others than it was compiled for.
     """
     sidecar = verified_package(package)
-    found = package_obstacles(sidecar, host or host_here())
-    if found:
-        raise MissingDependency(
-            f"The package '{sidecar.name}' does not run here: "
-            + "; ".join(obstacle.problem for obstacle in found)
-            + ".",
-            "\n".join(dict.fromkeys(obstacle.remedy for obstacle in found)),
-        )
+    refuse(f"The package '{sidecar.name}'", package_obstacles(sidecar, host or host_here()))
     return sidecar
 
 
@@ -413,42 +452,3 @@ def quietly() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _enter(
-    path: Path,
-    source: Artefact,
-    file: Path,
-    sidecar: PackageSidecar,
-    ingredients: Mapping[str, Any],
-) -> None:
-    """Move a finished package and its sidecar into the bundle and its manifest."""
-    with writing(path) as draft:
-        now = draft.artefacts.get(SOURCE)
-        if now is None or now.sha256 != source.sha256:
-            raise BundleError(
-                f"'{SOURCE}' of '{path}' was replaced while '{sidecar.name}' was being compiled.",
-                "Nothing was written. Build again.",
-            )
-        files = {}
-        for each in (file, sidecar_path(file)):
-            relative = f"engines/{each.name}"
-            shutil.copyfile(each, draft.file(relative))
-            files[relative] = ""  # digested by the draft
-        draft.record(
-            Artefact(
-                name=sidecar.name,
-                kind="package",
-                precision=sidecar.precision,
-                file=f"engines/{file.name}",
-                files=files,
-                made_from=Origin(name=SOURCE, sha256=source.sha256),
-                made_with=dict(ingredients),
-                engine=EngineFacts(
-                    backend=f"{INDUCTOR} {sidecar.torch}",
-                    targets=sidecar.targets,
-                    profiles=(sidecar.batch,),
-                    parser_layers=0,
-                ),
-            )
-        )

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -329,15 +328,10 @@ class Network:
             return bool(options.get("tf32", True)) if isinstance(options, Mapping) else True
         return isinstance(self._opened, OnnxRuntimeRunner) and self._opened.tf32
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Release it."""
         if self._opened is not None:
-            self._opened.__exit__(kind, error, trace)
+            self._opened.__exit__(*_)
         self._opened = None
 
     def prepare(self, pixels: Pixels | Images) -> npt.NDArray[Any]:

@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -68,7 +67,7 @@ def profile_for(profiles: Sequence[BatchRange], batch: int) -> int:
     Of those that allow it, the one whose optimum is nearest.
 
     Raises:
-        UsageError: none allows it.
+        InputError: none allows it.
 
     >>> profile_for([BatchRange(1, 1, 1), BatchRange(1, 8, 32)], 6)
     1
@@ -76,7 +75,7 @@ def profile_for(profiles: Sequence[BatchRange], batch: int) -> int:
     fitting = [i for i, profile in enumerate(profiles) if profile.min <= batch <= profile.max]
     if not fitting:
         served = ", ".join(str(profile) for profile in profiles)
-        raise UsageError(
+        raise InputError(
             f"The engine does not serve a batch of {batch}; its profiles are {served}.",
             f"Send batches it serves, or rebuild it with --batch 1:{batch}:{batch}.",
         )
@@ -148,12 +147,7 @@ class TensorRtRunner:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Release everything, in the reverse order of its making."""
         loaded, self._loaded = self._loaded, None
         stack, self._stack = self._stack, contextlib.ExitStack()
@@ -165,8 +159,8 @@ class TensorRtRunner:
         """Return the logits ``(N, K)`` of ``images (N, C, S, S)``: the engine's first output.
 
         Raises:
-            InputError: the images have another shape or type than the engine's input.
-            UsageError: no profile allows this batch.
+            InputError: the images have another shape or type than the engine's input, or no
+                profile allows this batch.
         """
         return next(iter(self.run_all(images).values())).astype(np.float32)
 
@@ -174,8 +168,8 @@ class TensorRtRunner:
         """Return every output by name, in the engine's types; the arrays are the caller's.
 
         Raises:
-            InputError: the images have another shape or type than the engine's input.
-            UsageError: no profile allows this batch, or the runner is not open.
+            InputError: as :meth:`run`.
+            UsageError: the runner is not open.
         """
         return self._open().run(images)
 
@@ -183,8 +177,8 @@ class TensorRtRunner:
         """Return a batch that stays on the GPU; see :class:`~.base.ResidentRunner`.
 
         Raises:
-            InputError: the images have another shape or type than the engine's input.
-            UsageError: no profile allows this batch, or the runner is not open.
+            InputError: as :meth:`run`.
+            UsageError: the runner is not open.
             MissingDependency: the GPU is out of memory.
         """
         return self._open().batch(images)

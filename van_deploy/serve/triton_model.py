@@ -189,6 +189,11 @@ def _model(bundle: Bundle, source: str, names: Sequence[str], backend: str) -> T
     network, plans = Network(bundle, names[0]), dict[str, str]()
     files: dict[str, tuple[Path, str]] = {}
     sidecars: list[Sidecar] = []
+    if network.is_package:
+        raise InputError(
+            f"Triton does not load Inductor packages here, and '{names[0]}' is one.",
+            "Package an ONNX artefact or a plan, or serve this one with `van-deploy serve`.",
+        )
     for name in names:
         artefact, path = bundle.artefact(name), bundle.verified(name)
         if (artefact.kind == "engine") != network.is_engine:
