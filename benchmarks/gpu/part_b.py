@@ -76,11 +76,9 @@ def steps_of_b(context: Context) -> list[Step]:
         ort("fp32", "--tf32"),
         ort("int8"),
         step("gpu-tests", "tests", "The tests marked gpu.", limit=150),
-        shared["compile-fp16-quick-b0"],
         gates(TRAINED, "ort-cuda"),
-        shared["eager-b0"],
         *engines,
         step("bench", "bench", "van-deploy bench on the GPU.", limit=120),
-        shared["compile-fp16-b0"],
+        shared["eager-b0"],
         gates(SMALL, "ort-cpu"),
     ]
