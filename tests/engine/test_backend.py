@@ -24,7 +24,7 @@ from van_deploy.errors import MissingDependency, UsageError
 
 RECORDED = sorted((Path(__file__).parent / "bindings").glob("*.json"))
 PACKAGE = Path(backend_module.__file__).parents[1]
-USERS = (*sorted((PACKAGE / "engine").glob("*.py")), PACKAGE / "runners" / "tensorrt.py")
+USERS = (*sorted((PACKAGE / "engine").glob("*.py")), PACKAGE / "runners" / "plan.py")
 
 COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
     "": ("Builder", "DataType", "ILogger", "IProgressMonitor", "OnnxParser", "Runtime"),

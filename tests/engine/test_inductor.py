@@ -18,7 +18,7 @@ from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange
 from van_deploy.engine.host import Host
-from van_deploy.engine.inductor import package_obstacles, torch_version
+from van_deploy.engine.package import package_obstacles, torch_version
 from van_deploy.engine.sidecar import (
     PACKAGE_SCHEMA,
     PackageSidecar,

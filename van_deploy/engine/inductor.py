@@ -20,13 +20,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from van_deploy.bundle import Artefact, Bundle, Origin
 from van_deploy.config import BatchRange, BuildSettings
 from van_deploy.engine.bundled import ENGINES, enter_files
-from van_deploy.engine.compatibility import Obstacle, refuse
 from van_deploy.engine.host import Host, host_here
+from van_deploy.engine.package import torch_version
 from van_deploy.engine.sidecar import (
     PACKAGE_SCHEMA,
     PackageSidecar,
@@ -35,7 +35,7 @@ from van_deploy.engine.sidecar import (
     write_sidecar,
 )
 from van_deploy.environment.hardware import cpu
-from van_deploy.environment.packages import installed_distributions, pip_command
+from van_deploy.environment.packages import pip_command
 from van_deploy.errors import (
     BundleError,
     ConversionError,
@@ -53,17 +53,12 @@ if TYPE_CHECKING:
 __all__ = [
     "INDUCTOR",
     "PRECISIONS",
-    "PackageDescription",
     "PackageRequest",
     "build_package",
     "cudnn_tf32",
-    "describe_package",
-    "package_obstacles",
     "package_request",
     "quietly",
     "refuse_for_packages",
-    "require_package",
-    "torch_version",
 ]
 
 INDUCTOR = "inductor"
@@ -255,97 +250,6 @@ def build_package(
     return sidecar, False
 
 
-def package_obstacles(sidecar: PackageSidecar, host: Host) -> tuple[Obstacle, ...]:
-    """Return everything that keeps the package from running on ``host``; none is good."""
-    found = []
-    here = torch_version()
-    if here != sidecar.torch:
-        installed = f"installed is {here}" if here else "none is installed"
-        found.append(
-            Obstacle(
-                "version",
-                f"it was compiled with PyTorch {sidecar.torch}; {installed}",
-                f"Rebuild it here, or `{pip_command()} install torch=={sidecar.torch}`.",
-            )
-        )
-    served = ", ".join(sidecar.targets)
-    if sidecar.device == "cuda" and host.gpu is None:
-        found.append(
-            Obstacle(
-                "gpu",
-                f"it was compiled for {served}; this machine has no NVIDIA GPU that answers",
-                "Run it on a machine with that GPU, or build one for this processor with "
-                "--device cpu.",
-            )
-        )
-    elif sidecar.device == "cuda" and host.target not in (None, *sidecar.targets):
-        found.append(
-            Obstacle(
-                "gpu",
-                f"it was compiled for {served}; this machine has {host.target} ({host.gpu})",
-                "Rebuild it on this machine.",
-            )
-        )
-    elif sidecar.device == "cpu":
-        lacking = [f for f in sidecar.cpu_features if f not in cpu().features]
-        if platform.machine() not in sidecar.targets:
-            lacking = [served]
-        if lacking:
-            found.append(
-                Obstacle(
-                    "processor",
-                    f"it was compiled on {sidecar.built_on} and may use {', '.join(lacking)}, "
-                    f"which this processor ({cpu().name}) does not have",
-                    "Rebuild it on this machine.",
-                )
-            )
-    return tuple(found)
-
-
-@dataclass(frozen=True)
-class PackageDescription:
-    """A package, without loading it.
-
-    Attributes:
-        file: the package.
-        sidecar: what was recorded when it was compiled.
-        obstacles: why it does not run here; empty if it does.
-        kind: says what this describes.
-    """
-
-    file: Path
-    sidecar: PackageSidecar
-    obstacles: tuple[Obstacle, ...]
-    kind: Literal["package"] = "package"
-
-
-def describe_package(path: Path) -> PackageDescription:
-    """Return what is known about the package at ``path``, its digest checked.
-
-    Raises:
-        InputError: package or sidecar is missing, damaged, edited or swapped.
-    """
-    sidecar = verified_package(path)
-    return PackageDescription(path, sidecar, package_obstacles(sidecar, host_here()))
-
-
-def require_package(package: Path, host: Host | None = None) -> PackageSidecar:
-    """Return the sidecar of a package that may be loaded here.
-
-    Raises:
-        InputError: package or sidecar is missing, damaged, edited or swapped.
-        MissingDependency: PyTorch, GPU or processor are others than it was compiled for.
-    """
-    sidecar = verified_package(package)
-    refuse(f"The package '{sidecar.name}'", package_obstacles(sidecar, host or host_here()))
-    return sidecar
-
-
-def torch_version() -> str:
-    """Return PyTorch's version without its local part, or "" where it is not installed."""
-    return installed_distributions().get("torch", "").partition("+")[0]
-
-
 def _present(bundle: Bundle, name: str, key: str) -> PackageSidecar | None:
     artefact = bundle.artefacts.get(name)
     if artefact is None or artefact.key != key:
@@ -426,12 +330,17 @@ def cudnn_tf32(allowed: bool) -> Iterator[None]:
     """Let cuDNN's FP32 convolutions compute in TF32, or not, and put it back at the end."""
     import torch
 
+    def allow(value: bool) -> None:
+        with warnings.catch_warnings():  # PyTorch 2.9 names a newer setting
+            warnings.simplefilter("ignore")
+            torch.backends.cudnn.allow_tf32 = value
+
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
+    allow(allowed)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        allow(before)
 
 
 @contextlib.contextmanager

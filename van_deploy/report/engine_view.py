@@ -19,8 +19,8 @@ from van_deploy.report.tables import (
 
 if TYPE_CHECKING:
     from van_deploy.engine.fleet import Cell, Outcome
-    from van_deploy.engine.inductor import PackageDescription
     from van_deploy.engine.inspect import EngineDescription
+    from van_deploy.engine.package import PackageDescription
     from van_deploy.engine.sidecar import Sidecar
     from van_deploy.results import Tuned
 

@@ -12,8 +12,8 @@ from van_deploy.describe import (
     VariantDescription,
     WeightsDescription,
 )
-from van_deploy.engine.inductor import PackageDescription
 from van_deploy.engine.inspect import EngineDescription
+from van_deploy.engine.package import PackageDescription
 from van_deploy.graph.inspect import OnnxDescription
 from van_deploy.manifest import TensorFacts
 from van_deploy.report.bundle_view import (

@@ -16,7 +16,8 @@ import torch
 
 from van_deploy.config import BatchRange
 from van_deploy.engine.host import host_here
-from van_deploy.engine.inductor import cudnn_tf32, quietly, require_package
+from van_deploy.engine.inductor import cudnn_tf32, quietly
+from van_deploy.engine.package import require_package
 from van_deploy.errors import ConversionError, InputError, UsageError
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.runners.base import Images, Logits, gpu_index

@@ -35,7 +35,12 @@ DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "I
 
 LABELS_FILE = "labels.txt"
 LABELLED = ("logits", "probabilities")
-FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
+FILES = {
+    "onnxruntime": "model.onnx",
+    "tensorrt": "model.plan",
+    "python": "model.py",
+    "pytorch": "model.pt2",  # of the server here; Triton is not given one
+}
 THREADS_KEY = "intra_op_thread_count"  # the ONNX Runtime backend's; model.py reads the same
 
 
