@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
+from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.errors import GateFailed, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.embed import (
@@ -80,78 +80,66 @@ def embed_artefacts(
         UsageError: the embedding or an output is unknown, or there is nothing to embed.
         GateFailed: an embedded graph does not answer as its plain one; nothing was written.
     """
+    import onnx
+
     check_embedding(embedding, outputs)
     if embedding == "none" and tuple(outputs) == (OUTPUT_NAME,):
         raise UsageError(
             "There is nothing to embed: no preprocessing and only the logits.",
             "Give --embed-preprocess uint8, or more --outputs.",
         )
-    plain = [name for name, artefact in bundle.artefacts.items() if artefact.kind == "onnx"]
+    kind, task = "outputs" if embedding == "none" else embedding, task_of(bundle)
+    preprocessing, made = bundle.manifest.preprocessing, list[Embedded]()
+    how = {"embedding": embedding, "outputs": list(outputs), "code": code_digest("graph")}
+    how["preprocessing"] = asdict(preprocessing)
     with writing(bundle.path) as draft:
-        return [_embed(draft, bundle, n, embedding, outputs, pixels, batches) for n in plain]
-
-
-def _embed(
-    draft: Draft,
-    bundle: Bundle,
-    base: str,
-    embedding: str,
-    outputs: Sequence[str],
-    pixels: Pixels,
-    batches: Sequence[int],
-) -> Embedded:
-    import onnx
-
-    kind, source = "outputs" if embedding == "none" else embedding, bundle.artefact(base)
-    name, path, preprocessing = (
-        f"{base}-{kind}",
-        bundle.verified(base),
-        bundle.manifest.preprocessing,
-    )
-    made_with = {
-        "embedding": embedding,
-        "outputs": list(outputs),
-        "base": source.sha256,
-        "preprocessing": asdict(preprocessing),
-        "code": code_digest("graph"),
-    }
-    there = bundle.artefacts.get(name)
-    if there is not None and there.key == content_key(made_with):
-        bundle.verified(name)
-        return Embedded(name, base, reused=True, agreement=None)
-    task = task_of(bundle)
-    model = embed_preprocessing(onnx.load(path), preprocessing, embedding, outputs, task)
-    facts = graph_facts(model)
-    files = save_onnx(model, draft.file(f"{path.name.removesuffix('.onnx')}.{kind}.onnx"))
-    inputs = network_input(pixels, embedding, preprocessing)
-    rows = []
-    with OnnxRuntimeRunner(path) as plain, OnnxRuntimeRunner(draft.file(files[0])) as embedded:
-        for batch in batches:
-            logits = plain.run(normalised(pixels[:batch], preprocessing))
-            difference = _difference(logits, embedded.run_all(inputs[:batch]), task)
-            if not difference <= SAME_GRAPH:
-                raise GateFailed(
-                    f"At batch {batch} '{name}' differs from '{base}' by {difference:.1e} of the "
-                    f"largest value; {SAME_GRAPH:g} is allowed.",
-                    "Nothing was written. Please report it.",
+        for base, source in bundle.artefacts.items():
+            if source.kind != "onnx":
+                continue
+            name, path = f"{base}-{kind}", bundle.verified(base)
+            made_with, there = {**how, "base": source.sha256}, bundle.artefacts.get(name)
+            if there is not None and there.key == content_key(made_with):
+                bundle.verified(name)
+                made.append(Embedded(name, base, reused=True, agreement=None))
+                continue
+            model = embed_preprocessing(onnx.load(path), preprocessing, embedding, outputs, task)
+            facts = graph_facts(model)
+            files = save_onnx(model, draft.file(f"{path.stem}.{kind}.onnx"))
+            given = network_input(pixels, embedding, preprocessing)
+            with OnnxRuntimeRunner(path) as plain, OnnxRuntimeRunner(draft.file(files[0])) as new:
+                rows = []
+                for batch in batches:
+                    logits = plain.run(normalised(pixels[:batch], preprocessing))
+                    difference = _difference(logits, new.run_all(given[:batch]), task)
+                    rows.append({"batch": batch, "difference": difference})
+            _require_the_same(name, base, rows)
+            report = {"base": base, "runner": "ort-cpu", "limit": SAME_GRAPH, "batches": rows}
+            draft.checks[f"embedded {name}"] = report
+            draft.record(
+                Artefact(
+                    name=name,
+                    kind="serving",
+                    precision=source.precision,
+                    file=files[0],
+                    files=dict.fromkeys(files, ""),
+                    made_from=Origin(name=base, sha256=source.sha256),
+                    made_with=made_with,
+                    graph=facts,
+                    embedded=cast("Embedding", embedding),
                 )
-            rows.append({"batch": batch, "difference": difference})
-    report = {"base": base, "runner": "ort-cpu", "limit": SAME_GRAPH, "batches": rows}
-    draft.checks[f"embedded {name}"] = report
-    draft.record(
-        Artefact(
-            name=name,
-            kind="serving",
-            precision=source.precision,
-            file=files[0],
-            files=dict.fromkeys(files, ""),
-            made_from=Origin(name=base, sha256=source.sha256),
-            made_with=made_with,
-            graph=facts,
-            embedded=cast("Embedding", embedding),
-        )
-    )
-    return Embedded(name, base, reused=False, agreement=report)
+            )
+            made.append(Embedded(name, base, reused=False, agreement=report))
+    return made
+
+
+def _require_the_same(name: str, base: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        if not row["difference"] <= SAME_GRAPH:
+            raise GateFailed(
+                f"At batch {row['batch']} '{name}' differs from '{base}' by "
+                f"{row['difference']:.1e} of the largest value; {SAME_GRAPH:g} is allowed.",
+                "Nothing was written. Please report it.",
+            )
 
 
 def _difference(logits: Logits, found: Outputs, task: Task) -> float:

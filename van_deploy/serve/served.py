@@ -9,26 +9,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from van_deploy.config import ServiceSettings, TritonSettings
 from van_deploy.errors import UsageError
 from van_deploy.runners.network import ORT_CPU, Network, Outputs
 from van_deploy.serve.intake import Allowance
 from van_deploy.serve.metrics import ServerMetrics
+from van_deploy.serve.protocol import Values
 from van_deploy.serve.triton_model import TritonModel, model_config, served_name
 
 __all__ = ["Answer", "ServedModel"]
 
 QUEUE_IMAGES = 256
 QUEUE_FULL = "The queue is full: the server has more images than it can answer."
-Values = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class ServedModel:
     def __init__(self, network: Network, settings: ServiceSettings, metrics: ServerMetrics) -> None:
         self.network, self._metrics = network, metrics
         self.name = served_name(network.bundle, network.name)
-        self.labels: Sequence[str] | None = network.bundle.manifest.class_names
+        self.labels = network.bundle.manifest.class_names
         self.counts: dict[str, int] = defaultdict(int)
         self._instances, self._delay_s = settings.instances, settings.max_delay_ms / 1e3
         least = network.max_batch * settings.instances
@@ -89,7 +86,6 @@ class ServedModel:
             )
         self.queue = Allowance(limit, QUEUE_FULL, 429)
         metrics.of("queued_images", self.name).set_function(lambda: self.queue.used)
-        backend = "tensorrt" if network.is_engine else "onnxruntime"
         how = TritonSettings(
             queue_delay_us=round(1e3 * settings.max_delay_ms),
             queue_limit=limit,
@@ -97,6 +93,7 @@ class ServedModel:
             threads=settings.threads or 0,
             gpu=network.runner != ORT_CPU,
         )
+        backend = "tensorrt" if network.is_engine else "onnxruntime"
         self.config = model_config(TritonModel(self.name, backend, network), how)
         self._waiting: deque[tuple[Values, asyncio.Future[Answer], float]] = deque()
         self._threads = ThreadPoolExecutor(self._instances, "van-deploy-batch")
@@ -127,51 +124,44 @@ class ServedModel:
                 self._changed.clear()
                 await self._changed.wait()
                 await asyncio.sleep(0 if self._closing else self._delay_s)
-                continue
             taken, room = [], self.network.max_batch
             while self._waiting and len(self._waiting[0][0]) <= room:
                 room -= len(self._waiting[0][0])
                 taken.append(self._waiting.popleft())
-            present = [item for item in taken if not item[1].cancelled()]
-            if present:
-                await self._answer(*zip(*present, strict=True))
+            if present := [item for item in taken if not item[1].cancelled()]:
+                await self._answer(present)
         self._changed.set()  # for the other instances
 
-    async def _answer(
-        self,
-        rows: tuple[Values, ...],
-        futures: tuple[asyncio.Future[Answer], ...],
-        since: tuple[float, ...],
-    ) -> None:
-        start, first, counts = time.perf_counter(), 0, self.counts
+    async def _answer(self, batch: list[tuple[Values, asyncio.Future[Answer], float]]) -> None:
+        start, first, counts, name = time.perf_counter(), 0, self.counts, self.name
+        run, rows = asyncio.get_running_loop().run_in_executor, [own for own, _, _ in batch]
         try:
-            loop = asyncio.get_running_loop()
-            outputs, cpu_s = await loop.run_in_executor(self._threads, self._run, rows)
+            outputs, cpu_s = await run(self._threads, self._run, rows)
         except Exception as error:  # the model's own failure is each request's answer
-            counts["failures"] += len(futures)
-            for future in futures:
+            counts["failures"] += len(batch)
+            for _, future, _ in batch:
                 if not future.done():
                     future.set_exception(error)
             return
         seconds, total = time.perf_counter() - start, sum(map(len, rows))
-        self._metrics.of("batch_rows", self.name).observe(total)
-        self._metrics.of("infer_seconds", self.name).observe(seconds)
-        self._metrics.of("infer_cpu_seconds", self.name).inc(cpu_s)
+        self._metrics.of("batch_rows", name).observe(total)
+        self._metrics.of("infer_seconds", name).observe(seconds)
+        self._metrics.of("infer_cpu_seconds", name).inc(cpu_s)
         counts["batches"] += 1
         counts["last_ms"] = round(1e3 * time.time())
-        for own, future, began in zip(rows, futures, since, strict=True):
+        for own, future, began in batch:
             last, waited = first + len(own), start - began
             counts["requests"] += 1
             counts["rows"] += len(own)
             counts["queue_ns"] += round(1e9 * waited)
             counts["infer_ns"] += round(1e9 * seconds)
-            self._metrics.of("queue_seconds", self.name).observe(waited)
+            self._metrics.of("queue_seconds", name).observe(waited)
             if not future.done():
-                found = {name: values[first:last] for name, values in outputs.items()}
+                found = {key: values[first:last] for key, values in outputs.items()}
                 future.set_result(Answer(found, waited, seconds, total))
             first = last
 
-    def _run(self, rows: tuple[Values, ...]) -> tuple[Outputs, float]:
+    def _run(self, rows: list[Values]) -> tuple[Outputs, float]:
         """Return the outputs, and the processor time of this thread (all, with one thread)."""
         start = time.thread_time()
         outputs = self.network.run(rows[0] if len(rows) == 1 else np.concatenate(rows))

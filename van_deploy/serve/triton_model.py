@@ -16,7 +16,7 @@ from typing import Any
 from van_deploy.bundle import Bundle
 from van_deploy.config import TritonSettings
 from van_deploy.engine.sidecar import Sidecar, verified_sidecar
-from van_deploy.errors import InputError, MissingDependency, UsageError
+from van_deploy.errors import InputError, UsageError, needs_extra
 from van_deploy.runners.network import Network, TensorSpec, runnable_artefacts
 
 __all__ = [
@@ -161,13 +161,8 @@ def config_text(config: dict[str, Any]) -> str:
     Raises:
         MissingDependency: tritonclient, which holds Triton's schema, is not installed.
     """
-    try:
+    with needs_extra("Triton's schema of config.pbtxt", "triton"):
         from tritonclient.grpc import model_config_pb2
-    except (ImportError, RuntimeError) as error:  # tritonclient raises RuntimeError without gRPC
-        raise MissingDependency(
-            f"Triton's schema is in tritonclient, which is not installed: {error}.",
-            "Install it with `pip install 'van-deploy[triton]'`.",
-        ) from error
     from google.protobuf import json_format, text_format
 
     message = json_format.ParseDict(config, model_config_pb2.ModelConfig())
