@@ -36,6 +36,7 @@ MIB = 2**20
 DEFLATE_RATIO = 1032  # the most that a byte of deflate stands for (zlib's technical details)
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 MAX_PARTS = 16  # of a form
+WINDOW = 2**18  # bytes searched or copied at once: a millisecond or two with Python's lock
 HELD_FULL = "The requests that are being received hold all the memory they may."
 SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib."
 SEND_BYTES = (
@@ -213,17 +214,17 @@ def file_of_form(body: bytes, content_type: str) -> bytes:
         end = _found(b"\r\n--" + boundary, body, max(start, 0))
         if min(start, end) < 0:
             break
-        if b"filename" in body[place : min(start, place + MIB)].lower():
+        if b"filename" in body[place : min(start, place + WINDOW)].lower():
             start += 4
-            return b"".join([body[i : min(i + MIB, end)] for i in range(start, end, MIB)])
+            return b"".join([body[i : min(i + WINDOW, end)] for i in range(start, end, WINDOW)])
         place = end
     raise RequestError("The form has no file, or no boundary in its Content-Type.")
 
 
 def _found(wanted: bytes, body: bytes, start: int) -> int:
-    """Return ``body.find(wanted, start)``, letting other threads run after each MiB."""
-    for first in range(start, len(body), MIB):
-        if (place := body.find(wanted, first, first + MIB + len(wanted))) >= 0:
+    """Return ``body.find(wanted, start)``, letting other threads run in between."""
+    for first in range(start, len(body), WINDOW):
+        if (place := body.find(wanted, first, first + WINDOW + len(wanted))) >= 0:
             return place
     return -1
 
@@ -247,7 +248,8 @@ def _new_pool() -> ProcessPoolExecutor:
 
 
 def _follow_the_server() -> None:
-    """Leave signals to the server, and end when it does, however it does."""
+    """Give way to the server, leave signals to it, and end when it does, however it does."""
+    os.nice(5)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
