@@ -259,7 +259,8 @@ def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             dict(zip(keys, (name, kind, [-1, *dims]), strict=True)) for name, kind, dims in rows
         ]
 
-    what = {"name": config["name"], "versions": ["1"], "platform": PLATFORMS[config["backend"]]}
+    platform = PLATFORMS.get(config["backend"], config["backend"])
+    what = {"name": config["name"], "versions": ["1"], "platform": platform}
     return {**what, "inputs": tensors("input"), "outputs": tensors("output")}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from van_deploy.config import ServiceSettings, TritonSettings
 from van_deploy.errors import UsageError
-from van_deploy.runners.network import ORT_CPU, Network, Outputs
+from van_deploy.runners.network import ORT_CPU, Network, Outputs, runnable_artefacts
 from van_deploy.serve.intake import Allowance
 from van_deploy.serve.metrics import ServerMetrics
 from van_deploy.serve.protocol import Values
@@ -79,9 +79,10 @@ class ServedModel:
                 f"{network.max_batch} images.",
                 f"Give --queue-limit {least} or more.",
             )
-        if network.is_engine and settings.instances > 1:
+        graph = network.name in runnable_artefacts(network.bundle)
+        if settings.instances > 1 and not graph:
             raise UsageError(
-                f"The engine '{network.name}' answers one batch at a time.",
+                f"'{network.name}' is compiled, and answers one batch at a time.",
                 "Leave out --instances, or let Triton serve it (`van-deploy package triton`).",
             )
         self.queue = Allowance(limit, QUEUE_FULL, 429)
@@ -93,7 +94,7 @@ class ServedModel:
             threads=settings.threads or 0,
             gpu=network.runner != ORT_CPU,
         )
-        backend = "tensorrt" if network.is_engine else "onnxruntime"
+        backend = "onnxruntime" if graph else network.runner.split("-")[0]
         self.config = model_config(TritonModel(self.name, backend, network), how)
         self._waiting: deque[tuple[Values, asyncio.Future[Answer], float]] = deque()
         self._threads = ThreadPoolExecutor(self._instances, "van-deploy-batch")

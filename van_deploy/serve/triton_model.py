@@ -138,7 +138,7 @@ def model_config(
         ],
         "version_policy": {"specific": {"versions": [how.model_version]}},
         "instance_group": [{**group, "profile": [str(i) for i in range(len(profiles))]}],
-        "default_model_filename": FILES[model.backend],
+        "default_model_filename": FILES.get(model.backend, ""),
         "cc_model_filenames": dict(model.plans),
         "dynamic_batching": {
             "preferred_batch_size": list(preferred),
@@ -186,6 +186,11 @@ def _model(bundle: Bundle, source: str, names: Sequence[str], backend: str) -> T
     sidecars: list[Sidecar] = []
     for name in names:
         artefact, path = bundle.artefact(name), bundle.verified(name)
+        if artefact.kind not in {"onnx", "serving", "engine"}:
+            raise InputError(
+                f"Triton's backends run graphs and plans, and '{name}' is a {artefact.kind}.",
+                "Package the ONNX artefact, or a plan built by `tensorrt`.",
+            )
         if (artefact.kind == "engine") != network.is_engine:
             raise UsageError(
                 f"'{names[0]}' and '{name}' are one network and would be models of one name.",
