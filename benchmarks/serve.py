@@ -15,7 +15,8 @@ time is its own.
 backend (:mod:`reliability.tritonserver`), with equal threads, instances and batching.
 
 ``worst`` lets 16 clients in a process of their own send the worst bodies known, again and again,
-and asks ``/v2/health/live`` meanwhile; the memory is that of the server and its processes.
+and asks ``/v2/health/live`` meanwhile; the memory is that of the server and its processes, above
+what they have after full batches of sound requests.
 
 ``top1`` compares the whole way from each file: timm's transform and the plain graph against
 bytes and the graph with preprocessing inside.
@@ -201,7 +202,9 @@ def triton(arguments: argparse.Namespace) -> dict[str, Any]:
 def worst(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return how long ``/v2/health/live`` took, and the memory, while the worst bodies came."""
     bodies, latencies, peak = worst_requests(arguments.bundle, arguments.artefact), [], 0.0
+    usual = infer_requests(arguments.bundle, arguments.artefact, DISTINCT)
     with ours(arguments) as (url, pid):
+        drive(url, usual, Load(), 2 * DISTINCT, DISTINCT)  # full batches in every instance
         idle = memory_mib(pid)
         attacking = multiprocessing.get_context("spawn").Process(
             target=attack, args=(url, bodies, arguments.clients), daemon=True

@@ -61,7 +61,7 @@ def evaluate_and_quantize(folder: Path, bundle: Path, count: int) -> list[list[s
         images = _generated(folder / str(number), number)
         manifest = folder / f"{number}.toml"
         manifest.write_text(f"[images]\ncount = {number}\n", encoding="utf-8")
-        plainest = ("--method", "minmax", "--no-refine", "--no-equalize", "--force")
+        plainest = ("--method", "minmax", "--no-equalize", "--no-bias-correction", "--force")
         words = {
             "evaluate": ("--artefact", "fp32"),
             "quantize": ("--precision", "int8", "--calibration", str(manifest), *plainest),
