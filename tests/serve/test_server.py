@@ -354,7 +354,7 @@ class TestJson:
                     await asyncio.to_thread(gate.wait, 30)
                 return await run(where, *call)
 
-            server.service.intake.run = held  # type: ignore[method-assign]
+            server.service.intake.run = held  # type: ignore
             waiting = pool.submit(infer_json, server, document)
             assert asked.wait(30)
             assert get(f"{server.url}/v2/health/live")[0] == 200

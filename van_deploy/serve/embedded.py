@@ -90,8 +90,12 @@ def embed_artefacts(
         )
     kind, task = "outputs" if embedding == "none" else embedding, task_of(bundle)
     preprocessing, made = bundle.manifest.preprocessing, list[Embedded]()
-    how = {"embedding": embedding, "outputs": list(outputs), "code": code_digest("graph")}
-    how["preprocessing"] = asdict(preprocessing)
+    how: dict[str, Any] = {
+        "embedding": embedding,
+        "outputs": list(outputs),
+        "code": code_digest("graph"),
+    }
+    how |= {"preprocessing": asdict(preprocessing)}
     with writing(bundle.path) as draft:
         for base, source in bundle.artefacts.items():
             if source.kind != "onnx":

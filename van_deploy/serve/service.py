@@ -63,10 +63,13 @@ class Service:
             VanDeployError: an artefact is missing, was changed or does not run here.
         """
         settings = self.settings
-        options = {"runner": settings.runner, "trust_engine": settings.trust_engine}
         for artefact in settings.artefacts or usual_artefacts(self.bundle):
             network = Network(
-                self.bundle, artefact, threads=settings.threads, spin=False, **options
+                *(self.bundle, artefact),
+                runner=settings.runner,
+                threads=settings.threads,
+                spin=False,
+                trust_engine=settings.trust_engine,
             )
             served = ServedModel(network, settings, self.metrics)
             self._stack.enter_context(network)
