@@ -146,7 +146,7 @@ def _answers(
         name,
         artefact.precision,
         numeric,
-        opened.runner,
+        opened.described,
         (*judged.findings, *(said or [Finding("contract", Outcome.PASS)])),
         judged.comparison,
         judged.flips,

@@ -33,7 +33,7 @@ def quantized_view(result: QuantizeResult) -> RenderableType:
 
 
 def precision_view(facts: Mapping[str, Any]) -> RenderableType:
-    """Return everything worth reading about one FP16 or INT8 artefact."""
+    """Return everything worth reading about one FP16, BF16 or INT8 artefact."""
     return stack(
         _techniques_table(facts.get("techniques")),
         _search_table(facts.get("search")),
@@ -44,7 +44,7 @@ def precision_view(facts: Mapping[str, Any]) -> RenderableType:
 
 
 def precision_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Return FP32, FP16 and INT8 side by side: one line each, in 100 columns."""
+    """Return the precisions side by side: one line each, in 100 columns."""
     labelled = any(row["correct"] is not None for row in rows)
     timed = any(row["ms_per_image"] is not None for row in rows)
     columns: list[Column | str] = [
@@ -122,6 +122,7 @@ def precision_notes(facts: Mapping[str, Any]) -> RenderableType | None:
         ]
     audit = facts.get("audit", {})
     lines += [f"kept {node} in FP32: {why}" for node, why in audit.get("kept", {}).items()]
+    lines += [audit["advice"]] if audit.get("advice") else []
     return notes(lines) if lines else None
 
 
