@@ -1,7 +1,8 @@
 """One model behind its queue: requests that arrive together run together.
 
-While a batch runs, requests collect; the next batch takes as many as fit. Under load nothing
-waits: only an idle instance gives the first request a moment for company.
+While a batch runs, requests collect; the next batch takes as many as fit, or an equal share where
+several instances are idle. Under load nothing waits: only an idle instance gives the first request
+a moment for company.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from van_deploy.config import ServiceSettings, TritonSettings
 from van_deploy.errors import UsageError
-from van_deploy.runners.network import ORT_CPU, Network, Outputs, runnable_artefacts
+from van_deploy.runners.network import Network, Outputs, runnable_artefacts
 from van_deploy.serve.intake import Allowance
 from van_deploy.serve.metrics import ServerMetrics
 from van_deploy.serve.protocol import Values
@@ -70,7 +71,8 @@ class ServedModel:
         self.name = served_name(network.bundle, network.name)
         self.labels = network.bundle.manifest.class_names
         self.counts: dict[str, int] = defaultdict(int)
-        self._instances, self._delay_s = settings.instances, settings.max_delay_ms / 1e3
+        self._idle = self._instances = settings.instances
+        self._delay_s = settings.max_delay_ms / 1e3
         least = network.max_batch * settings.instances
         limit = settings.queue_limit or max(QUEUE_IMAGES, 2 * least)
         if limit < least:
@@ -79,8 +81,7 @@ class ServedModel:
                 f"{network.max_batch} images.",
                 f"Give --queue-limit {least} or more.",
             )
-        graph = network.name in runnable_artefacts(network.bundle)
-        if settings.instances > 1 and not graph:
+        if settings.instances > 1 and (network.is_engine or network.is_package):
             raise UsageError(
                 f"'{network.name}' is compiled, and answers one batch at a time.",
                 "Leave out --instances, or let Triton serve it (`van-deploy package triton`).",
@@ -92,8 +93,9 @@ class ServedModel:
             queue_limit=limit,
             instances=settings.instances,
             threads=settings.threads or 0,
-            gpu=network.runner != ORT_CPU,
+            gpu=network.on_gpu,
         )
+        graph = network.name in runnable_artefacts(network.bundle)
         backend = "onnxruntime" if graph else network.runner.split("-")[0]
         self.config = model_config(TritonModel(self.name, backend, network), how)
         self._waiting: deque[tuple[Values, asyncio.Future[Answer], float]] = deque()
@@ -125,12 +127,15 @@ class ServedModel:
                 self._changed.clear()
                 await self._changed.wait()
                 await asyncio.sleep(0 if self._closing else self._delay_s)
-            taken, room = [], self.network.max_batch
-            while self._waiting and len(self._waiting[0][0]) <= room:
-                room -= len(self._waiting[0][0])
+            rows = sum(len(item[0]) for item in self._waiting)
+            room, taken = min(self.network.max_batch, -(-rows // self._idle)), []
+            while self._waiting and (not taken or len(self._waiting[0][0]) <= room):
                 taken.append(self._waiting.popleft())
+                room -= len(taken[-1][0])
             if present := [item for item in taken if not item[1].cancelled()]:
+                self._idle -= 1
                 await self._answer(present)
+                self._idle += 1
         self._changed.set()  # for the other instances
 
     async def _answer(self, batch: list[tuple[Values, asyncio.Future[Answer], float]]) -> None:
