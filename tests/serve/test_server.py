@@ -686,11 +686,10 @@ class TestLimits:
         with pytest.raises(UsageError, match="A queue of 15 images cannot fill 2 x 8 images"):
             service.load()
 
-    def test_two_instances_run_two_batches_at_the_same_time(
-        self, digits: Bundle, pixels: Any
-    ) -> None:
+    def test_two_idle_instances_share_what_waits(self, digits: Bundle, pixels: Any) -> None:
         both = threading.Barrier(2, timeout=30)
-        with serving(digits, instances=2, artefacts=("fp32-uint8",)) as server:
+        settings: dict[str, Any] = {"instances": 2, "max_delay_ms": 500}
+        with serving(digits, artefacts=("fp32-uint8",), **settings) as server:
             network = server.service.models[BYTES].network
             run = network.run
 
@@ -699,10 +698,12 @@ class TestLimits:
                 return run(rows)
 
             network.run = together  # type: ignore
-            with triton.InferenceServerClient(server.address, concurrency=2) as client:
-                asked = [client.async_infer(BYTES, [an_input(pixels)]) for _ in range(2)]
+            with triton.InferenceServerClient(server.address, concurrency=4) as client:
+                given = an_input(pixels[:2])
+                asked = [client.async_infer(BYTES, [given]) for _ in range(4)]
                 found = [request.get_result().as_numpy("logits") for request in asked]
-        assert [f.shape for f in found] == [(8, 10)] * 2
+            assert server.service.models[BYTES].counts["batches"] == 2
+        assert [f.shape for f in found] == [(2, 10)] * 4
 
     def test_stopping_answers_what_was_begun(self, digits: Bundle) -> None:
         gate, body = threading.Event(), pictures(digits, 2)
@@ -717,7 +718,7 @@ class TestLimits:
             thread.start()
             until(lambda: server.service.models[BYTES].queue.used == 2)
             server.stop()
-            until(lambda: server.service.draining)
+            until(lambda: server.service.intake.draining)
             gate.set()
         thread.join(30)
         assert [a.shape for a in answers] == [(2, 10)]
@@ -729,13 +730,13 @@ class TestLimits:
             client.sendall(head.encode() + image[:10])
             until(lambda: server.service.intake.held.used == 10)
             server.stop()
-            until(lambda: server.service.draining)
+            until(lambda: server.service.intake.draining)
             client.sendall(image[10:])
             assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
     def test_a_draining_server_says_503(self, digits: Bundle, original: Path) -> None:
         with serving(digits) as server:
-            server.service.draining = True
+            server.service.intake.draining = True
             assert get(f"{server.url}/v2/health/ready")[0] == 503
             status, answer, headers = post(f"{server.url}/predict", original.read_bytes())
             assert (status, answer["error"]) == (503, "The server is shutting down.")

@@ -17,12 +17,19 @@ from typing import Any
 
 from van_deploy import __version__
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.serve.intake import MIB, ClientGoneError, Receive, RequestError, file_of_form
+from van_deploy.serve.intake import (
+    MIB,
+    ClientGoneError,
+    Receive,
+    Request,
+    RequestError,
+    file_of_form,
+)
 from van_deploy.serve.protocol import encode_response, parse_request
 from van_deploy.serve.served import ServedModel
 from van_deploy.serve.service import Service
 
-__all__ = ["App", "Request", "Response"]
+__all__ = ["App", "Response"]
 
 MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config|/stats)?")
 MODEL = "/v2/models/MODEL"
@@ -50,31 +57,6 @@ REFUSED_HEADERS = {
 }
 
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
-
-
-@dataclass
-class Request:
-    """One request, as far as its head says.
-
-    Attributes:
-        method: HEAD counts as GET; its answer's body is not sent.
-        path: decoded.
-        query: last value of each parameter.
-        headers: by their names in lower case.
-        receive: ASGI's, for the body.
-        route: of the path, for the metrics; "" until one is found.
-        model: in the path or the query; likewise.
-        version: of the model, in the path.
-    """
-
-    method: str
-    path: str
-    query: dict[str, str]
-    headers: dict[str, str]
-    receive: Receive
-    route: str = ""
-    model: str = ""
-    version: str = "1"
 
 
 @dataclass
@@ -108,7 +90,7 @@ class App:
             "/v2/health/live": ("GET", lambda _: Response()),
             "/v2/health/ready": (
                 "GET",
-                lambda _: Response(status=503 if service.draining else 200),
+                lambda _: Response(status=503 if service.intake.draining else 200),
             ),
             "/": ("GET", _page("page.html", "text/html; charset=utf-8")),
             "/page.css": ("GET", _page("page.css", "text/css")),
@@ -185,7 +167,7 @@ class App:
             told = f"has {int(text):,} bytes; {SMALL_JSON:,} are taken."
             raise RequestError(f"The JSON before binary tensors {told}", status=413)
         with intake.held.hold() as take_bytes, served.queue.hold() as take_images:
-            body = await self._body(request, take_bytes, json=text is None)
+            body = await intake.body(request, take_bytes, json=text is None)
             take_images(1)
             network, size = served.network, len(body) if text is None else int(text)
             rows, parsed = await intake.run(
@@ -206,28 +188,21 @@ class App:
         return Response(content, {**kind, "inference-header-content-length": str(json_size)})
 
     async def _predict(self, request: Request) -> dict[str, Any]:
-        query, service = request.query, self.service
-        request.model = query.get("model", next(iter(service.models)))
+        query, intake = request.query, self.service.intake
+        request.model = query.get("model", next(iter(self.service.models)))
         served, top = self._served(request), query.get("top", "5")
         if not re.fullmatch("[0-9]{1,4}", top) or not 1 <= int(top) <= MAX_TOP:
             raise RequestError(f"'top' is {top[:20]!r}; it must be a number from 1 to {MAX_TOP}.")
         compare = query.get("compare", "0") not in {"0", "false", ""}
-        with service.intake.held.hold() as take_bytes, served.queue.hold() as take_images:
-            image = await self._body(request, take_bytes)
+        with intake.held.hold() as take_bytes, served.queue.hold() as take_images:
+            image = await intake.body(request, take_bytes)
             take_images(1)
             kind = request.headers.get("content-type", "")
             if kind.lower().startswith("multipart/form-data"):
-                image = await service.intake.run("thread", file_of_form, image, kind)
+                image = await intake.run("thread", file_of_form, image, kind)
             if not image:
                 raise RequestError("The request has no image: send an image file as its body.")
-            return await service.look(served, image, int(top), compare=compare)
-
-    async def _body(
-        self, request: Request, take: Callable[[int], None], *, json: bool = False
-    ) -> bytes:
-        if self.service.draining:
-            raise RequestError("The server is shutting down.", status=503)
-        return await self.service.intake.body(request.receive, request.headers, take, json=json)
+            return await self.service.look(served, image, int(top), compare=compare)
 
     def _served(self, request: Request) -> ServedModel:
         served = self.service.models.get(request.model)

@@ -16,21 +16,14 @@ import threading
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from dataclasses import dataclass
 from email.message import Message
 from typing import Any, Literal, TypeVar
 
 from van_deploy.config import ServiceSettings
 from van_deploy.errors import InputError
 
-__all__ = [
-    "MIB",
-    "Allowance",
-    "ClientGoneError",
-    "Intake",
-    "Receive",
-    "RequestError",
-    "file_of_form",
-]
+__all__ = ["Allowance", "ClientGoneError", "Intake", "Request", "RequestError", "file_of_form"]
 
 MIB = 2**20
 DEFLATE_RATIO = 1032  # the most that a byte of deflate stands for (zlib's technical details)
@@ -46,6 +39,31 @@ SEND_BYTES = (
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 T = TypeVar("T")
+
+
+@dataclass
+class Request:
+    """One request, as far as its head says.
+
+    Attributes:
+        method: HEAD counts as GET; its answer's body is not sent.
+        path: decoded.
+        query: last value of each parameter.
+        headers: by their names in lower case.
+        receive: ASGI's, for the body.
+        route: of the path, for the metrics; "" until one is found.
+        model: in the path or the query; likewise.
+        version: of the model, in the path.
+    """
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    receive: Receive
+    route: str = ""
+    model: str = ""
+    version: str = "1"
 
 
 class RequestError(InputError):
@@ -105,45 +123,42 @@ class Intake:
 
     Attributes:
         held: bytes of bodies.
+        draining: whether the server is being stopped; no body is taken any more.
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
-        self._settings, self._pool = settings, _new_pool()
+        self._settings, self._pool, self.draining = settings, _new_pool(), False
         self.held = Allowance(round(MIB * settings.max_held_mib), HELD_FULL, 503)
 
     async def body(
-        self,
-        receive: Receive,
-        headers: Mapping[str, str],
-        take: Callable[[int], None],
-        *,
-        json: bool = False,
+        self, request: Request, take: Callable[[int], None], *, json: bool = False
     ) -> bytes:
         """Return a request's body, decompressed.
 
         Args:
-            receive: ASGI's.
-            headers: by their names in lower case.
+            request: whose head has come.
             take: of :attr:`held`; called with the bytes that are held from then on.
             json: whether all of it is JSON, which has a limit of its own.
 
         Raises:
             ClientGoneError: it will never be complete.
-            RequestError: too large, too slow, too much for all together, or badly encoded.
+            RequestError: too large, too slow, too late, too much for all, or badly encoded.
         """
+        if self.draining:
+            raise RequestError("The server is shutting down.", status=503)
         settings, pieces = self._settings, list[bytes]()
         limit = round(MIB * (settings.max_json_mib if json else settings.max_body_mib))
         too_large = RequestError(
             f"The request is larger than {limit:,} bytes.", SEND_BYTES if json else SEND_LESS, 413
         )
-        size = int(headers.get("content-length", "0"))
+        size = int(request.headers.get("content-length", "0"))
 
         async def collect() -> None:
             """Read even what is too large to its end, so that the client reads the answer."""
             nonlocal size
             received, more = 0, True
             while more:
-                message = await receive()
+                message = await request.receive()
                 if message["type"] != "http.request":
                     raise ClientGoneError
                 piece, more = message["body"], message["more_body"]
@@ -161,7 +176,7 @@ class Intake:
                 raise (too_large if size > limit else RequestError(text, status=408)) from None
             if size > limit:
                 raise too_large
-            encoding = headers.get("content-encoding", "identity").lower()
+            encoding = request.headers.get("content-encoding", "identity").lower()
             if encoding not in {"identity", "gzip", "deflate"}:
                 text = f"The Content-Encoding {encoding[:20]!r} is unknown: gzip or deflate."
                 raise RequestError(text)

@@ -26,6 +26,7 @@ from van_deploy.serve.triton_model import TritonModel, model_config, served_name
 __all__ = ["Answer", "ServedModel"]
 
 QUEUE_IMAGES = 256
+Waiting = tuple[Values, "asyncio.Future[Answer]", float]  # rows, their answer, and since when
 QUEUE_FULL = "The queue is full: the server has more images than it can answer."
 
 
@@ -98,7 +99,7 @@ class ServedModel:
         graph = network.name in runnable_artefacts(network.bundle)
         backend = "onnxruntime" if graph else network.runner.split("-")[0]
         self.config = model_config(TritonModel(self.name, backend, network), how)
-        self._waiting: deque[tuple[Values, asyncio.Future[Answer], float]] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._threads = ThreadPoolExecutor(self._instances, "van-deploy-batch")
         self._changed, self._closing = asyncio.Event(), False
         self._tasks: list[asyncio.Task[None]] = []
@@ -128,7 +129,7 @@ class ServedModel:
                 await self._changed.wait()
                 await asyncio.sleep(0 if self._closing else self._delay_s)
             rows = sum(len(item[0]) for item in self._waiting)
-            room, taken = min(self.network.max_batch, -(-rows // self._idle)), []
+            room, taken = min(self.network.max_batch, -(-rows // self._idle)), list[Waiting]()
             while self._waiting and (not taken or len(self._waiting[0][0]) <= room):
                 taken.append(self._waiting.popleft())
                 room -= len(taken[-1][0])
@@ -138,7 +139,7 @@ class ServedModel:
                 self._idle += 1
         self._changed.set()  # for the other instances
 
-    async def _answer(self, batch: list[tuple[Values, asyncio.Future[Answer], float]]) -> None:
+    async def _answer(self, batch: list[Waiting]) -> None:
         start, first, counts, name = time.perf_counter(), 0, self.counts, self.name
         run, rows = asyncio.get_running_loop().run_in_executor, [own for own, _, _ in batch]
         try:

@@ -60,34 +60,29 @@ def url_of(bound: socket.socket) -> str:
 
 
 def run_server(
-    app: App,
-    bound: socket.socket,
-    *,
-    max_connections: int = 512,
-    on_ready: Callable[[Callable[[], Any]], None] = lambda _: None,
+    app: App, bound: socket.socket, on_ready: Callable[[Callable[[], Any]], None] = lambda _: None
 ) -> None:
     """Answer until SIGINT or SIGTERM, then finish what was begun.
 
     Args:
         app: of a service that is loaded.
         bound: from :func:`listen`; closed at the end.
-        max_connections: more are answered with 503.
         on_ready: called once requests are answered, with a function that ends the server
             from any thread.
     """
     import uvicorn
 
-    http = _protocol(app.service.settings.read_timeout_s)
+    settings = app.service.settings
     config = uvicorn.Config(
         app,
-        http=http,
+        http=_protocol(settings.read_timeout_s),
         lifespan="off",
         ws="none",
         log_config=None,
         log_level="critical",
         server_header=False,
         backlog=BACKLOG,
-        limit_concurrency=max_connections,
+        limit_concurrency=settings.max_connections,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=DRAIN_S,
     )
@@ -101,7 +96,7 @@ def run_server(
 
         def end() -> None:
             server.force_exit = server.should_exit  # asked twice
-            service.draining = server.should_exit = True
+            service.intake.draining = server.should_exit = True
 
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -42,14 +42,12 @@ class Service:
         metrics: what was counted.
         models: by name, in the order asked for.
         intake: of bodies.
-        draining: True once the server is being stopped.
     """
 
     def __init__(self, bundle: Bundle, settings: ServiceSettings) -> None:
         self.bundle, self.settings = bundle, settings
         self.metrics, self.intake = ServerMetrics(), Intake(settings)
         self.models: dict[str, ServedModel] = {}
-        self.draining = False
         self._stack = contextlib.ExitStack()
         self._large = threading.Lock()
         self._torch = ThreadPoolExecutor(1, "van-deploy-pytorch")
