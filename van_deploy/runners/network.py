@@ -180,13 +180,12 @@ class Network:
         described = bundle.artefact(artefact)
         self.is_engine = described.kind == "engine"
         self.is_package = described.kind == "package"
+        self._profiles = profiles_of(described)
+        self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
         if self.is_package:
             self.runner = "inductor"
-            self._profiles = profiles_of(described)
         elif self.is_engine:
             self.runner = described.engine.backend.split()[0] if described.engine else "tensorrt"
-            self._profiles = profiles_of(described)
-            self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
             described = bundle.artefacts.get(described.made_from.name, described)
         else:
             self.runner = runner
@@ -297,6 +296,14 @@ class Network:
     def described(self) -> str:
         """What runs it, for reports."""
         return f"{self.runner}, {BF16_EMULATED}" if self.emulated else self.runner
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU runs it."""
+        if self.is_package:
+            made_with = self.bundle.artefact(self.name).made_with
+            return str(made_with.get("target", "")).startswith("sm_")
+        return self.is_engine or self.runner not in (PYTORCH, ORT_CPU)
 
     @property
     def tf32(self) -> bool:
