@@ -76,7 +76,9 @@ class InductorRunner:
             try:
                 with quietly():
                     # PyTorch before 2.8 loads on the first GPU only.
-                    where = {"device_index": index} if index and sidecar.device == "cuda" else {}
+                    where: dict[str, Any] = (
+                        {"device_index": index} if index and sidecar.device == "cuda" else {}
+                    )
                     self._call = torch._inductor.aoti_load_package(str(self.package), **where)
             except (RuntimeError, OSError) as error:
                 raise ConversionError(
