@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 class BenchOptions(TypedDict, total=False):
+    device: str | None
     batches: Sequence[int]
     runners: Sequence[str]
     reference: str
@@ -12,6 +13,10 @@ class BenchOptions(TypedDict, total=False):
     image_sizes: Sequence[int]
     p99_ms: float | None
     roofline: bool
+    profile: bool
+    tf32: bool
+    conv_search: Literal["EXHAUSTIVE", "HEURISTIC", "DEFAULT"]
+    fuse_conv_bias: bool
     seconds: float
     calls: int
     limit: float
@@ -25,6 +30,7 @@ class BuildOptions(TypedDict, total=False):
     version_compatible: bool
     workspace: int | str | None
     optimization_level: int | None
+    tiling: Literal["none", "fast", "moderate", "full"]
     tf32: bool
     profiling: Literal["none", "layer-names-only", "detailed"]
     precisions: Sequence[str]
@@ -32,6 +38,7 @@ class BuildOptions(TypedDict, total=False):
     backend: Literal["auto", "tensorrt", "tensorrt-rtx", "inductor"]
     timing_cache: str | Path | None
     device: str | None
+    max_autotune: bool
     tune: bool
     images: str | Path | None
     check_reproducible: bool

@@ -17,7 +17,7 @@ import numpy as np
 
 from van_deploy.config import ServiceSettings, TritonSettings
 from van_deploy.errors import UsageError
-from van_deploy.runners.network import Network, Outputs, runnable_artefacts
+from van_deploy.runners.network import Network, Outputs
 from van_deploy.serve.intake import Allowance
 from van_deploy.serve.metrics import ServerMetrics
 from van_deploy.serve.protocol import Values
@@ -89,6 +89,8 @@ class ServedModel:
             )
         self.queue = Allowance(limit, QUEUE_FULL, 429)
         metrics.of("queued_images", self.name).set_function(lambda: self.queue.used)
+        native = "tensorrt" if network.is_engine else "pytorch"
+        backend = native if network.is_engine or network.is_package else "onnxruntime"
         how = TritonSettings(
             queue_delay_us=round(1e3 * settings.max_delay_ms),
             queue_limit=limit,
@@ -96,8 +98,6 @@ class ServedModel:
             threads=settings.threads or 0,
             gpu=network.on_gpu,
         )
-        graph = network.name in runnable_artefacts(network.bundle)
-        backend = "onnxruntime" if graph else network.runner.split("-")[0]
         self.config = model_config(TritonModel(self.name, backend, network), how)
         self._waiting: deque[Waiting] = deque()
         self._threads = ThreadPoolExecutor(self._instances, "van-deploy-batch")
