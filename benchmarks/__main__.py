@@ -29,8 +29,8 @@ from van_deploy.bench.machine import busy_cores
 from van_deploy.environment.hardware import cpu, memory
 from van_deploy.files import write_atomic
 from van_deploy.provenance import EXPORT_TOOLS, tool_versions
-from van_deploy.report.bench_view import machine_text
-from van_deploy.report.markdown import markdown_table
+from van_deploy.report.render_markdown import markdown_table
+from van_deploy.report.sections_bench import machine_text
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"

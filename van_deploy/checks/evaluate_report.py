@@ -60,15 +60,15 @@ class EvaluateReport:
         """Return the artifacts with that outcome."""
         return [name for name, loss in self.losses.items() if loss.outcome is outcome]
 
-    def findings(self) -> list[Finding]:
-        """Return every finding, those of skipped artifacts included."""
-        found = [finding for loss in self.losses.values() for finding in loss.findings]
-        return [*found, *(skipped("runs", entry.reason, entry.kind) for entry in self.skipped)]
+    def named(self) -> list[tuple[str, Finding]]:
+        """Return every finding and its artifact, those of skipped artifacts included."""
+        found = [(name, f) for name, loss in self.losses.items() for f in loss.findings]
+        return found + [(s.artefact, skipped("runs", s.reason, s.kind)) for s in self.skipped]
 
     @property
     def passed(self) -> bool:
         """Whether an artifact passed, and nothing else stands in the way."""
-        return self.allowed.passes(self.findings())
+        return self.allowed.passes(found for _, found in self.named())
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
