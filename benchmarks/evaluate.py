@@ -2,7 +2,7 @@
 
 python benchmarks/evaluate.py [--images FOLDER]
 
-Each round evaluates JPEG files (decoding, resizing, journal, statistics and all), and
+Each round evaluates JPEG files (decoding, resizing, statistics and all), and
 feeds tensors that are ready to the same networks in the same batches. The ratio of the
 two is paired by round.
 """
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from van_deploy.checks.contestants import Contestants
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.evaluate import Settings, evaluate_bundle
+from van_deploy.checks.evaluate import Networks, Settings, evaluate_bundle
+from van_deploy.checks.opened import ON_CPU
 from van_deploy.config import ModelSettings, Recipe
 from van_deploy.data import (
     ImageSet,
@@ -109,16 +109,18 @@ def _write_images(source: Path | None, count: int, dest: Path) -> None:
 
 def _evaluated(bundle: Bundle, loaded: LoadedVan, labelled: ImageSet) -> float:
     """Return the seconds of one evaluation."""
-    return evaluate_bundle(bundle, loaded, labelled, Settings(batch=BATCH)).seconds
+    labels = np.array([item.label for item in labelled.items], np.int64)
+    settings = Settings(batch=BATCH)
+    return evaluate_bundle(bundle, loaded, labelled, labels, settings, noise_db=144.0).seconds
 
 
 def _fed(bundle: Bundle, loaded: LoadedVan, labelled: ImageSet) -> float:
     """Return the seconds the same networks take for the same batches, ready in memory."""
     decoded = list(decoded_batches(labelled.items, loaded.preprocessing, BATCH))
     start = time.perf_counter()
-    with Contestants(bundle, loaded, list(bundle.artefacts)) as contestants:
+    with Networks(bundle, loaded, list(bundle.artefacts), ON_CPU) as networks:
         for batch in decoded:
-            for logits in contestants.logits(batch.inputs, batch.values).values():
+            for logits in networks.logits(batch).values():
                 if not np.isfinite(logits).all():
                     raise RuntimeError("a network gave a NaN")
     return time.perf_counter() - start

@@ -161,7 +161,7 @@ class _Scale:
             ticks = _log_ticks(low, high)
             return cls(ticks, min(low, ticks[0]), max(high, ticks[-1]), start, end, log=True)
         room = 0.04 * ((high - low) or abs(high) or 1.0)
-        ticks = nice_ticks(min(0.0, low - room) if axis.zero else low - room, high + room)
+        ticks = nice_ticks(0.0 if axis.zero and low >= 0 else low - room, high + room)
         return cls(ticks, ticks[0], ticks[-1], start, end, log=False)
 
     def __call__(self, value: float) -> float:
