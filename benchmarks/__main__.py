@@ -114,6 +114,16 @@ SECTIONS: dict[str, Section] = {
         ("--json",),
         real=("--images", "{shared}/data/imagenet"),
     ),
+    "gates": Section(
+        "Gates",
+        "The gate of `van-deploy evaluate` on resamples of its images and on wrong artifacts.",
+        "gates.py",
+        ("--json",),
+        real=(
+            *("--checkpoint", "{shared}/checkpoints/van_b0_cifar10.pth.tar"),
+            *("--calib", "{shared}/data/cifar10/calib", "--eval", "{shared}/data/cifar10/eval"),
+        ),
+    ),
     "precision": Section(
         "Precision",
         "What FP16 and INT8 cost, beside ONNX Runtime's own quantiser.",
