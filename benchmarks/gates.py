@@ -1,6 +1,6 @@
 """How surely `evaluate` passes what is right, and whether it passes anything that is wrong.
 
-python benchmarks/gates.py --checkpoint FILE --calib FOLDER --eval FOLDER [--logits FILE]
+    python -m benchmarks.gates --checkpoint FILE --calib FOLDER --eval FOLDER [--logits FILE]
 
 Every network answers every image once; all that follows is computed from these logits.
 
@@ -15,27 +15,32 @@ random subsets of 5, 50, 500 and 2,000 images. None that lost more than is allow
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.table import Table
 from van_deploy import api
 from van_deploy.checks.accuracy import ArtefactLoss, judge_artefact
 from van_deploy.checks.evaluate import Networks
 from van_deploy.checks.opened import ON_CPU
-from van_deploy.checks.predictions import Table, answered
+from van_deploy.checks.predictions import Table as Answers
+from van_deploy.checks.predictions import answered
 from van_deploy.checks.reference import samples_for
 from van_deploy.data import decoded_batches, labelled_images
 from van_deploy.metrics import Task
 from van_deploy.runners.network import PYTORCH
 from van_deploy.runners.original import original_network
 
+COLUMNS = (
+    *("artifact", "images", "judged", "PASS", "INCONCLUSIVE", "FAIL"),
+    *("lost more than allowed", "of these PASS"),
+)
 PASSING = 0.95  # share of the resamples
 RESAMPLES, SUBSETS = 200, 20
 SIZES = (5, 50, 500, 2000)
@@ -55,7 +60,6 @@ def main() -> int:
     parser.add_argument("--eval", type=Path, required=True, help="labelled images")
     parser.add_argument("--bundle", type=Path, help="of the checkpoint in fp32, fp16 and int8")
     parser.add_argument("--logits", type=Path, help="kept here (.npz), and read where it is there")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.logits is None or not arguments.logits.exists():
         found = _answers(arguments)
@@ -64,9 +68,7 @@ def main() -> int:
     else:
         with np.load(arguments.logits, allow_pickle=False) as stored:
             found = dict(stored)
-    result = measured(found)
-    print(json.dumps(result, indent=1) if arguments.json else _text(result))
-    return int(not all(claim["met"] for claim in result["claims"]))
+    return measured(found).printed()
 
 
 def _answers(arguments: argparse.Namespace) -> dict[str, Array]:
@@ -97,69 +99,57 @@ def _answers(arguments: argparse.Namespace) -> dict[str, Array]:
         return {**found, "labels": labels, "noise_db": noise}
 
 
-def measured(found: dict[str, Array]) -> dict[str, Any]:
-    """Return columns, rows, claims and notes."""
+def measured(found: dict[str, Array]) -> Table:
+    """Return both tables as one."""
     labels, noise_db = found.pop("labels"), float(found.pop("noise_db"))
-    expected = found.pop(PYTORCH)
-    rng = np.random.default_rng(0)
-    rows, claims = [], []
+    expected, rng = found.pop(PYTORCH), np.random.default_rng(0)
+    table = Table(COLUMNS)
     for name, logits in found.items():
+        whole = _judged(name, expected, logits, labels, noise_db).outcome.value
         outcomes = Counter(
             _judged(name, expected[r], logits[r], labels[r], noise_db).outcome.value
             for r in (rng.integers(0, len(labels), len(labels)) for _ in range(RESAMPLES))
         )
-        whole = _judged(name, expected, logits, labels, noise_db)
-        cells = [str(outcomes[word]) for word in ("pass", "inconclusive", "fail")]
-        rows.append([name, str(len(labels)), f"{RESAMPLES} resamples", *cells, "-", "-"])
-        met = outcomes["pass"] >= PASSING * RESAMPLES and not outcomes["fail"]
+        table.row(name, len(labels), f"{RESAMPLES} resamples", *_counts(outcomes), "-", "-")
         share = f"{100 * outcomes['pass'] / RESAMPLES:.1f} % PASS, {outcomes['fail']} FAIL"
-        claims.append(
-            {
-                "claim": f"{name}: PASS on the whole set, on {100 * PASSING:.0f} % of its "
-                "resamples, and FAIL on none",
-                "measured": f"{whole.outcome.value.upper()}; {share}",
-                "met": met and whole.outcome.value == "pass",
-            }
+        table.claim(
+            f"{name}: PASS on the whole set, on {100 * PASSING:.0f} % of its resamples, and FAIL "
+            "on none",
+            f"{whole.upper()}; {share}",
+            whole == "pass" and outcomes["pass"] >= PASSING * RESAMPLES and not outcomes["fail"],
         )
     wrong = passed = 0
     for name, logits in found.items():
         for size in (size for size in SIZES if size <= len(labels)):
             tried = list(_wrong(name, size, expected, logits, labels, noise_db))
-            counts = Counter(loss.outcome.value for loss in tried)
             lost = [loss for loss in tried if _lost_more(loss)]
             through = sum(loss.outcome.value == "pass" for loss in lost)
-            cells = [str(counts[word]) for word in ("pass", "inconclusive", "fail")]
-            rows.append(
-                [name, str(size), f"{len(tried)} wrong", *cells, str(len(lost)), str(through)]
-            )
+            counts = _counts(Counter(loss.outcome.value for loss in tried))
+            table.row(name, size, f"{len(tried)} wrong", *counts, len(lost), through)
             wrong, passed = wrong + len(lost), passed + through
-    claims.append(
-        {
-            "claim": "no artifact passes that lost more than is allowed on the images it is "
-            "judged on",
-            "measured": f"{passed} of {wrong}",
-            "met": passed == 0 and wrong > 0,
-        }
+    table.claim(
+        "no artifact passes that lost more than is allowed on the images it is judged on",
+        f"{passed} of {wrong}",
+        passed == 0 and wrong > 0,
     )
-    head = ["artifact", "images", "judged", "PASS", "INCONCLUSIVE", "FAIL"]
-    return {
-        "columns": [*head, "lost more than allowed", "of these PASS"],
-        "rows": rows,
-        "claims": claims,
-        "notes": [
-            f"Wrong artifacts: {', '.join(FAULTS)}, each on {SUBSETS} random subsets of each size. "
-            "Resampled and spoiled are stored logits; every network answered each image once."
-        ],
-    }
+    table.notes.append(
+        f"Wrong artifacts: {', '.join(FAULTS)}, each on {SUBSETS} random subsets of each size. "
+        "Resampled and spoiled are stored logits; every network answered each image once."
+    )
+    return table
+
+
+def _counts(outcomes: Mapping[str, int]) -> list[int]:
+    return [outcomes.get(word, 0) for word in ("pass", "inconclusive", "fail")]
 
 
 def _judged(
     name: str, expected: Array, found: Array, labels: Array, noise_db: float
 ) -> ArtefactLoss:
-    table = Table(len(labels), [PYTORCH, name], expected.shape[1], Task.SINGLE_LABEL)
+    answers = Answers(len(labels), [PYTORCH, name], expected.shape[1], Task.SINGLE_LABEL)
     logits = {PYTORCH: expected, name: found}
-    table.enter(answered(range(len(labels)), (), logits, PYTORCH, Task.SINGLE_LABEL))
-    return judge_artefact(table, labels, name, name, noise_db)
+    answers.enter(answered(range(len(labels)), (), logits, PYTORCH, Task.SINGLE_LABEL))
+    return judge_artefact(answers, labels, name, name, noise_db)
 
 
 def _lost_more(loss: ArtefactLoss) -> bool:
@@ -213,13 +203,6 @@ FAULTS: dict[str, Fault] = {
     "noise as loud as the logits": _noisy,
     **{f"wrong on {100 * share:g} % of the images": _wrong_on(share) for share in SHARES},
 }
-
-
-def _text(result: dict[str, Any]) -> str:
-    lines = [
-        "  ".join(f"{cell:<22}" for cell in line) for line in [result["columns"], *result["rows"]]
-    ]
-    return "\n".join([*lines, *(f"{c['claim']}: {c['measured']}" for c in result["claims"])])
 
 
 if __name__ == "__main__":

@@ -66,8 +66,7 @@ def _facts(report: Entry) -> Entry:
         "threads": f"{report['threads']} a runner, {report['settings']['streams']} stream(s)",
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         "images": report["images"],
-        "time": f"{seconds['wall']:.0f} s, of which {seconds['timed']:.0f} s timed, "
-        f"{seconds['waited']:.0f} s spent waiting for quiet moments",
+        "time": f"{seconds['wall']:.0f} s, of which {seconds['timed']:.0f} s timed",
         "faster": f"times faster than {reference}, paired by round (95 % interval)"
         if reference
         else "nothing to compare with",

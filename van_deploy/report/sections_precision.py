@@ -98,3 +98,5 @@ def _doubts(facts: Entry) -> Iterator[str]:
             yield f"{row['name'].upper()} is undecided: {doubt}"
     for node, why in facts.get("audit", {}).get("kept", {}).items():
         yield f"kept {node} in FP32: {why}"
+    if facts.get("audit", {}).get("advice"):
+        yield facts["audit"]["advice"]
