@@ -339,8 +339,10 @@ def main() -> int:
     parser.add_argument("--part", choices=("a", "b"), default="a")
     parser.add_argument("--output", type=Path, default=Path("gpu-report"))
     parser.add_argument("--only", default="", help="steps, with commas between")
+    parser.add_argument("--skip", default="", help="steps to leave out, likewise")
     parser.add_argument("--list", action="store_true", help="print the steps and end")
     parser.add_argument("--budget", type=float, help="seconds of the whole run")
+    parser.add_argument("--kernel-budget", type=float, default=100, help="of it for kernels.py")
     parser.add_argument("--device", default="", help="cuda:N or cpu (default: cuda:0 if any)")
     parser.add_argument("--parallel", type=int, help="steps that prepare at the same time")
     parser.add_argument("--rehearse", action="store_true", help="every step, small, on the CPU")
@@ -363,7 +365,8 @@ def main() -> int:
     if options.cache:
         with tarfile.open(options.cache) as archive:
             archive.extractall(context.cache, filter="data")
-    steps = steps_of_a(context) if options.part == "a" else steps_of_b(context)
+    kernel_s = options.kernel_budget
+    steps = steps_of_a(context, kernel_s) if options.part == "a" else steps_of_b(context)
     if options.list:
         for step in steps:
             print(f"{step.name:<28}{step.about}" + (f"  [skipped: {step.skip}]" * bool(step.skip)))
@@ -374,6 +377,7 @@ def main() -> int:
         if unknown:
             parser.error(f"no step '{min(unknown)}'; --list prints them")
         steps = [step for step in steps if step.name in wanted]
+    steps = [step for step in steps if step.name not in options.skip.split(",")]
     budget = options.budget or (170.0 if options.part == "a" else 290.0)
     parallel = options.parallel or max(1, min(6, (os.cpu_count() or 1) // 2))
     report = Report(context, steps, budget, parallel)

@@ -129,10 +129,12 @@ def rtx(result: Result, options: argparse.Namespace) -> None:
         config.add_optimization_profile(profile)
         plan = stage("build", builder.build_serialized_network(network, config))
         if plan is None:
+            result.note(f"TensorRT for RTX builds no plan here: {'; '.join(said[-3:])}")
             return
         runtime = stage("runtime", trt.Runtime(log))
         built = stage("load", runtime.deserialize_cuda_engine(plan))
         if built is None:
+            result.note(f"TensorRT for RTX does not load its own plan here: {'; '.join(said[-3:])}")
             return
         stage("context", built.create_execution_context())
         target = Path(options.out).with_suffix(".plan")
@@ -190,18 +192,24 @@ def _judge(
 
 
 def _judged(document: Any) -> Iterator[dict[str, Any]]:
-    """Yield one flat line an artifact: its name, whether it passed, and its numbers."""
-    entries = document.get("artefacts") or document.get("artifacts") or document
-    items = entries.items() if isinstance(entries, dict) else enumerate(entries)
-    for name, entry in items:
-        if isinstance(entry, dict):
-            simple = {
-                key: value
-                for key, value in entry.items()
-                if isinstance(value, str | int | float | bool) and len(str(value)) < 60
+    """Yield one flat line a finding of every artifact, and one an accuracy."""
+    entries = document.get("artefacts") or document.get("artifacts") or {}
+    for entry in entries.values() if isinstance(entries, dict) else entries:
+        lines = {}
+        for finding in entry["findings"] if isinstance(entry, dict) else ():
+            limit = finding.get("limit")
+            lines[finding["rule"]] = {
+                "artifact": entry["artefact"],
+                "runner": entry["runner"],
+                "rule": finding["rule"],
+                "outcome": finding["outcome"],
+                "value": finding["value"],
+                "unit": finding["unit"],
+                "limit": limit["value"] if limit else None,
             }
-            if simple:
-                yield {"artifact": name, **simple}
+        yield from lines.values()
+    for name, accuracy in (document.get("accuracy") or {}).items():
+        yield {"artifact": name, "rule": "top-1", "value": accuracy["top1"]}
 
 
 def benchmark(result: Result, options: argparse.Namespace) -> None:

@@ -62,7 +62,7 @@ def test_a_resident_batch_answers_as_run_does(held: Held, digits: Digits) -> Non
         for _ in range(3):
             resident.launch()
         resident.download()
-        np.testing.assert_array_equal(resident.outputs(), logits)
+        assert compare(logits, resident.outputs()).sqnr_db >= 60
         resident.close()
     count = case.batches[0]
     again = runner.run(digits.images[:count])

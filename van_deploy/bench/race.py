@@ -54,7 +54,6 @@ class Loading:
         load_s: to open the file, once a stream.
         rss_imported_bytes: resident memory in between.
         rss_loaded_bytes: resident memory after it.
-        versions: of what runs it, by package.
         threads_each: of each stream.
     """
 
@@ -62,7 +61,6 @@ class Loading:
     load_s: float
     rss_imported_bytes: int
     rss_loaded_bytes: int
-    versions: Mapping[str, str]
     threads_each: int
 
 

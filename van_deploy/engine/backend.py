@@ -49,7 +49,7 @@ COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
         *("add_optimization_profile", "builder_optimization_level", "clear_flag"),
         *("create_timing_cache", "get_memory_pool_limit", "hardware_compatibility_level"),
         *("profiling_verbosity", "progress_monitor", "set_flag", "set_memory_pool_limit"),
-        "set_timing_cache",
+        *("set_timing_cache", "tiling_optimization_level"),
     ),
     "ICudaEngine": (
         *("create_engine_inspector", "create_execution_context", "device_memory_size_v2"),
@@ -75,6 +75,7 @@ COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
     "ProfilingVerbosity": ("DETAILED", "LAYER_NAMES_ONLY", "NONE"),
     "Runtime": ("deserialize_cuda_engine", "engine_host_code_allowed"),
     "TensorIOMode": ("INPUT", "OUTPUT"),
+    "TilingOptimizationLevel": ("FAST", "FULL", "MODERATE"),
 }
 RTX_NAMES: Mapping[str, tuple[str, ...]] = {
     "ComputeCapability": ("CURRENT", *(name.replace("sm_", "SM") for name in RTX_TARGETS)),
@@ -147,6 +148,9 @@ class Backend:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
         if options.optimization_level is not None:
             config.builder_optimization_level = options.optimization_level
+        if options.tiling != "none":
+            levels = trt.TilingOptimizationLevel
+            config.tiling_optimization_level = getattr(levels, options.tiling.upper())
         config.profiling_verbosity = {
             Profiling.NONE: trt.ProfilingVerbosity.NONE,
             Profiling.LAYER_NAMES_ONLY: trt.ProfilingVerbosity.LAYER_NAMES_ONLY,

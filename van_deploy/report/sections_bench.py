@@ -22,9 +22,11 @@ def bench_blocks(report: Entry) -> list[Block]:
         *_plots(report),
         *_latency(report),
         *notices("FAIL", (line for line in failed if not line.endswith(": "))),
+        *_on_gpu(report["rows"]),
         *_best(report["best_under_p99"]),
         *_loading(report),
         *_roofline(report),
+        *_profiles(report["profiles"]),
         *notices("SKIPPED", (f"{one['name']}: {one['reason']}" for one in report["skipped"])),
         *_changes(report),
     ]
@@ -62,6 +64,7 @@ def _facts(report: Entry) -> Entry:
     return {
         "model": report["model"],
         "machine": machine_text(report["machine"]),
+        "device": report["device"],
         "date": report["date"][:10],
         "threads": f"{report['threads']} a runner, {report['settings']['streams']} stream(s)",
         "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
@@ -95,6 +98,27 @@ def _latency(report: Entry) -> list[Block]:
         "runner = contender name; batch = batch d; size = size d; p50 ms = latency.p50_ms ms; "
         "p90 ms = latency.p90_ms ms; p99 ms = latency.p99_ms ms; images/s = images_per_s ,.1f; "
         "faster (95 %) = ratio ratio; rounds = rounds number",
+    )
+
+
+def _on_gpu(rows: Sequence[Entry]) -> list[Block]:
+    """Return what only a GPU has: copies, launches among queued ones, and its state."""
+    return table(
+        (row for row in rows if row["gpu"]),
+        "runner = contender name; batch = batch d; queued ms = queued_ms ms; "
+        "upload ms = upload_ms ms; download ms = download_ms ms; SM MHz = gpu.sm_mhz .0f; "
+        "W = gpu.power_w .0f; °C = gpu.temperature_c .0f; slowed by = throttled",
+        "On the GPU",
+    )
+
+
+def _profiles(profiles: Mapping[str, Sequence[Entry]]) -> list[Block]:
+    rows = [{**line, "runner": name} for name, lines in profiles.items() for line in lines]
+    return table(
+        rows,
+        "runner = runner name; kind = kind; ms = ms ms; % = percent .1f; calls = calls .0f",
+        "Time by kind of layer at the largest batch",
+        folded=True,
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from van_deploy.report.document import Block, Entry, Facts, Notice, notices, table
-from van_deploy.report.figures import bytes_text, listed, shown
+from van_deploy.report.figures import bytes_text, listed, shown, state_of
 from van_deploy.report.sections_model import onnx_blocks, tensors
 
 if TYPE_CHECKING:
@@ -25,11 +26,7 @@ MOST_LAYERS, LONGEST_WARNING = 200, 160
 
 def artefacts_blocks(descriptions: Sequence[Entry]) -> list[Block]:
     """Return what is in each artifact."""
-    return [
-        block
-        for one in descriptions
-        for block in (_engine(one) if one["kind"] == "engine" else onnx_blocks(one))
-    ]
+    return [block for one in descriptions for block in KINDS[one["kind"]](one)]
 
 
 def _engine(one: Entry) -> list[Block]:
@@ -59,6 +56,37 @@ def _engine(one: Entry) -> list[Block]:
         *_layers(one),
         *([Facts({"": log}, "From the build log")] if log else ()),
     ]
+
+
+def _package(one: Entry) -> list[Block]:
+    """Return what a package of PyTorch's Inductor is, and whether it runs here."""
+    sidecar = one["sidecar"]
+    options = ["max-autotune"] * sidecar["max_autotune"] + ["TF32"] * sidecar["tf32"]
+    facts = {
+        "package": sidecar["name"],
+        "file": one["file"],
+        "size": bytes_text(sidecar["file_bytes"]),
+        "sha256": sidecar["file_sha256"],
+        "compiled from": f"{sidecar['onnx_file']} in {sidecar['precision']}",
+        "by": f"PyTorch {sidecar['torch']} in {sidecar['build_seconds']:.1f} s, "
+        f"on {sidecar['built_on']}",
+        "serves": ", ".join((*sidecar["targets"], *sidecar["cpu_features"])),
+        "batch": _batch(sidecar["batch"]),
+        **tensors("input", {"images": {"dtype": "float32", "shape": sidecar["input_shape"]}}),
+        "options": ", ".join(options),
+    }
+    return [Facts(facts), _here(one["obstacles"])]
+
+
+KINDS: Mapping[str, Callable[[Entry], list[Block]]] = {
+    "onnx": onnx_blocks,
+    "engine": _engine,
+    "package": _package,
+}
+
+
+def _batch(batch: Entry) -> str:
+    return "{min}:{opt}:{max}".format(**batch)
 
 
 def _serves(sidecar: Entry) -> dict[str, object]:
@@ -115,21 +143,38 @@ def _layers(one: Entry) -> list[Block]:
 def builds_blocks(report: Entry) -> list[Block]:
     """Return one line an engine, and below it why any failed."""
     words = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
-    rows = [
-        {**one, "state": words[one["outcome"]], "name": one["engine"] or _cell(one["cell"])}
-        for one in report["outcomes"]
-    ]
+    rows = []
+    for one in report["outcomes"]:
+        name, made = one["engine"] or _cell(one["cell"]), one["sidecar"]
+        if made:
+            made = {**made, "batch": made["options"]["profiles"], "bytes": made["plan_bytes"]}
+        elif one["package"]:
+            made, name = one["package"], one["package"]["name"]
+            made = {**made, "batch": _batch(made["batch"]), "bytes": made["file_bytes"]}
+        rows.append({"state": words[one["outcome"]], "name": name, "made": made})
     failed = [
         f"{_cell(one['cell'])}: {one['error']['message']} {one['error']['remedy']}"
         for one in report["outcomes"]
         if one["error"]
     ]
     columns = (
-        "state = state state; engine = name name; batch = sidecar.options.profiles name; "
-        "size = sidecar.plan_bytes bytes; build s = sidecar.build_seconds .1f; "
-        "memory = sidecar.peak_memory_bytes bytes; same twice = sidecar.reproducible name"
+        "state = state state; engine = name name; batch = made.batch name; "
+        "size = made.bytes bytes; build s = made.build_seconds .1f; "
+        "memory = made.peak_memory_bytes bytes; same twice = made.reproducible name"
     )
-    return [*table(rows, columns), *notices("FAIL", failed)]
+    tuned = [
+        {**one, "state": "KEPT" if one["kept"] else state_of(one["passed"])}
+        for one in sorted(report["tuned"], key=lambda one: one["latency_ms"] or math.inf)
+    ]
+    return [
+        *table(
+            tuned,
+            "state = state state; candidate = candidate; batch = batch d; ms = latency_ms .3f; "
+            "images/s = images_per_s .0f; SQNR dB ↑ = sqnr_db .1f; why not = error",
+        ),
+        *table(rows, columns),
+        *notices("FAIL", failed),
+    ]
 
 
 def _cell(cell: Entry) -> str:
@@ -202,6 +247,7 @@ def _machine(environment: Entry) -> dict[str, Any]:
         "disk": f"{bytes_text(disk['free_bytes'])} free in {disk['folder']}",
         "GPU": "\n".join(_gpu_lines(environment["driver"])),
         "PyTorch's CUDA": environment["torch_cuda"] or "none",
+        "ONNX Runtime's CUDA": environment["onnxruntime_cuda"] or "none",
         "ONNX Runtime": ", ".join(environment["providers"]) or "no providers",
     }
 
@@ -214,4 +260,6 @@ def _gpu_lines(driver: Entry | None) -> Iterator[str]:
         size, capability = gpu["memory_bytes"], gpu["compute_capability"]
         kind = "SM?" if capability is None else f"SM{listed(capability, '')}"
         yield f"{gpu['name']}, {kind}{'' if size is None else f', {bytes_text(size)}'}"
+    if driver["hidden"]:
+        yield f"{driver['hidden']} more that CUDA_VISIBLE_DEVICES hides"
     yield f"NVIDIA driver {driver['version']}, CUDA up to {listed(driver['cuda_version'], '.')}"

@@ -98,6 +98,11 @@ class InductorRunner:
         stack, self._stack = self._stack, ExitStack()
         stack.close()
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the package is for a GPU; of one that is open."""
+        return self.device.type == "cuda"
+
     @torch.no_grad()
     def run(self, images: Images) -> Logits:
         """Return the logits ``(N, K)`` of ``images (N, C, S, S)``, float32.

@@ -309,6 +309,11 @@ class Network:
         return Obstacle(kind, f"{what} not executed: " + "; ".join(o.problem for o in found))
 
     @property
+    def opened(self) -> Any:
+        """The runner of a network that is open; see :class:`~.base.ResidentRunner`."""
+        return self._opened
+
+    @property
     def described(self) -> str:
         """What runs it, for reports."""
         return f"{self.runner}, {BF16_EMULATED}" if self.emulated else self.runner

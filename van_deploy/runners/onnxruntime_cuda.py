@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -60,16 +61,15 @@ def cuda_libraries(cuda_version: str) -> list[Path]:
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
     major = cuda_version.partition(".")[0]
-    inside = f"cu{major}" if major.isdecimal() and int(major) >= 13 else "*"
-    return [
-        path
-        for name in LIBRARIES
-        for folder in folders
-        for path in sorted(
-            folder.glob(f"{'cudnn' if name == 'cudnn' else inside}/lib/lib{name}.so.*")
-        )
-        if not path.name.endswith(".alt.so")
-    ]
+    whole = f"cu{major}" if major.isdecimal() and int(major) >= 13 else ""
+    found = []
+    for name in LIBRARIES:
+        inside = "cudnn" if name == "cudnn" else whole or "*"
+        for path in sorted(p for f in folders for p in f.glob(f"{inside}/lib/lib{name}.so.*")):
+            component = path.parents[1].name
+            if whole or not re.fullmatch(r"cu\d+", component):
+                found.append(path)
+    return found
 
 
 def preload(ort: Any) -> None:
@@ -105,7 +105,8 @@ class GpuBatches:
         stack: ExitStack,
     ) -> None:
         self._ort, self._session, self._cuda, self._stream = ort, session, cuda, stream
-        self._options, self._stack, self._graphs = options, stack, 0
+        self._options, self._graphs = options, 0
+        self._late = stack.enter_context(ExitStack())  # what is kept is closed first
         self._kept: dict[int, DeviceBatch] = {}
         given, answers = ({t.name: _spec(t) for t in ts} for ts in _tensors(session))
         self._given, self._answers = given, answers
@@ -127,7 +128,7 @@ class GpuBatches:
         rows = len(images)
         if rows not in self._kept:
             self._kept[rows] = self.batch(rows)
-            self._stack.callback(self._kept[rows].close)
+            self._late.callback(self._kept[rows].close)
         return self._kept[rows].answers(images)
 
     def _bound(self, batch: DeviceBatch) -> Any:
@@ -203,10 +204,11 @@ def failures(what: str) -> Iterator[None]:
         ) from error
 
 
-def provider_starts(ort: Any, provider: str) -> bool:
+def provider_starts(ort: Any, provider: str, *, quiet: bool = True) -> bool:
     """Return whether a session of one operator runs on the provider.
 
-    A listed provider whose libraries do not load is left out of a session with a warning only.
+    A listed provider whose libraries do not load is left out of a session with a warning only,
+    which ``quiet`` keeps from the user.
     """
     from onnx import TensorProto, helper
 
@@ -216,8 +218,8 @@ def provider_starts(ort: Any, provider: str) -> bool:
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "one", value[:1], value[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = ort.SessionOptions()
-    options.log_severity_level = 4
-    with silent(ort):
+    options.log_severity_level = 4 if quiet else 2
+    with silent(ort) if quiet else contextlib.nullcontext():
         session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
     if provider not in session.get_providers():
         return False

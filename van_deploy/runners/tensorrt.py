@@ -210,7 +210,7 @@ class _Loaded:
         runtime_cache: Path | None,
     ) -> None:
         self.backend, self.cuda, self.cache_file = backend, cuda, runtime_cache
-        self.trt, self.log, self.stack = backend.module, BuildLog(), stack
+        self.trt, self.log = backend.module, BuildLog()
         self.config: Any = None
         self.cache: Any = None
         self.contexts: dict[int, Any] = {}
@@ -228,13 +228,14 @@ class _Loaded:
         self.stream = cuda.stream(stack)
         self.profile: dict[int, int] = {}
         self.largest = max(profile.max for profile in self.profiles)
+        self.late = stack.enter_context(contextlib.ExitStack())  # closed before all else
         self.whole: DeviceBatch | None = None
 
     def run(self, images: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
         self._check(images)
         if self.whole is None:
             self.whole = self._room(self.largest)
-            self.stack.callback(self.whole.close)
+            self.late.callback(self.whole.close)
         return self.whole.answers(images)
 
     def batch(self, images: npt.NDArray[Any]) -> DeviceBatch:
