@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 class BenchOptions(TypedDict, total=False):
+    device: str | None
     batches: Sequence[int]
     runners: Sequence[str]
     reference: str
@@ -12,6 +13,10 @@ class BenchOptions(TypedDict, total=False):
     image_sizes: Sequence[int]
     p99_ms: float | None
     roofline: bool
+    profile: bool
+    tf32: bool
+    conv_search: Literal["EXHAUSTIVE", "HEURISTIC", "DEFAULT"]
+    fuse_conv_bias: bool
     seconds: float
     calls: int
     limit: float

@@ -33,7 +33,7 @@ CLASSES = (0, 1, 281, 805)
 
 def figures(found: dict[str, Any]) -> dict[str, Any]:
     """Return what must not depend on how an evaluation was run."""
-    kept = ("count", "unreadable", "accuracies", "losses", "dataset_sha256", "passed")
+    kept = ("count", "unreadable", "accuracy", "losses", "dataset_sha256", "passed")
     return {key: found[key] for key in kept}
 
 
@@ -52,9 +52,9 @@ class TestTheDigits:
         found = evaluated(cli, path, "--images", judged.labelled, "--batch", "16")
         assert found["count"] == 60
         assert "class folders by class name" in found["images"]
-        assert list(found["accuracies"]) == ["pytorch", "fp32", "fp16", "int8"]
-        assert found["accuracies"]["pytorch"]["top1"] > 0.9
-        assert found["accuracies"]["fp32"]["top1"] == found["accuracies"]["pytorch"]["top1"]
+        assert list(found["accuracy"]) == ["pytorch", "fp32", "fp16", "int8"]
+        assert found["accuracy"]["pytorch"]["top1"] > 0.9
+        assert found["accuracy"]["fp32"]["top1"] == found["accuracy"]["pytorch"]["top1"]
         manifest = json.loads((path / "manifest.json").read_text())
         assert manifest["checks"]["evaluate"]["count"] == 60
 
@@ -77,10 +77,10 @@ class TestTheDigits:
         labels.write_text("\n".join(lines))
         by_name = evaluated(cli, path, "--images", named)
         assert "class folders by class name" in by_name["images"]
-        assert by_name["accuracies"] == by_index["accuracies"]
+        assert by_name["accuracy"] == by_index["accuracy"]
         by_file = evaluated(cli, path, "--images", flat, "--labels", labels)
         assert f"labels from '{labels}'" in by_file["images"]
-        assert by_file["accuracies"] == by_index["accuracies"]
+        assert by_file["accuracy"] == by_index["accuracy"]
 
     def test_corrupt_images_are_named_counted_and_left_out(
         self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
@@ -257,9 +257,9 @@ class TestAThousandClasses:
         for described, found in documents.items():
             assert described in found["images"]
             assert found["count"] == 12
-        confidences = [d["accuracies"]["pytorch"]["ece"] for d in documents.values()]
+        confidences = [d["accuracy"]["pytorch"]["ece"] for d in documents.values()]
         assert confidences == pytest.approx([confidences[0]] * 4, rel=1e-9)
-        accuracies = [d["accuracies"]["fp32"]["top5"] for d in documents.values()]
+        accuracies = [d["accuracy"]["fp32"]["top5"] for d in documents.values()]
         assert len(set(accuracies)) == 1
 
     def test_each_layout_finds_the_labels_themselves(self, tmp_path: Path) -> None:
@@ -317,13 +317,13 @@ class TestOtherTasks:
         words = (bundle, "--images", images, "--labels", labels)
         found = evaluated(cli, *words)
         assert found["task"] == "binary"
-        assert {a["top1"] for a in found["accuracies"].values()} == {0.75}
-        assert found["accuracies"]["fp32"]["top5"] is None
+        assert {a["top1"] for a in found["accuracy"].values()} == {0.75}
+        assert found["accuracy"]["fp32"]["top5"] is None
         overwritten(Bundle.open(bundle), "fp32", faults.negated(graph_of(bundle)))
         result = cli("evaluate", *words, "--json")
         assert result.exit_code == 1
         broken = json.loads(result.stdout)
-        assert broken["accuracies"]["fp32"]["top1"] == 0.25
+        assert broken["accuracy"]["fp32"]["top1"] == 0.25
         assert broken["losses"]["fp32"]["flips"] == 12
 
     def test_many_labels_are_judged_by_f1(self, cli: Cli, images: Path, tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ class TestOtherTasks:
         words = (bundle, "--images", images, "--labels", labels)
         found = evaluated(cli, *words)
         assert found["task"] == "multi-label"
-        accuracy = found["accuracies"]["fp32"]
+        accuracy = found["accuracy"]["fp32"]
         assert (accuracy["metric"], accuracy["top1"]) == ("F1 (micro)", 1.0)
         assert (accuracy["top5"], accuracy["ece"]) == (None, None)
         table = cli("evaluate", *words, "--allow-inconclusive").stdout

@@ -139,7 +139,7 @@ def test_an_export_alone_says_what_was_not_measured(bare: Bundle) -> None:
 
 def test_figures_are_the_manifests_own(full: Bundle, document: Document) -> None:
     text = markdown_from_document(document)
-    accuracy = full.manifest.checks["evaluate"]["accuracies"]
+    accuracy = full.manifest.checks["evaluate"]["accuracy"]
     bench = json.loads((full.path / "bench.json").read_text())
     assert full.manifest.weights.sha256 in text
     tile = next(tile for tile in document.tiles if tile.label == "top-1 of fp32")

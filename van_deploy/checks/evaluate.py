@@ -183,7 +183,7 @@ def evaluate_bundle(
         dataset_sha256=content_key({"set": dataset_digest(images), "labels": labels.tolist()}),
         task=task,
         unreadable=tuple((images.items[index].name, reason) for index, reason in unreadable),
-        accuracies={
+        accuracy={
             name: accuracy_of(table.answers(name), known, table.classes, task)
             for name in table.names
         },

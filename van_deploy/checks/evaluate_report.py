@@ -26,7 +26,7 @@ class EvaluateReport:
         dataset_sha256: digest of the evaluation set: names, contents and labels.
         task: how logits become labels.
         unreadable: file and reason of each image left out.
-        accuracies: by name, PyTorch first.
+        accuracy: by name, PyTorch first.
         losses: by artifact, against PyTorch.
         skipped: artifacts that did not run, with the reason.
         runners: what ran each.
@@ -42,7 +42,7 @@ class EvaluateReport:
     dataset_sha256: str
     task: Task
     unreadable: tuple[tuple[str, str], ...]
-    accuracies: Mapping[str, Accuracy]
+    accuracy: Mapping[str, Accuracy]
     losses: Mapping[str, ArtefactLoss]
     skipped: tuple[NotRun, ...]
     runners: Mapping[str, str]
@@ -54,7 +54,7 @@ class EvaluateReport:
     @property
     def count(self) -> int:
         """How many images were answered."""
-        return self.accuracies[PYTORCH].images
+        return self.accuracy[PYTORCH].images
 
     def having(self, outcome: Outcome) -> list[str]:
         """Return the artifacts with that outcome."""

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["document_of_bundle"]
 
 BENCH_FILE = "bench.json"
-BY_ARTEFACT = ("artefacts", "accuracies", "losses", "runners")
+BY_ARTEFACT = ("artefacts", "accuracy", "losses", "runners")
 """Keys of a check's result under which there is one entry an artifact."""
 KNOWN = ("fold", "simplify", "agreement", "verify", "evaluate", "drift", "bench")
 COMMANDS = {
@@ -139,7 +139,7 @@ def _sections(
         yield "Drift", drift_blocks(checks["drift"], SHOWN_PARTS)
     if bench is not None and bench["rows"]:
         yield "Speed", bench_blocks(bench)
-        accuracies = checks.get("evaluate", {}).get("accuracies", {})
+        accuracies = checks.get("evaluate", {}).get("accuracy", {})
         yield "Throughput against accuracy", tradeoff_blocks(accuracies, bench)
     yield "Preprocessing", [preprocessing_facts(manifest["preprocessing"]), *_example(bundle)]
     yield "Graph", graph_blocks(manifest)
@@ -162,7 +162,7 @@ def _verdicts(checks: Entry) -> Iterator[Row]:
         yield state_of(verdict["outcome"]), f"verify {name}", _verified(verdict)
     evaluated = checks.get("evaluate", {})
     for name, loss in evaluated.get("losses", {}).items():
-        own, original = (evaluated["accuracies"][n] for n in (name, "pytorch"))
+        own, original = (evaluated["accuracy"][n] for n in (name, "pytorch"))
         pair = f"{100 * own['top1']:.2f} %, PyTorch {100 * original['top1']:.2f} %"
         said = "; ".join(filter(None, [pair, *_said(loss)]))
         yield state_of(loss["outcome"]), f"{own['metric']} of {name}", said
@@ -239,7 +239,7 @@ def _tiles(checks: Entry, sizes: Mapping[str, int], bench: Entry | None) -> Iter
         yield Tile(label, f"{ms_text(best['latency']['p50_ms'])} ms", note, tone)
     evaluated = checks.get("evaluate", {})
     for name, loss in evaluated.get("losses", {}).items():
-        own, original = (evaluated["accuracies"][n] for n in (name, "pytorch"))
+        own, original = (evaluated["accuracy"][n] for n in (name, "pytorch"))
         state = state_of(loss["outcome"])
         tone = {"FAIL": "bad", "INCONCLUSIVE": "open"}.get(state, "")
         note = f"PyTorch {100 * original['top1']:.2f} %{'' if state == 'PASS' else f', {state}'}"

@@ -152,14 +152,14 @@ def _every_rule(found: Sequence[Entry], ran: Sequence[Entry]) -> list[Block]:
 
 def evaluate_blocks(entry: Entry) -> list[Block]:
     """Return accuracy, what was lost, what flipped into what, and the images left out."""
-    metric = next((a["metric"] for a in entry["accuracies"].values()), "top-1")
+    metric = next((a["metric"] for a in entry["accuracy"].values()), "top-1")
     losses: list[Entry] = [{"about": n, **loss} for n, loss in entry["losses"].items()]
     found = [{**f, "about": loss["about"]} for loss in losses for f in loss["findings"]]
     seconds = float(entry["seconds"])
     rate = entry["count"] / seconds if seconds else math.nan
     accuracies = [
         {"about": name, "runner": entry["runners"][name], **accuracy}
-        for name, accuracy in entry["accuracies"].items()
+        for name, accuracy in entry["accuracy"].items()
     ]
     return [
         Paragraph(f"{entry['images']} ({seconds:.1f} s, {rate:.0f} images a second)."),
