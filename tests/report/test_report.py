@@ -173,7 +173,6 @@ def test_no_folder_of_this_machine_is_in_a_report(full: Bundle, document: Docume
     assert folder in json.dumps(full.manifest.checks["evaluate"]["images"])
     for text in (html_from_document(document), markdown_from_document(document)):
         assert folder not in text
-        assert "/tmp/" not in text
 
 
 def test_a_failed_check_makes_the_whole_report_fail(full: Bundle, tmp_path: Path) -> None:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from van_deploy import __version__
 from van_deploy.bench.document import SCHEMA, read_report
 from van_deploy.bundle import Bundle
 from van_deploy.documents import json_from, plain, text_from
-from van_deploy.errors import BundleError, InputError, VanDeployError
+from van_deploy.errors import BundleError, InputError
 from van_deploy.report.document import (
     Block,
     Document,
     Entry,
     Facts,
-    Photo,
     Section,
     Tile,
     checks_table,
@@ -40,9 +37,6 @@ from van_deploy.report.sections_model import (
     sizes_plot,
 )
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 __all__ = ["document_of_bundle"]
 
 BENCH_FILE = "bench.json"
@@ -56,7 +50,7 @@ COMMANDS = {
     "bench": "speed: `van-deploy bench`",
 }
 STATES = ("FAIL", "INCONCLUSIVE", "PASS", "SKIPPED")
-SHOWN_SIDE, SHOWN_PARTS = 224, 5  # pixels of an example image, and parts of each drift
+SHOWN_PARTS = 5  # of each artifact's drift
 QUOTED_PATH = re.compile(r"'(?:[A-Za-z]:[\\/]|/)[^']*?([^'/\\]+)[/\\]?'")
 BARE_PATH = re.compile(r"(?<![\w.:/'<-])/(?:[^\s'\"/,;()]+/)+([^\s'\"/,;()]+)")
 
@@ -129,7 +123,7 @@ def _sections(
     checks, sizes = manifest["checks"], bundle.sizes()
     ordered = sorted(verdicts, key=lambda v: STATES.index(v[0]) if v[0] in STATES else len(STATES))
     yield "Verdicts", checks_table(ordered)
-    yield "Model", [model_facts(manifest), *notices("NOTE", manifest["weights"]["notes"])]
+    yield "Model", [*model_facts(manifest), *notices("NOTE", manifest["weights"]["notes"])]
     yield "Artifacts", [*artefacts_table(manifest, sizes), *sizes_plot(sizes)]
     if checks.get("verify", {}).get("artefacts"):
         yield "Verification", verify_blocks(checks["verify"], manifest["class_names"], full=True)
@@ -141,7 +135,7 @@ def _sections(
         yield "Speed", bench_blocks(bench)
         accuracies = checks.get("evaluate", {}).get("accuracy", {})
         yield "Throughput against accuracy", tradeoff_blocks(accuracies, bench)
-    yield "Preprocessing", [preprocessing_facts(manifest["preprocessing"]), *_example(bundle)]
+    yield "Preprocessing", preprocessing_facts(manifest["preprocessing"])
     yield "Graph", graph_blocks(manifest)
     yield "Provenance", _provenance(manifest)
     yield "Not measured", _not_done(manifest, verdicts)
@@ -280,43 +274,6 @@ def _not_done(manifest: Entry, verdicts: Sequence[Row]) -> list[Block]:
     return table(rows, "what = 0 name; why = 1")
 
 
-def _example(bundle: Bundle) -> list[Block]:
-    """Return a golden sample before and after preprocessing, where the bundle has one."""
-    from van_deploy.data import open_image
-    from van_deploy.model.pixels import normalised, pixels_from_image
-
-    preprocessing, golden = bundle.manifest.preprocessing, bundle.manifest.golden
-    if not golden or not golden.originals:
-        return []
-    try:
-        path = bundle.path / golden.originals[0]
-        image = open_image(path, channels=preprocessing.channels)
-        pixels = pixels_from_image(image, preprocessing)
-    except (VanDeployError, OSError):  # the verdict on the files says so
-        return []
-    from PIL.Image import fromarray
-
-    after = fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    values = normalised(pixels[None], preprocessing)
-    spread = f"{values.min():.2f} to {values.max():.2f} about {values.mean():.2f}"
-    return [
-        _photo(image.convert("RGB"), "Before: the first golden sample"),
-        _photo(after, f"After: its values, normalised, go from {spread}"),
-    ]
-
-
-def _photo(image: Image, caption: str) -> Photo:
-    """Return an image small enough for a page; tiny ones enlarged, unsmoothed."""
-    from PIL.Image import Resampling
-
-    scale, data = SHOWN_SIDE / max(image.size), io.BytesIO()
-    width, height = (max(1, round(scale * side)) for side in image.size)
-    method = Resampling.LANCZOS if scale < 1 else Resampling.NEAREST
-    image.resize((width, height), method).save(data, "PNG", optimize=True)
-    text, size = base64.b64encode(data.getvalue()).decode(), "{} x {} pixels".format(*image.size)
-    return Photo(f"data:image/png;base64,{text}", f"{caption}, {size}", width, height)
-
-
 # --- paths -------------------------------------------------------------------------------------
 
 
@@ -334,6 +291,6 @@ def portable(value: Kind) -> Kind:
     elif isinstance(value, list | tuple):
         found = [portable(item) for item in value]
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [f.name for f in dataclasses.fields(value) if f.name not in ("svg", "data_uri")]
+        fields = [f.name for f in dataclasses.fields(value) if f.name != "svg"]
         found = dataclasses.replace(value, **{n: portable(getattr(value, n)) for n in fields})
     return found

@@ -22,12 +22,12 @@ __all__ = [
     "Facts",
     "Notice",
     "Paragraph",
-    "Photo",
     "Plot",
     "Section",
     "Table",
     "Tile",
     "checks_table",
+    "facts",
     "notices",
     "table",
     "worst",
@@ -113,22 +113,12 @@ class Plot:
     wide: bool = True
 
 
-@dataclass(frozen=True)
-class Photo:
-    """An image as a data URI, with its size in CSS pixels."""
-
-    data_uri: str
-    caption: str
-    width: int
-    height: int
-
-
-Block: TypeAlias = Paragraph | Notice | Facts | Table | Plot | Photo
+Block: TypeAlias = Paragraph | Notice | Facts | Table | Plot
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is below it. Neighbouring plots and photos share a row."""
+    """A heading and what is below it. Neighbouring plots share a row."""
 
     title: str
     blocks: Sequence[Block]
@@ -187,9 +177,7 @@ def table(
     """
     found = list(rows)
     forms, cells = {}, []
-    for column in columns.split(";"):
-        header, _, place = column.strip().partition(" = ")
-        where, _, form = place.partition(" ")
+    for header, where, form in _places(columns):
         values = [_at(row, where) for row in found]
         if any(value not in (None, "") for value in values):
             forms[header] = form
@@ -197,6 +185,25 @@ def table(
     return [Table(forms, [list(row) for row in zip(*cells, strict=True)], title, folded)] * bool(
         cells
     )
+
+
+def facts(entry: Entry, places: str, title: str = "") -> list[Block]:
+    """Return some of a result's values, named as the columns of :func:`table` are.
+
+    >>> facts({"at": {"bytes": 2048}}, "size = at.bytes bytes; left out = no")
+    [Facts(values={'size': '2.0 KiB'}, title='')]
+    """
+    found = {name: (_at(entry, where), form) for name, where, form in _places(places)}
+    known = {n: shown(v, form) for n, (v, form) in found.items() if v not in (None, "", [], {})}
+    return [Facts(known, title)] if known else []
+
+
+def _places(text: str) -> Iterator[tuple[str, str, str]]:
+    """Yield header, path and form of each part of ``header = path form; ...``."""
+    for part in text.split(";"):
+        header, _, place = part.strip().partition(" = ")
+        where, _, form = place.partition(" ")
+        yield header, where, form
 
 
 def _at(value: Any, path: str) -> Any:

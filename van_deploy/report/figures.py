@@ -11,6 +11,7 @@ TEXTS = ("", "name", "state")
 """Forms that are set to the left: text that may be broken over lines, a name that may not, and a
 state."""
 
+LONGEST = 12  # of a list that is shown whole
 SPELLED = ("inf", "-inf", "nan")  # numbers that JSON holds as text
 STATES = {True: "PASS", False: "FAIL", None: "SKIPPED", "passed": "PASS", "failed": "FAIL"}
 
@@ -38,9 +39,11 @@ def shown(value: Any, form: str) -> str:
         value = float(value)
     if form in NAMED:
         return NAMED[form](value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key.replace('_', ' ')} {shown(v, '')}" for key, v in value.items())
     if isinstance(value, list | tuple):
-        return listed(value)
-    return format(value, form) if form[:1] in tuple("+,.d0g") else str(value)
+        return listed(value) if len(value) <= LONGEST else f"{listed(value[:8])} ... ({len(value)})"
+    return format(value, form if form[:1] in tuple("+,.dg") else "g" * isinstance(value, float))
 
 
 def state_of(outcome: str | bool | None) -> str:
@@ -90,7 +93,7 @@ def ms_text(value: float) -> str:
 
 def listed(values: Iterable[object], separator: str = " ") -> str:
     """Return values in one line, floats without trailing zeros."""
-    return separator.join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+    return separator.join(f"{v:g}" if isinstance(v, float) else shown(v, "") for v in values)
 
 
 def _ratio(ratio: Mapping[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,22 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["REPORT_FILES", "append_summary", "write_drift_plot", "write_junit", "write_report"]
 
 REPORT_FILES = ("report.html", "report.md")
-PAPER = {
-    "--surface": "#ffffff",
-    "--ink": "#1b1f24",
-    "--muted": "#5b6470",
-    "--grid": "#d8dde3",
-    "--axis": "#b9c0c9",
-    "--series-1": "#2a6fdb",
-    "--series-2": "#d9622b",
-    "--series-3": "#1a936f",
-    "--series-4": "#8e4ec6",
-    "--series-5": "#b8860b",
-    "--series-6": "#c2335d",
-    "--series-7": "#3d8ea8",
-    "--series-8": "#6b7280",
-}
-"""Colours of a plot that stands alone."""
 
 
 def write_report(document: Document, bundle: Bundle, output: Path | None) -> list[Path]:
@@ -94,7 +79,9 @@ def write_drift_plot(report: DriftReport, path: Path) -> None:
     from van_deploy.report.sections_checks import drift_marks
 
     axis = Axis(f"RMS of the error that each {report.level} adds over RMS of its result", log=True)
-    _write(path, standalone(rows_chart(drift_marks(plain(report)), axis), PAPER))
+    style = resources.files("van_deploy.report").joinpath("style.css").read_text(encoding="utf-8")
+    light = style[style.index("{") + 1 : style.index("}")]
+    _write(path, standalone(rows_chart(drift_marks(plain(report)), axis), light))
 
 
 def _write(path: Path, text: str) -> None:

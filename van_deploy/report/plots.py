@@ -9,11 +9,20 @@ their own or in the legend, so none covers another, and every mark names its val
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Axis", "Mark", "Series", "colours", "nice_ticks", "rows_chart", "xy_chart"]
+__all__ = [
+    "Axis",
+    "Mark",
+    "Series",
+    "colours",
+    "nice_ticks",
+    "rows_chart",
+    "standalone",
+    "xy_chart",
+]
 
 COLOURS = 8
 KNOWN = {"pytorch": 8, "fp32": 1, "int8": 2, "fp16": 3, "bf16": 4}
@@ -282,15 +291,8 @@ def _number(value: float) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:,.4g}"
 
 
-def standalone(svg: str, variables: Mapping[str, str]) -> str:
-    """Return a plot that needs no page around it, its colours given."""
-    style = ";".join(f"{name}:{colour}" for name, colour in variables.items())
-    return (
-        svg.replace(
-            "<svg ",
-            f'<svg xmlns="http://www.w3.org/2000/svg" style="{style};background:var(--surface)" '
-            'font-family="system-ui, sans-serif" ',
-            1,
-        )
-        + "\n"
-    )
+def standalone(svg: str, style: str) -> str:
+    """Return a plot that needs no page around it, with the page's variables as ``style``."""
+    style = f"{' '.join(style.split())} background: var(--surface)"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" style="{style}" font-family="sans-serif" '
+    return svg.replace("<svg ", head, 1) + "\n"

@@ -17,7 +17,6 @@ from van_deploy.report.document import (
     Facts,
     Notice,
     Paragraph,
-    Photo,
     Plot,
     Section,
     Table,
@@ -66,7 +65,7 @@ def _anchor(section: Section) -> str:
 
 def _section(section: Section) -> str:
     parts = []
-    for in_row, blocks in groupby(section.blocks, lambda block: isinstance(block, Plot | Photo)):
+    for in_row, blocks in groupby(section.blocks, lambda block: isinstance(block, Plot)):
         drawn = "\n".join(map(_block, blocks))
         parts.append(f'<div class="row">\n{drawn}\n</div>' if in_row else drawn)
     title, body = escape(section.title), "\n".join(parts)
@@ -84,16 +83,9 @@ def _block(block: Block) -> str:
         return f"{title}<dl>{''.join(pairs)}</dl>"
     if isinstance(block, Table):
         return _table(block)
-    if isinstance(block, Photo):
-        body, kind = _photo(block), "photo"
-    else:
-        body, kind = f'<div class="scroll">{block.svg}</div>', "wide" if block.wide else "half"
-    return f'<figure class="{kind}">{body}<figcaption>{_text(block.caption)}</figcaption></figure>'
-
-
-def _photo(photo: Photo) -> str:
-    size = f'width="{photo.width}" height="{photo.height}"'
-    return f'<img src="{photo.data_uri}" {size} alt="{escape(photo.caption)}">'
+    kind, caption = "wide" if block.wide else "half", _text(block.caption)
+    drawn = f'<div class="scroll">{block.svg}</div>'
+    return f'<figure class="{kind}">{drawn}<figcaption>{caption}</figcaption></figure>'
 
 
 def _table(table: Table) -> str:

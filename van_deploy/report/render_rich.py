@@ -36,7 +36,7 @@ LEAST_TEXT = 20  # columns that a text is broken into at least
 
 
 def rich_from_blocks(blocks: Iterable[Block]) -> RenderableType:
-    """Return blocks below each other, an empty line between; plots and photos are left out."""
+    """Return blocks below each other, an empty line between; plots are left out."""
     parts: list[RenderableType] = []
     for kind, group in groupby(blocks, type):
         if kind is Notice:

@@ -3,122 +3,73 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from van_deploy.report.document import Block, Entry, Facts, Notice, notices, table
-from van_deploy.report.figures import bytes_text, listed, shown, state_of
-from van_deploy.report.sections_model import onnx_blocks, tensors
+from van_deploy.report.document import Block, Entry, Notice, facts, notices, table
+from van_deploy.report.figures import bytes_text, listed, state_of
+from van_deploy.report.sections_model import TENSORS, onnx_blocks, tensor_rows
 
 if TYPE_CHECKING:
     from van_deploy.engine.fleet import Cell
 
-__all__ = [
-    "artefacts_blocks",
-    "builds_blocks",
-    "cell_name",
-    "environment_blocks",
-    "warnings_text",
-]
+__all__ = ["artefacts_blocks", "builds_blocks", "cell_name", "environment_blocks", "warnings_text"]
 
 MOST_LAYERS, LONGEST_WARNING = 200, 160
 
 
 def artefacts_blocks(descriptions: Sequence[Entry]) -> list[Block]:
     """Return what is in each artifact."""
-    return [block for one in descriptions for block in KINDS[one["kind"]](one)]
+    kinds = {"onnx": onnx_blocks, "engine": _engine, "package": _package}
+    return [block for one in descriptions for block in kinds[one["kind"]](one)]
 
 
 def _engine(one: Entry) -> list[Block]:
     """Return whether an engine runs here, what it is, and its layers where they are known."""
-    sidecar, log = one["sidecar"], "\n".join(one["build_notes"])
-    file = {
-        "file": one["file"],
-        "size": bytes_text(one["plan_bytes"]),
-        "sha256": one["plan_sha256"],
-        "sidecar": None if sidecar else "none: nothing says where this plan comes from",
-    }
+    file = "file = file; size = plan_bytes bytes; sha256 = plan_sha256"
+    sidecar = one["sidecar"]
     if sidecar is None:
-        return [Facts(file), *_layers(one)]
-    sound = {True: "yes", False: "NO", None: "not asked: its backend is not here"}
-    made = {
-        "made from": f"{sidecar['onnx_file']} (sha256 {sidecar['onnx_sha256'][:12]})",
-        "precision": sidecar["precision"],
-        "backend": f"{sidecar['backend']} {sidecar['backend_version']}, "
-        f"CUDA {sidecar['cuda'] or 'unknown'}",
-        "plan is sound": sound[one["plan_is_sound"]],
-    }
+        unknown = Notice("WARNING", "it has no sidecar: nothing says where this plan comes from")
+        return [*facts(one, file), unknown, *_layers(one)]
+    set_ = {key: value for key, value in sidecar["options"].items() if value not in (None, False)}
     return [
-        Facts({"engine": sidecar["name"], **file, **made}),
-        Facts(_serves(sidecar), "Serves"),
-        Facts({**_built(sidecar), "log": one["log"]}, "Build"),
+        *facts(
+            one,
+            f"engine = sidecar.name; {file}; made from = sidecar.onnx_file; "
+            "of sha256 = sidecar.onnx_sha256; precision = sidecar.precision; "
+            "backend = sidecar.backend; version = sidecar.backend_version; CUDA = sidecar.cuda; "
+            "plan is sound = plan_is_sound",
+        ),
+        *facts(
+            sidecar,
+            "GPUs = targets; batch = options.profiles; memory on the GPU = device_memory",
+            "Serves",
+        ),
+        *table(tensor_rows(sidecar), TENSORS),
+        *facts(
+            {**sidecar, "set": set_, "log": one["log"], "notes": "\n".join(one["build_notes"])},
+            "parsed in s = parse_seconds .1f; built in s = build_seconds .1f; "
+            "peak memory = peak_memory_bytes bytes; parser's layers = parser_layers; "
+            "on = built_on; options = set; same bytes twice = reproducible; warnings = warnings; "
+            "log = log; from the log = notes",
+            "Build",
+        ),
         _here(one["obstacles"]),
         *_layers(one),
-        *([Facts({"": log}, "From the build log")] if log else ()),
     ]
 
 
 def _package(one: Entry) -> list[Block]:
     """Return what a package of PyTorch's Inductor is, and whether it runs here."""
-    sidecar = one["sidecar"]
-    options = ["max-autotune"] * sidecar["max_autotune"] + ["TF32"] * sidecar["tf32"]
-    facts = {
-        "package": sidecar["name"],
-        "file": one["file"],
-        "size": bytes_text(sidecar["file_bytes"]),
-        "sha256": sidecar["file_sha256"],
-        "compiled from": f"{sidecar['onnx_file']} in {sidecar['precision']}",
-        "by": f"PyTorch {sidecar['torch']} in {sidecar['build_seconds']:.1f} s, "
-        f"on {sidecar['built_on']}",
-        "serves": ", ".join((*sidecar["targets"], *sidecar["cpu_features"])),
-        "batch": _batch(sidecar["batch"]),
-        **tensors("input", {"images": {"dtype": "float32", "shape": sidecar["input_shape"]}}),
-        "options": ", ".join(options),
-    }
-    return [Facts(facts), _here(one["obstacles"])]
-
-
-KINDS: Mapping[str, Callable[[Entry], list[Block]]] = {
-    "onnx": onnx_blocks,
-    "engine": _engine,
-    "package": _package,
-}
-
-
-def _batch(batch: Entry) -> str:
-    return "{min}:{opt}:{max}".format(**batch)
-
-
-def _serves(sidecar: Entry) -> dict[str, object]:
-    memory = (
-        f"{name.removesuffix('_bytes')} {bytes_text(size)}"
-        for name, size in sidecar["device_memory"].items()
+    places = (
+        "package = sidecar.name; file = file; size = sidecar.file_bytes bytes; "
+        "sha256 = sidecar.file_sha256; compiled from = sidecar.onnx_file; "
+        "precision = sidecar.precision; by PyTorch = sidecar.torch; "
+        "built in s = sidecar.build_seconds .1f; on = sidecar.built_on; "
+        "serves = sidecar.targets; CPU features = sidecar.cpu_features; batch = sidecar.batch; "
+        "input = sidecar.input_shape; max-autotune = sidecar.max_autotune; TF32 = sidecar.tf32"
     )
-    return {
-        "GPUs": ", ".join(sidecar["targets"]),
-        "batch": ", ".join(sidecar["options"]["profiles"]),
-        **tensors("input", {tensor["name"]: tensor for tensor in sidecar["inputs"]}),
-        **tensors("output", {tensor["name"]: tensor for tensor in sidecar["outputs"]}),
-        "memory on the GPU": ", ".join(memory),
-    }
-
-
-def _built(sidecar: Entry) -> dict[str, object]:
-    options = (
-        f"{key.replace('_', ' ')} {shown(value, '')}"
-        for key, value in sidecar["options"].items()
-        if key not in ("profiles", "targets") and value not in (None, False, "none")
-    )
-    same = sidecar["reproducible"]
-    return {
-        "took": f"{sidecar['parse_seconds'] + sidecar['build_seconds']:.1f} s and "
-        f"{bytes_text(sidecar['peak_memory_bytes'])}",
-        "parser's layers": sidecar["parser_layers"],
-        "on": sidecar["built_on"] or "no GPU: its backend needs none to build",
-        "options": ", ".join(options),
-        "same bytes twice": "not checked" if same is None else same,
-        "warnings": "\n".join(f"{n} x {text}" for text, n in sidecar["warnings"].items()),
-    }
+    return [*facts(one, places), _here(one["obstacles"])]
 
 
 def _here(obstacles: Sequence[Entry]) -> Notice:
@@ -135,33 +86,26 @@ def _layers(one: Entry) -> list[Block]:
         if one["obstacles"]:
             reason = "only the engine's own GPU can load it and name them"
         return [Notice("SKIPPED", f"layers: {reason}")] if reason else []
-    rows = [{**layer, "of": ", ".join(layer["nodes"])} for layer in one["layers"][:MOST_LAYERS]]
-    columns = "layer = name; kind = kind name; precision = precision name; modules = of"
-    return table(rows, columns, f"{len(one['layers'])} layers")
+    columns = "layer = name; kind = kind name; precision = precision name; modules = nodes"
+    return table(one["layers"][:MOST_LAYERS], columns, f"{len(one['layers'])} layers")
 
 
 def builds_blocks(report: Entry) -> list[Block]:
-    """Return one line an engine, and below it why any failed."""
+    """Return one line an engine, below it why any failed, and what was tuned before them."""
     words = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
     rows = []
     for one in report["outcomes"]:
-        name, made = one["engine"] or _cell(one["cell"]), one["sidecar"]
-        if made:
-            made = {**made, "batch": made["options"]["profiles"], "bytes": made["plan_bytes"]}
-        elif one["package"]:
-            made, name = one["package"], one["package"]["name"]
-            made = {**made, "batch": _batch(made["batch"]), "bytes": made["file_bytes"]}
-        rows.append({"state": words[one["outcome"]], "name": name, "made": made})
+        made = one["sidecar"] or one["package"] or {}
+        size = made.get("plan_bytes", made.get("file_bytes"))
+        profiles = made["options"]["profiles"] if one["sidecar"] else made.get("batch")
+        name = one["engine"] or made.get("name") or _cell(one["cell"])
+        rows.append({**made, "state": words[one["outcome"]], "name": name, "bytes": size})
+        rows[-1]["batch"] = profiles
     failed = [
         f"{_cell(one['cell'])}: {one['error']['message']} {one['error']['remedy']}"
         for one in report["outcomes"]
         if one["error"]
     ]
-    columns = (
-        "state = state state; engine = name name; batch = made.batch name; "
-        "size = made.bytes bytes; build s = made.build_seconds .1f; "
-        "memory = made.peak_memory_bytes bytes; same twice = made.reproducible name"
-    )
     tuned = [
         {**one, "state": "KEPT" if one["kept"] else state_of(one["passed"])}
         for one in sorted(report["tuned"], key=lambda one: one["latency_ms"] or math.inf)
@@ -172,7 +116,12 @@ def builds_blocks(report: Entry) -> list[Block]:
             "state = state state; candidate = candidate; batch = batch d; ms = latency_ms .3f; "
             "images/s = images_per_s .0f; SQNR dB ↑ = sqnr_db .1f; why not = error",
         ),
-        *table(rows, columns),
+        *table(
+            rows,
+            "state = state state; engine = name name; batch = batch name; size = bytes bytes; "
+            "build s = build_seconds .1f; memory = peak_memory_bytes bytes; "
+            "same twice = reproducible name",
+        ),
         *notices("FAIL", failed),
     ]
 
@@ -202,64 +151,49 @@ def environment_blocks(diagnosis: Entry) -> list[Block]:
     """Return the machine, the packages, what can be done here, and what clashes."""
     from van_deploy.environment.packages import canonical_name, pip_command
 
-    environment = diagnosis["environment"]
-    packages = []
+    environment, packages = diagnosis["environment"], []
     for item in environment["components"]:
         component, version, fault = item["component"], item["version"], item["fault"]
-        usual = item["distribution"] == canonical_name(component["install"])
-        packages.append(
-            {
-                "state": "FAIL" if fault else "MISSING" if version is None else "OK",
-                "version": version
-                if usual or not version
-                else f"{version} ({item['distribution']})",
-                "run": fault or f"{pip_command()} install {component['install']}",
-                "of": component,
-            }
-        )
+        other = item["distribution"] != canonical_name(component["install"]) and version
+        row = {
+            "state": "FAIL" if fault else "MISSING" if version is None else "OK",
+            "version": f"{version} ({item['distribution']})" if other else version,
+            "run": fault or f"{pip_command()} install {component['install']}",
+        }
+        packages.append({**component, **row})
     able = [{**one, "here": "NO" if one["shortfall"] else "YES"} for one in diagnosis["abilities"]]
     missing = [one for one in packages if one["state"] != "OK"]
+    machine = {**environment, "gpus": "\n".join(_gpus(environment["driver"]))}
     return [
-        Facts(_machine(environment)),
+        *facts(
+            machine,
+            "van-deploy = van_deploy; Python = python; system = system; CPU = cpu.name; "
+            "cores = cpu.cores; cores allowed = cpu.cores_allowed; CPU features = cpu.features; "
+            "memory = memory.total_bytes bytes; memory free = memory.available_bytes bytes; "
+            "disk free = disk.free_bytes bytes; of folder = disk.folder; GPU = gpus; "
+            "PyTorch's CUDA = torch_cuda; ONNX Runtime's CUDA = onnxruntime_cuda; "
+            "ONNX Runtime = providers",
+        ),
         *table(
             packages,
-            "state = state state; package = of.name name; version = version name; "
-            "is there for = of.enables",
+            "state = state state; package = name name; version = version name; "
+            "is there for = enables",
         ),
         *table(able, "here = here state; task = task name; because = shortfall.problem"),
-        *table(missing, "to have = of.name name; run = run"),
+        *table(missing, "to have = name name; run = run"),
         *notices("WARNING", (f"{c['message']}\n{c['remedy']}" for c in environment["clashes"])),
     ]
 
 
-def _machine(environment: Entry) -> dict[str, Any]:
-    cpu, memory, disk = environment["cpu"], environment["memory"], environment["disk"]
-    total, free = (
-        "unknown" if memory[key] is None else bytes_text(memory[key])
-        for key in ("total_bytes", "available_bytes")
-    )
-    return {
-        "van-deploy": environment["van_deploy"],
-        "Python": f"{environment['python']} on {environment['system']}",
-        "CPU": f"{cpu['name']}, {cpu['cores_allowed']} of {cpu['cores']} cores allowed",
-        "CPU features": listed(cpu["features"]) or "none of those that speed up inference",
-        "memory": f"{total}, {free} free",
-        "disk": f"{bytes_text(disk['free_bytes'])} free in {disk['folder']}",
-        "GPU": "\n".join(_gpu_lines(environment["driver"])),
-        "PyTorch's CUDA": environment["torch_cuda"] or "none",
-        "ONNX Runtime's CUDA": environment["onnxruntime_cuda"] or "none",
-        "ONNX Runtime": ", ".join(environment["providers"]) or "no providers",
-    }
-
-
-def _gpu_lines(driver: Entry | None) -> Iterator[str]:
+def _gpus(driver: Entry | None) -> list[str]:
+    """Return a line a GPU, and one on the driver."""
     if driver is None:
-        yield "none: no NVIDIA driver answers"
-        return
-    for gpu in driver["gpus"]:
-        size, capability = gpu["memory_bytes"], gpu["compute_capability"]
-        kind = "SM?" if capability is None else f"SM{listed(capability, '')}"
-        yield f"{gpu['name']}, {kind}{'' if size is None else f', {bytes_text(size)}'}"
-    if driver["hidden"]:
-        yield f"{driver['hidden']} more that CUDA_VISIBLE_DEVICES hides"
-    yield f"NVIDIA driver {driver['version']}, CUDA up to {listed(driver['cuda_version'], '.')}"
+        return ["none: no NVIDIA driver answers"]
+    lines = [
+        f"{gpu['name']}, SM{listed(gpu['compute_capability'] or '?', '')}, "
+        f"{bytes_text(gpu['memory_bytes'] or 0)}"
+        for gpu in driver["gpus"]
+    ]
+    hidden = [f"{driver['hidden']} more that CUDA_VISIBLE_DEVICES hides"] * bool(driver["hidden"])
+    newest = listed(driver["cuda_version"], ".")
+    return [*lines, *hidden, f"NVIDIA driver {driver['version']}, CUDA up to {newest}"]

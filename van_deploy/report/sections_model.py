@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from van_deploy.report.document import (
     Block,
@@ -13,10 +12,11 @@ from van_deploy.report.document import (
     Paragraph,
     Plot,
     checks_table,
+    facts,
     notices,
     table,
 )
-from van_deploy.report.figures import bytes_text, count_text, listed, state_of
+from van_deploy.report.figures import bytes_text, listed, state_of
 from van_deploy.report.plots import Axis, Mark, colours, rows_chart
 from van_deploy.report.sections_checks import evaluate_blocks, verify_blocks
 from van_deploy.report.sections_precision import quantized_blocks
@@ -34,7 +34,7 @@ __all__ = [
     "proof_rows",
     "run_blocks",
     "sizes_plot",
-    "tensors",
+    "tensor_rows",
 ]
 
 MOST_PROBLEMS = 20  # told one by one; --json has them all
@@ -47,42 +47,30 @@ BATCHES = (
     "verdict = outcome state; batch = batch d; SQNR dB ↑ = sqnr_db .1f; "
     "batch invariance dB ↑ = invariance_db .1f"
 )
-SIDES = {"center": "short side", "squash": "both sides", "border": "long side"}
+WAYS = ("inputs", "outputs")
+TENSORS = "tensor = way name; name = name name; type = dtype name; shape = shape"
 
 
-def model_facts(manifest: Entry) -> Facts:
+def model_facts(manifest: Entry) -> list[Block]:
     """Return what the network is, where its weights come from, and the batches it is made for."""
-    weights, config, batch = manifest["weights"], manifest["architecture"], manifest["batch"]
-    seed = f", seed {weights['seed']}" if weights["seed"] is not None else ""
-    names = manifest["class_names"] or ()
-    shown = f" ({', '.join(names[:6])}{', ...' if len(names) > 6 else ''})" if names else ""
-    place = weights["spec" if weights["format"] in {"embedded", "random"} else "path"]
-    facts = {
-        "model": manifest["name"],
-        "weights": f"{place} ({weights['format']}{seed})",
-        "sha256": weights["sha256"],
-        "network": f"widths {listed(config['embed_dims'])}, depths {listed(config['depths'])}, "
-        f"large kernels {listed(config['lka_kernels'])}, "
-        f"{count_text(manifest['parameters'])} parameters",
-        "classes": f"{config['num_classes']}{shown}",
-        "batch": f"{batch['min']} to {batch['max']}, best at {batch['opt']}",
-    }
-    return Facts(facts)
+    return facts(
+        manifest,
+        "model = name; weights = weights.path; format = weights.format; seed = weights.seed; "
+        "sha256 = weights.sha256; widths = architecture.embed_dims; "
+        "depths = architecture.depths; large kernels = architecture.lka_kernels; "
+        "parameters = parameters count; classes = architecture.num_classes; "
+        "class names = class_names; batch = batch",
+    )
 
 
-def preprocessing_facts(values: Entry) -> Facts:
+def preprocessing_facts(values: Entry) -> list[Block]:
     """Return what an image goes through before the network."""
-    side, mean = values["image_size"], values["mean"]
-    facts = {
-        "resize": f"{SIDES[values['crop_mode']]} to {values['resize_size']} pixels, "
-        f"{values['interpolation']} (crop ratio {values['crop_pct']:g}), "
-        f"then {side} x {side} from the centre",
-        "normalise": f"mean {listed(mean)}; standard deviation {listed(values['std'])}, "
-        "of values in 0..1",
-        "order": f"{len(mean)} channels, (batch, channel, row, column), float32",
-        "preprocessing from": values["source"],
-    }
-    return Facts(facts)
+    return facts(
+        values,
+        "image side = image_size; resized to = resize_size; resized side = crop_mode; "
+        "filter = interpolation; crop ratio = crop_pct; mean (of 0..1) = mean; "
+        "standard deviation = std; preprocessing from = source",
+    )
 
 
 def proof_rows(checks: Entry) -> Iterator[tuple[str, str, str]]:
@@ -119,23 +107,22 @@ def proof_rows(checks: Entry) -> Iterator[tuple[str, str, str]]:
         yield state_of(agreement["outcome"]), "FP32 agreement", detail
 
 
-def artefacts_table(manifest: Entry, sizes: Mapping[str, int]) -> list[Block]:
+def artefacts_table(manifest: Entry, sizes: Mapping[str, int] | None = None) -> list[Block]:
     """Return one line an artifact, with its bytes from ``sizes``."""
     rows = [
         {
-            "name": name,
-            "bytes": sizes[name],
-            "digest": entry["files"][entry["file"]][:12],
-            "nodes": (entry["graph"] or {}).get("nodes"),
             **entry,
+            "name": name,
+            "bytes": (sizes or {}).get(name),
+            "sha256": entry["files"][entry["file"]][:12],
         }
         for name, entry in manifest["artefacts"].items()
     ]
     return table(
         rows,
         "artifact = name name; kind = kind name; precision = precision name; file = file name; "
-        "nodes = nodes d; layers = engine.parser_layers d; size = bytes bytes; "
-        "sha256 = digest name",
+        "nodes = graph.nodes d; layers = engine.parser_layers d; size = bytes bytes; "
+        "sha256 = sha256 name",
     )
 
 
@@ -178,13 +165,12 @@ def export_blocks(done: Entry) -> list[Block]:
                 f"{item['base']}, at batch {listed((row['batch'] for row in batches), ', ')}"
             )
         embedded.append(("PASS" if batches else "REUSED", item["name"], said))
-    files = {name: listed(sorted(e["files"])) for name, e in manifest["artefacts"].items()}
     return [
-        model_facts(manifest),
-        preprocessing_facts(manifest["preprocessing"]),
+        *model_facts(manifest),
+        *preprocessing_facts(manifest["preprocessing"]),
         *checks_table([*proof_rows(manifest["checks"]), *embedded]),
         *table(manifest["checks"]["agreement"]["batches"], BATCHES),
-        Facts({f"files of {name}": named for name, named in files.items()}),
+        *artefacts_table(manifest),
         Paragraph(
             f"{'Reused' if result['reused'] else 'Wrote'} the bundle {result['bundle']}{took} "
             f"({result['reason']})."
@@ -223,8 +209,8 @@ def _bundle(described: Entry) -> list[Block]:
     problems = notices("FAIL", [*found[:MOST_PROBLEMS], *more])
     return [
         Facts({"bundle": described["path"], "written": manifest["written"]}),
-        model_facts(manifest),
-        preprocessing_facts(manifest["preprocessing"]),
+        *model_facts(manifest),
+        *preprocessing_facts(manifest["preprocessing"]),
         *checks_table(proof_rows(manifest["checks"])),
         *artefacts_table(manifest, described["sizes"]),
         *(problems or [Notice("PASS", "every file is the manifest's")]),
@@ -234,75 +220,47 @@ def _bundle(described: Entry) -> list[Block]:
 
 
 def _network(described: Entry) -> list[Block]:
-    config, side = described["architecture"], described["multiply_adds_at"]
-    k0, k1 = config["lka_kernels"]
-    facts = {
-        "model": described["name"],
-        "variant": described.get("variant", described["name"]) or "none of the published ones",
-        "widths": config["embed_dims"],
-        "depths": config["depths"],
-        "MLP ratios": config["mlp_ratios"],
-        "kernels": f"{k0}x{k0}, then {k1}x{k1} with dilation {described['lka_dilation']}",
-        "classes": config["num_classes"],
-        "parameters": f"{described['parameters']:,}",
-        "multiply-adds": f"{count_text(described['multiply_adds'])} at {side} x {side}",
-    }
-    notes: Sequence[str] = ()
-    if described["kind"] == "variant":
-        top1 = described["top1_percent"]
-        facts["top-1"] = f"{top1} % (published)" if top1 else None
-        facts["weights"] = described["weights"] or described["weights_note"]
-        facts["on this machine"] = described["here"]
-    else:
-        source, names = described["source"], described["class_names"] or ()
-        facts["weights"] = "{path} ({format}, under {container})".format(**source)
-        facts["sha256"], notes = source["sha256"], source["notes"]
-        facts["class names"] = ", ".join([*names[:8], "..."][: len(names)])
+    source = described.get("source") or {"notes": ()}
+    places = (
+        "model = name; variant = variant; widths = architecture.embed_dims; "
+        "depths = architecture.depths; MLP ratios = architecture.mlp_ratios; "
+        "kernels = architecture.lka_kernels; dilation = lka_dilation; "
+        "classes = architecture.num_classes; parameters = parameters ,d; "
+        "multiply-adds = multiply_adds count; at pixels = multiply_adds_at; "
+        "top-1 % (published) = top1_percent; weights = weights; about them = weights_note; "
+        "on this machine = here; weights file = source.path; format = source.format; "
+        "under = source.container; sha256 = source.sha256; class names = class_names"
+    )
     preprocessing = preprocessing_facts(described["preprocessing"])
-    return [Facts(facts), preprocessing, *notices("NOTE", notes)]
+    return [*facts(described, places), *preprocessing, *notices("NOTE", source["notes"])]
 
 
 def onnx_blocks(description: Entry) -> list[Block]:
     """Return what an ONNX file holds."""
-    graph = description["graph"]
-    facts = {
-        "file": description["file"],
-        "size": bytes_text(description["bytes"]),
-        "written by": description["producer"],
-        "opset": f"{graph['opset']} (IR {graph['ir_version']})",
-        **tensors("input", graph["inputs"]),
-        **tensors("output", graph["outputs"]),
-        **{
-            f"weights {kind}": f"{value['values']:,} values, {bytes_text(value['bytes'])}"
-            for kind, value in description["weights"].items()
-        },
-        "weights in": ", ".join(description["external_files"]),
-    }
-    metadata = {key: _line(value) for key, value in description["metadata"].items()}
+    graph, metadata = description["graph"], description["metadata"]
+    operators = [*graph["operators"].items(), ("all", graph["nodes"])]
+    weights = [{"kind": kind, **value} for kind, value in description["weights"].items()]
+    named = {way: [{"name": n, **tensor} for n, tensor in graph[way].items()] for way in WAYS}
     return [
-        Facts(facts),
-        *table([*graph["operators"].items(), ("all", graph["nodes"])], "operator = 0; nodes = 1 d"),
+        *facts(
+            description,
+            "file = file; size = bytes bytes; written by = producer; opset = graph.opset; "
+            "IR version = graph.ir_version; weights in = external_files",
+        ),
+        *table(tensor_rows(named), TENSORS),
+        *table(weights, "weights = kind name; values = values ,d; size = bytes bytes"),
+        *table(operators, "operator = 0; nodes = 1 d"),
         *([Facts(metadata, "Metadata")] if metadata else ()),
     ]
 
 
-def tensors(kind: str, found: Mapping[str, Entry]) -> dict[str, str]:
-    """Return inputs or outputs as facts: type and shape of each; a free length is ``N``."""
-    shapes = {
-        name: listed(("N" if size == -1 else size for size in tensor["shape"]), ", ")
-        for name, tensor in found.items()
-    }
-    return {f"{kind} {name}": f"{found[name]['dtype']} ({shapes[name]})" for name in found}
-
-
-def _line(value: Any) -> str:
-    """Return a value on one line: a mapping's entries, a list's first few."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_line(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        shown = " ".join(_line(item) for item in value[:12])
-        return shown if len(value) <= 12 else f"{shown} ... ({len(value)})"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def tensor_rows(named: Entry) -> list[Entry]:
+    """Return a row each of ``inputs`` and ``outputs``; a free length is ``N``."""
+    return [
+        {**tensor, "way": way[:-1], "shape": ["N" if n == -1 else n for n in tensor["shape"]]}
+        for way in WAYS
+        for tensor in named[way]
+    ]
 
 
 def listed_blocks(variants: Sequence[Entry]) -> list[Block]:
