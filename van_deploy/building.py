@@ -17,7 +17,6 @@ from van_deploy.engine.fleet import (
     FleetHost,
     Outcome,
     build_here,
-    cells_of,
     read_fleet,
 )
 from van_deploy.engine.host import device_number, host_here
@@ -147,7 +146,7 @@ def build_fleet(
         RecipeError: the file is wrong.
         MissingDependency: Ray was asked for and is not here.
     """
-    cells = cells_of(read_fleet(path))
+    cells = read_fleet(path)
     if on == "ray":
         from van_deploy.engine.on_ray import build_on_ray
 

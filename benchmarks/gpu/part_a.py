@@ -61,7 +61,7 @@ def _kernels(context: Context, variant: str, budget: float) -> Step:
     name = f"kernels-{variant.removeprefix('van_')}"
     out = context.work / f"{name}.json"
     command = [sys.executable, str(script), "all", "--out", str(out), "--budget", str(int(budget))]
-    environment = {}
+    environment = {"TRITON_CACHE_DIR": str(context.work / "triton")}
     skip = "" if script.exists() else "benchmarks/gpu/kernels.py is not in this checkout"
     if context.on_gpu:
         command += ["--variant", variant, "--batch", "128", "--dtype", "fp16"]

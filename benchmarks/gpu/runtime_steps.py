@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,11 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 def ort(result: Result, options: argparse.Namespace) -> None:
-    """Time one ONNX file on the CUDA provider: NHWC on and off, then a CUDA graph on top."""
+    """Time one ONNX file on the CUDA provider: NHWC on and off, then a CUDA graph on top.
+
+    Without a graph at the smallest and the largest batch only: choosing cuDNN's algorithms
+    takes seconds a batch size.
+    """
     from van_deploy.runners.base import CudaOptions
     from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -42,7 +46,8 @@ def ort(result: Result, options: argparse.Namespace) -> None:
     tried: dict[Any, float] = {}
     for cuda in (plain, replace(plain, prefer_nhwc=True)):
         runner = OnnxRuntimeRunner(subject.path, name="ort-cuda", device=options.device, cuda=cuda)
-        tried[cuda] = subject.measure(result, runner, _ort_name(cuda), options=asdict(cuda))
+        name, ends = _ort_name(cuda), sorted({options.batches[0], options.batches[-1]})
+        tried[cuda] = subject.measure(result, runner, name, ends, options=asdict(cuda))
     best = replace(min(tried, key=lambda cuda: tried[cuda]), cuda_graph=True)
     runner = OnnxRuntimeRunner(subject.path, name="ort-cuda", device=options.device, cuda=best)
     subject.measure(result, runner, _ort_name(best), options=asdict(best))
@@ -213,20 +218,25 @@ def _judged(document: Any) -> Iterator[dict[str, Any]]:
 
 
 def benchmark(result: Result, options: argparse.Namespace) -> None:
-    """Run ``van-deploy bench`` on the GPU, as a user would."""
+    """Run ``van-deploy bench --profile`` on the GPU, as a user would, for two runners."""
     bundle = _copied(options)
-    batches = ",".join(map(str, options.batches))
-    command = ["bench", str(bundle), "--device", options.device, "--batches", batches]
-    done = _van_deploy(*command, "--seconds", str(options.seconds), "--json")
+    command = ["bench", str(bundle), "--device", options.device, "--batches", "1,128"]
+    command += ["--runners", "pytorch,ort-cuda-nhwc/fp16,ort-cuda-nhwc/int8", "--profile"]
+    with turn():
+        done = _van_deploy(*command, "--seconds", str(options.seconds), "--json")
     result.fact("exit_code", done.returncode)
     try:
         document = json.loads(done.stdout)
     except json.JSONDecodeError:
         raise SystemExit(_end(done)) from None
     result.fact("bench", document)
-    columns = ("contender", "batch", "images_per_s", "error")
+    columns = ("contender", "batch", "queued_ms", "images_per_s", "error")
     rows = [{key: row.get(key) for key in columns} for row in document["rows"]]
     result.table(f"van-deploy bench {bundle.name} --device {options.device}", rows)
+    for name, lines in document["profiles"].items():
+        result.table(f"van-deploy bench {bundle.name} --profile: {name}, batch 128", lines)
+    for warning in document["warnings"]:
+        result.note(warning)
 
 
 def tests(result: Result, options: argparse.Namespace) -> None:
@@ -289,7 +299,14 @@ class _Subject:
         with OnnxRuntimeRunner(path) as runner:
             return runner.run(self.images[:COMPARED])
 
-    def measure(self, result: Result, runner: Any, name: str, **facts: Any) -> float:
+    def measure(
+        self,
+        result: Result,
+        runner: Any,
+        name: str,
+        batches: Sequence[int] | None = None,
+        **facts: Any,
+    ) -> float:
         """Add a row a batch size; return the milliseconds of the largest batch, queued."""
         from van_deploy.bench.gpu import clock_of, timed
         from van_deploy.bench.gpu_state import GpuWatch
@@ -302,7 +319,7 @@ class _Subject:
         except Exception as error:
             result.note(f"{name}, {self.options.artifact}: {type(error).__name__}: {error}"[:600])
             return slowest
-        for batch in self.options.batches:
+        for batch in batches or self.options.batches:
             try:
                 with turn():
                     resident = opened.resident(self.images[:batch])

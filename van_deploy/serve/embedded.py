@@ -28,8 +28,9 @@ from van_deploy.manifest import Embedding
 from van_deploy.metrics import Task, probabilities
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.provenance import code_digest
+from van_deploy.runners.answers import network_input
 from van_deploy.runners.base import Logits
-from van_deploy.runners.network import Outputs, network_input, task_of
+from van_deploy.runners.network import Outputs, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 __all__ = ["Embedded", "embed_artefacts"]

@@ -12,7 +12,8 @@ import numpy as np
 from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.pixels import Pixels, pixels_from_image
-from van_deploy.runners.network import Network, TopClasses
+from van_deploy.runners.answers import TopClasses
+from van_deploy.runners.network import Network
 
 __all__ = ["NamedClass", "Prediction", "Speed", "named_classes", "predict", "sources_from"]
 

@@ -89,7 +89,8 @@ class ServedModel:
             )
         self.queue = Allowance(limit, QUEUE_FULL, 429)
         metrics.of("queued_images", self.name).set_function(lambda: self.queue.used)
-        backend = "tensorrt" if network.is_engine else "onnxruntime"
+        native = "tensorrt" if network.is_engine else "pytorch"
+        backend = native if network.is_engine or network.is_package else "onnxruntime"
         how = TritonSettings(
             queue_delay_us=round(1e3 * settings.max_delay_ms),
             queue_limit=limit,

@@ -35,7 +35,12 @@ DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "I
 
 LABELS_FILE = "labels.txt"
 LABELLED = ("logits", "probabilities")
-FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
+FILES = {
+    "onnxruntime": "model.onnx",
+    "tensorrt": "model.plan",
+    "python": "model.py",
+    "pytorch": "model.pt2",  # of the server here; Triton is not given one
+}
 THREADS_KEY = "intra_op_thread_count"  # the ONNX Runtime backend's; model.py reads the same
 
 
@@ -189,6 +194,11 @@ def _model(bundle: Bundle, source: str, names: Sequence[str], backend: str) -> T
     network, plans = Network(bundle, names[0]), dict[str, str]()
     files: dict[str, tuple[Path, str]] = {}
     sidecars: list[Sidecar] = []
+    if network.is_package:
+        raise InputError(
+            f"Triton does not load Inductor packages here, and '{names[0]}' is one.",
+            "Package an ONNX artefact or a plan, or serve this one with `van-deploy serve`.",
+        )
     for name in names:
         artefact, path = bundle.artefact(name), bundle.verified(name)
         if (artefact.kind == "engine") != network.is_engine:
