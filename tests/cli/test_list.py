@@ -49,7 +49,7 @@ def test_the_table_fits_100_columns_and_says_everything(cli: Cli) -> None:
         "VAN-Small-original/van_small_811.pth.tar"
     )
     van_digits = next(line for line in lines if line.startswith("van_digits"))
-    assert van_digits.endswith(" %   YES    in this package")
+    assert van_digits.endswith("  YES   in this package")
     assert "for commercial use, please contact" in result.stdout
 
 
