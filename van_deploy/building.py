@@ -32,7 +32,7 @@ def build_bundle(
         VanDeployError: as :meth:`van_deploy.api.Bundle.build`; nothing that cannot be built is
             found out after the first was.
     """
-    plans = planned_engines(settings, bundle.manifest.batch)
+    plans = planned_engines(settings, bundle.manifest.batch, sizes=bundle.manifest.sizes)
     for precision in settings.precisions:
         _make_missing(Bundle.open(bundle.path), precision, settings, progress)
     outcomes = build_planned(

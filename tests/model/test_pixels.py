@@ -35,7 +35,7 @@ def ours(image: Image.Image, preprocessing: Preprocessing) -> Any:
 
 def timms(preprocessing: Preprocessing) -> Any:
     return create_transform(
-        (preprocessing.channels, preprocessing.image_size, preprocessing.image_size),
+        (preprocessing.channels, *preprocessing.sides),
         is_training=False,
         interpolation=preprocessing.interpolation,
         mean=preprocessing.mean,

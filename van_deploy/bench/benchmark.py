@@ -10,6 +10,7 @@ from van_deploy.bench.document import BenchReport, Subject
 from van_deploy.bench.report import Progress, race_report
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
+from van_deploy.config.sizes import ImageSize
 
 __all__ = ["benchmark_bundle"]
 
@@ -38,7 +39,7 @@ def benchmark_bundle(
         settings = settings.changed(batches=tuple(b for b in SWEEP if b <= max(1, largest)))
     preprocessing = bundle.manifest.preprocessing
     sizes = settings.image_sizes or (preprocessing.image_size,)
-    inputs: dict[int, Any] = {}
+    inputs: dict[ImageSize, Any] = {}
     described = ""
     for size in sizes:
         at_size = preprocessing.override(image_size=size)

@@ -16,6 +16,7 @@ from van_deploy.bench.machine import During, Machine
 from van_deploy.bench.quiet import Quiet
 from van_deploy.bench.roofline import Limit, Work
 from van_deploy.config import BatchRange, BenchSettings
+from van_deploy.config.sizes import ImageSize
 from van_deploy.errors import InputError
 from van_deploy.model.weights_source import WeightsSource
 from van_deploy.versioned import Versioned, read_versioned
@@ -60,7 +61,7 @@ class Reached:
     Attributes:
         contender: which one.
         batch: images a call.
-        image_size: side of the input in pixels.
+        image_size: of the input in pixels: a side, or height and width.
         work: what one batch asks of the device.
         limit: the least time for it.
         percent_of_limit: 100 is the least possible time.
@@ -68,7 +69,7 @@ class Reached:
 
     contender: str
     batch: int
-    image_size: int
+    image_size: ImageSize
     work: Work
     limit: Limit
     percent_of_limit: float
@@ -128,7 +129,7 @@ class Change:
     Attributes:
         contender: which one.
         batch: images a call.
-        image_size: side of the input.
+        image_size: of the input, likewise.
         before_ms: median latency in the old file.
         after_ms: median latency in the new one.
         speedup: ``before_ms / after_ms``.
@@ -142,7 +143,7 @@ class Change:
 
     contender: str
     batch: int
-    image_size: int
+    image_size: ImageSize
     before_ms: float
     after_ms: float
     speedup: float

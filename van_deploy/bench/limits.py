@@ -13,6 +13,7 @@ from van_deploy.bench.document import Reached
 from van_deploy.bench.lane import Row
 from van_deploy.bench.roofline import Limit, Work, limit_of, work_of_file
 from van_deploy.bundle import Bundle
+from van_deploy.config.sizes import ImageSize
 
 __all__ = ["PaperLimit", "PaperLimits", "measured_limits", "paper_limits"]
 
@@ -90,7 +91,7 @@ def measured_limits(
     """Return each row's time over the least possible time for the same graph."""
     graphs = {c.name: c for c in contenders if c.file.endswith(".onnx")}
     plain = next((c for c in graphs.values() if c.precision == "fp32"), None)
-    counted: dict[tuple[str, int, int], Work] = {}
+    counted: dict[tuple[str, int, ImageSize], Work] = {}
     result = []
     for row in rows:
         contender = next(c for c in contenders if c.name == row.contender)

@@ -23,6 +23,7 @@ from van_deploy.bench.lane import Lane, Loading, Row
 from van_deploy.bench.process import WorkerProcess
 from van_deploy.bench.quiet import Gauge
 from van_deploy.config import Budget
+from van_deploy.config.sizes import ImageSize
 
 __all__ = ["Race", "between", "ceilings_here", "nearest", "with_reference"]
 
@@ -96,7 +97,7 @@ class Race:
         self,
         images: Path,
         batch: int,
-        image_size: int,
+        image_size: ImageSize,
         budget: Budget,
         reference: str,
         only: set[str] | None = None,

@@ -26,6 +26,7 @@ from van_deploy.bench.resize import resized_file
 from van_deploy.bench.settings import with_known_reference
 from van_deploy.bench.steadiness import load_before, warnings_of
 from van_deploy.config import BenchSettings
+from van_deploy.config.sizes import ImageSize
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import ConversionError
 from van_deploy.provenance import tool_versions
@@ -72,10 +73,10 @@ class _Measured:
 def race_report(
     contenders: Sequence[Contender],
     skipped: Sequence[Skipped],
-    inputs: Mapping[int, Any],
+    inputs: Mapping[ImageSize, Any],
     settings: BenchSettings,
     *,
-    native_size: int,
+    native_size: ImageSize,
     images: str,
     preprocessing: Mapping[str, Any] | None = None,
     model: str = "",
@@ -148,9 +149,9 @@ def race_report(
 
 def _measured(
     contenders: Sequence[Contender],
-    inputs: Mapping[int, Any],
+    inputs: Mapping[ImageSize, Any],
     settings: BenchSettings,
-    native_size: int,
+    native_size: ImageSize,
     race_of: Callable[[Sequence[Contender]], Race],
 ) -> _Measured:
     """Return the rows of every image size, each in a race of its own; some have figures."""
@@ -187,7 +188,7 @@ def _nothing(rows: Sequence[Row]) -> ConversionError:
     )
 
 
-def _batches(race: Race, images: Path, size: int, settings: BenchSettings) -> list[Row]:
+def _batches(race: Race, images: Path, size: ImageSize, settings: BenchSettings) -> list[Row]:
     """Return the rows of every batch; under a latency limit, the slow ones drop out."""
     rows: list[Row] = []
     running: set[str] | None = None
@@ -225,7 +226,7 @@ def _ceilings(threads: int, progress: Progress | None) -> Ceilings | None:
         return None  # the figures stand without it; the report says there is no roofline
 
 
-def _saved(array: Any, folder: Path, size: int) -> Path:
+def _saved(array: Any, folder: Path, size: ImageSize) -> Path:
     import numpy as np
 
     path = folder / f"images-{size}.npy"

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from van_deploy.bench.contender import Contender
+from van_deploy.config.sizes import ImageSize, sides_of, size_text
 
 __all__ = ["resized_file"]
 
 
-def resized_file(contender: Contender, image_size: int, folder: Path) -> Contender:
+def resized_file(contender: Contender, image_size: ImageSize, folder: Path) -> Contender:
     """Return ``contender`` with its file declared for ``image_size``, written into ``folder``.
 
     What is no ONNX file is returned as it is: PyTorch takes any size, and an
@@ -28,12 +29,13 @@ def resized_file(contender: Contender, image_size: int, folder: Path) -> Contend
     from van_deploy.graph.files import save_onnx
 
     source = Path(contender.file)
-    target = folder / f"{source.stem}-{image_size}.onnx"
+    target = folder / f"{source.stem}-{size_text(image_size)}.onnx"
     if not target.exists():
         model = onnx.load_model(source)
         dims = model.graph.input[0].type.tensor_type.shape.dim
-        for axis in (1, 2) if contender.embedded == "uint8" else (2, 3):
-            dims[axis].dim_value = image_size
+        axes = (1, 2) if contender.embedded == "uint8" else (2, 3)
+        for axis, side in zip(axes, sides_of(image_size), strict=True):
+            dims[axis].dim_value = side
         del model.graph.value_info[:]  # shapes inferred for the old size
         save_onnx(model, target)
     return replace(contender, file=str(target))

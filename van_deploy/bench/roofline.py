@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from van_deploy.bench.ceilings import Ceilings
+from van_deploy.config.sizes import ImageSize, sides_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -77,20 +78,20 @@ class Limit:
     source: str
 
 
-def work_of_file(path: Path, batch: int, image_size: int | None = None) -> Work:
+def work_of_file(path: Path, batch: int, image_size: ImageSize | None = None) -> Work:
     """Return the work of one batch through the graph in ``path``."""
     import onnx
 
     return work_of(onnx.load_model(path, load_external_data=False), batch, image_size)
 
 
-def work_of(model: ModelProto, batch: int, image_size: int | None = None) -> Work:
+def work_of(model: ModelProto, batch: int, image_size: ImageSize | None = None) -> Work:
     """Return the work of one batch through ``model``, counted node by node.
 
     Args:
         model: a graph whose first dimension is the batch.
         batch: images.
-        image_size: side of the square input where it is not the graph's own.
+        image_size: of the input where it is not the graph's own.
     """
     import onnx
 
@@ -145,7 +146,7 @@ def limit_of(work: Work, ceilings: Ceilings, precision: str) -> Limit | None:
     )
 
 
-def _fix_input_(model: ModelProto, batch: int, image_size: int | None) -> None:
+def _fix_input_(model: ModelProto, batch: int, image_size: ImageSize | None) -> None:
     """Set the free dimensions of the input and forget every inferred shape."""
     del model.graph.value_info[:]
     for value in model.graph.output:
@@ -156,8 +157,8 @@ def _fix_input_(model: ModelProto, batch: int, image_size: int | None) -> None:
         dims[0].dim_value = batch
         if image_size is not None and len(dims) == 4:
             sides = (1, 2) if dims[3].dim_value in {1, 3, 4} else (2, 3)  # bytes come NHWC
-            for axis in sides:
-                dims[axis].dim_value = image_size
+            for axis, side in zip(sides, sides_of(image_size), strict=True):
+                dims[axis].dim_value = side
 
 
 def _count(nodes: Any, shapes: Mapping[str, list[int]], constants: set[str]) -> dict[str, int]:

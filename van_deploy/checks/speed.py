@@ -15,8 +15,8 @@ from functools import partial
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import SPEED_WITHIN
-from van_deploy.checks.golden import Samples
 from van_deploy.checks.opened import ON_CPU, Execution, NotRun, given_to, open_artefact
+from van_deploy.checks.samples import Samples
 from van_deploy.intervals import Interval, median_interval
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.runners.pytorch import TorchRunner, one_torch_thread

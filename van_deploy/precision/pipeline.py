@@ -17,9 +17,10 @@ from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
 from van_deploy.calibration_set import CalibrationSet
 from van_deploy.checks.golden import golden_samples
 from van_deploy.checks.judging import judge_new
+from van_deploy.checks.samples import Outputs
 from van_deploy.config import QuantizeSettings
 from van_deploy.documents import plain
-from van_deploy.errors import ConversionError, MissingDependency
+from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.rebuilt import van_from_onnx
@@ -125,6 +126,11 @@ def quantize_bundle(
     """
     opened, asked = Bundle.open(path), settings or QuantizeSettings()
     opened.verified("fp32")
+    if asked.max_drop is not None and opened.manifest.architecture.out_indices:
+        raise UsageError(
+            f"The bundle '{opened.path}' gives feature maps, and --max-drop is of classes.",
+            "Leave it out, and keep layers with --keep.",
+        )
     watch = Stopwatch(progress)
     chosen = images_for(
         opened, asked, watch, images=images, calibration=calibration, evaluate=evaluate
@@ -192,8 +198,8 @@ class _Job:
         every = set().union(*scopes.values())
         counted = counted_tensors(network, every, asked.target)
         self.watch.begin("Recording ranges")
-        side = self.images.preprocessing.image_size
-        read = self.images.read(self.images.calibration, images_at_once(side * side))
+        height, width = self.images.preprocessing.sides
+        read = self.images.read(self.images.calibration, images_at_once(height * width))
         ranges = observe(network, (images for images, _ in read), counted)
         kept = self.kept(model, ranges, by_user)
         made: dict[str, Int8] = {}
@@ -258,6 +264,9 @@ class _Job:
             self.images.judges.labels,
             fuse=asked.target == "cpu",
             judged=self.images.named,
+            outputs=Outputs.of(
+                self.bundle.manifest.architecture, self.images.preprocessing.image_size
+            ),
             max_drop=asked.max_drop,
             providers=_timed_in(asked),
             threads=asked.threads,

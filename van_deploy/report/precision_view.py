@@ -67,8 +67,8 @@ def _line(row: Mapping[str, Any], labelled: bool, timed: bool) -> list[object]:
         bytes_text(row["size_bytes"]),
         None if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}",
         None if reference else f"{row['cosine']:.5f}",
-        None if reference else f"{row['kl']:.1e}",
-        None if reference else f"{100 * row['agreement']:.2f}",
+        None if reference or row["kl"] is None else f"{row['kl']:.1e}",
+        None if reference or row["agreement"] is None else f"{100 * row['agreement']:.2f}",
     ]
     if labelled:
         cells.append(_accuracy(row))

@@ -22,6 +22,7 @@ __all__ = [
     "OnnxRuntimeRunner",
     "inference_session",
     "onnxruntime_logits",
+    "onnxruntime_outputs",
     "require_onnxruntime",
     "require_provider",
 ]
@@ -169,9 +170,8 @@ class OnnxRuntimeRunner:
         return cuda is not None and cuda.get("use_tf32", "1") != "0"
 
     def run(self, images: Images) -> Logits:
-        """Return the logits ``(N, K)`` of ``images (N, C, S, S)``."""
-        name = self._session.get_inputs()[0].name
-        logits: Logits = self._session.run(None, {name: images})[0]
+        """Return the logits ``(N, K)`` of ``images (N, C, H, W)``, or the first feature map."""
+        logits: Logits = next(iter(self.run_all(images).values()))
         return logits
 
     def run_all(self, batch: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
@@ -182,9 +182,14 @@ class OnnxRuntimeRunner:
 
 
 def onnxruntime_logits(model: ModelProto, images: Images) -> Logits:
-    """Return the logits ``(N, K)`` of a graph in memory for ``images (N, C, S, S)``."""
+    """Return the logits ``(N, K)`` of a graph in memory for ``images (N, C, H, W)``."""
+    return next(iter(onnxruntime_outputs(model, images).values()))
+
+
+def onnxruntime_outputs(model: ModelProto, images: Images) -> dict[str, npt.NDArray[Any]]:
+    """Return the outputs by name of a graph in memory for ``images (N, C, H, W)``."""
     with OnnxRuntimeRunner(model) as runner:
-        return runner.run(images)
+        return runner.run_all(images)
 
 
 def require_provider(provider: str) -> Any:
