@@ -90,7 +90,7 @@ def official_state(tensors: Mapping[str, Tensor], container: str = "") -> NamedS
 
 _LARGER = {
     r"(decode|auxiliary|segmentation|seg)_head\b.*": "a segmenter",
-    r"(neck|rpn_head|roi_head|bbox_head|mask_head|panoptic_\w+|\w+_head)\b.*": "a detector",
+    r"(neck|panoptic_\w+|(?!decode_|auxiliary_|seg)\w+_head)\b.*": "a detector",
 }
 """What stands beside a backbone in OpenMMLab's checkpoints, and whose it is."""
 
