@@ -61,7 +61,7 @@ def main() -> int:
     """Run the parts asked for; return 1 if one found a fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS))
-    parser.add_argument("--count", type=int, help="of cases or kills, for one part")
+    parser.add_argument("--count", type=int, help="of cases or trials, for one part")
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     unknown = [name for name in names if name not in SECTIONS]

@@ -55,24 +55,24 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The answers to some images.
+    """The predictions for some images.
 
     Attributes:
         bundle: whose network answered.
         artefact: which of its artefacts.
         speed: where the time went.
-        answers: one an image, in order.
+        predictions: one an image, in order.
     """
 
     bundle: Path
     artefact: str
     speed: Speed
-    answers: tuple[Prediction, ...]
+    predictions: tuple[Prediction, ...]
 
     @property
     def unreadable(self) -> int:
         """How many images could not be read."""
-        return sum(answer.error is not None for answer in self.answers)
+        return sum(answer.error is not None for answer in self.predictions)
 
     @property
     def passed(self) -> bool:
@@ -84,12 +84,12 @@ class Predictions:
         return self.passed
 
     def __len__(self) -> int:
-        """Return how many answers there are."""
-        return len(self.answers)
+        """Return how many predictions there are."""
+        return len(self.predictions)
 
     def __iter__(self) -> Iterator[Prediction]:
-        """Iterate over the answers."""
-        return iter(self.answers)
+        """Iterate over the predictions."""
+        return iter(self.predictions)
 
 
 @dataclass(frozen=True)

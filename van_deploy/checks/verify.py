@@ -48,8 +48,8 @@ from van_deploy.checks.opened import (
 from van_deploy.checks.reference import ModuleReference, OnnxModules, TorchModules
 from van_deploy.checks.samples import Samples
 from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
+from van_deploy.config import GateSettings
 from van_deploy.errors import ConversionError, VanDeployError
-from van_deploy.recipe import GateSettings
 from van_deploy.runners.network import Network
 
 if TYPE_CHECKING:
