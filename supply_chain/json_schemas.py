@@ -44,6 +44,7 @@ DOCUMENTS: Mapping[str, str] = {
     "drift": "van_deploy.checks.drift:DriftReport",
     "evaluate": "van_deploy.checks.evaluate_report:EvaluateReport",
     "export": "van_deploy.run:ExportReport",
+    "inductor-sidecar": "van_deploy.engine.sidecar:PackageSidecar",
     "info": "van_deploy.describe:model_described",
     "inspect": "van_deploy.describe:artefacts_described",
     "list": "van_deploy.model.listing:listed_variants",

@@ -347,6 +347,7 @@ class Bundle:
             runner=asked.runner,
             threads=asked.threads,
             trust_engine=asked.trust_engine,
+            device=asked.device,
         )
         with network:
             answers = predict(network, sources, top=asked.top_k, batch=batch, speed=speed)

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BuildSettings, Precision, QuantizeSettings
 from van_deploy.engine.build import BuildProgress
-from van_deploy.engine.fleet import Outcome, build_here, cells_of, read_fleet
+from van_deploy.engine.fleet import (
+    BUILT,
+    REUSED,
+    Cell,
+    FleetHost,
+    Outcome,
+    build_here,
+    cells_of,
+    read_fleet,
+)
+from van_deploy.engine.host import device_number, host_here
+from van_deploy.engine.inductor import (
+    INDUCTOR,
+    build_package,
+    package_request,
+    refuse_for_packages,
+)
 from van_deploy.engine.planned import build_planned, planned_engines
 from van_deploy.errors import BundleError
 from van_deploy.model.embedded import EMBEDDED_NAME
@@ -32,6 +48,8 @@ def build_bundle(
         VanDeployError: as :meth:`van_deploy.api.Bundle.build`; nothing that cannot be built is
             found out after the first was.
     """
+    if settings.backend == INDUCTOR:
+        return BuildReport(tuple(_packages(bundle, settings, force, progress)))
     plans = planned_engines(settings, bundle.manifest.batch, sizes=bundle.manifest.sizes)
     for precision in settings.precisions:
         _make_missing(Bundle.open(bundle.path), precision, settings, progress)
@@ -44,6 +62,33 @@ def build_bundle(
         progress=(lambda name: phases(name, progress)) if progress else None,
     )
     return BuildReport(tuple(outcomes))
+
+
+def _packages(
+    bundle: Bundle, settings: BuildSettings, force: bool, progress: Progress | None
+) -> Iterator[Outcome]:
+    """Build Inductor packages, one a precision; all are refused before the first is built."""
+    host = host_here(device=device_number(settings.device))
+    refuse_for_packages(settings)
+    batch = settings.profiles[0] if settings.profiles else None
+    requests = [
+        package_request(bundle, precision, settings.device, host, batch, tf32=settings.tf32)
+        for precision in settings.precisions
+    ]
+    for request in requests:
+        if progress is not None:
+            progress(f"{bundle.name} {request.precision}: compiling for {request.device}")
+        package, reused = build_package(request, host, force=force)
+        options = settings.of((), package.batch)
+        cell = Cell(
+            bundle.path,
+            request.precision,
+            package.targets,
+            options,
+            FleetHost(),
+            own_profiles=False,
+        )
+        yield Outcome(cell, REUSED if reused else BUILT, package.name, package=package)
 
 
 def build_fleet(

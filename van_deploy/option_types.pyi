@@ -26,13 +26,13 @@ class BuildOptions(TypedDict, total=False):
     workspace: int | str | None
     optimization_level: int | None
     tf32: bool
-    strip_weights: bool
-    refit: bool
     profiling: Literal["none", "layer-names-only", "detailed"]
     precisions: Sequence[str]
     targets: Sequence[str]
-    backend: Literal["auto", "tensorrt", "tensorrt-rtx"]
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx", "inductor"]
     timing_cache: str | Path | None
+    device: str | None
+    tune: bool
     images: str | Path | None
     check_reproducible: bool
 
@@ -42,7 +42,8 @@ class CheckOptions(TypedDict, total=False):
     against: Literal["golden", "weights"]
     images: str | Path | None
     count: int | None
-    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
+    runner: Literal["ort-cpu", "ort-cuda"]
+    device: str
     trust_engine: bool
     weights: str | Path | None
     recipe: str
@@ -63,7 +64,8 @@ class EvaluateOptions(TypedDict, total=False):
     allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
     allow_inconclusive: bool
     artefacts: Sequence[str]
-    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
+    runner: Literal["ort-cpu", "ort-cuda"]
+    device: str
     trust_engine: bool
     weights: str | Path | None
     recipe: str
@@ -117,7 +119,8 @@ class PackageOptions(TypedDict, total=False):
     artefacts: Sequence[str]
 
 class PredictOptions(TypedDict, total=False):
-    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
+    runner: Literal["ort-cpu", "ort-cuda"]
+    device: str
     trust_engine: bool
     threads: int | None
     artefact: str
@@ -150,7 +153,8 @@ class QuantizeOptions(TypedDict, total=False):
 class RunOptions(TypedDict, total=False):
     allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
     allow_inconclusive: bool
-    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
+    runner: Literal["ort-cpu", "ort-cuda"]
+    device: str
     trust_engine: bool
     images: str | Path | None
     offline: bool
@@ -163,7 +167,8 @@ class VerifyOptions(TypedDict, total=False):
     images: str | Path | None
     count: int | None
     artefacts: Sequence[str]
-    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
+    runner: Literal["ort-cpu", "ort-cuda"]
+    device: str
     trust_engine: bool
     weights: str | Path | None
     recipe: str

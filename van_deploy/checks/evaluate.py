@@ -320,7 +320,7 @@ def _networks_here(
     torch.set_num_threads(1)
     bundle = Bundle.open(path)
     loaded = original_network(bundle, weights)
-    one = Execution(execution.runner, execution.trust_engine, threads=1)
+    one = replace(execution, threads=1)
     return _Networks(bundle, loaded, names, one).__enter__()
 
 

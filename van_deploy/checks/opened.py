@@ -33,14 +33,16 @@ class Execution:
 
     Attributes:
         runner: one of :data:`~van_deploy.runners.network.RUNNERS`, for ONNX artifacts;
-            engines are run by TensorRT.
+            engines are run by TensorRT, packages by PyTorch.
         trust_engine: run engines whose sidecar is gone.
         threads: threads inside one operator; None lets the runtime choose.
+        device: which GPU, where something runs on one.
     """
 
     runner: str = ORT_CPU
     trust_engine: bool = False
     threads: int | None = None
+    device: str = "cuda:0"
 
 
 ON_CPU = Execution()
@@ -106,6 +108,7 @@ def open_artefact(
         threads=execution.threads,
         spin=spin,
         trust_engine=execution.trust_engine,
+        device=execution.device,
     )
     bundle.verified(name, only_file=network.is_engine and execution.trust_engine)
     obstacle = network.obstacle()

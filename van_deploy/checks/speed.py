@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from van_deploy.bundle import Bundle
@@ -52,7 +52,7 @@ def speed_ratios(
     size = min(bundle.manifest.batch.opt, len(samples))
     inputs = samples.inputs[:size]
     pixels = None if samples.pixels is None else samples.pixels[:size]
-    one = Execution(execution.runner, execution.trust_engine, threads=1)
+    one = replace(execution, threads=1)
     ratios = {}
     with one_torch_thread():
         for name in bundle.artefacts:

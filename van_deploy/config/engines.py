@@ -26,7 +26,7 @@ KERNELS = "What is in the plan"
 MANY = "Many engines"
 ARTEFACTS = (
     "fp32, fp16, bf16, int8 or another ONNX artefact of the bundle, such as fp32-uint8: an engine "
-    "each, for each of the targets."
+    "each, for each of the targets. Inductor computes in fp32, fp16 or bf16."
 )
 Profile = Annotated[BatchRange, pydantic.PlainSerializer(str)]
 
@@ -68,8 +68,6 @@ class PlanSettings(Settings):
         le=5,
     )
     tf32: bool = option(True, "Let FP32 layers compute in TF32.", panel=KERNELS)
-    strip_weights: bool = option(False, "Leave the weights out.", panel=KERNELS)
-    refit: bool = option(False, "Let weights be replaced later.", panel=KERNELS)
     profiling: Profiling = option(
         Profiling.LAYER_NAMES_ONLY, "What the engine inspector can tell.", panel=KERNELS
     )
@@ -132,8 +130,11 @@ class EngineSettings(PlanSettings):
         panel=MACHINES,
         shown_default="the GPU in this machine",
     )
-    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = option(
-        "auto", "What builds and will run it.", panel=MACHINES
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx", "inductor"] = option(
+        "auto",
+        "What builds and will run it. inductor: a package that PyTorch compiles ahead of time, "
+        "for the GPU or the processor of this machine.",
+        panel=MACHINES,
     )
     timing_cache: Path | None = option(
         None, "File of kernel timings to use and add to (TensorRT).", panel=KERNELS
@@ -150,6 +151,19 @@ class BuildSettings(EngineSettings):
     """The options of ``van-deploy build``."""
 
     precisions: tuple[str, ...] = option(("fp32",), ARTEFACTS, flags=["--precision"])
+    device: str | None = option(
+        None,
+        "What it is built on: cuda:N, or cpu (inductor).",
+        panel=MACHINES,
+        shown_default="cuda:0; without a GPU, cpu for inductor",
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+    )
+    tune: bool = option(
+        False,
+        "Build candidate settings, time them on this GPU, and keep the fastest that passes its "
+        "gate.",
+        panel=KERNELS,
+    )
     images: Path | None = option(
         None,
         "Folder of images to make a missing fp16, bf16 or int8 file with, as `van-deploy quantize` "

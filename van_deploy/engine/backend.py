@@ -41,7 +41,7 @@ COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
         *("build_serialized_network", "create_builder_config", "create_network"),
         "create_optimization_profile",
     ),
-    "BuilderFlag": ("REFIT", "STRIP_PLAN", "TF32", "VERSION_COMPATIBLE"),
+    "BuilderFlag": ("TF32", "VERSION_COMPATIBLE"),
     "DataType": ("FLOAT", "HALF", "INT8", "INT32", "INT64", "BOOL"),
     "EngineInspector": ("get_engine_information",),
     "HardwareCompatibilityLevel": ("AMPERE_PLUS", "NONE", "SAME_COMPUTE_CAPABILITY"),
@@ -77,12 +77,16 @@ COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
     "TensorIOMode": ("INPUT", "OUTPUT"),
 }
 RTX_NAMES: Mapping[str, tuple[str, ...]] = {
-    "ComputeCapability": tuple(name.replace("sm_", "SM") for name in RTX_TARGETS),
+    "ComputeCapability": ("CURRENT", *(name.replace("sm_", "SM") for name in RTX_TARGETS)),
     "CudaGraphStrategy": ("DISABLED", "WHOLE_GRAPH_CAPTURE"),
+    "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
     "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
     "ICudaEngine": ("create_runtime_config",),
     "IRuntimeCache": ("deserialize", "serialize"),
-    "IRuntimeConfig": ("create_runtime_cache", "cuda_graph_strategy", "set_runtime_cache"),
+    "IRuntimeConfig": (
+        *("create_runtime_cache", "cuda_graph_strategy", "set_runtime_cache"),
+        "dynamic_shapes_kernel_specialization_strategy",
+    ),
     "Runtime": ("get_engine_validity",),
 }
 NAMES: Mapping[str, tuple[Mapping[str, tuple[str, ...]], ...]] = {
@@ -153,13 +157,8 @@ class Backend:
             config.set_flag(flags.TF32)
         else:
             config.clear_flag(flags.TF32)
-        for wanted, flag in (
-            (options.version_compatible, flags.VERSION_COMPATIBLE),
-            (options.strip_weights, flags.STRIP_PLAN),
-            (options.refit, flags.REFIT),
-        ):
-            if wanted:
-                config.set_flag(flag)
+        if options.version_compatible:
+            config.set_flag(flags.VERSION_COMPATIBLE)
         if options.hardware_compatibility is not HardwareCompatibility.NONE:
             name = options.hardware_compatibility.name
             level = getattr(trt.HardwareCompatibilityLevel, name)
@@ -168,10 +167,10 @@ class Backend:
             self._set_targets_(config, options.targets)
 
     def _set_targets_(self, config: Any, targets: tuple[str, ...]) -> None:
-        config.num_compute_capabilities = len(targets)
-        for index, target in enumerate(targets):
-            capability = getattr(self.module.ComputeCapability, target.replace("sm_", "SM"))
-            config.set_compute_capability(capability, index)
+        names = [target.replace("sm_", "SM") for target in targets] or ["CURRENT"]
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            config.set_compute_capability(getattr(self.module.ComputeCapability, name), index)
 
 
 @dataclass(frozen=True)

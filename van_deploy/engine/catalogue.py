@@ -24,6 +24,7 @@ __all__ = [
     "load_failure",
     "parser_failure",
     "parser_problems",
+    "run_failure",
 ]
 
 SHOWN = 3  # parser problems shown in full
@@ -179,7 +180,8 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(
         "no driver",
         r"cudaError 35|CUDA driver version is insufficient|no CUDA-capable device|"
-        r"CUDA initialization failure|CHECK\(status == CUDA_SUCCESS\)",
+        r"CUDA initialization failure|CHECK\(status == CUDA_SUCCESS\)|"
+        r"factory function returned nullptr",
         "this needs an NVIDIA GPU with a driver that is new enough, and none answers here",
         "Run `van-deploy doctor` to see what is here; without a GPU, build with "
         "--backend tensorrt-rtx.",
@@ -277,6 +279,11 @@ def build_failure(label: str, source: str, said: Sequence[str]) -> VanDeployErro
 def load_failure(label: str, plan: str, said: Sequence[str]) -> VanDeployError:
     """Return the error for a plan that did not load, from what the logger heard."""
     return _failure(f"{label} does not load '{plan}'", said)
+
+
+def run_failure(label: str, what: str, said: Sequence[str]) -> VanDeployError:
+    """Return the error for an engine that refused what it was given, such as a batch."""
+    return _failure(f"{label} refused {what}", said)
 
 
 def _failure(what: str, said: Sequence[str]) -> VanDeployError:

@@ -37,7 +37,7 @@ from van_deploy.engine.backend import choose_backend
 from van_deploy.engine.build import Progress
 from van_deploy.engine.bundled import build_in_bundle, request_for
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.sidecar import Sidecar
+from van_deploy.engine.sidecar import PackageSidecar, Sidecar
 from van_deploy.errors import RecipeError, VanDeployError
 from van_deploy.schema import Contradiction, Settings, read_toml
 
@@ -150,7 +150,8 @@ class Outcome:
         cell: which one.
         outcome: ``built``, ``reused`` or ``failed``.
         engine: the engine's name; "" if it failed before it had one.
-        sidecar: what is known about the engine; None if it failed.
+        sidecar: what is known about the engine; None if it failed, and for a package.
+        package: what is known about an Inductor package; None for all else.
         error: why it failed; None otherwise.
         where: the machine it was built on, as Ray names it; "" for this one.
     """
@@ -159,6 +160,7 @@ class Outcome:
     outcome: str
     engine: str = ""
     sidecar: Sidecar | None = None
+    package: PackageSidecar | None = None
     error: VanDeployError | None = None
     where: str = ""
 

@@ -24,11 +24,11 @@ __all__ = [
     "Component",
     "Installed",
     "canonical_name",
+    "cuda_version_of",
     "execution_providers",
     "installed_components",
     "installed_distributions",
     "pip_command",
-    "torch_cuda_version",
 ]
 
 # These hold one and the same module; only one of them may be installed.
@@ -78,6 +78,14 @@ COMPONENTS: tuple[Component, ...] = (
     _base("onnxsim", "simplifying the exported graph"),
     _base("huggingface_hub", "downloading weights"),
     _base("safetensors", "reading .safetensors checkpoints"),
+    _base("nvidia-ml-py", "finding NVIDIA GPUs"),
+    Component(
+        "cuda-bindings",
+        ("cuda-bindings",),
+        "memory, streams and graphs on NVIDIA GPUs",
+        "cuda-bindings",
+        module="cuda.bindings.runtime",
+    ),
     Component(
         "onnxruntime",
         ONNXRUNTIMES,
@@ -165,14 +173,18 @@ def execution_providers() -> tuple[str, ...]:
     return tuple(listed())
 
 
-def torch_cuda_version() -> str | None:
-    """Return the CUDA PyTorch was built for (``13.0``), read without importing it."""
-    spec = importlib.util.find_spec("torch")
+def cuda_version_of(module: str) -> str | None:
+    """Return the CUDA that PyTorch or ONNX Runtime was built for (``13.0``), without importing it.
+
+    None where it is not installed, or built for CPUs.
+    """
+    spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         return None
-    version_file = Path(spec.origin).with_name("version.py")
-    text = version_file.read_text() if version_file.exists() else ""
-    match = re.search(r"^cuda\b[^=]*=\s*'([^']+)'", text, re.MULTILINE)
+    place = {"torch": "version.py", "onnxruntime": "capi/build_and_package_info.py"}[module]
+    path = Path(spec.origin).parent / place
+    text = path.read_text() if path.exists() else ""
+    match = re.search(r"^cuda(?:_version)?\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
     return match.group(1) if match else None
 
 

@@ -49,6 +49,7 @@ def _machine_facts(environment: Environment) -> dict[str, object]:
         "disk": f"{bytes_text(disk.free_bytes)} free in {disk.folder}",
         "GPU": "\n".join(_gpu_lines(environment)),
         "PyTorch's CUDA": environment.torch_cuda or "none",
+        "ONNX Runtime's CUDA": environment.onnxruntime_cuda or "none",
         "ONNX Runtime": ", ".join(environment.providers) or "no providers",
     }
 
@@ -61,6 +62,8 @@ def _gpu_lines(environment: Environment) -> Iterator[str]:
     for gpu in driver.gpus:
         size = "" if gpu.memory_bytes is None else f", {bytes_text(gpu.memory_bytes)}"
         yield f"{gpu.name}, {gpu.sm}{size}"
+    if driver.hidden:
+        yield f"{driver.hidden} more that CUDA_VISIBLE_DEVICES hides"
     newest = "{}.{}".format(*driver.cuda_version)
     yield f"NVIDIA driver {driver.version}, CUDA up to {newest}"
 

@@ -132,7 +132,7 @@ def builds_view(outcomes: Sequence[Outcome]) -> RenderableType:
     """Return one line an engine, and below it why any failed."""
     rows = []
     for outcome in outcomes:
-        sidecar = outcome.sidecar
+        sidecar, package = outcome.sidecar, outcome.package
         word = {"built": "OK", "reused": "HERE", "failed": "FAIL"}[outcome.outcome]
         rows.append(
             (
@@ -143,6 +143,16 @@ def builds_view(outcomes: Sequence[Outcome]) -> RenderableType:
                 f"{sidecar.build_seconds:.1f}" if sidecar else None,
                 bytes_text(sidecar.peak_memory_bytes) if sidecar else None,
                 _same_twice(sidecar.reproducible) if sidecar else None,
+            )
+            if package is None
+            else (
+                verdict(word),
+                package.name,
+                str(package.batch),
+                bytes_text(package.file_bytes),
+                f"{package.build_seconds:.1f}",
+                None,
+                None,
             )
         )
     right = [Column(name, "right") for name in ("size", "build s", "memory")]

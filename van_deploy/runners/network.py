@@ -20,7 +20,10 @@ import numpy.typing as npt
 from van_deploy.bundle import Artefact, Bundle
 from van_deploy.config import BatchRange
 from van_deploy.config.sizes import SizeRange
-from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.engine.compatibility import obstacles
+from van_deploy.engine.host import host_here
+from van_deploy.engine.inductor import package_obstacles
+from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
 from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
@@ -28,7 +31,7 @@ from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import Task, probabilities
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.runners.base import Images
+from van_deploy.runners.base import Images, gpu_index
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
 
 if TYPE_CHECKING:
@@ -158,7 +161,7 @@ def embedding_of(artefact: Artefact) -> str:
 
 def runnable_artefacts(bundle: Bundle) -> list[str]:
     """Return the names of the artefacts that ONNX Runtime can run, in the bundle's order."""
-    return [name for name, item in bundle.artefacts.items() if item.kind != "engine"]
+    return [n for n, item in bundle.artefacts.items() if item.kind not in ("engine", "package")]
 
 
 def profiles_of(artefact: Artefact) -> list[BatchRange]:
@@ -176,6 +179,7 @@ class Network:
         threads: threads inside one operator; None lets the run time choose.
         spin: see :class:`~van_deploy.runners.onnxruntime.OnnxRuntimeRunner`.
         trust_engine: run an engine whose sidecar is gone; its digest is checked all the same.
+        device: which GPU, where something runs on one.
 
     Attributes:
         input: what :meth:`run` takes.
@@ -200,6 +204,7 @@ class Network:
         threads: int | None = None,
         spin: bool = True,
         trust_engine: bool = False,
+        device: str = "cuda:0",
     ) -> None:
         if runner not in RUNNERS:
             raise UsageError(f"There is no runner '{runner}'.", f"Known: {', '.join(RUNNERS)}.")
@@ -209,8 +214,8 @@ class Network:
         self.preprocessing = bundle.manifest.preprocessing
         self.max_batch = bundle.manifest.batch.max
         self.task = task_of(bundle)
-        self._spin, self._trust_engine = spin, trust_engine
-        self.is_engine = self.emulated = False
+        self._spin, self._trust_engine, self._device = spin, trust_engine, device
+        self.is_engine = self.is_package = self.emulated = False
         self._profiles: list[BatchRange] = []
         self._opened: Any = None
         if artefact == PYTORCH:
@@ -219,7 +224,11 @@ class Network:
             return
         described = bundle.artefact(artefact)
         self.is_engine = described.kind == "engine"
-        if self.is_engine:
+        self.is_package = described.kind == "package"
+        if self.is_package:
+            self.runner = "inductor"
+            self._profiles = profiles_of(described)
+        elif self.is_engine:
             self.runner = described.engine.backend.split()[0] if described.engine else "tensorrt"
             self._profiles = profiles_of(described)
             self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
@@ -274,9 +283,24 @@ class Network:
             from van_deploy.runners.tensorrt import TensorRtRunner
 
             plan = self.bundle.verified(self.name, only_file=self._trust_engine)
-            return TensorRtRunner(plan, trust_engine=self._trust_engine, backend=self.runner)
+            return TensorRtRunner(
+                plan,
+                trust_engine=self._trust_engine,
+                backend=self.runner,
+                device=self._device,
+            )
         path = self.bundle.verified(self.name)
-        return OnnxRuntimeRunner(path, threads=self.threads, spin=self._spin, name=self.runner)
+        if self.is_package:
+            try:
+                from van_deploy.runners.inductor import InductorRunner
+            except ImportError as error:
+                raise MissingDependency(
+                    f"An Inductor package needs PyTorch: {error}.", "Install van-deploy whole."
+                ) from error
+            return InductorRunner(path, device=self._device, threads=self.threads)
+        return OnnxRuntimeRunner(
+            path, threads=self.threads, spin=self._spin, name=self.runner, device=self._device
+        )
 
     def obstacle(self) -> Obstacle | None:
         """Return what keeps the artefact from running on this machine; None is good.
@@ -284,30 +308,33 @@ class Network:
         Raises:
             InputError: an engine's sidecar is missing, damaged or edited.
         """
-        if self.is_engine:
-            return self._engine_obstacle()
+        if self.is_engine or self.is_package:
+            return self._native_obstacle()
         if self.runner in (PYTORCH, ORT_CPU):
             return None
-        provider = PROVIDERS[self.runner][0]
+        provider = PROVIDERS[self.runner]
         if provider not in require_onnxruntime().get_available_providers():
             return Obstacle("runtimes", f"no {provider} in the ONNX Runtime that is installed")
-        return None if _has_gpu() else Obstacle("runtimes", f"{provider} finds no GPU")
+        if host_here(device=gpu_index(self._device) or 0).gpu is None:
+            return Obstacle("runtimes", f"{provider} finds no GPU {self._device}")
+        return None
 
-    def _engine_obstacle(self) -> Obstacle | None:
-        from van_deploy.engine.compatibility import obstacles
-        from van_deploy.engine.host import host_here
-        from van_deploy.engine.sidecar import sidecar_path, verified_sidecar
-
-        if not _has_gpu():
+    def _native_obstacle(self) -> Obstacle | None:
+        host, file = host_here(device=gpu_index(self._device) or 0), self.bundle.artefact(self.name)
+        path = self.bundle.path / file.file
+        if self.is_package:
+            found = package_obstacles(verified_package(path), host)
+        elif host.gpu is None:
             return Obstacle("engines", "engine not executed: no GPU")
-        plan = self.bundle.path / self.bundle.artefact(self.name).file
-        if self._trust_engine and not sidecar_path(plan).exists():
+        elif self._trust_engine and not sidecar_path(path).exists():
             return None
-        found = obstacles(verified_sidecar(plan), host_here())
+        else:
+            found = obstacles(verified_sidecar(path), host)
         if not found:
             return None
         kind = "engines" if all(each.about == "gpu" for each in found) else "runtimes"
-        return Obstacle(kind, "engine not executed: " + "; ".join(o.problem for o in found))
+        what = "package" if self.is_package else "engine"
+        return Obstacle(kind, f"{what} not executed: " + "; ".join(o.problem for o in found))
 
     @property
     def described(self) -> str:
@@ -317,8 +344,11 @@ class Network:
     @property
     def tf32(self) -> bool:
         """Whether FP32 layers may compute in TF32; of a network that is open."""
+        made = self.bundle.artefact(self.name).made_with if self.name != PYTORCH else {}
+        if self.is_package:
+            return bool(made.get("tf32")) and self._opened.device.type == "cuda"
         if self.is_engine:
-            options = self.bundle.artefact(self.name).made_with.get("options")
+            options = made.get("options")
             return bool(options.get("tf32", True)) if isinstance(options, Mapping) else True
         return isinstance(self._opened, OnnxRuntimeRunner) and self._opened.tf32
 
@@ -433,11 +463,6 @@ def network_input(
         values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
         return values / np.float32(255)
     return normalised(pixels.astype(np.uint8, copy=False), preprocessing)
-
-
-def _has_gpu() -> bool:
-    driver = nvidia_driver()
-    return driver is not None and bool(driver.gpus)
 
 
 def _ranked(outputs: Mapping[str, npt.NDArray[Any]], count: int, task: Task) -> TopClasses:

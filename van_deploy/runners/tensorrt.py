@@ -1,8 +1,7 @@
 """TensorRT 10, TensorRT 11 and TensorRT for RTX: engines on the GPU they were built for.
 
 A plan is native code. Before one is deserialised its sidecar has vouched for its
-bytes, and back end, version, GPU and driver have been compared with this machine.
-Nothing in this module was ever run on a GPU here: see docs/gpu-host.md.
+bytes, and backend, version, GPU and driver have been compared with this machine.
 """
 
 from __future__ import annotations
@@ -20,21 +19,15 @@ import numpy.typing as npt
 
 from van_deploy.config import BatchRange
 from van_deploy.engine.backend import RTX, Backend, backend_named
-from van_deploy.engine.catalogue import load_failure
+from van_deploy.engine.catalogue import load_failure, run_failure
 from van_deploy.engine.compatibility import require_compatible
 from van_deploy.engine.host import host_here
-from van_deploy.engine.log import BuildLog, trt_logger
+from van_deploy.engine.load import engine_from_plan, runtime_of
+from van_deploy.engine.log import BuildLog
 from van_deploy.engine.sidecar import Sidecar, sidecar_path, verified_sidecar
-from van_deploy.errors import ConversionError, InputError, UsageError
-from van_deploy.runners.base import Images, Logits
-from van_deploy.runners.cuda import (
-    Cuda,
-    CudaGraph,
-    DeviceBuffer,
-    PinnedArray,
-    Stream,
-    require_cuda,
-)
+from van_deploy.errors import InputError, UsageError, VanDeployError
+from van_deploy.runners.base import Images, Logits, gpu_index
+from van_deploy.runners.cuda import Cuda, DeviceBatch, require_cuda
 
 __all__ = ["TensorRtRunner", "admit", "profile_for"]
 
@@ -49,13 +42,14 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
 }
 
 
-def admit(plan: Path, *, trust_engine: bool = False) -> Sidecar | None:
+def admit(plan: Path, *, trust_engine: bool = False, device: int = 0) -> Sidecar | None:
     """Return the sidecar of a plan that may be deserialised here.
 
     Args:
         plan: the engine.
         trust_engine: take a plan without a sidecar, for which None is returned. A
             sidecar that is there is believed and checked all the same.
+        device: CUDA's number of the GPU that is to run it.
 
     Raises:
         InputError: plan or sidecar is missing, damaged, edited or swapped.
@@ -64,7 +58,7 @@ def admit(plan: Path, *, trust_engine: bool = False) -> Sidecar | None:
     if trust_engine and plan.is_file() and not sidecar_path(plan).exists():
         return None
     sidecar = verified_sidecar(plan)
-    require_compatible(sidecar, host_here())
+    require_compatible(sidecar, host_here(device=device))
     return sidecar
 
 
@@ -98,6 +92,7 @@ class TensorRtRunner:
         plan: the engine.
         trust_engine: take a plan that has no sidecar. Loading it runs the code in it.
         backend: for a plan without a sidecar: ``tensorrt`` or ``tensorrt-rtx``.
+        device: which GPU.
         cuda_graph: record each batch size once and launch it as one piece from then on.
         runtime_cache: TensorRT for RTX only: file of kernels compiled on this machine,
             read at the start and written at the end.
@@ -110,6 +105,7 @@ class TensorRtRunner:
         *,
         trust_engine: bool = False,
         backend: str = RTX,
+        device: str = "cuda:0",
         cuda_graph: bool = False,
         runtime_cache: Path | None = None,
         name: str = "tensorrt",
@@ -117,6 +113,7 @@ class TensorRtRunner:
         self.plan = plan
         self.trust_engine = trust_engine
         self.backend = backend
+        self.device = device
         self.cuda_graph = cuda_graph
         self.runtime_cache = runtime_cache
         self.name = name
@@ -132,16 +129,21 @@ class TensorRtRunner:
             ConversionError: TensorRT does not load it.
             UsageError: a run-time cache is asked of a back end that has none.
         """
-        sidecar = admit(self.plan, trust_engine=self.trust_engine)
+        index = gpu_index(self.device) or 0
+        sidecar = admit(self.plan, trust_engine=self.trust_engine, device=index)
         backend = backend_named(sidecar.backend if sidecar else self.backend)
         if self.runtime_cache is not None and backend.name != RTX:
             raise UsageError(
                 f"{backend.title} has no run-time cache.", "Leave it out; plans are compiled."
             )
-        cuda = require_cuda()
+        cuda = require_cuda(index)
         with self._stack as stack:
             self._loaded = _Loaded(
-                self.plan, backend, cuda, stack, self.cuda_graph, self.runtime_cache
+                *(self.plan, backend, cuda, stack),
+                cuda_graph=self.cuda_graph,
+                # A version-compatible plan carries host code; only a verified sidecar says so.
+                host_code=sidecar is not None and sidecar.options.version_compatible,
+                runtime_cache=self.runtime_cache,
             )
             self._stack = stack.pop_all()
         return self
@@ -160,7 +162,7 @@ class TensorRtRunner:
                 loaded.save_runtime_cache()
 
     def run(self, images: Images) -> Logits:
-        """Return the logits ``(N, K)`` of ``images (N, C, S, S)``: the engine's first output.
+        """Return the logits ``(N, K)`` of ``images (N, C, H, W)``: the engine's first output.
 
         Raises:
             InputError: the images have another shape or type than the engine's input.
@@ -175,9 +177,22 @@ class TensorRtRunner:
             InputError: the images have another shape or type than the engine's input.
             UsageError: no profile allows this batch, or the runner is not open.
         """
+        return self._open().run(images)
+
+    def resident(self, images: npt.NDArray[Any]) -> DeviceBatch:
+        """Return a batch that stays on the GPU; see :class:`~.base.ResidentRunner`.
+
+        Raises:
+            InputError: the images have another shape or type than the engine's input.
+            UsageError: no profile allows this batch, or the runner is not open.
+            MissingDependency: the GPU is out of memory.
+        """
+        return self._open().batch(images)
+
+    def _open(self) -> _Loaded:
         if self._loaded is None:
             raise UsageError("The engine is not open.", "Use the runner in a `with` block.")
-        return self._loaded.run(images)
+        return self._loaded
 
 
 class _Loaded:
@@ -189,58 +204,128 @@ class _Loaded:
         backend: Backend,
         cuda: Cuda,
         stack: contextlib.ExitStack,
+        *,
         cuda_graph: bool,
+        host_code: bool,
         runtime_cache: Path | None,
     ) -> None:
         self.backend, self.cuda, self.cache_file = backend, cuda, runtime_cache
         self.trt, self.log, self.stack = backend.module, BuildLog(), stack
-        self.engine: Any = None
-        self.context: Any = None
         self.config: Any = None
         self.cache: Any = None
-        self.logger = trt_logger(self.trt, self.log)
-        self.runtime = self.trt.Runtime(self.logger)
+        self.contexts: dict[int, Any] = {}
+        self.bound: tuple[int, ...] = ()
         stack.callback(self._forget)
-        if self.runtime is not None:
-            self.runtime.engine_host_code_allowed = False
-            self.engine = self.runtime.deserialize_cuda_engine(plan.read_bytes())
-        if self.runtime is None or self.engine is None:
-            raise load_failure(backend.label, str(plan), self.log.errors)
-        self.context = self._make_context(cuda_graph)
-        # RTX records graphs itself, in its own run-time configuration.
+        self.runtime, self.logger = runtime_of(backend, self.log)
+        self.engine = engine_from_plan(self.runtime, backend, plan, self.log, host_code=host_code)
+        # RTX records graphs itself, in its own runtime configuration.
         self.records_graphs = cuda_graph and backend.name != RTX
-        self.graph: CudaGraph | None = None
-        self.recorded: tuple[int, int] | None = None
-        self.profile = 0
-        self.profiles = self._read_profiles()
-        self.stream = Stream(cuda)
-        stack.callback(self.stream.close)
+        self._read_tensors()
+        if backend.name == RTX:
+            self._configure_rtx(cuda_graph)
+        if not self.records_graphs:
+            self._context(0)
+        self.stream = cuda.stream(stack)
+        self.profile: dict[int, int] = {}
         self.largest = max(profile.max for profile in self.profiles)
-        self.host: dict[str, PinnedArray] = {}
-        self.device: dict[str, DeviceBuffer] = {}
-        for name in (self.input, *self.outputs):
-            self._take_memory(name)
-        stack.callback(self._drop_graph)
-        stack.callback(self.stream.synchronize)  # first of all, before memory is given back
+        self.whole: DeviceBatch | None = None
 
     def run(self, images: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        batch = len(images)
-        profile = profile_for(self.profiles, batch)
         self._check(images)
-        self.host[self.input].array[:batch] = images
-        fresh = self.recorded != (profile, batch)
-        if self.records_graphs and not fresh and self.graph is not None:
-            self.graph.launch()
-        else:
-            self._select(profile, batch)
-            self._enqueue(batch)  # also the warm-up a recording needs
-            if self.records_graphs:
-                self.stream.synchronize()
-                self._drop_graph()
-                self.graph = CudaGraph(self.cuda, self.stream, lambda: self._enqueue(batch))
-                self.recorded = (profile, batch)
-        self.stream.synchronize()
-        return {name: self.host[name].array[:batch].copy() for name in self.outputs}
+        self._sized(images.shape[1:])
+        if self.whole is None:
+            self.whole = self._room(self.largest)
+            self.stack.callback(self.whole.close)
+        return self.whole.answers(images)
+
+    def batch(self, images: npt.NDArray[Any]) -> DeviceBatch:
+        """Return room for a batch of its own, filled with ``images``."""
+        self._check(images)
+        self._sized(images.shape[1:])
+        room = self._room(len(images))
+        room.fill(images)
+        return room
+
+    def _sized(self, row: tuple[int, ...]) -> None:
+        """Take on the height and width of the images where the engine's are dynamic."""
+        if row == self.specs[self.input][0]:
+            return
+        self.whole = None  # the stack releases it
+        context, profile = self._context(0), self.profiles[self.profile.get(0, 0)]
+        if not context.set_input_shape(self.input, (profile.min, *row)):
+            raise self._refused(f"images of {row[1]} x {row[2]}")
+        self.specs[self.input] = (row, self.specs[self.input][1])
+        for name in self.outputs:
+            shape = tuple(int(size) for size in context.get_tensor_shape(name))
+            self.specs[name] = (shape[1:], self.specs[name][1])
+        self.bound = ()
+
+    def _room(self, rows: int) -> DeviceBatch:
+        return DeviceBatch(
+            self.cuda,
+            self.stream,
+            {self.input: self.specs[self.input]},
+            {name: self.specs[name] for name in self.outputs},
+            rows,
+            self._enqueue,
+            graph=self.records_graphs,
+        )
+
+    def _enqueue(self, batch: DeviceBatch) -> None:
+        """Put one inference on the stream.
+
+        A recorded graph keeps using its context, so then each batch size has one of its own.
+        """
+        key = batch.rows if self.records_graphs else 0
+        context = self._context(key)
+        wanted = (batch.rows, *batch.addresses.values())
+        if self.bound != wanted:
+            self._bind(context, key, batch)
+            self.bound = wanted
+        if not context.execute_async_v3(self.stream):
+            raise self._refused(f"a batch of {batch.rows}")
+
+    def _bind(self, context: Any, key: int, batch: DeviceBatch) -> None:
+        """Tell a context which profile, which batch and which memory comes next."""
+        profile = profile_for(self.profiles, batch.rows)
+        if profile != self.profile.get(key, 0):
+            done = context.set_optimization_profile_async(profile, self.stream)
+            self.cuda.synchronize(self.stream)
+            if not done:
+                raise self._refused(f"profile {profile}")
+            self.profile[key] = profile
+        if not context.set_input_shape(self.input, (batch.rows, *self.specs[self.input][0])):
+            raise self._refused(f"a batch of {batch.rows}")
+        for name, address in batch.addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise self._refused(f"the memory of '{name}'")
+        missing = context.infer_shapes()
+        if missing:
+            raise self._refused(f"a batch of {batch.rows}, for want of {', '.join(missing)}")
+
+    def _context(self, key: int) -> Any:
+        if key not in self.contexts:
+            given = () if self.config is None else (self.config,)
+            context = self.engine.create_execution_context(*given)
+            if context is None:
+                raise load_failure(self.backend.label, "the engine's context", self.log.errors)
+            self.contexts[key] = context
+        return self.contexts[key]
+
+    def _configure_rtx(self, cuda_graph: bool) -> None:
+        self.config = self.engine.create_runtime_config()
+        strategy = self.trt.CudaGraphStrategy
+        self.config.cuda_graph_strategy = (
+            strategy.WHOLE_GRAPH_CAPTURE if cuda_graph else strategy.DISABLED
+        )
+        # Not in the background while batches run: the first of each size waits for its kernels.
+        kernels = self.trt.DynamicShapesKernelSpecializationStrategy
+        self.config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        self.cache = self.config.create_runtime_cache()
+        if self.cache_file is not None and self.cache_file.exists():
+            # A cache of another GPU, driver or version is refused and simply made anew.
+            self.cache.deserialize(self.cache_file.read_bytes())
+        self.config.set_runtime_cache(self.cache)
 
     def save_runtime_cache(self) -> None:
         """Write the kernels compiled so far, for the next process on this machine."""
@@ -257,31 +342,12 @@ class _Loaded:
             Path(temporary).unlink(missing_ok=True)
             raise
 
-    def _make_context(self, cuda_graph: bool) -> Any:
-        context = None
-        if self.backend.name == RTX:
-            self.config = self.engine.create_runtime_config()
-            strategy = self.trt.CudaGraphStrategy
-            self.config.cuda_graph_strategy = (
-                strategy.WHOLE_GRAPH_CAPTURE if cuda_graph else strategy.DISABLED
-            )
-            self.cache = self.config.create_runtime_cache()
-            if self.cache_file is not None and self.cache_file.exists():
-                # A cache of another GPU, driver or version is refused and simply made anew.
-                self.cache.deserialize(self.cache_file.read_bytes())
-            self.config.set_runtime_cache(self.cache)
-            context = self.engine.create_execution_context(self.config)
-        else:
-            context = self.engine.create_execution_context()
-        if context is None:
-            raise load_failure(self.backend.label, "the engine's context", self.log.errors)
-        return context
-
-    def _read_profiles(self) -> list[BatchRange]:
+    def _read_tensors(self) -> None:
         """Find inputs, outputs and profiles; the engine, not the sidecar, has the last word."""
-        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        engine = self.engine
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         mode = self.trt.TensorIOMode.INPUT
-        inputs = [name for name in names if self.engine.get_tensor_mode(name) == mode]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == mode]
         if len(inputs) != 1:
             raise InputError(
                 f"The engine has {len(inputs)} inputs ({', '.join(inputs)}); a VAN has one.",
@@ -289,82 +355,45 @@ class _Loaded:
             )
         self.input = inputs[0]
         self.outputs = [name for name in names if name != self.input]
-        self.shape = tuple(int(size) for size in self.engine.get_tensor_shape(self.input))
-        self.dtype = np.dtype(DTYPES[self.engine.get_tensor_dtype(self.input).name])
-        profiles = []
-        for index in range(self.engine.num_optimization_profiles):
-            shapes = self.engine.get_tensor_profile_shape(self.input, index)
-            profiles.append(BatchRange(*(int(next(iter(shape))) for shape in shapes)))
-        return profiles
-
-    def _take_memory(self, name: str) -> None:
-        """Allocate a tensor's host and device memory for the largest batch."""
-        rest = tuple(int(size) for size in self.engine.get_tensor_shape(name))[1:]
-        dtype = np.dtype(DTYPES[self.engine.get_tensor_dtype(name).name])
-        self.host[name] = PinnedArray(self.cuda, (self.largest, *rest), dtype)
-        self.stack.callback(self.host[name].close)
-        self.device[name] = DeviceBuffer(self.cuda, self.host[name].array.nbytes)
-        self.stack.callback(self.device[name].close)
-        if not self.context.set_tensor_address(name, self.device[name].address):
-            raise load_failure(self.backend.label, f"tensor '{name}'", self.log.errors)
+        self.specs: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {}
+        for name in names:
+            kind = engine.get_tensor_dtype(name).name
+            if kind not in DTYPES:
+                raise InputError(
+                    f"The engine's tensor '{name}' is {kind.lower()}, which has no NumPy type.",
+                    "Build it from a graph whose inputs and outputs are float32 or float16.",
+                )
+            row = tuple(int(size) for size in engine.get_tensor_shape(name))[1:]
+            self.specs[name] = (row, np.dtype(DTYPES[kind]))
+        self.declared = self.specs[self.input][0]  # with -1 for a dynamic height and width
+        self.profiles = []
+        for index in range(engine.num_optimization_profiles):
+            shapes = engine.get_tensor_profile_shape(self.input, index)
+            self.profiles.append(BatchRange(*(int(next(iter(shape))) for shape in shapes)))
 
     def _check(self, images: npt.NDArray[Any]) -> None:
-        if tuple(images.shape[1:]) != self.shape[1:]:
+        profile_for(self.profiles, len(images))
+        row, dtype = self.declared, self.specs[self.input][1]
+        given = tuple(images.shape[1:])
+        if len(given) != len(row) or any(r not in (-1, g) for r, g in zip(row, given, strict=True)):
             raise InputError(
-                f"The engine's input '{self.input}' is (N, {', '.join(map(str, self.shape[1:]))}); "
+                f"The engine's input '{self.input}' is (N, {', '.join(map(str, row))}); "
                 f"the images are {tuple(images.shape)}.",
                 "Prepare them with the model's own preprocessing.",
             )
-        narrowed = images.dtype == np.float32 and self.dtype == np.float16
-        if images.dtype != self.dtype and not narrowed:
+        narrowed = images.dtype == np.float32 and dtype == np.float16
+        if images.dtype != dtype and not narrowed:
             raise InputError(
-                f"The engine's input '{self.input}' is {self.dtype}; the images are "
-                f"{images.dtype}.",
-                f"Convert them to {self.dtype}.",
+                f"The engine's input '{self.input}' is {dtype}; the images are {images.dtype}.",
+                f"Convert them to {dtype}.",
             )
 
-    def _select(self, profile: int, batch: int) -> None:
-        """Tell the context which profile and which batch comes next."""
-        if profile != self.profile:
-            done = self.context.set_optimization_profile_async(profile, int(self.stream.handle))
-            self.stream.synchronize()
-            if not done:
-                raise self._refused(f"profile {profile}")
-            self.profile = profile
-        if not self.context.set_input_shape(self.input, (batch, *self.shape[1:])):
-            raise self._refused(f"a batch of {batch}")
-        missing = self.context.infer_shapes()
-        if missing:
-            raise self._refused(f"a batch of {batch}, for want of {', '.join(missing)}")
-
-    def _enqueue(self, batch: int) -> None:
-        """Put one inference on the stream: images in, kernels, answers out."""
-        source = self.host[self.input]
-        source.copy_to(self.device[self.input], self._bytes(self.input, batch), self.stream)
-        if not self.context.execute_async_v3(int(self.stream.handle)):
-            raise self._refused(f"a batch of {batch}")
-        for name in self.outputs:
-            size = self._bytes(name, batch)
-            self.host[name].copy_from(self.device[name], size, self.stream)
-
-    def _bytes(self, name: str, batch: int) -> int:
-        return int(self.host[name].array[:batch].nbytes)
-
-    def _refused(self, what: str) -> ConversionError:
-        said = " ".join(self.log.errors[-2:]) or "nothing"
-        return ConversionError(
-            f"{self.backend.label} refused {what}. It says: {said}",
-            "Rebuild the engine; if that does not help, please report it.",
-        )
-
-    def _drop_graph(self) -> None:
-        if self.graph is not None:
-            self.graph.close()
-        self.graph, self.recorded = None, None
+    def _refused(self, what: str) -> VanDeployError:
+        return run_failure(self.backend.label, what, self.log.errors[-2:])
 
     def _forget(self) -> None:
         """Release TensorRT's objects from the inside out."""
-        self.context = None
+        self.contexts.clear()
         self.cache = None
         self.config = None
         self.engine = None

@@ -74,6 +74,7 @@ class Service:
                 threads=settings.threads,
                 spin=False,
                 trust_engine=settings.trust_engine,
+                device=settings.device,
             )
             served = ServedModel(network, settings, self.metrics)
             self._stack.enter_context(network)
