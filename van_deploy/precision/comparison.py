@@ -146,10 +146,10 @@ def compare_precisions(
             logits.append(run(images))
     if first is None:
         raise ImageError("There is no image to compare on.", "Pass a folder with --eval DIR.")
-    known = None if labels is None else labels[numbers]
+    known = None if labels is None or outputs.widths else labels[numbers]
     times: list[float | None] = [None] * len(runs)
     if providers:
-        times = list(_interleaved_ms(candidates, first, providers, threads))
+        times = list(_interleaved_ms(candidates, first, providers, threads, outputs))
     reference = np.concatenate(pieces[0])
     return tuple(
         _row(candidate, reference, np.concatenate(logits), known, ms, judged, max_drop, outputs)
@@ -301,14 +301,25 @@ def logits_session(
 
 
 def _interleaved_ms(
-    candidates: Sequence[Candidate], image: Images, providers: Sequence[str], threads: int | None
+    candidates: Sequence[Candidate],
+    image: Images,
+    providers: Sequence[str],
+    threads: int | None,
+    outputs: Outputs,
 ) -> list[float]:
     """Return each graph's median time for one image in milliseconds, measured in turns.
 
     Turn about, so that what else the machine does falls on all of them alike.
     """
     runs = [
-        logits_session(c.model, fuse=True, threads=threads, providers=providers, in_turns=True)
+        logits_session(
+            c.model,
+            fuse=True,
+            threads=threads,
+            providers=providers,
+            in_turns=True,
+            outputs=outputs,
+        )
         for c in candidates
     ]
     times: list[list[float]] = [[] for _ in runs]

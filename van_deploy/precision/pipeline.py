@@ -32,11 +32,11 @@ from van_deploy.precision.comparison import (
     recommended,
 )
 from van_deploy.precision.fp16 import (
-    DEFAULT_KEEP,
     audit_ranges,
     bf16_from_fp32,
     fp16_from_fp32,
     kept_nodes,
+    usually_kept,
 )
 from van_deploy.precision.int8 import Int8, Int8Maker
 from van_deploy.precision.job_images import JobImages, images_for
@@ -214,7 +214,7 @@ class _Job:
             candidates.append(Candidate(BF16_EMULATED, "bf16", bf16_from_fp32(model, kept)))
         elif asked.target == "tensorrt":
             half_io = asked.half_io and asked.precision == "fp16"
-            usual = kept if asked.rest_precision == "fp16" else kept_nodes(model, DEFAULT_KEEP)
+            usual = kept if asked.rest_precision == "fp16" else usually_kept(model)
             half = fp16_from_fp32(model, usual, half_io=half_io)
             candidates.append(Candidate("fp16", "fp16", half))
         if scopes:
@@ -241,7 +241,7 @@ class _Job:
         settings = self.settings
         if settings.precision == "int8" and settings.rest_precision == "fp32":
             return asked
-        usual = kept_nodes(model, DEFAULT_KEEP if settings.keep_defaults else ())
+        usual = usually_kept(model) if settings.keep_defaults else {}
         if settings.precision == "bf16":  # which has FP32's range
             self.facts["kept"] = {**usual, **asked}
             return {**usual, **asked}
