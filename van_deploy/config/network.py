@@ -158,8 +158,8 @@ class ExportSettings(Settings):
             )
         if self.out_indices and not self.features:
             raise Contradiction(
-                "{out_indices} chooses feature maps, and {features} is not given.",
-                "Add {features}.",
+                "{out_indices} chooses feature maps, and none are asked for.",
+                "Add --features, or features = true to the table [export].",
             )
         return self
 

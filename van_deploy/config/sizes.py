@@ -12,10 +12,13 @@ from van_deploy.errors import UsageError
 from van_deploy.schema import Contradiction, Settings, validated
 
 __all__ = [
+    "MAX_IMAGE_SIZE",
+    "MIN_IMAGE_SIZE",
     "ImageSize",
     "ImageSizeOption",
     "SizeRange",
     "parse_image_size",
+    "possible_size",
     "sides_of",
     "size_from",
     "size_text",
@@ -23,6 +26,13 @@ __all__ = [
 
 ImageSize = int | tuple[int, int]
 """Pixels: the side of a square, or ``(height, width)``."""
+
+
+MIN_IMAGE_SIZE = 32
+"""Pixels. The four stages divide a side by 32 (rounding up): below, the last has one place left."""
+
+MAX_IMAGE_SIZE = 4096
+"""Pixels. A limit that catches slips of the keyboard before they fill the memory."""
 
 
 def sides_of(size: ImageSize) -> tuple[int, int]:
@@ -80,15 +90,27 @@ def size_from(text: str | None, option: str) -> ImageSize | None:
         raise UsageError(f"'{option}' is '{text}': it {why}.", "Correct it.") from None
 
 
-def _positive(size: ImageSize) -> ImageSize:
-    if min(sides_of(size)) < 1:
-        raise ValueError("should be greater than or equal to 1")
+def possible_size(size: ImageSize) -> ImageSize:
+    """Return a size that the network takes: any, from :data:`MIN_IMAGE_SIZE` on.
+
+    Raises:
+        ValueError: it is not; the end of a sentence.
+    """
+    if isinstance(size, tuple) and size[0] == size[1]:
+        size = size[0]
+    if min(sides_of(size)) < MIN_IMAGE_SIZE:
+        raise ValueError(
+            f"should be greater than or equal to {MIN_IMAGE_SIZE}: the network takes any size "
+            "from there on"
+        )
+    if max(sides_of(size)) > MAX_IMAGE_SIZE:
+        raise ValueError(f"should be less than or equal to {MAX_IMAGE_SIZE}")
     return size
 
 
 ImageSizeOption = Annotated[
     int | tuple[int, int],
-    pydantic.AfterValidator(_positive),
+    pydantic.AfterValidator(possible_size),
     pydantic.BeforeValidator(parse_image_size, json_schema_input_type=int | str),
 ]
 """A size as an option takes it: ``224``, or ``224x320`` (height x width)."""

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from van_deploy.config.sizes import ImageSize, sides_of, size_text
+from van_deploy.config.sizes import (
+    MAX_IMAGE_SIZE,
+    MIN_IMAGE_SIZE,
+    ImageSize,
+    possible_size,
+    sides_of,
+    size_text,
+)
 from van_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,26 +37,6 @@ __all__ = ["INTERPOLATIONS", "MAX_IMAGE_SIZE", "MIN_IMAGE_SIZE", "OFFICIAL", "Pr
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
 """timm's names of Pillow's filters."""
-
-MIN_IMAGE_SIZE = 32
-"""Pixels. The four stages divide the side by 32: below, the last has nothing left."""
-
-MAX_IMAGE_SIZE = 4096
-"""Pixels. A limit that catches slips of the keyboard before they fill the memory."""
-
-
-def _possible(size: ImageSize) -> ImageSize:
-    """Return a size that the network takes: any, from 32 pixels up."""
-    if isinstance(size, tuple) and size[0] == size[1]:
-        size = size[0]
-    if min(sides_of(size)) < MIN_IMAGE_SIZE:
-        raise ValueError(
-            f"should be greater than or equal to {MIN_IMAGE_SIZE}: the network takes any size "
-            "from there on"
-        )
-    if max(sides_of(size)) > MAX_IMAGE_SIZE:
-        raise ValueError(f"should be less than or equal to {MAX_IMAGE_SIZE}")
-    return size
 
 
 def _positive(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -97,7 +84,7 @@ class Preprocessing:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False, extra="forbid")
 
-    image_size: Annotated[_Side | tuple[_Side, _Side], AfterValidator(_possible)]
+    image_size: Annotated[_Side | tuple[_Side, _Side], AfterValidator(possible_size)]
     mean: _Channels
     std: Annotated[_Channels, AfterValidator(_positive)]
     interpolation: Interpolation
