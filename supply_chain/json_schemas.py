@@ -37,7 +37,7 @@ __all__ = ["DOCUMENTS", "INPUTS", "files", "schema_of"]
 DOCUMENTS: Mapping[str, str] = {
     "baseline": "van_deploy.checks.baseline:Baseline",
     "bench": "van_deploy.bench.document:BenchReport",
-    "bench-limits": "van_deploy.bench.limits:PaperLimits",
+    "bench-limits": "van_deploy.bench.roofline:PaperLimits",
     "build": "van_deploy.results:BuildReport",
     "check": "van_deploy.checks.regression:CheckReport",
     "doctor": "van_deploy.environment.needs:Diagnosis",

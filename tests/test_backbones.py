@@ -80,7 +80,7 @@ def exported(made_once: MadeOnce, checkpoint: Path) -> Bundle:
         )
         assert export_bundle(load_for(recipe), recipe, path)
         for precision in ("fp16", "bf16"):
-            assert quantize_bundle(path, recipe.precision.of(precision))  # type: ignore[arg-type]
+            assert quantize_bundle(path, recipe.precision.of(precision))
 
     return Bundle.open(made_once("backbone", make))
 

@@ -25,14 +25,16 @@ from van_deploy.errors import InputError, UsageError
 
 QUICK_WORDS = (
     *("--seconds", "0.05", "--calls", "2", "--rounds", "2", "--warmup", "0", "--limit", "0.2"),
-    *("--threads", "1", "--runners", "ort-cpu"),
+    *("--threads", "1", "--runners", "ort-cpu", "--device", "cpu"),
 )
 
 
 @pytest.fixture(scope="module")
 def measured(digits: Bundle) -> BenchReport:
     budget = Budget(seconds=0.1, calls=4, limit_s=0.5, rounds=2, warmup_s=0.0)
-    settings = BenchSettings(batches=(1, 2), threads=1, runners=("ort-cpu",), budget=budget)
+    settings = BenchSettings(
+        batches=(1, 2), device="cpu", threads=1, runners=("ort-cpu",), budget=budget
+    )
     return benchmark_bundle(digits, settings)
 
 
@@ -68,7 +70,8 @@ def test_the_report_holds_what_is_needed_to_repeat_it(plain: dict[str, Any]) -> 
     assert plain["contenders"]["ort-cpu/fp32"]["sha256"]
     assert plain["subject"]["weights"]["sha256"]
     assert plain["loading"]["ort-cpu/fp32"]["load_s"] > 0
-    assert 0 <= plain["seconds"]["overhead_percent"] <= 100
+    assert 0 < plain["seconds"]["timed"] < plain["seconds"]["wall"]
+    assert plain["device"] == "cpu"
 
 
 def test_the_roofline_stands_above_what_was_measured(plain: dict[str, Any]) -> None:
@@ -122,8 +125,6 @@ def test_load_by_others_is_noticed() -> None:
     import subprocess
     import sys
 
-    if busy_cores(0.1) is None:
-        pytest.skip("this system does not say how busy it is")
     watch = Watch(cores=1)
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         try:
@@ -131,7 +132,6 @@ def test_load_by_others_is_noticed() -> None:
             report = watch.report()
         finally:
             process.kill()
-    assert busy is not None
     assert busy > 0.2
     assert report.under_load, "a process that was not waited for is others' work"
 
@@ -180,7 +180,7 @@ def test_an_older_version_s_file_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read_report(path)
     assert caught.value.message == (
-        f"'{path}' has schema 'van-deploy/bench/1'; this version reads 'van-deploy/bench/4'."
+        f"'{path}' has schema 'van-deploy/bench/1'; this version reads 'van-deploy/bench/5'."
     )
     assert caught.value.remedy.startswith("Measure again with this version")
 
@@ -238,7 +238,7 @@ def test_the_command_prints_tables_and_one_json(digits: Bundle, cli: Cli, tmp_pa
     assert "Roofline" in first.stdout
     second = cli("bench", *words, "--json", "--compare", output)
     result = json.loads(second.stdout)
-    assert result["schema"] == "van-deploy/bench/4"
+    assert result["schema"] == "van-deploy/bench/5"
     assert result["changes"][0]["contender"] == "ort-cpu/fp32"
     assert result["agreement"]["within_percent"] == 5.0
     assert not (digits.path / "bench.json").exists()
@@ -272,11 +272,11 @@ def test_a_roofline_of_several_image_sizes_says_which(plain: dict[str, Any]) -> 
 
 
 def test_limits_on_paper_are_labelled_so(digits: Bundle, cli: Cli) -> None:
-    result = cli("bench", digits.path, "--device", "l4", "--batches", "8")
+    result = cli("bench", digits.path, "--paper-limits", "l4", "--batches", "8")
     assert result.exit_code == 0
     assert "Limits on paper of L4 (NVIDIA L4 data sheet (2023)); nothing here was measured" in (
         " ".join(result.stdout.split())
     )
-    values = json.loads(cli("bench", digits.path, "--device", "h100", "--json").stdout)
+    values = json.loads(cli("bench", digits.path, "--paper-limits", "h100", "--json").stdout)
     assert {limit["precision"] for limit in values["limits"]} == {"fp32", "tf32", "fp16"}
-    assert cli("bench", digits.path, "--device", "abacus").exit_code == 2
+    assert cli("bench", digits.path, "--paper-limits", "abacus").exit_code == 2

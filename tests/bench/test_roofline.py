@@ -7,8 +7,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.each import each
-from van_deploy.bench.ceilings import Ceilings
-from van_deploy.bench.devices import DEVICES, paper_ceilings
+from van_deploy.bench.ceilings import DEVICES, Ceilings, paper_ceilings
 from van_deploy.bench.roofline import Work, limit_of, work_of, work_of_file
 from van_deploy.bundle import Bundle
 from van_deploy.errors import UsageError

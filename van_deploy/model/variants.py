@@ -145,7 +145,7 @@ class VanConfig:
         for stage, (dim, hidden, depth) in enumerate(
             zip(self.embed_dims, self.hidden_dims, self.depths, strict=True)
         ):
-            sides = self._sides_after(stage, sides)
+            sides = self.sides_after(stage, sides)
             kernel = self.patch_sizes[stage]
             block = 3 * dim * dim + dim * (k0**2 + k1**2) + hidden * (2 * dim + 9)
             total += sides[0] * sides[1] * (dim * previous * kernel**2 + depth * block)
@@ -161,12 +161,12 @@ class VanConfig:
         """
         shapes = {}
         for stage, dim in enumerate(self.embed_dims):
-            sides = self._sides_after(stage, sides)
+            sides = self.sides_after(stage, sides)
             if stage in self.out_indices:
                 shapes[f"stage{stage + 1}"] = (dim, *sides)
         return shapes
 
-    def _sides_after(self, stage: int, sides: tuple[int, int]) -> tuple[int, int]:
+    def sides_after(self, stage: int, sides: tuple[int, int]) -> tuple[int, int]:
         """Return height and width of a stage's maps (0 to 3) from those before it."""
         kernel, stride = self.patch_sizes[stage], self.strides[stage]
         height, width = ((side + kernel // 2 * 2 - kernel) // stride + 1 for side in sides)

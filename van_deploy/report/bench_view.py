@@ -8,9 +8,9 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from van_deploy.bench.document import BenchReport
-from van_deploy.bench.lane import Loading, Row
-from van_deploy.bench.limits import PaperLimits
 from van_deploy.bench.machine import Machine
+from van_deploy.bench.race import Loading, Row
+from van_deploy.bench.roofline import PaperLimits
 from van_deploy.bench.timing import CV_LIMIT_PERCENT, Ratio
 from van_deploy.report.tables import (
     Column,
@@ -91,16 +91,13 @@ def limits_table(limits: PaperLimits) -> RenderableType:
 
 def _facts(report: BenchReport) -> dict[str, object]:
     settings, seconds = report.settings, report.seconds
-    used = [r.contender for r in report.rows]
     return {
         "model": report.model,
         "machine": machine_text(report.machine),
         "threads": f"{report.threads} a runner, {settings.streams} stream(s)",
         "versions": ", ".join(f"{k} {v}" for k, v in report.versions.items()),
         "images": report.images,
-        "time": f"{seconds.wall:.0f} s, of which {seconds.timed:.0f} s timed, "
-        f"{seconds.waited:.0f} s spent waiting for quiet moments, "
-        f"{seconds.overhead_percent:.0f} % outside the {len(set(used))} runners",
+        "time": f"{seconds.wall:.0f} s, of which {seconds.timed:.0f} s timed",
         "faster": f"times faster than {report.reference}, paired by round (95 % interval)"
         if report.reference
         else "nothing to compare with",

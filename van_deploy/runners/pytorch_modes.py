@@ -159,6 +159,7 @@ class TorchModeRunner:
 
     Attributes:
         name: what reports call it.
+        model: the network.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class TorchModeRunner:
         self.mode = mode
         self.device = torch_device(device)
         self.dtype = DTYPES[precision]
-        self._model = model
+        self.model = model
         self._call: Any = None
         self._channels_last = mode in {"channels-last", "autocast"} or (
             mode == "compile" and self.device.type == "cuda"
@@ -186,7 +187,7 @@ class TorchModeRunner:
             MissingDependency: the GPU is out of memory.
         """
         with torch_failures("loading the network"):
-            model = self._model.to(self.device, self.dtype).eval()
+            model = self.model.to(self.device, self.dtype).eval()
         if self._channels_last:
             model = model.to(memory_format=torch.channels_last)
         self._call = model

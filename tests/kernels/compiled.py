@@ -1,0 +1,69 @@
+"""Compile recorded launches for GPUs that are not here, and read the machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from van_deploy.kernels.launch import Launch
+
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+@dataclass
+class Machine:
+    """What ptxas made of one launch."""
+
+    registers: int
+    stack: int
+    shared: int
+    instructions: dict[str, int] = field(repr=False)
+
+
+def compiled(launch: Launch, capability: int = 90) -> Machine:
+    """Compile ``launch`` for ``capability`` and read registers, spills and instructions."""
+    kernel, tile = launch.kernel, dict(launch.tile)
+    options = {k: tile.pop(k) for k in ("num_warps", "num_stages") if k in tile}
+    names = list(kernel.arg_names)
+    values: dict[str, Any] = dict(zip(names, launch.arguments, strict=False)) | tile
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[parameter.name] = "constexpr"
+            constants[(place,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = TYPES[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return read(made.asm["cubin"])
+
+
+def read(cubin: bytes) -> Machine:
+    """Read a cubin with the cuobjdump that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = [str(tool), "-sass", "-res-usage", file.name]
+        text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    assert found, text[:500]
+    counts: dict[str, int] = {}
+    for match in re.finditer(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", text):
+        counts[match[1]] = counts.get(match[1], 0) + 1
+    return Machine(*(int(value) for value in found.groups()), counts)

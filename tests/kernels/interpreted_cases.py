@@ -1,0 +1,252 @@
+"""Run the kernels on the CPU, in Triton's interpreter, and compare them with float64 PyTorch.
+
+A script, because the interpreter is chosen before Triton is imported. Prints JSON: the
+relative error of each case, or what it raised. Every input stands between NaN, and every
+output is NaN before it is written, so that a read outside or a hole is an error of NaN.
+
+    TRITON_INTERPRET=1 python tests/kernels/interpreted_cases.py [--slow]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from van_deploy.errors import UsageError
+from van_deploy.graph.fold import fold_van
+from van_deploy.kernels import network, plain
+from van_deploy.kernels.launch import TILES
+from van_deploy.kernels.network import Plan, fused
+from van_deploy.model.random_weights import random_van, smooth_pictures
+from van_deploy.model.variants import VanConfig
+
+TINY = VanConfig((16, 20, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)
+STEPS = network._KERNELS
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return random numbers between NaN."""
+    flat = torch.full((math.prod(shape) + 256,), math.nan, dtype=dtype)
+    flat[128:-128] = torch.randn(math.prod(shape)).to(dtype)
+    return flat[128:-128].view(shape)
+
+
+def poison() -> None:
+    """Fill what kernels allocate with NaN."""
+    empty, like = torch.empty, torch.empty_like
+    torch.empty = lambda *a, **k: empty(*a, **k).fill_(math.nan)
+    torch.empty_like = lambda *a, **k: like(*a, **k).fill_(math.nan)
+
+
+def error(step: str, *arguments: Any) -> float:
+    """Return the relative error of a step against float64."""
+    doubles = [a.double() if isinstance(a, Tensor) else a for a in arguments]
+    expected = getattr(plain, step)(*doubles)
+    found = getattr(STEPS, step)(*arguments)
+    expected = expected if isinstance(expected, list) else [expected]
+    found = found if isinstance(found, list) else [found]
+    pairs = zip(found, expected, strict=True)
+    return max(float((f.double() - e).norm() / e.norm()) for f, e in pairs)
+
+
+def depthwise(
+    shape: tuple[int, ...], side: int, dilation: int, dtype: torch.dtype = torch.float32
+) -> float:
+    """Return the error of one depth-wise convolution, with and without GELU."""
+    weight, bias = tensor(side, side, shape[3]), tensor(shape[3])
+    x = tensor(*shape, dtype=dtype)
+    return max(error("depthwise", x, weight, bias, dilation, gelu) for gelu in (False, True))
+
+
+def pointwise(shape: tuple[int, ...], outer: int, dtype: torch.dtype = torch.float32) -> float:
+    """Return the largest error of the four epilogues."""
+    x, weight, bias = (
+        tensor(*shape, dtype=dtype),
+        tensor(outer, shape[3], dtype=dtype),
+        tensor(outer),
+    )
+    other = tensor(*shape[:3], outer, dtype=dtype)
+    return max(
+        error("pointwise", x, weight, bias, name, other if name in ("multiply", "add") else None)
+        for name in ("none", "gelu", "multiply", "add")
+    )
+
+
+def gated(shape: tuple[int, ...], hidden: int, dtype: torch.dtype = torch.float32) -> float:
+    """Return the error of the gated pair, with and without a third product."""
+    channels = shape[3]
+    maps = [tensor(*shape, dtype=dtype) for _ in range(3)]
+    square = [tensor(channels, channels, dtype=dtype) * channels**-0.5 for _ in range(2)]
+    biases = [tensor(channels), tensor(channels)]
+    arguments = (maps[0], square[0], biases[0], maps[1], square[1], biases[1], maps[2])
+    wide = (tensor(hidden, channels, dtype=dtype), tensor(hidden))
+    return max(error("gated", *arguments), error("gated", *arguments, *wide))
+
+
+def mlp_tail(shape: tuple[int, ...], channels: int, dtype: torch.dtype = torch.float32) -> float:
+    """Return the error of the MLP's second half, alone and with either that may follow."""
+    hidden = shape[3]
+    arguments = (
+        tensor(*shape, dtype=dtype),
+        tensor(3, 3, hidden),
+        tensor(hidden),
+        tensor(channels, hidden, dtype=dtype) * hidden**-0.5,
+        tensor(channels),
+        tensor(*shape[:3], channels, dtype=dtype),
+    )
+    norm, following = tensor(channels), tensor(channels, channels, dtype=dtype)
+    return max(
+        error("mlp_tail", *arguments),
+        error("mlp_tail", *arguments, norm, tensor(channels)),
+        error("mlp_tail", *arguments, following, tensor(channels)),
+    )
+
+
+def patches(shape: tuple[int, ...], side: int, stride: int, outer: int, nhwc: bool) -> float:
+    """Return the error of a strided convolution of NCHW or NHWC input."""
+    x = tensor(*shape)
+    x = x.permute(0, 3, 1, 2) if nhwc else x
+    return error("patches", x, tensor(side, side, x.shape[1], outer), tensor(outer), stride)
+
+
+def whole(plan: Plan | None, dtype: torch.dtype, side: int = 33) -> float:
+    """Return the relative error of a network's logits against its original in float64."""
+    model = random_van(TINY)
+    x = smooth_pictures(2, 3, side)
+    expected = model.double()(x.double())
+    found = fused(random_van(TINY), dtype, plan=plan)(x)
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def carried() -> float:
+    """Return the error of a network whose residual stream keeps a multiply."""
+    model = random_van(TINY)
+    block: Any = model.get_submodule("block2.0")
+    scale = block.norm1.weight / torch.sqrt(block.norm1.running_var + block.norm1.eps)
+    block.layer_scale_1.data[3] = 1e-6 / scale[3] - 1 / scale[3]
+    x = smooth_pictures(1, 3, 32)
+    kept = fold_van(model, x).multiplies_kept
+    assert kept == 1, kept
+    found = fused(model, torch.float32)(x)
+    expected = model.double()(x.double())
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def tiled(key: str, tile: dict[str, int], run: Callable[[], float]) -> float:
+    """Return what ``run`` does with other tiles than the default ones."""
+    TILES[key] = tile
+    try:
+        return run()
+    finally:
+        TILES.pop(key)
+
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+
+FAST: dict[str, Callable[[], float]] = {
+    "depthwise 3x3, a channel more than a tile": lambda: depthwise((1, 5, 7, 33), 3, 1),
+    "depthwise 5x5": lambda: depthwise((2, 6, 5, 16), 5, 1),
+    "depthwise 7x7 d3": lambda: depthwise((1, 13, 6, 32), 7, 3),
+    "depthwise 9x9 d4, wider than the map": lambda: depthwise((1, 4, 3, 16), 9, 4),
+    "depthwise 7x7 d3, one pixel": lambda: depthwise((1, 1, 1, 16), 7, 3),
+    "depthwise float16": lambda: depthwise((1, 6, 5, 16), 3, 1, HALF),
+    "pointwise, odd sizes": lambda: pointwise((2, 5, 7, 33), 40),
+    "pointwise float16": lambda: pointwise((1, 4, 4, 16), 32, HALF),
+    "gated, odd sizes": lambda: gated((2, 5, 3, 33), 70),
+    "mlp_tail, odd sizes": lambda: mlp_tail((1, 5, 7, 70), 33),
+    "stem": lambda: patches((2, 3, 19, 13), 7, 4, 20, nhwc=False),
+    "patch embedding": lambda: patches((1, 9, 7, 32), 3, 2, 40, nhwc=True),
+    "erf of libdevice": lambda: tiled(
+        "depthwise/3x1x16/p5", {"ERF": 0}, lambda: depthwise((1, 4, 5, 16), 3, 1)
+    ),
+    "network, float32": lambda: whole(None, torch.float32),
+}
+SLOW: dict[str, Callable[[], float]] = {
+    "network, every pair": lambda: whole(Plan(), torch.float32),
+    "network, one kernel a step": lambda: whole(Plan.apart(), torch.float32),
+    "network, float16": lambda: whole(Plan(), HALF),
+    "network, a multiply kept": carried,
+    "depthwise, unrolled": lambda: tiled(
+        "depthwise/7x3x48/p8", {"UNROLL": 1, "ROWS": 2}, lambda: depthwise((1, 15, 9, 48), 7, 3)
+    ),
+    "depthwise bfloat16": lambda: depthwise((2, 9, 5, 20), 5, 1, BRAIN),
+    "gated float16": lambda: gated((1, 7, 5, 160), 320, HALF),
+    "mlp_tail float16": lambda: mlp_tail((2, 7, 7, 64), 32, HALF),
+    "mlp_tail, four rows": lambda: tiled(
+        "mlp_tail/64x20/p7", {"ROWS": 4, "BLOCK_H": 16}, lambda: mlp_tail((1, 9, 8, 64), 20)
+    ),
+}
+
+
+def random_shapes() -> Iterator[tuple[str, Callable[[], float]]]:
+    """Yield cases of random sizes."""
+    draw = torch.Generator().manual_seed(7)
+
+    def size(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=draw))
+
+    for number in range(4):
+        shape = (size(1, 3), size(1, 12), size(1, 12), size(1, 70))
+        side, dilation = [(3, 1), (5, 1), (7, 3), (9, 4)][number]
+        outer = size(1, 70)
+        yield f"random depthwise {shape}", lambda s=shape, k=side, d=dilation: depthwise(s, k, d)
+        yield f"random pointwise {shape} {outer}", lambda s=shape, o=outer: pointwise(s, o)
+        yield f"random gated {shape} {outer}", lambda s=shape, o=outer: gated(s, o)
+        yield f"random mlp_tail {shape} {outer}", lambda s=shape, o=outer: mlp_tail(s, o)
+        yield (
+            f"random patches {shape} {outer}",
+            lambda s=shape, o=outer: patches(s, 3, 2, o, nhwc=True),
+        )
+
+
+def refused() -> dict[str, str]:
+    """Return the messages of what the kernels do not take."""
+    x, weight, bias = tensor(1, 4, 4, 16), tensor(3, 3, 16), tensor(16)
+    wide = tensor(1, 2, 2, 272)
+    calls: dict[str, Callable[[], Any]] = {
+        "dimensions": lambda: STEPS.depthwise(x[0], weight, bias),
+        "even": lambda: STEPS.depthwise(x, tensor(2, 2, 16), bias),
+        "layout": lambda: STEPS.depthwise(x.permute(0, 3, 1, 2), tensor(3, 3, 4), tensor(4)),
+        "type": lambda: STEPS.depthwise(x.double(), weight, bias),
+        "bias": lambda: STEPS.depthwise(x, weight, bias.half()),
+        "empty": lambda: STEPS.depthwise(x[:0], weight, bias),
+        "epilogue": lambda: STEPS.pointwise(x, tensor(16, 16), bias, "add"),
+        "channels": lambda: STEPS.gated(
+            wide, tensor(272, 272), tensor(272), wide, tensor(272, 272), tensor(272), wide
+        ),
+        "tail": lambda: STEPS.mlp_tail(
+            x, weight, bias, tensor(272, 16), tensor(272), tensor(1, 4, 4, 272)
+        ),
+        "shift": lambda: STEPS.mlp_tail(x, weight, bias, tensor(16, 16), bias, x, bias),
+        "integers": lambda: STEPS.patches(
+            torch.ones(1, 3, 8, 8).int(), tensor(3, 3, 3, 16), bias, 2
+        ),
+    }
+    messages = {}
+    for name, call in calls.items():
+        try:
+            call()
+            messages[name] = "was taken"
+        except UsageError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def main() -> None:
+    """Print the error of every case."""
+    cases = {**SLOW, **dict(random_shapes())} if "--slow" in sys.argv else FAST
+    torch.manual_seed(0)
+    poison()
+    with torch.no_grad():
+        errors = {name: run() for name, run in cases.items()}
+        print(json.dumps({"errors": errors, "refused": refused()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The kernels in Triton's interpreter against float64 PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+SCRIPT = Path(__file__).with_name("interpreted_cases.py")
+ROOT = SCRIPT.parents[2]
+
+
+def interpreted(*arguments: str) -> dict[str, Any]:
+    """Run the cases in a process of their own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return dict(json.loads(run.stdout.splitlines()[-1]))
+
+
+def wrong(errors: dict[str, float]) -> dict[str, float]:
+    """Return the cases whose error is past what their type explains; NaN is wrong."""
+    limits = {"float16": 2e-3, "bfloat16": 1.6e-2}
+    return {
+        name: error
+        for name, error in errors.items()
+        if not error <= limits.get(name.split()[-1], 2e-6)
+    }
+
+
+@pytest.fixture(scope="module")
+def fast() -> dict[str, Any]:
+    return interpreted()
+
+
+def test_kernels_agree_with_float64(fast: dict[str, Any]) -> None:
+    assert len(fast["errors"]) == 14
+    assert wrong(fast["errors"]) == {}
+
+
+@pytest.mark.slow
+def test_random_shapes_and_whole_networks_agree_with_float64() -> None:
+    errors = interpreted("--slow")["errors"]
+    assert len(errors) == 29
+    assert wrong(errors) == {}
+
+
+def test_what_a_kernel_does_not_take_is_refused_before_launch(fast: dict[str, Any]) -> None:
+    assert fast["refused"] == {
+        "dimensions": "'x' has shape (4, 4, 16), where the kernel takes 4 dimensions.",
+        "even": "'weight' has shape (2, 2, 16), where the kernel takes shape (3, 3, 16).",
+        "layout": "'x' is not contiguous: its strides are (256, 1, 64, 16).\n"
+        "Pass tensor.contiguous(), in the layout (N, H, W, C).",
+        "type": "'x' is torch.float64, where the kernel takes float16, bfloat16 or float32.",
+        "bias": "'bias' is torch.float16, where the kernel takes torch.float32.",
+        "empty": "'x' has shape (0, 4, 4, 16), where the kernel takes 4 dimensions.",
+        "epilogue": "The epilogue 'add' and the other tensor do not go together.",
+        "channels": "'x' has 272 channels, where the kernel takes 256 at most.\n"
+        "Use two 1x1 convolutions.",
+        "tail": "'weight' makes 272 channels, where the kernel takes 256 at most.\n"
+        "Use a depth-wise and a 1x1 convolution.",
+        "shift": "'norm' is given without 'shift'.",
+        "integers": "'x' is (1, 3, 8, 8) torch.int32, where the kernel takes four dimensions of "
+        "float16, bfloat16 or float32.",
+    }

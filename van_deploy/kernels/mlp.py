@@ -1,0 +1,195 @@
+"""The second half of VAN's MLP in one kernel: dw3x3, GELU, fc2 and the residual sum.
+
+The hidden tensor is 8 or 4 times as wide as the stage. Without this kernel it crosses
+the memory four times (written by fc1, read and written by the depth-wise convolution,
+read by fc2); with it twice. What reads the result next (the LayerNorm that ends a stage,
+or the next block's first 1x1 convolution) is computed from it before it leaves the chip.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from van_deploy.errors import UsageError
+from van_deploy.kernels.depthwise import depthwise_rows, gelu, row_groups, row_items
+from van_deploy.kernels.launch import (
+    divisor_block,
+    launched,
+    power_block,
+    require,
+    tile_key,
+    tile_of,
+)
+from van_deploy.kernels.pointwise import LARGEST_CHAIN, precision_of
+
+__all__ = ["mlp_tail"]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def mlp_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    dw_ptr,
+    db_ptr,
+    w_ptr,
+    b_ptr,
+    skip_ptr,
+    out_ptr,
+    n1_ptr,
+    n2_ptr,
+    next_ptr,
+    items,
+    groups,
+    H,
+    W,
+    eps,
+    HIDDEN: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    THEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LONG: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ERF: tl.constexpr,
+):
+    """Compute ROWS rows of BLOCK_P columns, all channels; BLOCK_H hidden ones at a time.
+
+    THEN 1 stores the LayerNorm of the result (scale n1, shift n2) in its place; 2 stores
+    the result, and the GELU of its product with the matrix n1 plus n2 in ``next``.
+    """
+    inside, n, h, w = row_items(tl.program_id(0) * BLOCK_P, items, BLOCK_P, H, W, groups, 1, ROWS)
+    if LONG:
+        n = n.to(tl.int64)
+    channels = tl.arange(0, BLOCK_C)
+    known = channels < C
+    totals = ()
+    for _ in tl.static_range(ROWS):
+        totals = totals + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # noqa: RUF005
+    for start in range(0, HIDDEN, BLOCK_H):
+        hidden = start + tl.arange(0, BLOCK_H)
+        exists = hidden < HIDDEN
+        taps = depthwise_rows(
+            x_ptr, dw_ptr, inside, n, h, w, hidden, H, W, HIDDEN, K, 1, ROWS, EVEN, UNROLL
+        )
+        bias = tl.load(db_ptr + hidden, mask=exists, other=0.0)[None, :]
+        weight = tl.load(
+            w_ptr + channels[None, :] * HIDDEN + hidden[:, None],
+            mask=known[None, :] & exists[:, None],
+            other=0.0,
+        )
+        added = ()
+        for out in tl.static_range(ROWS):
+            # as a tensor between two kernels would be
+            values = gelu(taps[out] + bias, ERF).to(x_ptr.dtype.element_ty)
+            added = added + (tl.dot(values, weight, totals[out], input_precision=PRECISION),)  # noqa: RUF005
+        totals = added
+    bias = tl.load(b_ptr + channels, mask=known, other=0.0)[None, :]
+    for out in tl.static_range(ROWS):
+        y = h + out
+        place = (((n * H + y) * W + w) * C)[:, None] + channels[None, :]
+        mask = (inside & (y < H))[:, None] & known[None, :]
+        total = totals[out] + bias + tl.load(skip_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if THEN == 1:
+            total = total.to(x_ptr.dtype.element_ty).to(tl.float32)
+            mean = tl.sum(tl.where(known[None, :], total, 0.0), 1) / C
+            centred = tl.where(known[None, :], total - mean[:, None], 0.0)
+            spread = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
+            scale = tl.load(n1_ptr + channels, mask=known, other=0.0)
+            shift = tl.load(n2_ptr + channels, mask=known, other=0.0)
+            total = centred * spread[:, None] * scale[None, :] + shift[None, :]
+        result = total.to(x_ptr.dtype.element_ty)
+        tl.store(out_ptr + place, result, mask=mask)
+        if THEN == 2:
+            matrix = tl.load(
+                n1_ptr + channels[None, :] * C + channels[:, None],
+                mask=known[None, :] & known[:, None],
+                other=0.0,
+            )
+            shift = tl.load(n2_ptr + channels, mask=known, other=0.0)
+            value = tl.dot(result, matrix, input_precision=PRECISION) + shift[None, :]
+            tl.store(next_ptr + place, gelu(value, ERF).to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@torch.library.triton_op("van_deploy::mlp_tail", mutates_args={})
+def mlp_tail(
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    skip: Tensor,
+    norm: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+) -> list[Tensor]:
+    """Return ``y = skip + W @ gelu(depthwise(x)) + b``, and what follows it.
+
+    Args:
+        x: the hidden tensor ``(N, H, W, C_hidden)``, contiguous.
+        dw_weight: ``(K, K, C_hidden)`` float32, K odd.
+        dw_bias: ``(C_hidden,)`` float32.
+        weight: ``(C, C_hidden)``, C at most 256.
+        bias: ``(C,)`` float32.
+        skip: ``(N, H, W, C)``.
+        norm: ``(C,)`` float32: return ``[LayerNorm(y)]`` with this scale;
+            ``(C, C)``: return ``[y, gelu(norm @ y + shift)]``; None: return ``[y]``.
+        shift: ``(C,)`` float32, with ``norm``.
+        eps: added to the variance.
+
+    Raises:
+        UsageError: a shape, type, layout or device the kernel does not take.
+    """
+    batch, height, width, hidden = require(x, "x", 4)
+    side, channels = dw_weight.shape[0], weight.shape[0]
+    if channels > LARGEST_CHAIN:
+        raise UsageError(
+            f"'weight' makes {channels} channels, where the kernel takes {LARGEST_CHAIN} at most.",
+            "Use a depth-wise and a 1x1 convolution.",
+        )
+    require(dw_weight, "dw_weight", (side | 1, side | 1, hidden), like=x, dtype=torch.float32)
+    require(dw_bias, "dw_bias", (hidden,), like=x, dtype=torch.float32)
+    require(weight, "weight", (channels, hidden), like=x)
+    require(bias, "bias", (channels,), like=x, dtype=torch.float32)
+    require(skip, "skip", (batch, height, width, channels), like=x)
+    then = 0 if norm is None else norm.dim()
+    if norm is not None:
+        kept = torch.float32 if then == 1 else x.dtype
+        require(norm, "norm", (channels,) * then, like=x, dtype=kept)
+    if shift is not None:
+        require(shift, "shift", (channels,), like=x, dtype=torch.float32)
+    elif norm is not None:
+        raise UsageError("'norm' is given without 'shift'.")
+    out = torch.empty_like(skip)
+    following = torch.empty_like(skip) if then == 2 else out
+    pixels, block_c = batch * height * width, power_block(channels, LARGEST_CHAIN)
+    default = {
+        "ROWS": 2 if block_c < 128 else 1,
+        "BLOCK_P": 16 if pixels < 8192 else 64,
+        "BLOCK_H": divisor_block(hidden, 32),
+        "UNROLL": 0,
+        "ERF": 1,
+        "num_warps": 4 if block_c < 128 else 8,
+        "num_stages": 1,
+    }
+    key = tile_key("mlp_tail", (hidden, channels), pixels)
+    tile = tile_of(key, default, x.device)
+    groups = row_groups(height, 1, tile["ROWS"])
+    items = batch * groups * width
+    launched(
+        mlp_kernel,
+        (triton.cdiv(items, tile["BLOCK_P"]),),
+        (x, dw_weight, dw_bias, weight, bias, skip, out)
+        + (bias if norm is None else norm, bias if shift is None else shift, following)
+        + (items, groups, height, width, eps, hidden, channels, side, then, precision_of(x))
+        + (x.numel() >= 2**31, hidden % tile["BLOCK_H"] == 0, block_c),
+        tile,
+        key,
+    )
+    return [out, following] if then == 2 else [out]

@@ -1,0 +1,259 @@
+"""A whole VAN on the fused kernels: channels last, with every exact fold made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from van_deploy.errors import ConversionError, UsageError
+from van_deploy.graph.fold import fold_van
+from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
+from van_deploy.kernels import plain
+from van_deploy.kernels.depthwise import depthwise
+from van_deploy.kernels.launch import DTYPES, INTERPRETED
+from van_deploy.kernels.mlp import mlp_tail
+from van_deploy.kernels.patch import patches
+from van_deploy.kernels.pointwise import LARGEST_CHAIN, gated, pointwise
+from van_deploy.model.random_weights import smooth_pictures
+from van_deploy.model.van import STAGES, VAN
+
+__all__ = ["FusedVan", "Plan", "fused"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which neighbouring steps of a block share a kernel, where a stage has at most 256 channels.
+
+    Attributes:
+        gate: conv1, the gate, proj_2 and the residual sum.
+        widen: fc1 with them.
+        tail: dw3x3, GELU, fc2 and the residual sum; at a stage's end its LayerNorm too.
+        chain: the next block's proj_1 and GELU with them.
+    """
+
+    gate: bool = True
+    widen: bool = True
+    tail: bool = True
+    chain: bool = True
+
+    @classmethod
+    def of(cls, channels: int, pixels: int) -> Plan:
+        """Return the plan for a stage: few pixels leave too few programs for a fused tail."""
+        many = pixels >= 4096
+        return cls(tail=many, chain=many) if channels <= LARGEST_CHAIN else cls.apart()
+
+    @classmethod
+    def apart(cls) -> Plan:
+        """Return the plan of one kernel a step."""
+        return cls(gate=False, widen=False, tail=False, chain=False)
+
+
+class _Weights(nn.Module):
+    """A convolution's weight in a kernel's layout, and its bias in float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, outer: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.contiguous())
+        self.register_buffer("bias", torch.zeros(outer) if bias is None else bias.float())
+
+
+class _Norm(_Weights):
+    """A LayerNorm's scale and shift in float32, and in the type of PyTorch's own LayerNorm."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
+        super().__init__(norm.weight.float(), norm.bias, norm.weight.shape[0])
+        self.register_buffer("scale", self.weight.to(dtype))
+        self.register_buffer("shift", self.bias.to(dtype))
+
+
+def _matrix(conv: nn.Conv2d, dtype: torch.dtype) -> _Weights:
+    return _Weights(conv.weight[:, :, 0, 0].to(dtype), conv.bias, conv.out_channels)
+
+
+def _taps(conv: nn.Conv2d) -> _Weights:
+    return _Weights(conv.weight[:, 0].permute(1, 2, 0).float(), conv.bias, conv.out_channels)
+
+
+class _Block(nn.Module):
+    """The weights of one block."""
+
+    carry: Tensor | None
+
+    def __init__(self, block: RewrittenBlock, dtype: torch.dtype) -> None:
+        super().__init__()
+        unit = block.attn.spatial_gating_unit
+        self.proj_1, self.proj_2 = (
+            _matrix(block.attn.proj_1, dtype),
+            _matrix(block.attn.proj_2, dtype),
+        )
+        self.conv0, self.conv_spatial = _taps(unit.conv0), _taps(unit.conv_spatial)
+        self.conv1 = _matrix(unit.conv1, dtype)
+        self.dilation = cast("tuple[int, int]", unit.conv_spatial.dilation)[0]
+        self.fc1, self.fc2 = _matrix(block.mlp.fc1, dtype), _matrix(block.mlp.fc2, dtype)
+        self.dwconv = _taps(block.mlp.dwconv.dwconv)
+        self.register_buffer("carry", None if block.carry is None else block.carry.to(dtype))
+
+
+class FusedVan(nn.Module):
+    """A folded VAN whose steps are the kernels, or their plain counterparts.
+
+    Args:
+        model: with every rewrite of :mod:`van_deploy.graph.fold` made.
+        dtype: of the weights and of every tensor between two kernels.
+        plan: for every stage; by default :meth:`Plan.of` chooses for each.
+        plain_steps: use :mod:`van_deploy.kernels.plain`.
+
+    Attributes:
+        fallbacks: why the plain counterparts are used; empty where the kernels are.
+    """
+
+    def __init__(
+        self,
+        model: RewrittenVan,
+        dtype: torch.dtype,
+        plan: Plan | None = None,
+        fallbacks: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.dtype, self.plan, self.fallbacks = dtype, plan, fallbacks
+        self.strides = model.config.strides
+        self.eps = model.config.layer_norm_eps
+        for stage in range(1, STAGES + 1):
+            conv = cast("nn.Conv2d", model.get_submodule(f"patch_embed{stage}.proj"))
+            weight = conv.weight.permute(2, 3, 1, 0).to(dtype)
+            self.add_module(f"patch_embed{stage}", _Weights(weight, conv.bias, conv.out_channels))
+            blocks = [_Block(block, dtype) for block in model.stage_blocks(stage)]
+            self.add_module(f"block{stage}", nn.ModuleList(blocks))
+            norm = cast("nn.LayerNorm", model.get_submodule(f"norm{stage}"))
+            self.add_module(f"norm{stage}", _Norm(norm, dtype))
+        self.head = model.head.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map normalised images ``(N, in_chans, H, W)`` to float32 logits ``(N, num_classes)``."""
+        ops = _PLAIN if self.fallbacks else _KERNELS
+        for stage in range(1, STAGES + 1):
+            embed: Any = self.get_submodule(f"patch_embed{stage}")
+            x = ops.patches(x, embed.weight, embed.bias, self.strides[stage - 1])  # (N, h, w, C)
+            pixels, channels = x.shape[0] * x.shape[1] * x.shape[2], x.shape[3]
+            plan = self.plan if channels <= LARGEST_CHAIN else Plan.apart()
+            plan = plan or Plan.of(channels, pixels)
+            x = self._stage(ops, x, stage, plan).permute(0, 3, 1, 2)
+        return self.head(x.mean(dim=(2, 3))).float()
+
+    def _stage(self, ops: Any, x: Tensor, stage: int, plan: Plan) -> Tensor:
+        """Map ``(N, h, w, C)`` to the same shape, after the stage's LayerNorm."""
+        blocks: Any = self.get_submodule(f"block{stage}")
+        norm: Any = self.get_submodule(f"norm{stage}")
+        act: Tensor | None = None
+        for index, block in enumerate(blocks):
+            if act is None:
+                act = ops.pointwise(x, block.proj_1.weight, block.proj_1.bias, "gelu")
+            x, hidden = _attention(ops, block, x, act, plan)
+            following = None if index + 1 == len(blocks) else blocks[index + 1].proj_1
+            act = None
+            if plan.tail:
+                then = norm if following is None else following if plan.chain else None
+                outs = ops.mlp_tail(
+                    hidden,
+                    block.dwconv.weight,
+                    block.dwconv.bias,
+                    block.fc2.weight,
+                    block.fc2.bias,
+                    x,
+                    None if then is None else then.weight,
+                    None if then is None else then.bias,
+                    self.eps,
+                )
+                x, act = outs[0], outs[1] if len(outs) == 2 else None
+            else:
+                hidden = ops.depthwise(hidden, block.dwconv.weight, block.dwconv.bias, 1, True)
+                x = ops.pointwise(hidden, block.fc2.weight, block.fc2.bias, "add", x)
+        if plan.tail and len(blocks):
+            return x
+        return functional.layer_norm(x, norm.scale.shape, norm.scale, norm.shift, self.eps)
+
+
+def _attention(ops: Any, block: Any, x: Tensor, act: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return the residual stream after the attention half, and the MLP's hidden tensor."""
+    y = ops.depthwise(act, block.conv0.weight, block.conv0.bias, 1, False)
+    y = ops.depthwise(y, block.conv_spatial.weight, block.conv_spatial.bias, block.dilation, False)
+    skip = x if block.carry is None else x * block.carry
+    conv1, proj_2, fc1 = block.conv1, block.proj_2, block.fc1
+    if not plan.gate:
+        y = ops.pointwise(y, conv1.weight, conv1.bias, "multiply", act)
+        y = ops.pointwise(y, proj_2.weight, proj_2.bias, "add", skip)
+        return y, ops.pointwise(y, fc1.weight, fc1.bias, "none", None)
+    wide = (fc1.weight, fc1.bias) if plan.widen else (None, None)
+    outs = ops.gated(y, conv1.weight, conv1.bias, act, proj_2.weight, proj_2.bias, skip, *wide)
+    if plan.widen:
+        return outs[0], outs[1]
+    return outs[0], ops.pointwise(outs[0], fc1.weight, fc1.bias, "none", None)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of a network."""
+
+    depthwise: Any
+    pointwise: Any
+    gated: Any
+    mlp_tail: Any
+    patches: Any
+
+
+_KERNELS = _Steps(depthwise, pointwise, gated, mlp_tail, patches)
+_PLAIN = _Steps(plain.depthwise, plain.pointwise, plain.gated, plain.mlp_tail, plain.patches)
+
+
+def fused(
+    model: nn.Module,
+    dtype: torch.dtype = torch.float16,
+    *,
+    plan: Plan | None = None,
+    fallback: bool = False,
+) -> FusedVan:
+    """Return a loaded VAN on the fused kernels, folded, in eval mode, on the CPU.
+
+    Args:
+        model: a :class:`van_deploy.model.van.VAN` in eval mode; it is not changed.
+        dtype: of the weights and of every tensor between two kernels.
+        plan: which steps share a kernel; by default chosen by shape.
+        fallback: where there is no GPU, or for another type, use plain PyTorch instead of
+            failing; :attr:`FusedVan.fallbacks` says what fell back and why.
+
+    Raises:
+        UsageError: another network, or a type that the kernels do not take.
+        ConversionError: the folded network is not the original.
+    """
+    if not isinstance(model, VAN) or model.training or not model.global_pool:
+        raise UsageError("Only a VAN in eval mode, with average pooling, runs on the kernels.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        report = fold_van(model, smooth_pictures(1, model.config.in_chans, 64))
+    if not report:
+        raise ConversionError(
+            f"Folding changed the network: the logits differ by {report.relative_error:.1e} in "
+            "float64.",
+        )
+    reasons = []
+    if dtype not in DTYPES:
+        reasons.append(f"the kernels do not take {dtype}")
+    if not INTERPRETED and not torch.cuda.is_available():
+        reasons.append("there is no GPU")
+    if reasons and not fallback:
+        raise UsageError(
+            f"The network cannot run on the kernels: {' and '.join(reasons)}.",
+            "Pass fallback=True to run the same network in plain PyTorch.",
+        )
+    network = FusedVan(report.model, dtype, plan, tuple(reasons))
+    return network.eval().requires_grad_(False)

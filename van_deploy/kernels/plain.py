@@ -1,0 +1,89 @@
+"""What each kernel computes, in plain PyTorch: the fallback, and what the kernels are checked by.
+
+Shapes, layouts and arguments are the kernels'; any device and floating-point type.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["depthwise", "gated", "mlp_tail", "patches", "pointwise"]
+
+
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1, gelu: bool = False
+) -> Tensor:
+    """Return what :func:`van_deploy.kernels.depthwise.depthwise` does."""
+    side, channels = weight.shape[0], x.shape[-1]
+    y = functional.conv2d(
+        x.permute(0, 3, 1, 2),
+        weight.to(x.dtype).permute(2, 0, 1)[:, None],
+        bias.to(x.dtype),
+        padding=dilation * (side // 2),
+        dilation=dilation,
+        groups=channels,
+    ).permute(0, 2, 3, 1)
+    return (functional.gelu(y) if gelu else y).contiguous()
+
+
+def pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "none", other: Tensor | None = None
+) -> Tensor:
+    """Return what :func:`van_deploy.kernels.pointwise.pointwise` does."""
+    y = functional.linear(x, weight, bias.to(x.dtype))
+    if other is not None:
+        return y * other if epilogue == "multiply" else y + other
+    return functional.gelu(y) if epilogue == "gelu" else y
+
+
+def gated(
+    x: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    gate: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+    skip: Tensor,
+    weight_3: Tensor | None = None,
+    bias_3: Tensor | None = None,
+) -> list[Tensor]:
+    """Return what :func:`van_deploy.kernels.pointwise.gated` does."""
+    y = pointwise(x, weight_1, bias_1, "multiply", gate)
+    y = pointwise(y, weight_2, bias_2, "add", skip)
+    if weight_3 is None or bias_3 is None:
+        return [y]
+    return [y, pointwise(y, weight_3, bias_3)]
+
+
+def mlp_tail(
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    skip: Tensor,
+    norm: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-6,
+) -> list[Tensor]:
+    """Return what :func:`van_deploy.kernels.mlp.mlp_tail` does."""
+    y = pointwise(depthwise(x, dw_weight, dw_bias, gelu=True), weight, bias, "add", skip)
+    if norm is None or shift is None:
+        return [y]
+    if norm.dim() == 1:
+        scale, offset = norm.to(y.dtype), shift.to(y.dtype)
+        return [functional.layer_norm(y, norm.shape, scale, offset, eps)]
+    return [y, pointwise(y, norm, shift, "gelu")]
+
+
+def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    """Return what :func:`van_deploy.kernels.patch.patches` does."""
+    y = functional.conv2d(
+        x.to(weight.dtype),
+        weight.permute(3, 2, 0, 1),
+        bias.to(weight.dtype),
+        stride=stride,
+        padding=weight.shape[0] // 2,
+    )
+    return y.permute(0, 2, 3, 1).contiguous()
