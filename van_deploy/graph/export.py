@@ -40,6 +40,10 @@ DEFAULT_OPSET = 20
 OPSETS = range(17, 24)
 """17 is the first with LayerNormalization; 23 the newest tried here."""
 
+DYNAMIC_EXAMPLE = (160, 192)
+"""Height and width that a graph with dynamic sizes is recorded at. No stage's map has a side of 1
+there: PyTorch takes a side that is 1 for one that is always 1."""
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -77,7 +81,8 @@ def onnx_from_van(
             f"Opset {opset} is not supported.",
             f"Choose one from {OPSETS.start} to {OPSETS.stop - 1}; the default is {DEFAULT_OPSET}.",
         )
-    example = torch.zeros(batch or 2, in_chans, *sides_of(image_size))
+    sides = sides_of(image_size) if sizes is None else DYNAMIC_EXAMPLE
+    example = torch.zeros(batch or 2, in_chans, *sides)
     dynamic = {} if batch else {0: torch.export.Dim("batch", min=1)}
     if sizes is not None:
         ends = {"min": MIN_IMAGE_SIZE, "max": MAX_IMAGE_SIZE}
