@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,6 @@ from van_deploy.engine.fleet import (
     FleetHost,
     Outcome,
     build_here,
-    cells_of,
     read_fleet,
 )
 from van_deploy.engine.host import device_number, host_here
@@ -27,10 +27,11 @@ from van_deploy.engine.inductor import (
     refuse_for_packages,
 )
 from van_deploy.engine.planned import build_planned, planned_engines
-from van_deploy.errors import BundleError
+from van_deploy.errors import BundleError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
 from van_deploy.results import BuildReport, Progress
+from van_deploy.tuning import require_timing, tuned, with_scope
 
 __all__ = ["build_bundle", "build_fleet", "phases"]
 
@@ -48,9 +49,18 @@ def build_bundle(
         VanDeployError: as :meth:`van_deploy.api.Bundle.build`; nothing that cannot be built is
             found out after the first was.
     """
+    if settings.tune:
+        return _tuned(bundle, settings, progress)
     if settings.backend == INDUCTOR:
         return BuildReport(tuple(_packages(bundle, settings, force, progress)))
-    plans = planned_engines(settings, bundle.manifest.batch, sizes=bundle.manifest.sizes)
+    if settings.device == "cpu" or settings.max_autotune:
+        option = "--max-autotune" if settings.max_autotune else "--device cpu"
+        raise UsageError(
+            f"{option} is Inductor's, and a TensorRT engine is asked for.",
+            f"Add --backend inductor, or leave {option} out.",
+        )
+    host = host_here(device=device_number(settings.device))
+    plans = planned_engines(settings, bundle.manifest.batch, host, bundle.manifest.sizes)
     for precision in settings.precisions:
         _make_missing(Bundle.open(bundle.path), precision, settings, progress)
     outcomes = build_planned(
@@ -64,6 +74,20 @@ def build_bundle(
     return BuildReport(tuple(outcomes))
 
 
+def _tuned(bundle: Bundle, settings: BuildSettings, progress: Progress | None) -> BuildReport:
+    """Build the fastest candidate that holds its gate, and say what became of the others."""
+    require_timing(settings, host_here(device=device_number(settings.device)))
+
+    def built(where: Bundle, asked: BuildSettings) -> str:
+        (outcome,) = build_bundle(where, asked).outcomes
+        return outcome.engine
+
+    rows, best = tuned(bundle, settings, built, progress or (lambda _: None))
+    with_scope(bundle.path, best)
+    report = build_bundle(Bundle.open(bundle.path), best.settings)
+    return replace(report, tuned=tuple(rows))
+
+
 def _packages(
     bundle: Bundle, settings: BuildSettings, force: bool, progress: Progress | None
 ) -> Iterator[Outcome]:
@@ -72,7 +96,15 @@ def _packages(
     refuse_for_packages(settings)
     batch = settings.profiles[0] if settings.profiles else None
     requests = [
-        package_request(bundle, precision, settings.device, host, batch, tf32=settings.tf32)
+        package_request(
+            bundle,
+            precision,
+            settings.device,
+            host,
+            batch,
+            tf32=settings.tf32,
+            max_autotune=settings.max_autotune,
+        )
         for precision in settings.precisions
     ]
     for request in requests:
@@ -114,7 +146,7 @@ def build_fleet(
         RecipeError: the file is wrong.
         MissingDependency: Ray was asked for and is not here.
     """
-    cells = cells_of(read_fleet(path))
+    cells = read_fleet(path)
     if on == "ray":
         from van_deploy.engine.on_ray import build_on_ray
 

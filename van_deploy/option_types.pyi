@@ -31,6 +31,7 @@ class BuildOptions(TypedDict, total=False):
     version_compatible: bool
     workspace: int | str | None
     optimization_level: int | None
+    tiling: Literal["none", "fast", "moderate", "full"]
     tf32: bool
     profiling: Literal["none", "layer-names-only", "detailed"]
     precisions: Sequence[str]
@@ -38,6 +39,7 @@ class BuildOptions(TypedDict, total=False):
     backend: Literal["auto", "tensorrt", "tensorrt-rtx", "inductor"]
     timing_cache: str | Path | None
     device: str | None
+    max_autotune: bool
     tune: bool
     images: str | Path | None
     check_reproducible: bool

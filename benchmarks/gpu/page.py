@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,11 +25,14 @@ How to read the tables:
   bias, GELU, gate or residual) at the copy bandwidth and the FP16 product rate measured in
   the same run: van_b0 at 224 moves 55.6 MB an image. What fuses further can pass 100 %, and so
   can small batches, whose maps stay in the second-level cache.
-- **x PyTorch** is against the fastest of PyTorch's own modes at the same batch in the same
-  run, **x eager** against eager FP32 (whose convolutions compute in TF32, as PyTorch has it).
+- **x PyTorch** is against the fastest of PyTorch's own modes at the same batch on a GPU of that
+  name on this page, **x eager** against eager FP32 (whose convolutions compute in TF32, as
+  PyTorch has it). `max-autotune` leaves Inductor's own convolution templates out: they never won
+  against cuDNN.
 - **SQNR** is against the same network in FP32 without TF32 on the same images.
 - Weights are random with natural statistics unless a row says otherwise. Modes of
-  `torch.compile` are tuned while other steps run; they are timed alone.
+  `torch.compile` are tuned while other steps run, and their **first call** holds the time they
+  were stopped for others; they are timed alone.
 """
 
 COLUMNS = (
@@ -40,10 +44,11 @@ COLUMNS = (
 
 def page(documents: Sequence[Document]) -> str:
     """Return the whole page."""
-    return "\n".join([INTRODUCTION, *map(_run, documents)]).rstrip() + "\n"
+    runs = [_run(document, documents) for document in documents]
+    return "\n".join([INTRODUCTION, *runs]).rstrip() + "\n"
 
 
-def _run(document: Document) -> str:
+def _run(document: Document, documents: Sequence[Document]) -> str:
     facts = _facts(document, "environment")
     rehearsal = " (a rehearsal on a CPU: no number here is a GPU's)" * bool(document["rehearsal"])
     lines = [
@@ -51,11 +56,11 @@ def _run(document: Document) -> str:
         "",
         f"- {_device_text(document, facts)}",
         f"- {', '.join(f'{name} {text}' for name, text in facts.get('versions', {}).items())}",
-        f"- `{document['command']}`: {document['seconds']:.0f} s",
+        f"- `{_shown(document['command'])}`: {document['seconds']:.0f} s",
         *_ceiling_lines(document),
         "",
     ]
-    rows = rows_of(document)
+    rows = rows_of(document, [d for d in documents if _gpu(d) == _gpu(document)])
     if rows:
         lines += [_table(COLUMNS, [_cells(row) for row in rows]), ""]
     lines += _steps(document)
@@ -64,23 +69,39 @@ def _run(document: Document) -> str:
     return "\n".join(lines)
 
 
-def rows_of(document: Document) -> list[dict[str, Any]]:
-    """Return every measured row with its floor and its ratios, by network, batch and speed."""
-    rows = [
+def rows_of(document: Document, beside: Sequence[Document] = ()) -> list[dict[str, Any]]:
+    """Return every measured row with its floor and its ratios, by network, batch and speed.
+
+    Args:
+        document: the run.
+        beside: further runs on a GPU of the same name, whose PyTorch rows count, too.
+    """
+    rows = _measured(document)
+    everywhere = [row for run in (document, *beside) for row in _measured(run)]
+    found = (_facts(run, "ceilings").get("ceilings") for run in (document, *beside))
+    ceilings = next((one for one in found if one), None)
+    for row in rows:
+        same = [r for r in everywhere if _place(r) == _place(row)]
+        rivals = [r["queued_ms"] for r in same if r.get("group") == "pytorch"]
+        eager = [r["queued_ms"] for r in same if r["runner"] == "pytorch-eager-fp32"]
+        row["times_best"] = min(rivals) / row["queued_ms"] if rivals else None
+        row["times_eager"] = min(eager) / row["queued_ms"] if eager else None
+        row["percent_of_floor"] = _percent_of_floor(row, ceilings)
+    return sorted(rows, key=lambda row: (*_place(row), row["queued_ms"]))
+
+
+def _measured(document: Document) -> list[dict[str, Any]]:
+    return [
         dict(row)
         for step in document["steps"]
         for row in (step.get("content") or {}).get("rows", ())
         if row.get("queued_ms")
     ]
-    ceilings = _facts(document, "ceilings").get("ceilings")
-    for row in rows:
-        same = [r for r in rows if _place(r) == _place(row)]
-        rivals = [r["queued_ms"] for r in same if r.get("group") == "pytorch"]
-        eager = [r["queued_ms"] for r in same if r["runner"] == "pytorch-eager-fp32"]
-        row["times_best"] = min(rivals) / row["queued_ms"] if rivals else None
-        row["times_eager"] = eager[0] / row["queued_ms"] if eager else None
-        row["percent_of_floor"] = _percent_of_floor(row, ceilings)
-    return sorted(rows, key=lambda row: (*_place(row), row["queued_ms"]))
+
+
+def _gpu(document: Document) -> str:
+    """Return the name of the GPU of a run."""
+    return str((_facts(document, "environment").get("device") or {}).get("name", ""))
 
 
 def _place(row: Row) -> tuple[str, int, int]:
@@ -173,6 +194,16 @@ def _ceiling_lines(document: Document) -> list[str]:
     ]
 
 
+def _shown(command: str) -> str:
+    """Return a command without the folders of its run.
+
+    >>> _shown("python x.py ort --out /tmp/a.json --bundle /root/b/van_b0 --seconds 1")
+    'python x.py ort --bundle van_b0 --seconds 1'
+    """
+    command = re.sub(r" --(out|output|cache)( /?[^ -]\S*)+", "", command)
+    return re.sub(r"(?<= )\S*/(?=[\w.-]+( |$))(?<!gpu/)", "", command)
+
+
 def _steps(document: Document) -> list[str]:
     lines = [f"### What ran in part {document['part']}", ""]
     rows = [
@@ -180,7 +211,7 @@ def _steps(document: Document) -> list[str]:
             step["name"],
             step["state"] if step["state"] != "done" else "ran",
             _number(step.get("seconds"), 0),
-            f"`{step['command']}`" if step["state"] != "skipped" else "",
+            f"`{_shown(step['command'])}`" if step["state"] != "skipped" else "",
             step["reason"],
         ]
         for step in document["steps"]

@@ -67,20 +67,25 @@ def steps_of_b(context: Context) -> list[Step]:
         shared["environment"],
         shared["ceilings"],
         ort("fp16"),
-        ort("fp32"),
         gates(SMALL, "ort-cuda"),
         step("rtx-no-target", "rtx", "TensorRT for RTX with no target.", "--artifact", "fp16"),
         step(
-            "inductor-fp16", "inductor", "An AOTInductor package.", "--artifact", "fp16", limit=150
+            "inductor-fp16", "inductor", "An AOTInductor package.", "--artifact", "fp16", limit=180
         ),
-        ort("fp32", "--tf32"),
+        step(
+            "inductor-fused-fp16",
+            "inductor",
+            "An AOTInductor package with this project's kernels inside, for one batch size.",
+            *("--artifact", "fp16", "--fused", "--batches", "128" if context.on_gpu else "2"),
+            limit=150,
+        ),
+        ort("fp32"),
         ort("int8"),
+        ort("fp32", "--tf32"),
         step("gpu-tests", "tests", "The tests marked gpu.", limit=150),
-        shared["compile-fp16-quick-b0"],
         gates(TRAINED, "ort-cuda"),
-        shared["eager-b0"],
         *engines,
         step("bench", "bench", "van-deploy bench on the GPU.", limit=120),
-        shared["compile-fp16-b0"],
+        shared["eager-b0"],
         gates(SMALL, "ort-cpu"),
     ]

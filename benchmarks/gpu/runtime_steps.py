@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,11 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 def ort(result: Result, options: argparse.Namespace) -> None:
-    """Time one ONNX file on the CUDA provider: NHWC on and off, then a CUDA graph on top."""
+    """Time one ONNX file on the CUDA provider: NHWC on and off, then a CUDA graph on top.
+
+    Without a graph at the smallest and the largest batch only: choosing cuDNN's algorithms
+    takes seconds a batch size.
+    """
     from van_deploy.runners.base import CudaOptions
     from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -42,7 +46,8 @@ def ort(result: Result, options: argparse.Namespace) -> None:
     tried: dict[Any, float] = {}
     for cuda in (plain, replace(plain, prefer_nhwc=True)):
         runner = OnnxRuntimeRunner(subject.path, name="ort-cuda", device=options.device, cuda=cuda)
-        tried[cuda] = subject.measure(result, runner, _ort_name(cuda), options=asdict(cuda))
+        name, ends = _ort_name(cuda), sorted({options.batches[0], options.batches[-1]})
+        tried[cuda] = subject.measure(result, runner, name, ends, options=asdict(cuda))
     best = replace(min(tried, key=lambda cuda: tried[cuda]), cuda_graph=True)
     runner = OnnxRuntimeRunner(subject.path, name="ort-cuda", device=options.device, cuda=best)
     subject.measure(result, runner, _ort_name(best), options=asdict(best))
@@ -62,7 +67,8 @@ def inductor(result: Result, options: argparse.Namespace) -> None:
 
     for name, path in _of_kind(subject.bundle, "package"):
         runner = InductorRunner(path, device=options.device)
-        subject.measure(result, runner, f"inductor {name}")
+        words = "inductor, fused kernels" if options.fused else "inductor"
+        subject.measure(result, runner, f"{words}, {name}")
     _verified(result, subject.bundle, options)
 
 
@@ -129,10 +135,12 @@ def rtx(result: Result, options: argparse.Namespace) -> None:
         config.add_optimization_profile(profile)
         plan = stage("build", builder.build_serialized_network(network, config))
         if plan is None:
+            result.note(f"TensorRT for RTX builds no plan here: {'; '.join(said[-3:])}")
             return
         runtime = stage("runtime", trt.Runtime(log))
         built = stage("load", runtime.deserialize_cuda_engine(plan))
         if built is None:
+            result.note(f"TensorRT for RTX does not load its own plan here: {'; '.join(said[-3:])}")
             return
         stage("context", built.create_execution_context())
         target = Path(options.out).with_suffix(".plan")
@@ -190,35 +198,46 @@ def _judge(
 
 
 def _judged(document: Any) -> Iterator[dict[str, Any]]:
-    """Yield one flat line an artifact: its name, whether it passed, and its numbers."""
-    entries = document.get("artefacts") or document.get("artifacts") or document
-    items = entries.items() if isinstance(entries, dict) else enumerate(entries)
-    for name, entry in items:
-        if isinstance(entry, dict):
-            simple = {
-                key: value
-                for key, value in entry.items()
-                if isinstance(value, str | int | float | bool) and len(str(value)) < 60
+    """Yield one flat line a finding of every artifact, and one an accuracy."""
+    entries = document.get("artefacts") or document.get("artifacts") or {}
+    for entry in entries.values() if isinstance(entries, dict) else entries:
+        lines = {}
+        for finding in entry["findings"] if isinstance(entry, dict) else ():
+            limit = finding.get("limit")
+            lines[finding["rule"]] = {
+                "artifact": entry["artefact"],
+                "runner": entry["runner"],
+                "rule": finding["rule"],
+                "outcome": finding["outcome"],
+                "value": finding["value"],
+                "unit": finding["unit"],
+                "limit": limit["value"] if limit else None,
             }
-            if simple:
-                yield {"artifact": name, **simple}
+        yield from lines.values()
+    for name, accuracy in (document.get("accuracy") or {}).items():
+        yield {"artifact": name, "rule": "top-1", "value": accuracy["top1"]}
 
 
 def benchmark(result: Result, options: argparse.Namespace) -> None:
-    """Run ``van-deploy bench`` on the GPU, as a user would."""
+    """Run ``van-deploy bench --profile`` on the GPU, as a user would, for two runners."""
     bundle = _copied(options)
-    batches = ",".join(map(str, options.batches))
-    command = ["bench", str(bundle), "--device", options.device, "--batches", batches]
-    done = _van_deploy(*command, "--seconds", str(options.seconds), "--json")
+    command = ["bench", str(bundle), "--device", options.device, "--batches", "1,128"]
+    command += ["--runners", "pytorch,ort-cuda-nhwc/fp16,ort-cuda-nhwc/int8", "--profile"]
+    with turn():
+        done = _van_deploy(*command, "--seconds", str(options.seconds), "--json")
     result.fact("exit_code", done.returncode)
     try:
         document = json.loads(done.stdout)
     except json.JSONDecodeError:
         raise SystemExit(_end(done)) from None
     result.fact("bench", document)
-    columns = ("contender", "batch", "images_per_s", "error")
+    columns = ("contender", "batch", "queued_ms", "images_per_s", "error")
     rows = [{key: row.get(key) for key in columns} for row in document["rows"]]
     result.table(f"van-deploy bench {bundle.name} --device {options.device}", rows)
+    for name, lines in document["profiles"].items():
+        result.table(f"van-deploy bench {bundle.name} --profile: {name}, batch 128", lines)
+    for warning in document["warnings"]:
+        result.note(warning)
 
 
 def tests(result: Result, options: argparse.Namespace) -> None:
@@ -281,7 +300,14 @@ class _Subject:
         with OnnxRuntimeRunner(path) as runner:
             return runner.run(self.images[:COMPARED])
 
-    def measure(self, result: Result, runner: Any, name: str, **facts: Any) -> float:
+    def measure(
+        self,
+        result: Result,
+        runner: Any,
+        name: str,
+        batches: Sequence[int] | None = None,
+        **facts: Any,
+    ) -> float:
         """Add a row a batch size; return the milliseconds of the largest batch, queued."""
         from van_deploy.bench.gpu import clock_of, timed
         from van_deploy.bench.gpu_state import GpuWatch
@@ -294,7 +320,7 @@ class _Subject:
         except Exception as error:
             result.note(f"{name}, {self.options.artifact}: {type(error).__name__}: {error}"[:600])
             return slowest
-        for batch in self.options.batches:
+        for batch in batches or self.options.batches:
             try:
                 with turn():
                     resident = opened.resident(self.images[:batch])
@@ -346,7 +372,8 @@ def _copied(options: argparse.Namespace) -> Path:
 def _built(result: Result, bundle: Path, options: argparse.Namespace, backend: str) -> None:
     arguments = ["--backend", backend, "--precision", options.artifact, "--device", options.device]
     if backend == "inductor":
-        arguments += ["--batch", "1:128:128"]
+        only = f"{options.batches[0]}:{options.batches[-1]}:{options.batches[-1]}"
+        arguments += ["--batch", only, *(["--fused-kernels"] if options.fused else [])]
     start = time.perf_counter()
     done = _van_deploy("build", str(bundle), *arguments)
     took = time.perf_counter() - start
@@ -416,6 +443,7 @@ def main() -> None:
     parser.add_argument("--backend", default="tensorrt", choices=MODULES)
     parser.add_argument("--images", type=Path)
     parser.add_argument("--tf32", action="store_true")
+    parser.add_argument("--fused", action="store_true", help="a package with our own kernels")
     parser.add_argument("--seconds", default=0.4, type=float, help="measured, a row")
     options = parser.parse_args()
     STEPS[options.step](Result(options.out), options)

@@ -85,17 +85,13 @@ def _device_facts(result: Result, device: str) -> None:
 
 def ceilings(result: Result, options: argparse.Namespace) -> None:
     """Measure what the device can do at best: a large copy, and matrix products."""
-    from van_deploy.bench.ceilings import measured_ceilings, measured_gpu_ceilings
+    import torch
 
-    if options.device.startswith("cuda"):
-        import torch
+    from van_deploy.bench.ceilings import measured_ceilings
 
-        torch.zeros(1, device=options.device)
-        with turn():
-            found = measured_gpu_ceilings(options.device, options.seconds)
-    else:
-        with turn():
-            found = measured_ceilings(os.cpu_count() or 1, options.seconds)
+    torch.zeros(1, device=options.device)  # starts CUDA outside the turn
+    with turn():
+        found = measured_ceilings(options.device, os.cpu_count() or 1, options.seconds)
     result.fact("ceilings", found)
 
 

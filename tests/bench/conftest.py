@@ -20,9 +20,7 @@ class Scripted(Lane):
     drift = 1.1  # 10 % slower from each slice to the next
 
     def __init__(self, name: str, ms: float, fails_at: int = -1) -> None:
-        super().__init__(
-            Contender(name, "onnxruntime", "fp32"), loaded=Loading(0.0, 0.0, 0, 0, {}, 1)
-        )
+        super().__init__(Contender(name, "onnxruntime", "fp32"), loaded=Loading(0.0, 0.0, 0, 0, 1))
         self.ms, self.fails_at, self.slices = ms, fails_at, 0
 
     def feed(self, images: Path, batch: int, preprocessing: object, warmup_s: float) -> None:

@@ -15,13 +15,14 @@ from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bench.benchmark import benchmark_bundle
 from van_deploy.bench.compare import agreement, compare_reports
+from van_deploy.bench.contenders import gpu_answers
 from van_deploy.bench.document import BenchReport, read_report
 from van_deploy.bench.machine import Watch, busy_cores
 from van_deploy.bench.store import save_report
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import cpu
-from van_deploy.errors import InputError, UsageError
+from van_deploy.errors import InputError, MissingDependency, UsageError, VanDeployError
 
 QUICK_WORDS = (
     *("--seconds", "0.05", "--calls", "2", "--rounds", "2", "--warmup", "0", "--limit", "0.2"),
@@ -111,6 +112,28 @@ def test_other_image_sizes_run_the_same_weights(digits: Bundle, quick: BenchSett
     small, native = sorted(report.rows, key=lambda row: row.image_size)
     assert (small.image_size, native.image_size) == (32, 64)
     assert small.error == native.error == ""
+
+
+@each(
+    ("change", "kind", "words"),
+    [
+        ({}, MissingDependency, "No NVIDIA GPU answers here, so nothing can be timed on 'cuda:0'."),
+        (
+            {"streams": 2},
+            UsageError,
+            "--streams is 2, and on a GPU one stream is timed, with batches queued on it.",
+        ),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_said_before_anything_runs(
+    digits: Bundle, quick: BenchSettings, change: dict[str, Any], kind: type, words: str
+) -> None:
+    if gpu_answers():
+        pytest.skip("a GPU answers here")
+    with pytest.raises(VanDeployError) as caught:
+        benchmark_bundle(digits, quick.changed(device="cuda:0", **change))
+    assert type(caught.value) is kind
+    assert caught.value.message == words
 
 
 @each(

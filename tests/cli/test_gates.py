@@ -123,7 +123,7 @@ class TestVerify:
     def test_mistakes_end_with_2(self, cli: Cli, judged: Subject) -> None:
         result = cli("verify", judged.bundle.path, "--runner", "onnx")
         assert (result.exit_code, result.stdout) == (2, "")
-        message = "'--runner' is 'onnx': it should be 'ort-cpu', 'ort-cuda' or 'ort-tensorrt'."
+        message = "'--runner' is 'onnx': it should be 'ort-cpu' or 'ort-cuda'."
         assert f"error: {message}" in result.stderr
 
     def test_an_artefact_that_is_not_there(self, cli: Cli, judged: Subject) -> None:

@@ -129,3 +129,16 @@ def test_what_rtx_is_refused_it_really_cannot_do(
             precision="fp32",
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorrt_recommends_nothing_that_it_then_refuses() -> None:
+    """A level covers other GPUs only where no target is named, and RTX only those it serves."""
+    named = refused(ABSENT, BuildOptions(targets=("sm_90",)), ADA)
+    assert named.remedy == (
+        "Build on that GPU, leave --target out and give --hardware-compatibility ampere-plus."
+    )
+    refuse_impossible(
+        ABSENT, BuildOptions(hardware_compatibility=HardwareCompatibility.AMPERE_PLUS), ADA
+    )
+    older = refused(ABSENT, BuildOptions(targets=("sm_75",)), ADA)
+    assert older.remedy == "Build on that GPU, or use --backend tensorrt-rtx."

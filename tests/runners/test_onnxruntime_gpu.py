@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,27 @@ def test_a_provider_that_is_not_built_in(digits_onnx: Path) -> None:
     )
     assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.remedy
     assert caught.value.exit_code == 3
+
+
+def test_a_provider_that_does_not_start(digits_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without cuDNN: it is listed, and the session would quietly be the CPU's."""
+    ort = require_onnxruntime()
+    if CUDA in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA: the provider would really start")
+    claimed = [*ort.get_available_providers(), CUDA]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: claimed)
+    gpu = SimpleNamespace(device=0, stream=lambda _: 1)
+    monkeypatch.setattr("van_deploy.runners.onnxruntime.require_cuda", lambda _: gpu)
+    with (
+        pytest.warns(UserWarning, match="not in available provider"),
+        pytest.raises(MissingDependency) as caught,
+    ):
+        OnnxRuntimeRunner(digits_onnx, name="ort-cuda").__enter__()
+    assert caught.value.message == (
+        f"ONNX Runtime {ort.__version__} has {CUDA} but could not start it, and would have run "
+        "on the CPU without a word."
+    )
+    assert "cuDNN 9" in caught.value.remedy
 
 
 def test_a_cpu_session_has_no_resident_batches(digits_onnx: Path) -> None:

@@ -25,7 +25,8 @@ from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, UsageError, VanDeployError
 from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
 from van_deploy.runners.base import Images
-from van_deploy.runners.tensorrt import TensorRtRunner, admit, profile_for
+from van_deploy.runners.plan import profile_for
+from van_deploy.runners.tensorrt import TensorRtRunner, admit
 
 PROFILES = (BatchRange(1, 1, 1), BatchRange(2, 4, 8))
 NO_DRIVER = nvidia_driver() is None
@@ -85,7 +86,7 @@ def test_a_profile_is_chosen_by_its_optimum() -> None:
 
 @each("batch", [0, 9])
 def test_a_batch_outside_every_profile(batch: int) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(InputError) as caught:
         profile_for(PROFILES, batch)
     assert caught.value.message == (
         f"The engine does not serve a batch of {batch}; its profiles are 1:1:1, 2:4:8."
@@ -189,7 +190,7 @@ def test_host_code_is_allowed_for_a_plan_whose_sidecar_says_it_has_some(
     here = Host("a GPU", sidecar.targets[0], None, "999.0", (99, 0))
     monkeypatch.setattr("van_deploy.runners.tensorrt.host_here", lambda **_: here)
     monkeypatch.setattr("van_deploy.runners.tensorrt.require_cuda", lambda _: None)
-    monkeypatch.setattr("van_deploy.runners.tensorrt.runtime_of", lambda *_: (Engine(), None))
+    monkeypatch.setattr("van_deploy.runners.plan.runtime_of", lambda *_: (Engine(), None))
     with pytest.raises(VanDeployError, match="does not load"):
         TensorRtRunner(plan).__enter__()
     assert Engine.allowed is version_compatible

@@ -132,7 +132,7 @@ class TestConfiguration:
         assert (folder / "1/model-1.plan").read_bytes() == b"plan for sm_120"
 
     def test_preferred_sizes_come_from_the_benchmark(self, digits: Bundle) -> None:
-        assert preferred_batches(digits, "fp32-uint8", 8) == (2, 8)
+        assert preferred_batches(Network(digits, "fp32-uint8")) == (2, 8)
         rates = {1: 100.0, 2: 150.0, 4: 195.0, 8: 200.0, 16: 300.0}
         rows = [
             {"contender": "ort-cpu/fp32", "batch": batch, "images_per_s": rate}
@@ -142,7 +142,7 @@ class TestConfiguration:
         rows.append({"contender": "ort-cpu/int8", "batch": 1, "images_per_s": 9e9})
         checks = {**digits.manifest.checks, "bench": {"rows": rows}}
         measured = Bundle(digits.path, digits.manifest.model_copy(update={"checks": checks}))
-        assert preferred_batches(measured, "fp32-uint8", 8) == (4, 8)
+        assert preferred_batches(Network(measured, "fp32-uint8")) == (4, 8)
 
 
 class TestRefused:

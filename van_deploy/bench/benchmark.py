@@ -27,12 +27,12 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
 from van_deploy.config.bench import LEAST_ROUNDS
 from van_deploy.config.sizes import ImageSize, sides_of, size_text
-from van_deploy.environment.hardware import cpu
-from van_deploy.errors import ConversionError, UsageError
+from van_deploy.environment.hardware import cpu, nvidia_driver
+from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
-from van_deploy.runners.base import CudaOptions
+from van_deploy.runners.base import CudaOptions, gpu_index
 
-__all__ = ["Measured", "benchmark_bundle", "race_report", "warnings_of"]
+__all__ = ["Measured", "benchmark_bundle", "warnings_of"]
 
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes tried under a latency limit, as far as the bundle's range goes."""
@@ -47,6 +47,10 @@ VARIABLES = (
 )
 
 
+Sized = tuple[ImageSize, Path, list[Contender]]
+"""An image size, the file of its images, and the contenders that take it."""
+
+
 def benchmark_bundle(
     bundle: Bundle, settings: BenchSettings, *, progress: Progress | None = None
 ) -> BenchReport:
@@ -54,45 +58,57 @@ def benchmark_bundle(
 
     Raises:
         BundleError: there is no artifact, or a file is not the manifest's.
-        UsageError: a runner or the reference is unknown.
-        MissingDependency: a runner was asked for by name and cannot start.
+        UsageError: a runner, the reference or the GPU is unknown.
+        MissingDependency: there is no GPU, or a runner was asked for by name and cannot start.
         ConversionError: not one contender could be timed.
     """
-    from van_deploy.data import check_images
-
-    settings = settings.changed(device=settings.device or ("cuda:0" if gpu_answers() else "cpu"))
-    cuda = CudaOptions(
-        use_tf32=settings.tf32,
-        cudnn_conv_algo_search=settings.conv_search,
-        fuse_conv_bias=settings.fuse_conv_bias,
-    )
-    entries = chosen(contenders_of(bundle, settings.device or "cpu", cuda), settings.runners)
+    say, device = progress or (lambda _: None), settings.device or _default_device()
+    _require_gpu(device, settings.streams)
+    cuda = CudaOptions(False, settings.tf32, settings.conv_search, settings.fuse_conv_bias)
+    entries = chosen(contenders_of(bundle, device, cuda), settings.runners)
+    contenders = [entry for entry in entries if isinstance(entry, Contender)]
     if settings.p99_ms is not None:
         largest = max(1, bundle.manifest.batch.max)
         settings = settings.changed(batches=tuple(b for b in SWEEP if b <= largest))
-    preprocessing = bundle.manifest.preprocessing
-    inputs: dict[ImageSize, Any] = {}
-    described = ""
-    for size in settings.image_sizes or (preprocessing.image_size,):
-        at_size = preprocessing.override(image_size=size)
-        checked = check_images(bundle.name, at_size, max(settings.batches))
-        inputs[size], described = checked.inputs, checked.description
-    return race_report(
-        [entry for entry in entries if isinstance(entry, Contender)],
-        [entry for entry in entries if isinstance(entry, Skipped)],
-        inputs,
-        settings,
-        native_size=preprocessing.image_size,
-        images=described,
-        preprocessing=preprocessing.as_dict(),
+    settings = _with_reference(settings.changed(device=device), contenders)
+    cores, manifest = cpu().cores_allowed, bundle.manifest
+    threads = settings.threads or cores
+    start, busy = time.perf_counter(), busy_cores()
+    ceilings = _ceilings(threads, device, say) if settings.roofline else None
+    watch = Watch(cores)
+    with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
+        sized, images = _sized(bundle, contenders, settings, Path(folder))
+        given = (settings, manifest.preprocessing.as_dict(), say)
+        measured = _on_cpu(sized, threads, *given) if device == "cpu" else _on_gpu(sized, *given)
+    rows, during = measured.rows, watch.report()
+    if not any(row.latency for row in rows):
+        raise _nothing(rows)
+    warnings = [*warnings_of(rows, settings, busy, cores, during)]
+    return BenchReport(
+        schema=SCHEMA,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=bundle.name,
-        subject=Subject(
-            bundle=str(bundle.path),
-            parameters=bundle.manifest.parameters,
-            weights=bundle.manifest.weights,
-            batch_range=bundle.manifest.batch,
-        ),
-        progress=progress,
+        subject=Subject(str(bundle.path), manifest.parameters, manifest.weights, manifest.batch),
+        settings=settings,
+        device=device,
+        threads=threads,
+        images=images,
+        machine=machine_here(),
+        python=platform.python_version(),
+        versions=tool_versions(*RUNTIMES),
+        environment=_variables(),
+        contenders={contender.name: contender for contender in contenders},
+        reference=measured.reference,
+        rows=tuple(rows),
+        skipped=tuple(entry for entry in entries if isinstance(entry, Skipped)),
+        loading=measured.loaded,
+        ceilings=ceilings,
+        roofline=measured_limits(contenders, rows, ceilings) if ceilings else (),
+        profiles=measured.profiles,
+        best_under_p99=_best_under(rows, settings.p99_ms),
+        during=during,
+        seconds=Seconds(time.perf_counter() - start, measured.timed_s),
+        warnings=(*warnings, *int8_not_worth_it(rows, contenders)),
     )
 
 
@@ -124,102 +140,37 @@ class Measured:
             self.profiles[lane.contender.name] = lines
 
 
-def race_report(
-    contenders: Sequence[Contender],
-    skipped: Sequence[Skipped],
-    inputs: Mapping[ImageSize, Any],
-    settings: BenchSettings,
-    *,
-    native_size: ImageSize,
-    images: str,
-    preprocessing: Mapping[str, Any] | None = None,
-    model: str = "",
-    subject: Subject | None = None,
-    environment: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
-) -> BenchReport:
-    """Return the report of a race between any contenders.
+def _sized(
+    bundle: Bundle, contenders: Sequence[Contender], settings: BenchSettings, folder: Path
+) -> tuple[list[Sized], str]:
+    """Return each image size with its images and contenders, and what the images are."""
+    import numpy as np
 
-    Args:
-        contenders: who runs.
-        skipped: who does not, for the report.
-        inputs: ``(N, C, S, S)`` float32 for each image size ``S``.
-        settings: what to measure.
-        native_size: the image size the contenders' files were made for.
-        images: what the inputs are, in words.
-        preprocessing: mean and std, for graphs with embedded preprocessing.
-        model: what the report calls the network.
-        subject: the bundle the files are of, for the report.
-        environment: variables of every process.
-        progress: told what is going on.
+    from van_deploy.data import check_images
 
-    Raises:
-        UsageError: the reference is not among the contenders.
-        ConversionError: not one contender could be timed.
-    """
-    say, device = progress or (lambda _: None), settings.device or "cpu"
-    settings = _with_reference(settings, contenders)
-    cores = cpu().cores_allowed
-    threads = settings.threads or cores
-    start, busy = time.perf_counter(), busy_cores()
-    ceilings = _ceilings(threads, device, say) if settings.roofline else None
-    watch = Watch(cores)
-    with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
-        sized = [
-            (
-                size,
-                _saved(array, Path(folder), size),
-                _resized(contenders, size, native_size, folder),
-            )
-            for size, array in inputs.items()
-        ]
-        if device == "cpu":
-            more = {"preprocessing": preprocessing, "environment": environment, "progress": say}
-            measured = _on_cpu(sized, settings, threads, **more)
-        else:
-            measured = _on_gpu(sized, settings, preprocessing, say)
-    rows, during = measured.rows, watch.report()
-    if not any(row.latency for row in rows):
-        raise _nothing(rows)
-    return BenchReport(
-        schema=SCHEMA,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        model=model,
-        subject=subject,
-        settings=settings,
-        device=device,
-        threads=threads,
-        images=images,
-        machine=machine_here(),
-        python=platform.python_version(),
-        versions=tool_versions(*RUNTIMES),
-        environment=_variables(),
-        contenders={contender.name: contender for contender in contenders},
-        reference=measured.reference,
-        rows=tuple(rows),
-        skipped=tuple(skipped),
-        loading=measured.loaded,
-        ceilings=ceilings,
-        roofline=measured_limits(contenders, rows, ceilings) if ceilings else (),
-        profiles=measured.profiles,
-        best_under_p99=_best_under(rows, settings.p99_ms),
-        during=during,
-        seconds=Seconds(time.perf_counter() - start, measured.timed_s),
-        warnings=(
-            *warnings_of(rows, settings, busy, cores, during),
-            *(int8_not_worth_it(rows, contenders) if device != "cpu" else ()),
-        ),
-    )
+    preprocessing, result, described = bundle.manifest.preprocessing, [], ""
+    for size in settings.image_sizes or (preprocessing.image_size,):
+        at_size = preprocessing.override(image_size=size)
+        checked = check_images(bundle.name, at_size, max(settings.batches))
+        described, path = checked.description, folder / f"images-{size_text(size)}.npy"
+        np.save(path, checked.inputs)
+        resized = list(contenders)
+        if size != preprocessing.image_size:
+            resized = [_resized(contender, size, folder) for contender in contenders]
+        result.append((size, path, resized))
+    return result, described
 
 
 def _on_cpu(
-    sized: Sequence[tuple[ImageSize, Path, list[Contender]]],
-    settings: BenchSettings,
+    sized: Sequence[Sized],
     threads: int,
-    **more: Any,
+    settings: BenchSettings,
+    preprocessing: Mapping[str, Any],
+    say: Progress,
 ) -> Measured:
     """Race all contenders at each image size."""
     measured = Measured()
+    more: dict[str, Any] = {"preprocessing": preprocessing, "progress": say}
     for size, images, contenders in sized:
         with Race(contenders, threads, streams=settings.streams, **more) as race:
             running: set[str] | None = None
@@ -240,9 +191,9 @@ def _on_cpu(
 
 
 def _on_gpu(
-    sized: Sequence[tuple[ImageSize, Path, list[Contender]]],
+    sized: Sequence[Sized],
     settings: BenchSettings,
-    preprocessing: Mapping[str, Any] | None,
+    preprocessing: Mapping[str, Any],
     say: Progress,
 ) -> Measured:
     """Time one contender after the other, each at every batch size."""
@@ -272,37 +223,57 @@ def _with_reference(settings: BenchSettings, contenders: Sequence[Contender]) ->
     return settings.changed(reference=names[0])
 
 
-def _resized(
-    contenders: Sequence[Contender], size: ImageSize, native_size: ImageSize, folder: str
-) -> list[Contender]:
-    """Return contenders whose ONNX files are declared for another image size.
+def _resized(contender: Contender, size: ImageSize, folder: Path) -> Contender:
+    """Return a contender whose ONNX file is declared for another image size.
 
     After the rewrites nothing in a VAN's graph depends on the size of its input but the input's
     own declaration. PyTorch takes any size, and an engine refuses what is outside its profile.
     """
-    if size == native_size:
-        return list(contenders)
+    source = Path(contender.file)
+    if source.suffix != ".onnx":
+        return contender
     import onnx
 
     from van_deploy.graph.files import save_onnx
 
-    result = []
-    for contender in contenders:
-        source = Path(contender.file)
-        target = Path(folder) / f"{source.stem}-{size_text(size)}.onnx"
-        if source.suffix == ".onnx" and not target.exists():
-            model = onnx.load_model(source)
-            dims = model.graph.input[0].type.tensor_type.shape.dim
-            axes = (1, 2) if contender.embedded == "uint8" else (2, 3)
-            for axis, side in zip(axes, sides_of(size), strict=True):
-                dims[axis].dim_value = side
-            for value in model.graph.output:  # a backbone's maps have other sides then
-                value.type.tensor_type.ClearField("shape")
-            del model.graph.value_info[:]  # shapes inferred for the old size
-            save_onnx(model, target)
-        file = str(target) if source.suffix == ".onnx" else contender.file
-        result.append(replace(contender, file=file))
-    return result
+    target = folder / f"{source.stem}-{size_text(size)}.onnx"
+    if not target.exists():
+        model = onnx.load_model(source)
+        dims = model.graph.input[0].type.tensor_type.shape.dim
+        axes = (1, 2) if contender.embedded == "uint8" else (2, 3)
+        for axis, side in zip(axes, sides_of(size), strict=True):
+            dims[axis].dim_value = side
+        for value in model.graph.output:  # a backbone's maps have other sides then
+            value.type.tensor_type.ClearField("shape")
+        del model.graph.value_info[:]  # shapes inferred for the old size
+        save_onnx(model, target)
+    return replace(contender, file=str(target))
+
+
+def _default_device() -> str:
+    return "cuda:0" if gpu_answers() else "cpu"
+
+
+def _require_gpu(device: str, streams: int) -> None:
+    """Refuse a GPU that is not there, or several streams on one, before anything is started."""
+    index, driver = gpu_index(device), nvidia_driver()
+    if index is None:
+        return
+    if streams > 1:
+        raise UsageError(
+            f"--streams is {streams}, and on a GPU one stream is timed, with batches queued on it.",
+            "Leave --streams out, or time with --device cpu.",
+        )
+    if driver is None or not driver.gpus:
+        raise MissingDependency(
+            f"No NVIDIA GPU answers here, so nothing can be timed on '{device}'.",
+            "Time with --device cpu, or see `van-deploy doctor`.",
+        )
+    if index >= len(driver.gpus):
+        raise UsageError(
+            f"There is no device {device}; CUDA sees {len(driver.gpus)}, from cuda:0.",
+            "Give one of these, or look at CUDA_VISIBLE_DEVICES.",
+        )
 
 
 def _nothing(rows: Sequence[Row]) -> ConversionError:
@@ -338,14 +309,6 @@ def _ceilings(threads: int, device: str, say: Progress) -> Ceilings | None:
             return Ceilings(**process.ask("ceilings", **given))
     except WorkerError:
         return None  # the figures stand without it; the report says there is no roofline
-
-
-def _saved(array: Any, folder: Path, size: ImageSize) -> Path:
-    import numpy as np
-
-    path = folder / f"images-{size}.npy"
-    np.save(path, array)
-    return path
 
 
 def _variables() -> dict[str, str]:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -47,20 +46,12 @@ class WorkerProcess:
 
     Args:
         threads: how many its runtime may use; set in its environment too.
-        environment: further variables for it.
         keeps_memory: keep what it frees (see :data:`KEEP_MEMORY`).
     """
 
-    def __init__(
-        self,
-        threads: int,
-        environment: Mapping[str, str] | None = None,
-        *,
-        keeps_memory: bool = True,
-    ) -> None:
+    def __init__(self, threads: int, *, keeps_memory: bool = True) -> None:
         self.threads = threads
         self._memory = KEEP_MEMORY if keeps_memory else {}
-        self._environment = dict(environment or {})
         self._stack = ExitStack()
 
     def __enter__(self) -> WorkerProcess:
@@ -73,7 +64,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**self._memory, **os.environ, **pools, **self._environment},
+            env={**self._memory, **os.environ, **pools},
         )
         return self
 

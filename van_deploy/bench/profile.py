@@ -22,7 +22,7 @@ OTHER = "elementwise (gate, residual, scale)"
 KERNEL_KINDS = (
     (r"depthwise|dwconv|_dw_|c1_k1|grouped_direct", "depth-wise convolution"),
     (r"memcpy|memset|copy_kernel|direct_copy", "copy"),
-    (r"nchwtonhwc|nhwctonchw|transpose", "layout"),
+    (r"nchwtonhwc|nhwctonchw|transpose|tensortransform", "layout"),
     (r"triton_tem.*conv|fprop|implicit_gemm|conv2d|convolve", "convolution"),
     (r"gemm|triton_tem|nvjet|cutlass|cublas", "matrix product"),
     (r"layer_?norm|triton_(per|red)", "reduction (LayerNorm, mean)"),

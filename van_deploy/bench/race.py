@@ -55,7 +55,6 @@ class Loading:
         load_s: to open the file, once a stream.
         rss_imported_bytes: resident memory in between.
         rss_loaded_bytes: resident memory after it.
-        versions: of what runs it, by package.
         threads_each: of each stream.
     """
 
@@ -63,7 +62,6 @@ class Loading:
     load_s: float
     rss_imported_bytes: int
     rss_loaded_bytes: int
-    versions: Mapping[str, str]
     threads_each: int
 
 
@@ -268,7 +266,6 @@ class Race:
         threads: for each process.
         streams: calls each keeps in flight.
         preprocessing: mean and std, for graphs with embedded preprocessing.
-        environment: variables of every process.
         progress: told what is going on.
 
     Attributes:
@@ -283,11 +280,9 @@ class Race:
         *,
         streams: int = 1,
         preprocessing: Mapping[str, Any] | None = None,
-        environment: Mapping[str, str] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.threads, self.streams = threads, streams
-        self.environment = dict(environment or {})
         self.lanes = [Lane(contender) for contender in contenders]
         self.looks: list[float] = []
         self._preprocessing = preprocessing
@@ -388,7 +383,7 @@ class Race:
     def _start(self, lane: Lane) -> None:
         self._say(f"Loading {lane.contender.name}")
         keeps = lane.contender.keeps_memory
-        process = WorkerProcess(self.threads, self.environment, keeps_memory=keeps)
+        process = WorkerProcess(self.threads, keeps_memory=keeps)
         lane.load(self._stack.enter_context(process), self.streams)
 
     def _feed(self, lane: Lane, images: Path, batch: int, budget: Budget) -> None:

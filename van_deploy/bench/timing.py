@@ -14,7 +14,6 @@ __all__ = [
     "Latency",
     "Ratio",
     "latency_of",
-    "paired_ratio",
     "percentile",
     "ratio_of",
 ]
@@ -122,18 +121,6 @@ def ratio_of(rounds: Sequence[float]) -> Ratio | None:
         most=ordered[-1],
         rounds=len(ordered),
     )
-
-
-def paired_ratio(reference: Sequence[float], own: Sequence[float]) -> Ratio | None:
-    """Return how many times faster ``own`` is, from each round's slice of both.
-
-    Dividing within a round cancels what slows the whole machine for a while,
-    which dividing two overall medians does not. None without a common round.
-
-    >>> paired_ratio([10.0, 20.0, 12.0], [5.0, 10.0, 4.0]).median
-    2.0
-    """
-    return ratio_of([slow / fast for slow, fast in zip(reference, own, strict=False)])
 
 
 def _cut(count: int) -> int:

@@ -29,7 +29,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -123,7 +122,8 @@ class Worker:
         """Open the contender once a stream; answer with the seconds that took."""
         self._contender = Contender(**contender)
         start = time.perf_counter()
-        versions = _imported(self._contender.runtime)
+        for name in MODULES.get(self._contender.runtime, ()):
+            _imported(name)
         imported, before = time.perf_counter(), _memory_bytes()
         each = max(1, threads // streams)
         self._runners = [
@@ -134,7 +134,6 @@ class Worker:
             "load_s": time.perf_counter() - imported,
             "rss_imported_bytes": before,
             "rss_loaded_bytes": _memory_bytes(),
-            "versions": versions,
             "threads_each": each,
         }
 
@@ -203,11 +202,9 @@ class Worker:
 
     def ceilings(self, threads: int, seconds: float, device: str) -> dict[str, Any]:
         """Answer with the device's own limits (see :mod:`van_deploy.bench.ceilings`)."""
-        from van_deploy.bench.ceilings import measured_ceilings, measured_gpu_ceilings
+        from van_deploy.bench.ceilings import measured_ceilings
 
-        if device == "cpu":
-            return asdict(measured_ceilings(threads, seconds))
-        return asdict(measured_gpu_ceilings(device, seconds))
+        return asdict(measured_ceilings(device, threads, seconds))
 
     def close(self) -> None:
         """Release everything."""
@@ -256,22 +253,18 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         worker.close()
 
 
-def _imported(runtime: str) -> dict[str, str]:
-    """Import a runtime; return the versions of what was imported.
+def _imported(name: str) -> None:
+    """Import a runtime's module.
 
     Raises:
         MissingDependency: it is not installed.
     """
-    versions = {}
-    for name in MODULES.get(runtime, ()):
-        try:
-            module = importlib.import_module(name)
-        except ImportError as error:
-            raise MissingDependency(
-                f"{name} is not installed: {error}.", "See `van-deploy doctor`."
-            ) from error
-        versions[name] = str(getattr(module, "__version__", "") or version(name)).split("-")[0]
-    return versions
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependency(
+            f"{name} is not installed: {error}.", "See `van-deploy doctor`."
+        ) from error
 
 
 def _as_the_graph_takes_it(

@@ -13,7 +13,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.errors import UsageError
 from van_deploy.model.pixels import Pixels
 from van_deploy.runners.base import Images
-from van_deploy.runners.network import ORT_CPU, Network, Outputs, embedding_of
+from van_deploy.runners.network import ORT_CPU, Network, Outputs
 
 __all__ = [
     "ON_CPU",
@@ -70,7 +70,7 @@ def plain_onnx(bundle: Bundle) -> list[str]:
     return [
         name
         for name, artefact in bundle.artefacts.items()
-        if artefact.kind == "onnx" and embedding_of(artefact) == "none"
+        if artefact.kind == "onnx" and artefact.embedded == "none"
     ]
 
 

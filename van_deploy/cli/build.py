@@ -40,12 +40,14 @@ def build(
     asked = opened(bundle, require_signature)
     with telling("Planning") as tell:
         report = asked.build(settings, force=force, progress=tell)
-    from van_deploy.report.engine_view import builds_view, warnings_text
+    from van_deploy.report.engine_view import builds_view, tuning_view, warnings_text
+    from van_deploy.report.tables import stack
 
     for outcome in report.outcomes:
         if outcome.outcome == "built" and outcome.sidecar and outcome.sidecar.warnings:
             remark(warnings_text(outcome.engine, outcome.sidecar.warnings))
-    emit(report, as_json, lambda _: builds_view(report.outcomes))
+    table = tuning_view(report.tuned) if report.tuned else None
+    emit(report, as_json, lambda _: stack(table, builds_view(report.outcomes)))
     for text in asked.remarks:
         remark(text)
 

@@ -39,5 +39,5 @@ def serve(
         ready = Listening(url_of(bound), tuple(service.models))
         emit(ready, as_json, lambda r: f"{', '.join(r.models)} at {r.url}  (Ctrl-C ends)")
 
-    run_server(app, bound, max_connections=settings.max_connections, on_ready=ready)
+    run_server(app, bound, ready)
     remark("Stopped; every request that was begun is answered.")

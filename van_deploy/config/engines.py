@@ -67,6 +67,9 @@ class PlanSettings(Settings):
         ge=0,
         le=5,
     )
+    tiling: Literal["none", "fast", "moderate", "full"] = option(
+        "none", "How long to search for ways to keep tensors in the GPU's cache.", panel=KERNELS
+    )
     tf32: bool = option(True, "Let FP32 layers compute in TF32.", panel=KERNELS)
     profiling: Profiling = option(
         Profiling.LAYER_NAMES_ONLY, "What the engine inspector can tell.", panel=KERNELS
@@ -158,10 +161,13 @@ class BuildSettings(EngineSettings):
         shown_default="cuda:0; without a GPU, cpu for inductor",
         pattern=r"^(cpu|cuda(:\d+)?)$",
     )
+    max_autotune: bool = option(
+        False, "Choose Inductor's kernels by timing them, which takes minutes.", panel=KERNELS
+    )
     tune: bool = option(
         False,
-        "Build candidate settings, time them on this GPU, and keep the fastest that passes its "
-        "gate.",
+        "Build candidate settings (precision, INT8 scope, optimization level, tiling, autotuning), "
+        "time them on this device, and keep the fastest that holds its gate.",
         panel=KERNELS,
     )
     images: Path | None = option(

@@ -17,15 +17,16 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from van_deploy.bundle import Artefact, Bundle, Origin, writing
+from van_deploy.bundle import Artefact, Bundle, Origin
 from van_deploy.config import BatchRange, BuildSettings
-from van_deploy.engine.compatibility import Obstacle
+from van_deploy.engine.bundled import ENGINES, enter_files
 from van_deploy.engine.host import Host, host_here
+from van_deploy.engine.package import torch_version
 from van_deploy.engine.sidecar import (
     PACKAGE_SCHEMA,
     PackageSidecar,
@@ -34,7 +35,7 @@ from van_deploy.engine.sidecar import (
     write_sidecar,
 )
 from van_deploy.environment.hardware import cpu
-from van_deploy.environment.packages import installed_distributions, pip_command
+from van_deploy.environment.packages import pip_command
 from van_deploy.errors import (
     BundleError,
     ConversionError,
@@ -55,12 +56,9 @@ __all__ = [
     "PackageRequest",
     "build_package",
     "cudnn_tf32",
-    "package_obstacles",
     "package_request",
     "quietly",
     "refuse_for_packages",
-    "require_package",
-    "torch_version",
 ]
 
 INDUCTOR = "inductor"
@@ -239,79 +237,24 @@ def build_package(
             "build_seconds": round(time.perf_counter() - start, 3),
         }
         sidecar = write_sidecar(file, validated(PackageSidecar, facts))
-        _enter(request.bundle, source, file, sidecar, ingredients)
+        inside = f"{ENGINES}/{file.name}"
+        artefact = Artefact(
+            name=name,
+            kind="package",
+            precision=sidecar.precision,
+            file=inside,
+            files={inside: ""},
+            made_from=Origin(name=SOURCE, sha256=source.sha256),
+            made_with=ingredients,
+            engine=EngineFacts(
+                backend=f"{INDUCTOR} {sidecar.torch}",
+                targets=sidecar.targets,
+                profiles=(sidecar.batch,),
+                parser_layers=0,
+            ),
+        )
+        enter_files(request.bundle, artefact, (file, sidecar_path(file)))
     return sidecar, False
-
-
-def package_obstacles(sidecar: PackageSidecar, host: Host) -> tuple[Obstacle, ...]:
-    """Return everything that keeps the package from running on ``host``; none is good."""
-    found = []
-    here = torch_version()
-    if here != sidecar.torch:
-        installed = f"installed is {here}" if here else "none is installed"
-        found.append(
-            Obstacle(
-                "version",
-                f"it was compiled with PyTorch {sidecar.torch}; {installed}",
-                f"Rebuild it here, or `{pip_command()} install torch=={sidecar.torch}`.",
-            )
-        )
-    served = ", ".join(sidecar.targets)
-    if sidecar.device == "cuda" and host.gpu is None:
-        found.append(
-            Obstacle(
-                "gpu",
-                f"it was compiled for {served}; this machine has no NVIDIA GPU that answers",
-                "Run it on a machine with that GPU, or build one for this processor with "
-                "--device cpu.",
-            )
-        )
-    elif sidecar.device == "cuda" and host.target not in (None, *sidecar.targets):
-        found.append(
-            Obstacle(
-                "gpu",
-                f"it was compiled for {served}; this machine has {host.target} ({host.gpu})",
-                "Rebuild it on this machine.",
-            )
-        )
-    elif sidecar.device == "cpu":
-        lacking = [f for f in sidecar.cpu_features if f not in cpu().features]
-        if platform.machine() not in sidecar.targets:
-            lacking = [served]
-        if lacking:
-            found.append(
-                Obstacle(
-                    "processor",
-                    f"it was compiled on {sidecar.built_on} and may use {', '.join(lacking)}, "
-                    f"which this processor ({cpu().name}) does not have",
-                    "Rebuild it on this machine.",
-                )
-            )
-    return tuple(found)
-
-
-def require_package(package: Path, host: Host | None = None) -> PackageSidecar:
-    """Return the sidecar of a package that may be loaded here.
-
-    Raises:
-        InputError: package or sidecar is missing, damaged, edited or swapped.
-        MissingDependency: PyTorch, GPU or processor are others than it was compiled for.
-    """
-    sidecar = verified_package(package)
-    found = package_obstacles(sidecar, host or host_here())
-    if found:
-        raise MissingDependency(
-            f"The package '{sidecar.name}' does not run here: "
-            + "; ".join(obstacle.problem for obstacle in found)
-            + ".",
-            "\n".join(dict.fromkeys(obstacle.remedy for obstacle in found)),
-        )
-    return sidecar
-
-
-def torch_version() -> str:
-    """Return PyTorch's version without its local part, or "" where it is not installed."""
-    return installed_distributions().get("torch", "").partition("+")[0]
 
 
 def _present(bundle: Bundle, name: str, key: str) -> PackageSidecar | None:
@@ -394,12 +337,17 @@ def cudnn_tf32(allowed: bool) -> Iterator[None]:
     """Let cuDNN's FP32 convolutions compute in TF32, or not, and put it back at the end."""
     import torch
 
+    def allow(value: bool) -> None:
+        with warnings.catch_warnings():  # PyTorch 2.9 names a newer setting
+            warnings.simplefilter("ignore")
+            torch.backends.cudnn.allow_tf32 = value
+
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = allowed
+    allow(allowed)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        allow(before)
 
 
 @contextlib.contextmanager
@@ -420,42 +368,3 @@ def quietly() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _enter(
-    path: Path,
-    source: Artefact,
-    file: Path,
-    sidecar: PackageSidecar,
-    ingredients: Mapping[str, Any],
-) -> None:
-    """Move a finished package and its sidecar into the bundle and its manifest."""
-    with writing(path) as draft:
-        now = draft.artefacts.get(SOURCE)
-        if now is None or now.sha256 != source.sha256:
-            raise BundleError(
-                f"'{SOURCE}' of '{path}' was replaced while '{sidecar.name}' was being compiled.",
-                "Nothing was written. Build again.",
-            )
-        files = {}
-        for each in (file, sidecar_path(file)):
-            relative = f"engines/{each.name}"
-            shutil.copyfile(each, draft.file(relative))
-            files[relative] = ""  # digested by the draft
-        draft.record(
-            Artefact(
-                name=sidecar.name,
-                kind="package",
-                precision=sidecar.precision,
-                file=f"engines/{file.name}",
-                files=files,
-                made_from=Origin(name=SOURCE, sha256=source.sha256),
-                made_with=dict(ingredients),
-                engine=EngineFacts(
-                    backend=f"{INDUCTOR} {sidecar.torch}",
-                    targets=sidecar.targets,
-                    profiles=(sidecar.batch,),
-                    parser_layers=0,
-                ),
-            )
-        )

@@ -20,9 +20,18 @@ from van_deploy.report.tables import (
 if TYPE_CHECKING:
     from van_deploy.engine.fleet import Cell, Outcome
     from van_deploy.engine.inspect import EngineDescription
+    from van_deploy.engine.package import PackageDescription
     from van_deploy.engine.sidecar import Sidecar
+    from van_deploy.results import Tuned
 
-__all__ = ["builds_view", "cell_name", "engine_tables", "warnings_text"]
+__all__ = [
+    "builds_view",
+    "cell_name",
+    "engine_tables",
+    "package_tables",
+    "tuning_view",
+    "warnings_text",
+]
 
 MOST_LAYERS = 200
 
@@ -42,6 +51,25 @@ def engine_tables(description: EngineDescription) -> RenderableType:
         _layers(description),
         facts_table({"": "\n".join(log)}, "From the build log") if log else None,
     )
+
+
+def package_tables(description: PackageDescription) -> RenderableType:
+    """Return what an Inductor package is, and whether it runs here."""
+    sidecar = description.sidecar
+    options = ["max-autotune"] * sidecar.max_autotune + ["TF32"] * sidecar.tf32
+    facts = {
+        "package": sidecar.name,
+        "file": str(description.file),
+        "size": bytes_text(sidecar.file_bytes),
+        "sha256": sidecar.file_sha256,
+        "compiled from": f"{sidecar.onnx_file} in {sidecar.precision}",
+        "by": f"PyTorch {sidecar.torch} in {sidecar.build_seconds:.1f} s, on {sidecar.built_on}",
+        "serves": ", ".join((*sidecar.targets, *sidecar.cpu_features)),
+        "batch": str(sidecar.batch),
+        "input": f"float32 ({_shape(sidecar.input_shape)})",
+        "options": ", ".join(options) or None,
+    }
+    return stack(facts_table(facts), _here(description))
 
 
 def _file(description: EngineDescription) -> dict[str, object]:
@@ -98,7 +126,7 @@ def _built(description: EngineDescription, sidecar: Sidecar) -> dict[str, object
     }
 
 
-def _here(description: EngineDescription) -> RenderableType:
+def _here(description: EngineDescription | PackageDescription) -> RenderableType:
     if not description.obstacles:
         return notes(["it runs on this machine"], "YES")
     problems = "; ".join(obstacle.problem for obstacle in description.obstacles)
@@ -159,6 +187,27 @@ def builds_view(outcomes: Sequence[Outcome]) -> RenderableType:
     table = rows_table(["", "engine", "batch", *right, "same twice"], rows)
     failures = [f"{cell_name(o.cell)}: {o.error}" for o in outcomes if o.error is not None]
     return stack(table, notes(failures, "FAIL") if failures else None)
+
+
+def tuning_view(rows: Sequence[Tuned]) -> RenderableType:
+    """Return one line a candidate, the fastest first; those that were not timed come last."""
+    ordered = sorted(rows, key=lambda row: row.latency_ms or float("inf"))
+    right = [Column(name, "right") for name in ("batch", "ms", "images/s", "SQNR dB ↑")]
+    return rows_table(
+        ["", Column("candidate", wrap=True), *right, Column("why not", wrap=True)],
+        [
+            (
+                verdict("KEPT" if row.kept else "PASS" if row.passed else "FAIL"),
+                row.candidate,
+                str(row.batch) if row.batch else None,
+                f"{row.latency_ms:.3f}" if row.latency_ms else None,
+                f"{row.images_per_s:.0f}" if row.images_per_s else None,
+                f"{row.sqnr_db:.1f}" if row.sqnr_db is not None else None,
+                row.error,
+            )
+            for row in ordered
+        ],
+    )
 
 
 def _same_twice(reproducible: bool | None) -> str | None:

@@ -13,6 +13,7 @@ from van_deploy.describe import (
     WeightsDescription,
 )
 from van_deploy.engine.inspect import EngineDescription
+from van_deploy.engine.package import PackageDescription
 from van_deploy.graph.inspect import OnnxDescription
 from van_deploy.manifest import TensorFacts
 from van_deploy.report.bundle_view import (
@@ -22,7 +23,7 @@ from van_deploy.report.bundle_view import (
     preprocessing_text,
     proofs_table,
 )
-from van_deploy.report.engine_view import engine_tables
+from van_deploy.report.engine_view import engine_tables, package_tables
 from van_deploy.report.tables import (
     Column,
     bytes_text,
@@ -96,11 +97,18 @@ def _model_table(described: VariantDescription | WeightsDescription) -> Renderab
 
 
 def artefacts_view(
-    descriptions: Iterable[OnnxDescription | EngineDescription],
+    descriptions: Iterable[OnnxDescription | EngineDescription | PackageDescription],
 ) -> RenderableType:
     """Return what is in each artefact."""
     return stack(
-        *(engine_tables(one) if one.kind == "engine" else _onnx(one) for one in descriptions)
+        *(
+            engine_tables(one)
+            if one.kind == "engine"
+            else package_tables(one)
+            if one.kind == "package"
+            else _onnx(one)
+            for one in descriptions
+        )
     )
 
 

@@ -95,7 +95,8 @@ class ResidentRunner(Protocol):
         It belongs to the runner and has to be closed before it.
 
         Raises:
-            UsageError: the network does not take a batch of that size, or runs on a CPU.
+            InputError: the network does not take these images, or not so many.
+            UsageError: it runs on a CPU.
             MissingDependency: the GPU is out of memory.
         """
 

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.environment.packages import pip_command
-from van_deploy.errors import ConversionError, MissingDependency, UsageError
+from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.runners.base import Logits
 
-__all__ = ["Cuda", "CudaGraph", "DeviceBatch", "out_of_memory", "require_cuda"]
+__all__ = ["Cuda", "CudaGraph", "DeviceBatch", "no_device", "out_of_memory", "require_cuda"]
 
 Specs = Mapping[str, tuple[tuple[int, ...], npt.DTypeLike]]
 """Tensors by name: the shape of one row, and the type."""
@@ -32,8 +32,7 @@ def require_cuda(device: int = 0) -> Cuda:
         device: CUDA's number, so that ``CUDA_VISIBLE_DEVICES`` has been applied.
 
     Raises:
-        MissingDependency: cuda-bindings, the driver or a GPU is missing.
-        UsageError: there are GPUs, and this is none of them.
+        MissingDependency: cuda-bindings, the driver or this GPU is missing.
     """
     try:
         from cuda.bindings import runtime
@@ -49,10 +48,7 @@ def require_cuda(device: int = 0) -> Cuda:
     if int(status) != 0 or not count:
         raise _no_gpu(_text(runtime, status))
     if device >= count:
-        raise UsageError(
-            f"There is no device cuda:{device}; CUDA sees {count}, from cuda:0.",
-            "Give one of these, or look at CUDA_VISIBLE_DEVICES.",
-        )
+        raise no_device(device, count)
     return Cuda(runtime, device)
 
 
@@ -61,6 +57,14 @@ def out_of_memory(what: str) -> MissingDependency:
     return MissingDependency(
         f"The GPU is out of memory ({what}).",
         "Use a smaller batch, or close what else uses the GPU.",
+    )
+
+
+def no_device(device: int, count: int) -> MissingDependency:
+    """Return the error for a GPU that is not among those CUDA sees."""
+    return MissingDependency(
+        f"There is no device cuda:{device}; CUDA sees {count}, from cuda:0.",
+        "Give one of these, or look at CUDA_VISIBLE_DEVICES.",
     )
 
 

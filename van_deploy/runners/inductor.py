@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ import torch
 
 from van_deploy.config import BatchRange
 from van_deploy.engine.host import host_here
-from van_deploy.engine.inductor import cudnn_tf32, quietly, require_package
+from van_deploy.engine.inductor import cudnn_tf32, quietly
+from van_deploy.engine.package import require_package
 from van_deploy.errors import ConversionError, InputError, UsageError
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.runners.base import Images, Logits, gpu_index
@@ -87,24 +87,25 @@ class InductorRunner:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Let go of the package."""
         self._call = None
         stack, self._stack = self._stack, ExitStack()
         stack.close()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the package is for a GPU; of one that is open."""
+        return self.device.type == "cuda"
 
     @torch.no_grad()
     def run(self, images: Images) -> Logits:
         """Return the logits ``(N, K)`` of ``images (N, C, S, S)``, float32.
 
         Raises:
-            InputError: the images have another shape or type than the package's input.
-            UsageError: it does not serve a batch of that size, or is not open.
+            InputError: the images have another shape or type than the package's input, or are
+                more or fewer than it serves.
+            UsageError: it is not open.
         """
         self._check(images)
         with torch_failures(f"a batch of {len(images)}"):
@@ -120,7 +121,8 @@ class InductorRunner:
         """Return a batch that stays on the GPU; see :class:`~.base.ResidentRunner`.
 
         Raises:
-            UsageError: the package is for the CPU, or does not serve a batch of that size.
+            InputError: as :meth:`run`.
+            UsageError: the package is for the CPU.
             MissingDependency: the GPU is out of memory.
         """
         self._check(images)
@@ -138,7 +140,7 @@ class InductorRunner:
                 "Prepare them with the model's own preprocessing.",
             )
         if not self._batch.min <= len(images) <= self._batch.max:
-            raise UsageError(
+            raise InputError(
                 f"The package does not serve a batch of {len(images)}; it takes "
                 f"{self._batch.min} to {self._batch.max}.",
                 f"Send batches it serves, or rebuild it with --batch 1:8:{len(images)}.",

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,15 +21,14 @@ from van_deploy.config import BatchRange
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.compatibility import obstacles
 from van_deploy.engine.host import host_here
-from van_deploy.engine.inductor import package_obstacles
+from van_deploy.engine.package import package_obstacles
 from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
 from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
-from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
-from van_deploy.metrics import Task, probabilities
-from van_deploy.model.pixels import Pixels, normalised
-from van_deploy.model.preprocess import Preprocessing
+from van_deploy.metrics import Task
+from van_deploy.model.pixels import Pixels
+from van_deploy.runners.answers import TopClasses, network_input, top_classes
 from van_deploy.runners.base import Images, gpu_index
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
 
@@ -45,9 +43,6 @@ __all__ = [
     "Obstacle",
     "Outputs",
     "TensorSpec",
-    "TopClasses",
-    "embedding_of",
-    "network_input",
     "original_of",
     "profiles_of",
     "require_classes",
@@ -78,19 +73,6 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TopClasses:
-    """The most probable classes of a batch, most probable first.
-
-    Attributes:
-        classes: indices ``(N, k)`` int64.
-        probabilities: ``(N, k)`` float32, 0 to 1.
-    """
-
-    classes: npt.NDArray[np.int64]
-    probabilities: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -152,11 +134,6 @@ def require_classes(bundle: Bundle, command: str) -> None:
             "Run the ONNX file in a pipeline of your own (docs/backbones.md), or export the "
             "classifier without --features.",
         )
-
-
-def embedding_of(artefact: Artefact) -> str:
-    """Return what preprocessing an artefact has inside: ``none``, ``normalize`` or ``uint8``."""
-    return artefact.embedded
 
 
 def runnable_artefacts(bundle: Bundle) -> list[str]:
@@ -225,20 +202,19 @@ class Network:
         described = bundle.artefact(artefact)
         self.is_engine = described.kind == "engine"
         self.is_package = described.kind == "package"
+        self._profiles = profiles_of(described)
+        self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
         if self.is_package:
             self.runner = "inductor"
-            self._profiles = profiles_of(described)
         elif self.is_engine:
             self.runner = described.engine.backend.split()[0] if described.engine else "tensorrt"
-            self._profiles = profiles_of(described)
-            self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
             described = bundle.artefacts.get(described.made_from.name, described)
         else:
             self.runner = runner
         fixed = self.bundle.manifest.batch.fixed
         if not self.is_engine and fixed:
             self._profiles = [bundle.manifest.batch]
-        self.embedding = embedding_of(described)
+        self.embedding = described.embedded
         self.input, self.outputs = self._specs(described)
 
     def _plain_specs(self) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
@@ -317,6 +293,9 @@ class Network:
             return Obstacle("runtimes", f"no {provider} in the ONNX Runtime that is installed")
         if host_here(device=gpu_index(self._device) or 0).gpu is None:
             return Obstacle("runtimes", f"{provider} finds no GPU {self._device}")
+        made = self.bundle.artefact(self.name).made_with.get("settings", {})
+        if made.get("target") == "cpu":
+            return Obstacle("runtimes", f"quantised for CPUs: {provider} has not all its operators")
         return None
 
     def _native_obstacle(self) -> Obstacle | None:
@@ -337,9 +316,22 @@ class Network:
         return Obstacle(kind, f"{what} not executed: " + "; ".join(o.problem for o in found))
 
     @property
+    def opened(self) -> Any:
+        """The runner of a network that is open; see :class:`~.base.ResidentRunner`."""
+        return self._opened
+
+    @property
     def described(self) -> str:
         """What runs it, for reports."""
         return f"{self.runner}, {BF16_EMULATED}" if self.emulated else self.runner
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU runs it."""
+        if self.is_package:
+            made_with = self.bundle.artefact(self.name).made_with
+            return str(made_with.get("target", "")).startswith("sm_")
+        return self.is_engine or self.runner not in (PYTORCH, ORT_CPU)
 
     @property
     def tf32(self) -> bool:
@@ -352,15 +344,10 @@ class Network:
             return bool(options.get("tf32", True)) if isinstance(options, Mapping) else True
         return isinstance(self._opened, OnnxRuntimeRunner) and self._opened.tf32
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Release it."""
         if self._opened is not None:
-            self._opened.__exit__(kind, error, trace)
+            self._opened.__exit__(*_)
         self._opened = None
 
     def prepare(self, pixels: Pixels | Images) -> npt.NDArray[Any]:
@@ -425,50 +412,4 @@ class Network:
         Raises:
             UsageError: the artefact gives only its first five and more are asked for.
         """
-        if OUTPUT_NAME in outputs or "probabilities" in outputs:
-            return _ranked(outputs, count, self.task)
-        classes, probabilities = outputs[TOP_CLASSES], outputs[TOP_PROBABILITIES]
-        if count > classes.shape[1]:
-            raise UsageError(
-                f"'{self.name}' gives its first {classes.shape[1]} classes only, not {count}.",
-                f"Ask for {classes.shape[1]}, or take another artefact.",
-            )
-        return TopClasses(classes[:, :count], probabilities[:, :count])
-
-
-def network_input(
-    pixels: Pixels | Images, embedding: str, preprocessing: Preprocessing
-) -> npt.NDArray[Any]:
-    """Return images as a graph with ``embedding`` takes them.
-
-    Args:
-        pixels: resized images ``(N, S, S, C)`` uint8, or normalised ``(N, C, S, S)`` float32.
-        embedding: the preprocessing inside the graph.
-        preprocessing: of the network.
-
-    Raises:
-        UsageError: the graph normalises, and the images are normalised already.
-    """
-    if pixels.dtype == np.float32 and embedding == "none":
-        return pixels
-    if pixels.dtype == np.float32:
-        raise UsageError(
-            f"The images are normalised network input, and the graph (embedded: {embedding}) "
-            "normalises by itself.",
-            "Give uint8 images.",
-        )
-    if embedding == "uint8":
-        return np.ascontiguousarray(pixels)
-    if embedding == "normalize":
-        values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
-        return values / np.float32(255)
-    return normalised(pixels.astype(np.uint8, copy=False), preprocessing)
-
-
-def _ranked(outputs: Mapping[str, npt.NDArray[Any]], count: int, task: Task) -> TopClasses:
-    """Return the first classes by logit where there are logits, else by probability."""
-    logits = outputs.get(OUTPUT_NAME)
-    scores = outputs["probabilities"] if logits is None else logits.astype(np.float32)
-    shares = scores if logits is None else probabilities(scores, task)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :count].astype(np.int64)
-    return TopClasses(order, np.take_along_axis(shares, order, axis=1).astype(np.float32))
+        return top_classes(outputs, count, self.task, self.name)

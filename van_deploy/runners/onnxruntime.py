@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
@@ -84,16 +83,18 @@ def inference_session(
     import onnx
 
     ort = require_onnxruntime()
+    # Left to itself ONNX Runtime goes on with the CPU where another provider fails.
+    how: dict[str, Any] = {"providers": list(providers), "enable_fallback": 0}
     try:
         source = str(model) if isinstance(model, Path) else model.SerializeToString()
-        return ort.InferenceSession(source, options, providers=list(providers)), False
+        return ort.InferenceSession(source, options, **how), False
     except Exception:
         graph = onnx.load(model) if isinstance(model, Path) else model
         if not holds_bf16(graph):
             raise
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = emulated_bf16(graph).SerializeToString()
-    return ort.InferenceSession(source, options, providers=list(providers)), True
+    return ort.InferenceSession(source, options, **how), True
 
 
 class OnnxRuntimeRunner:
@@ -204,12 +205,7 @@ class OnnxRuntimeRunner:
                 "Look at the file with `van-deploy inspect`, or export at a lower --opset.",
             ) from error
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Release the session."""
         stack, self._stack = self._stack, ExitStack()
         stack.close()

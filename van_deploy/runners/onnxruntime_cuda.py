@@ -105,7 +105,8 @@ class GpuBatches:
         stack: ExitStack,
     ) -> None:
         self._ort, self._session, self._cuda, self._stream = ort, session, cuda, stream
-        self._options, self._stack, self._graphs = options, stack, 0
+        self._options, self._graphs = options, 0
+        self._late = stack.enter_context(ExitStack())  # what is kept is closed first
         self._kept: dict[int, DeviceBatch] = {}
         given, answers = ({t.name: _spec(t) for t in ts} for ts in _tensors(session))
         self._given, self._answers = given, answers
@@ -127,7 +128,7 @@ class GpuBatches:
         rows = len(images)
         if rows not in self._kept:
             self._kept[rows] = self.batch(rows)
-            self._stack.callback(self._kept[rows].close)
+            self._late.callback(self._kept[rows].close)
         return self._kept[rows].answers(images)
 
     def _bound(self, batch: DeviceBatch) -> Any:

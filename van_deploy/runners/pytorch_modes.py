@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import nn
 
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.runners.base import Images, Logits, gpu_index
-from van_deploy.runners.cuda import out_of_memory
+from van_deploy.runners.cuda import no_device, out_of_memory
 
 __all__ = ["DTYPES", "MODES", "TorchBatch", "TorchModeRunner", "torch_device", "torch_failures"]
 
@@ -30,8 +29,7 @@ def torch_device(device: str) -> torch.device:
     """Return PyTorch's device, having seen that it is there.
 
     Raises:
-        MissingDependency: PyTorch was built without CUDA, or finds no GPU.
-        UsageError: there is no such device.
+        MissingDependency: PyTorch was built without CUDA, or finds no such GPU.
     """
     index = gpu_index(device)
     if index is None:
@@ -43,10 +41,7 @@ def torch_device(device: str) -> torch.device:
             "Run this on a machine with an NVIDIA GPU; see `van-deploy doctor`.",
         )
     if index >= torch.cuda.device_count():
-        raise UsageError(
-            f"There is no device cuda:{index}; CUDA sees {torch.cuda.device_count()}, from cuda:0.",
-            "Give one of these, or look at CUDA_VISIBLE_DEVICES.",
-        )
+        raise no_device(index, torch.cuda.device_count())
     return torch.device("cuda", index)
 
 
@@ -200,12 +195,7 @@ class TorchModeRunner:
             self._call = torch.compile(model, dynamic=False, options=options)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Let go of the network."""
         self._call = None
 
