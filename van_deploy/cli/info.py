@@ -30,6 +30,6 @@ def info(
     """
     from van_deploy.config.sizes import size_from
     from van_deploy.describe import model_described
-    from van_deploy.report.model_view import described_view
+    from van_deploy.report.sections_model import described_blocks
 
-    emit(model_described(model, size_from(image_size, "--image-size")), as_json, described_view)
+    emit(model_described(model, size_from(image_size, "--image-size")), as_json, described_blocks)
