@@ -44,13 +44,14 @@ def sides_of(size: ImageSize) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def size_text(size: ImageSize) -> str:
-    """Return a size as people write it.
+def size_text(size: Any) -> str:
+    """Return a size as people write it; one from JSON, too.
 
-    >>> size_text(224), size_text((224, 320))
-    ('224x224', '224x320')
+    >>> size_text(224), size_text((224, 320)), size_text([224, 320])
+    ('224x224', '224x320', '224x320')
     """
-    return "x".join(map(str, sides_of(size)))
+    height, width = (size, size) if isinstance(size, int) else size
+    return f"{height}x{width}"
 
 
 def parse_image_size(size: object) -> object:
