@@ -9,7 +9,7 @@ from pathlib import Path
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions, EngineSettings
 from van_deploy.config.sizes import SizeRange
-from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
+from van_deploy.engine.backend import Backend, choose_backend
 from van_deploy.engine.build import Progress
 from van_deploy.engine.bundled import build_in_bundle, request_for
 from van_deploy.engine.fleet import BUILT, REUSED, Cell, FleetHost, Outcome
