@@ -102,7 +102,9 @@ def benchmark_bundle(
         skipped=tuple(entry for entry in entries if isinstance(entry, Skipped)),
         loading=measured.loaded,
         ceilings=ceilings,
-        roofline=measured_limits(contenders, rows, ceilings) if ceilings else (),
+        roofline=measured_limits(manifest.architecture, contenders, rows, ceilings)
+        if ceilings
+        else (),
         profiles=measured.profiles,
         best_under_p99=_best_under(rows, settings.p99_ms),
         during=during,
