@@ -3,7 +3,7 @@
     python -m benchmarks.serve load BUNDLE --requests 10000 --clients 64
     python -m benchmarks.serve triton BUNDLE --requests 1200
     python -m benchmarks.serve worst BUNDLE --seconds 30
-    python -m benchmarks.serve              # all of it, on bundles of its own: 6 minutes
+    python -m benchmarks.serve              # all of it, on bundles of its own
 
 ``load`` sends requests of one image over so many connections, in the binary protocol, and
 compares each answer with the artefact's own. With one thread an instance all of inference is in
