@@ -56,18 +56,16 @@ class Section:
         about: what is compared, one sentence.
         real: arguments where trained weights and images lie beside the checkout;
             ``{shared}`` is their folder.
-        arguments: others.
     """
 
     title: str
     about: str
     real: tuple[str, ...] = ()
-    arguments: tuple[str, ...] = ()
 
     def words(self) -> list[str]:
         """Return the module's arguments, real data among them where there is any."""
         real = self.real if SHARED.is_dir() else ()
-        return [*self.arguments, *(word.format(shared="../shared") for word in real)]
+        return [word.format(shared="../shared") for word in real]
 
 
 SECTIONS: dict[str, Section] = {
@@ -107,8 +105,6 @@ SECTIONS: dict[str, Section] = {
     "serve": Section(
         "Serving",
         "`van-deploy serve` against a real Triton, its own inference and the worst bodies.",
-        real=(*TRAINED, "--folders", "{shared}/data/cifar10/eval", "{shared}/data/imagenet"),
-        arguments=("claims",),
     ),
     "engines": Section(
         "Building engines", "TensorRT for RTX on a machine without a GPU, every build twice."

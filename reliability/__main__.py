@@ -40,7 +40,7 @@ SECTIONS = {
     ),
     "requests": (
         "Spoiled requests",
-        "Every HTTP request was spoiled by a seeded generator and sent to a running server, 16 at "
+        "Every HTTP request was spoiled by a seeded generator and sent to a running server, 32 at "
         "a time. Any status but 2xx, 4xx and 503, a traceback in the log and a server that stops "
         "answering is a fault; no answer is right where a request was not complete.",
     ),

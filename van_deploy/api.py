@@ -159,7 +159,9 @@ class Bundle:
         progress: Progress | None = None,
         **options: Unpack[BuildOptions],
     ) -> BuildReport:
-        """Build TensorRT engines; TensorRT for RTX needs no GPU for it.
+        """Build engines: TensorRT plans, or packages of Inductor (``backend="inductor"``).
+
+        TensorRT for RTX needs no GPU for it, nor does a package for a CPU.
 
         Raises:
             UsageError: nothing builds what is asked.

@@ -53,8 +53,12 @@ def build_bundle(
         return _tuned(bundle, settings, progress)
     if settings.backend == INDUCTOR:
         return BuildReport(tuple(_packages(bundle, settings, force, progress)))
-    if settings.device == "cpu" or settings.max_autotune:
-        option = "--max-autotune" if settings.max_autotune else "--device cpu"
+    asked = {
+        "--device cpu": settings.device == "cpu",
+        "--max-autotune": settings.max_autotune,
+        "--fused-kernels": settings.fused_kernels,
+    }
+    for option in (name for name, given in asked.items() if given):
         raise UsageError(
             f"{option} is Inductor's, and a TensorRT engine is asked for.",
             f"Add --backend inductor, or leave {option} out.",
@@ -104,6 +108,7 @@ def _packages(
             batch,
             tf32=settings.tf32,
             max_autotune=settings.max_autotune,
+            fused_kernels=settings.fused_kernels,
         )
         for precision in settings.precisions
     ]

@@ -39,6 +39,7 @@ class BuildOptions(TypedDict, total=False):
     timing_cache: str | Path | None
     device: str | None
     max_autotune: bool
+    fused_kernels: bool
     tune: bool
     images: str | Path | None
     check_reproducible: bool

@@ -54,6 +54,7 @@ class Candidate:
         words = [f"{asked.precisions[0]} {self.scope}".strip()]
         if asked.backend == "inductor":
             words += ["max-autotune"] * asked.max_autotune
+            words += ["fused kernels"] * asked.fused_kernels
         else:
             words += [f"level {asked.optimization_level}", f"tiling {asked.tiling}"]
         return ", ".join(words)
@@ -94,15 +95,16 @@ def candidates_of(bundle: Bundle, settings: BuildSettings) -> list[Candidate]:
         one = settings.model_copy(update={"precisions": (precision,), "tune": False})
         scopes = SCOPES if precision == "int8" and settings.images is not None else ("",)
         for scope in scopes:
-            found += [Candidate(each, scope) for each in _searches(one, inductor)]
+            batch = (settings.profiles or (bundle.manifest.batch,))[0]
+            static = batch.min == batch.max and precision != "fp32"
+            found += [Candidate(each, scope) for each in _searches(one, inductor, static)]
     return found
 
 
-def _searches(one: BuildSettings, inductor: bool) -> Iterator[BuildSettings]:
+def _searches(one: BuildSettings, inductor: bool, static: bool) -> Iterator[BuildSettings]:
     if inductor:
-        tries: tuple[dict[str, Any], ...] = ({"max_autotune": False}, {"max_autotune": True})
-        if one.device == "cpu":
-            tries = tries[:1]
+        tries: tuple[dict[str, Any], ...] = ({}, {"max_autotune": True}, {"fused_kernels": True})
+        tries = tries[: 1 if one.device == "cpu" else 3 if static else 2]
     else:
         levels = (3, 5) if one.optimization_level is None else (one.optimization_level,)
         tries = tuple(

@@ -72,6 +72,13 @@ def steps_of_b(context: Context) -> list[Step]:
         step(
             "inductor-fp16", "inductor", "An AOTInductor package.", "--artifact", "fp16", limit=180
         ),
+        step(
+            "inductor-fused-fp16",
+            "inductor",
+            "An AOTInductor package with this project's kernels inside, for one batch size.",
+            *("--artifact", "fp16", "--fused", "--batches", "128" if context.on_gpu else "2"),
+            limit=150,
+        ),
         ort("fp32"),
         ort("int8"),
         ort("fp32", "--tf32"),

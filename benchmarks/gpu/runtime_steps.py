@@ -67,7 +67,8 @@ def inductor(result: Result, options: argparse.Namespace) -> None:
 
     for name, path in _of_kind(subject.bundle, "package"):
         runner = InductorRunner(path, device=options.device)
-        subject.measure(result, runner, f"inductor {name}")
+        words = "inductor, fused kernels" if options.fused else "inductor"
+        subject.measure(result, runner, f"{words}, {name}")
     _verified(result, subject.bundle, options)
 
 
@@ -371,7 +372,8 @@ def _copied(options: argparse.Namespace) -> Path:
 def _built(result: Result, bundle: Path, options: argparse.Namespace, backend: str) -> None:
     arguments = ["--backend", backend, "--precision", options.artifact, "--device", options.device]
     if backend == "inductor":
-        arguments += ["--batch", "1:128:128"]
+        only = f"{options.batches[0]}:{options.batches[-1]}:{options.batches[-1]}"
+        arguments += ["--batch", only, *(["--fused-kernels"] if options.fused else [])]
     start = time.perf_counter()
     done = _van_deploy("build", str(bundle), *arguments)
     took = time.perf_counter() - start
@@ -441,6 +443,7 @@ def main() -> None:
     parser.add_argument("--backend", default="tensorrt", choices=MODULES)
     parser.add_argument("--images", type=Path)
     parser.add_argument("--tf32", action="store_true")
+    parser.add_argument("--fused", action="store_true", help="a package with our own kernels")
     parser.add_argument("--seconds", default=0.4, type=float, help="measured, a row")
     options = parser.parse_args()
     STEPS[options.step](Result(options.out), options)

@@ -123,6 +123,7 @@ def test_a_package_is_native_code_and_its_digest_is_checked(tmp_path: Path) -> N
         (["--batch", "1:1:1", "--batch", "2:4:8"], 2, "serves one range of batches"),
         (["--device", "cuda:7"], 3, "A package for cuda:7 is compiled on the GPU that will run it"),
         (["--device", "tpu"], 2, "'--device' is 'tpu'"),
+        (["--device", "cpu", "--fused-kernels"], 2, "The fused kernels run on a GPU, in fp16 or"),
         (["--tune"], 3, "--tune cannot time anything here: no NVIDIA GPU answers."),
     ],
 )
@@ -134,7 +135,7 @@ def test_what_cannot_be_asked_of_inductor(
     assert message in " ".join(result.stderr.split())
 
 
-@each("words", [["--device", "cpu"], ["--max-autotune"]])
+@each("words", [["--device", "cpu"], ["--max-autotune"], ["--fused-kernels"]])
 def test_what_is_inductors_alone(cli: Cli, digits_bundle: Bundle, words: list[str]) -> None:
     result = cli("build", digits_bundle.path, "--target", "sm_89", *words)
     assert result.exit_code == 2

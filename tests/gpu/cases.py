@@ -86,11 +86,13 @@ def _ort(artefact: str, options: CudaOptions | None = None) -> Callable[[Bundle]
     return opened
 
 
-def _inductor(precision: str, device: str) -> Callable[[Bundle], Any]:
+def _inductor(
+    precision: str, device: str, batches: BatchRange = BATCHES, **options: bool
+) -> Callable[[Bundle], Any]:
     def opened(bundle: Bundle) -> Any:
         from van_deploy.runners.inductor import InductorRunner
 
-        request = package_request(bundle, precision, device, host_here(), BATCHES)
+        request = package_request(bundle, precision, device, host_here(), batches, **options)
         package, _ = build_package(request)
         return InductorRunner(bundle.path / "engines" / f"{package.name}.pt2")
 
@@ -140,6 +142,12 @@ CASES = (
     Case("ort-cuda-fp16-nhwc-graph", "fp16", _ort("fp16", replace(NHWC, cuda_graph=True))),
     Case("ort-cuda-int8", "int8", _ort("int8", TF32)),
     Case("inductor-fp16", "fp16", _inductor("fp16", "cuda:0")),
+    Case(
+        "fused-fp16",
+        "fp16",
+        _inductor("fp16", "cuda:0", BatchRange(8, 8, 8), fused_kernels=True),
+        batches=(8,),
+    ),
     Case("tensorrt-fp32", "fp32", _tensorrt("fp32", graph=False)),
     Case("tensorrt-fp32-graph", "fp32", _tensorrt("fp32", graph=True)),
     Case("tensorrt-tf32", "tf32", _tensorrt("fp32", graph=False, tf32=True)),

@@ -47,7 +47,7 @@ def test_a_folder_through_every_artefact(
     right = sum(p["top"][0]["name"] == Path(p["source"]).parent.name for p in predictions)
     assert right >= 10  # the network is right on 97 of 100
     assert all(len(p["top"]) == 2 for p in predictions)
-    assert "11 pictures, " in result.stderr
+    assert "11 images, " in result.stderr
 
 
 def test_batches_are_filled_across_bad_pictures(digits: Bundle, folder: Path) -> None:

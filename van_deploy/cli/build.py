@@ -27,7 +27,9 @@ def build(
     require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build TensorRT engines from a bundle; TensorRT for RTX needs no GPU for it.
+    """Build engines from a bundle: TensorRT plans, or packages of PyTorch's Inductor.
+
+    TensorRT for RTX needs no GPU for it, nor does a package for a CPU.
 
     Example: van-deploy build dist/van_b1 --precision fp16 --target sm_89
     """

@@ -30,7 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "quantize": (MAIN_JOB, "Add an FP16 or INT8 graph to a bundle, judged beside FP32."),
     "build": (
         MAIN_JOB,
-        "Build TensorRT engines from a bundle; TensorRT for RTX needs no GPU for it.",
+        "Build engines from a bundle: TensorRT plans, or packages of PyTorch's Inductor.",
     ),
     "run": (
         MAIN_JOB,

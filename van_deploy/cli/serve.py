@@ -41,5 +41,5 @@ def serve(
         said = f"{', '.join(ready.models)} at {ready.url}  (Ctrl-C ends)"
         emit(ready, as_json, lambda _: [Paragraph(said)])
 
-    run_server(app, bound, max_connections=settings.max_connections, on_ready=ready)
+    run_server(app, bound, ready)
     remark("Stopped; every request that was begun is answered.")

@@ -150,6 +150,11 @@ class BuildSettings(EngineSettings):
     max_autotune: bool = option(
         False, "Choose Inductor's kernels by timing them, which takes minutes.", panel=KERNELS
     )
+    fused_kernels: bool = option(
+        False,
+        "Compile a package on this project's fused kernels: FP16 or BF16 on a GPU, one batch size.",
+        panel=KERNELS,
+    )
     tune: bool = option(
         False,
         "Build candidate settings (precision, INT8 scope, optimization level, tiling, autotuning), "

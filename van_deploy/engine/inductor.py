@@ -81,6 +81,8 @@ class PackageRequest:
         batch: the batch sizes it will serve.
         tf32: let FP32 convolutions compute in TF32.
         max_autotune: choose kernels by timing them, which takes minutes.
+        fused_kernels: run on the kernels of :mod:`van_deploy.kernels`: on a GPU, in FP16 or
+            BF16, for one batch size.
     """
 
     bundle: Path
@@ -89,6 +91,7 @@ class PackageRequest:
     batch: BatchRange
     tf32: bool = True
     max_autotune: bool = False
+    fused_kernels: bool = False
 
     @property
     def on_gpu(self) -> bool:
@@ -97,7 +100,7 @@ class PackageRequest:
 
     def name(self, model: str, target: str) -> str:
         """Return what the package is called, such as ``van_b1-fp16-sm90-inductor2.11.0``."""
-        marks = "-tuned" * self.max_autotune
+        marks = "-tuned" * self.max_autotune + "-fused" * self.fused_kernels
         served = target.replace("sm_", "sm")
         return f"{model}-{self.precision}-{served}-{INDUCTOR}{torch_version()}{marks}"
 
@@ -118,11 +121,12 @@ def package_request(
         device: ``cpu``, ``cuda:N``, or None for the GPU here if there is one, else the CPU.
         host: this machine.
         batch: the batch sizes to serve; None takes the bundle's own.
-        options: ``tf32`` and ``max_autotune``.
+        options: ``tf32``, ``max_autotune`` and ``fused_kernels``.
 
     Raises:
         InputError: nothing is compiled in that precision.
         MissingDependency: PyTorch or a compiler is missing; the GPU asked for is not here.
+        UsageError: the fused kernels cannot run it.
     """
     if precision not in PRECISIONS:
         raise InputError(
@@ -147,7 +151,17 @@ def package_request(
             f"Inductor compiles C++, and there is no '{compiler}' here.",
             "Install one (such as Debian's g++), or name it in the environment variable CXX.",
         )
-    return PackageRequest(bundle.path, precision, device, batch or bundle.manifest.batch, **options)
+    batch = batch or bundle.manifest.batch
+    request = PackageRequest(bundle.path, precision, device, batch, **options)
+    if request.fused_kernels and (
+        not request.on_gpu or precision == "fp32" or batch.min != batch.max
+    ):
+        raise UsageError(
+            f"The fused kernels run on a GPU, in fp16 or bf16, and for one batch size; {precision} "
+            f"for {device} and batches {batch} is asked for.",
+            "Give --precision fp16 --batch N:N:N on a GPU, or leave --fused-kernels out.",
+        )
+    return request
 
 
 def refuse_for_packages(settings: BuildSettings) -> None:
@@ -200,6 +214,7 @@ def build_package(
         "batch": str(request.batch),
         "tf32": request.tf32,
         "max_autotune": request.max_autotune,
+        "fused_kernels": request.fused_kernels,
     }
     present = None if force else _present(bundle, name, content_key(ingredients))
     if present is not None:
@@ -209,7 +224,7 @@ def build_package(
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="van-deploy-package-") as folder:
         file = Path(folder) / f"{name}.pt2"
-        _compile(_network(onnx, bundle, request.precision), request, (channels, side, side), file)
+        _compile(_network(onnx, bundle, request), request, (channels, side, side), file)
         facts = {
             "schema": PACKAGE_SCHEMA,
             "name": name,
@@ -260,8 +275,8 @@ def _present(bundle: Bundle, name: str, key: str) -> PackageSidecar | None:
         return None
 
 
-def _network(onnx: Path, bundle: Bundle, precision: str) -> nn.Module:
-    """Return the folded network in ``precision``; the last norm and the head stay in FP32."""
+def _network(onnx: Path, bundle: Bundle, request: PackageRequest) -> nn.Module:
+    """Return the folded network in its precision; the last norm and the head stay in FP32."""
     import torch
     from onnx import load
     from torch import nn
@@ -277,9 +292,13 @@ def _network(onnx: Path, bundle: Bundle, precision: str) -> nn.Module:
             return x.to(self.dtype)
 
     network = van_from_onnx(load(onnx), bundle.manifest.architecture).model
-    if precision == "fp32":
+    if request.precision == "fp32":
         return network
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[request.precision]
+    if request.fused_kernels:
+        from van_deploy.kernels.network import FusedVan, Plan
+
+        return nn.Sequential(Cast(dtype), FusedVan(network, dtype, Plan.apart()))
     network = network.to(dtype)
     norm = network.get_submodule("norm4").float()
     network.add_module("norm4", nn.Sequential(Cast(torch.float32), norm))
@@ -297,7 +316,8 @@ def _compile(
     batch = request.batch
     configs: dict[str, Any] = {"cpp.dynamic_threads": True}
     if request.on_gpu:
-        configs = {"max_autotune": request.max_autotune}
+        # Without Inductor's templates for convolutions: see AUTOTUNE in runners/pytorch_modes.py.
+        configs = {"max_autotune": request.max_autotune, "max_autotune_conv_backends": "ATEN"}
         configs |= {"coordinate_descent_tuning": request.max_autotune}
     dynamic = {}
     if batch.min != batch.max:

@@ -43,7 +43,6 @@ __all__ = [
     "Outputs",
     "TensorSpec",
     "original_of",
-    "profiles_of",
     "runnable_artefacts",
     "task_of",
 ]
@@ -119,11 +118,6 @@ def runnable_artefacts(bundle: Bundle) -> list[str]:
     return [n for n, item in bundle.artefacts.items() if item.kind not in ("engine", "package")]
 
 
-def profiles_of(artefact: Artefact) -> list[BatchRange]:
-    """Return the batch sizes an engine serves; nothing where its entry does not say."""
-    return list(artefact.engine.profiles) if artefact.engine else []
-
-
 class Network:
     """One artefact, or the original network, ready to answer. Open it with ``with``.
 
@@ -180,16 +174,13 @@ class Network:
         described = bundle.artefact(artefact)
         self.is_engine = described.kind == "engine"
         self.is_package = described.kind == "package"
-        if self.is_package:
-            self.runner = "inductor"
-            self._profiles = profiles_of(described)
-        elif self.is_engine:
-            self.runner = described.engine.backend.split()[0] if described.engine else "tensorrt"
-            self._profiles = profiles_of(described)
+        self.runner = "tensorrt" if self.is_engine else runner
+        if described.engine is not None:
+            self.runner = described.engine.backend.split()[0]
+            self._profiles = list(described.engine.profiles)
             self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
+        if self.is_engine:
             described = bundle.artefacts.get(described.made_from.name, described)
-        else:
-            self.runner = runner
         self.embedding = described.embedded
         self.input, self.outputs = self._specs(described)
 
@@ -297,6 +288,14 @@ class Network:
     def described(self) -> str:
         """What runs it, for reports."""
         return f"{self.runner}, {BF16_EMULATED}" if self.emulated else self.runner
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU runs it."""
+        if self.is_package:
+            made_with = self.bundle.artefact(self.name).made_with
+            return str(made_with.get("target", "")).startswith("sm_")
+        return self.is_engine or self.runner not in (PYTORCH, ORT_CPU)
 
     @property
     def tf32(self) -> bool:

@@ -15,12 +15,24 @@ from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.runners.base import Images, Logits, gpu_index
 from van_deploy.runners.cuda import no_device, out_of_memory
 
-__all__ = ["DTYPES", "MODES", "TorchBatch", "TorchModeRunner", "torch_device", "torch_failures"]
+__all__ = [
+    "AUTOTUNE",
+    "DTYPES",
+    "MODES",
+    "TorchBatch",
+    "TorchModeRunner",
+    "torch_device",
+    "torch_failures",
+]
 
 MODES = ("eager", "channels-last", "compile", "autocast")
 """``eager``: as it is. ``channels-last``: NHWC memory. ``compile``: torch.compile with frozen
 weights, specialised on each batch size; on a GPU in NHWC memory, with ``max-autotune`` and CUDA
 graphs. ``autocast``: mixed precision, bfloat16 on a CPU and float16 on a GPU, in NHWC memory."""
+
+AUTOTUNE = {"max_autotune": True, "max_autotune_conv_backends": "ATEN"}
+"""Inductor's search, without its own templates for convolutions: on an H100 each depth-wise one
+took 22 s to try and was 400 times slower than cuDNN's (PyTorch 2.11; docs/gpu-results.md)."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -191,7 +203,7 @@ class TorchModeRunner:
         if self.mode == "compile":
             options: dict[str, Any] = {"freezing": True}
             if self.device.type == "cuda":
-                options |= {"max_autotune": True, "triton.cudagraphs": True}
+                options |= {**AUTOTUNE, "triton.cudagraphs": True}
             self._call = torch.compile(model, dynamic=False, options=options)
         return self
 
