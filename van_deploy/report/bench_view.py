@@ -8,8 +8,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from van_deploy.bench.document import BenchReport
+from van_deploy.bench.lane import Loading, Row
 from van_deploy.bench.machine import Machine
-from van_deploy.bench.race import Loading, Row
 from van_deploy.bench.roofline import PaperLimits
 from van_deploy.bench.timing import CV_LIMIT_PERCENT, Ratio
 from van_deploy.report.tables import (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from van_deploy.bench.document import BenchReport, BestUnder
-from van_deploy.bench.race import Row
+from van_deploy.bench.lane import Row
 from van_deploy.report.bench_view import machine_text, ms_text, ratio_text
 from van_deploy.report.document import Block, Figure, Grid, Section, Text
 from van_deploy.report.svg import Axis, Bar, Point, Series, bar_chart, line_chart, scatter
