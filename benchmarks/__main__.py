@@ -28,7 +28,7 @@ import psutil
 from van_deploy.environment.hardware import cpu
 from van_deploy.files import write_atomic
 from van_deploy.provenance import EXPORT_TOOLS, tool_versions
-from van_deploy.report.markdown import markdown_table
+from van_deploy.report.render_markdown import markdown_table
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -86,6 +86,11 @@ SECTIONS: dict[str, Section] = {
         "`van-deploy evaluate` on JPEG files against a loop that feeds the same networks tensors "
         "that are ready.",
         real=("--images", "{shared}/data/imagenet"),
+    ),
+    "gates": Section(
+        "Gates",
+        "The gate of `van-deploy evaluate` on resamples of its images and on wrong artifacts.",
+        real=(*TRAINED, *SETS),
     ),
     "precision": Section(
         "Precision",

@@ -19,7 +19,7 @@ from pathlib import Path
 from van_deploy.environment.hardware import cpu, memory
 from van_deploy.files import write_atomic
 from van_deploy.provenance import EXPORT_TOOLS, tool_versions
-from van_deploy.report.markdown import markdown_table
+from van_deploy.report.render_markdown import markdown_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 

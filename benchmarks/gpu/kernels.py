@@ -106,7 +106,7 @@ class Results:
         """Make a failure inside a row, and go on."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - whatever it is, the next row goes on
+        except Exception as error:
             where = traceback.format_exc().splitlines()[-7:]
             self.add(**row, error=f"{type(error).__name__}: {error}"[:600], where=where)
 
@@ -298,7 +298,7 @@ def _compile(job: Job) -> str:
         made = _launch_of(step, ghosts, key, tile)
         known = [a.dtype if isinstance(a, torch.Tensor) else a for a in made.arguments]
         made.kernel.warmup(*known, grid=made.grid, **made.tile)
-    except Exception as error:  # noqa: BLE001 - told again when it is timed
+    except Exception as error:
         return f"{key} {tile}: {type(error).__name__} {error}"[:300]
     return ""
 
@@ -484,7 +484,7 @@ def every_launch(
                 with torch.no_grad():
                     seconds = timed(lambda i: call.run(sets[i]), copies, args.span)
                 tried.append({"us": round(seconds * 1e6, 2), "tile": tile, "off": off})
-            except Exception as error:  # noqa: BLE001 - the next tile goes on
+            except Exception as error:
                 tried.append({"error": f"{type(error).__name__}: {error}"[:200], "tile": tile})
             finally:
                 TILES.pop(key, None)

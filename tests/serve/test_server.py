@@ -38,6 +38,7 @@ from van_deploy.errors import UsageError
 from van_deploy.model.embedded import digits_images
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.runners.network import Network, TensorSpec
+from van_deploy.serve import intake
 from van_deploy.serve.intake import RequestError, file_of_form
 from van_deploy.serve.protocol import encode_response, parse_request
 from van_deploy.serve.service import Service
@@ -461,6 +462,13 @@ class TestImages:
         kind = 'multipart/form-data; charset=utf-8; boundary="x"'
         assert file_of_form(field + file + b"--x--\r\n", kind) == b"\r\n-x--y"
 
+    @each("shift", range(-20, 8))
+    def test_a_form_is_found_across_the_pieces_that_are_searched(self, shift: int) -> None:
+        start = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\n'
+        content = bytes(2 * intake.WINDOW - len(start) + shift)
+        body = start + content + b"\r\n--x--\r\n"
+        assert file_of_form(body, "multipart/form-data; boundary=x") == content
+
     @each(
         ("body", "headers", "status", "message"),
         [
@@ -550,6 +558,13 @@ class TestLimits:
                 for _ in range(100):
                     client.sendall(b"X-Long: " + b"a" * 10_000 + b"\r\n")
             assert client.recv(65536).startswith(b"HTTP/1.1 400")
+
+    def test_too_many_headers_are_refused(self, server: Running) -> None:
+        for count, status in ((99, 200), (100, 400)):
+            with connected(server) as client:
+                head = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
+                client.sendall(head + b"a: b\r\n" * count + b"\r\n")
+                assert client.recv(65536).startswith(b"HTTP/1.1 %d" % status)
 
     def test_a_head_that_does_not_come_is_cut_off(self, digits: Bundle) -> None:
         with serving(digits, read_timeout_s=0.5) as server, connected(server) as client:

@@ -48,10 +48,10 @@ def bench(
     asked = opened(bundle, require_signature)
     if paper:
         from van_deploy.bench.roofline import paper_limits
-        from van_deploy.report.bench_view import limits_table
+        from van_deploy.report.sections_bench import limits_blocks
 
         limits = paper_limits(asked.opened(), paper, settings.batches)
-        emit(limits, as_json, limits_table)
+        emit(limits, as_json, limits_blocks)
         return
     old = read_report(compare) if compare else None
     with telling("Looking for runners") as tell:
@@ -65,6 +65,6 @@ def bench(
     if as_json:
         for warning in report.warnings:
             remark(f"warning: {warning}")
-    from van_deploy.report.bench_changes import bench_and_changes
+    from van_deploy.report.sections_bench import bench_blocks
 
-    emit(report, as_json, bench_and_changes)
+    emit(report, as_json, bench_blocks)

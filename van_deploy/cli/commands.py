@@ -61,7 +61,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "doctor": (LOOK, "Tell what is installed, what can be done on this machine, and what clashes."),
     "bench": (
         USE,
-        "Time every artefact in every run time that is here, each in a process of its own.",
+        "Time every artefact in every runtime of a device, each in a process of its own.",
     ),
     "predict": (
         USE,

@@ -69,11 +69,6 @@ class Backend:
         """Whether targets are chosen rather than found in the machine."""
         return self.name == RTX
 
-    @property
-    def has_timing_cache(self) -> bool:
-        """Whether a timing cache does anything."""
-        return self.name == TENSORRT
-
     def network_flags(self) -> int:
         """Return the flags of ``create_network``: strongly typed, needed on 10, ignored on 11."""
         return 1 << int(self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)

@@ -77,11 +77,6 @@ class Environment:
                 return item
         raise KeyError(name)
 
-    @property
-    def has_gpu(self) -> bool:
-        """Whether an NVIDIA driver answers and sees a GPU."""
-        return self.driver is not None and bool(self.driver.gpus)
-
 
 def environment_here(folder: Path) -> Environment:
     """Return what is installed and what the machine offers.

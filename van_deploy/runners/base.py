@@ -19,7 +19,6 @@ __all__ = [
     "ResidentRunner",
     "Runner",
     "gpu_index",
-    "run_in_batches",
 ]
 
 Images = npt.NDArray[np.float32]
@@ -118,12 +117,6 @@ class CudaOptions:
     cudnn_conv_algo_search: Literal["EXHAUSTIVE", "HEURISTIC", "DEFAULT"] = "EXHAUSTIVE"
     fuse_conv_bias: bool = False
     cuda_graph: bool = False
-
-
-def run_in_batches(runner: Runner, images: Images, batch: int) -> Logits:
-    """Return the logits of ``images``, running at most ``batch`` at a time."""
-    pieces = [runner.run(images[i : i + batch]) for i in range(0, len(images), batch)]
-    return np.concatenate(pieces)
 
 
 def gpu_index(device: str) -> int | None:

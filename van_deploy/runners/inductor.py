@@ -75,9 +75,11 @@ class InductorRunner:
                 stack.enter_context(cudnn_tf32(sidecar.tf32))
             try:
                 with quietly():
-                    self._call = torch._inductor.aoti_load_package(
-                        str(self.package), device_index=index if sidecar.device == "cuda" else -1
+                    # PyTorch before 2.8 loads on the first GPU only.
+                    where: dict[str, Any] = (
+                        {"device_index": index} if index and sidecar.device == "cuda" else {}
                     )
+                    self._call = torch._inductor.aoti_load_package(str(self.package), **where)
             except (RuntimeError, OSError) as error:
                 raise ConversionError(
                     f"PyTorch {torch.__version__} cannot load '{self.package}': "

@@ -43,7 +43,6 @@ __all__ = [
     "Outputs",
     "TensorSpec",
     "original_of",
-    "profiles_of",
     "runnable_artefacts",
     "task_of",
 ]
@@ -119,11 +118,6 @@ def runnable_artefacts(bundle: Bundle) -> list[str]:
     return [n for n, item in bundle.artefacts.items() if item.kind not in ("engine", "package")]
 
 
-def profiles_of(artefact: Artefact) -> list[BatchRange]:
-    """Return the batch sizes an engine serves; nothing where its entry does not say."""
-    return list(artefact.engine.profiles) if artefact.engine else []
-
-
 class Network:
     """One artefact, or the original network, ready to answer. Open it with ``with``.
 
@@ -180,15 +174,13 @@ class Network:
         described = bundle.artefact(artefact)
         self.is_engine = described.kind == "engine"
         self.is_package = described.kind == "package"
-        self._profiles = profiles_of(described)
-        self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
-        if self.is_package:
-            self.runner = "inductor"
-        elif self.is_engine:
-            self.runner = described.engine.backend.split()[0] if described.engine else "tensorrt"
+        self.runner = "tensorrt" if self.is_engine else runner
+        if described.engine is not None:
+            self.runner = described.engine.backend.split()[0]
+            self._profiles = list(described.engine.profiles)
+            self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
+        if self.is_engine:
             described = bundle.artefacts.get(described.made_from.name, described)
-        else:
-            self.runner = runner
         self.embedding = described.embedded
         self.input, self.outputs = self._specs(described)
 
