@@ -22,6 +22,7 @@ from van_deploy.bench.on_gpu import gpu_rows, int8_not_worth_it, with_ratios
 from van_deploy.bench.process import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bench.profile import ProfileLine
 from van_deploy.bench.race import Progress, Race
+from van_deploy.bench.resize import resized
 from van_deploy.bench.roofline import measured_limits
 from van_deploy.bench.steadiness import warnings_of
 from van_deploy.bundle import Bundle
