@@ -180,7 +180,7 @@ def test_overrides_reach_the_manifest_and_say_so(cli: Cli, tmp_path: Path) -> No
         (["van_digits", "--image-size", "big"], 2, "--image-size"),
         (["van_digits", "--mean", "a,b"], 2, "'--mean' is 'a': it should be a number."),
         (["van_digits", "--std", "0,0,0"], 2, "std"),
-        (["van_digits", "--batch", "8"], 2, "'--batch' is '8': it should be min:opt:max"),
+        (["van_digits", "--batch", "8:9"], 2, "'--batch' is '8:9': it should be min:opt:max"),
         (
             ["van_digits", "--opset", "9"],
             2,

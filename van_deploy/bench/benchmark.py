@@ -27,6 +27,7 @@ from van_deploy.bench.roofline import measured_limits
 from van_deploy.bench.steadiness import warnings_of
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
+from van_deploy.config.sizes import ImageSize, size_text
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
@@ -47,7 +48,7 @@ VARIABLES = (
 )
 
 
-Sized = tuple[int, Path, list[Contender]]
+Sized = tuple[ImageSize, Path, list[Contender]]
 """An image size, the file of its images, and the contenders that take it."""
 
 
@@ -154,7 +155,7 @@ def _sized(
     for size in settings.image_sizes or (preprocessing.image_size,):
         at_size = preprocessing.override(image_size=size)
         checked = check_images(bundle.name, at_size, max(settings.batches))
-        described, path = checked.description, folder / f"images-{size}.npy"
+        described, path = checked.description, folder / f"images-{size_text(size)}.npy"
         np.save(path, checked.inputs)
         taken = list(contenders)
         if size != preprocessing.image_size:

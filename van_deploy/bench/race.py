@@ -28,6 +28,7 @@ from van_deploy.bench.lane import Lane, Row
 from van_deploy.bench.process import WorkerProcess
 from van_deploy.bench.timing import percentile
 from van_deploy.config import Budget
+from van_deploy.config.sizes import ImageSize
 
 __all__ = ["Progress", "Race", "between", "nearest", "with_reference"]
 
@@ -89,7 +90,7 @@ class Race:
         self,
         images: Path,
         batch: int,
-        image_size: int,
+        image_size: ImageSize,
         budget: Budget,
         reference: str,
         only: set[str] | None = None,

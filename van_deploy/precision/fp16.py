@@ -32,6 +32,7 @@ __all__ = [
     "bf16_from_fp32",
     "fp16_from_fp32",
     "kept_nodes",
+    "usually_kept",
 ]
 
 DEFAULT_KEEP = ("norm1", "norm2", "norm3", "norm4", "head")
@@ -85,6 +86,12 @@ def kept_nodes(model: ModelProto, keep: Sequence[str]) -> dict[str, str]:
             )
         found |= dict.fromkeys(matched, f"'{entry}' is kept")
     return found
+
+
+def usually_kept(model: ModelProto) -> dict[str, str]:
+    """Return the nodes of :data:`DEFAULT_KEEP`; a backbone has no head, and may end early."""
+    roots = {node.name.split(".")[0] for node in model.graph.node}
+    return kept_nodes(model, [name for name in DEFAULT_KEEP if name in roots])
 
 
 # --- what FP16 cannot hold -----------------------------------------------------------------
