@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from van_deploy.errors import UsageError
-from van_deploy.kernels.depthwise import depthwise_rows, gelu, row_groups, row_items
+from van_deploy.kernels.depthwise import gelu, row_groups, row_items, sums
 from van_deploy.kernels.launch import (
     divisor_block,
     launched,
@@ -41,10 +41,10 @@ def mlp_kernel(  # type: ignore[no-untyped-def]
     n2_ptr,
     next_ptr,
     items,
-    groups,
-    H,
-    W,
     eps,
+    groups: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
     HIDDEN: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
@@ -56,17 +56,16 @@ def mlp_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    UNROLL: tl.constexpr,
-    ERF: tl.constexpr,
 ):
     """Compute ROWS rows of BLOCK_P columns, all channels; BLOCK_H hidden ones at a time.
 
     THEN 1 stores the LayerNorm of the result (scale n1, shift n2) in its place; 2 stores
     the result, and the GELU of its product with the matrix n1 plus n2 in ``next``.
     """
-    inside, n, h, w = row_items(tl.program_id(0) * BLOCK_P, items, BLOCK_P, H, W, groups, 1, ROWS)
+    inside, n, h, w = row_items(tl.program_id(0) * BLOCK_P, items, BLOCK_P, W, groups, 1, ROWS)
     if LONG:
         n = n.to(tl.int64)
+    FINE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     channels = tl.arange(0, BLOCK_C)
     known = channels < C
     totals = ()
@@ -75,8 +74,9 @@ def mlp_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, HIDDEN, BLOCK_H):
         hidden = start + tl.arange(0, BLOCK_H)
         exists = hidden < HIDDEN
-        taps = depthwise_rows(
-            x_ptr, dw_ptr, inside, n, h, w, hidden, H, W, HIDDEN, K, 1, ROWS, EVEN, UNROLL
+        x = x_ptr + ((((n * H + h) * W + w) * HIDDEN)[:, None] + hidden[None, :])
+        taps = sums(
+            x, dw_ptr + hidden, inside, exists, h, w, H, W, HIDDEN, K, 1, ROWS, EVEN
         )
         bias = tl.load(db_ptr + hidden, mask=exists, other=0.0)[None, :]
         weight = tl.load(
@@ -87,7 +87,7 @@ def mlp_kernel(  # type: ignore[no-untyped-def]
         added = ()
         for out in tl.static_range(ROWS):
             # as a tensor between two kernels would be
-            values = gelu(taps[out] + bias, ERF).to(x_ptr.dtype.element_ty)
+            values = gelu(taps[out] + bias, FINE).to(x_ptr.dtype.element_ty)
             added = added + (tl.dot(values, weight, totals[out], input_precision=PRECISION),)  # noqa: RUF005
         totals = added
     bias = tl.load(b_ptr + channels, mask=known, other=0.0)[None, :]
@@ -114,7 +114,7 @@ def mlp_kernel(  # type: ignore[no-untyped-def]
             )
             shift = tl.load(n2_ptr + channels, mask=known, other=0.0)
             value = tl.dot(result, matrix, input_precision=PRECISION) + shift[None, :]
-            tl.store(next_ptr + place, gelu(value, ERF).to(x_ptr.dtype.element_ty), mask=mask)
+            tl.store(next_ptr + place, gelu(value, FINE).to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @torch.library.triton_op("van_deploy::mlp_tail", mutates_args={})
@@ -173,8 +173,6 @@ def mlp_tail(
         "ROWS": 2 if block_c < 128 else 1,
         "BLOCK_P": 16 if pixels < 8192 else 64,
         "BLOCK_H": divisor_block(hidden, 32),
-        "UNROLL": 0,
-        "ERF": 1,
         "num_warps": 4 if block_c < 128 else 8,
         "num_stages": 1,
     }
@@ -187,7 +185,7 @@ def mlp_tail(
         (triton.cdiv(items, tile["BLOCK_P"]),),
         (x, dw_weight, dw_bias, weight, bias, skip, out)
         + (bias if norm is None else norm, bias if shift is None else shift, following)
-        + (items, groups, height, width, eps, hidden, channels, side, then, precision_of(x))
+        + (items, eps, groups, height, width, hidden, channels, side, then, precision_of(x))
         + (x.numel() >= 2**31, hidden % tile["BLOCK_H"] == 0, block_c),
         tile,
         key,

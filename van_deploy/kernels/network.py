@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.fold import fold_van
@@ -16,6 +15,7 @@ from van_deploy.kernels import plain
 from van_deploy.kernels.depthwise import depthwise
 from van_deploy.kernels.launch import DTYPES, INTERPRETED
 from van_deploy.kernels.mlp import mlp_tail
+from van_deploy.kernels.norm import layer_norm
 from van_deploy.kernels.patch import patches
 from van_deploy.kernels.pointwise import LARGEST_CHAIN, gated, pointwise
 from van_deploy.model.random_weights import smooth_pictures
@@ -62,18 +62,6 @@ class _Weights(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("bias", torch.zeros(outer) if bias is None else bias.float())
-
-
-class _Norm(_Weights):
-    """A LayerNorm's scale and shift in float32, and in the type of PyTorch's own LayerNorm."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
-        super().__init__(norm.weight.float(), norm.bias, norm.weight.shape[0])
-        self.register_buffer("scale", self.weight.to(dtype))
-        self.register_buffer("shift", self.bias.to(dtype))
 
 
 def _matrix(conv: nn.Conv2d, dtype: torch.dtype) -> _Weights:
@@ -135,7 +123,9 @@ class FusedVan(nn.Module):
             blocks = [_Block(block, dtype) for block in model.stage_blocks(stage)]
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
             norm = cast("nn.LayerNorm", model.get_submodule(f"norm{stage}"))
-            self.add_module(f"norm{stage}", _Norm(norm, dtype))
+            self.add_module(
+                f"norm{stage}", _Weights(norm.weight.float(), norm.bias, conv.out_channels)
+            )
         self.head = model.head.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,7 +170,7 @@ class FusedVan(nn.Module):
                 x = ops.pointwise(hidden, block.fc2.weight, block.fc2.bias, "add", x)
         if plan.tail and len(blocks):
             return x
-        return functional.layer_norm(x, norm.scale.shape, norm.scale, norm.shift, self.eps)
+        return ops.layer_norm(x, norm.weight, norm.bias, self.eps)
 
 
 def _attention(ops: Any, block: Any, x: Tensor, act: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -209,10 +199,18 @@ class _Steps:
     gated: Any
     mlp_tail: Any
     patches: Any
+    layer_norm: Any
 
 
-_KERNELS = _Steps(depthwise, pointwise, gated, mlp_tail, patches)
-_PLAIN = _Steps(plain.depthwise, plain.pointwise, plain.gated, plain.mlp_tail, plain.patches)
+_KERNELS = _Steps(depthwise, pointwise, gated, mlp_tail, patches, layer_norm)
+_PLAIN = _Steps(
+    plain.depthwise,
+    plain.pointwise,
+    plain.gated,
+    plain.mlp_tail,
+    plain.patches,
+    plain.layer_norm,
+)
 
 
 def fused(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["depthwise", "gated", "mlp_tail", "patches", "pointwise"]
+__all__ = ["depthwise", "gated", "layer_norm", "mlp_tail", "patches", "pointwise"]
 
 
 def depthwise(
@@ -72,8 +72,7 @@ def mlp_tail(
     if norm is None or shift is None:
         return [y]
     if norm.dim() == 1:
-        scale, offset = norm.to(y.dtype), shift.to(y.dtype)
-        return [functional.layer_norm(y, norm.shape, scale, offset, eps)]
+        return [layer_norm(y, norm, shift, eps)]
     return [y, pointwise(y, norm, shift, "gelu")]
 
 
@@ -87,3 +86,8 @@ def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
         padding=weight.shape[0] // 2,
     )
     return y.permute(0, 2, 3, 1).contiguous()
+
+
+def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    """Return what :func:`van_deploy.kernels.norm.layer_norm` does."""
+    return functional.layer_norm(x, scale.shape, scale.to(x.dtype), shift.to(x.dtype), eps)
