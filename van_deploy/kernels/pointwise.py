@@ -48,34 +48,47 @@ def pointwise_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    REPEAT: tl.constexpr,
 ):
-    """Compute BLOCK_M pixels of BLOCK_N output channels.
+    """Compute REPEAT times BLOCK_M pixels of BLOCK_N output channels.
 
-    Neighbouring programs take the same pixels, so that their input is in the L2 cache.
+    Neighbouring programs take the same pixels, so that their input is in the L2 cache. Where
+    BLOCK_K holds all of K, a program loads its weights once.
     """
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_known, column_known = (rows < M)[:, None], (columns < N)[None, :]
-    offset = rows.to(tl.int64) if LONG else rows
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        known = inner < K
-        a_mask = row_known if EVEN else row_known & known[None, :]
-        b_mask = column_known if EVEN else column_known & known[:, None]
-        a = tl.load(x_ptr + offset[:, None] * K + inner[None, :], mask=a_mask, other=0.0)
-        b = tl.load(w_ptr + columns[None, :] * K + inner[:, None], mask=b_mask, other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-    total += tl.load(b_ptr + columns, mask=columns < N, other=0.0)[None, :]
-    place = offset[:, None] * N + columns[None, :]
-    mask = row_known & column_known
-    if EPILOGUE == 1:
-        total = gelu(total, x_ptr.dtype.element_ty == tl.float32)
-    if EPILOGUE == 2:
-        total *= tl.load(other_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    if EPILOGUE == 3:
-        total += tl.load(other_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
+    column_known = (columns < N)[None, :]
+    bias = tl.load(b_ptr + columns, mask=columns < N, other=0.0)[None, :]
+    if K <= BLOCK_K:
+        inner = tl.arange(0, BLOCK_K)
+        b_mask = column_known if EVEN else column_known & (inner < K)[:, None]
+        weights = tl.load(w_ptr + columns[None, :] * K + inner[:, None], mask=b_mask, other=0.0)
+    for turn in range(REPEAT):
+        rows = (tl.program_id(1) * REPEAT + turn) * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_known = (rows < M)[:, None]
+        offset = rows.to(tl.int64) if LONG else rows
+        place = offset[:, None] * N + columns[None, :]
+        mask = row_known & column_known
+        if EPILOGUE >= 2:  # on its way while the product is made
+            other = tl.load(other_ptr + place, mask=mask, other=0.0)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K)
+            a_mask = row_known if EVEN else row_known & (inner < K)[None, :]
+            a = tl.load(x_ptr + offset[:, None] * K + inner[None, :], mask=a_mask, other=0.0)
+            if K <= BLOCK_K:
+                total = tl.dot(a, weights, total, input_precision=PRECISION)
+            else:
+                b_mask = column_known if EVEN else column_known & (inner < K)[:, None]
+                b = tl.load(w_ptr + columns[None, :] * K + inner[:, None], mask=b_mask, other=0.0)
+                total = tl.dot(a, b, total, input_precision=PRECISION)
+        total += bias
+        if EPILOGUE == 1:
+            total = gelu(total, x_ptr.dtype.element_ty == tl.float32)
+        if EPILOGUE == 2:
+            total *= other.to(tl.float32)
+        if EPILOGUE == 3:
+            total += other.to(tl.float32)
+        tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -196,6 +209,7 @@ def pointwise(
         "BLOCK_M": 16 if pixels < 1024 else 32 if few else 128,
         "BLOCK_N": power_block(outer, 32) if few else divisor_block(outer, 128),
         "BLOCK_K": divisor_block(inner, 64 if x.dtype != torch.float32 else 32),
+        "REPEAT": 1,
         "num_warps": 4,
         "num_stages": 4 if inner > 128 else 2,
     }
@@ -203,7 +217,7 @@ def pointwise(
     tile = tile_of(key, default, x.device)
     launched(
         pointwise_kernel,
-        (triton.cdiv(outer, tile["BLOCK_N"]), triton.cdiv(pixels, tile["BLOCK_M"])),
+        (triton.cdiv(outer, tile["BLOCK_N"]), triton.cdiv(pixels, tile["BLOCK_M"] * tile["REPEAT"])),
         (x, weight, bias, x if other is None else other, out, pixels, outer, inner)
         + (_NUMBER[epilogue], precision_of(x), max(x.numel(), out.numel()) >= 2**31)
         + (inner % tile["BLOCK_K"] == 0,),
