@@ -219,12 +219,14 @@ def depthwise(
     require(weight, "weight", (side | 1, side | 1, channels), like=x, dtype=torch.float32)
     require(bias, "bias", (channels,), like=x, dtype=torch.float32)
     out = torch.empty_like(x)
+    few = batch * height * width < 8192
+    rows = 1 if few else 7 if dilation == 1 else 5
     default = {
-        "ROWS": 5 if side > 5 and height > 3 * dilation else 4,
-        "BLOCK_P": 16,
+        "ROWS": rows if (rows - 1) * dilation < height else 1,
+        "BLOCK_P": 8 if few else 16,
         "BLOCK_C": divisor_block(channels, 32),
-        "ROLL": 0,
-        "num_warps": 4,
+        "ROLL": int(side == 3 and not few),
+        "num_warps": 2 if few else 4,
     }
     key = tile_key("depthwise", (side, dilation, channels), batch * height * width)
     tile = tile_of(key, default, x.device)

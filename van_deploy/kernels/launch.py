@@ -24,7 +24,9 @@ __all__ = [
     "Launch",
     "Tile",
     "divisor_block",
+    "known_tiles",
     "launched",
+    "nearest",
     "power_block",
     "recorded",
     "require",
@@ -160,11 +162,34 @@ def tile_key(kind: str, sizes: Iterable[int], pixels: int) -> str:
 
 
 def tile_of(key: str, default: Tile, device: torch.device) -> Tile:
-    """Return the tile for a shape class: being tried, tuned for this GPU, or ``default``."""
+    """Return the tile for a shape class: being tried, tuned for this GPU, or ``default``.
+
+    A class that was not tuned takes the tile of the nearest number of pixels that was.
+    """
     chosen = TILES.get(key)
-    if chosen is None and device.type == "cuda" and torch.cuda.is_available():
-        chosen = tuned_tiles(*torch.cuda.get_device_capability(device)).get(key)
+    if chosen is None and device.type == "cuda":
+        chosen = nearest(known_tiles(device), key)
     return default if chosen is None else {**default, **chosen}
+
+
+def nearest(tiles: dict[str, Tile], key: str) -> Tile | None:
+    """Return the tile of the same kernel and sizes whose number of pixels is nearest.
+
+    >>> nearest({"gated/32/p8": {"a": 1}, "gated/32/p15": {"a": 2}}, "gated/32/p13")
+    {'a': 2}
+    """
+    if key in tiles:
+        return tiles[key]
+    kind, pixels = key.rsplit("/p", 1)
+    near = [k for k in tiles if k.rsplit("/p", 1)[0] == kind]
+    return tiles[min(near, key=lambda k: abs(int(k[len(kind) + 2 :]) - int(pixels)))] if near else None
+
+
+def known_tiles(device: torch.device | None = None) -> dict[str, Tile]:
+    """Return the tiles tuned for a GPU; empty where there are none."""
+    if not torch.cuda.is_available():
+        return {}
+    return tuned_tiles(*torch.cuda.get_device_capability(device))
 
 
 @functools.cache
