@@ -18,7 +18,7 @@ READY := .venv/.van-deploy
 TESTED := $(READY)-test-$(RUNTIME)
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: setup demo test test-full test-gpu triton test-min test-pythons coverage mutate reference format lint audit check pins bench fuzz faults public-weights clean
+.PHONY: setup demo test test-full test-gpu triton test-min test-pythons coverage mutate reference format lint audit check pins bench gpu-report fuzz faults public-weights clean
 
 setup: $(TESTED)
 
@@ -107,6 +107,12 @@ pins: $(READY)-full $(READY)-lint $(READY)-audit
 bench: $(TESTED)
 	$(BIN)/python -m benchmarks
 
+# What a GPU does (docs/gpu-results.md); on a host with none, its CPU parts. PART=a PyTorch and
+# this project's kernels, three minutes; PART=b every runtime, tests and gates, five.
+PART ?= a
+gpu-report: $(TESTED)
+	$(BIN)/python benchmarks/gpu/report.py --part $(PART) --output gpu-report/$(PART)
+
 fuzz: $(TESTED)
 	$(BIN)/python -m reliability --only fuzz,requests
 
@@ -119,4 +125,4 @@ public-weights: setup
 	$(BIN)/python -m training.public_weights $(if $(IMAGENET),--imagenet $(IMAGENET))
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist gpu-report *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

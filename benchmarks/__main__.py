@@ -4,17 +4,15 @@
     python -m benchmarks --only startup,export    # some sections; the others stay as they are
     python -m benchmarks --list
 
-Each section is a script beside this file, started as a process of its own, that prints
-``columns``, ``rows``, ``claims`` and ``notes`` as JSON. A section is replaced as a whole,
-with the date, the machine and the versions of that run, so one can be measured again by
-itself.
+Each section is a module beside this one, run in a process of its own, that prints a
+:class:`~benchmarks.table.Table` as JSON. A section is replaced as a whole, with the date,
+the machine and the versions of that run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -25,24 +23,27 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.machine import busy_cores
-from van_deploy.environment.hardware import cpu, memory
+import psutil
+
+from van_deploy.environment.hardware import cpu
 from van_deploy.files import write_atomic
 from van_deploy.provenance import EXPORT_TOOLS, tool_versions
-from van_deploy.report.bench_view import machine_text
-from van_deploy.report.markdown import markdown_table
+from van_deploy.report.render_markdown import markdown_table
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 PAGE = ROOT / "docs" / "benchmarks.md"
-BUSY = 0.1  # of the cores: above it, the page says that the machine was under load
+BUSY_PERCENT = 10.0  # above it, the page says that the machine was under load
 TOOLS = (*EXPORT_TOOLS, "onnxruntime", "openvino", "tensorrt-rtx-cu13")
+SETS = ("--calib", "{shared}/data/cifar10/calib", "--eval", "{shared}/data/cifar10/eval")
+TRAINED = ("--checkpoint", "{shared}/checkpoints/van_b0_cifar10.pth.tar")
 
 HEADER = """# Benchmarks
 
 Every table here was written by `make bench` (`python -m benchmarks`); each says when, where
-and with what, and the command that measures it again. Ratios are taken within one run,
-round by round; absolute times belong to the machine they name.
+and with what, and the command that measures it again. Ratios are taken within one run;
+absolute times belong to the machine they name. GPUs have a page of their own:
+[gpu-results.md](gpu-results.md).
 """
 
 
@@ -53,101 +54,60 @@ class Section:
     Attributes:
         title: its heading.
         about: what is compared, one sentence.
-        script: the file beside this one.
-        arguments: for the script.
-        real: further arguments where real weights and images lie beside the checkout;
+        real: arguments where trained weights and images lie beside the checkout;
             ``{shared}`` is their folder.
     """
 
     title: str
     about: str
-    script: str
-    arguments: tuple[str, ...] = ()
     real: tuple[str, ...] = ()
 
-    def command(self) -> list[str]:
-        """Return the script's name and arguments, real data among them where there is any."""
+    def words(self) -> list[str]:
+        """Return the module's arguments, real data among them where there is any."""
         real = self.real if SHARED.is_dir() else ()
-        shared = SHARED.relative_to(ROOT.parent)
-        return [self.script, *self.arguments, *(a.format(shared=f"../{shared}") for a in real)]
+        return [word.format(shared="../shared") for word in real]
 
 
 SECTIONS: dict[str, Section] = {
-    "startup": Section("Starting", "How soon the command line answers.", "startup.py", ("--json",)),
+    "startup": Section("Starting", "How soon the command line answers, and loading a network."),
     "export": Section(
         "Exporting",
         "`van-deploy export` against a bare `torch.onnx.export` + onnxsim of the same network.",
-        "export.py",
-        ("--json",),
     ),
-    "bench": Section(
-        "Running",
-        "This project's files in every run time against PyTorch's own modes.",
-        "runtimes.py",
-        ("--json",),
+    "running": Section(
+        "Running", "A bundle's artifacts in every runtime against PyTorch's own modes, on the CPU."
     ),
     "rivals": Section(
         "Running beside others' files",
-        "This project's files against the files others would deploy (`peer:`), in the same run "
-        "times. Below 1: slower than ours.",
-        "rivals.py",
-        ("--json",),
-    ),
-    "processes": Section(
-        "Processes",
-        "Why every process keeps its memory and why only quiet rounds count: van_b0 at batch 1 in "
-        "several processes of one kind, in turns.",
-        "processes.py",
-        ("--json",),
-    ),
-    "repeat": Section(
-        "Running twice",
-        "`Running` for a few runners, twice in a row: how far the ratios of two runs are apart.",
-        "runtimes.py",
-        ("--repeat", "--json"),
+        "This project's files against the files others would deploy, in the same runtimes.",
     ),
     "evaluate": Section(
         "Evaluating",
         "`van-deploy evaluate` on JPEG files against a loop that feeds the same networks tensors "
         "that are ready.",
-        "evaluate.py",
-        ("--json",),
         real=("--images", "{shared}/data/imagenet"),
+    ),
+    "gates": Section(
+        "Gates",
+        "The gate of `van-deploy evaluate` on resamples of its images and on wrong artifacts.",
+        real=(*TRAINED, *SETS),
     ),
     "precision": Section(
         "Precision",
         "What FP16 and INT8 cost, beside ONNX Runtime's own quantiser.",
-        "precision.py",
-        real=(
-            *("--checkpoint", "{shared}/checkpoints/van_b0_cifar10.pth.tar"),
-            *("--calib", "{shared}/data/cifar10/calib", "--eval", "{shared}/data/cifar10/eval"),
-            *("--photographs", "{shared}/data/imagenet"),
-        ),
+        real=(*TRAINED, *SETS),
     ),
     "ablation": Section(
         "Ablation",
         "What each technique brings to INT8 on both trained networks, and what it adds to a plan.",
-        "ablation.py",
-        real=(
-            *("--checkpoint", "{shared}/checkpoints/van_b0_cifar10.pth.tar"),
-            *("--calib", "{shared}/data/cifar10/calib", "--eval", "{shared}/data/cifar10/eval"),
-        ),
+        real=(*TRAINED, *SETS),
     ),
     "serve": Section(
         "Serving",
         "`van-deploy serve` against a real Triton, its own inference and the worst bodies.",
-        "serve.py",
-        ("claims",),
-        real=(
-            *("--checkpoint", "{shared}/checkpoints/van_b0_cifar10.pth.tar"),
-            *("--folders", "{shared}/data/cifar10/eval", "{shared}/data/imagenet"),
-        ),
     ),
     "engines": Section(
-        "Building engines",
-        "TensorRT for RTX on a machine without a GPU.",
-        "engines.py",
-        ("--twice",),
+        "Building engines", "TensorRT for RTX on a machine without a GPU, every build twice."
     ),
 }
 
@@ -155,15 +115,14 @@ SECTIONS: dict[str, Section] = {
 def main() -> int:
     """Run the sections asked for; return 1 if one failed or missed a claim."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="sections, with commas between")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, commas between")
     parser.add_argument("--list", action="store_true", help="print the sections and end")
     parser.add_argument("--output", type=Path, default=PAGE)
     arguments = parser.parse_args()
     if arguments.list:
-        for name, section in SECTIONS.items():
-            print(f"{name:<12}{section.about}")
+        print("\n".join(f"{name:<12}{section.about}" for name, section in SECTIONS.items()))
         return 0
-    names = [name for name in arguments.only.split(",") if name] or list(SECTIONS)
+    names = arguments.only.split(",")
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         parser.error(f"there is no section '{unknown[0]}'; known: {', '.join(SECTIONS)}")
@@ -171,84 +130,48 @@ def main() -> int:
 
 
 def _run(name: str, page: Path) -> int:
-    """Measure one section and put it on the page; return its script's exit code."""
+    """Measure one section and put it on the page; return its module's exit code."""
     section = SECTIONS[name]
-    script = Path(__file__).with_name(section.script)
-    if not script.exists():
-        print(f"{name}: benchmarks/{section.script} is not there", file=sys.stderr)
-        return 1
     print(f"{name}: {section.about}", file=sys.stderr, flush=True)
-    busy = busy_cores()
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, str(script), *section.command()[1:]],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    took = time.perf_counter() - start
+    busy, start = psutil.cpu_percent(interval=1.0), time.perf_counter()
+    command = [sys.executable, "-m", f"benchmarks.{name}", *section.words()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     if not done.stdout.strip():
         print(f"{name}: failed with code {done.returncode}", file=sys.stderr)
         return 1
-    body = _structured(done.stdout)
-    text = "\n\n".join([_heading(name, section, took, busy), body])
-    page.parent.mkdir(parents=True, exist_ok=True)
+    took = time.perf_counter() - start
+    processor, memory = cpu(), psutil.virtual_memory().total / 2**30
+    versions = ", ".join(f"{tool} {version}" for tool, version in tool_versions(*TOOLS).items())
+    facts = [
+        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {took:.0f} s",
+        f"{processor.name}, {processor.cores_allowed} cores, {memory:.0f} GiB",
+        versions,
+        f"`python -m benchmarks --only {name}` (`{' '.join(['python', *command[1:]])}`)",
+    ]
+    if busy > BUSY_PERCENT:
+        facts.append(f"**the machine was under load**: {busy:.0f} % busy before this began")
+    listed = "\n".join(f"- {fact}" for fact in facts)
+    text = "\n\n".join([f"## {section.title}", section.about, listed, _tables(done.stdout)])
     write_atomic(page, _with_section(page, name, text))
     print(f"{name}: {took:.0f} s, written to {page}", file=sys.stderr)
     return int(done.returncode != 0)
 
 
-def _heading(name: str, section: Section, took: float, busy: float | None) -> str:
-    processor = cpu()
-    machine = {
-        "cpu": {
-            "name": processor.name,
-            "cores_allowed": processor.cores_allowed,
-            "features": processor.features,
-        },
-        "gpus": [],
-    }
-    total = memory().total_bytes
-    versions = ", ".join(f"{name} {version}" for name, version in tool_versions(*TOOLS).items())
-    lines = [
-        f"## {section.title}",
-        "",
-        section.about,
-        "",
-        f"- {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {took:.0f} s",
-        f"- {machine_text(machine)}" + (f", {total / 2**30:.0f} GiB" if total else ""),
-        f"- {versions}",
-        f"- `python -m benchmarks --only {name}`"
-        f" (`python benchmarks/{' '.join(section.command())}`)",
-    ]
-    if busy is not None and busy > BUSY * processor.cores_allowed:
-        lines.append(
-            f"- **the machine was under load**: {busy:.1f} of {processor.cores_allowed} cores "
-            "were busy before this began; absolute times are too long"
-        )
-    return "\n".join(lines)
-
-
-def _structured(stdout: str) -> str:
-    """Return a script's JSON as Markdown: claims first, then the figures, then the notes."""
+def _tables(stdout: str) -> str:
+    """Return a section's JSON as Markdown: claims first, then the figures, then the notes."""
     result: Mapping[str, Any] = json.loads(stdout)
     claims = [
         (c["claim"], c["measured"], "met" if c["met"] else "**missed**") for c in result["claims"]
     ]
-    parts = []
-    if claims:
-        parts.append(markdown_table(("claim", "measured", ""), claims))
     numbers = frozenset(
         index
         for index in range(len(result["columns"]))
         if all(re.match(r"^[-+\d.,]*(\s|$|\d)", row[index]) for row in result["rows"])
     )
+    parts = [markdown_table(("claim", "measured", ""), claims)] if claims else []
     parts.append(markdown_table(result["columns"], result["rows"], numbers))
-    if result["notes"]:
-        parts.append("\n".join(f"- {note}" for note in result["notes"]))
-    return "\n\n".join(parts)
+    parts.append("\n".join(f"- {note}" for note in result["notes"]))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _with_section(page: Path, name: str, text: str) -> str:

@@ -1,8 +1,8 @@
 r"""What each technique of INT8 brings, and what its added nodes cost in a plan.
 
-    python benchmarks/ablation.py --checkpoint ../shared/checkpoints/van_b0_cifar10.pth.tar \
+    python -m benchmarks.ablation --checkpoint ../shared/checkpoints/van_b0_cifar10.pth.tar \
         --calib ../shared/data/cifar10/calib --eval ../shared/data/cifar10/eval
-    python benchmarks/ablation.py          # van_digits alone, with the images inside the package
+    python -m benchmarks.ablation          # van_digits alone, with the images inside the package
 
 Every line is the whole network in scope ``pointwise``, rounded as TensorRT's graph rounds
 (without FP16), on images it was not calibrated on. Kernels are those of the plan that
@@ -12,11 +12,10 @@ TensorRT for RTX builds for an Ada GPU, as its builder's log lists them: no GPU 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
+from benchmarks.table import Table
 from van_deploy.calibration_set import ImageSelection
 from van_deploy.data import ImageSet, decoded_batches, image_set
 from van_deploy.data.calibration import digits_set, split
@@ -48,6 +48,7 @@ from van_deploy.precision.qdq import qdq_for_tensorrt
 from van_deploy.precision.scales import Method
 from van_deploy.precision.simulate import CORRECTION_IMAGES, bias_corrected, logits
 
+ASKED_DB = {"van_digits": 40.0, "van_b0": 36.0}
 COLUMNS = ("what", "van_digits, dB", "agreement %", "van_b0 on CIFAR-10, dB", "agreement %")
 Images = npt.NDArray[np.float32]
 
@@ -192,36 +193,25 @@ def plan_kernels(model: ModelProto) -> Counter[str]:
 
 
 def main() -> int:
-    """Print one JSON document; return 1 if a claim is missed."""
+    """Measure every line on both networks, and count the kernels."""
     arguments = _arguments()
     parts = split(choose_images(ImageSelection(source="digits")), 0.2, 0)
-    networks = [Network(load_van(EMBEDDED_NAME), parts[0], digits_set("heldout"))]
+    networks = {"van_digits": Network(load_van(EMBEDDED_NAME), parts[0], digits_set("heldout"))}
     if arguments.checkpoint:
         parts = split(choose_images(ImageSelection(), arguments.calib), 0.2, 0)
         loaded = load_van(arguments.checkpoint)
-        networks.append(Network(loaded, parts[0], image_set(arguments.eval)))
-    rows: list[Sequence[str]] = []
+        networks["van_b0"] = Network(loaded, parts[0], image_set(arguments.eval))
+    table = Table(COLUMNS[: 1 + 2 * len(networks)])
     for case in cases():
-        rows.append([case.name, *(cell for network in networks for cell in network.figures(case))])
-        print("  ".join(rows[-1]), file=sys.stderr, flush=True)
-    everything = next(row for row in rows if row[0] == f"+ {TECHNIQUES[-1]}")
-    claims = [
-        {
-            "claim": f"{name}: all techniques >= {asked:g} dB",
-            "measured": f"{float(found):.2f} dB",
-            "met": float(found) >= asked,
-        }
-        for name, asked, found in zip(
-            ("van_digits", "van_b0"), (40.0, 36.0), everything[1::2], strict=False
-        )
-    ]
-    notes = [
-        f"Kernels in a plan, {networks[-1].loaded.name}: {line}." for line in kernels(networks[-1])
-    ]
-    columns = COLUMNS[: 1 + 2 * len(networks)]
-    result = {"columns": columns, "rows": rows, "claims": claims, "notes": notes}
-    print(json.dumps(result, indent=1))
-    return int(not all(claim["met"] for claim in claims))
+        figures = [network.figures(case) for network in networks.values()]
+        table.row(case.name, *(cell for pair in figures for cell in pair))
+        if case.name == f"+ {TECHNIQUES[-1]}":
+            for name, (found, _) in zip(networks, figures, strict=True):
+                text = f"{name}: all techniques >= {ASKED_DB[name]:g} dB"
+                table.claim(text, f"{found} dB", float(found) >= ASKED_DB[name])
+    last = list(networks.values())[-1]
+    table.notes += [f"Kernels in a plan, {last.loaded.name}: {line}." for line in kernels(last)]
+    return table.printed()
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,66 +1,75 @@
-"""How long `van-deploy --help` and `van-deploy list` take, each in fresh processes.
+"""How soon the command line answers, and how long loading a network takes.
 
-python benchmarks/startup.py
+python -m benchmarks.startup --rounds 9
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
-CASES = {"--help": 0.25, "list": 0.50}  # seconds asked
-REPEATS = 9
+import torch
+
+from benchmarks.table import Table, process_cost
+from van_deploy.model.checkpoint import load_van
+from van_deploy.model.van import VAN
+from van_deploy.model.variants import VARIANTS
+
+WORDS = {"--help": 0.25, "list": 0.5, "export --help": 0.5}
+VARIANT, LOADING = "van_b2", 1.2
 
 
 def main() -> int:
-    """Print one row a command; return 1 if one is slower than asked."""
+    """Time the commands and both ways of loading, in turns."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    rows = [_row(word, limit, arguments.repeats) for word, limit in CASES.items()]
-    result: dict[str, Any] = {
-        "columns": ["command", "median s", "fastest s", "asked s"],
-        "rows": [row[:4] for row in rows],
-        "claims": [
-            {
-                "claim": f"`van-deploy {word}` within {limit} s",
-                "measured": f"{float(row[1]):.2f} s",
-                "met": float(row[1]) <= limit,
-            }
-            for row, (word, limit) in zip(rows, CASES.items(), strict=True)
-        ],
-        "notes": [f"Median of {arguments.repeats} fresh processes, files cached."],
-    }
-    print(json.dumps(result, indent=1) if arguments.json else _text(result))
-    return int(not all(claim["met"] for claim in result["claims"]))
+    parser.add_argument("--rounds", type=int, default=9)
+    rounds = parser.parse_args().rounds
+    table = Table(("what", "median s", "fastest s"))
+    for words, limit in WORDS.items():
+        command = [sys.executable, "-m", "van_deploy", *words.split()]
+        times = [process_cost(command)[0] for _ in range(rounds + 1)][1:]
+        median = statistics.median(times)
+        table.row(f"van-deploy {words}", f"{median:.3f}", f"{min(times):.3f}")
+        table.claim(f"`van-deploy {words}` within {limit} s", f"{median:.2f} s", median <= limit)
+    _loading(table, rounds)
+    table.notes.append(f"Medians of {rounds} rounds; the first, which fills caches, left out.")
+    return table.printed()
 
 
-def _row(word: str, limit: float, repeats: int) -> list[str]:
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "van_deploy", word], check=True, stdout=subprocess.DEVNULL
-        )
-        times.append(time.perf_counter() - start)
-    times = times[1:]  # the first one fills the file cache
-    return [
-        f"van-deploy {word}",
-        f"{statistics.median(times):.3f}",
-        f"{min(times):.3f}",
-        f"{limit:.2f}",
-    ]
+def _loading(table: Table, rounds: int) -> None:
+    model = VAN(VARIANTS[VARIANT].config)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{VARIANT}.pth"
+        torch.save({"state_dict": model.state_dict()}, path)
 
+        def bare() -> None:
+            network = VAN(model.config)
+            network.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
 
-def _text(result: dict[str, Any]) -> str:
-    lines = [result["columns"], *result["rows"]]
-    return "\n".join("  ".join(f"{cell:<24}" for cell in line) for line in lines)
+        ways: dict[str, Callable[[], object]] = {
+            "load_van": lambda: load_van(str(path)),
+            "VAN() + torch.load + load_state_dict": bare,
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds + 1):
+            for name, way in ways.items():
+                begun = time.process_time()
+                way()
+                times[name].append(time.process_time() - begun)
+    for name, taken in times.items():
+        median = statistics.median(taken[1:])
+        table.row(f"{name}, {VARIANT}", f"{median:.3f}", f"{min(taken[1:]):.3f}")
+    ours, theirs = (statistics.median(taken[1:]) for taken in times.values())
+    table.claim(
+        f"loading {VARIANT} <= {LOADING} x making it and loading with PyTorch alone",
+        f"{ours / theirs:.2f} x",
+        ours <= LOADING * theirs,
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from van_deploy.environment.hardware import cpu, memory
 from van_deploy.files import write_atomic
 from van_deploy.provenance import EXPORT_TOOLS, tool_versions
-from van_deploy.report.markdown import markdown_table
+from van_deploy.report.render_markdown import markdown_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
 
@@ -40,7 +40,7 @@ SECTIONS = {
     ),
     "requests": (
         "Spoiled requests",
-        "Every HTTP request was spoiled by a seeded generator and sent to a running server, 16 at "
+        "Every HTTP request was spoiled by a seeded generator and sent to a running server, 32 at "
         "a time. Any status but 2xx, 4xx and 503, a traceback in the log and a server that stops "
         "answering is a fault; no answer is right where a request was not complete.",
     ),
@@ -61,7 +61,7 @@ def main() -> int:
     """Run the parts asked for; return 1 if one found a fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default=",".join(SECTIONS))
-    parser.add_argument("--count", type=int, help="of cases or kills, for one part")
+    parser.add_argument("--count", type=int, help="of cases or trials, for one part")
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     unknown = [name for name in names if name not in SECTIONS]

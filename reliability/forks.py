@@ -1,7 +1,7 @@
 """Commands run in forks of a process that has imported everything.
 
 What a command imports takes longer than what it does. In a fork that is there already,
-so a moment picked at random falls into the work, and trials are quicker.
+so a trial takes only the work itself.
 """
 
 from __future__ import annotations
@@ -41,23 +41,14 @@ class Fork:
             with contextlib.suppress(ImportError):  # tensorrt_rtx is not everywhere
                 importlib.import_module(name)
         self.log = log
-        self.code: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             _be([*map(str, words)], log, first)
 
-    def poll(self) -> int | None:
-        """Return the exit code, negative for a signal, or None while it runs."""
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
-        return self.code
-
     def finished(self) -> tuple[int, str]:
         """Wait for its end; return the exit code and what it said."""
-        if self.code is None:
-            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.code, self.log.read_text(errors="replace")
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return code, self.log.read_text(errors="replace")
 
 
 def _be(words: list[str], log: Path, first: Callable[[], object]) -> NoReturn:

@@ -18,7 +18,6 @@ import json
 import random
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -26,12 +25,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from reliability.trials import finished, van_deploy
+from reliability.clients import exported, started
 
-__all__ = ["case", "fuzz_requests", "started"]
+__all__ = ["case", "fuzz_requests"]
 
-TOTAL = 10_000
-CLIENTS = 16
+CLIENTS = 32
 SILENCE_S = 1.0  # then nothing more comes: the request was not complete
 NAME = "van_digits-fp32-uint8"
 ROW = 64 * 64 * 3
@@ -55,6 +53,9 @@ PATHS = (
     *("/%ff%00", "/v2/models/%ED%A0%80/infer", "/../../etc/passwd", "/predict?top=%F0"),
     *("*", "//", "/" + "a" * 9000),
 )
+METHODS = ("GET", "POST", "HEAD", "PUT", "\x80", "CONNECT")
+QUERIES = tuple(f"?top={top}" for top in ("5", "0", "x", "9" * 5000, "%00", "2&model=%ff", "&&="))
+FORM = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a.png"\r\n\r\n'
 
 
 def case(seed: int, image: bytes) -> bytes:
@@ -72,46 +73,45 @@ def case(seed: int, image: bytes) -> bytes:
 
 def _request(rng: random.Random, image: bytes) -> bytes:
     kind = rng.choice(("json", "binary", "image", "form", "get"))
-    path, body = f"/v2/models/{NAME}/infer", b""
     headers = {"Host": "x", "Connection": rng.choice(("close", "close", "keep-alive"))}
+    path, body = {"get": rng.choice(PATHS)}.get(kind, "/predict"), b""
     if kind in {"json", "binary"}:
-        rows = rng.choice((1, 1, 1, 2, 8, 9, 0))
-        tensor: dict[str, Any] = {"name": "pixels", "datatype": "UINT8", "shape": [rows, 64, 64, 3]}
-        tail = rng.randbytes(rows * ROW) if kind == "binary" else b""
-        more = {"parameters": {"binary_data_size": len(tail)}} if tail else {"data": [7] * ROW}
-        wanted = [{"name": "logits", "parameters": {"classification": 2, "binary_data": True}}]
-        document = {"id": "1", "inputs": [{**tensor, **more}], "outputs": wanted}
-        head = json.dumps(_spoiled(rng, document) if rng.random() < 0.6 else document).encode()
-        if tail:
-            headers["Inference-Header-Content-Length"] = str(len(head))
-        body = head + tail
+        path, body, more = _tensor(rng, kind == "binary")
+        headers |= more
     elif kind != "get":
-        path = "/predict"
-        if rng.random() < 0.2:
-            path += "?top=" + rng.choice(("5", "0", "x", "9" * 5000, "%00", "2&model=%ff", "&&="))
+        path += rng.choice(QUERIES) if rng.random() < 0.2 else ""
         spoiled = bytearray(image)
         for _ in range(rng.choice((0, 0, 1, 2, 50))):
             spoiled[rng.randrange(len(spoiled))] = rng.randrange(256)
         body = bytes(spoiled)
         if kind == "form":
             headers["Content-Type"] = "multipart/form-data; boundary=x"
-            start = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a.png"\r\n\r\n'
-            body = rng.choice((start, b"", b"--x\r\n", b"--x--")) + body + b"\r\n--x--\r\n"
+            body = rng.choice((FORM, b"", b"--x\r\n", b"--x--")) + body + b"\r\n--x--\r\n"
     if rng.random() < 0.15:
         headers["Content-Encoding"] = rng.choice(("gzip", "deflate"))
         body = gzip.compress(body)[: rng.choice((None, -3))]
-    if kind == "get" or rng.random() < 0.1:
-        path = rng.choice(PATHS)
+    path = rng.choice(PATHS) if rng.random() < 0.1 else path
     headers["Content-Length"] = str(len(body))
     if rng.random() < 0.25:
         headers[rng.choice(HEADERS)] = rng.choice(VALUES)
-    method = (
-        rng.choice(("GET", "POST", "HEAD", "PUT", "\x80", "CONNECT")) if rng.random() < 0.1 else ""
-    )
-    method = method or ("GET" if kind == "get" else "POST")
+    usual = "GET" if kind == "get" else "POST"
+    method = rng.choice(METHODS) if rng.random() < 0.1 else usual
     lines = [f"{method} {path} HTTP/{rng.choice(('1.1', '1.1', '1.1', '1.0', '3.0'))}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def _tensor(rng: random.Random, binary: bool) -> tuple[str, bytes, dict[str, str]]:
+    """Return the path, body and further headers of an inference request."""
+    rows = rng.choice((1, 1, 1, 2, 8, 9, 0))
+    tail = rng.randbytes(rows * ROW) if binary else b""
+    values = {"parameters": {"binary_data_size": len(tail)}} if tail else {"data": [7] * ROW}
+    tensor = {"name": "pixels", "datatype": "UINT8", "shape": [rows, 64, 64, 3], **values}
+    wanted = [{"name": "logits", "parameters": {"classification": 2, "binary_data": True}}]
+    document = {"id": "1", "inputs": [tensor], "outputs": wanted}
+    head = json.dumps(_spoiled(rng, document) if rng.random() < 0.6 else document).encode()
+    more = {"Inference-Header-Content-Length": str(len(head))} if tail else {}
+    return f"/v2/models/{NAME}/infer", head + tail, more
 
 
 def _spoiled(rng: random.Random, value: Any) -> Any:
@@ -155,37 +155,15 @@ def fuzz_requests(url: str, first: int, count: int, image: bytes) -> tuple[Count
     return statuses, faults
 
 
-def started(
-    bundle: Path, *words: str, port: int = 0, log: Path | None = None
-) -> tuple[subprocess.Popen[str], str]:
-    """Return a server that answers, and its address."""
-    command = [sys.executable, "-m", "van_deploy", "serve", str(bundle), "--port", str(port)]
-    errors = log.open("w", encoding="utf-8") if log else subprocess.DEVNULL
-    server = subprocess.Popen(
-        [*command, "--json", *words], stdout=subprocess.PIPE, stderr=errors, text=True
-    )
-    text = ""
-    while not text.endswith("}\n"):
-        line = server.stdout.readline() if server.stdout else ""
-        if not line:
-            raise RuntimeError("the server did not start")
-        text += line
-    return server, str(json.loads(text)["url"])
-
-
 def main() -> int:
     """Send the cases asked for, print a table; return 1 if there was a fault."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--count", type=int, default=TOTAL)
+    parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="van-deploy-requests-") as name:
-        bundle, log = Path(name) / "bundle", Path(name) / "log"
-        export = ("export", "van_digits", "--output", bundle, "--embed-preprocess", "uint8")
-        code, stderr = finished(van_deploy(*export))
-        if code:
-            raise SystemExit(stderr)
+        bundle, log = exported(Path(name) / "bundle", "van_digits"), Path(name) / "log"
         server, url = started(bundle, "--threads", "1", "--read-timeout-s", "0.5", log=log)
         image = (bundle / "golden/0.png").read_bytes()
         try:

@@ -24,11 +24,15 @@ __all__ = ["full_at_every_step", "killed_at_every_step"]
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 NEEDS_ROOM = {"os.mkdir", "os.rename", "open", "os.link", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+BUNDLE = "BUNDLE"
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "quantize": ("--precision", "fp16", "--force"),
-    "build": ("--target", "sm_89", "--force"),
-    "report": (),
+    "export": ("export", "van_digits", "--output", BUNDLE, "--force"),
+    "quantize": ("quantize", BUNDLE, "--precision", "fp16", "--force"),
+    "build": ("build", BUNDLE, "--target", "sm_89", "--force"),
+    "run": ("run", "van_digits", "--precision", "fp16", "--output", BUNDLE, "--force"),
+    "report": ("report", BUNDLE),
 }
+"""The commands that are stopped, with the bundle's place in them."""
 MOST_STEPS = 1000
 
 Stop = Callable[[str, int], None]
@@ -73,7 +77,7 @@ def _each_step(folder: Path, name: str, stop: Callable[[int], Stop], what: str) 
     for at in range(1, MOST_STEPS):
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(base, target)
-        words = [name, str(target), *COMMANDS[name]]
+        words = [str(target) if word is BUNDLE else word for word in COMMANDS[name]]
         code, said = _forked(words, target, stop(at))
         if code == 3 and "not installed" in said:
             trials.skipped = said.strip().splitlines()[0]

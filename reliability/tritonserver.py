@@ -26,7 +26,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-__all__ = ["PYTHON", "Triton", "free_ports", "triton_running", "tritonserver_folder"]
+__all__ = ["PYTHON", "Triton", "triton_running", "tritonserver_folder"]
 
 WHEEL = "nvidia-pytriton==0.7.0"
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -70,27 +70,19 @@ def tritonserver_folder() -> Path:
     with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=cache) as scratch:
         if folder.is_dir():
             return folder
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--dest", scratch, WHEEL]
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
+        if done.returncode:
             raise RuntimeError(f"pip cannot get {WHEEL}: {done.stderr.strip()[-300:]}")
+        (wheel,) = Path(scratch).glob("*.whl")
         unpacked = Path(scratch) / "unpacked"
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            wheel.extractall(unpacked)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unpacked)
         server = unpacked / "pytriton/tritonserver"
         for program in (server / "bin/tritonserver", *server.glob("python_backend_stubs/*/*")):
             program.chmod(0o755)
         os.replace(unpacked, folder)
     return folder
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of this machine that nothing listens on now."""
-    with contextlib.ExitStack() as stack:
-        bound = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in bound]
 
 
 @contextlib.contextmanager
@@ -111,7 +103,9 @@ def triton_running(repository: Path, folder: Path, *, threads: int = 2) -> Itera
     backends = Path(shutil.copytree(server / "backends", folder / "backends"))
     stub = server / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
     shutil.copy(stub, backends / "python")  # as an image has the one for its own Python
-    http, grpc, metrics = free_ports(3)
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        http, grpc, metrics = (each.getsockname()[1] for each in free)
     command = [str(server / "bin/tritonserver"), f"--model-repository={repository}"]
     command += [f"--backend-directory={backends}", "--disable-auto-complete-config"]
     for name, port in (("http", http), ("grpc", grpc), ("metrics", metrics)):
@@ -119,23 +113,26 @@ def triton_running(repository: Path, folder: Path, *, threads: int = 2) -> Itera
     libraries = [str(wheel / "nvidia_pytriton.libs")]
     if not Path(f"/usr/lib/x86_64-linux-gnu/libpython{PYTHON}.so.1.0").exists():
         libraries.append(str(sysconfig.get_config_var("LIBDIR")))
-    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(libraries)}
-    log = folder / "log"
-    with log.open("wb") as output:
+    with (log := folder / "log").open("wb") as output:
         process = subprocess.Popen(
             [*command, f"--http-thread-count={threads}"],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**os.environ, "LD_LIBRARY_PATH": ":".join(libraries)},
             start_new_session=True,
         )
-    triton = Triton(
-        *(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"http://127.0.0.1:{metrics}/metrics"),
-        log=log,
-        process=process,
-    )
+    addresses = (f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"http://127.0.0.1:{metrics}/metrics")
+    triton, deadline = Triton(*addresses, log, process), time.monotonic() + LOAD_S
     try:
-        _wait_until_loaded(triton)
+        while process.poll() is None:
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                urllib.request.urlopen(f"http://{triton.http}/v2/health/ready", timeout=5).close()
+                break
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"Triton is not ready after {LOAD_S} s:\n{triton.said()[-2000:]}"
+                )
+            time.sleep(0.2)
         yield triton
     finally:
         if process.poll() is None:
@@ -145,14 +142,3 @@ def triton_running(repository: Path, folder: Path, *, threads: int = 2) -> Itera
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the Python backend's own processes
         process.wait(10)
-
-
-def _wait_until_loaded(triton: Triton) -> None:
-    deadline = time.monotonic() + LOAD_S
-    while time.monotonic() < deadline and triton.process.poll() is None:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError):
-            urllib.request.urlopen(f"http://{triton.http}/v2/health/ready", timeout=5).close()
-            return
-        time.sleep(0.2)
-    if triton.process.poll() is None:
-        raise RuntimeError(f"Triton is not ready after {LOAD_S} s:\n{triton.said()[-2000:]}")

@@ -181,7 +181,7 @@ class TestBundle:
         assert answers.passed
         assert len(answers) == 2
         assert [answer.source for answer in answers] == [str(file), "-"]
-        assert answers.answers[0].top == answers.answers[1].top
+        assert answers.predictions[0].top == answers.predictions[1].top
 
     def test_an_image_that_cannot_be_read_is_no_pass(
         self, digits_bundle: Bundle, tmp_path: Path

@@ -26,7 +26,6 @@ from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.van import VAN
 from van_deploy.pipeline import ExportResult, export_bundle, load_for
 from van_deploy.recipe import recipe_named
-from van_deploy.runners.base import run_in_batches
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.pytorch import TorchRunner
 
@@ -254,7 +253,7 @@ def test_the_shared_checkpoint_keeps_every_prediction(shared: Path, tmp_path: Pa
     same = 0
     with TorchRunner(original) as pytorch, OnnxRuntimeRunner(bundle.verified("fp32")) as onnx:
         for batch in decoded_batches(items, loaded.preprocessing, 50):
-            expected = run_in_batches(pytorch, batch.inputs, 50)
+            expected = pytorch.run(batch.inputs)
             same += int((expected.argmax(1) == onnx.run(batch.inputs).argmax(1)).sum())
     assert same == len(items)
 

@@ -159,7 +159,9 @@ class Bundle:
         progress: Progress | None = None,
         **options: Unpack[BuildOptions],
     ) -> BuildReport:
-        """Build TensorRT engines; TensorRT for RTX needs no GPU for it.
+        """Build engines: TensorRT plans, or packages of Inductor (``backend="inductor"``).
+
+        TensorRT for RTX needs no GPU for it, nor does a package for a CPU.
 
         Raises:
             UsageError: nothing builds what is asked.
@@ -346,6 +348,7 @@ class Bundle:
             runner=asked.runner,
             threads=asked.threads,
             trust_engine=asked.trust_engine,
+            device=asked.device,
         )
         with network:
             answers = predict(network, sources, top=asked.top_k, batch=batch, speed=speed)
@@ -390,13 +393,13 @@ class Bundle:
         Raises:
             InputError: ``output`` cannot be written.
         """
-        from van_deploy.report.content import document_of
+        from van_deploy.report.bundle_report import document_of_bundle
         from van_deploy.report.files import write_report
 
         opened = self.opened()
-        document = document_of(opened)
+        document = document_of_bundle(opened)
         files = write_report(document, opened, Path(output) if output else None)
-        return WrittenReport(document.verdict, document.verdict_note, tuple(files))
+        return WrittenReport(document.state, document.note, tuple(files))
 
     def _record(self, opened: on_disk.Bundle, name: str, result: object) -> None:
         """Keep a result in the manifest; what was signed stays as it was signed."""

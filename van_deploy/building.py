@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BuildSettings, Precision, QuantizeSettings
 from van_deploy.engine.build import BuildProgress
-from van_deploy.engine.fleet import Outcome, build_here, cells_of, read_fleet
+from van_deploy.engine.fleet import (
+    BUILT,
+    REUSED,
+    Cell,
+    FleetHost,
+    Outcome,
+    build_here,
+    read_fleet,
+)
+from van_deploy.engine.host import device_number, host_here
+from van_deploy.engine.inductor import (
+    INDUCTOR,
+    build_package,
+    package_request,
+    refuse_for_packages,
+)
 from van_deploy.engine.planned import build_planned, planned_engines
-from van_deploy.errors import BundleError
+from van_deploy.errors import BundleError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
 from van_deploy.results import BuildReport, Progress
+from van_deploy.tuning import require_timing, tuned, with_scope
 
 __all__ = ["build_bundle", "build_fleet", "phases"]
 
@@ -32,7 +49,22 @@ def build_bundle(
         VanDeployError: as :meth:`van_deploy.api.Bundle.build`; nothing that cannot be built is
             found out after the first was.
     """
-    plans = planned_engines(settings, bundle.manifest.batch)
+    if settings.tune:
+        return _tuned(bundle, settings, progress)
+    if settings.backend == INDUCTOR:
+        return BuildReport(tuple(_packages(bundle, settings, force, progress)))
+    asked = {
+        "--device cpu": settings.device == "cpu",
+        "--max-autotune": settings.max_autotune,
+        "--fused-kernels": settings.fused_kernels,
+    }
+    for option in (name for name, given in asked.items() if given):
+        raise UsageError(
+            f"{option} is Inductor's, and a TensorRT engine is asked for.",
+            f"Add --backend inductor, or leave {option} out.",
+        )
+    host = host_here(device=device_number(settings.device))
+    plans = planned_engines(settings, bundle.manifest.batch, host)
     for precision in settings.precisions:
         _make_missing(Bundle.open(bundle.path), precision, settings, progress)
     outcomes = build_planned(
@@ -44,6 +76,56 @@ def build_bundle(
         progress=(lambda name: phases(name, progress)) if progress else None,
     )
     return BuildReport(tuple(outcomes))
+
+
+def _tuned(bundle: Bundle, settings: BuildSettings, progress: Progress | None) -> BuildReport:
+    """Build the fastest candidate that holds its gate, and say what became of the others."""
+    require_timing(settings, host_here(device=device_number(settings.device)))
+
+    def built(where: Bundle, asked: BuildSettings) -> str:
+        (outcome,) = build_bundle(where, asked).outcomes
+        return outcome.engine
+
+    rows, best = tuned(bundle, settings, built, progress or (lambda _: None))
+    with_scope(bundle.path, best)
+    report = build_bundle(Bundle.open(bundle.path), best.settings)
+    return replace(report, tuned=tuple(rows))
+
+
+def _packages(
+    bundle: Bundle, settings: BuildSettings, force: bool, progress: Progress | None
+) -> Iterator[Outcome]:
+    """Build Inductor packages, one a precision; all are refused before the first is built."""
+    host = host_here(device=device_number(settings.device))
+    refuse_for_packages(settings)
+    batch = settings.profiles[0] if settings.profiles else None
+    requests = [
+        package_request(
+            bundle,
+            precision,
+            settings.device,
+            host,
+            batch,
+            tf32=settings.tf32,
+            max_autotune=settings.max_autotune,
+            fused_kernels=settings.fused_kernels,
+        )
+        for precision in settings.precisions
+    ]
+    for request in requests:
+        if progress is not None:
+            progress(f"{bundle.name} {request.precision}: compiling for {request.device}")
+        package, reused = build_package(request, host, force=force)
+        options = settings.of((), package.batch)
+        cell = Cell(
+            bundle.path,
+            request.precision,
+            package.targets,
+            options,
+            FleetHost(),
+            own_profiles=False,
+        )
+        yield Outcome(cell, REUSED if reused else BUILT, package.name, package=package)
 
 
 def build_fleet(
@@ -69,7 +151,7 @@ def build_fleet(
         RecipeError: the file is wrong.
         MissingDependency: Ray was asked for and is not here.
     """
-    cells = cells_of(read_fleet(path))
+    cells = read_fleet(path)
     if on == "ray":
         from van_deploy.engine.on_ray import build_on_ray
 
@@ -114,13 +196,13 @@ def _make_missing(
 ) -> None:
     """Make sure the bundle has an ONNX file of this precision.
 
-    FP16 and INT8 are made on the way where there are images to make them with: the
+    FP16, BF16 and INT8 are made on the way where there are images to make them with: the
     ranges of real activations decide what is in them.
 
     Raises:
         BundleError: it is missing, and there are no images; the remedy is the command.
     """
-    if precision in bundle.artefacts or precision not in {"fp16", "int8"}:
+    if precision in bundle.artefacts or precision not in {"fp16", "bf16", "int8"}:
         bundle.artefact(precision)
         return
     if settings.images is None and bundle.name != EMBEDDED_NAME:

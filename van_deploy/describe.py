@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from van_deploy.engine.inspect import EngineDescription
+    from van_deploy.engine.package import PackageDescription
     from van_deploy.graph.inspect import OnnxDescription
     from van_deploy.manifest import Manifest
     from van_deploy.model.preprocess import Preprocessing
@@ -180,7 +181,7 @@ def _counted(config: VanConfig, size: int) -> dict[str, Any]:
 
 def artefacts_described(
     artefact: Path, *, trust_engine: bool = False
-) -> list[OnnxDescription | EngineDescription]:
+) -> list[OnnxDescription | EngineDescription | PackageDescription]:
     """Return the description of one file, or of everything in a bundle that can be run.
 
     ``trust_engine`` is that of :func:`~van_deploy.engine.inspect.describe_engine`.
@@ -204,10 +205,14 @@ def artefacts_described(
         from van_deploy.engine.inspect import describe_engine
 
         return [describe_engine(artefact, trust_engine=trust_engine)]
+    if artefact.suffix == ".pt2":
+        from van_deploy.engine.package import describe_package
+
+        return [describe_package(artefact)]
     if artefact.suffix == ".onnx":
         return [describe_onnx(artefact)]
     raise InputError(
         f"'{artefact}' is neither an ONNX file nor an engine.",
-        f"Give a .onnx or {', '.join(ENGINES)} file or a bundle; "
+        f"Give a .onnx, .pt2 or {', '.join(ENGINES)} file or a bundle; "
         f"a checkpoint is shown by `van-deploy info {artefact}`.",
     )

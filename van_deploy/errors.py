@@ -22,6 +22,9 @@ program and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 __all__ = [
     "BundleError",
     "CheckpointError",
@@ -35,6 +38,7 @@ __all__ = [
     "SignatureError",
     "UsageError",
     "VanDeployError",
+    "needs_extra",
 ]
 
 
@@ -110,3 +114,23 @@ class BundleError(InputError):
 
 class SignatureError(BundleError):
     """A bundle is not signed, not by the key that was asked for, or not as it was signed."""
+
+
+@contextlib.contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Tell an import that fails in the block as an extra to install.
+
+    Args:
+        what: needs it, at the beginning of a sentence.
+        extra: of this package, such as ``serve``.
+
+    Raises:
+        MissingDependency: an import failed.
+    """
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:  # tritonclient raises RuntimeError without gRPC
+        raise MissingDependency(
+            f"{what} needs a package that is not installed: {error}.",
+            f"Install it with `pip install 'van-deploy[{extra}]'`.",
+        ) from error

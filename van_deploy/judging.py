@@ -154,7 +154,7 @@ def _gates(recipe: str) -> GateSettings | None:
 
 
 def _execution(asked: RunnerSettings) -> Execution:
-    return Execution(asked.runner, asked.trust_engine)
+    return Execution(asked.runner, asked.trust_engine, device=asked.device)
 
 
 def _original(bundle: Bundle, weights: Path | None, progress: Progress | None) -> LoadedVan:

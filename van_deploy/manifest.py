@@ -44,7 +44,7 @@ SCHEMA: Final = "van-deploy/bundle/2"
 MANIFEST = "manifest.json"
 LONGEST_NAME_BYTES = 255  # of one file, on every file system in use
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 Embedding = Literal["none", "normalize", "uint8"]
 """Which preprocessing a graph has inside (see :mod:`van_deploy.graph.embed`)."""
@@ -123,13 +123,14 @@ class GraphFacts(Schema):
 
 
 class EngineFacts(Schema):
-    """What a TensorRT engine is; its sidecar says the rest.
+    """What a TensorRT engine or an Inductor package is; its sidecar says the rest.
 
     Attributes:
-        backend: name and version, such as ``tensorrt-rtx 1.7.1.2``.
-        targets: compute capabilities it serves, such as ``sm_89``.
+        backend: name and version, such as ``tensorrt-rtx 1.7.1.2`` or ``inductor 2.14.1``.
+        targets: compute capabilities it serves, such as ``sm_89``; a package for CPUs has
+            their architecture, such as ``x86_64``.
         profiles: batch sizes it serves.
-        parser_layers: layers TensorRT's parser made of the graph.
+        parser_layers: layers TensorRT's parser made of the graph; 0 for a package.
     """
 
     backend: Text
@@ -142,23 +143,24 @@ class Artefact(Schema):
     """One thing in a bundle that can be run or read.
 
     Attributes:
-        name: what the manifest calls it: ``fp32``, ``fp16``, ``int8``, or an engine's name.
-        kind: ``onnx``; ``serving``, an ONNX file with more inside than the network; ``engine``.
-        precision: ``fp32``, ``fp16`` or ``int8``.
+        name: what the manifest calls it: its precision, or an engine's name.
+        kind: ``onnx``; ``serving``, an ONNX file with more inside than the network; ``engine``,
+            a TensorRT plan; ``package``, an Inductor package.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
         file: the file to open, relative to the bundle.
         files: every file that belongs to it (external weights, a sidecar), and its SHA-256.
         made_from: another artefact, or the weights.
         made_with: everything that decided what is in it.
         graph: what is in it, if it is ONNX.
         embedded: preprocessing inside it (see :mod:`van_deploy.graph.embed`).
-        engine: what it is, if it is an engine.
+        engine: what it is, if it is an engine or a package.
         quantization: how it was quantised and what that cost, as measured.
         golden_sqnr_db: SQNR of its logits on the golden samples when it was made, by
             runner, numeric class and what else it depends on.
     """
 
     name: FileName = Field(default="", exclude=True)
-    kind: Literal["onnx", "serving", "engine"]
+    kind: Literal["onnx", "serving", "engine", "package"]
     precision: Precision
     file: Place
     files: dict[Place, Text]

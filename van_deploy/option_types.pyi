@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 class BenchOptions(TypedDict, total=False):
+    device: str | None
     batches: Sequence[int]
     runners: Sequence[str]
     reference: str
@@ -12,6 +13,10 @@ class BenchOptions(TypedDict, total=False):
     image_sizes: Sequence[int]
     p99_ms: float | None
     roofline: bool
+    profile: bool
+    tf32: bool
+    conv_search: Literal["EXHAUSTIVE", "HEURISTIC", "DEFAULT"]
+    fuse_conv_bias: bool
     seconds: float
     calls: int
     limit: float
@@ -25,14 +30,17 @@ class BuildOptions(TypedDict, total=False):
     version_compatible: bool
     workspace: int | str | None
     optimization_level: int | None
+    tiling: Literal["none", "fast", "moderate", "full"]
     tf32: bool
-    strip_weights: bool
-    refit: bool
     profiling: Literal["none", "layer-names-only", "detailed"]
     precisions: Sequence[str]
     targets: Sequence[str]
-    backend: Literal["auto", "tensorrt", "tensorrt-rtx"]
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx", "inductor"]
     timing_cache: str | Path | None
+    device: str | None
+    max_autotune: bool
+    fused_kernels: bool
+    tune: bool
     images: str | Path | None
     check_reproducible: bool
 
@@ -42,7 +50,8 @@ class CheckOptions(TypedDict, total=False):
     against: Literal["golden", "weights"]
     images: str | Path | None
     count: int | None
-    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
+    runner: Literal["ort-cpu", "ort-cuda"]
+    device: str
     trust_engine: bool
     weights: str | Path | None
     recipe: str
@@ -63,7 +72,8 @@ class EvaluateOptions(TypedDict, total=False):
     allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
     allow_inconclusive: bool
     artefacts: Sequence[str]
-    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
+    runner: Literal["ort-cpu", "ort-cuda"]
+    device: str
     trust_engine: bool
     weights: str | Path | None
     recipe: str
@@ -100,7 +110,7 @@ class ExportOptions(TypedDict, total=False):
     outputs: Sequence[Literal["logits", "probabilities", "top5"]]
     golden: Literal["images", "samples", "none"]
     batch: str
-    precision: Sequence[Literal["fp16", "int8"]]
+    precision: Sequence[Literal["fp16", "bf16", "int8"]]
     calibration: str
 
 class PackageOptions(TypedDict, total=False):
@@ -117,7 +127,8 @@ class PackageOptions(TypedDict, total=False):
     artefacts: Sequence[str]
 
 class PredictOptions(TypedDict, total=False):
-    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
+    runner: Literal["ort-cpu", "ort-cuda"]
+    device: str
     trust_engine: bool
     threads: int | None
     artefact: str
@@ -125,7 +136,7 @@ class PredictOptions(TypedDict, total=False):
     batch: int | None
 
 class QuantizeOptions(TypedDict, total=False):
-    precision: Literal["fp16", "int8"]
+    precision: Literal["fp16", "bf16", "int8"]
     target: Literal["tensorrt", "cpu"]
     images: str | Path | None
     calibration: str
@@ -150,7 +161,8 @@ class QuantizeOptions(TypedDict, total=False):
 class RunOptions(TypedDict, total=False):
     allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
     allow_inconclusive: bool
-    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
+    runner: Literal["ort-cpu", "ort-cuda"]
+    device: str
     trust_engine: bool
     images: str | Path | None
     offline: bool
@@ -163,7 +175,8 @@ class VerifyOptions(TypedDict, total=False):
     images: str | Path | None
     count: int | None
     artefacts: Sequence[str]
-    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"]
+    runner: Literal["ort-cpu", "ort-cuda"]
+    device: str
     trust_engine: bool
     weights: str | Path | None
     recipe: str

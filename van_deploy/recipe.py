@@ -15,18 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-from van_deploy.config import (
-    BatchRange,
-    EngineSettings,
-    EvaluateSettings,
-    ExportSettings,
-    GateProfile,
-    GateSettings,
-    ModelSettings,
-    PrecisionSettings,
-    PreprocessingSettings,
-    Recipe,
-)
+from van_deploy.config import Recipe
 from van_deploy.config.fields import InFile, key_of
 from van_deploy.config.named import Changes, put_all
 from van_deploy.errors import RecipeError, UsageError
@@ -38,16 +27,6 @@ else:
     import tomli as tomllib
 
 __all__ = [
-    "BatchRange",
-    "EngineSettings",
-    "EvaluateSettings",
-    "ExportSettings",
-    "GateProfile",
-    "GateSettings",
-    "ModelSettings",
-    "PrecisionSettings",
-    "PreprocessingSettings",
-    "Recipe",
     "builtin_files",
     "builtin_recipes",
     "changes_from_text",

@@ -17,6 +17,7 @@ __all__ = [
     "Listening",
     "Predictions",
     "Progress",
+    "Tuned",
     "WrittenReport",
 ]
 
@@ -29,14 +30,44 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What became of one candidate.
+
+    Attributes:
+        candidate: in words.
+        engine: its name; "" where it was not built.
+        batch: images a call, when it was timed.
+        latency_ms: of a batch that stays on the device, the least mean of several rounds;
+            None where it was not timed.
+        images_per_s: at that batch.
+        sqnr_db: of its logits on the golden samples.
+        passed: whether it holds its gate.
+        error: why it was not built or not timed, or does not hold; "" otherwise.
+        kept: whether it is the one that is now in the bundle.
+    """
+
+    candidate: str
+    engine: str = ""
+    batch: int = 0
+    latency_ms: float | None = None
+    images_per_s: float | None = None
+    sqnr_db: float | None = None
+    passed: bool = False
+    error: str = ""
+    kept: bool = False
+
+
+@dataclass(frozen=True)
 class BuildReport:
     """The engines that were asked for.
 
     Attributes:
         outcomes: one an engine, in order.
+        tuned: the candidates that were timed, where that was asked.
     """
 
     outcomes: tuple[Outcome, ...]
+    tuned: tuple[Tuned, ...] = ()
 
     @property
     def errors(self) -> list[VanDeployError]:
@@ -55,24 +86,24 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class Predictions:
-    """The answers to some images.
+    """The predictions for some images.
 
     Attributes:
         bundle: whose network answered.
         artefact: which of its artefacts.
         speed: where the time went.
-        answers: one an image, in order.
+        predictions: one an image, in order.
     """
 
     bundle: Path
     artefact: str
     speed: Speed
-    answers: tuple[Prediction, ...]
+    predictions: tuple[Prediction, ...]
 
     @property
     def unreadable(self) -> int:
         """How many images could not be read."""
-        return sum(answer.error is not None for answer in self.answers)
+        return sum(answer.error is not None for answer in self.predictions)
 
     @property
     def passed(self) -> bool:
@@ -84,12 +115,12 @@ class Predictions:
         return self.passed
 
     def __len__(self) -> int:
-        """Return how many answers there are."""
-        return len(self.answers)
+        """Return how many predictions there are."""
+        return len(self.predictions)
 
     def __iter__(self) -> Iterator[Prediction]:
-        """Iterate over the answers."""
-        return iter(self.answers)
+        """Iterate over the predictions."""
+        return iter(self.predictions)
 
 
 @dataclass(frozen=True)

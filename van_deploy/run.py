@@ -132,7 +132,7 @@ def run_recipe(
     made += _built(output, recipe.engines, engines, settings.force, say)
     bundle = Bundle.open(output)
     say("Verifying")
-    execution = Execution(settings.runner, settings.trust_engine)
+    execution = Execution(settings.runner, settings.trust_engine, device=settings.device)
     allowed = Allowed(settings.allow_skip, settings.allow_inconclusive)
     verify = verify_bundle(
         bundle,

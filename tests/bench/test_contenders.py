@@ -14,8 +14,9 @@ from tests.each import each
 from van_deploy.bench.contender import Contender, Skipped
 from van_deploy.bench.contenders import chosen, contenders_of
 from van_deploy.bundle import MANIFEST, Bundle
-from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import BundleError, MissingDependency, UsageError
+from van_deploy.runners.base import CudaOptions
+from van_deploy.runners.onnxruntime import CUDA
 
 ENTRIES: list[Contender | Skipped] = [
     Contender("pytorch", "pytorch", "fp32"),
@@ -93,6 +94,15 @@ def test_every_artefact_has_an_entry_and_what_cannot_run_has_a_reason(
                 "parser_layers": 1,
             },
         },
+        package={
+            "kind": "package",
+            "engine": {
+                "backend": "inductor 2.11",
+                "targets": ["x86_64"],
+                "profiles": [{"min": 1, "opt": 8, "max": 128}],
+                "parser_layers": 0,
+            },
+        },
         **{"int8-cpu": {"precision": "int8", "made_with": {"settings": {"target": "cpu"}}}},
     )
     entries = {entry.name: entry for entry in contenders_of(bundle)}
@@ -107,11 +117,41 @@ def test_every_artefact_has_an_entry_and_what_cannot_run_has_a_reason(
         entry = entries[name]
         assert isinstance(entry, Skipped)
         assert entry.reason.startswith(words)
-    driver = nvidia_driver()
-    if driver is None or not driver.gpus:
-        engine = entries["tensorrt/engine"]
-        assert isinstance(engine, Skipped)
-        assert engine.reason == "no NVIDIA GPU answers here"
+    engine = entries["tensorrt/engine"]
+    assert isinstance(engine, Skipped)
+    assert engine.reason in ("no NVIDIA GPU answers here", "runs on a GPU")
+    package = entries["inductor/package"]
+    assert isinstance(package, Contender)
+    assert (package.runtime, package.device) == ("inductor", "cpu")
+    on_gpu = {entry.name: entry for entry in contenders_of(bundle, "cuda:0")}
+    engine = on_gpu["tensorrt-graph/engine"]
+    assert isinstance(engine, Contender)
+    assert (engine.min_batch, engine.max_batch, engine.device) == (2, 8, "cuda:0")
+    assert isinstance(on_gpu["inductor/package"], Skipped)
+
+
+def test_the_cuda_provider_runs_each_file_in_three_ways_with_its_options_on_record(
+    digits: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("van_deploy.bench.contenders.execution_providers", lambda: (CUDA,))
+    entries = contenders_of(digits, "cuda:1", CudaOptions(use_tf32=False, fuse_conv_bias=True))
+    ours = {e.name: e for e in entries if isinstance(e, Contender) and e.runtime != "pytorch"}
+    assert list(ours) == ["ort-cuda/fp32", "ort-cuda-nhwc/fp32", "ort-cuda-graph/fp32"]
+    assert {entry.device for entry in entries if isinstance(entry, Contender)} == {"cuda:1"}
+    assert ours["ort-cuda-graph/fp32"].options == {
+        "prefer_nhwc": True,
+        "use_tf32": False,
+        "cudnn_conv_algo_search": "EXHAUSTIVE",
+        "fuse_conv_bias": True,
+        "cuda_graph": True,
+    }
+    rivals = [e.name for e in entries if isinstance(e, Contender) and e.runtime == "pytorch"]
+    assert rivals == [
+        "pytorch",
+        "pytorch-channels-last-fp16",
+        "pytorch-compile-fp16",
+        "pytorch-compile-bf16",
+    ]
 
 
 def test_a_changed_file_is_not_timed(digits: Bundle, tmp_path: Path) -> None:
@@ -133,15 +173,11 @@ def test_a_bundle_without_artefacts_is_refused(digits: Bundle, tmp_path: Path) -
         contenders_of(Bundle.open(folder))
 
 
-@pytest.mark.parametrize(
-    ("library", "gpu", "runs"),
-    [("glibc", False, True), ("", False, False), ("glibc", True, False)],
-)
+@pytest.mark.parametrize(("library", "runs"), [("glibc", True), ("", False)])
 def test_eager_pytorch_runs_with_the_c_library_s_own_settings_where_that_differs(
-    digits: Bundle, monkeypatch: pytest.MonkeyPatch, library: str, gpu: bool, runs: bool
+    digits: Bundle, monkeypatch: pytest.MonkeyPatch, library: str, runs: bool
 ) -> None:
     monkeypatch.setattr("van_deploy.bench.contenders.platform.libc_ver", lambda: (library, ""))
-    monkeypatch.setattr("van_deploy.bench.contenders._has_gpu", lambda: gpu)
     entries = {entry.name: entry for entry in contenders_of(digits)}
     eager, other = entries["pytorch"], entries["pytorch-default-malloc"]
     assert isinstance(eager, Contender)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from van_deploy.bench.contender import Contender
-from van_deploy.bench.process import WorkerError, WorkerProcess
+from van_deploy.bench.process import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bench.race import Race
 from van_deploy.bench.worker import Worker
 from van_deploy.bundle import Bundle
@@ -47,7 +47,7 @@ def test_a_worker_is_stopped_between_requests(graph: Contender, images: Path) ->
         answer = process.ask("feed", images=str(images), batch=2, preprocessing=None)
         assert answer["first_call_s"] > 0
         assert wait_for(process.pid, "T") == "T"
-        measured = process.ask("measure", seconds=0.0, calls=3, limit_s=5.0)
+        measured = process.ask("time", seconds=0.0, calls=3, limit_s=5.0)
     assert len(measured["latencies_ms"]) == measured["calls"] == 3
     assert measured["peak_rss_bytes"] > 10e6
     assert measured["wall_s"] >= sum(measured["latencies_ms"]) / 1e3
@@ -72,7 +72,7 @@ def test_exhausted_memory_is_recognised(text: str, images: Path) -> None:
         raise RuntimeError(text) if text else MemoryError
 
     worker._calls = [fail]
-    answer = worker.answer({"do": "measure", "seconds": 0.0, "calls": 1, "limit_s": 1.0})
+    answer = worker.answer({"do": "time", "seconds": 0.0, "calls": 1, "limit_s": 1.0})
     assert answer["error"]["kind"] == "memory"
 
 
@@ -81,7 +81,7 @@ def test_a_killed_worker_is_a_row_and_starts_again_at_the_next_batch(
 ) -> None:
     other = replace(graph, name="other")
     with Race([graph, other], threads=1) as race:
-        victim = race._lanes[0].process
+        victim = race.lanes[0].process
         assert victim is not None
         os.kill(victim.pid, signal.SIGKILL)
         first = {row.contender: row for row in race.run(images, 1, 64, QUICK, "other")}
@@ -109,8 +109,27 @@ def test_a_batch_outside_the_profile_is_a_row_and_the_rest_goes_on(
 def test_streams_share_the_threads_and_all_of_them_count(graph: Contender, images: Path) -> None:
     with Race([graph], threads=2, streams=2) as race:
         (row,) = race.run(images, 1, 64, QUICK, graph.name)
-        loaded = race.loaded()[graph.name]
+        loaded = race.lanes[0].loaded
+    assert loaded is not None
     assert loaded.threads_each == 1
     assert row.streams == 2
     assert row.latency is not None
     assert row.latency.calls >= 2 * QUICK.rounds
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="there is no /proc here")
+def test_a_process_keeps_its_memory_unless_it_is_not_to_or_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def variables(*, keeps: bool) -> set[str]:
+        with WorkerProcess(1, keeps_memory=keeps) as process:
+            wait_for(process.pid, "S")
+            text = Path(f"/proc/{process.pid}/environ").read_bytes().decode()
+        return {entry for entry in text.split("\0") if entry.startswith("MALLOC_")}
+
+    for name in KEEP_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    assert variables(keeps=True) == {f"{name}={value}" for name, value in KEEP_MEMORY.items()}
+    assert variables(keeps=False) == set()
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "9")
+    assert "MALLOC_MMAP_MAX_=9" in variables(keeps=True)

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from tests.bench.conftest import Scripted
+from tests.bench.conftest import Scripted, ScriptedRace
 from tests.each import each
-from van_deploy.bench.race import Race, with_reference
-from van_deploy.config import Budget
+from van_deploy.bench.benchmark import warnings_of
+from van_deploy.bench.machine import During
+from van_deploy.bench.race import Row, with_reference
+from van_deploy.config import BenchSettings, Budget
 from van_deploy.errors import UsageError
 
 
 def raced(*lanes: Scripted, budget: Budget) -> dict[str, float | None]:
     """Return each one's ratio to the first."""
     Scripted.clock = 0
-    race = Race([], threads=1)
-    race._lanes = list(lanes)
-    rows = race.run(Path("none"), 1, 64, budget, lanes[0].contender.name)
+    rows = ScriptedRace(*lanes).run(Path("none"), 1, 64, budget, lanes[0].contender.name)
     return {row.contender: row.ratio.median if row.ratio else None for row in rows}
 
 
@@ -68,8 +68,7 @@ def test_a_race_goes_on_until_the_ratios_settle_or_the_limit_is_reached() -> Non
     Scripted.clock = 0
     budget = Budget(seconds=0.6, calls=1, limit_s=2.0, rounds=6, warmup_s=0.0)
     steady, noisy = Scripted("steady", 2.0), Noisy("noisy", 2.0)
-    race = Race([], threads=1)
-    race._lanes = [Scripted("r", 4.0), steady, noisy]
+    race = ScriptedRace(Scripted("r", 4.0), steady, noisy)
     rows = {row.contender: row for row in race.run(Path("none"), 1, 64, budget, "r")}
     assert steady.slices == 6
     assert rows["steady"].settled is True
@@ -82,6 +81,59 @@ def test_slices_are_as_long_as_one_call_of_a_slow_reference() -> None:
     slow, fast = Scripted("slow", 500.0), Scripted("fast", 1.0)
     raced(slow, fast, budget=Budget(seconds=0.6, calls=1, limit_s=0.6, rounds=6, warmup_s=0.0))
     assert fast.timed_s == pytest.approx(6 * 0.5)
+
+
+class Disturbed(ScriptedRace):
+    """A machine with a neighbour from one look to another, which slows one contender more."""
+
+    def __init__(self, first: int, last: int, factor: float) -> None:
+        slow, fast = Slowed("r", 4.0, self, 1.1), Slowed("a", 2.0, self, 1.6)
+        super().__init__(slow, fast)
+        self.first, self.last, self.factor = first, last, factor
+
+    @property
+    def now(self) -> bool:
+        return self.first <= len(self.looks) <= self.last
+
+    def product(self) -> float:
+        return self.factor if self.now else 1.0
+
+    def rows(self, budget: Budget) -> list[Row]:
+        return self.run(Path("none"), 1, 64, budget, "r")
+
+
+class Slowed(Scripted):
+    drift = 1.0
+
+    def __init__(self, name: str, ms: float, race: Disturbed, by: float) -> None:
+        super().__init__(name, ms)
+        self.race, self.by = race, by
+
+    def time_slice(self, seconds: float) -> float | None:
+        took = super().time_slice(seconds)
+        return took and took * (self.by if self.race.now else 1.0)
+
+
+def test_disturbed_rounds_do_not_count_for_a_ratio() -> None:
+    budget = Budget(seconds=1.0, calls=1, limit_s=4.0, rounds=10, warmup_s=0.0)
+    row = Disturbed(10, 22, 1.4).rows(budget)[1]
+    assert row.ratio is not None
+    assert row.ratio.median == pytest.approx(2.0)
+    assert row.ratio.rounds == sum(row.round_quiet) < len(row.round_ms)
+    assert len(row.round_quiet) == len(row.round_ms) == len(row.round_ratios)
+    assert min(row.round_ratios) < 1.5, "what the disturbed rounds say"
+    assert row.settled is True
+
+
+def test_where_nothing_was_quiet_all_rounds_count_and_that_is_said() -> None:
+    race = Disturbed(3, 10**9, 1.2)
+    rows = race.rows(Budget(seconds=0.6, calls=1, limit_s=0.6, rounds=6, warmup_s=0.0))
+    assert rows[1].ratio is not None
+    assert rows[1].ratio.rounds == 6
+    assert rows[1].settled is False
+    said = " ".join(warnings_of(rows, BenchSettings(device="cpu"), 0.0, 2, During(0.0, False)))
+    assert "disturbed in nearly every round of 2 of 2 rows" in said
+    assert "1 of 1 ratios did not settle" in said
 
 
 @each(

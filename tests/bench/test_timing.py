@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.each import each
-from van_deploy.bench.timing import latency_of, paired_ratio, percentile, ratio_of
+from van_deploy.bench.timing import latency_of, percentile, ratio_of
 from van_deploy.bench.worker import timed_calls
 
 
@@ -27,13 +27,13 @@ def test_latency_of_known_calls() -> None:
 
 def test_a_ratio_is_taken_within_each_round() -> None:
     # The machine was three times slower in the second round, for both.
-    ratio = paired_ratio([10.0, 30.0, 10.0], [5.0, 15.0, 5.0])
+    ratio = ratio_of([2.0, 2.0, 2.0])
     assert ratio is not None
     assert (ratio.median, ratio.least, ratio.most, ratio.rounds) == (2.0, 2.0, 2.0, 3)
 
 
 def test_without_a_common_round_there_is_no_ratio() -> None:
-    assert paired_ratio([], [1.0]) is None
+    assert ratio_of([]) is None
 
 
 @each("count", [6, 9, 20, 41, 100])

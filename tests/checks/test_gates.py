@@ -32,9 +32,9 @@ from van_deploy.checks.rules import (
     judge_numbers,
     paired_loss,
 )
+from van_deploy.config import GateProfile
 from van_deploy.errors import UsageError
 from van_deploy.metrics import Task, find_flips
-from van_deploy.recipe import GateProfile
 
 PASS, FAIL, INCONCLUSIVE = Outcome.PASS, Outcome.FAIL, Outcome.INCONCLUSIVE
 INT8, FP16 = allowed_loss("int8"), allowed_loss("fp16")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from van_deploy.cli.console import emit, plain, print_error, progress, remark
-from van_deploy.report.tables import checks_table, rows_table
+from van_deploy.report.document import checks_table, table
 
 
 class Colour(Enum):
@@ -49,21 +49,21 @@ def test_plain_refuses_what_has_no_plain_form() -> None:
 
 def test_emit_writes_the_table_or_the_document(capsys: pytest.CaptureFixture[str]) -> None:
     result = {"name": "van_b1", "blocks": 10}
-    emit(result, as_json=True, table=str)
-    emit(result, as_json=False, table=lambda r: rows_table(["name", "blocks"], [tuple(r.values())]))
+    emit(result, as_json=True, blocks=list)
+    emit(result, as_json=False, blocks=lambda r: table([r], "name = name name; blocks = blocks d"))
     out = capsys.readouterr().out
-    document, table = out.split("}\n")
+    document, shown = out.split("}\n")
     assert json.loads(document + "}") == result
-    assert table == "name     blocks\n───────────────\nvan_b1   10\n"
+    assert shown == "name    blocks\n──────────────\nvan_b1      10\n"
 
 
 def test_verdicts_are_words_without_colour(capsys: pytest.CaptureFixture[str]) -> None:
-    checks: list[dict[str, object]] = [
-        {"name": "agreement", "outcome": True, "detail": "SQNR 96.2 dB"},
-        {"name": "top-1", "outcome": "failed", "detail": "[bold]3 of 8 differ"},
-        {"name": "engine", "outcome": None, "detail": "no GPU here"},
+    checks = [
+        (True, "agreement", "SQNR 96.2 dB"),
+        ("failed", "top-1", "[bold]3 of 8 differ"),
+        (None, "engine", "no GPU here"),
     ]
-    emit(checks, as_json=False, table=checks_table)
+    emit(checks, as_json=False, blocks=checks_table)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["PASS", "FAIL", "SKIPPED"]
     assert lines[3].endswith("[bold]3 of 8 differ")
@@ -94,7 +94,7 @@ HOSTILE = "\x1b]0;mine\x07\x1b[2J\x9b31mcat\u202egod\r"
 def test_text_from_a_file_does_not_reach_a_terminal_as_commands(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    emit({"name": HOSTILE}, False, lambda result: rows_table(["name"], [[result["name"]]]))
+    emit({"name": HOSTILE}, False, lambda result: table([result], "name = name"))
     print_error(HOSTILE, HOSTILE)
     remark(HOSTILE)
     out, err = capsys.readouterr()
@@ -104,7 +104,7 @@ def test_text_from_a_file_does_not_reach_a_terminal_as_commands(
 
 
 def test_json_escapes_every_control_character(capsys: pytest.CaptureFixture[str]) -> None:
-    emit({"name": HOSTILE, "é": 1}, True, lambda _: "")
+    emit({"name": HOSTILE, "é": 1}, True, list)
     text = capsys.readouterr().out
     assert json.loads(text) == {"name": HOSTILE, "é": 1}
     assert all(letter.isprintable() or letter == "\n" for letter in text)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import ModelProto
 from PIL import Image
 
 from tests.artifacts import Copy, Subject
@@ -20,6 +22,7 @@ from tests.checks.conftest import overwritten
 from tests.cli.test_gates import document
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
+from van_deploy.data import check_images
 from van_deploy.model.random_weights import random_van
 from van_deploy.model.variants import VanConfig
 
@@ -30,7 +33,7 @@ CLASSES = (0, 1, 281, 805)
 
 def figures(found: dict[str, Any]) -> dict[str, Any]:
     """Return what must not depend on how an evaluation was run."""
-    kept = ("count", "unreadable", "accuracies", "losses", "dataset_sha256", "passed")
+    kept = ("count", "unreadable", "accuracy", "losses", "dataset_sha256", "passed")
     return {key: found[key] for key in kept}
 
 
@@ -49,9 +52,9 @@ class TestTheDigits:
         found = evaluated(cli, path, "--images", judged.labelled, "--batch", "16")
         assert found["count"] == 60
         assert "class folders by class name" in found["images"]
-        assert list(found["accuracies"]) == ["pytorch", "fp32", "fp16", "int8"]
-        assert found["accuracies"]["pytorch"]["top1"] > 0.9
-        assert found["accuracies"]["fp32"]["top1"] == found["accuracies"]["pytorch"]["top1"]
+        assert list(found["accuracy"]) == ["pytorch", "fp32", "fp16", "int8"]
+        assert found["accuracy"]["pytorch"]["top1"] > 0.9
+        assert found["accuracy"]["fp32"]["top1"] == found["accuracy"]["pytorch"]["top1"]
         manifest = json.loads((path / "manifest.json").read_text())
         assert manifest["checks"]["evaluate"]["count"] == 60
 
@@ -74,10 +77,10 @@ class TestTheDigits:
         labels.write_text("\n".join(lines))
         by_name = evaluated(cli, path, "--images", named)
         assert "class folders by class name" in by_name["images"]
-        assert by_name["accuracies"] == by_index["accuracies"]
+        assert by_name["accuracy"] == by_index["accuracy"]
         by_file = evaluated(cli, path, "--images", flat, "--labels", labels)
         assert f"labels from '{labels}'" in by_file["images"]
-        assert by_file["accuracies"] == by_index["accuracies"]
+        assert by_file["accuracy"] == by_index["accuracy"]
 
     def test_corrupt_images_are_named_counted_and_left_out(
         self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
@@ -184,14 +187,17 @@ class TestTheDigits:
         ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(folder: Path, classes: int, problem: str = "") -> Path:
+    """Return the bundle of a tiny network of random weights, 32 x 32."""
     from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
     from van_deploy.pipeline import export_bundle, load_for
 
-    folder = tmp_path_factory.mktemp("thousand")
-    config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=1000)
+    config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=classes)
     torch.save(random_van(config, seed=3).state_dict(), folder / "tiny.pth")
+    if problem:
+        (folder / "config.json").write_text(
+            json.dumps({"model_type": "van", "problem_type": problem})
+        )
     recipe = Recipe(
         model=ModelSettings(weights=str(folder / "tiny.pth")),
         preprocessing=PreprocessingSettings(image_size=32),
@@ -199,6 +205,11 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     export_bundle(load_for(recipe), recipe, folder / "bundle")
     return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("thousand"), 1000)
 
 
 @pytest.fixture(scope="module")
@@ -246,9 +257,9 @@ class TestAThousandClasses:
         for described, found in documents.items():
             assert described in found["images"]
             assert found["count"] == 12
-        confidences = [d["accuracies"]["pytorch"]["ece"] for d in documents.values()]
+        confidences = [d["accuracy"]["pytorch"]["ece"] for d in documents.values()]
         assert confidences == pytest.approx([confidences[0]] * 4, rel=1e-9)
-        accuracies = [d["accuracies"]["fp32"]["top5"] for d in documents.values()]
+        accuracies = [d["accuracy"]["fp32"]["top5"] for d in documents.values()]
         assert len(set(accuracies)) == 1
 
     def test_each_layout_finds_the_labels_themselves(self, tmp_path: Path) -> None:
@@ -273,3 +284,73 @@ class TestAThousandClasses:
         result = cli("evaluate", thousand, "--images", tmp_path / "val")
         assert result.exit_code == 5
         assert "Give --synsets FILE with one WordNet id a line" in result.stderr
+
+
+class TestOtherTasks:
+    """One logit and many labels: no argmax, no softmax, and no metric without a meaning."""
+
+    @pytest.fixture
+    def images(self, pictures: list[Image.Image], tmp_path: Path) -> Path:
+        folder = tmp_path / "images"
+        folder.mkdir()
+        for number, picture in enumerate(pictures):
+            picture.save(folder / f"{number:02d}.png")
+        return folder
+
+    @staticmethod
+    def decided(bundle: Path, images: Path) -> np.ndarray:
+        """Return what PyTorch decides at 0.5 of each image, ``(N, K)`` of 0 and 1."""
+        from van_deploy.data import image_set
+        from van_deploy.runners.original import original_network
+
+        loaded = original_network(Bundle.open(bundle))
+        inputs = check_images("", loaded.preprocessing, 12, image_set(images)).inputs
+        with torch.inference_mode():
+            return (loaded.model(torch.from_numpy(inputs)).numpy() >= 0).astype(int)
+
+    def test_one_logit_is_decided_at_one_half(self, cli: Cli, images: Path, tmp_path: Path) -> None:
+        bundle = tiny_bundle(tmp_path, 1)
+        right = self.decided(bundle, images)[:, 0]
+        right[:3] = 1 - right[:3]  # three labels of twelve are not what the network says
+        labels = tmp_path / "labels.txt"
+        labels.write_text("\n".join(f"{n:02d}.png {label}" for n, label in enumerate(right)))
+        words = (bundle, "--images", images, "--labels", labels)
+        found = evaluated(cli, *words)
+        assert found["task"] == "binary"
+        assert {a["top1"] for a in found["accuracy"].values()} == {0.75}
+        assert found["accuracy"]["fp32"]["top5"] is None
+        overwritten(Bundle.open(bundle), "fp32", faults.negated(graph_of(bundle)))
+        result = cli("evaluate", *words, "--json")
+        assert result.exit_code == 1
+        broken = json.loads(result.stdout)
+        assert broken["accuracy"]["fp32"]["top1"] == 0.25
+        assert broken["losses"]["fp32"]["flips"] == 12
+
+    def test_many_labels_are_judged_by_f1(self, cli: Cli, images: Path, tmp_path: Path) -> None:
+        bundle = tiny_bundle(tmp_path, 4, "multi_label_classification")
+        sets = self.decided(bundle, images)
+        lines = [
+            f"{n:02d}.png\t{','.join(map(str, np.flatnonzero(row)))}" for n, row in enumerate(sets)
+        ]
+        labels = tmp_path / "labels.txt"
+        labels.write_text("\n".join(lines))
+        words = (bundle, "--images", images, "--labels", labels)
+        found = evaluated(cli, *words)
+        assert found["task"] == "multi-label"
+        accuracy = found["accuracy"]["fp32"]
+        assert (accuracy["metric"], accuracy["top1"]) == ("F1 (micro)", 1.0)
+        assert (accuracy["top5"], accuracy["ece"]) == (None, None)
+        table = cli("evaluate", *words, "--allow-inconclusive").stdout
+        assert "F1 (micro) %" in table
+        assert "top-1" not in table
+        overwritten(Bundle.open(bundle), "fp32", faults.zeroed(graph_of(bundle)))
+        broken = cli("evaluate", *words, "--json")
+        assert broken.exit_code == 1
+        assert json.loads(broken.stdout)["losses"]["fp32"]["outcome"] == "fail"
+        missing = cli("evaluate", bundle, "--images", images)
+        assert missing.exit_code == 5
+        assert "Give --labels FILE." in missing.stderr
+
+
+def graph_of(bundle: Path) -> ModelProto:
+    return onnx.load(bundle / "model.onnx")

@@ -202,7 +202,7 @@ def test_the_worker_stops_when_its_parent_is_gone(
         "import sys; from pathlib import Path\n"
         "from van_deploy.engine.backend import backend_named\n"
         "from van_deploy.engine.build import engine_from_onnx\n"
-        "from van_deploy.engine.options import BuildOptions\n"
+        "from van_deploy.config import BuildOptions\n"
         "engine_from_onnx(Path(sys.argv[1]), Path(sys.argv[2]), precision='fp32',\n"
         "    backend=backend_named('tensorrt-rtx'), options=BuildOptions(targets=('sm_89',)),\n"
         "    progress=lambda event: print('building', flush=True))\n"
@@ -239,10 +239,8 @@ def test_names(rtx: Backend) -> None:
     assert engine_name("van_b1", "fp16", tensorrt, plus, host) == (
         "van_b1-fp16-ampere-plus-trt11.4.0"
     )
-    last = BuildOptions(strip_weights=True, version_compatible=True)
-    assert engine_name("van_b1", "fp16", tensorrt, last, host) == (
-        "van_b1-fp16-sm89-trt11.4.0-stripped-vc"
-    )
+    last = BuildOptions(version_compatible=True)
+    assert engine_name("van_b1", "fp16", tensorrt, last, host) == ("van_b1-fp16-sm89-trt11.4.0-vc")
 
 
 def test_builds_side_by_side_do_not_disturb_each_other(

@@ -15,7 +15,7 @@ from tests.engine.conftest import BundleMaker
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.engine.backend import Backend
-from van_deploy.engine.fleet import FleetHost, build_here, cells_of, read_fleet
+from van_deploy.engine.fleet import FleetHost, build_here, read_fleet
 from van_deploy.engine.host import Host
 from van_deploy.engine.on_ray import build_on_ray, task_resources
 from van_deploy.errors import RecipeError
@@ -42,7 +42,7 @@ def test_a_file_becomes_cells(fleet_file: Path) -> None:
         'profiling = "detailed"\noptimization_level = 2\n'
         '[hosts.sm_86]\nbackend = "tensorrt"\naccelerator_type = "A10G"\n'
     )
-    cells = cells_of(read_fleet(fleet_file))
+    cells = read_fleet(fleet_file)
     assert [(c.bundle.name, c.target) for c in cells] == [
         ("van_digits", "sm_86"),
         ("van_digits", "sm_80+sm_89"),
@@ -91,7 +91,7 @@ def test_a_file_that_is_wrong(fleet_file: Path, text: str, words: str) -> None:
 
 @pytest.mark.slow
 def test_it_goes_on_after_a_failure_and_resumes(rtx: Backend, fleet_file: Path) -> None:
-    cells = cells_of(read_fleet(fleet_file))
+    cells = read_fleet(fleet_file)
     first = list(build_here(cells, host=Host()))
     assert [outcome.outcome for outcome in first] == ["built", "built", "failed", "failed"]
     assert str(first[2].error).startswith("There is no bundle at")
@@ -140,7 +140,7 @@ class TestOnRay:
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore")
     def test_a_fleet(self, ray: Any, rtx: Backend, fleet_file: Path) -> None:
-        cells = cells_of(read_fleet(fleet_file))
+        cells = read_fleet(fleet_file)
         outcomes = {(o.cell.bundle.name, o.cell.target): o for o in build_on_ray(cells)}
         assert len(outcomes) == 4
         made = outcomes["van_digits", "sm_86"]

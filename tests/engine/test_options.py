@@ -96,8 +96,6 @@ def test_options_survive_json() -> None:
         workspace_bytes=1 << 30,
         optimization_level=5,
         tf32=False,
-        strip_weights=True,
-        refit=True,
         profiling=Profiling.DETAILED,
     )
     assert BuildOptions.from_dict(options.as_dict()) == options

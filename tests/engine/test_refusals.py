@@ -54,8 +54,6 @@ def test_tensorrt_passes_on_its_gpu() -> None:
             UsageError,
         ),
         ({"version_compatible": True}, "has no lean library", UsageError),
-        ({"strip_weights": True}, "needs a GPU for --strip-weights", MissingDependency),
-        ({"refit": True}, "needs a GPU for --refit", MissingDependency),
         ({"workspace_bytes": 1 << 50}, "larger than the", UsageError),
     ],
 )
@@ -69,10 +67,6 @@ def test_rtx_refuses(change: dict[str, Any], message: str, kind: type[VanDeployE
 def test_rtx_refuses_a_timing_cache(tmp_path: Path) -> None:
     error = refused(RTX_ABSENT, SM89, NO_GPU, timing_cache=tmp_path / "cache")
     assert error.message == "TensorRT for RTX accepts a timing cache and does nothing with it."
-
-
-def test_rtx_strips_weights_where_there_is_a_gpu() -> None:
-    refuse_impossible(RTX_ABSENT, SM89.changed(strip_weights=True, refit=True), ADA)
 
 
 def test_tensorrt_needs_the_gpu() -> None:
@@ -114,7 +108,7 @@ def test_workspace_is_compared_with_the_gpus_memory() -> None:
 
 
 @pytest.mark.skipif(nvidia_driver() is not None, reason="measures RTX on a machine with no GPU")
-@pytest.mark.parametrize("option", ["version_compatible", "strip_weights", "refit"])
+@pytest.mark.parametrize("option", ["version_compatible"])
 def test_what_rtx_is_refused_it_really_cannot_do(
     rtx: Backend,
     digits_onnx: Path,
@@ -135,3 +129,16 @@ def test_what_rtx_is_refused_it_really_cannot_do(
             precision="fp32",
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorrt_recommends_nothing_that_it_then_refuses() -> None:
+    """A level covers other GPUs only where no target is named, and RTX only those it serves."""
+    named = refused(ABSENT, BuildOptions(targets=("sm_90",)), ADA)
+    assert named.remedy == (
+        "Build on that GPU, leave --target out and give --hardware-compatibility ampere-plus."
+    )
+    refuse_impossible(
+        ABSENT, BuildOptions(hardware_compatibility=HardwareCompatibility.AMPERE_PLUS), ADA
+    )
+    older = refused(ABSENT, BuildOptions(targets=("sm_75",)), ADA)
+    assert older.remedy == "Build on that GPU, or use --backend tensorrt-rtx."

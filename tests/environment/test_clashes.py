@@ -52,6 +52,15 @@ def test_tensorrt_of_another_cuda_than_pytorch(flavour: str) -> None:
     assert clashes_among({f"{flavour}-cu12": "11.4.0"}, None, None) == ()
 
 
+def test_onnxruntime_of_another_cuda_than_pytorch() -> None:
+    (clash,) = clashes_among({"onnxruntime-gpu": "1.31.1"}, "13.0", None, "12.8")
+    assert clash.message == (
+        "ONNX Runtime was built for CUDA 12.8, but PyTorch for CUDA 13.0: one process cannot "
+        "load both."
+    )
+    assert clashes_among({"onnxruntime-gpu": "1.31.1"}, "13.2", None, "13.0") == ()
+
+
 def test_two_flavours_of_one_tensorrt() -> None:
     (clash,) = clashes_among({"tensorrt-cu12": "11.4.0", "tensorrt-cu13": "11.4.0"}, "13.0", None)
     assert clash.message.startswith("tensorrt-cu12 and tensorrt-cu13 are both installed")

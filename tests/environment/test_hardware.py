@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from tests.each import each
-from van_deploy.environment.hardware import Cpu, Driver, Gpu, cpu, disk, memory, nvidia_driver
+from van_deploy.environment.hardware import (
+    Cpu,
+    Driver,
+    Gpu,
+    cpu,
+    disk,
+    memory,
+    nvidia_driver,
+    visible_gpus,
+)
 
 
 def test_cores_allowed_are_those_of_this_process() -> None:
@@ -51,9 +61,31 @@ def test_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     assert not planned.exists()
 
 
-def test_no_driver_is_none() -> None:
-    assert nvidia_driver(("libno-such-library.so",)) is None
-    assert nvidia_driver(()) is None
+def test_no_driver_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    monkeypatch.setattr(pynvml, "nvmlInit", Mock(side_effect=pynvml.NVMLError_LibraryNotFound()))
+    assert nvidia_driver() is None
+
+
+FOUR = [Gpu(name, None, None, uuid=f"GPU-{name}{name}") for name in "abcd"]
+
+
+@each(
+    ("listed", "seen"),
+    [
+        (None, "abcd"),
+        ("", ""),
+        ("1", "b"),
+        ("3,0", "da"),
+        (" GPU-cc , 0", "ca"),
+        ("0,9,1", "a"),
+        ("-1", ""),
+        ("0,MIG-1", "a"),
+    ],
+)
+def test_the_gpus_that_cuda_visible_devices_leaves(listed: str | None, seen: str) -> None:
+    assert "".join(gpu.name for gpu in visible_gpus(FOUR, listed)) == seen
 
 
 @pytest.mark.gpu

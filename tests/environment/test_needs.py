@@ -14,10 +14,11 @@ from van_deploy.environment.machine import Environment, environment_here
 from van_deploy.environment.needs import Need, abilities, require
 from van_deploy.environment.packages import (
     Installed,
+    cuda_version_of,
     execution_providers,
     pip_command,
-    torch_cuda_version,
 )
+from van_deploy.environment.trials import tried
 from van_deploy.errors import MissingDependency
 
 L4 = Driver("580.65.06", (13, 0), (Gpu("NVIDIA L4", (8, 9), 24 * 2**30),))
@@ -52,7 +53,8 @@ def test_versions_are_those_of_the_modules_themselves(here: Environment) -> None
     )
     assert here.installed("onnxruntime").version == onnxruntime.__version__
     assert here.providers == tuple(onnxruntime.get_available_providers())
-    assert torch_cuda_version() == torch.version.cuda
+    assert cuda_version_of("torch") == torch.version.cuda
+    assert cuda_version_of("onnxruntime") == (getattr(onnxruntime, "cuda_version", "") or None)
     assert "CPUExecutionProvider" in execution_providers()
 
 
@@ -98,7 +100,7 @@ def test_cuda_provider_needs_the_package_and_the_gpu(here: Environment) -> None:
     with pytest.raises(MissingDependency, match="no NVIDIA driver answers"):
         require(varied(with_provider, None), [Need.CUDA_PROVIDER])
     without = dataclasses.replace(here, providers=("CPUExecutionProvider",))
-    with pytest.raises(MissingDependency, match="install onnxruntime-gpu"):
+    with pytest.raises(MissingDependency, match=r"onnxruntime-gpu\[cuda,cudnn\]"):
         require(varied(without, L4), [Need.CUDA_PROVIDER])
 
 
@@ -151,3 +153,53 @@ def test_doctor_fits_100_columns_and_names_every_component(cli: Cli, here: Envir
     assert max(map(len, lines)) <= 100
     for item in here.components:
         assert any(item.component.name in line.split() for line in lines)
+
+
+def test_what_failed_when_tried_cannot_be_done(here: Environment) -> None:
+    """A CPU-only PyTorch beside a GPU, a provider without its libraries, a GPU in use."""
+    trials = {
+        "torch": "AssertionError: Torch not compiled with CUDA enabled",
+        "ort-cuda": "libcudnn.so.9: cannot open shared object file: No such file or directory",
+    }
+    gpu = dataclasses.replace(varied(here, L4), providers=("CUDAExecutionProvider",), trials=trials)
+    assert problem(gpu, "run PyTorch on a GPU") == (
+        "PyTorch on the GPU, tried here, failed: "
+        "AssertionError: Torch not compiled with CUDA enabled"
+    )
+    assert "libcudnn.so.9" in str(problem(gpu, "run them on a GPU with ONNX Runtime"))
+    taken = dataclasses.replace(gpu, trials={"gpu": "The GPU cuda:0 is in use"})
+    with pytest.raises(MissingDependency, match="taking memory on the GPU, tried here, failed"):
+        require(taken, [Need.GPU])
+
+
+def test_gpus_that_are_hidden_are_said_to_be(
+    here: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    hidden = dataclasses.replace(L4, gpus=(), hidden=2)
+    with pytest.raises(MissingDependency) as caught:
+        require(varied(here, hidden), [Need.GPU])
+    assert caught.value.message == (
+        "Required but not here: CUDA_VISIBLE_DEVICES ('7') hides every GPU (2)."
+    )
+
+
+def test_trials_say_why_they_failed() -> None:
+    programs = {
+        "fine": "pass",
+        "raises": "raise TypeError('factory function returned nullptr')",
+        "logs": "import sys; sys.exit('E: Failed to load x with error: libcuda.so.1: missing.')",
+        "dies": "import os; os._exit(7)",
+    }
+    assert tried(programs, programs) == {
+        "fine": "",
+        "raises": "TypeError: factory function returned nullptr",
+        "logs": "libcuda.so.1: missing",
+        "dies": "exit code 7",
+    }
+
+
+def test_what_can_run_here_was_tried(here: Environment) -> None:
+    assert here.trials["ort-cpu"] == ""
+    if here.installed("tensorrt-rtx").usable:
+        assert here.trials["tensorrt-rtx"] == ""

@@ -335,6 +335,8 @@ def test_timms_offsets_are_refused(made: Made) -> None:
     for key in ("crop_border_pixels", "label_offset"):
         config = {"architecture": "van_mine", "pretrained_cfg": {key: 1}}
         assert f"{key} is 1, which is not supported" in refused(made, config=config).message
+    config = {"architecture": "van_mine", "pretrained_cfg": {"pad_mode": "edge", "url": "x"}}
+    assert "pretrained_cfg has pad_mode: not known here" in refused(made, config=config).message
 
 
 @each(

@@ -20,11 +20,12 @@ def bare(digits_bundle: Bundle) -> Bundle:
 
 @pytest.fixture(scope="session")
 def full(made_once: MadeOnce, bare: Bundle, heldout_200: Path) -> Bundle:
-    """Return the same with drift, accuracy and a benchmark."""
+    """Return the same verified, with drift, accuracy and a benchmark."""
 
     def make(folder: Path) -> None:
         shutil.copytree(bare.path, folder)
         bundle = vd.open_bundle(folder)
+        bundle.verify()
         bundle.drift(level="stage", count=2)
         bundle.evaluate(heldout_200)
         bundle.benchmark(

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from van_deploy.bundle import Bundle
-from van_deploy.report.content import document_of
-from van_deploy.report.html import html_of_document
+from van_deploy.report.bundle_report import document_of_bundle
+from van_deploy.report.render_html import html_from_document
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -36,7 +36,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def page(full: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(html_of_document(document_of(full)), encoding="utf-8")
+    path.write_text(html_from_document(document_of_bundle(full)), encoding="utf-8")
     return path
 
 
@@ -71,7 +71,7 @@ def test_it_is_light_by_day_and_dark_by_night(page: Path, tmp_path: Path) -> Non
 
 def test_it_reads_without_errors_and_loads_nothing(page: Path, tmp_path: Path) -> None:
     result = chromium(page, tmp_path / "profile", "--dump-dom")
-    assert "<h2>Roofline</h2>" in result.stdout
+    assert "<h2>Throughput against accuracy</h2>" in result.stdout
     said = [line for line in result.stderr.splitlines() if ":CONSOLE" in line]
     assert said == []
 

@@ -1,21 +1,38 @@
-"""Reports of real bundles: what they say, in HTML and in Markdown, and on the command line."""
+"""Reports of real bundles: what they say, in HTML, in Markdown and in a terminal."""
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
 
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import MANIFEST, Bundle
-from van_deploy.report.content import document_of
-from van_deploy.report.document import Document, Facts, Grid, Section, Text, Tile
-from van_deploy.report.html import html_of_document
-from van_deploy.report.markdown import markdown_of_document
+from van_deploy.report.bundle_report import document_of_bundle
+from van_deploy.report.document import (
+    Block,
+    Document,
+    Facts,
+    Notice,
+    Paragraph,
+    Section,
+    Table,
+    Tile,
+    table,
+)
+from van_deploy.report.render_html import html_from_document
+from van_deploy.report.render_markdown import markdown_from_document
+from van_deploy.report.render_rich import rich_from_blocks
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -69,126 +86,181 @@ def edited(bundle: Bundle, folder: Path, **checks: object) -> Bundle:
     return Bundle.open(folder)
 
 
-def test_the_page_needs_nothing_but_itself(full: Bundle) -> None:
-    html = html_of_document(document_of(full))
+def changed(bundle: Bundle, *checks: str) -> dict[str, Any]:
+    """Return copies of some of a bundle's checks, to be changed."""
+    return copy.deepcopy({name: bundle.manifest.checks[name] for name in checks})
+
+
+def in_terminal(blocks: Iterable[Block], width: int) -> list[str]:
+    console = Console(width=width, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(rich_from_blocks(blocks))
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def document(full: Bundle) -> Document:
+    return document_of_bundle(full)
+
+
+def test_the_page_needs_nothing_but_itself(document: Document) -> None:
+    html = html_from_document(document)
     found = outline(html)
     assert len(html.encode()) < 1_000_000
     assert all(address.startswith(("data:", "#")) for address in found.addresses)
     assert "script" not in found.tags
     assert "http" not in re.sub(r'http-equiv="', "", html), "no address of any kind"
-    assert "url(" not in html
-    assert "@import" not in html
+    assert not {"url(", "@import"} & {word for word in ("url(", "@import") if word in html}
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
 
 
-def test_a_full_bundle_has_every_section_and_working_links(full: Bundle) -> None:
-    found = outline(html_of_document(document_of(full)))
+def test_a_full_bundle_has_every_section_and_working_links(document: Document) -> None:
+    found = outline(html_from_document(document))
     assert found.headings == [
-        "What was asked",
-        "What was made",
-        "Preprocessing",
-        "Verdicts",
-        "Accuracy",
-        "Drift",
-        "Speed",
-        "Throughput against accuracy",
-        "Roofline",
-        "Graph",
-        "Provenance",
-        "What was skipped, and why",
+        *("Verdicts", "Model", "Artifacts", "Verification", "Accuracy", "Drift", "Speed"),
+        *("Throughput against accuracy", "Preprocessing", "Graph", "Provenance", "Not measured"),
     ]
     links = [address[1:] for address in found.addresses if address.startswith("#")]
     assert sorted(links) == sorted(found.identifiers)
 
 
 def test_an_export_alone_says_what_was_not_measured(bare: Bundle) -> None:
-    document = document_of(bare)
-    assert document.verdict == "PASS"
+    document = document_of_bundle(bare)
+    assert document.state == "PASS"
     titles = [section.title for section in document.sections]
-    assert not {"Accuracy", "Drift", "Speed", "Roofline"} & set(titles)
-    (grid,) = document.sections[-1].blocks
-    assert isinstance(grid, Grid)
-    said = " ".join(" ".join(row) for row in grid.rows)
+    assert not {"Verification", "Accuracy", "Drift", "Speed"} & set(titles)
+    (left,) = document.sections[-1].blocks
+    assert isinstance(left, Table)
+    said = " ".join(" ".join(row) for row in left.rows)
     for command in ("verify", "evaluate", "drift", "bench", "quantize", "build"):
         assert f"van-deploy {command}" in said
 
 
-def test_figures_are_the_manifests_own(full: Bundle) -> None:
-    text = markdown_of_document(document_of(full))
-    manifest = full.manifest
-    accuracy = manifest.checks["evaluate"]["accuracies"]["fp32"]
+def test_figures_are_the_manifests_own(full: Bundle, document: Document) -> None:
+    text = markdown_from_document(document)
+    accuracy = full.manifest.checks["evaluate"]["accuracy"]
     bench = json.loads((full.path / "bench.json").read_text())
-    assert manifest.weights.sha256 in text
-    assert f"| {100 * accuracy['top1']:.2f} |" in text
+    assert full.manifest.weights.sha256 in text
+    tile = next(tile for tile in document.tiles if tile.label == "top-1 of fp32")
+    assert tile.value == f"{100 * accuracy['fp32']['top1']:.2f} %"
+    assert tile.note == f"PyTorch {100 * accuracy['pytorch']['top1']:.2f} %"
     for row in bench["rows"]:
         assert f"| {row['contender']} |" in text
         assert f"{row['images_per_s']:,.1f}" in text
     for skipped in bench["skipped"]:
         assert skipped["reason"] in text
-    graph = manifest.artefacts["fp32"].graph
+    graph = full.manifest.artefacts["fp32"].graph
     assert graph
     for kind, count in graph.operators.items():
         assert f"| {kind} | {count} |" in text
 
 
-def test_html_and_markdown_say_the_same(full: Bundle) -> None:
-    document = document_of(full)
-    html, text = html_of_document(document), markdown_of_document(document)
+def test_all_three_say_the_same(document: Document) -> None:
+    html, text = html_from_document(document), markdown_from_document(document)
     for section in document.sections:
         assert f"## {section.title}" in text
+        shown = " ".join(" ".join(in_terminal(section.blocks, 400)).split())
         for block in section.blocks:
-            if isinstance(block, Grid):
-                assert html.count("<tr>") >= len(block.rows)
-                assert all(cell in text for row in block.rows for cell in row if "|" not in cell)
+            cells = [cell for row in getattr(block, "rows", ()) for cell in row]
+            assert all(cell in text for cell in cells if not set("|<>\n") & set(cell))
+            assert all(" ".join(cell.split()) in shown for cell in cells)
+        assert html.count("<tr>") >= sum(len(getattr(b, "rows", ())) for b in section.blocks)
+
+
+def test_no_folder_of_this_machine_is_in_a_report(full: Bundle, document: Document) -> None:
+    folder = str(full.path.parent)
+    assert folder in json.dumps(full.manifest.checks["evaluate"]["images"])
+    for text in (html_from_document(document), markdown_from_document(document)):
+        assert folder not in text
 
 
 def test_a_failed_check_makes_the_whole_report_fail(full: Bundle, tmp_path: Path) -> None:
-    agreement = json.loads(json.dumps(full.manifest.checks["agreement"]))
-    agreement["outcome"] = agreement["batches"][0]["outcome"] = "fail"
-    agreement["batches"][0]["sqnr_db"] = 12.0
-    document = document_of(edited(full, tmp_path / "copy", agreement=agreement))
-    assert document.verdict == "FAIL"
-    assert document.verdict_note.endswith("; 1 failed")
-    verdicts = next(s for s in document.sections if s.title == "Verdicts").blocks[0]
-    assert isinstance(verdicts, Grid)
-    assert verdicts.rows[0][0] == "FAIL"
-    assert verdicts.rows[0][2] == "SQNR 12.0 dB"
+    checks = changed(full, "evaluate")
+    loss = checks["evaluate"]["losses"]["fp32"]
+    loss["outcome"] = loss["findings"][-1]["outcome"] = "fail"
+    loss["findings"][-1]["message"] = "too much was lost"
+    document = document_of_bundle(edited(full, tmp_path / "copy", **checks))
+    assert document.state == "FAIL"
+    assert document.note.endswith("; 1 failed; 1 skipped")
+    verdicts = document.sections[0].blocks[0]
+    assert isinstance(verdicts, Table)
+    assert verdicts.rows[0][:2] == ["FAIL", "top-1 of fp32"]
+    assert verdicts.rows[0][2].endswith("; too much was lost")
+    assert next(t for t in document.tiles if t.label == "top-1 of fp32").tone == "bad"
+
+
+def test_what_the_data_cannot_decide_has_its_own_colour(full: Bundle, tmp_path: Path) -> None:
+    checks = changed(full, "evaluate")
+    loss = checks["evaluate"]["losses"]["fp32"]
+    loss["outcome"] = loss["findings"][-1]["outcome"] = "inconclusive"
+    document = document_of_bundle(edited(full, tmp_path / "copy", **checks))
+    html = html_from_document(document)
+    assert document.state == "INCONCLUSIVE"
+    assert html.count('<span class="badge open">INCONCLUSIVE</span>') >= 3
+    assert "INCONCLUSIVE</text>" in html, "and is written beside the interval"
+
+
+def test_the_allowed_loss_is_drawn_into_the_interval_plot(document: Document) -> None:
+    accuracy = next(s for s in document.sections if s.title == "Accuracy")
+    (plot,) = (block for block in accuracy.blocks if hasattr(block, "svg"))
+    assert plot.svg.count('stroke="var(--bad)"') == 1, "one artifact, one limit"
 
 
 def test_a_changed_file_makes_the_report_fail(full: Bundle, tmp_path: Path) -> None:
     shutil.copytree(full.path, tmp_path / "copy")
     with (tmp_path / "copy" / "model.onnx").open("ab") as file:
         file.write(b"!")
-    document = document_of(Bundle.open(tmp_path / "copy"))
-    assert document.verdict == "FAIL"
+    assert document_of_bundle(Bundle.open(tmp_path / "copy")).state == "FAIL"
 
 
-def test_results_of_another_file_are_left_out_and_named(full: Bundle, tmp_path: Path) -> None:
-    evaluate = json.loads(json.dumps(full.manifest.checks["evaluate"]))
-    evaluate["artefacts_sha256"]["fp32"] = "0" * 64
-    document = document_of(edited(full, tmp_path / "copy", evaluate=evaluate))
-    text = markdown_of_document(document)
-    assert "| evaluate fp32 | measured on another file: run `van-deploy evaluate` again |" in text
-    assert "top-1 of fp32" not in text
+def test_results_of_another_file_are_left_out_and_named_in_the_banner(
+    full: Bundle, tmp_path: Path
+) -> None:
+    checks = changed(full, "evaluate")
+    checks["evaluate"]["artefacts_sha256"]["fp32"] = "0" * 64
+    document = document_of_bundle(edited(full, tmp_path / "copy", **checks))
+    said = "evaluate of fp32: measured on another file; run `van-deploy evaluate` again"
+    assert document.notices == [Notice("STALE", said)]
+    assert document.state == "INCONCLUSIVE"
+    assert "top-1 of fp32" not in markdown_from_document(document)
+    html = html_from_document(document)
+    assert html.index("evaluate of fp32") < html.index("<h2>"), "above everything else"
 
 
 def test_a_verdict_of_an_unknown_check_is_shown(full: Bundle, tmp_path: Path) -> None:
     bundle = edited(full, tmp_path / "copy", novelty={"passed": False, "reason": "it is new"})
-    text = markdown_of_document(document_of(bundle))
-    assert "| FAIL | novelty | it is new |" in text
+    assert "| ❌ FAIL | novelty | it is new |" in markdown_from_document(document_of_bundle(bundle))
 
 
 def test_nothing_from_a_bundle_is_taken_for_markup() -> None:
     nasty = '<script>alert("x")</script> & $title'
-    blocks = (Text(nasty), Facts({nasty: nasty}), Grid((nasty,), ((nasty,),), caption=nasty))
+    blocks: list[Block] = [
+        *(Paragraph(nasty), Facts({nasty: nasty}, nasty), Notice(nasty, nasty)),
+        Table({nasty: ""}, [[nasty]], nasty),
+    ]
     document = Document(
-        nasty, nasty, "PASS", nasty, (Tile(nasty, nasty, nasty),), (Section(nasty, blocks),), nasty
+        *(nasty, nasty, "PASS", nasty, [Notice("STALE", nasty)], [Tile(nasty, nasty, nasty)]),
+        *([Section(nasty, blocks)], nasty),
     )
-    html = html_of_document(document)
-    assert "<script" not in html
-    assert html.count("&lt;script&gt;") >= 12
+    html, text = html_from_document(document), markdown_from_document(document)
+    assert "<script" not in html + text
+    assert html.count("&lt;script&gt;") >= 15
     assert "$title" in html
+
+
+@each("width", [60, 80, 100])
+def test_a_table_that_does_not_fit_becomes_lines_instead_of_slivers(width: int) -> None:
+    row = {"name": "fp16", "verdict": "inconclusive", "why": "more images would decide " * 3}
+    numbers = {f"n{i}": 1234.5 + i for i in range(9)}
+    columns = "verdict = verdict state; artifact = name name; " + "; ".join(
+        f"figure {i} ms = n{i} ,.2f" for i in range(9)
+    )
+    lines = in_terminal(table([row | numbers], f"{columns}; why = why"), width)
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert "INCONCLUSIVE" in text
+    assert all(f"{value:,.2f}" in text for value in numbers.values()), "no number is broken"
 
 
 def test_the_command_writes_both_files_into_the_bundle(
@@ -199,7 +271,7 @@ def test_the_command_writes_both_files_into_the_bundle(
     result = cli("report", folder)
     assert result.exit_code == 0
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert (folder / "report.md").read_text(encoding="utf-8").startswith("# van_digits\n")
+    assert (folder / "report.md").read_text(encoding="utf-8").startswith("# ✅ van_digits\n")
     assert Bundle.open(folder).problems() == []
     elsewhere = tmp_path / "deep" / "page.html"
     values = json.loads(cli("report", folder, "--output", elsewhere, "--json").stdout)
@@ -217,29 +289,28 @@ def test_the_command_refuses_what_it_cannot_do(full: Bundle, cli: Cli, tmp_path:
     assert cli("report", full.path, "--output", blocked / "report.html").exit_code == 5
 
 
-def test_a_benchmark_of_another_version_is_named_and_left_out(full: Bundle, tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(full.path, folder)
-    (folder / "bench.json").write_text('{"schema": "van-deploy/bench/1", "rows": []}')
-    document = document_of(Bundle.open(folder))
-    assert "Speed" not in [section.title for section in document.sections]
-    words = "bench.json was written by another version: run `van-deploy bench` again"
-    assert words in markdown_of_document(document)
-
-
-@each("text", ["", "{", '{"schema": "other"}'])
-def test_a_damaged_benchmark_is_as_good_as_none(full: Bundle, tmp_path: Path, text: str) -> None:
+@each(
+    ("text", "said"),
+    [
+        ("", ""),
+        ("{", ""),
+        ('{"schema": "other"}', ""),
+        ('{"schema": "van-deploy/bench/1", "rows": []}', "bench.json, of another version"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_read_is_left_out(
+    full: Bundle, tmp_path: Path, text: str, said: str
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(full.path, folder)
     (folder / "bench.json").write_text(text)
-    titles = [section.title for section in document_of(Bundle.open(folder)).sections]
-    assert "Speed" not in titles
+    document = document_of_bundle(Bundle.open(folder))
+    assert "Speed" not in [section.title for section in document.sections]
+    assert [n.text.partition(":")[0] for n in document.notices] == [said] * bool(said)
 
 
 def test_the_table_of_precisions_is_whole_in_a_pipe() -> None:
-    from rich.console import Console
-
-    from van_deploy.report.precision_view import precision_table
+    from van_deploy.report.sections_precision import precision_blocks
 
     line = {
         "name": "int8",
@@ -250,11 +321,17 @@ def test_the_table_of_precisions_is_whole_in_a_pipe() -> None:
         "agreement": 0.9935,
         "correct": 1538,
         "images": 2000,
+        "doubts": [],
         "ms_per_image": 116.06,
         "passed": True,
     }
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(precision_table([{**line, "passed": None}, line]))
-    shown = console.export_text()
+    facts = {
+        "comparison": [{**line, "passed": None}, line],
+        "judged_on": {"images": 5, "description": "images"},
+        "calibration": {"images": 5, "description": "images", "noise": False, "unreadable": []},
+        "recommended": None,
+        "why": "speed not measured",
+    }
+    shown = "\n".join(in_terminal(precision_blocks(facts), 100))
     for text in ("precision", "top-1 % (95 %)", "gate", "123.0 MiB", "76.90 (75.0-78.7)", "PASS"):
         assert text in shown

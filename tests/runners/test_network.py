@@ -106,9 +106,9 @@ def test_what_keeps_it_from_running_here(bundle: Bundle) -> None:
     assert cuda.kind == "runtimes"
     assert cuda.reason in {
         "no CUDAExecutionProvider in the ONNX Runtime that is installed",
-        "CUDAExecutionProvider finds no GPU",
+        "CUDAExecutionProvider finds no GPU cuda:0",
     }
-    with pytest.raises(MissingDependency), Network(bundle, "fp32", runner="ort-tensorrt"):
+    with pytest.raises(MissingDependency), Network(bundle, "fp32", runner="ort-cuda"):
         pass
 
 

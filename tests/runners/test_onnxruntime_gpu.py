@@ -1,72 +1,155 @@
-"""ONNX Runtime's GPU providers: refused with a reason where they would fall back to the CPU."""
+"""ONNX Runtime's CUDA provider: found, or refused with a reason; never the CPU in its place."""
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
-from van_deploy.errors import MissingDependency
-from van_deploy.metrics import compare
-from van_deploy.model.checkpoint import load_van
+from tests.each import each
+from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.errors import InputError, MissingDependency, UsageError
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, require_onnxruntime
-
-ON_GPUS = {"ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
-
-
-@pytest.fixture
-def model(digits_onnx: Path) -> Path:
-    return digits_onnx
+from van_deploy.runners.onnxruntime_cuda import CUDA, LIBRARIES, cuda_libraries
 
 
-@pytest.mark.parametrize("name", ON_GPUS)
-def test_a_provider_that_is_not_built_in(name: str, model: Path) -> None:
+def test_a_provider_that_is_not_built_in(digits_onnx: Path) -> None:
     ort = require_onnxruntime()
-    runner = OnnxRuntimeRunner(model, name=name)
-    provider = ON_GPUS[name]
-    if provider in ort.get_available_providers():
-        pytest.skip(f"this ONNX Runtime has {provider}")
+    if CUDA in ort.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has {CUDA}")
     with pytest.raises(MissingDependency) as caught:
-        runner.__enter__()
+        OnnxRuntimeRunner(digits_onnx, name="ort-cuda").__enter__()
     assert caught.value.message.startswith(
-        f"This ONNX Runtime ({ort.__version__}) has no {provider}; it has "
+        f"This ONNX Runtime ({ort.__version__}) has no {CUDA}; it has "
     )
-    assert "onnxruntime-gpu" in caught.value.remedy
+    assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.remedy
     assert caught.value.exit_code == 3
 
 
-def test_a_silent_fall_back_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with onnxruntime-gpu on a machine without CUDA: it claims, warns, and uses the CPU."""
+def test_a_provider_that_does_not_start(digits_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without cuDNN: it is listed, and the session would quietly be the CPU's."""
     ort = require_onnxruntime()
-    if "CUDAExecutionProvider" in ort.get_available_providers():
+    if CUDA in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA: the provider would really start")
-    claimed = [*ort.get_available_providers(), "CUDAExecutionProvider"]
+    claimed = [*ort.get_available_providers(), CUDA]
     monkeypatch.setattr(ort, "get_available_providers", lambda: claimed)
+    gpu = SimpleNamespace(device=0, stream=lambda _: 1)
+    monkeypatch.setattr("van_deploy.runners.onnxruntime.require_cuda", lambda _: gpu)
     with (
         pytest.warns(UserWarning, match="not in available provider"),
         pytest.raises(MissingDependency) as caught,
     ):
-        OnnxRuntimeRunner(model, name="ort-cuda").__enter__()
+        OnnxRuntimeRunner(digits_onnx, name="ort-cuda").__enter__()
     assert caught.value.message == (
-        "ONNX Runtime has CUDAExecutionProvider but could not start it, and would have run on "
-        "CPUExecutionProvider without a word."
+        f"ONNX Runtime {ort.__version__} has {CUDA} but could not start it, and would have run "
+        "on the CPU without a word."
     )
+    assert "cuDNN 9" in caught.value.remedy
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ON_GPUS)
-def test_agreement_on_a_gpu(name: str, model: Path) -> None:
-    loaded = load_van("van_digits")
-    shape = (5, loaded.config.in_chans, 32, 32)
-    images = np.random.default_rng(0).standard_normal(shape, np.float32)
-    with torch.inference_mode():
-        expected = loaded.model(torch.from_numpy(images)).numpy()
+def test_a_cpu_session_has_no_resident_batches(digits_onnx: Path) -> None:
+    with (
+        OnnxRuntimeRunner(digits_onnx) as runner,
+        pytest.raises(UsageError, match="'ort-cpu' runs on no GPU"),
+    ):
+        runner.resident(np.zeros((1, 1, 32, 32), np.float32))
+
+
+@each("shape", [(1, 2, 32, 32), (1, 1, 32)])
+def test_what_onnxruntime_raises_becomes_the_projects_error(
+    digits_onnx: Path, shape: tuple[int, ...]
+) -> None:
+    """Its exceptions derive from Exception and from nothing narrower."""
+    with OnnxRuntimeRunner(digits_onnx) as runner, pytest.raises(InputError) as caught:
+        runner.run(np.zeros(shape, np.float32))
+    assert caught.value.message.startswith("ONNX Runtime failed on a batch of 1: ")
+    assert "van-deploy inspect" in caught.value.remedy
+
+
+@each(
+    ("version", "folders"),
+    [("13.0", {"cu13/lib", "cudnn/lib"}), ("12.8", {"cublas/lib", "cudnn/lib", "curand/lib"})],
+)
+def test_libraries_are_those_of_onnxruntimes_cuda(
+    version: str, folders: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In NVIDIA's wheels, wherever they are: CUDA 13 has one folder, 12 one a component."""
+    nvidia = tmp_path / "elsewhere" / "nvidia"
+    for folder in ("cu13/lib", "cublas/lib", "curand/lib", "cudnn/lib"):
+        (nvidia / folder).mkdir(parents=True)
+    for name in LIBRARIES:
+        place = {"cublas": "cublas", "cublasLt": "cublas", "curand": "curand"}.get(name)
+        if name == "cudnn":
+            (nvidia / "cudnn/lib/libcudnn.so.9").touch()
+            continue
+        (nvidia / f"cu13/lib/lib{name}.so.13").touch()
+        if place:
+            (nvidia / place / f"lib/lib{name}.so.12").touch()
+    spec = importlib.util.spec_from_loader("nvidia", None, is_package=True)
+    assert spec is not None
+    spec.submodule_search_locations = [str(nvidia)]
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: spec)
+    found = cuda_libraries(version)
+    assert {path.parent.relative_to(nvidia).as_posix() for path in found} == folders
+    names = [path.name.split(".")[0] for path in found]
+    assert names.index("libcublasLt") < names.index("libcublas") < names.index("libcudnn")
+
+
+IN_A_FRESH_PROCESS = """
+import ctypes, sys
+sys.path.insert(0, {folder!r})
+import onnxruntime as ort
+from pathlib import Path
+from van_deploy.errors import MissingDependency
+from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from van_deploy.runners.onnxruntime_cuda import preload, provider_starts, CUDA
+
+assert ort.__file__.startswith({folder!r}), ort.__file__
+capi = Path(ort.__file__).parent / "capi"
+ctypes.CDLL(str(capi / "libonnxruntime_providers_shared.so"))
+def lacking():
     try:
-        with OnnxRuntimeRunner(model, name=name) as runner:
-            found = compare(expected, runner.run(images))
-    except MissingDependency as error:
-        pytest.skip(error.message)
-    assert found.sqnr_db >= 50  # TF32 is on by default
-    assert found.top1_agreement == 1.0
+        ctypes.CDLL(str(capi / "libonnxruntime_providers_cuda.so"))
+    except OSError as error:
+        return str(error).split(":")[0]
+    return "nothing"
+print(lacking())
+preload(ort)
+print(lacking())
+print(provider_starts(ort, CUDA))
+try:
+    OnnxRuntimeRunner(Path({model!r}), name="ort-cuda").__enter__()
+except MissingDependency as error:
+    print(error.message)
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(nvidia_driver() is not None, reason="there is an NVIDIA driver here")
+def test_the_cuda_provider_lacks_the_driver_alone(digits_onnx: Path, tmp_path: Path) -> None:
+    """The real package of ONNX Runtime for GPUs, unpacked apart from NVIDIA's wheels."""
+    if importlib.util.find_spec("nvidia") is None or not cuda_libraries("13.0"):
+        pytest.skip("NVIDIA's wheels for CUDA 13 are not installed")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path)]
+    got = subprocess.run(
+        [*pip, "onnxruntime-gpu>=1.31"], capture_output=True, text=True, check=False
+    )
+    if got.returncode:
+        pytest.skip(f"onnxruntime-gpu cannot be had here: {got.stderr[-200:]}")
+    folder = tmp_path / "ort"
+    zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(folder)
+    code = IN_A_FRESH_PROCESS.format(folder=str(folder), model=str(digits_onnx))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before, after, starts, message = done.stdout.splitlines()
+    assert before.startswith("libcublas")
+    assert after == "libcuda.so.1"
+    assert starts == "False"
+    assert message.startswith("CUDA finds no GPU here: ")

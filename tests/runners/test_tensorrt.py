@@ -1,14 +1,12 @@
-"""Engines on a GPU: what is checked before they load, here; and everything else, with a GPU.
-
-The tests marked ``gpu`` are complete, and were never run where this was written:
-there was no GPU.
-"""
+"""Engines: what is checked before they load. ``tests/gpu`` runs them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,15 +18,15 @@ from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.inspect import describe_engine
+from van_deploy.engine.load import builder_of, runtime_of
+from van_deploy.engine.log import BuildLog
 from van_deploy.engine.sidecar import read_sidecar, sidecar_path, write_sidecar
 from van_deploy.environment.hardware import nvidia_driver
-from van_deploy.errors import InputError, MissingDependency, UsageError
-from van_deploy.metrics import compare
+from van_deploy.errors import InputError, MissingDependency, UsageError, VanDeployError
 from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
-from van_deploy.runners.base import Images, run_in_batches
-from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-from van_deploy.runners.tensorrt import TensorRtRunner, admit, profile_for
+from van_deploy.runners.base import Images
+from van_deploy.runners.plan import profile_for
+from van_deploy.runners.tensorrt import TensorRtRunner, admit
 
 PROFILES = (BatchRange(1, 1, 1), BatchRange(2, 4, 8))
 NO_DRIVER = nvidia_driver() is None
@@ -88,7 +86,7 @@ def test_a_profile_is_chosen_by_its_optimum() -> None:
 
 @each("batch", [0, 9])
 def test_a_batch_outside_every_profile(batch: int) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(InputError) as caught:
         profile_for(PROFILES, batch)
     assert caught.value.message == (
         f"The engine does not serve a batch of {batch}; its profiles are 1:1:1, 2:4:8."
@@ -118,7 +116,7 @@ def test_a_plan_for_another_gpu_is_not_admitted(
     sidecar = read_sidecar(made.plan)
     other = next(target for target in RTX_TARGETS if target not in sidecar.targets)
     stranger = Host("a GPU", other, None, "999.0", (99, 0))
-    monkeypatch.setattr("van_deploy.runners.tensorrt.host_here", lambda: stranger)
+    monkeypatch.setattr("van_deploy.runners.tensorrt.host_here", lambda **_: stranger)
     with pytest.raises(MissingDependency) as caught:
         admit(made.plan)
     assert f"this machine has {other} (a GPU)" in caught.value.message
@@ -136,7 +134,7 @@ def test_a_trusted_plan_still_needs_a_gpu(made: Made, tmp_path: Path) -> None:
     plan = tmp_path / "e.plan"
     plan.write_bytes(made.plan.read_bytes())
     runner = TensorRtRunner(plan, trust_engine=True, backend=made.backend.name)
-    with pytest.raises(MissingDependency, match=r"CUDA finds no GPU here|cuda-python"):
+    with pytest.raises(MissingDependency, match=r"CUDA finds no GPU here|cuda-bindings"):
         runner.__enter__()
 
 
@@ -145,133 +143,54 @@ def test_a_runner_that_is_not_open(made: Made) -> None:
         TensorRtRunner(made.plan).run(made.images[:1])
 
 
-@pytest.mark.gpu
-class TestOnAGpu:
-    """Execution, agreement, profiles, CUDA graphs, and release."""
+@pytest.mark.skipif(not NO_DRIVER, reason="there is an NVIDIA driver here")
+def test_a_runtime_that_cannot_be_made_is_the_projects_error(made: Made) -> None:
+    """Without a driver the bindings raise TypeError, "factory function returned nullptr"."""
 
-    @pytest.fixture(scope="class")
-    def expected(self, made: Made) -> Images:
-        with OnnxRuntimeRunner(made.onnx) as runner:
-            return runner.run(made.images)
+    class Module(ModuleType):
+        ILogger = made.backend.module.ILogger
 
-    @pytest.fixture(params=[False, True], ids=["stream", "graph"])
-    def runner(self, made: Made, request: pytest.FixtureRequest) -> Iterator[TensorRtRunner]:
-        with TensorRtRunner(made.plan, cuda_graph=request.param) as opened:
-            yield opened
+        @staticmethod
+        def Runtime(_: object) -> Any:  # noqa: N802
+            raise TypeError("pybind11::init(): factory function returned nullptr")
 
-    def test_agreement_at_every_batch(
-        self, made: Made, expected: Images, runner: TensorRtRunner
-    ) -> None:
-        floor = {"fp32": 80.0, "fp16": 40.0}[read_sidecar(made.plan).precision]
-        for batch in (1, 2, 3, 8, 1, 5, 5):  # back and forth between profiles and graphs
-            found = compare(expected[:batch], runner.run(made.images[:batch]))
-            assert found.sqnr_db >= floor, (batch, found)
-            assert found.top1_agreement == 1.0
+        Builder = Runtime
 
-    def test_more_than_the_largest_batch(
-        self, made: Made, expected: Images, runner: TensorRtRunner
-    ) -> None:
-        with pytest.raises(UsageError, match="does not serve a batch of 11"):
-            runner.run(made.images)
-        logits = run_in_batches(runner, made.images, 8)
-        assert compare(expected, logits).top1_agreement == 1.0
+    backend = replace(made.backend, module=Module("tensorrt"))
+    ways: tuple[Callable[[], object], ...] = (
+        lambda: runtime_of(backend, BuildLog()),
+        lambda: builder_of(backend, BuildLog(), "m"),
+    )
+    for make in ways:
+        with pytest.raises(MissingDependency) as caught:
+            make()
+        assert "none answers here" in caught.value.message
+        assert caught.value.exit_code == 3
 
-    def test_results_are_the_callers(self, made: Made, runner: TensorRtRunner) -> None:
-        first = runner.run(made.images[:2])
-        kept = first.copy()
-        runner.run(made.images[2:4])
-        np.testing.assert_array_equal(first, kept)
 
-    def test_the_same_twice(self, made: Made, runner: TensorRtRunner) -> None:
-        first, second = (runner.run(made.images[:4]) for _ in range(2))
-        np.testing.assert_array_equal(first, second)
+class Engine:
+    """Remembers whether code for the processor was allowed when it was loaded."""
 
-    def test_images_of_another_shape_or_type(self, made: Made, runner: TensorRtRunner) -> None:
-        with pytest.raises(InputError, match="the images are"):
-            runner.run(made.images[:1, :, 1:])
-        with pytest.raises(InputError, match="the images are float64"):
-            runner.run_all(made.images[:1].astype(np.float64))
+    engine_host_code_allowed = False
+    allowed: bool | None = None
 
-    def test_memory_is_given_back(self, made: Made) -> None:
-        def free() -> int:
-            from cuda.bindings import runtime
+    def deserialize_cuda_engine(self, data: bytes) -> None:
+        Engine.allowed = self.engine_host_code_allowed
 
-            return int(runtime.cudaMemGetInfo()[1])
 
-        def once() -> None:
-            with TensorRtRunner(made.plan) as opened:
-                opened.run(made.images[:8])
-
-        once()  # what CUDA and TensorRT take for good
-        before = free()
-        for _ in range(5):
-            once()
-        assert before - free() < 16 << 20
-
-    def test_memory_is_given_back_after_an_error(self, made: Made) -> None:
-        def fail() -> None:
-            with TensorRtRunner(made.plan) as opened:
-                opened.run(made.images[:8])
-                raise KeyError
-
-        for _ in range(3):
-            with pytest.raises(KeyError):
-                fail()
-        with TensorRtRunner(made.plan) as opened:
-            opened.run(made.images[:8])
-
-    def test_a_runtime_cache(self, made: Made, tmp_path: Path) -> None:
-        cache = tmp_path / "kernels.cache"
-        if made.backend.has_timing_cache:
-            with pytest.raises(UsageError, match="has no run-time cache"):
-                TensorRtRunner(made.plan, runtime_cache=cache).__enter__()
-            return
-        answers = []
-        for _ in range(2):
-            with TensorRtRunner(made.plan, runtime_cache=cache) as opened:
-                answers.append(opened.run(made.images[:4]))
-            assert cache.stat().st_size > 0
-        np.testing.assert_array_equal(answers[0], answers[1])
-
-    def test_a_damaged_plan_that_is_trusted(self, made: Made, tmp_path: Path) -> None:
-        plan = tmp_path / "e.plan"
-        plan.write_bytes(made.plan.read_bytes()[:1000])
-        runner = TensorRtRunner(plan, trust_engine=True, backend=made.backend.name)
-        with pytest.raises((InputError, MissingDependency)):
-            runner.__enter__()
-
-    def test_the_inspector_names_pytorch_modules(self, made: Made) -> None:
-        found = describe_engine(made.plan)
-        assert not found.obstacles
-        assert found.layers
-        text = " ".join(f"{layer.name} {layer.nodes}" for layer in found.layers)
-        assert "block1" in text
-
-    def test_a_stripped_plan_builds(self, made: Made, tmp_path: Path) -> None:
-        asked = read_sidecar(made.plan).options
-        stripped = engine_from_onnx(
-            made.onnx,
-            tmp_path / "e.plan",
-            backend=made.backend,
-            options=asked.changed(strip_weights=True, refit=True),
-            precision="fp32",
-        )
-        assert stripped.plan_bytes < read_sidecar(made.plan).plan_bytes
-
-    def test_a_timing_cache_is_filled_and_used(self, made: Made, tmp_path: Path) -> None:
-        if not made.backend.has_timing_cache:
-            pytest.skip("TensorRT for RTX has no timing cache")
-        cache = tmp_path / "timing.cache"
-        seconds = []
-        for index in range(2):
-            sidecar = engine_from_onnx(
-                made.onnx,
-                tmp_path / f"{index}.plan",
-                backend=made.backend,
-                options=read_sidecar(made.plan).options,
-                precision="fp32",
-                timing_cache=cache,
-            )
-            seconds.append(sidecar.build_seconds)
-        assert cache.stat().st_size > 0
-        assert seconds[1] < seconds[0]
+@each("version_compatible", [False, True])
+def test_host_code_is_allowed_for_a_plan_whose_sidecar_says_it_has_some(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version_compatible: bool
+) -> None:
+    plan = tmp_path / "e.plan"
+    plan.write_bytes(made.plan.read_bytes())
+    sidecar = read_sidecar(made.plan)
+    options = sidecar.options.changed(version_compatible=version_compatible)
+    write_sidecar(plan, sidecar.model_copy(update={"options": options}))
+    here = Host("a GPU", sidecar.targets[0], None, "999.0", (99, 0))
+    monkeypatch.setattr("van_deploy.runners.tensorrt.host_here", lambda **_: here)
+    monkeypatch.setattr("van_deploy.runners.tensorrt.require_cuda", lambda _: None)
+    monkeypatch.setattr("van_deploy.runners.plan.runtime_of", lambda *_: (Engine(), None))
+    with pytest.raises(VanDeployError, match="does not load"):
+        TensorRtRunner(plan).__enter__()
+    assert Engine.allowed is version_compatible

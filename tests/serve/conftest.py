@@ -128,9 +128,8 @@ def serving(
     Args:
         bundle: what to serve.
         slow: where given, every batch waits for it before it runs.
-        settings: of :class:`ServiceSettings`, and ``max_connections``.
+        settings: of :class:`ServiceSettings`.
     """
-    connections = settings.pop("max_connections", 512)
     service = Service(bundle, ServiceSettings(**settings))
     app = App(service)
     service.load()
@@ -143,8 +142,7 @@ def serving(
         ends.append(end)
         ready.set()
 
-    options = {"on_ready": on_ready, "max_connections": connections}
-    thread = threading.Thread(target=run_server, args=(app, bound), kwargs=options)
+    thread = threading.Thread(target=run_server, args=(app, bound, on_ready))
     thread.start()
     try:
         assert ready.wait(30)

@@ -42,12 +42,12 @@ def test_a_folder_through_every_artefact(
         *("--batch", batch, "--top-k", "2", "--json"),
     )
     assert result.exit_code == 0
-    predictions = document(result)["answers"]
+    predictions = document(result)["predictions"]
     assert len(predictions) == 11
     right = sum(p["top"][0]["name"] == Path(p["source"]).parent.name for p in predictions)
     assert right >= 10  # the network is right on 97 of 100
     assert all(len(p["top"]) == 2 for p in predictions)
-    assert "11 pictures, " in result.stderr
+    assert "11 images, " in result.stderr
 
 
 def test_batches_are_filled_across_bad_pictures(digits: Bundle, folder: Path) -> None:
@@ -94,7 +94,7 @@ def test_every_mode_is_answered_as_timm_would(
     path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
     picture.save(path)
     result = cli("predict", digits.path, path, "--json")
-    top = document(result)["answers"][0]["top"][0]["index"]
+    top = document(result)["predictions"][0]["top"][0]["index"]
     expected = grey if mode == "I;16" else picture.convert("RGB")
     assert top == as_timm_would(expected, digits)
 
@@ -108,7 +108,7 @@ def test_exif_orientation_is_applied(
     upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
     upright.save(tmp_path / "upright.png")
     paths = [tmp_path / name for name in ("turned.png", "upright.png")]
-    turned, straight = document(cli("predict", digits.path, *paths, "--json"))["answers"]
+    turned, straight = document(cli("predict", digits.path, *paths, "--json"))["predictions"]
     assert turned["top"] == straight["top"]
 
 
@@ -124,7 +124,7 @@ def test_the_first_frame_of_an_animation(digits: Bundle, folder: Path, tmp_path:
 def test_standard_input(digits: Bundle, original: Path) -> None:
     command = [sys.executable, "-m", "van_deploy", "predict", str(digits.path), "-", "--json"]
     done = subprocess.run(command, input=original.read_bytes(), capture_output=True, check=True)
-    top = json.loads(done.stdout)["answers"][0]["top"]
+    top = json.loads(done.stdout)["predictions"][0]["top"]
     expected = top5_of(digits)
     assert [c["index"] for c in top] == [c.index for c in expected]
     empty = subprocess.run(command, input=b"", capture_output=True, check=False)

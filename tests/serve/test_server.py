@@ -38,6 +38,7 @@ from van_deploy.errors import UsageError
 from van_deploy.model.embedded import digits_images
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.runners.network import Network, TensorSpec
+from van_deploy.serve import intake
 from van_deploy.serve.intake import RequestError, file_of_form
 from van_deploy.serve.protocol import encode_response, parse_request
 from van_deploy.serve.service import Service
@@ -320,7 +321,7 @@ class TestJson:
         body = json.dumps({"inputs": [tensor]}).encode()
         tracemalloc.start()
         with pytest.raises(RequestError, match="give 1001 numbers"):
-            parse_request(body, None, given, [], 1)
+            parse_request(body, len(body), given, [], 1)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 10 * len(body)
@@ -346,14 +347,15 @@ class TestJson:
             serving(digits, artefacts=("fp32-uint8",)) as server,
             concurrent.futures.ThreadPoolExecutor(1) as pool,
         ):
-            run = server.service.json.run
+            run = server.service.intake.run
 
-            async def held(function: Any, *arguments: Any) -> Any:
-                asked.set()
-                await asyncio.to_thread(gate.wait, 30)
-                return await run(function, *arguments)
+            async def held(where: Any, *call: Any) -> Any:
+                if where == "process":
+                    asked.set()
+                    await asyncio.to_thread(gate.wait, 30)
+                return await run(where, *call)
 
-            server.service.json.run = held  # type: ignore[method-assign]
+            server.service.intake.run = held  # type: ignore
             waiting = pool.submit(infer_json, server, document)
             assert asked.wait(30)
             assert get(f"{server.url}/v2/health/live")[0] == 200
@@ -366,13 +368,13 @@ class TestJson:
         monkeypatch.setattr("van_deploy.serve.app.MANY_NUMBERS", 100)
         written: list[str] = []
         with serving(digits, artefacts=("fp32-uint8",)) as server:
-            run = server.service.json.run
+            run = server.service.intake.run
 
-            async def noted(function: Any, *arguments: Any) -> Any:
-                written.append(function.__name__)
-                return await run(function, *arguments)
+            async def noted(where: Any, function: Any, *given: Any) -> Any:
+                written.extend([function.__name__] * (where == "process"))
+                return await run(where, function, *given)
 
-            server.service.json.run = noted  # type: ignore[method-assign]
+            server.service.intake.run = noted  # type: ignore[method-assign]
             with triton.InferenceServerClient(server.address) as client:
                 for binary in (False, True):
                     wanted = [triton.InferRequestedOutput("logits", binary_data=binary)]
@@ -388,7 +390,7 @@ class TestJson:
         document = {"inputs": [{**PIXELS, "data": [0] * ROW}]}
         with serving(digits, artefacts=("fp32-uint8",)) as server:
             assert infer_json(server, document)[0] == 200
-            (worker,) = server.service.json._pool._processes.values()
+            (worker,) = server.service.intake._pool._processes.values()
             assert worker.pid
             os.kill(worker.pid, signal.SIGKILL)
             statuses = [infer_json(server, document)[0] for _ in range(3)]
@@ -406,21 +408,27 @@ class TestJson:
         given = TensorSpec("x", "float32", (1,))
         for name in ("\\ud800", "x\\ud800"):
             with pytest.raises(RequestError, match="not JSON"):
-                parse_request(f'{{"inputs": [{{"name": "{name}"}}]}}'.encode(), None, given, [], 1)
+                parse_request(
+                    body := f'{{"inputs": [{{"name": "{name}"}}]}}'.encode(),
+                    len(body),
+                    given,
+                    [],
+                    1,
+                )
 
     def test_half_precision_overflow_is_not_finite(self) -> None:
         given = TensorSpec("x", "float16", (1,))
         tensor = {"name": "x", "shape": [1, 1], "datatype": "FP16", "data": [70_000]}
         body = json.dumps({"inputs": [tensor]}).encode()
         with pytest.raises(RequestError, match="not finite"):
-            parse_request(body, None, given, [], 1)
+            parse_request(body, len(body), given, [], 1)
 
     def test_all_outputs_are_given_where_none_is_asked_for(self) -> None:
         given = TensorSpec("x", "float32", (1,))
         outputs = [TensorSpec("a", "float32", (2,)), TensorSpec("b", "int64", (1,))]
         tensor = {"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [1.5]}
         body = json.dumps({"inputs": [tensor]}).encode()
-        rows, request = parse_request(body, None, given, outputs, 1)
+        rows, request = parse_request(body, len(body), given, outputs, 1)
         found: dict[str, Any] = {"a": np.ones((1, 2), np.float32), "b": np.ones((1, 1), np.int64)}
         text, length = encode_response(request, found, "m")
         assert (rows.tolist(), length) == ([[1.5]], None)
@@ -453,6 +461,13 @@ class TestImages:
         file = b'--x\r\ncontent-disposition: form-data; name="f"; FileName="a"\r\n\r\n\r\n-x--y\r\n'
         kind = 'multipart/form-data; charset=utf-8; boundary="x"'
         assert file_of_form(field + file + b"--x--\r\n", kind) == b"\r\n-x--y"
+
+    @each("shift", range(-20, 8))
+    def test_a_form_is_found_across_the_pieces_that_are_searched(self, shift: int) -> None:
+        start = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\n'
+        content = bytes(2 * intake.WINDOW - len(start) + shift)
+        body = start + content + b"\r\n--x--\r\n"
+        assert file_of_form(body, "multipart/form-data; boundary=x") == content
 
     @each(
         ("body", "headers", "status", "message"),
@@ -544,6 +559,13 @@ class TestLimits:
                     client.sendall(b"X-Long: " + b"a" * 10_000 + b"\r\n")
             assert client.recv(65536).startswith(b"HTTP/1.1 400")
 
+    def test_too_many_headers_are_refused(self, server: Running) -> None:
+        for count, status in ((99, 200), (100, 400)):
+            with connected(server) as client:
+                head = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
+                client.sendall(head + b"a: b\r\n" * count + b"\r\n")
+                assert client.recv(65536).startswith(b"HTTP/1.1 %d" % status)
+
     def test_a_head_that_does_not_come_is_cut_off(self, digits: Bundle) -> None:
         with serving(digits, read_timeout_s=0.5) as server, connected(server) as client:
             client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -586,7 +608,7 @@ class TestLimits:
             with connected(server) as gone:
                 gone.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nhalf")
         assert post(f"{server.url}/predict", original.read_bytes())[0] == 200
-        until(lambda: server.service.held.used == 0)
+        until(lambda: server.service.intake.held.used == 0)
         assert all(served.queue.used == 0 for served in server.service.models.values())
 
     def test_bodies_held_at_once_are_limited_and_given_back(
@@ -596,13 +618,13 @@ class TestLimits:
             with connected(server) as slow:
                 head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999999\r\n\r\n"
                 slow.sendall(head + bytes(900_000))
-                until(lambda: server.service.held.used == 900_000)
+                until(lambda: server.service.intake.held.used == 900_000)
                 status, answer, headers = post(f"{server.url}/predict", bytes(200_000))
                 assert (status, headers["Retry-After"]) == (503, "1")
                 assert "hold all the memory they may" in answer["error"]
                 assert get(f"{server.url}/v2/health/live")[0] == 200
                 assert post(f"{server.url}/predict", original.read_bytes())[0] == 200
-            until(lambda: server.service.held.used == 0)
+            until(lambda: server.service.intake.held.used == 0)
             assert post(f"{server.url}/predict", bytes(200_000))[0] == 422
 
     def test_a_refused_body_is_freed_at_once(self, server: Running) -> None:
@@ -679,11 +701,10 @@ class TestLimits:
         with pytest.raises(UsageError, match="A queue of 15 images cannot fill 2 x 8 images"):
             service.load()
 
-    def test_two_instances_run_two_batches_at_the_same_time(
-        self, digits: Bundle, pixels: Any
-    ) -> None:
+    def test_two_idle_instances_share_what_waits(self, digits: Bundle, pixels: Any) -> None:
         both = threading.Barrier(2, timeout=30)
-        with serving(digits, instances=2, artefacts=("fp32-uint8",)) as server:
+        settings: dict[str, Any] = {"instances": 2, "max_delay_ms": 500}
+        with serving(digits, artefacts=("fp32-uint8",), **settings) as server:
             network = server.service.models[BYTES].network
             run = network.run
 
@@ -692,10 +713,12 @@ class TestLimits:
                 return run(rows)
 
             network.run = together  # type: ignore
-            with triton.InferenceServerClient(server.address, concurrency=2) as client:
-                asked = [client.async_infer(BYTES, [an_input(pixels)]) for _ in range(2)]
+            with triton.InferenceServerClient(server.address, concurrency=4) as client:
+                given = an_input(pixels[:2])
+                asked = [client.async_infer(BYTES, [given]) for _ in range(4)]
                 found = [request.get_result().as_numpy("logits") for request in asked]
-        assert [f.shape for f in found] == [(8, 10)] * 2
+            assert server.service.models[BYTES].counts["batches"] == 2
+        assert [f.shape for f in found] == [(2, 10)] * 4
 
     def test_stopping_answers_what_was_begun(self, digits: Bundle) -> None:
         gate, body = threading.Event(), pictures(digits, 2)
@@ -710,7 +733,7 @@ class TestLimits:
             thread.start()
             until(lambda: server.service.models[BYTES].queue.used == 2)
             server.stop()
-            until(lambda: server.service.draining)
+            until(lambda: server.service.intake.draining)
             gate.set()
         thread.join(30)
         assert [a.shape for a in answers] == [(2, 10)]
@@ -720,15 +743,15 @@ class TestLimits:
         head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(image)}\r\n\r\n"
         with serving(digits) as server, connected(server) as client:
             client.sendall(head.encode() + image[:10])
-            until(lambda: server.service.held.used == 10)
+            until(lambda: server.service.intake.held.used == 10)
             server.stop()
-            until(lambda: server.service.draining)
+            until(lambda: server.service.intake.draining)
             client.sendall(image[10:])
             assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
     def test_a_draining_server_says_503(self, digits: Bundle, original: Path) -> None:
         with serving(digits) as server:
-            server.service.draining = True
+            server.service.intake.draining = True
             assert get(f"{server.url}/v2/health/ready")[0] == 503
             status, answer, headers = post(f"{server.url}/predict", original.read_bytes())
             assert (status, answer["error"]) == (503, "The server is shutting down.")
@@ -911,7 +934,7 @@ def test_spoiled_requests_get_a_status_and_leave_no_traceback(
 
     with serving(digits, artefacts=("fp32-uint8",), read_timeout_s=0.5) as server:
         statuses, faults = fuzz_requests(server.url, 0, 600, original.read_bytes())
-        assert server.service.held.used == 0
+        assert server.service.intake.held.used == 0
     assert faults == []
     assert {200, 400, 404, 405, 422} <= set(statuses)
     assert "raceback" not in capfd.readouterr().err

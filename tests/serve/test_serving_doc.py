@@ -1,4 +1,4 @@
-"""The snippets of docs/serving.md do what they say."""
+"""The commands of docs/serving.md exist, and the programs of docs/examples do what they say."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ def text(repository: Path) -> str:
     return (repository / "docs/serving.md").read_text(encoding="utf-8")
 
 
-def blocks(text: str, language: str) -> list[str]:
-    found = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert found
-    return found
+@pytest.fixture(scope="module")
+def examples(repository: Path) -> Path:
+    return repository / "docs/examples"
 
 
-def test_python_with_onnx_runtime_alone(digits: Bundle, text: str, tmp_path: Path) -> None:
-    (source,) = (block for block in blocks(text, "python") if "onnxruntime" in block)
+def test_python_with_onnx_runtime_alone(digits: Bundle, examples: Path, tmp_path: Path) -> None:
+    source = (examples / "onnxruntime_image.py").read_text()
     preprocessing = digits.manifest.preprocessing
     sizes = f"{preprocessing.image_size}, {preprocessing.resize_size}"
     assert "SIZE, SHORT_SIDE = 224, 248" in source
@@ -49,12 +48,11 @@ def test_python_with_onnx_runtime_alone(digits: Bundle, text: str, tmp_path: Pat
     assert done.stdout == f"{expected}\n"
 
 
-def test_cpp_with_onnx_runtime_alone(digits: Bundle, text: str, tmp_path: Path) -> None:
-    (source,) = blocks(text, "cpp")
+def test_cpp_with_onnx_runtime_alone(digits: Bundle, examples: Path, tmp_path: Path) -> None:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    (tmp_path / "main.cpp").write_text(source)
+    shutil.copy(examples / "onnxruntime_image.cpp", tmp_path / "main.cpp")
     header = "#include <onnxruntime_cxx_api.h>\n"
     probe = subprocess.run(
         [compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"],
@@ -86,13 +84,18 @@ def test_cpp_with_onnx_runtime_alone(digits: Bundle, text: str, tmp_path: Path) 
     np.testing.assert_allclose([float(v) for v in done.stdout.split()], expected, atol=1e-4)
 
 
-def test_every_python_block_is_python(text: str) -> None:
-    for block in blocks(text, "python"):
-        ast.parse(block)
+def test_every_example_compiles_and_is_linked(text: str, examples: Path) -> None:
+    files = sorted(examples.iterdir())
+    assert len(files) == 3
+    for file in files:
+        assert f"(examples/{file.name})" in text
+        if file.suffix == ".py":
+            ast.parse(file.read_text())
 
 
 def test_every_command_exists_with_its_options(text: str, cli: Cli) -> None:
-    lines = [line for block in blocks(text, "sh") for line in block.splitlines()]
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
     commands = [line.split() for line in lines if line.startswith("van-deploy ")]
     assert len(commands) == 9
     for _, command, *words in commands:

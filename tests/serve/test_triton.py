@@ -28,7 +28,7 @@ from tests.conftest import Cli
 from tests.each import each
 from tests.serve.conftest import PlanMaker, Running, top5_of
 from van_deploy.api import open_bundle
-from van_deploy.bundle import Bundle
+from van_deploy.bundle import Bundle, writing
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.data import open_image
 from van_deploy.errors import ConversionError, InputError, UsageError
@@ -132,7 +132,7 @@ class TestConfiguration:
         assert (folder / "1/model-1.plan").read_bytes() == b"plan for sm_120"
 
     def test_preferred_sizes_come_from_the_benchmark(self, digits: Bundle) -> None:
-        assert preferred_batches(digits, "fp32-uint8", 8) == (2, 8)
+        assert preferred_batches(Network(digits, "fp32-uint8")) == (2, 8)
         rates = {1: 100.0, 2: 150.0, 4: 195.0, 8: 200.0, 16: 300.0}
         rows = [
             {"contender": "ort-cpu/fp32", "batch": batch, "images_per_s": rate}
@@ -142,7 +142,7 @@ class TestConfiguration:
         rows.append({"contender": "ort-cpu/int8", "batch": 1, "images_per_s": 9e9})
         checks = {**digits.manifest.checks, "bench": {"rows": rows}}
         measured = Bundle(digits.path, digits.manifest.model_copy(update={"checks": checks}))
-        assert preferred_batches(measured, "fp32-uint8", 8) == (4, 8)
+        assert preferred_batches(Network(measured, "fp32-uint8")) == (4, 8)
 
 
 class TestRefused:
@@ -185,6 +185,18 @@ class TestRefused:
             open_bundle(with_plans().path).package(
                 tmp_path / "out", artefacts=("fp32", "plan-sm_89")
             )
+
+    def test_an_inductor_package(self, with_plans: PlanMaker, tmp_path: Path) -> None:
+        bundle = with_plans()
+        with writing(bundle.path) as draft:
+            plan = bundle.artefact("plan-sm_89")
+            file = draft.file("engines/x.pt2")
+            file.write_bytes(b"a package")
+            named = {"name": "x", "kind": "package", "file": "engines/x.pt2"}
+            draft.record(plan.model_copy(update={**named, "files": {"engines/x.pt2": ""}}))
+        message = "Triton's backends run graphs and plans, and 'x' is a package."
+        with pytest.raises(InputError, match=re.escape(message)):
+            open_bundle(bundle.path).package(tmp_path / "out", artefacts=("x",))
 
     def test_the_python_backend_on_a_gpu(self, digits: Bundle, tmp_path: Path, cli: Cli) -> None:
         words = ("package", "triton", digits.path, "--backend", "python", "--gpu")

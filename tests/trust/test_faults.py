@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from reliability.disks import full_disk
-from reliability.kills import kills
+from reliability.steps import killed_at_every_step
 from reliability.trials import Trials, bundle_is_whole, finished, van_deploy
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ def judged(found: list[Trials]) -> None:
 
 
 def test_a_killed_command(tmp_path: Path) -> None:
-    judged(kills(tmp_path, 3, ["quantize"]))
+    judged(killed_at_every_step(tmp_path, 1, ["report"]))
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

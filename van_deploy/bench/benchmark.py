@@ -1,63 +1,378 @@
-"""A bundle's benchmark: its artefacts in every run time that is here, against each other."""
+"""A benchmark from settings to a report that holds what is needed to repeat it."""
 
 from __future__ import annotations
 
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
+from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.contender import Contender, Skipped
-from van_deploy.bench.contenders import chosen, contenders_of
-from van_deploy.bench.document import BenchReport, Subject
-from van_deploy.bench.report import Progress, race_report
+from van_deploy.bench.contenders import REFERENCE, chosen, contenders_of, gpu_answers
+from van_deploy.bench.document import SCHEMA, BenchReport, Best, BestUnder, Seconds, Subject
+from van_deploy.bench.machine import During, Watch, busy_cores, machine_here
+from van_deploy.bench.on_gpu import gpu_rows, int8_not_worth_it, with_ratios
+from van_deploy.bench.process import KEEP_MEMORY, WorkerError, WorkerProcess
+from van_deploy.bench.profile import ProfileLine
+from van_deploy.bench.race import Lane, Loading, Progress, Race, Row
+from van_deploy.bench.roofline import measured_limits
+from van_deploy.bench.timing import CV_LIMIT_PERCENT
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
+from van_deploy.config.bench import LEAST_ROUNDS
+from van_deploy.environment.hardware import cpu, nvidia_driver
+from van_deploy.errors import ConversionError, MissingDependency, UsageError
+from van_deploy.provenance import tool_versions
+from van_deploy.runners.base import CudaOptions, gpu_index
 
-__all__ = ["benchmark_bundle"]
+__all__ = ["Measured", "benchmark_bundle", "warnings_of"]
 
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes tried under a latency limit, as far as the bundle's range goes."""
+
+RUNTIMES = (
+    *("torch", "timm", "onnxruntime", "onnxruntime-gpu", "openvino"),
+    *("tensorrt", "tensorrt-rtx-cu13"),
+)
+VARIABLES = (
+    *("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "MKL_", "KMP_", "OPENBLAS_"),
+    *("CUDA_", "TORCH", "ORT_", "OPENVINO_", "OV_"),
+)
+
+
+Sized = tuple[int, Path, list[Contender]]
+"""An image size, the file of its images, and the contenders that take it."""
 
 
 def benchmark_bundle(
     bundle: Bundle, settings: BenchSettings, *, progress: Progress | None = None
 ) -> BenchReport:
-    """Return how fast each artefact of ``bundle`` is in each run time that is here.
+    """Return how fast each artifact of ``bundle`` is in each runtime of a device.
 
     Raises:
-        BundleError: there is no artefact, or a file is not the manifest's.
-        UsageError: a runner or the reference is unknown.
-        MissingDependency: a runner was asked for by name and cannot start.
+        BundleError: there is no artifact, or a file is not the manifest's.
+        UsageError: a runner, the reference or the GPU is unknown.
+        MissingDependency: there is no GPU, or a runner was asked for by name and cannot start.
         ConversionError: not one contender could be timed.
     """
+    say, device = progress or (lambda _: None), settings.device or _default_device()
+    _require_gpu(device, settings.streams)
+    cuda = CudaOptions(False, settings.tf32, settings.conv_search, settings.fuse_conv_bias)
+    entries = chosen(contenders_of(bundle, device, cuda), settings.runners)
+    contenders = [entry for entry in entries if isinstance(entry, Contender)]
+    if settings.p99_ms is not None:
+        largest = max(1, bundle.manifest.batch.max)
+        settings = settings.changed(batches=tuple(b for b in SWEEP if b <= largest))
+    settings = _with_reference(settings.changed(device=device), contenders)
+    cores, manifest = cpu().cores_allowed, bundle.manifest
+    threads = settings.threads or cores
+    start, busy = time.perf_counter(), busy_cores()
+    ceilings = _ceilings(threads, device, say) if settings.roofline else None
+    watch = Watch(cores)
+    with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
+        sized, images = _sized(bundle, contenders, settings, Path(folder))
+        given = (settings, manifest.preprocessing.as_dict(), say)
+        measured = _on_cpu(sized, threads, *given) if device == "cpu" else _on_gpu(sized, *given)
+    rows, during = measured.rows, watch.report()
+    if not any(row.latency for row in rows):
+        raise _nothing(rows)
+    warnings = [*warnings_of(rows, settings, busy, cores, during)]
+    return BenchReport(
+        schema=SCHEMA,
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        model=bundle.name,
+        subject=Subject(str(bundle.path), manifest.parameters, manifest.weights, manifest.batch),
+        settings=settings,
+        device=device,
+        threads=threads,
+        images=images,
+        machine=machine_here(),
+        python=platform.python_version(),
+        versions=tool_versions(*RUNTIMES),
+        environment=_variables(),
+        contenders={contender.name: contender for contender in contenders},
+        reference=measured.reference,
+        rows=tuple(rows),
+        skipped=tuple(entry for entry in entries if isinstance(entry, Skipped)),
+        loading=measured.loaded,
+        ceilings=ceilings,
+        roofline=measured_limits(manifest.architecture, contenders, rows, ceilings)
+        if ceilings
+        else (),
+        profiles=measured.profiles,
+        best_under_p99=_best_under(rows, settings.p99_ms),
+        during=during,
+        seconds=Seconds(time.perf_counter() - start, measured.timed_s),
+        warnings=(*warnings, *int8_not_worth_it(rows, contenders)),
+    )
+
+
+@dataclass
+class Measured:
+    """What the races of all image sizes came to.
+
+    Attributes:
+        rows: of all contenders, batches and sizes.
+        loaded: what loading took, by name.
+        profiles: by name.
+        timed_s: seconds of timed calls.
+        reference: what ratios are against.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    loaded: dict[str, Loading] = field(default_factory=dict)
+    profiles: dict[str, tuple[ProfileLine, ...]] = field(default_factory=dict)
+    timed_s: float = 0.0
+    reference: str | None = None
+
+    def add(self, lane: Lane, profile: bool) -> None:
+        """Take over what a contender's process says besides its rows."""
+        if lane.loaded:
+            self.loaded[lane.contender.name] = lane.loaded
+        lane.failure = None if lane.loaded else lane.failure
+        if profile and (answer := lane.ask("profile")):
+            lines = tuple(ProfileLine(**line) for line in answer["lines"])
+            self.profiles[lane.contender.name] = lines
+
+
+def _sized(
+    bundle: Bundle, contenders: Sequence[Contender], settings: BenchSettings, folder: Path
+) -> tuple[list[Sized], str]:
+    """Return each image size with its images and contenders, and what the images are."""
+    import numpy as np
+
     from van_deploy.data import check_images
 
-    entries = chosen(contenders_of(bundle), settings.runners)
-    contenders = [entry for entry in entries if isinstance(entry, Contender)]
-    skipped = [entry for entry in entries if isinstance(entry, Skipped)]
-    if settings.p99_ms is not None:
-        largest = bundle.manifest.batch.max
-        settings = settings.changed(batches=tuple(b for b in SWEEP if b <= max(1, largest)))
-    preprocessing = bundle.manifest.preprocessing
-    sizes = settings.image_sizes or (preprocessing.image_size,)
-    inputs: dict[int, Any] = {}
-    described = ""
-    for size in sizes:
+    preprocessing, result, described = bundle.manifest.preprocessing, [], ""
+    for size in settings.image_sizes or (preprocessing.image_size,):
         at_size = preprocessing.override(image_size=size)
         checked = check_images(bundle.name, at_size, max(settings.batches))
-        inputs[size], described = checked.inputs, checked.description
-    return race_report(
-        contenders,
-        skipped,
-        inputs,
-        settings,
-        native_size=preprocessing.image_size,
-        images=described,
-        preprocessing=preprocessing.as_dict(),
-        model=bundle.name,
-        subject=Subject(
-            bundle=str(bundle.path),
-            parameters=bundle.manifest.parameters,
-            weights=bundle.manifest.weights,
-            batch_range=bundle.manifest.batch,
-        ),
-        progress=progress,
+        described, path = checked.description, folder / f"images-{size}.npy"
+        np.save(path, checked.inputs)
+        resized = list(contenders)
+        if size != preprocessing.image_size:
+            resized = [_resized(contender, size, folder) for contender in contenders]
+        result.append((size, path, resized))
+    return result, described
+
+
+def _on_cpu(
+    sized: Sequence[Sized],
+    threads: int,
+    settings: BenchSettings,
+    preprocessing: Mapping[str, Any],
+    say: Progress,
+) -> Measured:
+    """Race all contenders at each image size."""
+    measured = Measured()
+    more: dict[str, Any] = {"preprocessing": preprocessing, "progress": say}
+    for size, images, contenders in sized:
+        with Race(contenders, threads, streams=settings.streams, **more) as race:
+            running: set[str] | None = None
+            for batch in sorted(set(settings.batches)):
+                given = (images, batch, size, settings.budget, settings.reference, running)
+                rows = race.run(*given)
+                measured.rows += rows
+                measured.timed_s += sum(lane.timed_s for lane in race.lanes)
+                if settings.p99_ms is not None:  # the slow ones drop out
+                    running = {r.contender for r in rows if _keeps(r, settings.p99_ms)}
+                    if not running:
+                        break
+            for lane in race.lanes:
+                measured.add(lane, settings.profile)
+    if any(row.ratio for row in measured.rows):
+        measured.reference = settings.reference
+    return measured
+
+
+def _on_gpu(
+    sized: Sequence[Sized],
+    settings: BenchSettings,
+    preprocessing: Mapping[str, Any],
+    say: Progress,
+) -> Measured:
+    """Time one contender after the other, each at every batch size."""
+    measured = Measured()
+    batches = sorted(set(settings.batches))
+    for size, images, contenders in sized:
+        for contender in contenders:
+            given = (contender, images, batches, size, settings, preprocessing, say)
+            with gpu_rows(*given) as (lane, rows):
+                measured.rows += rows
+                measured.add(lane, settings.profile)
+    contenders = sized[0][2]
+    measured.reference, measured.rows = with_ratios(measured.rows, contenders, settings.reference)
+    return measured
+
+
+def _with_reference(settings: BenchSettings, contenders: Sequence[Contender]) -> BenchSettings:
+    """Return settings whose reference runs: the one asked for, else the first contender."""
+    names = [contender.name for contender in contenders]
+    if settings.reference in names or not names:
+        return settings
+    if settings.reference != REFERENCE:
+        raise UsageError(
+            f"The reference '{settings.reference}' is not among the runners.",
+            f"Choose one of: {', '.join(names)}.",
+        )
+    return settings.changed(reference=names[0])
+
+
+def _resized(contender: Contender, size: int, folder: Path) -> Contender:
+    """Return a contender whose ONNX file is declared for another image size.
+
+    After the rewrites nothing in a VAN's graph depends on the size of its input but the input's
+    own declaration. PyTorch takes any size, and an engine refuses what is outside its profile.
+    """
+    source = Path(contender.file)
+    if source.suffix != ".onnx":
+        return contender
+    import onnx
+
+    from van_deploy.graph.files import save_onnx
+
+    target = folder / f"{source.stem}-{size}.onnx"
+    if not target.exists():
+        model = onnx.load_model(source)
+        dims = model.graph.input[0].type.tensor_type.shape.dim
+        for axis in (1, 2) if contender.embedded == "uint8" else (2, 3):
+            dims[axis].dim_value = size
+        del model.graph.value_info[:]  # shapes inferred for the old size
+        save_onnx(model, target)
+    return replace(contender, file=str(target))
+
+
+def _default_device() -> str:
+    return "cuda:0" if gpu_answers() else "cpu"
+
+
+def _require_gpu(device: str, streams: int) -> None:
+    """Refuse a GPU that is not there, or several streams on one, before anything is started."""
+    index, driver = gpu_index(device), nvidia_driver()
+    if index is None:
+        return
+    if streams > 1:
+        raise UsageError(
+            f"--streams is {streams}, and on a GPU one stream is timed, with batches queued on it.",
+            "Leave --streams out, or time with --device cpu.",
+        )
+    if driver is None or not driver.gpus:
+        raise MissingDependency(
+            f"No NVIDIA GPU answers here, so nothing can be timed on '{device}'.",
+            "Time with --device cpu, or see `van-deploy doctor`.",
+        )
+    if index >= len(driver.gpus):
+        raise UsageError(
+            f"There is no device {device}; CUDA sees {len(driver.gpus)}, from cuda:0.",
+            "Give one of these, or look at CUDA_VISIBLE_DEVICES.",
+        )
+
+
+def _nothing(rows: Sequence[Row]) -> ConversionError:
+    reasons = sorted({f"{row.contender}: {row.error}" for row in rows})
+    return ConversionError(
+        f"Not one runner could be timed: {'; '.join(reasons) or 'there is none here'}.",
+        "See `van-deploy doctor` for what is missing.",
     )
+
+
+def _keeps(row: Row, p99_ms: float) -> bool:
+    return row.latency is not None and row.latency.p99_ms <= p99_ms
+
+
+def _best_under(rows: Sequence[Row], p99_ms: float | None) -> BestUnder | None:
+    """Return each contender's batch of most images a second under the limit, None for none."""
+    if p99_ms is None:
+        return None
+    best: dict[str, Best | None] = {row.contender: None for row in rows}
+    for row in rows:
+        current = best[row.contender]
+        if _keeps(row, p99_ms) and (current is None or row.rate > current.images_per_s):
+            best[row.contender] = Best(row.batch, row.times.p99_ms, row.rate)
+    return BestUnder(p99_ms, best)
+
+
+def _ceilings(threads: int, device: str, say: Progress) -> Ceilings | None:
+    """Return the device's measured limits, from a process of their own."""
+    say("Measuring what the device can do")
+    try:
+        with WorkerProcess(threads) as process:
+            given = {"threads": threads, "seconds": 0.5, "device": device}
+            return Ceilings(**process.ask("ceilings", **given))
+    except WorkerError:
+        return None  # the figures stand without it; the report says there is no roofline
+
+
+def _variables() -> dict[str, str]:
+    """Return the environment variables that change how fast things run."""
+    found = {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)}
+    return {**KEEP_MEMORY, **found}
+
+
+# --- whether the figures can be believed -----------------------------------------------------
+
+
+def warnings_of(
+    rows: Sequence[Row], settings: BenchSettings, busy: float, cores: int, during: During
+) -> Iterator[str]:
+    """Yield what to keep in mind: load, heat, variation, unsettled ratios."""
+    if busy > 0.1 * cores:
+        yield (
+            f"the machine was under load before anything ran: {busy:.1f} of "
+            f"{cores} cores busy; do not compare these figures with others"
+        )
+    if settings.device != "cpu":
+        yield from _of_the_gpu(rows)
+        return
+    if during.under_load:
+        yield (
+            f"other work kept {during.other_load_cores:.1f} cores busy while this ran; "
+            "latencies are too long, ratios less so"
+        )
+    spread = {_named(row): row.times.cv_percent for row in rows if row.latency}
+    wild = {name: cv for name, cv in spread.items() if cv > CV_LIMIT_PERCENT}
+    if wild:
+        worst = max(wild, key=lambda name: wild[name])
+        yield (
+            f"{len(wild)} of {len(rows)} rows vary by more than {CV_LIMIT_PERCENT} % from call "
+            f"to call (most: {worst}, {wild[worst]:.0f} %)"
+        )
+    few = [row for row in rows if row.ratio and row.round_quiet and not _has_quiet(row)]
+    if few:
+        yield (
+            f"the machine was disturbed in nearly every round of {len(few)} of {len(rows)} rows, "
+            "by others on its processor or by heat: their ratios are over all rounds, and may "
+            "be others tomorrow"
+        )
+    loose = {_named(r): r.ratio.uncertainty_percent for r in rows if r.ratio and r.settled is False}
+    if loose:
+        worst = max(loose, key=lambda name: loose[name])
+        yield (
+            f"{len(loose)} of {sum(row.settled is not None for row in rows)} ratios did not settle "
+            f"within {settings.budget.tolerance_percent:g} % before their time was up (least: "
+            f"{worst}, {loose[worst]:.1f} %); a longer --limit gives them more"
+        )
+
+
+def _of_the_gpu(rows: Sequence[Row]) -> Iterator[str]:
+    slowed = [row for row in rows if row.throttled]
+    if slowed:
+        reasons = sorted({reason for row in slowed for reason in row.throttled})
+        yield f"the GPU was slowed down in {len(slowed)} of {len(rows)} rows: {', '.join(reasons)}"
+    unsteady = [row for row in rows if row.steady is False]
+    if unsteady:
+        yield f"the GPU's clock was not steady in {len(unsteady)} of {len(rows)} rows"
+
+
+def _named(row: Row) -> str:
+    return f"{row.contender} at batch {row.batch}"
+
+
+def _has_quiet(row: Row) -> bool:
+    return sum(row.round_quiet) >= min(LEAST_ROUNDS, len(row.round_quiet))

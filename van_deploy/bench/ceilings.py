@@ -1,22 +1,24 @@
-"""What the machine can do at best, measured: large matrix products and a large copy.
+"""What a device can do at best: measured, or on paper for GPUs that are not at hand.
 
-Run in a worker, with the same number of threads as the contenders of that run.
+Measured by large matrix products and a large copy, in a worker, on a CPU with the same number of
+threads as the contenders of that run. On paper: dense figures (NVIDIA often prints twice that,
+with structured sparsity), at boost clock, from NVIDIA's data sheets.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from van_deploy.bench.gpu import HostClock, TorchClock
 from van_deploy.environment.hardware import cpu
-from van_deploy.errors import MissingDependency
+from van_deploy.errors import UsageError
 
-__all__ = ["Ceilings", "measured_ceilings"]
+__all__ = ["DEVICES", "Ceilings", "measured_ceilings", "paper_ceilings"]
 
-SIDE = 1536  # of the square matrices: 27 MB in float32, past the caches of most cores
-COPY_BYTES = 256 * 2**20
+TERA, GIGA = 1e12, 1e9
 
 
 @dataclass(frozen=True)
@@ -40,88 +42,92 @@ class Ceilings:
     vector_ops_per_s: float | None = None
 
 
-def measured_ceilings(threads: int, seconds: float = 0.5) -> Ceilings:
-    """Return this processor's limits with ``threads`` threads.
+def _sheet(
+    source: str, fp32: float, fp16: float, int8: float, gigabytes: float, tf32: float | None
+) -> Ceilings:
+    ops = {"fp32": fp32 * TERA, "fp16": fp16 * TERA, "bf16": fp16 * TERA, "int8": int8 * TERA}
+    if tf32 is not None:
+        ops["tf32"] = tf32 * TERA
+    else:
+        del ops["bf16"]  # before Ampere
+    note = {"all": "on paper: dense peak at boost clock; nothing here was measured"}
+    return Ceilings(ops, gigabytes * GIGA, source, note, vector_ops_per_s=fp32 * TERA)
 
-    Of two libraries' products the faster counts. Every figure is the best of
-    repeated runs during ``seconds``. bfloat16 is measured where the processor has
-    instructions for it: elsewhere nothing runs in it, and one product takes seconds.
+
+DEVICES: dict[str, Ceilings] = {
+    "t4": _sheet("NVIDIA T4 data sheet (2019)", 8.1, 65, 130, 320, None),
+    "a10": _sheet("NVIDIA A10 data sheet (2022)", 31.2, 125, 250, 600, 62.5),
+    "a100": _sheet("NVIDIA A100 80GB SXM data sheet (2021)", 19.5, 312, 624, 2039, 156),
+    "l4": _sheet("NVIDIA L4 data sheet (2023)", 30.3, 121, 242, 300, 60),
+    "l40s": _sheet("NVIDIA L40S data sheet (2023)", 91.6, 362, 733, 864, 183),
+    "h100": _sheet("NVIDIA H100 SXM data sheet (2023)", 67, 989, 1979, 3350, 494),
+    "h200": _sheet("NVIDIA H200 SXM data sheet (2024)", 67, 989, 1979, 4800, 494),
+    "rtx4090": _sheet("NVIDIA Ada architecture white paper (2022)", 82.6, 165.2, 660.6, 1008, 82.6),
+}
+"""By name, in lower case. Matrix products run at ``ops_per_s``; everything else, the
+depth-wise convolutions included, at ``vector_ops_per_s``, which is FP32's."""
+
+
+def measured_ceilings(device: str, threads: int = 1, seconds: float = 0.5) -> Ceilings:
+    """Return a device's own limits, by PyTorch on random data: fastest of ``seconds`` of calls.
+
+    On a GPU products are of 8192^3 and the copy is 2 GiB, forty times an H100's second-level
+    cache; on a CPU 1536^3 (27 MB in float32, past the caches of most cores) and 256 MiB. A CPU
+    is measured in bfloat16 where it has instructions for it: elsewhere one product takes seconds.
     """
     import torch
 
+    on_gpu = device != "cpu"
     torch.set_num_threads(threads)
-    a, b = (torch.rand(SIDE, SIDE) for _ in range(2))
-    operations = 2.0 * SIDE**3
-    how = {"fp32": f"torch.mm {SIDE}^3"}
-    rates = {"fp32": operations / _best_s(lambda: torch.mm(a, b), seconds)}
-    if cpu().has_bfloat16:
-        half_a, half_b = a.bfloat16(), b.bfloat16()
-        how["bf16"] = f"torch.mm {SIDE}^3 in bfloat16"
-        rates["bf16"] = operations / _best_s(lambda: torch.mm(half_a, half_b), seconds)
-    for precision, (call, words) in _onnxruntime_products(threads).items():
-        rate = operations / _best_s(call, seconds)
-        if rate > rates.get(precision, 0.0):
-            rates[precision], how[precision] = rate, words
-    source = torch.zeros(COPY_BYTES // 4)
+    side, size = (8192, 2 * 2**30) if on_gpu else (1536, 256 * 2**20)
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if on_gpu:
+        kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
+    elif not cpu().has_bfloat16:
+        del kinds["bf16"]
+    torch.backends.cuda.matmul.allow_tf32 = True
+    rates: dict[str, float] = {}
+    for precision, kind in kinds.items():
+        factors = [torch.randn(side, side, device=device).to(kind) for _ in range(2)]
+        rates[precision] = 2.0 * side**3 / _fastest_s(torch.mm, factors, seconds)
+    shape = (side, side)
+    bytes_ = [torch.randint(-127, 128, shape, device=device, dtype=torch.int8) for _ in range(2)]
+    rates["int8"] = 2.0 * side**3 / _fastest_s(torch._int_mm, [bytes_[0], bytes_[1].t()], seconds)
+    how = dict.fromkeys(rates, f"PyTorch, product of {side}^3")
+    source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    copied = 2 * COPY_BYTES / _best_s(lambda: target.copy_(source), seconds)
-    how["memory"] = f"torch copy of {COPY_BYTES // 2**20} MiB, read and written"
+    copied = 2 * size / _fastest_s(target.copy_, [source], seconds)
+    how["memory"] = f"PyTorch, copy of {size // 2**20} MiB, read and written"
     return Ceilings(rates, copied, "measured", how)
 
 
-def _best_s(call: Callable[[], object], seconds: float) -> float:
-    """Return the seconds of the fastest of repeated calls."""
-    call()
+def _fastest_s(call: Callable[..., object], arguments: Sequence[Any], seconds: float) -> float:
+    """Return the seconds of the fastest of repeated calls, on a GPU by CUDA events."""
+    import torch
+
+    clock = TorchClock(0) if arguments[0].is_cuda else HostClock()
     best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
+    call(*arguments)
+    if arguments[0].is_cuda:
+        torch.cuda.synchronize()
+    while time.perf_counter() < end or best == float("inf"):
+        start = clock.mark()
+        call(*arguments)
+        done = clock.mark()
+        clock.wait(done)
+        best = min(best, clock.ms(start, done) / 1e3)
     return best
 
 
-def _onnxruntime_products(threads: int) -> dict[str, tuple[Callable[[], object], str]]:
-    """Return ONNX Runtime's products by precision; none where it is not installed.
+def paper_ceilings(name: str) -> Ceilings:
+    """Return the limits on paper of the GPU ``name``.
 
-    uint8 times int8 is its fast form on CPUs.
+    Raises:
+        UsageError: it is not in the table.
     """
-    import numpy as np
-    from onnx import TensorProto
-
-    from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-
-    calls: dict[str, tuple[Callable[[], object], str]] = {}
-    forms = (
-        ("fp32", "MatMul", TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.FLOAT, np.float32),
-        ("int8", "MatMulInteger", TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32, np.uint8),
-    )
-    for precision, operator, left, right, result, kind in forms:
-        runner = OnnxRuntimeRunner(_product(operator, left, right, result), threads=threads)
-        try:
-            opened = runner.__enter__()
-        except MissingDependency:
-            return {}
-        batch = np.ones((SIDE, SIDE), kind)
-        calls[precision] = (
-            lambda opened=opened, batch=batch: opened.run(batch),  # type: ignore[misc]
-            f"ONNX Runtime {operator} {SIDE}^3",
+    known = DEVICES.get(name.lower().replace(" ", "").replace("-", ""))
+    if known is None:
+        raise UsageError(
+            f"There are no figures for the device '{name}'.", f"Known: {', '.join(DEVICES)}."
         )
-    return calls
-
-
-def _product(operator: str, left: int, right: int, result: int) -> Any:
-    """Return a graph that multiplies its input by a constant matrix."""
-    import numpy as np
-    from onnx import helper, numpy_helper
-
-    values = np.ones((SIDE, SIDE), np.float32 if right == 1 else np.int8)
-    graph = helper.make_graph(
-        [helper.make_node(operator, ["a", "b"], ["c"])],
-        "product",
-        [helper.make_tensor_value_info("a", left, (SIDE, SIDE))],
-        [helper.make_tensor_value_info("c", result, (SIDE, SIDE))],
-        [numpy_helper.from_array(values, "b")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
-    model.ir_version = helper.find_min_ir_version_for(model.opset_import)
-    return model
+    return known

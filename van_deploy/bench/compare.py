@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from van_deploy.bench.document import Agreement, BenchReport, Change
-from van_deploy.bench.lane import Row
+from van_deploy.bench.race import Row
 from van_deploy.bench.timing import Ratio
 from van_deploy.errors import UsageError
 
@@ -72,7 +72,8 @@ def _named(change: Change) -> str:
 def _device(report: BenchReport) -> str:
     cpu = report.machine.cpu
     gpus = ", ".join(gpu.name for gpu in report.machine.gpus)
-    return f"{cpu.name}, {cpu.cores_allowed} cores{f', {gpus}' if gpus else ''}"
+    where = f"{cpu.name}, {cpu.cores_allowed} cores{f', {gpus}' if gpus else ''}"
+    return where if report.device == "cpu" else f"{report.device} of {where}"
 
 
 def _tensorrt(report: BenchReport) -> str:

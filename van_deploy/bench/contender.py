@@ -1,8 +1,10 @@
-"""What can be raced: one network in one run time, described so that another process can open it."""
+"""What can be timed: one network in one runtime, described so that another process can open it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["CUDA_GRAPH", "Contender", "Skipped"]
 
@@ -12,23 +14,24 @@ CUDA_GRAPH = "cuda-graph"
 
 @dataclass(frozen=True)
 class Contender:
-    """One network in one run time.
+    """One network in one runtime.
 
     Attributes:
         name: what reports call it, such as ``ort-cpu/fp32``.
-        runtime: ``pytorch``, ``onnxruntime``, ``openvino`` or ``tensorrt``.
+        runtime: ``pytorch``, ``onnxruntime``, ``openvino``, ``tensorrt`` or ``inductor``.
         precision: of the arithmetic: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
-        file: the ONNX file or plan to open; "" for PyTorch.
+        file: the ONNX file, plan or package to open; "" for PyTorch.
         bundle: folder the original network is read from; "" for files.
         mode: how PyTorch runs it (``eager``, ``channels-last``, ``compile``,
-            ``autocast``), ONNX Runtime's execution provider, or :data:`CUDA_GRAPH`;
-            "" otherwise.
+            ``autocast``), ONNX Runtime's runner, or :data:`CUDA_GRAPH`; "" otherwise.
         embedded: what preprocessing the graph has inside: ``none``, ``normalize`` or ``uint8``.
         sha256: digest of ``file``, or of the weights.
-        max_batch: largest batch the file takes, or None where it is free.
+        max_batch: largest batch the file takes, or None where it is dynamic.
         min_batch: smallest batch it takes.
         keeps_memory: whether its process keeps freed memory (see
             :data:`~van_deploy.bench.process.KEEP_MEMORY`).
+        device: ``cpu`` or ``cuda:N``.
+        options: of the runtime, as :class:`~van_deploy.runners.base.CudaOptions` has them.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Contender:
     max_batch: int | None = None
     min_batch: int = 1
     keeps_memory: bool = True
+    device: str = "cpu"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def refuses(self, batch: int) -> str:
         """Return why it cannot run ``batch`` images at once, or "" if it can.
@@ -67,4 +72,4 @@ class Skipped:
 
     name: str
     reason: str
-    remedy: str = field(default="")
+    remedy: str = ""

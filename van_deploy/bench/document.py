@@ -11,10 +11,10 @@ from pydantic import Field
 
 from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.contender import Contender, Skipped
-from van_deploy.bench.lane import Loading, Row
 from van_deploy.bench.machine import During, Machine
-from van_deploy.bench.quiet import Quiet
-from van_deploy.bench.roofline import Limit, Work
+from van_deploy.bench.profile import ProfileLine
+from van_deploy.bench.race import Loading, Row
+from van_deploy.bench.roofline import Reached
 from van_deploy.config import BatchRange, BenchSettings
 from van_deploy.errors import InputError
 from van_deploy.model.weights_source import WeightsSource
@@ -27,13 +27,12 @@ __all__ = [
     "Best",
     "BestUnder",
     "Change",
-    "Reached",
     "Seconds",
     "Subject",
     "read_report",
 ]
 
-SCHEMA: Final = "van-deploy/bench/4"
+SCHEMA: Final = "van-deploy/bench/5"
 
 
 @dataclass(frozen=True)
@@ -51,27 +50,6 @@ class Subject:
     parameters: int
     weights: WeightsSource
     batch_range: BatchRange
-
-
-@dataclass(frozen=True)
-class Reached:
-    """A row's time against the least possible time for the same graph.
-
-    Attributes:
-        contender: which one.
-        batch: images a call.
-        image_size: side of the input in pixels.
-        work: what one batch asks of the device.
-        limit: the least time for it.
-        percent_of_limit: 100 is the least possible time.
-    """
-
-    contender: str
-    batch: int
-    image_size: int
-    work: Work
-    limit: Limit
-    percent_of_limit: float
 
 
 @dataclass(frozen=True)
@@ -109,16 +87,10 @@ class Seconds:
     Attributes:
         wall: from the first to the last.
         timed: in timed calls.
-        in_runners: in the contenders' processes.
-        waited: for quiet moments.
-        overhead_percent: of ``wall``, neither in runners nor waited.
     """
 
     wall: float
     timed: float
-    in_runners: float
-    waited: float
-    overhead_percent: float
 
 
 @dataclass(frozen=True)
@@ -185,6 +157,7 @@ class BenchReport(Versioned):
         model: what was timed.
         subject: the bundle; None for files alone.
         settings: what was asked.
+        device: ``cpu`` or ``cuda:N``.
         threads: of each contender.
         images: what the inputs are, in words.
         machine: where it ran.
@@ -196,22 +169,23 @@ class BenchReport(Versioned):
         rows: one a contender, batch and image size.
         skipped: who did not start, and why.
         loading: what loading each contender took, by name.
-        ceilings: what the machine can do; None where it was not measured.
+        ceilings: what the device can do; None where it was not measured.
         roofline: each row against them.
+        profiles: time by kind of layer at the largest batch, by contender, where asked for.
         best_under_p99: the best batches under the limit that was asked for, if one was.
         during: what else the machine did meanwhile.
-        quiet: how quiet it was; None where nothing watched.
         seconds: where the time went.
         warnings: what to keep in mind, one sentence each.
         changes: since an older benchmark that this one is compared with.
         agreement: with that one; None without one.
     """
 
-    schema_: Literal["van-deploy/bench/4"] = Field(alias="schema")
+    schema_: Literal["van-deploy/bench/5"] = Field(alias="schema")
     date: str
     model: str
     subject: Subject | None
     settings: BenchSettings
+    device: str
     threads: int
     images: str
     machine: Machine
@@ -225,9 +199,9 @@ class BenchReport(Versioned):
     loading: dict[str, Loading]
     ceilings: Ceilings | None
     roofline: tuple[Reached, ...]
+    profiles: dict[str, tuple[ProfileLine, ...]]
     best_under_p99: BestUnder | None
     during: During
-    quiet: Quiet | None
     seconds: Seconds
     warnings: tuple[str, ...]
     changes: tuple[Change, ...] = ()

@@ -10,10 +10,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping
-from types import TracebackType
-from typing import IO, Any
+from contextlib import ExitStack
+from typing import Any
 
 from van_deploy.errors import VanDeployError
 
@@ -25,8 +23,7 @@ ANSWER_WITHIN_S = 900.0
 CAN_STOP = hasattr(signal, "SIGSTOP")
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """Tells glibc to keep what a process frees. It gives large blocks back to the system otherwise,
-and takes them again page by page at the next call: so eager PyTorch spends a third of its time,
-more or less by how each process's memory happens to lie (``python benchmarks/processes.py``).
+and takes them again page by page at the next call: so eager PyTorch spends a third of its time.
 See mallopt(3). Other C libraries ignore it; who sets these variables is not overruled."""
 
 ONE_THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -36,7 +33,7 @@ class WorkerError(VanDeployError):
     """A worker answered with an error, or died.
 
     Attributes:
-        kind: ``memory``, ``missing``, ``failed`` or ``killed``.
+        kind: ``memory``, ``missing``, ``failed``, ``killed`` or ``batch``.
     """
 
     def __init__(self, kind: str, message: str, remedy: str = "") -> None:
@@ -48,65 +45,42 @@ class WorkerProcess:
     """A process that answers :meth:`ask`, and sleeps otherwise. Open it with ``with``.
 
     Args:
-        threads: how many its run time may use; set in its environment too.
-        environment: further variables for it.
+        threads: how many its runtime may use; set in its environment too.
         keeps_memory: keep what it frees (see :data:`KEEP_MEMORY`).
-
-    Attributes:
-        busy_s: seconds it has spent answering.
     """
 
-    def __init__(
-        self,
-        threads: int,
-        environment: Mapping[str, str] | None = None,
-        *,
-        keeps_memory: bool = True,
-    ) -> None:
+    def __init__(self, threads: int, *, keeps_memory: bool = True) -> None:
         self.threads = threads
-        self.busy_s = 0.0
         self._memory = KEEP_MEMORY if keeps_memory else {}
-        self._environment = dict(environment or {})
-        self._process: subprocess.Popen[str] | None = None
-        self._errors: IO[bytes] | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> WorkerProcess:
         """Start the process."""
         pools = dict.fromkeys(ONE_THREAD_POOLS, str(self.threads))
-        self._errors = tempfile.TemporaryFile()
+        self._errors = self._stack.enter_context(tempfile.TemporaryFile())
         self._process = subprocess.Popen(
             [sys.executable, "-m", "van_deploy.bench.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**self._memory, **os.environ, **pools, **self._environment},
+            env={**self._memory, **os.environ, **pools},
         )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the process, whatever it is doing."""
-        process = self._process
-        if process is not None:
-            process.kill()  # also ends a stopped process
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(BrokenPipeError):
-                        pipe.close()
-        if self._errors is not None:
-            self._errors.close()
-        self._process = None
+        self._process.kill()  # also ends a stopped process
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()  # type: ignore[union-attr]
+        self._stack.close()
 
     @property
     def pid(self) -> int:
-        """The process's number, 0 before it was started."""
-        return self._process.pid if self._process else 0
+        """The process's number."""
+        return self._process.pid
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Wake the process, return its answer to one request, and stop it again.
@@ -114,57 +88,40 @@ class WorkerProcess:
         Raises:
             WorkerError: it answered with an error, died or hung.
         """
-        process = self._process
-        if process is None or process.stdin is None or process.stdout is None:
-            raise WorkerError("failed", "The worker was asked before it was started.")
-        start = time.perf_counter()
-        try:
-            self._wake(process)
-            process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            process.stdin.flush()
-            line = self._line(process)
-        except BrokenPipeError:
-            line = ""
-        finally:
-            self.busy_s += time.perf_counter() - start
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            self._send("SIGCONT")
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")  # type: ignore[union-attr]
+            self._process.stdin.flush()  # type: ignore[union-attr]
+            line = self._line()
         if not line:
-            raise self._died(process, do)
-        self._sleep(process)
+            raise self._died(do)
+        self._send("SIGSTOP")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise WorkerError(**answer["error"])
         return answer
 
-    def _line(self, process: subprocess.Popen[str]) -> str:
+    def _line(self) -> str:
+        stdout = self._process.stdout
         with selectors.DefaultSelector() as selector:
-            if process.stdout is None:
-                return ""
-            selector.register(process.stdout, selectors.EVENT_READ)
+            selector.register(stdout, selectors.EVENT_READ)  # type: ignore[arg-type]
             if not selector.select(ANSWER_WITHIN_S):
-                process.kill()
-                process.wait()
+                self._process.kill()
                 raise WorkerError("failed", f"no answer within {ANSWER_WITHIN_S:.0f} s")
-            return process.stdout.readline()
+            return stdout.readline()  # type: ignore[union-attr]
 
-    def _wake(self, process: subprocess.Popen[str]) -> None:
-        if CAN_STOP and process.poll() is None:
-            process.send_signal(signal.SIGCONT)
+    def _send(self, name: str) -> None:
+        if CAN_STOP and self._process.poll() is None:
+            self._process.send_signal(signal.Signals[name])
 
-    def _sleep(self, process: subprocess.Popen[str]) -> None:
-        if CAN_STOP and process.poll() is None:
-            process.send_signal(signal.SIGSTOP)
-
-    def _died(self, process: subprocess.Popen[str], do: str) -> WorkerError:
-        code = process.wait()
+    def _died(self, do: str) -> WorkerError:
+        code = self._process.wait()
         if code < 0:
             name = signal.Signals(-code).name
             memory = "; the system may have run out of memory" if -code == 9 else ""
             return WorkerError("killed", f"killed by {name} during '{do}'{memory}")
-        return WorkerError("killed", f"ended with code {code} during '{do}': {self._last_words()}")
-
-    def _last_words(self) -> str:
-        if self._errors is None:
-            return ""
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1][:300] if lines else "without a word"
+        words = lines[-1][:300] if lines else "without a word"
+        return WorkerError("killed", f"ended with code {code} during '{do}': {words}")

@@ -14,11 +14,8 @@ __all__ = [
     "Latency",
     "Ratio",
     "latency_of",
-    "paired_ratio",
     "percentile",
-    "quiet_rounds",
     "ratio_of",
-    "slice_ms",
 ]
 
 CV_LIMIT_PERCENT = 2.5
@@ -103,16 +100,6 @@ def latency_of(milliseconds: Sequence[float]) -> Latency:
     )
 
 
-def slice_ms(milliseconds: Sequence[float]) -> float:
-    """Return what stands for one slice of calls: their mean.
-
-    Not their median: that forgets a short disturbance where a slice holds many
-    calls and cannot where it holds one, and so would flatter the faster of two.
-    What disturbs few slices is left out by the median over the rounds.
-    """
-    return statistics.fmean(milliseconds)
-
-
 def ratio_of(rounds: Sequence[float]) -> Ratio | None:
     """Return the median of each round's ratio, and its 95 % interval; None without a round.
 
@@ -134,27 +121,6 @@ def ratio_of(rounds: Sequence[float]) -> Ratio | None:
         most=ordered[-1],
         rounds=len(ordered),
     )
-
-
-def quiet_rounds(rounds: Sequence[float], looks: Sequence[float], limit_ms: float) -> list[float]:
-    """Return the rounds in which the machine was left alone (:mod:`van_deploy.bench.quiet`).
-
-    >>> quiet_rounds([2.0, 3.0, 2.1], [0.8, 1.2, 0.8], 0.9)
-    [2.0, 2.1]
-    """
-    return [value for value, look in zip(rounds, looks, strict=False) if look <= limit_ms]
-
-
-def paired_ratio(reference: Sequence[float], own: Sequence[float]) -> Ratio | None:
-    """Return how many times faster ``own`` is, from each round's slice of both.
-
-    Dividing within a round cancels what slows the whole machine for a while,
-    which dividing two overall medians does not. None without a common round.
-
-    >>> paired_ratio([10.0, 20.0, 12.0], [5.0, 10.0, 4.0]).median
-    2.0
-    """
-    return ratio_of([slow / fast for slow, fast in zip(reference, own, strict=False)])
 
 
 def _cut(count: int) -> int:

@@ -1,16 +1,16 @@
 """The process that holds one contender. Started by :mod:`van_deploy.bench.process`.
 
 It reads one JSON object a line from stdin and answers each with one. Whatever a
-run time prints goes to stderr. Between two requests it is stopped by its
+runtime prints goes to stderr. Between two requests it is stopped by its
 parent, so no thread of it can spin.
 
 =============  ==========================================================
-``load``       import the run time and open the contender
+``load``       import the runtime and open the contender
 ``feed``       take a batch of images and make the first call with it
-``warm``       call for some seconds, unmeasured
-``measure``    call for some seconds and answer with the latencies
-``ceilings``   measure what the machine itself can do (needs no contender)
-``gauge``      do a fixed piece of work and answer with its time (the same)
+``time``       call for some seconds and answer with the latencies
+``resident``   time a batch that stays on the GPU (:mod:`van_deploy.bench.gpu`)
+``profile``    answer with the time by kind of layer (:mod:`van_deploy.bench.profile`)
+``ceilings``   measure what the device itself can do (needs no contender)
 =============  ==========================================================
 """
 
@@ -18,30 +18,78 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
-import resource
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from van_deploy.bench.contender import Contender
-from van_deploy.bench.quiet import Product
-from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
+from van_deploy.bench.contender import CUDA_GRAPH, Contender
+from van_deploy.environment.hardware import peak_memory_bytes
+from van_deploy.errors import MissingDependency, UsageError, VanDeployError
 
 __all__ = ["Worker", "serve", "timed_calls"]
 
 PR_SET_PDEATHSIG = 1
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "failed to allocate")
 MOST_SAMPLES = 20_000  # latencies a reply holds at most, per stream
+MODULES = {
+    "pytorch": ("torch", "timm"),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "inductor": ("torch",),
+}
 
 Call = Callable[[], object]
+
+
+def runner_of(contender: Contender, threads: int) -> Any:
+    """Return the runner of a contender, to be opened with ``with``.
+
+    Raises:
+        UsageError: there is no such runtime.
+    """
+    file, device = Path(contender.file), contender.device
+    if contender.runtime == "pytorch":
+        import torch
+
+        from van_deploy.bundle import Bundle
+        from van_deploy.runners.original import original_network
+        from van_deploy.runners.pytorch_modes import TorchModeRunner
+
+        torch.set_num_threads(threads)
+        network = original_network(Bundle.open(contender.bundle)).model
+        precision = "fp32" if contender.mode == "autocast" else contender.precision
+        return TorchModeRunner(network, contender.mode, device, precision)
+    if contender.runtime == "onnxruntime":
+        from van_deploy.runners.base import CudaOptions
+        from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
+
+        name, cuda = contender.mode or "ort-cpu", CudaOptions(**contender.options)
+        return OnnxRuntimeRunner(file, threads=threads, name=name, device=device, cuda=cuda)
+    if contender.runtime == "openvino":
+        from van_deploy.runners.openvino import OpenVinoRunner
+
+        precision = "bf16" if contender.precision == "bf16" else "f32"
+        return OpenVinoRunner(file, threads=threads, precision=precision)
+    if contender.runtime == "tensorrt":
+        from van_deploy.runners.tensorrt import TensorRtRunner
+
+        return TensorRtRunner(file, device=device, cuda_graph=contender.mode == CUDA_GRAPH)
+    if contender.runtime == "inductor":
+        from van_deploy.runners.inductor import InductorRunner
+
+        on_gpu = device if device != "cpu" else "cuda:0"
+        return InductorRunner(file, device=on_gpu, threads=threads)
+    raise UsageError(f"There is no runtime '{contender.runtime}'.", f"Known: {[*MODULES]}.")
 
 
 class Worker:
@@ -51,9 +99,8 @@ class Worker:
         self._open = ExitStack()
         self._runners: list[Any] = []
         self._calls: list[Call] = []
-        self._contender: Contender | None = None
-        self._threads = 1
-        self._product: Product | None = None
+        self._contender = Contender("", "", "")
+        self._batch: Any = None
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return the answer to one request; what a user can act on comes as ``error``."""
@@ -61,10 +108,10 @@ class Worker:
         handlers: dict[str, Callable[..., dict[str, Any]]] = {
             "load": self.load,
             "feed": self.feed,
-            "warm": self.warm,
-            "measure": self.measure,
+            "time": self.time,
+            "resident": self.resident,
+            "profile": self.profile,
             "ceilings": self.ceilings,
-            "gauge": self.gauge,
         }
         try:
             return handlers[request["do"]](**arguments)
@@ -73,42 +120,40 @@ class Worker:
 
     def load(self, contender: Mapping[str, Any], threads: int, streams: int) -> dict[str, Any]:
         """Open the contender once a stream; answer with the seconds that took."""
-        from van_deploy.bench.runtimes import import_runtime, open_contender
-
         self._contender = Contender(**contender)
-        self._threads = threads
         start = time.perf_counter()
-        versions = import_runtime(self._contender)
-        imported = time.perf_counter()
-        before = _rss_bytes("VmRSS")
+        for name in MODULES.get(self._contender.runtime, ()):
+            _imported(name)
+        imported, before = time.perf_counter(), _memory_bytes()
         each = max(1, threads // streams)
         self._runners = [
-            self._open.enter_context(open_contender(self._contender, each)) for _ in range(streams)
+            self._open.enter_context(runner_of(self._contender, each)) for _ in range(streams)
         ]
         return {
             "import_s": imported - start,
             "load_s": time.perf_counter() - imported,
             "rss_imported_bytes": before,
-            "rss_loaded_bytes": _rss_bytes("VmRSS"),
-            "versions": versions,
+            "rss_loaded_bytes": _memory_bytes(),
             "threads_each": each,
         }
 
     def feed(
-        self, images: str, batch: int, preprocessing: Mapping[str, Any] | None
+        self, images: str, batch: int, preprocessing: Mapping[str, Any] | None, calls: bool = True
     ) -> dict[str, Any]:
-        """Prepare a batch and make the first call with it; answer with its seconds.
+        """Prepare a batch and make the first call with it, if ``calls``; answer with its seconds.
 
         The peak of resident memory starts afresh here.
         """
         import numpy as np
 
-        if self._contender is None:
-            raise ConversionError("The worker was fed before it was loaded.")
         _forget_peak()
         array = np.ascontiguousarray(np.load(images, mmap_mode="r")[:batch])
-        prepared = _as_the_graph_takes_it(array, self._contender.embedded, preprocessing)
-        self._calls = [runner.prepared(prepared) for runner in self._runners]
+        embedded = self._contender.embedded
+        self._batch = given = _as_the_graph_takes_it(array, embedded, preprocessing)
+        if not calls:
+            return {}
+        runs = [r.run if embedded == "none" else r.run_all for r in self._runners]
+        self._calls = [lambda run=run: run(given) for run in runs]  # type: ignore[misc]
         start = time.perf_counter()
         for call in self._calls:
             call()
@@ -117,66 +162,66 @@ class Worker:
         gc.freeze()  # what is there now stays: later collections have next to nothing to look at
         return {"first_call_s": took / len(self._calls)}
 
-    def warm(self, seconds: float, calls: int) -> dict[str, Any]:
-        """Call for ``seconds`` and ``calls`` times at least; answer with the fastest's seconds."""
-        latencies = self._run_streams(seconds, calls, max(seconds, 60.0))
-        return {"call_s": min(map(min, latencies)) / 1e3}
-
-    def measure(self, seconds: float, calls: int, limit_s: float) -> dict[str, Any]:
+    def time(self, seconds: float, calls: int, limit_s: float) -> dict[str, Any]:
         """Answer with every call's latency in ms, and the wall seconds of all of them."""
         gc.collect()
         gc.disable()
-        cpu, start = time.process_time(), time.perf_counter()
+        start = time.perf_counter()
         try:
             latencies = self._run_streams(seconds, calls, limit_s)
         finally:
             gc.enable()
-        wall = time.perf_counter() - start
-        device = [ms for runner in self._runners for ms in runner.take_device_ms()]
         return {
             "latencies_ms": [ms for stream in latencies for ms in stream[:MOST_SAMPLES]],
             "calls": sum(len(stream) for stream in latencies),
-            "wall_s": wall,
-            "cpu_s": time.process_time() - cpu,
-            "device_ms": device[:MOST_SAMPLES],
-            "peak_rss_bytes": _rss_bytes("VmHWM"),
+            "wall_s": time.perf_counter() - start,
+            "peak_rss_bytes": peak_memory_bytes(),
         }
 
-    def ceilings(self, threads: int, seconds: float) -> dict[str, Any]:
-        """Answer with the machine's own limits (see :mod:`van_deploy.bench.ceilings`)."""
+    def resident(self, batch: int, seconds: float, calls: int) -> dict[str, Any]:
+        """Answer with what the batch takes on the GPU; see :func:`~.gpu.timed`."""
+        from van_deploy.bench.gpu import clock_of, timed
+        from van_deploy.bench.gpu_state import GpuWatch
+
+        device = self._contender.device
+        watch = GpuWatch(device)
+        held = self._runners[0].resident(self._batch)
+        try:
+            clock = clock_of(held, device)
+            timing = timed(held, batch, clock, watch, seconds=seconds, calls=calls)
+        finally:
+            held.close()
+        return asdict(timing)
+
+    def profile(self) -> dict[str, Any]:
+        """Answer with the time of the batch by kind of layer."""
+        from van_deploy.bench.profile import profile_of
+
+        lines = profile_of(self._contender, self._runners[0], self._batch)
+        return {"lines": [asdict(line) for line in lines]}
+
+    def ceilings(self, threads: int, seconds: float, device: str) -> dict[str, Any]:
+        """Answer with the device's own limits (see :mod:`van_deploy.bench.ceilings`)."""
         from van_deploy.bench.ceilings import measured_ceilings
 
-        return asdict(measured_ceilings(threads, seconds))
-
-    def gauge(self) -> dict[str, Any]:
-        """Answer with the milliseconds of a fixed piece of work (:mod:`van_deploy.bench.quiet`)."""
-        self._product = self._product or Product()
-        return {"ms": self._product.ms()}
+        return asdict(measured_ceilings(device, threads, seconds))
 
     def close(self) -> None:
         """Release everything."""
         self._open.close()
 
     def _run_streams(self, seconds: float, calls: int, limit_s: float) -> list[list[float]]:
-        """Run one thread a stream, the first in this thread; return each one's latencies."""
-        results: list[list[float]] = [[] for _ in self._calls]
-        failures: list[BaseException] = []
+        """Run one thread a stream; return each one's latencies. One stream needs no thread."""
+        if len(self._calls) == 1:
+            return [timed_calls(self._calls[0], seconds, calls, limit_s)]
+        together = threading.Barrier(len(self._calls))
 
-        def run(index: int) -> None:
-            try:
-                results[index] = timed_calls(self._calls[index], seconds, calls, limit_s)
-            except Exception as failure:  # handed to the main thread below
-                failures.append(failure)
+        def run(call: Call) -> list[float]:
+            together.wait()
+            return timed_calls(call, seconds, calls, limit_s)
 
-        others = [threading.Thread(target=run, args=(i,)) for i in range(1, len(self._calls))]
-        for thread in others:
-            thread.start()
-        run(0)
-        for thread in others:
-            thread.join()
-        if failures:
-            raise failures[0]
-        return results
+        with ThreadPoolExecutor(len(self._calls)) as pool:
+            return list(pool.map(run, self._calls))
 
 
 def timed_calls(call: Call, seconds: float, calls: int, limit_s: float) -> list[float]:
@@ -208,6 +253,20 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         worker.close()
 
 
+def _imported(name: str) -> None:
+    """Import a runtime's module.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependency(
+            f"{name} is not installed: {error}.", "See `van-deploy doctor`."
+        ) from error
+
+
 def _as_the_graph_takes_it(
     images: Any, embedded: str, preprocessing: Mapping[str, Any] | None
 ) -> Any:
@@ -236,15 +295,10 @@ def _described(error: BaseException) -> dict[str, str]:
     return {"kind": kind, "message": text.splitlines()[0][:300], "remedy": ""}
 
 
-def _rss_bytes(key: str) -> int:
-    """Return ``VmRSS`` (now) or ``VmHWM`` (peak) of this process in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _memory_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _forget_peak() -> None:
@@ -255,15 +309,10 @@ def _forget_peak() -> None:
         return  # the peak is then that of the whole life of the process
 
 
-def _die_with_the_parent() -> None:
-    """Ask the kernel to kill this process with its parent, even while it is stopped."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    _die_with_the_parent()
+    if sys.platform == "linux":  # the kernel kills it with its parent, even while it is stopped
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a run time prints
+    os.dup2(2, 1)  # whatever a runtime prints
     serve(sys.stdin, out)

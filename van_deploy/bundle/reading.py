@@ -87,7 +87,7 @@ class Bundle:
                 f"The bundle '{self.path}' has no artefact '{name}'; "
                 f"it has: {', '.join(artefacts) or 'none'}.",
                 f"Make it with `van-deploy {command}`."
-                if name in {"fp32", "fp16", "int8"}
+                if name in {"fp32", "fp16", "bf16", "int8"}
                 else "Choose one of those, or make it first.",
             )
         return artefacts[name]

@@ -13,9 +13,19 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.checks.gates import Finding, Outcome, outcome_of
-from van_deploy.checks.predictions import TOP, Answers
-from van_deploy.checks.rules import Loss, paired_loss
+from van_deploy.checks.gates import (
+    DEFAULT,
+    LOSSY,
+    Finding,
+    Outcome,
+    Profile,
+    allowed_loss,
+    flip_margin,
+    outcome_of,
+    sqnr_floor,
+)
+from van_deploy.checks.predictions import TOP, Answers, Table
+from van_deploy.checks.rules import Loss, judge_loss, judge_numbers, paired_loss
 from van_deploy.intervals import bootstrap_interval, wilson_interval
 from van_deploy.metrics import Flip, Task
 
@@ -28,6 +38,7 @@ __all__ = [
     "class_changes",
     "confusions",
     "expected_calibration_error",
+    "judge_artefact",
     "loss_of",
 ]
 
@@ -148,6 +159,47 @@ def loss_of(before: Answers, after: Answers, labels: Labels, task: Task) -> Loss
 
     every = np.arange(total)
     return Loss(total, lost(every), bootstrap_interval(lost, total, resamples=RESAMPLES))
+
+
+def judge_artefact(
+    table: Table,
+    labels: Labels,
+    name: str,
+    numeric: str,
+    noise_db: float,
+    profile: Profile = DEFAULT,
+) -> ArtefactLoss:
+    """Return what one artifact lost against the first network, and what the gate of its class says.
+
+    Args:
+        table: every network's answers.
+        labels: of the images that could be read.
+        name: of the artifact.
+        numeric: its numeric class.
+        noise_db: SQNR of PyTorch's float32 against its float64.
+        profile: what a recipe sets otherwise.
+    """
+    task, floor = table.task, sqnr_floor(numeric, noise_db, profile)
+    before, after = table.answers(table.names[0]), table.answers(name)
+    loss, allowed = loss_of(before, after, labels, task), allowed_loss(numeric, profile)
+    flips = table.flips(name, flip_margin(floor.value, task))
+    what, sqnr = "F1" if task is Task.MULTI_LABEL else "top-1", table.sqnr_db(name)
+    if numeric in LOSSY:
+        findings = [judge_loss(loss, allowed, what)]
+    else:
+        findings = judge_numbers(loss, allowed, sqnr, floor, flips, task, what)
+    old, new = (accuracy_of(a, labels, table.classes, task).top5 for a in (before, after))
+    return ArtefactLoss(
+        numeric=numeric,
+        loss=loss,
+        findings=tuple(findings),
+        sqnr_db=sqnr,
+        flips=len(flips),
+        widest_flip=flips[0].margin if flips else 0.0,
+        top5_change=None if old is None or new is None else 100 * (new - old),
+        confusions=confusions(flips),
+        classes=class_changes(before, after, labels),
+    )
 
 
 def _right(answers: Answers, labels: Labels) -> Right:

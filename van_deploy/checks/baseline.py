@@ -150,7 +150,7 @@ def _figures(
 
 
 def _accuracy(name: str, evaluate: EvaluateReport | None) -> AccuracyFigures | None:
-    accuracy = None if evaluate is None else evaluate.accuracies.get(name)
+    accuracy = None if evaluate is None else evaluate.accuracy.get(name)
     if evaluate is None or accuracy is None:
         return None
     if evaluate.task is Task.MULTI_LABEL:

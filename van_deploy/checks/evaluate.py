@@ -5,37 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.accuracy import (
-    ArtefactLoss,
-    Labels,
-    accuracy_of,
-    class_changes,
-    confusions,
-    loss_of,
-)
+from van_deploy.checks.accuracy import Labels, accuracy_of, judge_artefact
 from van_deploy.checks.evaluate_report import EvaluateReport
-from van_deploy.checks.gates import (
-    LOSSY,
-    Allowed,
-    Limit,
-    allowed_loss,
-    flip_margin,
-    numeric_class,
-    sqnr_floor,
-)
+from van_deploy.checks.gates import Allowed, numeric_class
 from van_deploy.checks.opened import ON_CPU, Execution, NotRun, chosen_artefacts, open_artefact
 from van_deploy.checks.predictions import Answered, Table, answered
 from van_deploy.checks.reference import samples_for
-from van_deploy.checks.rules import judge_loss, judge_numbers
 from van_deploy.config import EvaluateSettings, GateSettings
 from van_deploy.data import (
     Batch,
@@ -56,7 +40,7 @@ from van_deploy.runners.network import PYTORCH, Network, task_of
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-__all__ = ["BATCH", "Settings", "evaluate_bundle", "evaluate_images"]
+__all__ = ["BATCH", "Networks", "Settings", "evaluate_bundle", "evaluate_images"]
 
 BATCH = 32
 BATCHES_A_TASK = 4  # so that decoding runs ahead of the networks inside a task of the cluster
@@ -94,7 +78,7 @@ class Settings:
         return self.workers or len(os.sched_getaffinity(0))
 
 
-class _Networks(contextlib.ExitStack):
+class Networks(contextlib.ExitStack):
     """PyTorch and some artifacts, opened together with ``with``."""
 
     def __init__(
@@ -119,7 +103,7 @@ class _Networks(contextlib.ExitStack):
                 self._artefacts[name] = opened
         self.runners = {PYTORCH: PYTORCH, **{n: a.runner for n, a in self._artefacts.items()}}
 
-    def __enter__(self) -> _Networks:
+    def __enter__(self) -> Networks:
         """Load every network."""
         super().__enter__()
         for opened in self._artefacts.values():
@@ -177,7 +161,7 @@ def evaluate_bundle(
     """
     settings = settings or Settings()
     names = chosen_artefacts(bundle, settings.artefacts)
-    networks = _Networks(bundle, loaded, names, settings.execution)
+    networks = Networks(bundle, loaded, names, settings.execution)
     task = task_of(bundle)
     table = Table(len(images), list(networks.runners), loaded.config.num_classes, task)
     tell, started = progress or (lambda done, of: None), time.perf_counter()
@@ -187,14 +171,26 @@ def evaluate_bundle(
         for done in _answered(networks, images, task, settings):
             table.enter(done)
             tell(int(table.readable.sum()) + len(table.unreadable), len(images))
-    report = _Report(table, images, labels, numeric, noise_db, gates or GateSettings())
+    unreadable = sorted(table.unreadable.items())
+    if not table.readable.any():
+        raise ImageError(
+            f"Not one of the {len(images)} images could be read; the first: {unreadable[0][1]}",
+            "Give images that can be read.",
+        )
+    known, profiles = labels[table.readable], gates or GateSettings()
     return EvaluateReport(
         images=images.description,
         dataset_sha256=content_key({"set": dataset_digest(images), "labels": labels.tolist()}),
         task=task,
-        unreadable=report.unreadable(),
-        accuracies=report.accuracies(),
-        losses={name: report.loss(name) for name in networks.runners if name != PYTORCH},
+        unreadable=tuple((images.items[index].name, reason) for index, reason in unreadable),
+        accuracy={
+            name: accuracy_of(table.answers(name), known, table.classes, task)
+            for name in table.names
+        },
+        losses={
+            name: judge_artefact(table, known, name, kind, noise_db, profiles.of(kind))
+            for name, kind in numeric.items()
+        },
         skipped=tuple(networks.skipped),
         runners=dict(networks.runners),
         class_names=loaded.class_names,
@@ -256,7 +252,7 @@ def _labelled(
 
 
 def _answered(
-    networks: _Networks, images: ImageSet, task: Task, settings: Settings
+    networks: Networks, images: ImageSet, task: Task, settings: Settings
 ) -> Iterator[Answered]:
     """Yield what the networks say, batch by batch."""
     if not settings.on_ray:
@@ -281,7 +277,7 @@ def _answered(
 
 
 def _batches(
-    networks: _Networks,
+    networks: Networks,
     images: ImageSet,
     indices: Sequence[int] | None,
     task: Task,
@@ -308,7 +304,7 @@ def _on_machine(
 @lru_cache(maxsize=1)
 def _networks_here(
     path: str, names: tuple[str, ...], execution: Execution, weights: str | None
-) -> _Networks:
+) -> Networks:
     import torch
 
     from van_deploy.runners.original import original_network
@@ -316,68 +312,5 @@ def _networks_here(
     torch.set_num_threads(1)
     bundle = Bundle.open(path)
     loaded = original_network(bundle, weights)
-    one = Execution(execution.runner, execution.trust_engine, threads=1)
-    return _Networks(bundle, loaded, names, one).__enter__()
-
-
-@dataclass
-class _Report:
-    """What the answers say, once all of them are there."""
-
-    table: Table
-    images: ImageSet
-    labels: Labels
-    numeric: Mapping[str, str]
-    noise_db: float
-    gates: GateSettings
-
-    def __post_init__(self) -> None:
-        if not self.table.readable.any():
-            reason = self.table.unreadable[min(self.table.unreadable)]
-            raise ImageError(
-                f"Not one of the {len(self.images)} images could be read; the first: {reason}",
-                "Give images that can be read.",
-            )
-        self.labels = self.labels[self.table.readable]
-
-    def unreadable(self) -> tuple[tuple[str, str], ...]:
-        found = sorted(self.table.unreadable.items())
-        return tuple((self.images.items[index].name, reason) for index, reason in found)
-
-    def accuracies(self) -> dict[str, Any]:
-        table = self.table
-        return {
-            name: accuracy_of(table.answers(name), self.labels, table.classes, table.task)
-            for name in table.names
-        }
-
-    def loss(self, name: str) -> ArtefactLoss:
-        """Return what one artifact lost, and what the gate of its class says."""
-        table, numeric = self.table, self.numeric[name]
-        profile, task = self.gates.of(numeric), self.table.task
-        before, after = table.answers(PYTORCH), table.answers(name)
-        loss = loss_of(before, after, self.labels, task)
-        allowed = allowed_loss(numeric, profile)
-        floor: Limit = sqnr_floor(numeric, self.noise_db, profile)
-        flips = table.flips(name, flip_margin(floor.value, task))
-        what = "F1" if task is Task.MULTI_LABEL else "top-1"
-        sqnr = table.sqnr_db(name)
-        if numeric in LOSSY:
-            findings = [judge_loss(loss, allowed, what)]
-        else:
-            findings = judge_numbers(loss, allowed, sqnr, floor, flips, task, what)
-        accuracies = [
-            accuracy_of(a, self.labels, table.classes, task).top5 for a in (before, after)
-        ]
-        old, new = accuracies
-        return ArtefactLoss(
-            numeric=numeric,
-            loss=loss,
-            findings=tuple(findings),
-            sqnr_db=sqnr,
-            flips=len(flips),
-            widest_flip=flips[0].margin if flips else 0.0,
-            top5_change=None if old is None or new is None else 100 * (new - old),
-            confusions=confusions(flips),
-            classes=class_changes(before, after, self.labels),
-        )
+    one = replace(execution, threads=1)
+    return Networks(bundle, loaded, names, one).__enter__()

@@ -26,7 +26,7 @@ class EvaluateReport:
         dataset_sha256: digest of the evaluation set: names, contents and labels.
         task: how logits become labels.
         unreadable: file and reason of each image left out.
-        accuracies: by name, PyTorch first.
+        accuracy: by name, PyTorch first.
         losses: by artifact, against PyTorch.
         skipped: artifacts that did not run, with the reason.
         runners: what ran each.
@@ -42,7 +42,7 @@ class EvaluateReport:
     dataset_sha256: str
     task: Task
     unreadable: tuple[tuple[str, str], ...]
-    accuracies: Mapping[str, Accuracy]
+    accuracy: Mapping[str, Accuracy]
     losses: Mapping[str, ArtefactLoss]
     skipped: tuple[NotRun, ...]
     runners: Mapping[str, str]
@@ -54,21 +54,21 @@ class EvaluateReport:
     @property
     def count(self) -> int:
         """How many images were answered."""
-        return self.accuracies[PYTORCH].images
+        return self.accuracy[PYTORCH].images
 
     def having(self, outcome: Outcome) -> list[str]:
         """Return the artifacts with that outcome."""
         return [name for name, loss in self.losses.items() if loss.outcome is outcome]
 
-    def findings(self) -> list[Finding]:
-        """Return every finding, those of skipped artifacts included."""
-        found = [finding for loss in self.losses.values() for finding in loss.findings]
-        return [*found, *(skipped("runs", entry.reason, entry.kind) for entry in self.skipped)]
+    def named(self) -> list[tuple[str, Finding]]:
+        """Return every finding and its artifact, those of skipped artifacts included."""
+        found = [(name, f) for name, loss in self.losses.items() for f in loss.findings]
+        return found + [(s.artefact, skipped("runs", s.reason, s.kind)) for s in self.skipped]
 
     @property
     def passed(self) -> bool:
         """Whether an artifact passed, and nothing else stands in the way."""
-        return self.allowed.passes(self.findings())
+        return self.allowed.passes(found for _, found in self.named())
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""

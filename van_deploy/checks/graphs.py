@@ -24,7 +24,7 @@ from onnx import ModelProto, helper, shape_inference
 
 from van_deploy.errors import UsageError
 from van_deploy.graph.names import OUTPUT_NAME
-from van_deploy.runners.onnxruntime import require_onnxruntime
+from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
 
 __all__ = [
     "FED",
@@ -159,13 +159,14 @@ def tensor_types(model: ModelProto) -> dict[str, int]:
 
 
 def quiet_session(model: ModelProto) -> Any:
-    """Return an ONNX Runtime session on the CPU that prints nothing of its failures."""
+    """Return an ONNX Runtime session on the CPU that prints nothing of its failures.
+
+    BF16 is emulated in it, with the same names.
+    """
     ort = require_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # failures are reported by who asked, not on the screen
-    return ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return inference_session(model, options, ["CPUExecutionProvider"])[0]
 
 
 def run_taps(

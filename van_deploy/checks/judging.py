@@ -28,11 +28,11 @@ from van_deploy.checks.layers import overflows_of_graph
 from van_deploy.checks.opened import in_batches
 from van_deploy.checks.rules import judge_invariance, judge_logits
 from van_deploy.checks.scales import ScaleRow, judge_scales
+from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import cpu
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import Array, Comparison, Flip, compare, probabilities, rms, sqnr_db
-from van_deploy.recipe import BatchRange
 from van_deploy.runners.network import ORT_CPU, Outputs
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 

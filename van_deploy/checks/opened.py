@@ -13,7 +13,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.errors import UsageError
 from van_deploy.model.pixels import Pixels
 from van_deploy.runners.base import Images
-from van_deploy.runners.network import ORT_CPU, Network, Outputs, embedding_of
+from van_deploy.runners.network import ORT_CPU, Network, Outputs
 
 __all__ = [
     "ON_CPU",
@@ -33,14 +33,16 @@ class Execution:
 
     Attributes:
         runner: one of :data:`~van_deploy.runners.network.RUNNERS`, for ONNX artifacts;
-            engines are run by TensorRT.
+            engines are run by TensorRT, packages by PyTorch.
         trust_engine: run engines whose sidecar is gone.
         threads: threads inside one operator; None lets the runtime choose.
+        device: which GPU, where something runs on one.
     """
 
     runner: str = ORT_CPU
     trust_engine: bool = False
     threads: int | None = None
+    device: str = "cuda:0"
 
 
 ON_CPU = Execution()
@@ -68,7 +70,7 @@ def plain_onnx(bundle: Bundle) -> list[str]:
     return [
         name
         for name, artefact in bundle.artefacts.items()
-        if artefact.kind == "onnx" and embedding_of(artefact) == "none"
+        if artefact.kind == "onnx" and artefact.embedded == "none"
     ]
 
 
@@ -106,6 +108,7 @@ def open_artefact(
         threads=execution.threads,
         spin=spin,
         trust_engine=execution.trust_engine,
+        device=execution.device,
     )
     bundle.verified(name, only_file=network.is_engine and execution.trust_engine)
     obstacle = network.obstacle()

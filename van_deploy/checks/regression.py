@@ -91,6 +91,10 @@ class CheckReport:
         """Return the rows with that outcome."""
         return [row for row in self.rows if row.outcome is outcome]
 
+    def named(self) -> list[tuple[str, Finding]]:
+        """Return the name of each row, and what was found."""
+        return [(row.name, row.finding) for row in self.rows]
+
     @property
     def blocking(self) -> list[CheckRow]:
         """The rows that stand in the way."""

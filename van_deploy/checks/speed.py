@@ -10,16 +10,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import SPEED_WITHIN
 from van_deploy.checks.golden import Samples
 from van_deploy.checks.opened import ON_CPU, Execution, NotRun, given_to, open_artefact
 from van_deploy.intervals import Interval, median_interval
-from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.runners.pytorch import TorchRunner, one_torch_thread
+
+if TYPE_CHECKING:
+    from van_deploy.model.checkpoint import LoadedVan
+
 
 __all__ = ["SpeedRatio", "paired_ratio", "speed_ratios"]
 
@@ -49,10 +52,12 @@ def speed_ratios(
 
     One thread each, in paired rounds. What does not run here is left out.
     """
+    from van_deploy.runners.pytorch import TorchRunner, one_torch_thread
+
     size = min(bundle.manifest.batch.opt, len(samples))
     inputs = samples.inputs[:size]
     pixels = None if samples.pixels is None else samples.pixels[:size]
-    one = Execution(execution.runner, execution.trust_engine, threads=1)
+    one = replace(execution, threads=1)
     ratios = {}
     with one_torch_thread():
         for name in bundle.artefacts:

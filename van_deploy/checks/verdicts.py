@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal
 
@@ -113,15 +113,17 @@ class VerifyReport:
         """Return the verdicts with that outcome."""
         return [found for found in self.artefacts.values() if found.outcome is outcome]
 
-    def _all(self) -> Iterator[Finding]:
-        yield from self.findings
-        for verdict in self.artefacts.values():
-            yield from verdict.findings
+    def named(self) -> list[tuple[str, Finding]]:
+        """Return every finding and what it is about: the images, or an artifact."""
+        about = [("images", finding) for finding in self.findings]
+        return about + [(v.artefact, f) for v in self.artefacts.values() for f in v.findings]
 
     @property
     def passed(self) -> bool:
         """Whether an artifact passed, and nothing else stands in the way."""
-        return bool(self.having(Outcome.PASS)) and self.allowed.passes(self._all())
+        return bool(self.having(Outcome.PASS)) and self.allowed.passes(
+            found for _, found in self.named()
+        )
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""

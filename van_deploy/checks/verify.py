@@ -47,8 +47,8 @@ from van_deploy.checks.opened import (
 )
 from van_deploy.checks.reference import ModuleReference, OnnxModules, TorchModules
 from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
+from van_deploy.config import GateSettings
 from van_deploy.errors import ConversionError, VanDeployError
-from van_deploy.recipe import GateSettings
 from van_deploy.runners.network import Network
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _answers(
         name,
         artefact.precision,
         numeric,
-        opened.runner,
+        opened.described,
         (*judged.findings, *(said or [Finding("contract", Outcome.PASS)])),
         judged.comparison,
         judged.flips,

@@ -46,6 +46,16 @@ PATH_REMEDIES = {
     errno.ENOTDIR: "A part of that path is a file, not a folder: check it.",
     errno.EISDIR: "That is a folder where a file is wanted: check the path.",
 }
+EXPORTING = {
+    "torch",
+    "timm",
+    "torchvision",
+    "onnxscript",
+    "onnxsim",
+    "onnx_ir",
+    "safetensors",
+    "huggingface_hub",
+}
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Failed to allocate memory")
 OUT_OF_SPACE = "No space left on device"
 NO_TEMPORARY = "No usable temporary directory found"
@@ -68,7 +78,7 @@ class CommandGroup(TyperGroup):
         except BrokenPipeError:
             _silence_stdout()
             raise typer.Exit(BROKEN_PIPE) from None
-        except (VanDeployError, MemoryError, OSError, RuntimeError) as failure:
+        except (VanDeployError, MemoryError, OSError, RuntimeError, ImportError) as failure:
             error = translated(failure)
             if error is None:
                 raise
@@ -122,6 +132,14 @@ def translated(failure: BaseException) -> VanDeployError | None:
     if isinstance(failure, VanDeployError):
         return failure
     text = str(failure)
+    if isinstance(failure, ModuleNotFoundError) and failure.name:
+        package = failure.name.partition(".")[0]
+        if package in EXPORTING:
+            return MissingDependency(
+                f"This needs {package}, which is not installed.",
+                "Install everything with `pip install van-deploy`; requirements-runtime.txt is for "
+                "hosts that verify, predict, serve and inspect.",
+            )
     if isinstance(failure, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
         return MissingDependency(
             f"There is not enough memory for this{_detail(text)}.",

@@ -19,9 +19,12 @@ __all__ = ["bench"]
 def bench(
     bundle: BundlePath,
     settings: BenchSettings,
-    device: Annotated[
+    paper: Annotated[
         str,
-        typer.Option(help="Only print the limits on paper of a GPU: l4, a10, a100, h100 ..."),
+        typer.Option(
+            "--paper-limits",
+            help="Only print the limits on paper of a GPU: l4, a10, a100, h100 ...",
+        ),
     ] = "",
     compare: Annotated[
         Path | None, typer.Option(help="An older benchmark's JSON to compare with.")
@@ -35,7 +38,7 @@ def bench(
     require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time every artefact in every run time that is here, each in a process of its own.
+    """Time every artefact in every runtime of a device, each in a process of its own.
 
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
     """
@@ -43,12 +46,12 @@ def bench(
     from van_deploy.bench.document import read_report
 
     asked = opened(bundle, require_signature)
-    if device:
-        from van_deploy.bench.limits import paper_limits
-        from van_deploy.report.bench_view import limits_table
+    if paper:
+        from van_deploy.bench.roofline import paper_limits
+        from van_deploy.report.sections_bench import limits_blocks
 
-        limits = paper_limits(asked.opened(), device, settings.batches)
-        emit(limits, as_json, limits_table)
+        limits = paper_limits(asked.opened(), paper, settings.batches)
+        emit(limits, as_json, limits_blocks)
         return
     old = read_report(compare) if compare else None
     with telling("Looking for runners") as tell:
@@ -62,6 +65,6 @@ def bench(
     if as_json:
         for warning in report.warnings:
             remark(f"warning: {warning}")
-    from van_deploy.report.bench_changes import bench_and_changes
+    from van_deploy.report.sections_bench import bench_blocks
 
-    emit(report, as_json, bench_and_changes)
+    emit(report, as_json, bench_blocks)

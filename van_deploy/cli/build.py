@@ -27,7 +27,9 @@ def build(
     require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build TensorRT engines from a bundle; TensorRT for RTX needs no GPU for it.
+    """Build engines from a bundle: TensorRT plans, or packages of PyTorch's Inductor.
+
+    TensorRT for RTX needs no GPU for it, nor does a package for a CPU.
 
     Example: van-deploy build dist/van_b1 --precision fp16 --target sm_89
     """
@@ -40,12 +42,12 @@ def build(
     asked = opened(bundle, require_signature)
     with telling("Planning") as tell:
         report = asked.build(settings, force=force, progress=tell)
-    from van_deploy.report.engine_view import builds_view, warnings_text
+    from van_deploy.report.sections_engine import builds_blocks, warnings_text
 
     for outcome in report.outcomes:
         if outcome.outcome == "built" and outcome.sidecar and outcome.sidecar.warnings:
             remark(warnings_text(outcome.engine, outcome.sidecar.warnings))
-    emit(report, as_json, lambda _: builds_view(report.outcomes))
+    emit(report, as_json, builds_blocks)
     for text in asked.remarks:
         remark(text)
 
@@ -73,7 +75,7 @@ def _refuse_beside_matrix(
 def _build_matrix(path: Path, fleet: FleetSettings, force: bool, as_json: bool) -> None:
     """Build a fleet, print its table, and fail if a cell did."""
     from van_deploy.building import build_fleet
-    from van_deploy.report.engine_view import builds_view, cell_name
+    from van_deploy.report.sections_engine import builds_blocks, cell_name
 
     with telling("Reading the matrix") as tell:
         report = build_fleet(
@@ -86,7 +88,7 @@ def _build_matrix(path: Path, fleet: FleetSettings, force: bool, as_json: bool) 
                 f"[{count}/{total}] {cell_name(outcome.cell)}: {outcome.outcome}"
             ),
         )
-    emit(report, as_json, lambda _: builds_view(report.outcomes))
+    emit(report, as_json, builds_blocks)
     if report.errors:
         raise ConversionError(
             f"{len(report.errors)} of {len(report.outcomes)} engines failed.",

@@ -47,16 +47,17 @@ def check(
         report = opened(bundle, require_signature).check(
             baseline, settings, update=update, progress=tell
         )
-    from van_deploy.report.gates_view import check_failure, check_tables
-    from van_deploy.report.junit import write_junit
-    from van_deploy.report.summary import append_summary
+    from van_deploy.report.files import append_summary, write_junit
+    from van_deploy.report.sections_checks import check_blocks, failure_text
 
     if junit is not None:
         write_junit(report, junit)
     if summary is not None:
         append_summary(report, summary)
-    emit(report, as_json, lambda _: check_tables(report))
+    emit(report, as_json, check_blocks)
     if not report:
-        raise GateFailed(check_failure(report), "See the rows above.")
+        raise GateFailed(
+            failure_text(report.named(), report.allowed, "checked"), "See the rows above."
+        )
     if update:
         remark(f"Wrote {baseline}; look at it and commit it.")

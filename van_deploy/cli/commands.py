@@ -30,7 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "quantize": (MAIN_JOB, "Add an FP16 or INT8 graph to a bundle, judged beside FP32."),
     "build": (
         MAIN_JOB,
-        "Build TensorRT engines from a bundle; TensorRT for RTX needs no GPU for it.",
+        "Build engines from a bundle: TensorRT plans, or packages of PyTorch's Inductor.",
     ),
     "run": (
         MAIN_JOB,
@@ -61,7 +61,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "doctor": (LOOK, "Tell what is installed, what can be done on this machine, and what clashes."),
     "bench": (
         USE,
-        "Time every artefact in every run time that is here, each in a process of its own.",
+        "Time every artefact in every runtime of a device, each in a process of its own.",
     ),
     "predict": (
         USE,

@@ -14,17 +14,18 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING, Annotated, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from van_deploy.documents import CONTROL, plain
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console
     from rich.progress import Progress
 
+    from van_deploy.report.document import Block
     from van_deploy.results import Progress as Tell
 
 __all__ = [
@@ -44,20 +45,22 @@ Result = TypeVar("Result")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
-def emit(result: Result, as_json: bool, table: Callable[[Result], RenderableType]) -> None:
+def emit(result: object, as_json: bool, blocks: Callable[[Any], Iterable[Block]]) -> None:
     """Write a command's result to stdout.
 
     Args:
         result: plain data: mappings, sequences, frozen dataclasses, numbers.
-        as_json: write one JSON document instead of the table.
-        table: makes what a person reads from the result.
+        as_json: write one JSON document instead.
+        blocks: makes what a person reads from the result in its JSON form.
     """
     if as_json:
         text = json_text(plain(result), indent=2) + "\n"
     else:
+        from van_deploy.report.render_rich import rich_from_blocks
+
         console = _console(sys.stdout)
         with console.capture() as capture:
-            console.print(table(result))
+            console.print(rich_from_blocks(blocks(plain(result))))
         text = capture.get()
         if not console.is_terminal:  # no cell padding at the ends of lines in files and pipes
             text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())

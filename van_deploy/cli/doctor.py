@@ -31,8 +31,8 @@ def doctor(
     from van_deploy.environment.machine import environment_here
     from van_deploy.environment.needs import diagnosis_of
     from van_deploy.environment.needs import require as require_
-    from van_deploy.report.doctor_view import environment_tables
+    from van_deploy.report.sections_engine import environment_blocks
 
     environment = environment_here(Path.cwd())
-    emit(diagnosis_of(environment), as_json, lambda _: environment_tables(environment))
+    emit(diagnosis_of(environment), as_json, environment_blocks)
     require_(environment, require or ())

@@ -38,12 +38,12 @@ def drift(
     asked = opened(bundle, require_signature)
     with telling() as tell:
         report = asked.drift(settings, progress=tell)
-    from van_deploy.report.drift_plot import write_drift_plot
-    from van_deploy.report.gates_view import drift_tables
+    from van_deploy.report.files import write_drift_plot
+    from van_deploy.report.sections_checks import drift_blocks
 
     if plot is not None:
         write_drift_plot(report, plot)
         remark(f"Wrote {plot}.")
     for text in asked.remarks:
         remark(f"note: {text}")
-    emit(report, as_json, lambda _: drift_tables(report, top))
+    emit(report, as_json, lambda found: drift_blocks(found, top))

@@ -25,12 +25,13 @@ def evaluate(
     asked = opened(bundle, require_signature)
     with telling() as tell:
         report = asked.evaluate(None, settings, progress=tell)
-    from van_deploy.report.gates_view import evaluate_failure, evaluate_tables
+    from van_deploy.report.sections_checks import evaluate_blocks, failure_text
 
     for text in asked.remarks:
         remark(f"note: {text}")
-    emit(report, as_json, lambda _: evaluate_tables(report))
+    emit(report, as_json, evaluate_blocks)
     if not report:
         raise GateFailed(
-            evaluate_failure(report), "See the rows above; `van-deploy drift` names the module."
+            failure_text(report.named(), report.allowed, "evaluated"),
+            "See the rows above; `van-deploy drift` names the module.",
         )

@@ -45,8 +45,8 @@ def export(
         )
     for note in made.result.notes:
         remark(f"note: {note}")
-    from van_deploy.report.bundle_view import export_view
+    from van_deploy.report.sections_model import export_blocks
 
-    emit(made.done, as_json, lambda _: export_view(made.result, made.precisions))
+    emit(made.done, as_json, export_blocks)
     if not made:
         raise typer.Exit(1)

@@ -25,6 +25,6 @@ def info(
     Example: van-deploy info ./mine.pth
     """
     from van_deploy.describe import model_described
-    from van_deploy.report.model_view import described_view
+    from van_deploy.report.sections_model import described_blocks
 
-    emit(model_described(model, image_size), as_json, described_view)
+    emit(model_described(model, image_size), as_json, described_blocks)

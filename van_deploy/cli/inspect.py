@@ -34,6 +34,6 @@ def inspect(
     if require_signature is not None:
         opened(artefact, require_signature)
     from van_deploy.describe import artefacts_described
-    from van_deploy.report.model_view import artefacts_view
+    from van_deploy.report.sections_engine import artefacts_blocks
 
-    emit(artefacts_described(artefact, trust_engine=trust_engine), as_json, artefacts_view)
+    emit(artefacts_described(artefact, trust_engine=trust_engine), as_json, artefacts_blocks)

@@ -13,6 +13,6 @@ def list_(as_json: AsJson = False) -> None:
     Example: van-deploy list --json
     """
     from van_deploy.model.listing import listed_variants
-    from van_deploy.report.list_view import listed_table
+    from van_deploy.report.sections_model import listed_blocks
 
-    emit(listed_variants(), as_json, listed_table)
+    emit(listed_variants(), as_json, listed_blocks)

@@ -45,10 +45,10 @@ def package(
     report = opened(bundle, require_signature).package(output, settings, only_check=check)
     if report.files:
         remark(f"Wrote {report.files} files to {report.path}.")
-    from van_deploy.report.tables import checks_table
+    from van_deploy.report.document import checks_table
 
     findings = report.findings
-    emit(report, as_json, lambda _: checks_table(vars(found) for found in findings))
+    emit(report, as_json, lambda _: checks_table((f.outcome, f.name, f.detail) for f in findings))
     if not report:
         wrong = ", ".join(finding.name for finding in findings if finding.outcome is False)
         raise GateFailed(

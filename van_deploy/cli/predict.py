@@ -42,7 +42,7 @@ def predict(
         raise UsageError("Standard input can be read once.", "Give '-' once.")
     asked = opened(bundle, require_signature)
     wanted = [_stdin() if image == "-" else image for image in images]
-    from van_deploy.report.model_view import predictions_table
+    from van_deploy.report.sections_model import predictions_blocks
     from van_deploy.results import Predictions
     from van_deploy.serve.predict import Prediction, Speed
 
@@ -58,7 +58,7 @@ def predict(
                 kept.append(answer)
     if not json_lines:
         answers = Predictions(asked.path, settings.artefact, speed, tuple(kept))
-        emit(answers, as_json, predictions_table)
+        emit(answers, as_json, predictions_blocks)
     remark(f"{settings.artefact}: {speed}")
     if bad:
         raise ImageError(

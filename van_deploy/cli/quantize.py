@@ -29,8 +29,8 @@ def quantize(
         result = opened(bundle, None).quantize(settings, force=force, progress=tell)
     word = "reused" if result.reused else "made anew"
     remark(f"{result.artefact}: {word}: {result.reason}")
-    from van_deploy.report.precision_view import quantized_view
+    from van_deploy.report.sections_precision import quantized_blocks
 
-    emit(result, as_json, quantized_view)
+    emit(result, as_json, quantized_blocks)
     if not result:
         raise typer.Exit(1)

@@ -30,9 +30,9 @@ def report(
 
     Example: van-deploy report dist/van_b1
     """
-    from van_deploy.report.tables import bytes_text, facts_table, verdict
+    from van_deploy.report.document import Facts, Notice
+    from van_deploy.report.figures import bytes_text
 
     written = opened(bundle, None).report(output)
     sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}
-    facts = {verdict(written.verdict).plain: written.checks, **sizes}
-    emit(written, as_json, lambda _: facts_table(facts))
+    emit(written, as_json, lambda _: [Notice(written.verdict, written.checks), Facts(sizes)])

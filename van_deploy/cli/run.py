@@ -41,9 +41,9 @@ def run(
         result = api.run_recipe(wanted, output, settings, progress=tell)
     for note in result.export.notes:
         remark(f"note: {note}")
-    from van_deploy.report.bundle_view import run_view
+    from van_deploy.report.sections_model import run_blocks
 
-    emit(result, as_json, run_view)
+    emit(result, as_json, run_blocks)
     if not result:
         raise GateFailed(
             f"The bundle '{result.bundle.path}' was written and does not pass its gates.",

@@ -21,6 +21,7 @@ def serve(
 
     Example: van-deploy serve dist/van_b1 --port 8000
     """
+    from van_deploy.report.document import Paragraph
     from van_deploy.results import Listening
     from van_deploy.serve.app import App
     from van_deploy.serve.server import is_loopback, listen, run_server, url_of
@@ -37,7 +38,8 @@ def serve(
 
     def ready(_: object) -> None:
         ready = Listening(url_of(bound), tuple(service.models))
-        emit(ready, as_json, lambda r: f"{', '.join(r.models)} at {r.url}  (Ctrl-C ends)")
+        said = f"{', '.join(ready.models)} at {ready.url}  (Ctrl-C ends)"
+        emit(ready, as_json, lambda _: [Paragraph(said)])
 
-    run_server(app, bound, max_connections=settings.max_connections, on_ready=ready)
+    run_server(app, bound, ready)
     remark("Stopped; every request that was begun is answered.")

@@ -11,10 +11,9 @@ from van_deploy.cli.console import AsJson, emit, remark
 from van_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from collections.abc import Mapping
 
-    from van_deploy.signing import Signed
-    from van_deploy.signing_keys import KeyPair
+    from van_deploy.report.document import Facts
 
 __all__ = ["sign"]
 
@@ -48,7 +47,7 @@ def sign(
     if new_key is not None:
         if bundle is not None or key is not None:
             raise UsageError("--new-key only makes a pair of keys.", "Sign in a second command.")
-        emit(new_pair(new_key, password_from(password_file)), as_json, _table)
+        emit(new_pair(new_key, password_from(password_file)), as_json, _facts)
         return
     if bundle is None or key is None:
         raise UsageError(
@@ -60,16 +59,10 @@ def sign(
         remark(f"note: others on this machine may read or use '{key}': chmod 600 it")
     signature = sign_bundle(bundle, secret)
     files = len(Bundle.open(bundle).digests)
-    emit(Signed(bundle, signature.key_id, signature.date, files), as_json, _table)
+    emit(Signed(bundle, signature.key_id, signature.date, files), as_json, _facts)
 
 
-def _table(result: Signed | KeyPair) -> RenderableType:
-    from van_deploy.report.tables import facts_table
+def _facts(result: Mapping[str, object]) -> list[Facts]:
+    from van_deploy.report.document import Facts
 
-    shown = {True: "yes", False: "no"}
-    return facts_table(
-        {
-            key.replace("_", " "): shown[value] if isinstance(value, bool) else value
-            for key, value in vars(result).items()
-        }
-    )
+    return [Facts({key.replace("_", " "): value for key, value in result.items()})]

@@ -25,13 +25,14 @@ def verify(
     asked = opened(bundle, require_signature)
     with telling() as tell:
         report = asked.verify(settings, progress=tell)
-    from van_deploy.report.gates_view import verify_failure, verify_tables
+    from van_deploy.report.sections_checks import failure_text, verify_blocks
 
     for text in asked.remarks:
         remark(f"note: {text}")
     names = asked.manifest.class_names
-    emit(report, as_json, lambda _: verify_tables(report, names))
+    emit(report, as_json, lambda found: verify_blocks(found, names))
     if not report:
         raise GateFailed(
-            verify_failure(report), "See the rows above; `van-deploy drift` names the module."
+            failure_text(report.named(), report.allowed, "verified"),
+            "See the rows above; `van-deploy drift` names the module.",
         )

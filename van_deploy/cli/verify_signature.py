@@ -24,7 +24,7 @@ def verify_signature(
 
     Example: van-deploy verify-signature dist/van_b1 --public-key release.pem.pub
     """
-    from van_deploy.report.tables import facts_table
+    from van_deploy.report.document import Facts, Notice
     from van_deploy.signing import Signed, signed_bundle
     from van_deploy.signing_keys import public_key_from
 
@@ -32,4 +32,4 @@ def verify_signature(
     files = len(opened.digests)
     signed = Signed(opened.path, signature.key_id, signature.date, files)
     said = f"{files} files are what was signed, and there is no other"
-    emit(signed, as_json, lambda _: facts_table({"PASS": said, **vars(signed)}))
+    emit(signed, as_json, lambda _: [Notice("PASS", said), Facts(vars(signed))])

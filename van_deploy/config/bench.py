@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -17,6 +17,7 @@ LEAST_ROUNDS = 6
 
 WHAT = "What to run"
 HOW = "How long"
+CUDA = "ONNX Runtime on a GPU"
 Batch = Annotated[int, pydantic.Field(ge=1, le=BATCH_LIMIT)]
 Side = Annotated[int, pydantic.Field(ge=1)]
 
@@ -77,6 +78,13 @@ class Budget(Settings):
 class BenchSettings(Settings):
     """What to measure."""
 
+    device: str | None = option(
+        None,
+        "Where: cuda:N, or cpu.",
+        panel=WHAT,
+        shown_default="cuda:0; without a GPU, cpu",
+        pattern=r"^(cpu|cuda:\d+)$",
+    )
     batches: tuple[Batch, ...] = option((1, 8), "Batch sizes.", panel=WHAT, min_length=1)
     runners: tuple[str, ...] = option(
         (),
@@ -85,7 +93,10 @@ class BenchSettings(Settings):
         shown_default="all that are here",
     )
     reference: str = option(
-        "pytorch", "What ratios are against; if it does not run, the first that does.", panel=WHAT
+        "pytorch",
+        "What ratios are against; if it does not run, the first that does. On a GPU, pytorch is "
+        "the fastest of PyTorch's modes.",
+        panel=WHAT,
     )
     threads: int | None = option(
         None, "Threads of each runner.", panel=WHAT, shown_default="all cores", ge=1
@@ -101,5 +112,11 @@ class BenchSettings(Settings):
     p99_ms: float | None = option(
         None, "Find each runner's best batch with p99 below this.", panel=WHAT, gt=0
     )
-    roofline: bool = option(True, "Measure the machine's limits and compare.", panel=WHAT)
+    roofline: bool = option(True, "Measure the device's limits and compare.", panel=WHAT)
+    profile: bool = option(False, "Add the time by kind of layer.", panel=WHAT)
+    tf32: bool = option(True, "Let FP32 compute in TF32.", panel=CUDA)
+    conv_search: Literal["EXHAUSTIVE", "HEURISTIC", "DEFAULT"] = option(
+        "EXHAUSTIVE", "How cuDNN's algorithms are chosen.", panel=CUDA
+    )
+    fuse_conv_bias: bool = option(False, "Fuse convolution, bias and activation.", panel=CUDA)
     budget: Budget = option(Budget, "How long.")

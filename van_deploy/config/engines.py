@@ -24,8 +24,8 @@ MACHINES = "Where it runs"
 KERNELS = "What is in the plan"
 MANY = "Many engines"
 ARTEFACTS = (
-    "fp32, fp16, int8 or another ONNX artefact of the bundle, such as fp32-uint8: an engine "
-    "each, for each of the targets."
+    "fp32, fp16, bf16, int8 or another ONNX artefact of the bundle, such as fp32-uint8: an engine "
+    "each, for each of the targets. Inductor computes in fp32, fp16 or bf16."
 )
 Profile = Annotated[BatchRange, pydantic.PlainSerializer(str)]
 
@@ -60,9 +60,10 @@ class PlanSettings(Settings):
         ge=0,
         le=5,
     )
+    tiling: Literal["none", "fast", "moderate", "full"] = option(
+        "none", "How long to search for ways to keep tensors in the GPU's cache.", panel=KERNELS
+    )
     tf32: bool = option(True, "Let FP32 layers compute in TF32.", panel=KERNELS)
-    strip_weights: bool = option(False, "Leave the weights out.", panel=KERNELS)
-    refit: bool = option(False, "Let weights be replaced later.", panel=KERNELS)
     profiling: Profiling = option(
         Profiling.LAYER_NAMES_ONLY, "What the engine inspector can tell.", panel=KERNELS
     )
@@ -118,8 +119,11 @@ class EngineSettings(PlanSettings):
         panel=MACHINES,
         shown_default="the GPU in this machine",
     )
-    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = option(
-        "auto", "What builds and will run it.", panel=MACHINES
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx", "inductor"] = option(
+        "auto",
+        "What builds and will run it. inductor: a package that PyTorch compiles ahead of time, "
+        "for the GPU or the processor of this machine.",
+        panel=MACHINES,
     )
     timing_cache: Path | None = option(
         None, "File of kernel timings to use and add to (TensorRT).", panel=KERNELS
@@ -136,9 +140,31 @@ class BuildSettings(EngineSettings):
     """The options of ``van-deploy build``."""
 
     precisions: tuple[str, ...] = option(("fp32",), ARTEFACTS, flags=["--precision"])
+    device: str | None = option(
+        None,
+        "What it is built on: cuda:N, or cpu (inductor).",
+        panel=MACHINES,
+        shown_default="cuda:0; without a GPU, cpu for inductor",
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+    )
+    max_autotune: bool = option(
+        False, "Choose Inductor's kernels by timing them, which takes minutes.", panel=KERNELS
+    )
+    fused_kernels: bool = option(
+        False,
+        "Compile a package on this project's fused kernels: FP16 or BF16 on a GPU, one batch size.",
+        panel=KERNELS,
+    )
+    tune: bool = option(
+        False,
+        "Build candidate settings (precision, INT8 scope, optimization level, tiling, autotuning), "
+        "time them on this device, and keep the fastest that holds its gate.",
+        panel=KERNELS,
+    )
     images: Path | None = option(
         None,
-        "Folder of images to make a missing fp16 or int8 file with, as `van-deploy quantize` does.",
+        "Folder of images to make a missing fp16, bf16 or int8 file with, as `van-deploy quantize` "
+        "does.",
     )
     check_reproducible: bool = option(False, "Build twice and compare the bytes.")
 

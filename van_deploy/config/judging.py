@@ -28,8 +28,17 @@ HOW = "How it is done"
 class RunnerSettings(Settings):
     """What runs the artefacts of a bundle."""
 
-    runner: Literal["ort-cpu", "ort-cuda", "ort-tensorrt"] = option(
-        "ort-cpu", "What runs ONNX artefacts; engines are run by TensorRT.", panel=HOW
+    runner: Literal["ort-cpu", "ort-cuda"] = option(
+        "ort-cpu",
+        "What runs ONNX artefacts; engines are run by TensorRT, packages by PyTorch.",
+        panel=HOW,
+    )
+    device: str = option(
+        "cuda:0",
+        "Which GPU, where something runs on one.",
+        panel=HOW,
+        metavar="cuda:N",
+        pattern=r"^cuda(:\d+)?$",
     )
     trust_engine: bool = option(
         False,

@@ -13,12 +13,12 @@ from van_deploy.schema import Contradiction, Settings
 
 __all__ = ["Precision", "PrecisionSettings", "QuantizeSettings"]
 
-Precision = Literal["fp16", "int8"]
+Precision = Literal["fp16", "bf16", "int8"]
 """What can be made of an exported graph."""
 
 IMAGES = "Images"
 NUMBERS = "INT8"
-TYPES = "FP16"
+TYPES = "FP16 and BF16"
 
 
 class _Quantization(Settings):
@@ -177,15 +177,21 @@ class QuantizeSettings(_Quantization, _One):
         }
         for given in (name for name, is_given in asked.items() if is_given):
             raise Contradiction(
-                f"{given} is for INT8, and {{precision}} is fp16.",
+                f"{given} is for INT8, and {{precision}} is {self.precision}.",
                 f"Make int8, or leave {given} out.",
             )
         if self.target == "cpu":
             raise Contradiction(
-                "FP16 makes no sense for {target} cpu: ONNX Runtime's CPU kernels cast it to "
-                "FP32 and back around every operator.",
+                f"{self.precision.upper()} makes no sense for {{target}} cpu: ONNX Runtime's CPU "
+                "kernels cast it to FP32 and back around every operator, or are not there.",
                 "Make int8 for a CPU, or leave the graph in FP32.",
             )
+        for name in ("half_io", "strict"):
+            if self.precision == "bf16" and getattr(self, name):
+                raise Contradiction(
+                    f"{{{name}}} is for FP16, and {{precision}} is bf16.",
+                    f"Leave {{{name}}} out: BF16 has FP32's own range, and NumPy has no BF16.",
+                )
         return self
 
     @property
@@ -195,6 +201,7 @@ class QuantizeSettings(_Quantization, _One):
 
 
 _FOR_INT8 = {"max_drop", "noise", "rest", "scope", "target"}
+_FOR_FP16 = {"half_io", "strict"}
 
 
 class _Several(Settings):
@@ -205,12 +212,12 @@ class PrecisionSettings(_Quantization, _Several):
     """What to make besides ``fp32``, and on which images. Table ``[precision]``."""
 
     def of(self, precision: Precision) -> QuantizeSettings:
-        """Return what is asked of one precision; what is for INT8 only is not asked of FP16.
+        """Return what is asked of one precision, without what is for others only.
 
         Raises:
             UsageError: it contradicts itself.
         """
         given = {name: getattr(self, name) for name in _Quantization.model_fields}
-        if precision == "fp16":
-            given = {k: v for k, v in given.items() if k not in _FOR_INT8}
+        others = {"int8": set(), "fp16": _FOR_INT8, "bf16": _FOR_INT8 | _FOR_FP16}[precision]
+        given = {name: value for name, value in given.items() if name not in others}
         return QuantizeSettings(precision=precision, **given)

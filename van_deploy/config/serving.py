@@ -80,6 +80,7 @@ class ServiceSettings(_Threads):
         30.0, "Longest a request may take to come.", panel=LIMITS, ge=0.1
     )
     max_pixels: int = option(50_000_000, "Largest image.", panel=LIMITS, ge=1)
+    max_connections: int = option(512, "More get 503.", panel=LIMITS, ge=1)
 
     def api_key(self) -> str:
         """Return what clients must send; "" for no key.
@@ -105,7 +106,6 @@ class ServeSettings(ServiceSettings):
 
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(8000, "Port; 0 takes a free one.", ge=0, le=65535)
-    max_connections: int = option(512, "More get 503.", panel=LIMITS, ge=1)
 
 
 class TritonSettings(Settings):

@@ -1,9 +1,8 @@
 """TensorRT 10, TensorRT 11 and TensorRT for RTX behind one face.
 
 Nothing outside this module asks which of them it has in hand: what differs is an
-attribute of :class:`Backend` or one of its methods. Every name of the bindings
-used anywhere in this package is listed in :data:`NAMES`, and a test compares that
-list with the bindings of 10.16, 11.4 and RTX 1.7.
+attribute of :class:`Backend` or one of its methods. A test compares every name of the
+bindings that is used with those of 10.16, 11.4 and RTX 1.7 (``tests/engine/test_backend.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from van_deploy.errors import MissingDependency, UsageError
 
 __all__ = [
     "BACKENDS",
-    "NAMES",
     "RTX",
     "RTX_TARGETS",
     "TENSORRT",
@@ -34,62 +32,6 @@ RTX = "tensorrt-rtx"
 
 RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 """What TensorRT for RTX 1.7 can build for: the members of its ``ComputeCapability``."""
-
-COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
-    "": ("Builder", "DataType", "ILogger", "IProgressMonitor", "OnnxParser", "Runtime"),
-    "Builder": (
-        *("build_serialized_network", "create_builder_config", "create_network"),
-        "create_optimization_profile",
-    ),
-    "BuilderFlag": ("REFIT", "STRIP_PLAN", "TF32", "VERSION_COMPATIBLE"),
-    "DataType": ("FLOAT", "HALF", "INT8", "INT32", "INT64", "BOOL"),
-    "EngineInspector": ("get_engine_information",),
-    "HardwareCompatibilityLevel": ("AMPERE_PLUS", "NONE", "SAME_COMPUTE_CAPABILITY"),
-    "IBuilderConfig": (
-        *("add_optimization_profile", "builder_optimization_level", "clear_flag"),
-        *("create_timing_cache", "get_memory_pool_limit", "hardware_compatibility_level"),
-        *("profiling_verbosity", "progress_monitor", "set_flag", "set_memory_pool_limit"),
-        "set_timing_cache",
-    ),
-    "ICudaEngine": (
-        *("create_engine_inspector", "create_execution_context", "device_memory_size_v2"),
-        *("get_tensor_dtype", "get_tensor_mode", "get_tensor_name", "get_tensor_profile_shape"),
-        *("get_tensor_shape", "num_io_tensors", "num_layers", "num_optimization_profiles"),
-    ),
-    "IExecutionContext": (
-        *("execute_async_v3", "get_tensor_shape", "infer_shapes", "set_input_shape"),
-        *("set_optimization_profile_async", "set_tensor_address"),
-    ),
-    "IHostMemory": ("nbytes",),
-    "ILogger": ("Severity", "log"),
-    "INetworkDefinition": ("get_input", "get_output", "num_inputs", "num_layers", "num_outputs"),
-    "IOptimizationProfile": ("set_shape",),
-    "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
-    "ITensor": ("dtype", "name", "shape"),
-    "ITimingCache": ("combine", "serialize"),
-    "LayerInformationFormat": ("JSON",),
-    "MemoryPoolType": ("WORKSPACE",),
-    "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
-    "OnnxParser": ("get_error", "num_errors", "parse"),
-    "ParserError": ("code", "desc", "node_name", "node_operator"),
-    "ProfilingVerbosity": ("DETAILED", "LAYER_NAMES_ONLY", "NONE"),
-    "Runtime": ("deserialize_cuda_engine", "engine_host_code_allowed"),
-    "TensorIOMode": ("INPUT", "OUTPUT"),
-}
-RTX_NAMES: Mapping[str, tuple[str, ...]] = {
-    "ComputeCapability": tuple(name.replace("sm_", "SM") for name in RTX_TARGETS),
-    "CudaGraphStrategy": ("DISABLED", "WHOLE_GRAPH_CAPTURE"),
-    "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
-    "ICudaEngine": ("create_runtime_config",),
-    "IRuntimeCache": ("deserialize", "serialize"),
-    "IRuntimeConfig": ("create_runtime_cache", "cuda_graph_strategy", "set_runtime_cache"),
-    "Runtime": ("get_engine_validity",),
-}
-NAMES: Mapping[str, tuple[Mapping[str, tuple[str, ...]], ...]] = {
-    TENSORRT: (COMMON_NAMES,),
-    RTX: (COMMON_NAMES, RTX_NAMES),
-}
-"""The bindings' names this package uses, by back end: class, then members ("" for the module)."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +69,6 @@ class Backend:
         """Whether targets are chosen rather than found in the machine."""
         return self.name == RTX
 
-    @property
-    def has_timing_cache(self) -> bool:
-        """Whether a timing cache does anything."""
-        return self.name == TENSORRT
-
     def network_flags(self) -> int:
         """Return the flags of ``create_network``: strongly typed, needed on 10, ignored on 11."""
         return 1 << int(self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -143,6 +80,9 @@ class Backend:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
         if options.optimization_level is not None:
             config.builder_optimization_level = options.optimization_level
+        if options.tiling != "none":
+            levels = trt.TilingOptimizationLevel
+            config.tiling_optimization_level = getattr(levels, options.tiling.upper())
         config.profiling_verbosity = {
             Profiling.NONE: trt.ProfilingVerbosity.NONE,
             Profiling.LAYER_NAMES_ONLY: trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
@@ -153,13 +93,8 @@ class Backend:
             config.set_flag(flags.TF32)
         else:
             config.clear_flag(flags.TF32)
-        for wanted, flag in (
-            (options.version_compatible, flags.VERSION_COMPATIBLE),
-            (options.strip_weights, flags.STRIP_PLAN),
-            (options.refit, flags.REFIT),
-        ):
-            if wanted:
-                config.set_flag(flag)
+        if options.version_compatible:
+            config.set_flag(flags.VERSION_COMPATIBLE)
         if options.hardware_compatibility is not HardwareCompatibility.NONE:
             name = options.hardware_compatibility.name
             level = getattr(trt.HardwareCompatibilityLevel, name)
@@ -168,10 +103,10 @@ class Backend:
             self._set_targets_(config, options.targets)
 
     def _set_targets_(self, config: Any, targets: tuple[str, ...]) -> None:
-        config.num_compute_capabilities = len(targets)
-        for index, target in enumerate(targets):
-            capability = getattr(self.module.ComputeCapability, target.replace("sm_", "SM"))
-            config.set_compute_capability(capability, index)
+        names = [target.replace("sm_", "SM") for target in targets] or ["CURRENT"]
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            config.set_compute_capability(getattr(self.module.ComputeCapability, name), index)
 
 
 @dataclass(frozen=True)

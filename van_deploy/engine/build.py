@@ -78,8 +78,8 @@ def engine_name(
 ) -> str:
     """Return what an engine is called, such as ``van_b1-fp16-sm89-rtx1.7.1``.
 
-    A hardware compatibility level takes the place of the target; a plan that needs
-    refitting, or that later versions can load, says so at the end.
+    A hardware compatibility level takes the place of the target; a plan that later versions
+    can load says so at the end.
     """
     level = options.hardware_compatibility
     served = "+".join(target.replace("sm_", "sm") for target in targets_of(options, host))
@@ -87,7 +87,7 @@ def engine_name(
         served = "ampere-plus"
     elif level is HardwareCompatibility.SAME_COMPUTE_CAPABILITY:
         served = f"{served}-any"
-    marks = "-stripped" * options.strip_weights + "-vc" * options.version_compatible
+    marks = "-vc" * options.version_compatible
     return f"{model}-{precision}-{served}-{backend.tag}{backend.release}{marks}"
 
 

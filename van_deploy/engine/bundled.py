@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +33,7 @@ __all__ = [
     "EngineRequest",
     "build_in_bundle",
     "enter_engine",
+    "enter_files",
     "existing_engine",
     "request_for",
 ]
@@ -202,33 +203,40 @@ def enter_engine(request: EngineRequest, plan: Path, sidecar: Sidecar) -> None:
     Raises:
         BundleError: the ONNX file was replaced while the engine was being built.
     """
-    with writing(request.bundle) as draft:
-        source = draft.artefacts.get(request.source)
-        if source is None or source.sha256 != request.onnx_sha256:
+    artefact = Artefact(
+        name=request.name,
+        kind="engine",
+        precision=cast("Precision", request.precision),
+        file=request.file,
+        files={request.file: ""},
+        made_from=Origin(name=request.source, sha256=request.onnx_sha256),
+        made_with=dict(request.ingredients),
+        engine=EngineFacts(
+            backend=f"{sidecar.backend} {sidecar.backend_version}",
+            targets=sidecar.targets,
+            profiles=sidecar.profiles,
+            parser_layers=sidecar.parser_layers,
+        ),
+    )
+    enter_files(request.bundle, artefact, (plan, sidecar_path(plan), log_path(plan)))
+
+
+def enter_files(bundle: Path, artefact: Artefact, files: Sequence[Path]) -> None:
+    """Copy the files of something native into a bundle, and enter it in the manifest.
+
+    Raises:
+        BundleError: what it was made from was replaced meanwhile.
+    """
+    origin = artefact.made_from
+    with writing(bundle) as draft:
+        source = draft.artefacts.get(origin.name)
+        if source is None or source.sha256 != origin.sha256:
             raise BundleError(
-                f"'{request.source}' of '{request.bundle}' was replaced while the engine "
-                f"'{request.name}' was being built from it.",
+                f"'{origin.name}' of '{bundle}' was replaced while '{artefact.name}' was being "
+                "built from it.",
                 "Nothing was written. Build again.",
             )
-        files = {}
-        for path in (plan, sidecar_path(plan), log_path(plan)):
-            relative = f"{ENGINES}/{path.name}"
-            shutil.copyfile(path, draft.file(relative))
-            files[relative] = ""  # digested by the draft
-        draft.record(
-            Artefact(
-                name=request.name,
-                kind="engine",
-                precision=cast("Precision", request.precision),
-                file=request.file,
-                files=files,
-                made_from=Origin(name=request.source, sha256=request.onnx_sha256),
-                made_with=dict(request.ingredients),
-                engine=EngineFacts(
-                    backend=f"{sidecar.backend} {sidecar.backend_version}",
-                    targets=sidecar.targets,
-                    profiles=sidecar.profiles,
-                    parser_layers=sidecar.parser_layers,
-                ),
-            )
-        )
+        for path in files:
+            shutil.copyfile(path, draft.file(f"{ENGINES}/{path.name}"))
+        inside = {f"{ENGINES}/{path.name}": "" for path in files}  # digested by the draft
+        draft.record(artefact.model_copy(update={"files": inside}))

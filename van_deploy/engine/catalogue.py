@@ -1,19 +1,22 @@
 """What TensorRT's messages mean, and what to do about each.
 
-An entry is a pattern, its cause in plain words and a remedy. The patterns of the
-parser and of the builder were collected from TensorRT for RTX 1.7.1 on files made
-wrong on purpose (``tests/engine/test_catalogue.py`` does it again); those marked
+An entry of ``catalogue.toml`` is a pattern, its cause in plain words and a remedy. The
+patterns of the parser and of the builder were collected from TensorRT for RTX 1.7.1 on
+files made wrong on purpose (``tests/engine/test_catalogue.py`` does it again); those marked
 "reported" come from issue threads, because they need a GPU or another release.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from van_deploy.errors import ConversionError, InputError, MissingDependency, VanDeployError
+from van_deploy import errors
+from van_deploy.documents import toml_from
+from van_deploy.errors import ConversionError, VanDeployError
 
 __all__ = [
     "CATALOGUE",
@@ -24,6 +27,7 @@ __all__ = [
     "load_failure",
     "parser_failure",
     "parser_problems",
+    "run_failure",
 ]
 
 SHOWN = 3  # parser problems shown in full
@@ -67,157 +71,13 @@ class Entry:
     reported: str = ""
 
 
-CATALOGUE: tuple[Entry, ...] = (
-    Entry(
-        "unknown operator",
-        r"Plugin not found|No importer registered|creator && ",
-        "TensorRT has no operator of this name and no plugin for it",
-        "Export with standard operators: `van-deploy export` writes nothing else. "
-        "ONNX Runtime's own operators (com.microsoft) come from graphs it has optimised.",
-    ),
-    Entry(
-        "unsupported type",
-        r"unsupported input type|Failed to convert ONNX dat[ea] type|UNSUPPORTED_NODE_DATATYPE",
-        "an input has a type TensorRT does not take there",
-        "Feed float32, float16 or bfloat16 images; uint8 images need a Cast first.",
-    ),
-    Entry(
-        "mixed types",
-        r"must be of same type|must have the same type|expects? .* same type",
-        "two inputs of one operator have different types; in a strongly typed network nothing "
-        "is converted silently",
-        "Make the half-precision file with `van-deploy quantize BUNDLE --precision fp16`: "
-        "converters that leave out Casts write such graphs.",
-    ),
-    Entry(
-        "scale not positive",
-        r"Scale coefficients must all be positive",
-        "a quantisation scale is zero or negative; casting a tiny scale to FP16 makes it zero",
-        "Floor the scales at 6.1e-5, as `van-deploy quantize` does.",
-    ),
-    Entry(
-        "asymmetric quantisation",
-        r"Non-zero zero point is not supported",
-        "a zero-point is not 0; TensorRT's INT8 is symmetric",
-        "Quantise symmetrically: `van-deploy quantize BUNDLE --precision int8`.",
-    ),
-    Entry(
-        "weights do not fit",
-        r"failed to broadcast to input|Kernel weight",
-        "a convolution's weights do not match the channels that come in",
-        "The graph is inconsistent: check it with ONNX Runtime, then export it again.",
-    ),
-    Entry(
-        "shapes do not fit",
-        r"broadcast dimensions must be conformable|Shape Error|dimensions? mismatch for operand",
-        "the shapes of an operator's inputs do not go together",
-        "The graph is inconsistent: check it with ONNX Runtime, then export it again.",
-    ),
-    Entry(
-        "frozen batch",
-        r"reshap\w+ (failed|would change volume)|violate shape constraints",
-        "a Reshape in the graph holds the batch size it was exported with, so other batch sizes "
-        "do not go through",
-        "Export with a free batch (`van-deploy export` proves it at several sizes), or build for "
-        "the one size the graph has.",
-    ),
-    Entry(
-        "broken graph",
-        r"Node input was not registered|INVALID_GRAPH",
-        "a node reads a value that nothing makes",
-        "The file is damaged or was edited: export it again.",
-    ),
-    Entry(
-        "external weights",
-        r"Failed to open file|Failed to import initializer",
-        "the weights that belong beside the file cannot be read",
-        "Keep model.onnx and its data file together in one folder.",
-        InputError,
-    ),
-    Entry(
-        "not ONNX",
-        r"Failed to parse the ONNX model|ParseFromCodedStream",
-        "the file is damaged or cut short",
-        "Export it again, or download it again.",
-        InputError,
-    ),
-    Entry(
-        "profile does not fit",
-        r"Dimension mismatch for tensor .* profile|no optimization profile|MIN<=OPT<=MAX",
-        "the batch profile and the network's input do not go together",
-        "Give --batch min:opt:max with rising numbers that the graph's batch allows.",
-    ),
-    Entry(
-        "workspace too small",
-        r"within workspace limit|insufficient workspace|try increasing the workspace",
-        "no kernel fits into the workspace",
-        "Raise --workspace, or leave it out.",
-    ),
-    Entry(
-        "no lean library",
-        r"libnvinfer_lean",
-        "a version-compatible plan needs TensorRT's lean library, which is not here",
-        "Leave --version-compatible out, or install the tensorrt_lean package of this release.",
-        MissingDependency,
-    ),
-    Entry(
-        "library not found",
-        r"[Uu]nable to load library|cannot open shared object file|Could not load library",
-        "a library of TensorRT or CUDA is missing",
-        "Run `van-deploy doctor`, and reinstall the TensorRT package it names.",
-        MissingDependency,
-    ),
-    Entry(
-        "device out of memory",
-        r"[Oo]ut ?[Oo]f ?[Mm]emory|cudaError(?:MemoryAllocation|\s*2\b)|bad_alloc|"
-        r"Requested amount of (?:GPU )?memory",
-        "there is not enough memory",
-        "Use a smaller maximum batch (--batch 1:1:8) or --workspace, or close what else uses "
-        "the GPU.",
-        MissingDependency,
-    ),
-    Entry(
-        "no driver",
-        r"cudaError 35|CUDA driver version is insufficient|no CUDA-capable device|"
-        r"CUDA initialization failure|CHECK\(status == CUDA_SUCCESS\)",
-        "this needs an NVIDIA GPU with a driver that is new enough, and none answers here",
-        "Run `van-deploy doctor` to see what is here; without a GPU, build with "
-        "--backend tensorrt-rtx.",
-        MissingDependency,
-    ),
-    Entry(
-        "no kernel",
-        r"[Cc]ould not find any implementation|no tactics to implement",
-        "TensorRT has no kernel for a layer within these limits",
-        "Raise --workspace or --optimization-level; an INT8 depth-wise convolution is the usual "
-        "cause: quantise the 1x1 convolutions only.",
-        reported="NVIDIA/TensorRT #4060, #3385",
-    ),
-    Entry(
-        "another version",
-        r"not compatible with this version of TensorRT|[Vv]ersion tag does not match|"
-        r"expecting library version",
-        "the plan was built with another version of TensorRT",
-        "Build it again with the version that is installed here.",
-        reported="NVIDIA/TensorRT #574",
-    ),
-    Entry(
-        "another GPU",
-        r"incompatible device, expecting compute|not compatible with the (?:current )?device",
-        "the plan was built for another GPU",
-        "Build it again with --target for this GPU.",
-        reported="NVIDIA/TensorRT #2176",
-    ),
-    Entry(
-        "damaged plan",
-        r"[Mm]agic tag does not match|[Ss]erialization assertion|deserializ\w+ failed|"
-        r"[Cc]orrupt|Trying to load an engine created with incompatible",
-        "the plan is damaged, or is no TensorRT plan",
-        "Build it again.",
-        InputError,
-        reported="NVIDIA/TensorRT #3130",
-    ),
-)
+def _entries() -> Iterator[Entry]:
+    table = toml_from(Path(__file__).with_name("catalogue.toml"))
+    for row in table["entry"]:
+        yield Entry(**{**row, "error": getattr(errors, row.get("error", "ConversionError"))})
+
+
+CATALOGUE = tuple(_entries())
 """Known failures, the most particular first."""
 
 
@@ -277,6 +137,11 @@ def build_failure(label: str, source: str, said: Sequence[str]) -> VanDeployErro
 def load_failure(label: str, plan: str, said: Sequence[str]) -> VanDeployError:
     """Return the error for a plan that did not load, from what the logger heard."""
     return _failure(f"{label} does not load '{plan}'", said)
+
+
+def run_failure(label: str, what: str, said: Sequence[str]) -> VanDeployError:
+    """Return the error for an engine that refused what it was given, such as a batch."""
+    return _failure(f"{label} refused {what}", said)
 
 
 def _failure(what: str, said: Sequence[str]) -> VanDeployError:

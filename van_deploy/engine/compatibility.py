@@ -6,6 +6,7 @@ some by running a plan it should not. The sidecar knows them without loading.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from van_deploy.config import HardwareCompatibility
@@ -14,7 +15,7 @@ from van_deploy.engine.host import Host
 from van_deploy.engine.sidecar import Sidecar
 from van_deploy.errors import MissingDependency
 
-__all__ = ["Obstacle", "built_for", "obstacles", "require_compatible"]
+__all__ = ["Obstacle", "built_for", "obstacles", "refuse", "require_compatible"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,19 @@ def require_compatible(sidecar: Sidecar, host: Host) -> None:
     Raises:
         MissingDependency: it does not; every reason is named.
     """
-    found = obstacles(sidecar, host)
+    refuse(f"The engine '{sidecar.name}'", obstacles(sidecar, host))
+
+
+def refuse(what: str, found: Sequence[Obstacle]) -> None:
+    """Return if nothing was found that keeps something from running here.
+
+    Raises:
+        MissingDependency: something was; every reason is named.
+    """
     if found:
         raise MissingDependency(
-            f"The engine '{sidecar.name}' does not run here: "
-            + "; ".join(obstacle.problem for obstacle in found)
-            + ".",
-            "\n".join(dict.fromkeys(obstacle.remedy for obstacle in found)),
+            f"{what} does not run here: " + "; ".join(one.problem for one in found) + ".",
+            "\n".join(dict.fromkeys(one.remedy for one in found)),
         )
 
 

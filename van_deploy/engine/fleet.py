@@ -22,8 +22,8 @@ command to resume.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +37,7 @@ from van_deploy.engine.backend import choose_backend
 from van_deploy.engine.build import Progress
 from van_deploy.engine.bundled import build_in_bundle, request_for
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.sidecar import Sidecar
+from van_deploy.engine.sidecar import PackageSidecar, Sidecar
 from van_deploy.errors import RecipeError, VanDeployError
 from van_deploy.schema import Contradiction, Settings, read_toml
 
@@ -46,12 +46,10 @@ __all__ = [
     "FAILED",
     "REUSED",
     "Cell",
-    "Fleet",
     "FleetFile",
     "FleetHost",
     "Outcome",
     "build_here",
-    "cells_of",
     "prepared",
     "read_fleet",
 ]
@@ -95,28 +93,6 @@ class FleetFile(Settings):
 
 
 @dataclass(frozen=True)
-class Fleet:
-    """What a fleet file asks for.
-
-    Attributes:
-        bundles: the bundles' folders.
-        precisions: ONNX artefacts of each to build from.
-        targets: compute capabilities; more than one where a plan serves several.
-        options: what is asked of every build; without targets, and without
-            profiles if the file gives none.
-        has_profiles: whether the file gives profiles; else each bundle's own are used.
-        hosts: where targets are built, by target.
-    """
-
-    bundles: tuple[Path, ...]
-    precisions: tuple[str, ...]
-    targets: tuple[tuple[str, ...], ...]
-    options: BuildOptions = field(default_factory=BuildOptions)
-    has_profiles: bool = False
-    hosts: Mapping[str, FleetHost] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Cell:
     """One engine of a fleet.
 
@@ -150,7 +126,8 @@ class Outcome:
         cell: which one.
         outcome: ``built``, ``reused`` or ``failed``.
         engine: the engine's name; "" if it failed before it had one.
-        sidecar: what is known about the engine; None if it failed.
+        sidecar: what is known about the engine; None if it failed, and for a package.
+        package: what is known about an Inductor package; None for all else.
         error: why it failed; None otherwise.
         where: the machine it was built on, as Ray names it; "" for this one.
     """
@@ -159,41 +136,30 @@ class Outcome:
     outcome: str
     engine: str = ""
     sidecar: Sidecar | None = None
+    package: PackageSidecar | None = None
     error: VanDeployError | None = None
     where: str = ""
 
 
-def read_fleet(path: Path) -> Fleet:
-    """Return what a fleet file asks for.
+def read_fleet(path: Path) -> tuple[Cell, ...]:
+    """Return every engine that a fleet file asks for, bundle by bundle.
 
     Raises:
         RecipeError: it cannot be read, or a key or value in it is wrong.
     """
     found = read_toml(FleetFile, path, "fleet file", RecipeError)
-    return Fleet(
-        bundles=tuple(path.parent / place for place in found.fleet.bundles),
-        precisions=found.fleet.precisions,
-        targets=found.fleet.targets,
-        options=found.options.of(),
-        has_profiles=bool(found.options.profiles),
-        hosts=found.hosts,
-    )
-
-
-def cells_of(fleet: Fleet) -> tuple[Cell, ...]:
-    """Return every engine of a fleet, bundle by bundle."""
     return tuple(
         Cell(
-            bundle,
+            path.parent / bundle,
             precision,
             targets,
-            fleet.options.changed(targets=targets),
-            fleet.hosts.get("+".join(targets), FleetHost()),
-            not fleet.has_profiles,
+            found.options.of(targets),
+            found.hosts.get("+".join(targets), FleetHost()),
+            not found.options.profiles,
         )
-        for bundle in fleet.bundles
-        for precision in fleet.precisions
-        for targets in fleet.targets
+        for bundle in found.fleet.bundles
+        for precision in found.fleet.precisions
+        for targets in found.fleet.targets
     )
 
 
@@ -214,7 +180,7 @@ def build_here(
     """Build cells one after the other on this machine, and yield each as it ends.
 
     Args:
-        cells: from :func:`cells_of`.
+        cells: from :func:`read_fleet`.
         host: this machine; None looks.
         force: build engines even if they are there.
         progress: asked, for each cell, what to tell about its build.

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from van_deploy.engine.backend import BACKENDS, Backend, backend_named
-from van_deploy.engine.catalogue import load_failure
 from van_deploy.engine.compatibility import Obstacle, obstacles
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.log import BuildLog, trt_logger
+from van_deploy.engine.load import engine_from_plan, runtime_of
+from van_deploy.engine.log import BuildLog
 from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
 from van_deploy.errors import VanDeployError
 from van_deploy.files import file_sha256
@@ -103,7 +103,8 @@ def describe_engine(
         found, sound = obstacles(sidecar, host or host_here()), _is_sound(path, sidecar)
         skipped = "; ".join(obstacle.problem for obstacle in found)
         if not found:
-            layers, skipped = _layers_of(path, (sidecar.backend,))
+            host_code = sidecar.options.version_compatible
+            layers, skipped = _layers_of(path, (sidecar.backend,), host_code=host_code)
     log = log_path(path)
     return EngineDescription(
         file=path,
@@ -119,31 +120,30 @@ def describe_engine(
     )
 
 
-def _layers_of(path: Path, backends: Iterable[str]) -> tuple[tuple[Layer, ...], str]:
+def _layers_of(
+    path: Path, backends: Iterable[str], *, host_code: bool = False
+) -> tuple[tuple[Layer, ...], str]:
     """Return the layers of a plan by the first backend that loads it, or why none does."""
     tried = {}
     for name in backends:
         try:
-            return layers_of(path, backend_named(name)), ""
+            return layers_of(path, backend_named(name), host_code=host_code), ""
         except VanDeployError as error:  # noqa: PERF203 - each backend on its own
             tried[name] = error.message.rstrip(".")
     return (), "; ".join(f"{name}: {why}" for name, why in tried.items())
 
 
-def layers_of(path: Path, backend: Backend) -> tuple[Layer, ...]:
+def layers_of(path: Path, backend: Backend, *, host_code: bool = False) -> tuple[Layer, ...]:
     """Return the layers of a plan; needs the GPU it was built for.
+
+    ``host_code`` is that of :func:`~van_deploy.engine.load.engine_from_plan`.
 
     Raises:
         ConversionError: the plan does not load.
     """
     trt, log = backend.module, BuildLog()
-    logger = trt_logger(trt, log)
-    runtime = trt.Runtime(logger)
-    if runtime is not None:
-        runtime.engine_host_code_allowed = False
-    engine = runtime.deserialize_cuda_engine(path.read_bytes()) if runtime else None
-    if engine is None:
-        raise load_failure(backend.label, str(path), log.errors)
+    runtime, _logger = runtime_of(backend, log)
+    engine = engine_from_plan(runtime, backend, path, log, host_code=host_code)
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     return layers_from_json(text)
@@ -183,11 +183,10 @@ def _is_sound(path: Path, sidecar: Sidecar) -> bool | None:
     tampering: that is what the digest is for.
     """
     try:
-        backend = backend_named(sidecar.backend)
+        runtime, _logger = runtime_of(backend_named(sidecar.backend), BuildLog())
     except VanDeployError:
         return None
-    runtime = backend.module.Runtime(trt_logger(backend.module, BuildLog()))
-    if runtime is None or not hasattr(runtime, "get_engine_validity"):
+    if not hasattr(runtime, "get_engine_validity"):
         return None
     _, diagnostics = runtime.get_engine_validity(path.read_bytes())
     return not int(diagnostics) & MALFORMED

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +34,16 @@ class Delivery:
     """What a task gives back.
 
     Attributes:
-        name: the engine's.
         where: the host that built it.
-        ingredients: as :class:`EngineRequest` has them, with the host's back end and GPU.
-        files: plan, sidecar and log by suffix.
+        files: plan, sidecar and log by suffix; none where there is no plan.
         sidecar: what is known about the plan; None if there is none.
-        error: class name, message and remedy of what went wrong, or None.
+        error: class name, message and remedy of what went wrong.
     """
 
-    name: str
     where: str
-    ingredients: dict[str, Any]
-    files: dict[str, bytes]
-    sidecar: Sidecar | None
-    error: tuple[str, str, str] | None
+    files: dict[str, bytes] = field(default_factory=dict)
+    sidecar: Sidecar | None = None
+    error: tuple[str, str, str] = ("", "The Ray task built nothing.", "")
 
 
 def task_resources(cell: Cell) -> dict[str, Any]:
@@ -67,7 +63,7 @@ def build_on_ray(
     """Build cells as Ray tasks, and yield each as it ends.
 
     Args:
-        cells: from :func:`van_deploy.engine.fleet.cells_of`.
+        cells: from :func:`van_deploy.engine.fleet.read_fleet`.
         address: of the cluster; None joins the one this machine is in, or starts
             one of this machine alone. A cluster joined before is used as it is.
         force: build engines even if they are there.
@@ -161,11 +157,10 @@ def _deliver(
                 preprocessing=preprocessing,
             )
             files = {path.suffix: path.read_bytes() for path in _three(plan)}
-        ingredients = {"backend": backend.name, "backend_version": backend.version}
-        return Delivery(name, where, ingredients, files, sidecar, None)
+        return Delivery(where, files, sidecar)
     except VanDeployError as error:
         told = (type(error).__name__, error.message, error.remedy)
-        return Delivery("", where, {}, {}, None, told)
+        return Delivery(where, error=told)
 
 
 def _finish(done: RayDone) -> Outcome:
@@ -180,15 +175,15 @@ def _finish(done: RayDone) -> Outcome:
         return Outcome(cell, FAILED, error=failure)
     delivery: Delivery = done.result
     sidecar = delivery.sidecar
-    if delivery.error is not None or sidecar is None:
-        kind, message, remedy = delivery.error or ("", "The Ray task built nothing.", "")
+    if sidecar is None:
+        kind, message, remedy = delivery.error
         failed = getattr(errors, kind, ConversionError)(message, remedy)
         return Outcome(cell, FAILED, error=failed, where=delivery.where)
     try:
         _enter(cell, delivery, sidecar)
     except VanDeployError as error:
-        return Outcome(cell, FAILED, delivery.name, error=error, where=delivery.where)
-    return Outcome(cell, BUILT, delivery.name, sidecar, where=delivery.where)
+        return Outcome(cell, FAILED, sidecar.name, error=error, where=delivery.where)
+    return Outcome(cell, BUILT, sidecar.name, sidecar, where=delivery.where)
 
 
 def _enter(cell: Cell, delivery: Delivery, sidecar: Sidecar) -> None:
@@ -196,21 +191,22 @@ def _enter(cell: Cell, delivery: Delivery, sidecar: Sidecar) -> None:
     artefact = bundle.artefact(cell.precision)
     request = EngineRequest(
         bundle=bundle.path,
-        name=delivery.name,
+        name=sidecar.name,
         source=cell.precision,
         precision=artefact.precision,
         onnx=bundle.path / artefact.file,
         onnx_sha256=sidecar.onnx_sha256,
         ingredients={
             "onnx": {file: sha for file, sha in artefact.files.items() if ".onnx" in file},
-            **delivery.ingredients,
+            "backend": sidecar.backend,
+            "backend_version": sidecar.backend_version,
             "targets": sidecar.targets,
             "options": sidecar.options.as_dict(),
         },
         preprocessing=sidecar.preprocessing,
     )
     with tempfile.TemporaryDirectory(prefix="van-deploy-engine-") as folder:
-        plan = Path(folder) / f"{delivery.name}.plan"
+        plan = Path(folder) / f"{sidecar.name}.plan"
         for path in _three(plan):
             path.write_bytes(delivery.files[path.suffix])
         enter_engine(request, plan, sidecar)

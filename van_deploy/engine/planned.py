@@ -8,12 +8,13 @@ from pathlib import Path
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions, EngineSettings
-from van_deploy.engine.backend import Backend, choose_backend
+from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
 from van_deploy.engine.build import Progress
 from van_deploy.engine.bundled import build_in_bundle, request_for
 from van_deploy.engine.fleet import BUILT, REUSED, Cell, FleetHost, Outcome
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.refusals import refuse_impossible
+from van_deploy.errors import UsageError
 
 __all__ = ["Planned", "build_planned", "planned_engines"]
 
@@ -49,12 +50,18 @@ def planned_engines(
         UsageError: nothing builds what is asked.
         MissingDependency: what builds it is not installed, or wants a GPU.
     """
+    if settings.backend == "inductor":
+        raise UsageError(
+            "A recipe's engines are TensorRT's.",
+            "Build the package with `van-deploy build BUNDLE --backend inductor`.",
+        )
     host = host or host_here()
     plans = []
     for targets in settings.targets or ((),):
         backend = choose_backend(settings.backend, targets, host.target)
         served = targets or ((host.target,) if host.target else ())
-        options = settings.of(served if backend.builds_for_absent_gpus else targets, batch)
+        listed = backend.builds_for_absent_gpus and set(served) <= set(RTX_TARGETS)
+        options = settings.of(served if listed else targets, batch)
         refuse_impossible(backend, options, host, settings.timing_cache)
         plans += [Planned(name, served, backend, options) for name in settings.precisions]
     return sorted(plans, key=lambda plan: settings.precisions.index(plan.precision))

@@ -1,9 +1,9 @@
 """What a back end cannot do, said before it is tried.
 
 TensorRT answers many of these requests with silence: a hardware compatibility
-level on RTX is ignored, a timing cache does nothing, a stripped plan fails deep
-in the compiler. Here each is refused with its reason. Every refusal of RTX was
-measured on RTX 1.7.1; ``tests/engine/test_refusals.py`` repeats the measurement.
+level on RTX is ignored, a timing cache does nothing. Here each is refused with its
+reason. Every refusal of RTX was measured on RTX 1.7.1; ``tests/engine/test_refusals.py``
+repeats the measurement.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _rtx(
     backend: Backend, options: BuildOptions, host: Host, timing_cache: Path | None
 ) -> Iterator[VanDeployError]:
     served = ", ".join(RTX_TARGETS)
-    if not options.targets:
+    if not options.targets and host.gpu is None:  # else TensorRT itself says what it can
         yield UsageError(
             f"{backend.title} builds for GPUs that are named, and none is.",
             f"Name one with --target; it serves {served}.",
@@ -76,13 +76,6 @@ def _rtx(
             f"{backend.title} accepts a timing cache and does nothing with it.",
             "Leave --timing-cache out; it builds without timing kernels.",
         )
-    for wanted, option in ((options.strip_weights, "--strip-weights"), (options.refit, "--refit")):
-        if wanted and host.gpu is None:
-            yield MissingDependency(
-                f"{backend.title} needs a GPU for {option}, and none answers here: its compiler "
-                "fails without one.",
-                f"Leave {option} out, or build on a machine with a GPU.",
-            )
 
 
 def _tensorrt(backend: Backend, options: BuildOptions, host: Host) -> Iterator[VanDeployError]:
@@ -93,12 +86,16 @@ def _tensorrt(backend: Backend, options: BuildOptions, host: Host) -> Iterator[V
             f"({', '.join(RTX_TARGETS)}).",
         )
     elif host.target is not None and set(options.targets) - {host.target}:
-        others = ", ".join(t for t in options.targets if t != host.target)
+        others = [t for t in options.targets if t != host.target]
+        ways = "Build on that GPU"
+        if not any(map(_older_than_ampere, (*others, host.target))):
+            ways += ", leave --target out and give --hardware-compatibility ampere-plus"
+        if set(options.targets) <= set(RTX_TARGETS):
+            ways += ", or use --backend tensorrt-rtx"
         yield UsageError(
             f"{backend.title} builds for the GPU in this machine ({host.gpu}, {host.target}), "
-            f"not for {others}.",
-            "Build on that GPU, let --hardware-compatibility ampere-plus cover it, or use "
-            "--backend tensorrt-rtx.",
+            f"not for {', '.join(others)}.",
+            f"{ways}.",
         )
     if host.cuda is not None and backend.cuda is not None and host.cuda[0] < backend.cuda:
         yield MissingDependency(

@@ -1,14 +1,14 @@
-"""The sidecar: a JSON file beside a plan that says what the plan is.
+"""The sidecar: a JSON file beside a plan or an Inductor package that says what it is.
 
-The plan itself stays as TensorRT wrote it, so that trtexec and Triton load it. The
-sidecar carries the plan's SHA-256, which is checked before anything is
-deserialised, and a digest of its own, so that an edit shows.
+Both are native code. The file itself stays as TensorRT or PyTorch wrote it, so that trtexec
+and Triton load it. The sidecar carries its SHA-256, which is checked before anything is
+loaded, and a digest of its own, so that an edit shows.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeVar
 
 from pydantic import Field
 
@@ -23,17 +23,21 @@ from van_deploy.schema import Schema
 from van_deploy.versioned import Versioned, read_versioned
 
 __all__ = [
+    "PACKAGE_SCHEMA",
     "SCHEMA",
+    "PackageSidecar",
     "Sidecar",
     "Tensor",
     "log_path",
     "read_sidecar",
     "sidecar_path",
+    "verified_package",
     "verified_sidecar",
     "write_sidecar",
 ]
 
 SCHEMA: Final = "van-deploy/engine/2"
+PACKAGE_SCHEMA: Final = "van-deploy/inductor/1"
 REBUILD = "Build the engine again with `van-deploy build`."
 
 
@@ -51,7 +55,25 @@ class Tensor(Schema):
     dtype: Text
 
 
-class Sidecar(Versioned):
+class _Vouching(Versioned):
+    """A sidecar of any kind."""
+
+    sidecar_sha256: Text = ""
+
+    @property
+    def vouched(self) -> str:
+        """SHA-256 of the file it speaks of."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
+        """Return what :attr:`sidecar_sha256` has to be."""
+        return content_key(plain(self.model_copy(update={"sidecar_sha256": ""})))
+
+
+Vouching = TypeVar("Vouching", bound=_Vouching)
+
+
+class Sidecar(_Vouching):
     """Everything there is to know about a plan without loading it.
 
     Attributes:
@@ -116,9 +138,61 @@ class Sidecar(Versioned):
         """The batch sizes it serves."""
         return self.options.profiles
 
-    def digest(self) -> str:
-        """Return what :attr:`sidecar_sha256` has to be."""
-        return content_key(plain(self.model_copy(update={"sidecar_sha256": ""})))
+    @property
+    def vouched(self) -> str:
+        """SHA-256 of the plan."""
+        return self.plan_sha256
+
+
+class PackageSidecar(_Vouching):
+    """Everything there is to know about an Inductor package (``.pt2``) without loading it.
+
+    Attributes:
+        name: the package's.
+        file_sha256: digest of the package.
+        file_bytes: its size.
+        onnx_file: the FP32 graph that its network was read from.
+        onnx_sha256: that file's digest.
+        torch: the PyTorch that compiled it, without the local part of the version. Its code
+            calls that PyTorch's libraries.
+        device: ``cpu`` or ``cuda``.
+        targets: the compute capability it serves, such as ``sm_90``, or the processor's
+            architecture, such as ``x86_64``.
+        cpu_features: instruction sets of the processor it was compiled on: its code may use all
+            of them. Empty on a GPU.
+        built_on: the GPU or the processor.
+        precision: what it computes in.
+        tf32: whether FP32 convolutions may compute in TF32.
+        max_autotune: whether kernels were chosen by timing them.
+        batch: the batch sizes it serves.
+        input_shape: -1 for the batch.
+        build_seconds: time to export and to compile.
+        sidecar_sha256: digest of all the rest.
+    """
+
+    schema_: Literal["van-deploy/inductor/1"] = Field(alias="schema")
+    name: FileName
+    file_sha256: Text
+    file_bytes: Count
+    onnx_file: Text
+    onnx_sha256: Text
+    torch: Text
+    device: Literal["cpu", "cuda"]
+    targets: tuple[Text, ...]
+    cpu_features: tuple[Text, ...]
+    built_on: Text
+    precision: Precision
+    tf32: bool
+    max_autotune: bool
+    batch: BatchRange
+    input_shape: tuple[Annotated[int, Field(ge=-1, lt=2**31)], ...]
+    build_seconds: float
+    sidecar_sha256: Text = ""
+
+    @property
+    def vouched(self) -> str:
+        """SHA-256 of the package."""
+        return self.file_sha256
 
 
 def sidecar_path(plan: Path) -> Path:
@@ -131,7 +205,7 @@ def log_path(plan: Path) -> Path:
     return _beside(plan, ".log")
 
 
-def write_sidecar(plan: Path, sidecar: Sidecar) -> Sidecar:
+def write_sidecar(plan: Path, sidecar: Vouching) -> Vouching:
     """Write the sidecar of ``plan``, all of it or nothing, and return it with its digest."""
     complete = sidecar.model_copy(update={"sidecar_sha256": sidecar.digest()})
     write_atomic(sidecar_path(plan), complete.text())
@@ -144,23 +218,7 @@ def read_sidecar(plan: Path) -> Sidecar:
     Raises:
         InputError: there is none, it cannot be read, or it was edited.
     """
-    path = sidecar_path(plan)
-    if not path.is_file():
-        raise InputError(
-            f"'{plan}' has no sidecar: '{path.name}' is not beside it. Loading a plan runs the "
-            "code in it, and nothing says where this one comes from.",
-            "Copy the sidecar along with the plan, or build it again. "
-            "Only for a plan you made yourself: --trust-engine, in Python "
-            "`TensorRtRunner(plan, trust_engine=True)`.",
-        )
-    sidecar = read_versioned(
-        Sidecar, path, "sidecar", InputError, damaged=REBUILD, outdated=REBUILD
-    )
-    if sidecar.sidecar_sha256 != sidecar.digest():
-        raise InputError(
-            f"'{path}' was edited after it was written: its digest does not match.", REBUILD
-        )
-    return sidecar
+    return _read(plan, Sidecar)
 
 
 def verified_sidecar(plan: Path) -> Sidecar:
@@ -169,14 +227,45 @@ def verified_sidecar(plan: Path) -> Sidecar:
     Raises:
         InputError: plan or sidecar is missing, damaged, edited or swapped.
     """
-    if not plan.is_file():
-        raise InputError(f"There is no engine '{plan}'.", REBUILD)
-    sidecar = read_sidecar(plan)
-    actual = file_sha256(plan)
-    if actual != sidecar.plan_sha256:
+    return _verified(plan, Sidecar, "plan")
+
+
+def verified_package(package: Path) -> PackageSidecar:
+    """Return the sidecar of a package after making sure that it speaks of this one.
+
+    Raises:
+        InputError: package or sidecar is missing, damaged, edited or swapped.
+    """
+    return _verified(package, PackageSidecar, "package")
+
+
+def _read(file: Path, model: type[Vouching]) -> Vouching:
+    path = sidecar_path(file)
+    if not path.is_file():
         raise InputError(
-            f"'{plan}' is not the plan its sidecar speaks of: its SHA-256 is {actual[:12]}..., "
-            f"the sidecar says {sidecar.plan_sha256[:12]}.... It was damaged or swapped.",
+            f"'{file}' has no sidecar: '{path.name}' is not beside it. Loading it runs the "
+            "code in it, and nothing says where this one comes from.",
+            "Copy the sidecar along with it, or build it again. "
+            "Only for a plan you made yourself: --trust-engine, in Python "
+            "`TensorRtRunner(plan, trust_engine=True)`.",
+        )
+    sidecar = read_versioned(model, path, "sidecar", InputError, damaged=REBUILD, outdated=REBUILD)
+    if sidecar.sidecar_sha256 != sidecar.digest():
+        raise InputError(
+            f"'{path}' was edited after it was written: its digest does not match.", REBUILD
+        )
+    return sidecar
+
+
+def _verified(file: Path, model: type[Vouching], what: str) -> Vouching:
+    if not file.is_file():
+        raise InputError(f"There is no engine '{file}'.", REBUILD)
+    sidecar = _read(file, model)
+    actual = file_sha256(file)
+    if actual != sidecar.vouched:
+        raise InputError(
+            f"'{file}' is not the {what} its sidecar speaks of: its SHA-256 is {actual[:12]}..., "
+            f"the sidecar says {sidecar.vouched[:12]}.... It was damaged or swapped.",
             REBUILD,
         )
     return sidecar
@@ -184,4 +273,4 @@ def verified_sidecar(plan: Path) -> Sidecar:
 
 def _beside(plan: Path, suffix: str) -> Path:
     """Return the file of the plan's stem; names hold dots, so ``with_suffix`` will not do."""
-    return plan.with_name(plan.name.removesuffix(".plan") + suffix)
+    return plan.with_name(plan.name.removesuffix(".plan").removesuffix(".pt2") + suffix)

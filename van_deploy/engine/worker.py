@@ -35,7 +35,8 @@ from van_deploy.engine.catalogue import (
     parser_problems,
 )
 from van_deploy.engine.isolation import addresses_are_fixed
-from van_deploy.engine.log import BuildLog, memory_facts, trt_logger
+from van_deploy.engine.load import builder_of
+from van_deploy.engine.log import BuildLog, memory_facts
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.errors import ConversionError, VanDeployError
 from van_deploy.files import write_atomic
@@ -127,10 +128,7 @@ def _build(
     trt = backend.module
     # No error recorder: without one every error goes to the logger, and with one
     # RTX 1.7.1 crashes when the parser is released before the network.
-    logger = trt_logger(trt, log)
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise build_failure(backend.label, job["onnx"], log.errors)
+    builder, logger = builder_of(backend, log, job["onnx"])
     start = time.perf_counter()
     network = builder.create_network(backend.network_flags())
     parser = trt.OnnxParser(network, logger)

@@ -29,7 +29,10 @@ class Clash:
 
 
 def clashes_among(
-    distributions: Mapping[str, str], torch_cuda: str | None, driver: Driver | None
+    distributions: Mapping[str, str],
+    torch_cuda: str | None,
+    driver: Driver | None,
+    onnxruntime_cuda: str | None = None,
 ) -> tuple[Clash, ...]:
     """Return what does not go together.
 
@@ -37,9 +40,11 @@ def clashes_among(
         distributions: installed packages' canonical names and versions.
         torch_cuda: the CUDA PyTorch was built for, such as ``13.0``.
         driver: the NVIDIA driver, if there is one.
+        onnxruntime_cuda: the CUDA ONNX Runtime was built for.
     """
     return (
         *_onnxruntime_clashes(distributions, driver),
+        *_cuda_clashes(torch_cuda, onnxruntime_cuda),
         *_tensorrt_clashes(distributions, torch_cuda),
         *_driver_clashes(torch_cuda, driver),
     )
@@ -83,7 +88,20 @@ def _onnxruntime_clashes(
         pip = pip_command()
         yield Clash(
             "There is an NVIDIA GPU, but the installed onnxruntime is the one for CPUs.",
-            f"For the GPU: `{pip} uninstall --yes onnxruntime && {pip} install onnxruntime-gpu`.",
+            f"For the GPU: `{pip} uninstall --yes onnxruntime && "
+            f"{pip} install 'onnxruntime-gpu[cuda,cudnn]'`.",
+        )
+
+
+def _cuda_clashes(torch_cuda: str | None, onnxruntime_cuda: str | None) -> Iterator[Clash]:
+    if not torch_cuda or not onnxruntime_cuda:
+        return
+    if torch_cuda.partition(".")[0] != onnxruntime_cuda.partition(".")[0]:
+        yield Clash(
+            f"ONNX Runtime was built for CUDA {onnxruntime_cuda}, but PyTorch for CUDA "
+            f"{torch_cuda}: one process cannot load both.",
+            "Install the onnxruntime-gpu that is built for PyTorch's CUDA: "
+            "https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html",
         )
 
 

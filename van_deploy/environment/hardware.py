@@ -1,21 +1,20 @@
 """What the machine offers: processor, memory, disk, NVIDIA driver and GPUs.
 
-Everything is asked of the operating system or, for GPUs, of the driver's own
-management library (NVML) through :mod:`ctypes`: no package has to be installed,
-nothing is started on a GPU, and what cannot be found out is None.
+Asked of psutil, of the driver's own management library (NVML, through ``nvidia-ml-py``) and of
+CUDA: nothing is started on a GPU, and what cannot be found out is None.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import resource
-import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 __all__ = [
     "Cpu",
@@ -28,6 +27,7 @@ __all__ = [
     "memory",
     "nvidia_driver",
     "peak_memory_bytes",
+    "visible_gpus",
 ]
 
 # What decides how fast FP32, BF16 and INT8 run on a CPU; /proc/cpuinfo's names.
@@ -46,8 +46,6 @@ CPU_FEATURES = (
     "bf16",
 )
 BF16_FEATURES = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-NVML_NAMES = ("nvml.dll",) if os.name == "nt" else ("libnvidia-ml.so.1", "libnvidia-ml.so")
-NVML_SUCCESS = 0
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,15 @@ class Gpu:
         name: as the driver calls it.
         compute_capability: such as ``(8, 9)``, or None on a driver that does not say.
         memory_bytes: device memory.
+        bus: its place on the PCI bus, such as ``0000:3b:00.0``.
+        uuid: NVML's name of it, such as ``GPU-1b2c...``.
     """
 
     name: str
     compute_capability: tuple[int, int] | None
     memory_bytes: int | None
+    bus: str = ""
+    uuid: str = ""
 
     @property
     def sm(self) -> str:
@@ -126,38 +128,37 @@ class Driver:
     Attributes:
         version: such as ``580.65.06``.
         cuda_version: the newest CUDA it can run, such as ``(13, 0)``.
-        gpus: the GPUs it sees, in its own order; ``CUDA_VISIBLE_DEVICES`` is not applied.
+        gpus: the GPUs that CUDA sees, ``cuda:0`` first.
+        hidden: how many others there are, which ``CUDA_VISIBLE_DEVICES`` hides.
     """
 
     version: str
     cuda_version: tuple[int, int]
     gpus: tuple[Gpu, ...]
+    hidden: int = 0
 
 
 def cpu() -> Cpu:
     """Return the processor, its instruction sets and the cores this process may use."""
-    entries = _colon_file(Path("/proc/cpuinfo"))
+    entries = _cpuinfo()
     flags = (entries.get("flags") or entries.get("Features") or "").split()
     name = entries.get("model name") or platform.processor() or platform.machine()
-    cores = os.cpu_count() or 1
+    cores = psutil.cpu_count() or 1
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    quota = _cpu_quota()
-    allowed = affinity if quota is None else max(1, min(affinity, int(quota)))
+    quota = _cgroup("cpu.max").split()
+    granted = int(quota[0]) // int(quota[1]) if quota and quota[0].isdigit() else affinity
+    allowed = max(1, min(affinity, granted))
     return Cpu(name, cores, allowed, tuple(f for f in CPU_FEATURES if f in flags))
 
 
 def memory() -> Memory:
     """Return the machine's memory, or the container's limit where that is smaller."""
-    entries = _colon_file(Path("/proc/meminfo"))
-    total, available = (_kib(entries.get(key)) for key in ("MemTotal", "MemAvailable"))
-    limit = _number(Path("/sys/fs/cgroup/memory.max"))
-    used = _number(Path("/sys/fs/cgroup/memory.current"))
-    if limit is not None and (total is None or limit < total):
-        total = limit
-        if used is not None:
-            left = max(0, limit - used)
-            available = left if available is None else min(available, left)
-    return Memory(total, available)
+    here = psutil.virtual_memory()
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    if not limit.isdigit() or int(limit) >= here.total:
+        return Memory(here.total, here.available)
+    left = max(0, int(limit) - int(used or 0))
+    return Memory(int(limit), min(here.available, left))
 
 
 def disk(folder: Path) -> Disk:
@@ -168,108 +169,126 @@ def disk(folder: Path) -> Disk:
     """
     folder = folder.absolute()
     existing = next(place for place in (folder, *folder.parents) if place.exists())
-    return Disk(folder, shutil.disk_usage(existing).free)
+    return Disk(folder, psutil.disk_usage(str(existing)).free)
 
 
-def nvidia_driver(library_names: tuple[str, ...] = NVML_NAMES) -> Driver | None:
-    """Return the NVIDIA driver and its GPUs, or None where there is none that answers.
+def nvidia_driver() -> Driver | None:
+    """Return the NVIDIA driver and its GPUs as CUDA numbers them, or None where none answers.
 
-    Args:
-        library_names: where NVML may be, tried in this order.
+    NVML knows every GPU of the machine; which of them ``cuda:0`` is, only CUDA says. Nothing is
+    started on a GPU.
     """
-    nvml = _load(library_names)
-    if nvml is None or nvml.nvmlInit_v2() != NVML_SUCCESS:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except (ImportError, RuntimeError, _nvml_error()):
         return None
     try:
-        return Driver(_driver_version(nvml), _cuda_version(nvml), tuple(_gpus(nvml)))
+        number = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())  # 1000 * major + 10 * minor
+        count = pynvml.nvmlDeviceGetCount()
+        gpus = [_gpu(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
+        visible = _in_cudas_order(gpus)
+        version = str(pynvml.nvmlSystemGetDriverVersion())
+        cuda = (number // 1000, number % 1000 // 10)
+        return Driver(version, cuda, visible, len(gpus) - len(visible))
+    except _nvml_error():
+        return None
     finally:
-        nvml.nvmlShutdown()
+        pynvml.nvmlShutdown()
 
 
-class _NvmlMemory(ctypes.Structure):
-    """``nvmlMemory_t``: bytes."""
-
-    _fields_ = (
-        ("total", ctypes.c_ulonglong),
-        ("free", ctypes.c_ulonglong),
-        ("used", ctypes.c_ulonglong),
-    )
-
-
-def _load(names: tuple[str, ...]) -> ctypes.CDLL | None:
-    """Return the first of these libraries that can be opened."""
-    if not names:
-        return None
+def _nvml_error() -> type[Exception]:
+    """Return what NVML raises; it can be caught without the package, too."""
     try:
-        return ctypes.CDLL(names[0])
-    except OSError:
-        return _load(names[1:])
+        from pynvml import NVMLError
+    except ImportError:
+        return RuntimeError
+    found: type[Exception] = NVMLError
+    return found
 
 
-def _driver_version(nvml: ctypes.CDLL) -> str:
-    text = ctypes.create_string_buffer(96)
-    found = nvml.nvmlSystemGetDriverVersion(text, ctypes.c_uint(len(text))) == NVML_SUCCESS
-    return text.value.decode() if found else "unknown"
-
-
-def _cuda_version(nvml: ctypes.CDLL) -> tuple[int, int]:
-    number = ctypes.c_int(0)  # 1000 * major + 10 * minor
-    nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(number))
-    return number.value // 1000, number.value % 1000 // 10
-
-
-def _gpus(nvml: ctypes.CDLL) -> Iterator[Gpu]:
-    count = ctypes.c_uint(0)
-    nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    for index in range(count.value):
-        handle = ctypes.c_void_p()
-        found = nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
-        if found == NVML_SUCCESS:
-            yield _gpu(nvml, handle)
-
-
-def _gpu(nvml: ctypes.CDLL, handle: ctypes.c_void_p) -> Gpu:
-    name = ctypes.create_string_buffer(96)
-    nvml.nvmlDeviceGetName(handle, name, ctypes.c_uint(len(name)))
-    major, minor = ctypes.c_int(0), ctypes.c_int(0)
-    known = nvml.nvmlDeviceGetCudaComputeCapability(
-        handle, ctypes.byref(major), ctypes.byref(minor)
-    )
-    space = _NvmlMemory()
-    sized = nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(space))
+def _gpu(nvml: Any, handle: Any) -> Gpu:
+    capability = _told(nvml.nvmlDeviceGetCudaComputeCapability, handle)
+    memory_info = _told(nvml.nvmlDeviceGetMemoryInfo, handle)
+    place = _told(nvml.nvmlDeviceGetPciInfo, handle)
     return Gpu(
-        name.value.decode(errors="replace") or "unknown",
-        (major.value, minor.value) if known == NVML_SUCCESS else None,
-        space.total if sized == NVML_SUCCESS else None,
+        str(nvml.nvmlDeviceGetName(handle)),
+        tuple(capability) if capability else None,
+        int(memory_info.total) if memory_info else None,
+        _bus(place.busId) if place else "",
+        str(_told(nvml.nvmlDeviceGetUUID, handle) or ""),
     )
 
 
-def _colon_file(path: Path) -> dict[str, str]:
-    """Return the first value of each ``name : value`` line; nothing where there is no file."""
+def _told(ask: Any, handle: Any) -> Any:
+    """Return what NVML tells of a GPU, or None: MIG and virtual machines withhold some of it."""
+    try:
+        return ask(handle)
+    except _nvml_error():
+        return None
+
+
+def _bus(identifier: Any) -> str:
+    """Return ``0000:3b:00.0`` from what NVML and CUDA write differently."""
+    text = identifier.decode() if isinstance(identifier, bytes) else str(identifier)
+    return text.rstrip("\0").lower()[-12:]
+
+
+def _in_cudas_order(gpus: list[Gpu]) -> tuple[Gpu, ...]:
+    """Return the GPUs that CUDA sees, ``cuda:0`` first."""
+    try:
+        from cuda.bindings import driver
+
+        (status,) = driver.cuInit(0)
+        if int(status) == int(driver.CUresult.CUDA_ERROR_NO_DEVICE):
+            return ()
+        _, count = driver.cuDeviceGetCount()
+        order = [_bus(driver.cuDeviceGetPCIBusId(16, i)[1]) for i in range(count or 0)]
+    except (ImportError, RuntimeError):
+        return visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    known = {gpu.bus: gpu for gpu in gpus}
+    if not all(bus in known for bus in order):
+        return visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return tuple(known[bus] for bus in order)
+
+
+def visible_gpus(gpus: list[Gpu], listed: str | None) -> tuple[Gpu, ...]:
+    """Return the GPUs that ``CUDA_VISIBLE_DEVICES`` leaves, where CUDA cannot be asked.
+
+    Numbers and beginnings of UUIDs; as CUDA does, it stops at the first that is neither.
+
+    >>> two = [Gpu("a", None, None, uuid="GPU-1"), Gpu("b", None, None, uuid="GPU-2")]
+    >>> [gpu.name for gpu in visible_gpus(two, "GPU-2,0,7,1")]
+    ['b', 'a']
+    """
+    if listed is None:
+        return tuple(gpus)
+    chosen: list[Gpu] = []
+    for part in filter(None, (text.strip() for text in listed.split(","))):
+        named = [gpu for gpu in gpus if part.startswith("GPU-") and gpu.uuid.startswith(part)]
+        if part.isdecimal():
+            named = gpus[int(part) : int(part) + 1]
+        if not named:
+            break
+        chosen += named[:1]
+    return tuple(chosen)
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Return the first value of each line of ``/proc/cpuinfo``; psutil does not tell features."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     entries: dict[str, str] = {}
-    if sys.platform.startswith("linux") and path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            entries.setdefault(name.strip(), value.strip())
+    for name, _, value in (line.partition(":") for line in lines):
+        entries.setdefault(name.strip(), value.strip())
     return entries
 
 
-def _cpu_quota() -> float | None:
-    """Return how many cores the container (cgroup v2) grants, or None if it sets no limit."""
-    path = Path("/sys/fs/cgroup/cpu.max")
-    quota, _, period = path.read_text().partition(" ") if path.exists() else ("max", "", "")
-    return None if quota.strip() == "max" else int(quota) / int(period)
-
-
-def _number(path: Path) -> int | None:
-    """Return the number a file holds; None if there is no file or it holds ``max``."""
-    text = path.read_text().strip() if path.exists() else ""
-    return int(text) if text.isdigit() else None
-
-
-def _kib(value: str | None) -> int | None:
-    """Return bytes of a ``/proc/meminfo`` value such as ``24684084 kB``."""
-    return int(value.split()[0]) * 1024 if value else None
+def _cgroup(name: str) -> str:
+    """Return what the container (cgroup v2) is granted; "" where it sets nothing."""
+    path = Path("/sys/fs/cgroup") / name
+    return path.read_text().strip() if path.exists() else ""
 
 
 def peak_memory_bytes() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from van_deploy.environment.hardware import (
 )
 from van_deploy.environment.packages import (
     Installed,
+    cuda_version_of,
     execution_providers,
     installed_components,
     installed_distributions,
-    torch_cuda_version,
 )
+from van_deploy.environment.trials import tried
 
 __all__ = ["Environment", "environment_here"]
 
@@ -44,6 +46,9 @@ class Environment:
         memory: main memory.
         disk: free space in the folder that was asked about.
         driver: the NVIDIA driver and its GPUs, or None.
+        onnxruntime_cuda: the CUDA that ONNX Runtime was built for, or None for a CPU build.
+        trials: what was tried (see :mod:`van_deploy.environment.trials`), and why it failed; ""
+            where it did not.
         clashes: what does not go together.
     """
 
@@ -57,6 +62,8 @@ class Environment:
     memory: Memory
     disk: Disk
     driver: Driver | None
+    onnxruntime_cuda: str | None
+    trials: Mapping[str, str]
     clashes: tuple[Clash, ...]
 
     def installed(self, name: str) -> Installed:
@@ -70,11 +77,6 @@ class Environment:
                 return item
         raise KeyError(name)
 
-    @property
-    def has_gpu(self) -> bool:
-        """Whether an NVIDIA driver answers and sees a GPU."""
-        return self.driver is not None and bool(self.driver.gpus)
-
 
 def environment_here(folder: Path) -> Environment:
     """Return what is installed and what the machine offers.
@@ -83,21 +85,38 @@ def environment_here(folder: Path) -> Environment:
         folder: where results will be written; its free space is reported.
     """
     distributions = installed_distributions()
-    torch_cuda, driver = torch_cuda_version(), nvidia_driver()
+    torch_cuda, ort_cuda = cuda_version_of("torch"), cuda_version_of("onnxruntime")
+    driver = nvidia_driver()
     components = installed_components(distributions)
+    providers = execution_providers()
     return Environment(
         van_deploy=__version__,
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         components=components,
-        providers=execution_providers(),
+        providers=providers,
         torch_cuda=torch_cuda,
         cpu=cpu(),
         memory=memory(),
         disk=disk(folder),
         driver=driver,
+        onnxruntime_cuda=ort_cuda,
+        trials=tried(_worth_trying(components, providers, driver)),
         clashes=(
-            *clashes_among(distributions, torch_cuda, driver),
+            *clashes_among(distributions, torch_cuda, driver, ort_cuda),
             *unmet_requirements(distributions),
         ),
     )
+
+
+def _worth_trying(
+    components: tuple[Installed, ...], providers: tuple[str, ...], driver: Driver | None
+) -> list[str]:
+    """Return what is installed and could run: without a GPU nothing that needs one."""
+    usable = {item.component.name for item in components if item.usable}
+    names = ["ort-cpu"] * bool(providers) + ["tensorrt-rtx"] * ("tensorrt-rtx" in usable)
+    if driver is None or not driver.gpus:
+        return names
+    names += ["gpu", *(usable & {"torch", "tensorrt"})]
+    names += ["ort-cuda"] * ("CUDAExecutionProvider" in providers)
+    return names + ["tensorrt-rtx-run"] * ("tensorrt-rtx" in usable)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -65,6 +67,9 @@ class Ability:
     shortfall: Shortfall | None
 
 
+Check = Callable[["Environment"], "Shortfall | None"]
+
+
 def require(environment: Environment, needs: Iterable[Need]) -> None:
     """Return if everything needed is here and usable.
 
@@ -87,7 +92,7 @@ def abilities(environment: Environment) -> tuple[Ability, ...]:
     )
 
 
-def _usable(name: str) -> Callable[[Environment], Shortfall | None]:
+def _usable(name: str) -> Check:
     """Return a check that the component called ``name`` is installed and loads."""
 
     def check(environment: Environment) -> Shortfall | None:
@@ -109,28 +114,54 @@ def _usable(name: str) -> Callable[[Environment], Shortfall | None]:
     return check
 
 
+def _works(trial: str, what: str) -> Check:
+    """Return a check that something was tried here and did not fail."""
+
+    def check(environment: Environment) -> Shortfall | None:
+        reason = environment.trials.get(trial, "")
+        if not reason:
+            return None
+        return Shortfall(f"{what}, tried here, failed: {reason}", "See what clashes, above.")
+
+    return check
+
+
 def _gpu(environment: Environment) -> Shortfall | None:
-    if environment.driver is None:
+    driver = environment.driver
+    if driver is None:
         return Shortfall(
             "no NVIDIA driver answers", "Run this on a machine with an NVIDIA GPU and its driver."
         )
-    if not environment.driver.gpus:
+    if not driver.gpus and driver.hidden:
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return Shortfall(
+            f"CUDA_VISIBLE_DEVICES ('{listed}') hides every GPU ({driver.hidden})",
+            "Name one in it, such as CUDA_VISIBLE_DEVICES=0, or unset it.",
+        )
+    if not driver.gpus:
         return Shortfall(
             "the NVIDIA driver sees no GPU", "Check `nvidia-smi` and the container's GPU access."
         )
-    return None
+    return _works("gpu", "taking memory on the GPU")(environment)
+
+
+def _compiler(environment: Environment) -> Shortfall | None:
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name):
+        return None
+    return Shortfall(f"there is no C++ compiler '{name}'", "Install g++, or name one in CXX.")
 
 
 def _cuda_provider(environment: Environment) -> Shortfall | None:
     from van_deploy.environment.packages import pip_command
 
     if "CUDAExecutionProvider" in environment.providers:
-        return _gpu(environment)
+        return _gpu(environment) or _works("ort-cuda", "CUDAExecutionProvider")(environment)
     pip = pip_command()
     return Shortfall(
         "ONNX Runtime has no CUDAExecutionProvider",
         f"Install the GPU package: `{pip} uninstall --yes onnxruntime && "
-        f"{pip} install onnxruntime-gpu`.",
+        f"{pip} install 'onnxruntime-gpu[cuda,cudnn]'`.",
     )
 
 
@@ -144,7 +175,7 @@ def _rtx_gpu(environment: Environment) -> Shortfall | None:
     return Shortfall(f"TensorRT for RTX does not serve {names}", "Use TensorRT on this GPU.")
 
 
-_CHECKS: dict[Need, Callable[[Environment], Shortfall | None]] = {
+_CHECKS: dict[Need, Check] = {
     Need.ONNXRUNTIME: _usable("onnxruntime"),
     Need.CUDA_PROVIDER: _cuda_provider,
     Need.TENSORRT: _usable("tensorrt"),
@@ -155,16 +186,28 @@ _CHECKS: dict[Need, Callable[[Environment], Shortfall | None]] = {
 }
 
 _EXPORT = tuple(_usable(name) for name in ("torch", "timm", "onnx", "onnxscript", "onnxsim"))
-_TASKS: dict[str, tuple[Callable[[Environment], Shortfall | None], ...]] = {
+_TASKS: dict[str, tuple[Check, ...]] = {
     "export ONNX files": _EXPORT,
     "check them against PyTorch": (*_EXPORT, _usable("onnxruntime")),
-    "run them on the CPU with ONNX Runtime": (_usable("onnxruntime"),),
+    "run them on the CPU with ONNX Runtime": (
+        _usable("onnxruntime"),
+        _works("ort-cpu", "a session of one operator"),
+    ),
     "run them on the CPU with OpenVINO": (_usable("openvino"),),
     "run them on a GPU with ONNX Runtime": (_usable("onnxruntime"), _gpu, _cuda_provider),
-    "build engines with TensorRT": (_usable("tensorrt"), _gpu),
-    "run engines of TensorRT": (_usable("tensorrt"), _gpu),
-    "build engines with TensorRT for RTX": (_usable("tensorrt-rtx"),),
-    "run engines of TensorRT for RTX": (_usable("tensorrt-rtx"), _rtx_gpu),
+    "run PyTorch on a GPU": (_usable("torch"), _gpu, _works("torch", "PyTorch on the GPU")),
+    "compile packages with Inductor": (_usable("torch"), _compiler),
+    "build engines with TensorRT": (_usable("tensorrt"), _gpu, _works("tensorrt", "a runtime")),
+    "run engines of TensorRT": (_usable("tensorrt"), _gpu, _works("tensorrt", "a runtime")),
+    "build engines with TensorRT for RTX": (
+        _usable("tensorrt-rtx"),
+        _works("tensorrt-rtx", "a builder"),
+    ),
+    "run engines of TensorRT for RTX": (
+        _usable("tensorrt-rtx"),
+        _rtx_gpu,
+        _works("tensorrt-rtx-run", "a runtime"),
+    ),
     "spread work over machines with Ray": (_usable("ray"),),
     "sign bundles and check signatures": (_usable("cryptography"),),
 }

@@ -12,10 +12,11 @@ import importlib.util
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from van_deploy.documents import toml_from
 from van_deploy.environment.privacy import imported_quietly
 
 __all__ = [
@@ -24,11 +25,11 @@ __all__ = [
     "Component",
     "Installed",
     "canonical_name",
+    "cuda_version_of",
     "execution_providers",
     "installed_components",
     "installed_distributions",
     "pip_command",
-    "torch_cuda_version",
 ]
 
 # These hold one and the same module; only one of them may be installed.
@@ -56,10 +57,6 @@ class Component:
     module: str = ""
 
 
-def _base(name: str, enables: str) -> Component:
-    return Component(name, (canonical_name(name),), enables, name, optional=False)
-
-
 def canonical_name(distribution: str) -> str:
     """Return a package's name as PyPI compares names.
 
@@ -69,46 +66,14 @@ def canonical_name(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-COMPONENTS: tuple[Component, ...] = (
-    _base("torch", "loading checkpoints; the reference for every check"),
-    _base("torchvision", "timm's image transforms"),
-    _base("timm", "model registration, layers and preprocessing"),
-    _base("onnx", "reading and checking ONNX files"),
-    _base("onnxscript", "exporting ONNX"),
-    _base("onnxsim", "simplifying the exported graph"),
-    _base("huggingface_hub", "downloading weights"),
-    _base("safetensors", "reading .safetensors checkpoints"),
-    Component(
-        "onnxruntime",
-        ONNXRUNTIMES,
-        "checking exported files, INT8 calibration, serving on CPUs",
-        "onnxruntime",
-        module="onnxruntime",
-    ),
-    Component(
-        "tensorrt",
-        ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-        "engines for every NVIDIA GPU, built on the GPU itself",
-        "tensorrt",
-        module="tensorrt",
-    ),
-    Component(
-        "tensorrt-rtx",
-        ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
-        "engines for RTX and Ampere GPUs, built on any machine",
-        "tensorrt-rtx-cu13",
-        module="tensorrt_rtx",
-    ),
-    Component(
-        "openvino",
-        ("openvino",),
-        "the fastest predictions on Intel CPUs",
-        "openvino",
-        module="openvino",
-    ),
-    Component("ray", ("ray",), "evaluation and builds spread over machines", "ray"),
-    Component("cryptography", ("cryptography",), "signing bundles", "cryptography"),
-)
+def _components() -> Iterator[Component]:
+    for row in toml_from(Path(__file__).with_name("components.toml"))["component"]:
+        names = tuple(row["distributions"])
+        yield Component(**{"install": names[0], **row, "distributions": names})
+
+
+COMPONENTS = tuple(_components())
+"""In the order doctor lists them."""
 
 
 @dataclass(frozen=True)
@@ -165,14 +130,18 @@ def execution_providers() -> tuple[str, ...]:
     return tuple(listed())
 
 
-def torch_cuda_version() -> str | None:
-    """Return the CUDA PyTorch was built for (``13.0``), read without importing it."""
-    spec = importlib.util.find_spec("torch")
+def cuda_version_of(module: str) -> str | None:
+    """Return the CUDA that PyTorch or ONNX Runtime was built for (``13.0``), without importing it.
+
+    None where it is not installed, or built for CPUs.
+    """
+    spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         return None
-    version_file = Path(spec.origin).with_name("version.py")
-    text = version_file.read_text() if version_file.exists() else ""
-    match = re.search(r"^cuda\b[^=]*=\s*'([^']+)'", text, re.MULTILINE)
+    place = {"torch": "version.py", "onnxruntime": "capi/build_and_package_info.py"}[module]
+    path = Path(spec.origin).parent / place
+    text = path.read_text() if path.exists() else ""
+    match = re.search(r"^cuda(?:_version)?\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
     return match.group(1) if match else None
 
 

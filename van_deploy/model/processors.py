@@ -55,6 +55,14 @@ _KNOWN = re.compile(  # read below, or of no meaning for the pixels
     "|default_to_square|_?valid_processor_keys"
 )
 
+# timm 1.0's PretrainedCfg: read below, read in configs.py, or of no meaning for the pixels.
+_KNOWN_TO_TIMM = re.compile(
+    "mean|std|interpolation|crop_(pct|mode)|(input|img|test_input|min_input|pool|test_pool)_size"
+    "|fixed_input_size|test_crop_pct|num_classes|label_(names|descriptions)|url|file|state_dict"
+    "|hf_hub_(id|filename)|source|architecture|tag|custom_load|first_conv|classifier|license"
+    "|description|origin_url|paper_(name|ids)|notes"
+)
+
 
 def from_timm(args: Mapping[str, Any]) -> Values:
     """Return what timm's ``train.py`` arguments say; what they leave out is the model's own."""
@@ -72,6 +80,10 @@ def from_timm_config(config: Mapping[str, Any]) -> Values:
     for key in ("crop_border_pixels", "label_offset"):
         if cfg.get(key):
             raise UsageError(f"{key} is {cfg[key]!r}, which is not supported.")
+    if "pretrained_cfg" in config:  # where it is not, configs.py looks at every field
+        unknown = [k for k, v in cfg.items() if v and not _KNOWN_TO_TIMM.fullmatch(k)]
+        if unknown:
+            raise UsageError(f"pretrained_cfg has {', '.join(unknown)[:200]}: not known here.")
     return {
         **_IMAGENET,
         "interpolation": "bicubic",

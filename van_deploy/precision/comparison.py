@@ -1,4 +1,4 @@
-"""FP32, FP16 and INT8 side by side, on images none of them was calibrated on."""
+"""The precisions side by side, on images none of them was calibrated on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from onnx import ModelProto
 
 from van_deploy.checks.gates import (
+    LOSSY,
     Finding,
     Limit,
     Outcome,
@@ -25,7 +26,7 @@ from van_deploy.errors import ConversionError, ImageError
 from van_deploy.intervals import wilson_interval
 from van_deploy.metrics import Task, compare, find_flips
 from van_deploy.precision.sensitivity import labels_lost
-from van_deploy.runners.onnxruntime import require_onnxruntime
+from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
 
 __all__ = ["Candidate", "PrecisionRow", "compare_precisions", "logits_session", "recommended"]
 
@@ -41,8 +42,8 @@ class Candidate:
     """One graph to compare.
 
     Attributes:
-        name: what the table calls it: ``fp32``, ``fp16``, ``int8``, or with its scope.
-        precision: ``fp32``, ``fp16`` or ``int8``, which decides its gate.
+        name: what the table calls it: its precision, with its scope or how it runs.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``, which decides its gate.
         model: the graph.
     """
 
@@ -57,7 +58,7 @@ class PrecisionRow:
 
     Attributes:
         name: of the candidate.
-        precision: ``fp32``, ``fp16`` or ``int8``.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
         size_bytes: of the file.
         sqnr_db: of the logits over all images.
         cosine: smallest of any image.
@@ -204,7 +205,7 @@ def _findings(
     allowed = allowed_loss(precision)
     if max_drop is not None and precision == "int8":
         allowed = Limit(max_drop, "--max-drop")
-    if precision == "int8":
+    if precision in LOSSY:
         return [at_least("SQNR", quality, floor), judge_loss(loss, allowed, what)]
     margin = flip_margin(floor.value)
     flips = find_flips(expected, found, Task.SINGLE_LABEL, margin)
@@ -243,7 +244,7 @@ def logits_session(
     """Return a function from images ``(N, C, S, S)`` to float32 logits ``(N, K)``.
 
     Args:
-        model: the graph; FP16 inputs are converted to.
+        model: the graph; FP16 inputs are converted to, and BF16 is emulated.
         fuse: let ONNX Runtime fuse Q/DQ pairs into integer kernels, as on a CPU
             target; otherwise every pair is computed as written, as TensorRT does.
         threads: of ONNX Runtime; None lets it choose.
@@ -265,9 +266,7 @@ def logits_session(
     if not fuse:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
-        session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=list(providers)
-        )
+        session, _ = inference_session(model, options, providers)
     except Exception as error:
         raise ConversionError(
             f"ONNX Runtime refuses the converted graph: {error}",

@@ -1,8 +1,9 @@
-"""FP16 written into the graph: types in the file, casts only where the type changes.
+"""FP16 and BF16 written into the graph: types in the file, casts only where the type changes.
 
 LayerNorm, the mean over tokens and the head stay FP32: they cost nothing, and LayerNorm's
 overflow is the best-known failure of FP16 (NVIDIA/TensorRT issues 2564 and 4493). What else
-has to stay is read from the ranges of real images (:func:`audit_ranges`).
+has to stay in FP32 beside FP16 is read from the ranges of real images (:func:`audit_ranges`);
+BF16 has FP32's own range, and 8 bits of precision where FP16 has 11.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from typing import Any, cast
 import numpy as np
 import onnx_ir as ir
 from onnx import ModelProto
+from onnx.helper import find_min_ir_version_for
 
-from van_deploy.errors import GateFailed, UsageError
+from van_deploy.errors import ConversionError, GateFailed, UsageError
 from van_deploy.precision.observers import ChannelRange
 from van_deploy.precision.scales import FP16_LARGEST
 
 __all__ = [
+    "BF16_OPSET",
     "DEFAULT_KEEP",
     "HEADROOM",
     "RangeAudit",
     "RangeProblem",
     "audit_ranges",
+    "bf16_from_fp32",
     "fp16_from_fp32",
     "kept_nodes",
 ]
@@ -42,7 +46,14 @@ HEADROOM = 2.0
 LOST_ENERGY = 1e-3
 """Largest share of a weight's sum of squares that may vanish in FP16."""
 
-FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
+FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+_SUFFIXES = {FLOAT: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16"}
+
+BF16_OPSET = 22
+"""The first whose Conv takes BF16."""
+
+OLDEST_RAISED = 18
+"""From here to :data:`BF16_OPSET` no operator of a VAN changes its meaning."""
 
 
 def kept_nodes(model: ModelProto, keep: Sequence[str]) -> dict[str, str]:
@@ -115,8 +126,19 @@ class RangeAudit:
     kept: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the audit, ready for JSON."""
-        return asdict(self)
+        """Return the audit and its advice, ready for JSON."""
+        return {**asdict(self), "advice": self.advice}
+
+    @property
+    def advice(self) -> str:
+        """What to make instead where FP16 does not hold everything; "" where it does."""
+        if not self.problems:
+            return ""
+        what = "tensor or weight" if len(self.problems) == 1 else "tensors and weights"
+        return (
+            f"FP16 cannot hold {len(self.problems)} {what}, and BF16 can, with FP32's own range: "
+            "compare with `van-deploy quantize --precision bf16`"
+        )
 
     def require_passed(self) -> None:
         """Do nothing if FP16 holds everything.
@@ -130,7 +152,8 @@ class RangeAudit:
         more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
         raise GateFailed(
             f"FP16 cannot hold everything: {'; '.join(reasons[:3])}{more}.",
-            "Name the modules with --keep, or leave out --strict to have them kept in FP32.",
+            "Name the modules with --keep, leave out --strict to have them kept in FP32, or make "
+            "bf16, which has FP32's own range.",
         )
 
 
@@ -214,65 +237,115 @@ def fp16_from_fp32(
         kept: names of nodes that stay FP32.
         half_io: make the graph's input and output FP16 too.
     """
-    result = ir.from_proto(model)
-    graph = result.graph
-    edge = FLOAT16 if half_io else FLOAT
-    for value in graph.inputs:
-        value.dtype = edge
-    converted: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-    for node in list(graph):
-        wanted = FLOAT if node.name in kept else FLOAT16
-        for place, given in enumerate(node.inputs):
-            value = cast("ir.Value", given)  # VAN's operators leave no input out
-            if value.dtype not in {FLOAT, FLOAT16} or value.dtype is wanted:
-                continue  # the right type, or integers such as axes
-            if value.is_initializer() and not any(n.name in kept for n, _ in value.uses()):
-                _store_as_fp16_(value)
-                continue
-            if (value, wanted) not in converted:
-                converted[value, wanted] = _converted(graph, node, value, wanted)
-            node.replace_input_with(place, converted[value, wanted])
-        for value in node.outputs:
-            value.dtype = wanted
-    for value in graph.outputs:
-        if value.dtype is not edge:
-            _cast_output_(graph, value, edge)
-    return ir.to_proto(result)
+    return _Halving(model, FLOAT16, kept, FLOAT16 if half_io else FLOAT).converted()
 
 
-def _store_as_fp16_(value: ir.Value) -> None:
-    stored = value.const_value
-    if stored is not None:
-        value.const_value = ir.tensor(stored.numpy().astype(np.float16), name=value.name)
-        value.dtype = FLOAT16
+def bf16_from_fp32(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
+    """Return ``model`` in BF16, but for some nodes and its input and output.
 
+    The result has opset :data:`BF16_OPSET`.
 
-def _converted(graph: ir.Graph, node: ir.Node, value: ir.Value, kind: ir.DataType) -> ir.Value:
-    """Return ``value`` as ``kind``: a stored copy, or a Cast put before ``node``."""
-    name = f"{value.name}.{'fp16' if kind is FLOAT16 else 'fp32'}"
-    if value.is_initializer():
-        copy = ir.Value(
-            name=name, shape=value.shape, type=ir.TensorType(FLOAT), const_value=value.const_value
+    Args:
+        model: an FP32 graph; it is not changed.
+        kept: names of nodes that stay FP32.
+
+    Raises:
+        ConversionError: the graph's opset is too old to be raised by its number alone.
+    """
+    opset = next(o for o in model.opset_import if o.domain in {"", "ai.onnx"})
+    if opset.version < OLDEST_RAISED:
+        raise ConversionError(
+            f"The graph has opset {opset.version}; BF16 convolutions need {BF16_OPSET}, and only "
+            f"graphs from {OLDEST_RAISED} on can be raised to it.",
+            "Export it again with --opset 20.",
         )
-        _store_as_fp16_(copy)
-        graph.register_initializer(copy)
-        return copy
-    cast = ir.node("Cast", [value], {"to": kind}, name=f"{name}.cast")
-    _describe_(cast.outputs[0], name, kind, value.shape)
-    graph.insert_before(node, cast)
-    return cast.outputs[0]
+    half = _Halving(model, BFLOAT16, kept, FLOAT).converted()
+    for entry in half.opset_import:
+        if entry.domain in {"", "ai.onnx"}:
+            entry.version = max(entry.version, BF16_OPSET)
+    half.ir_version = max(half.ir_version, find_min_ir_version_for(half.opset_import))
+    return half
 
 
-def _cast_output_(graph: ir.Graph, value: ir.Value, kind: ir.DataType) -> None:
-    """Make an output of the graph ``kind``, under its own name."""
-    producer, name = value.producer(), value.name
-    value.name = f"{name}.{'fp16' if value.dtype is FLOAT16 else 'fp32'}"
-    cast = ir.node("Cast", [value], {"to": kind}, name=f"{name}.cast")
-    _describe_(cast.outputs[0], str(name), kind, value.shape)
-    if producer is not None:
-        graph.insert_after(producer, cast)
-    graph.outputs[graph.outputs.index(value)] = cast.outputs[0]
+class _Halving:
+    """One conversion of a graph to a 16-bit type.
+
+    Args:
+        model: FP32; it is not changed.
+        kind: the 16-bit type.
+        kept: names of nodes that stay FP32.
+        edge: type of the graph's input and outputs.
+    """
+
+    def __init__(
+        self, model: ModelProto, kind: ir.DataType, kept: Collection[str], edge: ir.DataType
+    ) -> None:
+        self.model, self.kind, self.kept, self.edge = ir.from_proto(model), kind, kept, edge
+        self.graph = self.model.graph
+        self.copies: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def converted(self) -> ModelProto:
+        """Return the graph; call it once."""
+        for value in self.graph.inputs:
+            value.dtype = self.edge
+        for node in list(self.graph):
+            wanted = FLOAT if node.name in self.kept else self.kind
+            for place, given in enumerate(node.inputs):
+                value = cast("ir.Value", given)  # VAN's operators leave no input out
+                if value.dtype in {FLOAT, self.kind} and value.dtype is not wanted:
+                    self._convert_(node, place, value, wanted)  # no integers, such as axes
+            for value in node.outputs:
+                value.dtype = wanted
+        for value in list(self.graph.outputs):
+            if value.dtype is not self.edge:
+                self._cast_output_(value)
+        return ir.to_proto(self.model)
+
+    def _convert_(self, node: ir.Node, place: int, value: ir.Value, wanted: ir.DataType) -> None:
+        if value.is_initializer() and not any(n.name in self.kept for n, _ in value.uses()):
+            self._store_(value)
+            return
+        if (value, wanted) not in self.copies:
+            self.copies[value, wanted] = self._copy(node, value, wanted)
+        node.replace_input_with(place, self.copies[value, wanted])
+
+    def _store_(self, value: ir.Value) -> None:
+        stored = value.const_value
+        if stored is not None:
+            halves = stored.numpy().astype(self.kind.numpy())
+            value.const_value = ir.tensor(halves, name=value.name)
+            value.dtype = self.kind
+
+    def _copy(self, node: ir.Node, value: ir.Value, kind: ir.DataType) -> ir.Value:
+        """Return ``value`` as ``kind``: a stored copy, or a Cast put before ``node``."""
+        name = f"{value.name}.{_SUFFIXES[kind]}"
+        if value.is_initializer():
+            copy = ir.Value(
+                name=name,
+                shape=value.shape,
+                type=ir.TensorType(FLOAT),
+                const_value=value.const_value,
+            )
+            self._store_(copy)
+            self.graph.register_initializer(copy)
+            return copy
+        cast_ = _cast(value, name, kind)
+        self.graph.insert_before(node, cast_)
+        return cast_.outputs[0]
+
+    def _cast_output_(self, value: ir.Value) -> None:
+        """Make an output of the graph of the edge's type, under its own name."""
+        producer, name = value.producer(), str(value.name)
+        value.name = f"{name}.{_SUFFIXES[cast('ir.DataType', value.dtype)]}"
+        cast_ = _cast(value, name, self.edge)
+        if producer is not None:
+            self.graph.insert_after(producer, cast_)
+        self.graph.outputs[self.graph.outputs.index(value)] = cast_.outputs[0]
 
 
-def _describe_(value: ir.Value, name: str, kind: ir.DataType, shape: ir.Shape | None) -> None:
-    value.name, value.dtype, value.shape = name, kind, shape
+def _cast(value: ir.Value, name: str, kind: ir.DataType) -> ir.Node:
+    """Return a Cast of ``value`` to ``kind``, whose output is called ``name``."""
+    node = ir.node("Cast", [value], {"to": kind}, name=f"{name}.cast")
+    made = node.outputs[0]
+    made.name, made.dtype, made.shape = name, kind, value.shape
+    return node

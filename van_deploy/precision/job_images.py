@@ -122,7 +122,7 @@ def images_for(
         chosen = choose_images(selection, images)
     elif bundle.name == EMBEDDED_NAME:
         chosen = choose_images(calibration_set_named("digits").images)
-    elif settings.precision == "fp16":
+    elif settings.precision != "int8":
         chosen = sample_set("", preprocessing)
     else:
         raise ImageError(*NO_IMAGES)

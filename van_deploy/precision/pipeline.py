@@ -1,4 +1,4 @@
-"""A bundle's FP32 graph as FP16 or INT8, judged beside FP32 and kept in the bundle."""
+"""A bundle's FP32 graph as FP16, BF16 or INT8, judged beside FP32 and kept in the bundle."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from van_deploy.checks.judging import judge_new
 from van_deploy.config import QuantizeSettings
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, MissingDependency
+from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.rebuilt import van_from_onnx
 from van_deploy.manifest import GraphFacts, Precision
@@ -29,7 +30,13 @@ from van_deploy.precision.comparison import (
     compare_precisions,
     recommended,
 )
-from van_deploy.precision.fp16 import DEFAULT_KEEP, audit_ranges, fp16_from_fp32, kept_nodes
+from van_deploy.precision.fp16 import (
+    DEFAULT_KEEP,
+    audit_ranges,
+    bf16_from_fp32,
+    fp16_from_fp32,
+    kept_nodes,
+)
 from van_deploy.precision.int8 import Int8, Int8Maker
 from van_deploy.precision.job_images import JobImages, images_for
 from van_deploy.precision.observers import ChannelRange, images_at_once, observe
@@ -94,7 +101,7 @@ def quantize_bundle(
     force: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeResult:
-    """Return a bundle that also holds its network in FP16 or INT8, and what that cost.
+    """Return a bundle that also holds its network in FP16, BF16 or INT8, and what that cost.
 
     Args:
         path: the bundle.
@@ -189,6 +196,7 @@ class _Job:
         read = self.images.read(self.images.calibration, images_at_once(side * side))
         ranges = observe(network, (images for images, _ in read), counted)
         kept = self.kept(model, ranges, by_user)
+        made: dict[str, Int8] = {}
         self.facts["calibration"] = {
             "images": len(self.images.calibration) - len(self.images.unreadable),
             "description": self.images.calibration.description,
@@ -196,12 +204,13 @@ class _Job:
             "unreadable": list(self.images.unreadable),
         }
         candidates = [Candidate("fp32", "fp32", model)]
-        if asked.target == "tensorrt":
+        if asked.precision == "bf16":
+            candidates.append(Candidate(BF16_EMULATED, "bf16", bf16_from_fp32(model, kept)))
+        elif asked.target == "tensorrt":
             half_io = asked.half_io and asked.precision == "fp16"
             usual = kept if asked.rest_precision == "fp16" else kept_nodes(model, DEFAULT_KEEP)
             half = fp16_from_fp32(model, usual, half_io=half_io)
             candidates.append(Candidate("fp16", "fp16", half))
-        made: dict[str, Int8] = {}
         if scopes:
             maker = Int8Maker(model, network, ranges, asked, kept, self.images)
             made = {name: maker.make(layers) for name, layers in scopes.items()}
@@ -227,6 +236,9 @@ class _Job:
         if settings.precision == "int8" and settings.rest_precision == "fp32":
             return asked
         usual = kept_nodes(model, DEFAULT_KEEP if settings.keep_defaults else ())
+        if settings.precision == "bf16":  # which has FP32's range
+            self.facts["kept"] = {**usual, **asked}
+            return {**usual, **asked}
         audit = audit_ranges(model, ranges, {*asked, *usual}, len(self.images.calibration))
         if settings.strict:
             audit.require_passed()

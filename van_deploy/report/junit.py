@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from van_deploy.files import write_atomic
 
 if TYPE_CHECKING:
     from van_deploy.checks.regression import CheckReport, CheckRow
 
-__all__ = ["junit_from_check", "write_junit"]
-
-
-def write_junit(report: CheckReport, path: Path) -> None:
-    """Write the report as JUnit XML, with the folders it is to be in."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, junit_from_check(report))
+__all__ = ["junit_from_check"]
 
 
 def junit_from_check(report: CheckReport) -> str:
@@ -27,24 +18,13 @@ def junit_from_check(report: CheckReport) -> str:
     What was not shown and nobody allowed is a failure there, as it is for the exit code.
     """
     root = ElementTree.Element("testsuites", name="van-deploy check")
-    total = failures = skipped = 0
-    rows = sorted(report.rows, key=_suite)
-    for name, group in groupby(rows, key=_suite):
+    outcomes = []
+    for name, group in groupby(sorted(report.rows, key=_suite), key=_suite):
         suite = ElementTree.SubElement(root, "testsuite", name=f"{report.model}.{name}")
-        cases = [_case(suite, row, report) for row in group]
-        counts = (len(cases), cases.count("failure"), cases.count("skipped"))
-        for key, count in zip(("tests", "failures", "skipped"), counts, strict=True):
-            suite.set(key, str(count))
-        suite.set("errors", "0")
-        total, failures, skipped = (
-            total + counts[0],
-            failures + counts[1],
-            skipped + counts[2],
-        )
-    root.set("tests", str(total))
-    root.set("failures", str(failures))
-    root.set("skipped", str(skipped))
-    root.set("errors", "0")
+        found = [_case(suite, row, report) for row in group]
+        _count(suite, found)
+        outcomes += found
+    _count(root, outcomes)
     ElementTree.indent(root)
     text = ElementTree.tostring(root, encoding="unicode")
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n'
@@ -52,6 +32,13 @@ def junit_from_check(report: CheckReport) -> str:
 
 def _suite(row: CheckRow) -> str:
     return row.name.split("/")[0]
+
+
+def _count(element: ElementTree.Element, outcomes: list[str]) -> None:
+    element.set("tests", str(len(outcomes)))
+    element.set("failures", str(outcomes.count("failure")))
+    element.set("skipped", str(outcomes.count("skipped")))
+    element.set("errors", "0")
 
 
 def _case(suite: ElementTree.Element, row: CheckRow, report: CheckReport) -> str:

@@ -1,4 +1,4 @@
-"""Device memory, pinned memory, streams and CUDA graphs, through NVIDIA's cuda-python.
+"""Device memory, pinned memory, streams and CUDA graphs, through NVIDIA's cuda-bindings.
 
 Thin: each class owns one thing and releases it once. Nothing here is imported or
 initialised before a runner is opened.
@@ -7,7 +7,9 @@ initialised before a runner is opened.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -15,160 +17,168 @@ import numpy.typing as npt
 
 from van_deploy.environment.packages import pip_command
 from van_deploy.errors import ConversionError, MissingDependency
+from van_deploy.runners.base import Logits
 
-__all__ = ["Cuda", "CudaGraph", "DeviceBuffer", "PinnedArray", "Stream", "require_cuda"]
+__all__ = ["Cuda", "CudaGraph", "DeviceBatch", "no_device", "out_of_memory", "require_cuda"]
+
+Specs = Mapping[str, tuple[tuple[int, ...], npt.DTypeLike]]
+"""Tensors by name: the shape of one row, and the type."""
 
 
-def require_cuda() -> Cuda:
-    """Return CUDA's run time, having seen that a GPU answers.
+def require_cuda(device: int = 0) -> Cuda:
+    """Return CUDA's runtime on one of its devices, having seen that the GPU answers.
+
+    Args:
+        device: CUDA's number, so that ``CUDA_VISIBLE_DEVICES`` has been applied.
 
     Raises:
-        MissingDependency: cuda-python, the driver or a GPU is missing.
+        MissingDependency: cuda-bindings, the driver or this GPU is missing.
     """
     try:
         from cuda.bindings import runtime
     except ImportError as error:
         raise MissingDependency(
-            f"NVIDIA's cuda-python is not installed ({error}); engines need it for device memory.",
+            f"NVIDIA's cuda-bindings is not installed ({error}); GPU memory is taken with it.",
             f"Install it with `{pip_command()} install cuda-bindings`.",
         ) from error
-    cuda = Cuda(runtime)
-    status, count = runtime.cudaGetDeviceCount()
+    try:
+        status, count = runtime.cudaGetDeviceCount()
+    except RuntimeError as error:  # without libcuda.so.1 the bindings raise instead
+        raise _no_gpu(str(error)) from error
     if int(status) != 0 or not count:
-        raise MissingDependency(
-            f"CUDA finds no GPU here: {cuda.text_of(status)}.",
-            "Run this on a machine with an NVIDIA GPU; see `van-deploy doctor`.",
-        )
-    return cuda
+        raise _no_gpu(_text(runtime, status))
+    if device >= count:
+        raise no_device(device, count)
+    return Cuda(runtime, device)
+
+
+def out_of_memory(what: str) -> MissingDependency:
+    """Return the error for a GPU without room for ``what``."""
+    return MissingDependency(
+        f"The GPU is out of memory ({what}).",
+        "Use a smaller batch, or close what else uses the GPU.",
+    )
+
+
+def no_device(device: int, count: int) -> MissingDependency:
+    """Return the error for a GPU that is not among those CUDA sees."""
+    return MissingDependency(
+        f"There is no device cuda:{device}; CUDA sees {count}, from cuda:0.",
+        "Give one of these, or look at CUDA_VISIBLE_DEVICES.",
+    )
+
+
+def _no_gpu(why: str) -> MissingDependency:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = "" if visible is None else f"; CUDA_VISIBLE_DEVICES is '{visible}'"
+    return MissingDependency(
+        f"CUDA finds no GPU here: {why}{hidden}.",
+        "Run this on a machine with an NVIDIA GPU; see `van-deploy doctor`.",
+    )
+
+
+def _text(runtime: Any, error: Any) -> str:
+    """Return CUDA's words for an error code."""
+    _, text = runtime.cudaGetErrorString(error)
+    return text.decode() if isinstance(text, bytes) else str(text)
 
 
 class Cuda:
-    """CUDA's run time, with error codes turned into exceptions.
+    """CUDA's runtime on one device, with error codes turned into exceptions.
 
     Args:
         runtime: the module ``cuda.bindings.runtime``.
+        device: CUDA's number of the device.
     """
 
-    def __init__(self, runtime: Any) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Any, device: int = 0) -> None:
+        self.runtime, self.device = runtime, device
+        self.use()
+
+    def use(self) -> None:
+        """Make the device the current one of the calling thread."""
+        self.call("cudaSetDevice", self.device)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Return what the function called ``name`` returns besides its error code.
 
         Raises:
-            MissingDependency: the GPU is out of memory.
+            MissingDependency: the GPU is out of memory, or others have it for themselves.
             ConversionError: it failed otherwise.
         """
         error, *values = getattr(self.runtime, name)(*arguments)
-        if int(error) == int(self.runtime.cudaError_t.cudaErrorMemoryAllocation):
+        codes = self.runtime.cudaError_t
+        if int(error) == int(codes.cudaErrorMemoryAllocation):
+            raise out_of_memory(name)
+        if int(error) == int(codes.cudaErrorDevicesUnavailable):
             raise MissingDependency(
-                f"The GPU is out of memory ({name}).",
-                "Use a smaller batch, or close what else uses the GPU.",
+                f"The GPU cuda:{self.device} is in use by another process that has it for itself.",
+                "Wait for that process, or take another GPU with --device cuda:N.",
             )
         if int(error) != 0:
             raise ConversionError(
-                f"CUDA failed in {name}: {self.text_of(error)}.",
+                f"CUDA failed in {name}: {_text(self.runtime, error)}.",
                 "Run `van-deploy doctor`; after an illegal access the process must be restarted.",
             )
         return values[0] if len(values) == 1 else tuple(values)
 
-    def text_of(self, error: Any) -> str:
-        """Return CUDA's words for an error code."""
-        _, text = self.runtime.cudaGetErrorString(error)
-        return text.decode() if isinstance(text, bytes) else str(text)
+    def stream(self, stack: ExitStack) -> int:
+        """Return a stream that does not wait for the default one; ``stack`` destroys it."""
+        handle = self.call("cudaStreamCreateWithFlags", self.runtime.cudaStreamNonBlocking)
+        stack.callback(self.call, "cudaStreamDestroy", handle)
+        return int(handle)
 
-
-class Stream:
-    """A stream of its own, which does not wait for the default one."""
-
-    def __init__(self, cuda: Cuda) -> None:
-        self._cuda = cuda
-        flags = cuda.runtime.cudaStreamNonBlocking
-        self.handle = cuda.call("cudaStreamCreateWithFlags", flags)
-
-    def synchronize(self) -> None:
+    def synchronize(self, stream: int) -> None:
         """Wait until everything on the stream is done."""
-        self._cuda.call("cudaStreamSynchronize", self.handle)
+        self.call("cudaStreamSynchronize", stream)
 
-    def close(self) -> None:
-        """Destroy the stream."""
-        self._cuda.call("cudaStreamDestroy", self.handle)
+    def memory(self, size: int, stack: ExitStack) -> int:
+        """Return the address of ``size`` bytes on the GPU; ``stack`` gives them back."""
+        address = int(self.call("cudaMalloc", max(1, size)))
+        stack.callback(self.call, "cudaFree", address)
+        return address
 
+    def pinned(
+        self, shape: tuple[int, ...], dtype: npt.DTypeLike, stack: ExitStack
+    ) -> npt.NDArray[Any]:
+        """Return an array in page-locked memory, which the GPU reads and writes on its own.
 
-class DeviceBuffer:
-    """Memory on the GPU.
+        ``stack`` gives the memory back; the array must not be used afterwards.
+        """
+        kind, count = np.dtype(dtype), int(np.prod(shape))
+        size = max(1, count * kind.itemsize)
+        address = int(self.call("cudaMallocHost", size))
+        stack.callback(self.call, "cudaFreeHost", address)
+        memory = memoryview((ctypes.c_byte * size).from_address(address))
+        return np.frombuffer(memory, kind, count).reshape(shape)
 
-    Args:
-        cuda: the run time.
-        size: in bytes.
-    """
-
-    def __init__(self, cuda: Cuda, size: int) -> None:
-        self._cuda = cuda
-        self.size = size
-        self.address = int(cuda.call("cudaMalloc", max(1, size)))
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._cuda.call("cudaFree", self.address)
-
-
-class PinnedArray:
-    """A NumPy array in page-locked memory, which the GPU can read and write on its own.
-
-    Args:
-        cuda: the run time.
-        shape: of the array.
-        dtype: of the array.
-    """
-
-    def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        self._cuda = cuda
-        kind = np.dtype(dtype)
-        size = max(1, int(np.prod(shape)) * kind.itemsize)
-        self.address = int(cuda.call("cudaMallocHost", size))
-        memory = memoryview((ctypes.c_byte * size).from_address(self.address))
-        count = int(np.prod(shape))
-        self.array: npt.NDArray[Any] = np.frombuffer(memory, kind, count).reshape(shape)
-
-    def copy_to(self, device: DeviceBuffer, size: int, stream: Stream) -> None:
-        """Copy the first ``size`` bytes to the GPU, on ``stream``."""
-        kind = self._cuda.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._copy(device.address, self.address, size, kind, stream)
-
-    def copy_from(self, device: DeviceBuffer, size: int, stream: Stream) -> None:
-        """Copy ``size`` bytes from the GPU to the beginning, on ``stream``."""
-        kind = self._cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._copy(self.address, device.address, size, kind, stream)
-
-    def close(self) -> None:
-        """Give the memory back; the array must not be used afterwards."""
-        self._cuda.call("cudaFreeHost", self.address)
-
-    def _copy(self, to: int, source: int, size: int, kind: Any, stream: Stream) -> None:
-        self._cuda.call("cudaMemcpyAsync", to, source, size, kind, stream.handle)
+    def copy(self, to: int, source: int, size: int, stream: int, *, to_gpu: bool) -> None:
+        """Enqueue a copy between pinned memory and the GPU."""
+        kinds = self.runtime.cudaMemcpyKind
+        kind = kinds.cudaMemcpyHostToDevice if to_gpu else kinds.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", to, source, size, kind, stream)
 
 
 class CudaGraph:
     """Work recorded from a stream, which can be launched again as a whole.
 
     Args:
-        cuda: the run time.
+        cuda: the runtime.
         stream: where the work is put, and launched.
         work: puts it there. It runs once, and is recorded instead of done.
     """
 
-    def __init__(self, cuda: Cuda, stream: Stream, work: Callable[[], None]) -> None:
+    def __init__(self, cuda: Cuda, stream: int, work: Callable[[], None]) -> None:
         self._cuda, self._stream = cuda, stream
         mode = cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        cuda.call("cudaStreamBeginCapture", stream.handle, mode)
+        cuda.call("cudaStreamBeginCapture", stream, mode)
         try:
             work()
         except BaseException:
             # Ends the capture; its own error would hide the one that matters.
-            cuda.runtime.cudaStreamEndCapture(stream.handle)
+            cuda.runtime.cudaStreamEndCapture(stream)
             raise
-        graph = cuda.call("cudaStreamEndCapture", stream.handle)
+        graph = cuda.call("cudaStreamEndCapture", stream)
         try:
             self._executable = cuda.call("cudaGraphInstantiate", graph, 0)
         finally:
@@ -176,8 +186,108 @@ class CudaGraph:
 
     def launch(self) -> None:
         """Put the recorded work on the stream."""
-        self._cuda.call("cudaGraphLaunch", self._executable, self._stream.handle)
+        self._cuda.call("cudaGraphLaunch", self._executable, self._stream)
 
     def close(self) -> None:
         """Release the recording."""
         self._cuda.call("cudaGraphExecDestroy", self._executable)
+
+
+class DeviceBatch:
+    """Room for one batch in pinned memory and on the GPU: a :class:`~.base.Resident`.
+
+    Args:
+        cuda: the runtime.
+        stream: what everything is enqueued on; the runner's.
+        given: the input.
+        answers: the outputs; the first holds the logits.
+        rows: images it has room for.
+        enqueue: puts the network on the stream, for this batch's :attr:`rows`.
+        graph: record the network once for each number of rows, and launch it as one piece.
+
+    Attributes:
+        stream: likewise.
+        rows: images in it now; at most what there is room for.
+        addresses: where each tensor lies on the GPU.
+    """
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        stream: int,
+        given: Specs,
+        answers: Specs,
+        rows: int,
+        enqueue: Callable[[DeviceBatch], None],
+        *,
+        graph: bool = False,
+    ) -> None:
+        self.cuda, self.stream, self.rows = cuda, stream, rows
+        self._enqueue, self._records = enqueue, graph
+        self._input, self._outputs = next(iter(given)), tuple(answers)
+        self._host: dict[str, npt.NDArray[Any]] = {}
+        self.addresses: dict[str, int] = {}
+        self._graphs: dict[int, CudaGraph] = {}
+        with ExitStack() as stack:
+            for name, (shape, dtype) in {**given, **answers}.items():
+                self._host[name] = cuda.pinned((rows, *shape), dtype, stack)
+                self.addresses[name] = cuda.memory(self._host[name].nbytes, stack)
+            stack.callback(self._drop_graphs)
+            stack.callback(cuda.synchronize, stream)  # first of all
+            self._stack = stack.pop_all()
+
+    def fill(self, images: npt.NDArray[Any]) -> None:
+        """Put images, at most as many as there is room for, into pinned memory."""
+        self.rows = len(images)
+        self._host[self._input][: self.rows] = images
+
+    def upload(self) -> None:
+        """Enqueue the copy of the images to the GPU."""
+        host = self._host[self._input][: self.rows]
+        to = self.addresses[self._input]
+        self.cuda.copy(to, host.ctypes.data, host.nbytes, self.stream, to_gpu=True)
+
+    def launch(self) -> None:
+        """Enqueue the network, as a CUDA graph from the second call on where that was asked."""
+        if self.rows in self._graphs:
+            self._graphs[self.rows].launch()
+            return
+        self._enqueue(self)  # also the warm-up a recording needs
+        if self._records:
+            self.cuda.synchronize(self.stream)
+            work = CudaGraph(self.cuda, self.stream, lambda: self._enqueue(self))
+            self._graphs[self.rows] = work
+
+    def download(self) -> None:
+        """Enqueue the copies of the outputs to pinned memory."""
+        for name in self._outputs:
+            host = self._host[name][: self.rows]
+            source = self.addresses[name]
+            self.cuda.copy(host.ctypes.data, source, host.nbytes, self.stream, to_gpu=False)
+
+    def values(self) -> dict[str, npt.NDArray[Any]]:
+        """Wait, and return every output by name; the arrays are the caller's."""
+        self.cuda.synchronize(self.stream)
+        return {name: self._host[name][: self.rows].copy() for name in self._outputs}
+
+    def outputs(self) -> Logits:
+        """Wait, and return the logits ``(N, K)`` float32."""
+        return next(iter(self.values().values())).astype(np.float32)
+
+    def answers(self, images: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+        """Return every output for some images: all steps, one after the other."""
+        self.cuda.use()
+        self.fill(images)
+        self.upload()
+        self.launch()
+        self.download()
+        return self.values()
+
+    def close(self) -> None:
+        """Wait, and give everything back."""
+        self._stack.close()
+
+    def _drop_graphs(self) -> None:
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,14 +18,17 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Artefact, Bundle
 from van_deploy.config import BatchRange
-from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.engine.compatibility import obstacles
+from van_deploy.engine.host import host_here
+from van_deploy.engine.package import package_obstacles
+from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
 from van_deploy.errors import MissingDependency, UsageError
-from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
+from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
-from van_deploy.metrics import Task, probabilities
-from van_deploy.model.pixels import Pixels, normalised
-from van_deploy.model.preprocess import Preprocessing
-from van_deploy.runners.base import Images
+from van_deploy.metrics import Task
+from van_deploy.model.pixels import Pixels
+from van_deploy.runners.answers import TopClasses, network_input, top_classes
+from van_deploy.runners.base import Images, gpu_index
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
 
 if TYPE_CHECKING:
@@ -40,11 +42,7 @@ __all__ = [
     "Obstacle",
     "Outputs",
     "TensorSpec",
-    "TopClasses",
-    "embedding_of",
-    "network_input",
     "original_of",
-    "profiles_of",
     "runnable_artefacts",
     "task_of",
 ]
@@ -72,19 +70,6 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TopClasses:
-    """The most probable classes of a batch, most probable first.
-
-    Attributes:
-        classes: indices ``(N, k)`` int64.
-        probabilities: ``(N, k)`` float32, 0 to 1.
-    """
-
-    classes: npt.NDArray[np.int64]
-    probabilities: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -128,19 +113,9 @@ def original_of(bundle: Bundle, weights: Path | None = None) -> LoadedVan:
     return original_network(bundle, weights)
 
 
-def embedding_of(artefact: Artefact) -> str:
-    """Return what preprocessing an artefact has inside: ``none``, ``normalize`` or ``uint8``."""
-    return artefact.embedded
-
-
 def runnable_artefacts(bundle: Bundle) -> list[str]:
     """Return the names of the artefacts that ONNX Runtime can run, in the bundle's order."""
-    return [name for name, item in bundle.artefacts.items() if item.kind != "engine"]
-
-
-def profiles_of(artefact: Artefact) -> list[BatchRange]:
-    """Return the batch sizes an engine serves; nothing where its entry does not say."""
-    return list(artefact.engine.profiles) if artefact.engine else []
+    return [n for n, item in bundle.artefacts.items() if item.kind not in ("engine", "package")]
 
 
 class Network:
@@ -153,11 +128,13 @@ class Network:
         threads: threads inside one operator; None lets the run time choose.
         spin: see :class:`~van_deploy.runners.onnxruntime.OnnxRuntimeRunner`.
         trust_engine: run an engine whose sidecar is gone; its digest is checked all the same.
+        device: which GPU, where something runs on one.
 
     Attributes:
         input: what :meth:`run` takes.
         outputs: what :meth:`run` gives.
         max_batch: pictures a batch, at most.
+        emulated: whether BF16 is emulated; known once it is open.
         runner: what runs it, for reports.
         task: how its logits become labels.
 
@@ -176,6 +153,7 @@ class Network:
         threads: int | None = None,
         spin: bool = True,
         trust_engine: bool = False,
+        device: str = "cuda:0",
     ) -> None:
         if runner not in RUNNERS:
             raise UsageError(f"There is no runner '{runner}'.", f"Known: {', '.join(RUNNERS)}.")
@@ -185,8 +163,8 @@ class Network:
         self.preprocessing = bundle.manifest.preprocessing
         self.max_batch = bundle.manifest.batch.max
         self.task = task_of(bundle)
-        self._spin, self._trust_engine = spin, trust_engine
-        self.is_engine = False
+        self._spin, self._trust_engine, self._device = spin, trust_engine, device
+        self.is_engine = self.is_package = self.emulated = False
         self._profiles: list[BatchRange] = []
         self._opened: Any = None
         if artefact == PYTORCH:
@@ -195,14 +173,15 @@ class Network:
             return
         described = bundle.artefact(artefact)
         self.is_engine = described.kind == "engine"
-        if self.is_engine:
-            self.runner = described.engine.backend.split()[0] if described.engine else "tensorrt"
-            self._profiles = profiles_of(described)
+        self.is_package = described.kind == "package"
+        self.runner = "tensorrt" if self.is_engine else runner
+        if described.engine is not None:
+            self.runner = described.engine.backend.split()[0]
+            self._profiles = list(described.engine.profiles)
             self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
+        if self.is_engine:
             described = bundle.artefacts.get(described.made_from.name, described)
-        else:
-            self.runner = runner
-        self.embedding = embedding_of(described)
+        self.embedding = described.embedded
         self.input, self.outputs = self._specs(described)
 
     def _plain_specs(self) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
@@ -235,6 +214,7 @@ class Network:
             self._opened = TorchRunner(loaded.model)
             return self
         self._opened = self._runner().__enter__()
+        self.emulated = getattr(self._opened, "emulated", False)
         return self
 
     def _runner(self) -> Any:
@@ -243,9 +223,24 @@ class Network:
             from van_deploy.runners.tensorrt import TensorRtRunner
 
             plan = self.bundle.verified(self.name, only_file=self._trust_engine)
-            return TensorRtRunner(plan, trust_engine=self._trust_engine, backend=self.runner)
+            return TensorRtRunner(
+                plan,
+                trust_engine=self._trust_engine,
+                backend=self.runner,
+                device=self._device,
+            )
         path = self.bundle.verified(self.name)
-        return OnnxRuntimeRunner(path, threads=self.threads, spin=self._spin, name=self.runner)
+        if self.is_package:
+            try:
+                from van_deploy.runners.inductor import InductorRunner
+            except ImportError as error:
+                raise MissingDependency(
+                    f"An Inductor package needs PyTorch: {error}.", "Install van-deploy whole."
+                ) from error
+            return InductorRunner(path, device=self._device, threads=self.threads)
+        return OnnxRuntimeRunner(
+            path, threads=self.threads, spin=self._spin, name=self.runner, device=self._device
+        )
 
     def obstacle(self) -> Obstacle | None:
         """Return what keeps the artefact from running on this machine; None is good.
@@ -253,48 +248,70 @@ class Network:
         Raises:
             InputError: an engine's sidecar is missing, damaged or edited.
         """
-        if self.is_engine:
-            return self._engine_obstacle()
+        if self.is_engine or self.is_package:
+            return self._native_obstacle()
         if self.runner in (PYTORCH, ORT_CPU):
             return None
-        provider = PROVIDERS[self.runner][0]
+        provider = PROVIDERS[self.runner]
         if provider not in require_onnxruntime().get_available_providers():
             return Obstacle("runtimes", f"no {provider} in the ONNX Runtime that is installed")
-        return None if _has_gpu() else Obstacle("runtimes", f"{provider} finds no GPU")
+        if host_here(device=gpu_index(self._device) or 0).gpu is None:
+            return Obstacle("runtimes", f"{provider} finds no GPU {self._device}")
+        made = self.bundle.artefact(self.name).made_with.get("settings", {})
+        if made.get("target") == "cpu":
+            return Obstacle("runtimes", f"quantised for CPUs: {provider} has not all its operators")
+        return None
 
-    def _engine_obstacle(self) -> Obstacle | None:
-        from van_deploy.engine.compatibility import obstacles
-        from van_deploy.engine.host import host_here
-        from van_deploy.engine.sidecar import sidecar_path, verified_sidecar
-
-        if not _has_gpu():
+    def _native_obstacle(self) -> Obstacle | None:
+        host, file = host_here(device=gpu_index(self._device) or 0), self.bundle.artefact(self.name)
+        path = self.bundle.path / file.file
+        if self.is_package:
+            found = package_obstacles(verified_package(path), host)
+        elif host.gpu is None:
             return Obstacle("engines", "engine not executed: no GPU")
-        plan = self.bundle.path / self.bundle.artefact(self.name).file
-        if self._trust_engine and not sidecar_path(plan).exists():
+        elif self._trust_engine and not sidecar_path(path).exists():
             return None
-        found = obstacles(verified_sidecar(plan), host_here())
+        else:
+            found = obstacles(verified_sidecar(path), host)
         if not found:
             return None
         kind = "engines" if all(each.about == "gpu" for each in found) else "runtimes"
-        return Obstacle(kind, "engine not executed: " + "; ".join(o.problem for o in found))
+        what = "package" if self.is_package else "engine"
+        return Obstacle(kind, f"{what} not executed: " + "; ".join(o.problem for o in found))
+
+    @property
+    def opened(self) -> Any:
+        """The runner of a network that is open; see :class:`~.base.ResidentRunner`."""
+        return self._opened
+
+    @property
+    def described(self) -> str:
+        """What runs it, for reports."""
+        return f"{self.runner}, {BF16_EMULATED}" if self.emulated else self.runner
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU runs it."""
+        if self.is_package:
+            made_with = self.bundle.artefact(self.name).made_with
+            return str(made_with.get("target", "")).startswith("sm_")
+        return self.is_engine or self.runner not in (PYTORCH, ORT_CPU)
 
     @property
     def tf32(self) -> bool:
         """Whether FP32 layers may compute in TF32; of a network that is open."""
+        made = self.bundle.artefact(self.name).made_with if self.name != PYTORCH else {}
+        if self.is_package:
+            return bool(made.get("tf32")) and self._opened.device.type == "cuda"
         if self.is_engine:
-            options = self.bundle.artefact(self.name).made_with.get("options")
+            options = made.get("options")
             return bool(options.get("tf32", True)) if isinstance(options, Mapping) else True
         return isinstance(self._opened, OnnxRuntimeRunner) and self._opened.tf32
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Release it."""
         if self._opened is not None:
-            self._opened.__exit__(kind, error, trace)
+            self._opened.__exit__(*_)
         self._opened = None
 
     def prepare(self, pixels: Pixels | Images) -> npt.NDArray[Any]:
@@ -347,55 +364,4 @@ class Network:
         Raises:
             UsageError: the artefact gives only its first five and more are asked for.
         """
-        if OUTPUT_NAME in outputs or "probabilities" in outputs:
-            return _ranked(outputs, count, self.task)
-        classes, probabilities = outputs[TOP_CLASSES], outputs[TOP_PROBABILITIES]
-        if count > classes.shape[1]:
-            raise UsageError(
-                f"'{self.name}' gives its first {classes.shape[1]} classes only, not {count}.",
-                f"Ask for {classes.shape[1]}, or take another artefact.",
-            )
-        return TopClasses(classes[:, :count], probabilities[:, :count])
-
-
-def network_input(
-    pixels: Pixels | Images, embedding: str, preprocessing: Preprocessing
-) -> npt.NDArray[Any]:
-    """Return images as a graph with ``embedding`` takes them.
-
-    Args:
-        pixels: resized images ``(N, S, S, C)`` uint8, or normalised ``(N, C, S, S)`` float32.
-        embedding: the preprocessing inside the graph.
-        preprocessing: of the network.
-
-    Raises:
-        UsageError: the graph normalises, and the images are normalised already.
-    """
-    if pixels.dtype == np.float32 and embedding == "none":
-        return pixels
-    if pixels.dtype == np.float32:
-        raise UsageError(
-            f"The images are normalised network input, and the graph (embedded: {embedding}) "
-            "normalises by itself.",
-            "Give uint8 images.",
-        )
-    if embedding == "uint8":
-        return np.ascontiguousarray(pixels)
-    if embedding == "normalize":
-        values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
-        return values / np.float32(255)
-    return normalised(pixels.astype(np.uint8, copy=False), preprocessing)
-
-
-def _has_gpu() -> bool:
-    driver = nvidia_driver()
-    return driver is not None and bool(driver.gpus)
-
-
-def _ranked(outputs: Mapping[str, npt.NDArray[Any]], count: int, task: Task) -> TopClasses:
-    """Return the first classes by logit where there are logits, else by probability."""
-    logits = outputs.get(OUTPUT_NAME)
-    scores = outputs["probabilities"] if logits is None else logits.astype(np.float32)
-    shares = scores if logits is None else probabilities(scores, task)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :count].astype(np.int64)
-    return TopClasses(order, np.take_along_axis(shares, order, axis=1).astype(np.float32))
+        return top_classes(outputs, count, self.task, self.name)

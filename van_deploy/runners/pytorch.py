@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from types import TracebackType
 
 import torch
 from torch import nn
@@ -30,12 +29,7 @@ class TorchRunner:
         """Return the runner; the network is loaded already."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Do nothing: the network is its owner's."""
 
     @torch.inference_mode()

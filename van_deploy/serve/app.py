@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import inspect
 import json
@@ -19,21 +18,21 @@ from typing import Any
 from van_deploy import __version__
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.serve.intake import (
+    MIB,
     ClientGoneError,
     Receive,
+    Request,
     RequestError,
     file_of_form,
-    read_body,
 )
-from van_deploy.serve.protocol import InferRequest, Values, encode_response, parse_request
+from van_deploy.serve.protocol import encode_response, parse_request
 from van_deploy.serve.served import ServedModel
-from van_deploy.serve.service import MIB, Service
+from van_deploy.serve.service import Service
 
-__all__ = ["App", "Request", "Response"]
+__all__ = ["App", "Response"]
 
 MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config|/stats)?")
 MODEL = "/v2/models/MODEL"
-POSTS = {f"{MODEL}/infer", "/predict", "/v2/repository/index"}
 READY = {"version": "1", "state": "READY"}
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 SERVER = {"name": "van-deploy", "version": __version__, "extensions": EXTENSIONS}
@@ -41,13 +40,7 @@ PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 KEYLESS = {"/", "/page.css", "/page.js", "/v2/health/live", "/v2/health/ready"}
 MAX_TOP = 1000
 SMALL_JSON = 16 * 2**10  # bytes parsed in the event loop: less than a millisecond
-MANY_BYTES = 2**20  # of a tensor, checked in a thread
 MANY_NUMBERS = 4096  # of an answer, written as JSON in another process
-SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib."
-SEND_BYTES = (
-    "Send tensors as bytes (the binary tensor extension), or start the server with a higher "
-    "--max-json-mib."
-)
 PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; connect-src 'self'; img-src blob: data:; "
     "script-src 'self'; style-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -56,33 +49,14 @@ PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
+REFUSED_HEADERS = {
+    401: {"www-authenticate": "Bearer"},
+    408: {"connection": "close"},
+    429: {"retry-after": "1"},
+    503: {"retry-after": "1"},
+}
 
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
-
-
-@dataclass
-class Request:
-    """One request, as far as its head says.
-
-    Attributes:
-        method: HEAD counts as GET; its answer's body is not sent.
-        path: decoded.
-        query: last value of each parameter.
-        headers: by their names in lower case.
-        receive: ASGI's, for the body.
-        route: of the path, for the metrics; "" until one is found.
-        model: in the path or the query; likewise.
-        version: of the model, in the path.
-    """
-
-    method: str
-    path: str
-    query: dict[str, str]
-    headers: dict[str, str]
-    receive: Receive
-    route: str = ""
-    model: str = ""
-    version: str = "1"
 
 
 @dataclass
@@ -109,60 +83,62 @@ class App:
         self.service, self._key = service, service.settings.api_key()
         self.keyed = bool(self._key)
         models = service.models
-        self._routes: dict[str, Callable[[Request], Any]] = {
-            f"{MODEL}/infer": self._infer,
-            "/predict": self._predict,
-            "/v2/health/live": lambda _: Response(),
-            "/v2/health/ready": lambda _: Response(status=503 if service.draining else 200),
-            "/": _page("page.html", "text/html; charset=utf-8"),
-            "/page.css": _page("page.css", "text/css"),
-            "/page.js": _page("page.js", "text/javascript"),
-            "/models": lambda _: service.description(),
-            "/metrics": lambda _: Response(*service.metrics.text()),
-            "/v2": lambda _: SERVER,
-            "/v2/repository/index": lambda _: [{"name": n, **READY} for n in models],
-            "/v2/models/stats": lambda _: _statistics(*models.values()),
-            MODEL: lambda request: _metadata(self._served(request).config),
-            f"{MODEL}/config": lambda request: self._served(request).config,
-            f"{MODEL}/ready": lambda request: self._served(request) and Response(),
-            f"{MODEL}/stats": lambda request: _statistics(self._served(request)),
+        self._routes: dict[str, tuple[str, Callable[[Request], Any]]] = {
+            f"{MODEL}/infer": ("POST", self._infer),
+            "/predict": ("POST", self._predict),
+            "/v2/repository/index": ("POST", lambda _: [{"name": n, **READY} for n in models]),
+            "/v2/health/live": ("GET", lambda _: Response()),
+            "/v2/health/ready": (
+                "GET",
+                lambda _: Response(status=503 if service.intake.draining else 200),
+            ),
+            "/": ("GET", _page("page.html", "text/html; charset=utf-8")),
+            "/page.css": ("GET", _page("page.css", "text/css")),
+            "/page.js": ("GET", _page("page.js", "text/javascript")),
+            "/models": ("GET", lambda _: service.description()),
+            "/metrics": ("GET", lambda _: Response(*service.metrics.text())),
+            "/v2": ("GET", lambda _: SERVER),
+            "/v2/models/stats": ("GET", lambda _: _statistics(*models.values())),
+            MODEL: ("GET", lambda request: _metadata(self._served(request).config)),
+            f"{MODEL}/config": ("GET", lambda request: self._served(request).config),
+            f"{MODEL}/ready": ("GET", lambda request: self._served(request) and Response()),
+            f"{MODEL}/stats": ("GET", lambda request: _statistics(self._served(request))),
         }
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request; whatever happens, with a status."""
-        start = time.perf_counter()
-        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        start, metrics = time.perf_counter(), self.service.metrics
         query = urllib.parse.parse_qsl(scope["query_string"].decode("latin-1"), True)
         heads = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
         request = Request(method, scope["path"], dict(query), heads, receive)
         try:
             answer = self._handler(request)(request)
-            response = await answer if inspect.isawaitable(answer) else answer
+            answer = await answer if inspect.isawaitable(answer) else answer
+            response = answer if isinstance(answer, Response) else _json(answer)
         except (RequestError, ImageError, UsageError) as error:
-            response = _refused(error)
+            status = 422 if isinstance(error, ImageError) else getattr(error, "status", 400)
+            response = _json({"error": str(error)}, status)
             traceback.clear_frames(error.__traceback__)  # so that the body is freed now
         except ClientGoneError:
             response = Response(status=499)  # nobody reads it
         except Exception:  # one request's failure must not be the server's
             response = _json({"error": "The server failed; its log says why."}, 500)
             _log("fault", path=request.path, traceback=traceback.format_exc())
-        if not isinstance(response, Response):
-            response = _json(response)
-        seconds = time.perf_counter() - start
+        seconds, status = time.perf_counter() - start, response.status
         model = request.model if request.model in self.service.models else ""
-        metrics, status = self.service.metrics, response.status
         metrics.of("requests", request.route, model, status).inc()
         metrics.of("request_seconds", request.route, model).observe(seconds)
         if self.service.settings.log_requests:
             what = {"method": scope["method"], "path": request.path, "model": model}
-            _log("request", **what, status=response.status, ms=round(1e3 * seconds, 3))
+            _log("request", **what, status=status, ms=round(1e3 * seconds, 3))
         headers = {"content-length": str(len(response.body)), **response.headers}
         pairs = [(k.encode("latin-1"), v.encode("latin-1")) for k, v in headers.items()]
-        await send({"type": "http.response.start", "status": response.status, "headers": pairs})
+        await send({"type": "http.response.start", "status": status, "headers": pairs})
         await send({"type": "http.response.body", "body": response.body})
 
     def _handler(self, request: Request) -> Callable[[Request], Any]:
-        """Return what answers a path; it may do so at once, or in its own time."""
+        """Return what answers a request; it may do so at once, or in its own time."""
         key, path = self._key, request.path
         given = request.headers.get("authorization", "").encode()
         if key and path not in KEYLESS and not hmac.compare_digest(given, f"Bearer {key}".encode()):
@@ -175,79 +151,58 @@ class App:
             path = f"{MODEL}{match[3] or ''}"
         if path not in self._routes:
             raise RequestError(f"There is nothing at {request.path[:200]!r}.", status=404)
-        method = "POST" if path in POSTS else "GET"
+        method, handler = self._routes[path]
         if method != request.method:
             text = f"{request.path[:200]!r} takes {method}, not {request.method}."
             raise RequestError(text, status=405)
         request.route = path
-        return self._routes[path]
+        return handler
 
     async def _infer(self, request: Request) -> Response:
-        served = self._served(request)
+        served, intake = self._served(request), self.service.intake
         text = request.headers.get("inference-header-content-length")
         if text is not None and not re.fullmatch("[0-9]{1,18}", text):
             raise RequestError(f"Inference-Header-Content-Length is {text[:20]!r}, not a number.")
-        length = None if text is None else int(text)
-        if length is not None and length > SMALL_JSON:
-            text = f"The JSON before binary tensors has {length:,} bytes; {SMALL_JSON:,} are taken."
-            raise RequestError(text, status=413)
-        with self.service.held.hold() as take_bytes, served.queue.hold() as take_images:
-            body = await self._body(request, take_bytes, json_only=length is None)
+        if text is not None and int(text) > SMALL_JSON:
+            told = f"has {int(text):,} bytes; {SMALL_JSON:,} are taken."
+            raise RequestError(f"The JSON before binary tensors {told}", status=413)
+        with intake.held.hold() as take_bytes, served.queue.hold() as take_images:
+            body = await intake.body(request, take_bytes, json=text is None)
             take_images(1)
-            rows, parsed = await self._parsed(body, length, served)
+            network, size = served.network, len(body) if text is None else int(text)
+            rows, parsed = await intake.run(
+                "process" if size > SMALL_JSON else "thread" if len(body) > MIB else "here",
+                *(parse_request, body, size, network.input, network.outputs, network.max_batch),
+            )
             take_images(len(rows) - 1)
             answer = await served.infer(rows)
-            arguments = (parsed, answer.outputs, served.name, served.labels)
             texts = [w.name for w in parsed.outputs if not parsed.in_bytes(w)]
-            if sum(answer.outputs[name].size for name in texts) > MANY_NUMBERS:
-                content, size = await self.service.json.run(encode_response, *arguments)
-            else:
-                content, size = encode_response(*arguments)
-        if size is None:
+            many = sum(answer.outputs[name].size for name in texts) > MANY_NUMBERS
+            content, json_size = await intake.run(
+                "process" if many else "here",
+                *(encode_response, parsed, answer.outputs, served.name, served.labels),
+            )
+        if json_size is None:
             return Response(content, {"content-type": "application/json"})
         kind = {"content-type": "application/octet-stream"}
-        return Response(content, {**kind, "inference-header-content-length": str(size)})
-
-    async def _parsed(
-        self, body: bytes | bytearray, length: int | None, served: ServedModel
-    ) -> tuple[Values, InferRequest]:
-        """Return what a body holds; large JSON is parsed in another process."""
-        network = served.network
-        arguments = (body, length, network.input, network.outputs, network.max_batch)
-        if length is None and len(body) > SMALL_JSON:
-            return await self.service.json.run(parse_request, *arguments)
-        if len(body) > MANY_BYTES:
-            return await asyncio.to_thread(parse_request, *arguments)
-        return parse_request(*arguments)
+        return Response(content, {**kind, "inference-header-content-length": str(json_size)})
 
     async def _predict(self, request: Request) -> dict[str, Any]:
-        query = request.query
+        query, intake = request.query, self.service.intake
         request.model = query.get("model", next(iter(self.service.models)))
         served, top = self._served(request), query.get("top", "5")
         if not re.fullmatch("[0-9]{1,4}", top) or not 1 <= int(top) <= MAX_TOP:
             raise RequestError(f"'top' is {top[:20]!r}; it must be a number from 1 to {MAX_TOP}.")
         compare = query.get("compare", "0") not in {"0", "false", ""}
-        with self.service.held.hold() as take_bytes, served.queue.hold() as take_images:
-            image = await self._body(request, take_bytes)
+        with intake.held.hold() as take_bytes, served.queue.hold() as take_images:
+            image = await intake.body(request, take_bytes)
             take_images(1)
             kind = request.headers.get("content-type", "")
             if kind.lower().startswith("multipart/form-data"):
-                image = await asyncio.to_thread(file_of_form, image, kind)
+                image = await intake.run("thread", file_of_form, image, kind)
             if not image:
                 raise RequestError("The request has no image: send an image file as its body.")
             return await self.service.look(served, image, int(top), compare=compare)
-
-    async def _body(
-        self, request: Request, take: Callable[[int], None], *, json_only: bool = False
-    ) -> bytes | bytearray:
-        settings = self.service.settings
-        if self.service.draining:
-            raise RequestError("The server is shutting down.", status=503)
-        mib, remedy = (
-            (settings.max_json_mib, SEND_BYTES) if json_only else (settings.max_body_mib, SEND_LESS)
-        )
-        limits = (round(MIB * mib), remedy, settings.read_timeout_s)
-        return await read_body(request.receive, request.headers, *limits, take)
 
     def _served(self, request: Request) -> ServedModel:
         served = self.service.models.get(request.model)
@@ -258,10 +213,10 @@ class App:
         return served
 
 
-def _json(document: Any, status: int = 200, **headers: str) -> Response:
+def _json(document: Any, status: int = 200) -> Response:
     """Return JSON; every character beyond ASCII is escaped, so any text can be sent."""
-    kind = {"content-type": "application/json"}
-    return Response(json.dumps(document).encode(), {**kind, **headers}, status)
+    headers = {"content-type": "application/json", **REFUSED_HEADERS.get(status, {})}
+    return Response(json.dumps(document).encode(), headers, status)
 
 
 def _page(name: str, kind: str) -> Callable[[Request], Response]:
@@ -269,25 +224,19 @@ def _page(name: str, kind: str) -> Callable[[Request], Response]:
     return lambda _: Response(content, {"content-type": kind, **PAGE_HEADERS})
 
 
-def _refused(error: RequestError | ImageError | UsageError) -> Response:
-    """Return what a client is told that is not answered."""
-    status = 422 if isinstance(error, ImageError) else getattr(error, "status", 400)
-    headers = {"retry-after": "1"} if status in {429, 503} else {}
-    if status == 408:
-        headers["connection"] = "close"
-    if status == 401:
-        headers["www-authenticate"] = "Bearer"
-    return _json({"error": str(error)}, status, **headers)
-
-
 def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"name": config["name"], "versions": ["1"]}
-    sides: dict[str, list[dict[str, Any]]] = {"inputs": [], "outputs": []}
-    for side, tensors in sides.items():
-        for tensor in config[side.rstrip("s")]:
-            datatype, shape = tensor["data_type"].removeprefix("TYPE_"), [-1, *tensor["dims"]]
-            tensors.append({"name": tensor["name"], "datatype": datatype, "shape": shape})
-    return {**names, "platform": PLATFORMS[config["backend"]], **sides}
+    """Return the protocol's metadata of what Triton's configuration describes."""
+
+    def tensors(side: str) -> list[dict[str, Any]]:
+        keys = ("name", "datatype", "shape")
+        rows = ((t["name"], t["data_type"].removeprefix("TYPE_"), t["dims"]) for t in config[side])
+        return [
+            dict(zip(keys, (name, kind, [-1, *dims]), strict=True)) for name, kind, dims in rows
+        ]
+
+    platform = PLATFORMS.get(config["backend"], config["backend"])
+    what = {"name": config["name"], "versions": ["1"], "platform": platform}
+    return {**what, "inputs": tensors("input"), "outputs": tensors("output")}
 
 
 def _statistics(*models: ServedModel) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
+from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.errors import GateFailed, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.embed import (
@@ -28,8 +30,9 @@ from van_deploy.manifest import Embedding
 from van_deploy.metrics import Task, probabilities
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.provenance import code_digest
-from van_deploy.runners.base import Logits
-from van_deploy.runners.network import Outputs, network_input, task_of
+from van_deploy.runners.answers import network_input
+from van_deploy.runners.base import Images, Logits
+from van_deploy.runners.network import Outputs, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 __all__ = ["Embedded", "embed_artefacts"]
@@ -80,78 +83,78 @@ def embed_artefacts(
         UsageError: the embedding or an output is unknown, or there is nothing to embed.
         GateFailed: an embedded graph does not answer as its plain one; nothing was written.
     """
+    import onnx
+
     check_embedding(embedding, outputs)
     if embedding == "none" and tuple(outputs) == (OUTPUT_NAME,):
         raise UsageError(
             "There is nothing to embed: no preprocessing and only the logits.",
             "Give --embed-preprocess uint8, or more --outputs.",
         )
-    plain = [name for name, artefact in bundle.artefacts.items() if artefact.kind == "onnx"]
-    with writing(bundle.path) as draft:
-        return [_embed(draft, bundle, n, embedding, outputs, pixels, batches) for n in plain]
-
-
-def _embed(
-    draft: Draft,
-    bundle: Bundle,
-    base: str,
-    embedding: str,
-    outputs: Sequence[str],
-    pixels: Pixels,
-    batches: Sequence[int],
-) -> Embedded:
-    import onnx
-
-    kind, source = "outputs" if embedding == "none" else embedding, bundle.artefact(base)
-    name, path, preprocessing = (
-        f"{base}-{kind}",
-        bundle.verified(base),
-        bundle.manifest.preprocessing,
-    )
-    made_with = {
+    kind, task = "outputs" if embedding == "none" else embedding, task_of(bundle)
+    preprocessing, made = bundle.manifest.preprocessing, list[Embedded]()
+    pairs = [
+        (normalised(rows, preprocessing), network_input(rows, embedding, preprocessing))
+        for rows in (pixels[:batch] for batch in batches)
+    ]
+    how = {
         "embedding": embedding,
         "outputs": list(outputs),
-        "base": source.sha256,
         "preprocessing": asdict(preprocessing),
         "code": code_digest("graph"),
     }
-    there = bundle.artefacts.get(name)
-    if there is not None and there.key == content_key(made_with):
-        bundle.verified(name)
-        return Embedded(name, base, reused=True, agreement=None)
-    task = task_of(bundle)
-    model = embed_preprocessing(onnx.load(path), preprocessing, embedding, outputs, task)
-    facts = graph_facts(model)
-    files = save_onnx(model, draft.file(f"{path.name.removesuffix('.onnx')}.{kind}.onnx"))
-    inputs = network_input(pixels, embedding, preprocessing)
-    rows = []
-    with OnnxRuntimeRunner(path) as plain, OnnxRuntimeRunner(draft.file(files[0])) as embedded:
-        for batch in batches:
-            logits = plain.run(normalised(pixels[:batch], preprocessing))
-            difference = _difference(logits, embedded.run_all(inputs[:batch]), task)
-            if not difference <= SAME_GRAPH:
-                raise GateFailed(
-                    f"At batch {batch} '{name}' differs from '{base}' by {difference:.1e} of the "
-                    f"largest value; {SAME_GRAPH:g} is allowed.",
-                    "Nothing was written. Please report it.",
+    with writing(bundle.path) as draft:
+        for base, source in bundle.artefacts.items():
+            if source.kind != "onnx":
+                continue
+            name, path = f"{base}-{kind}", bundle.verified(base)
+            made_with, there = {**how, "base": source.sha256}, bundle.artefacts.get(name)
+            if there is not None and there.key == content_key(made_with):
+                bundle.verified(name)
+                made.append(Embedded(name, base, reused=True, agreement=None))
+                continue
+            model = embed_preprocessing(onnx.load(path), preprocessing, embedding, outputs, task)
+            facts = graph_facts(model)
+            files = save_onnx(model, draft.file(f"{path.stem}.{kind}.onnx"))
+            rows = _proof(path, draft.file(files[0]), pairs, task)
+            for row in rows:
+                if not row["difference"] <= SAME_GRAPH:
+                    raise GateFailed(
+                        f"At batch {row['batch']} '{name}' differs from '{base}' by "
+                        f"{row['difference']:.1e} of the largest value; {SAME_GRAPH:g} is allowed.",
+                        "Nothing was written. Please report it.",
+                    )
+            report = {"base": base, "runner": "ort-cpu", "limit": SAME_GRAPH, "batches": rows}
+            draft.checks[f"embedded {name}"] = report
+            draft.record(
+                Artefact(
+                    name=name,
+                    kind="serving",
+                    precision=source.precision,
+                    file=files[0],
+                    files=dict.fromkeys(files, ""),
+                    made_from=Origin(name=base, sha256=source.sha256),
+                    made_with=made_with,
+                    graph=facts,
+                    embedded=cast("Embedding", embedding),
                 )
-            rows.append({"batch": batch, "difference": difference})
-    report = {"base": base, "runner": "ort-cpu", "limit": SAME_GRAPH, "batches": rows}
-    draft.checks[f"embedded {name}"] = report
-    draft.record(
-        Artefact(
-            name=name,
-            kind="serving",
-            precision=source.precision,
-            file=files[0],
-            files=dict.fromkeys(files, ""),
-            made_from=Origin(name=base, sha256=source.sha256),
-            made_with=made_with,
-            graph=facts,
-            embedded=cast("Embedding", embedding),
-        )
-    )
-    return Embedded(name, base, reused=False, agreement=report)
+            )
+            made.append(Embedded(name, base, reused=False, agreement=report))
+    return made
+
+
+def _proof(
+    plain: Path, embedded: Path, pairs: Sequence[tuple[Images, npt.NDArray[Any]]], task: Task
+) -> list[dict[str, Any]]:
+    """Return the difference at each batch size; the inputs are what either graph takes."""
+    with OnnxRuntimeRunner(plain) as old, OnnxRuntimeRunner(embedded) as new:
+        return [
+            {
+                "batch": len(images),
+                "difference": _difference(old.run(images), new.run_all(given), task),
+            }
+            for images, given in pairs
+        ]
 
 
 def _difference(logits: Logits, found: Outputs, task: Task) -> float:

@@ -1,8 +1,8 @@
 """Taking requests in: what is refused, how much is held at once, and where heavy work goes.
 
-Bodies are never larger than the limit and never slower than the deadline. JSON is parsed
-holding Python's lock, so large JSON goes to a process of its own; inflating, decoding and
-checks of arrays release it, so threads do.
+Bodies are never larger than the limit and never slower than the deadline. Nothing copies or
+searches a large body in one piece while it holds Python's lock: large JSON is parsed in another
+process; joining, inflating and decoding release the lock, so threads do.
 """
 
 from __future__ import annotations
@@ -16,27 +16,54 @@ import threading
 import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from dataclasses import dataclass
 from email.message import Message
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+from van_deploy.config import ServiceSettings
 from van_deploy.errors import InputError
 
-__all__ = [
-    "Allowance",
-    "ClientGoneError",
-    "JsonProcess",
-    "Receive",
-    "RequestError",
-    "file_of_form",
-    "read_body",
-]
+__all__ = ["Allowance", "ClientGoneError", "Intake", "Request", "RequestError", "file_of_form"]
 
+MIB = 2**20
 DEFLATE_RATIO = 1032  # the most that a byte of deflate stands for (zlib's technical details)
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 MAX_PARTS = 16  # of a form
+WINDOW = 2**18  # bytes searched or copied at once: a millisecond or two with Python's lock
+HELD_FULL = "The requests that are being received hold all the memory they may."
+SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib."
+SEND_BYTES = (
+    "Send tensors as bytes (the binary tensor extension), or start the server with a higher "
+    "--max-json-mib."
+)
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
-Result = TypeVar("Result")
+T = TypeVar("T")
+
+
+@dataclass
+class Request:
+    """One request, as far as its head says.
+
+    Attributes:
+        method: HEAD counts as GET; its answer's body is not sent.
+        path: decoded.
+        query: last value of each parameter.
+        headers: by their names in lower case.
+        receive: ASGI's, for the body.
+        route: of the path, for the metrics; "" until one is found.
+        model: in the path or the query; likewise.
+        version: of the model, in the path.
+    """
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    receive: Receive
+    route: str = ""
+    model: str = ""
+    version: str = "1"
 
 
 class RequestError(InputError):
@@ -88,90 +115,107 @@ class Allowance:
             self.used -= held
 
 
-class JsonProcess:
-    """Another process for what would hold Python's lock: reading and writing large JSON."""
+class Intake:
+    """Takes in the bodies of all requests, under one limit of bytes, and runs what is heavy.
 
-    def __init__(self) -> None:
-        self._pool = _new_pool()
+    Args:
+        settings: of the server.
 
-    async def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Return ``function(*arguments)`` from the process; both must be picklable.
+    Attributes:
+        held: bytes of bodies.
+        draining: whether the server is being stopped; no body is taken any more.
+    """
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._settings, self._pool, self.draining = settings, _new_pool(), False
+        self.held = Allowance(round(MIB * settings.max_held_mib), HELD_FULL, 503)
+
+    async def body(
+        self, request: Request, take: Callable[[int], None], *, json: bool = False
+    ) -> bytes:
+        """Return a request's body, decompressed.
+
+        Args:
+            request: whose head has come.
+            take: of :attr:`held`; called with the bytes that are held from then on.
+            json: whether all of it is JSON, which has a limit of its own.
+
+        Raises:
+            ClientGoneError: it will never be complete.
+            RequestError: too large, too slow, too late, too much for all, or badly encoded.
+        """
+        if self.draining:
+            raise RequestError("The server is shutting down.", status=503)
+        settings, pieces = self._settings, list[bytes]()
+        limit = round(MIB * (settings.max_json_mib if json else settings.max_body_mib))
+        too_large = RequestError(
+            f"The request is larger than {limit:,} bytes.", SEND_BYTES if json else SEND_LESS, 413
+        )
+        size = int(request.headers.get("content-length", "0"))
+
+        async def collect() -> None:
+            """Read even what is too large to its end, so that the client reads the answer."""
+            nonlocal size
+            received, more = 0, True
+            while more:
+                message = await request.receive()
+                if message["type"] != "http.request":
+                    raise ClientGoneError
+                piece, more = message["body"], message["more_body"]
+                received += len(piece)
+                size = max(size, received)
+                if size <= limit:
+                    take(len(piece))
+                    pieces.append(piece)
+
+        try:
+            try:
+                await asyncio.wait_for(collect(), settings.read_timeout_s)
+            except asyncio.TimeoutError:
+                text = f"The request was not complete after {settings.read_timeout_s:g} s."
+                raise (too_large if size > limit else RequestError(text, status=408)) from None
+            if size > limit:
+                raise too_large
+            encoding = request.headers.get("content-encoding", "identity").lower()
+            if encoding not in {"identity", "gzip", "deflate"}:
+                text = f"The Content-Encoding {encoding[:20]!r} is unknown: gzip or deflate."
+                raise RequestError(text)
+            if encoding == "identity":  # a large join releases Python's lock
+                return await self.run("thread" if size > MIB else "here", b"".join, pieces)
+            take(min(limit, DEFLATE_RATIO * size))
+            plain = await self.run("thread", _inflated, pieces, limit)
+            if len(plain) > limit:
+                raise too_large
+            return plain
+        finally:
+            pieces.clear()  # an error's traceback may keep them for a while
+
+    async def run(
+        self, where: Literal["here", "thread", "process"], function: Callable[..., T], *given: Any
+    ) -> T:
+        """Return ``function(*given)``; for a process, all must be picklable.
 
         Raises:
             RequestError: the process died; there will be another one.
         """
+        if where == "here":
+            return function(*given)
+        if where == "thread":
+            return await asyncio.to_thread(function, *given)
         pool, loop = self._pool, asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(pool, function, *arguments)
+            return await loop.run_in_executor(pool, function, *given)
         except BrokenExecutor:
             if self._pool is pool:
                 self._pool = _new_pool()
             raise RequestError("The process that parses JSON ended.", status=503) from None
 
     def close(self) -> None:
-        """End it once what it was asked for is done."""
+        """End the other process once what it was asked for is done."""
         self._pool.shutdown()
 
 
-async def read_body(
-    receive: Receive,
-    headers: Mapping[str, str],
-    limit: int,
-    remedy: str,
-    timeout_s: float,
-    take: Callable[[int], None],
-) -> bytes | bytearray:
-    """Return a request's body, decompressed.
-
-    Args:
-        receive: ASGI's.
-        headers: by their names in lower case.
-        limit: bytes the body may have, before and after decompression.
-        remedy: what to do about a body that is larger.
-        timeout_s: in which it must be complete.
-        take: called with the bytes that are held from then on; may refuse them.
-
-    Raises:
-        ClientGoneError: it will never be complete.
-        RequestError: too large, too slow, too much for all together, or badly encoded.
-    """
-    body, over = bytearray(), int(headers.get("content-length", "0")) > limit
-
-    async def collect() -> None:
-        """Read to the end even what is too large, so that the client gets to read the answer."""
-        nonlocal over
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                raise ClientGoneError
-            over = over or len(body) + len(message["body"]) > limit
-            if not over:
-                take(len(message["body"]))
-                body.extend(message["body"])
-            more = message["more_body"]
-
-    try:
-        await asyncio.wait_for(collect(), timeout_s)
-    except BaseException as error:
-        body.clear()  # the error's traceback may keep it alive for a while
-        if not isinstance(error, asyncio.TimeoutError):
-            raise
-        if not over:
-            text = f"The request was not complete after {timeout_s:g} s."
-            raise RequestError(text, status=408) from None
-    if over:
-        raise _too_large(limit, remedy)
-    encoding = headers.get("content-encoding", "identity").lower()
-    if encoding == "identity":
-        return body
-    if encoding not in {"gzip", "deflate"}:
-        raise RequestError(f"The Content-Encoding {encoding[:20]!r} is unknown: gzip or deflate.")
-    take(min(limit, DEFLATE_RATIO * len(body)))
-    return await asyncio.to_thread(_inflated, body, limit, remedy)
-
-
-def file_of_form(body: bytes | bytearray, content_type: str) -> bytes:
+def file_of_form(body: bytes, content_type: str) -> bytes:
     """Return the first file of a ``multipart/form-data`` body (RFC 7578).
 
     Raises:
@@ -181,31 +225,35 @@ def file_of_form(body: bytes | bytearray, content_type: str) -> bytes:
     message["content-type"] = content_type
     boundary, place = message.get_boundary("").encode(), 0
     for _ in range(MAX_PARTS if boundary else 0):
-        start = body.find(b"\r\n\r\n", place)
-        end = body.find(b"\r\n--" + boundary, max(start, 0))
+        start = _found(b"\r\n\r\n", body, place)
+        end = _found(b"\r\n--" + boundary, body, max(start, 0))
         if min(start, end) < 0:
             break
-        if b"filename" in body[place:start].lower():
-            return bytes(body[start + 4 : end])
+        if b"filename" in body[place : min(start, place + WINDOW)].lower():
+            start += 4
+            return b"".join([body[i : min(i + WINDOW, end)] for i in range(start, end, WINDOW)])
         place = end
     raise RequestError("The form has no file, or no boundary in its Content-Type.")
 
 
-def _inflated(body: bytearray, limit: int, remedy: str) -> bytes:
+def _found(wanted: bytes, body: bytes, start: int) -> int:
+    """Return ``body.find(wanted, start)``, letting other threads run in between."""
+    for first in range(start, len(body), WINDOW):
+        if (place := body.find(wanted, first, first + WINDOW + len(wanted))) >= 0:
+            return place
+    return -1
+
+
+def _inflated(pieces: list[bytes], limit: int) -> bytes:
+    """Return at most one byte more than the limit."""
     inflater = zlib.decompressobj(GZIP_OR_ZLIB)
     try:
-        plain = inflater.decompress(body, limit + 1)
+        plain = inflater.decompress(b"".join(pieces), limit + 1)
     except zlib.error as error:
         raise RequestError(f"The compressed body is damaged: {error}.") from None
-    if len(plain) > limit:
-        raise _too_large(limit, remedy)
-    if not inflater.eof:
+    if len(plain) <= limit and not inflater.eof:
         raise RequestError("The compressed body is truncated.")
     return plain
-
-
-def _too_large(limit: int, remedy: str) -> RequestError:
-    return RequestError(f"The request is larger than {limit:,} bytes.", remedy, 413)
 
 
 def _new_pool() -> ProcessPoolExecutor:
@@ -215,7 +263,8 @@ def _new_pool() -> ProcessPoolExecutor:
 
 
 def _follow_the_server() -> None:
-    """Leave signals to the server, and end when it does, however it does."""
+    """Give way to the server, leave signals to it, and end when it does, however it does."""
+    os.nice(5)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

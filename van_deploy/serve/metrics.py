@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from van_deploy.errors import MissingDependency
+from van_deploy.errors import needs_extra
 
-__all__ = ["ServerMetrics", "serving_package"]
+__all__ = ["ServerMetrics"]
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-METRICS: dict[str, tuple[str, str, tuple[str, ...], dict[str, Any]]] = {
-    "requests": ("Counter", "Requests answered", ("route", "model", "status"), {}),
-    "request_seconds": ("Histogram", "To answer", ("route", "model"), {"buckets": SECONDS}),
-    "queue_seconds": ("Histogram", "Waiting for a batch", ("model",), {"buckets": SECONDS}),
-    "queued_images": ("Gauge", "Images in the server", ("model",), {}),
-    "batch_rows": ("Histogram", "Images in a batch", ("model",), {"buckets": ROWS}),
-    "infer_seconds": ("Histogram", "Running a batch", ("model",), {"buckets": SECONDS}),
-    "infer_cpu_seconds": ("Counter", "Processor time of running batches", ("model",), {}),
+METRICS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "requests": ("Counter", "Requests answered", "route model status", {}),
+    "request_seconds": ("Histogram", "To answer", "route model", {"buckets": SECONDS}),
+    "queue_seconds": ("Histogram", "Waiting for a batch", "model", {"buckets": SECONDS}),
+    "queued_images": ("Gauge", "Images in the server", "model", {}),
+    "batch_rows": ("Histogram", "Images in a batch", "model", {"buckets": ROWS}),
+    "infer_seconds": ("Histogram", "Running a batch", "model", {"buckets": SECONDS}),
+    "infer_cpu_seconds": ("Counter", "Processor time of running batches", "model", {}),
 }
 
 
-def serving_package(name: str) -> Any:
-    """Return one of the packages the server is built on.
+class ServerMetrics:
+    """The counters of one server, in a registry of its own.
 
     Raises:
-        MissingDependency: it is not installed.
+        MissingDependency: a package the server is built on is not installed.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependency(
-            f"The server needs a package that is not installed: {error}.",
-            "Install it with `pip install 'van-deploy[serve]'`.",
-        ) from error
-
-
-class ServerMetrics:
-    """The counters of one server, in a registry of its own."""
 
     def __init__(self) -> None:
-        self._client = serving_package("prometheus_client")
-        self._registry = self._client.CollectorRegistry()
-        self._client.ProcessCollector(registry=self._registry)  # processor time, memory, files
+        with needs_extra("The server", "serve"):
+            import prometheus_client as client
+            import uvicorn  # noqa: F401 - told here, before a model is loaded
+        self._client, self._registry = client, client.CollectorRegistry()
+        client.ProcessCollector(registry=self._registry)  # processor time, memory, files
         self._all = {
-            name: getattr(self._client, kind)(
-                f"van_deploy_{name}", text, labels, registry=self._registry, **more
+            name: getattr(client, kind)(
+                f"van_deploy_{name}", text, labels.split(), registry=self._registry, **more
             )
             for name, (kind, text, labels, more) in METRICS.items()
         }

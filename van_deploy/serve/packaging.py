@@ -113,7 +113,7 @@ def package(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop:
         made = Path(workshop) / "package"
-        write_repository(made, bundle, models, settings, release)
+        write_repository(made, models, settings, release)
         record = PackageRecord(
             schema="van-deploy/triton/2",
             bundle=bundle.name,

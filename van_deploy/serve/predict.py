@@ -12,7 +12,8 @@ import numpy as np
 from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.pixels import Pixels, pixels_from_image
-from van_deploy.runners.network import Network, TopClasses
+from van_deploy.runners.answers import TopClasses
+from van_deploy.runners.network import Network
 
 __all__ = ["NamedClass", "Prediction", "Speed", "named_classes", "predict", "sources_from"]
 
@@ -64,11 +65,11 @@ class Speed:
     def __str__(self) -> str:
         """Return the speed in one line."""
         if not self.pictures:
-            return "no picture was answered"
+            return "no image was answered"
         decode, infer = (1e3 * s / self.pictures for s in (self.decode_s, self.infer_s))
         rate = self.pictures / max(self.decode_s + self.infer_s, 1e-9)
         return (
-            f"{self.pictures} pictures, {rate:.1f} a second: {decode:.2f} ms to read and "
+            f"{self.pictures} images, {rate:.1f} a second: {decode:.2f} ms to read and "
             f"{infer:.2f} ms to answer each"
         )
 
@@ -127,22 +128,20 @@ def predict(
             f"Ask for 1 class or more, and batches of 1 to {network.max_batch}.",
         )
     speed = speed if speed is not None else Speed()
-    names: list[tuple[str, str | None]] = []
-    pixels: list[Pixels] = []
+    read: list[tuple[str, Pixels | str]] = []  # the name of each, and its pixels or why not
     for source in sources:
-        start, name = time.perf_counter(), "-" if isinstance(source, bytes) else str(source)
+        start = time.perf_counter()
+        name, called = ("-", "Standard input") if isinstance(source, bytes) else (str(source), "")
         try:
-            called = "Standard input" if isinstance(source, bytes) else ""
             image = open_image(source, channels=network.preprocessing.channels, name=called)
-            pixels.append(pixels_from_image(image, network.preprocessing))
-            names.append((name, None))
+            read.append((name, pixels_from_image(image, network.preprocessing)))
         except ImageError as error:
-            names.append((name, error.message))
+            read.append((name, error.message))
         speed.decode_s += time.perf_counter() - start
-        if len(pixels) == batch:
-            yield from _answers(network, names, pixels, top, speed)
-            names, pixels = [], []
-    yield from _answers(network, names, pixels, top, speed)
+        if sum(not isinstance(value, str) for _, value in read) == batch:
+            yield from _answers(network, read, top, speed)
+            read = []
+    yield from _answers(network, read, top, speed)
 
 
 def named_classes(top: TopClasses, row: int, names: Sequence[str] | None) -> tuple[NamedClass, ...]:
@@ -152,20 +151,19 @@ def named_classes(top: TopClasses, row: int, names: Sequence[str] | None) -> tup
 
 
 def _answers(
-    network: Network,
-    names: Sequence[tuple[str, str | None]],
-    pixels: Sequence[Pixels],
-    top: int,
-    speed: Speed,
+    network: Network, read: Sequence[tuple[str, Pixels | str]], top: int, speed: Speed
 ) -> Iterator[Prediction]:
-    """Yield the answers to images, of which some have an error and no pixels."""
-    rows: Iterator[int] = iter(range(len(pixels)))
+    """Yield the answers to images, some of which could not be read."""
+    pixels = [value for _, value in read if not isinstance(value, str)]
     if pixels:
         start = time.perf_counter()
         outputs = network.run(network.prepare(np.stack(pixels)))
         speed.infer_s += time.perf_counter() - start
         speed.pictures += len(pixels)
-        ranked = network.top(outputs, top)
-    classes = network.bundle.manifest.class_names
-    for name, error in names:
-        yield Prediction(name, () if error else named_classes(ranked, next(rows), classes), error)
+        ranked, rows = network.top(outputs, top), iter(range(len(pixels)))
+    for name, value in read:
+        if isinstance(value, str):
+            yield Prediction(name, (), value)
+        else:
+            names = network.bundle.manifest.class_names
+            yield Prediction(name, named_classes(ranked, next(rows), names))

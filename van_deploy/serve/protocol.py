@@ -23,20 +23,13 @@ from van_deploy.schema import Open, validated
 from van_deploy.serve.intake import RequestError
 from van_deploy.serve.triton_model import DATATYPES
 
-__all__ = [
-    "GivenInput",
-    "InferRequest",
-    "Parameters",
-    "WantedOutput",
-    "encode_response",
-    "parse_request",
-]
+__all__ = ["InferRequest", "Values", "encode_response", "parse_request"]
 
 Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
 Values = npt.NDArray[Any]
 
 
-class Parameters(Open):
+class _Parameters(Open):
     """What the extensions add to a request or to one of its tensors."""
 
     binary_data: pydantic.StrictBool | None = None
@@ -45,14 +38,14 @@ class Parameters(Open):
     binary_data_output: pydantic.StrictBool = False
 
 
-class WantedOutput(Open):
+class _Output(Open):
     """One output a client asked for."""
 
     name: str
-    parameters: Parameters = Parameters()
+    parameters: _Parameters = _Parameters()
 
 
-class GivenInput(WantedOutput):
+class _Input(_Output):
     """One input as a client describes it; its values are in ``data`` or behind the JSON."""
 
     datatype: str
@@ -64,28 +57,24 @@ class InferRequest(Open):
     """The JSON of a request."""
 
     id: str = ""
-    inputs: tuple[GivenInput, ...]
-    outputs: tuple[WantedOutput, ...] = ()
-    parameters: Parameters = Parameters()
+    inputs: tuple[_Input, ...]
+    outputs: tuple[_Output, ...] = ()
+    parameters: _Parameters = _Parameters()
 
-    def in_bytes(self, wanted: WantedOutput) -> bool:
+    def in_bytes(self, wanted: _Output) -> bool:
         """Return whether an output is wanted as bytes behind the JSON."""
         own = wanted.parameters.binary_data
         return self.parameters.binary_data_output if own is None else own
 
 
 def parse_request(
-    body: bytes | bytearray,
-    json_length: int | None,
-    given: TensorSpec,
-    outputs: Sequence[TensorSpec],
-    max_batch: int,
+    body: bytes, json_length: int, given: TensorSpec, outputs: Sequence[TensorSpec], max_batch: int
 ) -> tuple[Values, InferRequest]:
     """Return the rows in ``body`` as the model takes them, and the rest of the request.
 
     Args:
         body: JSON, followed by the binary tensors if there are any.
-        json_length: the header ``Inference-Header-Content-Length``, or None if all is JSON.
+        json_length: bytes of the JSON.
         given: the model's input.
         outputs: what the model gives.
         max_batch: rows a request may have.
@@ -93,17 +82,16 @@ def parse_request(
     Raises:
         RequestError: says which rule was broken.
     """
-    end = len(body) if json_length is None else json_length
-    if end > len(body):
-        raise RequestError(f"The JSON is said to be {end} bytes; the body has {len(body)}.")
+    if json_length > len(body):
+        raise RequestError(f"The JSON is said to be {json_length} bytes; the body has {len(body)}.")
     try:
-        document = from_json(bytes(memoryview(body)[:end]))
+        document = from_json(body[:json_length])
     except ValueError as error:
         raise RequestError(f"The request is not JSON: {error}.") from None
     request = validated(InferRequest, document, where="The request", error=RequestError)
     if [entry.name for entry in request.inputs] != [given.name]:
         raise RequestError(f"The model has one input, '{given.name}'; give that one.")
-    rows = _tensor(request.inputs[0], memoryview(body)[end:], given, max_batch)
+    rows = _tensor(request.inputs[0], memoryview(body)[json_length:], given, max_batch)
     known = {spec.name: spec.dtype for spec in outputs}
     for wanted in request.outputs:
         if wanted.name not in known:
@@ -111,9 +99,8 @@ def parse_request(
             raise RequestError(f"There is no output {wanted.name[:99]!r}; the model gives {names}.")
         if wanted.parameters.classification and known[wanted.name] != "float32":
             raise RequestError(f"'{wanted.name}' has no classification.")
-    return rows, request.model_copy(
-        update={"inputs": [], "outputs": request.outputs or [WantedOutput(name=n) for n in known]}
-    )
+    every = request.outputs or tuple(_Output(name=name) for name in known)
+    return rows, request.model_copy(update={"inputs": (), "outputs": every})
 
 
 def encode_response(
@@ -126,17 +113,21 @@ def encode_response(
     entries: list[dict[str, Any]] = []
     tail: list[bytes] = []
     for wanted in request.outputs:
-        values, options = outputs[wanted.name], wanted.parameters
-        entry: dict[str, Any] = {"name": wanted.name, "datatype": DATATYPES[str(values.dtype)]}
-        if options.classification:
-            values = _classification(values, options.classification, labels)
-            entry["datatype"] = "BYTES"
+        values, count = outputs[wanted.name], wanted.parameters.classification
+        datatype, texts = DATATYPES[str(values.dtype)], list[str]()
+        shape = list(values.shape)
+        if count:
+            texts = _classification(values, count, labels)
+            datatype, shape = "BYTES", [len(values), len(texts) // len(values)]
+        entry: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": shape}
         if request.in_bytes(wanted):
-            tail.append(_length_prefixed(values) if options.classification else values.tobytes())
+            encoded = [text.encode() for text in texts]  # each behind its length in four bytes
+            prefixed = (len(text).to_bytes(4, "little") + text for text in encoded)
+            tail.append(b"".join(prefixed) if count else values.tobytes())
             entry["parameters"] = {"binary_data_size": len(tail[-1])}
         else:
-            entry["data"] = values.ravel().tolist()
-        entries.append({**entry, "shape": list(values.shape)})
+            entry["data"] = texts if count else values.ravel().tolist()
+        entries.append(entry)
     document: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": entries}
     if request.id:
         document["id"] = request.id
@@ -144,14 +135,14 @@ def encode_response(
     return b"".join([head, *tail]), len(head) if tail else None
 
 
-def _tensor(entry: GivenInput, tail: memoryview, given: TensorSpec, max_batch: int) -> Values:
-    wanted, shape = DATATYPES[given.dtype], tuple(entry.shape)
+def _tensor(entry: _Input, tail: memoryview, given: TensorSpec, max_batch: int) -> Values:
+    wanted, shape, called = DATATYPES[given.dtype], tuple(entry.shape), f"The input '{given.name}'"
     if entry.datatype != wanted:
-        raise RequestError(f"The input '{given.name}' is {wanted}, not {entry.datatype[:20]!r}.")
+        raise RequestError(f"{called} is {wanted}, not {entry.datatype[:20]!r}.")
     if shape[1:] != given.shape or not 1 <= shape[0] <= max_batch:
         takes = f"[1..{max_batch}, {', '.join(map(str, given.shape))}]"
         raise RequestError(
-            f"The input '{given.name}' has shape {list(shape[:8])}; the model takes {takes}.",
+            f"{called} has shape {list(shape[:8])}; the model takes {takes}.",
             "Send smaller batches: the server fills batches across requests itself.",
         )
     expected = math.prod(shape) * np.dtype(given.dtype).itemsize
@@ -162,11 +153,11 @@ def _tensor(entry: GivenInput, tail: memoryview, given: TensorSpec, max_batch: i
         values = np.frombuffer(tail, dtype=given.dtype).reshape(shape)
     else:
         raise RequestError(
-            f"The input '{given.name}' of shape {list(shape)} takes {expected} bytes; "
-            f"{size} were announced and {len(tail)} sent."
+            f"{called} of shape {list(shape)} takes {expected} bytes; {size} were announced and "
+            f"{len(tail)} sent."
         )
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise RequestError(f"The input '{given.name}' holds values that are not finite.")
+        raise RequestError(f"{called} holds values that are not finite.")
     return values
 
 
@@ -192,18 +183,12 @@ def _numbers(data: Any, given: TensorSpec, shape: tuple[int, ...]) -> Values:
         return values.astype(given.dtype).reshape(shape)
 
 
-def _classification(values: Values, count: int, labels: Sequence[str] | None) -> Values:
-    """Return ``value:index:label`` of the largest columns, as Triton writes them."""
+def _classification(values: Values, count: int, labels: Sequence[str] | None) -> list[str]:
+    """Return ``value:index:label`` of each row's largest columns, as Triton writes them."""
     order = np.argsort(-values, axis=1, kind="stable")[:, :count]
-    known = [f":{label}" for label in labels or ()] if len(labels or ()) == values.shape[1] else []
-    rows = [
-        [f"{values[row, c]:f}:{c}{known[c] if known else ''}" for c in columns.tolist()]
+    known = [f":{name}" for name in labels or ()] if len(labels or ()) == values.shape[1] else None
+    return [
+        f"{values[row, column]:f}:{column}{known[column] if known else ''}"
         for row, columns in enumerate(order)
+        for column in columns.tolist()
     ]
-    return np.array(rows, dtype=object)
-
-
-def _length_prefixed(texts: Values) -> bytes:
-    """Return texts as the protocol's BYTES: each behind its length in four bytes."""
-    encoded = [str(text).encode() for text in texts.ravel()]
-    return b"".join(len(text).to_bytes(4, "little") + text for text in encoded)

@@ -1,7 +1,8 @@
 """One model behind its queue: requests that arrive together run together.
 
-While a batch runs, requests collect; the next batch takes as many as fit. Under load nothing
-waits: only an idle instance gives the first request a moment for company.
+While a batch runs, requests collect; the next batch takes as many as fit, or an equal share where
+several instances are idle. Under load nothing waits: only an idle instance gives the first request
+a moment for company.
 """
 
 from __future__ import annotations
@@ -9,26 +10,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from van_deploy.config import ServiceSettings, TritonSettings
 from van_deploy.errors import UsageError
-from van_deploy.runners.network import ORT_CPU, Network, Outputs
+from van_deploy.runners.network import Network, Outputs
 from van_deploy.serve.intake import Allowance
 from van_deploy.serve.metrics import ServerMetrics
+from van_deploy.serve.protocol import Values
 from van_deploy.serve.triton_model import TritonModel, model_config, served_name
 
 __all__ = ["Answer", "ServedModel"]
 
 QUEUE_IMAGES = 256
+Waiting = tuple[Values, "asyncio.Future[Answer]", float]  # rows, their answer, and since when
 QUEUE_FULL = "The queue is full: the server has more images than it can answer."
-Values = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,10 @@ class ServedModel:
     def __init__(self, network: Network, settings: ServiceSettings, metrics: ServerMetrics) -> None:
         self.network, self._metrics = network, metrics
         self.name = served_name(network.bundle, network.name)
-        self.labels: Sequence[str] | None = network.bundle.manifest.class_names
+        self.labels = network.bundle.manifest.class_names
         self.counts: dict[str, int] = defaultdict(int)
-        self._instances, self._delay_s = settings.instances, settings.max_delay_ms / 1e3
+        self._idle = self._instances = settings.instances
+        self._delay_s = settings.max_delay_ms / 1e3
         least = network.max_batch * settings.instances
         limit = settings.queue_limit or max(QUEUE_IMAGES, 2 * least)
         if limit < least:
@@ -82,23 +82,24 @@ class ServedModel:
                 f"{network.max_batch} images.",
                 f"Give --queue-limit {least} or more.",
             )
-        if network.is_engine and settings.instances > 1:
+        if settings.instances > 1 and (network.is_engine or network.is_package):
             raise UsageError(
-                f"The engine '{network.name}' answers one batch at a time.",
+                f"'{network.name}' is compiled, and answers one batch at a time.",
                 "Leave out --instances, or let Triton serve it (`van-deploy package triton`).",
             )
         self.queue = Allowance(limit, QUEUE_FULL, 429)
         metrics.of("queued_images", self.name).set_function(lambda: self.queue.used)
-        backend = "tensorrt" if network.is_engine else "onnxruntime"
+        native = "tensorrt" if network.is_engine else "pytorch"
+        backend = native if network.is_engine or network.is_package else "onnxruntime"
         how = TritonSettings(
             queue_delay_us=round(1e3 * settings.max_delay_ms),
             queue_limit=limit,
             instances=settings.instances,
             threads=settings.threads or 0,
-            gpu=network.runner != ORT_CPU,
+            gpu=network.on_gpu,
         )
         self.config = model_config(TritonModel(self.name, backend, network), how)
-        self._waiting: deque[tuple[Values, asyncio.Future[Answer], float]] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._threads = ThreadPoolExecutor(self._instances, "van-deploy-batch")
         self._changed, self._closing = asyncio.Event(), False
         self._tasks: list[asyncio.Task[None]] = []
@@ -127,51 +128,47 @@ class ServedModel:
                 self._changed.clear()
                 await self._changed.wait()
                 await asyncio.sleep(0 if self._closing else self._delay_s)
-                continue
-            taken, room = [], self.network.max_batch
-            while self._waiting and len(self._waiting[0][0]) <= room:
-                room -= len(self._waiting[0][0])
+            rows = sum(len(item[0]) for item in self._waiting)
+            room, taken = min(self.network.max_batch, -(-rows // self._idle)), list[Waiting]()
+            while self._waiting and (not taken or len(self._waiting[0][0]) <= room):
                 taken.append(self._waiting.popleft())
-            present = [item for item in taken if not item[1].cancelled()]
-            if present:
-                await self._answer(*zip(*present, strict=True))
+                room -= len(taken[-1][0])
+            if present := [item for item in taken if not item[1].cancelled()]:
+                self._idle -= 1
+                await self._answer(present)
+                self._idle += 1
         self._changed.set()  # for the other instances
 
-    async def _answer(
-        self,
-        rows: tuple[Values, ...],
-        futures: tuple[asyncio.Future[Answer], ...],
-        since: tuple[float, ...],
-    ) -> None:
-        start, first, counts = time.perf_counter(), 0, self.counts
+    async def _answer(self, batch: list[Waiting]) -> None:
+        start, first, counts, name = time.perf_counter(), 0, self.counts, self.name
+        run, rows = asyncio.get_running_loop().run_in_executor, [own for own, _, _ in batch]
         try:
-            loop = asyncio.get_running_loop()
-            outputs, cpu_s = await loop.run_in_executor(self._threads, self._run, rows)
+            outputs, cpu_s = await run(self._threads, self._run, rows)
         except Exception as error:  # the model's own failure is each request's answer
-            counts["failures"] += len(futures)
-            for future in futures:
+            counts["failures"] += len(batch)
+            for _, future, _ in batch:
                 if not future.done():
                     future.set_exception(error)
             return
         seconds, total = time.perf_counter() - start, sum(map(len, rows))
-        self._metrics.of("batch_rows", self.name).observe(total)
-        self._metrics.of("infer_seconds", self.name).observe(seconds)
-        self._metrics.of("infer_cpu_seconds", self.name).inc(cpu_s)
+        self._metrics.of("batch_rows", name).observe(total)
+        self._metrics.of("infer_seconds", name).observe(seconds)
+        self._metrics.of("infer_cpu_seconds", name).inc(cpu_s)
         counts["batches"] += 1
         counts["last_ms"] = round(1e3 * time.time())
-        for own, future, began in zip(rows, futures, since, strict=True):
+        for own, future, began in batch:
             last, waited = first + len(own), start - began
             counts["requests"] += 1
             counts["rows"] += len(own)
             counts["queue_ns"] += round(1e9 * waited)
             counts["infer_ns"] += round(1e9 * seconds)
-            self._metrics.of("queue_seconds", self.name).observe(waited)
+            self._metrics.of("queue_seconds", name).observe(waited)
             if not future.done():
-                found = {name: values[first:last] for name, values in outputs.items()}
+                found = {key: values[first:last] for key, values in outputs.items()}
                 future.set_result(Answer(found, waited, seconds, total))
             first = last
 
-    def _run(self, rows: tuple[Values, ...]) -> tuple[Outputs, float]:
+    def _run(self, rows: list[Values]) -> tuple[Outputs, float]:
         """Return the outputs, and the processor time of this thread (all, with one thread)."""
         start = time.thread_time()
         outputs = self.network.run(rows[0] if len(rows) == 1 else np.concatenate(rows))

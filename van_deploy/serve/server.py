@@ -14,7 +14,6 @@ from typing import Any
 
 from van_deploy.errors import UsageError
 from van_deploy.serve.app import App
-from van_deploy.serve.metrics import serving_package
 
 __all__ = ["is_loopback", "listen", "run_server", "url_of"]
 
@@ -22,7 +21,7 @@ BACKLOG = 1024
 KEEP_ALIVE_S = 75  # longer than most clients' pools
 DRAIN_S = 30
 THREADS = 2  # that decode, inflate and check arrays
-MAX_HEAD_BYTES = 16 * 2**10  # of request line and headers
+MAX_HEAD_BYTES, MAX_HEADERS = 16 * 2**10, 100  # of a request; both with its request line
 MAX_PIPELINED = 16  # requests of one connection that wait for each other
 FREE_CHUNKS, LEAST_CHUNK_BYTES = 200, 64  # each chunk of a body costs a call, whatever its size
 
@@ -61,39 +60,35 @@ def url_of(bound: socket.socket) -> str:
 
 
 def run_server(
-    app: App,
-    bound: socket.socket,
-    *,
-    max_connections: int = 512,
-    on_ready: Callable[[Callable[[], Any]], None] = lambda _: None,
+    app: App, bound: socket.socket, on_ready: Callable[[Callable[[], Any]], None] = lambda _: None
 ) -> None:
     """Answer until SIGINT or SIGTERM, then finish what was begun.
 
     Args:
         app: of a service that is loaded.
         bound: from :func:`listen`; closed at the end.
-        max_connections: more are answered with 503.
         on_ready: called once requests are answered, with a function that ends the server
             from any thread.
     """
-    uvicorn = serving_package("uvicorn")
+    import uvicorn
+
+    settings = app.service.settings
     config = uvicorn.Config(
         app,
-        http=_protocol(app.service.settings.read_timeout_s),
+        http=_protocol(settings.read_timeout_s),
         lifespan="off",
         ws="none",
         log_config=None,
         log_level="critical",
-        access_log=False,
         server_header=False,
-        date_header=False,
         backlog=BACKLOG,
-        limit_concurrency=max_connections,
+        limit_concurrency=settings.max_connections,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=DRAIN_S,
     )
     server, service = uvicorn.Server(config), app.service
-    server.capture_signals = contextlib.nullcontext  # they are taken below, and end it with code 0
+    # Signals are taken below, and end it with code 0.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment]
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
@@ -101,7 +96,7 @@ def run_server(
 
         def end() -> None:
             server.force_exit = server.should_exit  # asked twice
-            service.draining = server.should_exit = True
+            service.intake.draining = server.should_exit = True
 
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -119,15 +114,16 @@ def run_server(
         loop.run_until_complete(serve())
 
 
-def _protocol(timeout_s: float) -> type:
+def _protocol(timeout_s: float) -> Any:
     """Return uvicorn's HTTP protocol, with limits on what it takes without end by itself.
 
-    The head of a request must be complete in time and within a size, and the chunks of a body
-    must not be tiny: a megabyte in chunks of one byte holds the event loop for seconds.
+    The head of a request must be complete in time and within a size. Headers and the chunks of
+    a body cost a call each, whatever their size: a megabyte in chunks of one byte would hold the
+    event loop for seconds.
     """
-    base: Any = serving_package("uvicorn.protocols.http.httptools_impl").HttpToolsProtocol
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-    class Limited(base):  # type: ignore[misc]
+    class Limited(HttpToolsProtocol):
         head = chunks = size = 0  # bytes of a head that is not complete, -1 in a body; of a body
         timer: Any = None
 
@@ -157,11 +153,16 @@ def _protocol(timeout_s: float) -> type:
             if self.head < 0:
                 self.wait_for_head()
 
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if len(self.headers) == MAX_HEADERS:
+                raise ValueError("too many headers")  # answered with 400 by uvicorn
+            super().on_header(name, value)
+
         def on_headers_complete(self) -> None:
             self.head = -1
             self.timer.cancel()
             if len(self.pipeline) == MAX_PIPELINED:
-                raise ValueError("too many requests at once")  # answered with 400 by uvicorn
+                raise ValueError("too many requests at once")
             super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:

@@ -16,20 +16,19 @@ import numpy as np
 from van_deploy.bundle import Bundle
 from van_deploy.config import ServiceSettings
 from van_deploy.data import open_image
+from van_deploy.data.decode import FORMATS
 from van_deploy.errors import VanDeployError
 from van_deploy.model.pixels import Pixels, pixels_from_image
 from van_deploy.runners.network import PYTORCH, Network
-from van_deploy.serve.intake import Allowance, JsonProcess
+from van_deploy.serve.intake import MIB, Intake
 from van_deploy.serve.metrics import ServerMetrics
 from van_deploy.serve.predict import named_classes
 from van_deploy.serve.served import ServedModel
 from van_deploy.serve.triton_model import usual_artefacts
 
-__all__ = ["MIB", "Service"]
+__all__ = ["Service"]
 
-MIB = 2**20
 LARGE_IMAGE = 16_000_000  # pixels; larger ones are decoded one at a time, which bounds memory
-HELD_FULL = "The requests that are being received hold all the memory they may."
 
 
 class Service:
@@ -42,17 +41,13 @@ class Service:
     Attributes:
         metrics: what was counted.
         models: by name, in the order asked for.
-        held: bytes of requests.
-        json: where large JSON is read and written.
-        draining: True once the server is being stopped.
+        intake: of bodies.
     """
 
     def __init__(self, bundle: Bundle, settings: ServiceSettings) -> None:
         self.bundle, self.settings = bundle, settings
-        self.metrics, self.json = ServerMetrics(), JsonProcess()
+        self.metrics, self.intake = ServerMetrics(), Intake(settings)
         self.models: dict[str, ServedModel] = {}
-        self.held = Allowance(round(MIB * settings.max_held_mib), HELD_FULL, 503)
-        self.draining = False
         self._stack = contextlib.ExitStack()
         self._large = threading.Lock()
         self._torch = ThreadPoolExecutor(1, "van-deploy-pytorch")
@@ -73,6 +68,7 @@ class Service:
                 threads=settings.threads,
                 spin=False,
                 trust_engine=settings.trust_engine,
+                device=settings.device,
             )
             served = ServedModel(network, settings, self.metrics)
             self._stack.enter_context(network)
@@ -84,11 +80,14 @@ class Service:
         """Return what the page shows of the bundle and of this server."""
         manifest, settings = self.bundle.manifest, self.settings
         plain = manifest.model_dump(mode="json", include={"name", "preprocessing", "parameters"})
-        plain |= {"classes": manifest.architecture.num_classes, "compare": settings.compare}
-        plain |= {"max_body_bytes": round(MIB * settings.max_body_mib)}
-        networks = {name: served.network for name, served in self.models.items()}
-        models = [{"name": n, "artefact": v.name, "runner": v.runner} for n, v in networks.items()]
-        return {**plain, "models": models}
+        networks = ((name, served.network) for name, served in self.models.items())
+        return {
+            **plain,
+            "classes": manifest.architecture.num_classes,
+            "compare": settings.compare,
+            "max_body_bytes": round(MIB * settings.max_body_mib),
+            "models": [{"name": n, "artefact": v.name, "runner": v.runner} for n, v in networks],
+        }
 
     def start(self) -> None:
         """Begin to answer; needs a running event loop."""
@@ -98,12 +97,12 @@ class Service:
     async def close(self) -> None:
         """Answer what waits, then release everything."""
         await asyncio.gather(*(served.close() for served in self.models.values()))
-        self.json.close()
+        self.intake.close()
         self._torch.shutdown()
         self._stack.close()
 
     async def look(
-        self, served: ServedModel, content: bytes | bytearray, top: int, *, compare: bool
+        self, served: ServedModel, content: bytes, top: int, *, compare: bool
     ) -> dict[str, Any]:
         """Return what is in an image file's bytes, as the page shows it.
 
@@ -117,24 +116,22 @@ class Service:
         answer = await served.infer(network.prepare(pixels))
         ranked = network.top(answer.outputs, top)
         classes = [vars(c) for c in named_classes(ranked, 0, served.labels)]
-        times = {"decode": decoded - start, "queue": answer.queue_s, "infer": answer.infer_s}
         document: dict[str, Any] = {"model": served.name, "artefact": network.name, "top": classes}
         document |= {"image": {"width": width, "height": height}, "batch": answer.batch}
         if compare and self.settings.compare:
             ask = asyncio.get_running_loop().run_in_executor
             document["pytorch"] = await ask(self._torch, self._ask_pytorch, pixels, classes)
+        times = {"decode": decoded - start, "queue": answer.queue_s, "infer": answer.infer_s}
         times["total"] = time.perf_counter() - start
-        document["milliseconds"] = {name: _ms(seconds) for name, seconds in times.items()}
-        return document
+        return {**document, "milliseconds": {name: _ms(s) for name, s in times.items()}}
 
-    def _pixels(
-        self, content: bytes | bytearray, network: Network
-    ) -> tuple[Pixels, tuple[int, int]]:
+    def _pixels(self, content: bytes, network: Network) -> tuple[Pixels, tuple[int, int]]:
         from PIL import Image
 
-        content, large = bytes(content), False
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as head:
-            large = head.width * head.height > LARGE_IMAGE
+        large = False
+        # What is no image is told by open_image.
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=FORMATS) as it:
+            large = it.width * it.height > LARGE_IMAGE
         with self._large if large else contextlib.nullcontext():
             limit, channels = self.settings.max_pixels, network.preprocessing.channels
             image = open_image(content, channels=channels, max_pixels=limit)

@@ -21,11 +21,11 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from van_deploy.bundle import Bundle
 from van_deploy.config import TritonSettings
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.metrics import Task
 from van_deploy.model.pixels import image_mode
+from van_deploy.runners.network import Network
 from van_deploy.runners.onnxruntime import require_onnxruntime
 from van_deploy.serve.triton_model import (
     DATATYPES,
@@ -46,34 +46,29 @@ NUMPY = "numpy<2"  # as in NVIDIA's images up to 26.07: Triton 2.51 sends tensor
 GLIBC_MINORS = (31, 28, 27, 24, 17)  # 2.31 is that of Ubuntu 20.04, the oldest image known here
 
 
-def preferred_batches(bundle: Bundle, artefact: str, max_batch: int) -> tuple[int, ...]:
+def preferred_batches(network: Network) -> tuple[int, ...]:
     """Return the batch sizes worth waiting for.
 
     Those that reached 90 % of the best throughput in the bundle's benchmark; without
     one, the optimum the bundle was made for and the largest.
     """
-    plain, rates = artefact.split("-")[0], dict[int, float]()
-    for row in bundle.manifest.checks.get("bench", {}).get("rows", ()):
+    manifest, plain, rates = network.bundle.manifest, network.name.split("-")[0], dict[int, float]()
+    for row in manifest.checks.get("bench", {}).get("rows", ()):
         if plain in str(row["contender"]).replace("/", " ").split():
             rates[row["batch"]] = max(rates.get(row["batch"], 0.0), row["images_per_s"])
     good = [n for n, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
-    good = good or [bundle.manifest.batch.opt, max_batch]
-    return tuple(sorted({n for n in good if 1 < n <= max_batch}))
+    good = good or [manifest.batch.opt, network.max_batch]
+    return tuple(sorted({n for n in good if 1 < n <= network.max_batch}))
 
 
 def write_repository(
-    made: Path,
-    bundle: Bundle,
-    models: Sequence[TritonModel],
-    settings: TritonSettings,
-    release: Release,
+    made: Path, models: Sequence[TritonModel], settings: TritonSettings, release: Release
 ) -> None:
     """Write ``models/``, the manifests and a client.
 
     Args:
         made: folder to write; not there yet.
-        bundle: where the models come from.
-        models: likewise.
+        models: of one bundle.
         settings: how they are to be run.
         release: of Triton.
 
@@ -82,34 +77,35 @@ def write_repository(
         MissingDependency: Triton's schema is not installed.
         UsageError: nobody knows the release's Python.
     """
-    environment, python = "", settings.triton_python or release.python
+    network, python = models[0].network, settings.triton_python or release.python
+    archive, names = f"environment-python{python}.tar.gz", network.bundle.manifest.class_names
+    if settings.backend == "python" and not python:
+        raise UsageError(
+            f"No table here says which Python Triton {release.name} has.",
+            "Name it with --triton-python, such as 3.12.",
+        )
     for model in models:
-        folder = made / "models" / model.name
-        version, names = folder / str(settings.model_version), bundle.manifest.class_names
+        folder, in_python = made / "models" / model.name, model.backend == "python"
+        version = folder / str(settings.model_version)
         version.mkdir(parents=True)
         for file, (source, _) in model.files.items():
             shutil.copyfile(source, version / file)
         if names:
             (folder / LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
-        if model.backend == "python":
-            environment = f"environment-python{python}.tar.gz"
+        if in_python:
             (version / "model.py").write_text(filled("model.py.txt", {}), encoding="utf-8")
+            if not (made / "models" / archive).exists():
+                write_environment(made / "models" / archive, python)
         config = model_config(
             *(model, settings),
-            preferred=preferred_batches(bundle, model.network.name, model.network.max_batch),
+            preferred=preferred_batches(model.network),
             labels=LABELS_FILE if names else "",
-            environment=f"$$TRITON_MODEL_DIRECTORY/../{environment}" if environment else "",
+            environment=f"$$TRITON_MODEL_DIRECTORY/../{archive}" if in_python else "",
         )
         (folder / "config.pbtxt").write_text(config_text(config), encoding="utf-8")
-    if environment and not python:
-        raise UsageError(
-            f"No table here says which Python Triton {release.name} has.",
-            "Name it with --triton-python, such as 3.12.",
-        )
-    if environment:
-        write_environment(made / "models" / environment, python)
-    _write_manifests(made, bundle, models, settings, release)
-    network = models[0].network
+    values, holds = _deployment(models, settings, release)
+    for name in ("compose.yaml", "kubernetes.yaml", "kserve.yaml"):
+        (made / name).write_text(filled(name, values, holds), encoding="utf-8")
     if network.preprocessing.channels in {1, 3, 4} and network.outputs[0].name == "logits":
         (made / "client.py").write_text(_client(models[0]), encoding="utf-8")
 
@@ -173,27 +169,23 @@ def filled(template: str, values: Mapping[str, object], holds: Collection[str] =
     return Template("\n".join(lines) + "\n").substitute(values)
 
 
-def _write_manifests(
-    made: Path,
-    bundle: Bundle,
-    models: Sequence[TritonModel],
-    settings: TritonSettings,
-    release: Release,
-) -> None:
+def _deployment(
+    models: Sequence[TritonModel], settings: TritonSettings, release: Release
+) -> tuple[dict[str, object], list[str]]:
+    """Return what the manifests' templates are filled with."""
     weights = sum(path.stat().st_size for model in models for path, _ in model.files.values())
     processes = settings.instances * sum(model.backend == "python" for model in models)
+    name = models[0].network.bundle.name.lower()
+    plans = [model.sidecar.options for model in models if model.sidecar]
     values = {
-        "name": re.sub(r"[^a-z0-9]+", "-", bundle.name.lower()).strip("-")[:50] or "van",
+        "name": re.sub(r"[^a-z0-9]+", "-", name).strip("-")[:50] or "van",
         "release": release.name,
         "cpus": settings.threads * settings.instances * len(models) or 2,
         "memory": BASE_MIB + PROCESS_MIB * processes + 4 * settings.instances * (weights >> 20),
         "max_batch": max(model.network.max_batch for model in models),
     }
-    plans = [model.sidecar.options for model in models if model.sidecar]
-    holds = ["gpu" if settings.gpu or plans else "cpu"]
-    holds += ["compatible" for options in plans if options.version_compatible]
-    for name in ("compose.yaml", "kubernetes.yaml", "kserve.yaml"):
-        (made / name).write_text(filled(name, values, holds), encoding="utf-8")
+    compatible = any(options.version_compatible for options in plans)
+    return values, ["gpu" if settings.gpu or plans else "cpu", *["compatible"] * compatible]
 
 
 def _client(model: TritonModel) -> str:

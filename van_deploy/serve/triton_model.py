@@ -16,7 +16,7 @@ from typing import Any
 from van_deploy.bundle import Bundle
 from van_deploy.config import TritonSettings
 from van_deploy.engine.sidecar import Sidecar, verified_sidecar
-from van_deploy.errors import InputError, MissingDependency, UsageError
+from van_deploy.errors import InputError, UsageError, needs_extra
 from van_deploy.runners.network import Network, TensorSpec, runnable_artefacts
 
 __all__ = [
@@ -35,7 +35,12 @@ DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "I
 
 LABELS_FILE = "labels.txt"
 LABELLED = ("logits", "probabilities")
-FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
+FILES = {
+    "onnxruntime": "model.onnx",
+    "tensorrt": "model.plan",
+    "python": "model.py",
+    "pytorch": "model.pt2",  # of the server here; Triton is not given one
+}
 THREADS_KEY = "intra_op_thread_count"  # the ONNX Runtime backend's; model.py reads the same
 
 
@@ -138,7 +143,7 @@ def model_config(
         ],
         "version_policy": {"specific": {"versions": [how.model_version]}},
         "instance_group": [{**group, "profile": [str(i) for i in range(len(profiles))]}],
-        "default_model_filename": FILES[model.backend],
+        "default_model_filename": FILES.get(model.backend, ""),
         "cc_model_filenames": dict(model.plans),
         "dynamic_batching": {
             "preferred_batch_size": list(preferred),
@@ -161,13 +166,8 @@ def config_text(config: dict[str, Any]) -> str:
     Raises:
         MissingDependency: tritonclient, which holds Triton's schema, is not installed.
     """
-    try:
+    with needs_extra("Triton's schema of config.pbtxt", "triton"):
         from tritonclient.grpc import model_config_pb2
-    except (ImportError, RuntimeError) as error:  # tritonclient raises RuntimeError without gRPC
-        raise MissingDependency(
-            f"Triton's schema is in tritonclient, which is not installed: {error}.",
-            "Install it with `pip install 'van-deploy[triton]'`.",
-        ) from error
     from google.protobuf import json_format, text_format
 
     message = json_format.ParseDict(config, model_config_pb2.ModelConfig())
@@ -189,8 +189,18 @@ def _model(bundle: Bundle, source: str, names: Sequence[str], backend: str) -> T
     network, plans = Network(bundle, names[0]), dict[str, str]()
     files: dict[str, tuple[Path, str]] = {}
     sidecars: list[Sidecar] = []
+    if network.is_package:
+        raise InputError(
+            f"Triton does not load Inductor packages here, and '{names[0]}' is one.",
+            "Package an ONNX artefact or a plan, or serve this one with `van-deploy serve`.",
+        )
     for name in names:
         artefact, path = bundle.artefact(name), bundle.verified(name)
+        if artefact.kind not in {"onnx", "serving", "engine"}:
+            raise InputError(
+                f"Triton's backends run graphs and plans, and '{name}' is a {artefact.kind}.",
+                "Package the ONNX artefact, or a plan built by `tensorrt`.",
+            )
         if (artefact.kind == "engine") != network.is_engine:
             raise UsageError(
                 f"'{names[0]}' and '{name}' are one network and would be models of one name.",

@@ -1,0 +1,457 @@
+"""Steps of the GPU report that run a bundle's files: ONNX Runtime, packages, engines, gates.
+
+    python benchmarks/gpu/runtime_steps.py ort --bundle DIR --artifact fp16 --out FILE
+
+Started by report.py, each in a process of its own. PyTorch is not imported here: ONNX Runtime
+has to find CUDA by itself, as it must in a server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from result import Result
+from step import SKIPPED
+from turns import turn
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPARED = 32
+SEED = 20
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+
+def ort(result: Result, options: argparse.Namespace) -> None:
+    """Time one ONNX file on the CUDA provider: NHWC on and off, then a CUDA graph on top.
+
+    Without a graph at the smallest and the largest batch only: choosing cuDNN's algorithms
+    takes seconds a batch size.
+    """
+    from van_deploy.runners.base import CudaOptions
+    from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
+
+    subject = _Subject(options)
+    tf32 = options.tf32
+    plain = CudaOptions(use_tf32=tf32)
+    tried: dict[Any, float] = {}
+    for cuda in (plain, replace(plain, prefer_nhwc=True)):
+        runner = OnnxRuntimeRunner(subject.path, name="ort-cuda", device=options.device, cuda=cuda)
+        name, ends = _ort_name(cuda), sorted({options.batches[0], options.batches[-1]})
+        tried[cuda] = subject.measure(result, runner, name, ends, options=asdict(cuda))
+    best = replace(min(tried, key=lambda cuda: tried[cuda]), cuda_graph=True)
+    runner = OnnxRuntimeRunner(subject.path, name="ort-cuda", device=options.device, cuda=best)
+    subject.measure(result, runner, _ort_name(best), options=asdict(best))
+
+
+def _ort_name(cuda: Any) -> str:
+    words = ["ort-cuda", "nhwc" if cuda.prefer_nhwc else "nchw"]
+    words += ["tf32"] * cuda.use_tf32 + ["graph"] * cuda.cuda_graph
+    return "+".join(words)
+
+
+def inductor(result: Result, options: argparse.Namespace) -> None:
+    """Build an AOTInductor package for this GPU by the command line, then time it."""
+    subject = _Subject(options)
+    _built(result, subject.bundle, options, "inductor")
+    from van_deploy.runners.inductor import InductorRunner
+
+    for name, path in _of_kind(subject.bundle, "package"):
+        runner = InductorRunner(path, device=options.device)
+        words = "inductor, fused kernels" if options.fused else "inductor"
+        subject.measure(result, runner, f"{words}, {name}")
+    _verified(result, subject.bundle, options)
+
+
+def engine(result: Result, options: argparse.Namespace) -> None:
+    """Build an engine for this GPU by the command line, then time it with and without a graph."""
+    subject = _Subject(options)
+    backend = options.backend
+    if not _installed(MODULES[backend]):
+        _skip(f"the package {MODULES[backend]} is not installed")
+    _built(result, subject.bundle, options, backend)
+    from van_deploy.runners.tensorrt import TensorRtRunner
+
+    for name, path in _of_kind(subject.bundle, "engine"):
+        for graph in (False, True):
+            runner = TensorRtRunner(path, device=options.device, cuda_graph=graph)
+            subject.measure(result, runner, f"{backend} {name}" + "+graph" * graph)
+    _verified(result, subject.bundle, options)
+
+
+def rtx(result: Result, options: argparse.Namespace) -> None:
+    """Try TensorRT for RTX on this GPU with no target set: build, load, run; or its own words.
+
+    It does not list compute capability 9.0. What it says is recorded, whatever it is.
+    """
+    if not _installed("tensorrt_rtx"):
+        _skip("the package tensorrt_rtx is not installed")
+    import tensorrt_rtx as trt
+
+    said: list[str] = []
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity <= trt.ILogger.WARNING:
+                said.append(f"{severity.name}: {text}"[:500])
+
+    log = Log()
+    stages: list[dict[str, Any]] = []
+
+    def stage(name: str, value: Any, detail: str = "") -> Any:
+        stages.append({"stage": name, "worked": value is not None, "detail": detail})
+        result.table("TensorRT for RTX without a target", stages)
+        result.fact("said", said)
+        return value
+
+    stage("import", trt, f"TensorRT for RTX {trt.__version__}")
+    try:
+        builder = trt.Builder(log)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, log)
+        path = _Subject(options).path
+        parsed = parser.parse(path.read_bytes())
+        errors = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+        stage("parse", parsed or None, errors)
+        config = builder.create_builder_config()
+        profile = builder.create_optimization_profile()
+        shape = tuple(network.get_input(0).shape)[1:]
+        largest = max(options.batches)
+        profile.set_shape(
+            network.get_input(0).name, (1, *shape), (largest, *shape), (largest, *shape)
+        )
+        config.add_optimization_profile(profile)
+        plan = stage("build", builder.build_serialized_network(network, config))
+        if plan is None:
+            result.note(f"TensorRT for RTX builds no plan here: {'; '.join(said[-3:])}")
+            return
+        runtime = stage("runtime", trt.Runtime(log))
+        built = stage("load", runtime.deserialize_cuda_engine(plan))
+        if built is None:
+            result.note(f"TensorRT for RTX does not load its own plan here: {'; '.join(said[-3:])}")
+            return
+        stage("context", built.create_execution_context())
+        target = Path(options.out).with_suffix(".plan")
+        target.write_bytes(bytes(plan))
+    except Exception as error:
+        stage("failed", None, f"{type(error).__name__}: {error}"[:500])
+        return
+    _run_plan(result, options, target, stages)
+
+
+def _run_plan(
+    result: Result, options: argparse.Namespace, plan: Path, stages: list[dict[str, Any]]
+) -> None:
+    """Run and time a plan that loaded."""
+    from van_deploy.runners.tensorrt import TensorRtRunner
+
+    try:
+        runner = TensorRtRunner(plan, trust_engine=True, device=options.device)
+        _Subject(options).measure(result, runner, "tensorrt-rtx, no target")
+        stages.append({"stage": "run", "worked": True, "detail": ""})
+    except Exception as error:
+        detail = f"{type(error).__name__}: {error}"[:500]
+        stages.append({"stage": "run", "worked": False, "detail": detail})
+    result.table("TensorRT for RTX without a target", stages)
+
+
+def agreement(result: Result, options: argparse.Namespace) -> None:
+    """Verify and evaluate a bundle with one runner, by the command line, as its user would."""
+    bundle = _copied(options)
+    _verified(result, bundle, options)
+    if options.images:
+        _judge(result, bundle, options, "evaluate", str(options.images))
+
+
+def _verified(result: Result, bundle: Path, options: argparse.Namespace) -> None:
+    """Add what ``van-deploy verify`` says of everything in a bundle."""
+    _judge(result, bundle, options, "verify")
+
+
+def _judge(
+    result: Result, bundle: Path, options: argparse.Namespace, verb: str, *images: str
+) -> None:
+    """Add what one judging command says, with its gates and its exit code."""
+    where = ["--device", options.device] if options.device.startswith("cuda") else []
+    done = _van_deploy(verb, str(bundle), *images, "--runner", options.runner, *where, "--json")
+    title = f"{bundle.name}: van-deploy {verb} --runner {options.runner}"
+    result.fact(f"{verb}_exit_code", done.returncode)
+    result.note(f"{title}: exit code {done.returncode}." + f" {_end(done)}" * bool(done.returncode))
+    try:
+        document = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        return
+    result.fact(verb, document)
+    result.table(title, list(_judged(document)))
+
+
+def _judged(document: Any) -> Iterator[dict[str, Any]]:
+    """Yield one flat line a finding of every artifact, and one an accuracy."""
+    entries = document.get("artefacts") or document.get("artifacts") or {}
+    for entry in entries.values() if isinstance(entries, dict) else entries:
+        lines = {}
+        for finding in entry["findings"] if isinstance(entry, dict) else ():
+            limit = finding.get("limit")
+            lines[finding["rule"]] = {
+                "artifact": entry["artefact"],
+                "runner": entry["runner"],
+                "rule": finding["rule"],
+                "outcome": finding["outcome"],
+                "value": finding["value"],
+                "unit": finding["unit"],
+                "limit": limit["value"] if limit else None,
+            }
+        yield from lines.values()
+    for name, accuracy in (document.get("accuracy") or {}).items():
+        yield {"artifact": name, "rule": "top-1", "value": accuracy["top1"]}
+
+
+def benchmark(result: Result, options: argparse.Namespace) -> None:
+    """Run ``van-deploy bench --profile`` on the GPU, as a user would, for two runners."""
+    bundle = _copied(options)
+    command = ["bench", str(bundle), "--device", options.device, "--batches", "1,128"]
+    command += ["--runners", "pytorch,ort-cuda-nhwc/fp16,ort-cuda-nhwc/int8", "--profile"]
+    with turn():
+        done = _van_deploy(*command, "--seconds", str(options.seconds), "--json")
+    result.fact("exit_code", done.returncode)
+    try:
+        document = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        raise SystemExit(_end(done)) from None
+    result.fact("bench", document)
+    columns = ("contender", "batch", "queued_ms", "images_per_s", "error")
+    rows = [{key: row.get(key) for key in columns} for row in document["rows"]]
+    result.table(f"van-deploy bench {bundle.name} --device {options.device}", rows)
+    for name, lines in document["profiles"].items():
+        result.table(f"van-deploy bench {bundle.name} --profile: {name}, batch 128", lines)
+    for warning in document["warnings"]:
+        result.note(warning)
+
+
+def tests(result: Result, options: argparse.Namespace) -> None:
+    """Run the tests marked ``gpu`` against the installed wheel, from a copy of tests/ alone."""
+    folder = Path.cwd() / "gpu-tests"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "tests" / "gpu", folder / "tests" / "gpu")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    junit = folder / "junit.xml"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "-rs", "--tb=short"]
+    command += [
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={junit}",
+        "-o",
+        "addopts=--import-mode=importlib",
+    ]
+    done = subprocess.run([*command, "-W", "default"], cwd=folder, check=False)
+    result.fact("pytest_exit_code", done.returncode)
+    cases = []
+    for case in ET.parse(junit).iter("testcase") if junit.exists() else ():
+        outcome = next(
+            (child for child in case if child.tag in {"failure", "error", "skipped"}), None
+        )
+        state = "passed" if outcome is None else outcome.tag
+        words = "" if outcome is None else (outcome.get("message") or "").splitlines()[0][:200]
+        cases.append(
+            {"test": f"{case.get('classname')}.{case.get('name')}", "": state, "why": words}
+        )
+    result.table("pytest -m gpu", cases)
+    counts = {state: sum(case[""] == state for case in cases) for state in {c[""] for c in cases}}
+    result.note(f"pytest -m gpu: {counts or 'no test was collected'}.")
+    if done.returncode not in (0, 5):
+        raise SystemExit(done.returncode)
+
+
+class _Subject:
+    """A bundle's artifact, its images and the device."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import numpy as np
+
+        from van_deploy.bundle import Bundle
+
+        self.options = options
+        self.bundle = _copied(options)
+        opened = Bundle.open(self.bundle)
+        self.path = opened.verified(options.artifact)
+        self.size = int(opened.manifest.preprocessing.image_size)
+        rng = np.random.default_rng(SEED)
+        shape = (max(options.batches), 3, self.size, self.size)
+        self.images = rng.standard_normal(shape, dtype=np.float32)
+        self.network = options.network
+        self.expected = self._expected(opened.verified("fp32"))
+
+    def _expected(self, path: Path) -> Any:
+        """Return ONNX Runtime's logits of the FP32 file on the CPU."""
+        from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
+
+        with OnnxRuntimeRunner(path) as runner:
+            return runner.run(self.images[:COMPARED])
+
+    def measure(
+        self,
+        result: Result,
+        runner: Any,
+        name: str,
+        batches: Sequence[int] | None = None,
+        **facts: Any,
+    ) -> float:
+        """Add a row a batch size; return the milliseconds of the largest batch, queued."""
+        from van_deploy.bench.gpu import clock_of, timed
+        from van_deploy.bench.gpu_state import GpuWatch
+        from van_deploy.metrics import sqnr_db, top1_agreement
+
+        watch = GpuWatch(self.options.device)
+        slowest = float("inf")
+        try:
+            opened = runner.__enter__()
+        except Exception as error:
+            result.note(f"{name}, {self.options.artifact}: {type(error).__name__}: {error}"[:600])
+            return slowest
+        for batch in batches or self.options.batches:
+            try:
+                with turn():
+                    resident = opened.resident(self.images[:batch])
+                    clock = clock_of(resident, self.options.device)
+                    timing = timed(resident, batch, clock, watch, seconds=self.options.seconds)
+                logits = resident.outputs()[:COMPARED]
+                resident.close()
+            except Exception as error:
+                words = f"{type(error).__name__}: {error}"[:600]
+                result.note(f"{name}, {self.options.artifact}, batch {batch}: {words}")
+                continue
+            expected = self.expected[: len(logits)]
+            result.row(
+                network=self.network,
+                image_size=self.size,
+                runner=name,
+                group="van-deploy",
+                precision=self.options.artifact,
+                batch=batch,
+                sqnr_db=sqnr_db(expected, logits),
+                top1_agreement=top1_agreement(expected, logits),
+                **timing_row(timing),
+                **facts,
+            )
+            slowest = timing.queued_ms
+        runner.__exit__(None, None, None)
+        return slowest
+
+
+def timing_row(timing: Any) -> dict[str, Any]:
+    """Return a DeviceTiming as keys of a row."""
+    values = asdict(timing)
+    values.pop("batch")
+    values["latency_ms"] = values.pop("latency")
+    return values
+
+
+def _copied(options: argparse.Namespace) -> Path:
+    """Return a copy of the bundle of this step's own: steps write into bundles side by side."""
+    source = Path(options.bundle)
+    if not (source / "manifest.json").exists():
+        _skip(f"there is no bundle '{source}': make it with benchmarks/gpu/bundles.py")
+    target = Path.cwd() / "bundles" / Path(options.out).stem / source.name
+    if not target.exists():
+        shutil.copytree(source, target)
+    return target
+
+
+def _built(result: Result, bundle: Path, options: argparse.Namespace, backend: str) -> None:
+    arguments = ["--backend", backend, "--precision", options.artifact, "--device", options.device]
+    if backend == "inductor":
+        only = f"{options.batches[0]}:{options.batches[-1]}:{options.batches[-1]}"
+        arguments += ["--batch", only, *(["--fused-kernels"] if options.fused else [])]
+    start = time.perf_counter()
+    done = _van_deploy("build", str(bundle), *arguments)
+    took = time.perf_counter() - start
+    what = f"`van-deploy build {' '.join(arguments)}`"
+    result.note(f"{what}: exit code {done.returncode} after {took:.0f} s.")
+    if done.returncode:
+        raise SystemExit(_end(done))
+
+
+def _of_kind(bundle: Path, kind: str) -> list[tuple[str, Path]]:
+    from van_deploy.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    return [
+        (artefact.name, opened.verified(artefact.name))
+        for artefact in opened.artefacts.values()
+        if artefact.kind == kind
+    ]
+
+
+def _van_deploy(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "van_deploy", *arguments]
+    environment = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    print(f"$ van-deploy {' '.join(arguments)}\n{done.stderr[-4000:]}", flush=True)
+    return done
+
+
+def _end(done: subprocess.CompletedProcess[str]) -> str:
+    text = (done.stderr.strip() or done.stdout.strip())[-600:]
+    return " ".join(text.split())
+
+
+def _installed(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def _skip(reason: str) -> None:
+    print(reason, flush=True)
+    raise SystemExit(SKIPPED)
+
+
+STEPS = {
+    "ort": ort,
+    "inductor": inductor,
+    "engine": engine,
+    "rtx": rtx,
+    "agreement": agreement,
+    "bench": benchmark,
+    "tests": tests,
+}
+
+
+def main() -> None:
+    """Run one step."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--bundle", type=Path, default=Path("bundles/van_b0"))
+    parser.add_argument("--network", default="van_b0")
+    parser.add_argument("--artifact", default="fp32")
+    parser.add_argument("--batches", default="1,8,32,128", type=_numbers)
+    parser.add_argument("--runner", default="ort-cuda")
+    parser.add_argument("--backend", default="tensorrt", choices=MODULES)
+    parser.add_argument("--images", type=Path)
+    parser.add_argument("--tf32", action="store_true")
+    parser.add_argument("--fused", action="store_true", help="a package with our own kernels")
+    parser.add_argument("--seconds", default=0.4, type=float, help="measured, a row")
+    options = parser.parse_args()
+    STEPS[options.step](Result(options.out), options)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()

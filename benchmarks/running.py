@@ -1,0 +1,86 @@
+"""A bundle's artifacts in every runtime of this machine against PyTorch's own modes.
+
+``van-deploy bench`` itself measures: every runner in a process of its own, rounds in turns.
+
+    python -m benchmarks.running                       # van_b0 and van_b1 at 224, batch 1 and 8
+    python -m benchmarks.running --variants van_b0 --seconds 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.table import Table, van_deploy
+from van_deploy.data import opened, sample_set
+
+COLUMNS = ("variant", "runner", "batch", "p50 ms", "p99 ms", "images/s", "x eager (95 %)")
+PHOTOGRAPHS = 16
+OURS_OVER_PYTORCH = 2.0
+"""What the best of the bundle's artifacts is to reach against the best of PyTorch's modes."""
+
+
+def main() -> int:
+    """Export, quantize for the CPU, and run the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--variants", nargs="*", default=["van_b0", "van_b1"])
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--seconds", default="3")
+    arguments = parser.parse_args()
+    table = Table(COLUMNS)
+    for variant in arguments.variants:
+        with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
+            bundle = made(variant, Path(folder))
+            words = ("--batches", arguments.batches, "--seconds", arguments.seconds)
+            report = van_deploy("bench", bundle, *words, "--no-roofline", "--no-save")
+        _put(table, variant, report)
+    table.notes.append("Random weights: accuracy plays no part here.")
+    return table.printed()
+
+
+def made(variant: str, folder: Path) -> Path:
+    """Return a bundle of random weights with FP32 and INT8 for CPUs, made by the commands."""
+    bundle, images = folder / "bundle", folder / "images"
+    images.mkdir()
+    samples = [opened(item) for item in sample_set().items]
+    for number in range(PHOTOGRAPHS):  # ever smaller crops of the sample photographs
+        picture = samples[number % len(samples)]
+        inset = number // len(samples) * min(picture.size) // 8
+        box = (inset, inset, picture.width - inset, picture.height - inset)
+        picture.crop(box).save(images / f"{number}.png")
+    van_deploy("export", variant, "--weights", "random", "--output", bundle)
+    # How fast INT8 is does not depend on its scales: the quickest way to have some will do,
+    # and its gate, which random weights may miss, is not this benchmark's.
+    quick = ("--method", "minmax", "--no-equalize", "--no-bias-correction")
+    words = ("--precision", "int8", "--target", "cpu", "--images", images)
+    van_deploy("quantize", bundle, *words, *quick, codes=(0, 1))
+    return bundle
+
+
+def _put(table: Table, variant: str, report: dict[str, Any]) -> None:
+    timed = [row for row in report["rows"] if row["latency"]]
+    for row in sorted(timed, key=lambda row: (row["batch"], -row["images_per_s"])):
+        ratio, latency = row["ratio"], row["latency"]
+        times = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        shown = (f"{latency['p50_ms']:.2f}", f"{latency['p99_ms']:.2f}")
+        rate = f"{row['images_per_s']:.1f}"
+        table.row(variant, row["contender"], row["batch"], *shown, rate, times if ratio else "")
+    for batch in sorted({row["batch"] for row in timed}):
+        rows = [row for row in timed if row["batch"] == batch]
+        ours = max((r for r in rows if "/" in r["contender"]), key=lambda r: r["images_per_s"])
+        own = max((r for r in rows if "/" not in r["contender"]), key=lambda r: r["images_per_s"])
+        factor = ours["images_per_s"] / own["images_per_s"]
+        table.claim(
+            f"{variant}, batch {batch}: {ours['contender']} >= {OURS_OVER_PYTORCH:g} x the best "
+            f"of PyTorch's own ({own['contender']})",
+            f"{factor:.2f} x",
+            factor >= OURS_OVER_PYTORCH,
+        )
+    table.notes += [f"{variant}: {text}" for text in report["warnings"]]
+    table.notes += [f"{variant}: {s['name']} skipped, {s['reason']}" for s in report["skipped"]]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,255 @@
+"""Inductor packages: refused where they cannot run, and compiled, judged and run on this CPU."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import van_deploy
+from tests.artifacts import Copy, MadeOnce
+from tests.conftest import Cli
+from tests.each import each
+from van_deploy.bundle import Bundle
+from van_deploy.config import BatchRange
+from van_deploy.engine.host import Host
+from van_deploy.engine.package import package_obstacles, torch_version
+from van_deploy.engine.sidecar import (
+    PACKAGE_SCHEMA,
+    PackageSidecar,
+    sidecar_path,
+    verified_package,
+    write_sidecar,
+)
+from van_deploy.environment.hardware import cpu
+from van_deploy.errors import BundleError, InputError, UsageError
+from van_deploy.files import file_sha256
+from van_deploy.metrics import compare
+from van_deploy.schema import validated
+
+H100 = Host("NVIDIA H100", "sm_90", None, "580.0", (13, 0))
+L4 = Host("NVIDIA L4", "sm_89", None, "580.0", (13, 0))
+
+
+def sidecar(**changes: Any) -> PackageSidecar:
+    facts = {
+        "schema": PACKAGE_SCHEMA,
+        "name": "p",
+        "file_sha256": "0",
+        "file_bytes": 1,
+        "onnx_file": "model.onnx",
+        "onnx_sha256": "0",
+        "torch": torch_version(),
+        "device": "cuda",
+        "targets": ("sm_90",),
+        "cpu_features": (),
+        "built_on": "NVIDIA H100",
+        "precision": "fp16",
+        "tf32": True,
+        "max_autotune": False,
+        "batch": BatchRange(1, 4, 8),
+        "input_shape": (-1, 3, 32, 32),
+        "build_seconds": 1.0,
+    }
+    return validated(PackageSidecar, {**facts, **changes})
+
+
+ON_CPU = {"device": "cpu", "targets": (platform.machine(),), "built_on": "a processor"}
+
+
+def test_a_package_runs_where_it_was_compiled() -> None:
+    assert package_obstacles(sidecar(), H100) == ()
+    assert package_obstacles(sidecar(**ON_CPU, cpu_features=cpu().features), Host()) == ()
+
+
+@each(
+    ("changes", "host", "problem"),
+    [
+        (
+            {"torch": "2.0.1"},
+            H100,
+            f"it was compiled with PyTorch 2.0.1; installed is {torch_version()}",
+        ),
+        ({}, L4, "it was compiled for sm_90; this machine has sm_89 (NVIDIA L4)"),
+        ({}, Host(), "it was compiled for sm_90; this machine has no NVIDIA GPU that answers"),
+        (
+            {**ON_CPU, "cpu_features": ("amx_fp8_of_tomorrow",)},
+            Host(),
+            "it was compiled on a processor and may use amx_fp8_of_tomorrow, which this processor "
+            f"({cpu().name}) does not have",
+        ),
+        (
+            {**ON_CPU, "targets": ("riscv64",)},
+            Host(),
+            f"it was compiled on a processor and may use riscv64, which this processor "
+            f"({cpu().name}) does not have",
+        ),
+    ],
+)
+def test_what_keeps_a_package_from_running(
+    changes: dict[str, Any], host: Host, problem: str
+) -> None:
+    (found,) = package_obstacles(sidecar(**changes), host)
+    assert found.problem == problem
+    assert found.remedy
+
+
+def test_a_package_is_native_code_and_its_digest_is_checked(tmp_path: Path) -> None:
+    file = tmp_path / "p.pt2"
+    file.write_bytes(b"native code")
+    with pytest.raises(InputError, match=r"has no sidecar: 'p\.json' is not beside it"):
+        verified_package(file)
+    written = write_sidecar(file, sidecar(file_sha256=file_sha256(file)))
+    assert verified_package(file) == written
+    file.write_bytes(b"other native code")
+    with pytest.raises(InputError, match="is not the package its sidecar speaks of"):
+        verified_package(file)
+    text = sidecar_path(file).read_text()
+    sidecar_path(file).write_text(text.replace('"sm_90"', '"sm_89"'))
+    with pytest.raises(InputError, match="was edited after it was written"):
+        verified_package(file)
+
+
+@each(
+    ("words", "code", "message"),
+    [
+        (["--precision", "int8"], 5, "An Inductor package computes in fp32, fp16, bf16"),
+        (["--target", "sm_90"], 2, "--target is TensorRT's, and an Inductor package is asked for"),
+        (["--batch", "1:1:1", "--batch", "2:4:8"], 2, "serves one range of batches"),
+        (["--device", "cuda:7"], 3, "A package for cuda:7 is compiled on the GPU that will run it"),
+        (["--device", "tpu"], 2, "'--device' is 'tpu'"),
+        (["--device", "cpu", "--fused-kernels"], 2, "The fused kernels run on a GPU, in fp16 or"),
+        (["--tune"], 3, "--tune cannot time anything here: no NVIDIA GPU answers."),
+    ],
+)
+def test_what_cannot_be_asked_of_inductor(
+    cli: Cli, digits_bundle: Bundle, words: list[str], code: int, message: str
+) -> None:
+    result = cli("build", digits_bundle.path, "--backend", "inductor", *words)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in " ".join(result.stderr.split())
+
+
+@each("words", [["--device", "cpu"], ["--max-autotune"], ["--fused-kernels"]])
+def test_what_is_inductors_alone(cli: Cli, digits_bundle: Bundle, words: list[str]) -> None:
+    result = cli("build", digits_bundle.path, "--target", "sm_89", *words)
+    assert result.exit_code == 2
+    assert f"{' '.join(words)} is Inductor's" in result.stderr
+
+
+def test_without_a_compiler(
+    cli: Cli, digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    result = cli("build", digits_bundle.path, "--backend", "inductor", "--device", "cpu")
+    assert result.exit_code == 3
+    assert "there is no 'no-such-compiler' here" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def packaged(made_once: MadeOnce, digits_bundle: Bundle) -> Path:
+    """Return a bundle with an FP32 and a BF16 package for this CPU; not to be changed."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(digits_bundle.path, folder)
+        report = van_deploy.open_bundle(folder).build(
+            backend="inductor", device="cpu", precisions=["fp32", "bf16"]
+        )
+        assert report.passed
+
+    return made_once("with_packages", make)
+
+
+def names_of(folder: Path) -> dict[str, str]:
+    kinds = Bundle.open(folder).artefacts.values()
+    return {item.precision: item.name for item in kinds if item.kind == "package"}
+
+
+@pytest.mark.slow
+class TestOnThisCpu:
+    def test_logits_at_several_batches(self, packaged: Path) -> None:
+        from van_deploy.runners.inductor import InductorRunner
+        from van_deploy.runners.network import PYTORCH, Network
+
+        bundle, names = Bundle.open(packaged), names_of(packaged)
+        side, channels = bundle.manifest.preprocessing.image_size, 1
+        channels = bundle.manifest.architecture.in_chans
+        images = np.random.default_rng(0).standard_normal((9, channels, side, side), np.float32)
+        with Network(bundle, PYTORCH) as original:
+            expected = next(iter(original.run(images).values()))
+        for precision, floor in (("fp32", 100.0), ("bf16", 30.0)):
+            with InductorRunner(bundle.verified(names[precision])) as runner:
+                for batch in (1, 3, 8):
+                    found = compare(expected[:batch], runner.run(images[:batch]))
+                    assert found.sqnr_db >= floor, (precision, batch)
+                with pytest.raises(
+                    InputError, match="does not serve a batch of 9; it takes 1 to 8"
+                ):
+                    runner.run(images)
+                with pytest.raises(UsageError, match="is for the CPU"):
+                    runner.resident(images[:1])
+            with Network(bundle, names[precision]) as network:  # which splits what is too large
+                assert next(iter(network.run(images).values())).shape[0] == 9
+
+    def test_verify_evaluate_predict(
+        self, cli: Cli, copy_of: Copy, packaged: Path, heldout_200: Path
+    ) -> None:
+        folder, names = copy_of(packaged), names_of(packaged)
+        verified = cli("verify", folder, "--json")
+        assert verified.exit_code == 0
+        found = json.loads(verified.stdout)["artefacts"]
+        assert found[names["fp32"]]["runner"] == "inductor"
+        assert found[names["fp32"]]["numeric"] == "fp32"
+        assert found[names["bf16"]]["numeric"] == "bf16"
+        evaluated = cli(*("evaluate", folder, "--images", heldout_200, "--artefact", names["fp32"]))
+        assert evaluated.exit_code == 0
+        answers = [
+            json.loads(cli("predict", folder, folder / "golden/0.png", *more, "--json").stdout)
+            for more in ([], ["--artefact", names["fp32"]])
+        ]
+        first, second = (answer["predictions"][0]["top"][0]["index"] for answer in answers)
+        assert first == second
+
+    def test_a_rerun_reuses_it(self, copy_of: Copy, packaged: Path) -> None:
+        folder = copy_of(packaged)
+        again = van_deploy.open_bundle(folder).build(backend="inductor", device="cpu")
+        assert [one.outcome for one in again.outcomes] == ["reused"]
+
+    def test_a_changed_package_is_not_loaded(self, copy_of: Copy, packaged: Path) -> None:
+        from van_deploy.runners.network import Network
+
+        folder = copy_of(packaged)
+        name = names_of(folder)["fp32"]
+        file = folder / "engines" / f"{name}.pt2"
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+        with pytest.raises(BundleError, match=r"\.pt2"):
+            Network(Bundle.open(folder), name).__enter__()
+
+    def test_triton_is_not_given_a_package(self, cli: Cli, packaged: Path, tmp_path: Path) -> None:
+        name = names_of(packaged)["fp32"]
+        result = cli(
+            *("package", "triton", packaged, "--artefact", name, "--output", tmp_path / "t")
+        )
+        assert result.exit_code == 5
+        assert "Triton does not load Inductor packages here" in result.stderr
+
+    def test_inspect_shows_it(self, cli: Cli, packaged: Path) -> None:
+        result = cli("inspect", packaged / "engines" / f"{names_of(packaged)['bf16']}.pt2")
+        assert result.exit_code == 0
+        assert f"PyTorch {torch_version()}" in result.stdout
+
+    def test_the_fastest_candidate_is_kept(self, cli: Cli, copy_of: Copy, packaged: Path) -> None:
+        folder = copy_of(packaged)
+        words = ("--backend", "inductor", "--device", "cpu", "--tune", "--batch", "1:2:2")
+        result = cli("build", folder, *words, "--precision", "fp32", "--json")
+        assert result.exit_code == 0
+        (row,) = json.loads(result.stdout)["tuned"]
+        assert row["kept"]
+        assert row["passed"]
+        assert row["latency_ms"] > 0
+        assert names_of(folder)["fp32"] == row["engine"]

@@ -1,0 +1,180 @@
+"""Every way a network can run, as one list: how it is opened, and the class it is judged in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from van_deploy.bundle import Bundle
+from van_deploy.config import BatchRange, BuildOptions
+from van_deploy.engine.backend import choose_backend
+from van_deploy.engine.build import engine_from_onnx
+from van_deploy.engine.host import host_here
+from van_deploy.engine.inductor import build_package, package_request
+from van_deploy.errors import MissingDependency
+from van_deploy.runners.base import CudaOptions
+
+__all__ = ["CASES", "Case", "Digits", "params"]
+
+BATCHES = BatchRange(1, 4, 8)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The embedded network, its images, and what it says of them.
+
+    Attributes:
+        bundle: with ``fp32``, ``fp16`` and ``int8`` graphs, batches 1 to 8.
+        images: ``(8, C, S, S)`` float32, normalised.
+        expected: its float64 logits ``(8, K)``; on the GPU where there is one.
+        noise_db: SQNR of its own float32 logits on the CPU.
+    """
+
+    bundle: Bundle
+    images: npt.NDArray[np.float32]
+    expected: npt.NDArray[np.float64]
+    noise_db: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the network.
+
+    Attributes:
+        name: of the test.
+        numeric: the class of :mod:`van_deploy.checks.gates` it is judged in.
+        open: returns a runner, to be opened with ``with``; the test is skipped where what runs
+            it is not installed.
+        gpu: whether it runs on a GPU.
+        batches: to run; going back and forth between profiles and graphs.
+    """
+
+    name: str
+    numeric: str
+    open: Callable[[Bundle], Any]
+    gpu: bool = True
+    batches: tuple[int, ...] = (1, 3, 8, 3, 1)
+
+
+def _torch(mode: str, precision: str = "fp32", device: str = "cuda:0") -> Callable[[Bundle], Any]:
+    def opened(bundle: Bundle) -> Any:
+        from van_deploy.runners.original import original_network
+        from van_deploy.runners.pytorch_modes import TorchModeRunner
+
+        return TorchModeRunner(original_network(bundle).model, mode, device, precision)
+
+    return opened
+
+
+def _ort(artefact: str, options: CudaOptions | None = None) -> Callable[[Bundle], Any]:
+    def opened(bundle: Bundle) -> Any:
+        from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, require_onnxruntime
+
+        name = "ort-cpu" if options is None else "ort-cuda"
+        ort = require_onnxruntime()
+        if options is not None and CUDA not in ort.get_available_providers():
+            pytest.skip(f"ONNX Runtime {ort.__version__} has no {CUDA}")
+        return OnnxRuntimeRunner(bundle.verified(artefact), name=name, cuda=options)
+
+    return opened
+
+
+def _inductor(
+    precision: str, device: str, batches: BatchRange = BATCHES, **options: bool
+) -> Callable[[Bundle], Any]:
+    def opened(bundle: Bundle) -> Any:
+        from van_deploy.runners.inductor import InductorRunner
+
+        request = package_request(bundle, precision, device, host_here(), batches, **options)
+        package, _ = build_package(request)
+        return InductorRunner(bundle.path / "engines" / f"{package.name}.pt2")
+
+    return opened
+
+
+@lru_cache(None)
+def _plan(folder: Path, artefact: str, onnx: Path, tf32: bool) -> Path:
+    host = host_here()
+    try:
+        backend = choose_backend("auto", (), host.target)
+    except MissingDependency as error:
+        pytest.skip(error.message)
+    targets = (host.target,) if backend.builds_for_absent_gpus and host.target else ()
+    plan = folder / f"{artefact}{'-tf32' * tf32}.plan"
+    options = BuildOptions(
+        profiles=(BatchRange(1, 1, 1), BatchRange(2, 4, 8)), targets=targets, tf32=tf32
+    )
+    engine_from_onnx(onnx, plan, backend=backend, options=options, precision=artefact, host=host)
+    return plan
+
+
+def _tensorrt(artefact: str, *, graph: bool, tf32: bool = False) -> Callable[[Bundle], Any]:
+    def opened(bundle: Bundle) -> Any:
+        from van_deploy.runners.tensorrt import TensorRtRunner
+
+        folder = bundle.path.with_name("plans")
+        folder.mkdir(exist_ok=True)
+        plan = _plan(folder, artefact, bundle.verified(artefact), tf32)
+        return TensorRtRunner(plan, cuda_graph=graph)
+
+    return opened
+
+
+# Not cuDNN's exhaustive search: it takes seconds for each batch size.
+TF32 = CudaOptions(cudnn_conv_algo_search="HEURISTIC")
+EXACT = replace(TF32, use_tf32=False)
+NHWC = replace(TF32, prefer_nhwc=True, fuse_conv_bias=True)
+CASES = (
+    Case("torch-eager", "tf32", _torch("eager")),
+    Case("torch-fp16", "fp16", _torch("channels-last", "fp16")),
+    Case("torch-bf16", "bf16", _torch("channels-last", "bf16")),
+    Case("ort-cuda", "fp32", _ort("fp32", EXACT)),
+    Case("ort-cuda-tf32", "tf32", _ort("fp32", TF32)),
+    Case("ort-cuda-graph", "fp32", _ort("fp32", replace(EXACT, cuda_graph=True))),
+    Case("ort-cuda-fp16", "fp16", _ort("fp16", TF32)),
+    Case("ort-cuda-fp16-nhwc-graph", "fp16", _ort("fp16", replace(NHWC, cuda_graph=True))),
+    Case("ort-cuda-int8", "int8", _ort("int8", TF32)),
+    Case("inductor-fp16", "fp16", _inductor("fp16", "cuda:0")),
+    Case(
+        "fused-fp16",
+        "fp16",
+        _inductor("fp16", "cuda:0", BatchRange(8, 8, 8), fused_kernels=True),
+        batches=(8,),
+    ),
+    Case("tensorrt-fp32", "fp32", _tensorrt("fp32", graph=False)),
+    Case("tensorrt-fp32-graph", "fp32", _tensorrt("fp32", graph=True)),
+    Case("tensorrt-tf32", "tf32", _tensorrt("fp32", graph=False, tf32=True)),
+    Case("tensorrt-fp16", "fp16", _tensorrt("fp16", graph=False)),
+    Case("tensorrt-fp16-graph", "fp16", _tensorrt("fp16", graph=True)),
+    Case("tensorrt-int8", "int8", _tensorrt("int8", graph=False)),
+    Case("cpu-torch-eager", "fp32", _torch("eager", device="cpu"), gpu=False),
+    Case("cpu-torch-bf16", "bf16", _torch("channels-last", "bf16", "cpu"), gpu=False),
+    Case("cpu-ort", "fp32", _ort("fp32"), gpu=False),
+    Case("cpu-ort-int8", "int8", _ort("int8"), gpu=False),
+    Case("cpu-inductor-bf16", "bf16", _inductor("bf16", "cpu"), gpu=False),
+)
+
+
+def params(*starts: str, gpu_only: bool = False) -> list[Any]:
+    """Return the cases, those for a GPU marked so.
+
+    Args:
+        starts: how their names begin; all without one.
+        gpu_only: leave the CPU's out.
+    """
+    found = []
+    for case in CASES:
+        if (gpu_only and not case.gpu) or not case.name.startswith(starts or ("",)):
+            continue
+        marks = [pytest.mark.gpu] * case.gpu
+        if not case.gpu and "inductor" in case.name:
+            marks.append(pytest.mark.slow)
+        found.append(pytest.param(case, id=case.name, marks=marks))
+    return found

@@ -1,0 +1,62 @@
+"""One small bundle, and whether there is a GPU.
+
+These tests need nothing of the folders above, so that a copy of ``tests/gpu`` and an installed
+wheel are enough: ``pytest -m gpu tests/gpu``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # of tests.gpu, in a copy of it, too
+
+import numpy as np
+import pytest
+
+import van_deploy
+from tests.gpu.cases import Digits
+from van_deploy.bundle import Bundle
+from van_deploy.engine.host import host_here
+
+IMAGES = 8
+HAS_GPU = host_here().gpu is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know the mark without the project's own settings."""
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+
+
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """Skip what needs a GPU, with the reason, where there is none."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and none answers here"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    """Return van_digits in every precision, with images and float64 logits."""
+    import torch
+
+    from van_deploy.metrics import compare
+    from van_deploy.runners.original import original_network
+
+    path = tmp_path_factory.mktemp("gpu") / "digits"
+    made = van_deploy.export("van_digits", path, batch="1:4:8")
+    made.quantize(precision="fp16")
+    made.quantize(precision="int8")
+    bundle = Bundle.open(path)
+    prepared = bundle.manifest.preprocessing
+    shape = (IMAGES, prepared.channels, prepared.image_size, prepared.image_size)
+    images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    network = original_network(bundle).model
+    with torch.no_grad():
+        plain = network(torch.from_numpy(images)).numpy()
+        double = network.double().to("cuda" if HAS_GPU else "cpu")
+        given = torch.from_numpy(images).double().to(next(double.parameters()).device)
+        expected = double(given).cpu().numpy()
+    return Digits(bundle, images, expected, compare(expected, plain).sqnr_db)

@@ -1,0 +1,159 @@
+"""Packages and plans on a GPU, whole: built, verified, and held against another runner."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import van_deploy
+from tests.gpu.cases import Digits
+from van_deploy.config import BatchRange, BuildOptions
+from van_deploy.engine.backend import RTX, Backend, backend_named
+from van_deploy.engine.build import engine_from_onnx
+from van_deploy.engine.host import host_here
+from van_deploy.engine.inspect import describe_engine
+from van_deploy.errors import MissingDependency, VanDeployError
+from van_deploy.metrics import compare
+from van_deploy.runners.tensorrt import TensorRtRunner
+
+
+def installed(name: str) -> Backend:
+    try:
+        return backend_named(name)
+    except MissingDependency as error:
+        pytest.skip(error.message)
+
+
+@pytest.mark.gpu
+def test_rtx_without_a_target_runs_here_or_says_why_not(digits: Digits, tmp_path: Path) -> None:
+    """A GPU that it does not list, such as an H100: what it says is recorded."""
+    backend, host = installed(RTX), host_here()
+    plan = tmp_path / "e.plan"
+    try:
+        engine_from_onnx(
+            digits.bundle.verified("fp16"),
+            plan,
+            backend=backend,
+            options=BuildOptions(profiles=(BatchRange(1, 4, 8),)),
+            precision="fp16",
+            host=host,
+        )
+        with TensorRtRunner(plan) as runner:
+            found = compare(digits.expected, runner.run(digits.images))
+    except VanDeployError as error:
+        print(f"{backend.label} on {host.gpu} ({host.target}): {error}")
+        pytest.skip(f"{backend.label} on {host.target}: {error.message}")
+    print(f"{backend.label} on {host.gpu} ({host.target}): {found.sqnr_db:.1f} dB")
+    assert found.sqnr_db >= 45
+
+
+@pytest.mark.gpu
+def test_a_package_is_built_verified_and_reused(digits: Digits) -> None:
+    bundle = van_deploy.open_bundle(digits.bundle.path)
+    first, second = (bundle.build(backend="inductor", precisions=["fp16"]) for _ in range(2))
+    assert first.outcomes[0].package is not None
+    assert first.outcomes[0].package.targets == (host_here().target,)
+    assert second.outcomes[0].outcome == "reused"
+    report = bundle.verify(artefacts=[first.outcomes[0].engine])
+    assert report.passed
+
+
+@pytest.mark.gpu
+def test_the_bundle_is_verified_by_onnxruntime_on_the_gpu(digits: Digits) -> None:
+    from van_deploy.runners.onnxruntime import CUDA, require_onnxruntime
+
+    if CUDA not in require_onnxruntime().get_available_providers():
+        pytest.skip(f"no {CUDA} in ONNX Runtime")
+    bundle = van_deploy.open_bundle(digits.bundle.path)
+    assert bundle.verify(runner="ort-cuda", artefacts=["fp32", "fp16", "int8"]).passed
+
+
+@pytest.fixture(scope="module")
+def plan(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Backend]:
+    """Return a plan of the FP32 graph, without TF32, for the GPU here."""
+    from van_deploy.engine.backend import RTX_TARGETS, choose_backend
+
+    host = host_here()
+    try:
+        backend = choose_backend("auto", (), host.target)
+    except MissingDependency as error:
+        pytest.skip(error.message)
+    targets = (str(host.target),) if host.target in RTX_TARGETS and backend.name == RTX else ()
+    path = tmp_path_factory.mktemp("plan") / "e.plan"
+    options = BuildOptions(profiles=(BatchRange(1, 4, 8),), targets=targets, tf32=False)
+    engine_from_onnx(
+        digits.bundle.verified("fp32"),
+        path,
+        backend=backend,
+        options=options,
+        precision="fp32",
+        host=host,
+    )
+    return path, backend
+
+
+@pytest.mark.gpu
+def test_the_plan_agrees_with_polygraphys_own_runner(
+    plan: tuple[Path, Backend], digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An independent oracle: NVIDIA's runner, on the same plan and the same images."""
+    path, backend = plan
+    if backend.name == RTX:
+        monkeypatch.setitem(os.environ, "POLYGRAPHY_USE_TENSORRT_RTX", "1")
+    pytest.importorskip("polygraphy", reason="Polygraphy is not installed")
+    from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+    from polygraphy.backend.trt import EngineFromBytes, TrtRunner
+    from polygraphy.comparator import Comparator, CompareFunc
+
+    with TensorRtRunner(path) as ours:
+        answers = ours.run(digits.images)
+    feed = [{"images": digits.images}]
+    runners = [
+        TrtRunner(EngineFromBytes(path.read_bytes()), name="tensorrt"),
+        OnnxrtRunner(SessionFromOnnx(str(digits.bundle.verified("fp32"))), name="onnxruntime"),
+    ]
+    results = Comparator.run(runners, data_loader=feed)
+    assert bool(
+        Comparator.compare_accuracy(results, compare_func=CompareFunc.simple(atol=1e-2, rtol=1e-2))
+    )
+    theirs = np.asarray(dict(results)["tensorrt"][0]["logits"])
+    np.testing.assert_array_equal(answers, theirs)
+
+
+@pytest.mark.gpu
+def test_a_plans_memory_is_given_back(plan: tuple[Path, Backend], digits: Digits) -> None:
+    from cuda.bindings import runtime
+
+    def once() -> None:
+        with TensorRtRunner(plan[0]) as opened:
+            opened.run(digits.images)
+
+    once()  # what CUDA and TensorRT take for good
+    before = int(runtime.cudaMemGetInfo()[1])
+    for _ in range(5):
+        once()
+    assert before - int(runtime.cudaMemGetInfo()[1]) < 16 << 20
+
+
+@pytest.mark.gpu
+def test_a_plan_names_pytorchs_modules(plan: tuple[Path, Backend]) -> None:
+    found = describe_engine(plan[0])
+    assert not found.obstacles
+    assert "block1" in " ".join(f"{layer.name} {layer.nodes}" for layer in found.layers)
+
+
+@pytest.mark.gpu
+def test_a_runtime_cache(plan: tuple[Path, Backend], digits: Digits, tmp_path: Path) -> None:
+    path, backend = plan
+    if backend.name != RTX:
+        pytest.skip("TensorRT has no runtime cache")
+    cache = tmp_path / "kernels.cache"
+    answers = []
+    for _ in range(2):
+        with TensorRtRunner(path, runtime_cache=cache) as opened:
+            answers.append(opened.run(digits.images))
+        assert cache.stat().st_size > 0
+    np.testing.assert_array_equal(answers[0], answers[1])

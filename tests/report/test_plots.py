@@ -1,0 +1,132 @@
+"""Plots: well-formed, inside their frame, nothing over another, and every value named."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from tests.each import each
+from van_deploy.report.plots import (
+    CHARACTER,
+    Axis,
+    Mark,
+    Series,
+    colours,
+    nice_ticks,
+    rows_chart,
+    xy_chart,
+)
+
+
+def numbers(element: ET.Element, *names: str) -> list[float]:
+    return [float(element.get(name, "nan")) for name in names]
+
+
+def titles(svg: str) -> list[str]:
+    return [title.text or "" for title in ET.fromstring(svg).iter("title")]
+
+
+def boxes(svg: str) -> list[tuple[str, float, float, float]]:
+    """Return each horizontal text: what it says, both ends, and its height."""
+    found = []
+    for text in ET.fromstring(svg).iter("text"):
+        x, y = numbers(text, "x", "y")
+        width = CHARACTER * len(text.text or "")
+        start = {"start": x, "middle": x - width / 2, "end": x - width}[text.get("text-anchor", "")]
+        if text.get("y") != text.get("x") and x != 14:  # a turned label
+            found.append((text.text or "", start, start + width, y))
+    return found
+
+
+def require_readable(svg: str) -> None:
+    """Require that no text leaves the drawing or stands in another."""
+    width = float(ET.fromstring(svg).get("width", "0"))
+    texts = boxes(svg)
+    for name, start, end, _ in texts:
+        assert start >= -1, name
+        assert end <= width + 1, name
+    for i, (one, start, end, y) in enumerate(texts):
+        for other, low, high, at in texts[i + 1 :]:
+            assert abs(y - at) >= 10 or end <= low + 1 or high <= start + 1, (one, other)
+
+
+@each(("low", "high"), [(0, 1), (0, 9.3), (-1, 1), (0, 1e-6), (99.9, 100.1), (0, 123456), (5, 5)])
+def test_ticks_are_round_few_and_cover_the_values(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    assert ticks[0] <= low
+    assert ticks[-1] >= high
+    assert 2 <= len(ticks) <= 9
+
+
+def test_lines_go_up_where_values_do_and_every_point_is_named() -> None:
+    series = [
+        Series("a<b", [Mark("", 1, 10), Mark("", 2, 20), Mark("", 8, 80)], 1),
+        Series("flat", [Mark("", 1, 5), Mark("", 8, 5)], 2),
+    ]
+    svg = xy_chart(series, Axis("batch", log=True, ticks=(1, 2, 8)), Axis("ms"), wide=False)
+    x, y = zip(*(numbers(m, "cx", "cy") for m in ET.fromstring(svg).iter("circle")), strict=True)
+    named = titles(svg)
+    assert named[0] == "a<b"
+    lines = [index for index, name in enumerate(named) if " at " in name]
+    assert [named[i] for i in lines][:3] == ["a<b: 10 at 1", "a<b: 20 at 2", "a<b: 80 at 8"]
+    xs, ys = [x[i] for i in lines], [y[i] for i in lines]
+    assert xs[:3] == sorted(xs[:3])
+    assert ys[:3] == sorted(ys[:3], reverse=True), "SVG counts downwards"
+    assert ys[3] == ys[4]
+    require_readable(svg)
+
+
+def test_a_logarithmic_axis_spaces_decades_evenly() -> None:
+    line = Series("s", [Mark("", 1, 1), Mark("", 2, 10), Mark("", 3, 100)], 1)
+    svg = xy_chart([line], Axis("x"), Axis("y", log=True))
+    y = [numbers(mark, "cy")[0] for mark in list(ET.fromstring(svg).iter("circle"))[1:]]
+    assert y[0] - y[1] == pytest.approx(y[1] - y[2], abs=0.2)
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    svg = rows_chart([Mark("one", 10, text="10"), Mark("two", 20, low=18, high=23)], Axis("ms"))
+    widths = [numbers(bar, "width")[0] for bar in ET.fromstring(svg).iter("rect")]
+    assert widths[1] == pytest.approx(2 * widths[0], abs=0.2)
+    assert titles(svg) == ["one: 10", "two: 20"]
+
+
+def test_an_interval_its_zero_and_its_limit_are_in_order() -> None:
+    marks = [Mark("a", -0.5, low=-1, high=0.1, limit=0.2), Mark("b", 0.5, low=0.3, high=0.9)]
+    svg = rows_chart(marks, Axis("points"), dots=True)
+    left, right = (numbers(m, "cx")[0] for m in ET.fromstring(svg).iter("circle"))
+    (limit,) = re.findall(r'd="M([\d.]+) [\d.]+v24" stroke="var\(--bad\)"', svg)
+    assert left < float(limit) < right
+
+
+def test_no_text_covers_another_however_long_the_names_are() -> None:
+    names = [f"tensorrt/van_b3-int8-sm89-rtx1.7.1.{i}" for i in range(9)]
+    marks = [Mark(n, 10.0 + i, text=f"{i} ms INCONCLUSIVE") for i, n in enumerate(names)]
+    series = [Series(n, [Mark("", i, i), Mark("", 9, 9)], i) for i, n in enumerate(names)]
+    require_readable(rows_chart(marks, Axis("latency (ms)")))
+    require_readable(xy_chart(series, Axis("x"), Axis("y"), wide=False))
+
+
+@each("value", [0.0, 1e-9, 5.0, -3.0])
+def test_one_value_alone_is_no_trouble(value: float) -> None:
+    for svg in (
+        xy_chart([Series("s", [Mark("", 1, value)], 1)], Axis("x"), Axis("y", zero=False)),
+        rows_chart([Mark("b", value, text="b")], Axis("x")),
+        rows_chart([Mark("p", value, low=value, high=value)], Axis("x"), dots=True),
+    ):
+        assert "nan" not in svg
+        ET.fromstring(svg)
+
+
+def test_colours_come_from_the_page_and_are_the_artifacts_own() -> None:
+    series = [Series(str(i), [Mark("", 0, i)], i) for i in range(9)]
+    svg = xy_chart(series, Axis("x"), Axis("y")) + rows_chart([Mark("a", 1, limit=2)], Axis("x"))
+    assert set(re.findall(r'(?:fill|stroke)="([^"]+)"', svg)) <= {
+        "none",
+        *(f"var(--{name})" for name in ("ink", "muted", "grid", "axis", "surface", "bad")),
+        *(f"var(--series-{i})" for i in range(1, 9)),
+    }
+    first = colours(["int8", "fp32", "mine"])
+    assert colours(["fp32", "pytorch", "int8"]).items() >= {"fp32": 1, "int8": 2}.items()
+    assert len({first["int8"], first["fp32"], first["mine"]}) == 3

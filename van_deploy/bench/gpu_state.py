@@ -1,0 +1,113 @@
+"""A GPU's clocks, power, temperature and memory while something runs on it, by NVML.
+
+NVML numbers the GPUs by itself: the one that CUDA uses is found by its identifier.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.runners.base import gpu_index
+
+__all__ = ["GpuState", "GpuWatch"]
+
+THROTTLING = {
+    0x04: "power cap",
+    0x08: "hardware slowdown",
+    0x20: "temperature (software)",
+    0x40: "temperature (hardware)",
+    0x80: "power brake",
+}
+"""Bits of NVML's clock event reasons (``nvml.h``, ``nvmlClocksEventReason*``) that slow a GPU
+down. The others say that it is idle, or that somebody has set its clocks."""
+
+
+@dataclass(frozen=True)
+class GpuState:
+    """What NVML says of a GPU at one time; None where it does not say.
+
+    Attributes:
+        sm_mhz: clock of the multiprocessors.
+        memory_mhz: clock of the memory.
+        power_w: what the board draws, in watts.
+        temperature_c: of the processor, in degrees Celsius.
+        throttled: why the clocks are held down; empty where they are not.
+        memory_used_bytes: taken on the whole GPU, by everybody.
+    """
+
+    sm_mhz: int | None = None
+    memory_mhz: int | None = None
+    power_w: float | None = None
+    temperature_c: int | None = None
+    throttled: tuple[str, ...] = ()
+    memory_used_bytes: int | None = None
+
+
+class GpuWatch:
+    """Reads the state of one GPU. Without NVML every state is empty.
+
+    Args:
+        device: CUDA's name of the GPU, such as ``cuda:0``; ``cpu`` watches nothing.
+
+    Attributes:
+        reason: why there is no NVML; "" where there is.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._nvml: Any = None
+        self.reason, index = "", gpu_index(device)
+        driver = nvidia_driver()
+        if index is None or driver is None or index >= len(driver.gpus):
+            self.reason = f"no NVIDIA driver answers for '{device}'"
+            return
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            self._gpu = pynvml.nvmlDeviceGetHandleByUUID(driver.gpus[index].uuid)
+        except pynvml.NVMLError as error:
+            self.reason = f"NVML: {error}"
+            return
+        self._nvml = pynvml
+
+    def state(self) -> GpuState:
+        """Return the state now."""
+        nvml = self._nvml
+        if nvml is None:
+            return GpuState()
+        power = self._ask("nvmlDeviceGetPowerUsage")
+        memory = self._ask("nvmlDeviceGetMemoryInfo")
+        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
+        return GpuState(
+            sm_mhz=self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
+            memory_mhz=self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
+            power_w=None if power is None else power / 1e3,
+            temperature_c=self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+            throttled=tuple(words for bit, words in THROTTLING.items() if reasons & bit),
+            memory_used_bytes=None if memory is None else int(memory.used),
+        )
+
+    def described(self) -> dict[str, Any]:
+        """Return what does not change: name, driver, limits of clock and power."""
+        nvml = self._nvml
+        if nvml is None:
+            return {"nvml": self.reason}
+        limit = self._ask("nvmlDeviceGetEnforcedPowerLimit")
+        memory = self._ask("nvmlDeviceGetMemoryInfo")
+        return {
+            "name": self._ask("nvmlDeviceGetName"),
+            "driver": nvml.nvmlSystemGetDriverVersion(),
+            "memory_bytes": None if memory is None else int(memory.total),
+            "max_sm_mhz": self._ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_SM),
+            "max_memory_mhz": self._ask("nvmlDeviceGetMaxClockInfo", nvml.NVML_CLOCK_MEM),
+            "power_limit_w": None if limit is None else limit / 1e3,
+        }
+
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        """Return NVML's answer, or None where this GPU or this version has none."""
+        with contextlib.suppress(self._nvml.NVMLError, AttributeError):
+            return getattr(self._nvml, function)(self._gpu, *arguments)
+        return None

@@ -1,0 +1,269 @@
+"""Where the time of a network goes, summed by the kind of PyTorch module that asked for it."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from van_deploy.bench.contender import Contender
+from van_deploy.errors import UsageError
+
+__all__ = ["ProfileLine", "by_kernel", "by_module", "kind_of_layer", "kind_of_module", "profile_of"]
+
+LABEL = "van:"
+OTHER = "elementwise (gate, residual, scale)"
+
+KERNEL_KINDS = (
+    (r"depthwise|dwconv|_dw_|c1_k1|grouped_direct", "depth-wise convolution"),
+    (r"memcpy|memset|copy_kernel|direct_copy", "copy"),
+    (r"nchwtonhwc|nhwctonchw|transpose|tensortransform", "layout"),
+    (r"triton_tem.*conv|fprop|implicit_gemm|conv2d|convolve", "convolution"),
+    (r"gemm|triton_tem|nvjet|cutlass|cublas", "matrix product"),
+    (r"layer_?norm|triton_(per|red)", "reduction (LayerNorm, mean)"),
+    (r"gelu|erf", "elementwise with GELU"),
+    (r"triton_poi|elementwise|vectorized", "elementwise"),
+)
+"""What a kernel's name tells of it; the first match counts. Names do not tell 3x3 from 5x5."""
+
+
+LAYER_KINDS = (
+    (r"Quantize|\.int8|\.dequantized", "quantise"),
+    (r"Reorder|Reformat|Cast|\.cast|Transpose", "reformat"),
+    (r"conv_spatial", "dw 7x7 d3"),
+    (r"conv0", "dw 5x5"),
+    (r"dwconv", "dw 3x3"),
+    (r"proj_[12]|conv1|fc[12]", "1x1"),
+    (r"activation|\.act\b|act_kernel", "GELU"),
+    (r"patch_embed", "patch embedding"),
+    (r"norm", "LayerNorm"),
+    (r"head", "head"),
+)
+"""What the name of a layer of ours tells: the graph's nodes bear the names of PyTorch's modules.
+The kernel sizes are the published variants'."""
+
+
+@dataclass(frozen=True)
+class ProfileLine:
+    """One part of a network's time.
+
+    Attributes:
+        kind: what kind of module or kernel.
+        ms: of one run.
+        percent: of all kinds.
+        calls: kernels or operators in one run.
+    """
+
+    kind: str
+    ms: float
+    percent: float
+    calls: float
+
+
+def kind_of_module(module: Any) -> str:
+    """Return what a layer is called in a profile: ``dw 7x7 d3``, ``1x1``, ``GELU`` ...
+
+    >>> from torch import nn
+    >>> kind_of_module(nn.Conv2d(8, 8, 7, groups=8, dilation=3)), kind_of_module(nn.GELU())
+    ('dw 7x7 d3', 'GELU')
+    """
+    kernel = getattr(module, "kernel_size", None)
+    if kernel is None:
+        return {"Linear": "head"}.get(type(module).__name__, type(module).__name__)
+    size = f"{kernel[0]}x{kernel[1]}"
+    if module.groups > 1:
+        dilation = f" d{module.dilation[0]}" if module.dilation[0] > 1 else ""
+        return f"dw {size}{dilation}"
+    return size if size == "1x1" else f"{size} stride {module.stride[0]}"
+
+
+def by_module(model: Any, images: Any, runs: int = 5) -> list[ProfileLine]:
+    """Return an eager network's time by kind of layer: of its kernels, or of the processor.
+
+    Args:
+        model: any ``nn.Module`` in eval mode.
+        images: its input, on the device it runs on.
+        runs: how many are averaged.
+    """
+    import torch
+    from torch.profiler import record_function
+
+    handles: list[Any] = []
+    open_ranges: list[Any] = []
+
+    def enter(module: Any, _: Any) -> None:
+        open_ranges.append(record_function(LABEL + kind_of_module(module)))
+        open_ranges[-1].__enter__()
+
+    def leave(*_: Any) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    for module in model.modules():
+        if not any(True for _ in module.children()):
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))
+    try:
+        with torch.no_grad():
+            model(images)
+            events = _profiled(lambda: model(images), runs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    on_gpu = images.is_cuda
+    times = [
+        (_label_above(event), float(kernel.duration))
+        for event in events
+        if on_gpu and not event.name.startswith(LABEL)
+        for kernel in event.kernels
+    ]
+    if not on_gpu:
+        own = (e for e in events if e.self_cpu_time_total and not e.name.startswith(LABEL))
+        times = [(_label_above(event), float(event.self_cpu_time_total)) for event in own]
+    return _summed(times, runs)
+
+
+def by_kernel(launch: Callable[[], object], runs: int = 5) -> tuple[list[ProfileLine], list[Any]]:
+    """Return what runs on the GPU in a launch: by kind of kernel, and the 25 longest by name.
+
+    It sees into CUDA graphs and compiled networks, whose kernels belong to no one module.
+    """
+    ran = [
+        (event.name, float(event.time_range.elapsed_us()))
+        for event in _profiled(launch, runs)
+        if event.device_type.name != "CPU" and not event.is_user_annotation
+    ]
+    kinds = _summed(((kind_of_kernel(name), us) for name, us in ran), runs)
+    return kinds, _summed(((name[:160], us) for name, us in ran), runs)[:25]
+
+
+def kind_of_kernel(name: str) -> str:
+    """Return what a GPU kernel's name tells of it.
+
+    >>> kind_of_kernel("triton_poi_fused_convolution_gelu_3"), kind_of_kernel("sm90_xmma_gemm_f16")
+    ('elementwise with GELU', 'matrix product')
+    """
+    lowered = name.lower()
+    if lowered.startswith("triton_poi"):
+        return "elementwise with GELU" if re.search("gelu|erf", lowered) else "elementwise"
+    return next((kind for sign, kind in KERNEL_KINDS if re.search(sign, lowered)), "other")
+
+
+def kind_of_layer(name: str) -> str:
+    """Return what kind of module a layer of a session or an engine came from.
+
+    A fused layer's name holds those of all its parts; the first counts.
+
+    >>> kind_of_layer("block1.0.attn.proj_1 + block1.0.attn.activation"), kind_of_layer("block1.0")
+    ('1x1', 'elementwise (gate, residual, scale)')
+    """
+    first = name.partition(" + ")[0]
+    return next((kind for sign, kind in LAYER_KINDS if re.search(sign, first)), OTHER)
+
+
+def _by_node(contender: Contender, batch: Any, runs: int = 5) -> list[ProfileLine]:
+    """Return ONNX Runtime's own profile of a graph, from a session like the contender's."""
+    from van_deploy.bench.worker import runner_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        runner = runner_of(contender, 1)
+        runner.profile, runner.threads = Path(folder), None
+        with runner:
+            for _ in range(runs + 1):
+                runner.run_all(batch)
+        (file,) = Path(folder).glob("*.json")
+        events = json.loads(file.read_text(encoding="utf-8"))
+    nodes = [event for event in events if event.get("cat") == "Node"]
+    nodes = nodes[len(nodes) // (runs + 1) :]  # the first run prepares
+    return _summed(((kind_of_layer(e["name"]), e["dur"]) for e in nodes), runs)
+
+
+def _by_layer(runner: Any, batch: Any, runs: int = 5) -> list[ProfileLine]:
+    """Return an engine's time by kind of layer, by TensorRT's ``IProfiler``."""
+    loaded = runner._open()
+    times: list[tuple[str, float]] = []
+
+    class Profiler(loaded.trt.IProfiler):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            loaded.trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, name: str, ms: float) -> None:
+            times.append((kind_of_layer(name), 1e3 * ms))
+
+    runner.run_all(batch)
+    profiler = Profiler()
+    for context in loaded.contexts.values():
+        context.profiler = profiler
+    for _ in range(runs):
+        runner.run_all(batch)
+    for context in loaded.contexts.values():
+        context.profiler = None
+    return _summed(times, runs)
+
+
+def _profiled(launch: Callable[[], object], runs: int) -> Iterable[Any]:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        for _ in range(runs):
+            launch()
+        if on_gpu:
+            torch.cuda.synchronize()
+    events: Iterable[Any] = profiler.events() or ()
+    return events
+
+
+def _label_above(event: Any) -> str:
+    while event is not None:
+        if event.name.startswith(LABEL):
+            return str(event.name[len(LABEL) :])
+        event = event.cpu_parent
+    return OTHER
+
+
+def _summed(times: Iterable[tuple[str, float]], runs: int) -> list[ProfileLine]:
+    """Return the kinds and microseconds of all calls in ``runs`` runs, the longest first."""
+    parts: dict[str, list[float]] = defaultdict(list)
+    for kind, microseconds in times:
+        parts[kind].append(microseconds)
+    total = sum(map(sum, parts.values())) or 1.0
+    lines = [
+        ProfileLine(kind, sum(us) / runs / 1e3, 100 * sum(us) / total, len(us) / runs)
+        for kind, us in parts.items()
+    ]
+    return sorted(lines, key=lambda line: -line.ms)
+
+
+def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLine]:
+    """Return where the time of a contender's opened runner goes, by kind of layer.
+
+    PyTorch is profiled by module where it is eager, by kernel where it is compiled; ONNX
+    Runtime and TensorRT by the layers they report, found again in the ONNX graph by name.
+
+    Raises:
+        UsageError: its runtime tells nothing.
+    """
+    if contender.runtime == "pytorch" and contender.mode in ("eager", "channels-last"):
+        import torch
+
+        images = torch.from_numpy(batch).to(runner.device, runner.dtype)
+        return by_module(runner.model, images)
+    if contender.runtime == "onnxruntime":
+        return _by_node(contender, batch)
+    if contender.device != "cpu" and contender.runtime in ("pytorch", "inductor"):
+        resident = runner.resident(batch)
+        resident.launch()
+        return by_kernel(resident.launch)[0]
+    if contender.runtime == "tensorrt":
+        return _by_layer(runner, batch)
+    raise UsageError(
+        f"'{contender.name}' does not say where its time goes.",
+        "Profile PyTorch, ONNX Runtime or TensorRT.",
+    )

@@ -1,0 +1,83 @@
+"""A document as GitHub's Markdown, such as a job's summary; plots are left to their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from van_deploy.report.document import Block, Document, Facts, Notice, Paragraph, Table
+from van_deploy.report.figures import TEXTS
+
+__all__ = ["markdown_from_document", "markdown_table"]
+
+MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SKIPPED": "⚠️", "STALE": "⚠️"}
+
+
+def markdown_from_document(document: Document, level: int = 1) -> str:
+    """Return the document; ``level`` is that of its first heading."""
+    head = "#" * level
+    parts = [
+        f"{head} {_marked(document.state).split()[0]} {_plain(document.title)}",
+        _plain(document.subtitle),
+        f"**{document.state}**: {_plain(document.note)}",
+        *_blocks(document.notices),
+    ]
+    if document.tiles:
+        tiles = [(tile.label, tile.value, tile.note) for tile in document.tiles]
+        parts.append(markdown_table(("", "", ""), tiles))
+    for section in document.sections:
+        parts += [f"{head}# {_plain(section.title)}", *_blocks(section.blocks)]
+    if document.footer:
+        parts += ["---", _plain(document.footer)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def markdown_table(
+    columns: Iterable[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()
+) -> str:
+    r"""Return a table; columns in ``numbers`` are set to the right.
+
+    >>> print(markdown_table(("name", "ms"), [("a|b", "1.5")], {1}))
+    | name | ms |
+    | --- | ---: |
+    | a\|b | 1.5 |
+    """
+    names, right = list(columns), set(numbers)
+    rule = ["---:" if index in right else "---" for index in range(len(names))]
+    lines = [names, rule, *([_plain(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _blocks(blocks: Iterable[Block]) -> list[str]:
+    """Return the blocks' texts, neighbouring notices as one list."""
+    groups = [(kind, list(map(_block, group))) for kind, group in groupby(blocks, type)]
+    return [t for kind, texts in groups for t in (["\n".join(texts)] if kind is Notice else texts)]
+
+
+def _block(block: Block) -> str:
+    if isinstance(block, Paragraph):
+        return _plain(block.text)
+    if isinstance(block, Notice):
+        return f"- {_marked(block.state)}: {_plain(block.text)}"
+    if isinstance(block, Facts):
+        lines = [f"- **{_plain(name)}**: {_plain(value)}" for name, value in block.pairs()]
+        return "\n".join([f"**{_plain(block.title)}**\n", *lines] if block.title else lines)
+    if not isinstance(block, Table):
+        return ""
+    states = [form == "state" for form in block.forms]
+    rows = [
+        [_marked(cell) if state else cell for cell, state in zip(row, states, strict=True)]
+        for row in block.rows
+    ]
+    numbers = [index for index, form in enumerate(block.forms) if form not in TEXTS]
+    table = markdown_table(map(_plain, block.columns), rows, numbers)
+    return f"{_plain(block.title)}:\n\n{table}" if block.title else table
+
+
+def _marked(state: str) -> str:
+    return f"{MARKS[state]} {state}" if state in MARKS else state
+
+
+def _plain(text: str) -> str:
+    """Return text on one line that is not taken for HTML."""
+    return " ".join(text.split()).replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,441 @@
+"""What verify, evaluate, drift and check found, as blocks.
+
+Failures and one row an artifact come first; ``full`` adds every rule that was applied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from van_deploy.report.document import (
+    Block,
+    Document,
+    Entry,
+    Notice,
+    Paragraph,
+    Plot,
+    Section,
+    notices,
+    table,
+)
+from van_deploy.report.figures import state_of
+from van_deploy.report.plots import Axis, Mark, Series, colours, rows_chart, xy_chart
+
+if TYPE_CHECKING:
+    from van_deploy.checks.gates import Allowed, Finding
+
+__all__ = [
+    "check_blocks",
+    "check_document",
+    "class_label",
+    "drift_blocks",
+    "drift_marks",
+    "evaluate_blocks",
+    "failure_text",
+    "verify_blocks",
+]
+
+MOST_FLIPS, MOST_FAILURES, MOST_NAMED = 10, 12, 5
+BAR, BAR_TOP_DB = 24, 150.0  # characters, and the level of an empty bar
+LOUDEST_DB = 200.0
+"""Where a plot ends: past it two results are equal to the last bit that float64 holds."""
+
+
+def verify_blocks(
+    entry: Entry, names: Sequence[str] | None = None, *, full: bool = False
+) -> list[Block]:
+    """Return the verdict on every artifact, where its limit came from, flips and failures.
+
+    Args:
+        entry: the ``verify`` document.
+        names: class names for the flips, or None.
+        full: every rule and every batch size as well.
+    """
+    verdicts: list[Entry] = list(entry["artefacts"].values())
+    ran = [verdict for verdict in verdicts if verdict["outcome"] != "skipped"]
+    found = [{"about": "images", **finding} for finding in entry["findings"]]
+    found += [{"about": v["artefact"], **finding} for v in verdicts for finding in v["findings"]]
+    limits = (
+        f"{v['artefact']} (class {v['numeric']}): {v['limit']['value']:.1f} dB, "
+        f"{v['limit']['origin']}"
+        for v in ran
+        if v["limit"]
+    )
+    text = (
+        f"{entry['images']}. Compared with {entry['against']}; PyTorch's own float32 noise is "
+        f"{float(entry['noise_db']):.1f} dB."
+    )
+    blocks: list[Block] = [
+        Paragraph(text),
+        *table(
+            map(_verdict, ran),
+            "verdict = outcome state; artifact = artefact name; runner = runner name; "
+            "SQNR dB ↑ = comparison.sqnr_db .1f; limit dB = limit.value .1f; "
+            "margin dB = margin_db +.1f; label flips = flipped d; "
+            "batch invariance dB ↑ = invariance .1f",
+        ),
+        *notices("LIMIT", limits),
+        *_skips(found),
+        *table(
+            _flips(entry, ran, names),
+            "flip = 0 state; artifact = 1 name; image = 2; PyTorch = 3; artifact's = 4; "
+            "margin (RMS logits) = 5 .1e",
+            "Label flips",
+        ),
+        *table(
+            map(_worst_module, (verdict for verdict in ran if verdict["worst_modules"])),
+            "artifact = artefact name; module = name; isolated SQNR dB ↑ = isolated_db .1f; "
+            "limit dB = least.value .1f",
+            "The module that adds most error by itself",
+        ),
+        *_messages(found, "fail"),
+    ]
+    return [*blocks, *(_every_rule(found, ran) if full else ())]
+
+
+def _verdict(verdict: Entry) -> Entry:
+    """Return a verdict with the number of its label flips and its least batch invariance."""
+    same = [float(b["invariance_db"]) for b in verdict["batches"] if b["invariance_db"] is not None]
+    flipped = len(verdict["flips"]) if verdict["comparison"] else None
+    return {**verdict, "flipped": flipped, "invariance": min(same, default=None)}
+
+
+def _flips(
+    entry: Entry, ran: Sequence[Entry], names: Sequence[str] | None
+) -> list[tuple[object, ...]]:
+    return [
+        (
+            "FAIL" if flip["fault"] else "explained",
+            v["artefact"],
+            entry["names"][flip["image"]],
+            class_label(flip["expected"], names),
+            class_label(flip["found"], names),
+            flip["margin"],
+        )
+        for v in ran
+        for flip in v["flips"][:MOST_FLIPS]
+    ]
+
+
+def _worst_module(verdict: Entry) -> Entry:
+    found = (f["limit"] for f in verdict["findings"] if f["rule"] == "modules" and f["limit"])
+    worst: Entry = next(iter(verdict["worst_modules"]), {})
+    return {**worst, "artefact": verdict["artefact"], "least": next(found, None)}
+
+
+def _every_rule(found: Sequence[Entry], ran: Sequence[Entry]) -> list[Block]:
+    shown = [{**f, "said": f["message"] or (f["limit"] or {}).get("origin", "")} for f in found]
+    sizes = [{"about": v["artefact"], **batch} for v in ran for batch in v["batches"]]
+    head = "verdict = outcome state; artifact = about name; "
+    return [
+        *table(
+            shown,
+            head + "rule = rule; measured = value .4g; limit = limit.value .4g; unit = unit name; "
+            "what was shown = said",
+            "Every rule",
+            folded=True,
+        ),
+        *table(
+            sizes,
+            head + "batch = batch d; SQNR dB ↑ = sqnr_db .1f; "
+            "batch invariance dB ↑ = invariance_db .1f",
+            "Every batch size",
+            folded=True,
+        ),
+    ]
+
+
+# --- evaluate ----------------------------------------------------------------------------------
+
+
+def evaluate_blocks(entry: Entry) -> list[Block]:
+    """Return accuracy, what was lost, what flipped into what, and the images left out."""
+    metric = next((a["metric"] for a in entry["accuracy"].values()), "top-1")
+    losses: list[Entry] = [{"about": n, **loss} for n, loss in entry["losses"].items()]
+    found = [{**f, "about": loss["about"]} for loss in losses for f in loss["findings"]]
+    seconds = float(entry["seconds"])
+    rate = entry["count"] / seconds if seconds else math.nan
+    accuracies = [
+        {"about": name, "runner": entry["runners"][name], **accuracy}
+        for name, accuracy in entry["accuracy"].items()
+    ]
+    return [
+        Paragraph(f"{entry['images']} ({seconds:.1f} s, {rate:.0f} images a second)."),
+        *table(
+            accuracies,
+            f"network = about name; runner = runner name; {metric} % = top1 percent; "
+            f"{metric}, 95 % = top1_interval percents; top-5 % = top5 percent; "
+            "top-5, 95 % = top5_interval percents; ECE % = ece percent",
+        ),
+        *table(
+            map(_loss, losses),
+            "verdict = outcome state; artifact = about name; lost pp = loss.loss +.2f; "
+            "95 % pp = loss.interval points; allowed pp = allowed g; lost/won = pairs number; "
+            "p = loss.p_value .2g; label flips = flips d; SQNR dB ↑ = sqnr_db .1f",
+            "Against PyTorch (p is McNemar's, and no gate)",
+        ),
+        *_losses_plot(losses, metric),
+        *_skips({"about": s["artefact"], "skip": s["kind"], **s} for s in entry["skipped"]),
+        *_messages(found, "inconclusive"),
+        *_messages(found, "fail"),
+        *_changed_classes(losses, entry["class_names"]),
+        *_left_out([reason for _, reason in entry["unreadable"]]),
+    ]
+
+
+def _loss(entry: Entry) -> Entry:
+    loss = entry["loss"]
+    pairs = None if loss["lost"] is None else f"{loss['lost']}/{loss['won']}"
+    return {**entry, "allowed": _allowed_loss(entry), "pairs": pairs}
+
+
+def _allowed_loss(entry: Entry) -> float | None:
+    limit = entry["findings"][-1]["limit"]
+    return None if limit is None else float(limit["value"])
+
+
+def _losses_plot(losses: Sequence[Entry], metric: str) -> list[Block]:
+    """Return every artifact's loss on its interval, and the loss that it is allowed."""
+    colour = colours([loss["about"] for loss in losses])
+    marks = [
+        Mark(
+            loss["about"],
+            loss["loss"]["loss"],
+            text=f"{loss['loss']['loss']:+.2f} pp  {state_of(loss['outcome'])}",
+            colour=colour[loss["about"]],
+            low=loss["loss"]["interval"][0],
+            high=loss["loss"]["interval"][1],
+            limit=_allowed_loss(loss),
+        )
+        for loss in losses
+    ]
+    svg = rows_chart(marks, Axis(f"{metric} lost against PyTorch (pp)"), dots=True)
+    words = "Loss with its 95 % interval; the dashed line is the loss that the artifact is allowed."
+    return [Plot(svg, words)] if marks else []
+
+
+def _changed_classes(losses: Sequence[Entry], names: Sequence[str] | None) -> list[Block]:
+    into = [
+        (loss["about"], class_label(old, names), class_label(new, names), count)
+        for loss in losses
+        for old, new, count in loss["confusions"][:MOST_FLIPS]
+    ]
+    changed = [
+        {**change, "about": loss["about"], "name": class_label(change["label"], names)}
+        for loss in losses
+        for change in loss["classes"][:MOST_FLIPS]
+    ]
+    return [
+        *table(
+            into,
+            "artifact = 0 name; PyTorch said = 1; artifact says = 2; images = 3 d",
+            "What flipped into what",
+            folded=True,
+        ),
+        *table(
+            changed,
+            "artifact = about name; class = name; images = images d; right before = before d; "
+            "right after = after d",
+            "Classes that changed",
+            folded=True,
+        ),
+    ]
+
+
+def _left_out(reasons: Sequence[str]) -> list[Notice]:
+    noun, more = "image" if len(reasons) == 1 else "images", len(reasons) - MOST_FAILURES
+    lines = [
+        f"{len(reasons)} {noun} could not be read and were left out.",
+        *reasons[:MOST_FAILURES],
+    ]
+    return notices("WARNING", [*lines, *[f"and {more} more"] * (more > 0)] if reasons else ())
+
+
+# --- drift -------------------------------------------------------------------------------------
+
+
+def drift_blocks(entry: Entry, top: int) -> list[Block]:
+    """Return the chain, and for each artifact the parts that add most error.
+
+    Args:
+        entry: the ``drift`` document.
+        top: parts shown of each artifact; 0 for all, in the network's order.
+    """
+    level = entry["level"]
+    blocks: list[Block] = [
+        Paragraph(f"{entry['images']}. Parts are compared with {entry['reference']}."),
+        *table(
+            entry["chain"],
+            "link = name name; SQNR dB ↑ = sqnr_db .1f; note = reason",
+            "The chain: logits against the original network in float64",
+        ),
+        *_drift_plot(entry),
+    ]
+    for name, drift in entry["artefacts"].items():
+        parts = {row["name"]: {**row, "bar": _bar(row["isolated_db"])} for row in drift["rows"]}
+        worst = [parts[part] for part in drift["worst_names"]][:top]
+        which = f"the {len(worst)} that add most error" if top else "in order"
+        blocks += table(
+            worst if top else parts.values(),
+            f"{level} = name name; isolated SQNR dB ↑ = isolated_db .1f; error = bar name; "
+            "SQNR so far dB ↑ = sqnr_db .1f; fault = fault; note = note",
+            f"{name}: {level}s, {which}",
+        )
+    return [*blocks, *notices("NOTE", entry["notes"])]
+
+
+def _bar(isolated_db: Any) -> str:
+    """Return a bar that is longer the more error is added: 0 dB fills it."""
+    share = 0.0 if isolated_db is None else 1 - _within_plot(isolated_db) / BAR_TOP_DB
+    return "█" * round(BAR * min(max(share, 0.0), 1.0))
+
+
+def _within_plot(level: Any) -> float:
+    """Return a level in dB within what a plot can show."""
+    value = float(level)
+    return LOUDEST_DB if math.isnan(value) else max(-LOUDEST_DB, min(LOUDEST_DB, value))
+
+
+def _drift_plot(entry: Entry) -> list[Block]:
+    colour = colours(entry["artefacts"])
+    series = [
+        Series(
+            name,
+            [
+                Mark(row["name"], place, _within_plot(row["sqnr_db"]))
+                for place, row in enumerate(drift["rows"], 1)
+                if row["sqnr_db"] is not None
+            ],
+            colour[name],
+        )
+        for name, drift in entry["artefacts"].items()
+    ]
+    axis = Axis(f"{entry['level']}, in the order of the network", zero=False)
+    svg = xy_chart(series, axis, Axis("SQNR against float64 (dB)"))
+    shown = any(one.points for one in series)
+    return [Plot(svg, f"Signal over error after each {entry['level']}.")] * shown
+
+
+def drift_marks(entry: Entry) -> list[Mark]:
+    """Return the error that each part of each artifact adds, over its result, one row a part."""
+    colour = colours(entry["artefacts"])
+    return [
+        Mark(
+            f"{name} {row['name']}",
+            10 ** (-_within_plot(row["isolated_db"]) / 20),
+            text=f"{float(row['isolated_db']):.1f} dB",
+            colour=colour[name],
+        )
+        for name, drift in entry["artefacts"].items()
+        for row in drift["rows"]
+        if row["isolated_db"] is not None
+    ]
+
+
+# --- check -------------------------------------------------------------------------------------
+
+
+def check_blocks(entry: Entry) -> list[Block]:
+    """Return the gates, what failed or is undecided, the skips grouped, and the counts."""
+    found = [{"about": row["name"], **row, **row["finding"]} for row in entry["rows"]]
+    rows = [
+        {**row, "message": "" if row["outcome"] == "pass" else row["message"]}
+        for row in found
+        if row["outcome"] in ("fail", "inconclusive")
+        or (row["outcome"] == "pass" and row["about"].startswith("gate/"))
+    ]
+    new = f" Not in the baseline: {', '.join(entry['new'])}." if entry["new"] else ""
+    return [
+        *table(
+            rows,
+            "verdict = outcome state; row = about name; baseline = baseline .4g; now = value .4g; "
+            "limit = limit.value .4g; message = message",
+        ),
+        *_skips(found),
+        Paragraph(f"{len(found)} rows: {_counts(entry)}.{new}"),
+    ]
+
+
+def check_document(entry: Entry) -> Document:
+    """Return a check as a document, such as a job's summary."""
+    return Document(
+        title=f"van-deploy: {entry['model']} {'passed' if entry['passed'] else 'failed'}",
+        subtitle=entry["images"],
+        state=state_of(entry["passed"]),
+        note=_counts(entry),
+        sections=(Section("Gates and baseline", check_blocks(entry)),),
+    )
+
+
+def _counts(entry: Entry) -> str:
+    return ", ".join(f"{count} {outcome}" for outcome, count in entry["counts"].items())
+
+
+# --- findings ----------------------------------------------------------------------------------
+
+
+def _skips(found: Iterable[Entry]) -> list[Notice]:
+    """Return what was not run, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for finding in found:
+        if finding.get("outcome", "skipped") == "skipped":
+            kind = finding["skip"]
+            remedy = f" (--allow-skip {kind} lets that pass)" if kind else ""
+            reason = finding.get("message") or finding.get("reason", "")
+            reasons.setdefault(f"{reason}{remedy}", []).append(finding["about"])
+    return notices("SKIPPED", (f"{', '.join(dict.fromkeys(w))}: {r}" for r, w in reasons.items()))
+
+
+def _messages(found: Iterable[Entry], outcome: str) -> list[Notice]:
+    """Return the messages of the findings with that outcome, grouped by what they are about."""
+    by_name: dict[str, list[str]] = {}
+    for finding in found:
+        if finding["outcome"] == outcome:
+            by_name.setdefault(finding["about"], []).append(finding["message"])
+    lines = []
+    for name, messages in by_name.items():
+        lines += [f"{name}: {text}" for text in messages[:MOST_FAILURES]]
+        if len(messages) > MOST_FAILURES:
+            lines.append(f"{name}: and {len(messages) - MOST_FAILURES} more")
+    return notices(state_of(outcome), lines)
+
+
+def failure_text(found: Sequence[tuple[str, Finding]], allowed: Allowed, done: str) -> str:
+    """Return why findings do not pass, a sentence.
+
+    Args:
+        found: what each is about, and the finding.
+        allowed: what the user lets pass.
+        done: what did not happen where nothing was shown at all, such as ``verified``.
+    """
+    failed = list(dict.fromkeys(name for name, f in found if f.outcome.value == "fail"))
+    if failed:
+        shown, more = _quoted(failed[:MOST_NAMED]), len(failed) - MOST_NAMED
+        return f"Failed: {shown}{f' and {more} more' if more > 0 else ''}."
+    rest = [(name, f) for name, f in found if not allowed.holds(f)]
+    undecided = _quoted(dict.fromkeys(n for n, f in rest if f.outcome.value == "inconclusive"))
+    if undecided:
+        return f"The data cannot decide: {undecided}; --allow-inconclusive would let that pass."
+    if rest and any(f.outcome.value == "pass" for _, f in found):
+        name, finding = rest[0]
+        others = f", and {len(rest) - 1} more," if len(rest) > 1 else ""
+        remedy = f"; --allow-skip {finding.skip} would let that pass" if finding.skip else ""
+        return f"'{name}'{others} was not checked ({finding.message}){remedy}."
+    return f"No artefact could be run on this machine, so nothing was {done}."
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def class_label(index: int, names: Sequence[str] | None) -> str:
+    """Return a class as people call it.
+
+    >>> class_label(3, None), class_label(0, ["tench, Tinca tinca"]), class_label(-1, None)
+    ('3', 'tench', 'NaN')
+    """
+    if index < 0:
+        return "NaN"
+    return names[index].split(",")[0] if names and index < len(names) else str(index)
