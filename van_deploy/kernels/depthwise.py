@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.kernels.launch import divisor_block, launched, require, tile_key, tile_of
+from van_deploy.kernels.launch import after_previous, divisor_block, launched, require, tile_key, tile_of
 
 __all__ = ["depthwise", "gelu", "row_groups", "row_items", "sums"]
 
@@ -141,12 +141,14 @@ def depthwise_kernel(  # type: ignore[no-untyped-def]
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROLL: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """Compute ROWS rows of BLOCK_P columns and BLOCK_C channels.
 
     ROLL keeps every tap and K rows of sums in registers, and goes down the map row by row;
     else ROWS rows of sums, and the taps of one column after the other.
     """
+    after_previous(PDL)
     inside, n, h, w = row_items(tl.program_id(0) * BLOCK_P, items, BLOCK_P, W, groups, D, ROWS)
     if LONG:
         n = n.to(tl.int64)

@@ -15,6 +15,7 @@ from torch import Tensor
 from van_deploy.errors import UsageError
 from van_deploy.kernels.depthwise import gelu, row_groups, row_items, sums
 from van_deploy.kernels.launch import (
+    after_previous,
     divisor_block,
     launched,
     power_block,
@@ -50,8 +51,10 @@ def mlp_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """Compute ROWS rows of BLOCK_P columns, all channels; BLOCK_H hidden ones at a time."""
+    after_previous(PDL)
     inside, n, h, w = row_items(tl.program_id(0) * BLOCK_P, items, BLOCK_P, W, groups, 1, ROWS)
     if LONG:
         n = n.to(tl.int64)

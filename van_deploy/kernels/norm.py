@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.kernels.launch import launched, power_block, require, tile_key, tile_of
+from van_deploy.kernels.launch import after_previous, launched, power_block, require, tile_key, tile_of
 
 __all__ = ["layer_norm"]
 
@@ -24,8 +24,10 @@ def norm_kernel(  # type: ignore[no-untyped-def]
     LONG: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """Compute BLOCK_M pixels: every value is read and written once."""
+    after_previous(PDL)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.arange(0, BLOCK_C)
     known = channels < C

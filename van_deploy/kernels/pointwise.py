@@ -12,6 +12,7 @@ from torch import Tensor
 from van_deploy.errors import UsageError
 from van_deploy.kernels.depthwise import gelu
 from van_deploy.kernels.launch import (
+    after_previous,
     divisor_block,
     launched,
     power_block,
@@ -49,12 +50,14 @@ def pointwise_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     REPEAT: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """Compute REPEAT times BLOCK_M pixels of BLOCK_N output channels.
 
     Neighbouring programs take the same pixels, so that their input is in the L2 cache. Where
     BLOCK_K holds all of K, a program loads its weights once.
     """
+    after_previous(PDL)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_known = (columns < N)[None, :]
     bias = tl.load(b_ptr + columns, mask=columns < N, other=0.0)[None, :]
@@ -109,8 +112,10 @@ def gated_kernel(  # type: ignore[no-untyped-def]
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """Compute BLOCK_M pixels of all channels; the gated tensor never leaves the chip."""
+    after_previous(PDL)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.arange(0, BLOCK_C)
     known = channels < C
