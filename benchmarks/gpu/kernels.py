@@ -718,6 +718,7 @@ def main() -> int:
     if args.step == "compiled":
         return compiled(args, results)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_num_threads(4)  # the networks are made while other processes compile
     if args.tiles:
         TILES.update(json.loads(args.tiles.read_text())["tuned"])
     variants, batches = args.variant.split(","), [int(b) for b in args.batch.split(",")]
