@@ -37,7 +37,7 @@ def compiled(launch: Launch, capability: int = 90) -> Machine:
     values: dict[str, Any] = dict(zip(names, launch.arguments, strict=False)) | tile
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
+        value = values.get(parameter.name, 0)  # PDL, which only some tiles have
         if parameter.is_constexpr or (isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(place,)] = value
