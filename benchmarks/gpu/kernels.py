@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # processes are forked below
@@ -33,7 +34,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # processes are for
 import torch
 import triton
 
-from van_deploy.kernels import launch, network, plain
+from van_deploy.kernels import launch, network, plain, steps
 from van_deploy.kernels.launch import TILES, Launch, Tile, recorded, tile_key
 from van_deploy.kernels.network import FusedVan, Plan, fused
 from van_deploy.kernels.pointwise import LARGEST_CHAIN
@@ -51,7 +52,6 @@ PLANS: dict[str, Plan | None] = {
     "all": Plan(gate=True, tail=True),
     "tuned": None,
 }
-STEPS = tuple(network._Steps.__dataclass_fields__)
 FEW = 8192
 L2_BYTES = 128 * 2**20  # buffers that are rotated hold at least this together
 ON_GPU = not launch.INTERPRETED and torch.cuda.is_available()
@@ -74,7 +74,7 @@ class Call:
     def launch_with(self, tile: Tile) -> Launch:
         """Return the launch with another tile, without running it."""
         with trying(self.key, tile), recorded(run=False) as launches:
-            getattr(network._KERNELS, self.step)(*self.arguments)
+            getattr(steps, self.step)(*self.arguments)
         return launches[-1]
 
 
@@ -178,7 +178,7 @@ def calls_of(
     """Run the network once a plan; return one call of each shape class, and their counts."""
     calls: dict[str, Call] = {}
     counts: Counter[str] = Counter()
-    real = network._KERNELS
+    real = network.steps
 
     def noted(step: str) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
@@ -190,7 +190,7 @@ def calls_of(
 
         return run
 
-    network._KERNELS = network._Steps(**{step: noted(step) for step in STEPS})
+    network.steps = SimpleNamespace(**{step: noted(step) for step in steps.__all__})
     try:
         for name in plans:
             seen: Counter[str] = Counter()
@@ -199,7 +199,7 @@ def calls_of(
                 model(x)
             counts |= seen
     finally:
-        network._KERNELS, model.plan = real, None
+        network.steps, model.plan = real, None
     return calls, counts
 
 
@@ -297,7 +297,7 @@ def _compile(job: Job) -> str:
     try:
         TILES[key] = tile
         with recorded(run=False) as launches:
-            getattr(network._KERNELS, step)(
+            getattr(steps, step)(
                 *(
                     torch.empty_strided(a[0], a[1], dtype=a[2], device="meta")
                     if isinstance(a, tuple)
@@ -487,7 +487,7 @@ def tune_call(
     args: Any, results: Results, call: Call, count: int, batch: int, bandwidth: float
 ) -> float:
     """Check and time one kernel with its tiles; return the best time in microseconds."""
-    run = getattr(network._KERNELS, call.step)
+    run = getattr(steps, call.step)
     doubles = [a.double() if isinstance(a, torch.Tensor) else a for a in call.arguments]
     expected = getattr(plain, call.step)(*doubles).float()
     del doubles

@@ -66,4 +66,5 @@ def read(cubin: bytes) -> Machine:
     counts: dict[str, int] = {}
     for match in re.finditer(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", text):
         counts[match[1]] = counts.get(match[1], 0) + 1
-    return Machine(*(int(value) for value in found.groups()), counts)
+    registers, stack, shared = (int(value) for value in found.groups())
+    return Machine(registers, stack, shared, counts)

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from van_deploy.errors import UsageError
 from van_deploy.graph.fold import fold_van
-from van_deploy.kernels import network, plain
+from van_deploy.kernels import plain, steps
 from van_deploy.kernels.launch import TILES
 from van_deploy.kernels.network import Plan, fused
 from van_deploy.model.random_weights import random_van, smooth_pictures
 from van_deploy.model.variants import VanConfig
 
 TINY = VanConfig((16, 20, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)
-STEPS = network._KERNELS
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,7 +48,7 @@ def error(step: str, *arguments: Any) -> float:
     """Return the relative error of a step against float64."""
     doubles = [a.double() if isinstance(a, Tensor) else a for a in arguments]
     expected = getattr(plain, step)(*doubles)
-    found = getattr(STEPS, step)(*arguments)
+    found = getattr(steps, step)(*arguments)
     expected = expected if isinstance(expected, list) else [expected]
     found = found if isinstance(found, list) else [found]
     pairs = zip(found, expected, strict=True)
@@ -171,9 +170,9 @@ FAST: dict[str, Callable[[], float]] = {
         {"REPEAT": 2},
         lambda: error("pointwise", tensor(1, 7, 9, 20), tensor(33, 20), tensor(33), "gelu"),
     ),
-    "network, float32": lambda: whole(None, torch.float32),
 }
 SLOW: dict[str, Callable[[], float]] = {
+    "network, float32": lambda: whole(None, torch.float32),
     "network, every pair": lambda: whole(BOTH, torch.float32),
     "network, one kernel a step": lambda: whole(Plan(), torch.float32),
     "network, float16": lambda: whole(BOTH, HALF),
@@ -214,31 +213,32 @@ def refused() -> dict[str, str]:
     x, weight, bias = tensor(1, 4, 4, 16), tensor(3, 3, 16), tensor(16)
     wide = tensor(1, 2, 2, 272)
     calls: dict[str, Callable[[], Any]] = {
-        "dimensions": lambda: STEPS.depthwise(x[0], weight, bias),
-        "even": lambda: STEPS.depthwise(x, tensor(2, 2, 16), bias),
-        "layout": lambda: STEPS.depthwise(x.permute(0, 3, 1, 2), tensor(3, 3, 4), tensor(4)),
-        "type": lambda: STEPS.depthwise(x.double(), weight, bias),
-        "bias": lambda: STEPS.depthwise(x, weight, bias.half()),
-        "empty": lambda: STEPS.depthwise(x[:0], weight, bias),
-        "epilogue": lambda: STEPS.pointwise(x, tensor(16, 16), bias, "add"),
-        "channels": lambda: STEPS.gated(
+        "dimensions": lambda: steps.depthwise(x[0], weight, bias),
+        "even": lambda: steps.depthwise(x, tensor(2, 2, 16), bias),
+        "layout": lambda: steps.depthwise(x.permute(0, 3, 1, 2), tensor(3, 3, 4), tensor(4)),
+        "type": lambda: steps.depthwise(x.double(), weight, bias),
+        "bias": lambda: steps.depthwise(x, weight, bias.half()),
+        "empty": lambda: steps.depthwise(x[:0], weight, bias),
+        "epilogue": lambda: steps.pointwise(x, tensor(16, 16), bias, "add"),
+        "channels": lambda: steps.gated(
             wide, tensor(272, 272), tensor(272), wide, tensor(272, 272), tensor(272), wide
         ),
-        "tail": lambda: STEPS.mlp_tail(
+        "tail": lambda: steps.mlp_tail(
             x, weight, bias, tensor(272, 16), tensor(272), tensor(1, 4, 4, 272)
         ),
-        "integers": lambda: STEPS.patches(
+        "integers": lambda: steps.patches(
             torch.ones(1, 3, 8, 8).int(), tensor(3, 3, 3, 16), bias, 2
         ),
     }
-    messages = {}
-    for name, call in calls.items():
-        try:
-            call()
-            messages[name] = "was taken"
-        except UsageError as error:
-            messages[name] = str(error)
-    return messages
+    return {name: _message(call) for name, call in calls.items()}
+
+
+def _message(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except UsageError as error:
+        return str(error)
+    return "was taken"
 
 
 def main() -> None:
