@@ -177,9 +177,8 @@ class TestOnThisCpu:
         from van_deploy.runners.network import PYTORCH, Network
 
         bundle, names = Bundle.open(packaged), names_of(packaged)
-        side, channels = bundle.manifest.preprocessing.image_size, 1
-        channels = bundle.manifest.architecture.in_chans
-        images = np.random.default_rng(0).standard_normal((9, channels, side, side), np.float32)
+        shape = (9, bundle.manifest.architecture.in_chans, *bundle.manifest.preprocessing.sides)
+        images = np.random.default_rng(0).standard_normal(shape, np.float32)
         with Network(bundle, PYTORCH) as original:
             expected = next(iter(original.run(images).values()))
         for precision, floor in (("fp32", 100.0), ("bf16", 30.0)):

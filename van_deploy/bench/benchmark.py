@@ -26,6 +26,7 @@ from van_deploy.bench.timing import CV_LIMIT_PERCENT
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
 from van_deploy.config.bench import LEAST_ROUNDS
+from van_deploy.config.sizes import ImageSize, sides_of, size_text
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
@@ -46,7 +47,7 @@ VARIABLES = (
 )
 
 
-Sized = tuple[int, Path, list[Contender]]
+Sized = tuple[ImageSize, Path, list[Contender]]
 """An image size, the file of its images, and the contenders that take it."""
 
 
@@ -153,7 +154,7 @@ def _sized(
     for size in settings.image_sizes or (preprocessing.image_size,):
         at_size = preprocessing.override(image_size=size)
         checked = check_images(bundle.name, at_size, max(settings.batches))
-        described, path = checked.description, folder / f"images-{size}.npy"
+        described, path = checked.description, folder / f"images-{size_text(size)}.npy"
         np.save(path, checked.inputs)
         resized = list(contenders)
         if size != preprocessing.image_size:
@@ -224,7 +225,7 @@ def _with_reference(settings: BenchSettings, contenders: Sequence[Contender]) ->
     return settings.changed(reference=names[0])
 
 
-def _resized(contender: Contender, size: int, folder: Path) -> Contender:
+def _resized(contender: Contender, size: ImageSize, folder: Path) -> Contender:
     """Return a contender whose ONNX file is declared for another image size.
 
     After the rewrites nothing in a VAN's graph depends on the size of its input but the input's
@@ -237,12 +238,15 @@ def _resized(contender: Contender, size: int, folder: Path) -> Contender:
 
     from van_deploy.graph.files import save_onnx
 
-    target = folder / f"{source.stem}-{size}.onnx"
+    target = folder / f"{source.stem}-{size_text(size)}.onnx"
     if not target.exists():
         model = onnx.load_model(source)
         dims = model.graph.input[0].type.tensor_type.shape.dim
-        for axis in (1, 2) if contender.embedded == "uint8" else (2, 3):
-            dims[axis].dim_value = size
+        axes = (1, 2) if contender.embedded == "uint8" else (2, 3)
+        for axis, side in zip(axes, sides_of(size), strict=True):
+            dims[axis].dim_value = side
+        for value in model.graph.output:  # a backbone's maps have other sides then
+            value.type.tensor_type.ClearField("shape")
         del model.graph.value_info[:]  # shapes inferred for the old size
         save_onnx(model, target)
     return replace(contender, file=str(target))

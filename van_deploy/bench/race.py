@@ -29,6 +29,7 @@ from van_deploy.bench.gpu_state import GpuState
 from van_deploy.bench.process import WorkerError, WorkerProcess
 from van_deploy.bench.timing import Latency, Ratio, latency_of, percentile, ratio_of
 from van_deploy.config.bench import LEAST_ROUNDS, Budget
+from van_deploy.config.sizes import ImageSize
 
 __all__ = ["Lane", "Loading", "Race", "Row", "between", "nearest", "with_reference"]
 
@@ -71,7 +72,7 @@ class Row:
     Attributes:
         contender: which one.
         batch: images a call.
-        image_size: side of the input in pixels.
+        image_size: of the input in pixels: a side, or height and width.
         streams: calls in flight at the same time.
         latency: of all calls; on a GPU of one launch alone. None where it failed.
         images_per_s: over all streams; on a GPU of launches queued ahead. None where it failed.
@@ -96,7 +97,7 @@ class Row:
 
     contender: str
     batch: int
-    image_size: int
+    image_size: ImageSize
     streams: int
     latency: Latency | None = None
     images_per_s: float | None = None
@@ -307,7 +308,7 @@ class Race:
         self,
         images: Path,
         batch: int,
-        image_size: int,
+        image_size: ImageSize,
         budget: Budget,
         reference: str,
         only: set[str] | None = None,

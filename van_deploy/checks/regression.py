@@ -25,8 +25,8 @@ from van_deploy.checks.gates import (
     failed,
     skipped,
 )
-from van_deploy.checks.golden import Samples
 from van_deploy.checks.rules import at_least
+from van_deploy.checks.samples import Samples
 from van_deploy.checks.speed import SpeedRatio
 from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
 from van_deploy.errors import InputError

@@ -19,7 +19,7 @@ from van_deploy.data import open_image
 from van_deploy.data.decode import FORMATS
 from van_deploy.errors import VanDeployError
 from van_deploy.model.pixels import Pixels, pixels_from_image
-from van_deploy.runners.network import PYTORCH, Network
+from van_deploy.runners.network import PYTORCH, Network, require_classes
 from van_deploy.serve.intake import MIB, Intake
 from van_deploy.serve.metrics import ServerMetrics
 from van_deploy.serve.predict import named_classes
@@ -61,6 +61,7 @@ class Service:
             VanDeployError: an artefact is missing, was changed or does not run here.
         """
         settings = self.settings
+        require_classes(self.bundle, "serve")
         for artefact in settings.artefacts or usual_artefacts(self.bundle):
             network = Network(
                 *(self.bundle, artefact),
