@@ -205,3 +205,17 @@ def of_kernels(found: dict[str, Any]) -> dict[str, Any]:
         if row.get("error")
     ]
     return {"rows": rows, "tables": tables, "notes": notes, "facts": found}
+
+
+def kernels_step(path: Path) -> dict[str, Any]:
+    """Return a file of kernels.py, started by hand, as a step of a report."""
+    found = Context.read(path)
+    return {
+        "name": f"kernels-{found['variant'].removeprefix('van_')}-by-hand",
+        "about": "This project's kernels.",
+        "command": "python benchmarks/gpu/kernels.py",
+        "state": "done",
+        "reason": "",
+        "seconds": max((row.get("at_s", 0.0) for row in found["rows"]), default=None),
+        "content": of_kernels(found),
+    }
