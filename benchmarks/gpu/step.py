@@ -156,37 +156,32 @@ class Context:
 def of_kernels(found: dict[str, Any]) -> dict[str, Any]:
     """Return what kernels.py wrote as rows, tables and notes."""
     by_step: dict[str, list[dict[str, Any]]] = {}
-    tuned = False
     for row in found["rows"]:
-        tuned = tuned or row["step"] == "tuned"
-        by_step.setdefault(row["step"], []).append(
-            {**row, "tiles": "tuned" if tuned else "default"}
-        )
-    decibel = {row.get("plan"): row.get("db") for row in by_step.get("sqnr", ())}
-    timed = [*by_step.get("network", ()), *by_step.get("compiled", ()), *by_step.get("aoti", ())]
+        by_step.setdefault(row["step"], []).append(row)
+    decibel = {(row["variant"], row["plan"]): row.get("db") for row in by_step.get("sqnr", ())}
     rows = [
         {
-            "network": found["variant"],
+            "network": row["variant"],
             "image_size": found["size"],
             "runner": f"kernels, plan {row['plan']}, {row['tiles']} tiles",
             "group": "van-deploy",
             "precision": found["dtype"],
             "batch": row["batch"],
             "queued_ms": row["ms"],
-            "sqnr_db": decibel.get(row["plan"]),
+            "sqnr_db": decibel.get((row["variant"], row["plan"])),
             "compile_s": row.get("compile_s"),
             "note": "a CUDA graph, replayed",
         }
-        for row in timed
+        for row in by_step.get("network", ())
         if row.get("ms")
     ]
-    what = f"{found['variant']} {found['dtype']}"
+    what = f"kernels, {found['dtype']}"
     tables = {
         f"{what}: {title}": [
             {
                 key: value
                 for key, value in row.items()
-                if key not in ("step", "tiles", "tried", "where")
+                if key not in ("step", "tried", "where", "failures")
             }
             for row in by_step[step]
         ]
@@ -198,7 +193,7 @@ def of_kernels(found: dict[str, Any]) -> dict[str, Any]:
             {"kernel": name, "calls": calls, "us": us, "percent": 100 * us / row["total_us"]}
             for name, calls, us in row["kernels"]
         ]
-        tables[f"{what}: plan {row['plan']}, batch {row['batch']}, by kernel"] = lines
+        tables[f"{row['variant']}, {what}: plan {row['plan']}, batch {row['batch']}, by kernel"] = lines
     notes = [
         f"{row['step']} {row.get('key') or row.get('plan') or ''}: {row['error']}"
         for row in found["rows"]
