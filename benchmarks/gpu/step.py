@@ -138,7 +138,7 @@ class Context:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return of_kernels(content) if "facts" not in content else content
+        return of_kernels(content) if "dtype" in content else content
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file into the output folder, whole or not at all."""
