@@ -29,7 +29,8 @@ How to read the tables:
   name on this page, **x eager** against eager FP32 (whose convolutions compute in TF32, as
   PyTorch has it). `max-autotune` leaves Inductor's own convolution templates out: they never won
   against cuDNN.
-- **SQNR** is against the same network in FP32 without TF32 on the same images.
+- **SQNR** is against the same network in FP32 without TF32 on the same images; of part b against
+  ONNX Runtime's FP32 on the processor, on noise, which INT8 was not made for.
 - Weights are random with natural statistics unless a row says otherwise. Modes of
   `torch.compile` are tuned while other steps run, and their **first call** holds the time they
   were stopped for others; they are timed alone.
