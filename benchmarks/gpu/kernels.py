@@ -1,21 +1,24 @@
-"""The fused kernels on a GPU: checked, timed one by one, tuned, and as a whole network.
+"""The fused kernels on a GPU: checked, tuned one by one, and as a whole network.
 
-    python benchmarks/gpu/kernels.py all --variant van_b0 --batch 128 --dtype fp16 --out K.json
+    python benchmarks/gpu/kernels.py all --variant van_b0,van_b2 --dtype fp16 --out K.json
 
-``count`` needs no GPU. With ``TRITON_INTERPRET=1`` every step runs on the CPU, at tiny sizes,
-to rehearse it: ``--variant tiny --size 32 --batch 1``. Each row is written as soon as it is
-known; a kernel that fails is a row with its error.
+``count`` needs no GPU. ``store`` writes the tuned tiles of ``--out`` where the package reads
+them. With ``TRITON_INTERPRET=1`` every step runs on the CPU, at tiny sizes, to rehearse it:
+``--variant tiny --size 32 --batch 2``. Each row is written as soon as it is known; a kernel
+that fails is a row with its error.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import json
 import math
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -23,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # processes are forked below
@@ -30,24 +34,25 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # processes are for
 import torch
 import triton
 
-from van_deploy.kernels import launch, network, plain
-from van_deploy.kernels.launch import TILES, Launch, Tile, recorded
+from van_deploy.kernels import launch, network, plain, steps
+from van_deploy.kernels.launch import TILES, Launch, Tile, recorded, tile_key
 from van_deploy.kernels.network import FusedVan, Plan, fused
+from van_deploy.kernels.pointwise import LARGEST_CHAIN
 from van_deploy.model.random_weights import random_van, smooth_pictures
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+LIMITS = {"fp16": 2e-3, "bf16": 1.6e-2, "fp32": 1e-5}
 TINY = VanConfig((16, 32, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)
-PLANS = {
-    "auto": None,
-    "apart": Plan.apart(),
-    "gate": Plan(gate=True, widen=False, tail=False, chain=False),
-    "tail": Plan(gate=True, widen=False, tail=True, chain=False),
-    "widen": Plan(gate=True, widen=True, tail=True, chain=False),
-    "chain": Plan(gate=True, widen=False, tail=True, chain=True),
-    "all": Plan(),
+PLANS: dict[str, Plan | None] = {
+    "apart": Plan(),
+    "gate": Plan(gate=True),
+    "tail": Plan(tail=True),
+    "all": Plan(gate=True, tail=True),
+    "tuned": None,
 }
+FEW = 8192
 L2_BYTES = 128 * 2**20  # buffers that are rotated hold at least this together
 ON_GPU = not launch.INTERPRETED and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -55,31 +60,35 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one of the network's steps, on real data."""
+    """One call of one of the network's steps."""
 
     step: str
     arguments: tuple[Any, ...]
-    key: str
     launch: Launch
 
     @property
-    def name(self) -> str:
-        """Return the shape class, and what follows a fused tail."""
-        then = self.launch.arguments[18] if self.step == "mlp_tail" else 0
-        return self.key + (f"/then{then}" if then else "")
+    def key(self) -> str:
+        """Return its shape class."""
+        return self.launch.key
 
-    @property
-    def specification(self) -> tuple[Any, ...]:
-        """Return the step and its arguments' shapes and types: enough to compile it elsewhere."""
-        return self.step, tuple(
-            (tuple(a.shape), a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a
-            for a in self.arguments
-        )
+    def launch_with(self, tile: Tile) -> Launch:
+        """Return the launch with another tile, without running it."""
+        with trying(self.key, tile), recorded(run=False) as launches:
+            getattr(steps, self.step)(*self.arguments)
+        return launches[-1]
 
-    def run(self, arguments: tuple[Any, ...] | None = None) -> list[torch.Tensor]:
-        """Run the kernel and return its outputs."""
-        outs = getattr(network._KERNELS, self.step)(*(arguments or self.arguments))
-        return outs if isinstance(outs, list) else [outs]
+
+@contextlib.contextmanager
+def trying(key: str, tile: Tile) -> Iterator[None]:
+    """Use ``tile`` for ``key`` inside."""
+    before = TILES.get(key)
+    TILES[key] = tile
+    try:
+        yield
+    finally:
+        TILES.pop(key)
+        if before is not None:
+            TILES[key] = before
 
 
 class Results:
@@ -87,34 +96,35 @@ class Results:
 
     def __init__(self, path: Path, seconds: float) -> None:
         self.path, self.start, self.seconds = path, time.monotonic(), seconds
-        self.document: dict[str, Any] = {"rows": []}
+        self.document: dict[str, Any] = {"rows": [], "tuned": {}}
+        self.always: dict[str, Any] = {}
 
     @property
     def left(self) -> float:
         """Return the seconds that are left of the budget."""
         return self.seconds - (time.monotonic() - self.start)
 
-    def add(self, **row: Any) -> None:
-        """Add a row, write the file and print it."""
-        row["at_s"] = round(time.monotonic() - self.start, 1)
-        self.document["rows"].append(row)
+    def add(self, quiet: dict[str, Any] | None = None, **row: Any) -> None:
+        """Add a row, write the file and print the row without ``quiet``."""
+        row = {**self.always, **row, "at_s": round(time.monotonic() - self.start, 1)}
+        self.document["rows"].append(row | (quiet or {}))
         self.path.write_text(json.dumps(self.document, indent=1))
         print(" ".join(f"{k}={_short(v)}" for k, v in row.items()), flush=True)
 
     @contextlib.contextmanager
-    def guarded(self, **row: Any) -> Iterator[None]:
-        """Make a failure inside a row, and go on."""
+    def guarded(self, needs: float = 0.0, **row: Any) -> Iterator[bool]:
+        """Make a failure inside a row and go on; yield whether ``needs`` seconds are left."""
+        if self.left < needs:
+            self.add(**row, skipped="budget")
         try:
-            yield
+            yield self.left >= needs
         except Exception as error:
             where = traceback.format_exc().splitlines()[-7:]
             self.add(**row, error=f"{type(error).__name__}: {error}"[:600], where=where)
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def configuration(name: str) -> VanConfig:
@@ -137,24 +147,11 @@ def images(name: str, batch: int, size: int) -> torch.Tensor:
     return few.repeat(math.ceil(batch / len(few)), 1, 1, 1)[:batch]
 
 
-def built(name: str, dtype: torch.dtype, plan: Plan | None = None) -> FusedVan:
+def built(name: str, dtype: torch.dtype) -> FusedVan:
     """Return the fused network, on no device's terms yet."""
-    model = fused(original(name), dtype, plan=plan, fallback=True)
+    model = fused(original(name), dtype, fallback=True)
     model.fallbacks = ()
     return model
-
-
-def launches_of(
-    model: FusedVan, name: str, batch: int, size: int, plan: Plan | None
-) -> list[Launch]:
-    """Return every launch of the network for a batch, without running it."""
-    import copy
-
-    ghost = copy.deepcopy(model).to("meta")
-    ghost.plan = plan
-    with recorded(run=False) as launches, torch.no_grad():
-        ghost(torch.empty(batch, configuration(name).in_chans, size, size, device="meta"))
-    return launches
 
 
 def operations(made: Launch) -> int:
@@ -167,121 +164,128 @@ def operations(made: Launch) -> int:
     if kind == "pointwise":
         return 2 * pixels * math.prod(shapes[1])
     if kind == "gated":
-        wide = math.prod(shapes[8]) if made.arguments[14] else 0
-        return 2 * pixels * (2 * math.prod(shapes[1]) + wide)
+        return 4 * pixels * math.prod(shapes[1])
     if kind == "mlp_tail":
-        following = shapes[3][0] ** 2 if len(shapes[7]) == 2 else 0
-        return 2 * pixels * (9 * x[3] + math.prod(shapes[3]) + following)
+        return 2 * pixels * (9 * x[3] + math.prod(shapes[3]))
+    if kind == "layer_norm":
+        return 8 * math.prod(x)
     return 2 * math.prod(shapes[3][:3]) * math.prod(shapes[1])
 
 
-def calls_of(model: FusedVan, x: torch.Tensor, plan: Plan | None) -> list[Call]:
-    """Run the network once and return every call of a kernel, in order."""
-    calls: list[Call] = []
-    real = network._KERNELS
+def calls_of(
+    model: FusedVan, x: torch.Tensor, plans: list[str]
+) -> tuple[dict[str, Call], Counter[str]]:
+    """Run the network once a plan; return one call of each shape class, and their counts."""
+    calls: dict[str, Call] = {}
+    counts: Counter[str] = Counter()
+    real = network.steps
 
     def noted(step: str) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            with recorded() as launches:
-                outs = getattr(real, step)(*arguments)
-            calls.append(Call(step, arguments, launches[-1].key, launches[-1]))
-            return outs
+            with recorded(run=x.device.type != "meta") as launches:
+                out = getattr(real, step)(*arguments)
+            calls.setdefault(launches[-1].key, Call(step, arguments, launches[-1]))
+            seen[launches[-1].key] += 1
+            return out
 
         return run
 
-    steps = ("depthwise", "pointwise", "gated", "mlp_tail", "patches")
-    network._KERNELS = network._Steps(**{step: noted(step) for step in steps})
-    model.plan = plan
+    network.steps = SimpleNamespace(**{step: noted(step) for step in steps.__all__})
     try:
-        with torch.no_grad():
-            model(x)
+        for name in plans:
+            seen: Counter[str] = Counter()
+            model.plan = PLANS[name]
+            with torch.no_grad():
+                model(x)
+            counts |= seen
     finally:
-        network._KERNELS = real
-    return calls
+        network.steps, model.plan = real, None
+    return calls, counts
 
 
-def candidates(made: Launch, limit: int = 99) -> list[Tile]:
-    """Return the tiles to try for a launch: its own first."""
-    own, kind = dict(made.tile), made.key.split("/")[0]
-    tensors = [a for a in made.arguments if isinstance(a, torch.Tensor)]
-    pixels = math.prod(tensors[0].shape[:3])
-    few = pixels < 8192
-    changes: list[Tile] = []
+def ghosts(args: Any, model: FusedVan, batch: int, plans: list[str]) -> dict[str, Call]:
+    """Return the calls of the network on no device."""
+    size, channels = args.size, model.patch_embed1.weight.shape[2]
+    x = torch.empty(batch, channels, size, size, device="meta", dtype=model.dtype)
+    return calls_of(copy.deepcopy(model).to("meta"), x, plans)[0]
+
+
+def candidates(call: Call) -> list[Tile]:
+    """Return the tiles to try for a call: its own first."""
+    made, kind = call.launch, call.key.split("/")[0]
+    own, shapes = dict(made.tile), [a.shape for a in made.arguments if isinstance(a, torch.Tensor)]
+    few = math.prod(shapes[-1][:3]) < FEW
+    names: tuple[str, ...]
+    tries: list[tuple[int, ...]] = []
     if kind == "depthwise":
-        height, channels = tensors[0].shape[1], tensors[0].shape[3]
-        side = tensors[1].shape[0]
+        names = ("ROWS", "BLOCK_P", "BLOCK_C", "ROLL", "num_warps")
+        height, channels, side = shapes[0][1], shapes[0][3], shapes[1][0]
         wide = 64 if channels % 64 == 0 else 32
-        rows = [1, 2, 4] if few else [3, 4, 5, 7]
-        changes = [{"ROWS": r} for r in rows if (r - 1) * (3 if side == 7 else 1) < height]
-        changes += [{"BLOCK_C": wide}, {"BLOCK_C": wide, "num_warps": 8}, {"BLOCK_P": 64}]
-        changes += [{"UNROLL": 1}, {"BLOCK_P": 16}, {"BLOCK_P": 16, "num_warps": 2}]
-        changes += [{"BLOCK_P": 8, "num_warps": 1}, {"BLOCK_P": 8, "num_warps": 1, "ROWS": 2}]
-        if made.arguments[11]:
-            changes += [{"ERF": 0}]
-    elif kind == "pointwise":
-        tiles = [(16, 16), (16, 64), (32, 32), (32, 64), (64, 32)]
-        if not few:
-            tiles = [(64, 32), (64, 64), (128, 32), (128, 64), (128, 128), (64, 256), (256, 64)]
-        outer = tensors[1].shape[0]
-        for m, n in tiles:
-            if n <= 16 or n < 2 * outer:
-                warps = 8 if m * n > 8192 else 4 if m * n > 1024 else 2
-                changes.append({"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps})
-        changes += [{"num_stages": own["num_stages"] % 4 + 1}, {"BLOCK_K": 32}]
-        if made.arguments[8] == 1 and not few:
-            changes += [{"ERF": 0}]
-    elif kind == "gated":
-        sizes = (16, 32) if few else (32, 64, 128)
-        changes = [{"BLOCK_M": m, "num_warps": warps} for m in sizes for warps in (4, 8)]
-        changes += [{"num_stages": 1}, {"num_stages": 3}, {"BLOCK_J": 16 if few else 64}]
-    elif kind == "mlp_tail":
-        block_c = launch.power_block(tensors[5].shape[3], 256)
-        for rows, p in ((1, 16), (1, 32), (2, 16)) if few else ((1, 64), (2, 64), (4, 64), (2, 32)):
-            for h in (32, 64):
-                for warps in (4, 8):
-                    if rows * p * (h + block_c) <= 96 * warps * 32:
-                        changes.append(
-                            {"ROWS": rows, "BLOCK_P": p, "BLOCK_H": h, "num_warps": warps}
-                        )
-        changes += [{"UNROLL": 1}, {"ERF": 0}, {"BLOCK_H": 16}]
-    else:
-        for m, n in ((16, 32), (32, 32), (64, 32), (64, 64), (128, 64)):
-            changes.append({"BLOCK_M": m, "BLOCK_N": n})
-        changes += [{"num_stages": 2}]
-    tiles_seen, found = set(), []
-    for change in [{}, *changes]:
-        tile = {**own, **change}
-        if (text := str(tile)) not in tiles_seen:
-            tiles_seen.add(text)
-            found.append(tile)
-    return found[:limit]
-
-
-def _launch_of(step: str, arguments: tuple[Any, ...], key: str, tile: Tile) -> Launch:
-    """Return the launch that a step makes with ``tile``, without running it."""
-    before = TILES.get(key)
-    TILES[key] = tile
-    try:
-        with recorded(run=False) as launches:
-            getattr(network._KERNELS, step)(*arguments)
-        return launches[-1]
-    finally:
-        TILES.pop(key)
-        if before is not None:
-            TILES[key] = before
-
-
-def _signature(made: Launch) -> str:
-    """Return what a launch's machine code depends on."""
-    parts = []
-    for value, parameter in zip(made.arguments, made.kernel.params, strict=False):
-        if isinstance(value, torch.Tensor):
-            parts.append(str(value.dtype))
-        elif parameter.is_constexpr or not isinstance(value, int) or isinstance(value, bool):
-            parts.append(str(value))
+        if few:
+            tries = [(1, 8, 32, 0, 2), (1, 4, 32, 0, 1), (1, 8, 32, 0, 1), (1, 16, 32, 0, 4)]
+            tries += [(2, 8, 32, 0, 2), (1, 4, 32, 0, 2)]
+            tries += [(4, 8, 32, 1, 2)] if side == 3 else [(3, 8, 32, 0, 4)]
+        elif side == 3:
+            tries = [(7, 16, 32, 1, 4), (7, 32 * 32 // wide, wide, 1, 4), (14, 16, 32, 1, 4)]
+            tries += [(7, 8, 64, 1, 4), (7, 16, 32, 0, 4), (4, 32, 32, 0, 4), (7, 8, 32, 1, 2)]
+        elif side == 5:
+            tries = [(7, 16, 32, 0, 4), (14, 16, 32, 0, 4), (4, 16, 32, 0, 4), (7, 8, 32, 0, 2)]
+            tries += [(7, 8, 32, 0, 4), (7, 8, 32, 1, 4)]
         else:
-            parts.append("1" if value == 1 else "16" if value % 16 == 0 else "i")
-    return f"{made.kernel.fn.__name__} {parts} {made.tile}"
+            tries = [(5, 16, 32, 0, 4), (10, 16, 32, 0, 4), (3, 16, 32, 0, 4), (5, 8, 32, 0, 2)]
+            tries += [(5, 8, 32, 0, 4)]
+        dilation = int(call.key.split("/")[1].split("x")[1])
+        tries = [t for t in tries if (t[0] - 1) * dilation < height and channels % t[2] == 0]
+    elif kind == "pointwise":
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "REPEAT", "num_warps", "num_stages")
+        outer, inner = shapes[1]
+        step, whole = own["BLOCK_K"], launch.power_block(inner, 256)
+        once = inner <= 256 and inner % whole == 0
+        n = own["BLOCK_N"] if few else launch.divisor_block(outer, 256)
+        if few:
+            tries = [(16, 32, step, 1, 2, 4), (16, 64, step, 1, 4, 4), (32, 32, step, 1, 4, 4)]
+            tries += [(16, 16, step, 1, 1, 4), (64, 32, step, 1, 4, 4)]
+            tries += [(16, 32, min(whole, 128), 1, 4, 3)] if inner % 128 == 0 else []
+        elif n <= 64:
+            broad = n if n == outer else launch.power_block(outer, 256)
+            tries = [(64, n, step, 1, 4, 3), (128, n, step, 1, 8, 3), (256, n, step, 1, 8, 3)]
+            tries += [(128, n, step, 1, 4, 3), (64, broad, step, 1, 4, 3)]
+            tries += [(128, n, whole, 4, 4, 3), (64, n, whole, 4, 4, 3)] if once else []
+            tries += [(128, n, 2 * step, 1, 4, 3), (128, n, step, 1, 4, 5)] if inner > 128 else []
+        else:
+            tries = [(128, 128, step, 1, 8, 3), (64, 128, step, 1, 4, 3), (128, n, step, 1, 8, 3)]
+            tries += [(64, n, step, 1, 4, 3), (256, 64, step, 1, 8, 3), (128, 64, step, 1, 4, 3)]
+            tries += [(128, 128, whole, 4, 8, 3), (64, 128, whole, 4, 4, 3)] if once else []
+    elif kind == "gated":
+        names = ("BLOCK_M", "BLOCK_J", "num_warps", "num_stages")
+        j = own["BLOCK_J"]
+        sizes = [] if few else [(64, 4), (128, 8), (64, 8), (32, 4)]
+        tries = [(m, j, warps, 2) for m, warps in sizes]
+    elif kind == "mlp_tail":
+        names = ("ROWS", "BLOCK_P", "BLOCK_H", "num_warps")
+        tries = [] if few else [(1, 64, 32, 4), (1, 64, 64, 8), (2, 64, 16, 4), (1, 128, 32, 8)]
+    elif kind == "layer_norm":
+        names = ("BLOCK_M", "num_warps")
+        m = own["BLOCK_M"]
+        tries = [(m * 2, 4), (max(1, m // 2), 4), (max(1, m // 2), 2), (m * 2, 8)]
+    else:
+        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+        n = own["BLOCK_N"]
+        tries = [
+            (64, n, 4, 2),
+            (128, n, 4, 3),
+            (64, n, 4, 4),
+            (64, min(64, n), 2, 3),
+            (32, n, 4, 3),
+        ]
+        if few:
+            tries = [(16, 16, 2, 4), (16, 32, 2, 3), (16, 32, 4, 5), (32, 32, 4, 3)]
+    found = [own]
+    for values in tries:
+        tile = {**own, **dict(zip(names, values, strict=True))}
+        if tile not in found:
+            found.append(tile)
+    return found
 
 
 Job = tuple[str, tuple[Any, ...], str, Tile]
@@ -290,14 +294,20 @@ Job = tuple[str, tuple[Any, ...], str, Tile]
 def _compile(job: Job) -> str:
     """Compile one launch into Triton's cache, in a process of its own."""
     step, arguments, key, tile = job
-    ghosts = tuple(
-        torch.empty_strided(a[0], a[1], dtype=a[2], device="meta") if isinstance(a, tuple) else a
-        for a in arguments
-    )
     try:
-        made = _launch_of(step, ghosts, key, tile)
+        TILES[key] = tile
+        with recorded(run=False) as launches:
+            getattr(steps, step)(
+                *(
+                    torch.empty_strided(a[0], a[1], dtype=a[2], device="meta")
+                    if isinstance(a, tuple)
+                    else a
+                    for a in arguments
+                )
+            )
+        made = launches[-1]
         known = [a.dtype if isinstance(a, torch.Tensor) else a for a in made.arguments]
-        made.kernel.warmup(*known, grid=made.grid, **made.tile)
+        made.kernel.warmup(*known, grid=made.grid, **launch.options(made.tile))
     except Exception as error:
         return f"{key} {tile}: {type(error).__name__} {error}"[:300]
     return ""
@@ -310,40 +320,55 @@ class Compiler:
         self.results, self.seen = results, set[str]()
         self.pool = multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1))
 
-    def compile(self, jobs: list[tuple[Call, Tile]]) -> Any:
-        """Start to compile each call with its tile, in parallel."""
-        wanted = []
-        for call, tile in jobs:
-            with contextlib.suppress(Exception):  # told when it is timed
-                made = _launch_of(call.step, call.arguments, call.key, tile)
-                if (text := _signature(made)) not in self.seen:
-                    self.seen.add(text)
-                    wanted.append((*call.specification, call.key, tile))
+    def compile(self, calls: dict[str, Call], tiles: Callable[[Call], list[Tile]]) -> Any:
+        """Start to compile each call with its tiles, in parallel."""
+        wanted: list[Job] = []
         if launch.INTERPRETED:
-            self.results.add(step="precompile", kernels=len(wanted), skipped="interpreted")
             return None
+        for call in calls.values():
+            plain_arguments = tuple(
+                (tuple(a.shape), a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a
+                for a in call.arguments
+            )
+            for tile in tiles(call):
+                text = _signature(call.launch_with(tile))
+                if text not in self.seen:
+                    self.seen.add(text)
+                    wanted.append((call.step, plain_arguments, call.key, tile))
         return self.pool.map_async(_compile, wanted, chunksize=1)
 
-    def wait(self, waiting: Any) -> bool:
-        """Wait until the kernels of :meth:`compile` are in the cache; whether most are."""
+    def wait(self, waiting: Any, **row: Any) -> None:
+        """Wait until the kernels of :meth:`compile` are in the cache."""
         if waiting is None:
-            return True
-        found, failures = [""], [""]
+            return
         start = time.monotonic()
-        with self.results.guarded(step="precompile"):
+        with self.results.guarded(step="precompile", **row):
             found = waiting.get(timeout=max(10.0, self.results.left))
             failures = [f for f in found if f]
             self.results.add(
+                {"failures": failures[:20]},
                 step="precompile",
+                **row,
                 kernels=len(found),
                 waited_s=round(time.monotonic() - start, 1),
                 failed=len(failures),
-                failures=failures[:20],
             )
-        return 2 * len(failures) < len(found)
 
 
-def timed(run: Callable[[int], Any], copies: int, budget_s: float = 0.05) -> float:
+def _signature(made: Launch) -> str:
+    """Return what a launch's machine code depends on."""
+    parts = []
+    for value, parameter in zip(made.arguments, made.kernel.params, strict=False):
+        if isinstance(value, torch.Tensor):
+            parts.append(str(value.dtype))
+        elif parameter.is_constexpr or not isinstance(value, int) or isinstance(value, bool):
+            parts.append(str(value))
+        else:
+            parts.append("1" if value == 1 else "16" if value % 16 == 0 else "i")
+    return f"{made.key.split('/')[0]} {parts} {made.tile}"
+
+
+def timed(run: Callable[[int], Any], copies: int, span: float = 0.01) -> float:
     """Return the median seconds of ``run(i)``, i going round ``copies`` sets of inputs.
 
     On a GPU by replays of a CUDA graph that holds one run on every set.
@@ -352,31 +377,35 @@ def timed(run: Callable[[int], Any], copies: int, budget_s: float = 0.05) -> flo
         start = time.perf_counter()
         run(0)
         return time.perf_counter() - start
+    repeats = copies * max(1, 8 // copies)
+    graph = captured(lambda: [run(number % copies) for number in range(repeats)], 1)
+    return replay_time(graph, span) / repeats
+
+
+def captured(run: Callable[[], Any], warm: int = 2) -> Any:
+    """Return a CUDA graph of ``run``."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(0)
+    with torch.cuda.stream(stream), torch.no_grad():
+        for _ in range(warm):
+            run()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    repeats = copies * max(1, 8 // copies)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for number in range(repeats):
-            run(number % copies)
-    return replay_time(graph, budget_s) / repeats
+    with torch.cuda.graph(graph), torch.no_grad():
+        run()
+    return graph
 
 
-def replay_time(graph: Any, budget_s: float) -> float:
-    """Return the median seconds of a CUDA graph's replay, over about ``budget_s``."""
-    graph.replay()
-    torch.cuda.synchronize()
+def replay_time(graph: Any, span: float) -> float:
+    """Return the median seconds of a CUDA graph's replay, over about ``span`` seconds."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    events[0].record()
-    graph.replay()
-    events[1].record()
+    for event in events:
+        graph.replay()
+        event.record()
     torch.cuda.synchronize()
     once = events[0].elapsed_time(events[1]) / 1e3
-    count = max(5, min(200, int(budget_s / max(once, 1e-6))))
+    count = max(5, min(200, int(span / max(once, 1e-6))))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -391,7 +420,7 @@ def copy_bandwidth() -> float:
     """Return bytes read and written a second by a large copy on the device."""
     source = torch.randn(2**28 if ON_GPU else 2**16, device=DEVICE)
     target = torch.empty_like(source)
-    seconds = timed(lambda _: target.copy_(source), 1, 0.1)
+    seconds = timed(lambda _: target.copy_(source), 1, 0.05)
     return 2 * source.numel() * source.element_size() / seconds
 
 
@@ -416,151 +445,120 @@ def walled(tensor: Any) -> Any:
     return flat[128:-128].view(tensor.shape)
 
 
-def error_of(call: Call) -> float:
-    """Return the relative error of a kernel against float64 PyTorch; NaN if it left a hole."""
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative error; NaN if the kernel left a hole."""
+    return float((found.to(expected.dtype) - expected).norm() / expected.norm())
+
+
+def tune(args: Any, results: Results, model: FusedVan, batch: int, bandwidth: float) -> None:
+    """Check and time every kernel of the network, and keep its best tile."""
+    x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
+    calls, counts = calls_of(model, x, ["apart", "all"] if args.fused else ["apart"])
+    times: dict[str, float] = {}
+    for key, call in calls.items():
+        with (
+            results.guarded(args.keep, step="each", key=key, batch=batch) as enough,
+            torch.no_grad(),
+        ):
+            if enough:
+                times[key] = tune_call(args, results, call, counts[key], batch, bandwidth)
+    config, side = configuration(args.variant), args.size
+    for stage, channels in enumerate(config.embed_dims if args.tries > 1 else ()):
+        side = (side - 1) // config.strides[stage] + 1
+        pixels, hidden = batch * side * side, config.hidden_dims[stage]
+
+        def us(kind: str, *sizes: int, pixels: int = pixels) -> float:
+            return times.get(tile_key(kind, sizes, pixels), math.inf)
+
+        square = (channels, channels)
+        gate = us("gated", channels) < us("pointwise", 2, *square) + us("pointwise", 3, *square)
+        dw3 = us("depthwise", 3, 1, hidden) + us("pointwise", 3, hidden, channels)
+        tail = us("mlp_tail", hidden, channels) < dw3
+        if channels <= LARGEST_CHAIN:
+            plan = {"gate": int(gate), "tail": int(tail)}
+            TILES[tile_key("plan", (channels,), pixels)] = plan
+            results.add(step="plan", batch=batch, stage=stage + 1, **plan)
+    if args.tries > 1:
+        results.document["tuned"] = {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())}
+        model.tiles = TILES
+
+
+def tune_call(
+    args: Any, results: Results, call: Call, count: int, batch: int, bandwidth: float
+) -> float:
+    """Check and time one kernel with its tiles; return the best time in microseconds."""
+    run = getattr(steps, call.step)
     doubles = [a.double() if isinstance(a, torch.Tensor) else a for a in call.arguments]
-    expected = getattr(plain, call.step)(*doubles)
-    expected = expected if isinstance(expected, list) else [expected]
-    with poisoned():
-        found = call.run(tuple(walled(a) for a in call.arguments))
-    pairs = zip(found, expected, strict=True)
-    return max(float((f.double() - e).norm() / e.norm()) for f, e in pairs)
-
-
-def unique(calls: list[Call]) -> dict[str, tuple[Call, int]]:
-    """Return one call of each shape class, and how many there are."""
-    counts = Counter(call.name for call in calls)
-    return {call.name: (call, counts[call.name]) for call in calls}
-
-
-def gather(args: Any, model: FusedVan, batch: int, plans: list[str]) -> dict[str, tuple[Call, int]]:
-    """Return the calls of several plans on the device."""
-    x = images(args.variant, batch, args.size).to(DEVICE)
-    found: dict[str, tuple[Call, int]] = {}
-    for name in plans:
-        for key, value in unique(calls_of(model, x, PLANS[name])).items():
-            found.setdefault(key, value)
-    return found
-
-
-def check(args: Any, results: Results, model: FusedVan, batch: int) -> None:
-    """Compare every kernel with float64 PyTorch at the network's shapes."""
-    limit = {"fp16": 2e-3, "bf16": 1.6e-2, "fp32": 1e-5}[args.dtype]
-    for key, (call, _) in gather(args, model, batch, ["apart", "tail", "all"]).items():
-        with results.guarded(step="check", key=key), torch.no_grad():
-            error = error_of(call)
-            results.add(step="check", key=key, relative_error=error, passed=error <= limit)
-
-
-def every_launch(
-    args: Any, results: Results, model: FusedVan, batch: int, bandwidth: float, all_tiles: bool
-) -> None:
-    """Time every launch, with the tiles there are to try, and keep the best of each."""
-    for name, (call, count) in gather(args, model, batch, ["tail", "apart", "all"]).items():
-        key = call.key
-        if results.left < (70 if batch > 1 else 45):  # what the network's steps need
-            results.add(step="each", key=name, skipped="budget")
-            continue
-        copies = max(1, min(12, L2_BYTES // max(call.launch.bytes, 1)))
-        sets = [call.arguments] + [
-            tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in call.arguments)
-            for _ in range(copies - 1)
-        ]
-        tried: list[dict[str, Any]] = []
-        base: list[torch.Tensor] = []
-        before = TILES.get(key)
-        alone = not all_tiles or "/then" in name
-        for tile in [dict(call.launch.tile)] if alone else candidates(call.launch, args.tries):
-            TILES[key] = tile
-            try:
-                with torch.no_grad(), poisoned():
-                    outs = call.run()
-                base = base or [o.clone() for o in outs]
-                pairs = zip(outs, base, strict=True)
-                off = max(
-                    float((o.float() - b.float()).norm() / b.float().norm()) for o, b in pairs
-                )
-                del outs
-                with torch.no_grad():
-                    seconds = timed(lambda i: call.run(sets[i]), copies, args.span)
-                tried.append({"us": round(seconds * 1e6, 2), "tile": tile, "off": off})
-            except Exception as error:
-                tried.append({"error": f"{type(error).__name__}: {error}"[:200], "tile": tile})
-            finally:
-                TILES.pop(key, None)
-        if before is not None:
-            TILES[key] = before
-        good = sorted((t for t in tried if t.get("off", 1.0) < 2e-2), key=lambda t: t["us"])
-        if not good:
-            results.add(step="each", key=name, batch=batch, error="no tile works", tried=tried[:3])
-            continue
-        best, moved, done = good[0], call.launch.bytes, operations(call.launch)
-        if not alone:
-            TILES[key] = best["tile"]
-        results.add(
-            step="each",
-            key=name,
-            batch=batch,
-            count=count,
-            bytes=moved,
-            operations=done,
-            us=best["us"],
-            default_us=tried[0].get("us"),
-            gb_s=round(moved / best["us"] / 1e3, 1),
-            of_copy=round(moved / best["us"] * 1e6 / bandwidth, 3),
-            tflop_s=round(done / best["us"] / 1e6, 2),
-            tile=best["tile"],
-        )
-        results.document["rows"][-1]["tried"] = tried
-    tuned = {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())}
-    results.document["tuned"] = tuned
-    results.add(step="tuned", batch=batch, keys=len(tuned))
-
-
-def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the signal-to-noise ratio of logits in dB."""
-    noise = (found.double() - expected).square().sum()
-    return float(10 * torch.log10(expected.square().sum() / noise))
+    expected = getattr(plain, call.step)(*doubles).float()
+    del doubles
+    guarded = tuple(walled(a) for a in call.arguments)
+    copies = max(1, min(12, L2_BYTES // max(call.launch.bytes, 1)))
+    sets = [call.arguments] + [
+        tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in call.arguments)
+        for _ in range(copies - 1)
+    ]
+    tried: list[dict[str, Any]] = []
+    tiles = candidates(call)[: args.tries]
+    for tile in tiles:
+        try:
+            with trying(call.key, tile):
+                with poisoned():
+                    error = off(run(*guarded), expected)
+                seconds = timed(lambda i: run(*sets[i]), copies, args.span)
+            tried.append({"us": round(seconds * 1e6, 2), "tile": tile, "relative_error": error})
+        except Exception as error:
+            tried.append({"error": f"{type(error).__name__}: {error}"[:200], "tile": tile})
+    good = [t for t in tried if t.get("relative_error", math.inf) <= LIMITS[args.dtype]]
+    bad = len(tried) - len(good)
+    if not good:
+        results.add({"tried": tried}, step="each", key=call.key, batch=batch, error="no tile works")
+        return math.inf
+    best = min(good, key=lambda t: t["us"])
+    if len(tiles) > 1:
+        TILES[call.key] = best["tile"]
+    moved, done = call.launch.bytes, operations(call.launch)
+    results.add(
+        {"tried": tried},
+        step="each",
+        key=call.key,
+        batch=batch,
+        count=count,
+        bytes=moved,
+        operations=done,
+        us=best["us"],
+        default_us=tried[0].get("us"),
+        of_copy=round(moved / best["us"] * 1e6 / bandwidth, 3),
+        tflop_s=round(done / best["us"] / 1e6, 2),
+        relative_error=best["relative_error"],
+        failed_tiles=bad,
+        tile=best["tile"],
+    )
+    return float(best["us"])
 
 
 def fidelity(args: Any, results: Results, model: FusedVan) -> None:
     """Compare logits with those of the original network in float64."""
-    import copy
-
     with results.guarded(step="sqnr"), torch.no_grad():
         x = images(args.variant, 2, args.size)
         double = copy.deepcopy(original(args.variant)).double().to(DEVICE)
-        expected = double(x.double().to(DEVICE)).cpu()
-        for name in ("auto", "apart", "all"):
+        expected = double(x.double().to(DEVICE))
+        for name in ("apart", "all"):
             model.plan = PLANS[name]
-            found = model(x.to(DEVICE)).cpu()
-            results.add(step="sqnr", plan=name, db=round(sqnr(found, expected), 2))
-
-
-def captured(run: Callable[[], torch.Tensor]) -> Any:
-    """Return a CUDA graph of ``run``."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        run()
-    return graph
+            noise = (model(x.to(DEVICE)).double() - expected).square().sum()
+            db = float(10 * torch.log10(expected.square().sum() / noise))
+            results.add(step="sqnr", plan=name, db=round(db, 2))
+    model.plan = None
 
 
 def time_network(results: Results, model: Any, x: torch.Tensor, profile: bool, **row: Any) -> None:
     """Time a network under a CUDA graph, and share the time among its kernels."""
     batch = len(x)
     if not ON_GPU:
-        seconds = timed(lambda _: model(x), 1)
-        results.add(step="network", batch=batch, ms=seconds * 1e3, **row)
+        row |= {"batch": batch, "ms": timed(lambda _: model(x), 1) * 1e3}
+        results.add(step="network", **row)
         return
     graph = captured(lambda: model(x))
-    seconds = replay_time(graph, 0.3)
+    seconds = replay_time(graph, 0.25)
     row |= {"batch": batch, "ms": round(seconds * 1e3, 4), "images_s": round(batch / seconds, 1)}
     results.add(step="network", **row)
     if profile:
@@ -572,165 +570,251 @@ def time_network(results: Results, model: Any, x: torch.Tensor, profile: bool, *
             torch.cuda.synchronize()
         events = [e for e in seen.key_averages() if e.self_device_time_total > 0]
         rows = sorted(events, key=lambda e: -e.self_device_time_total)
-        shares = [[e.key[:70], e.count, round(e.self_device_time_total, 1)] for e in rows[:24]]
+        shares = [[e.key[:70], e.count, round(e.self_device_time_total, 1)] for e in rows[:16]]
         total = round(sum(e.self_device_time_total for e in rows), 1)
         results.add(
             step="profile", batch=batch, plan=row.get("plan"), total_us=total, kernels=shares
         )
 
 
-def whole(args: Any, results: Results, model: FusedVan, batches: list[int], plans: str) -> None:
+def whole(args: Any, results: Results, model: FusedVan, batch: int, plans: str, tiles: str) -> None:
     """Time the whole network with each plan."""
-    for batch in batches:
-        x = images(args.variant, batch, args.size).to(DEVICE, DTYPES[args.dtype])
-        for name in plans.split(","):
-            plan = PLANS[name]
-            if results.left < 0:
-                results.add(step="network", batch=batch, plan=name, skipped="budget")
-                continue
-            with results.guarded(step="network", batch=batch, plan=name):
-                model.plan = plan
-                time_network(results, model, x, name in ("auto", "apart"), plan=name)
+    x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
+    for name in plans.split(","):
+        row = {"batch": batch, "plan": name, "tiles": tiles}
+        with results.guarded(1.0, step="network", **row) as enough:
+            model.plan = PLANS[name]
+            if enough:
+                time_network(results, model, x, name == "tuned", **row)
     model.plan = None
 
 
-def compiled(args: Any, results: Results, model: FusedVan, batches: list[int]) -> None:
-    """Time the network through torch.compile, and build the inductor package."""
-    for batch in batches:
-        if results.left < 20:
-            results.add(step="compiled", batch=batch, skipped="budget")
-            continue
-        x = images(args.variant, batch, args.size).to(DEVICE, DTYPES[args.dtype])
-        with results.guarded(step="compiled", batch=batch):
-            start = time.monotonic()
-            torch._dynamo.reset()
-            faster = torch.compile(model, fullgraph=True, dynamic=False)
-            with torch.no_grad():
-                faster(x)
-            spent = round(time.monotonic() - start, 1)
-            time_network(results, faster, x, batch == batches[-1], plan="compiled", compile_s=spent)
-    if results.left < 20 or not ON_GPU:
+def early(args: Any, results: Results, model: FusedVan, batch: int, compiler: Compiler) -> None:
+    """Keep programmatic dependent launch in the tiles if the network is faster with it."""
+    keys = {call.key for call in ghosts(args, model, batch, ["tuned"]).values()}
+    before = {key: dict(TILES[key]) for key in keys if key in TILES}
+    x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
+    with results.guarded(8.0, step="early", batch=batch) as enough, torch.no_grad():
+        if not enough:
+            return
+        logits, without = model(x), replay_time(captured(lambda: model(x)), 0.1)
+        TILES.update({key: {**tile, "PDL": 1} for key, tile in before.items()})
+        calls = ghosts(args, model, batch, ["tuned"])
+        compiler.wait(compiler.compile(calls, lambda call: [dict(call.launch.tile)]))
+        error = off(model(x), logits)
+        seconds = replay_time(captured(lambda: model(x)), 0.1)
+        kept = error < 1e-3 and seconds < without
+        row = {"ms": round(seconds * 1e3, 4), "without_ms": round(without * 1e3, 4)}
+        results.add(step="early", batch=batch, **row, error_to_without=error, kept=kept)
+        if not kept:
+            TILES.update(before)
+        results.document["tuned"] = {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())}
         return
-    with results.guarded(step="aoti"), torch.no_grad():
-        start = time.monotonic()
-        x = images(args.variant, batches[0], args.size).to(DEVICE, DTYPES[args.dtype])
-        program = torch.export.export(model, (x,))
-        path = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(args.out.with_suffix(".pt2").resolve())
-        )
-        package = torch._inductor.aoti_load_package(path)
-        off = float((package(x) - model(x)).norm() / model(x).norm())
-        spent = round(time.monotonic() - start, 1)
-        results.add(step="aoti", batch=batches[0], compile_s=spent, off=off)
-        time_network(results, package, x, False, plan="aoti")
+    TILES.update(before)
+
+
+def compiled(args: Any, results: Results) -> int:
+    """Compile the network by torch.compile and into a package; time both once ``--go`` exists."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    model = built(args.variant, DTYPES[args.dtype]).to(DEVICE)
+    TILES.update(json.loads(args.tiles.read_text())["tuned"])
+    model.tiles = TILES
+    ready: list[tuple[Any, torch.Tensor, dict[str, Any]]] = []
+    results.always = {"variant": args.variant}
+    largest, least = (int(b) for b in args.batch.split(","))
+    for how, batch in (("torch.compile", largest), ("package", least)):
+        x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
+        if args.go and args.go.exists():
+            continue  # too late for another
+        with results.guarded(step="compiled", batch=batch, how=how), torch.no_grad():
+            start = time.monotonic()
+            if how == "torch.compile":
+                made = torch.compile(model, fullgraph=True, dynamic=False)
+            else:
+                path = str(args.out.with_suffix(f".{batch}.pt2").resolve())
+                program = torch.export.export(model, (x,))
+                torch._inductor.aoti_compile_and_package(program, package_path=path)
+                made = torch._inductor.aoti_load_package(path)
+            error, spent = off(made(x), model(x)), round(time.monotonic() - start, 1)
+            results.add(step="compiled", batch=batch, how=how, s=spent, off=error)
+            ready.append((made, x, {"plan": how, "tiles": "tuned", "compile_s": spent}))
+    while args.go and not args.go.exists():
+        time.sleep(0.1)
+    for made, x, row in ready:
+        with results.guarded(step="network", **row):
+            time_network(results, made, x, False, **row)
+    return 0
+
+
+def started(args: Any, results: Results) -> Any:
+    """Start :func:`compiled` for the first variant in another process."""
+    go = args.out.with_suffix(".go")
+    go.unlink(missing_ok=True)
+    child = args.out.with_suffix(".compiled.json")
+    command = [sys.executable, __file__, "compiled", "--variant", args.variant, "--go", str(go)]
+    command += ["--dtype", args.dtype, "--size", str(args.size), "--batch", args.batch]
+    command += ["--out", str(child), "--tiles", str(args.out)]
+    log = args.out.with_suffix(".compiled.log").open("w")
+    return subprocess.Popen(command, stdout=log, stderr=log), go, child
+
+
+def joined(results: Results, process: Any) -> None:
+    """Let the other process time what it compiled, and take its rows."""
+    run, go, child = process
+    results.always = {}
+    with results.guarded(step="compiled"):
+        go.touch()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(timeout=max(8.0, results.left))
+        run.kill()
+        go.unlink(missing_ok=True)
+        for row in json.loads(child.read_text())["rows"] if child.exists() else []:
+            row.pop("at_s")
+            results.add(**row)
 
 
 def count(args: Any, results: Results, model: FusedVan, batch: int) -> None:
     """Print launches, bytes and operations of each plan; needs no GPU."""
-    for name, plan in PLANS.items():
-        made = launches_of(model, args.variant, batch, args.size, plan)
+    x = torch.empty(batch, 3, args.size, args.size, device="meta", dtype=model.dtype)
+    ghost = copy.deepcopy(model).to("meta")
+    for name in ("apart", "gate", "tail", "all"):
+        calls, counts = calls_of(ghost, x, [name])
+        made = [(calls[key].launch, times) for key, times in counts.items()]
         results.add(
             step="count",
+            variant=args.variant,
             plan=name,
             batch=batch,
-            launches=len(made),
-            mb_an_image=round(sum(one.bytes for one in made) / batch / 1e6, 2),
-            gflop_an_image=round(sum(operations(one) for one in made) / batch / 1e9, 3),
+            launches=counts.total(),
+            mb_an_image=round(sum(one.bytes * n for one, n in made) / batch / 1e6, 2),
+            gflop_an_image=round(sum(operations(one) * n for one, n in made) / batch / 1e9, 3),
         )
-
-
-def everything_to_compile(
-    args: Any, model: FusedVan, batches: list[int], tiles: bool
-) -> list[tuple[Call, Tile]]:
-    """Return every call and tile that the steps will run, on no device."""
-    import copy
-
-    ghost = copy.deepcopy(model).to("meta")
-    made: list[tuple[Call, Tile]] = []
-    for batch in batches:
-        shape = (batch, configuration(args.variant).in_chans, args.size, args.size)
-        for dtype in {torch.float32, DTYPES[args.dtype]}:
-            x = torch.empty(shape, device="meta", dtype=dtype)
-            found: dict[str, Call] = {}
-            for name in ("tail", "apart", "all"):
-                with recorded(run=False):
-                    for call in calls_of(ghost, x, PLANS[name]):
-                        found.setdefault(call.name, call)
-            for call in found.values():
-                alone = not tiles or "/then" in call.name
-                tried = [dict(call.launch.tile)] if alone else candidates(call.launch, args.tries)
-                made += [(call, tile) for tile in tried]
-    return made
 
 
 def arguments() -> Any:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=["count", "check", "each", "network", "tune", "all"])
-    parser.add_argument("--variant", default="van_b0", choices=[*VARIANTS, "tiny"])
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("step", choices=["count", "check", "network", "all", "compiled", "store"])
+    parser.add_argument("--variant", default="van_b0", help="one or several, comma-separated")
+    parser.add_argument("--batch", default="128,1,8", help="one or several, comma-separated")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--dtype", default="fp16", choices=list(DTYPES))
     parser.add_argument("--out", type=Path, default=Path("kernels.json"))
-    parser.add_argument("--budget", type=float, default=190.0, help="seconds")
-    parser.add_argument("--span", type=float, default=0.015, help="seconds to time each tile")
-    parser.add_argument("--plans", default=",".join(PLANS), help="for the whole network")
+    parser.add_argument("--budget", type=float, default=110.0, help="seconds")
+    parser.add_argument("--span", type=float, default=0.008, help="seconds to time each tile")
     parser.add_argument("--tries", type=int, default=99, help="tiles to try for each launch")
     parser.add_argument("--tiles", type=Path, help="tuned tiles to start from: JSON of this script")
+    parser.add_argument("--go", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def store(args: Any) -> int:
+    """Write the tuned tiles where the package reads them."""
+    document = json.loads(args.out.read_text())
+    folder = Path(launch.__file__).parent
+    path = folder / f"tuned_sm{document['capability'].replace('.', '')}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    lines = [
+        f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted((known | document["tuned"]).items())
+    ]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"{len(lines)} tiles in {path}")
+    return 0
 
 
 def main() -> int:
     """Run the steps that were asked for."""
     args = arguments()
     results = Results(args.out, args.budget)
+    if args.step == "store":
+        return store(args)
+    if args.step == "compiled":
+        return compiled(args, results)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_num_threads(4)  # the networks are made while other processes compile
     if args.tiles:
         TILES.update(json.loads(args.tiles.read_text())["tuned"])
-    batches = sorted({1, args.batch})
-    model = built(args.variant, DTYPES[args.dtype])
-    print(f"built after {time.monotonic() - results.start:.1f} s", flush=True)
-    if args.step == "count":
-        count(args, results, model, args.batch)
+    variants, batches = args.variant.split(","), [int(b) for b in args.batch.split(",")]
+    models: dict[str, FusedVan] = {}
+    compiler = None if args.step == "count" else Compiler(results)
+    waiting: dict[tuple[str, int], Any] = {}
+    if args.step == "check":
+        args.tries = 1
+    for number, name in enumerate(variants):
+        models[name] = built(name, DTYPES[args.dtype])
+        models[name].tiles = TILES
+        args.variant = name
+        print(f"{name} built after {time.monotonic() - results.start:.1f} s", flush=True)
+        if compiler is None:
+            count(args, results, models[name], batches[0])
+            continue
+        for batch in batches if number == 0 else batches[:2]:
+            args.fused = batch * args.size**2 // 16 >= FEW
+            calls = ghosts(args, models[name], batch, ["apart", "all"])
+            tuning = args.step in ("all", "check") and (args.fused or args.step == "check")
+
+            def tiles(call: Call, tuning: bool = tuning) -> list[Tile]:
+                alone = call.step in ("gated", "mlp_tail") and not tuning
+                return [dict(call.launch.tile)] if alone else candidates(call)[: args.tries]
+
+            waiting[name, batch] = compiler.compile(calls, tiles)
+    if compiler is None:
         return 0
-    tuning = args.step in ("tune", "all")
-    compiler = Compiler(results)
-    shapes = sorted({1, 8, args.batch}) if args.step in ("network", "all") else batches
-    first = compiler.compile(everything_to_compile(args, model, shapes, False))
-    second = third = None
-    if tuning or args.step == "each":
-        second = compiler.compile(everything_to_compile(args, model, [args.batch], True))
-    if tuning and args.batch > 1:
-        third = compiler.compile(everything_to_compile(args, model, [1], True))
-    model.to(DEVICE)
+    brain = built(variants[0], torch.bfloat16)
+    calls = ghosts(args, brain, 8, ["apart", "all"]) if args.step == "all" else {}
+    last = compiler.compile(calls, lambda call: [dict(call.launch.tile)])
     results.document |= {
         "device": torch.cuda.get_device_name() if ON_GPU else "CPU, interpreted",
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())) if ON_GPU else "0.0",
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "variant": args.variant,
+        "variant": variants[0],
         "dtype": args.dtype,
         "size": args.size,
     }
     bandwidth = copy_bandwidth()
     results.add(step="copy", gb_s=round(bandwidth / 1e9, 1), device=results.document["device"])
-    if not compiler.wait(first):
-        args.tries = 2  # each would be compiled when it is timed
-    if args.step in ("check", "all"):
-        check(args, results, model, args.batch)
-    if args.step in ("network", "all"):
-        fidelity(args, results, model)
-        whole(args, results, model, shapes, "auto,apart" if tuning else args.plans)
-    if args.step in ("each", "tune", "all"):
-        compiler.wait(second)
-        every_launch(args, results, model, args.batch, bandwidth, True)
-    if tuning:
-        compiler.wait(third)
-        if args.batch > 1:
-            every_launch(args, results, model, 1, bandwidth, True)
-        compiler.wait(compiler.compile(everything_to_compile(args, model, shapes, False)))
-        whole(args, results, model, shapes, args.plans)
-    if args.step in ("network", "all"):
-        compiled(args, results, model, batches)
+    child = None
+    for (name, batch), jobs in waiting.items():
+        args.variant, results.always = name, {"variant": name}
+        model = models[name].to(DEVICE)
+        compiler.wait(jobs, batch=batch)
+        args.fused = batch * args.size**2 // 16 >= FEW
+        args.keep = 12.0 if (name, batch) in list(waiting)[:2] else 6.0
+        if batch == batches[0]:
+            fidelity(args, results, model)
+        with torch.no_grad():
+            if args.step == "all":
+                whole(args, results, model, batch, "apart", "default")
+            if args.step in ("all", "check"):
+                tune(args, results, model, batch, bandwidth)
+            if args.step == "all" and ON_GPU:
+                early(args, results, model, batch, compiler)
+            if args.step in ("all", "network"):
+                plans = "apart,gate,tail,tuned" if args.fused else "apart,gate,tuned"
+                whole(args, results, model, batch, plans, "tuned")
+        if (
+            child is None
+            and args.step == "all"
+            and batch == batches[:2][-1]
+            and name == variants[0]
+        ):
+            args.batch = ",".join(str(b) for b in batches[:2])
+            child = started(args, results)
+    if child is not None:
+        joined(results, child)
+    if args.step == "all" and ON_GPU:
+        TILES.clear()  # default tiles are those that were compiled
+        compiler.wait(last)
+        args.dtype, args.variant, args.tries, args.keep, args.fused = (
+            "bf16",
+            variants[0],
+            1,
+            0.0,
+            True,
+        )
+        results.always = {"variant": f"{variants[0]} in bf16"}
+        tune(args, results, brain.to(DEVICE), 8, bandwidth)
     compiler.pool.terminate()
     return 0
 

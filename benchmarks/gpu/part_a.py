@@ -43,13 +43,12 @@ def steps_of_a(context: Context, kernel_budget: float = 100) -> list[Step]:
         torch_step("ceilings", "ceilings", "The device's own limits.", limit=60),
         torch_step("eager-b0", "eager", eager, "--variant", "van_b0", limit=90),
         compiled("van_b0", "compile-fp16", tuned, limit=150),
-        kernels("van_b0", kernel_budget),
+        kernels("van_b0,van_b2", kernel_budget),
         compiled("van_b0", "compile-fp16-quick", quick),
         compiled("van_b0", "compile-bf16", bf16),
         torch_step("eager-b2", "eager", eager, "--variant", "van_b2", limit=90),
         compiled("van_b2", "compile-fp16", tuned, limit=150),
         compiled("van_b2", "compile-fp16-quick", quick),
-        kernels("van_b2", 0.8 * kernel_budget),
         compiled("van_b0", "compile-fp16", tuned + " Of the folded network.", "--folded"),
         compiled("van_b2", "compile-bf16", bf16),
     ]
@@ -58,13 +57,13 @@ def steps_of_a(context: Context, kernel_budget: float = 100) -> list[Step]:
 def _kernels(context: Context, variant: str, budget: float) -> Step:
     """Return the step of kernels.py, which compiles first and times from its checks on."""
     script = HERE / "kernels.py"
-    name = f"kernels-{variant.removeprefix('van_')}"
+    name = "kernels"
     out = context.work / f"{name}.json"
     command = [sys.executable, str(script), "all", "--out", str(out), "--budget", str(int(budget))]
     environment = {"TRITON_CACHE_DIR": str(context.work / "triton")}
     skip = "" if script.exists() else "benchmarks/gpu/kernels.py is not in this checkout"
     if context.on_gpu:
-        command += ["--variant", variant, "--batch", "128", "--dtype", "fp16"]
+        command += ["--variant", variant, "--batch", "128,1,8", "--dtype", "fp16"]
     elif context.rehearse:
         command += ["--variant", "tiny", "--size", "32", "--batch", "1", "--tries", "1"]
         environment["TRITON_INTERPRET"] = "1"

@@ -138,7 +138,7 @@ class Context:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return of_kernels(content) if "variant" in content else content
+        return of_kernels(content) if "dtype" in content else content
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file into the output folder, whole or not at all."""
@@ -156,37 +156,32 @@ class Context:
 def of_kernels(found: dict[str, Any]) -> dict[str, Any]:
     """Return what kernels.py wrote as rows, tables and notes."""
     by_step: dict[str, list[dict[str, Any]]] = {}
-    tuned = False
     for row in found["rows"]:
-        tuned = tuned or row["step"] == "tuned"
-        by_step.setdefault(row["step"], []).append(
-            {**row, "tiles": "tuned" if tuned else "default"}
-        )
-    decibel = {row.get("plan"): row.get("db") for row in by_step.get("sqnr", ())}
-    timed = [*by_step.get("network", ()), *by_step.get("compiled", ()), *by_step.get("aoti", ())]
+        by_step.setdefault(row["step"], []).append(row)
+    decibel = {(row["variant"], row["plan"]): row.get("db") for row in by_step.get("sqnr", ())}
     rows = [
         {
-            "network": found["variant"],
+            "network": row["variant"],
             "image_size": found["size"],
             "runner": f"kernels, plan {row['plan']}, {row['tiles']} tiles",
             "group": "van-deploy",
             "precision": found["dtype"],
             "batch": row["batch"],
             "queued_ms": row["ms"],
-            "sqnr_db": decibel.get(row["plan"]),
+            "sqnr_db": decibel.get((row["variant"], row["plan"])),
             "compile_s": row.get("compile_s"),
             "note": "a CUDA graph, replayed",
         }
-        for row in timed
+        for row in by_step.get("network", ())
         if row.get("ms")
     ]
-    what = f"{found['variant']} {found['dtype']}"
+    what = f"kernels, {found['dtype']}"
     tables = {
         f"{what}: {title}": [
             {
                 key: value
                 for key, value in row.items()
-                if key not in ("step", "tiles", "tried", "where")
+                if key not in ("step", "tried", "where", "failures")
             }
             for row in by_step[step]
         ]
@@ -198,10 +193,25 @@ def of_kernels(found: dict[str, Any]) -> dict[str, Any]:
             {"kernel": name, "calls": calls, "us": us, "percent": 100 * us / row["total_us"]}
             for name, calls, us in row["kernels"]
         ]
-        tables[f"{what}: plan {row['plan']}, batch {row['batch']}, by kernel"] = lines
+        place = f"{row['variant']}, {what}: plan {row['plan']}, batch {row['batch']}"
+        tables[f"{place}, by kernel"] = lines
     notes = [
         f"{row['step']} {row.get('key') or row.get('plan') or ''}: {row['error']}"
         for row in found["rows"]
         if row.get("error")
     ]
     return {"rows": rows, "tables": tables, "notes": notes, "facts": found}
+
+
+def kernels_step(path: Path) -> dict[str, Any]:
+    """Return a file of kernels.py, started by hand, as a step of a report."""
+    found = Context.read(path)
+    return {
+        "name": "kernels-by-hand",
+        "about": "This project's kernels.",
+        "command": "python benchmarks/gpu/kernels.py",
+        "state": "done",
+        "reason": "",
+        "seconds": max((row.get("at_s", 0.0) for row in found["rows"]), default=None),
+        "content": of_kernels(found),
+    }

@@ -305,7 +305,7 @@ def _network(onnx: Path, bundle: Bundle, request: PackageRequest) -> nn.Module:
     if request.fused_kernels:
         from van_deploy.kernels.network import FusedVan, Plan
 
-        return nn.Sequential(Cast(dtype), FusedVan(network, dtype, Plan.apart()))
+        return nn.Sequential(Cast(dtype), FusedVan(network, dtype, Plan()))
     network = network.to(dtype)
     norm = network.get_submodule("norm4").float()
     network.add_module("norm4", nn.Sequential(Cast(torch.float32), norm))

@@ -1,9 +1,10 @@
 """Depth-wise convolutions in NHWC: K x K with any dilation, bias, and GELU where wanted.
 
 The taps of a depth-wise convolution come from the L1 cache and each becomes float32 before
-it is multiplied, so a thread computes ROWS outputs of one column and 8 channels: rows that
-lie ``dilation`` apart share all but ``dilation`` of their input rows, and a value is loaded
-and converted once for all of them.
+it is multiplied, so a thread computes ROWS outputs of one column and a few channels: rows
+that lie ``dilation`` apart share all but ``dilation`` of their input rows, and a value is
+loaded and converted once for all of them. Sizes are compile-time constants: then a load's
+place is an immediate offset, not instructions.
 """
 
 from __future__ import annotations
@@ -13,136 +14,131 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.kernels.launch import divisor_block, launched, require, tile_key, tile_of
+from van_deploy.kernels.launch import (
+    after_previous,
+    divisor_block,
+    launched,
+    require,
+    tile_key,
+    tile_of,
+)
 
-__all__ = ["depthwise", "depthwise_rows", "gelu", "row_groups", "row_items"]
+__all__ = ["depthwise", "gelu", "row_groups", "row_items", "sums"]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def gelu(x, ERF: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def gelu(x, FINE: tl.constexpr):
     """Return the exact GELU, with the error function, of float32 values.
 
-    ERF 0 calls libdevice's erf; 1 takes Abramowitz and Stegun 7.1.26, in error by at most
-    1.5e-7, in the form ``relu(x) - |x| Q(|x|)`` that is accurate in the negative tail too.
+    FINE calls libdevice's erf. Else the normal distribution is ``1/2 + x P(x^2)`` limited to
+    0..1, with the polynomial P of degree 10 that is closest where ``|x| <= 4.8`` and grows
+    beyond: GELU is in error by at most 5e-6 everywhere, without a division or an exponential.
     """
-    if ERF == 0:
+    if FINE:
         return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-    size = tl.abs(x)
-    t = 1.0 / (1.0 + 0.23164189 * size)  # 0.3275911 / sqrt(2)
-    series = 0.5307027145 * t - 0.7265760135  # half of a5 and a4, and so on down to a1
-    series = (series * t + 0.7107068705) * t - 0.142248368
-    series = (series * t + 0.127414796) * t
-    return tl.maximum(x, 0.0) - size * series * tl.exp2(-0.7213475204444817 * x * x)
+    z = (0.086805552 * x) * x - 1.0  # x * x from 0..4.8^2 to -1..1
+    value = 0.00144375 * z - 0.004194621
+    value = (value * z + 0.0053923158) * z - 0.0074433703
+    value = (value * z + 0.013864126) * z - 0.022187542
+    value = (value * z + 0.030720813) * z - 0.040565927
+    value = (value * z + 0.052904099) * z - 0.072979763
+    value = value * z + 0.14721279
+    return x * tl.minimum(tl.maximum(value * x + 0.5, 0.0), 1.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def row_items(first, count, BLOCK: tl.constexpr, H, W, groups, D: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def row_items(first, count, BLOCK: tl.constexpr, W, groups, D: tl.constexpr, ROWS: tl.constexpr):
     """Return which items exist, and image, first row and column of each: all (BLOCK,)."""
     item = first + tl.arange(0, BLOCK)
     group = (item // W) % groups
     return item < count, item // (W * groups), (group // D) * (ROWS * D) + group % D, item % W
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def depthwise_rows(  # type: ignore[no-untyped-def]
-    x_ptr,
+@triton.jit
+def _value(x, inside, known, h, w, row, column, H, W, C, K, D, EVEN):
+    """Return the input under one tap, (P, B): ``row`` counts from the tap above row h."""
+    down: tl.constexpr = (row - K // 2) * D
+    right: tl.constexpr = (column - K // 2) * D
+    mask = inside & (h + down >= 0) & (h + down < H) & (w + right >= 0) & (w + right < W)
+    mask = mask[:, None]
+    if not EVEN:
+        mask = mask & known[None, :]
+    return tl.load(x + (down * W + right) * C, mask=mask, other=0.0)
+
+
+@triton.jit
+def _tap(w_ptr, known, place, C, EVEN):
+    """Return one tap of every channel, (1, B)."""
+    at = w_ptr + place * C
+    return (tl.load(at) if EVEN else tl.load(at, mask=known, other=0.0))[None, :]
+
+
+@triton.jit
+def sums(
+    x,
     w_ptr,
     inside,
-    n,
+    known,
     h,
     w,
-    channels,
-    H,
-    W,
-    C,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     EVEN: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     """Return ROWS tensors (P, B) of float32 sums over K x K taps, at rows h, h + D, ...
 
     Args:
-        x_ptr: (N, H, W, C).
-        w_ptr: (K, K, C) float32: tap first, so that neighbouring threads read neighbours.
-        inside, n, h, w: (P,) what :func:`row_items` returns.
-        channels: (B,) of the channels; those outside C are masked, unless EVEN.
-        K, D: side of the kernel and its dilation; the padding is D * (K // 2).
-        EVEN: all channels exist.
-        UNROLL: unroll the columns too; the rows always are.
+        x: (P, B) pointers to row h, column w, of (N, H, W, C).
+        w_ptr: (B,) pointers into (K, K, C) float32: tap first, so that neighbouring threads
+            read neighbours.
+        inside, h, w: (P,) what :func:`row_items` returns.
+        known: (B,) which channels exist; they are masked unless EVEN.
+        H, W, C, K, D: the padding is D * (K // 2).
     """
     totals = ()
     for _ in tl.static_range(ROWS):
-        totals = totals + (tl.zeros((n.shape[0], channels.shape[0]), tl.float32),)  # noqa: RUF005
-    if UNROLL:
-        for column in tl.static_range(K):
-            totals = _column(
-                totals, x_ptr, w_ptr, inside, n, h, w, channels, H, W, C, column, K, D, ROWS, EVEN
-            )
-    else:
-        for column in range(K):
-            totals = _column(
-                totals, x_ptr, w_ptr, inside, n, h, w, channels, H, W, C, column, K, D, ROWS, EVEN
-            )
+        totals = totals + (tl.zeros((x.shape[0], x.shape[1]), tl.float32),)
+    for column in tl.static_range(K):
+        taps = ()
+        for row in tl.static_range(K):
+            taps = taps + (_tap(w_ptr, known, row * K + column, C, EVEN),)
+        for row in tl.static_range(ROWS + K - 1):
+            value = _value(x, inside, known, h, w, row, column, H, W, C, K, D, EVEN).to(tl.float32)
+            added = ()
+            for out in tl.static_range(ROWS):
+                if out <= row and row - out < K:
+                    added = added + (totals[out] + value * taps[row - out],)
+                else:
+                    added = added + (totals[out],)
+            totals = added
     return totals
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _column(  # type: ignore[no-untyped-def]
-    totals,
-    x_ptr,
-    w_ptr,
-    inside,
-    n,
-    h,
-    w,
-    channels,
-    H,
-    W,
-    C,
-    column,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """Add the taps of one column of the kernel to the sums."""
-    known = channels < C
-    x = w + (column - K // 2) * D
-    fits = inside & (x >= 0) & (x < W)
-    top = h - (K // 2) * D
-    start = ((n * H + top) * W + x) * C
-    for row in tl.static_range(ROWS + K - 1):
-        y = top + row * D
-        mask = (fits & (y >= 0) & (y < H))[:, None]
-        if not EVEN:
-            mask = mask & known[None, :]
-        place = (start + row * D * W * C)[:, None] + channels[None, :]
-        values = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        added = ()
-        for out in tl.static_range(ROWS):
-            if out <= row and row - out < K:
-                at = w_ptr + ((row - out) * K + column) * C + channels
-                tap = tl.load(at) if EVEN else tl.load(at, mask=known, other=0.0)
-                added = added + (totals[out] + values * tap[None, :],)  # noqa: RUF005
-            else:
-                added = added + (totals[out],)  # noqa: RUF005
-        totals = added
-    return totals
+@triton.jit
+def _store(out, total, inside, known, h, row, H, W, C, D, GELU):
+    """Store one row of outputs."""
+    fine: tl.constexpr = out.dtype.element_ty == tl.float32
+    if GELU:
+        total = gelu(total, fine)
+    mask = (inside & (h + row * D < H))[:, None] & known[None, :]
+    tl.store(out + row * D * W * C, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def depthwise_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def depthwise_kernel(
     x_ptr,
     w_ptr,
     b_ptr,
     out_ptr,
     items,
-    groups,
-    H,
-    W,
-    C,
+    groups: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     GELU: tl.constexpr,
@@ -151,27 +147,55 @@ def depthwise_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    UNROLL: tl.constexpr,
-    ERF: tl.constexpr,
+    ROLL: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
-    """Compute ROWS rows of BLOCK_P columns and BLOCK_C channels."""
-    inside, n, h, w = row_items(tl.program_id(0) * BLOCK_P, items, BLOCK_P, H, W, groups, D, ROWS)
+    """Compute ROWS rows of BLOCK_P columns and BLOCK_C channels.
+
+    ROLL keeps every tap and K rows of sums in registers, and goes down the map row by row;
+    else ROWS rows of sums, and the taps of one column after the other.
+    """
+    after_previous(PDL)
+    inside, n, h, w = row_items(tl.program_id(0) * BLOCK_P, items, BLOCK_P, W, groups, D, ROWS)
     if LONG:
         n = n.to(tl.int64)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channels < C
-    totals = depthwise_rows(
-        x_ptr, w_ptr, inside, n, h, w, channels, H, W, C, K, D, ROWS, EVEN, UNROLL
-    )
+    place = (((n * H + h) * W + w) * C)[:, None] + channels[None, :]
+    x, out, w_ptr = x_ptr + place, out_ptr + place, w_ptr + channels
     bias = tl.load(b_ptr + channels, mask=known, other=0.0)[None, :]
-    for out in tl.static_range(ROWS):
-        total = totals[out] + bias
-        if GELU:
-            total = gelu(total, ERF)
-        y = h + out * D
-        place = (((n * H + y) * W + w) * C)[:, None] + channels[None, :]
-        mask = (inside & (y < H))[:, None] & known[None, :]
-        tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
+    if ROLL:
+        taps, lines, totals = (), (), ()
+        for tap in tl.static_range(K * K):
+            taps = taps + (_tap(w_ptr, known, tap, C, EVEN),)
+        for column in tl.static_range(K):
+            lines = lines + (_value(x, inside, known, h, w, 0, column, H, W, C, K, D, EVEN),)
+        for _ in tl.static_range(ROWS):
+            totals = totals + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32) + bias,)
+        for row in tl.static_range(ROWS + K - 1):
+            line = lines
+            if row < ROWS + K - 2:  # the next row is on its way while this one is multiplied
+                lines = ()
+                for column in tl.static_range(K):
+                    lines = lines + (
+                        _value(x, inside, known, h, w, row + 1, column, H, W, C, K, D, EVEN),
+                    )
+            for column in tl.static_range(K):
+                value = line[column].to(tl.float32)
+                added = ()
+                for here in tl.static_range(ROWS):
+                    if here <= row and row - here < K:
+                        tap = taps[(row - here) * K + column]
+                        added = added + (totals[here] + value * tap,)
+                    else:
+                        added = added + (totals[here],)
+                totals = added
+            if row >= K - 1:
+                _store(out, totals[row - K + 1], inside, known, h, row - K + 1, H, W, C, D, GELU)
+    else:
+        totals = sums(x, w_ptr, inside, known, h, w, H, W, C, K, D, ROWS, EVEN)
+        for row in tl.static_range(ROWS):
+            _store(out, totals[row] + bias, inside, known, h, row, H, W, C, D, GELU)
 
 
 def row_groups(height: int, dilation: int, rows: int) -> int:
@@ -204,13 +228,14 @@ def depthwise(
     require(weight, "weight", (side | 1, side | 1, channels), like=x, dtype=torch.float32)
     require(bias, "bias", (channels,), like=x, dtype=torch.float32)
     out = torch.empty_like(x)
+    few = batch * height * width < 8192
+    rows = 1 if few else 7 if dilation == 1 else 5
     default = {
-        "ROWS": 5 if side > 5 and height > 3 * dilation else 4,
-        "BLOCK_P": 32,
+        "ROWS": rows if (rows - 1) * dilation < height else 1,
+        "BLOCK_P": 8 if few else 16,
         "BLOCK_C": divisor_block(channels, 32),
-        "UNROLL": 0,
-        "ERF": 1,
-        "num_warps": 4,
+        "ROLL": int(side == 3 and not few),
+        "num_warps": 2 if few else 4,
     }
     key = tile_key("depthwise", (side, dilation, channels), batch * height * width)
     tile = tile_of(key, default, x.device)

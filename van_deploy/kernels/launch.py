@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from van_deploy.errors import UsageError
@@ -23,8 +24,12 @@ __all__ = [
     "TILES",
     "Launch",
     "Tile",
+    "after_previous",
     "divisor_block",
+    "known_tiles",
     "launched",
+    "nearest",
+    "options",
     "power_block",
     "recorded",
     "require",
@@ -68,6 +73,23 @@ class Launch:
         """Return what must cross the memory: each tensor once, read or written."""
         tensors = {id(a): a for a in self.arguments if isinstance(a, Tensor)}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@triton.jit
+def after_previous(PDL: tl.constexpr):
+    """Let the next kernel start to set up, and wait until the previous one's writes are there.
+
+    Both do nothing unless the launch says so (see :func:`options`): compute capability 9.0's
+    programmatic dependent launch, which hides the time between two small kernels.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def options(tile: Tile) -> dict[str, Any]:
+    """Return what a launch is called with: the tile, and the launch attribute that PDL needs."""
+    return {**tile, "launch_pdl": True} if tile.get("PDL") else dict(tile)
 
 
 _records: list[tuple[list[Launch], bool]] = []
@@ -146,8 +168,10 @@ def launched(
         launches.append(Launch(kernel, grid, arguments, tile, key))
     if not all(run for _, run in _records):
         return
-    wrapped: Callable[..., Any] = kernel if INTERPRETED else torch.library.wrap_triton(kernel)
-    wrapped[grid](*arguments, **tile)  # type: ignore[index]
+    if type(arguments[0]) is Tensor:
+        kernel[grid](*arguments, **options(tile))
+    else:  # traced
+        torch.library.wrap_triton(kernel)[grid](*arguments, **tile)
 
 
 def tile_key(kind: str, sizes: Iterable[int], pixels: int) -> str:
@@ -160,11 +184,36 @@ def tile_key(kind: str, sizes: Iterable[int], pixels: int) -> str:
 
 
 def tile_of(key: str, default: Tile, device: torch.device) -> Tile:
-    """Return the tile for a shape class: being tried, tuned for this GPU, or ``default``."""
+    """Return the tile for a shape class: being tried, tuned for this GPU, or ``default``.
+
+    A class that was not tuned takes the tile of the nearest number of pixels that was.
+    """
     chosen = TILES.get(key)
-    if chosen is None and device.type == "cuda" and torch.cuda.is_available():
-        chosen = tuned_tiles(*torch.cuda.get_device_capability(device)).get(key)
+    if chosen is None and device.type == "cuda":
+        chosen = nearest(known_tiles(device), key)
     return default if chosen is None else {**default, **chosen}
+
+
+def nearest(tiles: dict[str, Tile], key: str) -> Tile | None:
+    """Return the tile of the same kernel and sizes whose number of pixels is nearest.
+
+    >>> nearest({"gated/32/p8": {"a": 1}, "gated/32/p15": {"a": 2}}, "gated/32/p13")
+    {'a': 2}
+    """
+    if key in tiles:
+        return tiles[key]
+    kind, pixels = key.rsplit("/p", 1)
+    near = [int(k.rsplit("/p", 1)[1]) for k in tiles if k.rsplit("/p", 1)[0] == kind]
+    if not near:
+        return None
+    return tiles[f"{kind}/p{min(near, key=lambda p: abs(p - int(pixels)))}"]
+
+
+def known_tiles(device: torch.device | None = None) -> dict[str, Tile]:
+    """Return the tiles tuned for a GPU; empty where there are none."""
+    if not torch.cuda.is_available():
+        return {}
+    return tuned_tiles(*torch.cuda.get_device_capability(device))
 
 
 @functools.cache
@@ -184,7 +233,7 @@ def power_block(count: int, largest: int) -> int:
 
 
 def divisor_block(count: int, largest: int) -> int:
-    """Return the largest power of two up to ``largest`` that divides ``count``, if it is 16 or more.
+    """Return the largest power of two from 16 to ``largest`` that divides ``count``, if any.
 
     A whole number of blocks needs no masks over channels; else :func:`power_block`.
 

@@ -2,8 +2,7 @@
 
 The hidden tensor is 8 or 4 times as wide as the stage. Without this kernel it crosses
 the memory four times (written by fc1, read and written by the depth-wise convolution,
-read by fc2); with it twice. What reads the result next (the LayerNorm that ends a stage,
-or the next block's first 1x1 convolution) is computed from it before it leaves the chip.
+read by fc2); with it twice.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from van_deploy.errors import UsageError
-from van_deploy.kernels.depthwise import depthwise_rows, gelu, row_groups, row_items
+from van_deploy.kernels.depthwise import gelu, row_groups, row_items, sums
 from van_deploy.kernels.launch import (
+    after_previous,
     divisor_block,
     launched,
     power_block,
@@ -28,8 +28,8 @@ from van_deploy.kernels.pointwise import LARGEST_CHAIN, precision_of
 __all__ = ["mlp_tail"]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def mlp_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def mlp_kernel(
     x_ptr,
     dw_ptr,
     db_ptr,
@@ -37,18 +37,13 @@ def mlp_kernel(  # type: ignore[no-untyped-def]
     b_ptr,
     skip_ptr,
     out_ptr,
-    n1_ptr,
-    n2_ptr,
-    next_ptr,
     items,
-    groups,
-    H,
-    W,
-    eps,
+    groups: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
     HIDDEN: tl.constexpr,
     C: tl.constexpr,
     K: tl.constexpr,
-    THEN: tl.constexpr,
     PRECISION: tl.constexpr,
     LONG: tl.constexpr,
     EVEN: tl.constexpr,
@@ -56,28 +51,24 @@ def mlp_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    UNROLL: tl.constexpr,
-    ERF: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
-    """Compute ROWS rows of BLOCK_P columns, all channels; BLOCK_H hidden ones at a time.
-
-    THEN 1 stores the LayerNorm of the result (scale n1, shift n2) in its place; 2 stores
-    the result, and the GELU of its product with the matrix n1 plus n2 in ``next``.
-    """
-    inside, n, h, w = row_items(tl.program_id(0) * BLOCK_P, items, BLOCK_P, H, W, groups, 1, ROWS)
+    """Compute ROWS rows of BLOCK_P columns, all channels; BLOCK_H hidden ones at a time."""
+    after_previous(PDL)
+    inside, n, h, w = row_items(tl.program_id(0) * BLOCK_P, items, BLOCK_P, W, groups, 1, ROWS)
     if LONG:
         n = n.to(tl.int64)
+    FINE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     channels = tl.arange(0, BLOCK_C)
     known = channels < C
     totals = ()
     for _ in tl.static_range(ROWS):
-        totals = totals + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # noqa: RUF005
+        totals = totals + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
     for start in range(0, HIDDEN, BLOCK_H):
         hidden = start + tl.arange(0, BLOCK_H)
         exists = hidden < HIDDEN
-        taps = depthwise_rows(
-            x_ptr, dw_ptr, inside, n, h, w, hidden, H, W, HIDDEN, K, 1, ROWS, EVEN, UNROLL
-        )
+        x = x_ptr + ((((n * H + h) * W + w) * HIDDEN)[:, None] + hidden[None, :])
+        taps = sums(x, dw_ptr + hidden, inside, exists, h, w, H, W, HIDDEN, K, 1, ROWS, EVEN)
         bias = tl.load(db_ptr + hidden, mask=exists, other=0.0)[None, :]
         weight = tl.load(
             w_ptr + channels[None, :] * HIDDEN + hidden[:, None],
@@ -87,8 +78,8 @@ def mlp_kernel(  # type: ignore[no-untyped-def]
         added = ()
         for out in tl.static_range(ROWS):
             # as a tensor between two kernels would be
-            values = gelu(taps[out] + bias, ERF).to(x_ptr.dtype.element_ty)
-            added = added + (tl.dot(values, weight, totals[out], input_precision=PRECISION),)  # noqa: RUF005
+            values = gelu(taps[out] + bias, FINE).to(x_ptr.dtype.element_ty)
+            added = added + (tl.dot(values, weight, totals[out], input_precision=PRECISION),)
         totals = added
     bias = tl.load(b_ptr + channels, mask=known, other=0.0)[None, :]
     for out in tl.static_range(ROWS):
@@ -96,25 +87,7 @@ def mlp_kernel(  # type: ignore[no-untyped-def]
         place = (((n * H + y) * W + w) * C)[:, None] + channels[None, :]
         mask = (inside & (y < H))[:, None] & known[None, :]
         total = totals[out] + bias + tl.load(skip_ptr + place, mask=mask, other=0.0).to(tl.float32)
-        if THEN == 1:
-            total = total.to(x_ptr.dtype.element_ty).to(tl.float32)
-            mean = tl.sum(tl.where(known[None, :], total, 0.0), 1) / C
-            centred = tl.where(known[None, :], total - mean[:, None], 0.0)
-            spread = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
-            scale = tl.load(n1_ptr + channels, mask=known, other=0.0)
-            shift = tl.load(n2_ptr + channels, mask=known, other=0.0)
-            total = centred * spread[:, None] * scale[None, :] + shift[None, :]
-        result = total.to(x_ptr.dtype.element_ty)
-        tl.store(out_ptr + place, result, mask=mask)
-        if THEN == 2:
-            matrix = tl.load(
-                n1_ptr + channels[None, :] * C + channels[:, None],
-                mask=known[None, :] & known[:, None],
-                other=0.0,
-            )
-            shift = tl.load(n2_ptr + channels, mask=known, other=0.0)
-            value = tl.dot(result, matrix, input_precision=PRECISION) + shift[None, :]
-            tl.store(next_ptr + place, gelu(value, ERF).to(x_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + place, total.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @torch.library.triton_op("van_deploy::mlp_tail", mutates_args={})
@@ -125,11 +98,8 @@ def mlp_tail(
     weight: Tensor,
     bias: Tensor,
     skip: Tensor,
-    norm: Tensor | None = None,
-    shift: Tensor | None = None,
-    eps: float = 1e-6,
-) -> list[Tensor]:
-    """Return ``y = skip + W @ gelu(depthwise(x)) + b``, and what follows it.
+) -> Tensor:
+    """Return ``skip + W @ gelu(depthwise(x)) + b``.
 
     Args:
         x: the hidden tensor ``(N, H, W, C_hidden)``, contiguous.
@@ -138,10 +108,6 @@ def mlp_tail(
         weight: ``(C, C_hidden)``, C at most 256.
         bias: ``(C,)`` float32.
         skip: ``(N, H, W, C)``.
-        norm: ``(C,)`` float32: return ``[LayerNorm(y)]`` with this scale;
-            ``(C, C)``: return ``[y, gelu(norm @ y + shift)]``; None: return ``[y]``.
-        shift: ``(C,)`` float32, with ``norm``.
-        eps: added to the variance.
 
     Raises:
         UsageError: a shape, type, layout or device the kernel does not take.
@@ -158,23 +124,12 @@ def mlp_tail(
     require(weight, "weight", (channels, hidden), like=x)
     require(bias, "bias", (channels,), like=x, dtype=torch.float32)
     require(skip, "skip", (batch, height, width, channels), like=x)
-    then = 0 if norm is None else norm.dim()
-    if norm is not None:
-        kept = torch.float32 if then == 1 else x.dtype
-        require(norm, "norm", (channels,) * then, like=x, dtype=kept)
-    if shift is not None:
-        require(shift, "shift", (channels,), like=x, dtype=torch.float32)
-    elif norm is not None:
-        raise UsageError("'norm' is given without 'shift'.")
     out = torch.empty_like(skip)
-    following = torch.empty_like(skip) if then == 2 else out
     pixels, block_c = batch * height * width, power_block(channels, LARGEST_CHAIN)
     default = {
         "ROWS": 2 if block_c < 128 else 1,
         "BLOCK_P": 16 if pixels < 8192 else 64,
         "BLOCK_H": divisor_block(hidden, 32),
-        "UNROLL": 0,
-        "ERF": 1,
         "num_warps": 4 if block_c < 128 else 8,
         "num_stages": 1,
     }
@@ -186,10 +141,9 @@ def mlp_tail(
         mlp_kernel,
         (triton.cdiv(items, tile["BLOCK_P"]),),
         (x, dw_weight, dw_bias, weight, bias, skip, out)
-        + (bias if norm is None else norm, bias if shift is None else shift, following)
-        + (items, groups, height, width, eps, hidden, channels, side, then, precision_of(x))
+        + (items, groups, height, width, hidden, channels, side, precision_of(x))
         + (x.numel() >= 2**31, hidden % tile["BLOCK_H"] == 0, block_c),
         tile,
         key,
     )
-    return [out, following] if then == 2 else [out]
+    return out

@@ -7,17 +7,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.fold import fold_van
 from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
-from van_deploy.kernels import plain
-from van_deploy.kernels.depthwise import depthwise
-from van_deploy.kernels.launch import DTYPES, INTERPRETED
-from van_deploy.kernels.mlp import mlp_tail
-from van_deploy.kernels.patch import patches
-from van_deploy.kernels.pointwise import LARGEST_CHAIN, gated, pointwise
+from van_deploy.kernels import plain, steps
+from van_deploy.kernels.launch import DTYPES, INTERPRETED, Tile, known_tiles, nearest, tile_key
+from van_deploy.kernels.pointwise import LARGEST_CHAIN
 from van_deploy.model.random_weights import smooth_pictures
 from van_deploy.model.van import STAGES, VAN
 
@@ -30,26 +26,17 @@ class Plan:
 
     Attributes:
         gate: conv1, the gate, proj_2 and the residual sum.
-        widen: fc1 with them.
-        tail: dw3x3, GELU, fc2 and the residual sum; at a stage's end its LayerNorm too.
-        chain: the next block's proj_1 and GELU with them.
+        tail: dw3x3, GELU, fc2 and the residual sum.
     """
 
-    gate: bool = True
-    widen: bool = True
-    tail: bool = True
-    chain: bool = True
+    gate: bool = False
+    tail: bool = False
 
     @classmethod
-    def of(cls, channels: int, pixels: int) -> Plan:
-        """Return the plan for a stage: few pixels leave too few programs for a fused tail."""
-        many = pixels >= 4096
-        return cls(tail=many, chain=many) if channels <= LARGEST_CHAIN else cls.apart()
-
-    @classmethod
-    def apart(cls) -> Plan:
-        """Return the plan of one kernel a step."""
-        return cls(gate=False, widen=False, tail=False, chain=False)
+    def of(cls, channels: int, pixels: int, tiles: dict[str, Tile]) -> Plan:
+        """Return what was fastest among the tuned ``tiles``; else one kernel a step."""
+        found = nearest(tiles, tile_key("plan", (channels,), pixels)) or {}
+        return cls(bool(found.get("gate")), bool(found.get("tail")))
 
 
 class _Weights(nn.Module):
@@ -62,18 +49,6 @@ class _Weights(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("bias", torch.zeros(outer) if bias is None else bias.float())
-
-
-class _Norm(_Weights):
-    """A LayerNorm's scale and shift in float32, and in the type of PyTorch's own LayerNorm."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
-        super().__init__(norm.weight.float(), norm.bias, norm.weight.shape[0])
-        self.register_buffer("scale", self.weight.to(dtype))
-        self.register_buffer("shift", self.bias.to(dtype))
 
 
 def _matrix(conv: nn.Conv2d, dtype: torch.dtype) -> _Weights:
@@ -126,6 +101,7 @@ class FusedVan(nn.Module):
     ) -> None:
         super().__init__()
         self.dtype, self.plan, self.fallbacks = dtype, plan, fallbacks
+        self.tiles = known_tiles()
         self.strides = model.config.strides
         self.eps = model.config.layer_norm_eps
         for stage in range(1, STAGES + 1):
@@ -135,18 +111,20 @@ class FusedVan(nn.Module):
             blocks = [_Block(block, dtype) for block in model.stage_blocks(stage)]
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
             norm = cast("nn.LayerNorm", model.get_submodule(f"norm{stage}"))
-            self.add_module(f"norm{stage}", _Norm(norm, dtype))
+            self.add_module(
+                f"norm{stage}", _Weights(norm.weight.float(), norm.bias, conv.out_channels)
+            )
         self.head = model.head.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images ``(N, in_chans, H, W)`` to float32 logits ``(N, num_classes)``."""
-        ops = _PLAIN if self.fallbacks else _KERNELS
+        ops = plain if self.fallbacks else steps
         for stage in range(1, STAGES + 1):
             embed: Any = self.get_submodule(f"patch_embed{stage}")
             x = ops.patches(x, embed.weight, embed.bias, self.strides[stage - 1])  # (N, h, w, C)
             pixels, channels = x.shape[0] * x.shape[1] * x.shape[2], x.shape[3]
-            plan = self.plan if channels <= LARGEST_CHAIN else Plan.apart()
-            plan = plan or Plan.of(channels, pixels)
+            plan = self.plan or Plan.of(channels, pixels, self.tiles)
+            plan = plan if channels <= LARGEST_CHAIN else Plan()
             x = self._stage(ops, x, stage, plan).permute(0, 3, 1, 2)
         return self.head(x.mean(dim=(2, 3))).float()
 
@@ -154,65 +132,29 @@ class FusedVan(nn.Module):
         """Map ``(N, h, w, C)`` to the same shape, after the stage's LayerNorm."""
         blocks: Any = self.get_submodule(f"block{stage}")
         norm: Any = self.get_submodule(f"norm{stage}")
-        act: Tensor | None = None
-        for index, block in enumerate(blocks):
-            if act is None:
-                act = ops.pointwise(x, block.proj_1.weight, block.proj_1.bias, "gelu")
-            x, hidden = _attention(ops, block, x, act, plan)
-            following = None if index + 1 == len(blocks) else blocks[index + 1].proj_1
-            act = None
+        for block in blocks:
+            act = ops.pointwise(x, block.proj_1.weight, block.proj_1.bias, "gelu")
+            x = _attention(ops, block, x, act, plan)
+            hidden = ops.pointwise(x, block.fc1.weight, block.fc1.bias)
+            dwconv, fc2 = block.dwconv, block.fc2
             if plan.tail:
-                then = norm if following is None else following if plan.chain else None
-                outs = ops.mlp_tail(
-                    hidden,
-                    block.dwconv.weight,
-                    block.dwconv.bias,
-                    block.fc2.weight,
-                    block.fc2.bias,
-                    x,
-                    None if then is None else then.weight,
-                    None if then is None else then.bias,
-                    self.eps,
-                )
-                x, act = outs[0], outs[1] if len(outs) == 2 else None
+                x = ops.mlp_tail(hidden, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias, x)
             else:
-                hidden = ops.depthwise(hidden, block.dwconv.weight, block.dwconv.bias, 1, True)
-                x = ops.pointwise(hidden, block.fc2.weight, block.fc2.bias, "add", x)
-        if plan.tail and len(blocks):
-            return x
-        return functional.layer_norm(x, norm.scale.shape, norm.scale, norm.shift, self.eps)
+                hidden = ops.depthwise(hidden, dwconv.weight, dwconv.bias, 1, True)
+                x = ops.pointwise(hidden, fc2.weight, fc2.bias, "add", x)
+        return ops.layer_norm(x, norm.weight, norm.bias, self.eps)
 
 
-def _attention(ops: Any, block: Any, x: Tensor, act: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Return the residual stream after the attention half, and the MLP's hidden tensor."""
-    y = ops.depthwise(act, block.conv0.weight, block.conv0.bias, 1, False)
-    y = ops.depthwise(y, block.conv_spatial.weight, block.conv_spatial.bias, block.dilation, False)
+def _attention(ops: Any, block: Any, x: Tensor, act: Tensor, plan: Plan) -> Tensor:
+    """Return the residual stream after the attention half."""
+    y = ops.depthwise(act, block.conv0.weight, block.conv0.bias)
+    y = ops.depthwise(y, block.conv_spatial.weight, block.conv_spatial.bias, block.dilation)
     skip = x if block.carry is None else x * block.carry
-    conv1, proj_2, fc1 = block.conv1, block.proj_2, block.fc1
-    if not plan.gate:
-        y = ops.pointwise(y, conv1.weight, conv1.bias, "multiply", act)
-        y = ops.pointwise(y, proj_2.weight, proj_2.bias, "add", skip)
-        return y, ops.pointwise(y, fc1.weight, fc1.bias, "none", None)
-    wide = (fc1.weight, fc1.bias) if plan.widen else (None, None)
-    outs = ops.gated(y, conv1.weight, conv1.bias, act, proj_2.weight, proj_2.bias, skip, *wide)
-    if plan.widen:
-        return outs[0], outs[1]
-    return outs[0], ops.pointwise(outs[0], fc1.weight, fc1.bias, "none", None)
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """The steps of a network."""
-
-    depthwise: Any
-    pointwise: Any
-    gated: Any
-    mlp_tail: Any
-    patches: Any
-
-
-_KERNELS = _Steps(depthwise, pointwise, gated, mlp_tail, patches)
-_PLAIN = _Steps(plain.depthwise, plain.pointwise, plain.gated, plain.mlp_tail, plain.patches)
+    conv1, proj_2 = block.conv1, block.proj_2
+    if plan.gate:
+        return ops.gated(y, conv1.weight, conv1.bias, act, proj_2.weight, proj_2.bias, skip)
+    y = ops.pointwise(y, conv1.weight, conv1.bias, "multiply", act)
+    return ops.pointwise(y, proj_2.weight, proj_2.bias, "add", skip)
 
 
 def fused(

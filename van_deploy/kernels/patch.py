@@ -10,6 +10,7 @@ from torch import Tensor
 from van_deploy.errors import UsageError
 from van_deploy.kernels.launch import (
     DTYPES,
+    after_previous,
     divisor_block,
     launched,
     power_block,
@@ -23,8 +24,8 @@ from van_deploy.kernels.pointwise import precision_of
 __all__ = ["patches"]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def patch_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def patch_kernel(
     x_ptr,
     w_ptr,
     b_ptr,
@@ -48,11 +49,13 @@ def patch_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
     """Compute BLOCK_M output pixels of BLOCK_N channels: one product a row of the kernel.
 
     PACKED: the values under one row of the kernel are contiguous (NHWC).
     """
+    after_previous(PDL)
     pixel = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, known = pixel < pixels, columns < C_out

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["depthwise", "gated", "mlp_tail", "patches", "pointwise"]
+__all__ = ["depthwise", "gated", "layer_norm", "mlp_tail", "patches", "pointwise"]
 
 
 def depthwise(
@@ -45,36 +45,17 @@ def gated(
     weight_2: Tensor,
     bias_2: Tensor,
     skip: Tensor,
-    weight_3: Tensor | None = None,
-    bias_3: Tensor | None = None,
-) -> list[Tensor]:
+) -> Tensor:
     """Return what :func:`van_deploy.kernels.pointwise.gated` does."""
     y = pointwise(x, weight_1, bias_1, "multiply", gate)
-    y = pointwise(y, weight_2, bias_2, "add", skip)
-    if weight_3 is None or bias_3 is None:
-        return [y]
-    return [y, pointwise(y, weight_3, bias_3)]
+    return pointwise(y, weight_2, bias_2, "add", skip)
 
 
 def mlp_tail(
-    x: Tensor,
-    dw_weight: Tensor,
-    dw_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    skip: Tensor,
-    norm: Tensor | None = None,
-    shift: Tensor | None = None,
-    eps: float = 1e-6,
-) -> list[Tensor]:
+    x: Tensor, dw_weight: Tensor, dw_bias: Tensor, weight: Tensor, bias: Tensor, skip: Tensor
+) -> Tensor:
     """Return what :func:`van_deploy.kernels.mlp.mlp_tail` does."""
-    y = pointwise(depthwise(x, dw_weight, dw_bias, gelu=True), weight, bias, "add", skip)
-    if norm is None or shift is None:
-        return [y]
-    if norm.dim() == 1:
-        scale, offset = norm.to(y.dtype), shift.to(y.dtype)
-        return [functional.layer_norm(y, norm.shape, scale, offset, eps)]
-    return [y, pointwise(y, norm, shift, "gelu")]
+    return pointwise(depthwise(x, dw_weight, dw_bias, gelu=True), weight, bias, "add", skip)
 
 
 def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
@@ -87,3 +68,8 @@ def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
         padding=weight.shape[0] // 2,
     )
     return y.permute(0, 2, 3, 1).contiguous()
+
+
+def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    """Return what :func:`van_deploy.kernels.norm.layer_norm` does."""
+    return functional.layer_norm(x, scale.shape, scale.to(x.dtype), shift.to(x.dtype), eps)

@@ -12,6 +12,7 @@ from torch import Tensor
 from van_deploy.errors import UsageError
 from van_deploy.kernels.depthwise import gelu
 from van_deploy.kernels.launch import (
+    after_previous,
     divisor_block,
     launched,
     power_block,
@@ -31,8 +32,8 @@ LARGEST_CHAIN = 256
 """Most channels whose tensor between two products stays on chip."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def pointwise_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def pointwise_kernel(
     x_ptr,
     w_ptr,
     b_ptr,
@@ -48,39 +49,53 @@ def pointwise_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ERF: tl.constexpr,
+    REPEAT: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
-    """Compute BLOCK_M pixels of BLOCK_N output channels.
+    """Compute REPEAT times BLOCK_M pixels of BLOCK_N output channels.
 
-    Neighbouring programs take the same pixels, so that their input is in the L2 cache.
+    Neighbouring programs take the same pixels, so that their input is in the L2 cache. Where
+    BLOCK_K holds all of K, a program loads its weights once.
     """
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    after_previous(PDL)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_known, column_known = (rows < M)[:, None], (columns < N)[None, :]
-    offset = rows.to(tl.int64) if LONG else rows
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        known = inner < K
-        a_mask = row_known if EVEN else row_known & known[None, :]
-        b_mask = column_known if EVEN else column_known & known[:, None]
-        a = tl.load(x_ptr + offset[:, None] * K + inner[None, :], mask=a_mask, other=0.0)
-        b = tl.load(w_ptr + columns[None, :] * K + inner[:, None], mask=b_mask, other=0.0)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-    total += tl.load(b_ptr + columns, mask=columns < N, other=0.0)[None, :]
-    place = offset[:, None] * N + columns[None, :]
-    mask = row_known & column_known
-    if EPILOGUE == 1:
-        total = gelu(total, ERF)
-    if EPILOGUE == 2:
-        total *= tl.load(other_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    if EPILOGUE == 3:
-        total += tl.load(other_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
+    column_known = (columns < N)[None, :]
+    bias = tl.load(b_ptr + columns, mask=columns < N, other=0.0)[None, :]
+    if K <= BLOCK_K:
+        inner = tl.arange(0, BLOCK_K)
+        b_mask = column_known if EVEN else column_known & (inner < K)[:, None]
+        weights = tl.load(w_ptr + columns[None, :] * K + inner[:, None], mask=b_mask, other=0.0)
+    for turn in range(REPEAT):
+        rows = (tl.program_id(1) * REPEAT + turn) * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_known = (rows < M)[:, None]
+        offset = rows.to(tl.int64) if LONG else rows
+        place = offset[:, None] * N + columns[None, :]
+        mask = row_known & column_known
+        if EPILOGUE >= 2:  # on its way while the product is made
+            other = tl.load(other_ptr + place, mask=mask, other=0.0)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            inner = start + tl.arange(0, BLOCK_K)
+            a_mask = row_known if EVEN else row_known & (inner < K)[None, :]
+            a = tl.load(x_ptr + offset[:, None] * K + inner[None, :], mask=a_mask, other=0.0)
+            if K <= BLOCK_K:
+                total = tl.dot(a, weights, total, input_precision=PRECISION)
+            else:
+                b_mask = column_known if EVEN else column_known & (inner < K)[:, None]
+                b = tl.load(w_ptr + columns[None, :] * K + inner[:, None], mask=b_mask, other=0.0)
+                total = tl.dot(a, b, total, input_precision=PRECISION)
+        total += bias
+        if EPILOGUE == 1:
+            total = gelu(total, x_ptr.dtype.element_ty == tl.float32)
+        if EPILOGUE == 2:
+            total *= other.to(tl.float32)
+        if EPILOGUE == 3:
+            total += other.to(tl.float32)
+        tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def gated_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def gated_kernel(
     x_ptr,
     w1_ptr,
     b1_ptr,
@@ -89,25 +104,18 @@ def gated_kernel(  # type: ignore[no-untyped-def]
     b2_ptr,
     skip_ptr,
     out_ptr,
-    w3_ptr,
-    b3_ptr,
-    wide_ptr,
     M,
     C: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     LONG: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_J: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr = 0,
 ):
-    """Compute BLOCK_M pixels of all channels; the gated tensor never leaves the chip.
-
-    WIDEN multiplies the result by a third matrix as well, BLOCK_H output channels at a time.
-    """
+    """Compute BLOCK_M pixels of all channels; the gated tensor never leaves the chip."""
+    after_previous(PDL)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.arange(0, BLOCK_C)
     known = channels < C
@@ -116,6 +124,7 @@ def gated_kernel(  # type: ignore[no-untyped-def]
     mask = row_known if EVEN else row_known & known[None, :]
     place = offset[:, None] * C + channels[None, :]
     x = tl.load(x_ptr + place, mask=mask, other=0.0)
+    skip = tl.load(skip_ptr + place, mask=mask, other=0.0)
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_J):
         middle = start + tl.arange(0, BLOCK_J)
@@ -140,25 +149,8 @@ def gated_kernel(  # type: ignore[no-untyped-def]
         value = (value * gate.to(tl.float32)).to(x.dtype)
         total = tl.dot(value, second, total, input_precision=PRECISION)
     total += tl.load(b2_ptr + channels, mask=known, other=0.0)[None, :]
-    total += tl.load(skip_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    result = total.to(x.dtype)
-    tl.store(out_ptr + place, result, mask=mask)
-    if WIDEN:
-        for start in range(0, HIDDEN, BLOCK_H):
-            hidden = start + tl.arange(0, BLOCK_H)
-            exists = hidden < HIDDEN
-            third = tl.load(
-                w3_ptr + hidden[None, :] * C + channels[:, None],
-                mask=exists[None, :] & known[:, None],
-                other=0.0,
-            )
-            bias = tl.load(b3_ptr + hidden, mask=exists, other=0.0)
-            value = tl.dot(result, third, input_precision=PRECISION) + bias[None, :]
-            tl.store(
-                wide_ptr + offset[:, None] * HIDDEN + hidden[None, :],
-                value.to(x.dtype),
-                mask=row_known & exists[None, :],
-            )
+    total += skip.to(tl.float32)
+    tl.store(out_ptr + place, total.to(x.dtype), mask=mask)
 
 
 def precision_of(x: Tensor) -> str:
@@ -197,7 +189,7 @@ def pointwise(
         "BLOCK_M": 16 if pixels < 1024 else 32 if few else 128,
         "BLOCK_N": power_block(outer, 32) if few else divisor_block(outer, 128),
         "BLOCK_K": divisor_block(inner, 64 if x.dtype != torch.float32 else 32),
-        "ERF": 1,
+        "REPEAT": 1,
         "num_warps": 4,
         "num_stages": 4 if inner > 128 else 2,
     }
@@ -205,7 +197,10 @@ def pointwise(
     tile = tile_of(key, default, x.device)
     launched(
         pointwise_kernel,
-        (triton.cdiv(outer, tile["BLOCK_N"]), triton.cdiv(pixels, tile["BLOCK_M"])),
+        (
+            triton.cdiv(outer, tile["BLOCK_N"]),
+            triton.cdiv(pixels, tile["BLOCK_M"] * tile["REPEAT"]),
+        ),
         (x, weight, bias, x if other is None else other, out, pixels, outer, inner)
         + (_NUMBER[epilogue], precision_of(x), max(x.numel(), out.numel()) >= 2**31)
         + (inner % tile["BLOCK_K"] == 0,),
@@ -224,18 +219,14 @@ def gated(
     weight_2: Tensor,
     bias_2: Tensor,
     skip: Tensor,
-    weight_3: Tensor | None = None,
-    bias_3: Tensor | None = None,
-) -> list[Tensor]:
-    """Return ``y = skip + W2 @ (gate * (W1 @ x + b1)) + b2`` and, if asked, ``W3 @ y + b3``.
+) -> Tensor:
+    """Return ``skip + W2 @ (gate * (W1 @ x + b1)) + b2``.
 
     Args:
         x: ``(N, H, W, C)``, contiguous, C at most :data:`LARGEST_CHAIN`.
         weight_1: ``(C, C)``, and ``weight_2`` as well.
         bias_1: ``(C,)`` float32, and ``bias_2`` as well.
         gate: ``(N, H, W, C)``, and ``skip`` as well.
-        weight_3: ``(C_hidden, C)``: of another 1x1 convolution of the result.
-        bias_3: ``(C_hidden,)`` float32.
 
     Raises:
         UsageError: a shape, type, layout or device the kernel does not take.
@@ -247,40 +238,29 @@ def gated(
             f"'x' has {channels} channels, where the kernel takes {LARGEST_CHAIN} at most.",
             "Use two 1x1 convolutions.",
         )
-    hidden = channels if weight_3 is None else weight_3.shape[0]
     require(gate, "gate", shape, like=x)
     require(skip, "skip", shape, like=x)
-    for name, weight, bias, outer in (
-        ("1", weight_1, bias_1, channels),
-        ("2", weight_2, bias_2, channels),
-        ("3", weight_3, bias_3, hidden),
-    ):
-        if weight is not None and bias is not None:
-            require(weight, f"weight_{name}", (outer, channels), like=x)
-            require(bias, f"bias_{name}", (outer,), like=x, dtype=torch.float32)
+    for name, weight, bias in (("1", weight_1, bias_1), ("2", weight_2, bias_2)):
+        require(weight, f"weight_{name}", (channels, channels), like=x)
+        require(bias, f"bias_{name}", (channels,), like=x, dtype=torch.float32)
     out = torch.empty_like(x)
-    wide = out
-    if weight_3 is not None:
-        wide = torch.empty((*shape[:3], hidden), dtype=x.dtype, device=x.device)
     pixels = shape[0] * shape[1] * shape[2]
     block_c = power_block(channels, LARGEST_CHAIN)
     default = {
         "BLOCK_M": 16 if pixels < 4096 else 64,
         "BLOCK_J": divisor_block(channels, 64 if block_c < 128 else 32),
-        "BLOCK_H": divisor_block(hidden, 64),
         "num_warps": 4 if block_c < 128 else 8,
         "num_stages": 2,
     }
-    key = tile_key("gated", (channels, hidden if weight_3 is not None else 0), pixels)
+    key = tile_key("gated", (channels,), pixels)
     tile = tile_of(key, default, x.device)
     launched(
         gated_kernel,
         (triton.cdiv(pixels, tile["BLOCK_M"]),),
         (x, weight_1, bias_1, gate, weight_2, bias_2, skip, out)
-        + (x if weight_3 is None else weight_3, bias_1 if bias_3 is None else bias_3, wide)
-        + (pixels, channels, hidden, weight_3 is not None, precision_of(x))
-        + (wide.numel() >= 2**31, channels == block_c, block_c),
+        + (pixels, channels, precision_of(x))
+        + (x.numel() >= 2**31, channels == block_c, block_c),
         tile,
         key,
     )
-    return [out] if weight_3 is None else [out, wide]
+    return out

@@ -1,0 +1,80 @@
+"""LayerNorm over the channels of NHWC, several pixels a program."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from van_deploy.kernels.launch import (
+    after_previous,
+    launched,
+    power_block,
+    require,
+    tile_key,
+    tile_of,
+)
+
+__all__ = ["layer_norm"]
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    out_ptr,
+    M,
+    eps,
+    C: tl.constexpr,
+    LONG: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr = 0,
+):
+    """Compute BLOCK_M pixels: every value is read and written once."""
+    after_previous(PDL)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = tl.arange(0, BLOCK_C)
+    known = channels < C
+    offset = rows.to(tl.int64) if LONG else rows
+    place = offset[:, None] * C + channels[None, :]
+    mask = (rows < M)[:, None] & known[None, :]
+    x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    centred = tl.where(known[None, :], x - (tl.sum(x, 1) / C)[:, None], 0.0)
+    spread = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
+    scale = tl.load(scale_ptr + channels, mask=known, other=0.0)[None, :]
+    shift = tl.load(shift_ptr + channels, mask=known, other=0.0)[None, :]
+    result = centred * spread[:, None] * scale + shift
+    tl.store(out_ptr + place, result.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@torch.library.triton_op("van_deploy::layer_norm", mutates_args={})
+def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    """Return the LayerNorm of ``x`` over its channels.
+
+    Args:
+        x: ``(N, H, W, C)``, contiguous.
+        scale: ``(C,)`` float32, and ``shift`` as well.
+        eps: added to the variance.
+
+    Raises:
+        UsageError: a shape, type, layout or device the kernel does not take.
+    """
+    batch, height, width, channels = require(x, "x", 4)
+    require(scale, "scale", (channels,), like=x, dtype=torch.float32)
+    require(shift, "shift", (channels,), like=x, dtype=torch.float32)
+    out = torch.empty_like(x)
+    pixels, block_c = batch * height * width, power_block(channels, 2**30)
+    default = {"BLOCK_M": max(1, (512 if pixels < 8192 else 4096) // block_c), "num_warps": 4}
+    key = tile_key("layer_norm", (channels,), pixels)
+    tile = tile_of(key, default, x.device)
+    launched(
+        norm_kernel,
+        (triton.cdiv(pixels, tile["BLOCK_M"]),),
+        (x, scale, shift, out, pixels, eps, channels, x.numel() >= 2**31, block_c),
+        tile,
+        key,
+    )
+    return out
