@@ -111,7 +111,7 @@ class Network:
     def figures(self, case: Case) -> tuple[str, str]:
         """Return the SQNR of a line in dB, and the agreement in percent."""
         found = compare(self.expected, logits(self.plan(case), self.judging))
-        return f"{found.sqnr_db:.2f}", f"{100 * found.top1_agreement:.2f}"
+        return f"{found.sqnr_db:.2f}", f"{100 * (found.top1_agreement or 0.0):.2f}"
 
 
 def _tensor(images: Images) -> Any:

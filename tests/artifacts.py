@@ -25,7 +25,7 @@ from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe
 from van_deploy.recipe import recipe_named
 
 if TYPE_CHECKING:
-    from van_deploy.checks.golden import Samples
+    from van_deploy.checks.samples import Samples
     from van_deploy.model.checkpoint import LoadedVan
     from van_deploy.model.variants import VanConfig
 
@@ -176,7 +176,7 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     from van_deploy.checks.golden import golden_samples
     from van_deploy.checks.judging import judge_new
     from van_deploy.data import check_images
-    from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
+    from van_deploy.precision.fp16 import fp16_from_fp32, usually_kept
     from van_deploy.runners.original import original_network
 
     shutil.copytree(exported, folder)
@@ -187,7 +187,7 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     bundle = Bundle.open(folder)
     loaded = original_network(bundle)
     model = onnx.load(bundle.verified("fp32"))
-    kept = kept_nodes(model, DEFAULT_KEEP)
+    kept = usually_kept(model)
     images = check_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
     int8 = int8_graph(model, loaded.config, [images.inputs])
     graphs = {"fp16": fp16_from_fp32(model, kept), "int8": int8}
@@ -202,7 +202,7 @@ def int8_graph(
     """Return a folded graph with its 1x1 convolutions in INT8 for TensorRT, and no more."""
     from van_deploy.graph.rebuilt import van_from_onnx
     from van_deploy.precision.equalize import Equalization
-    from van_deploy.precision.fp16 import DEFAULT_KEEP, kept_nodes
+    from van_deploy.precision.fp16 import usually_kept
     from van_deploy.precision.observers import observe
     from van_deploy.precision.plan import counted_tensors, layers_in_scope, make_plan
     from van_deploy.precision.qdq import qdq_for_tensorrt
@@ -211,7 +211,7 @@ def int8_graph(
     layers = layers_in_scope(network.model, ("pointwise",))
     ranges = observe(network, batches, counted_tensors(network, layers, "tensorrt"))
     plan = make_plan(Equalization(network), ranges, layers)
-    return qdq_for_tensorrt(model, plan, kept=kept_nodes(model, DEFAULT_KEEP))
+    return qdq_for_tensorrt(model, plan, kept=usually_kept(model))
 
 
 def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: Any) -> Bundle:

@@ -335,11 +335,12 @@ class Bundle:
 
         ``speed`` is added to as it goes on. Raises what :meth:`predict` raises.
         """
-        from van_deploy.runners.network import Network
+        from van_deploy.runners.network import Network, require_classes
         from van_deploy.serve.predict import predict, sources_from
 
         asked = settings_from(PredictSettings, settings, options)
         opened = self.opened()
+        require_classes(opened, "predict")
         sources = sources_from([images] if isinstance(images, Image) else images)
         batch = asked.batch or min(opened.manifest.batch.opt, len(sources))
         network = Network(

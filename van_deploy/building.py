@@ -64,7 +64,7 @@ def build_bundle(
             f"Add --backend inductor, or leave {option} out.",
         )
     host = host_here(device=device_number(settings.device))
-    plans = planned_engines(settings, bundle.manifest.batch, host)
+    plans = planned_engines(settings, bundle.manifest.batch, host, bundle.manifest.sizes)
     for precision in settings.precisions:
         _make_missing(Bundle.open(bundle.path), precision, settings, progress)
     outcomes = build_planned(

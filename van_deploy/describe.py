@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from van_deploy.config.sizes import ImageSize
+
 if TYPE_CHECKING:
     from van_deploy.engine.inspect import EngineDescription
     from van_deploy.engine.package import PackageDescription
@@ -58,7 +60,7 @@ class NetworkDescription:
         lka_dilation: of the second kernel of Large Kernel Attention.
         parameters: how many it has.
         multiply_adds: of one image.
-        multiply_adds_at: side of that image, in pixels.
+        multiply_adds_at: size of that image in pixels: a side, or height and width.
         preprocessing: what its input must have gone through.
     """
 
@@ -67,7 +69,7 @@ class NetworkDescription:
     lka_dilation: int
     parameters: int
     multiply_adds: int
-    multiply_adds_at: int
+    multiply_adds_at: ImageSize
     preprocessing: Preprocessing
 
 
@@ -112,12 +114,12 @@ class WeightsDescription(NetworkDescription):
 Described = BundleDescription | VariantDescription | WeightsDescription
 
 
-def model_described(model: str, image_size: int | None = None) -> Described:
+def model_described(model: str, image_size: ImageSize | None = None) -> Described:
     """Return everything known of a bundle, of a variant, or of a checkpoint's weights.
 
     Args:
         model: which.
-        image_size: side of the image the multiply-adds are counted for, in pixels; None for
+        image_size: of the image the multiply-adds are counted for, in pixels; None for
             the network's own.
 
     Raises:
@@ -136,7 +138,7 @@ def model_described(model: str, image_size: int | None = None) -> Described:
     return _variant(named[0].name, image_size) if named else _weights(model, image_size)
 
 
-def _variant(name: str, image_size: int | None) -> VariantDescription:
+def _variant(name: str, image_size: ImageSize | None) -> VariantDescription:
     from van_deploy.model.hub import locate_weights
     from van_deploy.model.preprocess import OFFICIAL
     from van_deploy.model.variants import VARIANTS
@@ -154,7 +156,7 @@ def _variant(name: str, image_size: int | None) -> VariantDescription:
     )
 
 
-def _weights(spec: str, image_size: int | None) -> WeightsDescription:
+def _weights(spec: str, image_size: ImageSize | None) -> WeightsDescription:
     from van_deploy.model.architecture import variant_of
     from van_deploy.model.checkpoint import load_van
 
@@ -169,7 +171,7 @@ def _weights(spec: str, image_size: int | None) -> WeightsDescription:
     )
 
 
-def _counted(config: VanConfig, size: int) -> dict[str, Any]:
+def _counted(config: VanConfig, size: ImageSize) -> dict[str, Any]:
     return {
         "architecture": config,
         "lka_dilation": config.lka_dilation,

@@ -24,8 +24,8 @@ from van_deploy.runners.network import original_of
 if TYPE_CHECKING:
     from van_deploy.checks.drift import DriftReport
     from van_deploy.checks.evaluate_report import EvaluateReport
-    from van_deploy.checks.golden import Samples
     from van_deploy.checks.regression import CheckReport
+    from van_deploy.checks.samples import Samples
     from van_deploy.checks.verdicts import VerifyReport
     from van_deploy.model.checkpoint import LoadedVan
 

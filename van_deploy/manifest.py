@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from van_deploy.config import BatchRange
+from van_deploy.config.sizes import SizeRange
 from van_deploy.documents import LONGEST_TEXT
 from van_deploy.errors import BundleError
 from van_deploy.fields import Count, FileName, Kept, Label, Table, Text
@@ -202,7 +203,11 @@ class Golden(Schema):
 
 
 def _positive(config: VanConfig) -> VanConfig:
-    sides = {"num_classes": (config.num_classes,), "in_chans": (config.in_chans,)}
+    sides = {"in_chans": (config.in_chans,)}
+    if not config.out_indices:
+        sides["num_classes"] = (config.num_classes,)
+    if set(config.out_indices) - set(range(len(config.embed_dims))):
+        raise ValueError("has out_indices that no network has")
     for name in ("embed_dims", "depths", "mlp_ratios", "lka_kernels"):
         sides[name] = getattr(config, name)
     for name, numbers in sides.items():
@@ -221,7 +226,8 @@ class Description(Schema):
         parameters: how many it has.
         preprocessing: what its input must have gone through.
         class_names: in the order of the logits; None where nobody says.
-        batch: the batch sizes the bundle is made for.
+        batch: the batch sizes the bundle is made for; where there is one, graphs are static.
+        sizes: the input sizes of graphs with dynamic height and width; None where they are fixed.
         versions: of what made the bundle, by package.
         golden: images and PyTorch's answers; None where they were left out.
     """
@@ -233,6 +239,7 @@ class Description(Schema):
     preprocessing: Annotated[Preprocessing, Kept]
     class_names: Annotated[tuple[Label, ...], Field(min_length=1)] | None
     batch: BatchRange
+    sizes: SizeRange | None = None
     versions: dict[Text, Text]
     golden: Golden | None = None
 
@@ -242,6 +249,10 @@ class Description(Schema):
         classes, channels = self.architecture.num_classes, self.architecture.in_chans
         if self.class_names is not None and len(self.class_names) != classes:
             raise ValueError(f"has {len(self.class_names)} class names for {classes} classes")
+        if self.sizes is not None and not self.sizes.holds(self.preprocessing.image_size):
+            raise ValueError(
+                f"prepares images of {self.preprocessing.image_size}, not in its sizes"
+            )
         if self.preprocessing.channels != channels:
             raise ValueError(
                 f"prepares {self.preprocessing.channels} channels for a network of {channels}"

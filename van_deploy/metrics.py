@@ -78,7 +78,8 @@ class Comparison:
         relative: ``max|difference| / max|reference|``.
         cosine: the smallest cosine similarity of any row.
         sqnr_db: see :func:`sqnr_db`.
-        kl: mean Kullback-Leibler divergence of the softmax, in nats.
+        kl: mean Kullback-Leibler divergence of the softmax, in nats; None where the numbers
+            are no classes', as the next two.
         top1_agreement: share of rows with the same first class, 0 to 1.
         top5_agreement: see :func:`topk_agreement`, with ``k = 5``.
     """
@@ -89,17 +90,19 @@ class Comparison:
     relative: float
     cosine: float
     sqnr_db: float
-    kl: float
-    top1_agreement: float
-    top5_agreement: float
+    kl: float | None
+    top1_agreement: float | None
+    top5_agreement: float | None
 
-    def as_dict(self) -> dict[str, float | int]:
+    def as_dict(self) -> dict[str, float | int | None]:
         """Return the figures by name."""
         return asdict(self)
 
 
-def compare(reference: Array, actual: Array) -> Comparison:
+def compare(reference: Array, actual: Array, *, classes: bool = True) -> Comparison:
     """Return how far ``actual`` is from ``reference``, both ``(N, K)``, in float64.
+
+    ``classes`` says whether the K numbers are those of classes.
 
     NaN in ``actual`` gives NaN or ``-inf`` figures, which pass no tolerance.
     """
@@ -112,9 +115,9 @@ def compare(reference: Array, actual: Array) -> Comparison:
         relative=float(difference.max() / max(np.abs(expected).max(), np.finfo(np.float64).tiny)),
         cosine=float(cosine(expected, found).min()),
         sqnr_db=sqnr_db(expected, found),
-        kl=float(kl_divergence(expected, found).mean()),
-        top1_agreement=top1_agreement(expected, found),
-        top5_agreement=topk_agreement(expected, found, 5),
+        kl=float(kl_divergence(expected, found).mean()) if classes else None,
+        top1_agreement=top1_agreement(expected, found) if classes else None,
+        top5_agreement=topk_agreement(expected, found, 5) if classes else None,
     )
 
 

@@ -10,7 +10,7 @@ class BenchOptions(TypedDict, total=False):
     reference: str
     threads: int | None
     streams: int
-    image_sizes: Sequence[int]
+    image_sizes: Sequence[int | str]
     p99_ms: float | None
     roofline: bool
     profile: bool
@@ -26,6 +26,7 @@ class BenchOptions(TypedDict, total=False):
 
 class BuildOptions(TypedDict, total=False):
     batch: Sequence[str]
+    dynamic_size: str | None
     hardware_compatibility: Literal["none", "ampere-plus", "same-compute-capability"]
     version_compatible: bool
     workspace: int | str | None
@@ -97,7 +98,7 @@ class ExportOptions(TypedDict, total=False):
     head: Sequence[str]
     labels: str | Path | None
     seed: int
-    image_size: int | None
+    image_size: int | str | None
     mean: Sequence[float] | None
     std: Sequence[float] | None
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None
@@ -108,6 +109,9 @@ class ExportOptions(TypedDict, total=False):
     simplify: bool
     embed_preprocess: Literal["none", "normalize", "uint8"]
     outputs: Sequence[Literal["logits", "probabilities", "top5"]]
+    features: bool
+    out_indices: Sequence[int]
+    dynamic_size: str | None
     golden: Literal["images", "samples", "none"]
     batch: str
     precision: Sequence[Literal["fp16", "bf16", "int8"]]

@@ -10,9 +10,10 @@ from typing import Any
 
 from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
 from van_deploy.checks.gates import Outcome
-from van_deploy.checks.golden import GOLDEN_FILE, Samples, images_for_golden, write_golden
+from van_deploy.checks.golden import GOLDEN_FILE, golden_count, images_for_golden, write_golden
 from van_deploy.checks.judging import Judged, batch_sizes, judge_new
 from van_deploy.checks.reference import reference_samples
+from van_deploy.checks.samples import Samples, other_sizes
 from van_deploy.config import Recipe
 from van_deploy.data import check_images, class_names_from_file
 from van_deploy.documents import plain
@@ -24,11 +25,11 @@ from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.graph.simplify import operator_counts, simplify_onnx
 from van_deploy.manifest import Description, Golden, GraphFacts
-from van_deploy.model.checkpoint import LoadedVan, load_van
+from van_deploy.model.checkpoint import ALL_STAGES, LoadedVan, load_van
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import (
-    onnxruntime_logits,
+    onnxruntime_outputs,
     require_onnxruntime,
 )
 from van_deploy.schema import validated
@@ -76,8 +77,11 @@ def load_for(
     """Return the network a recipe names, with the recipe's preprocessing and class names."""
     from dataclasses import replace
 
-    settings = recipe.model
+    settings, export = recipe.model, recipe.export
     spec, weights = settings.name, settings.weights or None
+    asked = recipe.preprocessing.model_dump()
+    if export.dynamic_size is not None and asked["image_size"] is None:
+        asked["image_size"] = export.dynamic_size.opt
     if weights is not None and not _is_known(spec):
         spec, weights = weights, None
     loaded = load_van(
@@ -89,10 +93,16 @@ def load_for(
         container=settings.container or None,
         layer_norm_eps=settings.layer_norm_eps,
         head=settings.head or None,
-        preprocessing=recipe.preprocessing.model_dump(),
+        preprocessing=asked,
         own_labels=bool(settings.labels),
+        out_indices=(export.out_indices or ALL_STAGES) if export.features else None,
         progress=download_progress,
     )
+    if loaded.config.out_indices and not export.features:
+        raise UsageError(
+            f"'{weights or spec}' is a backbone without a classification head: it gives no logits.",
+            "Export its feature maps, with --features.",
+        )
     class_names = loaded.class_names
     if settings.labels:
         class_names = class_names_from_file(settings.labels, loaded.config.num_classes)
@@ -142,7 +152,8 @@ def export_bundle(
     clock.begin("Preparing images")
     batches = batch_sizes(recipe.batch)
     source = None if recipe.export.golden == "samples" else images
-    checked, originals = images_for_golden(loaded.name, loaded.preprocessing, source)
+    count = golden_count(loaded.config, loaded.preprocessing)
+    checked, originals = images_for_golden(loaded.name, loaded.preprocessing, source, count)
     inputs = checked.inputs
     made_with = _ingredients(loaded, recipe, rewrites, inputs)
     reason = _why_anew(output, made_with, force)
@@ -156,13 +167,15 @@ def export_bundle(
         fold = fold_van(loaded.model, _proof_images(inputs), rewrites)
         _require_fold(fold)
         clock.begin("Running the original network in float64")
-        samples = reference_samples(loaded, checked)
+        size, sizes = loaded.preprocessing.image_size, recipe.export.dynamic_size
+        samples = reference_samples(loaded, checked, other_sizes(sizes, size))
         clock.begin("Exporting to ONNX")
-        size = loaded.preprocessing.image_size
         model = onnx_from_van(
             fold.model,
             size,
             loaded.config.in_chans,
+            batch=recipe.batch.fixed,
+            sizes=sizes,
             opset=recipe.export.opset,
             metadata=_metadata(loaded),
         )
@@ -170,7 +183,7 @@ def export_bundle(
         checks: dict[str, dict[str, Any]] = {"fold": fold.as_dict()}
         if recipe.export.simplify:
             clock.begin("Simplifying")
-            simplified = simplify_onnx(model, inputs[:PROOF_IMAGES], onnxruntime_logits)
+            simplified = simplify_onnx(model, inputs[:PROOF_IMAGES], onnxruntime_outputs)
             checks["simplify"] = simplified.as_dict()
             model = simplified.model
         nodes = sum(exported.values())
@@ -218,7 +231,9 @@ def embed_in_bundle(
         UsageError: the recipe asks for nothing to embed.
         GateFailed: an embedded graph does not answer as its plain one; nothing was written.
     """
-    batches = [batch for batch in batch_sizes(recipe.batch) if batch <= EMBED_PROOF_IMAGES]
+    batches = [
+        b for b in batch_sizes(recipe.batch) if b <= EMBED_PROOF_IMAGES or recipe.batch.fixed
+    ]
     checked = check_images(loaded.name, loaded.preprocessing, max(batches), images)
     pixels = checked.pixels
     if pixels is None:
@@ -305,6 +320,7 @@ def _description(loaded: LoadedVan, recipe: Recipe, golden: Golden | None) -> De
         "preprocessing": loaded.preprocessing,
         "class_names": loaded.class_names or None,
         "batch": recipe.batch,
+        "sizes": recipe.export.dynamic_size,
         "versions": tool_versions(*EXPORT_TOOLS, "onnxruntime"),
         "golden": golden,
     }
@@ -363,6 +379,6 @@ def _proof_images(inputs: Images) -> Any:
     """Return the middles of the first images as a tensor: float64 convolutions are slow."""
     import torch
 
-    start = max(0, (inputs.shape[-1] - PROOF_SIDE) // 2)
-    middle = slice(start, start + PROOF_SIDE)
-    return torch.from_numpy(inputs[:PROOF_IMAGES, :, middle, middle].copy())
+    starts = [max(0, (side - PROOF_SIDE) // 2) for side in inputs.shape[2:]]
+    rows, columns = (slice(start, start + PROOF_SIDE) for start in starts)
+    return torch.from_numpy(inputs[:PROOF_IMAGES, :, rows, columns].copy())

@@ -215,7 +215,7 @@ def _planned(recipe: Recipe) -> list[Planned]:
         return []
     from van_deploy.engine.planned import planned_engines
 
-    return planned_engines(recipe.engines, recipe.batch)
+    return planned_engines(recipe.engines, recipe.batch, sizes=recipe.export.dynamic_size)
 
 
 def _built(

@@ -177,9 +177,8 @@ class TestOnThisCpu:
         from van_deploy.runners.network import PYTORCH, Network
 
         bundle, names = Bundle.open(packaged), names_of(packaged)
-        side, channels = bundle.manifest.preprocessing.image_size, 1
-        channels = bundle.manifest.architecture.in_chans
-        images = np.random.default_rng(0).standard_normal((9, channels, side, side), np.float32)
+        shape = (9, bundle.manifest.architecture.in_chans, *bundle.manifest.preprocessing.sides)
+        images = np.random.default_rng(0).standard_normal(shape, np.float32)
         with Network(bundle, PYTORCH) as original:
             expected = next(iter(original.run(images).values()))
         for precision, floor in (("fp32", 100.0), ("bf16", 30.0)):
@@ -241,7 +240,8 @@ class TestOnThisCpu:
     def test_inspect_shows_it(self, cli: Cli, packaged: Path) -> None:
         result = cli("inspect", packaged / "engines" / f"{names_of(packaged)['bf16']}.pt2")
         assert result.exit_code == 0
-        assert f"PyTorch {torch_version()}" in result.stdout
+        assert torch_version() in result.stdout
+        assert "it runs on this machine" in result.stdout
 
     def test_the_fastest_candidate_is_kept(self, cli: Cli, copy_of: Copy, packaged: Path) -> None:
         folder = copy_of(packaged)

@@ -51,7 +51,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
     made.quantize(precision="int8")
     bundle = Bundle.open(path)
     prepared = bundle.manifest.preprocessing
-    shape = (IMAGES, prepared.channels, prepared.image_size, prepared.image_size)
+    shape = (IMAGES, prepared.channels, *prepared.sides)
     images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     network = original_network(bundle).model
     with torch.no_grad():

@@ -13,24 +13,29 @@ from van_deploy.graph.export import INPUT_NAME, OPSETS, OUTPUT_NAME, onnx_from_v
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.fold import fold_van
 from van_deploy.graph.inspect import describe_onnx
+from van_deploy.graph.rewritten import RewrittenVan
 from van_deploy.graph.simplify import operator_counts, simplify_onnx
 from van_deploy.manifest import TensorFacts
 from van_deploy.metrics import compare
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig
-from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, onnxruntime_logits
+from van_deploy.runners.onnxruntime import (
+    OnnxRuntimeRunner,
+    onnxruntime_logits,
+    onnxruntime_outputs,
+)
 
 FORBIDDEN = {"BatchNormalization", "Reshape", "Shape", "Gather", "Concat", "Unsqueeze", "Cast"}
 
 
 @pytest.fixture(scope="session")
-def folded(digits: LoadedVan, digit_images: Tensor) -> torch.nn.Module:
+def folded(digits: LoadedVan, digit_images: Tensor) -> RewrittenVan:
     return fold_van(digits.model, digit_images[:1]).model
 
 
 @pytest.fixture(scope="session")
-def graph(digits: LoadedVan, folded: torch.nn.Module) -> onnx.ModelProto:
+def graph(digits: LoadedVan, folded: RewrittenVan) -> onnx.ModelProto:
     return onnx_from_van(folded, digits.preprocessing.image_size)
 
 
@@ -77,7 +82,7 @@ def test_golden_operator_counts(depths: tuple[int, int, int, int]) -> None:
     ],
 )
 def test_every_opset_is_the_one_asked_for_and_answers_alike(
-    digits: LoadedVan, digit_images: Tensor, folded: torch.nn.Module, opset: int
+    digits: LoadedVan, digit_images: Tensor, folded: RewrittenVan, opset: int
 ) -> None:
     model = onnx_from_van(folded, digits.preprocessing.image_size, opset=opset)
     onnx.checker.check_model(model, full_check=True)
@@ -89,7 +94,7 @@ def test_every_opset_is_the_one_asked_for_and_answers_alike(
         assert compare(expected[:batch], actual).relative < 1e-5
 
 
-def test_an_unknown_opset_is_refused(folded: torch.nn.Module) -> None:
+def test_an_unknown_opset_is_refused(folded: RewrittenVan) -> None:
     with pytest.raises(UsageError) as caught:
         onnx_from_van(folded, 64, opset=12)
     assert str(caught.value) == (
@@ -98,7 +103,7 @@ def test_an_unknown_opset_is_refused(folded: torch.nn.Module) -> None:
 
 
 def test_an_exporter_that_fails_is_one_error(
-    folded: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+    folded: RewrittenVan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no such operator")
@@ -125,9 +130,8 @@ def test_every_value_is_named_after_the_module_that_made_it(
 
 
 def test_the_batch_is_free_and_nothing_else_is(digits: LoadedVan, graph: onnx.ModelProto) -> None:
-    size = digits.preprocessing.image_size
     facts = graph_facts(graph)
-    images = TensorFacts(dtype="float32", shape=("batch", 3, size, size))
+    images = TensorFacts(dtype="float32", shape=("batch", 3, *digits.preprocessing.sides))
     assert facts.inputs == {INPUT_NAME: images}
     assert facts.outputs == {OUTPUT_NAME: TensorFacts(dtype="float32", shape=("batch", 10))}
 
@@ -147,7 +151,7 @@ def test_the_unfolded_network_exports_and_loses_nodes_to_simplification(
     digits: LoadedVan, digit_images: Tensor, unfolded: onnx.ModelProto
 ) -> None:
     assert operator_counts(unfolded)["BatchNormalization"] == 2 * digits.config.blocks
-    report = simplify_onnx(unfolded, digit_images.numpy(), onnxruntime_logits)
+    report = simplify_onnx(unfolded, digit_images.numpy(), onnxruntime_outputs)
     assert report.changed
     assert sum(report.removed.values()) == sum(report.before.values()) - sum(report.after.values())
     assert report.relative_error is not None
@@ -168,7 +172,7 @@ def test_a_simplified_graph_that_answers_differently_is_not_kept(
         return simplified, True  # it says all is well
 
     monkeypatch.setattr(onnxsim, "simplify", breaks)
-    report = simplify_onnx(unfolded, digit_images.numpy(), onnxruntime_logits)
+    report = simplify_onnx(unfolded, digit_images.numpy(), onnxruntime_outputs)
     assert not report.changed
     assert report.model is unfolded
     assert report.reason.startswith("kept as exported: the simplified graph differs by")
@@ -181,7 +185,7 @@ def test_a_simplifier_that_crashes_is_survived(
         raise RuntimeError("bad node")
 
     monkeypatch.setattr("onnxsim.simplify", crashes)
-    report = simplify_onnx(graph, digit_images.numpy(), onnxruntime_logits)
+    report = simplify_onnx(graph, digit_images.numpy(), onnxruntime_outputs)
     assert report.model is graph
     assert report.reason == "kept as exported: onnxsim failed (bad node)"
 

@@ -37,17 +37,18 @@ def tiny(tiny_config: VanConfig) -> VAN:
 @pytest.fixture(scope="session")
 def renamed() -> Rename:
     """Return a function that gives an official state dict another format's names."""
-
-    def rename(state: Mapping[str, Tensor], target: str) -> dict[str, Tensor]:
-        spellings: dict[str, Callable[[str], str]] = {
-            "official": str,
-            "transformers": _transformers,
-            "mmpretrain": _mmpretrain,
-        }
-        spell = spellings[target]
-        return {spell(name): tensor for name, tensor in state.items()}
-
     return rename
+
+
+def rename(state: Mapping[str, Tensor], target: str) -> dict[str, Tensor]:
+    """Return an official state dict under another format's names."""
+    spellings: dict[str, Callable[[str], str]] = {
+        "official": str,
+        "transformers": _transformers,
+        "mmpretrain": _mmpretrain,
+    }
+    spell = spellings[target]
+    return {spell(name): tensor for name, tensor in state.items()}
 
 
 def _mmpretrain(name: str) -> str:

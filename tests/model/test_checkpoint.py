@@ -409,11 +409,11 @@ def test_a_head_is_described(tmp_path: Path, tiny: VAN) -> None:
 
 
 def test_what_the_caller_decides_is_not_looked_at(saved: Path, tiny: VAN) -> None:
-    arguments = {"input_size": [3, 64, 96], "interpolation": "random", "crop_pct": 0.9}
+    arguments = {"input_size": [3, 64, 96, 9], "interpolation": "random", "crop_pct": 0.9}
     torch.save(
         {"state_dict": tiny.state_dict(), "args": arguments, "class_to_idx": {"a": 0}}, saved
     )
-    with pytest.raises(CheckpointError, match=r"input_size is \[3, 64, 96\]: only squares"):
+    with pytest.raises(CheckpointError, match=r"image_size \[64, 96, 9\]"):
         load_van(str(saved), own_labels=True)
     given = {"image_size": 64, "interpolation": "bilinear", "mean": None}
     loaded = load_van(str(saved), preprocessing=given, own_labels=True)

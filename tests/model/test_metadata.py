@@ -171,6 +171,7 @@ def test_mmpretrains_configuration(made: Made, key: str) -> None:
     [
         ({"img_size": 96}, "96x96 bicubic, crop 0.9, mean 0.5"),
         ({"img_size": 96, "input_size": [3, 64, 64]}, "64x64 bicubic, crop 0.9"),
+        ({"input_size": [3, 224, 320]}, "224x320 bicubic, crop 0.9"),
         (
             {"mean": [0.4], "crop_mode": "squash"},
             "224x224 bicubic, crop 0.9, squash, mean 0.4/0.4/",
@@ -197,8 +198,8 @@ def test_torchvisions_sides_are_pixels(made: Made) -> None:
 @each(
     ("arguments", "message"),
     [
-        ({"input_size": [3, 224, 320]}, "input_size is [3, 224, 320]: only squares are supported."),
-        ({"img_size": [64, 96]}, "img_size is [64, 96]: only squares are supported."),
+        ({"input_size": [3, 64, 96, 9]}, "The image_size [64, 96, 9] should be a valid integer."),
+        ({"img_size": [64, 96, 3]}, "The image_size"),
         ({"interpolation": "random"}, "The interpolation 'random' should be 'nearest'"),
         ({"crop_mode": "fit"}, "The crop_mode 'fit' should be 'center', 'squash' or 'border'."),
         ({"mean": [0.5, 0.5]}, "The mean has 2 values, but the network takes 3 channels."),

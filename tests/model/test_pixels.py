@@ -14,6 +14,7 @@ from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
 from tests.each import each
+from van_deploy.config.sizes import ImageSize
 from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.pixels import normalised, pixels_from_image
@@ -35,7 +36,7 @@ def ours(image: Image.Image, preprocessing: Preprocessing) -> Any:
 
 def timms(preprocessing: Preprocessing) -> Any:
     return create_transform(
-        (preprocessing.channels, preprocessing.image_size, preprocessing.image_size),
+        (preprocessing.channels, *preprocessing.sides),
         is_training=False,
         interpolation=preprocessing.interpolation,
         mean=preprocessing.mean,
@@ -54,8 +55,8 @@ def assert_same(image: Image.Image, preprocessing: Preprocessing, theirs: Any) -
 
 @each("mode", ["center", "squash", "border"])
 @each("interpolation", INTERPOLATIONS)
-@each(("size", "crop"), [(224, 0.9), (65, 0.87), (64, 1.0)])
-def test_every_bit_is_timms(interpolation: str, size: int, crop: float, mode: str) -> None:
+@each(("size", "crop"), [(224, 0.9), (65, 0.87), (64, 1.0), ((64, 96), 0.9), ((65, 50), 0.87)])
+def test_every_bit_is_timms(interpolation: str, size: ImageSize, crop: float, mode: str) -> None:
     preprocessing = OFFICIAL.override(
         image_size=size, crop_pct=crop, interpolation=interpolation, crop_mode=mode, **IMAGENET
     )

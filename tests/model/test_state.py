@@ -136,32 +136,60 @@ def test_other_networks_are_refused_without_a_guess() -> None:
 
 
 @each(
-    ("target", "prefix", "beside", "whose"),
+    ("target", "prefix", "beside", "notes"),
     [
-        ("official", "", "", ""),
-        ("official", "backbone.", "decode_head.conv_seg.weight", ", as in VAN-Segmentation"),
-        ("official", "backbone.", "rpn_head.rpn_conv.weight", ", as in VAN-Detection"),
-        ("mmpretrain", "", "", ""),
-        ("mmpretrain", "", "auxiliary_head.conv.bias", ", as in VAN-Segmentation"),
-        ("transformers", "", "", ", as Transformers' VanModel is"),
+        ("official", "", "", ("a backbone (official names), without a classification head",)),
+        (
+            "official",
+            "backbone.",
+            "decode_head.conv_seg.weight",
+            (
+                "a backbone of a segmenter (official names), without a classification head",
+                "not the backbone's, left out: 1 tensors of decode_head",
+            ),
+        ),
+        (
+            "official",
+            "backbone.",
+            "rpn_head.rpn_conv.weight",
+            (
+                "a backbone of a detector (official names), without a classification head",
+                "not the backbone's, left out: 1 tensors of rpn_head",
+            ),
+        ),
+        ("mmpretrain", "", "", ("a backbone (mmpretrain names), without a classification head",)),
+        (
+            "transformers",
+            "",
+            "layernorm.weight",
+            (
+                "a backbone (transformers names), without a classification head",
+                "layernorm.weight: in the file, but Transformers does not compute logits or "
+                "feature maps with them; left out",
+            ),
+        ),
     ],
     fresh="state",
 )
-def test_backbones_are_called_backbones(
-    state: State, renamed: Rename, target: str, prefix: str, beside: str, whose: str
+def test_backbones_are_read_without_what_surrounds_them(
+    state: State,
+    renamed: Rename,
+    target: str,
+    prefix: str,
+    beside: str,
+    notes: tuple[str, ...],
 ) -> None:
     body = renamed({k: v for k, v in state.items() if not k.startswith("head.")}, target)
     body = {prefix + name.removeprefix("van."): tensor for name, tensor in body.items()}
-    rest = f" Beside it: {beside}." if beside else ""
-    with pytest.raises(CheckpointError) as error:
-        official_state(body | ({beside: torch.ones(2)} if beside else {}))
-    assert error.value.message == (
-        f"The checkpoint is a VAN backbone ({target} names) without a classification head"
-        f"{whose}.{rest}"
-    )
-    assert error.value.remedy == (
-        "Backbones cannot be exported yet: pass the weights of a whole classifier."
-    )
+    found = official_state(body | ({beside: torch.ones(2)} if beside else {}))
+    assert found.notes == notes
+    assert set(found.tensors) == {name for name in state if not name.startswith("head.")}
+
+
+def test_what_may_be_the_backbones_own_stops_it(state: State) -> None:
+    body = {f"backbone.{k}": v for k, v in state.items() if not k.startswith("head.")}
+    with pytest.raises(CheckpointError, match=r"whose part is unknown: stem2\.weight"):
+        official_state(body | {"stem2.weight": torch.ones(2)})
 
 
 # --- the architecture ------------------------------------------------------------------------

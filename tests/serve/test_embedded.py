@@ -25,7 +25,7 @@ def copy(digits: Bundle, tmp_path: Path) -> Bundle:
 
 def pixels(bundle: Bundle) -> Any:
     preprocessing = bundle.manifest.preprocessing
-    shape = (3, preprocessing.image_size, preprocessing.image_size, preprocessing.channels)
+    shape = (3, *preprocessing.sides, preprocessing.channels)
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from van_deploy.bench.document import Agreement, BenchReport, Change
-from van_deploy.bench.race import Row
+from van_deploy.bench.lane import Row
 from van_deploy.bench.timing import Ratio
+from van_deploy.config.sizes import ImageSize
 from van_deploy.errors import UsageError
 
 __all__ = ["AGREE_WITHIN_PERCENT", "agreement", "compare_reports", "compared"]
@@ -90,7 +91,7 @@ COMPARABLE: dict[str, Callable[[BenchReport], object]] = {
 }
 
 
-def _key(row: Row) -> tuple[str, int, int]:
+def _key(row: Row) -> tuple[str, int, ImageSize]:
     return row.contender, row.batch, row.image_size
 
 

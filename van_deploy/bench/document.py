@@ -11,11 +11,12 @@ from pydantic import Field
 
 from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.contender import Contender, Skipped
+from van_deploy.bench.lane import Loading, Row
 from van_deploy.bench.machine import During, Machine
 from van_deploy.bench.profile import ProfileLine
-from van_deploy.bench.race import Loading, Row
 from van_deploy.bench.roofline import Reached
 from van_deploy.config import BatchRange, BenchSettings
+from van_deploy.config.sizes import ImageSize
 from van_deploy.errors import InputError
 from van_deploy.model.weights_source import WeightsSource
 from van_deploy.versioned import Versioned, read_versioned
@@ -100,7 +101,7 @@ class Change:
     Attributes:
         contender: which one.
         batch: images a call.
-        image_size: side of the input.
+        image_size: of the input.
         before_ms: median latency in the old file.
         after_ms: median latency in the new one.
         speedup: ``before_ms / after_ms``.
@@ -114,7 +115,7 @@ class Change:
 
     contender: str
     batch: int
-    image_size: int
+    image_size: ImageSize
     before_ms: float
     after_ms: float
     speedup: float

@@ -14,10 +14,11 @@ from typing import Any
 
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.gpu_state import GpuState
+from van_deploy.bench.lane import Lane, Row
 from van_deploy.bench.process import WorkerProcess
-from van_deploy.bench.race import Lane, Row
 from van_deploy.bench.timing import Latency, Ratio
 from van_deploy.config import BenchSettings, Budget
+from van_deploy.config.sizes import ImageSize
 
 __all__ = ["gpu_rows", "int8_not_worth_it", "with_ratios"]
 
@@ -27,7 +28,7 @@ def gpu_rows(
     contender: Contender,
     images: Path,
     batches: Sequence[int],
-    image_size: int,
+    image_size: ImageSize,
     settings: BenchSettings,
     preprocessing: Mapping[str, Any] | None,
     say: Callable[[str], None],
@@ -55,7 +56,7 @@ def _row(
     lane: Lane,
     images: Path,
     batch: int,
-    image_size: int,
+    image_size: ImageSize,
     budget: Budget,
     preprocessing: Mapping[str, Any] | None,
 ) -> Row:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from van_deploy.bench.ceilings import Ceilings, paper_ceilings
 from van_deploy.bench.contender import Contender
-from van_deploy.bench.race import Row
+from van_deploy.bench.lane import Row
 from van_deploy.bundle import Bundle
+from van_deploy.config.sizes import ImageSize, sides_of
 
 if TYPE_CHECKING:
     from van_deploy.model.variants import VanConfig
@@ -95,7 +97,7 @@ class Reached:
 
     contender: str
     batch: int
-    image_size: int
+    image_size: ImageSize
     work: Work
     limit: Limit
     percent_of_limit: float
@@ -174,20 +176,20 @@ def measured_limits(
     return tuple(result)
 
 
-def work_of(config: VanConfig, image_size: int, batch: int, *, int8: bool = False) -> Work:
+def work_of(config: VanConfig, image_size: ImageSize, batch: int, *, int8: bool = False) -> Work:
     """Return the work of one batch, from the shapes of the network alone.
 
     Args:
         config: the network.
-        image_size: side of the square input.
+        image_size: of the input.
         batch: images.
         int8: whether its 1x1 convolutions are quantised.
     """
-    (k0, k1), side = config.lka_kernels, image_size
+    (k0, k1), sides = config.lka_kernels, sides_of(image_size)
     pointwise = depthwise = 0
     for stage, (dim, hidden) in enumerate(zip(config.embed_dims, config.hidden_dims, strict=True)):
-        side = -(-side // config.strides[stage])
-        pixels = config.depths[stage] * side * side
+        sides = config.sides_after(stage, sides)
+        pixels = config.depths[stage] * sides[0] * sides[1]
         pointwise += pixels * dim * (3 * dim + 2 * hidden)
         depthwise += pixels * (dim * (k0**2 + k1**2) + 9 * hidden)
     rest = config.mac_count(image_size) - pointwise - depthwise
@@ -199,7 +201,7 @@ def work_of(config: VanConfig, image_size: int, batch: int, *, int8: bool = Fals
         quantized_ops=per_image[0] if int8 else 0,
         vector_ops=per_image[1],
         weights=config.parameter_count(),
-        ends=batch * (config.in_chans * image_size**2 + config.num_classes),
+        ends=batch * (config.in_chans * math.prod(sides_of(image_size)) + config.num_classes),
         traffic=kernel_traffic_bytes(config, image_size, batch, 1),
     )
 
@@ -235,7 +237,7 @@ def limit_of(work: Work, ceilings: Ceilings, precision: str) -> Limit | None:
 
 
 def kernel_traffic_bytes(
-    config: VanConfig, image_size: int, batch: int, value_bytes: int = 2
+    config: VanConfig, image_size: ImageSize, batch: int, value_bytes: int = 2
 ) -> int:
     """Return the bytes through device memory with one kernel a step and nothing fused further.
 
@@ -249,11 +251,11 @@ def kernel_traffic_bytes(
     >>> kernel_traffic_bytes(VARIANTS["van_b0"].config, 224, 1000) // 10**9  # MB an image
     55
     """
-    values, side, channels = 0, image_size, config.in_chans
+    values, sides, channels = 0, sides_of(image_size), config.in_chans
     for stage, width in enumerate(config.embed_dims):
-        values += channels * side * side  # the patch embedding reads it
-        side = -(-side // config.strides[stage])
-        pixels, channels = side * side, width
+        values += channels * sides[0] * sides[1]  # the patch embedding reads it
+        sides = config.sides_after(stage, sides)
+        pixels, channels = sides[0] * sides[1], width
         values += 3 * width * pixels  # it writes its maps; the LayerNorm reads and writes them
         block = 15 * width + 4 * config.hidden_dims[stage]
         values += config.depths[stage] * block * pixels

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.evaluate_report import EvaluateReport
-from van_deploy.checks.golden import Samples
+from van_deploy.checks.samples import Samples
 from van_deploy.checks.speed import SpeedRatio
 from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
 from van_deploy.documents import json_from, text_from
@@ -23,7 +23,6 @@ from van_deploy.metrics import Task
 from van_deploy.schema import Schema, validated_json
 
 __all__ = [
-    "SCHEMA",
     "AccuracyFigures",
     "ArtefactFigures",
     "Baseline",

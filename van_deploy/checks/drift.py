@@ -21,23 +21,24 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import sqnr_floor
-from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import Level, cuts_of, part_name
 from van_deploy.checks.judging import judge_new
 from van_deploy.checks.layers import DriftRow, channels_of, drift_of_graph, overflows_of_graph
 from van_deploy.checks.opened import plain_onnx
 from van_deploy.checks.reference import NoiseSum, OnnxModules, TorchModules
+from van_deploy.checks.samples import Samples
 from van_deploy.checks.scales import judge_scales, scale_faults
 from van_deploy.errors import GateFailed
+from van_deploy.graph.names import module_of
 from van_deploy.metrics import sqnr_db
-from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from van_deploy.runners.network import Network
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
     from van_deploy.model.checkpoint import LoadedVan
 
-__all__ = ["FUSION_NOTE", "SCHEMA", "ArtefactDrift", "DriftReport", "Link", "drift_of_bundle"]
+__all__ = ["ArtefactDrift", "DriftReport", "Link", "drift_of_bundle"]
 
 SCHEMA: Final = "van-deploy/drift/2"
 
@@ -172,8 +173,10 @@ def drift_of_bundle(
 
 
 def _rewritten(reference: TorchModules, samples: Samples) -> Link:
+    found = reference.outputs(samples.inputs)
+    outputs = {name: found[module_of(name)] for name in samples.outputs.names}
     noise = NoiseSum()
-    noise.add(samples.logits, reference.outputs(samples.inputs)["head"])
+    noise.add(samples.logits, samples.outputs.rows(outputs))
     folding = f"folding itself is exact to {reference.fold.relative_error:.0e}"
     return Link("rewritten, float64", noise.sqnr_db, f"folded weights stored in float32; {folding}")
 
@@ -195,8 +198,9 @@ def _link(bundle: Bundle, name: str, samples: Samples) -> Link:
     if name not in plain_onnx(bundle):
         return Link(name, None, "see `van-deploy verify`: only plain ONNX graphs are opened here")
     try:
-        with OnnxRuntimeRunner(bundle.verified(name)) as runner:
-            return Link(name, sqnr_db(samples.logits, runner.run(samples.inputs)))
+        with Network(bundle, name) as network:
+            found = samples.outputs.rows(network.run(samples.inputs))
+            return Link(name, sqnr_db(samples.logits, found))
     except Exception as error:  # ONNX Runtime raises its own bare types
         return Link(name, None, f"does not run: {' '.join(str(error).split())[:200]}")
 

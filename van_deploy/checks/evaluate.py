@@ -35,7 +35,7 @@ from van_deploy.files import content_key
 from van_deploy.metrics import Task
 from van_deploy.ray_tasks import RayTask, run_on_ray
 from van_deploy.runners.base import Logits
-from van_deploy.runners.network import PYTORCH, Network, task_of
+from van_deploy.runners.network import PYTORCH, Network, require_classes, task_of
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
@@ -218,7 +218,11 @@ def evaluate_images(
         settings: how to evaluate.
         gates: limits a recipe sets otherwise.
         progress: told how many images of how many are answered.
+
+    Raises:
+        UsageError: the network gives feature maps.
     """
+    require_classes(bundle, "evaluate")
     chosen, labels = _labelled(images, asked, task_of(bundle), loaded)
     golden = bundle.manifest.golden is not None
     noise_db = samples_for(bundle, None if golden else loaded, None).noise_db

@@ -4,23 +4,25 @@ They are made once, from the original network, when the bundle is exported. From
 host judges any artifact without PyTorch and without the weights. ``golden.npz`` holds
 
 ===========  ==============================================================================
-``pixels``   ``(N, S, S, C)`` uint8, resized and cropped; or, for a network that was given
-             network input, ``inputs``: ``(N, C, S, S)`` float32, normalised
+``pixels``   ``(N, H, W, C)`` uint8, resized and cropped; or, for a network that was given
+             network input, ``inputs``: ``(N, C, H, W)`` float32, normalised
 ``logits``   ``(N, K)`` float64: the original network in float64
 ``float32``  ``(N, K)`` float32: the original network in float32, whose distance from
              ``logits`` is the noise that FP32 artifacts are judged by
 ===========  ==============================================================================
 
-and beside it lie two encoded originals, of which the first two rows were read: decoding,
-resizing and cropping are checked too.
+Of a backbone both hold the sketches of its maps side by side (:mod:`van_deploy.checks.samples`).
+Where height and width are dynamic there are ``logits 192x192`` and ``float32 192x192`` of the
+first images at each other size, repeated side by side and cut. Beside it lie two encoded
+originals, of which the first two rows were read: decoding, resizing and cropping are checked too.
 """
 
 from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,16 @@ import numpy as np
 from van_deploy.bundle import Bundle, Draft
 from van_deploy.bundle.reading import verify
 from van_deploy.checks.gates import Finding, Outcome, failed
+from van_deploy.checks.samples import (
+    OTHER_IMAGES,
+    SKETCH,
+    Outputs,
+    Samples,
+    described_at,
+    other_sizes,
+    tiled,
+)
+from van_deploy.config.sizes import size_text
 from van_deploy.data import (
     CheckImages,
     ImageSet,
@@ -40,24 +52,18 @@ from van_deploy.data import (
 )
 from van_deploy.errors import BundleError, ImageError, UsageError
 from van_deploy.manifest import Golden
-from van_deploy.metrics import Array, Task, sqnr_db
+from van_deploy.model.keys import STAGES
 from van_deploy.model.pixels import Pixels, normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.variants import VanConfig
 from van_deploy.runners.base import Images
 from van_deploy.runners.network import task_of
 
-__all__ = [
-    "GOLDEN_FILE",
-    "GOLDEN_IMAGES",
-    "Samples",
-    "golden_samples",
-    "images_for_golden",
-    "judge_originals",
-    "write_golden",
-]
+__all__ = ["golden_count", "golden_samples", "images_for_golden", "judge_originals", "write_golden"]
 
 GOLDEN_FILE = "golden.npz"
 GOLDEN_IMAGES = 16
+BACKBONE_BYTES = 6_000_000
 ORIGINALS = 2
 IMAGE_CHANNELS = (1, 3, 4)  # those that image files have
 LONGEST_SIDE = 512  # pixels: large enough to be resized by the pipeline, small enough to ship
@@ -71,56 +77,21 @@ SAMPLES = (
 )
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Images with the original network's answers.
+def golden_count(config: VanConfig, preprocessing: Preprocessing) -> int:
+    """Return how many golden samples a network has: fewer for a backbone of large images.
 
-    Attributes:
-        inputs: ``(N, C, S, S)`` float32, normalised.
-        pixels: the same ``(N, S, S, C)`` uint8; None where there are only inputs.
-        logits: ``(N, K)`` float64, of the original network in float64.
-        single: ``(N, K)`` float32, of the original network in float32.
-        names: what each image is called.
-        description: all of them in one phrase.
-        task: how logits become labels.
-        golden: whether they are those of the bundle.
+    Its sketches take up to 100 kB an image, and all of it at most :data:`BACKBONE_BYTES`.
     """
-
-    inputs: Images
-    pixels: Pixels | None
-    logits: Array
-    single: Array
-    names: tuple[str, ...]
-    description: str
-    task: Task = Task.SINGLE_LABEL
-    golden: bool = False
-
-    @property
-    def noise_db(self) -> float:
-        """SQNR of float32 against float64."""
-        return sqnr_db(self.logits, self.single)
-
-    def __len__(self) -> int:
-        """Return how many images there are."""
-        return len(self.inputs)
-
-    def first(self, count: int) -> Samples:
-        """Return at most ``count`` of them."""
-        return replace(
-            self,
-            inputs=self.inputs[:count],
-            pixels=None if self.pixels is None else self.pixels[:count],
-            logits=self.logits[:count],
-            single=self.single[:count],
-            names=self.names[:count],
-            description=self.description
-            if count >= len(self)
-            else f"the first {count} of {self.description}",
-        )
+    if not config.out_indices:
+        return GOLDEN_IMAGES
+    height, width = preprocessing.sides
+    image = height * width * preprocessing.channels
+    image *= 1 if preprocessing.channels in IMAGE_CHANNELS else 4  # inputs are float32
+    return max(2, min(GOLDEN_IMAGES, BACKBONE_BYTES // (image + 12 * SKETCH * STAGES)))
 
 
 def images_for_golden(
-    name: str, preprocessing: Preprocessing, source: Path | None
+    name: str, preprocessing: Preprocessing, source: Path | None, count: int = GOLDEN_IMAGES
 ) -> tuple[CheckImages, tuple[bytes, ...]]:
     """Return the images of the golden samples, and the encoded originals of the first ones (PNG).
 
@@ -128,12 +99,13 @@ def images_for_golden(
         name: of the network.
         preprocessing: of the network.
         source: the user's folder or ``.npz``; None for sample photographs.
+        count: how many images.
 
     Raises:
         ImageError: not one image can be read, or they are too few and too small.
     """
     images = image_set(source) if source is not None else sample_set(name, preprocessing)
-    chosen = check_images(name, preprocessing, GOLDEN_IMAGES, images if source else None)
+    chosen = check_images(name, preprocessing, count, images if source else None)
     originals = _originals(images, preprocessing)
     if not originals or chosen.pixels is None:
         return chosen, ()
@@ -189,10 +161,11 @@ def write_golden(
         originals: encoded images that the first of them were read from.
         users: whether the images are the user's own.
     """
-    images = {"inputs": samples.inputs} if samples.pixels is None else {"pixels": samples.pixels}
-    np.savez_compressed(
-        draft.file(GOLDEN_FILE), logits=samples.logits, float32=samples.single, **images
-    )
+    arrays = {"inputs": samples.inputs} if samples.pixels is None else {"pixels": samples.pixels}
+    arrays |= {"logits": samples.logits, "float32": samples.single}
+    for other in samples.others:
+        arrays |= {f"logits {other.size}": other.logits, f"float32 {other.size}": other.single}
+    np.savez_compressed(draft.file(GOLDEN_FILE), **arrays)
     places = _original_names(len(originals))
     for place, data in zip(places, originals, strict=True):
         draft.file(place).write_bytes(data)
@@ -221,6 +194,7 @@ def golden_samples(bundle: Bundle) -> Samples:
         pixels = found.get("pixels")
         inputs = found["inputs"] if pixels is None else normalised(pixels, preprocessing)
         _require_shapes(bundle, inputs, pixels, found)
+        others = tuple(_others(bundle, inputs, pixels, found))
     except (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile) as error:
         raise BundleError(f"The golden samples '{path}' are damaged: {error}.", _ANEW) from error
     first = golden.originals[: len(inputs)]
@@ -234,7 +208,29 @@ def golden_samples(bundle: Bundle) -> Samples:
         f"{len(inputs)} golden samples: {golden.images}",
         task_of(bundle),
         golden=True,
+        outputs=Outputs.of(bundle.manifest.architecture, preprocessing.image_size),
+        others=others,
     )
+
+
+def _others(
+    bundle: Bundle, inputs: Images, pixels: Pixels | None, found: dict[str, Any]
+) -> Iterator[Samples]:
+    """Yield the golden samples at other sizes."""
+    manifest = bundle.manifest
+    for size in other_sizes(manifest.sizes, manifest.preprocessing.image_size):
+        first = inputs[:OTHER_IMAGES]
+        yield Samples(
+            tiled(first, size, 2),
+            None if pixels is None else tiled(pixels[:OTHER_IMAGES], size, 1),
+            found[f"logits {size_text(size)}"],
+            found[f"float32 {size_text(size)}"],
+            tuple(f"golden {row}" for row in range(len(first))),
+            described_at(size, len(first)),
+            task_of(bundle),
+            golden=True,
+            outputs=Outputs.of(manifest.architecture, size),
+        )
 
 
 _ANEW = "Export the model again; nothing made it from here."
@@ -259,17 +255,21 @@ def _require_shapes(
     Raises:
         ValueError: they are not.
     """
-    preprocessing, classes = bundle.manifest.preprocessing, bundle.manifest.architecture.num_classes
-    size = preprocessing.image_size
-    wanted = {
-        "inputs": ((preprocessing.channels, size, size), np.float32, inputs),
-        "logits": ((classes,), np.float64, found["logits"]),
-        "float32": ((classes,), np.float32, found["float32"]),
-    }
+    preprocessing, config = bundle.manifest.preprocessing, bundle.manifest.architecture
+    shape = (preprocessing.channels, *preprocessing.sides)
+    wanted: dict[str, Any] = {"inputs": (len(inputs), shape, np.float32, inputs)}
+    sizes = other_sizes(bundle.manifest.sizes, preprocessing.image_size)
+    for size in (preprocessing.image_size, *sizes):
+        native = size == preprocessing.image_size
+        count = len(inputs) if native else min(OTHER_IMAGES, len(inputs))
+        row = (sum(Outputs.of(config, size).widths.values()) or config.num_classes,)
+        for name, kind in (("logits", np.float64), ("float32", np.float32)):
+            key = name if native else f"{name} {size_text(size)}"
+            wanted[key] = (count, row, kind, found[key])
     if pixels is not None and pixels.dtype != np.uint8:
         raise ValueError(f"'pixels' is {pixels.dtype}, not uint8")
-    for name, (row, kind, values) in wanted.items():
-        if values.shape != (len(inputs), *row) or values.dtype != kind or not len(inputs):
+    for name, (count, row, kind, values) in wanted.items():
+        if values.shape != (count, *row) or values.dtype != kind or not count:
             raise ValueError(
                 f"'{name}' is {values.dtype} {values.shape}, not {np.dtype(kind)} of rows {row}"
             )

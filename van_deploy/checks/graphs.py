@@ -23,13 +23,11 @@ import numpy.typing as npt
 from onnx import ModelProto, helper, shape_inference
 
 from van_deploy.errors import UsageError
-from van_deploy.graph.names import OUTPUT_NAME
+from van_deploy.graph.names import module_of
+from van_deploy.graph.shapes import with_dynamic_batch_
 from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
 
 __all__ = [
-    "FED",
-    "HEAD",
-    "LEVELS",
     "Cut",
     "Level",
     "cuts_of",
@@ -43,7 +41,6 @@ __all__ = [
 
 Level = Literal["stage", "block", "module"]
 LEVELS: tuple[Level, ...] = ("stage", "block", "module")
-HEAD = "head"  # the module whose result is called OUTPUT_NAME in a graph
 FED = ".reference"  # suffix of the input that stands for a cut tensor
 
 _UNIT = re.compile(r"(patch_embed(?P<embed>\d)|block(?P<block>\d)\.\d+|norm(?P<norm>\d)|head)\b")
@@ -77,7 +74,7 @@ def cuts_of(model: ModelProto, level: Level, modules: Iterable[str]) -> list[Cut
     last: dict[str, str] = {}  # the last tensor of each part, in the graph's order
     for node in model.graph.node:
         tensor = node.output[0]
-        module = HEAD if tensor == OUTPUT_NAME else tensor
+        module = module_of(tensor)
         if module not in known:
             continue
         name = module if level == "module" else _unit(node.name or module, level)
@@ -116,10 +113,14 @@ def part_name(module: str, level: Level, parts: Iterable[str]) -> str:
 
 
 def with_taps(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
-    """Return a copy of ``model`` with ``tensors`` as its outputs, in that order."""
+    """Return a copy of ``model`` with ``tensors`` as its outputs, in that order.
+
+    A static batch becomes dynamic: nothing inside a graph depends on it.
+    """
     types = tensor_types(model)
     tapped = ModelProto()
     tapped.CopyFrom(model)
+    with_dynamic_batch_(tapped)
     del tapped.graph.output[:]
     tapped.graph.output.extend(
         helper.make_tensor_value_info(name, types[name], None) for name in tensors

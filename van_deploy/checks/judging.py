@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,16 +23,17 @@ from van_deploy.checks.gates import (
     outcome_of,
     sqnr_floor,
 )
-from van_deploy.checks.golden import Samples
 from van_deploy.checks.layers import overflows_of_graph
 from van_deploy.checks.opened import in_batches
 from van_deploy.checks.rules import judge_invariance, judge_logits
+from van_deploy.checks.samples import Samples
 from van_deploy.checks.scales import ScaleRow, judge_scales
 from van_deploy.config import BatchRange
 from van_deploy.environment.hardware import cpu
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import OUTPUT_NAME
-from van_deploy.metrics import Array, Comparison, Flip, compare, probabilities, rms, sqnr_db
+from van_deploy.graph.shapes import fixed_batch
+from van_deploy.metrics import Array, Comparison, Flip, probabilities, rms
 from van_deploy.runners.network import ORT_CPU, Outputs
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -79,7 +80,8 @@ class Judged:
 
     Attributes:
         findings: one a rule.
-        comparison: of the logits, one image at a time; None where there are none.
+        comparison: of the logits, or of the worst feature map, one image at a time; None where
+            there are none.
         flips: decisions that changed, the widest margin first.
         batches: one row a batch size.
         scales: of an INT8 graph.
@@ -122,9 +124,13 @@ def record_key(runner: str, numeric: str) -> str:
 def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
     """Return the batch sizes to try: 1, 2, 3, the optimum, the maximum and another odd one.
 
+    A static graph has one.
+
     >>> batch_sizes(BatchRange(min=1, opt=8, max=32)), batch_sizes(BatchRange(min=1, opt=1, max=2))
     ((1, 2, 3, 5, 8, 32), (1, 2))
     """
+    if batch.fixed:
+        return (batch.fixed,)
     wanted = {1, 2, 3, batch.opt, batch.max}
     wanted.add(next(odd for odd in range(5, 99, 2) if odd not in wanted))
     return tuple(sorted(size for size in wanted if size <= batch.max))
@@ -145,7 +151,7 @@ def judge_new(
         model: the graph, which takes normalised images, or its file.
         precision: of the graph.
         samples: the golden samples.
-        sizes: batch sizes to try.
+        sizes: batch sizes to try where the batch is dynamic.
         method: of calibration, for INT8.
         profile: what a recipe sets otherwise.
 
@@ -157,9 +163,12 @@ def judge_new(
 
     numeric = numeric_class(precision)
     floor = sqnr_floor(numeric, samples.noise_db, profile)
-    with OnnxRuntimeRunner(model, arena=False) as runner:
-        answers = judge_answers(runner.run_all, samples.inputs, samples, sizes, floor)
     graph = onnx.load(model) if isinstance(model, Path) else model
+    fixed = fixed_batch(graph)
+    with OnnxRuntimeRunner(model, arena=False) as runner:
+        answers = judge_answers(
+            runner.run_all, _inputs, samples, (fixed,) if fixed else sizes, floor
+        )
     inside = judge_graph(graph, numeric, samples, method, profile)
     together = Judged(
         (*answers.findings, *inside.findings),
@@ -174,75 +183,131 @@ def judge_new(
 
 def judge_answers(
     run: Run,
-    given: npt.NDArray[Any],
+    prepare: Callable[[Samples], npt.NDArray[Any]],
     samples: Samples,
     sizes: Sequence[int],
     floor: Limit,
     recorded_db: float | None = None,
 ) -> Judged:
-    """Return what the answers of a network say, at every batch size.
+    """Return what the answers of a network say, at every batch size and image size.
 
     Args:
         run: the network.
-        given: the samples as it takes them.
+        prepare: gives samples as it takes them.
         samples: with the reference's logits.
-        sizes: batch sizes to try; every size gets all samples.
+        sizes: batch sizes to try, the one that the others are compared with first: 1, or the
+            one of a static graph; every size gets all samples.
         floor: least SQNR of the logits.
         recorded_db: SQNR recorded on the same samples, or None.
 
     Raises:
         Exception: the runtime's own, where the network does not run one image at a time.
     """
-    alone = in_batches(run, given, 1)
-    if OUTPUT_NAME not in alone:
+    given, answer = prepare(samples), _Answering(run, samples)
+    one_by_one = answer.outputs(given, sizes[0])
+    if OUTPUT_NAME not in one_by_one:
         return _judge_shares(run, given, samples, sizes, floor)
-    logits = alone[OUTPUT_NAME]
-    findings, flips = judge_logits(
-        samples.logits, logits, floor, recorded_db=recorded_db, task=samples.task
-    )
-    if logits.shape != samples.logits.shape:
+    alone = one_by_one[OUTPUT_NAME]
+    findings, flips = _judge_outputs(samples, alone, floor, recorded_db)
+    if alone.shape != samples.logits.shape:
         return Judged(tuple(findings))
-    rows = []
-    for size in sizes:
-        found, row = _judge_batch(run, given, samples, logits, size, floor, recorded_db)
+    first = BatchRow(
+        sizes[0], outcome_of(findings), samples.outputs.sqnr_db(samples.logits, alone), math.inf
+    )
+    rows = [first]
+    if sizes[0] > 1:  # of a static graph: the images at other places of their batch
+        turned = np.roll(np.arange(len(given)), 1)
+        moved = answer.of(given[turned], sizes[0])
+        findings.append(judge_invariance(alone[turned], moved, floor, sizes[0]))
+        rows = [replace(first, outcome=outcome_of(findings), invariance_db=findings[-1].value)]
+    for size in sizes[1:]:
+        found, row = _judge_batch(answer, given, alone, size, floor, recorded_db)
         findings += found
         rows.append(row)
-    figures = compare(samples.logits, logits)
-    return Judged(tuple(findings), figures, tuple(flips), tuple(rows))
+    for other in samples.others:
+        findings += _judge_size(run, prepare(other), other, sizes[0], floor)
+    return Judged(
+        tuple(findings), samples.outputs.compare(samples.logits, alone), tuple(flips), tuple(rows)
+    )
+
+
+class _Answering:
+    """A network whose outputs are taken as the samples have them."""
+
+    def __init__(self, run: Run, samples: Samples) -> None:
+        self.run, self.samples = run, samples
+
+    def outputs(self, given: npt.NDArray[Any], batch: int) -> Outputs:
+        """Return the answers to all images, ``batch`` at a time, as one output.
+
+        Where the network gives other outputs than the reference, these.
+        """
+
+        def reduced(part: npt.NDArray[Any]) -> Outputs:
+            outputs, wanted = self.run(part), self.samples.outputs
+            return {OUTPUT_NAME: wanted.rows(outputs)} if wanted.are_in(outputs) else outputs
+
+        return in_batches(reduced, given, batch)
+
+    def of(self, given: npt.NDArray[Any], batch: int) -> Array:
+        """Return the answers of a network that is known to give them."""
+        return self.outputs(given, batch)[OUTPUT_NAME]
+
+
+def _inputs(samples: Samples) -> npt.NDArray[Any]:
+    return samples.inputs
+
+
+def _judge_outputs(
+    samples: Samples, found: Array, floor: Limit, recorded_db: float | None, where: str = ""
+) -> tuple[list[Finding], list[Flip]]:
+    """Return the findings on the logits, or on each feature map, and the label flips."""
+    options: dict[str, Any] = {"recorded_db": recorded_db, "task": samples.task}
+    if not samples.outputs.widths or found.shape != samples.logits.shape:
+        return judge_logits(samples.logits, found, floor, where=where, **options)
+    findings, actual = [], samples.outputs.parts(found)
+    for name, expected in samples.outputs.parts(samples.logits).items():
+        of_map = judge_logits(expected, actual[name], floor, where=f"{where}{name}: ", **options)
+        findings += of_map[0]
+    return findings, []
+
+
+def _judge_size(
+    run: Run, given: npt.NDArray[Any], samples: Samples, batch: int, floor: Limit
+) -> list[Finding]:
+    """Return what the answers at another image size say."""
+    where = f"{samples.size}: "
+    try:
+        found = _Answering(run, samples).of(given, batch)
+    except Exception as error:  # the runtimes raise their own bare types
+        return [failed("runs", f"{where}it does not run: {_line(error)}")]
+    return _judge_outputs(samples, found, floor, None, where)[0]
 
 
 def _judge_batch(
-    run: Run,
+    answer: _Answering,
     given: npt.NDArray[Any],
-    samples: Samples,
     alone: Array,
     size: int,
     floor: Limit,
     recorded_db: float | None,
 ) -> tuple[list[Finding], BatchRow]:
     """Return what one batch size says beyond what one image at a time did."""
-    where = f"batch {size}: "
-    if size == 1:
-        return [], BatchRow(1, Outcome.PASS, sqnr_db(samples.logits, alone), math.inf)
+    where, samples = f"batch {size}: ", answer.samples
     try:
-        together = in_batches(run, given, size)[OUTPUT_NAME]
+        together = answer.of(given, size)
     except Exception as error:  # the runtimes raise their own bare types
         return [failed("runs", f"{where}it does not run: {_line(error)}")], BatchRow(
             size, Outcome.FAIL
         )
-    findings, _ = judge_logits(
-        samples.logits,
-        together,
-        floor,
-        recorded_db=recorded_db,
-        task=samples.task,
-        where=where,
-    )
+    findings, _ = _judge_outputs(samples, together, floor, recorded_db, where)
     if together.shape != alone.shape:
         return findings, BatchRow(size, Outcome.FAIL)
     same = judge_invariance(alone, together, floor, size)
     findings.append(same)
-    row = BatchRow(size, outcome_of(findings), sqnr_db(samples.logits, together), same.value)
+    row = BatchRow(
+        size, outcome_of(findings), samples.outputs.sqnr_db(samples.logits, together), same.value
+    )
     return findings, row
 
 

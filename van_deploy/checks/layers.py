@@ -12,7 +12,6 @@ import numpy.typing as npt
 from van_deploy.bundle import Artefact, Bundle
 from van_deploy.checks.graphs import (
     FED,
-    HEAD,
     Cut,
     isolated,
     quiet_session,
@@ -21,21 +20,13 @@ from van_deploy.checks.graphs import (
     with_taps,
 )
 from van_deploy.checks.reference import ModuleReference, NoiseSum
-from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
+from van_deploy.graph.names import INPUT_NAME, module_of
 from van_deploy.runners.base import Images
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = [
-    "IMAGES_AT_ONCE",
-    "LARGEST_FP16",
-    "Channels",
-    "DriftRow",
-    "channels_of",
-    "drift_of_graph",
-    "overflows_of_graph",
-]
+__all__ = ["Channels", "DriftRow", "channels_of", "drift_of_graph", "overflows_of_graph"]
 
 IMAGES_AT_ONCE = 2  # more than one, so that a batch frozen at one shows
 LARGEST_FP16 = 65504
@@ -157,15 +148,15 @@ def _noise(
     for start in range(0, len(images), IMAGES_AT_ONCE):
         batch = images[start : start + IMAGES_AT_ONCE]
         expected = reference.outputs(batch)
-        feeds: dict[str, npt.NDArray[Any]] = {
-            f"{name}{FED}": maps[name].forward(value) if name in maps else value
-            for name, value in expected.items()
-        }
+        feeds: dict[str, npt.NDArray[Any]] = {}
+        for name in tensors:
+            value = expected[module_of(name)]
+            feeds[f"{name}{FED}"] = maps[name].forward(value) if name in maps else value
         feeds[INPUT_NAME] = batch
         for session, found in zip(sessions, sums, strict=True):
             for name, value in run_taps(session, feeds):
                 back = maps[name].back(value) if name in maps else value
-                found[name].add(expected[HEAD if name == OUTPUT_NAME else name], back)
+                found[name].add(expected[module_of(name)], back)
     return sums
 
 

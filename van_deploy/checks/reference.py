@@ -19,12 +19,22 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.golden import GOLDEN_IMAGES, Samples, golden_samples
-from van_deploy.checks.graphs import HEAD, quiet_session, run_taps, with_taps
+from van_deploy.checks.golden import GOLDEN_IMAGES, golden_samples
+from van_deploy.checks.graphs import quiet_session, run_taps, with_taps
+from van_deploy.checks.samples import (
+    OTHER_IMAGES,
+    Outputs,
+    Samples,
+    described_at,
+    other_sizes,
+    tiled,
+)
+from van_deploy.config.sizes import ImageSize
 from van_deploy.data import CheckImages, check_images
 from van_deploy.errors import BundleError
-from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
+from van_deploy.graph.names import INPUT_NAME, module_of
 from van_deploy.metrics import Task
+from van_deploy.model.pixels import Pixels
 from van_deploy.runners.base import Images
 
 if TYPE_CHECKING:
@@ -33,6 +43,7 @@ if TYPE_CHECKING:
 
     from van_deploy.graph.fold import Rewrites
     from van_deploy.model.checkpoint import LoadedVan
+    from van_deploy.model.variants import VanConfig
 
 __all__ = [
     "ModuleReference",
@@ -48,26 +59,56 @@ PROOF_IMAGES = 1
 Array = npt.NDArray[np.float64]
 
 
-def reference_samples(loaded: LoadedVan, images: CheckImages) -> Samples:
-    """Return images with the original network's answers in float64 and float32."""
+def reference_samples(
+    loaded: LoadedVan, images: CheckImages, sizes: Sequence[ImageSize] = ()
+) -> Samples:
+    """Return images with the original network's answers in float64 and float32.
+
+    Args:
+        loaded: the original network.
+        images: at its own size.
+        sizes: others, at which the first images are repeated and answered, too.
+    """
+    double = copy.deepcopy(loaded.model).double().eval()
+    task = Task.of(loaded.config.num_classes, loaded.config.problem_type)
+
+    def samples(inputs: Images, pixels: Pixels | None, described: str) -> Samples:
+        height, width = inputs.shape[2:]
+        outputs = Outputs.of(loaded.config, (height, width))
+        exact, single = (
+            _answers(m, loaded.config, outputs, inputs) for m in (double, loaded.model)
+        )
+        names = images.names[: len(inputs)]
+        return Samples(
+            inputs, pixels, exact, single.astype(np.float32), names, described, task, False, outputs
+        )
+
+    whole = samples(images.inputs, images.pixels, images.description)
+    first = images.inputs[:OTHER_IMAGES]
+    pixels = None if images.pixels is None else images.pixels[:OTHER_IMAGES]
+    others = (
+        samples(
+            tiled(first, size, 2),
+            None if pixels is None else tiled(pixels, size, 1),
+            described_at(size, len(first)),
+        )
+        for size in sizes
+    )
+    return replace(whole, others=tuple(others))
+
+
+def _answers(model: nn.Module, config: VanConfig, outputs: Outputs, images: Images) -> Array:
+    """Return the rows that a network answers to images, computed in its own type."""
     import torch
 
-    pieces: dict[Any, list[npt.NDArray[Any]]] = {torch.float32: [], torch.float64: []}
-    double = copy.deepcopy(loaded.model).double().eval()
+    kind, pieces = next(model.parameters()).dtype, []
     with torch.inference_mode():
         for start in range(0, len(images), REFERENCE_BATCH):
-            batch = torch.from_numpy(images.inputs[start : start + REFERENCE_BATCH])
-            pieces[torch.float32].append(loaded.model(batch).numpy())
-            pieces[torch.float64].append(double(batch.double()).numpy())
-    return Samples(
-        inputs=images.inputs,
-        pixels=images.pixels,
-        logits=np.concatenate(pieces[torch.float64]),
-        single=np.concatenate(pieces[torch.float32]),
-        names=images.names,
-        description=images.description,
-        task=Task.of(loaded.config.num_classes, loaded.config.problem_type),
-    )
+            given = model(torch.from_numpy(images[start : start + REFERENCE_BATCH]).to(kind))
+            found = given if isinstance(given, tuple) else (given,)
+            named = {n: y.numpy() for n, y in zip(config.output_names, found, strict=True)}
+            pieces.append(outputs.rows(named))
+    return np.concatenate(pieces)
 
 
 def samples_for(
@@ -88,9 +129,10 @@ def samples_for(
     """
     if loaded is None:
         return golden_samples(bundle)
+    sizes = other_sizes(bundle.manifest.sizes, loaded.preprocessing.image_size)
     if images is not None or bundle.manifest.golden is None:
         return reference_samples(
-            loaded, check_images(loaded.name, loaded.preprocessing, count, images)
+            loaded, check_images(loaded.name, loaded.preprocessing, count, images), sizes
         )
     golden = golden_samples(bundle).first(count)
     same = CheckImages(
@@ -100,7 +142,7 @@ def samples_for(
         names=golden.names,
         description=golden.description,
     )
-    return replace(reference_samples(loaded, same), task=golden.task, golden=True)
+    return replace(reference_samples(loaded, same, sizes), task=golden.task, golden=True)
 
 
 @dataclass
@@ -210,13 +252,13 @@ class OnnxModules:
 
     def __init__(self, model: ModelProto) -> None:
         made = [name for node in model.graph.node for name in node.output if name]
-        self.modules = [HEAD if name == OUTPUT_NAME else name for name in made]
+        self.modules = [module_of(name) for name in made]
         self._session = quiet_session(with_taps(model, made))
 
     def outputs(self, images: Images) -> Mapping[str, Array]:
         """Return every tensor for ``images (N, C, S, S)``, float64, by name."""
         taps = run_taps(self._session, {INPUT_NAME: images})
-        return {HEAD if name == OUTPUT_NAME else name: value for name, value in taps}
+        return {module_of(name): value for name, value in taps}
 
 
 def _rewrites_of(bundle: Bundle) -> Rewrites:

@@ -34,11 +34,10 @@ from van_deploy.checks.gates import (
     ScaleBounds,
     failed,
 )
-from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import quiet_session, run_taps, with_taps
 from van_deploy.checks.rules import at_least
-from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
-from van_deploy.metrics import sqnr_db
+from van_deploy.checks.samples import Samples
+from van_deploy.graph.names import INPUT_NAME
 
 __all__ = ["ScaleRow", "judge_scales", "scale_faults", "without_activation_rounding"]
 
@@ -100,7 +99,9 @@ def judge_scales(
     if not pairs:
         return [], ()
     found = _watch_(bare, pairs, samples)
-    alike = at_least("SQNR without activation rounding", sqnr_db(samples.logits, found), floor)
+    alike = at_least(
+        "SQNR without activation rounding", samples.outputs.sqnr_db(samples.logits, found), floor
+    )
     weights = tuple(_weights(model, stored))
     rows, findings = _activations(pairs, method)
     return [alike, *findings, _together("weight scales", weights)], (*rows, *weights)
@@ -159,15 +160,16 @@ def _readers(model: ModelProto) -> dict[str, tuple[str, ...]]:
 
 
 def _watch_(bare: ModelProto, pairs: Sequence[_Pair], samples: Samples) -> Array:
-    """Give every pair some of the values it meets; return the logits."""
-    inside = [name for name in dict.fromkeys(p.tensor for p in pairs) if name != INPUT_NAME]
-    session = quiet_session(with_taps(bare, [*inside, OUTPUT_NAME]))
+    """Give every pair some of the values it meets; return the answers."""
+    outputs = [value.name for value in bare.graph.output]
+    inside = dict.fromkeys([*(pair.tensor for pair in pairs), *outputs])
+    session = quiet_session(with_taps(bare, [name for name in inside if name != INPUT_NAME]))
     logits = []
     for start in range(0, len(samples), IMAGES_AT_ONCE):
         batch = samples.inputs[start : start + IMAGES_AT_ONCE]
         values: dict[str, Array] = dict(run_taps(session, {INPUT_NAME: batch}))
         values[INPUT_NAME] = batch
-        logits.append(values[OUTPUT_NAME])
+        logits.append(samples.outputs.rows(values))
         for pair in pairs:
             pair.values.append(_some(values[pair.tensor]))
     return np.concatenate(logits)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import SPEED_WITHIN
-from van_deploy.checks.golden import Samples
 from van_deploy.checks.opened import ON_CPU, Execution, NotRun, given_to, open_artefact
+from van_deploy.checks.samples import Samples
 from van_deploy.intervals import Interval, median_interval
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from van_deploy.checks.gates import (
     skipped,
     sqnr_floor,
 )
-from van_deploy.checks.golden import Samples, judge_originals
+from van_deploy.checks.golden import judge_originals
 from van_deploy.checks.graphs import cuts_of
 from van_deploy.checks.judging import (
     Judged,
@@ -46,6 +46,7 @@ from van_deploy.checks.opened import (
     plain_onnx,
 )
 from van_deploy.checks.reference import ModuleReference, OnnxModules, TorchModules
+from van_deploy.checks.samples import Samples
 from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
 from van_deploy.config import GateSettings
 from van_deploy.errors import ConversionError, VanDeployError
@@ -161,11 +162,13 @@ def _judge_opened(
     if samples.golden:
         records = bundle.artefact(opened.name).golden_sqnr_db
         recorded = records.get(record_key(opened.runner, numeric))
+    served = tuple(other for other in samples.others if opened.serves_size(other.inputs.shape[2:]))
+    sizes = batch_sizes(bundle.manifest.batch)
     return judge_answers(
         opened.run,
-        given_to(opened, samples.inputs, samples.pixels),
-        samples,
-        [size for size in batch_sizes(bundle.manifest.batch) if opened.serves(size)],
+        lambda given: given_to(opened, given.inputs, given.pixels),
+        replace(samples, others=served),
+        [sizes[0], *(size for size in sizes[1:] if opened.serves(size))],
         sqnr_floor(numeric, samples.noise_db, gates.of(numeric)),
         recorded,
     )

@@ -16,7 +16,11 @@ def info(
         str, typer.Argument(help="A variant, a checkpoint, van_digits, or a bundle's folder.")
     ],
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the input the work is counted for, in pixels.")
+        str | None,
+        typer.Option(
+            help="Size of the input the work is counted for: 224, or 224x320 (height x width).",
+            metavar="SIDE|HxW",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -24,7 +28,8 @@ def info(
 
     Example: van-deploy info ./mine.pth
     """
+    from van_deploy.config.sizes import size_from
     from van_deploy.describe import model_described
     from van_deploy.report.sections_model import described_blocks
 
-    emit(model_described(model, image_size), as_json, described_blocks)
+    emit(model_described(model, size_from(image_size, "--image-size")), as_json, described_blocks)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from van_deploy.config.fields import option
+from van_deploy.config.sizes import ImageSizeOption
 from van_deploy.schema import Settings
 
 __all__ = ["BenchSettings", "Budget"]
@@ -19,7 +20,6 @@ WHAT = "What to run"
 HOW = "How long"
 CUDA = "ONNX Runtime on a GPU"
 Batch = Annotated[int, pydantic.Field(ge=1, le=BATCH_LIMIT)]
-Side = Annotated[int, pydantic.Field(ge=1)]
 
 
 class Budget(Settings):
@@ -102,9 +102,9 @@ class BenchSettings(Settings):
         None, "Threads of each runner.", panel=WHAT, shown_default="all cores", ge=1
     )
     streams: int = option(1, "Calls in flight at the same time.", panel=WHAT, ge=1)
-    image_sizes: tuple[Side, ...] = option(
+    image_sizes: tuple[ImageSizeOption, ...] = option(
         (),
-        "Other sides of the input, such as 192,224.",
+        "Other sizes of the input, such as 192,224x320.",
         flags=["--image-size"],
         panel=WHAT,
         shown_default="the bundle's own",

@@ -14,6 +14,7 @@ from van_deploy.config.network import (
     PreprocessingSettings,
 )
 from van_deploy.config.precision import PrecisionSettings
+from van_deploy.config.sizes import size_text
 from van_deploy.schema import Contradiction, Settings
 
 __all__ = ["Recipe"]
@@ -26,7 +27,11 @@ class Recipe(Settings):
     preprocessing: PreprocessingSettings = option(
         PreprocessingSettings, "What differs from the weights' own preprocessing."
     )
-    batch: BatchRange = option(BatchRange, "Batch sizes min:opt:max to serve.", panel="Graph")
+    batch: BatchRange = option(
+        BatchRange,
+        "Batch sizes min:opt:max to serve; one size alone makes a static graph.",
+        panel="Graph",
+    )
     export: ExportSettings = option(ExportSettings, "How the graph is written.")
     precision: PrecisionSettings = option(
         PrecisionSettings, "What to make besides FP32, as `van-deploy quantize` does."
@@ -49,5 +54,32 @@ class Recipe(Settings):
             raise Contradiction(
                 f"{{engines.precisions}} wants '{missing[0]}', which is not made.",
                 f"Add it to {{precision.make}}, or take one of: {', '.join(made)}.",
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _feature_maps_are_no_classes(self) -> Recipe:
+        of_classes = {
+            "{model.labels}": self.model.labels is not None,
+            "{model.head}": bool(self.model.head),
+            "{precision.max_drop}": self.precision.max_drop is not None,
+            "{evaluate.images}": self.evaluate.images is not None,
+        }
+        for given in (name for name, is_given in of_classes.items() if is_given):
+            if self.export.features:
+                raise Contradiction(
+                    f"{{export.features}} gives feature maps, and {given} is of classes.",
+                    "Leave one of them out.",
+                )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _the_input_is_in_the_range(self) -> Recipe:
+        size, sizes = self.preprocessing.image_size, self.export.dynamic_size
+        if size is not None and sizes is not None and not sizes.holds(size):
+            raise Contradiction(
+                f"{{preprocessing.image_size}} {size_text(size)} is outside of "
+                f"{{export.dynamic_size}} {sizes}.",
+                "Give a size inside of the range, or leave it out to take the middle one.",
             )
         return self

@@ -16,6 +16,7 @@ from van_deploy.config.fields import (
     Target,
     option,
 )
+from van_deploy.config.sizes import SizeRange
 from van_deploy.schema import Contradiction, Settings, validated
 
 __all__ = ["BuildOptions", "BuildSettings", "EngineSettings", "FleetSettings", "PlanSettings"]
@@ -37,6 +38,12 @@ class PlanSettings(Settings):
         (),
         "Batch sizes min:opt:max, one profile each.",
         key="batch",
+        shown_default="the bundle's own",
+    )
+    dynamic_size: SizeRange | None = option(
+        None,
+        "Sizes min:opt:max that the plan serves, of a graph with dynamic height and width.",
+        metavar="MIN:OPT:MAX",
         shown_default="the bundle's own",
     )
     hardware_compatibility: HardwareCompatibility = option(
@@ -68,15 +75,22 @@ class PlanSettings(Settings):
         Profiling.LAYER_NAMES_ONLY, "What the engine inspector can tell.", panel=KERNELS
     )
 
-    def of(self, targets: tuple[str, ...] = (), batch: BatchRange | None = None) -> BuildOptions:
+    def of(
+        self,
+        targets: tuple[str, ...] = (),
+        batch: BatchRange | None = None,
+        sizes: SizeRange | None = None,
+    ) -> BuildOptions:
         """Return what is asked of one plan.
 
         Args:
             targets: what it serves.
             batch: what it serves where no profiles are given.
+            sizes: what it serves where no sizes are given.
         """
         given = {name: getattr(self, name) for name in PlanSettings.model_fields}
         given["profiles"] = self.profiles or (batch or BatchRange(),)
+        given["dynamic_size"] = self.dynamic_size or sizes
         return BuildOptions(targets=targets, **given)
 
 

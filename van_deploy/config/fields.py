@@ -130,7 +130,10 @@ FileOrName = Annotated[str, InFile()]
 
 
 class BatchRange(Settings):
-    """The batch sizes an artefact must serve. Table ``[batch]``; written ``min:opt:max``, too."""
+    """The batch sizes an artefact must serve. Table ``[batch]``; written ``min:opt:max``, too.
+
+    One size alone, ``8``, makes a static graph, which takes batches of 8 only.
+    """
 
     min: int = option(1, "Smallest batch.", ge=1)
     opt: int = option(8, "Batch that engines are optimised for.", ge=1)
@@ -145,10 +148,11 @@ class BatchRange(Settings):
     def _from_text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        match = re.fullmatch(r"(\d+):(\d+):(\d+)", value.strip(), re.ASCII)
+        match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", value.strip(), re.ASCII)
         if match is None:
-            raise ValueError("should be min:opt:max, such as 1:8:32")
-        return dict(zip(("min", "opt", "max"), map(int, match.groups()), strict=True))
+            raise ValueError("should be min:opt:max, such as 1:8:32, or one size")
+        sizes = [int(size or match[1]) for size in match.groups()]
+        return dict(zip(("min", "opt", "max"), sizes, strict=True))
 
     @pydantic.model_validator(mode="after")
     def _rises(self) -> BatchRange:
@@ -158,6 +162,11 @@ class BatchRange(Settings):
                 "Give three rising numbers, such as 1:8:32.",
             )
         return self
+
+    @property
+    def fixed(self) -> int | None:
+        """The one batch size of a static graph; None where the batch is dynamic."""
+        return self.max if self.min == self.max else None
 
     def __str__(self) -> str:
         """Return ``min:opt:max``."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pydantic
 
 from van_deploy.config.fields import FileOrName, option
+from van_deploy.config.sizes import ImageSizeOption, SizeRange
 from van_deploy.schema import Contradiction, Settings
 
 __all__ = [
@@ -78,7 +79,12 @@ class ModelSettings(Settings):
 class PreprocessingSettings(Settings):
     """What differs from the weights' own preprocessing. Table ``[preprocessing]``."""
 
-    image_size: int | None = option(None, "Side of the square input, in pixels.", panel=INPUT)
+    image_size: ImageSizeOption | None = option(
+        None,
+        "Pixels of the input: 224, or 224x320 (height x width); any size from 32 on.",
+        metavar="SIDE|HxW",
+        panel=INPUT,
+    )
     mean: tuple[float, ...] | None = option(None, "Such as 0.485,0.456,0.406.", panel=INPUT)
     std: tuple[float, ...] | None = option(None, "Such as 0.229,0.224,0.225.", panel=INPUT)
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = (
@@ -114,6 +120,25 @@ class ExportSettings(Settings):
         ("logits",), "What those graphs give.", panel=GRAPH, min_length=1
     )
 
+    features: bool = option(
+        False,
+        "Leave the head out, and give feature maps: stage1 to stage4, each after its LayerNorm.",
+        panel=GRAPH,
+    )
+    out_indices: tuple[int, ...] = option(
+        (),
+        "Which stages' maps, from 0 as in OpenMMLab and timm, such as 1,2,3.",
+        panel=GRAPH,
+        shown_default="0,1,2,3",
+    )
+    dynamic_size: SizeRange | None = option(
+        None,
+        "Make height and width dynamic: sizes min:opt:max that are checked and that engines "
+        "serve, such as 192:224:512 or 192x256:224x320:512x640; opt is the input size unless "
+        "image_size is given.",
+        metavar="MIN:OPT:MAX",
+        panel=GRAPH,
+    )
     golden: Literal["images", "samples", "none"] = option(
         "images",
         "Golden samples, on which the bundle is verified anywhere: the images given (they "
@@ -125,6 +150,17 @@ class ExportSettings(Settings):
     def _each_once(self) -> ExportSettings:
         if len(set(self.outputs)) != len(self.outputs):
             raise Contradiction("{outputs} names an output twice.", "Give each once.")
+        if self.features and self.outputs != ("logits",):
+            raise Contradiction(
+                f"{{features}} gives feature maps, and {{outputs}} {','.join(self.outputs)} is of "
+                "classes.",
+                "Leave one of them out.",
+            )
+        if self.out_indices and not self.features:
+            raise Contradiction(
+                "{out_indices} chooses feature maps, and none are asked for.",
+                "Add --features, or features = true to the table [export].",
+            )
         return self
 
     @property

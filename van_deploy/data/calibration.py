@@ -103,9 +103,9 @@ def digits_set(part: DigitsSplit) -> ImageSet:
 
 
 def noise_set(count: int, preprocessing: Preprocessing, seed: int = 0) -> ImageSet:
-    """Return seeded normal noise as network input ``(C, S, S)``, labelled as what it is."""
+    """Return seeded normal noise as network input ``(C, H, W)``, labelled as what it is."""
     rng = np.random.default_rng(seed)
-    shape = (preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
+    shape = (preprocessing.channels, *preprocessing.sides)
     items = [
         ImageItem(f"noise {number}", rng.standard_normal(shape).astype(np.float32))
         for number in range(count)

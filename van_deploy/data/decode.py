@@ -144,7 +144,7 @@ def opened(item: ImageItem, channels: int = 3) -> Image.Image | None:
 
 
 def item_values(item: ImageItem, preprocessing: Preprocessing) -> npt.NDArray[Any]:
-    """Return an item's pixels ``(S, S, C)`` uint8, or its network input ``(C, S, S)`` float32.
+    """Return an item's pixels ``(H, W, C)`` uint8, or its network input ``(C, H, W)`` float32.
 
     Raises:
         UsageError: the network's channels are not an image's, or an array is not of its size.
@@ -154,8 +154,8 @@ def item_values(item: ImageItem, preprocessing: Preprocessing) -> npt.NDArray[An
     if image is not None:
         return pixels_from_image(image, preprocessing)
     values = np.asarray(item.data)
-    side, channels = preprocessing.image_size, preprocessing.channels
-    wanted = (side, side, channels) if values.dtype == np.uint8 else (channels, side, side)
+    sides, channels = preprocessing.sides, preprocessing.channels
+    wanted = (*sides, channels) if values.dtype == np.uint8 else (channels, *sides)
     if values.shape != wanted:
         raise UsageError(
             f"The {item.name} is an array of shape {values.shape}; the network takes {wanted}.",
@@ -170,8 +170,8 @@ class Batch:
 
     Attributes:
         indices: which of the items they are.
-        inputs: ``(n, C, S, S)`` float32, normalised; n may be 0.
-        pixels: the same ``(n, S, S, C)`` uint8 before normalisation; None where an item is
+        inputs: ``(n, C, H, W)`` float32, normalised; n may be 0.
+        pixels: the same ``(n, H, W, C)`` uint8 before normalisation; None where an item is
             network input already.
         unreadable: index and reason of each item that could not be read.
     """
@@ -188,8 +188,8 @@ class Batch:
         """Return the batch of what :func:`item_values` gave, by index, or why it did not."""
         good = [(index, value) for index, value in values if not isinstance(value, str)]
         bad = [(index, value) for index, value in values if isinstance(value, str)]
-        side, channels = preprocessing.image_size, preprocessing.channels
-        arrays = [value for _, value in good] or [np.empty((side, side, channels), np.uint8)]
+        empty = (*preprocessing.sides, preprocessing.channels)
+        arrays = [value for _, value in good] or [np.empty(empty, np.uint8)]
         pixels = inputs = np.stack(arrays)[: len(good)]
         if pixels.dtype == np.uint8:
             inputs = normalised(pixels, preprocessing)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.data.calibration import digits_set
 from van_deploy.data.decode import Batch, item_values, opened
 from van_deploy.data.items import ImageItem, ImageSet, image_set
@@ -69,15 +70,16 @@ def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None)
     """
     if model_name == EMBEDDED_NAME:
         return digits_set("heldout")
-    side, channels, why = 320, 3, "neither scikit-image nor scikit-learn is installed"
+    size: ImageSize = 320
+    channels, why = 3, "neither scikit-image nor scikit-learn is installed"
     if preprocessing is not None and preprocessing.channels not in {1, 3, 4}:
-        side, channels = preprocessing.image_size, preprocessing.channels
+        size, channels = preprocessing.image_size, preprocessing.channels
         why = f"no photograph has {channels} channels"
     elif photographs := _photographs():
         named = ", ".join(item.name for item in photographs)
         return ImageSet(photographs, f"{len(photographs)} natural photographs: {named}")
     items = [
-        ImageItem(f"synthetic {seed}", dead_leaves_image(seed, side, channels))
+        ImageItem(f"synthetic {seed}", dead_leaves_image(seed, size, channels))
         for seed in range(SYNTHETIC_IMAGES)
     ]
     described = f"{len(items)} synthetic dead-leaves images (not photographs: {why})"
@@ -98,20 +100,20 @@ def _photographs() -> tuple[ImageItem, ...]:
 
 
 def dead_leaves_image(
-    seed: int, side: int, channels: int = 3, leaves: int = 1000
+    seed: int, size: ImageSize, channels: int = 3, leaves: int = 1000
 ) -> npt.NDArray[np.uint8]:
-    """Return a synthetic image ``(side, side, channels)`` uint8, always the same one.
+    """Return a synthetic image ``(H, W, channels)`` uint8, always the same one.
 
     Shaded discs that hide each other, with radii of density ``r**-3``: the edges, contrasts and
     power spectrum resemble those of photographs (A. B. Lee, D. Mumford and J. Huang, "Occlusion
     models for natural images", International Journal of Computer Vision 41, 2001).
     """
-    rng = np.random.default_rng(seed)
-    canvas = np.tile(rng.uniform(0, 255, channels), (side, side, 1))
-    low, high = 2.0, 0.35 * side  # pixels
+    rng, sides = np.random.default_rng(seed), sides_of(size)
+    canvas = np.tile(rng.uniform(0, 255, channels), (*sides, 1))
+    low, high = 2.0, 0.35 * min(sides)  # pixels
     radii = (low**-2 - rng.uniform(size=leaves) * (low**-2 - high**-2)) ** -0.5
     for radius in radii:
-        y, x = rng.uniform(-radius, side + radius, 2)
+        y, x = rng.uniform(-radius, np.add(sides, radius))
         window = [slice(max(0, int(c - radius)), max(0, int(c + radius + 2))) for c in (y, x)]
         part = canvas[tuple(window)]
         rows, columns = np.ogrid[: part.shape[0], : part.shape[1]]
@@ -205,7 +207,7 @@ def _part(
     if image is None:
         values = item_values(item, preprocessing)
         axes = (0, 1) if values.dtype == np.uint8 else (1, 2)
-        return np.roll(values, rng.integers(1, preprocessing.image_size, 2).tolist(), axes)
+        return np.roll(values, rng.integers(1, preprocessing.sides).tolist(), axes)
     short = min(image.size)
     side = int(rng.integers(max(1, round(SMALLEST_CROP * short)), short, endpoint=True))
     left, top = (int(rng.integers(0, whole - side, endpoint=True)) for whole in image.size)

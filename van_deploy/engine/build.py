@@ -129,6 +129,7 @@ def engine_from_onnx(
     host = host or host_here()
     refuse_impossible(backend, options, host, timing_cache)
     source = read_source(onnx)
+    source.refuse_sizes(options.dynamic_size)
     for profile in options.profiles:
         source.refuse_profile(profile)
     plan.parent.mkdir(parents=True, exist_ok=True)

@@ -164,10 +164,10 @@ def read_fleet(path: Path) -> tuple[Cell, ...]:
 
 
 def prepared(cell: Cell, bundle: Bundle) -> BuildOptions:
-    """Return a cell's options with the bundle's own batch range where the file gives none."""
-    if not cell.own_profiles:
-        return cell.options
-    return cell.options.changed(profiles=(bundle.manifest.batch,))
+    """Return a cell's options with the bundle's own batches and sizes where the file gives none."""
+    sizes = cell.options.dynamic_size or bundle.manifest.sizes
+    profiles = (bundle.manifest.batch,) if cell.own_profiles else cell.options.profiles
+    return cell.options.changed(profiles=profiles, dynamic_size=sizes)
 
 
 def build_here(

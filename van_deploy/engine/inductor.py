@@ -220,11 +220,18 @@ def build_package(
     if present is not None:
         return present, True
     manifest = bundle.manifest
-    side, channels = manifest.preprocessing.image_size, manifest.architecture.in_chans
+    if manifest.architecture.out_indices or manifest.sizes:
+        what = "feature maps" if manifest.architecture.out_indices else "dynamic sizes"
+        raise UsageError(
+            "Inductor packages are of classifiers at one image size; "
+            f"'{bundle.path}' is of {what}.",
+            "Build an engine, with --backend tensorrt or tensorrt-rtx.",
+        )
+    shape = (manifest.architecture.in_chans, *manifest.preprocessing.sides)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="van-deploy-package-") as folder:
         file = Path(folder) / f"{name}.pt2"
-        _compile(_network(onnx, bundle, request), request, (channels, side, side), file)
+        _compile(_network(onnx, bundle, request), request, shape, file)
         facts = {
             "schema": PACKAGE_SCHEMA,
             "name": name,
@@ -241,7 +248,7 @@ def build_package(
             "tf32": request.tf32 and request.on_gpu,
             "max_autotune": request.max_autotune,
             "batch": request.batch,
-            "input_shape": (-1, channels, side, side),
+            "input_shape": (-1, *shape),
             "build_seconds": round(time.perf_counter() - start, 3),
         }
         sidecar = write_sidecar(file, validated(PackageSidecar, facts))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions, EngineSettings
+from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
 from van_deploy.engine.build import Progress
 from van_deploy.engine.bundled import build_in_bundle, request_for
@@ -37,7 +38,10 @@ class Planned:
 
 
 def planned_engines(
-    settings: EngineSettings, batch: BatchRange | None, host: Host | None = None
+    settings: EngineSettings,
+    batch: BatchRange | None,
+    host: Host | None = None,
+    sizes: SizeRange | None = None,
 ) -> list[Planned]:
     """Return the engines asked for: each precision, for each of the targets.
 
@@ -45,6 +49,7 @@ def planned_engines(
         settings: what is asked.
         batch: the profile where none is asked for.
         host: this machine; None looks.
+        sizes: of graphs with dynamic height and width, where none are asked for.
 
     Raises:
         UsageError: nothing builds what is asked.
@@ -61,7 +66,7 @@ def planned_engines(
         backend = choose_backend(settings.backend, targets, host.target)
         served = targets or ((host.target,) if host.target else ())
         listed = backend.builds_for_absent_gpus and set(served) <= set(RTX_TARGETS)
-        options = settings.of(served if listed else targets, batch)
+        options = settings.of(served if listed else targets, batch, sizes)
         refuse_impossible(backend, options, host, settings.timing_cache)
         plans += [Planned(name, served, backend, options) for name in settings.precisions]
     return sorted(plans, key=lambda plan: settings.precisions.index(plan.precision))

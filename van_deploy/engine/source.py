@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from van_deploy.config import BatchRange
+from van_deploy.config.sizes import SizeRange
 from van_deploy.errors import InputError
 from van_deploy.external_weights import external_files_of, require_beside
 from van_deploy.files import file_sha256
@@ -27,6 +28,7 @@ MIN_OPSET = 9
 MAX_OPSET = 25
 """What TensorRT 11's parser supports: NVIDIA's ONNX opset guide."""
 
+IMAGE_CHANNELS = {1, 3, 4}
 EXPORT_AGAIN = "Export the model again, for instance with `van-deploy export`."
 
 
@@ -39,7 +41,7 @@ class OnnxSource:
         sha256: of the file; external weights are not in it.
         opset: of the standard operators.
         input_name: its one input.
-        input_shape: with -1 for the batch if that is free.
+        input_shape: with -1 for the batch if that is free, and for height and width.
         nodes: how many there are.
         has_external_weights: whether some weights are in a file beside it.
     """
@@ -65,6 +67,30 @@ class OnnxSource:
                 f"Use --batch {fixed}:{fixed}:{fixed}, or export it with a free batch.",
             )
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The axes of height and width: behind the channels, or before those of bytes."""
+        last = self.input_shape[-1]
+        return (1, 2) if last in IMAGE_CHANNELS else (2, 3)
+
+    def refuse_sizes(self, sizes: SizeRange | None) -> None:
+        """Return if the graph can be run at every size of ``sizes``.
+
+        Raises:
+            InputError: its size is fixed, or is dynamic and none are given.
+        """
+        dynamic = len(self.input_shape) == 4 and -1 in self.input_shape[1:]
+        if dynamic and sizes is None:
+            raise InputError(
+                f"'{self.path}' has dynamic height and width, and no sizes to build for are given.",
+                "Give them, such as --dynamic-size 192:224:512.",
+            )
+        if sizes is not None and not dynamic:
+            raise InputError(
+                f"'{self.path}' takes one image size, so it cannot serve {sizes}.",
+                "Leave --dynamic-size out, or export it with --dynamic-size.",
+            )
+
 
 def read_source(path: Path) -> OnnxSource:
     """Return what is in an ONNX file, having found nothing TensorRT would misread.
@@ -81,15 +107,17 @@ def read_source(path: Path) -> OnnxSource:
         raise InputError(f"'{path}': {problem}.", EXPORT_AGAIN)
     value = _inputs(model.graph)[0]
     shape = _shape(value)
-    free = [axis for axis, size in enumerate(shape) if size == -1 and axis > 0]
-    if free:
+    nodes = len(model.graph.node)
+    source = OnnxSource(path, file_sha256(path), opset, value.name, shape, nodes, bool(others))
+    free = {axis for axis, size in enumerate(shape) if size == -1 and axis > 0}
+    if free - {*source.sides} or len(free) == 1:
         raise InputError(
             f"'{path}': the input '{value.name}' is free along axis "
-            f"{', '.join(map(str, free))}; engines here have a free batch (axis 0) only.",
-            "Export it with a fixed image size.",
+            f"{', '.join(map(str, sorted(free)))}; engines here have a free batch (axis 0), and "
+            "height and width together.",
+            "Export it with a fixed image size, or with --dynamic-size.",
         )
-    nodes = len(model.graph.node)
-    return OnnxSource(path, file_sha256(path), opset, value.name, shape, nodes, bool(others))
+    return source
 
 
 def _load(path: Path) -> ModelProto:

@@ -21,11 +21,12 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from van_deploy.config import BuildOptions
+from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.engine import timing_cache
 from van_deploy.engine.backend import Backend, backend_named
 from van_deploy.engine.catalogue import (
@@ -193,11 +194,21 @@ def _refuse_frozen_batch(network: Any, label: str, source: str) -> None:
 
 def _add_profiles_(builder: Any, network: Any, config: Any, options: BuildOptions) -> None:
     images = network.get_input(0)
-    rest = tuple(images.shape)[1:]
+    sizes = options.dynamic_size
     for batch in options.profiles:
         profile = builder.create_optimization_profile()
-        profile.set_shape(images.name, (batch.min, *rest), (batch.opt, *rest), (batch.max, *rest))
+        shapes = (
+            _filled(images.shape, getattr(batch, end), getattr(sizes, end, None))
+            for end in ("min", "opt", "max")
+        )
+        profile.set_shape(images.name, *shapes)
         config.add_optimization_profile(profile)
+
+
+def _filled(shape: Sequence[int], batch: int, size: ImageSize | None) -> tuple[int, ...]:
+    """Return a shape with the batch, and with height and width where they are dynamic."""
+    sides = iter(sides_of(size)) if size is not None else iter(())
+    return (batch, *(next(sides) if length == -1 else int(length) for length in shape[1:]))
 
 
 def _monitor(trt: Any, send: Send, is_cancelled: Callable[[], bool]) -> Any:

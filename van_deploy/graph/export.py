@@ -1,4 +1,4 @@
-"""An ONNX graph from a network: dynamic batch, and names a person can follow.
+"""An ONNX graph from a network: its dynamic dimensions, and names a person can follow.
 
 The exporter is ``torch.onnx.export(dynamo=True)``. What is added here: every
 value is renamed after the PyTorch module that made it
@@ -21,10 +21,13 @@ import torch
 from onnx import ModelProto
 from onnx.helper import find_min_ir_version_for, make_attribute
 from onnx.numpy_helper import to_array
-from torch import nn
 
+from van_deploy.config.sizes import ImageSize, SizeRange, sides_of
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
+from van_deploy.graph.rewritten import RewrittenVan
+from van_deploy.model.preprocess import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
+from van_deploy.model.van import VAN
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -37,25 +40,35 @@ DEFAULT_OPSET = 20
 OPSETS = range(17, 24)
 """17 is the first with LayerNormalization; 23 the newest tried here."""
 
+DYNAMIC_EXAMPLE = (160, 192)
+"""Height and width that a graph with dynamic sizes is recorded at. No stage's map has a side of 1
+there: PyTorch takes a side that is 1 for one that is always 1."""
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def onnx_from_van(
-    model: nn.Module,
-    image_size: int,
+    model: VAN | RewrittenVan,
+    image_size: ImageSize,
     in_chans: int = 3,
     *,
+    batch: int | None = None,
+    sizes: SizeRange | None = None,
     opset: int = DEFAULT_OPSET,
     metadata: Mapping[str, str] | None = None,
 ) -> ModelProto:
-    """Return ``model`` as an ONNX graph ``images (batch, C, S, S)`` -> ``logits (batch, K)``.
+    """Return ``model`` as an ONNX graph ``images (batch, C, H, W)`` -> ``logits (batch, K)``.
 
-    Both tensors are float32 and ``batch`` is free.
+    A backbone's outputs are ``stage1`` to ``stage4``, ``(batch, C, h, w)`` each. All tensors
+    are float32.
 
     Args:
         model: a VAN, original or rewritten, in eval mode.
-        image_size: side ``S`` of the square input in pixels.
+        image_size: of the input in pixels.
         in_chans: channels ``C`` of the input.
+        batch: the one batch size; None leaves it dynamic.
+        sizes: makes height and width dynamic; the graph itself takes any from
+            :data:`~van_deploy.model.preprocess.MIN_IMAGE_SIZE` on.
         opset: ONNX operator set, one of :data:`OPSETS`.
         metadata: written into the file as ``metadata_props``.
 
@@ -68,8 +81,12 @@ def onnx_from_van(
             f"Opset {opset} is not supported.",
             f"Choose one from {OPSETS.start} to {OPSETS.stop - 1}; the default is {DEFAULT_OPSET}.",
         )
-    example = torch.zeros(2, in_chans, image_size, image_size)
-    batch = torch.export.Dim("batch", min=1)
+    sides = sides_of(image_size) if sizes is None else DYNAMIC_EXAMPLE
+    example = torch.zeros(batch or 2, in_chans, *sides)
+    dynamic = {} if batch else {0: torch.export.Dim("batch", min=1)}
+    if sizes is not None:
+        ends = {"min": MIN_IMAGE_SIZE, "max": MAX_IMAGE_SIZE}
+        dynamic |= {i: torch.export.Dim(n, **ends) for i, n in ((2, "height"), (3, "width"))}
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -78,8 +95,8 @@ def onnx_from_van(
                 dynamo=True,
                 opset_version=opset,
                 input_names=[INPUT_NAME],
-                output_names=[OUTPUT_NAME],
-                dynamic_shapes=({0: batch},),
+                output_names=list(model.config.output_names),
+                dynamic_shapes=(dynamic,),
                 verbose=False,
             )
     except Exception as error:
@@ -101,8 +118,19 @@ def onnx_from_van(
             f"The exporter was asked for opset {opset} and wrote opset {written}.",
             f"Use --opset {written}.",
         )
+    _name_dimensions_(proto)
     proto.ir_version = find_min_ir_version_for(proto.opset_import)
     return proto
+
+
+def _name_dimensions_(proto: ModelProto) -> None:
+    """Name the dynamic sides of the outputs, which the exporter calls by their formulas."""
+    for value in proto.graph.output:
+        for dimension, side in zip(
+            value.type.tensor_type.shape.dim[2:], ("height", "width"), strict=False
+        ):
+            if dimension.dim_param:
+                dimension.dim_param = f"{value.name}_{side}"
 
 
 def _lower_to_opset_17_(proto: ModelProto) -> None:

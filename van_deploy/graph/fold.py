@@ -15,7 +15,8 @@ Every rewrite is an identity of real arithmetic, done here in float64. Below,
                       ``b1' = b1 + W1 b``. (``conv0``'s bias has to stay:
                       ``conv_spatial`` pads with zeros.)
 ``final_norm``        the last LayerNorm's scale and shift into the head: the
-                      mean over tokens between them is linear
+                      mean over tokens between them is linear. A backbone has no
+                      head, and keeps them
 ``channels_last``     LayerNorm through a permutation instead of a reshape, so
                       that nothing in the graph depends on the batch
 ``residual_stream``   the carry ``D = 1 + layer_scale_1 * s`` that
@@ -101,7 +102,8 @@ class FoldReport:
         layer_scales_folded: layer scales that are gone.
         multiplies_kept: blocks whose carry is still a multiply in the graph.
         relative_error: ``max|difference| / max|logit|`` between the original
-            and the rewritten network, both in float64, on ``images_compared``.
+            and the rewritten network, both in float64, on ``images_compared``;
+            of feature maps, the largest of any stage.
         images_compared: how many images that was measured on.
         stream_scales: by block (``block3.4``) and patch embedding
             (``patch_embed3``), the ``P`` ``(C,)`` float64 with which
@@ -159,9 +161,11 @@ def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> Fo
     rewritten = RewrittenVan(work, rewrites.channels_last).eval()
     stream_scales = _rewrite_(rewritten, rewrites)
     actual = _answers(rewritten, images)
-    error = (actual - expected).abs().max() / expected.abs().max()
+    error = max(
+        float((a - e).abs().max() / e.abs().max()) for a, e in zip(actual, expected, strict=True)
+    )
     left = _count(rewritten, nn.BatchNorm2d)
-    blocks = [block for stage in range(1, STAGES + 1) for block in rewritten.stage_blocks(stage)]
+    blocks = [block for stage in model.config.stages for block in rewritten.stage_blocks(stage)]
     scales = [scale for b in blocks for scale in (b.layer_scale_1, b.layer_scale_2)]
     return FoldReport(
         model=rewritten.float().requires_grad_(False),
@@ -170,7 +174,7 @@ def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> Fo
         batchnorms_left=left,
         layer_scales_folded=sum(scale is None for scale in scales),
         multiplies_kept=sum(block.carry is not None for block in blocks),
-        relative_error=float(error),
+        relative_error=error,
         images_compared=len(images),
         stream_scales=stream_scales,
     )
@@ -183,7 +187,7 @@ def _rewrite_(model: RewrittenVan, rewrites: Rewrites) -> dict[str, Tensor]:
         :attr:`FoldReport.stream_scales`.
     """
     stream_scales: dict[str, Tensor] = {}
-    for stage in range(1, STAGES + 1):
+    for stage in model.config.stages:
         embed = model.get_submodule(f"patch_embed{stage}")
         if rewrites.patch_norm:
             _fold_patch_norm_(embed)
@@ -238,6 +242,8 @@ def _fold_spatial_bias_(block: RewrittenBlock) -> None:
 
 
 def _fold_final_norm_(model: RewrittenVan) -> None:
+    if model.config.out_indices:
+        return
     norm, head = model.get_submodule(f"norm{STAGES}"), model.head
     if isinstance(head, nn.Sequential):
         idle = (nn.Dropout, nn.Identity, nn.Flatten)
@@ -297,8 +303,8 @@ def _within(factor: Tensor, limit: float) -> Tensor:
     return (factor.abs() <= limit) & (factor.abs() >= 1 / limit)
 
 
-def _answers(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the logits of a float64 network.
+def _answers(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """Return the logits of a float64 network, or its feature maps.
 
     PyTorch has no float64 kernel for depth-wise convolutions and makes one small
     product a channel, which is most of the time an export would take. While this
@@ -308,7 +314,8 @@ def _answers(model: nn.Module, images: Tensor) -> Tensor:
     for conv in grouped:
         conv.forward = functools.partial(_depthwise, conv)
     try:
-        return model(images.double())
+        answers = model(images.double())
+        return answers if isinstance(answers, tuple) else (answers,)
     finally:
         for conv in grouped:
             del conv.forward

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from van_deploy.errors import ConversionError
 from van_deploy.graph.rewritten import RewrittenVan, StageNorm
-from van_deploy.model.van import STAGES, VAN
+from van_deploy.model.van import VAN
 from van_deploy.model.variants import VanConfig
 
 __all__ = ["RebuiltVan", "van_from_onnx"]
@@ -70,7 +70,7 @@ def van_from_onnx(graph: ModelProto, config: VanConfig) -> RebuiltVan:
             for place, key in enumerate(("weight", "bias"), 1):
                 values = _stored(node, place, stored)
                 setattr(module, key, None if values is None else nn.Parameter(values, False))
-    for stage in range(1, STAGES + 1):
+    for stage in config.stages:
         for index, block in enumerate(model.stage_blocks(stage)):
             multiply = nodes.get(f"block{stage}.{index}.mul")
             if multiply is not None:
@@ -85,7 +85,7 @@ def van_from_onnx(graph: ModelProto, config: VanConfig) -> RebuiltVan:
 
 def _remove_folded_(model: RewrittenVan) -> None:
     """Take out the modules and parameters that folding leaves nothing of."""
-    for stage in range(1, STAGES + 1):
+    for stage in model.config.stages:
         model.get_submodule(f"patch_embed{stage}").norm = nn.Identity()
         for block in model.stage_blocks(stage):
             block.norm1 = block.norm2 = block.layer_scale_1 = block.layer_scale_2 = None

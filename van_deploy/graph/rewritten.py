@@ -66,7 +66,7 @@ class StageNorm(nn.LayerNorm):
         norm: the LayerNorm whose weights are taken.
         channels_last: normalise through a permutation instead of through
             tokens, so that nothing in the graph depends on the batch.
-        last: the last stage pools the tokens, the others return features.
+        last: the last stage of a classifier pools the tokens, the others return maps.
     """
 
     def __init__(self, norm: nn.LayerNorm, channels_last: bool, last: bool) -> None:
@@ -99,13 +99,14 @@ class RewrittenVan(nn.Module):
     def __init__(self, model: VAN, channels_last: bool) -> None:
         super().__init__()
         self.config = model.config
-        for stage in range(1, STAGES + 1):
+        classifies = not self.config.out_indices
+        for stage in self.config.stages:
             self.add_module(f"patch_embed{stage}", model.get_submodule(f"patch_embed{stage}"))
             originals = cast("nn.ModuleList", model.get_submodule(f"block{stage}"))
             blocks = [RewrittenBlock(cast("Block", block)) for block in originals]
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
             norm = cast("nn.LayerNorm", model.get_submodule(f"norm{stage}"))
-            stage_norm = StageNorm(norm, channels_last, last=stage == STAGES)
+            stage_norm = StageNorm(norm, channels_last, last=classifies and stage == STAGES)
             self.add_module(f"norm{stage}", stage_norm)
         self.head = model.head
 
@@ -114,14 +115,20 @@ class RewrittenVan(nn.Module):
         blocks = cast("nn.ModuleList", self.get_submodule(f"block{stage}"))
         return [cast("RewrittenBlock", block) for block in blocks]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map normalised images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``."""
-        for stage in range(1, STAGES + 1):
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Map normalised images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``.
+
+        With ``config.out_indices`` to these stages' maps ``(N, C, h, w)``.
+        """
+        maps = []
+        for stage in self.config.stages:
             x = self.get_submodule(f"patch_embed{stage}")(x)
             for block in self.stage_blocks(stage):
                 x = block(x)
             x = self.get_submodule(f"norm{stage}")(x)
-        return self.head(x)
+            if stage - 1 in self.config.out_indices:
+                maps.append(x)
+        return tuple(maps) if maps else self.head(x)
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:

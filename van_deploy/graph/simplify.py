@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from van_deploy.graph.shapes import fixed_batch
 from van_deploy.metrics import compare
 
 if TYPE_CHECKING:
@@ -84,14 +85,17 @@ class SimplifyReport:
 
 
 def simplify_onnx(
-    model: ModelProto, images: Floats, run: Callable[[ModelProto, Floats], Floats]
+    model: ModelProto,
+    images: Floats,
+    run: Callable[[ModelProto, Floats], Mapping[str, Floats]],
 ) -> SimplifyReport:
     """Return ``model`` simplified, if that helps and changes nothing but the size.
 
     Args:
-        model: an FP32 graph with a free batch; it is not changed.
-        images: ``(N, C, S, S)`` float32 to compare both graphs on, at batch N and 1.
-        run: gives a graph's logits ``(n, K)`` for ``n`` images.
+        model: an FP32 graph; it is not changed.
+        images: ``(N, C, H, W)`` float32 to compare both graphs on, at batch N and 1; of a
+            static graph at its batch.
+        run: gives a graph's outputs by name for ``n`` images.
     """
     import onnxsim
 
@@ -108,10 +112,11 @@ def simplify_onnx(
         reason = "nothing to remove"
         return SimplifyReport(model, False, reason, before, before, None)
     try:
-        error = max(
-            compare(run(model, batch), run(simplified, batch)).relative
-            for batch in (images, images[:1])
-        )
+        fixed = fixed_batch(model)
+        rows = [[*range(len(images))], [0]]
+        if fixed is not None:
+            rows = [[place % len(images) for place in range(fixed)]]
+        error = max(_error(run(model, images[r]), run(simplified, images[r])) for r in rows)
     except Exception as failure:
         reason = f"kept as exported: the simplified graph does not run ({failure})"
         return SimplifyReport(model, False, reason, before, before, None)
@@ -119,6 +124,15 @@ def simplify_onnx(
         reason = f"kept as exported: the simplified graph differs by {error:.1e}"
         return SimplifyReport(model, False, reason, before, before, error)
     return SimplifyReport(simplified, True, "simplified", before, after, error)
+
+
+def _error(expected: Mapping[str, Floats], found: Mapping[str, Floats]) -> float:
+    """Return the largest relative difference of any output."""
+    flat = {name: value.reshape(len(value), -1) for name, value in expected.items()}
+    return max(
+        compare(value, found[name].reshape(value.shape), classes=False).relative
+        for name, value in flat.items()
+    )
 
 
 def operator_counts(model: ModelProto) -> dict[str, int]:

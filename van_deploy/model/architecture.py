@@ -54,7 +54,7 @@ def config_from_state_dict(
         embed_dims=tuple(dims),
         depths=tuple(depths),
         mlp_ratios=tuple(_ratio(h, d) for h, d in zip(hidden, dims, strict=True)),
-        num_classes=classes[-1] if classes else _shape(state, "head.weight", 2)[0],
+        num_classes=classes[-1] if classes else _classes(state),
         in_chans=embeds[0][1],
         lka_kernels=kernels,
         patch_sizes=tuple(shape[2] for shape in embeds),
@@ -115,6 +115,12 @@ def _kernel(state: Mapping[str, Tensor], module: str) -> int:
     return height
 
 
+def _classes(state: Mapping[str, Tensor]) -> int:
+    """Return the outputs of a linear head, 0 of a backbone."""
+    headless = not any(name.startswith("head.") for name in state)
+    return 0 if headless else _shape(state, "head.weight", 2)[0]
+
+
 def _ratio(hidden: int, dim: int) -> float:
     return hidden // dim if hidden % dim == 0 else hidden / dim
 
@@ -127,7 +133,10 @@ def _head(
     numbers = {int(match[1]) for name in state if (match := pattern.fullmatch(name))}
     if not numbers or "head.weight" in state:
         if given is not None:
-            raise UsageError("The head is one linear layer.", "Leave out --head.")
+            what = (
+                "The head is one linear layer." if "head.weight" in state else "There is no head."
+            )
+            raise UsageError(what, "Leave out --head.")
         return (), ()
     layers: list[int | str] = ["?"] * (max(numbers) + 1)
     for index in numbers:

@@ -29,8 +29,16 @@ from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, HubFile, VanConfig, Variant, variant_named
 from van_deploy.model.weights_source import WeightsSource
 
-__all__ = ["EMBEDDED", "LoadedVan", "WeightsSource", "config_from_state_dict", "load_van"]
+__all__ = [
+    "ALL_STAGES",
+    "EMBEDDED",
+    "LoadedVan",
+    "WeightsSource",
+    "config_from_state_dict",
+    "load_van",
+]
 
+ALL_STAGES = (0, 1, 2, 3)
 EMBEDDED = EMBEDDED_NAME
 """Name of the small trained network inside the package."""
 
@@ -72,6 +80,7 @@ def load_van(
     head: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     own_labels: bool = False,
+    out_indices: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> LoadedVan:
     """Return the network a user asked for, its weights loaded strictly.
@@ -92,6 +101,8 @@ def load_van(
         preprocessing: values that the caller decides, by the names that
             :meth:`~van_deploy.model.preprocess.Preprocessing.override` takes.
         own_labels: the caller has class names; the checkpoint's are not looked at.
+        out_indices: stages (0 to 3) whose feature maps the network is to give, without a head;
+            None for logits. A checkpoint without a head gives all four.
         progress: told how much of a download is here.
 
     Raises:
@@ -120,7 +131,10 @@ def load_van(
                 "Random weights have no digest, no container and no other head.",
                 "Leave these out, or the random weights.",
             )
-        loaded = _random(variant, spec, seed, replace(variant.config, **eps))
+        config = replace(variant.config, **eps)
+        if out_indices is not None:
+            config = config.backbone(tuple(out_indices))
+        loaded = _random(variant, spec, seed, config)
         return replace(loaded, preprocessing=loaded.preprocessing.override(**given))
     if spec == EMBEDDED:
         found = on_disk(embedded_files().weights, expect_sha256)
@@ -130,7 +144,7 @@ def load_van(
         found = find_weights(weights or spec, offline, expect_sha256, progress)
     if own_labels:
         given["class_names"] = ()
-    return _load(spec, variant, found, container, head, {**given, **eps})
+    return _load(spec, variant, found, container, head, {**given, **eps}, out_indices)
 
 
 def _load(
@@ -140,6 +154,7 @@ def _load(
     container: str | None,
     head: Sequence[str] | None,
     given: dict[str, Any],
+    out_indices: Sequence[int] | None,
 ) -> LoadedVan:
     """Return the network in a file; see :func:`load_van`."""
     file = read_weights(found.path, container=container)
@@ -147,12 +162,18 @@ def _load(
     config, assumed = config_from_state_dict(state.tensors, head)
     if variant is not None:
         assumed += _compare_with_variant(variant, config)
+    if out_indices is None and not config.num_classes:
+        out_indices = ALL_STAGES
+    if out_indices is not None:
+        given["class_names"] = ()
     official = is_official(found.repo_id)
     said = described(
         config, state.format, file.metadata, found.beside, official=official, given=given
     )
     given = {key: value for key, value in given.items() if key not in _NO_PREPROCESSING}
     config, names = said.config, said.class_names
+    if out_indices is not None:
+        config = config.backbone(tuple(out_indices))
     if names is None and official and config.num_classes == 1000:
         names = _imagenet_names()
     source = WeightsSource(
@@ -241,7 +262,7 @@ def _compare_with_variant(variant: Variant, config: VanConfig) -> tuple[str, ...
         f"the weights have {getattr(config, field)} {what} ({variant.name}: "
         f"{getattr(wanted, field)}); read from the file"
         for field, what in ends
-        if getattr(config, field) != getattr(wanted, field)
+        if getattr(config, field) not in (0, getattr(wanted, field))
     )
 
 

@@ -127,13 +127,16 @@ def _from_json(config: VanConfig, beside: Values) -> tuple[dict[str, Any], list[
     facts: dict[str, Any] = {
         **dict.fromkeys(("hidden_sizes", "embed_dims"), config.embed_dims),
         **dict.fromkeys(("num_channels", "in_chans"), config.in_chans),
-        **{key: getattr(config, key) for key in ("depths", "patch_sizes", "num_classes")},
+        **{key: getattr(config, key) for key in ("depths", "patch_sizes")},
+        **({"num_classes": config.num_classes} if config.num_classes else {}),
         "mlp_ratios": _ratios(config, told.get("mlp_ratios")),
         "dilation": config.lka_dilation,
         "num_features": config.embed_dims[-1],
         "architecture": variant_of(config) if named else architecture,
     }
     told["architecture"] = architecture or None
+    if not config.num_classes:  # a backbone's file may say of how many classes its head was
+        told.pop("num_classes", None)
     added = {key: value for key, value in told.items() if key in _Added.model_fields}
     unknown = []
     for key, value in told.items():
@@ -171,7 +174,8 @@ def _of_arguments(config: VanConfig, arguments: Values) -> Iterator[str]:
                 f"If the network does without, take '{key}' out of the file.",
             )
     variant = variant_of(config)
-    facts = {"num_classes": config.num_classes, "in_chans": config.in_chans, "model": variant}
+    facts = {"in_chans": config.in_chans, "model": variant}
+    facts |= {"num_classes": config.num_classes} if config.num_classes else {}
     for key, actual in facts.items():
         stated = arguments.get(key)
         if stated != actual and (isinstance(stated, int) or (stated in VARIANTS and variant)):

@@ -25,6 +25,7 @@ from van_deploy.model.configs import is_timm, is_transformers, network_said
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.processors import (
     from_mmpretrain,
+    from_openmmlab_colour,
     from_processor,
     from_timm,
     from_timm_config,
@@ -102,7 +103,8 @@ def described(
     openmmlab = python_config(cfg[:_LONGEST_CONFIG]) if isinstance(cfg, str) else _table(cfg)
     eps = given.get("layer_norm_eps")
     config, notes = network_said(config, source, arguments, config_json, openmmlab, eps)
-    sources = list(_sources(inside, arguments, openmmlab, beside))
+    read = from_mmpretrain if config.num_classes else from_openmmlab_colour
+    sources = list(_sources(inside, arguments, (openmmlab, read), beside))
     preprocessing = _preprocessing(config.in_chans, sources, official, given, notes)
     names = None
     if "class_names" not in given:
@@ -125,7 +127,10 @@ def _table(value: object) -> dict[str, Any]:
 
 
 def _sources(
-    inside: Values, arguments: Values, openmmlab: Values, beside: Mapping[str, Values]
+    inside: Values,
+    arguments: Values,
+    openmmlab: tuple[Values, Callable[[Values], dict[str, Any]]],
+    beside: Mapping[str, Values],
 ) -> Iterator[Source]:
     """Yield everything that describes a preprocessing, the nearest to the weights first."""
     if written := _table(inside.get("preprocessing")):
@@ -135,8 +140,8 @@ def _sources(
         yield own, from_torchvision, arguments
     elif any(arguments.get(name) not in (None, "") for name in _TIMM):
         yield own, from_timm, arguments
-    if "model" in openmmlab:
-        yield "the checkpoint's own configuration", from_mmpretrain, openmmlab
+    if "model" in openmmlab[0]:
+        yield "the checkpoint's own configuration", openmmlab[1], openmmlab[0]
     config, there = beside.get(CONFIG, {}), "beside the weights"
     if PROCESSOR in beside:
         yield f"the {PROCESSOR} {there}", from_processor, beside[PROCESSOR]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from van_deploy.config.sizes import sides_of
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.preprocess import Preprocessing
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_PIXELS", "Pixels", "image_mode", "normalised", "pixels_from_image"]
 
 Pixels = npt.NDArray[np.uint8]
-"""``(S, S, C)`` or ``(N, S, S, C)`` uint8."""
+"""``(H, W, C)`` or ``(N, H, W, C)`` uint8."""
 
 MAX_PIXELS = 89_478_485
 """A quarter of a GiB as RGB; Pillow's own warning limit."""
@@ -40,14 +41,14 @@ def image_mode(channels: int) -> str:
     if channels not in _MODES:
         raise UsageError(
             f"The network takes {channels} channels, and image files have 1, 3 or 4.",
-            f"Only arrays have so many: for --images an .npz with 'images', uint8 (N, S, S, "
-            f"{channels}) or normalised float32 (N, {channels}, S, S); for the server a tensor.",
+            f"Only arrays have so many: for --images an .npz with 'images', uint8 (N, H, W, "
+            f"{channels}) or normalised float32 (N, {channels}, H, W); for the server a tensor.",
         )
     return _MODES[channels]
 
 
 def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> Pixels:
-    """Return an image resized and cropped as its network wants it, ``(S, S, C)`` uint8.
+    """Return an image resized and cropped as its network wants it, ``(H, W, C)`` uint8.
 
     Raises:
         UsageError: the network's channels are not an image's (not 1, 3 or 4).
@@ -61,21 +62,22 @@ def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> Pixel
     size = _resized(image.size, preprocessing)
     if size != image.size:
         image = image.resize(size, PilImage.Resampling[preprocessing.interpolation.upper()])
-    side = preprocessing.image_size
-    left, top = (_offset(whole - side, preprocessing.crop_rounding) for whole in size)
-    if min(size) < side:  # a border
+    height, width = preprocessing.sides
+    rounding = preprocessing.crop_rounding
+    left, top = _offset(size[0] - width, rounding), _offset(size[1] - height, rounding)
+    if size[0] < width or size[1] < height:  # a border
         fill = tuple(round(255 * value) for value in preprocessing.mean)
-        padded = PilImage.new(mode, (side, side), fill)
+        padded = PilImage.new(mode, (width, height), fill)
         padded.paste(image, (-left, -top))
         image = padded
     else:
-        image = image.crop((left, top, left + side, top + side))
+        image = image.crop((left, top, left + width, top + height))
     pixels = np.asarray(image, dtype=np.uint8)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def normalised(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
-    """Return ``(N, S, S, C)`` bytes as the network's input ``(N, C, S, S)`` float32.
+    """Return ``(N, H, W, C)`` bytes as the network's input ``(N, C, H, W)`` float32.
 
     The same three float32 operations in the same order as torchvision's
     ``ToTensor`` and ``Normalize``, so the result is the same to the last bit.
@@ -91,19 +93,28 @@ def normalised(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.f
 def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
     """Return width and height after resizing, with each source's own rounding."""
     target, (width, height) = preprocessing.resize_size, size
+    rows, columns = sides_of(target)
     if preprocessing.crop_mode == "squash":
-        return target, target
-    if preprocessing.crop_mode == "border":  # timm's ResizeKeepRatio(longest=1)
-        ratio = max(size) / target
-        return max(1, round(width / ratio)), max(1, round(height / ratio))
-    long_side = int(target * max(size) / min(size))  # as torchvision rounds, and Transformers
-    if long_side * target > MAX_PIXELS:
+        return columns, rows
+    ratios = (height / rows, width / columns)  # of timm's ResizeKeepRatio
+    if preprocessing.crop_mode == "border":
+        return _scaled(size, max(ratios))
+    if isinstance(target, int):  # as torchvision rounds, and Transformers
+        long_side = int(target * max(size) / min(size))
+        resized = (target, long_side) if width <= height else (long_side, target)
+    else:
+        resized = _scaled(size, min(ratios))
+    if resized[0] * resized[1] > MAX_PIXELS:
         raise ImageError(
             f"An image of {width} x {height} pixels is too narrow: resized to a short side "
-            f"of {target} it would be {long_side} pixels long.",
+            f"of {min(resized)} it would be {max(resized)} pixels long.",
             "Cut out the part that matters first.",
         )
-    return (target, long_side) if width <= height else (long_side, target)
+    return resized
+
+
+def _scaled(size: tuple[int, int], ratio: float) -> tuple[int, int]:
+    return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
 
 
 def _offset(spare: int, rounding: str) -> int:

@@ -18,6 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from van_deploy.config.sizes import (
+    MAX_IMAGE_SIZE,
+    MIN_IMAGE_SIZE,
+    ImageSize,
+    possible_size,
+    sides_of,
+    size_text,
+)
 from van_deploy.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,12 +37,6 @@ __all__ = ["INTERPOLATIONS", "MAX_IMAGE_SIZE", "MIN_IMAGE_SIZE", "OFFICIAL", "Pr
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
 """timm's names of Pillow's filters."""
-
-MIN_IMAGE_SIZE = 32
-"""Pixels. The four stages divide the side by 32: below, the last has nothing left."""
-
-MAX_IMAGE_SIZE = 4096
-"""Pixels. A limit that catches slips of the keyboard before they fill the memory."""
 
 
 def _positive(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -50,6 +52,7 @@ def _unit(value: float) -> float:
 
 
 _Number = Annotated[float, Field(strict=True), AfterValidator(_unit)]
+_Side = Annotated[int, Field(strict=True, ge=0)]
 _Channels = Annotated[tuple[_Number, ...], Field(min_length=1)]
 
 
@@ -57,19 +60,21 @@ _Channels = Annotated[tuple[_Number, ...], Field(min_length=1)]
 class Preprocessing:
     """What is done to an image before the network sees it.
 
-    It is resized, the centre square of ``image_size`` is cut out, values are
-    scaled to 0..1, then ``(x - mean) / std`` per channel.
+    It is resized, the centre of ``image_size`` is cut out, values are scaled to
+    0..1, then ``(x - mean) / std`` per channel.
 
     Attributes:
-        image_size: side of the square input, in pixels.
+        image_size: of the input in pixels: the side of a square, or ``(height, width)``.
         mean: per channel, of values in 0..1.
         std: per channel, of values in 0..1.
         interpolation: one of :data:`INTERPOLATIONS`.
         crop_pct: side of the crop over the resized side, in (0, 1], as the source gave it.
         source: where these values came from, one phrase for the user.
-        crop_mode: which side is resized to ``resize_size``: the short one (``center``), both
-            (``squash``), or the long one (``border``, padded with the mean colour).
-        resize_size: in pixels; where it is 0, timm's ``floor(image_size / crop_pct)``.
+        crop_mode: what is resized to ``resize_size``: the side that just covers it
+            (``center``; the short one, for squares), both (``squash``), or the one that just
+            fits in (``border``, padded with the mean colour).
+        resize_size: in pixels, as ``image_size``; where it is 0, timm's
+            ``floor(image_size / crop_pct)``, side by side.
         crop_rounding: the crop's first row and column where the middle is between two:
             the ``even`` one (timm, torchvision, mmpretrain) or the first (``floor``, Transformers).
 
@@ -79,26 +84,32 @@ class Preprocessing:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False, extra="forbid")
 
-    image_size: Annotated[int, Field(strict=True, ge=MIN_IMAGE_SIZE, le=MAX_IMAGE_SIZE)]
+    image_size: Annotated[_Side | tuple[_Side, _Side], AfterValidator(possible_size)]
     mean: _Channels
     std: Annotated[_Channels, AfterValidator(_positive)]
     interpolation: Interpolation
     crop_pct: Annotated[float, Field(strict=True, gt=0, le=1)]
     source: str
     crop_mode: Literal["center", "squash", "border"] = "center"
-    resize_size: Annotated[int, Field(strict=True, ge=0)] = 0
+    resize_size: _Side | tuple[_Side, _Side] = 0
     crop_rounding: Literal["even", "floor"] = "even"
 
     def __post_init__(self) -> None:
         """Fill in the resized side, and refuse what does not fit together."""
         if not self.resize_size:
-            object.__setattr__(self, "resize_size", math.floor(self.image_size / self.crop_pct))
+            object.__setattr__(self, "resize_size", _resized(self.image_size, self.crop_pct))
         if len(self.mean) != len(self.std):
             raise ValueError(f"has {len(self.mean)} means and {len(self.std)} deviations")
-        if self.resize_size < self.image_size:
+        resized, cut = sides_of(self.resize_size), sides_of(self.image_size)
+        if resized[0] < cut[0] or resized[1] < cut[1]:
             raise ValueError(
                 f"cuts {self.image_size} pixels out of an image resized to {self.resize_size}"
             )
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the input tensor."""
+        return sides_of(self.image_size)
 
     @property
     def channels(self) -> int:
@@ -108,7 +119,7 @@ class Preprocessing:
     def override(
         self,
         *,
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         interpolation: str | None = None,
@@ -151,7 +162,10 @@ class Preprocessing:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values as JSON can hold them; :meth:`from_dict` reads them back."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
@@ -174,7 +188,7 @@ class Preprocessing:
         )
 
     def transform(self) -> Callable[[Image], torch.Tensor]:
-        """Return the evaluation transform: an image to ``(C, S, S)`` float32, normalised.
+        """Return the evaluation transform: an image to ``(C, H, W)`` float32, normalised.
 
         Raises:
             UsageError: the network's channels are not an image's (not 1, 3 or 4).
@@ -193,16 +207,25 @@ class Preprocessing:
     @property
     def geometry(self) -> str:
         """What is done to the sides, in a few words."""
-        ratio = math.floor(self.image_size / float(f"{self.crop_pct:g}")) == self.resize_size
-        crop = f"crop {self.crop_pct:g}" if ratio else f"resize {self.resize_size}"
+        ratio = _resized(self.image_size, float(f"{self.crop_pct:g}")) == self.resize_size
+        size = self.resize_size
+        resize = str(size) if isinstance(size, int) else size_text(size)
+        crop = f"crop {self.crop_pct:g}" if ratio else f"resize {resize}"
         return crop if self.crop_mode == "center" else f"{crop}, {self.crop_mode}"
 
     def __str__(self) -> str:
         """Return the values in one line, without their source."""
         mean = "/".join(f"{value:g}" for value in self.mean)
         std = "/".join(f"{value:g}" for value in self.std)
-        size = f"{self.image_size}x{self.image_size}"
+        size = size_text(self.image_size)
         return f"{size} {self.interpolation}, {self.geometry}, mean {mean}, std {std}"
+
+
+def _resized(size: ImageSize, crop_pct: float) -> ImageSize:
+    """Return timm's resized size, of which ``crop_pct`` is cut out."""
+    if isinstance(size, int):
+        return math.floor(size / crop_pct)
+    return math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct)
 
 
 _ADAPTER = TypeAdapter(Preprocessing)

@@ -15,10 +15,12 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from van_deploy.config.sizes import parse_image_size
 from van_deploy.errors import UsageError
 
 __all__ = [
     "from_mmpretrain",
+    "from_openmmlab_colour",
     "from_processor",
     "from_timm",
     "from_timm_config",
@@ -68,8 +70,9 @@ def from_timm(args: Mapping[str, Any]) -> Values:
     """Return what timm's ``train.py`` arguments say; what they leave out is the model's own."""
     values = {name: args.get(name) for name in ("mean", "std", "interpolation", "crop_pct")}
     values["crop_mode"] = args.get("crop_mode")
-    values["image_size"] = _square("input_size", args.get("input_size")) or _square(
-        "img_size", args.get("img_size")
+    size = list(args.get("input_size") or ())[1:] or args.get("img_size")
+    values["image_size"] = parse_image_size(
+        size[0] if isinstance(size, list) and len(size) == 1 else size
     )
     return values
 
@@ -190,6 +193,29 @@ def from_mmpretrain(config: Mapping[str, Any]) -> Values:
     return values | (_cut(size, crop or size) if pipeline else {})
 
 
+def from_openmmlab_colour(config: Mapping[str, Any]) -> Values:
+    """Return the mean and std of a segmenter's or detector's configuration, for its backbone.
+
+    Their images keep their own sizes, so nothing is said of resizing.
+    """
+    pipelines = [config.get(name) for name in ("test_pipeline", "train_pipeline")]
+    steps = [step for pipeline in pipelines for step in pipeline or [] if isinstance(step, dict)]
+    steps += [inner for step in steps for inner in step.get("transforms") or []]
+    found = [step for step in steps if step.get("type") == "Normalize"]
+    model = config.get("model") or {}
+    places = (config.get("data_preprocessor"), model.get("data_preprocessor"))
+    colour: Mapping[str, Any] = next(
+        filter(None, (*places, config.get("img_norm_cfg"), *found)), {}
+    )
+    if colour.get("mean") and not (colour.get("to_rgb") or colour.get("bgr_to_rgb")):
+        raise UsageError("neither to_rgb nor bgr_to_rgb is true: the network takes BGR.")
+    return {
+        key: [float(number) / 255 for number in colour[key]]
+        for key in ("mean", "std")
+        if colour.get(key)
+    }
+
+
 def python_config(text: str) -> dict[str, Any]:
     """Return the plain values assigned in the text of an OpenMMLab configuration; runs nothing."""
 
@@ -225,12 +251,10 @@ def _cut(size: Any, crop: Any) -> Values:
 
 
 def _square(key: str, size: Any) -> Any:
-    """Return the side that a size means: a number, two equal ones, or channels before them."""
+    """Return the side that a size means: a number, or two equal ones."""
     sides = list(size.values()) if isinstance(size, Mapping) else size
     if not isinstance(sides, list | tuple):
         return size
-    if key == "input_size":
-        sides = sides[1:]
     if len(sides) not in (1, 2) or sides[0] != sides[-1]:
         raise UsageError(f"{key} is {reprlib.repr(size)}: only squares are supported.")
     return sides[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,16 +50,16 @@ def official_state(tensors: Mapping[str, Tensor], container: str = "") -> NamedS
         container: where in the file they were, for the advice to take others.
 
     Raises:
-        CheckpointError: the names are another network's, of mixed formats, or of a backbone
-            without a head; tensors stand beside the network whose part is unknown; or one is
-            not floating point, NaN, infinite, a negative variance, or claims more elements
-            than it has.
+        CheckpointError: the names are another network's, or of mixed formats; tensors stand
+            beside the network whose part is unknown; or one is not floating point, NaN,
+            infinite, a negative variance, or claims more elements than it has.
         UsageError: there are several networks.
     """
     container = "" if container == TOP_LEVEL else container
     found = translate_keys(tensors, container)
+    notes: list[str] = []
     if not any(name.startswith("head.") for name in found.names.values()):
-        raise _headless(found)
+        found, notes = _backbone(found)
     if found.beside:
         inner = ".".join(filter(None, (container, found.prefix.rstrip("."))))
         raise CheckpointError(
@@ -67,11 +67,10 @@ def official_state(tensors: Mapping[str, Tensor], container: str = "") -> NamedS
             f"{_listed(found.beside)}.",
             f"If the network does without them at inference, name its own: --container {inner}.",
         )
-    notes = []
     if found.unused:
         notes.append(
-            f"{', '.join(sorted(found.unused))}: in the file, but VanForImageClassification "
-            "does not compute with them either; left out"
+            f"{', '.join(sorted(found.unused))}: in the file, but Transformers does not compute "
+            "logits or feature maps with them; left out"
         )
     if found.idle:
         notes.append(f"left by training, no part of the network: {_listed(found.idle)}")
@@ -89,30 +88,34 @@ def official_state(tensors: Mapping[str, Tensor], container: str = "") -> NamedS
     return NamedState(converted, found.format, tuple(notes))
 
 
-def _headless(found: Translation) -> CheckpointError:
-    """Return the error for a backbone, saying whose it is as far as that shows."""
-    beside = (*found.beside, *found.unknown)
-    whose = {
-        r"(decode_head|auxiliary_head)\.": ", as in VAN-Segmentation",
-        r"(neck|rpn_head|roi_head|bbox_head)\.": ", as in VAN-Detection",
-    }
-    where = [text for pattern, text in whose.items() if any(re.match(pattern, n) for n in beside)]
-    if found.format == "transformers":
-        where = [", as Transformers' VanModel is"]
-    rest = f" Beside it: {_listed(beside)}." if beside else ""
-    return CheckpointError(
-        f"The checkpoint is a VAN backbone ({found.format} names) without a classification head"
-        f"{''.join(where[:1])}.{rest}",
-        "Backbones cannot be exported yet: pass the weights of a whole classifier.",
+_LARGER = {
+    r"(decode|auxiliary|segmentation|seg)_head\b.*": "a segmenter",
+    r"(neck|panoptic_\w+|(?!decode_|auxiliary_|seg)\w+_head)\b.*": "a detector",
+}
+"""What stands beside a backbone in OpenMMLab's checkpoints, and whose it is."""
+
+
+def _backbone(found: Translation) -> tuple[Translation, list[str]]:
+    """Return the tensors of a backbone alone, and what to tell of the others."""
+    names = (*found.beside, *found.unknown)
+    rest = {n: whose for n in names for p, whose in _LARGER.items() if re.fullmatch(p, n)}
+    whose = f" of {next(iter(rest.values()))}" if rest else ""
+    notes = [f"a backbone{whose} ({found.format} names), without a classification head"]
+    if rest:
+        roots = dict.fromkeys(name.split(".")[0] for name in rest)
+        notes.append(f"not the backbone's, left out: {len(rest)} tensors of {_listed(roots)}")
+    beside, unknown = (
+        tuple(name for name in kind if name not in rest) for kind in (found.beside, found.unknown)
     )
+    return replace(found, beside=beside, unknown=unknown), notes
 
 
 def network_from_state(state: Mapping[str, Tensor], config: VanConfig) -> VAN:
     """Return the network of an architecture with the weights of a state dict.
 
     In evaluation mode, float32, without gradients; it shares the tensors'
-    memory. Missing ``num_batches_tracked`` are no fault: they only matter in
-    training.
+    memory. A backbone leaves a classifier's head out. Missing ``num_batches_tracked``
+    are no fault: they only matter in training.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or wrongly shaped; they are listed.
@@ -122,6 +125,8 @@ def network_from_state(state: Mapping[str, Tensor], config: VanConfig) -> VAN:
     expected = model.state_dict()
     counters = {name for name in expected if not _is_weight(name)}
     complete = {**dict.fromkeys(counters, torch.tensor(0)), **state}
+    if config.out_indices:
+        complete = {n: tensor for n, tensor in complete.items() if not n.startswith("head.")}
     _refuse_difference(expected, complete)
     model.load_state_dict(complete, assign=True)
     return model.eval().requires_grad_(False)
@@ -199,5 +204,5 @@ def _refuse_difference(expected: Mapping[str, Tensor], state: Mapping[str, Tenso
     if parts:
         raise CheckpointError(
             f"The checkpoint does not fit the VAN its shapes describe. {'; '.join(parts)}.",
-            "Nothing is dropped or filled in: save the state dict of one whole VAN classifier.",
+            "Nothing is dropped or filled in: save the state dict of one whole VAN.",
         )

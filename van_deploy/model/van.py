@@ -239,8 +239,16 @@ class VAN(nn.Module):
             x = x.mean(dim=(2, 3))
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map normalised images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``."""
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Map normalised images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``.
+
+        With ``config.out_indices`` to these stages' maps ``(N, C, h, w)``, each after its
+        LayerNorm, as timm's ``features_only`` and OpenMMLab's backbones give them.
+        """
+        if self.config.out_indices:
+            indices = list(self.config.out_indices)
+            maps = self.forward_intermediates(x, indices, intermediates_only=True, stop_early=True)
+            return tuple(maps)
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:

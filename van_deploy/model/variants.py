@@ -11,9 +11,10 @@ b4's accuracy, mmpretrain's model zoo.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.errors import UsageError
 
 __all__ = ["CONFIG", "PROCESSOR", "VARIANTS", "HubFile", "VanConfig", "Variant", "variant_named"]
@@ -40,6 +41,8 @@ class VanConfig:
         patch_sizes: kernels of the four patch embeddings.
         head: layers of a sequential head in order, such as ``("dropout", 64, "relu", 10)``,
             a number for a linear layer of so many outputs; empty for one linear layer.
+        out_indices: of a backbone, the stages (0 to 3) whose feature maps are its outputs; empty
+            for a classifier.
         problem_type: what the logits mean, in Transformers' words:
             ``single_label_classification``, ``multi_label_classification`` or ``regression``.
     """
@@ -55,6 +58,38 @@ class VanConfig:
     patch_sizes: tuple[int, ...] = (7, 3, 3, 3)
     head: tuple[int | str, ...] = ()
     problem_type: str = "single_label_classification"
+    out_indices: tuple[int, ...] = ()
+
+    @property
+    def stages(self) -> range:
+        """The stages that run, from 1: up to the last whose maps are an output."""
+        return range(1, max(self.out_indices, default=len(self.depths) - 1) + 2)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What the network gives: ``logits``, or the maps ``stage1`` to ``stage4``."""
+        return tuple(f"stage{index + 1}" for index in self.out_indices) or ("logits",)
+
+    def backbone(self, out_indices: tuple[int, ...]) -> VanConfig:
+        """Return the architecture without its head, giving feature maps.
+
+        Raises:
+            UsageError: a stage is not there, or named twice.
+        """
+        last = len(self.depths) - 1
+        if not out_indices or set(out_indices) - set(range(last + 1)):
+            wrong = next((i for i in out_indices if not 0 <= i <= last), None)
+            raise UsageError(
+                "No stage is asked for." if wrong is None else f"There is no stage {wrong}.",
+                f"The stages of --out-indices are numbered from 0 to {last}, as in OpenMMLab's "
+                "and timm's out_indices.",
+            )
+        if len(set(out_indices)) != len(out_indices):
+            raise UsageError(
+                f"A stage is asked for twice: {', '.join(map(str, out_indices))}.",
+                "Give each index of --out-indices once.",
+            )
+        return replace(self, num_classes=0, head=(), out_indices=tuple(sorted(out_indices)))
 
     @property
     def lka_dilation(self) -> int:
@@ -99,24 +134,43 @@ class VanConfig:
                 total += 2 * previous
         return total
 
-    def mac_count(self, image_size: int = 224) -> int:
+    def mac_count(self, image_size: ImageSize = 224) -> int:
         """Multiply-adds of one image through the convolutions and the head.
 
         >>> round(VARIANTS["van_b0"].config.mac_count() / 1e9, 2)
         0.86
         """
         k0, k1 = self.lka_kernels
-        total, previous, side = 0, self.in_chans, image_size
+        total, previous, sides = 0, self.in_chans, sides_of(image_size)
         for stage, (dim, hidden, depth) in enumerate(
             zip(self.embed_dims, self.hidden_dims, self.depths, strict=True)
         ):
+            sides = self.sides_after(stage, sides)
             kernel = self.patch_sizes[stage]
-            side = (side + kernel // 2 * 2 - kernel) // self.strides[stage] + 1
             block = 3 * dim * dim + dim * (k0**2 + k1**2) + hidden * (2 * dim + 9)
-            total += side * side * (dim * previous * kernel**2 + depth * block)
+            total += sides[0] * sides[1] * (dim * previous * kernel**2 + depth * block)
             previous = dim
         linear = (layer for layer in self.head or (self.num_classes,) if isinstance(layer, int))
         return total + sum(i * o for i, o in pairwise((previous, *linear)))
+
+    def map_shapes(self, sides: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
+        """Return the shape ``(C, h, w)`` of each output of a backbone for images ``(H, W)``.
+
+        >>> VARIANTS["van_b0"].config.backbone((0, 3)).map_shapes((224, 320))
+        {'stage1': (32, 56, 80), 'stage4': (256, 7, 10)}
+        """
+        shapes = {}
+        for stage, dim in enumerate(self.embed_dims):
+            sides = self.sides_after(stage, sides)
+            if stage in self.out_indices:
+                shapes[f"stage{stage + 1}"] = (dim, *sides)
+        return shapes
+
+    def sides_after(self, stage: int, sides: tuple[int, int]) -> tuple[int, int]:
+        """Return height and width of a stage's maps (0 to 3) from those before it."""
+        kernel, stride = self.patch_sizes[stage], self.strides[stage]
+        height, width = ((side + kernel // 2 * 2 - kernel) // stride + 1 for side in sides)
+        return height, width
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ from van_deploy.checks.gates import (
     sqnr_floor,
 )
 from van_deploy.checks.rules import at_least, judge_loss, judge_numbers, paired_loss
+from van_deploy.checks.samples import LOGITS, Outputs
 from van_deploy.errors import ConversionError, ImageError
+from van_deploy.graph.shapes import fixed_batch, with_dynamic_batch_
 from van_deploy.intervals import wilson_interval
-from van_deploy.metrics import Task, compare, find_flips
+from van_deploy.metrics import Task, find_flips, sqnr_db
 from van_deploy.precision.sensitivity import labels_lost
 from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
 
@@ -60,9 +62,9 @@ class PrecisionRow:
         name: of the candidate.
         precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
         size_bytes: of the file.
-        sqnr_db: of the logits over all images.
+        sqnr_db: of the logits over all images, or of the worst feature map.
         cosine: smallest of any image.
-        kl: mean over the images, in nats.
+        kl: mean over the images, in nats; None where there are no classes, as the next one.
         agreement: share (0..1) of images with the same label.
         images: how many.
         correct: how many were classified right, or None without labels.
@@ -70,7 +72,7 @@ class PrecisionRow:
         passed: whether it holds its gate; None for FP32 itself.
         failures: what it does not hold.
         doubts: what the images are too few to decide.
-        agreement_interval: of 95 %, of ``agreement``.
+        agreement_interval: of 95 %, of ``agreement``; None likewise.
     """
 
     name: str
@@ -78,15 +80,15 @@ class PrecisionRow:
     size_bytes: int
     sqnr_db: float
     cosine: float
-    kl: float
-    agreement: float
+    kl: float | None
+    agreement: float | None
     images: int
     correct: int | None
     ms_per_image: float | None
     passed: bool | None
     failures: tuple[str, ...]
     doubts: tuple[str, ...]
-    agreement_interval: tuple[float, float]
+    agreement_interval: tuple[float, float] | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the line as JSON can hold it, with top-1's interval; infinite figures as None."""
@@ -108,6 +110,7 @@ def compare_precisions(
     *,
     fuse: bool,
     judged: bool,
+    outputs: Outputs = LOGITS,
     max_drop: float | None = None,
     providers: Sequence[str] = (),
     threads: int | None = None,
@@ -121,6 +124,7 @@ def compare_precisions(
         fuse: see :func:`logits_session`.
         judged: whether the images were given to judge accuracy on, so that a loss of
             accuracy is a gate; the logits always are.
+        outputs: of the network.
         max_drop: points that may be lost instead of what the class allows.
         providers: of ONNX Runtime to time an image in; none to measure no time.
         threads: of ONNX Runtime.
@@ -129,7 +133,9 @@ def compare_precisions(
         ImageError: no image could be read.
         ConversionError: ONNX Runtime refuses a graph.
     """
-    runs = [logits_session(c.model, fuse=fuse, threads=threads) for c in candidates]
+    runs = [
+        logits_session(c.model, fuse=fuse, threads=threads, outputs=outputs) for c in candidates
+    ]
     pieces: list[list[Logits]] = [[] for _ in runs]
     numbers: list[int] = []
     first: Images | None = None
@@ -140,13 +146,13 @@ def compare_precisions(
             logits.append(run(images))
     if first is None:
         raise ImageError("There is no image to compare on.", "Pass a folder with --eval DIR.")
-    known = None if labels is None else labels[numbers]
+    known = None if labels is None or outputs.widths else labels[numbers]
     times: list[float | None] = [None] * len(runs)
     if providers:
-        times = list(_interleaved_ms(candidates, first, providers, threads))
+        times = list(_interleaved_ms(candidates, first, providers, threads, outputs))
     reference = np.concatenate(pieces[0])
     return tuple(
-        _row(candidate, reference, np.concatenate(logits), known, ms, judged, max_drop)
+        _row(candidate, reference, np.concatenate(logits), known, ms, judged, max_drop, outputs)
         for candidate, logits, ms in zip(candidates, pieces, times, strict=True)
     )
 
@@ -159,11 +165,17 @@ def _row(
     ms: float | None,
     judged: bool,
     max_drop: float | None,
+    outputs: Outputs,
 ) -> PrecisionRow:
-    figures = compare(expected, found)
+    figures = outputs.compare(expected, found)
+    same = figures.top1_agreement
+    agreeing = None if same is None else round(same * figures.images)
     findings: list[Finding] = []
     if candidate.precision != "fp32":
-        findings = _findings(candidate.precision, expected, found, labels, judged, max_drop)
+        floor = sqnr_floor(candidate.precision, np.inf)
+        findings = [at_least("SQNR", figures.sqnr_db, floor)]
+        if judged and not outputs.widths:
+            findings = _findings(candidate.precision, expected, found, labels, max_drop)
     failures, doubts = (
         tuple(finding.message for finding in findings if finding.outcome is outcome)
         for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
@@ -175,14 +187,14 @@ def _row(
         figures.sqnr_db,
         figures.cosine,
         figures.kl,
-        figures.top1_agreement,
+        same,
         figures.images,
         None if labels is None else int((found.argmax(axis=1) == labels).sum()),
         ms,
         None if candidate.precision == "fp32" else not failures,
         failures,
         doubts,
-        wilson_interval(round(figures.top1_agreement * figures.images), figures.images),
+        None if agreeing is None else wilson_interval(agreeing, figures.images),
     )
 
 
@@ -191,14 +203,11 @@ def _findings(
     expected: Logits,
     found: Logits,
     labels: npt.NDArray[np.int64] | None,
-    judged: bool,
     max_drop: float | None,
 ) -> list[Finding]:
     """Return what the rules say: to the logits, and to accuracy where that is judged."""
     floor = sqnr_floor(precision, np.inf)
-    quality = compare(expected, found).sqnr_db
-    if not judged:
-        return [at_least("SQNR", quality, floor)]
+    quality = sqnr_db(expected, found)
     what = "agreement" if labels is None else "top-1"
     won = 0 if labels is None else labels_lost(found, expected, labels)
     loss = paired_loss(labels_lost(expected, found, labels), won, len(expected))
@@ -240,8 +249,11 @@ def logits_session(
     threads: int | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     in_turns: bool = False,
+    outputs: Outputs = LOGITS,
 ) -> Run:
-    """Return a function from images ``(N, C, S, S)`` to float32 logits ``(N, K)``.
+    """Return a function from images ``(N, C, H, W)`` to float32 logits ``(N, K)``.
+
+    Of a backbone, to the sketches of its maps. A static batch is made dynamic.
 
     Args:
         model: the graph; FP16 inputs are converted to, and BF16 is emulated.
@@ -252,6 +264,7 @@ def logits_session(
         in_turns: it is timed in turns with others in this process: threads that wait
             sleep. ONNX Runtime's would keep the cores busy for a while, and slow the
             next session down.
+        outputs: of the network.
 
     Raises:
         ConversionError: ONNX Runtime refuses the graph.
@@ -265,6 +278,10 @@ def logits_session(
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not fuse:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if fixed_batch(model) is not None:
+        static, model = model, ModelProto()
+        model.CopyFrom(static)
+        with_dynamic_batch_(model)
     try:
         session, _ = inference_session(model, options, providers)
     except Exception as error:
@@ -273,24 +290,36 @@ def logits_session(
             "Please report it, with the command and the network's architecture.",
         ) from error
     entry = session.get_inputs()[0]
+    names = [output.name for output in session.get_outputs()]
     kind = np.float16 if entry.type == "tensor(float16)" else np.float32
 
     def run(images: Images) -> Logits:
-        found = session.run(None, {entry.name: images.astype(kind, copy=False)})[0]
-        return np.asarray(found, dtype=np.float32)
+        found = session.run(None, {entry.name: images.astype(kind, copy=False)})
+        return np.asarray(outputs.rows(dict(zip(names, found, strict=True))), dtype=np.float32)
 
     return run
 
 
 def _interleaved_ms(
-    candidates: Sequence[Candidate], image: Images, providers: Sequence[str], threads: int | None
+    candidates: Sequence[Candidate],
+    image: Images,
+    providers: Sequence[str],
+    threads: int | None,
+    outputs: Outputs,
 ) -> list[float]:
     """Return each graph's median time for one image in milliseconds, measured in turns.
 
     Turn about, so that what else the machine does falls on all of them alike.
     """
     runs = [
-        logits_session(c.model, fuse=True, threads=threads, providers=providers, in_turns=True)
+        logits_session(
+            c.model,
+            fuse=True,
+            threads=threads,
+            providers=providers,
+            in_turns=True,
+            outputs=outputs,
+        )
         for c in candidates
     ]
     times: list[list[float]] = [[] for _ in runs]

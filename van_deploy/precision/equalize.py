@@ -37,7 +37,6 @@ from torch import Tensor, nn
 
 from van_deploy.graph.rebuilt import RebuiltVan
 from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
-from van_deploy.model.van import STAGES
 from van_deploy.precision.observers import ChannelRange
 from van_deploy.precision.scales import ChannelAffine, Floats, percentile_range
 
@@ -118,7 +117,7 @@ def equalize(
             block.mlp.act = nn.Sequential(block.mlp.act, ShiftScale(affine))  # type: ignore[assignment]
             _take_in_(block.mlp.fc2, affine)
     if "shift" in techniques:
-        for stage in range(1, STAGES + 1):
+        for stage in network.model.config.stages:
             _shift_stream_(changed, ranges, layers, stage)
     return changed
 
@@ -211,6 +210,6 @@ def _set_bias_(conv: nn.Conv2d, bias: Tensor) -> None:
 
 def _blocks(model: RewrittenVan, *stages: int) -> Iterator[tuple[str, RewrittenBlock]]:
     """Yield the blocks of some stages (of all by default) with their paths."""
-    for stage in stages or range(1, STAGES + 1):
+    for stage in stages or model.config.stages:
         for index, block in enumerate(model.stage_blocks(stage)):
             yield f"block{stage}.{index}", block

@@ -140,6 +140,8 @@ def images_for(
 def _labelled(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> ImageSet:
     """Return the images with labels, if their folders say them without doubt."""
     manifest = bundle.manifest
+    if manifest.architecture.out_indices:  # feature maps are of no class
+        return images
     classes = manifest.architecture.num_classes
     order = settings.class_order
     labelled, why = with_labels_if_known(images, classes, manifest.class_names, order)

@@ -17,9 +17,10 @@ from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
 from van_deploy.calibration_set import CalibrationSet
 from van_deploy.checks.golden import golden_samples
 from van_deploy.checks.judging import judge_new
+from van_deploy.checks.samples import Outputs
 from van_deploy.config import QuantizeSettings
 from van_deploy.documents import plain
-from van_deploy.errors import ConversionError, MissingDependency
+from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.rebuilt import van_from_onnx
@@ -31,16 +32,16 @@ from van_deploy.precision.comparison import (
     recommended,
 )
 from van_deploy.precision.fp16 import (
-    DEFAULT_KEEP,
-    audit_ranges,
     bf16_from_fp32,
     fp16_from_fp32,
     kept_nodes,
+    usually_kept,
 )
 from van_deploy.precision.int8 import Int8, Int8Maker
 from van_deploy.precision.job_images import JobImages, images_for
 from van_deploy.precision.observers import ChannelRange, images_at_once, observe
 from van_deploy.precision.plan import SCOPES, counted_tensors, layers_in_scope
+from van_deploy.precision.range_audit import audit_ranges
 from van_deploy.provenance import code_digest, tool_versions
 from van_deploy.runners.onnxruntime import require_onnxruntime
 from van_deploy.stopwatch import Progress, Stopwatch
@@ -125,6 +126,11 @@ def quantize_bundle(
     """
     opened, asked = Bundle.open(path), settings or QuantizeSettings()
     opened.verified("fp32")
+    if asked.max_drop is not None and opened.manifest.architecture.out_indices:
+        raise UsageError(
+            f"The bundle '{opened.path}' gives feature maps, and --max-drop is of classes.",
+            "Leave it out, and keep layers with --keep.",
+        )
     watch = Stopwatch(progress)
     chosen = images_for(
         opened, asked, watch, images=images, calibration=calibration, evaluate=evaluate
@@ -192,8 +198,8 @@ class _Job:
         every = set().union(*scopes.values())
         counted = counted_tensors(network, every, asked.target)
         self.watch.begin("Recording ranges")
-        side = self.images.preprocessing.image_size
-        read = self.images.read(self.images.calibration, images_at_once(side * side))
+        height, width = self.images.preprocessing.sides
+        read = self.images.read(self.images.calibration, images_at_once(height * width))
         ranges = observe(network, (images for images, _ in read), counted)
         kept = self.kept(model, ranges, by_user)
         made: dict[str, Int8] = {}
@@ -208,7 +214,7 @@ class _Job:
             candidates.append(Candidate(BF16_EMULATED, "bf16", bf16_from_fp32(model, kept)))
         elif asked.target == "tensorrt":
             half_io = asked.half_io and asked.precision == "fp16"
-            usual = kept if asked.rest_precision == "fp16" else kept_nodes(model, DEFAULT_KEEP)
+            usual = kept if asked.rest_precision == "fp16" else usually_kept(model)
             half = fp16_from_fp32(model, usual, half_io=half_io)
             candidates.append(Candidate("fp16", "fp16", half))
         if scopes:
@@ -235,7 +241,7 @@ class _Job:
         settings = self.settings
         if settings.precision == "int8" and settings.rest_precision == "fp32":
             return asked
-        usual = kept_nodes(model, DEFAULT_KEEP if settings.keep_defaults else ())
+        usual = usually_kept(model) if settings.keep_defaults else {}
         if settings.precision == "bf16":  # which has FP32's range
             self.facts["kept"] = {**usual, **asked}
             return {**usual, **asked}
@@ -258,6 +264,9 @@ class _Job:
             self.images.judges.labels,
             fuse=asked.target == "cpu",
             judged=self.images.named,
+            outputs=Outputs.of(
+                self.bundle.manifest.architecture, self.images.preprocessing.image_size
+            ),
             max_drop=asked.max_drop,
             providers=_timed_in(asked),
             threads=asked.threads,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.errors import UsageError
 from van_deploy.graph.rebuilt import RebuiltVan
 from van_deploy.precision.equalize import Equalization
@@ -154,7 +155,7 @@ def _matching(expression: str, names: Sequence[str]) -> set[str]:
 
 
 @torch.inference_mode()
-def multiply_adds(model: nn.Module, channels: int, image_size: int) -> dict[str, int]:
+def multiply_adds(model: nn.Module, channels: int, size: ImageSize) -> dict[str, int]:
     """Return the multiply-adds of each convolution and of the head, for one image."""
     found: dict[str, int] = {}
     handles = [
@@ -164,7 +165,7 @@ def multiply_adds(model: nn.Module, channels: int, image_size: int) -> dict[str,
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
-    model(torch.zeros(1, channels, image_size, image_size))
+    model(torch.zeros(1, channels, *sides_of(size)))
     for handle in handles:
         handle.remove()
     return found

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from van_deploy.checks.samples import Outputs
 from van_deploy.precision.plan import QuantizationPlan
 from van_deploy.precision.scales import Quantizer, rounded
 
@@ -56,10 +57,20 @@ def quantizing(plan: QuantizationPlan, *only: str) -> Iterator[nn.Module]:
 
 
 def logits(plan: QuantizationPlan, images: Images, *only: str, batch: int = 16) -> Images:
-    """Return the logits ``(N, K)`` of ``images (N, C, S, S)``, rounding ``only`` those layers."""
+    """Return the logits ``(N, K)`` of ``images (N, C, H, W)``, rounding ``only`` those layers.
+
+    Of a backbone, the sketches of its maps.
+    """
+    config, (height, width) = plan.network.model.config, images.shape[2:]
+    outputs = Outputs.of(config, (height, width))
+    pieces = []
     with quantizing(plan, *only) as model, torch.inference_mode():
-        parts = (images[i : i + batch] for i in range(0, len(images), batch))
-        return np.concatenate([model(_channels_last(part)).numpy() for part in parts])
+        for start in range(0, len(images), batch):
+            found = model(_channels_last(images[start : start + batch]))
+            found = found if isinstance(found, tuple) else (found,)
+            named = {n: y.numpy() for n, y in zip(config.output_names, found, strict=True)}
+            pieces.append(outputs.rows(named))
+    return np.concatenate(pieces)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from van_deploy import __version__
 from van_deploy.bench.document import SCHEMA, read_report
 from van_deploy.bundle import Bundle
+from van_deploy.config.sizes import size_text
 from van_deploy.documents import json_from, plain, text_from
 from van_deploy.errors import BundleError, InputError
 from van_deploy.report.document import (
@@ -97,11 +98,13 @@ def _document(bundle: Bundle) -> Document:
         for command, what in (*stale, *old)
     )
     precisions = dict.fromkeys(e["precision"].upper() for e in manifest["artefacts"].values())
-    side, classes = manifest["preprocessing"]["image_size"], manifest["architecture"]["num_classes"]
+    size, network = size_text(manifest["preprocessing"]["image_size"]), manifest["architecture"]
+    classes = f"{network['num_classes']} classes"
+    gives = classes if not network["out_indices"] else "feature maps"
     return Document(
         title=bundle.name,
         subtitle=f"Visual Attention Network, {count_text(manifest['parameters'])} parameters, "
-        f"{side} x {side} pixels, {classes} classes, deployed as {', '.join(precisions)}",
+        f"{size} pixels, {gives}, deployed as {', '.join(precisions)}",
         state=state,
         note="; ".join(words),
         notices=notices("STALE", named),

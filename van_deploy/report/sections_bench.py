@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from van_deploy.config.sizes import size_text
 from van_deploy.report.document import Block, Entry, Facts, Plot, notices, table
 from van_deploy.report.figures import listed, ms_text
 from van_deploy.report.plots import Axis, Mark, Series, colours, rows_chart, xy_chart
@@ -79,12 +80,14 @@ def _facts(report: Entry) -> Entry:
 
 def _sized(rows: Sequence[Entry]) -> list[Entry]:
     """Return rows with the image size as ``size`` where there are several."""
-    several = len({row["image_size"] for row in rows}) > 1
-    return [{**row, "size": row["image_size"] if several else None} for row in rows]
+    several = len({size_text(row["image_size"]) for row in rows}) > 1
+    return [{**row, "size": size_text(row["image_size"]) if several else None} for row in rows]
 
 
 def _latency(report: Entry) -> list[Block]:
-    rows = sorted(_measured(report), key=lambda r: (r["image_size"], r["batch"], -_rate(r)))
+    rows = sorted(
+        _measured(report), key=lambda r: (size_text(r["image_size"]), r["batch"], -_rate(r))
+    )
     marked = [
         {
             **row,
@@ -95,7 +98,7 @@ def _latency(report: Entry) -> list[Block]:
     ]
     return table(
         marked,
-        "runner = contender name; batch = batch d; size = size d; p50 ms = latency.p50_ms ms; "
+        "runner = contender name; batch = batch d; size = size name; p50 ms = latency.p50_ms ms; "
         "p90 ms = latency.p90_ms ms; p99 ms = latency.p99_ms ms; images/s = images_per_s ,.1f; "
         "faster (95 %) = ratio ratio; rounds = rounds number",
     )
@@ -177,7 +180,7 @@ def _roofline(report: Entry) -> list[Block]:
     return [
         *table(
             _sized(entries),
-            "runner = contender name; batch = batch d; size = size d; "
+            "runner = contender name; batch = batch d; size = size name; "
             "operations = work.operations count; least ms = limit.ms ms; "
             "limit = limit.bound name; reached % = percent_of_limit .0f; "
             "ms without fusion = limit.traffic_ms ms",
@@ -210,12 +213,13 @@ def _changes(report: Entry) -> list[Block]:
             **one,
             "file": "same" if one["same_file"] else "another",
             "mark": "!" if one["moved"] else "",
+            "size": size_text(one["image_size"]),
         }
         for one in report["changes"]
     ]
     blocks = table(
         rows,
-        "runner = contender name; batch = batch d; size = image_size d; before ms = before_ms ms; "
+        "runner = contender name; batch = batch d; size = size name; before ms = before_ms ms; "
         "after ms = after_ms ms; times faster = speedup .3f; "
         "ratio change % = ratio_change_percent +.1f; moved = mark name; "
         "open % = uncertainty_percent .1f; file = file name",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from van_deploy.config.sizes import size_text
 from van_deploy.report.document import (
     Block,
     Entry,
@@ -59,15 +60,17 @@ def model_facts(manifest: Entry) -> list[Block]:
         "sha256 = weights.sha256; widths = architecture.embed_dims; "
         "depths = architecture.depths; large kernels = architecture.lka_kernels; "
         "parameters = parameters count; classes = architecture.num_classes; "
-        "class names = class_names; batch = batch",
+        "class names = class_names; feature maps of stages (from 0) = architecture.out_indices; "
+        "batch = batch; image sizes = sizes",
     )
 
 
 def preprocessing_facts(values: Entry) -> list[Block]:
     """Return what an image goes through before the network."""
+    sizes = {key: size_text(values[key]) for key in ("image_size", "resize_size")}
     return facts(
-        values,
-        "image side = image_size; resized to = resize_size; resized side = crop_mode; "
+        {**values, **sizes},
+        "image size = image_size; resized to = resize_size; resized side = crop_mode; "
         "filter = interpolation; crop ratio = crop_pct; mean (of 0..1) = mean; "
         "standard deviation = std; preprocessing from = source",
     )
@@ -303,7 +306,7 @@ def predictions_blocks(predictions: Entry) -> list[Block]:
             "then": answer["error"]
             or ", ".join(f"{c['name']} {c['probability']:.1%}" for c in answer["top"][1:]),
         }
-        for answer in predictions["answers"]
+        for answer in predictions["predictions"]
     ]
     columns = "image = source; class = first.name name; probability = first.probability .1%; "
     return table(rows, f"verdict = state state; {columns} then = then")

@@ -8,7 +8,7 @@ most probable classes from whatever outputs there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Artefact, Bundle
 from van_deploy.config import BatchRange
+from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.compatibility import obstacles
 from van_deploy.engine.host import host_here
 from van_deploy.engine.package import package_obstacles
@@ -43,6 +44,7 @@ __all__ = [
     "Outputs",
     "TensorSpec",
     "original_of",
+    "require_classes",
     "runnable_artefacts",
     "task_of",
 ]
@@ -113,6 +115,26 @@ def original_of(bundle: Bundle, weights: Path | None = None) -> LoadedVan:
     return original_network(bundle, weights)
 
 
+def require_classes(bundle: Bundle, command: str) -> None:
+    """Return if a bundle's network gives classes.
+
+    Args:
+        bundle: the bundle.
+        command: what needs them.
+
+    Raises:
+        UsageError: it gives feature maps.
+    """
+    names = bundle.manifest.architecture.output_names
+    if bundle.manifest.architecture.out_indices:
+        raise UsageError(
+            f"The bundle '{bundle.path}' gives feature maps ({', '.join(names)}), and "
+            f"`{command}` is of classes.",
+            "Run the ONNX file in a pipeline of your own (docs/backbones.md), or export the "
+            "classifier without --features.",
+        )
+
+
 def runnable_artefacts(bundle: Bundle) -> list[str]:
     """Return the names of the artefacts that ONNX Runtime can run, in the bundle's order."""
     return [n for n, item in bundle.artefacts.items() if item.kind not in ("engine", "package")]
@@ -181,14 +203,19 @@ class Network:
             self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
         if self.is_engine:
             described = bundle.artefacts.get(described.made_from.name, described)
+        elif bundle.manifest.batch.fixed and not self.is_package:
+            self._profiles = [bundle.manifest.batch]
         self.embedding = described.embedded
         self.input, self.outputs = self._specs(described)
 
     def _plain_specs(self) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
-        size, channels = self.preprocessing.image_size, self.preprocessing.channels
-        classes = self.bundle.manifest.architecture.num_classes
-        given = TensorSpec(INPUT_NAME, "float32", (channels, size, size))
-        return given, (TensorSpec(OUTPUT_NAME, "float32", (classes,)),)
+        sides, channels = self.preprocessing.sides, self.preprocessing.channels
+        config = self.bundle.manifest.architecture
+        given = TensorSpec(INPUT_NAME, "float32", (channels, *sides))
+        if not config.out_indices:
+            return given, (TensorSpec(OUTPUT_NAME, "float32", (config.num_classes,)),)
+        shapes = config.map_shapes(sides)
+        return given, tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
 
     def _specs(self, artefact: Artefact) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
         if artefact.graph is None:
@@ -325,7 +352,8 @@ class Network:
         the last one repeated.
         """
         if self.name == PYTORCH:
-            return {OUTPUT_NAME: self._opened.run(batch)}
+            names = [output.name for output in self.outputs]
+            return dict(zip(names, self._opened.run_all(batch).values(), strict=True))
         if not self._profiles:
             outputs: Outputs = self._opened.run_all(batch)
             return outputs
@@ -343,6 +371,17 @@ class Network:
         if self._profiles:
             return any(p.min <= batch <= p.max for p in self._profiles)
         return batch >= 1
+
+    def serves_size(self, sides: Sequence[int]) -> bool:
+        """Return whether images of that height and width are run as they are."""
+        sizes = self.bundle.manifest.sizes
+        if self.is_engine:
+            options = self.bundle.artefact(self.name).made_with.get("options")
+            own = options.get("dynamic_size") if isinstance(options, Mapping) else None
+            sizes = SizeRange(**own) if own else None
+        height, width = sides
+        native = self.preprocessing.sides == (height, width)
+        return native if sizes is None else sizes.holds((height, width))
 
     def logits(self, pixels: Pixels | Images) -> npt.NDArray[np.float32]:
         """Return the logits ``(N, K)`` of resized pictures ``(N, S, S, C)`` uint8.

@@ -36,6 +36,7 @@ __all__ = [
     "OnnxRuntimeRunner",
     "inference_session",
     "onnxruntime_logits",
+    "onnxruntime_outputs",
     "require_onnxruntime",
     "require_provider",
 ]
@@ -221,7 +222,7 @@ class OnnxRuntimeRunner:
         return self.provider == CUDA and self.options.use_tf32
 
     def run(self, images: Images) -> Logits:
-        """Return the logits ``(N, K)`` of ``images (N, C, S, S)``.
+        """Return the logits ``(N, K)`` of ``images (N, C, H, W)``, or the first feature map.
 
         Raises:
             MissingDependency: the GPU is out of memory.
@@ -259,9 +260,14 @@ class OnnxRuntimeRunner:
 
 
 def onnxruntime_logits(model: ModelProto, images: Images) -> Logits:
-    """Return the logits ``(N, K)`` of a graph in memory for ``images (N, C, S, S)``."""
+    """Return the logits ``(N, K)`` of a graph in memory for ``images (N, C, H, W)``."""
+    return next(iter(onnxruntime_outputs(model, images).values()))
+
+
+def onnxruntime_outputs(model: ModelProto, images: Images) -> dict[str, npt.NDArray[Any]]:
+    """Return the outputs by name of a graph in memory for ``images (N, C, H, W)``."""
     with OnnxRuntimeRunner(model) as runner:
-        return runner.run(images)
+        return runner.run_all(images)
 
 
 def require_provider(provider: str) -> Any:

@@ -103,6 +103,7 @@ class LoadedPlan:
     def run(self, images: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
         """Return every output by name, through memory kept for the largest batch."""
         self._check(images)
+        self._sized(images.shape[1:])
         if self.whole is None:
             self.whole = self._room(self.largest)
             self.late.callback(self.whole.close)
@@ -111,9 +112,24 @@ class LoadedPlan:
     def batch(self, images: npt.NDArray[Any]) -> DeviceBatch:
         """Return room for a batch of its own, filled with ``images``."""
         self._check(images)
+        self._sized(images.shape[1:])
         room = self._room(len(images))
         room.fill(images)
         return room
+
+    def _sized(self, row: tuple[int, ...]) -> None:
+        """Take on the height and width of the images where the engine's are dynamic."""
+        if row == self.specs[self.input][0]:
+            return
+        self.whole = None  # what was kept for another size is released at the end
+        context, profile = self._context(0), self.profiles[self.profile.get(0, 0)]
+        if not context.set_input_shape(self.input, (profile.min, *row)):
+            raise self._refused(f"images of {row[1]} x {row[2]}")
+        self.specs[self.input] = (row, self.specs[self.input][1])
+        for name in self.outputs:
+            shape = tuple(int(size) for size in context.get_tensor_shape(name))
+            self.specs[name] = (shape[1:], self.specs[name][1])
+        self.bound = ()
 
     def _room(self, rows: int) -> DeviceBatch:
         return DeviceBatch(
@@ -220,6 +236,7 @@ class LoadedPlan:
                 )
             row = tuple(int(size) for size in engine.get_tensor_shape(name))[1:]
             self.specs[name] = (row, np.dtype(DTYPES[kind]))
+        self.declared = self.specs[self.input][0]  # with -1 for a dynamic height and width
         self.profiles = []
         for index in range(engine.num_optimization_profiles):
             shapes = engine.get_tensor_profile_shape(self.input, index)
@@ -227,8 +244,9 @@ class LoadedPlan:
 
     def _check(self, images: npt.NDArray[Any]) -> None:
         profile_for(self.profiles, len(images))
-        row, dtype = self.specs[self.input]
-        if tuple(images.shape[1:]) != row:
+        row, dtype = self.declared, self.specs[self.input][1]
+        given = tuple(images.shape[1:])
+        if len(given) != len(row) or any(r not in (-1, g) for r, g in zip(row, given, strict=True)):
             raise InputError(
                 f"The engine's input '{self.input}' is (N, {', '.join(map(str, row))}); "
                 f"the images are {tuple(images.shape)}.",

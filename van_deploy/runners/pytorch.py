@@ -32,12 +32,17 @@ class TorchRunner:
     def __exit__(self, *_: object) -> None:
         """Do nothing: the network is its owner's."""
 
-    @torch.inference_mode()
     def run(self, images: Images) -> Logits:
-        """Return the logits ``(N, K)`` of ``images (N, C, S, S)``, float32."""
+        """Return the logits ``(N, K)`` of ``images (N, C, H, W)``, or the first map, float32."""
+        return next(iter(self.run_all(images).values()))
+
+    @torch.inference_mode()
+    def run_all(self, images: Images) -> dict[str, Logits]:
+        """Return every output by its number, float32."""
         dtype = next(self.model.parameters()).dtype
-        logits: Logits = self.model(torch.from_numpy(images).to(dtype)).float().numpy()
-        return logits
+        found = self.model(torch.from_numpy(images).to(dtype))
+        outputs = found if isinstance(found, tuple) else (found,)
+        return {str(index): output.float().numpy() for index, output in enumerate(outputs)}
 
 
 @contextlib.contextmanager

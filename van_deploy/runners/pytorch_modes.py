@@ -238,10 +238,9 @@ class TorchModeRunner:
         )
 
     def _infer(self, inputs: torch.Tensor) -> torch.Tensor:
-        if self.mode != "autocast":
-            outputs: torch.Tensor = self._call(inputs)
-            return outputs
+        """Return the logits, or the last of the feature maps."""
         kind = torch.bfloat16 if self.device.type == "cpu" else torch.float16
-        with torch.autocast(self.device.type, kind):
-            mixed: torch.Tensor = self._call(inputs)
-        return mixed
+        mixed = self.mode == "autocast"
+        with torch.autocast(self.device.type, kind, enabled=mixed):
+            outputs: torch.Tensor | tuple[torch.Tensor, ...] = self._call(inputs)
+        return outputs[-1] if isinstance(outputs, tuple) else outputs

@@ -119,7 +119,7 @@ class TensorRtRunner:
                 loaded.save_runtime_cache()
 
     def run(self, images: Images) -> Logits:
-        """Return the logits ``(N, K)`` of ``images (N, C, S, S)``: the engine's first output.
+        """Return the logits ``(N, K)`` of ``images (N, C, H, W)``: the engine's first output.
 
         Raises:
             InputError: the images have another shape or type than the engine's input, or no

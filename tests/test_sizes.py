@@ -1,0 +1,245 @@
+"""Every combination of batch, size, outputs and precision, from the network to its graphs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+
+from tests.artifacts import int8_graph
+from tests.conftest import Cli
+from tests.each import each
+from van_deploy.bundle import Bundle
+from van_deploy.checks.contract import contract_failures
+from van_deploy.checks.judging import batch_sizes
+from van_deploy.config import BatchRange
+from van_deploy.config.sizes import ImageSize, SizeRange, sides_of
+from van_deploy.errors import UsageError
+from van_deploy.graph.export import onnx_from_van
+from van_deploy.graph.fold import fold_van
+from van_deploy.graph.shapes import with_dynamic_batch_
+from van_deploy.metrics import sqnr_db
+from van_deploy.model.random_weights import random_van, smooth_pictures
+from van_deploy.model.state import network_from_state
+from van_deploy.model.van import VAN
+from van_deploy.model.variants import VanConfig
+from van_deploy.precision.fp16 import bf16_from_fp32, fp16_from_fp32, usually_kept
+from van_deploy.runners.network import Network
+from van_deploy.runners.onnxruntime import onnxruntime_outputs
+
+CONFIG = VanConfig((8, 12, 16, 24), (1, 1, 2, 1), (4, 4, 2, 2), num_classes=5)
+OPERATORS = {"Conv", "Gelu", "Add", "Mul", "Transpose", "LayerNormalization", "ReduceMean", "Gemm"}
+BATCHES = {"dynamic batch": None, "batch 2": 2}
+SIZES: dict[str, tuple[ImageSize, SizeRange | None]] = {
+    "square": (64, None),
+    "64x96": ((64, 96), None),
+    "dynamic size": ((64, 96), SizeRange(32, (64, 96), (96, 128))),
+}
+OUTPUTS = {"logits": (), "features": (0, 1, 2, 3)}
+LEAST_DB = {"fp32": 105.0, "fp16": 50.0, "bf16": 34.0, "int8": 20.0}
+ALL = list(itertools.product(BATCHES, SIZES, OUTPUTS))
+FAST = {
+    ("dynamic batch", "64x96", "features"),
+    ("dynamic batch", "dynamic size", "logits"),
+    ("batch 2", "square", "features"),
+    ("batch 2", "dynamic size", "features"),
+}
+
+
+@pytest.fixture(scope="module")
+def original() -> VAN:
+    return random_van(CONFIG, seed=5)
+
+
+def rows(outputs: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    return [value.reshape(len(value), -1) for value in outputs.values()]
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "outputs"),
+    [
+        pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id=", ".join(case))
+        for case in ALL
+    ],
+)
+def test_every_combination_answers_as_pytorch_does(
+    original: VAN, batch: str, size: str, outputs: str
+) -> None:
+    (native, sizes), indices = SIZES[size], OUTPUTS[outputs]
+    config = CONFIG.backbone(indices) if indices else CONFIG
+    network = network_from_state(original.state_dict(), config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pictures = smooth_pictures(8, 3, 128)
+    height, width = sides_of(native)
+    folded = fold_van(network, pictures[:1, :, :height, :width]).model
+    fp32 = onnx_from_van(folded, native, batch=BATCHES[batch], sizes=sizes)
+    assert {node.op_type for node in fp32.graph.node} <= OPERATORS
+    dims = [d.dim_param or d.dim_value for d in fp32.graph.input[0].type.tensor_type.shape.dim]
+    assert dims == [
+        BATCHES[batch] or "batch",
+        3,
+        *(("height", "width") if sizes else (height, width)),
+    ]
+    kept = usually_kept(fp32)
+    calibration = [pictures[:, :, :height, :width].numpy()]
+    graphs = {
+        "fp32": fp32,
+        "fp16": fp16_from_fp32(fp32, kept),
+        "bf16": bf16_from_fp32(fp32, kept),
+        "int8": int8_graph(fp32, config, calibration),
+    }
+    for name, graph in graphs.items():
+        onnx.checker.check_model(graph, full_check=True)
+        for at in sizes.tried() if sizes else (native,):
+            rows_, columns = sides_of(at)
+            images = pictures[:2, :, :rows_, :columns].contiguous()
+            with torch.no_grad():
+                found = network.double()(images.double())
+            expected = found if isinstance(found, tuple) else (found,)
+            actual = onnxruntime_outputs(graph, images.numpy())
+            assert list(actual) == list(config.output_names)
+            for stage, value in zip(expected, actual.values(), strict=True):
+                assert sqnr_db(stage.numpy(), value) >= LEAST_DB[name], (name, at)
+        network.float()
+
+
+def test_a_static_graph_refuses_other_batches(original: VAN) -> None:
+    folded = fold_van(original, torch.zeros(1, 3, 64, 64)).model
+    graph = onnx_from_van(folded, 64, batch=2)
+    images = np.zeros((3, 3, 64, 64), np.float32)
+    with pytest.raises(Exception, match="dimension"):
+        onnxruntime_outputs(graph, images)
+    with_dynamic_batch_(graph)  # which is only a name
+    assert onnxruntime_outputs(graph, images)["logits"].shape == (3, 5)
+
+
+class TestSizeRange:
+    @each(
+        ("text", "tried"),
+        [
+            ("64:96:128", (64, 96, 97, 128)),
+            ("64:64:64", (64,)),
+            ("32x64:32x64:33x96", ((32, 64), (33, 81), (33, 96))),
+            ("64x32:64x48:64x64", ((64, 32), (64, 48), (64, 49), 64)),
+        ],
+    )
+    def test_both_ends_the_optimum_and_an_odd_one(self, text: str, tried: object) -> None:
+        assert SizeRange.parse(text).tried() == tried
+
+    @each(
+        ("text", "message"),
+        [
+            ("128:96:64", "The sizes 128:96:64 are not min <= opt <= max in height and in width."),
+            ("64x96:96x64:128", "The sizes 64x96:96x64:128 are not min <= opt <= max"),
+            ("64:96", "should be min:opt:max, such as 192:224:512 or 192x256:224x320:512x640"),
+            ("64:big:128", "should be a side or height x width in pixels: 224, or 224x320"),
+            ("8:64:128", "should be greater than or equal to 32"),
+        ],
+    )
+    def test_what_is_no_range(self, text: str, message: str) -> None:
+        with pytest.raises(UsageError) as caught:
+            SizeRange.parse(text)
+        assert message in caught.value.message
+
+    def test_it_holds_what_is_inside(self) -> None:
+        sizes = SizeRange(64, (64, 96), (96, 128))
+        assert sizes.holds((96, 64))
+        assert not sizes.holds((97, 64))
+        assert str(sizes) == "64:64x96:96x128"
+
+
+def test_one_batch_size_is_static() -> None:
+    assert BatchRange.parse("8") == BatchRange(8, 8, 8)
+    assert BatchRange.parse("8").fixed == 8
+    assert batch_sizes(BatchRange.parse("8")) == (8,)
+    assert BatchRange.parse("1:8:8").fixed is None
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Return the digits at 64x96 in batches of 3, sizes dynamic."""
+    from typer.testing import CliRunner
+
+    from van_deploy.cli.app import app
+
+    path = tmp_path_factory.mktemp("sizes") / "b"
+    words = ["export", "van_digits", "--output", str(path), "--batch", "3"]
+    words += ["--image-size", "64x96", "--dynamic-size", "64:64x96:96x128"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr
+    return Bundle.open(path)
+
+
+class TestBundle:
+    def test_it_is_judged_at_its_batch_and_every_size(self, made: Bundle) -> None:
+        agreement = made.manifest.checks["agreement"]
+        assert [row["batch"] for row in agreement["batches"]] == [3]
+        assert [f["rule"] for f in agreement["findings"]].count("SQNR") == 1 + 3
+        assert agreement["passed"]
+        with np.load(made.path / "golden.npz") as arrays:
+            sizes = {name.split()[1] for name in arrays.files if " " in name}
+        assert sizes == {"64x64", "81x97", "96x128"}
+
+    def test_the_network_fills_the_batch(self, made: Bundle) -> None:
+        images = np.random.default_rng(0).standard_normal((4, 3, 64, 96)).astype(np.float32)
+        with Network(made, "fp32") as network:
+            assert network.serves(3)
+            assert not network.serves(2)
+            together = network.run(images)["logits"]
+            apart = np.concatenate([network.run(images[i : i + 1])["logits"] for i in range(4)])
+            assert network.serves_size((96, 64))
+            assert not network.serves_size((96, 160))
+        assert np.allclose(together, apart, atol=1e-4)
+        assert contract_failures(made, "fp32") == []
+
+    def test_the_other_precisions_and_engines_follow(self, made: Bundle, cli: Cli) -> None:
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+        for precision in ("fp16", "bf16"):
+            result = cli("quantize", made.path, "--precision", precision)
+            assert result.exit_code == 0, result.stdout
+        built = cli("build", made.path, "--precision", "fp16", "--target", "sm_89")
+        assert built.exit_code == 0, built.stderr
+        verified = cli("verify", made.path, "--allow-skip", "engines")
+        assert verified.exit_code == 0, verified.stdout
+        engine = next(a for a in made.open(made.path).artefacts.values() if a.kind == "engine")
+        sidecar = json.loads((made.path / engine.file).with_suffix(".json").read_text())
+        assert sidecar["inputs"][0]["shape"] == [3, 3, -1, -1]
+        for asked, message in (
+            (("--batch", "1:2:4"), "has a fixed batch of 3, so it cannot serve 1:2:4"),
+            (("--dynamic-size", "64:32:96"), "are not min <= opt <= max"),
+        ):
+            result = cli("build", made.path, "--target", "sm_89", *asked)
+            assert result.exit_code in (2, 5)
+            assert message in " ".join(result.stderr.split())
+
+    def test_a_fixed_size_serves_no_range(self, digits_bundle: Bundle, cli: Cli) -> None:
+        result = cli(
+            *("build", digits_bundle.path, "--target", "sm_89", "--dynamic-size", "64:64:96")
+        )
+        assert result.exit_code == 5
+        assert "takes one image size, so it cannot serve 64:64:96" in " ".join(
+            result.stderr.split()
+        )
+
+
+@pytest.mark.slow
+def test_the_shared_network_at_64x96(shared: Path, tmp_path: Path, cli: Cli) -> None:
+    checkpoint = shared / "checkpoints" / "van_b0_cifar10.pth.tar"
+    path, images = tmp_path / "b", shared / "data" / "cifar10" / "calib"
+    result = cli(
+        *("export", checkpoint, "--image-size", "64x96", "--images", images, "--output", path),
+        *("--batch", "1:2:3", "--precision", "fp16,bf16", "--json"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert cli("verify", path).exit_code == 0
+    records = {n: a.golden_sqnr_db for n, a in Bundle.open(path).artefacts.items()}
+    assert min(records["fp32"].values()) >= 110
+    assert min(records["bf16"].values()) >= 45
