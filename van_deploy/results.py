@@ -128,7 +128,7 @@ class WrittenReport:
     """A bundle's report, as files.
 
     Attributes:
-        verdict: ``PASS``, ``FAIL`` or ``SKIPPED``, for all checks together.
+        verdict: ``PASS``, ``FAIL``, ``INCONCLUSIVE`` or ``SKIPPED``, for all checks together.
         checks: how many of each.
         files: the HTML, then the Markdown.
     """

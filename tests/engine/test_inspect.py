@@ -38,10 +38,10 @@ def test_the_sidecar_and_the_log_tell_what_it_is(cli: Cli, built: tuple[Path, Si
     text = " ".join(cli("inspect", plan).stdout.split())
     for words in (
         f"sha256 {sidecar.plan_sha256}",
-        f"backend tensorrt-rtx {sidecar.backend_version}",
+        f"backend tensorrt-rtx version {sidecar.backend_version}",
         "GPUs sm_89",
-        "input images float (N, 3, 32, 32)",
-        "output logits float (N, 10)",
+        "input images float N 3 32 32",
+        "output logits float N 10",
         f"parser's layers {sidecar.parser_layers}",
         "this machine has no NVIDIA GPU that answers",
         "SKIPPED layers: only the engine's own GPU can load it",

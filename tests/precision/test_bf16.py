@@ -26,9 +26,10 @@ from van_deploy.graph.rebuilt import van_from_onnx
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.precision.comparison import logits_session
-from van_deploy.precision.fp16 import DEFAULT_KEEP, audit_ranges, bf16_from_fp32, kept_nodes
+from van_deploy.precision.fp16 import DEFAULT_KEEP, bf16_from_fp32, kept_nodes
 from van_deploy.precision.observers import observe
 from van_deploy.precision.pipeline import quantize_bundle
+from van_deploy.precision.range_audit import audit_ranges
 from van_deploy.runners.network import Network
 
 FLOAT, BFLOAT16 = TensorProto.FLOAT, TensorProto.BFLOAT16

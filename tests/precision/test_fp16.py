@@ -16,8 +16,9 @@ from van_deploy.graph.rebuilt import van_from_onnx
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.precision.comparison import logits_session
-from van_deploy.precision.fp16 import DEFAULT_KEEP, audit_ranges, fp16_from_fp32, kept_nodes
+from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
 from van_deploy.precision.observers import ChannelRange, observe
+from van_deploy.precision.range_audit import audit_ranges
 
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 

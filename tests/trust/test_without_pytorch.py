@@ -129,7 +129,7 @@ def test_predict_gives_the_answers_that_it_gives_with_pytorch(
     image = bundle / "golden" / "0.png"
     result = run(blocked, "predict", bundle, image, "--json")
     assert (result.returncode, result.stderr.splitlines()[-1]) == (0, "imported: []")
-    top = json.loads(result.stdout)["answers"][0]["top"]
+    top = json.loads(result.stdout)["predictions"][0]["top"]
     best = int(judged.samples.logits[0].argmax())
     assert top[0]["index"] == best
 

@@ -23,7 +23,6 @@ from van_deploy.metrics import Task
 from van_deploy.schema import Schema, validated_json
 
 __all__ = [
-    "SCHEMA",
     "AccuracyFigures",
     "ArtefactFigures",
     "Baseline",

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from van_deploy.model.checkpoint import LoadedVan
 
-__all__ = ["FUSION_NOTE", "SCHEMA", "ArtefactDrift", "DriftReport", "Link", "drift_of_bundle"]
+__all__ = ["ArtefactDrift", "DriftReport", "Link", "drift_of_bundle"]
 
 SCHEMA: Final = "van-deploy/drift/2"
 

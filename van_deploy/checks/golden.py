@@ -59,15 +59,7 @@ from van_deploy.model.variants import VanConfig
 from van_deploy.runners.base import Images
 from van_deploy.runners.network import task_of
 
-__all__ = [
-    "GOLDEN_FILE",
-    "GOLDEN_IMAGES",
-    "golden_count",
-    "golden_samples",
-    "images_for_golden",
-    "judge_originals",
-    "write_golden",
-]
+__all__ = ["golden_count", "golden_samples", "images_for_golden", "judge_originals", "write_golden"]
 
 GOLDEN_FILE = "golden.npz"
 GOLDEN_IMAGES = 16

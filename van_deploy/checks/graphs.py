@@ -28,8 +28,6 @@ from van_deploy.graph.shapes import with_dynamic_batch_
 from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
 
 __all__ = [
-    "FED",
-    "LEVELS",
     "Cut",
     "Level",
     "cuts_of",

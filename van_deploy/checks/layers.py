@@ -26,15 +26,7 @@ from van_deploy.runners.base import Images
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = [
-    "IMAGES_AT_ONCE",
-    "LARGEST_FP16",
-    "Channels",
-    "DriftRow",
-    "channels_of",
-    "drift_of_graph",
-    "overflows_of_graph",
-]
+__all__ = ["Channels", "DriftRow", "channels_of", "drift_of_graph", "overflows_of_graph"]
 
 IMAGES_AT_ONCE = 2  # more than one, so that a batch frozen at one shows
 LARGEST_FP16 = 65504

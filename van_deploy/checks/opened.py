@@ -16,7 +16,6 @@ from van_deploy.runners.base import Images
 from van_deploy.runners.network import ORT_CPU, Network, Outputs
 
 __all__ = [
-    "ON_CPU",
     "Execution",
     "NotRun",
     "chosen_artefacts",

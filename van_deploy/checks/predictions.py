@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from van_deploy.metrics import Flip, Task, decisions, find_flips, probabilities, top_classes
 
-__all__ = ["TOP", "Answered", "Answers", "Table", "answered"]
+__all__ = ["Answered", "Answers", "Table", "answered"]
 
 TOP = 5
 LEFT_OUT = -2  # the answer to an image that could not be read

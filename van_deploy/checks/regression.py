@@ -31,7 +31,7 @@ from van_deploy.checks.speed import SpeedRatio
 from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
 from van_deploy.errors import InputError
 
-__all__ = ["SCHEMA", "CheckReport", "CheckRow", "compare_with_baseline"]
+__all__ = ["CheckReport", "CheckRow", "compare_with_baseline"]
 
 SCHEMA: Final = "van-deploy/check/2"
 SHOWN = 4  # messages of one gate
@@ -94,11 +94,6 @@ class CheckReport:
     def named(self) -> list[tuple[str, Finding]]:
         """Return the name of each row, and what was found."""
         return [(row.name, row.finding) for row in self.rows]
-
-    @property
-    def blocking(self) -> list[CheckRow]:
-        """The rows that stand in the way."""
-        return [row for row in self.rows if not self.allowed.holds(row.finding)]
 
     @property
     def passed(self) -> bool:

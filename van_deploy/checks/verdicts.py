@@ -12,7 +12,7 @@ from van_deploy.checks.layers import DriftRow
 from van_deploy.checks.scales import ScaleRow
 from van_deploy.metrics import Comparison, Flip
 
-__all__ = ["SCHEMA", "ArtefactVerdict", "VerifyReport"]
+__all__ = ["ArtefactVerdict", "VerifyReport"]
 
 SCHEMA: Final = "van-deploy/verify/2"
 SHOWN_ROWS = 10

@@ -2,33 +2,25 @@
 
 LayerNorm, the mean over tokens and the head stay FP32: they cost nothing, and LayerNorm's
 overflow is the best-known failure of FP16 (NVIDIA/TensorRT issues 2564 and 4493). What else
-has to stay in FP32 beside FP16 is read from the ranges of real images (:func:`audit_ranges`);
+has to stay in FP32 beside FP16 is read from the ranges of real images (:mod:`van_deploy.precision.range_audit`);
 BF16 has FP32's own range, and 8 bits of precision where FP16 has 11.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Collection, Sequence
+from typing import cast
 
-import numpy as np
 import onnx_ir as ir
 from onnx import ModelProto
 from onnx.helper import find_min_ir_version_for
 
-from van_deploy.errors import ConversionError, GateFailed, UsageError
-from van_deploy.precision.observers import ChannelRange
-from van_deploy.precision.scales import FP16_LARGEST
+from van_deploy.errors import ConversionError, UsageError
 
 __all__ = [
     "BF16_OPSET",
     "DEFAULT_KEEP",
-    "HEADROOM",
-    "RangeAudit",
-    "RangeProblem",
-    "audit_ranges",
     "bf16_from_fp32",
     "fp16_from_fp32",
     "kept_nodes",
@@ -37,15 +29,6 @@ __all__ = [
 
 DEFAULT_KEEP = ("norm1", "norm2", "norm3", "norm4", "head")
 """Modules that stay FP32: the stages' LayerNorms, the mean behind the last, and the head."""
-
-FP16_SMALLEST_NORMAL = 2.0**-14
-FP16_SMALLEST = 2.0**-25  # rounds to the smallest FP16 number; below it, to zero
-
-HEADROOM = 2.0
-"""Images not seen in the audit may reach further: what passes half of 65504 is kept in FP32."""
-
-LOST_ENERGY = 1e-3
-"""Largest share of a weight's sum of squares that may vanish in FP16."""
 
 FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 _SUFFIXES = {FLOAT: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16"}
@@ -92,146 +75,6 @@ def usually_kept(model: ModelProto) -> dict[str, str]:
     """Return the nodes of :data:`DEFAULT_KEEP`; a backbone has no head, and may end early."""
     roots = {node.name.split(".")[0] for node in model.graph.node}
     return kept_nodes(model, [name for name in DEFAULT_KEEP if name in roots])
-
-
-# --- what FP16 cannot hold -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RangeProblem:
-    """A tensor or a weight that FP16 cannot hold.
-
-    Attributes:
-        name: of the tensor.
-        largest: its largest magnitude.
-        problem: why, after its name.
-    """
-
-    name: str
-    largest: float
-    problem: str
-
-
-@dataclass(frozen=True)
-class RangeAudit:
-    """Every tensor and weight of a graph against FP16.
-
-    Attributes:
-        images: how many images the activations were seen on.
-        headroom: how much further than seen an activation must be able to reach.
-        largest_activation: the tensor that reaches furthest, and how far.
-        smallest_activation: the tensor whose largest magnitude is least, and how large.
-        problems: what FP16 cannot hold of what would be FP16.
-        kept: nodes that have to stay FP32 because of that, and why.
-    """
-
-    images: int
-    headroom: float
-    largest_activation: tuple[str, float]
-    smallest_activation: tuple[str, float]
-    problems: tuple[RangeProblem, ...]
-    kept: Mapping[str, str]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the audit and its advice, ready for JSON."""
-        return {**asdict(self), "advice": self.advice}
-
-    @property
-    def advice(self) -> str:
-        """What to make instead where FP16 does not hold everything; "" where it does."""
-        if not self.problems:
-            return ""
-        what = "tensor or weight" if len(self.problems) == 1 else "tensors and weights"
-        return (
-            f"FP16 cannot hold {len(self.problems)} {what}, and BF16 can, with FP32's own range: "
-            "compare with `van-deploy quantize --precision bf16`"
-        )
-
-    def require_passed(self) -> None:
-        """Do nothing if FP16 holds everything.
-
-        Raises:
-            GateFailed: something would have to stay FP32 that nobody asked to keep.
-        """
-        if not self.problems:
-            return
-        reasons = [f"'{found.name}' {found.problem}" for found in self.problems]
-        more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
-        raise GateFailed(
-            f"FP16 cannot hold everything: {'; '.join(reasons[:3])}{more}.",
-            "Name the modules with --keep, leave out --strict to have them kept in FP32, or make "
-            "bf16, which has FP32's own range.",
-        )
-
-
-def audit_ranges(
-    model: ModelProto, ranges: Mapping[str, ChannelRange], kept: Collection[str], images: int
-) -> RangeAudit:
-    """Return what FP16 cannot hold of ``model``.
-
-    Args:
-        model: the FP32 graph.
-        ranges: of its tensors, on real images.
-        kept: nodes that stay FP32 anyway; their own weights, and tensors between two of
-            them, are no problem.
-        images: how many images the ranges are of.
-    """
-    graph = ir.from_proto(model).graph
-    largest = {name: record.largest for name, record in ranges.items()}
-    problems: list[RangeProblem] = []
-    reasons: dict[str, str] = {}
-    for value in _values(graph):
-        name = str(value.name)
-        nodes = [node for node, _ in value.uses()] + [value.producer()]
-        concerned = {str(node.name) for node in nodes if node is not None} - set(kept)
-        if not concerned:
-            continue
-        if value.const_value is not None:
-            found = _weight_problem(name, value.const_value)
-        else:
-            found = _activation_problem(name, largest.get(name, 0.0))
-        if found is not None:
-            problems.append(found)
-            reasons |= dict.fromkeys(concerned, f"'{name}' {found.problem}")
-    filled = {name: size for name, size in largest.items() if size > 0}
-    return RangeAudit(
-        images,
-        HEADROOM,
-        max(filled.items(), key=lambda item: item[1]),
-        min(filled.items(), key=lambda item: item[1]),
-        tuple(problems),
-        {str(n.name): reasons[str(n.name)] for n in graph if n.name in reasons},
-    )
-
-
-def _values(graph: ir.Graph) -> list[ir.Value]:
-    made = [value for node in graph for value in node.outputs]
-    stored = [v for v in graph.initializers.values() if v.dtype is FLOAT]
-    return [*graph.inputs, *made, *stored]
-
-
-def _activation_problem(name: str, largest: float) -> RangeProblem | None:
-    if largest * HEADROOM > FP16_LARGEST:
-        return RangeProblem(name, largest, f"reaches {largest:g}, beyond half of FP16's 65504")
-    if 0 < largest < FP16_SMALLEST_NORMAL:
-        why = f"never passes {largest:g}, below FP16's smallest normal number 6.1e-5"
-        return RangeProblem(name, largest, why)
-    return None
-
-
-def _weight_problem(name: str, tensor: ir.TensorProtocol) -> RangeProblem | None:
-    magnitude = np.abs(tensor.numpy().astype(np.float64)).ravel()
-    filled, largest = magnitude[magnitude > 0], float(magnitude.max(initial=0.0))
-    vanishing = filled[filled <= FP16_SMALLEST]
-    if largest > FP16_LARGEST:
-        return RangeProblem(name, largest, f"holds {largest:g}, beyond FP16's 65504")
-    if np.square(vanishing).sum() > LOST_ENERGY * np.square(filled).sum():
-        why = f"loses {vanishing.size} of its {filled.size} values, which FP16 rounds to zero"
-        return RangeProblem(name, largest, why)
-    return None
-
-
-# --- the conversion ------------------------------------------------------------------------
 
 
 def fp16_from_fp32(

@@ -32,7 +32,6 @@ from van_deploy.precision.comparison import (
     recommended,
 )
 from van_deploy.precision.fp16 import (
-    audit_ranges,
     bf16_from_fp32,
     fp16_from_fp32,
     kept_nodes,
@@ -42,6 +41,7 @@ from van_deploy.precision.int8 import Int8, Int8Maker
 from van_deploy.precision.job_images import JobImages, images_for
 from van_deploy.precision.observers import ChannelRange, images_at_once, observe
 from van_deploy.precision.plan import SCOPES, counted_tensors, layers_in_scope
+from van_deploy.precision.range_audit import audit_ranges
 from van_deploy.provenance import code_digest, tool_versions
 from van_deploy.runners.onnxruntime import require_onnxruntime
 from van_deploy.stopwatch import Progress, Stopwatch

@@ -40,10 +40,15 @@ def shown(value: Any, form: str) -> str:
     if form in NAMED:
         return NAMED[form](value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{key.replace('_', ' ')} {shown(v, '')}" for key, v in value.items())
+        return ", ".join(_entry(key, item) for key, item in value.items())
     if isinstance(value, list | tuple):
         return listed(value) if len(value) <= LONGEST else f"{listed(value[:8])} ... ({len(value)})"
     return format(value, form if form[:1] in tuple("+,.dg") else "g" * isinstance(value, float))
+
+
+def _entry(key: str, value: Any) -> str:
+    form = "bytes" if key.endswith("_bytes") else ""
+    return f"{key.removesuffix('_bytes').replace('_', ' ')} {shown(value, form)}"
 
 
 def state_of(outcome: str | bool | None) -> str:

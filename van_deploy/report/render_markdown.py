@@ -58,7 +58,7 @@ def _block(block: Block) -> str:
     if isinstance(block, Paragraph):
         return _plain(block.text)
     if isinstance(block, Notice):
-        return f"- {_marked(block.state)}: {_plain(block.text)}"
+        return f"- {_plain(_marked(block.state))}: {_plain(block.text)}"
     if isinstance(block, Facts):
         lines = [f"- **{_plain(name)}**: {_plain(value)}" for name, value in block.pairs()]
         return "\n".join([f"**{_plain(block.title)}**\n", *lines] if block.title else lines)

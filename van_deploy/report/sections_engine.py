@@ -31,7 +31,11 @@ def _engine(one: Entry) -> list[Block]:
     if sidecar is None:
         unknown = Notice("WARNING", "it has no sidecar: nothing says where this plan comes from")
         return [*facts(one, file), unknown, *_layers(one)]
-    set_ = {key: value for key, value in sidecar["options"].items() if value not in (None, False)}
+    set_ = {
+        key: value
+        for key, value in sidecar["options"].items()
+        if value not in (None, False, "none")
+    }
     return [
         *facts(
             one,

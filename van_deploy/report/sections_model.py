@@ -306,7 +306,7 @@ def predictions_blocks(predictions: Entry) -> list[Block]:
             "then": answer["error"]
             or ", ".join(f"{c['name']} {c['probability']:.1%}" for c in answer["top"][1:]),
         }
-        for answer in predictions["answers"]
+        for answer in predictions["predictions"]
     ]
     columns = "image = source; class = first.name name; probability = first.probability .1%; "
     return table(rows, f"verdict = state state; {columns} then = then")
