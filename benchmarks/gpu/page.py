@@ -64,6 +64,8 @@ def page(documents: Sequence[Document]) -> str:
     for gpu in dict.fromkeys(map(_gpu, documents)):
         runs = [document for document in documents if _gpu(document) == gpu]
         everything = [row for run in runs for row in rows_of(run, runs)]
+        tried = [row for row in everything if _was_tried(row)]
+        everything = [row for row in everything if not _was_tried(row)]
         best: dict[Any, dict[str, Any]] = {}
         for row in everything:
             key = (*_place(row), str(row["runner"]).partition(",")[0], row.get("precision"))
@@ -89,8 +91,20 @@ def page(documents: Sequence[Document]) -> str:
             if title not in old
             for text in _titled(title, table)
         ]
+        if tried:
+            lines += _titled("Fusions that were tried and are gone", [_attempt(r) for r in tried])
         lines += [text for run in runs for text in _steps(run)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _was_tried(row: Row) -> bool:
+    """Return whether a row is of kernels in another plan than the one that ships (``apart``)."""
+    return ", plan " in str(row["runner"]) and ", plan apart" not in str(row["runner"])
+
+
+def _attempt(row: Row) -> dict[str, Any]:
+    names = ("network", "batch", "runner", "queued_ms", "times_best")
+    return {name: row.get(name) for name in names}
 
 
 def _run_line(run: Document) -> list[str]:
@@ -172,7 +186,9 @@ def _cells(row: Row) -> list[str]:
     if agreement is not None and agreement < 1:
         remarks.append(f"top-1 as FP32 on {100 * agreement:.1f} %")
     return [
-        *(str(row["network"]), str(row["runner"]), str(row.get("precision", ""))),
+        str(row["network"]),
+        str(row["runner"]).replace(", plan apart", ""),
+        str(row.get("precision", "")),
         str(row["batch"]),
         _number(latency.get("p50_ms") or latency.get("p50"), 3),
         _number(latency.get("p99_ms"), 3),
