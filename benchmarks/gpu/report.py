@@ -324,6 +324,14 @@ def main() -> int:
     parser.add_argument("--parallel", type=int, help="steps that prepare at the same time")
     parser.add_argument("--rehearse", action="store_true", help="every step, small, on the CPU")
     parser.add_argument("--bundles", type=Path, help="bundles made beforehand, for part b")
+    parser.add_argument("--page", type=Path, nargs="+", help="print the page of these runs")
+    parser.add_argument(
+        "--kernels",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="and of kernels.py on the last one's GPU",
+    )
     options = parser.parse_args()
     if options.page:
         documents = [Context.read(folder / "results.json") for folder in options.page]
