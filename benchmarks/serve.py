@@ -3,7 +3,7 @@
     python -m benchmarks.serve load BUNDLE --requests 10000 --clients 64
     python -m benchmarks.serve triton BUNDLE --requests 1200
     python -m benchmarks.serve worst BUNDLE --seconds 30
-    python -m benchmarks.serve              # all of it, on bundles of its own: 6 minutes
+    python -m benchmarks.serve              # all of it, on bundles of its own
 
 ``load`` sends requests of one image over so many connections, in the binary protocol, and
 compares each answer with the artefact's own. With one thread an instance all of inference is in
@@ -146,7 +146,9 @@ def triton(given: argparse.Namespace, table: Table) -> None:
                 start = time.perf_counter()
                 drive(urls[server], requests, found, share, given.clients)
                 rates[server].append(share / (time.perf_counter() - start))
-            table.row(*(f"{server}: {rates[server][-1]:.1f} images/s" for server in rates))
+            ours_now, theirs = (values[-1] for values in rates.values())
+            figures = f"{ours_now:.1f} images/s here, {theirs:.1f} in Triton"
+            table.row(f"beside Triton, round {index + 1}", figures)
     low, ratio, high = np.percentile(np.divide(rates["ours"], rates["triton"]), [25, 50, 75])
     wrong = found.wrong + found.statuses.total() - found.answered
     measured = f"{ratio:.2f} x (quartiles {low:.2f} to {high:.2f}), {wrong} wrong answers"

@@ -67,7 +67,11 @@ def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default
             "The batch range 4:2:32 is not min <= opt <= max.",
             "Give three rising numbers, such as 1:8:32.",
         ),
-        ("batch='1:2'", "'batch' is '1:2': it should be min:opt:max, such as 1:8:32.", ""),
+        (
+            "batch='1:2'",
+            "'batch' is '1:2': it should be min:opt:max, such as 1:8:32, or one size.",
+            "",
+        ),
         ("[preprocessing]\nmean=0.5", "'preprocessing.mean' is 0.5: it should be a list.", ""),
         (
             "[preprocessing]\nmean=['a']",
@@ -83,7 +87,7 @@ def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default
         ("[precision]\nmake='fp16'", "'precision.make' is 'fp16': it should be a list.", ""),
         (
             "[precision]\nmake=['int4']",
-            "'precision.make.0' is 'int4': it should be 'fp16' or 'int8'.",
+            "'precision.make.0' is 'int4': it should be 'fp16', 'bf16' or 'int8'.",
             "",
         ),
         ("[precision]\nimages=3", "'precision.images' is 3: it should be a text.", ""),
@@ -218,7 +222,7 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
         read_recipe(tmp_path / "none.toml")
 
 
-@each("text", ["", "1", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1"])
+@each("text", ["", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1"])
 def test_a_batch_range_is_three_numbers(text: str) -> None:
     with pytest.raises(UsageError, match="should be min:opt:max"):
         BatchRange.parse(text)
@@ -295,8 +299,16 @@ class TestChanges:
             ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
             ("opset", "20", "'opset=' is '20': it should be a whole number."),
             ("opst", 20, "The key 'opst=' is unknown."),
-            ("batch", "1:2", "'batch=' is '1:2': it should be min:opt:max, such as 1:8:32."),
-            ("precision", ["int4"], "'precision=' is 'int4': it should be 'fp16' or 'int8'."),
+            (
+                "batch",
+                "1:2",
+                "'batch=' is '1:2': it should be min:opt:max, such as 1:8:32, or one size.",
+            ),
+            (
+                "precision",
+                ["int4"],
+                "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'.",
+            ),
             ("outputs", object(), "A value is none that a file could hold: Unable to serialize"),
         ],
     )

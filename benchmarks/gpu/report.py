@@ -4,7 +4,7 @@
     python benchmarks/gpu/report.py --part b --output DIR            # every runtime, tests, gates
     python benchmarks/gpu/report.py --part a --output DIR --only ceilings,eager-b0
     python benchmarks/gpu/report.py --part a --output DIR --rehearse # every step, small, on the CPU
-    python benchmarks/gpu/report.py --page DIR [DIR...] > docs/gpu-results.md
+    python benchmarks/gpu/report.py --page DIR [DIR...] [--kernels FILE...] > docs/gpu-results.md
 
 van-deploy has to be installed as a wheel: nothing is imported from the checkout. Each step is
 a process of its own with a time limit. Steps prepare at the same time and time one by one
@@ -37,7 +37,7 @@ from page import page, short_table
 from part_a import steps_of_a
 from part_b import steps_of_b
 from result import plain
-from step import Context, Step
+from step import Context, Step, kernels_step
 from turns import DONE, GO, REQUEST, VARIABLE
 
 SCHEMA = "van-deploy/gpu-report/1"
@@ -347,9 +347,19 @@ def main() -> int:
         "--cache", type=Path, nargs="+", help="cache.tar.gz.* of an earlier run, to start from"
     )
     parser.add_argument("--page", type=Path, nargs="+", help="print the page of these runs")
+    parser.add_argument(
+        "--kernels",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="and of kernels.py on the last one's GPU",
+    )
     options = parser.parse_args()
     if options.page:
-        print(page([Context.read(folder / "results.json") for folder in options.page]), end="")
+        documents = [Context.read(folder / "results.json") for folder in options.page]
+        for path in options.kernels:
+            documents[-1]["steps"].append(kernels_step(path))
+        print(page(documents), end="")
         return 0
     device = options.device or ("cpu" if options.rehearse else _device())
     context = Context.create(

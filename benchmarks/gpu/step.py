@@ -138,7 +138,7 @@ class Context:
             content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return of_kernels(content) if "variant" in content else content
+        return of_kernels(content) if "dtype" in content else content
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file into the output folder, whole or not at all."""
@@ -193,10 +193,25 @@ def of_kernels(found: dict[str, Any]) -> dict[str, Any]:
             {"kernel": name, "calls": calls, "us": us, "percent": 100 * us / row["total_us"]}
             for name, calls, us in row["kernels"]
         ]
-        tables[f"{row['variant']}, {what}: plan {row['plan']}, batch {row['batch']}, by kernel"] = lines
+        place = f"{row['variant']}, {what}: plan {row['plan']}, batch {row['batch']}"
+        tables[f"{place}, by kernel"] = lines
     notes = [
         f"{row['step']} {row.get('key') or row.get('plan') or ''}: {row['error']}"
         for row in found["rows"]
         if row.get("error")
     ]
     return {"rows": rows, "tables": tables, "notes": notes, "facts": found}
+
+
+def kernels_step(path: Path) -> dict[str, Any]:
+    """Return a file of kernels.py, started by hand, as a step of a report."""
+    found = Context.read(path)
+    return {
+        "name": "kernels-by-hand",
+        "about": "This project's kernels.",
+        "command": "python benchmarks/gpu/kernels.py",
+        "state": "done",
+        "reason": "",
+        "seconds": max((row.get("at_s", 0.0) for row in found["rows"]), default=None),
+        "content": of_kernels(found),
+    }

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from van_deploy.bench.contender import Contender
+from van_deploy.bench.lane import Lane, Loading
 from van_deploy.bench.process import WorkerError
-from van_deploy.bench.race import Lane, Loading, Race
+from van_deploy.bench.race import Race
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 

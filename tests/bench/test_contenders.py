@@ -139,7 +139,7 @@ def test_the_cuda_provider_runs_each_file_in_three_ways_with_its_options_on_reco
     assert list(ours) == ["ort-cuda/fp32", "ort-cuda-nhwc/fp32", "ort-cuda-graph/fp32"]
     assert {entry.device for entry in entries if isinstance(entry, Contender)} == {"cuda:1"}
     assert ours["ort-cuda-graph/fp32"].options == {
-        "prefer_nhwc": True,
+        "prefer_nhwc": False,
         "use_tf32": False,
         "cudnn_conv_algo_search": "EXHAUSTIVE",
         "fuse_conv_bias": True,

@@ -10,9 +10,9 @@ import pytest
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.gpu import timed
 from van_deploy.bench.gpu_state import GpuState, GpuWatch
+from van_deploy.bench.lane import Row
 from van_deploy.bench.on_gpu import int8_not_worth_it, with_ratios
 from van_deploy.bench.profile import by_module
-from van_deploy.bench.race import Row
 from van_deploy.bench.timing import latency_of
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from tests.bench.conftest import Scripted, ScriptedRace
 from tests.each import each
-from van_deploy.bench.benchmark import warnings_of
+from van_deploy.bench.lane import Row
 from van_deploy.bench.machine import During
-from van_deploy.bench.race import Row, with_reference
+from van_deploy.bench.race import with_reference
+from van_deploy.bench.steadiness import warnings_of
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.errors import UsageError
 

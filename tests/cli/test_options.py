@@ -117,7 +117,10 @@ def test_every_kind_of_value_arrives_as_a_file_would_have_it() -> None:
         (["--count", "many"], "'--count' is 'many': it should be a whole number.\n"),
         (["--count", "3.0"], "'--count' is '3.0': it should be a whole number.\n"),
         (["--kind", "slow"], "'--kind' is 'slow': it should be 'fast' or 'good'.\n"),
-        (["--batch", "1:2"], "'--batch' is '1:2': it should be min:opt:max, such as 1:8:32.\n"),
+        (
+            ["--batch", "1:2"],
+            "'--batch' is '1:2': it should be min:opt:max, such as 1:8:32, or one size.\n",
+        ),
         (["--size", "lots"], "'--size' is 'lots': it should be a number and a unit, such as 4GiB."),
         (["--sides", "1,x"], "'--sides' is 'x': it should be a whole number.\n"),
         (["--seconds", "nan"], "'--seconds' is nan: it should be a finite number.\n"),
@@ -146,7 +149,7 @@ def test_help_says_the_choices_the_default_and_the_limits() -> None:
         "--sides INTEGER,... In pixels. [default: 1,2]",
         "--file PATH A file.",
         "--seconds NUMBER At least. [default: 3.0; above 0]",
-        "--engine TEXT,... fp32, fp16, int8 or another ONNX artefact",
+        "--engine TEXT,... fp32, fp16, bf16, int8 or another ONNX artefact",
     ):
         assert words in text
     assert f"─ {HOW} ─" in text

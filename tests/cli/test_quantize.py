@@ -61,7 +61,7 @@ def test_a_result_below_its_gate_ends_with_1(
         (
             ("--precision", "int4"),
             2,
-            "error: '--precision' is 'int4': it should be 'fp16' or 'int8'.\n",
+            "error: '--precision' is 'int4': it should be 'fp16', 'bf16' or 'int8'.\n",
         ),
         (
             ("--target", "cpu", "--precision", "fp16"),

@@ -70,7 +70,10 @@ def test_what_is_not_a_target(text: str) -> None:
         ({"workspace_bytes": 0}, "'workspace_bytes=' is 0: it should be greater than 0."),
         ({"profiles": ()}, "'profiles=' is []: it should have at least 1 item"),
         ({"profiles": ("8:4:2",)}, "The batch range 8:4:2 is not min <= opt <= max."),
-        ({"profiles": ("1:2",)}, "'profiles=' is '1:2': it should be min:opt:max, such as 1:8:32."),
+        (
+            {"profiles": ("1:2",)},
+            "'profiles=' is '1:2': it should be min:opt:max, such as 1:8:32, or one size.",
+        ),
         ({"tf32": "no"}, "'tf32=' is 'no': it should be true or false."),
         ({"tf23": True}, "The key 'tf23=' is unknown."),
     ],

@@ -37,7 +37,7 @@ def compiled(launch: Launch, capability: int = 90) -> Machine:
     values: dict[str, Any] = dict(zip(names, launch.arguments, strict=False)) | tile
     signature, constants, attributes = {}, {}, {}
     for place, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
+        value = values.get(parameter.name, 0)  # PDL, which only some tiles have
         if parameter.is_constexpr or (isinstance(value, int) and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(place,)] = value
@@ -66,4 +66,5 @@ def read(cubin: bytes) -> Machine:
     counts: dict[str, int] = {}
     for match in re.finditer(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", text):
         counts[match[1]] = counts.get(match[1], 0) + 1
-    return Machine(*(int(value) for value in found.groups()), counts)
+    registers, stack, shared = (int(value) for value in found.groups())
+    return Machine(registers, stack, shared, counts)

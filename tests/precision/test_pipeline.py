@@ -185,7 +185,7 @@ class TestImages:
 
 
 def test_strict_leaves_the_bundle_as_it_was(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("van_deploy.precision.fp16.FP16_LARGEST", 50.0)
+    monkeypatch.setattr("van_deploy.precision.range_audit.FP16_LARGEST", 50.0)
     settings = PLAIN.changed(precision="fp16", strict=True)
     with pytest.raises(GateFailed, match="FP16 cannot hold everything"):
         quantize_bundle(bundle, settings, calibration=FEW)

@@ -28,7 +28,7 @@ from tests.conftest import Cli
 from tests.each import each
 from tests.serve.conftest import PlanMaker, Running, top5_of
 from van_deploy.api import open_bundle
-from van_deploy.bundle import Bundle, writing
+from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.data import open_image
 from van_deploy.errors import ConversionError, InputError, UsageError
@@ -185,18 +185,6 @@ class TestRefused:
             open_bundle(with_plans().path).package(
                 tmp_path / "out", artefacts=("fp32", "plan-sm_89")
             )
-
-    def test_an_inductor_package(self, with_plans: PlanMaker, tmp_path: Path) -> None:
-        bundle = with_plans()
-        with writing(bundle.path) as draft:
-            plan = bundle.artefact("plan-sm_89")
-            file = draft.file("engines/x.pt2")
-            file.write_bytes(b"a package")
-            named = {"name": "x", "kind": "package", "file": "engines/x.pt2"}
-            draft.record(plan.model_copy(update={**named, "files": {"engines/x.pt2": ""}}))
-        message = "Triton's backends run graphs and plans, and 'x' is a package."
-        with pytest.raises(InputError, match=re.escape(message)):
-            open_bundle(bundle.path).package(tmp_path / "out", artefacts=("x",))
 
     def test_the_python_backend_on_a_gpu(self, digits: Bundle, tmp_path: Path, cli: Cli) -> None:
         words = ("package", "triton", digits.path, "--backend", "python", "--gpu")

@@ -6,8 +6,8 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,24 @@ from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.contender import Contender, Skipped
 from van_deploy.bench.contenders import REFERENCE, chosen, contenders_of, gpu_answers
 from van_deploy.bench.document import SCHEMA, BenchReport, Best, BestUnder, Seconds, Subject
-from van_deploy.bench.machine import During, Watch, busy_cores, machine_here
+from van_deploy.bench.lane import Lane, Loading, Row
+from van_deploy.bench.machine import Watch, busy_cores, machine_here
 from van_deploy.bench.on_gpu import gpu_rows, int8_not_worth_it, with_ratios
 from van_deploy.bench.process import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bench.profile import ProfileLine
-from van_deploy.bench.race import Lane, Loading, Progress, Race, Row
+from van_deploy.bench.race import Progress, Race
+from van_deploy.bench.resize import resized
 from van_deploy.bench.roofline import measured_limits
-from van_deploy.bench.timing import CV_LIMIT_PERCENT
+from van_deploy.bench.steadiness import warnings_of
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
-from van_deploy.config.bench import LEAST_ROUNDS
-from van_deploy.config.sizes import ImageSize, sides_of, size_text
+from van_deploy.config.sizes import ImageSize, size_text
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
 from van_deploy.runners.base import CudaOptions, gpu_index
 
-__all__ = ["Measured", "benchmark_bundle", "warnings_of"]
+__all__ = ["Measured", "benchmark_bundle"]
 
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes tried under a latency limit, as far as the bundle's range goes."""
@@ -156,10 +157,10 @@ def _sized(
         checked = check_images(bundle.name, at_size, max(settings.batches))
         described, path = checked.description, folder / f"images-{size_text(size)}.npy"
         np.save(path, checked.inputs)
-        resized = list(contenders)
+        taken = list(contenders)
         if size != preprocessing.image_size:
-            resized = [_resized(contender, size, folder) for contender in contenders]
-        result.append((size, path, resized))
+            taken = [resized(contender, size, folder) for contender in contenders]
+        result.append((size, path, taken))
     return result, described
 
 
@@ -223,33 +224,6 @@ def _with_reference(settings: BenchSettings, contenders: Sequence[Contender]) ->
             f"Choose one of: {', '.join(names)}.",
         )
     return settings.changed(reference=names[0])
-
-
-def _resized(contender: Contender, size: ImageSize, folder: Path) -> Contender:
-    """Return a contender whose ONNX file is declared for another image size.
-
-    After the rewrites nothing in a VAN's graph depends on the size of its input but the input's
-    own declaration. PyTorch takes any size, and an engine refuses what is outside its profile.
-    """
-    source = Path(contender.file)
-    if source.suffix != ".onnx":
-        return contender
-    import onnx
-
-    from van_deploy.graph.files import save_onnx
-
-    target = folder / f"{source.stem}-{size_text(size)}.onnx"
-    if not target.exists():
-        model = onnx.load_model(source)
-        dims = model.graph.input[0].type.tensor_type.shape.dim
-        axes = (1, 2) if contender.embedded == "uint8" else (2, 3)
-        for axis, side in zip(axes, sides_of(size), strict=True):
-            dims[axis].dim_value = side
-        for value in model.graph.output:  # a backbone's maps have other sides then
-            value.type.tensor_type.ClearField("shape")
-        del model.graph.value_info[:]  # shapes inferred for the old size
-        save_onnx(model, target)
-    return replace(contender, file=str(target))
 
 
 def _default_device() -> str:
@@ -317,66 +291,3 @@ def _variables() -> dict[str, str]:
     """Return the environment variables that change how fast things run."""
     found = {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)}
     return {**KEEP_MEMORY, **found}
-
-
-# --- whether the figures can be believed -----------------------------------------------------
-
-
-def warnings_of(
-    rows: Sequence[Row], settings: BenchSettings, busy: float, cores: int, during: During
-) -> Iterator[str]:
-    """Yield what to keep in mind: load, heat, variation, unsettled ratios."""
-    if busy > 0.1 * cores:
-        yield (
-            f"the machine was under load before anything ran: {busy:.1f} of "
-            f"{cores} cores busy; do not compare these figures with others"
-        )
-    if settings.device != "cpu":
-        yield from _of_the_gpu(rows)
-        return
-    if during.under_load:
-        yield (
-            f"other work kept {during.other_load_cores:.1f} cores busy while this ran; "
-            "latencies are too long, ratios less so"
-        )
-    spread = {_named(row): row.times.cv_percent for row in rows if row.latency}
-    wild = {name: cv for name, cv in spread.items() if cv > CV_LIMIT_PERCENT}
-    if wild:
-        worst = max(wild, key=lambda name: wild[name])
-        yield (
-            f"{len(wild)} of {len(rows)} rows vary by more than {CV_LIMIT_PERCENT} % from call "
-            f"to call (most: {worst}, {wild[worst]:.0f} %)"
-        )
-    few = [row for row in rows if row.ratio and row.round_quiet and not _has_quiet(row)]
-    if few:
-        yield (
-            f"the machine was disturbed in nearly every round of {len(few)} of {len(rows)} rows, "
-            "by others on its processor or by heat: their ratios are over all rounds, and may "
-            "be others tomorrow"
-        )
-    loose = {_named(r): r.ratio.uncertainty_percent for r in rows if r.ratio and r.settled is False}
-    if loose:
-        worst = max(loose, key=lambda name: loose[name])
-        yield (
-            f"{len(loose)} of {sum(row.settled is not None for row in rows)} ratios did not settle "
-            f"within {settings.budget.tolerance_percent:g} % before their time was up (least: "
-            f"{worst}, {loose[worst]:.1f} %); a longer --limit gives them more"
-        )
-
-
-def _of_the_gpu(rows: Sequence[Row]) -> Iterator[str]:
-    slowed = [row for row in rows if row.throttled]
-    if slowed:
-        reasons = sorted({reason for row in slowed for reason in row.throttled})
-        yield f"the GPU was slowed down in {len(slowed)} of {len(rows)} rows: {', '.join(reasons)}"
-    unsteady = [row for row in rows if row.steady is False]
-    if unsteady:
-        yield f"the GPU's clock was not steady in {len(unsteady)} of {len(rows)} rows"
-
-
-def _named(row: Row) -> str:
-    return f"{row.contender} at batch {row.batch}"
-
-
-def _has_quiet(row: Row) -> bool:
-    return sum(row.round_quiet) >= min(LEAST_ROUNDS, len(row.round_quiet))

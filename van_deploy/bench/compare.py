@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from van_deploy.bench.document import Agreement, BenchReport, Change
-from van_deploy.bench.race import Row
+from van_deploy.bench.lane import Row
 from van_deploy.bench.timing import Ratio
 from van_deploy.config.sizes import ImageSize
 from van_deploy.errors import UsageError

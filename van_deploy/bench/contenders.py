@@ -42,8 +42,10 @@ ON_GPU = {
 ORT_CUDA: Mapping[str, Mapping[str, Any]] = {
     "ort-cuda": {},
     "ort-cuda-nhwc": {"prefer_nhwc": True},
-    "ort-cuda-graph": {"prefer_nhwc": True, "cuda_graph": True},
+    "ort-cuda-graph": {"cuda_graph": True},
 }
+"""NCHW, NHWC, and NCHW as one CUDA graph: on an H200 NCHW was the faster layout for van_b0 in
+FP32, TF32 and FP16 at batch 128 (docs/gpu-results.md)."""
 NO_GPU = "no NVIDIA GPU answers here"
 
 Entry = Contender | Skipped

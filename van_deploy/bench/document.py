@@ -11,9 +11,9 @@ from pydantic import Field
 
 from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.contender import Contender, Skipped
+from van_deploy.bench.lane import Loading, Row
 from van_deploy.bench.machine import During, Machine
 from van_deploy.bench.profile import ProfileLine
-from van_deploy.bench.race import Loading, Row
 from van_deploy.bench.roofline import Reached
 from van_deploy.config import BatchRange, BenchSettings
 from van_deploy.config.sizes import ImageSize

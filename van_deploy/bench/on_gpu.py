@@ -14,8 +14,8 @@ from typing import Any
 
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.gpu_state import GpuState
+from van_deploy.bench.lane import Lane, Row
 from van_deploy.bench.process import WorkerProcess
-from van_deploy.bench.race import Lane, Row
 from van_deploy.bench.timing import Latency, Ratio
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.config.sizes import ImageSize

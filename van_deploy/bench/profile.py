@@ -167,7 +167,7 @@ def kind_of_layer(name: str) -> str:
 
 def _by_node(contender: Contender, batch: Any, runs: int = 5) -> list[ProfileLine]:
     """Return ONNX Runtime's own profile of a graph, from a session like the contender's."""
-    from van_deploy.bench.worker import runner_of
+    from van_deploy.bench.runtimes import runner_of
 
     with tempfile.TemporaryDirectory() as folder:
         runner = runner_of(contender, 1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from van_deploy.bench.ceilings import Ceilings, paper_ceilings
 from van_deploy.bench.contender import Contender
-from van_deploy.bench.race import Row
+from van_deploy.bench.lane import Row
 from van_deploy.bundle import Bundle
 from van_deploy.config.sizes import ImageSize, sides_of
 

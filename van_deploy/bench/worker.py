@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 import json
 import os
 import signal
@@ -32,64 +31,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from van_deploy.bench.contender import CUDA_GRAPH, Contender
+from van_deploy.bench.contender import Contender
+from van_deploy.bench.runtimes import import_runtime, runner_of
 from van_deploy.environment.hardware import peak_memory_bytes
-from van_deploy.errors import MissingDependency, UsageError, VanDeployError
+from van_deploy.errors import MissingDependency, VanDeployError
 
 __all__ = ["Worker", "serve", "timed_calls"]
 
 PR_SET_PDEATHSIG = 1
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "failed to allocate")
 MOST_SAMPLES = 20_000  # latencies a reply holds at most, per stream
-MODULES = {
-    "pytorch": ("torch", "timm"),
-    "onnxruntime": ("onnxruntime",),
-    "openvino": ("openvino",),
-    "inductor": ("torch",),
-}
-
 Call = Callable[[], object]
-
-
-def runner_of(contender: Contender, threads: int) -> Any:
-    """Return the runner of a contender, to be opened with ``with``.
-
-    Raises:
-        UsageError: there is no such runtime.
-    """
-    file, device = Path(contender.file), contender.device
-    if contender.runtime == "pytorch":
-        import torch
-
-        from van_deploy.bundle import Bundle
-        from van_deploy.runners.original import original_network
-        from van_deploy.runners.pytorch_modes import TorchModeRunner
-
-        torch.set_num_threads(threads)
-        network = original_network(Bundle.open(contender.bundle)).model
-        precision = "fp32" if contender.mode == "autocast" else contender.precision
-        return TorchModeRunner(network, contender.mode, device, precision)
-    if contender.runtime == "onnxruntime":
-        from van_deploy.runners.base import CudaOptions
-        from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-
-        name, cuda = contender.mode or "ort-cpu", CudaOptions(**contender.options)
-        return OnnxRuntimeRunner(file, threads=threads, name=name, device=device, cuda=cuda)
-    if contender.runtime == "openvino":
-        from van_deploy.runners.openvino import OpenVinoRunner
-
-        precision = "bf16" if contender.precision == "bf16" else "f32"
-        return OpenVinoRunner(file, threads=threads, precision=precision)
-    if contender.runtime == "tensorrt":
-        from van_deploy.runners.tensorrt import TensorRtRunner
-
-        return TensorRtRunner(file, device=device, cuda_graph=contender.mode == CUDA_GRAPH)
-    if contender.runtime == "inductor":
-        from van_deploy.runners.inductor import InductorRunner
-
-        on_gpu = device if device != "cpu" else "cuda:0"
-        return InductorRunner(file, device=on_gpu, threads=threads)
-    raise UsageError(f"There is no runtime '{contender.runtime}'.", f"Known: {[*MODULES]}.")
 
 
 class Worker:
@@ -122,8 +74,7 @@ class Worker:
         """Open the contender once a stream; answer with the seconds that took."""
         self._contender = Contender(**contender)
         start = time.perf_counter()
-        for name in MODULES.get(self._contender.runtime, ()):
-            _imported(name)
+        import_runtime(self._contender.runtime)
         imported, before = time.perf_counter(), _memory_bytes()
         each = max(1, threads // streams)
         self._runners = [
@@ -251,20 +202,6 @@ def serve(requests: TextIO, answers: TextIO) -> None:
             answers.flush()
     finally:
         worker.close()
-
-
-def _imported(name: str) -> None:
-    """Import a runtime's module.
-
-    Raises:
-        MissingDependency: it is not installed.
-    """
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependency(
-            f"{name} is not installed: {error}.", "See `van-deploy doctor`."
-        ) from error
 
 
 def _as_the_graph_takes_it(

@@ -14,13 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.kernels.launch import after_previous, divisor_block, launched, require, tile_key, tile_of
+from van_deploy.kernels.launch import (
+    after_previous,
+    divisor_block,
+    launched,
+    require,
+    tile_key,
+    tile_of,
+)
 
 __all__ = ["depthwise", "gelu", "row_groups", "row_items", "sums"]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def gelu(x, FINE: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def gelu(x, FINE: tl.constexpr):
     """Return the exact GELU, with the error function, of float32 values.
 
     FINE calls libdevice's erf. Else the normal distribution is ``1/2 + x P(x^2)`` limited to
@@ -39,16 +46,16 @@ def gelu(x, FINE: tl.constexpr):  # type: ignore[no-untyped-def]
     return x * tl.minimum(tl.maximum(value * x + 0.5, 0.0), 1.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def row_items(first, count, BLOCK: tl.constexpr, W, groups, D: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def row_items(first, count, BLOCK: tl.constexpr, W, groups, D: tl.constexpr, ROWS: tl.constexpr):
     """Return which items exist, and image, first row and column of each: all (BLOCK,)."""
     item = first + tl.arange(0, BLOCK)
     group = (item // W) % groups
     return item < count, item // (W * groups), (group // D) * (ROWS * D) + group % D, item % W
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _value(x, inside, known, h, w, row, column, H, W, C, K, D, EVEN):  # type: ignore[no-untyped-def]
+@triton.jit
+def _value(x, inside, known, h, w, row, column, H, W, C, K, D, EVEN):
     """Return the input under one tap, (P, B): ``row`` counts from the tap above row h."""
     down: tl.constexpr = (row - K // 2) * D
     right: tl.constexpr = (column - K // 2) * D
@@ -59,15 +66,15 @@ def _value(x, inside, known, h, w, row, column, H, W, C, K, D, EVEN):  # type: i
     return tl.load(x + (down * W + right) * C, mask=mask, other=0.0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _tap(w_ptr, known, place, C, EVEN):  # type: ignore[no-untyped-def]
+@triton.jit
+def _tap(w_ptr, known, place, C, EVEN):
     """Return one tap of every channel, (1, B)."""
     at = w_ptr + place * C
     return (tl.load(at) if EVEN else tl.load(at, mask=known, other=0.0))[None, :]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def sums(  # type: ignore[no-untyped-def]
+@triton.jit
+def sums(
     x,
     w_ptr,
     inside,
@@ -94,25 +101,25 @@ def sums(  # type: ignore[no-untyped-def]
     """
     totals = ()
     for _ in tl.static_range(ROWS):
-        totals = totals + (tl.zeros((x.shape[0], x.shape[1]), tl.float32),)  # noqa: RUF005
+        totals = totals + (tl.zeros((x.shape[0], x.shape[1]), tl.float32),)
     for column in tl.static_range(K):
         taps = ()
         for row in tl.static_range(K):
-            taps = taps + (_tap(w_ptr, known, row * K + column, C, EVEN),)  # noqa: RUF005
+            taps = taps + (_tap(w_ptr, known, row * K + column, C, EVEN),)
         for row in tl.static_range(ROWS + K - 1):
             value = _value(x, inside, known, h, w, row, column, H, W, C, K, D, EVEN).to(tl.float32)
             added = ()
             for out in tl.static_range(ROWS):
                 if out <= row and row - out < K:
-                    added = added + (totals[out] + value * taps[row - out],)  # noqa: RUF005
+                    added = added + (totals[out] + value * taps[row - out],)
                 else:
-                    added = added + (totals[out],)  # noqa: RUF005
+                    added = added + (totals[out],)
             totals = added
     return totals
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _store(out, total, inside, known, h, row, H, W, C, D, GELU):  # type: ignore[no-untyped-def]
+@triton.jit
+def _store(out, total, inside, known, h, row, H, W, C, D, GELU):
     """Store one row of outputs."""
     fine: tl.constexpr = out.dtype.element_ty == tl.float32
     if GELU:
@@ -121,8 +128,8 @@ def _store(out, total, inside, known, h, row, H, W, C, D, GELU):  # type: ignore
     tl.store(out + row * D * W * C, total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def depthwise_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def depthwise_kernel(
     x_ptr,
     w_ptr,
     b_ptr,
@@ -160,17 +167,17 @@ def depthwise_kernel(  # type: ignore[no-untyped-def]
     if ROLL:
         taps, lines, totals = (), (), ()
         for tap in tl.static_range(K * K):
-            taps = taps + (_tap(w_ptr, known, tap, C, EVEN),)  # noqa: RUF005
+            taps = taps + (_tap(w_ptr, known, tap, C, EVEN),)
         for column in tl.static_range(K):
-            lines = lines + (_value(x, inside, known, h, w, 0, column, H, W, C, K, D, EVEN),)  # noqa: RUF005
+            lines = lines + (_value(x, inside, known, h, w, 0, column, H, W, C, K, D, EVEN),)
         for _ in tl.static_range(ROWS):
-            totals = totals + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32) + bias,)  # noqa: RUF005
+            totals = totals + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32) + bias,)
         for row in tl.static_range(ROWS + K - 1):
             line = lines
             if row < ROWS + K - 2:  # the next row is on its way while this one is multiplied
                 lines = ()
                 for column in tl.static_range(K):
-                    lines = lines + (  # noqa: RUF005
+                    lines = lines + (
                         _value(x, inside, known, h, w, row + 1, column, H, W, C, K, D, EVEN),
                     )
             for column in tl.static_range(K):
@@ -179,9 +186,9 @@ def depthwise_kernel(  # type: ignore[no-untyped-def]
                 for here in tl.static_range(ROWS):
                     if here <= row and row - here < K:
                         tap = taps[(row - here) * K + column]
-                        added = added + (totals[here] + value * tap,)  # noqa: RUF005
+                        added = added + (totals[here] + value * tap,)
                     else:
-                        added = added + (totals[here],)  # noqa: RUF005
+                        added = added + (totals[here],)
                 totals = added
             if row >= K - 1:
                 _store(out, totals[row - K + 1], inside, known, h, row - K + 1, H, W, C, D, GELU)

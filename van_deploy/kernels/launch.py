@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -75,8 +75,8 @@ class Launch:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def after_previous(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def after_previous(PDL: tl.constexpr):
     """Let the next kernel start to set up, and wait until the previous one's writes are there.
 
     Both do nothing unless the launch says so (see :func:`options`): compute capability 9.0's
@@ -203,8 +203,10 @@ def nearest(tiles: dict[str, Tile], key: str) -> Tile | None:
     if key in tiles:
         return tiles[key]
     kind, pixels = key.rsplit("/p", 1)
-    near = [k for k in tiles if k.rsplit("/p", 1)[0] == kind]
-    return tiles[min(near, key=lambda k: abs(int(k[len(kind) + 2 :]) - int(pixels)))] if near else None
+    near = [int(k.rsplit("/p", 1)[1]) for k in tiles if k.rsplit("/p", 1)[0] == kind]
+    if not near:
+        return None
+    return tiles[f"{kind}/p{min(near, key=lambda p: abs(p - int(pixels)))}"]
 
 
 def known_tiles(device: torch.device | None = None) -> dict[str, Tile]:
@@ -231,7 +233,7 @@ def power_block(count: int, largest: int) -> int:
 
 
 def divisor_block(count: int, largest: int) -> int:
-    """Return the largest power of two up to ``largest`` that divides ``count``, if it is 16 or more.
+    """Return the largest power of two from 16 to ``largest`` that divides ``count``, if any.
 
     A whole number of blocks needs no masks over channels; else :func:`power_block`.
 

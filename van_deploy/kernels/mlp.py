@@ -28,8 +28,8 @@ from van_deploy.kernels.pointwise import LARGEST_CHAIN, precision_of
 __all__ = ["mlp_tail"]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def mlp_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def mlp_kernel(
     x_ptr,
     dw_ptr,
     db_ptr,
@@ -63,14 +63,12 @@ def mlp_kernel(  # type: ignore[no-untyped-def]
     known = channels < C
     totals = ()
     for _ in tl.static_range(ROWS):
-        totals = totals + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)  # noqa: RUF005
+        totals = totals + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32),)
     for start in range(0, HIDDEN, BLOCK_H):
         hidden = start + tl.arange(0, BLOCK_H)
         exists = hidden < HIDDEN
         x = x_ptr + ((((n * H + h) * W + w) * HIDDEN)[:, None] + hidden[None, :])
-        taps = sums(
-            x, dw_ptr + hidden, inside, exists, h, w, H, W, HIDDEN, K, 1, ROWS, EVEN
-        )
+        taps = sums(x, dw_ptr + hidden, inside, exists, h, w, H, W, HIDDEN, K, 1, ROWS, EVEN)
         bias = tl.load(db_ptr + hidden, mask=exists, other=0.0)[None, :]
         weight = tl.load(
             w_ptr + channels[None, :] * HIDDEN + hidden[:, None],
@@ -81,7 +79,7 @@ def mlp_kernel(  # type: ignore[no-untyped-def]
         for out in tl.static_range(ROWS):
             # as a tensor between two kernels would be
             values = gelu(taps[out] + bias, FINE).to(x_ptr.dtype.element_ty)
-            added = added + (tl.dot(values, weight, totals[out], input_precision=PRECISION),)  # noqa: RUF005
+            added = added + (tl.dot(values, weight, totals[out], input_precision=PRECISION),)
         totals = added
     bias = tl.load(b_ptr + channels, mask=known, other=0.0)[None, :]
     for out in tl.static_range(ROWS):

@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.fold import fold_van
 from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
-from van_deploy.kernels import plain
-from van_deploy.kernels.depthwise import depthwise
+from van_deploy.kernels import plain, steps
 from van_deploy.kernels.launch import DTYPES, INTERPRETED, Tile, known_tiles, nearest, tile_key
-from van_deploy.kernels.mlp import mlp_tail
-from van_deploy.kernels.norm import layer_norm
-from van_deploy.kernels.patch import patches
-from van_deploy.kernels.pointwise import LARGEST_CHAIN, gated, pointwise
+from van_deploy.kernels.pointwise import LARGEST_CHAIN
 from van_deploy.model.random_weights import smooth_pictures
 from van_deploy.model.van import STAGES, VAN
 
@@ -122,7 +118,7 @@ class FusedVan(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images ``(N, in_chans, H, W)`` to float32 logits ``(N, num_classes)``."""
-        ops = _PLAIN if self.fallbacks else _KERNELS
+        ops = plain if self.fallbacks else steps
         for stage in range(1, STAGES + 1):
             embed: Any = self.get_submodule(f"patch_embed{stage}")
             x = ops.patches(x, embed.weight, embed.bias, self.strides[stage - 1])  # (N, h, w, C)
@@ -159,29 +155,6 @@ def _attention(ops: Any, block: Any, x: Tensor, act: Tensor, plan: Plan) -> Tens
         return ops.gated(y, conv1.weight, conv1.bias, act, proj_2.weight, proj_2.bias, skip)
     y = ops.pointwise(y, conv1.weight, conv1.bias, "multiply", act)
     return ops.pointwise(y, proj_2.weight, proj_2.bias, "add", skip)
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """The steps of a network."""
-
-    depthwise: Any
-    pointwise: Any
-    gated: Any
-    mlp_tail: Any
-    patches: Any
-    layer_norm: Any
-
-
-_KERNELS = _Steps(depthwise, pointwise, gated, mlp_tail, patches, layer_norm)
-_PLAIN = _Steps(
-    plain.depthwise,
-    plain.pointwise,
-    plain.gated,
-    plain.mlp_tail,
-    plain.patches,
-    plain.layer_norm,
-)
 
 
 def fused(

@@ -7,13 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.kernels.launch import after_previous, launched, power_block, require, tile_key, tile_of
+from van_deploy.kernels.launch import (
+    after_previous,
+    launched,
+    power_block,
+    require,
+    tile_key,
+    tile_of,
+)
 
 __all__ = ["layer_norm"]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def norm_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def norm_kernel(
     x_ptr,
     scale_ptr,
     shift_ptr,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from van_deploy.errors import UsageError
 from van_deploy.kernels.launch import (
-    after_previous,
     DTYPES,
+    after_previous,
     divisor_block,
     launched,
     power_block,
@@ -24,8 +24,8 @@ from van_deploy.kernels.pointwise import precision_of
 __all__ = ["patches"]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def patch_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def patch_kernel(
     x_ptr,
     w_ptr,
     b_ptr,

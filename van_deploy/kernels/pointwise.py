@@ -32,8 +32,8 @@ LARGEST_CHAIN = 256
 """Most channels whose tensor between two products stays on chip."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def pointwise_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def pointwise_kernel(
     x_ptr,
     w_ptr,
     b_ptr,
@@ -94,8 +94,8 @@ def pointwise_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def gated_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def gated_kernel(
     x_ptr,
     w1_ptr,
     b1_ptr,
@@ -197,7 +197,10 @@ def pointwise(
     tile = tile_of(key, default, x.device)
     launched(
         pointwise_kernel,
-        (triton.cdiv(outer, tile["BLOCK_N"]), triton.cdiv(pixels, tile["BLOCK_M"] * tile["REPEAT"])),
+        (
+            triton.cdiv(outer, tile["BLOCK_N"]),
+            triton.cdiv(pixels, tile["BLOCK_M"] * tile["REPEAT"]),
+        ),
         (x, weight, bias, x if other is None else other, out, pixels, outer, inner)
         + (_NUMBER[epilogue], precision_of(x), max(x.numel(), out.numel()) >= 2**31)
         + (inner % tile["BLOCK_K"] == 0,),

@@ -18,6 +18,7 @@ from van_deploy.config import ServiceSettings
 from van_deploy.data import open_image
 from van_deploy.data.decode import FORMATS
 from van_deploy.errors import VanDeployError
+from van_deploy.metrics import probabilities
 from van_deploy.model.pixels import Pixels, pixels_from_image
 from van_deploy.runners.network import PYTORCH, Network, require_classes
 from van_deploy.serve.intake import MIB, Intake
@@ -151,9 +152,8 @@ class Service:
         start = time.perf_counter()
         outputs = self._original.run(self._original.prepare(pixels))
         seconds = time.perf_counter() - start
-        every = self._original.top(outputs, outputs["logits"].shape[1])
-        mine = dict(zip(every.classes[0].tolist(), every.probabilities[0].tolist(), strict=True))
-        beside = [mine[c["index"]] for c in answer]
+        shares = probabilities(outputs["logits"], self._original.task)[0].tolist()
+        beside = [shares[c["index"]] for c in answer]
         differences = [abs(c["probability"] - p) for c, p in zip(answer, beside, strict=True)]
         times = {"infer": _ms(seconds)}
         return {"milliseconds": times, "beside": beside, "largest_difference": max(differences)}

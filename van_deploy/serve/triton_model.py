@@ -196,11 +196,6 @@ def _model(bundle: Bundle, source: str, names: Sequence[str], backend: str) -> T
         )
     for name in names:
         artefact, path = bundle.artefact(name), bundle.verified(name)
-        if artefact.kind not in {"onnx", "serving", "engine"}:
-            raise InputError(
-                f"Triton's backends run graphs and plans, and '{name}' is a {artefact.kind}.",
-                "Package the ONNX artefact, or a plan built by `tensorrt`.",
-            )
         if (artefact.kind == "engine") != network.is_engine:
             raise UsageError(
                 f"'{names[0]}' and '{name}' are one network and would be models of one name.",
