@@ -63,12 +63,13 @@ class TestTiles:
 class TestCompiled:
     """Machine code for GPUs that are not here."""
 
-    @pytest.mark.parametrize("kind", ["depthwise/5x1x32", "pointwise/0x64"])
+    @pytest.mark.parametrize("kind", ["depthwise/3x1x256", "pointwise/0x64", "layer_norm/64"])
     def test_no_spills_and_wide_loads(self, van_b0: FusedVan, kind: str) -> None:
         made = next(one for one in launches(van_b0, 128) if one.key.startswith(kind))
         machine = compiled(made, 90)
         assert machine.stack == 0
-        assert machine.instructions["LDG.E.128"] > 0
+        wide = [name for name in machine.instructions if name.startswith("LDG")]
+        assert any(name.endswith("128") for name in wide), wide
 
     @pytest.mark.slow
     @pytest.mark.parametrize("capability", [80, 89, 90, 120])

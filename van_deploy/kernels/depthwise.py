@@ -78,20 +78,20 @@ def depthwise_kernel(
     for _ in tl.static_range(ROWS):
         totals = totals + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32) + bias,)
     for column in tl.static_range(K):
-        right: tl.constexpr = (column - K // 2) * D
-        fits = inside & (w + right >= 0) & (w + right < W)
+        x_column = w + (column - K // 2) * D
+        fits = inside & (x_column >= 0) & (x_column < W)
         taps = ()
         for row in tl.static_range(K):
-            at = taps_ptr + (row * K + column) * C
-            tap = tl.load(at) if EVEN else tl.load(at, mask=known, other=0.0)
+            place = taps_ptr + (row * K + column) * C
+            tap = tl.load(place) if EVEN else tl.load(place, mask=known, other=0.0)
             taps = taps + (tap[None, :],)
         for row in tl.static_range(ROWS + K - 1):
             y = h + (row - K // 2) * D
             mask = (fits & (y >= 0) & (y < H))[:, None]
             if not EVEN:
                 mask = mask & known[None, :]
-            offset = ((row - K // 2) * D * W + right) * C
-            value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+            at = x + ((row - K // 2) * W + column - K // 2) * D * C
+            value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             added = ()
             for here in tl.static_range(ROWS):
                 if here <= row and row - here < K:
@@ -139,10 +139,10 @@ def depthwise(
     out = torch.empty_like(x)
     pixels, most = batch * height * width, triton.cdiv(height, dilation)
     few = pixels < FEW
-    rows = (1 if side == 3 else 2) if few else 10 if dilation > 1 and most >= 10 else 7
+    rows = (1 if side == 3 else 2) if few else 4 if side == 3 else 7 if dilation == 1 else 10
     default = {
         "ROWS": min(rows, most),
-        "BLOCK_P": 16 if side == 3 and not few else 8,
+        "BLOCK_P": 32 if side == 3 and not few else 8,
         "BLOCK_C": divisor_block(channels, 32),
         "num_warps": 2 if few else 4,
     }

@@ -17,24 +17,7 @@ from torch import Tensor
 
 from van_deploy.errors import UsageError
 
-__all__ = [
-    "DTYPES",
-    "FEW",
-    "INTERPRETED",
-    "TILES",
-    "Launch",
-    "Tile",
-    "chosen",
-    "divisor_block",
-    "launched",
-    "nearest",
-    "power_block",
-    "recorded",
-    "require",
-    "require_device",
-    "tile_key",
-    "tuned_tiles",
-]
+__all__ = ["DTYPES", "FEW", "TILES", "Launch", "Tile", "chosen", "launched", "recorded", "require"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FEW = 8192

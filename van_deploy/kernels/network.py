@@ -46,10 +46,8 @@ class _Block(nn.Module):
     def __init__(self, block: RewrittenBlock, dtype: torch.dtype) -> None:
         super().__init__()
         unit = block.attn.spatial_gating_unit
-        self.proj_1, self.proj_2 = (
-            _matrix(block.attn.proj_1, dtype),
-            _matrix(block.attn.proj_2, dtype),
-        )
+        self.proj_1 = _matrix(block.attn.proj_1, dtype)
+        self.proj_2 = _matrix(block.attn.proj_2, dtype)
         self.conv0, self.conv_spatial = _taps(unit.conv0), _taps(unit.conv_spatial)
         self.conv1 = _matrix(unit.conv1, dtype)
         self.dilation = cast("tuple[int, int]", unit.conv_spatial.dilation)[0]
@@ -68,10 +66,7 @@ class FusedVan(nn.Module):
     """
 
     def __init__(
-        self,
-        model: RewrittenVan,
-        dtype: torch.dtype,
-        fallbacks: tuple[str, ...] = (),
+        self, model: RewrittenVan, dtype: torch.dtype, fallbacks: tuple[str, ...] = ()
     ) -> None:
         super().__init__()
         self.dtype, self.fallbacks = dtype, fallbacks
@@ -84,9 +79,8 @@ class FusedVan(nn.Module):
             blocks = [_Block(block, dtype) for block in model.stage_blocks(stage)]
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
             norm = cast("nn.LayerNorm", model.get_submodule(f"norm{stage}"))
-            self.add_module(
-                f"norm{stage}", _Weights(norm.weight.float(), norm.bias, conv.out_channels)
-            )
+            weights = _Weights(norm.weight.float(), norm.bias, conv.out_channels)
+            self.add_module(f"norm{stage}", weights)
         self.head = model.head.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,10 +110,7 @@ def _block(ops: Any, block: Any, x: Tensor) -> Tensor:
 
 
 def fused(
-    model: nn.Module,
-    dtype: torch.dtype = torch.float16,
-    *,
-    fallback: bool = False,
+    model: nn.Module, dtype: torch.dtype = torch.float16, *, fallback: bool = False
 ) -> FusedVan:
     """Return a loaded VAN on the fused kernels, folded, in eval mode, on the CPU.
 
