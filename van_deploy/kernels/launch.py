@@ -13,33 +13,15 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from van_deploy.errors import UsageError
 
-__all__ = [
-    "DTYPES",
-    "INTERPRETED",
-    "TILES",
-    "Launch",
-    "Tile",
-    "after_previous",
-    "divisor_block",
-    "known_tiles",
-    "launched",
-    "nearest",
-    "options",
-    "power_block",
-    "recorded",
-    "require",
-    "require_device",
-    "tile_key",
-    "tile_of",
-    "tuned_tiles",
-]
+__all__ = ["DTYPES", "FEW", "TILES", "Launch", "Tile", "chosen", "launched", "recorded", "require"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FEW = 8192
+"""Pixels below which there are too few programs to hide a load's latency by others."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs kernels on the CPU, operation by operation, to check them."""
 
@@ -73,23 +55,6 @@ class Launch:
         """Return what must cross the memory: each tensor once, read or written."""
         tensors = {id(a): a for a in self.arguments if isinstance(a, Tensor)}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-@triton.jit
-def after_previous(PDL: tl.constexpr):
-    """Let the next kernel start to set up, and wait until the previous one's writes are there.
-
-    Both do nothing unless the launch says so (see :func:`options`): compute capability 9.0's
-    programmatic dependent launch, which hides the time between two small kernels.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-def options(tile: Tile) -> dict[str, Any]:
-    """Return what a launch is called with: the tile, and the launch attribute that PDL needs."""
-    return {**tile, "launch_pdl": True} if tile.get("PDL") else dict(tile)
 
 
 _records: list[tuple[list[Launch], bool]] = []
@@ -169,7 +134,7 @@ def launched(
     if not all(run for _, run in _records):
         return
     if type(arguments[0]) is Tensor:
-        kernel[grid](*arguments, **options(tile))
+        kernel[grid](*arguments, **tile)
     else:  # traced
         torch.library.wrap_triton(kernel)[grid](*arguments, **tile)
 
@@ -183,21 +148,24 @@ def tile_key(kind: str, sizes: Iterable[int], pixels: int) -> str:
     return f"{kind}/{'x'.join(map(str, sizes))}/p{int(pixels).bit_length()}"
 
 
-def tile_of(key: str, default: Tile, device: torch.device) -> Tile:
-    """Return the tile for a shape class: being tried, tuned for this GPU, or ``default``.
+def chosen(
+    kind: str, sizes: Iterable[int], pixels: int, default: Tile, x: Tensor
+) -> tuple[str, Tile]:
+    """Return a launch's shape class and its tile: being tried, tuned for x's GPU, or ``default``.
 
     A class that was not tuned takes the tile of the nearest number of pixels that was.
     """
-    chosen = TILES.get(key)
-    if chosen is None and device.type == "cuda":
-        chosen = nearest(known_tiles(device), key)
-    return default if chosen is None else {**default, **chosen}
+    key = tile_key(kind, sizes, pixels)
+    tile = TILES.get(key)
+    if tile is None and x.device.type == "cuda" and torch.cuda.is_available():
+        tile = nearest(tuned_tiles(*torch.cuda.get_device_capability(x.device)), key)
+    return key, default if tile is None else {**default, **tile}
 
 
 def nearest(tiles: dict[str, Tile], key: str) -> Tile | None:
     """Return the tile of the same kernel and sizes whose number of pixels is nearest.
 
-    >>> nearest({"gated/32/p8": {"a": 1}, "gated/32/p15": {"a": 2}}, "gated/32/p13")
+    >>> nearest({"layer_norm/32/p8": {"a": 1}, "layer_norm/32/p15": {"a": 2}}, "layer_norm/32/p13")
     {'a': 2}
     """
     if key in tiles:
@@ -207,13 +175,6 @@ def nearest(tiles: dict[str, Tile], key: str) -> Tile | None:
     if not near:
         return None
     return tiles[f"{kind}/p{min(near, key=lambda p: abs(p - int(pixels)))}"]
-
-
-def known_tiles(device: torch.device | None = None) -> dict[str, Tile]:
-    """Return the tiles tuned for a GPU; empty where there are none."""
-    if not torch.cuda.is_available():
-        return {}
-    return tuned_tiles(*torch.cuda.get_device_capability(device))
 
 
 @functools.cache

@@ -10,14 +10,12 @@ from torch import Tensor
 from van_deploy.errors import UsageError
 from van_deploy.kernels.launch import (
     DTYPES,
-    after_previous,
+    chosen,
     divisor_block,
     launched,
     power_block,
     require,
     require_device,
-    tile_key,
-    tile_of,
 )
 from van_deploy.kernels.pointwise import precision_of
 
@@ -49,13 +47,11 @@ def patch_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr = 0,
 ):
     """Compute BLOCK_M output pixels of BLOCK_N channels: one product a row of the kernel.
 
     PACKED: the values under one row of the kernel are contiguous (NHWC).
     """
-    after_previous(PDL)
     pixel = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, known = pixel < pixels, columns < C_out
@@ -127,8 +123,7 @@ def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
         "num_warps": 4,
         "num_stages": 3,
     }
-    key = tile_key("patches", (side, stride, inner, outer), pixels)
-    tile = tile_of(key, default, x.device)
+    key, tile = chosen("patches", (side, stride, inner, outer), pixels, default, x)
     stride_n, stride_c, stride_h, stride_w = x.stride()
     launched(
         patch_kernel,
