@@ -212,8 +212,8 @@ def bias_lost(model: ModelProto, layer: str = "block2.1.mlp.fc1") -> ModelProto:
     return model
 
 
-def channel_zeroed(model: ModelProto, layer: str = "block1.0.attn.proj_2") -> ModelProto:
-    """Return the graph with one output channel of a convolution at 0: 9 dB or more in INT8."""
+def channel_zeroed(model: ModelProto, layer: str = "block1.0.mlp.fc2") -> ModelProto:
+    """Return the graph with one output channel of a convolution at 0: 12 dB or more in INT8."""
     node = next(node for node in model.graph.node if node.name == layer)
     maker = {n.output[0]: n for n in model.graph.node}.get(node.input[1])
     weight = node.input[1] if maker is None else maker.input[0]
