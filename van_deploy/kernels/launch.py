@@ -149,16 +149,17 @@ def tile_key(kind: str, sizes: Iterable[int], pixels: int) -> str:
 
 
 def chosen(
-    kind: str, sizes: Iterable[int], pixels: int, default: Tile, x: Tensor
+    kind: str, sizes: Iterable[int], pixels: int, default: Tile, out: Tensor
 ) -> tuple[str, Tile]:
-    """Return a launch's shape class and its tile: being tried, tuned for x's GPU, or ``default``.
+    """Return a launch's shape class and its tile: being tried, tuned for this GPU, or ``default``.
 
-    A class that was not tuned takes the tile of the nearest number of pixels that was.
+    A class that was not tuned takes the tile of the nearest number of pixels that was. Tiles
+    are tuned for 16 bits; float32 would not always fit the shared memory.
     """
     key = tile_key(kind, sizes, pixels)
     tile = TILES.get(key)
-    if tile is None and x.device.type == "cuda" and torch.cuda.is_available():
-        tile = _stored(key, x.device)
+    if tile is None and out.is_cuda and out.element_size() == 2:
+        tile = _stored(key, out.device)
     return key, default if tile is None else {**default, **tile}
 
 

@@ -99,7 +99,7 @@ def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
         "num_warps": 4,
         "num_stages": 3,
     }
-    key, tile = chosen("patches", (side, stride, inner, outer), pixels, default, x)
+    key, tile = chosen("patches", (side, stride, inner, outer), pixels, default, out)
     stride_n, stride_c, stride_h, stride_w = x.stride()
     launched(
         patch_kernel,

@@ -112,7 +112,7 @@ def pointwise(
         "num_warps": 4,
         "num_stages": 4 if few else 3,
     }
-    key, tile = chosen("pointwise", (number, inner, outer), pixels, default, x)
+    key, tile = chosen("pointwise", (number, inner, outer), pixels, default, out)
     columns = triton.cdiv(outer, tile["BLOCK_N"])
     launched(
         pointwise_kernel,
