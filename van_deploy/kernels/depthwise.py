@@ -146,7 +146,7 @@ def depthwise(
         "BLOCK_C": divisor_block(channels, 32),
         "num_warps": 2 if few else 4,
     }
-    key, tile = chosen("depthwise", (side, dilation, channels), pixels, default, x)
+    key, tile = chosen("depthwise", (side, dilation, channels), pixels, default, out)
     groups = row_groups(height, dilation, tile["ROWS"])
     items = batch * groups * width
     launched(

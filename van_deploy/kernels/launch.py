@@ -81,6 +81,7 @@ def require(
     shape: int | tuple[int, ...],
     like: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    strided: bool = False,
 ) -> tuple[int, ...]:
     """Return a tensor's shape once it is one that a kernel takes.
 
@@ -90,6 +91,7 @@ def require(
         shape: its number of dimensions, or the whole shape.
         like: a tensor on the same device, and of the same type unless ``dtype`` is given.
         dtype: its type.
+        strided: its memory may be in any layout.
 
     Raises:
         UsageError: it is not; nothing was launched.
@@ -103,19 +105,17 @@ def require(
     if tensor.dtype not in DTYPES or tensor.dtype != wanted_dtype:
         takes = "float16, bfloat16 or float32" if like is None else wanted_dtype
         raise UsageError(f"'{name}' is {tensor.dtype}, where the kernel takes {takes}.")
-    if not tensor.is_contiguous():
+    if not strided and not tensor.is_contiguous():
         raise UsageError(
             f"'{name}' is not contiguous: its strides are {tensor.stride()}.",
             "Pass tensor.contiguous(), in the layout (N, H, W, C).",
         )
-    require_device(tensor, name, like)
+    if all(run for _, run in _records):
+        _require_gpu(tensor, name, like)
     return found
 
 
-def require_device(tensor: Tensor, name: str, like: Tensor | None = None) -> None:
-    """Raise :class:`UsageError` unless ``tensor`` is on a GPU, and on that of ``like``."""
-    if not all(run for _, run in _records):
-        return
+def _require_gpu(tensor: Tensor, name: str, like: Tensor | None) -> None:
     if tensor.device.type != ("cpu" if INTERPRETED else "cuda"):
         raise UsageError(
             f"'{name}' is on {tensor.device}, and the kernel runs on a GPU.",
@@ -149,17 +149,23 @@ def tile_key(kind: str, sizes: Iterable[int], pixels: int) -> str:
 
 
 def chosen(
-    kind: str, sizes: Iterable[int], pixels: int, default: Tile, x: Tensor
+    kind: str, sizes: Iterable[int], pixels: int, default: Tile, out: Tensor
 ) -> tuple[str, Tile]:
-    """Return a launch's shape class and its tile: being tried, tuned for x's GPU, or ``default``.
+    """Return a launch's shape class and its tile: being tried, tuned for this GPU, or ``default``.
 
-    A class that was not tuned takes the tile of the nearest number of pixels that was.
+    A class that was not tuned takes the tile of the nearest number of pixels that was. Tiles
+    are tuned for 16 bits; float32 would not always fit the shared memory.
     """
     key = tile_key(kind, sizes, pixels)
     tile = TILES.get(key)
-    if tile is None and x.device.type == "cuda" and torch.cuda.is_available():
-        tile = nearest(tuned_tiles(*torch.cuda.get_device_capability(x.device)), key)
+    if tile is None and out.is_cuda and out.element_size() == 2:
+        tile = _stored(key, out.device)
     return key, default if tile is None else {**default, **tile}
+
+
+@functools.cache
+def _stored(key: str, device: torch.device) -> Tile | None:
+    return nearest(tuned_tiles(*torch.cuda.get_device_capability(device)), key)
 
 
 def nearest(tiles: dict[str, Tile], key: str) -> Tile | None:
@@ -168,13 +174,9 @@ def nearest(tiles: dict[str, Tile], key: str) -> Tile | None:
     >>> nearest({"layer_norm/32/p8": {"a": 1}, "layer_norm/32/p15": {"a": 2}}, "layer_norm/32/p13")
     {'a': 2}
     """
-    if key in tiles:
-        return tiles[key]
     kind, pixels = key.rsplit("/p", 1)
     near = [int(k.rsplit("/p", 1)[1]) for k in tiles if k.rsplit("/p", 1)[0] == kind]
-    if not near:
-        return None
-    return tiles[f"{kind}/p{min(near, key=lambda p: abs(p - int(pixels)))}"]
+    return tiles[f"{kind}/p{min(near, key=lambda p: abs(p - int(pixels)))}"] if near else None
 
 
 @functools.cache
@@ -201,9 +203,5 @@ def divisor_block(count: int, largest: int) -> int:
     >>> divisor_block(160, 64), divisor_block(20, 64)
     (32, 32)
     """
-    block = largest
-    while block >= 16:
-        if count % block == 0:
-            return block
-        block //= 2
-    return power_block(count, largest)
+    block = min(count & -count, largest)  # the largest power of two in both
+    return block if block >= 16 else power_block(count, largest)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
@@ -13,12 +11,10 @@ from van_deploy.errors import UsageError
 from van_deploy.kernels.depthwise import gelu
 from van_deploy.kernels.launch import FEW, chosen, divisor_block, launched, power_block, require
 
-__all__ = ["Epilogue", "pointwise", "precision_of"]
+__all__ = ["EPILOGUES", "pointwise"]
 
-Epilogue = Literal["none", "gelu", "multiply", "add"]
+EPILOGUES = ("none", "gelu", "multiply", "add")
 """After the bias: nothing, the exact GELU, the product with or the sum with another tensor."""
-
-_NUMBER = {"none": 0, "gelu": 1, "multiply": 2, "add": 3}
 
 
 @triton.jit
@@ -32,7 +28,6 @@ def pointwise_kernel(
     N,
     K: tl.constexpr,
     EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
     LONG: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -66,11 +61,11 @@ def pointwise_kernel(
             a_mask = row_known if EVEN else row_known & (inner < K)[None, :]
             a = tl.load(x_ptr + offset[:, None] * K + inner[None, :], mask=a_mask, other=0.0)
             if K <= BLOCK_K:
-                total = tl.dot(a, weights, total, input_precision=PRECISION)
+                total = tl.dot(a, weights, total, input_precision="ieee")
             else:
                 b_mask = column_known if EVEN else column_known & (inner < K)[:, None]
                 b = tl.load(w_ptr + columns[None, :] * K + inner[:, None], mask=b_mask, other=0.0)
-                total = tl.dot(a, b, total, input_precision=PRECISION)
+                total = tl.dot(a, b, total, input_precision="ieee")
         total += bias
         if EPILOGUE == 1:
             total = gelu(total, x_ptr.dtype.element_ty == tl.float32)
@@ -79,11 +74,6 @@ def pointwise_kernel(
         if EPILOGUE == 3:
             total += other.to(tl.float32)
         tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def precision_of(x: Tensor) -> str:
-    """Return how a product of this type is made: float32 in full, never in TF32."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 @torch.library.triton_op("van_deploy::pointwise", mutates_args={})
@@ -96,7 +86,7 @@ def pointwise(
         x: ``(N, H, W, C_in)``, contiguous.
         weight: ``(C_out, C_in)``.
         bias: ``(C_out,)`` float32.
-        epilogue: an :data:`Epilogue`.
+        epilogue: one of :data:`EPILOGUES`.
         other: ``(N, H, W, C_out)``, for ``multiply`` and ``add``.
 
     Raises:
@@ -106,8 +96,9 @@ def pointwise(
     outer = weight.shape[0]
     require(weight, "weight", (outer, inner), like=x)
     require(bias, "bias", (outer,), like=x, dtype=torch.float32)
-    if epilogue not in _NUMBER or (other is None) != (epilogue in ("none", "gelu")):
+    if epilogue not in EPILOGUES or (other is None) != (epilogue in ("none", "gelu")):
         raise UsageError(f"The epilogue '{epilogue}' and the other tensor do not go together.")
+    number = EPILOGUES.index(epilogue)
     if other is not None:
         require(other, "other", (batch, height, width, outer), like=x)
     out = torch.empty((batch, height, width, outer), dtype=x.dtype, device=x.device)
@@ -121,16 +112,13 @@ def pointwise(
         "num_warps": 4,
         "num_stages": 4 if few else 3,
     }
-    key, tile = chosen("pointwise", (_NUMBER[epilogue], inner, outer), pixels, default, x)
+    key, tile = chosen("pointwise", (number, inner, outer), pixels, default, out)
+    columns = triton.cdiv(outer, tile["BLOCK_N"])
     launched(
         pointwise_kernel,
-        (
-            triton.cdiv(outer, tile["BLOCK_N"]),
-            triton.cdiv(pixels, tile["BLOCK_M"] * tile["REPEAT"]),
-        ),
-        (x, weight, bias, x if other is None else other, out, pixels, outer, inner)
-        + (_NUMBER[epilogue], precision_of(x), max(x.numel(), out.numel()) >= 2**31)
-        + (inner % tile["BLOCK_K"] == 0,),
+        (columns, triton.cdiv(pixels, tile["BLOCK_M"] * tile["REPEAT"])),
+        (x, weight, bias, x if other is None else other, out, pixels, outer, inner, number)
+        + (max(x.numel(), out.numel()) >= 2**31, inner % tile["BLOCK_K"] == 0),
         tile,
         key,
     )
