@@ -17,7 +17,7 @@ from van_deploy.bench.gpu_state import GpuState, GpuWatch
 from van_deploy.bench.timing import Latency, latency_of
 from van_deploy.runners.base import Resident, gpu_index
 
-__all__ = ["Clock", "DeviceTiming", "HostClock", "TorchClock", "clock_of", "timed"]
+__all__ = ["Clock", "CudaClock", "DeviceTiming", "HostClock", "TorchClock", "clock_of", "timed"]
 
 STEADY_LOOKS, STEADY_PERCENT = 3, 2.0
 """The clock is steady when this many looks in a row lie within this many percent."""

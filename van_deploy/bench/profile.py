@@ -14,7 +14,15 @@ from typing import Any
 from van_deploy.bench.contender import Contender
 from van_deploy.errors import UsageError
 
-__all__ = ["ProfileLine", "by_kernel", "by_module", "kind_of_layer", "kind_of_module", "profile_of"]
+__all__ = [
+    "ProfileLine",
+    "by_kernel",
+    "by_module",
+    "kind_of_kernel",
+    "kind_of_layer",
+    "kind_of_module",
+    "profile_of",
+]
 
 LABEL = "van:"
 OTHER = "elementwise (gate, residual, scale)"

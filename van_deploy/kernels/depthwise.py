@@ -16,7 +16,7 @@ from torch import Tensor
 
 from van_deploy.kernels.launch import FEW, chosen, divisor_block, launched, require
 
-__all__ = ["depthwise", "gelu", "row_groups"]
+__all__ = ["depthwise", "depthwise_kernel", "gelu", "row_groups"]
 
 
 @triton.jit

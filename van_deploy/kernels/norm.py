@@ -9,7 +9,7 @@ from torch import Tensor
 
 from van_deploy.kernels.launch import FEW, chosen, launched, power_block, require
 
-__all__ = ["layer_norm"]
+__all__ = ["layer_norm", "norm_kernel"]
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from van_deploy.kernels.launch import chosen, divisor_block, launched, power_block, require
 
-__all__ = ["patches"]
+__all__ = ["patch_kernel", "patches"]
 
 
 @triton.jit
