@@ -38,7 +38,7 @@ from van_deploy.report.sections_model import (
     sizes_plot,
 )
 
-__all__ = ["portable", "document_of_bundle"]
+__all__ = ["document_of_bundle", "portable"]
 
 BENCH_FILE = "bench.json"
 BY_ARTEFACT = ("artefacts", "accuracy", "losses", "runners")
