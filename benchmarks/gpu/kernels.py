@@ -2,10 +2,11 @@
 
     python benchmarks/gpu/kernels.py all --variant van_b0,van_b2 --dtype fp16 --out K.json
 
-``count`` needs no GPU. ``store`` writes the tuned tiles of ``--out`` where the package reads
-them. With ``TRITON_INTERPRET=1`` every step runs on the CPU, at tiny sizes, to rehearse it:
-``--variant tiny --size 32 --batch 2``. Each row is written as soon as it is known; a kernel
-that fails is a row with its error.
+``check`` compares each kernel with float64 PyTorch, ``network`` times the network with the
+stored tiles, ``all`` tunes as well; ``count`` needs no GPU. ``store`` writes the tuned tiles of
+``--out`` where the package reads them. With ``TRITON_INTERPRET=1`` every step runs on the CPU,
+to rehearse it: ``--variant tiny --size 16 --batch 1 --tries 2``. Each row is written as soon as
+it is known; a kernel that fails is a row with its error.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import math
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -33,11 +34,11 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # processes are for
 
 import torch
 import triton
+from torch.profiler import ProfilerActivity, profile
 
 from van_deploy.kernels import launch, network, plain, steps
-from van_deploy.kernels.launch import TILES, Launch, Tile, recorded, tile_key
-from van_deploy.kernels.network import FusedVan, Plan, fused
-from van_deploy.kernels.pointwise import LARGEST_CHAIN
+from van_deploy.kernels.launch import FEW, TILES, Launch, Tile, recorded
+from van_deploy.kernels.network import FusedVan, fused
 from van_deploy.model.random_weights import random_van, smooth_pictures
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig
@@ -45,14 +46,6 @@ from van_deploy.model.variants import VARIANTS, VanConfig
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LIMITS = {"fp16": 2e-3, "bf16": 1.6e-2, "fp32": 1e-5}
 TINY = VanConfig((16, 32, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)
-PLANS: dict[str, Plan | None] = {
-    "apart": Plan(),
-    "gate": Plan(gate=True),
-    "tail": Plan(tail=True),
-    "all": Plan(gate=True, tail=True),
-    "tuned": None,
-}
-FEW = 8192
 L2_BYTES = 128 * 2**20  # buffers that are rotated hold at least this together
 ON_GPU = not launch.INTERPRETED and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -95,6 +88,7 @@ class Results:
     """The rows so far, in memory and in a file."""
 
     def __init__(self, path: Path, seconds: float) -> None:
+        """Start the clock of the budget."""
         self.path, self.start, self.seconds = path, time.monotonic(), seconds
         self.document: dict[str, Any] = {"rows": [], "tuned": {}}
         self.always: dict[str, Any] = {}
@@ -163,51 +157,40 @@ def operations(made: Launch) -> int:
         return 2 * pixels * x[3] * shapes[1][0] ** 2
     if kind == "pointwise":
         return 2 * pixels * math.prod(shapes[1])
-    if kind == "gated":
-        return 4 * pixels * math.prod(shapes[1])
-    if kind == "mlp_tail":
-        return 2 * pixels * (9 * x[3] + math.prod(shapes[3]))
     if kind == "layer_norm":
         return 8 * math.prod(x)
     return 2 * math.prod(shapes[3][:3]) * math.prod(shapes[1])
 
 
-def calls_of(
-    model: FusedVan, x: torch.Tensor, plans: list[str]
-) -> tuple[dict[str, Call], Counter[str]]:
-    """Run the network once a plan; return one call of each shape class, and their counts."""
+def calls_of(model: FusedVan, x: torch.Tensor) -> tuple[dict[str, Call], Counter[str]]:
+    """Run the network once; return one call of each shape class, and their counts."""
     calls: dict[str, Call] = {}
     counts: Counter[str] = Counter()
-    real = network.steps
 
     def noted(step: str) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             with recorded(run=x.device.type != "meta") as launches:
-                out = getattr(real, step)(*arguments)
+                out = getattr(steps, step)(*arguments)
             calls.setdefault(launches[-1].key, Call(step, arguments, launches[-1]))
-            seen[launches[-1].key] += 1
+            counts[launches[-1].key] += 1
             return out
 
         return run
 
     network.steps = SimpleNamespace(**{step: noted(step) for step in steps.__all__})
     try:
-        for name in plans:
-            seen: Counter[str] = Counter()
-            model.plan = PLANS[name]
-            with torch.no_grad():
-                model(x)
-            counts |= seen
+        with torch.no_grad():
+            model(x)
     finally:
-        network.steps, model.plan = real, None
+        network.steps = steps
     return calls, counts
 
 
-def ghosts(args: Any, model: FusedVan, batch: int, plans: list[str]) -> dict[str, Call]:
+def unmade(model: FusedVan, batch: int, size: int) -> tuple[dict[str, Call], Counter[str]]:
     """Return the calls of the network on no device."""
-    size, channels = args.size, model.patch_embed1.weight.shape[2]
+    channels = model.patch_embed1.weight.shape[2]
     x = torch.empty(batch, channels, size, size, device="meta", dtype=model.dtype)
-    return calls_of(copy.deepcopy(model).to("meta"), x, plans)[0]
+    return calls_of(copy.deepcopy(model).to("meta"), x)
 
 
 def candidates(call: Call) -> list[Tile]:
@@ -218,52 +201,30 @@ def candidates(call: Call) -> list[Tile]:
     names: tuple[str, ...]
     tries: list[tuple[int, ...]] = []
     if kind == "depthwise":
-        names = ("ROWS", "BLOCK_P", "BLOCK_C", "ROLL", "num_warps")
+        names = ("ROWS", "BLOCK_P", "BLOCK_C", "num_warps")
         height, channels, side = shapes[0][1], shapes[0][3], shapes[1][0]
-        wide = 64 if channels % 64 == 0 else 32
-        if few:
-            tries = [(1, 8, 32, 0, 2), (1, 4, 32, 0, 1), (1, 8, 32, 0, 1), (1, 16, 32, 0, 4)]
-            tries += [(2, 8, 32, 0, 2), (1, 4, 32, 0, 2)]
-            tries += [(4, 8, 32, 1, 2)] if side == 3 else [(3, 8, 32, 0, 4)]
-        elif side == 3:
-            tries = [(7, 16, 32, 1, 4), (7, 32 * 32 // wide, wide, 1, 4), (14, 16, 32, 1, 4)]
-            tries += [(7, 8, 64, 1, 4), (7, 16, 32, 0, 4), (4, 32, 32, 0, 4), (7, 8, 32, 1, 2)]
-        elif side == 5:
-            tries = [(7, 16, 32, 0, 4), (14, 16, 32, 0, 4), (4, 16, 32, 0, 4), (7, 8, 32, 0, 2)]
-            tries += [(7, 8, 32, 0, 4), (7, 8, 32, 1, 4)]
-        else:
-            tries = [(5, 16, 32, 0, 4), (10, 16, 32, 0, 4), (3, 16, 32, 0, 4), (5, 8, 32, 0, 2)]
-            tries += [(5, 8, 32, 0, 4)]
         dilation = int(call.key.split("/")[1].split("x")[1])
+        if few:
+            tries = [(1, 4, 32, 2), (1, 16, 32, 4), (2, 8, 32, 2), (3, 8, 32, 4), (4, 8, 32, 2)]
+        elif side == 3:
+            tries = [(4, 32, 32, 4), (7, 16, 32, 4), (7, 8, 32, 2), (14, 8, 32, 4)]
+        elif dilation == 1:
+            tries = [(14, 8, 32, 4), (7, 16, 32, 4), (7, 8, 32, 2)]
+        else:
+            tries = [(10, 8, 32, 4), (10, 16, 32, 4), (5, 16, 32, 4), (3, 16, 32, 4)]
         tries = [t for t in tries if (t[0] - 1) * dilation < height and channels % t[2] == 0]
     elif kind == "pointwise":
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "REPEAT", "num_warps", "num_stages")
-        outer, inner = shapes[1]
-        step, whole = own["BLOCK_K"], launch.power_block(inner, 256)
-        once = inner <= 256 and inner % whole == 0
-        n = own["BLOCK_N"] if few else launch.divisor_block(outer, 256)
+        inner = shapes[1][1]
+        k, n, whole = own["BLOCK_K"], own["BLOCK_N"], launch.power_block(inner, 64)
         if few:
-            tries = [(16, 32, step, 1, 2, 4), (16, 64, step, 1, 4, 4), (32, 32, step, 1, 4, 4)]
-            tries += [(16, 16, step, 1, 1, 4), (64, 32, step, 1, 4, 4)]
-            tries += [(16, 32, min(whole, 128), 1, 4, 3)] if inner % 128 == 0 else []
-        elif n <= 64:
-            broad = n if n == outer else launch.power_block(outer, 256)
-            tries = [(64, n, step, 1, 4, 3), (128, n, step, 1, 8, 3), (256, n, step, 1, 8, 3)]
-            tries += [(128, n, step, 1, 4, 3), (64, broad, step, 1, 4, 3)]
-            tries += [(128, n, whole, 4, 4, 3), (64, n, whole, 4, 4, 3)] if once else []
-            tries += [(128, n, 2 * step, 1, 4, 3), (128, n, step, 1, 4, 5)] if inner > 128 else []
+            tries = [(16, 32, k, 1, 2, 4), (16, 64, k, 1, 4, 4), (32, 32, k, 1, 4, 4)]
+            tries += [(64, 32, k, 1, 4, 4), (16, 16, k, 1, 1, 4)]
+            tries += [(16, 32, 128, 1, 4, 3)] if inner % 128 == 0 else []
         else:
-            tries = [(128, 128, step, 1, 8, 3), (64, 128, step, 1, 4, 3), (128, n, step, 1, 8, 3)]
-            tries += [(64, n, step, 1, 4, 3), (256, 64, step, 1, 8, 3), (128, 64, step, 1, 4, 3)]
-            tries += [(128, 128, whole, 4, 8, 3), (64, 128, whole, 4, 4, 3)] if once else []
-    elif kind == "gated":
-        names = ("BLOCK_M", "BLOCK_J", "num_warps", "num_stages")
-        j = own["BLOCK_J"]
-        sizes = [] if few else [(64, 4), (128, 8), (64, 8), (32, 4)]
-        tries = [(m, j, warps, 2) for m, warps in sizes]
-    elif kind == "mlp_tail":
-        names = ("ROWS", "BLOCK_P", "BLOCK_H", "num_warps")
-        tries = [] if few else [(1, 64, 32, 4), (1, 64, 64, 8), (2, 64, 16, 4), (1, 128, 32, 8)]
+            tries = [(64, n, k, 1, 4, 3), (128, n, k, 1, 4, 4), (128, n, k, 1, 8, 3)]
+            tries += [(256, n, k, 1, 8, 3), (128, 64, k, 1, 4, 3)]
+            tries += [(64, n, whole, 4, 4, 3)] if inner == whole else []
     elif kind == "layer_norm":
         names = ("BLOCK_M", "num_warps")
         m = own["BLOCK_M"]
@@ -271,15 +232,9 @@ def candidates(call: Call) -> list[Tile]:
     else:
         names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
         n = own["BLOCK_N"]
-        tries = [
-            (64, n, 4, 2),
-            (128, n, 4, 3),
-            (64, n, 4, 4),
-            (64, min(64, n), 2, 3),
-            (32, n, 4, 3),
-        ]
+        tries = [(128, n, 4, 3), (64, n, 4, 4), (64, n, 4, 2), (64, min(64, n), 2, 3)]
         if few:
-            tries = [(16, 16, 2, 4), (16, 32, 2, 3), (16, 32, 4, 5), (32, 32, 4, 3)]
+            tries = [(16, 16, 2, 4), (16, 32, 4, 5), (32, 32, 4, 3)]
     found = [own]
     for values in tries:
         tile = {**own, **dict(zip(names, values, strict=True))}
@@ -307,7 +262,7 @@ def _compile(job: Job) -> str:
             )
         made = launches[-1]
         known = [a.dtype if isinstance(a, torch.Tensor) else a for a in made.arguments]
-        made.kernel.warmup(*known, grid=made.grid, **launch.options(made.tile))
+        made.kernel.warmup(*known, grid=made.grid, **made.tile)
     except Exception as error:
         return f"{key} {tile}: {type(error).__name__} {error}"[:300]
     return ""
@@ -317,11 +272,12 @@ class Compiler:
     """Processes that compile kernels; made before this process uses the GPU."""
 
     def __init__(self, results: Results) -> None:
+        """Fork the processes."""
         self.results, self.seen = results, set[str]()
         self.pool = multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1))
 
-    def compile(self, calls: dict[str, Call], tiles: Callable[[Call], list[Tile]]) -> Any:
-        """Start to compile each call with its tiles, in parallel."""
+    def compile(self, calls: dict[str, Call], tries: int) -> Any:
+        """Start to compile each call with its first tiles, in parallel."""
         wanted: list[Job] = []
         if launch.INTERPRETED:
             return None
@@ -330,7 +286,7 @@ class Compiler:
                 (tuple(a.shape), a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a
                 for a in call.arguments
             )
-            for tile in tiles(call):
+            for tile in candidates(call)[:tries]:
                 text = _signature(call.launch_with(tile))
                 if text not in self.seen:
                     self.seen.add(text)
@@ -412,7 +368,7 @@ def replay_time(graph: Any, span: float) -> float:
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    spans = sorted(a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False))
+    spans = sorted(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks))
     return spans[count // 2]
 
 
@@ -420,7 +376,7 @@ def copy_bandwidth() -> float:
     """Return bytes read and written a second by a large copy on the device."""
     source = torch.randn(2**28 if ON_GPU else 2**16, device=DEVICE)
     target = torch.empty_like(source)
-    seconds = timed(lambda _: target.copy_(source), 1, 0.05)
+    seconds = timed(lambda _: torch.add(source, 1.0, out=target), 1, 0.05)
     return 2 * source.numel() * source.element_size() / seconds
 
 
@@ -453,40 +409,19 @@ def off(found: torch.Tensor, expected: torch.Tensor) -> float:
 def tune(args: Any, results: Results, model: FusedVan, batch: int, bandwidth: float) -> None:
     """Check and time every kernel of the network, and keep its best tile."""
     x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
-    calls, counts = calls_of(model, x, ["apart", "all"] if args.fused else ["apart"])
-    times: dict[str, float] = {}
+    calls, counts = calls_of(model, x)
     for key, call in calls.items():
-        with (
-            results.guarded(args.keep, step="each", key=key, batch=batch) as enough,
-            torch.no_grad(),
-        ):
+        row = {"step": "each", "key": key, "batch": batch}
+        with results.guarded(6.0, **row) as enough, torch.no_grad():
             if enough:
-                times[key] = tune_call(args, results, call, counts[key], batch, bandwidth)
-    config, side = configuration(args.variant), args.size
-    for stage, channels in enumerate(config.embed_dims if args.tries > 1 else ()):
-        side = (side - 1) // config.strides[stage] + 1
-        pixels, hidden = batch * side * side, config.hidden_dims[stage]
-
-        def us(kind: str, *sizes: int, pixels: int = pixels) -> float:
-            return times.get(tile_key(kind, sizes, pixels), math.inf)
-
-        square = (channels, channels)
-        gate = us("gated", channels) < us("pointwise", 2, *square) + us("pointwise", 3, *square)
-        dw3 = us("depthwise", 3, 1, hidden) + us("pointwise", 3, hidden, channels)
-        tail = us("mlp_tail", hidden, channels) < dw3
-        if channels <= LARGEST_CHAIN:
-            plan = {"gate": int(gate), "tail": int(tail)}
-            TILES[tile_key("plan", (channels,), pixels)] = plan
-            results.add(step="plan", batch=batch, stage=stage + 1, **plan)
-    if args.tries > 1:
-        results.document["tuned"] = {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())}
-        model.tiles = TILES
+                tune_call(args, results, call, counts[key], batch, bandwidth)
+    results.document["tuned"] = {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())}
 
 
 def tune_call(
     args: Any, results: Results, call: Call, count: int, batch: int, bandwidth: float
-) -> float:
-    """Check and time one kernel with its tiles; return the best time in microseconds."""
+) -> None:
+    """Check and time one kernel with its tiles."""
     run = getattr(steps, call.step)
     doubles = [a.double() if isinstance(a, torch.Tensor) else a for a in call.arguments]
     expected = getattr(plain, call.step)(*doubles).float()
@@ -497,22 +432,24 @@ def tune_call(
         tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in call.arguments)
         for _ in range(copies - 1)
     ]
-    tried: list[dict[str, Any]] = []
-    tiles = candidates(call)[: args.tries]
-    for tile in tiles:
+
+    def attempt(tile: Tile) -> dict[str, Any]:
         try:
             with trying(call.key, tile):
                 with poisoned():
                     error = off(run(*guarded), expected)
                 seconds = timed(lambda i: run(*sets[i]), copies, args.span)
-            tried.append({"us": round(seconds * 1e6, 2), "tile": tile, "relative_error": error})
-        except Exception as error:
-            tried.append({"error": f"{type(error).__name__}: {error}"[:200], "tile": tile})
+        except Exception as failure:
+            return {"error": f"{type(failure).__name__}: {failure}"[:200], "tile": tile}
+        return {"us": round(seconds * 1e6, 2), "tile": tile, "relative_error": error}
+
+    tiles = candidates(call)[: args.tries]
+    tried = [attempt(tile) for tile in tiles]
     good = [t for t in tried if t.get("relative_error", math.inf) <= LIMITS[args.dtype]]
     bad = len(tried) - len(good)
     if not good:
         results.add({"tried": tried}, step="each", key=call.key, batch=batch, error="no tile works")
-        return math.inf
+        return
     best = min(good, key=lambda t: t["us"])
     if len(tiles) > 1:
         TILES[call.key] = best["tile"]
@@ -533,7 +470,6 @@ def tune_call(
         failed_tiles=bad,
         tile=best["tile"],
     )
-    return float(best["us"])
 
 
 def fidelity(args: Any, results: Results, model: FusedVan) -> None:
@@ -542,16 +478,22 @@ def fidelity(args: Any, results: Results, model: FusedVan) -> None:
         x = images(args.variant, 2, args.size)
         double = copy.deepcopy(original(args.variant)).double().to(DEVICE)
         expected = double(x.double().to(DEVICE))
-        for name in ("apart", "all"):
-            model.plan = PLANS[name]
-            noise = (model(x.to(DEVICE)).double() - expected).square().sum()
-            db = float(10 * torch.log10(expected.square().sum() / noise))
-            results.add(step="sqnr", plan=name, db=round(db, 2))
-    model.plan = None
+        noise = (model(x.to(DEVICE)).double() - expected).square().sum()
+        db = float(10 * torch.log10(expected.square().sum() / noise))
+        results.add(step="sqnr", plan="apart", db=round(db, 2))
 
 
-def time_network(results: Results, model: Any, x: torch.Tensor, profile: bool, **row: Any) -> None:
-    """Time a network under a CUDA graph, and share the time among its kernels."""
+def whole(args: Any, results: Results, model: FusedVan, batch: int, tiles: str) -> None:
+    """Time the network under a CUDA graph, and share the time among its kernels."""
+    x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
+    row: dict[str, Any] = {"plan": "apart", "tiles": tiles}
+    with results.guarded(1.0, step="network", batch=batch, **row) as enough, torch.no_grad():
+        if enough:
+            time_network(results, model, x, row)
+
+
+def time_network(results: Results, model: FusedVan, x: torch.Tensor, row: dict[str, Any]) -> None:
+    """Add the rows of :func:`whole`."""
     batch = len(x)
     if not ON_GPU:
         row |= {"batch": batch, "ms": timed(lambda _: model(x), 1) * 1e3}
@@ -561,140 +503,34 @@ def time_network(results: Results, model: Any, x: torch.Tensor, profile: bool, *
     seconds = replay_time(graph, 0.25)
     row |= {"batch": batch, "ms": round(seconds * 1e3, 4), "images_s": round(batch / seconds, 1)}
     results.add(step="network", **row)
-    if profile:
-        from torch.profiler import ProfilerActivity
-        from torch.profiler import profile as profiler
-
-        with profiler(activities=[ProfilerActivity.CUDA]) as seen:
-            graph.replay()
-            torch.cuda.synchronize()
-        events = [e for e in seen.key_averages() if e.self_device_time_total > 0]
-        rows = sorted(events, key=lambda e: -e.self_device_time_total)
-        shares = [[e.key[:70], e.count, round(e.self_device_time_total, 1)] for e in rows[:16]]
-        total = round(sum(e.self_device_time_total for e in rows), 1)
-        results.add(
-            step="profile", batch=batch, plan=row.get("plan"), total_us=total, kernels=shares
-        )
-
-
-def whole(args: Any, results: Results, model: FusedVan, batch: int, plans: str, tiles: str) -> None:
-    """Time the whole network with each plan."""
-    x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
-    for name in plans.split(","):
-        row = {"batch": batch, "plan": name, "tiles": tiles}
-        with results.guarded(1.0, step="network", **row) as enough:
-            model.plan = PLANS[name]
-            if enough:
-                time_network(results, model, x, name == "tuned", **row)
-    model.plan = None
-
-
-def early(args: Any, results: Results, model: FusedVan, batch: int, compiler: Compiler) -> None:
-    """Keep programmatic dependent launch in the tiles if the network is faster with it."""
-    keys = {call.key for call in ghosts(args, model, batch, ["tuned"]).values()}
-    before = {key: dict(TILES[key]) for key in keys if key in TILES}
-    x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
-    with results.guarded(8.0, step="early", batch=batch) as enough, torch.no_grad():
-        if not enough:
-            return
-        logits, without = model(x), replay_time(captured(lambda: model(x)), 0.1)
-        TILES.update({key: {**tile, "PDL": 1} for key, tile in before.items()})
-        calls = ghosts(args, model, batch, ["tuned"])
-        compiler.wait(compiler.compile(calls, lambda call: [dict(call.launch.tile)]))
-        error = off(model(x), logits)
-        seconds = replay_time(captured(lambda: model(x)), 0.1)
-        kept = error < 1e-3 and seconds < without
-        row = {"ms": round(seconds * 1e3, 4), "without_ms": round(without * 1e3, 4)}
-        results.add(step="early", batch=batch, **row, error_to_without=error, kept=kept)
-        if not kept:
-            TILES.update(before)
-        results.document["tuned"] = {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())}
-        return
-    TILES.update(before)
-
-
-def compiled(args: Any, results: Results) -> int:
-    """Compile the network by torch.compile and into a package; time both once ``--go`` exists."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    model = built(args.variant, DTYPES[args.dtype]).to(DEVICE)
-    TILES.update(json.loads(args.tiles.read_text())["tuned"])
-    model.tiles = TILES
-    ready: list[tuple[Any, torch.Tensor, dict[str, Any]]] = []
-    results.always = {"variant": args.variant}
-    largest, least = (int(b) for b in args.batch.split(","))
-    for how, batch in (("torch.compile", largest), ("package", least)):
-        x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
-        if args.go and args.go.exists():
-            continue  # too late for another
-        with results.guarded(step="compiled", batch=batch, how=how), torch.no_grad():
-            start = time.monotonic()
-            if how == "torch.compile":
-                made = torch.compile(model, fullgraph=True, dynamic=False)
-            else:
-                path = str(args.out.with_suffix(f".{batch}.pt2").resolve())
-                program = torch.export.export(model, (x,))
-                torch._inductor.aoti_compile_and_package(program, package_path=path)
-                made = torch._inductor.aoti_load_package(path)
-            error, spent = off(made(x), model(x)), round(time.monotonic() - start, 1)
-            results.add(step="compiled", batch=batch, how=how, s=spent, off=error)
-            ready.append((made, x, {"plan": how, "tiles": "tuned", "compile_s": spent}))
-    while args.go and not args.go.exists():
-        time.sleep(0.1)
-    for made, x, row in ready:
-        with results.guarded(step="network", **row):
-            time_network(results, made, x, False, **row)
-    return 0
-
-
-def started(args: Any, results: Results) -> Any:
-    """Start :func:`compiled` for the first variant in another process."""
-    go = args.out.with_suffix(".go")
-    go.unlink(missing_ok=True)
-    child = args.out.with_suffix(".compiled.json")
-    command = [sys.executable, __file__, "compiled", "--variant", args.variant, "--go", str(go)]
-    command += ["--dtype", args.dtype, "--size", str(args.size), "--batch", args.batch]
-    command += ["--out", str(child), "--tiles", str(args.out)]
-    log = args.out.with_suffix(".compiled.log").open("w")
-    return subprocess.Popen(command, stdout=log, stderr=log), go, child
-
-
-def joined(results: Results, process: Any) -> None:
-    """Let the other process time what it compiled, and take its rows."""
-    run, go, child = process
-    results.always = {}
-    with results.guarded(step="compiled"):
-        go.touch()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            run.wait(timeout=max(8.0, results.left))
-        run.kill()
-        go.unlink(missing_ok=True)
-        for row in json.loads(child.read_text())["rows"] if child.exists() else []:
-            row.pop("at_s")
-            results.add(**row)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        graph.replay()
+        torch.cuda.synchronize()
+    events = [e for e in seen.key_averages() if e.self_device_time_total > 0]
+    rows = sorted(events, key=lambda e: -e.self_device_time_total)
+    shares = [[e.key[:70], e.count, round(e.self_device_time_total, 1)] for e in rows[:16]]
+    total = round(sum(e.self_device_time_total for e in rows), 1)
+    results.add(step="profile", batch=batch, plan="apart", total_us=total, kernels=shares)
 
 
 def count(args: Any, results: Results, model: FusedVan, batch: int) -> None:
-    """Print launches, bytes and operations of each plan; needs no GPU."""
-    x = torch.empty(batch, 3, args.size, args.size, device="meta", dtype=model.dtype)
-    ghost = copy.deepcopy(model).to("meta")
-    for name in ("apart", "gate", "tail", "all"):
-        calls, counts = calls_of(ghost, x, [name])
-        made = [(calls[key].launch, times) for key, times in counts.items()]
-        results.add(
-            step="count",
-            variant=args.variant,
-            plan=name,
-            batch=batch,
-            launches=counts.total(),
-            mb_an_image=round(sum(one.bytes * n for one, n in made) / batch / 1e6, 2),
-            gflop_an_image=round(sum(operations(one) * n for one, n in made) / batch / 1e9, 3),
-        )
+    """Print launches, bytes and operations; needs no GPU."""
+    calls, counts = unmade(model, batch, args.size)
+    made = [(calls[key].launch, times) for key, times in counts.items()]
+    results.add(
+        step="count",
+        variant=args.variant,
+        batch=batch,
+        launches=counts.total(),
+        mb_an_image=round(sum(one.bytes * n for one, n in made) / batch / 1e6, 2),
+        gflop_an_image=round(sum(operations(one) * n for one, n in made) / batch / 1e9, 3),
+    )
 
 
 def arguments() -> Any:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=["count", "check", "network", "all", "compiled", "store"])
+    parser.add_argument("step", choices=["count", "check", "network", "all", "store"])
     parser.add_argument("--variant", default="van_b0", help="one or several, comma-separated")
     parser.add_argument("--batch", default="128,1,8", help="one or several, comma-separated")
     parser.add_argument("--size", type=int, default=224)
@@ -704,7 +540,6 @@ def arguments() -> Any:
     parser.add_argument("--span", type=float, default=0.008, help="seconds to time each tile")
     parser.add_argument("--tries", type=int, default=99, help="tiles to try for each launch")
     parser.add_argument("--tiles", type=Path, help="tuned tiles to start from: JSON of this script")
-    parser.add_argument("--go", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -725,44 +560,27 @@ def store(args: Any) -> int:
 def main() -> int:
     """Run the steps that were asked for."""
     args = arguments()
-    results = Results(args.out, args.budget)
     if args.step == "store":
         return store(args)
-    if args.step == "compiled":
-        return compiled(args, results)
+    results = Results(args.out, args.budget)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(4)  # the networks are made while other processes compile
     if args.tiles:
         TILES.update(json.loads(args.tiles.read_text())["tuned"])
     variants, batches = args.variant.split(","), [int(b) for b in args.batch.split(",")]
-    models: dict[str, FusedVan] = {}
+    args.tries = args.tries if args.step == "all" else 1
     compiler = None if args.step == "count" else Compiler(results)
-    waiting: dict[tuple[str, int], Any] = {}
-    if args.step == "check":
-        args.tries = 1
-    for number, name in enumerate(variants):
-        models[name] = built(name, DTYPES[args.dtype])
-        models[name].tiles = TILES
-        args.variant = name
-        print(f"{name} built after {time.monotonic() - results.start:.1f} s", flush=True)
-        if compiler is None:
-            count(args, results, models[name], batches[0])
-            continue
-        for batch in batches if number == 0 else batches[:2]:
-            args.fused = batch * args.size**2 // 16 >= FEW
-            calls = ghosts(args, models[name], batch, ["apart", "all"])
-            tuning = args.step in ("all", "check") and (args.fused or args.step == "check")
-
-            def tiles(call: Call, tuning: bool = tuning) -> list[Tile]:
-                alone = call.step in ("gated", "mlp_tail") and not tuning
-                return [dict(call.launch.tile)] if alone else candidates(call)[: args.tries]
-
-            waiting[name, batch] = compiler.compile(calls, tiles)
+    waiting: list[tuple[str, FusedVan, int, Any]] = []
+    for name in variants:
+        args.variant, model = name, built(name, DTYPES[args.dtype])
+        for batch in batches:
+            if compiler is None:
+                count(args, results, model, batch)
+            else:
+                jobs = compiler.compile(unmade(model, batch, args.size)[0], args.tries)
+                waiting.append((name, model, batch, jobs))
     if compiler is None:
         return 0
-    brain = built(variants[0], torch.bfloat16)
-    calls = ghosts(args, brain, 8, ["apart", "all"]) if args.step == "all" else {}
-    last = compiler.compile(calls, lambda call: [dict(call.launch.tile)])
     results.document |= {
         "device": torch.cuda.get_device_name() if ON_GPU else "CPU, interpreted",
         "capability": ".".join(map(str, torch.cuda.get_device_capability())) if ON_GPU else "0.0",
@@ -774,47 +592,18 @@ def main() -> int:
     }
     bandwidth = copy_bandwidth()
     results.add(step="copy", gb_s=round(bandwidth / 1e9, 1), device=results.document["device"])
-    child = None
-    for (name, batch), jobs in waiting.items():
-        args.variant, results.always = name, {"variant": name}
-        model = models[name].to(DEVICE)
+    for args.variant, model, batch, jobs in waiting:
+        results.always = {"variant": args.variant}
         compiler.wait(jobs, batch=batch)
-        args.fused = batch * args.size**2 // 16 >= FEW
-        args.keep = 12.0 if (name, batch) in list(waiting)[:2] else 6.0
+        model.to(DEVICE)
         if batch == batches[0]:
             fidelity(args, results, model)
-        with torch.no_grad():
-            if args.step == "all":
-                whole(args, results, model, batch, "apart", "default")
-            if args.step in ("all", "check"):
-                tune(args, results, model, batch, bandwidth)
-            if args.step == "all" and ON_GPU:
-                early(args, results, model, batch, compiler)
-            if args.step in ("all", "network"):
-                plans = "apart,gate,tail,tuned" if args.fused else "apart,gate,tuned"
-                whole(args, results, model, batch, plans, "tuned")
-        if (
-            child is None
-            and args.step == "all"
-            and batch == batches[:2][-1]
-            and name == variants[0]
-        ):
-            args.batch = ",".join(str(b) for b in batches[:2])
-            child = started(args, results)
-    if child is not None:
-        joined(results, child)
-    if args.step == "all" and ON_GPU:
-        TILES.clear()  # default tiles are those that were compiled
-        compiler.wait(last)
-        args.dtype, args.variant, args.tries, args.keep, args.fused = (
-            "bf16",
-            variants[0],
-            1,
-            0.0,
-            True,
-        )
-        results.always = {"variant": f"{variants[0]} in bf16"}
-        tune(args, results, brain.to(DEVICE), 8, bandwidth)
+        if args.step != "check":
+            whole(args, results, model, batch, "default" if args.step == "all" else "stored")
+        if args.step != "network":
+            tune(args, results, model, batch, bandwidth)
+        if args.step == "all":
+            whole(args, results, model, batch, "tuned")
     compiler.pool.terminate()
     return 0
 

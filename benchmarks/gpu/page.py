@@ -43,93 +43,85 @@ COLUMNS = (
 )
 
 
+SHOWN = (
+    "by PyTorch module",
+    "by kind of kernel",
+    "one by one",
+    "plan tuned",
+    "van-deploy",
+    "without a",
+)
+"""Words of the titles of tables that are shown; the others are left to the JSON files."""
+
+LONG = 14  # rows; a longer table is folded
 UNSHOWN = {"at_s", "tile", "tiles", "bytes", "operations", "kernels", "variant", "tried", "where"}
 """Keys of kernels.py's rows that only its JSON needs."""
 
 
 def page(documents: Sequence[Document]) -> str:
-    """Return the whole page."""
-    documents = _without_old_kernels(documents)
-    runs = [_run(document, documents) for document in documents]
-    return "\n".join([INTRODUCTION, _summary(documents), *runs]).rstrip() + "\n"
-
-
-def _without_old_kernels(documents: Sequence[Document]) -> list[Document]:
-    """Return runs of which only the last on each GPU has rows and tables of our own kernels."""
-    last = {
-        _gpu(document): number
-        for number, document in enumerate(documents)
-        if any(_is_kernels(step) and step.get("content") for step in document["steps"])
-    }
-    result = []
-    for number, document in enumerate(documents):
-        old = last.get(_gpu(document), number) > number
-        steps = [
-            {**step, "content": None, "reason": "measured again below, with later kernels"}
-            if old and _is_kernels(step) and step.get("content")
-            else step
-            for step in document["steps"]
-        ]
-        result.append({**document, "steps": steps})
-    return result
-
-
-def _is_kernels(step: Mapping[str, Any]) -> bool:
-    return str(step["name"]).startswith("kernels")
-
-
-def _summary(documents: Sequence[Document]) -> str:
-    """Return the best of PyTorch and the best of this project, a network and batch size."""
-    lines = []
+    """Return the whole page: one table a GPU, then where time goes, then what ran and what not."""
+    lines = [INTRODUCTION]
     for gpu in dict.fromkeys(map(_gpu, documents)):
         runs = [document for document in documents if _gpu(document) == gpu]
-        rows = [row for run in runs for row in rows_of(run, runs)]
-        cells = []
-        for place in sorted({_place(row) for row in rows}):
-            same = [row for row in rows if _place(row) == place]
-            for group, words in (("pytorch", "best of PyTorch"), ("van-deploy", "van-deploy")):
-                found = [row for row in same if row.get("group") == group]
-                if found:
-                    best = min(found, key=lambda row: row["queued_ms"])
-                    cells.append([*map(str, place), words, *_brief(best)])
-        if cells:
-            columns = ("network", "size", "batch", "", "which", "ms", "images/s", "% of floor")
-            table = _table((*columns, "x PyTorch", "x eager", "SQNR dB"), cells)
-            lines += [f"## The fastest on {gpu or 'this machine'}", "", table, ""]
-    return "\n".join(lines)
+        everything = [row for run in runs for row in rows_of(run, runs)]
+        tried = [row for row in everything if _was_tried(row)]
+        everything = [row for row in everything if not _was_tried(row)]
+        best: dict[Any, dict[str, Any]] = {}
+        for row in everything:
+            key = (*_place(row), str(row["runner"]).partition(",")[0], row.get("precision"))
+            if key not in best or row["queued_ms"] < best[key]["queued_ms"]:
+                best[key] = row
+        rows = sorted(best.values(), key=lambda row: (*_place(row), row["queued_ms"]))
+        facts = next((f for run in runs if (f := _facts(run, "environment")).get("device")), {})
+        lines += [f"## {gpu or 'No GPU'}", "", f"- {_device_text(runs[-1], facts)}"]
+        for run in runs:
+            lines += [*_run_line(run), *_ceiling_lines(run)]
+        lines += ["", _table(COLUMNS, [_cells(row) for row in rows]), ""]
+        last = {
+            title: table
+            for run in runs
+            for step in run["steps"]
+            for title, table in (step.get("content") or {}).get("tables", {}).items()
+            if any(words in title for words in SHOWN)
+        }
+        old = [title for title in last if "one by one" in title][:-1]
+        lines += [
+            text
+            for title, table in last.items()
+            if title not in old
+            for text in _titled(title, table)
+        ]
+        if tried:
+            lines += _titled("Fusions that were tried and are gone", [_attempt(r) for r in tried])
+        lines += [text for run in runs for text in _steps(run)]
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def _brief(row: Row) -> list[str]:
-    return [
-        str(row["runner"]),
-        _number(row["queued_ms"], 3),
-        _number(1e3 * row["batch"] / row["queued_ms"], 0),
-        _number(row.get("percent_of_floor"), 0),
-        _number(row.get("times_best"), 2),
-        _number(row.get("times_eager"), 2),
-        _number(row.get("sqnr_db"), 1),
-    ]
+def _was_tried(row: Row) -> bool:
+    """Return whether a row is of kernels in another plan than the one that ships (``apart``)."""
+    return ", plan " in str(row["runner"]) and ", plan apart" not in str(row["runner"])
 
 
-def _run(document: Document, documents: Sequence[Document]) -> str:
-    facts = _facts(document, "environment")
-    rehearsal = " (a rehearsal on a CPU: no number here is a GPU's)" * bool(document["rehearsal"])
-    lines = [
-        f"## Part {document['part']}, {document['date']}{rehearsal}",
-        "",
-        f"- {_device_text(document, facts)}",
-        f"- {', '.join(f'{name} {text}' for name, text in facts.get('versions', {}).items())}",
-        f"- `{_shown(document['command'])}`: {document['seconds']:.0f} s",
-        *_ceiling_lines(document),
-        "",
-    ]
-    rows = rows_of(document, [d for d in documents if _gpu(d) == _gpu(document)])
-    if rows:
-        lines += [_table(COLUMNS, [_cells(row) for row in rows]), ""]
-    lines += _steps(document)
-    for step in document["steps"]:
-        lines += _step_tables(step)
-    return "\n".join(lines)
+def _attempt(row: Row) -> dict[str, Any]:
+    names = ("network", "batch", "runner", "queued_ms", "times_best")
+    return {name: row.get(name) for name in names}
+
+
+def _run_line(run: Document) -> list[str]:
+    rehearsal = " (a rehearsal on a CPU: no number here is a GPU's)" * bool(run["rehearsal"])
+    versions = _facts(run, "environment").get("versions", {})
+    named = ", ".join(f"{name} {text}" for name, text in versions.items())
+    head = f"- {run['date']}{rehearsal}: `{_shown(run['command'])}`, {run['seconds']:.0f} s"
+    return [head, *([f"- {named}"] if named else [])]
+
+
+def _titled(title: str, rows: Sequence[Row]) -> list[str]:
+    """Return one table under its title, folded where it is long."""
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in UNSHOWN))
+    table = _table(columns, [[_any(row.get(column)) for column in columns] for row in rows])
+    if len(rows) <= LONG:
+        return [f"### {title}", "", table, ""]
+    return [f"<details><summary>{title}</summary>", "", table, "", "</details>", ""]
 
 
 def rows_of(document: Document, beside: Sequence[Document] = ()) -> list[dict[str, Any]]:
@@ -194,7 +186,9 @@ def _cells(row: Row) -> list[str]:
     if agreement is not None and agreement < 1:
         remarks.append(f"top-1 as FP32 on {100 * agreement:.1f} %")
     return [
-        *(str(row["network"]), str(row["runner"]), str(row.get("precision", ""))),
+        str(row["network"]),
+        str(row["runner"]).replace(", plan apart", ""),
+        str(row.get("precision", "")),
         str(row["batch"]),
         _number(latency.get("p50_ms") or latency.get("p50"), 3),
         _number(latency.get("p99_ms"), 3),
@@ -268,33 +262,26 @@ def _shown(command: str) -> str:
 
 
 def _steps(document: Document) -> list[str]:
-    lines = [f"### What ran in part {document['part']}", ""]
+    """Return what ran, what did not and why, and what the steps noted."""
     rows = [
         [
             step["name"],
             step["state"] if step["state"] != "done" else "ran",
             _number(step.get("seconds"), 0),
-            f"`{_shown(step['command'])}`" if step["state"] != "skipped" else "",
             step["reason"],
         ]
         for step in document["steps"]
     ]
-    return [*lines, _table(("step", "", "s", "command", "reason"), rows), ""]
-
-
-def _step_tables(step: Mapping[str, Any]) -> list[str]:
-    """Return the notes and further tables of one step."""
-    content = step.get("content") or {}
-    lines: list[str] = []
-    for title, rows in content.get("tables", {}).items():
-        if rows:
-            columns = list(dict.fromkeys(key for row in rows for key in row if key not in UNSHOWN))
-            cells = [[_any(row.get(column)) for column in columns] for row in rows]
-            lines += [f"### {title}", "", _table(columns, cells), ""]
-    notes = content.get("notes", [])
-    if notes:
-        lines += [f"{step['name']}:", "", *(f"- {note}" for note in notes), ""]
-    return lines
+    title = (
+        f"### What ran on {document['date'][:16].replace('T', ' at ')} (part {document['part']})"
+    )
+    table = _table(("step", "", "s", "reason"), rows)
+    notes = [
+        f"- {step['name']}: {note}"
+        for step in document["steps"]
+        for note in (step.get("content") or {}).get("notes", ())
+    ]
+    return [title, "", table, "", *notes, *([""] if notes else [])]
 
 
 def _facts(document: Document, name: str) -> dict[str, Any]:

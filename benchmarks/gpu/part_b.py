@@ -68,7 +68,6 @@ def steps_of_b(context: Context) -> list[Step]:
         shared["ceilings"],
         ort("fp16"),
         gates(SMALL, "ort-cuda"),
-        step("rtx-no-target", "rtx", "TensorRT for RTX with no target.", "--artifact", "fp16"),
         step(
             "inductor-fp16", "inductor", "An AOTInductor package.", "--artifact", "fp16", limit=180
         ),

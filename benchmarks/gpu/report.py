@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import os
 import queue
 import shutil
@@ -43,8 +42,6 @@ from turns import DONE, GO, REQUEST, VARIABLE
 SCHEMA = "van-deploy/gpu-report/1"
 WRITE_UP_S = 6  # of the budget, kept for the page and the archive
 ARCHIVE_LIMIT = 15_000_000
-CACHE_PIECES = 4
-INTERMEDIATE = (".ttir", ".ttgir", ".llir", ".ptx", ".source")  # a kernel runs from its cubin
 TICK_S = 0.05
 
 
@@ -297,27 +294,11 @@ def _last(log: Sequence[str]) -> str:
 
 
 def _archive(context: Context) -> None:
-    """Put logs and JSON files into one archive, and the compiler's cache into another."""
+    """Put the steps' logs and JSON files into one archive."""
     with tarfile.open(context.output / "steps.tar.gz", "w:gz") as archive:
         for path in sorted(context.work.glob("*")):
             if path.is_file() and path.stat().st_size < ARCHIVE_LIMIT:
                 archive.add(path, path.name)
-    command = ["tar", "-C", str(context.cache), "-czf", "-"]
-    command += [f"--exclude=*{suffix}" for suffix in INTERMEDIATE]
-    try:
-        done = subprocess.run(
-            [*command, "."], check=True, stdout=subprocess.PIPE, timeout=WRITE_UP_S * 3
-        )
-    except (subprocess.SubprocessError, OSError) as error:
-        print(f"compiler cache: not kept ({error})", flush=True)
-        return
-    pieces = range(0, len(done.stdout), ARCHIVE_LIMIT)
-    if len(pieces) > CACHE_PIECES:
-        print(f"compiler cache: {len(done.stdout) / 1e6:.0f} MB, not kept", flush=True)
-        return
-    for number, start in enumerate(pieces):
-        piece = done.stdout[start : start + ARCHIVE_LIMIT]
-        (context.output / f"cache.tar.gz.{number}").write_bytes(piece)
 
 
 def _device() -> str:
@@ -343,9 +324,6 @@ def main() -> int:
     parser.add_argument("--parallel", type=int, help="steps that prepare at the same time")
     parser.add_argument("--rehearse", action="store_true", help="every step, small, on the CPU")
     parser.add_argument("--bundles", type=Path, help="bundles made beforehand, for part b")
-    parser.add_argument(
-        "--cache", type=Path, nargs="+", help="cache.tar.gz.* of an earlier run, to start from"
-    )
     parser.add_argument("--page", type=Path, nargs="+", help="print the page of these runs")
     parser.add_argument(
         "--kernels",
@@ -370,10 +348,6 @@ def main() -> int:
         bundles=options.bundles,
         command="python benchmarks/gpu/report.py " + " ".join(sys.argv[1:]),
     )
-    if options.cache:
-        whole = io.BytesIO(b"".join(path.read_bytes() for path in sorted(options.cache)))
-        with tarfile.open(fileobj=whole) as archive:
-            archive.extractall(context.cache, filter="data")
     kernel_s = options.kernel_budget
     steps = steps_of_a(context, kernel_s) if options.part == "a" else steps_of_b(context)
     if options.list:

@@ -88,85 +88,6 @@ def engine(result: Result, options: argparse.Namespace) -> None:
     _verified(result, subject.bundle, options)
 
 
-def rtx(result: Result, options: argparse.Namespace) -> None:
-    """Try TensorRT for RTX on this GPU with no target set: build, load, run; or its own words.
-
-    It does not list compute capability 9.0. What it says is recorded, whatever it is.
-    """
-    if not _installed("tensorrt_rtx"):
-        _skip("the package tensorrt_rtx is not installed")
-    import tensorrt_rtx as trt
-
-    said: list[str] = []
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.WARNING:
-                said.append(f"{severity.name}: {text}"[:500])
-
-    log = Log()
-    stages: list[dict[str, Any]] = []
-
-    def stage(name: str, value: Any, detail: str = "") -> Any:
-        stages.append({"stage": name, "worked": value is not None, "detail": detail})
-        result.table("TensorRT for RTX without a target", stages)
-        result.fact("said", said)
-        return value
-
-    stage("import", trt, f"TensorRT for RTX {trt.__version__}")
-    try:
-        builder = trt.Builder(log)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, log)
-        path = _Subject(options).path
-        parsed = parser.parse(path.read_bytes())
-        errors = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
-        stage("parse", parsed or None, errors)
-        config = builder.create_builder_config()
-        profile = builder.create_optimization_profile()
-        shape = tuple(network.get_input(0).shape)[1:]
-        largest = max(options.batches)
-        profile.set_shape(
-            network.get_input(0).name, (1, *shape), (largest, *shape), (largest, *shape)
-        )
-        config.add_optimization_profile(profile)
-        plan = stage("build", builder.build_serialized_network(network, config))
-        if plan is None:
-            result.note(f"TensorRT for RTX builds no plan here: {'; '.join(said[-3:])}")
-            return
-        runtime = stage("runtime", trt.Runtime(log))
-        built = stage("load", runtime.deserialize_cuda_engine(plan))
-        if built is None:
-            result.note(f"TensorRT for RTX does not load its own plan here: {'; '.join(said[-3:])}")
-            return
-        stage("context", built.create_execution_context())
-        target = Path(options.out).with_suffix(".plan")
-        target.write_bytes(bytes(plan))
-    except Exception as error:
-        stage("failed", None, f"{type(error).__name__}: {error}"[:500])
-        return
-    _run_plan(result, options, target, stages)
-
-
-def _run_plan(
-    result: Result, options: argparse.Namespace, plan: Path, stages: list[dict[str, Any]]
-) -> None:
-    """Run and time a plan that loaded."""
-    from van_deploy.runners.tensorrt import TensorRtRunner
-
-    try:
-        runner = TensorRtRunner(plan, trust_engine=True, device=options.device)
-        _Subject(options).measure(result, runner, "tensorrt-rtx, no target")
-        stages.append({"stage": "run", "worked": True, "detail": ""})
-    except Exception as error:
-        detail = f"{type(error).__name__}: {error}"[:500]
-        stages.append({"stage": "run", "worked": False, "detail": detail})
-    result.table("TensorRT for RTX without a target", stages)
-
-
 def agreement(result: Result, options: argparse.Namespace) -> None:
     """Verify and evaluate a bundle with one runner, by the command line, as its user would."""
     bundle = _copied(options)
@@ -427,7 +348,6 @@ STEPS = {
     "ort": ort,
     "inductor": inductor,
     "engine": engine,
-    "rtx": rtx,
     "agreement": agreement,
     "bench": benchmark,
     "tests": tests,

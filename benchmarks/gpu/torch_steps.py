@@ -98,7 +98,7 @@ def ceilings(result: Result, options: argparse.Namespace) -> None:
 def eager(result: Result, options: argparse.Namespace) -> None:
     """Time eager PyTorch: FP32, FP16 in NHWC, and the latter as one CUDA graph."""
     subject = _Subject(options)
-    names = ["eager-fp32", "eager-fp16", "eager-fp16-graph"]
+    names = ["eager-fp32", *(["eager-fp16", "eager-fp16-graph"] if subject.on_gpu else [])]
     for batch in options.batches:
         for name in names:
             with turn():  # cuDNN chooses its algorithms by timing them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -179,6 +180,14 @@ def test_rows_are_held_against_the_best_of_pytorch_and_the_floor(scripts: Any) -
     assert (best["times_best"], eager["times_best"]) == (1.0, 0.25)
     # 55.57 MB an image and 8.2 MB of weights at 3 TB/s: 2.37 ms
     assert ours["percent_of_floor"] == pytest.approx(59.3, abs=0.1)
+
+
+def test_the_page_is_made_from_the_files_of_a_run(scripts: Any, context: Any) -> None:
+    run(scripts, context, [step_of(scripts, "works", "print('fine')")])
+    command = [sys.executable, str(SCRIPTS / "report.py"), "--page", str(context.output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("# Results on a GPU")
+    assert "| works | ran | 0 |  |" in done.stdout
 
 
 @pytest.mark.parametrize("part", ["a", "b"])

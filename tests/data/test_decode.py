@@ -294,7 +294,7 @@ def test_no_image_file_has_other_channels(channels: int) -> None:
     assert refused.value.message == (
         f"The network takes {channels} channels, and image files have 1, 3 or 4."
     )
-    assert f"uint8 (N, S, S, {channels})" in refused.value.remedy
+    assert f"uint8 (N, H, W, {channels})" in refused.value.remedy
 
 
 # --- batches ---------------------------------------------------------------------------------

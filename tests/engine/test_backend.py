@@ -69,7 +69,7 @@ COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
     "TilingOptimizationLevel": ("FAST", "FULL", "MODERATE"),
 }
 RTX_NAMES: Mapping[str, tuple[str, ...]] = {
-    "ComputeCapability": ("CURRENT", *(name.replace("sm_", "SM") for name in RTX_TARGETS)),
+    "ComputeCapability": tuple(name.replace("sm_", "SM") for name in RTX_TARGETS),
     "CudaGraphStrategy": ("DISABLED", "WHOLE_GRAPH_CAPTURE"),
     "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
     "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
@@ -130,7 +130,7 @@ def test_every_name_used_is_in_rtx(rtx: Backend) -> None:
 
 def test_rtx_builds_for_these_targets_and_no_others(rtx: Backend) -> None:
     members = {name for name in dir(rtx.module.ComputeCapability) if name.startswith("SM")}
-    assert members | {"CURRENT"} == set(RTX_NAMES["ComputeCapability"])
+    assert members == set(RTX_NAMES["ComputeCapability"])
     assert {f"SM{target.removeprefix('sm_')}" for target in RTX_TARGETS} == members
 
 

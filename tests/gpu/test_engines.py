@@ -11,12 +11,11 @@ import pytest
 import van_deploy
 from tests.gpu.cases import Digits
 from van_deploy.config import BatchRange, BuildOptions
-from van_deploy.engine.backend import RTX, Backend, backend_named
+from van_deploy.engine.backend import RTX, RTX_TARGETS, Backend, backend_named
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import host_here
 from van_deploy.engine.inspect import describe_engine
-from van_deploy.errors import MissingDependency, VanDeployError
-from van_deploy.metrics import compare
+from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.runners.tensorrt import TensorRtRunner
 
 
@@ -28,26 +27,21 @@ def installed(name: str) -> Backend:
 
 
 @pytest.mark.gpu
-def test_rtx_without_a_target_runs_here_or_says_why_not(digits: Digits, tmp_path: Path) -> None:
-    """A GPU that it does not list, such as an H100: what it says is recorded."""
+def test_rtx_refuses_a_gpu_that_it_does_not_serve(digits: Digits, tmp_path: Path) -> None:
+    """Such as an H200, where it builds a plan that it then does not load."""
     backend, host = installed(RTX), host_here()
-    plan = tmp_path / "e.plan"
-    try:
+    if host.target in RTX_TARGETS:
+        pytest.skip(f"{backend.label} serves {host.target}")
+    with pytest.raises(UsageError) as caught:
         engine_from_onnx(
             digits.bundle.verified("fp16"),
-            plan,
+            tmp_path / "e.plan",
             backend=backend,
-            options=BuildOptions(profiles=(BatchRange(1, 4, 8),)),
+            options=BuildOptions(targets=(str(host.target),)),
             precision="fp16",
             host=host,
         )
-        with TensorRtRunner(plan) as runner:
-            found = compare(digits.expected, runner.run(digits.images))
-    except VanDeployError as error:
-        print(f"{backend.label} on {host.gpu} ({host.target}): {error}")
-        pytest.skip(f"{backend.label} on {host.target}: {error.message}")
-    print(f"{backend.label} on {host.gpu} ({host.target}): {found.sqnr_db:.1f} dB")
-    assert found.sqnr_db >= 45
+    assert caught.value.message.startswith(f"{backend.label} does not build for {host.target}")
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ from van_deploy.errors import UsageError
 from van_deploy.graph.fold import fold_van
 from van_deploy.kernels import plain, steps
 from van_deploy.kernels.launch import TILES
-from van_deploy.kernels.network import Plan, fused
+from van_deploy.kernels.network import fused
 from van_deploy.model.random_weights import random_van, smooth_pictures
 from van_deploy.model.variants import VanConfig
 
@@ -64,6 +64,15 @@ def depthwise(
     return max(error("depthwise", x, weight, bias, dilation, gelu) for gelu in (False, True))
 
 
+def gelu_past_its_bound() -> float:
+    """Return by how much GELU is off beyond 5e-6 and float16's rounding: 0 where it keeps to it."""
+    x = torch.linspace(-9, 9, 1024 * 16).half().view(1, 32, 32, 16)
+    found = steps.depthwise(x, torch.ones(1, 1, 16), torch.zeros(16), 1, True).double()
+    expected = torch.nn.functional.gelu(x.double())
+    past = (found - expected).abs() - 5e-6 - expected.abs() * 2**-11 - 2**-25
+    return float(past.max().clamp(min=0))
+
+
 def pointwise(shape: tuple[int, ...], outer: int, dtype: torch.dtype = torch.float32) -> float:
     """Return the largest error of the four epilogues."""
     x, weight, bias = (
@@ -75,28 +84,6 @@ def pointwise(shape: tuple[int, ...], outer: int, dtype: torch.dtype = torch.flo
     return max(
         error("pointwise", x, weight, bias, name, other if name in ("multiply", "add") else None)
         for name in ("none", "gelu", "multiply", "add")
-    )
-
-
-def gated(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> float:
-    """Return the error of the gated pair."""
-    channels = shape[3]
-    x, gate, skip = (tensor(*shape, dtype=dtype) for _ in range(3))
-    first, second = (tensor(channels, channels, dtype=dtype) * channels**-0.5 for _ in range(2))
-    return error("gated", x, first, tensor(channels), gate, second, tensor(channels), skip)
-
-
-def mlp_tail(shape: tuple[int, ...], channels: int, dtype: torch.dtype = torch.float32) -> float:
-    """Return the error of the MLP's second half."""
-    hidden = shape[3]
-    return error(
-        "mlp_tail",
-        tensor(*shape, dtype=dtype),
-        tensor(3, 3, hidden),
-        tensor(hidden),
-        tensor(channels, hidden, dtype=dtype) * hidden**-0.5,
-        tensor(channels),
-        tensor(*shape[:3], channels, dtype=dtype),
     )
 
 
@@ -112,12 +99,12 @@ def patches(shape: tuple[int, ...], side: int, stride: int, outer: int, nhwc: bo
     return error("patches", x, tensor(side, side, x.shape[1], outer), tensor(outer), stride)
 
 
-def whole(plan: Plan | None, dtype: torch.dtype, side: int = 33) -> float:
+def whole(dtype: torch.dtype, side: int = 33) -> float:
     """Return the relative error of a network's logits against its original in float64."""
     model = random_van(TINY)
     x = smooth_pictures(2, 3, side)
     expected = model.double()(x.double())
-    found = fused(random_van(TINY), dtype, plan=plan)(x)
+    found = fused(random_van(TINY), dtype)(x)
     return float((found.double() - expected).norm() / expected.norm())
 
 
@@ -144,27 +131,25 @@ def tiled(key: str, tile: dict[str, int], run: Callable[[], float]) -> float:
         TILES.pop(key)
 
 
-BOTH = Plan(gate=True, tail=True)
 HALF, BRAIN = torch.float16, torch.bfloat16
 
 FAST: dict[str, Callable[[], float]] = {
     "depthwise 3x3, a channel more than a tile": lambda: depthwise((1, 5, 7, 33), 3, 1),
     "depthwise 5x5": lambda: depthwise((2, 6, 5, 16), 5, 1),
+    "depthwise, three rows a thread": lambda: tiled(
+        "depthwise/3x1x20/p6", {"ROWS": 3}, lambda: depthwise((1, 7, 5, 20), 3, 1)
+    ),
     "depthwise 7x7 d3": lambda: depthwise((1, 13, 6, 32), 7, 3),
     "depthwise 9x9 d4, wider than the map": lambda: depthwise((1, 4, 3, 16), 9, 4),
     "depthwise 7x7 d3, one pixel": lambda: depthwise((1, 1, 1, 16), 7, 3),
     "depthwise float16": lambda: depthwise((1, 6, 5, 16), 3, 1, HALF),
+    "GELU": gelu_past_its_bound,
     "pointwise, odd sizes": lambda: pointwise((2, 5, 7, 33), 40),
     "pointwise float16": lambda: pointwise((1, 4, 4, 16), 32, HALF),
-    "gated, odd sizes": lambda: gated((2, 5, 3, 33)),
-    "mlp_tail, odd sizes": lambda: mlp_tail((1, 5, 7, 70), 33),
     "stem": lambda: patches((2, 3, 19, 13), 7, 4, 20, nhwc=False),
     "patch embedding": lambda: patches((1, 9, 7, 32), 3, 2, 40, nhwc=True),
     "layer_norm, odd sizes": lambda: layer_norm((2, 5, 7, 33)),
     "layer_norm float16": lambda: layer_norm((1, 3, 5, 64), HALF),
-    "depthwise, row by row": lambda: tiled(
-        "depthwise/3x1x20/p6", {"ROLL": 1, "ROWS": 3}, lambda: depthwise((1, 7, 5, 20), 3, 1)
-    ),
     "pointwise, two tiles a program": lambda: tiled(
         "pointwise/1x20x33/p6",
         {"REPEAT": 2},
@@ -172,20 +157,10 @@ FAST: dict[str, Callable[[], float]] = {
     ),
 }
 SLOW: dict[str, Callable[[], float]] = {
-    "network, float32": lambda: whole(None, torch.float32),
-    "network, every pair": lambda: whole(BOTH, torch.float32),
-    "network, one kernel a step": lambda: whole(Plan(), torch.float32),
-    "network, float16": lambda: whole(BOTH, HALF),
+    "network, float32": lambda: whole(torch.float32),
+    "network, float16": lambda: whole(HALF),
     "network, a multiply kept": carried,
-    "depthwise 7x7 d3, row by row": lambda: tiled(
-        "depthwise/7x3x48/p8", {"ROLL": 1, "ROWS": 2}, lambda: depthwise((1, 15, 9, 48), 7, 3)
-    ),
     "depthwise bfloat16": lambda: depthwise((2, 9, 5, 20), 5, 1, BRAIN),
-    "gated float16": lambda: gated((1, 7, 5, 160), HALF),
-    "mlp_tail float16": lambda: mlp_tail((2, 7, 7, 64), 32, HALF),
-    "mlp_tail, four rows": lambda: tiled(
-        "mlp_tail/64x20/p7", {"ROWS": 4, "BLOCK_H": 16}, lambda: mlp_tail((1, 9, 8, 64), 20)
-    ),
 }
 
 
@@ -202,8 +177,6 @@ def random_shapes() -> Iterator[tuple[str, Callable[[], float]]]:
         outer = size(1, 70)
         yield f"random depthwise {shape}", partial(depthwise, shape, side, dilation)
         yield f"random pointwise {shape} {outer}", partial(pointwise, shape, outer)
-        yield f"random gated {shape}", partial(gated, shape)
-        yield f"random mlp_tail {shape} {outer}", partial(mlp_tail, shape, outer)
         yield f"random patches {shape} {outer}", partial(patches, shape, 3, 2, outer, nhwc=True)
         yield f"random layer_norm {shape}", partial(layer_norm, shape)
 
@@ -211,7 +184,6 @@ def random_shapes() -> Iterator[tuple[str, Callable[[], float]]]:
 def refused() -> dict[str, str]:
     """Return the messages of what the kernels do not take."""
     x, weight, bias = tensor(1, 4, 4, 16), tensor(3, 3, 16), tensor(16)
-    wide = tensor(1, 2, 2, 272)
     calls: dict[str, Callable[[], Any]] = {
         "dimensions": lambda: steps.depthwise(x[0], weight, bias),
         "even": lambda: steps.depthwise(x, tensor(2, 2, 16), bias),
@@ -220,12 +192,6 @@ def refused() -> dict[str, str]:
         "bias": lambda: steps.depthwise(x, weight, bias.half()),
         "empty": lambda: steps.depthwise(x[:0], weight, bias),
         "epilogue": lambda: steps.pointwise(x, tensor(16, 16), bias, "add"),
-        "channels": lambda: steps.gated(
-            wide, tensor(272, 272), tensor(272), wide, tensor(272, 272), tensor(272), wide
-        ),
-        "tail": lambda: steps.mlp_tail(
-            x, weight, bias, tensor(272, 16), tensor(272), tensor(1, 4, 4, 272)
-        ),
         "integers": lambda: steps.patches(
             torch.ones(1, 3, 8, 8).int(), tensor(3, 3, 3, 16), bias, 2
         ),

@@ -47,14 +47,14 @@ def fast() -> dict[str, Any]:
 
 
 def test_kernels_agree_with_float64(fast: dict[str, Any]) -> None:
-    assert len(fast["errors"]) == 16
+    assert len(fast["errors"]) == 15
     assert wrong(fast["errors"]) == {}
 
 
 @pytest.mark.slow
 def test_random_shapes_and_whole_networks_agree_with_float64() -> None:
     errors = interpreted("--slow")["errors"]
-    assert len(errors) == 34
+    assert len(errors) == 20
     assert wrong(errors) == {}
 
 
@@ -68,10 +68,5 @@ def test_what_a_kernel_does_not_take_is_refused_before_launch(fast: dict[str, An
         "bias": "'bias' is torch.float16, where the kernel takes torch.float32.",
         "empty": "'x' has shape (0, 4, 4, 16), where the kernel takes 4 dimensions.",
         "epilogue": "The epilogue 'add' and the other tensor do not go together.",
-        "channels": "'x' has 272 channels, where the kernel takes 256 at most.\n"
-        "Use two 1x1 convolutions.",
-        "tail": "'weight' makes 272 channels, where the kernel takes 256 at most.\n"
-        "Use a depth-wise and a 1x1 convolution.",
-        "integers": "'x' is (1, 3, 8, 8) torch.int32, where the kernel takes four dimensions of "
-        "float16, bfloat16 or float32.",
+        "integers": "'x' is torch.int32, where the kernel takes float16, bfloat16 or float32.",
     }

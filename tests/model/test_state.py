@@ -64,8 +64,8 @@ def test_transformers_extra_layer_norm_is_known_and_noted(state: State, renamed:
     loaded = official_state(foreign)
     assert "van.layernorm.weight" not in loaded.tensors
     assert loaded.notes == (
-        "van.layernorm.bias, van.layernorm.weight: in the file, but VanForImageClassification "
-        "does not compute with them either; left out",
+        "van.layernorm.bias, van.layernorm.weight: in the file, but Transformers does not compute "
+        "logits or feature maps with them; left out",
     )
 
 

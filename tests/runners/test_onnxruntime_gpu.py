@@ -13,10 +13,17 @@ import numpy as np
 import pytest
 
 from tests.each import each
+from van_deploy.bundle import Bundle
 from van_deploy.environment.hardware import nvidia_driver
-from van_deploy.errors import InputError, MissingDependency, UsageError
+from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, require_onnxruntime
-from van_deploy.runners.onnxruntime_cuda import CUDA, LIBRARIES, cuda_libraries
+from van_deploy.runners.onnxruntime_cuda import (
+    CUDA,
+    LIBRARIES,
+    cuda_libraries,
+    failures,
+    refuse_nhwc,
+)
 
 
 def test_a_provider_that_is_not_built_in(digits_onnx: Path) -> None:
@@ -51,6 +58,30 @@ def test_a_provider_that_does_not_start(digits_onnx: Path, monkeypatch: pytest.M
         "on the CPU without a word."
     )
     assert "cuDNN 9" in caught.value.remedy
+
+
+def test_nhwc_is_not_for_a_quantised_graph(precisions_bundle: Path) -> None:
+    """It loads, and the first run fails: seen on an H200 with ONNX Runtime 1.31."""
+    bundle = Bundle.open(precisions_bundle)
+    with pytest.raises(UsageError) as caught:
+        refuse_nhwc(bundle.verified("int8"))
+    assert caught.value.message == (
+        "ONNX Runtime's CUDA provider cannot run a quantised graph with prefer_nhwc."
+    )
+    refuse_nhwc(bundle.verified("fp16"))
+
+
+def test_a_gpus_failure_is_the_projects_error() -> None:
+    """Some come as RuntimeError, which is not ONNX Runtime's own class."""
+    with pytest.raises(ConversionError) as caught, failures("a batch of 8"):
+        raise RuntimeError("Error in execution: CUDNN_STATUS_EXECUTION_FAILED")
+    assert caught.value.message == (
+        "ONNX Runtime failed on a batch of 8: Error in execution: CUDNN_STATUS_EXECUTION_FAILED"
+    )
+    with pytest.raises(MissingDependency, match="The GPU is out of memory"), failures("a batch"):
+        raise RuntimeError("CUDA failure 2: out of memory")
+    with pytest.raises(KeyError), failures("a batch"):
+        raise KeyError("a fault of this program keeps its traceback")
 
 
 def test_a_cpu_session_has_no_resident_batches(digits_onnx: Path) -> None:

@@ -31,7 +31,8 @@ TENSORRT = "tensorrt"
 RTX = "tensorrt-rtx"
 
 RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-"""What TensorRT for RTX 1.7 can build for: the members of its ``ComputeCapability``."""
+"""What TensorRT for RTX 1.7 can build for: the members of its ``ComputeCapability``. On an H200
+(sm_90) it built a plan without a target and did not load it (docs/gpu-results.md)."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,10 @@ class Backend:
             self._set_targets_(config, options.targets)
 
     def _set_targets_(self, config: Any, targets: tuple[str, ...]) -> None:
-        names = [target.replace("sm_", "SM") for target in targets] or ["CURRENT"]
-        config.num_compute_capabilities = len(names)
-        for index, name in enumerate(names):
-            config.set_compute_capability(getattr(self.module.ComputeCapability, name), index)
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            capability = getattr(self.module.ComputeCapability, target.replace("sm_", "SM"))
+            config.set_compute_capability(capability, index)
 
 
 @dataclass(frozen=True)

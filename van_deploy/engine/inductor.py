@@ -303,9 +303,9 @@ def _network(onnx: Path, bundle: Bundle, request: PackageRequest) -> nn.Module:
         return network
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[request.precision]
     if request.fused_kernels:
-        from van_deploy.kernels.network import FusedVan, Plan
+        from van_deploy.kernels.network import FusedVan
 
-        return nn.Sequential(Cast(dtype), FusedVan(network, dtype, Plan()))
+        return nn.Sequential(Cast(dtype), FusedVan(network, dtype))
     network = network.to(dtype)
     norm = network.get_submodule("norm4").float()
     network.add_module("norm4", nn.Sequential(Cast(torch.float32), norm))

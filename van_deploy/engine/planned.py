@@ -9,7 +9,7 @@ from pathlib import Path
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions, EngineSettings
 from van_deploy.config.sizes import SizeRange
-from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
+from van_deploy.engine.backend import Backend, choose_backend
 from van_deploy.engine.build import Progress
 from van_deploy.engine.bundled import build_in_bundle, request_for
 from van_deploy.engine.fleet import BUILT, REUSED, Cell, FleetHost, Outcome
@@ -65,8 +65,7 @@ def planned_engines(
     for targets in settings.targets or ((),):
         backend = choose_backend(settings.backend, targets, host.target)
         served = targets or ((host.target,) if host.target else ())
-        listed = backend.builds_for_absent_gpus and set(served) <= set(RTX_TARGETS)
-        options = settings.of(served if listed else targets, batch, sizes)
+        options = settings.of(served if backend.builds_for_absent_gpus else targets, batch, sizes)
         refuse_impossible(backend, options, host, settings.timing_cache)
         plans += [Planned(name, served, backend, options) for name in settings.precisions]
     return sorted(plans, key=lambda plan: settings.precisions.index(plan.precision))

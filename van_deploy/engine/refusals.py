@@ -37,17 +37,17 @@ def _refusals(
     backend: Backend, options: BuildOptions, host: Host, timing_cache: Path | None
 ) -> Iterator[VanDeployError]:
     if backend.builds_for_absent_gpus:
-        yield from _rtx(backend, options, host, timing_cache)
+        yield from _rtx(backend, options, timing_cache)
     else:
         yield from _tensorrt(backend, options, host)
     yield from _workspace(options, host)
 
 
 def _rtx(
-    backend: Backend, options: BuildOptions, host: Host, timing_cache: Path | None
+    backend: Backend, options: BuildOptions, timing_cache: Path | None
 ) -> Iterator[VanDeployError]:
     served = ", ".join(RTX_TARGETS)
-    if not options.targets and host.gpu is None:  # else TensorRT itself says what it can
+    if not options.targets:
         yield UsageError(
             f"{backend.title} builds for GPUs that are named, and none is.",
             f"Name one with --target; it serves {served}.",

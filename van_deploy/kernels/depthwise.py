@@ -14,16 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.kernels.launch import (
-    after_previous,
-    divisor_block,
-    launched,
-    require,
-    tile_key,
-    tile_of,
-)
+from van_deploy.kernels.launch import FEW, chosen, divisor_block, launched, require
 
-__all__ = ["depthwise", "gelu", "row_groups", "row_items", "sums"]
+__all__ = ["depthwise", "gelu", "row_groups"]
 
 
 @triton.jit
@@ -47,88 +40,6 @@ def gelu(x, FINE: tl.constexpr):
 
 
 @triton.jit
-def row_items(first, count, BLOCK: tl.constexpr, W, groups, D: tl.constexpr, ROWS: tl.constexpr):
-    """Return which items exist, and image, first row and column of each: all (BLOCK,)."""
-    item = first + tl.arange(0, BLOCK)
-    group = (item // W) % groups
-    return item < count, item // (W * groups), (group // D) * (ROWS * D) + group % D, item % W
-
-
-@triton.jit
-def _value(x, inside, known, h, w, row, column, H, W, C, K, D, EVEN):
-    """Return the input under one tap, (P, B): ``row`` counts from the tap above row h."""
-    down: tl.constexpr = (row - K // 2) * D
-    right: tl.constexpr = (column - K // 2) * D
-    mask = inside & (h + down >= 0) & (h + down < H) & (w + right >= 0) & (w + right < W)
-    mask = mask[:, None]
-    if not EVEN:
-        mask = mask & known[None, :]
-    return tl.load(x + (down * W + right) * C, mask=mask, other=0.0)
-
-
-@triton.jit
-def _tap(w_ptr, known, place, C, EVEN):
-    """Return one tap of every channel, (1, B)."""
-    at = w_ptr + place * C
-    return (tl.load(at) if EVEN else tl.load(at, mask=known, other=0.0))[None, :]
-
-
-@triton.jit
-def sums(
-    x,
-    w_ptr,
-    inside,
-    known,
-    h,
-    w,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """Return ROWS tensors (P, B) of float32 sums over K x K taps, at rows h, h + D, ...
-
-    Args:
-        x: (P, B) pointers to row h, column w, of (N, H, W, C).
-        w_ptr: (B,) pointers into (K, K, C) float32: tap first, so that neighbouring threads
-            read neighbours.
-        inside, h, w: (P,) what :func:`row_items` returns.
-        known: (B,) which channels exist; they are masked unless EVEN.
-        H, W, C, K, D: the padding is D * (K // 2).
-    """
-    totals = ()
-    for _ in tl.static_range(ROWS):
-        totals = totals + (tl.zeros((x.shape[0], x.shape[1]), tl.float32),)
-    for column in tl.static_range(K):
-        taps = ()
-        for row in tl.static_range(K):
-            taps = taps + (_tap(w_ptr, known, row * K + column, C, EVEN),)
-        for row in tl.static_range(ROWS + K - 1):
-            value = _value(x, inside, known, h, w, row, column, H, W, C, K, D, EVEN).to(tl.float32)
-            added = ()
-            for out in tl.static_range(ROWS):
-                if out <= row and row - out < K:
-                    added = added + (totals[out] + value * taps[row - out],)
-                else:
-                    added = added + (totals[out],)
-            totals = added
-    return totals
-
-
-@triton.jit
-def _store(out, total, inside, known, h, row, H, W, C, D, GELU):
-    """Store one row of outputs."""
-    fine: tl.constexpr = out.dtype.element_ty == tl.float32
-    if GELU:
-        total = gelu(total, fine)
-    mask = (inside & (h + row * D < H))[:, None] & known[None, :]
-    tl.store(out + row * D * W * C, total.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def depthwise_kernel(
     x_ptr,
     w_ptr,
@@ -147,55 +58,53 @@ def depthwise_kernel(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ROLL: tl.constexpr,
-    PDL: tl.constexpr = 0,
 ):
-    """Compute ROWS rows of BLOCK_P columns and BLOCK_C channels.
+    """Compute ROWS rows, D apart, of BLOCK_P columns and BLOCK_C channels.
 
-    ROLL keeps every tap and K rows of sums in registers, and goes down the map row by row;
-    else ROWS rows of sums, and the taps of one column after the other.
+    An item is one column of one group of rows of one image. The taps (K, K, C) are float32,
+    tap first, so that neighbouring threads read neighbours; the padding is D * (K // 2).
     """
-    after_previous(PDL)
-    inside, n, h, w = row_items(tl.program_id(0) * BLOCK_P, items, BLOCK_P, W, groups, D, ROWS)
+    item = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside, group, w = item < items, (item // W) % groups, item % W
+    n, h = item // (W * groups), (group // D) * (ROWS * D) + group % D
     if LONG:
         n = n.to(tl.int64)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channels < C
     place = (((n * H + h) * W + w) * C)[:, None] + channels[None, :]
-    x, out, w_ptr = x_ptr + place, out_ptr + place, w_ptr + channels
+    x, out, taps_ptr = x_ptr + place, out_ptr + place, w_ptr + channels
     bias = tl.load(b_ptr + channels, mask=known, other=0.0)[None, :]
-    if ROLL:
-        taps, lines, totals = (), (), ()
-        for tap in tl.static_range(K * K):
-            taps = taps + (_tap(w_ptr, known, tap, C, EVEN),)
-        for column in tl.static_range(K):
-            lines = lines + (_value(x, inside, known, h, w, 0, column, H, W, C, K, D, EVEN),)
-        for _ in tl.static_range(ROWS):
-            totals = totals + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32) + bias,)
+    totals = ()
+    for _ in tl.static_range(ROWS):
+        totals = totals + (tl.zeros((BLOCK_P, BLOCK_C), tl.float32) + bias,)
+    for column in tl.static_range(K):
+        x_column = w + (column - K // 2) * D
+        fits = inside & (x_column >= 0) & (x_column < W)
+        taps = ()
+        for row in tl.static_range(K):
+            place = taps_ptr + (row * K + column) * C
+            tap = tl.load(place) if EVEN else tl.load(place, mask=known, other=0.0)
+            taps = taps + (tap[None, :],)
         for row in tl.static_range(ROWS + K - 1):
-            line = lines
-            if row < ROWS + K - 2:  # the next row is on its way while this one is multiplied
-                lines = ()
-                for column in tl.static_range(K):
-                    lines = lines + (
-                        _value(x, inside, known, h, w, row + 1, column, H, W, C, K, D, EVEN),
-                    )
-            for column in tl.static_range(K):
-                value = line[column].to(tl.float32)
-                added = ()
-                for here in tl.static_range(ROWS):
-                    if here <= row and row - here < K:
-                        tap = taps[(row - here) * K + column]
-                        added = added + (totals[here] + value * tap,)
-                    else:
-                        added = added + (totals[here],)
-                totals = added
-            if row >= K - 1:
-                _store(out, totals[row - K + 1], inside, known, h, row - K + 1, H, W, C, D, GELU)
-    else:
-        totals = sums(x, w_ptr, inside, known, h, w, H, W, C, K, D, ROWS, EVEN)
-        for row in tl.static_range(ROWS):
-            _store(out, totals[row] + bias, inside, known, h, row, H, W, C, D, GELU)
+            y = h + (row - K // 2) * D
+            mask = (fits & (y >= 0) & (y < H))[:, None]
+            if not EVEN:
+                mask = mask & known[None, :]
+            at = x + ((row - K // 2) * W + column - K // 2) * D * C
+            value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            added = ()
+            for here in tl.static_range(ROWS):
+                if here <= row and row - here < K:
+                    added = added + (totals[here] + value * taps[row - here],)
+                else:
+                    added = added + (totals[here],)
+            totals = added
+    for row in tl.static_range(ROWS):
+        total = totals[row]
+        if GELU:
+            total = gelu(total, out_ptr.dtype.element_ty == tl.float32)
+        mask = (inside & (h + row * D < H))[:, None] & known[None, :]
+        tl.store(out + row * D * W * C, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def row_groups(height: int, dilation: int, rows: int) -> int:
@@ -228,17 +137,16 @@ def depthwise(
     require(weight, "weight", (side | 1, side | 1, channels), like=x, dtype=torch.float32)
     require(bias, "bias", (channels,), like=x, dtype=torch.float32)
     out = torch.empty_like(x)
-    few = batch * height * width < 8192
-    rows = 1 if few else 7 if dilation == 1 else 5
+    pixels, most = batch * height * width, triton.cdiv(height, dilation)
+    few = pixels < FEW
+    rows = (1 if side == 3 else 2) if few else 4 if side == 3 else 7 if dilation == 1 else 10
     default = {
-        "ROWS": rows if (rows - 1) * dilation < height else 1,
-        "BLOCK_P": 8 if few else 16,
+        "ROWS": min(rows, most),
+        "BLOCK_P": 32 if side == 3 and not few else 8,
         "BLOCK_C": divisor_block(channels, 32),
-        "ROLL": int(side == 3 and not few),
         "num_warps": 2 if few else 4,
     }
-    key = tile_key("depthwise", (side, dilation, channels), batch * height * width)
-    tile = tile_of(key, default, x.device)
+    key, tile = chosen("depthwise", (side, dilation, channels), pixels, default, out)
     groups = row_groups(height, dilation, tile["ROWS"])
     items = batch * groups * width
     launched(

@@ -13,33 +13,15 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from van_deploy.errors import UsageError
 
-__all__ = [
-    "DTYPES",
-    "INTERPRETED",
-    "TILES",
-    "Launch",
-    "Tile",
-    "after_previous",
-    "divisor_block",
-    "known_tiles",
-    "launched",
-    "nearest",
-    "options",
-    "power_block",
-    "recorded",
-    "require",
-    "require_device",
-    "tile_key",
-    "tile_of",
-    "tuned_tiles",
-]
+__all__ = ["DTYPES", "FEW", "TILES", "Launch", "Tile", "chosen", "launched", "recorded", "require"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FEW = 8192
+"""Pixels below which there are too few programs to hide a load's latency by others."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs kernels on the CPU, operation by operation, to check them."""
 
@@ -75,23 +57,6 @@ class Launch:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-@triton.jit
-def after_previous(PDL: tl.constexpr):
-    """Let the next kernel start to set up, and wait until the previous one's writes are there.
-
-    Both do nothing unless the launch says so (see :func:`options`): compute capability 9.0's
-    programmatic dependent launch, which hides the time between two small kernels.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-def options(tile: Tile) -> dict[str, Any]:
-    """Return what a launch is called with: the tile, and the launch attribute that PDL needs."""
-    return {**tile, "launch_pdl": True} if tile.get("PDL") else dict(tile)
-
-
 _records: list[tuple[list[Launch], bool]] = []
 
 
@@ -116,6 +81,7 @@ def require(
     shape: int | tuple[int, ...],
     like: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    strided: bool = False,
 ) -> tuple[int, ...]:
     """Return a tensor's shape once it is one that a kernel takes.
 
@@ -125,6 +91,7 @@ def require(
         shape: its number of dimensions, or the whole shape.
         like: a tensor on the same device, and of the same type unless ``dtype`` is given.
         dtype: its type.
+        strided: its memory may be in any layout.
 
     Raises:
         UsageError: it is not; nothing was launched.
@@ -138,19 +105,17 @@ def require(
     if tensor.dtype not in DTYPES or tensor.dtype != wanted_dtype:
         takes = "float16, bfloat16 or float32" if like is None else wanted_dtype
         raise UsageError(f"'{name}' is {tensor.dtype}, where the kernel takes {takes}.")
-    if not tensor.is_contiguous():
+    if not strided and not tensor.is_contiguous():
         raise UsageError(
             f"'{name}' is not contiguous: its strides are {tensor.stride()}.",
             "Pass tensor.contiguous(), in the layout (N, H, W, C).",
         )
-    require_device(tensor, name, like)
+    if all(run for _, run in _records):
+        _require_gpu(tensor, name, like)
     return found
 
 
-def require_device(tensor: Tensor, name: str, like: Tensor | None = None) -> None:
-    """Raise :class:`UsageError` unless ``tensor`` is on a GPU, and on that of ``like``."""
-    if not all(run for _, run in _records):
-        return
+def _require_gpu(tensor: Tensor, name: str, like: Tensor | None) -> None:
     if tensor.device.type != ("cpu" if INTERPRETED else "cuda"):
         raise UsageError(
             f"'{name}' is on {tensor.device}, and the kernel runs on a GPU.",
@@ -169,7 +134,7 @@ def launched(
     if not all(run for _, run in _records):
         return
     if type(arguments[0]) is Tensor:
-        kernel[grid](*arguments, **options(tile))
+        kernel[grid](*arguments, **tile)
     else:  # traced
         torch.library.wrap_triton(kernel)[grid](*arguments, **tile)
 
@@ -183,37 +148,35 @@ def tile_key(kind: str, sizes: Iterable[int], pixels: int) -> str:
     return f"{kind}/{'x'.join(map(str, sizes))}/p{int(pixels).bit_length()}"
 
 
-def tile_of(key: str, default: Tile, device: torch.device) -> Tile:
-    """Return the tile for a shape class: being tried, tuned for this GPU, or ``default``.
+def chosen(
+    kind: str, sizes: Iterable[int], pixels: int, default: Tile, out: Tensor
+) -> tuple[str, Tile]:
+    """Return a launch's shape class and its tile: being tried, tuned for this GPU, or ``default``.
 
-    A class that was not tuned takes the tile of the nearest number of pixels that was.
+    A class that was not tuned takes the tile of the nearest number of pixels that was. Tiles
+    are tuned for 16 bits; float32 would not always fit the shared memory.
     """
-    chosen = TILES.get(key)
-    if chosen is None and device.type == "cuda":
-        chosen = nearest(known_tiles(device), key)
-    return default if chosen is None else {**default, **chosen}
+    key = tile_key(kind, sizes, pixels)
+    tile = TILES.get(key)
+    if tile is None and out.is_cuda and out.element_size() == 2:
+        tile = _stored(key, out.device)
+    return key, default if tile is None else {**default, **tile}
+
+
+@functools.cache
+def _stored(key: str, device: torch.device) -> Tile | None:
+    return nearest(tuned_tiles(*torch.cuda.get_device_capability(device)), key)
 
 
 def nearest(tiles: dict[str, Tile], key: str) -> Tile | None:
     """Return the tile of the same kernel and sizes whose number of pixels is nearest.
 
-    >>> nearest({"gated/32/p8": {"a": 1}, "gated/32/p15": {"a": 2}}, "gated/32/p13")
+    >>> nearest({"layer_norm/32/p8": {"a": 1}, "layer_norm/32/p15": {"a": 2}}, "layer_norm/32/p13")
     {'a': 2}
     """
-    if key in tiles:
-        return tiles[key]
     kind, pixels = key.rsplit("/p", 1)
     near = [int(k.rsplit("/p", 1)[1]) for k in tiles if k.rsplit("/p", 1)[0] == kind]
-    if not near:
-        return None
-    return tiles[f"{kind}/p{min(near, key=lambda p: abs(p - int(pixels)))}"]
-
-
-def known_tiles(device: torch.device | None = None) -> dict[str, Tile]:
-    """Return the tiles tuned for a GPU; empty where there are none."""
-    if not torch.cuda.is_available():
-        return {}
-    return tuned_tiles(*torch.cuda.get_device_capability(device))
+    return tiles[f"{kind}/p{min(near, key=lambda p: abs(p - int(pixels)))}"] if near else None
 
 
 @functools.cache
@@ -240,9 +203,5 @@ def divisor_block(count: int, largest: int) -> int:
     >>> divisor_block(160, 64), divisor_block(20, 64)
     (32, 32)
     """
-    block = largest
-    while block >= 16:
-        if count % block == 0:
-            return block
-        block //= 2
-    return power_block(count, largest)
+    block = min(count & -count, largest)  # the largest power of two in both
+    return block if block >= 16 else power_block(count, largest)

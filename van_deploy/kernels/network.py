@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,31 +11,11 @@ from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.fold import fold_van
 from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
 from van_deploy.kernels import plain, steps
-from van_deploy.kernels.launch import DTYPES, INTERPRETED, Tile, known_tiles, nearest, tile_key
-from van_deploy.kernels.pointwise import LARGEST_CHAIN
+from van_deploy.kernels.launch import DTYPES, INTERPRETED
 from van_deploy.model.random_weights import smooth_pictures
 from van_deploy.model.van import STAGES, VAN
 
-__all__ = ["FusedVan", "Plan", "fused"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which neighbouring steps of a block share a kernel, where a stage has at most 256 channels.
-
-    Attributes:
-        gate: conv1, the gate, proj_2 and the residual sum.
-        tail: dw3x3, GELU, fc2 and the residual sum.
-    """
-
-    gate: bool = False
-    tail: bool = False
-
-    @classmethod
-    def of(cls, channels: int, pixels: int, tiles: dict[str, Tile]) -> Plan:
-        """Return what was fastest among the tuned ``tiles``; else one kernel a step."""
-        found = nearest(tiles, tile_key("plan", (channels,), pixels)) or {}
-        return cls(bool(found.get("gate")), bool(found.get("tail")))
+__all__ = ["FusedVan", "fused"]
 
 
 class _Weights(nn.Module):
@@ -67,10 +46,8 @@ class _Block(nn.Module):
     def __init__(self, block: RewrittenBlock, dtype: torch.dtype) -> None:
         super().__init__()
         unit = block.attn.spatial_gating_unit
-        self.proj_1, self.proj_2 = (
-            _matrix(block.attn.proj_1, dtype),
-            _matrix(block.attn.proj_2, dtype),
-        )
+        self.proj_1 = _matrix(block.attn.proj_1, dtype)
+        self.proj_2 = _matrix(block.attn.proj_2, dtype)
         self.conv0, self.conv_spatial = _taps(unit.conv0), _taps(unit.conv_spatial)
         self.conv1 = _matrix(unit.conv1, dtype)
         self.dilation = cast("tuple[int, int]", unit.conv_spatial.dilation)[0]
@@ -85,23 +62,14 @@ class FusedVan(nn.Module):
     Args:
         model: with every rewrite of :mod:`van_deploy.graph.fold` made.
         dtype: of the weights and of every tensor between two kernels.
-        plan: for every stage; by default :meth:`Plan.of` chooses for each.
-        plain_steps: use :mod:`van_deploy.kernels.plain`.
-
-    Attributes:
         fallbacks: why the plain counterparts are used; empty where the kernels are.
     """
 
     def __init__(
-        self,
-        model: RewrittenVan,
-        dtype: torch.dtype,
-        plan: Plan | None = None,
-        fallbacks: tuple[str, ...] = (),
+        self, model: RewrittenVan, dtype: torch.dtype, fallbacks: tuple[str, ...] = ()
     ) -> None:
         super().__init__()
-        self.dtype, self.plan, self.fallbacks = dtype, plan, fallbacks
-        self.tiles = known_tiles()
+        self.dtype, self.fallbacks = dtype, fallbacks
         self.strides = model.config.strides
         self.eps = model.config.layer_norm_eps
         for stage in range(1, STAGES + 1):
@@ -111,9 +79,8 @@ class FusedVan(nn.Module):
             blocks = [_Block(block, dtype) for block in model.stage_blocks(stage)]
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
             norm = cast("nn.LayerNorm", model.get_submodule(f"norm{stage}"))
-            self.add_module(
-                f"norm{stage}", _Weights(norm.weight.float(), norm.bias, conv.out_channels)
-            )
+            weights = _Weights(norm.weight.float(), norm.bias, conv.out_channels)
+            self.add_module(f"norm{stage}", weights)
         self.head = model.head.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,54 +89,34 @@ class FusedVan(nn.Module):
         for stage in range(1, STAGES + 1):
             embed: Any = self.get_submodule(f"patch_embed{stage}")
             x = ops.patches(x, embed.weight, embed.bias, self.strides[stage - 1])  # (N, h, w, C)
-            pixels, channels = x.shape[0] * x.shape[1] * x.shape[2], x.shape[3]
-            plan = self.plan or Plan.of(channels, pixels, self.tiles)
-            plan = plan if channels <= LARGEST_CHAIN else Plan()
-            x = self._stage(ops, x, stage, plan).permute(0, 3, 1, 2)
+            for block in cast("nn.ModuleList", self.get_submodule(f"block{stage}")):
+                x = _block(ops, block, x)
+            norm: Any = self.get_submodule(f"norm{stage}")
+            x = ops.layer_norm(x, norm.weight, norm.bias, self.eps).permute(0, 3, 1, 2)
         return self.head(x.mean(dim=(2, 3))).float()
 
-    def _stage(self, ops: Any, x: Tensor, stage: int, plan: Plan) -> Tensor:
-        """Map ``(N, h, w, C)`` to the same shape, after the stage's LayerNorm."""
-        blocks: Any = self.get_submodule(f"block{stage}")
-        norm: Any = self.get_submodule(f"norm{stage}")
-        for block in blocks:
-            act = ops.pointwise(x, block.proj_1.weight, block.proj_1.bias, "gelu")
-            x = _attention(ops, block, x, act, plan)
-            hidden = ops.pointwise(x, block.fc1.weight, block.fc1.bias)
-            dwconv, fc2 = block.dwconv, block.fc2
-            if plan.tail:
-                x = ops.mlp_tail(hidden, dwconv.weight, dwconv.bias, fc2.weight, fc2.bias, x)
-            else:
-                hidden = ops.depthwise(hidden, dwconv.weight, dwconv.bias, 1, True)
-                x = ops.pointwise(hidden, fc2.weight, fc2.bias, "add", x)
-        return ops.layer_norm(x, norm.weight, norm.bias, self.eps)
 
-
-def _attention(ops: Any, block: Any, x: Tensor, act: Tensor, plan: Plan) -> Tensor:
-    """Return the residual stream after the attention half."""
+def _block(ops: Any, block: Any, x: Tensor) -> Tensor:
+    """Map ``(N, h, w, C)`` to the same shape."""
+    act = ops.pointwise(x, block.proj_1.weight, block.proj_1.bias, "gelu")
     y = ops.depthwise(act, block.conv0.weight, block.conv0.bias)
     y = ops.depthwise(y, block.conv_spatial.weight, block.conv_spatial.bias, block.dilation)
+    y = ops.pointwise(y, block.conv1.weight, block.conv1.bias, "multiply", act)
     skip = x if block.carry is None else x * block.carry
-    conv1, proj_2 = block.conv1, block.proj_2
-    if plan.gate:
-        return ops.gated(y, conv1.weight, conv1.bias, act, proj_2.weight, proj_2.bias, skip)
-    y = ops.pointwise(y, conv1.weight, conv1.bias, "multiply", act)
-    return ops.pointwise(y, proj_2.weight, proj_2.bias, "add", skip)
+    x = ops.pointwise(y, block.proj_2.weight, block.proj_2.bias, "add", skip)
+    y = ops.pointwise(x, block.fc1.weight, block.fc1.bias)
+    y = ops.depthwise(y, block.dwconv.weight, block.dwconv.bias, 1, True)
+    return ops.pointwise(y, block.fc2.weight, block.fc2.bias, "add", x)
 
 
 def fused(
-    model: nn.Module,
-    dtype: torch.dtype = torch.float16,
-    *,
-    plan: Plan | None = None,
-    fallback: bool = False,
+    model: nn.Module, dtype: torch.dtype = torch.float16, *, fallback: bool = False
 ) -> FusedVan:
     """Return a loaded VAN on the fused kernels, folded, in eval mode, on the CPU.
 
     Args:
         model: a :class:`van_deploy.model.van.VAN` in eval mode; it is not changed.
         dtype: of the weights and of every tensor between two kernels.
-        plan: which steps share a kernel; by default chosen by shape.
         fallback: where there is no GPU, or for another type, use plain PyTorch instead of
             failing; :attr:`FusedVan.fallbacks` says what fell back and why.
 
@@ -197,5 +144,5 @@ def fused(
             f"The network cannot run on the kernels: {' and '.join(reasons)}.",
             "Pass fallback=True to run the same network in plain PyTorch.",
         )
-    network = FusedVan(report.model, dtype, plan, tuple(reasons))
+    network = FusedVan(report.model, dtype, tuple(reasons))
     return network.eval().requires_grad_(False)

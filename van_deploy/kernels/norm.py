@@ -7,14 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.kernels.launch import (
-    after_previous,
-    launched,
-    power_block,
-    require,
-    tile_key,
-    tile_of,
-)
+from van_deploy.kernels.launch import FEW, chosen, launched, power_block, require
 
 __all__ = ["layer_norm"]
 
@@ -31,15 +24,12 @@ def norm_kernel(
     LONG: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PDL: tl.constexpr = 0,
 ):
     """Compute BLOCK_M pixels: every value is read and written once."""
-    after_previous(PDL)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.arange(0, BLOCK_C)
     known = channels < C
-    offset = rows.to(tl.int64) if LONG else rows
-    place = offset[:, None] * C + channels[None, :]
+    place = (rows.to(tl.int64) if LONG else rows)[:, None] * C + channels[None, :]
     mask = (rows < M)[:, None] & known[None, :]
     x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
     centred = tl.where(known[None, :], x - (tl.sum(x, 1) / C)[:, None], 0.0)
@@ -67,9 +57,8 @@ def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Te
     require(shift, "shift", (channels,), like=x, dtype=torch.float32)
     out = torch.empty_like(x)
     pixels, block_c = batch * height * width, power_block(channels, 2**30)
-    default = {"BLOCK_M": max(1, (512 if pixels < 8192 else 4096) // block_c), "num_warps": 4}
-    key = tile_key("layer_norm", (channels,), pixels)
-    tile = tile_of(key, default, x.device)
+    default = {"BLOCK_M": max(1, (1024 if pixels < FEW else 2048) // block_c), "num_warps": 4}
+    key, tile = chosen("layer_norm", (channels,), pixels, default, out)
     launched(
         norm_kernel,
         (triton.cdiv(pixels, tile["BLOCK_M"]),),

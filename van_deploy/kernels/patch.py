@@ -7,19 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.errors import UsageError
-from van_deploy.kernels.launch import (
-    DTYPES,
-    after_previous,
-    divisor_block,
-    launched,
-    power_block,
-    require,
-    require_device,
-    tile_key,
-    tile_of,
-)
-from van_deploy.kernels.pointwise import precision_of
+from van_deploy.kernels.launch import chosen, divisor_block, launched, power_block, require
 
 __all__ = ["patches"]
 
@@ -33,8 +21,6 @@ def patch_kernel(
     pixels,
     H,
     W,
-    out_h,
-    out_w,
     C_out,
     stride_n,
     stride_h,
@@ -44,21 +30,19 @@ def patch_kernel(
     K: tl.constexpr,
     STRIDE: tl.constexpr,
     PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
     LONG: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr = 0,
 ):
     """Compute BLOCK_M output pixels of BLOCK_N channels: one product a row of the kernel.
 
     PACKED: the values under one row of the kernel are contiguous (NHWC).
     """
-    after_previous(PDL)
     pixel = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside, known = pixel < pixels, columns < C_out
+    out_h, out_w = (H - 1) // STRIDE + 1, (W - 1) // STRIDE + 1
     n, row, left = pixel // (out_h * out_w), (pixel // out_w) % out_h, pixel % out_w
     if LONG:
         n = n.to(tl.int64)
@@ -79,19 +63,13 @@ def patch_kernel(
                 place = start[:, None] + gap[None, :]
             mask = fits[:, None] & exists[None, :] & (x >= 0) & (x < W)
             a = tl.load(x_ptr + place, mask=mask, other=0.0).to(w_ptr.dtype.element_ty)
-            b = tl.load(
-                w_ptr + (line * K * C_IN + inner)[:, None] * C_out + columns[None, :],
-                mask=exists[:, None] & known[None, :],
-                other=0.0,
-            )
-            total = tl.dot(a, b, total, input_precision=PRECISION)
+            at = w_ptr + (line * K * C_IN + inner)[:, None] * C_out + columns[None, :]
+            b = tl.load(at, mask=exists[:, None] & known[None, :], other=0.0)
+            total = tl.dot(a, b, total, input_precision="ieee")
     total += tl.load(b_ptr + columns, mask=known, other=0.0)[None, :]
     offset = pixel.to(tl.int64) if LONG else pixel
-    tl.store(
-        out_ptr + offset[:, None] * C_out + columns[None, :],
-        total.to(out_ptr.dtype.element_ty),
-        mask=inside[:, None] & known[None, :],
-    )
+    place, mask = offset[:, None] * C_out + columns[None, :], inside[:, None] & known[None, :]
+    tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @torch.library.triton_op("van_deploy::patches", mutates_args={})
@@ -107,13 +85,7 @@ def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     Raises:
         UsageError: a shape, type or device the kernel does not take.
     """
-    if x.dim() != 4 or 0 in x.shape or x.dtype not in DTYPES:
-        raise UsageError(
-            f"'x' is {tuple(x.shape)} {x.dtype}, where the kernel takes four dimensions of "
-            "float16, bfloat16 or float32."
-        )
-    require_device(x, "x")
-    batch, inner, height, width = x.shape
+    batch, inner, height, width = require(x, "x", 4, strided=True)
     side, outer = weight.shape[0], weight.shape[-1]
     require(weight, "weight", (side | 1, side | 1, inner, outer), like=x, dtype=weight.dtype)
     require(bias, "bias", (outer,), like=x, dtype=torch.float32)
@@ -127,16 +99,14 @@ def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
         "num_warps": 4,
         "num_stages": 3,
     }
-    key = tile_key("patches", (side, stride, inner, outer), pixels)
-    tile = tile_of(key, default, x.device)
+    key, tile = chosen("patches", (side, stride, inner, outer), pixels, default, out)
     stride_n, stride_c, stride_h, stride_w = x.stride()
     launched(
         patch_kernel,
         (triton.cdiv(outer, tile["BLOCK_N"]), triton.cdiv(pixels, tile["BLOCK_M"])),
-        (x, weight, bias, out, pixels, height, width, out_h, out_w, outer)
+        (x, weight, bias, out, pixels, height, width, outer)
         + (stride_n, stride_h, stride_w, stride_c, inner, side, stride)
-        + (stride_c == 1 and stride_w == inner, precision_of(weight))
-        + (max(x.numel(), out.numel()) >= 2**31,),
+        + (stride_c == 1 and stride_w == inner, max(x.numel(), out.numel()) >= 2**31),
         tile,
         key,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["depthwise", "gated", "layer_norm", "mlp_tail", "patches", "pointwise"]
+__all__ = ["depthwise", "layer_norm", "patches", "pointwise"]
 
 
 def depthwise(
@@ -35,27 +35,6 @@ def pointwise(
     if other is not None:
         return y * other if epilogue == "multiply" else y + other
     return functional.gelu(y) if epilogue == "gelu" else y
-
-
-def gated(
-    x: Tensor,
-    weight_1: Tensor,
-    bias_1: Tensor,
-    gate: Tensor,
-    weight_2: Tensor,
-    bias_2: Tensor,
-    skip: Tensor,
-) -> Tensor:
-    """Return what :func:`van_deploy.kernels.pointwise.gated` does."""
-    y = pointwise(x, weight_1, bias_1, "multiply", gate)
-    return pointwise(y, weight_2, bias_2, "add", skip)
-
-
-def mlp_tail(
-    x: Tensor, dw_weight: Tensor, dw_bias: Tensor, weight: Tensor, bias: Tensor, skip: Tensor
-) -> Tensor:
-    """Return what :func:`van_deploy.kernels.mlp.mlp_tail` does."""
-    return pointwise(depthwise(x, dw_weight, dw_bias, gelu=True), weight, bias, "add", skip)
 
 
 def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
@@ -11,25 +9,12 @@ from torch import Tensor
 
 from van_deploy.errors import UsageError
 from van_deploy.kernels.depthwise import gelu
-from van_deploy.kernels.launch import (
-    after_previous,
-    divisor_block,
-    launched,
-    power_block,
-    require,
-    tile_key,
-    tile_of,
-)
+from van_deploy.kernels.launch import FEW, chosen, divisor_block, launched, power_block, require
 
-__all__ = ["LARGEST_CHAIN", "Epilogue", "gated", "pointwise", "precision_of"]
+__all__ = ["EPILOGUES", "pointwise"]
 
-Epilogue = Literal["none", "gelu", "multiply", "add"]
+EPILOGUES = ("none", "gelu", "multiply", "add")
 """After the bias: nothing, the exact GELU, the product with or the sum with another tensor."""
-
-_NUMBER = {"none": 0, "gelu": 1, "multiply": 2, "add": 3}
-
-LARGEST_CHAIN = 256
-"""Most channels whose tensor between two products stays on chip."""
 
 
 @triton.jit
@@ -43,21 +28,18 @@ def pointwise_kernel(
     N,
     K: tl.constexpr,
     EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr,
     LONG: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     REPEAT: tl.constexpr,
-    PDL: tl.constexpr = 0,
 ):
     """Compute REPEAT times BLOCK_M pixels of BLOCK_N output channels.
 
     Neighbouring programs take the same pixels, so that their input is in the L2 cache. Where
     BLOCK_K holds all of K, a program loads its weights once.
     """
-    after_previous(PDL)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_known = (columns < N)[None, :]
     bias = tl.load(b_ptr + columns, mask=columns < N, other=0.0)[None, :]
@@ -79,11 +61,11 @@ def pointwise_kernel(
             a_mask = row_known if EVEN else row_known & (inner < K)[None, :]
             a = tl.load(x_ptr + offset[:, None] * K + inner[None, :], mask=a_mask, other=0.0)
             if K <= BLOCK_K:
-                total = tl.dot(a, weights, total, input_precision=PRECISION)
+                total = tl.dot(a, weights, total, input_precision="ieee")
             else:
                 b_mask = column_known if EVEN else column_known & (inner < K)[:, None]
                 b = tl.load(w_ptr + columns[None, :] * K + inner[:, None], mask=b_mask, other=0.0)
-                total = tl.dot(a, b, total, input_precision=PRECISION)
+                total = tl.dot(a, b, total, input_precision="ieee")
         total += bias
         if EPILOGUE == 1:
             total = gelu(total, x_ptr.dtype.element_ty == tl.float32)
@@ -92,70 +74,6 @@ def pointwise_kernel(
         if EPILOGUE == 3:
             total += other.to(tl.float32)
         tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def gated_kernel(
-    x_ptr,
-    w1_ptr,
-    b1_ptr,
-    gate_ptr,
-    w2_ptr,
-    b2_ptr,
-    skip_ptr,
-    out_ptr,
-    M,
-    C: tl.constexpr,
-    PRECISION: tl.constexpr,
-    LONG: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    PDL: tl.constexpr = 0,
-):
-    """Compute BLOCK_M pixels of all channels; the gated tensor never leaves the chip."""
-    after_previous(PDL)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channels = tl.arange(0, BLOCK_C)
-    known = channels < C
-    row_known = (rows < M)[:, None]
-    offset = rows.to(tl.int64) if LONG else rows
-    mask = row_known if EVEN else row_known & known[None, :]
-    place = offset[:, None] * C + channels[None, :]
-    x = tl.load(x_ptr + place, mask=mask, other=0.0)
-    skip = tl.load(skip_ptr + place, mask=mask, other=0.0)
-    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for start in range(0, C, BLOCK_J):
-        middle = start + tl.arange(0, BLOCK_J)
-        exists = middle < C
-        first = tl.load(
-            w1_ptr + middle[None, :] * C + channels[:, None],
-            mask=exists[None, :] & known[:, None],
-            other=0.0,
-        )
-        gate = tl.load(
-            gate_ptr + offset[:, None] * C + middle[None, :],
-            mask=row_known & exists[None, :],
-            other=0.0,
-        )
-        second = tl.load(
-            w2_ptr + channels[None, :] * C + middle[:, None],
-            mask=known[None, :] & exists[:, None],
-            other=0.0,
-        )
-        bias = tl.load(b1_ptr + middle, mask=exists, other=0.0)
-        value = tl.dot(x, first, input_precision=PRECISION) + bias[None, :]
-        value = (value * gate.to(tl.float32)).to(x.dtype)
-        total = tl.dot(value, second, total, input_precision=PRECISION)
-    total += tl.load(b2_ptr + channels, mask=known, other=0.0)[None, :]
-    total += skip.to(tl.float32)
-    tl.store(out_ptr + place, total.to(x.dtype), mask=mask)
-
-
-def precision_of(x: Tensor) -> str:
-    """Return how a product of this type is made: float32 in full, never in TF32."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 @torch.library.triton_op("van_deploy::pointwise", mutates_args={})
@@ -168,7 +86,7 @@ def pointwise(
         x: ``(N, H, W, C_in)``, contiguous.
         weight: ``(C_out, C_in)``.
         bias: ``(C_out,)`` float32.
-        epilogue: an :data:`Epilogue`.
+        epilogue: one of :data:`EPILOGUES`.
         other: ``(N, H, W, C_out)``, for ``multiply`` and ``add``.
 
     Raises:
@@ -178,88 +96,29 @@ def pointwise(
     outer = weight.shape[0]
     require(weight, "weight", (outer, inner), like=x)
     require(bias, "bias", (outer,), like=x, dtype=torch.float32)
-    if epilogue not in _NUMBER or (other is None) != (epilogue in ("none", "gelu")):
+    if epilogue not in EPILOGUES or (other is None) != (epilogue in ("none", "gelu")):
         raise UsageError(f"The epilogue '{epilogue}' and the other tensor do not go together.")
+    number = EPILOGUES.index(epilogue)
     if other is not None:
         require(other, "other", (batch, height, width, outer), like=x)
     out = torch.empty((batch, height, width, outer), dtype=x.dtype, device=x.device)
     pixels = batch * height * width
-    few = pixels < 8192
+    few = pixels < FEW
     default = {
-        "BLOCK_M": 16 if pixels < 1024 else 32 if few else 128,
+        "BLOCK_M": 16 if pixels < 1024 else 32 if few else 64,
         "BLOCK_N": power_block(outer, 32) if few else divisor_block(outer, 128),
         "BLOCK_K": divisor_block(inner, 64 if x.dtype != torch.float32 else 32),
-        "REPEAT": 1,
+        "REPEAT": 4 if not few and inner <= 64 and outer > 64 else 1,
         "num_warps": 4,
-        "num_stages": 4 if inner > 128 else 2,
+        "num_stages": 4 if few else 3,
     }
-    key = tile_key("pointwise", (_NUMBER[epilogue], inner, outer), pixels)
-    tile = tile_of(key, default, x.device)
+    key, tile = chosen("pointwise", (number, inner, outer), pixels, default, out)
+    columns = triton.cdiv(outer, tile["BLOCK_N"])
     launched(
         pointwise_kernel,
-        (
-            triton.cdiv(outer, tile["BLOCK_N"]),
-            triton.cdiv(pixels, tile["BLOCK_M"] * tile["REPEAT"]),
-        ),
-        (x, weight, bias, x if other is None else other, out, pixels, outer, inner)
-        + (_NUMBER[epilogue], precision_of(x), max(x.numel(), out.numel()) >= 2**31)
-        + (inner % tile["BLOCK_K"] == 0,),
-        tile,
-        key,
-    )
-    return out
-
-
-@torch.library.triton_op("van_deploy::gated", mutates_args={})
-def gated(
-    x: Tensor,
-    weight_1: Tensor,
-    bias_1: Tensor,
-    gate: Tensor,
-    weight_2: Tensor,
-    bias_2: Tensor,
-    skip: Tensor,
-) -> Tensor:
-    """Return ``skip + W2 @ (gate * (W1 @ x + b1)) + b2``.
-
-    Args:
-        x: ``(N, H, W, C)``, contiguous, C at most :data:`LARGEST_CHAIN`.
-        weight_1: ``(C, C)``, and ``weight_2`` as well.
-        bias_1: ``(C,)`` float32, and ``bias_2`` as well.
-        gate: ``(N, H, W, C)``, and ``skip`` as well.
-
-    Raises:
-        UsageError: a shape, type, layout or device the kernel does not take.
-    """
-    shape = require(x, "x", 4)
-    channels = shape[3]
-    if channels > LARGEST_CHAIN:
-        raise UsageError(
-            f"'x' has {channels} channels, where the kernel takes {LARGEST_CHAIN} at most.",
-            "Use two 1x1 convolutions.",
-        )
-    require(gate, "gate", shape, like=x)
-    require(skip, "skip", shape, like=x)
-    for name, weight, bias in (("1", weight_1, bias_1), ("2", weight_2, bias_2)):
-        require(weight, f"weight_{name}", (channels, channels), like=x)
-        require(bias, f"bias_{name}", (channels,), like=x, dtype=torch.float32)
-    out = torch.empty_like(x)
-    pixels = shape[0] * shape[1] * shape[2]
-    block_c = power_block(channels, LARGEST_CHAIN)
-    default = {
-        "BLOCK_M": 16 if pixels < 4096 else 64,
-        "BLOCK_J": divisor_block(channels, 64 if block_c < 128 else 32),
-        "num_warps": 4 if block_c < 128 else 8,
-        "num_stages": 2,
-    }
-    key = tile_key("gated", (channels,), pixels)
-    tile = tile_of(key, default, x.device)
-    launched(
-        gated_kernel,
-        (triton.cdiv(pixels, tile["BLOCK_M"]),),
-        (x, weight_1, bias_1, gate, weight_2, bias_2, skip, out)
-        + (pixels, channels, precision_of(x))
-        + (x.numel() >= 2**31, channels == block_c, block_c),
+        (columns, triton.cdiv(pixels, tile["BLOCK_M"] * tile["REPEAT"])),
+        (x, weight, bias, x if other is None else other, out, pixels, outer, inner, number)
+        + (max(x.numel(), out.numel()) >= 2**31, inner % tile["BLOCK_K"] == 0),
         tile,
         key,
     )

@@ -2,8 +2,9 @@
 
 LayerNorm, the mean over tokens and the head stay FP32: they cost nothing, and LayerNorm's
 overflow is the best-known failure of FP16 (NVIDIA/TensorRT issues 2564 and 4493). What else
-has to stay in FP32 beside FP16 is read from the ranges of real images (:mod:`van_deploy.precision.range_audit`);
-BF16 has FP32's own range, and 8 bits of precision where FP16 has 11.
+has to stay in FP32 beside FP16 is read from the ranges of real images
+(:mod:`van_deploy.precision.range_audit`); BF16 has FP32's own range, and 8 bits of precision
+where FP16 has 11.
 """
 
 from __future__ import annotations

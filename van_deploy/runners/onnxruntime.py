@@ -23,6 +23,7 @@ from van_deploy.runners.onnxruntime_cuda import (
     preload,
     provider_options,
     provider_starts,
+    refuse_nhwc,
     silent,
 )
 
@@ -153,6 +154,7 @@ class OnnxRuntimeRunner:
             MissingDependency: ONNX Runtime is not installed, lacks the provider asked for, or
                 cannot start it; there is no GPU.
             ConversionError: it refuses the graph, or would run part of it on the CPU.
+            UsageError: NHWC is asked for a quantised graph.
         """
         ort = require_provider(self.provider)
         options = ort.SessionOptions()
@@ -170,6 +172,8 @@ class OnnxRuntimeRunner:
         with ExitStack() as stack:
             provider: Any = self.provider
             if self.provider == CUDA:
+                if self.options.prefer_nhwc:
+                    refuse_nhwc(self.model)
                 cuda = require_cuda(gpu_index(self.device) or 0)
                 preload(ort)
                 options.log_severity_level = 4  # its errors come as exceptions, too

@@ -10,15 +10,24 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from van_deploy.environment.packages import pip_command
-from van_deploy.errors import ConversionError, InputError, MissingDependency, VanDeployError
+from van_deploy.errors import (
+    ConversionError,
+    InputError,
+    MissingDependency,
+    UsageError,
+    VanDeployError,
+)
 from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.cuda import Cuda, DeviceBatch, out_of_memory
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 __all__ = [
     "CUDA",
@@ -30,6 +39,7 @@ __all__ = [
     "preload",
     "provider_options",
     "provider_starts",
+    "refuse_nhwc",
     "silent",
 ]
 
@@ -187,13 +197,16 @@ def provider_options(options: CudaOptions, device: int, stream: int) -> dict[str
 
 @contextlib.contextmanager
 def failures(what: str) -> Iterator[None]:
-    """Turn ONNX Runtime's exceptions, which derive from Exception alone, into the project's."""
+    """Turn ONNX Runtime's exceptions into the project's.
+
+    They derive from Exception alone, and some failures of a GPU come as RuntimeError.
+    """
     try:
         yield
     except VanDeployError:
         raise
     except Exception as error:
-        if not type(error).__module__.startswith("onnxruntime"):
+        if not (type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError):
             raise
         if any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise out_of_memory(f"ONNX Runtime, {what}") from error
@@ -225,6 +238,23 @@ def provider_starts(ort: Any, provider: str, *, quiet: bool = True) -> bool:
         return False
     session.run(None, {"x": np.zeros(1, np.float32)})
     return True
+
+
+def refuse_nhwc(model: Path | ModelProto) -> None:
+    """Return if a graph can run with ``prefer_nhwc``.
+
+    Raises:
+        UsageError: it is quantised. ONNX Runtime 1.31 loads it and fails in the first run:
+            "Input channels C is not equal to kernel channels" (seen on an H200).
+    """
+    import onnx
+
+    graph = onnx.load(model, load_external_data=False) if isinstance(model, Path) else model
+    if any(node.op_type == "QuantizeLinear" for node in graph.graph.node):
+        raise UsageError(
+            "ONNX Runtime's CUDA provider cannot run a quantised graph with prefer_nhwc.",
+            "Leave prefer_nhwc off for INT8 files.",
+        )
 
 
 @contextlib.contextmanager
