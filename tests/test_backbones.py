@@ -293,7 +293,20 @@ class TestBundle:
         assert "stage4_height" in inspected.stdout
         timed = cli(
             *("bench", path, "--runners", "ort-cpu/fp32", "--runners", "pytorch", "--batches", "2"),
-            *("--seconds", "0.05", "--calls", "3", "--rounds", "2", "--no-roofline", "--json"),
+            *(
+                "--seconds",
+                "0.05",
+                "--limit",
+                "0.1",
+                "--warmup",
+                "0.01",
+                "--calls",
+                "3",
+                "--rounds",
+                "2",
+                "--no-roofline",
+                "--json",
+            ),
         )
         assert timed.exit_code == 0, timed.stderr
         rows = json.loads(timed.stdout)["rows"]
