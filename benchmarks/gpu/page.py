@@ -254,7 +254,7 @@ def _ceiling_lines(document: Document) -> list[str]:
 def _shown(command: str) -> str:
     """Return a command without the folders of its run.
 
-    >>> _shown("python x.py ort --out /tmp/a.json --bundle /root/b/van_b0 --seconds 1")
+    >>> _shown("python x.py ort --out /tmp/a.json --bundle /data/b/van_b0 --seconds 1")
     'python x.py ort --bundle van_b0 --seconds 1'
     """
     command = re.sub(r" --(out|output|cache)( /?[^ -]\S*)+", "", command)

@@ -216,5 +216,5 @@ def test_a_folder_of_images_is_no_input_of_a_network_of_other_channels(two: Path
     assert str(refused.value) == (
         "The network takes 2 channels, and image files have 1, 3 or 4.\n"
         "Only arrays have so many: for --images an .npz with 'images', uint8 (N, H, W, 2) or "
-        "normalised float32 (N, 2, S, S); for the server a tensor."
+        "normalised float32 (N, 2, H, W); for the server a tensor."
     )

@@ -70,7 +70,11 @@ def test_override_says_what_was_asked_for() -> None:
 @each(
     ("given", "message"),
     [
-        ({"image_size": 31}, "The image_size 31 should be greater than or equal to 32."),
+        (
+            {"image_size": 31},
+            "The image_size 31 should be greater than or equal to 32: the network takes any size "
+            "from there on.",
+        ),
         ({"image_size": 5000}, "The image_size 5000 should be less than or equal to 4096."),
         ({"image_size": "224"}, "The image_size '224' should be a valid integer."),
         ({"image_size": 224.5}, "The image_size 224.5 should be a valid integer."),

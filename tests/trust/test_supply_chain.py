@@ -47,6 +47,7 @@ NAMES = (
 PINS = pins_in(PINNED)
 MODULES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 MODULES |= {"google": "protobuf", "cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx-cu13"}
+MODULES |= {"pynvml": "nvidia-ml-py"}
 
 
 def here(requirement: Requirement) -> bool:
@@ -147,9 +148,11 @@ def test_every_package_that_is_imported_is_declared() -> None:
     known = {str(canonicalize_name(w.name)) for w in declared()}
     known |= {
         "click",
+        "ml-dtypes",
         "onnx-ir",
         "protobuf",
         "pydantic-core",
+        "triton",
         "typing-extensions",
     }  # each comes with one of those
     standard = set(sys.stdlib_module_names) | {"van_deploy", "tomllib"}

@@ -37,6 +37,7 @@ class Without:
         return self.finder.find_spec(name, path, target)
 
 BLOCKED = set(json.loads(sys.argv.pop(1)))
+before = set(sys.modules)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 sys.path_importer_cache.clear()
 from van_deploy.cli.app import main
@@ -44,7 +45,7 @@ sys.argv[0] = "van-deploy"
 try:
     main()
 finally:
-    found = sorted(BLOCKED & {name.partition(".")[0] for name in sys.modules})
+    found = sorted(BLOCKED & {name.partition(".")[0] for name in set(sys.modules) - before})
     print(f"imported: {found}", file=sys.stderr)
 """
 

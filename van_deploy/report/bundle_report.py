@@ -283,7 +283,7 @@ def _not_done(manifest: Entry, verdicts: Sequence[Row]) -> list[Block]:
 def portable(value: Kind) -> Kind:
     """Return a document's part with the folders of every absolute path left out.
 
-    >>> portable("16 of 520 images of '/home/me/cifar10/calib', in /srv/a/b.onnx; 3 images/s")
+    >>> portable("16 of 520 images of '/data/cifar10/calib', in /srv/a/b.onnx; 3 images/s")
     "16 of 520 images of 'calib', in b.onnx; 3 images/s"
     """
     found: Any = value
