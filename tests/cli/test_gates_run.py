@@ -106,7 +106,8 @@ def test_the_command_line_replaces_what_the_recipe_says(
         (
             ('"tensorrt-rtx"', '"xla"'),
             5,
-            "'engines.backend' is 'xla': it should be 'auto', 'tensorrt', 'tensorrt-rtx' or 'inductor'.",
+            "'engines.backend' is 'xla': it should be 'auto', 'tensorrt', 'tensorrt-rtx' or "
+            "'inductor'.",
         ),
         (
             ('["fp16", "int8"]', '["int8"]'),
