@@ -122,6 +122,8 @@ def test_the_cpu_has_a_graph_of_its_own_beside_the_other(bundle: Path) -> None:
     assert found["int8"]["ms_per_image"] > 0
     assert result.facts["recommended"] in {"fp32", "int8"}
     assert result.bundle.problems() == []
+    assert [f for f in result.facts["judged"]["findings"] if f["outcome"] != "pass"] == []
+    assert result.passed
 
 
 def test_auto_takes_the_fastest_scope_that_holds(bundle: Path) -> None:

@@ -15,7 +15,7 @@ scales are judged without the quantiser's records:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ from van_deploy.checks.gates import (
     SCALE_BOUNDS,
     SCALE_MEDIAN_FACTOR,
     SCALE_SPREAD,
+    UNSIGNED_LEAST,
+    UNSIGNED_SPREAD,
     Finding,
     Limit,
     Outcome,
@@ -38,6 +40,7 @@ from van_deploy.checks.graphs import quiet_session, run_taps, with_taps
 from van_deploy.checks.rules import at_least
 from van_deploy.checks.samples import Samples
 from van_deploy.graph.names import INPUT_NAME
+from van_deploy.precision.scales import pair_sums
 
 __all__ = ["ScaleRow", "judge_scales", "scale_faults", "without_activation_rounding"]
 
@@ -184,13 +187,15 @@ def _some(values: Array) -> Array:
 
 def _activations(pairs: Sequence[_Pair], method: str) -> tuple[list[ScaleRow], list[Finding]]:
     bounds = SCALE_BOUNDS.get(method, SCALE_BOUNDS["mse"])
+    factor, most = SCALE_SPREAD
+    if any(pair.ends[0] == 0 for pair in pairs):  # unsigned: for CPUs
+        bounds, (factor, most) = replace(bounds, least=UNSIGNED_LEAST), UNSIGNED_SPREAD
     ratios = [pair.scale / _best_scale(pair) for pair in pairs]
     rows = [
         ScaleRow(p.tensor, p.modules, p.scale, ratio, _ratio_fault(p.tensor, ratio, bounds))
         for p, ratio in zip(pairs, ratios, strict=True)
     ]
     median = float(np.median(ratios))
-    factor, most = SCALE_SPREAD
     far = float(np.mean(np.abs(np.log(np.array(ratios) / median)) > np.log(factor)))
     off = max(median / bounds.centre, bounds.centre / median)
     origin = f"right scales of '{method}' are {bounds.centre:g} times the best ones"
@@ -255,6 +260,10 @@ def _error(values: Array, scale: float, pair: _Pair) -> float:
 
 def _weights(model: ModelProto, stored: Mapping[str, Array]) -> Iterator[ScaleRow]:
     readers = _readers(model)
+    for_cpus = any(  # unsigned activations: two products side by side may be what limits a scale
+        node.op_type == "QuantizeLinear" and stored[node.input[2]].dtype == np.uint8
+        for node in model.graph.node
+    )
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear" or node.input[0] not in stored:
             continue
@@ -264,16 +273,21 @@ def _weights(model: ModelProto, stored: Mapping[str, Array]) -> Iterator[ScaleRo
                 tensor=node.input[0],
                 modules=readers.get(node.output[0], ()),
                 scale=float(scales.max()),
-                fault=_code_fault(node, codes, scales.astype(np.float64)),
+                fault=_code_fault(node, codes, scales.astype(np.float64), for_cpus=for_cpus),
             )
 
 
-def _code_fault(node: NodeProto, codes: Array, scales: Array) -> str:
-    """Return what is wrong with the integers of a weight, or ""."""
+def _code_fault(node: NodeProto, codes: Array, scales: Array, *, for_cpus: bool) -> str:
+    """Return what is wrong with the integers of a weight, or "".
+
+    For CPUs a channel is as fine as can be where two integers that are multiplied side by side
+    sum to the limit (:data:`~van_deploy.precision.scales.PAIR_LIMIT`).
+    """
     axis = next((a.i for a in node.attribute if a.name == "axis"), 1) if len(scales) > 1 else 0
     rows = np.abs(np.moveaxis(codes, axis, 0).reshape(len(scales), -1).astype(np.int64))
     largest = rows.max(axis=1)
-    wasted = (largest < LEAST_CODE) & (scales > SMALLEST_SCALE)
+    reached = np.maximum(largest, pair_sums(codes)) if for_cpus and codes.ndim == 4 else largest
+    wasted = (reached < LEAST_CODE) & (scales > SMALLEST_SCALE)
     count, share = MOST_SATURATED
     full = (rows >= np.iinfo(np.int8).max).sum(axis=1)
     clipped = full > max(count, share * rows.shape[1])

@@ -135,7 +135,10 @@ def cuda_version_of(module: str) -> str | None:
 
     None where it is not installed, or built for CPUs.
     """
-    spec = importlib.util.find_spec(module)
+    try:
+        spec = importlib.util.find_spec(module)
+    except ImportError:  # a finder may raise where it finds nothing
+        return None
     if spec is None or spec.origin is None:
         return None
     place = {"torch": "version.py", "onnxruntime": "capi/build_and_package_info.py"}[module]

@@ -63,6 +63,9 @@ without VNNI add two products of uint8 and int8 in 16 bits (``vpmaddubsw``), whe
 more does not fit and is cut off (ONNX Runtime's page on quantisation, "When and why do I
 need to try U8U8?")."""
 
+SMALLEST_FP32_SCALE = 2.0**-60
+"""A smaller scale, times that of the activations, could be denormal as float32."""
+
 LARGEST_BIAS = 2.0**30  # of an int32, with a factor of two to spare for the sum it joins
 
 _GRID = 24  # clips tried first, then as many around the best
@@ -169,11 +172,12 @@ def cpu_weight_scales(
     """Return each output channel's scale ``(O,)``, wide enough for ONNX Runtime's kernels.
 
     No two products overflow (:data:`PAIR_LIMIT`; rounding lengthens a sum by one at most),
-    and the bias fits into 32 bits.
+    and the bias fits into 32 bits. Nothing is FP16 there: nearly dead channels keep their scale.
     """
     for_bias = np.abs(bias) / (float(activation_scale) * LARGEST_BIAS)
-    wide = np.maximum(pair_sums(weight) / (PAIR_LIMIT - 1), for_bias)
-    return np.maximum(weight_scales(weight), storable_scales(wide))
+    finest = np.abs(weight.reshape(len(weight), -1)).max(axis=1) / INT8_LIMIT
+    least = np.maximum(pair_sums(weight) / (PAIR_LIMIT - 1), for_bias)
+    return np.maximum(np.maximum(finest, least), SMALLEST_FP32_SCALE).astype(np.float32)
 
 
 def rounded(weight: Floats, scales: Floats) -> npt.NDArray[np.int8]:

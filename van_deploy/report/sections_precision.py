@@ -48,6 +48,7 @@ def precision_blocks(facts: Entry) -> list[Block]:
             "top-1 % (95 %) = accuracy number; ms/image = ms_per_image .2f; gate = passed state",
         ),
         _measured_on(facts),
+        *notices("FAIL", _failures(facts)),
         *notices("WARNING", _doubts(facts)),
     ]
 
@@ -80,6 +81,14 @@ def _measured_on(facts: Entry) -> Facts:
             "recommended": f"{best.upper()}: {facts['why']}" if best else facts["why"],
         }
     )
+
+
+def _failures(facts: Entry) -> Iterator[str]:
+    """Yield the rules that the new graph breaks on the golden samples."""
+    judged = facts.get("judged") or {}
+    for finding in judged.get("findings", ()):
+        if finding["outcome"] == "fail":
+            yield f"{finding['rule']}: {finding['message']}"
 
 
 def _doubts(facts: Entry) -> Iterator[str]:
