@@ -40,7 +40,6 @@ from van_deploy.checks.graphs import quiet_session, run_taps, with_taps
 from van_deploy.checks.rules import at_least
 from van_deploy.checks.samples import Samples
 from van_deploy.graph.names import INPUT_NAME
-from van_deploy.precision.scales import pair_sums
 
 __all__ = ["ScaleRow", "judge_scales", "scale_faults", "without_activation_rounding"]
 
@@ -277,16 +276,26 @@ def _weights(model: ModelProto, stored: Mapping[str, Array]) -> Iterator[ScaleRo
             )
 
 
+def _pair_sums(codes: Array) -> Array:
+    """Return the largest ``|a + b|`` of neighbours in each channel of ``(O, I, H, W)``.
+
+    Neighbours as ONNX Runtime multiplies them: kernel row, column, input channel.
+    """
+    rows = codes.astype(np.int64).transpose(0, 2, 3, 1).reshape(len(codes), -1)
+    rows = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
+    return np.asarray(np.abs(rows[:, ::2] + rows[:, 1::2]).max(axis=1))
+
+
 def _code_fault(node: NodeProto, codes: Array, scales: Array, *, for_cpus: bool) -> str:
     """Return what is wrong with the integers of a weight, or "".
 
     For CPUs a channel is as fine as can be where two integers that are multiplied side by side
-    sum to the limit (:data:`~van_deploy.precision.scales.PAIR_LIMIT`).
+    sum to 127 (x86 without VNNI adds two products in 16 bits).
     """
     axis = next((a.i for a in node.attribute if a.name == "axis"), 1) if len(scales) > 1 else 0
     rows = np.abs(np.moveaxis(codes, axis, 0).reshape(len(scales), -1).astype(np.int64))
     largest = rows.max(axis=1)
-    reached = np.maximum(largest, pair_sums(codes)) if for_cpus and codes.ndim == 4 else largest
+    reached = np.maximum(largest, _pair_sums(codes)) if for_cpus and codes.ndim == 4 else largest
     wasted = (reached < LEAST_CODE) & (scales > SMALLEST_SCALE)
     count, share = MOST_SATURATED
     full = (rows >= np.iinfo(np.int8).max).sum(axis=1)
