@@ -157,8 +157,8 @@ def _variant(name: str, image_size: ImageSize | None) -> VariantDescription:
 
 
 def _weights(spec: str, image_size: ImageSize | None) -> WeightsDescription:
-    from van_deploy.model.architecture import variant_of
     from van_deploy.model.checkpoint import load_van
+    from van_deploy.model.variants import variant_of
 
     loaded = load_van(spec, offline=True)
     return WeightsDescription(
