@@ -51,6 +51,7 @@ class Table(Settings):
 def run(*words: str) -> tuple[Result, list[object]]:
     """Run a program with one command made of the table; return what it was called with, too."""
     program = typer.Typer(cls=CommandGroup, pretty_exceptions_enable=False)
+    program.callback()(lambda: None)  # a program with sub-commands
     called: list[object] = []
 
     @program.command()
@@ -60,10 +61,6 @@ def run(*words: str) -> tuple[Result, list[object]]:
     ) -> None:
         """Make it."""
         called.extend([place, table, dict(changes.values), quiet])
-
-    @program.command()
-    def other() -> None:
-        """Make this a program with sub-commands."""
 
     result = CliRunner().invoke(program, ["make", *words], env={"COLUMNS": "100", "NO_COLOR": "1"})
     return result, called
