@@ -59,7 +59,7 @@ DOCUMENTS: Mapping[str, str] = {
     "serve": "van_deploy.results:Listening",
     "sidecar": "van_deploy.engine.sidecar:Sidecar",
     "sign": "van_deploy.signing:Signed",
-    "sign-new-key": "van_deploy.signing_keys:KeyPair",
+    "sign-new-key": "van_deploy.signing:KeyPair",
     "signature": "van_deploy.signing:Signature",
     "verify": "van_deploy.checks.verdicts:VerifyReport",
     "verify-signature": "van_deploy.signing:Signed",

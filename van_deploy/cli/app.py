@@ -133,10 +133,10 @@ def translated(failure: BaseException) -> VanDeployError | None:
             f"There is not enough memory for this{said}.",
             "Use a smaller batch or image size, close other programs, or take a larger machine.",
         )
-    if isinstance(failure, OSError) and failure.errno in OS_REMEDIES:
-        kind, remedy = OS_REMEDIES[failure.errno]
+    if isinstance(failure, OSError) and (number := failure.errno or 0) in OS_REMEDIES:
+        kind, remedy = OS_REMEDIES[number]
         place = f" '{str(failure.filename)[:200]}'" if failure.filename else ""
-        return kind(f"Cannot write or read{place}: {os.strerror(failure.errno)}.", remedy)
+        return kind(f"Cannot write or read{place}: {os.strerror(number)}.", remedy)
     if NO_TEMPORARY in text:
         return MissingDependency(
             "There is no folder for temporary files that may be written.",
