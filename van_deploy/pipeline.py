@@ -188,6 +188,7 @@ def export_bundle(
             golden = write_golden(draft, samples, originals, users=source is not None)
             files = [*files, GOLDEN_FILE, *golden.originals]
         draft.description = _description(loaded, recipe, golden)
+        draft.checks.pop("simplify", None)  # of the graph that was there before
         draft.checks.update(checks)
         _record(draft, loaded, files, made_with, facts, record)
     clock.begin("")
