@@ -145,7 +145,7 @@ def benchmark(result: Result, options: argparse.Namespace) -> None:
     """Run ``van-deploy bench --profile`` on the GPU, as a user would, for two runners."""
     bundle = _copied(options)
     command = ["bench", str(bundle), "--device", options.device, "--batches", "1,128"]
-    command += ["--runners", "pytorch,ort-cuda/fp16,ort-cuda/int8", "--profile"]
+    command += ["--runners", "pytorch,ort-cuda/fp16", "--profile"]
     with turn():
         done = _van_deploy(*command, "--seconds", str(options.seconds), "--json")
     result.fact("exit_code", done.returncode)
