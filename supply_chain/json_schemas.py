@@ -32,8 +32,6 @@ from van_deploy.engine.fleet import FleetFile
 from van_deploy.errors import VanDeployError
 from van_deploy.schema import Open, Schema
 
-__all__ = ["DOCUMENTS", "INPUTS", "files", "schema_of"]
-
 DOCUMENTS: Mapping[str, str] = {
     "baseline": "van_deploy.checks.baseline:Baseline",
     "bench": "van_deploy.bench.document:BenchReport",
