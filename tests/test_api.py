@@ -14,6 +14,7 @@ import pytest
 import van_deploy as vd
 from tests.artifacts import Copy
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy import api
 from van_deploy.bundle import Bundle
 from van_deploy.cli.commands import COMMANDS
@@ -166,7 +167,7 @@ class TestBundle:
         assert second.manifest.name == second.name == "van_digits"
         assert repr(second) == f"Bundle('{path}')"
 
-    @pytest.mark.parametrize(
+    @each(
         ("options", "message"),
         [
             ({"max_drop": "1"}, "'max_drop=' is '1': it should be a number."),

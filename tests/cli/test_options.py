@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
-import pytest
 import typer
 from typer.testing import CliRunner, Result
 
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy.cli.app import CommandGroup
 from van_deploy.cli.options import with_options
 from van_deploy.config.fields import BatchRange, Size, option
@@ -107,7 +107,7 @@ def test_every_kind_of_value_arrives_as_a_file_would_have_it() -> None:
     ]
 
 
-@pytest.mark.parametrize(
+@each(
     ("words", "message"),
     [
         (["--count", "41"], "'--count' is 41: it should be less than or equal to 40.\n"),
@@ -152,7 +152,7 @@ def test_help_says_the_choices_the_default_and_the_limits() -> None:
     assert f"─ {HOW} ─" in text
 
 
-@pytest.mark.parametrize(
+@each(
     ("source", "words"),
     [
         ("'--opset' is 40: it should be less than or equal to 23.", ["--opset", "40"]),
