@@ -11,13 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from statistics import median
+from typing import Any
 
-from van_deploy.bench.gpu_state import GpuState, GpuWatch
-from van_deploy.bench.timing import Latency, latency_of
+from van_deploy.bench.gpu_state import GpuWatch
+from van_deploy.bench.timing import GpuState, Latency, latency_of
 from van_deploy.runners.base import Resident, gpu_index
-
-__all__ = ["Clock", "CudaClock", "DeviceTiming", "HostClock", "TorchClock", "clock_of", "timed"]
 
 STEADY_LOOKS, STEADY_PERCENT = 3, 2.0
 """The clock is steady when this many looks in a row lie within this many percent."""
@@ -32,21 +31,8 @@ TRANSFERS = 20
 """Copies each way of which the median counts."""
 
 
-class Clock(Protocol):
-    """Marks on a stream, and the time between two of them."""
-
-    def mark(self) -> Any:
-        """Put a mark on the stream."""
-
-    def wait(self, mark: Any) -> None:
-        """Wait until the device has reached a mark."""
-
-    def ms(self, start: Any, end: Any) -> float:
-        """Return the milliseconds between two marks that were reached."""
-
-
 class TorchClock:
-    """CUDA events of PyTorch.
+    """CUDA events of PyTorch: marks on a stream, and the time between two of them.
 
     Args:
         stream: handle of the stream to mark; 0 is the default one.
@@ -122,6 +108,9 @@ class HostClock:
         return 1e3 * (end - start)
 
 
+Clock = TorchClock | CudaClock | HostClock
+
+
 def clock_of(resident: Resident, device: str) -> Clock:
     """Return the clock of a network on a GPU: PyTorch's where PyTorch is imported already."""
     kind = TorchClock if "torch" in sys.modules else CudaClock
@@ -192,8 +181,8 @@ def timed(
         latency=latency_of(alone),
         queued_ms=queued_ms,
         images_per_s=1e3 * batch / queued_ms,
-        upload_ms=_transfer(resident.upload, clock),
-        download_ms=_transfer(resident.download, clock),
+        upload_ms=median(span_ms(clock, resident.upload) for _ in range(TRANSFERS)),
+        download_ms=median(span_ms(clock, resident.download) for _ in range(TRANSFERS)),
         first_call_ms=first_call_ms,
         warm_s=warm_s,
         steady=steady,
@@ -235,16 +224,21 @@ def _is_steady(clocks: Sequence[int | None]) -> bool | None:
     return max(known) - min(known) <= STEADY_PERCENT / 100 * max(known)
 
 
+def span_ms(clock: Clock, launch: Callable[[], object]) -> float:
+    """Launch something, wait for it, and return the milliseconds it took on the stream."""
+    start = clock.mark()
+    launch()
+    end = clock.mark()
+    clock.wait(end)
+    return clock.ms(start, end)
+
+
 def _alone(resident: Resident, clock: Clock, seconds: float, calls: int) -> list[float]:
     """Return the milliseconds of launches that each had the device for themselves."""
     samples: list[float] = []
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(samples) < calls:
-        start = clock.mark()
-        resident.launch()
-        end = clock.mark()
-        clock.wait(end)
-        samples.append(clock.ms(start, end))
+        samples.append(span_ms(clock, resident.launch))
     return samples
 
 
@@ -252,7 +246,7 @@ def _queued(
     resident: Resident, clock: Clock, watch: GpuWatch, seconds: float, alone: Sequence[float]
 ) -> tuple[float, list[GpuState]]:
     """Return the milliseconds of a launch among queued ones, and looks at the GPU meanwhile."""
-    each_s = latency_of(alone).p50_ms / 1e3
+    each_s = median(alone) / 1e3
     count = max(2, min(QUEUE_MOST, round(QUEUE_S / max(each_s, 1e-6))))
     groups: list[float] = []
     looks: list[GpuState] = []
@@ -265,16 +259,4 @@ def _queued(
         looks.append(watch.state())
         clock.wait(end)
         groups.append(clock.ms(start, end) / count)
-    return latency_of(groups).p50_ms, looks
-
-
-def _transfer(copy: Callable[[], None], clock: Clock) -> float:
-    """Return the median milliseconds of a copy."""
-    samples = []
-    for _ in range(TRANSFERS):
-        start = clock.mark()
-        copy()
-        end = clock.mark()
-        clock.wait(end)
-        samples.append(clock.ms(start, end))
-    return latency_of(samples).p50_ms
+    return median(groups), looks

@@ -6,13 +6,11 @@ NVML numbers the GPUs by itself: the one that CUDA uses is found by its identifi
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from typing import Any
 
+from van_deploy.bench.timing import GpuState
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.runners.base import gpu_index
-
-__all__ = ["GpuState", "GpuWatch"]
 
 THROTTLING = {
     0x04: "power cap",
@@ -23,27 +21,6 @@ THROTTLING = {
 }
 """Bits of NVML's clock event reasons (``nvml.h``, ``nvmlClocksEventReason*``) that slow a GPU
 down. The others say that it is idle, or that somebody has set its clocks."""
-
-
-@dataclass(frozen=True)
-class GpuState:
-    """What NVML says of a GPU at one time; None where it does not say.
-
-    Attributes:
-        sm_mhz: clock of the multiprocessors.
-        memory_mhz: clock of the memory.
-        power_w: what the board draws, in watts.
-        temperature_c: of the processor, in degrees Celsius.
-        throttled: why the clocks are held down; empty where they are not.
-        memory_used_bytes: taken on the whole GPU, by everybody.
-    """
-
-    sm_mhz: int | None = None
-    memory_mhz: int | None = None
-    power_w: float | None = None
-    temperature_c: int | None = None
-    throttled: tuple[str, ...] = ()
-    memory_used_bytes: int | None = None
 
 
 class GpuWatch:
