@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from tests.each import each
 from van_deploy.bench.contender import Contender
-from van_deploy.bench.gpu import timed
-from van_deploy.bench.gpu_state import GpuWatch
+from van_deploy.bench.gpu import Clock, GpuWatch, timed
 from van_deploy.bench.on_gpu import int8_not_worth_it, with_ratios
 from van_deploy.bench.profile import by_module
 from van_deploy.bench.timing import GpuState, Row, latency_of
@@ -60,23 +57,25 @@ class Clocks(GpuWatch):
 
 
 def test_latency_throughput_and_transfers_are_columns_of_their_own() -> None:
-    device: Any = Device(ms=2.0)
-    seen = timed(device, 8, device, GpuWatch("cpu"), seconds=0.02)
-    assert seen.latency.p50_ms == seen.latency.p99_ms == 2.5, "no transfer, no first call"
-    assert 2.0 < seen.queued_ms < 2.1, "the gap is paid once a group"
-    assert seen.images_per_s == pytest.approx(8e3 / seen.queued_ms)
-    assert (seen.upload_ms, seen.download_ms) == (3.0, 0.25)
-    assert seen.latency.calls >= 20
-    assert seen.steady is None
+    device = Device(ms=2.0)
+    seen = timed(
+        device, 8, Clock(device.mark, device.wait, device.ms), GpuWatch("cpu"), seconds=0.02
+    )
+    assert seen["latency"].p50_ms == seen["latency"].p99_ms == 2.5, "no transfer, no first call"
+    assert 2.0 < seen["queued_ms"] < 2.1, "the gap is paid once a group"
+    assert seen["images_per_s"] == pytest.approx(8e3 / seen["queued_ms"])
+    assert (seen["upload_ms"], seen["download_ms"]) == (3.0, 0.25)
+    assert seen["latency"].calls >= 20
+    assert seen["steady"] is None
 
 
 def test_samples_wait_for_a_steady_clock_and_throttling_is_told() -> None:
-    device: Any = Device(ms=2.0)
+    device = Device(ms=2.0)
     watch = Clocks(345, 900, 1500, 1900, 1980, throttled=("power cap",))
-    seen = timed(device, 1, device, watch, seconds=0.01)
-    assert seen.steady is True
-    assert seen.state.sm_mhz == 1980
-    assert seen.throttled == ("power cap",)
+    seen = timed(device, 1, Clock(device.mark, device.wait, device.ms), watch, seconds=0.01)
+    assert seen["steady"] is True
+    assert seen["gpu"].sm_mhz == 1980
+    assert seen["throttled"] == ("power cap",)
 
 
 def row(contender: str, ms: float | None, batch: int = 8) -> Row:

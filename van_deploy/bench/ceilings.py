@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from van_deploy.bench.gpu import HostClock, TorchClock, span_ms
+from van_deploy.bench.gpu import Clock, span_ms, torch_clock
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError
 
@@ -92,7 +92,7 @@ def _fastest_s(call: Callable[..., object], arguments: Sequence[Any], seconds: f
     import torch
 
     device = arguments[0].device
-    clock = TorchClock(0, device.index or 0) if device.type == "cuda" else HostClock()
+    clock = torch_clock(device=device.index or 0) if device.type == "cuda" else Clock()
     best, end = math.inf, time.perf_counter() + seconds
     call(*arguments)
     if device.type == "cuda":

@@ -23,10 +23,7 @@ def gpu_row(lane: Lane, images: Path, batch: int, image_size: ImageSize, budget:
     row = Row(lane.contender.name, batch, image_size, 1)
     taken = lane.start(images, batch)
     seen = lane.ask("resident", **taken, seconds=budget.seconds, calls=budget.calls)
-    if seen is None:
-        return lane.failed(row)
-    figures = {**vars(seen), "gpu": seen.state}
-    return replace(row, **{k: v for k, v in figures.items() if k not in ("state", "warm_s")})
+    return lane.failed(row) if seen is None else replace(row, **seen)
 
 
 def with_ratios(
@@ -41,19 +38,18 @@ def with_ratios(
     """
     rivals = {c.name for c in contenders if c.runtime == "pytorch"} or {rows[0].contender}
     named = {reference} if reference in {c.name for c in contenders} - rivals else rivals
+    best: dict[tuple[int, ImageSize], float] = {}
+    for row in rows:
+        place = row.batch, row.image_size
+        if row.contender in named and row.queued_ms:
+            best[place] = min(best.get(place, math.inf), row.queued_ms)
     result = []
     for row in rows:
-        same = [
-            other.queued_ms
-            for other in rows
-            if (other.batch, other.image_size) == (row.batch, row.image_size)
-            and other.contender in named
-            and other.queued_ms
-        ]
-        times = [min(same) / row.queued_ms] if same and row.queued_ms else []
+        fastest = best.get((row.batch, row.image_size))
+        times = [fastest / row.queued_ms] if fastest and row.queued_ms else []
         result.append(replace(row, ratio=ratio_of(times)))
     words = "the fastest of PyTorch's modes" if named == rivals else reference
-    return words if any(row.ratio for row in result) else None, result
+    return words if best else None, result
 
 
 def int8_not_worth_it(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[str]:

@@ -103,8 +103,7 @@ class Worker:
 
     def resident(self, images: Path, batch: int, seconds: float, calls: int) -> Any:
         """Take a batch; return what it takes on the GPU; see :func:`~.gpu.timed`."""
-        from van_deploy.bench.gpu import clock_of, timed
-        from van_deploy.bench.gpu_state import GpuWatch
+        from van_deploy.bench.gpu import GpuWatch, clock_of, timed
 
         self.take(images, batch)
         device = self._contender.device
