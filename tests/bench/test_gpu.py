@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -57,7 +59,7 @@ class Clocks(GpuWatch):
 
 
 def test_latency_throughput_and_transfers_are_columns_of_their_own() -> None:
-    device = Device(ms=2.0)
+    device: Any = Device(ms=2.0)
     seen = timed(
         device, 8, Clock(device.mark, device.wait, device.ms), GpuWatch("cpu"), seconds=0.02
     )
@@ -70,7 +72,7 @@ def test_latency_throughput_and_transfers_are_columns_of_their_own() -> None:
 
 
 def test_samples_wait_for_a_steady_clock_and_throttling_is_told() -> None:
-    device = Device(ms=2.0)
+    device: Any = Device(ms=2.0)
     watch = Clocks(345, 900, 1500, 1900, 1980, throttled=("power cap",))
     seen = timed(device, 1, Clock(device.mark, device.wait, device.ms), watch, seconds=0.01)
     assert seen["steady"] is True

@@ -56,7 +56,7 @@ def context(scripts: Any, tmp_path: Path) -> Any:
 
 
 def run(
-    scripts: Any, context: Any, codes: dict[str, str], budget: float = 60, **more: dict[str, Any]
+    scripts: Any, context: Any, codes: dict[str, str], budget: float = 60, **more: Any
 ) -> dict[str, dict[str, Any]]:
     steps = [
         scripts.steps.Step(
@@ -94,7 +94,11 @@ def test_a_failure_a_timeout_and_a_refusal_do_not_stop_the_others(
         "late": "",
         "works": "print('fine')",
     }
-    more = {"hangs": {"limit_s": 1}, "never": {"skip": "no driver"}, "late": {"least_s": 1000}}
+    more: dict[str, Any] = {
+        "hangs": {"limit_s": 1},
+        "never": {"skip": "no driver"},
+        "late": {"least_s": 1000},
+    }
     steps = run(scripts, context, codes, **more)
     told = {name: (step["state"], step["reason"]) for name, step in steps.items()}
     assert told["breaks"] == ("failed", "exit code 1: no such kernel")

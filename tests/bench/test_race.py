@@ -30,12 +30,12 @@ class Scripted(Lane):
     def feed(self, images: Path, batch: int, warmup_s: float) -> None:
         self.failure, self.call_ms = None, self.ms
 
-    def time_slice(self, seconds: float) -> float | None:
+    def time_slice(self, seconds: float) -> float:
         self.slices += 1
         self.race.clock += 1
         if self.slices == self.fails_at:
             self.failure = WorkerError("killed by SIGKILL", kind="killed")
-            return None
+            return 0.0
         took = self.ms * self.race.drift**self.race.clock * self.noise ** (self.slices % 2)
         took *= self.hurt if self.race.disturbed else 1.0
         self.latencies.append(took)

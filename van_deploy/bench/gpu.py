@@ -88,7 +88,8 @@ def cuda_clock(stream: int = 0, device: int = 0) -> Clock:
     """Return CUDA events of NVIDIA's cuda-python, for a process without PyTorch."""
     from van_deploy.runners.cuda import require_cuda
 
-    cuda, free = require_cuda(device), []
+    cuda = require_cuda(device)
+    free: list[Any] = []
 
     def mark() -> Any:
         event = free.pop() if free else cuda.call("cudaEventCreate")

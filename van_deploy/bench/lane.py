@@ -68,14 +68,14 @@ class Lane:
         answer = self.ask("feed", **self.start(images, batch), warmup_s=warmup_s)
         self.first_call_ms, self.call_ms = answer or (None, 0.0)
 
-    def time_slice(self, seconds: float) -> float | None:
-        """Time calls for ``seconds``, one at least; return their mean in ms, None on failure.
+    def time_slice(self, seconds: float) -> float:
+        """Time calls for ``seconds``, one at least; return their mean in ms, 0 on failure.
 
         The mean, not the median: that forgets a short disturbance where a slice holds many
         calls and cannot where it holds one, and so would flatter the faster of two.
         """
         if (answer := self.ask("time", seconds=seconds)) is None:
-            return None
+            return 0.0
         latencies, wall_s, self.peak_rss = answer
         self.latencies += latencies
         self.timed_s += wall_s

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -136,27 +136,26 @@ class Race:
 
     def _round(self, waiting: Sequence[Lane], base: Lane | None, slice_s: float) -> None:
         """Time one slice of each, and of the reference between them."""
+        import numpy as np
+
         others = [lane for lane in waiting if lane is not base]
         order = others if base is None else with_reference(others, base)
-        times: list[float | None] = []
+        times: list[float] = []  # 0 where it failed
         looks = [self.look()]
         for lane in order:
             times.append(lane.time_slice(slice_s))
             looks.append(self.look())
-        marks = {
-            i: ms
-            for i, (lane, ms) in enumerate(zip(order, times, strict=True))
-            if lane is base and ms is not None
-        }
+        at = [place for place, lane in enumerate(order) if lane is base and times[place]]
+        own = [times[place] for place in at]
         for place, (lane, ms) in enumerate(zip(order, times, strict=True)):
-            if lane is base or ms is None:
+            if lane is base or not ms:
                 continue
-            beside = nearest(marks, place)
+            beside = [*[i for i in at if i < place][-1:], *[i for i in at if i > place][:1]]
             lane.rounds.append((ms, max(max(looks[i : i + 2]) for i in (place, *beside))))
-            if beside:
-                lane.ratios.append(between(marks, place) / ms)
-        if base is not None and marks:
-            base.rounds.append((statistics.geometric_mean(marks.values()), max(looks)))
+            if at:  # interpolated in the logarithm: a drift of so many percent a place cancels
+                lane.ratios.append(math.exp(np.interp(place, at, np.log(own))) / ms)
+        if base is not None and own:
+            base.rounds.append((statistics.geometric_mean(own), max(looks)))
             base.ratios.append(1.0)
 
     def _start(self, lane: Lane) -> None:
@@ -186,30 +185,6 @@ def with_reference(others: Sequence[Lane], base: Lane) -> list[Lane]:
     for start in range(0, len(others), size):
         order += [*others[start : start + size], base]
     return order
-
-
-def nearest(marks: Iterable[int], place: int) -> list[int]:
-    """Return the marks next to a place, before it and after it, as far as they are.
-
-    >>> nearest([0, 3], 1), nearest([0], 1), nearest([], 0)
-    ([0, 3], [0], [])
-    """
-    before, after = [i for i in marks if i < place], [i for i in marks if i > place]
-    return [*before[-1:], *after[:1]]
-
-
-def between(marks: Mapping[int, float], place: int) -> float:
-    """Return what the marks nearest before and after a place say of it, by their distance.
-
-    Interpolated in the logarithm, so that a drift of so many percent a place cancels.
-
-    >>> between({0: 2.0, 3: 16.0}, 1), between({0: 2.0}, 1)
-    (4.0, 2.0)
-    """
-    import numpy as np
-
-    logarithms = np.log([*marks.values()])
-    return round(math.exp(np.interp(place, [*marks], logarithms)), 12)
 
 
 def _compared(lane: Lane, base: Lane | None) -> bool:
