@@ -22,11 +22,16 @@ from onnx import ModelProto
 from onnx.helper import find_min_ir_version_for, make_attribute
 from onnx.numpy_helper import to_array
 
-from van_deploy.config.sizes import ImageSize, SizeRange, sides_of
+from van_deploy.config.sizes import (
+    MAX_IMAGE_SIZE,
+    MIN_IMAGE_SIZE,
+    ImageSize,
+    SizeRange,
+    sides_of,
+)
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.graph.rewritten import RewrittenVan
-from van_deploy.model.preprocess import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from van_deploy.model.van import VAN
 
 if TYPE_CHECKING:
@@ -68,7 +73,7 @@ def onnx_from_van(
         in_chans: channels ``C`` of the input.
         batch: the one batch size; None leaves it dynamic.
         sizes: makes height and width dynamic; the graph itself takes any from
-            :data:`~van_deploy.model.preprocess.MIN_IMAGE_SIZE` on.
+            :data:`~van_deploy.config.sizes.MIN_IMAGE_SIZE` on.
         opset: ONNX operator set, one of :data:`OPSETS`.
         metadata: written into the file as ``metadata_props``.
 

@@ -32,8 +32,6 @@ from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig, Variant, variant_named, variant_of
 from van_deploy.model.weights_source import WeightsSource
 
-__all__ = ["ALL_STAGES", "EMBEDDED", "LoadedVan", "load_van"]
-
 ALL_STAGES = (0, 1, 2, 3)
 EMBEDDED = EMBEDDED_NAME
 """Name of the small trained network inside the package."""

@@ -19,8 +19,6 @@ from van_deploy.errors import CheckpointError
 from van_deploy.model.variants import VARIANTS, VanConfig, variant_of
 from van_deploy.schema import Schema, validated
 
-__all__ = ["is_timm", "is_transformers", "network_said"]
-
 Values = Mapping[str, Any]
 
 _EPS = {"mmpretrain": 1e-5}  # mmcv's build_norm_layer; the official code's and Transformers': 1e-6

@@ -14,16 +14,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "EMBEDDED_FOLDER",
-    "EMBEDDED_NAME",
-    "DigitsSplit",
-    "EmbeddedFiles",
-    "digits_images",
-    "embedded_files",
-    "write_digits_folder",
-]
-
 EMBEDDED_NAME = "van_digits"
 EMBEDDED_FOLDER = Path(__file__).parent / "digits"
 

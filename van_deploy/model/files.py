@@ -28,8 +28,6 @@ from van_deploy.documents import DocumentError, json_from, require_regular_file
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.keys import networks_in
 
-__all__ = ["SUFFIXES", "TOP_LEVEL", "WeightsFile", "read_weights"]
-
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 """Endings that make a word on the command line a path (``.pth.tar`` is a ``.tar``)."""
 

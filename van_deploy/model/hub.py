@@ -17,8 +17,6 @@ from typing import Any
 from van_deploy.errors import DownloadError, UsageError, VanDeployError
 from van_deploy.model.variants import HubFile, Variant
 
-__all__ = ["Progress", "cache_folder", "download", "hub_cache", "known_files", "locate_weights"]
-
 Progress = Callable[[str, int, "int | None"], None]
 """Called with a file's name, the bytes that are here, and those there will be (or None)."""
 

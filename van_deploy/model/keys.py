@@ -21,8 +21,6 @@ from dataclasses import dataclass
 
 from van_deploy.errors import CheckpointError, UsageError
 
-__all__ = ["FORMATS", "STAGES", "Translation", "listed", "networks_in", "translate_keys"]
-
 STAGES = 4
 FORMATS = ("official", "transformers", "mmpretrain")
 

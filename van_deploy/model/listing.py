@@ -9,8 +9,6 @@ from importlib.resources import files
 from van_deploy.model.hub import locate_weights
 from van_deploy.model.variants import VARIANTS, VanConfig
 
-__all__ = ["Listed", "listed_variants"]
-
 IMAGE_SIZE = 224  # what the published networks were trained at
 
 

@@ -28,8 +28,6 @@ from van_deploy.model.configs import is_timm, is_transformers, network_said
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.variants import CONFIG, PROCESSOR, VanConfig
 
-__all__ = ["described"]
-
 _ARGUMENTS = ("args", "hyper_parameters", "hparams")
 _TIMM = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "img_size", "input_size")
 _TORCHVISION = ("val_resize_size", "val_crop_size")

@@ -18,22 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from van_deploy.config.sizes import (
-    MAX_IMAGE_SIZE,
-    MIN_IMAGE_SIZE,
-    ImageSize,
-    possible_size,
-    sides_of,
-    size_text,
-)
+from van_deploy.config.sizes import ImageSize, possible_size, sides_of, size_text
 from van_deploy.documents import plain
 from van_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
-
-__all__ = ["MAX_IMAGE_SIZE", "MIN_IMAGE_SIZE", "OFFICIAL", "Interpolation", "Preprocessing"]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 """timm's names of Pillow's filters."""

@@ -18,15 +18,6 @@ from typing import Any
 from van_deploy.config.sizes import parse_image_size
 from van_deploy.errors import UsageError
 
-__all__ = [
-    "from_openmmlab",
-    "from_processor",
-    "from_timm",
-    "from_timm_config",
-    "from_torchvision",
-    "python_config",
-]
-
 Values = dict[str, Any]
 Given = Mapping[str, Any]
 

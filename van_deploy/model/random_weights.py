@@ -18,8 +18,6 @@ from torch.optim.swa_utils import update_bn
 from van_deploy.model.van import VAN, Block
 from van_deploy.model.variants import VanConfig
 
-__all__ = ["random_van", "sha256_of_state", "smooth_pictures"]
-
 _PICTURES, _SIDE = 4, 96
 _LONG_STAGE = 3  # blocks
 

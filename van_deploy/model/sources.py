@@ -23,8 +23,6 @@ from van_deploy.files import file_sha256, write_atomic
 from van_deploy.model.hub import Progress, cache_folder, download, known_files
 from van_deploy.model.variants import CONFIG, PROCESSOR, HubFile
 
-__all__ = ["LICENCE", "REPO", "Found", "find_weights", "from_hub", "is_official", "on_disk"]
-
 LICENCE = (
     "licence of the public weights: Apache-2.0; their README adds "
     '"for commercial use, please contact the authors"'

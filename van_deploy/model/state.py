@@ -26,8 +26,6 @@ from van_deploy.model.keys import STAGES, translate_keys
 from van_deploy.model.van import HEAD_LAYERS, VAN
 from van_deploy.model.variants import VanConfig
 
-__all__ = ["NamedState", "config_from_state_dict", "network_from_state", "official_state"]
-
 _COUNTER = "num_batches_tracked"  # BatchNorm's, of no meaning at inference
 
 

@@ -17,17 +17,6 @@ from itertools import pairwise
 from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.errors import UsageError
 
-__all__ = [
-    "CONFIG",
-    "PROCESSOR",
-    "VARIANTS",
-    "HubFile",
-    "VanConfig",
-    "Variant",
-    "variant_named",
-    "variant_of",
-]
-
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 """What stands beside weights, by Transformers' and timm's names."""
 
