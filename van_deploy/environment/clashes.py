@@ -9,8 +9,11 @@ import importlib.metadata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 from van_deploy.environment.hardware import Driver
-from van_deploy.environment.packages import COMPONENTS, ONNXRUNTIMES, canonical_name, pip_command
+from van_deploy.environment.packages import COMPONENTS, ONNXRUNTIMES, pip_command
 
 __all__ = ["Clash", "clashes_among", "unmet_requirements"]
 
@@ -43,127 +46,98 @@ def clashes_among(
         onnxruntime_cuda: the CUDA ONNX Runtime was built for.
     """
     return (
-        *_onnxruntime_clashes(distributions, driver),
-        *_cuda_clashes(torch_cuda, onnxruntime_cuda),
-        *_tensorrt_clashes(distributions, torch_cuda),
-        *_driver_clashes(torch_cuda, driver),
+        *_same_module(distributions, torch_cuda, driver),
+        *_other_cuda(distributions, torch_cuda, driver, onnxruntime_cuda),
     )
+
+
+def _same_module(
+    distributions: Mapping[str, str], torch_cuda: str | None, driver: Driver | None
+) -> Iterator[Clash]:
+    """Yield each module that several packages hold, and an ONNX Runtime that ignores the GPU."""
+    onnxruntime = "onnxruntime" if driver is None else "onnxruntime-gpu"
+    families = {ONNXRUNTIMES: onnxruntime}
+    for flavour in ("tensorrt", "tensorrt-rtx"):
+        wanted = f"{flavour}-cu{_major(torch_cuda) or 13}"
+        families[f"{flavour}-cu12", f"{flavour}-cu13"] = wanted
+    for family, wanted in families.items():
+        present = [name for name in family if name in distributions]
+        change = f"`{pip_command()} uninstall --yes {' '.join(present)} && {pip_command()} install"
+        if len(present) > 1:
+            yield Clash(
+                f"{' and '.join(present)} are both installed; they hold the same module and "
+                "overwrite each other's files.",
+                f"Keep one: {change} {wanted}`.",
+            )
+        elif present == ["onnxruntime"] and driver is not None and driver.gpus:
+            yield Clash(
+                "There is an NVIDIA GPU, but the installed onnxruntime is the one for CPUs.",
+                f"For the GPU: {change} 'onnxruntime-gpu[cuda,cudnn]'`.",
+            )
+
+
+def _other_cuda(
+    distributions: Mapping[str, str],
+    torch_cuda: str | None,
+    driver: Driver | None,
+    onnxruntime_cuda: str | None,
+) -> Iterator[Clash]:
+    """Yield what was built for another CUDA than PyTorch, and a driver too old for PyTorch's."""
+    if not torch_cuda:
+        return
+    major, pip = _major(torch_cuda), pip_command()
+    others = {"onnxruntime-gpu": onnxruntime_cuda or ""}
+    for flavour in ("tensorrt", "tensorrt-rtx"):
+        present = [f"{flavour}-cu{n}" for n in (12, 13) if f"{flavour}-cu{n}" in distributions]
+        others |= {name: name[-2:] for name in present if len(present) == 1}
+    for name, cuda in others.items():
+        if cuda and _major(cuda) != major:
+            yield Clash(
+                f"{name} was built for CUDA {cuda}, but PyTorch for CUDA {torch_cuda}: one process "
+                "cannot load both.",
+                "Install the onnxruntime-gpu that is built for PyTorch's CUDA: "
+                "https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html"
+                if name == "onnxruntime-gpu"
+                else f"Take the other flavour: `{pip} uninstall --yes {name} && "
+                f"{pip} install {name[:-2]}{major}`.",
+            )
+    if driver is not None and driver.cuda_version[0] < int(major):
+        yield Clash(
+            f"PyTorch was built for CUDA {torch_cuda}, but NVIDIA driver {driver.version} "
+            "runs CUDA up to {}.{}.".format(*driver.cuda_version),
+            f"Update the driver, or install a PyTorch built for CUDA {driver.cuda_version[0]}.",
+        )
+
+
+def _major(version: str | None) -> str:
+    return (version or "").partition(".")[0]
 
 
 def unmet_requirements(distributions: Mapping[str, str]) -> tuple[Clash, ...]:
     """Return the requirements that installed packages of ours state and do not get.
 
     Follows the components' own requirements (protobuf, numpy and the like) as
-    ``pip check`` does; extras are left out.
+    ``pip check`` does; extras are left out. Any ONNX Runtime stands for ``onnxruntime``.
     """
     todo = [name for component in COMPONENTS for name in component.distributions]
-    seen: set[str] = set()
     found: list[Clash] = []
-    while todo:
-        name = todo.pop(0)
-        if name in seen or name not in distributions:
-            continue
-        seen.add(name)
-        for needed, specifier in _requirements(name):
-            todo.append(needed)
-            version = _provided(needed, distributions)
-            if version is None or not _allows(specifier, version):
-                found.append(_unmet(name, needed, specifier, version))
+    for name in todo:  # which grows
+        stated = importlib.metadata.requires(name) if name in distributions else None
+        for needed in map(Requirement, stated or ()):
+            if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+                continue
+            package = canonicalize_name(needed.name)
+            names = ONNXRUNTIMES if package == "onnxruntime" else (package,)
+            version = next((distributions[n] for n in names if n in distributions), None)
+            if package not in todo:
+                todo.append(package)
+            if version is None or not needed.specifier.contains(version, prereleases=True):
+                here = f"{version} is installed" if version else "is not installed"
+                wanted = f"{package}{needed.specifier}"
+                found.append(
+                    Clash(
+                        f"{name} needs {wanted}, but {package} {here}.",
+                        f"Try `{pip_command()} install '{wanted}'`.",
+                    )
+                )
     return tuple(found)
-
-
-def _onnxruntime_clashes(
-    distributions: Mapping[str, str], driver: Driver | None
-) -> Iterator[Clash]:
-    present = [name for name in ONNXRUNTIMES if name in distributions]
-    if len(present) > 1:
-        wanted = "onnxruntime-gpu" if driver is not None else "onnxruntime"
-        pip = pip_command()
-        yield Clash(
-            f"{' and '.join(present)} are both installed; they hold the same module and "
-            "overwrite each other's files.",
-            f"Keep one: `{pip} uninstall --yes {' '.join(present)} && {pip} install {wanted}`.",
-        )
-    elif present == ["onnxruntime"] and driver is not None and driver.gpus:
-        pip = pip_command()
-        yield Clash(
-            "There is an NVIDIA GPU, but the installed onnxruntime is the one for CPUs.",
-            f"For the GPU: `{pip} uninstall --yes onnxruntime && "
-            f"{pip} install 'onnxruntime-gpu[cuda,cudnn]'`.",
-        )
-
-
-def _cuda_clashes(torch_cuda: str | None, onnxruntime_cuda: str | None) -> Iterator[Clash]:
-    if not torch_cuda or not onnxruntime_cuda:
-        return
-    if torch_cuda.partition(".")[0] != onnxruntime_cuda.partition(".")[0]:
-        yield Clash(
-            f"ONNX Runtime was built for CUDA {onnxruntime_cuda}, but PyTorch for CUDA "
-            f"{torch_cuda}: one process cannot load both.",
-            "Install the onnxruntime-gpu that is built for PyTorch's CUDA: "
-            "https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html",
-        )
-
-
-def _tensorrt_clashes(distributions: Mapping[str, str], torch_cuda: str | None) -> Iterator[Clash]:
-    for flavour in ("tensorrt", "tensorrt-rtx"):
-        present = [name for name in (f"{flavour}-cu12", f"{flavour}-cu13") if name in distributions]
-        if len(present) > 1:
-            yield Clash(
-                f"{' and '.join(present)} are both installed; only one of them is loaded.",
-                f"Keep one: `{pip_command()} uninstall {present[0]}`.",
-            )
-        elif present and torch_cuda and present[0][-2:] != torch_cuda.partition(".")[0]:
-            major = torch_cuda.partition(".")[0]
-            pip = pip_command()
-            yield Clash(
-                f"{present[0]} is for CUDA {present[0][-2:]}, but PyTorch was built for "
-                f"CUDA {torch_cuda}: one process cannot use both.",
-                f"Take the other flavour: `{pip} uninstall --yes {present[0]} && "
-                f"{pip} install {flavour}-cu{major}`.",
-            )
-
-
-def _driver_clashes(torch_cuda: str | None, driver: Driver | None) -> Iterator[Clash]:
-    if driver is None or torch_cuda is None:
-        return
-    needed = int(torch_cuda.partition(".")[0])
-    if driver.cuda_version[0] < needed:
-        newest = "{}.{}".format(*driver.cuda_version)
-        yield Clash(
-            f"PyTorch was built for CUDA {torch_cuda}, but NVIDIA driver {driver.version} "
-            f"runs CUDA up to {newest}.",
-            f"Update the driver, or install a PyTorch built for CUDA {driver.cuda_version[0]}.",
-        )
-
-
-def _requirements(distribution: str) -> Iterator[tuple[str, str]]:
-    """Return canonical names and version specifiers a package needs on this machine."""
-    from packaging.requirements import Requirement
-
-    for line in importlib.metadata.requires(distribution) or ():
-        requirement = Requirement(line)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield canonical_name(requirement.name), str(requirement.specifier)
-
-
-def _provided(name: str, distributions: Mapping[str, str]) -> str | None:
-    """Return the version of a package, any ONNX Runtime standing for ``onnxruntime``."""
-    names = ONNXRUNTIMES if name == "onnxruntime" else (name,)
-    return next((distributions[n] for n in names if n in distributions), None)
-
-
-def _allows(specifier: str, version: str) -> bool:
-    """Return whether the version is one that the specifier admits."""
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(specifier).contains(version, prereleases=True)
-
-
-def _unmet(name: str, needed: str, specifier: str, version: str | None) -> Clash:
-    """Return the clash of a package and what it needs."""
-    here = f"{needed} {version} is installed" if version else f"{needed} is not installed"
-    return Clash(
-        f"{name} needs {needed}{specifier}, but {here}.",
-        f"Try `{pip_command()} install '{needed}{specifier}'`.",
-    )

@@ -1,35 +1,39 @@
 """Which packages are installed, and whether they load.
 
-Versions come from the packages' metadata. Only the small run times (ONNX
-Runtime, TensorRT, OpenVINO) are imported, to see whether they load; PyTorch is not.
+Versions come from the packages' metadata. Only the small runtimes (ONNX Runtime, TensorRT,
+OpenVINO) are imported, to see whether they load; PyTorch is not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+
+from packaging.utils import canonicalize_name
 
 from van_deploy.documents import toml_from
-from van_deploy.environment.privacy import imported_quietly
 
 __all__ = [
     "COMPONENTS",
     "ONNXRUNTIMES",
     "Component",
     "Installed",
-    "canonical_name",
     "cuda_version_of",
     "execution_providers",
+    "imported_quietly",
     "installed_components",
     "installed_distributions",
     "pip_command",
+    "version_of",
 ]
 
 # These hold one and the same module; only one of them may be installed.
@@ -57,22 +61,13 @@ class Component:
     module: str = ""
 
 
-def canonical_name(distribution: str) -> str:
-    """Return a package's name as PyPI compares names.
-
-    >>> canonical_name("TensorRT_RTX_cu13")
-    'tensorrt-rtx-cu13'
-    """
-    return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def _components() -> Iterator[Component]:
-    for row in toml_from(Path(__file__).with_name("components.toml"))["component"]:
-        names = tuple(row["distributions"])
-        yield Component(**{"install": names[0], **row, "distributions": names})
-
-
-COMPONENTS = tuple(_components())
+_ROWS = toml_from(Path(__file__).with_name("components.toml"))["component"]
+COMPONENTS = tuple(
+    Component(
+        **{"install": row["distributions"][0], **row, "distributions": tuple(row["distributions"])}
+    )
+    for row in _ROWS
+)
 """In the order doctor lists them."""
 
 
@@ -99,12 +94,17 @@ class Installed:
 
 
 def installed_components(distributions: Mapping[str, str]) -> tuple[Installed, ...]:
-    """Return every component as it is here.
+    """Return every component as it is here; those that name a module are imported.
 
     Args:
         distributions: what :func:`installed_distributions` returned.
     """
-    return tuple(_installed(component, distributions) for component in COMPONENTS)
+    found = []
+    for component in COMPONENTS:
+        name = next((name for name in component.distributions if name in distributions), None)
+        fault = _import_fault(component.module) if name and component.module else None
+        found.append(Installed(component, name, distributions[name] if name else None, fault))
+    return tuple(found)
 
 
 def installed_distributions() -> dict[str, str]:
@@ -113,8 +113,15 @@ def installed_distributions() -> dict[str, str]:
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"]
         if name:  # a half-removed package may leave a folder without a name
-            found.setdefault(canonical_name(name), distribution.version)
+            found.setdefault(canonicalize_name(name), distribution.version)
     return found
+
+
+def version_of(distribution: str) -> str | None:
+    """Return the version of an installed package; None where it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(distribution)
+    return None
 
 
 def execution_providers() -> tuple[str, ...]:
@@ -124,10 +131,8 @@ def execution_providers() -> tuple[str, ...]:
     """
     if _import_fault("onnxruntime") is not None:
         return ()
-    onnxruntime = importlib.import_module("onnxruntime")
     # Two ONNX Runtimes over each other can leave a module without its functions.
-    listed = getattr(onnxruntime, "get_available_providers", tuple)
-    return tuple(listed())
+    return tuple(getattr(sys.modules["onnxruntime"], "get_available_providers", tuple)())
 
 
 def cuda_version_of(module: str) -> str | None:
@@ -159,13 +164,24 @@ def pip_command() -> str:
     return f"{short} -m pip"
 
 
-def _installed(component: Component, distributions: Mapping[str, str]) -> Installed:
-    """Return the component as ``distributions`` has it, imported if it names a module."""
-    name = next((name for name in component.distributions if name in distributions), None)
-    if name is None:
-        return Installed(component, None, None, None)
-    fault = _import_fault(component.module) if component.module else None
-    return Installed(component, name, distributions[name], fault)
+def imported_quietly(module: str) -> ModuleType:
+    """Return the module, imported without telling OpenVINO's makers.
+
+    OpenVINO reports its import to a web service. It takes its own stand-in where the reporter is
+    not installed, and for the time of the import it seems not to be. A reporter that was loaded
+    before stays.
+
+    Raises:
+        ImportError: the module is not there or does not load.
+    """
+    reporter = "openvino_telemetry"
+    if reporter in sys.modules:
+        return importlib.import_module(module)
+    sys.modules[reporter] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module(module)
+    finally:
+        del sys.modules[reporter]
 
 
 def _import_fault(module: str) -> str | None:

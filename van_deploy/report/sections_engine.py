@@ -153,12 +153,14 @@ def warnings_text(name: str, warnings: Mapping[str, int]) -> str:
 
 def environment_blocks(diagnosis: Entry) -> list[Block]:
     """Return the machine, the packages, what can be done here, and what clashes."""
-    from van_deploy.environment.packages import canonical_name, pip_command
+    from packaging.utils import canonicalize_name
+
+    from van_deploy.environment.packages import pip_command
 
     environment, packages = diagnosis["environment"], []
     for item in environment["components"]:
         component, version, fault = item["component"], item["version"], item["fault"]
-        other = item["distribution"] != canonical_name(component["install"]) and version
+        other = item["distribution"] != canonicalize_name(component["install"]) and version
         row = {
             "state": "FAIL" if fault else "MISSING" if version is None else "OK",
             "version": f"{version} ({item['distribution']})" if other else version,
