@@ -28,8 +28,6 @@ from van_deploy.precision.pipeline import quantize_bundle
 from van_deploy.results import BuildReport, Progress
 from van_deploy.tuning import require_timing, tuned, with_scope
 
-__all__ = ["build_bundle", "build_fleet", "phases"]
-
 
 def build_bundle(
     bundle: Bundle,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -28,73 +27,58 @@ RECORDED = sorted((Path(__file__).parent / "bindings").glob("*.json"))
 PACKAGE = Path(backend_module.__file__).parents[1]
 USERS = (*sorted((PACKAGE / "engine").glob("*.py")), PACKAGE / "runners" / "plan.py")
 
-COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
-    "": ("Builder", "DataType", "ILogger", "IProgressMonitor", "OnnxParser", "Runtime"),
-    "Builder": (
-        *("build_serialized_network", "create_builder_config", "create_network"),
-        "create_optimization_profile",
-    ),
-    "BuilderFlag": ("TF32", "VERSION_COMPATIBLE"),
-    "DataType": ("FLOAT", "HALF", "INT8", "INT32", "INT64", "BOOL"),
-    "EngineInspector": ("get_engine_information",),
-    "HardwareCompatibilityLevel": ("AMPERE_PLUS", "NONE", "SAME_COMPUTE_CAPABILITY"),
-    "IBuilderConfig": (
-        *("add_optimization_profile", "builder_optimization_level", "clear_flag"),
-        *("create_timing_cache", "get_memory_pool_limit", "hardware_compatibility_level"),
-        *("profiling_verbosity", "progress_monitor", "set_flag", "set_memory_pool_limit"),
-        *("set_timing_cache", "tiling_optimization_level"),
-    ),
-    "ICudaEngine": (
-        *("create_engine_inspector", "create_execution_context", "device_memory_size_v2"),
-        *("get_tensor_dtype", "get_tensor_mode", "get_tensor_name", "get_tensor_profile_shape"),
-        *("get_tensor_shape", "num_io_tensors", "num_layers", "num_optimization_profiles"),
-    ),
-    "IExecutionContext": (
-        *("execute_async_v3", "get_tensor_shape", "infer_shapes", "set_input_shape"),
-        *("set_optimization_profile_async", "set_tensor_address"),
-    ),
-    "IHostMemory": ("nbytes",),
-    "ILogger": ("Severity", "log"),
-    "INetworkDefinition": ("get_input", "get_output", "num_inputs", "num_layers", "num_outputs"),
-    "IOptimizationProfile": ("set_shape",),
-    "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
-    "ITensor": ("dtype", "name", "shape"),
-    "ITimingCache": ("combine", "serialize"),
-    "LayerInformationFormat": ("JSON",),
-    "MemoryPoolType": ("WORKSPACE",),
-    "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
-    "OnnxParser": ("get_error", "num_errors", "parse"),
-    "ParserError": ("code", "desc", "node_name", "node_operator"),
-    "ProfilingVerbosity": ("DETAILED", "LAYER_NAMES_ONLY", "NONE"),
-    "Runtime": ("deserialize_cuda_engine", "engine_host_code_allowed"),
-    "TensorIOMode": ("INPUT", "OUTPUT"),
-    "TilingOptimizationLevel": ("FAST", "FULL", "MODERATE"),
-}
-RTX_NAMES: Mapping[str, tuple[str, ...]] = {
-    "ComputeCapability": tuple(name.replace("sm_", "SM") for name in RTX_TARGETS),
-    "CudaGraphStrategy": ("DISABLED", "WHOLE_GRAPH_CAPTURE"),
-    "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
-    "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
-    "ICudaEngine": ("create_runtime_config",),
-    "IRuntimeCache": ("deserialize", "serialize"),
-    "IRuntimeConfig": (
-        *("create_runtime_cache", "cuda_graph_strategy", "set_runtime_cache"),
-        "dynamic_shapes_kernel_specialization_strategy",
-    ),
-    "Runtime": ("get_engine_validity",),
-}
-NAMES: Mapping[str, tuple[Mapping[str, tuple[str, ...]], ...]] = {
-    TENSORRT: (COMMON_NAMES,),
-    RTX: (COMMON_NAMES, RTX_NAMES),
-}
-"""The bindings' names this package uses, by backend: class, then members ("" for the module)."""
+COMMON_NAMES = """
+(module): Builder DataType ILogger IProgressMonitor OnnxParser Runtime
+Builder: build_serialized_network create_builder_config create_network create_optimization_profile
+BuilderFlag: TF32 VERSION_COMPATIBLE
+DataType: FLOAT HALF INT8 INT32 INT64 BOOL
+EngineInspector: get_engine_information
+HardwareCompatibilityLevel: AMPERE_PLUS NONE SAME_COMPUTE_CAPABILITY
+IBuilderConfig: add_optimization_profile builder_optimization_level clear_flag create_timing_cache
+IBuilderConfig: get_memory_pool_limit hardware_compatibility_level profiling_verbosity
+IBuilderConfig: progress_monitor set_flag set_memory_pool_limit set_timing_cache
+IBuilderConfig: tiling_optimization_level
+ICudaEngine: create_engine_inspector create_execution_context device_memory_size_v2 num_layers
+ICudaEngine: get_tensor_dtype get_tensor_mode get_tensor_name get_tensor_profile_shape
+ICudaEngine: get_tensor_shape num_io_tensors num_optimization_profiles
+IExecutionContext: execute_async_v3 get_tensor_shape infer_shapes set_input_shape
+IExecutionContext: set_optimization_profile_async set_tensor_address
+IHostMemory: nbytes
+ILogger: Severity log
+INetworkDefinition: get_input get_output num_inputs num_layers num_outputs
+IOptimizationProfile: set_shape
+IProgressMonitor: phase_finish phase_start step_complete
+ITensor: dtype name shape
+ITimingCache: combine serialize
+LayerInformationFormat: JSON
+MemoryPoolType: WORKSPACE
+NetworkDefinitionCreationFlag: STRONGLY_TYPED
+OnnxParser: get_error num_errors parse
+ParserError: code desc node_name node_operator
+ProfilingVerbosity: DETAILED LAYER_NAMES_ONLY NONE
+Runtime: deserialize_cuda_engine engine_host_code_allowed
+TensorIOMode: INPUT OUTPUT
+TilingOptimizationLevel: FAST FULL MODERATE
+"""
+RTX_NAMES = f"""
+ComputeCapability: {" ".join(RTX_TARGETS).replace("sm_", "SM")}
+CudaGraphStrategy: DISABLED WHOLE_GRAPH_CAPTURE
+DynamicShapesKernelSpecializationStrategy: EAGER
+IBuilderConfig: num_compute_capabilities set_compute_capability
+ICudaEngine: create_runtime_config
+IRuntimeCache: deserialize serialize
+IRuntimeConfig: create_runtime_cache cuda_graph_strategy set_runtime_cache
+IRuntimeConfig: dynamic_shapes_kernel_specialization_strategy
+Runtime: get_engine_validity
+"""
+"""The bindings' names this package uses: a class, and members of it."""
 
 
 def wanted(backend: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
-    for names in NAMES[backend]:
-        for owner, members in names.items():
-            found.setdefault(owner, set()).update(members)
+    for line in (COMMON_NAMES + RTX_NAMES * (backend == RTX)).split("\n"):
+        owner, _, members = line.partition(": ")
+        found.setdefault(owner.replace("(module)", ""), set()).update(members.split())
     return found
 
 

@@ -21,7 +21,7 @@ from van_deploy.config import BatchRange, BuildOptions, HardwareCompatibility, P
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.build import BuildProgress, engine_name
 from van_deploy.engine.host import Host
-from van_deploy.engine.sidecar import Sidecar, read_sidecar, verified_sidecar
+from van_deploy.engine.sidecar import Sidecar, verified_sidecar
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.files import file_sha256
 from van_deploy.model.preprocess import OFFICIAL
@@ -95,7 +95,7 @@ def test_other_options_give_another_plan_side_by_side(
         thread.start()
     for thread in threads:
         thread.join()
-    assert {name: read_sidecar(tmp_path / f"{name}.plan") for name in options} == found
+    assert {name: verified_sidecar(tmp_path / f"{name}.plan") for name in options} == found
     assert len({plan.sidecar.plan_sha256, *(made.plan_sha256 for made in found.values())}) == 3
     larger, smaller = found["b"].device_memory, plan.sidecar.device_memory
     assert larger["activation_bytes"] > smaller["activation_bytes"]

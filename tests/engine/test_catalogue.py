@@ -27,7 +27,9 @@ FLOAT, UINT8 = TensorProto.FLOAT, TensorProto.UINT8
 Spoil = Callable[[ModelProto], None]
 
 
-def small(nodes: list[onnx.NodeProto], weights: Mapping[str, object], kind: int = FLOAT) -> ModelProto:
+def small(
+    nodes: list[onnx.NodeProto], weights: Mapping[str, object], kind: int = FLOAT
+) -> ModelProto:
     images = helper.make_tensor_value_info("images", kind, ["batch", 3, 8, 8])
     logits = helper.make_tensor_value_info("logits", kind, None)
     stored = [numpy_helper.from_array(np.asarray(v), name) for name, v in weights.items()]

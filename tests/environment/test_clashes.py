@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 
 from tests.each import each
-from van_deploy.environment.clashes import clashes_among, unmet_requirements
 from van_deploy.environment.hardware import Driver, Gpu
-from van_deploy.environment.packages import installed_distributions, pip_command
+from van_deploy.environment.packages import (
+    clashes_among,
+    installed_distributions,
+    pip_command,
+    unmet_requirements,
+)
 
 GPUS = (Gpu("NVIDIA L4", (8, 9), 24 * 2**30),)
 L4, OLD = Driver("580.65.06", (13, 0), GPUS), Driver("535.104.05", (12, 2), GPUS)
@@ -22,7 +26,7 @@ SAME = "are both installed; they hold the same module and overwrite each other's
         (
             *(BOTH, "13.0", None, None),
             f"onnxruntime and onnxruntime-gpu {SAME}",
-            "uninstall --yes onnxruntime onnxruntime-gpu && {pip} install onnxruntime`.",
+            "uninstall --yes onnxruntime onnxruntime-gpu && {pip} install 'onnxruntime'`.",
         ),
         (
             BOTH,
@@ -42,7 +46,7 @@ SAME = "are both installed; they hold the same module and overwrite each other's
                 *([f"{flavour}-cu12"], "13.0", None, None),
                 f"{flavour}-cu12 was built for CUDA 12, but PyTorch for CUDA 13.0: one process "
                 "cannot load both.",
-                f"uninstall --yes {flavour}-cu12 && {{pip}} install {flavour}-cu13`.",
+                f"uninstall --yes {flavour}-cu12 && {{pip}} install '{flavour}-cu13'`.",
             )
             for flavour in ("tensorrt", "tensorrt-rtx")
         ),
@@ -58,7 +62,7 @@ SAME = "are both installed; they hold the same module and overwrite each other's
         (
             *(["tensorrt-cu12", "tensorrt-cu13"], "13.0", None, None),
             f"tensorrt-cu12 and tensorrt-cu13 {SAME}",
-            "install tensorrt-cu13`.",
+            "install 'tensorrt-cu13'`.",
         ),
         (
             *(["onnxruntime-gpu"], "13.0", OLD, None),

@@ -13,20 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from van_deploy.config import BuildOptions, HardwareCompatibility
-from van_deploy.environment.hardware import RTX_TARGETS
+from van_deploy.environment.hardware import RTX_TARGETS as RTX_TARGETS  # also for callers
 from van_deploy.environment.packages import pip_command, version_of
 from van_deploy.errors import MissingDependency, UsageError
-
-__all__ = [
-    "BACKENDS",
-    "RTX",
-    "RTX_TARGETS",
-    "TENSORRT",
-    "Backend",
-    "backend_named",
-    "choose_backend",
-    "release_of",
-]
 
 TENSORRT = "tensorrt"
 RTX = "tensorrt-rtx"

@@ -33,8 +33,6 @@ from van_deploy.files import file_sha256
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.schema import validated
 
-__all__ = ["BuildProgress", "Progress", "engine_from_onnx", "engine_name", "targets_of"]
-
 ONNX, PLAN, LOG = "engine.onnx", "engine.plan", "engine.log"  # always the same: see isolation.py
 CANCEL_WAIT_S = 5.0  # between asking TensorRT to stop and ending its process
 

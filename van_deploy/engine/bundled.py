@@ -28,16 +28,6 @@ from van_deploy.errors import BundleError, InputError, VanDeployError
 from van_deploy.files import content_key
 from van_deploy.manifest import EngineFacts
 
-__all__ = [
-    "ENGINES",
-    "EngineRequest",
-    "build_cells",
-    "enter",
-    "existing_engine",
-    "prepared",
-    "request_for",
-]
-
 ENGINES = "engines"
 
 

@@ -18,16 +18,6 @@ from van_deploy import errors
 from van_deploy.documents import toml_from
 from van_deploy.errors import ConversionError, VanDeployError
 
-__all__ = [
-    "CATALOGUE",
-    "Entry",
-    "build_failure",
-    "entry_for",
-    "load_failure",
-    "parser_failure",
-    "run_failure",
-]
-
 SHOWN = 3  # parser problems shown in full
 
 

@@ -30,8 +30,6 @@ from van_deploy.environment.hardware import cpu, memory
 from van_deploy.environment.packages import pip_command, version_of
 from van_deploy.errors import MissingDependency, UsageError
 
-__all__ = ["Obstacle", "obstacles", "refuse_impossible", "require_compatible", "torch_version"]
-
 AMPERE_PLUS = HardwareCompatibility.AMPERE_PLUS
 
 
@@ -54,7 +52,7 @@ def obstacles(sidecar: Sidecar | PackageSidecar, host: Host) -> tuple[Obstacle, 
     """Return everything that keeps what a sidecar speaks of from running on ``host``."""
     if isinstance(sidecar, PackageSidecar):
         return tuple(_of_package(sidecar, host))
-    return (*_version(sidecar), *_gpu(sidecar, host), *_driver(sidecar, host))
+    return tuple(_of_plan(sidecar, host))
 
 
 def require_compatible(sidecar: Sidecar | PackageSidecar, host: Host) -> None:
@@ -77,57 +75,19 @@ def torch_version() -> str:
     return (version_of("torch") or "").partition("+")[0]
 
 
-def _built(sidecar: Sidecar) -> str:
-    """Return what a plan was built for, as messages say it."""
-    served = " and ".join(sidecar.targets)
-    if sidecar.options.hardware_compatibility is AMPERE_PLUS:
-        served = "sm_80 and newer"
-    title = BACKENDS[sidecar.backend].title
-    return f"it was built for {served} with {title} {release_of(sidecar.backend_version)}"
-
-
-def _version(sidecar: Sidecar) -> Iterator[Obstacle]:
+def _of_plan(sidecar: Sidecar, host: Host) -> Iterator[Obstacle]:
+    plus = sidecar.options.hardware_compatibility is AMPERE_PLUS
+    served = "sm_80 and newer" if plus else " and ".join(sidecar.targets)
+    title, version = BACKENDS[sidecar.backend].title, release_of(sidecar.backend_version)
+    built = f"it was built for {served} with {title} {version}"
     try:
-        backend = backend_named(sidecar.backend)
+        yield from _version(sidecar, backend_named(sidecar.backend), built)
     except MissingDependency as error:
         yield Obstacle("backend", error.message.rstrip("."), error.remedy)
-        return
-    here, there = backend.version, sidecar.backend_version
-    compatible = sidecar.options.version_compatible
-    if here == there or (compatible and Version(here).release[:3] >= Version(there).release[:3]):
-        return
-    if release_of(here) != release_of(there):  # not another build of one release
-        here, there = release_of(here), release_of(there)
-    note = " (a version-compatible plan runs on later versions, never on earlier ones)"
-    yield Obstacle(
-        "version",
-        f"{_built(sidecar)}; installed is {backend.title} {here}{note * compatible}",
-        f"Rebuild it here, or install {backend.title} {there}.",
-    )
-
-
-def _gpu(sidecar: Sidecar, host: Host) -> Iterator[Obstacle]:
-    if host.gpu is None:
-        yield Obstacle(
-            "gpu",
-            f"{_built(sidecar)}; this machine has no NVIDIA GPU that answers",
-            "Run it on a machine with that GPU; `van-deploy doctor` tells what is here.",
-        )
-    elif host.target is not None:
-        if sidecar.options.hardware_compatibility is AMPERE_PLUS:
-            served = not _older_than_ampere(host.target)
-        else:
-            served = host.target in sidecar.targets
-        rtx = sidecar.backend == RTX
-        if not served:
-            yield Obstacle(
-                "gpu",
-                f"{_built(sidecar)}; this machine has {host.target} ({host.gpu})",
-                f"Rebuild with `--target {host.target}`." if rtx else "Rebuild on this machine.",
-            )
-
-
-def _driver(sidecar: Sidecar, host: Host) -> Iterator[Obstacle]:
+    serves = not _older_than_ampere(host.target) if plus else host.target in sidecar.targets
+    rtx = sidecar.backend == RTX
+    rebuild = f"Rebuild with `--target {host.target}`." if rtx else "Rebuild on this machine."
+    yield from _gpu(built, host, serves, rebuild)
     if host.cuda is not None and sidecar.cuda is not None and host.cuda[0] < sidecar.cuda:
         yield Obstacle(
             "driver",
@@ -137,29 +97,45 @@ def _driver(sidecar: Sidecar, host: Host) -> Iterator[Obstacle]:
         )
 
 
+def _version(sidecar: Sidecar, backend: Backend, built: str) -> Iterator[Obstacle]:
+    here, there = backend.version, sidecar.backend_version
+    compatible = sidecar.options.version_compatible
+    if here == there or (compatible and Version(here).release[:3] >= Version(there).release[:3]):
+        return
+    if release_of(here) != release_of(there):  # not another build of one release
+        here, there = release_of(here), release_of(there)
+    note = " (a version-compatible plan runs on later versions, never on earlier ones)"
+    yield Obstacle(
+        "version",
+        f"{built}; installed is {backend.title} {here}{note * compatible}",
+        f"Rebuild it here, or install {backend.title} {there}.",
+    )
+
+
+def _gpu(built: str, host: Host, serves: bool, rebuild: str) -> Iterator[Obstacle]:
+    if host.gpu is None:
+        yield Obstacle(
+            "gpu",
+            f"{built}; this machine has no NVIDIA GPU that answers",
+            "Run it on a machine with that GPU; `van-deploy doctor` tells what is here.",
+        )
+    elif host.target is not None and not serves:
+        here = f"{host.target} ({host.gpu})"
+        yield Obstacle("gpu", f"{built}; this machine has {here}", rebuild)
+
+
 def _of_package(sidecar: PackageSidecar, host: Host) -> Iterator[Obstacle]:
     here, served = torch_version(), ", ".join(sidecar.targets)
+    rebuild = "Rebuild it on this machine."
     if here != sidecar.torch:
-        installed = f"installed is {here}" if here else "none is installed"
         yield Obstacle(
             "version",
-            f"it was compiled with PyTorch {sidecar.torch}; {installed}",
+            f"it was compiled with PyTorch {sidecar.torch}; installed is {here or 'none'}",
             f"Rebuild it here, or `{pip_command()} install torch=={sidecar.torch}`.",
         )
     if sidecar.device == "cuda":
-        if host.gpu is None:
-            yield Obstacle(
-                "gpu",
-                f"it was compiled for {served}; this machine has no NVIDIA GPU that answers",
-                "Run it on a machine with that GPU, or build one for this processor with "
-                "--device cpu.",
-            )
-        elif host.target not in (None, *sidecar.targets):
-            yield Obstacle(
-                "gpu",
-                f"it was compiled for {served}; this machine has {host.target} ({host.gpu})",
-                "Rebuild it on this machine.",
-            )
+        serves = host.target in sidecar.targets
+        yield from _gpu(f"it was compiled for {served}", host, serves, rebuild)
         return
     processor = cpu()
     lacking = [f for f in sidecar.cpu_features if f not in processor.features]
@@ -170,7 +146,7 @@ def _of_package(sidecar: PackageSidecar, host: Host) -> Iterator[Obstacle]:
             "processor",
             f"it was compiled on {sidecar.built_on} and may use {', '.join(lacking)}, "
             f"which this processor ({processor.name}) does not have",
-            "Rebuild it on this machine.",
+            rebuild,
         )
 
 

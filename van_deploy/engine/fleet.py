@@ -39,18 +39,6 @@ from van_deploy.engine.sidecar import PackageSidecar, Sidecar
 from van_deploy.errors import RecipeError, UsageError, VanDeployError
 from van_deploy.schema import Contradiction, Settings, read_toml
 
-__all__ = [
-    "BUILT",
-    "FAILED",
-    "REUSED",
-    "Cell",
-    "FleetFile",
-    "FleetHost",
-    "Outcome",
-    "planned_engines",
-    "read_fleet",
-]
-
 BUILT, REUSED, FAILED = "built", "reused", "failed"
 
 

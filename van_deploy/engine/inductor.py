@@ -47,8 +47,6 @@ from van_deploy.schema import validated
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["INDUCTOR", "PRECISIONS", "build_package", "cudnn_tf32", "packages_asked", "quietly"]
-
 INDUCTOR = "inductor"
 PRECISIONS = ("fp32", "fp16", "bf16")
 SOURCE = "fp32"

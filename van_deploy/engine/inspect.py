@@ -25,15 +25,6 @@ from van_deploy.engine.sidecar import (
 from van_deploy.errors import VanDeployError
 from van_deploy.files import file_sha256
 
-__all__ = [
-    "EngineDescription",
-    "Layer",
-    "PackageDescription",
-    "describe_engine",
-    "describe_package",
-    "layers_from_json",
-]
-
 MALFORMED = 32  # EngineInvalidityDiagnostics.MALFORMED_ENGINE
 NOTES = re.compile(
     r"(?:After .*layers|(?:Total|Max) .*Memory:|Layer\(|Engine generation completed).*"

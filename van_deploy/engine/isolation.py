@@ -15,8 +15,6 @@ import ctypes
 import os
 import sys
 
-__all__ = ["addresses_are_fixed", "main"]
-
 ADDR_NO_RANDOMIZE = 0x0040000  # <sys/personality.h>
 ASK = 0xFFFFFFFF  # returns the current personality and changes nothing
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["BuildLog", "memory_facts", "trt_logger", "warnings_summary"]
-
 _MEMORY = {
     "weights_bytes": r"Total Weights Memory: (\d+) bytes",
     "activation_bytes": r"Total Activation Memory: (\d+) bytes",

@@ -26,8 +26,6 @@ from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.ray_tasks import RayDone, RayTask, require_ray, run_on_ray
 
-__all__ = ["build_on_ray", "task_resources"]
-
 
 def task_resources(cell: Cell) -> dict[str, Any]:
     """Return the options of a cell's Ray task.

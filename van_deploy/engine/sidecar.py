@@ -22,20 +22,6 @@ from van_deploy.model.preprocess import Preprocessing
 from van_deploy.schema import Schema
 from van_deploy.versioned import Versioned, read_versioned
 
-__all__ = [
-    "PACKAGE_SCHEMA",
-    "SCHEMA",
-    "PackageSidecar",
-    "Sidecar",
-    "Tensor",
-    "log_path",
-    "read_sidecar",
-    "sidecar_path",
-    "verified_package",
-    "verified_sidecar",
-    "write_sidecar",
-]
-
 SCHEMA: Final = "van-deploy/engine/2"
 PACKAGE_SCHEMA: Final = "van-deploy/inductor/1"
 REBUILD = "Build the engine again with `van-deploy build`."
@@ -212,15 +198,6 @@ def write_sidecar(plan: Path, sidecar: Vouching) -> Vouching:
     return complete
 
 
-def read_sidecar(plan: Path) -> Sidecar:
-    """Return the sidecar of ``plan``; the plan is not looked at.
-
-    Raises:
-        InputError: there is none, it cannot be read, or it was edited.
-    """
-    return _read(plan, Sidecar)
-
-
 def verified_sidecar(plan: Path) -> Sidecar:
     """Return the sidecar of ``plan`` after making sure that the plan is the one it speaks of.
 
@@ -239,8 +216,10 @@ def verified_package(package: Path) -> PackageSidecar:
     return _verified(package, PackageSidecar)
 
 
-def _read(file: Path, model: type[Vouching]) -> Vouching:
+def _verified(file: Path, model: type[Vouching]) -> Vouching:
     path = sidecar_path(file)
+    if not file.is_file():
+        raise InputError(f"There is no engine '{file}'.", REBUILD)
     if not path.is_file():
         raise InputError(
             f"'{file}' has no sidecar: '{path.name}' is not beside it. Loading it runs the "
@@ -254,13 +233,6 @@ def _read(file: Path, model: type[Vouching]) -> Vouching:
         raise InputError(
             f"'{path}' was edited after it was written: its digest does not match.", REBUILD
         )
-    return sidecar
-
-
-def _verified(file: Path, model: type[Vouching]) -> Vouching:
-    if not file.is_file():
-        raise InputError(f"There is no engine '{file}'.", REBUILD)
-    sidecar = _read(file, model)
     actual, expected = file_sha256(file), str(getattr(sidecar, model.DIGEST))
     if actual != expected:
         raise InputError(

@@ -21,8 +21,6 @@ from van_deploy.files import file_sha256
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
 
-__all__ = ["MAX_OPSET", "MIN_OPSET", "OnnxSource", "read_source"]
-
 MIN_OPSET = 9
 MAX_OPSET = 25
 """What TensorRT 11's parser supports: NVIDIA's ONNX opset guide."""

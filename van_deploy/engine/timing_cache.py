@@ -14,8 +14,6 @@ from filelock import FileLock, Timeout
 from van_deploy.errors import ConversionError, InputError
 from van_deploy.files import write_atomic
 
-__all__ = ["LOCK_WAIT_S", "attach_", "merge_into_file", "read", "save"]
-
 LOCK_WAIT_S = 60.0
 
 

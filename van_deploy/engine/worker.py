@@ -37,8 +37,6 @@ from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.errors import ConversionError, VanDeployError
 from van_deploy.files import write_atomic
 
-__all__ = ["TEMPORARY", "build", "main"]
-
 Send = Callable[..., None]
 
 TEMPORARY = "van-deploy-engine-"

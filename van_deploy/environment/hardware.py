@@ -18,21 +18,6 @@ from typing import Any
 
 import psutil
 
-__all__ = [
-    "RTX_TARGETS",
-    "Cpu",
-    "Disk",
-    "Driver",
-    "Gpu",
-    "Memory",
-    "cpu",
-    "disk",
-    "memory",
-    "nvidia_driver",
-    "peak_memory_bytes",
-    "visible_gpus",
-]
-
 # What decides how fast FP32, BF16 and INT8 run on a CPU; /proc/cpuinfo's names.
 BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")
 CPU_FEATURES = (

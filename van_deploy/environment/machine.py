@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from van_deploy import __version__
-from van_deploy.environment.clashes import Clash, clashes_among, unmet_requirements
 from van_deploy.environment.hardware import (
     Cpu,
     Disk,
@@ -30,14 +29,15 @@ from van_deploy.environment.hardware import (
     nvidia_driver,
 )
 from van_deploy.environment.packages import (
+    Clash,
     Installed,
+    clashes_among,
     cuda_version_of,
     execution_providers,
     installed_components,
     installed_distributions,
+    unmet_requirements,
 )
-
-__all__ = ["TRIALS", "Environment", "Trial", "environment_here", "tried"]
 
 WAIT_S = 120.0
 _PROVIDER = """

@@ -14,15 +14,6 @@ from van_deploy.errors import MissingDependency
 if TYPE_CHECKING:
     from van_deploy.environment.machine import Environment
 
-__all__ = [
-    "Ability",
-    "Diagnosis",
-    "Need",
-    "Shortfall",
-    "diagnosis_of",
-    "require",
-]
-
 
 class Need(str, enum.Enum):
     """What a script can require of a machine before it starts."""

@@ -1,4 +1,4 @@
-"""Which packages are installed, and whether they load.
+"""Which packages are installed, whether they load, and which do not go together.
 
 Versions come from the packages' metadata. Only the small runtimes (ONNX Runtime, TensorRT,
 OpenVINO) are imported, to see whether they load; PyTorch is not.
@@ -18,23 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from van_deploy.documents import toml_from
+from van_deploy.environment.hardware import Driver
 
-__all__ = [
-    "COMPONENTS",
-    "ONNXRUNTIMES",
-    "Component",
-    "Installed",
-    "cuda_version_of",
-    "execution_providers",
-    "imported_quietly",
-    "installed_components",
-    "installed_distributions",
-    "pip_command",
-    "version_of",
-]
+CUDA_PAGE = "https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html"
 
 # These hold one and the same module; only one of them may be installed.
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
@@ -191,3 +181,98 @@ def _import_fault(module: str) -> str | None:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return " ".join(str(error).split())[:300] or type(error).__name__
     return None
+
+
+@dataclass(frozen=True)
+class Clash:
+    """Installed things that do not go together.
+
+    Attributes:
+        message: what they are and what comes of it.
+        remedy: the command or step that ends it.
+    """
+
+    message: str
+    remedy: str
+
+
+def clashes_among(
+    distributions: Mapping[str, str],
+    torch_cuda: str | None,
+    driver: Driver | None,
+    onnxruntime_cuda: str | None = None,
+) -> tuple[Clash, ...]:
+    """Return what does not go together.
+
+    Args:
+        distributions: installed packages' canonical names and versions.
+        torch_cuda: the CUDA PyTorch was built for, such as ``13.0``.
+        driver: the NVIDIA driver, if there is one.
+        onnxruntime_cuda: the CUDA ONNX Runtime was built for.
+    """
+    pip, major = pip_command(), (torch_cuda or "").partition(".")[0]
+    found = []
+    families: dict[tuple[str, ...], str] = {
+        ONNXRUNTIMES: "onnxruntime" if driver is None else "onnxruntime-gpu[cuda,cudnn]",
+        ("tensorrt-cu12", "tensorrt-cu13"): f"tensorrt-cu{major or 13}",
+        ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"): f"tensorrt-rtx-cu{major or 13}",
+    }
+    for family, wanted in families.items():
+        present = [name for name in family if name in distributions]
+        change = f"`{pip} uninstall --yes {' '.join(present)} && {pip} install '{wanted}'`."
+        cuda = onnxruntime_cuda if family is ONNXRUNTIMES else "".join(present)[-2:]
+        if len(present) > 1:
+            message = "both installed; they hold the same module and overwrite each other's files."
+            found.append(Clash(f"{' and '.join(present)} are {message}", f"Keep one: {change}"))
+        elif present == ["onnxruntime"] and driver is not None and driver.gpus:
+            message = "There is an NVIDIA GPU, but the installed onnxruntime is the one for CPUs."
+            found.append(Clash(message, f"For the GPU: {change}"))
+        elif present and cuda and major and cuda.partition(".")[0] != major:
+            page = f" (ONNX Runtime's for each CUDA: {CUDA_PAGE})" * (family is ONNXRUNTIMES)
+            message = f"{present[0]} was built for CUDA {cuda}, but PyTorch for CUDA {torch_cuda}"
+            found.append(
+                Clash(
+                    f"{message}: one process cannot load both.",
+                    f"Take the one that is built for PyTorch's CUDA{page}: {change}",
+                )
+            )
+    if driver is not None and major and driver.cuda_version[0] < int(major):
+        newest = "{}.{}".format(*driver.cuda_version)
+        found.append(
+            Clash(
+                f"PyTorch was built for CUDA {torch_cuda}, but NVIDIA driver {driver.version} runs "
+                f"CUDA up to {newest}.",
+                f"Update the driver, or install a PyTorch built for CUDA {driver.cuda_version[0]}.",
+            )
+        )
+    return tuple(found)
+
+
+def unmet_requirements(distributions: Mapping[str, str]) -> tuple[Clash, ...]:
+    """Return the requirements that installed packages of ours state and do not get.
+
+    Follows the components' own requirements (protobuf, numpy and the like) as
+    ``pip check`` does; extras are left out. Any ONNX Runtime stands for ``onnxruntime``.
+    """
+    todo = [name for component in COMPONENTS for name in component.distributions]
+    found: list[Clash] = []
+    for name in todo:  # which grows
+        stated = importlib.metadata.requires(name) if name in distributions else None
+        for needed in map(Requirement, stated or ()):
+            if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+                continue
+            package = canonicalize_name(needed.name)
+            names = ONNXRUNTIMES if package == "onnxruntime" else (package,)
+            version = next((distributions[n] for n in names if n in distributions), None)
+            if package not in todo:
+                todo.append(package)
+            if version is None or not needed.specifier.contains(version, prereleases=True):
+                here = f"{version} is installed" if version else "is not installed"
+                wanted = f"{package}{needed.specifier}"
+                found.append(
+                    Clash(
+                        f"{name} needs {wanted}, but {package} {here}.",
+                        f"Try `{pip_command()} install '{wanted}'`.",
+                    )
+                )
+    return tuple(found)
