@@ -34,7 +34,7 @@ SAME = "are both installed; they hold the same module and overwrite each other's
             L4,
             None,
             f"onnxruntime and onnxruntime-gpu {SAME}",
-            "install onnxruntime-gpu",
+            "install 'onnxruntime-gpu[cuda",
         ),
         (
             *(["onnxruntime"], "13.0", L4, None),
