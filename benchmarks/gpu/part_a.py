@@ -25,7 +25,7 @@ def steps_of_a(context: Context, kernel_budget: float = 100) -> list[Step]:
         needs_gpu = step == "compile"
         return Step(name, about, command, limit, least, skip if needs_gpu else "")
 
-    def compiled(variant: str, rival: str, about: str, *more: str, limit: float = 120) -> Step:
+    def compiled(variant: str, rival: str, about: str, *more: str, limit: float = 280) -> Step:
         short = variant.removeprefix("van_")
         name = f"{rival}-{short}" + ("-folded" if "--folded" in more else "")
         options = ("--variant", variant, "--rival", rival, *more)
@@ -43,8 +43,8 @@ def steps_of_a(context: Context, kernel_budget: float = 100) -> list[Step]:
     return [
         torch_step("environment", "environment", "Versions, device, doctor.", limit=100),
         torch_step("ceilings", "ceilings", "The device's own limits.", limit=60),
-        compiled("van_b0", "compile-fp16", tuned, limit=280),
-        compiled("van_b2", "compile-fp16", tuned, limit=280),
+        compiled("van_b0", "compile-fp16", tuned),
+        compiled("van_b2", "compile-fp16", tuned),
         kernels("van_b0", kernel_budget, "--batch", "128,1,8", "--tries", "1"),
         compiled("van_b0", "kernels", ours),
         compiled("van_b0", "kernels-compile", ours_compiled),

@@ -36,7 +36,7 @@ def steps_of_b(context: Context) -> list[Step]:
 
     def gates(bundle: str, runner: str) -> Step:
         images = folder / IMAGES
-        package = [] if runner == "ort-cpu" else ["--package", "--artifact", "fp16"]
+        package = [] if bundle != TRAINED else ["--package", "--artifact", "fp16"]
         labelled = ["--images", str(images)] if bundle == TRAINED and images.exists() else []
         return step(
             f"gates-{bundle}-{runner}",
@@ -71,7 +71,9 @@ def steps_of_b(context: Context) -> list[Step]:
     return [
         shared["environment"],
         shared["ceilings"],
-        ort("fp16"),
+        step("gpu-tests", "tests", tests, "--select", f"not ({packages})", limit=280),
+        step("gpu-tests-packages", "tests", tests, "--select", packages, limit=280),
+        gates(TRAINED, "ort-cuda"),
         gates(SMALL, "ort-cuda"),
         step("inductor-fp16", "inductor", "An AOTInductor package.", *cpu, limit=280),
         step(
@@ -81,12 +83,10 @@ def steps_of_b(context: Context) -> list[Step]:
             *(*cpu, "--fused", "--batches", "128" if context.on_gpu else "2"),
             limit=280,
         ),
+        ort("fp16"),
         ort("fp32"),
         ort("int8"),
         ort("fp32", "--tf32"),
-        step("gpu-tests", "tests", tests, "--select", f"not ({packages})", limit=280),
-        step("gpu-tests-packages", "tests", tests, "--select", packages, limit=280),
-        gates(TRAINED, "ort-cuda"),
         *engines,
         step("bench", "bench", "van-deploy bench on the GPU.", limit=120),
         shared["eager-b0"],

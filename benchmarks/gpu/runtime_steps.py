@@ -95,7 +95,7 @@ def agreement(result: Result, options: argparse.Namespace) -> None:
         _built(result, bundle, options, "inductor")
     _verified(result, bundle, options)
     if options.images:
-        _judge(result, bundle, options, "evaluate", str(options.images))
+        _judge(result, bundle, options, "evaluate", "--images", options.images)
 
 
 def _verified(result: Result, bundle: Path, options: argparse.Namespace) -> None:
@@ -145,7 +145,7 @@ def benchmark(result: Result, options: argparse.Namespace) -> None:
     """Run ``van-deploy bench --profile`` on the GPU, as a user would, for two runners."""
     bundle = _copied(options)
     command = ["bench", str(bundle), "--device", options.device, "--batches", "1,128"]
-    command += ["--runners", "pytorch,ort-cuda/fp16,ort-cuda/int8", "--profile"]
+    command += ["--runners", "pytorch,ort-cuda/fp16", "--profile"]
     with turn():
         done = _van_deploy(*command, "--seconds", str(options.seconds), "--json")
     result.fact("exit_code", done.returncode)
@@ -371,7 +371,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32,128", type=_numbers)
     parser.add_argument("--runner", default="ort-cuda")
     parser.add_argument("--backend", default="tensorrt", choices=MODULES)
-    parser.add_argument("--images", type=Path)
+    parser.add_argument("--images", help="labelled images, for evaluate")
     parser.add_argument("--tf32", action="store_true")
     parser.add_argument("--package", action="store_true", help="build and judge one, too")
     parser.add_argument("--fused", action="store_true", help="a package with our own kernels")
