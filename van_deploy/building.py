@@ -9,7 +9,6 @@ from typing import cast
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BuildSettings, Precision, QuantizeSettings
-from van_deploy.engine.build import BuildProgress
 from van_deploy.engine.bundled import build_cells
 from van_deploy.engine.fleet import (
     BUILT,
@@ -67,7 +66,7 @@ def build_bundle(
         timing_cache=settings.timing_cache,
         check_reproducible=settings.check_reproducible,
         force=force,
-        progress=(lambda name: phases(name, progress)) if progress else None,
+        progress=progress,
     )
     return BuildReport(tuple(outcomes))
 
@@ -130,37 +129,13 @@ def build_fleet(
 
         stream = build_on_ray(cells, address=address or None, force=force)
     else:
-        stream = build_cells(
-            cells,
-            go_on=True,
-            force=force,
-            progress=(lambda name: phases(name, progress)) if progress else None,
-        )
+        stream = build_cells(cells, go_on=True, force=force, progress=progress)
     outcomes = []
     for count, outcome in enumerate(stream, 1):
         if each is not None:
             each(count, len(cells), outcome)
         outcomes.append(outcome)
-    order = {id(cell): index for index, cell in enumerate(cells)}
-    outcomes.sort(key=lambda outcome: order.get(id(outcome.cell), 0))
-    return BuildReport(tuple(outcomes))
-
-
-def phases(name: str, progress: Progress) -> Callable[[BuildProgress], None]:
-    """Return what TensorRT's events are told to, so that ``progress`` names the phase it is in."""
-    running: dict[str, int] = {}
-
-    def told(event: BuildProgress) -> None:
-        if event.event == "phase":
-            running[event.name] = event.steps
-        elif event.event == "done":
-            running.pop(event.name, None)
-        if running:
-            phase = list(running)[-1]
-            done = event.steps if event.event == "step" and event.name == phase else 0
-            progress(f"{name}: {phase}", done, running[phase] or None)
-
-    return told
+    return BuildReport(tuple(sorted(outcomes, key=lambda outcome: cells.index(outcome.cell))))
 
 
 def _make_missing(

@@ -224,8 +224,8 @@ def _built(cells: list[Cell], table: EngineSettings, force: bool, say: Progress)
         return
     from van_deploy.engine.bundled import build_cells
 
-    def building(name: str) -> None:
-        say(f"Building '{name}'")
+    def building(text: str, *_: object) -> None:
+        say(text)
 
     for outcome in build_cells(
         cells, timing_cache=table.timing_cache, force=force, progress=building

@@ -18,7 +18,6 @@ from tests.engine.conftest import SM89, BundleMaker, cell_of
 from van_deploy.bundle import Bundle, Origin, writing
 from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.engine.backend import Backend
-from van_deploy.engine.build import BuildProgress
 from van_deploy.engine.bundled import build_cells, request_for
 from van_deploy.engine.fleet import FleetHost, Outcome, read_fleet
 from van_deploy.engine.host import Host
@@ -76,18 +75,19 @@ def test_a_source_replaced_meanwhile(
     rtx: Backend, new_bundle: BundleMaker, digits_onnx: Path
 ) -> None:
     folder = new_bundle("van_digits")
-    replaced: list[BuildProgress] = []
+    replaced: list[str] = []
 
-    def replace_source(event: BuildProgress) -> None:
+    def replace_source(phase: str, done: int, total: int | None) -> None:
         if not replaced:
-            replaced.append(event)
+            replaced.append(phase)
             with writing(folder) as draft:
                 draft.file("model.onnx").write_bytes(digits_onnx.read_bytes() + b"\n")
                 draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
 
     with pytest.raises(BundleError, match="was replaced while"):
-        made(folder, progress=lambda _: replace_source)
+        made(folder, progress=replace_source)
     assert not (folder / "engines").exists()
+    assert replaced == [f"van_digits-fp32-sm89-rtx{rtx.release}: Building engine"]
 
 
 def test_nothing_is_built_where_a_source_is_missing(rtx: Backend, new_bundle: BundleMaker) -> None:

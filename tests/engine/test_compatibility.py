@@ -35,56 +35,80 @@ def of_tensorrt(sidecar: Sidecar, version: str = "11.4.0.106", **options: object
     return but(sidecar, backend="tensorrt", backend_version=version, options=asked)
 
 
+BUILT = "it was built for sm_89 with {label}"
+BUILT_11 = "it was built for sm_89 with TensorRT 11.4.0"
+VC = {"version_compatible": True}
+
+
 @each(
-    ("changes", "host", "expected"),
+    ("changes", "host", "problem", "remedy"),
     [
-        ({}, ADA, None),
-        ({"targets": ("sm_80", "sm_89")}, A100, None),
+        ({}, ADA, None, ""),
+        ({"targets": ("sm_80", "sm_89")}, A100, None, ""),
         (
-            {},
-            A100,
-            "it was built for sm_89 with {label}; this machine has sm_80 (NVIDIA A100). "
+            *({}, A100, BUILT + "; this machine has sm_80 (NVIDIA A100)"),
             "Rebuild with `--target sm_80`.",
         ),
-        (
-            {},
-            NO_GPU,
-            "it was built for sm_89 with {label}; this machine has no NVIDIA GPU that answers. "
-            "Run it on a machine with that GPU; `van-deploy doctor` tells what is here.",
-        ),
+        ({}, NO_GPU, BUILT + "; this machine has no NVIDIA GPU that answers", "Run it on a mach"),
         (
             {"backend_version": "1.2.0.54"},
             ADA,
-            "it was built for sm_89 with TensorRT for RTX 1.2.0; installed is {label}. "
+            "it was built for sm_89 with TensorRT for RTX 1.2.0; installed is {label}",
             "Rebuild it here, or install TensorRT for RTX 1.2.0.",
         ),
         (
             {"backend_version": "{release}.1"},  # another build of one release
             ADA,
-            "it was built for sm_89 with {label}; installed is TensorRT for RTX {version}. "
+            BUILT + "; installed is TensorRT for RTX {version}",
             "Rebuild it here, or install TensorRT for RTX {release}.1.",
         ),
         (
-            {},
-            OLD,
-            "it needs CUDA {cuda}, and driver 535.129.03 runs CUDA up to 11.8. "
+            *({}, OLD, "it needs CUDA {cuda}, and driver 535.129.03 runs CUDA up to 11.8"),
             "Update the NVIDIA driver.",
         ),
+        ({"tensorrt": "11.4.0.106", **PLUS}, A100, None, ""),
+        (
+            {"tensorrt": "11.4.0.106", **PLUS},
+            TURING,
+            "it was built for sm_80 and newer with TensorRT 11.4.0; "
+            "this machine has sm_75 (Tesla T4)",
+            "Rebuild on this machine.",
+        ),
+        (
+            *({"tensorrt": "11.4.0.106"}, A100),
+            *(BUILT_11 + "; this machine has sm_80 (NVIDIA A100)", "Rebuild on this machine."),
+        ),
+        ({"tensorrt": "10.16.1.11", **VC}, ADA, None, ""),
+        ({"tensorrt": "11.5.0.1", **VC}, ADA, "never on earlier ones)", "install TensorRT 11.5.0."),
+        ({"tensorrt": "10.16.1.11"}, ADA, "; installed is TensorRT 11.4.0", "install TensorRT 10."),
     ],
 )
-def test_where_a_plan_of_rtx_runs(
-    rtx: Backend, plan: Plan, changes: dict[str, Any], host: Host, expected: str | None
+def test_where_a_plan_runs(
+    rtx: Backend,
+    plan: Plan,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    host: Host,
+    problem: str | None,
+    remedy: str,
 ) -> None:
-    facts = {
-        "label": rtx.label,
-        "version": rtx.version,
-        "release": rtx.release,
-        "cuda": rtx.cuda,
-    }
-    if "backend_version" in changes:
-        changes = {"backend_version": changes["backend_version"].format(**facts)}
-    found = [f"{o.problem}. {o.remedy}" for o in obstacles(but(plan.sidecar, **changes), host)]
-    assert found == ([] if expected is None else [expected.format(**facts)])
+    """TensorRT's own rules with a stand-in where only its version is looked at."""
+    given, sidecar = dict(changes), plan.sidecar
+    facts = {"label": rtx.label, "version": rtx.version, "cuda": str(rtx.cuda)}
+    facts["release"] = rtx.release
+    if version := given.pop("tensorrt", None):
+        stand_in = "van_deploy.engine.compatibility.backend_named"
+        monkeypatch.setattr(stand_in, lambda _: TENSORRT_11)
+        sidecar = of_tensorrt(sidecar, version, **given)
+    else:
+        given = {k: v.format(**facts) if isinstance(v, str) else v for k, v in given.items()}
+        sidecar = but(sidecar, **given)
+    found = obstacles(sidecar, host)
+    monkeypatch.undo()
+    assert len(found) == (problem is not None)
+    for obstacle in found:
+        assert str(problem).format(**facts) in obstacle.problem
+        assert remedy.format(**facts) in obstacle.remedy
 
 
 def test_every_reason_is_given_at_once(plan: Plan) -> None:
@@ -95,34 +119,6 @@ def test_every_reason_is_given_at_once(plan: Plan) -> None:
     assert caught.value.message.count(";") >= 3
     assert len(caught.value.remedy.splitlines()) == 3
     require_compatible(plan.sidecar, ADA)
-
-
-@each(
-    ("version", "options", "host", "problem"),
-    [
-        ("11.4.0.106", PLUS, A100, None),
-        ("11.4.0.106", PLUS, TURING, "it was built for sm_80 and newer with TensorRT 11.4.0"),
-        ("11.4.0.106", {}, A100, "it was built for sm_89 with TensorRT 11.4.0; this machine"),
-        ("10.16.1.11", {"version_compatible": True}, ADA, None),
-        ("11.5.0.1", {"version_compatible": True}, ADA, "never on earlier ones)"),
-        ("10.16.1.11", {}, ADA, "installed is TensorRT 11.4.0"),
-    ],
-)
-def test_where_a_plan_of_tensorrt_runs(
-    plan: Plan,
-    monkeypatch: pytest.MonkeyPatch,
-    version: str,
-    options: dict[str, Any],
-    host: Host,
-    problem: str | None,
-) -> None:
-    """TensorRT's own rules, with a stand-in where only its version is looked at."""
-    monkeypatch.setattr("van_deploy.engine.compatibility.backend_named", lambda _: TENSORRT_11)
-    found = obstacles(of_tensorrt(plan.sidecar, version, **options), host)
-    assert len(found) == (problem is not None)
-    for obstacle in found:
-        assert str(problem) in obstacle.problem
-        assert obstacle.about != "gpu" or obstacle.remedy == "Rebuild on this machine."
 
 
 def test_a_backend_that_is_not_installed(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,51 +138,38 @@ def test_the_host_is_one_of_the_drivers_gpus() -> None:
 
 
 @each(
-    ("backend", "options", "host", "message", "kind"),
+    ("options", "host", "message", "kind"),
     [
-        (RTX_17, {"targets": ()}, NO_GPU, "builds for GPUs that are named, and none", UsageError),
-        (RTX_17, {"targets": ("sm_90",)}, NO_GPU, "does not build for sm_90; it serv", UsageError),
-        (RTX_17, PLUS, NO_GPU, "ignores a hardware compatibility level", UsageError),
-        (RTX_17, {"version_compatible": True}, NO_GPU, "has no lean library", UsageError),
-        (RTX_17, {"workspace_bytes": 1 << 50}, NO_GPU, "larger than the", UsageError),
         (
-            *(TENSORRT_11, {"targets": ()}, NO_GPU),
+            *({"targets": ()}, NO_GPU),
             "TensorRT builds on the GPU that will run the engine, and none answers here.",
             MissingDependency,
         ),
         (
-            *(TENSORRT_11, {"targets": ()}, replace(OLD, cuda=(12, 2))),
+            *({"targets": ()}, replace(OLD, cuda=(12, 2))),
             "TensorRT 11.4.0 was made for CUDA 13, and driver 535.129.03 runs CUDA up to 12.2.",
             MissingDependency,
         ),
         (
-            *(TENSORRT_11, {**PLUS, "targets": ()}, TURING),
+            *({**PLUS, "targets": ()}, TURING),
             "An ampere-plus plan cannot be built on Tesla T4 (sm_75).",
             UsageError,
         ),
         (
-            *(TENSORRT_11, {"workspace_bytes": 25 << 30}, ADA),
+            *({"workspace_bytes": 25 << 30}, ADA),
             "A workspace of 25.0 GiB is larger than the 24.0 GiB of memory NVIDIA L4 has.",
             UsageError,
         ),
     ],
 )
-def test_what_a_backend_refuses(
-    backend: Backend,
-    options: dict[str, Any],
-    host: Host,
-    message: str,
-    kind: type[VanDeployError],
+def test_what_tensorrt_refuses(
+    options: dict[str, Any], host: Host, message: str, kind: type[VanDeployError]
 ) -> None:
+    """What RTX refuses is in ``tests/cli/test_build.py``."""
     with pytest.raises(kind) as caught:
-        refuse_impossible(backend, SM89.changed(**options), host)
-    assert message in caught.value.message
+        refuse_impossible(TENSORRT_11, SM89.changed(**options), host)
+    assert caught.value.message == message
     assert caught.value.remedy
-
-
-def test_rtx_refuses_a_timing_cache(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="accepts a timing cache and does nothing"):
-        refuse_impossible(RTX_17, SM89, NO_GPU, timing_cache=tmp_path / "cache")
 
 
 def test_what_is_possible_is_not_refused() -> None:

@@ -12,8 +12,7 @@ from typing import Any
 from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.config import BuildOptions
 from van_deploy.engine.backend import Backend, choose_backend
-from van_deploy.engine.build import Progress, engine_from_onnx, engine_name, targets_of
-from van_deploy.engine.compatibility import refuse_impossible
+from van_deploy.engine.build import BuildProgress, engine_from_onnx, engine_name, targets_of
 from van_deploy.engine.fleet import BUILT, FAILED, REUSED, Cell, Outcome
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.sidecar import (
@@ -92,8 +91,7 @@ def request_for(cell: Cell, host: Host) -> EngineRequest:
     Raises:
         BundleError: the bundle has no such artifact, or a file of it was changed.
         InputError: the artifact is not an ONNX file.
-        UsageError: the backend cannot do what is asked.
-        MissingDependency: it is not installed, or wants a GPU.
+        MissingDependency: the backend is not installed.
     """
     bundle = Bundle.open(cell.bundle)
     source = bundle.artefact(cell.precision)
@@ -105,9 +103,8 @@ def request_for(cell: Cell, host: Host) -> EngineRequest:
             f"Choose one of: {', '.join(graphs)}.",
         )
     backend = choose_backend(cell.host.backend, cell.targets, host.target)
-    options = prepared(cell, bundle)
-    refuse_impossible(backend, options, host)
-    return EngineRequest(bundle, source, bundle.verified(source.name), backend, options, host)
+    onnx, options = bundle.verified(source.name), prepared(cell, bundle)
+    return EngineRequest(bundle, source, onnx, backend, options, host)
 
 
 def existing_engine(request: EngineRequest) -> Sidecar | None:
@@ -129,7 +126,7 @@ def build_cells(
     check_reproducible: bool = False,
     force: bool = False,
     go_on: bool = False,
-    progress: Callable[[str], Progress | None] | None = None,
+    progress: Callable[[str, int, int | None], object] | None = None,
 ) -> Iterator[Outcome]:
     """Build engines one after the other on this machine, and yield each as it ends.
 
@@ -141,7 +138,7 @@ def build_cells(
         force: build engines even if they are there.
         go_on: after a failure, which is then an outcome. Otherwise every file to build from is
             checked before any work, and the first failure is raised.
-        progress: asked, for each engine by its name, what to tell about its build.
+        progress: told which engine is in which of TensorRT's phases, and how far that is of what.
 
     Raises:
         VanDeployError: as :func:`request_for` and :func:`engine_from_onnx`; the bundle is as it
@@ -166,7 +163,7 @@ def build_cells(
                 timing_cache=timing_cache,
                 check_reproducible=check_reproducible,
                 preprocessing=request.bundle.manifest.preprocessing,
-                progress=progress(request.name) if progress else None,
+                progress=_phases(request.name, progress) if progress else None,
             )
             enter(cell.bundle, request.source, plan, sidecar)
         return Outcome(cell, BUILT, request.name, sidecar)
@@ -180,6 +177,25 @@ def build_cells(
     for cell in () if go_on else cells:
         request_for(cell, host)
     yield from map(tried if go_on else built, cells)
+
+
+def _phases(
+    name: str, progress: Callable[[str, int, int | None], object]
+) -> Callable[[BuildProgress], None]:
+    """Return what TensorRT's events are told to, so that ``progress`` names the phase it is in."""
+    running: dict[str, int] = {}
+
+    def told(event: BuildProgress) -> None:
+        if event.event == "phase":
+            running[event.name] = event.steps
+        elif event.event == "done":
+            running.pop(event.name, None)
+        if running:
+            phase = list(running)[-1]
+            done = event.steps if event.event == "step" and event.name == phase else 0
+            progress(f"{name}: {phase}", done, running[phase] or None)
+
+    return told
 
 
 def enter(
