@@ -18,7 +18,7 @@ from tests.described import described, entry
 from van_deploy.bundle import writing
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import RTX, Backend, backend_named
-from van_deploy.engine.build import BuildProgress, engine_from_onnx
+from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.fleet import Cell, FleetHost
 from van_deploy.engine.host import Host
 from van_deploy.engine.sidecar import Sidecar
@@ -38,7 +38,7 @@ class Plan:
 
     path: Path
     sidecar: Sidecar
-    events: list[BuildProgress]
+    told: list[tuple[str, int, int | None]]
 
 
 def built(
@@ -67,9 +67,11 @@ def rtx() -> Backend:
 def plan(rtx: Backend, digits_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """Return a plan for an L4, with sidecar and log; not to be changed."""
     path = tmp_path_factory.mktemp("plan") / "van_digits-fp32-sm89-rtx1.7.1.plan"
-    events: list[BuildProgress] = []
-    sidecar = built(digits_onnx, path, rtx, preprocessing=OFFICIAL, progress=events.append)
-    return Plan(path, sidecar, events)
+    told: list[tuple[str, int, int | None]] = []
+    sidecar = built(
+        digits_onnx, path, rtx, preprocessing=OFFICIAL, progress=lambda *at: told.append(at)
+    )
+    return Plan(path, sidecar, told)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -37,24 +36,8 @@ ONNX, PLAN, LOG = "engine.onnx", "engine.plan", "engine.log"  # always the same:
 CANCEL_WAIT_S = 5.0  # between asking TensorRT to stop and ending its process
 
 
-@dataclass(frozen=True)
-class BuildProgress:
-    """One event of a running build.
-
-    Attributes:
-        event: ``phase`` (one begins), ``step`` or ``done`` (it ended).
-        name: TensorRT's name of the phase.
-        parent: of a ``phase``: the one it is part of, or None.
-        steps: of a ``phase``: how many there will be; of a ``step``: how many are done.
-    """
-
-    event: str
-    name: str
-    parent: str | None = None
-    steps: int = 0
-
-
-Progress = Callable[[BuildProgress], None]
+Progress = Callable[[str, int, int | None], object]
+"""Told which engine is in which of TensorRT's phases, and how many steps of how many are done."""
 
 
 def targets_of(options: BuildOptions, host: Host) -> tuple[str, ...]:
@@ -107,7 +90,7 @@ def engine_from_onnx(
         timing_cache: a file to learn from and add to.
         check_reproducible: build a second time and compare the bytes.
         preprocessing: of the model; travels in the sidecar.
-        progress: told what TensorRT is doing.
+        progress: told of it.
 
     Raises:
         UsageError: the back end cannot do what is asked.
@@ -120,8 +103,14 @@ def engine_from_onnx(
     source = read_source(onnx)
     source.refuse(options)
     plan.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=plan.parent) as name:
-        folder = Path(name)
+    name = plan.name.removesuffix(".plan")
+
+    def tell(phase: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{name}: {phase}", done, total or None)
+
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=plan.parent) as building:
+        folder = Path(building)
         (folder / ONNX).symlink_to(onnx.absolute())
         job = {
             "backend": backend.name,
@@ -132,12 +121,12 @@ def engine_from_onnx(
             "options": options.as_dict(),
             "timing_cache": str(timing_cache.absolute()) if timing_cache else None,
         }
-        facts = _run(job, folder, backend, progress)
+        facts = _run(job, folder, backend, tell)
         draft = (folder / PLAN).rename(folder / plan.name)
         log = (folder / LOG).rename(log_path(draft))
         known = {
             "schema": SCHEMA,
-            "name": plan.name.removesuffix(".plan"),
+            "name": name,
             "plan_sha256": file_sha256(draft),
             "plan_bytes": draft.stat().st_size,
             "onnx_file": onnx.name,
@@ -152,7 +141,7 @@ def engine_from_onnx(
             "preprocessing": preprocessing,
         }
         if check_reproducible:
-            _run(job, folder, backend, progress)
+            _run(job, folder, backend, tell)
             known["reproducible"] = file_sha256(folder / PLAN) == known["plan_sha256"]
         warnings = dict(warnings_summary(facts.pop("warnings")))
         sidecar = write_sidecar(draft, validated(Sidecar, {**facts, **known, "warnings": warnings}))
@@ -162,7 +151,7 @@ def engine_from_onnx(
 
 
 def _run(
-    job: Mapping[str, Any], folder: Path, backend: Backend, progress: Progress | None
+    job: Mapping[str, Any], folder: Path, backend: Backend, tell: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Run one build in a process of its own, in ``folder``, and return what it reports."""
     here = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")  # for this package
@@ -196,8 +185,8 @@ def _run(
             for event in map(json.loads, events):
                 if event["event"] in {"built", "failed"}:
                     outcome = event
-                elif progress is not None:
-                    progress(BuildProgress(**event))
+                else:
+                    tell(event["phase"], event["done"], event["total"])
             status = process.wait()
         except BaseException:  # Ctrl-C, too
             with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -12,12 +13,13 @@ from typing import Any
 from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.config import BuildOptions
 from van_deploy.engine.backend import Backend, choose_backend
-from van_deploy.engine.build import BuildProgress, engine_from_onnx, engine_name, targets_of
+from van_deploy.engine.build import Progress, engine_from_onnx, engine_name, targets_of
 from van_deploy.engine.fleet import BUILT, FAILED, REUSED, Cell, Outcome
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.sidecar import (
     PackageSidecar,
     Sidecar,
+    Vouching,
     log_path,
     sidecar_path,
     verified_sidecar,
@@ -109,13 +111,18 @@ def request_for(cell: Cell, host: Host) -> EngineRequest:
 
 def existing_engine(request: EngineRequest) -> Sidecar | None:
     """Return the sidecar of the engine asked for if the bundle holds it, unchanged."""
-    artefact = request.bundle.artefacts.get(request.name)
-    if artefact is None or artefact.key != request.key:
-        return None
-    try:
-        return verified_sidecar(request.bundle.verified(request.name))
-    except (BundleError, InputError):
-        return None
+    return existing(request.bundle, request.name, request.key, verified_sidecar)
+
+
+def existing(
+    bundle: Bundle, name: str, key: str, verified: Callable[[Path], Vouching]
+) -> Vouching | None:
+    """Return the sidecar of what a bundle holds of this name and key, if it is unchanged."""
+    artefact = bundle.artefacts.get(name)
+    if artefact is not None and artefact.key == key:
+        with contextlib.suppress(BundleError, InputError):
+            return verified(bundle.verified(name))
+    return None
 
 
 def build_cells(
@@ -126,7 +133,7 @@ def build_cells(
     check_reproducible: bool = False,
     force: bool = False,
     go_on: bool = False,
-    progress: Callable[[str, int, int | None], object] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Outcome]:
     """Build engines one after the other on this machine, and yield each as it ends.
 
@@ -138,7 +145,7 @@ def build_cells(
         force: build engines even if they are there.
         go_on: after a failure, which is then an outcome. Otherwise every file to build from is
             checked before any work, and the first failure is raised.
-        progress: told which engine is in which of TensorRT's phases, and how far that is of what.
+        progress: told what TensorRT is doing.
 
     Raises:
         VanDeployError: as :func:`request_for` and :func:`engine_from_onnx`; the bundle is as it
@@ -163,7 +170,7 @@ def build_cells(
                 timing_cache=timing_cache,
                 check_reproducible=check_reproducible,
                 preprocessing=request.bundle.manifest.preprocessing,
-                progress=_phases(request.name, progress) if progress else None,
+                progress=progress,
             )
             enter(cell.bundle, request.source, plan, sidecar)
         return Outcome(cell, BUILT, request.name, sidecar)
@@ -177,25 +184,6 @@ def build_cells(
     for cell in () if go_on else cells:
         request_for(cell, host)
     yield from map(tried if go_on else built, cells)
-
-
-def _phases(
-    name: str, progress: Callable[[str, int, int | None], object]
-) -> Callable[[BuildProgress], None]:
-    """Return what TensorRT's events are told to, so that ``progress`` names the phase it is in."""
-    running: dict[str, int] = {}
-
-    def told(event: BuildProgress) -> None:
-        if event.event == "phase":
-            running[event.name] = event.steps
-        elif event.event == "done":
-            running.pop(event.name, None)
-        if running:
-            phase = list(running)[-1]
-            done = event.steps if event.event == "step" and event.name == phase else 0
-            progress(f"{name}: {phase}", done, running[phase] or None)
-
-    return told
 
 
 def enter(

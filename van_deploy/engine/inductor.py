@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BuildSettings
-from van_deploy.engine.bundled import enter
+from van_deploy.engine.bundled import enter, existing
 from van_deploy.engine.compatibility import torch_version
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.sidecar import (
@@ -35,7 +35,6 @@ from van_deploy.engine.sidecar import (
 from van_deploy.environment.hardware import cpu
 from van_deploy.environment.packages import pip_command
 from van_deploy.errors import (
-    BundleError,
     ConversionError,
     InputError,
     MissingDependency,
@@ -149,8 +148,8 @@ def build_package(
         "fused_kernels": settings.fused_kernels,
     }
     name = _name(bundle.name, target, settings)
-    present = None if force else _present(bundle, name, content_key(ingredients))
-    if present is not None:
+    present = existing(bundle, name, content_key(ingredients), verified_package)
+    if present is not None and not force:
         return present, True
     manifest = bundle.manifest
     if manifest.architecture.out_indices or manifest.sizes:
@@ -191,14 +190,6 @@ def _name(model: str, target: str, settings: BuildSettings) -> str:
     marks = "-tuned" * settings.max_autotune + "-fused" * settings.fused_kernels
     served = target.replace("sm_", "sm")
     return f"{model}-{settings.precisions[0]}-{served}-{INDUCTOR}{torch_version()}{marks}"
-
-
-def _present(bundle: Bundle, name: str, key: str) -> PackageSidecar | None:
-    artefact = bundle.artefacts.get(name)
-    if artefact is not None and artefact.key == key:
-        with contextlib.suppress(BundleError, InputError):
-            return verified_package(bundle.verified(name))
-    return None
 
 
 def _network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> nn.Module:

@@ -86,7 +86,7 @@ def build(job: Mapping[str, Any], send: Send, is_cancelled: Callable[[], bool]) 
     Args:
         job: ``backend``, ``onnx``, ``plan``, ``log``, ``options``, ``timing_cache``,
             and ``weights_beside``: the ONNX file's own path if it has external weights.
-        send: told of TensorRT's phases: ``phase``, ``step`` and ``done`` events.
+        send: told of TensorRT's phases: ``progress`` events with ``phase``, ``done``, ``total``.
         is_cancelled: asked at each of TensorRT's steps.
 
     Raises:
@@ -198,20 +198,23 @@ def _add_profiles_(builder: Any, images: Any, config: Any, options: BuildOptions
 
 def _monitor(trt: Any, send: Send, is_cancelled: Callable[[], bool]) -> Any:
     """Return a progress monitor; TensorRT stops when ``step_complete`` returns False."""
+    running: dict[str, int] = {}
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            send("phase", name=name, parent=parent, steps=steps)
+            running[name] = steps
+            send("progress", phase=name, done=0, total=steps)
 
         def step_complete(self, name: str, step: int) -> bool:
-            send("step", name=name, steps=step + 1)
+            if name == next(reversed(running), None):  # the innermost
+                send("progress", phase=name, done=step + 1, total=running[name])
             return not is_cancelled()
 
         def phase_finish(self, name: str) -> None:
-            send("done", name=name)
+            running.pop(name, None)
 
     return Monitor()
 
