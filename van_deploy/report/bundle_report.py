@@ -38,8 +38,6 @@ from van_deploy.report.sections_model import (
     sizes_plot,
 )
 
-__all__ = ["document_of_bundle", "portable"]
-
 BENCH_FILE = "bench.json"
 BY_ARTEFACT = ("artefacts", "accuracy", "losses", "runners")
 """Keys of a check's result under which there is one entry an artifact."""

@@ -14,25 +14,6 @@ from typing import Any, TypeAlias
 
 from van_deploy.report.figures import shown, state_of
 
-__all__ = [
-    "TONES",
-    "Block",
-    "Document",
-    "Entry",
-    "Facts",
-    "Notice",
-    "Paragraph",
-    "Plot",
-    "Section",
-    "Table",
-    "Tile",
-    "checks_table",
-    "facts",
-    "inner",
-    "notices",
-    "table",
-]
-
 Entry: TypeAlias = Mapping[str, Any]
 """A result in its JSON form (:func:`van_deploy.documents.plain`)."""
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from van_deploy.config.sizes import size_text
 
-__all__ = ["TEXTS", "bytes_text", "count_text", "listed", "ms_text", "shown", "state_of"]
-
 TEXTS = ("", "name", "state")
 """Forms that are set to the left: text that may be broken over lines, a name that may not, and a
 state."""

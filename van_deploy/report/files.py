@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from van_deploy.checks.drift import DriftReport
     from van_deploy.checks.regression import CheckReport, CheckRow
 
-__all__ = ["append_summary", "write_drift_plot", "write_junit", "write_report"]
-
 
 def write_report(document: Document, bundle: Bundle, output: Path | None) -> list[Path]:
     """Write a document as HTML and Markdown and return the two paths.

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Axis", "Mark", "Series", "colours", "nice_ticks", "rows_chart", "xy_chart"]
-
 KNOWN = {"pytorch": 8, "fp32": 1, "int8": 2, "fp16": 3, "bf16": 4}
 CHARACTER = 7.0  # width of one in drawing units at most fonts' 12 pixels, rounded up
 ROW, EDGE, BELOW = 28, 12, 46

@@ -23,8 +23,6 @@ from van_deploy.report.document import (
 )
 from van_deploy.report.figures import TEXTS
 
-__all__ = ["STYLE", "html_from_document"]
-
 CODE = re.compile(r"`([^`]+)`")
 FOLDER = resources.files("van_deploy.report")
 STYLE = FOLDER.joinpath("style.css").read_text(encoding="utf-8").strip()

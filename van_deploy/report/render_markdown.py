@@ -8,8 +8,6 @@ from itertools import groupby
 from van_deploy.report.document import Block, Document, Facts, Notice, Paragraph, Table
 from van_deploy.report.figures import TEXTS
 
-__all__ = ["markdown_from_document", "markdown_table"]
-
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SKIPPED": "⚠️", "STALE": "⚠️"}
 
 

@@ -15,8 +15,6 @@ from rich.text import Text
 from van_deploy.report.document import TONES, Block, Facts, Notice, Paragraph, Plot, Table
 from van_deploy.report.figures import TEXTS
 
-__all__ = ["rich_from_blocks"]
-
 STYLES = {
     "good": "bold green",
     "bad": "bold red",

@@ -10,8 +10,6 @@ from van_deploy.report.document import Block, Entry, Facts, Plot, notices, table
 from van_deploy.report.figures import listed, ms_text
 from van_deploy.report.plots import Axis, Mark, Series, colours, rows_chart, xy_chart
 
-__all__ = ["bench_blocks", "fastest", "limits_blocks", "tradeoff_blocks"]
-
 STEADY_PERCENT = 2.5  # deviation over mean of all calls, above which it is marked
 
 

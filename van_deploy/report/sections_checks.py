@@ -27,17 +27,6 @@ from van_deploy.report.plots import Axis, Mark, Series, colours, rows_chart, xy_
 if TYPE_CHECKING:
     from van_deploy.checks.gates import Allowed, Finding
 
-__all__ = [
-    "BATCHES",
-    "check_blocks",
-    "check_document",
-    "drift_blocks",
-    "drift_marks",
-    "evaluate_blocks",
-    "failure_text",
-    "verify_blocks",
-]
-
 MOST_FLIPS, MOST_FAILURES, MOST_NAMED = 10, 12, 5
 BAR, BAR_TOP_DB = 24, 150.0  # characters, and the level of an empty bar
 LOUDEST_DB = 200.0

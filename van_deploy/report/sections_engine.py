@@ -12,8 +12,6 @@ from van_deploy.report.figures import bytes_text, listed, state_of
 if TYPE_CHECKING:
     from van_deploy.engine.fleet import Cell
 
-__all__ = ["artefacts_blocks", "builds_blocks", "cell_name", "environment_blocks", "warnings_text"]
-
 MOST_LAYERS, LONGEST_WARNING = 200, 160
 
 

@@ -20,20 +20,6 @@ from van_deploy.report.plots import Axis, Mark, colours, rows_chart
 from van_deploy.report.sections_checks import BATCHES, evaluate_blocks, verify_blocks
 from van_deploy.report.sections_precision import quantized_blocks
 
-__all__ = [
-    "artefacts_table",
-    "described_blocks",
-    "export_blocks",
-    "graph_blocks",
-    "listed_blocks",
-    "model_facts",
-    "predictions_blocks",
-    "preprocessing_facts",
-    "proof_rows",
-    "run_blocks",
-    "sizes_plot",
-]
-
 MOST_PROBLEMS = 20  # told one by one; --json has them all
 HUB_OWNER = "Visual-Attention-Network"
 LICENCE = (

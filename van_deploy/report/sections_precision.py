@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 from van_deploy.report.document import Block, Entry, Facts, Paragraph, notices, table
 
-__all__ = ["precision_blocks", "quantized_blocks"]
-
 USED = {True: "kept", False: "left out"}
 
 
