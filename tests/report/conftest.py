@@ -31,7 +31,7 @@ def full(made_once: MadeOnce, bare: Bundle, heldout_200: Path) -> Bundle:
         bundle.benchmark(
             batches=(1, 2),
             threads=1,
-            runners=("ort-*", "openvino"),
+            runners=("ort-*",),
             seconds=0.05,
             calls=2,
             limit=0.2,
