@@ -15,6 +15,9 @@ from van_deploy.bundle import Bundle
 from van_deploy.config.sizes import size_text
 from van_deploy.documents import plain
 from van_deploy.errors import BundleError, InputError
+from van_deploy.report import sections_bench as timed
+from van_deploy.report import sections_checks as judged
+from van_deploy.report import sections_model as model
 from van_deploy.report.document import (
     Block,
     Document,
@@ -27,16 +30,6 @@ from van_deploy.report.document import (
     table,
 )
 from van_deploy.report.figures import bytes_text, count_text, ms_text, state_of
-from van_deploy.report.sections_bench import bench_blocks, fastest, tradeoff_blocks
-from van_deploy.report.sections_checks import drift_blocks, evaluate_blocks, verify_blocks
-from van_deploy.report.sections_model import (
-    artefacts_table,
-    graph_blocks,
-    model_facts,
-    preprocessing_facts,
-    proof_rows,
-    sizes_plot,
-)
 
 BENCH_FILE = "bench.json"
 BY_ARTEFACT = ("artefacts", "accuracy", "losses", "runners")
@@ -121,20 +114,29 @@ def _sections(
     checks, artefacts, order = manifest["checks"], manifest["artefacts"], [*STATES]
     ordered = sorted(verdicts, key=lambda v: order.index(v[0]) if v[0] in order else len(order))
     yield "Verdicts", checks_table(ordered)
-    yield "Model", [*model_facts(manifest), *notices("NOTE", manifest["weights"]["notes"])]
-    yield "Artifacts", [*artefacts_table(manifest, sizes), *sizes_plot(sizes)]
+    yield (
+        "Model",
+        [*model.model_facts(manifest), *notices("NOTE", manifest["weights"]["notes"])],
+    )
+    yield (
+        "Artifacts",
+        [*model.artefacts_table(manifest, sizes), *model.sizes_plot(sizes)],
+    )
     if checks.get("verify", {}).get("artefacts"):
-        yield "Verification", verify_blocks(checks["verify"], manifest["class_names"], full=True)
+        yield (
+            "Verification",
+            judged.verify_blocks(checks["verify"], manifest["class_names"], full=True),
+        )
     if checks.get("evaluate", {}).get("losses"):
-        yield "Accuracy", evaluate_blocks(checks["evaluate"])
+        yield "Accuracy", judged.evaluate_blocks(checks["evaluate"])
     if checks.get("drift", {}).get("artefacts"):
-        yield "Drift", drift_blocks(checks["drift"], SHOWN_PARTS)
+        yield "Drift", judged.drift_blocks(checks["drift"], SHOWN_PARTS)
     if bench is not None and bench["rows"]:
-        yield "Speed", bench_blocks(bench)
+        yield "Speed", timed.bench_blocks(bench)
         accuracies = checks.get("evaluate", {}).get("accuracy", {})
-        yield "Throughput against accuracy", tradeoff_blocks(accuracies, bench)
-    yield "Preprocessing", preprocessing_facts(manifest["preprocessing"])
-    yield "Graph", graph_blocks(manifest)
+        yield "Throughput against accuracy", timed.tradeoff_blocks(accuracies, bench)
+    yield "Preprocessing", model.preprocessing_facts(manifest["preprocessing"])
+    yield "Graph", model.graph_blocks(manifest)
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     files = [(n, file, digest) for n, e in artefacts.items() for file, digest in e["files"].items()]
     columns = "artifact = 0 name; file = 1 name; SHA-256 = 2 name"
@@ -168,7 +170,7 @@ def _files(bundle: Bundle) -> list[Row]:
 
 def _verdicts(checks: Entry) -> Iterator[Row]:
     """Yield state, name and detail of every check."""
-    yield from proof_rows(checks)
+    yield from model.proof_rows(checks)
     for name, verdict in checks.get("verify", {}).get("artefacts", {}).items():
         figures, limit = verdict["comparison"], verdict["limit"]
         said = "; ".join(_said(verdict)[:4])
@@ -240,7 +242,7 @@ def _fresh_bench(
 
 def _tiles(checks: Entry, sizes: Mapping[str, int], bench: Entry | None) -> Iterator[Tile]:
     """Yield the numbers people look for first, those that exist."""
-    if bench is not None and (best := fastest(bench)) is not None:
+    if bench is not None and (best := timed.fastest(bench)) is not None:
         times = f"{best['ratio']['median']:.1f} x PyTorch, " if best["ratio"] else ""
         loaded = bench["during"]["under_load"]
         note = f"{times}{best['contender']}{', measured under load' * loaded}"

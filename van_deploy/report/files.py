@@ -11,11 +11,11 @@ from van_deploy.bundle import Bundle, writing
 from van_deploy.documents import plain
 from van_deploy.errors import InputError
 from van_deploy.files import write_atomic
-from van_deploy.report.document import Document
+from van_deploy.report.document import Document, Section
 from van_deploy.report.plots import Axis, rows_chart
 from van_deploy.report.render_html import STYLE, html_from_document
 from van_deploy.report.render_markdown import markdown_from_document
-from van_deploy.report.sections_checks import check_document, drift_marks
+from van_deploy.report.sections_checks import check_blocks, counts_text, drift_marks
 
 if TYPE_CHECKING:
     from van_deploy.checks.drift import DriftReport
@@ -61,9 +61,17 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
 
 def append_summary(report: CheckReport, path: Path) -> None:
     """Append a check to a file in GitHub's Markdown, as to ``$GITHUB_STEP_SUMMARY``."""
+    entry = plain(report)
+    document = Document(
+        title=f"van-deploy: {report.model} {'passed' if report.passed else 'failed'}",
+        subtitle=report.images,
+        state="PASS" if report.passed else "FAIL",
+        note=counts_text(entry),
+        sections=(Section("Gates and baseline", check_blocks(entry)),),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(markdown_from_document(check_document(plain(report)), level=2))
+        file.write(markdown_from_document(document, level=2))
 
 
 def write_drift_plot(report: DriftReport, path: Path) -> None:

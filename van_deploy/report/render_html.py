@@ -10,17 +10,7 @@ from itertools import groupby
 from string import Template
 
 from van_deploy import __version__
-from van_deploy.report.document import (
-    TONES,
-    Block,
-    Document,
-    Facts,
-    Notice,
-    Paragraph,
-    Plot,
-    Section,
-    Table,
-)
+from van_deploy.report.document import TONES, Block, Document, Facts, Notice, Paragraph, Plot, Table
 from van_deploy.report.figures import TEXTS
 
 CODE = re.compile(r"`([^`]+)`")
@@ -40,7 +30,7 @@ def html_from_document(document: Document) -> str:
     )
     sections = (
         f'<section id="{anchors[section.title]}">\n<h2>{escape(section.title)}</h2>\n'
-        f"{_body(section)}\n</section>"
+        f"{_body(section.blocks)}\n</section>"
         for section in document.sections
     )
     return Template(FOLDER.joinpath("page.html").read_text(encoding="utf-8")).substitute(
@@ -58,10 +48,10 @@ def html_from_document(document: Document) -> str:
     )
 
 
-def _body(section: Section) -> str:
+def _body(blocks: Iterable[Block]) -> str:
     parts = []
-    for in_row, blocks in groupby(section.blocks, lambda block: isinstance(block, Plot)):
-        drawn = "\n".join(map(_block, blocks))
+    for in_row, group in groupby(blocks, lambda block: isinstance(block, Plot)):
+        drawn = "\n".join(map(_block, group))
         parts.append(f'<div class="row">\n{drawn}\n</div>' if in_row else drawn)
     return "\n".join(parts)
 

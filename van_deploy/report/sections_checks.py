@@ -9,18 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from van_deploy.report.document import (
-    Block,
-    Document,
-    Entry,
-    Notice,
-    Paragraph,
-    Plot,
-    Section,
-    inner,
-    notices,
-    table,
-)
+from van_deploy.report.document import Block, Entry, Paragraph, Plot, inner, notices, table
 from van_deploy.report.figures import state_of
 from van_deploy.report.plots import Axis, Mark, Series, colours, rows_chart, xy_chart
 
@@ -51,16 +40,11 @@ def verify_blocks(
     ran = [_verdict(verdict) for verdict in verdicts if verdict["outcome"] != "skipped"]
     found = [{"about": "images", **finding} for finding in entry["findings"]]
     found += inner(verdicts, "findings")
-    flips = [
-        {
-            **flip,
-            "state": "FAIL" if flip["fault"] else "explained",
-            "image": entry["names"][flip["image"]],
-            "was": _class(flip["expected"], names),
-            "now": _class(flip["found"], names),
-        }
-        for flip in inner(ran, "flips", MOST_FLIPS)
-    ]
+    flips = []
+    for flip in inner(ran, "flips", MOST_FLIPS):
+        state, image = "FAIL" if flip["fault"] else "explained", entry["names"][flip["image"]]
+        was, now = (_class(flip[key], names) for key in ("expected", "found"))
+        flips.append((state, flip["about"], image, was, now, flip["margin"]))
     limits = (
         f"{v['about']} (class {v['numeric']}): {v['limit']['value']:.1f} dB, {v['limit']['origin']}"
         for v in ran
@@ -79,14 +63,14 @@ def verify_blocks(
         *_skips(found),
         *table(
             flips,
-            "flip = state state; artifact = about name; image = image; PyTorch = was; "
-            "artifact's = now; margin (RMS logits) = margin .1e",
+            "flip = 0 state; artifact = 1 name; image = 2; PyTorch = 3; artifact's = 4; "
+            "margin (RMS logits) = 5 .1e",
             "Label flips",
         ),
         *table(
-            ran,
-            "artifact = worst.about name; module = worst.name; "
-            "isolated SQNR dB ↑ = worst.isolated_db .1f; limit dB = worst.least.value .1f",
+            inner(ran, "worst"),
+            "artifact = about name; module = name; isolated SQNR dB ↑ = isolated_db .1f; "
+            "limit dB = least.value .1f",
             "The module that adds most error by itself",
         ),
         *_messages(found, "fail"),
@@ -97,15 +81,14 @@ def verify_blocks(
 def _verdict(verdict: Entry) -> dict[str, Any]:
     """Return a verdict with its label flips counted, its least invariance and its worst module."""
     same = [float(b["invariance_db"]) for b in verdict["batches"] if b["invariance_db"] is not None]
-    least = (f["limit"] for f in verdict["findings"] if f["rule"] == "modules" and f["limit"])
-    return {
-        **verdict,
-        "flipped": len(verdict["flips"]) if verdict["comparison"] else None,
-        "invariance": min(same, default=None),
-        "worst": {**module, "about": verdict["about"], "least": next(least, None)}
-        if (module := next(iter(verdict["worst_modules"]), None))
-        else None,
-    }
+    flipped = len(verdict["flips"]) if verdict["comparison"] else None
+    held_to = [f["limit"] for f in verdict["findings"] if f["rule"] == "modules"]
+    worst = [
+        {**module, "about": verdict["about"], "least": next(filter(None, held_to), None)}
+        for module in verdict["worst_modules"][:1]
+    ]
+    least = min(same, default=None)
+    return {**verdict, "flipped": flipped, "invariance": least, "worst": worst}
 
 
 def _every_rule(found: Sequence[Entry], ran: Sequence[Entry]) -> list[Block]:
@@ -199,7 +182,7 @@ def _losses_plot(losses: Sequence[Entry], metric: str) -> list[Block]:
     return [Plot(svg, words)] if marks else []
 
 
-def _left_out(reasons: Sequence[str]) -> list[Notice]:
+def _left_out(reasons: Sequence[str]) -> Sequence[Block]:
     noun = "image" if len(reasons) == 1 else "images"
     lines = [f"{len(reasons)} {noun} could not be read and were left out.", *_most(reasons)]
     return notices("WARNING", lines) if reasons else []
@@ -251,18 +234,13 @@ def _within_plot(level: Any) -> float:
 
 
 def _drift_plot(entry: Entry) -> list[Block]:
-    series = [
-        Series(
-            name,
-            [
-                Mark(row["name"], place, _within_plot(row["sqnr_db"]))
-                for place, row in enumerate(entry["artefacts"][name]["rows"], 1)
-                if row["sqnr_db"] is not None
-            ],
-            colour,
-        )
-        for name, colour in colours(entry["artefacts"]).items()
-    ]
+    series = []
+    for name, colour in colours(entry["artefacts"]).items():
+        points = []
+        for place, row in enumerate(entry["artefacts"][name]["rows"], 1):
+            if row["sqnr_db"] is not None:
+                points.append(Mark(row["name"], place, _within_plot(row["sqnr_db"])))
+        series.append(Series(name, points, colour))
     axis = Axis(f"{entry['level']}, in the order of the network", zero=False)
     svg = xy_chart(series, axis, Axis("SQNR against float64 (dB)"))
     shown = any(one.points for one in series)
@@ -271,17 +249,13 @@ def _drift_plot(entry: Entry) -> list[Block]:
 
 def drift_marks(entry: Entry) -> list[Mark]:
     """Return the error that each part of each artifact adds, over its result, one row a part."""
-    return [
-        Mark(
-            f"{name} {row['name']}",
-            10 ** (-_within_plot(row["isolated_db"]) / 20),
-            text=f"{float(row['isolated_db']):.1f} dB",
-            colour=colour,
-        )
-        for name, colour in colours(entry["artefacts"]).items()
-        for row in entry["artefacts"][name]["rows"]
-        if row["isolated_db"] is not None
-    ]
+    marks = []
+    for name, colour in colours(entry["artefacts"]).items():
+        for row in entry["artefacts"][name]["rows"]:
+            if (level := row["isolated_db"]) is not None:
+                share, text = 10 ** (-_within_plot(level) / 20), f"{float(level):.1f} dB"
+                marks.append(Mark(f"{name} {row['name']}", share, 0.0, text, colour))
+    return marks
 
 
 # --- check -------------------------------------------------------------------------------------
@@ -304,29 +278,19 @@ def check_blocks(entry: Entry) -> list[Block]:
             "limit = limit.value .4g; message = message",
         ),
         *_skips(found),
-        Paragraph(f"{len(found)} rows: {_counts(entry)}.{new}"),
+        Paragraph(f"{len(found)} rows: {counts_text(entry)}.{new}"),
     ]
 
 
-def check_document(entry: Entry) -> Document:
-    """Return a check as a document, such as a job's summary."""
-    return Document(
-        title=f"van-deploy: {entry['model']} {'passed' if entry['passed'] else 'failed'}",
-        subtitle=entry["images"],
-        state=state_of(entry["passed"]),
-        note=_counts(entry),
-        sections=(Section("Gates and baseline", check_blocks(entry)),),
-    )
-
-
-def _counts(entry: Entry) -> str:
+def counts_text(entry: Entry) -> str:
+    """Return how many rows of a check have each outcome."""
     return ", ".join(f"{count} {outcome}" for outcome, count in entry["counts"].items())
 
 
 # --- findings ----------------------------------------------------------------------------------
 
 
-def _skips(found: Iterable[Entry]) -> list[Notice]:
+def _skips(found: Iterable[Entry]) -> Sequence[Block]:
     """Return what was not run, each reason once."""
     reasons: dict[str, dict[str, None]] = {}
     for finding in found:
@@ -337,7 +301,7 @@ def _skips(found: Iterable[Entry]) -> list[Notice]:
     return notices("SKIPPED", (f"{', '.join(about)}: {why}" for why, about in reasons.items()))
 
 
-def _messages(found: Iterable[Entry], outcome: str) -> list[Notice]:
+def _messages(found: Iterable[Entry], outcome: str) -> Sequence[Block]:
     """Return the messages of the findings with that outcome, grouped by what they are about."""
     by_name: dict[str, list[str]] = {}
     for finding in found:
