@@ -9,8 +9,22 @@ import pytest
 
 from supply_chain.reference import files
 from tests.each import each
-from van_deploy.config import BatchRange, BenchSettings, Budget, QuantizeSettings, Recipe
-from van_deploy.config.named import EXPORT, RUN, changes_from, settings_from, with_changes
+from van_deploy.config import (
+    BatchRange,
+    BenchSettings,
+    Budget,
+    QuantizeSettings,
+    Recipe,
+    VerifySettings,
+)
+from van_deploy.config.named import (
+    EXPORT,
+    RUN,
+    changes_from,
+    named_options,
+    settings_from,
+    with_changes,
+)
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
 from van_deploy.recipe import (
@@ -276,6 +290,13 @@ def test_keyword_arguments_replace_what_a_table_says() -> None:
         QuantizeSettings, QuantizeSettings(noise=True), {"calibrate_on_noise": False}
     )
     assert noise == QuantizeSettings()
+
+
+def test_an_option_stands_under_its_own_heading_or_its_table_s() -> None:
+    found = {**named_options(VerifySettings), **EXPORT}
+    assert [found[name].panel for name in ("modules", "device", "opset", "name", "batch")] == [
+        *("What is measured", "How it is done", "Graph", "", "Graph"),
+    ]
 
 
 def test_what_is_written_from_the_tables_is_up_to_date(repository: Path) -> None:

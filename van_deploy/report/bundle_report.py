@@ -243,7 +243,9 @@ def _fresh_bench(
 def _tiles(checks: Entry, sizes: Mapping[str, int], bench: Entry | None) -> Iterator[Tile]:
     """Yield the numbers people look for first, those that exist."""
     if bench is not None and (best := timed.fastest(bench)) is not None:
-        times = f"{best['ratio']['median']:.1f} x PyTorch, " if best["ratio"] else ""
+        reference = str(bench["reference"])
+        slower = "PyTorch" if reference.startswith("pytorch") else reference
+        times = f"{best['ratio']['median']:.1f} x {slower}, " if best["ratio"] else ""
         loaded = bench["during"]["under_load"]
         note = f"{times}{best['contender']}{', measured under load' * loaded}"
         label, value = f"Fastest at batch {best['batch']}", f"{ms_text(best['p50'])} ms"
