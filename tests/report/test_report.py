@@ -101,6 +101,9 @@ def test_figures_are_the_manifests_own(full: Bundle, document: Document) -> None
     tile = next(tile for tile in document.tiles if tile.label == "top-1 of fp32")
     assert tile.value == f"{100 * accuracy['fp32']['top1']:.2f} %"
     assert tile.note == f"PyTorch {100 * accuracy['pytorch']['top1']:.2f} %"
+    for name, entry in accuracy.items():
+        runner = full.manifest.checks["evaluate"]["runners"][name]
+        assert f"| {name} | {runner} | {100 * entry['top1']:.2f} | " in text
     for row in bench["rows"]:
         assert f"| {row['contender']} |" in text
         assert f"{row['images_per_s']:,.1f}" in text

@@ -14,8 +14,6 @@ BATCH_LIMIT = 4096
 LEAST_ROUNDS = 6
 """Fewer rounds have no 95 % interval of their median (2 x 0.5^5 is more than 5 %)."""
 
-WHAT = "What to run"
-HOW = "How long"
 CUDA = "ONNX Runtime on a GPU"
 Batch = Annotated[int, pydantic.Field(ge=1, le=BATCH_LIMIT)]
 
@@ -28,7 +26,7 @@ class Budget(Settings):
     ``limit_s`` (no less than ``seconds``), and its row then says that it did not settle.
     """
 
-    PANEL: ClassVar[str] = HOW
+    PANEL: ClassVar[str] = "How long"
 
     seconds: float = option(3.0, "Timed at least, a runner and batch.", gt=0)
     calls: int = option(100, "Calls at least.", ge=1)
@@ -74,7 +72,7 @@ class Budget(Settings):
 class BenchSettings(Settings):
     """What to measure."""
 
-    PANEL: ClassVar[str] = WHAT
+    PANEL: ClassVar[str] = "What to run"
 
     device: str | None = option(
         None,

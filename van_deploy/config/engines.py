@@ -21,7 +21,6 @@ from van_deploy.schema import Contradiction, Settings, validated
 
 MACHINES = "Where it runs"
 KERNELS = "What is in the plan"
-MANY = "Many engines"
 ARTEFACTS = (
     "fp32, fp16, bf16, int8 or another ONNX artefact of the bundle, such as fp32-uint8: an engine "
     "each, for each of the targets. Inductor computes in fp32, fp16 or bf16."
@@ -177,7 +176,7 @@ class BuildSettings(EngineSettings):
 class FleetSettings(Settings):
     """Many engines at once: options of ``van-deploy build``."""
 
-    PANEL: ClassVar[str] = MANY
+    PANEL: ClassVar[str] = "Many engines"
 
     matrix: Path | None = option(None, "Build bundles x precisions x targets of this TOML file.")
     on: Literal["here", "ray"] = option("here", "Where the matrix is built.")

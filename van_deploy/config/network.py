@@ -11,9 +11,6 @@ from van_deploy.config.fields import FileOrName, given_of, option
 from van_deploy.config.sizes import ImageSizeOption, SizeRange
 from van_deploy.schema import Contradiction, Settings
 
-WEIGHTS = "Weights"
-INPUT = "Preprocessing (the weights' own by default; timm's names)"
-GRAPH = "Graph"
 LABELS = "Labels"
 
 
@@ -34,7 +31,7 @@ def class_order_option(panel: str) -> Any:
 class ModelSettings(Settings):
     """Which network. Table ``[model]``."""
 
-    PANEL: ClassVar[str] = WEIGHTS
+    PANEL: ClassVar[str] = "Weights"
 
     name: str = option(
         "", "What the bundle is called; a variant's name takes its public weights.", panel=""
@@ -67,7 +64,7 @@ class ModelSettings(Settings):
 class PreprocessingSettings(Settings):
     """What differs from the weights' own preprocessing. Table ``[preprocessing]``."""
 
-    PANEL: ClassVar[str] = INPUT
+    PANEL: ClassVar[str] = "Preprocessing (the weights' own by default; timm's names)"
 
     image_size: ImageSizeOption | None = option(
         None,
@@ -88,7 +85,7 @@ class PreprocessingSettings(Settings):
 class ExportSettings(Settings):
     """How the graph is written. Table ``[export]``."""
 
-    PANEL: ClassVar[str] = GRAPH
+    PANEL: ClassVar[str] = "Graph"
 
     opset: int = option(
         20,

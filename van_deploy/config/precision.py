@@ -15,7 +15,6 @@ Precision = Literal["fp16", "bf16", "int8"]
 """What can be made of an exported graph."""
 
 IMAGES = "Images"
-NUMBERS = "INT8"
 TYPES = "FP16 and BF16"
 FOR_INT8 = ("max_drop", "noise", "scope", "rest")
 FOR_FP16 = ("half_io", "strict")
@@ -24,7 +23,7 @@ FOR_FP16 = ("half_io", "strict")
 class _Quantization(Settings):
     """What ``[precision]`` and ``van-deploy quantize`` have in common."""
 
-    PANEL: ClassVar[str] = NUMBERS
+    PANEL: ClassVar[str] = "INT8"
 
     target: Literal["tensorrt", "cpu"] = option(
         "tensorrt", "What will run it: the fast INT8 graphs differ.", panel=""

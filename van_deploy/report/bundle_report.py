@@ -243,11 +243,12 @@ def _fresh_bench(
 def _tiles(checks: Entry, sizes: Mapping[str, int], bench: Entry | None) -> Iterator[Tile]:
     """Yield the numbers people look for first, those that exist."""
     if bench is not None and (best := timed.fastest(bench)) is not None:
-        reference = str(bench["reference"])
+        reference, name = str(bench["reference"]), best["contender"]
         slower = "PyTorch" if reference.startswith("pytorch") else reference
-        times = f"{best['ratio']['median']:.1f} x {slower}, " if best["ratio"] else ""
+        is_faster = best["ratio"] and name != reference
+        times = f"{best['ratio']['median']:.1f} x {slower}, " if is_faster else ""
         loaded = bench["during"]["under_load"]
-        note = f"{times}{best['contender']}{', measured under load' * loaded}"
+        note = f"{times}{name}{', measured under load' * loaded}"
         label, value = f"Fastest at batch {best['batch']}", f"{ms_text(best['p50'])} ms"
         yield Tile(label, value, note, "warn" * loaded)
     losses = list(_losses(checks))
