@@ -37,6 +37,7 @@ def full(made_once: MadeOnce, bare: Bundle, heldout_200: Path) -> Bundle:
             limit=0.2,
             rounds=2,
             warmup=0.0,
+            roofline=False,
         )
 
     return Bundle.open(made_once("full_report", make))
