@@ -161,6 +161,8 @@ def test_one_batch_size_is_static() -> None:
     assert validated(BatchRange, "8") == BatchRange(8, 8, 8)
     assert validated(BatchRange, "8").fixed == 8
     assert batch_sizes(validated(BatchRange, "8")) == (8,)
+    assert batch_sizes(BatchRange()) == (1, 2, 3, 5, 8, 32)
+    assert batch_sizes(BatchRange(1, 2, 2)) == (1, 2)
     assert validated(BatchRange, "1:8:8").fixed is None
 
 
