@@ -169,13 +169,15 @@ def warnings_text(name: str, warnings: Mapping[str, int]) -> str:
 
 def environment_blocks(diagnosis: Entry) -> list[Block]:
     """Return the machine, the packages, what can be done here, and what clashes."""
-    from van_deploy.environment.packages import canonical_name, pip_command
+    from packaging.utils import canonicalize_name
+
+    from van_deploy.environment.packages import pip_command
 
     environment, driver = diagnosis["environment"], diagnosis["environment"]["driver"]
     packages = []
     for item in environment["components"]:
         component, version, fault = item["component"], item["version"], item["fault"]
-        if version and item["distribution"] != canonical_name(component["install"]):
+        if version and item["distribution"] != canonicalize_name(component["install"]):
             version = f"{version} ({item['distribution']})"
         state = "FAIL" if fault else "MISSING" if version is None else "OK"
         run = fault or f"{pip_command()} install {component['install']}"
