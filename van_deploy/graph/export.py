@@ -24,15 +24,13 @@ from onnx.numpy_helper import to_array
 
 from van_deploy.config.sizes import ImageSize, SizeRange, sides_of
 from van_deploy.errors import ConversionError, UsageError
-from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
+from van_deploy.graph.names import INPUT_NAME
 from van_deploy.graph.rewritten import RewrittenVan
 from van_deploy.model.preprocess import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from van_deploy.model.van import VAN
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-__all__ = ["DEFAULT_OPSET", "INPUT_NAME", "OPSETS", "OUTPUT_NAME", "onnx_from_van"]
 
 DEFAULT_OPSET = 20
 """The first opset in which GELU is one operator; below it, it is five."""
