@@ -393,7 +393,7 @@ def test_class_names_are_read_with_a_mark_and_counted(tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
         class_names_from_file(file, 4)
     assert refused.value.message == f"'{file}' has 3 class names; the network has 4 classes."
-    with pytest.raises(InputError, match=r"gone' cannot be read: No such file or directory\.$"):
+    with pytest.raises(InputError, match="gone' cannot be read: No such file"):
         class_names_from_file(tmp_path / "gone", 4)
 
 

@@ -68,8 +68,8 @@ def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None)
     """
     if model_name == EMBEDDED_NAME:
         return digits_set("heldout")
-    channels, size = 3, 320
-    why = "neither scikit-image nor scikit-learn is installed"
+    size: ImageSize = 320
+    channels, why = 3, "neither scikit-image nor scikit-learn is installed"
     if preprocessing is not None and preprocessing.channels not in {1, 3, 4}:
         size, channels = preprocessing.image_size, preprocessing.channels
         why = f"no photograph has {channels} channels"

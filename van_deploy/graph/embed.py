@@ -127,7 +127,8 @@ def _prepend_(model: ModelProto, preprocessing: Preprocessing, embedding: str) -
     """Put normalisation before the network; its old input becomes an inner value."""
     from onnx import TensorProto, helper
 
-    graph, nodes = model.graph, []
+    graph = model.graph
+    nodes: list[NodeProto] = []
     images = graph.input[0]
     batch, channels, height, width = (_dimension(d) for d in images.type.tensor_type.shape.dim)
     kind, shape, value = TensorProto.FLOAT, [batch, channels, height, width], PIXELS_NAME
@@ -156,7 +157,8 @@ def _append_(model: ModelProto, outputs: Sequence[str], task: Task) -> None:
     """Put probabilities and the first classes behind the network."""
     from onnx import TensorProto, ValueInfoProto, helper
 
-    graph, nodes = model.graph, []
+    graph = model.graph
+    nodes: list[NodeProto] = []
     logits = ValueInfoProto()
     logits.CopyFrom(graph.output[0])
     batch, classes = (_dimension(d) for d in logits.type.tensor_type.shape.dim)
