@@ -265,7 +265,7 @@ def test_what_is_refused_leaves_the_bundle_as_it_was(
         ({"bias_correction": False}, "equalize= shifts channels, which loses more than it brings"),
         ({"scope": ("auto", "all")}, "scope= auto times whole scopes, and other scopes were"),
         ({"scope": ("auto",), "max_drop": 1.0}, "scope= auto times whole scopes, and max_drop="),
-        ({"noise": True, "images": Path("x")}, "calibrate_on_noise= and images= are both given."),
+        ({"noise": True, "images": Path("x")}, "noise= and images= are both given."),
     ],
 )
 def test_contradictions_say_why(asked: dict[str, Any], message: str) -> None:
