@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tests.each import each
-from van_deploy.errors import ConversionError, UsageError
+from van_deploy.errors import ConversionError
 from van_deploy.graph.embed import embed_preprocessing
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.metrics import Task, probabilities
@@ -148,23 +148,6 @@ def test_three_classes_have_a_top_three() -> None:
     )
     found = run(embed_preprocessing(small, PREPROCESSING, "uint8", ("top5",)), pixels(2))
     assert found["top5_classes"].shape == (2, 3)
-
-
-@each(
-    ("embedding", "outputs", "message"),
-    [
-        ("bgr", ("logits",), "There is no embedded preprocessing called 'bgr'."),
-        ("uint8", ("boxes",), "'boxes' is not an output: 'boxes'."),
-        ("uint8", (), "The outputs make no sense: ''."),
-        ("uint8", ("logits", "logits"), "The outputs make no sense: 'logits,logits'."),
-    ],
-)
-def test_what_does_not_exist_is_refused(
-    plain: onnx.ModelProto, embedding: str, outputs: Sequence[str], message: str
-) -> None:
-    with pytest.raises(UsageError) as caught:
-        embed_preprocessing(plain, PREPROCESSING, embedding, outputs)
-    assert caught.value.message == message
 
 
 def test_graphs_that_do_not_fit_are_refused(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.errors import ConversionError, UsageError
+from van_deploy.errors import ConversionError
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import Task
 
@@ -33,33 +33,11 @@ if TYPE_CHECKING:
 
     from van_deploy.model.preprocess import Preprocessing
 
-EMBEDDINGS = ("none", "normalize", "uint8")
-OUTPUTS = ("logits", "probabilities", "top5")
-
 PIXELS_NAME = "pixels"
 PROBABILITIES = "probabilities"
 TOP_CLASSES = "top5_classes"
 TOP_PROBABILITIES = "top5_probabilities"
 TOP = 5
-
-
-def check_embedding(embedding: str, outputs: Sequence[str]) -> None:
-    """Refuse what :func:`embed_preprocessing` cannot make.
-
-    Raises:
-        UsageError: an unknown embedding, or unknown, repeated or no outputs.
-    """
-    if embedding not in EMBEDDINGS:
-        raise UsageError(
-            f"There is no embedded preprocessing called '{embedding}'.",
-            f"Known: {', '.join(EMBEDDINGS)}.",
-        )
-    unknown = [name for name in outputs if name not in OUTPUTS]
-    if unknown or not outputs or len(set(outputs)) != len(outputs):
-        what = f"'{unknown[0]}' is not an output" if unknown else "The outputs make no sense"
-        raise UsageError(
-            f"{what}: '{','.join(outputs)}'.", f"Give some of {','.join(OUTPUTS)}, each once."
-        )
 
 
 def embed_preprocessing(
@@ -75,21 +53,19 @@ def embed_preprocessing(
         model: a graph from ``images (batch, C, S, S)`` to ``logits (batch, K)``, of any
             precision inside.
         preprocessing: what ``images`` must have gone through.
-        embedding: one of :data:`EMBEDDINGS`; with ``none`` the input stays as it is.
-        outputs: some of :data:`OUTPUTS`. ``probabilities`` is the softmax ``(batch, K)``
-            float32, or what else ``task`` makes of logits; ``top5`` gives ``top5_classes``
-            int64 and ``top5_probabilities`` float32, both ``(batch, min(5, K))``, the most
-            probable first.
+        embedding: ``uint8``, ``normalize``, or ``none``: the input stays as it is.
+        outputs: some of ``logits``, ``probabilities`` and ``top5``, each once. ``probabilities``
+            is the softmax ``(batch, K)`` float32, or what else ``task`` makes of logits; ``top5``
+            gives ``top5_classes`` int64 and ``top5_probabilities`` float32, both
+            ``(batch, min(5, K))``, the most probable first.
         task: how logits become probabilities.
 
     Raises:
-        UsageError: see :func:`check_embedding`.
         ConversionError: the graph has another number of inputs, outputs or channels, or
             is embedded already.
     """
     import onnx
 
-    check_embedding(embedding, outputs)
     _require_plain(model, preprocessing)
     embedded = onnx.ModelProto()
     embedded.CopyFrom(model)

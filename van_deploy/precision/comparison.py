@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +40,7 @@ ROUNDS = 11  # of timing
 Images = npt.NDArray[np.float32]
 Logits = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+Row = dict[str, Any]
 Run = Callable[[Images], Logits]
 
 
@@ -60,65 +61,26 @@ class Candidate:
     int8: Int8 | None = None
 
 
-@dataclass(frozen=True)
-class PrecisionRow:
-    """One line of the comparison; the reference is FP32.
-
-    Attributes:
-        name: of the candidate.
-        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
-        size_bytes: of the file.
-        sqnr_db: of the logits over all images, or of the worst feature map.
-        cosine: smallest of any image.
-        kl: mean over the images, in nats; None where there are no classes, as the next one.
-        agreement: share (0..1) of images with the same label.
-        images: how many.
-        correct: how many were classified right, or None without labels.
-        ms_per_image: median in the target's runtime, or None where it was not measured.
-        passed: whether it holds its gate; None for FP32 itself.
-        failures: what it does not hold.
-        doubts: what the images are too few to decide.
-        agreement_interval: of 95 %, of ``agreement``; None likewise.
-    """
-
-    name: str
-    precision: str
-    size_bytes: int
-    sqnr_db: float
-    cosine: float
-    kl: float | None
-    agreement: float | None
-    images: int
-    correct: int | None
-    ms_per_image: float | None
-    passed: bool | None
-    failures: tuple[str, ...]
-    doubts: tuple[str, ...]
-    agreement_interval: tuple[float, float] | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the line as JSON can hold it, with top-1's interval; infinite figures as None."""
-        known = self.correct is not None
-        values = {
-            **asdict(self),
-            "top1_interval": wilson_interval(self.correct or 0, self.images) if known else None,
-        }
-        return {
-            key: None if isinstance(value, float) and not np.isfinite(value) else value
-            for key, value in values.items()
-        }
-
-
 def compare_precisions(
     candidates: Sequence[Candidate],
     images: JobImages,
     settings: QuantizeSettings,
     outputs: Outputs = LOGITS,
     providers: Sequence[str] = (),
-) -> tuple[PrecisionRow, ...]:
+) -> list[Row]:
     """Return one line for each candidate; the first one, FP32, is the reference.
 
     The logits are always judged; a loss of accuracy only where the user named an evaluation set.
+    A line is what the manifest holds; figures that are infinite or not known are None:
+
+    - ``name`` and ``precision`` of the candidate, ``size_bytes`` of the file, ``images`` compared;
+    - ``sqnr_db`` of the logits over all images, or of the worst feature map; the smallest
+      ``cosine`` of any image; the mean ``kl`` in nats; the ``agreement``, the share (0..1) of
+      images with the same label, with the 95 % ``agreement_interval``;
+    - ``correct``, how many were classified right, with the ``top1_interval``;
+    - ``ms_per_image``, the median in the target's runtime;
+    - ``passed``, whether it holds its gate (None for FP32 itself), ``failures``, what it does not
+      hold, and ``doubts``, what the images are too few to decide.
 
     Args:
         candidates: the graphs, FP32 first.
@@ -153,7 +115,7 @@ def compare_precisions(
         if judged and candidate.precision != "fp32":
             findings = _findings(candidate.precision, expected, actual, labels, settings.max_drop)
         rows.append(_row(candidate, expected, actual, labels, outputs, findings, ms))
-    return tuple(rows)
+    return rows
 
 
 def _row(
@@ -164,7 +126,7 @@ def _row(
     outputs: Outputs,
     findings: Sequence[Finding],
     ms: float | None,
-) -> PrecisionRow:
+) -> Row:
     figures, lossless = outputs.compare(expected, found), candidate.precision == "fp32"
     if not findings and not lossless:
         floor = sqnr_floor(candidate.precision, np.inf)
@@ -174,22 +136,28 @@ def _row(
         for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
     }
     same, count = figures.top1_agreement, figures.images
-    return PrecisionRow(
-        name=candidate.name,
-        precision=candidate.precision,
-        size_bytes=candidate.model.ByteSize(),
-        sqnr_db=figures.sqnr_db,
-        cosine=figures.cosine,
-        kl=figures.kl,
-        agreement=same,
-        images=count,
-        correct=None if labels is None else int((found.argmax(axis=1) == labels).sum()),
-        ms_per_image=ms,
-        passed=None if lossless else not said[Outcome.FAIL],
-        failures=said[Outcome.FAIL],
-        doubts=said[Outcome.INCONCLUSIVE],
-        agreement_interval=None if same is None else wilson_interval(round(same * count), count),
-    )
+    correct = None if labels is None else int((found.argmax(axis=1) == labels).sum())
+    row: Row = {
+        "name": candidate.name,
+        "precision": candidate.precision,
+        "size_bytes": candidate.model.ByteSize(),
+        "sqnr_db": figures.sqnr_db,
+        "cosine": figures.cosine,
+        "kl": figures.kl,
+        "agreement": same,
+        "images": count,
+        "correct": correct,
+        "ms_per_image": ms,
+        "passed": None if lossless else not said[Outcome.FAIL],
+        "failures": said[Outcome.FAIL],
+        "doubts": said[Outcome.INCONCLUSIVE],
+        "agreement_interval": None if same is None else wilson_interval(round(same * count), count),
+        "top1_interval": None if correct is None else wilson_interval(correct, count),
+    }
+    infinite = [
+        k for k, value in row.items() if isinstance(value, float) and not np.isfinite(value)
+    ]
+    return row | dict.fromkeys(infinite)
 
 
 def _findings(
@@ -213,25 +181,26 @@ def _findings(
     return judge_numbers(loss, allowed, quality, floor, flips)
 
 
-def recommended(rows: Sequence[PrecisionRow], made: PrecisionRow) -> tuple[str | None, str]:
+def recommended(rows: Sequence[Row], made: Row) -> tuple[str | None, str]:
     """Return the fastest candidate that holds its gate, and why; None where no time was measured.
 
     Args:
         rows: FP32 first.
         made: the line of the graph that was asked for.
     """
-    if not made.passed:
-        return None, f"{made.name.upper()} does not hold its gate: {'; '.join(made.failures)}"
-    size = f"{rows[0].size_bytes / made.size_bytes:.2f} times smaller than FP32"
-    times = {r.name: r.ms_per_image for r in rows if r.ms_per_image and r.passed is not False}
-    if not times:
+    name = made["name"]
+    if not made["passed"]:
+        return None, f"{name.upper()} does not hold its gate: {'; '.join(made['failures'])}"
+    size = f"{rows[0]['size_bytes'] / made['size_bytes']:.2f} times smaller than FP32"
+    fit = [row for row in rows if row["ms_per_image"] and row["passed"] is not False]
+    if not fit:
         return None, f"speed not measured: compare engines with `bench`; {size}"
-    best = min(times, key=lambda name: times[name])
-    if best != made.name:
-        slower = times[made.name] / times[best]
-        return best, f"{made.name.upper()} takes {slower:.2f} times as long here"
-    gain = times[rows[0].name] / times[best]
-    return best, f"{gain:.2f} times the speed of FP32 here, {size}"
+    best = min(fit, key=lambda row: row["ms_per_image"])
+    if best is not made:
+        slower = made["ms_per_image"] / best["ms_per_image"]
+        return best["name"], f"{name.upper()} takes {slower:.2f} times as long here"
+    gain = rows[0]["ms_per_image"] / best["ms_per_image"]
+    return name, f"{gain:.2f} times the speed of FP32 here, {size}"
 
 
 def logits_session(

@@ -215,12 +215,12 @@ class _Job:
         size = images.preprocessing.image_size
         outputs = Outputs.of(self.bundle.manifest.architecture, size)
         rows = compare_precisions(candidates, images, asked, outputs, _timed_in(asked))
-        ours = [row for row in rows if row.precision == asked.precision]
-        chosen = min(ours, key=lambda row: (not row.passed, row.ms_per_image or 0.0))
+        ours = [row for row in rows if row["precision"] == asked.precision]
+        chosen = min(ours, key=lambda row: (not row["passed"], row["ms_per_image"] or 0.0))
         best, why = recommended(rows, chosen)
         self.facts |= {
-            "judged_on": {"images": chosen.images, "description": images.judges.description},
-            "comparison": [{**row.as_dict(), "requested": row is chosen} for row in rows],
+            "judged_on": {"images": chosen["images"], "description": images.judges.description},
+            "comparison": [{**row, "requested": row is chosen} for row in rows],
             "recommended": best,
             "why": why,
         }
