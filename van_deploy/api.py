@@ -108,16 +108,7 @@ class Bundle:
         from van_deploy.precision.pipeline import quantize_bundle
 
         asked = settings_from(config.QuantizeSettings, settings, options)
-        images, calibration = asked.sources
-        return quantize_bundle(
-            self.opened().path,
-            asked,
-            images=images,
-            calibration=calibration,
-            evaluate=asked.evaluate,
-            force=force,
-            progress=progress,
-        )
+        return quantize_bundle(self.opened().path, asked, force=force, progress=progress)
 
     def build(
         self,

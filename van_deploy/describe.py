@@ -11,7 +11,7 @@ from van_deploy.config.sizes import ImageSize
 
 if TYPE_CHECKING:
     from van_deploy.engine.inspect import EngineDescription, PackageDescription
-    from van_deploy.graph.inspect import OnnxDescription
+    from van_deploy.graph.files import OnnxDescription
     from van_deploy.manifest import Manifest
     from van_deploy.model.preprocess import Preprocessing
     from van_deploy.model.variants import VanConfig
@@ -183,7 +183,7 @@ def artefacts_described(
     """
     from van_deploy.bundle import Bundle
     from van_deploy.errors import InputError
-    from van_deploy.graph.inspect import describe_onnx
+    from van_deploy.graph.files import describe_onnx
 
     if artefact.is_dir():
         bundle = Bundle.open(artefact)

@@ -186,18 +186,10 @@ def export_recipe(
     made = []
     for name in recipe.precision.make:
         settings = recipe.precision.of(name)
-        folder, calibration = settings.sources
+        if images is not None and settings.sources == (None, None):
+            settings = settings.changed(images=images)
         clock.say(f"Making '{name}'")
-        result = quantize_bundle(
-            output,
-            settings,
-            images=folder if folder or calibration else images,
-            calibration=calibration,
-            evaluate=settings.evaluate,
-            force=force,
-            progress=progress,
-        )
-        made.append(result)
+        made.append(quantize_bundle(output, settings, force=force, progress=progress))
     if recipe.export.embeds:
         clock.begin("Embedding preprocessing, and proving it")
         embedded = embed_in_bundle(output, loaded, recipe, images)

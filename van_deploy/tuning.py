@@ -190,8 +190,9 @@ def _tried(copy: Path, candidate: Candidate, batch: BatchRange, build: Build) ->
 def with_scope(path: Path, candidate: Candidate) -> None:
     """Make the bundle's INT8 graph anew with the candidate's scope, where it names one."""
     if candidate.scope:
-        asked = QuantizeSettings(precision="int8", scope=(candidate.scope,))
-        quantize_bundle(path, asked, images=candidate.settings.images, force=True)
+        images = candidate.settings.images
+        asked = QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
+        quantize_bundle(path, asked, force=True)
 
 
 def _seconds(runner: Any, images: npt.NDArray[Any]) -> float:

@@ -70,9 +70,9 @@ def test_a_result_below_its_gate_ends_with_1(
             "error: FP16 makes no sense for --target cpu: ONNX Runtime's CPU",
         ),
         (("--calibration", "none"), 5, "error: There is no calibration set called 'none'."),
-        (("--scope", "resnet"), 2, "error: The scope 'resnet' matches no convolution"),
+        (("--scope", "resnet"), 2, "error: The scope 'resnet' is neither pointwise"),
         (("--keep", "block9"), 2, "error: There is nothing called 'block9' to keep in FP32."),
-        (("--images", "/nowhere"), 5, "error: The image folder '/nowhere' does not exist."),
+        (("--images", "/nowhere"), 5, "error: '/nowhere' cannot be read: No such file"),
     ],
 )
 def test_mistakes_are_said_in_words(
