@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from van_deploy.bench.document import BenchReport
     from van_deploy.checks.drift import DriftReport
-    from van_deploy.checks.evaluate_report import EvaluateReport
+    from van_deploy.checks.evaluate import EvaluateReport
     from van_deploy.checks.regression import CheckReport
     from van_deploy.checks.verdicts import VerifyReport
     from van_deploy.model.checkpoint import LoadedVan
@@ -406,7 +406,7 @@ class Bundle:
         """Keep a result in the manifest; what was signed stays as it was signed."""
         if self._key is not None:
             return
-        from van_deploy.checks.record import record_check
+        from van_deploy.checks.verdicts import record_check
 
         said = record_check(opened, name, result)
         if said:

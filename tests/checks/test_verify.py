@@ -14,10 +14,11 @@ from tests.checks.conftest import Broken
 from van_deploy.bundle import Bundle
 from van_deploy.checks.drift import drift_of_bundle
 from van_deploy.checks.gates import Allowed, Outcome
-from van_deploy.checks.graphs import Level
+from van_deploy.checks.layers import Level
 from van_deploy.checks.reference import samples_for
 from van_deploy.checks.verdicts import ArtefactVerdict
 from van_deploy.checks.verify import verify_bundle
+from van_deploy.config import DriftSettings, VerifySettings
 from van_deploy.errors import GateFailed
 from van_deploy.graph.embed import embed_preprocessing
 
@@ -25,13 +26,12 @@ DIGITS_BLOCKS = [f"block{s}.{b}" for s, depth in enumerate((2, 2, 3, 2), 1) for 
 
 
 def verdict_of(whole: Subject, bundle: Bundle, name: str) -> ArtefactVerdict:
-    return verify_bundle(bundle, whole.samples, artefacts=[name]).artefacts[name]
+    return verify_bundle(bundle, whole.samples, VerifySettings(artefacts=(name,))).artefacts[name]
 
 
 def worst(whole: Subject, bundle: Bundle, name: str, level: Level = "block") -> str:
-    report = drift_of_bundle(
-        bundle, whole.samples.first(2), loaded=whole.loaded, level=level, artefacts=[name]
-    )
+    asked = DriftSettings(level=level, artefacts=(name,))
+    report = drift_of_bundle(bundle, whole.samples.first(2), asked, loaded=whole.loaded)
     return report.artefacts[name].worst[0].name
 
 
@@ -154,7 +154,9 @@ class TestBrokenArtefacts:
         node = next(node for node in model.graph.node if node.op_type == "Gelu")
         node.op_type = "Gelo"
         bundle = broken(digits, "fp16", "fp16", model)
-        report = verify_bundle(bundle, digits.samples, modules=False, artefacts=["fp16", "fp32"])
+        report = verify_bundle(
+            bundle, digits.samples, VerifySettings(modules=False, artefacts=("fp16", "fp32"))
+        )
         assert [v.outcome for v in report.artefacts.values()] == [Outcome.FAIL, Outcome.PASS]
         (failure,) = report.artefacts["fp16"].failures
         assert failure.startswith("it does not load: ONNX Runtime")
@@ -211,7 +213,7 @@ class TestDrift:
             drift_of_bundle(bundle, digits.samples)
         verdict = verdict_of(digits, bundle, "fp16")
         assert verdict.outcome is Outcome.PASS, "its logits are right"
-        report = verify_bundle(bundle, digits.samples, artefacts=["fp16"])
+        report = verify_bundle(bundle, digits.samples, VerifySettings(artefacts=("fp16",)))
         assert not report, "its modules were compared with nothing"
 
     def test_a_wrong_scale_is_named_though_its_error_is_small(
@@ -220,9 +222,8 @@ class TestDrift:
         layer = "block2.1.mlp.fc2"
         model = faults.scale_doubled(digits.graph("int8"), layer, factor=8)
         bundle = broken(digits, "int8", "int8", model)
-        report = drift_of_bundle(
-            bundle, digits.samples, loaded=digits.loaded, level="module", artefacts=["int8"]
-        )
+        asked = DriftSettings(level="module", artefacts=("int8",))
+        report = drift_of_bundle(bundle, digits.samples, asked, loaded=digits.loaded)
         first = report.artefacts["int8"].worst[0]
         assert first.name == layer
         assert "times the one of least error on the golden images" in first.fault
@@ -233,7 +234,7 @@ def test_an_engine_that_was_not_run_is_no_pass_unless_named(digits: Subject, cop
     from tests.artifacts import enter_engine
 
     bundle = enter_engine(copy_of(digits), "x", made_from="fp16")
-    report = verify_bundle(bundle, digits.samples, modules=False)
+    report = verify_bundle(bundle, digits.samples, VerifySettings(modules=False))
     engine = report.artefacts["x"]
     if engine.outcome is not Outcome.SKIPPED:
         pytest.skip("this machine has a GPU")
@@ -242,7 +243,8 @@ def test_an_engine_that_was_not_run_is_no_pass_unless_named(digits: Subject, cop
     named = replace(report, allowed=Allowed(("engines",)))
     assert named
     assert not replace(report, allowed=Allowed(("runtimes",)))
-    alone = verify_bundle(bundle, digits.samples, artefacts=["x"], allowed=Allowed(("engines",)))
+    asked = VerifySettings(artefacts=("x",), allow_skip=("engines",))
+    alone = verify_bundle(bundle, digits.samples, asked)
     assert not alone, "nothing was verified"
 
 

@@ -6,6 +6,7 @@ The limits themselves are in :mod:`van_deploy.checks.gates`.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,17 +23,6 @@ from van_deploy.checks.gates import (
 )
 from van_deploy.intervals import Interval, mcnemar_exact, tango_interval
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
-
-__all__ = [
-    "Loss",
-    "at_least",
-    "images_to_decide",
-    "judge_invariance",
-    "judge_logits",
-    "judge_loss",
-    "judge_numbers",
-    "paired_loss",
-]
 
 MOST_IMAGES = 10**8  # beyond this a number of images is no advice
 
@@ -90,18 +80,20 @@ def at_least(rule: str, value: float, limit: Limit, unit: str = "dB", where: str
 
 
 def _explained(flips: Sequence[Flip], limit: Limit, where: str = "") -> Finding:
+    """Return whether noise explains every label flip, the widest margin first."""
     faults = [flip for flip in flips if flip.fault]
-    widest = max((flip.margin for flip in flips), default=0.0)
-    noun = "label flip" if len(flips) == 1 else "label flips"
-    message = f"{where}{len(flips)} {noun}, within what the allowed noise explains"
+    count = len(faults or flips)
+    message = f"{where}{count} label flip{'s' * (count != 1)}"
     if faults:
-        noun = "label flip" if len(faults) == 1 else "label flips"
-        message = (
-            f"{where}{len(faults)} {noun} where PyTorch's margin is up to {faults[0].margin:.2g} "
-            f"RMS logits; {limit.origin} explains {limit.value:.2g}"
+        message += (
+            f" where PyTorch's margin is up to {faults[0].margin:.2g} RMS logits; {limit.origin} "
+            f"explains {limit.value:.2g}"
         )
+    elif flips:
+        message += ", within what the allowed noise explains"
     outcome = Outcome.FAIL if faults else Outcome.PASS
-    return Finding("label flips", outcome, message if flips else "", widest, limit, "RMS logits")
+    widest = flips[0].margin if flips else 0.0
+    return Finding("label flips", outcome, message * bool(flips), widest, limit, "RMS logits")
 
 
 def judge_invariance(alone: Array, together: Array, floor: Limit, batch: int) -> Finding:
@@ -147,23 +139,33 @@ def paired_loss(lost: int, won: int, images: int) -> Loss:
     return Loss(images, loss, (100 * low, 100 * high), lost, won, mcnemar_exact(lost, won))
 
 
-def judge_loss(loss: Loss, allowed: Limit, what: str = "top-1") -> Finding:
+def judge_loss(
+    loss: Loss,
+    allowed: Limit,
+    what: str = "top-1",
+    undecided: Outcome = Outcome.INCONCLUSIVE,
+) -> Finding:
     """Return whether a lossy artifact is shown to lose no more than is allowed.
 
     Non-inferiority: PASS if the interval's upper end is within the allowed loss, FAIL if its
-    lower end is beyond, else INCONCLUSIVE.
+    lower end is beyond, else ``undecided``.
     """
     low, high = loss.interval
     said = f"{low:+.2f} to {high:+.2f} pp of {what} lost on {loss.images} images"
-    shown = f"{said}, {allowed.value:g} allowed ({allowed.origin})"
-    outcome = Outcome.INCONCLUSIVE
+    said = f"{said}, {allowed.value:g} allowed ({allowed.origin})"
+    outcome = undecided
     if high <= allowed.value:
         outcome = Outcome.PASS
     elif low > allowed.value:
         outcome = Outcome.FAIL
-    else:
-        shown = f"{shown}; {_advice(loss, allowed)}"
-    return Finding(f"Δ{what}", outcome, shown, loss.loss, allowed, "pp")
+    if outcome is Outcome.INCONCLUSIVE:
+        needed = images_to_decide(loss, allowed.value)
+        said += (
+            f"; {f'about {needed} images' if needed else 'no number of images'} would decide at "
+            "this rate of label flips: give more images, allow a larger top1_loss in the recipe, "
+            "or pass --allow-inconclusive"
+        )
+    return Finding(f"Δ{what}", outcome, said, loss.loss, allowed, "pp")
 
 
 def judge_numbers(
@@ -191,15 +193,10 @@ def judge_numbers(
         what: the share that was lost.
     """
     margin = Limit(flip_margin(floor.value, task), f"noise at {floor.value:.1f} dB")
-    low, high = loss.interval
-    shown = low > allowed.value
-    said = f"{low:+.2f} to {high:+.2f} pp of {what} lost on {loss.images} images"
-    more = f", more than the {allowed.value:g} allowed ({allowed.origin})"
-    outcome = Outcome.FAIL if shown else Outcome.PASS
     return [
         at_least("SQNR", sqnr, floor),
         _explained(flips, margin),
-        Finding(f"Δ{what}", outcome, said + more * shown, loss.loss, allowed, "pp"),
+        judge_loss(loss, allowed, what, undecided=Outcome.PASS),
     ]
 
 
@@ -211,25 +208,12 @@ def images_to_decide(loss: Loss, allowed: float) -> int | None:
     lost, won = loss.lost, loss.won
     if not loss.images or lost is None or won is None:
         return None
-    low, high = loss.images, MOST_IMAGES
 
     def decides(images: int) -> bool:
         share = images / loss.images
-        ends = tango_interval(lost * share, won * share, images)
-        return 100 * ends[1] <= allowed or 100 * ends[0] > allowed
+        low, high = tango_interval(lost * share, won * share, images)
+        return 100 * high <= allowed or 100 * low > allowed
 
-    if not decides(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if decides(middle) else (middle + 1, high)
-    return low
-
-
-def _advice(loss: Loss, allowed: Limit) -> str:
-    needed = images_to_decide(loss, allowed.value)
-    images = f"about {needed} images" if needed else "no number of images"
-    return (
-        f"{images} would decide at this rate of label flips: give more images, allow a larger "
-        "top1_loss in the recipe, or pass --allow-inconclusive"
-    )
+    tried = range(loss.images, MOST_IMAGES)
+    place = bisect_left(tried, True, key=decides)
+    return tried[place] if place < len(tried) else None
