@@ -20,9 +20,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.gates import Outcome, sqnr_floor
+from van_deploy.checks.gates import sqnr_floor
 from van_deploy.checks.graphs import one_line
-from van_deploy.checks.judging import judge_new
 from van_deploy.checks.layers import (
     DriftRow,
     Level,
@@ -31,11 +30,10 @@ from van_deploy.checks.layers import (
     part_name,
 )
 from van_deploy.checks.opened import plain_onnx
-from van_deploy.checks.reference import OnnxModules, TorchModules
+from van_deploy.checks.reference import TorchModules, module_reference
 from van_deploy.checks.samples import Samples
 from van_deploy.checks.scales import judge_scales
 from van_deploy.config import DriftSettings
-from van_deploy.errors import GateFailed
 from van_deploy.graph.names import module_of
 from van_deploy.runners.network import Network
 
@@ -143,13 +141,10 @@ def drift_of_bundle(
     """
     asked = asked or DriftSettings()
     chain = [Link("PyTorch float32", samples.noise_db, "the noise of float32 itself")]
-    reference: TorchModules | OnnxModules
-    if loaded is not None:
-        progress("PyTorch in float64, rewritten")
-        reference = TorchModules(bundle, loaded, samples.inputs)
+    progress("What parts are compared with")
+    reference = module_reference(bundle, samples, loaded)
+    if isinstance(reference, TorchModules):
         chain.append(_rewritten(reference, samples))
-    else:
-        reference = _held(bundle, samples)
     names = asked.artefacts or [n for n in plain_onnx(bundle) if loaded is not None or n != "fp32"]
     entries = {}
     for name in names:
@@ -179,22 +174,6 @@ def _rewritten(reference: TorchModules, samples: Samples) -> Link:
         outputs.sqnr_db(samples.logits, rows),
         f"folded weights stored in float32; {folding}",
     )
-
-
-def _held(bundle: Bundle, samples: Samples) -> OnnxModules:
-    """Return ``model.onnx`` as the reference, if it holds."""
-    import onnx
-
-    path = bundle.verified("fp32")
-    judged, _ = judge_new(path, "fp32", samples)
-    reasons = [f.message for f in judged.findings if f.outcome is Outcome.FAIL]
-    if reasons:
-        raise GateFailed(
-            f"model.onnx does not hold on the golden samples, so nothing can be compared with "
-            f"it: {reasons[0]}.",
-            "Compare with the original network, on a machine that has PyTorch and the weights.",
-        )
-    return OnnxModules(onnx.load(path))
 
 
 def _link(bundle: Bundle, name: str, samples: Samples) -> Link:

@@ -256,9 +256,21 @@ def outcome_of(findings: Iterable[Finding]) -> Outcome:
     return next((outcome for outcome in order if outcome in found), Outcome.SKIPPED)
 
 
-def failed(rule: str, message: str) -> Finding:
-    """Return a rule that does not hold and has no number."""
-    return Finding(rule, Outcome.FAIL, message)
+def held(
+    rule: str,
+    fault: str,
+    value: float | None = None,
+    limit: Limit | None = None,
+    unit: str = "",
+    shown: str = "",
+) -> Finding:
+    """Return a rule that was applied: PASS, and what was ``shown``, or FAIL where there is a fault.
+
+    The other arguments are those of :class:`Finding`.
+    """
+    return Finding(
+        rule, Outcome.FAIL if fault else Outcome.PASS, fault or shown, value, limit, unit
+    )
 
 
 def skipped(rule: str, message: str, kind: str = "") -> Finding:

@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Bundle, Draft
 from van_deploy.bundle.reading import verify
-from van_deploy.checks.gates import Finding, Outcome, failed
+from van_deploy.checks.gates import Finding, Outcome, held
 from van_deploy.checks.samples import SKETCH, Outputs, Samples, other_sizes, samples_from
 from van_deploy.data import (
     CheckImages,
@@ -251,7 +251,7 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
         try:
             found = _pixels(path, bundle.manifest.preprocessing).astype(int)
         except ImageError as error:
-            findings.append(failed("preprocessing", error.message.rstrip(".")))
+            findings.append(held("preprocessing", error.message.rstrip(".")))
             continue
         change = int(np.abs(found - pixels).max())
         outcome, message = Outcome.PASS, ""

@@ -17,7 +17,7 @@ from van_deploy.checks.gates import (
     Finding,
     Limit,
     Outcome,
-    failed,
+    held,
     numeric_class,
     outcome_of,
     sqnr_floor,
@@ -203,7 +203,7 @@ def judge_answers(
         try:
             found = _answers(run, of, np.roll(prepare(of), shift, axis=0), size)[OUTPUT_NAME]
         except Exception as error:  # the runtimes raise their own bare types
-            findings.append(failed("runs", f"{where}it does not run: {one_line(error)}"))
+            findings.append(held("runs", f"{where}it does not run: {one_line(error)}"))
             return None
         back = np.roll(found, -shift, axis=0)
         findings.extend(
@@ -318,5 +318,5 @@ def judge_graph(
             found, rows = judge_scales(model, samples, floor, method)
             findings += found
     except Exception as error:  # ONNX Runtime raises its own bare types
-        findings.append(failed("graph", f"its tensors cannot be looked at: {one_line(error)}"))
+        findings.append(held("graph", f"its tensors cannot be looked at: {one_line(error)}"))
     return findings, rows

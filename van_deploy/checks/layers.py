@@ -25,7 +25,6 @@ from van_deploy.checks.graphs import (
     tensor_types,
     with_taps,
 )
-from van_deploy.checks.reference import OnnxModules, TorchModules
 from van_deploy.errors import UsageError
 from van_deploy.graph.names import INPUT_NAME, module_of
 from van_deploy.metrics import decibels, signal_and_noise
@@ -33,6 +32,8 @@ from van_deploy.runners.base import Images
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+    from van_deploy.checks.reference import OnnxModules, TorchModules
 
 
 IMAGES_AT_ONCE = 2  # more than one, so that a batch frozen at one shows

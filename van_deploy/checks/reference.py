@@ -18,12 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
+from van_deploy.checks.gates import DEFAULT, Outcome
 from van_deploy.checks.golden import GOLDEN_IMAGES, golden_samples
 from van_deploy.checks.graphs import quiet_session, run_taps, with_taps
+from van_deploy.checks.judging import judge_new
 from van_deploy.checks.samples import Outputs, Samples, other_sizes, samples_from
+from van_deploy.config import GateProfile
 from van_deploy.config.sizes import ImageSize
 from van_deploy.data import CheckImages, check_images
-from van_deploy.errors import BundleError
+from van_deploy.errors import BundleError, GateFailed
 from van_deploy.graph.names import INPUT_NAME, module_of
 from van_deploy.runners.base import Images
 
@@ -106,6 +109,37 @@ def samples_for(
         description=golden.description,
     )
     return reference_samples(loaded, same, sizes, golden=True)
+
+
+def module_reference(
+    bundle: Bundle, samples: Samples, loaded: LoadedVan | None, profile: GateProfile = DEFAULT
+) -> TorchModules | OnnxModules:
+    """Return what modules are compared with: the original network, else ``model.onnx``.
+
+    Args:
+        bundle: the bundle.
+        samples: what it is judged on.
+        loaded: the original network, or None.
+        profile: what a recipe sets otherwise for FP32.
+
+    Raises:
+        GateFailed: there is no original network, and ``model.onnx`` does not hold.
+        BundleError: the manifest does not say how the network was rewritten.
+    """
+    if loaded is not None:
+        return TorchModules(bundle, loaded, samples.inputs)
+    import onnx
+
+    path = bundle.verified("fp32")
+    judged, _ = judge_new(path, "fp32", samples, profile=profile)
+    reasons = [f.message for f in judged.findings if f.outcome is not Outcome.PASS]
+    if reasons:
+        raise GateFailed(
+            "model.onnx does not hold on the golden samples, so nothing can be compared with "
+            f"it: {reasons[0]}.",
+            "Compare with the original network, on a machine that has PyTorch and the weights.",
+        )
+    return OnnxModules(onnx.load(path))
 
 
 class TorchModules:

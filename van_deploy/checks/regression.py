@@ -25,7 +25,7 @@ from van_deploy.checks.gates import (
     Outcome,
     Report,
     chance_changes,
-    failed,
+    held,
     skipped,
 )
 from van_deploy.checks.rules import at_least
@@ -192,7 +192,7 @@ def _baseline_rows(
     """
     if now is None:
         message = "the baseline has this artifact and the bundle lacks it"
-        yield CheckRow(row, failed("artifact", message))
+        yield CheckRow(row, held("artifact", message))
         return
     here, there = (f"{f.runner}, {f.numeric_class}" for f in (now, old))
     origin = f"baseline minus {BELOW_RECORD_DB:g}"

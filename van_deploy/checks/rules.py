@@ -18,8 +18,8 @@ from van_deploy.checks.gates import (
     Finding,
     Limit,
     Outcome,
-    failed,
     flip_margin,
+    held,
 )
 from van_deploy.intervals import Interval, mcnemar_exact, tango_interval
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
@@ -51,7 +51,7 @@ def judge_logits(
     """
     if found.shape != expected.shape:
         message = f"the output has shape {found.shape} where PyTorch's has {expected.shape}"
-        return [failed("shape", where + message)], []
+        return [held("shape", where + message)], []
     margin = flip_margin(floor.value, task)
     flips = find_flips(expected, found, task, margin)
     findings = [
@@ -73,27 +73,22 @@ def judge_logits(
 
 def at_least(rule: str, value: float, limit: Limit, unit: str = "dB", where: str = "") -> Finding:
     """Return whether ``value`` is at least the limit; NaN is not."""
-    holds = value >= limit.value
     said = f"{where}{rule} {value:.1f} {unit} is below {limit.value:.1f} {unit} ({limit.origin})"
-    outcome = Outcome.PASS if holds else Outcome.FAIL
-    return Finding(rule, outcome, "" if holds else said, value, limit, unit)
+    return held(rule, "" if value >= limit.value else said, value, limit, unit)
 
 
 def _explained(flips: Sequence[Flip], limit: Limit, where: str = "") -> Finding:
     """Return whether noise explains every label flip, the widest margin first."""
     faults = [flip for flip in flips if flip.fault]
-    count = len(faults or flips)
-    message = f"{where}{count} label flip{'s' * (count != 1)}"
-    if faults:
-        message += (
-            f" where PyTorch's margin is up to {faults[0].margin:.2g} RMS logits; {limit.origin} "
-            f"explains {limit.value:.2g}"
-        )
-    elif flips:
-        message += ", within what the allowed noise explains"
-    outcome = Outcome.FAIL if faults else Outcome.PASS
-    widest = flips[0].margin if flips else 0.0
-    return Finding("label flips", outcome, message * bool(flips), widest, limit, "RMS logits")
+    told = faults or flips
+    count, widest = len(told), told[0].margin if told else 0.0
+    said = f"{where}{count} label flip{'s' * (count != 1)}"
+    fault = (
+        f"{said} where PyTorch's margin is up to {widest:.2g} RMS logits; {limit.origin} "
+        f"explains {limit.value:.2g}"
+    )
+    shown = f"{said}, within what the allowed noise explains" * bool(flips)
+    return held("label flips", fault * bool(faults), widest, limit, "RMS logits", shown)
 
 
 def judge_invariance(alone: Array, together: Array, floor: Limit, batch: int) -> Finding:

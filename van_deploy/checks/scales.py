@@ -33,7 +33,7 @@ from van_deploy.checks.gates import (
     Finding,
     Limit,
     Outcome,
-    failed,
+    held,
 )
 from van_deploy.checks.graphs import quiet_session, run_taps, with_taps
 from van_deploy.checks.rules import at_least
@@ -242,7 +242,7 @@ def _together(rule: str, rows: Sequence[ScaleRow]) -> Finding:
     if not faults:
         return Finding(rule, Outcome.PASS, f"{len(rows)} within their bounds")
     more = f"; and {len(faults) - 2} more" if len(faults) > 2 else ""
-    return failed(rule, "; ".join(faults[:2]) + more)
+    return held(rule, "; ".join(faults[:2]) + more)
 
 
 def _weights(

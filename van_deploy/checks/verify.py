@@ -9,15 +9,15 @@ hold every tensor, and is its preprocessing the weights'?
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from van_deploy.bundle import Bundle
+from van_deploy.bundle import Artefact, Bundle
 from van_deploy.checks.gates import (
     Allowed,
     Finding,
-    Outcome,
-    failed,
+    held,
     module_floor,
     numeric_class,
     skipped,
@@ -26,37 +26,26 @@ from van_deploy.checks.gates import (
 from van_deploy.checks.golden import judge_originals
 from van_deploy.checks.graphs import one_line
 from van_deploy.checks.judging import (
-    Judged,
     Judgement,
     batch_sizes,
     judge_answers,
     judge_graph,
-    judge_new,
     record_key,
 )
-from van_deploy.checks.layers import drift_of_artefact
-from van_deploy.checks.opened import (
-    NotRun,
-    chosen_artefacts,
-    given_to,
-    open_artefact,
-    plain_onnx,
-)
-from van_deploy.checks.reference import OnnxModules, TorchModules
+from van_deploy.checks.layers import DriftRow, drift_of_artefact
+from van_deploy.checks.opened import NotRun, chosen_artefacts, given_to, open_artefact, plain_onnx
+from van_deploy.checks.reference import OnnxModules, TorchModules, module_reference
 from van_deploy.checks.samples import Samples
 from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
 from van_deploy.config import GateSettings, VerifySettings
 from van_deploy.documents import json_from, plain
-from van_deploy.errors import ConversionError, VanDeployError
+from van_deploy.errors import ConversionError, GateFailed, VanDeployError
 from van_deploy.runners.network import Network
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-
 MODULE_IMAGES = 4
-
-ModuleReference = TorchModules | OnnxModules
 
 
 def verify_bundle(
@@ -81,159 +70,135 @@ def verify_bundle(
     Raises:
         BundleError: an artifact is not there, or is not the manifest's.
     """
-    asked, gates = asked or VerifySettings(), gates or GateSettings()
-    reference: ModuleReference | Finding | None = None
-    verdicts = {}
-    for name in chosen_artefacts(bundle, asked.artefacts):
-        progress(f"'{name}' at every batch size")
-        verdict = _answers(bundle, name, samples, gates, asked)
-        if verdict.comparison is not None and name in plain_onnx(bundle):
-            progress(f"'{name}', its tensors")
-            verdict = _with_graph(bundle, verdict, samples, gates)
-            if asked.modules and (loaded is not None or name != "fp32"):
-                progress(f"'{name}', module by module")
-                reference = reference or _reference(bundle, samples, loaded, gates)
-                verdict = _with_modules(bundle, verdict, samples, reference, gates)
-        verdicts[name] = verdict
+    asked = asked or VerifySettings()
+    work = _Verifying(bundle, samples, asked, loaded, gates or GateSettings(), progress)
+    verdicts = {name: work.verdict(name) for name in chosen_artefacts(bundle, asked.artefacts)}
     return VerifyReport(
         against="the golden samples" if loaded is None else "the original network",
         images=samples.description,
         names=samples.names,
         noise_db=samples.noise_db,
-        modules="" if reference is None or isinstance(reference, Finding) else reference.described,
+        modules=getattr(vars(work).get("reference"), "described", ""),
         findings=tuple(judge_originals(bundle, samples)) if samples.golden else (),
         artefacts=verdicts,
         allowed=Allowed(asked.allow_skip, asked.allow_inconclusive),
     )
 
 
-def _answers(
-    bundle: Bundle, name: str, samples: Samples, gates: GateSettings, asked: VerifySettings
-) -> ArtefactVerdict:
-    """Return what one artifact's answers and its file say."""
-    precision = bundle.artefact(name).precision
-    numeric, opened = numeric_class(precision), open_artefact(bundle, name, asked)
-    if isinstance(opened, NotRun):
-        runner, said = opened.runner, Judgement((skipped("runs", opened.reason, opened.kind),))
-    else:
+@dataclass(frozen=True)
+class _Verifying:
+    """What every artifact of a bundle is verified with."""
+
+    bundle: Bundle
+    samples: Samples
+    asked: VerifySettings
+    loaded: LoadedVan | None
+    gates: GateSettings
+    progress: Callable[[str], None]
+
+    @cached_property
+    def reference(self) -> TorchModules | OnnxModules | Finding:
+        """What modules are compared with, or why they are not."""
+        try:
+            return module_reference(self.bundle, self.samples, self.loaded, self.gates.fp32)
+        except GateFailed as error:
+            return skipped("modules", error.message.rstrip("."))
+
+    def verdict(self, name: str) -> ArtefactVerdict:
+        """Return what is found of one artifact."""
+        import onnx
+
+        artefact, opened = self.bundle.artefact(name), open_artefact(self.bundle, name, self.asked)
+        about = {"artefact": name, "precision": artefact.precision}
+        if isinstance(opened, NotRun):
+            found = (skipped("runs", opened.reason, opened.kind),)
+            numeric = numeric_class(artefact.precision)
+            return ArtefactVerdict(found, **about, numeric=numeric, runner=opened.runner)
+        self.progress(f"'{name}' at every batch size")
+        numeric, judged = self.answers(opened, artefact)
+        findings, scales = list(judged.findings), ()
+        findings += [held("contract", f) for f in contract_failures(self.bundle, name) or [""]]
+        modules: tuple[DriftRow, ...] = ()
+        if judged.comparison is not None and name in plain_onnx(self.bundle):
+            self.progress(f"'{name}', its tensors")
+            method = str(artefact.quantization.get("method", "mse"))
+            model = onnx.load(self.bundle.verified(name))
+            inside = judge_graph(model, numeric, self.samples, method, self.gates.of(numeric))
+            findings, scales = findings + inside[0], inside[1]
+            if self.asked.modules and (self.loaded is not None or name != "fp32"):
+                self.progress(f"'{name}', module by module")
+                modules, finding = self.modules(artefact, numeric)
+                findings.append(finding)
+        judged = replace(judged, findings=tuple(findings), scales=scales)
+        return ArtefactVerdict(
+            **vars(judged), **about, numeric=numeric, runner=opened.described, modules=modules
+        )
+
+    def answers(self, opened: Network, artefact: Artefact) -> tuple[str, Judgement]:
+        """Return the numeric class of an artifact that is run here, and what its answers say."""
+        numeric, samples = numeric_class(artefact.precision), self.samples
+        records = artefact.golden_sqnr_db if samples.golden else {}
+        sizes = batch_sizes(self.bundle.manifest.batch)
+        others = (one for one in samples.others if opened.serves_size(one.inputs.shape[2:]))
         try:
             with opened:
-                numeric = numeric_class(precision, tf32=opened.tf32)
-                said = _judge_opened(bundle, opened, numeric, samples, gates)
+                numeric = numeric_class(artefact.precision, tf32=opened.tf32)
+                return numeric, judge_answers(
+                    opened.run,
+                    lambda given: given_to(opened, given.inputs, given.pixels),
+                    replace(samples, others=tuple(others)),
+                    [sizes[0], *(size for size in sizes[1:] if opened.serves(size))],
+                    sqnr_floor(numeric, samples.noise_db, self.gates.of(numeric)),
+                    records.get(record_key(opened.runner, numeric)),
+                )
         except ConversionError as error:
-            said = Judgement((failed("loads", f"it does not load: {one_line(error)}"),))
+            fault = held("loads", f"it does not load: {one_line(error)}")
         except VanDeployError:
             raise
         except Exception as error:  # the runtimes raise their own bare types
-            said = Judgement((failed("runs", f"it does not run at batch 1: {one_line(error)}"),))
-        runner, wrong = opened.described, contract_failures(bundle, name)
-        contract = [failed("contract", text) for text in wrong]
-        contract = contract or [Finding("contract", Outcome.PASS)]
-        said = replace(said, findings=(*said.findings, *contract))
-    return ArtefactVerdict(
-        **vars(said), artefact=name, precision=precision, numeric=numeric, runner=runner
-    )
+            fault = held("runs", f"it does not run at batch 1: {one_line(error)}")
+        return numeric, Judgement((fault,))
+
+    def modules(self, artefact: Artefact, numeric: str) -> tuple[tuple[DriftRow, ...], Finding]:
+        """Return what each module adds, most first, and whether any adds too much."""
+        if isinstance(self.reference, Finding):
+            return (), self.reference
+        images = self.samples.inputs[:MODULE_IMAGES]
+        rows = drift_of_artefact(self.bundle, artefact, self.reference, images, "module")
+        placed = sorted(
+            (row for row in rows if row.isolated_db is not None), key=lambda row: row.level
+        )
+        if not placed:
+            return (), held("modules", f"they cannot be compared: {rows[0].note}")
+        limit = module_floor(numeric, self.gates.of(numeric))
+        bad = [f"{row.name} {row.level:.1f} dB" for row in placed if row.level < limit.value]
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        fault = f"modules below {limit.value:g} dB ({limit.origin}): {', '.join(bad[:4])}{more}"
+        shown = f"{placed[0].name} adds most"
+        worst = placed[0].level
+        return tuple(placed), held("modules", fault * bool(bad), worst, limit, "dB", shown)
 
 
 def contract_failures(bundle: Bundle, name: str) -> list[str]:
     """Return what an artifact's ONNX file says of itself that the manifest contradicts."""
     import onnx
 
-    path = bundle.verified(name)
+    path, manifest = bundle.verified(name), bundle.manifest
     if path.suffix != ".onnx":
         return []
     model = onnx.load(path, load_external_data=False)
     said = {entry.key: entry.value for entry in model.metadata_props}
-    failures = []
-    if "van_deploy.preprocessing" in said:
-        try:
-            written = dict(json_from(said["van_deploy.preprocessing"]))
-        except (TypeError, ValueError):
-            written = {}  # which differs
-        failures += [
-            f"the file was made for {key} {written.get(key)}, the manifest says {value}"
-            for key, value in plain(bundle.manifest.preprocessing).items()
-            if key != "source" and written.get(key) != value
-        ]
-    weights = bundle.manifest.weights.sha256
+    written, expected = said.get("van_deploy.preprocessing"), plain(manifest.preprocessing)
+    made_for = expected if written is None else json_from(written)
+    faults = [
+        f"the file was made for {key} {made_for.get(key)}, the manifest says {value}"
+        for key, value in expected.items()
+        if key != "source" and made_for.get(key) != value
+    ]
+    weights = manifest.weights.sha256
     if said.get("van_deploy.weights_sha256", weights) != weights:
-        failures.append("the file was made from other weights than the manifest names")
-    batch = model.graph.input[0].type.tensor_type.shape.dim[0]
-    if batch.dim_value and batch.dim_value != bundle.manifest.batch.fixed:
-        failures.append(f"its batch is frozen at {batch.dim_value}")
-    return failures
-
-
-def _judge_opened(
-    bundle: Bundle, opened: Network, numeric: str, samples: Samples, gates: GateSettings
-) -> Judged:
-    records = bundle.artefact(opened.name).golden_sqnr_db if samples.golden else {}
-    served = tuple(other for other in samples.others if opened.serves_size(other.inputs.shape[2:]))
-    sizes = batch_sizes(bundle.manifest.batch)
-    return judge_answers(
-        opened.run,
-        lambda given: given_to(opened, given.inputs, given.pixels),
-        replace(samples, others=served),
-        [sizes[0], *(size for size in sizes[1:] if opened.serves(size))],
-        sqnr_floor(numeric, samples.noise_db, gates.of(numeric)),
-        records.get(record_key(opened.runner, numeric)),
-    )
-
-
-def _with_graph(
-    bundle: Bundle, verdict: ArtefactVerdict, samples: Samples, gates: GateSettings
-) -> ArtefactVerdict:
-    """Return the verdict with what the graph's tensors say."""
-    import onnx
-
-    method = str(bundle.artefact(verdict.artefact).quantization.get("method", "mse"))
-    model = onnx.load(bundle.verified(verdict.artefact))
-    found, scales = judge_graph(model, verdict.numeric, samples, method, gates.of(verdict.numeric))
-    return replace(verdict, findings=(*verdict.findings, *found), scales=scales)
-
-
-def _reference(
-    bundle: Bundle, samples: Samples, loaded: LoadedVan | None, gates: GateSettings
-) -> ModuleReference | Finding:
-    """Return what modules are compared with, or why they are not."""
-    if loaded is not None:
-        return TorchModules(bundle, loaded, samples.inputs)
-    import onnx
-
-    path = bundle.verified("fp32")
-    held, _ = judge_new(path, "fp32", samples, profile=gates.fp32)
-    if not held.passed:
-        why = "model.onnx, which modules are compared with, does not hold on the golden samples"
-        return skipped("modules", why)
-    return OnnxModules(onnx.load(path))
-
-
-def _with_modules(
-    bundle: Bundle,
-    verdict: ArtefactVerdict,
-    samples: Samples,
-    reference: ModuleReference | Finding,
-    gates: GateSettings,
-) -> ArtefactVerdict:
-    """Return the verdict with what each module adds, and the modules that add too much."""
-    if isinstance(reference, Finding):
-        return replace(verdict, findings=(*verdict.findings, reference))
-    artefact, images = bundle.artefact(verdict.artefact), samples.inputs[:MODULE_IMAGES]
-    rows = drift_of_artefact(bundle, artefact, reference, images, "module")
-    placed = sorted((row for row in rows if row.isolated_db is not None), key=lambda row: row.level)
-    if not placed:
-        found = failed("modules", f"they cannot be compared: {rows[0].note}")
-    else:
-        limit = module_floor(verdict.numeric, gates.of(verdict.numeric))
-        bad = [f"{row.name} {row.level:.1f} dB" for row in placed if row.level < limit.value]
-        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-        message = f"modules below {limit.value:g} dB ({limit.origin}): {', '.join(bad[:4])}{more}"
-        found = Finding(
-            "modules",
-            Outcome.FAIL if bad else Outcome.PASS,
-            message if bad else f"{placed[0].name} adds most",
-            placed[0].isolated_db,
-            limit,
-            "dB",
-        )
-    return replace(verdict, findings=(*verdict.findings, found), modules=tuple(placed))
+        faults.append("the file was made from other weights than the manifest names")
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
+    if batch and batch != manifest.batch.fixed:
+        faults.append(f"its batch is frozen at {batch}")
+    return faults
