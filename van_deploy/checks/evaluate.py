@@ -12,22 +12,21 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 import numpy as np
 
+from van_deploy import data
 from van_deploy.bundle import Bundle
-from van_deploy.checks.accuracy import Accuracy, ArtefactLoss, Labels, accuracy_of, judge_artefact
+from van_deploy.checks.accuracy import (
+    Accuracy,
+    Answers,
+    ArtefactLoss,
+    Labels,
+    accuracy_of,
+    judge_artefact,
+)
 from van_deploy.checks.gates import Allowed, Finding, Report, numeric_class, skipped
 from van_deploy.checks.opened import NotRun, chosen_artefacts, open_artefact
-from van_deploy.checks.predictions import Answers
 from van_deploy.checks.reference import samples_for
 from van_deploy.config import EvaluationSettings, GateSettings
-from van_deploy.data import (
-    Batch,
-    ImageSet,
-    dataset_digest,
-    decoded_batches,
-    image_set,
-    label_sets,
-    labelled_images,
-)
+from van_deploy.data import Batch, ImageSet
 from van_deploy.errors import ConversionError, ImageError
 from van_deploy.files import content_key
 from van_deploy.graph.names import OUTPUT_NAME
@@ -167,7 +166,7 @@ class Networks(contextlib.ExitStack):
             workers: threads that decode.
             indices: which of the images; None for all.
         """
-        for found in decoded_batches(
+        for found in data.decoded_batches(
             images.items, self.loaded.preprocessing, batch, indices=indices, workers=workers
         ):
             logits = self.logits(found) if found.indices else {}
@@ -228,19 +227,16 @@ def evaluate_bundle(
         for name in networks.runners
     }
     known, classes, task = labels[np.sort(rows)], loaded.config.num_classes, networks.task
-    profiles = gates or GateSettings()
+    same, profiles = (known, classes, task), gates or GateSettings()
     return EvaluateReport(
         images=images.description,
-        dataset_sha256=content_key({"set": dataset_digest(images), "labels": labels.tolist()}),
+        dataset_sha256=content_key({"set": data.dataset_digest(images), "labels": labels.tolist()}),
         task=task,
         unreadable=tuple((images.items[index].name, reason) for index, reason in unreadable),
-        accuracy={n: accuracy_of(found, known, classes, task) for n, found in answers.items()},
+        accuracy={n: accuracy_of(found, *same) for n, found in answers.items()},
         losses={
-            name: judge_artefact(
-                *(answers[PYTORCH], answers[name], known, classes, task),
-                *(kind, noise_db, profiles.of(kind)),
-            )
-            for name, kind in networks.numeric.items()
+            n: judge_artefact(answers[PYTORCH], answers[n], *same, k, noise_db, profiles.of(k))
+            for n, k in networks.numeric.items()
         },
         skipped=tuple(networks.skipped),
         runners=networks.runners,
@@ -252,14 +248,14 @@ def evaluate_bundle(
 
 def _labelled(asked: EvaluationSettings, task: Task, loaded: LoadedVan) -> tuple[ImageSet, Labels]:
     """Return the evaluation set and its labels."""
-    classes, names, limit = loaded.config.num_classes, loaded.class_names, asked.limit
+    classes, names = loaded.config.num_classes, loaded.class_names
     if task is Task.MULTI_LABEL:
-        found = image_set(asked.images)
-        chosen = found.first(limit) if limit else found
-        labels = label_sets(chosen, asked.labels, classes, names)
+        every = data.image_set(asked.images)
+        chosen = every.first(asked.limit or len(every))
+        labels = data.label_sets(chosen, asked.labels, classes, names)
         described = f"{chosen.description}, labels from '{asked.labels}'"
         return replace(chosen, description=described), labels
-    labelled = labelled_images(
+    every = data.labelled_images(
         asked.images,
         classes,
         names,
@@ -268,8 +264,8 @@ def _labelled(asked: EvaluationSettings, task: Task, loaded: LoadedVan) -> tuple
         class_order=asked.class_order,
         find_labels=asked.label_files,
     )
-    chosen = labelled.first(limit) if limit else labelled
-    return chosen, np.array([item.label for item in chosen.items], np.int64)
+    chosen = every.first(asked.limit or len(every))
+    return chosen, np.asarray(chosen.labels)
 
 
 def _answered(

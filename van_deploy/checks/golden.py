@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Bundle, Draft
 from van_deploy.bundle.reading import verify
-from van_deploy.checks.gates import Finding, Outcome, held
+from van_deploy.checks.gates import Finding, held
 from van_deploy.checks.samples import SKETCH, Outputs, Samples, other_sizes, samples_from
 from van_deploy.data import (
     CheckImages,
@@ -102,7 +102,10 @@ def images_for_golden(
     known = {pixels.tobytes() for pixels in first}
     others = [row for row, p in enumerate(chosen.pixels) if p.tobytes() not in known]
     pixels = np.stack([*first, *chosen.pixels[others]])[: len(chosen)]
-    names = (*_original_names(len(originals)), *(chosen.names[row] for row in others))
+    names = (
+        *(f"golden/{row}.png" for row in range(len(first))),
+        *(chosen.names[r] for r in others),
+    )
     inputs = normalised(pixels, preprocessing)
     return replace(chosen, inputs=inputs, pixels=pixels, names=names[: len(chosen)]), originals
 
@@ -131,10 +134,6 @@ def _pixels(source: Path | bytes, preprocessing: Preprocessing) -> Pixels:
     return pixels_from_image(image, preprocessing)
 
 
-def _original_names(count: int) -> list[str]:
-    return [f"golden/{row}.png" for row in range(count)]
-
-
 def write_golden(
     draft: Draft, samples: Samples, originals: Sequence[bytes], *, users: bool
 ) -> Golden:
@@ -151,7 +150,7 @@ def write_golden(
     for other in samples.others:
         arrays |= {f"logits {other.size}": other.logits, f"float32 {other.size}": other.single}
     np.savez_compressed(draft.file(GOLDEN_FILE), **arrays)
-    places = _original_names(len(originals))
+    places = [f"golden/{row}.png" for row in range(len(originals))]
     for place, data in zip(places, originals, strict=True):
         draft.file(place).write_bytes(data)
     return Golden(
@@ -181,18 +180,16 @@ def golden_samples(bundle: Bundle) -> Samples:
                 inputs = normalised(pixels, preprocessing)
             else:
                 inputs = _array(arrays, "inputs", np.float32, (channels, *sides))
-            names = [f"golden {row}" for row in range(len(inputs))]
-            names[: len(golden.originals)] = golden.originals
+            first = golden.originals[: len(inputs)]
+            names = (*first, *(f"golden {row}" for row in range(len(first), len(inputs))))
             described = f"{len(inputs)} golden samples: {golden.images}"
-            images = CheckImages((), inputs, pixels, (), tuple(names[: len(inputs)]), described)
+            images = CheckImages((), inputs, pixels, (), names, described)
             classes = manifest.architecture.num_classes
 
             def answers(size: str, of: Images, outputs: Outputs) -> tuple[Any, Any]:
-                row = (len(of), sum(outputs.widths.values()) or classes)
-                return (
-                    _array(arrays, f"logits {size}".rstrip(), np.float64, row[1:], row[0]),
-                    _array(arrays, f"float32 {size}".rstrip(), np.float32, row[1:], row[0]),
-                )
+                row, count = (sum(outputs.widths.values()) or classes,), len(of)
+                logits = _array(arrays, f"logits {size}".rstrip(), np.float64, row, count)
+                return logits, _array(arrays, f"float32 {size}".rstrip(), np.float32, row, count)
 
             sizes = other_sizes(manifest.sizes, preprocessing.image_size)
             return samples_from(images, manifest.architecture, sizes, answers, golden=True)
@@ -240,28 +237,17 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
         BundleError: one is missing or was changed.
     """
     findings = []
-    places = (
-        ()
-        if samples.pixels is None
-        else zip(_golden_of(bundle).originals, samples.pixels, strict=False)
-    )
-    for row, (place, pixels) in enumerate(places):
-        path = bundle.path / place
+    for row, place in enumerate(_golden_of(bundle).originals):
+        path, change = bundle.path / place, None
         verify(path, bundle.digests[place])
         try:
             found = _pixels(path, bundle.manifest.preprocessing).astype(int)
+            change = float(np.abs(found - np.asarray(samples.pixels)[row]).max())
+            fault = (
+                f"'{path.name}', read and resized here, differs by {change:g} of 255 from the "
+                f"golden sample {row}: another decoder, or other preprocessing"
+            ) * (change > RESIZED_WITHIN)
         except ImageError as error:
-            findings.append(held("preprocessing", error.message.rstrip(".")))
-            continue
-        change = int(np.abs(found - pixels).max())
-        outcome, message = Outcome.PASS, ""
-        if change > RESIZED_WITHIN:
-            outcome, message = (
-                Outcome.FAIL,
-                (
-                    f"'{path.name}', read and resized here, differs by {change} of 255 from the "
-                    f"golden sample {row}: another decoder, or other preprocessing"
-                ),
-            )
-        findings.append(Finding("preprocessing", outcome, message, float(change)))
+            fault = error.message.rstrip(".")
+        findings.append(held("preprocessing", fault, change))
     return findings

@@ -162,13 +162,11 @@ def _require_same(baseline: Baseline, now: Baseline) -> None:
         ("other images to verify on", baseline.samples_sha256, now.samples_sha256),
         ("another reference", baseline.against, now.against),
     ]
-    if baseline.evaluation and now.evaluation:
-        old, new = baseline.evaluation, now.evaluation
+    old, new = baseline.evaluation, now.evaluation
+    if old and new:
         number = "another number of images that can be read"
-        pairs += [
-            ("another evaluation set", old.sha256, new.sha256),
-            (number, str(old.images), str(new.images)),
-        ]
+        pairs.append(("another evaluation set", old.sha256, new.sha256))
+        pairs.append((number, str(old.images), str(new.images)))
     for what, then, here in pairs:
         if then != here:
             short = [text[:12] if len(text) == DIGEST else text for text in (then, here)]
@@ -195,20 +193,18 @@ def _baseline_rows(
         yield CheckRow(row, held("artifact", message))
         return
     here, there = (f"{f.runner}, {f.numeric_class}" for f in (now, old))
-    origin = f"baseline minus {BELOW_RECORD_DB:g}"
-    if old.sqnr_db is not None and (now.sqnr_db is None or here != there):
-        why = "it was not run here" if now.sqnr_db is None else f"run by {here}"
-        skip = skipped("SQNR", f"{why}; the baseline is of {there}", kind or "runtimes")
-        yield CheckRow(f"{row}/SQNR", skip, old.sqnr_db)
-    elif old.sqnr_db is not None and now.sqnr_db is not None:
-        found = at_least("SQNR", now.sqnr_db, Limit(old.sqnr_db - BELOW_RECORD_DB, origin))
+    if old.sqnr_db is not None:
+        drops: dict[str, float] = {}
+        if now.sqnr_db is None or here != there:
+            why = "it was not run here" if now.sqnr_db is None else f"run by {here}"
+            found = skipped("SQNR", f"{why}; the baseline is of {there}", kind or "runtimes")
+        else:
+            origin = f"baseline minus {BELOW_RECORD_DB:g}"
+            found = at_least("SQNR", now.sqnr_db, Limit(old.sqnr_db - BELOW_RECORD_DB, origin))
+            drops = {m: db - now.modules[m] for m, db in old.modules.items() if m in now.modules}
         yield CheckRow(f"{row}/SQNR", found, old.sqnr_db)
-        drops = {m: db - now.modules[m] for m, db in old.modules.items() if m in now.modules}
-        worst, slack = (
-            max(drops, key=drops.__getitem__, default=""),
-            CLASSES[old.numeric_class].slack_db,
-        )
-        if worst:
+        for worst in sorted(drops, key=drops.__getitem__)[-1:]:
+            slack = CLASSES[old.numeric_class].slack_db
             limit = Limit(old.modules[worst] - slack, f"baseline minus {slack:g}")
             found = at_least("modules", now.modules[worst], limit, where=f"{worst}: ")
             yield CheckRow(f"{row}/modules", found, old.modules[worst])
@@ -225,20 +221,17 @@ def _accuracy_rows(
 ) -> Iterator[CheckRow]:
     slack = chance_changes(images)
     origin = f"baseline minus {slack} of {images} images, which chance may change"
-    for figure, label, whole in (
-        ("top1", "top-1", images),
-        ("top5", "top-5", images),
-        ("f1", "F1", 1),
-    ):
+    for figure, label in (("top1", "top-1"), ("top5", "top-5"), ("f1", "F1")):
+        whole = 1 if figure == "f1" else images
         then, here = getattr(old, figure), getattr(now, figure, None)
         if then is None:
             continue
         why = "the baseline has it, and this run measured no accuracy of this artifact"
         found = skipped(label, why, kind)
         if here is not None:
-            limit = Limit(100 * (then / whole - slack / images), origin)
-            found = at_least(label, 100 * here / whole, limit, "%")
-        yield CheckRow(f"{row}/{label}", found, 100 * then / whole)
+            limit = Limit(100 * ((then - slack * whole / images) / whole), origin)
+            found = at_least(label, 100 * (here / whole), limit, "%")
+        yield CheckRow(f"{row}/{label}", found, 100 * (then / whole))
 
 
 def _speed(old: SpeedFigures, now: SpeedFigures | None, kind: str) -> Finding:

@@ -55,10 +55,6 @@ class Outputs:
         """What the network gives."""
         return tuple(self.widths) or (OUTPUT_NAME,)
 
-    def are_in(self, given: Mapping[str, Array]) -> bool:
-        """Return whether all of them are there."""
-        return not set(self.names) - set(given)
-
     def rows(self, given: Mapping[str, Array]) -> Array:
         """Return the logits ``(N, K)``, or the sketches of all maps side by side.
 
@@ -137,16 +133,13 @@ class Samples:
 
     def first(self, count: int) -> Samples:
         """Return at most ``count`` of them."""
+        parts = {n: getattr(self, n)[:count] for n in ("inputs", "logits", "single", "names")}
+        described = "" if count >= len(self) else f"the first {count} of "
         return replace(
             self,
-            inputs=self.inputs[:count],
+            **parts,
             pixels=None if self.pixels is None else self.pixels[:count],
-            logits=self.logits[:count],
-            single=self.single[:count],
-            names=self.names[:count],
-            description=self.description
-            if count >= len(self)
-            else f"the first {count} of {self.description}",
+            description=described + self.description,
         )
 
 

@@ -22,19 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from van_deploy.checks.gates import (
-    LEAST_CODE,
-    MOST_SATURATED,
-    SCALE_BOUNDS,
-    SCALE_MEDIAN_FACTOR,
-    SCALE_SPREAD,
-    UNSIGNED_LEAST,
-    UNSIGNED_SPREAD,
-    Finding,
-    Limit,
-    Outcome,
-    held,
-)
+from van_deploy.checks import gates
+from van_deploy.checks.gates import Finding, Limit, held
 from van_deploy.checks.graphs import quiet_session, run_taps, with_taps
 from van_deploy.checks.rules import at_least
 from van_deploy.checks.samples import Samples
@@ -198,10 +187,10 @@ def _watch_(bare: ModelProto, pairs: Sequence[_Pair], samples: Samples) -> Array
 def _activations(
     pairs: Sequence[_Pair], method: str, *, for_cpus: bool
 ) -> tuple[list[ScaleRow], list[Finding]]:
-    bounds = SCALE_BOUNDS.get(method, SCALE_BOUNDS["mse"])
-    factor, most = SCALE_SPREAD
+    bounds = gates.SCALE_BOUNDS.get(method, gates.SCALE_BOUNDS["mse"])
+    factor, most = gates.SCALE_SPREAD
     if for_cpus:
-        bounds, (factor, most) = replace(bounds, least=UNSIGNED_LEAST), UNSIGNED_SPREAD
+        bounds, (factor, most) = replace(bounds, least=gates.UNSIGNED_LEAST), gates.UNSIGNED_SPREAD
     ratios = np.array([pair.ratio for pair in pairs])
     rows = []
     for pair, ratio in zip(pairs, ratios.tolist(), strict=True):
@@ -213,36 +202,29 @@ def _activations(
         rows.append(ScaleRow(pair.tensor, pair.modules, pair.scale, ratio, fault * (not holds)))
     median = float(np.median(ratios))
     far = float(np.mean(np.abs(np.log(ratios / median)) > np.log(factor)))
-    off = max(median / bounds.centre, bounds.centre / median)
     origin = f"right scales of '{method}' are {bounds.centre:g} times the best ones"
-    findings = [
-        Finding(
-            "median scale",
-            Outcome.PASS if off <= SCALE_MEDIAN_FACTOR else Outcome.FAIL,
-            f"activation scales are {median:.2f} times those of least error on the golden "
-            f"images; {origin}, up to a factor of {SCALE_MEDIAN_FACTOR:g}",
-            median,
-            Limit(bounds.centre, origin),
-        ),
-        Finding(
-            "spread of scales",
-            Outcome.PASS if far <= most else Outcome.FAIL,
-            f"{100 * far:.0f} % of the activation scales are off their median by more than a "
-            f"factor of {factor:g}, at most {100 * most:.0f} % may be",
-            far,
-            Limit(most, "floor for int8"),
-        ),
+    ratio_is = (
+        f"activation scales are {median:.2f} times those of least error on the golden images; "
+        f"{origin}, up to a factor of {gates.SCALE_MEDIAN_FACTOR:g}"
+    )
+    share_is = (
+        f"{100 * far:.0f} % of the activation scales are off their median by more than a factor "
+        f"of {factor:g}, at most {100 * most:.0f} % may be"
+    )
+    off = max(median / bounds.centre, bounds.centre / median) > gates.SCALE_MEDIAN_FACTOR
+    wide, centre = far > most, Limit(bounds.centre, origin)
+    limit = Limit(most, "floor for int8")
+    return rows, [
+        held("median scale", ratio_is * off, median, centre, shown=ratio_is),
+        held("spread of scales", share_is * wide, far, limit, shown=share_is),
         _together("activation scales", rows),
     ]
-    return rows, findings
 
 
 def _together(rule: str, rows: Sequence[ScaleRow]) -> Finding:
     faults = [row.fault for row in rows if row.fault]
-    if not faults:
-        return Finding(rule, Outcome.PASS, f"{len(rows)} within their bounds")
-    more = f"; and {len(faults) - 2} more" if len(faults) > 2 else ""
-    return held(rule, "; ".join(faults[:2]) + more)
+    more = [f"and {len(faults) - 2} more"] * (len(faults) > 2)
+    return held(rule, "; ".join([*faults[:2], *more]), shown=f"{len(rows)} within their bounds")
 
 
 def _weights(
@@ -278,8 +260,8 @@ def _code_fault(node: NodeProto, codes: Array, scales: Array, *, for_cpus: bool)
     rows = np.abs(np.moveaxis(codes, axis, 0).reshape(len(scales), -1).astype(np.int64))
     largest = rows.max(axis=1)
     reached = np.maximum(largest, _pair_sums(codes)) if for_cpus and codes.ndim == 4 else largest
-    wasted = (reached < LEAST_CODE) & (scales > SMALLEST_SCALE)
-    count, share = MOST_SATURATED
+    wasted = (reached < gates.LEAST_CODE) & (scales > SMALLEST_SCALE)
+    count, share = gates.MOST_SATURATED
     full = (rows >= np.iinfo(np.int8).max).sum(axis=1)
     clipped = full > max(count, share * rows.shape[1])
     name = node.input[0]
@@ -287,7 +269,7 @@ def _code_fault(node: NodeProto, codes: Array, scales: Array, *, for_cpus: bool)
         return (
             f"the scale of '{name}' is too large: the integers of {int(wasted.sum())} of "
             f"{len(rows)} channels end at {int(largest[wasted].min())} of 127 and above, "
-            f"below {LEAST_CODE}"
+            f"below {gates.LEAST_CODE}"
         )
     if clipped.any():
         return (

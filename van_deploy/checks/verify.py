@@ -106,33 +106,43 @@ class _Verifying:
 
     def verdict(self, name: str) -> ArtefactVerdict:
         """Return what is found of one artifact."""
+        artefact, opened = self.bundle.artefact(name), open_artefact(self.bundle, name, self.asked)
+        numeric, modules = numeric_class(artefact.precision), tuple[DriftRow, ...]()
+        if isinstance(opened, NotRun):
+            runner, said = opened.runner, Judgement((skipped("runs", opened.reason, opened.kind),))
+        else:
+            self.progress(f"'{name}' at every batch size")
+            numeric, said = self.answers(opened, artefact)
+            contract = contract_failures(self.bundle, name)
+            findings = [*said.findings, *(held("contract", fault) for fault in contract or [""])]
+            said, runner = replace(said, findings=tuple(findings)), opened.described
+            if said.comparison is not None and name in plain_onnx(self.bundle):
+                said, modules = self.inside(said, artefact, numeric)
+        return ArtefactVerdict(
+            **vars(said),
+            artefact=name,
+            precision=artefact.precision,
+            numeric=numeric,
+            runner=runner,
+            modules=modules,
+        )
+
+    def inside(
+        self, said: Judgement, artefact: Artefact, numeric: str
+    ) -> tuple[Judgement, tuple[DriftRow, ...]]:
+        """Return what is said of an artifact and of its graph's tensors, and each module."""
         import onnx
 
-        artefact, opened = self.bundle.artefact(name), open_artefact(self.bundle, name, self.asked)
-        about = {"artefact": name, "precision": artefact.precision}
-        if isinstance(opened, NotRun):
-            found = (skipped("runs", opened.reason, opened.kind),)
-            numeric = numeric_class(artefact.precision)
-            return ArtefactVerdict(found, **about, numeric=numeric, runner=opened.runner)
-        self.progress(f"'{name}' at every batch size")
-        numeric, judged = self.answers(opened, artefact)
-        findings, scales = list(judged.findings), ()
-        findings += [held("contract", f) for f in contract_failures(self.bundle, name) or [""]]
-        modules: tuple[DriftRow, ...] = ()
-        if judged.comparison is not None and name in plain_onnx(self.bundle):
-            self.progress(f"'{name}', its tensors")
-            method = str(artefact.quantization.get("method", "mse"))
-            model = onnx.load(self.bundle.verified(name))
-            inside = judge_graph(model, numeric, self.samples, method, self.gates.of(numeric))
-            findings, scales = findings + inside[0], inside[1]
-            if self.asked.modules and (self.loaded is not None or name != "fp32"):
-                self.progress(f"'{name}', module by module")
-                modules, finding = self.modules(artefact, numeric)
-                findings.append(finding)
-        judged = replace(judged, findings=tuple(findings), scales=scales)
-        return ArtefactVerdict(
-            **vars(judged), **about, numeric=numeric, runner=opened.described, modules=modules
-        )
+        name, modules = artefact.name, tuple[DriftRow, ...]()
+        self.progress(f"'{name}', its tensors")
+        method = str(artefact.quantization.get("method", "mse"))
+        model, profile = onnx.load(self.bundle.verified(name)), self.gates.of(numeric)
+        findings, scales = judge_graph(model, numeric, self.samples, method, profile)
+        if self.asked.modules and (self.loaded is not None or name != "fp32"):
+            self.progress(f"'{name}', module by module")
+            modules, finding = self.modules(artefact, numeric)
+            findings.append(finding)
+        return replace(said, findings=(*said.findings, *findings), scales=scales), modules
 
     def answers(self, opened: Network, artefact: Artefact) -> tuple[str, Judgement]:
         """Return the numeric class of an artifact that is run here, and what its answers say."""
