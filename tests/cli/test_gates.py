@@ -159,10 +159,12 @@ class TestVerify:
         self, cli: Cli, judged: Subject, copy_of: Copy
     ) -> None:
         path = copy_of(judged)
+        right = (path / "golden.npz").read_bytes()
         (path / "golden.npz").write_bytes(b"edited")
         result = cli("verify", path)
         assert result.exit_code == 5
         assert "golden.npz' was changed after the manifest was written" in result.stderr
+        (path / "golden.npz").write_bytes(right)
         rewritten(path / "manifest.json", lambda values: values.update(golden=None))
         result = cli("verify", path)
         assert result.exit_code == 5

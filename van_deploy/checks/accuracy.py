@@ -16,28 +16,13 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.checks.gates import (
-    CLASSES,
-    Finding,
-    Outcome,
-    allowed_loss,
-    flip_margin,
-    outcome_of,
-    sqnr_floor,
-)
+from van_deploy import metrics
+from van_deploy.checks import gates
+from van_deploy.checks.gates import Finding, Outcome
 from van_deploy.checks.rules import Loss, judge_loss, judge_numbers, paired_loss
 from van_deploy.config import GateProfile
 from van_deploy.intervals import bootstrap_interval, wilson_interval
-from van_deploy.metrics import (
-    Flip,
-    Task,
-    decibels,
-    decision_margins,
-    decisions,
-    flips_between,
-    probabilities,
-    top_classes,
-)
+from van_deploy.metrics import Flip, Task
 
 ECE_BINS = 15
 """Equal-width bins of confidence, as in Guo et al., "On Calibration of Modern Neural
@@ -81,11 +66,11 @@ class Answers(NamedTuple):
         finite = np.isfinite(values).all(axis=1).reshape(-1, 1)
         safe = np.where(finite, values, 0.0)
         single = task is Task.SINGLE_LABEL
-        classes = top_classes(safe, TOP) if single else decisions(safe, task)
-        shares = probabilities(safe, task)
+        classes = metrics.top_classes(safe, TOP) if single else metrics.decisions(safe, task)
+        shares = metrics.probabilities(safe, task)
         confidence = shares.max(axis=1) if single else np.maximum(shares, 1 - shares)[:, 0]
         known = finite[:, 0] if task is not Task.MULTI_LABEL else np.zeros(len(values), bool)
-        margins = decision_margins(exact, task)
+        margins = metrics.decision_margins(exact, task)
         return cls(
             np.where(finite, classes, -1).astype(np.int32),
             np.where(known, confidence, 0.0).astype(np.float32),
@@ -101,7 +86,7 @@ class Answers(NamedTuple):
 
     def sqnr_db(self, reference: Answers) -> float:
         """Return the SQNR of the logits against the reference's."""
-        return decibels(float(reference.power.mean()), float(self.noise.mean()))
+        return metrics.decibels(float(reference.power.mean()), float(self.noise.mean()))
 
     def flips(self, reference: Answers, explained: float) -> list[Flip]:
         """Return the label flips, the widest margin first.
@@ -111,7 +96,9 @@ class Answers(NamedTuple):
             explained: margins up to this, in RMS logits, are noise.
         """
         scale = math.sqrt(float(reference.power.mean())) or 1.0
-        return flips_between(reference.classes, self.classes, reference.margins / scale, explained)
+        return metrics.flips_between(
+            reference.classes, self.classes, reference.margins / scale, explained
+        )
 
 
 @dataclass(frozen=True)
@@ -185,7 +172,7 @@ class ArtefactLoss:
     @property
     def outcome(self) -> Outcome:
         """What all findings say together."""
-        return outcome_of(self.findings)
+        return gates.outcome_of(self.findings)
 
 
 def accuracy_of(answers: Answers, labels: Labels, classes: int, task: Task) -> Accuracy:
@@ -241,12 +228,15 @@ def judge_artefact(
         noise_db: SQNR of PyTorch's float32 against its float64.
         profile: what a recipe sets otherwise.
     """
-    floor, allowed = sqnr_floor(numeric, noise_db, profile), allowed_loss(numeric, profile)
+    floor, allowed = (
+        gates.sqnr_floor(numeric, noise_db, profile),
+        gates.allowed_loss(numeric, profile),
+    )
     loss, sqnr = loss_of(before, after, labels, task), after.sqnr_db(before)
-    flips = after.flips(before, flip_margin(floor.value, task))
+    flips = after.flips(before, gates.flip_margin(floor.value, task))
     what = "F1" if task is Task.MULTI_LABEL else "top-1"
     findings = [judge_loss(loss, allowed, what)]
-    if not CLASSES[numeric].lossy:
+    if not gates.CLASSES[numeric].lossy:
         findings = judge_numbers(loss, allowed, sqnr, floor, flips, task, what)
     old, new = (accuracy_of(a, labels, classes, task).top5 for a in (before, after))
     return ArtefactLoss(

@@ -11,17 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.checks.gates import (
-    DEFAULT,
-    ROUNDOFF_DB,
-    Finding,
-    Limit,
-    Outcome,
-    held,
-    numeric_class,
-    outcome_of,
-    sqnr_floor,
-)
+from van_deploy.checks import gates
+from van_deploy.checks.gates import Finding, Limit, Outcome, held
 from van_deploy.checks.graphs import one_line
 from van_deploy.checks.layers import overflows_of_graph
 from van_deploy.checks.opened import in_batches
@@ -87,7 +78,7 @@ class Judgement:
     @property
     def outcome(self) -> Outcome:
         """What all findings say together."""
-        return outcome_of(self.findings)
+        return gates.outcome_of(self.findings)
 
 
 class Judged(Judgement):
@@ -133,7 +124,7 @@ def judge_new(
     sizes: Sequence[int] = (1,),
     *,
     method: str = "mse",
-    profile: GateProfile = DEFAULT,
+    profile: GateProfile = gates.DEFAULT,
 ) -> tuple[Judged, dict[str, float]]:
     """Return what a graph that was just made says, and the SQNR to record of it.
 
@@ -151,8 +142,8 @@ def judge_new(
     """
     import onnx
 
-    numeric = numeric_class(precision)
-    floor = sqnr_floor(numeric, samples.noise_db, profile)
+    numeric = gates.numeric_class(precision)
+    floor = gates.sqnr_floor(numeric, samples.noise_db, profile)
     graph = onnx.load(model) if isinstance(model, Path) else model
     fixed, record = fixed_batch(graph), {}
     with OnnxRuntimeRunner(model, arena=False) as runner:
@@ -160,7 +151,7 @@ def judge_new(
             runner.run_all, lambda of: of.inputs, samples, (fixed,) if fixed else sizes, floor
         )
     if judged.comparison is not None:
-        record[record_key(ORT_CPU, numeric)] = min(judged.comparison.sqnr_db, ROUNDOFF_DB)
+        record[record_key(ORT_CPU, numeric)] = min(judged.comparison.sqnr_db, gates.ROUNDOFF_DB)
     findings, scales = judge_graph(graph, numeric, samples, method, profile)
     return replace(judged, findings=(*judged.findings, *findings), scales=scales), record
 
@@ -196,7 +187,7 @@ def judge_answers(
     findings, flips = _judge_rows(samples, alone, floor, recorded_db)
     if alone.shape != samples.logits.shape:
         return Judged(tuple(findings))
-    rows = [BatchRow(least, outcome_of(findings), level(samples.logits, alone), math.inf)]
+    rows = [BatchRow(least, gates.outcome_of(findings), level(samples.logits, alone), math.inf)]
 
     def tried(of: Samples, size: int, where: str, shift: int) -> Array | None:
         """Judge the answers to samples that are moved within their batches, and return them."""
@@ -217,7 +208,7 @@ def judge_answers(
         row = BatchRow(size, Outcome.FAIL)
         if found is not None:
             findings.append(judge_invariance(alone, found, floor, size))
-            said = outcome_of(findings[known:])
+            said = gates.outcome_of(findings[known:])
             row = BatchRow(size, said, level(samples.logits, found), findings[-1].value)
         rows = [row] if static else [*rows, row]
     for other in samples.others:
@@ -295,7 +286,7 @@ def judge_graph(
     numeric: str,
     samples: Samples,
     method: str = "mse",
-    profile: GateProfile = DEFAULT,
+    profile: GateProfile = gates.DEFAULT,
 ) -> tuple[list[Finding], tuple[ScaleRow, ...]]:
     """Return what a plain graph's tensors say: FP16 that overflows, and INT8 scales.
 
@@ -313,7 +304,7 @@ def judge_graph(
         if numeric in ("fp16", "int8") or over:
             findings.append(held("FP16 range", "; ".join(list(over.values())[:4])))
         if numeric == "int8":
-            floor = sqnr_floor(numeric, samples.noise_db, profile)
+            floor = gates.sqnr_floor(numeric, samples.noise_db, profile)
             found, rows = judge_scales(model, samples, floor, method)
             findings += found
     except Exception as error:  # ONNX Runtime raises its own bare types

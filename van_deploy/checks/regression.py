@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Final, Literal
 
 from van_deploy.bundle import Bundle
+from van_deploy.checks import gates
 from van_deploy.checks.baseline import (
     AccuracyFigures,
     ArtefactFigures,
@@ -15,19 +16,7 @@ from van_deploy.checks.baseline import (
     baseline_from,
 )
 from van_deploy.checks.evaluate import EvaluateReport
-from van_deploy.checks.gates import (
-    BELOW_RECORD_DB,
-    CLASSES,
-    SPEED_SLACK,
-    Allowed,
-    Finding,
-    Limit,
-    Outcome,
-    Report,
-    chance_changes,
-    held,
-    skipped,
-)
+from van_deploy.checks.gates import Allowed, Finding, Limit, Outcome, Report, held, skipped
 from van_deploy.checks.rules import at_least
 from van_deploy.checks.samples import Samples
 from van_deploy.checks.verdicts import VerifyReport
@@ -199,12 +188,14 @@ def _baseline_rows(
             why = "it was not run here" if now.sqnr_db is None else f"run by {here}"
             found = skipped("SQNR", f"{why}; the baseline is of {there}", kind or "runtimes")
         else:
-            origin = f"baseline minus {BELOW_RECORD_DB:g}"
-            found = at_least("SQNR", now.sqnr_db, Limit(old.sqnr_db - BELOW_RECORD_DB, origin))
+            origin = f"baseline minus {gates.BELOW_RECORD_DB:g}"
+            found = at_least(
+                "SQNR", now.sqnr_db, Limit(old.sqnr_db - gates.BELOW_RECORD_DB, origin)
+            )
             drops = {m: db - now.modules[m] for m, db in old.modules.items() if m in now.modules}
         yield CheckRow(f"{row}/SQNR", found, old.sqnr_db)
         for worst in sorted(drops, key=drops.__getitem__)[-1:]:
-            slack = CLASSES[old.numeric_class].slack_db
+            slack = gates.CLASSES[old.numeric_class].slack_db
             limit = Limit(old.modules[worst] - slack, f"baseline minus {slack:g}")
             found = at_least("modules", now.modules[worst], limit, where=f"{worst}: ")
             yield CheckRow(f"{row}/modules", found, old.modules[worst])
@@ -219,7 +210,7 @@ def _baseline_rows(
 def _accuracy_rows(
     row: str, old: AccuracyFigures, now: AccuracyFigures | None, images: int, kind: str
 ) -> Iterator[CheckRow]:
-    slack = chance_changes(images)
+    slack = gates.chance_changes(images)
     origin = f"baseline minus {slack} of {images} images, which chance may change"
     for figure, label in (("top1", "top-1"), ("top5", "top-5"), ("f1", "F1")):
         whole = 1 if figure == "f1" else images
@@ -239,8 +230,8 @@ def _speed(old: SpeedFigures, now: SpeedFigures | None, kind: str) -> Finding:
     if now is None:
         why = "the baseline has it, and this run did not measure it: add --speed"
         return skipped("speed", why, kind)
-    least, low, high = 1 - SPEED_SLACK, now.low / old.high, now.high / old.low
-    limit = Limit(old.ratio * least, f"baseline minus {100 * SPEED_SLACK:g} %")
+    least, low, high = 1 - gates.SPEED_SLACK, now.low / old.high, now.high / old.low
+    limit = Limit(old.ratio * least, f"baseline minus {100 * gates.SPEED_SLACK:g} %")
     said = f"{100 * low:.0f} to {100 * high:.0f} % of the baseline's ratio"
     outcome = Outcome.PASS if low >= least else Outcome.FAIL
     if low < least <= high:

@@ -10,17 +10,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from van_deploy.checks.gates import (
-    BATCH_INVARIANCE_DB,
-    BELOW_RECORD_DB,
-    ROUNDOFF_DB,
-    WORST_ROW_DB,
-    Finding,
-    Limit,
-    Outcome,
-    flip_margin,
-    held,
-)
+from van_deploy.checks import gates
+from van_deploy.checks.gates import Finding, Limit, Outcome, held
 from van_deploy.intervals import Interval, mcnemar_exact, tango_interval
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
 
@@ -52,21 +43,24 @@ def judge_logits(
     if found.shape != expected.shape:
         message = f"the output has shape {found.shape} where PyTorch's has {expected.shape}"
         return [held("shape", where + message)], []
-    margin = flip_margin(floor.value, task)
+    margin = gates.flip_margin(floor.value, task)
     flips = find_flips(expected, found, task, margin)
     findings = [
         at_least("SQNR", sqnr_db(expected, found), floor, where=where),
         at_least(
             "worst image",
             worst_row_sqnr_db(expected, found),
-            Limit(floor.value - WORST_ROW_DB, f"{WORST_ROW_DB:g} dB below the SQNR's limit"),
+            Limit(
+                floor.value - gates.WORST_ROW_DB,
+                f"{gates.WORST_ROW_DB:g} dB below the SQNR's limit",
+            ),
             where=where,
         ),
         _explained(flips, Limit(margin, f"noise at {floor.value:.1f} dB"), where),
     ]
     if recorded_db is not None:
-        origin = f"{recorded_db:.1f} dB recorded when it was made, minus {BELOW_RECORD_DB:g}"
-        limit = Limit(min(recorded_db, ROUNDOFF_DB) - BELOW_RECORD_DB, origin)
+        origin = f"{recorded_db:.1f} dB recorded when it was made, minus {gates.BELOW_RECORD_DB:g}"
+        limit = Limit(min(recorded_db, gates.ROUNDOFF_DB) - gates.BELOW_RECORD_DB, origin)
         findings.insert(1, at_least("SQNR, record", sqnr_db(expected, found), limit, where=where))
     return findings, flips
 
@@ -97,7 +91,7 @@ def judge_invariance(alone: Array, together: Array, floor: Limit, batch: int) ->
     The limit is the class's floor, or :data:`BATCH_INVARIANCE_DB` where that asks for more.
     """
     limit = max(
-        floor, Limit(BATCH_INVARIANCE_DB, "floor for any class"), key=lambda each: each.value
+        floor, Limit(gates.BATCH_INVARIANCE_DB, "floor for any class"), key=lambda each: each.value
     )
     value = worst_row_sqnr_db(alone, together)
     return at_least("batch invariance", value, limit, where=f"batch {batch}: ")
@@ -187,7 +181,7 @@ def judge_numbers(
         task: how logits become labels.
         what: the share that was lost.
     """
-    margin = Limit(flip_margin(floor.value, task), f"noise at {floor.value:.1f} dB")
+    margin = Limit(gates.flip_margin(floor.value, task), f"noise at {floor.value:.1f} dB")
     return [
         at_least("SQNR", sqnr, floor),
         _explained(flips, margin),
