@@ -7,34 +7,11 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-__all__ = [
-    "Comparison",
-    "Flip",
-    "Task",
-    "compare",
-    "cosine",
-    "decibels",
-    "decision_margins",
-    "decisions",
-    "find_flips",
-    "flips_between",
-    "kl_divergence",
-    "probabilities",
-    "rms",
-    "signal_and_noise",
-    "softmax",
-    "sqnr_db",
-    "top1_agreement",
-    "top_classes",
-    "topk_agreement",
-    "worst_row_sqnr_db",
-]
 
 Array = npt.NDArray[Any]
 
@@ -97,10 +74,6 @@ class Comparison:
     top1_agreement: float | None
     top5_agreement: float | None
 
-    def as_dict(self) -> dict[str, float | int | None]:
-        """Return the figures by name."""
-        return asdict(self)
-
 
 def compare(reference: Array, actual: Array, *, classes: bool = True) -> Comparison:
     """Return how far ``actual`` is from ``reference``, both ``(N, K)``, in float64.
@@ -119,7 +92,7 @@ def compare(reference: Array, actual: Array, *, classes: bool = True) -> Compari
         cosine=float(cosine(expected, found).min()),
         sqnr_db=sqnr_db(expected, found),
         kl=float(kl_divergence(expected, found).mean()) if classes else None,
-        top1_agreement=top1_agreement(expected, found) if classes else None,
+        top1_agreement=topk_agreement(expected, found, 1) if classes else None,
         top5_agreement=topk_agreement(expected, found, 5) if classes else None,
     )
 
