@@ -19,7 +19,7 @@ __all__ = ["Fork"]
 NEEDED = (
     *("torch", "torch._dynamo", "torch.onnx", "torchvision", "timm", "onnx", "onnxscript"),
     *("onnxsim", "onnxruntime", "tensorrt_rtx", "van_deploy.run", "van_deploy.pipeline"),
-    *("van_deploy.cli.export", "van_deploy.cli.quantize", "van_deploy.cli.build"),
+    "van_deploy.cli.make",
 )
 TRACEBACK = 99  # exit code of a command that raised
 

@@ -160,6 +160,8 @@ def test_one_batch_size_is_static() -> None:
     assert BatchRange.parse("8") == BatchRange(8, 8, 8)
     assert BatchRange.parse("8").fixed == 8
     assert batch_sizes(BatchRange.parse("8")) == (8,)
+    assert batch_sizes(BatchRange()) == (1, 2, 3, 5, 8, 32)
+    assert batch_sizes(BatchRange(1, 2, 2)) == (1, 2)
     assert BatchRange.parse("1:8:8").fixed is None
 
 

@@ -18,15 +18,6 @@ if TYPE_CHECKING:
     from van_deploy.model.variants import VanConfig
     from van_deploy.model.weights_source import WeightsSource
 
-__all__ = [
-    "BundleDescription",
-    "Described",
-    "NetworkDescription",
-    "VariantDescription",
-    "WeightsDescription",
-    "artefacts_described",
-    "model_described",
-]
 
 ENGINES = (".plan", ".engine", ".trt")
 

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["content_key", "file_sha256", "write_atomic"]
-
 
 def content_key(ingredients: Mapping[str, Any]) -> str:
     """Return the SHA-256 of ``ingredients`` as canonical JSON.

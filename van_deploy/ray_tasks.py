@@ -9,8 +9,6 @@ from typing import Any
 from van_deploy.environment.privacy import without_ray_reports
 from van_deploy.errors import MissingDependency
 
-__all__ = ["RayDone", "RayTask", "require_ray", "run_on_ray"]
-
 
 @dataclass(frozen=True)
 class RayTask:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,14 +23,11 @@ from van_deploy.config import (
 from van_deploy.manifest import Manifest
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.pipeline import ExportResult, embed_in_bundle, export_bundle
+from van_deploy.stopwatch import Progress, Stopwatch
 
 if TYPE_CHECKING:
     from van_deploy.engine.planned import Planned
     from van_deploy.precision.pipeline import QuantizeResult
-
-__all__ = ["ExportReport", "Made", "RunResult", "export_recipe", "run_recipe"]
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -182,13 +179,13 @@ def export_recipe(
     """
     from van_deploy.precision.pipeline import quantize_bundle
 
+    clock = Stopwatch(progress)
     exported = export_bundle(loaded, recipe, output, images=images, force=force, progress=progress)
     made = []
     for name in recipe.precision.make:
         settings = recipe.precision.of(name)
         folder, calibration = settings.sources
-        if progress is not None:
-            progress(f"Making '{name}'")
+        clock.say(f"Making '{name}'")
         result = quantize_bundle(
             output,
             settings,
@@ -199,11 +196,12 @@ def export_recipe(
             progress=progress,
         )
         made.append(result)
-    if made and recipe.export.embeds:
-        if progress is not None:
-            progress("Embedding preprocessing, and proving it")
+    if recipe.export.embeds:
+        clock.begin("Embedding preprocessing, and proving it")
         embedded = embed_in_bundle(output, loaded, recipe, images)
-        exported = replace(exported, embedded=embedded)
+        clock.begin("")
+        seconds = {**exported.seconds, **clock.seconds}
+        exported = replace(exported, bundle=Bundle.open(output), embedded=embedded, seconds=seconds)
     return exported, tuple(made)
 
 
