@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 
 from van_deploy.config import BatchRange
+from van_deploy.engine.compatibility import require_compatible
 from van_deploy.engine.host import host_here
 from van_deploy.engine.inductor import cudnn_tf32, quietly
-from van_deploy.engine.package import require_package
+from van_deploy.engine.sidecar import verified_package
 from van_deploy.errors import ConversionError, InputError, UsageError
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.runners.base import Images, Logits, gpu_index
@@ -64,7 +65,8 @@ class InductorRunner:
             ConversionError: PyTorch does not load it.
         """
         index = gpu_index(self._wanted) or 0
-        sidecar = require_package(self.package, host_here(device=index))
+        sidecar = verified_package(self.package)
+        require_compatible(sidecar, host_here(device=index))
         if sidecar.device == "cuda":
             self.device = torch_device(f"cuda:{index}")
         elif self.threads is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from van_deploy.environment.privacy import imported_quietly
+from van_deploy.environment.packages import imported_quietly
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.runners.base import Images, Logits
 
