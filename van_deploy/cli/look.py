@@ -40,11 +40,14 @@ def info(
 
     Example: van-deploy info ./mine.pth
     """
-    from van_deploy.config.sizes import size_from
+    from van_deploy.config import PreprocessingSettings
     from van_deploy.describe import model_described
     from van_deploy.report.sections_model import described_blocks
+    from van_deploy.schema import validated
 
-    emit(model_described(model, size_from(image_size, "--image-size")), as_json, described_blocks)
+    given = {"image_size": image_size}
+    asked = validated(PreprocessingSettings, given, spelling={("image_size",): "--image-size"})
+    emit(model_described(model, asked.image_size), as_json, described_blocks)
 
 
 def inspect(

@@ -86,7 +86,7 @@ def _parameter(option: Named) -> inspect.Parameter:
         help=(option.field.description or "").replace("[", "\\[")
         + _facts(option, choices if listed else []),
         metavar="" if kind is bool else facts.metavar or ("NAME" if listed else _metavar(kind)),
-        rich_help_panel=facts.panel or None,
+        rich_help_panel=option.panel or None,
         show_default=False,
     )
     annotation: Any = operator.getitem(Annotated, (text if required else text | None, told))
