@@ -137,17 +137,3 @@ def test_a_plan_names_pytorchs_modules(plan: tuple[Path, Backend]) -> None:
     found = describe_engine(plan[0])
     assert not found.obstacles
     assert "block1" in " ".join(f"{layer.name} {layer.nodes}" for layer in found.layers)
-
-
-@pytest.mark.gpu
-def test_a_runtime_cache(plan: tuple[Path, Backend], digits: Digits, tmp_path: Path) -> None:
-    path, backend = plan
-    if backend.name != RTX:
-        pytest.skip("TensorRT has no runtime cache")
-    cache = tmp_path / "kernels.cache"
-    answers = []
-    for _ in range(2):
-        with TensorRtRunner(path, runtime_cache=cache) as opened:
-            answers.append(opened.run(digits.images))
-        assert cache.stat().st_size > 0
-    np.testing.assert_array_equal(answers[0], answers[1])

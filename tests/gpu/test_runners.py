@@ -151,7 +151,7 @@ def test_a_gpu_without_room_is_said_to_be_full() -> None:
 @pytest.mark.gpu
 def test_a_gpu_that_is_not_there(digits: Digits) -> None:
     from van_deploy.runners.cuda import require_cuda
-    from van_deploy.runners.pytorch_modes import torch_device
+    from van_deploy.runners.pytorch import torch_device
 
     for ask in (lambda: require_cuda(99), lambda: torch_device("cuda:99")):
         with pytest.raises(MissingDependency, match=r"There is no device cuda:99; CUDA sees \d+"):

@@ -89,7 +89,7 @@ def test_batches_an_engine_does_not_serve_are_filled_or_split(
 ) -> None:
     engine = Network(bundle, "e")
     recorder = Recorder(engine)
-    engine._opened = recorder
+    engine.opened = recorder
     found = engine.logits(PIXELS[:rows])
     assert recorder.batches == batches
     np.testing.assert_array_equal(found, PIXELS[:rows].reshape(rows, -1)[:, :5])

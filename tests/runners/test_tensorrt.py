@@ -22,10 +22,9 @@ from van_deploy.engine.load import builder_of, runtime_of
 from van_deploy.engine.log import BuildLog
 from van_deploy.engine.sidecar import read_sidecar, sidecar_path, write_sidecar
 from van_deploy.environment.hardware import nvidia_driver
-from van_deploy.errors import InputError, MissingDependency, UsageError, VanDeployError
+from van_deploy.errors import InputError, MissingDependency, VanDeployError
 from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
-from van_deploy.runners.base import Images
-from van_deploy.runners.plan import profile_for
+from van_deploy.runners.base import Images, profile_for
 from van_deploy.runners.tensorrt import TensorRtRunner, admit
 
 PROFILES = (BatchRange(1, 1, 1), BatchRange(2, 4, 8))
@@ -89,7 +88,7 @@ def test_a_batch_outside_every_profile(batch: int) -> None:
     with pytest.raises(InputError) as caught:
         profile_for(PROFILES, batch)
     assert caught.value.message == (
-        f"The engine does not serve a batch of {batch}; its profiles are 1:1:1, 2:4:8."
+        f"The compiled network does not serve a batch of {batch}; its profiles are 1:1:1, 2:4:8."
     )
 
 
@@ -136,11 +135,6 @@ def test_a_trusted_plan_still_needs_a_gpu(made: Made, tmp_path: Path) -> None:
     runner = TensorRtRunner(plan, trust_engine=True, backend=made.backend.name)
     with pytest.raises(MissingDependency, match=r"CUDA finds no GPU here|cuda-bindings"):
         runner.__enter__()
-
-
-def test_a_runner_that_is_not_open(made: Made) -> None:
-    with pytest.raises(UsageError, match="The engine is not open"):
-        TensorRtRunner(made.plan).run(made.images[:1])
 
 
 @pytest.mark.skipif(not NO_DRIVER, reason="there is an NVIDIA driver here")
@@ -190,7 +184,7 @@ def test_host_code_is_allowed_for_a_plan_whose_sidecar_says_it_has_some(
     here = Host("a GPU", sidecar.targets[0], None, "999.0", (99, 0))
     monkeypatch.setattr("van_deploy.runners.tensorrt.host_here", lambda **_: here)
     monkeypatch.setattr("van_deploy.runners.tensorrt.require_cuda", lambda _: None)
-    monkeypatch.setattr("van_deploy.runners.plan.runtime_of", lambda *_: (Engine(), None))
+    monkeypatch.setattr("van_deploy.runners.tensorrt.runtime_of", lambda *_: (Engine(), None))
     with pytest.raises(VanDeployError, match="does not load"):
         TensorRtRunner(plan).__enter__()
     assert Engine.allowed is version_compatible

@@ -323,7 +323,7 @@ def _compile(
     batch = request.batch
     configs: dict[str, Any] = {"cpp.dynamic_threads": True}
     if request.on_gpu:
-        # Without Inductor's templates for convolutions: see AUTOTUNE in runners/pytorch_modes.py.
+        # Without Inductor's templates for convolutions: see AUTOTUNE in runners/pytorch.py.
         configs = {"max_autotune": request.max_autotune, "max_autotune_conv_backends": "ATEN"}
         configs |= {"coordinate_descent_tuning": request.max_autotune}
     dynamic = {}
