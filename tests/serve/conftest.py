@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,11 +42,12 @@ def with_plans(byte_bundle: Bundle, copy_of: Copy) -> PlanMaker:
     Nobody here can build a plan for Triton: that takes ``tensorrt`` and a GPU. What is tested
     reads the sidecars only.
     """
+    numbers = itertools.count()
 
     def made(
         profiles: str = "1:2:8", *targets: str, other: dict[str, Any] | None = None, **changes: Any
     ) -> Bundle:
-        bundle = Bundle.open(copy_of(byte_bundle))
+        bundle = Bundle.open(copy_of(byte_bundle, f"with-plans-{next(numbers)}"))
         with writing(bundle.path) as draft:
             for index, target in enumerate(targets or ("sm_89",)):
                 changes = {**changes, **(other or {})} if index else changes
