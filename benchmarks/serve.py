@@ -18,8 +18,8 @@ and asks ``/v2/health/live`` meanwhile; the memory is that of the server and its
 what they have after full batches of sound requests.
 
 All of it is ``load`` with 10,000 requests on van_digits and with 2,000 on van_b0 at 224, and
-``triton`` and ``worst`` on van_b0. ``python -m reliability.requests`` sends the 10,000 spoiled
-requests.
+``triton`` and ``worst`` on van_b0. ``python -m reliability --only requests`` sends the
+10,000 spoiled requests.
 
 The result is one JSON document on standard output; progress goes to standard error.
 """

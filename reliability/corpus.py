@@ -6,6 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PROCESSOR = {
     "size": {"shortest_edge": 64},
@@ -63,7 +64,7 @@ class Corpus:
         import van_deploy
 
         van_deploy.export("van_digits", self.bundle)
-        network, _ = van_deploy.load_van("van_digits")
+        network = van_deploy.load_van("van_digits").model
         state = {name: value.clone() for name, value in network.state_dict().items()}
         torch.save({"state_dict": state, "epoch": 3}, self.folder / "zip.pth")
         torch.save(state, self.folder / "old.pth", _use_new_zipfile_serialization=False)
@@ -99,7 +100,7 @@ class Corpus:
         image = Image.merge("RGB", (grey, grey.rotate(90), grey.rotate(180)))
         exif = Image.Exif()
         exif[0x0112] = 6  # orientation
-        more = {
+        more: dict[str, dict[str, Any]] = {
             "jpg": {"exif": exif.tobytes()},
             "tiff": {"compression": "lzw"},
             "gif": {"save_all": True, "append_images": [image.rotate(9)]},

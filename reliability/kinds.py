@@ -221,7 +221,7 @@ def archive(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     shapes = ((4, 8, 8), (4, 8, 8, 3), (0, 8, 8), (), (2**14, 2**14))
     images = [np.zeros(shape, np.uint8) for shape in shapes]
     images += [np.zeros((2, 3, 8, 8), np.float32), np.array([None, {}], object)]
-    arrays = {"images": rng.choice(images)}
+    arrays: dict[str, Any] = {"images": rng.choice(images)}
     if rng.random() < 0.4:
         arrays["labels"] = np.zeros(rng.choice(((4,), (), (4, 2), (9,))))
     path, made = folder / "images.npz", io.BytesIO()

@@ -160,7 +160,12 @@ def test_tritonclient_sees_health_metadata_and_statistics(server: Running) -> No
 
 
 def test_the_configuration_is_that_of_this_server(digits: Bundle) -> None:
-    settings = {"instances": 2, "threads": 3, "queue_limit": 77, "max_delay_ms": 2.5}
+    settings: dict[str, Any] = {
+        "instances": 2,
+        "threads": 3,
+        "queue_limit": 77,
+        "max_delay_ms": 2.5,
+    }
     with serving(digits, **settings) as server, client_of(server) as client:
         config = client.get_model_config(BYTES)
     assert (config["max_batch_size"], config["backend"]) == (8, "onnxruntime")
@@ -348,7 +353,7 @@ def test_large_json_is_parsed_and_written_elsewhere_and_others_are_answered(
                 await asyncio.to_thread(gate.wait, 30)
             return await run(where, function, *given)
 
-        server.service.intake.run = held  # type: ignore[method-assign]
+        server.service.intake.run = held  # type: ignore
         waiting = pool.submit(ask, server, INFER, tensor())
         assert asked.wait(30)
         assert ask(server, LIVE)[0] == 200
@@ -465,7 +470,7 @@ def test_clients_that_go_away_harm_nobody(server: Running, original: Path) -> No
 
 
 def test_bodies_held_at_once_are_limited_and_given_back(digits: Bundle, original: Path) -> None:
-    bodies = (bytes(200_000), {}), (gzip.compress(bytes(200_000), mtime=0), GZIP)
+    bodies: Any = (bytes(200_000), {}), (gzip.compress(bytes(200_000), mtime=0), GZIP)
     with serving(digits, max_held_mib=1, max_body_mib=0.9, read_timeout_s=20) as server:
         held = server.service.intake.held
         with connected(server, a_head(920_000) + bytes(900_000)):
@@ -518,7 +523,7 @@ def test_a_full_queue_is_429_whatever_the_route_and_what_waits_is_answered(
             gate.wait(30)
             return {"skipped": "not asked"}
 
-        server.service._ask_pytorch = held  # type: ignore[method-assign]
+        server.service._ask_pytorch = held  # type: ignore
         until(lambda: queue.used == 0)
         asked = [pool.submit(ask, server, "/predict?compare=1", image) for _ in range(20)]
         until(lambda: sum(future.done() for future in asked) == 4)
@@ -542,7 +547,7 @@ def test_two_idle_instances_share_what_waits(digits: Bundle, pixels: Any) -> Non
             both.wait()  # breaks, and fails the batch, where the other never comes
             return run(rows)
 
-        network.run = together  # type: ignore[method-assign]
+        network.run = together  # type: ignore
         with client_of(server) as client:
             asked = [client.async_infer(BYTES, [given]) for _ in range(4)]
             found = [request.get_result().as_numpy("logits") for request in asked]
@@ -591,10 +596,10 @@ def test_a_model_that_fails_is_500_and_only_the_log_says_why(
         def broken(_: object) -> Any:
             raise RuntimeError("out of luck")
 
-        network.run = broken  # type: ignore[method-assign]
+        network.run = broken  # type: ignore
         status, answer, _ = ask(server, "/predict", image)
         assert (status, answer["error"]) == (500, "The server failed; its log says why.")
-        network.run = run  # type: ignore[method-assign]
+        network.run = run  # type: ignore
         assert ask(server, "/predict", image)[0] == 200
         ask(server, "/predict?model=invented", b"x")
         text = ask(server, "/metrics")[1]
@@ -721,7 +726,7 @@ def test_the_command_serves_and_ends_with_its_parser(
 def test_spoiled_requests_get_a_status_and_leave_no_traceback(
     digits: Bundle, original: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A seeded share of what ``python -m reliability.requests`` sends: ten thousand."""
+    """A seeded share of what ``python -m reliability --only requests`` sends: ten thousand."""
     from reliability.requests import fuzz_requests
 
     with serving(digits, artefacts=("fp32-uint8",), read_timeout_s=0.5) as server:

@@ -16,18 +16,6 @@ from van_deploy.errors import InputError, UsageError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = [
-    "CudaOptions",
-    "Images",
-    "Logits",
-    "Outputs",
-    "Resident",
-    "Runner",
-    "gpu_index",
-    "profile_for",
-    "require_served",
-]
-
 Images = npt.NDArray[np.float32]
 """``(N, C, S, S)`` float32, normalised by the model's preprocessing."""
 

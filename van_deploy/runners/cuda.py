@@ -18,8 +18,6 @@ from van_deploy.environment.packages import pip_command
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.runners.base import Logits, Outputs
 
-__all__ = ["Cuda", "DeviceBatch", "Specs", "no_device", "out_of_memory", "require_cuda"]
-
 Specs = Mapping[str, tuple[tuple[int, ...], npt.DTypeLike]]
 """Tensors by name: the shape of one row, and the type."""
 

@@ -22,8 +22,6 @@ from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.runners.base import Outputs, Runner, gpu_index, require_served
 from van_deploy.runners.pytorch import TorchBatch, torch_device, torch_failures
 
-__all__ = ["InductorRunner"]
-
 
 class InductorRunner(Runner):
     """Runs a package on the device it was compiled for.

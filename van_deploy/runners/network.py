@@ -29,25 +29,12 @@ from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import Task
 from van_deploy.model.pixels import Pixels
 from van_deploy.runners.answers import TopClasses, network_input, top_classes
-from van_deploy.runners.base import Images, Outputs, Runner, gpu_index
+from van_deploy.runners.base import Images, Runner, gpu_index
+from van_deploy.runners.base import Outputs as Outputs
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
-
-__all__ = [
-    "ORT_CPU",
-    "PYTORCH",
-    "RUNNERS",
-    "Network",
-    "Obstacle",
-    "Outputs",
-    "TensorSpec",
-    "original_of",
-    "require_classes",
-    "runnable_artefacts",
-    "task_of",
-]
 
 PYTORCH = "pytorch"
 """The name under which the original network can be asked for, beside the artifacts."""

@@ -15,8 +15,8 @@ from van_deploy.errors import InputError, MissingDependency
 from van_deploy.graph.bfloat16 import emulated_bf16, holds_bf16
 from van_deploy.runners.base import CudaOptions, Images, Logits, Outputs, Runner, gpu_index
 from van_deploy.runners.cuda import DeviceBatch, require_cuda
+from van_deploy.runners.onnxruntime_cuda import CUDA as CUDA
 from van_deploy.runners.onnxruntime_cuda import (
-    CUDA,
     cuda_does_not_start,
     failed,
     failures,
@@ -29,16 +29,6 @@ from van_deploy.runners.onnxruntime_cuda import (
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-
-__all__ = [
-    "CUDA",
-    "PROVIDERS",
-    "OnnxRuntimeRunner",
-    "inference_session",
-    "onnxruntime_logits",
-    "onnxruntime_outputs",
-    "require_onnxruntime",
-]
 
 PROVIDERS: Mapping[str, str] = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": CUDA}
 """The execution provider of each runner. It runs the whole graph, or the graph is refused."""

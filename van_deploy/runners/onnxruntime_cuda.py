@@ -28,19 +28,6 @@ from van_deploy.runners.cuda import out_of_memory
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = [
-    "CUDA",
-    "cuda_does_not_start",
-    "cuda_libraries",
-    "failed",
-    "failures",
-    "preload",
-    "provider_options",
-    "provider_starts",
-    "refuse_nhwc",
-    "silent",
-]
-
 CUDA = "CUDAExecutionProvider"
 LIBRARIES = ("cudart", "nvrtc", "cublasLt", "cublas", "curand", "cufft", "cudnn")
 """What the CUDA provider links, each after those it needs itself."""

@@ -12,8 +12,6 @@ from van_deploy.environment.privacy import imported_quietly
 from van_deploy.errors import ConversionError, needs_extra
 from van_deploy.runners.base import Outputs, Runner
 
-__all__ = ["OpenVinoRunner"]
-
 
 class OpenVinoRunner(Runner):
     """Runs an ONNX graph on the CPU.

@@ -15,8 +15,6 @@ from van_deploy.model.pickles import TOP_LEVEL
 from van_deploy.model.random_weights import random_van, sha256_of_state
 from van_deploy.model.state import network_from_state, official_state
 
-__all__ = ["original_network"]
-
 
 def original_network(bundle: Bundle, weights: str | Path | None = None) -> LoadedVan:
     """Return the unfolded PyTorch network of a bundle, its weights' digest checked.

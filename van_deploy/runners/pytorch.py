@@ -15,15 +15,6 @@ from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.runners.base import Logits, Outputs, Runner, gpu_index
 from van_deploy.runners.cuda import no_device, out_of_memory
 
-__all__ = [
-    "AUTOTUNE",
-    "TorchBatch",
-    "TorchRunner",
-    "one_torch_thread",
-    "torch_device",
-    "torch_failures",
-]
-
 MODES = ("eager", "channels-last", "compile", "autocast")
 """``eager``: as it is. ``channels-last``: NHWC memory. ``compile``: torch.compile with frozen
 weights, specialised on each batch size; on a GPU in NHWC memory, with ``max-autotune`` and CUDA

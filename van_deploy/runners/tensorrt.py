@@ -26,8 +26,6 @@ from van_deploy.errors import InputError, VanDeployError
 from van_deploy.runners.base import Outputs, Runner, gpu_index, profile_for, require_served
 from van_deploy.runners.cuda import DeviceBatch, require_cuda
 
-__all__ = ["TensorRtRunner", "admit"]
-
 DTYPES: Mapping[str, npt.DTypeLike] = {
     "FLOAT": np.float32,
     "HALF": np.float16,
