@@ -36,13 +36,15 @@ def steps_of_b(context: Context) -> list[Step]:
 
     def gates(bundle: str, runner: str) -> Step:
         images = folder / IMAGES
+        package = [] if bundle != TRAINED else ["--package", "--artifact", "fp16"]
         labelled = ["--images", str(images)] if bundle == TRAINED and images.exists() else []
         return step(
             f"gates-{bundle}-{runner}",
             "agreement",
             f"verify and evaluate of {bundle} by {runner}.",
-            *("--runner", runner, *labelled),
+            *("--runner", runner, *labelled, *package),
             bundle=bundle,
+            limit=240,
             skip=NO_GPU if runner != "ort-cpu" and not context.on_gpu else "",
         )
 
@@ -63,28 +65,31 @@ def steps_of_b(context: Context) -> list[Step]:
         for backend in ("tensorrt", "tensorrt-rtx")
         for artifact in ("fp16", "int8")
     ]
+    tests, packages = "The tests marked gpu.", "inductor or fused or package"
+    cpu = ("--artifact", "fp16", "--runner", "ort-cpu")
+    first = ("environment", "ceilings", "eager-b0")
     return [
         shared["environment"],
         shared["ceilings"],
-        ort("fp16"),
+        step("gpu-tests", "tests", tests, "--select", f"not ({packages})", limit=280),
+        step("gpu-tests-packages", "tests", tests, "--select", packages, limit=280),
+        gates(TRAINED, "ort-cuda"),
         gates(SMALL, "ort-cuda"),
-        step(
-            "inductor-fp16", "inductor", "An AOTInductor package.", "--artifact", "fp16", limit=180
-        ),
+        step("inductor-fp16", "inductor", "An AOTInductor package.", *cpu, limit=280),
         step(
             "inductor-fused-fp16",
             "inductor",
             "An AOTInductor package with this project's kernels inside, for one batch size.",
-            *("--artifact", "fp16", "--fused", "--batches", "128" if context.on_gpu else "2"),
-            limit=150,
+            *(*cpu, "--fused", "--batches", "128" if context.on_gpu else "2"),
+            limit=280,
         ),
+        ort("fp16"),
         ort("fp32"),
         ort("int8"),
         ort("fp32", "--tf32"),
-        step("gpu-tests", "tests", "The tests marked gpu.", limit=150),
-        gates(TRAINED, "ort-cuda"),
         *engines,
         step("bench", "bench", "van-deploy bench on the GPU.", limit=120),
         shared["eager-b0"],
         gates(SMALL, "ort-cpu"),
+        *(one for one in shared.values() if one.name not in first),
     ]

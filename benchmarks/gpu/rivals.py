@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from van_deploy.kernels.network import FusedVan
+
 __all__ = ["RIVALS", "Rival", "TorchResident"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -50,9 +52,12 @@ RIVALS: dict[str, Rival] = {
         Rival("compile-fp16", "fp16", compile_mode="max-autotune"),
         Rival("compile-fp16-quick", "fp16", compile_mode="reduce-overhead"),
         Rival("compile-bf16", "bf16", compile_mode="reduce-overhead"),
+        Rival("kernels", "fp16", graph=True),
+        Rival("kernels-compile", "fp16", compile_mode="reduce-overhead"),
     )
 }
-"""By name. ``quick`` and ``bf16`` have CUDA graphs, but no kernels chosen by timing them."""
+"""By name. ``quick`` and ``bf16`` have CUDA graphs, but no kernels chosen by timing them;
+``kernels`` are this project's, the second through ``torch.compile``."""
 
 
 class TorchResident:
@@ -77,7 +82,9 @@ class TorchResident:
         on_gpu = self.device.type == "cuda"
         dtype = DTYPES[rival.precision]
         layout = torch.channels_last if rival.channels_last else torch.contiguous_format
-        self._model: Any = model.to(self.device, dtype).to(memory_format=layout)
+        self._model: Any = model.to(self.device)
+        if not isinstance(model, FusedVan):  # which has its types and layouts by itself
+            self._model = model.to(dtype).to(memory_format=layout)
         host = torch.from_numpy(images).to(dtype).contiguous(memory_format=layout)
         self._host_in = host.pin_memory() if on_gpu else host
         self._input = self._host_in.to(self.device)

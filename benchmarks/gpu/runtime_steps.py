@@ -91,9 +91,11 @@ def engine(result: Result, options: argparse.Namespace) -> None:
 def agreement(result: Result, options: argparse.Namespace) -> None:
     """Verify and evaluate a bundle with one runner, by the command line, as its user would."""
     bundle = _copied(options)
+    if options.package:
+        _built(result, bundle, options, "inductor")
     _verified(result, bundle, options)
     if options.images:
-        _judge(result, bundle, options, "evaluate", str(options.images))
+        _judge(result, bundle, options, "evaluate", "--images", options.images)
 
 
 def _verified(result: Result, bundle: Path, options: argparse.Namespace) -> None:
@@ -143,7 +145,7 @@ def benchmark(result: Result, options: argparse.Namespace) -> None:
     """Run ``van-deploy bench --profile`` on the GPU, as a user would, for two runners."""
     bundle = _copied(options)
     command = ["bench", str(bundle), "--device", options.device, "--batches", "1,128"]
-    command += ["--runners", "pytorch,ort-cuda-nhwc/fp16,ort-cuda-nhwc/int8", "--profile"]
+    command += ["--runners", "pytorch,ort-cuda/fp16", "--profile"]
     with turn():
         done = _van_deploy(*command, "--seconds", str(options.seconds), "--json")
     result.fact("exit_code", done.returncode)
@@ -163,13 +165,16 @@ def benchmark(result: Result, options: argparse.Namespace) -> None:
 
 def tests(result: Result, options: argparse.Namespace) -> None:
     """Run the tests marked ``gpu`` against the installed wheel, from a copy of tests/ alone."""
-    folder = Path.cwd() / "gpu-tests"
+    folder = Path.cwd() / options.out.stem
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "tests" / "gpu", folder / "tests" / "gpu")
     shutil.copy(ROOT / "pyproject.toml", folder)
     junit = folder / "junit.xml"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "-rs", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-v", "--tb=short"]
     command += [
+        "-k",
+        options.select,
+        "--durations=15",
         "-p",
         "no:cacheprovider",
         f"--junitxml={junit}",
@@ -188,9 +193,9 @@ def tests(result: Result, options: argparse.Namespace) -> None:
         cases.append(
             {"test": f"{case.get('classname')}.{case.get('name')}", "": state, "why": words}
         )
-    result.table("pytest -m gpu", cases)
+    result.table(f"pytest -m gpu -k '{options.select}'", cases)
     counts = {state: sum(case[""] == state for case in cases) for state in {c[""] for c in cases}}
-    result.note(f"pytest -m gpu: {counts or 'no test was collected'}.")
+    result.note(f"pytest -m gpu -k '{options.select}': {counts or 'no test was collected'}.")
     if done.returncode not in (0, 5):
         raise SystemExit(done.returncode)
 
@@ -297,9 +302,9 @@ def _copied(options: argparse.Namespace) -> Path:
 
 def _built(result: Result, bundle: Path, options: argparse.Namespace, backend: str) -> None:
     arguments = ["--backend", backend, "--precision", options.artifact, "--device", options.device]
-    if backend == "inductor":
+    if backend == "inductor" and not options.package:
         only = f"{options.batches[0]}:{options.batches[-1]}:{options.batches[-1]}"
-        arguments += ["--batch", only, *(["--fused-kernels"] if options.fused else [])]
+        arguments += ["--batch", only, *["--fused-kernels"] * options.fused]
     start = time.perf_counter()
     done = _van_deploy("build", str(bundle), *arguments)
     took = time.perf_counter() - start
@@ -366,9 +371,11 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32,128", type=_numbers)
     parser.add_argument("--runner", default="ort-cuda")
     parser.add_argument("--backend", default="tensorrt", choices=MODULES)
-    parser.add_argument("--images", type=Path)
+    parser.add_argument("--images", help="labelled images, for evaluate")
     parser.add_argument("--tf32", action="store_true")
+    parser.add_argument("--package", action="store_true", help="build and judge one, too")
     parser.add_argument("--fused", action="store_true", help="a package with our own kernels")
+    parser.add_argument("--select", default="", help="tests, as pytest's -k")
     parser.add_argument("--seconds", default=0.4, type=float, help="measured, a row")
     options = parser.parse_args()
     STEPS[options.step](Result(options.out), options)

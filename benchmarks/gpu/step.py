@@ -117,7 +117,8 @@ class Context:
         return {
             "PYTHONUNBUFFERED": "1",
             "TORCHINDUCTOR_CACHE_DIR": str(self.cache / "inductor"),
-            "TORCHINDUCTOR_COMPILE_THREADS": str(min(16, os.cpu_count() or 1)),
+            "TORCHINDUCTOR_COMPILE_THREADS": str(min(8, os.cpu_count() or 1)),
+            "OMP_NUM_THREADS": "2",  # a dozen steps with a thread a core each wait for each other
             # Inductor's own templates for convolutions cost minutes and never won: on an H200
             # cuDNN was 2.6 times faster for the stem, 80 and 400 times for two depth-wise ones.
             "TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS": "ATEN",

@@ -145,6 +145,12 @@ class _Subject:
 
             self.model = fold_van(self.model, pictures[:1]).model
             self.note = "the network as van-deploy folds it"
+        if options.rival.startswith("kernels"):
+            from van_deploy.kernels.network import fused
+
+            half = torch.float16 if self.on_gpu else torch.float32
+            self.model = fused(self.model, half, fallback=not self.on_gpu)
+            self.note = "this project's kernels"
         self.watch = GpuWatch(self.device)
 
     def _fp32(self, images: Any) -> Any:
@@ -188,11 +194,12 @@ class _Subject:
         timing = timed(resident, batch, clock, self.watch, seconds=self.options.seconds)
         logits = resident.outputs()[:COMPARED]
         expected = self.expected[: len(logits)]
+        ours = name.startswith("kernels")
         result.row(
             network=self.options.variant,
             image_size=self.options.image_size,
-            runner=f"pytorch-{name}" + ("+folded" if self.options.folded else ""),
-            group="van-deploy" if self.options.folded else "pytorch",
+            runner=name if ours else f"pytorch-{name}" + "+folded" * self.options.folded,
+            group="van-deploy" if self.note else "pytorch",
             precision=self.rival(name).precision,
             batch=batch,
             compile_s=resident.compile_s,
