@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PROCESSOR = {
-    "size": {"shortest_edge": 64},
-    "crop_size": 64,
-    "crop_pct": 0.9,
-    "resample": 3,
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-    "do_normalize": True,
-}
 LABELS = {str(number): f"digit {number}" for number in range(10)}
-CONFIG = {"model_type": "van", "hidden_act": "gelu", "num_labels": 10, "id2label": LABELS}
 FIGURE = {"value": 60.0, "better": "higher", "slack": 1.0}
-BASELINE = {
-    "schema": "van-deploy/baseline/1",
-    "model": "van_digits",
-    "weights_sha256": "0",
-    "images_sha256": "0",
-    "images": "digits",
-    "figures": {"verify/fp16/sqnr_db": FIGURE},
+DOCUMENTS: dict[str, dict[str, Any]] = {
+    "config": {"model_type": "van", "hidden_act": "gelu", "num_labels": 10, "id2label": LABELS},
+    "preprocessor_config": {
+        "size": {"shortest_edge": 64},
+        "crop_size": 64,
+        "crop_pct": 0.9,
+        "resample": 3,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "do_normalize": True,
+    },
+    "baseline": {
+        "schema": "van-deploy/baseline/1",
+        "model": "van_digits",
+        "images": "digits",
+        "weights_sha256": "0",
+        "images_sha256": "0",
+        "figures": {"verify/fp16/sqnr_db": FIGURE},
+    },
+    "bench": {
+        "schema": "van-deploy/bench/1",
+        "results": [{"name": "ort", "median_ms": 1.0}],
+    },
 }
-BENCH = {"schema": "van-deploy/bench/1", "results": [{"name": "ort", "median_ms": 1.0}]}
 FLEET = """[fleet]
 bundles = ["a", "b"]
 precisions = ["fp16"]
@@ -68,7 +74,10 @@ class Corpus:
         state = {name: value.clone() for name, value in network.state_dict().items()}
         torch.save({"state_dict": state, "epoch": 3}, self.folder / "zip.pth")
         torch.save(state, self.folder / "old.pth", _use_new_zipfile_serialization=False)
-        save_file(state, self.folder / "plain.safetensors")
+        save_file(state, self.folder / "model.safetensors")
+        for name, document in DOCUMENTS.items():
+            (self.folder / f"{name}.json").write_text(json.dumps(document))
+        (self.folder / "fleet.toml").write_text(FLEET)
 
     def _make_signed(self) -> None:
         from van_deploy.signing import sign_bundle

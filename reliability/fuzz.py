@@ -132,7 +132,7 @@ def _case(corpus: Corpus, kind: str, index: int, executed: list[str]) -> dict[st
     fault, code = "", 0
     kind = list(KINDS)[index % len(KINDS)] if kind == MIXED else kind
     with scratch(corpus) as folder:
-        read = KINDS[kind][1](corpus, generator_of(kind, index), folder)
+        read = KINDS[kind][2](corpus, generator_of(kind, index), folder)
         executed.clear()
         signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
         faulthandler.dump_traceback_later(3 * LONGEST_S, exit=True)  # stuck in native code
@@ -175,7 +175,7 @@ def table(
             refused = f"{sum(codes.values())} ({', '.join(f'{c}: {n}' for c, n in codes.items())})"
             figures = [str(cases), str(found.codes[0]), refused, str(len(found.faults))]
             figures += [f"{found.slowest_s:.2f}", f"{found.peak_bytes / 1e9:.2f}"]
-            rows.append([name, str(KINDS[name][1].__doc__), *figures])
+            rows.append([name, KINDS[name][1], *figures])
             faults += found.faults
     columns = ["file", "what was spoiled", "cases", "taken", "refused (exit code: cases)", "faults"]
     return [*columns, "slowest s", "peak GB"], rows, faults

@@ -9,10 +9,11 @@ import random
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reliability.corpus import BASELINE, BENCH, CONFIG, FLEET, PROCESSOR, Corpus
+from reliability.corpus import Corpus
 from reliability.spoiled import (
     STRANGE_VALUES,
     spoiled_bytes,
@@ -26,7 +27,7 @@ Reader = Callable[[], object]
 """Reads a spoiled file; returns or raises what the program would."""
 
 Spoil = Callable[[Corpus, random.Random, Path], Reader]
-"""Writes a spoiled file into a folder and returns its reader; its first line says what."""
+"""Writes a spoiled file into a folder and returns its reader."""
 
 PLACES = ("../../etc/passwd", "/etc/passwd", "there", "", "link", "link/x", "a\\b", "..")
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
@@ -57,22 +58,17 @@ def command(*words: object) -> Reader:
     return run
 
 
-def on_bundle(corpus: Corpus, name: str, bundle: Path) -> Reader:
+def on_bundle(corpus: Corpus, name: str, bundle: Path, key: Path | None = None) -> Reader:
     """Return the reader of a bundle that a command is."""
-    key = corpus.folder / "key.pem"
+    private = corpus.folder / "key.pem"
     more: dict[str, tuple[object, ...]] = {
         "predict": (corpus.bundle / "golden/0.png",),
         "package": ("--output", bundle.with_name("out")),
-        "verify-signature": ("--public-key", f"{key}.pub"),
-        "sign": ("--key", key),
+        "verify-signature": ("--public-key", key or f"{private}.pub"),
+        "sign": ("--key", private),
     }
     first = ("package", "triton") if name == "package" else (name,)
     return command(*first, bundle, *more.get(name, ()))
-
-
-def either(rng: random.Random, share: float, sound: bytes, other: Callable[[], bytes]) -> bytes:
-    """Return spoiled bytes of a document now and then, or else what spoils its content."""
-    return spoiled_bytes(rng, sound) if rng.random() < share else other()
 
 
 def checkpoint(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
@@ -80,86 +76,68 @@ def checkpoint(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     return command("info", spoiled_weights(corpus, rng, folder))
 
 
-def repository(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
-    """The JSON beside weights, as hubs give it; read by `info`."""
-    (folder / "model.safetensors").symlink_to(corpus.folder / "plain.safetensors")
-    for name, sound in (("config.json", CONFIG), ("preprocessor_config.json", PROCESSOR)):
-        data = spoiled_json_text(rng, sound)
-        (folder / name).write_bytes(spoiled_bytes(rng, data) if rng.random() < 0.1 else data)
-    return command("info", folder)
-
-
-def manifest(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
-    """A bundle's manifest; by `info`, `inspect`, `predict`, `report` and `package triton`."""
-    path = Path(shutil.copytree(corpus.bundle, folder / "bundle")) / "manifest.json"
-    sound = path.read_bytes()
-    path.write_bytes(either(rng, 0.2, sound, lambda: spoiled_json_text(rng, json.loads(sound))))
-    return on_bundle(corpus, rng.choice(READING), path.parent)
-
-
-def recipe(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
-    """Recipes; read as `export` and `run` read them."""
-    from van_deploy.recipe import builtin_recipes, read_recipe
-
-    source = rng.choice(sorted(builtin_recipes().values()))
-    return _toml(rng, folder / "mine.toml", source.read_text("utf-8"), read_recipe)
-
-
-def calibration(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
-    """Calibration sets, and the choice of images."""
-    from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
-    from van_deploy.precision.job_images import choose_images
-
-    def read(path: Path) -> object:
-        return choose_images(calibration_set_named(str(path)).images)
-
-    source = builtin_calibration_sets()[rng.choice(("digits", "folder", "cifar10"))]
-    return _toml(rng, folder / "mine.toml", source.read_text("utf-8"), read)
-
-
-def _toml(rng: random.Random, path: Path, text: str, read: Callable[[Path], object]) -> Reader:
-    path.write_bytes(either(rng, 0.3, text.encode(), lambda: spoiled_text(rng, text)))
-    return lambda: read(path)
-
-
-def sidecar(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
-    """Engines' sidecars, most with a right digest; read by `inspect`."""
+def document(names: str, corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
+    """Spoil one of some documents: its bytes, or what it says."""
     from van_deploy.files import content_key
 
-    for suffix in ("plan", "log"):
-        shutil.copy(corpus.folder / f"engine.{suffix}", folder)
-    sound = (corpus.folder / "engine.json").read_bytes()
+    name = rng.choice(names.split())
+    path, read = _placed(name, corpus, rng, folder)
+    sound = path.read_bytes()
+    if name == "key" or rng.random() < 0.25:
+        data = spoiled_bytes(rng, sound)
+    elif path.suffix == ".toml":
+        data = spoiled_text(rng, sound.decode())
+    elif name == "sidecar" and rng.random() < 0.8:  # by one who knows of its digest
+        edited = spoiled_json(rng, json.loads(sound))
+        if isinstance(edited, dict):
+            edited["sidecar_sha256"] = content_key({**edited, "sidecar_sha256": ""})
+        data = json.dumps(edited).encode("utf-8", "surrogatepass")
+    else:
+        data = spoiled_json_text(rng, json.loads(sound))
+    path.write_bytes(data)
+    return read
 
-    def edited() -> bytes:
-        document = spoiled_json(rng, json.loads(sound))
-        if isinstance(document, dict) and rng.random() < 0.8:  # by one who knows how
-            document["sidecar_sha256"] = content_key({**document, "sidecar_sha256": ""})
-        return json.dumps(document).encode("utf-8", "surrogatepass")
 
-    (folder / "engine.json").write_bytes(either(rng, 0.3, sound, edited))
-    return command("inspect", folder / "engine.plan")
-
-
-def document(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
-    """Signatures, keys, baselines, benchmarks' reports and fleet files; as commands read them."""
+def _placed(
+    name: str, corpus: Corpus, rng: random.Random, folder: Path
+) -> tuple[Path, Callable[[], object]]:
+    """Put a sound document into a folder; return it, and what reads it."""
     from van_deploy.bench.document import read_report
+    from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
     from van_deploy.checks.baseline import read_baseline
     from van_deploy.engine.fleet import read_fleet
+    from van_deploy.precision.job_images import choose_images
+    from van_deploy.recipe import builtin_recipes, read_recipe
 
-    which = rng.choice(("signature", "signature", "key", "baseline", "bench", "fleet"))
-    path = folder / which
-    if which == "fleet":
-        return _toml(rng, path.with_suffix(".toml"), FLEET, read_fleet)
-    if which in ("baseline", "bench"):
-        path.write_bytes(spoiled_json_text(rng, BASELINE if which == "baseline" else BENCH))
-        read = read_baseline if which == "baseline" else read_report
-        return lambda: read(path)
-    bundle, key = Path(shutil.copytree(corpus.signed, folder / "bundle")), folder / "key.pub"
-    shutil.copy(corpus.folder / "key.pem.pub", key)
-    path = key if which == "key" else bundle / "manifest.json.sig"
-    sound, share = path.read_bytes(), 1.0 if which == "key" else 0.3
-    path.write_bytes(either(rng, share, sound, lambda: spoiled_json_text(rng, json.loads(sound))))
-    return command("verify-signature", bundle, "--public-key", key)
+    if name in {"manifest", "signature", "key"}:
+        bundle = Path(shutil.copytree(corpus.signed, folder / "bundle"))
+        key = Path(shutil.copy(corpus.folder / "key.pem.pub", folder))
+        file = {"manifest": "manifest.json", "signature": "manifest.json.sig"}.get(name)
+        verb = rng.choice(READING) if name == "manifest" else "verify-signature"
+        return bundle / file if file else key, on_bundle(corpus, verb, bundle, key)
+    beside = {
+        "sidecar": ("engine.json", "engine.plan", "engine.log"),
+        "config": ("config.json", "preprocessor_config.json", "model.safetensors"),
+        "preprocessor": ("preprocessor_config.json", "config.json", "model.safetensors"),
+    }
+    if name in beside:
+        path, plan, _ = (Path(shutil.copy(corpus.folder / n, folder)) for n in beside[name])
+        return path, command("inspect", plan) if name == "sidecar" else command("info", folder)
+    sets = builtin_calibration_sets()
+    sources = {
+        "recipe": lambda: rng.choice(sorted(builtin_recipes().values())),
+        "calibration": lambda: sets[rng.choice(("digits", "folder", "cifar10"))],
+    }
+    source = sources[name]() if name in sources else next(corpus.folder.glob(f"{name}.*"))
+    path = Path(shutil.copy(source, folder))
+    readers: dict[str, Callable[[Path], object]] = {
+        "recipe": read_recipe,
+        "calibration": lambda file: choose_images(calibration_set_named(str(file)).images),
+        "baseline": read_baseline,
+        "bench": read_report,
+        "fleet": read_fleet,
+    }
+    return path, lambda: readers[name](path)
 
 
 def onnx_file(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
@@ -187,7 +165,8 @@ def onnx_file(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
             model.opset_import[0].version = rng.choice((0, 1, 99, 2**40))
         return bytes(model.SerializeToString())
 
-    path.write_bytes(either(rng, 0.6, source.read_bytes(), strange))
+    sound = rng.random() < 0.6
+    path.write_bytes(spoiled_bytes(rng, source.read_bytes()) if sound else strange())
     return rng.choice((command("inspect", path), lambda: read_source(path)))
 
 
@@ -304,17 +283,21 @@ def _half_a_commit(rng: random.Random, bundle: Path) -> None:
         target.write_text("theirs")
 
 
-KINDS: Mapping[str, tuple[int, Spoil]] = {
-    "checkpoint": (250, checkpoint),
-    "onnx": (150, onnx_file),
-    "repository": (40, repository),
-    "manifest": (130, manifest),
-    "recipe": (80, recipe),
-    "calibration": (50, calibration),
-    "sidecar": (60, sidecar),
-    "archives": (60, archive),
-    "image": (100, image),
-    "folder": (50, bundle_folder),
-    "document": (30, document),
+KINDS: Mapping[str, tuple[int, str, Spoil]] = {
+    "checkpoint": (250, "archives, tensors, pickles that run something", checkpoint),
+    "onnx": (150, "weights in other files, shapes, types, operators", onnx_file),
+    "repository": (40, "the JSON beside weights", partial(document, "config preprocessor")),
+    "manifest": (130, "a bundle's manifest", partial(document, "manifest")),
+    "recipe": (80, "recipes", partial(document, "recipe")),
+    "calibration": (50, "calibration sets", partial(document, "calibration")),
+    "sidecar": (60, "engines' sidecars, most with a right digest", partial(document, "sidecar")),
+    "archives": (60, "images in `.npz`", archive),
+    "image": (100, "seven formats, and PostScript by their names", image),
+    "folder": (50, "pipes, links, half a commit in a bundle's folder", bundle_folder),
+    "document": (
+        30,
+        "signatures, keys, baselines, reports of `bench`, fleets",
+        partial(document, "signature key baseline bench fleet"),
+    ),
 }
-"""How much of all cases each kind of file is, in thousandths, and what spoils it."""
+"""How much of all cases each kind is, in thousandths; what is spoiled; and what spoils it."""

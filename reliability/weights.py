@@ -23,7 +23,7 @@ def spoiled_weights(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
 
 
 def _bytes(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
-    source = corpus.folder / rng.choice(("zip.pth", "old.pth", "plain.safetensors"))
+    source = corpus.folder / rng.choice(("zip.pth", "old.pth", "model.safetensors"))
     path = folder / f"weights{source.suffix}"
     path.write_bytes(spoiled_bytes(rng, source.read_bytes()))
     return path
@@ -111,7 +111,7 @@ def _bomb(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
 
 def _header(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
     """Write a safetensors file whose header lies: shapes, offsets, types, lengths."""
-    data = (corpus.folder / "plain.safetensors").read_bytes()
+    data = (corpus.folder / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = spoiled_json(rng, json.loads(data[8 : 8 + length]))
     if isinstance(header, dict) and rng.random() < 0.5:

@@ -81,10 +81,10 @@ def an_input(
     return given
 
 
-def tensor(**changes: Any) -> bytes:
+def tensor(outputs: object = (), **changes: Any) -> bytes:
     """Return the JSON of a request with one image of zeros, or with other fields."""
     described = {"name": "pixels", "shape": [1, 64, 64, 3], "datatype": "UINT8", "data": [0] * ROW}
-    return json.dumps({"inputs": [{**described, **changes}]}).encode()
+    return json.dumps({"inputs": [{**described, **changes}], "outputs": outputs}).encode()
 
 
 def ask(
@@ -217,7 +217,6 @@ def test_the_plain_graph_nested_numbers_and_classification(
 
 NUMBERS = "give 12288 numbers"
 SHAPE = "the model takes [1..8, 64, 64, 3]"
-AN_OUTPUT = {"name": "x", "parameters": {"classification": True}}
 REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
     ("/v3", b"", {}, 404, "There is nothing at '/v3'."),
     ("/v2", b"", {}, 405, "'/v2' takes GET, not POST."),
@@ -227,30 +226,19 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
         (INFER, document, {}, 400, message)
         for document, message in (
             (b"\x89PNG", "The request is not JSON"),
-            (b"[" * 15_000, "The request is not JSON"),
-            (b'{"id": "\\ud800"}', "The request is not JSON"),
             (b'{"inputs": [{"name": "x\\ud800"}]}', "The request is not JSON"),
             (b'{"id": ' + b"9" * 5000 + b"}", "number out of range"),
             (b"[]", "The request: it should be a table"),
             (b'{"inputs": []}', "The model has one input, 'pixels'; give that one."),
-            (b'{"inputs": "x"}', "'inputs' is 'x'"),
             (b'{"inputs": [{}]}', "'inputs.0.name' is missing"),
             (b'{"inputs": [], "parameters": 3}', "'parameters' is 3"),
-            (
-                json.dumps({"inputs": [], "outputs": [AN_OUTPUT]}).encode(),
-                "'outputs.0.parameters.classification' is True",
-            ),
-            (
-                tensor()[:-1] + b', "outputs": [{"name": "boxes"}]}',
-                "There is no output 'boxes'; the model gives logits",
-            ),
+            (tensor([{"name": "x", "parameters": {"classification": True}}]), "on' is True"),
+            (tensor([{"name": "boxes"}]), "no output 'boxes'; the model gives logits"),
             (tensor(name="images"), "The model has one input, 'pixels'; give that one."),
             (tensor(datatype="INT8"), "is UINT8, not 'INT8'"),
             *((tensor(shape=[n, 64, 64, 3]), f"[{n}, 64, 64, 3]; {SHAPE}") for n in (0, 9)),
             (tensor(shape=[1, 3, 64, 64]), SHAPE),
-            (tensor(shape=[64, 64, 3]), SHAPE),
             (tensor(shape=[True, 64, 64, 3]), "'inputs.0.shape.0' is True"),
-            (tensor(shape="x"), "'inputs.0.shape' is 'x'"),
             *((tensor(data=x), NUMBERS) for x in ([1, 2, 3], None, [[1, 2], [3]])),
             *((tensor(data=[x] * ROW), NUMBERS) for x in ("a", "1", True)),
             (tensor(data=[[[[1, 2, 3, 4]] * 64] * 48]), NUMBERS),
@@ -279,7 +267,6 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
     ),
     ("/predict", b"", {}, 400, "The request has no image"),
     ("/predict", b"hello", {}, 422, "it is in no known image format"),
-    ("/predict", b"\x89PNG\r\n\x1a\n", {}, 422, "cannot be read as an image"),
     ("/predict", a_bomb(), {}, 422, "too large to open safely"),
     ("/predict", b"x", {"Content-Type": "multipart/form-data"}, 400, "no boundary"),
     ("/predict", b"--x--", FORM, 400, "has no file"),
@@ -615,16 +602,14 @@ def test_a_model_that_fails_is_500_and_only_the_log_says_why(
     assert line % ("", 404) in text  # clients cannot invent series
 
 
-@pytest.mark.parametrize("source", ["file", "environment"])
+@pytest.mark.parametrize("in_a_file", [True, False])
 def test_only_the_page_and_health_are_open_without_a_key(
-    digits: Bundle, tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch, source: str
+    digits: Bundle, tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch, in_a_file: bool
 ) -> None:
-    key, image, settings = "s3cret-" + "k" * 32, original.read_bytes(), dict[str, Any]()
-    if source == "file":
-        (tmp_path / "key").write_text(f"{key}\n")
-        settings = {"api_key_file": tmp_path / "key"}
-    else:
-        monkeypatch.setenv("VAN_DEPLOY_API_KEY", key)
+    key, image, file = "s3cret-" + "k" * 32, original.read_bytes(), tmp_path / "key"
+    file.write_text(f"{key}\n")
+    settings: dict[str, Any] = {"api_key_file": file} if in_a_file else {}
+    monkeypatch.setenv("VAN_DEPLOY_API_KEY", "another" if in_a_file else key)
     with serving(digits, **settings) as server:
         for path in ("/", "/page.js", "/page.css", LIVE, "/v2/health/ready"):
             assert ask(server, path)[0] == 200

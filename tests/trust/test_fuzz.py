@@ -49,7 +49,7 @@ def test_what_must_not_be_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyP
             "import sys, reliability.fuzz as fuzz\n"
             f"read = lambda: exec({words!r})\n"
             "fuzz.warm_up = lambda corpus: None\n"
-            "fuzz.KINDS = {'image': (1, lambda *_: read)}\n"
+            "fuzz.KINDS = {'image': (1, '', lambda *_: read)}\n"
             "fuzz.run_cases('image', 0, int(sys.argv[3]), fuzz.Path(sys.argv[4]))\n"
         )
         monkeypatch.setattr(module, "WORKER", ("-c", program))
