@@ -14,14 +14,12 @@ import pytest
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions
-from van_deploy.engine.backend import choose_backend
+from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import host_here
 from van_deploy.engine.inductor import build_package, package_request
 from van_deploy.errors import MissingDependency
 from van_deploy.runners.base import CudaOptions
-
-__all__ = ["CASES", "Case", "Digits", "params"]
 
 BATCHES = BatchRange(1, 4, 8)
 
@@ -73,15 +71,24 @@ def _torch(mode: str, precision: str = "fp32", device: str = "cuda:0") -> Callab
     return opened
 
 
+def need_cuda_provider() -> None:
+    """Skip the test where ONNX Runtime has no CUDA."""
+    from van_deploy.runners.onnxruntime import require_onnxruntime
+    from van_deploy.runners.onnxruntime_cuda import CUDA
+
+    ort = require_onnxruntime()
+    if CUDA not in ort.get_available_providers():
+        pytest.skip(f"ONNX Runtime {ort.__version__} has no {CUDA}")
+
+
 def _ort(artefact: str, options: CudaOptions | None = None) -> Callable[[Bundle], Any]:
     def opened(bundle: Bundle) -> Any:
-        from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, require_onnxruntime
+        from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-        name = "ort-cpu" if options is None else "ort-cuda"
-        ort = require_onnxruntime()
-        if options is not None and CUDA not in ort.get_available_providers():
-            pytest.skip(f"ONNX Runtime {ort.__version__} has no {CUDA}")
-        return OnnxRuntimeRunner(bundle.verified(artefact), name=name, cuda=options)
+        if options is None:
+            return OnnxRuntimeRunner(bundle.verified(artefact))
+        need_cuda_provider()
+        return OnnxRuntimeRunner(bundle.verified(artefact), name="ort-cuda", cuda=options)
 
     return opened
 
@@ -100,19 +107,25 @@ def _inductor(
 
 
 @lru_cache(None)
-def _plan(folder: Path, artefact: str, onnx: Path, tf32: bool) -> Path:
+def plan_of(
+    folder: Path,
+    artefact: str,
+    onnx: Path,
+    tf32: bool = False,
+    profiles: tuple[BatchRange, ...] = (BatchRange(1, 1, 1), BatchRange(2, 4, 8)),
+) -> tuple[Path, Backend]:
+    """Return a plan for the GPU here and what built it, or skip the test where nothing does."""
     host = host_here()
     try:
         backend = choose_backend("auto", (), host.target)
     except MissingDependency as error:
         pytest.skip(error.message)
-    targets = (host.target,) if backend.builds_for_absent_gpus and host.target else ()
+    named = backend.builds_for_absent_gpus and host.target in RTX_TARGETS
+    targets = (str(host.target),) if named else ()
     plan = folder / f"{artefact}{'-tf32' * tf32}.plan"
-    options = BuildOptions(
-        profiles=(BatchRange(1, 1, 1), BatchRange(2, 4, 8)), targets=targets, tf32=tf32
-    )
+    options = BuildOptions(profiles=profiles, targets=targets, tf32=tf32)
     engine_from_onnx(onnx, plan, backend=backend, options=options, precision=artefact, host=host)
-    return plan
+    return plan, backend
 
 
 def _tensorrt(artefact: str, *, graph: bool, tf32: bool = False) -> Callable[[Bundle], Any]:
@@ -121,7 +134,7 @@ def _tensorrt(artefact: str, *, graph: bool, tf32: bool = False) -> Callable[[Bu
 
         folder = bundle.path.with_name("plans")
         folder.mkdir(exist_ok=True)
-        plan = _plan(folder, artefact, bundle.verified(artefact), tf32)
+        plan, _ = plan_of(folder, artefact, bundle.verified(artefact), tf32)
         return TensorRtRunner(plan, cuda_graph=graph)
 
     return opened

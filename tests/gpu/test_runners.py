@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.gpu.cases import Case, Digits, params
+from tests.gpu.cases import Case, Digits, need_cuda_provider, params
 from van_deploy.checks.gates import sqnr_floor
 from van_deploy.errors import ConversionError, InputError, MissingDependency
 from van_deploy.metrics import compare
@@ -97,12 +97,11 @@ def test_onnxruntime_runs_nothing_on_the_cpu(digits: Digits, tmp_path: Path) -> 
     import onnx
     from onnx import TensorProto, helper
 
-    from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, require_onnxruntime
+    need_cuda_provider()
+    from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-    if CUDA not in require_onnxruntime().get_available_providers():
-        pytest.skip(f"no {CUDA} in ONNX Runtime")
     with OnnxRuntimeRunner(digits.bundle.verified("fp32"), name="ort-cuda") as runner:
-        assert runner._session.get_providers()[0] == CUDA
+        assert runner._session.get_providers()[0] == "CUDAExecutionProvider"
     graph = helper.make_graph(
         [helper.make_node("Det", ["x"], ["y"])],  # which CUDA's provider does not have
         "det",
@@ -117,10 +116,7 @@ def test_onnxruntime_runs_nothing_on_the_cpu(digits: Digits, tmp_path: Path) -> 
 
 @pytest.mark.gpu
 def test_onnxruntime_starts_cuda_without_torch_in_the_process(digits: Digits) -> None:
-    from van_deploy.runners.onnxruntime import CUDA, require_onnxruntime
-
-    if CUDA not in require_onnxruntime().get_available_providers():
-        pytest.skip(f"no {CUDA} in ONNX Runtime")
+    need_cuda_provider()
     shape = digits.images.shape
     code = f"""
 import sys
@@ -174,10 +170,9 @@ def test_no_gpu_is_visible(digits: Digits) -> None:
 
 @pytest.mark.gpu
 def test_cuda_options_do_not_change_what_is_said(digits: Digits) -> None:
-    from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, require_onnxruntime
+    need_cuda_provider()
+    from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-    if CUDA not in require_onnxruntime().get_available_providers():
-        pytest.skip(f"no {CUDA} in ONNX Runtime")
     for options in (CudaOptions(), CudaOptions(use_tf32=False)):
         with OnnxRuntimeRunner(
             digits.bundle.verified("fp32"), name="ort-cuda", cuda=options
