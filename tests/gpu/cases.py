@@ -169,6 +169,7 @@ CASES = (
     Case("tensorrt-int8", "int8", _tensorrt("int8", graph=False)),
     Case("cpu-torch-eager", "fp32", _torch("eager", device="cpu"), gpu=False),
     Case("cpu-torch-bf16", "bf16", _torch("channels-last", "bf16", "cpu"), gpu=False),
+    Case("cpu-torch-compile", "fp32", _torch("compile", device="cpu"), gpu=False, batches=(3,)),
     Case("cpu-ort", "fp32", _ort("fp32"), gpu=False),
     Case("cpu-ort-int8", "int8", _ort("int8"), gpu=False),
     Case("cpu-inductor-bf16", "bf16", _inductor("bf16", "cpu"), gpu=False),
@@ -187,7 +188,7 @@ def params(*starts: str, gpu_only: bool = False) -> list[Any]:
         if (gpu_only and not case.gpu) or not case.name.startswith(starts or ("",)):
             continue
         marks = [pytest.mark.gpu] * case.gpu
-        if not case.gpu and "inductor" in case.name:
+        if not case.gpu and case.name.startswith(("cpu-inductor", "cpu-torch-compile")):
             marks.append(pytest.mark.slow)
         found.append(pytest.param(case, id=case.name, marks=marks))
     return found

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 
-from tests.each import each
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, require_onnxruntime
@@ -81,33 +80,24 @@ def test_what_onnxruntime_raises_becomes_the_projects_error(digits_onnx: Path) -
             raise raised
 
 
-@each(
-    ("version", "folders"),
-    [("13.0", {"cu13/lib", "cudnn/lib"}), ("12.8", {"cublas/lib", "cudnn/lib", "curand/lib"})],
-)
 def test_libraries_are_those_of_onnxruntimes_cuda(
-    version: str, folders: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In NVIDIA's wheels, wherever they are: CUDA 13 has one folder, 12 one a component."""
+    """In NVIDIA's wheels, wherever they are, each after those it needs itself."""
     nvidia = tmp_path / "elsewhere" / "nvidia"
-    for folder in ("cu13/lib", "cublas/lib", "curand/lib", "cudnn/lib"):
+    for folder, suffix in (("cu12/lib", 12), ("cu13/lib", 13), ("cudnn/lib", 9)):
         (nvidia / folder).mkdir(parents=True)
-    for name in LIBRARIES:
-        place = {"cublas": "cublas", "cublasLt": "cublas", "curand": "curand"}.get(name)
-        if name == "cudnn":
-            (nvidia / "cudnn/lib/libcudnn.so.9").touch()
-            continue
-        (nvidia / f"cu13/lib/lib{name}.so.13").touch()
-        if place:
-            (nvidia / place / f"lib/lib{name}.so.12").touch()
+        for name in LIBRARIES[:-1] if suffix > 9 else ["cudnn"]:
+            (nvidia / folder / f"lib{name}.so.{suffix}").touch()
     spec = importlib.util.spec_from_loader("nvidia", None, is_package=True)
     assert spec is not None
     spec.submodule_search_locations = [str(nvidia)]
     monkeypatch.setattr("importlib.util.find_spec", lambda _: spec)
-    found = cuda_libraries(version)
-    assert {path.parent.relative_to(nvidia).as_posix() for path in found} == folders
-    names = [path.name.split(".")[0] for path in found]
-    assert names.index("libcublasLt") < names.index("libcublas") < names.index("libcudnn")
+    found = [path.relative_to(nvidia).as_posix() for path in cuda_libraries("13.0")]
+    assert found == [
+        *(f"cu13/lib/lib{name}.so.13" for name in LIBRARIES[:-1]),
+        "cudnn/lib/libcudnn.so.9",
+    ]
 
 
 IN_A_FRESH_PROCESS = """

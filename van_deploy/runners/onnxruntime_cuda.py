@@ -42,18 +42,15 @@ def cuda_libraries(cuda_version: str) -> list[Path]:
     ONNX Runtime only, so without PyTorch in the process the provider does not load.
 
     Args:
-        cuda_version: that ONNX Runtime was built for, such as ``13.0``. From CUDA 13 on all but
-            cuDNN lie in one folder (``nvidia/cu13/lib``), before it in one a component.
+        cuda_version: that ONNX Runtime was built for, 13 or later, such as ``13.0``. All but cuDNN
+            lie in one folder: ``nvidia/cu13/lib``.
     """
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    major = cuda_version.partition(".")[0]
-    whole = f"cu{major}" if major.isdecimal() and int(major) >= 13 else ""
-    found = []
+    cuda, found = f"cu{cuda_version.partition('.')[0]}", list[Path]()
     for name in LIBRARIES:
-        inside = "cudnn" if name == "cudnn" else whole or "*"
-        paths = sorted(p for f in folders for p in f.glob(f"{inside}/lib/lib{name}.so.*"))
-        found += [p for p in paths if whole or not re.fullmatch(r"cu\d+", p.parents[1].name)]
+        inside = "cudnn" if name == "cudnn" else cuda
+        found += sorted(p for f in folders for p in f.glob(f"{inside}/lib/lib{name}.so.*"))
     return found
 
 

@@ -74,8 +74,8 @@ class TorchRunner(Runner):
         # Freezing does not take tensors of inference mode.
         with (
             torch_failures(f"a batch of {len(batch)}"),
-            torch.no_grad(),
             torch.inference_mode(self.mode != "compile"),
+            torch.no_grad(),
         ):
             given = torch.from_numpy(batch).to(self.device, self.dtype)
             outputs = self._infer(given.contiguous(memory_format=self._layout))
