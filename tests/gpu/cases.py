@@ -143,7 +143,7 @@ def _tensorrt(artefact: str, *, graph: bool, tf32: bool = False) -> Callable[[Bu
 # Not cuDNN's exhaustive search: it takes seconds for each batch size.
 TF32 = CudaOptions(cudnn_conv_algo_search="HEURISTIC")
 EXACT = replace(TF32, use_tf32=False)
-NHWC = replace(TF32, prefer_nhwc=True, fuse_conv_bias=True)
+NHWC = replace(TF32, prefer_nhwc=True)
 CASES = (
     Case("torch-eager", "tf32", _torch("eager")),
     Case("torch-fp16", "fp16", _torch("channels-last", "fp16")),
@@ -152,7 +152,8 @@ CASES = (
     Case("ort-cuda-tf32", "tf32", _ort("fp32", TF32)),
     Case("ort-cuda-graph", "fp32", _ort("fp32", replace(EXACT, cuda_graph=True))),
     Case("ort-cuda-fp16", "fp16", _ort("fp16", TF32)),
-    Case("ort-cuda-fp16-nhwc-graph", "fp16", _ort("fp16", replace(NHWC, cuda_graph=True))),
+    Case("ort-cuda-fp16-nhwc", "fp16", _ort("fp16", NHWC)),
+    Case("ort-cuda-fp16-graph", "fp16", _ort("fp16", replace(TF32, cuda_graph=True))),
     Case("ort-cuda-int8", "int8", _ort("int8", TF32)),
     Case("inductor-fp16", "fp16", _inductor("fp16", "cuda:0")),
     Case(

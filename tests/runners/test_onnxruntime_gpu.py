@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,13 +16,14 @@ import pytest
 
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
+from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, require_onnxruntime
 from van_deploy.runners.onnxruntime_cuda import (
     CUDA,
     LIBRARIES,
     cuda_libraries,
     failures,
-    refuse_nhwc,
+    refuse_options,
 )
 
 
@@ -53,13 +55,17 @@ def test_a_provider_that_is_not_there_or_does_not_start(
     assert "cuDNN 9" in caught.value.remedy
 
 
-def test_nhwc_is_not_for_a_quantised_graph(digits_onnx: Path) -> None:
-    """It loads, and the first run fails: seen on an H200 with ONNX Runtime 1.31."""
-    graph = onnx.load(digits_onnx)
-    refuse_nhwc(graph)
+def test_nhwc_is_not_for_a_quantised_graph_nor_with_a_cuda_graph(digits_onnx: Path) -> None:
+    """One fails, the other answers wrongly: seen on an H200 with ONNX Runtime 1.31."""
+    graph, nhwc = onnx.load(digits_onnx), CudaOptions(prefer_nhwc=True)
+    for options in (nhwc, CudaOptions(cuda_graph=True)):
+        refuse_options(digits_onnx, options)
+    with pytest.raises(UsageError, match="answers wrongly with prefer_nhwc and a CUDA graph"):
+        refuse_options(graph, replace(nhwc, cuda_graph=True))
     graph.graph.node[0].op_type = "QuantizeLinear"
+    refuse_options(graph, CudaOptions(cuda_graph=True))
     with pytest.raises(UsageError, match="cannot run a quantised graph with prefer_nhwc"):
-        refuse_nhwc(graph)
+        refuse_options(graph, nhwc)
 
 
 def test_what_onnxruntime_raises_becomes_the_projects_error(digits_onnx: Path) -> None:
@@ -106,6 +112,7 @@ sys.path.insert(0, {folder!r})
 import onnxruntime as ort
 from pathlib import Path
 from van_deploy.errors import MissingDependency
+from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.onnxruntime_cuda import preload, provider_starts, CUDA
 

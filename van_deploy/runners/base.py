@@ -114,10 +114,11 @@ class CudaOptions:
     """How ONNX Runtime's CUDA provider runs a graph. ``dataclasses.asdict`` is the record of it.
 
     Attributes:
-        prefer_nhwc: convert convolutions to NHWC, which Tensor Cores want.
+        prefer_nhwc: convert convolutions to NHWC, which Tensor Cores want; not with CUDA graphs.
         use_tf32: let FP32 convolutions and products compute with 10 bits of mantissa.
         cudnn_conv_algo_search: how cuDNN's algorithm is chosen.
-        fuse_conv_bias: let cuDNN fuse convolution, bias and activation.
+        fuse_conv_bias: let cuDNN fuse convolution, bias and activation. ONNX Runtime 1.31 fails
+            with it on an H200.
         cuda_graph: record each batch size of a resident batch once, then launch it as one piece.
     """
 

@@ -23,7 +23,7 @@ from van_deploy.runners.onnxruntime_cuda import (
     preload,
     provider_options,
     provider_starts,
-    refuse_nhwc,
+    refuse_options,
     silent,
 )
 
@@ -136,7 +136,7 @@ class OnnxRuntimeRunner(Runner):
             MissingDependency: ONNX Runtime is not installed, lacks the provider asked for, or
                 cannot start it; there is no GPU.
             ConversionError: it refuses the graph, or would run part of it on the CPU.
-            UsageError: NHWC is asked for a quantised graph.
+            UsageError: its CUDA provider fails, or answers wrongly, with these options.
         """
         self._ort = ort = _with_provider(self.provider)
         options, providers = ort.SessionOptions(), list[Any]([self.provider])
@@ -150,8 +150,7 @@ class OnnxRuntimeRunner(Runner):
         if not self.spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self.on_gpu:
-            if self.options.prefer_nhwc:
-                refuse_nhwc(self.model)
+            refuse_options(self.model, self.options)
             self._cuda = require_cuda(gpu_index(self.device) or 0)
             self._stream = self._cuda.stream(stack)
             preload(ort)

@@ -131,15 +131,26 @@ def provider_starts(ort: Any, provider: str, *, quiet: bool = True) -> bool:
     return True
 
 
-def refuse_nhwc(model: Path | ModelProto) -> None:
-    """Return if a graph can run with ``prefer_nhwc``.
+def refuse_options(model: Path | ModelProto, options: CudaOptions) -> None:
+    """Return if a graph can run with these options.
+
+    Both faults were seen on an H200 with ONNX Runtime 1.31. A quantised graph in NHWC memory loads,
+    and its first run fails: "Input channels C is not equal to kernel channels". With a CUDA graph
+    an FP16 graph in NHWC memory gave wrong logits (0.02 dB), then "illegal memory access"; either
+    option alone is right.
 
     Raises:
-        UsageError: it is quantised. ONNX Runtime 1.31 loads it and fails in the first run:
-            "Input channels C is not equal to kernel channels" (seen on an H200).
+        UsageError: the runtime would fail, or answer wrongly.
     """
     import onnx
 
+    if not options.prefer_nhwc:
+        return
+    if options.cuda_graph:
+        raise UsageError(
+            "ONNX Runtime's CUDA provider answers wrongly with prefer_nhwc and a CUDA graph.",
+            "Ask for one of them.",
+        )
     graph = onnx.load(model, load_external_data=False) if isinstance(model, Path) else model
     if any(node.op_type == "QuantizeLinear" for node in graph.graph.node):
         raise UsageError(
