@@ -12,13 +12,13 @@ the machine and the versions of that run.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ from van_deploy.provenance import EXPORT_TOOLS, tool_versions
 from van_deploy.report.render_markdown import markdown_table
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
+DATA = "../shared"  # real weights and images, beside the checkout
 PAGE = ROOT / "docs" / "benchmarks.md"
 BUSY_PERCENT = 10.0  # above it, the page says that the machine was under load
 TOOLS = (*EXPORT_TOOLS, "onnxruntime", "openvino", "tensorrt-rtx-cu13")
-SETS = ("--calib", "{shared}/data/cifar10/calib", "--eval", "{shared}/data/cifar10/eval")
-TRAINED = ("--checkpoint", "{shared}/checkpoints/van_b0_cifar10.pth.tar")
+SETS = ("--calib", f"{DATA}/data/cifar10/calib", "--eval", f"{DATA}/data/cifar10/eval")
+TRAINED = ("--checkpoint", f"{DATA}/checkpoints/van_b0_cifar10.pth.tar")
 
 HEADER = """# Benchmarks
 
@@ -47,69 +47,25 @@ absolute times belong to the machine they name. GPUs have a page of their own:
 """
 
 
-@dataclass(frozen=True)
-class Section:
-    """One part of the page.
-
-    Attributes:
-        title: its heading.
-        about: what is compared, one sentence.
-        real: arguments where trained weights and images lie beside the checkout;
-            ``{shared}`` is their folder.
-    """
-
-    title: str
-    about: str
-    real: tuple[str, ...] = ()
-
-    def words(self) -> list[str]:
-        """Return the module's arguments, real data among them where there is any."""
-        real = self.real if SHARED.is_dir() else ()
-        return [word.format(shared="../shared") for word in real]
-
-
-SECTIONS: dict[str, Section] = {
-    "startup": Section("Starting", "How soon the command line answers, and loading a network."),
-    "export": Section(
-        "Exporting",
-        "`van-deploy export` against a bare `torch.onnx.export` + onnxsim of the same network.",
-    ),
-    "running": Section(
-        "Running", "A bundle's artifacts in every runtime against PyTorch's own modes, on the CPU."
-    ),
-    "rivals": Section(
-        "Running beside others' files",
-        "This project's files against the files others would deploy, in the same runtimes.",
-    ),
-    "evaluate": Section(
-        "Evaluating",
-        "`van-deploy evaluate` on JPEG files against a loop that feeds the same networks tensors "
-        "that are ready.",
-        real=("--images", "{shared}/data/imagenet"),
-    ),
-    "gates": Section(
-        "Gates",
-        "The gate of `van-deploy evaluate` on resamples of its images and on wrong artifacts.",
-        real=(*TRAINED, *SETS),
-    ),
-    "precision": Section(
-        "Precision",
-        "What FP16 and INT8 cost, beside ONNX Runtime's own quantiser.",
-        real=(*TRAINED, *SETS),
-    ),
-    "ablation": Section(
-        "Ablation",
-        "What each technique brings to INT8 on both trained networks, and what it adds to a plan.",
-        real=(*TRAINED, *SETS),
-    ),
-    "serve": Section(
-        "Serving",
-        "`van-deploy serve` against a real Triton, its own inference and the worst bodies.",
-    ),
-    "engines": Section(
-        "Building engines", "TensorRT for RTX on a machine without a GPU, every build twice."
-    ),
+SECTIONS = {
+    "startup": "Starting",
+    "export": "Exporting",
+    "running": "Running",
+    "rivals": "Running beside others' files",
+    "evaluate": "Evaluating",
+    "gates": "Gates",
+    "precision": "Precision",
+    "ablation": "Ablation",
+    "serve": "Serving",
+    "engines": "Building engines",
 }
+"""Each module's heading. What it compares is the first line of the module."""
+
+REAL = {
+    "evaluate": ("--images", f"{DATA}/data/imagenet"),
+    **dict.fromkeys(("gates", "precision", "ablation"), (*TRAINED, *SETS)),
+}
+"""Arguments where trained weights and images lie beside the checkout."""
 
 
 def main() -> int:
@@ -120,38 +76,42 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=PAGE)
     arguments = parser.parse_args()
     if arguments.list:
-        print("\n".join(f"{name:<12}{section.about}" for name, section in SECTIONS.items()))
+        print("\n".join(f"{name:<12}{_about(name)}" for name in SECTIONS))
         return 0
     names = arguments.only.split(",")
-    unknown = [name for name in names if name not in SECTIONS]
-    if unknown:
+    if unknown := [name for name in names if name not in SECTIONS]:
         parser.error(f"there is no section '{unknown[0]}'; known: {', '.join(SECTIONS)}")
     return max(_run(name, arguments.output) for name in names)
 
 
+def _about(name: str) -> str:
+    """Return what a section compares."""
+    module = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))
+    return (ast.get_docstring(module) or "").splitlines()[0]
+
+
 def _run(name: str, page: Path) -> int:
     """Measure one section and put it on the page; return its module's exit code."""
-    section = SECTIONS[name]
-    print(f"{name}: {section.about}", file=sys.stderr, flush=True)
+    print(f"{name}: {_about(name)}", file=sys.stderr, flush=True)
     busy, start = psutil.cpu_percent(interval=1.0), time.perf_counter()
-    command = [sys.executable, "-m", f"benchmarks.{name}", *section.words()]
+    real = REAL.get(name, ()) if (ROOT / DATA).is_dir() else ()
+    command = [sys.executable, "-m", f"benchmarks.{name}", *real]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     if not done.stdout.strip():
         print(f"{name}: failed with code {done.returncode}", file=sys.stderr)
         return 1
     took = time.perf_counter() - start
     processor, memory = cpu(), psutil.virtual_memory().total / 2**30
-    versions = ", ".join(f"{tool} {version}" for tool, version in tool_versions(*TOOLS).items())
     facts = [
         f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {took:.0f} s",
         f"{processor.name}, {processor.cores_allowed} cores, {memory:.0f} GiB",
-        versions,
+        ", ".join(f"{tool} {version}" for tool, version in tool_versions(*TOOLS).items()),
         f"`python -m benchmarks --only {name}` (`{' '.join(['python', *command[1:]])}`)",
     ]
     if busy > BUSY_PERCENT:
         facts.append(f"**the machine was under load**: {busy:.0f} % busy before this began")
     listed = "\n".join(f"- {fact}" for fact in facts)
-    text = "\n\n".join([f"## {section.title}", section.about, listed, _tables(done.stdout)])
+    text = "\n\n".join([f"## {SECTIONS[name]}", _about(name), listed, _tables(done.stdout)])
     write_atomic(page, _with_section(page, name, text))
     print(f"{name}: {took:.0f} s, written to {page}", file=sys.stderr)
     return int(done.returncode != 0)

@@ -1,7 +1,7 @@
 """This project's files against the files others would deploy, in the same runtimes.
 
-Sessions of one process are called in turns, round by round; a ratio is the median of its
-rounds' own. The others' files are made here, from the same random weights:
+They race as ``van-deploy bench`` has it: each in a process of its own, the ratio is paired by
+round. The others' files are made here, from the same random weights:
 
     export, export+sim        torch.onnx.export(dynamo=True) at opset 20, and through onnxsim
     torchscript+sim           the TorchScript exporter at opset 17 through onnxsim, as timm's and
@@ -10,105 +10,74 @@ rounds' own. The others' files are made here, from the same random weights:
                               activations, per channel, MinMax)
     openvino direct           OpenVINO's own conversion of the PyTorch module
 
-    python -m benchmarks.rivals --variants van_b0 --rounds 40
+    python -m benchmarks.rivals --variants van_b0 --seconds 3
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.running import made
-from benchmarks.table import Table, interval
+from benchmarks.running import made, options
+from benchmarks.table import Table
+from van_deploy.bench.contender import Contender
+from van_deploy.bench.race import Race
+from van_deploy.bench.timing import Row
 from van_deploy.bundle import Bundle
+from van_deploy.config import Budget
 
 COLUMNS = ("variant", "runtime", "theirs", "batch", "ours ms", "theirs ms", "ours x (95 %)")
 SIZE, THREADS = 224, 2
 NOISE = 0.98
 """Two sessions of one file may differ by as much: below it, slower is slower."""
-Run = Callable[[Any], Any]
+
+GROUPS = {
+    "ONNX Runtime": ("onnxruntime", "fp32", ("export", "export+sim", "torchscript+sim")),
+    "ONNX Runtime INT8": ("onnxruntime", "int8-cpu", ("quantize_static",)),
+    "OpenVINO": ("openvino", "fp32", ("export+sim", "openvino direct")),
+}
+"""Runtime, our artifact, and the others' files."""
 
 
 def main() -> int:
-    """Make the files, call them in turns, and compare."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--variants", nargs="*", default=["van_b0", "van_b1"])
-    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=40)
-    arguments = parser.parse_args()
-    table = Table(
-        ("variant", "runtime", "theirs", "batch", "ours ms", "theirs ms", "ours x (95 %)")
-    )
+    """Make the files, race them, and compare."""
+    arguments, table = options(__doc__), Table(COLUMNS)
+    batches = [int(batch) for batch in arguments.batches.split(",")]
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
             folder = Path(name)
-            bundle = Bundle.open(made(variant, folder))
-            files = _rivals(variant, folder)
-            fp32, int8 = (bundle.verified(each) for each in ("fp32", "int8-cpu"))
-            groups = {
-                ("ONNX Runtime", "export", _onnxruntime): (fp32, files),
-                ("ONNX Runtime INT8", "quantize_static", _onnxruntime): (int8, files),
-                ("OpenVINO", "export+sim", _openvino): (fp32, files),
-            }
-            for (runtime, first, opened), (ours, theirs) in groups.items():
-                names = [n for n in theirs if _goes_with(runtime, n, first)]
-                sessions = {"ours": opened(ours), **{n: opened(theirs[n]) for n in names}}
-                for batch in arguments.batches:
-                    _raced(table, variant, runtime, batch, sessions, arguments.rounds)
+            images = np.random.default_rng(0).standard_normal((max(batches), 3, SIZE, SIZE))
+            np.save(folder / "none.npy", images.astype(np.float32))
+            bundle, files = Bundle.open(made(variant, folder)), _rivals(variant, folder)
+            for title, (runtime, artifact, names) in GROUPS.items():
+                paths = {"ours": bundle.verified(artifact), **{n: files[n] for n in names}}
+                contenders = [
+                    Contender(name, runtime, "fp32", str(path), mode="ort-cpu")
+                    for name, path in paths.items()
+                ]
+                budget = Budget(seconds=float(arguments.seconds))
+                with Race(contenders, THREADS) as race:
+                    for batch in batches:
+                        ours, *theirs = race.run(folder, batch, SIZE, budget, "ours")
+                        for row in theirs:
+                            _compare(table, f"{variant}, {title}", ours, row)
     table.notes.append(f"{THREADS} threads, {SIZE} x {SIZE}, random weights.")
     return table.printed()
 
 
-def _goes_with(runtime: str, name: str, first: str) -> bool:
-    if runtime == "OpenVINO":
-        return name in (first, "openvino direct")
-    quantised = name == "quantize_static"
-    return quantised if first == "quantize_static" else not quantised and name[0] != "o"
-
-
-def _raced(
-    table: Table, variant: str, runtime: str, batch: int, sessions: dict[str, Run], rounds: int
-) -> None:
-    images = np.random.default_rng(0).standard_normal((batch, 3, SIZE, SIZE), np.float32)
-    times: dict[str, list[float]] = {name: [] for name in sessions}
-    for turn in range(rounds + 2):
-        for name in list(sessions)[:: 1 if turn % 2 else -1]:
-            begun = time.perf_counter()
-            sessions[name](images)
-            if turn >= 2:  # the first two warm up
-                times[name].append(1e3 * (time.perf_counter() - begun))
-    ours = times.pop("ours")
-    for name, theirs in times.items():
-        ratios = [slow / fast for slow, fast in zip(theirs, ours, strict=True)]
-        shown = interval(ratios)
-        medians = (f"{np.median(ours):.1f}", f"{np.median(theirs):.1f}")
-        table.row(variant, runtime, name, batch, *medians, shown)
-        text = f"{variant}, batch {batch}, {runtime}: ours not slower than {name}"
-        table.claim(text, f"{shown} x", float(np.median(ratios)) >= NOISE)
-
-
-def _onnxruntime(path: Path) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images})
-
-
-def _openvino(path: Path) -> Run:
-    import openvino
-
-    hints = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": "f32"}
-    return openvino.Core().compile_model(path, "CPU", hints)
+def _compare(table: Table, where: str, ours: Row, theirs: Row) -> None:
+    if not (ours.latency and theirs.latency and theirs.ratio):
+        raise SystemExit(f"{where}, {theirs.contender}: {ours.error or theirs.error}")
+    ratio = theirs.ratio
+    times = f"{1 / ratio.median:.2f} ({1 / ratio.high:.2f} to {1 / ratio.low:.2f})"
+    medians = (f"{row.latency.p50_ms:.1f}" for row in (ours, theirs) if row.latency)
+    table.row(*where.split(", "), theirs.contender, ours.batch, *medians, times)
+    text = f"{where}, batch {ours.batch}: ours not slower than {theirs.contender}"
+    table.claim(text, f"{times} x", 1 / ratio.median >= NOISE)
 
 
 def _rivals(variant: str, folder: Path) -> dict[str, Path]:

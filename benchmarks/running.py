@@ -22,14 +22,18 @@ OURS_OVER_PYTORCH = 2.0
 """What the best of the bundle's artifacts is to reach against the best of PyTorch's modes."""
 
 
-def main() -> int:
-    """Export, quantize for the CPU, and run the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def options(text: str | None) -> argparse.Namespace:
+    """Return the options that this section and :mod:`benchmarks.rivals` have in common."""
+    parser = argparse.ArgumentParser(description=(text or "").splitlines()[0])
     parser.add_argument("--variants", nargs="*", default=["van_b0", "van_b1"])
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--seconds", default="3")
-    arguments = parser.parse_args()
-    table = Table(COLUMNS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Export, quantize for the CPU, and run the benchmark."""
+    arguments, table = options(__doc__), Table(COLUMNS)
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
             bundle = made(variant, Path(folder))
@@ -63,18 +67,20 @@ def _put(table: Table, variant: str, report: dict[str, Any]) -> None:
     timed = [row for row in report["rows"] if row["latency"]]
     for row in sorted(timed, key=lambda row: (row["batch"], -row["images_per_s"])):
         ratio, latency = row["ratio"], row["latency"]
-        times = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        times = "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio) if ratio else ""
         shown = (f"{latency['p50_ms']:.2f}", f"{latency['p99_ms']:.2f}")
         rate = f"{row['images_per_s']:.1f}"
-        table.row(variant, row["contender"], row["batch"], *shown, rate, times if ratio else "")
+        table.row(variant, row["contender"], row["batch"], *shown, rate, times)
     for batch in sorted({row["batch"] for row in timed}):
-        rows = [row for row in timed if row["batch"] == batch]
-        ours = max((r for r in rows if "/" in r["contender"]), key=lambda r: r["images_per_s"])
-        own = max((r for r in rows if "/" not in r["contender"]), key=lambda r: r["images_per_s"])
-        factor = ours["images_per_s"] / own["images_per_s"]
+        best = {
+            "/" in row["contender"]: row  # an artifact's, or PyTorch's own; the fastest comes last
+            for row in sorted(timed, key=lambda row: row["images_per_s"])
+            if row["batch"] == batch
+        }
+        factor = best[True]["images_per_s"] / best[False]["images_per_s"]
         table.claim(
-            f"{variant}, batch {batch}: {ours['contender']} >= {OURS_OVER_PYTORCH:g} x the best "
-            f"of PyTorch's own ({own['contender']})",
+            f"{variant}, batch {batch}: {best[True]['contender']} >= {OURS_OVER_PYTORCH:g} x the "
+            f"best of PyTorch's own ({best[False]['contender']})",
             f"{factor:.2f} x",
             factor >= OURS_OVER_PYTORCH,
         )

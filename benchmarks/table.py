@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-__all__ = ["Table", "interval", "process_cost", "van_deploy"]
 
 
 @dataclass
@@ -67,24 +63,10 @@ def process_cost(command: Sequence[str]) -> tuple[float, int]:
     Raises:
         SystemExit: it fails.
     """
-    with tempfile.TemporaryFile() as errors:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        took = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            errors.seek(0)
-            raise SystemExit(errors.read().decode(errors="replace")[-2000:])
-    return took, usage.ru_maxrss * 1024
-
-
-def interval(values: Sequence[float]) -> str:
-    """Return the median of paired ratios and its distribution-free 95 % interval as text.
-
-    The interval's ends are order statistics (binomial, n >= 6).
-    """
-    ordered, n = sorted(values), len(values)
-    reach = int(n / 2 - 0.98 * n**0.5)  # normal approximation of the binomial's 2.5 % point
-    low, high = ordered[max(0, reach)], ordered[min(n - 1, n - 1 - reach)]
-    return f"{statistics.median(ordered):.2f} ({low:.2f} to {high:.2f})"
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024

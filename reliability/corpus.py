@@ -80,11 +80,10 @@ class Corpus:
         (self.folder / "fleet.toml").write_text(FLEET)
 
     def _make_signed(self) -> None:
-        from van_deploy.signing import sign_bundle
-        from van_deploy.signing_keys import new_key, private_key_from
+        from van_deploy.signing import new_pair, private_key_from, sign_bundle
 
         key = self.folder / "key.pem"
-        new_key(key)
+        new_pair(key)
         shutil.copytree(self.bundle, self.signed)
         sign_bundle(self.signed, private_key_from(key))
 

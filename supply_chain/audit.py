@@ -15,8 +15,6 @@ from typing import Any
 
 from supply_chain.pins import PINNED
 
-__all__ = ["judged", "main"]
-
 LONGEST_S = 300
 
 
@@ -30,31 +28,30 @@ def judged(report: str, complaint: str, allow_offline: bool = False) -> tuple[in
     """
     try:
         entries: Sequence[Mapping[str, Any]] = json.loads(report)["dependencies"]
+        reason = f"none of {len(entries)} packages is known to the service"
     except (ValueError, KeyError, TypeError):
-        lines = [line for line in complaint.splitlines() if line.strip()]
-        reason = lines[-1].strip()[:300] if lines else "pip-audit wrote no report"
-        return _nothing(f"nothing was audited: {reason}", allow_offline)
+        entries = []
+        reason = next(iter(complaint.strip().splitlines()[::-1]), "pip-audit wrote no report")
     audited = [entry for entry in entries if "vulns" in entry]
-    passed_over = [entry for entry in entries if "vulns" not in entry]
     if not audited:
-        reason = passed_over[0].get("skip_reason", "no reason given") if passed_over else "no pins"
-        return _nothing(f"none of {len(entries)} packages was audited: {reason}", allow_offline)
+        end = "SKIPPED" if allow_offline else "FAILED"
+        told = "lets this pass" if allow_offline else "would let this pass"
+        lines = [f"{end}: nothing was audited: {reason[:300]}", f"--allow-offline {told}"]
+        return int(not allow_offline), lines
     lines = [
         f"{entry['name']} {entry['version']}: {found['id']}, "
         f"mended in {', '.join(found.get('fix_versions', ())) or 'no version yet'}"
         for entry in audited
         for found in entry["vulns"]
     ]
-    lines += [f"not audited: {e['name']}: {e.get('skip_reason', '')}" for e in passed_over]
+    lines += [
+        f"not audited: {entry['name']}: {entry.get('skip_reason', '')}"
+        for entry in entries
+        if "vulns" not in entry
+    ]
     vulnerable = sum(bool(entry["vulns"]) for entry in audited)
     lines.append(f"{len(audited)} packages audited, {vulnerable} with known vulnerabilities")
     return int(vulnerable > 0), lines
-
-
-def _nothing(what: str, allowed: bool) -> tuple[int, list[str]]:
-    if allowed:
-        return 0, [f"SKIPPED: {what} (--allow-offline lets this pass)"]
-    return 1, [f"FAILED: {what}", "give --allow-offline to let this pass"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,9 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ran = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=LONGEST_S
         )
-        code, lines = judged(ran.stdout, ran.stderr, allow_offline)
+        report, complaint = ran.stdout, ran.stderr
     except subprocess.TimeoutExpired:
-        code, lines = _nothing(f"nothing was audited: no answer in {LONGEST_S} s", allow_offline)
+        report, complaint = "", f"no answer in {LONGEST_S} s"
+    code, lines = judged(report, complaint, allow_offline)
     sys.stdout.write("".join(f"pip-audit: {line}\n" for line in lines))
     return code
 

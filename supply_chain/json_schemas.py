@@ -32,8 +32,6 @@ from van_deploy.engine.fleet import FleetFile
 from van_deploy.errors import VanDeployError
 from van_deploy.schema import Open, Schema
 
-__all__ = ["DOCUMENTS", "INPUTS", "files", "schema_of"]
-
 DOCUMENTS: Mapping[str, str] = {
     "baseline": "van_deploy.checks.baseline:Baseline",
     "bench": "van_deploy.bench.document:BenchReport",
@@ -59,7 +57,7 @@ DOCUMENTS: Mapping[str, str] = {
     "serve": "van_deploy.results:Listening",
     "sidecar": "van_deploy.engine.sidecar:Sidecar",
     "sign": "van_deploy.signing:Signed",
-    "sign-new-key": "van_deploy.signing_keys:KeyPair",
+    "sign-new-key": "van_deploy.signing:KeyPair",
     "signature": "van_deploy.signing:Signature",
     "verify": "van_deploy.checks.verdicts:VerifyReport",
     "verify-signature": "van_deploy.signing:Signed",

@@ -18,25 +18,12 @@ from typing import Any
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-__all__ = [
-    "BILL",
-    "LOWEST",
-    "PINNED",
-    "ROOT",
-    "TRIED_LOWEST",
-    "bill_of_materials",
-    "declared",
-    "lowest",
-    "needed",
-    "pinned_names",
-    "pins_in",
-]
 
 ROOT = Path(__file__).parent.parent
 PINNED, LOWEST = ROOT / "constraints.txt", ROOT / "constraints-min.txt"
@@ -84,8 +71,6 @@ def needed(requirements: Iterable[Requirement]) -> dict[str, list[Requirement]]:
 
 def lowest(requirements: Iterable[Requirement]) -> dict[str, str]:
     """Return the lower bound of each requirement by name; the highest where there are several."""
-    from packaging.version import Version
-
     found: dict[str, str] = {}
     for wanted in requirements:
         name = canonicalize_name(wanted.name)
@@ -106,7 +91,12 @@ def bill_of_materials(pins: Mapping[str, str]) -> dict[str, Any]:
     """Return the pinned packages as CycloneDX 1.6; the same pins give the same document."""
     from van_deploy import __version__
 
+    def component(kind: str, name: str, version: str) -> dict[str, Any]:
+        url = f"pkg:pypi/{name}@{version}"
+        return {"type": kind, "bom-ref": url, "name": name, "version": version, "purl": url}
+
     serial = uuid.uuid5(uuid.NAMESPACE_URL, f"van-deploy {__version__} {sorted(pins.items())}")
+    program = component("application", "van-deploy", __version__)
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
@@ -114,25 +104,9 @@ def bill_of_materials(pins: Mapping[str, str]) -> dict[str, Any]:
         "serialNumber": f"urn:uuid:{serial}",
         "version": 1,
         "metadata": {
-            "component": {
-                "type": "application",
-                "bom-ref": f"pkg:pypi/van-deploy@{__version__}",
-                "name": "van-deploy",
-                "version": __version__,
-                "purl": f"pkg:pypi/van-deploy@{__version__}",
-                "licenses": [{"license": {"id": "Apache-2.0"}}],
-            }
+            "component": {**program, "licenses": [{"license": {"id": "Apache-2.0"}}]},
         },
-        "components": [
-            {
-                "type": "library",
-                "bom-ref": f"pkg:pypi/{name}@{version}",
-                "name": name,
-                "version": version,
-                "purl": f"pkg:pypi/{name}@{version}",
-            }
-            for name, version in sorted(pins.items())
-        ],
+        "components": [component("library", *pin) for pin in sorted(pins.items())],
     }
 
 

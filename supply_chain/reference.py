@@ -19,8 +19,6 @@ from van_deploy.config.fields import range_text
 from van_deploy.config.named import EXPORT, Named, named_options
 from van_deploy.schema import Settings
 
-__all__ = ["files", "key_table", "option_types"]
-
 BEGIN, END = "<!-- keys: python -m supply_chain.reference -->", "<!-- /keys -->"
 TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 
@@ -135,16 +133,7 @@ def _values(schema: Mapping[str, Any], value: Mapping[str, Any]) -> str:
         return f"list of {_values(schema, value['items'])}"
     if value.get("type") == "object":
         return "`min:opt:max`"
-    limits = {
-        word: value[key]
-        for word, key in (
-            ("ge", "minimum"),
-            ("gt", "exclusiveMinimum"),
-            ("le", "maximum"),
-            ("lt", "exclusiveMaximum"),
-        )
-        if key in value
-    }
+    limits = {word: value[key] for word, key in json_schemas.LIMITS.items() if key in value}
     words = {"integer": "whole number", "number": "number", "boolean": "true, false"}
     kind = "path" if value.get("format") == "path" else words.get(value["type"], "text")
     return f"{kind} {range_text(limits)}".strip()

@@ -9,6 +9,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -93,6 +96,24 @@ def copy_of(tmp_path: Path) -> Copy:
         return Path(shutil.copytree(path, tmp_path / name))
 
     return copied
+
+
+@pytest.fixture(scope="session")
+def wheel(made_once: MadeOnce) -> zipfile.ZipFile:
+    """Return the wheel, built from a copy of the tree, so that no stale build/ joins in."""
+
+    def build(out: Path) -> None:
+        source = out / "source"
+        for name in ("van_deploy", "export", "calibration"):
+            ignored = shutil.ignore_patterns("__pycache__", ".*")
+            shutil.copytree(ROOT / name, source / name, ignore=ignored)
+        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, source)
+        words = ("pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir")
+        command = [sys.executable, "-m", *words, str(out), str(source)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    return zipfile.ZipFile(next(made_once("wheel", build).glob("*.whl")))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What is public, what may be absent, and what starting costs.
+"""What may be absent, and what importing costs.
 
 Who imports whom is import-linter's contract, and asserts, prints, exits and docstrings are
 ruff's; both are in pyproject.toml and run in ``make check``.
@@ -6,7 +6,6 @@ ruff's; both are in pyproject.toml and run in ``make check``.
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -20,40 +19,6 @@ OPTIONAL = (
     *("sklearn", "skimage", "scipy", "hypothesis", "pytest"),
 )
 HEAVY = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "PIL", "rich")
-DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-
-
-def public_definitions(tree: ast.Module) -> set[str]:
-    """Return public functions and classes, less those that timm adds to ``__all__`` itself."""
-    return {
-        node.name
-        for node in tree.body
-        if isinstance(node, DEFINITIONS) and not node.name.startswith("_")
-        if "register_model" not in {ast.unparse(decorator) for decorator in node.decorator_list}
-    }
-
-
-def declared_names(tree: ast.Module) -> list[str] | None:
-    """Return the literal value of ``__all__``, or None if the module has none."""
-    for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        if isinstance(node, ast.AnnAssign):
-            targets = [node.target]
-        names = [target.id for target in targets if isinstance(target, ast.Name)]
-        if "__all__" in names and isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
-            return [str(name) for name in ast.literal_eval(node.value)]
-    return None
-
-
-def faults_of(tree: ast.Module) -> list[str]:
-    """Return what is wrong with the ``__all__`` of a module."""
-    declared, defined = declared_names(tree), public_definitions(tree)
-    if declared is None:
-        return ["there is no __all__"] if defined else []
-    twice = {name for name in declared if declared.count(name) > 1}
-    return [f"{name} stands twice in __all__" for name in sorted(twice)] + [
-        f"{name} is public, but not in __all__" for name in sorted(defined - set(declared))
-    ]
 
 
 def imported_by(*lines: str) -> subprocess.CompletedProcess[str]:
@@ -63,23 +28,6 @@ def imported_by(*lines: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
-
-
-def test_all_names_what_is_public() -> None:
-    wrong = {
-        path.relative_to(ROOT).as_posix(): faults
-        for path in sorted(PACKAGE.rglob("*.py"))
-        if (faults := faults_of(ast.parse(path.read_text(encoding="utf-8"))))
-    }
-    assert wrong == {}
-
-
-def test_what_is_wrong_with_all_is_seen() -> None:
-    assert faults_of(ast.parse("def f(): ...")) == ["there is no __all__"]
-    assert faults_of(ast.parse("__all__ = ['f']\ndef f(): ...\nclass G: ...")) == [
-        "G is public, but not in __all__"
-    ]
-    assert faults_of(ast.parse("__all__: list[str] = ['f', 'f']")) == ["f stands twice in __all__"]
 
 
 def test_every_module_imports_without_optional_packages() -> None:

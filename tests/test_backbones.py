@@ -17,12 +17,18 @@ from tests.artifacts import Copy, MadeOnce
 from tests.conftest import Cli
 from tests.each import each
 from tests.model.conftest import rename
-from van_deploy.bundle import Bundle
+from van_deploy.bundle import Bundle, writing
 from van_deploy.checks.golden import golden_count, golden_samples
 from van_deploy.checks.samples import SKETCH, sketch
-from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe
+from van_deploy.config import (
+    BatchRange,
+    ExportSettings,
+    ModelSettings,
+    QuantizeSettings,
+    Recipe,
+)
 from van_deploy.config.sizes import ImageSize, SizeRange
-from van_deploy.errors import UsageError
+from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import FOLD_TOLERANCE, fold_van
 from van_deploy.metrics import sqnr_db
@@ -47,7 +53,7 @@ test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(2048, 512), transform
 """
 
 
-def segmenter(path: Path) -> None:
+def segmenter(path: Path, config: str = CONFIG) -> None:
     """Write a checkpoint as VAN-Segmentation's training leaves one."""
     body = random_van(TINY, seed=7).state_dict()
     state = {f"backbone.{n}": t for n, t in body.items() if not n.startswith("head.")}
@@ -58,7 +64,7 @@ def segmenter(path: Path) -> None:
         "auxiliary_head.convs.0.conv.weight": (16, 16, 3, 3),
     }.items():
         state[name] = torch.randn(shape, generator=generator)
-    meta = {"CLASSES": [f"thing {n}" for n in range(150)], "config": CONFIG, "iter": 40000}
+    meta = {"CLASSES": [f"thing {n}" for n in range(150)], "config": config, "iter": 40000}
     torch.save({"state_dict": state, "meta": meta, "optimizer": {}}, path)
 
 
@@ -159,12 +165,7 @@ class TestLoading:
         assert "Export its feature maps, with --features." in told
 
     def test_a_config_of_bgr_is_refused(self, tmp_path: Path) -> None:
-        body = random_van(TINY, seed=7).state_dict()
-        state = {f"backbone.{n}": t for n, t in body.items() if not n.startswith("head.")}
-        text = CONFIG.replace("to_rgb=True", "to_rgb=False")
-        torch.save({"state_dict": state, "meta": {"config": text}}, tmp_path / "x.pth")
-        from van_deploy.errors import CheckpointError
-
+        segmenter(tmp_path / "x.pth", CONFIG.replace("to_rgb=True", "to_rgb=False"))
         with pytest.raises(CheckpointError, match="the network takes BGR"):
             load_van(str(tmp_path / "x.pth"))
 
@@ -172,7 +173,7 @@ class TestLoading:
 # --- the graph -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (2,), (0, 3)])
+@pytest.mark.parametrize("out_indices", [(2,), (0, 3)])
 def test_the_graph_gives_the_chosen_stages(out_indices: tuple[int, ...]) -> None:
     model = random_van(TINY, seed=3)
     backbone = network_from_state(model.state_dict(), TINY.backbone(out_indices))
@@ -244,7 +245,7 @@ class TestBundle:
         batches = len(report["artefacts"]["fp32"]["batches"])
         assert rules.count("SQNR") == len(STAGES) * (batches + 3)  # and three other sizes
 
-    @pytest.mark.parametrize("stage", STAGES)
+    @pytest.mark.parametrize("stage", ["stage1", "stage4"])
     def test_a_wrong_stage_is_found_and_named(
         self, exported: Bundle, copy_of: Copy, cli: Cli, stage: str
     ) -> None:
@@ -280,9 +281,7 @@ class TestBundle:
         assert held + others + originals <= 8_000_000 or count == 2
         assert count >= 2
 
-    def test_drift_inspect_and_bench_serve_it(
-        self, exported: Bundle, copy_of: Copy, cli: Cli
-    ) -> None:
+    def test_drift_and_inspect_serve_it(self, exported: Bundle, copy_of: Copy, cli: Cli) -> None:
         path: Path = copy_of(exported)
         drift = cli("drift", path, "--level", "stage", "--against", "golden", "--json")
         assert drift.exit_code == 0, drift.stdout
@@ -291,23 +290,12 @@ class TestBundle:
         assert min(row["isolated_db"] for row in rows) > 50
         inspected = cli("inspect", exported.path / "model.onnx", "--json")
         assert "stage4_height" in inspected.stdout
-        timed = cli(
-            *("bench", path, "--runners", "ort-cpu/fp32", "--runners", "pytorch", "--batches", "2"),
-            *(
-                "--seconds",
-                "0.05",
-                "--limit",
-                "0.1",
-                "--warmup",
-                "0.01",
-                "--calls",
-                "3",
-                "--rounds",
-                "2",
-                "--no-roofline",
-                "--json",
-            ),
-        )
+
+    @pytest.mark.slow
+    def test_bench_times_it(self, exported: Bundle, cli: Cli) -> None:
+        words = "--runners ort-cpu/fp32 --runners pytorch --batches 2 --seconds 0.05 --limit 0.1"
+        more = "--warmup 0.01 --calls 3 --rounds 2 --no-roofline --no-save --json"
+        timed = cli("bench", exported.path, *words.split(), *more.split())
         assert timed.exit_code == 0, timed.stderr
         rows = json.loads(timed.stdout)["rows"]
         assert {row["contender"] for row in rows} == {"ort-cpu/fp32", "pytorch"}
@@ -352,8 +340,6 @@ class TestBundle:
 
 def _digest_again(path: Path) -> None:
     """Make the manifest vouch for the files as they are now."""
-    from van_deploy.bundle import writing
-
     with writing(path) as draft:
         artefact = draft.artefacts["fp32"]
         for file in artefact.files:
@@ -406,7 +392,5 @@ def test_bad_requests_are_one_message(
 
 
 def test_max_drop_is_of_classes(exported: Bundle) -> None:
-    from van_deploy.config import QuantizeSettings
-
     with pytest.raises(UsageError, match="gives feature maps, and --max-drop is of classes"):
         quantize_bundle(exported.path, QuantizeSettings(max_drop=1.0))

@@ -9,8 +9,22 @@ import pytest
 
 from supply_chain.reference import files
 from tests.each import each
-from van_deploy.config import BatchRange, BenchSettings, Budget, QuantizeSettings, Recipe
-from van_deploy.config.named import EXPORT, RUN, Changes, changes_from, settings_from, with_changes
+from van_deploy.config import (
+    BatchRange,
+    BenchSettings,
+    Budget,
+    QuantizeSettings,
+    Recipe,
+    VerifySettings,
+)
+from van_deploy.config.named import (
+    EXPORT,
+    RUN,
+    changes_from,
+    named_options,
+    settings_from,
+    with_changes,
+)
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
 from van_deploy.recipe import (
@@ -20,6 +34,7 @@ from van_deploy.recipe import (
     recipe_for,
     recipe_named,
 )
+from van_deploy.schema import validated
 
 
 @pytest.fixture
@@ -44,54 +59,27 @@ def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default
     [
         ("[modle]\nname='x'", "the key 'modle' is unknown.", "Did you mean 'model'?"),
         ("[model]\nnam='x'", "the key 'model.nam' is unknown.", "Did you mean 'model.name'?"),
-        (
-            "[preprocessing]\nimagesize=64",
-            "the key 'preprocessing.imagesize' is unknown.",
-            "Did you mean 'preprocessing.image_size'?",
-        ),
+        ("[precision]\nmaxdrop=1", "the key 'precision.maxdrop' is unknown.", ""),
+        ("[model\n", "", ""),
         ("[model]\nname=3", "'model.name' is 3: it should be a text.", "Correct it."),
         ("model=3", "'model' is 3: it should be a table.", "Correct it."),
         ("[export]\nopset='20'", "'export.opset' is '20': it should be a whole number.", ""),
         ("[export]\nopset=20.0", "'export.opset' is 20.0: it should be a whole number.", ""),
+        ("[batch]\nmin=true", "'batch.min' is True: it should be a whole number.", ""),
         ("[export]\nopset=40", "'export.opset' is 40: it should be less than or equal to 23.", ""),
         ("[export]\nfold=1", "'export.fold' is 1: it should be true or false.", ""),
         ("[export]\noutputs=[]", "'export.outputs' is []: it should have at least 1 item", ""),
-        (
-            "[export]\noutputs=['top5', 'top5']",
-            "export.outputs names an output twice.",
-            "Give each once.",
-        ),
-        ("[batch]\nmin=true", "'batch.min' is True: it should be a whole number.", ""),
-        (
-            "[batch]\nmin=4\nopt=2",
-            "The batch range 4:2:32 is not min <= opt <= max.",
-            "Give three rising numbers, such as 1:8:32.",
-        ),
-        (
-            "batch='1:2'",
-            "'batch' is '1:2': it should be min:opt:max, such as 1:8:32, or one size.",
-            "",
-        ),
+        ("[export]\noutputs=['top5', 'top5']", "export.outputs names an output twice.", ""),
+        ("[batch]\nmin=4\nopt=2", "The batch range 4:2:32 is not min <= opt <= max.", "Give three"),
+        ("batch='1:2'", "'batch' is '1:2': it should be min:opt:max, such as 1:8:32, or one", ""),
         ("[preprocessing]\nmean=0.5", "'preprocessing.mean' is 0.5: it should be a list.", ""),
         (
             "[preprocessing]\nmean=['a']",
             "'preprocessing.mean.0' is 'a': it should be a number.",
             "",
         ),
-        (
-            "[preprocessing]\ncrop_pct=nan",
-            "'preprocessing.crop_pct' is nan: it should be a fini",
-            "",
-        ),
-        ("[model\n", "", ""),
-        ("[precision]\nmake='fp16'", "'precision.make' is 'fp16': it should be a list.", ""),
-        (
-            "[precision]\nmake=['int4']",
-            "'precision.make.0' is 'int4': it should be 'fp16', 'bf16' or 'int8'.",
-            "",
-        ),
-        ("[precision]\nimages=3", "'precision.images' is 3: it should be a text.", ""),
-        ("[precision]\nmaxdrop=1", "the key 'precision.maxdrop' is unknown.", ""),
+        ("[preprocessing]\ncrop_pct=nan", "'preprocessing.crop_pct' is nan: it should be a f", ""),
+        ("[precision]\nmake=['int4']", "'precision.make.0' is 'int4': it should be 'fp16', ", ""),
         (
             "[precision]\ncalibrate_on_noise=true\nimages='x'",
             "precision.calibrate_on_noise and precision.images are both given.",
@@ -99,8 +87,7 @@ def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default
         ),
         (
             "[precision]\ntarget='cpu'\nrest='fp16'",
-            "precision.rest fp16 is for FP16, and precision.target cpu keeps what is not INT8 in "
-            "FP32: a CPU casts FP16 at every operator.",
+            "precision.rest fp16 is for FP16, and precision.target cpu keeps what is not INT8 in ",
             "",
         ),
         (
@@ -111,17 +98,17 @@ def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default
         ("[engines]\ntarget='sm_89'", "the key 'engines.target' is unknown.", ""),
         ("[engines]\ntargets=['ada']", "'engines.targets.0' is 'ada': it should be compute", ""),
         ("[engines]\nbatch=['1:2']", "'engines.batch.0' is '1:2': it should be min:opt:max", ""),
-        (
-            "[engines]\nworkspace='lots'",
-            "'engines.workspace' is 'lots': it should be a number and a unit, such as 4GiB.",
-            "",
-        ),
-        ("[engines]\noptimization_level=9", "'engines.optimization_level' is 9: it should be", ""),
+        ("[engines]\nworkspace='lots'", "'engines.workspace' is 'lots': it should be a number", ""),
         ("[engines]\nprofiling='all'", "'engines.profiling' is 'all': it should be 'none', ", ""),
         (
             "[evaluate]\nlabels='l.txt'",
             "evaluate.labels is given, and evaluate.images is not.",
             "Name the folder of images, too.",
+        ),
+        (
+            "[export]\nfeatures=true\n[evaluate]\nimages='x'",
+            "export.features gives feature maps, and evaluate.images is of classes.",
+            "",
         ),
         ("[evaluate]\nimages='x'\nlimit=0", "'evaluate.limit' is 0: it should be greater than", ""),
     ],
@@ -134,7 +121,7 @@ def test_a_mistake_names_the_file_and_the_key(
         read_recipe(mine)
     assert caught.value.message.startswith(f"The recipe '{mine}'")
     assert caught.value.message.removeprefix(f"The recipe '{mine}': ").startswith(message)
-    assert caught.value.remedy == remedy or not remedy
+    assert caught.value.remedy.startswith(remedy)
     assert caught.value.remedy
 
 
@@ -173,25 +160,24 @@ def test_paths_are_relative_to_the_recipe_and_those_of_changes_are_not(
     assert recipe.evaluate.labels == tmp_path / "labels.txt"
 
 
-def test_names_that_are_no_files_stay_names(mine: Path) -> None:
-    mine.write_text("[model]\nweights='owner/name'\n[precision]\ncalibration='imagenet-512'")
-    recipe = read_recipe(mine)
-    assert (recipe.model.weights, recipe.precision.calibration) == ("owner/name", "imagenet-512")
-    assert recipe.precision.sources == (None, "imagenet-512")
-
-
-def test_a_folder_to_calibrate_on_is_not_taken_for_a_set(mine: Path, tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    mine.write_text("[precision]\ncalibration='train'")
-    assert read_recipe(mine).precision.sources == (tmp_path / "train", None)
-
-
-def test_a_folder_given_to_a_run_takes_the_place_of_the_recipe_s_images(
-    mine: Path, tmp_path: Path
+@each(
+    ("text", "changes", "sources"),
+    [
+        ("calibration='imagenet-512'", {}, (None, "imagenet-512")),
+        ("calibration='train'", {}, ("train", None)),
+        ("images='val'", {"calibration": "train"}, ("train", None)),
+    ],
+)
+def test_a_folder_to_calibrate_on_takes_the_place_of_images_and_a_set_s_name_stays_a_name(
+    mine: Path, text: str, changes: dict[str, str], sources: tuple[str | None, ...]
 ) -> None:
-    mine.write_text("[precision]\nimages='train'")
-    changes = changes_from(RUN, {"calibration": str(tmp_path)})
-    assert read_recipe(mine, changes).precision.sources == (tmp_path, None)
+    (mine.parent / "train").mkdir(exist_ok=True)
+    mine.write_text(f"[model]\nweights='owner/name'\n[precision]\n{text}")
+    given = {name: str(mine.parent / folder) for name, folder in changes.items()}
+    recipe = read_recipe(mine, changes_from(RUN, given))
+    folder, name = sources
+    assert recipe.precision.sources == (folder and mine.parent / folder, name)
+    assert recipe.model.weights == "owner/name"
 
 
 def test_fp16_is_not_asked_what_is_for_int8(mine: Path) -> None:
@@ -211,133 +197,106 @@ def test_an_empty_file_is_the_default_recipe(mine: Path) -> None:
     assert read_recipe(mine) == Recipe()
 
 
-def test_an_unknown_recipe_offers_the_nearest() -> None:
-    with pytest.raises(RecipeError, match=r"There is no recipe called 'van_b9'") as caught:
-        recipe_named("van_b9")
-    assert "Did you mean van_b" in caught.value.remedy
+@each(
+    ("name", "message", "remedy"),
+    [
+        ("van_b9", "There is no recipe called 'van_b9'", "Did you mean van_b"),
+        ("none.toml", "The recipe 'none.toml' cannot be read: No such file", "Check the path."),
+    ],
+)
+def test_a_recipe_that_is_not_there_is_said(name: str, message: str, remedy: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe_named(name)
+    assert caught.value.message.startswith(message)
+    assert caught.value.remedy.startswith(remedy)
 
 
-def test_a_missing_file_is_said(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="cannot be read: No such file"):
-        read_recipe(tmp_path / "none.toml")
+@each("text", ["", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1", "4:2:8", "1:9:8"])
+def test_a_batch_range_is_three_rising_numbers(text: str) -> None:
+    with pytest.raises(UsageError, match=r"should be min:opt:max|is not min <= opt <= max"):
+        validated(BatchRange, text)
 
 
-@each("text", ["", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1"])
-def test_a_batch_range_is_three_numbers(text: str) -> None:
-    with pytest.raises(UsageError, match="should be min:opt:max"):
-        BatchRange.parse(text)
+def test_every_key_can_be_set_by_text(mine: Path) -> None:
+    mine.write_text("[batch]\nmin=1\nopt=2\nmax=4\n[engines]\ntf32=true\n")
+    assignments = ["engines.tf32=false", "batch.max=8", "model.weights=mine.pth"]
+    assignments += ['precision.make=["int8"]', "gates.int8.top1_loss = 0.5"]
+    recipe = read_recipe(mine, changes_from_text(assignments))
+    assert recipe.engines.tf32 is False
+    assert recipe.batch == BatchRange(1, 2, 8)
+    assert recipe.model.weights == "mine.pth"
+    assert recipe.precision.make == ("int8",)
+    assert recipe.gates.int8.top1_loss == 0.5
 
 
-@each("text", ["4:2:8", "1:9:8"])
-def test_a_batch_range_rises(text: str) -> None:
-    with pytest.raises(UsageError, match="is not min <= opt <= max"):
-        BatchRange.parse(text)
+@each(
+    ("text", "message", "remedy"),
+    [
+        ("export.opset=40", "'--set export.opset' is 40: it should be less than or e", "Correct"),
+        (
+            "engines.tf23=false",
+            "The key '--set engines.tf23' is unknown.",
+            "Did you mean '--set engines.tf32'?",
+        ),
+        ("tf32", "--set 'tf32' is no assignment.", "Write KEY=VALUE, such as --set engines."),
+        ("batch.max=8", "'batch.max' cannot be set: 'batch' is no table.", "Set the whole of it."),
+        (
+            "precision.calibrate_on_noise=true",
+            "--set precision.calibrate_on_noise and precision.images are both given.",
+            "Leave one of them out",
+        ),
+    ],
+)
+def test_a_change_that_is_wrong_is_told_as_it_was_written(
+    mine: Path, text: str, message: str, remedy: str
+) -> None:
+    mine.write_text("batch = '1:2:4'\n[precision]\nimages = 'train'\n")
+    with pytest.raises(UsageError) as caught:
+        read_recipe(mine, changes_from_text([text]))
+    assert caught.value.message.startswith(message)
+    assert caught.value.remedy.startswith(remedy)
 
 
-class TestChanges:
-    def test_every_key_can_be_set_by_text(self, mine: Path) -> None:
-        mine.write_text("[batch]\nmin=1\nopt=2\nmax=4\n[engines]\ntf32=true\n")
-        recipe = read_recipe(
-            mine,
-            changes_from_text(
-                [
-                    "engines.tf32=false",
-                    "batch.max=8",
-                    "model.weights=mine.pth",
-                    'precision.make=["int8"]',
-                    "gates.int8.top1_loss = 0.5",
-                ]
-            ),
-        )
-        assert recipe.engines.tf32 is False
-        assert recipe.batch == BatchRange(1, 2, 8)
-        assert recipe.model.weights == "mine.pth"
-        assert recipe.precision.make == ("int8",)
-        assert recipe.gates.int8.top1_loss == 0.5
+@each(
+    ("name", "value", "message"),
+    [
+        ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
+        ("opset", "20", "'opset=' is '20': it should be a whole number."),
+        ("opst", 20, "The key 'opst=' is unknown."),
+        ("batch", "1:2", "'batch=' is '1:2': it should be min:opt:max, such as 1:8:32, or one"),
+        ("precision", ["int4"], "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'."),
+        ("outputs", object(), "A value is none that a file could hold: Unable to serialize"),
+    ],
+)
+def test_keyword_arguments_are_checked_like_keys(name: str, value: object, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        recipe_for("van_digits", changes_from(EXPORT, {name: value}))
+    assert caught.value.message.startswith(message)
 
-    @each(
-        ("text", "message", "remedy"),
-        [
-            (
-                "export.opset=40",
-                "'--set export.opset' is 40: it should be less than or equal to 23.",
-                "Correct it.",
-            ),
-            (
-                "engines.tf23=false",
-                "The key '--set engines.tf23' is unknown.",
-                "Did you mean '--set engines.tf32'?",
-            ),
-            ("tf32", "--set 'tf32' is no assignment.", "Write KEY=VALUE, such as --set engines."),
-            (
-                "batch.max=8",
-                "'batch.max' cannot be set: 'batch' is no table.",
-                "Set the whole of it.",
-            ),
-        ],
+
+def test_another_name_keeps_the_weights() -> None:
+    renamed = recipe_for("van_b1", changes_from(EXPORT, {"name": "mine"}))
+    assert (renamed.model.name, renamed.model.weights) == ("mine", "van_b1")
+    changes = changes_from(EXPORT, {"name": "mine"})
+    assert with_changes(recipe_named("van_b1"), changes) == renamed
+
+
+def test_keyword_arguments_replace_what_a_table_says() -> None:
+    whole = BenchSettings(batches=(1,), budget=Budget(limit_s=9.0, seconds=2.0))
+    found = settings_from(BenchSettings, whole, {"limit": 5, "streams": 2})
+    assert (found.batches, found.streams) == ((1,), 2)
+    assert (found.budget.limit_s, found.budget.seconds) == (5.0, 2.0)
+    noise = settings_from(
+        QuantizeSettings, QuantizeSettings(noise=True), {"calibrate_on_noise": False}
     )
-    def test_a_mistake_is_told_as_it_was_written(
-        self, mine: Path, text: str, message: str, remedy: str
-    ) -> None:
-        mine.write_text("batch = '1:2:4'\n")
-        with pytest.raises(UsageError) as caught:
-            read_recipe(mine, changes_from_text([text]))
-        assert caught.value.message == message
-        assert caught.value.remedy.startswith(remedy)
+    assert noise == QuantizeSettings()
 
-    def test_a_change_that_contradicts_the_file_is_told_in_both_spellings(self, mine: Path) -> None:
-        mine.write_text("[precision]\nimages = 'train'\n")
-        with pytest.raises(UsageError) as caught:
-            read_recipe(mine, changes_from_text(["precision.calibrate_on_noise=true"]))
-        assert caught.value.message == (
-            "--set precision.calibrate_on_noise and precision.images are both given."
-        )
 
-    @each(
-        ("name", "value", "message"),
-        [
-            ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
-            ("opset", "20", "'opset=' is '20': it should be a whole number."),
-            ("opst", 20, "The key 'opst=' is unknown."),
-            (
-                "batch",
-                "1:2",
-                "'batch=' is '1:2': it should be min:opt:max, such as 1:8:32, or one size.",
-            ),
-            (
-                "precision",
-                ["int4"],
-                "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'.",
-            ),
-            ("outputs", object(), "A value is none that a file could hold: Unable to serialize"),
-        ],
-    )
-    def test_keyword_arguments_are_checked_like_keys(
-        self, name: str, value: object, message: str
-    ) -> None:
-        with pytest.raises(UsageError) as caught:
-            recipe_for("van_digits", changes_from(EXPORT, {name: value}))
-        assert caught.value.message.startswith(message)
-
-    def test_another_name_keeps_the_weights(self) -> None:
-        renamed = recipe_for("van_b1", changes_from(EXPORT, {"name": "mine"}))
-        assert (renamed.model.name, renamed.model.weights) == ("mine", "van_b1")
-        again = with_changes(recipe_named("van_b1"), changes_from(EXPORT, {"name": "mine"}))
-        assert again == renamed
-
-    def test_keyword_arguments_replace_what_a_table_says(self) -> None:
-        whole = BenchSettings(batches=(1,), budget=Budget(limit_s=9.0, seconds=2.0))
-        found = settings_from(BenchSettings, whole, {"limit": 5, "streams": 2})
-        assert (found.batches, found.streams) == ((1,), 2)
-        assert (found.budget.limit_s, found.budget.seconds) == (5.0, 2.0)
-        noise = settings_from(
-            QuantizeSettings, QuantizeSettings(noise=True), {"calibrate_on_noise": False}
-        )
-        assert noise == QuantizeSettings()
-
-    def test_a_recipe_may_be_changed_after_it_was_read(self) -> None:
-        recipe = with_changes(recipe_named("van_b1"), Changes({("export", "opset"): 18}))
-        assert (recipe.model.name, recipe.export.opset) == ("van_b1", 18)
+def test_an_option_stands_under_its_own_heading_or_its_table_s() -> None:
+    found = {**named_options(VerifySettings), **EXPORT}
+    assert [found[name].panel for name in ("modules", "device", "opset", "name", "batch")] == [
+        *("What is measured", "How it is done", "Graph", "", "Graph"),
+    ]
 
 
 def test_what_is_written_from_the_tables_is_up_to_date(repository: Path) -> None:

@@ -33,6 +33,7 @@ from van_deploy.model.variants import VanConfig
 from van_deploy.precision.fp16 import bf16_from_fp32, fp16_from_fp32, usually_kept
 from van_deploy.runners.network import Network
 from van_deploy.runners.onnxruntime import onnxruntime_outputs
+from van_deploy.schema import validated
 
 CONFIG = VanConfig((8, 12, 16, 24), (1, 1, 2, 1), (4, 4, 2, 2), num_classes=5)
 OPERATORS = {"Conv", "Gelu", "Add", "Mul", "Transpose", "LayerNormalization", "ReduceMean", "Gemm"}
@@ -132,7 +133,7 @@ class TestSizeRange:
         ],
     )
     def test_both_ends_the_optimum_and_an_odd_one(self, text: str, tried: object) -> None:
-        assert SizeRange.parse(text).tried() == tried
+        assert validated(SizeRange, text).tried() == tried
 
     @each(
         ("text", "message"),
@@ -146,7 +147,7 @@ class TestSizeRange:
     )
     def test_what_is_no_range(self, text: str, message: str) -> None:
         with pytest.raises(UsageError) as caught:
-            SizeRange.parse(text)
+            validated(SizeRange, text)
         assert message in caught.value.message
 
     def test_it_holds_what_is_inside(self) -> None:
@@ -157,10 +158,12 @@ class TestSizeRange:
 
 
 def test_one_batch_size_is_static() -> None:
-    assert BatchRange.parse("8") == BatchRange(8, 8, 8)
-    assert BatchRange.parse("8").fixed == 8
-    assert batch_sizes(BatchRange.parse("8")) == (8,)
-    assert BatchRange.parse("1:8:8").fixed is None
+    assert validated(BatchRange, "8") == BatchRange(8, 8, 8)
+    assert validated(BatchRange, "8").fixed == 8
+    assert batch_sizes(validated(BatchRange, "8")) == (8,)
+    assert batch_sizes(BatchRange()) == (1, 2, 3, 5, 8, 32)
+    assert batch_sizes(BatchRange(1, 2, 2)) == (1, 2)
+    assert validated(BatchRange, "1:8:8").fixed is None
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,4 @@ from __future__ import annotations
 
 from van_deploy.cli.app import main
 
-__all__: list[str] = []
-
 main()

@@ -8,62 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from van_deploy import bundle as on_disk
-from van_deploy.config import (
-    BenchSettings,
-    BuildSettings,
-    CheckSettings,
-    DriftSettings,
-    EvaluationSettings,
-    PackageSettings,
-    PredictSettings,
-    QuantizeSettings,
-    Recipe,
-    RunSettings,
-    VerifySettings,
-)
+from van_deploy import config
 from van_deploy.config.named import EXPORT, Changes, changes_from, settings_from, with_changes
 from van_deploy.recipe import recipe_for
-from van_deploy.results import (
-    BuildReport,
-    Predictions,
-    Progress,
-    WrittenReport,
-)
+from van_deploy.results import BuildReport, Predictions, Progress, WrittenReport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from van_deploy import option_types
     from van_deploy.bench.document import BenchReport
     from van_deploy.checks.drift import DriftReport
     from van_deploy.checks.evaluate_report import EvaluateReport
     from van_deploy.checks.regression import CheckReport
     from van_deploy.checks.verdicts import VerifyReport
     from van_deploy.model.checkpoint import LoadedVan
-    from van_deploy.option_types import (
-        BenchOptions,
-        BuildOptions,
-        CheckOptions,
-        DriftOptions,
-        EvaluateOptions,
-        ExportOptions,
-        PackageOptions,
-        PredictOptions,
-        QuantizeOptions,
-        RunOptions,
-        VerifyOptions,
-    )
     from van_deploy.pipeline import ExportResult
     from van_deploy.precision.pipeline import QuantizeResult
     from van_deploy.run import ExportReport, RunResult
     from van_deploy.serve.packaging import PackageReport
     from van_deploy.serve.predict import Prediction, Speed
 
-__all__ = ["Bundle", "Exported", "export", "open_bundle", "run_recipe"]
-
 Image = str | Path | bytes
+Result = TypeVar("Result")
 
 
 class Bundle:
@@ -98,8 +68,7 @@ class Bundle:
         """
         if self._key is None:
             return on_disk.Bundle.open(self.path)
-        from van_deploy.signing import signed_bundle
-        from van_deploy.signing_keys import public_key_from
+        from van_deploy.signing import public_key_from, signed_bundle
 
         return signed_bundle(self.path, public_key_from(self._key))[0]
 
@@ -124,12 +93,12 @@ class Bundle:
 
     def quantize(
         self,
-        settings: QuantizeSettings | None = None,
+        settings: config.QuantizeSettings | None = None,
         /,
         *,
         force: bool = False,
         progress: Progress | None = None,
-        **options: Unpack[QuantizeOptions],
+        **options: Unpack[option_types.QuantizeOptions],
     ) -> QuantizeResult:
         """Add an FP16 or INT8 graph, judged beside FP32; ``passed`` if it holds its gate.
 
@@ -138,7 +107,7 @@ class Bundle:
         """
         from van_deploy.precision.pipeline import quantize_bundle
 
-        asked = settings_from(QuantizeSettings, settings, options)
+        asked = settings_from(config.QuantizeSettings, settings, options)
         images, calibration = asked.sources
         return quantize_bundle(
             self.opened().path,
@@ -152,12 +121,12 @@ class Bundle:
 
     def build(
         self,
-        settings: BuildSettings | None = None,
+        settings: config.BuildSettings | None = None,
         /,
         *,
         force: bool = False,
         progress: Progress | None = None,
-        **options: Unpack[BuildOptions],
+        **options: Unpack[option_types.BuildOptions],
     ) -> BuildReport:
         """Build engines: TensorRT plans, or packages of Inductor (``backend="inductor"``).
 
@@ -171,9 +140,8 @@ class Bundle:
         """
         from van_deploy.building import build_bundle
 
-        asked = settings_from(BuildSettings, settings, options)
-        opened = self.opened()
-        report = build_bundle(opened, asked, force=force, progress=progress)
+        asked = settings_from(config.BuildSettings, settings, options)
+        report = build_bundle(self.opened(), asked, force=force, progress=progress)
         if self._key is not None and any(o.outcome == "built" for o in report.outcomes):
             self.remarks.append(
                 "The bundle has new engines, which its signature does not cover: sign it again."
@@ -182,11 +150,11 @@ class Bundle:
 
     def verify(
         self,
-        settings: VerifySettings | None = None,
+        settings: config.VerifySettings | None = None,
         /,
         *,
         progress: Progress | None = None,
-        **options: Unpack[VerifyOptions],
+        **options: Unpack[option_types.VerifyOptions],
     ) -> VerifyReport:
         """Compare every artefact with PyTorch: logits, batch sizes, flips, modules.
 
@@ -196,18 +164,17 @@ class Bundle:
         from van_deploy import judging
 
         opened = self.opened()
-        report = judging.verify(opened, settings_from(VerifySettings, settings, options), progress)
-        self._record(opened, "verify", report)
-        return report
+        asked = settings_from(config.VerifySettings, settings, options)
+        return self._recorded(opened, "verify", judging.verify(opened, asked, progress))
 
     def evaluate(
         self,
         images: str | Path | None = None,
-        settings: EvaluationSettings | None = None,
+        settings: config.EvaluationSettings | None = None,
         /,
         *,
         progress: Progress | None = None,
-        **options: Unpack[EvaluateOptions],
+        **options: Unpack[option_types.EvaluateOptions],
     ) -> EvaluateReport:
         """Measure top-1 and top-5 of PyTorch and every artefact on a folder of labelled images.
 
@@ -216,21 +183,17 @@ class Bundle:
         """
         from van_deploy import judging
 
-        given: Mapping[str, Any] = {**options, **({"images": images} if images else {})}
-        opened = self.opened()
-        report = judging.evaluate(
-            opened, settings_from(EvaluationSettings, settings, given), progress
-        )
-        self._record(opened, "evaluate", report)
-        return report
+        opened, given = self.opened(), {"images": images} if images else {}
+        asked = settings_from(config.EvaluationSettings, settings, {**options, **given})
+        return self._recorded(opened, "evaluate", judging.evaluate(opened, asked, progress))
 
     def drift(
         self,
-        settings: DriftSettings | None = None,
+        settings: config.DriftSettings | None = None,
         /,
         *,
         progress: Progress | None = None,
-        **options: Unpack[DriftOptions],
+        **options: Unpack[option_types.DriftOptions],
     ) -> DriftReport:
         """Measure what each stage, block or module of each ONNX artefact adds to the error.
 
@@ -240,19 +203,18 @@ class Bundle:
         from van_deploy import judging
 
         opened = self.opened()
-        report = judging.drift(opened, settings_from(DriftSettings, settings, options), progress)
-        self._record(opened, "drift", report)
-        return report
+        asked = settings_from(config.DriftSettings, settings, options)
+        return self._recorded(opened, "drift", judging.drift(opened, asked, progress))
 
     def check(
         self,
         baseline: str | Path,
-        settings: CheckSettings | None = None,
+        settings: config.CheckSettings | None = None,
         /,
         *,
         update: bool = False,
         progress: Progress | None = None,
-        **options: Unpack[CheckOptions],
+        **options: Unpack[option_types.CheckOptions],
     ) -> CheckReport:
         """Hold the bundle against its gates and a committed baseline.
 
@@ -264,17 +226,17 @@ class Bundle:
         """
         from van_deploy import judging
 
-        asked = settings_from(CheckSettings, settings, options)
+        asked = settings_from(config.CheckSettings, settings, options)
         return judging.check(self.opened(), Path(baseline), asked, update, progress)
 
     def benchmark(
         self,
-        settings: BenchSettings | None = None,
+        settings: config.BenchSettings | None = None,
         /,
         *,
         save: bool = True,
         progress: Progress | None = None,
-        **options: Unpack[BenchOptions],
+        **options: Unpack[option_types.BenchOptions],
     ) -> BenchReport:
         """Time every artefact in every runtime that is here, each in a process of its own.
 
@@ -290,10 +252,8 @@ class Bundle:
         from van_deploy.bench.benchmark import benchmark_bundle
         from van_deploy.bench.store import save_report
 
-        opened = self.opened()
-        report = benchmark_bundle(
-            opened, settings_from(BenchSettings, settings, options), progress=progress
-        )
+        opened, asked = self.opened(), settings_from(config.BenchSettings, settings, options)
+        report = benchmark_bundle(opened, asked, progress=progress)
         if save:
             save_report(report, opened, None)
         return report
@@ -301,11 +261,11 @@ class Bundle:
     def predict(
         self,
         images: Image | Sequence[Image],
-        settings: PredictSettings | None = None,
+        settings: config.PredictSettings | None = None,
         /,
         *,
         progress: Progress | None = None,
-        **options: Unpack[PredictOptions],
+        **options: Unpack[option_types.PredictOptions],
     ) -> Predictions:
         """Return the classes of images: files, folders, or the bytes of a file.
 
@@ -317,19 +277,19 @@ class Bundle:
         """
         from van_deploy.serve.predict import Speed
 
-        asked, speed = settings_from(PredictSettings, settings, options), Speed()
+        asked, speed = settings_from(config.PredictSettings, settings, options), Speed()
         answers = tuple(self.stream(images, asked, speed=speed, progress=progress))
         return Predictions(self.path, asked.artefact, speed, answers)
 
     def stream(
         self,
         images: Image | Sequence[Image],
-        settings: PredictSettings | None = None,
+        settings: config.PredictSettings | None = None,
         /,
         *,
         speed: Speed | None = None,
         progress: Progress | None = None,
-        **options: Unpack[PredictOptions],
+        **options: Unpack[option_types.PredictOptions],
     ) -> Iterator[Prediction]:
         """Yield what :meth:`predict` returns, one image after the other.
 
@@ -338,7 +298,7 @@ class Bundle:
         from van_deploy.runners.network import Network, require_classes
         from van_deploy.serve.predict import predict, sources_from
 
-        asked = settings_from(PredictSettings, settings, options)
+        asked = settings_from(config.PredictSettings, settings, options)
         opened = self.opened()
         require_classes(opened, "predict")
         sources = sources_from([images] if isinstance(images, Image) else images)
@@ -361,11 +321,11 @@ class Bundle:
     def package(
         self,
         output: str | Path | None = None,
-        settings: PackageSettings | None = None,
+        settings: config.PackageSettings | None = None,
         /,
         *,
         only_check: bool = False,
-        **options: Unpack[PackageOptions],
+        **options: Unpack[option_types.PackageOptions],
     ) -> PackageReport:
         """Write a Triton model repository, and check it against the bundle.
 
@@ -382,7 +342,7 @@ class Bundle:
         """
         from van_deploy.serve.packaging import package
 
-        asked = settings_from(PackageSettings, settings, options)
+        asked = settings_from(config.PackageSettings, settings, options)
         return package(self.opened(), Path(output) if output else None, asked, only_check)
 
     def report(self, output: str | Path | None = None) -> WrittenReport:
@@ -402,15 +362,13 @@ class Bundle:
         files = write_report(document, opened, Path(output) if output else None)
         return WrittenReport(document.state, document.note, tuple(files))
 
-    def _record(self, opened: on_disk.Bundle, name: str, result: object) -> None:
+    def _recorded(self, opened: on_disk.Bundle, name: str, result: Result) -> Result:
         """Keep a result in the manifest; what was signed stays as it was signed."""
-        if self._key is not None:
-            return
-        from van_deploy.checks.record import record_check
+        if self._key is None:
+            from van_deploy.checks.record import record_check
 
-        said = record_check(opened, name, result)
-        if said:
-            self.remarks.append(said)
+            self.remarks += filter(None, [record_check(opened, name, result)])
+        return result
 
 
 class Exported(Bundle):
@@ -444,14 +402,14 @@ class Exported(Bundle):
 
 
 def export(
-    model: str | Path | Recipe,
+    model: str | Path | config.Recipe,
     output: str | Path | None = None,
     *,
     images: str | Path | None = None,
     offline: bool = False,
     force: bool = False,
     progress: Progress | None = None,
-    **options: Unpack[ExportOptions],
+    **options: Unpack[option_types.ExportOptions],
 ) -> Exported:
     """Return a bundle with a VAN as ONNX, checked against PyTorch at every batch size.
 
@@ -489,14 +447,14 @@ def export(
 
 
 def run_recipe(
-    recipe: str | Path | Recipe,
+    recipe: str | Path | config.Recipe,
     output: str | Path | None = None,
-    settings: RunSettings | None = None,
+    settings: config.RunSettings | None = None,
     /,
     *,
     changes: Mapping[str, object] | None = None,
     progress: Progress | None = None,
-    **options: Unpack[RunOptions],
+    **options: Unpack[option_types.RunOptions],
 ) -> RunResult:
     """Do all that a recipe asks for: export, quantise, build engines, verify and evaluate.
 
@@ -513,7 +471,7 @@ def run_recipe(
     """
     from van_deploy import run
 
-    asked = settings_from(RunSettings, settings, options)
+    asked = settings_from(config.RunSettings, settings, options)
     values = {tuple(key.split(".")): value for key, value in (changes or {}).items()}
     wanted = _recipe(recipe, Changes(values, {place: ".".join(place) for place in values}))
     loaded = _loaded(wanted, asked.offline, progress)
@@ -526,13 +484,13 @@ def open_bundle(path: str | Path, *, require_signature: str | Path | None = None
     return Bundle(path, require_signature=Path(require_signature) if require_signature else None)
 
 
-def _recipe(model: str | Path | Recipe, changes: Changes) -> Recipe:
-    if isinstance(model, Recipe):
+def _recipe(model: str | Path | config.Recipe, changes: Changes) -> config.Recipe:
+    if isinstance(model, config.Recipe):
         return with_changes(model, changes)
     return recipe_for(str(model), changes)
 
 
-def _loaded(recipe: Recipe, offline: bool, progress: Progress | None) -> LoadedVan:
+def _loaded(recipe: config.Recipe, offline: bool, progress: Progress | None) -> LoadedVan:
     from van_deploy.pipeline import load_for
 
     def downloaded(file: str, here: int, total: int | None) -> None:

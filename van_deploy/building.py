@@ -9,31 +9,23 @@ from typing import cast
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BuildSettings, Precision, QuantizeSettings
-from van_deploy.engine.build import BuildProgress
+from van_deploy.engine.bundled import build_cells
 from van_deploy.engine.fleet import (
     BUILT,
     REUSED,
     Cell,
     FleetHost,
     Outcome,
-    build_here,
+    planned_engines,
     read_fleet,
 )
 from van_deploy.engine.host import device_number, host_here
-from van_deploy.engine.inductor import (
-    INDUCTOR,
-    build_package,
-    package_request,
-    refuse_for_packages,
-)
-from van_deploy.engine.planned import build_planned, planned_engines
+from van_deploy.engine.inductor import INDUCTOR, build_package, packages_asked
 from van_deploy.errors import BundleError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
 from van_deploy.results import BuildReport, Progress
 from van_deploy.tuning import require_timing, tuned, with_scope
-
-__all__ = ["build_bundle", "build_fleet", "phases"]
 
 
 def build_bundle(
@@ -64,16 +56,17 @@ def build_bundle(
             f"Add --backend inductor, or leave {option} out.",
         )
     host = host_here(device=device_number(settings.device))
-    plans = planned_engines(settings, bundle.manifest.batch, host, bundle.manifest.sizes)
+    manifest = bundle.manifest
+    cells = planned_engines(bundle.path, settings, manifest.batch, manifest.sizes, host)
     for precision in settings.precisions:
         _make_missing(Bundle.open(bundle.path), precision, settings, progress)
-    outcomes = build_planned(
-        bundle.path,
-        plans,
+    outcomes = build_cells(
+        cells,
+        host=host,
         timing_cache=settings.timing_cache,
         check_reproducible=settings.check_reproducible,
         force=force,
-        progress=(lambda name: phases(name, progress)) if progress else None,
+        progress=progress,
     )
     return BuildReport(tuple(outcomes))
 
@@ -97,34 +90,13 @@ def _packages(
 ) -> Iterator[Outcome]:
     """Build Inductor packages, one a precision; all are refused before the first is built."""
     host = host_here(device=device_number(settings.device))
-    refuse_for_packages(settings)
-    batch = settings.profiles[0] if settings.profiles else None
-    requests = [
-        package_request(
-            bundle,
-            precision,
-            settings.device,
-            host,
-            batch,
-            tf32=settings.tf32,
-            max_autotune=settings.max_autotune,
-            fused_kernels=settings.fused_kernels,
-        )
-        for precision in settings.precisions
-    ]
-    for request in requests:
+    for one in packages_asked(bundle, settings, host):
+        precision = one.precisions[0]
         if progress is not None:
-            progress(f"{bundle.name} {request.precision}: compiling for {request.device}")
-        package, reused = build_package(request, host, force=force)
-        options = settings.of((), package.batch)
-        cell = Cell(
-            bundle.path,
-            request.precision,
-            package.targets,
-            options,
-            FleetHost(),
-            own_profiles=False,
-        )
+            progress(f"{bundle.name} {precision}: compiling for {one.device}")
+        package, reused = build_package(bundle.path, one, host, force=force)
+        where = FleetHost()
+        cell = Cell(bundle.path, precision, package.targets, one.of(), where, own_profiles=False)
         yield Outcome(cell, REUSED if reused else BUILT, package.name, package=package)
 
 
@@ -157,38 +129,13 @@ def build_fleet(
 
         stream = build_on_ray(cells, address=address or None, force=force)
     else:
-        stream = build_here(
-            cells,
-            force=force,
-            progress=(lambda cell: phases(f"{cell.bundle.name} {cell.precision}", progress))
-            if progress
-            else None,
-        )
+        stream = build_cells(cells, go_on=True, force=force, progress=progress)
     outcomes = []
     for count, outcome in enumerate(stream, 1):
         if each is not None:
             each(count, len(cells), outcome)
         outcomes.append(outcome)
-    order = {id(cell): index for index, cell in enumerate(cells)}
-    outcomes.sort(key=lambda outcome: order.get(id(outcome.cell), 0))
-    return BuildReport(tuple(outcomes))
-
-
-def phases(name: str, progress: Progress) -> Callable[[BuildProgress], None]:
-    """Return what TensorRT's events are told to, so that ``progress`` names the phase it is in."""
-    running: dict[str, int] = {}
-
-    def told(event: BuildProgress) -> None:
-        if event.event == "phase":
-            running[event.name] = event.steps
-        elif event.event == "done":
-            running.pop(event.name, None)
-        if running:
-            phase = list(running)[-1]
-            done = event.steps if event.event == "step" and event.name == phase else 0
-            progress(f"{name}: {phase}", done, running[phase] or None)
-
-    return told
+    return BuildReport(tuple(sorted(outcomes, key=lambda outcome: cells.index(outcome.cell))))
 
 
 def _make_missing(

@@ -10,13 +10,6 @@ from van_deploy.errors import RecipeError
 from van_deploy.recipe import builtin_files, file_named
 from van_deploy.schema import Settings, read_toml
 
-__all__ = [
-    "CalibrationSet",
-    "ImageSelection",
-    "builtin_calibration_sets",
-    "calibration_set_named",
-]
-
 FILES = "van_deploy.calibration_sets"
 
 

@@ -10,23 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from van_deploy.config.sizes import ImageSize
 
 if TYPE_CHECKING:
-    from van_deploy.engine.inspect import EngineDescription
-    from van_deploy.engine.package import PackageDescription
+    from van_deploy.engine.inspect import EngineDescription, PackageDescription
     from van_deploy.graph.inspect import OnnxDescription
     from van_deploy.manifest import Manifest
     from van_deploy.model.preprocess import Preprocessing
     from van_deploy.model.variants import VanConfig
     from van_deploy.model.weights_source import WeightsSource
 
-__all__ = [
-    "BundleDescription",
-    "Described",
-    "NetworkDescription",
-    "VariantDescription",
-    "WeightsDescription",
-    "artefacts_described",
-    "model_described",
-]
 
 ENGINES = (".plan", ".engine", ".trt")
 
@@ -208,7 +198,7 @@ def artefacts_described(
 
         return [describe_engine(artefact, trust_engine=trust_engine)]
     if artefact.suffix == ".pt2":
-        from van_deploy.engine.package import describe_package
+        from van_deploy.engine.inspect import describe_package
 
         return [describe_package(artefact)]
     if artefact.suffix == ".onnx":

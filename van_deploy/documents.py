@@ -9,6 +9,7 @@ different ones.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import errno
@@ -18,7 +19,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = [
-    "CONTROL",
-    "LARGEST_BYTES",
-    "LONGEST_TEXT",
-    "DocumentError",
-    "field_is_json",
-    "json_from",
-    "json_properties",
-    "plain",
-    "require_regular_file",
-    "text_from",
-    "toml_from",
-]
 
 LARGEST_BYTES = 64 * 2**20  # a calibration set that names 100,000 images has 20 MB
 DEEPEST = 40  # a manifest has 8
@@ -56,14 +44,14 @@ class DocumentError(ValueError):
     """A file is not what it should be; the message says what it is, as the end of a sentence."""
 
 
-def require_regular_file(path: Path) -> None:
-    """Return if ``path`` is a file, through links or not, rather than a pipe or a device.
+def require_regular_file(path: Path | int) -> None:
+    """Return if ``path``, or an open handle, is a file rather than a pipe or a device.
 
     Raises:
         DocumentError: it is something else.
         OSError: there is nothing, a folder, or what may not be looked at.
     """
-    mode = path.stat().st_mode
+    mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
@@ -77,12 +65,12 @@ def text_from(path: Path, largest_bytes: int = LARGEST_BYTES) -> str:
         DocumentError: it is no file, is too large, or is not UTF-8.
         OSError: it cannot be read.
     """
-    require_regular_file(path)
-    # Looked at again once it is open: between the two it may have become a pipe.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise DocumentError("it is no regular file")
+
+    def without_waiting(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", opener=without_waiting) as file:
+        require_regular_file(file.fileno())
         content = file.read(largest_bytes + 1)
     if len(content) > largest_bytes:
         raise DocumentError(f"it has more than {largest_bytes:,} bytes")
@@ -92,12 +80,8 @@ def text_from(path: Path, largest_bytes: int = LARGEST_BYTES) -> str:
         raise DocumentError(f"it is not UTF-8: {error}") from None
 
 
-def json_from(text: str | bytes, deepest: int = DEEPEST) -> Any:
-    """Return the JSON in ``text``.
-
-    Args:
-        text: UTF-8 where it is bytes.
-        deepest: more levels than this are refused.
+def json_from(text: str | bytes) -> Any:
+    """Return the JSON in ``text``, which is UTF-8 where it is bytes.
 
     Raises:
         DocumentError: it is nested too deeply, gives a key twice, or spells half a character.
@@ -117,12 +101,13 @@ def json_from(text: str | bytes, deepest: int = DEEPEST) -> Any:
             raise DocumentError(f"it gives the key {twice[:100]!r} twice")
         return found
 
-    try:
-        value = json.loads(text, object_pairs_hook=once)
-    except RecursionError:
-        raise _too_deep(deepest) from None
-    _refuse_deep(value, deepest)
-    _refuse_halves(text, value)
+    value = _not_deep(lambda: json.loads(text, object_pairs_hook=once))
+    if re.search(r"\\u[dD]", text if isinstance(text, str) else text.decode(errors="replace")):
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise DocumentError(f"it spells {half}, half a character") from None
     return value
 
 
@@ -191,39 +176,20 @@ def toml_from(path: Path) -> dict[str, Any]:
     longest = max(map(len, text.splitlines()), default=0)
     if longest > LONGEST_LINE:
         raise DocumentError(f"it has a line of {longest:,} characters")
-    try:
-        tables = tomllib.loads(text)
-    except RecursionError:
-        raise _too_deep(DEEPEST) from None
-    _refuse_deep(tables, DEEPEST)
+    tables: dict[str, Any] = _not_deep(lambda: tomllib.loads(text))
     return tables
 
 
-def _refuse_deep(value: Any, deepest: int) -> None:
-    """Return if no more than so many lists and tables are in one another, level by level."""
-    level = [value]
-    for _ in range(deepest + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (Mapping, list))
-            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
-            if isinstance(inner, (Mapping, list))
-        ]
-        if not level:
-            return
-    raise _too_deep(deepest)
+def _not_deep(read: Callable[[], Any]) -> Any:
+    """Return what ``read`` returns unless lists and tables are too deep in one another."""
+    with contextlib.suppress(RecursionError):
+        value = read()
+        if _depth(value) <= DEEPEST:
+            return value
+    raise DocumentError(f"it is nested more than {DEEPEST} deep")
 
 
-def _refuse_halves(text: str | bytes, value: Any) -> None:
-    """Return if every text in ``value`` can be written: JSON's escapes can spell halves."""
-    if re.search(r"\\u[dD]", text if isinstance(text, str) else text.decode(errors="replace")):
-        try:
-            json.dumps(value, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])
-            raise DocumentError(f"it spells {half}, half a character") from None
-
-
-def _too_deep(deepest: int) -> DocumentError:
-    return DocumentError(f"it is nested more than {deepest} deep")
+def _depth(value: Any) -> int:
+    """Return how many lists and tables are around the innermost one."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return max((1 + _depth(one) for one in inner if isinstance(one, dict | list)), default=0)

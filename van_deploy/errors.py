@@ -25,22 +25,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-__all__ = [
-    "BundleError",
-    "CheckpointError",
-    "ConversionError",
-    "DownloadError",
-    "GateFailed",
-    "ImageError",
-    "InputError",
-    "MissingDependency",
-    "RecipeError",
-    "SignatureError",
-    "UsageError",
-    "VanDeployError",
-    "needs_extra",
-]
-
 
 class VanDeployError(Exception):
     """Base of every error that is not a bug in this program.

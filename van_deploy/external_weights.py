@@ -17,7 +17,6 @@ from van_deploy.errors import InputError
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["external_files", "external_files_of", "require_beside"]
 
 KEY = b"location"  # every tensor that is in another file spells this out
 

@@ -11,8 +11,6 @@ from pydantic import AfterValidator, Field
 
 from van_deploy.documents import LONGEST_TEXT
 
-__all__ = ["Count", "FileName", "Kept", "Label", "Size", "Table", "Text"]
-
 Value = TypeVar("Value")
 LARGEST = 2**62
 

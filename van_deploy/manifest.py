@@ -23,24 +23,6 @@ from van_deploy.model.weights_source import WeightsSource
 from van_deploy.schema import Schema
 from van_deploy.versioned import Versioned, read_versioned, versioned_from
 
-__all__ = [
-    "MANIFEST",
-    "SCHEMA",
-    "Artefact",
-    "Description",
-    "Embedding",
-    "EngineFacts",
-    "Golden",
-    "GraphFacts",
-    "Manifest",
-    "Origin",
-    "Precision",
-    "TensorFacts",
-    "inside",
-    "manifest_from",
-    "read_manifest",
-]
-
 SCHEMA: Final = "van-deploy/bundle/2"
 MANIFEST = "manifest.json"
 LONGEST_NAME_BYTES = 255  # of one file, on every file system in use

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from van_deploy.checks.gates import Outcome
 from van_deploy.checks.golden import GOLDEN_FILE, golden_count, images_for_golden, write_golden
 from van_deploy.checks.judging import Judged, batch_sizes, judge_new
 from van_deploy.checks.reference import reference_samples
-from van_deploy.checks.samples import Samples, other_sizes
+from van_deploy.checks.samples import other_sizes
 from van_deploy.config import Recipe
 from van_deploy.data import check_images, class_names_from_file
 from van_deploy.documents import plain
@@ -25,26 +26,20 @@ from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.graph.simplify import operator_counts, simplify_onnx
 from van_deploy.manifest import Description, Golden, GraphFacts
-from van_deploy.model.checkpoint import ALL_STAGES, LoadedVan, load_van
+from van_deploy.model.checkpoint import ALL_STAGES, EMBEDDED, LoadedVan, load_van
+from van_deploy.model.variants import VARIANTS
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.runners.base import Images
-from van_deploy.runners.onnxruntime import (
-    onnxruntime_outputs,
-    require_onnxruntime,
-)
+from van_deploy.runners.onnxruntime import onnxruntime_outputs, require_onnxruntime
 from van_deploy.schema import validated
 from van_deploy.serve.embedded import Embedded, embed_artefacts
-from van_deploy.stopwatch import Stopwatch
-
-__all__ = ["ExportResult", "embed_in_bundle", "export_bundle", "load_for"]
+from van_deploy.stopwatch import Progress, Stopwatch
 
 MODEL_FILE = "model.onnx"
 LABELS_FILE = "labels.txt"
 PROOF_IMAGES = 2
 PROOF_SIDE = 96  # pixels: enough for the large kernels to have an inside and borders
 EMBED_PROOF_IMAGES = 8  # the same graph again, with known nodes before it
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -75,8 +70,6 @@ def load_for(
     download_progress: Callable[[str, int, int | None], None] | None = None,
 ) -> LoadedVan:
     """Return the network a recipe names, with the recipe's preprocessing and class names."""
-    from dataclasses import replace
-
     settings, export = recipe.model, recipe.export
     spec, weights = settings.name, settings.weights or None
     asked = recipe.preprocessing.model_dump()
@@ -111,9 +104,6 @@ def load_for(
 
 
 def _is_known(name: str) -> bool:
-    from van_deploy.model.checkpoint import EMBEDDED
-    from van_deploy.model.variants import VARIANTS
-
     return name in {EMBEDDED, *VARIANTS, *(a for v in VARIANTS.values() for a in v.aliases)}
 
 
@@ -158,10 +148,9 @@ def export_bundle(
     made_with = _ingredients(loaded, recipe, rewrites, inputs)
     reason = _why_anew(output, made_with, force)
     if not reason:
-        embedded = _embed(output, loaded, recipe, images, clock)
-        bundle = Bundle.open(output)
-        same = "nothing changed"
-        return ExportResult(bundle, True, same, loaded.source.notes, clock.seconds, embedded)
+        clock.begin("")
+        bundle, notes = Bundle.open(output), loaded.source.notes
+        return ExportResult(bundle, True, "nothing changed", notes, clock.seconds)
     with writing(output, name=loaded.name) as draft:
         clock.begin("Folding and proving the rewrites")
         fold = fold_van(loaded.model, _proof_images(inputs), rewrites)
@@ -191,29 +180,19 @@ def export_bundle(
         files = save_onnx(model, draft.file(MODEL_FILE))
         del model, fold
         clock.begin(f"Checking agreement at batch {', '.join(map(str, batches))}")
-        judged, record = _agreement(draft, samples, batches)
+        judged, record = judge_new(draft.file(MODEL_FILE), "fp32", samples, batches)
+        _require_agreement(judged)
         checks["agreement"] = {"images": samples.description, **plain(judged)}
         golden = None
         if recipe.export.golden != "none":
             golden = write_golden(draft, samples, originals, users=source is not None)
             files = [*files, GOLDEN_FILE, *golden.originals]
         draft.description = _description(loaded, recipe, golden)
+        draft.checks.pop("simplify", None)  # of the graph that was there before
         draft.checks.update(checks)
         _record(draft, loaded, files, made_with, facts, record)
-    embedded = _embed(output, loaded, recipe, images, clock)
-    bundle = Bundle.open(output)
-    return ExportResult(bundle, False, reason, loaded.source.notes, clock.seconds, embedded)
-
-
-def _embed(
-    output: Path, loaded: LoadedVan, recipe: Recipe, images: Path | None, clock: Stopwatch
-) -> tuple[Embedded, ...]:
-    made: tuple[Embedded, ...] = ()
-    if recipe.export.embeds:
-        clock.begin("Embedding preprocessing, and proving it")
-        made = embed_in_bundle(output, loaded, recipe, images)
     clock.begin("")
-    return made
+    return ExportResult(Bundle.open(output), False, reason, loaded.source.notes, clock.seconds)
 
 
 def embed_in_bundle(
@@ -242,21 +221,13 @@ def embed_in_bundle(
             "normalised network input.",
             "Give uint8 images, or leave --images out.",
         )
-    made = embed_artefacts(
-        Bundle.open(output),
-        pixels,
-        recipe.export.embed_preprocess,
-        recipe.export.outputs,
-        batches=batches,
+    export, bundle = recipe.export, Bundle.open(output)
+    return tuple(
+        embed_artefacts(bundle, pixels, export.embed_preprocess, export.outputs, batches=batches)
     )
-    return tuple(made)
 
 
-def _agreement(
-    draft: Draft, samples: Samples, batches: tuple[int, ...]
-) -> tuple[Judged, dict[str, float]]:
-    """Return what the exported graph says at every batch size, and the SQNR to record of it."""
-    judged, record = judge_new(draft.file(MODEL_FILE), "fp32", samples, batches)
+def _require_agreement(judged: Judged) -> None:
     if judged.outcome is not Outcome.PASS:
         wrong = [f.message for f in judged.findings if f.outcome is Outcome.FAIL]
         raise GateFailed(
@@ -264,7 +235,6 @@ def _agreement(
             "Nothing was written. Find the cause with --no-fold and --no-simplify; "
             "if one of them helps, please report it.",
         )
-    return judged, record
 
 
 def _require_fold(report: FoldReport) -> None:
@@ -280,8 +250,6 @@ def _ingredients(
     loaded: LoadedVan, recipe: Recipe, rewrites: Rewrites, inputs: Images
 ) -> dict[str, Any]:
     """Return everything that decides what the export will hold and find."""
-    import hashlib
-
     return {
         "weights": loaded.source.sha256,
         "architecture": asdict(loaded.config),

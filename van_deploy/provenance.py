@@ -12,8 +12,6 @@ from pathlib import Path
 from van_deploy import __version__
 from van_deploy.errors import UsageError
 
-__all__ = ["EXPORT_TOOLS", "code_digest", "time_of_writing", "tool_versions"]
-
 EXPORT_TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "pillow")
 
 

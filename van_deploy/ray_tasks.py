@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from van_deploy.environment.privacy import without_ray_reports
 from van_deploy.errors import MissingDependency
-
-__all__ = ["RayDone", "RayTask", "require_ray", "run_on_ray"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def require_ray() -> Any:
         raise MissingDependency(
             f"Ray is not installed ({error}).", "Install it with `pip install 'van-deploy[ray]'`."
         ) from error
-    without_ray_reports()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report to its makers
     return ray
 
 

@@ -26,16 +26,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = [
-    "builtin_files",
-    "builtin_recipes",
-    "changes_from_text",
-    "file_named",
-    "read_recipe",
-    "recipe_for",
-    "recipe_named",
-]
-
 
 FILES = "van_deploy.recipes"
 

@@ -12,15 +12,6 @@ if TYPE_CHECKING:
     from van_deploy.errors import VanDeployError
     from van_deploy.serve.predict import Prediction, Speed
 
-__all__ = [
-    "BuildReport",
-    "Listening",
-    "Predictions",
-    "Progress",
-    "Tuned",
-    "WrittenReport",
-]
-
 
 class Progress(Protocol):
     """What is told how far the work is."""

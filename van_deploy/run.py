@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,14 +20,11 @@ from van_deploy.config import EngineSettings, Recipe, RunSettings
 from van_deploy.manifest import Manifest
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.pipeline import ExportResult, embed_in_bundle, export_bundle
+from van_deploy.stopwatch import Progress, Stopwatch
 
 if TYPE_CHECKING:
-    from van_deploy.engine.planned import Planned
+    from van_deploy.engine.fleet import Cell
     from van_deploy.precision.pipeline import QuantizeResult
-
-__all__ = ["ExportReport", "Made", "RunResult", "export_recipe", "run_recipe"]
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -124,12 +121,12 @@ def run_recipe(
         ConversionError: an engine cannot be built.
     """
     settings, say = settings or RunSettings(), progress or (lambda _: None)
-    engines = _planned(recipe)  # a mistake is said before any work
+    engines = _planned(recipe, output)  # a mistake is said before any work
     exported, precisions = export_recipe(
         loaded, recipe, output, images=settings.images, force=settings.force, progress=progress
     )
     made = [Made(result.artefact, result.reason, result.passed) for result in precisions]
-    made += _built(output, recipe.engines, engines, settings.force, say)
+    made += _built(engines, recipe.engines, settings.force, say)
     bundle = Bundle.open(output)
     say("Verifying")
     execution = Execution(settings.runner, settings.trust_engine, device=settings.device)
@@ -184,13 +181,13 @@ def export_recipe(
     """
     from van_deploy.precision.pipeline import quantize_bundle
 
+    clock = Stopwatch(progress)
     exported = export_bundle(loaded, recipe, output, images=images, force=force, progress=progress)
     made = []
     for name in recipe.precision.make:
         settings = recipe.precision.of(name)
         folder, calibration = settings.sources
-        if progress is not None:
-            progress(f"Making '{name}'")
+        clock.say(f"Making '{name}'")
         result = quantize_bundle(
             output,
             settings,
@@ -201,36 +198,35 @@ def export_recipe(
             progress=progress,
         )
         made.append(result)
-    if made and recipe.export.embeds:
-        if progress is not None:
-            progress("Embedding preprocessing, and proving it")
+    if recipe.export.embeds:
+        clock.begin("Embedding preprocessing, and proving it")
         embedded = embed_in_bundle(output, loaded, recipe, images)
-        exported = replace(exported, embedded=embedded)
+        clock.begin("")
+        seconds = {**exported.seconds, **clock.seconds}
+        exported = replace(exported, bundle=Bundle.open(output), embedded=embedded, seconds=seconds)
     return exported, tuple(made)
 
 
-def _planned(recipe: Recipe) -> list[Planned]:
+def _planned(recipe: Recipe, output: Path) -> list[Cell]:
     """Return the engines a recipe asks for; what this machine cannot build is refused."""
     if not recipe.engines.precisions:
         return []
-    from van_deploy.engine.planned import planned_engines
+    from van_deploy.engine.fleet import planned_engines
 
-    return planned_engines(recipe.engines, recipe.batch, sizes=recipe.export.dynamic_size)
+    return planned_engines(output, recipe.engines, recipe.batch, recipe.export.dynamic_size)
 
 
-def _built(
-    output: Path, table: EngineSettings, plans: list[Planned], force: bool, say: Progress
-) -> Iterator[Made]:
+def _built(cells: list[Cell], table: EngineSettings, force: bool, say: Progress) -> Iterator[Made]:
     """Build each engine asked for."""
-    if not plans:
+    if not cells:
         return
-    from van_deploy.engine.planned import build_planned
+    from van_deploy.engine.bundled import build_cells
 
-    def building(name: str) -> None:
-        say(f"Building '{name}'")
+    def building(text: str, *_: object) -> None:
+        say(text)
 
-    for outcome in build_planned(
-        output, plans, timing_cache=table.timing_cache, force=force, progress=building
+    for outcome in build_cells(
+        cells, timing_cache=table.timing_cache, force=force, progress=building
     ):
         same = outcome.outcome == "reused"
         reason = "the file, options and versions are those it was built from" if same else "built"

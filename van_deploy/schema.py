@@ -23,22 +23,8 @@ from pydantic._internal._model_construction import ModelMetaclass
 from pydantic_core import ErrorDetails, PydanticSerializationError, to_json
 from typing_extensions import dataclass_transform
 
-from van_deploy.documents import DocumentError, json_from, text_from, toml_from
+from van_deploy.documents import DocumentError, toml_from
 from van_deploy.errors import InputError, UsageError
-
-__all__ = [
-    "Contradiction",
-    "Open",
-    "Schema",
-    "Settings",
-    "Spelling",
-    "read_json",
-    "read_toml",
-    "table_in",
-    "toml_tables",
-    "validated",
-    "validated_json",
-]
 
 Model = TypeVar("Model", bound="Schema")
 Spelling = Mapping[tuple[str, ...], str]
@@ -224,20 +210,6 @@ def toml_tables(path: Path, what: str, error: type[InputError]) -> dict[str, Any
         raise error(
             f"The {what} '{path}' is not TOML: {failure}.", "Correct the line it names."
         ) from None
-
-
-def read_json(
-    model: type[Model], path: Path, what: str, error: type[InputError], remedy: str = ""
-) -> Model:
-    """Return the schema in a JSON file. Arguments and errors are those of :func:`read_toml`."""
-    try:
-        text = text_from(path)
-        json_from(text)
-    except OSError as failure:
-        raise error(f"The {what} '{path}' cannot be read: {failure.strerror}.", remedy) from None
-    except ValueError as failure:
-        raise error(f"The {what} '{path}' is no JSON document: {failure}.", remedy) from None
-    return validated_json(model, text, where=f"The {what} '{path}'", error=error, remedy=remedy)
 
 
 def table_in(annotation: Any) -> type[Any] | None:

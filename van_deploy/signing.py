@@ -1,9 +1,10 @@
-"""Signing a bundle's manifest with Ed25519, and checking such a signature.
+"""Signing a bundle's manifest with Ed25519, checking such a signature, and the keys for it.
 
 The manifest names every file of the bundle with its SHA-256, so one signature
 over it speaks for all of them. It lies beside the manifest as a small JSON file.
 What is signed is the schema, the date and the manifest's bytes, each of the first
-two ended by a newline. The keys are those of :mod:`van_deploy.signing_keys`.
+two ended by a newline. Keys are ordinary PEM files (PKCS #8 and SubjectPublicKeyInfo),
+as OpenSSL writes and reads them.
 
 Needs the package ``cryptography``.
 """
@@ -11,6 +12,8 @@ Needs the package ``cryptography``.
 from __future__ import annotations
 
 import base64
+import hashlib
+import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,30 +22,20 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from pydantic import AfterValidator, Field
 
 from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle
-from van_deploy.errors import BundleError, SignatureError
+from van_deploy.errors import BundleError, InputError, SignatureError, UsageError, needs_extra
 from van_deploy.fields import Text
 from van_deploy.files import write_atomic
 from van_deploy.manifest import manifest_from
-from van_deploy.signing_keys import key_id
 from van_deploy.versioned import Versioned, read_versioned
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import (
-        Ed25519PrivateKey,
-        Ed25519PublicKey,
-    )
-
-__all__ = [
-    "SCHEMA",
-    "Signature",
-    "Signed",
-    "read_signature",
-    "sign_bundle",
-    "signed_bundle",
-]
+    from cryptography.hazmat.primitives.asymmetric import ed25519
 
 SCHEMA: Final = "van-deploy/signature/1"
 SIGNATURE_BYTES = 64  # RFC 8032
+PASSWORD_VARIABLE = "VAN_DEPLOY_KEY_PASSWORD"
+LARGEST_KEY_BYTES = 64 * 2**10  # a PEM key of this kind has 120
+NEW_PAIR = "Make a pair with `van-deploy sign --new-key FILE`."
 
 
 def _signature(text: str) -> str:
@@ -85,8 +78,25 @@ class Signed:
     files: int
 
 
-def sign_bundle(path: Path, key: Ed25519PrivateKey) -> Signature:
-    """Sign the bundle at ``path``, and return the signature, which replaces an older one.
+@dataclass(frozen=True)
+class KeyPair:
+    """A new pair of keys.
+
+    Attributes:
+        private_key: its file, mode 0600.
+        has_password: whether a password protects it.
+        public_key: its file.
+        key_id: of the public key.
+    """
+
+    private_key: Path
+    has_password: bool
+    public_key: Path
+    key_id: str
+
+
+def sign_bundle(path: Path, key: ed25519.Ed25519PrivateKey) -> Signed:
+    """Sign the bundle at ``path``; the signature replaces an older one.
 
     Raises:
         BundleError: a file of the bundle is missing, changed, or not in the manifest,
@@ -96,16 +106,15 @@ def sign_bundle(path: Path, key: Ed25519PrivateKey) -> Signature:
     content = (bundle.path / MANIFEST).read_bytes()
     _require_whole(bundle, BundleError, "Nothing was signed. Make the bundle again.")
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    raw = key.sign(_signed_bytes(date, content))
     signature = Signature(
         schema=SCHEMA,
         algorithm="ed25519",
         key_id=key_id(key.public_key()),
         date=date,
-        signature=base64.b64encode(raw).decode(),
+        signature=base64.b64encode(key.sign(_signed_bytes(date, content))).decode(),
     )
     write_atomic(bundle.path / SIGNATURE, signature.text())
-    return signature
+    return Signed(path, signature.key_id, date, len(bundle.digests))
 
 
 def read_signature(bundle: Path) -> Signature:
@@ -130,8 +139,8 @@ def read_signature(bundle: Path) -> Signature:
     )
 
 
-def signed_bundle(path: Path, key: Ed25519PublicKey) -> tuple[Bundle, Signature]:
-    """Return the bundle at ``path`` and its signature, after checking both whole.
+def signed_bundle(path: Path, key: ed25519.Ed25519PublicKey) -> tuple[Bundle, Signed]:
+    """Return the bundle at ``path`` and whose signature it has, after checking both whole.
 
     The signature must be this key's and fit the manifest, every file must have the
     digest the manifest names, and there may be no file that the manifest does not name.
@@ -144,8 +153,7 @@ def signed_bundle(path: Path, key: Ed25519PublicKey) -> tuple[Bundle, Signature]
 
     bundle = Bundle.open(path)
     content = (bundle.path / MANIFEST).read_bytes()
-    found = read_signature(bundle.path)
-    wanted = key_id(key)
+    found, wanted = read_signature(bundle.path), key_id(key)
     if found.key_id != wanted:
         raise SignatureError(
             f"The bundle '{bundle.path}' is signed with another key, {found.key_id[:16]}..., "
@@ -155,13 +163,19 @@ def signed_bundle(path: Path, key: Ed25519PublicKey) -> tuple[Bundle, Signature]
     try:
         key.verify(base64.b64decode(found.signature), _signed_bytes(found.date, content))
     except InvalidSignature:
-        raise _stale(bundle, found) from None
+        raise SignatureError(
+            f"The signature of '{bundle.path}' does not fit: key {wanted[:16]}... signed it on "
+            f"{found.date}, and its manifest (written {bundle.manifest.written}) is not "
+            "what was signed.",
+            "If you changed the bundle yourself since (quantize, build, verify, report ... write "
+            "to its manifest), sign it again. If not, do not use it.",
+        ) from None
     if manifest_from(content.decode(), bundle.path / MANIFEST) != bundle.manifest:
         raise SignatureError(
             f"'{bundle.path}' was changed while its signature was checked.", "Check it again."
         )
     _require_whole(bundle, SignatureError, "Do not use this bundle; fetch it again.")
-    return bundle, found
+    return bundle, Signed(bundle.path, found.key_id, found.date, len(bundle.digests))
 
 
 def _signed_bytes(date: str, manifest: bytes) -> bytes:
@@ -180,11 +194,155 @@ def _require_whole(bundle: Bundle, kind: type[BundleError], remedy: str) -> None
         )
 
 
-def _stale(bundle: Bundle, signature: Signature) -> SignatureError:
-    return SignatureError(
-        f"The signature of '{bundle.path}' does not fit: key {signature.key_id[:16]}... signed it "
-        f"on {signature.date}, and its manifest (written {bundle.manifest.written}) is not "
-        "what was signed.",
-        "If you changed the bundle yourself since (quantize, build, verify, report ... write to "
-        "its manifest), sign it again. If not, do not use it.",
-    )
+# --- keys ------------------------------------------------------------------------------------
+
+
+def new_pair(path: Path, password: str = "") -> KeyPair:
+    """Make a pair of keys.
+
+    Args:
+        path: of the private key, mode 0600; the public key goes beside it as ``.pub``.
+        password: encrypts the private key; "" leaves it plain.
+
+    Raises:
+        UsageError: one of the files is there already; nothing is overwritten.
+        InputError: a file cannot be written.
+        MissingDependency: ``cryptography`` is not installed.
+    """
+    with needs_extra("A signature", "sign"):
+        from cryptography.hazmat.primitives import serialization as pem
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    public = path.with_name(f"{path.name}.pub")
+    for file in (path, public):
+        if file.exists() or file.is_symlink():
+            raise UsageError(
+                f"'{file}' is there already, and keys are never overwritten.",
+                "Choose another name with --new-key FILE.",
+            )
+    key = ed25519.Ed25519PrivateKey.generate()
+    how = pem.BestAvailableEncryption(password.encode()) if password else pem.NoEncryption()
+    secret = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, how)
+    shown = key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
+    _write_new(path, secret, 0o600)
+    try:
+        _write_new(public, shown, 0o644)
+    except InputError:
+        path.unlink()
+        raise
+    return KeyPair(path, bool(password), public, key_id(key.public_key()))
+
+
+def key_id(key: ed25519.Ed25519PublicKey) -> str:
+    """Return the SHA-256 of a public key's DER form, in hexadecimal.
+
+    ``openssl pkey -pubin -in KEY.pub -outform DER | sha256sum`` prints the same.
+    """
+    from cryptography.hazmat.primitives import serialization as pem
+
+    der = key.public_bytes(pem.Encoding.DER, pem.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(der).hexdigest()
+
+
+def private_key_from(path: Path, password: str = "") -> ed25519.Ed25519PrivateKey:
+    """Return the private key in a PEM file; ``password`` is for one that is encrypted.
+
+    Raises:
+        InputError: there is no such key in the file, or the password is missing or wrong.
+        MissingDependency: ``cryptography`` is not installed.
+    """
+    with needs_extra("A signature", "sign"):
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    content = _key_bytes(path, "private", "public")
+    encrypted = b"ENCRYPTED" in content
+    if encrypted and not password:
+        raise InputError(
+            f"The private key '{path}' is encrypted, and no password is given.",
+            f"Put it in the environment variable {PASSWORD_VARIABLE}, or in a file and give "
+            "--password-file FILE.",
+        )
+    try:
+        key = load_pem_private_key(content, password.encode() if encrypted else None)
+    except Exception as error:  # of many types, one for each way in which a file can be none
+        if encrypted:
+            raise InputError(
+                f"The password does not open the private key '{path}'.",
+                f"Check {PASSWORD_VARIABLE} or --password-file.",
+            ) from error
+        raise _no_key(path, "private", error) from error
+    if not isinstance(key, ed25519.Ed25519PrivateKey):
+        raise _no_key(path, "private", type(key).__name__)
+    return key
+
+
+def public_key_from(path: Path) -> ed25519.Ed25519PublicKey:
+    """Return the public key in a PEM file.
+
+    Raises:
+        InputError: there is no such key in the file.
+        MissingDependency: ``cryptography`` is not installed.
+    """
+    with needs_extra("A signature", "sign"):
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    content = _key_bytes(path, "public", "private")
+    try:
+        key = load_pem_public_key(content)
+    except Exception as error:  # as above
+        raise _no_key(path, "public", error) from error
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise _no_key(path, "public", type(key).__name__)
+    return key
+
+
+def _key_bytes(path: Path, wanted: str, other: str) -> bytes:
+    """Return a PEM file's bytes, and refuse the other half of a pair by name."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_KEY_BYTES)
+    except OSError as error:
+        raise InputError(
+            f"The key '{path}' cannot be read: {error.strerror or error}.", NEW_PAIR
+        ) from error
+    if f"{other.upper()} KEY-----".encode() in content:
+        raise InputError(
+            f"'{path}' is a {other} key; a {wanted} one is wanted.",
+            "The private key signs and stays where it is; FILE.pub beside it checks.",
+        )
+    return content
+
+
+def _no_key(path: Path, what: str, found: object) -> InputError:
+    return InputError(f"'{path}' holds no {what} Ed25519 key in PEM form: {found}.", NEW_PAIR)
+
+
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    """Write a file that must not be there yet, with its mode from the first byte on."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        raise InputError(
+            f"The key '{path}' cannot be written: {error.strerror or error}.",
+            "Choose another place with --new-key FILE.",
+        ) from error
+
+
+def password_from(file: Path | None) -> str:
+    """Return the password in the first line of a file, or in the environment; "" for none.
+
+    Raises:
+        InputError: the file cannot be read, or is empty.
+    """
+    if file is None:
+        return os.environ.get(PASSWORD_VARIABLE, "")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The password file '{file}' cannot be read: {error}.") from error
+    if not lines or not lines[0]:
+        raise InputError(
+            f"The password file '{file}' is empty.", "Write the password in its first line."
+        )
+    return lines[0]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-__all__ = ["Progress", "Stopwatch"]
-
 Progress = Callable[[str], None]
 """Told what is being done, one phrase."""
 

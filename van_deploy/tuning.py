@@ -29,8 +29,6 @@ from van_deploy.precision.pipeline import quantize_bundle
 from van_deploy.results import Tuned
 from van_deploy.runners.network import Network
 
-__all__ = ["Candidate", "candidates_of", "require_timing", "tuned", "with_scope"]
-
 LEAST_S, LEAST_CALLS, ROUNDS = 0.3, 10, 5
 SCOPES = ("pointwise", "deep", "all")
 

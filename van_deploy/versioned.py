@@ -17,8 +17,6 @@ from van_deploy.documents import json_from, plain, text_from
 from van_deploy.errors import InputError
 from van_deploy.schema import Schema, validated_json
 
-__all__ = ["Versioned", "read_versioned", "versioned_from"]
-
 Document = TypeVar("Document", bound="Versioned")
 
 

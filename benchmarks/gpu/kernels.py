@@ -6,7 +6,7 @@
 stored tiles, ``all`` tunes as well; ``count`` needs no GPU. ``store`` writes the tuned tiles of
 ``--out`` where the package reads them. With ``TRITON_INTERPRET=1`` every step runs on the CPU,
 to rehearse it: ``--variant tiny --size 16 --batch 1 --tries 2``. Each row is written as soon as
-it is known; a kernel that fails is a row with its error.
+it is known; a kernel that fails is a note.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,8 +32,7 @@ from typing import Any
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # processes are forked below
 
 import torch
-import triton
-from torch.profiler import ProfilerActivity, profile
+from result import Result, turn
 
 from van_deploy.kernels import launch, network, plain, steps
 from van_deploy.kernels.launch import FEW, TILES, Launch, Tile, recorded
@@ -84,41 +82,39 @@ def trying(key: str, tile: Tile) -> Iterator[None]:
             TILES[key] = before
 
 
-class Results:
-    """The rows so far, in memory and in a file."""
+class Log:
+    """What :class:`Result` holds, under a budget of time; a failure is a note.
 
-    def __init__(self, path: Path, seconds: float) -> None:
+    Attributes:
+        left: seconds that are left of the budget.
+    """
+
+    def __init__(self, path: Path, seconds: float, dtype: str) -> None:
         """Start the clock of the budget."""
-        self.path, self.start, self.seconds = path, time.monotonic(), seconds
-        self.document: dict[str, Any] = {"rows": [], "tuned": {}}
-        self.always: dict[str, Any] = {}
+        self.result, self._end = Result(path), time.monotonic() + seconds
+        self.title = f"kernels, {dtype}: kernels one by one"
+        self.lines: list[dict[str, Any]] = []
 
     @property
     def left(self) -> float:
         """Return the seconds that are left of the budget."""
-        return self.seconds - (time.monotonic() - self.start)
+        return self._end - time.monotonic()
 
-    def add(self, quiet: dict[str, Any] | None = None, **row: Any) -> None:
-        """Add a row, write the file and print the row without ``quiet``."""
-        row = {**self.always, **row, "at_s": round(time.monotonic() - self.start, 1)}
-        self.document["rows"].append(row | (quiet or {}))
-        self.path.write_text(json.dumps(self.document, indent=1))
-        print(" ".join(f"{k}={_short(v)}" for k, v in row.items()), flush=True)
+    def line(self, **values: Any) -> None:
+        """Add a line to the table of kernels, and print it."""
+        self.lines.append(values)
+        self.result.table(self.title, self.lines)
+        print(" ".join(f"{key}={value}" for key, value in values.items()), flush=True)
 
     @contextlib.contextmanager
-    def guarded(self, needs: float = 0.0, **row: Any) -> Iterator[bool]:
-        """Make a failure inside a row and go on; yield whether ``needs`` seconds are left."""
+    def guarded(self, what: str, needs: float = 0.0) -> Iterator[bool]:
+        """Make a failure inside a note and go on; yield whether ``needs`` seconds are left."""
         if self.left < needs:
-            self.add(**row, skipped="budget")
+            self.result.note(f"{what}: skipped, {self.left:.0f} s of its budget were left")
         try:
             yield self.left >= needs
         except Exception as error:
-            where = traceback.format_exc().splitlines()[-7:]
-            self.add(**row, error=f"{type(error).__name__}: {error}"[:600], where=where)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+            self.result.note(f"{what}: {type(error).__name__}: {error}"[:600])
 
 
 def configuration(name: str) -> VanConfig:
@@ -271,17 +267,15 @@ def _compile(job: Job) -> str:
 class Compiler:
     """Processes that compile kernels; made before this process uses the GPU."""
 
-    def __init__(self, results: Results) -> None:
+    def __init__(self, log: Log) -> None:
         """Fork the processes."""
-        self.results, self.seen = results, set[str]()
+        self.log, self.seen = log, set[str]()
         self.pool = multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1))
 
     def compile(self, calls: dict[str, Call], tries: int) -> Any:
         """Start to compile each call with its first tiles, in parallel."""
         wanted: list[Job] = []
-        if launch.INTERPRETED:
-            return None
-        for call in calls.values():
+        for call in calls.values() if not launch.INTERPRETED else ():
             plain_arguments = tuple(
                 (tuple(a.shape), a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a
                 for a in call.arguments
@@ -293,22 +287,13 @@ class Compiler:
                     wanted.append((call.step, plain_arguments, call.key, tile))
         return self.pool.map_async(_compile, wanted, chunksize=1)
 
-    def wait(self, waiting: Any, **row: Any) -> None:
+    def wait(self, waiting: Any, what: str) -> None:
         """Wait until the kernels of :meth:`compile` are in the cache."""
-        if waiting is None:
-            return
-        start = time.monotonic()
-        with self.results.guarded(step="precompile", **row):
-            found = waiting.get(timeout=max(10.0, self.results.left))
-            failures = [f for f in found if f]
-            self.results.add(
-                {"failures": failures[:20]},
-                step="precompile",
-                **row,
-                kernels=len(found),
-                waited_s=round(time.monotonic() - start, 1),
-                failed=len(failures),
-            )
+        with self.log.guarded(f"{what}: compiling"):
+            found = waiting.get(timeout=max(10.0, self.log.left))
+            print(f"{what}: {len(found)} kernels compiled", flush=True)
+            for failure in [text for text in found if text][:20]:
+                self.log.result.note(f"{what}: {failure}")
 
 
 def _signature(made: Launch) -> str:
@@ -401,27 +386,20 @@ def walled(tensor: Any) -> Any:
     return flat[128:-128].view(tensor.shape)
 
 
-def off(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the relative error; NaN if the kernel left a hole."""
-    return float((found.to(expected.dtype) - expected).norm() / expected.norm())
-
-
-def tune(args: Any, results: Results, model: FusedVan, batch: int, bandwidth: float) -> None:
+def tune(args: Any, log: Log, model: FusedVan, batch: int, bandwidth: float) -> None:
     """Check and time every kernel of the network, and keep its best tile."""
     x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
     calls, counts = calls_of(model, x)
     for key, call in calls.items():
-        row = {"step": "each", "key": key, "batch": batch}
-        with results.guarded(6.0, **row) as enough, torch.no_grad():
+        place = {"network": args.variant, "batch": batch, "kernel": key, "calls": counts[key]}
+        with log.guarded(f"{args.variant}, batch {batch}, {key}", 6.0) as enough, torch.no_grad():
             if enough:
-                tune_call(args, results, call, counts[key], batch, bandwidth)
-    results.document["tuned"] = {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())}
+                log.line(**place, **tuned(args, call, bandwidth))
+    log.result.fact("tuned", {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())})
 
 
-def tune_call(
-    args: Any, results: Results, call: Call, count: int, batch: int, bandwidth: float
-) -> None:
-    """Check and time one kernel with its tiles."""
+def tuned(args: Any, call: Call, bandwidth: float) -> dict[str, Any]:
+    """Check and time one kernel with its tiles; keep the best one and return its figures."""
     run = getattr(steps, call.step)
     doubles = [a.double() if isinstance(a, torch.Tensor) else a for a in call.arguments]
     expected = getattr(plain, call.step)(*doubles).float()
@@ -433,98 +411,87 @@ def tune_call(
         for _ in range(copies - 1)
     ]
 
-    def attempt(tile: Tile) -> dict[str, Any]:
+    def attempt(tile: Tile) -> tuple[float, float, Tile]:
+        """Return microseconds, relative error, and the tile."""
+        with trying(call.key, tile):
+            with poisoned():
+                found = run(*guarded).to(expected.dtype)
+            error = float((found - expected).norm() / expected.norm())  # NaN where it left a hole
+            return timed(lambda i: run(*sets[i]), copies, args.span) * 1e6, error, tile
+
+    tiles, tried, bad = candidates(call)[: args.tries], [], []
+    for tile in tiles:
         try:
-            with trying(call.key, tile):
-                with poisoned():
-                    error = off(run(*guarded), expected)
-                seconds = timed(lambda i: run(*sets[i]), copies, args.span)
-        except Exception as failure:
-            return {"error": f"{type(failure).__name__}: {failure}"[:200], "tile": tile}
-        return {"us": round(seconds * 1e6, 2), "tile": tile, "relative_error": error}
-
-    tiles = candidates(call)[: args.tries]
-    tried = [attempt(tile) for tile in tiles]
-    good = [t for t in tried if t.get("relative_error", math.inf) <= LIMITS[args.dtype]]
-    bad = len(tried) - len(good)
+            tried.append(attempt(tile))
+        except Exception as failure:  # noqa: PERF203 - each on its own
+            bad.append(f"{tile}: {type(failure).__name__}: {failure}"[:200])
+    good = [one for one in tried if one[1] <= LIMITS[args.dtype]]
+    bad += [
+        f"{tile}: relative error {error:.2g}"
+        for _, error, tile in tried
+        if not error <= LIMITS[args.dtype]
+    ]
     if not good:
-        results.add({"tried": tried}, step="each", key=call.key, batch=batch, error="no tile works")
-        return
-    best = min(good, key=lambda t: t["us"])
+        raise RuntimeError(f"no tile works: {'; '.join(bad)}")
+    us, error, tile = min(good, key=lambda one: one[0])
     if len(tiles) > 1:
-        TILES[call.key] = best["tile"]
+        TILES[call.key] = tile
     moved, done = call.launch.bytes, operations(call.launch)
-    results.add(
-        {"tried": tried},
-        step="each",
-        key=call.key,
-        batch=batch,
-        count=count,
-        bytes=moved,
-        operations=done,
-        us=best["us"],
-        default_us=tried[0].get("us"),
-        of_copy=round(moved / best["us"] * 1e6 / bandwidth, 3),
-        tflop_s=round(done / best["us"] / 1e6, 2),
-        relative_error=best["relative_error"],
-        failed_tiles=bad,
-        tile=best["tile"],
-    )
+    return {
+        "us": round(us, 2),
+        "default us": round(tried[0][0], 2),
+        "MB": round(moved / 1e6, 2),
+        "of copy": round(moved / us * 1e6 / bandwidth, 3),
+        "TFLOP/s": round(done / us / 1e6, 2),
+        "relative error": error,
+        "tiles that fail": len(tiles) - len(good),
+    }
 
 
-def fidelity(args: Any, results: Results, model: FusedVan) -> None:
-    """Compare logits with those of the original network in float64."""
-    with results.guarded(step="sqnr"), torch.no_grad():
-        x = images(args.variant, 2, args.size)
-        double = copy.deepcopy(original(args.variant)).double().to(DEVICE)
-        expected = double(x.double().to(DEVICE))
-        noise = (model(x.to(DEVICE)).double() - expected).square().sum()
-        db = float(10 * torch.log10(expected.square().sum() / noise))
-        results.add(step="sqnr", plan="apart", db=round(db, 2))
+def whole(args: Any, log: Log, model: FusedVan, batch: int, tiles: str) -> None:
+    """Time the network under a CUDA graph."""
+    with log.guarded(f"{args.variant}, batch {batch}, {tiles} tiles", 1.0) as enough:
+        if not enough:
+            return
+        x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
+        with torch.no_grad():
+            graph = captured(lambda: model(x)) if ON_GPU else None
+            seconds = replay_time(graph, 0.25) if graph else timed(lambda _: model(x), 1)
+        log.result.row(
+            network=args.variant,
+            image_size=args.size,
+            runner=f"kernels, {tiles} tiles",
+            group="van-deploy",
+            precision=args.dtype,
+            batch=batch,
+            queued_ms=seconds * 1e3,
+            note="a CUDA graph, replayed",
+        )
 
 
-def whole(args: Any, results: Results, model: FusedVan, batch: int, tiles: str) -> None:
-    """Time the network under a CUDA graph, and share the time among its kernels."""
-    x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
-    row: dict[str, Any] = {"plan": "apart", "tiles": tiles}
-    with results.guarded(1.0, step="network", batch=batch, **row) as enough, torch.no_grad():
-        if enough:
-            time_network(results, model, x, row)
-
-
-def time_network(results: Results, model: FusedVan, x: torch.Tensor, row: dict[str, Any]) -> None:
-    """Add the rows of :func:`whole`."""
-    batch = len(x)
-    if not ON_GPU:
-        row |= {"batch": batch, "ms": timed(lambda _: model(x), 1) * 1e3}
-        results.add(step="network", **row)
-        return
-    graph = captured(lambda: model(x))
-    seconds = replay_time(graph, 0.25)
-    row |= {"batch": batch, "ms": round(seconds * 1e3, 4), "images_s": round(batch / seconds, 1)}
-    results.add(step="network", **row)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        graph.replay()
-        torch.cuda.synchronize()
-    events = [e for e in seen.key_averages() if e.self_device_time_total > 0]
-    rows = sorted(events, key=lambda e: -e.self_device_time_total)
-    shares = [[e.key[:70], e.count, round(e.self_device_time_total, 1)] for e in rows[:16]]
-    total = round(sum(e.self_device_time_total for e in rows), 1)
-    results.add(step="profile", batch=batch, plan="apart", total_us=total, kernels=shares)
-
-
-def count(args: Any, results: Results, model: FusedVan, batch: int) -> None:
+def count(args: Any, model: FusedVan, batch: int) -> None:
     """Print launches, bytes and operations; needs no GPU."""
     calls, counts = unmade(model, batch, args.size)
     made = [(calls[key].launch, times) for key, times in counts.items()]
-    results.add(
-        step="count",
-        variant=args.variant,
-        batch=batch,
-        launches=counts.total(),
-        mb_an_image=round(sum(one.bytes * n for one, n in made) / batch / 1e6, 2),
-        gflop_an_image=round(sum(operations(one) * n for one, n in made) / batch / 1e9, 3),
+    moved = sum(one.bytes * n for one, n in made) / batch / 1e6
+    done = sum(operations(one) * n for one, n in made) / batch / 1e9
+    print(
+        f"{args.variant}, batch {batch}: {counts.total()} launches, {moved:.2f} MB and "
+        f"{done:.3f} GFLOP an image"
     )
+
+
+def store(path: Path) -> int:
+    """Write the tuned tiles where the package reads them."""
+    facts = json.loads(path.read_text())["facts"]
+    folder = Path(launch.__file__).parent
+    target = folder / f"tuned_sm{facts['capability'].replace('.', '')}.json"
+    known = json.loads(target.read_text()) if target.is_file() else {}
+    both = sorted((known | facts["tuned"]).items())
+    lines = [f"{json.dumps(key)}: {json.dumps(tile)}" for key, tile in both]
+    target.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"{len(lines)} tiles in {target}")
+    return 0
 
 
 def arguments() -> Any:
@@ -539,74 +506,45 @@ def arguments() -> Any:
     parser.add_argument("--budget", type=float, default=110.0, help="seconds")
     parser.add_argument("--span", type=float, default=0.008, help="seconds to time each tile")
     parser.add_argument("--tries", type=int, default=99, help="tiles to try for each launch")
-    parser.add_argument("--tiles", type=Path, help="tuned tiles to start from: JSON of this script")
     return parser.parse_args()
-
-
-def store(args: Any) -> int:
-    """Write the tuned tiles where the package reads them."""
-    document = json.loads(args.out.read_text())
-    folder = Path(launch.__file__).parent
-    path = folder / f"tuned_sm{document['capability'].replace('.', '')}.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    lines = [
-        f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted((known | document["tuned"]).items())
-    ]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    print(f"{len(lines)} tiles in {path}")
-    return 0
 
 
 def main() -> int:
     """Run the steps that were asked for."""
     args = arguments()
     if args.step == "store":
-        return store(args)
-    results = Results(args.out, args.budget)
+        return store(args.out)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.set_num_threads(4)  # the networks are made while other processes compile
-    if args.tiles:
-        TILES.update(json.loads(args.tiles.read_text())["tuned"])
     variants, batches = args.variant.split(","), [int(b) for b in args.batch.split(",")]
-    args.tries = args.tries if args.step == "all" else 1
-    compiler = None if args.step == "count" else Compiler(results)
-    waiting: list[tuple[str, FusedVan, int, Any]] = []
-    for name in variants:
-        args.variant, model = name, built(name, DTYPES[args.dtype])
-        for batch in batches:
-            if compiler is None:
-                count(args, results, model, batch)
-            else:
-                jobs = compiler.compile(unmade(model, batch, args.size)[0], args.tries)
-                waiting.append((name, model, batch, jobs))
-    if compiler is None:
+    models = {name: built(name, DTYPES[args.dtype]) for name in variants}
+    if args.step == "count":
+        for args.variant, batch in itertools.product(variants, batches):
+            count(args, models[args.variant], batch)
         return 0
-    results.document |= {
-        "device": torch.cuda.get_device_name() if ON_GPU else "CPU, interpreted",
-        "capability": ".".join(map(str, torch.cuda.get_device_capability())) if ON_GPU else "0.0",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "variant": variants[0],
-        "dtype": args.dtype,
-        "size": args.size,
+    log = Log(args.out, args.budget, args.dtype)
+    args.tries = args.tries if args.step == "all" else 1
+    compiler = Compiler(log)
+    jobs = {
+        (name, batch): compiler.compile(unmade(models[name], batch, args.size)[0], args.tries)
+        for name, batch in itertools.product(variants, batches)
     }
-    for name, _, batch, jobs in waiting:
-        compiler.wait(jobs, variant=name, batch=batch)
-    print("step=timing: from here on the machine is needed alone", flush=True)
-    bandwidth = copy_bandwidth()
-    results.add(step="copy", gb_s=round(bandwidth / 1e9, 1), device=results.document["device"])
-    for args.variant, model, batch, _ in waiting:
-        results.always = {"variant": args.variant}
-        model.to(DEVICE)
-        if batch == batches[0]:
-            fidelity(args, results, model)
-        if args.step != "check":
-            whole(args, results, model, batch, "default" if args.step == "all" else "stored")
-        if args.step != "network":
-            tune(args, results, model, batch, bandwidth)
-        if args.step == "all":
-            whole(args, results, model, batch, "tuned")
+    for (name, batch), job in jobs.items():
+        compiler.wait(job, f"{name}, batch {batch}")
     compiler.pool.terminate()
+    capability = torch.cuda.get_device_capability() if ON_GPU else (0, 0)
+    log.result.fact("capability", ".".join(map(str, capability)))
+    with turn():
+        bandwidth = copy_bandwidth()
+        log.result.note(f"Copying on this device: {bandwidth / 1e9:.1f} GB/s.")
+        for args.variant, batch in jobs:
+            model = models[args.variant].to(DEVICE)
+            if args.step != "check":
+                whole(args, log, model, batch, "default" if args.step == "all" else "stored")
+            if args.step != "network":
+                tune(args, log, model, batch, bandwidth)
+            if args.step == "all":
+                whole(args, log, model, batch, "tuned")
     return 0
 
 

@@ -4,11 +4,11 @@
     python benchmarks/gpu/report.py --part b --output DIR            # every runtime, tests, gates
     python benchmarks/gpu/report.py --part a --output DIR --only ceilings,eager-b0
     python benchmarks/gpu/report.py --part a --output DIR --rehearse # every step, small, on the CPU
-    python benchmarks/gpu/report.py --page DIR [DIR...] [--kernels FILE...] > docs/gpu-results.md
+    python benchmarks/gpu/report.py --page DIR [DIR...] > docs/gpu-results.md
 
 van-deploy has to be installed as a wheel: nothing is imported from the checkout. Each step is
 a process of its own with a time limit. Steps prepare at the same time and time one by one
-(turns.py). After every step ``results.json`` and ``results.md`` are written anew, so a run
+(result.py). After every step ``results.json`` and ``results.md`` are written anew, so a run
 that is cut off leaves what it had. A step that does not fit the budget is not started, and
 says so.
 """
@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,11 +33,10 @@ from pathlib import Path
 from typing import Any
 
 from page import page, short_table
-from part_a import steps_of_a
-from part_b import steps_of_b
-from result import plain
-from step import Context, Step, kernels_step
-from turns import DONE, GO, REQUEST, VARIABLE
+from result import DONE, GO, REQUEST, VARIABLE, write
+from steps import SKIPPED, WORK, Context, Step, steps_of_a, steps_of_b
+
+from van_deploy.environment.hardware import nvidia_driver
 
 SCHEMA = "van-deploy/gpu-report/1"
 WRITE_UP_S = 6  # of the budget, kept for the page and the archive
@@ -56,7 +55,6 @@ class Running:
         deadline: when it is stopped; later by every turn of another step.
         log: what it printed.
         turn_s: seconds that it had the machine alone.
-        reader: puts its lines into the queue.
     """
 
     step: Step
@@ -65,7 +63,6 @@ class Running:
     deadline: float
     log: list[str] = field(default_factory=list)
     turn_s: float = 0.0
-    reader: threading.Thread | None = None
 
 
 class Report:
@@ -107,7 +104,6 @@ class Report:
                     self._launch(step)
             if self.running:
                 self._attend()
-        self._write()
 
     def stop(self) -> None:
         """End everything that still runs."""
@@ -124,7 +120,6 @@ class Report:
 
     def _launch(self, step: Step) -> None:
         environment = {**os.environ, **self.context.environment, **step.environment}
-        environment[VARIABLE] = "1"
         process = subprocess.Popen(
             step.command,
             stdin=subprocess.PIPE,
@@ -133,20 +128,19 @@ class Report:
             text=True,
             errors="replace",
             cwd=self.context.work,
-            env=environment,
+            env={**environment, VARIABLE: "1"},
             preexec_fn=os.setpgrp,
         )
         now = time.monotonic()
         running = Running(step, process, now, now + step.limit_s)
         self.running.append(running)
         self._say(f"{step.name}: started")
-        running.reader = threading.Thread(target=self._read, args=(running,), daemon=True)
-        running.reader.start()
+        threading.Thread(target=self._read, args=(running,), daemon=True).start()
 
     def _read(self, running: Running) -> None:
-        assert running.process.stdout is not None
-        for line in running.process.stdout:
-            self.lines.put((running, line.rstrip("\n")))
+        with running.process.stdout as lines:
+            for line in lines:
+                self.lines.put((running, line.rstrip("\n")))
         self.lines.put((running, None))
 
     def _attend(self) -> None:
@@ -160,11 +154,6 @@ class Report:
                 self._ended(running)
             elif line == REQUEST:
                 self.waiting.append(running)
-            elif running.step.turn_at and line.startswith(running.step.turn_at):
-                running.log.append(line)
-                if running is not self.holder and running not in self.waiting:
-                    _signal(running, signal.SIGSTOP)
-                    self.waiting.append(running)
             elif line == DONE:
                 self._release(running)
             else:
@@ -186,11 +175,7 @@ class Report:
         for other in self.running:
             if other is not running:
                 _signal(other, signal.SIGSTOP)
-        if running.step.turn_at:
-            _signal(running, signal.SIGCONT)
-            return
         try:
-            assert running.process.stdin is not None
             running.process.stdin.write(GO + "\n")
             running.process.stdin.flush()
         except OSError:
@@ -205,67 +190,46 @@ class Report:
         for other in self.running:
             if other is not running:
                 other.deadline += took
-                if not (other.step.turn_at and other in self.waiting):
-                    _signal(other, signal.SIGCONT)
+                _signal(other, signal.SIGCONT)
 
     def _ended(self, running: Running) -> None:
         if running not in self.running:
             return
         code = running.process.wait()
-        self._drop(running)
-        step = running.step
-        if code == 0:
-            self._finish(step, "done", "", running)
-        elif code == step.skip_code:
-            self._finish(step, "skipped", _last(running.log), running)
-        else:
-            self._finish(step, "failed", f"exit code {code}: {_last(running.log)}", running)
+        last = next((line.strip()[:300] for line in running.log[::-1] if line.strip()), "no word")
+        state = {0: "done", SKIPPED: "skipped"}.get(code, "failed")
+        reason = {0: "", SKIPPED: last}.get(code, f"exit code {code}: {last}")
+        self._drop(running, state, reason)
 
     def _kill(self, running: Running, reason: str = "the report was stopped") -> None:
         _signal(running, signal.SIGKILL)
         _signal(running, signal.SIGCONT)
         running.process.wait()
-        self._drop(running)
-        self._finish(running.step, "stopped", reason, running)
+        self._drop(running, "stopped", reason)
 
-    def _drop(self, running: Running) -> None:
+    def _drop(self, running: Running, state: str, reason: str) -> None:
+        with contextlib.suppress(OSError):
+            running.process.stdin.close()
         self.running.remove(running)
-        if running.reader is not None:
-            running.reader.join(2)
-        for pipe in (running.process.stdin, running.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
         self.waiting = [other for other in self.waiting if other is not running]
         self._release(running)
+        self._finish(running.step, state, reason, running)
 
     def _finish(self, step: Step, state: str, reason: str, running: Running | None = None) -> None:
-        entry: dict[str, Any] = {
-            "name": step.name,
-            "about": step.about,
-            "command": step.shown,
-            "state": state,
-            "reason": reason,
-        }
+        """Keep what became of a step, and write everything anew."""
+        entry: dict[str, Any] = {"name": step.name, "about": step.about, "command": step.shown}
+        entry |= {"state": state, "reason": reason}
+        work, output = self.context.work / f"{step.name}.json", self.context.output
         if running is not None:
-            log = self.context.work / f"{step.name}.log"
-            log.write_text("\n".join(running.log) + "\n", encoding="utf-8")
+            work.with_suffix(".log").write_text("\n".join(running.log) + "\n", encoding="utf-8")
             entry["seconds"] = round(time.monotonic() - running.started, 1)
             entry["turn_seconds"] = round(running.turn_s, 1)
-            entry["content"] = self.context.content_of(step.name)
+            if work.exists():
+                entry["content"] = _json(work)
             if state != "done":
                 entry["log_end"] = running.log[-30:]
         self.done[step.name] = entry
         self._say(f"{step.name}: {state}{f' ({reason})' if reason else ''}")
-        self._write()
-
-    def _say(self, text: str) -> None:
-        line = f"[{time.monotonic() - self.start:6.1f} s] {text}"
-        self.log.append(line)
-        print(line, flush=True)
-
-    def _write(self) -> None:
-        ordered = [self.done[step.name] for step in self.steps if step.name in self.done]
         document = {
             "schema": SCHEMA,
             "part": self.context.part,
@@ -274,23 +238,26 @@ class Report:
             "rehearsal": self.context.rehearse,
             "seconds": round(time.monotonic() - self.start, 1),
             "command": self.context.command,
-            "steps": ordered,
+            "steps": [self.done[step.name] for step in self.steps if step.name in self.done],
         }
-        self.context.write("results.json", plain(document))
-        (self.context.output / "results.md").write_text(page([plain(document)]), encoding="utf-8")
-        (self.context.output / "log.txt").write_text("\n".join(self.log) + "\n", encoding="utf-8")
+        write(output / "results.json", document)
+        (output / "results.md").write_text(page([document]), encoding="utf-8")
+        (output / "log.txt").write_text("\n".join(self.log) + "\n", encoding="utf-8")
+
+    def _say(self, text: str) -> None:
+        line = f"[{time.monotonic() - self.start:6.1f} s] {text}"
+        self.log.append(line)
+        print(line, flush=True)
 
 
 def _signal(running: Running, number: int) -> None:
     """Send a signal to a step and everything it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(running.process.pid, number)
-    except (ProcessLookupError, PermissionError):
-        return
 
 
-def _last(log: Sequence[str]) -> str:
-    return next((line.strip()[:300] for line in reversed(log) if line.strip()), "it said nothing")
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _archive(context: Context) -> None:
@@ -301,66 +268,52 @@ def _archive(context: Context) -> None:
                 archive.add(path, path.name)
 
 
-def _device() -> str:
-    """Return the first CUDA device where a driver answers, else the CPU."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return "cpu"
-    found = subprocess.run([smi, "-L"], capture_output=True, text=True, check=False)
-    return "cuda:0" if found.returncode == 0 and "GPU" in found.stdout else "cpu"
-
-
-def main() -> int:
-    """Run one part, or write the page of earlier runs; return 1 if a step failed."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", choices=("a", "b"), default="a")
     parser.add_argument("--output", type=Path, default=Path("gpu-report"))
     parser.add_argument("--only", default="", help="steps, with commas between")
-    parser.add_argument("--skip", default="", help="steps to leave out, likewise")
     parser.add_argument("--list", action="store_true", help="print the steps and end")
     parser.add_argument("--budget", type=float, help="seconds of the whole run")
-    parser.add_argument("--kernel-budget", type=float, default=100, help="of it for kernels.py")
     parser.add_argument("--device", default="", help="cuda:N or cpu (default: cuda:0 if any)")
     parser.add_argument("--parallel", type=int, help="steps that prepare at the same time")
     parser.add_argument("--rehearse", action="store_true", help="every step, small, on the CPU")
-    parser.add_argument("--bundles", type=Path, help="bundles made beforehand, for part b")
+    parser.add_argument("--bundles", type=Path, default=Path(".gpu/bundles"), help="for part b")
     parser.add_argument("--page", type=Path, nargs="+", help="print the page of these runs")
-    parser.add_argument(
-        "--kernels",
-        type=Path,
-        nargs="*",
-        default=[],
-        help="and of kernels.py on the last one's GPU",
-    )
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def _context(options: argparse.Namespace) -> Context:
+    """Return where to run; the working folder lies outside what is kept, and is emptied."""
+    driver = nvidia_driver()
+    here = "cuda:0" if driver and driver.gpus and not options.rehearse else "cpu"
+    output, work = options.output.resolve(), WORK / options.part
+    for folder in (output, work):
+        folder.mkdir(parents=True, exist_ok=True)
+    for old in work.glob("*.json"):
+        old.unlink()
+    command = "python benchmarks/gpu/report.py " + " ".join(sys.argv[1:])
+    given = (options.device or here, options.rehearse, options.bundles.resolve(), command)
+    return Context(options.part, output, work, *given)
+
+
+def main() -> int:
+    """Run one part, or write the page of earlier runs; return 1 if a step failed."""
+    options = _arguments()
     if options.page:
-        documents = [Context.read(folder / "results.json") for folder in options.page]
-        for path in options.kernels:
-            documents[-1]["steps"].append(kernels_step(path))
-        print(page(documents), end="")
+        print(page([_json(folder / "results.json") for folder in options.page]), end="")
         return 0
-    device = options.device or ("cpu" if options.rehearse else _device())
-    context = Context.create(
-        part=options.part,
-        output=options.output,
-        device=device,
-        rehearse=options.rehearse,
-        bundles=options.bundles,
-        command="python benchmarks/gpu/report.py " + " ".join(sys.argv[1:]),
-    )
-    kernel_s = options.kernel_budget
-    steps = steps_of_a(context, kernel_s) if options.part == "a" else steps_of_b(context)
+    context = _context(options)
+    steps = (steps_of_a if options.part == "a" else steps_of_b)(context)
     if options.list:
         for step in steps:
-            print(f"{step.name:<28}{step.about}" + (f"  [skipped: {step.skip}]" * bool(step.skip)))
+            print(f"{step.name:<28}{step.about}" + f"  [skipped: {step.skip}]" * bool(step.skip))
         return 0
     if options.only:
         wanted = options.only.split(",")
-        unknown = set(wanted) - {step.name for step in steps}
-        if unknown:
-            parser.error(f"no step '{min(unknown)}'; --list prints them")
+        if unknown := set(wanted) - {step.name for step in steps}:
+            raise SystemExit(f"no step '{min(unknown)}'; --list prints them")
         steps = [step for step in steps if step.name in wanted]
-    steps = [step for step in steps if step.name not in options.skip.split(",")]
     budget = options.budget or (170.0 if options.part == "a" else 290.0)
     parallel = options.parallel or max(1, min(6, (os.cpu_count() or 1) // 2))
     report = Report(context, steps, budget, parallel)
@@ -370,7 +323,7 @@ def main() -> int:
     finally:
         report.stop()
         _archive(context)
-        print(short_table(Context.read(context.output / "results.json")), flush=True)
+        print(short_table(_json(context.output / "results.json")), flush=True)
     return int(any(entry["state"] in ("failed", "stopped") for entry in report.done.values()))
 
 

@@ -2,13 +2,14 @@
 
     python benchmarks/gpu/runtime_steps.py ort --bundle DIR --artifact fp16 --out FILE
 
-Started by report.py, each in a process of its own. PyTorch is not imported here: ONNX Runtime
-has to find CUDA by itself, as it must in a server.
+Started by report.py, each in a process of its own. PyTorch is not imported here but for
+packages: ONNX Runtime has to find CUDA by itself, as it must in a server.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -17,16 +18,23 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from result import Result
-from step import SKIPPED
-from turns import turn
+import numpy as np
+from result import Result, turn
+from steps import SKIPPED
+
+from van_deploy.bench.gpu import GpuWatch, clock_of, timed
+from van_deploy.bundle import Bundle
+from van_deploy.metrics import sqnr_db, top1_agreement
+from van_deploy.runners.base import CudaOptions
+from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPARED = 32
+COMPARED = 32  # images on which a row is compared with FP32
 SEED = 20
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
@@ -37,26 +45,17 @@ def ort(result: Result, options: argparse.Namespace) -> None:
     Without a graph at the smallest and the largest batch only: choosing cuDNN's algorithms
     takes seconds a batch size.
     """
-    from van_deploy.runners.base import CudaOptions
-    from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
+    subject, ends = _Subject(options), sorted({options.batches[0], options.batches[-1]})
 
-    subject = _Subject(options)
-    tf32 = options.tf32
-    plain = CudaOptions(use_tf32=tf32)
-    tried: dict[Any, float] = {}
-    for cuda in (plain, replace(plain, prefer_nhwc=True)):
+    def measured(cuda: CudaOptions, batches: Sequence[int]) -> float:
+        words = ["ort-cuda", "nhwc" if cuda.prefer_nhwc else "nchw"]
+        words += ["tf32"] * cuda.use_tf32 + ["graph"] * cuda.cuda_graph
         runner = OnnxRuntimeRunner(subject.path, name="ort-cuda", device=options.device, cuda=cuda)
-        name, ends = _ort_name(cuda), sorted({options.batches[0], options.batches[-1]})
-        tried[cuda] = subject.measure(result, runner, name, ends, options=asdict(cuda))
-    best = replace(min(tried, key=lambda cuda: tried[cuda]), cuda_graph=True)
-    runner = OnnxRuntimeRunner(subject.path, name="ort-cuda", device=options.device, cuda=best)
-    subject.measure(result, runner, _ort_name(best), options=asdict(best))
+        return subject.measure(result, runner, "+".join(words), batches, options=asdict(cuda))
 
-
-def _ort_name(cuda: Any) -> str:
-    words = ["ort-cuda", "nhwc" if cuda.prefer_nhwc else "nchw"]
-    words += ["tf32"] * cuda.use_tf32 + ["graph"] * cuda.cuda_graph
-    return "+".join(words)
+    plain = CudaOptions(use_tf32=options.tf32)
+    tried = {cuda: measured(cuda, ends) for cuda in (plain, replace(plain, prefer_nhwc=True))}
+    measured(replace(min(tried, key=lambda cuda: tried[cuda]), cuda_graph=True), options.batches)
 
 
 def inductor(result: Result, options: argparse.Namespace) -> None:
@@ -66,26 +65,27 @@ def inductor(result: Result, options: argparse.Namespace) -> None:
     from van_deploy.runners.inductor import InductorRunner
 
     for name, path in _of_kind(subject.bundle, "package"):
-        runner = InductorRunner(path, device=options.device)
         words = "inductor, fused kernels" if options.fused else "inductor"
-        subject.measure(result, runner, f"{words}, {name}")
-    _verified(result, subject.bundle, options)
+        runner = InductorRunner(path, device=options.device)
+        subject.measure(result, runner, f"{words}, {name}", options.batches)
+    _judge(result, subject.bundle, options, "verify")
 
 
 def engine(result: Result, options: argparse.Namespace) -> None:
     """Build an engine for this GPU by the command line, then time it with and without a graph."""
+    module = MODULES[options.backend]
+    if importlib.util.find_spec(module) is None:
+        _skip(f"the package {module} is not installed")
     subject = _Subject(options)
-    backend = options.backend
-    if not _installed(MODULES[backend]):
-        _skip(f"the package {MODULES[backend]} is not installed")
-    _built(result, subject.bundle, options, backend)
+    _built(result, subject.bundle, options, options.backend)
     from van_deploy.runners.tensorrt import TensorRtRunner
 
     for name, path in _of_kind(subject.bundle, "engine"):
         for graph in (False, True):
             runner = TensorRtRunner(path, device=options.device, cuda_graph=graph)
-            subject.measure(result, runner, f"{backend} {name}" + "+graph" * graph)
-    _verified(result, subject.bundle, options)
+            words = f"{options.backend} {name}" + "+graph" * graph
+            subject.measure(result, runner, words, options.batches)
+    _judge(result, subject.bundle, options, "verify")
 
 
 def agreement(result: Result, options: argparse.Namespace) -> None:
@@ -93,52 +93,9 @@ def agreement(result: Result, options: argparse.Namespace) -> None:
     bundle = _copied(options)
     if options.package:
         _built(result, bundle, options, "inductor")
-    _verified(result, bundle, options)
+    _judge(result, bundle, options, "verify")
     if options.images:
         _judge(result, bundle, options, "evaluate", "--images", options.images)
-
-
-def _verified(result: Result, bundle: Path, options: argparse.Namespace) -> None:
-    """Add what ``van-deploy verify`` says of everything in a bundle."""
-    _judge(result, bundle, options, "verify")
-
-
-def _judge(
-    result: Result, bundle: Path, options: argparse.Namespace, verb: str, *images: str
-) -> None:
-    """Add what one judging command says, with its gates and its exit code."""
-    where = ["--device", options.device] if options.device.startswith("cuda") else []
-    done = _van_deploy(verb, str(bundle), *images, "--runner", options.runner, *where, "--json")
-    title = f"{bundle.name}: van-deploy {verb} --runner {options.runner}"
-    result.fact(f"{verb}_exit_code", done.returncode)
-    result.note(f"{title}: exit code {done.returncode}." + f" {_end(done)}" * bool(done.returncode))
-    try:
-        document = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        return
-    result.fact(verb, document)
-    result.table(title, list(_judged(document)))
-
-
-def _judged(document: Any) -> Iterator[dict[str, Any]]:
-    """Yield one flat line a finding of every artifact, and one an accuracy."""
-    entries = document.get("artefacts") or document.get("artifacts") or {}
-    for entry in entries.values() if isinstance(entries, dict) else entries:
-        lines = {}
-        for finding in entry["findings"] if isinstance(entry, dict) else ():
-            limit = finding.get("limit")
-            lines[finding["rule"]] = {
-                "artifact": entry["artefact"],
-                "runner": entry["runner"],
-                "rule": finding["rule"],
-                "outcome": finding["outcome"],
-                "value": finding["value"],
-                "unit": finding["unit"],
-                "limit": limit["value"] if limit else None,
-            }
-        yield from lines.values()
-    for name, accuracy in (document.get("accuracy") or {}).items():
-        yield {"artifact": name, "rule": "top-1", "value": accuracy["top1"]}
 
 
 def benchmark(result: Result, options: argparse.Namespace) -> None:
@@ -148,11 +105,9 @@ def benchmark(result: Result, options: argparse.Namespace) -> None:
     command += ["--runners", "pytorch,ort-cuda/fp16", "--profile"]
     with turn():
         done = _van_deploy(*command, "--seconds", str(options.seconds), "--json")
-    result.fact("exit_code", done.returncode)
-    try:
-        document = json.loads(done.stdout)
-    except json.JSONDecodeError:
-        raise SystemExit(_end(done)) from None
+    document = _document(done)
+    if document is None:
+        raise SystemExit(_end(done))
     result.fact("bench", document)
     columns = ("contender", "batch", "queued_ms", "images_per_s", "error")
     rows = [{key: row.get(key) for key in columns} for row in document["rows"]]
@@ -171,31 +126,20 @@ def tests(result: Result, options: argparse.Namespace) -> None:
     shutil.copy(ROOT / "pyproject.toml", folder)
     junit = folder / "junit.xml"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-v", "--tb=short"]
-    command += [
-        "-k",
-        options.select,
-        "--durations=15",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={junit}",
-        "-o",
-        "addopts=--import-mode=importlib",
-    ]
-    done = subprocess.run([*command, "-W", "default"], cwd=folder, check=False)
-    result.fact("pytest_exit_code", done.returncode)
+    command += ["-k", options.select, "--durations=15", "-p", "no:cacheprovider", "-W", "default"]
+    command += [f"--junitxml={junit}", "-o", "addopts=--import-mode=importlib"]
+    done = subprocess.run(command, cwd=folder, check=False)
     cases = []
     for case in ET.parse(junit).iter("testcase") if junit.exists() else ():
-        outcome = next(
-            (child for child in case if child.tag in {"failure", "error", "skipped"}), None
-        )
-        state = "passed" if outcome is None else outcome.tag
-        words = "" if outcome is None else (outcome.get("message") or "").splitlines()[0][:200]
-        cases.append(
-            {"test": f"{case.get('classname')}.{case.get('name')}", "": state, "why": words}
-        )
-    result.table(f"pytest -m gpu -k '{options.select}'", cases)
+        found = [child for child in case if child.tag in {"failure", "error", "skipped"}]
+        state = found[0].tag if found else "passed"
+        why = ((found[0].get("message") or "") if found else "").partition("\n")[0][:200]
+        test = f"{case.get('classname')}.{case.get('name')}"
+        cases.append({"test": test, "": state, "why": why})
+    words = f"pytest -m gpu -k '{options.select}'"
+    result.table(words, cases)
     counts = {state: sum(case[""] == state for case in cases) for state in {c[""] for c in cases}}
-    result.note(f"pytest -m gpu -k '{options.select}': {counts or 'no test was collected'}.")
+    result.note(f"{words}: {counts or 'no test was collected'}.")
     if done.returncode not in (0, 5):
         raise SystemExit(done.returncode)
 
@@ -204,89 +148,89 @@ class _Subject:
     """A bundle's artifact, its images and the device."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        import numpy as np
-
-        from van_deploy.bundle import Bundle
-
-        self.options = options
-        self.bundle = _copied(options)
+        self.options, self.bundle = options, _copied(options)
         opened = Bundle.open(self.bundle)
         self.path = opened.verified(options.artifact)
         self.size = int(opened.manifest.preprocessing.image_size)
-        rng = np.random.default_rng(SEED)
         shape = (max(options.batches), 3, self.size, self.size)
-        self.images = rng.standard_normal(shape, dtype=np.float32)
-        self.network = options.network
-        self.expected = self._expected(opened.verified("fp32"))
-
-    def _expected(self, path: Path) -> Any:
-        """Return ONNX Runtime's logits of the FP32 file on the CPU."""
-        from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-
-        with OnnxRuntimeRunner(path) as runner:
-            return runner.run(self.images[:COMPARED])
+        self.images = np.random.default_rng(SEED).standard_normal(shape, dtype=np.float32)
+        with OnnxRuntimeRunner(opened.verified("fp32")) as runner:  # on the processor
+            self.expected = runner.run(self.images[:COMPARED])
 
     def measure(
-        self,
-        result: Result,
-        runner: Any,
-        name: str,
-        batches: Sequence[int] | None = None,
-        **facts: Any,
+        self, result: Result, runner: Any, name: str, batches: Sequence[int], **facts: Any
     ) -> float:
         """Add a row a batch size; return the milliseconds of the largest batch, queued."""
-        from van_deploy.bench.gpu import clock_of, timed
-        from van_deploy.bench.gpu_state import GpuWatch
-        from van_deploy.metrics import sqnr_db, top1_agreement
-
-        watch = GpuWatch(self.options.device)
-        slowest = float("inf")
-        try:
-            opened = runner.__enter__()
-        except Exception as error:
-            result.note(f"{name}, {self.options.artifact}: {type(error).__name__}: {error}"[:600])
-            return slowest
-        for batch in batches or self.options.batches:
-            try:
-                resident = opened.resident(self.images[:batch])
-                clock = clock_of(resident, self.options.device)
-                start = time.perf_counter()
-                resident.upload()
-                resident.launch()  # chooses algorithms, compiles: for seconds, so outside the turn
-                clock.wait(clock.mark())
-                first_ms = 1e3 * (time.perf_counter() - start)
-                with turn():
-                    timing = timed(resident, batch, clock, watch, seconds=self.options.seconds)
-                logits = resident.outputs()[:COMPARED]
-                resident.close()
-            except Exception as error:
-                words = f"{type(error).__name__}: {error}"[:600]
-                result.note(f"{name}, {self.options.artifact}, batch {batch}: {words}")
-                continue
-            expected = self.expected[: len(logits)]
-            result.row(
-                network=self.network,
-                image_size=self.size,
-                runner=name,
-                group="van-deploy",
-                precision=self.options.artifact,
-                batch=batch,
-                sqnr_db=sqnr_db(expected, logits),
-                top1_agreement=top1_agreement(expected, logits),
-                **{**timing_row(timing), "first_call_ms": first_ms},
-                **facts,
-            )
-            slowest = timing.queued_ms
-        runner.__exit__(None, None, None)
+        slowest, what = float("inf"), f"{name}, {self.options.artifact}"
+        with _noted(result, what), runner as opened:
+            for batch in batches:
+                with _noted(result, f"{what}, batch {batch}"):
+                    slowest = self._row(result, opened, name, batch, **facts)
         return slowest
 
+    def _row(self, result: Result, opened: Any, name: str, batch: int, **facts: Any) -> float:
+        options = self.options
+        resident = opened.resident(self.images[:batch])
+        clock = clock_of(resident, options.device)
+        start = time.perf_counter()
+        resident.upload()
+        resident.launch()  # chooses algorithms, compiles: for seconds, so outside the turn
+        clock.wait(clock.mark())
+        first_ms = 1e3 * (time.perf_counter() - start)
+        watch = GpuWatch(options.device)
+        with turn():
+            timing = timed(resident, batch, clock, watch, seconds=options.seconds)
+        logits = resident.outputs()[:COMPARED]
+        resident.close()
+        expected = self.expected[: len(logits)]
+        result.row(
+            network=Path(options.bundle).name,
+            image_size=self.size,
+            runner=name,
+            group="van-deploy",
+            precision=options.artifact,
+            sqnr_db=sqnr_db(expected, logits),
+            top1_agreement=top1_agreement(expected, logits),
+            batch=batch,
+            latency_ms=timing.pop("latency"),
+            **{**timing, "first_call_ms": first_ms, **facts},
+        )
+        return float(timing["queued_ms"])
 
-def timing_row(timing: Any) -> dict[str, Any]:
-    """Return a DeviceTiming as keys of a row."""
-    values = asdict(timing)
-    values.pop("batch")
-    values["latency_ms"] = values.pop("latency")
-    return values
+
+@contextmanager
+def _noted(result: Result, what: str) -> Iterator[None]:
+    """Note a failure inside, and go on."""
+    try:
+        yield
+    except Exception as error:
+        result.note(f"{what}: {type(error).__name__}: {error}"[:600])
+
+
+def _judge(
+    result: Result, bundle: Path, options: argparse.Namespace, verb: str, *images: str
+) -> None:
+    """Add what one judging command says, with its gates and its exit code."""
+    where = ["--device", options.device] if options.device.startswith("cuda") else []
+    done = _van_deploy(verb, str(bundle), *images, "--runner", options.runner, *where, "--json")
+    title = f"{bundle.name}: van-deploy {verb} --runner {options.runner}"
+    result.note(f"{title}: exit code {done.returncode}." + f" {_end(done)}" * bool(done.returncode))
+    if (document := _document(done)) is not None:
+        result.fact(verb, document)
+        result.table(title, list(_judged(document)))
+
+
+def _judged(document: Any) -> Iterator[dict[str, Any]]:
+    """Yield one flat line a rule of every artifact, and one an accuracy."""
+    entries = document.get("artefacts") or document.get("artifacts") or {}
+    for entry in entries.values() if isinstance(entries, dict) else entries:
+        findings = entry["findings"] if isinstance(entry, dict) else ()
+        for finding in {finding["rule"]: finding for finding in findings}.values():
+            line = {"artifact": entry["artefact"], "runner": entry["runner"]}
+            line |= {key: finding[key] for key in ("rule", "outcome", "value", "unit")}
+            yield {**line, "limit": (finding.get("limit") or {}).get("value")}
+    for name, accuracy in (document.get("accuracy") or {}).items():
+        yield {"artifact": name, "rule": "top-1", "value": accuracy["top1"]}
 
 
 def _copied(options: argparse.Namespace) -> Path:
@@ -307,22 +251,16 @@ def _built(result: Result, bundle: Path, options: argparse.Namespace, backend: s
         arguments += ["--batch", only, *["--fused-kernels"] * options.fused]
     start = time.perf_counter()
     done = _van_deploy("build", str(bundle), *arguments)
-    took = time.perf_counter() - start
-    what = f"`van-deploy build {' '.join(arguments)}`"
+    took, what = time.perf_counter() - start, f"`van-deploy build {' '.join(arguments)}`"
     result.note(f"{what}: exit code {done.returncode} after {took:.0f} s.")
     if done.returncode:
         raise SystemExit(_end(done))
 
 
 def _of_kind(bundle: Path, kind: str) -> list[tuple[str, Path]]:
-    from van_deploy.bundle import Bundle
-
     opened = Bundle.open(bundle)
-    return [
-        (artefact.name, opened.verified(artefact.name))
-        for artefact in opened.artefacts.values()
-        if artefact.kind == kind
-    ]
+    found = [artefact.name for artefact in opened.artefacts.values() if artefact.kind == kind]
+    return [(name, opened.verified(name)) for name in found]
 
 
 def _van_deploy(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -333,15 +271,17 @@ def _van_deploy(*arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def _document(done: subprocess.CompletedProcess[str]) -> Any:
+    """Return what a command printed, or None if that is no JSON."""
+    try:
+        return json.loads(done.stdout)
+    except json.JSONDecodeError:
+        return None
+
+
 def _end(done: subprocess.CompletedProcess[str]) -> str:
     text = (done.stderr.strip() or done.stdout.strip())[-600:]
     return " ".join(text.split())
-
-
-def _installed(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
 
 
 def _skip(reason: str) -> None:
@@ -366,7 +306,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--bundle", type=Path, default=Path("bundles/van_b0"))
-    parser.add_argument("--network", default="van_b0")
     parser.add_argument("--artifact", default="fp32")
     parser.add_argument("--batches", default="1,8,32,128", type=_numbers)
     parser.add_argument("--runner", default="ort-cuda")

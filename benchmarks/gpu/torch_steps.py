@@ -3,7 +3,9 @@
     python benchmarks/gpu/torch_steps.py eager --variant van_b0 --batches 128,1 --out FILE
 
 Started by report.py, each in a process of its own. Random weights of natural statistics:
-speed does not depend on them, and every row is compared with FP32 on the same images.
+speed does not depend on them, and every row is compared with FP32 on the same images. "Times
+PyTorch" on a GPU is against the fastest of PyTorch's modes at the same batch; eager FP32 is
+shown beside it. All inputs and outputs stay on the device.
 """
 
 from __future__ import annotations
@@ -15,12 +17,24 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from dataclasses import dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from result import Result
-from turns import turn
+import torch
+from result import Result, turn
+from torch import Tensor, nn
+
+from van_deploy.bench.ceilings import measured_ceilings
+from van_deploy.bench.gpu import Clock, GpuWatch, clock_of, timed
+from van_deploy.bench.profile import by_kernel, by_module
+from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.graph.fold import fold_van
+from van_deploy.metrics import sqnr_db, top1_agreement
+from van_deploy.model.random_weights import random_van, smooth_pictures
+from van_deploy.model.variants import variant_named
 
 PACKAGES = (
     *("van-deploy", "torch", "torchvision", "triton", "timm", "onnx", "onnxscript", "onnxsim"),
@@ -28,67 +42,176 @@ PACKAGES = (
     *("tensorrt-rtx-cu13-libs", "nvidia-cudnn-cu13", "nvidia-cublas", "nvidia-ml-py"),
     *("cuda-bindings", "numpy", "pydantic"),
 )
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DOCTOR_LIMIT_S = 75
 COMPARED = 32  # images on which a row is compared with FP32
 SEED = 20
 
 
+@dataclass(frozen=True)
+class Rival:
+    """One way PyTorch runs a network.
+
+    Attributes:
+        precision: of weights and activations: ``fp32`` (its convolutions compute in TF32, as
+            PyTorch has it), ``fp16`` or ``bf16``.
+        channels_last: NHWC memory.
+        compile_mode: of ``torch.compile``; "" for eager.
+        graph: record the launches once as a CUDA graph, and replay it. The modes of
+            ``torch.compile`` used here do so by themselves.
+    """
+
+    precision: str
+    channels_last: bool = True
+    compile_mode: str = ""
+    graph: bool = False
+
+
+RIVALS = {
+    "eager-fp32": Rival("fp32", channels_last=False),
+    "eager-fp16": Rival("fp16"),
+    "eager-fp16-graph": Rival("fp16", graph=True),
+    "compile-fp16": Rival("fp16", compile_mode="max-autotune"),
+    "compile-fp16-quick": Rival("fp16", compile_mode="reduce-overhead"),
+    "compile-bf16": Rival("bf16", compile_mode="reduce-overhead"),
+    "kernels": Rival("fp16", graph=True),
+    "kernels-compile": Rival("fp16", compile_mode="reduce-overhead"),
+}
+"""By name. ``quick`` and ``bf16`` have CUDA graphs, but no kernels chosen by timing them;
+``kernels`` are this project's, the second through ``torch.compile``."""
+
+
+class TorchResident:
+    """A PyTorch network with its input and output on the device.
+
+    Args:
+        model: a network in eval mode, without gradients. It becomes this one's.
+        images: ``(N, C, S, S)`` float32, normalised, on the host.
+        rival: how it runs.
+        device: such as ``cuda:0``. On ``cpu`` a launch is a run, and nothing is pinned.
+
+    Attributes:
+        stream: handle of the stream; PyTorch's current one.
+        compile_s: seconds until the first answer: compiling, tuning and recording.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, rival: Rival, device: str) -> None:
+        """See the class."""
+        self.device = torch.device(device)
+        on_gpu = self.device.type == "cuda"
+        dtype = DTYPES[rival.precision]
+        layout = torch.channels_last if rival.channels_last else torch.contiguous_format
+        self._model: Any = model.to(self.device)
+        if model.__class__.__name__ != "FusedVan":  # it has its types and layouts by itself
+            self._model = model.to(dtype).to(memory_format=layout)
+        host = images.to(dtype).contiguous(memory_format=layout)
+        self._host_in = host.pin_memory() if on_gpu else host
+        self._input = self._host_in.to(self.device)
+        self._compiled = bool(rival.compile_mode)
+        if self._compiled:
+            torch.compiler.reset()
+            self._model = torch.compile(self._model, mode=rival.compile_mode, dynamic=False)
+        self.stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else 0
+        self._output: Tensor | None = None
+        self._graph: Any = None
+        start = time.perf_counter()
+        for _ in range(3):  # torch.compile records its CUDA graph in the second call
+            self.launch()
+        if rival.graph and on_gpu:
+            self._record()
+        output = self._ready()
+        self._host_out = torch.empty_like(output, device="cpu", pin_memory=on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+        self.compile_s = time.perf_counter() - start
+
+    def upload(self) -> None:
+        """Copy the images to the device."""
+        self._input.copy_(self._host_in, non_blocking=True)
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        """Put one run on the stream."""
+        if self._graph is not None:
+            self._graph.replay()
+            return
+        self._output = None  # a compiled network writes over what it gave before
+        if self._compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        self._output = self._model(self._input)
+
+    def download(self) -> None:
+        """Copy the logits to the host."""
+        self._host_out.copy_(self._ready(), non_blocking=True)
+
+    def outputs(self) -> Any:
+        """Wait, and return the logits ``(N, K)`` float32 of NumPy."""
+        return self._ready().float().cpu().numpy()
+
+    def _ready(self) -> Tensor:
+        if self._output is None:
+            raise RuntimeError("the network was not launched yet")
+        return self._output
+
+    @torch.no_grad()
+    def _record(self) -> None:
+        """Record one run as a CUDA graph. The runs before it have chosen cuDNN's algorithms."""
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._output = self._model(self._input)
+        self._graph = graph
+        self.launch()
+
+
 def environment(result: Result, options: argparse.Namespace) -> None:
     """Record what ran: device, driver, versions, and what ``van-deploy doctor`` says."""
     installed = {found.name.lower(): found.version for found in distributions()}
-    known = {name: installed[name] for name in PACKAGES if name in installed}
-    result.fact("versions", known)
+    result.fact("versions", {name: installed[name] for name in PACKAGES if name in installed})
     result.fact("python", platform.python_version())
     result.fact("platform", platform.platform())
     result.fact("processors", os.cpu_count())
-    _device_facts(result, options.device)
-    command = [sys.executable, "-m", "van_deploy", "doctor", "--json"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=DOCTOR_LIMIT_S
+    result.fact("cuda_of_torch", torch.version.cuda)
+    if options.device.startswith("cuda"):
+        properties, watch = (
+            torch.cuda.get_device_properties(options.device),
+            GpuWatch(options.device),
         )
+        result.fact(
+            "device",
+            {
+                "name": properties.name,
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "l2_bytes": properties.L2_cache_size,
+                "memory_bytes": properties.total_memory,
+                "cudnn": torch.backends.cudnn.version(),
+            },
+        )
+        driver, limit = nvidia_driver(), watch.ask("nvmlDeviceGetEnforcedPowerLimit")
+        result.fact(
+            "nvml",
+            {
+                "driver": driver.version if driver else None,
+                "max_sm_mhz": watch.ask("nvmlDeviceGetMaxClockInfo", 1),  # NVML_CLOCK_SM
+                "power_limit_w": limit / 1e3 if limit else None,
+                "state": watch.state(),
+            },
+        )
+    command = [sys.executable, "-m", "van_deploy", "doctor", "--json"]
+    how = {"capture_output": True, "text": True, "check": False, "timeout": DOCTOR_LIMIT_S}
+    try:
+        done = subprocess.run(command, **how)
     except subprocess.TimeoutExpired:
         result.note(f"`van-deploy doctor --json` took more than {DOCTOR_LIMIT_S} s.")
         return
     result.fact("doctor_exit_code", done.returncode)
-    if done.stderr.strip():
-        result.fact("doctor_stderr", done.stderr.strip()[-4000:])
-    try:
-        result.fact("doctor", json.loads(done.stdout))
-    except json.JSONDecodeError:
-        result.fact("doctor", done.stdout[-4000:])
-
-
-def _device_facts(result: Result, device: str) -> None:
-    import torch
-
-    result.fact("cuda_of_torch", torch.version.cuda)
-    if not device.startswith("cuda"):
-        return
-    from van_deploy.bench.gpu_state import GpuWatch
-
-    properties = torch.cuda.get_device_properties(device)
-    result.fact(
-        "device",
-        {
-            "name": properties.name,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
-            "memory_bytes": properties.total_memory,
-            "cudnn": torch.backends.cudnn.version(),
-        },
-    )
-    watch = GpuWatch(device)
-    result.fact("nvml", {**watch.described(), "state": watch.state()})
+    result.fact("doctor_stderr", done.stderr.strip()[-4000:])
+    result.fact("doctor", json.loads(done.stdout) if done.stdout else {})
 
 
 def ceilings(result: Result, options: argparse.Namespace) -> None:
     """Measure what the device can do at best: a large copy, and matrix products."""
-    import torch
-
-    from van_deploy.bench.ceilings import measured_ceilings
-
     torch.zeros(1, device=options.device)  # starts CUDA outside the turn
     with turn():
         found = measured_ceilings(options.device, os.cpu_count() or 1, options.seconds)
@@ -121,42 +244,30 @@ class _Subject:
     """A network, its images and the device: what every row of one step has in common."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        import torch
-
-        from van_deploy.bench.gpu_state import GpuWatch
-        from van_deploy.model.random_weights import random_van, smooth_pictures
-        from van_deploy.model.variants import variant_named
-
         torch.backends.cudnn.benchmark = True
-        self.options = options
-        self.device: str = options.device
+        self.options, self.device = options, options.device
         self.on_gpu = self.device.startswith("cuda")
-        self.config = variant_named(options.variant).config
-        self.model: Any = random_van(self.config)
-        size = options.image_size
+        config = variant_named(options.variant).config
+        self.model: Any = random_van(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            pictures = smooth_pictures(max(options.batches), self.config.in_chans, size)
-        self.images = pictures.numpy()
-        self.expected = self._fp32(pictures[:COMPARED])
+            size = options.image_size
+            self.images = smooth_pictures(max(options.batches), config.in_chans, size)
+        self.expected = self._fp32(self.images[:COMPARED])
         self.note = ""
         if options.folded:
-            from van_deploy.graph.fold import fold_van
-
-            self.model = fold_van(self.model, pictures[:1]).model
+            self.model = fold_van(self.model, self.images[:1]).model
             self.note = "the network as van-deploy folds it"
         if options.rival.startswith("kernels"):
-            from van_deploy.kernels.network import fused
+            from van_deploy.kernels.network import fused  # where there is Triton
 
             half = torch.float16 if self.on_gpu else torch.float32
             self.model = fused(self.model, half, fallback=not self.on_gpu)
             self.note = "this project's kernels"
         self.watch = GpuWatch(self.device)
 
-    def _fp32(self, images: Any) -> Any:
+    def _fp32(self, images: Tensor) -> Any:
         """Return the original's logits in FP32 without TF32."""
-        import torch
-
         backends = (torch.backends.cudnn, torch.backends.cuda.matmul)
         before = [backend.allow_tf32 for backend in backends]
         for backend in backends:
@@ -168,29 +279,20 @@ class _Subject:
             backend.allow_tf32 = value
         return logits
 
-    def resident(self, name: str, batch: int) -> Any:
-        """Return the network in one of PyTorch's modes, compiled and warm."""
-        from rivals import TorchResident
-
-        model, images = copy.deepcopy(self.model), self.images[:batch]
-        return TorchResident(model, images, self.rival(name), self.device)
-
-    def rival(self, name: str) -> Any:
+    def rival(self, name: str) -> Rival:
         """Return one of PyTorch's modes; on a CPU, whose FP16 takes seconds, in FP32."""
-        from dataclasses import replace
-
-        from rivals import RIVALS
-
         rival = RIVALS[name]
         return rival if self.on_gpu else replace(rival, precision="fp32", graph=False)
 
+    def resident(self, name: str, batch: int) -> TorchResident:
+        """Return the network in one of PyTorch's modes, compiled and warm."""
+        model = copy.deepcopy(self.model)
+        return TorchResident(model, self.images[:batch], self.rival(name), self.device)
+
     def measure(self, result: Result, name: str, batch: int, resident: Any = None) -> None:
         """Add the row of one mode at one batch size."""
-        from van_deploy.bench.gpu import HostClock, clock_of, timed
-        from van_deploy.metrics import sqnr_db, top1_agreement
-
         resident = resident or self.resident(name, batch)
-        clock = clock_of(resident, self.device) if self.on_gpu else HostClock()
+        clock = clock_of(resident, self.device) if self.on_gpu else Clock()
         timing = timed(resident, batch, clock, self.watch, seconds=self.options.seconds)
         logits = resident.outputs()[:COMPARED]
         expected = self.expected[: len(logits)]
@@ -201,49 +303,33 @@ class _Subject:
             runner=name if ours else f"pytorch-{name}" + "+folded" * self.options.folded,
             group="van-deploy" if self.note else "pytorch",
             precision=self.rival(name).precision,
-            batch=batch,
             compile_s=resident.compile_s,
             sqnr_db=sqnr_db(expected, logits),
             top1_agreement=top1_agreement(expected, logits),
             note=self.note,
-            **timing_row(timing),
+            batch=batch,
+            latency_ms=timing.pop("latency"),
+            **timing,
         )
-
-
-def timing_row(timing: Any) -> dict[str, Any]:
-    """Return a DeviceTiming as keys of a row."""
-    from dataclasses import asdict
-
-    values = asdict(timing)
-    values.pop("batch")
-    values["latency_ms"] = values.pop("latency")
-    return values
 
 
 def _profile_eager(result: Result, subject: _Subject) -> None:
     """Add the eager network's time by kind of PyTorch module, at the largest batch."""
-    import torch
-
-    from van_deploy.bench.profile import by_module
-
     batch = max(subject.options.batches)
     dtype = torch.float16 if subject.on_gpu else torch.float32
     place = {"memory_format": torch.channels_last, "device": subject.device, "dtype": dtype}
     model = copy.deepcopy(subject.model).to(**place)
-    images = torch.from_numpy(subject.images[:batch]).to(**place)
+    images = subject.images[:batch].to(**place)
     with turn():
         lines = by_module(model, images)
     kind = "FP16" if subject.on_gpu else "FP32 on the processor"
     what = f"{subject.options.variant}, batch {batch}: eager {kind} channels-last"
-    title = f"{what}, by PyTorch module"
-    result.table(title, lines)
+    result.table(f"{what}, by PyTorch module", lines)
 
 
 def _profile_launch(
     result: Result, subject: _Subject, name: str, batch: int, resident: Any
 ) -> None:
-    from van_deploy.bench.profile import by_kernel
-
     kinds, kernels = by_kernel(resident.launch)
     what = f"{subject.options.variant}, batch {batch}: {name}"
     result.table(f"{what}, by kind of kernel", kinds)

@@ -18,7 +18,7 @@ from tests.conftest import Cli
 from tests.each import each
 from van_deploy import __version__
 from van_deploy.cli.app import CommandGroup, translated
-from van_deploy.cli.commands import COMMANDS, command_named
+from van_deploy.cli.commands import COMMANDS
 from van_deploy.errors import BundleError, ConversionError, GateFailed, MissingDependency
 
 HEAVY = ("torch", "timm", "onnx", "onnxruntime", "numpy", "PIL", "tensorrt", "tensorrt_rtx")
@@ -32,14 +32,11 @@ WORKFLOW = (
 def failing(error: BaseException) -> Result:
     """Run a program whose only command raises ``error``, with the real error handling."""
     program = typer.Typer(cls=CommandGroup, pretty_exceptions_enable=False)
+    program.callback()(lambda: None)  # a program with sub-commands
 
     @program.command()
     def fail() -> None:
         raise error
-
-    @program.command()
-    def other() -> None:
-        """Make this a program with sub-commands."""
 
     return CliRunner().invoke(program, ["fail"])
 
@@ -54,41 +51,23 @@ def python(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_version(cli: Cli) -> None:
-    result = cli("--version")
-    assert (result.exit_code, result.stdout) == (0, f"van-deploy {__version__}\n")
-
-
-def test_python_m_is_the_same_program() -> None:
+def test_version() -> None:
     result = python("-m", "van_deploy", "--version")
     assert (result.returncode, result.stdout) == (0, f"van-deploy {__version__}\n")
 
 
-@each("command", COMMANDS)
-def test_every_command_is_listed_on_its_own_line_and_has_an_example(cli: Cli, command: str) -> None:
-    overview = cli("--help").stdout
-    assert any(line.strip(" │").split(" ")[0] == command for line in overview.splitlines())
-    text = cli(command, "--help").stdout
-    assert f"Example: van-deploy {command}" in " ".join(text.split())
-    assert "--json" in text
-
-
-@each("command", ["", *COMMANDS])
-def test_every_page_of_help_fits_100_columns_and_cuts_nothing_off(cli: Cli, command: str) -> None:
-    text = cli(*filter(None, [command]), "--help").stdout
-    assert max(map(len, text.splitlines())) <= 100
-    assert "…" not in text
-
-
-@each("name", COMMANDS)
-def test_the_overview_says_what_the_command_says_of_itself(name: str) -> None:
-    command = command_named(name)
-    assert command.help.splitlines()[0] == COMMANDS[name][1]
-    assert command.name == name
-
-
-def test_every_command_is_known() -> None:
+def test_the_help_of_the_program_and_of_each_command(cli: Cli) -> None:
     assert set(COMMANDS) == set(WORKFLOW)
+    overview = cli("--help").stdout
+    listed = {line.strip(" │").split(" ")[0] for line in overview.splitlines()}
+    assert set(COMMANDS) <= listed
+    pages = {name: cli(name, "--help").stdout for name in COMMANDS}
+    for name, page in {"": overview, **pages}.items():
+        assert max(map(len, page.splitlines())) <= 100, name
+        assert "…" not in page, name
+    for name, page in pages.items():
+        assert f"Example: van-deploy {name}" in " ".join(page.split())
+        assert "--json" in page
 
 
 @each("arguments", [("nonsense",), ("list", "--nonsense"), ("doctor", "x")])
@@ -124,35 +103,42 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
     assert failing(fault).exception is fault
 
 
-def test_a_full_disk_is_one_message() -> None:
-    result = failing(OSError(errno.ENOSPC, "No space left on device", "dist/van_b1/model.onnx"))
-    assert result.exit_code == 3
-    assert result.stderr == (
-        "error: Cannot write or read 'dist/van_b1/model.onnx': No space left on device.\n"
-        "  Free some space there, or choose another place with --output.\n"
-    )
+NO_MEMORY = "There is not enough memory for this"
+ALLOC = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+NO_TEMPORARY = "No usable temporary directory found in ['/tmp']"
+
+
+def os_error(number: int) -> OSError:
+    return OSError(number, os.strerror(number), "dist/place")
 
 
 @each(
-    "error",
+    ("failure", "code", "message", "remedy"),
     [
-        MemoryError(),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
-        ),
-        RuntimeError("std::bad_alloc"),
+        (os_error(errno.ENOSPC), 3, "'dist/place': No space left on device.", "Free some space"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 3, "Cannot wr", "Free"),
+        (MemoryError(), 3, NO_MEMORY, "Use a smaller batch"),
+        (RuntimeError(ALLOC), 3, f"{NO_MEMORY} ([enforce", "Use a smaller batch"),
+        (RuntimeError("std::bad_alloc"), 3, NO_MEMORY, "Use a smaller batch"),
+        (os_error(errno.EFBIG), 3, "'dist/place'", "ulimit -f"),
+        (os_error(errno.EIO), 3, "'dist/place'", "choose another place"),
+        (os_error(errno.ENAMETOOLONG), 5, "'dist/place'", "Choose a shorter name."),
+        (os_error(errno.ELOOP), 5, "'dist/place'", "circle"),
+        (os_error(errno.ENOTDIR), 5, "'dist/place'", "is a file, not a folder"),
+        (os_error(errno.EISDIR), 5, "'dist/place'", "a file is wanted"),
+        (FileNotFoundError(errno.ENOENT, NO_TEMPORARY), 3, "no folder for temp", "TMPDIR to one."),
+        (ModuleNotFoundError("No torch", name="torch.nn"), 3, "This needs torch", "pip install"),
     ],
 )
-def test_exhausted_memory_is_one_message(error: Exception) -> None:
-    result = failing(error)
-    assert result.exit_code == 3
-    assert result.stderr.startswith("error: There is not enough memory for this")
-    assert result.stderr.count("\n") == 2
-
-
-def test_a_full_disk_is_recognised_by_its_words_too() -> None:
-    error = translated(RuntimeError("I/O error: No space left on device (os error 28)"))
-    assert isinstance(error, MissingDependency)
+def test_what_the_machine_refuses_is_one_message(
+    failure: Exception, code: int, message: str, remedy: str
+) -> None:
+    result = failing(failure)
+    assert result.exit_code == code
+    told, advice = result.stderr.splitlines()
+    assert told.startswith("error: ")
+    assert message in told
+    assert remedy in advice
 
 
 @each("error", [OSError(errno.EINVAL, "odd"), RuntimeError("a bug"), ValueError()])
@@ -166,7 +152,7 @@ def test_ctrl_c_ends_with_130() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a pipe breaks in another way on Windows")
-@pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("doctor", "--json")])
+@each("arguments", [("list",), ("list", "--json")])
 def test_a_broken_pipe_is_quiet(arguments: tuple[str, ...]) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -181,7 +167,7 @@ def test_a_broken_pipe_is_quiet(arguments: tuple[str, ...]) -> None:
     assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--json"]])
+@each("arguments", [["--help"], ["list"]])
 def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
     code = (
         "import sys, runpy\n"
@@ -212,31 +198,6 @@ def test_json_is_one_document_and_nothing_else(cli: Cli) -> None:
     result = cli("doctor", "--json", "--require", "onnxruntime")
     assert json.loads(result.stdout)["environment"]["van_deploy"] == __version__
     assert result.stderr == ""
-
-
-@each(
-    ("number", "code", "remedy"),
-    [
-        (errno.EFBIG, 3, "ulimit -f"),
-        (errno.EIO, 3, "choose another place"),
-        (errno.ENAMETOOLONG, 5, "Choose a shorter name."),
-        (errno.ELOOP, 5, "circle"),
-        (errno.ENOTDIR, 5, "is a file, not a folder"),
-        (errno.EISDIR, 5, "a file is wanted"),
-    ],
-)
-def test_what_a_file_system_says_is_one_message(number: int, code: int, remedy: str) -> None:
-    error = translated(OSError(number, os.strerror(number), "place"))
-    assert error is not None
-    assert (error.exit_code, "'place'" in error.message) == (code, True)
-    assert remedy in error.remedy
-
-
-def test_no_folder_for_temporary_files_is_one_message() -> None:
-    missing = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
-    error = translated(missing)
-    assert error is not None
-    assert (error.exit_code, error.remedy) == (3, "Set the environment variable TMPDIR to one.")
 
 
 def test_a_name_that_no_file_system_takes_is_one_message(cli: Cli) -> None:

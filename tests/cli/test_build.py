@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import Cli
 from tests.described import described, entry
+from tests.each import each
 from van_deploy.bundle import Bundle, writing
 from van_deploy.environment.hardware import nvidia_driver
 
@@ -48,7 +49,7 @@ def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
     assert json.loads(other.stdout)["outcomes"][0]["sidecar"]["options"]["profiles"] == ["1:1:1"]
 
 
-@pytest.mark.parametrize(
+@each(
     ("arguments", "code", "message"),
     [
         (["--target", "ada"], 2, "error: '--target' is 'ada': it should be compute capabilities"),

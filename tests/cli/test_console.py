@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from van_deploy.cli.console import emit, plain, print_error, progress, remark
+from van_deploy.cli.console import emit, print_error, remark, telling
+from van_deploy.documents import plain
 from van_deploy.report.document import checks_table, table
 
 
@@ -70,9 +71,8 @@ def test_verdicts_are_words_without_colour(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress() as bar:
-        task = bar.add_task("Downloading", total=2)
-        bar.advance(task, 2)
+    with telling("Loading") as tell:
+        tell("Downloading", 1, 2)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
 

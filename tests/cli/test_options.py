@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
-import pytest
 import typer
 from typer.testing import CliRunner, Result
 
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy.cli.app import CommandGroup
 from van_deploy.cli.options import with_options
 from van_deploy.config.fields import BatchRange, Size, option
@@ -51,6 +51,7 @@ class Table(Settings):
 def run(*words: str) -> tuple[Result, list[object]]:
     """Run a program with one command made of the table; return what it was called with, too."""
     program = typer.Typer(cls=CommandGroup, pretty_exceptions_enable=False)
+    program.callback()(lambda: None)  # a program with sub-commands
     called: list[object] = []
 
     @program.command()
@@ -60,10 +61,6 @@ def run(*words: str) -> tuple[Result, list[object]]:
     ) -> None:
         """Make it."""
         called.extend([place, table, dict(changes.values), quiet])
-
-    @program.command()
-    def other() -> None:
-        """Make this a program with sub-commands."""
 
     result = CliRunner().invoke(program, ["make", *words], env={"COLUMNS": "100", "NO_COLOR": "1"})
     return result, called
@@ -110,7 +107,7 @@ def test_every_kind_of_value_arrives_as_a_file_would_have_it() -> None:
     ]
 
 
-@pytest.mark.parametrize(
+@each(
     ("words", "message"),
     [
         (["--count", "41"], "'--count' is 41: it should be less than or equal to 40.\n"),
@@ -155,7 +152,7 @@ def test_help_says_the_choices_the_default_and_the_limits() -> None:
     assert f"─ {HOW} ─" in text
 
 
-@pytest.mark.parametrize(
+@each(
     ("source", "words"),
     [
         ("'--opset' is 40: it should be less than or equal to 23.", ["--opset", "40"]),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Cli
+from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
 
@@ -55,7 +56,7 @@ def test_a_result_below_its_gate_ends_with_1(
     assert "INT8 does not hold its gate: " in " ".join(result.stdout.split())
 
 
-@pytest.mark.parametrize(
+@each(
     ("words", "code", "message"),
     [
         (

@@ -1,12 +1,13 @@
-"""The real TensorRT for RTX, small real networks, and a bundle to build from."""
+"""The real TensorRT for RTX, small real networks, a plan, and a bundle to build from."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -15,10 +16,43 @@ from onnx import ModelProto
 from tests.artifacts import SMALL_SIZE
 from tests.described import described, entry
 from van_deploy.bundle import writing
+from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import RTX, Backend, backend_named
+from van_deploy.engine.build import engine_from_onnx
+from van_deploy.engine.fleet import Cell, FleetHost
+from van_deploy.engine.host import Host
+from van_deploy.engine.sidecar import Sidecar
 from van_deploy.model.preprocess import OFFICIAL
 
 BundleMaker = Callable[[str], Path]
+
+SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
+ADA = Host("NVIDIA L4", "sm_89", 24 << 30, "580.65.06", (13, 0))
+TENSORRT_11 = Backend("tensorrt", "TensorRT", "trt", "11.4.0.106", 13, None)
+"""TensorRT as far as refusals and names look at it: they never call the bindings."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan of the embedded network, its sidecar and what was told while it was built."""
+
+    path: Path
+    sidecar: Sidecar
+    told: list[tuple[str, int, int | None]]
+
+
+def built(
+    onnx_file: Path, plan: Path, backend: Backend, options: BuildOptions = SM89, **more: Any
+) -> Sidecar:
+    """Build one plan for real."""
+    return engine_from_onnx(
+        onnx_file, plan, backend=backend, options=options, precision="fp32", **more
+    )
+
+
+def cell_of(folder: Path, precision: str = "fp32", options: BuildOptions = SM89) -> Cell:
+    """Return the engine of a bundle for the options' own targets."""
+    return Cell(folder, precision, options.targets, options, FleetHost(), own_profiles=False)
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +64,19 @@ def rtx() -> Backend:
 
 
 @pytest.fixture(scope="session")
+def plan(rtx: Backend, digits_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """Return a plan for an L4, with sidecar and log; not to be changed."""
+    path = tmp_path_factory.mktemp("plan") / "van_digits-fp32-sm89-rtx1.7.1.plan"
+    told: list[tuple[str, int, int | None]] = []
+    sidecar = built(
+        digits_onnx, path, rtx, preprocessing=OFFICIAL, progress=lambda *at: told.append(at)
+    )
+    return Plan(path, sidecar, told)
+
+
+@pytest.fixture(scope="session")
 def digits_graph(digits_onnx: Path) -> ModelProto:
-    """Return the embedded network as an ONNX graph with a free batch, 32 pixels."""
+    """Return the embedded network as an ONNX graph with a dynamic batch, 32 pixels."""
     return onnx.load(digits_onnx)
 
 

@@ -1,11 +1,12 @@
-"""One face for three back ends, and every name it uses checked against the real bindings."""
+"""One face for three backends, and every name it uses checked against the real bindings."""
 
 from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -26,112 +27,82 @@ RECORDED = sorted((Path(__file__).parent / "bindings").glob("*.json"))
 PACKAGE = Path(backend_module.__file__).parents[1]
 USERS = (*sorted((PACKAGE / "engine").glob("*.py")), PACKAGE / "runners" / "plan.py")
 
-COMMON_NAMES: Mapping[str, tuple[str, ...]] = {
-    "": ("Builder", "DataType", "ILogger", "IProgressMonitor", "OnnxParser", "Runtime"),
-    "Builder": (
-        *("build_serialized_network", "create_builder_config", "create_network"),
-        "create_optimization_profile",
-    ),
-    "BuilderFlag": ("TF32", "VERSION_COMPATIBLE"),
-    "DataType": ("FLOAT", "HALF", "INT8", "INT32", "INT64", "BOOL"),
-    "EngineInspector": ("get_engine_information",),
-    "HardwareCompatibilityLevel": ("AMPERE_PLUS", "NONE", "SAME_COMPUTE_CAPABILITY"),
-    "IBuilderConfig": (
-        *("add_optimization_profile", "builder_optimization_level", "clear_flag"),
-        *("create_timing_cache", "get_memory_pool_limit", "hardware_compatibility_level"),
-        *("profiling_verbosity", "progress_monitor", "set_flag", "set_memory_pool_limit"),
-        *("set_timing_cache", "tiling_optimization_level"),
-    ),
-    "ICudaEngine": (
-        *("create_engine_inspector", "create_execution_context", "device_memory_size_v2"),
-        *("get_tensor_dtype", "get_tensor_mode", "get_tensor_name", "get_tensor_profile_shape"),
-        *("get_tensor_shape", "num_io_tensors", "num_layers", "num_optimization_profiles"),
-    ),
-    "IExecutionContext": (
-        *("execute_async_v3", "get_tensor_shape", "infer_shapes", "set_input_shape"),
-        *("set_optimization_profile_async", "set_tensor_address"),
-    ),
-    "IHostMemory": ("nbytes",),
-    "ILogger": ("Severity", "log"),
-    "INetworkDefinition": ("get_input", "get_output", "num_inputs", "num_layers", "num_outputs"),
-    "IOptimizationProfile": ("set_shape",),
-    "IProgressMonitor": ("phase_finish", "phase_start", "step_complete"),
-    "ITensor": ("dtype", "name", "shape"),
-    "ITimingCache": ("combine", "serialize"),
-    "LayerInformationFormat": ("JSON",),
-    "MemoryPoolType": ("WORKSPACE",),
-    "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
-    "OnnxParser": ("get_error", "num_errors", "parse"),
-    "ParserError": ("code", "desc", "node_name", "node_operator"),
-    "ProfilingVerbosity": ("DETAILED", "LAYER_NAMES_ONLY", "NONE"),
-    "Runtime": ("deserialize_cuda_engine", "engine_host_code_allowed"),
-    "TensorIOMode": ("INPUT", "OUTPUT"),
-    "TilingOptimizationLevel": ("FAST", "FULL", "MODERATE"),
-}
-RTX_NAMES: Mapping[str, tuple[str, ...]] = {
-    "ComputeCapability": tuple(name.replace("sm_", "SM") for name in RTX_TARGETS),
-    "CudaGraphStrategy": ("DISABLED", "WHOLE_GRAPH_CAPTURE"),
-    "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
-    "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
-    "ICudaEngine": ("create_runtime_config",),
-    "IRuntimeCache": ("deserialize", "serialize"),
-    "IRuntimeConfig": (
-        *("create_runtime_cache", "cuda_graph_strategy", "set_runtime_cache"),
-        "dynamic_shapes_kernel_specialization_strategy",
-    ),
-    "Runtime": ("get_engine_validity",),
-}
-NAMES: Mapping[str, tuple[Mapping[str, tuple[str, ...]], ...]] = {
-    TENSORRT: (COMMON_NAMES,),
-    RTX: (COMMON_NAMES, RTX_NAMES),
-}
-"""The bindings' names this package uses, by back end: class, then members ("" for the module)."""
+COMMON_NAMES = """
+(module): Builder DataType ILogger IProgressMonitor OnnxParser Runtime
+Builder: build_serialized_network create_builder_config create_network create_optimization_profile
+BuilderFlag: TF32 VERSION_COMPATIBLE
+DataType: FLOAT HALF INT8 INT32 INT64 BOOL
+EngineInspector: get_engine_information
+HardwareCompatibilityLevel: AMPERE_PLUS NONE SAME_COMPUTE_CAPABILITY
+IBuilderConfig: add_optimization_profile builder_optimization_level clear_flag create_timing_cache
+IBuilderConfig: get_memory_pool_limit hardware_compatibility_level profiling_verbosity
+IBuilderConfig: progress_monitor set_flag set_memory_pool_limit set_timing_cache
+IBuilderConfig: tiling_optimization_level
+ICudaEngine: create_engine_inspector create_execution_context device_memory_size_v2 num_layers
+ICudaEngine: get_tensor_dtype get_tensor_mode get_tensor_name get_tensor_profile_shape
+ICudaEngine: get_tensor_shape num_io_tensors num_optimization_profiles
+IExecutionContext: execute_async_v3 get_tensor_shape infer_shapes set_input_shape
+IExecutionContext: set_optimization_profile_async set_tensor_address
+IHostMemory: nbytes
+ILogger: Severity log
+INetworkDefinition: get_input get_output num_inputs num_layers num_outputs
+IOptimizationProfile: set_shape
+IProgressMonitor: phase_finish phase_start step_complete
+ITensor: dtype name shape
+ITimingCache: combine serialize
+LayerInformationFormat: JSON
+MemoryPoolType: WORKSPACE
+NetworkDefinitionCreationFlag: STRONGLY_TYPED
+OnnxParser: get_error num_errors parse
+ParserError: code desc node_name node_operator
+ProfilingVerbosity: DETAILED LAYER_NAMES_ONLY NONE
+Runtime: deserialize_cuda_engine engine_host_code_allowed
+TensorIOMode: INPUT OUTPUT
+TilingOptimizationLevel: FAST FULL MODERATE
+"""
+RTX_NAMES = f"""
+ComputeCapability: {" ".join(RTX_TARGETS).replace("sm_", "SM")}
+CudaGraphStrategy: DISABLED WHOLE_GRAPH_CAPTURE
+DynamicShapesKernelSpecializationStrategy: EAGER
+IBuilderConfig: num_compute_capabilities set_compute_capability
+ICudaEngine: create_runtime_config
+IRuntimeCache: deserialize serialize
+IRuntimeConfig: create_runtime_cache cuda_graph_strategy set_runtime_cache
+IRuntimeConfig: dynamic_shapes_kernel_specialization_strategy
+Runtime: get_engine_validity
+"""
+"""The bindings' names this package uses: a class, and members of it."""
 
 
-def wanted(back_end: str) -> dict[str, set[str]]:
+def wanted(backend: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
-    for names in NAMES[back_end]:
-        for owner, members in names.items():
-            found.setdefault(owner, set()).update(members)
+    for line in (COMMON_NAMES + RTX_NAMES * (backend == RTX)).split("\n"):
+        owner, _, members = line.partition(": ")
+        found.setdefault(owner.replace("(module)", ""), set()).update(members.split())
     return found
 
 
-def missing(back_end: str, has: dict[str, list[str]]) -> set[str]:
+def missing(backend: str, has: dict[str, list[str]]) -> set[str]:
     return {
         f"{owner}.{member}"
-        for owner, members in wanted(back_end).items()
+        for owner, members in wanted(backend).items()
         for member in members - set(has.get(owner, ()))
     }
 
 
-def test_the_bindings_of_10_and_11_are_recorded() -> None:
+def test_every_name_used_is_in_tensorrt_10_and_11() -> None:
     assert [path.stem for path in RECORDED] == ["10.16.1.11", "11.4.0.106"]
+    for has in (json.loads(path.read_text()) for path in RECORDED):
+        assert missing(TENSORRT, has) == set()
+        assert "ComputeCapability.SM89" in missing(RTX, has), "the names of RTX are its own"
 
 
-@each("path", RECORDED)
-def test_every_name_used_is_in_tensorrt(path: Path) -> None:
-    assert missing(TENSORRT, json.loads(path.read_text())) == set()
-
-
-@each("path", RECORDED)
-def test_the_names_of_rtx_are_not_in_tensorrt(path: Path) -> None:
-    has = json.loads(path.read_text())
-    absent = missing(RTX, has)
-    assert "ComputeCapability.SM89" in absent
-    assert "IBuilderConfig.num_compute_capabilities" in absent
-    assert "IRuntimeConfig.cuda_graph_strategy" in absent
-
-
-def test_every_name_used_is_in_rtx(rtx: Backend) -> None:
+def test_every_name_used_is_in_rtx_with_its_targets_and_no_others(rtx: Backend) -> None:
     has = {"": dir(rtx.module)}
     has |= {owner: dir(getattr(rtx.module, owner, None)) for owner in wanted(RTX) if owner}
     assert missing(RTX, has) == set()
-
-
-def test_rtx_builds_for_these_targets_and_no_others(rtx: Backend) -> None:
     members = {name for name in dir(rtx.module.ComputeCapability) if name.startswith("SM")}
-    assert members == set(RTX_NAMES["ComputeCapability"])
-    assert {f"SM{target.removeprefix('sm_')}" for target in RTX_TARGETS} == members
+    assert members == {f"SM{target.removeprefix('sm_')}" for target in RTX_TARGETS}
 
 
 @each("path", USERS)
@@ -153,68 +124,64 @@ def test_names_taken_from_the_bindings_are_listed(path: Path) -> None:
         assert not rest or rest == "__init__" or rest in everywhere, text
 
 
-def test_an_unknown_back_end() -> None:
-    with pytest.raises(UsageError) as caught:
-        backend_named("openvino")
-    assert caught.value.message == "There is no back end 'openvino'."
-    assert caught.value.remedy == "Choose one of: tensorrt, tensorrt-rtx."
-
-
-def test_a_back_end_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    with pytest.raises(MissingDependency, match=r"^TensorRT is not installed") as caught:
-        backend_named(TENSORRT)
-    assert "pip install tensorrt`" in caught.value.remedy or "pip" in caught.value.remedy
-
-
-def test_a_back_end_whose_library_is_missing(
+def test_a_backend_that_is_not_known_not_installed_or_broken(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "tensorrt.py").write_text(
-        "raise ImportError('libnvinfer.so.11: cannot open shared object file')"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "tensorrt", raising=False)
-    with pytest.raises(MissingDependency) as caught:
+    with pytest.raises(UsageError, match="no backend 'openvino'") as unknown:
+        backend_named("openvino")
+    assert unknown.value.remedy == "Choose one of: tensorrt, tensorrt-rtx."
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingDependency, match=r"^TensorRT is not installed") as absent:
         backend_named(TENSORRT)
-    assert caught.value.message == (
-        "TensorRT is installed but does not load: libnvinfer.so.11: cannot open shared object file."
-    )
+    assert "pip install tensorrt`" in absent.value.remedy
+    monkeypatch.delitem(sys.modules, "tensorrt")
+    missing_library = "libnvinfer.so.11: cannot open shared object file"
+    (tmp_path / "tensorrt.py").write_text(f"raise ImportError('{missing_library}')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(MissingDependency) as broken:
+        backend_named(TENSORRT)
+    message = f"TensorRT is installed but does not load: {missing_library}."
+    assert broken.value.message == message
 
 
-def test_version_and_cuda(rtx: Backend) -> None:
-    assert rtx.version.startswith(rtx.release + ".")
-    assert rtx.label == f"TensorRT for RTX {rtx.release}"
-    assert rtx.cuda in {12, 13}
-
-
-@each(("targets", "gpu"), [(("sm_89",), None), ((), None), (("sm_86", "sm_89"), "sm_89")])
-def test_auto_takes_rtx_where_the_gpu_is_not_the_whole_request(
-    rtx: Backend, targets: tuple[str, ...], gpu: str | None
-) -> None:
-    assert choose_backend("auto", targets, gpu).name == rtx.name
-
-
-def test_auto_names_tensorrt_for_what_rtx_does_not_serve(
+@each(
+    ("targets", "gpu", "name"),
+    [
+        (("sm_89",), None, RTX),
+        ((), None, RTX),
+        (("sm_86", "sm_89"), "sm_89", RTX),  # one of them is not here
+        ((), "sm_89", TENSORRT),
+        (("sm_90",), "sm_90", TENSORRT),
+        (("sm_90",), None, TENSORRT),
+    ],
+)
+def test_what_auto_takes(
+    rtx: Backend,
     monkeypatch: pytest.MonkeyPatch,
+    targets: tuple[str, ...],
+    gpu: str | None,
+    name: str,
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    with pytest.raises(MissingDependency) as caught:
-        choose_backend("auto", ("sm_90",), None)
-    assert caught.value.message == (
-        "TensorRT for RTX does not build for sm_90, and TensorRT is not installed."
-    )
-    assert "on a machine with that GPU" in caught.value.remedy
-
-
-def test_auto_falls_back_to_rtx_on_a_gpu_it_serves(
-    rtx: Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    assert choose_backend("auto", (), "sm_89").name == rtx.name
+    present = ModuleType("tensorrt")
+    present.__dict__["__version__"] = "11.4.0.106"
+    monkeypatch.setitem(sys.modules, "tensorrt", present)
+    assert choose_backend("auto", targets, gpu).name == name
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    if targets == ("sm_90",):
+        with pytest.raises(MissingDependency) as caught:
+            choose_backend("auto", targets, gpu)
+        assert caught.value.message == (
+            "TensorRT for RTX does not build for sm_90, and TensorRT is not installed."
+        )
+        assert "on a machine with that GPU" in caught.value.remedy
+    else:
+        assert choose_backend("auto", targets, gpu).name == RTX
 
 
 def test_the_configuration_gets_what_is_asked(rtx: Backend) -> None:
+    assert rtx.version.startswith(rtx.release + ".")
+    assert rtx.label == f"TensorRT for RTX {rtx.release}"
+    assert rtx.cuda in {12, 13}
     trt = rtx.module
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     config = builder.create_builder_config()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,41 +15,26 @@ import onnx
 import pytest
 from onnx import ModelProto
 
+from tests.each import each
+from tests.engine.conftest import ADA, SM89, TENSORRT_11, Plan, built
 from van_deploy.config import BatchRange, BuildOptions, HardwareCompatibility, Profiling
 from van_deploy.engine.backend import Backend
-from van_deploy.engine.build import BuildProgress, engine_from_onnx, engine_name
+from van_deploy.engine.build import engine_name
 from van_deploy.engine.host import Host
-from van_deploy.engine.sidecar import Sidecar, read_sidecar, verified_sidecar
+from van_deploy.engine.sidecar import Sidecar, verified_sidecar
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.files import file_sha256
 from van_deploy.model.preprocess import OFFICIAL
 
-SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
 
-
-def built(source: Path, plan: Path, rtx: Backend, options: BuildOptions = SM89) -> Sidecar:
-    return engine_from_onnx(source, plan, backend=rtx, options=options, precision="fp32")
-
-
-def test_plan_sidecar_and_log(rtx: Backend, digits_onnx: Path, tmp_path: Path) -> None:
-    plan = tmp_path / "van_digits-fp32-sm89-rtx1.7.1.plan"
-    events: list[BuildProgress] = []
-    sidecar = engine_from_onnx(
-        digits_onnx,
-        plan,
-        backend=rtx,
-        options=SM89,
-        precision="fp32",
-        preprocessing=OFFICIAL,
-        progress=events.append,
-    )
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "van_digits-fp32-sm89-rtx1.7.1.json",
-        "van_digits-fp32-sm89-rtx1.7.1.log",
-        "van_digits-fp32-sm89-rtx1.7.1.plan",
+def test_plan_sidecar_and_log(rtx: Backend, digits_onnx: Path, plan: Plan) -> None:
+    """No header of ours: TensorRT's own look finds a sound plan, and garbage is found out."""
+    sidecar, name, data = plan.sidecar, plan.sidecar.name, plan.path.read_bytes()
+    assert sorted(path.name for path in plan.path.parent.iterdir()) == [
+        f"{name}.{kind}" for kind in ("json", "log", "plan")
     ]
-    assert verified_sidecar(plan) == sidecar
-    assert sidecar.plan_sha256 == file_sha256(plan)
+    assert verified_sidecar(plan.path) == sidecar
+    assert sidecar.plan_sha256 == file_sha256(plan.path)
     assert sidecar.onnx_sha256 == file_sha256(digits_onnx)
     assert sidecar.backend_version == rtx.version
     assert (sidecar.targets, sidecar.built_on) == (("sm_89",), None)
@@ -61,39 +47,27 @@ def test_plan_sidecar_and_log(rtx: Backend, digits_onnx: Path, tmp_path: Path) -
     assert set(sidecar.device_memory) == {"weights_bytes", "activation_bytes", "scratch_bytes"}
     assert sidecar.reproducible is None
     assert sidecar.preprocessing == OFFICIAL
-    log = (tmp_path / f"{sidecar.name}.log").read_text()
+    log = plan.path.with_name(f"{name}.log").read_text()
     assert "[V] " in log
     assert "patch_embed1.proj" in log
-    assert {event.event for event in events} == {"phase", "step", "done"}
-    assert events[0] == BuildProgress("phase", "Building engine", None, events[0].steps)
-    assert any(event.parent == "Building engine" for event in events)
-
-
-def test_the_plan_is_as_tensorrt_wrote_it(rtx: Backend, digits_onnx: Path, tmp_path: Path) -> None:
-    """No header of ours: TensorRT's own look finds a sound plan, and garbage is found out."""
-    built(digits_onnx, tmp_path / "e.plan", rtx)
-    plan = (tmp_path / "e.plan").read_bytes()
+    assert plan.told[0][:2] == (f"{name}: Building engine", 0)
+    assert len({phase for phase, _, _ in plan.told}) > 1
+    assert all(total is None or 0 <= done <= total for _, done, total in plan.told)
+    assert any(done for _, done, _ in plan.told)
     trt = rtx.module
     runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
     malformed = int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
-    assert not int(runtime.get_engine_validity(plan)[1]) & malformed
-    assert int(runtime.get_engine_validity(b"header" + plan)[1]) & malformed
-    assert str(tmp_path).encode() not in plan
-    assert digits_onnx.name.encode() not in plan
+    assert not int(runtime.get_engine_validity(data)[1]) & malformed
+    assert int(runtime.get_engine_validity(b"header" + data)[1]) & malformed
+    assert str(plan.path.parent).encode() not in data
+    assert digits_onnx.name.encode() not in data
 
 
 def test_the_same_inputs_give_the_same_bytes(
     rtx: Backend, digits_onnx: Path, tmp_path: Path
 ) -> None:
     options = SM89.changed(profiling=Profiling.DETAILED)
-    first = engine_from_onnx(
-        digits_onnx,
-        tmp_path / "e.plan",
-        backend=rtx,
-        options=options,
-        precision="fp32",
-        check_reproducible=True,
-    )
+    first = built(digits_onnx, tmp_path / "e.plan", rtx, options, check_reproducible=True)
     if not first.fixed_addresses:
         pytest.skip("this container forbids fixed memory addresses (personality(2))")
     assert first.reproducible is True
@@ -104,17 +78,27 @@ def test_the_same_inputs_give_the_same_bytes(
     assert built(copy, elsewhere, rtx, options).plan_sha256 == first.plan_sha256
 
 
-def test_other_options_give_another_plan(rtx: Backend, digits_onnx: Path, tmp_path: Path) -> None:
-    plans = [
-        SM89,
-        SM89.changed(targets=("sm_120",)),
-        SM89.changed(profiles=(BatchRange(1, 1, 1), BatchRange(2, 8, 16))),
-    ]
-    digests = [built(digits_onnx, tmp_path / f"{i}.plan", rtx, o) for i, o in enumerate(plans)]
-    assert len({sidecar.plan_sha256 for sidecar in digests}) == len(plans)
-    assert (
-        digests[2].device_memory["activation_bytes"] > digests[0].device_memory["activation_bytes"]
-    )
+def test_other_options_give_another_plan_side_by_side(
+    rtx: Backend, digits_onnx: Path, plan: Plan, tmp_path: Path
+) -> None:
+    found: dict[str, Sidecar] = {}
+    options = {
+        "a": SM89.changed(targets=("sm_120",)),
+        "b": SM89.changed(profiles=(BatchRange(1, 1, 1), BatchRange(2, 8, 16))),
+    }
+
+    def build(name: str) -> None:
+        found[name] = built(digits_onnx, tmp_path / f"{name}.plan", rtx, options[name])
+
+    threads = [threading.Thread(target=build, args=name) for name in options]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {name: verified_sidecar(tmp_path / f"{name}.plan") for name in options} == found
+    assert len({plan.sidecar.plan_sha256, *(made.plan_sha256 for made in found.values())}) == 3
+    larger, smaller = found["b"].device_memory, plan.sidecar.device_memory
+    assert larger["activation_bytes"] > smaller["activation_bytes"]
 
 
 def test_weights_beside_the_file(rtx: Backend, graph: ModelProto, tmp_path: Path) -> None:
@@ -126,73 +110,50 @@ def test_weights_beside_the_file(rtx: Backend, graph: ModelProto, tmp_path: Path
 
 
 def test_a_plan_that_was_there_survives_a_failed_build(
-    rtx: Backend, digits_onnx: Path, tmp_path: Path
+    rtx: Backend, digits_onnx: Path, plan: Plan, tmp_path: Path
 ) -> None:
-    plan = tmp_path / "e.plan"
-    first = built(digits_onnx, plan, rtx)
-    with pytest.raises(ConversionError):
-        built(digits_onnx, plan, rtx, SM89.changed(workspace_bytes=1024))
-    assert verified_sidecar(plan) == first
-    assert len(list(tmp_path.iterdir())) == 3
+    folder = tmp_path / "plans"
+    shutil.copytree(plan.path.parent, folder)
+    with pytest.raises(ConversionError, match="no kernel fits into the workspace") as caught:
+        built(digits_onnx, folder / plan.path.name, rtx, SM89.changed(workspace_bytes=1024))
+    assert caught.value.remedy == "Raise --workspace, or leave it out."
+    assert verified_sidecar(folder / plan.path.name) == plan.sidecar
+    assert len(list(folder.iterdir())) == 3
 
 
-def test_ctrl_c_stops_tensorrt_and_leaves_nothing(
-    rtx: Backend, digits_onnx: Path, tmp_path: Path
-) -> None:
-    workers: list[int] = []
-    others = set(_children())  # of the tests before this one
-
-    def interrupt(event: BuildProgress) -> None:
-        if event.event == "step" and not workers:
-            workers.extend(set(_children()) - others)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        engine_from_onnx(
-            digits_onnx,
-            tmp_path / "e.plan",
-            backend=rtx,
-            options=SM89,
-            precision="fp32",
-            progress=interrupt,
-        )
-    assert list(tmp_path.iterdir()) == []
-    assert workers
-    assert not set(workers) & set(_children())
-
-
-@pytest.mark.parametrize(
+@each(
     ("number", "kind", "words"),
     [
+        (None, KeyboardInterrupt, None),
         (signal.SIGKILL, MissingDependency, "was killed, most likely for want of memory"),
         (signal.SIGSEGV, ConversionError, "ended the build with signal SIGSEGV"),
     ],
 )
-def test_a_killed_build(
+def test_a_build_that_is_stopped_leaves_nothing(
     rtx: Backend,
     digits_onnx: Path,
     tmp_path: Path,
-    number: signal.Signals,
-    kind: type[Exception],
-    words: str,
+    number: signal.Signals | None,
+    kind: type[BaseException],
+    words: str | None,
 ) -> None:
+    """Ctrl-C stops TensorRT, too; a worker that is killed becomes an error."""
+    workers: set[int] = set()
     others = set(_children())  # of the tests before this one
 
-    def kill(event: BuildProgress) -> None:
-        if event.event == "phase" and event.parent is None:
-            for child in set(_children()) - others:
-                os.kill(child, number)
+    def stop(phase: str, done: int, total: int | None) -> None:
+        workers.update(set(_children()) - others)
+        for worker in workers:
+            if number is not None:
+                os.kill(worker, number)
+        if number is None and done:
+            raise KeyboardInterrupt
 
     with pytest.raises(kind, match=words):
-        engine_from_onnx(
-            digits_onnx,
-            tmp_path / "e.plan",
-            backend=rtx,
-            options=SM89,
-            precision="fp32",
-            progress=kill,
-        )
+        built(digits_onnx, tmp_path / "e.plan", rtx, progress=stop)
     assert list(tmp_path.iterdir()) == []
+    assert workers
+    assert not workers & set(_children())
 
 
 def test_the_worker_stops_when_its_parent_is_gone(
@@ -200,16 +161,14 @@ def test_the_worker_stops_when_its_parent_is_gone(
 ) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from van_deploy.engine.backend import backend_named\n"
-        "from van_deploy.engine.build import engine_from_onnx\n"
-        "from van_deploy.config import BuildOptions\n"
-        "engine_from_onnx(Path(sys.argv[1]), Path(sys.argv[2]), precision='fp32',\n"
-        "    backend=backend_named('tensorrt-rtx'), options=BuildOptions(targets=('sm_89',)),\n"
-        "    progress=lambda event: print('building', flush=True))\n"
+        "from tests.engine.conftest import *\n"
+        "built(Path(sys.argv[1]), Path(sys.argv[2]), backend_named(RTX),\n"
+        "    progress=lambda *_: print('building', flush=True))\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", program, str(digits_onnx), str(tmp_path / "e.plan")],
         stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
     )
     assert parent.stdout is not None
     with parent.stdout:
@@ -225,57 +184,24 @@ def test_the_worker_stops_when_its_parent_is_gone(
     assert list(tmp_path.iterdir()) == [], "the parent was killed and could not tidy up"
 
 
-def test_names(rtx: Backend) -> None:
-    release = f"rtx{rtx.release}"
-    host = Host("NVIDIA L4", "sm_89", None, "580.65.06", (13, 0))
-    tensorrt = Backend("tensorrt", "TensorRT", "trt", "11.4.0.106", 13, None)
-    plus = BuildOptions(hardware_compatibility=HardwareCompatibility.AMPERE_PLUS)
-    assert engine_name("van_b1", "fp16", rtx, SM89, Host()) == f"van_b1-fp16-sm89-{release}"
-    both = SM89.changed(targets=("sm_86", "sm_89"))
-    assert engine_name("van_b1", "int8", rtx, both, Host()) == f"van_b1-int8-sm86+sm89-{release}"
-    assert engine_name("van_b1", "fp16", tensorrt, BuildOptions(), host) == (
-        "van_b1-fp16-sm89-trt11.4.0"
-    )
-    assert engine_name("van_b1", "fp16", tensorrt, plus, host) == (
-        "van_b1-fp16-ampere-plus-trt11.4.0"
-    )
-    last = BuildOptions(version_compatible=True)
-    assert engine_name("van_b1", "fp16", tensorrt, last, host) == ("van_b1-fp16-sm89-trt11.4.0-vc")
-
-
-def test_builds_side_by_side_do_not_disturb_each_other(
-    rtx: Backend, digits_onnx: Path, tmp_path: Path
-) -> None:
-    found: list[Sidecar] = []
-    threads = [
-        threading.Thread(target=lambda n=n: found.append(built(digits_onnx, tmp_path / n, rtx)))
-        for n in ("a.plan", "b.plan")
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(sidecar.name for sidecar in found) == ["a", "b"]
-    assert {read_sidecar(tmp_path / f"{s.name}.plan").plan_sha256 for s in found} == {
-        s.plan_sha256 for s in found
-    }
-
-
-@pytest.mark.slow
-def test_the_layers_of_a_folded_van_b0(rtx: Backend, tmp_path: Path) -> None:
-    """The parser makes at most 220 layers of van_b0; the original network gives far more."""
-    import torch
-
-    from van_deploy.graph.export import onnx_from_van
-    from van_deploy.graph.fold import fold_van
-    from van_deploy.model.checkpoint import load_van
-
-    loaded = load_van("van_b0", weights="random")
-    folded = fold_van(loaded.model, torch.zeros(1, 3, 64, 64))
-    path = tmp_path / "model.onnx"
-    onnx.save(onnx_from_van(folded.model, 64), path)
-    sidecar = built(path, tmp_path / "e.plan", rtx)
-    assert sidecar.parser_layers <= 220
+@each(
+    ("precision", "options", "name"),
+    [
+        ("fp16", SM89, "fp16-sm89-rtx"),
+        ("int8", SM89.changed(targets=("sm_86", "sm_89")), "int8-sm86+sm89-rtx"),
+        ("fp16", BuildOptions(), "fp16-sm89-trt11.4.0"),
+        (
+            "fp16",
+            BuildOptions(hardware_compatibility=HardwareCompatibility.AMPERE_PLUS),
+            "fp16-ampere-plus-trt11.4.0",
+        ),
+        ("fp16", BuildOptions(version_compatible=True), "fp16-sm89-trt11.4.0-vc"),
+    ],
+)
+def test_names(rtx: Backend, precision: str, options: BuildOptions, name: str) -> None:
+    backend, host = (rtx, Host()) if name.endswith("rtx") else (TENSORRT_11, ADA)
+    version = rtx.release if backend is rtx else ""
+    assert engine_name("van_b1", precision, backend, options, host) == f"van_b1-{name}{version}"
 
 
 def _children(parent: int | None = None) -> list[int]:

@@ -1,147 +1,104 @@
-"""Engines in a bundle: entered, reused, rebuilt, dropped with what they were made from."""
+"""Engines in a bundle: entered, reused, rebuilt; many of them, here and on Ray."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
+from tests.conftest import Cli
 from tests.described import entry
-from tests.engine.conftest import BundleMaker
+from tests.each import each
+from tests.engine.conftest import SM89, BundleMaker, cell_of
 from van_deploy.bundle import Bundle, Origin, writing
-from van_deploy.config import BatchRange, BuildOptions
+from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.engine.backend import Backend
-from van_deploy.engine.build import BuildProgress
-from van_deploy.engine.bundled import Built, build_in_bundle, request_for
+from van_deploy.engine.bundled import build_cells, request_for
+from van_deploy.engine.fleet import FleetHost, Outcome, read_fleet
 from van_deploy.engine.host import Host
-from van_deploy.engine.inspect import describe_engine, layers_from_json
-from van_deploy.errors import BundleError, InputError
+from van_deploy.engine.on_ray import build_on_ray, task_resources
+from van_deploy.errors import BundleError, InputError, RecipeError
 
-SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
+FLEET = """
+[fleet]
+bundles = ["dist/van_digits", "dist/van_none"]
+precisions = ["fp32"]
+targets = ["sm_86", "sm_80+sm_89"]
+"""
 
 
-def built(folder: Path, rtx: Backend, options: BuildOptions = SM89, **more: Any) -> Built:
-    request = request_for(Bundle.open(folder), "fp32", rtx, options, Host())
-    return build_in_bundle(request, rtx, options, host=Host(), **more)
+def made(
+    folder: Path, options: BuildOptions = SM89, precision: str = "fp32", **more: Any
+) -> Outcome:
+    (outcome,) = build_cells([cell_of(folder, precision, options)], host=Host(), **more)
+    return outcome
 
 
 def test_an_engine_in_its_bundle(rtx: Backend, new_bundle: BundleMaker) -> None:
     folder = new_bundle("van_digits")
-    made = built(folder, rtx)
+    first = made(folder)
     bundle = Bundle.open(folder)
-    artefact = bundle.artefact(made.name)
-    assert made.name == f"van_digits-fp32-sm89-rtx{rtx.release}"
+    artefact = bundle.artefact(first.engine)
+    assert (first.outcome, first.engine) == ("built", f"van_digits-fp32-sm89-rtx{rtx.release}")
     assert (artefact.kind, artefact.precision) == ("engine", "fp32")
     assert artefact.made_from == Origin(name="fp32", sha256=bundle.artefact("fp32").sha256)
     assert sorted(Path(file).suffix for file in artefact.files) == [".json", ".log", ".plan"]
     assert bundle.problems() == []
-    assert bundle.verified(made.name) == made.path
-    assert made.sidecar.preprocessing == bundle.manifest.preprocessing
-    assert made.sidecar.reproducible is None
-
-    again = built(folder, rtx)
-    assert (again.reused, again.sidecar) == (True, made.sidecar)
-    checked = built(folder, rtx, check_reproducible=True)
-    assert not checked.reused
+    assert first.sidecar is not None
+    assert first.sidecar.preprocessing == bundle.manifest.preprocessing
+    again = made(folder)
+    assert (again.outcome, again.sidecar) == ("reused", first.sidecar)
+    checked = made(folder, check_reproducible=True)
+    assert checked.outcome == "built"
+    assert checked.sidecar is not None
     assert checked.sidecar.reproducible in {True, False}
-    assert built(folder, rtx, check_reproducible=True).reused
-    assert not built(folder, rtx, SM89.changed(tf32=False)).reused
+    assert made(folder, check_reproducible=True).outcome == "reused"
+    with pytest.raises(InputError, match="is of kind 'engine'"):
+        request_for(cell_of(folder, first.engine), Host())
+    plan = Bundle.open(folder).verified(first.engine)
+    plan.write_bytes(plan.read_bytes()[:-1])
+    assert made(folder).outcome == "built", "a damaged engine is built again"
+    assert Bundle.open(folder).problems() == []
+    assert made(folder, SM89.changed(tf32=False)).outcome == "built"
     assert len([a for a in Bundle.open(folder).artefacts.values() if a.kind == "engine"]) == 1
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock",
-        "engines",
-        "manifest.json",
-        "model.onnx",
+        *(".lock", "engines", "manifest.json", "model.onnx")
     ]
-
-
-def test_a_damaged_engine_is_built_again(rtx: Backend, new_bundle: BundleMaker) -> None:
-    folder = new_bundle("van_digits")
-    made = built(folder, rtx)
-    made.path.write_bytes(made.path.read_bytes()[:-1])
-    assert not built(folder, rtx).reused
-    assert Bundle.open(folder).problems() == []
 
 
 def test_a_source_replaced_meanwhile(
     rtx: Backend, new_bundle: BundleMaker, digits_onnx: Path
 ) -> None:
     folder = new_bundle("van_digits")
-    request = request_for(Bundle.open(folder), "fp32", rtx, SM89, Host())
-    replaced: list[BuildProgress] = []
+    replaced: list[str] = []
 
-    def replace_source(event: BuildProgress) -> None:
+    def replace_source(phase: str, done: int, total: int | None) -> None:
         if not replaced:
-            replaced.append(event)
+            replaced.append(phase)
             with writing(folder) as draft:
                 draft.file("model.onnx").write_bytes(digits_onnx.read_bytes() + b"\n")
                 draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
 
     with pytest.raises(BundleError, match="was replaced while"):
-        build_in_bundle(request, rtx, SM89, host=Host(), progress=replace_source)
+        made(folder, progress=replace_source)
+    assert not (folder / "engines").exists()
+    assert replaced == [f"van_digits-fp32-sm89-rtx{rtx.release}: Building engine"]
+
+
+def test_nothing_is_built_where_a_source_is_missing(rtx: Backend, new_bundle: BundleMaker) -> None:
+    folder = new_bundle("van_digits")
+    with pytest.raises(BundleError) as caught:
+        list(build_cells([cell_of(folder), cell_of(folder, "fp16")], host=Host()))
+    assert caught.value.remedy == f"Make it with `van-deploy quantize {folder} --precision fp16`."
     assert not (folder / "engines").exists()
 
 
-def test_a_precision_that_is_not_there(rtx: Backend, new_bundle: BundleMaker) -> None:
-    folder = new_bundle("van_digits")
-    with pytest.raises(BundleError) as caught:
-        request_for(Bundle.open(folder), "fp16", rtx, SM89, Host())
-    assert caught.value.remedy == f"Make it with `van-deploy quantize {folder} --precision fp16`."
-
-
-def test_an_engine_is_no_source(rtx: Backend, new_bundle: BundleMaker) -> None:
-    folder = new_bundle("van_digits")
-    made = built(folder, rtx)
-    with pytest.raises(InputError, match="is of kind 'engine'"):
-        request_for(Bundle.open(folder), made.name, rtx, SM89, Host())
-
-
-def test_a_description_of_an_engine(rtx: Backend, new_bundle: BundleMaker) -> None:
-    made = built(new_bundle("van_digits"), rtx)
-    found = describe_engine(made.path, Host())
-    assert found.obstacles
-    assert found.plan_is_sound is True
-    assert found.layers == ()
-    assert found.layers_skipped.endswith("this machine has no NVIDIA GPU that answers")
-    assert found.plan_sha256 == made.sidecar.plan_sha256
-    assert any(note.startswith("Total Weights Memory") for note in found.build_notes)
-
-
-def test_a_description_of_a_damaged_engine(rtx: Backend, new_bundle: BundleMaker) -> None:
-    made = built(new_bundle("van_digits"), rtx)
-    made.path.write_bytes(b"hello")
-    with pytest.raises(InputError, match="damaged or swapped"):
-        describe_engine(made.path, Host())
-
-
-def test_layers_of_both_inspectors() -> None:
-    detailed = {
-        "Layers": [
-            {
-                "Name": "block1.0.attn.proj_1 + block1.0.attn.activation",
-                "LayerType": "CaskGemmConvolution",
-                "Outputs": [{"Name": "x", "Format/Datatype": "Half"}],
-                "Metadata": "[ONNX Layer: block1.0.attn.proj_1]"
-                "[ONNX Layer: block1.0.attn.activation]",
-            },
-            "reformat",
-            {"Name": "bare"},
-        ],
-        "I/O Tensors": ["images"],
-    }
-    first, second, third = layers_from_json(json.dumps(detailed))
-    assert (first.kind, first.precision) == ("CaskGemmConvolution", "Half")
-    assert first.nodes == ("block1.0.attn.proj_1", "block1.0.attn.activation")
-    assert (second.name, second.nodes) == ("reformat", ())
-    assert third.kind == ""
-    assert layers_from_json("{}") == ()
-
-
 def test_an_engine_from_a_graph_with_preprocessing(rtx: Backend, new_bundle: BundleMaker) -> None:
-    import onnx
-
     from van_deploy.graph.embed import embed_preprocessing
     from van_deploy.graph.files import graph_facts
     from van_deploy.model.checkpoint import load_van
@@ -154,13 +111,125 @@ def test_an_engine_from_a_graph_with_preprocessing(rtx: Backend, new_bundle: Bun
         onnx.save(embedded, draft.file("model.uint8.onnx"))
         more: Any = {"graph": graph_facts(embedded), "embedded": "uint8"}
         draft.record(entry("fp32-uint8", "serving", "fp32", "model.uint8.onnx", **more))
-    request = request_for(Bundle.open(folder), "fp32-uint8", rtx, SM89, Host())
-    made = build_in_bundle(request, rtx, SM89, host=Host())
-    artefact = Bundle.open(folder).artefact(made.name)
-    assert made.name == f"van_digits-fp32-uint8-sm89-rtx{rtx.release}"
+    outcome = made(folder, precision="fp32-uint8")
+    artefact = Bundle.open(folder).artefact(outcome.engine)
+    assert outcome.engine == f"van_digits-fp32-uint8-sm89-rtx{rtx.release}"
     assert (artefact.precision, artefact.made_from.name) == ("fp32", "fp32-uint8")
-    (given,) = made.sidecar.inputs
+    assert outcome.sidecar is not None
+    (given,) = outcome.sidecar.inputs
     assert (given.name, given.shape, given.dtype) == ("pixels", (-1, 32, 32, 3), "uint8")
-    assert [output.name for output in made.sidecar.outputs] == [
+    assert [output.name for output in outcome.sidecar.outputs] == [
         *("logits", "top5_classes", "top5_probabilities")
     ]
+
+
+@pytest.fixture
+def fleet_file(tmp_path: Path, new_bundle: BundleMaker) -> Path:
+    new_bundle("van_digits")
+    path = tmp_path / "fleet.toml"
+    path.write_text(FLEET)
+    return path
+
+
+def test_a_file_becomes_cells(fleet_file: Path) -> None:
+    fleet_file.write_text(
+        FLEET + '[options]\nbatch = ["1:1:1", "2:8:16"]\nworkspace = "1GiB"\ntf32 = false\n'
+        'profiling = "detailed"\noptimization_level = 2\n'
+        '[hosts.sm_86]\nbackend = "tensorrt"\naccelerator_type = "A10G"\n'
+    )
+    cells = read_fleet(fleet_file)
+    assert [(c.bundle.name, c.target) for c in cells] == [
+        (name, target) for name in ("van_digits", "van_none") for target in ("sm_86", "sm_80+sm_89")
+    ]
+    assert cells[0].host == FleetHost(backend="tensorrt", accelerator_type="A10G")
+    assert cells[1].host == FleetHost()
+    assert cells[0].bundle == fleet_file.parent / "dist" / "van_digits"
+    assert cells[1].options == BuildOptions(
+        profiles=(BatchRange(1, 1, 1), BatchRange(2, 8, 16)),
+        targets=("sm_80", "sm_89"),
+        workspace_bytes=1 << 30,
+        optimization_level=2,
+        tf32=False,
+        profiling=Profiling.DETAILED,
+    )
+    assert task_resources(cells[0]) == {"num_gpus": 1, "accelerator_type": "A10G"}
+    assert "num_gpus" not in task_resources(cells[1])
+
+
+@each(
+    ("text", "words"),
+    [
+        ("[fleet", "is not TOML"),
+        ("", "'fleet' is missing"),
+        (FLEET + "[flete]\n", "the key 'flete' is unknown"),
+        (FLEET.replace('["fp32"]', '"fp32"'), "'fleet.precisions' is 'fp32': it should be a list"),
+        (FLEET.replace("sm_86", "ada"), "'fleet.targets.0' is 'ada': it should be compute"),
+        (FLEET + "[options]\nworkspce = 1\n", "the key 'options.workspce' is unknown"),
+        (FLEET + "[options]\nworkspace = true\n", "'options.workspace' is True: it should be"),
+        (FLEET + '[options]\nprofiling = "loud"\n', "'options.profiling' is 'loud': it should be"),
+        (FLEET + '[options]\nbatch = ["8:4:1"]\n', "range 8:4:1 is not min <= opt <= max"),
+        (FLEET + '[hosts.sm_75]\nbackend = "auto"\n', "hosts.sm_75 is for no target"),
+        (FLEET + '[hosts.sm_86]\ngpu = "L4"\n', "the key 'hosts.sm_86.gpu' is unknown"),
+    ],
+)
+def test_a_fleet_file_that_is_wrong(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "fleet.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=words) as caught:
+        read_fleet(path)
+    assert str(path) in caught.value.message
+
+
+@pytest.mark.slow
+def test_a_fleet_goes_on_after_a_failure_and_resumes(
+    rtx: Backend, fleet_file: Path, cli: Cli
+) -> None:
+    first = cli("build", "--matrix", fleet_file)
+    assert first.exit_code == 4
+    assert f"van_digits-fp32-sm86-rtx{rtx.release}" in first.stdout
+    assert "1:2:4" in first.stdout, "the bundle's own batch range"
+    assert "FAIL  van_none fp32 sm_86: There is no bundle at" in first.stdout
+    assert "[1/4] van_digits fp32 sm_86: built" in first.stderr
+    assert "error: 2 of 4 engines failed." in first.stderr
+    assert "Run the same command again to resume." in first.stderr
+    second = list(build_cells(read_fleet(fleet_file), host=Host(), go_on=True))
+    assert [outcome.outcome for outcome in second] == ["reused", "reused", "failed", "failed"]
+    assert second[1].engine == f"van_digits-fp32-sm80+sm89-rtx{rtx.release}"
+
+
+@pytest.fixture
+def ray() -> Iterator[Any]:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed (pip install 'van-deploy[ray]')")
+    import ray
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Ray's own start
+        ray.init(
+            num_cpus=1,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=100 << 20,
+            configure_logging=False,
+        )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_fleet_on_ray(ray: Any, rtx: Backend, fleet_file: Path) -> None:
+    cells = read_fleet(fleet_file)
+    outcomes = {(o.cell.bundle.name, o.cell.target): o for o in build_on_ray(cells)}
+    assert len(outcomes) == 4
+    made = outcomes["van_digits", "sm_86"]
+    assert made.outcome == "built", made.error
+    assert made.where
+    assert outcomes["van_none", "sm_86"].outcome == "failed"
+    bundle = Bundle.open(fleet_file.parent / "dist" / "van_digits")
+    assert bundle.problems() == []
+    assert made.engine in bundle.artefacts
+    again = list(build_on_ray(cells))
+    assert sorted(o.outcome for o in again) == ["failed", "failed", "reused", "reused"]
+    here = list(build_cells(cells[:2], host=Host()))
+    assert [o.outcome for o in here] == ["reused", "reused"]

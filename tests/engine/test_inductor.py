@@ -17,8 +17,8 @@ from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange
+from van_deploy.engine.compatibility import obstacles, require_compatible, torch_version
 from van_deploy.engine.host import Host
-from van_deploy.engine.package import package_obstacles, torch_version
 from van_deploy.engine.sidecar import (
     PACKAGE_SCHEMA,
     PackageSidecar,
@@ -27,7 +27,7 @@ from van_deploy.engine.sidecar import (
     write_sidecar,
 )
 from van_deploy.environment.hardware import cpu
-from van_deploy.errors import BundleError, InputError, UsageError
+from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
 from van_deploy.metrics import compare
 from van_deploy.schema import validated
@@ -62,11 +62,6 @@ def sidecar(**changes: Any) -> PackageSidecar:
 ON_CPU = {"device": "cpu", "targets": (platform.machine(),), "built_on": "a processor"}
 
 
-def test_a_package_runs_where_it_was_compiled() -> None:
-    assert package_obstacles(sidecar(), H100) == ()
-    assert package_obstacles(sidecar(**ON_CPU, cpu_features=cpu().features), Host()) == ()
-
-
 @each(
     ("changes", "host", "problem"),
     [
@@ -94,9 +89,15 @@ def test_a_package_runs_where_it_was_compiled() -> None:
 def test_what_keeps_a_package_from_running(
     changes: dict[str, Any], host: Host, problem: str
 ) -> None:
-    (found,) = package_obstacles(sidecar(**changes), host)
-    assert found.problem == problem
-    assert found.remedy
+    with pytest.raises(MissingDependency) as caught:
+        require_compatible(sidecar(**changes), host)
+    assert caught.value.message == f"The package 'p' does not run here: {problem}."
+    assert caught.value.remedy
+
+
+def test_a_package_runs_where_it_was_compiled() -> None:
+    assert obstacles(sidecar(), H100) == ()
+    assert obstacles(sidecar(**ON_CPU, cpu_features=cpu().features), Host()) == ()
 
 
 def test_a_package_is_native_code_and_its_digest_is_checked(tmp_path: Path) -> None:
@@ -125,42 +126,42 @@ def test_a_package_is_native_code_and_its_digest_is_checked(tmp_path: Path) -> N
         (["--device", "tpu"], 2, "'--device' is 'tpu'"),
         (["--device", "cpu", "--fused-kernels"], 2, "The fused kernels run on a GPU, in fp16 or"),
         (["--tune"], 3, "--tune cannot time anything here: no NVIDIA GPU answers."),
+        (["--backend", "auto", "--device", "cpu"], 2, "--device cpu is Inductor's"),
+        (["--backend", "auto", "--max-autotune"], 2, "--max-autotune is Inductor's"),
+        (["--backend", "auto", "--fused-kernels"], 2, "--fused-kernels is Inductor's"),
+        (["--device", "cpu", "no-such-compiler"], 3, "there is no 'no-such-compiler' here"),
     ],
 )
-def test_what_cannot_be_asked_of_inductor(
-    cli: Cli, digits_bundle: Bundle, words: list[str], code: int, message: str
+def test_what_cannot_be_asked_of_inductor_or_of_others(
+    cli: Cli,
+    digits_bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    code: int,
+    message: str,
 ) -> None:
+    if words[-1] == "no-such-compiler":
+        monkeypatch.setenv("CXX", words.pop())
     result = cli("build", digits_bundle.path, "--backend", "inductor", *words)
     assert (result.exit_code, result.stdout) == (code, "")
     assert message in " ".join(result.stderr.split())
 
 
-@each("words", [["--device", "cpu"], ["--max-autotune"], ["--fused-kernels"]])
-def test_what_is_inductors_alone(cli: Cli, digits_bundle: Bundle, words: list[str]) -> None:
-    result = cli("build", digits_bundle.path, "--target", "sm_89", *words)
-    assert result.exit_code == 2
-    assert f"{' '.join(words)} is Inductor's" in result.stderr
-
-
-def test_without_a_compiler(
-    cli: Cli, digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    result = cli("build", digits_bundle.path, "--backend", "inductor", "--device", "cpu")
-    assert result.exit_code == 3
-    assert "there is no 'no-such-compiler' here" in result.stderr
-
-
 @pytest.fixture(scope="module")
 def packaged(made_once: MadeOnce, digits_bundle: Bundle) -> Path:
-    """Return a bundle with an FP32 and a BF16 package for this CPU; not to be changed."""
+    """Return a bundle with an FP32 (tuned) and a BF16 package for this CPU; not to be changed."""
 
     def make(folder: Path) -> None:
         shutil.copytree(digits_bundle.path, folder)
-        report = van_deploy.open_bundle(folder).build(
-            backend="inductor", device="cpu", precisions=["fp32", "bf16"]
-        )
-        assert report.passed
+        bundle = van_deploy.open_bundle(folder)
+        for_cpu: Any = {"backend": "inductor", "device": "cpu"}
+        (row,) = bundle.build(**for_cpu, precisions=["fp32"], tune=True).tuned
+        assert row.kept
+        assert row.passed
+        assert row.latency_ms is not None
+        assert row.latency_ms > 0
+        assert names_of(folder)["fp32"] == row.engine
+        assert bundle.build(**for_cpu, precisions=["bf16"]).passed
 
     return made_once("with_packages", make)
 
@@ -212,42 +213,30 @@ class TestOnThisCpu:
         first, second = (answer["predictions"][0]["top"][0]["index"] for answer in answers)
         assert first == second
 
-    def test_a_rerun_reuses_it(self, copy_of: Copy, packaged: Path) -> None:
-        folder = copy_of(packaged)
-        again = van_deploy.open_bundle(folder).build(backend="inductor", device="cpu")
-        assert [one.outcome for one in again.outcomes] == ["reused"]
-
-    def test_a_changed_package_is_not_loaded(self, copy_of: Copy, packaged: Path) -> None:
+    def test_a_rerun_reuses_it_and_a_changed_one_is_not_loaded(
+        self, copy_of: Copy, packaged: Path
+    ) -> None:
         from van_deploy.runners.network import Network
 
         folder = copy_of(packaged)
+        again = van_deploy.open_bundle(folder).build(backend="inductor", device="cpu")
+        assert [one.outcome for one in again.outcomes] == ["reused"]
         name = names_of(folder)["fp32"]
         file = folder / "engines" / f"{name}.pt2"
         file.write_bytes(file.read_bytes()[:-1] + b"x")
         with pytest.raises(BundleError, match=r"\.pt2"):
             Network(Bundle.open(folder), name).__enter__()
 
-    def test_triton_is_not_given_a_package(self, cli: Cli, packaged: Path, tmp_path: Path) -> None:
+    def test_inspect_shows_it_and_triton_is_not_given_it(
+        self, cli: Cli, packaged: Path, tmp_path: Path
+    ) -> None:
+        shown = cli("inspect", packaged / "engines" / f"{names_of(packaged)['bf16']}.pt2")
+        assert shown.exit_code == 0
+        assert torch_version() in shown.stdout
+        assert "it runs on this machine" in shown.stdout
         name = names_of(packaged)["fp32"]
         result = cli(
             *("package", "triton", packaged, "--artefact", name, "--output", tmp_path / "t")
         )
         assert result.exit_code == 5
         assert "Triton does not load Inductor packages here" in result.stderr
-
-    def test_inspect_shows_it(self, cli: Cli, packaged: Path) -> None:
-        result = cli("inspect", packaged / "engines" / f"{names_of(packaged)['bf16']}.pt2")
-        assert result.exit_code == 0
-        assert torch_version() in result.stdout
-        assert "it runs on this machine" in result.stdout
-
-    def test_the_fastest_candidate_is_kept(self, cli: Cli, copy_of: Copy, packaged: Path) -> None:
-        folder = copy_of(packaged)
-        words = ("--backend", "inductor", "--device", "cpu", "--tune", "--batch", "1:2:2")
-        result = cli("build", folder, *words, "--precision", "fp32", "--json")
-        assert result.exit_code == 0
-        (row,) = json.loads(result.stdout)["tuned"]
-        assert row["kept"]
-        assert row["passed"]
-        assert row["latency_ms"] > 0
-        assert names_of(folder)["fp32"] == row["engine"]

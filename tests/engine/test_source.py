@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -11,93 +11,97 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.each import each
-from van_deploy.config import BatchRange
+from van_deploy.config import BatchRange, BuildOptions
+from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.source import read_source
 from van_deploy.errors import InputError
 
-
-def one_node(operator: str, kind: int, **attributes: Any) -> ModelProto:
-    images = helper.make_tensor_value_info("images", kind, ["batch", 3, 8, 8])
-    logits = helper.make_tensor_value_info("logits", kind, None)
-    node = helper.make_node(operator, ["images"], ["logits"], name="block1.0.act", **attributes)
-    made = helper.make_graph([node], "g", [images], [logits])
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)])
+Spoil = Callable[[ModelProto], object]
 
 
-def refused(model: ModelProto, tmp_path: Path) -> InputError:
-    path = tmp_path / "model.onnx"
-    onnx.save(model, path)
-    with pytest.raises(InputError) as caught:
-        read_source(path)
-    return caught.value
+def dimension(model: ModelProto, axis: int) -> onnx.TensorShapeProto.Dimension:
+    return model.graph.input[0].type.tensor_type.shape.dim[axis]
 
 
-def test_what_is_read(digits_onnx: Path, digits_graph: ModelProto) -> None:
-    source = read_source(digits_onnx)
-    assert (source.opset, source.input_name) == (20, "images")
-    assert source.input_shape[0] == -1
-    assert source.nodes == len(digits_graph.graph.node)
-    assert not source.has_external_weights
-    source.refuse_profile(BatchRange(1, 8, 32))
+def of_opset(version: int) -> Spoil:
+    return lambda model: setattr(model.opset_import[0], "version", version)
 
 
-@pytest.mark.parametrize("opset", [8, 26, 99])
-def test_an_opset_the_parser_does_not_know(graph: ModelProto, tmp_path: Path, opset: int) -> None:
-    graph.opset_import[0].version = opset
-    error = refused(graph, tmp_path)
-    assert f"uses ONNX opset {opset}; TensorRT's parser knows 9 to 25" in error.message
-    assert error.remedy == "Export it again with `--opset 20`."
+def of_type(kind: int) -> Spoil:
+    return lambda model: setattr(model.graph.input[0].type.tensor_type, "elem_type", kind)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="There is no ONNX file"):
-        read_source(tmp_path / "none.onnx")
-
-
-@each("content", [b"", b"hello world, this is no protobuf", b"\0" * 64])
-def test_a_file_that_is_not_onnx(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "model.onnx"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="is not an ONNX file"):
-        read_source(path)
-
-
-def test_a_file_cut_short(digits_onnx: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    path.write_bytes(digits_onnx.read_bytes()[:20_000])
-    with pytest.raises(InputError, match="not an ONNX file, or it is damaged"):
-        read_source(path)
-
-
-@each(
-    ("kind", "words"),
-    [
-        (TensorProto.DOUBLE, "float64, which TensorRT would narrow to float32"),
-        (TensorProto.STRING, "text, which TensorRT does not have"),
-        (TensorProto.COMPLEX64, "complex numbers"),
-    ],
-)
-def test_types(tmp_path: Path, kind: int, words: str) -> None:
-    assert words in refused(one_node("Identity", kind), tmp_path).message
-
-
-def test_float64_weights(graph: ModelProto, tmp_path: Path) -> None:
-    first = graph.graph.initializer[0]
+def float64_weights(model: ModelProto) -> None:
+    first = model.graph.initializer[0]
     wide = numpy_helper.to_array(first).astype(np.float64)
     first.CopyFrom(numpy_helper.from_array(wide, first.name))
-    assert f"'{first.name}' holds float64" in refused(graph, tmp_path).message
 
 
-def test_the_graph_made_for_cpus(tmp_path: Path) -> None:
-    model = one_node("Identity", TensorProto.FLOAT)
+def made_for_cpus(model: ModelProto) -> None:
     scale = numpy_helper.from_array(np.ones((), np.float32), "s")
     zero = numpy_helper.from_array(np.zeros((), np.uint8), "z")
     model.graph.initializer.extend([scale, zero])
-    model.graph.node.insert(
-        0, helper.make_node("QuantizeLinear", ["images", "s", "z"], ["q"], name="block1.0.q")
-    )
-    message = refused(model, tmp_path).message
-    assert "'block1.0.q' has a UINT8 zero-point, which TensorRT would read as INT8" in message
+    node = helper.make_node("QuantizeLinear", ["images", "s", "z"], ["q"], name="block1.0.q")
+    model.graph.node.insert(0, node)
+
+
+def second_input(model: ModelProto) -> None:
+    model.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["batch", 1]))
+
+
+def free(*axes: int) -> Spoil:
+    def set_free(model: ModelProto) -> None:
+        for axis in axes:
+            dimension(model, axis).dim_param = f"axis{axis}"
+
+    return set_free
+
+
+OPSET = "uses ONNX opset {}; TensorRT's parser knows 9 to 25"
+
+
+@each(
+    ("spoil", "words"),
+    [
+        *((of_opset(version), OPSET.format(version)) for version in (8, 26, 99)),
+        (of_type(TensorProto.DOUBLE), "'images' float64, which TensorRT would narrow to float32"),
+        (of_type(TensorProto.STRING), "text, which TensorRT does not have"),
+        (of_type(TensorProto.COMPLEX64), "complex numbers"),
+        (float64_weights, "float64, which TensorRT would narrow"),
+        (made_for_cpus, "UINT8 zero-point in 'block1.0.q', which TensorRT would read as INT8"),
+        (free(2), "dynamic along axis 2; engines here have a dynamic batch"),
+        (free(1, 2, 3), "dynamic along axis 1, 2, 3"),
+        (second_input, "has 2 inputs; a VAN has one"),
+        (lambda model: model.graph.ClearField("node"), "is not an ONNX file"),
+        (lambda model: model.graph.input[0].type.tensor_type.ClearField("shape"), "without a shap"),
+    ],
+    fresh="graph",
+)
+def test_what_tensorrt_would_misread(
+    graph: ModelProto, tmp_path: Path, spoil: Spoil, words: str
+) -> None:
+    spoil(graph)
+    path = tmp_path / "model.onnx"
+    onnx.save(graph, path)
+    with pytest.raises(InputError) as caught:
+        read_source(path)
+    assert words in caught.value.message
+    assert "van-deploy export" in caught.value.remedy
+
+
+@each("content", [None, b"", b"hello world, this is no protobuf", b"\0" * 64, 20_000])
+def test_a_file_that_is_not_onnx(
+    digits_onnx: Path, tmp_path: Path, content: bytes | int | None
+) -> None:
+    path, message = tmp_path / "model.onnx", "is not an ONNX file"
+    if content is None:
+        message = "There is no ONNX file"
+    elif isinstance(content, int):
+        path.write_bytes(digits_onnx.read_bytes()[:content])
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_source(path)
 
 
 def test_weights_that_were_left_behind(graph: ModelProto, tmp_path: Path) -> None:
@@ -109,23 +113,23 @@ def test_weights_that_were_left_behind(graph: ModelProto, tmp_path: Path) -> Non
         read_source(path)
 
 
-def test_a_free_image_size(graph: ModelProto, tmp_path: Path) -> None:
-    graph.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
-    assert "free along axis 2; engines here have a free batch" in refused(graph, tmp_path).message
-
-
-def test_two_inputs(graph: ModelProto, tmp_path: Path) -> None:
-    graph.graph.input.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, ["batch", 1]))
-    assert "it has 2 inputs; a VAN has one" in refused(graph, tmp_path).message
-
-
-def test_a_fixed_batch(graph: ModelProto, tmp_path: Path) -> None:
-    dim = graph.graph.input[0].type.tensor_type.shape.dim[0]
-    dim.Clear()
-    dim.dim_value = 4
-    path = tmp_path / "model.onnx"
+def test_what_is_asked_must_be_what_the_graph_serves(graph: ModelProto, tmp_path: Path) -> None:
+    path, sizes = tmp_path / "model.onnx", SizeRange(32, 64, 96)
     onnx.save(graph, path)
     source = read_source(path)
-    source.refuse_profile(BatchRange(4, 4, 4))
+    assert source.input_shape == (-1, 3, 32, 32)
+    assert not source.has_external_weights
+    source.refuse(BuildOptions(profiles=(BatchRange(1, 8, 32),)))
+    with pytest.raises(InputError, match="takes one image size, so it cannot serve 32:64:96"):
+        source.refuse(BuildOptions(dynamic_size=sizes))
+    free(2, 3)(graph)
+    onnx.save(graph, path)
+    read_source(path).refuse(BuildOptions(dynamic_size=sizes))
+    with pytest.raises(InputError, match="has dynamic height and width, and no sizes"):
+        read_source(path).refuse(BuildOptions())
+    dimension(graph, 0).dim_value = 4
+    onnx.save(graph, path)
+    fixed = read_source(path)
+    fixed.refuse(BuildOptions(profiles=(BatchRange(4, 4, 4),), dynamic_size=sizes))
     with pytest.raises(InputError, match="has a fixed batch of 4, so it cannot serve 1:8:32"):
-        source.refuse_profile(BatchRange(1, 8, 32))
+        fixed.refuse(BuildOptions(profiles=(BatchRange(1, 8, 32),), dynamic_size=sizes))

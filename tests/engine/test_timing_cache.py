@@ -26,18 +26,14 @@ merge_into_file(Path(sys.argv[1]), slowly)
 """
 
 
-def test_processes_wait_for_each_other(tmp_path: Path) -> None:
+def test_processes_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "caches" / "timing.cache"
     writers = [subprocess.Popen([sys.executable, "-c", ADD, str(path), letter]) for letter in "abc"]
     assert [writer.wait() for writer in writers] == [0, 0, 0]
     assert sorted(path.read_bytes()) == sorted(b"abc")
-
-
-def test_a_lock_that_is_never_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing_cache, "LOCK_WAIT_S", 0.05)
-    path = tmp_path / "timing.cache"
     with (
-        FileLock(tmp_path / ".timing.cache.lock"),
+        FileLock(path.with_name(".timing.cache.lock")),
         pytest.raises(ConversionError, match="Another build has held the timing cache"),
     ):
         timing_cache.merge_into_file(path, lambda now: now)

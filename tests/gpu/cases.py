@@ -13,11 +13,11 @@ import numpy.typing as npt
 import pytest
 
 from van_deploy.bundle import Bundle
-from van_deploy.config import BatchRange, BuildOptions
+from van_deploy.config import BatchRange, BuildOptions, BuildSettings
 from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import host_here
-from van_deploy.engine.inductor import build_package, package_request
+from van_deploy.engine.inductor import build_package, packages_asked
 from van_deploy.errors import MissingDependency
 from van_deploy.runners.base import CudaOptions
 
@@ -94,13 +94,16 @@ def _ort(artefact: str, options: CudaOptions | None = None) -> Callable[[Bundle]
 
 
 def _inductor(
-    precision: str, device: str, batches: BatchRange = BATCHES, **options: bool
+    precision: str, device: str, batches: BatchRange = BATCHES, *, fused: bool = False
 ) -> Callable[[Bundle], Any]:
     def opened(bundle: Bundle) -> Any:
         from van_deploy.runners.inductor import InductorRunner
 
-        request = package_request(bundle, precision, device, host_here(), batches, **options)
-        package, _ = build_package(request)
+        settings = BuildSettings(
+            precisions=(precision,), device=device, profiles=(batches,), fused_kernels=fused
+        )
+        (asked,) = packages_asked(bundle, settings, host_here())
+        package, _ = build_package(bundle.path, asked)
         return InductorRunner(bundle.path / "engines" / f"{package.name}.pt2")
 
     return opened
@@ -159,7 +162,7 @@ CASES = (
     Case(
         "fused-fp16",
         "fp16",
-        _inductor("fp16", "cuda:0", BatchRange(8, 8, 8), fused_kernels=True),
+        _inductor("fp16", "cuda:0", BatchRange(8, 8, 8), fused=True),
         batches=(8,),
     ),
     Case("tensorrt-fp32", "fp32", _tensorrt("fp32", graph=False)),

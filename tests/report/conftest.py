@@ -31,12 +31,13 @@ def full(made_once: MadeOnce, bare: Bundle, heldout_200: Path) -> Bundle:
         bundle.benchmark(
             batches=(1, 2),
             threads=1,
-            runners=("ort-*", "openvino"),
+            runners=("ort-*",),
             seconds=0.05,
             calls=2,
             limit=0.2,
             rounds=2,
             warmup=0.0,
+            roofline=False,
         )
 
     return Bundle.open(made_once("full_report", make))

@@ -21,7 +21,7 @@ from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.load import builder_of, runtime_of
 from van_deploy.engine.log import BuildLog
-from van_deploy.engine.sidecar import read_sidecar, sidecar_path, write_sidecar
+from van_deploy.engine.sidecar import sidecar_path, verified_sidecar, write_sidecar
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, VanDeployError
 from van_deploy.runners.base import profile_for, require_served
@@ -98,7 +98,7 @@ def test_a_plan_without_a_sidecar_is_not_admitted(tmp_path: Path) -> None:
 def test_trust_does_not_forgive_a_swapped_plan(made: Made, tmp_path: Path) -> None:
     plan = tmp_path / "e.plan"
     plan.write_bytes(made.plan.read_bytes()[:-1])
-    write_sidecar(plan, read_sidecar(made.plan))
+    write_sidecar(plan, verified_sidecar(made.plan))
     assert sidecar_path(plan).exists()
     with pytest.raises(InputError, match="damaged or swapped"):
         admit(plan, trust_engine=True)
@@ -107,7 +107,7 @@ def test_trust_does_not_forgive_a_swapped_plan(made: Made, tmp_path: Path) -> No
 def test_a_plan_for_another_gpu_is_not_admitted(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sidecar = read_sidecar(made.plan)
+    sidecar = verified_sidecar(made.plan)
     other = next(target for target in RTX_TARGETS if target not in sidecar.targets)
     stranger = Host("a GPU", other, None, "999.0", (99, 0))
     monkeypatch.setattr("van_deploy.runners.tensorrt.host_here", lambda **_: stranger)
@@ -168,7 +168,7 @@ def test_host_code_is_allowed_for_a_plan_whose_sidecar_says_it_has_some(
 ) -> None:
     plan = tmp_path / "e.plan"
     plan.write_bytes(made.plan.read_bytes())
-    sidecar = read_sidecar(made.plan)
+    sidecar = verified_sidecar(made.plan)
     options = sidecar.options.changed(version_compatible=version_compatible)
     write_sidecar(plan, sidecar.model_copy(update={"options": options}))
     here = Host("a GPU", sidecar.targets[0], None, "999.0", (99, 0))

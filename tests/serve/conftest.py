@@ -74,7 +74,7 @@ def with_plans(byte_bundle: Bundle, copy_of: Copy) -> PlanMaker:
 def _sidecar(
     bundle: Bundle, plan: Path, target: str, profiles: str, changes: dict[str, Any]
 ) -> Sidecar:
-    ranges = tuple(BatchRange.parse(text) for text in profiles.split(","))
+    ranges = tuple(BatchRange.model_validate(text) for text in profiles.split(","))
     graph = bundle.artefact("fp32")
     fields: dict[str, Any] = {
         "name": plan.stem,

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.each import each
+
 ROOT = Path(__file__).parents[2]
 OPTIONAL = (
     *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray", "cryptography"),
@@ -121,25 +123,10 @@ sys.addaudithook(_read_only)
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the package as a wheel installs it."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("van_deploy", "export", "calibration"):
-        shutil.copytree(
-            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".*")
-        )
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"),
-            *("--no-build-isolation", "--wheel-dir", str(out), str(source)),
-        ],
-        check=True,
-        capture_output=True,
-    )
     target = tmp_path_factory.mktemp("site")
-    zipfile.ZipFile(next(out.glob("*.whl"))).extractall(target)
+    wheel.extractall(target)
     return target
 
 
@@ -186,57 +173,34 @@ def elsewhere(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Else
     away = Elsewhere(installed, folder)
     made = away.run("export", "van_digits", "--output", "mein Bündel 一", **ASCII)
     assert made.returncode == 0, made.stderr
+    assert str(installed) in away.run("info", "van_digits", "--json", **UTF8).stdout
     shutil.copy(folder / "mein Bündel 一/golden/0.png", folder / "Größe eins.png")
     return away
 
 
 @pytest.mark.slow
-def test_what_runs_is_the_installed_package(elsewhere: Elsewhere) -> None:
-    code = "import van_deploy, sys; sys.stdout.write(van_deploy.__file__)"
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=elsewhere.folder,
-        env={**os.environ, "PYTHONPATH": str(elsewhere.installed)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert Path(ran.stdout).is_relative_to(elsewhere.installed)
+@pytest.mark.parametrize("locale", [ASCII, LATIN, UTF8], ids=["ascii", "latin-1", "utf-8"])
+def test_names_of_any_language_in_any_locale(elsewhere: Elsewhere, locale: dict[str, str]) -> None:
+    bundle = "mein Bündel 一"
+    commands: list[tuple[str, ...]] = [
+        ("info", bundle, "--json"),
+        ("predict", bundle, "Größe eins.png", "--json"),
+    ]
+    if locale is not LATIN:  # the two extremes are tried; these write files and take longer
+        commands.append(("package", "triton", bundle, "-o", "Triton für alle"))
+        commands.append(("report", bundle, "-o", "Bericht ½ eins.html"))
+    for words in commands:
+        ran = elsewhere.run(*words, **locale)
+        assert ran.returncode == 0, ran.stderr
+        if "--json" in words and locale is not LATIN:
+            assert json.loads(ran.stdout)
+    missing = elsewhere.run("predict", bundle, "es gibt ½ nichts.png", **locale)
+    assert (missing.returncode, missing.stdout) == (5, "")
+    assert missing.stderr.startswith("error: ")
     assert not list(elsewhere.installed.rglob("*.pyc")), "something was written"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("locale", [ASCII, LATIN, UTF8], ids=["ascii", "latin-1", "utf-8"])
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("info", "mein Bündel 一"),
-        ("info", "mein Bündel 一", "--json"),
-        ("predict", "mein Bündel 一", "Größe eins.png", "--json"),
-        ("package", "triton", "mein Bündel 一", "-o", "Triton für alle"),
-        ("report", "mein Bündel 一", "-o", "Bericht ½ eins.html"),
-    ],
-    ids=lambda words: words[0] + ("-json" if "--json" in words else ""),
-)
-def test_names_of_any_language_in_any_locale(
-    elsewhere: Elsewhere, locale: dict[str, str], words: tuple[str, ...]
-) -> None:
-    if words[0] in {"package", "report"} and locale is LATIN:
-        pytest.skip("the two extremes are tried; they write files and take longer")
-    ran = elsewhere.run(*words, **locale)
-    assert ran.returncode == 0, ran.stderr
-    if "--json" in words and locale is not LATIN:
-        assert json.loads(ran.stdout)
-
-
-@pytest.mark.slow
-def test_a_missing_file_with_such_a_name_is_one_message(elsewhere: Elsewhere) -> None:
-    ran = elsewhere.run("predict", "mein Bündel 一", "es gibt ½ nichts.png", **ASCII)
-    assert (ran.returncode, ran.stdout) == (5, "")
-    assert ran.stderr.startswith("error: ")
-
-
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+@each("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
 def test_closed_streams(closed: str) -> None:
     """A service, or a shell, may start a program without them."""
     command = f"{sys.executable} -m van_deploy report nosuch {closed}"

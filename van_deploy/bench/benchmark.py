@@ -6,34 +6,30 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.contender import Contender, Skipped
-from van_deploy.bench.contenders import REFERENCE, chosen, contenders_of, gpu_answers
+from van_deploy.bench.contenders import REFERENCE, chosen, contenders_of, gpu_answers, resized
 from van_deploy.bench.document import SCHEMA, BenchReport, Best, BestUnder, Seconds, Subject
-from van_deploy.bench.lane import Lane, Loading, Row
-from van_deploy.bench.machine import Watch, busy_cores, machine_here
-from van_deploy.bench.on_gpu import gpu_rows, int8_not_worth_it, with_ratios
+from van_deploy.bench.lane import Lane
+from van_deploy.bench.machine import Watch, busy_cores, machine_here, warnings_of
+from van_deploy.bench.on_gpu import gpu_row, int8_not_worth_it, with_ratios
 from van_deploy.bench.process import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bench.profile import ProfileLine
 from van_deploy.bench.race import Progress, Race
-from van_deploy.bench.resize import resized
 from van_deploy.bench.roofline import measured_limits
-from van_deploy.bench.steadiness import warnings_of
+from van_deploy.bench.timing import Loading, Row
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
-from van_deploy.config.sizes import ImageSize, size_text
+from van_deploy.config.sizes import ImageSize
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
 from van_deploy.runners.base import CudaOptions, gpu_index
-
-__all__ = ["Measured", "benchmark_bundle"]
+from van_deploy.runners.cuda import no_device
 
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes tried under a latency limit, as far as the bundle's range goes."""
@@ -48,10 +44,6 @@ VARIABLES = (
 )
 
 
-Sized = tuple[ImageSize, Path, list[Contender]]
-"""An image size, the file of its images, and the contenders that take it."""
-
-
 def benchmark_bundle(
     bundle: Bundle, settings: BenchSettings, *, progress: Progress | None = None
 ) -> BenchReport:
@@ -63,28 +55,34 @@ def benchmark_bundle(
         MissingDependency: there is no GPU, or a runner was asked for by name and cannot start.
         ConversionError: not one contender could be timed.
     """
-    say, device = progress or (lambda _: None), settings.device or _default_device()
+    say, device = progress or (lambda _: None), settings.device
+    device = device or ("cuda:0" if gpu_answers() else "cpu")
     _require_gpu(device, settings.streams)
     cuda = CudaOptions(False, settings.tf32, settings.conv_search, settings.fuse_conv_bias)
     entries = chosen(contenders_of(bundle, device, cuda), settings.runners)
     contenders = [entry for entry in entries if isinstance(entry, Contender)]
-    if settings.p99_ms is not None:
-        largest = max(1, bundle.manifest.batch.max)
-        settings = settings.changed(batches=tuple(b for b in SWEEP if b <= largest))
-    settings = _with_reference(settings.changed(device=device), contenders)
+    settings = _completed(settings, device, bundle, contenders)
     cores, manifest = cpu().cores_allowed, bundle.manifest
     threads = settings.threads or cores
     start, busy = time.perf_counter(), busy_cores()
     ceilings = _ceilings(threads, device, say) if settings.roofline else None
-    watch = Watch(cores)
-    with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
-        sized, images = _sized(bundle, contenders, settings, Path(folder))
-        given = (settings, manifest.preprocessing.as_dict(), say)
-        measured = _on_cpu(sized, threads, *given) if device == "cpu" else _on_gpu(sized, *given)
-    rows, during = measured.rows, watch.report()
+    watch, run = Watch(cores), _Run(bundle, settings, threads, say)
+    for size in settings.image_sizes or (manifest.preprocessing.image_size,):
+        with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
+            run.at(size, contenders, Path(folder))
+    reference = settings.reference if any(row.ratio for row in run.rows) else None
+    if device != "cpu":
+        reference, run.rows = with_ratios(run.rows, contenders, settings.reference)
+    rows, during = run.rows, watch.report()
     if not any(row.latency for row in rows):
-        raise _nothing(rows)
-    warnings = [*warnings_of(rows, settings, busy, cores, during)]
+        reasons = sorted({f"{row.contender}: {row.error}" for row in rows})
+        raise ConversionError(
+            f"Not one runner could be timed: {'; '.join(reasons) or 'there is none here'}.",
+            "See `van-deploy doctor` for what is missing.",
+        )
+    variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)}
+    limits = measured_limits(manifest.architecture, contenders, rows, ceilings)
+    int8 = int8_not_worth_it(rows, contenders) if device != "cpu" else []
     return BenchReport(
         schema=SCHEMA,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -93,128 +91,118 @@ def benchmark_bundle(
         settings=settings,
         device=device,
         threads=threads,
-        images=images,
+        images=run.images,
         machine=machine_here(),
         python=platform.python_version(),
         versions=tool_versions(*RUNTIMES),
-        environment=_variables(),
+        environment={**KEEP_MEMORY, **variables},
         contenders={contender.name: contender for contender in contenders},
-        reference=measured.reference,
+        reference=reference,
         rows=tuple(rows),
         skipped=tuple(entry for entry in entries if isinstance(entry, Skipped)),
-        loading=measured.loaded,
+        loading=run.loaded,
         ceilings=ceilings,
-        roofline=measured_limits(manifest.architecture, contenders, rows, ceilings)
-        if ceilings
-        else (),
-        profiles=measured.profiles,
+        roofline=limits,
+        profiles=run.profiles,
         best_under_p99=_best_under(rows, settings.p99_ms),
         during=during,
-        seconds=Seconds(time.perf_counter() - start, measured.timed_s),
-        warnings=(*warnings, *int8_not_worth_it(rows, contenders)),
+        seconds=Seconds(time.perf_counter() - start, run.timed_s),
+        warnings=(*warnings_of(rows, settings, busy, cores, during), *int8),
     )
 
 
-@dataclass
-class Measured:
-    """What the races of all image sizes came to.
+class _Run:
+    """The contenders timed at one image size after the other, and what that came to.
 
     Attributes:
         rows: of all contenders, batches and sizes.
         loaded: what loading took, by name.
-        profiles: by name.
+        profiles: by name, where they were asked for.
         timed_s: seconds of timed calls.
-        reference: what ratios are against.
+        images: what they are, in words.
     """
 
-    rows: list[Row] = field(default_factory=list)
-    loaded: dict[str, Loading] = field(default_factory=dict)
-    profiles: dict[str, tuple[ProfileLine, ...]] = field(default_factory=dict)
-    timed_s: float = 0.0
-    reference: str | None = None
+    def __init__(
+        self, bundle: Bundle, settings: BenchSettings, threads: int, say: Progress
+    ) -> None:
+        self.rows: list[Row] = []
+        self.loaded: dict[str, Loading] = {}
+        self.profiles: dict[str, tuple[ProfileLine, ...]] = {}
+        self.timed_s, self.images = 0.0, ""
+        self._bundle, self._settings, self._threads, self._say = bundle, settings, threads, say
 
-    def add(self, lane: Lane, profile: bool) -> None:
-        """Take over what a contender's process says besides its rows."""
-        if lane.loaded:
-            self.loaded[lane.contender.name] = lane.loaded
-        lane.failure = None if lane.loaded else lane.failure
-        if profile and (answer := lane.ask("profile")):
-            lines = tuple(ProfileLine(**line) for line in answer["lines"])
-            self.profiles[lane.contender.name] = lines
+    def at(self, size: ImageSize, contenders: Sequence[Contender], folder: Path) -> None:
+        """Time the contenders at one image size; ``folder`` is for images and graphs of it."""
+        import numpy as np
 
+        from van_deploy.data import check_images
+        from van_deploy.runners.answers import network_input
 
-def _sized(
-    bundle: Bundle, contenders: Sequence[Contender], settings: BenchSettings, folder: Path
-) -> tuple[list[Sized], str]:
-    """Return each image size with its images and contenders, and what the images are."""
-    import numpy as np
-
-    from van_deploy.data import check_images
-
-    preprocessing, result, described = bundle.manifest.preprocessing, [], ""
-    for size in settings.image_sizes or (preprocessing.image_size,):
+        preprocessing = self._bundle.manifest.preprocessing
         at_size = preprocessing.override(image_size=size)
-        checked = check_images(bundle.name, at_size, max(settings.batches))
-        described, path = checked.description, folder / f"images-{size_text(size)}.npy"
-        np.save(path, checked.inputs)
-        taken = list(contenders)
+        checked = check_images(self._bundle.name, at_size, max(self._settings.batches))
+        self.images = checked.description
+        for embedded in {contender.embedded for contender in contenders}:
+            given = network_input(checked.values, embedded, at_size)
+            np.save(folder / f"{embedded}.npy", given)
         if size != preprocessing.image_size:
-            taken = [resized(contender, size, folder) for contender in contenders]
-        result.append((size, path, taken))
-    return result, described
+            contenders = [resized(contender, size, folder) for contender in contenders]
+        if self._settings.device == "cpu":
+            self._race(size, contenders, folder)
+        else:
+            self._on_gpu(size, contenders, folder)
 
-
-def _on_cpu(
-    sized: Sequence[Sized],
-    threads: int,
-    settings: BenchSettings,
-    preprocessing: Mapping[str, Any],
-    say: Progress,
-) -> Measured:
-    """Race all contenders at each image size."""
-    measured = Measured()
-    more: dict[str, Any] = {"preprocessing": preprocessing, "progress": say}
-    for size, images, contenders in sized:
-        with Race(contenders, threads, streams=settings.streams, **more) as race:
-            running: set[str] | None = None
+    def _race(self, size: ImageSize, contenders: Sequence[Contender], images: Path) -> None:
+        """Race all contenders; under a latency limit the slow ones drop out."""
+        settings, running = self._settings, None
+        with Race(contenders, self._threads, streams=settings.streams, progress=self._say) as race:
             for batch in sorted(set(settings.batches)):
                 given = (images, batch, size, settings.budget, settings.reference, running)
                 rows = race.run(*given)
-                measured.rows += rows
-                measured.timed_s += sum(lane.timed_s for lane in race.lanes)
-                if settings.p99_ms is not None:  # the slow ones drop out
-                    running = {r.contender for r in rows if _keeps(r, settings.p99_ms)}
-                    if not running:
-                        break
+                self.rows += rows
+                self.timed_s += sum(lane.timed_s for lane in race.lanes)
+                running = {row.contender for row in rows if _keeps(row, settings.p99_ms)}
+                if not running:
+                    break
             for lane in race.lanes:
-                measured.add(lane, settings.profile)
-    if any(row.ratio for row in measured.rows):
-        measured.reference = settings.reference
-    return measured
+                self._add(lane)
 
+    def _on_gpu(self, size: ImageSize, contenders: Sequence[Contender], images: Path) -> None:
+        """Time one contender after the other, each at every batch size.
 
-def _on_gpu(
-    sized: Sequence[Sized],
-    settings: BenchSettings,
-    preprocessing: Mapping[str, Any],
-    say: Progress,
-) -> Measured:
-    """Time one contender after the other, each at every batch size."""
-    measured = Measured()
-    batches = sorted(set(settings.batches))
-    for size, images, contenders in sized:
+        Under a latency limit larger batches are not tried once one is too slow.
+        """
+        settings = self._settings
         for contender in contenders:
-            given = (contender, images, batches, size, settings, preprocessing, say)
-            with gpu_rows(*given) as (lane, rows):
-                measured.rows += rows
-                measured.add(lane, settings.profile)
-    contenders = sized[0][2]
-    measured.reference, measured.rows = with_ratios(measured.rows, contenders, settings.reference)
-    return measured
+            self._say(f"Loading {contender.name}")
+            with WorkerProcess(1) as process:
+                lane = Lane(contender)
+                lane.load(process, 1)
+                for batch in sorted(set(settings.batches)):
+                    self._say(f"Batch {batch}: {contender.name}")
+                    row = gpu_row(lane, images, batch, size, settings.budget)
+                    self.rows.append(row)
+                    if row.latency and not _keeps(row, settings.p99_ms):
+                        break
+                self._add(lane)
+
+    def _add(self, lane: Lane) -> None:
+        """Take over what a contender's process says besides its rows."""
+        if lane.loaded is None:
+            return
+        self.loaded[lane.contender.name], lane.failure = lane.loaded, None
+        if self._settings.profile and (lines := lane.ask("profile")):
+            self.profiles[lane.contender.name] = tuple(lines)
 
 
-def _with_reference(settings: BenchSettings, contenders: Sequence[Contender]) -> BenchSettings:
-    """Return settings whose reference runs: the one asked for, else the first contender."""
+def _completed(
+    settings: BenchSettings, device: str, bundle: Bundle, contenders: Sequence[Contender]
+) -> BenchSettings:
+    """Return settings with the device, the batches to sweep, and a reference that runs."""
+    settings = settings.changed(device=device)
+    if settings.p99_ms is not None:
+        largest = max(1, bundle.manifest.batch.max)
+        settings = settings.changed(batches=tuple(b for b in SWEEP if b <= largest))
     names = [contender.name for contender in contenders]
     if settings.reference in names or not names:
         return settings
@@ -224,10 +212,6 @@ def _with_reference(settings: BenchSettings, contenders: Sequence[Contender]) ->
             f"Choose one of: {', '.join(names)}.",
         )
     return settings.changed(reference=names[0])
-
-
-def _default_device() -> str:
-    return "cuda:0" if gpu_answers() else "cpu"
 
 
 def _require_gpu(device: str, streams: int) -> None:
@@ -246,33 +230,22 @@ def _require_gpu(device: str, streams: int) -> None:
             "Time with --device cpu, or see `van-deploy doctor`.",
         )
     if index >= len(driver.gpus):
-        raise UsageError(
-            f"There is no device {device}; CUDA sees {len(driver.gpus)}, from cuda:0.",
-            "Give one of these, or look at CUDA_VISIBLE_DEVICES.",
-        )
+        raise no_device(index, len(driver.gpus))
 
 
-def _nothing(rows: Sequence[Row]) -> ConversionError:
-    reasons = sorted({f"{row.contender}: {row.error}" for row in rows})
-    return ConversionError(
-        f"Not one runner could be timed: {'; '.join(reasons) or 'there is none here'}.",
-        "See `van-deploy doctor` for what is missing.",
-    )
-
-
-def _keeps(row: Row, p99_ms: float) -> bool:
-    return row.latency is not None and row.latency.p99_ms <= p99_ms
+def _keeps(row: Row, p99_ms: float | None) -> bool:
+    """Return whether a row's latency keeps the limit; without a limit any row does."""
+    return p99_ms is None or (row.latency is not None and row.latency.p99_ms <= p99_ms)
 
 
 def _best_under(rows: Sequence[Row], p99_ms: float | None) -> BestUnder | None:
     """Return each contender's batch of most images a second under the limit, None for none."""
     if p99_ms is None:
         return None
-    best: dict[str, Best | None] = {row.contender: None for row in rows}
-    for row in rows:
-        current = best[row.contender]
-        if _keeps(row, p99_ms) and (current is None or row.rate > current.images_per_s):
-            best[row.contender] = Best(row.batch, row.times.p99_ms, row.rate)
+    best: dict[str, Best | None] = dict.fromkeys(row.contender for row in rows)
+    for row in sorted(rows, key=lambda row: row.images_per_s or 0.0):
+        if row.latency and row.images_per_s and _keeps(row, p99_ms):
+            best[row.contender] = Best(row.batch, row.latency.p99_ms, row.images_per_s)
     return BestUnder(p99_ms, best)
 
 
@@ -282,12 +255,7 @@ def _ceilings(threads: int, device: str, say: Progress) -> Ceilings | None:
     try:
         with WorkerProcess(threads) as process:
             given = {"threads": threads, "seconds": 0.5, "device": device}
-            return Ceilings(**process.ask("ceilings", **given))
+            ceilings: Ceilings = process.ask("ceilings", **given)
+            return ceilings
     except WorkerError:
         return None  # the figures stand without it; the report says there is no roofline
-
-
-def _variables() -> dict[str, str]:
-    """Return the environment variables that change how fast things run."""
-    found = {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)}
-    return {**KEEP_MEMORY, **found}

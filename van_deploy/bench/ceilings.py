@@ -7,18 +7,15 @@ with structured sparsity), at boost clock, from NVIDIA's data sheets.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from van_deploy.bench.gpu import HostClock, TorchClock
+from van_deploy.bench.gpu import Clock, span_ms, torch_clock
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError
-
-__all__ = ["DEVICES", "Ceilings", "measured_ceilings", "paper_ceilings"]
-
-TERA, GIGA = 1e12, 1e9
 
 
 @dataclass(frozen=True)
@@ -42,30 +39,19 @@ class Ceilings:
     vector_ops_per_s: float | None = None
 
 
-def _sheet(
-    source: str, fp32: float, fp16: float, int8: float, gigabytes: float, tf32: float | None
-) -> Ceilings:
-    ops = {"fp32": fp32 * TERA, "fp16": fp16 * TERA, "bf16": fp16 * TERA, "int8": int8 * TERA}
-    if tf32 is not None:
-        ops["tf32"] = tf32 * TERA
-    else:
-        del ops["bf16"]  # before Ampere
-    note = {"all": "on paper: dense peak at boost clock; nothing here was measured"}
-    return Ceilings(ops, gigabytes * GIGA, source, note, vector_ops_per_s=fp32 * TERA)
-
-
-DEVICES: dict[str, Ceilings] = {
-    "t4": _sheet("NVIDIA T4 data sheet (2019)", 8.1, 65, 130, 320, None),
-    "a10": _sheet("NVIDIA A10 data sheet (2022)", 31.2, 125, 250, 600, 62.5),
-    "a100": _sheet("NVIDIA A100 80GB SXM data sheet (2021)", 19.5, 312, 624, 2039, 156),
-    "l4": _sheet("NVIDIA L4 data sheet (2023)", 30.3, 121, 242, 300, 60),
-    "l40s": _sheet("NVIDIA L40S data sheet (2023)", 91.6, 362, 733, 864, 183),
-    "h100": _sheet("NVIDIA H100 SXM data sheet (2023)", 67, 989, 1979, 3350, 494),
-    "h200": _sheet("NVIDIA H200 SXM data sheet (2024)", 67, 989, 1979, 4800, 494),
-    "rtx4090": _sheet("NVIDIA Ada architecture white paper (2022)", 82.6, 165.2, 660.6, 1008, 82.6),
+DEVICES: dict[str, tuple[str, float, float, float, float, float]] = {
+    "t4": ("NVIDIA T4 data sheet (2019)", 8.1, 0, 65, 130, 320),
+    "a10": ("NVIDIA A10 data sheet (2022)", 31.2, 62.5, 125, 250, 600),
+    "a100": ("NVIDIA A100 80GB SXM data sheet (2021)", 19.5, 156, 312, 624, 2039),
+    "l4": ("NVIDIA L4 data sheet (2023)", 30.3, 60, 121, 242, 300),
+    "l40s": ("NVIDIA L40S data sheet (2023)", 91.6, 183, 362, 733, 864),
+    "h100": ("NVIDIA H100 SXM data sheet (2023)", 67, 494, 989, 1979, 3350),
+    "h200": ("NVIDIA H200 SXM data sheet (2024)", 67, 494, 989, 1979, 4800),
+    "rtx4090": ("NVIDIA Ada architecture white paper (2022)", 82.6, 82.6, 165.2, 660.6, 1008),
 }
-"""By name, in lower case. Matrix products run at ``ops_per_s``; everything else, the
-depth-wise convolutions included, at ``vector_ops_per_s``, which is FP32's."""
+"""Source, and T operations a second in FP32, TF32, FP16 and INT8, and GB/s. Before Ampere (TF32:
+0) there is no BF16 either. Matrix products run at these rates; everything else, the depth-wise
+convolutions included, at FP32's."""
 
 
 def measured_ceilings(device: str, threads: int = 1, seconds: float = 0.5) -> Ceilings:
@@ -105,17 +91,14 @@ def _fastest_s(call: Callable[..., object], arguments: Sequence[Any], seconds: f
     """Return the seconds of the fastest of repeated calls, on a GPU by CUDA events."""
     import torch
 
-    clock = TorchClock(0) if arguments[0].is_cuda else HostClock()
-    best, end = float("inf"), time.perf_counter() + seconds
+    device = arguments[0].device
+    clock = torch_clock(device=device.index or 0) if device.type == "cuda" else Clock()
+    best, end = math.inf, time.perf_counter() + seconds
     call(*arguments)
-    if arguments[0].is_cuda:
-        torch.cuda.synchronize()
-    while time.perf_counter() < end or best == float("inf"):
-        start = clock.mark()
-        call(*arguments)
-        done = clock.mark()
-        clock.wait(done)
-        best = min(best, clock.ms(start, done) / 1e3)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    while time.perf_counter() < end or best == math.inf:
+        best = min(best, span_ms(clock, lambda: call(*arguments)) / 1e3)
     return best
 
 
@@ -130,4 +113,10 @@ def paper_ceilings(name: str) -> Ceilings:
         raise UsageError(
             f"There are no figures for the device '{name}'.", f"Known: {', '.join(DEVICES)}."
         )
-    return known
+    source, fp32, tf32, fp16, int8, gigabytes = known
+    ops = {"fp32": fp32, "fp16": fp16, "int8": int8}
+    if tf32:
+        ops |= {"bf16": fp16, "tf32": tf32}
+    rates = {kind: 1e12 * rate for kind, rate in ops.items()}
+    note = {"all": "on paper: dense peak at boost clock; nothing here was measured"}
+    return Ceilings(rates, 1e9 * gigabytes, source, note, vector_ops_per_s=rates["fp32"])

@@ -6,25 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 
 from van_deploy.bench.document import Agreement, BenchReport, Change
-from van_deploy.bench.lane import Row
-from van_deploy.bench.timing import Ratio
+from van_deploy.bench.timing import Ratio, Row
 from van_deploy.config.sizes import ImageSize
 from van_deploy.errors import UsageError
-
-__all__ = ["AGREE_WITHIN_PERCENT", "agreement", "compare_reports", "compared"]
 
 AGREE_WITHIN_PERCENT = 5.0
 """Two runs of the same files agree on a ratio that changed by no more."""
 
 
 def compared(old: BenchReport, new: BenchReport) -> BenchReport:
-    """Return ``new`` with what changed since ``old``. Errors are :func:`compare_reports`'."""
-    changes = compare_reports(old, new)
-    return new.model_copy(update={"changes": changes, "agreement": agreement(changes)})
-
-
-def compare_reports(old: BenchReport, new: BenchReport) -> tuple[Change, ...]:
-    """Return what changed from ``old`` to ``new``, row by row.
+    """Return ``new`` with what changed since ``old``, row by row.
 
     Raises:
         UsageError: they come from different devices, TensorRT majors or numbers of
@@ -46,21 +37,25 @@ def compare_reports(old: BenchReport, new: BenchReport) -> tuple[Change, ...]:
             "The two benchmarks have no row in common.",
             "Measure the same runners at the same batch sizes.",
         )
-    return changes
+    return new.model_copy(update={"changes": changes, "agreement": _agreement(changes)})
 
 
-def agreement(changes: Sequence[Change]) -> Agreement:
+def _agreement(changes: Sequence[Change]) -> Agreement:
     """Return in how many ratios two runs agree."""
-    known = [c for c in changes if c.ratio_change_percent is not None and c.ratio_after != 1.0]
-    worst = max(known, key=lambda c: abs(c.ratio_change_percent or 0.0), default=None)
-    moved = [c for c in known if c.moved]
-    within = sum(abs(c.ratio_change_percent or 0.0) <= AGREE_WITHIN_PERCENT for c in known)
+    known = [
+        (abs(c.ratio_change_percent), c)
+        for c in changes
+        if c.ratio_change_percent is not None and c.ratio_after != 1.0
+    ]
+    worst = max(known, key=lambda pair: pair[0])[1] if known else None
+    moved = tuple(_named(change) for _, change in known if change.moved)
+    within = sum(percent <= AGREE_WITHIN_PERCENT for percent, _ in known)
     return Agreement(
         within_percent=AGREE_WITHIN_PERCENT,
         ratios=len(known),
         within=within,
         open=len(known) - within - len(moved),
-        moved=tuple(_named(change) for change in moved),
+        moved=moved,
         worst=_named(worst) if worst else None,
         worst_percent=worst.ratio_change_percent if worst else None,
     )
@@ -97,23 +92,19 @@ def _key(row: Row) -> tuple[str, int, ImageSize]:
 
 def _change(old: Row, new: Row, old_report: BenchReport, new_report: BenchReport) -> Change:
     before, after = (row.latency.p50_ms if row.latency else math.nan for row in (old, new))
-    change, open_percent = _ratio_change(old.ratio, new.ratio)
-    digests = [report.contenders[new.contender].sha256 for report in (old_report, new_report)]
+    change, left_open = _ratio_change(old.ratio, new.ratio)
+    digests = {report.contenders[new.contender].sha256 for report in (old_report, new_report)}
     return Change(
-        contender=new.contender,
-        batch=new.batch,
-        image_size=new.image_size,
+        *_key(new),
         before_ms=before,
         after_ms=after,
         speedup=before / after,
         ratio_before=old.ratio.median if old.ratio else None,
         ratio_after=new.ratio.median if new.ratio else None,
         ratio_change_percent=change,
-        uncertainty_percent=open_percent,
-        moved=change is not None
-        and open_percent is not None
-        and abs(change) > max(AGREE_WITHIN_PERCENT, open_percent),
-        same_file=digests[0] == digests[1],
+        uncertainty_percent=left_open,
+        moved=abs(change or 0.0) > max(AGREE_WITHIN_PERCENT, left_open or 0.0),
+        same_file=len(digests) == 1,
     )
 
 

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-__all__ = ["CUDA_GRAPH", "Contender", "Skipped"]
+IMPORTED = {
+    "pytorch": ("torch", "timm"),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "inductor": ("torch",),
+}
+"""What each runtime imports."""
 
 CUDA_GRAPH = "cuda-graph"
 """The mode of an engine that is recorded once and launched as one piece."""
@@ -73,3 +80,37 @@ class Skipped:
     name: str
     reason: str
     remedy: str = ""
+
+
+def runner_of(contender: Contender, threads: int) -> Any:
+    """Return the runner of a contender, to be opened by the process that times it."""
+    file, device = Path(contender.file), contender.device
+    if contender.runtime == "pytorch":
+        import torch
+
+        from van_deploy.bundle import Bundle
+        from van_deploy.runners.original import original_network
+        from van_deploy.runners.pytorch import TorchRunner
+
+        torch.set_num_threads(threads)
+        network = original_network(Bundle.open(contender.bundle)).model
+        precision = "fp32" if contender.mode == "autocast" else contender.precision
+        return TorchRunner(network, contender.mode, device, precision)
+    if contender.runtime == "onnxruntime":
+        from van_deploy.runners.base import CudaOptions
+        from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
+
+        name, cuda = contender.mode, CudaOptions(**contender.options)
+        return OnnxRuntimeRunner(file, threads=threads, name=name, device=device, cuda=cuda)
+    if contender.runtime == "openvino":
+        from van_deploy.runners.openvino import OpenVinoRunner
+
+        precision = "bf16" if contender.precision == "bf16" else "f32"
+        return OpenVinoRunner(file, threads=threads, precision=precision)
+    if contender.runtime == "inductor":
+        from van_deploy.runners.inductor import InductorRunner
+
+        return InductorRunner(file, device=device, threads=threads)
+    from van_deploy.runners.tensorrt import TensorRtRunner
+
+    return TensorRtRunner(file, device=device, cuda_graph=contender.mode == CUDA_GRAPH)

@@ -7,17 +7,17 @@ import importlib.util
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from van_deploy.bench.contender import CUDA_GRAPH, Contender, Skipped
 from van_deploy.bundle import Artefact, Bundle
+from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.environment.packages import execution_providers
 from van_deploy.errors import BundleError, MissingDependency, UsageError
 from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import CUDA
-
-__all__ = ["GIVES_BACK", "REFERENCE", "chosen", "contenders_of", "gpu_answers"]
 
 REFERENCE = "pytorch"
 """Eager PyTorch, the network as it came: what ratios are given against on a CPU. Its process
@@ -26,19 +26,21 @@ keeps the memory it frees, as every other's. On a GPU they are against PyTorch's
 GIVES_BACK = "pytorch-default-malloc"
 """The same with the C library's own settings: what eager PyTorch costs on a CPU untuned."""
 
-ON_CPU = {
+PYTORCH = {
     REFERENCE: ("eager", "fp32"),
     GIVES_BACK: ("eager", "fp32"),
     "pytorch-channels-last": ("channels-last", "fp32"),
     "pytorch-compile": ("compile", "fp32"),
     "pytorch-autocast": ("autocast", "bf16"),
 }
-ON_GPU = {
+PYTORCH_ON_GPU = {
     REFERENCE: ("eager", "fp32"),
     "pytorch-channels-last-fp16": ("channels-last", "fp16"),
     "pytorch-compile-fp16": ("compile", "fp16"),
     "pytorch-compile-bf16": ("compile", "bf16"),
 }
+"""Mode and precision by name."""
+
 ORT_CUDA: Mapping[str, Mapping[str, Any]] = {
     "ort-cuda": {},
     "ort-cuda-nhwc": {"prefer_nhwc": True},
@@ -46,7 +48,27 @@ ORT_CUDA: Mapping[str, Mapping[str, Any]] = {
 }
 """NCHW, NHWC, and NCHW as one CUDA graph: on an H200 NCHW was the faster layout for van_b0 in
 FP32, TF32 and FP16 at batch 128 (docs/gpu-results.md)."""
-NO_GPU = "no NVIDIA GPU answers here"
+
+Changes = Mapping[str, Any]
+ONNX_ON_CPU: Mapping[str, Changes] = {
+    "ort-cpu": {"runtime": "onnxruntime", "mode": "ort-cpu"},
+    "openvino": {"runtime": "openvino"},
+    "openvino-bf16": {"runtime": "openvino", "precision": "bf16"},  # of what is not quantised
+    "ort-cuda": {},
+}
+COMPILED: Mapping[str, Mapping[str, Changes]] = {
+    "engine": {
+        "tensorrt": {"runtime": "tensorrt"},
+        "tensorrt-graph": {"runtime": "tensorrt", "mode": CUDA_GRAPH},
+    },
+    "package": {"inductor": {"runtime": "inductor"}},
+}
+"""How an artifact runs: what to call it, and what is special of the contender."""
+
+FOR_GPUS = {
+    "fp16": "FP16 is for GPUs: CPUs cast it to FP32 and back",
+    "bf16": "ONNX Runtime has no BF16 convolution for CPUs: the file is for GPUs",
+}
 
 Entry = Contender | Skipped
 
@@ -75,24 +97,31 @@ def contenders_of(
             f"The bundle '{bundle.path}' has no artefact to time.",
             "Make one with `van-deploy export`.",
         )
-    on_gpu = device != "cpu"
     entries = list(_pytorch(bundle, device))
+    on_cuda = {
+        way: {"mode": "ort-cuda", "options": {**asdict(cuda or CudaOptions()), **changes}}
+        for way, changes in ORT_CUDA.items()
+    }
     for artefact in bundle.artefacts.values():
+        profiles = artefact.engine.profiles if artefact.engine else ()
         plain = Contender(
             name=artefact.name,
-            runtime="",
+            runtime="onnxruntime",
             precision=artefact.precision,
             file=str(bundle.verified(artefact.name)),
             embedded=artefact.embedded,
             sha256=artefact.sha256,
+            min_batch=min((p.min for p in profiles), default=1),
+            max_batch=max((p.max for p in profiles), default=None),
             device=device,
         )
-        if artefact.kind in ("engine", "package"):
-            entries += _compiled(artefact, plain, on_gpu)
-        elif on_gpu:
-            entries += _cuda(plain, cuda or CudaOptions())
-        else:
-            entries += _on_cpu(artefact, plain)
+        ways = COMPILED.get(artefact.kind, ONNX_ON_CPU if device == "cpu" else on_cuda)
+        for way, changes in ways.items():
+            name, obstacle = f"{way}/{artefact.name}", _obstacle(way, artefact, device)
+            if obstacle is None:
+                entries.append(replace(plain, name=name, **changes))
+            elif obstacle:
+                entries.append(Skipped(name, *obstacle))
     return entries
 
 
@@ -108,7 +137,11 @@ def chosen(entries: Sequence[Entry], patterns: Sequence[str]) -> list[Entry]:
     """
     picked: set[str] = set()
     for pattern in patterns:
-        found = [entry for entry in entries if _matches(entry.name, pattern)]
+        found = [
+            entry
+            for entry in entries
+            if pattern == entry.name.split("/")[0] or fnmatch.fnmatch(entry.name, pattern)
+        ]
         if not found:
             known = ", ".join(entry.name for entry in entries)
             raise UsageError(f"There is no runner '{pattern}' here.", f"Runners: {known}.")
@@ -122,12 +155,8 @@ def chosen(entries: Sequence[Entry], patterns: Sequence[str]) -> list[Entry]:
     return [entry for entry in entries if not patterns or entry.name in picked]
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or name.split("/")[0] == pattern or fnmatch.fnmatch(name, pattern)
-
-
 def _pytorch(bundle: Bundle, device: str) -> Iterator[Entry]:
-    for name, (mode, precision) in (ON_CPU if device == "cpu" else ON_GPU).items():
+    for name, (mode, precision) in (PYTORCH if device == "cpu" else PYTORCH_ON_GPU).items():
         if name == GIVES_BACK and platform.libc_ver()[0] != "glibc":
             yield Skipped(name, f"with this C library nothing differs from '{REFERENCE}'")
         elif mode == "autocast" and not cpu().has_bfloat16:
@@ -145,78 +174,59 @@ def _pytorch(bundle: Bundle, device: str) -> Iterator[Entry]:
             )
 
 
-def _on_cpu(artefact: Artefact, plain: Contender) -> Iterator[Entry]:
-    """Yield one ONNX artifact in each runtime for CPUs."""
-    openvino = Skipped(
-        f"openvino/{artefact.name}",
-        "OpenVINO is not installed",
-        "Install it with `pip install 'van-deploy[openvino]'`.",
-    )
-    if reason := _not_for_cpus(artefact):
-        yield Skipped(f"ort-cpu/{artefact.name}", reason)
-        yield replace(openvino, reason=reason, remedy="")
-    else:
-        ort = replace(plain, runtime="onnxruntime", mode="ort-cpu")
-        yield replace(ort, name=f"ort-cpu/{artefact.name}")
-        if importlib.util.find_spec("openvino") is None:
-            yield openvino
-        else:
-            yield replace(plain, runtime="openvino", name=openvino.name)
-            if cpu().has_bfloat16:  # what is not quantised runs in it
-                name = f"openvino-bf16/{artefact.name}"
-                yield replace(plain, runtime="openvino", name=name, precision="bf16")
-    yield Skipped(f"ort-cuda/{artefact.name}", *_only_on_gpus())
+def _obstacle(way: str, artefact: Artefact, device: str) -> tuple[str, ...] | None:
+    """Return why an artifact does not run in some way on a device, and a remedy if there is one.
 
-
-def _cuda(plain: Contender, cuda: CudaOptions) -> Iterator[Entry]:
-    """Yield one ONNX artifact on the CUDA provider, in the three ways worth comparing."""
-    if CUDA not in execution_providers():
-        yield Skipped(f"ort-cuda/{plain.name}", f"no {CUDA} in ONNX Runtime")
-        return
-    for name, changes in ORT_CUDA.items():
-        yield replace(
-            plain,
-            name=f"{name}/{plain.name}",
-            runtime="onnxruntime",
-            mode="ort-cuda",
-            options=asdict(replace(cuda, **changes)),
-        )
-
-
-def _not_for_cpus(artefact: Artefact) -> str:
-    """Return why an ONNX artifact is not worth timing on a CPU, or "" if it is."""
-    if artefact.precision == "fp16":
-        return "FP16 is for GPUs: CPUs cast it to FP32 and back"
-    if artefact.precision == "bf16":
-        return "ONNX Runtime has no BF16 convolution for CPUs: the file is for GPUs"
+    None if it does run; nothing where that goes without saying.
+    """
+    targets = artefact.engine.targets if artefact.engine else ()
+    for_gpu = way.startswith(("ort-cuda", "tensorrt")) or any(t.startswith("sm_") for t in targets)
+    if for_gpu and device == "cpu":
+        if gpu_answers():
+            return "runs on a GPU", "Time it with --device cuda:0."
+        return ("no NVIDIA GPU answers here",)
+    if device != "cpu" and not for_gpu:
+        return "compiled for a CPU", "Time it with --device cpu."
+    if device != "cpu":
+        no_provider = way.startswith("ort-cuda") and CUDA not in execution_providers()
+        return (f"no {CUDA} in ONNX Runtime",) if no_provider else None
+    if artefact.kind in COMPILED:
+        return None
+    if artefact.precision in FOR_GPUS:
+        return (FOR_GPUS[artefact.precision],)
     target = artefact.made_with.get("settings", {}).get("target", "cpu")
     if artefact.precision == "int8" and target != "cpu":
-        return f"quantised for {target}; for a CPU use `van-deploy quantize --target cpu`"
-    return ""
+        return (f"quantised for {target}; for a CPU use `van-deploy quantize --target cpu`",)
+    if way == "openvino-bf16" and not cpu().has_bfloat16:
+        return ()
+    if way.startswith("openvino") and importlib.util.find_spec("openvino") is None:
+        install = "Install it with `pip install 'van-deploy[openvino]'`."
+        return "OpenVINO is not installed", install
+    return None
 
 
-def _compiled(artefact: Artefact, plain: Contender, on_gpu: bool) -> Iterator[Entry]:
-    """Yield an Inductor package, or an engine launched kernel by kernel and as one CUDA graph."""
-    targets = artefact.engine.targets if artefact.engine else ()
-    for_cpu = artefact.kind == "package" and not any(t.startswith("sm_") for t in targets)
-    profiles = artefact.engine.profiles if artefact.engine else ()
-    served = replace(
-        plain,
-        min_batch=min((p.min for p in profiles), default=1),
-        max_batch=max((p.max for p in profiles), default=None),
-    )
-    ways = {"tensorrt": "", "tensorrt-graph": CUDA_GRAPH}
-    if artefact.kind == "package":
-        ways = {"inductor": ""}
-    for name, mode in ways.items():
-        label, runtime = f"{name}/{artefact.name}", name.partition("-")[0]
-        if for_cpu and on_gpu:
-            yield Skipped(label, "compiled for a CPU", "Time it with --device cpu.")
-        elif on_gpu or for_cpu:
-            yield replace(served, name=label, runtime=runtime, mode=mode)
-        else:
-            yield Skipped(label, *_only_on_gpus())
+def resized(contender: Contender, size: ImageSize, folder: Path) -> Contender:
+    """Return a contender whose ONNX file, in ``folder``, is declared for another image size.
 
+    After the rewrites nothing in a VAN's graph depends on the size of its input but the input's
+    own declaration. PyTorch takes any size, and an engine refuses what is outside its profile.
+    """
+    source = Path(contender.file)
+    if source.suffix != ".onnx":
+        return contender
+    import onnx
 
-def _only_on_gpus() -> tuple[str, str]:
-    return ("runs on a GPU", "Time it with --device cuda:0.") if gpu_answers() else (NO_GPU, "")
+    from van_deploy.graph.files import save_onnx
+
+    target = folder / source.name
+    if not target.exists():
+        model = onnx.load_model(source)
+        dims = model.graph.input[0].type.tensor_type.shape.dim
+        axes = (1, 2) if contender.embedded == "uint8" else (2, 3)
+        for axis, side in zip(axes, sides_of(size), strict=True):
+            dims[axis].dim_value = side
+        for value in model.graph.output:  # a backbone's maps have other sides then
+            value.type.tensor_type.ClearField("shape")
+        del model.graph.value_info[:]  # shapes inferred for the old size
+        save_onnx(model, target)
+    return replace(contender, file=str(target))

@@ -11,27 +11,15 @@ from pydantic import Field
 
 from van_deploy.bench.ceilings import Ceilings
 from van_deploy.bench.contender import Contender, Skipped
-from van_deploy.bench.lane import Loading, Row
 from van_deploy.bench.machine import During, Machine
 from van_deploy.bench.profile import ProfileLine
 from van_deploy.bench.roofline import Reached
+from van_deploy.bench.timing import Loading, Row
 from van_deploy.config import BatchRange, BenchSettings
 from van_deploy.config.sizes import ImageSize
 from van_deploy.errors import InputError
 from van_deploy.model.weights_source import WeightsSource
 from van_deploy.versioned import Versioned, read_versioned
-
-__all__ = [
-    "SCHEMA",
-    "Agreement",
-    "BenchReport",
-    "Best",
-    "BestUnder",
-    "Change",
-    "Seconds",
-    "Subject",
-    "read_report",
-]
 
 SCHEMA: Final = "van-deploy/bench/5"
 

@@ -3,21 +3,22 @@
 What is timed is a resident batch (:class:`~van_deploy.runners.base.Resident`). Three numbers
 come out, and none of them holds another: the latency of one batch alone, the time of a batch
 when the next ones are queued behind it (throughput), and the transfers through pinned memory.
+Meanwhile NVML is asked for the GPU's clocks, power, temperature and memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from statistics import median
+from typing import Any
 
-from van_deploy.bench.gpu_state import GpuState, GpuWatch
-from van_deploy.bench.timing import Latency, latency_of
+from van_deploy.bench.timing import GpuState, latency_of
+from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.runners.base import Resident, gpu_index
-
-__all__ = ["Clock", "CudaClock", "DeviceTiming", "HostClock", "TorchClock", "clock_of", "timed"]
 
 STEADY_LOOKS, STEADY_PERCENT = 3, 2.0
 """The clock is steady when this many looks in a row lie within this many percent."""
@@ -31,132 +32,132 @@ QUEUE_S, QUEUE_MOST = 0.05, 512
 TRANSFERS = 20
 """Copies each way of which the median counts."""
 
-
-class Clock(Protocol):
-    """Marks on a stream, and the time between two of them."""
-
-    def mark(self) -> Any:
-        """Put a mark on the stream."""
-
-    def wait(self, mark: Any) -> None:
-        """Wait until the device has reached a mark."""
-
-    def ms(self, start: Any, end: Any) -> float:
-        """Return the milliseconds between two marks that were reached."""
+THROTTLING = {
+    0x04: "power cap",
+    0x08: "hardware slowdown",
+    0x20: "temperature (software)",
+    0x40: "temperature (hardware)",
+    0x80: "power brake",
+}
+"""Bits of NVML's clock event reasons (``nvml.h``, ``nvmlClocksEventReason*``) that slow a GPU
+down. The others say that it is idle, or that somebody has set its clocks."""
 
 
-class TorchClock:
-    """CUDA events of PyTorch.
+@dataclass(frozen=True)
+class Clock:
+    """Marks on a stream of the device, and the time between two of them.
+
+    By default the host's clock, where launching is running: on a CPU.
+
+    Attributes:
+        mark: puts a mark on the stream and returns it.
+        wait: waits until the device has reached a mark.
+        ms: returns the milliseconds between two marks that were reached.
+    """
+
+    mark: Callable[[], Any] = time.perf_counter
+    wait: Callable[[Any], object] = lambda _: None
+    ms: Callable[[Any, Any], float] = lambda start, end: 1e3 * (end - start)
+
+
+def torch_clock(stream: int = 0, device: int = 0) -> Clock:
+    """Return CUDA events of PyTorch.
 
     Args:
         stream: handle of the stream to mark; 0 is the default one.
         device: CUDA's number of the GPU.
     """
+    import torch
 
-    def __init__(self, stream: int, device: int = 0) -> None:
-        import torch
+    place: Any = torch.cuda.default_stream(device)
+    if stream:
+        place = torch.cuda.ExternalStream(stream, device=device)
 
-        self._cuda = torch.cuda
-        self._stream: Any = torch.cuda.default_stream(device)
-        if stream:
-            self._stream = torch.cuda.ExternalStream(stream, device=device)
-
-    def mark(self) -> Any:
-        """Record an event."""
-        event = self._cuda.Event(enable_timing=True)
-        event.record(self._stream)
+    def mark() -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(place)
         return event
 
-    def wait(self, mark: Any) -> None:
-        """Wait for an event."""
-        mark.synchronize()
-
-    def ms(self, start: Any, end: Any) -> float:
-        """Return the milliseconds between two events."""
+    def elapsed(start: Any, end: Any) -> float:
         return float(start.elapsed_time(end))
 
+    return Clock(mark, lambda event: event.synchronize(), elapsed)
 
-class CudaClock:
-    """CUDA events of NVIDIA's cuda-python, for a process without PyTorch.
 
-    Args:
-        stream: handle of the stream to mark; 0 is the default one.
-        device: CUDA's number of the GPU.
-    """
+def cuda_clock(stream: int = 0, device: int = 0) -> Clock:
+    """Return CUDA events of NVIDIA's cuda-python, for a process without PyTorch."""
+    from van_deploy.runners.cuda import require_cuda
 
-    def __init__(self, stream: int, device: int = 0) -> None:
-        from van_deploy.runners.cuda import require_cuda
+    cuda = require_cuda(device)
+    free: list[Any] = []
 
-        self._cuda, self._stream = require_cuda(device), stream
-        self._free: list[Any] = []
-
-    def mark(self) -> Any:
-        """Record an event."""
-        event = self._free.pop() if self._free else self._cuda.call("cudaEventCreate")
-        self._cuda.call("cudaEventRecord", event, self._stream)
+    def mark() -> Any:
+        event = free.pop() if free else cuda.call("cudaEventCreate")
+        cuda.call("cudaEventRecord", event, stream)
         return event
 
-    def wait(self, mark: Any) -> None:
-        """Wait for an event."""
-        self._cuda.call("cudaEventSynchronize", mark)
+    def elapsed(start: Any, end: Any) -> float:
+        free.extend((start, end))
+        return float(cuda.call("cudaEventElapsedTime", start, end))
 
-    def ms(self, start: Any, end: Any) -> float:
-        """Return the milliseconds between two events."""
-        elapsed = float(self._cuda.call("cudaEventElapsedTime", start, end))
-        self._free += [start, end]
-        return elapsed
-
-
-class HostClock:
-    """The host's clock, where launching is running: on a CPU."""
-
-    def mark(self) -> float:
-        """Return the time."""
-        return time.perf_counter()
-
-    def wait(self, mark: float) -> None:
-        """Do nothing: what was launched is done."""
-
-    def ms(self, start: float, end: float) -> float:
-        """Return the milliseconds between two times."""
-        return 1e3 * (end - start)
+    return Clock(mark, lambda event: cuda.call("cudaEventSynchronize", event), elapsed)
 
 
 def clock_of(resident: Resident, device: str) -> Clock:
     """Return the clock of a network on a GPU: PyTorch's where PyTorch is imported already."""
-    kind = TorchClock if "torch" in sys.modules else CudaClock
-    return kind(resident.stream, gpu_index(device) or 0)
+    clock = torch_clock if "torch" in sys.modules else cuda_clock
+    return clock(resident.stream, gpu_index(device) or 0)
 
 
-@dataclass(frozen=True)
-class DeviceTiming:
-    """What one network took at one batch size, measured on the device.
+class GpuWatch:
+    """Reads the state of one GPU. Without NVML every state is empty.
+
+    Args:
+        device: CUDA's name of the GPU, such as ``cuda:0``; ``cpu`` watches nothing.
 
     Attributes:
-        batch: images a launch.
-        latency: of one launch with nothing queued behind it; no transfers.
-        queued_ms: a launch with the next ones queued ahead, median over groups.
-        images_per_s: ``batch`` over ``queued_ms``.
-        upload_ms: images from pinned memory to the device; median.
-        download_ms: outputs from the device to pinned memory; median.
-        first_call_ms: the first launch, on the host's clock; in no sample.
-        warm_s: seconds of unmeasured launches before the first sample.
-        steady: whether the SM clock was steady by then; None where nobody says.
-        state: the GPU's, read while the queued launches ran.
-        throttled: why the GPU was slowed down at any look.
+        reason: why there is no NVML; "" where there is.
     """
 
-    batch: int
-    latency: Latency
-    queued_ms: float
-    images_per_s: float
-    upload_ms: float
-    download_ms: float
-    first_call_ms: float
-    warm_s: float
-    steady: bool | None
-    state: GpuState
-    throttled: tuple[str, ...]
+    def __init__(self, device: str) -> None:
+        self._nvml: Any = None
+        self.reason, index = "", gpu_index(device)
+        driver = nvidia_driver()
+        if index is None or driver is None or index >= len(driver.gpus):
+            self.reason = f"no NVIDIA driver answers for '{device}'"
+            return
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+            self._gpu = pynvml.nvmlDeviceGetHandleByUUID(driver.gpus[index].uuid)
+        except pynvml.NVMLError as error:
+            self.reason = f"NVML: {error}"
+            return
+        self._nvml = pynvml
+
+    def state(self) -> GpuState:
+        """Return the state now."""
+        nvml = self._nvml
+        if nvml is None:
+            return GpuState()
+        power = self.ask("nvmlDeviceGetPowerUsage")
+        memory = self.ask("nvmlDeviceGetMemoryInfo")
+        reasons = self.ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
+        return GpuState(
+            sm_mhz=self.ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
+            memory_mhz=self.ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
+            power_w=None if power is None else power / 1e3,
+            temperature_c=self.ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+            throttled=tuple(words for bit, words in THROTTLING.items() if reasons & bit),
+            memory_used_bytes=None if memory is None else int(memory.used),
+        )
+
+    def ask(self, function: str, *arguments: Any) -> Any:
+        """Return NVML's answer, or None where this GPU or this version has none."""
+        with contextlib.suppress(self._nvml.NVMLError, AttributeError):
+            return getattr(self._nvml, function)(self._gpu, *arguments)
+        return None
 
 
 def timed(
@@ -167,7 +168,7 @@ def timed(
     *,
     seconds: float = 1.0,
     calls: int = 20,
-) -> DeviceTiming:
+) -> dict[str, Any]:
     """Return what ``resident`` takes, once it is warm and the clocks are steady.
 
     Args:
@@ -177,35 +178,43 @@ def timed(
         watch: of its GPU.
         seconds: of measured launches, one half alone and one half queued.
         calls: launches alone, at least.
+
+    Returns:
+        Fields of :class:`~van_deploy.bench.timing.Row`.
     """
     start = time.perf_counter()
     resident.upload()
     resident.launch()
     clock.wait(clock.mark())
     first_call_ms = 1e3 * (time.perf_counter() - start)
-    warm_s, steady, looks = _warm(resident, clock, watch)
-    alone = _alone(resident, clock, seconds / 2, calls)
-    queued_ms, during = _queued(resident, clock, watch, seconds / 2, alone)
-    looks += during
-    return DeviceTiming(
-        batch=batch,
-        latency=latency_of(alone),
-        queued_ms=queued_ms,
-        images_per_s=1e3 * batch / queued_ms,
-        upload_ms=_transfer(resident.upload, clock),
-        download_ms=_transfer(resident.download, clock),
-        first_call_ms=first_call_ms,
-        warm_s=warm_s,
-        steady=steady,
-        state=looks[-1],
-        throttled=tuple(sorted({reason for look in looks for reason in look.throttled})),
-    )
+    steady, looks = _warm(resident, clock, watch)
+    alone = _repeated(seconds / 2, calls, lambda: span_ms(clock, resident.launch))
+    count = max(2, min(QUEUE_MOST, round(QUEUE_S / max(median(alone) / 1e3, 1e-6))))
+
+    def burst() -> None:
+        for _ in range(count):
+            resident.launch()
+
+    def look() -> None:
+        looks.append(watch.state())
+
+    groups = _repeated(seconds / 2, STEADY_LOOKS, lambda: span_ms(clock, burst, look) / count)
+    queued_ms = median(groups)
+    return {
+        "latency": latency_of(alone),
+        "queued_ms": queued_ms,
+        "images_per_s": 1e3 * batch / queued_ms,
+        "upload_ms": median(span_ms(clock, resident.upload) for _ in range(TRANSFERS)),
+        "download_ms": median(span_ms(clock, resident.download) for _ in range(TRANSFERS)),
+        "first_call_ms": first_call_ms,
+        "steady": steady,
+        "gpu": looks[-1],
+        "throttled": tuple(sorted({reason for state in looks for reason in state.throttled})),
+    }
 
 
-def _warm(
-    resident: Resident, clock: Clock, watch: GpuWatch
-) -> tuple[float, bool | None, list[GpuState]]:
-    """Launch until the SM clock is steady; return the seconds, whether it is, and the looks."""
+def _warm(resident: Resident, clock: Clock, watch: GpuWatch) -> tuple[bool | None, list[GpuState]]:
+    """Launch until the SM clock is steady; return whether it is, and the looks at it."""
     start = look = time.perf_counter()
     states: list[GpuState] = []
     while True:
@@ -218,7 +227,7 @@ def _warm(
         states.append(watch.state())
         steady = _is_steady([state.sm_mhz for state in states[-STEADY_LOOKS:]])
         if (now - start >= WARM_LEAST_S and steady is not False) or now - start >= WARM_MOST_S:
-            return now - start, steady, states
+            return steady, states
 
 
 def _is_steady(clocks: Sequence[int | None]) -> bool | None:
@@ -235,46 +244,23 @@ def _is_steady(clocks: Sequence[int | None]) -> bool | None:
     return max(known) - min(known) <= STEADY_PERCENT / 100 * max(known)
 
 
-def _alone(resident: Resident, clock: Clock, seconds: float, calls: int) -> list[float]:
-    """Return the milliseconds of launches that each had the device for themselves."""
+def span_ms(
+    clock: Clock, launch: Callable[[], object], meanwhile: Callable[[], object] | None = None
+) -> float:
+    """Launch something, wait for it, and return the milliseconds it took on the stream."""
+    start = clock.mark()
+    launch()
+    end = clock.mark()
+    if meanwhile is not None:
+        meanwhile()
+    clock.wait(end)
+    return clock.ms(start, end)
+
+
+def _repeated(seconds: float, least: int, measure: Callable[[], float]) -> list[float]:
+    """Return what was measured until the seconds are over, ``least`` times at least."""
     samples: list[float] = []
     begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds or len(samples) < calls:
-        start = clock.mark()
-        resident.launch()
-        end = clock.mark()
-        clock.wait(end)
-        samples.append(clock.ms(start, end))
+    while time.perf_counter() - begin < seconds or len(samples) < least:
+        samples.append(measure())
     return samples
-
-
-def _queued(
-    resident: Resident, clock: Clock, watch: GpuWatch, seconds: float, alone: Sequence[float]
-) -> tuple[float, list[GpuState]]:
-    """Return the milliseconds of a launch among queued ones, and looks at the GPU meanwhile."""
-    each_s = latency_of(alone).p50_ms / 1e3
-    count = max(2, min(QUEUE_MOST, round(QUEUE_S / max(each_s, 1e-6))))
-    groups: list[float] = []
-    looks: list[GpuState] = []
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds or len(groups) < STEADY_LOOKS:
-        start = clock.mark()
-        for _ in range(count):
-            resident.launch()
-        end = clock.mark()
-        looks.append(watch.state())
-        clock.wait(end)
-        groups.append(clock.ms(start, end) / count)
-    return latency_of(groups).p50_ms, looks
-
-
-def _transfer(copy: Callable[[], None], clock: Clock) -> float:
-    """Return the median milliseconds of a copy."""
-    samples = []
-    for _ in range(TRANSFERS):
-        start = clock.mark()
-        copy()
-        end = clock.mark()
-        clock.wait(end)
-        samples.append(clock.ms(start, end))
-    return latency_of(samples).p50_ms

@@ -11,23 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.contender import Contender
+from van_deploy.bench.contender import Contender, runner_of
 from van_deploy.errors import UsageError
-
-__all__ = [
-    "ProfileLine",
-    "by_kernel",
-    "by_module",
-    "kind_of_kernel",
-    "kind_of_layer",
-    "kind_of_module",
-    "profile_of",
-]
 
 LABEL = "van:"
 OTHER = "elementwise (gate, residual, scale)"
 
 KERNEL_KINDS = (
+    (r"^triton_poi.*(gelu|erf)", "elementwise with GELU"),
+    (r"^triton_poi", "elementwise"),
     (r"depthwise|dwconv|_dw_|c1_k1|grouped_direct", "depth-wise convolution"),
     (r"memcpy|memset|copy_kernel|direct_copy", "copy"),
     (r"nchwtonhwc|nhwctonchw|transpose|tensortransform", "layout"),
@@ -35,7 +27,7 @@ KERNEL_KINDS = (
     (r"gemm|triton_tem|nvjet|cutlass|cublas", "matrix product"),
     (r"layer_?norm|triton_(per|red)", "reduction (LayerNorm, mean)"),
     (r"gelu|erf", "elementwise with GELU"),
-    (r"triton_poi|elementwise|vectorized", "elementwise"),
+    (r"elementwise|vectorized", "elementwise"),
 )
 """What a kernel's name tells of it; the first match counts. Names do not tell 3x3 from 5x5."""
 
@@ -49,10 +41,11 @@ LAYER_KINDS = (
     (r"proj_[12]|conv1|fc[12]", "1x1"),
     (r"activation|\.act\b|act_kernel", "GELU"),
     (r"patch_embed", "patch embedding"),
+    (r"block.*norm", "BatchNorm"),
     (r"norm", "LayerNorm"),
     (r"head", "head"),
 )
-"""What the name of a layer of ours tells: the graph's nodes bear the names of PyTorch's modules.
+"""What the name of a PyTorch module tells, which the graph's nodes bear, too; the first counts.
 The kernel sizes are the published variants'."""
 
 
@@ -73,65 +66,43 @@ class ProfileLine:
     calls: float
 
 
-def kind_of_module(module: Any) -> str:
-    """Return what a layer is called in a profile: ``dw 7x7 d3``, ``1x1``, ``GELU`` ...
-
-    >>> from torch import nn
-    >>> kind_of_module(nn.Conv2d(8, 8, 7, groups=8, dilation=3)), kind_of_module(nn.GELU())
-    ('dw 7x7 d3', 'GELU')
-    """
-    kernel = getattr(module, "kernel_size", None)
-    if kernel is None:
-        return {"Linear": "head"}.get(type(module).__name__, type(module).__name__)
-    size = f"{kernel[0]}x{kernel[1]}"
-    if module.groups > 1:
-        dilation = f" d{module.dilation[0]}" if module.dilation[0] > 1 else ""
-        return f"dw {size}{dilation}"
-    return size if size == "1x1" else f"{size} stride {module.stride[0]}"
-
-
 def by_module(model: Any, images: Any, runs: int = 5) -> list[ProfileLine]:
     """Return an eager network's time by kind of layer: of its kernels, or of the processor.
 
     Args:
-        model: any ``nn.Module`` in eval mode.
+        model: a VAN in eval mode.
         images: its input, on the device it runs on.
         runs: how many are averaged.
     """
     import torch
     from torch.profiler import record_function
 
-    handles: list[Any] = []
-    open_ranges: list[Any] = []
+    def labelled(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        label = LABEL + kind_of_layer(name)
 
-    def enter(module: Any, _: Any) -> None:
-        open_ranges.append(record_function(LABEL + kind_of_module(module)))
-        open_ranges[-1].__enter__()
+        def run(*arguments: Any) -> Any:
+            with record_function(label):
+                return forward(*arguments)
 
-    def leave(*_: Any) -> None:
-        open_ranges.pop().__exit__(None, None, None)
+        return run
 
-    for module in model.modules():
-        if not any(True for _ in module.children()):
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave))
+    layers = {name: layer for name, layer in model.named_modules() if not [*layer.children()]}
     try:
+        for name, layer in layers.items():
+            layer.forward = labelled(name, layer.forward)
         with torch.no_grad():
             model(images)
             events = _profiled(lambda: model(images), runs)
     finally:
-        for handle in handles:
-            handle.remove()
-    on_gpu = images.is_cuda
-    times = [
-        (_label_above(event), float(kernel.duration))
-        for event in events
-        if on_gpu and not event.name.startswith(LABEL)
-        for kernel in event.kernels
-    ]
-    if not on_gpu:
-        own = (e for e in events if e.self_cpu_time_total and not e.name.startswith(LABEL))
-        times = [(_label_above(event), float(event.self_cpu_time_total)) for event in own]
+        for layer in layers.values():
+            vars(layer).pop("forward", None)
+    times: list[tuple[str, float]] = []
+    for event in events:
+        own = [kernel.duration for kernel in event.kernels]
+        if not images.is_cuda:
+            own = [event.self_cpu_time_total] * bool(event.self_cpu_time_total)
+        if not event.name.startswith(LABEL):
+            times += [(_label_above(event), float(microseconds)) for microseconds in own]
     return _summed(times, runs)
 
 
@@ -155,10 +126,7 @@ def kind_of_kernel(name: str) -> str:
     >>> kind_of_kernel("triton_poi_fused_convolution_gelu_3"), kind_of_kernel("sm90_xmma_gemm_f16")
     ('elementwise with GELU', 'matrix product')
     """
-    lowered = name.lower()
-    if lowered.startswith("triton_poi"):
-        return "elementwise with GELU" if re.search("gelu|erf", lowered) else "elementwise"
-    return next((kind for sign, kind in KERNEL_KINDS if re.search(sign, lowered)), "other")
+    return next((kind for sign, kind in KERNEL_KINDS if re.search(sign, name.lower())), "other")
 
 
 def kind_of_layer(name: str) -> str:
@@ -175,8 +143,6 @@ def kind_of_layer(name: str) -> str:
 
 def _by_node(contender: Contender, batch: Any, runs: int = 5) -> list[ProfileLine]:
     """Return ONNX Runtime's own profile of a graph, from a session like the contender's."""
-    from van_deploy.bench.runtimes import runner_of
-
     with tempfile.TemporaryDirectory() as folder:
         runner = runner_of(contender, 1)
         runner.profile, runner.threads = Path(folder), None
@@ -208,8 +174,6 @@ def _by_layer(runner: Any, batch: Any, runs: int = 5) -> list[ProfileLine]:
         context.profiler = profiler
     for _ in range(runs):
         runner.run_all(batch)
-    for context in loaded.contexts.values():
-        context.profiler = None
     return _summed(times, runs)
 
 

@@ -17,20 +17,17 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from van_deploy.bench.contender import Contender
-from van_deploy.bench.lane import Lane, Row
+from van_deploy.bench.lane import Lane
 from van_deploy.bench.process import WorkerProcess
-from van_deploy.bench.timing import percentile
+from van_deploy.bench.timing import Row, percentile
 from van_deploy.config import Budget
 from van_deploy.config.sizes import ImageSize
-
-__all__ = ["Progress", "Race", "between", "nearest", "with_reference"]
 
 SIDE, PRODUCTS = 384, 10  # about 10 ms on two cores
 QUIET_LIMIT, UNDISTURBED = 1.1, 0.1
@@ -47,7 +44,6 @@ class Race:
         contenders: who runs; names are unique.
         threads: for each process.
         streams: calls each keeps in flight.
-        preprocessing: mean and std, for graphs with embedded preprocessing.
         progress: told what is going on.
 
     Attributes:
@@ -61,13 +57,11 @@ class Race:
         threads: int,
         *,
         streams: int = 1,
-        preprocessing: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.threads, self.streams = threads, streams
         self.lanes = [Lane(contender) for contender in contenders]
         self.looks: list[float] = []
-        self._preprocessing = preprocessing
         self._say = progress or (lambda _: None)
         self._stack = ExitStack()
 
@@ -98,7 +92,7 @@ class Race:
         """Return one row a contender at one batch size.
 
         Args:
-            images: ``.npy`` file of ``(N, C, S, S)`` float32, ``N >= batch``.
+            images: folder with a ``.npy`` file of at least ``batch`` images for each kind of input.
             batch: images a call.
             image_size: S.
             budget: how long.
@@ -109,7 +103,7 @@ class Race:
         for lane in lanes:
             self._feed(lane, images, batch, budget)
         base = next((x for x in lanes if x.contender.name == reference and not x.failure), None)
-        slice_s = budget.slice_s(base.call_s if base else 0.0)
+        slice_s = budget.slice_s(base.call_ms / 1e3 if base else 0.0)
         for turn in count():
             waiting = [
                 lane
@@ -142,22 +136,24 @@ class Race:
 
     def _round(self, waiting: Sequence[Lane], base: Lane | None, slice_s: float) -> None:
         """Time one slice of each, and of the reference between them."""
+        import numpy as np
+
         others = [lane for lane in waiting if lane is not base]
         order = others if base is None else with_reference(others, base)
-        times: list[float | None] = []
+        times: list[float] = []  # 0 where it failed
         looks = [self.look()]
         for lane in order:
             times.append(lane.time_slice(slice_s))
             looks.append(self.look())
-        marks = [ms if lane is base else None for lane, ms in zip(order, times, strict=True)]
+        at = [place for place, lane in enumerate(order) if lane is base and times[place]]
+        own = [times[place] for place in at]
         for place, (lane, ms) in enumerate(zip(order, times, strict=True)):
-            if lane is base or ms is None:
+            if lane is base or not ms:
                 continue
-            beside = nearest(marks, place)
+            beside = [*[i for i in at if i < place][-1:], *[i for i in at if i > place][:1]]
             lane.rounds.append((ms, max(max(looks[i : i + 2]) for i in (place, *beside))))
-            if beside:
-                lane.ratios.append(between(marks, place) / ms)
-        own = [ms for ms in marks if ms is not None]
+            if at:  # interpolated in the logarithm: a drift of so many percent a place cancels
+                lane.ratios.append(math.exp(np.interp(place, at, np.log(own))) / ms)
         if base is not None and own:
             base.rounds.append((statistics.geometric_mean(own), max(looks)))
             base.ratios.append(1.0)
@@ -171,10 +167,8 @@ class Race:
     def _feed(self, lane: Lane, images: Path, batch: int, budget: Budget) -> None:
         if lane.failure is not None and lane.failure.kind == "killed":
             self._start(lane)  # a new process for a new batch
-        if lane.failure is not None and not lane.loaded:
-            return  # it never opened, and will not now
         self._say(f"Batch {batch}: warming {lane.contender.name}")
-        lane.feed(images, batch, self._preprocessing, budget.warmup_s)
+        lane.feed(images, batch, budget.warmup_s)
 
 
 def with_reference(others: Sequence[Lane], base: Lane) -> list[Lane]:
@@ -191,38 +185,6 @@ def with_reference(others: Sequence[Lane], base: Lane) -> list[Lane]:
     for start in range(0, len(others), size):
         order += [*others[start : start + size], base]
     return order
-
-
-def nearest(marks: Sequence[float | None], place: int) -> tuple[int, ...]:
-    """Return where the marks next to a place are, before it and after it, as far as they are.
-
-    >>> nearest([2.0, None, None, 16.0], 1), nearest([2.0, None], 1), nearest([None], 0)
-    ((0, 3), (0,), ())
-    """
-    before = [i for i in range(place) if marks[i] is not None][-1:]
-    after = [i for i in range(place + 1, len(marks)) if marks[i] is not None][:1]
-    return (*before, *after)
-
-
-def between(marks: Sequence[float | None], place: int) -> float:
-    """Return what the marks nearest before and after a place say of it, by their distance.
-
-    Interpolated in the logarithm, so that a drift of so many percent a place cancels.
-
-    >>> between([2.0, None, None, 16.0], 1), between([2.0, None], 1)
-    (4.0, 2.0)
-
-    Raises:
-        ValueError: there is no mark.
-    """
-    beside = nearest(marks, place)
-    known = [mark for mark in (marks[i] for i in beside) if mark is not None]
-    if not known:
-        raise ValueError("no mark")
-    if len(known) == 1:
-        return known[0]
-    share = (place - beside[0]) / (beside[1] - beside[0])
-    return round(known[0] * (known[1] / known[0]) ** share, 12)
 
 
 def _compared(lane: Lane, base: Lane | None) -> bool:

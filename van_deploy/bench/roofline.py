@@ -9,25 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 from van_deploy.bench.ceilings import Ceilings, paper_ceilings
 from van_deploy.bench.contender import Contender
-from van_deploy.bench.lane import Row
+from van_deploy.bench.timing import Row
 from van_deploy.bundle import Bundle
 from van_deploy.config.sizes import ImageSize, sides_of
 
 if TYPE_CHECKING:
     from van_deploy.model.variants import VanConfig
-
-__all__ = [
-    "Limit",
-    "PaperLimit",
-    "PaperLimits",
-    "Reached",
-    "Work",
-    "kernel_traffic_bytes",
-    "limit_of",
-    "measured_limits",
-    "paper_limits",
-    "work_of",
-]
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
 ASSUMED = {"fp32": ("fp32", "tf32", "fp16"), "bf16": ("bf16",)}
@@ -70,7 +57,7 @@ class Limit:
         compute_ms: all operations at the device's rates.
         memory_ms: the weights, the input and the output once through memory, everything
             between them kept in caches.
-        traffic_ms: what one kernel a step moves through memory (:func:`kernel_traffic_bytes`).
+        traffic_ms: what one kernel a step moves through memory.
         source: where the device's figures come from.
     """
 
@@ -161,15 +148,18 @@ def paper_limits(bundle: Bundle, device: str, batches: Sequence[int]) -> PaperLi
 
 
 def measured_limits(
-    config: VanConfig, contenders: Sequence[Contender], rows: Sequence[Row], ceilings: Ceilings
+    config: VanConfig,
+    contenders: Sequence[Contender],
+    rows: Sequence[Row],
+    ceilings: Ceilings | None,
 ) -> tuple[Reached, ...]:
     """Return each row's time over the least possible time for the same network."""
     precisions = {contender.name: contender.precision for contender in contenders}
     result = []
-    for row in rows:
+    for row in rows if ceilings else ():
         kind = precisions[row.contender]
         work = work_of(config, row.image_size, row.batch, int8=kind == "int8")
-        if row.images_per_s and (limit := limit_of(work, ceilings, kind)):
+        if row.images_per_s and ceilings and (limit := limit_of(work, ceilings, kind)):
             percent = 100 * limit.ms / (1e3 * row.batch / row.images_per_s)
             place = (row.contender, row.batch, row.image_size)
             result.append(Reached(*place, work, limit, percent))
@@ -179,30 +169,39 @@ def measured_limits(
 def work_of(config: VanConfig, image_size: ImageSize, batch: int, *, int8: bool = False) -> Work:
     """Return the work of one batch, from the shapes of the network alone.
 
+    A step is a convolution with what follows it element by element: bias, GELU, gate or
+    residual. In a block the C wide maps cross memory 15 times (``proj_1`` 2, ``conv0`` 2,
+    ``conv_spatial`` 2, ``conv1`` with the gate 3, ``proj_2`` with the residual 3, ``fc1`` 1,
+    ``fc2`` with the residual 2), the hidden ones 4 times (``fc1`` 1, ``dwconv`` with the GELU
+    2, ``fc2`` 1). The weights are read once a batch.
+
     Args:
         config: the network.
         image_size: of the input.
         batch: images.
         int8: whether its 1x1 convolutions are quantised.
     """
-    (k0, k1), sides = config.lka_kernels, sides_of(image_size)
-    pointwise = depthwise = 0
+    (k0, k1), sides, channels = config.lka_kernels, sides_of(image_size), config.in_chans
+    pointwise = depthwise = values = 0
     for stage, (dim, hidden) in enumerate(zip(config.embed_dims, config.hidden_dims, strict=True)):
-        sides = config.sides_after(stage, sides)
-        pixels = config.depths[stage] * sides[0] * sides[1]
-        pointwise += pixels * dim * (3 * dim + 2 * hidden)
-        depthwise += pixels * (dim * (k0**2 + k1**2) + 9 * hidden)
+        values += channels * math.prod(sides)  # the patch embedding reads it
+        sides, channels, depth = config.sides_after(stage, sides), dim, config.depths[stage]
+        pixels = math.prod(sides)
+        pointwise += depth * pixels * dim * (3 * dim + 2 * hidden)
+        depthwise += depth * pixels * (dim * (k0**2 + k1**2) + 9 * hidden)
+        # it writes its maps; the LayerNorm reads and writes them; then the blocks
+        values += pixels * (3 * dim + depth * (15 * dim + 4 * hidden))
     rest = config.mac_count(image_size) - pointwise - depthwise
-    per_image = [2 * batch * macs for macs in (pointwise, depthwise, rest)]
+    pointwise, depthwise, rest = (2 * batch * macs for macs in (pointwise, depthwise, rest))
     return Work(
         batch=batch,
-        operations=sum(per_image),
-        matrix_ops=per_image[2] + (0 if int8 else per_image[0]),
-        quantized_ops=per_image[0] if int8 else 0,
-        vector_ops=per_image[1],
+        operations=pointwise + depthwise + rest,
+        matrix_ops=rest + (0 if int8 else pointwise),
+        quantized_ops=pointwise if int8 else 0,
+        vector_ops=depthwise,
         weights=config.parameter_count(),
         ends=batch * (config.in_chans * math.prod(sides_of(image_size)) + config.num_classes),
-        traffic=kernel_traffic_bytes(config, image_size, batch, 1),
+        traffic=batch * values + config.parameter_count(),
     )
 
 
@@ -236,27 +235,11 @@ def limit_of(work: Work, ceilings: Ceilings, precision: str) -> Limit | None:
     )
 
 
-def kernel_traffic_bytes(
-    config: VanConfig, image_size: ImageSize, batch: int, value_bytes: int = 2
-) -> int:
-    """Return the bytes through device memory with one kernel a step and nothing fused further.
-
-    A step is a convolution with what follows it element by element: bias, GELU, gate or
-    residual. In a block the C wide maps cross memory 15 times (``proj_1`` 2, ``conv0`` 2,
-    ``conv_spatial`` 2, ``conv1`` with the gate 3, ``proj_2`` with the residual 3, ``fc1`` 1,
-    ``fc2`` with the residual 2), the hidden ones 4 times (``fc1`` 1, ``dwconv`` with the GELU
-    2, ``fc2`` 1). The weights are read once a batch.
+def kernel_traffic_bytes(config: VanConfig, image_size: ImageSize, batch: int) -> int:
+    """Return the bytes through memory in FP16 with one kernel a step and nothing fused further.
 
     >>> from van_deploy.model.variants import VARIANTS
     >>> kernel_traffic_bytes(VARIANTS["van_b0"].config, 224, 1000) // 10**9  # MB an image
     55
     """
-    values, sides, channels = 0, sides_of(image_size), config.in_chans
-    for stage, width in enumerate(config.embed_dims):
-        values += channels * sides[0] * sides[1]  # the patch embedding reads it
-        sides = config.sides_after(stage, sides)
-        pixels, channels = sides[0] * sides[1], width
-        values += 3 * width * pixels  # it writes its maps; the LayerNorm reads and writes them
-        block = 15 * width + 4 * config.hidden_dims[stage]
-        values += config.depths[stage] * block * pixels
-    return value_bytes * (batch * values + config.parameter_count())
+    return 2 * work_of(config, image_size, batch).traffic

@@ -10,8 +10,6 @@ from van_deploy.bundle import Bundle, writing
 from van_deploy.errors import InputError
 from van_deploy.files import write_atomic
 
-__all__ = ["BENCH_FILE", "save_report"]
-
 BENCH_FILE = "bench.json"
 
 

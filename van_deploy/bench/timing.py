@@ -1,4 +1,4 @@
-"""From latencies to figures. Pure functions; times are in milliseconds."""
+"""What was measured of a contender, and how figures come from latencies. Times are in ms."""
 
 from __future__ import annotations
 
@@ -7,19 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from van_deploy.config.bench import LEAST_ROUNDS
-
-__all__ = [
-    "CV_LIMIT_PERCENT",
-    "Latency",
-    "Ratio",
-    "latency_of",
-    "percentile",
-    "ratio_of",
-]
-
-CV_LIMIT_PERCENT = 2.5
-"""Coefficient of variation above which trtexec, too, calls its timings unstable."""
+from van_deploy.config.sizes import ImageSize
 
 
 @dataclass(frozen=True)
@@ -70,9 +58,98 @@ class Ratio:
         """How far the interval reaches from the median, in percent of it."""
         return 100 * max(self.high / self.median - 1, 1 - self.low / self.median)
 
-    def is_within(self, percent: float) -> bool:
-        """Return whether the rounds suffice for an interval, and it reaches no further."""
-        return self.rounds >= LEAST_ROUNDS and self.uncertainty_percent <= percent
+
+@dataclass(frozen=True)
+class Loading:
+    """What loading a contender took.
+
+    Attributes:
+        import_s: to import its runtime.
+        load_s: to open the file, once a stream.
+        rss_imported_bytes: resident memory in between.
+        rss_loaded_bytes: resident memory after it.
+        threads_each: of each stream.
+    """
+
+    import_s: float
+    load_s: float
+    rss_imported_bytes: int
+    rss_loaded_bytes: int
+    threads_each: int
+
+
+@dataclass(frozen=True)
+class GpuState:
+    """What NVML says of a GPU at one time; None where it does not say.
+
+    Attributes:
+        sm_mhz: clock of the multiprocessors.
+        memory_mhz: clock of the memory.
+        power_w: what the board draws, in watts.
+        temperature_c: of the processor, in degrees Celsius.
+        throttled: why the clocks are held down; empty where they are not.
+        memory_used_bytes: taken on the whole GPU, by everybody.
+    """
+
+    sm_mhz: int | None = None
+    memory_mhz: int | None = None
+    power_w: float | None = None
+    temperature_c: int | None = None
+    throttled: tuple[str, ...] = ()
+    memory_used_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one batch size. On a GPU all times are the device's, by CUDA events.
+
+    Attributes:
+        contender: which one.
+        batch: images a call.
+        image_size: of the input in pixels: a side, or height and width.
+        streams: calls in flight at the same time.
+        latency: of all calls; on a GPU of one launch alone. None where it failed.
+        images_per_s: over all streams; on a GPU of launches queued ahead. None where it failed.
+        ratio: times faster than the reference at this batch, over the quiet rounds, or over
+            all where those were too few; None where one of the two failed.
+        settled: whether the ratio's interval came within the budget's tolerance; None without
+            a ratio, on a GPU, and for the reference's own, which is 1.
+        round_ms: each round's mean.
+        round_ratios: each round's ratio, to the reference just before and just after.
+        round_quiet: whether the machine was left alone in each.
+        first_call_ms: the first call with this batch.
+        peak_rss_bytes: largest resident memory of the process at this batch.
+        queued_ms: on a GPU, a launch among queued ones.
+        upload_ms: on a GPU, the images from pinned memory to it.
+        download_ms: on a GPU, the outputs from it to pinned memory.
+        steady: on a GPU, whether its clock was steady when timing began.
+        gpu: its state while this ran.
+        throttled: why the GPU was slowed down.
+        error: why there are no figures; "" where there are.
+        error_kind: ``memory``, ``missing``, ``killed``, ``failed``, ``batch`` or "".
+    """
+
+    contender: str
+    batch: int
+    image_size: ImageSize
+    streams: int
+    latency: Latency | None = None
+    images_per_s: float | None = None
+    ratio: Ratio | None = None
+    settled: bool | None = None
+    round_ms: tuple[float, ...] = ()
+    round_ratios: tuple[float, ...] = ()
+    round_quiet: tuple[bool, ...] = ()
+    first_call_ms: float | None = None
+    peak_rss_bytes: int | None = None
+    queued_ms: float | None = None
+    upload_ms: float | None = None
+    download_ms: float | None = None
+    steady: bool | None = None
+    gpu: GpuState | None = None
+    throttled: tuple[str, ...] = ()
+    error: str = ""
+    error_kind: str = ""
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -113,14 +190,8 @@ def ratio_of(rounds: Sequence[float]) -> Ratio | None:
         return None
     ordered = sorted(rounds)
     cut = _cut(len(ordered))
-    return Ratio(
-        median=statistics.median(ordered),
-        low=ordered[cut],
-        high=ordered[-1 - cut],
-        least=ordered[0],
-        most=ordered[-1],
-        rounds=len(ordered),
-    )
+    ends = (ordered[cut], ordered[-1 - cut], ordered[0], ordered[-1])
+    return Ratio(statistics.median(ordered), *ends, rounds=len(ordered))
 
 
 def _cut(count: int) -> int:

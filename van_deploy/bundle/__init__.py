@@ -9,9 +9,9 @@ So a reader sees the old bundle or the new one, never a mixture.
 Reading believes nothing whose SHA-256 is not the manifest's.
 """
 
-from van_deploy.bundle.names import MANIFEST, SIGNATURE
+from van_deploy.bundle.lock import SIGNATURE
 from van_deploy.bundle.reading import Bundle
 from van_deploy.bundle.writing import Draft, writing
-from van_deploy.manifest import Artefact, Manifest, Origin
+from van_deploy.manifest import MANIFEST, Artefact, Manifest, Origin
 
 __all__ = ["MANIFEST", "SIGNATURE", "Artefact", "Bundle", "Draft", "Manifest", "Origin", "writing"]

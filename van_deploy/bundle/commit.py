@@ -7,13 +7,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from van_deploy.bundle.names import MANIFEST, PENDING, refuse_links
+from van_deploy.bundle.lock import PENDING, refuse_links
 from van_deploy.documents import json_from, text_from
 from van_deploy.errors import BundleError
 from van_deploy.files import write_atomic
-from van_deploy.manifest import inside
-
-__all__ = ["commit", "finish_commit"]
+from van_deploy.manifest import MANIFEST, inside
 
 _GONE = ".gone"
 

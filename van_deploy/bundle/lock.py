@@ -1,4 +1,4 @@
-"""One writer at a time: the lock of a bundle's folder."""
+"""A bundle's folder: the names of its own files, no links, and one writer at a time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from van_deploy.bundle.names import LOCK, refuse_links
 from van_deploy.errors import BundleError
 
-__all__ = ["LOCK_WAIT_S", "locked", "unwritable"]
-
+SIGNATURE = "manifest.json.sig"  # beside the manifest; see van_deploy.signing
+LOCK, PENDING, STAGING = ".lock", ".pending", ".staging-"
 LOCK_WAIT_S = 60.0
+
+
+def refuse_links(folder: Path, path: Path) -> None:
+    """Refuse to write through a link: a bundle from elsewhere could point it anywhere.
+
+    Raises:
+        BundleError: ``path``, or a folder between it and the bundle, is a symbolic link.
+    """
+    while path != folder:
+        if path.is_symlink():
+            raise BundleError(
+                f"'{path}' is a link, and what is behind it would be written to.",
+                "Do not use this bundle: van-deploy makes no links.",
+            )
+        path = path.parent
 
 
 @contextlib.contextmanager

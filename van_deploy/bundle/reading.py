@@ -10,14 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from van_deploy.bundle.commit import finish_commit
-from van_deploy.bundle.lock import locked
-from van_deploy.bundle.names import LOCK, MANIFEST, PENDING, SIGNATURE
+from van_deploy.bundle.lock import LOCK, PENDING, SIGNATURE, locked
 from van_deploy.errors import BundleError
 from van_deploy.external_weights import external_files, require_beside
 from van_deploy.files import file_sha256
-from van_deploy.manifest import Artefact, Manifest, read_manifest
-
-__all__ = ["Bundle", "verify"]
+from van_deploy.manifest import MANIFEST, Artefact, Manifest, read_manifest
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy.bundle.commit import commit, finish_commit
-from van_deploy.bundle.lock import locked, unwritable
-from van_deploy.bundle.names import LOCK, MANIFEST, PENDING, STAGING
+from van_deploy.bundle.lock import LOCK, PENDING, STAGING, locked, unwritable
 from van_deploy.bundle.reading import Bundle
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
 from van_deploy.manifest import (
+    MANIFEST,
     SCHEMA,
     Artefact,
     Description,
@@ -26,8 +26,6 @@ from van_deploy.manifest import (
     read_manifest,
 )
 from van_deploy.provenance import time_of_writing
-
-__all__ = ["Draft", "writing"]
 
 LOCK_ATTEMPTS = 10
 

@@ -1,1 +1,1 @@
-"""The command line: one module a command, each parses, calls the library, prints."""
+"""The command line: one module a heading of the help; a command parses, calls, prints."""

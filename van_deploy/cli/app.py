@@ -13,55 +13,45 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Mapping
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from van_deploy import __version__
 from van_deploy.cli.commands import LazyGroup
 from van_deploy.cli.console import print_error
 from van_deploy.errors import InputError, MissingDependency, VanDeployError
 
-__all__ = ["CommandGroup", "app", "main", "translated"]
-
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
-OS_REMEDIES = {
-    errno.ENOSPC: "Free some space there, or choose another place with --output.",
-    errno.EDQUOT: "Your quota is used up: free some space, or choose another place with --output.",
-    errno.EROFS: "That file system is read-only: choose another place with --output.",
-    errno.EACCES: "Change the permissions, or choose another place.",
-    errno.EPERM: "Change the permissions, or choose another place.",
-    errno.EMFILE: "Raise the limit on open files (`ulimit -n`).",
-    errno.ENFILE: "The machine has too many files open: close other programs.",
-    errno.EFBIG: "Raise the limit on a file's size (`ulimit -f`), or choose another file system.",
-    errno.EIO: "The disk or the network behind it fails: try again, or choose another place.",
-    errno.ESTALE: "The network file system lost the file: try again.",
+OTHER_PLACE = "choose another place"
+HERE, INPUT = MissingDependency, InputError
+OS_REMEDIES: Mapping[int, tuple[type[VanDeployError], str]] = {
+    errno.ENOSPC: (HERE, f"Free some space there, or {OTHER_PLACE} with --output."),
+    errno.EDQUOT: (HERE, f"Your quota is used up: free some space, or {OTHER_PLACE}."),
+    errno.EROFS: (HERE, f"That file system is read-only: {OTHER_PLACE} with --output."),
+    errno.EACCES: (HERE, f"Change the permissions, or {OTHER_PLACE}."),
+    errno.EPERM: (HERE, f"Change the permissions, or {OTHER_PLACE}."),
+    errno.EMFILE: (HERE, "Raise the limit on open files (`ulimit -n`)."),
+    errno.ENFILE: (HERE, "The machine has too many files open: close other programs."),
+    errno.EFBIG: (HERE, f"Raise the limit on a file's size (`ulimit -f`), or {OTHER_PLACE}."),
+    errno.EIO: (HERE, f"The disk or the network behind it fails: try again, or {OTHER_PLACE}."),
+    errno.ESTALE: (HERE, "The network file system lost the file: try again."),
+    errno.ENAMETOOLONG: (INPUT, "Choose a shorter name."),
+    errno.ELOOP: (INPUT, "The links there lead in a circle: remove one of them."),
+    errno.ENOTDIR: (INPUT, "A part of that path is a file, not a folder: check it."),
+    errno.EISDIR: (INPUT, "That is a folder where a file is wanted: check the path."),
 }
-PATH_REMEDIES = {
-    errno.ENAMETOOLONG: "Choose a shorter name.",
-    errno.ELOOP: "The links there lead in a circle: remove one of them.",
-    errno.ENOTDIR: "A part of that path is a file, not a folder: check it.",
-    errno.EISDIR: "That is a folder where a file is wanted: check the path.",
-}
-EXPORTING = {
-    "torch",
-    "timm",
-    "torchvision",
-    "onnxscript",
-    "onnxsim",
-    "onnx_ir",
-    "safetensors",
-    "huggingface_hub",
-}
+EXPORTING = {"torch", "timm", "torchvision", "onnxscript", "onnxsim", "onnx_ir", "safetensors"}
+EXPORTING |= {"huggingface_hub"}
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Failed to allocate memory")
 OUT_OF_SPACE = "No space left on device"
 NO_TEMPORARY = "No usable temporary directory found"
 
 
-class CommandGroup(TyperGroup):
+class CommandGroup(LazyGroup):
     """The commands; the one place where an error becomes a message and an exit code."""
 
     def invoke(self, ctx: Any) -> object:  # typer.Context, or Click's own in older Typers
@@ -76,7 +66,8 @@ class CommandGroup(TyperGroup):
             print_error("Interrupted.")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            _silence_stdout()
+            # stdout is pointed at nothing, so that closing it at exit does not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(BROKEN_PIPE) from None
         except (VanDeployError, MemoryError, OSError, RuntimeError, ImportError) as failure:
             error = translated(failure)
@@ -86,12 +77,8 @@ class CommandGroup(TyperGroup):
             raise typer.Exit(error.exit_code) from failure
 
 
-class _Program(LazyGroup, CommandGroup):
-    """All commands, with their errors translated."""
-
-
 app = typer.Typer(
-    cls=_Program,
+    cls=CommandGroup,
     name="van-deploy",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -141,27 +128,22 @@ def translated(failure: BaseException) -> VanDeployError | None:
                 "hosts that verify, predict, serve and inspect.",
             )
     if isinstance(failure, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
+        said = f" ({text.strip().splitlines()[0][:200]})" if text.strip() else ""
         return MissingDependency(
-            f"There is not enough memory for this{_detail(text)}.",
+            f"There is not enough memory for this{said}.",
             "Use a smaller batch or image size, close other programs, or take a larger machine.",
         )
-    if isinstance(failure, OSError) and failure.errno in OS_REMEDIES:
-        place = f" '{failure.filename}'" if failure.filename else ""
-        reason = os.strerror(failure.errno)
-        return MissingDependency(
-            f"Cannot write or read{place}: {reason}.", OS_REMEDIES[failure.errno]
-        )
-    if isinstance(failure, OSError) and failure.errno in PATH_REMEDIES:
+    if isinstance(failure, OSError) and (number := failure.errno or 0) in OS_REMEDIES:
+        kind, remedy = OS_REMEDIES[number]
         place = f" '{str(failure.filename)[:200]}'" if failure.filename else ""
-        reason = os.strerror(failure.errno)
-        return InputError(f"Cannot write or read{place}: {reason}.", PATH_REMEDIES[failure.errno])
+        return kind(f"Cannot write or read{place}: {os.strerror(number)}.", remedy)
     if NO_TEMPORARY in text:
         return MissingDependency(
             "There is no folder for temporary files that may be written.",
             "Set the environment variable TMPDIR to one.",
         )
     if OUT_OF_SPACE in text:
-        return MissingDependency(f"Cannot write: {text}", OS_REMEDIES[errno.ENOSPC])
+        return MissingDependency(f"Cannot write: {text}", OS_REMEDIES[errno.ENOSPC][1])
     return None
 
 
@@ -205,14 +187,3 @@ def _require_utf8() -> None:
         return
     os.environ["PYTHONUTF8"] = "1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _detail(text: str) -> str:
-    """Return a library's own words, in brackets and on one line, if it had any."""
-    first = text.strip().splitlines()[0][:200] if text.strip() else ""
-    return f" ({first})" if first else ""
-
-
-def _silence_stdout() -> None:
-    """Point stdout at nothing, so that closing it at exit does not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,88 +1,31 @@
 """The commands in the order in which people need them, each imported when it is asked for.
 
-To add one: write ``van_deploy/cli/<command>.py`` with a function of that name whose docstring
-opens with one line and carries an ``Example:``, and add an entry here. The help of
-the whole program shows the entries' own words, so that it imports no command; a
-test compares them with the docstrings.
+To add one: write a function of its name in the module of its heading, whose docstring opens
+with one line and carries an ``Example:``, and add its name here. The help of the whole
+program reads these first lines from the source, so that it imports no command.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-__all__ = ["COMMANDS", "LazyGroup", "command_named"]
-
-MAIN_JOB = "Main job"
-JUDGE = "Gates"
-LOOK = "Look around"
-USE = "Use"
-
-COMMANDS: Mapping[str, tuple[str, str]] = {
-    "export": (
-        MAIN_JOB,
-        "Export a VAN to ONNX with a free batch, checked against PyTorch at every batch size.",
-    ),
-    "quantize": (MAIN_JOB, "Add an FP16 or INT8 graph to a bundle, judged beside FP32."),
-    "build": (
-        MAIN_JOB,
-        "Build engines from a bundle: TensorRT plans, or packages of PyTorch's Inductor.",
-    ),
-    "run": (
-        MAIN_JOB,
-        "Do all that a recipe asks for: export, quantise, build engines, verify and evaluate.",
-    ),
-    "verify": (
-        JUDGE,
-        "Compare every artefact with PyTorch: logits, batch sizes, flips, and module by module.",
-    ),
-    "evaluate": (
-        JUDGE,
-        "Measure top-1 and top-5 of PyTorch and every artefact, and what was lost between them.",
-    ),
-    "drift": (
-        JUDGE,
-        "Show what each stage, block or module of each ONNX artefact adds to the error.",
-    ),
-    "check": (
-        JUDGE,
-        "Check a bundle against its gates and a baseline; ends with 1 if anything is worse.",
-    ),
-    "list": (LOOK, "List the variants: size, work, accuracy, and where their weights are."),
-    "info": (LOOK, "Show one model or bundle in full. Nothing is downloaded."),
-    "inspect": (
-        LOOK,
-        "Show what is in an artefact: operators, sizes, inputs and outputs, metadata.",
-    ),
-    "doctor": (LOOK, "Tell what is installed, what can be done on this machine, and what clashes."),
-    "bench": (
-        USE,
-        "Time every artefact in every runtime of a device, each in a process of its own.",
-    ),
-    "predict": (
-        USE,
-        "Tell what is in pictures, with the preprocessing that belongs to the weights.",
-    ),
-    "package": (
-        USE,
-        "Write a Triton model repository with its configuration, client and manifests.",
-    ),
-    "serve": (USE, "Answer over HTTP: a web page for images, and the v2 protocol for programs."),
-    "sign": (USE, "Sign a bundle: its manifest, which names every file with its SHA-256."),
-    "verify-signature": (
-        USE,
-        "Check a bundle's signature, every file's digest, and that no other file is in it.",
-    ),
-    "report": (
-        USE,
-        "Write one self-contained HTML file, and the same as Markdown, about a bundle.",
-    ),
+HEADINGS: Mapping[str, tuple[str, str]] = {
+    "make": ("Main job", "export quantize build run"),
+    "gates": ("Gates", "verify evaluate drift check"),
+    "look": ("Look around", "list info inspect doctor"),
+    "use": ("Use", "bench predict package serve sign verify-signature report"),
 }
-"""Each command's heading in the help, and the first line of its docstring."""
+"""The heading and the commands of each module here."""
+
+COMMANDS = {name: module for module, (_, names) in HEADINGS.items() for name in names.split()}
+"""The module of each command, in the order of the help."""
 
 
 class LazyGroup(TyperGroup):
@@ -91,8 +34,11 @@ class LazyGroup(TyperGroup):
     def __init__(self, **settings: Any) -> None:
         """Enter a command without options for each of :data:`COMMANDS`."""
         super().__init__(**settings)
-        for name, (panel, summary) in COMMANDS.items():
-            self.commands[name] = TyperCommand(name, help=summary, rich_help_panel=panel)
+        for module, (panel, names) in HEADINGS.items():
+            summaries = dict(_summaries(module))
+            for name in names.split():
+                summary = summaries[_function(name)]
+                self.commands[name] = TyperCommand(name, help=summary, rich_help_panel=panel)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that ``args`` ask for, in full."""
@@ -103,8 +49,23 @@ class LazyGroup(TyperGroup):
 
 def command_named(name: str) -> Any:
     """Return a command of :data:`COMMANDS` with its options, as Typer runs it."""
-    function = {"list": "list_"}.get(name, name.replace("-", "_"))
-    module = importlib.import_module(f"van_deploy.cli.{function}")
+    from van_deploy.cli.options import with_options
+
+    module = importlib.import_module(f"van_deploy.cli.{COMMANDS[name]}")
     program = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    program.command(name, rich_help_panel=COMMANDS[name][0])(getattr(module, function))
+    panel = HEADINGS[COMMANDS[name]][0]
+    function = with_options(getattr(module, _function(name)))
+    program.command(name, rich_help_panel=panel)(function)
     return typer.main.get_command(program)
+
+
+def _function(name: str) -> str:
+    return "list_" if name == "list" else name.replace("-", "_")
+
+
+def _summaries(module: str) -> Iterator[tuple[str, str]]:
+    """Yield each function of a module, and the first line of its docstring."""
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, (ast.get_docstring(node) or "").partition("\n")[0]

@@ -15,34 +15,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
-
-import typer
+from typing import IO, TYPE_CHECKING, Any
 
 from van_deploy.documents import CONTROL, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from van_deploy.report.document import Block
-    from van_deploy.results import Progress as Tell
-
-__all__ = [
-    "AsJson",
-    "emit",
-    "json_text",
-    "plain",
-    "print_error",
-    "progress",
-    "remark",
-    "telling",
-]
+    from van_deploy.results import Progress
 
 PIPE_WIDTH = 100  # columns where output does not go to a terminal
-Result = TypeVar("Result")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 
 
 def emit(result: object, as_json: bool, blocks: Callable[[Any], Iterable[Block]]) -> None:
@@ -78,33 +61,24 @@ def json_text(value: object, indent: int | None = None) -> str:
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def progress() -> Progress:
-    """Return a progress display on stderr; silent where stderr is not a terminal.
+@contextlib.contextmanager
+def telling(first: str = "Loading PyTorch") -> Iterator[Progress]:
+    """Give a function that shows on stderr what is being done, and how much of it is done.
 
-    It is a context manager::
-
-        with progress() as bar:
-            task = bar.add_task("Downloading", total=None)
-            bar.advance(task)
+    It is silent where stderr is not a terminal.
     """
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = _console(sys.stderr)
-    return Progress(
+    columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
     )
-
-
-@contextlib.contextmanager
-def telling(first: str = "Loading PyTorch") -> Iterator[Tell]:
-    """Give a function that shows on stderr what is being done, and how much of it is done."""
-    with progress() as bar:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(first, total=None)
 
         def tell(text: str, done: int = 0, total: int | None = None, /) -> None:

@@ -25,17 +25,6 @@ from van_deploy.config.fields import BatchRange, range_text, shown
 from van_deploy.config.named import Changes, Named, named_options, put
 from van_deploy.schema import Settings, validated
 
-__all__ = ["Set", "from_text", "with_options"]
-
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Set any key of the recipe, such as engines.tf32=false; repeatable.",
-    ),
-]
-
 LONGEST_CHOICES = 24  # columns; longer ones stand in the help
 KINDS = {int: "INTEGER", float: "NUMBER", Path: "PATH", BatchRange: "MIN:OPT:MAX"}
 
@@ -97,7 +86,7 @@ def _parameter(option: Named) -> inspect.Parameter:
         help=(option.field.description or "").replace("[", "\\[")
         + _facts(option, choices if listed else []),
         metavar="" if kind is bool else facts.metavar or ("NAME" if listed else _metavar(kind)),
-        rich_help_panel=facts.panel or None,
+        rich_help_panel=option.panel or None,
         show_default=False,
     )
     annotation: Any = operator.getitem(Annotated, (text if required else text | None, told))
@@ -132,11 +121,8 @@ def _kind(annotation: Any) -> Any:
         return _kind(next(kind for kind in get_args(annotation) if kind is not type(None)))
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
-        return (
-            str
-            if any(isinstance(m, pydantic.BeforeValidator) for m in metadata)
-            else (_kind(inner))
-        )
+        is_read = any(isinstance(one, pydantic.BeforeValidator) for one in metadata)
+        return str if is_read else _kind(inner)
     return annotation
 
 
@@ -160,15 +146,15 @@ def _read(option: Named, given: Any) -> Any:
     """Return a value of the command line as a file would have it, where it can be read so."""
     kind = _kind(option.field.annotation)
     if get_origin(kind) is not tuple:
-        return from_text(kind, given)
+        return _number(kind, given)
     inner = _kind(get_args(kind)[0])
     texts = ",".join(given).split(",") if shown(option.field).commas else given
-    return [from_text(inner, text.strip()) for text in texts if text.strip()]
+    return [_number(inner, text.strip()) for text in texts if text.strip()]
 
 
-def from_text(kind: Any, text: Any) -> Any:
+def _number(kind: Any, text: Any) -> Any:
     """Return the number in a text where ``kind`` is one, else the text as it is."""
-    if kind in (int, float) and isinstance(text, str):
+    if kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
     return text

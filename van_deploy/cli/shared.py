@@ -1,4 +1,4 @@
-"""Arguments that several commands have, and how a command ends."""
+"""Arguments and options that several commands have."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import typer
 if TYPE_CHECKING:
     from van_deploy.api import Bundle
 
-__all__ = ["BundlePath", "Force", "Images", "Output", "RequireSignature", "opened"]
-
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle that `van-deploy export` made.")]
 Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Folder of the bundle; dist/NAME by default."),
 ]
-Images = Annotated[
-    Path | None,
-    typer.Option(help="Folder of images to check on. By default sample photographs."),
-]
 Force = Annotated[
     bool, typer.Option("--force", help="Make everything anew even if nothing changed.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set any key of the recipe, such as engines.tf32=false; repeatable.",
+    ),
 ]
 RequireSignature = Annotated[
     Path | None,
@@ -34,12 +37,7 @@ RequireSignature = Annotated[
 
 
 def opened(path: Path, require_signature: Path | None) -> Bundle:
-    """Return the bundle at ``path``, after checking its signature where one is required.
-
-    Raises:
-        SignatureError: it has none, one of another key, or was changed since.
-        BundleError: there is no bundle.
-    """
+    """Return the bundle at ``path``. Errors are those of :class:`van_deploy.api.Bundle`."""
     from van_deploy.api import open_bundle
 
     return open_bundle(path, require_signature=require_signature)

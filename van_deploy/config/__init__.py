@@ -3,7 +3,7 @@
 Recipe files, the command line and the keyword arguments of the Python API are made from
 these tables. To add an option, add a field to its table:
 
-    layer_norm_eps: float = option(1e-6, "Epsilon of the LayerNorms.", panel=WEIGHTS, gt=0)
+    layer_norm_eps: float = option(1e-6, "Epsilon of the LayerNorms.", gt=0)
 
 The recipe then reads ``layer_norm_eps``, every command that takes the table has
 ``--layer-norm-eps``, and its function in the API a keyword argument of that name.

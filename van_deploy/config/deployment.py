@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 import pydantic
 
 from van_deploy.config.engines import EngineSettings
@@ -16,8 +18,6 @@ from van_deploy.config.network import (
 from van_deploy.config.precision import PrecisionSettings
 from van_deploy.config.sizes import size_text
 from van_deploy.schema import Contradiction, Settings
-
-__all__ = ["Recipe"]
 
 
 class Recipe(Settings):
@@ -59,18 +59,13 @@ class Recipe(Settings):
 
     @pydantic.model_validator(mode="after")
     def _feature_maps_are_no_classes(self) -> Recipe:
-        of_classes = {
-            "{model.labels}": self.model.labels is not None,
-            "{model.head}": bool(self.model.head),
-            "{precision.max_drop}": self.precision.max_drop is not None,
-            "{evaluate.images}": self.evaluate.images is not None,
-        }
-        for given in (name for name, is_given in of_classes.items() if is_given):
-            if self.export.features:
-                raise Contradiction(
-                    f"{{export.features}} gives feature maps, and {given} is of classes.",
-                    "Leave one of them out.",
-                )
+        of_classes = ("model.labels", "model.head", "precision.max_drop", "evaluate.images")
+        given = [key for key in of_classes if attrgetter(key)(self) not in (None, ())]
+        if self.export.features and given:
+            raise Contradiction(
+                f"{{export.features}} gives feature maps, and {{{given[0]}}} is of classes.",
+                "Leave one of them out.",
+            )
         return self
 
     @pydantic.model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
@@ -19,11 +19,8 @@ from van_deploy.config.fields import (
 from van_deploy.config.sizes import SizeRange
 from van_deploy.schema import Contradiction, Settings, validated
 
-__all__ = ["BuildOptions", "BuildSettings", "EngineSettings", "FleetSettings", "PlanSettings"]
-
 MACHINES = "Where it runs"
 KERNELS = "What is in the plan"
-MANY = "Many engines"
 ARTEFACTS = (
     "fp32, fp16, bf16, int8 or another ONNX artefact of the bundle, such as fp32-uint8: an engine "
     "each, for each of the targets. Inductor computes in fp32, fp16 or bf16."
@@ -34,17 +31,21 @@ Profile = Annotated[BatchRange, pydantic.PlainSerializer(str)]
 class PlanSettings(Settings):
     """What decides the contents of a plan, besides the ONNX file, the backend and the GPUs."""
 
+    PANEL: ClassVar[str] = KERNELS
+
     profiles: tuple[Profile, ...] = option(
         (),
         "Batch sizes min:opt:max, one profile each.",
         key="batch",
         shown_default="the bundle's own",
+        panel="",
     )
     dynamic_size: SizeRange | None = option(
         None,
         "Sizes min:opt:max that the plan serves, of a graph with dynamic height and width.",
         metavar="MIN:OPT:MAX",
         shown_default="the bundle's own",
+        panel="",
     )
     hardware_compatibility: HardwareCompatibility = option(
         HardwareCompatibility.NONE, "Other GPUs to serve (TensorRT).", panel=MACHINES
@@ -56,24 +57,16 @@ class PlanSettings(Settings):
         None,
         "Scratch memory a layer may use, as 4GiB.",
         key="workspace",
-        panel=KERNELS,
         shown_default="the backend's own limit",
     )
     optimization_level: int | None = option(
-        None,
-        "0 builds fast, 5 searches longest.",
-        panel=KERNELS,
-        shown_default="the backend's own",
-        ge=0,
-        le=5,
+        None, "0 builds fast, 5 searches longest.", shown_default="the backend's own", ge=0, le=5
     )
     tiling: Literal["none", "fast", "moderate", "full"] = option(
-        "none", "How long to search for ways to keep tensors in the GPU's cache.", panel=KERNELS
+        "none", "How long to search for ways to keep tensors in the GPU's cache."
     )
-    tf32: bool = option(True, "Let FP32 layers compute in TF32.", panel=KERNELS)
-    profiling: Profiling = option(
-        Profiling.LAYER_NAMES_ONLY, "What the engine inspector can tell.", panel=KERNELS
-    )
+    tf32: bool = option(True, "Let FP32 layers compute in TF32.")
+    profiling: Profiling = option(Profiling.LAYER_NAMES_ONLY, "What the engine inspector can tell.")
 
     def of(
         self,
@@ -121,23 +114,19 @@ class BuildOptions(PlanSettings):
 class EngineSettings(PlanSettings):
     """Which TensorRT engines to build. Table ``[engines]``; without it, none."""
 
-    precisions: tuple[str, ...] = option(
-        (),
-        ARTEFACTS,
-        flags=["--precision"],
-    )
+    PANEL: ClassVar[str] = MACHINES
+
+    precisions: tuple[str, ...] = option((), ARTEFACTS, flags=["--precision"], panel="")
     targets: tuple[Target, ...] = option(
         (),
         "Compute capabilities: sm_86,sm_89 are two plans, sm_86+sm_89 is one for both.",
         flags=["--target"],
-        panel=MACHINES,
         shown_default="the GPU in this machine",
     )
     backend: Literal["auto", "tensorrt", "tensorrt-rtx", "inductor"] = option(
         "auto",
         "What builds and will run it. inductor: a package that PyTorch compiles ahead of time, "
         "for the GPU or the processor of this machine.",
-        panel=MACHINES,
     )
     timing_cache: Path | None = option(
         None, "File of kernel timings to use and add to (TensorRT).", panel=KERNELS
@@ -153,7 +142,9 @@ class EngineSettings(PlanSettings):
 class BuildSettings(EngineSettings):
     """The options of ``van-deploy build``."""
 
-    precisions: tuple[str, ...] = option(("fp32",), ARTEFACTS, flags=["--precision"])
+    PANEL: ClassVar[str] = KERNELS
+
+    precisions: tuple[str, ...] = option(("fp32",), ARTEFACTS, flags=["--precision"], panel="")
     device: str | None = option(
         None,
         "What it is built on: cuda:N, or cpu (inductor).",
@@ -162,35 +153,34 @@ class BuildSettings(EngineSettings):
         pattern=r"^(cpu|cuda(:\d+)?)$",
     )
     max_autotune: bool = option(
-        False, "Choose Inductor's kernels by timing them, which takes minutes.", panel=KERNELS
+        False, "Choose Inductor's kernels by timing them, which takes minutes."
     )
     fused_kernels: bool = option(
         False,
         "Compile a package on this project's fused kernels: FP16 or BF16 on a GPU, one batch size.",
-        panel=KERNELS,
     )
     tune: bool = option(
         False,
         "Build candidate settings (precision, INT8 scope, optimization level, tiling, autotuning), "
         "time them on this device, and keep the fastest that holds its gate.",
-        panel=KERNELS,
     )
     images: Path | None = option(
         None,
         "Folder of images to make a missing fp16, bf16 or int8 file with, as `van-deploy quantize` "
         "does.",
+        panel="",
     )
-    check_reproducible: bool = option(False, "Build twice and compare the bytes.")
+    check_reproducible: bool = option(False, "Build twice and compare the bytes.", panel="")
 
 
 class FleetSettings(Settings):
     """Many engines at once: options of ``van-deploy build``."""
 
-    matrix: Path | None = option(
-        None, "Build bundles x precisions x targets of this TOML file.", panel=MANY
-    )
-    on: Literal["here", "ray"] = option("here", "Where the matrix is built.", panel=MANY)
-    ray_address: str = option("", "Of the Ray cluster.", panel=MANY, shown_default="the local one")
+    PANEL: ClassVar[str] = "Many engines"
+
+    matrix: Path | None = option(None, "Build bundles x precisions x targets of this TOML file.")
+    on: Literal["here", "ray"] = option("here", "Where the matrix is built.")
+    ray_address: str = option("", "Of the Ray cluster.", shown_default="the local one")
 
     @pydantic.model_validator(mode="after")
     def _of_a_matrix(self) -> FleetSettings:

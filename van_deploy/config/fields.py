@@ -11,24 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pydantic
 from pydantic.fields import FieldInfo
 
-from van_deploy.schema import Contradiction, Settings, validated
-
-__all__ = [
-    "BatchRange",
-    "FileOrName",
-    "HardwareCompatibility",
-    "InFile",
-    "Profiling",
-    "Shown",
-    "Size",
-    "Target",
-    "key_of",
-    "option",
-    "parse_size",
-    "parse_target",
-    "range_text",
-    "shown",
-]
+from van_deploy.schema import Contradiction, Settings
 
 _UNITS = {
     "": 1,
@@ -43,14 +26,14 @@ class Shown:
 
     Attributes:
         flags: such as ``--output`` and ``-o``; empty for the key with dashes.
-        panel: heading it stands under in the help.
+        panel: heading it stands under in the help; None for its table's ``PANEL``.
         metavar: what stands for its value; "" for the kind of value.
         default: the default in words, where the value itself says nothing.
         commas: whether a list may be written with commas, besides repeating the option.
     """
 
     flags: tuple[str, ...] = ()
-    panel: str = ""
+    panel: str | None = None
     metavar: str = ""
     default: str = ""
     commas: bool = True
@@ -65,7 +48,7 @@ def option(
     *,
     key: str = "",
     flags: Sequence[str] = (),
-    panel: str = "",
+    panel: str | None = None,
     metavar: str = "",
     shown_default: str = "",
     commas: bool = True,
@@ -78,11 +61,11 @@ def option(
             must be given.
         text: what it does, one or two sentences: the help everywhere.
         key: what files and keyword arguments call it; "" for the attribute's name.
-        flags: see :class:`Shown`, as are ``panel``, ``metavar`` and ``commas``.
-        panel: see there.
-        metavar: see there.
+        flags: see :class:`Shown`.
+        panel: see :class:`Shown`.
+        metavar: see :class:`Shown`.
         shown_default: :attr:`Shown.default`.
-        commas: see there.
+        commas: see :class:`Shown`.
         limits: such as ``ge=1``; pydantic's names.
     """
     made = {"default_factory": default} if callable(default) else {"default": default}
@@ -104,6 +87,17 @@ def shown(field: FieldInfo) -> Shown:
 def key_of(name: str, field: FieldInfo) -> str:
     """Return what files and keyword arguments call a field."""
     return field.validation_alias if isinstance(field.validation_alias, str) else name
+
+
+def given_of(table: Settings, *names: str) -> str:
+    """Return the first of these fields that is not its default, as a contradiction's placeholder.
+
+    >>> given_of(BatchRange(opt=4), "min", "opt", "max"), given_of(BatchRange(), "min")
+    ('{opt}', '')
+    """
+    fields = type(table).model_fields
+    given = (name for name in names if getattr(table, name) != fields[name].get_default())
+    return next((f"{{{key_of(name, fields[name])}}}" for name in given), "")
 
 
 def range_text(limits: Mapping[str, float]) -> str:
@@ -171,18 +165,6 @@ class BatchRange(Settings):
     def __str__(self) -> str:
         """Return ``min:opt:max``."""
         return f"{self.min}:{self.opt}:{self.max}"
-
-    @classmethod
-    def parse(cls, text: str) -> BatchRange:
-        """Return the range written as ``min:opt:max``.
-
-        Raises:
-            UsageError: it is not that.
-
-        >>> BatchRange.parse("1:8:32").opt
-        8
-        """
-        return validated(cls, text)
 
 
 class HardwareCompatibility(str, enum.Enum):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from van_deploy.config.fields import option
 from van_deploy.schema import Settings
 
-__all__ = ["GateProfile", "GateSettings"]
-
 
 class GateProfile(Settings):
     """What an artefact of one numeric class must reach. Table ``[gates.fp32]`` and its like.

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pydantic
 from typing_extensions import Self
 
-from van_deploy.config.fields import option
+from van_deploy.config.fields import given_of, option
 from van_deploy.config.network import ClassOrder, EvaluateSettings, class_order_option
 from van_deploy.schema import Contradiction, Settings
-
-__all__ = [
-    "CheckSettings",
-    "DriftSettings",
-    "EvaluationSettings",
-    "RunSettings",
-    "RunnerSettings",
-    "VerifySettings",
-]
 
 WHAT = "What is measured"
 HOW = "How it is done"
@@ -28,34 +19,34 @@ HOW = "How it is done"
 class RunnerSettings(Settings):
     """What runs the artefacts of a bundle."""
 
+    PANEL: ClassVar[str] = HOW
+
     runner: Literal["ort-cpu", "ort-cuda"] = option(
-        "ort-cpu",
-        "What runs ONNX artefacts; engines are run by TensorRT, packages by PyTorch.",
-        panel=HOW,
+        "ort-cpu", "What runs ONNX artefacts; engines are run by TensorRT, packages by PyTorch."
     )
     device: str = option(
         "cuda:0",
         "Which GPU, where something runs on one.",
-        panel=HOW,
         metavar="cuda:N",
         pattern=r"^cuda(:\d+)?$",
     )
     trust_engine: bool = option(
         False,
         "Run an engine whose sidecar is gone. An engine is code: only one you built yourself.",
-        panel=HOW,
     )
 
 
 class _Original(Settings):
-    weights: Path | None = option(
-        None, "Where the original weights are now, if they have moved.", panel=HOW
-    )
+    PANEL: ClassVar[str] = HOW
+
+    weights: Path | None = option(None, "Where the original weights are now, if they have moved.")
 
 
 class _Judged(_Original, RunnerSettings):
+    PANEL: ClassVar[str] = HOW
+
     recipe: str = option(
-        "", "Recipe whose [gates] apply; the defaults without one.", metavar="RECIPE", panel=HOW
+        "", "Recipe whose [gates] apply; the defaults without one.", metavar="RECIPE"
     )
 
 
@@ -76,28 +67,26 @@ class _Artefacts(Settings):
 
 
 class _Samples(Settings):
+    PANEL: ClassVar[str] = WHAT
+
     against: Literal["golden", "weights"] = option(
         "golden",
         "What to compare with: the golden samples in the bundle, or the original network "
         "(PyTorch and the weights).",
-        panel=WHAT,
     )
     images: Path | None = option(
         None,
         "Folder or .npz of images to compare on, with --against weights.",
         shown_default="the golden samples",
-        panel=WHAT,
     )
-    count: int | None = option(
-        None, "How many of these images.", shown_default="16", panel=WHAT, ge=1
-    )
+    count: int | None = option(None, "How many of these images.", shown_default="16", ge=1)
 
     @pydantic.model_validator(mode="after")
     def _images_need_weights(self) -> Self:
-        given = [key for key in ("images", "count") if getattr(self, key) is not None]
+        given = given_of(self, "images", "count")
         if given and self.against != "weights":
             raise Contradiction(
-                f"{{{given[0]}}} is given, and other images than the golden samples can only be "
+                f"{given} is given, and other images than the golden samples can only be "
                 "compared with the original network.",
                 "Add {against} weights.",
             )
@@ -107,47 +96,55 @@ class _Samples(Settings):
 class VerifySettings(_Judged, _Artefacts, _Samples, _Allowed):
     """The options of ``van-deploy verify``."""
 
-    modules: bool = option(True, "Also judge each module by itself.", panel=WHAT)
+    PANEL: ClassVar[str] = WHAT
+
+    modules: bool = option(True, "Also judge each module by itself.")
 
 
 class EvaluationSettings(EvaluateSettings, _Judged, _Artefacts, _Allowed):
     """The options of ``van-deploy evaluate``."""
 
+    PANEL: ClassVar[str] = HOW
+
     images: Path = option(
-        ..., "Labelled images: one folder a class, ImageNet's own layout, or an .npz."
+        ..., "Labelled images: one folder a class, ImageNet's own layout, or an .npz.", panel=""
     )
-    batch: int = option(32, "Images a batch.", panel=HOW, ge=1)
-    workers: int = option(0, "Threads that decode; 0 for one a core.", panel=HOW, ge=0)
-    on: Literal["here", "ray"] = option("here", "This machine, or a Ray cluster.", panel=HOW)
-    ray_address: str = option("", "Of the Ray cluster.", panel=HOW, shown_default="the local one")
+    batch: int = option(32, "Images a batch.", ge=1)
+    workers: int = option(0, "Threads that decode; 0 for one a core.", ge=0)
+    on: Literal["here", "ray"] = option("here", "This machine, or a Ray cluster.")
+    ray_address: str = option("", "Of the Ray cluster.", shown_default="the local one")
 
 
 class DriftSettings(_Original, _Artefacts):
     """The options of ``van-deploy drift``."""
 
+    PANEL: ClassVar[str] = WHAT
+
     against: Literal["weights", "golden"] = option(
         "weights",
         "What to compare parts with: the original network (PyTorch and the weights), or "
         "model.onnx once that holds on the golden samples.",
-        panel=WHAT,
     )
-    level: Literal["stage", "block", "module"] = option("block", "How finely the network is cut.")
+    level: Literal["stage", "block", "module"] = option(
+        "block", "How finely the network is cut.", panel=""
+    )
     images: Path | None = option(
         None,
         "Folder or .npz of images to compare on, with --against weights.",
         shown_default="the golden samples",
-        panel=WHAT,
     )
-    count: int = option(4, "How many images.", panel=WHAT, ge=1)
+    count: int = option(4, "How many images.", ge=1)
 
 
 class CheckSettings(_Judged, _Samples, _Allowed):
     """The options of ``van-deploy check``."""
 
-    evaluate: Path | None = option(None, "Folder of labelled images to evaluate on.", panel=WHAT)
-    labels: Path | None = option(None, "Labels file for the labelled images.", panel=WHAT)
+    PANEL: ClassVar[str] = WHAT
+
+    evaluate: Path | None = option(None, "Folder of labelled images to evaluate on.")
+    labels: Path | None = option(None, "Labels file for the labelled images.")
     class_order: ClassOrder | None = class_order_option(WHAT)
-    speed: bool = option(False, "Also compare speed, as ratios only.", panel=WHAT)
+    speed: bool = option(False, "Also compare speed, as ratios only.")
 
     @pydantic.model_validator(mode="after")
     def _labels_of_images(self) -> CheckSettings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
@@ -12,20 +12,7 @@ from pydantic.fields import FieldInfo
 from van_deploy.config.deployment import Recipe
 from van_deploy.config.fields import BatchRange, key_of, shown
 from van_deploy.errors import UsageError
-from van_deploy.schema import Settings, Spelling, table_in, validated
-
-__all__ = [
-    "EXPORT",
-    "RUN",
-    "Changes",
-    "Named",
-    "changes_from",
-    "named_options",
-    "put",
-    "put_all",
-    "settings_from",
-    "with_changes",
-]
+from van_deploy.schema import Settings, Spelling, validated
 
 Table = TypeVar("Table", bound=Settings)
 
@@ -39,17 +26,14 @@ class Named:
         place: its keys in the schema, the outermost table first.
         field: what is known about it.
         flags: the option as the command line writes it.
+        panel: heading it stands under in the help.
     """
 
     name: str
     place: tuple[str, ...]
     field: FieldInfo
     flags: tuple[str, ...]
-
-    @property
-    def keyword(self) -> str:
-        """The option as a keyword argument is written."""
-        return f"{self.name}="
+    panel: str
 
 
 Options = Mapping[str, Named]
@@ -79,45 +63,35 @@ def named_options(schema: type[Settings], place: tuple[str, ...] = ()) -> dict[s
 
 def _options(schema: type[Settings], place: tuple[str, ...]) -> Iterator[Named]:
     for name, info in schema.model_fields.items():
-        key = key_of(name, info)
-        inner = info.annotation
+        key, inner, told = key_of(name, info), info.annotation, shown(info)
         if isinstance(inner, type) and issubclass(inner, Settings) and inner is not BatchRange:
             yield from _options(inner, (*place, key))
         else:
-            yield Named(key, (*place, key), info, shown(info).flags or _flags(key))
+            table = next(c for c in schema.__mro__ if name in c.__annotations__)
+            panel = vars(table).get("PANEL", "") if told.panel is None else told.panel
+            yield Named(key, (*place, key), info, told.flags or _flags(key), panel)
 
 
 def _flags(name: str) -> tuple[str, ...]:
     return (f"--{name.replace('_', '-')}",)
 
 
-def _chosen(tables: tuple[str, ...], **others: str) -> dict[str, Named]:
-    """Return the options of whole tables of a recipe, and single ones under other names."""
-    found: dict[str, Named] = {}
-    for table in tables:
-        schema = table_in(Recipe.model_fields[table].annotation)
-        if schema is not None:
-            found |= named_options(schema, (table,))
-    for name, key in others.items():
-        place = tuple(key.split("."))
-        schema = Recipe
-        for part in place[:-1]:
-            schema = table_in(schema.model_fields[part].annotation) or schema
-        info = next(f for n, f in schema.model_fields.items() if key_of(n, f) == place[-1])
-        found[name] = Named(name, place, info, _flags(name))
-    return found
+RECIPE = {".".join(option.place): option for option in _options(Recipe, ())}
+"""Every key of a recipe."""
 
 
-EXPORT = _chosen(
-    ("model", "preprocessing", "export"),
-    batch="batch",
-    precision="precision.make",
-    calibration="precision.calibration",
-)
+def _renamed(**keys: str) -> dict[str, Named]:
+    """Return keys of a recipe as options under other names."""
+    return {n: replace(RECIPE[key], name=n, flags=_flags(n)) for n, key in keys.items()}
+
+
+EXPORT = {
+    **{o.name: o for o in RECIPE.values() if o.place[0] in ("model", "preprocessing", "export")},
+    **_renamed(batch="batch", precision="precision.make", calibration="precision.calibration"),
+}
 """Options of ``van-deploy export``, which are keys of a recipe."""
 
-RUN = _chosen(
-    (),
+RUN = _renamed(
     precision="precision.make",
     calibration="precision.calibration",
     engine="engines.precisions",
@@ -135,10 +109,16 @@ def changes_from(options: Options, values: Mapping[str, Any]) -> Changes:
     Raises:
         UsageError: there is no option of that name.
     """
-    _refuse_unknown(options, values)
+    for name in values:
+        if name not in options:
+            near = difflib.get_close_matches(name, options, n=1)
+            raise UsageError(
+                f"The key '{name}=' is unknown.",
+                f"Did you mean '{near[0]}='?" if near else f"Known keys: {', '.join(options)}.",
+            )
     return Changes(
         {options[name].place: value for name, value in values.items()},
-        {options[name].place: options[name].keyword for name in values},
+        {options[name].place: f"{name}=" for name in values},
     )
 
 
@@ -160,13 +140,9 @@ def settings_from(schema: type[Table], given: Table | None, values: Mapping[str,
         UsageError: an option is unknown, is not of its kind, or contradicts another.
     """
     options = named_options(schema)
-    _refuse_unknown(options, values)
     tree = _written(given) if given else {}
-    for name, value in values.items():
-        put(tree, options[name].place, value)
-    return validated(
-        schema, tree, spelling={option.place: option.keyword for option in options.values()}
-    )
+    put_all(tree, changes_from(options, values))
+    return validated(schema, tree, spelling={o.place: f"{o.name}=" for o in options.values()})
 
 
 def _written(settings: Settings) -> dict[str, Any]:
@@ -182,7 +158,7 @@ def _written(settings: Settings) -> dict[str, Any]:
 
 
 def put_all(tables: dict[str, Any], changes: Changes) -> None:
-    """Set values in a recipe's tables; a network of another name keeps the weights it had.
+    """Set values in nested tables; a recipe's network of another name keeps the weights it had.
 
     Raises:
         UsageError: something else is where a table should be.
@@ -208,13 +184,3 @@ def put(tree: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
                 "Set the whole of it.",
             )
     tree[place[-1]] = value
-
-
-def _refuse_unknown(options: Options, values: Mapping[str, Any]) -> None:
-    for name in values:
-        if name not in options:
-            near = difflib.get_close_matches(name, options, n=1)
-            raise UsageError(
-                f"The key '{name}=' is unknown.",
-                f"Did you mean '{near[0]}='?" if near else f"Known keys: {', '.join(options)}.",
-            )

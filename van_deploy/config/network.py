@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic
 
-from van_deploy.config.fields import FileOrName, option
+from van_deploy.config.fields import FileOrName, given_of, option
 from van_deploy.config.sizes import ImageSizeOption, SizeRange
 from van_deploy.schema import Contradiction, Settings
 
-__all__ = [
-    "ClassOrder",
-    "EvaluateSettings",
-    "ExportSettings",
-    "ModelSettings",
-    "PreprocessingSettings",
-    "class_order_option",
-]
-
-WEIGHTS = "Weights"
-INPUT = "Preprocessing (the weights' own by default; timm's names)"
-GRAPH = "Graph"
 LABELS = "Labels"
 
 
@@ -43,92 +31,86 @@ def class_order_option(panel: str) -> Any:
 class ModelSettings(Settings):
     """Which network. Table ``[model]``."""
 
-    name: str = option("", "What the bundle is called; a variant's name takes its public weights.")
+    PANEL: ClassVar[str] = "Weights"
+
+    name: str = option(
+        "", "What the bundle is called; a variant's name takes its public weights.", panel=""
+    )
     weights: FileOrName = option(
         "",
         "A checkpoint, a repository, a variant, or 'random'; the public weights of the name "
         "by default.",
-        panel=WEIGHTS,
     )
     sha256: str = option(
-        "",
-        "Digest the weights file must have; the first one seen is recorded by default.",
-        panel=WEIGHTS,
+        "", "Digest the weights file must have; the first one seen is recorded by default."
     )
     container: str = option(
         "",
         "Which tensors of a file that holds several networks: keys, and the beginning of the "
         "names, joined by dots, such as state_dict.student.",
-        panel=WEIGHTS,
     )
     layer_norm_eps: float | None = option(
         None,
         "Epsilon of every LayerNorm; by default what stands beside the weights, else their "
         "framework's own.",
-        panel=WEIGHTS,
         gt=0,
         lt=1,
     )
-    head: tuple[str, ...] = option(
-        (), "Layers of a sequential head, such as linear,relu,linear.", panel=WEIGHTS
-    )
-    labels: Path | None = option(None, "File with one class name a line.", panel=WEIGHTS)
-    seed: int = option(0, "Of random weights.", panel=WEIGHTS, ge=0)
+    head: tuple[str, ...] = option((), "Layers of a sequential head, such as linear,relu,linear.")
+    labels: Path | None = option(None, "File with one class name a line.")
+    seed: int = option(0, "Of random weights.", ge=0)
 
 
 class PreprocessingSettings(Settings):
     """What differs from the weights' own preprocessing. Table ``[preprocessing]``."""
 
+    PANEL: ClassVar[str] = "Preprocessing (the weights' own by default; timm's names)"
+
     image_size: ImageSizeOption | None = option(
         None,
         "Pixels of the input: 224, or 224x320 (height x width); any size from 32 on.",
         metavar="SIDE|HxW",
-        panel=INPUT,
     )
-    mean: tuple[float, ...] | None = option(None, "Such as 0.485,0.456,0.406.", panel=INPUT)
-    std: tuple[float, ...] | None = option(None, "Such as 0.229,0.224,0.225.", panel=INPUT)
+    mean: tuple[float, ...] | None = option(None, "Such as 0.485,0.456,0.406.")
+    std: tuple[float, ...] | None = option(None, "Such as 0.229,0.224,0.225.")
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = (
-        option(None, "Filter that resizes images.", panel=INPUT)
+        option(None, "Filter that resizes images.")
     )
-    crop_pct: float | None = option(
-        None, "Crop over resized side, in (0, 1].", panel=INPUT, gt=0, le=1
-    )
+    crop_pct: float | None = option(None, "Crop over resized side, in (0, 1].", gt=0, le=1)
     crop_mode: Literal["center", "squash", "border"] | None = option(
-        None, "Side that is resized: the short one, both, or the long one.", panel=INPUT
+        None, "Side that is resized: the short one, both, or the long one."
     )
 
 
 class ExportSettings(Settings):
     """How the graph is written. Table ``[export]``."""
 
+    PANEL: ClassVar[str] = "Graph"
+
     opset: int = option(
         20,
         "ONNX operator set; 20 is the first in which GELU is one operator.",
-        panel=GRAPH,
         ge=17,  # the first with LayerNormalization
         le=23,  # the newest tried here
     )
-    fold: bool = option(True, "Make the exact rewrites.", panel=GRAPH)
-    simplify: bool = option(True, "Run onnxsim, and keep its graph if it agrees.", panel=GRAPH)
+    fold: bool = option(True, "Make the exact rewrites.")
+    simplify: bool = option(True, "Run onnxsim, and keep its graph if it agrees.")
     embed_preprocess: Literal["none", "normalize", "uint8"] = option(
         "none",
         "Also write graphs that take pixels: uint8 (N,H,W,3) bytes, or normalize (N,3,H,W) "
         "floats in 0..1.",
-        panel=GRAPH,
     )
     outputs: tuple[Literal["logits", "probabilities", "top5"], ...] = option(
-        ("logits",), "What those graphs give.", panel=GRAPH, min_length=1
+        ("logits",), "What those graphs give.", min_length=1
     )
 
     features: bool = option(
         False,
         "Leave the head out, and give feature maps: stage1 to stage4, each after its LayerNorm.",
-        panel=GRAPH,
     )
     out_indices: tuple[int, ...] = option(
         (),
         "Which stages' maps, from 0 as in OpenMMLab and timm, such as 1,2,3.",
-        panel=GRAPH,
         shown_default="0,1,2,3",
     )
     dynamic_size: SizeRange | None = option(
@@ -137,13 +119,11 @@ class ExportSettings(Settings):
         "serve, such as 192:224:512 or 192x256:224x320:512x640; opt is the input size unless "
         "image_size is given.",
         metavar="MIN:OPT:MAX",
-        panel=GRAPH,
     )
     golden: Literal["images", "samples", "none"] = option(
         "images",
         "Golden samples, on which the bundle is verified anywhere: the images given (they "
         "travel in the bundle), the package's own samples, or none.",
-        panel=GRAPH,
     )
 
     @pydantic.model_validator(mode="after")
@@ -172,29 +152,28 @@ class ExportSettings(Settings):
 class EvaluateSettings(Settings):
     """Labelled images to measure accuracy on. Table ``[evaluate]``; without it, none."""
 
+    PANEL: ClassVar[str] = LABELS
+
     images: Path | None = option(
-        None, "Labelled images: one folder a class, ImageNet's own layout, or an .npz."
+        None, "Labelled images: one folder a class, ImageNet's own layout, or an .npz.", panel=""
     )
     labels: Path | None = option(
-        None, "File with a label for each image: 'file label' or one a line.", panel=LABELS
+        None, "File with a label for each image: 'file label' or one a line."
     )
     synsets: Path | None = option(
-        None,
-        "What the numbers of ImageNet's development kit mean: a WordNet id a line.",
-        panel=LABELS,
+        None, "What the numbers of ImageNet's development kit mean: a WordNet id a line."
     )
     class_order: ClassOrder | None = class_order_option(LABELS)
     label_files: bool = option(
-        True, "Look for a ground-truth file such as val.txt beside the images.", panel=LABELS
+        True, "Look for a ground-truth file such as val.txt beside the images."
     )
-    limit: int | None = option(None, "At most so many images, evenly spread.", ge=1)
+    limit: int | None = option(None, "At most so many images, evenly spread.", ge=1, panel="")
 
     @pydantic.model_validator(mode="after")
     def _of_images(self) -> EvaluateSettings:
-        given = [k for k in ("labels", "synsets", "limit") if getattr(self, k) is not None]
+        given = given_of(self, "labels", "synsets", "limit")
         if self.images is None and given:
             raise Contradiction(
-                f"{{{given[0]}}} is given, and {{images}} is not.",
-                "Name the folder of images, too.",
+                f"{given} is given, and {{images}} is not.", "Name the folder of images, too."
             )
         return self

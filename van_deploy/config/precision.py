@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pydantic
 
-from van_deploy.config.fields import FileOrName, option
+from van_deploy.config.fields import FileOrName, given_of, option
 from van_deploy.config.network import ClassOrder, class_order_option
 from van_deploy.schema import Contradiction, Settings
-
-__all__ = ["Precision", "PrecisionSettings", "QuantizeSettings"]
 
 Precision = Literal["fp16", "bf16", "int8"]
 """What can be made of an exported graph."""
 
 IMAGES = "Images"
-NUMBERS = "INT8"
 TYPES = "FP16 and BF16"
+FOR_INT8 = ("max_drop", "noise", "scope", "rest")
+FOR_FP16 = ("half_io", "strict")
 
 
 class _Quantization(Settings):
     """What ``[precision]`` and ``van-deploy quantize`` have in common."""
 
+    PANEL: ClassVar[str] = "INT8"
+
     target: Literal["tensorrt", "cpu"] = option(
-        "tensorrt", "What will run it: the fast INT8 graphs differ."
+        "tensorrt", "What will run it: the fast INT8 graphs differ.", panel=""
     )
     images: Path | None = option(
         None, "Folder or .npz of training images to calibrate on.", panel=IMAGES
@@ -50,39 +51,28 @@ class _Quantization(Settings):
         key="calibrate_on_noise",
         panel=IMAGES,
     )
-    method: Literal["mse", "percentile", "minmax"] = option(
-        "mse", "How ranges become scales.", panel=NUMBERS
-    )
-    percentile: float = option(99.999, "Of the method percentile.", panel=NUMBERS, gt=50, le=100)
+    method: Literal["mse", "percentile", "minmax"] = option("mse", "How ranges become scales.")
+    percentile: float = option(99.999, "Of the method percentile.", gt=50, le=100)
     scope: tuple[str, ...] = option(
         (),
         "What becomes INT8: pointwise, deep (all but stem and stage 1), all, or regular "
         "expressions over module names; auto times the first three and takes the fastest that "
         "holds its gate.",
-        panel=NUMBERS,
         shown_default="pointwise for TensorRT, deep for a CPU",
         commas=False,
     )
     rest: Literal["fp16", "fp32"] | None = option(
-        None,
-        "What is not INT8.",
-        panel=NUMBERS,
-        shown_default="fp16 for TensorRT, fp32 for a CPU",
+        None, "What is not INT8.", shown_default="fp16 for TensorRT, fp32 for a CPU"
     )
-    equalize: bool = option(
-        True, "Re-scale and shift channels exactly, so that they round better.", panel=NUMBERS
-    )
-    bias_correction: bool = option(
-        True, "Take the mean error of every layer out in its bias.", panel=NUMBERS
-    )
+    equalize: bool = option(True, "Re-scale and shift channels exactly, so that they round better.")
+    bias_correction: bool = option(True, "Take the mean error of every layer out in its bias.")
     max_drop: float | None = option(
         None,
         "Points of top-1 (of agreement without labels) that may be lost; the layers that cost "
         "more stay in higher precision.",
-        panel=NUMBERS,
         ge=0,
     )
-    evaluations: int = option(16, "Most plans a search for max_drop may try.", panel=NUMBERS, ge=1)
+    evaluations: int = option(16, "Most plans a search for max_drop may try.", ge=1)
     keep: tuple[str, ...] = option(
         (),
         "Modules that stay FP32, besides the LayerNorms and the head.",
@@ -98,23 +88,21 @@ class _Quantization(Settings):
         "Refuse where FP16 cannot hold a tensor, instead of keeping it FP32.",
         panel=TYPES,
     )
-    allow_inconclusive: bool = option(False, "Let pass what the evaluation set cannot decide.")
-    threads: int | None = option(None, "Of ONNX Runtime.", shown_default="its own choice", ge=1)
-
-    @pydantic.model_validator(mode="after")
-    def _one_kind_of_images(self) -> _Quantization:
-        if self.noise and (self.images is not None or self.calibration):
-            given = "{images}" if self.images is not None else "{calibration}"
-            raise Contradiction(
-                f"{{calibrate_on_noise}} and {given} are both given.",
-                "Leave one of them out; images are always better.",
-            )
-        return self
+    allow_inconclusive: bool = option(
+        False, "Let pass what the evaluation set cannot decide.", panel=""
+    )
+    threads: int | None = option(
+        None, "Of ONNX Runtime.", shown_default="its own choice", ge=1, panel=""
+    )
 
     @pydantic.model_validator(mode="after")
     def _what_goes_together(self) -> _Quantization:
-        for_fp16 = {"half_io": self.half_io, "strict": self.strict}
-        given = next((f"{{{name}}}" for name, value in for_fp16.items() if value), "")
+        if self.noise and (images := given_of(self, "images", "calibration")):
+            raise Contradiction(
+                f"{{calibrate_on_noise}} and {images} are both given.",
+                "Leave one of them out; images are always better.",
+            )
+        given = given_of(self, *FOR_FP16)
         if self.target == "cpu" and (self.rest == "fp16" or given):
             raise Contradiction(
                 f"{given or '{rest} fp16'} is for FP16, and {{target}} cpu keeps what is not INT8 "
@@ -169,13 +157,7 @@ class QuantizeSettings(_Quantization, _One):
     def _for_int8(self) -> QuantizeSettings:
         if self.precision == "int8":
             return self
-        asked = {
-            "{max_drop}": self.max_drop is not None,
-            "{calibrate_on_noise}": self.noise,
-            "{scope}": bool(self.scope),
-            "{rest}": self.rest is not None,
-        }
-        for given in (name for name, is_given in asked.items() if is_given):
+        if given := given_of(self, *FOR_INT8):
             raise Contradiction(
                 f"{given} is for INT8, and {{precision}} is {self.precision}.",
                 f"Make int8, or leave {given} out.",
@@ -186,22 +168,17 @@ class QuantizeSettings(_Quantization, _One):
                 "kernels cast it to FP32 and back around every operator, or are not there.",
                 "Make int8 for a CPU, or leave the graph in FP32.",
             )
-        for name in ("half_io", "strict"):
-            if self.precision == "bf16" and getattr(self, name):
-                raise Contradiction(
-                    f"{{{name}}} is for FP16, and {{precision}} is bf16.",
-                    f"Leave {{{name}}} out: BF16 has FP32's own range, and NumPy has no BF16.",
-                )
+        if self.precision == "bf16" and (given := given_of(self, *FOR_FP16)):
+            raise Contradiction(
+                f"{given} is for FP16, and {{precision}} is bf16.",
+                f"Leave {given} out: BF16 has FP32's own range, and NumPy has no BF16.",
+            )
         return self
 
     @property
     def artefact(self) -> str:
         """What the result is called in the bundle."""
         return "int8-cpu" if self.target == "cpu" else self.precision
-
-
-_FOR_INT8 = {"max_drop", "noise", "rest", "scope", "target"}
-_FOR_FP16 = {"half_io", "strict"}
 
 
 class _Several(Settings):
@@ -217,7 +194,7 @@ class PrecisionSettings(_Quantization, _Several):
         Raises:
             UsageError: it contradicts itself.
         """
-        given = {name: getattr(self, name) for name in _Quantization.model_fields}
-        others = {"int8": set(), "fp16": _FOR_INT8, "bf16": _FOR_INT8 | _FOR_FP16}[precision]
-        given = {name: value for name, value in given.items() if name not in others}
-        return QuantizeSettings(precision=precision, **given)
+        others = {"target", *FOR_INT8} if precision != "int8" else set()
+        others |= set(FOR_FP16) if precision == "bf16" else set()
+        names = (name for name in _Quantization.model_fields if name not in others)
+        return QuantizeSettings(precision=precision, **{n: getattr(self, n) for n in names})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pydantic
 
@@ -14,16 +14,7 @@ from van_deploy.config.judging import RunnerSettings
 from van_deploy.errors import UsageError
 from van_deploy.schema import Contradiction, Settings
 
-__all__ = [
-    "PackageSettings",
-    "PredictSettings",
-    "ServeSettings",
-    "ServiceSettings",
-    "TritonSettings",
-]
-
 BY_DEFAULT = "fp32-uint8 where the bundle has it, else fp32"
-LIMITS = "Limits"
 QUEUE = "Queue"
 
 
@@ -41,7 +32,26 @@ class PredictSettings(_Threads):
     batch: int | None = option(None, "Images a batch.", shown_default="the bundle's optimum", ge=1)
 
 
-class ServiceSettings(_Threads):
+class _RequestLimits(Settings):
+    PANEL: ClassVar[str] = "Limits"
+
+    queue_limit: int | None = option(
+        None,
+        "Images of a model in the server, by whatever route; more get 429.",
+        shown_default="256, or two batches an instance",
+        ge=1,
+    )
+    max_body_mib: float = option(32.0, "Largest request.", ge=0.001)
+    max_json_mib: float = option(
+        1.0, "Largest JSON: numbers as text take thirty times their size to parse.", ge=0.001
+    )
+    max_held_mib: float = option(256.0, "All requests held at once; more get 503.", ge=1)
+    read_timeout_s: float = option(30.0, "Longest a request may take to come.", ge=0.1)
+    max_pixels: int = option(50_000_000, "Largest image.", ge=1)
+    max_connections: int = option(512, "More get 503.", ge=1)
+
+
+class ServiceSettings(_RequestLimits, _Threads):
     """How a bundle is served."""
 
     artefacts: tuple[str, ...] = option(
@@ -59,28 +69,6 @@ class ServiceSettings(_Threads):
         "File with the key that clients must send as 'Authorization: Bearer KEY'.",
         shown_default="VAN_DEPLOY_API_KEY in the environment, else no key",
     )
-    queue_limit: int | None = option(
-        None,
-        "Images of a model in the server, by whatever route; more get 429.",
-        panel=LIMITS,
-        shown_default="256, or two batches an instance",
-        ge=1,
-    )
-    max_body_mib: float = option(32.0, "Largest request.", panel=LIMITS, ge=0.001)
-    max_json_mib: float = option(
-        1.0,
-        "Largest JSON: numbers as text take thirty times their size to parse.",
-        panel=LIMITS,
-        ge=0.001,
-    )
-    max_held_mib: float = option(
-        256.0, "All requests held at once; more get 503.", panel=LIMITS, ge=1
-    )
-    read_timeout_s: float = option(
-        30.0, "Longest a request may take to come.", panel=LIMITS, ge=0.1
-    )
-    max_pixels: int = option(50_000_000, "Largest image.", panel=LIMITS, ge=1)
-    max_connections: int = option(512, "More get 503.", panel=LIMITS, ge=1)
 
     def api_key(self) -> str:
         """Return what clients must send; "" for no key.

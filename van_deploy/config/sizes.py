@@ -8,21 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pydantic
 
 from van_deploy.config.fields import option
-from van_deploy.errors import UsageError
-from van_deploy.schema import Contradiction, Settings, validated
-
-__all__ = [
-    "MAX_IMAGE_SIZE",
-    "MIN_IMAGE_SIZE",
-    "ImageSize",
-    "ImageSizeOption",
-    "SizeRange",
-    "parse_image_size",
-    "possible_size",
-    "sides_of",
-    "size_from",
-    "size_text",
-]
+from van_deploy.schema import Contradiction, Settings
 
 ImageSize = int | tuple[int, int]
 """Pixels: the side of a square, or ``(height, width)``."""
@@ -73,22 +59,6 @@ def parse_image_size(size: object) -> object:
     if isinstance(size, list | tuple) and len(size) == 2:
         return size[0] if size[0] == size[1] else tuple(size)
     return size
-
-
-def size_from(text: str | None, option: str) -> ImageSize | None:
-    """Return the size in the text of an option.
-
-    Raises:
-        UsageError: it is none.
-    """
-    if text is None:
-        return None
-    adapter: pydantic.TypeAdapter[ImageSize] = pydantic.TypeAdapter(ImageSizeOption)
-    try:
-        return adapter.validate_python(text)
-    except pydantic.ValidationError as failure:
-        why = failure.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise UsageError(f"'{option}' is '{text}': it {why}.", "Correct it.") from None
 
 
 def possible_size(size: ImageSize) -> ImageSize:
@@ -170,18 +140,6 @@ class SizeRange(Settings):
         odd = tuple(_odd_between(a, b) for a, b in zip(low, high, strict=True))
         sizes = {sides_of(size) for size in (self.min, self.opt, self.max)} | {(odd[0], odd[1])}
         return tuple(h if h == w else (h, w) for h, w in sorted(sizes))
-
-    @classmethod
-    def parse(cls, text: str) -> SizeRange:
-        """Return the range written as ``min:opt:max``.
-
-        Raises:
-            UsageError: it is not that.
-
-        >>> SizeRange.parse("192:224:512").max
-        512
-        """
-        return validated(cls, text)
 
 
 def _odd_between(low: int, high: int) -> int:

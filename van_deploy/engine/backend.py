@@ -12,27 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from van_deploy.config import BuildOptions, HardwareCompatibility, Profiling
-from van_deploy.environment.packages import installed_distributions, pip_command
+from van_deploy.config import BuildOptions, HardwareCompatibility
+from van_deploy.environment.hardware import RTX_TARGETS as RTX_TARGETS  # also for callers
+from van_deploy.environment.packages import pip_command, version_of
 from van_deploy.errors import MissingDependency, UsageError
-
-__all__ = [
-    "BACKENDS",
-    "RTX",
-    "RTX_TARGETS",
-    "TENSORRT",
-    "Backend",
-    "backend_named",
-    "choose_backend",
-    "release_of",
-]
 
 TENSORRT = "tensorrt"
 RTX = "tensorrt-rtx"
-
-RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-"""What TensorRT for RTX 1.7 can build for: the members of its ``ComputeCapability``. On an H200
-(sm_90) it built a plan without a target and did not load it (docs/gpu-results.md)."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +56,6 @@ class Backend:
         """Whether targets are chosen rather than found in the machine."""
         return self.name == RTX
 
-    def network_flags(self) -> int:
-        """Return the flags of ``create_network``: strongly typed, needed on 10, ignored on 11."""
-        return 1 << int(self.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-
     def configure_(self, config: Any, options: BuildOptions) -> None:
         """Set everything of ``options`` but the profiles on a builder's configuration."""
         trt = self.module
@@ -84,59 +66,35 @@ class Backend:
         if options.tiling != "none":
             levels = trt.TilingOptimizationLevel
             config.tiling_optimization_level = getattr(levels, options.tiling.upper())
-        config.profiling_verbosity = {
-            Profiling.NONE: trt.ProfilingVerbosity.NONE,
-            Profiling.LAYER_NAMES_ONLY: trt.ProfilingVerbosity.LAYER_NAMES_ONLY,
-            Profiling.DETAILED: trt.ProfilingVerbosity.DETAILED,
-        }[options.profiling]
-        flags = trt.BuilderFlag
-        if options.tf32:
-            config.set_flag(flags.TF32)
-        else:
-            config.clear_flag(flags.TF32)
+        config.profiling_verbosity = getattr(trt.ProfilingVerbosity, options.profiling.name)
+        (config.set_flag if options.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
         if options.version_compatible:
-            config.set_flag(flags.VERSION_COMPATIBLE)
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         if options.hardware_compatibility is not HardwareCompatibility.NONE:
+            levels = trt.HardwareCompatibilityLevel
             name = options.hardware_compatibility.name
-            level = getattr(trt.HardwareCompatibilityLevel, name)
-            config.hardware_compatibility_level = level
+            config.hardware_compatibility_level = getattr(levels, name)
         if self.builds_for_absent_gpus:
-            self._set_targets_(config, options.targets)
-
-    def _set_targets_(self, config: Any, targets: tuple[str, ...]) -> None:
-        config.num_compute_capabilities = len(targets)
-        for index, target in enumerate(targets):
-            capability = getattr(self.module.ComputeCapability, target.replace("sm_", "SM"))
-            config.set_compute_capability(capability, index)
+            config.num_compute_capabilities = len(options.targets)
+            for index, target in enumerate(options.targets):
+                capability = getattr(trt.ComputeCapability, target.replace("sm_", "SM"))
+                config.set_compute_capability(capability, index)
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What is known of a back end before it is loaded."""
+    """What is known of a backend before it is loaded."""
 
     title: str
     tag: str
-    module: str
-    distributions: tuple[str, ...]
     install: str
 
 
 BACKENDS: Mapping[str, _Kind] = {
-    TENSORRT: _Kind(
-        "TensorRT",
-        "trt",
-        "tensorrt",
-        ("tensorrt-cu13", "tensorrt-cu12", "tensorrt"),
-        "tensorrt",
-    ),
-    RTX: _Kind(
-        "TensorRT for RTX",
-        "rtx",
-        "tensorrt_rtx",
-        ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
-        "tensorrt-rtx-cu13",
-    ),
+    TENSORRT: _Kind("TensorRT", "trt", "tensorrt"),
+    RTX: _Kind("TensorRT for RTX", "rtx", "tensorrt-rtx-cu13"),
 }
+"""Their modules are called as they are, and their packages have the CUDA behind the name."""
 
 
 def release_of(version: str) -> str:
@@ -149,20 +107,18 @@ def release_of(version: str) -> str:
 
 
 def backend_named(name: str) -> Backend:
-    """Return the back end called ``name``, loaded.
+    """Return the backend called ``name``, loaded.
 
     Raises:
-        UsageError: there is no back end of that name.
+        UsageError: there is no backend of that name.
         MissingDependency: it is not installed, or its libraries do not load.
     """
     if name not in BACKENDS:
-        raise UsageError(
-            f"There is no back end '{name}'.", f"Choose one of: {', '.join(BACKENDS)}."
-        )
+        raise UsageError(f"There is no backend '{name}'.", f"Choose one of: {', '.join(BACKENDS)}.")
     kind = BACKENDS[name]
     install = f"`{pip_command()} install {kind.install}`"
     try:
-        module = importlib.import_module(kind.module)
+        module = importlib.import_module(name.replace("-", "_"))
     except ModuleNotFoundError as error:
         raise MissingDependency(
             f"{kind.title} is not installed ({error}).", f"Install it with {install}."
@@ -173,14 +129,12 @@ def backend_named(name: str) -> Backend:
             f"A library of it is missing or too old: reinstall it with {install}, and see "
             "`van-deploy doctor` for packages of two CUDA versions.",
         ) from error
-    distributions = installed_distributions()
-    found = next((d for d in kind.distributions if d in distributions), "")
-    cuda = int(found[-2:]) if found[-4:-2] == "cu" else None
+    cuda = next((major for major in (13, 12) if version_of(f"{name}-cu{major}")), None)
     return Backend(name, kind.title, kind.tag, str(module.__version__), cuda, module)
 
 
 def choose_backend(wanted: str, targets: tuple[str, ...], gpu: str | None) -> Backend:
-    """Return the back end to build with.
+    """Return the backend to build with.
 
     ``auto`` takes TensorRT where it is installed and the GPU in this machine is
     all that is asked for, and TensorRT for RTX, which needs no GPU, otherwise.
@@ -192,31 +146,21 @@ def choose_backend(wanted: str, targets: tuple[str, ...], gpu: str | None) -> Ba
 
     Raises:
         MissingDependency: it is not installed.
-        UsageError: there is no back end of that name.
+        UsageError: there is no backend of that name.
     """
     if wanted != "auto":
         return backend_named(wanted)
-    local = gpu is not None and set(targets) <= {gpu}
-    if not local:
-        if gpu is None and not targets:
-            return backend_named(RTX)
-        unserved = [target for target in targets if target not in RTX_TARGETS]
-        return _tensorrt_for(unserved) if unserved else backend_named(RTX)
-    try:
-        return backend_named(TENSORRT)
-    except MissingDependency:
-        if gpu not in RTX_TARGETS:
-            raise
+    here = (gpu,) if gpu else ()
+    unserved = [target for target in targets or here if target not in RTX_TARGETS]
+    if not unserved and not (gpu and set(targets) <= {gpu}):
         return backend_named(RTX)
-
-
-def _tensorrt_for(targets: list[str]) -> Backend:
-    """Return TensorRT, because TensorRT for RTX does not serve ``targets``."""
     try:
         return backend_named(TENSORRT)
     except MissingDependency as error:
+        if not unserved:
+            return backend_named(RTX)
         raise MissingDependency(
-            f"TensorRT for RTX does not build for {', '.join(targets)}, and TensorRT is not "
+            f"TensorRT for RTX does not build for {', '.join(unserved)}, and TensorRT is not "
             "installed.",
             f"{error.remedy} It builds on a machine with that GPU.",
         ) from error

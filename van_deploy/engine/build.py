@@ -14,58 +14,30 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
 from van_deploy import errors
 from van_deploy.config import BuildOptions, HardwareCompatibility
 from van_deploy.engine.backend import Backend
+from van_deploy.engine.compatibility import refuse_impossible
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.log import warnings_summary
-from van_deploy.engine.refusals import refuse_impossible
 from van_deploy.engine.sidecar import SCHEMA, Sidecar, log_path, sidecar_path, write_sidecar
-from van_deploy.engine.source import OnnxSource, read_source
+from van_deploy.engine.source import read_source
 from van_deploy.environment.hardware import memory
 from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
 from van_deploy.files import file_sha256
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.schema import validated
 
-__all__ = [
-    "BuildProgress",
-    "engine_from_onnx",
-    "engine_name",
-    "targets_of",
-]
-
-ONNX, PLAN, LOG = (
-    "engine.onnx",
-    "engine.plan",
-    "engine.log",
-)  # the same for every build: see isolation.py
+ONNX, PLAN, LOG = "engine.onnx", "engine.plan", "engine.log"  # always the same: see isolation.py
 CANCEL_WAIT_S = 5.0  # between asking TensorRT to stop and ending its process
 
 
-@dataclass(frozen=True)
-class BuildProgress:
-    """One event of a running build.
-
-    Attributes:
-        event: ``phase`` (one begins), ``step`` or ``done`` (it ended).
-        name: TensorRT's name of the phase.
-        parent: of a ``phase``: the one it is part of, or None.
-        steps: of a ``phase``: how many there will be; of a ``step``: how many are done.
-    """
-
-    event: str
-    name: str
-    parent: str | None = None
-    steps: int = 0
-
-
-Progress = Callable[[BuildProgress], None]
+Progress = Callable[[str, int, int | None], object]
+"""Told which engine is in which of TensorRT's phases, and how many steps of how many are done."""
 
 
 def targets_of(options: BuildOptions, host: Host) -> tuple[str, ...]:
@@ -118,7 +90,7 @@ def engine_from_onnx(
         timing_cache: a file to learn from and add to.
         check_reproducible: build a second time and compare the bytes.
         preprocessing: of the model; travels in the sidecar.
-        progress: told what TensorRT is doing.
+        progress: told of it.
 
     Raises:
         UsageError: the back end cannot do what is asked.
@@ -129,12 +101,17 @@ def engine_from_onnx(
     host = host or host_here()
     refuse_impossible(backend, options, host, timing_cache)
     source = read_source(onnx)
-    source.refuse_sizes(options.dynamic_size)
-    for profile in options.profiles:
-        source.refuse_profile(profile)
+    source.refuse(options)
     plan.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=plan.parent) as folder:
-        draft = Path(folder) / plan.name
+    name = plan.name.removesuffix(".plan")
+
+    def tell(phase: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{name}: {phase}", done, total or None)
+
+    with tempfile.TemporaryDirectory(prefix=".building-", dir=plan.parent) as building:
+        folder = Path(building)
+        (folder / ONNX).symlink_to(onnx.absolute())
         job = {
             "backend": backend.name,
             "onnx": ONNX,
@@ -144,40 +121,15 @@ def engine_from_onnx(
             "options": options.as_dict(),
             "timing_cache": str(timing_cache.absolute()) if timing_cache else None,
         }
-        (Path(folder) / ONNX).symlink_to(onnx.absolute())
-        facts = _run(job, Path(folder), backend, progress)
-        (Path(folder) / PLAN).replace(draft)
-        (Path(folder) / LOG).replace(log_path(draft))
-        sidecar = _sidecar(facts, draft, source, backend, options, precision, host)
-        sidecar = sidecar.model_copy(update={"preprocessing": preprocessing})
-        if check_reproducible:
-            _run(job, Path(folder), backend, progress)
-            same = file_sha256(Path(folder) / PLAN) == sidecar.plan_sha256
-            sidecar = sidecar.model_copy(update={"reproducible": same})
-        sidecar = write_sidecar(draft, sidecar)
-        for path in (log_path(draft), draft, sidecar_path(draft)):  # the sidecar last
-            path.replace(plan.parent / path.name)
-    return sidecar
-
-
-def _sidecar(
-    facts: Mapping[str, Any],
-    plan: Path,
-    source: OnnxSource,
-    backend: Backend,
-    options: BuildOptions,
-    precision: str,
-    host: Host,
-) -> Sidecar:
-    return validated(
-        Sidecar,
-        {
-            **{name: value for name, value in facts.items() if name in Sidecar.model_fields},
+        facts = _run(job, folder, backend, tell)
+        draft = (folder / PLAN).rename(folder / plan.name)
+        log = (folder / LOG).rename(log_path(draft))
+        known = {
             "schema": SCHEMA,
-            "name": plan.name.removesuffix(".plan"),
-            "plan_sha256": file_sha256(plan),
-            "plan_bytes": plan.stat().st_size,
-            "onnx_file": source.path.name,
+            "name": name,
+            "plan_sha256": file_sha256(draft),
+            "plan_bytes": draft.stat().st_size,
+            "onnx_file": onnx.name,
             "onnx_sha256": source.sha256,
             "backend": backend.name,
             "backend_version": backend.version,
@@ -186,105 +138,87 @@ def _sidecar(
             "targets": targets_of(options, host),
             "built_on": None if backend.builds_for_absent_gpus else host.gpu,
             "options": options,
-            "warnings": dict(warnings_summary(facts["warnings"])),
-        },
-    )
+            "preprocessing": preprocessing,
+        }
+        if check_reproducible:
+            _run(job, folder, backend, tell)
+            known["reproducible"] = file_sha256(folder / PLAN) == known["plan_sha256"]
+        warnings = dict(warnings_summary(facts.pop("warnings")))
+        sidecar = write_sidecar(draft, validated(Sidecar, {**facts, **known, "warnings": warnings}))
+        for path in (log, draft, sidecar_path(draft)):  # the sidecar last
+            path.replace(plan.parent / path.name)
+    return sidecar
 
 
 def _run(
-    job: Mapping[str, Any], folder: Path, backend: Backend, progress: Progress | None
-) -> Mapping[str, Any]:
+    job: Mapping[str, Any], folder: Path, backend: Backend, tell: Callable[[str, int, int], None]
+) -> dict[str, Any]:
     """Run one build in a process of its own, in ``folder``, and return what it reports."""
-    with tempfile.TemporaryFile() as chatter, _worker(chatter, folder) as process:
+    here = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")  # for this package
+    descriptor = os.open(folder, os.O_RDONLY)  # the folder goes by descriptor: see isolation.py
+    outcome: dict[str, Any] = {}
+    program = "van_deploy.engine.isolation", "van_deploy.engine.worker"
+    with (
+        tempfile.TemporaryFile() as chatter,
+        subprocess.Popen(
+            [sys.executable, "-m", *program, str(descriptor)],
+            cwd="/",
+            pass_fds=[descriptor],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=chatter,
+            encoding="utf-8",
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, here)),
+                "PYTHONHASHSEED": "0",
+            },
+            start_new_session=True,  # Ctrl-C reaches the parent only, which then asks
+        ) as process,
+    ):
+        os.close(descriptor)
         commands, events = cast("IO[str]", process.stdin), cast("IO[str]", process.stdout)
-        with contextlib.suppress(BrokenPipeError):
-            commands.write(json.dumps(job) + "\n")
-            commands.flush()
-        outcome: Mapping[str, Any] | None = None
-        for line in events:
-            event = json.loads(line)
-            if event["event"] in {"built", "failed", "cancelled"}:
-                outcome = event
-            elif progress is not None:
-                progress(_progress(event))
-        status = process.wait()
-        if outcome is None:
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                commands.write(json.dumps(job) + "\n")
+                commands.flush()
+            for event in map(json.loads, events):
+                if event["event"] in {"built", "failed"}:
+                    outcome = event
+                else:
+                    tell(event["phase"], event["done"], event["total"])
+            status = process.wait()
+        except BaseException:  # Ctrl-C, too
+            with contextlib.suppress(OSError):
+                commands.close()  # asks TensorRT to stop at its next step
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(CANCEL_WAIT_S)
+            raise
+        finally:
+            process.kill()
+            with contextlib.suppress(OSError):
+                commands.close()
+        if not outcome:
             chatter.seek(0)
             raise _died(status, backend, chatter.read().decode(errors="replace"))
-    if outcome["event"] == "failed":
-        raise _error(outcome, source=(folder / ONNX).readlink().name)
+    if outcome.pop("event") == "failed":
+        kind: type[VanDeployError] = getattr(errors, outcome["kind"])
+        source = (folder / ONNX).readlink().name
+        raise kind(outcome["message"].replace(f"'{ONNX}'", f"'{source}'"), outcome["remedy"])
     return outcome
-
-
-@contextlib.contextmanager
-def _worker(chatter: Any, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start the worker; on any exception ask it to stop, and end it if it does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "van_deploy.engine.isolation"),
-            *("van_deploy.engine.worker", str(descriptor)),
-        ],
-        cwd="/",  # the folder goes by descriptor: see isolation.py
-        pass_fds=[descriptor],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=chatter,
-        text=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": _python_path(), "PYTHONHASHSEED": "0"},
-        start_new_session=True,  # Ctrl-C reaches the parent only, which then asks
-    )
-    os.close(descriptor)
-    try:
-        yield process
-    except BaseException:
-        with contextlib.suppress(OSError):
-            if process.stdin is not None:
-                process.stdin.close()  # asks TensorRT to stop at its next step
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(CANCEL_WAIT_S)
-        raise
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-
-
-def _python_path() -> str:
-    """Return where the worker finds this package, besides where it always looks."""
-    root = str(Path(__file__).parents[2])
-    return os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
-
-
-def _progress(event: Mapping[str, Any]) -> BuildProgress:
-    count = event.get("steps", event.get("step", 0))
-    return BuildProgress(event["event"], event["name"], event.get("parent"), int(count))
-
-
-def _error(outcome: Mapping[str, Any], source: str) -> VanDeployError:
-    kind = getattr(errors, outcome["kind"], ConversionError)
-    message = outcome["message"].replace(f"'{ONNX}'", f"'{source}'")
-    error: VanDeployError = kind(message, outcome["remedy"])
-    return error
 
 
 def _died(status: int, backend: Backend, chatter: str) -> VanDeployError:
     """Return the error for a worker that ended without a word."""
-    last = " ".join(chatter.split()[-60:])
-    said = f" Its last words: {last}" if last else ""
     if -status == signal.SIGKILL:
-        total = memory().total_bytes
-        here = f" This machine has {total / 2**30:.1f} GiB." if total else ""
         return MissingDependency(
-            f"The build with {backend.label} was killed, most likely for want of memory.{here}",
+            f"The build with {backend.label} was killed, most likely for want of memory. "
+            f"This machine has {memory().total_bytes / 2**30:.1f} GiB.",
             "Close other programs, use a smaller --batch maximum, or build on a larger machine. "
             "Nothing was written.",
         )
+    last = " ".join(chatter.split()[-60:])
+    said = f" Its last words: {last}" if last else ""
     how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit code {status}"
     return ConversionError(
         f"{backend.label} ended the build with {how}.{said}",

@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.config import BuildOptions
-from van_deploy.engine.backend import Backend
-from van_deploy.engine.build import (
-    Progress,
-    engine_from_onnx,
-    engine_name,
-    targets_of,
-)
+from van_deploy.engine.backend import Backend, choose_backend
+from van_deploy.engine.build import Progress, engine_from_onnx, engine_name, targets_of
+from van_deploy.engine.fleet import BUILT, FAILED, REUSED, Cell, Outcome
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.refusals import refuse_impossible
-from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
+from van_deploy.engine.sidecar import (
+    PackageSidecar,
+    Sidecar,
+    Vouching,
+    log_path,
+    sidecar_path,
+    verified_sidecar,
+)
 from van_deploy.engine.worker import TEMPORARY
-from van_deploy.errors import BundleError, InputError
+from van_deploy.errors import BundleError, InputError, VanDeployError
 from van_deploy.files import content_key
-from van_deploy.manifest import EngineFacts, Precision
-from van_deploy.model.preprocess import Preprocessing
-
-__all__ = [
-    "ENGINES",
-    "Built",
-    "EngineRequest",
-    "build_in_bundle",
-    "enter_engine",
-    "enter_files",
-    "existing_engine",
-    "request_for",
-]
+from van_deploy.manifest import EngineFacts
 
 ENGINES = "engines"
 
@@ -46,197 +37,203 @@ class EngineRequest:
     """One engine to be built from a bundle.
 
     Attributes:
-        bundle: the bundle's folder.
-        name: what the engine will be called.
-        source: name of the ONNX artefact it is built from.
-        precision: of that artefact: ``fp32``, ``fp16`` or ``int8``.
-        onnx: that artefact's file, its digests checked.
-        onnx_sha256: its digest.
-        ingredients: everything that decides what is in the plan.
-        preprocessing: of the model.
+        bundle: as it is.
+        source: the ONNX artifact it is built from.
+        onnx: that artifact's file, its digests checked.
+        backend: what builds it.
+        options: what is asked of it.
+        host: this machine.
     """
 
-    bundle: Path
-    name: str
-    source: str
-    precision: str
+    bundle: Bundle
+    source: Artefact
     onnx: Path
-    onnx_sha256: str
-    ingredients: Mapping[str, Any]
-    preprocessing: Preprocessing | None
+    backend: Backend
+    options: BuildOptions
+    host: Host
 
     @property
-    def plan(self) -> Path:
-        """Where the plan will be."""
-        return self.bundle / self.file
-
-    @property
-    def file(self) -> str:
-        """The plan's place in the bundle."""
-        return f"{ENGINES}/{self.name}.plan"
+    def name(self) -> str:
+        """What the engine will be called."""
+        return engine_name(
+            self.bundle.name, self.source.name, self.backend, self.options, self.host
+        )
 
     @property
     def key(self) -> str:
-        """Digest of the ingredients."""
-        return content_key(self.ingredients)
+        """Digest of everything that decides what is in the plan."""
+        targets = targets_of(self.options, self.host)
+        backend = self.backend.name, self.backend.version
+        return content_key(_ingredients(self.source, *backend, targets, self.options))
 
 
-@dataclass(frozen=True)
-class Built:
-    """What became of one request.
-
-    Attributes:
-        name: the engine's.
-        path: its plan.
-        sidecar: what is known about it.
-        reused: whether it was there already, from the same ingredients.
-    """
-
-    name: str
-    path: Path
-    sidecar: Sidecar
-    reused: bool
+def _ingredients(
+    source: Artefact, backend: str, version: str, targets: Sequence[str], options: BuildOptions
+) -> dict[str, Any]:
+    return {
+        "onnx": {file: sha for file, sha in source.files.items() if ".onnx" in file},
+        "backend": backend,
+        "backend_version": version,
+        "targets": targets,
+        "options": options.as_dict(),
+    }
 
 
-def request_for(
-    bundle: Bundle, source: str, backend: Backend, options: BuildOptions, host: Host
-) -> EngineRequest:
-    """Return what building from the artefact ``source`` of ``bundle`` comes to.
+def prepared(cell: Cell, bundle: Bundle) -> BuildOptions:
+    """Return a cell's options with the bundle's own batches and sizes where none are given."""
+    return cell.options.changed(
+        profiles=(bundle.manifest.batch,) if cell.own_profiles else cell.options.profiles,
+        dynamic_size=cell.options.dynamic_size or bundle.manifest.sizes,
+    )
+
+
+def request_for(cell: Cell, host: Host) -> EngineRequest:
+    """Return what building a cell on ``host`` comes to.
 
     Raises:
-        BundleError: the bundle has no such artefact, or a file of it was changed.
-        InputError: the artefact is not an ONNX file.
-        UsageError: ``backend`` cannot do what ``options`` ask.
+        BundleError: the bundle has no such artifact, or a file of it was changed.
+        InputError: the artifact is not an ONNX file.
+        MissingDependency: the backend is not installed.
     """
-    artefact = bundle.artefact(source)
-    if not artefact.file.endswith(".onnx"):
+    bundle = Bundle.open(cell.bundle)
+    source = bundle.artefact(cell.precision)
+    if not source.file.endswith(".onnx"):
         graphs = [name for name, item in bundle.artefacts.items() if item.file.endswith(".onnx")]
         raise InputError(
-            f"'{source}' of '{bundle.path}' is of kind '{artefact.kind}'; engines are built "
+            f"'{source.name}' of '{bundle.path}' is of kind '{source.kind}'; engines are built "
             "from ONNX files.",
             f"Choose one of: {', '.join(graphs)}.",
         )
-    refuse_impossible(backend, options, host)
-    ingredients = {
-        "onnx": {file: sha for file, sha in artefact.files.items() if ".onnx" in file},
-        "backend": backend.name,
-        "backend_version": backend.version,
-        "targets": targets_of(options, host),
-        "options": options.as_dict(),
-    }
-    return EngineRequest(
-        bundle=bundle.path,
-        name=engine_name(bundle.name, source, backend, options, host),
-        source=source,
-        precision=artefact.precision,
-        onnx=bundle.verified(source),
-        onnx_sha256=artefact.sha256,
-        ingredients=ingredients,
-        preprocessing=bundle.manifest.preprocessing,
-    )
+    backend = choose_backend(cell.host.backend, cell.targets, host.target)
+    onnx, options = bundle.verified(source.name), prepared(cell, bundle)
+    return EngineRequest(bundle, source, onnx, backend, options, host)
 
 
 def existing_engine(request: EngineRequest) -> Sidecar | None:
     """Return the sidecar of the engine asked for if the bundle holds it, unchanged."""
-    bundle = Bundle.open(request.bundle)
-    artefact = bundle.artefacts.get(request.name)
-    if artefact is None or artefact.key != request.key:
-        return None
-    try:
-        return verified_sidecar(bundle.verified(request.name))
-    except (BundleError, InputError):
-        return None
+    return existing(request.bundle, request.name, request.key, verified_sidecar)
 
 
-def build_in_bundle(
-    request: EngineRequest,
-    backend: Backend,
-    options: BuildOptions,
+def existing(
+    bundle: Bundle, name: str, key: str, verified: Callable[[Path], Vouching]
+) -> Vouching | None:
+    """Return the sidecar of what a bundle holds of this name and key, if it is unchanged."""
+    artefact = bundle.artefacts.get(name)
+    if artefact is not None and artefact.key == key:
+        with contextlib.suppress(BundleError, InputError):
+            return verified(bundle.verified(name))
+    return None
+
+
+def build_cells(
+    cells: Sequence[Cell],
     *,
     host: Host | None = None,
     timing_cache: Path | None = None,
     check_reproducible: bool = False,
     force: bool = False,
+    go_on: bool = False,
     progress: Progress | None = None,
-) -> Built:
-    """Return the engine asked for, built unless the bundle holds it already.
+) -> Iterator[Outcome]:
+    """Build engines one after the other on this machine, and yield each as it ends.
 
     Args:
-        request: from :func:`request_for`, with the same back end and options.
-        backend: what builds it.
-        options: what is asked of it.
+        cells: from :func:`~van_deploy.engine.fleet.planned_engines` or ``read_fleet``.
         host: this machine; None looks.
         timing_cache: a file to learn from and add to.
         check_reproducible: build twice and compare.
-        force: build it even if it is there.
+        force: build engines even if they are there.
+        go_on: after a failure, which is then an outcome. Otherwise every file to build from is
+            checked before any work, and the first failure is raised.
         progress: told what TensorRT is doing.
 
     Raises:
-        VanDeployError: as :func:`engine_from_onnx`; the bundle is as it was.
+        VanDeployError: as :func:`request_for` and :func:`engine_from_onnx`; the bundle is as it
+            was.
     """
-    present = None if force else existing_engine(request)
-    if present is not None:
-        checked = present.reproducible is not None
-        if checked or not check_reproducible:
-            return Built(request.name, request.plan, present, reused=True)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-        plan = Path(folder) / f"{request.name}.plan"
-        sidecar = engine_from_onnx(
-            request.onnx,
-            plan,
-            backend=backend,
-            options=options,
-            precision=request.precision,
-            host=host or host_here(),
-            timing_cache=timing_cache,
-            check_reproducible=check_reproducible,
-            preprocessing=request.preprocessing,
-            progress=progress,
-        )
-        enter_engine(request, plan, sidecar)
-    return Built(request.name, request.plan, sidecar, reused=False)
+    host = host or host_here()
+
+    def built(cell: Cell) -> Outcome:
+        request = request_for(cell, host)
+        present = None if force else existing_engine(request)
+        if present is not None and not (check_reproducible and present.reproducible is None):
+            return Outcome(cell, REUSED, request.name, present)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+            plan = Path(folder) / f"{request.name}.plan"
+            sidecar = engine_from_onnx(
+                request.onnx,
+                plan,
+                backend=request.backend,
+                options=request.options,
+                precision=request.source.precision,
+                host=host,
+                timing_cache=timing_cache,
+                check_reproducible=check_reproducible,
+                preprocessing=request.bundle.manifest.preprocessing,
+                progress=progress,
+            )
+            enter(cell.bundle, request.source, plan, sidecar)
+        return Outcome(cell, BUILT, request.name, sidecar)
+
+    def tried(cell: Cell) -> Outcome:
+        try:
+            return built(cell)
+        except VanDeployError as error:
+            return Outcome(cell, FAILED, error=error)
+
+    for cell in () if go_on else cells:
+        request_for(cell, host)
+    yield from map(tried if go_on else built, cells)
 
 
-def enter_engine(request: EngineRequest, plan: Path, sidecar: Sidecar) -> None:
-    """Move a finished plan, its sidecar and its log into the bundle and its manifest.
+def enter(
+    bundle: Path,
+    source: Artefact,
+    file: Path,
+    sidecar: Sidecar | PackageSidecar,
+    made_with: dict[str, Any] | None = None,
+) -> None:
+    """Copy a finished plan or package, and what lies beside it, into a bundle and its manifest.
+
+    Args:
+        bundle: which.
+        source: what it was built from, as it was when the build began.
+        file: the plan or the package, with its sidecar (and log) beside it.
+        sidecar: what is known about it.
+        made_with: everything that decided what is in it; None for a plan, whose sidecar tells.
 
     Raises:
-        BundleError: the ONNX file was replaced while the engine was being built.
+        BundleError: the ONNX file was replaced meanwhile.
     """
-    artefact = Artefact(
-        name=request.name,
-        kind="engine",
-        precision=cast("Precision", request.precision),
-        file=request.file,
-        files={request.file: ""},
-        made_from=Origin(name=request.source, sha256=request.onnx_sha256),
-        made_with=dict(request.ingredients),
-        engine=EngineFacts(
-            backend=f"{sidecar.backend} {sidecar.backend_version}",
-            targets=sidecar.targets,
-            profiles=sidecar.profiles,
-            parser_layers=sidecar.parser_layers,
-        ),
-    )
-    enter_files(request.bundle, artefact, (plan, sidecar_path(plan), log_path(plan)))
-
-
-def enter_files(bundle: Path, artefact: Artefact, files: Sequence[Path]) -> None:
-    """Copy the files of something native into a bundle, and enter it in the manifest.
-
-    Raises:
-        BundleError: what it was made from was replaced meanwhile.
-    """
-    origin = artefact.made_from
+    if isinstance(sidecar, Sidecar):
+        backend = sidecar.backend, sidecar.backend_version
+        made_with = _ingredients(source, *backend, sidecar.targets, sidecar.options)
+    beside = (path for path in (file, sidecar_path(file), log_path(file)) if path.exists())
+    inside = {f"{ENGINES}/{path.name}": path for path in beside}
     with writing(bundle) as draft:
-        source = draft.artefacts.get(origin.name)
-        if source is None or source.sha256 != origin.sha256:
+        now = draft.artefacts.get(source.name)
+        if now is None or now.sha256 != source.sha256:
             raise BundleError(
-                f"'{origin.name}' of '{bundle}' was replaced while '{artefact.name}' was being "
+                f"'{source.name}' of '{bundle}' was replaced while '{sidecar.name}' was being "
                 "built from it.",
                 "Nothing was written. Build again.",
             )
-        for path in files:
-            shutil.copyfile(path, draft.file(f"{ENGINES}/{path.name}"))
-        inside = {f"{ENGINES}/{path.name}": "" for path in files}  # digested by the draft
-        draft.record(artefact.model_copy(update={"files": inside}))
+        for place, path in inside.items():
+            shutil.copyfile(path, draft.file(place))
+        draft.record(
+            Artefact(
+                name=sidecar.name,
+                kind="package" if isinstance(sidecar, PackageSidecar) else "engine",
+                precision=sidecar.precision,
+                file=f"{ENGINES}/{file.name}",
+                files=dict.fromkeys(inside, ""),  # digested by the draft
+                made_from=Origin(name=source.name, sha256=source.sha256),
+                made_with=made_with or {},
+                engine=EngineFacts(
+                    backend=sidecar.made_by,
+                    targets=sidecar.targets,
+                    profiles=sidecar.profiles,
+                    parser_layers=sidecar.parser_layers,
+                ),
+            )
+        )

@@ -9,7 +9,7 @@ files made wrong on purpose (``tests/engine/test_catalogue.py`` does it again); 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,36 +18,7 @@ from van_deploy import errors
 from van_deploy.documents import toml_from
 from van_deploy.errors import ConversionError, VanDeployError
 
-__all__ = [
-    "CATALOGUE",
-    "Entry",
-    "ParserProblem",
-    "build_failure",
-    "entry_for",
-    "load_failure",
-    "parser_failure",
-    "parser_problems",
-    "run_failure",
-]
-
 SHOWN = 3  # parser problems shown in full
-
-
-@dataclass(frozen=True)
-class ParserProblem:
-    """One thing the parser could not take.
-
-    Attributes:
-        code: TensorRT's name for the kind, such as ``INVALID_NODE``.
-        node: the node's name, which is the PyTorch module's path; "" if it names none.
-        operator: the ONNX operator; "" likewise.
-        text: what TensorRT said.
-    """
-
-    code: str
-    node: str
-    operator: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -71,14 +42,15 @@ class Entry:
     reported: str = ""
 
 
-def _entries() -> Iterator[Entry]:
-    table = toml_from(Path(__file__).with_name("catalogue.toml"))
-    for row in table["entry"]:
-        yield Entry(**{**row, "error": getattr(errors, row.get("error", "ConversionError"))})
-
-
-CATALOGUE = tuple(_entries())
+CATALOGUE = tuple(
+    Entry(**{**row, "error": getattr(errors, row.get("error", "ConversionError"))})
+    for row in toml_from(Path(__file__).with_name("catalogue.toml"))["entry"]
+)
 """Known failures, the most particular first."""
+
+UNKNOWN = Entry(
+    "unknown", "", "not a failure this program knows", "Look into the log beside the plan."
+)
 
 
 def entry_for(text: str) -> Entry | None:
@@ -90,40 +62,29 @@ def entry_for(text: str) -> Entry | None:
     return next((entry for entry in CATALOGUE if re.search(entry.pattern, text)), None)
 
 
-def parser_problems(parser: Any) -> list[ParserProblem]:
-    """Return what an ``OnnxParser`` of the bindings reports."""
-    errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    return [
-        ParserProblem(e.code().name, e.node_name(), e.node_operator(), e.desc()) for e in errors
-    ]
-
-
-def parser_failure(
-    label: str, source: str, problems: Sequence[ParserProblem], log: Iterable[str] = ()
-) -> VanDeployError:
+def parser_failure(label: str, source: str, parser: Any, log: Sequence[str] = ()) -> VanDeployError:
     """Return the error for a file that the parser refused.
 
     Args:
-        label: the back end, such as ``TensorRT for RTX 1.7.1``.
+        label: the backend, such as ``TensorRT for RTX 1.7.1``.
         source: the ONNX file.
-        problems: what the parser reported.
+        parser: an ``OnnxParser`` of the bindings. A node's name is its PyTorch module's path.
         log: errors that the logger heard, for causes the parser does not pass on.
     """
-    if not problems:
-        said = " ".join(log) or "without saying why"
-        return ConversionError(f"{label} cannot take '{source}': {said}", "Look into the log.")
     heard = " ".join(log)
     lines, remedies, classes = [], [], []
-    for problem in problems[:SHOWN]:
-        entry = entry_for(problem.text) or entry_for(f"{problem.code} {heard}")
-        cause = entry.cause if entry else "not a failure this program knows"
-        where = f"{problem.node} ({problem.operator})" if problem.node else "the file"
-        lines.append(f"{where}: {cause}. TensorRT says: {_short(problem.text)}")
-        classes.append(entry.error if entry else ConversionError)
-        remedies.append(entry.remedy if entry else "Look into the log beside the plan.")
-    more = len(problems) - SHOWN
-    if more > 0:
-        lines.append(f"and {more} more.")
+    for problem in (parser.get_error(i) for i in range(min(SHOWN, parser.num_errors))):
+        text, node = problem.desc(), problem.node_name()
+        entry = entry_for(text) or entry_for(f"{problem.code().name} {heard}") or UNKNOWN
+        where = f"{node} ({problem.node_operator()})" if node else "the file"
+        lines.append(f"{where}: {entry.cause}. TensorRT says: {_short(text)}")
+        classes.append(entry.error)
+        remedies.append(entry.remedy)
+    if not lines:
+        said = heard or "without saying why"
+        return ConversionError(f"{label} cannot take '{source}': {said}", "Look into the log.")
+    if parser.num_errors > SHOWN:
+        lines.append(f"and {parser.num_errors - SHOWN} more.")
     return classes[0](
         f"{label} cannot take '{source}':\n" + "\n".join(lines), "\n".join(dict.fromkeys(remedies))
     )

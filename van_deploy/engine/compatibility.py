@@ -1,29 +1,44 @@
-"""Whether a plan runs on a machine, found out before it is loaded.
+"""What a backend cannot build, and where a plan or a package does not run, said beforehand.
 
-TensorRT finds these things out itself, some with a message nobody understands and
-some by running a plan it should not. The sidecar knows them without loading.
+TensorRT finds these things out itself, some with a message nobody understands, some by running
+a plan it should not, and many not at all: a hardware compatibility level on RTX is ignored, a
+timing cache does nothing. Every refusal of RTX was measured on RTX 1.7.1;
+``tests/engine/test_compatibility.py`` repeats the measurement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from van_deploy.config import HardwareCompatibility
-from van_deploy.engine.backend import BACKENDS, RTX, Backend, backend_named, release_of
+from packaging.version import Version
+
+from van_deploy.config import BuildOptions, HardwareCompatibility
+from van_deploy.engine.backend import (
+    BACKENDS,
+    RTX,
+    RTX_TARGETS,
+    Backend,
+    backend_named,
+    release_of,
+)
 from van_deploy.engine.host import Host
-from van_deploy.engine.sidecar import Sidecar
-from van_deploy.errors import MissingDependency
+from van_deploy.engine.sidecar import PackageSidecar, Sidecar
+from van_deploy.environment.hardware import cpu, memory
+from van_deploy.environment.packages import pip_command, version_of
+from van_deploy.errors import MissingDependency, UsageError
 
-__all__ = ["Obstacle", "built_for", "obstacles", "refuse", "require_compatible"]
+AMPERE_PLUS = HardwareCompatibility.AMPERE_PLUS
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why a plan does not run on a machine.
+    """Why a plan or a package does not run on a machine.
 
     Attributes:
-        about: ``back end``, ``version``, ``gpu`` or ``driver``.
+        about: ``backend``, ``version``, ``gpu``, ``driver`` or ``processor``.
         problem: what does not fit, without a full stop.
         remedy: what to do, a sentence.
     """
@@ -33,115 +48,195 @@ class Obstacle:
     remedy: str
 
 
-def obstacles(sidecar: Sidecar, host: Host) -> tuple[Obstacle, ...]:
-    """Return everything that keeps the plan from running on ``host``; none is good."""
-    try:
-        backend = backend_named(sidecar.backend)
-    except MissingDependency as error:
-        return (
-            Obstacle("back end", error.message.rstrip("."), error.remedy),
-            *_gpu(sidecar, host),
-            *_driver(sidecar, host),
-        )
-    return (*_version(sidecar, backend), *_gpu(sidecar, host), *_driver(sidecar, host))
+def obstacles(sidecar: Sidecar | PackageSidecar, host: Host) -> tuple[Obstacle, ...]:
+    """Return everything that keeps what a sidecar speaks of from running on ``host``."""
+    if isinstance(sidecar, PackageSidecar):
+        return tuple(_of_package(sidecar, host))
+    return tuple(_of_plan(sidecar, host))
 
 
-def require_compatible(sidecar: Sidecar, host: Host) -> None:
-    """Return if the plan runs on ``host``.
+def require_compatible(sidecar: Sidecar | PackageSidecar, host: Host) -> None:
+    """Return if what a sidecar speaks of runs on ``host``.
 
     Raises:
         MissingDependency: it does not; every reason is named.
     """
-    refuse(f"The engine '{sidecar.name}'", obstacles(sidecar, host))
-
-
-def refuse(what: str, found: Sequence[Obstacle]) -> None:
-    """Return if nothing was found that keeps something from running here.
-
-    Raises:
-        MissingDependency: something was; every reason is named.
-    """
-    if found:
+    what = "package" if isinstance(sidecar, PackageSidecar) else "engine"
+    if found := obstacles(sidecar, host):
+        problems = "; ".join(one.problem for one in found)
         raise MissingDependency(
-            f"{what} does not run here: " + "; ".join(one.problem for one in found) + ".",
+            f"The {what} '{sidecar.name}' does not run here: {problems}.",
             "\n".join(dict.fromkeys(one.remedy for one in found)),
         )
 
 
-def built_for(sidecar: Sidecar) -> str:
-    """Return what a plan was built for, as messages say it."""
-    title = BACKENDS[sidecar.backend].title
-    return f"built for {_served(sidecar)} with {title} {release_of(sidecar.backend_version)}"
+def torch_version() -> str:
+    """Return PyTorch's version without its local part, or "" where it is not installed."""
+    return (version_of("torch") or "").partition("+")[0]
 
 
-def _served(sidecar: Sidecar) -> str:
-    level = sidecar.options.hardware_compatibility
-    if level is HardwareCompatibility.AMPERE_PLUS:
-        return "sm_80 and newer"
-    return " and ".join(sidecar.targets)
-
-
-def _version(sidecar: Sidecar, backend: Backend) -> tuple[Obstacle, ...]:
-    if backend.version == sidecar.backend_version:
-        return ()
-    here, there = release_of(backend.version), release_of(sidecar.backend_version)
-    if sidecar.options.version_compatible and _numbers(here) >= _numbers(there):
-        return ()
-    if here == there:  # another build of one release
-        here, there = backend.version, sidecar.backend_version
-    direction = ""
-    if sidecar.options.version_compatible:
-        direction = " (a version-compatible plan runs on later versions, never on earlier ones)"
-    return (
-        Obstacle(
-            "version",
-            f"it was {built_for(sidecar)}; installed is {backend.title} {here}{direction}",
-            f"Rebuild it here, or install {backend.title} {there}.",
-        ),
-    )
-
-
-def _gpu(sidecar: Sidecar, host: Host) -> tuple[Obstacle, ...]:
-    if host.gpu is None:
-        return (
-            Obstacle(
-                "gpu",
-                f"it was {built_for(sidecar)}; this machine has no NVIDIA GPU that answers",
-                "Run it on a machine with that GPU; `van-deploy doctor` tells what is here.",
-            ),
-        )
-    if host.target is None or _serves(sidecar, host.target):
-        return ()
-    rebuild = f"rebuild with `--target {host.target}`"
-    if sidecar.backend != RTX:
-        rebuild = "rebuild on this machine"
-    return (
-        Obstacle(
-            "gpu",
-            f"it was {built_for(sidecar)}; this machine has {host.target} ({host.gpu})",
-            f"{rebuild[0].upper()}{rebuild[1:]}.",
-        ),
-    )
-
-
-def _serves(sidecar: Sidecar, target: str) -> bool:
-    if sidecar.options.hardware_compatibility is HardwareCompatibility.AMPERE_PLUS:
-        return int(target.removeprefix("sm_")) >= 80
-    return target in sidecar.targets
-
-
-def _driver(sidecar: Sidecar, host: Host) -> tuple[Obstacle, ...]:
-    if host.cuda is None or sidecar.cuda is None or host.cuda[0] >= sidecar.cuda:
-        return ()
-    return (
-        Obstacle(
+def _of_plan(sidecar: Sidecar, host: Host) -> Iterator[Obstacle]:
+    plus = sidecar.options.hardware_compatibility is AMPERE_PLUS
+    served = "sm_80 and newer" if plus else " and ".join(sidecar.targets)
+    title, version = BACKENDS[sidecar.backend].title, release_of(sidecar.backend_version)
+    built = f"it was built for {served} with {title} {version}"
+    try:
+        yield from _version(sidecar, backend_named(sidecar.backend), built)
+    except MissingDependency as error:
+        yield Obstacle("backend", error.message.rstrip("."), error.remedy)
+    serves = not _older_than_ampere(host.target) if plus else host.target in sidecar.targets
+    rtx = sidecar.backend == RTX
+    rebuild = f"Rebuild with `--target {host.target}`." if rtx else "Rebuild on this machine."
+    yield from _gpu(built, host, serves, rebuild)
+    if host.cuda is not None and sidecar.cuda is not None and host.cuda[0] < sidecar.cuda:
+        yield Obstacle(
             "driver",
             f"it needs CUDA {sidecar.cuda}, and driver {host.driver} runs CUDA up to "
             f"{host.cuda[0]}.{host.cuda[1]}",
             "Update the NVIDIA driver.",
-        ),
+        )
+
+
+def _version(sidecar: Sidecar, backend: Backend, built: str) -> Iterator[Obstacle]:
+    here, there = backend.version, sidecar.backend_version
+    compatible = sidecar.options.version_compatible
+    if here == there or (compatible and Version(here).release[:3] >= Version(there).release[:3]):
+        return
+    if release_of(here) != release_of(there):  # not another build of one release
+        here, there = release_of(here), release_of(there)
+    note = " (a version-compatible plan runs on later versions, never on earlier ones)"
+    yield Obstacle(
+        "version",
+        f"{built}; installed is {backend.title} {here}{note * compatible}",
+        f"Rebuild it here, or install {backend.title} {there}.",
     )
 
 
-def _numbers(release: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in release.split("."))
+def _gpu(built: str, host: Host, serves: bool, rebuild: str) -> Iterator[Obstacle]:
+    if host.gpu is None:
+        yield Obstacle(
+            "gpu",
+            f"{built}; this machine has no NVIDIA GPU that answers",
+            "Run it on a machine with that GPU; `van-deploy doctor` tells what is here.",
+        )
+    elif host.target is not None and not serves:
+        here = f"{host.target} ({host.gpu})"
+        yield Obstacle("gpu", f"{built}; this machine has {here}", rebuild)
+
+
+def _of_package(sidecar: PackageSidecar, host: Host) -> Iterator[Obstacle]:
+    here, served = torch_version(), ", ".join(sidecar.targets)
+    rebuild = "Rebuild it on this machine."
+    if here != sidecar.torch:
+        yield Obstacle(
+            "version",
+            f"it was compiled with PyTorch {sidecar.torch}; installed is {here or 'none'}",
+            f"Rebuild it here, or `{pip_command()} install torch=={sidecar.torch}`.",
+        )
+    if sidecar.device == "cuda":
+        serves = host.target in sidecar.targets
+        yield from _gpu(f"it was compiled for {served}", host, serves, rebuild)
+        return
+    processor = cpu()
+    lacking = [f for f in sidecar.cpu_features if f not in processor.features]
+    if platform.machine() not in sidecar.targets:
+        lacking = [served]
+    if lacking:
+        yield Obstacle(
+            "processor",
+            f"it was compiled on {sidecar.built_on} and may use {', '.join(lacking)}, "
+            f"which this processor ({processor.name}) does not have",
+            rebuild,
+        )
+
+
+def refuse_impossible(
+    backend: Backend, options: BuildOptions, host: Host, timing_cache: Path | None = None
+) -> None:
+    """Return if ``backend`` can do what ``options`` ask on ``host``.
+
+    Raises:
+        UsageError: it never can.
+        MissingDependency: it could on another machine.
+    """
+    if backend.builds_for_absent_gpus:
+        _refuse_rtx(backend, options, timing_cache)
+    else:
+        _refuse_tensorrt(backend, options, host)
+    wanted, there, whose = options.workspace_bytes, host.gpu_memory_bytes, f"{host.gpu} has"
+    if there is None:
+        there, whose = memory().total_bytes, "this machine has"
+    if wanted is not None and wanted > there:
+        raise UsageError(
+            f"A workspace of {wanted / 2**30:.1f} GiB is larger than the {there / 2**30:.1f} GiB "
+            f"of memory {whose}.",
+            "Give a smaller --workspace, or leave it out for the backend's own limit.",
+        )
+
+
+def _refuse_rtx(backend: Backend, options: BuildOptions, timing_cache: Path | None) -> None:
+    served = ", ".join(RTX_TARGETS)
+    if not options.targets:
+        raise UsageError(
+            f"{backend.title} builds for GPUs that are named, and none is.",
+            f"Name one with --target; it serves {served}.",
+        )
+    for target in (target for target in options.targets if target not in RTX_TARGETS):
+        raise UsageError(
+            f"{backend.label} does not build for {target}; it serves {served}.",
+            "Build with --backend tensorrt on a machine with that GPU.",
+        )
+    if options.hardware_compatibility is not HardwareCompatibility.NONE:
+        raise UsageError(
+            f"{backend.title} ignores a hardware compatibility level: its plans serve the "
+            "targets they are built for.",
+            "Leave --hardware-compatibility out and join targets with +, as in "
+            "--target sm_86+sm_89.",
+        )
+    if options.version_compatible:
+        raise UsageError(
+            f"{backend.title} has no version-compatible plans: its package has no lean library, "
+            "and its plans never cross its releases.",
+            "Leave --version-compatible out and rebuild after an update.",
+        )
+    if timing_cache is not None:
+        raise UsageError(
+            f"{backend.title} accepts a timing cache and does nothing with it.",
+            "Leave --timing-cache out; it builds without timing kernels.",
+        )
+
+
+def _refuse_tensorrt(backend: Backend, options: BuildOptions, host: Host) -> None:
+    if host.gpu is None:
+        raise MissingDependency(
+            f"{backend.title} builds on the GPU that will run the engine, and none answers here.",
+            "Build there, or without a GPU with --backend tensorrt-rtx --target "
+            f"({', '.join(RTX_TARGETS)}).",
+        )
+    others = [t for t in options.targets if host.target not in (None, t)]
+    if others:
+        ways = "Build on that GPU"
+        if not any(map(_older_than_ampere, (*others, host.target))):
+            ways += ", leave --target out and give --hardware-compatibility ampere-plus"
+        if set(options.targets) <= set(RTX_TARGETS):
+            ways += ", or use --backend tensorrt-rtx"
+        raise UsageError(
+            f"{backend.title} builds for the GPU in this machine ({host.gpu}, {host.target}), "
+            f"not for {', '.join(others)}.",
+            f"{ways}.",
+        )
+    if host.cuda is not None and backend.cuda is not None and host.cuda[0] < backend.cuda:
+        raise MissingDependency(
+            f"{backend.label} was made for CUDA {backend.cuda}, and driver {host.driver} runs "
+            f"CUDA up to {host.cuda[0]}.{host.cuda[1]}.",
+            f"Update the driver, or install the package for CUDA {host.cuda[0]}.",
+        )
+    if options.hardware_compatibility is AMPERE_PLUS and _older_than_ampere(host.target):
+        raise UsageError(
+            f"An ampere-plus plan cannot be built on {host.gpu} ({host.target}).",
+            "Build on a GPU with sm_80 or newer, or leave --hardware-compatibility out.",
+        )
+
+
+def _older_than_ampere(target: str | None) -> bool:
+    return target is not None and int(target.removeprefix("sm_")) < 80

@@ -1,4 +1,4 @@
-"""Many engines: bundles x precisions x targets, from one TOML file.
+"""Which engines to build: of one bundle, or bundles x precisions x targets of a TOML file.
 
 ::
 
@@ -22,37 +22,22 @@ command to resume.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import pydantic
 
-from van_deploy.bundle import Bundle
-from van_deploy.config import BuildOptions
+from van_deploy.config import BatchRange, BuildOptions, EngineSettings
 from van_deploy.config.engines import PlanSettings
 from van_deploy.config.fields import Target, option
+from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import choose_backend
-from van_deploy.engine.build import Progress
-from van_deploy.engine.bundled import build_in_bundle, request_for
+from van_deploy.engine.compatibility import refuse_impossible
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.sidecar import PackageSidecar, Sidecar
-from van_deploy.errors import RecipeError, VanDeployError
+from van_deploy.errors import RecipeError, UsageError, VanDeployError
 from van_deploy.schema import Contradiction, Settings, read_toml
-
-__all__ = [
-    "BUILT",
-    "FAILED",
-    "REUSED",
-    "Cell",
-    "FleetFile",
-    "FleetHost",
-    "Outcome",
-    "build_here",
-    "prepared",
-    "read_fleet",
-]
 
 BUILT, REUSED, FAILED = "built", "reused", "failed"
 
@@ -94,7 +79,7 @@ class FleetFile(Settings):
 
 @dataclass(frozen=True)
 class Cell:
-    """One engine of a fleet.
+    """One engine to build.
 
     Attributes:
         bundle: the bundle's folder.
@@ -163,40 +148,42 @@ def read_fleet(path: Path) -> tuple[Cell, ...]:
     )
 
 
-def prepared(cell: Cell, bundle: Bundle) -> BuildOptions:
-    """Return a cell's options with the bundle's own batches and sizes where the file gives none."""
-    sizes = cell.options.dynamic_size or bundle.manifest.sizes
-    profiles = (bundle.manifest.batch,) if cell.own_profiles else cell.options.profiles
-    return cell.options.changed(profiles=profiles, dynamic_size=sizes)
-
-
-def build_here(
-    cells: tuple[Cell, ...],
-    *,
+def planned_engines(
+    bundle: Path,
+    settings: EngineSettings,
+    batch: BatchRange | None,
+    sizes: SizeRange | None = None,
     host: Host | None = None,
-    force: bool = False,
-    progress: Callable[[Cell], Progress | None] | None = None,
-) -> Iterator[Outcome]:
-    """Build cells one after the other on this machine, and yield each as it ends.
+) -> list[Cell]:
+    """Return the engines asked of one bundle: each precision, for each of the targets.
 
     Args:
-        cells: from :func:`read_fleet`.
+        bundle: which; it need not be there yet.
+        settings: what is asked.
+        batch: the profile where none is asked for.
+        sizes: of graphs with dynamic height and width, where none are asked for.
         host: this machine; None looks.
-        force: build engines even if they are there.
-        progress: asked, for each cell, what to tell about its build.
+
+    Raises:
+        UsageError: nothing builds what is asked.
+        MissingDependency: what builds it is not installed, or wants a GPU.
     """
+    if settings.backend == "inductor":
+        raise UsageError(
+            "A recipe's engines are TensorRT's.",
+            "Build the package with `van-deploy build BUNDLE --backend inductor`.",
+        )
     host = host or host_here()
-    for cell in cells:
-        try:
-            yield _build_one(cell, host, force, progress(cell) if progress else None)
-        except VanDeployError as error:  # noqa: PERF203 - each cell on its own
-            yield Outcome(cell, FAILED, error=error)
-
-
-def _build_one(cell: Cell, host: Host, force: bool, progress: Progress | None) -> Outcome:
-    bundle = Bundle.open(cell.bundle)
-    options = prepared(cell, bundle)
-    backend = choose_backend(cell.host.backend, cell.targets, host.target)
-    request = request_for(bundle, cell.precision, backend, options, host)
-    built = build_in_bundle(request, backend, options, host=host, force=force, progress=progress)
-    return Outcome(cell, REUSED if built.reused else BUILT, built.name, built.sidecar)
+    asked = []
+    for targets in settings.targets or ((),):
+        backend = choose_backend(settings.backend, targets, host.target)
+        served = targets or ((host.target,) if host.target else ())
+        options = settings.of(served if backend.builds_for_absent_gpus else targets, batch, sizes)
+        refuse_impossible(backend, options, host, settings.timing_cache)
+        asked.append((served, options))
+    where = FleetHost(backend=settings.backend)
+    return [
+        Cell(bundle, precision, served, options, where, own_profiles=False)
+        for precision in settings.precisions
+        for served, options in asked
+    ]

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from van_deploy.environment.hardware import Driver, nvidia_driver
 
-__all__ = ["Host", "device_number", "host_here"]
-
 
 @dataclass(frozen=True)
 class Host:

@@ -18,48 +18,33 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from van_deploy.bundle import Artefact, Bundle, Origin
-from van_deploy.config import BatchRange, BuildSettings
-from van_deploy.engine.bundled import ENGINES, enter_files
+from van_deploy.bundle import Bundle
+from van_deploy.config import BuildSettings
+from van_deploy.engine.bundled import enter, existing
+from van_deploy.engine.compatibility import torch_version
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.package import torch_version
 from van_deploy.engine.sidecar import (
     PACKAGE_SCHEMA,
     PackageSidecar,
-    sidecar_path,
     verified_package,
     write_sidecar,
 )
 from van_deploy.environment.hardware import cpu
 from van_deploy.environment.packages import pip_command
 from van_deploy.errors import (
-    BundleError,
     ConversionError,
     InputError,
     MissingDependency,
     UsageError,
 )
 from van_deploy.files import content_key, file_sha256
-from van_deploy.manifest import EngineFacts
 from van_deploy.schema import validated
 
 if TYPE_CHECKING:
     from torch import nn
-
-__all__ = [
-    "INDUCTOR",
-    "PRECISIONS",
-    "PackageRequest",
-    "build_package",
-    "cudnn_tf32",
-    "package_request",
-    "quietly",
-    "refuse_for_packages",
-]
 
 INDUCTOR = "inductor"
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -70,70 +55,36 @@ ONLY_TENSORRT = {
 }
 
 
-@dataclass(frozen=True)
-class PackageRequest:
-    """One package to be built from a bundle.
-
-    Attributes:
-        bundle: the bundle's folder.
-        precision: what it will compute in: one of :data:`PRECISIONS`.
-        device: ``cpu``, or ``cuda:N`` for CUDA's device of that number.
-        batch: the batch sizes it will serve.
-        tf32: let FP32 convolutions compute in TF32.
-        max_autotune: choose kernels by timing them, which takes minutes.
-        fused_kernels: run on the kernels of :mod:`van_deploy.kernels`: on a GPU, in FP16 or
-            BF16, for one batch size.
-    """
-
-    bundle: Path
-    precision: str
-    device: str
-    batch: BatchRange
-    tf32: bool = True
-    max_autotune: bool = False
-    fused_kernels: bool = False
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether it is for a GPU."""
-        return self.device != "cpu"
-
-    def name(self, model: str, target: str) -> str:
-        """Return what the package is called, such as ``van_b1-fp16-sm90-inductor2.11.0``."""
-        marks = "-tuned" * self.max_autotune + "-fused" * self.fused_kernels
-        served = target.replace("sm_", "sm")
-        return f"{model}-{self.precision}-{served}-{INDUCTOR}{torch_version()}{marks}"
-
-
-def package_request(
-    bundle: Bundle,
-    precision: str,
-    device: str | None,
-    host: Host,
-    batch: BatchRange | None = None,
-    **options: Any,
-) -> PackageRequest:
-    """Return what building a package comes to.
+def packages_asked(bundle: Bundle, settings: BuildSettings, host: Host) -> list[BuildSettings]:
+    """Return the settings of each package asked for: of one precision, device and batch range.
 
     Args:
         bundle: with the FP32 graph that the network is read from.
-        precision: what it will compute in.
-        device: ``cpu``, ``cuda:N``, or None for the GPU here if there is one, else the CPU.
+        settings: what the user asks. Without a device it is the GPU here, or else the CPU.
         host: this machine.
-        batch: the batch sizes to serve; None takes the bundle's own.
-        options: ``tf32``, ``max_autotune`` and ``fused_kernels``.
 
     Raises:
-        InputError: nothing is compiled in that precision.
+        InputError: nothing is compiled in a precision.
         MissingDependency: PyTorch or a compiler is missing; the GPU asked for is not here.
-        UsageError: the fused kernels cannot run it.
+        UsageError: something is asked that only TensorRT has, or the fused kernels cannot do.
     """
-    if precision not in PRECISIONS:
+    device = settings.device or ("cpu" if host.gpu is None else "cuda:0")
+    batch = (settings.profiles or (bundle.manifest.batch,))[0]
+    for name in sorted(settings.model_fields_set & ONLY_TENSORRT):
+        option = f"--{name.removesuffix('s').replace('_', '-')}"
+        raise UsageError(
+            f"{option} is TensorRT's, and an Inductor package is asked for.", f"Leave {option} out."
+        )
+    if len(settings.profiles) > 1:
+        raise UsageError(
+            "An Inductor package serves one range of batches, and several are given.",
+            "Give one, such as --batch 1:8:32.",
+        )
+    for precision in set(settings.precisions) - set(PRECISIONS):
         raise InputError(
             f"An Inductor package computes in {', '.join(PRECISIONS)}, not in '{precision}'.",
             "Give one of them with --precision; INT8 is for TensorRT and ONNX Runtime.",
         )
-    device = device or ("cpu" if host.gpu is None else "cuda:0")
     if device != "cpu" and host.gpu is None:
         raise MissingDependency(
             f"A package for {device} is compiled on the GPU that will run it, and none answers "
@@ -151,45 +102,25 @@ def package_request(
             f"Inductor compiles C++, and there is no '{compiler}' here.",
             "Install one (such as Debian's g++), or name it in the environment variable CXX.",
         )
-    batch = batch or bundle.manifest.batch
-    request = PackageRequest(bundle.path, precision, device, batch, **options)
-    if request.fused_kernels and (
-        not request.on_gpu or precision == "fp32" or batch.min != batch.max
-    ):
+    fusable = device != "cpu" and "fp32" not in settings.precisions and batch.min == batch.max
+    if settings.fused_kernels and not fusable:
         raise UsageError(
-            f"The fused kernels run on a GPU, in fp16 or bf16, and for one batch size; {precision} "
-            f"for {device} and batches {batch} is asked for.",
+            "The fused kernels run on a GPU, in fp16 or bf16, and for one batch size; "
+            f"{', '.join(settings.precisions)} for {device} and batches {batch} is asked for.",
             "Give --precision fp16 --batch N:N:N on a GPU, or leave --fused-kernels out.",
         )
-    return request
-
-
-def refuse_for_packages(settings: BuildSettings) -> None:
-    """Return if nothing is asked that only TensorRT has.
-
-    Raises:
-        UsageError: something is.
-    """
-    asked = sorted(settings.model_fields_set & ONLY_TENSORRT)
-    if asked:
-        option = f"--{asked[0].removesuffix('s').replace('_', '-')}"
-        raise UsageError(
-            f"{option} is TensorRT's, and an Inductor package is asked for.", f"Leave {option} out."
-        )
-    if len(settings.profiles) > 1:
-        raise UsageError(
-            "An Inductor package serves one range of batches, and several are given.",
-            "Give one, such as --batch 1:8:32.",
-        )
+    one = {"device": device, "profiles": (batch,)}
+    return [settings.model_copy(update={**one, "precisions": (p,)}) for p in settings.precisions]
 
 
 def build_package(
-    request: PackageRequest, host: Host | None = None, *, force: bool = False
+    path: Path, settings: BuildSettings, host: Host | None = None, *, force: bool = False
 ) -> tuple[PackageSidecar, bool]:
     """Return the package asked for, and whether the bundle held it already.
 
     Args:
-        request: from :func:`package_request`.
+        path: the bundle.
+        settings: from :func:`packages_asked`.
         host: this machine; None looks.
         force: compile it even if it is there.
 
@@ -198,26 +129,27 @@ def build_package(
         ConversionError: the graph is not of a folded network, or PyTorch cannot compile it.
         MissingDependency: the GPU is out of memory.
     """
-    host = host or host_here()
-    bundle = Bundle.open(request.bundle)
+    host, processor = host or host_here(), cpu()
+    bundle, on_gpu, (batch,) = Bundle.open(path), settings.device != "cpu", settings.profiles
     source, onnx = bundle.artefact(SOURCE), bundle.verified(SOURCE)
-    processor = cpu()
-    features = () if request.on_gpu else processor.features
-    target = (host.target or "cuda") if request.on_gpu else platform.machine()
-    name = request.name(bundle.name, target)
-    ingredients = {
-        "onnx": source.files,
+    decided = {
         "torch": torch_version(),
-        "target": target,
-        "cpu_features": list(features),
-        "precision": request.precision,
-        "batch": str(request.batch),
-        "tf32": request.tf32,
-        "max_autotune": request.max_autotune,
-        "fused_kernels": request.fused_kernels,
+        "cpu_features": [] if on_gpu else list(processor.features),
+        "precision": settings.precisions[0],
+        "tf32": settings.tf32,
+        "max_autotune": settings.max_autotune,
     }
-    present = None if force else _present(bundle, name, content_key(ingredients))
-    if present is not None:
+    target = (host.target or "cuda") if on_gpu else platform.machine()
+    ingredients = {
+        **decided,
+        "onnx": source.files,
+        "target": target,
+        "batch": str(batch),
+        "fused_kernels": settings.fused_kernels,
+    }
+    name = _name(bundle.name, target, settings)
+    present = existing(bundle, name, content_key(ingredients), verified_package)
+    if present is not None and not force:
         return present, True
     manifest = bundle.manifest
     if manifest.architecture.out_indices or manifest.sizes:
@@ -227,62 +159,40 @@ def build_package(
             f"'{bundle.path}' is of {what}.",
             "Build an engine, with --backend tensorrt or tensorrt-rtx.",
         )
-    shape = (manifest.architecture.in_chans, *manifest.preprocessing.sides)
+    row = (manifest.architecture.in_chans, *manifest.preprocessing.sides)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="van-deploy-package-") as folder:
         file = Path(folder) / f"{name}.pt2"
-        _compile(_network(onnx, bundle, request), request, shape, file)
+        _compile(_network(onnx, bundle, settings), settings, row, file)
         facts = {
+            **decided,
             "schema": PACKAGE_SCHEMA,
             "name": name,
             "file_sha256": file_sha256(file),
             "file_bytes": file.stat().st_size,
             "onnx_file": source.file,
             "onnx_sha256": source.sha256,
-            "torch": torch_version(),
-            "device": "cuda" if request.on_gpu else "cpu",
+            "device": "cuda" if on_gpu else "cpu",
             "targets": (target,),
-            "cpu_features": features,
-            "built_on": host.gpu if request.on_gpu else processor.name,
-            "precision": request.precision,
-            "tf32": request.tf32 and request.on_gpu,
-            "max_autotune": request.max_autotune,
-            "batch": request.batch,
-            "input_shape": (-1, *shape),
+            "built_on": host.gpu if on_gpu else processor.name,
+            "tf32": settings.tf32 and on_gpu,
+            "batch": batch,
+            "input_shape": (-1, *row),
             "build_seconds": round(time.perf_counter() - start, 3),
         }
         sidecar = write_sidecar(file, validated(PackageSidecar, facts))
-        inside = f"{ENGINES}/{file.name}"
-        artefact = Artefact(
-            name=name,
-            kind="package",
-            precision=sidecar.precision,
-            file=inside,
-            files={inside: ""},
-            made_from=Origin(name=SOURCE, sha256=source.sha256),
-            made_with=ingredients,
-            engine=EngineFacts(
-                backend=f"{INDUCTOR} {sidecar.torch}",
-                targets=sidecar.targets,
-                profiles=(sidecar.batch,),
-                parser_layers=0,
-            ),
-        )
-        enter_files(request.bundle, artefact, (file, sidecar_path(file)))
+        enter(path, source, file, sidecar, ingredients)
     return sidecar, False
 
 
-def _present(bundle: Bundle, name: str, key: str) -> PackageSidecar | None:
-    artefact = bundle.artefacts.get(name)
-    if artefact is None or artefact.key != key:
-        return None
-    try:
-        return verified_package(bundle.verified(name))
-    except (BundleError, InputError):
-        return None
+def _name(model: str, target: str, settings: BuildSettings) -> str:
+    """Return what a package is called, such as ``van_b1-fp16-sm90-inductor2.11.0``."""
+    marks = "-tuned" * settings.max_autotune + "-fused" * settings.fused_kernels
+    served = target.replace("sm_", "sm")
+    return f"{model}-{settings.precisions[0]}-{served}-{INDUCTOR}{torch_version()}{marks}"
 
 
-def _network(onnx: Path, bundle: Bundle, request: PackageRequest) -> nn.Module:
+def _network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> nn.Module:
     """Return the folded network in its precision; the last norm and the head stay in FP32."""
     import torch
     from onnx import load
@@ -299,10 +209,10 @@ def _network(onnx: Path, bundle: Bundle, request: PackageRequest) -> nn.Module:
             return x.to(self.dtype)
 
     network = van_from_onnx(load(onnx), bundle.manifest.architecture).model
-    if request.precision == "fp32":
+    if settings.precisions == ("fp32",):
         return network
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[request.precision]
-    if request.fused_kernels:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[settings.precisions[0]]
+    if settings.fused_kernels:
         from van_deploy.kernels.network import FusedVan
 
         return nn.Sequential(Cast(dtype), FusedVan(network, dtype))
@@ -314,24 +224,23 @@ def _network(onnx: Path, bundle: Bundle, request: PackageRequest) -> nn.Module:
 
 
 def _compile(
-    network: nn.Module, request: PackageRequest, row: tuple[int, int, int], file: Path
+    network: nn.Module, settings: BuildSettings, row: tuple[int, int, int], file: Path
 ) -> None:
     """Write the package of ``network``, whose input is ``(N, *row)`` float32."""
     import torch
 
-    device = torch.device(request.device)
-    batch = request.batch
+    device, (batch,) = torch.device(str(settings.device)), settings.profiles
     configs: dict[str, Any] = {"cpp.dynamic_threads": True}
-    if request.on_gpu:
+    if device.type == "cuda":
         # Without Inductor's templates for convolutions: see AUTOTUNE in runners/pytorch.py.
-        configs = {"max_autotune": request.max_autotune, "max_autotune_conv_backends": "ATEN"}
-        configs |= {"coordinate_descent_tuning": request.max_autotune}
+        configs = {"max_autotune": settings.max_autotune, "max_autotune_conv_backends": "ATEN"}
+        configs |= {"coordinate_descent_tuning": settings.max_autotune}
     dynamic = {}
     if batch.min != batch.max:
         dynamic = {0: torch.export.Dim("batch", min=batch.min, max=batch.max)}
     rows = min(max(2, batch.opt), batch.max)
     try:
-        with quietly(), torch.no_grad(), cudnn_tf32(request.tf32):
+        with quietly(), torch.no_grad(), cudnn_tf32(settings.tf32):
             network = network.to(device).eval()
             example = torch.zeros(rows, *row, device=device)
             program = torch.export.export(network, (example,), dynamic_shapes=(dynamic,))
@@ -346,7 +255,7 @@ def _compile(
     except Exception as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ConversionError(
-            f"PyTorch {torch.__version__} cannot compile the network for {request.device}: "
+            f"PyTorch {torch.__version__} cannot compile the network for {settings.device}: "
             f"{said[0][:300]}",
             "Nothing was written. Try --precision fp32; if that does not help, please report it.",
         ) from error

@@ -1,31 +1,34 @@
-"""What an engine is, without running it."""
+"""What an engine or a package is, without running it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from van_deploy.engine.backend import BACKENDS, Backend, backend_named
+from van_deploy.engine.backend import BACKENDS, backend_named
 from van_deploy.engine.compatibility import Obstacle, obstacles
 from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.load import engine_from_plan, runtime_of
 from van_deploy.engine.log import BuildLog
-from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
+from van_deploy.engine.sidecar import (
+    PackageSidecar,
+    Sidecar,
+    log_path,
+    sidecar_path,
+    verified_package,
+    verified_sidecar,
+)
 from van_deploy.errors import VanDeployError
 from van_deploy.files import file_sha256
 
-__all__ = [
-    "EngineDescription",
-    "Layer",
-    "describe_engine",
-    "layers_from_json",
-    "layers_of",
-]
-
 MALFORMED = 32  # EngineInvalidityDiagnostics.MALFORMED_ENGINE
+NOTES = re.compile(
+    r"(?:After .*layers|(?:Total|Max) .*Memory:|Layer\(|Engine generation completed).*"
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,33 @@ class EngineDescription:
     kind: Literal["engine"] = "engine"
 
 
+@dataclass(frozen=True)
+class PackageDescription:
+    """A package, without loading it.
+
+    Attributes:
+        file: the package.
+        sidecar: what was recorded when it was compiled.
+        obstacles: why it does not run here; empty if it does.
+        kind: says what this describes.
+    """
+
+    file: Path
+    sidecar: PackageSidecar
+    obstacles: tuple[Obstacle, ...]
+    kind: Literal["package"] = "package"
+
+
+def describe_package(path: Path) -> PackageDescription:
+    """Return what is known about the package at ``path``, its digest checked.
+
+    Raises:
+        InputError: package or sidecar is missing, damaged, edited or swapped.
+    """
+    sidecar = verified_package(path)
+    return PackageDescription(path, sidecar, obstacles(sidecar, host_here()))
+
+
 def describe_engine(
     path: Path, host: Host | None = None, *, trust_engine: bool = False
 ) -> EngineDescription:
@@ -94,8 +124,9 @@ def describe_engine(
     """
     sidecar: Sidecar | None = None
     found: tuple[Obstacle, ...] = ()
-    sound = None
     layers: tuple[Layer, ...] = ()
+    notes: tuple[str, ...] = ()
+    sound, log = None, log_path(path)
     if trust_engine and path.is_file() and not sidecar_path(path).exists():
         layers, skipped = _layers_of(path, BACKENDS)
     else:
@@ -105,7 +136,7 @@ def describe_engine(
         if not found:
             host_code = sidecar.options.version_compatible
             layers, skipped = _layers_of(path, (sidecar.backend,), host_code=host_code)
-    log = log_path(path)
+        notes = _build_notes(log)
     return EngineDescription(
         file=path,
         plan_sha256=sidecar.plan_sha256 if sidecar else file_sha256(path),
@@ -116,7 +147,7 @@ def describe_engine(
         layers=layers,
         layers_skipped=skipped,
         log=log if log.is_file() else None,
-        build_notes=_build_notes(log) if sidecar and log.is_file() else (),
+        build_notes=notes,
     )
 
 
@@ -124,29 +155,19 @@ def _layers_of(
     path: Path, backends: Iterable[str], *, host_code: bool = False
 ) -> tuple[tuple[Layer, ...], str]:
     """Return the layers of a plan by the first backend that loads it, or why none does."""
-    tried = {}
+    tried = []
     for name in backends:
         try:
-            return layers_of(path, backend_named(name), host_code=host_code), ""
+            backend, log = backend_named(name), BuildLog()
+            runtime, _logger = runtime_of(backend, log)
+            engine = engine_from_plan(runtime, backend, path, log, host_code=host_code)
         except VanDeployError as error:  # noqa: PERF203 - each backend on its own
-            tried[name] = error.message.rstrip(".")
-    return (), "; ".join(f"{name}: {why}" for name, why in tried.items())
-
-
-def layers_of(path: Path, backend: Backend, *, host_code: bool = False) -> tuple[Layer, ...]:
-    """Return the layers of a plan; needs the GPU it was built for.
-
-    ``host_code`` is that of :func:`~van_deploy.engine.load.engine_from_plan`.
-
-    Raises:
-        ConversionError: the plan does not load.
-    """
-    trt, log = backend.module, BuildLog()
-    runtime, _logger = runtime_of(backend, log)
-    engine = engine_from_plan(runtime, backend, path, log, host_code=host_code)
-    inspector = engine.create_engine_inspector()
-    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    return layers_from_json(text)
+            tried.append(f"{name}: {error.message.rstrip('.')}")
+        else:
+            kind = backend.module.LayerInformationFormat.JSON
+            text = engine.create_engine_inspector().get_engine_information(kind)
+            return layers_from_json(text), ""
+    return (), "; ".join(tried)
 
 
 def layers_from_json(text: str) -> tuple[Layer, ...]:
@@ -158,22 +179,19 @@ def layers_from_json(text: str) -> tuple[Layer, ...]:
     >>> layers_from_json('{"Layers": ["conv"]}')[0].name
     'conv'
     """
-    document = json.loads(text)
-    return tuple(_layer(entry) for entry in document.get("Layers", ()))
+    return tuple(_layer(entry) for entry in json.loads(text).get("Layers", ()))
 
 
 def _layer(entry: str | Mapping[str, Any]) -> Layer:
     if isinstance(entry, str):
         return Layer(entry, "", "", ())
-    outputs: Sequence[Mapping[str, Any]] = entry.get("Outputs") or ({},)
-    types = outputs[0].get("Format/Datatype") or outputs[0].get("Datatype") or ""
-    metadata = str(entry.get("Metadata", ""))
-    nodes = tuple(
-        part.removeprefix("[ONNX Layer: ").removesuffix("]")
-        for part in metadata.replace("][", "]\x1f[").split("\x1f")
-        if part.startswith("[ONNX Layer: ")
+    output: Mapping[str, Any] = (entry.get("Outputs") or ({},))[0]
+    return Layer(
+        str(entry.get("Name", "")),
+        str(entry.get("LayerType", "")),
+        str(output.get("Format/Datatype") or output.get("Datatype") or ""),
+        tuple(re.findall(r"\[ONNX Layer: (.*?)\](?=\[|$)", str(entry.get("Metadata", "")))),
     )
-    return Layer(str(entry.get("Name", "")), str(entry.get("LayerType", "")), str(types), nodes)
 
 
 def _is_sound(path: Path, sidecar: Sidecar) -> bool | None:
@@ -194,12 +212,9 @@ def _is_sound(path: Path, sidecar: Sidecar) -> bool | None:
 
 def _build_notes(log: Path) -> tuple[str, ...]:
     """Return the lines of a build log about what became of the layers."""
-    wanted = ("layers", "Layer(", "Memory:", "Engine generation completed")
-    found = []
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        text = line.removeprefix("[V] ").removeprefix("[I] ")
-        if text.startswith(("After ", "Total ", "Max ", "Layer(", "Engine generation")) and any(
-            sign in text for sign in wanted
-        ):
-            found.append(text if len(text) <= 200 else text[:197] + "...")
-    return tuple(dict.fromkeys(found))
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    lines = (line.removeprefix("[V] ").removeprefix("[I] ") for line in text.splitlines())
+    notes = (
+        line if len(line) <= 200 else line[:197] + "..." for line in lines if NOTES.match(line)
+    )
+    return tuple(dict.fromkeys(notes))

@@ -15,34 +15,30 @@ import ctypes
 import os
 import sys
 
-__all__ = ["addresses_are_fixed", "main"]
-
 ADDR_NO_RANDOMIZE = 0x0040000  # <sys/personality.h>
 ASK = 0xFFFFFFFF  # returns the current personality and changes nothing
+FORBIDDEN = -1
 
 
 def addresses_are_fixed() -> bool:
     """Return whether this process was started with fixed addresses."""
     current = _personality(ASK)
-    return current is not None and bool(current & ADDR_NO_RANDOMIZE)
+    return current != FORBIDDEN and bool(current & ADDR_NO_RANDOMIZE)
 
 
 def main() -> None:
     """Become ``python -m MODULE`` (the first argument), with fixed addresses if that is allowed."""
     current = _personality(ASK)
-    if current is not None:
+    if current != FORBIDDEN:
         _personality(current | ADDR_NO_RANDOMIZE)
     os.execv(sys.executable, [sys.executable, "-m", *sys.argv[1:]])
 
 
-def _personality(value: int) -> int | None:
-    """Call ``personality(2)``; None where there is none or it is forbidden."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
+def _personality(value: int) -> int:
+    """Call Linux's ``personality(2)``."""
+    libc = ctypes.CDLL(None)
     libc.personality.argtypes = [ctypes.c_ulong]
-    answer = int(libc.personality(value))
-    return None if answer == -1 else answer
+    return int(libc.personality(value))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from van_deploy.engine.backend import Backend
 from van_deploy.engine.catalogue import build_failure, load_failure
 from van_deploy.engine.log import BuildLog, trt_logger
 
-__all__ = ["builder_of", "engine_from_plan", "runtime_of"]
-
 
 def builder_of(backend: Backend, log: BuildLog, source: str) -> tuple[Any, Any]:
     """Return a builder and its logger, which has to be kept alive.

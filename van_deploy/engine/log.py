@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["BuildLog", "memory_facts", "trt_logger", "warnings_summary"]
-
 _MEMORY = {
-    "weights_bytes": re.compile(r"Total Weights Memory: (\d+) bytes"),
-    "activation_bytes": re.compile(r"Total Activation Memory: (\d+) bytes"),
-    "scratch_bytes": re.compile(r"Max Scratch Memory: (\d+) bytes"),
+    "weights_bytes": r"Total Weights Memory: (\d+) bytes",
+    "activation_bytes": r"Total Activation Memory: (\d+) bytes",
+    "scratch_bytes": r"Max Scratch Memory: (\d+) bytes",
 }
 
 
@@ -27,19 +26,15 @@ class BuildLog:
 
     entries: list[tuple[str, str]] = field(default_factory=list)
 
-    def of(self, *severities: str) -> list[str]:
-        """Return the messages of these severities."""
-        return [text for severity, text in self.entries if severity in severities]
-
     @property
     def errors(self) -> list[str]:
         """The errors, each once."""
-        return list(dict.fromkeys(self.of("ERROR", "INTERNAL_ERROR")))
+        return list(dict.fromkeys(text for kind, text in self.entries if kind.endswith("ERROR")))
 
     @property
     def warnings(self) -> list[str]:
         """The warnings as they came."""
-        return self.of("WARNING")
+        return [text for kind, text in self.entries if kind == "WARNING"]
 
     def text(self) -> str:
         """Return the log as a file holds it: one letter for the severity, then the message."""
@@ -65,12 +60,8 @@ def memory_facts(log: BuildLog) -> dict[str, int]:
     ``weights_bytes``, ``activation_bytes`` and ``scratch_bytes`` (part of the
     activations) at the largest batch.
     """
-    found: dict[str, int] = {}
-    for text in log.of("INFO", "VERBOSE"):
-        for name, pattern in _MEMORY.items():
-            if match := pattern.search(text):
-                found[name] = max(found.get(name, 0), int(match[1]))
-    return found
+    found = {name: [int(size) for size in re.findall(p, log.text())] for name, p in _MEMORY.items()}
+    return {name: max(sizes) for name, sizes in found.items() if sizes}
 
 
 def warnings_summary(warnings: list[str]) -> Mapping[str, int]:
@@ -79,9 +70,5 @@ def warnings_summary(warnings: list[str]) -> Mapping[str, int]:
     >>> dict(warnings_summary(["a.cpp:12: odd 1", "a.cpp:14: odd 2", "other"]))
     {'odd N': 2, 'other': 1}
     """
-    summary: dict[str, int] = {}
-    for text in warnings:
-        plain = re.sub(r"^\S+\.cpp:\d+: ", "", text)
-        key = " ".join(re.sub(r"\b\d+(\.\d+)?\b", "N", plain).split())
-        summary[key] = summary.get(key, 0) + 1
-    return summary
+    plain = (re.sub(r"^\S+\.cpp:\d+: ", "", text) for text in warnings)
+    return Counter(" ".join(re.sub(r"\b\d+(\.\d+)?\b", "N", text).split()) for text in plain)

@@ -8,9 +8,9 @@ common file system. They need this package, and TensorRT for their GPU.
 from __future__ import annotations
 
 import contextlib
+import platform
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,13 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import BuildOptions
 from van_deploy.engine.backend import choose_backend
 from van_deploy.engine.build import engine_from_onnx, engine_name
-from van_deploy.engine.bundled import EngineRequest, enter_engine, existing_engine, request_for
-from van_deploy.engine.fleet import BUILT, FAILED, REUSED, Cell, Outcome, prepared
+from van_deploy.engine.bundled import enter, existing_engine, prepared, request_for
+from van_deploy.engine.fleet import BUILT, FAILED, REUSED, Cell, Outcome
 from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.sidecar import Sidecar, log_path, sidecar_path, verified_sidecar
+from van_deploy.engine.sidecar import Sidecar, verified_sidecar
 from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.ray_tasks import RayDone, RayTask, require_ray, run_on_ray
-
-__all__ = ["Delivery", "build_on_ray", "task_resources"]
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """What a task gives back.
-
-    Attributes:
-        where: the host that built it.
-        files: plan, sidecar and log by suffix; none where there is no plan.
-        sidecar: what is known about the plan; None if there is none.
-        error: class name, message and remedy of what went wrong.
-    """
-
-    where: str
-    files: dict[str, bytes] = field(default_factory=dict)
-    sidecar: Sidecar | None = None
-    error: tuple[str, str, str] = ("", "The Ray task built nothing.", "")
 
 
 def task_resources(cell: Cell) -> dict[str, Any]:
@@ -53,8 +34,8 @@ def task_resources(cell: Cell) -> dict[str, Any]:
     time kernels have it to themselves; any other takes two cores anywhere.
     """
     if cell.host.accelerator_type:
-        return {"num_gpus": 1, "accelerator_type": cell.host.accelerator_type, "max_retries": 0}
-    return {"num_cpus": 2, "max_retries": 0}
+        return {"num_gpus": 1, "accelerator_type": cell.host.accelerator_type}
+    return {"num_cpus": 2}
 
 
 def build_on_ray(
@@ -75,46 +56,42 @@ def build_on_ray(
     tasks = []
     for cell in cells:
         try:
-            outcome, arguments = _prepare(cell, force)
+            todo = _prepared(cell, force)
         except VanDeployError as error:
-            yield Outcome(cell, FAILED, error=error)
-            continue
-        if outcome is not None:
-            yield outcome
+            todo = Outcome(cell, FAILED, error=error)
+        if isinstance(todo, Outcome):
+            yield todo
         else:
-            tasks.append(RayTask(cell, arguments, task_resources(cell)))
-    for done in run_on_ray(_deliver, tasks, address=address):
-        yield _finish(done)
+            tasks.append(todo)
+    yield from map(_finished, run_on_ray(_deliver, tasks, address=address))
 
 
-def _prepare(cell: Cell, force: bool) -> tuple[Outcome | None, tuple[Any, ...]]:
-    """Return the cell's outcome if its engine is there, or else the task's arguments."""
+def _prepared(cell: Cell, force: bool) -> Outcome | RayTask:
+    """Return the cell's outcome if its engine is there, or else the task that builds it."""
     bundle = Bundle.open(cell.bundle)
     options = prepared(cell, bundle)
-    onnx, artefact = bundle.verified(cell.precision), bundle.artefact(cell.precision)
-    if len([f for f in artefact.files if ".onnx" in f]) > 1:
+    onnx, source = bundle.verified(cell.precision), bundle.artefact(cell.precision)
+    if len([f for f in source.files if ".onnx" in f]) > 1:
         raise ConversionError(
             f"'{onnx}' keeps its weights in a second file; Ray tasks take one file.",
             "Build this one without --on ray.",
         )
     present = None if force else _present(bundle, cell, options)
     if present is not None:
-        return Outcome(cell, REUSED, present.name, present), ()
-    preprocessing = bundle.manifest.preprocessing
-    model = (bundle.name, artefact.precision)
-    return None, (onnx.read_bytes(), model, cell, options, preprocessing)
+        return Outcome(cell, REUSED, present.name, present)
+    model = (bundle.name, source.precision, bundle.manifest.preprocessing)
+    return RayTask((cell, source), (onnx.read_bytes(), model, cell, options), task_resources(cell))
 
 
 def _present(bundle: Bundle, cell: Cell, options: BuildOptions) -> Sidecar | None:
     """Return the cell's engine if the bundle holds it.
 
-    Where this machine has the back end, its version counts too. Otherwise only
+    Where this machine has the backend, its version counts too. Otherwise only
     the file, the options and the targets can be compared.
     """
     if not cell.host.accelerator_type:
         with contextlib.suppress(MissingDependency):
-            backend = choose_backend(cell.host.backend, cell.targets, None)
-            return existing_engine(request_for(bundle, cell.precision, backend, options, Host()))
+            return existing_engine(request_for(cell, Host()))
     source = bundle.artefact(cell.precision).sha256
     for name, artefact in bundle.artefacts.items():
         made = artefact.made_with
@@ -131,86 +108,56 @@ def _present(bundle: Bundle, cell: Cell, options: BuildOptions) -> Sidecar | Non
 def _deliver(
     shared: None,
     onnx: bytes,
-    model: tuple[str, str],
+    model: tuple[str, str, Preprocessing],
     cell: Cell,
     options: BuildOptions,
-    preprocessing: Preprocessing,
-) -> Delivery:
-    """Build one engine on the machine this task runs on; ``model`` is its name and precision."""
-    import platform
+) -> tuple[str, dict[str, bytes] | VanDeployError]:
+    """Build one engine on the machine this task runs on.
 
-    host, where = host_here(), platform.node()
-    try:
-        backend = choose_backend(cell.host.backend, cell.targets, host.target)
-        name = engine_name(model[0], cell.precision, backend, options, host)
-        with tempfile.TemporaryDirectory(prefix="van-deploy-engine-") as folder:
-            source = Path(folder) / f"{model[0]}.{cell.precision}.onnx"
+    Returns:
+        The machine's name, and the three files by name or what went wrong. ``model`` is the
+        network's name, precision and preprocessing.
+    """
+    name, precision, preprocessing = model
+    host = host_here()
+    with tempfile.TemporaryDirectory(prefix="van-deploy-engine-") as folder:
+        try:
+            backend = choose_backend(cell.host.backend, cell.targets, host.target)
+            source = Path(folder) / f"{name}.{cell.precision}.onnx"
             source.write_bytes(onnx)
-            plan = Path(folder) / f"{name}.plan"
-            sidecar = engine_from_onnx(
+            made = Path(folder) / "made"
+            engine_from_onnx(
                 source,
-                plan,
+                made / f"{engine_name(name, cell.precision, backend, options, host)}.plan",
                 backend=backend,
                 options=options,
-                precision=model[1],
+                precision=precision,
                 host=host,
                 preprocessing=preprocessing,
             )
-            files = {path.suffix: path.read_bytes() for path in _three(plan)}
-        return Delivery(where, files, sidecar)
-    except VanDeployError as error:
-        told = (type(error).__name__, error.message, error.remedy)
-        return Delivery(where, error=told)
+        except VanDeployError as error:
+            return platform.node(), error
+        return platform.node(), {path.name: path.read_bytes() for path in made.iterdir()}
 
 
-def _finish(done: RayDone) -> Outcome:
+def _finished(done: RayDone) -> Outcome:
     """Put what a task delivered into the cell's bundle."""
-    from van_deploy import errors
-
-    cell: Cell = done.tag
+    cell, source = done.tag
     if done.failure:
         failure = ConversionError(
             f"The Ray task ended without an engine: {done.failure}", "Run it again."
         )
         return Outcome(cell, FAILED, error=failure)
-    delivery: Delivery = done.result
-    sidecar = delivery.sidecar
-    if sidecar is None:
-        kind, message, remedy = delivery.error
-        failed = getattr(errors, kind, ConversionError)(message, remedy)
-        return Outcome(cell, FAILED, error=failed, where=delivery.where)
-    try:
-        _enter(cell, delivery, sidecar)
-    except VanDeployError as error:
-        return Outcome(cell, FAILED, sidecar.name, error=error, where=delivery.where)
-    return Outcome(cell, BUILT, sidecar.name, sidecar, where=delivery.where)
-
-
-def _enter(cell: Cell, delivery: Delivery, sidecar: Sidecar) -> None:
-    bundle = Bundle.open(cell.bundle)
-    artefact = bundle.artefact(cell.precision)
-    request = EngineRequest(
-        bundle=bundle.path,
-        name=sidecar.name,
-        source=cell.precision,
-        precision=artefact.precision,
-        onnx=bundle.path / artefact.file,
-        onnx_sha256=sidecar.onnx_sha256,
-        ingredients={
-            "onnx": {file: sha for file, sha in artefact.files.items() if ".onnx" in file},
-            "backend": sidecar.backend,
-            "backend_version": sidecar.backend_version,
-            "targets": sidecar.targets,
-            "options": sidecar.options.as_dict(),
-        },
-        preprocessing=sidecar.preprocessing,
-    )
+    where, delivered = done.result
+    if isinstance(delivered, VanDeployError):
+        return Outcome(cell, FAILED, error=delivered, where=where)
     with tempfile.TemporaryDirectory(prefix="van-deploy-engine-") as folder:
-        plan = Path(folder) / f"{sidecar.name}.plan"
-        for path in _three(plan):
-            path.write_bytes(delivery.files[path.suffix])
-        enter_engine(request, plan, sidecar)
-
-
-def _three(plan: Path) -> tuple[Path, Path, Path]:
-    return plan, sidecar_path(plan), log_path(plan)
+        for name, data in delivered.items():
+            (Path(folder) / name).write_bytes(data)
+        plan = next(Path(folder).glob("*.plan"))
+        try:
+            sidecar = verified_sidecar(plan)
+            enter(cell.bundle, source, plan, sidecar)
+        except VanDeployError as error:
+            return Outcome(cell, FAILED, plan.stem, error=error, where=where)
+    return Outcome(cell, BUILT, sidecar.name, sidecar, where=where)

@@ -8,7 +8,7 @@ loaded, and a digest of its own, so that an edit shows.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final, Literal, TypeVar
+from typing import Annotated, ClassVar, Final, Literal, TypeVar
 
 from pydantic import Field
 
@@ -21,20 +21,6 @@ from van_deploy.manifest import Precision
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.schema import Schema
 from van_deploy.versioned import Versioned, read_versioned
-
-__all__ = [
-    "PACKAGE_SCHEMA",
-    "SCHEMA",
-    "PackageSidecar",
-    "Sidecar",
-    "Tensor",
-    "log_path",
-    "read_sidecar",
-    "sidecar_path",
-    "verified_package",
-    "verified_sidecar",
-    "write_sidecar",
-]
 
 SCHEMA: Final = "van-deploy/engine/2"
 PACKAGE_SCHEMA: Final = "van-deploy/inductor/1"
@@ -56,14 +42,17 @@ class Tensor(Schema):
 
 
 class _Vouching(Versioned):
-    """A sidecar of any kind."""
+    """A sidecar of any kind: what both have, and where the digest of the file it speaks of is."""
 
+    WHAT: ClassVar[str]
+    DIGEST: ClassVar[str]
+    name: FileName
+    onnx_file: Text
+    onnx_sha256: Text
+    precision: Precision
+    targets: tuple[Text, ...]
+    build_seconds: float
     sidecar_sha256: Text = ""
-
-    @property
-    def vouched(self) -> str:
-        """SHA-256 of the file it speaks of."""
-        raise NotImplementedError
 
     def digest(self) -> str:
         """Return what :attr:`sidecar_sha256` has to be."""
@@ -106,24 +95,20 @@ class Sidecar(_Vouching):
         sidecar_sha256: digest of all the rest.
     """
 
+    WHAT = "plan"
+    DIGEST = "plan_sha256"
     schema_: Literal["van-deploy/engine/2"] = Field(alias="schema")
-    name: FileName
     plan_sha256: Text
     plan_bytes: Count
-    onnx_file: Text
-    onnx_sha256: Text
     backend: Literal["tensorrt", "tensorrt-rtx"]
     backend_version: Text
     cuda: Count | None
-    precision: Precision
-    targets: tuple[Text, ...]
     built_on: Text | None
     options: BuildOptions
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     parser_layers: Count
     parse_seconds: float
-    build_seconds: float
     peak_memory_bytes: Count
     workspace_bytes: Count
     device_memory: dict[Text, Count]
@@ -131,7 +116,6 @@ class Sidecar(_Vouching):
     fixed_addresses: bool
     reproducible: bool | None = None
     preprocessing: Annotated[Preprocessing, Kept] | None = None
-    sidecar_sha256: Text = ""
 
     @property
     def profiles(self) -> tuple[BatchRange, ...]:
@@ -139,9 +123,9 @@ class Sidecar(_Vouching):
         return self.options.profiles
 
     @property
-    def vouched(self) -> str:
-        """SHA-256 of the plan."""
-        return self.plan_sha256
+    def made_by(self) -> str:
+        """Backend and version."""
+        return f"{self.backend} {self.backend_version}"
 
 
 class PackageSidecar(_Vouching):
@@ -170,39 +154,41 @@ class PackageSidecar(_Vouching):
         sidecar_sha256: digest of all the rest.
     """
 
+    WHAT = "package"
+    DIGEST = "file_sha256"
     schema_: Literal["van-deploy/inductor/1"] = Field(alias="schema")
-    name: FileName
     file_sha256: Text
     file_bytes: Count
-    onnx_file: Text
-    onnx_sha256: Text
     torch: Text
     device: Literal["cpu", "cuda"]
-    targets: tuple[Text, ...]
     cpu_features: tuple[Text, ...]
     built_on: Text
-    precision: Precision
     tf32: bool
     max_autotune: bool
     batch: BatchRange
     input_shape: tuple[Annotated[int, Field(ge=-1, lt=2**31)], ...]
-    build_seconds: float
-    sidecar_sha256: Text = ""
+    parser_layers: ClassVar[int] = 0
 
     @property
-    def vouched(self) -> str:
-        """SHA-256 of the package."""
-        return self.file_sha256
+    def profiles(self) -> tuple[BatchRange, ...]:
+        """The batch sizes it serves."""
+        return (self.batch,)
+
+    @property
+    def made_by(self) -> str:
+        """Backend and version."""
+        return f"inductor {self.torch}"
 
 
 def sidecar_path(plan: Path) -> Path:
     """Return where the sidecar of ``plan`` is."""
-    return _beside(plan, ".json")
+    # Names hold dots, so with_suffix will not do.
+    return plan.with_name(plan.name.removesuffix(".plan").removesuffix(".pt2") + ".json")
 
 
 def log_path(plan: Path) -> Path:
     """Return where the build log of ``plan`` is."""
-    return _beside(plan, ".log")
+    return sidecar_path(plan).with_suffix(".log")
 
 
 def write_sidecar(plan: Path, sidecar: Vouching) -> Vouching:
@@ -212,22 +198,13 @@ def write_sidecar(plan: Path, sidecar: Vouching) -> Vouching:
     return complete
 
 
-def read_sidecar(plan: Path) -> Sidecar:
-    """Return the sidecar of ``plan``; the plan is not looked at.
-
-    Raises:
-        InputError: there is none, it cannot be read, or it was edited.
-    """
-    return _read(plan, Sidecar)
-
-
 def verified_sidecar(plan: Path) -> Sidecar:
     """Return the sidecar of ``plan`` after making sure that the plan is the one it speaks of.
 
     Raises:
         InputError: plan or sidecar is missing, damaged, edited or swapped.
     """
-    return _verified(plan, Sidecar, "plan")
+    return _verified(plan, Sidecar)
 
 
 def verified_package(package: Path) -> PackageSidecar:
@@ -236,11 +213,13 @@ def verified_package(package: Path) -> PackageSidecar:
     Raises:
         InputError: package or sidecar is missing, damaged, edited or swapped.
     """
-    return _verified(package, PackageSidecar, "package")
+    return _verified(package, PackageSidecar)
 
 
-def _read(file: Path, model: type[Vouching]) -> Vouching:
+def _verified(file: Path, model: type[Vouching]) -> Vouching:
     path = sidecar_path(file)
+    if not file.is_file():
+        raise InputError(f"There is no engine '{file}'.", REBUILD)
     if not path.is_file():
         raise InputError(
             f"'{file}' has no sidecar: '{path.name}' is not beside it. Loading it runs the "
@@ -254,23 +233,11 @@ def _read(file: Path, model: type[Vouching]) -> Vouching:
         raise InputError(
             f"'{path}' was edited after it was written: its digest does not match.", REBUILD
         )
-    return sidecar
-
-
-def _verified(file: Path, model: type[Vouching], what: str) -> Vouching:
-    if not file.is_file():
-        raise InputError(f"There is no engine '{file}'.", REBUILD)
-    sidecar = _read(file, model)
-    actual = file_sha256(file)
-    if actual != sidecar.vouched:
+    actual, expected = file_sha256(file), str(getattr(sidecar, model.DIGEST))
+    if actual != expected:
         raise InputError(
-            f"'{file}' is not the {what} its sidecar speaks of: its SHA-256 is {actual[:12]}..., "
-            f"the sidecar says {sidecar.vouched[:12]}.... It was damaged or swapped.",
+            f"'{file}' is not the {model.WHAT} its sidecar speaks of: its SHA-256 is "
+            f"{actual[:12]}..., the sidecar says {expected[:12]}.... It was damaged or swapped.",
             REBUILD,
         )
     return sidecar
-
-
-def _beside(plan: Path, suffix: str) -> Path:
-    """Return the file of the plan's stem; names hold dots, so ``with_suffix`` will not do."""
-    return plan.with_name(plan.name.removesuffix(".plan").removesuffix(".pt2") + suffix)

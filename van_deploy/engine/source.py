@@ -13,22 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from van_deploy.config import BatchRange
-from van_deploy.config.sizes import SizeRange
+from van_deploy.config import BuildOptions
 from van_deploy.errors import InputError
 from van_deploy.external_weights import external_files_of, require_beside
 from van_deploy.files import file_sha256
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto
-
-__all__ = ["MAX_OPSET", "MIN_OPSET", "OnnxSource", "read_source"]
+    from onnx import ModelProto, ValueInfoProto
 
 MIN_OPSET = 9
 MAX_OPSET = 25
 """What TensorRT 11's parser supports: NVIDIA's ONNX opset guide."""
 
 IMAGE_CHANNELS = {1, 3, 4}
+SILENT = {
+    "DOUBLE": "float64, which TensorRT would narrow to float32",
+    "STRING": "text, which TensorRT does not have",
+    "COMPLEX64": "complex numbers, which TensorRT does not have",
+    "COMPLEX128": "complex numbers, which TensorRT does not have",
+}
 EXPORT_AGAIN = "Export the model again, for instance with `van-deploy export`."
 
 
@@ -39,46 +42,29 @@ class OnnxSource:
     Attributes:
         path: where it is.
         sha256: of the file; external weights are not in it.
-        opset: of the standard operators.
-        input_name: its one input.
-        input_shape: with -1 for the batch if that is free, and for height and width.
-        nodes: how many there are.
+        input_shape: with -1 for the batch if that is dynamic, and for height and width.
         has_external_weights: whether some weights are in a file beside it.
     """
 
     path: Path
     sha256: str
-    opset: int
-    input_name: str
     input_shape: tuple[int, ...]
-    nodes: int
     has_external_weights: bool
 
-    def refuse_profile(self, profile: BatchRange) -> None:
-        """Return if the graph can be run at every batch size of ``profile``.
+    def refuse(self, options: BuildOptions) -> None:
+        """Return if the graph can be run at every batch and image size that is asked for.
 
         Raises:
-            InputError: its batch is fixed at another size.
+            InputError: its batch or size is fixed at another; or its size is dynamic and none
+                are given.
         """
-        fixed = self.input_shape[0]
-        if fixed != -1 and {profile.min, profile.opt, profile.max} != {fixed}:
-            raise InputError(
-                f"'{self.path}' has a fixed batch of {fixed}, so it cannot serve {profile}.",
-                f"Use --batch {fixed}:{fixed}:{fixed}, or export it with a free batch.",
-            )
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """The axes of height and width: behind the channels, or before those of bytes."""
-        last = self.input_shape[-1]
-        return (1, 2) if last in IMAGE_CHANNELS else (2, 3)
-
-    def refuse_sizes(self, sizes: SizeRange | None) -> None:
-        """Return if the graph can be run at every size of ``sizes``.
-
-        Raises:
-            InputError: its size is fixed, or is dynamic and none are given.
-        """
+        fixed, sizes = self.input_shape[0], options.dynamic_size
+        for profile in options.profiles if fixed != -1 else ():
+            if {profile.min, profile.opt, profile.max} != {fixed}:
+                raise InputError(
+                    f"'{self.path}' has a fixed batch of {fixed}, so it cannot serve {profile}.",
+                    f"Use --batch {fixed}:{fixed}:{fixed}, or export it with a dynamic batch.",
+                )
         dynamic = len(self.input_shape) == 4 and -1 in self.input_shape[1:]
         if dynamic and sizes is None:
             raise InputError(
@@ -99,28 +85,6 @@ def read_source(path: Path) -> OnnxSource:
         InputError: it is not ONNX, is damaged, or holds something TensorRT would
             take without a word and change.
     """
-    model = _load(path)
-    others = external_files_of(model)
-    require_beside(path, others, None)
-    opset = _opset(model, path)
-    for problem in (*_structure(model, path), *_types(model.graph)):
-        raise InputError(f"'{path}': {problem}.", EXPORT_AGAIN)
-    value = _inputs(model.graph)[0]
-    shape = _shape(value)
-    nodes = len(model.graph.node)
-    source = OnnxSource(path, file_sha256(path), opset, value.name, shape, nodes, bool(others))
-    free = {axis for axis, size in enumerate(shape) if size == -1 and axis > 0}
-    if free - {*source.sides} or len(free) == 1:
-        raise InputError(
-            f"'{path}': the input '{value.name}' is free along axis "
-            f"{', '.join(map(str, sorted(free)))}; engines here have a free batch (axis 0), and "
-            "height and width together.",
-            "Export it with a fixed image size, or with --dynamic-size.",
-        )
-    return source
-
-
-def _load(path: Path) -> ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -132,72 +96,60 @@ def _load(path: Path) -> ModelProto:
         raise InputError(
             f"'{path}' is not an ONNX file, or it is damaged.", EXPORT_AGAIN
         ) from error
-    if not model.graph.node:
-        raise InputError(f"'{path}' is not an ONNX file: it holds no operator.", EXPORT_AGAIN)
-    return model
+    others = external_files_of(model)
+    require_beside(path, others, None)
+    for problem in _problems(model):
+        raise InputError(f"'{path}' {problem}.", EXPORT_AGAIN)
+    dims = _inputs(model)[0].type.tensor_type.shape.dim
+    shape = tuple(int(d.dim_value) if d.HasField("dim_value") else -1 for d in dims)
+    return OnnxSource(path, file_sha256(path), shape, bool(others))
 
 
-def _opset(model: ModelProto, path: Path) -> int:
+def _inputs(model: ModelProto) -> list[ValueInfoProto]:
+    """Return the inputs that are not weights (old files list both)."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in weights]
+
+
+def _problems(model: ModelProto) -> Iterator[str]:
+    """Yield what TensorRT would misread, each the end of a sentence about the file."""
+    from onnx import TensorProto
+
+    graph, inputs = model.graph, _inputs(model)
+    if not graph.node:
+        yield "is not an ONNX file: it holds no operator"
     versions = {entry.domain: entry.version for entry in model.opset_import}
     opset = int(versions.get("", versions.get("ai.onnx", 0)))
     if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise InputError(
-            f"'{path}' uses ONNX opset {opset}; TensorRT's parser knows {MIN_OPSET} to "
-            f"{MAX_OPSET} and would read its operators as those it knows.",
-            "Export it again with `--opset 20`.",
+        yield (
+            f"uses ONNX opset {opset}; TensorRT's parser knows {MIN_OPSET} to {MAX_OPSET} and "
+            "would read its operators as those it knows (--opset 20 exports one of them)"
         )
-    return opset
-
-
-def _structure(model: ModelProto, path: Path) -> Iterator[str]:
-    inputs = _inputs(model.graph)
     if len(inputs) != 1:
-        yield f"it has {len(inputs)} inputs; a VAN has one, the images"
-    elif not _shape(inputs[0]):
-        yield f"the input '{inputs[0].name}' has no shape"
-
-
-def _types(graph: GraphProto) -> Iterator[str]:
-    from onnx import TensorProto
-
-    silent: dict[int, str] = {
-        TensorProto.DOUBLE: "float64, which TensorRT would narrow to float32",
-        TensorProto.STRING: "text, which TensorRT does not have",
-        TensorProto.COMPLEX64: "complex numbers, which TensorRT does not have",
-        TensorProto.COMPLEX128: "complex numbers, which TensorRT does not have",
-    }
-    for value in (*_inputs(graph), *graph.output):
-        kind = value.type.tensor_type.elem_type
+        yield f"has {len(inputs)} inputs; a VAN has one, the images"
+        return
+    dims = inputs[0].type.tensor_type.shape.dim
+    if not dims:
+        yield f"has an input '{inputs[0].name}' without a shape"
+        return
+    free = {axis for axis, dim in enumerate(dims) if axis and not dim.HasField("dim_value")}
+    sides = {1, 2} if dims[-1].dim_value in IMAGE_CHANNELS else {2, 3}  # of bytes, or behind them
+    if free and free != sides:
+        yield (
+            f"has an input '{inputs[0].name}' that is dynamic along axis "
+            f"{', '.join(map(str, sorted(free)))}; engines here have a dynamic batch (axis 0), and "
+            "height and width together"
+        )
+    types = {v.name: v.type.tensor_type.elem_type for v in (*inputs, *graph.output)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    silent = {TensorProto.DataType.Value(name): words for name, words in SILENT.items()}
+    for name, kind in types.items():
         if kind in silent:
-            yield f"'{value.name}' holds {silent[kind]}"
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for tensor in constants.values():
-        if tensor.data_type in silent:
-            yield f"'{tensor.name}' holds {silent[tensor.data_type]}"
-    yield from _zero_points(graph, constants)
-
-
-def _zero_points(graph: GraphProto, constants: dict[str, TensorProto]) -> Iterator[str]:
-    from onnx import TensorProto
-
+            yield f"holds in '{name}' {silent[kind]}"
     for node in graph.node:
-        if node.op_type not in {"QuantizeLinear", "DequantizeLinear"} or len(node.input) < 3:
-            continue
-        zero_point = constants.get(node.input[2])
-        if zero_point is not None and zero_point.data_type == TensorProto.UINT8:
+        quantises = node.op_type in {"QuantizeLinear", "DequantizeLinear"}
+        if quantises and types.get("".join(node.input[2:])) == TensorProto.UINT8:
             yield (
-                f"'{node.name or node.output[0]}' has a UINT8 zero-point, which TensorRT would "
+                f"has a UINT8 zero-point in '{node.name or node.output[0]}', which TensorRT would "
                 "read as INT8: that graph is made for CPUs"
             )
-            return
-
-
-def _inputs(graph: GraphProto) -> list[ValueInfoProto]:
-    """Return the inputs that are not weights (old files list both)."""
-    weights = {tensor.name for tensor in graph.initializer}
-    return [value for value in graph.input if value.name not in weights]
-
-
-def _shape(value: ValueInfoProto) -> tuple[int, ...]:
-    dims = value.type.tensor_type.shape.dim
-    return tuple(int(d.dim_value) if d.HasField("dim_value") else -1 for d in dims)

@@ -6,16 +6,13 @@ what it learnt with what others have written since, and replaces the file.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from van_deploy.errors import ConversionError, InputError
-
-__all__ = ["LOCK_WAIT_S", "attach_", "merge_into_file", "read", "save"]
+from van_deploy.files import write_atomic
 
 LOCK_WAIT_S = 60.0
 
@@ -59,16 +56,8 @@ def merge_into_file(path: Path, combined: Any) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(_lock_of(path), timeout=LOCK_WAIT_S):
-            data = combined(read(path))
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                Path(temporary).replace(path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_WAIT_S):
+            write_atomic(path, combined(read(path)))
     except Timeout as error:
         raise ConversionError(
             f"Another build has held the timing cache '{path}' for over {LOCK_WAIT_S:.0f} s.",
@@ -79,7 +68,3 @@ def merge_into_file(path: Path, combined: Any) -> None:
 def read(path: Path) -> bytes:
     """Return the file's bytes; none if it is not there."""
     return path.read_bytes() if path.exists() else b""
-
-
-def _lock_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.lock")

@@ -21,20 +21,15 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from van_deploy.config import BuildOptions
-from van_deploy.config.sizes import ImageSize, sides_of
+from van_deploy.config.sizes import sides_of
 from van_deploy.engine import timing_cache
-from van_deploy.engine.backend import Backend, backend_named
-from van_deploy.engine.catalogue import (
-    CATALOGUE,
-    build_failure,
-    parser_failure,
-    parser_problems,
-)
+from van_deploy.engine.backend import backend_named
+from van_deploy.engine.catalogue import CATALOGUE, build_failure, parser_failure
 from van_deploy.engine.isolation import addresses_are_fixed
 from van_deploy.engine.load import builder_of
 from van_deploy.engine.log import BuildLog, memory_facts
@@ -42,15 +37,13 @@ from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.errors import ConversionError, VanDeployError
 from van_deploy.files import write_atomic
 
-__all__ = ["TEMPORARY", "Cancelled", "build", "main"]
-
 Send = Callable[..., None]
 
 TEMPORARY = "van-deploy-engine-"
 """How the temporary folders are called in which engines of a bundle are built."""
 
 
-class Cancelled(Exception):  # noqa: N818 - an outcome, not an error
+class _Cancelled(Exception):  # noqa: N818 - an outcome, not an error
     """The build was stopped on request."""
 
 
@@ -70,28 +63,21 @@ def main() -> None:
     threading.Thread(target=_listen, args=(cancelled,), daemon=True).start()
     try:
         send("built", **build(job, send, cancelled.is_set))
-    except Cancelled:
-        send("cancelled")
     except VanDeployError as error:
         send("failed", kind=type(error).__name__, message=error.message, remedy=error.remedy)
-    except BrokenPipeError:
-        pass  # the parent is gone
+    except (_Cancelled, BrokenPipeError):
+        pass  # nobody listens any more
     except OSError as error:
         message = f"The engine cannot be written: {error.strerror or error}."
         remedy = "Free some space there, or set TMPDIR to a folder with room. Nothing was written."
         send("failed", kind="MissingDependency", message=message, remedy=remedy)
     finally:
-        if os.getppid() != parent:
-            _remove_folder()
-
-
-def _remove_folder() -> None:
-    """Remove the folder this process works in, and the temporary one it may be in."""
-    folder = Path.cwd()
-    shutil.rmtree(folder, ignore_errors=True)
-    if folder.parent.name.startswith(TEMPORARY):
-        with contextlib.suppress(OSError):  # something else is in there
-            folder.parent.rmdir()
+        if os.getppid() != parent:  # which was killed, and cannot tidy up
+            folder = Path.cwd()
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder.parent.name.startswith(TEMPORARY):
+                with contextlib.suppress(OSError):  # something else is in there
+                    folder.parent.rmdir()
 
 
 def build(job: Mapping[str, Any], send: Send, is_cancelled: Callable[[], bool]) -> dict[str, Any]:
@@ -100,135 +86,71 @@ def build(job: Mapping[str, Any], send: Send, is_cancelled: Callable[[], bool]) 
     Args:
         job: ``backend``, ``onnx``, ``plan``, ``log``, ``options``, ``timing_cache``,
             and ``weights_beside``: the ONNX file's own path if it has external weights.
-        send: told of TensorRT's phases: ``phase``, ``step`` and ``done`` events.
+        send: told of TensorRT's phases: ``progress`` events with ``phase``, ``done``, ``total``.
         is_cancelled: asked at each of TensorRT's steps.
 
     Raises:
-        Cancelled: ``is_cancelled`` said so.
         VanDeployError: the file cannot be taken or the plan cannot be built.
     """
-    backend = backend_named(job["backend"])
-    options = BuildOptions.from_dict(job["options"])
     log = BuildLog()
-    cache = Path(job["timing_cache"]) if job.get("timing_cache") else None
     try:
-        return _build(backend, options, job, cache, log, send, is_cancelled)
+        return _build(job, log, send, is_cancelled)
     finally:
         write_atomic(Path(job["log"]), log.text())
 
 
 def _build(
-    backend: Backend,
-    options: BuildOptions,
-    job: Mapping[str, Any],
-    cache: Path | None,
-    log: BuildLog,
-    send: Send,
-    is_cancelled: Callable[[], bool],
+    job: Mapping[str, Any], log: BuildLog, send: Send, is_cancelled: Callable[[], bool]
 ) -> dict[str, Any]:
-    trt = backend.module
+    backend = backend_named(job["backend"])
+    options = BuildOptions.from_dict(job["options"])
+    cache = Path(job["timing_cache"]) if job["timing_cache"] else None
+    trt, path = backend.module, Path(job["onnx"])
     # No error recorder: without one every error goes to the logger, and with one
     # RTX 1.7.1 crashes when the parser is released before the network.
-    builder, logger = builder_of(backend, log, job["onnx"])
+    builder, logger = builder_of(backend, log, path.name)
     start = time.perf_counter()
-    network = builder.create_network(backend.network_flags())
+    # Strongly typed: needed on 10, ignored on 11.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    path = Path(job["onnx"])
     # Parsed from memory: the file's path would otherwise be in the log and in the heap.
-    if not parser.parse(path.read_bytes(), job.get("weights_beside")):
-        raise parser_failure(backend.label, path.name, parser_problems(parser), log.errors)
+    if not parser.parse(path.read_bytes(), job["weights_beside"]):
+        raise parser_failure(backend.label, path.name, parser, log.errors)
     parsed = time.perf_counter()
-    _refuse_frozen_batch(network, backend.label, path.name)
+    inputs = [_tensor(network.get_input(i)) for i in range(network.num_inputs)]
+    outputs = [_tensor(network.get_output(i)) for i in range(network.num_outputs)]
     layers = int(network.num_layers)
+    _refuse_frozen_batch(inputs, outputs, f"{backend.label} built no plan from '{path.name}'")
     config = builder.create_builder_config()
     backend.configure_(config, options)
-    _add_profiles_(builder, network, config, options)
+    _add_profiles_(builder, network.get_input(0), config, options)
     monitor = _monitor(trt, send, is_cancelled)
     config.progress_monitor = monitor
     held = timing_cache.attach_(config, cache) if cache else None
     plan = builder.build_serialized_network(network, config)
     if is_cancelled():
-        raise Cancelled
+        raise _Cancelled
     if plan is None:
         raise build_failure(backend.label, path.name, log.errors)
-    seconds = time.perf_counter() - parsed
+    built = time.perf_counter()
     if cache and held is not None:
         timing_cache.save(config, held, cache)
-    _write(Path(job["plan"]), plan)
+    with Path(job["plan"]).open("wb") as file:
+        file.write(memoryview(plan))
+        file.flush()
+        os.fsync(file.fileno())
     return {
-        "inputs": [_tensor(network.get_input(i)) for i in range(network.num_inputs)],
-        "outputs": [_tensor(network.get_output(i)) for i in range(network.num_outputs)],
+        "inputs": inputs,
+        "outputs": outputs,
         "parser_layers": layers,
         "parse_seconds": round(parsed - start, 3),
-        "build_seconds": round(seconds, 3),
+        "build_seconds": round(built - parsed, 3),
         "peak_memory_bytes": peak_memory_bytes(),
         "workspace_bytes": int(config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)),
         "device_memory": memory_facts(log),
         "warnings": log.warnings,
         "fixed_addresses": addresses_are_fixed(),
     }
-
-
-def _refuse_frozen_batch(network: Any, label: str, source: str) -> None:
-    """Return if the outputs' batch is free where the input's is.
-
-    TensorRT tries a profile's optimum only (RTX 1.7.1): a graph that was frozen at
-    just that size would build, and fail later at every other.
-
-    Raises:
-        ConversionError: an output's batch is fixed.
-    """
-    if int(network.get_input(0).shape[0]) != -1:
-        return
-    for index in range(network.num_outputs):
-        output = network.get_output(index)
-        size = int(next(iter(output.shape))) if len(output.shape) else 0
-        if size != -1:
-            entry = next(entry for entry in CATALOGUE if entry.name == "frozen batch")
-            raise ConversionError(
-                f"{label} built no plan from '{source}': {entry.cause}. The output "
-                f"'{output.name}' has a fixed batch of {size}.",
-                entry.remedy,
-            )
-
-
-def _add_profiles_(builder: Any, network: Any, config: Any, options: BuildOptions) -> None:
-    images = network.get_input(0)
-    sizes = options.dynamic_size
-    for batch in options.profiles:
-        profile = builder.create_optimization_profile()
-        shapes = (
-            _filled(images.shape, getattr(batch, end), getattr(sizes, end, None))
-            for end in ("min", "opt", "max")
-        )
-        profile.set_shape(images.name, *shapes)
-        config.add_optimization_profile(profile)
-
-
-def _filled(shape: Sequence[int], batch: int, size: ImageSize | None) -> tuple[int, ...]:
-    """Return a shape with the batch, and with height and width where they are dynamic."""
-    sides = iter(sides_of(size)) if size is not None else iter(())
-    return (batch, *(next(sides) if length == -1 else int(length) for length in shape[1:]))
-
-
-def _monitor(trt: Any, send: Send, is_cancelled: Callable[[], bool]) -> Any:
-    """Return a progress monitor; TensorRT stops when ``step_complete`` returns False."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-
-        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            send("phase", name=name, parent=parent, steps=steps)
-
-        def step_complete(self, name: str, step: int) -> bool:
-            send("step", name=name, step=step + 1)
-            return not is_cancelled()
-
-        def phase_finish(self, name: str) -> None:
-            send("done", name=name)
-
-    return Monitor()
 
 
 def _tensor(tensor: Any) -> dict[str, Any]:
@@ -239,11 +161,62 @@ def _tensor(tensor: Any) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, plan: Any) -> None:
-    with path.open("wb") as file:
-        file.write(memoryview(plan))
-        file.flush()
-        os.fsync(file.fileno())
+def _refuse_frozen_batch(
+    inputs: list[dict[str, Any]], outputs: list[dict[str, Any]], what: str
+) -> None:
+    """Return if the outputs' batch is free where the input's is.
+
+    TensorRT tries a profile's optimum only (RTX 1.7.1): a graph that was frozen at
+    just that size would build, and fail later at every other.
+
+    Raises:
+        ConversionError: an output's batch is fixed.
+    """
+    for output in outputs if inputs[0]["shape"][0] == -1 else ():
+        size = next(iter(output["shape"]), 0)
+        if size != -1:
+            entry = next(entry for entry in CATALOGUE if entry.name == "frozen batch")
+            raise ConversionError(
+                f"{what}: {entry.cause}. The output '{output['name']}' has a fixed batch of "
+                f"{size}.",
+                entry.remedy,
+            )
+
+
+def _add_profiles_(builder: Any, images: Any, config: Any, options: BuildOptions) -> None:
+    for batch in options.profiles:
+        profile = builder.create_optimization_profile()
+        shapes = []
+        for end in ("min", "opt", "max"):
+            sizes = options.dynamic_size
+            sides = iter(sides_of(getattr(sizes, end))) if sizes is not None else iter(())
+            row = (next(sides) if length == -1 else int(length) for length in images.shape[1:])
+            shapes.append((getattr(batch, end), *row))
+        profile.set_shape(images.name, *shapes)
+        config.add_optimization_profile(profile)
+
+
+def _monitor(trt: Any, send: Send, is_cancelled: Callable[[], bool]) -> Any:
+    """Return a progress monitor; TensorRT stops when ``step_complete`` returns False."""
+    running: dict[str, int] = {}
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            running[name] = steps
+            send("progress", phase=name, done=0, total=steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name == next(reversed(running), None):  # the innermost
+                send("progress", phase=name, done=step + 1, total=running[name])
+            return not is_cancelled()
+
+        def phase_finish(self, name: str) -> None:
+            running.pop(name, None)
+
+    return Monitor()
 
 
 def _listen(cancelled: threading.Event) -> None:

@@ -6,8 +6,10 @@ CUDA: nothing is started on a GPU, and what cannot be found out is None.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 import resource
 import sys
 from dataclasses import dataclass
@@ -16,36 +18,15 @@ from typing import Any
 
 import psutil
 
-__all__ = [
-    "Cpu",
-    "Disk",
-    "Driver",
-    "Gpu",
-    "Memory",
-    "cpu",
-    "disk",
-    "memory",
-    "nvidia_driver",
-    "peak_memory_bytes",
-    "visible_gpus",
-]
-
 # What decides how fast FP32, BF16 and INT8 run on a CPU; /proc/cpuinfo's names.
+BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")
 CPU_FEATURES = (
-    "avx2",
-    "fma",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "avx512_bf16",
-    "amx_tile",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "i8mm",
-    "bf16",
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16"),
 )
-BF16_FEATURES = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+"""What TensorRT for RTX 1.7 can build for: the members of its ``ComputeCapability``. On an H200
+(sm_90) it built a plan without a target and did not load it (docs/gpu-results.md)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +48,7 @@ class Cpu:
     @property
     def has_bfloat16(self) -> bool:
         """Whether it has instructions for bfloat16; without them it is many times slower."""
-        return not BF16_FEATURES.isdisjoint(self.features)
+        return any(feature in self.features for feature in BF16_FEATURES)
 
 
 @dataclass(frozen=True)
@@ -75,13 +56,12 @@ class Memory:
     """Main memory.
 
     Attributes:
-        total_bytes: what this process may use in all (the container's limit, if
-            there is one), or None where the system does not say.
-        available_bytes: what is free now, or None.
+        total_bytes: what this process may use in all (the container's limit, if there is one).
+        available_bytes: what is free now.
     """
 
-    total_bytes: int | None
-    available_bytes: int | None
+    total_bytes: int
+    available_bytes: int
 
 
 @dataclass(frozen=True)
@@ -116,9 +96,9 @@ class Gpu:
     uuid: str = ""
 
     @property
-    def sm(self) -> str:
-        """The compute capability as TensorRT spells it, such as ``SM89``."""
-        return "SM{}{}".format(*self.compute_capability) if self.compute_capability else "SM?"
+    def target(self) -> str | None:
+        """The compute capability as TensorRT's targets are written, such as ``sm_89``."""
+        return "sm_{}{}".format(*self.compute_capability) if self.compute_capability else None
 
 
 @dataclass(frozen=True)
@@ -140,24 +120,29 @@ class Driver:
 
 def cpu() -> Cpu:
     """Return the processor, its instruction sets and the cores this process may use."""
-    entries = _cpuinfo()
-    flags = (entries.get("flags") or entries.get("Features") or "").split()
-    name = entries.get("model name") or platform.processor() or platform.machine()
+    info = _text("/proc/cpuinfo")  # psutil tells neither name nor features
+    name, flags = (
+        re.search(rf"(?m)^(?:{k})\s*:\s*(.*)", info) for k in ("model name", "flags|Features")
+    )
     cores = psutil.cpu_count() or 1
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    quota = _cgroup("cpu.max").split()
+    quota = _text("/sys/fs/cgroup/cpu.max").split()
     granted = int(quota[0]) // int(quota[1]) if quota and quota[0].isdigit() else affinity
-    allowed = max(1, min(affinity, granted))
-    return Cpu(name, cores, allowed, tuple(f for f in CPU_FEATURES if f in flags))
+    return Cpu(
+        name[1].strip() if name else platform.processor() or platform.machine(),
+        cores,
+        max(1, min(affinity, granted)),
+        tuple(f for f in CPU_FEATURES if flags and f in flags[1].split()),
+    )
 
 
 def memory() -> Memory:
-    """Return the machine's memory, or the container's limit where that is smaller."""
+    """Return the machine's memory, or the container's limit (cgroup v2) where that is smaller."""
     here = psutil.virtual_memory()
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    limit = _text("/sys/fs/cgroup/memory.max").strip()
     if not limit.isdigit() or int(limit) >= here.total:
         return Memory(here.total, here.available)
-    left = max(0, int(limit) - int(used or 0))
+    left = max(0, int(limit) - int(_text("/sys/fs/cgroup/memory.current") or 0))
     return Memory(int(limit), min(here.available, left))
 
 
@@ -180,53 +165,38 @@ def nvidia_driver() -> Driver | None:
     """
     try:
         import pynvml
-
-        pynvml.nvmlInit()
-    except (ImportError, RuntimeError, _nvml_error()):
-        return None
-    try:
-        number = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())  # 1000 * major + 10 * minor
-        count = pynvml.nvmlDeviceGetCount()
-        gpus = [_gpu(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
-        visible = _in_cudas_order(gpus)
-        version = str(pynvml.nvmlSystemGetDriverVersion())
-        cuda = (number // 1000, number % 1000 // 10)
-        return Driver(version, cuda, visible, len(gpus) - len(visible))
-    except _nvml_error():
-        return None
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _nvml_error() -> type[Exception]:
-    """Return what NVML raises; it can be caught without the package, too."""
-    try:
-        from pynvml import NVMLError
     except ImportError:
-        return RuntimeError
-    found: type[Exception] = NVMLError
-    return found
+        return None
+    with contextlib.suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        try:
+            number = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())  # 1000 * major + 10 * minor
+            count = pynvml.nvmlDeviceGetCount()
+            gpus = [_gpu(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
+            visible = _in_cudas_order(gpus)
+            version = str(pynvml.nvmlSystemGetDriverVersion())
+            cuda = (number // 1000, number % 1000 // 10)
+            return Driver(version, cuda, visible, len(gpus) - len(visible))
+        finally:
+            pynvml.nvmlShutdown()
+    return None
 
 
 def _gpu(nvml: Any, handle: Any) -> Gpu:
-    capability = _told(nvml.nvmlDeviceGetCudaComputeCapability, handle)
-    memory_info = _told(nvml.nvmlDeviceGetMemoryInfo, handle)
-    place = _told(nvml.nvmlDeviceGetPciInfo, handle)
+    def told(ask: Any) -> Any:
+        with contextlib.suppress(nvml.NVMLError):  # MIG and virtual machines withhold some of it
+            return ask(handle)
+        return None
+
+    capability = told(nvml.nvmlDeviceGetCudaComputeCapability)
+    installed, place = told(nvml.nvmlDeviceGetMemoryInfo), told(nvml.nvmlDeviceGetPciInfo)
     return Gpu(
         str(nvml.nvmlDeviceGetName(handle)),
         tuple(capability) if capability else None,
-        int(memory_info.total) if memory_info else None,
+        int(installed.total) if installed else None,
         _bus(place.busId) if place else "",
-        str(_told(nvml.nvmlDeviceGetUUID, handle) or ""),
+        str(told(nvml.nvmlDeviceGetUUID) or ""),
     )
-
-
-def _told(ask: Any, handle: Any) -> Any:
-    """Return what NVML tells of a GPU, or None: MIG and virtual machines withhold some of it."""
-    try:
-        return ask(handle)
-    except _nvml_error():
-        return None
 
 
 def _bus(identifier: Any) -> str:
@@ -237,20 +207,16 @@ def _bus(identifier: Any) -> str:
 
 def _in_cudas_order(gpus: list[Gpu]) -> tuple[Gpu, ...]:
     """Return the GPUs that CUDA sees, ``cuda:0`` first."""
-    try:
+    known = {gpu.bus: gpu for gpu in gpus}
+    with contextlib.suppress(ImportError, RuntimeError, KeyError):  # KeyError: MIG, withheld
         from cuda.bindings import driver
 
         (status,) = driver.cuInit(0)
         if int(status) == int(driver.CUresult.CUDA_ERROR_NO_DEVICE):
             return ()
         _, count = driver.cuDeviceGetCount()
-        order = [_bus(driver.cuDeviceGetPCIBusId(16, i)[1]) for i in range(count or 0)]
-    except (ImportError, RuntimeError):
-        return visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    known = {gpu.bus: gpu for gpu in gpus}
-    if not all(bus in known for bus in order):
-        return visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return tuple(known[bus] for bus in order)
+        return tuple(known[_bus(driver.cuDeviceGetPCIBusId(16, i)[1])] for i in range(count or 0))
+    return visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def visible_gpus(gpus: list[Gpu], listed: str | None) -> tuple[Gpu, ...]:
@@ -275,20 +241,9 @@ def visible_gpus(gpus: list[Gpu], listed: str | None) -> tuple[Gpu, ...]:
     return tuple(chosen)
 
 
-def _cpuinfo() -> dict[str, str]:
-    """Return the first value of each line of ``/proc/cpuinfo``; psutil does not tell features."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    entries: dict[str, str] = {}
-    for name, _, value in (line.partition(":") for line in lines):
-        entries.setdefault(name.strip(), value.strip())
-    return entries
-
-
-def _cgroup(name: str) -> str:
-    """Return what the container (cgroup v2) is granted; "" where it sets nothing."""
-    path = Path("/sys/fs/cgroup") / name
-    return path.read_text().strip() if path.exists() else ""
+def _text(file: str) -> str:
+    """Return what one of the kernel's files says; "" where there is none."""
+    return Path(file).read_text(errors="replace") if Path(file).exists() else ""
 
 
 def peak_memory_bytes() -> int:
@@ -297,10 +252,7 @@ def peak_memory_bytes() -> int:
     From ``VmHWM`` where there is one: ``ru_maxrss`` survives ``exec`` on Linux and
     would count the program that started this one.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if peak := re.search(r"VmHWM:\s+(\d+)", _text("/proc/self/status")):
+        return int(peak[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

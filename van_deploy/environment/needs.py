@@ -14,20 +14,6 @@ from van_deploy.errors import MissingDependency
 if TYPE_CHECKING:
     from van_deploy.environment.machine import Environment
 
-__all__ = [
-    "RTX_COMPUTE_CAPABILITIES",
-    "Ability",
-    "Diagnosis",
-    "Need",
-    "Shortfall",
-    "abilities",
-    "diagnosis_of",
-    "require",
-]
-
-# TensorRT for RTX 1.7 builds for these and no others: ComputeCapability's members.
-RTX_COMPUTE_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
-
 
 class Need(str, enum.Enum):
     """What a script can require of a machine before it starts."""
@@ -70,13 +56,37 @@ class Ability:
 Check = Callable[["Environment"], "Shortfall | None"]
 
 
+@dataclass(frozen=True)
+class Diagnosis:
+    """A machine, and what can be done on it.
+
+    Attributes:
+        environment: what is there.
+        abilities: what could be wanted of it, and why it is not up to that.
+    """
+
+    environment: Environment
+    abilities: tuple[Ability, ...]
+
+
+def diagnosis_of(environment: Environment) -> Diagnosis:
+    """Return what can be done on a machine, beside what is there."""
+    found = (
+        Ability(task, next(filter(None, (check(environment) for check in checks)), None))
+        for task, checks in _TASKS.items()
+    )
+    return Diagnosis(environment, tuple(found))
+
+
 def require(environment: Environment, needs: Iterable[Need]) -> None:
     """Return if everything needed is here and usable.
 
     Raises:
         MissingDependency: something is not; all of it is listed.
     """
-    missing = dict.fromkeys(filter(None, (_CHECKS[need](environment) for need in needs)))
+    own = {Need.CUDA_PROVIDER: _cuda_provider, Need.GPU: _gpu}
+    checks = [own.get(need) or _usable(need.value) for need in needs]
+    missing = dict.fromkeys(filter(None, (check(environment) for check in checks)))
     if missing:
         raise MissingDependency(
             f"Required but not here: {'; '.join(lack.problem for lack in missing)}.",
@@ -84,32 +94,24 @@ def require(environment: Environment, needs: Iterable[Need]) -> None:
         )
 
 
-def abilities(environment: Environment) -> tuple[Ability, ...]:
-    """Return what can be done on this machine, and why the rest cannot."""
-    return tuple(
-        Ability(task, next(filter(None, (check(environment) for check in checks)), None))
-        for task, checks in _TASKS.items()
-    )
-
-
-def _usable(name: str) -> Check:
-    """Return a check that the component called ``name`` is installed and loads."""
+def _usable(*names: str) -> Check:
+    """Return a check that these components are installed and load."""
 
     def check(environment: Environment) -> Shortfall | None:
         from van_deploy.environment.packages import pip_command
 
-        item = environment.installed(name)
-        package = item.distribution or item.component.install
+        item = next((i for i in map(environment.installed, names) if not i.usable), None)
+        if item is None:
+            return None
+        name, package = item.component.name, item.distribution or item.component.install
         if item.version is None:
             return Shortfall(
                 f"{name} is not installed", f"Install it with `{pip_command()} install {package}`."
             )
-        if item.fault is not None:
-            return Shortfall(
-                f"{name} is installed but does not load ({item.fault})",
-                f"Try `{pip_command()} install --force-reinstall {package}`.",
-            )
-        return None
+        return Shortfall(
+            f"{name} is installed but does not load ({item.fault})",
+            f"Try `{pip_command()} install --force-reinstall {package}`.",
+        )
 
     return check
 
@@ -119,9 +121,8 @@ def _works(trial: str, what: str) -> Check:
 
     def check(environment: Environment) -> Shortfall | None:
         reason = environment.trials.get(trial, "")
-        if not reason:
-            return None
-        return Shortfall(f"{what}, tried here, failed: {reason}", "See what clashes, above.")
+        problem = f"{what}, tried here, failed: {reason}"
+        return Shortfall(problem, "See what clashes, above.") if reason else None
 
     return check
 
@@ -132,17 +133,17 @@ def _gpu(environment: Environment) -> Shortfall | None:
         return Shortfall(
             "no NVIDIA driver answers", "Run this on a machine with an NVIDIA GPU and its driver."
         )
-    if not driver.gpus and driver.hidden:
+    if driver.gpus:
+        return _works("gpu", "taking memory on the GPU")(environment)
+    if driver.hidden:
         listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         return Shortfall(
             f"CUDA_VISIBLE_DEVICES ('{listed}') hides every GPU ({driver.hidden})",
             "Name one in it, such as CUDA_VISIBLE_DEVICES=0, or unset it.",
         )
-    if not driver.gpus:
-        return Shortfall(
-            "the NVIDIA driver sees no GPU", "Check `nvidia-smi` and the container's GPU access."
-        )
-    return _works("gpu", "taking memory on the GPU")(environment)
+    return Shortfall(
+        "the NVIDIA driver sees no GPU", "Check `nvidia-smi` and the container's GPU access."
+    )
 
 
 def _compiler(environment: Environment) -> Shortfall | None:
@@ -167,28 +168,20 @@ def _cuda_provider(environment: Environment) -> Shortfall | None:
 
 def _rtx_gpu(environment: Environment) -> Shortfall | None:
     """Return why no GPU here runs engines of TensorRT for RTX."""
+    from van_deploy.environment.hardware import RTX_TARGETS
+
     gpus = environment.driver.gpus if environment.driver else ()
-    served = any(g.compute_capability in (None, *RTX_COMPUTE_CAPABILITIES) for g in gpus)
-    if served or not gpus:
+    if not gpus or any(gpu.target in (None, *RTX_TARGETS) for gpu in gpus):
         return _gpu(environment)
-    names = ", ".join(f"{gpu.name} ({gpu.sm})" for gpu in gpus)
+    names = ", ".join(f"{gpu.name} ({gpu.target})" for gpu in gpus)
     return Shortfall(f"TensorRT for RTX does not serve {names}", "Use TensorRT on this GPU.")
 
 
-_CHECKS: dict[Need, Check] = {
-    Need.ONNXRUNTIME: _usable("onnxruntime"),
-    Need.CUDA_PROVIDER: _cuda_provider,
-    Need.TENSORRT: _usable("tensorrt"),
-    Need.TENSORRT_RTX: _usable("tensorrt-rtx"),
-    Need.OPENVINO: _usable("openvino"),
-    Need.RAY: _usable("ray"),
-    Need.GPU: _gpu,
-}
-
-_EXPORT = tuple(_usable(name) for name in ("torch", "timm", "onnx", "onnxscript", "onnxsim"))
+_EXPORT = ("torch", "timm", "onnx", "onnxscript", "onnxsim")
+_TENSORRT = (_usable("tensorrt"), _gpu, _works("tensorrt", "a runtime"))
 _TASKS: dict[str, tuple[Check, ...]] = {
-    "export ONNX files": _EXPORT,
-    "check them against PyTorch": (*_EXPORT, _usable("onnxruntime")),
+    "export ONNX files": (_usable(*_EXPORT),),
+    "check them against PyTorch": (_usable(*_EXPORT, "onnxruntime"),),
     "run them on the CPU with ONNX Runtime": (
         _usable("onnxruntime"),
         _works("ort-cpu", "a session of one operator"),
@@ -197,8 +190,8 @@ _TASKS: dict[str, tuple[Check, ...]] = {
     "run them on a GPU with ONNX Runtime": (_usable("onnxruntime"), _gpu, _cuda_provider),
     "run PyTorch on a GPU": (_usable("torch"), _gpu, _works("torch", "PyTorch on the GPU")),
     "compile packages with Inductor": (_usable("torch"), _compiler),
-    "build engines with TensorRT": (_usable("tensorrt"), _gpu, _works("tensorrt", "a runtime")),
-    "run engines of TensorRT": (_usable("tensorrt"), _gpu, _works("tensorrt", "a runtime")),
+    "build engines with TensorRT": _TENSORRT,
+    "run engines of TensorRT": _TENSORRT,
     "build engines with TensorRT for RTX": (
         _usable("tensorrt-rtx"),
         _works("tensorrt-rtx", "a builder"),
@@ -211,21 +204,3 @@ _TASKS: dict[str, tuple[Check, ...]] = {
     "spread work over machines with Ray": (_usable("ray"),),
     "sign bundles and check signatures": (_usable("cryptography"),),
 }
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """A machine, and what can be done on it.
-
-    Attributes:
-        environment: what is there.
-        abilities: what could be wanted of it, and why it is not up to that.
-    """
-
-    environment: Environment
-    abilities: tuple[Ability, ...]
-
-
-def diagnosis_of(environment: Environment) -> Diagnosis:
-    """Return what can be done on a machine, beside what is there."""
-    return Diagnosis(environment, abilities(environment))

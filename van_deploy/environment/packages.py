@@ -1,36 +1,30 @@
-"""Which packages are installed, and whether they load.
+"""Which packages are installed, whether they load, and which do not go together.
 
-Versions come from the packages' metadata. Only the small run times (ONNX
-Runtime, TensorRT, OpenVINO) are imported, to see whether they load; PyTorch is not.
+Versions come from the packages' metadata. Only the small runtimes (ONNX Runtime, TensorRT,
+OpenVINO) are imported, to see whether they load; PyTorch is not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from van_deploy.documents import toml_from
-from van_deploy.environment.privacy import imported_quietly
+from van_deploy.environment.hardware import Driver
 
-__all__ = [
-    "COMPONENTS",
-    "ONNXRUNTIMES",
-    "Component",
-    "Installed",
-    "canonical_name",
-    "cuda_version_of",
-    "execution_providers",
-    "installed_components",
-    "installed_distributions",
-    "pip_command",
-]
+CUDA_PAGE = "https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html"
 
 # These hold one and the same module; only one of them may be installed.
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
@@ -57,22 +51,13 @@ class Component:
     module: str = ""
 
 
-def canonical_name(distribution: str) -> str:
-    """Return a package's name as PyPI compares names.
-
-    >>> canonical_name("TensorRT_RTX_cu13")
-    'tensorrt-rtx-cu13'
-    """
-    return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def _components() -> Iterator[Component]:
-    for row in toml_from(Path(__file__).with_name("components.toml"))["component"]:
-        names = tuple(row["distributions"])
-        yield Component(**{"install": names[0], **row, "distributions": names})
-
-
-COMPONENTS = tuple(_components())
+_ROWS = toml_from(Path(__file__).with_name("components.toml"))["component"]
+COMPONENTS = tuple(
+    Component(
+        **{"install": row["distributions"][0], **row, "distributions": tuple(row["distributions"])}
+    )
+    for row in _ROWS
+)
 """In the order doctor lists them."""
 
 
@@ -99,12 +84,17 @@ class Installed:
 
 
 def installed_components(distributions: Mapping[str, str]) -> tuple[Installed, ...]:
-    """Return every component as it is here.
+    """Return every component as it is here; those that name a module are imported.
 
     Args:
         distributions: what :func:`installed_distributions` returned.
     """
-    return tuple(_installed(component, distributions) for component in COMPONENTS)
+    found = []
+    for component in COMPONENTS:
+        name = next((name for name in component.distributions if name in distributions), None)
+        fault = _import_fault(component.module) if name and component.module else None
+        found.append(Installed(component, name, distributions[name] if name else None, fault))
+    return tuple(found)
 
 
 def installed_distributions() -> dict[str, str]:
@@ -113,8 +103,15 @@ def installed_distributions() -> dict[str, str]:
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"]
         if name:  # a half-removed package may leave a folder without a name
-            found.setdefault(canonical_name(name), distribution.version)
+            found.setdefault(canonicalize_name(name), distribution.version)
     return found
+
+
+def version_of(distribution: str) -> str | None:
+    """Return the version of an installed package; None where it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(distribution)
+    return None
 
 
 def execution_providers() -> tuple[str, ...]:
@@ -124,10 +121,8 @@ def execution_providers() -> tuple[str, ...]:
     """
     if _import_fault("onnxruntime") is not None:
         return ()
-    onnxruntime = importlib.import_module("onnxruntime")
     # Two ONNX Runtimes over each other can leave a module without its functions.
-    listed = getattr(onnxruntime, "get_available_providers", tuple)
-    return tuple(listed())
+    return tuple(getattr(sys.modules["onnxruntime"], "get_available_providers", tuple)())
 
 
 def cuda_version_of(module: str) -> str | None:
@@ -159,13 +154,24 @@ def pip_command() -> str:
     return f"{short} -m pip"
 
 
-def _installed(component: Component, distributions: Mapping[str, str]) -> Installed:
-    """Return the component as ``distributions`` has it, imported if it names a module."""
-    name = next((name for name in component.distributions if name in distributions), None)
-    if name is None:
-        return Installed(component, None, None, None)
-    fault = _import_fault(component.module) if component.module else None
-    return Installed(component, name, distributions[name], fault)
+def imported_quietly(module: str) -> ModuleType:
+    """Return the module, imported without telling OpenVINO's makers.
+
+    OpenVINO reports its import to a web service. It takes its own stand-in where the reporter is
+    not installed, and for the time of the import it seems not to be. A reporter that was loaded
+    before stays.
+
+    Raises:
+        ImportError: the module is not there or does not load.
+    """
+    reporter = "openvino_telemetry"
+    if reporter in sys.modules:
+        return importlib.import_module(module)
+    sys.modules[reporter] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module(module)
+    finally:
+        del sys.modules[reporter]
 
 
 def _import_fault(module: str) -> str | None:
@@ -175,3 +181,98 @@ def _import_fault(module: str) -> str | None:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return " ".join(str(error).split())[:300] or type(error).__name__
     return None
+
+
+@dataclass(frozen=True)
+class Clash:
+    """Installed things that do not go together.
+
+    Attributes:
+        message: what they are and what comes of it.
+        remedy: the command or step that ends it.
+    """
+
+    message: str
+    remedy: str
+
+
+def clashes_among(
+    distributions: Mapping[str, str],
+    torch_cuda: str | None,
+    driver: Driver | None,
+    onnxruntime_cuda: str | None = None,
+) -> tuple[Clash, ...]:
+    """Return what does not go together.
+
+    Args:
+        distributions: installed packages' canonical names and versions.
+        torch_cuda: the CUDA PyTorch was built for, such as ``13.0``.
+        driver: the NVIDIA driver, if there is one.
+        onnxruntime_cuda: the CUDA ONNX Runtime was built for.
+    """
+    pip, major = pip_command(), (torch_cuda or "").partition(".")[0]
+    found = []
+    families: dict[tuple[str, ...], str] = {
+        ONNXRUNTIMES: "onnxruntime" if driver is None else "onnxruntime-gpu[cuda,cudnn]",
+        ("tensorrt-cu12", "tensorrt-cu13"): f"tensorrt-cu{major or 13}",
+        ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"): f"tensorrt-rtx-cu{major or 13}",
+    }
+    for family, wanted in families.items():
+        present = [name for name in family if name in distributions]
+        change = f"`{pip} uninstall --yes {' '.join(present)} && {pip} install '{wanted}'`."
+        cuda = onnxruntime_cuda if family is ONNXRUNTIMES else "".join(present)[-2:]
+        if len(present) > 1:
+            message = "both installed; they hold the same module and overwrite each other's files."
+            found.append(Clash(f"{' and '.join(present)} are {message}", f"Keep one: {change}"))
+        elif present == ["onnxruntime"] and driver is not None and driver.gpus:
+            message = "There is an NVIDIA GPU, but the installed onnxruntime is the one for CPUs."
+            found.append(Clash(message, f"For the GPU: {change}"))
+        elif present and cuda and major and cuda.partition(".")[0] != major:
+            page = f" (ONNX Runtime's for each CUDA: {CUDA_PAGE})" * (family is ONNXRUNTIMES)
+            message = f"{present[0]} was built for CUDA {cuda}, but PyTorch for CUDA {torch_cuda}"
+            found.append(
+                Clash(
+                    f"{message}: one process cannot load both.",
+                    f"Take the one that is built for PyTorch's CUDA{page}: {change}",
+                )
+            )
+    if driver is not None and major and driver.cuda_version[0] < int(major):
+        newest = "{}.{}".format(*driver.cuda_version)
+        found.append(
+            Clash(
+                f"PyTorch was built for CUDA {torch_cuda}, but NVIDIA driver {driver.version} runs "
+                f"CUDA up to {newest}.",
+                f"Update the driver, or install a PyTorch built for CUDA {driver.cuda_version[0]}.",
+            )
+        )
+    return tuple(found)
+
+
+def unmet_requirements(distributions: Mapping[str, str]) -> tuple[Clash, ...]:
+    """Return the requirements that installed packages of ours state and do not get.
+
+    Follows the components' own requirements (protobuf, numpy and the like) as
+    ``pip check`` does; extras are left out. Any ONNX Runtime stands for ``onnxruntime``.
+    """
+    todo = [name for component in COMPONENTS for name in component.distributions]
+    found: list[Clash] = []
+    for name in todo:  # which grows
+        stated = importlib.metadata.requires(name) if name in distributions else None
+        for needed in map(Requirement, stated or ()):
+            if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+                continue
+            package = canonicalize_name(needed.name)
+            names = ONNXRUNTIMES if package == "onnxruntime" else (package,)
+            version = next((distributions[n] for n in names if n in distributions), None)
+            if package not in todo:
+                todo.append(package)
+            if version is None or not needed.specifier.contains(version, prereleases=True):
+                here = f"{version} is installed" if version else "is not installed"
+                wanted = f"{package}{needed.specifier}"
+                found.append(
+                    Clash(
+                        f"{name} needs {wanted}, but {package} {here}.",
+                        f"Try `{pip_command()} install '{wanted}'`.",
+                    )
+                )
+    return tuple(found)

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from van_deploy.kernels.launch import FEW, chosen, divisor_block, launched, require
 
-__all__ = ["depthwise", "depthwise_kernel", "gelu", "row_groups"]
-
 
 @triton.jit
 def gelu(x, FINE: tl.constexpr):

@@ -17,23 +17,6 @@ from torch import Tensor
 
 from van_deploy.errors import UsageError
 
-__all__ = [
-    "DTYPES",
-    "FEW",
-    "TILES",
-    "Launch",
-    "Tile",
-    "chosen",
-    "divisor_block",
-    "launched",
-    "nearest",
-    "power_block",
-    "recorded",
-    "require",
-    "tile_key",
-    "tuned_tiles",
-]
-
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FEW = 8192
 """Pixels below which there are too few programs to hide a load's latency by others."""

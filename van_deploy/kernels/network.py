@@ -15,8 +15,6 @@ from van_deploy.kernels.launch import DTYPES, INTERPRETED
 from van_deploy.model.random_weights import smooth_pictures
 from van_deploy.model.van import STAGES, VAN
 
-__all__ = ["FusedVan", "fused"]
-
 
 class _Weights(nn.Module):
     """A convolution's weight in a kernel's layout, and its bias in float32."""

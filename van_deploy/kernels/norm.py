@@ -9,8 +9,6 @@ from torch import Tensor
 
 from van_deploy.kernels.launch import FEW, chosen, launched, power_block, require
 
-__all__ = ["layer_norm", "norm_kernel"]
-
 
 @triton.jit
 def norm_kernel(

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from van_deploy.kernels.launch import chosen, divisor_block, launched, power_block, require
 
-__all__ = ["patch_kernel", "patches"]
-
 
 @triton.jit
 def patch_kernel(

@@ -8,8 +8,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["depthwise", "layer_norm", "patches", "pointwise"]
-
 
 def depthwise(
     x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1, gelu: bool = False

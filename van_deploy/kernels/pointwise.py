@@ -11,8 +11,6 @@ from van_deploy.errors import UsageError
 from van_deploy.kernels.depthwise import gelu
 from van_deploy.kernels.launch import FEW, chosen, divisor_block, launched, power_block, require
 
-__all__ = ["EPILOGUES", "pointwise", "pointwise_kernel"]
-
 EPILOGUES = ("none", "gelu", "multiply", "add")
 """After the bias: nothing, the exact GELU, the product with or the sum with another tensor."""
 

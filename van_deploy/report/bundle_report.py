@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, TypeVar
@@ -12,8 +13,11 @@ from van_deploy import __version__
 from van_deploy.bench.document import SCHEMA, read_report
 from van_deploy.bundle import Bundle
 from van_deploy.config.sizes import size_text
-from van_deploy.documents import json_from, plain, text_from
+from van_deploy.documents import plain
 from van_deploy.errors import BundleError, InputError
+from van_deploy.report import sections_bench as timed
+from van_deploy.report import sections_checks as judged
+from van_deploy.report import sections_model as model
 from van_deploy.report.document import (
     Block,
     Document,
@@ -24,21 +28,8 @@ from van_deploy.report.document import (
     checks_table,
     notices,
     table,
-    worst,
 )
 from van_deploy.report.figures import bytes_text, count_text, ms_text, state_of
-from van_deploy.report.sections_bench import bench_blocks, fastest, tradeoff_blocks
-from van_deploy.report.sections_checks import drift_blocks, evaluate_blocks, verify_blocks
-from van_deploy.report.sections_model import (
-    artefacts_table,
-    graph_blocks,
-    model_facts,
-    preprocessing_facts,
-    proof_rows,
-    sizes_plot,
-)
-
-__all__ = ["document_of_bundle", "portable"]
 
 BENCH_FILE = "bench.json"
 BY_ARTEFACT = ("artefacts", "accuracy", "losses", "runners")
@@ -50,9 +41,10 @@ COMMANDS = {
     "drift": "where in the network an artifact drifts: `van-deploy drift`",
     "bench": "speed: `van-deploy bench`",
 }
-STATES = ("FAIL", "INCONCLUSIVE", "PASS", "SKIPPED")
+STATES = {"FAIL": "failed", "INCONCLUSIVE": "undecided", "PASS": "", "SKIPPED": "skipped"}
+"""The worst first, and how the number of checks in each is worded."""
 SHOWN_PARTS = 5  # of each artifact's drift
-QUOTED_PATH = re.compile(r"'(?:[A-Za-z]:[\\/]|/)[^']*?([^'/\\]+)[/\\]?'")
+QUOTED_PATH = re.compile(r"'(?:[A-Za-z]:[\\/]|/)[^'\"]*?([^'\"/\\]+)[/\\]*'")
 BARE_PATH = re.compile(r"(?<![\w.:/'<-])/(?:[^\s'\"/,;()]+/)+([^\s'\"/,;()]+)")
 
 Row = tuple[str, str, str]
@@ -71,7 +63,7 @@ def document_of_bundle(bundle: Bundle) -> Document:
             cannot be read.
     """
     try:
-        return portable(_document(bundle))
+        return _document(bundle)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise BundleError(
             f"The manifest of '{bundle.path}' records a check or a graph in a form that this "
@@ -81,89 +73,118 @@ def document_of_bundle(bundle: Bundle) -> Document:
 
 
 def _document(bundle: Bundle) -> Document:
-    manifest, sizes = plain(bundle.manifest), bundle.sizes()
+    manifest, sizes = portable(plain(bundle.manifest)), bundle.sizes()
     digests = {name: artefact.sha256 for name, artefact in bundle.artefacts.items()}
-    checks, stale = _fresh_checks(manifest["checks"], digests)
+    manifest["checks"], stale = _fresh_checks(manifest["checks"], digests)
     bench, old = _fresh_bench(bundle, digests)
-    manifest["checks"] = checks
-    rows = [*_files(bundle), *_verdicts(checks)]
-    states = [state for state, _, _ in rows]
-    words = [f"{states.count('PASS')} of {len(rows)} checks passed"]
-    for state, word in zip(STATES, ("failed", "undecided", "", "skipped"), strict=True):
-        words += [f"{states.count(state)} {word}"] if word and state in states else []
-    words += [f"{len(stale) + len(old)} stale"] if stale or old else []
-    state = "INCONCLUSIVE" if worst(states) == "PASS" and (stale or old) else worst(states)
-    named = (
-        f"{what}: measured on another file; run `van-deploy {command}` again"
-        for command, what in (*stale, *old)
-    )
+    stale += old
+    verdicts = [*_files(bundle), *_verdicts(manifest["checks"])]
+    states = Counter(state for state, _, _ in verdicts)
+    state = next((state for state in STATES if states[state]), "SKIPPED")
+    words = [f"{states['PASS']} of {len(verdicts)} checks passed"]
+    words += [f"{states[one]} {word}" for one, word in STATES.items() if word and states[one]]
     precisions = dict.fromkeys(e["precision"].upper() for e in manifest["artefacts"].values())
     size, network = size_text(manifest["preprocessing"]["image_size"]), manifest["architecture"]
-    classes = f"{network['num_classes']} classes"
-    gives = classes if not network["out_indices"] else "feature maps"
+    gives = "feature maps" if network["out_indices"] else f"{network['num_classes']} classes"
+    written = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
     return Document(
         title=bundle.name,
         subtitle=f"Visual Attention Network, {count_text(manifest['parameters'])} parameters, "
         f"{size} pixels, {gives}, deployed as {', '.join(precisions)}",
-        state=state,
-        note="; ".join(words),
-        notices=notices("STALE", named),
-        tiles=list(_tiles(checks, sizes, bench)),
+        state="INCONCLUSIVE" if state == "PASS" and stale else state,
+        note="; ".join([*words, *[f"{len(stale)} stale"] * bool(stale)]),
+        notices=notices(
+            "STALE",
+            (f"{w}: measured on another file; run `van-deploy {c}` again" for c, w in stale),
+        ),
+        tiles=list(_tiles(manifest["checks"], sizes, bench)),
         sections=[
             Section(title, blocks)
-            for title, blocks in _sections(bundle, manifest, rows, bench)
+            for title, blocks in _sections(manifest, sizes, verdicts, bench)
             if blocks
         ],
-        footer=f"Written by van-deploy {__version__} on "
-        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC; the bundle was last changed "
+        footer=f"Written by van-deploy {__version__} on {written}; the bundle was last changed "
         f"{manifest['written']}.",
     )
 
 
 def _sections(
-    bundle: Bundle, manifest: Entry, verdicts: Sequence[Row], bench: Entry | None
+    manifest: Entry, sizes: Mapping[str, int], verdicts: Sequence[Row], bench: Entry | None
 ) -> Iterator[tuple[str, Sequence[Block]]]:
-    checks, sizes = manifest["checks"], bundle.sizes()
-    ordered = sorted(verdicts, key=lambda v: STATES.index(v[0]) if v[0] in STATES else len(STATES))
+    checks, artefacts, order = manifest["checks"], manifest["artefacts"], [*STATES]
+    ordered = sorted(verdicts, key=lambda v: order.index(v[0]) if v[0] in order else len(order))
     yield "Verdicts", checks_table(ordered)
-    yield "Model", [*model_facts(manifest), *notices("NOTE", manifest["weights"]["notes"])]
-    yield "Artifacts", [*artefacts_table(manifest, sizes), *sizes_plot(sizes)]
+    yield (
+        "Model",
+        [*model.model_facts(manifest), *notices("NOTE", manifest["weights"]["notes"])],
+    )
+    yield (
+        "Artifacts",
+        [*model.artefacts_table(manifest, sizes), *model.sizes_plot(sizes)],
+    )
     if checks.get("verify", {}).get("artefacts"):
-        yield "Verification", verify_blocks(checks["verify"], manifest["class_names"], full=True)
+        yield (
+            "Verification",
+            judged.verify_blocks(checks["verify"], manifest["class_names"], full=True),
+        )
     if checks.get("evaluate", {}).get("losses"):
-        yield "Accuracy", evaluate_blocks(checks["evaluate"])
+        yield "Accuracy", judged.evaluate_blocks(checks["evaluate"])
     if checks.get("drift", {}).get("artefacts"):
-        yield "Drift", drift_blocks(checks["drift"], SHOWN_PARTS)
+        yield "Drift", judged.drift_blocks(checks["drift"], SHOWN_PARTS)
     if bench is not None and bench["rows"]:
-        yield "Speed", bench_blocks(bench)
+        yield "Speed", timed.bench_blocks(bench)
         accuracies = checks.get("evaluate", {}).get("accuracy", {})
-        yield "Throughput against accuracy", tradeoff_blocks(accuracies, bench)
-    yield "Preprocessing", preprocessing_facts(manifest["preprocessing"])
-    yield "Graph", graph_blocks(manifest)
-    yield "Provenance", _provenance(manifest)
-    yield "Not measured", _not_done(manifest, verdicts)
+        yield "Throughput against accuracy", timed.tradeoff_blocks(accuracies, bench)
+    yield "Preprocessing", model.preprocessing_facts(manifest["preprocessing"])
+    yield "Graph", model.graph_blocks(manifest)
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    files = [(n, file, digest) for n, e in artefacts.items() for file, digest in e["files"].items()]
+    columns = "artifact = 0 name; file = 1 name; SHA-256 = 2 name"
+    yield (
+        "Provenance",
+        [
+            Facts({"made with": versions, "bundle schema": manifest["schema"]}),
+            *table(files, columns, "Every file", folded=True),
+        ],
+    )
+    left = [(name, detail) for state, name, detail in verdicts if state == "SKIPPED"]
+    left += [(name, what) for name, what in COMMANDS.items() if name not in checks]
+    made = {entry["precision"] for entry in artefacts.values()}
+    left += [
+        (kind.upper(), f"not made: `van-deploy quantize --precision {kind}`")
+        for kind in ("fp16", "int8")
+        if kind not in made
+    ]
+    if not any(entry["kind"] == "engine" for entry in artefacts.values()):
+        left.append(("TensorRT engine", "not built: `van-deploy build`"))
+    yield "Not measured", table(left, "what = 0 name; why = 1")
 
 
 # --- what was found ----------------------------------------------------------------------------
 
 
 def _files(bundle: Bundle) -> list[Row]:
-    problems = [("FAIL", "files", problem) for problem in bundle.problems()]
+    problems = [("FAIL", "files", problem) for problem in portable(bundle.problems())]
     return problems or [("PASS", "files", f"all {len(bundle.digests)} have the manifest's SHA-256")]
 
 
 def _verdicts(checks: Entry) -> Iterator[Row]:
     """Yield state, name and detail of every check."""
-    yield from proof_rows(checks)
+    yield from model.proof_rows(checks)
     for name, verdict in checks.get("verify", {}).get("artefacts", {}).items():
-        yield state_of(verdict["outcome"]), f"verify {name}", _verified(verdict)
-    evaluated = checks.get("evaluate", {})
-    for name, loss in evaluated.get("losses", {}).items():
-        own, original = (evaluated["accuracy"][n] for n in (name, "pytorch"))
+        figures, limit = verdict["comparison"], verdict["limit"]
+        said = "; ".join(_said(verdict)[:4])
+        if verdict["outcome"] == "pass" and figures and limit:
+            said = (
+                f"SQNR {float(figures['sqnr_db']):.1f} dB (limit {float(limit['value']):.1f}: "
+                f"{limit['origin']}), {len(verdict['flips'])} label flips"
+            )
+        yield state_of(verdict["outcome"]), f"verify {name}", said
+    for own, original, loss in _losses(checks):
         pair = f"{100 * own['top1']:.2f} %, PyTorch {100 * original['top1']:.2f} %"
-        said = "; ".join(filter(None, [pair, *_said(loss)]))
-        yield state_of(loss["outcome"]), f"{own['metric']} of {name}", said
-    for skipped in evaluated.get("skipped", ()):
+        said = "; ".join([pair, *_said(loss)])
+        yield state_of(loss["outcome"]), f"{own['metric']} of {own['name']}", said
+    for skipped in checks.get("evaluate", {}).get("skipped", ()):
         yield "SKIPPED", f"evaluate {skipped['artefact']}", str(skipped["reason"])
     for name, entry in checks.items():  # a check this report knows nothing else about
         outcome = entry.get("outcome", entry.get("passed")) if isinstance(entry, Mapping) else None
@@ -171,18 +192,17 @@ def _verdicts(checks: Entry) -> Iterator[Row]:
             yield state_of(outcome), name, str(entry.get("reason") or entry.get("detail") or "")
 
 
+def _losses(checks: Entry) -> Iterator[tuple[Entry, Entry, Entry]]:
+    """Yield the accuracy of each artifact with its name, PyTorch's, and what was lost."""
+    evaluated = checks.get("evaluate", {})
+    for name, loss in evaluated.get("losses", {}).items():
+        accuracy = evaluated["accuracy"]
+        yield {**accuracy[name], "name": name}, accuracy["pytorch"], loss
+
+
 def _said(entry: Entry) -> list[str]:
-    return [f["message"] for f in entry["findings"] if f["outcome"] == entry["outcome"]]
-
-
-def _verified(verdict: Entry) -> str:
-    figures, limit = verdict["comparison"], verdict["limit"]
-    if verdict["outcome"] != "pass" or not figures or not limit:
-        return "; ".join([said for said in _said(verdict) if said][:4])
-    return (
-        f"SQNR {float(figures['sqnr_db']):.1f} dB (limit {float(limit['value']):.1f}: "
-        f"{limit['origin']}), {len(verdict['flips'])} label flips"
-    )
+    said = (f["message"] for f in entry["findings"] if f["outcome"] == entry["outcome"])
+    return list(filter(None, said))
 
 
 def _fresh_checks(
@@ -192,9 +212,7 @@ def _fresh_checks(
     fresh, stale = {}, []
     for name, entry in checks.items():
         measured = entry.get("artefacts_sha256", {}) if isinstance(entry, Mapping) else {}
-        gone = {
-            artefact for artefact, digest in measured.items() if digests.get(artefact) != digest
-        }
+        gone = {one for one, digest in measured.items() if digests.get(one) != digest}
         stale += [(name, f"{name} of {artefact}") for artefact in sorted(gone)]
         fresh[name] = entry
         for key in BY_ARTEFACT if gone else ():
@@ -209,14 +227,11 @@ def _fresh_bench(
     """Return the benchmark kept in the bundle without rows of other files, and what is stale."""
     path = bundle.path / BENCH_FILE
     try:
-        bench = plain(read_report(path))
+        bench = portable(plain(read_report(path)))
     except InputError:
-        try:
-            schema = str(json_from(text_from(path))["schema"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None, []
-        other = schema.startswith("van-deploy/bench/") and schema != SCHEMA
-        return None, [("bench", f"{BENCH_FILE}, of another version")] if other else []
+        head = path.read_text("utf-8", "replace")[:100] if path.is_file() else ""
+        other = "van-deploy/bench/" in head and SCHEMA not in head
+        return None, [("bench", f"{BENCH_FILE}, of another version")] * other
     known = {*digests.values(), bundle.manifest.weights.sha256}
     gone = {name for name, entry in bench["contenders"].items() if entry["sha256"] not in known}
     for key in ("rows", "roofline"):
@@ -227,73 +242,35 @@ def _fresh_bench(
 
 def _tiles(checks: Entry, sizes: Mapping[str, int], bench: Entry | None) -> Iterator[Tile]:
     """Yield the numbers people look for first, those that exist."""
-    best = fastest(bench) if bench else None
-    if best is not None and bench is not None:
-        times = f"{best['ratio']['median']:.1f} x PyTorch, " if best["ratio"] else ""
+    if bench is not None and (best := timed.fastest(bench)) is not None:
+        reference, name = str(bench["reference"]), best["contender"]
+        slower = "PyTorch" if reference.startswith("pytorch") else reference
+        is_faster = best["ratio"] and name != reference
+        times = f"{best['ratio']['median']:.1f} x {slower}, " if is_faster else ""
         loaded = bench["during"]["under_load"]
-        note = f"{times}{best['contender']}{', measured under load' if loaded else ''}"
-        label, tone = f"Fastest at batch {best['batch']}", "warn" if loaded else ""
-        yield Tile(label, f"{ms_text(best['latency']['p50_ms'])} ms", note, tone)
-    evaluated = checks.get("evaluate", {})
-    for name, loss in evaluated.get("losses", {}).items():
-        own, original = (evaluated["accuracy"][n] for n in (name, "pytorch"))
+        note = f"{times}{name}{', measured under load' * loaded}"
+        label, value = f"Fastest at batch {best['batch']}", f"{ms_text(best['p50'])} ms"
+        yield Tile(label, value, note, "warn" * loaded)
+    losses = list(_losses(checks))
+    for own, original, loss in losses:
         state = state_of(loss["outcome"])
         tone = {"FAIL": "bad", "INCONCLUSIVE": "open"}.get(state, "")
         note = f"PyTorch {100 * original['top1']:.2f} %{'' if state == 'PASS' else f', {state}'}"
-        yield Tile(f"{own['metric']} of {name}", f"{100 * own['top1']:.2f} %", note, tone)
-    if not evaluated.get("losses") and "agreement" in checks:
+        yield Tile(f"{own['metric']} of {own['name']}", f"{100 * own['top1']:.2f} %", note, tone)
+    if not losses and "agreement" in checks:
         levels = [e["sqnr_db"] for e in checks["agreement"]["batches"] if e["sqnr_db"] is not None]
         least = f"{min(map(float, levels), default=float('nan')):.1f} dB"
         yield Tile("FP32 against PyTorch", least, "lowest of all batch sizes")
-    smallest = min(sizes, key=lambda name: sizes[name])
+    smallest = min(sizes, key=sizes.__getitem__)
     yield Tile("Smallest artifact", bytes_text(sizes[smallest]), smallest)
 
 
-# --- the model ---------------------------------------------------------------------------------
-
-
-def _provenance(manifest: Entry) -> list[Block]:
-    artefacts = manifest["artefacts"]
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    files = [(n, file, digest) for n, e in artefacts.items() for file, digest in e["files"].items()]
-    columns = "artifact = 0 name; file = 1 name; SHA-256 = 2 name"
-    return [
-        Facts({"made with": versions, "bundle schema": manifest["schema"]}),
-        *table(files, columns, "Every file", folded=True),
-    ]
-
-
-def _not_done(manifest: Entry, verdicts: Sequence[Row]) -> list[Block]:
-    artefacts = manifest["artefacts"].values()
-    rows = [(name, detail) for state, name, detail in verdicts if state == "SKIPPED"]
-    rows += [(name, what) for name, what in COMMANDS.items() if name not in manifest["checks"]]
-    rows += [
-        (kind.upper(), f"not made: `van-deploy quantize --precision {kind}`")
-        for kind in ("fp16", "int8")
-        if kind not in {entry["precision"] for entry in artefacts}
-    ]
-    if not any(entry["kind"] == "engine" for entry in artefacts):
-        rows.append(("TensorRT engine", "not built: `van-deploy build`"))
-    return table(rows, "what = 0 name; why = 1")
-
-
-# --- paths -------------------------------------------------------------------------------------
-
-
 def portable(value: Kind) -> Kind:
-    """Return a document's part with the folders of every absolute path left out.
+    """Return what JSON can hold with the folders of every absolute path left out.
 
     >>> portable("16 of 520 images of '/data/cifar10/calib', in /srv/a/b.onnx; 3 images/s")
     "16 of 520 images of 'calib', in b.onnx; 3 images/s"
     """
-    found: Any = value
-    if isinstance(value, str):
-        found = BARE_PATH.sub(r"\1", QUOTED_PATH.sub(r"'\1'", value))
-    elif isinstance(value, Mapping):
-        found = {name: portable(item) for name, item in value.items()}
-    elif isinstance(value, list | tuple):
-        found = [portable(item) for item in value]
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [f.name for f in dataclasses.fields(value) if f.name != "svg"]
-        found = dataclasses.replace(value, **{n: portable(getattr(value, n)) for n in fields})
+    text = json.dumps(value, ensure_ascii=False)
+    found: Kind = json.loads(BARE_PATH.sub(r"\1", QUOTED_PATH.sub(r"'\1'", text)))
     return found

@@ -14,25 +14,6 @@ from typing import Any, TypeAlias
 
 from van_deploy.report.figures import shown, state_of
 
-__all__ = [
-    "TONES",
-    "Block",
-    "Document",
-    "Entry",
-    "Facts",
-    "Notice",
-    "Paragraph",
-    "Plot",
-    "Section",
-    "Table",
-    "Tile",
-    "checks_table",
-    "facts",
-    "notices",
-    "table",
-    "worst",
-]
-
 Entry: TypeAlias = Mapping[str, Any]
 """A result in its JSON form (:func:`van_deploy.documents.plain`)."""
 
@@ -167,24 +148,21 @@ def table(
     Args:
         rows: mappings or sequences.
         columns: ``header = where form``, separated by ``;``. Where is a path such as
-            ``limit.value``, or the position in a sequence; the form is text where none is given.
-            A column in which no row has a value is left out.
+            ``limit.value``, or the position in a sequence; the form is text where none is given,
+            and the header the path's last part. Columns and rows without values are left out.
         title: one line above.
         folded: shown closed at first, where that is possible.
 
-    >>> table([{"at": {"ms": 4.2}, "no": None}], "latency ms = at.ms .2f; left out = no")
-    [Table(columns={'latency ms': '.2f'}, rows=[['4.20']], title='', folded=False)]
+    >>> table([{"at": {"ms": 4.2}, "no": None}], "latency = at.ms .2f; at.ms .1f; left out = no")
+    [Table(columns={'latency': '.2f', 'ms': '.1f'}, rows=[['4.20', '4.2']], title='', folded=False)]
     """
-    found = list(rows)
-    forms, cells = {}, []
-    for header, where, form in _places(columns):
-        values = [_at(row, where) for row in found]
-        if any(value not in (None, "") for value in values):
-            forms[header] = form
-            cells.append([shown(value, form) for value in values])
-    return [Table(forms, [list(row) for row in zip(*cells, strict=True)], title, folded)] * bool(
-        cells
-    )
+    places = list(_places(columns))
+    found = [[_at(row, where) for _, where, _ in places] for row in rows]
+    found = [values for values in found if not all(map(_missing, values))]
+    used = [i for i in range(len(places)) if not all(_missing(values[i]) for values in found)]
+    cells = [[shown(values[i], places[i][2]) for i in used] for values in found]
+    forms = {places[i][0]: places[i][2] for i in used}
+    return [Table(forms, cells, title, folded)] if used else []
 
 
 def facts(entry: Entry, places: str, title: str = "") -> list[Block]:
@@ -193,17 +171,21 @@ def facts(entry: Entry, places: str, title: str = "") -> list[Block]:
     >>> facts({"at": {"bytes": 2048}}, "size = at.bytes bytes; left out = no")
     [Facts(values={'size': '2.0 KiB'}, title='')]
     """
-    found = {name: (_at(entry, where), form) for name, where, form in _places(places)}
-    known = {n: shown(v, form) for n, (v, form) in found.items() if v not in (None, "", [], {})}
+    found = ((name, _at(entry, where), form) for name, where, form in _places(places))
+    known = {name: shown(value, form) for name, value, form in found if not _missing(value)}
     return [Facts(known, title)] if known else []
 
 
 def _places(text: str) -> Iterator[tuple[str, str, str]]:
     """Yield header, path and form of each part of ``header = path form; ...``."""
     for part in text.split(";"):
-        header, _, place = part.strip().partition(" = ")
+        header, _, place = part.strip().rpartition(" = ")
         where, _, form = place.partition(" ")
-        yield header, where, form
+        yield header or where.rpartition(".")[2].replace("_", " "), where, form
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value in ("", [], {})
 
 
 def _at(value: Any, path: str) -> Any:
@@ -222,17 +204,15 @@ def checks_table(rows: Iterable[tuple[str | bool | None, str, str]]) -> list[Blo
     return table(found, "verdict = 0 state; check = 1 name; measured = 2")
 
 
+def inner(rows: Iterable[Entry], key: str, most: int | None = None) -> list[dict[str, Any]]:
+    """Return the mappings that each row holds under a key, at most so many, with its ``about``.
+
+    >>> inner([{"about": "fp16", "batches": [{"batch": 1}, {"batch": 2}]}], "batches", 1)
+    [{'about': 'fp16', 'batch': 1}]
+    """
+    return [{"about": row["about"], **one} for row in rows for one in row[key][:most]]
+
+
 def notices(state: str, lines: Iterable[str]) -> list[Notice]:
     """Return one notice a line."""
     return [Notice(state, line) for line in lines]
-
-
-def worst(states: Iterable[str]) -> str:
-    """Return what several states say together; SKIPPED for none.
-
-    >>> worst(["PASS", "INCONCLUSIVE", "SKIPPED"]), worst([])
-    ('INCONCLUSIVE', 'SKIPPED')
-    """
-    found = set(states)
-    order = ("FAIL", "INCONCLUSIVE", "PASS")
-    return next((state for state in order if state in found), "SKIPPED")

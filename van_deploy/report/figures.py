@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-__all__ = ["TEXTS", "bytes_text", "count_text", "listed", "ms_text", "shown", "state_of"]
+from van_deploy.config.sizes import size_text
 
 TEXTS = ("", "name", "state")
 """Forms that are set to the left: text that may be broken over lines, a name that may not, and a
@@ -101,10 +101,6 @@ def listed(values: Iterable[object], separator: str = " ") -> str:
     return separator.join(f"{v:g}" if isinstance(v, float) else shown(v, "") for v in values)
 
 
-def _ratio(ratio: Mapping[str, float]) -> str:
-    return "{median:.2f} ({low:.2f}-{high:.2f})".format(**ratio)
-
-
 NAMED: Mapping[str, Callable[[Any], str]] = {
     "bytes": bytes_text,
     "count": count_text,
@@ -112,7 +108,8 @@ NAMED: Mapping[str, Callable[[Any], str]] = {
     "percent": lambda share: f"{100 * share:.2f}",
     "percents": lambda ends: f"{100 * ends[0]:.2f} to {100 * ends[1]:.2f}",
     "points": lambda ends: f"{ends[0]:+.2f} to {ends[1]:+.2f}",
-    "ratio": _ratio,
+    "ratio": lambda ratio: "{median:.2f} ({low:.2f}-{high:.2f})".format(**ratio),
+    "size": size_text,
 }
 """Kinds of numbers: a share and the two ends of an interval in percent, an interval in points,
-and a ratio with its 95 % interval, such as ``4.13 (4.00-4.31)``."""
+a ratio with its 95 % interval, such as ``4.13 (4.00-4.31)``, and height x width."""

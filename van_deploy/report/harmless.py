@@ -14,8 +14,6 @@ from rich.segment import Segment
 
 from van_deploy.documents import CONTROL
 
-__all__ = ["Harmless"]
-
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 

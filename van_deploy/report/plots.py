@@ -13,22 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = [
-    "Axis",
-    "Mark",
-    "Series",
-    "colours",
-    "nice_ticks",
-    "rows_chart",
-    "standalone",
-    "xy_chart",
-]
-
-COLOURS = 8
 KNOWN = {"pytorch": 8, "fp32": 1, "int8": 2, "fp16": 3, "bf16": 4}
 CHARACTER = 7.0  # width of one in drawing units at most fonts' 12 pixels, rounded up
 ROW, EDGE, BELOW = 28, 12, 46
-WIDTH, HALF = 940, 480
+WIDTH, HALF, LEFT = 940, 480, 66.0
 
 
 @dataclass(frozen=True)
@@ -75,12 +63,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """A named line of points in order of x, in one colour; ``dashed`` tells two of one apart."""
+    """A named line of points in order of x, in one colour."""
 
     name: str
     points: Sequence[Mark]
     colour: int
-    dashed: bool = False
 
 
 def colours(names: Iterable[str]) -> dict[str, int]:
@@ -94,14 +81,14 @@ def colours(names: Iterable[str]) -> dict[str, int]:
     return {name: KNOWN[name] if name in KNOWN else 5 + others.index(name) % 3 for name in found}
 
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about ``count`` round numbers that cover ``low`` to ``high``.
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Return about five round numbers that cover ``low`` to ``high``.
 
     >>> nice_ticks(0, 9.3)
     [0, 2, 4, 6, 8, 10]
     """
     high = high if high > low else low + 1
-    rough = (high - low) / count
+    rough = (high - low) / 5
     power = 10 ** math.floor(math.log10(rough))
     step = min((m * power for m in (1, 2, 2.5, 5, 10)), key=lambda s: abs(s - rough))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -114,9 +101,7 @@ def rows_chart(marks: Sequence[Mark], axis: Axis, *, dots: bool = False) -> str:
     right = WIDTH - EDGE - CHARACTER * max((len(m.text) for m in marks), default=0) - 10
     bottom = EDGE + ROW * len(marks)
     ends = [v for m in marks for v in (m.x, m.low, m.high, m.limit) if v is not None]
-    if dots:
-        ends.append(0.0)
-    scale = _Scale.of(axis, ends, left, right)
+    scale = _Scale(axis, [*ends, *[0.0] * dots], left, right)
     parts = [_x_axis(scale, axis, EDGE, bottom)]
     for index, mark in enumerate(marks):
         middle = EDGE + ROW * (index + 0.5)
@@ -130,48 +115,40 @@ def xy_chart(series: Sequence[Series], x: Axis, y: Axis, *, wide: bool = True) -
     """Return lines with a mark at every point, and a legend above them."""
     width = WIDTH if wide else HALF
     legend, top = _legend(series, width)
-    left, right, bottom = 66.0, width - 20.0, top + 270.0
+    right, bottom, middle = width - 20.0, top + 270.0, top + 135.0
     points = [point for one in series for point in one.points]
     ys = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
-    to_x = _Scale.of(x, [p.x for p in points], left, right)
-    to_y = _Scale.of(y, ys, bottom, top)
+    to_x = _Scale(x, [p.x for p in points], LEFT, right)
+    to_y = _Scale(y, ys, bottom, top)
     parts = [legend, _x_axis(to_x, x, top, bottom, grid=False)]
     for tick in to_y.ticks:
         at = to_y(tick)
-        parts.append(_path(f"M{left:.1f} {at:.1f}H{right:.1f}", "var(--grid)"))
-        parts.append(_label(left - 8, at + 4, _number(tick), "end", muted=True))
-    middle = (top + bottom) / 2
-    turned = f'<g transform="rotate(-90 14 {middle:.1f})">'
-    parts.append(turned + _label(14, middle, y.label, "middle", muted=True) + "</g>")
+        parts.append(_path(f"M{LEFT:.1f} {at:.1f}H{right:.1f}", "var(--grid)"))
+        parts.append(_label(LEFT - 8, at + 4, _number(tick), "end", muted=True))
+    turned = _label(14, middle, y.label, "middle", muted=True)
+    parts.append(f'<g transform="rotate(-90 14 {middle:.1f})">{turned}</g>')
     parts += [_line(one, to_x, to_y) for one in series]
     return _svg(width, bottom + BELOW, f"{y.label} against {x.label}", parts)
 
 
-@dataclass(frozen=True)
 class _Scale:
-    """From values to drawing units, with the marks of the axis."""
+    """From values to drawing units, with the ticks of the axis."""
 
-    ticks: Sequence[float]
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool
-
-    @classmethod
-    def of(cls, axis: Axis, values: Sequence[float], start: float, end: float) -> _Scale:
+    def __init__(self, axis: Axis, values: Sequence[float], start: float, end: float) -> None:
         low, high = min(values, default=0.0), max(values, default=1.0)
         if axis.ticks:
             room = 1.15 if axis.log else 1.0
-            return cls(
-                axis.ticks, min(axis.ticks) / room, max(axis.ticks) * room, start, end, axis.log
-            )
-        if axis.log:
+            ticks = list(axis.ticks)
+            low, high = min(ticks) / room, max(ticks) * room
+        elif axis.log:
             ticks = _log_ticks(low, high)
-            return cls(ticks, min(low, ticks[0]), max(high, ticks[-1]), start, end, log=True)
-        room = 0.04 * ((high - low) or abs(high) or 1.0)
-        ticks = nice_ticks(0.0 if axis.zero and low >= 0 else low - room, high + room)
-        return cls(ticks, ticks[0], ticks[-1], start, end, log=False)
+            low, high = min(low, ticks[0]), max(high, ticks[-1])
+        else:
+            room = 0.04 * ((high - low) or abs(high) or 1.0)
+            ticks = nice_ticks(0.0 if axis.zero and low >= 0 else low - room, high + room)
+            low, high = ticks[0], ticks[-1]
+        self.ticks, self.low, self.high, self.log = ticks, low, high, axis.log
+        self.start, self.end = start, end
 
     def __call__(self, value: float) -> float:
         low, high, at = self.low, self.high, value
@@ -193,32 +170,30 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _row(mark: Mark, scale: _Scale, middle: float, dots: bool) -> str:
-    colour, at = _colour(mark.colour), scale(mark.x)
+    colour, at = f"var(--series-{mark.colour})", scale(mark.x)
     told, parts = f"{mark.name}: {mark.text or _number(mark.x)}", []
     if not dots:
-        start = scale(max(0.0, scale.low) if not scale.log else scale.low)
+        start = scale(scale.low if scale.log else max(0.0, scale.low))
         parts.append(
             f'<rect x="{start:.1f}" y="{middle - 8:.1f}" width="{max(1.0, at - start):.1f}" '
             f'height="16" rx="2" fill="{colour}"><title>{escape(told)}</title></rect>'
         )
     if mark.low is not None and mark.high is not None:
         a, b = scale(mark.low), scale(mark.high)
-        path = (
-            f"M{a:.1f} {middle:.1f}H{b:.1f}M{a:.1f} {middle - 5:.1f}v10M{b:.1f} {middle - 5:.1f}v10"
-        )
-        parts.append(_path(path, colour if dots else "var(--ink)", 2 if dots else 1.2))
+        ends = "".join(f"M{end:.1f} {middle - 5:.1f}v10" for end in (a, b))
+        ink, width = (colour, 2) if dots else ("var(--ink)", 1.2)
+        parts.append(_path(f"M{a:.1f} {middle:.1f}H{b:.1f}{ends}", ink, width))
     if mark.limit is not None:
         path = f"M{scale(mark.limit):.1f} {middle - ROW / 2 + 2:.1f}v{ROW - 4}"
-        parts.append(_path(path, "var(--bad)", 2, dashed=True))
+        parts.append(_path(path, "var(--bad)", 2, ' stroke-dasharray="5 4"'))
     return "".join([*parts, _dot(at, middle, colour, told) if dots else ""])
 
 
 def _line(line: Series, to_x: _Scale, to_y: _Scale) -> str:
-    colour, parts = _colour(line.colour), []
+    colour, parts = f"var(--series-{line.colour})", []
     places = [(to_x(p.x), to_y(p.y)) for p in line.points]
     if len(places) > 1:
-        path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in places)
-        parts.append(_path(path, colour, 2, dashed=line.dashed))
+        parts.append(_path("M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in places), colour, 2))
     for (a, b), point in zip(places, line.points, strict=True):
         if point.low is not None and point.high is not None:
             whisker = f"M{a:.1f} {to_y(point.low):.1f}V{to_y(point.high):.1f}"
@@ -231,13 +206,13 @@ def _line(line: Series, to_x: _Scale, to_y: _Scale) -> str:
 
 def _legend(series: Sequence[Series], width: float) -> tuple[str, float]:
     """Return the legend, in as many lines as it needs, and where the plot begins."""
-    x, y, parts = 66.0, 14.0, []
+    x, y, parts = LEFT, 14.0, []
     for one in series:
-        needed = 44 + CHARACTER * len(one.name)
-        if x + needed > width and x > 66:
-            x, y = 66.0, y + 20
-        parts.append(_path(f"M{x:.1f} {y:.1f}h22", _colour(one.colour), 2, dashed=one.dashed))
-        parts.append(_dot(x + 11, y, _colour(one.colour), one.name))
+        needed, colour = 44 + CHARACTER * len(one.name), f"var(--series-{one.colour})"
+        if x + needed > width and x > LEFT:
+            x, y = LEFT, y + 20
+        parts.append(_path(f"M{x:.1f} {y:.1f}h22", colour, 2))
+        parts.append(_dot(x + 11, y, colour, one.name))
         parts.append(_label(x + 28, y + 4, one.name, "start"))
         x += needed
     return "".join(parts), y + 20
@@ -263,8 +238,7 @@ def _svg(width: float, height: float, label: str, parts: Iterable[str]) -> str:
     )
 
 
-def _path(path: str, colour: str, width: float = 1, dashed: bool = False) -> str:
-    dash = ' stroke-dasharray="5 4"' if dashed else ""
+def _path(path: str, colour: str, width: float = 1, dash: str = "") -> str:
     return f'<path d="{path}" stroke="{colour}" stroke-width="{width:g}" fill="none"{dash}/>'
 
 
@@ -276,23 +250,10 @@ def _dot(x: float, y: float, colour: str, told: str) -> str:
 
 
 def _label(x: float, y: float, text: str, anchor: str, *, muted: bool = False) -> str:
-    fill = "var(--muted)" if muted else "var(--ink)"
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}">{escape(text)}</text>'
-    )
-
-
-def _colour(index: int) -> str:
-    return f"var(--series-{(index - 1) % COLOURS + 1})"
+    fill = f' text-anchor="{anchor}" fill="var(--{"muted" if muted else "ink"})"'
+    return f'<text x="{x:.1f}" y="{y:.1f}"{fill}>{escape(text)}</text>'
 
 
 def _number(value: float) -> str:
     """Return a short form of a number for a tick."""
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:,.4g}"
-
-
-def standalone(svg: str, style: str) -> str:
-    """Return a plot that needs no page around it, with the page's variables as ``style``."""
-    style = f"{' '.join(style.split())} background: var(--surface)"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" style="{style}" font-family="sans-serif" '
-    return svg.replace("<svg ", head, 1) + "\n"

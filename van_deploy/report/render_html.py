@@ -3,73 +3,57 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from html import escape
 from importlib import resources
 from itertools import groupby
 from string import Template
 
 from van_deploy import __version__
-from van_deploy.report.document import (
-    TONES,
-    Block,
-    Document,
-    Facts,
-    Notice,
-    Paragraph,
-    Plot,
-    Section,
-    Table,
-    Tile,
-)
+from van_deploy.report.document import TONES, Block, Document, Facts, Notice, Paragraph, Plot, Table
 from van_deploy.report.figures import TEXTS
 
-__all__ = ["html_from_document"]
-
 CODE = re.compile(r"`([^`]+)`")
+FOLDER = resources.files("van_deploy.report")
+STYLE = FOLDER.joinpath("style.css").read_text(encoding="utf-8").strip()
+"""The page's style sheet; its first rule has the light colours."""
 
 
 def html_from_document(document: Document) -> str:
     """Return the document as a whole HTML page, light or dark as the reader's system is."""
-    folder = resources.files("van_deploy.report")
-    page = Template(folder.joinpath("page.html").read_text(encoding="utf-8"))
-    return page.substitute(
+    anchors = {s.title: "-".join(re.findall(r"\w+", s.title.lower())) for s in document.sections}
+    links = (f'<a href="#{at}">{escape(title)}</a>' for title, at in anchors.items())
+    tiles = (
+        f'<div class="tile {tile.tone}"><span>{escape(tile.label)}</span>'
+        f"<strong>{escape(tile.value)}</strong><small>{escape(tile.note)}</small></div>"
+        for tile in document.tiles
+    )
+    sections = (
+        f'<section id="{anchors[section.title]}">\n<h2>{escape(section.title)}</h2>\n'
+        f"{_body(section.blocks)}\n</section>"
+        for section in document.sections
+    )
+    return Template(FOLDER.joinpath("page.html").read_text(encoding="utf-8")).substitute(
         version=escape(__version__),
-        style=folder.joinpath("style.css").read_text(encoding="utf-8").strip(),
+        style=STYLE,
         title=escape(document.title),
         subtitle=escape(document.subtitle),
         state=_badge(document.state),
         note=escape(document.note),
         notices="\n".join(map(_block, document.notices)),
-        tiles="\n".join(map(_tile, document.tiles)),
-        navigation=" ".join(_link(section) for section in document.sections),
-        sections="\n".join(map(_section, document.sections)),
+        tiles="\n".join(tiles),
+        navigation=" ".join(links),
+        sections="\n".join(sections),
         footer=escape(document.footer),
     )
 
 
-def _tile(tile: Tile) -> str:
-    return (
-        f'<div class="tile {tile.tone}"><span>{escape(tile.label)}</span>'
-        f"<strong>{escape(tile.value)}</strong><small>{escape(tile.note)}</small></div>"
-    )
-
-
-def _link(section: Section) -> str:
-    return f'<a href="#{_anchor(section)}">{escape(section.title)}</a>'
-
-
-def _anchor(section: Section) -> str:
-    return "-".join("".join(c if c.isalnum() else " " for c in section.title.lower()).split())
-
-
-def _section(section: Section) -> str:
+def _body(blocks: Iterable[Block]) -> str:
     parts = []
-    for in_row, blocks in groupby(section.blocks, lambda block: isinstance(block, Plot)):
-        drawn = "\n".join(map(_block, blocks))
+    for in_row, group in groupby(blocks, lambda block: isinstance(block, Plot)):
+        drawn = "\n".join(map(_block, group))
         parts.append(f'<div class="row">\n{drawn}\n</div>' if in_row else drawn)
-    title, body = escape(section.title), "\n".join(parts)
-    return f'<section id="{_anchor(section)}">\n<h2>{title}</h2>\n{body}\n</section>'
+    return "\n".join(parts)
 
 
 def _block(block: Block) -> str:
@@ -89,28 +73,24 @@ def _block(block: Block) -> str:
 
 
 def _table(table: Table) -> str:
-    head = _row(
-        "th", list(table.columns), [form if form != "state" else "" for form in table.forms]
-    )
-    body = "\n".join(_row("td", row, table.forms) for row in table.rows)
-    caption = escape(table.title)
-    inside = f"<caption>{caption}</caption>" if caption and not table.folded else ""
+    head = _row("th", ((name, form.replace("state", "")) for name, form in table.columns.items()))
+    body = "\n".join(_row("td", zip(row, table.forms, strict=True)) for row in table.rows)
+    title = escape(table.title)
+    caption = f"<caption>{title}</caption>" if title and not table.folded else ""
     drawn = (
-        f'<div class="scroll"><table>{inside}<thead>{head}</thead>\n'
+        f'<div class="scroll"><table>{caption}<thead>{head}</thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
-    if table.folded:
-        return f"<details><summary>{caption}</summary>{drawn}</details>"
-    return drawn
+    return f"<details><summary>{title}</summary>{drawn}</details>" if table.folded else drawn
 
 
-def _row(tag: str, texts: Sequence[str], forms: Sequence[str]) -> str:
-    cells = []
-    for text, form in zip(texts, forms, strict=True):
-        kind = form if form in TEXTS else "number"
+def _row(tag: str, cells: Iterable[tuple[str, str]]) -> str:
+    drawn = []
+    for text, form in cells:
+        kind = f' class="{form if form in TEXTS else "number"}"' if form else ""
         body = _badge(text) if form == "state" and text in TONES else _text(text)
-        cells.append(f'<{tag} class="{kind}">{body}</{tag}>' if kind else f"<{tag}>{body}</{tag}>")
-    return f"<tr>{''.join(cells)}</tr>"
+        drawn.append(f"<{tag}{kind}>{body}</{tag}>")
+    return f"<tr>{''.join(drawn)}</tr>"
 
 
 def _text(text: str) -> str:

@@ -8,27 +8,23 @@ from itertools import groupby
 from van_deploy.report.document import Block, Document, Facts, Notice, Paragraph, Table
 from van_deploy.report.figures import TEXTS
 
-__all__ = ["markdown_from_document", "markdown_table"]
-
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SKIPPED": "⚠️", "STALE": "⚠️"}
 
 
 def markdown_from_document(document: Document, level: int = 1) -> str:
     """Return the document; ``level`` is that of its first heading."""
     head = "#" * level
+    tiles = [(tile.label, tile.value, tile.note) for tile in document.tiles]
     parts = [
         f"{head} {_marked(document.state).split()[0]} {_plain(document.title)}",
         _plain(document.subtitle),
         f"**{document.state}**: {_plain(document.note)}",
         *_blocks(document.notices),
+        markdown_table(("", "", ""), tiles) if tiles else "",
     ]
-    if document.tiles:
-        tiles = [(tile.label, tile.value, tile.note) for tile in document.tiles]
-        parts.append(markdown_table(("", "", ""), tiles))
     for section in document.sections:
         parts += [f"{head}# {_plain(section.title)}", *_blocks(section.blocks)]
-    if document.footer:
-        parts += ["---", _plain(document.footer)]
+    parts += ["---", _plain(document.footer)] if document.footer else []
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -48,25 +44,25 @@ def markdown_table(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _blocks(blocks: Iterable[Block]) -> list[str]:
+def _blocks(blocks: Iterable[Block]) -> Iterable[str]:
     """Return the blocks' texts, neighbouring notices as one list."""
-    groups = [(kind, list(map(_block, group))) for kind, group in groupby(blocks, type)]
-    return [t for kind, texts in groups for t in (["\n".join(texts)] if kind is Notice else texts)]
+    for kind, group in groupby(blocks, type):
+        texts = map(_block, group)
+        yield from ["\n".join(texts)] if kind is Notice else texts
 
 
 def _block(block: Block) -> str:
     if isinstance(block, Paragraph):
         return _plain(block.text)
     if isinstance(block, Notice):
-        return f"- {_plain(_marked(block.state))}: {_plain(block.text)}"
+        return f"- {_marked(block.state)}: {_plain(block.text)}"
     if isinstance(block, Facts):
         lines = [f"- **{_plain(name)}**: {_plain(value)}" for name, value in block.pairs()]
-        return "\n".join([f"**{_plain(block.title)}**\n", *lines] if block.title else lines)
+        return "\n".join([f"**{_plain(block.title)}**\n"] * bool(block.title) + lines)
     if not isinstance(block, Table):
         return ""
-    states = [form == "state" for form in block.forms]
     rows = [
-        [_marked(cell) if state else cell for cell, state in zip(row, states, strict=True)]
+        [_marked(cell) if f == "state" else cell for cell, f in zip(row, block.forms, strict=True)]
         for row in block.rows
     ]
     numbers = [index for index, form in enumerate(block.forms) if form not in TEXTS]
@@ -75,7 +71,7 @@ def _block(block: Block) -> str:
 
 
 def _marked(state: str) -> str:
-    return f"{MARKS[state]} {state}" if state in MARKS else state
+    return f"{MARKS[state]} {state}" if state in MARKS else _plain(state)
 
 
 def _plain(text: str) -> str:

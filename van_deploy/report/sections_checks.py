@@ -9,38 +9,21 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from van_deploy.report.document import (
-    Block,
-    Document,
-    Entry,
-    Notice,
-    Paragraph,
-    Plot,
-    Section,
-    notices,
-    table,
-)
+from van_deploy.report.document import Block, Entry, Paragraph, Plot, inner, notices, table
 from van_deploy.report.figures import state_of
 from van_deploy.report.plots import Axis, Mark, Series, colours, rows_chart, xy_chart
 
 if TYPE_CHECKING:
     from van_deploy.checks.gates import Allowed, Finding
 
-__all__ = [
-    "check_blocks",
-    "check_document",
-    "class_label",
-    "drift_blocks",
-    "drift_marks",
-    "evaluate_blocks",
-    "failure_text",
-    "verify_blocks",
-]
-
 MOST_FLIPS, MOST_FAILURES, MOST_NAMED = 10, 12, 5
 BAR, BAR_TOP_DB = 24, 150.0  # characters, and the level of an empty bar
 LOUDEST_DB = 200.0
 """Where a plot ends: past it two results are equal to the last bit that float64 holds."""
+
+HEAD = "verdict = outcome state; artifact = about name; "
+BATCHES = "batch = batch d; SQNR dB ↑ = sqnr_db .1f; batch invariance dB ↑ = invariance_db .1f"
+"""Columns of a result a batch size."""
 
 
 def verify_blocks(
@@ -53,97 +36,70 @@ def verify_blocks(
         names: class names for the flips, or None.
         full: every rule and every batch size as well.
     """
-    verdicts: list[Entry] = list(entry["artefacts"].values())
-    ran = [verdict for verdict in verdicts if verdict["outcome"] != "skipped"]
+    verdicts = [{**verdict, "about": name} for name, verdict in entry["artefacts"].items()]
+    ran = [_verdict(verdict) for verdict in verdicts if verdict["outcome"] != "skipped"]
     found = [{"about": "images", **finding} for finding in entry["findings"]]
-    found += [{"about": v["artefact"], **finding} for v in verdicts for finding in v["findings"]]
+    found += inner(verdicts, "findings")
+    flips = []
+    for flip in inner(ran, "flips", MOST_FLIPS):
+        state, image = "FAIL" if flip["fault"] else "explained", entry["names"][flip["image"]]
+        was, now = (_class(flip[key], names) for key in ("expected", "found"))
+        flips.append((state, flip["about"], image, was, now, flip["margin"]))
     limits = (
-        f"{v['artefact']} (class {v['numeric']}): {v['limit']['value']:.1f} dB, "
-        f"{v['limit']['origin']}"
+        f"{v['about']} (class {v['numeric']}): {v['limit']['value']:.1f} dB, {v['limit']['origin']}"
         for v in ran
         if v["limit"]
     )
-    text = (
-        f"{entry['images']}. Compared with {entry['against']}; PyTorch's own float32 noise is "
-        f"{float(entry['noise_db']):.1f} dB."
-    )
+    noise = f"PyTorch's own float32 noise is {float(entry['noise_db']):.1f} dB."
     blocks: list[Block] = [
-        Paragraph(text),
+        Paragraph(f"{entry['images']}. Compared with {entry['against']}; {noise}"),
         *table(
-            map(_verdict, ran),
-            "verdict = outcome state; artifact = artefact name; runner = runner name; "
-            "SQNR dB ↑ = comparison.sqnr_db .1f; limit dB = limit.value .1f; "
-            "margin dB = margin_db +.1f; label flips = flipped d; "
+            ran,
+            f"{HEAD}runner = runner name; SQNR dB ↑ = comparison.sqnr_db .1f; "
+            "limit dB = limit.value .1f; margin dB = margin_db +.1f; label flips = flipped d; "
             "batch invariance dB ↑ = invariance .1f",
         ),
         *notices("LIMIT", limits),
         *_skips(found),
         *table(
-            _flips(entry, ran, names),
+            flips,
             "flip = 0 state; artifact = 1 name; image = 2; PyTorch = 3; artifact's = 4; "
             "margin (RMS logits) = 5 .1e",
             "Label flips",
         ),
         *table(
-            map(_worst_module, (verdict for verdict in ran if verdict["worst_modules"])),
-            "artifact = artefact name; module = name; isolated SQNR dB ↑ = isolated_db .1f; "
+            inner(ran, "worst"),
+            "artifact = about name; module = name; isolated SQNR dB ↑ = isolated_db .1f; "
             "limit dB = least.value .1f",
             "The module that adds most error by itself",
         ),
         *_messages(found, "fail"),
     ]
-    return [*blocks, *(_every_rule(found, ran) if full else ())]
+    return blocks + _every_rule(found, ran) * full
 
 
-def _verdict(verdict: Entry) -> Entry:
-    """Return a verdict with the number of its label flips and its least batch invariance."""
+def _verdict(verdict: Entry) -> dict[str, Any]:
+    """Return a verdict with its label flips counted, its least invariance and its worst module."""
     same = [float(b["invariance_db"]) for b in verdict["batches"] if b["invariance_db"] is not None]
     flipped = len(verdict["flips"]) if verdict["comparison"] else None
-    return {**verdict, "flipped": flipped, "invariance": min(same, default=None)}
-
-
-def _flips(
-    entry: Entry, ran: Sequence[Entry], names: Sequence[str] | None
-) -> list[tuple[object, ...]]:
-    return [
-        (
-            "FAIL" if flip["fault"] else "explained",
-            v["artefact"],
-            entry["names"][flip["image"]],
-            class_label(flip["expected"], names),
-            class_label(flip["found"], names),
-            flip["margin"],
-        )
-        for v in ran
-        for flip in v["flips"][:MOST_FLIPS]
+    held_to = [f["limit"] for f in verdict["findings"] if f["rule"] == "modules"]
+    worst = [
+        {**module, "about": verdict["about"], "least": next(filter(None, held_to), None)}
+        for module in verdict["worst_modules"][:1]
     ]
-
-
-def _worst_module(verdict: Entry) -> Entry:
-    found = (f["limit"] for f in verdict["findings"] if f["rule"] == "modules" and f["limit"])
-    worst: Entry = next(iter(verdict["worst_modules"]), {})
-    return {**worst, "artefact": verdict["artefact"], "least": next(found, None)}
+    least = min(same, default=None)
+    return {**verdict, "flipped": flipped, "invariance": least, "worst": worst}
 
 
 def _every_rule(found: Sequence[Entry], ran: Sequence[Entry]) -> list[Block]:
     shown = [{**f, "said": f["message"] or (f["limit"] or {}).get("origin", "")} for f in found]
-    sizes = [{"about": v["artefact"], **batch} for v in ran for batch in v["batches"]]
-    head = "verdict = outcome state; artifact = about name; "
+    rules = (
+        "rule = rule; measured = value .4g; limit = limit.value .4g; unit = unit name; "
+        "what was shown = said"
+    )
     return [
-        *table(
-            shown,
-            head + "rule = rule; measured = value .4g; limit = limit.value .4g; unit = unit name; "
-            "what was shown = said",
-            "Every rule",
-            folded=True,
-        ),
-        *table(
-            sizes,
-            head + "batch = batch d; SQNR dB ↑ = sqnr_db .1f; "
-            "batch invariance dB ↑ = invariance_db .1f",
-            "Every batch size",
-            folded=True,
-        ),
+        *table(shown, HEAD + rules, "Every rule", folded=True),
+        *table(inner(ran, "batches"), HEAD + BATCHES, "Every batch size", folded=True),
     ]
 
 
@@ -152,14 +108,22 @@ def _every_rule(found: Sequence[Entry], ran: Sequence[Entry]) -> list[Block]:
 
 def evaluate_blocks(entry: Entry) -> list[Block]:
     """Return accuracy, what was lost, what flipped into what, and the images left out."""
-    metric = next((a["metric"] for a in entry["accuracy"].values()), "top-1")
-    losses: list[Entry] = [{"about": n, **loss} for n, loss in entry["losses"].items()]
-    found = [{**f, "about": loss["about"]} for loss in losses for f in loss["findings"]]
-    seconds = float(entry["seconds"])
+    names, seconds = entry["class_names"], float(entry["seconds"])
     rate = entry["count"] / seconds if seconds else math.nan
     accuracies = [
         {"about": name, "runner": entry["runners"][name], **accuracy}
         for name, accuracy in entry["accuracy"].items()
+    ]
+    metric = accuracies[0]["metric"] if accuracies else "top-1"
+    losses = [_loss(name, loss) for name, loss in entry["losses"].items()]
+    found = inner(losses, "findings")
+    flipped = [
+        (loss["about"], _class(old, names), _class(new, names), count)
+        for loss in losses
+        for old, new, count in loss["confusions"][:MOST_FLIPS]
+    ]
+    changed = [
+        {**c, "name": _class(c["label"], names)} for c in inner(losses, "classes", MOST_FLIPS)
     ]
     return [
         Paragraph(f"{entry['images']} ({seconds:.1f} s, {rate:.0f} images a second)."),
@@ -170,66 +134,18 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
             "top-5, 95 % = top5_interval percents; ECE % = ece percent",
         ),
         *table(
-            map(_loss, losses),
-            "verdict = outcome state; artifact = about name; lost pp = loss.loss +.2f; "
-            "95 % pp = loss.interval points; allowed pp = allowed g; lost/won = pairs number; "
-            "p = loss.p_value .2g; label flips = flips d; SQNR dB ↑ = sqnr_db .1f",
+            losses,
+            f"{HEAD}lost pp = loss.loss +.2f; 95 % pp = loss.interval points; "
+            "allowed pp = allowed g; lost/won = pairs number; p = loss.p_value .2g; "
+            "label flips = flips d; SQNR dB ↑ = sqnr_db .1f",
             "Against PyTorch (p is McNemar's, and no gate)",
         ),
         *_losses_plot(losses, metric),
         *_skips({"about": s["artefact"], "skip": s["kind"], **s} for s in entry["skipped"]),
         *_messages(found, "inconclusive"),
         *_messages(found, "fail"),
-        *_changed_classes(losses, entry["class_names"]),
-        *_left_out([reason for _, reason in entry["unreadable"]]),
-    ]
-
-
-def _loss(entry: Entry) -> Entry:
-    loss = entry["loss"]
-    pairs = None if loss["lost"] is None else f"{loss['lost']}/{loss['won']}"
-    return {**entry, "allowed": _allowed_loss(entry), "pairs": pairs}
-
-
-def _allowed_loss(entry: Entry) -> float | None:
-    limit = entry["findings"][-1]["limit"]
-    return None if limit is None else float(limit["value"])
-
-
-def _losses_plot(losses: Sequence[Entry], metric: str) -> list[Block]:
-    """Return every artifact's loss on its interval, and the loss that it is allowed."""
-    colour = colours([loss["about"] for loss in losses])
-    marks = [
-        Mark(
-            loss["about"],
-            loss["loss"]["loss"],
-            text=f"{loss['loss']['loss']:+.2f} pp  {state_of(loss['outcome'])}",
-            colour=colour[loss["about"]],
-            low=loss["loss"]["interval"][0],
-            high=loss["loss"]["interval"][1],
-            limit=_allowed_loss(loss),
-        )
-        for loss in losses
-    ]
-    svg = rows_chart(marks, Axis(f"{metric} lost against PyTorch (pp)"), dots=True)
-    words = "Loss with its 95 % interval; the dashed line is the loss that the artifact is allowed."
-    return [Plot(svg, words)] if marks else []
-
-
-def _changed_classes(losses: Sequence[Entry], names: Sequence[str] | None) -> list[Block]:
-    into = [
-        (loss["about"], class_label(old, names), class_label(new, names), count)
-        for loss in losses
-        for old, new, count in loss["confusions"][:MOST_FLIPS]
-    ]
-    changed = [
-        {**change, "about": loss["about"], "name": class_label(change["label"], names)}
-        for loss in losses
-        for change in loss["classes"][:MOST_FLIPS]
-    ]
-    return [
         *table(
-            into,
+            flipped,
             "artifact = 0 name; PyTorch said = 1; artifact says = 2; images = 3 d",
             "What flipped into what",
             folded=True,
@@ -241,16 +157,35 @@ def _changed_classes(losses: Sequence[Entry], names: Sequence[str] | None) -> li
             "Classes that changed",
             folded=True,
         ),
+        *_left_out([reason for _, reason in entry["unreadable"]]),
     ]
 
 
-def _left_out(reasons: Sequence[str]) -> list[Notice]:
-    noun, more = "image" if len(reasons) == 1 else "images", len(reasons) - MOST_FAILURES
-    lines = [
-        f"{len(reasons)} {noun} could not be read and were left out.",
-        *reasons[:MOST_FAILURES],
-    ]
-    return notices("WARNING", [*lines, *[f"and {more} more"] * (more > 0)] if reasons else ())
+def _loss(name: str, entry: Entry) -> dict[str, Any]:
+    """Return a loss with the loss that is allowed and how many images changed each way."""
+    loss, limit = entry["loss"], entry["findings"][-1]["limit"]
+    pairs = None if loss["lost"] is None else f"{loss['lost']}/{loss['won']}"
+    allowed = None if limit is None else float(limit["value"])
+    return {**entry, "about": name, "allowed": allowed, "pairs": pairs}
+
+
+def _losses_plot(losses: Sequence[Entry], metric: str) -> list[Block]:
+    """Return every artifact's loss on its interval, and the loss that it is allowed."""
+    colour = colours(loss["about"] for loss in losses)
+    marks = []
+    for loss in losses:
+        name, lost, (low, high) = loss["about"], loss["loss"]["loss"], loss["loss"]["interval"]
+        text = f"{lost:+.2f} pp  {state_of(loss['outcome'])}"
+        marks.append(Mark(name, lost, 0.0, text, colour[name], low, high, loss["allowed"]))
+    svg = rows_chart(marks, Axis(f"{metric} lost against PyTorch (pp)"), dots=True)
+    words = "Loss with its 95 % interval; the dashed line is the loss that the artifact is allowed."
+    return [Plot(svg, words)] if marks else []
+
+
+def _left_out(reasons: Sequence[str]) -> Sequence[Block]:
+    noun = "image" if len(reasons) == 1 else "images"
+    lines = [f"{len(reasons)} {noun} could not be read and were left out.", *_most(reasons)]
+    return notices("WARNING", lines) if reasons else []
 
 
 # --- drift -------------------------------------------------------------------------------------
@@ -299,19 +234,13 @@ def _within_plot(level: Any) -> float:
 
 
 def _drift_plot(entry: Entry) -> list[Block]:
-    colour = colours(entry["artefacts"])
-    series = [
-        Series(
-            name,
-            [
-                Mark(row["name"], place, _within_plot(row["sqnr_db"]))
-                for place, row in enumerate(drift["rows"], 1)
-                if row["sqnr_db"] is not None
-            ],
-            colour[name],
-        )
-        for name, drift in entry["artefacts"].items()
-    ]
+    series = []
+    for name, colour in colours(entry["artefacts"]).items():
+        points = []
+        for place, row in enumerate(entry["artefacts"][name]["rows"], 1):
+            if row["sqnr_db"] is not None:
+                points.append(Mark(row["name"], place, _within_plot(row["sqnr_db"])))
+        series.append(Series(name, points, colour))
     axis = Axis(f"{entry['level']}, in the order of the network", zero=False)
     svg = xy_chart(series, axis, Axis("SQNR against float64 (dB)"))
     shown = any(one.points for one in series)
@@ -320,18 +249,13 @@ def _drift_plot(entry: Entry) -> list[Block]:
 
 def drift_marks(entry: Entry) -> list[Mark]:
     """Return the error that each part of each artifact adds, over its result, one row a part."""
-    colour = colours(entry["artefacts"])
-    return [
-        Mark(
-            f"{name} {row['name']}",
-            10 ** (-_within_plot(row["isolated_db"]) / 20),
-            text=f"{float(row['isolated_db']):.1f} dB",
-            colour=colour[name],
-        )
-        for name, drift in entry["artefacts"].items()
-        for row in drift["rows"]
-        if row["isolated_db"] is not None
-    ]
+    marks = []
+    for name, colour in colours(entry["artefacts"]).items():
+        for row in entry["artefacts"][name]["rows"]:
+            if (level := row["isolated_db"]) is not None:
+                share, text = 10 ** (-_within_plot(level) / 20), f"{float(level):.1f} dB"
+                marks.append(Mark(f"{name} {row['name']}", share, 0.0, text, colour))
+    return marks
 
 
 # --- check -------------------------------------------------------------------------------------
@@ -341,7 +265,7 @@ def check_blocks(entry: Entry) -> list[Block]:
     """Return the gates, what failed or is undecided, the skips grouped, and the counts."""
     found = [{"about": row["name"], **row, **row["finding"]} for row in entry["rows"]]
     rows = [
-        {**row, "message": "" if row["outcome"] == "pass" else row["message"]}
+        {**row, "message": row["message"] * (row["outcome"] != "pass")}
         for row in found
         if row["outcome"] in ("fail", "inconclusive")
         or (row["outcome"] == "pass" and row["about"].startswith("gate/"))
@@ -354,52 +278,43 @@ def check_blocks(entry: Entry) -> list[Block]:
             "limit = limit.value .4g; message = message",
         ),
         *_skips(found),
-        Paragraph(f"{len(found)} rows: {_counts(entry)}.{new}"),
+        Paragraph(f"{len(found)} rows: {counts_text(entry)}.{new}"),
     ]
 
 
-def check_document(entry: Entry) -> Document:
-    """Return a check as a document, such as a job's summary."""
-    return Document(
-        title=f"van-deploy: {entry['model']} {'passed' if entry['passed'] else 'failed'}",
-        subtitle=entry["images"],
-        state=state_of(entry["passed"]),
-        note=_counts(entry),
-        sections=(Section("Gates and baseline", check_blocks(entry)),),
-    )
-
-
-def _counts(entry: Entry) -> str:
+def counts_text(entry: Entry) -> str:
+    """Return how many rows of a check have each outcome."""
     return ", ".join(f"{count} {outcome}" for outcome, count in entry["counts"].items())
 
 
 # --- findings ----------------------------------------------------------------------------------
 
 
-def _skips(found: Iterable[Entry]) -> list[Notice]:
+def _skips(found: Iterable[Entry]) -> Sequence[Block]:
     """Return what was not run, each reason once."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for finding in found:
         if finding.get("outcome", "skipped") == "skipped":
-            kind = finding["skip"]
+            kind, reason = finding["skip"], finding.get("message") or finding.get("reason", "")
             remedy = f" (--allow-skip {kind} lets that pass)" if kind else ""
-            reason = finding.get("message") or finding.get("reason", "")
-            reasons.setdefault(f"{reason}{remedy}", []).append(finding["about"])
-    return notices("SKIPPED", (f"{', '.join(dict.fromkeys(w))}: {r}" for r, w in reasons.items()))
+            reasons.setdefault(f"{reason}{remedy}", {})[finding["about"]] = None
+    return notices("SKIPPED", (f"{', '.join(about)}: {why}" for why, about in reasons.items()))
 
 
-def _messages(found: Iterable[Entry], outcome: str) -> list[Notice]:
+def _messages(found: Iterable[Entry], outcome: str) -> Sequence[Block]:
     """Return the messages of the findings with that outcome, grouped by what they are about."""
     by_name: dict[str, list[str]] = {}
     for finding in found:
         if finding["outcome"] == outcome:
             by_name.setdefault(finding["about"], []).append(finding["message"])
-    lines = []
-    for name, messages in by_name.items():
-        lines += [f"{name}: {text}" for text in messages[:MOST_FAILURES]]
-        if len(messages) > MOST_FAILURES:
-            lines.append(f"{name}: and {len(messages) - MOST_FAILURES} more")
+    lines = (f"{name}: {text}" for name, messages in by_name.items() for text in _most(messages))
     return notices(state_of(outcome), lines)
+
+
+def _most(lines: Sequence[str]) -> list[str]:
+    """Return the first lines, and how many more there are."""
+    more = len(lines) - MOST_FAILURES
+    return [*lines[:MOST_FAILURES], *[f"and {more} more"] * (more > 0)]
 
 
 def failure_text(found: Sequence[tuple[str, Finding]], allowed: Allowed, done: str) -> str:
@@ -410,14 +325,15 @@ def failure_text(found: Sequence[tuple[str, Finding]], allowed: Allowed, done: s
         allowed: what the user lets pass.
         done: what did not happen where nothing was shown at all, such as ``verified``.
     """
-    failed = list(dict.fromkeys(name for name, f in found if f.outcome.value == "fail"))
+    failed = list(dict.fromkeys(f"'{name}'" for name, f in found if f.outcome.value == "fail"))
     if failed:
-        shown, more = _quoted(failed[:MOST_NAMED]), len(failed) - MOST_NAMED
-        return f"Failed: {shown}{f' and {more} more' if more > 0 else ''}."
+        more = len(failed) - MOST_NAMED
+        return f"Failed: {', '.join(failed[:MOST_NAMED])}{f' and {more} more' * (more > 0)}."
     rest = [(name, f) for name, f in found if not allowed.holds(f)]
-    undecided = _quoted(dict.fromkeys(n for n, f in rest if f.outcome.value == "inconclusive"))
+    undecided = dict.fromkeys(f"'{n}'" for n, f in rest if f.outcome.value == "inconclusive")
     if undecided:
-        return f"The data cannot decide: {undecided}; --allow-inconclusive would let that pass."
+        named = ", ".join(undecided)
+        return f"The data cannot decide: {named}; --allow-inconclusive would let that pass."
     if rest and any(f.outcome.value == "pass" for _, f in found):
         name, finding = rest[0]
         others = f", and {len(rest) - 1} more," if len(rest) > 1 else ""
@@ -426,16 +342,8 @@ def failure_text(found: Sequence[tuple[str, Finding]], allowed: Allowed, done: s
     return f"No artefact could be run on this machine, so nothing was {done}."
 
 
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
-
-
-def class_label(index: int, names: Sequence[str] | None) -> str:
-    """Return a class as people call it.
-
-    >>> class_label(3, None), class_label(0, ["tench, Tinca tinca"]), class_label(-1, None)
-    ('3', 'tench', 'NaN')
-    """
+def _class(index: int, names: Sequence[str] | None) -> str:
+    """Return a class as people call it: its first name, else its number."""
     if index < 0:
         return "NaN"
     return names[index].split(",")[0] if names and index < len(names) else str(index)

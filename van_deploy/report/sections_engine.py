@@ -1,4 +1,4 @@
-"""What is known of engines, and what this machine can do, as blocks."""
+"""What ONNX files, engines and packages hold, and what this machine can do, as blocks."""
 
 from __future__ import annotations
 
@@ -6,56 +6,78 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from van_deploy.report.document import Block, Entry, Notice, facts, notices, table
+from van_deploy.report.document import Block, Entry, Facts, Notice, facts, notices, table
 from van_deploy.report.figures import bytes_text, listed, state_of
-from van_deploy.report.sections_model import TENSORS, onnx_blocks, tensor_rows
 
 if TYPE_CHECKING:
     from van_deploy.engine.fleet import Cell
-
-__all__ = ["artefacts_blocks", "builds_blocks", "cell_name", "environment_blocks", "warnings_text"]
 
 MOST_LAYERS, LONGEST_WARNING = 200, 160
 
 
 def artefacts_blocks(descriptions: Sequence[Entry]) -> list[Block]:
     """Return what is in each artifact."""
-    kinds = {"onnx": onnx_blocks, "engine": _engine, "package": _package}
+    kinds = {"onnx": _onnx, "engine": _engine, "package": _package}
     return [block for one in descriptions for block in kinds[one["kind"]](one)]
 
 
-def _engine(one: Entry) -> list[Block]:
-    """Return whether an engine runs here, what it is, and its layers where they are known."""
-    file = "file = file; size = plan_bytes bytes; sha256 = plan_sha256"
-    sidecar = one["sidecar"]
-    if sidecar is None:
-        unknown = Notice("WARNING", "it has no sidecar: nothing says where this plan comes from")
-        return [*facts(one, file), unknown, *_layers(one)]
-    set_ = {
-        key: value
-        for key, value in sidecar["options"].items()
-        if value not in (None, False, "none")
+def _onnx(one: Entry) -> list[Block]:
+    graph, metadata = one["graph"], one["metadata"]
+    weights = [{"weights": kind, **value} for kind, value in one["weights"].items()]
+    named = {
+        way: [{"name": n, **t} for n, t in graph[way].items()] for way in ("inputs", "outputs")
     }
     return [
         *facts(
             one,
+            "file; size = bytes bytes; written by = producer; graph.opset; "
+            "IR version = graph.ir_version; weights in = external_files",
+        ),
+        *_tensors(named),
+        *table(weights, "weights name; values ,d; size = bytes bytes"),
+        *table([*graph["operators"].items(), ("all", graph["nodes"])], "operator = 0; nodes = 1 d"),
+        *([Facts(metadata, "Metadata")] if metadata else ()),
+    ]
+
+
+def _tensors(named: Entry) -> list[Block]:
+    """Return a row each of ``inputs`` and ``outputs``; a free length is ``N``."""
+    rows = [
+        {**tensor, "tensor": way[:-1], "shape": ["N" if n == -1 else n for n in tensor["shape"]]}
+        for way in ("inputs", "outputs")
+        for tensor in named[way]
+    ]
+    return table(rows, "tensor name; name name; type = dtype name; shape")
+
+
+def _engine(one: Entry) -> list[Block]:
+    """Return whether an engine runs here, what it is, and its layers where they are known."""
+    file = "file; size = plan_bytes bytes; sha256 = plan_sha256"
+    sidecar = one["sidecar"]
+    if sidecar is None:
+        unknown = Notice("WARNING", "it has no sidecar: nothing says where this plan comes from")
+        return [*facts(one, file), unknown, *_layers(one)]
+    options = {k: v for k, v in sidecar["options"].items() if v not in (None, False, "none")}
+    notes = "\n".join(one["build_notes"])
+    return [
+        *facts(
+            one,
             f"engine = sidecar.name; {file}; made from = sidecar.onnx_file; "
-            "of sha256 = sidecar.onnx_sha256; precision = sidecar.precision; "
-            "backend = sidecar.backend; version = sidecar.backend_version; CUDA = sidecar.cuda; "
-            "plan is sound = plan_is_sound",
+            "of sha256 = sidecar.onnx_sha256; sidecar.precision; sidecar.backend; "
+            "version = sidecar.backend_version; CUDA = sidecar.cuda; plan is sound = plan_is_sound",
         ),
         *facts(
             sidecar,
             "GPUs = targets; batch = options.profiles; memory on the GPU = device_memory",
             "Serves",
         ),
-        *table(tensor_rows(sidecar), TENSORS),
+        *_tensors(sidecar),
         *facts(
-            {**sidecar, "set": set_, "log": one["log"], "notes": "\n".join(one["build_notes"])},
+            {**sidecar, "options": options, "log": one["log"], "notes": notes},
             "parsed in s = parse_seconds .1f; built in s = build_seconds .1f; "
             "peak memory = peak_memory_bytes bytes; parser's layers = parser_layers; "
-            "on = built_on; options = set; same bytes twice = reproducible; warnings = warnings; "
-            "log = log; from the log = notes",
+            "on = built_on; options; same bytes twice = reproducible; warnings; log; "
+            "from the log = notes",
             "Build",
         ),
         _here(one["obstacles"]),
@@ -66,12 +88,12 @@ def _engine(one: Entry) -> list[Block]:
 def _package(one: Entry) -> list[Block]:
     """Return what a package of PyTorch's Inductor is, and whether it runs here."""
     places = (
-        "package = sidecar.name; file = file; size = sidecar.file_bytes bytes; "
-        "sha256 = sidecar.file_sha256; compiled from = sidecar.onnx_file; "
-        "precision = sidecar.precision; by PyTorch = sidecar.torch; "
-        "built in s = sidecar.build_seconds .1f; on = sidecar.built_on; "
-        "serves = sidecar.targets; CPU features = sidecar.cpu_features; batch = sidecar.batch; "
-        "input = sidecar.input_shape; max-autotune = sidecar.max_autotune; TF32 = sidecar.tf32"
+        "package = sidecar.name; file; size = sidecar.file_bytes bytes; "
+        "sha256 = sidecar.file_sha256; compiled from = sidecar.onnx_file; sidecar.precision; "
+        "by PyTorch = sidecar.torch; built in s = sidecar.build_seconds .1f; "
+        "on = sidecar.built_on; serves = sidecar.targets; CPU features = sidecar.cpu_features; "
+        "sidecar.batch; input = sidecar.input_shape; max-autotune = sidecar.max_autotune; "
+        "TF32 = sidecar.tf32"
     )
     return [*facts(one, places), _here(one["obstacles"])]
 
@@ -85,31 +107,31 @@ def _here(obstacles: Sequence[Entry]) -> Notice:
 
 
 def _layers(one: Entry) -> list[Block]:
-    if not one["layers"]:
-        reason = one["layers_skipped"]
-        if one["obstacles"]:
-            reason = "only the engine's own GPU can load it and name them"
-        return [Notice("SKIPPED", f"layers: {reason}")] if reason else []
-    columns = "layer = name; kind = kind name; precision = precision name; modules = nodes"
-    return table(one["layers"][:MOST_LAYERS], columns, f"{len(one['layers'])} layers")
+    if one["layers"]:
+        columns = "layer = name; kind name; precision name; modules = nodes"
+        return table(one["layers"][:MOST_LAYERS], columns, f"{len(one['layers'])} layers")
+    gone = "only the engine's own GPU can load it and name them" if one["obstacles"] else ""
+    reason = gone or one["layers_skipped"]
+    return [Notice("SKIPPED", f"layers: {reason}")] if reason else []
 
 
 def builds_blocks(report: Entry) -> list[Block]:
     """Return one line an engine, below it why any failed, and what was tuned before them."""
     words = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
-    rows = []
+    rows, failed = [], []
     for one in report["outcomes"]:
-        made = one["sidecar"] or one["package"] or {}
-        size = made.get("plan_bytes", made.get("file_bytes"))
-        profiles = made["options"]["profiles"] if one["sidecar"] else made.get("batch")
-        name = one["engine"] or made.get("name") or _cell(one["cell"])
-        rows.append({**made, "state": words[one["outcome"]], "name": name, "bytes": size})
-        rows[-1]["batch"] = profiles
-    failed = [
-        f"{_cell(one['cell'])}: {one['error']['message']} {one['error']['remedy']}"
-        for one in report["outcomes"]
-        if one["error"]
-    ]
+        made, cell = one["sidecar"] or one["package"] or {}, one["cell"]
+        bundle = cell["bundle"].rstrip("/").rpartition("/")[2]
+        name = f"{bundle} {cell['precision']} {'+'.join(cell['targets'])}"
+        row = {
+            "engine": one["engine"] or made.get("name") or name,
+            "state": words[one["outcome"]],
+            "size": made.get("plan_bytes", made.get("file_bytes")),
+            "batch": made["options"]["profiles"] if one["sidecar"] else made.get("batch"),
+        }
+        rows.append({**made, **row})
+        if one["error"]:
+            failed.append(f"{name}: {one['error']['message']} {one['error']['remedy']}")
     tuned = [
         {**one, "state": "KEPT" if one["kept"] else state_of(one["passed"])}
         for one in sorted(report["tuned"], key=lambda one: one["latency_ms"] or math.inf)
@@ -117,22 +139,16 @@ def builds_blocks(report: Entry) -> list[Block]:
     return [
         *table(
             tuned,
-            "state = state state; candidate = candidate; batch = batch d; ms = latency_ms .3f; "
-            "images/s = images_per_s .0f; SQNR dB ↑ = sqnr_db .1f; why not = error",
+            "state state; candidate; batch d; ms = latency_ms .3f; images/s = images_per_s .0f; "
+            "SQNR dB ↑ = sqnr_db .1f; why not = error",
         ),
         *table(
             rows,
-            "state = state state; engine = name name; batch = batch name; size = bytes bytes; "
-            "build s = build_seconds .1f; memory = peak_memory_bytes bytes; "
-            "same twice = reproducible name",
+            "state state; engine name; batch name; size bytes; build s = build_seconds .1f; "
+            "memory = peak_memory_bytes bytes; same twice = reproducible name",
         ),
         *notices("FAIL", failed),
     ]
-
-
-def _cell(cell: Entry) -> str:
-    bundle = cell["bundle"].rstrip("/").rpartition("/")[2]
-    return f"{bundle} {cell['precision']} {'+'.join(cell['targets'])}"
 
 
 def cell_name(cell: Cell) -> str:
@@ -153,46 +169,40 @@ def warnings_text(name: str, warnings: Mapping[str, int]) -> str:
 
 def environment_blocks(diagnosis: Entry) -> list[Block]:
     """Return the machine, the packages, what can be done here, and what clashes."""
-    from van_deploy.environment.packages import canonical_name, pip_command
+    from packaging.utils import canonicalize_name
 
-    environment, packages = diagnosis["environment"], []
+    from van_deploy.environment.packages import pip_command
+
+    environment, driver = diagnosis["environment"], diagnosis["environment"]["driver"]
+    packages = []
     for item in environment["components"]:
         component, version, fault = item["component"], item["version"], item["fault"]
-        other = item["distribution"] != canonical_name(component["install"]) and version
-        row = {
-            "state": "FAIL" if fault else "MISSING" if version is None else "OK",
-            "version": f"{version} ({item['distribution']})" if other else version,
-            "run": fault or f"{pip_command()} install {component['install']}",
-        }
-        packages.append({**component, **row})
+        if version and item["distribution"] != canonicalize_name(component["install"]):
+            version = f"{version} ({item['distribution']})"
+        state = "FAIL" if fault else "MISSING" if version is None else "OK"
+        run = fault or f"{pip_command()} install {component['install']}"
+        packages.append({**component, "state": state, "version": version, "run": run})
     able = [{**one, "here": "NO" if one["shortfall"] else "YES"} for one in diagnosis["abilities"]]
-    missing = [one for one in packages if one["state"] != "OK"]
-    machine = {**environment, "gpus": "\n".join(_gpus(environment["driver"]))}
+    gpus = _gpus(driver) if driver else ["none: no NVIDIA driver answers"]
     return [
         *facts(
-            machine,
-            "van-deploy = van_deploy; Python = python; system = system; CPU = cpu.name; "
-            "cores = cpu.cores; cores allowed = cpu.cores_allowed; CPU features = cpu.features; "
+            {**environment, "gpus": "\n".join(gpus)},
+            "van-deploy = van_deploy; Python = python; system; CPU = cpu.name; "
+            "cores = cpu.cores; cpu.cores_allowed; CPU features = cpu.features; "
             "memory = memory.total_bytes bytes; memory free = memory.available_bytes bytes; "
             "disk free = disk.free_bytes bytes; of folder = disk.folder; GPU = gpus; "
             "PyTorch's CUDA = torch_cuda; ONNX Runtime's CUDA = onnxruntime_cuda; "
             "ONNX Runtime = providers",
         ),
-        *table(
-            packages,
-            "state = state state; package = name name; version = version name; "
-            "is there for = enables",
-        ),
-        *table(able, "here = here state; task = task name; because = shortfall.problem"),
-        *table(missing, "to have = name name; run = run"),
+        *table(packages, "state state; package = name name; version name; is there for = enables"),
+        *table(able, "here state; task name; because = shortfall.problem"),
+        *table((one for one in packages if one["state"] != "OK"), "to have = name name; run"),
         *notices("WARNING", (f"{c['message']}\n{c['remedy']}" for c in environment["clashes"])),
     ]
 
 
-def _gpus(driver: Entry | None) -> list[str]:
+def _gpus(driver: Entry) -> list[str]:
     """Return a line a GPU, and one on the driver."""
-    if driver is None:
-        return ["none: no NVIDIA driver answers"]
     lines = [
         f"{gpu['name']}, SM{listed(gpu['compute_capability'] or '?', '')}, "
         f"{bytes_text(gpu['memory_bytes'] or 0)}"

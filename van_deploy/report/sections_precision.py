@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from van_deploy.report.document import Block, Entry, Facts, Paragraph, notices, table
 
-__all__ = ["precision_blocks", "quantized_blocks"]
+USED = {True: "kept", False: "left out"}
 
 
 def quantized_blocks(result: Entry) -> list[Block]:
@@ -20,35 +20,42 @@ def quantized_blocks(result: Entry) -> list[Block]:
 def precision_blocks(facts: Entry) -> list[Block]:
     """Return everything worth reading about one artifact of lower precision."""
     techniques = [
-        {
-            **gain,
-            "name": gain["name"].replace("_", " "),
-            "was": "kept" if gain["kept"] else "left out",
-        }
+        {**gain, "technique": gain["name"].replace("_", " "), "used": USED[gain["kept"]]}
         for gain in facts.get("techniques") or ()
     ]
-    search = facts.get("search") or {}
-    title = (
-        "At most {max_drop:g} points of {of} lost, searched on {images} images".format(**search)
-        if search
-        else ""
-    )
+    search = facts.get("search") or {"kept": {}, "max_drop": 0.0, "of": "", "images": 0}
+    title = "At most {max_drop:g} points of {of} lost, searched on {images} images"
+    best, share = facts["recommended"], 100 * facts.get("int8_share", 0.0)
+    said = "{images} images: {description}"
+    layers = f"{facts.get('quantized')} layers, {share:.1f} % of the multiply-adds"
+    findings = (facts.get("judged") or {}).get("findings", ())
     return [
         *table(
             techniques,
-            "technique = name name; SQNR before (dB, ↑) = before_db .2f; after = after_db .2f; "
-            "used = was name",
+            "technique name; SQNR before (dB, ↑) = before_db .2f; after = after_db .2f; used name",
             "What each technique brings on held-out images",
         ),
-        *table(search.get("kept", {}).items(), "kept out of INT8 = 0 name; why = 1", title),
+        *table(
+            search["kept"].items(), "kept out of INT8 = 0 name; why = 1", title.format(**search)
+        ),
         *table(
             map(_compared, facts["comparison"]),
             "precision = name name; size = size_bytes bytes; SQNR dB ↑ = sqnr_db .1f; "
-            "cosine = cosine .5f; KL nats = kl .1e; agree % = agreement percent; "
+            "cosine .5f; KL nats = kl .1e; agree % = agreement percent; "
             "top-1 % (95 %) = accuracy number; ms/image = ms_per_image .2f; gate = passed state",
         ),
-        _measured_on(facts),
-        *notices("FAIL", _failures(facts)),
+        Facts(
+            {
+                "judged on": said.format(**facts["judged_on"]),
+                "ranges from": said.format(**facts["calibration"]),
+                "in INT8": layers if share else None,
+                "scales": facts.get("method") if share else None,
+                "recommended": f"{best.upper()}: {facts['why']}" if best else facts["why"],
+            }
+        ),
+        *notices(
+            "FAIL", (f"{f['rule']}: {f['message']}" for f in findings if f["outcome"] == "fail")
+        ),
         *notices("WARNING", _doubts(facts)),
     ]
 
@@ -57,46 +64,21 @@ def _compared(row: Entry) -> Entry:
     """Return one precision: what compares the reference with itself is left out."""
     from van_deploy.intervals import wilson_interval  # needs NumPy
 
-    left_out = ("cosine", "kl", "agreement") if row["passed"] is None else ()
     accuracy = None
     if row["correct"] is not None:
         low, high = wilson_interval(row["correct"], row["images"])
         share = row["correct"] / row["images"]
         accuracy = f"{100 * share:.2f} ({100 * low:.1f}-{100 * high:.1f})"
-    known = {key: value for key, value in row.items() if key not in left_out}
-    return {**known, "name": row["name"].upper(), "accuracy": accuracy}
-
-
-def _measured_on(facts: Entry) -> Facts:
-    best, share = facts["recommended"], 100 * facts.get("int8_share", 0.0)
-    said = "{images} images: {description}"
-    return Facts(
-        {
-            "judged on": said.format(**facts["judged_on"]),
-            "ranges from": said.format(**facts["calibration"]),
-            "in INT8": f"{facts.get('quantized')} layers, {share:.1f} % of the multiply-adds"
-            if share
-            else None,
-            "scales": facts.get("method") if share else None,
-            "recommended": f"{best.upper()}: {facts['why']}" if best else facts["why"],
-        }
-    )
-
-
-def _failures(facts: Entry) -> Iterator[str]:
-    """Yield the rules that the new graph breaks on the golden samples."""
-    judged = facts.get("judged") or {}
-    for finding in judged.get("findings", ()):
-        if finding["outcome"] == "fail":
-            yield f"{finding['rule']}: {finding['message']}"
+    left_out = dict.fromkeys(("cosine", "kl", "agreement")) if row["passed"] is None else {}
+    return {**row, **left_out, "name": row["name"].upper(), "accuracy": accuracy}
 
 
 def _doubts(facts: Entry) -> Iterator[str]:
     """Yield what the user should know: noise, unreadable images, what FP16 could not hold."""
     calibration, search = facts["calibration"], facts.get("search") or {}
+    audit, unreadable = facts.get("audit", {}), calibration["unreadable"]
     if calibration["noise"]:
         yield "calibrated on NOISE: the ranges fit no real image"
-    unreadable = calibration["unreadable"]
     if unreadable:
         yield f"{len(unreadable)} image(s) could not be read: {'; '.join(unreadable[:3])}"
     if not search.get("passed", True):
@@ -105,7 +87,7 @@ def _doubts(facts: Entry) -> Iterator[str]:
     for row in facts["comparison"]:
         for doubt in row["doubts"] if row["passed"] else ():
             yield f"{row['name'].upper()} is undecided: {doubt}"
-    for node, why in facts.get("audit", {}).get("kept", {}).items():
+    for node, why in audit.get("kept", {}).items():
         yield f"kept {node} in FP32: {why}"
-    if facts.get("audit", {}).get("advice"):
-        yield facts["audit"]["advice"]
+    if audit.get("advice"):
+        yield audit["advice"]

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from van_deploy.engine.compatibility import require_compatible
 from van_deploy.engine.host import host_here
 from van_deploy.engine.inductor import cudnn_tf32, quietly
-from van_deploy.engine.package import require_package
+from van_deploy.engine.sidecar import verified_package
 from van_deploy.errors import ConversionError
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.runners.base import Outputs, Runner, gpu_index, require_served
@@ -47,7 +48,8 @@ class InductorRunner(Runner):
             MissingDependency: PyTorch, GPU or processor are others than it was compiled for.
             ConversionError: PyTorch does not load it.
         """
-        self.sidecar = require_package(self.package, host_here(device=self._index))
+        self.sidecar = verified_package(self.package)
+        require_compatible(self.sidecar, host_here(device=self._index))
         self.on_gpu = self.sidecar.device == "cuda"
         self.tf32 = self.on_gpu and self.sidecar.tf32
         self.device = torch_device(f"cuda:{self._index}" if self.on_gpu else "cpu")

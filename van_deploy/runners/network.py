@@ -21,7 +21,6 @@ from van_deploy.config import BatchRange
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.compatibility import obstacles
 from van_deploy.engine.host import host_here
-from van_deploy.engine.package import package_obstacles
 from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
 from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
@@ -269,7 +268,7 @@ class Network:
             self.bundle.path / self.bundle.artefact(self.name).file,
         )
         if self.is_package:
-            found = package_obstacles(verified_package(path), host)
+            found = obstacles(verified_package(path), host)
         elif host.gpu is None:
             return Obstacle("engines", "engine not executed: no GPU")
         elif self._trust_engine and not sidecar_path(path).exists():

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from van_deploy.environment.privacy import imported_quietly
+from van_deploy.environment.packages import imported_quietly
 from van_deploy.errors import ConversionError, needs_extra
 from van_deploy.runners.base import Outputs, Runner
 

@@ -1,0 +1,100 @@
+"""What there is and what is in it: ``list``, ``info``, ``inspect`` and ``doctor``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from van_deploy.cli.console import emit
+from van_deploy.cli.shared import AsJson, RequireSignature, opened
+from van_deploy.environment.needs import Need
+
+
+def list_(as_json: AsJson = False) -> None:
+    """List the variants: size, work, accuracy, and where their weights are.
+
+    Example: van-deploy list --json
+    """
+    from van_deploy.model.listing import listed_variants
+    from van_deploy.report.sections_model import listed_blocks
+
+    emit(listed_variants(), as_json, listed_blocks)
+
+
+def info(
+    model: Annotated[
+        str, typer.Argument(help="A variant, a checkpoint, van_digits, or a bundle's folder.")
+    ],
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of the input the work is counted for: 224, or 224x320 (height x width).",
+            metavar="SIDE|HxW",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show one model or bundle in full. Nothing is downloaded.
+
+    Example: van-deploy info ./mine.pth
+    """
+    from van_deploy.config import PreprocessingSettings
+    from van_deploy.describe import model_described
+    from van_deploy.report.sections_model import described_blocks
+    from van_deploy.schema import validated
+
+    given = {"image_size": image_size}
+    asked = validated(PreprocessingSettings, given, spelling={("image_size",): "--image-size"})
+    emit(model_described(model, asked.image_size), as_json, described_blocks)
+
+
+def inspect(
+    artefact: Annotated[
+        Path, typer.Argument(help="An ONNX file, an engine (.plan), or a bundle with them.")
+    ],
+    trust_engine: Annotated[
+        bool,
+        typer.Option(
+            "--trust-engine",
+            help="Open an engine whose sidecar is gone. An engine is code: only your own.",
+        ),
+    ] = False,
+    require_signature: RequireSignature = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in an artefact: operators, sizes, inputs and outputs, metadata.
+
+    Example: van-deploy inspect dist/van_b1/model.onnx
+    """
+    if require_signature is not None:
+        opened(artefact, require_signature)
+    from van_deploy.describe import artefacts_described
+    from van_deploy.report.sections_engine import artefacts_blocks
+
+    emit(artefacts_described(artefact, trust_engine=trust_engine), as_json, artefacts_blocks)
+
+
+def doctor(
+    require: Annotated[
+        list[Need] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Exit with code 3 unless NAME is here and usable; may be repeated. "
+            f"One of {', '.join(need.value for need in Need)}.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what is installed, what can be done on this machine, and what clashes.
+
+    Example: van-deploy doctor --require onnxruntime --require gpu
+    """
+    from van_deploy.environment import needs
+    from van_deploy.environment.machine import environment_here
+    from van_deploy.report.sections_engine import environment_blocks
+
+    environment = environment_here(Path.cwd())
+    emit(needs.diagnosis_of(environment), as_json, environment_blocks)
+    needs.require(environment, require or ())

@@ -1,0 +1,296 @@
+"""What is done with a bundle: timed, asked, packaged, served, signed and reported on."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from van_deploy.cli.console import emit, json_text, remark, telling
+from van_deploy.cli.shared import AsJson, BundlePath, RequireSignature, opened
+from van_deploy.config import BenchSettings, PackageSettings, PredictSettings, ServeSettings
+from van_deploy.documents import plain
+from van_deploy.errors import GateFailed, ImageError, UsageError
+
+if TYPE_CHECKING:
+    from van_deploy.report.document import Facts
+
+STDIN_LIMIT_BYTES = 256 * 2**20
+
+
+class Server(str, enum.Enum):
+    """What a package can be for."""
+
+    TRITON = "triton"
+
+
+def bench(
+    bundle: BundlePath,
+    settings: BenchSettings,
+    paper: Annotated[
+        str,
+        typer.Option(
+            "--paper-limits",
+            help="Only print the limits on paper of a GPU: l4, a10, a100, h100 ...",
+        ),
+    ] = "",
+    compare: Annotated[
+        Path | None, typer.Option(help="An older benchmark's JSON to compare with.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the JSON here, too.")
+    ] = None,
+    save: Annotated[
+        bool, typer.Option("--save/--no-save", help="Keep the result in the bundle (bench.json).")
+    ] = True,
+    require_signature: RequireSignature = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time every artefact in every runtime of a device, each in a process of its own.
+
+    Example: van-deploy bench dist/van_b1 --batches 1,8,32
+    """
+    from van_deploy.bench.compare import compared
+    from van_deploy.bench.document import read_report
+    from van_deploy.report.sections_bench import bench_blocks, limits_blocks
+
+    asked = opened(bundle, require_signature)
+    if paper:
+        from van_deploy.bench.roofline import paper_limits
+
+        emit(paper_limits(asked.opened(), paper, settings.batches), as_json, limits_blocks)
+        return
+    old = read_report(compare) if compare else None
+    with telling("Looking for runners") as tell:
+        report = asked.benchmark(settings, save=save, progress=tell)
+    if output is not None:
+        from van_deploy.bench.store import save_report
+
+        save_report(report, None, output)
+    if old is not None:
+        report = compared(old, report)
+    if as_json:
+        for warning in report.warnings:
+            remark(f"warning: {warning}")
+    emit(report, as_json, bench_blocks)
+
+
+def predict(
+    bundle: BundlePath,
+    images: Annotated[
+        list[str],
+        typer.Argument(help="Image files, folders, or '-' for an image on standard input."),
+    ],
+    settings: PredictSettings,
+    require_signature: RequireSignature = None,
+    json_lines: Annotated[
+        bool, typer.Option("--jsonl", help="Print one JSON object an image, as they come.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what is in images, with the preprocessing that belongs to the weights.
+
+    Example: van-deploy predict dist/van_b1 photo.jpg holiday/ --top-k 3
+    """
+    if as_json and json_lines:
+        raise UsageError("--json and --jsonl exclude each other.", "Give one of them.")
+    if images.count("-") > 1:
+        raise UsageError("Standard input can be read once.", "Give '-' once.")
+    asked = opened(bundle, require_signature)
+    wanted = [_stdin() if image == "-" else image for image in images]
+    from van_deploy.report.sections_model import predictions_blocks
+    from van_deploy.results import Predictions
+    from van_deploy.serve.predict import Prediction, Speed
+
+    speed, kept = Speed(), list[Prediction]()
+    total = bad = 0
+    with telling(f"Loading {settings.artefact}") as tell:
+        for answer in asked.stream(wanted, settings, speed=speed, progress=tell):
+            total, bad = total + 1, bad + (answer.error is not None)
+            if json_lines:
+                sys.stdout.write(json_text(plain(answer)) + "\n")
+                sys.stdout.flush()
+            else:
+                kept.append(answer)
+    if not json_lines:
+        answers = Predictions(asked.path, settings.artefact, speed, tuple(kept))
+        emit(answers, as_json, predictions_blocks)
+    remark(f"{settings.artefact}: {speed}")
+    if bad:
+        raise ImageError(
+            f"{bad} of {total} images could not be read.",
+            "Replace these files or leave them out; the others are answered above.",
+        )
+
+
+def _stdin() -> bytes:
+    content = sys.stdin.buffer.read(STDIN_LIMIT_BYTES + 1)
+    if not content:
+        raise ImageError("Standard input is empty.", "Pipe an image file into it.")
+    if len(content) > STDIN_LIMIT_BYTES:
+        raise ImageError(
+            f"Standard input holds more than {STDIN_LIMIT_BYTES // 2**20} MiB.",
+            "Give the file's path instead.",
+        )
+    return content
+
+
+def package(
+    server: Annotated[Server, typer.Argument(help="What serves it.")],
+    bundle: BundlePath,
+    settings: PackageSettings,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the package; BUNDLE-triton by default."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; check the package that is there.")
+    ] = False,
+    require_signature: RequireSignature = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a Triton model repository with its configuration, client and manifests.
+
+    Example: van-deploy package triton dist/van_b1 --output dist/van_b1-triton
+    """
+    report = opened(bundle, require_signature).package(output, settings, only_check=check)
+    if report.files:
+        remark(f"Wrote {report.files} files to {report.path}.")
+    from van_deploy.report.document import checks_table
+
+    findings = report.findings
+    emit(report, as_json, lambda _: checks_table((f.outcome, f.name, f.detail) for f in findings))
+    if not report:
+        wrong = ", ".join(finding.name for finding in findings if finding.outcome is False)
+        raise GateFailed(
+            f"The package '{report.path}' is not what the bundle says: {wrong}.",
+            "Package the bundle again.",
+        )
+
+
+def serve(
+    bundle: BundlePath,
+    settings: ServeSettings,
+    require_signature: RequireSignature = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer over HTTP: a web page for images, and the v2 protocol for programs.
+
+    Example: van-deploy serve dist/van_b1 --port 8000
+    """
+    from van_deploy.report.document import Paragraph
+    from van_deploy.results import Listening
+    from van_deploy.serve.app import App
+    from van_deploy.serve.server import is_loopback, listen, run_server, url_of
+    from van_deploy.serve.service import Service
+
+    with telling("Loading"):
+        service = Service(opened(bundle, require_signature).opened(), settings)
+        app = App(service)
+        service.load()
+        bound = listen(settings.host, settings.port)
+    if not is_loopback(settings.host):
+        keyless = "" if app.keyed else ", and nobody is asked for a key"
+        remark(f"note: {settings.host} is reachable from other machines{keyless}")
+
+    def ready(_: object) -> None:
+        ready = Listening(url_of(bound), tuple(service.models))
+        said = f"{', '.join(ready.models)} at {ready.url}  (Ctrl-C ends)"
+        emit(ready, as_json, lambda _: [Paragraph(said)])
+
+    run_server(app, bound, ready)
+    remark("Stopped; every request that was begun is answered.")
+
+
+def sign(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="The bundle, made by `van-deploy export`.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="The private key: Ed25519, a PEM file.")] = None,
+    new_key: Annotated[
+        Path | None,
+        typer.Option(help="Make a pair instead: FILE (private, mode 0600) and FILE.pub."),
+    ] = None,
+    password_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File whose first line opens or protects the private key; "
+            "VAN_DEPLOY_KEY_PASSWORD by default."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a bundle: its manifest, which names every file with its SHA-256.
+
+    Example: van-deploy sign dist/van_b1 --key release.pem
+    """
+    from van_deploy.signing import new_pair, password_from, private_key_from, sign_bundle
+
+    if new_key is not None:
+        if bundle is not None or key is not None:
+            raise UsageError("--new-key only makes a pair of keys.", "Sign in a second command.")
+        emit(new_pair(new_key, password_from(password_file)), as_json, _facts)
+        return
+    if bundle is None or key is None:
+        raise UsageError(
+            "A bundle and --key FILE are wanted.",
+            "Make a pair of keys first with `van-deploy sign --new-key FILE`.",
+        )
+    secret = private_key_from(key, password_from(password_file))
+    if key.stat().st_mode & 0o077:
+        remark(f"note: others on this machine may read or use '{key}': chmod 600 it")
+    emit(sign_bundle(bundle, secret), as_json, _facts)
+
+
+def _facts(result: Mapping[str, object]) -> list[Facts]:
+    from van_deploy.report.document import Facts
+
+    return [Facts({key.replace("_", " "): value for key, value in result.items()})]
+
+
+def verify_signature(
+    bundle: BundlePath,
+    public_key: Annotated[
+        Path, typer.Option(help="Of who is to have signed it: Ed25519, a PEM file.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Check a bundle's signature, every file's digest, and that no other file is in it.
+
+    Example: van-deploy verify-signature dist/van_b1 --public-key release.pem.pub
+    """
+    from van_deploy.report.document import Notice
+    from van_deploy.signing import public_key_from, signed_bundle
+
+    _, signed = signed_bundle(bundle, public_key_from(public_key))
+    said = f"{signed.files} files are what was signed, and there is no other"
+    emit(signed, as_json, lambda facts: [Notice("PASS", said), *_facts(facts)])
+
+
+def report(
+    bundle: BundlePath,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The HTML file; report.html in the bundle by default. The Markdown goes beside "
+            "it, with the suffix .md.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained HTML file, and the same as Markdown, about a bundle.
+
+    Example: van-deploy report dist/van_b1
+    """
+    from van_deploy.report.document import Facts, Notice
+    from van_deploy.report.figures import bytes_text
+
+    written = opened(bundle, None).report(output)
+    sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}
+    emit(written, as_json, lambda _: [Notice(written.verdict, written.checks), Facts(sizes)])
