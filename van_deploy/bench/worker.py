@@ -27,7 +27,7 @@ from van_deploy.bench.contender import IMPORTED, Contender, runner_of
 from van_deploy.bench.process import WorkerError
 from van_deploy.bench.timing import Loading
 from van_deploy.environment.hardware import peak_memory_bytes
-from van_deploy.environment.privacy import imported_quietly
+from van_deploy.environment.packages import imported_quietly
 from van_deploy.errors import MissingDependency, VanDeployError
 
 PR_SET_PDEATHSIG = 1
