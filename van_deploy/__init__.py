@@ -39,29 +39,24 @@ __all__ = [
     "read_recipe",
     "run_recipe",
 ]
-
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Bundle": "api",
-    "Exported": "api",
-    "LoadedVan": "model.checkpoint",
-    "Recipe": "config",
-    "VanDeployError": "errors",
-    "export": "api",
-    "load_van": "model.checkpoint",
-    "open_bundle": "api",
-    "plain": "documents",
-    "read_recipe": "recipe",
-    "run_recipe": "api",
+    "api": ("Bundle", "Exported", "export", "open_bundle", "run_recipe"),
+    "config": ("Recipe",),
+    "documents": ("plain",),
+    "errors": ("VanDeployError",),
+    "model.checkpoint": ("LoadedVan", "load_van"),
+    "recipe": ("read_recipe",),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Return a public name, imported now."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'van_deploy' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"van_deploy.{_HOMES[name]}"), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"van_deploy.{module}"), name)
+    raise AttributeError(f"module 'van_deploy' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
-from typing import Annotated, Any, TypeVar
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 from van_deploy.documents import LONGEST_TEXT
 
-Value = TypeVar("Value")
 LARGEST = 2**62
 
 
@@ -34,9 +33,9 @@ def _file_name(value: str) -> str:
     return value
 
 
-def _kept(value: Value) -> Value:
+def _kept(value: Any) -> Any:
     """Return a data class whose texts can be shown and whose numbers are of a sensible size."""
-    for leaf in _leaves(value):
+    for leaf in _leaves(asdict(value)):
         if isinstance(leaf, str):
             _text(leaf)
         elif isinstance(leaf, int | float) and abs(leaf) > LARGEST:
@@ -45,12 +44,8 @@ def _kept(value: Value) -> Value:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    if is_dataclass(value):
-        value = [getattr(value, field.name) for field in fields(value)]
-    elif isinstance(value, Mapping):
-        value = [*value, *value.values()]
-    if isinstance(value, list | tuple):
-        for item in value:
+    if isinstance(value, dict | list | tuple):
+        for item in [*value, *(value.values() if isinstance(value, dict) else ())]:
             yield from _leaves(item)
     else:
         yield value

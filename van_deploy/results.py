@@ -124,7 +124,7 @@ class WrittenReport:
         files: the HTML, then the Markdown.
     """
 
-    JSON_PROPERTIES: ClassVar[tuple[str, ...]] = ("sizes",)
+    JSON_PROPERTIES: ClassVar = ("sizes",)
 
     verdict: str
     checks: str

@@ -31,10 +31,6 @@ Spelling = Mapping[tuple[str, ...], str]
 """How the user wrote the keys that did not come from a file: ``("export", "opset")``
 is ``--opset`` or ``opset=``. What is not in it is written with dots."""
 
-_TOLD = {
-    "missing": "is missing",
-    "frozen_instance": "cannot be changed",
-}
 _KINDS = {
     "tuple_type": "should be a list",
     "list_type": "should be a list",
@@ -178,8 +174,7 @@ def validated_json(
     if where and not told.is_spelled:
         raise error(f"{where}: {told.message}", told.remedy or remedy or "Correct it.")
     kind = UsageError if told.is_spelled else error
-    opening = told.message[:3]
-    sentence = opening.replace("the", "The").replace("it ", "It ") + told.message[3:]
+    sentence = re.sub("^(the|it) ", lambda word: word[0].capitalize(), told.message)
     raise kind(sentence, told.remedy or "Correct it.")
 
 
@@ -243,8 +238,8 @@ class _Told:
         elif fault["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             self.message = f"the key '{key}' is unknown."
             self.remedy = self._nearest(model)
-        elif fault["type"] in _TOLD:
-            self.message = f"'{key}' {_TOLD[fault['type']]}."
+        elif fault["type"] == "missing":
+            self.message = f"'{key}' is missing."
         else:
             text = _KINDS.get(fault["type"]) or re.sub(
                 r"^(Input|Value error,|String|List|Tuple|Dictionary) ?", "", fault["msg"]

@@ -5,26 +5,27 @@ from __future__ import annotations
 import importlib.metadata as metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.artifacts import Copy, Subject, enter_engine
-from tests.each import each
+from tests.artifacts import Subject, enter_engine
 from van_deploy.bundle import MANIFEST
 
 ROOT = Path(__file__).parents[2]
 REQUIREMENTS = ROOT / "requirements-runtime.txt"
 WITHIN_S = 120
 
-# Every finder is asked as usual, and what may not be there is not found by any.
+# Every finder is asked as usual, and what may not be there is not found by any. Then the
+# commands run one after the other; a lone one (serve) is the process's own.
 HOST = """
 import json, sys
 
@@ -36,17 +37,22 @@ class Without:
             return None
         return self.finder.find_spec(name, path, target)
 
-BLOCKED = set(json.loads(sys.argv.pop(1)))
+BLOCKED, commands = json.loads(sys.argv[1])
 before = set(sys.modules)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 sys.path_importer_cache.clear()
-from van_deploy.cli.app import main
-sys.argv[0] = "van-deploy"
-try:
+from typer.testing import CliRunner
+from van_deploy.cli.app import app, main
+if len(commands) == 1:
+    sys.argv = ["van-deploy", *commands[0]]
     main()
-finally:
-    found = sorted(BLOCKED & {name.partition(".")[0] for name in set(sys.modules) - before})
-    print(f"imported: {found}", file=sys.stderr)
+done = {}
+for words in commands:
+    result = CliRunner().invoke(app, words)
+    done[words[0]] = [result.exit_code, result.stdout, result.stderr, repr(result.exception)]
+found = {name.partition(".")[0] for name in set(sys.modules) - before}
+done["imported"] = sorted(found & set(BLOCKED))
+print(json.dumps(done))
 """
 
 
@@ -69,8 +75,8 @@ def named() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def blocked() -> str:
-    """Return the top-level modules that such a host lacks, as JSON."""
+def blocked() -> list[str]:
+    """Return the top-level modules that such a host lacks."""
     there = named() | {"van-deploy"}
     lacking = {
         module
@@ -78,13 +84,14 @@ def blocked() -> str:
         if not there & set(map(canonicalize_name, owners))
     }
     assert {"torch", "timm", "torchvision"} <= lacking
-    return json.dumps(sorted(lacking | {"torch", "timm", "torchvision"}))
+    return sorted(lacking)
 
 
-@pytest.fixture
-def bundle(judged: Subject, copy_of: Copy) -> Path:
+@pytest.fixture(scope="module")
+def bundle(judged: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the digits in three precisions with an engine of another GPU, without the weights."""
-    path = copy_of(judged)
+    folder = tmp_path_factory.mktemp("host")
+    path = Path(shutil.copytree(judged.bundle.path, folder / "bundle"))
     enter_engine(path, "fp16-sm89")
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["weights"]["path"] = "/nowhere/weights.safetensors"
@@ -92,13 +99,27 @@ def bundle(judged: Subject, copy_of: Copy) -> Path:
     return path
 
 
-def command(blocked: str, *words: str | Path) -> list[str]:
-    return [sys.executable, "-c", HOST, blocked, *map(str, words)]
+def host(blocked: list[str], commands: list[list[str]]) -> list[str]:
+    return [sys.executable, "-c", HOST, json.dumps([blocked, commands])]
 
 
-def run(blocked: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(blocked, *words),
+@pytest.fixture(scope="module")
+def ran(blocked: list[str], bundle: Path) -> dict[str, Any]:
+    """Return the exit code, both outputs and the exception of every command, by its name."""
+    place, other = str(bundle), str(bundle.parent)
+    skip = ("--allow-skip", "engines", "--allow-skip", "runtimes")
+    commands = [
+        ["verify", place, "--json"],
+        ["predict", place, f"{place}/golden/0.png", "--json"],
+        ["inspect", f"{place}/model.onnx"],
+        ["info", place],
+        ["drift", place, "--against", "golden", "--level", "stage"],
+        ["report", place],
+        ["check", place, "--baseline", f"{other}/baseline.json", "--update", *skip],
+        ["export", "van_digits", "--output", f"{other}/out"],
+    ]
+    done = subprocess.run(
+        host(blocked, commands),
         capture_output=True,
         text=True,
         timeout=WITHIN_S,
@@ -106,82 +127,51 @@ def run(blocked: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         env={**os.environ, "NO_COLOR": "1", "COLUMNS": "100"},
     )
+    assert done.stdout, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("imported") == []
+    return found
 
 
 def test_verify_judges_every_artifact_and_says_why_the_engine_does_not_load(
-    blocked: str, bundle: Path
+    ran: dict[str, Any],
 ) -> None:
-    result = run(blocked, "verify", bundle, "--json")
-    found = json.loads(result.stdout)["artefacts"]
-    assert {name: found[name]["outcome"] for name in ("fp32", "fp16", "int8")} == {
-        **dict.fromkeys(("fp32", "fp16", "int8"), "pass")
-    }
+    code, stdout, _, _ = ran["verify"]
+    found = json.loads(stdout)["artefacts"]
+    assert [found[name]["outcome"] for name in ("fp32", "fp16", "int8")] == ["pass"] * 3
     assert found["fp16-sm89"]["outcome"] == "skipped"
     assert found["fp16-sm89"]["reason"] == "engine not executed: no GPU"
-    assert result.returncode == 1, "an engine that nobody allowed to skip"
-    assert result.stderr.endswith("imported: []\n")
-    allowed = run(blocked, "verify", bundle, "--allow-skip", "engines")
-    assert allowed.returncode == 0, allowed.stderr
+    assert code == 1, "an engine that nobody allowed to skip"
 
 
-def test_predict_gives_the_answers_that_it_gives_with_pytorch(
-    blocked: str, bundle: Path, judged: Subject
-) -> None:
-    image = bundle / "golden" / "0.png"
-    result = run(blocked, "predict", bundle, image, "--json")
-    assert (result.returncode, result.stderr.splitlines()[-1]) == (0, "imported: []")
-    top = json.loads(result.stdout)["predictions"][0]["top"]
-    best = int(judged.samples.logits[0].argmax())
-    assert top[0]["index"] == best
+def test_every_command_that_needs_no_network_runs(ran: dict[str, Any], judged: Subject) -> None:
+    others = {name: answer for name, answer in ran.items() if name not in {"verify", "export"}}
+    assert {name: answer for name, answer in others.items() if answer[0]} == {}
+    top = json.loads(ran["predict"][1])["predictions"][0]["top"]
+    assert top[0]["index"] == int(judged.samples.logits[0].argmax())
 
 
-@each(
-    "words",
-    [
-        ("inspect",),
-        ("info",),
-        ("drift", "--against", "golden", "--level", "stage"),
-        ("report",),
-        ("check", "--update", "--allow-skip", "engines", "--allow-skip", "runtimes"),
-    ],
-)
-def test_every_command_that_needs_no_network_runs(
-    blocked: str, bundle: Path, tmp_path: Path, words: tuple[str, ...]
-) -> None:
-    more = ("--baseline", tmp_path / "baseline.json") if words[0] == "check" else ()
-    place = bundle / "model.onnx" if words[0] == "inspect" else bundle
-    result = run(blocked, words[0], place, *words[1:], *more)
-    assert (result.returncode, result.stderr.splitlines()[-1]) == (0, "imported: []"), result.stderr
+def test_a_command_that_needs_pytorch_says_so(ran: dict[str, Any]) -> None:
+    code, _, stderr, _ = ran["export"]
+    assert code == 3
+    assert stderr.startswith("error: This needs ")
 
 
-def test_a_command_that_needs_pytorch_says_so(blocked: str, tmp_path: Path) -> None:
-    result = run(blocked, "export", "van_digits", "--output", tmp_path / "out")
-    assert result.returncode == 3
-    assert result.stderr.splitlines()[0].startswith("error: This needs ")
-    assert "Traceback" not in result.stderr
-
-
-@pytest.fixture
-def served(blocked: str, bundle: Path) -> Iterator[str]:
-    words = ("serve", bundle, "--port", "0", "--json")
-    with subprocess.Popen(command(blocked, *words), stdout=subprocess.PIPE, text=True) as process:
+def test_serve_answers_a_request(blocked: list[str], bundle: Path, judged: Subject) -> None:
+    command = host(blocked, [["serve", str(bundle), "--port", "0", "--json"]])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             assert process.stdout is not None
             text, limit = "", time.monotonic() + WITHIN_S
             while not text.rstrip().endswith("}") and time.monotonic() < limit:
                 text += process.stdout.readline()
-            yield str(json.loads(text)["url"])
+            request = urllib.request.Request(
+                f"{json.loads(text)['url']}/predict",
+                data=(bundle / "golden" / "0.png").read_bytes(),
+                headers={"Content-Type": "image/png"},
+            )
+            with urllib.request.urlopen(request, timeout=WITHIN_S) as response:
+                answer = json.load(response)
         finally:
             process.terminate()
-
-
-def test_serve_answers_a_request(served: str, bundle: Path, judged: Subject) -> None:
-    request = urllib.request.Request(
-        f"{served}/predict",
-        data=(bundle / "golden" / "0.png").read_bytes(),
-        headers={"Content-Type": "image/png"},
-    )
-    with urllib.request.urlopen(request, timeout=WITHIN_S) as response:
-        answer = json.load(response)
-    best = int(judged.samples.logits[0].argmax())
-    assert str(best) in json.dumps(answer)
+    assert str(int(judged.samples.logits[0].argmax())) in json.dumps(answer)
