@@ -34,8 +34,6 @@ from van_deploy.runners.base import Images, Logits
 from van_deploy.runners.network import Outputs, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-__all__ = ["Embedded", "embed_artefacts"]
-
 SAME_GRAPH = 1e-5
 """Largest relative difference between a plain graph and its embedded form.
 
