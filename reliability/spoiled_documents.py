@@ -35,9 +35,9 @@ def manifest(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
 
 def recipe(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     """Spoil one of the recipes."""
-    from van_deploy.recipe import builtin_recipes, read_recipe
+    from van_deploy.recipe import builtin_files, read_recipe
 
-    source = rng.choice(sorted(builtin_recipes().values()))
+    source = rng.choice(sorted(builtin_files().values()))
     return _text_file(rng, folder / "mine.toml", source, read_recipe)
 
 
