@@ -11,7 +11,7 @@ from van_deploy.config.sizes import ImageSize
 
 if TYPE_CHECKING:
     from van_deploy.engine.inspect import EngineDescription, PackageDescription
-    from van_deploy.graph.inspect import OnnxDescription
+    from van_deploy.graph.files import OnnxDescription
     from van_deploy.manifest import Manifest
     from van_deploy.model.preprocess import Preprocessing
     from van_deploy.model.variants import VanConfig, Variant
@@ -147,8 +147,8 @@ def _variant(variant: Variant, image_size: ImageSize | None) -> VariantDescripti
 
 
 def _weights(spec: str, image_size: ImageSize | None) -> WeightsDescription:
-    from van_deploy.model.architecture import variant_of
     from van_deploy.model.checkpoint import load_van
+    from van_deploy.model.variants import variant_of
 
     loaded = load_van(spec, offline=True)
     return WeightsDescription(
@@ -183,7 +183,7 @@ def artefacts_described(
     """
     from van_deploy.bundle import Bundle
     from van_deploy.errors import InputError
-    from van_deploy.graph.inspect import describe_onnx
+    from van_deploy.graph.files import describe_onnx
 
     if artefact.is_dir():
         bundle = Bundle.open(artefact)
