@@ -158,7 +158,7 @@ def _by_node(contender: Contender, batch: Any, runs: int = 5) -> list[ProfileLin
 
 def _by_layer(runner: Any, batch: Any, runs: int = 5) -> list[ProfileLine]:
     """Return an engine's time by kind of layer, by TensorRT's ``IProfiler``."""
-    loaded = runner._open()
+    loaded = runner
     times: list[tuple[str, float]] = []
 
     class Profiler(loaded.trt.IProfiler):  # type: ignore[misc, name-defined]

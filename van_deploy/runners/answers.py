@@ -17,8 +17,6 @@ from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.base import Images
 
-__all__ = ["TopClasses", "network_input", "top_classes"]
-
 
 @dataclass(frozen=True)
 class TopClasses:
