@@ -107,7 +107,7 @@ def _placed(
     from van_deploy.checks.baseline import read_baseline
     from van_deploy.engine.fleet import read_fleet
     from van_deploy.precision.job_images import choose_images
-    from van_deploy.recipe import builtin_recipes, read_recipe
+    from van_deploy.recipe import builtin_files, read_recipe
 
     if name in {"manifest", "signature", "key"}:
         bundle = Path(shutil.copytree(corpus.signed, folder / "bundle"))
@@ -125,7 +125,7 @@ def _placed(
         return path, command("inspect", plan) if name == "sidecar" else command("info", folder)
     sets = builtin_calibration_sets()
     sources = {
-        "recipe": lambda: rng.choice(sorted(builtin_recipes().values())),
+        "recipe": lambda: rng.choice(sorted(builtin_files().values())),
         "calibration": lambda: sets[rng.choice(("digits", "folder", "cifar10"))],
     }
     source = sources[name]() if name in sources else next(corpus.folder.glob(f"{name}.*"))

@@ -17,8 +17,8 @@ from tests.artifacts import int8_graph
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
-from van_deploy.checks.contract import contract_failures
 from van_deploy.checks.judging import batch_sizes
+from van_deploy.checks.verify import contract_failures
 from van_deploy.config import BatchRange
 from van_deploy.config.sizes import ImageSize, SizeRange, sides_of
 from van_deploy.errors import UsageError

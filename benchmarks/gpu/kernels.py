@@ -92,18 +92,17 @@ class Log:
     def __init__(self, path: Path, seconds: float, dtype: str) -> None:
         """Start the clock of the budget."""
         self.result, self._end = Result(path), time.monotonic() + seconds
-        self.title = f"kernels, {dtype}: kernels one by one"
-        self.lines: list[dict[str, Any]] = []
+        self.dtype = dtype
 
     @property
     def left(self) -> float:
         """Return the seconds that are left of the budget."""
         return self._end - time.monotonic()
 
-    def line(self, **values: Any) -> None:
-        """Add a line to the table of kernels, and print it."""
-        self.lines.append(values)
-        self.result.table(self.title, self.lines)
+    def line(self, network: str, **values: Any) -> None:
+        """Add a line to the table of a network's kernels, and print it."""
+        title = f"{network}, {self.dtype}: kernels one by one"
+        self.result.table(title, [*self.result.content["tables"].get(title, ()), values])
         print(" ".join(f"{key}={value}" for key, value in values.items()), flush=True)
 
     @contextlib.contextmanager
@@ -540,7 +539,7 @@ def main() -> int:
         for args.variant, batch in jobs:
             model = models[args.variant].to(DEVICE)
             if args.step != "check":
-                whole(args, log, model, batch, "default" if args.step == "all" else "stored")
+                whole(args, log, model, batch, "stored")
             if args.step != "network":
                 tune(args, log, model, batch, bandwidth)
             if args.step == "all":

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 
 from van_deploy.model.variants import VanConfig
 
-__all__ = ["HEAD_LAYERS", "LKA", "VAN", "Attention", "Block", "DWConv", "Mlp", "PatchEmbed"]
-
 STAGES = 4
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish)

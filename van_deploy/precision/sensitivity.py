@@ -22,16 +22,6 @@ from van_deploy.metrics import sqnr_db
 from van_deploy.precision.plan import QuantizationPlan
 from van_deploy.precision.simulate import logits
 
-__all__ = [
-    "LayerSensitivity",
-    "SearchReport",
-    "SearchTrial",
-    "labels_lost",
-    "rank_layers",
-    "require_resolution",
-    "search_kept",
-]
-
 Images = npt.NDArray[np.float32]
 
 
@@ -94,23 +84,18 @@ class SearchReport:
     share: float
     passed: bool
 
-    def reasons(self) -> Mapping[str, str]:
-        """Return why each kept layer was kept."""
-        return {
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures, ready for JSON, with why each kept layer was kept."""
+        reasons = {
             layer.name: f"alone it leaves {layer.sqnr_db:.1f} dB for {100 * layer.share:.1f} % "
             f"of the work, number {place} of {len(self.ranking)}"
             for place, layer in enumerate(self.ranking[: len(self.kept)], 1)
         }
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures, ready for JSON."""
-        return {**asdict(self), "kept": dict(self.reasons())}
+        return {**asdict(self), "kept": reasons}
 
 
 def rank_layers(
-    plan: QuantizationPlan,
-    images: Images,
-    work: Mapping[str, int],
+    plan: QuantizationPlan, images: Images, work: Mapping[str, int]
 ) -> tuple[LayerSensitivity, ...]:
     """Return the layers of ``plan``, first the one that disturbs most for the work it does.
 
@@ -119,12 +104,11 @@ def rank_layers(
         images: ``(N, C, S, S)``; 32 are enough to put layers in order.
         work: multiply-adds of each layer, and of what is not quantised.
     """
-    total, layers = sum(work.values()), plan.convolutions
-    expected = logits(plan.without(layers), images)
-    found = []
-    for name in layers:
-        quality = sqnr_db(expected, logits(plan, images, name))
-        found.append(LayerSensitivity(name, quality, work[name] / total))
+    total, expected = sum(work.values()), logits(plan.without(plan.convolutions), images)
+    found = [
+        LayerSensitivity(name, sqnr_db(expected, logits(plan, images, name)), work[name] / total)
+        for name in plan.convolutions
+    ]
     return tuple(sorted(found, key=lambda layer: layer.worth_db))
 
 

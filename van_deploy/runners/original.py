@@ -11,7 +11,6 @@ from van_deploy.files import file_sha256
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.embedded import embedded_files
 from van_deploy.model.files import read_weights
-from van_deploy.model.pickles import TOP_LEVEL
 from van_deploy.model.random_weights import random_van, sha256_of_state
 from van_deploy.model.state import network_from_state, official_state
 
@@ -43,11 +42,10 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
                 place = embedded_files().weights
             elif place.is_dir():
                 place /= Path(recorded.path).name
-            container = recorded.container
-            file = read_weights(place, container=None if container == TOP_LEVEL else container)
+            file = read_weights(place, container=recorded.container)
             digest = file_sha256(place)
             if digest == recorded.sha256:
-                tensors = official_state(file.tensors, container).tensors
+                tensors = official_state(file.tensors, recorded.container).tensors
                 model = network_from_state(tensors, config)
     except InputError as error:
         raise BundleError(
