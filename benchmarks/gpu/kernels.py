@@ -539,7 +539,7 @@ def main() -> int:
         for args.variant, batch in jobs:
             model = models[args.variant].to(DEVICE)
             if args.step != "check":
-                whole(args, log, model, batch, "default" if args.step == "all" else "stored")
+                whole(args, log, model, batch, "stored")
             if args.step != "network":
                 tune(args, log, model, batch, bandwidth)
             if args.step == "all":
