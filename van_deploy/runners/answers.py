@@ -69,10 +69,10 @@ def top_classes(
         outputs: of the network, by name.
         count: how many classes.
         task: how logits become probabilities.
-        name: of the artefact, for the error.
+        name: of the artifact, for the error.
 
     Raises:
-        UsageError: the artefact gives only its first five and more are asked for.
+        UsageError: the artifact gives only its first five and more are asked for.
     """
     if OUTPUT_NAME in outputs or "probabilities" in outputs:
         return _ranked(outputs, count, task)
@@ -80,7 +80,7 @@ def top_classes(
     if count > classes.shape[1]:
         raise UsageError(
             f"'{name}' gives its first {classes.shape[1]} classes only, not {count}.",
-            f"Ask for {classes.shape[1]}, or take another artefact.",
+            f"Ask for {classes.shape[1]}, or take another artifact.",
         )
     return TopClasses(classes[:, :count], shares[:, :count])
 

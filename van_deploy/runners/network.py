@@ -263,18 +263,13 @@ class Network:
         return None
 
     def _native_obstacle(self) -> Obstacle | None:
-        host, path = (
-            host_here(device=self._index),
-            self.bundle.path / self.bundle.artefact(self.name).file,
-        )
-        if self.is_package:
-            found = obstacles(verified_package(path), host)
-        elif host.gpu is None:
+        host = host_here(device=self._index)
+        path = self.bundle.path / self.bundle.artefact(self.name).file
+        if self.is_engine and host.gpu is None:
             return Obstacle("engines", "engine not executed: no GPU")
-        elif self._trust_engine and not sidecar_path(path).exists():
+        if self.is_engine and self._trust_engine and not sidecar_path(path).exists():
             return None
-        else:
-            found = obstacles(verified_sidecar(path), host)
+        found = obstacles((verified_package if self.is_package else verified_sidecar)(path), host)
         if not found:
             return None
         kind = "engines" if all(each.about == "gpu" for each in found) else "runtimes"
