@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # processes are forked below
 
@@ -64,22 +65,9 @@ class Call:
 
     def launch_with(self, tile: Tile) -> Launch:
         """Return the launch with another tile, without running it."""
-        with trying(self.key, tile), recorded(run=False) as launches:
+        with mock.patch.dict(TILES, {self.key: tile}), recorded(run=False) as launches:
             getattr(steps, self.step)(*self.arguments)
         return launches[-1]
-
-
-@contextlib.contextmanager
-def trying(key: str, tile: Tile) -> Iterator[None]:
-    """Use ``tile`` for ``key`` inside."""
-    before = TILES.get(key)
-    TILES[key] = tile
-    try:
-        yield
-    finally:
-        TILES.pop(key)
-        if before is not None:
-            TILES[key] = before
 
 
 class Log:
@@ -364,16 +352,14 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * source.element_size() / seconds
 
 
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fill what kernels allocate with NaN, so that what they do not write shows."""
+def poisoned() -> Any:
+    """Return a context in which kernels allocate NaN, so that what they do not write shows."""
     empty, like = torch.empty, torch.empty_like
-    torch.empty = lambda *a, **k: empty(*a, **k).fill_(math.nan)
-    torch.empty_like = lambda *a, **k: like(*a, **k).fill_(math.nan)
-    try:
-        yield
-    finally:
-        torch.empty, torch.empty_like = empty, like
+    return mock.patch.multiple(
+        torch,
+        empty=lambda *a, **k: empty(*a, **k).fill_(math.nan),
+        empty_like=lambda *a, **k: like(*a, **k).fill_(math.nan),
+    )
 
 
 def walled(tensor: Any) -> Any:
@@ -412,7 +398,7 @@ def tuned(args: Any, call: Call, bandwidth: float) -> dict[str, Any]:
 
     def attempt(tile: Tile) -> tuple[float, float, Tile]:
         """Return microseconds, relative error, and the tile."""
-        with trying(call.key, tile):
+        with mock.patch.dict(TILES, {call.key: tile}):
             with poisoned():
                 found = run(*guarded).to(expected.dtype)
             error = float((found - expected).norm() / expected.norm())  # NaN where it left a hole

@@ -127,7 +127,7 @@ PLACED: dict[str, tuple[str, Fault, str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", PLACED)
+@each("fault", PLACED)
 def test_a_fault_fails_and_drift_names_its_block(
     digits: Subject, broken: Broken, fault: str
 ) -> None:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -119,11 +120,8 @@ def whole(dtype: torch.dtype, kept: int = 0) -> float:
 
 def tiled(key: str, tile: dict[str, int], run: Callable[[], float]) -> float:
     """Return what ``run`` does with other tiles than the default ones."""
-    TILES[key] = tile
-    try:
+    with mock.patch.dict(TILES, {key: tile}):
         return run()
-    finally:
-        TILES.pop(key)
 
 
 HALF, BRAIN = torch.float16, torch.bfloat16

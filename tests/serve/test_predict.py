@@ -68,7 +68,7 @@ def test_batches_are_filled_across_what_cannot_be_read(
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert (len(lines), sum(line["error"] is not None for line in lines)) == (12, 1)
     assert result.exit_code == 5
-    assert "1 of 12 pictures could not be read." in result.stderr
+    assert "1 of 12 images could not be read." in result.stderr
 
 
 @each("mode", ["L", "RGB", "RGBA", "CMYK", "P", "1", "I;16", "LA"])

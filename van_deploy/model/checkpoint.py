@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from timm.data.imagenet_info import ImageNetInfo
+
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME, embedded_files
 from van_deploy.model.files import SUFFIXES, TOP_LEVEL, read_weights
@@ -22,12 +24,8 @@ from van_deploy.model.hub import Progress
 from van_deploy.model.metadata import described
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.random_weights import random_van, sha256_of_state
-from van_deploy.model.sources import REPO, Found, find_weights, from_hub, is_official, on_disk
-from van_deploy.model.state import (
-    config_from_state_dict,
-    network_from_state,
-    official_state,
-)
+from van_deploy.model.sources import REPO, find_weights, from_hub, is_official
+from van_deploy.model.state import config_from_state_dict, network_from_state, official_state
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig, Variant, variant_named, variant_of
 from van_deploy.model.weights_source import WeightsSource
@@ -122,7 +120,16 @@ def load_van(
             )
         loaded = _random(variant, spec, seed, layer_norm_eps, out_indices)
         return replace(loaded, preprocessing=loaded.preprocessing.override(**given))
-    found = _found(spec, variant, weights, offline, expect_sha256, progress)
+    if variant is None or weights is not None:
+        place = str(embedded_files().weights) if spec == EMBEDDED else weights or spec
+        found = find_weights(place, offline, expect_sha256, progress)
+    elif variant.weights is None:
+        raise UsageError(
+            f"{variant.name} has no public ImageNet-1K weights on the hub.",
+            f"{variant.weights_note[:1].upper()}{variant.weights_note[1:]}.",
+        )
+    else:
+        found = from_hub(variant.weights, offline, expect_sha256, progress)
     file = read_weights(found.path, container=container)
     state = official_state(file.tensors, file.container)
     config, assumed = config_from_state_dict(state.tensors, head)
@@ -139,40 +146,14 @@ def load_van(
     if out_indices is not None:
         config = config.backbone(tuple(out_indices))
     if names is None and official and config.num_classes == 1000:
-        names = _imagenet_names()
-    source = WeightsSource(
-        spec=spec,
-        path=str(found.path),
-        format="embedded" if spec == EMBEDDED else state.format,
-        sha256=found.sha256,
-        seed=None,
-        container=file.container,
-        notes=(*found.notes, *file.notes, *state.notes, *assumed, *notes),
-    )
+        names = tuple(map(ImageNetInfo().index_to_description, range(1000)))
+    form = "embedded" if spec == EMBEDDED else state.format
+    notes = (*found.notes, *file.notes, *state.notes, *assumed, *notes)
+    path = str(found.path)
+    source = WeightsSource(spec, path, form, found.sha256, None, file.container, notes)
     name = variant.name if variant else EMBEDDED if spec == EMBEDDED else _name(spec)
     model = network_from_state(state.tensors, config)
     return LoadedVan(name, model, config, source, stated.override(**given), names)
-
-
-def _found(
-    spec: str,
-    variant: Variant | None,
-    weights: str | None,
-    offline: bool,
-    expect_sha256: str | None,
-    progress: Progress | None,
-) -> Found:
-    """Return the weights file; see :func:`load_van`."""
-    if spec == EMBEDDED:
-        return on_disk(embedded_files().weights, expect_sha256)
-    if variant is None or weights is not None:
-        return find_weights(weights or spec, offline, expect_sha256, progress)
-    if variant.weights is None:
-        raise UsageError(
-            f"{variant.name} has no public ImageNet-1K weights on the hub.",
-            f"{variant.weights_note[:1].upper()}{variant.weights_note[1:]}.",
-        )
-    return from_hub(variant.weights, offline, expect_sha256, progress)
 
 
 def _is_place(word: str) -> bool:
@@ -205,17 +186,17 @@ def _random(
 
 def _compare_with_variant(variant: Variant, config: VanConfig) -> tuple[str, ...]:
     """Refuse another architecture under a variant's name; report other ends."""
-    wanted = variant.config
-    differ = [
-        f"{name} {value} instead of {wanted.body[name]}"
-        for name, value in config.body.items()
-        if value != wanted.body[name]
-    ]
-    if differ:
-        actual = variant_of(config)
+    actual, wanted = variant_of(config), variant.config
+    if actual != variant.name:
+        theirs = wanted.body
+        differ = "; ".join(
+            f"{name} {value} instead of {theirs[name]}"
+            for name, value in config.body.items()
+            if value != theirs[name]
+        )
         raise CheckpointError(
             f"The weights are not {variant.name}'s but those of "
-            f"{actual or 'another architecture'}: {'; '.join(differ)}.",
+            f"{actual or 'another architecture'}: {differ}.",
             f"Say {actual} instead." if actual else "Give the file alone, without a name.",
         )
     ends = (("num_classes", "classes"), ("in_chans", "input channels"))
@@ -225,13 +206,6 @@ def _compare_with_variant(variant: Variant, config: VanConfig) -> tuple[str, ...
         for field, what in ends
         if getattr(config, field) not in (0, getattr(wanted, field))
     )
-
-
-def _imagenet_names() -> tuple[str, ...]:
-    from timm.data.imagenet_info import ImageNetInfo
-
-    info = ImageNetInfo()
-    return tuple(info.index_to_description(index) for index in range(info.num_classes()))
 
 
 def _name(spec: str) -> str:

@@ -16,7 +16,7 @@ used and the difference is pointed out.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -35,6 +35,7 @@ _INDEX_OF = ("class_to_idx", "label2id")
 _NAMES = (*_INDEX_OF, "idx_to_class", "id2label", "class_names", "classes", "label_names")
 _LONGEST_CONFIG = 2**20  # characters
 _OPTIONS = ("image_size", "mean", "std", "interpolation", "crop_pct")
+_BESIDE = " beside the weights"
 _SAY = "Say yourself what the weights want: --image-size --mean --std --interpolation --crop-pct."
 _LABELS = "Give the names yourself, one a line in the logits' order: --labels FILE."
 
@@ -80,15 +81,30 @@ def described(
     )
     eps = given.get("layer_norm_eps")
     config, notes = network_said(config, source, arguments, config_json, openmmlab, eps)
-    read = partial(processors.from_openmmlab, classifier=bool(config.num_classes))
-    sources: list[Source] = []
-    if written := _table(inside.get("preprocessing")):
-        sources.append((str(written.get("source", "the weights file")), dict, written))
-    sources += _of_arguments(arguments)
-    if "model" in openmmlab:
-        sources.append(("the checkpoint's own configuration", read, openmmlab))
-    beside_it = list(_of_json(config_json, beside.get(PROCESSOR)))
-    preprocessing = _preprocessing(config.in_chans, sources, beside_it, official, given, notes)
+    written, own = _table(inside.get("preprocessing")), "the checkpoint's own training arguments"
+    torchvision = any(key in arguments for key in _TORCHVISION)
+    timm = not torchvision and any(arguments.get(key) not in (None, "") for key in _TIMM)
+    size = config_json.get("image_size") if is_transformers(config_json) else None
+    openmmlabs = partial(processors.from_openmmlab, classifier=bool(config.num_classes))
+    sources: list[Source] = [
+        (str(written.get("source", "the weights file")), dict, written),
+        (own, processors.from_torchvision, arguments if torchvision else {}),
+        (own, processors.from_timm, arguments if timm else {}),
+        (
+            "the checkpoint's own configuration",
+            openmmlabs,
+            openmmlab if "model" in openmmlab else {},
+        ),
+        (f"the {PROCESSOR}{_BESIDE}", processors.from_processor, beside.get(PROCESSOR, {})),
+        (f"the {CONFIG}{_BESIDE}", dict, {} if PROCESSOR in beside else {"image_size": size}),
+        (
+            f"the {CONFIG}{_BESIDE}",
+            processors.from_timm_config,
+            config_json if is_timm(config_json) else {},
+        ),
+    ]
+    sources = [row for row in sources if any(value is not None for value in row[2].values())]
+    preprocessing = _preprocessing(config.in_chans, sources, official, given, notes)
     names = None
     if "class_names" not in given:
         places = (
@@ -109,40 +125,15 @@ def _table(value: object) -> dict[str, Any]:
 # --- the preprocessing ---------------------------------------------------------------------
 
 
-def _of_arguments(arguments: Values) -> Iterator[Source]:
-    """Yield the training script's arguments if they describe a preprocessing."""
-    name = "the checkpoint's own training arguments"
-    if any(key in arguments for key in _TORCHVISION):
-        yield name, processors.from_torchvision, arguments
-    elif any(arguments.get(key) not in (None, "") for key in _TIMM):
-        yield name, processors.from_timm, arguments
-
-
-def _of_json(config: Values, processor: Values | None) -> Iterator[Source]:
-    """Yield what describes a preprocessing beside the weights."""
-    if processor is not None:
-        yield f"the {PROCESSOR} beside the weights", processors.from_processor, processor
-    elif is_transformers(config) and "image_size" in config:
-        read = {"image_size": config["image_size"]}
-        yield f"the {CONFIG} beside the weights", dict, read
-    if is_timm(config):
-        yield f"the {CONFIG} beside the weights", processors.from_timm_config, config
-
-
 def _preprocessing(
-    channels: int,
-    inside: list[Source],
-    beside: list[Source],
-    official: bool,
-    given: Collection[str],
-    notes: list[str],
+    channels: int, sources: list[Source], official: bool, given: Collection[str], notes: list[str]
 ) -> Preprocessing:
     """Return the preprocessing of the first source, or the official one."""
     colour = {"mean": OFFICIAL.mean[:1] * channels, "std": OFFICIAL.std[:1] * channels}
     default = replace(OFFICIAL, **colour)  # type: ignore[arg-type]
-    sources = inside + beside
-    if official and not inside:
-        stated = str(_built(beside[0], default, ())) if beside else str(default)
+    only_beside = all(name.endswith(_BESIDE) for name, _, _ in sources)
+    if official and only_beside:
+        stated = str(_built(sources[0], default, ())) if sources else str(default)
         if stated != str(default):
             notes.append(
                 f"the repository's JSON says {stated}; the weights were trained with {default}, "
@@ -153,7 +144,7 @@ def _preprocessing(
         return replace(default, source="assumed: the official VAN weights' (nothing says another)")
     result = _built(sources[0], default, given)
     others = ", ".join(other for other, _, _ in sources[1:])
-    if others or not inside:
+    if others or only_beside:
         rest = f"; not from {others}" if others else ""
         notes.append(f"preprocessing from {sources[0][0]}: {result}{rest}")
     return result
@@ -178,8 +169,7 @@ def _built(source: Source, default: Preprocessing, given: Collection[str]) -> Pr
             return default
         reason = e.message if isinstance(e, UsageError) else f"{str(e)[:200]}."
         raise CheckpointError(
-            f"{name[0].upper()}{name[1:]} cannot be followed: {reason}",
-            _SAY,
+            f"{name[0].upper()}{name[1:]} cannot be followed: {reason}", _SAY
         ) from None
 
 

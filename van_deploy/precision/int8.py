@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from van_deploy.precision.observers import ChannelRange
 from van_deploy.precision.plan import QuantizationPlan, make_plan, multiply_adds
 from van_deploy.precision.qdq import qdq_for_cpu, qdq_for_tensorrt
 from van_deploy.precision.sensitivity import (
-    SearchReport,
     labels_lost,
     rank_layers,
     require_resolution,
@@ -37,39 +36,25 @@ Images = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class TechniqueGain:
-    """What one technique brought on top of those kept before it.
-
-    Attributes:
-        name: ``scales``, ``bias_correction``, or one of :data:`TECHNIQUES`.
-        before_db: SQNR of the logits of the held-out images before it; None for ``scales``.
-        after_db: and with it, biases corrected anew.
-        kept: whether it is in the result.
-    """
-
-    name: str
-    before_db: float | None
-    after_db: float
-    kept: bool
-
-
-@dataclass(frozen=True)
 class Int8:
     """A network in INT8.
 
     Attributes:
         plan: what is quantised, and how.
         model: the graph for the target.
-        techniques: what each brought.
+        techniques: what each brought on top of those kept before it: its ``name`` (``scales``,
+            ``bias_correction``, or one of :data:`TECHNIQUES`), the SQNR of the logits of the
+            held-out images ``before_db`` (None for ``scales``) and ``after_db``, biases corrected
+            anew, and whether it is ``kept``.
         share: of the multiply-adds that run in INT8, 0..1.
-        search: for a budget, what was kept in higher precision.
+        search: for a budget, what was kept in higher precision, and why.
     """
 
     plan: QuantizationPlan
     model: ModelProto
-    techniques: tuple[TechniqueGain, ...]
+    techniques: Sequence[Mapping[str, Any]]
     share: float
-    search: SearchReport | None = None
+    search: Mapping[str, Any] | None = None
 
     def scales(self) -> dict[str, float]:
         """Return the scale of each quantised activation that has one, by its name in the graph."""
@@ -90,10 +75,10 @@ class Int8:
         found = {
             "quantized": len(self.plan.convolutions),
             "int8_share": self.share,
-            "techniques": [asdict(gain) for gain in self.techniques],
+            "techniques": list(self.techniques),
             "scales": self.scales(),
         }
-        return found if self.search is None else {**found, "search": self.search.as_dict()}
+        return found if self.search is None else {**found, "search": dict(self.search)}
 
 
 def short(value: npt.ArrayLike) -> float:
@@ -139,7 +124,7 @@ class Int8Maker:
         if budget is not None:
             require_resolution(budget, len(self.images.others))
         plan, gains = self._confirmed(layers)
-        correct = any(gain.kept and gain.name == "bias_correction" for gain in gains)
+        correct = any(gain["kept"] and gain["name"] == "bias_correction" for gain in gains)
 
         def finished(plan: QuantizationPlan) -> tuple[QuantizationPlan, ModelProto]:
             plan = bias_corrected(plan, self.correcting) if correct else plan
@@ -147,14 +132,14 @@ class Int8Maker:
 
         if budget is not None:
             search = self._searched(plan, lambda candidate: finished(candidate)[1], budget)
-            plan = plan.without(search.kept)
+            plan = plan.without(search["kept"])
         plan, model = finished(plan)
         share = sum(self.work[name] for name in plan.convolutions) / sum(self.work.values())
-        return Int8(plan, model, tuple(gains), share, search)
+        return Int8(plan, model, gains, share, search)
 
-    def _confirmed(self, layers: Sequence[str]) -> tuple[QuantizationPlan, list[TechniqueGain]]:
+    def _confirmed(self, layers: Sequence[str]) -> tuple[QuantizationPlan, list[dict[str, Any]]]:
         """Return the plan with every technique that held-out images confirm, uncorrected."""
-        asked, gains = self.settings, list[TechniqueGain]()
+        asked, gains = self.settings, list[dict[str, Any]]()
         wanted = ["scales", "bias_correction"] if asked.bias_correction else ["scales"]
         if asked.equalize:
             wanted += [n for n in TECHNIQUES if asked.target == "tensorrt" or n != "shift_scale"]
@@ -162,7 +147,7 @@ class Int8Maker:
         expected, best_db = logits(best, self.confirming), None
         for name in wanted:
             self.images.watch.begin(f"Trying {name.replace('_', ' ')}")
-            trial = [*(gain.name for gain in gains if gain.kept), name]
+            trial = [*(gain["name"] for gain in gains if gain["kept"]), name]
             plan = make_plan(
                 equalize(self.network, self.ranges, layers, trial),
                 self.ranges,
@@ -173,8 +158,9 @@ class Int8Maker:
             )
             tried = bias_corrected(plan, self.correcting) if "bias_correction" in trial else plan
             found = sqnr_db(expected, logits(tried, self.confirming))
-            gains.append(TechniqueGain(name, best_db, found, best_db is None or found > best_db))
-            if gains[-1].kept:
+            kept = best_db is None or found > best_db
+            gains.append({"name": name, "before_db": best_db, "after_db": found, "kept": kept})
+            if kept:
                 best, best_db = plan, found
         return best, gains
 
@@ -183,7 +169,7 @@ class Int8Maker:
         plan: QuantizationPlan,
         graph_of: Callable[[QuantizationPlan], ModelProto],
         budget: float,
-    ) -> SearchReport:
+    ) -> dict[str, Any]:
         """Return what to keep in higher precision.
 
         Layers are ranked one at a time in PyTorch; what holds the budget is the graph that
