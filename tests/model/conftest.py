@@ -181,12 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _info(self, repo_id: str) -> None:
         siblings = [{"rfilename": name} for name in self.hub.repos[repo_id]]
-        info = {
-            "id": repo_id.partition("@")[0],
-            "modelId": repo_id.partition("@")[0],
-            "sha": self.hub.commit(repo_id),
-            "siblings": siblings,
-        }
+        name, commit = repo_id.partition("@")[0], self.hub.commit(repo_id)
+        info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
         self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def _file(self, repo_id: str, name: str, *, body: bool) -> None:

@@ -160,7 +160,7 @@ def _by_layer(runner: Any, batch: Any, runs: int = 5) -> list[ProfileLine]:
     """Return an engine's time by kind of layer, by TensorRT's ``IProfiler``."""
     times: list[tuple[str, float]] = []
 
-    class Profiler(runner.trt.IProfiler):  # type: ignore[misc, name-defined]
+    class Profiler(runner.trt.IProfiler):  # type: ignore[misc]
         def __init__(self) -> None:
             runner.trt.IProfiler.__init__(self)
 

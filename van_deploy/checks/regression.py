@@ -194,7 +194,7 @@ def _baseline_rows(
             )
             drops = {m: db - now.modules[m] for m, db in old.modules.items() if m in now.modules}
         yield CheckRow(f"{row}/SQNR", found, old.sqnr_db)
-        for worst in sorted(drops, key=drops.__getitem__)[-1:]:
+        for worst in sorted(drops, key=drops.__getitem__, reverse=True)[:1]:
             slack = gates.CLASSES[old.numeric_class].slack_db
             limit = Limit(old.modules[worst] - slack, f"baseline minus {slack:g}")
             found = at_least("modules", now.modules[worst], limit, where=f"{worst}: ")

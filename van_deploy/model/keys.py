@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from van_deploy.errors import CheckpointError, UsageError
 
@@ -74,21 +73,6 @@ _SEGMENTER = re.compile(r"(decode|auxiliary|segmentation|seg)_head\b.*")
 _SEGMENTER_OR_DETECTOR = re.compile(r"(neck|panoptic_\w+|\w+_head)\b.*")
 
 
-@dataclass(frozen=True)
-class Translation:
-    """Where each tensor of a state dict goes.
-
-    Attributes:
-        names: official name of each tensor of the network, by its name in the file.
-        format: the format the names were in, one of :data:`FORMATS`.
-        notes: what was left out that the user should be told.
-    """
-
-    names: dict[str, str]
-    format: str
-    notes: tuple[str, ...]
-
-
 def listed(names: Sequence[str], most: int = 10) -> str:
     """Return the first names, each cut to 200 characters, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -107,8 +91,13 @@ def networks_in(names: Iterable[str]) -> dict[tuple[str, str], set[tuple[int, st
     return found
 
 
-def translate_keys(names: Sequence[str], container: str = "") -> Translation:
-    """Return the official names of a state dict's tensors.
+def translate_keys(
+    names: Sequence[str], container: str = ""
+) -> tuple[dict[str, str], str, tuple[str, ...]]:
+    """Return the official name of each tensor of a network, the format, and notes.
+
+    The names are by those in the file; the format is one of :data:`FORMATS`; the notes say what
+    was left out.
 
     Args:
         names: as in the file.
@@ -164,7 +153,7 @@ def translate_keys(names: Sequence[str], container: str = "") -> Translation:
         )
     if idle:
         notes.append(f"left by training, no part of the network: {listed(idle)}")
-    return Translation(official, source, tuple(notes))
+    return official, source, tuple(notes)
 
 
 def _network_in(names: Sequence[str], container: str) -> tuple[str, str, set[tuple[int, str]]]:

@@ -58,12 +58,13 @@ def official_state(tensors: Mapping[str, Tensor], container: str = "") -> NamedS
             infinite, a negative variance, or claims more elements than it has.
         UsageError: there are several networks.
     """
-    found = translate_keys(list(tensors), "" if container == TOP_LEVEL else container)
-    state = {new: _plain(old, tensors[old]) for old, new in found.names.items()}
-    floats = (tensors[old] for old in found.names if not old.endswith(_COUNTER))
+    container = "" if container == TOP_LEVEL else container
+    names, source, notes = translate_keys(list(tensors), container)
+    state = {new: _plain(old, tensors[old]) for old, new in names.items()}
+    floats = (tensors[old] for old in names if not old.endswith(_COUNTER))
     other = sorted({str(t.dtype).removeprefix("torch.") for t in floats} - {"float32"})
     converted = (f"weights converted to float32 from {', '.join(other)}",) if other else ()
-    return NamedState(state, found.format, found.notes + converted)
+    return NamedState(state, source, notes + converted)
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:

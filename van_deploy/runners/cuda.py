@@ -87,11 +87,7 @@ class Cuda:
 
     def __init__(self, runtime: Any, device: int = 0) -> None:
         self.runtime, self.device = runtime, device
-        self.use()
-
-    def use(self) -> None:
-        """Make the device the current one of the calling thread."""
-        self.call("cudaSetDevice", self.device)
+        self.call("cudaSetDevice", device)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Return what the function called ``name`` returns besides its error code.
@@ -225,7 +221,7 @@ class DeviceBatch:
 
     def answers(self, images: npt.NDArray[Any]) -> Outputs:
         """Return every output for some images: all steps, one after the other."""
-        self.cuda.use()
+        self.cuda.call("cudaSetDevice", self.cuda.device)  # for the calling thread
         self.fill(images)
         self.upload()
         self.launch()

@@ -20,7 +20,7 @@ from van_deploy.bundle import Artefact, Bundle
 from van_deploy.config import BatchRange
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.compatibility import obstacles
-from van_deploy.engine.host import host_here
+from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
 from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
@@ -249,32 +249,27 @@ class Network:
         Raises:
             InputError: an engine's sidecar is missing, damaged or edited.
         """
-        if self.is_engine or self.is_package:
-            return self._native_obstacle()
         if self.runner in (PYTORCH, ORT_CPU):
             return None
-        provider = PROVIDERS[self.runner]
+        host = host_here(device=self._index)
+        if self.is_engine or self.is_package:
+            return self._native_obstacle(host)
+        provider, settings = PROVIDERS[self.runner], self._made.get("settings")
         if provider not in require_onnxruntime().get_available_providers():
             return Obstacle("runtimes", f"no {provider} in the ONNX Runtime that is installed")
-        if host_here(device=self._index).gpu is None:
+        if host.gpu is None:
             return Obstacle("runtimes", f"{provider} finds no GPU {self._device}")
-        if self._made.get("settings", {}).get("target") == "cpu":
+        if isinstance(settings, Mapping) and settings.get("target") == "cpu":
             return Obstacle("runtimes", f"quantised for CPUs: {provider} has not all its operators")
         return None
 
-    def _native_obstacle(self) -> Obstacle | None:
-        host, path = (
-            host_here(device=self._index),
-            self.bundle.path / self.bundle.artefact(self.name).file,
-        )
-        if self.is_package:
-            found = obstacles(verified_package(path), host)
-        elif host.gpu is None:
+    def _native_obstacle(self, host: Host) -> Obstacle | None:
+        path = self.bundle.path / self.bundle.artefact(self.name).file
+        if self.is_engine and host.gpu is None:
             return Obstacle("engines", "engine not executed: no GPU")
-        elif self._trust_engine and not sidecar_path(path).exists():
+        if self.is_engine and self._trust_engine and not sidecar_path(path).exists():
             return None
-        else:
-            found = obstacles(verified_sidecar(path), host)
+        found = obstacles((verified_package if self.is_package else verified_sidecar)(path), host)
         if not found:
             return None
         kind = "engines" if all(each.about == "gpu" for each in found) else "runtimes"
