@@ -9,7 +9,6 @@ that are ready to the same networks in the same batches; the ratio is paired by 
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ import torch
 
 import van_deploy as vd
 from benchmarks.table import Table
-from van_deploy.data import decoded_batches, find_images, labelled_images, opened, sample_set
+from van_deploy.data import decoded_batches, image_set, labelled_images, opened, sample_set
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.pytorch import TorchRunner
 
@@ -31,7 +30,7 @@ def main() -> int:
     """Run both in turns and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--variant", default="van_b0")
-    parser.add_argument("--images", type=Path, help="JPEG files; sample photographs without it")
+    parser.add_argument("--images", type=Path, help="taken instead of sample photographs")
     parser.add_argument("--count", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -62,17 +61,13 @@ def main() -> int:
 
 def _write_images(source: Path | None, count: int, target: Path) -> None:
     """Fill a folder with JPEG files in class folders."""
-    paths = find_images(source) if source else []
-    samples = [] if source else sample_set().items
+    items = (image_set(source) if source else sample_set()).items
     for index in range(count):
         place = target / str(index % 10) / f"{index:04d}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
-        if paths:
-            shutil.copy(paths[index % len(paths)], place)
-            continue
-        picture = opened(samples[index % len(samples)])
-        scale = SHORT_SIDE / min(picture.size)
-        picture.resize((round(picture.width * scale), round(picture.height * scale))).save(place)
+        image = opened(items[index % len(items)])
+        scale = SHORT_SIDE / min(image.size)
+        image.resize((round(image.width * scale), round(image.height * scale))).save(place)
 
 
 def _fed(bundle: vd.Bundle, images: Path) -> float:

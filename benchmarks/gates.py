@@ -17,7 +17,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,11 @@ import numpy.typing as npt
 
 from benchmarks.table import Table
 from van_deploy import api
-from van_deploy.checks.accuracy import ArtefactLoss, judge_artefact
+from van_deploy.checks.accuracy import Answers, ArtefactLoss, judge_artefact
 from van_deploy.checks.evaluate import Networks
-from van_deploy.checks.opened import ON_CPU
-from van_deploy.checks.predictions import Table as Answers
-from van_deploy.checks.predictions import answered
-from van_deploy.checks.reference import samples_for
+from van_deploy.checks.gates import allowed_loss
+from van_deploy.checks.golden import golden_samples
+from van_deploy.config import EvaluationSettings, GateProfile
 from van_deploy.data import decoded_batches, labelled_images
 from van_deploy.metrics import Task
 from van_deploy.runners.network import PYTORCH
@@ -41,6 +41,7 @@ COLUMNS = (
     *("artifact", "images", "judged", "PASS", "INCONCLUSIVE", "FAIL"),
     *("lost more than allowed", "of these PASS"),
 )
+OUTCOMES = ("pass", "inconclusive", "fail")
 PASSING = 0.95  # share of the resamples
 RESAMPLES, SUBSETS = 200, 20
 SIZES = (5, 50, 500, 2000)
@@ -61,41 +62,33 @@ def main() -> int:
     parser.add_argument("--bundle", type=Path, help="of the checkpoint in fp32, fp16 and int8")
     parser.add_argument("--logits", type=Path, help="kept here (.npz), and read where it is there")
     arguments = parser.parse_args()
-    if arguments.logits is None or not arguments.logits.exists():
-        found = _answers(arguments)
-        if arguments.logits is not None:
-            np.savez_compressed(arguments.logits, **found)
-    else:
+    if arguments.logits is not None and arguments.logits.exists():
         with np.load(arguments.logits, allow_pickle=False) as stored:
-            found = dict(stored)
+            return measured(dict(stored)).printed()
+    found = _answers(arguments)
+    if arguments.logits is not None:
+        np.savez_compressed(arguments.logits, **found)
     return measured(found).printed()
 
 
 def _answers(arguments: argparse.Namespace) -> dict[str, Array]:
     """Return the logits of PyTorch and each artifact by name, the labels, and float32's noise."""
     with tempfile.TemporaryDirectory() as folder:
-        place = arguments.bundle
-        if place is None:
-            place = Path(folder) / "bundle"
+        place = arguments.bundle or Path(folder) / "bundle"
+        if arguments.bundle is None:
             made = api.export(arguments.checkpoint, place, images=arguments.calib)
             made.quantize(precision="fp16")
             made.quantize(precision="int8", images=arguments.calib)
         bundle = api.open_bundle(place).opened()
         loaded = original_network(bundle, None)
         images = labelled_images(arguments.eval, loaded.config.num_classes, loaded.class_names)
-        batches = []
-        with Networks(bundle, loaded, list(bundle.artefacts), ON_CPU) as networks:
-            numeric = networks.classes()
-            for batch in decoded_batches(images.items, loaded.preprocessing, BATCH):
-                rows = np.array(batch.indices)
-                batches.append((rows, networks.logits(batch)))
-        order = np.argsort(np.concatenate([rows for rows, _ in batches]))
-        found = {
-            name: np.concatenate([logits[name] for _, logits in batches])[order]
-            for name in (PYTORCH, *(n for n in bundle.artefacts if n in numeric))
-        }
+        asked = EvaluationSettings(images=arguments.eval)
+        with Networks(bundle, loaded, asked) as networks:
+            batches = decoded_batches(images.items, loaded.preprocessing, BATCH)
+            logits = [networks.logits(batch) for batch in batches]
+            found = {name: np.concatenate([y[name] for y in logits]) for name in networks.runners}
         labels = np.array([item.label for item in images.items], np.int64)
-        noise = np.array(samples_for(bundle, None, None).noise_db)
+        noise = np.array(golden_samples(bundle).noise_db)
         return {**found, "labels": labels, "noise_db": noise}
 
 
@@ -103,29 +96,32 @@ def measured(found: dict[str, Array]) -> Table:
     """Return both tables as one."""
     labels, noise_db = found.pop("labels"), float(found.pop("noise_db"))
     expected, rng = found.pop(PYTORCH), np.random.default_rng(0)
-    table = Table(COLUMNS)
+    table, wrong, passed = Table(COLUMNS), 0, 0
     for name, logits in found.items():
-        whole = _judged(name, expected, logits, labels, noise_db).outcome.value
-        outcomes = Counter(
-            _judged(name, expected[r], logits[r], labels[r], noise_db).outcome.value
-            for r in (rng.integers(0, len(labels), len(labels)) for _ in range(RESAMPLES))
-        )
-        table.row(name, len(labels), f"{RESAMPLES} resamples", *_counts(outcomes), "-", "-")
-        share = f"{100 * outcomes['pass'] / RESAMPLES:.1f} % PASS, {outcomes['fail']} FAIL"
+        judged = partial(_judged, name, expected, labels=labels, noise_db=noise_db)
+        whole = judged(logits, np.arange(len(labels))).outcome.value
+        drawn = (rng.integers(0, len(labels), len(labels)) for _ in range(RESAMPLES))
+        counts = Counter(judged(logits, rows).outcome.value for rows in drawn)
+        shown = [counts[word] for word in OUTCOMES]
+        table.row(name, len(labels), f"{RESAMPLES} resamples", *shown, "-", "-")
         table.claim(
             f"{name}: PASS on the whole set, on {100 * PASSING:.0f} % of its resamples, and FAIL "
             "on none",
-            f"{whole.upper()}; {share}",
-            whole == "pass" and outcomes["pass"] >= PASSING * RESAMPLES and not outcomes["fail"],
+            f"{whole.upper()}; {counts['pass'] / RESAMPLES:.1%} PASS, {counts['fail']} FAIL",
+            whole == "pass" and counts["pass"] >= PASSING * RESAMPLES and not counts["fail"],
         )
-    wrong = passed = 0
-    for name, logits in found.items():
         for size in (size for size in SIZES if size <= len(labels)):
-            tried = list(_wrong(name, size, expected, logits, labels, noise_db))
-            lost = [loss for loss in tried if _lost_more(loss)]
+            picks = np.random.default_rng(size)
+            tried = [
+                judged(fault(logits.copy(), picks), picks.choice(len(labels), size, replace=False))
+                for fault in FAULTS.values()
+                for _ in range(SUBSETS)
+            ]
+            lost = [loss for loss in tried if loss.loss.loss > allowed_loss(name).value]
             through = sum(loss.outcome.value == "pass" for loss in lost)
-            counts = _counts(Counter(loss.outcome.value for loss in tried))
-            table.row(name, size, f"{len(tried)} wrong", *counts, len(lost), through)
+            counts = Counter(loss.outcome.value for loss in tried)
+            shown = [counts[word] for word in OUTCOMES]
+            table.row(name, size, f"{len(tried)} wrong", *shown, len(lost), through)
             wrong, passed = wrong + len(lost), passed + through
     table.claim(
         "no artifact passes that lost more than is allowed on the images it is judged on",
@@ -139,34 +135,15 @@ def measured(found: dict[str, Array]) -> Table:
     return table
 
 
-def _counts(outcomes: Mapping[str, int]) -> list[int]:
-    return [outcomes.get(word, 0) for word in ("pass", "inconclusive", "fail")]
-
-
 def _judged(
-    name: str, expected: Array, found: Array, labels: Array, noise_db: float
+    name: str, expected: Array, found: Array, rows: Array, labels: Array, noise_db: float
 ) -> ArtefactLoss:
-    answers = Answers(len(labels), [PYTORCH, name], expected.shape[1], Task.SINGLE_LABEL)
-    logits = {PYTORCH: expected, name: found}
-    answers.enter(answered(range(len(labels)), (), logits, PYTORCH, Task.SINGLE_LABEL))
-    return judge_artefact(answers, labels, name, name, noise_db)
-
-
-def _lost_more(loss: ArtefactLoss) -> bool:
-    limit = loss.findings[-1].limit
-    return limit is not None and loss.loss.loss > limit.value
-
-
-def _wrong(
-    name: str, size: int, expected: Array, logits: Array, labels: Array, noise_db: float
-) -> Iterator[ArtefactLoss]:
-    """Yield what each wrong artifact is judged on some random subsets of the images."""
-    rng = np.random.default_rng(size)
-    for fault in FAULTS.values():
-        for _ in range(SUBSETS):
-            spoiled = fault(logits.copy(), rng)
-            rows = rng.choice(len(labels), size, replace=False)
-            yield _judged(name, expected[rows], spoiled[rows], labels[rows], noise_db)
+    """Return the gate's verdict on some of the images."""
+    before = Answers.of(expected[rows])
+    after = Answers.of(found[rows], reference=expected[rows])
+    known, classes = labels[rows], expected.shape[1]
+    numeric = (name, noise_db, GateProfile())
+    return judge_artefact(before, after, known, classes, Task.SINGLE_LABEL, *numeric)
 
 
 def _shifted(logits: Array, rng: np.random.Generator) -> Array:

@@ -18,8 +18,8 @@ and asks ``/v2/health/live`` meanwhile; the memory is that of the server and its
 what they have after full batches of sound requests.
 
 All of it is ``load`` with 10,000 requests on van_digits and with 2,000 on van_b0 at 224, and
-``triton`` and ``worst`` on van_b0. ``python -m reliability.requests`` sends the 10,000 spoiled
-requests.
+``triton`` and ``worst`` on van_b0. ``python -m reliability --only requests`` sends the
+10,000 spoiled requests.
 
 The result is one JSON document on standard output; progress goes to standard error.
 """
@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import io
 import itertools
 import json
 import multiprocessing
@@ -38,13 +39,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
+from PIL import Image
 
 from benchmarks.table import Table
 from reliability.clients import Load, drive, exported, infer_requests, started
@@ -54,7 +55,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.runners.network import Network
 from van_deploy.serve.triton_model import DATATYPES, served_name
 
-DISTINCT, ROUNDS, ATTACKERS = 64, 6, 16
+DISTINCT, ROUNDS, ATTACKERS, INSTANCES = 64, 6, 16, 2
 LIVE_MS = 200
 OWN_MIB = 900  # see docs/serving.md: what is held, parsed and decoded at once
 METRICS = {
@@ -73,26 +74,21 @@ def main() -> int:
     parser.add_argument("--artefact", default="fp32-uint8")
     parser.add_argument("--requests", type=int, help="10,000, or 1,200 for triton")
     parser.add_argument("--clients", type=int, default=64, help="of load and triton")
-    parser.add_argument("--instances", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=30.0, help="of worst")
-    parser.add_argument("--scale", type=float, default=1.0, help="of all of it")
     given = parser.parse_args()
+    if given.measure and given.bundle is None:
+        parser.error("name a bundle")
     table = Table(("measure", "figures"))
     table.notes.append("Preprocessing inside, two instances of one thread, random weights.")
-    if given.measure:
-        if given.bundle is None:
-            parser.error("name a bundle")
-        MEASURES[given.measure](given, table)
-        return table.printed()
     with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
-        small, large = Path(name) / "van_digits", Path(name) / "van_b0"
-        exported(small, "van_digits")
-        exported(large, "van_b0", "--weights", "random")
-        wanted = (("load", small, 10_000), ("load", large, 2000), ("triton", large, 1200))
-        for measure, bundle, count in (*wanted, ("worst", large, 0)):
+        wanted = [(given.measure, given.bundle, given.requests)]
+        if not given.measure:
+            small = exported(Path(name) / "van_digits", "van_digits")
+            large = exported(Path(name) / "van_b0", "van_b0", "--weights", "random")
+            wanted = [("load", small, 10_000), ("load", large, 2000)]
+            wanted += [("triton", large, 1200), ("worst", large, 0)]
+        for measure, given.bundle, given.requests in wanted:
             start = time.monotonic()
-            given.bundle, given.requests = bundle, round(count * given.scale)
-            given.seconds = 30 * given.scale
             MEASURES[measure](given, table)
             print(f"{measure}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     return table.printed()
@@ -134,7 +130,7 @@ def triton(given: argparse.Namespace, table: Table) -> None:
         tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name,
         contextlib.ExitStack() as stack,
     ):
-        package, how = Path(name) / "package", {"instances": given.instances, "threads": 1}
+        package, how = Path(name) / "package", {"instances": INSTANCES, "threads": 1}
         how |= {"backend": "python", "triton_release": "24.10", "triton_python": PYTHON}
         open_bundle(given.bundle).package(package, artefacts=(given.artefact,), **how)
         running = stack.enter_context(triton_running(package / "models", Path(name) / "server"))
@@ -214,14 +210,8 @@ def worst_requests(folder: Path, artefact: str) -> list[bytes]:
         count = count or (mib - 1000) // (len(item) + 1)
         return f'{opening}, "data": [{",".join([item] * count)}]}}]}}'.encode()
 
-    side = (7000).to_bytes(4, "big")
-    rows = zlib.compress(bytes(7000 * (4 * 7000 + 1)), 9)
-    header = side + side + bytes([8, 6, 0, 0, 0])
-    chunks = [(b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")]
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(
-        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-        for kind, data in chunks
-    )
+    png = io.BytesIO()  # 196 MB of pixels in a few kilobytes
+    Image.new("RGBA", (7000, 7000)).save(png, "PNG", compress_level=9)
     live = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
     return [
         *(post(infer, listed(item)) for item in ("[]", "{}", '{"a":[1]}', "1.5", "7", '"ab"')),
@@ -229,7 +219,7 @@ def worst_requests(folder: Path, artefact: str) -> list[bytes]:
         post(infer, listed(f'"{"x" * 100_000}"' + ",1" * 1000, 1)),
         post(infer, gzip.compress(bytes(32 * mib)), "Content-Encoding: gzip"),
         post(infer, head + bytes(size), f"Inference-Header-Content-Length: {len(head)}"),
-        post("/predict", png),
+        post("/predict", png.getvalue()),
         post("/predict", b"\r\n--" * (8 * mib), "Content-Type: multipart/form-data; boundary=x"),
         post("/predict", bytes(32 * mib)),
         post("/predict", b"1\r\nx\r\n" * 200_000, "Transfer-Encoding: chunked", length=False),
@@ -252,7 +242,7 @@ MEASURES = {"load": load, "triton": triton, "worst": worst}
 def ours(given: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """Serve the bundle with one thread an instance; give its address and process."""
     words = ("--artefact", given.artefact, "--threads", "1", "--no-compare")
-    server, url = started(given.bundle, *words, "--instances", str(given.instances))
+    server, url = started(given.bundle, *words, "--instances", str(INSTANCES))
     try:
         yield url, server.pid
     finally:

@@ -20,9 +20,7 @@ from van_deploy.data import check_images
 from van_deploy.runners.network import Network
 from van_deploy.serve.triton_model import DATATYPES, served_name
 
-__all__ = ["Load", "Requests", "drive", "exported", "infer_requests", "started"]
-
-TOLERANCE = 1e-4  # of the largest logit: what FP32 artefacts are allowed everywhere else
+TOLERANCE = 1e-4  # of the largest logit: what FP32 artifacts are allowed everywhere else
 RETRY_S = 0.05
 
 
@@ -32,7 +30,7 @@ class Load:
 
     Attributes:
         answered: requests with an answer of 200.
-        wrong: of these, with other logits than the artefact's own.
+        wrong: of these, with other logits than the artifact's own.
         again: requests sent once more, after a connection that broke or a status of 503.
         statuses: of every answer.
         latencies_ms: of every answer.
@@ -46,10 +44,19 @@ class Load:
     latencies_ms: list[float] = field(default_factory=list)
     worst: float = 0.0
 
+    def compare(self, logits: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
+        """Count an answer of 200."""
+        difference = float("inf")
+        if logits.shape == expected.shape:
+            difference = float(np.abs(logits - expected).max() / np.abs(expected).max())
+        self.answered += 1
+        self.worst = max(self.worst, difference)
+        self.wrong += not difference <= TOLERANCE
+
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests of one image in the binary protocol, and the logits the artefact itself gives."""
+    """Requests of one image in the binary protocol, and the logits the artifact itself gives."""
 
     path: str
     head: bytes
@@ -58,7 +65,7 @@ class Requests:
 
 
 def exported(folder: Path, *words: str) -> Path:
-    """Return a bundle whose artefacts also take bytes."""
+    """Return a bundle whose artifacts also take bytes."""
     command = [sys.executable, "-m", "van_deploy", "export", *words, "--output", str(folder)]
     command += ["--embed-preprocess", "uint8", "--json"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -88,7 +95,7 @@ def started(
 
 
 def infer_requests(folder: Path, artefact: str, count: int) -> Requests:
-    """Return ``count`` distinct images as requests for an artefact."""
+    """Return ``count`` distinct images as requests for an artifact."""
     bundle = Bundle.open(folder)
     with Network(bundle, artefact, threads=1) as network:
         images = check_images(bundle.name, network.preprocessing, count, None)
@@ -117,42 +124,31 @@ def drive(
         retry: whether a client asks again, until it is answered.
     """
     numbers = iter(range(count))
-    headers = {"Inference-Header-Content-Length": str(len(requests.head))}
-
-    def asked(connection: http.client.HTTPConnection, which: int) -> tuple[int, bytes]:
-        connection.request("POST", requests.path, requests.head + requests.rows[which], headers)
-        response = connection.getresponse()
-        body = response.read()
-        return response.status, body[int(response.headers.get(next(iter(headers)), "0")) :]
+    length = "Inference-Header-Content-Length"
+    headers = {length: str(len(requests.head))}
 
     def client(_: int) -> None:
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
         for number in numbers:
-            which, status = number % len(requests.rows), 0
-            while status == 0:
+            which, status, asking = number % len(requests.rows), 0, True
+            while asking:
                 start = time.perf_counter()
                 try:
-                    status, tail = asked(connection, which)
+                    body = requests.head + requests.rows[which]
+                    connection.request("POST", requests.path, body, headers)
+                    response = connection.getresponse()
+                    status, content = response.status, response.read()
                 except (OSError, http.client.HTTPException):
                     connection.close()
-                if retry and status in {0, 503}:
-                    status, found.again = 0, found.again + 1
-                    time.sleep(RETRY_S)
-                elif status == 0:
-                    break
+                    status = 0
+                asking = retry and status in {0, 503}
+                found.again += asking
+                time.sleep(RETRY_S * asking)
             found.statuses[status] += 1
             found.latencies_ms.append(1e3 * (time.perf_counter() - start))
             if status == 200:
-                _compare(found, tail, requests.expected[which])
+                tail = content[int(response.headers.get(length, "0")) :]
+                found.compare(np.frombuffer(tail, np.float32), requests.expected[which])
 
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(client, range(clients)))
-
-
-def _compare(found: Load, tail: bytes, expected: npt.NDArray[np.float32]) -> None:
-    logits, difference = np.frombuffer(tail, np.float32), float("inf")
-    if logits.shape == expected.shape:
-        difference = float(np.abs(logits - expected).max() / np.abs(expected).max())
-    found.answered += 1
-    found.worst = max(found.worst, difference)
-    found.wrong += not difference <= TOLERANCE

@@ -1,16 +1,51 @@
-"""Sound files of each kind, and an empty folder and a generator for each case."""
+"""Sound files of each kind, and an empty folder for each case."""
 
 from __future__ import annotations
 
-import hashlib
-import random
+import contextlib
+import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Corpus", "digest_of", "scratch"]
+LABELS = {str(number): f"digit {number}" for number in range(10)}
+FIGURE = {"value": 60.0, "better": "higher", "slack": 1.0}
+DOCUMENTS: dict[str, dict[str, Any]] = {
+    "config": {"model_type": "van", "hidden_act": "gelu", "num_labels": 10, "id2label": LABELS},
+    "preprocessor_config": {
+        "size": {"shortest_edge": 64},
+        "crop_size": 64,
+        "crop_pct": 0.9,
+        "resample": 3,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "do_normalize": True,
+    },
+    "baseline": {
+        "schema": "van-deploy/baseline/1",
+        "model": "van_digits",
+        "images": "digits",
+        "weights_sha256": "0",
+        "images_sha256": "0",
+        "figures": {"verify/fp16/sqnr_db": FIGURE},
+    },
+    "bench": {
+        "schema": "van-deploy/bench/1",
+        "results": [{"name": "ort", "median_ms": 1.0}],
+    },
+}
+FLEET = """[fleet]
+bundles = ["a", "b"]
+precisions = ["fp16"]
+targets = ["sm_89"]
+
+[options]
+workspace = "1GiB"
+
+[hosts.sm_89]
+backend = "tensorrt-rtx"
+"""
 
 
 class Corpus:
@@ -18,46 +53,31 @@ class Corpus:
 
     def __init__(self, folder: Path) -> None:
         """Make them where they are not there yet."""
-        self.folder = folder
+        self.folder, self.marker = folder, folder / "executed"
         self.bundle, self.signed = folder / "bundle", folder / "signed"
-        self.marker = folder / "executed"
         if not (folder / "ready").exists():
-            self._make()
+            folder.mkdir(parents=True, exist_ok=True)
+            self._make_weights()
+            self._make_signed()
+            self._make_engine()
+            self._make_images()
+            (folder / "ready").touch()
 
-    def _make(self) -> None:
+    def _make_weights(self) -> None:
         import torch
         from safetensors.torch import save_file
 
-        from van_deploy.config import BuildOptions, ModelSettings, Recipe
-        from van_deploy.model.checkpoint import load_van
-        from van_deploy.pipeline import export_bundle
+        import van_deploy
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        recipe = Recipe(model=ModelSettings(name="van_digits"))
-        loaded = load_van("van_digits")
-        export_bundle(loaded, recipe, self.bundle)
-        state = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+        van_deploy.export("van_digits", self.bundle)
+        network = van_deploy.load_van("van_digits").model
+        state = {name: value.clone() for name, value in network.state_dict().items()}
         torch.save({"state_dict": state, "epoch": 3}, self.folder / "zip.pth")
         torch.save(state, self.folder / "old.pth", _use_new_zipfile_serialization=False)
-        save_file(state, self.folder / "plain.safetensors")
-        self._make_signed()
-        self._make_engine(BuildOptions(targets=("sm_89",)))
-        self._make_images()
-        (self.folder / "ready").touch()
-
-    def _make_engine(self, options: Any) -> None:
-        """Build an engine, or write the sidecar of one that was not built."""
-        from van_deploy.engine.backend import RTX, backend_named
-        from van_deploy.engine.build import engine_from_onnx
-        from van_deploy.errors import MissingDependency
-
-        plan = self.folder / "engine.plan"
-        try:
-            backend = backend_named(RTX)
-        except MissingDependency:
-            return
-        source = self.bundle / "model.onnx"
-        engine_from_onnx(source, plan, backend=backend, options=options, precision="fp32")
+        save_file(state, self.folder / "model.safetensors")
+        for name, document in DOCUMENTS.items():
+            (self.folder / f"{name}.json").write_text(json.dumps(document))
+        (self.folder / "fleet.toml").write_text(FLEET)
 
     def _make_signed(self) -> None:
         from van_deploy.signing import new_pair, private_key_from, sign_bundle
@@ -67,33 +87,37 @@ class Corpus:
         shutil.copytree(self.bundle, self.signed)
         sign_bundle(self.signed, private_key_from(key))
 
+    def _make_engine(self) -> None:
+        from van_deploy.config import BuildOptions
+        from van_deploy.engine.backend import RTX, backend_named
+        from van_deploy.engine.build import engine_from_onnx
+        from van_deploy.errors import MissingDependency
+
+        with contextlib.suppress(MissingDependency):
+            engine_from_onnx(
+                *(self.bundle / "model.onnx", self.folder / "engine.plan"),
+                backend=backend_named(RTX),
+                options=BuildOptions(targets=("sm_89",)),
+                precision="fp32",
+            )
+
     def _make_images(self) -> None:
         from PIL import Image
 
-        picture = Image.radial_gradient("L").resize((60, 40))
-        colours = Image.merge("RGB", (picture, picture.rotate(90), picture.rotate(180)))
-        frames = {"save_all": True, "append_images": [colours.rotate(9)]}
-        for suffix, more in (
-            *(
-                ("png", {}),
-                ("jpg", {"exif": _exif()}),
-                ("bmp", {}),
-                ("tiff", {"compression": "lzw"}),
-            ),
-            *(("webp", {}), ("gif", frames), ("ppm", {})),
-        ):
-            colours.save(self.folder / f"picture.{suffix}", **more)
+        grey = Image.radial_gradient("L").resize((60, 40))
+        image = Image.merge("RGB", (grey, grey.rotate(90), grey.rotate(180)))
+        exif = Image.Exif()
+        exif[0x0112] = 6  # orientation
+        more: dict[str, dict[str, Any]] = {
+            "jpg": {"exif": exif.tobytes()},
+            "tiff": {"compression": "lzw"},
+            "gif": {"save_all": True, "append_images": [image.rotate(9)]},
+        }
+        for suffix in ("png", "jpg", "bmp", "tiff", "webp", "gif", "ppm"):
+            image.save(self.folder / f"image.{suffix}", **more.get(suffix, {}))
 
 
-def _exif() -> bytes:
-    from PIL import Image
-
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation
-    return exif.tobytes()
-
-
-@contextmanager
+@contextlib.contextmanager
 def scratch(corpus: Corpus) -> Iterator[Path]:
     """Give an empty folder, and remove it afterwards."""
     folder = corpus.folder / "case"
@@ -103,9 +127,3 @@ def scratch(corpus: Corpus) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def digest_of(name: str, index: int) -> random.Random:
-    """Return the generator of one case: the same on every machine."""
-    seed = hashlib.sha256(f"{name}/{index}".encode()).digest()
-    return random.Random(seed)

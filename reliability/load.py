@@ -1,12 +1,7 @@
-"""Long work: many images with flat memory, and a server that is killed under load.
-
-python -m reliability.load                          # 50,000 images, 10,000 requests
-python -m reliability.load --images 5000 --requests 2000
-"""
+"""Long work: many images with flat memory, and a server that is killed under load."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -21,8 +16,7 @@ import numpy as np
 
 from reliability.clients import Load, drive, exported, infer_requests, started
 
-__all__ = ["evaluate_and_quantize", "serve_killed"]
-
+IMAGES, REQUESTS = 50_000, 10_000
 FEW = 20  # the same work on a twentieth of the images
 CLIENTS, KILLS = 64, 5
 FLAT = 1.1  # times the memory of the small run
@@ -34,47 +28,41 @@ print(json.dumps([peak, done.returncode, done.stderr.decode()]))
 """
 
 
-def main() -> int:
-    """Run everything, print a table; return 1 if memory grew or an answer was wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=int, default=50_000)
-    parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+def table(count: int | None) -> tuple[list[str], list[list[str]], list[str]]:
+    """Return the columns, a row for each load, and those that did not hold.
+
+    Args:
+        count: of images and of requests; None for 50,000 and 10,000.
+    """
     with tempfile.TemporaryDirectory(prefix="van-deploy-load-") as name:
         folder = Path(name)
         bundle = exported(folder / "bundle", "van_digits")
-        rows = [
-            *evaluate_and_quantize(folder, bundle, arguments.images),
-            serve_killed(bundle, arguments.requests),
-        ]
-    columns = ["load", "how much", "what happened", "held"]
-    result = {"columns": columns, "rows": rows, "faults": [r for r in rows if r[3] != "yes"]}
-    print(json.dumps(result, indent=1) if arguments.json else "\n".join(map(" | ".join, rows)))
-    return int(bool(result["faults"]))
+        rows = evaluate_and_quantize(folder, bundle, count or IMAGES)
+        rows.append(serve_killed(bundle, count or REQUESTS))
+    faults = [" | ".join(row) for row in rows if row[3] != "yes"]
+    return ["load", "how much", "what happened", "held"], rows, faults
 
 
 def evaluate_and_quantize(folder: Path, bundle: Path, count: int) -> list[list[str]]:
     """Return what so many generated images took in two commands, against a few of them."""
-    figures: dict[str, list[tuple[int, float, int, str]]] = {"evaluate": [], "quantize": []}
+    manifest = folder / "images.toml"
+    plainest = ("--method", "minmax", "--no-equalize", "--no-bias-correction", "--force")
+    words = {
+        "evaluate": ("--artefact", "fp32"),
+        "quantize": ("--precision", "int8", "--calibration", str(manifest), *plainest),
+    }
+    figures: dict[str, list[tuple[int, float, str]]] = {command: [] for command in words}
     for number in (count // FEW, count):
         images = _generated(folder / str(number), number)
-        manifest = folder / f"{number}.toml"
         manifest.write_text(f"[images]\ncount = {number}\n", encoding="utf-8")
-        plainest = ("--method", "minmax", "--no-equalize", "--no-bias-correction", "--force")
-        words = {
-            "evaluate": ("--artefact", "fp32"),
-            "quantize": ("--precision", "int8", "--calibration", str(manifest), *plainest),
-        }
         for command, more in words.items():
             figures[command].append(_measured(command, bundle, "--images", images, *more))
     rows = []
-    for command, ((small, *_), (large, seconds, *_)) in figures.items():
-        wrong = [f"; exit code {c}: {said[-200:]}" for _, _, c, said in figures[command] if c > 1]
+    for command, ((small, _, first), (large, seconds, second)) in figures.items():
         detail = f"peak {large / 1e6:.0f} MB, {small / 1e6:.0f} MB for {count // FEW:,}"
-        held = "yes" if large <= FLAT * small and not wrong else "NO"
+        held = "yes" if large <= FLAT * small and not first + second else "NO"
         much = f"{count:,} images, {seconds:.0f} s"
-        rows.append([f"`{command}` over generated images", much, "".join([detail, *wrong]), held])
+        rows.append([f"`{command}` over generated images", much, f"{detail}{first}{second}", held])
     return rows
 
 
@@ -83,16 +71,16 @@ def _generated(folder: Path, count: int) -> Path:
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    for label in range(10):
-        (folder / str(label)).mkdir(parents=True)
     for number in range(count):
+        place = folder / str(number % 10)
+        place.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (32, 32), np.uint8)
-        Image.fromarray(pixels).save(folder / str(number % 10) / f"{number}.png", compress_level=0)
+        Image.fromarray(pixels).save(place / f"{number}.png", compress_level=0)
     return folder
 
 
-def _measured(*words: str | Path) -> tuple[int, float, int, str]:
-    """Return a command's peak memory in bytes, seconds, exit code and what it said."""
+def _measured(*words: str | Path) -> tuple[int, float, str]:
+    """Return a command's peak memory in bytes, its seconds, and what went wrong, if anything."""
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, sys.executable, "-m", "van_deploy", *map(str, words)],
@@ -102,7 +90,8 @@ def _measured(*words: str | Path) -> tuple[int, float, int, str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     peak, code, said = json.loads(done.stdout)
-    return int(peak), time.monotonic() - start, int(code), str(said)
+    wrong = f"; exit code {code}: {said[-200:]}" if code > 1 else ""
+    return int(peak), time.monotonic() - start, wrong
 
 
 def serve_killed(bundle: Path, count: int) -> list[str]:
@@ -144,7 +133,3 @@ def serve_killed(bundle: Path, count: int) -> list[str]:
         "times",
         "yes" if held else "NO",
     ]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,8 +1,5 @@
 """Spoiled HTTP requests, thousands of them, sent to a server that must not mind.
 
-    python -m reliability.requests                    # 10,000
-    python -m reliability.requests --first 1234 --count 1   # one case again
-
 Each case is one connection with one or two requests on it, made by a seeded generator: sound
 ones whose JSON, headers, tensors, images, forms or raw bytes were spoiled. What comes back must
 be a status of 2xx, 4xx or 503, or nothing where the request was not complete. A traceback in
@@ -11,7 +8,6 @@ the log, another status and a server that does not answer afterwards are faults.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gzip
 import json
@@ -23,21 +19,13 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from reliability.clients import exported, started
+from reliability.spoiled import generator_of, spoiled_bytes, spoiled_json
 
-__all__ = ["case", "fuzz_requests"]
-
-CLIENTS = 32
+TOTAL, CLIENTS = 10_000, 32
 SILENCE_S = 1.0  # then nothing more comes: the request was not complete
-NAME = "van_digits-fp32-uint8"
-ROW = 64 * 64 * 3
-ODD: tuple[Any, ...] = (
-    *(None, True, -1, 0, 2**63, 10**400, 1.5, float("nan"), float("inf")),
-    *("", "x", "\ud800", "9" * 5000, "a" * 20_000, ["a" * 1000, 1]),
-    *([], {}, [[]], [[[[[]]]]], {"a": {"b": []}}, [1, [2, [3]]]),
-)
+NAME, ROW = "van_digits-fp32-uint8", 64 * 64 * 3
 HEADERS = (
     *("Inference-Header-Content-Length", "Content-Length", "Content-Encoding", "Content-Type"),
     *("Transfer-Encoding", "Expect", "Authorization", "Upgrade", "Connection", "Host", "X-\x80"),
@@ -52,38 +40,39 @@ PATHS = (
     *(f"/v2/models/{NAME}", f"/v2/models/{NAME}/versions/1/infer", f"/v2/models/{NAME}/config"),
     *("/%ff%00", "/v2/models/%ED%A0%80/infer", "/../../etc/passwd", "/predict?top=%F0"),
     *("*", "//", "/" + "a" * 9000),
+    *(f"/predict?top={top}" for top in ("5", "0", "x", "9" * 5000, "%00", "2&model=%ff", "&&=")),
 )
-METHODS = ("GET", "POST", "HEAD", "PUT", "\x80", "CONNECT")
-QUERIES = tuple(f"?top={top}" for top in ("5", "0", "x", "9" * 5000, "%00", "2&model=%ff", "&&="))
 FORM = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a.png"\r\n\r\n'
 
 
-def case(seed: int, image: bytes) -> bytes:
+def case(index: int, image: bytes) -> bytes:
     """Return what one client sends."""
-    rng = random.Random(seed)
+    rng = generator_of("requests", index)
     raw = b"".join(_request(rng, image) for _ in range(1 + (rng.random() < 0.2)))
     if rng.random() < 0.15:
-        spoiled = bytearray(raw)
-        for _ in range(rng.choice((1, 3, 20))):
-            place = rng.randrange(min(len(spoiled), 600))
-            spoiled[place : place + rng.choice((0, 1, 1, 8))] = rng.randbytes(rng.choice((0, 1, 4)))
-        raw = bytes(spoiled)
+        raw = spoiled_bytes(rng, raw[:600]) + raw[600:]
     return raw if rng.random() < 0.9 else raw[: rng.randrange(len(raw))]
 
 
 def _request(rng: random.Random, image: bytes) -> bytes:
     kind = rng.choice(("json", "binary", "image", "form", "get"))
     headers = {"Host": "x", "Connection": rng.choice(("close", "close", "keep-alive"))}
-    path, body = {"get": rng.choice(PATHS)}.get(kind, "/predict"), b""
-    if kind in {"json", "binary"}:
-        path, body, more = _tensor(rng, kind == "binary")
-        headers |= more
-    elif kind != "get":
-        path += rng.choice(QUERIES) if rng.random() < 0.2 else ""
-        spoiled = bytearray(image)
-        for _ in range(rng.choice((0, 0, 1, 2, 50))):
-            spoiled[rng.randrange(len(spoiled))] = rng.randrange(256)
-        body = bytes(spoiled)
+    path, method, body = "/predict", "POST", spoiled_bytes(rng, image)
+    if kind == "get":
+        path, method, body = rng.choice(PATHS), "GET", b""
+    elif kind in {"json", "binary"}:
+        path, rows = f"/v2/models/{NAME}/infer", rng.choice((1, 1, 1, 2, 8, 9, 0))
+        tail = rng.randbytes(rows * ROW) if kind == "binary" else b""
+        values = {"parameters": {"binary_data_size": len(tail)}} if tail else {"data": [7] * ROW}
+        tensor = {"name": "pixels", "datatype": "UINT8", "shape": [rows, 64, 64, 3], **values}
+        wanted = [{"name": "logits", "parameters": {"classification": 2, "binary_data": True}}]
+        document = {"id": "1", "inputs": [tensor], "outputs": wanted}
+        spoiled = spoiled_json(rng, document) if rng.random() < 0.6 else document
+        head = json.dumps(spoiled).encode()
+        headers |= {"Inference-Header-Content-Length": str(len(head))} if tail else {}
+        body = head + tail
+    else:
+        body = image if rng.random() < 0.4 else body
         if kind == "form":
             headers["Content-Type"] = "multipart/form-data; boundary=x"
             body = rng.choice((FORM, b"", b"--x\r\n", b"--x--")) + body + b"\r\n--x--\r\n"
@@ -94,37 +83,11 @@ def _request(rng: random.Random, image: bytes) -> bytes:
     headers["Content-Length"] = str(len(body))
     if rng.random() < 0.25:
         headers[rng.choice(HEADERS)] = rng.choice(VALUES)
-    usual = "GET" if kind == "get" else "POST"
-    method = rng.choice(METHODS) if rng.random() < 0.1 else usual
+    if rng.random() < 0.1:
+        method = rng.choice(("GET", "POST", "HEAD", "PUT", "\x80", "CONNECT"))
     lines = [f"{method} {path} HTTP/{rng.choice(('1.1', '1.1', '1.1', '1.0', '3.0'))}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
-
-
-def _tensor(rng: random.Random, binary: bool) -> tuple[str, bytes, dict[str, str]]:
-    """Return the path, body and further headers of an inference request."""
-    rows = rng.choice((1, 1, 1, 2, 8, 9, 0))
-    tail = rng.randbytes(rows * ROW) if binary else b""
-    values = {"parameters": {"binary_data_size": len(tail)}} if tail else {"data": [7] * ROW}
-    tensor = {"name": "pixels", "datatype": "UINT8", "shape": [rows, 64, 64, 3], **values}
-    wanted = [{"name": "logits", "parameters": {"classification": 2, "binary_data": True}}]
-    document = {"id": "1", "inputs": [tensor], "outputs": wanted}
-    head = json.dumps(_spoiled(rng, document) if rng.random() < 0.6 else document).encode()
-    more = {"Inference-Header-Content-Length": str(len(head))} if tail else {}
-    return f"/v2/models/{NAME}/infer", head + tail, more
-
-
-def _spoiled(rng: random.Random, value: Any) -> Any:
-    """Return JSON with one value at a random depth replaced, renamed or dropped."""
-    if isinstance(value, dict) and value and rng.random() < 0.9:
-        key = rng.choice(list(value))
-        if rng.random() < 0.15:
-            return {k: v for k, v in value.items() if k != key}
-        return {**value, key: _spoiled(rng, value[key])}
-    if isinstance(value, list) and value and rng.random() < 0.7:
-        place = rng.randrange(len(value))
-        return [*value[:place], _spoiled(rng, value[place]), *value[place + 1 :]]
-    return rng.choice(ODD)
 
 
 def answers(address: tuple[str, int], raw: bytes) -> list[int]:
@@ -141,46 +104,34 @@ def answers(address: tuple[str, int], raw: bytes) -> list[int]:
 def fuzz_requests(url: str, first: int, count: int, image: bytes) -> tuple[Counter[int], list[str]]:
     """Return how often each status came (0: no answer) and what must not have happened."""
     host, port = url.removeprefix("http://").split(":")
-    address, faults = (host, int(port)), list[str]()
-    statuses: Counter[int] = Counter()
-    seeds = range(first, first + count)
+    address, faults, statuses = (host, int(port)), list[str](), Counter[int]()
+    numbers = range(first, first + count)
     with ThreadPoolExecutor(CLIENTS) as pool:
-        found = pool.map(lambda seed: answers(address, case(seed, image)), seeds)
-        for seed, codes in zip(seeds, found, strict=True):
+        found = pool.map(lambda index: answers(address, case(index, image)), numbers)
+        for index, codes in zip(numbers, found, strict=True):
             statuses.update(codes or [0])
             wrong = [code for code in codes if code // 100 not in {1, 2, 4} and code != 503]
-            faults += [f"case {seed}: status {code}" for code in wrong]
+            faults += [f"case {index}: status {code}" for code in wrong]
     if answers(address, b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n") != [200]:
         faults.append("the server does not answer any more")
     return statuses, faults
 
 
-def main() -> int:
-    """Send the cases asked for, print a table; return 1 if there was a fault."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+def table(count: int | None, first: int = 0) -> tuple[list[str], list[list[str]], list[str]]:
+    """Return the columns, a row a status, and the faults of so many cases."""
     with tempfile.TemporaryDirectory(prefix="van-deploy-requests-") as name:
         bundle, log = exported(Path(name) / "bundle", "van_digits"), Path(name) / "log"
         server, url = started(bundle, "--threads", "1", "--read-timeout-s", "0.5", log=log)
         image = (bundle / "golden/0.png").read_bytes()
         try:
-            statuses, faults = fuzz_requests(url, arguments.first, arguments.count, image)
+            statuses, faults = fuzz_requests(url, first, count or TOTAL, image)
         finally:
             server.terminate()
             code = server.wait(60)
         said = log.read_text(encoding="utf-8")
-        faults += ["a traceback in the log"] * ("raceback" in said)
-        faults += [f"the server ended with {code}"] * (code != 0)
-        if faults:
-            print(said[-3000:], file=sys.stderr)
+    faults += ["a traceback in the log"] * ("raceback" in said)
+    faults += [f"the server ended with {code}"] * (code != 0)
+    if faults:
+        print(said[-3000:], file=sys.stderr)
     rows = [[str(code) if code else "none", str(n)] for code, n in sorted(statuses.items())]
-    result = {"columns": ["status", "answers"], "rows": rows, "faults": faults}
-    print(json.dumps(result, indent=1) if arguments.json else result)
-    return int(bool(faults))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return ["status", "answers"], rows, faults

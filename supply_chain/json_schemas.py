@@ -40,7 +40,7 @@ DOCUMENTS: Mapping[str, str] = {
     "check": "van_deploy.checks.regression:CheckReport",
     "doctor": "van_deploy.environment.needs:Diagnosis",
     "drift": "van_deploy.checks.drift:DriftReport",
-    "evaluate": "van_deploy.checks.evaluate_report:EvaluateReport",
+    "evaluate": "van_deploy.checks.evaluate:EvaluateReport",
     "export": "van_deploy.run:ExportReport",
     "inductor-sidecar": "van_deploy.engine.sidecar:PackageSidecar",
     "info": "van_deploy.describe:model_described",

@@ -372,6 +372,8 @@ def test_int8_of_the_digits_backbone(tmp_path: Path, cli: Cli) -> None:
         (("--image-size", "224x"), "'--image-size' is '224x': it should be a side or height x wid"),
         (("--image-size", "16x64"), "should be greater than or equal to 32"),
         (("--dynamic-size", "96:64:128"), "The sizes 96:64:128 are not min <= opt <= max"),
+        (("--dynamic-size", "64x96:96x64:128"), "The sizes 64x96:96x64:128 are not min <= op"),
+        (("--dynamic-size", "64:big:128"), "should be a side or height x width in pixels: 224"),
         (("--dynamic-size", "64:128"), "it should be min:opt:max, such as 192:224:512"),
         (("--dynamic-size", "16:64:128"), "should be greater than or equal to 32"),
         (

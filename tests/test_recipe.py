@@ -28,7 +28,7 @@ from van_deploy.config.named import (
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
 from van_deploy.recipe import (
-    builtin_recipes,
+    builtin_files,
     changes_from_text,
     read_recipe,
     recipe_for,
@@ -44,13 +44,13 @@ def mine(tmp_path: Path) -> Path:
 
 
 def test_there_is_a_recipe_for_every_variant_and_for_the_embedded_network() -> None:
-    assert set(builtin_recipes()) == {*VARIANTS, "van_digits"}
+    assert set(builtin_files()) == {*VARIANTS, "van_digits"}
 
 
 @each("name", [*VARIANTS, "van_digits"])
 def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default(name: str) -> None:
     assert recipe_named(name) == Recipe.model_validate({"model": {"name": name}})
-    text = builtin_recipes()[name].read_text()
+    text = builtin_files()[name].read_text()
     assert re.findall(r"^\w+ *=", text, re.MULTILINE) == ["name ="]
 
 

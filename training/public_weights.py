@@ -5,9 +5,8 @@ the tests' local one. For every variant with public ImageNet-1K weights::
 
     python -m training.public_weights [--output DIR] [--imagenet FOLDER] [VARIANT ...]
 
-- the official file is downloaded through the ordinary loader, at the revision
-  that :data:`~van_deploy.model.variants.VARIANTS` pins, if it pins one;
-- its SHA-256 is printed beside the pinned one, or to be pinned;
+- the official file is downloaded through the ordinary loader, at the revision and with the
+  SHA-256 that :data:`~van_deploy.model.variants.VARIANTS` pins, if it pins them; both are printed;
 - it is exported, and the bundle verified against PyTorch;
 - with ``--imagenet``, a folder of the 50,000 validation images in any layout that
   ``van-deploy evaluate`` reads, the FP32 graph's top-1 is compared with the published one.
@@ -25,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from van_deploy.errors import VanDeployError
-from van_deploy.model.hub import fetch_weights
-from van_deploy.model.variants import VARIANTS, Variant, variant_named
+from van_deploy.model.sources import from_hub
+from van_deploy.model.variants import VARIANTS, HubFile, Variant, variant_named
 
 TOLERANCE = 0.15
 """Percentage points: the papers round to 0.1, and decoders differ by a few images."""
@@ -39,41 +38,35 @@ def command(*words: str | Path) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def checked(variant: Variant, output: Path, imagenet: Path | None) -> list[str]:
-    """Return what is wrong with a variant's public weights, and print what was found."""
-    file = variant.weights
-    if file is None:
-        return [f"{variant.name} has no public weights"]
-    got, path, sha256, _ = fetch_weights(file.repo_id, file.filename, revision=file.revision)
-    commit = next((part.name for part in path.parents if part.parent.name == "snapshots"), "?")
-    print(f"{variant.name}: {got}, {path.stat().st_size:,} bytes")
-    print(f"  revision  {commit}\n  pinned    {file.revision}")
-    print(f"  sha256    {sha256}\n  pinned    {file.sha256 or '(not yet: pin the line above)'}")
-    faults = [] if file.sha256 in ("", sha256) else ["the SHA-256 is not the pinned one"]
-    bundle = output / variant.name
-    for words in (("export", variant.name, "-o", bundle), ("verify", bundle)):
-        code, _ = command(*words)
-        print(f"  {words[0]:8}  {'passed' if code == 0 else f'exit code {code}'}")
-        faults += [f"{words[0]} ended with exit code {code}"] if code else []
-    if imagenet is None or faults:
-        print(f"  top-1     not measured ({'something failed' if faults else 'no --imagenet'})")
-        return faults
-    code, text = command("evaluate", bundle, "--images", imagenet, "--json")
-    if code:
-        return [f"evaluate ended with exit code {code}"]
-    top1 = 100 * json.loads(text)["accuracy"]["fp32"]["top1"]
-    print(f"  top-1     {top1:.2f} %\n  published {variant.top1} %")
-    if abs(top1 - (variant.top1 or 0.0)) > TOLERANCE:
-        faults.append(f"top-1 is {top1:.2f} %, published {variant.top1} %")
-    return faults
-
-
-def attempted(name: str, output: Path, imagenet: Path | None) -> list[str]:
-    """Return what is wrong with a variant's public weights, that they cannot be had included."""
+def fault_of(variant: Variant, file: HubFile, output: Path, imagenet: Path | None) -> str:
+    """Return what is wrong with a variant's public weights, "" if nothing; print what was found."""
     try:
-        return checked(variant_named(name), output, imagenet)
+        found = from_hub(file, offline=False, expect_sha256=None, progress=None)
     except VanDeployError as error:
-        return [error.message]
+        return error.message
+    commit = next((p.name for p in found.path.parents if p.parent.name == "snapshots"), "?")
+    print(f"{variant.name}: {file}, {found.path.stat().st_size:,} bytes")
+    print(f"  revision  {commit}\n  pinned    {file.revision}")
+    print(
+        f"  sha256    {found.sha256}\n  pinned    {file.sha256 or '(not yet: pin the line above)'}"
+    )
+    bundle = output / variant.name
+    words: list[tuple[str | Path, ...]] = [("export", variant.name, "-o", bundle)]
+    words.append(("verify", bundle))
+    if imagenet is not None:
+        words.append(("evaluate", bundle, "--images", imagenet, "--json"))
+    for asked in words:
+        code, text = command(*asked)
+        print(f"  {asked[0]:8}  {'passed' if code == 0 else f'exit code {code}'}")
+        if code:
+            return f"{asked[0]} ended with exit code {code}"
+    if imagenet is None:
+        print("  top-1     not measured (no --imagenet)")
+        return ""
+    top1 = 100 * json.loads(text)["accuracy"]["fp32"]["top1"]
+    told = f"top-1 is {top1:.2f} %, published {variant.top1} %"
+    print(f"  {told}")
+    return told if abs(top1 - (variant.top1 or 0.0)) > TOLERANCE else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,9 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("dist"), help="folder of the bundles")
     parser.add_argument("--imagenet", type=Path, help="ImageNet's validation images")
     chosen = parser.parse_args(arguments)
-    faults = {name: attempted(name, chosen.output, chosen.imagenet) for name in chosen.variants}
-    for name, found in faults.items():
-        print(f"{name}: {'; '.join(found) or 'as published'}")
+    faults = {}
+    for variant in map(variant_named, chosen.variants):
+        fault = "has no public weights"
+        if variant.weights:
+            fault = fault_of(variant, variant.weights, chosen.output, chosen.imagenet)
+        faults[variant.name] = fault
+    for name, fault in faults.items():
+        print(f"{name}: {fault or 'as published'}")
     return int(any(faults.values()))
 
 

@@ -28,23 +28,20 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
-import timm
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from van_deploy.data import decoded_batches, labelled_images
 from van_deploy.files import file_sha256
+from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import (
     EMBEDDED_FOLDER,
     EMBEDDED_NAME,
@@ -60,12 +57,14 @@ CONFIG = VanConfig(
     embed_dims=(16, 32, 40, 64), depths=(2, 2, 3, 2), mlp_ratios=(4, 4, 2, 2), num_classes=10
 )
 HELD_OUT = 360  # of 1797 images, 20 %
+CLASSES = list("0123456789")
 LICENCE = "CC BY 4.0"
 ATTRIBUTION = (
     "Alpaydin, E. and Kaynak, C. (1998). Optical Recognition of Handwritten Digits. "
     "UCI Machine Learning Repository, https://doi.org/10.24432/C50P49. "
     "Its test set, as distributed with scikit-learn; values 0..16 were rescaled to 0..255."
 )
+VERSIONS = ("torch", "timm", "numpy", "pillow", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Schedule:
     image_size: int = 64
 
 
-def split_digits() -> dict[str, np.ndarray]:
+def split_digits() -> dict[str, Any]:
     """Return train and held-out images (uint8 ``(N, 8, 8)``) and labels (uint8).
 
     The last images in file order are held out, not shuffled ones: neighbours in
@@ -97,26 +96,12 @@ def split_digits() -> dict[str, np.ndarray]:
 
     data = load_digits()
     images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    labels = data.target.astype(np.uint8)
-    return {
-        "images_train": images[:-HELD_OUT],
-        "labels_train": labels[:-HELD_OUT],
-        "images_heldout": images[-HELD_OUT:],
-        "labels_heldout": labels[-HELD_OUT:],
-    }
-
-
-def preprocessing_from_digits(images: np.ndarray, size: int) -> Preprocessing:
-    """Return the contract: bicubic, no crop, and the training images' own mean and deviation."""
-    mean, std = round(float(images.mean()) / 255, 3), round(float(images.std()) / 255, 3)
-    return Preprocessing(
-        image_size=size,
-        mean=(mean,) * 3,
-        std=(std,) * 3,
-        interpolation="bicubic",
-        crop_pct=1.0,
-        source=f"the training of {EMBEDDED_NAME}",
-    )
+    parts = {}
+    for name, values in (("images", images), ("labels", data.target.astype(np.uint8))):
+        parts[f"{name}_train"], parts[f"{name}_heldout"] = np.split(
+            values, [len(values) - HELD_OUT]
+        )
+    return parts
 
 
 def inputs_from_digits(images: np.ndarray, preprocessing: Preprocessing) -> Tensor:
@@ -140,27 +125,17 @@ def augment(batch: Tensor, black: Tensor, plan: Schedule, generator: torch.Gener
     return nn.functional.grid_sample(batch - black, grid, align_corners=False) + black
 
 
-def parameter_groups(model: VAN, plan: Schedule) -> list[dict[str, Any]]:
-    """Return AdamW's groups: weights decay, vectors do not, layer scales learn faster."""
-    named = dict(model.named_parameters())
-    scales = {name for name in named if "layer_scale" in name}
-    vectors = {name for name, value in named.items() if value.ndim < 2} - scales
-    decay = plan.weight_decay
-
-    def group(names: set[str], rate: float, decay: float) -> dict[str, Any]:
-        return {"params": [named[n] for n in sorted(names)], "max_lr": rate, "weight_decay": decay}
-
-    return [
-        group(named.keys() - scales - vectors, plan.learning_rate, decay),
-        group(vectors, plan.vector_learning_rate, 0.0),
-        group(scales, plan.scale_learning_rate, 0.0),
-    ]
-
-
-def batches_of(count: int, plan: Schedule, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield indices of one shuffled epoch; the incomplete last batch is left out."""
-    order = torch.randperm(count, generator=generator)
-    return iter(order[: count - count % plan.batch].split(plan.batch))
+def parameter_groups(model: VAN, plan: Schedule) -> tuple[list[dict[str, Any]], list[float]]:
+    """Return AdamW's groups and their rates: weights decay, layer scales learn faster."""
+    named = dict(sorted(model.named_parameters()))
+    scales = [value for name, value in named.items() if "layer_scale" in name]
+    others = [value for name, value in named.items() if "layer_scale" not in name]
+    weights = [value for value in others if value.ndim >= 2]
+    vectors = [value for value in others if value.ndim < 2]
+    rates = [plan.learning_rate, plan.vector_learning_rate, plan.scale_learning_rate]
+    decays = [plan.weight_decay, 0.0, 0.0]
+    groups = zip((weights, vectors, scales), decays, strict=True)
+    return [{"params": group, "weight_decay": decay} for group, decay in groups], rates
 
 
 def train(inputs: Tensor, labels: Tensor, black: Tensor, plan: Schedule) -> VAN:
@@ -168,29 +143,24 @@ def train(inputs: Tensor, labels: Tensor, black: Tensor, plan: Schedule) -> VAN:
     torch.manual_seed(plan.seed)
     generator = torch.Generator().manual_seed(plan.seed)
     model = VAN(CONFIG, drop_path_rate=plan.drop_path).train()
-    groups = parameter_groups(model, plan)
-    rates = [group.pop("max_lr") for group in groups]
+    groups, rates = parameter_groups(model, plan)
     optimiser = torch.optim.AdamW(groups)
-    steps = plan.epochs * (len(inputs) // plan.batch)
+    whole = len(inputs) // plan.batch * plan.batch  # an incomplete last batch is left out
+    steps = plan.epochs * (whole // plan.batch)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, steps, pct_start=0.2)
+    criterion = nn.CrossEntropyLoss(label_smoothing=plan.label_smoothing)
     for epoch in range(plan.epochs):
-        started, right, seen = time.perf_counter(), 0, 0
-        for index in batches_of(len(inputs), plan, generator):
+        started, right = time.perf_counter(), 0
+        for index in torch.randperm(len(inputs), generator=generator)[:whole].split(plan.batch):
             logits = model(augment(inputs[index], black, plan, generator))
-            loss = nn.functional.cross_entropy(
-                logits, labels[index], label_smoothing=plan.label_smoothing
-            )
             optimiser.zero_grad()
-            loss.backward()
+            criterion(logits, labels[index]).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimiser.step()
             rate.step()
-            right, seen = right + int((logits.argmax(1) == labels[index]).sum()), seen + len(index)
-        print(
-            f"epoch {epoch + 1:2}/{plan.epochs}  train top-1 {100 * right / seen:.2f} %  "
-            f"{time.perf_counter() - started:.1f} s",
-            flush=True,
-        )
+            right += int((logits.argmax(1) == labels[index]).sum())
+        took, top1 = time.perf_counter() - started, 100 * right / whole
+        print(f"epoch {epoch + 1:2}/{plan.epochs}  train top-1 {top1:.2f} %  {took:.1f} s")
     return model.eval()
 
 
@@ -200,79 +170,56 @@ def evaluate(folder: Path) -> dict[str, float]:
     The images go through PNG files, the image reader and the preprocessing
     that the weights carry.
     """
-    files = embedded_files(folder)
-    with safe_open(files.weights, framework="pt") as file:
-        preprocessing = Preprocessing.from_dict(json.loads(file.metadata()["preprocessing"]))
-    model = VAN(CONFIG).eval()
-    model.load_state_dict(load_file(files.weights))
+    loaded = load_van(str(embedded_files(folder).weights))
     right = count = 0
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         dest = write_digits_folder(Path(scratch) / "d", "heldout", folder=folder)
-        images = labelled_images(dest, CONFIG.num_classes)
-        for batch in decoded_batches(images.items, preprocessing, 64):
-            predicted = model(torch.from_numpy(batch.inputs)).argmax(1)
-            right += sum(
-                int(p) == images.items[i].label
-                for p, i in zip(predicted, batch.indices, strict=True)
-            )
-            count += len(batch.indices)
+        items = labelled_images(dest, CONFIG.num_classes).items
+        for batch in decoded_batches(items, loaded.preprocessing, 64):
+            predicted = loaded.model(torch.from_numpy(batch.inputs)).argmax(1)
+            labels = [items[index].label for index in batch.indices]
+            right += int((predicted == torch.tensor(labels)).sum())
+            count += len(labels)
     return {"images": count, "correct": right, "top1_percent": round(100 * right / count, 2)}
 
 
-def write_weights(model: VAN, preprocessing: Preprocessing, plan: Schedule, folder: Path) -> None:
-    """Write ``van_digits.safetensors`` with what belongs to the weights as its metadata."""
-    metadata = {
-        "format": "pt",
-        "name": EMBEDDED_NAME,
-        "preprocessing": json.dumps(preprocessing.as_dict()),
-        "classes": json.dumps([str(digit) for digit in range(10)]),
-        "training": json.dumps(asdict(plan)),
-        "licence": LICENCE,
-        "attribution": ATTRIBUTION,
-    }
-    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-    embedded_files(folder).weights.write_bytes(save(tensors, metadata))
-
-
-def card_of(preprocessing: Preprocessing, plan: Schedule, folder: Path) -> dict[str, object]:
-    """Return what ``van_digits.json`` says, the measured accuracy included."""
-    files = embedded_files(folder)
-    return {
-        "name": EMBEDDED_NAME,
-        "config": asdict(CONFIG),
-        "parameters": CONFIG.parameter_count(),
-        "preprocessing": preprocessing.as_dict(),
-        "classes": [str(digit) for digit in range(10)],
-        "heldout": evaluate(folder),
-        "split": f"the last {HELD_OUT} images of scikit-learn's load_digits(), in file order, "
-        f"are held out; the first {len(digits_images('train', folder)[0])} train",
-        "training": asdict(plan),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-            "scikit-learn": version("scikit-learn"),
-        },
-        "sha256": {file.name: file_sha256(file) for file in (files.weights, files.images)},
-        "data": {"licence": LICENCE, "attribution": ATTRIBUTION},
-    }
-
-
 def make(folder: Path, plan: Schedule) -> None:
-    """Train and write the three files into ``folder``."""
+    """Train and write the three files into ``folder``.
+
+    The preprocessing is bicubic, without a crop, with the training images' own mean and
+    deviation. It and what else belongs to the weights is their metadata; ``van_digits.json``
+    says it, too, with the accuracy that was measured.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, Any] = dict(split_digits())
-    np.savez_compressed(embedded_files(folder).images, **parts)
+    files = embedded_files(folder)
+    np.savez_compressed(files.images, **split_digits())
     images, labels = digits_images("train", folder)
-    preprocessing = preprocessing_from_digits(images, plan.image_size)
+    mean, std = ((round(float(x) / 255, 3),) * 3 for x in (images.mean(), images.std()))
+    source = f"the training of {EMBEDDED_NAME}"
+    preprocessing = Preprocessing(plan.image_size, mean, std, "bicubic", 1.0, source)
     inputs = inputs_from_digits(images, preprocessing)
     black = inputs_from_digits(np.zeros((1, 8, 8), np.uint8), preprocessing)
     model = train(inputs, torch.from_numpy(labels), black, plan)
-    write_weights(model, preprocessing, plan, folder)
-    card = json.dumps(card_of(preprocessing, plan, folder), indent=2)
-    embedded_files(folder).card.write_text(card + "\n", encoding="utf-8")
+    said = {"preprocessing": preprocessing.as_dict(), "classes": CLASSES, "training": asdict(plan)}
+    metadata = {"format": "pt", "name": EMBEDDED_NAME, "licence": LICENCE} | {
+        "attribution": ATTRIBUTION,
+        **{name: json.dumps(value) for name, value in said.items()},
+    }
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    files.weights.write_bytes(save(tensors, metadata))
+    card = {
+        "name": EMBEDDED_NAME,
+        "config": asdict(CONFIG),
+        "parameters": CONFIG.parameter_count(),
+        **said,
+        "heldout": evaluate(folder),
+        "split": f"the last {HELD_OUT} images of scikit-learn's load_digits(), in file order, "
+        f"are held out; the first {len(images)} train",
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in VERSIONS},
+        "sha256": {file.name: file_sha256(file) for file in (files.weights, files.images)},
+        "data": {"licence": LICENCE, "attribution": ATTRIBUTION},
+    }
+    files.card.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -291,11 +238,9 @@ def main() -> None:
     folder = arguments.output or EMBEDDED_FOLDER
     if not arguments.evaluate:
         make(folder, Schedule(seed=arguments.seed, epochs=arguments.epochs))
-    result = evaluate(folder)
-    print(
-        f"held-out top-1 {result['top1_percent']} % "
-        f"({result['correct']} of {result['images']} images)"
-    )
+    found = evaluate(folder)
+    told = f"({found['correct']} of {found['images']} images)"
+    print(f"held-out top-1 {found['top1_percent']} % {told}")
 
 
 if __name__ == "__main__":

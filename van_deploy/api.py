@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from van_deploy import option_types
     from van_deploy.bench.document import BenchReport
     from van_deploy.checks.drift import DriftReport
-    from van_deploy.checks.evaluate_report import EvaluateReport
+    from van_deploy.checks.evaluate import EvaluateReport
     from van_deploy.checks.regression import CheckReport
     from van_deploy.checks.verdicts import VerifyReport
     from van_deploy.model.checkpoint import LoadedVan
@@ -108,16 +108,7 @@ class Bundle:
         from van_deploy.precision.pipeline import quantize_bundle
 
         asked = settings_from(config.QuantizeSettings, settings, options)
-        images, calibration = asked.sources
-        return quantize_bundle(
-            self.opened().path,
-            asked,
-            images=images,
-            calibration=calibration,
-            evaluate=asked.evaluate,
-            force=force,
-            progress=progress,
-        )
+        return quantize_bundle(self.opened().path, asked, force=force, progress=progress)
 
     def build(
         self,
@@ -365,7 +356,7 @@ class Bundle:
     def _recorded(self, opened: on_disk.Bundle, name: str, result: Result) -> Result:
         """Keep a result in the manifest; what was signed stays as it was signed."""
         if self._key is None:
-            from van_deploy.checks.record import record_check
+            from van_deploy.checks.verdicts import record_check
 
             self.remarks += filter(None, [record_check(opened, name, result)])
         return result

@@ -162,9 +162,5 @@ def _make_missing(
             ) from None
     if progress is not None:
         progress(f"{precision} is not in the bundle yet: making it")
-    quantize_bundle(
-        bundle.path,
-        QuantizeSettings(precision=cast("Precision", precision)),
-        images=settings.images,
-        progress=progress,
-    )
+    asked = QuantizeSettings(precision=cast("Precision", precision), images=settings.images)
+    quantize_bundle(bundle.path, asked, progress=progress)

@@ -11,10 +11,10 @@ from van_deploy.config.sizes import ImageSize
 
 if TYPE_CHECKING:
     from van_deploy.engine.inspect import EngineDescription, PackageDescription
-    from van_deploy.graph.inspect import OnnxDescription
+    from van_deploy.graph.files import OnnxDescription
     from van_deploy.manifest import Manifest
     from van_deploy.model.preprocess import Preprocessing
-    from van_deploy.model.variants import VanConfig
+    from van_deploy.model.variants import VanConfig, Variant
     from van_deploy.model.weights_source import WeightsSource
 
 
@@ -124,16 +124,16 @@ def model_described(model: str, image_size: ImageSize | None = None) -> Describe
         return BundleDescription(
             bundle.path, tuple(bundle.problems()), bundle.sizes(), bundle.manifest
         )
-    named = [v for v in VARIANTS.values() if model in (v.name, *v.aliases)]
-    return _variant(named[0].name, image_size) if named else _weights(model, image_size)
+    for variant in VARIANTS.values():
+        if model in (variant.name, *variant.aliases):
+            return _variant(variant, image_size)
+    return _weights(model, image_size)
 
 
-def _variant(name: str, image_size: ImageSize | None) -> VariantDescription:
+def _variant(variant: Variant, image_size: ImageSize | None) -> VariantDescription:
     from van_deploy.model.hub import locate_weights
     from van_deploy.model.preprocess import OFFICIAL
-    from van_deploy.model.variants import VARIANTS
 
-    variant = VARIANTS[name]
     return VariantDescription(
         name=variant.name,
         also_called=tuple(variant.aliases),
@@ -147,8 +147,8 @@ def _variant(name: str, image_size: ImageSize | None) -> VariantDescription:
 
 
 def _weights(spec: str, image_size: ImageSize | None) -> WeightsDescription:
-    from van_deploy.model.architecture import variant_of
     from van_deploy.model.checkpoint import load_van
+    from van_deploy.model.variants import variant_of
 
     loaded = load_van(spec, offline=True)
     return WeightsDescription(
@@ -183,7 +183,7 @@ def artefacts_described(
     """
     from van_deploy.bundle import Bundle
     from van_deploy.errors import InputError
-    from van_deploy.graph.inspect import describe_onnx
+    from van_deploy.graph.files import describe_onnx
 
     if artefact.is_dir():
         bundle = Bundle.open(artefact)

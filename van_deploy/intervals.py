@@ -13,17 +13,6 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "CONFIDENCE",
-    "Interval",
-    "bootstrap_interval",
-    "mcnemar_exact",
-    "median_interval",
-    "tango_interval",
-    "tango_score",
-    "wilson_interval",
-]
-
 Interval = tuple[float, float]
 
 CONFIDENCE = 0.95

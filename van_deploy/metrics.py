@@ -7,31 +7,11 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-__all__ = [
-    "Comparison",
-    "Flip",
-    "Task",
-    "compare",
-    "cosine",
-    "decision_margins",
-    "decisions",
-    "find_flips",
-    "kl_divergence",
-    "probabilities",
-    "rms",
-    "softmax",
-    "sqnr_db",
-    "top1_agreement",
-    "top_classes",
-    "topk_agreement",
-    "worst_row_sqnr_db",
-]
 
 Array = npt.NDArray[Any]
 
@@ -94,10 +74,6 @@ class Comparison:
     top1_agreement: float | None
     top5_agreement: float | None
 
-    def as_dict(self) -> dict[str, float | int | None]:
-        """Return the figures by name."""
-        return asdict(self)
-
 
 def compare(reference: Array, actual: Array, *, classes: bool = True) -> Comparison:
     """Return how far ``actual`` is from ``reference``, both ``(N, K)``, in float64.
@@ -116,9 +92,31 @@ def compare(reference: Array, actual: Array, *, classes: bool = True) -> Compari
         cosine=float(cosine(expected, found).min()),
         sqnr_db=sqnr_db(expected, found),
         kl=float(kl_divergence(expected, found).mean()) if classes else None,
-        top1_agreement=top1_agreement(expected, found) if classes else None,
+        top1_agreement=topk_agreement(expected, found, 1) if classes else None,
         top5_agreement=topk_agreement(expected, found, 5) if classes else None,
     )
+
+
+def signal_and_noise(reference: Array, found: Array) -> Array:
+    """Return the sums of the squares of a tensor and of its error, ``(2,)`` float64.
+
+    Such sums of several batches may be added. The error of another shape is infinite.
+    """
+    exact = np.asarray(reference, np.float64)
+    same = found.shape == exact.shape
+    error = np.square(np.asarray(found, np.float64) - exact).sum() if same else math.inf
+    return np.array([np.square(exact).sum(), error])
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Return ``10 log10(signal / noise)``: ``inf`` without noise, ``-inf`` where it is no number.
+
+    >>> decibels(100.0, 1.0), decibels(1.0, 0.0), decibels(1.0, math.nan)
+    (20.0, inf, -inf)
+    """
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if math.isfinite(noise) and signal > 0 else -math.inf
 
 
 def sqnr_db(reference: Array, actual: Array) -> float:
@@ -130,14 +128,7 @@ def sqnr_db(reference: Array, actual: Array) -> float:
     >>> sqnr_db(np.array([[10.0, 0.0]]), np.array([[9.0, 0.0]]))
     20.0
     """
-    expected, found = np.asarray(reference, np.float64), np.asarray(actual, np.float64)
-    if not np.isfinite(found).all():
-        return -math.inf
-    noise = float(np.square(found - expected).sum())
-    signal = float(np.square(expected).sum())
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+    return decibels(*signal_and_noise(reference, actual))
 
 
 def rms(logits: Array) -> float:
@@ -150,14 +141,9 @@ def worst_row_sqnr_db(reference: Array, actual: Array) -> float:
 
     The mean signal, so that a row whose logits happen to be small is not called worse.
     """
-    expected, found = np.asarray(reference, np.float64), np.asarray(actual, np.float64)
-    if not np.isfinite(found).all():
-        return -math.inf
-    noise = float(np.square(found - expected).mean(axis=1).max())
-    signal = float(np.square(expected).mean())
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+    expected = np.asarray(reference, np.float64)
+    noise = np.square(np.asarray(actual, np.float64) - expected).mean(axis=1)
+    return decibels(float(np.square(expected).mean()), float(noise.max()))
 
 
 def cosine(reference: Array, actual: Array) -> Array:
@@ -200,12 +186,8 @@ def kl_divergence(reference: Array, actual: Array) -> Array:
 
 
 def top1_agreement(reference: Array, actual: Array) -> float:
-    """Return the share of rows whose largest column is the same, 0 to 1.
-
-    A row of ``actual`` with a NaN agrees with nothing.
-    """
-    same = reference.argmax(axis=1) == actual.argmax(axis=1)
-    return float((same & np.isfinite(actual).all(axis=1)).mean())
+    """Return the share of rows with the same first class, as :func:`topk_agreement`."""
+    return topk_agreement(reference, actual, 1)
 
 
 def top_classes(logits: Array, k: int) -> npt.NDArray[np.int64]:
@@ -238,13 +220,13 @@ def decision_margins(logits: Array, task: Task = Task.SINGLE_LABEL) -> Array:
     """Return how far each decision is from another one, in logits.
 
     Of one of K classes: how far the first is ahead of the second, ``(N, 1)``. Of yes or no:
-    how far each logit is from 0, ``(N, K)``.
+    how far each logit is from 0, ``(N, K)``. A regression decides nothing: ``(N, 0)``.
 
     >>> decision_margins(np.array([[0.5, 2.0, -1.0]]))
     array([[1.5]])
     """
     if task is not Task.SINGLE_LABEL or logits.shape[1] < 2:
-        return np.abs(logits)
+        return np.abs(logits[:, :0] if task is Task.REGRESSION else logits)
     first_two = np.partition(logits, -2, axis=1)[:, -2:]
     margins: Array = first_two[:, 1:] - first_two[:, :1]
     return margins
@@ -291,20 +273,32 @@ def find_flips(expected: Array, found: Array, task: Task, explained: float) -> l
         task: how logits become decisions.
         explained: margins up to this, in RMS logits, are noise.
     """
-    if task is Task.REGRESSION:
-        return []
     margins = decision_margins(expected, task) / max(rms(expected), np.finfo(np.float64).tiny)
-    before, after = decisions(expected, task), decisions(found, task)
+    return flips_between(decisions(expected, task), decisions(found, task), margins, explained)
+
+
+def flips_between(
+    before: npt.NDArray[Any], after: npt.NDArray[Any], margins: Array, explained: float
+) -> list[Flip]:
+    """Return the decisions that changed, the widest margin first.
+
+    Args:
+        before: those of the reference ``(N, k)``; the first ``m`` columns count.
+        after: the others; -1 is always a fault.
+        margins: of the reference ``(N, m)``, in RMS logits.
+        explained: margins up to this are noise.
+    """
+    width = margins.shape[1]
     flips = [
         Flip(
             image=int(row),
             expected=int(before[row, label]),
             found=int(after[row, label]),
             margin=float(margins[row, label]),
-            fault=bool(margins[row, label] > explained) or after[row, label] < 0,
+            fault=bool(margins[row, label] > explained or after[row, label] < 0),
             label=int(label),
         )
-        for row, label in np.argwhere(before != after)
+        for row, label in np.argwhere(before[:, :width] != after[:, :width])
     ]
     return sorted(flips, key=lambda flip: -flip.margin)
 

@@ -20,7 +20,6 @@ from van_deploy.data import check_images, class_names_from_file
 from van_deploy.documents import plain
 from van_deploy.errors import BundleError, GateFailed, InputError, UsageError
 from van_deploy.files import content_key
-from van_deploy.graph.embed import check_embedding
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
@@ -137,7 +136,6 @@ def export_bundle(
     require_onnxruntime()
     if rewrites is None:
         rewrites = Rewrites() if recipe.export.fold else Rewrites.none()
-    check_embedding(recipe.export.embed_preprocess, recipe.export.outputs)
     clock = Stopwatch(progress)
     clock.begin("Preparing images")
     batches = batch_sizes(recipe.batch)
@@ -172,9 +170,8 @@ def export_bundle(
         checks: dict[str, dict[str, Any]] = {"fold": fold.as_dict()}
         if recipe.export.simplify:
             clock.begin("Simplifying")
-            simplified = simplify_onnx(model, inputs[:PROOF_IMAGES], onnxruntime_outputs)
-            checks["simplify"] = simplified.as_dict()
-            model = simplified.model
+            shown = inputs[:PROOF_IMAGES]
+            model, checks["simplify"] = simplify_onnx(model, shown, onnxruntime_outputs)
         nodes = sum(exported.values())
         facts = graph_facts(model).model_copy(update={"exported_nodes": nodes})
         files = save_onnx(model, draft.file(MODEL_FILE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import time
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -26,15 +27,14 @@ def tool_versions(*distributions: str) -> dict[str, str]:
     return versions
 
 
-def code_digest(*rooms: str) -> str:
-    """Return a digest of the source of some rooms (``model``, ``graph``) of this package.
+def code_digest(*packages: str) -> str:
+    """Return a digest of the source of some packages of this one (``model``, ``graph``).
 
     The version number alone would let a changed checkout reuse stale results.
     """
     digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for room in rooms:
-        for path in sorted((package / room).glob("*.py")):
+    for package in packages:
+        for path in sorted((Path(__file__).parent / package).glob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -45,13 +45,9 @@ def time_of_writing() -> str:
     Raises:
         UsageError: the variable is set to something that is no number of seconds.
     """
-    given = os.environ.get("SOURCE_DATE_EPOCH")
+    given = os.environ.get("SOURCE_DATE_EPOCH") or time.time()
     try:
-        moment = (
-            datetime.fromtimestamp(int(given), timezone.utc)
-            if given
-            else datetime.now(timezone.utc)
-        )
+        moment = datetime.fromtimestamp(int(given), timezone.utc)
     except (ValueError, OverflowError, OSError):
         raise UsageError(
             f"The environment variable SOURCE_DATE_EPOCH is '{given}', no number of seconds.",

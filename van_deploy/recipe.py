@@ -30,13 +30,8 @@ else:
 FILES = "van_deploy.recipes"
 
 
-def builtin_recipes() -> dict[str, Path]:
-    """Return the recipes of ``export/`` by name."""
-    return builtin_files(FILES)
-
-
-def builtin_files(package: str) -> dict[str, Path]:
-    """Return the TOML files inside a data package by name."""
+def builtin_files(package: str = FILES) -> dict[str, Path]:
+    """Return the TOML files inside a data package by name; by default the recipes."""
     folder = resources.files(package)
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
     return {name.removesuffix(".toml"): Path(str(folder / name)) for name in names}
@@ -83,7 +78,7 @@ def recipe_for(model: str, changes: Changes | None = None) -> Recipe:
         RecipeError: it is a recipe, and wrong.
         UsageError: a change is wrong.
     """
-    if model.endswith(".toml") or model in builtin_recipes():
+    if model.endswith(".toml") or model in builtin_files():
         return recipe_named(model, changes)
     return _changed({"model": {"weights": model}}, changes or Changes(), "")
 

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.evaluate import Settings, evaluate_images
-from van_deploy.checks.evaluate_report import EvaluateReport
-from van_deploy.checks.gates import Allowed
-from van_deploy.checks.opened import Execution
-from van_deploy.checks.record import record_check
+from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
+from van_deploy.checks.opened import common
 from van_deploy.checks.reference import samples_for
-from van_deploy.checks.verdicts import VerifyReport
+from van_deploy.checks.verdicts import VerifyReport, record_check
 from van_deploy.checks.verify import verify_bundle
-from van_deploy.config import EngineSettings, Recipe, RunSettings
+from van_deploy.config import (
+    EngineSettings,
+    EvaluationSettings,
+    Recipe,
+    RunSettings,
+    VerifySettings,
+)
 from van_deploy.manifest import Manifest
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.pipeline import ExportResult, embed_in_bundle, export_bundle
@@ -129,29 +132,24 @@ def run_recipe(
     made += _built(engines, recipe.engines, settings.force, say)
     bundle = Bundle.open(output)
     say("Verifying")
-    execution = Execution(settings.runner, settings.trust_engine, device=settings.device)
-    allowed = Allowed(settings.allow_skip, settings.allow_inconclusive)
     verify = verify_bundle(
         bundle,
         samples_for(bundle, loaded, None),
+        VerifySettings(**common(settings)),
         loaded=loaded,
         gates=recipe.gates,
-        execution=execution,
-        allowed=allowed,
-        progress=progress,
+        progress=say,
     )
     record_check(bundle, "verify", verify)
     evaluate = None
     if recipe.evaluate.images is not None:
         say("Evaluating")
-        evaluate = evaluate_images(
+        evaluate = evaluate_bundle(
             bundle,
             loaded,
-            recipe.evaluate.images,
-            recipe.evaluate,
-            Settings(execution=execution, allowed=allowed),
-            recipe.gates,
-            lambda done, total: say(f"{done} of {total} images"),
+            EvaluationSettings(**{**dict(recipe.evaluate), **common(settings)}),
+            gates=recipe.gates,
+            progress=lambda done, total: say(f"{done} of {total} images"),
         )
         record_check(bundle, "evaluate", evaluate)
     return RunResult(Bundle.open(output), exported, tuple(made), verify, evaluate)
@@ -186,18 +184,10 @@ def export_recipe(
     made = []
     for name in recipe.precision.make:
         settings = recipe.precision.of(name)
-        folder, calibration = settings.sources
+        if images is not None and settings.sources == (None, None):
+            settings = settings.changed(images=images)
         clock.say(f"Making '{name}'")
-        result = quantize_bundle(
-            output,
-            settings,
-            images=folder if folder or calibration else images,
-            calibration=calibration,
-            evaluate=settings.evaluate,
-            force=force,
-            progress=progress,
-        )
-        made.append(result)
+        made.append(quantize_bundle(output, settings, force=force, progress=progress))
     if recipe.export.embeds:
         clock.begin("Embedding preprocessing, and proving it")
         embedded = embed_in_bundle(output, loaded, recipe, images)

@@ -17,7 +17,7 @@ import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -250,53 +250,20 @@ def private_key_from(path: Path, password: str = "") -> ed25519.Ed25519PrivateKe
         InputError: there is no such key in the file, or the password is missing or wrong.
         MissingDependency: ``cryptography`` is not installed.
     """
-    with needs_extra("A signature", "sign"):
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-        from cryptography.hazmat.primitives.serialization import load_pem_private_key
-    content = _key_bytes(path, "private", "public")
-    encrypted = b"ENCRYPTED" in content
-    if encrypted and not password:
-        raise InputError(
-            f"The private key '{path}' is encrypted, and no password is given.",
-            f"Put it in the environment variable {PASSWORD_VARIABLE}, or in a file and give "
-            "--password-file FILE.",
-        )
-    try:
-        key = load_pem_private_key(content, password.encode() if encrypted else None)
-    except Exception as error:  # of many types, one for each way in which a file can be none
-        if encrypted:
-            raise InputError(
-                f"The password does not open the private key '{path}'.",
-                f"Check {PASSWORD_VARIABLE} or --password-file.",
-            ) from error
-        raise _no_key(path, "private", error) from error
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise _no_key(path, "private", type(key).__name__)
+    key: ed25519.Ed25519PrivateKey = _key_from(path, "private", "public", password)
     return key
 
 
 def public_key_from(path: Path) -> ed25519.Ed25519PublicKey:
-    """Return the public key in a PEM file.
-
-    Raises:
-        InputError: there is no such key in the file.
-        MissingDependency: ``cryptography`` is not installed.
-    """
-    with needs_extra("A signature", "sign"):
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-        from cryptography.hazmat.primitives.serialization import load_pem_public_key
-    content = _key_bytes(path, "public", "private")
-    try:
-        key = load_pem_public_key(content)
-    except Exception as error:  # as above
-        raise _no_key(path, "public", error) from error
-    if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise _no_key(path, "public", type(key).__name__)
+    """Return the public key in a PEM file. Errors are :func:`private_key_from`'s."""
+    key: ed25519.Ed25519PublicKey = _key_from(path, "public", "private")
     return key
 
 
-def _key_bytes(path: Path, wanted: str, other: str) -> bytes:
-    """Return a PEM file's bytes, and refuse the other half of a pair by name."""
+def _key_from(path: Path, wanted: str, other: str, password: str = "") -> Any:
+    with needs_extra("A signature", "sign"):
+        from cryptography.hazmat.primitives import serialization as pem
+        from cryptography.hazmat.primitives.asymmetric import ed25519
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_KEY_BYTES)
@@ -309,11 +276,31 @@ def _key_bytes(path: Path, wanted: str, other: str) -> bytes:
             f"'{path}' is a {other} key; a {wanted} one is wanted.",
             "The private key signs and stays where it is; FILE.pub beside it checks.",
         )
-    return content
-
-
-def _no_key(path: Path, what: str, found: object) -> InputError:
-    return InputError(f"'{path}' holds no {what} Ed25519 key in PEM form: {found}.", NEW_PAIR)
+    encrypted = b"ENCRYPTED" in content
+    if encrypted and not password:
+        raise InputError(
+            f"The private key '{path}' is encrypted, and no password is given.",
+            f"Put it in the environment variable {PASSWORD_VARIABLE}, or in a file and give "
+            "--password-file FILE.",
+        )
+    key: object
+    try:
+        if wanted == "private":
+            key = pem.load_pem_private_key(content, password.encode() if encrypted else None)
+        else:
+            key = pem.load_pem_public_key(content)
+    except Exception as error:  # of many types, one for each way in which a file can be none
+        if encrypted:
+            raise InputError(
+                f"The password does not open the private key '{path}'.",
+                f"Check {PASSWORD_VARIABLE} or --password-file.",
+            ) from error
+        key = error
+    kinds = {"private": ed25519.Ed25519PrivateKey, "public": ed25519.Ed25519PublicKey}
+    if not isinstance(key, kinds[wanted]):
+        found = key if isinstance(key, Exception) else type(key).__name__.lstrip("_")
+        raise InputError(f"'{path}' holds no {wanted} Ed25519 key in PEM form: {found}.", NEW_PAIR)
+    return key
 
 
 def _write_new(path: Path, content: bytes, mode: int) -> None:

@@ -19,10 +19,9 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import Outcome
-from van_deploy.checks.opened import Execution
 from van_deploy.checks.reference import samples_for
 from van_deploy.checks.verify import verify_bundle
-from van_deploy.config import BatchRange, BuildSettings, QuantizeSettings
+from van_deploy.config import BatchRange, BuildSettings, QuantizeSettings, VerifySettings
 from van_deploy.engine.host import Host
 from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
 from van_deploy.precision.pipeline import quantize_bundle
@@ -165,9 +164,7 @@ def _tried(copy: Path, candidate: Candidate, batch: BatchRange, build: Build) ->
     verdict = verify_bundle(
         bundle,
         samples_for(bundle, None, None),
-        artefacts=[name],
-        execution=Execution(device=device),
-        modules=False,
+        VerifySettings(artefacts=(name,), device=device, modules=False),
     ).artefacts[name]
     passed = verdict.outcome is Outcome.PASS
     seconds = None
@@ -190,8 +187,9 @@ def _tried(copy: Path, candidate: Candidate, batch: BatchRange, build: Build) ->
 def with_scope(path: Path, candidate: Candidate) -> None:
     """Make the bundle's INT8 graph anew with the candidate's scope, where it names one."""
     if candidate.scope:
-        asked = QuantizeSettings(precision="int8", scope=(candidate.scope,))
-        quantize_bundle(path, asked, images=candidate.settings.images, force=True)
+        images = candidate.settings.images
+        asked = QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
+        quantize_bundle(path, asked, force=True)
 
 
 def _seconds(runner: Any, images: npt.NDArray[Any]) -> float:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # processes are forked below
 
@@ -64,22 +65,9 @@ class Call:
 
     def launch_with(self, tile: Tile) -> Launch:
         """Return the launch with another tile, without running it."""
-        with trying(self.key, tile), recorded(run=False) as launches:
+        with mock.patch.dict(TILES, {self.key: tile}), recorded(run=False) as launches:
             getattr(steps, self.step)(*self.arguments)
         return launches[-1]
-
-
-@contextlib.contextmanager
-def trying(key: str, tile: Tile) -> Iterator[None]:
-    """Use ``tile`` for ``key`` inside."""
-    before = TILES.get(key)
-    TILES[key] = tile
-    try:
-        yield
-    finally:
-        TILES.pop(key)
-        if before is not None:
-            TILES[key] = before
 
 
 class Log:
@@ -92,18 +80,17 @@ class Log:
     def __init__(self, path: Path, seconds: float, dtype: str) -> None:
         """Start the clock of the budget."""
         self.result, self._end = Result(path), time.monotonic() + seconds
-        self.title = f"kernels, {dtype}: kernels one by one"
-        self.lines: list[dict[str, Any]] = []
+        self.dtype = dtype
 
     @property
     def left(self) -> float:
         """Return the seconds that are left of the budget."""
         return self._end - time.monotonic()
 
-    def line(self, **values: Any) -> None:
-        """Add a line to the table of kernels, and print it."""
-        self.lines.append(values)
-        self.result.table(self.title, self.lines)
+    def line(self, network: str, **values: Any) -> None:
+        """Add a line to the table of a network's kernels, and print it."""
+        title = f"{network}, {self.dtype}: kernels one by one"
+        self.result.table(title, [*self.result.content["tables"].get(title, ()), values])
         print(" ".join(f"{key}={value}" for key, value in values.items()), flush=True)
 
     @contextlib.contextmanager
@@ -365,16 +352,14 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * source.element_size() / seconds
 
 
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fill what kernels allocate with NaN, so that what they do not write shows."""
+def poisoned() -> Any:
+    """Return a context in which kernels allocate NaN, so that what they do not write shows."""
     empty, like = torch.empty, torch.empty_like
-    torch.empty = lambda *a, **k: empty(*a, **k).fill_(math.nan)
-    torch.empty_like = lambda *a, **k: like(*a, **k).fill_(math.nan)
-    try:
-        yield
-    finally:
-        torch.empty, torch.empty_like = empty, like
+    return mock.patch.multiple(
+        torch,
+        empty=lambda *a, **k: empty(*a, **k).fill_(math.nan),
+        empty_like=lambda *a, **k: like(*a, **k).fill_(math.nan),
+    )
 
 
 def walled(tensor: Any) -> Any:
@@ -413,7 +398,7 @@ def tuned(args: Any, call: Call, bandwidth: float) -> dict[str, Any]:
 
     def attempt(tile: Tile) -> tuple[float, float, Tile]:
         """Return microseconds, relative error, and the tile."""
-        with trying(call.key, tile):
+        with mock.patch.dict(TILES, {call.key: tile}):
             with poisoned():
                 found = run(*guarded).to(expected.dtype)
             error = float((found - expected).norm() / expected.norm())  # NaN where it left a hole
@@ -540,7 +525,7 @@ def main() -> int:
         for args.variant, batch in jobs:
             model = models[args.variant].to(DEVICE)
             if args.step != "check":
-                whole(args, log, model, batch, "default" if args.step == "all" else "stored")
+                whole(args, log, model, batch, "stored")
             if args.step != "network":
                 tune(args, log, model, batch, bandwidth)
             if args.step == "all":

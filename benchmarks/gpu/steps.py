@@ -182,7 +182,7 @@ def steps_of_b(context: Context) -> list[Step]:
 
     def ort(artifact: str, *more: str) -> Step:
         name = f"ort-{artifact}" + "-tf32" * bool(more)
-        about = f"ONNX Runtime CUDA, {artifact}: NHWC off and on, then a CUDA graph."
+        about = f"ONNX Runtime CUDA, {artifact}: NCHW, NHWC, and NCHW as a CUDA graph."
         return step(name, "ort", about, "--artifact", artifact, *more)
 
     def gates(bundle: str, runner: str) -> Step:

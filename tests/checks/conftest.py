@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -33,8 +35,8 @@ def digits(judged: Subject) -> Subject:
 
 
 @pytest.fixture
-def broken(copy_of: Copy) -> Broken:
-    """Return a function that puts a broken graph in the place of an artefact, in a copy.
+def broken(copy_of: Copy, tmp_path: Path) -> Broken:
+    """Return a function that puts a broken graph in the place of an artefact, in a new copy.
 
     What was recorded when the right one was made stays recorded: only digests are rewritten.
     """
@@ -42,6 +44,7 @@ def broken(copy_of: Copy) -> Broken:
     def replace(
         whole: Subject, name: str, precision: str, model: ModelProto, **more: Any
     ) -> Bundle:
+        shutil.rmtree(tmp_path / "broken", ignore_errors=True)
         copy = Bundle.open(copy_of(whole, "broken"))
         right = copy.artefacts.get(name)
         if right is None or more:

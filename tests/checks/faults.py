@@ -7,25 +7,6 @@ from collections.abc import Callable
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-__all__ = [
-    "bias_lost",
-    "channel_zeroed",
-    "classes_swapped",
-    "frozen_batch",
-    "layer_norm_epsilon",
-    "negated",
-    "overflowing_layer_norm",
-    "perturbed",
-    "rows_shifted",
-    "scale_doubled",
-    "scales_of_another_layer",
-    "scales_times",
-    "swapped_channels",
-    "weights_rounded_anew",
-    "wrong_normalisation",
-    "zeroed",
-]
-
 
 def stored(model: ModelProto) -> dict[str, TensorProto]:
     """Return the graph's initialisers by name."""
@@ -89,47 +70,39 @@ def overflowing_layer_norm(model: ModelProto, norm: str, factor: float = 512.0) 
     network; in FP16 the squares pass 65504. Spelt so that ONNX Runtime does not see
     a LayerNorm in it and make it one again.
     """
-    (index,) = (i for i, n in enumerate(model.graph.node) if n.name == f"{norm}.layernormalization")
-    node = model.graph.node[index]
-    half = {"factor": factor, "epsilon": 1e-6}
+    names = [node.name for node in model.graph.node]
+    index = names.index(f"{norm}.layernormalization")
+    node, kept = model.graph.node[index], list(model.graph.node)
+    half = {"factor": np.float16(factor), "epsilon": np.float16(1e-6), "axes": np.array([-1])}
     for name, value in half.items():
-        array = np.array(value, np.float16)
-        model.graph.initializer.append(numpy_helper.from_array(array, f"overflow.{name}"))
-    axes = numpy_helper.from_array(np.array([-1], np.int64), "overflow.axes")
-    model.graph.initializer.append(axes)
-    source, weights, result = node.input[0], list(node.input[1:]), node.output[0]
-
-    def step(kind: str, inputs: list[str], name: str) -> NodeProto:
-        return helper.make_node(kind, inputs, [f"overflow.{name}"], f"{norm}.{name}")
-
-    nodes = [
-        helper.make_node(
-            "Cast", [source], ["overflow.half"], f"{norm}.half", to=TensorProto.FLOAT16
-        ),
-        step("Mul", ["overflow.half", "overflow.factor"], "x"),
-        step("ReduceMean", ["overflow.x", "overflow.axes"], "mean"),
-        step("Sub", ["overflow.x", "overflow.mean"], "centred"),
-        step("Mul", ["overflow.centred", "overflow.centred"], "squares"),
-        step("ReduceMean", ["overflow.squares", "overflow.axes"], "variance"),
-        step("Add", ["overflow.variance", "overflow.epsilon"], "safe"),
-        step("Sqrt", ["overflow.safe"], "deviation"),
-        step("Reciprocal", ["overflow.deviation"], "reciprocal"),
-        step("Mul", ["overflow.centred", "overflow.reciprocal"], "normal"),
-        helper.make_node(
-            "Cast",
-            ["overflow.normal"],
-            ["overflow.single"],
-            f"{norm}.single",
-            to=TensorProto.FLOAT,
-        ),
+        array = numpy_helper.from_array(np.asarray(value), f"overflow.{name}")
+        model.graph.initializer.append(array)
+    steps = [
+        ("Mul", "half factor", "x"),
+        ("ReduceMean", "x axes", "mean"),
+        ("Sub", "x mean", "centred"),
+        ("Mul", "centred centred", "squares"),
+        ("ReduceMean", "squares axes", "variance"),
+        ("Add", "variance epsilon", "safe"),
+        ("Sqrt", "safe", "deviation"),
+        ("Reciprocal", "deviation", "reciprocal"),
+        ("Mul", "centred reciprocal", "normal"),
     ]
+    nodes = [_cast(node.input[0], "overflow.half", TensorProto.FLOAT16)]
+    for kind, inputs, name in steps:
+        given = [f"overflow.{one}" for one in inputs.split()]
+        nodes.append(helper.make_node(kind, given, [f"overflow.{name}"], f"{norm}.{name}"))
     last = "overflow.single"
-    for operator, weight in zip(("Mul", "Add"), weights, strict=False):
-        nodes.append(step(operator, [last, weight], operator.lower()))
-        last = f"overflow.{operator.lower()}"
-    nodes[-1].output[0] = result
-    kept = list(model.graph.node)
+    nodes.append(_cast("overflow.normal", last, TensorProto.FLOAT))
+    for kind, weight in zip(("Mul", "Add"), node.input[1:], strict=False):
+        given, last = [last, weight], f"overflow.{kind}"
+        nodes.append(helper.make_node(kind, given, [last], f"{norm}.{kind}"))
+    nodes[-1].output[0] = node.output[0]
     return with_nodes(model, [*kept[:index], *nodes, *kept[index + 1 :]])
+
+
+def _cast(source: str, target: str, kind: int) -> NodeProto:
+    return helper.make_node("Cast", [source], [target], target, to=kind)
 
 
 def scale_doubled(
@@ -169,17 +142,11 @@ def zeroed(model: ModelProto) -> ModelProto:
 
 def rows_shifted(model: ModelProto) -> ModelProto:
     """Return the graph whose rows come out one later than their images, the last one first."""
-    ends = {"fault.last": [-1], "fault.first": [0], "fault.end": [2**31 - 1], "fault.axis": [0]}
-    for name, values in ends.items():
-        tensor = numpy_helper.from_array(np.array(values, np.int64), name)
-        model.graph.initializer.append(tensor)
+    for name, value in {"last": -1, "first": 0, "end": 2**31 - 1, "axis": 0}.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.array([value]), name))
     nodes = [
-        helper.make_node(
-            "Slice", ["right", "fault.last", "fault.end", "fault.axis"], ["tail"], "fault.tail"
-        ),
-        helper.make_node(
-            "Slice", ["right", "fault.first", "fault.last", "fault.axis"], ["rest"], "fault.rest"
-        ),
+        helper.make_node("Slice", ["right", "last", "end", "axis"], ["tail"], "fault.tail"),
+        helper.make_node("Slice", ["right", "first", "last", "axis"], ["rest"], "fault.rest"),
         helper.make_node("Concat", ["tail", "rest"], ["logits"], "fault.concat", axis=0),
     ]
     return _behind_logits(model, nodes)

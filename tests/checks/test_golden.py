@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.artifacts import Copy, Subject
+from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import Outcome
 from van_deploy.checks.golden import golden_samples, images_for_golden, judge_originals
 from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe
-from van_deploy.data import open_image
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
-from van_deploy.model.pixels import normalised, pixels_from_image
+from van_deploy.model.pixels import normalised
 from van_deploy.model.preprocess import OFFICIAL
 
 
@@ -31,137 +32,41 @@ def rewritten(path: Path, **arrays: Any) -> Bundle:
         kept = {name: found[name] for name in found.files}
     kept = {name: value for name, value in {**kept, **arrays}.items() if value is not None}
     np.savez_compressed(file, **kept)
+    if not arrays:
+        file.write_bytes(b"PK nothing")
     manifest.write_text(manifest.read_text().replace(before, file_sha256(file)))
     return Bundle.open(path)
 
 
-class TestWhatIsKept:
-    def test_they_are_pytorchs_own_answers(self, digits: Subject) -> None:
-        samples = golden_samples(digits.bundle)
-        assert len(samples) == 16
-        assert samples.pixels is not None
-        inputs = normalised(samples.pixels, digits.loaded.preprocessing)
-        assert np.array_equal(samples.inputs, inputs)
-        with torch.inference_mode():
-            single = digits.loaded.model(torch.from_numpy(inputs)).numpy()
-            double = digits.loaded.model.double()(torch.from_numpy(inputs).double()).numpy()
-            digits.loaded.model.float()
-        assert np.abs(samples.single - single).max() < 1e-5
-        assert np.abs(samples.logits - double).max() < 1e-12
-        assert 120 < samples.noise_db < 150
-
-    def test_the_originals_give_the_first_rows(self, digits: Subject) -> None:
-        samples, golden = digits.samples, digits.bundle.manifest.golden
-        assert golden is not None
-        assert samples.pixels is not None
-        assert golden.originals == ("golden/0.png", "golden/1.png")
-        preprocessing = digits.loaded.preprocessing
-        for row, place in enumerate(golden.originals):
-            image = open_image(digits.bundle.path / place, channels=preprocessing.channels)
-            assert np.array_equal(pixels_from_image(image, preprocessing), samples.pixels[row])
-        assert [f.outcome for f in judge_originals(digits.bundle, samples)] == [Outcome.PASS] * 2
-
-    def test_the_manifest_says_what_they_are_and_under_which_terms(
-        self, digits: Subject, cifar: Subject
-    ) -> None:
-        ours, theirs = digits.bundle.manifest.golden, cifar.bundle.manifest.golden
-        assert ours is not None
-        assert theirs is not None
-        assert "scikit-image's and scikit-learn's own photographs" in ours.licence
-        assert theirs.licence == "the terms of the images given with --images"
-        assert "cifar10/calib" in theirs.images
-
-    def test_other_channel_counts_keep_tensors_and_no_originals(self) -> None:
-        five = replace(OFFICIAL, mean=(0.5,) * 5, std=(0.5,) * 5, image_size=32)
-        images, originals = images_for_golden("five", five, None)
-        assert originals == ()
-        assert images.inputs.shape == (16, 5, 32, 32)
-        assert len({row.tobytes() for row in images.inputs}) == 16
-
-    def test_of_few_images_none_is_there_twice(self, tmp_path: Path) -> None:
-        from PIL import Image
-
-        values = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-        Image.fromarray(values).save(tmp_path / "a.png")
-        images, originals = images_for_golden("one", OFFICIAL, tmp_path)
-        assert len(originals) == 1
-        assert len({row.tobytes() for row in images.inputs}) == 16  # one is the original's
+def test_they_are_pytorchs_own_answers(digits: Subject) -> None:
+    samples = golden_samples(digits.bundle)
+    assert len(samples) == 16
+    assert samples.pixels is not None
+    inputs = normalised(samples.pixels, digits.loaded.preprocessing)
+    assert np.array_equal(samples.inputs, inputs)
+    with torch.inference_mode():
+        single = digits.loaded.model(torch.from_numpy(inputs)).numpy()
+        double = digits.loaded.model.double()(torch.from_numpy(inputs).double()).numpy()
+        digits.loaded.model.float()
+    assert np.abs(samples.single - single).max() < 1e-5
+    assert np.abs(samples.logits - double).max() < 1e-12
+    assert 120 < samples.noise_db < 150
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the weights of a tiny network."""
-    from van_deploy.model.random_weights import random_van
-    from van_deploy.model.variants import VanConfig
-
-    config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=7)
-    path = tmp_path_factory.mktemp("tiny") / "tiny.pth"
-    torch.save(random_van(config, seed=3).state_dict(), path)
-    return path
+def test_the_originals_and_the_terms(digits: Subject) -> None:
+    ours = digits.bundle.manifest.golden
+    assert ours is not None
+    assert ours.originals == ("golden/0.png", "golden/1.png")
+    found = judge_originals(digits.bundle, digits.samples)
+    assert [(f.outcome, f.value) for f in found] == [(Outcome.PASS, 0.0)] * 2
+    assert "scikit-image's and scikit-learn's own photographs" in ours.licence
 
 
-class TestChoices:
-    @pytest.mark.parametrize(("choice", "described"), [("samples", "photographs"), ("none", "")])
-    def test_the_users_images_stay_at_home_where_they_should(
-        self, weights: Path, tmp_path: Path, digits: Subject, choice: Any, described: str
-    ) -> None:
-        from van_deploy.pipeline import export_bundle, load_for
-
-        recipe = Recipe(
-            model=ModelSettings(weights=str(weights)),
-            batch=BatchRange(1, 1, 2),
-            export=ExportSettings(golden=choice, simplify=False),
-        )
-        made = export_bundle(load_for(recipe), recipe, tmp_path / "b", images=digits.labelled)
-        golden = made.bundle.manifest.golden
-        if choice == "none":
-            assert golden is None
-            assert not list((tmp_path / "b").glob("golden*"))
-            with pytest.raises(BundleError, match="has no golden samples"):
-                golden_samples(made.bundle)
-        else:
-            assert golden is not None
-            assert described in golden.images
-            assert str(digits.labelled) not in (tmp_path / "b" / "manifest.json").read_text()
-
-
-class TestRefusals:
-    def test_a_changed_file(self, digits: Subject, copy_of: Copy) -> None:
-        path = copy_of(digits)
-        (path / "golden" / "1.png").write_bytes(b"")
-        with pytest.raises(BundleError, match=r"1\.png' was changed after the manifest"):
-            judge_originals(Bundle.open(path), digits.samples)
-
-    @pytest.mark.parametrize(
-        ("arrays", "said"),
-        [
-            ({"logits": None}, "'logits'"),
-            (
-                {"logits": np.zeros((16, 9))},
-                "'logits' is float64 (16, 9), not float64 of rows (10,)",
-            ),
-            ({"logits": np.full((16, 10), np.nan)}, "'logits' holds what is no number"),
-            ({"float32": np.zeros((3, 10), np.float32)}, "'float32' is float32 (3, 10)"),
-            ({"pixels": np.zeros((16, 64, 64, 3))}, "'pixels' is float64, not uint8"),
-            ({"pixels": np.zeros((16, 8, 8, 3), np.uint8)}, "'inputs' is float32 (16, 3, 8, 8)"),
-        ],
-    )
-    def test_arrays_that_are_not_this_networks(
-        self, digits: Subject, copy_of: Copy, arrays: dict[str, Any], said: str
-    ) -> None:
-        with pytest.raises(BundleError) as error:
-            golden_samples(rewritten(copy_of(digits), **arrays))
-        assert said in error.value.message
-        assert error.value.remedy == "Export the model again; nothing made it from here."
-
-    def test_no_zip_at_all(self, digits: Subject, copy_of: Copy) -> None:
-        path = copy_of(digits)
-        before = file_sha256(path / "golden.npz")
-        (path / "golden.npz").write_bytes(b"PK nothing")
-        manifest = path / "manifest.json"
-        manifest.write_text(manifest.read_text().replace(before, file_sha256(path / "golden.npz")))
-        with pytest.raises(BundleError, match="are damaged"):
-            golden_samples(Bundle.open(path))
+def test_the_terms_of_the_users_images(cifar: Subject) -> None:
+    theirs = cifar.bundle.manifest.golden
+    assert theirs is not None
+    assert theirs.licence == "the terms of the images given with --images"
+    assert "cifar10/calib" in theirs.images
 
 
 def test_another_resize_on_this_machine_is_seen(digits: Subject, copy_of: Copy) -> None:
@@ -172,6 +77,77 @@ def test_another_resize_on_this_machine_is_seen(digits: Subject, copy_of: Copy) 
     bundle = Bundle.open(path)
     found = judge_originals(bundle, golden_samples(bundle))
     assert {f.outcome for f in found} == {Outcome.FAIL}
-    assert found[0].message.endswith(
-        "from the golden sample 0: another decoder, or other preprocessing"
+    wrong = "from the golden sample 0: another decoder, or other preprocessing"
+    assert found[0].message.endswith(wrong)
+
+
+def test_other_channel_counts_keep_tensors_and_no_originals() -> None:
+    five = replace(OFFICIAL, mean=(0.5,) * 5, std=(0.5,) * 5, image_size=32)
+    images, originals = images_for_golden("five", five, None)
+    assert originals == ()
+    assert images.inputs.shape == (16, 5, 32, 32)
+    assert len({row.tobytes() for row in images.inputs}) == 16
+
+
+def test_of_few_images_none_is_there_twice(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    images, originals = images_for_golden("one", OFFICIAL, tmp_path)
+    assert len(originals) == 1
+    assert len({row.tobytes() for row in images.inputs}) == 16  # one is the original's
+
+
+@pytest.mark.parametrize("choice", ["samples", "none"])
+def test_the_users_images_stay_at_home_where_they_should(
+    tmp_path: Path, digits: Subject, choice: Any
+) -> None:
+    from van_deploy.model.random_weights import random_van
+    from van_deploy.model.variants import VanConfig
+    from van_deploy.pipeline import export_bundle, load_for
+
+    config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=7)
+    torch.save(random_van(config, seed=3).state_dict(), tmp_path / "tiny.pth")
+    recipe = Recipe(
+        model=ModelSettings(weights=str(tmp_path / "tiny.pth")),
+        batch=BatchRange(1, 1, 2),
+        export=ExportSettings(golden=choice, simplify=False),
     )
+    bundle = export_bundle(load_for(recipe), recipe, tmp_path / "b", images=digits.labelled).bundle
+    golden = bundle.manifest.golden
+    if choice == "samples":
+        assert golden is not None
+        assert "photographs" in golden.images
+        assert str(digits.labelled) not in (tmp_path / "b" / "manifest.json").read_text()
+    else:
+        assert golden is None
+        assert not list((tmp_path / "b").glob("golden*"))
+        with pytest.raises(BundleError, match="has no golden samples"):
+            golden_samples(bundle)
+
+
+@each(
+    ("arrays", "said"),
+    [
+        ({}, "are damaged"),  # no zip at all
+        ({"logits": None}, "logits is not a file in the archive"),
+        ({"logits": np.zeros((16, 9))}, "'logits' is float64 (16, 9), not float64 of rows (10,)"),
+        ({"logits": np.full((16, 10), np.nan)}, "'logits' holds what is no number"),
+        ({"float32": np.zeros((3, 10), np.float32)}, "'float32' is float32 (3, 10)"),
+        ({"pixels": np.zeros((16, 64, 64, 3))}, "'pixels' is float64 (16, 64, 64, 3), not uint8"),
+        ({"pixels": np.zeros((16, 8, 8, 3), np.uint8)}, "'pixels' is uint8 (16, 8, 8, 3)"),
+    ],
+)
+def test_arrays_that_are_not_this_networks(
+    digits: Subject, copy_of: Copy, tmp_path: Path, arrays: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BundleError) as error:
+        golden_samples(rewritten(copy_of(digits, f"{tmp_path.name}-{hash(said)}"), **arrays))
+    assert said in error.value.message
+    assert error.value.remedy == "Export the model again; nothing made it from here."
+
+
+def test_a_changed_file(digits: Subject, copy_of: Copy) -> None:
+    path = copy_of(digits)
+    (path / "golden" / "1.png").write_bytes(b"")
+    with pytest.raises(BundleError, match=r"1\.png' was changed after the manifest"):
+        judge_originals(Bundle.open(path), digits.samples)

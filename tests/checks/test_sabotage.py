@@ -12,12 +12,11 @@ from onnx import ModelProto
 from tests.artifacts import Subject
 from tests.checks import faults
 from tests.checks.conftest import Broken
-from van_deploy.checks import judging
+from tests.each import each
 from van_deploy.checks.gates import BELOW_RECORD_DB, Outcome
-from van_deploy.checks.judging import Judged, judge_new
-from van_deploy.checks.scales import scale_faults
-from van_deploy.checks.verdicts import ArtefactVerdict
+from van_deploy.checks.judging import judge_graph, judge_new
 from van_deploy.checks.verify import verify_bundle
+from van_deploy.config import VerifySettings
 from van_deploy.metrics import sqnr_db
 from van_deploy.runners.onnxruntime import onnxruntime_logits
 
@@ -42,27 +41,19 @@ def whole(request: pytest.FixtureRequest) -> Subject:
     return found
 
 
-def verdict_of(whole: Subject, broken: Broken, name: str, model: ModelProto) -> ArtefactVerdict:
-    bundle = broken(whole, name, name, model)
-    report = verify_bundle(bundle, whole.samples, artefacts=[name])
-    return report.artefacts[name]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+@each(("name", "fault"), [(name, fault) for name in ("fp32", "fp16", "int8") for fault in FAULTS])
 def test_a_fault_of_3_db_fails(whole: Subject, broken: Broken, name: str, fault: str) -> None:
-    right = whole.bundle.artefact(name).golden_sqnr_db
-    (recorded,) = right.values()
-    model = FAULTS[fault](whole.graph(name))
-    inputs = whole.samples.inputs
+    (recorded,) = whole.bundle.artefact(name).golden_sqnr_db.values()
+    model, inputs = FAULTS[fault](whole.graph(name)), whole.samples.inputs
     alone = np.concatenate(
         [onnxruntime_logits(model, inputs[i : i + 1]) for i in range(len(inputs))]
     )
     together = onnxruntime_logits(model, inputs)
     effect = recorded - min(sqnr_db(whole.samples.logits, x) for x in (alone, together))
-    verdict = verdict_of(whole, broken, name, model)
+    asked = VerifySettings(artefacts=(name,), modules=False)
+    report = verify_bundle(broken(whole, name, name, model), whole.samples, asked)
     if effect >= BELOW_RECORD_DB:
-        assert verdict.outcome is Outcome.FAIL, (effect, verdict.findings)
+        assert report.artefacts[name].outcome is Outcome.FAIL, effect
     else:
         assert fault in {"layer norm epsilon", "bgr", "bias lost"}, effect
 
@@ -85,14 +76,16 @@ SABOTAGE: dict[str, Fault] = {
 }
 
 
-@pytest.mark.parametrize("sabotage", SABOTAGE)
+@each("sabotage", SABOTAGE)
 def test_no_sabotaged_quantiser_passes(whole: Subject, broken: Broken, sabotage: str) -> None:
     """Its own records are consistent: what it makes is all that is known of it."""
     model = SABOTAGE[sabotage](whole.graph("int8"))
     judged, record = judge_new(model, "int8", whole.samples)  # as quantize asks
     assert judged.outcome is Outcome.FAIL, [f.message for f in judged.findings]
     bundle = broken(whole, "int8", "int8", model, golden_sqnr_db=record)
-    report = verify_bundle(bundle, whole.samples, artefacts=["int8"], modules=False)
+    report = verify_bundle(
+        bundle, whole.samples, VerifySettings(artefacts=("int8",), modules=False)
+    )
     assert report.artefacts["int8"].outcome is Outcome.FAIL
     assert not report
 
@@ -108,11 +101,9 @@ def test_a_right_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
 
 def test_each_doubled_weight_scale_is_named(digits: Subject) -> None:
     """A scale twice too large costs one bit in one layer; the integers show it."""
-    layers = [row.modules[0] for row in judge_graph(digits, digits.graph("int8")).scales]
+    few = digits.samples.first(2)
+    layers = [row.modules[0] for row in judge_graph(digits.graph("int8"), "int8", few)[1]]
     for layer in dict.fromkeys(layers[::7]):
         model = faults.scale_doubled(digits.graph("int8"), layer, "weight")
-        assert layer in scale_faults(judge_graph(digits, model).scales)
-
-
-def judge_graph(whole: Subject, model: ModelProto) -> Judged:
-    return judging.judge_graph(model, "int8", whole.samples.first(2))
+        rows = judge_graph(model, "int8", few)[1]
+        assert layer in {module for row in rows if row.fault for module in row.modules}

@@ -1,44 +1,43 @@
-"""What verify finds of right and broken artefacts, and the part that drift names."""
+"""What verify finds of right and broken artifacts, and the part that drift names."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
-import onnx
 import pytest
+from onnx import ModelProto
 
-from tests.artifacts import Copy, Subject, put
+from tests.artifacts import Copy, Subject, enter_engine, put
 from tests.checks import faults
 from tests.checks.conftest import Broken
+from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.checks.drift import drift_of_bundle
-from van_deploy.checks.gates import Allowed, Outcome
-from van_deploy.checks.graphs import Level
+from van_deploy.checks.gates import Outcome
+from van_deploy.checks.layers import Level
 from van_deploy.checks.reference import samples_for
 from van_deploy.checks.verdicts import ArtefactVerdict
 from van_deploy.checks.verify import verify_bundle
+from van_deploy.config import DriftSettings, VerifySettings
 from van_deploy.errors import GateFailed
 from van_deploy.graph.embed import embed_preprocessing
 
 DIGITS_BLOCKS = [f"block{s}.{b}" for s, depth in enumerate((2, 2, 3, 2), 1) for b in range(depth)]
+PASS, FAIL = Outcome.PASS, Outcome.FAIL
 
 
 def verdict_of(whole: Subject, bundle: Bundle, name: str) -> ArtefactVerdict:
-    return verify_bundle(bundle, whole.samples, artefacts=[name]).artefacts[name]
+    asked = VerifySettings(artefacts=(name,))
+    return verify_bundle(bundle, whole.samples, asked).artefacts[name]
 
 
 def worst(whole: Subject, bundle: Bundle, name: str, level: Level = "block") -> str:
-    report = drift_of_bundle(
-        bundle, whole.samples.first(2), loaded=whole.loaded, level=level, artefacts=[name]
-    )
+    asked, few = DriftSettings(level=level, artefacts=(name,)), whole.samples.first(2)
+    report = drift_of_bundle(bundle, few, asked, loaded=whole.loaded)
     return report.artefacts[name].worst[0].name
-
-
-def caught(whole: Subject, bundle: Bundle, name: str, block: str) -> None:
-    verdict = verdict_of(whole, bundle, name)
-    assert verdict.outcome is Outcome.FAIL, verdict.findings
-    assert worst(whole, bundle, name) == block
 
 
 class TestRightArtefacts:
@@ -50,12 +49,19 @@ class TestRightArtefacts:
         assert report.against == "the golden samples"
         assert report.modules == "model.onnx in ONNX Runtime, which holds on the golden samples"
         for verdict in report.artefacts.values():
-            assert verdict.outcome is Outcome.PASS, verdict.failures
+            assert verdict.outcome is PASS, verdict.failures
             assert [row.batch for row in verdict.batches] == [1, 2, 3, 4, 5, 6]
+            assert verdict.comparison is not None
+            assert verdict.findings[0].value == verdict.comparison.sqnr_db
             assert verdict.margin_db == pytest.approx(3.0, abs=0.01)
             assert verdict.limit is not None
             assert verdict.limit.origin.endswith(" dB recorded when it was made, minus 3")
             assert bool(verdict.modules) == (verdict.artefact != "fp32")
+
+    def test_the_shared_network(self, cifar: Subject) -> None:
+        found = verify_bundle(cifar.bundle, cifar.samples).artefacts
+        outcomes = {name: verdict.outcome for name, verdict in found.items()}
+        assert outcomes == {"fp32": PASS, "fp16": PASS, "int8": PASS}
 
     def test_they_pass_against_the_original_network(self, digits: Subject) -> None:
         samples = samples_for(digits.bundle, digits.loaded, None)
@@ -65,113 +71,107 @@ class TestRightArtefacts:
         assert all(len(verdict.modules) > 40 for verdict in report.artefacts.values())
         assert np.array_equal(samples.logits, digits.samples.logits)
 
-    def test_the_shared_network(self, cifar: Subject) -> None:
-        report = verify_bundle(cifar.bundle, cifar.samples)
-        assert {v.artefact: v.outcome.value for v in report.artefacts.values()} == {
-            "fp32": "pass",
-            "fp16": "pass",
-            "int8": "pass",
-        }
-
     def test_without_a_record_the_floor_alone_holds(self, digits: Subject, copy_of: Copy) -> None:
         """Another runtime, provider or class than the record's."""
         bundle = put(Bundle.open(copy_of(digits)), "fp16", "fp16", digits.graph("fp16"))
         verdict = verdict_of(digits, bundle, "fp16")
-        assert verdict.outcome is Outcome.PASS
+        assert verdict.outcome is PASS
         assert verdict.limit is not None
         assert (verdict.limit.value, verdict.limit.origin) == (45.0, "floor for fp16")
 
-    def test_an_embedded_graph(self, digits: Subject, broken: Broken) -> None:
-        model = embed_preprocessing(digits.graph("fp32"), digits.loaded.preprocessing, "uint8")
-        bundle = broken(digits, "fp32-uint8", "fp32", model, embedded="uint8")
-        assert verdict_of(digits, bundle, "fp32-uint8").outcome is Outcome.PASS
+    @each(
+        ("outputs", "mean", "outcome", "rule"),
+        [
+            (("logits",), None, PASS, "SQNR"),
+            (("logits",), (0.35,), FAIL, "SQNR"),
+            (("top5",), None, PASS, "probabilities"),
+            (("top5",), (0.9,), FAIL, "probabilities"),
+        ],
+    )
+    def test_an_embedded_graph(
+        self,
+        digits: Subject,
+        copy_of: Copy,
+        outputs: tuple[str, ...],
+        mean: tuple[float, ...] | None,
+        outcome: Outcome,
+        rule: str,
+    ) -> None:
+        preprocessing = digits.loaded.preprocessing.override(mean=mean)
+        model = embed_preprocessing(digits.graph("fp32"), preprocessing, "uint8", outputs)
+        copy = Bundle.open(copy_of(digits, f"{outputs[0]}-{outcome.value}"))
+        verdict = verdict_of(digits, put(copy, "bytes", "fp32", model, embedded="uint8"), "bytes")
+        assert verdict.outcome is outcome
+        assert verdict.findings[0].rule == rule
 
-    def test_a_graph_of_first_classes_alone(self, digits: Subject, copy_of: Copy) -> None:
-        copy = Bundle.open(copy_of(digits))
-        right = digits.loaded.preprocessing
-        for preprocessing, outcome in (
-            (right, Outcome.PASS),
-            (right.override(mean=(0.9,)), Outcome.FAIL),
-        ):
-            model = embed_preprocessing(digits.graph("fp32"), preprocessing, "uint8", ("top5",))
-            name = f"top5-{outcome.value}"
-            bundle = put(copy, name, "fp32", model, embedded="uint8")
-            verdict = verdict_of(digits, bundle, name)
-            assert verdict.outcome is outcome
-            assert verdict.findings[0].rule == "probabilities"
+
+Fault = Callable[[ModelProto], ModelProto]
+
+PLACED: dict[str, tuple[str, Fault, str]] = {
+    **{
+        f"{precision}, {block} off by 1 %": (
+            precision,
+            partial(faults.perturbed, block=block),
+            block,
+        )
+        for precision, blocks in (("fp16", DIGITS_BLOCKS[::4]), ("fp32", DIGITS_BLOCKS[::8]))
+        for block in blocks
+    },
+    # ONNX Runtime's CPU kernels compute it in FP32, so the logits are right.
+    **{
+        f"{norm} overflows in FP16": (
+            *("fp16", partial(faults.overflowing_layer_norm, norm=norm), norm),
+        )
+        for norm in ("norm1", "norm4")
+    },
+}
+
+
+@each("fault", PLACED)
+def test_a_fault_fails_and_drift_names_its_block(
+    digits: Subject, broken: Broken, fault: str
+) -> None:
+    precision, spoil, block = PLACED[fault]
+    bundle = broken(digits, "broken", precision, spoil(digits.graph(precision)))
+    verdict = verdict_of(digits, bundle, "broken")
+    assert verdict.outcome is FAIL, verdict.findings
+    assert worst(digits, bundle, "broken") == block
+    overflow = "passes 65504, the largest number of FP16"
+    assert any(overflow in text for text in verdict.failures) == ("overflows" in fault)
 
 
 class TestBrokenArtefacts:
-    @pytest.mark.parametrize(
-        ("precision", "block"),
-        [
-            *(("fp16", block) for block in DIGITS_BLOCKS[::3]),
-            ("fp32", "block1.0"),
-            ("fp32", "block4.1"),
-        ],
-    )
-    def test_one_blocks_weights_perturbed_by_1_percent(
-        self, digits: Subject, broken: Broken, precision: str, block: str
-    ) -> None:
-        model = faults.perturbed(digits.graph(precision), block)
-        caught(digits, broken(digits, "broken", precision, model), "broken", block)
-
     def test_a_wrong_mean_and_deviation_inside_the_graph(
         self, digits: Subject, broken: Broken
     ) -> None:
         right = digits.loaded.preprocessing
-        model = faults.wrong_normalisation(
-            digits.graph("fp32"), (right.mean[0], right.std[0]), (0.5, 0.5)
-        )
-        caught(digits, broken(digits, "wrong", "fp32", model), "wrong", "patch_embed1")
+        pair = (right.mean[0], right.std[0])
+        model = faults.wrong_normalisation(digits.graph("fp32"), pair, (0.5, 0.5))
+        bundle = broken(digits, "wrong", "fp32", model)
+        assert verdict_of(digits, bundle, "wrong").outcome is FAIL
+        assert worst(digits, bundle, "wrong") == "patch_embed1"
 
-    def test_a_wrong_mean_in_an_embedded_graph(self, digits: Subject, broken: Broken) -> None:
-        wrong = digits.loaded.preprocessing.override(mean=(0.35,))
-        model = embed_preprocessing(digits.graph("fp32"), wrong, "uint8")
-        bundle = broken(digits, "fp32-uint8", "fp32", model, embedded="uint8")
-        verdict = verdict_of(digits, bundle, "fp32-uint8")
-        assert verdict.failures[0].startswith("SQNR ")
-
-    def test_a_batch_frozen_inside_the_graph(self, digits: Subject, broken: Broken) -> None:
+    def test_a_frozen_batch(self, digits: Subject, broken: Broken) -> None:
         model = faults.frozen_batch(digits.graph("fp32"), "block2.1", (1, 32, 8, 8))
-        bundle = broken(digits, "frozen", "fp32", model)
-        verdict = verdict_of(digits, bundle, "frozen")
-        failed = [row.batch for row in verdict.batches if row.outcome is Outcome.FAIL]
+        verdict = verdict_of(digits, broken(digits, "frozen", "fp32", model), "frozen")
+        failed = [row.batch for row in verdict.batches if row.outcome is FAIL]
         assert failed == [2, 3, 4, 5, 6]
         assert any(text.startswith("batch 2: it does not run: ") for text in verdict.failures)
         assert verdict.failures[-1].startswith("they cannot be compared: does not run at batch 2")
-
-    def test_a_batch_frozen_at_the_input(self, digits: Subject, broken: Broken) -> None:
-        model = digits.graph("fp32")
-        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-        verdict = verdict_of(digits, broken(digits, "frozen", "fp32", model), "frozen")
-        assert "its batch is frozen at 1" in verdict.failures
 
     def test_a_graph_that_does_not_load_fails_and_the_others_are_still_judged(
         self, digits: Subject, broken: Broken
     ) -> None:
         model = digits.graph("fp16")
-        node = next(node for node in model.graph.node if node.op_type == "Gelu")
-        node.op_type = "Gelo"
+        next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Gelo"
         bundle = broken(digits, "fp16", "fp16", model)
-        report = verify_bundle(bundle, digits.samples, modules=False, artefacts=["fp16", "fp32"])
-        assert [v.outcome for v in report.artefacts.values()] == [Outcome.FAIL, Outcome.PASS]
+        asked = VerifySettings(modules=False, artefacts=("fp16", "fp32"))
+        report = verify_bundle(bundle, digits.samples, asked)
+        assert [v.outcome for v in report.artefacts.values()] == [FAIL, PASS]
         (failure,) = report.artefacts["fp16"].failures
         assert failure.startswith("it does not load: ONNX Runtime")
         assert "This is an invalid model" in failure
         assert not report
-
-    @pytest.mark.parametrize("norm", ["norm1", "norm4"])
-    def test_a_layer_norm_that_overflows_in_fp16(
-        self, digits: Subject, broken: Broken, norm: str
-    ) -> None:
-        """ONNX Runtime's CPU kernels compute it in FP32, so the logits are right."""
-        model = faults.overflowing_layer_norm(digits.graph("fp16"), norm)
-        bundle = broken(digits, "fp16", "fp16", model)
-        caught(digits, bundle, "fp16", norm)
-        failures = verdict_of(digits, bundle, "fp16").failures
-        assert f"'{norm}.squares' passes 65504, the largest number of FP16" not in failures[1:]
-        assert "passes 65504, the largest number of FP16" in failures[0]
 
     def test_an_overflow_that_cannot_be_looked_for_is_no_pass(
         self, digits: Subject, broken: Broken
@@ -179,16 +179,22 @@ class TestBrokenArtefacts:
         """Any exception there meant 'no overflow'."""
         model = digits.graph("fp16")
         model.opset_import[0].version = 17  # no Gelu there, which ONNX Runtime finds in its own
-        verdict = verdict_of(digits, broken(digits, "fp16", "fp16", model), "fp16")
-        assert verdict.outcome is Outcome.FAIL
+        bundle = broken(digits, "fp16", "fp16", model)
+        assert verdict_of(digits, bundle, "fp16").outcome is FAIL
 
-    def test_another_mean_in_the_manifest_than_in_the_file(self, digits: Subject) -> None:
-        manifest = digits.bundle.manifest
-        wrong = replace(manifest.preprocessing, mean=(0.5, 0.5, 0.5))
-        bundle = Bundle(digits.bundle.path, manifest.model_copy(update={"preprocessing": wrong}))
+    def test_what_the_file_says_of_itself_is_held_against_the_manifest(
+        self, digits: Subject, broken: Broken
+    ) -> None:
+        model = digits.graph("fp32")
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+        bundle = broken(digits, "fp32", "fp32", model)
+        wrong = replace(bundle.manifest.preprocessing, mean=(0.5, 0.5, 0.5))
+        manifest = bundle.manifest.model_copy(update={"preprocessing": wrong})
+        failures = verdict_of(digits, Bundle(bundle.path, manifest), "fp32").failures
+        assert "its batch is frozen at 1" in failures
         assert (
             "the file was made for mean [0.305, 0.305, 0.305], the manifest says [0.5, 0.5, 0.5]"
-            in verdict_of(digits, bundle, "fp32").failures
+            in failures
         )
 
 
@@ -209,46 +215,32 @@ class TestDrift:
         bundle = broken(digits, "fp32", "fp32", model)
         with pytest.raises(GateFailed, match=r"model\.onnx does not hold on the golden samples"):
             drift_of_bundle(bundle, digits.samples)
-        verdict = verdict_of(digits, bundle, "fp16")
-        assert verdict.outcome is Outcome.PASS, "its logits are right"
-        report = verify_bundle(bundle, digits.samples, artefacts=["fp16"])
+        report = verify_bundle(bundle, digits.samples, VerifySettings(artefacts=("fp16",)))
+        assert report.artefacts["fp16"].outcome is PASS, "its logits are right"
         assert not report, "its modules were compared with nothing"
 
     def test_a_wrong_scale_is_named_though_its_error_is_small(
         self, digits: Subject, broken: Broken
     ) -> None:
         layer = "block2.1.mlp.fc2"
-        model = faults.scale_doubled(digits.graph("int8"), layer, factor=8)
-        bundle = broken(digits, "int8", "int8", model)
-        report = drift_of_bundle(
-            bundle, digits.samples, loaded=digits.loaded, level="module", artefacts=["int8"]
+        bundle = broken(
+            digits, "int8", "int8", faults.scale_doubled(digits.graph("int8"), layer, factor=8)
         )
+        asked = DriftSettings(level="module", artefacts=("int8",))
+        report = drift_of_bundle(bundle, digits.samples, asked, loaded=digits.loaded)
         first = report.artefacts["int8"].worst[0]
         assert first.name == layer
         assert "times the one of least error on the golden images" in first.fault
 
 
-def test_an_engine_that_was_not_run_is_no_pass_unless_named(digits: Subject, copy_of: Copy) -> None:
+def test_an_engine_that_was_not_run_is_no_pass_even_where_it_is_named(
+    digits: Subject, copy_of: Copy
+) -> None:
     """Verify passed with every engine skipped."""
-    from tests.artifacts import enter_engine
-
     bundle = enter_engine(copy_of(digits), "x", made_from="fp16")
-    report = verify_bundle(bundle, digits.samples, modules=False)
-    engine = report.artefacts["x"]
-    if engine.outcome is not Outcome.SKIPPED:
+    asked = VerifySettings(artefacts=("x",), allow_skip=("engines",))
+    report = verify_bundle(bundle, digits.samples, asked)
+    if report.artefacts["x"].outcome is not Outcome.SKIPPED:
         pytest.skip("this machine has a GPU")
-    assert engine.reason == "engine not executed: no GPU"
-    assert not report
-    named = replace(report, allowed=Allowed(("engines",)))
-    assert named
-    assert not replace(report, allowed=Allowed(("runtimes",)))
-    alone = verify_bundle(bundle, digits.samples, artefacts=["x"], allowed=Allowed(("engines",)))
-    assert not alone, "nothing was verified"
-
-
-def test_logits_of_a_graph_on_disk_are_those_of_the_report(digits: Subject) -> None:
-    """The first finding is the SQNR that the record and the table show."""
-    verdict = verdict_of(digits, digits.bundle, "int8")
-    assert verdict.comparison is not None
-    assert verdict.findings[0].value == verdict.comparison.sqnr_db
-    assert onnx.load(digits.bundle.verified("int8")).graph.output[0].name == "logits"
+    assert report.artefacts["x"].reason == "engine not executed: no GPU"
+    assert not report, "nothing was verified"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ def test_json_is_one_document_with_intervals(cli: Cli, bundle: Path) -> None:
 def test_a_result_below_its_gate_ends_with_1(
     cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(gates.SQNR_FLOORS_DB, "int8", 90.0)
+    limits = replace(gates.CLASSES["int8"], sqnr_db=90.0)
+    monkeypatch.setitem(gates.CLASSES, "int8", limits)
     result = cli("quantize", bundle, "--method", "minmax", *FAST)
     assert result.exit_code == 1
     assert "INT8 does not hold its gate: " in " ".join(result.stdout.split())
@@ -70,9 +72,9 @@ def test_a_result_below_its_gate_ends_with_1(
             "error: FP16 makes no sense for --target cpu: ONNX Runtime's CPU",
         ),
         (("--calibration", "none"), 5, "error: There is no calibration set called 'none'."),
-        (("--scope", "resnet"), 2, "error: The scope 'resnet' matches no convolution"),
+        (("--scope", "resnet"), 2, "error: The scope 'resnet' is neither pointwise"),
         (("--keep", "block9"), 2, "error: There is nothing called 'block9' to keep in FP32."),
-        (("--images", "/nowhere"), 5, "error: The image folder '/nowhere' does not exist."),
+        (("--images", "/nowhere"), 5, "error: '/nowhere' cannot be read: No such file"),
     ],
 )
 def test_mistakes_are_said_in_words(

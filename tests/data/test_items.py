@@ -1,10 +1,12 @@
-"""Sets of images: found in folders, read from archives of arrays, and known by a digest."""
+"""Sets of images: found, read from archives, known by a digest, chosen and split to calibrate."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +15,18 @@ import pytest
 from PIL import Image
 
 from tests.each import each
+from van_deploy.data.calibration import choose, digits_set, noise_set, refuse_overlap, split
 from van_deploy.data.items import ImageItem, ImageSet, dataset_digest, find_images, image_set
 from van_deploy.errors import ImageError
+from van_deploy.model.embedded import write_digits_folder
+from van_deploy.model.preprocess import Preprocessing
 
 # --- finding ---------------------------------------------------------------------------------
 
 
 def test_images_are_found_at_any_depth_in_order_and_by_suffix(tmp_path: Path) -> None:
-    for name in (
-        "b/2.PNG",
-        "b/1.jpeg",
-        "a.webp",
-        ".hidden.png",
-        ".git/x.png",
-        "notes.txt",
-        "b/c/3.tif",
-    ):
+    hidden = (".hidden.png", ".git/x.png", "notes.txt")
+    for name in ("b/2.PNG", "b/1.jpeg", "a.webp", "b/c/3.tif", *hidden):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
@@ -37,38 +35,37 @@ def test_images_are_found_at_any_depth_in_order_and_by_suffix(tmp_path: Path) ->
     assert find_images(str(tmp_path)) == find_images(tmp_path)
 
 
-def test_a_loop_of_links_ends(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.png").touch()
-    (tmp_path / "a" / "up").symlink_to(tmp_path)
-    (tmp_path / "self").symlink_to(tmp_path / "self")
-    assert find_images(tmp_path) == (tmp_path / "a" / "x.png",)
-
-
-def test_links_to_folders_and_files_are_followed(tmp_path: Path) -> None:
+def test_links_are_followed_and_a_loop_of_them_ends(tmp_path: Path) -> None:
     store, view = tmp_path / "store", tmp_path / "view"
-    store.mkdir()
-    view.mkdir()
+    for folder in (store, view):
+        folder.mkdir()
     (store / "x.png").touch()
-    (view / "linked").symlink_to(store)
-    (view / "y.png").symlink_to(store / "x.png")
-    (view / "gone.png").symlink_to(store / "nothing.png")
+    for name, target in {
+        "linked": store,
+        "y.png": store / "x.png",
+        "gone.png": store / "nothing.png",
+        "up": view,
+        "self": view / "self",
+    }.items():
+        (view / name).symlink_to(target)
     assert find_images(view) == (view / "linked" / "x.png", view / "y.png")
 
 
-def test_missing_empty_and_wrong_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ImageError) as missing:
-        find_images(tmp_path / "nowhere")
-    assert str(missing.value) == (
-        f"The image folder '{tmp_path}/nowhere' does not exist.\nCheck the path."
-    )
+@each(
+    ("name", "message"),
+    [
+        ("nowhere", "'{}/nowhere' cannot be read: No such file or directory."),
+        ("notes.txt", "'{}/notes.txt' cannot be read: Not a directory."),
+        (".", "There is no image in '{}' or the folders below it."),
+    ],
+)
+def test_missing_empty_and_wrong_folders_are_refused(
+    name: str, message: str, tmp_path: Path
+) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ImageError) as empty:
-        find_images(tmp_path)
-    assert empty.value.message == f"There is no image in '{tmp_path}' or the folders below it."
-    assert ".jpg" in empty.value.remedy
-    with pytest.raises(ImageError, match="is a file, not a folder"):
-        find_images(tmp_path / "notes.txt")
+    with pytest.raises(ImageError) as refused:
+        find_images(tmp_path / name)
+    assert refused.value.message == message.format(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
@@ -76,14 +73,6 @@ def test_a_closed_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0)
     with pytest.raises(ImageError, match="closed' cannot be read: Permission denied"):
         find_images(tmp_path)
-
-
-def test_the_digest_of_a_file_is_its_sha256(tmp_path: Path) -> None:
-    content = bytes(range(256)) * 9000
-    (tmp_path / "x").write_bytes(content)
-    assert ImageItem("x", tmp_path / "x").digest == hashlib.sha256(content).hexdigest()
-    with pytest.raises(ImageError, match="gone' cannot be read: No such file"):
-        _ = ImageItem("gone", tmp_path / "gone").digest
 
 
 # --- sets ------------------------------------------------------------------------------------
@@ -117,11 +106,8 @@ def test_a_folder_knows_its_class_folders_and_the_empty_ones(classes: Path) -> N
 
 def test_a_part_of_a_set_is_spread_evenly_and_says_so(classes: Path) -> None:
     images = image_set(classes).labelled([3, 1, 0, 2], "by hand")
-    assert images.labels is not None
-    assert images.labels.tolist() == [3, 1, 0, 2]
     part = images.first(2)
-    assert part.labels is not None
-    assert part.labels.tolist() == [3, 2]
+    assert [item.label for item in (*images.items, *part.items)] == [3, 1, 0, 2, 3, 2]
     assert part.description == f"4 images of '{classes}', by hand; 2 of 4, evenly spread"
     assert images.first(9) is images
 
@@ -130,19 +116,28 @@ def test_the_digest_of_a_dataset_holds_names_contents_and_labels(
     classes: Path, tmp_path: Path
 ) -> None:
     images = image_set(classes)
+    content = (classes / "cat" / "a.png").read_bytes()
+    assert images.items[0].digest == hashlib.sha256(content).hexdigest()
+    with pytest.raises(ImageError, match="gone' cannot be read: No such file"):
+        _ = ImageItem("gone", tmp_path / "gone").digest
     whole = dataset_digest(images)
     copy = Path(shutil.copytree(classes, tmp_path / "elsewhere"))
     assert dataset_digest(image_set(copy)) == whole
     assert dataset_digest(images.take([3, 1, 0, 2])) == whole
-    assert dataset_digest(images.take([0, 1, 2])) != whole
-    labelled = dataset_digest(images.labelled([0, 0, 1, 1], "by hand"))
-    assert labelled not in {whole, dataset_digest(images.labelled([0, 0, 1, 0], "by hand"))}
+    others = [
+        dataset_digest(changed)
+        for changed in (
+            images.take([0, 1, 2]),
+            images.labelled([0, 0, 1, 1], "by hand"),
+            images.labelled([0, 0, 1, 0], "by hand"),
+        )
+    ]
     (copy / "cat" / "b.png").rename(copy / "cat" / "z.png")
-    renamed = dataset_digest(image_set(copy))
-    assert renamed != whole
+    others.append(dataset_digest(image_set(copy)))
     (copy / "cat" / "z.png").rename(copy / "cat" / "b.png")
     Image.new("L", (4, 4), 99).save(copy / "cat" / "b.png")
-    assert dataset_digest(image_set(copy)) not in {whole, renamed}
+    others.append(dataset_digest(image_set(copy)))
+    assert len({whole, *others}) == 6
 
 
 # --- arrays ----------------------------------------------------------------------------------
@@ -170,18 +165,27 @@ def test_arrays_are_images_with_or_without_labels(values: Any, tmp_path: Path) -
     assert saved(tmp_path, anything=values).labels is None
 
 
+THREE = np.zeros((3, 4, 4), np.uint8)
+
+
 @each(
     ("arrays", "message"),
     [
         ({"images": np.zeros((4, 5))}, "the images are float64 of shape (4, 5)"),
-        (
-            {"a": np.zeros(3), "b": np.zeros(3)},
-            "it has no array called 'images' (it has: a, b)",
-        ),
-        ({"images": np.zeros((0, 4, 4), np.uint8)}, "the images are uint8 of shape (0, 4, 4)"),
+        ({"a": THREE, "b": THREE}, "it has no array called 'images' (it has: a, b)"),
+        ({"images": THREE[:0]}, "the images are uint8 of shape (0, 4, 4)"),
         (
             {"images": np.full((1, 3, 4, 4), np.nan, np.float32)},
             "the images are float32 of shape (1, 3, 4, 4), not all finite",
+        ),
+        ({"images": np.array([None])}, "Object arrays cannot be loaded when allow_pickle=False"),
+        *(
+            (
+                {"images": THREE, "labels": labels},
+                f"the labels are {labels.dtype} of shape {labels.shape}, not 3 whole numbers "
+                "from 0",
+            )
+            for labels in map(np.array, ([0, 0], [[0], [0], [0]], [0.0] * 3, [0, -1, 2], [*"abc"]))
         ),
     ],
 )
@@ -194,26 +198,106 @@ def test_other_arrays_are_refused(arrays: dict[str, Any], message: str, tmp_path
     assert refused.value.remedy.startswith("Save it with np.savez(path, images=array")
 
 
-@each(
-    ("labels", "least"),
-    [
-        (np.zeros(2, int), ", from 0"),
-        (np.zeros((3, 1), int), ", from 0"),
-        (np.zeros(3), ""),
-        (np.array([0, -1, 2]), ", from -1"),
-        (np.array(["a", "b", "c"]), ""),
-    ],
-)
-def test_labels_that_are_no_indices_are_refused(labels: Any, least: str, tmp_path: Path) -> None:
-    with pytest.raises(ImageError) as refused:
-        saved(tmp_path, images=np.zeros((3, 4, 4), np.uint8), labels=labels)
-    assert refused.value.message == (
-        f"'{tmp_path}/x.npz' cannot be read as an .npz of images: the labels of its 3 images are "
-        f"{labels.dtype} of shape {labels.shape}{least}."
+def test_what_is_no_archive_or_a_bomb_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    path.write_text("no zip")
+    with pytest.raises(ImageError, match=r"cannot be read as an \.npz of images"):
+        image_set(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", bytes(257 * 2**20))
+    with pytest.raises(ImageError, match="bytes and claims to unpack to 269,484,032"):
+        image_set(path)
+
+
+# --- to calibrate on -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits_folder(tmp_path_factory.mktemp("digits") / "train", "train", 60)
+
+
+def groups(images: ImageSet) -> Counter[str]:
+    return Counter(item.group for item in images.items)
+
+
+def of_shades(*shades: int, group: str = "") -> tuple[ImageItem, ...]:
+    return tuple(
+        ImageItem(f"{group}{number}", np.full((2, 2), shade, np.uint8), group)
+        for number, shade in enumerate(shades)
     )
 
 
-def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.npz").write_text("no zip")
-    with pytest.raises(ImageError, match=r"cannot be read as an \.npz of images"):
-        image_set(tmp_path / "x.npz")
+def test_a_choice_is_balanced_and_follows_its_seed(digits: Path) -> None:
+    images = image_set(digits)
+    chosen = choose(images, 30)
+    assert groups(chosen) == {str(digit): 3 for digit in range(10)}
+    assert chosen.description == f"30 of 60 images of '{digits}'"
+    assert choose(images, 30).items == chosen.items
+    assert choose(images, 30, seed=1).digest != chosen.digest
+    assert [item.name for item in chosen.items] == sorted(item.name for item in chosen.items)
+    few = groups(choose(images, 4))  # spread over random classes
+    assert set(few.values()) == {1}
+    assert list(few) != ["0", "1", "2", "3"]
+    loose = choose(images, 30, balanced=False)
+    assert len(loose) == 30
+    assert set(groups(loose).values()) != {3}
+
+
+def test_a_class_with_few_images_gives_all_and_the_others_fill_up() -> None:
+    items = [of_shades(*range(n, n + 10), group=g) for g, n in (("b", 50), ("c", 90))]
+    images = ImageSet((*of_shades(0, 1, group="a"), *items[0], *items[1]), "22 images")
+    assert groups(choose(images, 12)) == {"a": 2, "b": 5, "c": 5}
+
+
+def test_the_split_keeps_every_class_and_shares_no_image(digits: Path, tmp_path: Path) -> None:
+    chosen = choose(image_set(digits), 50)
+    kept, aside = split(chosen, 0.2)
+    assert (len(kept), len(aside)) == (40, 10)
+    assert groups(aside) == {str(digit): 1 for digit in range(10)}
+    assert aside.description == f"10 held-out images of 50 of 60 images of '{digits}'"
+    assert split(chosen, 0.2)[1].items == aside.items
+    refuse_overlap(kept, aside)
+    copied = Path(shutil.copytree(digits, tmp_path / "copied"))
+    for path in sorted(copied.rglob("*.png")):  # no copy of a held-out image is calibrated on
+        shutil.copy(path, path.with_name(f"copy of {path.name}"))
+    kept, aside = split(image_set(copied), 0.2)
+    assert len(aside) == 24
+    assert len(kept) < 96
+    refuse_overlap(kept, aside)
+
+
+def test_too_few_different_images_are_refused() -> None:
+    with pytest.raises(ImageError, match=r"1 image\(s\) are too few to calibrate on\."):
+        choose(ImageSet(of_shades(1), "one"), 30)
+    for shades in ([1], [5, 5, 5]):
+        with pytest.raises(ImageError) as refused:
+            split(ImageSet(of_shades(*shades), "some images"), 0.2)
+        assert refused.value.message == (
+            f"{len(shades)} image(s) cannot be split into two parts: too few of them are different."
+        )
+
+
+def test_the_same_image_in_both_sets_is_an_error(digits: Path, tmp_path: Path) -> None:
+    first = sorted(digits.rglob("*.png"))[0]
+    shutil.copy(first, tmp_path / "renamed.png")
+    Image.new("L", (8, 8), 77).save(tmp_path / "other.png")
+    with pytest.raises(ImageError) as caught:
+        refuse_overlap(image_set(digits), image_set(tmp_path))
+    assert caught.value.message == (
+        "1 calibration image(s) are also evaluation images, byte for byte: "
+        f"{first} and {tmp_path / 'renamed.png'}."
+    )
+
+
+def test_the_digits_know_their_classes_and_noise_that_it_is_noise() -> None:
+    train, heldout = digits_set("train"), digits_set("heldout")
+    assert (len(train), len(heldout)) == (1437, 360)
+    assert [str(item.label) for item in train.items] == [item.group for item in train.items]
+    refuse_overlap(train, heldout)
+    preprocessing = Preprocessing(32, (0.5,) * 5, (0.5,) * 5, "bicubic", 1.0, "a test")
+    noise = noise_set(4, preprocessing)
+    assert (noise.noise, noise.description) == (True, "4 samples of NOISE, no images")
+    assert all(np.asarray(item.data).shape == (5, 32, 32) for item in noise.items)
+    assert noise.digest == noise_set(4, preprocessing).digest
+    assert noise.digest != noise_set(4, preprocessing, seed=1).digest

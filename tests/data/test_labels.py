@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from timm.data.readers.class_map import load_class_map  # noqa: F401 - timm is here
+from timm.data.imagenet_info import ImageNetInfo
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils.misc import natural_key as timm_natural_key
 from torchvision.datasets import ImageFolder
 
 from tests.each import each
 from van_deploy.data.items import ImageSet, image_set
-from van_deploy.data.labels import labelled_images, natural_key, with_labels_if_known
+from van_deploy.data.labels import labelled_images, natural_key
 from van_deploy.data.words import class_names_from_file
 from van_deploy.errors import ImageError, InputError, UsageError
 
@@ -58,62 +58,57 @@ def how(images: ImageSet) -> str:
 # --- class folders by name -------------------------------------------------------------------
 
 
-def test_exact_names_go_before_folded_ones(make: Make) -> None:
-    names = ["A", "a", "B", "b_c", "b c", "B-C", "+", "-", "_", "="]
-    images = labelled_images(make(*names), 10, names)
-    assert by_folder(images) == {name: index for index, name in enumerate(names)}
+EXACT = ("A", "a", "B", "b_c", "b c", "B-C", "+", "-", "_", "=")
+
+
+@each(
+    ("folders", "names"),
+    [
+        (EXACT, EXACT),  # before those that differ in case, blanks or hyphens
+        (("Great_White-shark", "b"), ("great white  shark", "b")),
+        (("TENCH", "b"), ("tench, Tinca tinca", "b")),
+        (("tench", "b"), ("tench, Tinca tinca", "b")),
+        (("u\u0308ber", "b"), ("\u00fcber", "b")),  # macOS writes decomposed Unicode
+        (("\uff21\uff22", "b"), ("AB", "b")),  # full-width letters
+        (("stra\u00dfe", "b"), ("STRASSE", "b")),
+        (("hot dog", "b"), (" hot dog", "b")),
+    ],
+)
+def test_folders_are_found_by_name(folders: Sequence[str], names: list[str], make: Make) -> None:
+    images = labelled_images(make(*folders), len(names), names)
+    assert by_folder(images) == {folder: index for index, folder in enumerate(folders)}
     assert how(images) == "class folders by class name"
 
 
 @each(
-    ("folder", "name"),
+    ("folders", "names", "message"),
     [
-        ("Great_White-shark", "great white  shark"),
-        ("TENCH", "tench, Tinca tinca"),
-        ("tench", "tench, Tinca tinca"),
-        ("u\u0308ber", "\u00fcber"),  # macOS writes file names in decomposed Unicode
-        ("\uff21\uff22", "AB"),  # full-width letters
-        ("stra\u00dfe", "STRASSE"),
-        ("hot dog", " hot dog"),
+        (
+            ("Crane", "dog"),
+            ["crane", "CRANE", "dog"],
+            "1 of the 2 folders in '{}' do not name one of the network's 3 classes: Crane.",
+        ),  # a form that two names share names neither
+        (
+            ("cat", "dgo"),
+            ["cat", "dog"],
+            "1 of the 2 folders in '{}' do not name one of the network's 2 classes: dgo.",
+        ),
+        (
+            ("x", "y"),
+            ["cat", "dog"],
+            "2 of the 2 folders in '{}' do not name one of the network's 2 classes: x, y.",
+        ),
+        (("a", "A", "b"), ["a", "b"], "The folders 'A' and 'a' are both class 0."),
+        (("a", "b", "stray.png"), None, "Nothing says which class '{}/stray.png' belongs to."),
     ],
 )
-def test_a_name_is_found_in_another_form(folder: str, name: str, make: Make) -> None:
-    images = labelled_images(make(folder, "other"), 2, [name, "other"])
-    assert by_folder(images) == {folder: 0, "other": 1}
-
-
-def test_a_form_that_two_names_share_names_neither(make: Make) -> None:
+def test_folders_that_are_no_classes_are_refused(
+    folders: Sequence[str], names: list[str] | None, message: str, make: Make
+) -> None:
+    root = make(*folders)
     with pytest.raises(ImageError) as refused:
-        labelled_images(make("Crane", "dog"), 3, ["crane", "CRANE", "dog"])
-    assert refused.value.message.startswith("1 of the 2 folders in '")
-    assert refused.value.message.endswith("' do not name one of the network's 3 classes: Crane.")
-
-
-def test_two_folders_of_one_class_are_refused(make: Make) -> None:
-    with pytest.raises(ImageError) as refused:
-        labelled_images(make("a", "A", "b"), 2, ["a", "b"])
-    assert refused.value.message == "The folders 'A' and 'a' are both class 0."
-
-
-def test_a_folder_that_is_no_class_is_refused_even_if_the_count_fits(make: Make) -> None:
-    root = make("cat", "dgo")
-    with pytest.raises(ImageError) as refused:
-        labelled_images(root, 2, ["cat", "dog"])
-    assert refused.value.message == (
-        f"1 of the 2 folders in '{root}' do not name one of the network's 2 classes: dgo."
-    )
-    with pytest.raises(ImageError, match="2 of the 2 folders"):  # names are known, these are not
-        labelled_images(make("x", "y", folder="others"), 2, ["cat", "dog"])
-
-
-def test_names_that_are_numbers_are_names_first(make: Make) -> None:
-    """What ``class_to_idx`` of an ImageFolder says of folders 0 to 11."""
-    names = sorted(str(number) for number in range(12))
-    images = labelled_images(make(*names), 12, names)
-    assert by_folder(images) == {name: index for index, name in enumerate(names)}
-
-
-# --- WordNet ids -----------------------------------------------------------------------------
+        labelled_images(root, len(names or folders), names)
+    assert refused.value.message == message.format(root)
 
 
 def test_wordnet_ids_name_imagenets_classes_in_folders_and_files(make: Make) -> None:
@@ -122,24 +117,17 @@ def test_wordnet_ids_name_imagenets_classes_in_folders_and_files(make: Make) -> 
     files = labelled_images(make("n02123045_tabby.png", "n01440764_1.png", folder="flat"), 1000)
     assert by_file(files) == {"n01440764_1.png": 0, "n02123045_tabby.png": 281}
     assert how(files) == "WordNet ids in the files' names"
-
-
-def test_wordnet_ids_mean_nothing_to_another_network_of_1000_classes(make: Make) -> None:
-    root = make("n01440764", "n02123045")
-    names = [f"plankton {number}" for number in range(1000)]
-    with pytest.raises(ImageError, match="2 of the 2 folders"):
-        labelled_images(root, 1000, names)
-    imagenet = ["tench, Tinca tinca", *map(str, range(999))]
-    with pytest.raises(ImageError, match="2 of the 2 folders"):
-        labelled_images(root, 1000, imagenet)
-
-
-def test_imagenets_own_names_keep_its_wordnet_ids(make: Make) -> None:
-    from timm.data.imagenet_info import ImageNetInfo
-
     names = [text.split(",")[0].upper() for text in ImageNetInfo().label_descriptions()]
     images = labelled_images(make("n01440764", "tabby"), 1000, names)
     assert by_folder(images) == {"n01440764": 0, "tabby": 281}
+
+
+@each("first", ["plankton", "tench, Tinca tinca"])
+def test_wordnet_ids_mean_nothing_to_another_network_of_1000_classes(
+    first: str, make: Make
+) -> None:
+    with pytest.raises(ImageError, match="2 of the 2 folders"):
+        labelled_images(make("n01440764", "n02123045"), 1000, [first, *map(str, range(999))])
 
 
 # --- the order of class folders --------------------------------------------------------------
@@ -164,14 +152,27 @@ def test_the_orders_are_torchvisions_and_timms(names: list[str], make: Make) -> 
     assert all(natural_key(name) == timm_natural_key(name) for name in names)
 
 
-@each("names", FOLDERS.values())
-def test_orders_that_differ_are_shown_and_not_guessed(names: list[str], make: Make) -> None:
-    with pytest.raises(ImageError) as refused:
-        labelled_images(make(*names), len(names))
-    assert "nothing says in which order the network has them" in refused.value.message
-    assert "\n  strings: " in refused.value.message
-    orders = "index or strings" if "0" in names else "strings or natural"
+@each(
+    ("names", "classes", "orders"),
+    [
+        *((n, len(n), "strings or natural") for k, n in FOLDERS.items() if k != "numbers"),
+        (FOLDERS["numbers"], 12, "index or strings"),
+        (["1", "2", "3"], 10, "index or strings or natural"),  # 1 is the first of 1..10, or index 1
+        ([str(n) for n in range(1, 10)], 10, "index or strings or natural"),
+        (["0", "5", "11"], 12, "index or strings"),
+        (["01", "02"], 10, "index or strings"),
+        (["1", "3", "10"], 10, "strings or natural"),  # 10 is no index: they count from 1
+    ],
+)
+def test_orders_that_differ_are_named_and_not_guessed(
+    names: list[str], classes: int, orders: str, make: Make
+) -> None:
+    root = make(*names)
+    with pytest.raises(ImageError, match="nothing says in which order the network") as refused:
+        labelled_images(root, classes)
     assert refused.value.remedy.startswith(f"Give --class-order {orders}, ")
+    for order in orders.split(" or "):
+        labelled_images(root, classes, class_order=order)
 
 
 def test_the_refusal_shows_both_readings_whole(make: Make) -> None:
@@ -220,41 +221,30 @@ def test_where_all_orders_agree_nothing_is_asked(names: list[str], said: str, ma
 
 
 @each(
-    ("names", "classes", "orders"),
+    ("names", "empty", "labels"),
     [
-        (["1", "2", "3"], 10, "index or strings or natural"),  # 1 is the first of 1..10, or index 1
-        ([str(n) for n in range(1, 10)], 10, "index or strings or natural"),
-        (["0", "5", "11"], 12, "index or strings"),
-        (["01", "02"], 10, "index or strings"),
-        (["1", "3", "10"], 10, "strings or natural"),  # 10 is no index: they count from 1
+        (list("12345678"), ["9"], {str(number): number - 1 for number in range(1, 9)}),
+        (["b", "c"], ["a", ".git"], {"b": 1, "c": 2}),  # of three classes
+        (["b", "c"], ["a", "d"], None),
+        (["0", "1", "2"], [], {"0": 0, "1": 1, "2": 2}),
     ],
 )
-def test_numbers_of_an_incomplete_set_are_not_guessed(
-    names: list[str], classes: int, orders: str, make: Make
+def test_an_empty_folder_for_a_class_without_images_decides(
+    names: list[str], empty: list[str], labels: dict[str, int] | None, make: Make
 ) -> None:
-    with pytest.raises(ImageError, match="are not known: nothing says") as refused:
-        labelled_images(make(*names), classes)
-    for order in orders.split(" or "):
-        assert order in refused.value.remedy
-        labelled_images(make(*names), classes, class_order=order)
-
-
-def test_an_empty_folder_for_a_class_without_images_decides(make: Make) -> None:
-    from_one = [f"{number}" for number in range(1, 10)]
-    images = labelled_images(make(*from_one[:8], empty=["9"]), 9)
-    assert by_folder(images) == {str(number): number - 1 for number in range(1, 9)}
-    images = labelled_images(make("b", "c", folder="letters", empty=["a", ".git"]), 3)
-    assert by_folder(images) == {"b": 1, "c": 2}
-
-
-def test_an_empty_folder_that_is_no_class_does_not_count(make: Make) -> None:
-    images = labelled_images(make("b", "c", empty=["a"]), 2)
-    assert by_folder(images) == {"b": 0, "c": 1}
+    root, shown = make(*names, empty=empty), [name for name in empty if name[0] != "."]
+    if labels is None:  # one folder too many: those with images are the classes
+        assert by_folder(labelled_images(root, len(names))) == {"b": 0, "c": 1}
+    else:
+        assert by_folder(labelled_images(root, len(names) + len(shown))) == labels
 
 
 def test_numbers_are_numbers_even_if_the_classes_have_names(make: Make) -> None:
     images = labelled_images(make("0", "1", "2"), 3, ["cat", "dog", "emu"])
     assert by_folder(images) == {"0": 0, "1": 1, "2": 2}
+    names = sorted(str(number) for number in range(12))  # of an ImageFolder's ``class_to_idx``
+    images = labelled_images(make(*names, folder="twelve"), 12, names)
+    assert by_folder(images) == {name: index for index, name in enumerate(names)}
     with pytest.raises(ImageError, match="are not known: nothing says"):
         labelled_images(make(*map(str, range(11)), folder="eleven"), 11, list("abcdefghijk"))
 
@@ -271,25 +261,10 @@ def test_an_order_that_does_not_fit_is_refused(order: str, make: Make) -> None:
     assert "an empty folder for a class without images counts" in refused.value.remedy
 
 
-def test_an_unknown_order_is_refused(make: Make) -> None:
-    with pytest.raises(UsageError) as refused:
-        labelled_images(make("x"), 3, class_order="random")
-    assert str(refused.value) == (
-        "There is no class order 'random'.\nKnown: strings, natural, index, names."
-    )
-
-
 def test_one_logit_has_two_answers(make: Make) -> None:
     images = labelled_images(make("bad", "good"), 1)
     assert by_folder(images) == {"bad": 0, "good": 1}
     assert by_folder(labelled_images(make("0", "1", folder="numbers"), 1)) == {"0": 0, "1": 1}
-
-
-def test_images_beside_class_folders_are_named(make: Make) -> None:
-    root = make("a", "b", "stray.png")
-    with pytest.raises(ImageError) as refused:
-        labelled_images(root, 2)
-    assert refused.value.message == f"Nothing says which class '{root}/stray.png' belongs to."
 
 
 # --- labels files ----------------------------------------------------------------------------
@@ -338,33 +313,28 @@ def test_labels_are_read_as_people_write_them(text: str, encoding: str, flat: Pa
     assert how(images) == f"labels from '{flat.parent}/labels.txt'"
 
 
-def test_a_file_that_contradicts_itself_is_refused_with_both_lines(flat: Path) -> None:
+@each(
+    ("text", "message"),
+    [
+        (
+            "file label\na.png 2\nb c.png 0\n\nd, e.png 1\na 0\n",
+            "'{}' contradicts itself about 'a.png': '2' in line 2, '0' in line 6.",
+        ),
+        (
+            "a.png 2\nb c.png 3\nd, e.png 1\n",
+            "'3' in line 2 of '{}' is no class of this network (it has 3, 0 to 2).",
+        ),
+        ("a.png 2\n", "'{}' (1 lines) has no label for 2 of the 3 images, the first: 'b c.png'."),
+        ("2\n1\n", "'{}' (2 lines) has no label for 3 of the 3 images, the first: 'a.png'."),
+        (b"a.png 1\nb\xe9.png 2\n", "The labels '{}' cannot be read: line 2 is not UTF-8."),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_with_its_lines(
+    text: str | bytes, message: str, flat: Path
+) -> None:
     with pytest.raises(InputError) as refused:
-        labelled_by(flat, "file label\na.png 2\nb c.png 0\n\nd, e.png 1\na 0\n")
-    assert str(refused.value) == (
-        f"'{flat.parent}/labels.txt' contradicts itself about 'a.png': '2' in line 2, '0' in "
-        "line 6.\nTake the wrong line out."
-    )
-
-
-def test_a_label_that_is_no_class_is_refused_with_its_line(flat: Path) -> None:
-    with pytest.raises(InputError) as refused:
-        labelled_by(flat, "a.png 2\nb c.png 3\nd, e.png 1\n")
-    assert refused.value.message == (
-        f"'3' in line 2 of '{flat.parent}/labels.txt' is no class of this network "
-        "(it has 3, 0 to 2)."
-    )
-
-
-def test_images_without_a_label_are_counted_and_named(flat: Path) -> None:
-    with pytest.raises(InputError) as refused:
-        labelled_by(flat, "a.png 2\n")
-    assert refused.value.message == (
-        f"'{flat.parent}/labels.txt' (1 lines) has no label for 2 of the 3 images, the first: "
-        "'b c.png'."
-    )
-    with pytest.raises(InputError, match=r"\(2 lines\) has no label for 3 of the 3 images"):
-        labelled_by(flat, "2\n1\n")
+        labelled_by(flat, text)
+    assert refused.value.message == message.format(flat.parent / "labels.txt")
 
 
 def test_a_name_that_several_images_have_labels_none_of_them(make: Make) -> None:
@@ -407,24 +377,6 @@ def test_an_order_of_folders_says_nothing_of_a_file(order: str, flat: Path) -> N
     )
 
 
-@each(
-    ("content", "reason"),
-    [
-        (None, "No such file or directory"),
-        (b"a.png 1\nb\xe9.png 2\n", "line 2 is not UTF-8"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_refused(
-    content: bytes | None, reason: str, flat: Path
-) -> None:
-    file = flat.parent / "labels.csv"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(InputError) as refused:
-        labelled_images(flat, 3, labels_file=file)
-    assert refused.value.message == f"The labels '{file}' cannot be read: {reason}."
-
-
 def test_class_names_are_read_with_a_mark_and_counted(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_text("the first\n second, or other \n\nthird\n", encoding="utf-8-sig")
@@ -432,6 +384,8 @@ def test_class_names_are_read_with_a_mark_and_counted(tmp_path: Path) -> None:
     with pytest.raises(InputError) as refused:
         class_names_from_file(file, 4)
     assert refused.value.message == f"'{file}' has 3 class names; the network has 4 classes."
+    with pytest.raises(InputError, match="gone' cannot be read: No such file"):
+        class_names_from_file(tmp_path / "gone", 4)
 
 
 # --- files found beside the images -----------------------------------------------------------
@@ -481,17 +435,14 @@ def test_a_file_that_does_not_fit_every_image_is_not_used_and_said(make: Make) -
 
 def test_a_file_that_fits_decides_an_order_that_nothing_else_does(make: Make) -> None:
     root = make("class2", "class10")
-    (root / "val.txt").write_text("class2/x.png 1\nclass10/x.png 0\n")
+    text = "class2/x.png 1\nclass10/x.png 0\n"
+    (root.parent / "val.txt").write_text(text)  # above class folders nothing is asked
+    with pytest.raises(ImageError, match="are not known: nothing says"):
+        labelled_images(root, 2)
+    (root / "val.txt").write_text(text)
     assert by_folder(labelled_images(root, 2)) == {"class2": 1, "class10": 0}
     asked = labelled_images(root, 2, class_order="natural")
     assert by_folder(asked) == {"class2": 0, "class10": 1}
-
-
-def test_a_file_above_class_folders_is_not_asked_even_if_it_fits(make: Make) -> None:
-    root = make("class2", "class10")
-    (root.parent / "val.txt").write_text("class2/x.png 1\nclass10/x.png 0\n")
-    with pytest.raises(ImageError, match="are not known: nothing says"):
-        labelled_images(root, 2)
 
 
 # --- arrays, and commands that can do without ------------------------------------------------
@@ -508,17 +459,6 @@ def test_labels_in_an_archive_are_indices(tmp_path: Path) -> None:
         f"Label 11 of the 12 images of '{tmp_path}/x.npz' is no class of this network (it has "
         "11, 0 to 10)."
     )
-
-
-def test_a_command_that_can_do_without_labels_is_told_why_there_are_none(make: Make) -> None:
-    known, why = with_labels_if_known(image_set(make("cat", "dog")), 2, ["dog", "cat"])
-    assert (by_folder(known), why) == ({"cat": 1, "dog": 0}, "")
-    numbers = image_set(make(*map(str, range(12)), folder="numbers"))
-    unknown, why = with_labels_if_known(numbers, 12)
-    assert unknown.labels is None
-    assert "nothing says in which order" in why
-    asked, _ = with_labels_if_known(numbers, 12, class_order="natural")
-    assert by_folder(asked) == {str(number): number for number in range(12)}
 
 
 def test_an_ambiguous_order_is_resolved_before_a_part_is_chosen(make: Make) -> None:

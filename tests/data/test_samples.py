@@ -24,10 +24,6 @@ def for_channels(channels: int = 3, side: int = 32) -> Preprocessing:
     return Preprocessing(side, (0.5,) * channels, (0.25,) * channels, "bilinear", 1.0, "a test")
 
 
-def has_no_package(_name: str) -> None:
-    """Answer as ``importlib.util.find_spec`` where nothing is installed."""
-
-
 def spectral_slope(image: Any) -> float:
     """Return the exponent of an image's power spectrum over spatial frequency."""
     grey = np.asarray(image, dtype=np.float64).mean(axis=2)
@@ -45,13 +41,12 @@ def spectral_slope(image: Any) -> float:
 # --- samples ---------------------------------------------------------------------------------
 
 
-def test_photographs_of_installed_packages_are_used() -> None:
+def test_photographs_of_installed_packages_are_used_and_have_their_spectrum() -> None:
     if not any(map(importlib.util.find_spec, ("skimage", "sklearn"))):
         pytest.skip("neither scikit-image nor scikit-learn is installed")
     samples = sample_set()
     names = [item.name for item in samples.items]
-    described = f"{len(names)} natural photographs: {', '.join(names)}"
-    assert samples.description == described
+    assert samples.description == f"{len(names)} natural photographs: {', '.join(names)}"
     images = [opened(item) for item in samples.items]
     assert all(image is not None and min(image.size) > 256 for image in images)
     assert all(spectral_slope(image) < -1.5 for image in images)
@@ -60,34 +55,24 @@ def test_photographs_of_installed_packages_are_used() -> None:
 def test_without_those_packages_the_images_are_synthetic_and_say_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", has_no_package)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     samples = sample_set()
     assert samples.description == (
         "8 synthetic dead-leaves images (not photographs: "
         "neither scikit-image nor scikit-learn is installed)"
     )
     assert len({item.digest for item in samples.items}) == 8
+    assert sample_set("van_digits").description == "360 held-out images of handwritten digits"
 
 
-def test_the_embedded_network_gets_digits_it_was_not_trained_on() -> None:
-    assert sample_set("van_digits").description == ("360 held-out images of handwritten digits")
-
-
-def test_dead_leaves_have_the_spectrum_of_photographs_and_noise_has_not() -> None:
+def test_dead_leaves_have_the_spectrum_of_photographs_follow_their_seed_and_any_channels() -> None:
     slopes = [spectral_slope(dead_leaves_image(seed, 320)) for seed in (1, 2)]
     assert all(-2.7 < slope < -1.5 for slope in slopes), slopes
-    noise = np.random.default_rng(0).integers(0, 256, (320, 320, 3))
-    assert abs(spectral_slope(noise)) < 0.3
-
-
-def test_dead_leaves_follow_their_seed_and_have_any_number_of_channels() -> None:
-    once = dead_leaves_image(3, 96, leaves=200)
-    assert once.shape == (96, 96, 3)
-    assert once.dtype == np.uint8
-    assert np.array_equal(once, dead_leaves_image(3, 96, leaves=200))
-    assert not np.array_equal(once, dead_leaves_image(4, 96, leaves=200))
+    once, other, again = (dead_leaves_image(seed, 96, leaves=200) for seed in (3, 4, 3))
+    assert (once.shape, str(once.dtype)) == ((96, 96, 3), "uint8")
+    assert np.array_equal(once, again)
+    assert not np.array_equal(once, other)
     many = dead_leaves_image(3, 64, 13, leaves=200)
-    assert many.shape == (64, 64, 13)
     assert len({many[..., channel].tobytes() for channel in range(13)}) == 13
 
 
@@ -128,7 +113,7 @@ def test_the_same_arguments_give_the_same_inputs(two: Path) -> None:
     assert not np.array_equal(checked.inputs, other)
 
 
-def test_many_images_are_spread_over_their_folder(tmp_path: Path) -> None:
+def test_many_images_are_spread_over_their_folder_and_none_is_taken_twice(tmp_path: Path) -> None:
     for number in range(40):
         path = tmp_path / f"{number // 10}" / f"{number:02d}.png"
         path.parent.mkdir(exist_ok=True)
@@ -136,12 +121,10 @@ def test_many_images_are_spread_over_their_folder(tmp_path: Path) -> None:
     checked = check_images("", for_channels(1), 4, tmp_path)
     assert checked.names == ("0/00.png", "1/13.png", "2/26.png", "3/39.png")
     assert checked.description == f"4 of 40 images of '{tmp_path}'"
-
-
-def test_the_same_image_twice_tells_nothing(tmp_path: Path) -> None:
-    for number, shade in enumerate((9, 9, 9, 77)):
-        Image.new("L", (32, 32), shade).save(tmp_path / f"{number}.png")
-    assert check_images("", for_channels(1), 2, tmp_path).names == ("0.png", "3.png")
+    values = [np.full((32, 32), shade, np.uint8) for shade in (9, 9, 9, 77)]
+    items = tuple(ImageItem(str(number), value) for number, value in enumerate(values))
+    twice = check_images("", for_channels(1), 2, ImageSet(items, "4 images"))
+    assert twice.names == ("0", "3")
 
 
 def test_parts_differ_in_size_and_half_are_mirrored() -> None:
@@ -184,13 +167,6 @@ def test_arrays_of_the_users_are_taken_whole_and_then_shifted(values: Any, tmp_p
     assert (checked.pixels is None) == (values.dtype == np.float32)
 
 
-def test_pixels_and_network_input_cannot_be_mixed_up() -> None:
-    """A float array for a network that resizes is refused, not resized."""
-    images = ImageSet((ImageItem("image 0", np.zeros((3, 48, 48), np.float32)),), "1 images")
-    with pytest.raises(UsageError, match=r"an array of shape \(3, 48, 48\); the network takes"):
-        check_images("", for_channels(), 1, images)
-
-
 def test_images_that_cannot_be_made_are_refused(two: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="0 images to check on make no sense"):
         check_images("", for_channels(), 0, two)
@@ -210,7 +186,10 @@ def test_images_that_cannot_be_made_are_refused(two: Path, tmp_path: Path) -> No
     )
 
 
-def test_a_folder_of_images_is_no_input_of_a_network_of_other_channels(two: Path) -> None:
+def test_arrays_and_folders_that_do_not_fit_are_refused(two: Path) -> None:
+    images = ImageSet((ImageItem("image 0", np.zeros((3, 48, 48), np.float32)),), "1 images")
+    with pytest.raises(UsageError, match=r"an array of shape \(3, 48, 48\); the network takes"):
+        check_images("", for_channels(), 1, images)  # a float array is not resized
     with pytest.raises(UsageError) as refused:
         check_images("", for_channels(2), 4, two)
     assert str(refused.value) == (

@@ -187,11 +187,9 @@ class TestOnThisCpu:
                 for batch in (1, 3, 8):
                     found = compare(expected[:batch], runner.run(images[:batch]))
                     assert found.sqnr_db >= floor, (precision, batch)
-                with pytest.raises(
-                    InputError, match="does not serve a batch of 9; it takes 1 to 8"
-                ):
+                with pytest.raises(InputError, match="does not serve a batch of 9"):
                     runner.run(images)
-                with pytest.raises(UsageError, match="is for the CPU"):
+                with pytest.raises(UsageError, match="runs on no GPU"):
                     runner.resident(images[:1])
             with Network(bundle, names[precision]) as network:  # which splits what is too large
                 assert next(iter(network.run(images).values())).shape[0] == 9

@@ -14,14 +14,12 @@ import pytest
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions, BuildSettings
-from van_deploy.engine.backend import choose_backend
+from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.host import host_here
 from van_deploy.engine.inductor import build_package, packages_asked
 from van_deploy.errors import MissingDependency
 from van_deploy.runners.base import CudaOptions
-
-__all__ = ["CASES", "Case", "Digits", "params"]
 
 BATCHES = BatchRange(1, 4, 8)
 
@@ -66,22 +64,31 @@ class Case:
 def _torch(mode: str, precision: str = "fp32", device: str = "cuda:0") -> Callable[[Bundle], Any]:
     def opened(bundle: Bundle) -> Any:
         from van_deploy.runners.original import original_network
-        from van_deploy.runners.pytorch_modes import TorchModeRunner
+        from van_deploy.runners.pytorch import TorchRunner
 
-        return TorchModeRunner(original_network(bundle).model, mode, device, precision)
+        return TorchRunner(original_network(bundle).model, mode, device, precision)
 
     return opened
 
 
+def need_cuda_provider() -> None:
+    """Skip the test where ONNX Runtime has no CUDA."""
+    from van_deploy.runners.onnxruntime import require_onnxruntime
+    from van_deploy.runners.onnxruntime_cuda import CUDA
+
+    ort = require_onnxruntime()
+    if CUDA not in ort.get_available_providers():
+        pytest.skip(f"ONNX Runtime {ort.__version__} has no {CUDA}")
+
+
 def _ort(artefact: str, options: CudaOptions | None = None) -> Callable[[Bundle], Any]:
     def opened(bundle: Bundle) -> Any:
-        from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, require_onnxruntime
+        from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-        name = "ort-cpu" if options is None else "ort-cuda"
-        ort = require_onnxruntime()
-        if options is not None and CUDA not in ort.get_available_providers():
-            pytest.skip(f"ONNX Runtime {ort.__version__} has no {CUDA}")
-        return OnnxRuntimeRunner(bundle.verified(artefact), name=name, cuda=options)
+        if options is None:
+            return OnnxRuntimeRunner(bundle.verified(artefact))
+        need_cuda_provider()
+        return OnnxRuntimeRunner(bundle.verified(artefact), name="ort-cuda", cuda=options)
 
     return opened
 
@@ -103,19 +110,25 @@ def _inductor(
 
 
 @lru_cache(None)
-def _plan(folder: Path, artefact: str, onnx: Path, tf32: bool) -> Path:
+def plan_of(
+    folder: Path,
+    artefact: str,
+    onnx: Path,
+    tf32: bool = False,
+    profiles: tuple[BatchRange, ...] = (BatchRange(1, 1, 1), BatchRange(2, 4, 8)),
+) -> tuple[Path, Backend]:
+    """Return a plan for the GPU here and what built it, or skip the test where nothing does."""
     host = host_here()
     try:
         backend = choose_backend("auto", (), host.target)
     except MissingDependency as error:
         pytest.skip(error.message)
-    targets = (host.target,) if backend.builds_for_absent_gpus and host.target else ()
+    named = backend.builds_for_absent_gpus and host.target in RTX_TARGETS
+    targets = (str(host.target),) if named else ()
     plan = folder / f"{artefact}{'-tf32' * tf32}.plan"
-    options = BuildOptions(
-        profiles=(BatchRange(1, 1, 1), BatchRange(2, 4, 8)), targets=targets, tf32=tf32
-    )
+    options = BuildOptions(profiles=profiles, targets=targets, tf32=tf32)
     engine_from_onnx(onnx, plan, backend=backend, options=options, precision=artefact, host=host)
-    return plan
+    return plan, backend
 
 
 def _tensorrt(artefact: str, *, graph: bool, tf32: bool = False) -> Callable[[Bundle], Any]:
@@ -124,7 +137,7 @@ def _tensorrt(artefact: str, *, graph: bool, tf32: bool = False) -> Callable[[Bu
 
         folder = bundle.path.with_name("plans")
         folder.mkdir(exist_ok=True)
-        plan = _plan(folder, artefact, bundle.verified(artefact), tf32)
+        plan, _ = plan_of(folder, artefact, bundle.verified(artefact), tf32)
         return TensorRtRunner(plan, cuda_graph=graph)
 
     return opened
@@ -133,7 +146,7 @@ def _tensorrt(artefact: str, *, graph: bool, tf32: bool = False) -> Callable[[Bu
 # Not cuDNN's exhaustive search: it takes seconds for each batch size.
 TF32 = CudaOptions(cudnn_conv_algo_search="HEURISTIC")
 EXACT = replace(TF32, use_tf32=False)
-NHWC = replace(TF32, prefer_nhwc=True, fuse_conv_bias=True)
+NHWC = replace(TF32, prefer_nhwc=True)
 CASES = (
     Case("torch-eager", "tf32", _torch("eager")),
     Case("torch-fp16", "fp16", _torch("channels-last", "fp16")),
@@ -142,7 +155,8 @@ CASES = (
     Case("ort-cuda-tf32", "tf32", _ort("fp32", TF32)),
     Case("ort-cuda-graph", "fp32", _ort("fp32", replace(EXACT, cuda_graph=True))),
     Case("ort-cuda-fp16", "fp16", _ort("fp16", TF32)),
-    Case("ort-cuda-fp16-nhwc-graph", "fp16", _ort("fp16", replace(NHWC, cuda_graph=True))),
+    Case("ort-cuda-fp16-nhwc", "fp16", _ort("fp16", NHWC)),
+    Case("ort-cuda-fp16-graph", "fp16", _ort("fp16", replace(TF32, cuda_graph=True))),
     Case("ort-cuda-int8", "int8", _ort("int8", TF32)),
     Case("inductor-fp16", "fp16", _inductor("fp16", "cuda:0")),
     Case(
@@ -159,6 +173,7 @@ CASES = (
     Case("tensorrt-int8", "int8", _tensorrt("int8", graph=False)),
     Case("cpu-torch-eager", "fp32", _torch("eager", device="cpu"), gpu=False),
     Case("cpu-torch-bf16", "bf16", _torch("channels-last", "bf16", "cpu"), gpu=False),
+    Case("cpu-torch-compile", "fp32", _torch("compile", device="cpu"), gpu=False, batches=(3,)),
     Case("cpu-ort", "fp32", _ort("fp32"), gpu=False),
     Case("cpu-ort-int8", "int8", _ort("int8"), gpu=False),
     Case("cpu-inductor-bf16", "bf16", _inductor("bf16", "cpu"), gpu=False),
@@ -177,7 +192,7 @@ def params(*starts: str, gpu_only: bool = False) -> list[Any]:
         if (gpu_only and not case.gpu) or not case.name.startswith(starts or ("",)):
             continue
         marks = [pytest.mark.gpu] * case.gpu
-        if not case.gpu and "inductor" in case.name:
+        if not case.gpu and case.name.startswith(("cpu-inductor", "cpu-torch-compile")):
             marks.append(pytest.mark.slow)
         found.append(pytest.param(case, id=case.name, marks=marks))
     return found

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import van_deploy
-from tests.gpu.cases import Digits
+from tests.gpu.cases import Digits, need_cuda_provider, plan_of
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import RTX, RTX_TARGETS, Backend, backend_named
 from van_deploy.engine.build import engine_from_onnx
@@ -57,36 +57,16 @@ def test_a_package_is_built_verified_and_reused(digits: Digits) -> None:
 
 @pytest.mark.gpu
 def test_the_bundle_is_verified_by_onnxruntime_on_the_gpu(digits: Digits) -> None:
-    from van_deploy.runners.onnxruntime import CUDA, require_onnxruntime
-
-    if CUDA not in require_onnxruntime().get_available_providers():
-        pytest.skip(f"no {CUDA} in ONNX Runtime")
+    need_cuda_provider()
     bundle = van_deploy.open_bundle(digits.bundle.path)
     assert bundle.verify(runner="ort-cuda", artefacts=["fp32", "fp16", "int8"]).passed
 
 
 @pytest.fixture(scope="module")
 def plan(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Backend]:
-    """Return a plan of the FP32 graph, without TF32, for the GPU here."""
-    from van_deploy.engine.backend import RTX_TARGETS, choose_backend
-
-    host = host_here()
-    try:
-        backend = choose_backend("auto", (), host.target)
-    except MissingDependency as error:
-        pytest.skip(error.message)
-    targets = (str(host.target),) if host.target in RTX_TARGETS and backend.name == RTX else ()
-    path = tmp_path_factory.mktemp("plan") / "e.plan"
-    options = BuildOptions(profiles=(BatchRange(1, 4, 8),), targets=targets, tf32=False)
-    engine_from_onnx(
-        digits.bundle.verified("fp32"),
-        path,
-        backend=backend,
-        options=options,
-        precision="fp32",
-        host=host,
-    )
-    return path, backend
+    """Return a plan of the FP32 graph, without TF32, for the GPU here, and what built it."""
+    folder, graph = tmp_path_factory.mktemp("plan"), digits.bundle.verified("fp32")
+    return plan_of(folder, "fp32", graph, profiles=(BatchRange(1, 4, 8),))
 
 
 @pytest.mark.gpu
@@ -137,17 +117,3 @@ def test_a_plan_names_pytorchs_modules(plan: tuple[Path, Backend]) -> None:
     found = describe_engine(plan[0])
     assert not found.obstacles
     assert "block1" in " ".join(f"{layer.name} {layer.nodes}" for layer in found.layers)
-
-
-@pytest.mark.gpu
-def test_a_runtime_cache(plan: tuple[Path, Backend], digits: Digits, tmp_path: Path) -> None:
-    path, backend = plan
-    if backend.name != RTX:
-        pytest.skip("TensorRT has no runtime cache")
-    cache = tmp_path / "kernels.cache"
-    answers = []
-    for _ in range(2):
-        with TensorRtRunner(path, runtime_cache=cache) as opened:
-            answers.append(opened.run(digits.images))
-        assert cache.stat().st_size > 0
-    np.testing.assert_array_equal(answers[0], answers[1])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.gpu.cases import Case, Digits, params
+from tests.gpu.cases import Case, Digits, need_cuda_provider, params
 from van_deploy.checks.gates import sqnr_floor
 from van_deploy.errors import ConversionError, InputError, MissingDependency
 from van_deploy.metrics import compare
@@ -97,12 +97,11 @@ def test_onnxruntime_runs_nothing_on_the_cpu(digits: Digits, tmp_path: Path) -> 
     import onnx
     from onnx import TensorProto, helper
 
-    from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, require_onnxruntime
+    need_cuda_provider()
+    from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-    if CUDA not in require_onnxruntime().get_available_providers():
-        pytest.skip(f"no {CUDA} in ONNX Runtime")
     with OnnxRuntimeRunner(digits.bundle.verified("fp32"), name="ort-cuda") as runner:
-        assert runner._session.get_providers()[0] == CUDA
+        assert runner._session.get_providers()[0] == "CUDAExecutionProvider"
     graph = helper.make_graph(
         [helper.make_node("Det", ["x"], ["y"])],  # which CUDA's provider does not have
         "det",
@@ -110,17 +109,15 @@ def test_onnxruntime_runs_nothing_on_the_cpu(digits: Digits, tmp_path: Path) -> 
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
     )
     path = tmp_path / "det.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    opset = helper.make_opsetid("", 17)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
     with pytest.raises(ConversionError, match="would run part of"):
         OnnxRuntimeRunner(path, name="ort-cuda").__enter__()
 
 
 @pytest.mark.gpu
 def test_onnxruntime_starts_cuda_without_torch_in_the_process(digits: Digits) -> None:
-    from van_deploy.runners.onnxruntime import CUDA, require_onnxruntime
-
-    if CUDA not in require_onnxruntime().get_available_providers():
-        pytest.skip(f"no {CUDA} in ONNX Runtime")
+    need_cuda_provider()
     shape = digits.images.shape
     code = f"""
 import sys
@@ -151,7 +148,7 @@ def test_a_gpu_without_room_is_said_to_be_full() -> None:
 @pytest.mark.gpu
 def test_a_gpu_that_is_not_there(digits: Digits) -> None:
     from van_deploy.runners.cuda import require_cuda
-    from van_deploy.runners.pytorch_modes import torch_device
+    from van_deploy.runners.pytorch import torch_device
 
     for ask in (lambda: require_cuda(99), lambda: torch_device("cuda:99")):
         with pytest.raises(MissingDependency, match=r"There is no device cuda:99; CUDA sees \d+"):
@@ -174,10 +171,9 @@ def test_no_gpu_is_visible(digits: Digits) -> None:
 
 @pytest.mark.gpu
 def test_cuda_options_do_not_change_what_is_said(digits: Digits) -> None:
-    from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, require_onnxruntime
+    need_cuda_provider()
+    from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
-    if CUDA not in require_onnxruntime().get_available_providers():
-        pytest.skip(f"no {CUDA} in ONNX Runtime")
     for options in (CudaOptions(), CudaOptions(use_tf32=False)):
         with OnnxRuntimeRunner(
             digits.bundle.verified("fp32"), name="ort-cuda", cuda=options

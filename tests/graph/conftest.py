@@ -1,12 +1,16 @@
-"""Networks that have something to fold."""
+"""The embedded trained network, folded and exported."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from onnx import ModelProto
 from torch import Tensor
 
 from van_deploy.data import check_images
+from van_deploy.graph.export import onnx_from_van
+from van_deploy.graph.fold import fold_van
+from van_deploy.graph.rewritten import RewrittenVan
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
 
@@ -21,3 +25,21 @@ def digits() -> LoadedVan:
 def digit_images(digits: LoadedVan) -> Tensor:
     """Return five held-out digits as the network wants them, ``(5, 3, S, S)``."""
     return torch.from_numpy(check_images(digits.name, digits.preprocessing, 5).inputs)
+
+
+@pytest.fixture(scope="session")
+def folded(digits: LoadedVan, digit_images: Tensor) -> RewrittenVan:
+    """Return the network with every rewrite."""
+    return fold_van(digits.model, digit_images[:1]).model
+
+
+@pytest.fixture(scope="session")
+def graph(digits: LoadedVan, folded: RewrittenVan) -> ModelProto:
+    """Return its graph; not to be changed."""
+    return onnx_from_van(folded, digits.preprocessing.image_size)
+
+
+@pytest.fixture(scope="session")
+def unfolded(digits: LoadedVan) -> ModelProto:
+    """Return the graph of the network as it is; not to be changed."""
+    return onnx_from_van(digits.model, digits.preprocessing.image_size)

@@ -10,6 +10,7 @@ from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from tests.each import each
 from tests.kernels.compiled import compiled
 from van_deploy.errors import UsageError
 from van_deploy.kernels import plain, steps
@@ -43,100 +44,88 @@ def test_launches_and_bytes_of_van_b0(van_b0: FusedVan) -> None:
     assert sum(one.bytes for one in made) / 128e6 == pytest.approx(55.6, abs=0.1)
 
 
-class TestTiles:
-    def test_tuned_tile_of_the_nearest_number_of_pixels(self) -> None:
-        tiles = {"layer_norm/32/p12": {"BLOCK_M": 8}, "layer_norm/32/p19": {"BLOCK_M": 64}}
-        assert nearest(tiles, "layer_norm/32/p14") == {"BLOCK_M": 8}
-        assert nearest(tiles, "layer_norm/32/p17") == {"BLOCK_M": 64}
-        assert nearest(tiles, "layer_norm/64/p17") is None
-
-    def test_stored_tiles_are_those_of_the_kernels(self, van_b0: FusedVan) -> None:
-        stored = tuned_tiles(9, 0)
-        for batch in (1, 128):
-            for made in launches(van_b0, batch):
-                assert stored[made.key].keys() == made.tile.keys()
-
-    def test_no_stored_tiles_for_another_gpu(self) -> None:
-        assert tuned_tiles(1, 0) == {}
+def test_tuned_tile_of_the_nearest_number_of_pixels() -> None:
+    tiles = {"layer_norm/32/p12": {"BLOCK_M": 8}, "layer_norm/32/p19": {"BLOCK_M": 64}}
+    assert nearest(tiles, "layer_norm/32/p14") == {"BLOCK_M": 8}
+    assert nearest(tiles, "layer_norm/32/p17") == {"BLOCK_M": 64}
+    assert nearest(tiles, "layer_norm/64/p17") is None
 
 
-class TestCompiled:
-    """Machine code for GPUs that are not here."""
-
-    @pytest.mark.parametrize("kind", ["depthwise/3x1x256", "pointwise/0x64", "layer_norm/64"])
-    def test_no_spills_and_wide_loads(self, van_b0: FusedVan, kind: str) -> None:
-        made = next(one for one in launches(van_b0, 128) if one.key.startswith(kind))
-        machine = compiled(made, 90)
-        assert machine.stack == 0
-        wide = [name for name in machine.instructions if name.startswith("LDG")]
-        assert any(name.endswith("128") for name in wide), wide
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("capability", [80, 89, 90, 120])
-    @pytest.mark.parametrize("batch", [1, 128])
-    def test_every_kernel_of_van_b0(self, van_b0: FusedVan, capability: int, batch: int) -> None:
-        unique = {one.key: one for one in launches(van_b0, batch)}
-        spilled = {key: compiled(one, capability).stack for key, one in unique.items()}
-        assert {key: stack for key, stack in spilled.items() if stack} == {}
+def test_stored_tiles_are_those_of_the_kernels(van_b0: FusedVan) -> None:
+    stored = tuned_tiles(9, 0)
+    for made in (*launches(van_b0, 1), *launches(van_b0, 128)):
+        assert stored[made.key].keys() == made.tile.keys()
+    assert tuned_tiles(1, 0) == {}, "of another GPU"
 
 
-class TestFallback:
-    def test_plain_pytorch_computes_the_same_network(self) -> None:
-        model = random_van(TINY)
-        x = smooth_pictures(2, 3, 33)
-        plain = fused(model, torch.float32, fallback=True)
-        if not torch.cuda.is_available():
-            assert plain.fallbacks == ("there is no GPU",)
-        plain.fallbacks = plain.fallbacks or ("asked",)
-        torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
+@each("kind", ["depthwise/3x1x256", "pointwise/0x64", "layer_norm/64"])
+def test_no_spills_and_wide_loads_on_a_gpu_that_is_not_here(van_b0: FusedVan, kind: str) -> None:
+    made = next(one for one in launches(van_b0, 128) if one.key.startswith(kind))
+    machine = compiled(made, 90)
+    assert machine.stack == 0
+    wide = [name for name in machine.instructions if name.startswith("LDG")]
+    assert any(name.endswith("128") for name in wide), wide
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-    def test_without_a_gpu_it_has_to_be_chosen(self) -> None:
-        with pytest.raises(UsageError) as caught:
-            fused(random_van(TINY))
-        assert str(caught.value) == (
-            "The network cannot run on the kernels: there is no GPU.\n"
-            "Pass fallback=True to run the same network in plain PyTorch."
-        )
 
-    def test_another_network_is_refused(self) -> None:
-        with pytest.raises(UsageError, match="Only a VAN in eval mode"):
-            fused(nn.Linear(2, 2))
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])
+@pytest.mark.parametrize("batch", [1, 128])
+def test_no_kernel_of_van_b0_spills(van_b0: FusedVan, capability: int, batch: int) -> None:
+    unique = {one.key: one for one in launches(van_b0, batch)}
+    spilled = {key: compiled(one, capability).stack for key, one in unique.items()}
+    assert {key: stack for key, stack in spilled.items() if stack} == {}
+
+
+def test_plain_pytorch_computes_the_same_network() -> None:
+    model, x = random_van(TINY), smooth_pictures(2, 3, 33)
+    plain = fused(model, torch.float32, fallback=True)
+    if not torch.cuda.is_available():
+        assert plain.fallbacks == ("there is no GPU",)
+    plain.fallbacks = plain.fallbacks or ("asked",)
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_has_to_be_chosen_and_another_network_is_refused() -> None:
+    with pytest.raises(UsageError) as caught:
+        fused(random_van(TINY))
+    assert str(caught.value) == (
+        "The network cannot run on the kernels: there is no GPU.\n"
+        "Pass fallback=True to run the same network in plain PyTorch."
+    )
+    with pytest.raises(UsageError, match="Only a VAN in eval mode"):
+        fused(nn.Linear(2, 2))
 
 
 @pytest.mark.gpu
-class TestOnAGpu:
-    """Skipped where there is none."""
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_each_kernel_on_a_gpu_against_float64(dtype: torch.dtype) -> None:
+    def random(*shape: int, kept: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape, device="cuda").to(kept)
 
-    @pytest.fixture(autouse=True)
-    def _gpu(self) -> None:
-        if not torch.cuda.is_available():
-            pytest.skip("no NVIDIA GPU")
+    x = random(2, 13, 11, 40, kept=dtype)
+    calls: dict[str, tuple[object, ...]] = {
+        "depthwise": (x, random(7, 7, 40), random(40), 3, True),
+        "pointwise": (x, random(70, 40, kept=dtype), random(70), "gelu"),
+        "patches": (x.permute(0, 3, 1, 2), random(3, 3, 40, 70, kept=dtype), random(70), 2),
+        "layer_norm": (x, random(40), random(40)),
+    }
+    assert sorted(calls) == sorted(steps.__all__)
+    for name, arguments in calls.items():
+        doubles = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+        expected = getattr(plain, name)(*doubles)
+        found = getattr(steps, name)(*arguments).double()
+        limit = 2e-3 if dtype == torch.float16 else 1.6e-2
+        assert (found - expected).norm() / expected.norm() <= limit, name
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_each_kernel_against_float64(self, dtype: torch.dtype) -> None:
-        def random(*shape: int, kept: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.randn(shape, device="cuda").to(kept)
 
-        x = random(2, 13, 11, 40, kept=dtype)
-        calls: dict[str, tuple[object, ...]] = {
-            "depthwise": (x, random(7, 7, 40), random(40), 3, True),
-            "pointwise": (x, random(70, 40, kept=dtype), random(70), "gelu"),
-            "patches": (x.permute(0, 3, 1, 2), random(3, 3, 40, 70, kept=dtype), random(70), 2),
-            "layer_norm": (x, random(40), random(40)),
-        }
-        assert sorted(calls) == sorted(steps.__all__)
-        for name, arguments in calls.items():
-            doubles = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
-            expected = getattr(plain, name)(*doubles)
-            found = getattr(steps, name)(*arguments).double()
-            limit = 2e-3 if dtype == torch.float16 else 1.6e-2
-            assert (found - expected).norm() / expected.norm() <= limit, name
-
-    def test_network(self) -> None:
-        model = random_van(VARIANTS["van_b0"].config)
-        x = smooth_pictures(2, 3, 224)
-        found = fused(model, torch.float16).cuda()(x.cuda()).cpu().double()
-        expected = model.double()(x.double())
-        noise = (found - expected).square().sum()
-        assert 10 * torch.log10(expected.square().sum() / noise) >= 45
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+def test_the_network_on_a_gpu() -> None:
+    model = random_van(VARIANTS["van_b0"].config)
+    x = smooth_pictures(2, 3, 224)
+    found = fused(model, torch.float16).cuda()(x.cuda()).cpu().double()
+    expected = model.double()(x.double())
+    noise = (found - expected).square().sum()
+    assert 10 * torch.log10(expected.square().sum() / noise) >= 45

@@ -111,7 +111,7 @@ class FakeHub:
         drop_after: bytes after which the next download's connection is cut, once.
         announce: digests to announce instead of the true ones, by file name.
         length: bytes to announce instead of the true number, by file name.
-        stall_after: bytes after which every download stands still until the client gives up.
+        stall: bytes after which every download stands still until the client gives up.
         log: method, path and Range header of each request.
     """
 
@@ -121,7 +121,7 @@ class FakeHub:
     drop_after: int | None = None
     announce: dict[str, str] = field(default_factory=dict)
     length: dict[str, int] = field(default_factory=dict)
-    stall_after: int | None = None
+    stall: int | None = None
     log: list[tuple[str, str, str | None]] = field(default_factory=list)
 
     def commit(self, repo_id: str) -> str:
@@ -181,12 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _info(self, repo_id: str) -> None:
         siblings = [{"rfilename": name} for name in self.hub.repos[repo_id]]
-        info = {
-            "id": repo_id.partition("@")[0],
-            "modelId": repo_id.partition("@")[0],
-            "sha": self.hub.commit(repo_id),
-            "siblings": siblings,
-        }
+        name, commit = repo_id.partition("@")[0], self.hub.commit(repo_id)
+        info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
         self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def _file(self, repo_id: str, name: str, *, body: bool) -> None:
@@ -214,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.length:
             headers["Content-Length"] = str(self.hub.length[name] - start)
             self.close_connection = True
-        stall = self.hub.stall_after if body else None
+        stall = self.hub.stall if body else None
         self._send(status, part, headers, only=stall if body else 0)
         if stall is not None:
             self.wfile.flush()

@@ -30,45 +30,32 @@ def published(hub: FakeHub) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_digest_is_compared_with_the_pinned_one(
+def test_what_is_not_as_published_is_told(
     published: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(public_weights, "command", lambda *words: (0, ""))
+    answers = {"export": (0, ""), "verify": (0, ""), "evaluate": (0, "")}
+    monkeypatch.setattr(public_weights, "command", lambda word, *_: answers[word])
+
+    def told(code: int, *words: str) -> str:
+        assert public_weights.main(words) == code
+        return capsys.readouterr().out
+
     digest = hashlib.sha256(published).hexdigest()
-    assert public_weights.main(["van_b0"]) == 0
-    told = capsys.readouterr().out
-    assert f"sha256    {digest}\n  pinned    (not yet: pin the line above)" in told
-    assert "top-1     not measured (no --imagenet)\nvan_b0: as published" in told
+    first = told(0, "van_b0")
+    assert f"sha256    {digest}\n  pinned    (not yet: pin the line above)" in first
+    assert "top-1     not measured (no --imagenet)\nvan_b0: as published" in first
+    for top1, code in ((0.754, 0), (0.74, 1)):
+        answers["evaluate"] = (0, f'{{"accuracy": {{"fp32": {{"top1": {top1}}}}}}}')
+        measured = told(code, "van_b0", "--imagenet", "val")
+    assert "van_b0: top-1 is 74.00 %, published 75.4 %" in measured
+    answers["verify"] = (1, "")
+    assert "van_b0: verify ended with exit code 1" in told(1, "van_b0", "--imagenet", "val")
+    assert "van_b1: There is no repository Visual-Attention-Network/" in told(1, "van_b1")
     file = VARIANTS["van_b0"].weights
     assert file is not None
     pinned = replace(VARIANTS["van_b0"], weights=replace(file, sha256="0" * 64))
     monkeypatch.setitem(VARIANTS, "van_b0", pinned)
-    assert public_weights.main(["van_b0"]) == 1
-    assert "van_b0: the SHA-256 is not the pinned one" in capsys.readouterr().out
-
-
-def test_a_check_that_fails_and_an_accuracy_that_differs(
-    published: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    answers = {"export": (0, ""), "verify": (1, ""), "evaluate": (0, "")}
-    monkeypatch.setattr(public_weights, "command", lambda word, *_: answers[word])
-    assert public_weights.main(["van_b0", "--imagenet", "val"]) == 1
-    told = capsys.readouterr().out
-    assert "van_b0: verify ended with exit code 1" in told
-    assert "top-1     not measured (something failed)" in told
-    for top1, code in ((0.754, 0), (0.74, 1)):
-        text = f'{{"accuracy": {{"fp32": {{"top1": {top1}}}}}}}'
-        answers |= {"verify": (0, ""), "evaluate": (0, text)}
-        assert public_weights.main(["van_b0", "--imagenet", "val"]) == code
-    assert "van_b0: top-1 is 74.00 %, published 75.4 %" in capsys.readouterr().out
-
-
-def test_a_hub_without_the_file(
-    hub: FakeHub,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert public_weights.main(["van_b1"]) == 1
-    assert "van_b1: There is no repository Visual-Attention-Network/" in capsys.readouterr().out
+    assert f"its SHA-256 is {digest}, the expected one {'0' * 64}." in told(1, "van_b0")
 
 
 @pytest.mark.slow

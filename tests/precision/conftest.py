@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from onnx import ModelProto, load
-from PIL import Image
 
 from van_deploy.bundle import Bundle
+from van_deploy.data import decoded_batches
+from van_deploy.data.calibration import digits_set
 from van_deploy.graph.rebuilt import RebuiltVan, van_from_onnx
 from van_deploy.model.checkpoint import LoadedVan, load_van
-from van_deploy.model.embedded import EMBEDDED_NAME, DigitsSplit, digits_images
+from van_deploy.model.embedded import EMBEDDED_NAME, DigitsSplit
 from van_deploy.precision.observers import ChannelRange, observe
 from van_deploy.precision.plan import QuantizationPlan, layers_in_scope
 from van_deploy.precision.simulate import logits
 
-
-@dataclass(frozen=True)
-class Digits:
-    """Network input ``(N, 3, S, S)`` float32 with labels ``(N,)``."""
-
-    images: npt.NDArray[np.float32]
-    labels: npt.NDArray[Any]
-
-    def batches(self, size: int = 16) -> list[npt.NDArray[np.float32]]:
-        """Return the images in batches."""
-        return [self.images[i : i + size] for i in range(0, len(self.images), size)]
+Images = npt.NDArray[np.float32]
 
 
 @pytest.fixture(scope="session")
@@ -46,13 +33,13 @@ def digits_graph(digits_bundle: Bundle) -> ModelProto:
 
 
 @pytest.fixture(scope="session")
-def calibration_digits(van_digits: LoadedVan) -> Digits:
-    """Return 64 digits from the training part."""
+def calibration_digits(van_digits: LoadedVan) -> Images:
+    """Return 64 digits from the training part, ``(N, 3, S, S)``."""
     return _digits(van_digits, "train", 64)
 
 
 @pytest.fixture(scope="session")
-def heldout_digits(van_digits: LoadedVan) -> Digits:
+def heldout_digits(van_digits: LoadedVan) -> Images:
     """Return 48 digits the network was not trained on."""
     return _digits(van_digits, "heldout", 48)
 
@@ -70,19 +57,22 @@ def pointwise(network: RebuiltVan) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def ranges(network: RebuiltVan, calibration_digits: Digits) -> dict[str, ChannelRange]:
+def ranges(network: RebuiltVan, calibration_digits: Images) -> dict[str, ChannelRange]:
     """Return the ranges of its tensors, all counted."""
-    return observe(network, calibration_digits.batches(), set(network.tensors))
+    return observe(network, batches(calibration_digits), set(network.tensors))
 
 
 @pytest.fixture(scope="session")
-def expected(network: RebuiltVan, heldout_digits: Digits) -> npt.NDArray[np.float32]:
+def expected(network: RebuiltVan, heldout_digits: Images) -> Images:
     """Return its logits of the held-out digits."""
-    return logits(QuantizationPlan(network), heldout_digits.images)
+    return logits(QuantizationPlan(network), heldout_digits)
 
 
-def _digits(network: LoadedVan, split: DigitsSplit, count: int) -> Digits:
-    pixels, labels = digits_images(split)
-    transform = network.preprocessing.transform()
-    pictures = [transform(Image.fromarray(image).convert("RGB")) for image in pixels[:count]]
-    return Digits(torch.stack(pictures).numpy(), labels[:count])
+def batches(images: Images, size: int = 16) -> list[Images]:
+    """Return the images in batches."""
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def _digits(network: LoadedVan, split: DigitsSplit, count: int) -> Images:
+    [batch] = decoded_batches(digits_set(split).items[:count], network.preprocessing, count)
+    return batch.inputs

@@ -1,30 +1,39 @@
-"""FP16 graphs: their types, what stays FP32, and what refuses."""
+"""FP16 and BF16 graphs: their types, how BF16 is emulated, what stays FP32, and what refuses."""
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
+import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import pytest
-from onnx import ModelProto, TensorProto, checker, numpy_helper
+import torch
+from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 
-from tests.precision.conftest import Digits
-from van_deploy.errors import GateFailed, UsageError
+from tests.each import each
+from tests.precision.conftest import Images, batches
+from van_deploy.checks.graphs import quiet_session, run_taps, with_taps
+from van_deploy.errors import ConversionError, GateFailed, UsageError
+from van_deploy.graph.bfloat16 import emulated_bf16
+from van_deploy.graph.export import onnx_from_van
+from van_deploy.graph.fold import fold_van
 from van_deploy.graph.rebuilt import van_from_onnx
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.precision.comparison import logits_session
-from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
+from van_deploy.precision.fp16 import DEFAULT_KEEP, bf16_from_fp32, fp16_from_fp32, kept_nodes
 from van_deploy.precision.observers import ChannelRange, observe
 from van_deploy.precision.range_audit import audit_ranges
 
-FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
+FLOAT, FLOAT16, BFLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
+GATE = "block2.0.attn.spatial_gating_unit"
 
 
-def run(model: ModelProto, digits: Digits) -> npt.NDArray[np.float32]:
-    return logits_session(model, fuse=False, threads=1)(digits.images)
+def run(model: ModelProto, images: Images) -> Images:
+    return logits_session(model, fuse=False, threads=1)(images)
 
 
 def operators(model: ModelProto) -> Counter[str]:
@@ -33,8 +42,7 @@ def operators(model: ModelProto) -> Counter[str]:
 
 def scaled(model: ModelProto, factors: Mapping[str, float]) -> ModelProto:
     """Return the graph with some stored tensors multiplied."""
-    changed = ModelProto()
-    changed.CopyFrom(model)
+    changed = copy.deepcopy(model)
     for tensor in changed.graph.initializer:
         if tensor.name in factors:
             values = numpy_helper.to_array(tensor) * np.float32(factors[tensor.name])
@@ -42,42 +50,59 @@ def scaled(model: ModelProto, factors: Mapping[str, float]) -> ModelProto:
     return changed
 
 
-@pytest.mark.parametrize(
-    ("keep", "half_io", "casts"),
+@pytest.fixture(scope="module")
+def loud(digits_graph: ModelProto) -> ModelProto:
+    """Return the same network with one tensor that FP16 cannot hold."""
+    factors = {f"{GATE}.conv0.weight": 2.0**15, f"{GATE}.conv0.bias": 2.0**15}
+    return scaled(digits_graph, {**factors, f"{GATE}.conv_spatial.weight": 2.0**-15})
+
+
+@pytest.fixture(scope="module")
+def loud_ranges(
+    loud: ModelProto, van_digits: LoadedVan, calibration_digits: Images
+) -> dict[str, ChannelRange]:
+    return observe(van_from_onnx(loud, van_digits.config), batches(calibration_digits), ())
+
+
+@each(
+    ("make", "kind", "keep", "casts"),
     [
-        (DEFAULT_KEEP, False, 8),
-        ((), False, 2),
-        ((), True, 0),
-        (("block2", *DEFAULT_KEEP), False, 8),
+        (fp16_from_fp32, FLOAT16, DEFAULT_KEEP, 8),
+        (fp16_from_fp32, FLOAT16, (), 2),
+        (partial(fp16_from_fp32, half_io=True), FLOAT16, (), 0),
+        (fp16_from_fp32, FLOAT16, ("block2", *DEFAULT_KEEP), 8),
+        (bf16_from_fp32, BFLOAT16, DEFAULT_KEEP, 8),  # four norms in and out, less the images
     ],
 )
-def test_it_answers_as_fp32_does(
+def test_types_stand_in_the_file_and_it_answers_as_fp32_does(
     digits_graph: ModelProto,
-    heldout_digits: Digits,
+    heldout_digits: Images,
+    expected: Images,
+    make: Callable[..., ModelProto],
+    kind: int,
     keep: tuple[str, ...],
-    half_io: bool,
     casts: int,
 ) -> None:
     kept = kept_nodes(digits_graph, keep)
-    half = fp16_from_fp32(digits_graph, kept, half_io=half_io)
+    half = make(digits_graph, kept)
     checker.check_model(half, full_check=True)
     assert operators(half)["Cast"] == casts
-    edge = FLOAT16 if half_io else FLOAT
-    assert half.graph.input[0].type.tensor_type.elem_type == edge
-    assert half.graph.output[0].type.tensor_type.elem_type == edge
+    edges = [*half.graph.input, *half.graph.output]
+    assert {e.type.tensor_type.elem_type for e in edges} == {FLOAT16 if casts == 0 else FLOAT}
     assert half.graph.output[0].name == "logits"
     stored = {t.name: t.data_type for t in half.graph.initializer}
     for node in digits_graph.graph.node:
-        weights = [stored[n] for n in node.input if stored.get(n) in {FLOAT, FLOAT16}]
-        assert all(kind == (FLOAT if node.name in kept else FLOAT16) for kind in weights)
-    assert sqnr_db(run(digits_graph, heldout_digits), run(half, heldout_digits)) > 60
+        weights = [stored[n] for n in node.input if stored.get(n) in {FLOAT, FLOAT16, BFLOAT16}]
+        assert all(found == (FLOAT if node.name in kept else kind) for found in weights)
+    assert sqnr_db(expected, run(half, heldout_digits)) > (60 if kind == FLOAT16 else 50)
 
 
 def test_a_weight_read_in_both_types_is_stored_twice(digits_graph: ModelProto) -> None:
-    shared = ModelProto()
-    shared.CopyFrom(digits_graph)
-    first = next(n for n in shared.graph.node if n.name == "block1.0.attn.proj_1")
-    second = next(n for n in shared.graph.node if n.name == "block1.1.attn.proj_1")
+    shared = copy.deepcopy(digits_graph)
+    first, second = (
+        next(n for n in shared.graph.node if n.name == f"block1.{block}.attn.proj_1")
+        for block in (0, 1)
+    )
     second.input[1] = first.input[1]
     half = fp16_from_fp32(shared, {"block1.1.attn.proj_1"})
     kinds = {t.name: t.data_type for t in half.graph.initializer}
@@ -86,66 +111,111 @@ def test_a_weight_read_in_both_types_is_stored_twice(digits_graph: ModelProto) -
     checker.check_model(half, full_check=True)
 
 
-class TestKeptNodes:
-    def test_a_module_means_all_below_it(self, digits_graph: ModelProto) -> None:
-        kept = kept_nodes(digits_graph, ("block2.0", "norm1"))
-        assert {name.split(".")[0] for name in kept} == {"block2", "norm1"}
-        assert "block2.0" in kept
-        assert kept["block2.0.mlp.fc1"] == "'block2.0' is kept"
-        assert "block2.1.mlp.fc1" not in kept
+# --- BF16 ------------------------------------------------------------------------------------
 
-    def test_otherwise_it_is_an_expression(self, digits_graph: ModelProto) -> None:
-        assert set(kept_nodes(digits_graph, (r"block1\.\d\.mlp\.fc1",))) == {
-            "block1.0.mlp.fc1",
-            "block1.1.mlp.fc1",
-        }
 
-    @pytest.mark.parametrize(
-        ("keep", "message"),
-        [
-            ("block9", "There is nothing called 'block9' to keep in FP32."),
-            ("(", "'(' is neither a module nor a regular expression"),
-        ],
+def test_the_emulation_rounds_every_result_and_nothing_else(
+    digits_graph: ModelProto, heldout_digits: Images
+) -> None:
+    half = bf16_from_fp32(digits_graph, kept_nodes(digits_graph, DEFAULT_KEEP))
+    emulation = emulated_bf16(half)
+    checker.check_model(emulation, full_check=True)
+    casts = Counter(Cast=operators(emulation)["Cast"] - operators(half)["Cast"])
+    assert operators(emulation) == operators(half) + casts
+    names = ["block1.0.attn.proj_1", "block1.0.attn.spatial_gating_unit", "block3.0"]
+    session = quiet_session(with_taps(half, [*names, "norm4.layernormalization"]))
+    taps = dict(run_taps(session, {"images": heldout_digits[:2]}))
+    for name, values in taps.items():  # a BF16 number is the upper half of an FP32 one
+        assert (values.astype(np.float32).view(np.uint32) & 0xFFFF).any() == (name not in names)
+
+
+def test_one_convolution_is_emulated_as_it_would_be_computed() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((3, 4, 1, 1)).astype(ml_dtypes.bfloat16)
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"], name="conv")],
+        "g",
+        [helper.make_tensor_value_info("x", BFLOAT16, (1, 4, 2, 2))],
+        [helper.make_tensor_value_info("y", BFLOAT16, (1, 3, 2, 2))],
+        [numpy_helper.from_array(weight, "w")],
     )
-    def test_what_means_nothing_is_refused(
-        self, digits_graph: ModelProto, keep: str, message: str
-    ) -> None:
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)])
+    x = rng.standard_normal((1, 4, 2, 2)).astype(np.float32)
+    found = quiet_session(model).run(None, {"x": x})[0]
+    given = x.astype(ml_dtypes.bfloat16).astype(np.float64)
+    exact = np.einsum("oi,nihw->nohw", weight[:, :, 0, 0].astype(np.float64), given)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, exact.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@each("opset", [17, 18, 23])
+def test_an_opset_is_raised_if_need_be_or_refused(
+    van_digits: LoadedVan, heldout_digits: Images, opset: int
+) -> None:
+    images = torch.from_numpy(heldout_digits[:1])
+    graph = onnx_from_van(fold_van(van_digits.model, images).model, 64, opset=opset)
+    if opset == 17:
+        with pytest.raises(ConversionError) as caught:
+            bf16_from_fp32(graph)
+        assert str(caught.value) == (
+            "The graph has opset 17; BF16 convolutions need 22, and only graphs from 18 on can be "
+            "raised to it.\nExport it again with --opset 20."
+        )
+        return
+    half = bf16_from_fp32(graph, kept_nodes(graph, DEFAULT_KEEP))
+    checker.check_model(half, full_check=True)
+    assert half.opset_import[0].version == max(opset, 22)
+    assert sqnr_db(run(graph, heldout_digits[:2]), run(half, heldout_digits[:2])) > 45
+
+
+# --- what stays FP32 -------------------------------------------------------------------------
+
+
+def test_what_is_kept_is_a_module_or_an_expression(digits_graph: ModelProto) -> None:
+    kept = kept_nodes(digits_graph, ("block2.0", "norm1"))
+    assert {name.split(".")[0] for name in kept} == {"block2", "norm1"}
+    assert "block2.0" in kept
+    assert kept["block2.0.mlp.fc1"] == "'block2.0' is kept"
+    assert "block2.1.mlp.fc1" not in kept
+    found = kept_nodes(digits_graph, (r"block1\.\d\.mlp\.fc1",))
+    assert set(found) == {"block1.0.mlp.fc1", "block1.1.mlp.fc1"}
+    for keep, message in (
+        ("block9", "There is nothing called 'block9' to keep in FP32."),
+        ("(", "'(' to keep in FP32, and as a regular expression it is wrong: missing"),
+    ):
         with pytest.raises(UsageError) as caught:
             kept_nodes(digits_graph, (keep,))
         assert message in caught.value.message
 
 
-class TestAudit:
-    def test_a_quiet_network_has_no_problem(
-        self, digits_graph: ModelProto, ranges: Mapping[str, ChannelRange]
-    ) -> None:
-        audit = audit_ranges(digits_graph, ranges, (), 64)
-        assert audit.problems == ()
-        assert audit.kept == {}
-        assert audit.largest_activation[1] == max(r.largest for r in ranges.values())
+def test_a_quiet_network_has_no_problem(
+    digits_graph: ModelProto, ranges: Mapping[str, ChannelRange]
+) -> None:
+    audit = audit_ranges(digits_graph, ranges, (), 64)
+    assert (audit.problems, audit.kept, audit.advice) == ((), {}, "")
+    assert audit.largest_activation[1] == max(r.largest for r in ranges.values())
+    audit.require_passed()
+    tiny = scaled(digits_graph, {"block1.0.mlp.fc2.weight": 1e-9})
+    vanishing = audit_ranges(tiny, ranges, (), 64).kept
+    assert set(vanishing) == {"block1.0.mlp.fc2"}
+    assert "which FP16 rounds to zero" in vanishing["block1.0.mlp.fc2"]
+
+
+def test_what_overflows_is_kept_with_what_touches_it_and_bf16_is_advised(
+    loud: ModelProto, loud_ranges: dict[str, ChannelRange], calibration_digits: Images
+) -> None:
+    audit = audit_ranges(loud, loud_ranges, (), 64)
+    assert set(audit.kept) == {f"{GATE}.conv0", f"{GATE}.conv_spatial"}
+    assert "beyond half of FP16's 65504" in audit.kept[f"{GATE}.conv0"]
+    assert audit.as_dict()["advice"] == (
+        "FP16 cannot hold 1 tensor or weight, and BF16 can, with FP32's own range: compare with "
+        "`van-deploy quantize --precision bf16`"
+    )
+    with pytest.raises(GateFailed, match=r"FP16 cannot hold everything: 'block2\.0\.attn"):
         audit.require_passed()
-
-    def test_what_overflows_is_kept_with_what_touches_it(
-        self, digits_graph: ModelProto, van_digits: LoadedVan, calibration_digits: Digits
-    ) -> None:
-        name = "block2.0.attn.spatial_gating_unit.conv0"
-        factors = {f"{name}.weight": 2.0**15, f"{name}.bias": 2.0**15}
-        factors["block2.0.attn.spatial_gating_unit.conv_spatial.weight"] = 2.0**-15
-        loud = scaled(digits_graph, factors)
-        found = observe(van_from_onnx(loud, van_digits.config), calibration_digits.batches(), ())
-        audit = audit_ranges(loud, found, (), 64)
-        assert set(audit.kept) == {name, "block2.0.attn.spatial_gating_unit.conv_spatial"}
-        assert "beyond half of FP16's 65504" in audit.kept[name]
-        with pytest.raises(GateFailed, match=r"FP16 cannot hold everything: 'block2\.0\.attn"):
-            audit.require_passed()
-        assert audit_ranges(loud, found, audit.kept, 64).problems == ()
-        half = fp16_from_fp32(loud, audit.kept)
-        assert np.isfinite(run(half, calibration_digits)).all()
-
-    def test_weights_that_vanish_are_found(
-        self, digits_graph: ModelProto, ranges: Mapping[str, ChannelRange]
-    ) -> None:
-        tiny = scaled(digits_graph, {"block1.0.mlp.fc2.weight": 1e-9})
-        audit = audit_ranges(tiny, ranges, (), 64)
-        assert set(audit.kept) == {"block1.0.mlp.fc2"}
-        assert "which FP16 rounds to zero" in audit.kept["block1.0.mlp.fc2"]
+    assert audit_ranges(loud, loud_ranges, audit.kept, 64).problems == ()
+    images = calibration_digits[:8]
+    reference = run(loud, images)
+    assert sqnr_db(reference, run(fp16_from_fp32(loud, audit.kept), images)) > 45
+    half = bf16_from_fp32(loud, kept_nodes(loud, DEFAULT_KEEP))
+    assert sqnr_db(reference, run(half, images)) > 45

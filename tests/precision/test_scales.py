@@ -1,13 +1,28 @@
-"""Scales against what they are defined by."""
+"""Histograms hold every value, and scales are what they are defined by."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
-from van_deploy.precision.observers import ChannelRange, range_of
+from tests.each import each
+from tests.precision.conftest import Images, batches
+from van_deploy.errors import ConversionError
+from van_deploy.graph.rebuilt import RebuiltVan
+from van_deploy.precision.observers import (
+    BINS,
+    ChannelRange,
+    bin_values,
+    images_at_once,
+    observe,
+    range_of,
+)
 from van_deploy.precision.scales import (
     FP16_LARGEST,
     INT8_LIMIT,
@@ -28,6 +43,7 @@ from van_deploy.precision.scales import (
 )
 
 Floats = npt.NDArray[np.float32]
+METHODS: tuple[Method, ...] = ("minmax", "percentile", "mse")
 
 
 @pytest.fixture(scope="module")
@@ -46,36 +62,94 @@ def error(values: Floats, quantizer: Quantizer) -> float:
     return float(np.square(values - codes * quantizer.scale).mean())
 
 
-def test_minmax_clips_nothing(heavy: Floats) -> None:
-    found = symmetric(record(heavy), Method.MINMAX)
+# --- histograms ------------------------------------------------------------------------------
+
+
+def test_values_land_in_the_bin_that_stands_for_them() -> None:
+    values = torch.tensor([[-3.0, 0.0, 1e-9, 0.7, 60000.0, -1e8]]).T.repeat(1, 2)
+    found = range_of(values, counted=True)
+    assert found.counts.shape == (2, BINS)
+    assert found.counts.sum() == values.numel()
+    held = np.repeat(bin_values(), found.counts[0])
+    assert list(held[2:4]) == [0.0, 0.0]
+    assert held[[1, 4, 5]] == pytest.approx([-3.0, 0.7, 60000.0], rel=0.07)
+    assert (found.minimum[0], found.maximum[0]) == (np.float32(-1e8), 60000.0)
+    assert found.largest == np.float32(1e8)
+    assert (np.diff(bin_values()) >= 0).all()
+    positive = bin_values()[bin_values() > 0]
+    assert (positive[1:] / positive[:-1]).max() <= 1.13
+
+
+@each("layout", [torch.contiguous_format, torch.channels_last])
+def test_channels_are_kept_apart(layout: torch.memory_format) -> None:
+    values = torch.zeros(2, 3, 4, 4).contiguous(memory_format=layout)
+    values[:, 1] = 2.0
+    values[0, 2, 0, 0] = -5.0
+    found = range_of(values, counted=True)
+    assert found.maximum.tolist() == [0.0, 2.0, 0.0]
+    assert found.minimum.tolist() == [0.0, 2.0, -5.0]
+    assert [int((c > 0).sum()) for c in found.counts] == [1, 1, 2]
+
+
+def test_batches_of_any_size_give_the_same_and_only_the_asked_are_counted(
+    network: RebuiltVan, calibration_digits: Images, ranges: Mapping[str, ChannelRange]
+) -> None:
+    name = "block1.0.mlp.act"
+    found, once = observe(network, batches(calibration_digits, 7), [name]), ranges[name]
+    assert found[name].counts.sum() == once.counts.sum()
+    difference = np.abs(found[name].counts.astype(float) - once.counts).sum()
+    assert difference < 1e-3 * once.counts.sum()
+    assert np.allclose(found[name].maximum, once.maximum, rtol=1e-4)
+    assert set(found) == set(network.tensors)
+    assert [tensor for tensor, r in found.items() if r.counts.size] == [name]
+    assert found["images"].largest == pytest.approx(np.abs(calibration_digits).max())
+    sides = (64, 224, 2000)
+    assert [images_at_once(side**2) for side in sides] == [32, 5, 1]
+
+
+def test_what_is_not_finite_is_named(network: RebuiltVan, calibration_digits: Images) -> None:
+    broken = replace(network, model=copy.deepcopy(network.model))
+    broken.model.stage_blocks(2)[0].mlp.fc1.bias.data[0] = torch.nan  # type: ignore[union-attr]
+    with pytest.raises(ConversionError) as caught:
+        observe(broken, batches(calibration_digits), ["block2.0.mlp.fc1"])
+    assert caught.value.message == (
+        "The tensor 'block2.0.mlp.fc1' is infinite or NaN on the calibration images."
+    )
+
+
+# --- activations -----------------------------------------------------------------------------
+
+
+def test_minmax_clips_nothing_and_percentile_no_more_than_its_share(heavy: Floats) -> None:
+    found = symmetric(record(heavy), "minmax")
     assert float(found.scale) * INT8_LIMIT == pytest.approx(np.abs(heavy).max(), rel=1e-3)
     assert found.limits == (-128, 127)
-
-
-def test_percentile_cuts_off_no_more_than_its_share(heavy: Floats) -> None:
-    found = symmetric(record(heavy), Method.PERCENTILE, 99.9)
-    clipped = (np.abs(heavy) > 127.5 * float(found.scale)).mean()
-    assert 0 < clipped <= 0.002
+    found = symmetric(record(heavy), "percentile", 99.9)
+    assert 0 < (np.abs(heavy) > 127.5 * float(found.scale)).mean() <= 0.002
+    low, high = percentile_range(record(heavy), 99.0)  # of each channel
+    inside = ((heavy >= 1.07 * low) & (heavy <= 1.07 * high)).mean(axis=0)
+    assert (inside > 0.97).all()
+    assert high[0] < high[1] < high[2]
 
 
 def test_mse_is_the_least_error(heavy: Floats) -> None:
-    found = symmetric(record(heavy), Method.MSE)
+    found = symmetric(record(heavy), "mse")
     tried = [error(heavy, Quantizer(found.scale * f)) for f in np.geomspace(0.3, 4, 60)]
     assert error(heavy, found) <= 1.02 * min(tried)
-    assert error(heavy, found) < 0.8 * error(heavy, symmetric(record(heavy), Method.MINMAX))
+    assert error(heavy, found) < 0.8 * error(heavy, symmetric(record(heavy), "minmax"))
 
 
 def test_an_affine_stands_before_the_rounding(heavy: Floats) -> None:
     affine = ChannelAffine(np.array([0.1, 0.0, -1.0]), np.array([0.1, 1.0, 2.0]))
     changed = affine.of(heavy).astype(np.float32)
-    found = symmetric(record(heavy), Method.MSE, affine=affine)
-    direct = symmetric(record(changed), Method.MSE)
+    found = symmetric(record(heavy), "mse", affine=affine)
+    direct = symmetric(record(changed), "mse")
     assert float(found.scale) == pytest.approx(float(direct.scale), rel=0.1)
     multiplier, offset = affine.multiply_add()
     assert np.allclose(heavy * multiplier + offset, changed, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", list(Method))
+@each("method", METHODS)
 def test_unsigned_represents_zero_and_never_reaches_beyond_the_data(
     heavy: Floats, method: Method
 ) -> None:
@@ -85,32 +159,20 @@ def test_unsigned_represents_zero_and_never_reaches_beyond_the_data(
     assert found.limits[0] == -found.zero_point <= 0
     assert low >= values.min() - 2 * float(found.scale)
     assert high <= values.max() + 2 * float(found.scale)
-
-
-def test_a_lower_end_spends_no_integers_below_it(heavy: Floats) -> None:
-    found = unsigned(record(heavy), Method.MSE, lowest=-0.5)
+    found = unsigned(record(heavy), method, lowest=-0.5)  # no integers are spent below it
     assert found.limits[0] * float(found.scale) >= -0.5 - float(found.scale)
-
-
-def test_a_tensor_of_zeros_has_the_smallest_scale() -> None:
     zeros = record(np.zeros((10, 2), np.float32))
-    for method in Method:
-        assert float(symmetric(zeros, method).scale) == SMALLEST_SCALE
-        assert float(unsigned(zeros, method).scale) == SMALLEST_SCALE
+    for quantizer in (symmetric(zeros, method), unsigned(zeros, method)):
+        assert float(quantizer.scale) == SMALLEST_SCALE
 
 
 def test_one_scale_a_channel_clips_nothing(heavy: Floats) -> None:
     found = by_channel(record(heavy))
-    assert found.scale.shape == (3,)
+    assert (found.scale.shape, found.zero_point) == ((3,), 128)
     assert (np.abs(heavy) <= 127.01 * found.scale).all()
-    assert found.zero_point == 128
 
 
-def test_percentile_ranges_are_of_each_channel(heavy: Floats) -> None:
-    low, high = percentile_range(record(heavy), 99.0)
-    inside = ((heavy >= 1.07 * low) & (heavy <= 1.07 * high)).mean(axis=0)
-    assert (inside > 0.97).all()
-    assert high[0] < high[1] < high[2]
+# --- weights ---------------------------------------------------------------------------------
 
 
 def test_storable_scales_are_rounded_up_and_kept_in_fp16() -> None:

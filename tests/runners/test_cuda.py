@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.each import each
-from van_deploy.errors import ConversionError, MissingDependency, UsageError, VanDeployError
+from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.runners.base import gpu_index
 from van_deploy.runners.cuda import Cuda, DeviceBatch, require_cuda
 
@@ -32,9 +32,8 @@ def runtime(count: Any = (CODES.cudaSuccess, 1), **answers: Any) -> Any:
     )
 
 
-@each(
-    ("code", "kind", "message"),
-    [
+def test_an_error_code_is_one_message() -> None:
+    for code, kind, message in (
         (CODES.cudaErrorMemoryAllocation, MissingDependency, "The GPU is out of memory (f)."),
         (
             CODES.cudaErrorDevicesUnavailable,
@@ -46,36 +45,25 @@ def runtime(count: Any = (CODES.cudaSuccess, 1), **answers: Any) -> Any:
             ConversionError,
             "CUDA failed in f: an illegal memory access was encountered.",
         ),
-    ],
-)
-def test_an_error_code_is_one_message(code: Any, kind: type[VanDeployError], message: str) -> None:
-    cuda = Cuda(runtime(f=(code, None)))
-    with pytest.raises(kind) as caught:
-        cuda.call("f")
-    assert caught.value.message == message
-    assert caught.value.remedy
+    ):
+        with pytest.raises(kind) as caught:
+            Cuda(runtime(f=(code, None))).call("f")
+        assert caught.value.message == message
+        assert caught.value.remedy
+
+
+NOTHING = (CODES.cudaErrorNoDevice, None)
+NO_GPU = "CUDA finds no GPU here: "
+NO_DEVICE = f"{NO_GPU}no CUDA-capable device is detected; CUDA_VISIBLE_DEVICES is"
+OLD_DRIVER = "CUDA driver version is insufficient for CUDA runtime version."
 
 
 @each(
     ("answer", "visible", "message"),
     [
-        (
-            (CODES.cudaErrorInsufficientDriver, None),
-            None,
-            "CUDA finds no GPU here: CUDA driver version is insufficient for CUDA runtime version.",
-        ),
-        (
-            (CODES.cudaErrorNoDevice, None),
-            "",
-            "CUDA finds no GPU here: no CUDA-capable device is detected; "
-            "CUDA_VISIBLE_DEVICES is ''.",
-        ),
-        (
-            (CODES.cudaErrorNoDevice, None),
-            "GPU-of-yesterday",
-            "CUDA finds no GPU here: no CUDA-capable device is detected; "
-            "CUDA_VISIBLE_DEVICES is 'GPU-of-yesterday'.",
-        ),
+        ((CODES.cudaErrorInsufficientDriver, None), None, f"{NO_GPU}{OLD_DRIVER}"),
+        (NOTHING, "", f"{NO_DEVICE} ''."),
+        (NOTHING, "GPU-of-yesterday", f"{NO_DEVICE} 'GPU-of-yesterday'."),
         ((CODES.cudaSuccess, 2), None, "There is no device cuda:5; CUDA sees 2, from cuda:0."),
     ],
 )
@@ -83,10 +71,9 @@ def test_a_gpu_that_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, answer: Any, visible: str | None, message: str
 ) -> None:
     monkeypatch.setattr("cuda.bindings.runtime", runtime(count=answer))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
     if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with pytest.raises(MissingDependency) as caught:
         require_cuda(5)
     assert caught.value.message == message
@@ -95,9 +82,8 @@ def test_a_gpu_that_cannot_be_had(
 
 @each("device", ["gpu", "cuda:x", "cuda:", "cuda:-1", ""])
 def test_what_is_no_device(device: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=f"There is no device '{device}'."):
         gpu_index(device)
-    assert caught.value.message == f"There is no device '{device}'."
 
 
 class HostGpu:
@@ -106,94 +92,76 @@ class HostGpu:
     def __init__(self) -> None:
         self.held: dict[int, Any] = {}
         self.recording: list[Callable[[], None]] | None = None
-        self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.launched = 0
-        ok = CODES.cudaSuccess
-        takes = dict.fromkeys(("cudaMalloc", "cudaMallocHost"), self._take)
-        gives = dict.fromkeys(("cudaFree", "cudaFreeHost", "cudaGraphExecDestroy"), self._give)
+        self.launched = self.recorded = 0
+        own = [name for name in dir(self) if name.startswith("cuda")]
+        nothing = ("cudaSetDevice", "cudaStreamSynchronize", "cudaGraphDestroy")
         self.runtime = SimpleNamespace(
             cudaError_t=CODES,
             cudaMemcpyKind=bindings.cudaMemcpyKind,
             cudaStreamCaptureMode=bindings.cudaStreamCaptureMode,
-            cudaSetDevice=lambda _: (ok,),
-            cudaStreamSynchronize=lambda _: (ok,),
-            cudaGraphDestroy=lambda _: (ok,),
-            cudaMemcpyAsync=self._copy,
-            cudaStreamBeginCapture=self._begin,
-            cudaStreamEndCapture=self._end,
-            cudaGraphInstantiate=self._instantiate,
-            cudaGraphLaunch=self._launch,
-            **takes,
-            **gives,
+            **dict.fromkeys(nothing, lambda _: (CODES.cudaSuccess,)),
+            **{name: self._answering(getattr(self, name)) for name in own},
         )
 
-    def _take(self, size: int) -> tuple[Any, int]:
+    @staticmethod
+    def _answering(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (CODES.cudaSuccess, function(*arguments))
+
+    def cudaMalloc(self, size: int) -> int:  # noqa: N802
         memory = (ctypes.c_byte * size)()
-        address = ctypes.addressof(memory)
-        self.held[address] = memory
-        return CODES.cudaSuccess, address
+        self.held[ctypes.addressof(memory)] = memory
+        return ctypes.addressof(memory)
 
-    def _give(self, what: int) -> tuple[Any]:
+    def cudaFree(self, what: int) -> None:  # noqa: N802
         del self.held[what]
-        return (CODES.cudaSuccess,)
 
-    def _copy(self, to: int, source: int, size: int, kind: Any, stream: int) -> tuple[Any]:
+    cudaMallocHost, cudaFreeHost, cudaGraphExecDestroy = cudaMalloc, cudaFree, cudaFree  # noqa: N815
+
+    def cudaMemcpyAsync(self, to: int, source: int, size: int, *_: object) -> None:  # noqa: N802
         ctypes.memmove(to, source, size)
-        return (CODES.cudaSuccess,)
 
-    def _begin(self, stream: int, mode: Any) -> tuple[Any]:
+    def cudaStreamBeginCapture(self, *_: object) -> None:  # noqa: N802
         self.recording = []
-        return (CODES.cudaSuccess,)
 
-    def _end(self, stream: int) -> tuple[Any, list[Callable[[], None]] | None]:
+    def cudaStreamEndCapture(self, _: int) -> Any:  # noqa: N802
         recorded, self.recording = self.recording, None
-        return CODES.cudaSuccess, recorded
+        return recorded
 
-    def _instantiate(self, graph: list[Callable[[], None]], flags: int) -> tuple[Any, int]:
-        handle = len(self.held) + 1
-        self.graphs[handle] = graph
-        self.held[handle] = graph
-        return CODES.cudaSuccess, handle
+    def cudaGraphInstantiate(self, graph: Any, _: int) -> int:  # noqa: N802
+        self.recorded += 1
+        self.held[self.recorded] = graph
+        return self.recorded
 
-    def _launch(self, handle: int, stream: int) -> tuple[Any]:
+    def cudaGraphLaunch(self, handle: int, _: int) -> None:  # noqa: N802
         self.launched += 1
-        for work in self.graphs[handle]:
+        for work in self.held[handle]:
             work()
-        return (CODES.cudaSuccess,)
 
     def enqueue(self, batch: DeviceBatch) -> None:
         """Put a network on the stream that doubles each number and sums each row."""
         rows = batch.rows
 
+        def array(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+            kind = ctypes.c_float * int(np.prod(shape))
+            memory = memoryview(kind.from_address(batch.addresses[name]))
+            return np.frombuffer(memory, np.float32).reshape(shape)
+
         def work() -> None:
-            given, doubled = (self._array(batch.addresses[n], (rows, 3)) for n in "xy")
-            doubled[:] = 2 * given
-            self._array(batch.addresses["sum"], (rows,))[:] = given.sum(axis=1)
+            given = array("x", (rows, 3))
+            array("y", (rows, 3))[:] = 2 * given
+            array("sum", (rows,))[:] = given.sum(axis=1)
 
-        if self.recording is None:
-            work()
-        else:
-            self.recording.append(work)
+        (work() if self.recording is None else self.recording.append(work))
 
-    @staticmethod
-    def _array(address: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        count = int(np.prod(shape))
-        memory = (ctypes.c_float * count).from_address(address)
-        return np.frombuffer(memoryview(memory), np.float32).reshape(shape)
+
+ROW, SUM = ((3,), np.float32), ((), np.float32)
 
 
 @each("graph", [False, True])
 def test_a_batch_is_copied_run_and_given_back(graph: bool) -> None:
     gpu = HostGpu()
-    batch = DeviceBatch(
-        Cuda(gpu.runtime),
-        7,
-        {"x": ((3,), np.float32)},
-        {"y": ((3,), np.float32), "sum": ((), np.float32)},
-        4,
-        gpu.enqueue,
-        graph=graph,
-    )
+    specs = {"x": ROW}, {"y": ROW, "sum": SUM}
+    batch = DeviceBatch(Cuda(gpu.runtime), 7, *specs, 4, gpu.enqueue, graph=graph)
     images = np.arange(12, dtype=np.float32).reshape(4, 3)
     kept = batch.answers(images[:2])
     for rows in (4, 1, 2, 4):  # back and forth between sizes, each recorded once
@@ -202,21 +170,15 @@ def test_a_batch_is_copied_run_and_given_back(graph: bool) -> None:
         np.testing.assert_array_equal(found["sum"], images[-rows:].sum(axis=1))
     np.testing.assert_array_equal(kept["y"], 2 * images[:2])
     assert gpu.launched == (2 if graph else 0)
-    assert len(gpu.graphs) == (3 if graph else 0)
+    assert gpu.recorded == (3 if graph else 0)
     batch.close()
     assert gpu.held == {}
 
 
 def test_a_batch_that_finds_no_room_gives_back_what_it_took() -> None:
     gpu = HostGpu()
-    taken: list[int] = []
-
-    def take(size: int) -> tuple[Any, int | None]:
-        taken.append(size)
-        return gpu._take(size) if len(taken) < 2 else (CODES.cudaErrorMemoryAllocation, None)
-
-    gpu.runtime.cudaMalloc = take
-    specs = {"x": ((3,), np.float32)}
+    answers = iter([gpu.runtime.cudaMalloc, lambda _: (CODES.cudaErrorMemoryAllocation, None)])
+    gpu.runtime.cudaMalloc = lambda size: next(answers)(size)
     with pytest.raises(MissingDependency, match="The GPU is out of memory"):
-        DeviceBatch(Cuda(gpu.runtime), 7, specs, {"y": ((3,), np.float32)}, 4, gpu.enqueue)
+        DeviceBatch(Cuda(gpu.runtime), 7, {"x": ROW}, {"y": ROW}, 4, gpu.enqueue)
     assert gpu.held == {}

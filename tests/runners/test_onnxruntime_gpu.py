@@ -6,44 +6,39 @@ import importlib.util
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 
-from tests.each import each
-from van_deploy.bundle import Bundle
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
+from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, require_onnxruntime
 from van_deploy.runners.onnxruntime_cuda import (
     CUDA,
     LIBRARIES,
     cuda_libraries,
     failures,
-    refuse_nhwc,
+    refuse_options,
 )
 
 
-def test_a_provider_that_is_not_built_in(digits_onnx: Path) -> None:
-    ort = require_onnxruntime()
-    if CUDA in ort.get_available_providers():
-        pytest.skip(f"this ONNX Runtime has {CUDA}")
-    with pytest.raises(MissingDependency) as caught:
-        OnnxRuntimeRunner(digits_onnx, name="ort-cuda").__enter__()
-    assert caught.value.message.startswith(
-        f"This ONNX Runtime ({ort.__version__}) has no {CUDA}; it has "
-    )
-    assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.remedy
-    assert caught.value.exit_code == 3
-
-
-def test_a_provider_that_does_not_start(digits_onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_is_not_there_or_does_not_start(
+    digits_onnx: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As without cuDNN: it is listed, and the session would quietly be the CPU's."""
     ort = require_onnxruntime()
     if CUDA in ort.get_available_providers():
-        pytest.skip("this ONNX Runtime has CUDA: the provider would really start")
+        pytest.skip(f"this ONNX Runtime has {CUDA}, which would really start")
+    with pytest.raises(MissingDependency) as caught:
+        OnnxRuntimeRunner(digits_onnx, name="ort-cuda").__enter__()
+    start = f"This ONNX Runtime ({ort.__version__}) has no {CUDA}; it has "
+    assert caught.value.message.startswith(start)
+    assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.remedy
     claimed = [*ort.get_available_providers(), CUDA]
     monkeypatch.setattr(ort, "get_available_providers", lambda: claimed)
     gpu = SimpleNamespace(device=0, stream=lambda _: 1)
@@ -60,76 +55,55 @@ def test_a_provider_that_does_not_start(digits_onnx: Path, monkeypatch: pytest.M
     assert "cuDNN 9" in caught.value.remedy
 
 
-def test_nhwc_is_not_for_a_quantised_graph(precisions_bundle: Path) -> None:
-    """It loads, and the first run fails: seen on an H200 with ONNX Runtime 1.31."""
-    bundle = Bundle.open(precisions_bundle)
-    with pytest.raises(UsageError) as caught:
-        refuse_nhwc(bundle.verified("int8"))
-    assert caught.value.message == (
-        "ONNX Runtime's CUDA provider cannot run a quantised graph with prefer_nhwc."
-    )
-    refuse_nhwc(bundle.verified("fp16"))
+def test_nhwc_is_not_for_a_quantised_graph_nor_with_a_cuda_graph(digits_onnx: Path) -> None:
+    """One fails, the other answers wrongly: seen on an H200 with ONNX Runtime 1.31."""
+    graph, nhwc = onnx.load(digits_onnx), CudaOptions(prefer_nhwc=True)
+    for options in (nhwc, CudaOptions(cuda_graph=True)):
+        refuse_options(digits_onnx, options)
+    with pytest.raises(UsageError, match="answers wrongly with prefer_nhwc and a CUDA graph"):
+        refuse_options(graph, replace(nhwc, cuda_graph=True))
+    graph.graph.node[0].op_type = "QuantizeLinear"
+    refuse_options(graph, CudaOptions(cuda_graph=True))
+    with pytest.raises(UsageError, match="cannot run a quantised graph with prefer_nhwc"):
+        refuse_options(graph, nhwc)
 
 
-def test_a_gpus_failure_is_the_projects_error() -> None:
-    """Some come as RuntimeError, which is not ONNX Runtime's own class."""
-    with pytest.raises(ConversionError) as caught, failures("a batch of 8"):
-        raise RuntimeError("Error in execution: CUDNN_STATUS_EXECUTION_FAILED")
-    assert caught.value.message == (
-        "ONNX Runtime failed on a batch of 8: Error in execution: CUDNN_STATUS_EXECUTION_FAILED"
-    )
-    with pytest.raises(MissingDependency, match="The GPU is out of memory"), failures("a batch"):
-        raise RuntimeError("CUDA failure 2: out of memory")
-    with pytest.raises(KeyError), failures("a batch"):
-        raise KeyError("a fault of this program keeps its traceback")
-
-
-def test_a_cpu_session_has_no_resident_batches(digits_onnx: Path) -> None:
-    with (
-        OnnxRuntimeRunner(digits_onnx) as runner,
-        pytest.raises(UsageError, match="'ort-cpu' runs on no GPU"),
+def test_what_onnxruntime_raises_becomes_the_projects_error(digits_onnx: Path) -> None:
+    """Its exceptions derive from Exception, and a GPU's failures come as RuntimeError."""
+    with OnnxRuntimeRunner(digits_onnx) as runner:
+        with pytest.raises(UsageError, match="runs on no GPU"):
+            runner.resident(np.zeros((1, 1, 32, 32), np.float32))
+        for shape in ((1, 2, 32, 32), (1, 1, 32)):
+            with pytest.raises(InputError, match="ONNX Runtime failed on a batch of 1: ") as caught:
+                runner.run(np.zeros(shape, np.float32))
+            assert "van-deploy inspect" in caught.value.remedy
+    for raised, kind, message in (
+        (RuntimeError("CUDNN_STATUS_X"), ConversionError, "failed on a batch of 8: CUDNN_STATUS_X"),
+        (RuntimeError("CUDA: out of memory"), MissingDependency, "The GPU is out of memory"),
+        (KeyError("a fault of this program keeps its traceback"), KeyError, "a fault of this"),
     ):
-        runner.resident(np.zeros((1, 1, 32, 32), np.float32))
+        with pytest.raises(kind, match=message), failures("a batch of 8"):
+            raise raised
 
 
-@each("shape", [(1, 2, 32, 32), (1, 1, 32)])
-def test_what_onnxruntime_raises_becomes_the_projects_error(
-    digits_onnx: Path, shape: tuple[int, ...]
-) -> None:
-    """Its exceptions derive from Exception and from nothing narrower."""
-    with OnnxRuntimeRunner(digits_onnx) as runner, pytest.raises(InputError) as caught:
-        runner.run(np.zeros(shape, np.float32))
-    assert caught.value.message.startswith("ONNX Runtime failed on a batch of 1: ")
-    assert "van-deploy inspect" in caught.value.remedy
-
-
-@each(
-    ("version", "folders"),
-    [("13.0", {"cu13/lib", "cudnn/lib"}), ("12.8", {"cublas/lib", "cudnn/lib", "curand/lib"})],
-)
 def test_libraries_are_those_of_onnxruntimes_cuda(
-    version: str, folders: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In NVIDIA's wheels, wherever they are: CUDA 13 has one folder, 12 one a component."""
+    """In NVIDIA's wheels, wherever they are, each after those it needs itself."""
     nvidia = tmp_path / "elsewhere" / "nvidia"
-    for folder in ("cu13/lib", "cublas/lib", "curand/lib", "cudnn/lib"):
+    for folder, suffix in (("cu12/lib", 12), ("cu13/lib", 13), ("cudnn/lib", 9)):
         (nvidia / folder).mkdir(parents=True)
-    for name in LIBRARIES:
-        place = {"cublas": "cublas", "cublasLt": "cublas", "curand": "curand"}.get(name)
-        if name == "cudnn":
-            (nvidia / "cudnn/lib/libcudnn.so.9").touch()
-            continue
-        (nvidia / f"cu13/lib/lib{name}.so.13").touch()
-        if place:
-            (nvidia / place / f"lib/lib{name}.so.12").touch()
+        for name in LIBRARIES[:-1] if suffix > 9 else ["cudnn"]:
+            (nvidia / folder / f"lib{name}.so.{suffix}").touch()
     spec = importlib.util.spec_from_loader("nvidia", None, is_package=True)
     assert spec is not None
     spec.submodule_search_locations = [str(nvidia)]
     monkeypatch.setattr("importlib.util.find_spec", lambda _: spec)
-    found = cuda_libraries(version)
-    assert {path.parent.relative_to(nvidia).as_posix() for path in found} == folders
-    names = [path.name.split(".")[0] for path in found]
-    assert names.index("libcublasLt") < names.index("libcublas") < names.index("libcudnn")
+    found = [path.relative_to(nvidia).as_posix() for path in cuda_libraries("13.0")]
+    assert found == [
+        *(f"cu13/lib/lib{name}.so.13" for name in LIBRARIES[:-1]),
+        "cudnn/lib/libcudnn.so.9",
+    ]
 
 
 IN_A_FRESH_PROCESS = """
@@ -138,6 +112,7 @@ sys.path.insert(0, {folder!r})
 import onnxruntime as ort
 from pathlib import Path
 from van_deploy.errors import MissingDependency
+from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.onnxruntime_cuda import preload, provider_starts, CUDA
 

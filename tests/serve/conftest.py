@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from tests.artifacts import Copy
-from van_deploy.bundle import Artefact, Bundle, Origin, writing
+from tests.described import entry
+from van_deploy.bundle import Bundle, Origin, writing
 from van_deploy.checks.golden import golden_samples
 from van_deploy.config import BatchRange, BuildOptions, ServiceSettings
 from van_deploy.engine.sidecar import Sidecar, Tensor, sidecar_path, write_sidecar
@@ -22,6 +23,7 @@ from van_deploy.manifest import EngineFacts
 from van_deploy.metrics import softmax
 from van_deploy.runners.network import Outputs
 from van_deploy.serve.app import App
+from van_deploy.serve.predict import NamedClass
 from van_deploy.serve.server import listen, run_server, url_of
 from van_deploy.serve.service import Service
 
@@ -41,11 +43,12 @@ def with_plans(byte_bundle: Bundle, copy_of: Copy) -> PlanMaker:
     Nobody here can build a plan for Triton: that takes ``tensorrt`` and a GPU. What is tested
     reads the sidecars only.
     """
+    numbers = itertools.count()
 
     def made(
         profiles: str = "1:2:8", *targets: str, other: dict[str, Any] | None = None, **changes: Any
     ) -> Bundle:
-        bundle = Bundle.open(copy_of(byte_bundle))
+        bundle = Bundle.open(copy_of(byte_bundle, f"with-plans-{next(numbers)}"))
         with writing(bundle.path) as draft:
             for index, target in enumerate(targets or ("sm_89",)):
                 changes = {**changes, **(other or {})} if index else changes
@@ -54,7 +57,15 @@ def with_plans(byte_bundle: Bundle, copy_of: Copy) -> PlanMaker:
                 sidecar = _sidecar(bundle, plan, target, profiles, changes)
                 write_sidecar(plan, sidecar)
                 files = {f"engines/{p.name}": "" for p in (plan, sidecar_path(plan))}
-                draft.record(_entry(bundle, sidecar, files))
+                facts = EngineFacts(
+                    backend=f"{sidecar.backend} {sidecar.backend_version}",
+                    targets=sidecar.targets,
+                    profiles=sidecar.profiles,
+                    parser_layers=1,
+                )
+                origin = Origin(name="fp32", sha256=bundle.artefact("fp32").sha256)
+                what = (sidecar.name, "engine", "fp32", next(iter(files)), files)
+                draft.record(entry(*what, made_from=origin, engine=facts))
         return Bundle.open(bundle.path)
 
     return made
@@ -89,24 +100,6 @@ def _sidecar(
         "reproducible": True,
     }
     return Sidecar(schema="van-deploy/engine/2", **{**fields, **changes})
-
-
-def _entry(bundle: Bundle, sidecar: Sidecar, files: dict[str, str]) -> Artefact:
-    return Artefact(
-        name=sidecar.name,
-        kind="engine",
-        precision="fp32",
-        file=next(iter(files)),
-        files=files,
-        made_from=Origin(name="fp32", sha256=bundle.artefact("fp32").sha256),
-        made_with={},
-        engine=EngineFacts(
-            backend=f"{sidecar.backend} {sidecar.backend_version}",
-            targets=sidecar.targets,
-            profiles=sidecar.profiles,
-            parser_layers=1,
-        ),
-    )
 
 
 class Running:
@@ -180,16 +173,8 @@ def original(digits: Bundle) -> Path:
     return digits.path / "golden/0.png"
 
 
-@dataclass(frozen=True)
-class Likely:
-    """A class and its probability."""
-
-    index: int
-    probability: float
-
-
-def top5_of(bundle: Bundle) -> list[Likely]:
+def top5_of(bundle: Bundle) -> list[NamedClass]:
     """Return PyTorch's first five classes of the bundle's first golden original."""
     shares = softmax(golden_samples(bundle).logits[:1])[0]
     order = np.argsort(-shares, kind="stable")[:5]
-    return [Likely(int(index), float(shares[index])) for index in order]
+    return [NamedClass(int(i), str(i), float(shares[i])) for i in order]

@@ -58,6 +58,12 @@ def screenshot(page: Any, name: str) -> None:
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
+def shown(page: Any, file: Path) -> None:
+    """Give the page a file, and wait for its answer."""
+    page.set_input_files("#file", file)
+    page.wait_for_selector("#result li")
+
+
 def widths(page: Any, selector: str) -> list[float]:
     return [
         float(style.removesuffix("%"))
@@ -71,8 +77,7 @@ def test_a_picture_gets_bars_times_and_pytorch_beside(
     assert page.inner_text("h1") == "van_digits"
     assert "10 classes" in page.inner_text("#about")
     screenshot(page, "empty")
-    page.set_input_files("#file", original)
-    page.wait_for_selector("#result li")
+    shown(page, original)
     page.locator(".bar i[style]").nth(9).wait_for(state="attached")
     top = top5_of(digits)
     names = page.locator("#bars li b").all_inner_texts()
@@ -87,23 +92,21 @@ def test_a_picture_gets_bars_times_and_pytorch_beside(
     screenshot(page, "answer")
 
 
-def test_without_pytorch_there_is_one_bar_a_class(page: Any, original: Path) -> None:
+def test_without_pytorch_there_is_one_bar_a_class_and_another_model_can_be_chosen(
+    page: Any, original: Path
+) -> None:
     page.uncheck("#compare")
-    page.set_input_files("#file", original)
-    page.wait_for_selector("#result li")
+    shown(page, original)
     assert page.locator(".bar").count() == 5
     assert page.locator("#times span").all_inner_texts() == ["fp32-uint8", "reading the file"]
-
-
-def test_another_model_can_be_chosen(page: Any, original: Path) -> None:
-    page.set_input_files("#file", original)
-    page.wait_for_selector("#result li")
     page.select_option("#model", "van_digits-fp32")
     page.wait_for_selector("#times span:text-is('fp32')")
     assert page.inner_text("#address").endswith("/v2/models/van_digits-fp32")
 
 
-def test_a_file_can_be_dropped(page: Any, original: Path) -> None:
+def test_a_file_can_be_dropped_and_what_is_no_image_is_told(
+    page: Any, original: Path, tmp_path: Path
+) -> None:
     page.evaluate(
         """async (bytes) => {
             const file = new File([new Uint8Array(bytes)], "dropped.png", {type: "image/png"});
@@ -116,12 +119,8 @@ def test_a_file_can_be_dropped(page: Any, original: Path) -> None:
     )
     page.wait_for_selector("#result li")
     assert page.inner_text("#file-name") == "dropped.png"
-
-
-def test_what_is_no_picture_is_told(page: Any, tmp_path: Path) -> None:
-    text = tmp_path / "note.txt"
-    text.write_text("not a picture")
-    page.set_input_files("#file", text)
+    (tmp_path / "note.txt").write_text("no image")
+    page.set_input_files("#file", tmp_path / "note.txt")
     page.wait_for_selector("#error:visible")
     assert "it is in no known image format" in page.inner_text("#error")
     assert page.locator("#result").is_hidden()
@@ -147,8 +146,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(
         page.wait_for_selector("#model option", state="attached")
         assert page.locator("#locked").is_hidden()
         screenshot(page, "key")
-        page.set_input_files("#file", original)
-        page.wait_for_selector("#result li")
+        shown(page, original)
     context.close()
 
 
@@ -159,8 +157,7 @@ def test_a_narrow_window_has_no_sideways_scroll(
     page = context.new_page()
     page.goto(server.url)
     page.wait_for_selector("#model option", state="attached")
-    page.set_input_files("#file", original)
-    page.wait_for_selector("#result li")
+    shown(page, original)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     screenshot(page, "narrow")
     context.close()

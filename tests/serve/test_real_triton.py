@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pytest
 
 from reliability.tritonserver import PYTHON, Triton, triton_running, tritonserver_folder
+from tests.each import each
 from tests.serve.conftest import PlanMaker
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
@@ -72,11 +73,17 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 def triton(
     tmp_path_factory: pytest.TempPathFactory, byte_bundle: Bundle, environment: dict[str, Any]
 ) -> Iterator[Triton]:
-    """Serve the digits with two instances."""
+    """Serve the digits with two instances, whose warm-up has run before the first request."""
     folder = tmp_path_factory.mktemp("triton")
     models = packaged(byte_bundle, folder / "package", instances=2, **environment)
     with triton_running(models, folder / "server") as running:
         assert running.process.poll() is None, running.said()
+        text = urllib.request.urlopen(running.metrics, timeout=30).read().decode()
+        pattern = rf'^(nv_\w+){{model="{NAME}",version="1"}} (\d+)'
+        found = dict(re.findall(pattern, text, re.MULTILINE))
+        assert int(found["nv_inference_exec_count"]) == 4  # batches of 1 and 8, two instances
+        assert int(found["nv_inference_count"]) == 18
+        assert "nv_inference_pending_request_count" in found  # what GPU deployments scale on
         yield running
 
 
@@ -97,7 +104,7 @@ def labelled_pixels(bundle: Bundle, folder: Path) -> npt.NDArray[np.uint8]:
     return np.stack([pixels_from_image(image, preprocessing) for image in images])
 
 
-@pytest.mark.parametrize("module", CLIENTS)
+@each("module", CLIENTS)
 def test_metadata_and_configuration_are_the_packages(module: Any, triton: Triton) -> None:
     with client_of(module, triton) as client:
         json = {} if module is http else {"as_json": True}
@@ -105,6 +112,8 @@ def test_metadata_and_configuration_are_the_packages(module: Any, triton: Triton
         config = client.get_model_config(NAME, **json)
         assert client.is_server_ready()
         assert client.is_model_ready(NAME, "1")
+        with pytest.raises(Exception, match="must be <= 8"):
+            client.infer(NAME, [given(module, np.zeros((9, 64, 64, 3), np.uint8))])
     config = config.get("config", config)
     assert metadata["platform"] == "python"
     shapes = {t["name"]: [int(n) for n in t["shape"]] for t in metadata["inputs"]}
@@ -116,29 +125,15 @@ def test_metadata_and_configuration_are_the_packages(module: Any, triton: Triton
     assert [int(n) for n in batching["preferred_batch_size"]] == [2, 8]
     assert int(batching["max_queue_delay_microseconds"]) == 1000
     policy = batching["default_queue_policy"]
-    assert (policy.get("timeout_action", "REJECT"), int(policy["max_queue_size"])) == (
-        "REJECT",
-        256,
-    )
+    assert policy.get("timeout_action", "REJECT") == "REJECT"
+    assert int(policy["max_queue_size"]) == 256
     (group,) = config["instance_group"]
     assert (group["count"], group["kind"]) == (2, "KIND_CPU")
     assert config["parameters"]["intra_op_thread_count"]["string_value"] == "1"
     assert config["version_policy"]["specific"]["versions"] in ([1], ["1"])
 
 
-def test_the_warm_up_has_run_before_the_first_request(
-    tmp_path: Path, byte_bundle: Bundle, environment: dict[str, Any]
-) -> None:
-    models = packaged(byte_bundle, tmp_path / "package", instances=2, **environment)
-    with triton_running(models, tmp_path / "server") as running:
-        text = urllib.request.urlopen(running.metrics, timeout=30).read().decode()
-    found = dict(re.findall(rf'^(nv_\w+){{model="{NAME}",version="1"}} (\d+)', text, re.MULTILINE))
-    assert int(found["nv_inference_exec_count"]) == 4  # batches of 1 and 8, two instances
-    assert int(found["nv_inference_count"]) == 18
-    assert "nv_inference_pending_request_count" in found  # what GPU deployments scale on
-
-
-@pytest.mark.parametrize("module", CLIENTS)
+@each("module", CLIENTS)
 def test_every_digit_gets_the_artefacts_own_answer(
     module: Any, triton: Triton, byte_bundle: Bundle, heldout_200: Path
 ) -> None:
@@ -190,48 +185,32 @@ def batches_of(client: Any) -> dict[int, int]:
     return {b.batch_size: b.compute_infer.count for b in stats.batch_stats}
 
 
-@pytest.mark.parametrize("module", CLIENTS)
-def test_a_batch_that_is_too_large_is_refused(module: Any, triton: Triton) -> None:
-    with client_of(module, triton) as client, pytest.raises(Exception, match="must be <= 8"):
-        client.infer(NAME, [given(module, np.zeros((9, 64, 64, 3), np.uint8))])
-
-
-def test_a_full_queue_is_refused_and_what_waits_is_answered(
-    tmp_path: Path, cifar_bundle: Bundle, environment: dict[str, Any]
-) -> None:
-    models = packaged(cifar_bundle, tmp_path / "package", queue_limit=2, **environment)
-    name = f"{cifar_bundle.name}-fp32"
-    values = np.zeros((cifar_bundle.manifest.batch.max, 3, 64, 64), np.float32)
-    with (
-        triton_running(models, tmp_path / "server") as running,
-        grpc.InferenceServerClient(running.grpc) as client,
-    ):
-        errors = errors_of(client, name, [given(grpc, values, "images") for _ in range(16)])
-    refused = [str(error) for error in errors if error is not None]
-    assert 0 < len(refused) < 16
-    assert all("Exceeds maximum queue size" in text for text in refused), refused
-
-
-def test_the_shared_network_answers_as_it_does_here(
+def test_the_shared_network_answers_as_it_does_here_and_a_full_queue_is_refused(
     tmp_path: Path, cifar_bundle: Bundle, shared: Path, environment: dict[str, Any]
 ) -> None:
-    models = packaged(cifar_bundle, tmp_path / "package", artefacts=("fp32",), **environment)
+    how = {"artefacts": ("fp32",), "queue_limit": 2, **environment}
+    models = packaged(cifar_bundle, tmp_path / "package", **how)
+    name, largest = f"{cifar_bundle.name}-fp32", cifar_bundle.manifest.batch.max
     pixels = labelled_pixels(cifar_bundle, shared / "data/cifar10/eval")
-    largest = cifar_bundle.manifest.batch.max
     found, expected = [], []
     with (
         triton_running(models, tmp_path / "server") as running,
         http.InferenceServerClient(running.http, network_timeout=60) as client,
+        grpc.InferenceServerClient(running.grpc) as many,
         Network(cifar_bundle, "fp32", threads=1) as network,
     ):
         for start in range(0, len(pixels), largest):
             rows = network.prepare(pixels[start : start + largest])
-            answer = client.infer(f"{cifar_bundle.name}-fp32", [given(http, rows, "images")])
-            found.append(answer.as_numpy("logits"))
+            found.append(client.infer(name, [given(http, rows, "images")]).as_numpy("logits"))
             expected.append(network.run(rows)["logits"])
+        full = network.prepare(pixels[:largest])
+        errors = errors_of(many, name, [given(grpc, full, "images") for _ in range(16)])
     tops = [np.concatenate(logits).argmax(axis=1) for logits in (found, expected)]
     assert len(tops[0]) == len(pixels) >= 1000
     assert (tops[0] == tops[1]).all()
+    refused = [str(error) for error in errors if error is not None]
+    assert 0 < len(refused) < 16  # what waits is answered
+    assert all("Exceeds maximum queue size" in text for text in refused), refused
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -42,6 +43,7 @@ from van_deploy.serve.triton_release import known_releases
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
 NAME = "van_digits-fp32-uint8"
+CONFIG, GRAPH = f"models/{NAME}/config.pbtxt", f"models/{NAME}/1/model.onnx"
 Written = Callable[..., Path]
 
 
@@ -51,6 +53,7 @@ def written(tmp_path: Path) -> Written:
 
     def write(bundle: Bundle, *artefacts: str, **options: Any) -> Path:
         folder = tmp_path / "out"
+        shutil.rmtree(folder, ignore_errors=True)
         report = open_bundle(bundle.path).package(folder, artefacts=artefacts, **options)
         assert report.passed, report.findings
         return folder
@@ -63,435 +66,325 @@ def config_of(package: Path, name: str = NAME) -> Any:
     return text_format.Parse(text, schema.ModelConfig())
 
 
-def failed(package: Path, bundle: Bundle) -> dict[str, str]:
-    return {f.name: f.detail for f in check_package(package, bundle).findings if not f.outcome}
+def yaml_of(package: Path, name: str) -> list[Any]:
+    return list(yaml.safe_load_all((package / name).read_text()))
 
 
-class TestConfiguration:
-    def test_of_a_graph(self, written: Written, digits: Bundle) -> None:
-        package = written(digits, "fp32-uint8", instances=3, threads=4, queue_timeout_ms=50)
-        config = config_of(package)
-        assert (config.name, config.backend, config.max_batch_size) == (NAME, "onnxruntime", 8)
-        assert [(t.name, t.data_type, list(t.dims)) for t in config.input] == [
-            ("pixels", schema.TYPE_UINT8, [64, 64, 3])
-        ]
-        assert [(t.name, t.data_type, t.label_filename) for t in config.output] == [
-            ("logits", schema.TYPE_FP32, "labels.txt"),
-            ("probabilities", schema.TYPE_FP32, "labels.txt"),
-            ("top5_classes", schema.TYPE_INT64, ""),
-            ("top5_probabilities", schema.TYPE_FP32, ""),
-        ]
-        assert list(config.dynamic_batching.preferred_batch_size) == [2, 8]
-        policy = config.dynamic_batching.default_queue_policy
-        assert (policy.max_queue_size, policy.default_timeout_microseconds) == (256, 50_000)
-        (group,) = config.instance_group
-        assert (group.count, group.kind, list(group.profile)) == (3, group.KIND_CPU, [])
-        assert config.parameters["intra_op_thread_count"].string_value == "4"
-        assert "EXECUTION_ENV_PATH" not in config.parameters
-        assert [w.batch_size for w in config.model_warmup] == [1, 8]
-        assert list(config.version_policy.specific.versions) == [1]
-        assert not config.HasField("optimization")
-        served = (package / "models" / NAME / "1/model.onnx").read_bytes()
-        assert served == (digits.path / "model.uint8.onnx").read_bytes()
-
-    def test_the_version_is_the_folders(self, written: Written, digits: Bundle) -> None:
-        package = written(digits, "fp32-uint8", model_version=7)
-        assert (package / "models" / NAME / "7/model.onnx").is_file()
-        assert list(config_of(package).version_policy.specific.versions) == [7]
-
-    def test_on_a_gpu_threads_are_the_runtimes(self, written: Written, digits: Bundle) -> None:
-        config = config_of(written(digits, "fp32-uint8", gpu=True))
-        assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
-        assert not config.parameters
-
-    def test_one_group_lists_all_profiles_and_a_static_one_is_a_cuda_graph(
-        self, written: Written, with_plans: PlanMaker
-    ) -> None:
-        package = written(with_plans("1:1:1,2:8:32"), "plan-sm_89")
-        config = config_of(package, "van_digits-fp32")
-        assert (config.backend, config.max_batch_size) == ("tensorrt", 32)
-        (group,) = config.instance_group
-        assert (group.kind, list(group.profile)) == (group.KIND_GPU, ["0", "1"])
-        (graph,) = config.optimization.cuda.graph_spec
-        assert config.optimization.cuda.graphs
-        assert (graph.batch_size, list(graph.input["images"].dim)) == (1, [3, 64, 64])
-        assert [w.batch_size for w in config.model_warmup] == [1, 2, 32]
-        assert not config.parameters
-
-    def test_plans_for_several_gpus_are_one_model(
-        self, written: Written, with_plans: PlanMaker
-    ) -> None:
-        bundle = with_plans("1:2:8", "sm_86", "sm_120")
-        package = written(bundle, "plan-sm_86", "plan-sm_120")
-        (folder,) = (package / "models").iterdir()
-        config = config_of(package, folder.name)
-        assert config.name == folder.name == "van_digits-fp32"
-        assert config.default_model_filename == "model.plan"
-        assert dict(config.cc_model_filenames) == {"8.6": "model.plan", "12.0": "model-1.plan"}
-        assert (folder / "1/model.plan").read_bytes() == b"plan for sm_86"
-        assert (folder / "1/model-1.plan").read_bytes() == b"plan for sm_120"
-
-    def test_preferred_sizes_come_from_the_benchmark(self, digits: Bundle) -> None:
-        assert preferred_batches(Network(digits, "fp32-uint8")) == (2, 8)
-        rates = {1: 100.0, 2: 150.0, 4: 195.0, 8: 200.0, 16: 300.0}
-        rows = [
-            {"contender": "ort-cpu/fp32", "batch": batch, "images_per_s": rate}
-            for batch, rate in rates.items()
-            if batch <= 8
-        ]
-        rows.append({"contender": "ort-cpu/int8", "batch": 1, "images_per_s": 9e9})
-        checks = {**digits.manifest.checks, "bench": {"rows": rows}}
-        measured = Bundle(digits.path, digits.manifest.model_copy(update={"checks": checks}))
-        assert preferred_batches(Network(measured, "fp32-uint8")) == (4, 8)
-
-
-class TestRefused:
-    @pytest.mark.parametrize(
-        ("profiles", "message"),
-        [
-            ("8:8:8", "takes a batch of 1 (it has 8:8:8), and Triton sends any up to 8."),
-            ("1:2:4,8:8:16", "takes a batch of 5 (it has 1:2:4, 8:8:16), and Triton sends"),
-        ],
+def test_the_configuration_of_a_graph(written: Written, digits: Bundle) -> None:
+    how = {"instances": 3, "threads": 4, "queue_timeout_ms": 50, "model_version": 7}
+    package = written(digits, "fp32-uint8", **how)
+    config = config_of(package)
+    assert (config.name, config.backend, config.max_batch_size) == (NAME, "onnxruntime", 8)
+    (given,) = config.input
+    assert (given.name, given.data_type, [*given.dims]) == (
+        "pixels",
+        schema.TYPE_UINT8,
+        [64, 64, 3],
     )
-    def test_a_plan_that_leaves_batches_out(
-        self, with_plans: PlanMaker, tmp_path: Path, profiles: str, message: str
-    ) -> None:
-        bundle = open_bundle(with_plans(profiles).path)
-        with pytest.raises(InputError, match=re.escape(message)):
-            bundle.package(tmp_path / "out", artefacts=("plan-sm_89",))
+    assert [(t.name, t.data_type, t.label_filename) for t in config.output] == [
+        ("logits", schema.TYPE_FP32, "labels.txt"),
+        ("probabilities", schema.TYPE_FP32, "labels.txt"),
+        ("top5_classes", schema.TYPE_INT64, ""),
+        ("top5_probabilities", schema.TYPE_FP32, ""),
+    ]
+    assert list(config.dynamic_batching.preferred_batch_size) == [2, 8]
+    policy = config.dynamic_batching.default_queue_policy
+    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (256, 50_000)
+    (group,) = config.instance_group
+    assert (group.count, group.kind, list(group.profile)) == (3, group.KIND_CPU, [])
+    assert config.parameters["intra_op_thread_count"].string_value == "4"
+    assert "EXECUTION_ENV_PATH" not in config.parameters
+    assert [w.batch_size for w in config.model_warmup] == [1, 8]
+    assert list(config.version_policy.specific.versions) == [7]
+    assert not config.HasField("optimization")
+    served = package / "models" / NAME / "7/model.onnx"
+    assert served.read_bytes() == (digits.path / "model.uint8.onnx").read_bytes()
+    on_gpu = config_of(written(digits, "fp32-uint8", gpu=True))  # where threads are the runtime's
+    assert on_gpu.instance_group[0].kind == group.KIND_GPU
+    assert not on_gpu.parameters
+
+
+def test_plans_are_one_model_with_all_profiles_and_a_cuda_graph_for_a_static_one(
+    written: Written, with_plans: PlanMaker
+) -> None:
+    bundle = with_plans("1:1:1,2:8:32", "sm_86", "sm_120")
+    package = written(bundle, "plan-sm_86", "plan-sm_120")
+    (folder,) = (package / "models").iterdir()
+    config = config_of(package, folder.name)
+    assert config.name == folder.name == "van_digits-fp32"
+    assert (config.backend, config.max_batch_size) == ("tensorrt", 32)
+    assert config.default_model_filename == "model.plan"
+    assert dict(config.cc_model_filenames) == {"8.6": "model.plan", "12.0": "model-1.plan"}
+    assert (folder / "1/model.plan").read_bytes() == b"plan for sm_86"
+    assert (folder / "1/model-1.plan").read_bytes() == b"plan for sm_120"
+    (group,) = config.instance_group
+    assert (group.kind, list(group.profile)) == (group.KIND_GPU, ["0", "1"])
+    (graph,) = config.optimization.cuda.graph_spec
+    assert config.optimization.cuda.graphs
+    assert (graph.batch_size, list(graph.input["images"].dim)) == (1, [3, 64, 64])
+    assert [w.batch_size for w in config.model_warmup] == [1, 2, 32]
+    assert not config.parameters
+
+
+def test_preferred_sizes_come_from_the_benchmark(digits: Bundle) -> None:
+    assert preferred_batches(Network(digits, "fp32-uint8")) == (2, 8)
+    rates = {1: 100.0, 2: 150.0, 4: 195.0, 8: 200.0}
+    rows = [
+        {"contender": "ort-cpu/fp32", "batch": batch, "images_per_s": rate}
+        for batch, rate in rates.items()
+    ]
+    rows.append({"contender": "ort-cpu/int8", "batch": 1, "images_per_s": 9e9})
+    checks = {**digits.manifest.checks, "bench": {"rows": rows}}
+    measured = Bundle(digits.path, digits.manifest.model_copy(update={"checks": checks}))
+    assert preferred_batches(Network(measured, "fp32-uint8")) == (4, 8)
+
+
+def test_plans_that_triton_could_not_serve_are_refused(
+    with_plans: PlanMaker, tmp_path: Path
+) -> None:
+    def refused(message: str, bundle: Bundle, *artefacts: str, **options: Any) -> None:
+        names = artefacts or ("plan-sm_89",)
+        with pytest.raises((InputError, UsageError), match=re.escape(message)):
+            open_bundle(bundle.path).package(tmp_path / "out", artefacts=names, **options)
         assert not (tmp_path / "out").exists()
 
-    def test_a_plan_of_tensorrt_for_rtx(self, with_plans: PlanMaker, tmp_path: Path) -> None:
-        bundle = with_plans(backend="tensorrt-rtx", backend_version="1.7.1.116")
-        message = "cannot load 'plan-sm_89': it was built by tensorrt-rtx 1.7.1.116."
-        with pytest.raises(InputError, match=re.escape(message)):
-            open_bundle(bundle.path).package(tmp_path / "out", artefacts=("plan-sm_89",))
-
-    def test_a_plan_without_its_sidecar(self, with_plans: PlanMaker, tmp_path: Path) -> None:
-        bundle = with_plans()
-        (bundle.path / "engines/plan-sm_89.json").unlink()
-        with pytest.raises(InputError, match=r"plan-sm_89.json' is named in the manifest and miss"):
-            open_bundle(bundle.path).package(tmp_path / "out", artefacts=("plan-sm_89",))
-
-    def test_plans_that_differ(self, with_plans: PlanMaker, tmp_path: Path) -> None:
-        bundle = with_plans("1:2:8", "sm_86", "sm_89", other={"backend_version": "10.6.0.26"})
-        names = ("plan-sm_86", "plan-sm_89")
-        message = "cannot be one model of Triton: their sidecars differ in backend_version."
-        with pytest.raises(UsageError, match=re.escape(message)):
-            open_bundle(bundle.path).package(tmp_path / "out", artefacts=names)
-
-    def test_a_graph_beside_its_plan(self, with_plans: PlanMaker, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="would be models of one name"):
-            open_bundle(with_plans().path).package(
-                tmp_path / "out", artefacts=("fp32", "plan-sm_89")
-            )
-
-    def test_the_python_backend_on_a_gpu(self, digits: Bundle, tmp_path: Path, cli: Cli) -> None:
-        words = ("package", "triton", digits.path, "--backend", "python", "--gpu")
-        result = cli(*words, "-o", tmp_path / "out")
-        assert result.exit_code == 2
-        assert "--backend python brings ONNX Runtime for processors" in result.stderr
-
-    def test_a_folder_that_holds_something_else(self, digits: Bundle, tmp_path: Path) -> None:
-        (tmp_path / "thesis.txt").write_text("years of work")
-        with pytest.raises(UsageError, match="holds something else and no package"):
-            open_bundle(digits.path).package(tmp_path)
-        assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
-
-    def test_an_environment_that_pip_cannot_make(self, tmp_path: Path, cli: Cli) -> None:
-
-        with pytest.raises(
-            ConversionError, match=r"pip cannot get onnxruntime==.* for Python 3.1:"
-        ):
-            write_environment(tmp_path / "e.tar.gz", "3.1")
-        assert not (tmp_path / "e.tar.gz").exists()
+    refused("takes a batch of 1 (it has 8:8:8), and Triton sends any up to", with_plans("8:8:8"))
+    gap = with_plans("1:2:4,8:8:16")
+    refused("takes a batch of 5 (it has 1:2:4, 8:8:16), and Triton sends", gap)
+    rtx = with_plans(backend="tensorrt-rtx", backend_version="1.7.1.116")
+    refused("cannot load 'plan-sm_89': it was built by tensorrt-rtx 1.7.1.116.", rtx)
+    refused("no table here says which TensorRT", with_plans(backend_version="11.4.0.106"))
+    unlike = with_plans("1:2:8", "sm_86", "sm_89", other={"backend_version": "10.6.0.26"})
+    both = ("plan-sm_86", "plan-sm_89")
+    refused("cannot be one model of Triton: their sidecars differ in backend_v", unlike, *both)
+    sound = with_plans()
+    refused("would be models of one name", sound, "fp32", "plan-sm_89")
+    message = "Triton 24.11 has TensorRT 10.6.0.26; the plan was built by 10.9.0.34."
+    refused(message, sound, triton_release="24.11")
+    (sound.path / "engines/plan-sm_89.json").unlink()
+    refused("plan-sm_89.json' is named in the manifest and missing", sound)
 
 
-class TestRelease:
-    def test_the_newest_that_loads_the_graph_is_taken(
-        self, written: Written, digits: Bundle
-    ) -> None:
-        package = written(digits)
-        newest = next(iter(known_releases()))
-        compose = yaml.safe_load((package / "compose.yaml").read_text())
-        image = compose["services"]["triton"]["image"]
-        assert image == f"nvcr.io/nvidia/tritonserver:{newest}-py3"
+@each(
+    ("words", "message"),
+    [
+        (["--backend", "python", "--gpu"], "--backend python brings ONNX Runtime for processors"),
+        (
+            ["--triton-release", "23.04"],
+            f"Triton 23.04 is not known to load '{NAME}': Triton 23.04 has ONNX Runtime 1.14.1; it "
+            "loads opset 18 and IR version 8 at most, the graph has opset 20 and IR version 9.",
+        ),
+        (["--triton-release", "24.02"], "Triton 24.02 was shipped without an ONNX Runtime backend"),
+        (["--triton-release", "banana"], "'banana' is not a release of Triton."),
+        (["--triton-release", "25.13"], "'25.13' is not a release of Triton."),
+        ([], "holds something else and no package"),
+    ],
+)
+def test_what_the_command_refuses(
+    digits: Bundle, tmp_path: Path, cli: Cli, words: list[str], message: str
+) -> None:
+    if not words:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/thesis.txt").write_text("years of work")
+    result = cli("package", "triton", digits.path, "-o", tmp_path / "out", *words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    assert left == ([] if words else ["out", "thesis.txt"])
 
-    def test_a_plan_takes_the_release_with_its_tensorrt(
-        self, written: Written, with_plans: PlanMaker
-    ) -> None:
-        bundle = with_plans(backend_version="10.6.0.26")
-        text = (written(bundle, "plan-sm_89") / "kserve.yaml").read_text()
-        assert yaml.safe_load(text)["spec"]["predictor"]["model"]["runtimeVersion"] == "24.11-py3"
 
-    @each(
-        ("release", "message"),
-        [
-            (
-                "23.04",
-                f"Triton 23.04 is not known to load '{NAME}': Triton 23.04 has ONNX Runtime "
-                "1.14.1; it loads opset 18 and IR version 8 at most, the graph has opset 20 and "
-                "IR version 9.",
-            ),
-            ("24.02", "Triton 24.02 was shipped without an ONNX Runtime backend"),
-            ("banana", "'banana' is not a release of Triton."),
-            ("25.13", "'25.13' is not a release of Triton."),
-        ],
+def test_the_release_is_the_newest_that_loads_the_models(
+    written: Written, digits: Bundle, with_plans: PlanMaker, tmp_path: Path, cli: Cli
+) -> None:
+    (compose,) = yaml_of(written(digits), "compose.yaml")
+    newest = next(iter(known_releases()))
+    assert compose["services"]["triton"]["image"] == f"nvcr.io/nvidia/tritonserver:{newest}-py3"
+    (kserve,) = yaml_of(
+        written(with_plans(backend_version="10.6.0.26"), "plan-sm_89"), "kserve.yaml"
     )
-    def test_one_that_cannot_load_the_graph(
-        self, digits: Bundle, tmp_path: Path, cli: Cli, release: str, message: str
-    ) -> None:
-        words = ("package", "triton", digits.path, "-o", tmp_path / "out")
-        result = cli(*words, "--triton-release", release)
-        assert result.exit_code == 2
-        assert message in " ".join(result.stderr.split())
-        assert not (tmp_path / "out").exists()
-
-    def test_one_that_has_another_tensorrt(self, with_plans: PlanMaker, tmp_path: Path) -> None:
-        message = "Triton 24.11 has TensorRT 10.6.0.26; the plan was built by 10.9.0.34."
-        with pytest.raises(UsageError, match=re.escape(message)):
-            open_bundle(with_plans().path).package(
-                tmp_path / "out", artefacts=("plan-sm_89",), triton_release="24.11"
-            )
-
-    def test_no_known_one_has_the_plans_tensorrt(
-        self, with_plans: PlanMaker, tmp_path: Path
-    ) -> None:
-        bundle = open_bundle(with_plans(backend_version="11.4.0.106").path)
-        with pytest.raises(UsageError, match="not checked: no table here says which TensorRT"):
-            bundle.package(tmp_path / "out", artefacts=("plan-sm_89",))
-
-    def test_what_is_not_in_the_table_is_not_checked_and_says_so(
-        self, digits: Bundle, tmp_path: Path, cli: Cli
-    ) -> None:
-        words = ("package", "triton", digits.path, "-o", tmp_path / "out", "--json")
-        result = cli(*words, "--triton-release", "31.07")
-        findings = {f["name"]: f for f in json.loads(result.stdout)["findings"]}
-        release = findings[f"{NAME}: release"]
-        assert (result.exit_code, release["outcome"]) == (0, None)
-        assert release["detail"].startswith("not checked: no table here says which ONNX Runtime")
-
-    def test_the_python_backend_loads_what_the_releases_onnx_runtime_would_not(
-        self, written: Written, digits: Bundle, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        made: list[str] = []
-
-        def empty(archive: Path, python: str) -> None:
-            made.append(python)
-            archive.write_bytes(b"an archive")
-
-        monkeypatch.setattr("van_deploy.serve.triton.write_environment", empty)
-        package = written(digits, "fp32-uint8", backend="python", triton_release="23.04")
-        assert made == ["3.8"]
-        config = config_of(package)
-        assert (config.backend, config.default_model_filename) == ("python", "model.py")
-        path = "$$TRITON_MODEL_DIRECTORY/../environment-python3.8.tar.gz"
-        assert config.parameters["EXECUTION_ENV_PATH"].string_value == path
-        assert (package / "models/environment-python3.8.tar.gz").is_file()
-        version = package / "models" / NAME / "1"
-        assert sorted(p.name for p in version.iterdir()) == ["model.onnx", "model.py"]
+    assert kserve["spec"]["predictor"]["model"]["runtimeVersion"] == "24.11-py3"
+    words = ("package", "triton", digits.path, "-o", tmp_path / "new", "--json")
+    result = cli(*words, "--triton-release", "31.07")  # not in the table, so not checked
+    findings = {f["name"]: f for f in json.loads(result.stdout)["findings"]}
+    release = findings[f"{NAME}: release"]
+    assert (result.exit_code, release["outcome"]) == (0, None)
+    assert release["detail"].startswith("not checked: no table here says which ONNX Runtime")
 
 
-def edit_config(package: Path) -> None:
-    file = package / "models" / NAME / "config.pbtxt"
-    file.write_text(file.read_text().replace("max_batch_size: 8", "max_batch_size: 16"))
+def test_the_python_backend_brings_its_onnx_runtime(
+    written: Written, digits: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConversionError, match=r"pip cannot get onnxruntime==.* for Python 3.1:"):
+        write_environment(tmp_path / "e.tar.gz", "3.1")
+    assert list(tmp_path.iterdir()) == []
+    made: list[str] = []
+
+    def empty(archive: Path, python: str) -> None:
+        made.append(python)
+        archive.write_bytes(b"an archive")
+
+    monkeypatch.setattr("van_deploy.serve.triton.write_environment", empty)
+    package = written(digits, "fp32-uint8", backend="python", triton_release="23.04")
+    assert made == ["3.8"]  # and the release's own ONNX Runtime would not load the graph
+    config = config_of(package)
+    assert (config.backend, config.default_model_filename) == ("python", "model.py")
+    path = "$$TRITON_MODEL_DIRECTORY/../environment-python3.8.tar.gz"
+    assert config.parameters["EXECUTION_ENV_PATH"].string_value == path
+    assert (package / "models/environment-python3.8.tar.gz").is_file()
+    version = package / "models" / NAME / "1"
+    assert sorted(p.name for p in version.iterdir()) == ["model.onnx", "model.py"]
 
 
-def remove_graph(package: Path) -> None:
-    (package / "models" / NAME / "1/model.onnx").unlink()
+def test_what_was_changed_since_is_noticed(
+    written: Written, digits: Bundle, copy_of: Copy, tmp_path: Path
+) -> None:
+    def failed(bundle: Bundle) -> dict[str, str]:
+        found = check_package(package, bundle).findings
+        return {finding.name: finding.detail for finding in found if not finding.outcome}
+
+    package = written(digits, "fp32-uint8")
+    config, graph = package / CONFIG, package / GRAPH
+    text, onnx_bytes = config.read_text(), graph.read_bytes()
+    config.write_text(text.replace("max_batch_size: 8", "max_batch_size: 16"))
+    assert failed(digits) == {"files": f"{CONFIG}: missing, changed or added"}
+    config.write_text(text)
+    graph.unlink()
+    assert failed(digits) == {"files": f"{GRAPH}: missing, changed or added"}
+    graph.write_bytes(onnx_bytes)
+    (package / "models/another").write_text('name: "another"')
+    assert failed(digits) == {"files": "models/another: missing, changed or added"}
+    (package / "models/another").unlink()
+    copy = Bundle.open(copy_of(digits))
+    model = onnx.load(copy.path / "model.uint8.onnx")
+    model.doc_string = "another one"
+    put(copy, "fp32-uint8", "fp32", model, embedded="uint8")
+    detail = "model.onnx: made anew in the bundle since"
+    assert failed(Bundle.open(copy.path)) == {f"{NAME}: artefact": detail}
+    other = Bundle(digits.path, digits.manifest.model_copy(update={"name": "other"}))
+    with pytest.raises(InputError, match="was made from 'van_digits', not from 'other'"):
+        check_package(package, other)
+    with pytest.raises(InputError, match=r"The package record '.*' is damaged: No such file"):
+        check_package(tmp_path / "nowhere", digits)
 
 
-def add_model(package: Path) -> None:
-    (package / "models/another").mkdir()
-    (package / "models/another/config.pbtxt").write_text('name: "another"')
+def test_the_command_packages_checks_and_replaces(digits: Bundle, tmp_path: Path, cli: Cli) -> None:
+    words = ("package", "triton", digits.path, "-o", tmp_path / "out")
+    made = cli(*words, "--json", "--artefact", "fp32")
+    assert (made.exit_code, json.loads(made.stdout)["passed"]) == (0, True)
+    assert cli(*words).exit_code == 0
+    assert [p.name for p in (tmp_path / "out/models").iterdir()] == [NAME]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert cli(*words, "--check").exit_code == 0
+    (tmp_path / "out" / GRAPH).write_bytes(b"")
+    found = cli(*words, "--check")
+    assert found.exit_code == 1
+    assert "is not what the bundle says: files." in " ".join(found.stderr.split())
 
 
-class TestCheck:
-    @pytest.mark.parametrize(
-        ("change", "detail"),
-        [
-            (edit_config, f"models/{NAME}/config.pbtxt: missing, changed or added"),
-            (remove_graph, f"models/{NAME}/1/model.onnx: missing, changed or added"),
-            (add_model, "models/another/config.pbtxt: missing, changed or added"),
-        ],
-    )
-    def test_a_repository_edited_after_packaging_is_noticed(
-        self, written: Written, digits: Bundle, change: Callable[[Path], None], detail: str
-    ) -> None:
-        package = written(digits, "fp32-uint8")
-        change(package)
-        assert failed(package, digits) == {"files": detail}
-
-    def test_a_bundle_made_anew_is_noticed(
-        self, written: Written, digits: Bundle, copy_of: Copy
-    ) -> None:
-        package = written(digits, "fp32-uint8")
-        copy = Bundle.open(copy_of(digits))
-        model = onnx.load(copy.path / "model.uint8.onnx")
-        model.doc_string = "another one"
-        put(copy, "fp32-uint8", "fp32", model, embedded="uint8")
-        detail = "model.onnx: made anew in the bundle since"
-        assert failed(package, Bundle.open(copy.path)) == {f"{NAME}: artefact": detail}
-
-    def test_another_bundle_s_package_is_refused(
-        self, written: Written, digits: Bundle, tmp_path: Path
-    ) -> None:
-        package = written(digits)
-        other = Bundle(digits.path, digits.manifest.model_copy(update={"name": "other"}))
-        with pytest.raises(InputError, match="was made from 'van_digits', not from 'other'"):
-            check_package(package, other)
-        with pytest.raises(InputError, match=r"The package record '.*' is damaged: No such file"):
-            check_package(tmp_path / "nowhere", digits)
-
-    def test_the_command_packages_checks_and_replaces(
-        self, digits: Bundle, tmp_path: Path, cli: Cli
-    ) -> None:
-        words = ("package", "triton", digits.path, "-o", tmp_path / "out")
-        made = cli(*words, "--json", "--artefact", "fp32")
-        assert (made.exit_code, json.loads(made.stdout)["passed"]) == (0, True)
-        assert cli(*words).exit_code == 0
-        assert [p.name for p in (tmp_path / "out/models").iterdir()] == [NAME]
-        assert [p.name for p in tmp_path.iterdir()] == ["out"]
-        assert cli(*words, "--check").exit_code == 0
-        edit_config(tmp_path / "out")
-        found = cli(*words, "--check")
-        assert found.exit_code == 1
-        assert "is not what the bundle says: files." in " ".join(found.stderr.split())
+@pytest.fixture
+def cpu(written: Written, digits: Bundle) -> Path:
+    return written(digits, "fp32-uint8", "fp32", instances=2, threads=3)
 
 
-class TestManifests:
-    @pytest.fixture
-    def cpu(self, written: Written, digits: Bundle) -> Path:
-        return written(digits, "fp32-uint8", "fp32", instances=2, threads=3)
-
-    @pytest.fixture
-    def gpu(self, written: Written, with_plans: PlanMaker) -> Path:
-        return written(with_plans("1:8:32"), "plan-sm_89")
-
-    @pytest.mark.parametrize("kind", ["cpu", "gpu"])
-    def test_kubernetes_takes_them(self, kind: str, request: pytest.FixtureRequest) -> None:
-        validate = pytest.importorskip("kubernetes_validate")
-        package = request.getfixturevalue(kind)
-        for resource in yaml.safe_load_all((package / "kubernetes.yaml").read_text()):
-            validate.validate(resource, "1.30", strict=True)
-
-    def test_every_port_probed_is_one_that_is_listened_on(self, cpu: Path) -> None:
-        deployment, service, _ = yaml.safe_load_all((cpu / "kubernetes.yaml").read_text())
-        (container,) = deployment["spec"]["template"]["spec"]["containers"]
-        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-        assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            assert container[probe]["httpGet"]["port"] == "http"
-        assert {port["targetPort"] for port in service["spec"]["ports"]} == set(ports)
-        annotations = deployment["spec"]["template"]["metadata"]["annotations"]
-        assert annotations["prometheus.io/port"] == "8002"
-        model = yaml.safe_load((cpu / "kserve.yaml").read_text())["spec"]["predictor"]["model"]
-        assert model["runtime"] == "kserve-tritonserver"  # which listens on 8080 and 9000
-        assert [port["containerPort"] for port in model["ports"]] == [8080]
-        probes = (model["readinessProbe"], model["livenessProbe"])
-        assert [probe["httpGet"]["port"] for probe in probes] == [8080, 8080]
-        compose = yaml.safe_load((cpu / "compose.yaml").read_text())["services"]["triton"]
-        assert all(port.startswith("127.0.0.1:") for port in compose["ports"])
-
-    def test_one_layout_of_the_volume(self, cpu: Path) -> None:
-        """All three read the package's folder models/, copied into the root of one volume."""
-        deployment = next(iter(yaml.safe_load_all((cpu / "kubernetes.yaml").read_text())))
-        pod = deployment["spec"]["template"]["spec"]
-        mount = pod["containers"][0]["volumeMounts"][0]
-        assert (mount["mountPath"], mount["subPath"]) == ("/models", "models")
-        claim = pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
-        assert "--model-repository=/models" in pod["containers"][0]["args"]
-        model = yaml.safe_load((cpu / "kserve.yaml").read_text())["spec"]["predictor"]["model"]
-        assert model["storageUri"] == f"pvc://{claim}/models"
-        compose = yaml.safe_load((cpu / "compose.yaml").read_text())["services"]["triton"]
-        assert compose["volumes"] == ["./models:/models:ro"]
-        assert "--model-repository=/models" in compose["command"]
-
-    def test_processors_are_those_of_threads_and_instances(self, cpu: Path) -> None:
-        deployment, _, scaler = yaml.safe_load_all((cpu / "kubernetes.yaml").read_text())
-        (container,) = deployment["spec"]["template"]["spec"]["containers"]
-        assert container["resources"]["requests"] == {"cpu": "12", "memory": "2056Mi"}
-        assert [metric["type"] for metric in scaler["spec"]["metrics"]] == ["Resource"]
-
-    def test_gpus_scale_on_tritons_queue(self, gpu: Path) -> None:
-        deployment, _, scaler = yaml.safe_load_all((gpu / "kubernetes.yaml").read_text())
-        (container,) = deployment["spec"]["template"]["spec"]["containers"]
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
-        (metric,) = scaler["spec"]["metrics"]
-        assert metric["pods"]["metric"]["name"] == "nv_inference_pending_request_count"
-        assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "32"}
-        assert "cpu" not in str(scaler["spec"]["metrics"])
-        compose = yaml.safe_load((gpu / "compose.yaml").read_text())["services"]["triton"]
-        (device,) = compose["deploy"]["resources"]["reservations"]["devices"]
-        assert device["capabilities"] == ["gpu"]
-
-    def test_a_version_compatible_plan_is_told_to_triton(
-        self, written: Written, with_plans: PlanMaker
-    ) -> None:
-        options = BuildOptions(profiles=(BatchRange(1, 2, 8),), version_compatible=True)
-        package = written(with_plans(options=options), "plan-sm_89")
-        for name in ("compose.yaml", "kubernetes.yaml", "kserve.yaml"):
-            text = (package / name).read_text()
-            assert "- --backend-config=tensorrt,version-compatible=true\n" in text, name
-
-    def test_no_mark_of_the_templates_is_left(self, cpu: Path, gpu: Path) -> None:
-        for path in (*cpu.rglob("*.yaml"), *cpu.rglob("*.py"), *gpu.rglob("*.yaml")):
-            assert "#if" not in path.read_text()
-            assert "$" not in path.read_text()
+@pytest.fixture
+def gpu(written: Written, with_plans: PlanMaker) -> Path:
+    options = BuildOptions(profiles=(BatchRange(1, 8, 32),), version_compatible=True)
+    return written(with_plans("1:8:32", options=options), "plan-sm_89")
 
 
-class TestClient:
-    @pytest.mark.parametrize("artefact", ["fp32-uint8", "fp32"])
-    def test_it_gets_the_answer_of_the_bundles_image(
-        self, written: Written, digits: Bundle, server: Running, original: Path, artefact: str
-    ) -> None:
-        client = written(digits, artefact) / "client.py"
-        done = subprocess.run(
-            [sys.executable, client, "--url", server.address, original],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        rows = [line.split("\t") for line in done.stdout.splitlines()]
-        expected = top5_of(digits)
-        assert [row[2] for row in rows] == [str(item.index) for item in expected]
-        found = [float(row[1]) for row in rows]
-        np.testing.assert_allclose(found, [i.probability for i in expected], atol=6e-5)
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_kubernetes_takes_them(kind: str, request: pytest.FixtureRequest) -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    package = request.getfixturevalue(kind)
+    for resource in yaml_of(package, "kubernetes.yaml"):
+        validate.validate(resource, "1.30", strict=True)
+    for path in (*package.rglob("*.yaml"), *package.rglob("*.py")):
+        assert not set(path.read_text()) & set("$"), "a mark of the templates is left"
+        assert "#if" not in path.read_text()
 
-    @pytest.mark.parametrize("rounding", ["even", "floor"])
-    @pytest.mark.parametrize(
-        ("mode", "resize"), [("center", 64), ("center", 73), ("squash", 71), ("border", 64)]
-    )
-    def test_it_computes_the_librarys_pixels(
-        self,
-        written: Written,
-        digits: Bundle,
-        tmp_path: Path,
-        mode: str,
-        resize: int,
-        rounding: str,
-    ) -> None:
-        changes: dict[str, Any] = {
-            "crop_mode": mode,
-            "resize_size": resize,
-            "crop_rounding": rounding,
-        }
-        preprocessing = replace(digits.manifest.preprocessing, **changes)
-        network = Network(digits, "fp32-uint8")
-        network.preprocessing = preprocessing
-        source = _client(TritonModel(NAME, "onnxruntime", network))
-        (tmp_path / "client.py").write_text(source)
-        spec = importlib.util.spec_from_file_location("client", tmp_path / "client.py")
-        assert spec
-        assert spec.loader
-        client = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(client)
-        rng = np.random.default_rng(0)
-        for width, height in ((50, 70), (301, 200), (64, 64), (65, 67)):
-            path = tmp_path / "a.png"
-            Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
-            expected = pixels_from_image(open_image(path), preprocessing)
-            assert np.array_equal(client.pixels_from_file(path), expected)
+
+def test_ports_volumes_and_processors_of_the_manifests(cpu: Path) -> None:
+    deployment, service, scaler = yaml_of(cpu, "kubernetes.yaml")
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["port"] == "http"
+    assert {port["targetPort"] for port in service["spec"]["ports"]} == set(ports)
+    annotations = deployment["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == "8002"
+    model = yaml_of(cpu, "kserve.yaml")[0]["spec"]["predictor"]["model"]
+    assert model["runtime"] == "kserve-tritonserver"  # which listens on 8080 and 9000
+    assert [port["containerPort"] for port in model["ports"]] == [8080]
+    probes = (model["readinessProbe"], model["livenessProbe"])
+    assert [probe["httpGet"]["port"] for probe in probes] == [8080, 8080]
+    compose = yaml_of(cpu, "compose.yaml")[0]["services"]["triton"]
+    assert all(port.startswith("127.0.0.1:") for port in compose["ports"])
+    # All three read the package's folder models/, copied into the root of one volume.
+    mount = container["volumeMounts"][0]
+    assert (mount["mountPath"], mount["subPath"]) == ("/models", "models")
+    claim = pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
+    assert "--model-repository=/models" in container["args"]
+    assert model["storageUri"] == f"pvc://{claim}/models"
+    assert compose["volumes"] == ["./models:/models:ro"]
+    assert "--model-repository=/models" in compose["command"]
+    # Threads x instances x models.
+    assert container["resources"]["requests"] == {"cpu": "12", "memory": "2056Mi"}
+    assert [metric["type"] for metric in scaler["spec"]["metrics"]] == ["Resource"]
+
+
+def test_gpus_scale_on_tritons_queue_and_plans_say_what_they_are(gpu: Path) -> None:
+    deployment, _, scaler = yaml_of(gpu, "kubernetes.yaml")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    (metric,) = scaler["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"] == "nv_inference_pending_request_count"
+    assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "32"}
+    assert "cpu" not in str(scaler["spec"]["metrics"])
+    compose = yaml_of(gpu, "compose.yaml")[0]["services"]["triton"]
+    (device,) = compose["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+    for name in ("compose.yaml", "kubernetes.yaml", "kserve.yaml"):
+        text = (gpu / name).read_text()
+        assert "- --backend-config=tensorrt,version-compatible=true\n" in text, name
+
+
+@each("artefact", ["fp32-uint8", "fp32"])
+def test_the_client_gets_the_answer_of_the_bundles_image(
+    written: Written, digits: Bundle, server: Running, original: Path, artefact: str
+) -> None:
+    client = written(digits, artefact) / "client.py"
+    words = [sys.executable, str(client), "--url", server.address, str(original)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    expected = top5_of(digits)
+    assert [row[2] for row in rows] == [str(item.index) for item in expected]
+    found = [float(row[1]) for row in rows]
+    np.testing.assert_allclose(found, [i.probability for i in expected], atol=6e-5)
+
+
+@each("rounding", ["even", "floor"])
+@each(("mode", "resize"), [("center", 64), ("center", 73), ("squash", 71), ("border", 64)])
+def test_the_client_computes_the_librarys_pixels(
+    digits: Bundle, tmp_path: Path, mode: str, resize: int, rounding: str
+) -> None:
+    changes: dict[str, Any] = {"crop_mode": mode, "resize_size": resize, "crop_rounding": rounding}
+    network = Network(digits, "fp32-uint8")
+    network.preprocessing = replace(digits.manifest.preprocessing, **changes)
+    source = _client(TritonModel(NAME, "onnxruntime", network))
+    (tmp_path / "client.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("client", tmp_path / "client.py")
+    assert spec
+    assert spec.loader
+    client = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(client)
+    rng = np.random.default_rng(0)
+    for width, height in ((50, 70), (301, 200), (64, 64), (65, 67)):
+        path = tmp_path / "a.png"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+        expected = pixels_from_image(open_image(path), network.preprocessing)
+        assert np.array_equal(client.pixels_from_file(path), expected)
 
 
 @pytest.mark.slow

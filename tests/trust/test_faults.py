@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reliability.disks import full_disk
+from reliability.faults import full_disk
 from reliability.steps import killed_at_every_step
 from reliability.trials import Trials, bundle_is_whole, finished, van_deploy
 
@@ -18,16 +18,16 @@ def judged(found: list[Trials]) -> None:
     assert [sentence for trials in found for sentence in trials.broken] == []
     if all(trials.skipped for trials in found):
         pytest.skip("; ".join(trials.skipped for trials in found))
-    assert sum(trials.tried for trials in found) > 0
+    assert any(trials.outcomes for trials in found)
 
 
 def test_a_killed_command(tmp_path: Path) -> None:
-    judged(killed_at_every_step(tmp_path, 1, ["report"]))
+    judged(killed_at_every_step(tmp_path, ["report"]))
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reliability.disks.SIZES_KIB", (256, 900))
-    judged(full_disk(tmp_path, 2, ["build"]))
+    monkeypatch.setattr("reliability.faults.SIZES_KIB", (256, 900))
+    judged(full_disk(tmp_path, ["build"]))
 
 
 def test_a_mixture_would_be_seen(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from reliability.fuzz import MIXED, fuzz
-from reliability.mutations import spoiled_bytes, spoiled_json, spoiled_text
+from reliability.spoiled import spoiled_bytes, spoiled_json, spoiled_text
 
 CASES = 120  # of all kinds together
 
@@ -38,26 +38,23 @@ def test_what_must_not_be_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from reliability import fuzz as module
 
     corpus = tmp_path / "corpus"
-    (corpus / "bundle").mkdir(parents=True, exist_ok=True)
+    (corpus / "bundle").mkdir(parents=True)
     (corpus / "ready").touch()
-    monkeypatch.setattr(module, "_prepare", lambda folder: None)
     for words, expected in (
         ("raise KeyError('x')", "KeyError: 'x'"),
         ("import os; os.system('true')", "it ran something: ['os.system']"),
         ("import os; os.abort()", "the process ended with -6"),
     ):
         program = (
-            "import sys, reliability.kinds as kinds, reliability.fuzz as fuzz\n"
-            "kind = kinds.KINDS['image']\n"
+            "import sys, reliability.fuzz as fuzz\n"
             f"read = lambda: exec({words!r})\n"
-            "spoiled = kinds.Kind(1, '', lambda *_: read)\n"
-            "fuzz._warm_up = lambda corpus: None\n"
-            "kinds.KINDS = fuzz.KINDS = {'image': spoiled}\n"
-            "fuzz._run_cases('image', 0, 1, fuzz.Path(sys.argv[1]))\n"
+            "fuzz.warm_up = lambda corpus: None\n"
+            "fuzz.KINDS = {'image': (1, '', lambda *_: read)}\n"
+            "fuzz.run_cases('image', 0, int(sys.argv[3]), fuzz.Path(sys.argv[4]))\n"
         )
-        monkeypatch.setattr(module, "WORKER", ("-c", program, str(corpus)))
+        monkeypatch.setattr(module, "WORKER", ("-c", program))
         (fault,) = fuzz("image", 0, 1, corpus).faults
-        assert fault.what.startswith(expected), fault
+        assert fault.startswith(f"image 0: {expected}"), fault
 
 
 def test_mutations_are_seeded_and_change_something() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from van_deploy.bench.document import Agreement, BenchReport, Change
 from van_deploy.bench.timing import Ratio, Row
@@ -21,9 +21,9 @@ def compared(old: BenchReport, new: BenchReport) -> BenchReport:
         UsageError: they come from different devices, TensorRT majors or numbers of
             threads or streams, have different references, or no row in common.
     """
-    for what, of in COMPARABLE.items():
-        before, after = of(old), of(new)
-        if before != after:
+    now = _comparable(new)
+    for what, before in _comparable(old).items():
+        if before != (after := now[what]):
             raise UsageError(
                 f"The two benchmarks cannot be compared: {what} was {before}, now it is {after}.",
                 "Measure both on the same machine, with the same settings.",
@@ -65,25 +65,18 @@ def _named(change: Change) -> str:
     return f"{change.contender} at batch {change.batch}, {change.image_size} pixels"
 
 
-def _device(report: BenchReport) -> str:
-    cpu = report.machine.cpu
-    gpus = ", ".join(gpu.name for gpu in report.machine.gpus)
-    where = f"{cpu.name}, {cpu.cores_allowed} cores{f', {gpus}' if gpus else ''}"
-    return where if report.device == "cpu" else f"{report.device} of {where}"
-
-
-def _tensorrt(report: BenchReport) -> str:
-    version = report.versions.get("tensorrt")
-    return f"TensorRT {version.split('.')[0]}" if version else "no TensorRT"
-
-
-COMPARABLE: dict[str, Callable[[BenchReport], object]] = {
-    "the device": _device,
-    "TensorRT's major version": _tensorrt,
-    "the number of threads": lambda report: report.threads,
-    "the number of streams": lambda report: report.settings.streams,
-    "the reference": lambda report: report.reference,
-}
+def _comparable(report: BenchReport) -> dict[str, object]:
+    """Return what two benchmarks must have in common, by what it is called."""
+    cpu, version = report.machine.cpu, report.versions.get("tensorrt")
+    gpus = "".join(f", {gpu.name}" for gpu in report.machine.gpus)
+    where = f"{cpu.name}, {cpu.cores_allowed} cores{gpus}"
+    return {
+        "the device": where if report.device == "cpu" else f"{report.device} of {where}",
+        "TensorRT's major version": f"TensorRT {version.split('.')[0]}" if version else "none",
+        "the number of threads": report.threads,
+        "the number of streams": report.settings.streams,
+        "the reference": report.reference,
+    }
 
 
 def _key(row: Row) -> tuple[str, int, ImageSize]:

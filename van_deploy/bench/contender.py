@@ -90,12 +90,12 @@ def runner_of(contender: Contender, threads: int) -> Any:
 
         from van_deploy.bundle import Bundle
         from van_deploy.runners.original import original_network
-        from van_deploy.runners.pytorch_modes import TorchModeRunner
+        from van_deploy.runners.pytorch import TorchRunner
 
         torch.set_num_threads(threads)
         network = original_network(Bundle.open(contender.bundle)).model
         precision = "fp32" if contender.mode == "autocast" else contender.precision
-        return TorchModeRunner(network, contender.mode, device, precision)
+        return TorchRunner(network, contender.mode, device, precision)
     if contender.runtime == "onnxruntime":
         from van_deploy.runners.base import CudaOptions
         from van_deploy.runners.onnxruntime import OnnxRuntimeRunner

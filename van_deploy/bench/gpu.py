@@ -112,29 +112,23 @@ def clock_of(resident: Resident, device: str) -> Clock:
 class GpuWatch:
     """Reads the state of one GPU. Without NVML every state is empty.
 
+    NVML numbers the GPUs by itself: the one that CUDA uses is found by its identifier.
+
     Args:
         device: CUDA's name of the GPU, such as ``cuda:0``; ``cpu`` watches nothing.
-
-    Attributes:
-        reason: why there is no NVML; "" where there is.
     """
 
     def __init__(self, device: str) -> None:
         self._nvml: Any = None
-        self.reason, index = "", gpu_index(device)
-        driver = nvidia_driver()
+        index, driver = gpu_index(device), nvidia_driver()
         if index is None or driver is None or index >= len(driver.gpus):
-            self.reason = f"no NVIDIA driver answers for '{device}'"
             return
         import pynvml
 
-        try:
+        with contextlib.suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
             self._gpu = pynvml.nvmlDeviceGetHandleByUUID(driver.gpus[index].uuid)
-        except pynvml.NVMLError as error:
-            self.reason = f"NVML: {error}"
-            return
-        self._nvml = pynvml
+            self._nvml = pynvml
 
     def state(self) -> GpuState:
         """Return the state now."""

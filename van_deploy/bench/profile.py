@@ -158,19 +158,18 @@ def _by_node(contender: Contender, batch: Any, runs: int = 5) -> list[ProfileLin
 
 def _by_layer(runner: Any, batch: Any, runs: int = 5) -> list[ProfileLine]:
     """Return an engine's time by kind of layer, by TensorRT's ``IProfiler``."""
-    loaded = runner._open()
     times: list[tuple[str, float]] = []
 
-    class Profiler(loaded.trt.IProfiler):  # type: ignore[misc, name-defined]
+    class Profiler(runner.trt.IProfiler):  # type: ignore[misc]
         def __init__(self) -> None:
-            loaded.trt.IProfiler.__init__(self)
+            runner.trt.IProfiler.__init__(self)
 
         def report_layer_time(self, name: str, ms: float) -> None:
             times.append((kind_of_layer(name), 1e3 * ms))
 
     runner.run_all(batch)
     profiler = Profiler()
-    for context in loaded.contexts.values():
+    for context in runner.contexts.values():
         context.profiler = profiler
     for _ in range(runs):
         runner.run_all(batch)

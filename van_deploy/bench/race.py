@@ -112,7 +112,9 @@ class Race:
             ]
             if not waiting:
                 break
-            self._say(_where(batch, turn, budget, len(waiting)))
+            further = f", {len(waiting)} not settled yet" * (turn >= budget.rounds)
+            most = max(budget.rounds, turn + 1)
+            self._say(f"Batch {batch}, round {turn + 1} of {most}{further}")
             self._round(waiting if turn % 2 == 0 else waiting[::-1], base, slice_s)
         if base is not None and base.failure is not None:
             for lane in lanes:
@@ -190,8 +192,3 @@ def with_reference(others: Sequence[Lane], base: Lane) -> list[Lane]:
 def _compared(lane: Lane, base: Lane | None) -> bool:
     """Return whether a contender has a reference other than itself."""
     return base is not None and base.failure is None and lane is not base
-
-
-def _where(batch: int, turn: int, budget: Budget, waiting: int) -> str:
-    further = "" if turn < budget.rounds else f", {waiting} not settled yet"
-    return f"Batch {batch}, round {turn + 1} of {max(budget.rounds, turn + 1)}{further}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from van_deploy.bench.document import BenchReport
 from van_deploy.bundle import Bundle, writing
@@ -33,30 +32,28 @@ def save_report(report: BenchReport, bundle: Bundle | None, output: Path | None)
                 f"'{output}' cannot be written: {error.strerror or error}.",
                 "Choose another --output FILE.",
             ) from error
-    if bundle is not None:
-        with writing(bundle.path) as draft:
-            draft.file(BENCH_FILE).write_text(text, encoding="utf-8")
-            draft.checks["bench"] = _summary(report)
-
-
-def _summary(report: BenchReport) -> dict[str, Any]:
-    return {
-        "file": BENCH_FILE,
-        "date": report.date,
-        "machine": report.machine.cpu.name,
-        "threads": report.threads,
-        "reference": report.reference,
-        "rows": [
-            {
-                "contender": row.contender,
-                "batch": row.batch,
-                "image_size": row.image_size,
-                "p50_ms": row.latency.p50_ms,
-                "images_per_s": row.images_per_s,
-                "ratio": row.ratio.median if row.ratio else None,
-            }
-            for row in report.rows
-            if row.latency
-        ],
-        "skipped": {entry.name: entry.reason for entry in report.skipped},
-    }
+    if bundle is None:
+        return
+    rows = [
+        {
+            "contender": row.contender,
+            "batch": row.batch,
+            "image_size": row.image_size,
+            "p50_ms": row.latency.p50_ms,
+            "images_per_s": row.images_per_s,
+            "ratio": row.ratio.median if row.ratio else None,
+        }
+        for row in report.rows
+        if row.latency
+    ]
+    with writing(bundle.path) as draft:
+        draft.file(BENCH_FILE).write_text(text, encoding="utf-8")
+        draft.checks["bench"] = {
+            "file": BENCH_FILE,
+            "date": report.date,
+            "machine": report.machine.cpu.name,
+            "threads": report.threads,
+            "reference": report.reference,
+            "rows": rows,
+            "skipped": {entry.name: entry.reason for entry in report.skipped},
+        }

@@ -78,9 +78,7 @@ class Worker:
     def feed(self, images: Path, batch: int, warmup_s: float) -> tuple[float, float]:
         """Take a batch and warm up; return the ms of the first call and of the fastest."""
         self.take(images, batch)
-        plain = self._contender.embedded == "none"
-        runs = [runner.run if plain else runner.run_all for runner in self._runners]
-        self._calls = [partial(run, self._batch) for run in runs]
+        self._calls = [partial(runner.run_all, self._batch) for runner in self._runners]
         start = time.perf_counter()
         for call in self._calls:
             call()

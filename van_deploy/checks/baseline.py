@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.evaluate_report import EvaluateReport
+from van_deploy.checks.evaluate import EvaluateReport
 from van_deploy.checks.samples import Samples
-from van_deploy.checks.speed import SpeedRatio
-from van_deploy.checks.verdicts import ArtefactVerdict, VerifyReport
-from van_deploy.documents import json_from, text_from
+from van_deploy.checks.verdicts import VerifyReport
 from van_deploy.errors import InputError
 from van_deploy.fields import Count, Text
 from van_deploy.files import write_atomic
-from van_deploy.metrics import Task
-from van_deploy.schema import Schema, validated_json
+from van_deploy.schema import Schema
+from van_deploy.versioned import Versioned, read_versioned
 
-__all__ = [
-    "AccuracyFigures",
-    "ArtefactFigures",
-    "Baseline",
-    "EvaluationSet",
-    "SpeedFigures",
-    "baseline_from",
-    "read_baseline",
-    "samples_digest",
-    "write_baseline",
-]
-
-SCHEMA: Literal["van-deploy/baseline/2"] = "van-deploy/baseline/2"
 MOST_DB = 300.0  # what "no error at all" is written as
+ANEW = "Write it anew with --update."
 
 Ratio = Annotated[float, Field(gt=0)]
 
@@ -62,9 +47,10 @@ class AccuracyFigures(Schema):
 
 
 class SpeedFigures(Schema):
-    """The original network's time over an artifact's."""
+    """The original network's time over an artifact's: above 1 the artifact is faster."""
 
     ratio: Ratio
+    """The median of paired rounds."""
     low: Ratio
     """Lower end of the 95 % interval of that median."""
     high: Ratio
@@ -84,10 +70,10 @@ class ArtefactFigures(Schema):
     speed: SpeedFigures | None = None
 
 
-class Baseline(Schema):
+class Baseline(Versioned):
     """Figures that were good once."""
 
-    schema_: Literal["van-deploy/baseline/2"] = Field(SCHEMA, alias="schema")
+    schema_: Literal["van-deploy/baseline/2"] = Field("van-deploy/baseline/2", alias="schema")
     model: Text
     weights_sha256: Text
     samples_sha256: Text
@@ -100,74 +86,56 @@ class Baseline(Schema):
     artefacts: dict[Text, ArtefactFigures]
 
 
-def samples_digest(samples: Samples) -> str:
-    """Return the SHA-256 of the network input."""
-    return hashlib.sha256(samples.inputs.tobytes()).hexdigest()
-
-
 def baseline_from(
     bundle: Bundle,
     samples: Samples,
     verify: VerifyReport,
     evaluate: EvaluateReport | None,
-    speed: dict[str, SpeedRatio],
+    speed: Mapping[str, SpeedFigures],
 ) -> Baseline:
     """Return the baseline that says what was measured is good."""
-    evaluation = None
+    evaluation, accuracy = None, {}
     if evaluate is not None:
         evaluation = EvaluationSet(
             sha256=evaluate.dataset_sha256, description=evaluate.images, images=evaluate.count
         )
+        for name, found in evaluate.accuracy.items():
+            top5 = None if found.top5 is None else round(found.top5 * found.images)
+            accuracy[name] = AccuracyFigures(top1=round(found.top1 * found.images), top5=top5)
+            if found.metric != "top-1":
+                accuracy[name] = AccuracyFigures(f1=found.top1)
+    figures = {
+        name: ArtefactFigures(
+            runner=verdict.runner,
+            numeric_class=verdict.numeric,
+            sqnr_db=None if verdict.comparison is None else _db(verdict.comparison.sqnr_db),
+            modules={row.name: _db(row.level) for row in verdict.modules},
+            accuracy=accuracy.get(name),
+            speed=speed.get(name),
+        )
+        for name, verdict in verify.artefacts.items()
+    }
     return Baseline(
-        schema=SCHEMA,
+        schema="van-deploy/baseline/2",
         model=bundle.name,
         weights_sha256=bundle.manifest.weights.sha256,
-        samples_sha256=samples_digest(samples),
+        samples_sha256=hashlib.sha256(samples.inputs.tobytes()).hexdigest(),
         samples=samples.description,
         against=verify.against,
         evaluation=evaluation,
-        artefacts={v.artefact: _figures(v, evaluate, speed) for v in verify.artefacts.values()},
+        artefacts=figures,
     )
-
-
-def _figures(
-    verdict: ArtefactVerdict, evaluate: EvaluateReport | None, speed: dict[str, SpeedRatio]
-) -> ArtefactFigures:
-    measured = speed.get(verdict.artefact)
-    return ArtefactFigures(
-        runner=verdict.runner,
-        numeric_class=verdict.numeric,
-        sqnr_db=None if verdict.comparison is None else _db(verdict.comparison.sqnr_db),
-        modules={row.name: _db(float(row.isolated_db or 0.0)) for row in verdict.modules},
-        accuracy=_accuracy(verdict.artefact, evaluate),
-        speed=None
-        if measured is None
-        else SpeedFigures(
-            ratio=measured.ratio, low=measured.interval[0], high=measured.interval[1]
-        ),
-    )
-
-
-def _accuracy(name: str, evaluate: EvaluateReport | None) -> AccuracyFigures | None:
-    accuracy = None if evaluate is None else evaluate.accuracy.get(name)
-    if evaluate is None or accuracy is None:
-        return None
-    if evaluate.task is Task.MULTI_LABEL:
-        return AccuracyFigures(f1=accuracy.top1)
-    top5 = None if accuracy.top5 is None else round(accuracy.top5 * accuracy.images)
-    return AccuracyFigures(top1=round(accuracy.top1 * accuracy.images), top5=top5)
 
 
 def _db(value: float) -> float:
     """Return a figure in dB that JSON can hold."""
-    return max(-MOST_DB, min(MOST_DB, -MOST_DB if math.isnan(value) else round(value, 3)))
+    return max(-MOST_DB, min(MOST_DB, round(value, 3)))
 
 
 def write_baseline(path: Path, baseline: Baseline) -> None:
     """Write a baseline as JSON, one figure a line, so that a change shows in a diff."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = baseline.model_dump(mode="json", by_alias=True)
-    write_atomic(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, baseline.text())
 
 
 def read_baseline(path: Path) -> Baseline:
@@ -176,23 +144,9 @@ def read_baseline(path: Path) -> Baseline:
     Raises:
         InputError: it cannot be read, is of another version, or is none.
     """
-    try:
-        text = text_from(path)
-        raw = json_from(text)
-    except FileNotFoundError:
+    if not path.exists():
         raise InputError(
             f"There is no baseline at '{path}'.",
             "Make one with --update, look at it, and commit it.",
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"'{path}' is no baseline: {reason}.", _ANEW) from error
-    schema = raw.get("schema") if isinstance(raw, dict) else None
-    if isinstance(schema, str) and schema != SCHEMA:
-        raise InputError(f"'{path}' has schema '{schema}'; this version reads '{SCHEMA}'.", _ANEW)
-    return validated_json(
-        Baseline, text, where=f"'{path}' is no baseline", error=InputError, remedy=_ANEW
-    )
-
-
-_ANEW = "Write it anew with --update."
+        )
+    return read_versioned(Baseline, path, "baseline", InputError, damaged=ANEW, outdated=ANEW)

@@ -15,30 +15,31 @@ CPU does not notice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import sqnr_floor
-from van_deploy.checks.graphs import Level, cuts_of, part_name
-from van_deploy.checks.judging import judge_new
-from van_deploy.checks.layers import DriftRow, channels_of, drift_of_graph, overflows_of_graph
+from van_deploy.checks.graphs import one_line
+from van_deploy.checks.layers import (
+    DriftRow,
+    Level,
+    drift_of_artefact,
+    overflows_of_graph,
+    part_name,
+)
 from van_deploy.checks.opened import plain_onnx
-from van_deploy.checks.reference import NoiseSum, OnnxModules, TorchModules
+from van_deploy.checks.reference import TorchModules, module_reference
 from van_deploy.checks.samples import Samples
-from van_deploy.checks.scales import judge_scales, scale_faults
-from van_deploy.errors import GateFailed
+from van_deploy.checks.scales import judge_scales
+from van_deploy.config import DriftSettings
 from van_deploy.graph.names import module_of
-from van_deploy.metrics import sqnr_db
 from van_deploy.runners.network import Network
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
-
     from van_deploy.model.checkpoint import LoadedVan
 
-__all__ = ["ArtefactDrift", "DriftReport", "Link", "drift_of_bundle"]
 
 SCHEMA: Final = "van-deploy/drift/2"
 
@@ -48,8 +49,6 @@ FUSION_NOTE = (
 )
 
 SHOWN_ROWS = 10
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,15 @@ class ArtefactDrift:
     rows: tuple[DriftRow, ...]
 
     @property
-    def worst_names(self) -> list[str]:
-        """The names of the first of :attr:`worst`."""
-        return [row.name for row in self.worst[:SHOWN_ROWS]]
-
-    @property
     def worst(self) -> list[DriftRow]:
         """The parts with a fault first, then by the error they add, the largest first."""
         placed = [row for row in self.rows if row.isolated_db is not None]
-        return sorted(placed, key=lambda row: (not row.fault, float(row.isolated_db or 0.0)))
+        return sorted(placed, key=lambda row: (not row.fault, row.level))
+
+    @property
+    def worst_names(self) -> list[str]:
+        """The names of the first of :attr:`worst`."""
+        return [row.name for row in self.worst[:SHOWN_ROWS]]
 
 
 @dataclass(frozen=True)
@@ -121,20 +120,18 @@ class DriftReport:
 def drift_of_bundle(
     bundle: Bundle,
     samples: Samples,
+    asked: DriftSettings | None = None,
     *,
     loaded: LoadedVan | None = None,
-    level: Level = "block",
-    artefacts: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> DriftReport:
     """Return where each plain ONNX artifact of ``bundle`` leaves the network.
 
     Args:
         bundle: the bundle.
         samples: images with the original network's answers.
+        asked: how fine, and which artifacts; by default all plain ONNX ones.
         loaded: the original network; None compares with ``model.onnx`` once that holds.
-        level: ``stage``, ``block`` or ``module``.
-        artefacts: names of ONNX artifacts; by default all plain ones.
         progress: told what is measured.
 
     Raises:
@@ -142,55 +139,41 @@ def drift_of_bundle(
         UsageError: the graphs carry no module names.
         GateFailed: there is no original network, and ``model.onnx`` does not hold.
     """
-    import onnx
-
-    say = progress or (lambda _: None)
-    base = onnx.load(bundle.verified("fp32"))
+    asked = asked or DriftSettings()
     chain = [Link("PyTorch float32", samples.noise_db, "the noise of float32 itself")]
-    reference: TorchModules | OnnxModules
-    if loaded is not None:
-        say("PyTorch in float64, rewritten")
-        reference = TorchModules(bundle, loaded, samples.inputs)
+    progress("What parts are compared with")
+    reference = module_reference(bundle, samples, loaded)
+    if isinstance(reference, TorchModules):
         chain.append(_rewritten(reference, samples))
-    else:
-        reference = OnnxModules(_held(base, samples))
-    cuts = cuts_of(base, level, reference.modules)
-    names = list(artefacts) or [
-        name for name in plain_onnx(bundle) if loaded is not None or name != "fp32"
-    ]
+    names = asked.artefacts or [n for n in plain_onnx(bundle) if loaded is not None or n != "fp32"]
     entries = {}
     for name in names:
-        say(f"Every {level} of '{name}', alone and in the whole")
-        model = onnx.load(bundle.verified(name))
-        channels = channels_of(bundle, bundle.artefact(name))
-        rows = drift_of_graph(model, reference, samples.inputs, cuts, channels)
-        faults = _faults(bundle, name, model, samples)
-        entries[name] = ArtefactDrift(name, _with_faults(rows, faults, level))
+        progress(f"Every {asked.level} of '{name}', alone and in the whole")
+        artefact = bundle.artefact(name)
+        rows = drift_of_artefact(bundle, artefact, reference, samples.inputs, asked.level)
+        inside: dict[str, list[str]] = {}
+        for module, fault in _faults(bundle, name, samples):
+            part = part_name(module, asked.level, [row.name for row in rows])
+            inside.setdefault(part, []).append(fault)
+        entries[name] = ArtefactDrift(
+            name,
+            tuple(replace(row, fault="; ".join(inside.get(row.name, ()))) for row in rows),
+        )
     chain += [_link(bundle, name, samples) for name in bundle.artefacts]
     return DriftReport(
-        level, samples.description, len(samples), reference.described, tuple(chain), entries
+        asked.level, samples.description, len(samples), reference.described, tuple(chain), entries
     )
 
 
 def _rewritten(reference: TorchModules, samples: Samples) -> Link:
-    found = reference.outputs(samples.inputs)
-    outputs = {name: found[module_of(name)] for name in samples.outputs.names}
-    noise = NoiseSum()
-    noise.add(samples.logits, samples.outputs.rows(outputs))
+    found, outputs = reference.outputs(samples.inputs), samples.outputs
+    rows = outputs.rows({name: found[module_of(name)] for name in outputs.names})
     folding = f"folding itself is exact to {reference.fold.relative_error:.0e}"
-    return Link("rewritten, float64", noise.sqnr_db, f"folded weights stored in float32; {folding}")
-
-
-def _held(model: ModelProto, samples: Samples) -> ModelProto:
-    judged, _ = judge_new(model, "fp32", samples)
-    reasons = [f.message for f in judged.findings if f.outcome.value == "fail"]
-    if reasons:
-        raise GateFailed(
-            f"model.onnx does not hold on the golden samples, so nothing can be compared with "
-            f"it: {reasons[0]}.",
-            "Compare with the original network, on a machine that has PyTorch and the weights.",
-        )
-    return model
+    return Link(
+        "rewritten, float64",
+        outputs.sqnr_db(samples.logits, rows),
+        f"folded weights stored in float32; {folding}",
+    )
 
 
 def _link(bundle: Bundle, name: str, samples: Samples) -> Link:
@@ -200,31 +183,23 @@ def _link(bundle: Bundle, name: str, samples: Samples) -> Link:
     try:
         with Network(bundle, name) as network:
             found = samples.outputs.rows(network.run(samples.inputs))
-            return Link(name, sqnr_db(samples.logits, found))
+            return Link(name, samples.outputs.sqnr_db(samples.logits, found))
     except Exception as error:  # ONNX Runtime raises its own bare types
-        return Link(name, None, f"does not run: {' '.join(str(error).split())[:200]}")
+        return Link(name, None, f"does not run: {one_line(error)[:200]}")
 
 
-def _faults(bundle: Bundle, name: str, model: ModelProto, samples: Samples) -> dict[str, str]:
-    """Return what is wrong in a graph beside its error, by module or node."""
-    artefact = bundle.artefact(name)
+def _faults(bundle: Bundle, name: str, samples: Samples) -> list[tuple[str, str]]:
+    """Return what is wrong in a graph beside its error, each with its module or node."""
+    import onnx
+
+    artefact, model = bundle.artefact(name), onnx.load(bundle.verified(name))
     try:
-        faults = overflows_of_graph(model, samples.inputs)
+        faults = list(overflows_of_graph(model, samples.inputs).items())
         if artefact.precision == "int8":
             method = str(artefact.quantization.get("method", "mse"))
             floor = sqnr_floor("int8", samples.noise_db)
-            faults |= scale_faults(judge_scales(model, samples, floor, method)[1])
+            rows = judge_scales(model, samples, floor, method)[1]
+            faults += [(module, row.fault) for row in rows if row.fault for module in row.modules]
     except Exception as error:  # ONNX Runtime raises its own bare types
-        return {"": f"its tensors cannot be looked at: {' '.join(str(error).split())[:200]}"}
+        return [("", f"its tensors cannot be looked at: {one_line(error)[:200]}")]
     return faults
-
-
-def _with_faults(
-    rows: Sequence[DriftRow], faults: Mapping[str, str], level: Level
-) -> tuple[DriftRow, ...]:
-    """Return the rows with what is wrong inside each beside the error."""
-    by_part: dict[str, list[str]] = {}
-    names = {row.name for row in rows}
-    for module, fault in faults.items():
-        by_part.setdefault(part_name(module, level, names), []).append(fault)
-    return tuple(replace(row, fault="; ".join(by_part.get(row.name, ()))) for row in rows)

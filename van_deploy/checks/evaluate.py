@@ -5,33 +5,31 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 import numpy as np
 
+from van_deploy import data
 from van_deploy.bundle import Bundle
-from van_deploy.checks.accuracy import Labels, accuracy_of, judge_artefact
-from van_deploy.checks.evaluate_report import EvaluateReport
-from van_deploy.checks.gates import Allowed, numeric_class
-from van_deploy.checks.opened import ON_CPU, Execution, NotRun, chosen_artefacts, open_artefact
-from van_deploy.checks.predictions import Answered, Table, answered
-from van_deploy.checks.reference import samples_for
-from van_deploy.config import EvaluateSettings, GateSettings
-from van_deploy.data import (
-    Batch,
-    ImageSet,
-    dataset_digest,
-    decoded_batches,
-    image_set,
-    label_sets,
-    labelled_images,
+from van_deploy.checks.accuracy import (
+    Accuracy,
+    Answers,
+    ArtefactLoss,
+    Labels,
+    accuracy_of,
+    judge_artefact,
 )
+from van_deploy.checks.gates import Allowed, Finding, Report, numeric_class, skipped
+from van_deploy.checks.opened import NotRun, chosen_artefacts, open_artefact
+from van_deploy.checks.reference import samples_for
+from van_deploy.config import EvaluationSettings, GateSettings
+from van_deploy.data import Batch, ImageSet
 from van_deploy.errors import ConversionError, ImageError
 from van_deploy.files import content_key
+from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import Task
 from van_deploy.ray_tasks import RayTask, run_on_ray
 from van_deploy.runners.base import Logits
@@ -40,65 +38,97 @@ from van_deploy.runners.network import PYTORCH, Network, require_classes, task_o
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-__all__ = ["BATCH", "Networks", "Settings", "evaluate_bundle", "evaluate_images"]
 
-BATCH = 32
+SCHEMA: Final = "van-deploy/evaluate/2"
 BATCHES_A_TASK = 4  # so that decoding runs ahead of the networks inside a task of the cluster
 
-Progress = Callable[[int, int], None]
+Unreadable = tuple[tuple[int, str], ...]
+Answered = tuple[Sequence[int], Unreadable, dict[str, Answers]]
+"""Which images they are, index and reason of those left out, and what each network says."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to evaluate.
+class EvaluateReport(Report):
+    """Accuracy of PyTorch and each artifact.
 
     Attributes:
-        artefacts: which artifacts; empty for all.
-        execution: what runs the artifacts.
-        batch: images a batch.
-        workers: threads that decode; 0 for as many as there are cores.
-        on_ray: spread the batches over a Ray cluster.
-        ray_address: of the cluster; None joins the one this machine is in, or starts one here.
-        weights: where the original weights are now, for the machines of the cluster.
+        images: what they were evaluated on, and how the labels were found.
+        dataset_sha256: digest of the evaluation set: names, contents and labels.
+        task: how logits become labels.
+        unreadable: file and reason of each image left out.
+        accuracy: by name, PyTorch first.
+        losses: by artifact, against PyTorch.
+        skipped: artifacts that did not run, with the reason.
+        runners: what ran each.
+        class_names: for the report, or None.
+        seconds: what it took.
         allowed: what the user lets pass.
+        schema: of the document.
     """
 
-    artefacts: tuple[str, ...] = ()
-    execution: Execution = ON_CPU
-    batch: int = BATCH
-    workers: int = 0
-    on_ray: bool = False
-    ray_address: str | None = None
-    weights: str | None = None
-    allowed: Allowed = field(default_factory=Allowed)
+    JSON_PROPERTIES: ClassVar = ("count",)
+
+    images: str
+    dataset_sha256: str
+    task: Task
+    unreadable: tuple[tuple[str, str], ...]
+    accuracy: Mapping[str, Accuracy]
+    losses: Mapping[str, ArtefactLoss]
+    skipped: tuple[NotRun, ...]
+    runners: Mapping[str, str]
+    class_names: tuple[str, ...] | None
+    seconds: float
+    allowed: Allowed
+    schema: Literal["van-deploy/evaluate/2"] = SCHEMA
 
     @property
-    def decoders(self) -> int:
-        """Threads that decode."""
-        return self.workers or len(os.sched_getaffinity(0))
+    def count(self) -> int:
+        """How many images were answered."""
+        return self.accuracy[PYTORCH].images
+
+    def named(self) -> list[tuple[str, Finding]]:
+        """Return every finding and its artifact, those of skipped artifacts included."""
+        found = [(name, f) for name, loss in self.losses.items() for f in loss.findings]
+        return found + [(s.artefact, skipped("runs", s.reason, s.kind)) for s in self.skipped]
 
 
 class Networks(contextlib.ExitStack):
-    """PyTorch and some artifacts, opened together with ``with``."""
+    """PyTorch and some artifacts, opened together with ``with``.
+
+    Args:
+        bundle: of the artifacts.
+        loaded: the original network.
+        asked: which artifacts, and what runs them.
+        threads: inside one operator; None lets the runtime choose.
+
+    Attributes:
+        numeric: the numeric class of each artifact, once it is open.
+        runners: what runs each network, PyTorch first.
+        skipped: artifacts that do not run here.
+    """
 
     def __init__(
-        self, bundle: Bundle, loaded: LoadedVan, names: Sequence[str], execution: Execution
+        self,
+        bundle: Bundle,
+        loaded: LoadedVan,
+        asked: EvaluationSettings,
+        threads: int | None = None,
     ) -> None:
         from van_deploy.runners.pytorch import TorchRunner
 
         super().__init__()
-        self.bundle, self.loaded = bundle, loaded
+        self.bundle, self.loaded, self.task = bundle, loaded, task_of(bundle)
         self._torch = TorchRunner(loaded.model)
         self._artefacts: dict[str, Network] = {}
+        self.numeric: dict[str, str] = {}
         self.skipped: list[NotRun] = []
-        for name in names:
+        for name in chosen_artefacts(bundle, asked.artefacts):
             # Idle threads must not spin: the next image is being decoded on that core.
-            opened = open_artefact(bundle, name, execution, spin=False)
+            opened = open_artefact(bundle, name, asked, threads=threads, spin=False)
             if isinstance(opened, NotRun):
                 self.skipped.append(opened)
-            elif "logits" not in {output.name for output in opened.outputs}:
-                reason = "it gives no logits"
-                self.skipped.append(NotRun(name, opened.runner, reason, ""))
+            elif OUTPUT_NAME not in {output.name for output in opened.outputs}:
+                self.skipped.append(NotRun(name, opened.runner, "it gives no logits", ""))
             else:
                 self._artefacts[name] = opened
         self.runners = {PYTORCH: PYTORCH, **{n: a.runner for n, a in self._artefacts.items()}}
@@ -106,50 +136,61 @@ class Networks(contextlib.ExitStack):
     def __enter__(self) -> Networks:
         """Load every network."""
         super().__enter__()
-        for opened in self._artefacts.values():
+        for name, opened in self._artefacts.items():
             self.enter_context(opened)
+            precision = self.bundle.artefact(name).precision
+            self.numeric[name] = numeric_class(precision, tf32=opened.tf32)
         return self
 
-    def classes(self) -> dict[str, str]:
-        """Return the numeric class of each artifact, while it is open."""
-        return {
-            name: numeric_class(self.bundle.artefact(name).precision, tf32=opened.tf32)
-            for name, opened in self._artefacts.items()
-        }
-
     def logits(self, batch: Batch) -> dict[str, Logits]:
-        """Return each network's logits ``(n, K)``, PyTorch's first."""
-        if not len(batch.indices):
-            return {}
+        """Return each network's logits ``(n, K)``, PyTorch's first; n is 1 or more."""
         found = {PYTORCH: self._torch.run(batch.inputs)}
         for name, opened in self._artefacts.items():
-            given = batch.inputs if batch.pixels is None else batch.pixels
-            if opened.embedding == "none":
-                given = batch.inputs  # normalised once for all of them
+            # Normalised once for all that take it so.
+            given = batch.inputs if opened.embedding == "none" else batch.values
             found[name] = opened.logits(given)
         return found
+
+    def answers(
+        self,
+        images: ImageSet,
+        batch: int,
+        workers: int,
+        indices: Sequence[int] | None = None,
+    ) -> Iterator[Answered]:
+        """Yield what every network says, batch by batch; nothing where no image can be read.
+
+        Args:
+            images: the evaluation set.
+            batch: images a batch.
+            workers: threads that decode.
+            indices: which of the images; None for all.
+        """
+        for found in data.decoded_batches(
+            images.items, self.loaded.preprocessing, batch, indices=indices, workers=workers
+        ):
+            logits = self.logits(found) if found.indices else {}
+            answers = {
+                name: Answers.of(y, self.task, None if name == PYTORCH else logits[PYTORCH])
+                for name, y in logits.items()
+            }
+            yield found.indices, found.unreadable, answers
 
 
 def evaluate_bundle(
     bundle: Bundle,
     loaded: LoadedVan,
-    images: ImageSet,
-    labels: Labels,
-    settings: Settings | None = None,
+    asked: EvaluationSettings,
     *,
-    noise_db: float,
     gates: GateSettings | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluateReport:
     """Return the accuracy of PyTorch and of each artifact of ``bundle`` on labelled images.
 
     Args:
         bundle: the bundle.
         loaded: its original network.
-        images: the evaluation set.
-        labels: of the images: classes ``(N,)``, or ``(N, K)`` of 0 and 1 for many labels.
-        settings: how.
-        noise_db: SQNR of PyTorch's float32 against its float64, of the golden samples.
+        asked: which images, and how.
         gates: limits a recipe sets otherwise.
         progress: told how many images of how many are answered.
 
@@ -158,92 +199,64 @@ def evaluate_bundle(
         ImageError: not one image can be read.
         MissingDependency: Ray was asked for and is not here.
         ConversionError: a machine of the cluster failed.
+        UsageError: the network gives feature maps.
     """
-    settings = settings or Settings()
-    names = chosen_artefacts(bundle, settings.artefacts)
-    networks = Networks(bundle, loaded, names, settings.execution)
-    task = task_of(bundle)
-    table = Table(len(images), list(networks.runners), loaded.config.num_classes, task)
-    tell, started = progress or (lambda done, of: None), time.perf_counter()
-    tell(0, len(images))
+    require_classes(bundle, "evaluate")
+    images, labels = _labelled(asked, task_of(bundle), loaded)
+    golden = bundle.manifest.golden is not None
+    noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
+    networks, started = Networks(bundle, loaded, asked), time.perf_counter()
+    rows: list[int] = []
+    unreadable: list[tuple[int, str]] = []
+    pieces: list[dict[str, Answers]] = []
+    progress(0, len(images))
     with networks:
-        numeric = networks.classes()
-        for done in _answered(networks, images, task, settings):
-            table.enter(done)
-            tell(int(table.readable.sum()) + len(table.unreadable), len(images))
-    unreadable = sorted(table.unreadable.items())
-    if not table.readable.any():
+        for indices, bad, said in _answered(networks, images, asked):
+            rows += indices
+            unreadable += bad
+            pieces += [said] if said else []
+            progress(len(rows) + len(unreadable), len(images))
+    unreadable.sort()
+    if not rows:
         raise ImageError(
             f"Not one of the {len(images)} images could be read; the first: {unreadable[0][1]}",
             "Give images that can be read.",
         )
-    known, profiles = labels[table.readable], gates or GateSettings()
+    answers = {
+        name: Answers.joined([said[name] for said in pieces], np.argsort(rows))
+        for name in networks.runners
+    }
+    known, classes, task = labels[np.sort(rows)], loaded.config.num_classes, networks.task
+    same, profiles = (known, classes, task), gates or GateSettings()
     return EvaluateReport(
         images=images.description,
-        dataset_sha256=content_key({"set": dataset_digest(images), "labels": labels.tolist()}),
+        dataset_sha256=content_key({"set": data.dataset_digest(images), "labels": labels.tolist()}),
         task=task,
         unreadable=tuple((images.items[index].name, reason) for index, reason in unreadable),
-        accuracy={
-            name: accuracy_of(table.answers(name), known, table.classes, task)
-            for name in table.names
-        },
+        accuracy={n: accuracy_of(found, *same) for n, found in answers.items()},
         losses={
-            name: judge_artefact(table, known, name, kind, noise_db, profiles.of(kind))
-            for name, kind in numeric.items()
+            n: judge_artefact(answers[PYTORCH], answers[n], *same, k, noise_db, profiles.of(k))
+            for n, k in networks.numeric.items()
         },
         skipped=tuple(networks.skipped),
-        runners=dict(networks.runners),
+        runners=networks.runners,
         class_names=loaded.class_names,
         seconds=time.perf_counter() - started,
-        allowed=settings.allowed,
+        allowed=Allowed(asked.allow_skip, asked.allow_inconclusive),
     )
 
 
-def evaluate_images(
-    bundle: Bundle,
-    loaded: LoadedVan,
-    images: Path,
-    asked: EvaluateSettings,
-    settings: Settings,
-    gates: GateSettings | None = None,
-    progress: Progress | None = None,
-) -> EvaluateReport:
-    """Return the accuracy on labelled images, as :func:`evaluate_bundle` does.
-
-    Args:
-        bundle: the bundle.
-        loaded: its original network.
-        images: their folder or ``.npz``.
-        asked: how their labels are found, and how many are taken.
-        settings: how to evaluate.
-        gates: limits a recipe sets otherwise.
-        progress: told how many images of how many are answered.
-
-    Raises:
-        UsageError: the network gives feature maps.
-    """
-    require_classes(bundle, "evaluate")
-    chosen, labels = _labelled(images, asked, task_of(bundle), loaded)
-    golden = bundle.manifest.golden is not None
-    noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
-    return evaluate_bundle(
-        bundle, loaded, chosen, labels, settings, noise_db=noise_db, gates=gates, progress=progress
-    )
-
-
-def _labelled(
-    images: Path, asked: EvaluateSettings, task: Task, loaded: LoadedVan
-) -> tuple[ImageSet, Labels]:
+def _labelled(asked: EvaluationSettings, task: Task, loaded: LoadedVan) -> tuple[ImageSet, Labels]:
     """Return the evaluation set and its labels."""
-    classes, names, limit = loaded.config.num_classes, loaded.class_names, asked.limit
+    classes, names = loaded.config.num_classes, loaded.class_names
     if task is Task.MULTI_LABEL:
-        found = image_set(images)
-        chosen = found.first(limit) if limit else found
-        labels = label_sets(chosen, asked.labels, classes, names)
+        every = data.image_set(asked.images)
+        chosen = every.first(asked.limit or len(every))
+        labels = data.label_sets(chosen, asked.labels, classes, names)
         described = f"{chosen.description}, labels from '{asked.labels}'"
         return replace(chosen, description=described), labels
-    labelled = labelled_images(
-        images,
+    every = data.labelled_images(
+        asked.images,
         classes,
         names,
         labels_file=asked.labels,
@@ -251,26 +264,25 @@ def _labelled(
         class_order=asked.class_order,
         find_labels=asked.label_files,
     )
-    chosen = labelled.first(limit) if limit else labelled
-    return chosen, np.array([item.label for item in chosen.items], np.int64)
+    chosen = every.first(asked.limit or len(every))
+    return chosen, np.asarray(chosen.labels)
 
 
 def _answered(
-    networks: Networks, images: ImageSet, task: Task, settings: Settings
+    networks: Networks, images: ImageSet, asked: EvaluationSettings
 ) -> Iterator[Answered]:
     """Yield what the networks say, batch by batch."""
-    if not settings.on_ray:
-        yield from _batches(networks, images, None, task, settings.batch, settings.decoders)
+    if asked.on == "here":
+        workers = asked.workers or len(os.sched_getaffinity(0))
+        yield from networks.answers(images, asked.batch, workers)
         return
-    names = tuple(name for name in networks.runners if name != PYTORCH)
-    path = str(networks.bundle.path.absolute())
-    shared = (path, names, settings, images, task)
-    step = settings.batch * BATCHES_A_TASK
+    step = asked.batch * BATCHES_A_TASK
     tasks = [
-        RayTask(start, (list(range(start, min(start + step, len(images)))),), {"num_cpus": 1})
+        RayTask(start, (range(start, min(start + step, len(images))),), {"num_cpus": 1})
         for start in range(0, len(images), step)
     ]
-    for done in run_on_ray(_on_machine, tasks, shared=shared, address=settings.ray_address):
+    shared = (str(networks.bundle.path.absolute()), tuple(networks.runners), images, asked)
+    for done in run_on_ray(_on_machine, tasks, shared=shared, address=asked.ray_address or None):
         if done.failure:
             raise ConversionError(
                 f"A machine of the Ray cluster failed: {done.failure}",
@@ -280,41 +292,24 @@ def _answered(
         yield from done.result
 
 
-def _batches(
-    networks: Networks,
-    images: ImageSet,
-    indices: Sequence[int] | None,
-    task: Task,
-    batch: int,
-    decoders: int,
-) -> Iterator[Answered]:
-    preprocessing = networks.loaded.preprocessing
-    for found in decoded_batches(
-        images.items, preprocessing, batch, indices=indices, workers=decoders
-    ):
-        logits = networks.logits(found)
-        yield answered(found.indices, found.unreadable, logits, PYTORCH, task)
-
-
 def _on_machine(
-    shared: tuple[str, tuple[str, ...], Settings, ImageSet, Task], indices: list[int]
+    shared: tuple[str, tuple[str, ...], ImageSet, EvaluationSettings], indices: Sequence[int]
 ) -> list[Answered]:
     """Return what the networks say of some images; a machine of the cluster loads them once."""
-    path, names, settings, images, task = shared
-    networks = _networks_here(path, names, settings.execution, settings.weights)
-    return list(_batches(networks, images, indices, task, settings.batch, 1))
+    path, names, images, asked = shared
+    networks = _networks_here(path, asked)
+    lost = set(names).difference(networks.runners)
+    if lost:
+        raise ConversionError(f"It does not run {', '.join(sorted(lost))}.")
+    return list(networks.answers(images, asked.batch, 1, indices))
 
 
 @lru_cache(maxsize=1)
-def _networks_here(
-    path: str, names: tuple[str, ...], execution: Execution, weights: str | None
-) -> Networks:
+def _networks_here(path: str, asked: EvaluationSettings) -> Networks:
     import torch
 
     from van_deploy.runners.original import original_network
 
     torch.set_num_threads(1)
     bundle = Bundle.open(path)
-    loaded = original_network(bundle, weights)
-    one = replace(execution, threads=1)
-    return Networks(bundle, loaded, names, one).__enter__()
+    return Networks(bundle, original_network(bundle, asked.weights), asked, threads=1).__enter__()

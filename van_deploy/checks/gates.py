@@ -14,8 +14,8 @@ FAIL and INCONCLUSIVE end a command with 1, and so does a skip the user did not 
 (:class:`Allowed`). Limits depend on the *numeric class*, which is what computes and not
 what the file is called: an FP32 engine built with TF32 is of the class ``tf32``.
 
-:mod:`van_deploy.checks.rules` applies the limits. Both need NumPy alone, and import nothing of
-the project but the metrics and the errors: whoever makes an artifact may ask them.
+:mod:`van_deploy.checks.rules` applies the limits. Both import nothing heavier than NumPy:
+whoever makes an artifact may ask them.
 """
 
 from __future__ import annotations
@@ -24,33 +24,9 @@ import enum
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
-from van_deploy.errors import UsageError
+from van_deploy.config import GateProfile
 from van_deploy.metrics import Task
-
-__all__ = [
-    "Allowed",
-    "Finding",
-    "Limit",
-    "Outcome",
-    "Profile",
-    "ScaleBounds",
-    "allowed_loss",
-    "chance_changes",
-    "failed",
-    "flip_margin",
-    "module_floor",
-    "numeric_class",
-    "outcome_of",
-    "skipped",
-    "sqnr_floor",
-]
-
-CLASSES = ("fp32", "tf32", "fp16", "bf16", "int8")
-LOSSY = ("bf16", "int8")
-"""Classes whose labels may change by chance on many images: only counting images can show how
-much is lost. In the others the logits decide (:func:`judge_numbers`)."""
 
 BELOW_NOISE_DB = 20.0
 """``fp32`` may be so much noisier than PyTorch's own float32 against its float64: another order
@@ -62,28 +38,45 @@ ROUNDOFF_DB = 144.5
 BROKEN_DB = 20.0
 """Below this an artifact is broken, whatever the network and the class."""
 
-SQNR_FLOORS_DB: Mapping[str, float] = {
-    "tf32": 50.0,  # 10-bit mantissa; to be adjusted once measured on a GPU
-    "fp16": 45.0,
-    "bf16": 30.0,
-    "int8": BROKEN_DB,
+
+@dataclass(frozen=True)
+class ClassLimits:
+    """The limits of one numeric class.
+
+    Attributes:
+        sqnr_db: least SQNR of the logits on the golden samples; of ``fp32`` see
+            :func:`sqnr_floor`.
+        module_db: least isolated SQNR of one module, fed the reference's tensors. Measured worst
+            modules of right artifacts: 131, 66 and 22 dB for fp32, fp16 and int8
+            (docs/gates.md); bf16 has 3 bits fewer than fp16, 18 dB.
+        top1_loss: points (percent) of top-1 that may be lost against PyTorch.
+        slack_db: how much a module's isolated SQNR may fall between a baseline and now:
+            float32's own noise depends on the order in which a processor adds, rounding to
+            fewer bits hides that.
+        lossy: labels may change by chance on many images, so that only counting images can
+            show how much is lost. In the other classes the logits decide.
+    """
+
+    sqnr_db: float
+    module_db: float
+    top1_loss: float
+    slack_db: float
+    lossy: bool = False
+
+
+CLASSES: Mapping[str, ClassLimits] = {
+    "fp32": ClassLimits(BROKEN_DB, 100.0, 0.0, 15.0),
+    # A 10-bit mantissa, as fp16's; to be adjusted once measured on a GPU.
+    "tf32": ClassLimits(50.0, 45.0, 0.2, 6.0),
+    "fp16": ClassLimits(45.0, 52.0, 0.2, 3.0),
+    "bf16": ClassLimits(30.0, 34.0, 0.5, 3.0, lossy=True),
+    "int8": ClassLimits(BROKEN_DB, 8.0, 1.0, 2.0, lossy=True),
 }
-"""Least SQNR of the logits on the golden samples. ``fp32`` has its own: see :func:`sqnr_floor`."""
+LOSSY = tuple(name for name, limits in CLASSES.items() if limits.lossy)
 
 BELOW_RECORD_DB = 3.0
 """How far below the SQNR recorded when it was made an artifact may be, on the same samples, in the
 same runtime, provider and numeric class. It catches a file that changed after it was made."""
-
-MODULE_FLOORS_DB: Mapping[str, float] = {
-    "fp32": 100.0,
-    "tf32": 45.0,
-    "fp16": 52.0,
-    "bf16": 34.0,
-    "int8": 8.0,
-}
-"""Least isolated SQNR of one module, fed the reference's tensors. Measured worst modules of right
-artifacts: 131, 66 and 22 dB for fp32, fp16 and int8 (docs/gates.md); bf16 has 3 bits fewer than
-fp16, 18 dB."""
 
 BATCH_INVARIANCE_DB = 26.0
 """Whatever the class, an image in a batch is the same image: at most 5 % of the logits' RMS."""
@@ -94,15 +87,6 @@ WORST_ROW_DB = 10.0
 FLIP_SIGMAS = 4.0
 """A label flip is explained where PyTorch's margin is within so many standard deviations of the
 noise that the class allows: one in 30,000 is beyond by chance."""
-
-ALLOWED_LOSS: Mapping[str, float] = {
-    "fp32": 0.0,
-    "tf32": 0.2,
-    "fp16": 0.2,
-    "bf16": 0.5,
-    "int8": 1.0,
-}
-"""Points (percent) of top-1 that may be lost against PyTorch; ``tf32`` has fp16's mantissa."""
 
 CHANCE_FLIPS = 1 / 2000
 """Share of images that another processor or build may decide otherwise: near-ties."""
@@ -144,16 +128,6 @@ SPEED_SLACK = 0.1
 SPEED_WITHIN = 0.02
 """Share of a median ratio that its interval should be within; rounds go on until it is."""
 
-MODULE_SLACK_DB: Mapping[str, float] = {
-    "fp32": 15.0,
-    "tf32": 6.0,
-    "fp16": 3.0,
-    "bf16": 3.0,
-    "int8": 2.0,
-}
-"""How much a module's isolated SQNR may fall between a baseline and now: float32's own noise
-depends on the order in which a processor adds, rounding to fewer bits hides that."""
-
 SCALE_MEDIAN_FACTOR = 1.4
 """The median may be off its centre by this factor either way: half way to a doubled scale."""
 
@@ -170,14 +144,6 @@ scales make it 125 to 127."""
 
 MOST_SATURATED = (4, 0.03)
 """So many integers of a channel, or that share of them, may be at the end of the range."""
-
-SKIP_KINDS: Mapping[str, str] = {
-    "engines": "an engine whose GPU is not in this machine",
-    "runtimes": "an artifact whose runtime or provider is not installed or not of its version",
-    "accuracy": "figures on labelled images that a baseline has and this run did not measure",
-    "speed": "speed ratios that a baseline has and this run did not measure",
-}
-"""What ``--allow-skip`` can name, and what each forgives; nothing else is forgiven."""
 
 
 class Outcome(str, enum.Enum):
@@ -214,7 +180,10 @@ class Finding:
         value: what was measured, or None.
         limit: what it was held to, or None.
         unit: of both, such as ``dB`` or ``pp``.
-        skip: for SKIPPED, one of :data:`SKIP_KINDS`, or "" where nothing forgives it.
+        skip: for SKIPPED, its kind, which ``--allow-skip`` can name: ``engines`` (its GPU is not
+            in this machine), ``runtimes`` (its runtime or provider is not installed or not of
+            its version), ``accuracy`` and ``speed`` (the baseline has such figures and this run
+            did not measure them); "" where nothing forgives it.
     """
 
     rule: str
@@ -231,23 +200,12 @@ class Allowed:
     """What the user lets pass that no PASS was shown of.
 
     Attributes:
-        skip: kinds of skips, of :data:`SKIP_KINDS`.
+        skip: kinds of skips, as :attr:`Finding.skip`.
         inconclusive: whether what the data cannot decide is let pass.
-
-    Raises:
-        UsageError: there is no such kind.
     """
 
     skip: tuple[str, ...] = ()
     inconclusive: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse kinds that there are not."""
-        strangers = [kind for kind in self.skip if kind not in SKIP_KINDS]
-        if strangers:
-            raise UsageError(
-                f"There is no kind of skip '{strangers[0]}'.", f"Known: {', '.join(SKIP_KINDS)}."
-            )
 
     def holds(self, finding: Finding) -> bool:
         """Return whether a finding stands in nobody's way."""
@@ -264,30 +222,30 @@ class Allowed:
         return ran and all(self.holds(finding) for finding in found)
 
 
-class Profile(Protocol):
-    """What a recipe's ``[gates.CLASS]`` sets otherwise; None keeps the limit of this module."""
+class Report:
+    """Findings that a command ends by.
+
+    Attributes:
+        allowed: what the user lets pass.
+    """
+
+    allowed: Allowed
+
+    def named(self) -> list[tuple[str, Finding]]:
+        """Return every finding and what it is about."""
+        raise NotImplementedError
 
     @property
-    def sqnr_db(self) -> float | None:
-        """Least SQNR of the logits, in dB."""
+    def passed(self) -> bool:
+        """Whether something passed, and nothing stands in the way."""
+        return self.allowed.passes(finding for _, finding in self.named())
 
-    @property
-    def module_db(self) -> float | None:
-        """Least isolated SQNR of any module, in dB."""
-
-    @property
-    def top1_loss(self) -> float | None:
-        """Points (percent) of top-1 that may be lost."""
+    def __bool__(self) -> bool:
+        """Return :attr:`passed`."""
+        return self.passed
 
 
-@dataclass(frozen=True)
-class _Default:
-    sqnr_db: float | None = None
-    module_db: float | None = None
-    top1_loss: float | None = None
-
-
-DEFAULT: Profile = _Default()
+DEFAULT = GateProfile()
 """A recipe that sets nothing."""
 
 
@@ -298,17 +256,26 @@ def outcome_of(findings: Iterable[Finding]) -> Outcome:
     return next((outcome for outcome in order if outcome in found), Outcome.SKIPPED)
 
 
-def failed(rule: str, message: str) -> Finding:
-    """Return a rule that does not hold and has no number."""
-    return Finding(rule, Outcome.FAIL, message)
+def held(
+    rule: str,
+    fault: str,
+    value: float | None = None,
+    limit: Limit | None = None,
+    unit: str = "",
+    shown: str = "",
+) -> Finding:
+    """Return a rule that was applied: PASS, and what was ``shown``, or FAIL where there is a fault.
+
+    The other arguments are those of :class:`Finding`.
+    """
+    return Finding(
+        rule, Outcome.FAIL if fault else Outcome.PASS, fault or shown, value, limit, unit
+    )
 
 
 def skipped(rule: str, message: str, kind: str = "") -> Finding:
-    """Return a rule that was not applied; ``kind`` is one of :data:`SKIP_KINDS` or ""."""
+    """Return a rule that was not applied; ``kind`` as :attr:`Finding.skip`."""
     return Finding(rule, Outcome.SKIPPED, message, skip=kind)
-
-
-# --- numeric classes and their floors ------------------------------------------------------
 
 
 def numeric_class(precision: str, *, tf32: bool = False) -> str:
@@ -318,18 +285,11 @@ def numeric_class(precision: str, *, tf32: bool = False) -> str:
         precision: of the artifact.
         tf32: whether its FP32 layers may compute in TF32: the engine's sidecar or the ONNX
             Runtime session says so.
-
-    Raises:
-        UsageError: there is no such class.
     """
-    if precision not in CLASSES:
-        raise UsageError(
-            f"There are no gates for the precision '{precision}'.", f"Known: {', '.join(CLASSES)}."
-        )
     return "tf32" if precision == "fp32" and tf32 else precision
 
 
-def sqnr_floor(numeric: str, noise_db: float, profile: Profile = DEFAULT) -> Limit:
+def sqnr_floor(numeric: str, noise_db: float, profile: GateProfile = DEFAULT) -> Limit:
     """Return the least SQNR of the logits.
 
     Args:
@@ -337,20 +297,29 @@ def sqnr_floor(numeric: str, noise_db: float, profile: Profile = DEFAULT) -> Lim
         noise_db: SQNR of PyTorch's float32 against its float64 on the same images.
         profile: what the recipe sets otherwise.
     """
-    if profile.sqnr_db is not None:
-        return Limit(profile.sqnr_db, f"recipe [gates.{numeric}]")
-    if numeric != "fp32":
-        return Limit(SQNR_FLOORS_DB[numeric], f"floor for {numeric}")
-    own = min(noise_db, ROUNDOFF_DB)
-    origin = f"PyTorch's own float32 noise, {own:.1f} dB, minus {BELOW_NOISE_DB:g}"
-    return Limit(max(own - BELOW_NOISE_DB, BROKEN_DB), origin)
+    value, origin = CLASSES[numeric].sqnr_db, f"floor for {numeric}"
+    if numeric == "fp32":
+        own = min(noise_db, ROUNDOFF_DB)
+        value = max(own - BELOW_NOISE_DB, value)
+        origin = f"PyTorch's own float32 noise, {own:.1f} dB, minus {BELOW_NOISE_DB:g}"
+    return _unless_set(profile.sqnr_db, numeric, Limit(value, origin))
 
 
-def module_floor(numeric: str, profile: Profile = DEFAULT) -> Limit:
+def module_floor(numeric: str, profile: GateProfile = DEFAULT) -> Limit:
     """Return the least isolated SQNR of any module."""
-    if profile.module_db is not None:
-        return Limit(profile.module_db, f"recipe [gates.{numeric}]")
-    return Limit(MODULE_FLOORS_DB[numeric], f"floor for one module of {numeric}")
+    limit = Limit(CLASSES[numeric].module_db, f"floor for one module of {numeric}")
+    return _unless_set(profile.module_db, numeric, limit)
+
+
+def allowed_loss(numeric: str, profile: GateProfile = DEFAULT) -> Limit:
+    """Return the points of top-1 that may be lost."""
+    limit = Limit(CLASSES[numeric].top1_loss, f"allowed for {numeric}")
+    return _unless_set(profile.top1_loss, numeric, limit)
+
+
+def _unless_set(value: float | None, numeric: str, limit: Limit) -> Limit:
+    """Return a limit, or what the recipe sets in its place."""
+    return limit if value is None else Limit(value, f"recipe [gates.{numeric}]")
 
 
 def flip_margin(floor_db: float, task: Task = Task.SINGLE_LABEL) -> float:
@@ -361,13 +330,6 @@ def flip_margin(floor_db: float, task: Task = Task.SINGLE_LABEL) -> float:
     """
     pair = math.sqrt(2) if task is Task.SINGLE_LABEL else 1.0
     return FLIP_SIGMAS * pair * 10 ** (-floor_db / 20)
-
-
-def allowed_loss(numeric: str, profile: Profile = DEFAULT) -> Limit:
-    """Return the points of top-1 that may be lost."""
-    if profile.top1_loss is not None:
-        return Limit(profile.top1_loss, f"recipe [gates.{numeric}]")
-    return Limit(ALLOWED_LOSS[numeric], f"allowed for {numeric}")
 
 
 def chance_changes(images: int) -> int:

@@ -21,26 +21,18 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from van_deploy.bundle import Bundle, Draft
 from van_deploy.bundle.reading import verify
-from van_deploy.checks.gates import Finding, Outcome, failed
-from van_deploy.checks.samples import (
-    OTHER_IMAGES,
-    SKETCH,
-    Outputs,
-    Samples,
-    described_at,
-    other_sizes,
-    tiled,
-)
-from van_deploy.config.sizes import size_text
+from van_deploy.checks.gates import Finding, held
+from van_deploy.checks.samples import SKETCH, Outputs, Samples, other_sizes, samples_from
 from van_deploy.data import (
     CheckImages,
     ImageSet,
@@ -50,16 +42,13 @@ from van_deploy.data import (
     opened,
     sample_set,
 )
-from van_deploy.errors import BundleError, ImageError, UsageError
+from van_deploy.errors import BundleError, ImageError
 from van_deploy.manifest import Golden
 from van_deploy.model.keys import STAGES
 from van_deploy.model.pixels import Pixels, normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.variants import VanConfig
 from van_deploy.runners.base import Images
-from van_deploy.runners.network import task_of
-
-__all__ = ["golden_count", "golden_samples", "images_for_golden", "judge_originals", "write_golden"]
 
 GOLDEN_FILE = "golden.npz"
 GOLDEN_IMAGES = 16
@@ -110,16 +99,15 @@ def images_for_golden(
     if not originals or chosen.pixels is None:
         return chosen, ()
     first = [_pixels(data, preprocessing) for data in originals]
-    others = [row for row, p in enumerate(chosen.pixels) if not _among(p, first)]
+    known = {pixels.tobytes() for pixels in first}
+    others = [row for row, p in enumerate(chosen.pixels) if p.tobytes() not in known]
     pixels = np.stack([*first, *chosen.pixels[others]])[: len(chosen)]
-    names = (*_original_names(len(originals)), *(chosen.names[row] for row in others))
-    names = names[: len(chosen)]
+    names = (
+        *(f"golden/{row}.png" for row in range(len(first))),
+        *(chosen.names[r] for r in others),
+    )
     inputs = normalised(pixels, preprocessing)
-    return replace(chosen, inputs=inputs, pixels=pixels, names=names), originals
-
-
-def _among(pixels: Pixels, others: Sequence[Pixels]) -> bool:
-    return any(np.array_equal(pixels, other) for other in others)
+    return replace(chosen, inputs=inputs, pixels=pixels, names=names[: len(chosen)]), originals
 
 
 def _originals(images: ImageSet, preprocessing: Preprocessing) -> tuple[bytes, ...]:
@@ -146,10 +134,6 @@ def _pixels(source: Path | bytes, preprocessing: Preprocessing) -> Pixels:
     return pixels_from_image(image, preprocessing)
 
 
-def _original_names(count: int) -> list[str]:
-    return [f"golden/{row}.png" for row in range(count)]
-
-
 def write_golden(
     draft: Draft, samples: Samples, originals: Sequence[bytes], *, users: bool
 ) -> Golden:
@@ -166,7 +150,7 @@ def write_golden(
     for other in samples.others:
         arrays |= {f"logits {other.size}": other.logits, f"float32 {other.size}": other.single}
     np.savez_compressed(draft.file(GOLDEN_FILE), **arrays)
-    places = _original_names(len(originals))
+    places = [f"golden/{row}.png" for row in range(len(originals))]
     for place, data in zip(places, originals, strict=True):
         draft.file(place).write_bytes(data)
     return Golden(
@@ -184,56 +168,55 @@ def golden_samples(bundle: Bundle) -> Samples:
     Raises:
         BundleError: it has none, or they were changed or are not of its network.
     """
-    golden = _golden_of(bundle)
-    path = bundle.path / golden.file
+    golden, manifest = _golden_of(bundle), bundle.manifest
+    path, preprocessing = bundle.path / golden.file, manifest.preprocessing
     verify(path, bundle.digests[golden.file])
-    preprocessing = bundle.manifest.preprocessing
+    sides, channels = preprocessing.sides, preprocessing.channels
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-        pixels = found.get("pixels")
-        inputs = found["inputs"] if pixels is None else normalised(pixels, preprocessing)
-        _require_shapes(bundle, inputs, pixels, found)
-        others = tuple(_others(bundle, inputs, pixels, found))
-    except (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile) as error:
-        raise BundleError(f"The golden samples '{path}' are damaged: {error}.", _ANEW) from error
-    first = golden.originals[: len(inputs)]
-    names = [*first, *(f"golden {row}" for row in range(len(first), len(inputs)))]
-    return Samples(
-        inputs,
-        pixels,
-        found["logits"],
-        found["float32"],
-        tuple(names),
-        f"{len(inputs)} golden samples: {golden.images}",
-        task_of(bundle),
-        golden=True,
-        outputs=Outputs.of(bundle.manifest.architecture, preprocessing.image_size),
-        others=others,
-    )
+            pixels = None
+            if "pixels" in arrays.files:
+                pixels = _array(arrays, "pixels", np.uint8, (*sides, channels))
+                inputs = normalised(pixels, preprocessing)
+            else:
+                inputs = _array(arrays, "inputs", np.float32, (channels, *sides))
+            first = golden.originals[: len(inputs)]
+            names = (*first, *(f"golden {row}" for row in range(len(first), len(inputs))))
+            described = f"{len(inputs)} golden samples: {golden.images}"
+            images = CheckImages((), inputs, pixels, (), names, described)
+            classes = manifest.architecture.num_classes
+
+            def answers(size: str, of: Images, outputs: Outputs) -> tuple[Any, Any]:
+                row, count = (sum(outputs.widths.values()) or classes,), len(of)
+                logits = _array(arrays, f"logits {size}".rstrip(), np.float64, row, count)
+                return logits, _array(arrays, f"float32 {size}".rstrip(), np.float32, row, count)
+
+            sizes = other_sizes(manifest.sizes, preprocessing.image_size)
+            return samples_from(images, manifest.architecture, sizes, answers, golden=True)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise BundleError(
+            f"The golden samples '{path}' are damaged: {error}.",
+            "Export the model again; nothing made it from here.",
+        ) from error
 
 
-def _others(
-    bundle: Bundle, inputs: Images, pixels: Pixels | None, found: dict[str, Any]
-) -> Iterator[Samples]:
-    """Yield the golden samples at other sizes."""
-    manifest = bundle.manifest
-    for size in other_sizes(manifest.sizes, manifest.preprocessing.image_size):
-        first = inputs[:OTHER_IMAGES]
-        yield Samples(
-            tiled(first, size, 2),
-            None if pixels is None else tiled(pixels[:OTHER_IMAGES], size, 1),
-            found[f"logits {size_text(size)}"],
-            found[f"float32 {size_text(size)}"],
-            tuple(f"golden {row}" for row in range(len(first))),
-            described_at(size, len(first)),
-            task_of(bundle),
-            golden=True,
-            outputs=Outputs.of(manifest.architecture, size),
+def _array(
+    arrays: Any, name: str, kind: type[np.generic], row: tuple[int, ...], count: int | None = None
+) -> npt.NDArray[Any]:
+    """Return an array of the golden samples.
+
+    Raises:
+        ValueError: it is not that of this network: of ``count`` finite rows of shape ``row``.
+    """
+    values: npt.NDArray[Any] = arrays[name]
+    wanted = (count or max(1, len(values)), *row)
+    if values.dtype != kind or values.shape != wanted:
+        raise ValueError(
+            f"'{name}' is {values.dtype} {values.shape}, not {np.dtype(kind)} of rows {row}"
         )
-
-
-_ANEW = "Export the model again; nothing made it from here."
+    if not np.isfinite(values).all():
+        raise ValueError(f"'{name}' holds what is no number")
+    return values
 
 
 def _golden_of(bundle: Bundle) -> Golden:
@@ -247,36 +230,6 @@ def _golden_of(bundle: Bundle) -> Golden:
     return golden
 
 
-def _require_shapes(
-    bundle: Bundle, inputs: Images, pixels: Pixels | None, found: dict[str, Any]
-) -> None:
-    """Return if the arrays are those of the bundle's network.
-
-    Raises:
-        ValueError: they are not.
-    """
-    preprocessing, config = bundle.manifest.preprocessing, bundle.manifest.architecture
-    shape = (preprocessing.channels, *preprocessing.sides)
-    wanted: dict[str, Any] = {"inputs": (len(inputs), shape, np.float32, inputs)}
-    sizes = other_sizes(bundle.manifest.sizes, preprocessing.image_size)
-    for size in (preprocessing.image_size, *sizes):
-        native = size == preprocessing.image_size
-        count = len(inputs) if native else min(OTHER_IMAGES, len(inputs))
-        row = (sum(Outputs.of(config, size).widths.values()) or config.num_classes,)
-        for name, kind in (("logits", np.float64), ("float32", np.float32)):
-            key = name if native else f"{name} {size_text(size)}"
-            wanted[key] = (count, row, kind, found[key])
-    if pixels is not None and pixels.dtype != np.uint8:
-        raise ValueError(f"'pixels' is {pixels.dtype}, not uint8")
-    for name, (count, row, kind, values) in wanted.items():
-        if values.shape != (count, *row) or values.dtype != kind or not count:
-            raise ValueError(
-                f"'{name}' is {values.dtype} {values.shape}, not {np.dtype(kind)} of rows {row}"
-            )
-        if not np.isfinite(values).all():
-            raise ValueError(f"'{name}' holds what is no number")
-
-
 def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
     """Return whether this machine reads the encoded originals as the exporting one did.
 
@@ -284,28 +237,17 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
         BundleError: one is missing or was changed.
     """
     findings = []
-    golden = _golden_of(bundle)
-    for row, place in enumerate(golden.originals):
-        path = bundle.path / place
+    for row, place in enumerate(_golden_of(bundle).originals):
+        path, change = bundle.path / place, None
         verify(path, bundle.digests[place])
-        findings.append(_judge_original(path, row, samples, bundle.manifest.preprocessing))
+        try:
+            found = _pixels(path, bundle.manifest.preprocessing).astype(int)
+            change = float(np.abs(found - np.asarray(samples.pixels)[row]).max())
+            fault = (
+                f"'{path.name}', read and resized here, differs by {change:g} of 255 from the "
+                f"golden sample {row}: another decoder, or other preprocessing"
+            ) * (change > RESIZED_WITHIN)
+        except ImageError as error:
+            fault = error.message.rstrip(".")
+        findings.append(held("preprocessing", fault, change))
     return findings
-
-
-def _judge_original(
-    path: Path, row: int, samples: Samples, preprocessing: Preprocessing
-) -> Finding:
-    if samples.pixels is None:
-        raise UsageError(f"There are no pixels to compare '{path}' with.", _ANEW)
-    try:
-        found = _pixels(path, preprocessing)
-    except ImageError as error:
-        return failed("preprocessing", error.message.rstrip("."))
-    change = int(np.abs(found.astype(int) - samples.pixels[row].astype(int)).max())
-    if change > RESIZED_WITHIN:
-        message = (
-            f"'{path.name}', read and resized here, differs by {change} of 255 from the golden "
-            f"sample {row}: another decoder, or other preprocessing"
-        )
-        return Finding("preprocessing", Outcome.FAIL, message, float(change))
-    return Finding("preprocessing", Outcome.PASS, value=float(change))

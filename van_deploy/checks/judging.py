@@ -11,24 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.checks.gates import (
-    DEFAULT,
-    ROUNDOFF_DB,
-    Finding,
-    Limit,
-    Outcome,
-    Profile,
-    failed,
-    numeric_class,
-    outcome_of,
-    sqnr_floor,
-)
+from van_deploy.checks import gates
+from van_deploy.checks.gates import Finding, Limit, Outcome, held
+from van_deploy.checks.graphs import one_line
 from van_deploy.checks.layers import overflows_of_graph
 from van_deploy.checks.opened import in_batches
 from van_deploy.checks.rules import judge_invariance, judge_logits
 from van_deploy.checks.samples import Samples
 from van_deploy.checks.scales import ScaleRow, judge_scales
-from van_deploy.config import BatchRange
+from van_deploy.config import BatchRange, GateProfile
 from van_deploy.environment.hardware import cpu
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import OUTPUT_NAME
@@ -40,15 +31,6 @@ from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = [
-    "BatchRow",
-    "Judged",
-    "batch_sizes",
-    "judge_answers",
-    "judge_graph",
-    "judge_new",
-    "record_key",
-]
 
 OVERFLOW_IMAGES = 4
 ORDERS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
@@ -75,8 +57,8 @@ class BatchRow:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What the answers of one network, or its graph, say.
+class Judgement:
+    """What was found of one network.
 
     Attributes:
         findings: one a rule.
@@ -84,10 +66,8 @@ class Judged:
             there are none.
         flips: decisions that changed, the widest margin first.
         batches: one row a batch size.
-        scales: of an INT8 graph.
+        scales: every scale of an INT8 graph.
     """
-
-    JSON_PROPERTIES: ClassVar = ("outcome",)
 
     findings: tuple[Finding, ...]
     comparison: Comparison | None = None
@@ -98,17 +78,18 @@ class Judged:
     @property
     def outcome(self) -> Outcome:
         """What all findings say together."""
-        return outcome_of(self.findings)
+        return gates.outcome_of(self.findings)
+
+
+class Judged(Judgement):
+    """What the answers of a graph that was just made say, and its tensors."""
+
+    JSON_PROPERTIES: ClassVar = ("outcome",)
 
     @property
     def passed(self) -> bool:
         """Whether nothing failed and nothing is left open."""
         return self.outcome is Outcome.PASS
-
-    @property
-    def record(self) -> float | None:
-        """The SQNR to record, in dB; None where there is none."""
-        return None if self.comparison is None else min(self.comparison.sqnr_db, ROUNDOFF_DB)
 
 
 def record_key(runner: str, numeric: str) -> str:
@@ -143,7 +124,7 @@ def judge_new(
     sizes: Sequence[int] = (1,),
     *,
     method: str = "mse",
-    profile: Profile = DEFAULT,
+    profile: GateProfile = gates.DEFAULT,
 ) -> tuple[Judged, dict[str, float]]:
     """Return what a graph that was just made says, and the SQNR to record of it.
 
@@ -161,24 +142,18 @@ def judge_new(
     """
     import onnx
 
-    numeric = numeric_class(precision)
-    floor = sqnr_floor(numeric, samples.noise_db, profile)
+    numeric = gates.numeric_class(precision)
+    floor = gates.sqnr_floor(numeric, samples.noise_db, profile)
     graph = onnx.load(model) if isinstance(model, Path) else model
-    fixed = fixed_batch(graph)
+    fixed, record = fixed_batch(graph), {}
     with OnnxRuntimeRunner(model, arena=False) as runner:
-        answers = judge_answers(
-            runner.run_all, _inputs, samples, (fixed,) if fixed else sizes, floor
+        judged = judge_answers(
+            runner.run_all, lambda of: of.inputs, samples, (fixed,) if fixed else sizes, floor
         )
-    inside = judge_graph(graph, numeric, samples, method, profile)
-    together = Judged(
-        (*answers.findings, *inside.findings),
-        answers.comparison,
-        answers.flips,
-        answers.batches,
-        inside.scales,
-    )
-    record = {} if answers.record is None else {record_key(ORT_CPU, numeric): answers.record}
-    return together, record
+    if judged.comparison is not None:
+        record[record_key(ORT_CPU, numeric)] = min(judged.comparison.sqnr_db, gates.ROUNDOFF_DB)
+    findings, scales = judge_graph(graph, numeric, samples, method, profile)
+    return replace(judged, findings=(*judged.findings, *findings), scales=scales), record
 
 
 def judge_answers(
@@ -203,62 +178,60 @@ def judge_answers(
     Raises:
         Exception: the runtime's own, where the network does not run one image at a time.
     """
-    given, answer = prepare(samples), _Answering(run, samples)
-    one_by_one = answer.outputs(given, sizes[0])
-    if OUTPUT_NAME not in one_by_one:
-        return _judge_shares(run, given, samples, sizes, floor)
-    alone = one_by_one[OUTPUT_NAME]
-    findings, flips = _judge_outputs(samples, alone, floor, recorded_db)
+    least, level = sizes[0], samples.outputs.sqnr_db
+    static = least > 1
+    outputs = _answers(run, samples, prepare(samples), least)
+    if OUTPUT_NAME not in outputs:
+        return _judge_shares(run, prepare(samples), samples, sizes, floor)
+    alone = outputs[OUTPUT_NAME]
+    findings, flips = _judge_rows(samples, alone, floor, recorded_db)
     if alone.shape != samples.logits.shape:
         return Judged(tuple(findings))
-    first = BatchRow(
-        sizes[0], outcome_of(findings), samples.outputs.sqnr_db(samples.logits, alone), math.inf
-    )
-    rows = [first]
-    if sizes[0] > 1:  # of a static graph: the images at other places of their batch
-        turned = np.roll(np.arange(len(given)), 1)
-        moved = answer.of(given[turned], sizes[0])
-        findings.append(judge_invariance(alone[turned], moved, floor, sizes[0]))
-        rows = [replace(first, outcome=outcome_of(findings), invariance_db=findings[-1].value)]
-    for size in sizes[1:]:
-        found, row = _judge_batch(answer, given, alone, size, floor, recorded_db)
-        findings += found
-        rows.append(row)
+    rows = [BatchRow(least, gates.outcome_of(findings), level(samples.logits, alone), math.inf)]
+
+    def tried(of: Samples, size: int, where: str, shift: int) -> Array | None:
+        """Judge the answers to samples that are moved within their batches, and return them."""
+        try:
+            found = _answers(run, of, np.roll(prepare(of), shift, axis=0), size)[OUTPUT_NAME]
+        except Exception as error:  # the runtimes raise their own bare types
+            findings.append(held("runs", f"{where}it does not run: {one_line(error)}"))
+            return None
+        back = np.roll(found, -shift, axis=0)
+        findings.extend(
+            _judge_rows(of, back, floor, recorded_db if of is samples else None, where)[0]
+        )
+        return back if back.shape == of.logits.shape else None
+
+    for size in sizes if static else sizes[1:]:
+        known = 0 if static else len(findings)
+        found = tried(samples, size, f"batch {size}: ", int(static))
+        row = BatchRow(size, Outcome.FAIL)
+        if found is not None:
+            findings.append(judge_invariance(alone, found, floor, size))
+            said = gates.outcome_of(findings[known:])
+            row = BatchRow(size, said, level(samples.logits, found), findings[-1].value)
+        rows = [row] if static else [*rows, row]
     for other in samples.others:
-        findings += _judge_size(run, prepare(other), other, sizes[0], floor)
-    return Judged(
-        tuple(findings), samples.outputs.compare(samples.logits, alone), tuple(flips), tuple(rows)
-    )
+        tried(other, least, f"{other.size}: ", 0)
+    comparison = samples.outputs.compare(samples.logits, alone)
+    return Judged(tuple(findings), comparison, tuple(flips), tuple(rows))
 
 
-class _Answering:
-    """A network whose outputs are taken as the samples have them."""
+def _answers(run: Run, samples: Samples, given: npt.NDArray[Any], batch: int) -> Outputs:
+    """Return the answers to all images, ``batch`` at a time, as one output.
 
-    def __init__(self, run: Run, samples: Samples) -> None:
-        self.run, self.samples = run, samples
+    Where the network gives other outputs than the reference, these.
+    """
 
-    def outputs(self, given: npt.NDArray[Any], batch: int) -> Outputs:
-        """Return the answers to all images, ``batch`` at a time, as one output.
+    def reduced(part: npt.NDArray[Any]) -> Outputs:
+        outputs, wanted = run(part), samples.outputs
+        known = outputs.keys() >= set(wanted.names)
+        return {OUTPUT_NAME: wanted.rows(outputs)} if known else outputs
 
-        Where the network gives other outputs than the reference, these.
-        """
-
-        def reduced(part: npt.NDArray[Any]) -> Outputs:
-            outputs, wanted = self.run(part), self.samples.outputs
-            return {OUTPUT_NAME: wanted.rows(outputs)} if wanted.are_in(outputs) else outputs
-
-        return in_batches(reduced, given, batch)
-
-    def of(self, given: npt.NDArray[Any], batch: int) -> Array:
-        """Return the answers of a network that is known to give them."""
-        return self.outputs(given, batch)[OUTPUT_NAME]
+    return in_batches(reduced, given, batch)
 
 
-def _inputs(samples: Samples) -> npt.NDArray[Any]:
-    return samples.inputs
-
-
-def _judge_outputs(
+def _judge_rows(
     samples: Samples, found: Array, floor: Limit, recorded_db: float | None, where: str = ""
 ) -> tuple[list[Finding], list[Flip]]:
     """Return the findings on the logits, or on each feature map, and the label flips."""
@@ -272,45 +245,6 @@ def _judge_outputs(
     return findings, []
 
 
-def _judge_size(
-    run: Run, given: npt.NDArray[Any], samples: Samples, batch: int, floor: Limit
-) -> list[Finding]:
-    """Return what the answers at another image size say."""
-    where = f"{samples.size}: "
-    try:
-        found = _Answering(run, samples).of(given, batch)
-    except Exception as error:  # the runtimes raise their own bare types
-        return [failed("runs", f"{where}it does not run: {_line(error)}")]
-    return _judge_outputs(samples, found, floor, None, where)[0]
-
-
-def _judge_batch(
-    answer: _Answering,
-    given: npt.NDArray[Any],
-    alone: Array,
-    size: int,
-    floor: Limit,
-    recorded_db: float | None,
-) -> tuple[list[Finding], BatchRow]:
-    """Return what one batch size says beyond what one image at a time did."""
-    where, samples = f"batch {size}: ", answer.samples
-    try:
-        together = answer.of(given, size)
-    except Exception as error:  # the runtimes raise their own bare types
-        return [failed("runs", f"{where}it does not run: {_line(error)}")], BatchRow(
-            size, Outcome.FAIL
-        )
-    findings, _ = _judge_outputs(samples, together, floor, recorded_db, where)
-    if together.shape != alone.shape:
-        return findings, BatchRow(size, Outcome.FAIL)
-    same = judge_invariance(alone, together, floor, size)
-    findings.append(same)
-    row = BatchRow(
-        size, outcome_of(findings), samples.outputs.sqnr_db(samples.logits, together), same.value
-    )
-    return findings, row
-
-
 def _judge_shares(
     run: Run, given: npt.NDArray[Any], samples: Samples, sizes: Sequence[int], floor: Limit
 ) -> Judged:
@@ -320,17 +254,16 @@ def _judge_shares(
     """
     noise = rms(samples.logits) * 10 ** (-floor.value / 20)
     limit = Limit(max(math.sqrt(2) * noise, 1e-6), f"what noise at {floor.value:.1f} dB explains")
-    findings, rows = [], []
+    findings = []
     for size in sizes:
         change = _largest_change(samples, in_batches(run, given, size))
-        holds = change <= limit.value
-        message = (
+        fault = (
             f"batch {size}: a probability is off by {change:.1e}, more than {limit.value:.1e} "
             f"({limit.origin})"
         )
-        outcome = Outcome.PASS if holds else Outcome.FAIL
-        findings.append(Finding("probabilities", outcome, "" if holds else message, change, limit))
-        rows.append(BatchRow(size, outcome))
+        fault *= change > limit.value
+        findings.append(held("probabilities", fault, change, limit))
+    rows = (BatchRow(size, f.outcome) for size, f in zip(sizes, findings, strict=True))
     return Judged(tuple(findings), batches=tuple(rows))
 
 
@@ -353,8 +286,8 @@ def judge_graph(
     numeric: str,
     samples: Samples,
     method: str = "mse",
-    profile: Profile = DEFAULT,
-) -> Judged:
+    profile: GateProfile = gates.DEFAULT,
+) -> tuple[list[Finding], tuple[ScaleRow, ...]]:
     """Return what a plain graph's tensors say: FP16 that overflows, and INT8 scales.
 
     Args:
@@ -369,16 +302,11 @@ def judge_graph(
     try:
         over = overflows_of_graph(model, samples.inputs[:OVERFLOW_IMAGES])
         if numeric in ("fp16", "int8") or over:
-            outcome = Outcome.FAIL if over else Outcome.PASS
-            findings.append(Finding("FP16 range", outcome, "; ".join(list(over.values())[:4])))
+            findings.append(held("FP16 range", "; ".join(list(over.values())[:4])))
         if numeric == "int8":
-            floor = sqnr_floor(numeric, samples.noise_db, profile)
+            floor = gates.sqnr_floor(numeric, samples.noise_db, profile)
             found, rows = judge_scales(model, samples, floor, method)
             findings += found
     except Exception as error:  # ONNX Runtime raises its own bare types
-        findings.append(failed("graph", f"its tensors cannot be looked at: {_line(error)}"))
-    return Judged(tuple(findings), scales=rows)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:600]
+        findings.append(held("graph", f"its tensors cannot be looked at: {one_line(error)}"))
+    return findings, rows

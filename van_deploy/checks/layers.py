@@ -1,10 +1,16 @@
-"""What each part of one graph adds to the error, fed the reference's own tensors."""
+"""What each part of one graph adds to the error, fed the reference's own tensors.
+
+Tensors are named after PyTorch modules (:mod:`van_deploy.graph.export`), and the precision
+passes keep those names, so the same cuts fit every artifact.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,26 +18,31 @@ import numpy.typing as npt
 from van_deploy.bundle import Artefact, Bundle
 from van_deploy.checks.graphs import (
     FED,
-    Cut,
     isolated,
+    one_line,
     quiet_session,
     run_taps,
     tensor_types,
     with_taps,
 )
-from van_deploy.checks.reference import ModuleReference, NoiseSum
+from van_deploy.errors import UsageError
 from van_deploy.graph.names import INPUT_NAME, module_of
+from van_deploy.metrics import decibels, signal_and_noise
 from van_deploy.runners.base import Images
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["Channels", "DriftRow", "channels_of", "drift_of_graph", "overflows_of_graph"]
+    from van_deploy.checks.reference import OnnxModules, TorchModules
+
 
 IMAGES_AT_ONCE = 2  # more than one, so that a batch frozen at one shows
 LARGEST_FP16 = 65504
 
 Array = npt.NDArray[np.float64]
+Level = Literal["stage", "block", "module"]
+
+_UNIT = re.compile(r"(patch_embed(?P<embed>\d)|block(?P<block>\d)\.\d+|norm(?P<norm>\d)|head)\b")
 
 
 @dataclass(frozen=True)
@@ -52,16 +63,16 @@ class DriftRow:
     note: str = ""
     fault: str = ""
 
+    @property
+    def level(self) -> float:
+        """The isolated SQNR in dB; infinite where there is none."""
+        return math.inf if self.isolated_db is None else self.isolated_db
 
-@dataclass(frozen=True)
-class Channels:
+
+class _Channels(NamedTuple):
     """What equalisation did to the channels of one tensor, as its maker recorded it.
 
-    The artifact's tensor is ``(reference - shift) / factor``.
-
-    Attributes:
-        factor: ``(C,)``.
-        shift: ``(C,)``.
+    The artifact's tensor is ``(reference - shift) / factor``, both ``(C,)``.
     """
 
     factor: Array
@@ -69,95 +80,145 @@ class Channels:
 
     def forward(self, reference: Array) -> Array:
         """Return the reference's tensor ``(N, C, ...)`` as the artifact has it."""
-        return (reference - _wide(self.shift, reference)) / _wide(self.factor, reference)
+        factor, shift = self._wide(reference)
+        return (reference - shift) / factor
 
     def back(self, found: Array) -> Array:
         """Return the artifact's tensor ``(N, C, ...)`` as the reference has it."""
-        return found * _wide(self.factor, found) + _wide(self.shift, found)
+        factor, shift = self._wide(found)
+        return found * factor + shift
+
+    def _wide(self, like: Array) -> list[Array]:
+        return [values.reshape(1, -1, *(1,) * (like.ndim - 2)) for values in self]
 
 
-def _wide(values: Array, like: Array) -> Array:
-    return values.reshape(1, -1, *(1,) * (like.ndim - 2))
+SAME = _Channels(np.ones(1), np.zeros(1))
 
 
-def channels_of(bundle: Bundle, artefact: Artefact) -> dict[str, Channels] | None:
-    """Return what equalisation did to an artifact's tensors; empty where nothing was done.
-
-    None where something was done and not recorded: then modules cannot be compared.
-    """
-    place = artefact.quantization.get("channels")
-    if place is None:
-        equalised = artefact.quantization.get("equalize") or {}
-        return None if equalised.get("tensors") else {}
-    with np.load(bundle.path / str(place), allow_pickle=False) as arrays:
-        names = {name.rpartition(".")[0] for name in arrays.files}
-        return {
-            name: Channels(
-                arrays[f"{name}.factor"].astype(np.float64),
-                arrays[f"{name}.shift"].astype(np.float64),
-            )
-            for name in names
-        }
-
-
-def drift_of_graph(
-    model: ModelProto,
-    reference: ModuleReference,
-    images: Images,
-    cuts: Sequence[Cut],
-    channels: Mapping[str, Channels] | None,
-) -> tuple[DriftRow, ...]:
-    """Return the drift of each part of one graph, in the order of ``cuts``.
+def _cuts_of(model: ModelProto, level: Level, modules: Iterable[str]) -> dict[str, str]:
+    """Return where to open a graph, in order, so that each part is a stage, block or module.
 
     Args:
-        model: an artifact's graph, with the module names of the FP32 graph.
+        model: the FP32 graph, whose nodes are named after modules.
+        level: how fine.
+        modules: paths of the modules whose reference result is known.
+
+    Returns:
+        The last tensor of each part, by its name.
+
+    Raises:
+        UsageError: the graph's nodes carry no module names.
+    """
+    known = set(modules)
+    last: dict[str, str] = {}
+    for node in model.graph.node:
+        module = module_of(node.output[0])
+        name = module if level == "module" else _unit(node.name or module, level)
+        if name and module in known:
+            last.pop(name, None)  # the order is that of the last tensors
+            last[name] = node.output[0]
+    if not last:
+        raise UsageError(
+            "The graph's nodes are not named after PyTorch modules, so drift cannot be placed.",
+            "Export the network with van-deploy, which names them.",
+        )
+    return last
+
+
+def _unit(node: str, level: Level) -> str:
+    """Return the block or stage that a node belongs to ("" for none)."""
+    unit = _UNIT.match(node)
+    if unit is None:
+        return ""
+    stage = unit["embed"] or unit["block"] or unit["norm"]
+    return f"stage{stage}" if level == "stage" and stage else unit[0]
+
+
+def part_name(module: str, level: Level, parts: Iterable[str]) -> str:
+    """Return the part that a module is in: the longest of the names it begins with, or "".
+
+    >>> part_name("block1.0.mlp.fc2", "block", ["block1.0", "block1.1"])
+    'block1.0'
+    >>> part_name("block1.0.mlp.fc2", "stage", ["stage1"])
+    'stage1'
+    """
+    if level == "stage":
+        return _unit(module, level)
+    around = [part for part in parts if f"{module}.".startswith(f"{part}.")]
+    return max(around, key=len, default="")
+
+
+def drift_of_artefact(
+    bundle: Bundle,
+    artefact: Artefact,
+    reference: TorchModules | OnnxModules,
+    images: Images,
+    level: Level,
+) -> tuple[DriftRow, ...]:
+    """Return the drift of each part of one plain ONNX artifact, in the order of the network.
+
+    Args:
+        bundle: of the artifact.
+        artefact: with the module names of the FP32 graph.
         reference: gives the tensors to compare with and to feed.
         images: ``(N, C, S, S)`` normalised.
-        cuts: from :func:`~van_deploy.checks.graphs.cuts_of`, of the FP32 graph.
-        channels: from :func:`channels_of`.
+        level: how fine the parts are.
+
+    Raises:
+        UsageError: the FP32 graph carries no module names.
     """
-    if channels is None:
-        note = "its channels were re-scaled, and by what was not recorded"
-        return tuple(DriftRow(cut.name, None, None, note) for cut in cuts)
+    import onnx
+
+    model = onnx.load(bundle.verified(artefact.name))
+    cuts = _cuts_of(onnx.load(bundle.verified("fp32")), level, reference.modules)
     made = {output for node in model.graph.node for output in node.output}
-    tensors = [cut.tensor for cut in cuts if cut.tensor in made]
+    tensors = [tensor for tensor in cuts.values() if tensor in made]
     try:
         graphs = (with_taps(model, tensors), isolated(model, tensors))
-        so_far, alone = _noise(graphs, tensors, reference, images, channels)
+        so_far, alone = _levels(graphs, tensors, reference, images, _channels(bundle, artefact))
     except Exception as error:  # ONNX Runtime raises its own bare types
-        note = f"does not run at batch {IMAGES_AT_ONCE}: {' '.join(str(error).split())[:200]}"
-        return tuple(DriftRow(cut.name, None, None, note) for cut in cuts)
+        note = f"does not run at batch {IMAGES_AT_ONCE}: {one_line(error)[:200]}"
+        return tuple(DriftRow(name, None, None, note) for name in cuts)
     return tuple(
-        DriftRow(cut.name, so_far[cut.tensor].sqnr_db, alone[cut.tensor].sqnr_db)
-        if cut.tensor in made
-        else DriftRow(cut.name, None, None, "not in this graph")
-        for cut in cuts
+        DriftRow(name, so_far[tensor], alone[tensor])
+        if tensor in made
+        else DriftRow(name, None, None, "not in this graph")
+        for name, tensor in cuts.items()
     )
 
 
-def _noise(
+def _channels(bundle: Bundle, artefact: Artefact) -> dict[str, _Channels]:
+    """Return what equalisation did to an artifact's tensors; empty where nothing was done."""
+    place = artefact.quantization.get("channels")
+    if place is None:
+        return {}
+    with np.load(bundle.path / str(place), allow_pickle=False) as arrays:
+        found = {name: arrays[name].astype(np.float64) for name in arrays.files}
+    names = {name.rpartition(".")[0] for name in found}
+    return {name: _Channels(found[f"{name}.factor"], found[f"{name}.shift"]) for name in names}
+
+
+def _levels(
     graphs: Sequence[ModelProto],
     tensors: Sequence[str],
-    reference: ModuleReference,
+    reference: TorchModules | OnnxModules,
     images: Images,
-    maps: Mapping[str, Channels],
-) -> list[dict[str, NoiseSum]]:
-    """Return signal and noise of each tensor of each graph."""
-    sums = [{name: NoiseSum() for name in tensors} for _ in graphs]
+    channels: Mapping[str, _Channels],
+) -> list[dict[str, float]]:
+    """Return the SQNR of each tensor of each graph."""
+    sums = [{name: np.zeros(2) for name in tensors} for _ in graphs]
     sessions = [quiet_session(graph) for graph in graphs]
     for start in range(0, len(images), IMAGES_AT_ONCE):
         batch = images[start : start + IMAGES_AT_ONCE]
         expected = reference.outputs(batch)
-        feeds: dict[str, npt.NDArray[Any]] = {}
+        feeds: dict[str, npt.NDArray[Any]] = {INPUT_NAME: batch}
         for name in tensors:
-            value = expected[module_of(name)]
-            feeds[f"{name}{FED}"] = maps[name].forward(value) if name in maps else value
-        feeds[INPUT_NAME] = batch
+            feeds[f"{name}{FED}"] = channels.get(name, SAME).forward(expected[module_of(name)])
         for session, found in zip(sessions, sums, strict=True):
             for name, value in run_taps(session, feeds):
-                back = maps[name].back(value) if name in maps else value
-                found[name].add(expected[module_of(name)], back)
-    return sums
+                back = channels.get(name, SAME).back(value)
+                found[name] += signal_and_noise(expected[module_of(name)], back)
+    return [{name: decibels(*both) for name, both in found.items()} for found in sums]
 
 
 def overflows_of_graph(model: ModelProto, images: Images) -> dict[str, str]:

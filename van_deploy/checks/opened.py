@@ -10,41 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
+from van_deploy.config import CheckSettings, RunnerSettings, RunSettings
 from van_deploy.errors import UsageError
 from van_deploy.model.pixels import Pixels
 from van_deploy.runners.base import Images
-from van_deploy.runners.network import ORT_CPU, Network, Outputs
+from van_deploy.runners.network import Network, Outputs
 
-__all__ = [
-    "Execution",
-    "NotRun",
-    "chosen_artefacts",
-    "given_to",
-    "in_batches",
-    "open_artefact",
-    "plain_onnx",
-]
-
-
-@dataclass(frozen=True)
-class Execution:
-    """What runs the artifacts of a bundle.
-
-    Attributes:
-        runner: one of :data:`~van_deploy.runners.network.RUNNERS`, for ONNX artifacts;
-            engines are run by TensorRT, packages by PyTorch.
-        trust_engine: run engines whose sidecar is gone.
-        threads: threads inside one operator; None lets the runtime choose.
-        device: which GPU, where something runs on one.
-    """
-
-    runner: str = ORT_CPU
-    trust_engine: bool = False
-    threads: int | None = None
-    device: str = "cuda:0"
-
-
-ON_CPU = Execution()
+ON_CPU = RunnerSettings()
 
 
 @dataclass(frozen=True)
@@ -55,13 +27,19 @@ class NotRun:
         artefact: its name.
         runner: what would have run it.
         reason: one phrase.
-        kind: of :data:`~van_deploy.checks.gates.SKIP_KINDS`.
+        kind: of skip (:class:`~van_deploy.checks.gates.Finding`), or "".
     """
 
     artefact: str
     runner: str
     reason: str
     kind: str
+
+
+def common(asked: CheckSettings | RunSettings) -> dict[str, Any]:
+    """Return what runs the artifacts and what may pass, for other settings."""
+    names = ("runner", "device", "trust_engine", "allow_skip", "allow_inconclusive")
+    return {name: getattr(asked, name) for name in names}
 
 
 def plain_onnx(bundle: Bundle) -> list[str]:
@@ -91,25 +69,36 @@ def chosen_artefacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
 
 
 def open_artefact(
-    bundle: Bundle, name: str, execution: Execution = ON_CPU, *, spin: bool = True
+    bundle: Bundle,
+    name: str,
+    asked: RunnerSettings = ON_CPU,
+    *,
+    threads: int | None = None,
+    spin: bool = True,
 ) -> Network | NotRun:
     """Return the artifact called ``name`` to be opened with ``with``, or why it does not run here.
 
+    Args:
+        bundle: the bundle.
+        name: of the artifact.
+        asked: what runs it.
+        threads: inside one operator; None lets the runtime choose.
+        spin: whether threads that wait keep their cores busy.
+
     Raises:
         BundleError: there is no such artifact, or its files are not the manifest's.
-        UsageError: there is no such runner.
         MissingDependency: ONNX Runtime is not installed.
     """
     network = Network(
         bundle,
         name,
-        runner=execution.runner,
-        threads=execution.threads,
+        runner=asked.runner,
+        threads=threads,
         spin=spin,
-        trust_engine=execution.trust_engine,
-        device=execution.device,
+        trust_engine=asked.trust_engine,
+        device=asked.device,
     )
-    bundle.verified(name, only_file=network.is_engine and execution.trust_engine)
+    bundle.verified(name, only_file=network.is_engine and asked.trust_engine)
     obstacle = network.obstacle()
     if obstacle is not None:
         return NotRun(name, network.runner, obstacle.reason, obstacle.kind)

@@ -6,33 +6,14 @@ The limits themselves are in :mod:`van_deploy.checks.gates`.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from van_deploy.checks.gates import (
-    BATCH_INVARIANCE_DB,
-    BELOW_RECORD_DB,
-    ROUNDOFF_DB,
-    WORST_ROW_DB,
-    Finding,
-    Limit,
-    Outcome,
-    failed,
-    flip_margin,
-)
+from van_deploy.checks import gates
+from van_deploy.checks.gates import Finding, Limit, Outcome, held
 from van_deploy.intervals import Interval, mcnemar_exact, tango_interval
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
-
-__all__ = [
-    "Loss",
-    "at_least",
-    "images_to_decide",
-    "judge_invariance",
-    "judge_logits",
-    "judge_loss",
-    "judge_numbers",
-    "paired_loss",
-]
 
 MOST_IMAGES = 10**8  # beyond this a number of images is no advice
 
@@ -61,47 +42,47 @@ def judge_logits(
     """
     if found.shape != expected.shape:
         message = f"the output has shape {found.shape} where PyTorch's has {expected.shape}"
-        return [failed("shape", where + message)], []
-    margin = flip_margin(floor.value, task)
+        return [held("shape", where + message)], []
+    margin = gates.flip_margin(floor.value, task)
     flips = find_flips(expected, found, task, margin)
     findings = [
         at_least("SQNR", sqnr_db(expected, found), floor, where=where),
         at_least(
             "worst image",
             worst_row_sqnr_db(expected, found),
-            Limit(floor.value - WORST_ROW_DB, f"{WORST_ROW_DB:g} dB below the SQNR's limit"),
+            Limit(
+                floor.value - gates.WORST_ROW_DB,
+                f"{gates.WORST_ROW_DB:g} dB below the SQNR's limit",
+            ),
             where=where,
         ),
         _explained(flips, Limit(margin, f"noise at {floor.value:.1f} dB"), where),
     ]
     if recorded_db is not None:
-        origin = f"{recorded_db:.1f} dB recorded when it was made, minus {BELOW_RECORD_DB:g}"
-        limit = Limit(min(recorded_db, ROUNDOFF_DB) - BELOW_RECORD_DB, origin)
+        origin = f"{recorded_db:.1f} dB recorded when it was made, minus {gates.BELOW_RECORD_DB:g}"
+        limit = Limit(min(recorded_db, gates.ROUNDOFF_DB) - gates.BELOW_RECORD_DB, origin)
         findings.insert(1, at_least("SQNR, record", sqnr_db(expected, found), limit, where=where))
     return findings, flips
 
 
 def at_least(rule: str, value: float, limit: Limit, unit: str = "dB", where: str = "") -> Finding:
     """Return whether ``value`` is at least the limit; NaN is not."""
-    holds = value >= limit.value
     said = f"{where}{rule} {value:.1f} {unit} is below {limit.value:.1f} {unit} ({limit.origin})"
-    outcome = Outcome.PASS if holds else Outcome.FAIL
-    return Finding(rule, outcome, "" if holds else said, value, limit, unit)
+    return held(rule, "" if value >= limit.value else said, value, limit, unit)
 
 
 def _explained(flips: Sequence[Flip], limit: Limit, where: str = "") -> Finding:
+    """Return whether noise explains every label flip, the widest margin first."""
     faults = [flip for flip in flips if flip.fault]
-    widest = max((flip.margin for flip in flips), default=0.0)
-    noun = "label flip" if len(flips) == 1 else "label flips"
-    message = f"{where}{len(flips)} {noun}, within what the allowed noise explains"
-    if faults:
-        noun = "label flip" if len(faults) == 1 else "label flips"
-        message = (
-            f"{where}{len(faults)} {noun} where PyTorch's margin is up to {faults[0].margin:.2g} "
-            f"RMS logits; {limit.origin} explains {limit.value:.2g}"
-        )
-    outcome = Outcome.FAIL if faults else Outcome.PASS
-    return Finding("label flips", outcome, message if flips else "", widest, limit, "RMS logits")
+    told = faults or flips
+    count, widest = len(told), told[0].margin if told else 0.0
+    said = f"{where}{count} label flip{'s' * (count != 1)}"
+    fault = (
+        f"{said} where PyTorch's margin is up to {widest:.2g} RMS logits; {limit.origin} "
+        f"explains {limit.value:.2g}"
+    )
+    shown = f"{said}, within what the allowed noise explains" * bool(flips)
+    return held("label flips", fault * bool(faults), widest, limit, "RMS logits", shown)
 
 
 def judge_invariance(alone: Array, together: Array, floor: Limit, batch: int) -> Finding:
@@ -110,7 +91,7 @@ def judge_invariance(alone: Array, together: Array, floor: Limit, batch: int) ->
     The limit is the class's floor, or :data:`BATCH_INVARIANCE_DB` where that asks for more.
     """
     limit = max(
-        floor, Limit(BATCH_INVARIANCE_DB, "floor for any class"), key=lambda each: each.value
+        floor, Limit(gates.BATCH_INVARIANCE_DB, "floor for any class"), key=lambda each: each.value
     )
     value = worst_row_sqnr_db(alone, together)
     return at_least("batch invariance", value, limit, where=f"batch {batch}: ")
@@ -147,23 +128,33 @@ def paired_loss(lost: int, won: int, images: int) -> Loss:
     return Loss(images, loss, (100 * low, 100 * high), lost, won, mcnemar_exact(lost, won))
 
 
-def judge_loss(loss: Loss, allowed: Limit, what: str = "top-1") -> Finding:
+def judge_loss(
+    loss: Loss,
+    allowed: Limit,
+    what: str = "top-1",
+    undecided: Outcome = Outcome.INCONCLUSIVE,
+) -> Finding:
     """Return whether a lossy artifact is shown to lose no more than is allowed.
 
     Non-inferiority: PASS if the interval's upper end is within the allowed loss, FAIL if its
-    lower end is beyond, else INCONCLUSIVE.
+    lower end is beyond, else ``undecided``.
     """
     low, high = loss.interval
     said = f"{low:+.2f} to {high:+.2f} pp of {what} lost on {loss.images} images"
-    shown = f"{said}, {allowed.value:g} allowed ({allowed.origin})"
-    outcome = Outcome.INCONCLUSIVE
+    said = f"{said}, {allowed.value:g} allowed ({allowed.origin})"
+    outcome = undecided
     if high <= allowed.value:
         outcome = Outcome.PASS
     elif low > allowed.value:
         outcome = Outcome.FAIL
-    else:
-        shown = f"{shown}; {_advice(loss, allowed)}"
-    return Finding(f"Δ{what}", outcome, shown, loss.loss, allowed, "pp")
+    if outcome is Outcome.INCONCLUSIVE:
+        needed = images_to_decide(loss, allowed.value)
+        said += (
+            f"; {f'about {needed} images' if needed else 'no number of images'} would decide at "
+            "this rate of label flips: give more images, allow a larger top1_loss in the recipe, "
+            "or pass --allow-inconclusive"
+        )
+    return Finding(f"Δ{what}", outcome, said, loss.loss, allowed, "pp")
 
 
 def judge_numbers(
@@ -190,16 +181,11 @@ def judge_numbers(
         task: how logits become labels.
         what: the share that was lost.
     """
-    margin = Limit(flip_margin(floor.value, task), f"noise at {floor.value:.1f} dB")
-    low, high = loss.interval
-    shown = low > allowed.value
-    said = f"{low:+.2f} to {high:+.2f} pp of {what} lost on {loss.images} images"
-    more = f", more than the {allowed.value:g} allowed ({allowed.origin})"
-    outcome = Outcome.FAIL if shown else Outcome.PASS
+    margin = Limit(gates.flip_margin(floor.value, task), f"noise at {floor.value:.1f} dB")
     return [
         at_least("SQNR", sqnr, floor),
         _explained(flips, margin),
-        Finding(f"Δ{what}", outcome, said + more * shown, loss.loss, allowed, "pp"),
+        judge_loss(loss, allowed, what, undecided=Outcome.PASS),
     ]
 
 
@@ -211,25 +197,12 @@ def images_to_decide(loss: Loss, allowed: float) -> int | None:
     lost, won = loss.lost, loss.won
     if not loss.images or lost is None or won is None:
         return None
-    low, high = loss.images, MOST_IMAGES
 
     def decides(images: int) -> bool:
         share = images / loss.images
-        ends = tango_interval(lost * share, won * share, images)
-        return 100 * ends[1] <= allowed or 100 * ends[0] > allowed
+        low, high = tango_interval(lost * share, won * share, images)
+        return 100 * high <= allowed or 100 * low > allowed
 
-    if not decides(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if decides(middle) else (middle + 1, high)
-    return low
-
-
-def _advice(loss: Loss, allowed: Limit) -> str:
-    needed = images_to_decide(loss, allowed.value)
-    images = f"about {needed} images" if needed else "no number of images"
-    return (
-        f"{images} would decide at this rate of label flips: give more images, allow a larger "
-        "top1_loss in the recipe, or pass --allow-inconclusive"
-    )
+    tried = range(loss.images, MOST_IMAGES)
+    place = bisect_left(tried, True, key=decides)
+    return tried[place] if place < len(tried) else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,23 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.config.sizes import ImageSize, SizeRange, sides_of, size_text
+from van_deploy.data import CheckImages
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import Array, Comparison, Task, compare, sqnr_db
 from van_deploy.model.pixels import Pixels
 from van_deploy.model.variants import VanConfig
 from van_deploy.runners.base import Images
-
-__all__ = [
-    "LOGITS",
-    "OTHER_IMAGES",
-    "SKETCH",
-    "Outputs",
-    "Samples",
-    "described_at",
-    "other_sizes",
-    "sketch",
-    "tiled",
-]
 
 SKETCH = 2048
 """Numbers that are kept of one feature map of one image."""
@@ -65,10 +54,6 @@ class Outputs:
     def names(self) -> tuple[str, ...]:
         """What the network gives."""
         return tuple(self.widths) or (OUTPUT_NAME,)
-
-    def are_in(self, given: Mapping[str, Array]) -> bool:
-        """Return whether all of them are there."""
-        return not set(self.names) - set(given)
 
     def rows(self, given: Mapping[str, Array]) -> Array:
         """Return the logits ``(N, K)``, or the sketches of all maps side by side.
@@ -148,16 +133,13 @@ class Samples:
 
     def first(self, count: int) -> Samples:
         """Return at most ``count`` of them."""
+        parts = {n: getattr(self, n)[:count] for n in ("inputs", "logits", "single", "names")}
+        described = "" if count >= len(self) else f"the first {count} of "
         return replace(
             self,
-            inputs=self.inputs[:count],
+            **parts,
             pixels=None if self.pixels is None else self.pixels[:count],
-            logits=self.logits[:count],
-            single=self.single[:count],
-            names=self.names[:count],
-            description=self.description
-            if count >= len(self)
-            else f"the first {count} of {self.description}",
+            description=described + self.description,
         )
 
 
@@ -190,21 +172,51 @@ def other_sizes(sizes: SizeRange | None, native: ImageSize) -> tuple[ImageSize, 
     return tuple(size for size in sizes.tried() if size != native) if sizes else ()
 
 
-def tiled(values: npt.NDArray[Any], size: ImageSize, axis: int) -> npt.NDArray[Any]:
-    """Return images repeated side by side and cut to another size.
+def samples_from(
+    images: CheckImages,
+    config: VanConfig,
+    sizes: Sequence[ImageSize],
+    answers: Callable[[str, Images, Outputs], tuple[Array, Array]],
+    *,
+    golden: bool = False,
+) -> Samples:
+    """Return images with answers, the first of them at other sizes, too.
 
-    Nothing is resized, so that every machine makes the same ones.
+    Nothing is resized, so that every machine makes the same ones: there images are repeated
+    side by side and cut.
 
     Args:
-        values: the images.
-        size: height and width to be.
-        axis: the height's; the width's is behind it.
+        images: at the network's own size.
+        config: of the network.
+        sizes: the others.
+        answers: gives the rows of the network in float64 and in float32. It is told the size,
+            such as ``192x192`` ("" for the network's own), the images, and how outputs become
+            rows.
+        golden: whether they are those of the bundle.
     """
+
+    def at(size: ImageSize | None, count: int, described: str) -> Samples:
+        inputs, pixels = images.inputs[:count], images.pixels
+        pixels = None if pixels is None else pixels[:count]
+        if size is not None:
+            inputs = _tiled(inputs, size, 2)
+            pixels = None if pixels is None else _tiled(pixels, size, 1)
+        outputs = Outputs.of(config, inputs.shape[2:])
+        exact, single = answers("" if size is None else size_text(size), inputs, outputs)
+        return Samples(
+            *(inputs, pixels, exact, single, images.names[:count], described),
+            Task.of(config.num_classes, config.problem_type),
+            golden,
+            outputs,
+        )
+
+    few = min(OTHER_IMAGES, len(images))
+    others = [at(size, few, f"{few} images repeated to {size_text(size)}") for size in sizes]
+    return replace(at(None, len(images), images.description), others=tuple(others))
+
+
+def _tiled(values: npt.NDArray[Any], size: ImageSize, axis: int) -> npt.NDArray[Any]:
+    """Return images whose height is that axis, and the width behind it, repeated and cut."""
     for place, side in enumerate(sides_of(size), axis):
         values = values.take(np.arange(side) % values.shape[place], axis=place)
     return values
-
-
-def described_at(size: ImageSize, count: int) -> str:
-    """Return what the images at another size are, in one phrase."""
-    return f"{count} images repeated to {size_text(size)}"

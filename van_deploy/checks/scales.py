@@ -22,28 +22,15 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from van_deploy.checks.gates import (
-    LEAST_CODE,
-    MOST_SATURATED,
-    SCALE_BOUNDS,
-    SCALE_MEDIAN_FACTOR,
-    SCALE_SPREAD,
-    UNSIGNED_LEAST,
-    UNSIGNED_SPREAD,
-    Finding,
-    Limit,
-    Outcome,
-    ScaleBounds,
-    failed,
-)
+from van_deploy.checks import gates
+from van_deploy.checks.gates import Finding, Limit, held
 from van_deploy.checks.graphs import quiet_session, run_taps, with_taps
 from van_deploy.checks.rules import at_least
 from van_deploy.checks.samples import Samples
 from van_deploy.graph.names import INPUT_NAME
 
-__all__ = ["ScaleRow", "judge_scales", "scale_faults", "without_activation_rounding"]
-
 Array = npt.NDArray[Any]
+Stored = Mapping[str, Array]
 
 IMAGES_AT_ONCE = 4
 VALUES_AN_IMAGE = 4096  # of each tensor: evenly spread, and its two extremes
@@ -81,6 +68,29 @@ class _Pair:
     modules: tuple[str, ...]
     values: list[Array] = field(default_factory=list)
 
+    @property
+    def ratio(self) -> float:
+        """The scale over the one of least squared error on the values, the zero-point as it is."""
+        values = np.concatenate(self.values)
+        reach = max(
+            float(values.max()) / max(self.ends[1] - self.zero, 1),
+            float(values.min()) / min(self.ends[0] - self.zero, -1),
+            SMALLEST_SCALE,
+        )
+        grid = np.geomspace(reach / CANDIDATES, reach * 1.05, CANDIDATES)
+        best = self._best(values, grid)
+        ends = grid[max(best - 1, 0)], grid[min(best + 1, CANDIDATES - 1)]
+        around = np.geomspace(*ends, 9)
+        return self.scale / float(around[self._best(values, around)])
+
+    def _best(self, values: Array, scales: Array) -> int:
+        """Return which of some scales rounds values with the least squared error."""
+        errors = []
+        for scale in scales:
+            codes = np.clip(np.rint(values / scale) + self.zero, *self.ends)
+            errors.append(np.square(values - (codes - self.zero) * scale).sum())
+        return int(np.argmin(errors))
+
 
 def judge_scales(
     model: ModelProto, samples: Samples, floor: Limit, method: str = "mse"
@@ -97,35 +107,33 @@ def judge_scales(
         Exception: ONNX Runtime's own, where the graph does not run.
     """
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    bare, pairs = without_activation_rounding(model, stored)
+    readers: dict[str, tuple[str, ...]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers[name] = (*readers.get(name, ()), node.name)
+    bare, pairs = _without_activation_rounding(model, stored, readers)
     if not pairs:
         return [], ()
-    found = _watch_(bare, pairs, samples)
-    alike = at_least(
-        "SQNR without activation rounding", samples.outputs.sqnr_db(samples.logits, found), floor
-    )
-    weights = tuple(_weights(model, stored))
-    rows, findings = _activations(pairs, method)
-    return [alike, *findings, _together("weight scales", weights)], (*rows, *weights)
+    sqnr = samples.outputs.sqnr_db(samples.logits, _watch_(bare, pairs, samples))
+    for_cpus = any(pair.ends[0] == 0 for pair in pairs)  # unsigned activations
+    weights = tuple(_weights(model, stored, readers, for_cpus=for_cpus))
+    rows, findings = _activations(pairs, method, for_cpus=for_cpus)
+    return [
+        at_least("SQNR without activation rounding", sqnr, floor),
+        *findings,
+        _together("weight scales", weights),
+    ], (*rows, *weights)
 
 
-def scale_faults(rows: Sequence[ScaleRow]) -> dict[str, str]:
-    """Return what is wrong with the scales, by the module that reads each."""
-    found: dict[str, str] = {}
-    for row in rows:
-        for module in row.modules if row.fault else ():
-            found[module] = "; ".join(filter(None, (found.get(module), row.fault)))
-    return found
-
-
-def without_activation_rounding(
-    model: ModelProto, stored: Mapping[str, Array]
+def _without_activation_rounding(
+    model: ModelProto, stored: Stored, readers: Mapping[str, tuple[str, ...]]
 ) -> tuple[ModelProto, list[_Pair]]:
     """Return the graph with every reader of a rounded activation reading it unrounded.
 
     Args:
         model: a Q/DQ graph.
         stored: its initialisers by name.
+        readers: the nodes that read each tensor.
 
     Returns:
         The graph, and the pairs that were taken out.
@@ -133,32 +141,28 @@ def without_activation_rounding(
     bare = ModelProto()
     bare.CopyFrom(model)
     makers = {node.output[0]: node for node in model.graph.node}
-    readers = _readers(model)
     unrounded: dict[str, str] = {}
     pairs = []
     for node in model.graph.node:
         quantize = makers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
         if quantize is None or quantize.op_type != "QuantizeLinear":
             continue
-        zero = stored[quantize.input[2]]
-        info = np.iinfo(zero.dtype)
-        unrounded[node.output[0]] = quantize.input[0]
-        ends = (max(info.min, -info.max), info.max)
-        modules = readers.get(node.output[0], ())
-        scale = float(stored[quantize.input[1]])
-        pairs.append(_Pair(quantize.input[0], scale, int(zero), ends, modules))
+        tensor, scale, zero = quantize.input
+        info = np.iinfo(stored[zero].dtype)
+        unrounded[node.output[0]] = tensor
+        pairs.append(
+            _Pair(
+                tensor,
+                float(stored[scale]),
+                int(stored[zero]),
+                (max(info.min, -info.max), info.max),
+                readers.get(node.output[0], ()),
+            )
+        )
     for node in bare.graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = unrounded.get(name, name)
     return bare, pairs
-
-
-def _readers(model: ModelProto) -> dict[str, tuple[str, ...]]:
-    found: dict[str, list[str]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            found.setdefault(name, []).append(node.name)
-    return {name: tuple(nodes) for name, nodes in found.items()}
 
 
 def _watch_(bare: ModelProto, pairs: Sequence[_Pair], samples: Samples) -> Array:
@@ -169,111 +173,71 @@ def _watch_(bare: ModelProto, pairs: Sequence[_Pair], samples: Samples) -> Array
     logits = []
     for start in range(0, len(samples), IMAGES_AT_ONCE):
         batch = samples.inputs[start : start + IMAGES_AT_ONCE]
-        values: dict[str, Array] = dict(run_taps(session, {INPUT_NAME: batch}))
-        values[INPUT_NAME] = batch
+        values: dict[str, Array] = {INPUT_NAME: batch}
+        values |= run_taps(session, {INPUT_NAME: batch})
         logits.append(samples.outputs.rows(values))
         for pair in pairs:
-            pair.values.append(_some(values[pair.tensor]))
+            flat = values[pair.tensor].reshape(-1)
+            # Odd, so that it is no grid's own period.
+            stride = max(1, flat.size // (VALUES_AN_IMAGE * len(batch))) | 1
+            pair.values.append(np.append(flat[::stride], [flat.min(), flat.max()]))
     return np.concatenate(logits)
 
 
-def _some(values: Array) -> Array:
-    """Return some of the values, evenly spread, and the two extremes."""
-    flat = values.reshape(-1)
-    stride = max(1, flat.size // (VALUES_AN_IMAGE * len(values))) | 1  # odd: no grid's own period
-    return np.append(flat[::stride], [flat.min(), flat.max()])
-
-
-def _activations(pairs: Sequence[_Pair], method: str) -> tuple[list[ScaleRow], list[Finding]]:
-    bounds = SCALE_BOUNDS.get(method, SCALE_BOUNDS["mse"])
-    factor, most = SCALE_SPREAD
-    if any(pair.ends[0] == 0 for pair in pairs):  # unsigned: for CPUs
-        bounds, (factor, most) = replace(bounds, least=UNSIGNED_LEAST), UNSIGNED_SPREAD
-    ratios = [pair.scale / _best_scale(pair) for pair in pairs]
-    rows = [
-        ScaleRow(p.tensor, p.modules, p.scale, ratio, _ratio_fault(p.tensor, ratio, bounds))
-        for p, ratio in zip(pairs, ratios, strict=True)
-    ]
+def _activations(
+    pairs: Sequence[_Pair], method: str, *, for_cpus: bool
+) -> tuple[list[ScaleRow], list[Finding]]:
+    bounds = gates.SCALE_BOUNDS.get(method, gates.SCALE_BOUNDS["mse"])
+    factor, most = gates.SCALE_SPREAD
+    if for_cpus:
+        bounds, (factor, most) = replace(bounds, least=gates.UNSIGNED_LEAST), gates.UNSIGNED_SPREAD
+    ratios = np.array([pair.ratio for pair in pairs])
+    rows = []
+    for pair, ratio in zip(pairs, ratios.tolist(), strict=True):
+        fault = (
+            f"the scale of '{pair.tensor}' is {ratio:.2f} times the one of least error on the "
+            f"golden images; {bounds.least:.2f} to {bounds.most:g} is allowed"
+        )
+        holds = bounds.least <= ratio <= bounds.most
+        rows.append(ScaleRow(pair.tensor, pair.modules, pair.scale, ratio, fault * (not holds)))
     median = float(np.median(ratios))
-    far = float(np.mean(np.abs(np.log(np.array(ratios) / median)) > np.log(factor)))
-    off = max(median / bounds.centre, bounds.centre / median)
+    far = float(np.mean(np.abs(np.log(ratios / median)) > np.log(factor)))
     origin = f"right scales of '{method}' are {bounds.centre:g} times the best ones"
-    findings = [
-        Finding(
-            "median scale",
-            Outcome.PASS if off <= SCALE_MEDIAN_FACTOR else Outcome.FAIL,
-            f"activation scales are {median:.2f} times those of least error on the golden "
-            f"images; {origin}, up to a factor of {SCALE_MEDIAN_FACTOR:g}",
-            median,
-            Limit(bounds.centre, origin),
-        ),
-        Finding(
-            "spread of scales",
-            Outcome.PASS if far <= most else Outcome.FAIL,
-            f"{100 * far:.0f} % of the activation scales are off their median by more than a "
-            f"factor of {factor:g}, at most {100 * most:.0f} % may be",
-            far,
-            Limit(most, "floor for int8"),
-        ),
+    ratio_is = (
+        f"activation scales are {median:.2f} times those of least error on the golden images; "
+        f"{origin}, up to a factor of {gates.SCALE_MEDIAN_FACTOR:g}"
+    )
+    share_is = (
+        f"{100 * far:.0f} % of the activation scales are off their median by more than a factor "
+        f"of {factor:g}, at most {100 * most:.0f} % may be"
+    )
+    off = max(median / bounds.centre, bounds.centre / median) > gates.SCALE_MEDIAN_FACTOR
+    wide, centre = far > most, Limit(bounds.centre, origin)
+    limit = Limit(most, "floor for int8")
+    return rows, [
+        held("median scale", ratio_is * off, median, centre, shown=ratio_is),
+        held("spread of scales", share_is * wide, far, limit, shown=share_is),
         _together("activation scales", rows),
     ]
-    return rows, findings
-
-
-def _ratio_fault(tensor: str, ratio: float, bounds: ScaleBounds) -> str:
-    if bounds.least <= ratio <= bounds.most:
-        return ""
-    return (
-        f"the scale of '{tensor}' is {ratio:.2f} times the one of least error on the golden "
-        f"images; {bounds.least:.2f} to {bounds.most:g} is allowed"
-    )
 
 
 def _together(rule: str, rows: Sequence[ScaleRow]) -> Finding:
     faults = [row.fault for row in rows if row.fault]
-    if not faults:
-        return Finding(rule, Outcome.PASS, f"{len(rows)} within their bounds")
-    more = f"; and {len(faults) - 2} more" if len(faults) > 2 else ""
-    return failed(rule, "; ".join(faults[:2]) + more)
+    more = [f"and {len(faults) - 2} more"] * (len(faults) > 2)
+    return held(rule, "; ".join([*faults[:2], *more]), shown=f"{len(rows)} within their bounds")
 
 
-def _best_scale(pair: _Pair) -> float:
-    """Return the scale with the least squared error on the values, the zero-point as it is."""
-    values = np.concatenate(pair.values)
-    reach = max(
-        float(values.max()) / max(pair.ends[1] - pair.zero, 1),
-        float(values.min()) / min(pair.ends[0] - pair.zero, -1),
-        SMALLEST_SCALE,
-    )
-    grid = np.geomspace(reach / CANDIDATES, reach * 1.05, CANDIDATES)
-    best = int(np.argmin([_error(values, scale, pair) for scale in grid]))
-    around = np.geomspace(grid[max(best - 1, 0)], grid[min(best + 1, CANDIDATES - 1)], 9)
-    return float(around[int(np.argmin([_error(values, scale, pair) for scale in around]))])
-
-
-def _error(values: Array, scale: float, pair: _Pair) -> float:
-    """Return the squared error of rounding ``values`` with ``scale``."""
-    codes = np.clip(np.rint(values / scale) + pair.zero, *pair.ends)
-    return float(np.square(values - (codes - pair.zero) * scale).sum())
-
-
-def _weights(model: ModelProto, stored: Mapping[str, Array]) -> Iterator[ScaleRow]:
-    readers = _readers(model)
-    for_cpus = any(  # unsigned activations: two products side by side may be what limits a scale
-        node.op_type == "QuantizeLinear" and stored[node.input[2]].dtype == np.uint8
-        for node in model.graph.node
-    )
+def _weights(
+    model: ModelProto, stored: Stored, readers: Mapping[str, tuple[str, ...]], *, for_cpus: bool
+) -> Iterator[ScaleRow]:
     for node in model.graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[0] not in stored:
+        codes = stored.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if codes is None or codes.dtype != np.int8:
             continue
-        codes, scales = stored[node.input[0]], np.atleast_1d(stored[node.input[1]])
-        if codes.dtype == np.int8:
-            yield ScaleRow(
-                tensor=node.input[0],
-                modules=readers.get(node.output[0], ()),
-                scale=float(scales.max()),
-                fault=_code_fault(node, codes, scales.astype(np.float64), for_cpus=for_cpus),
-            )
+        scales = np.atleast_1d(stored[node.input[1]])
+        fault = _code_fault(node, codes, scales.astype(np.float64), for_cpus=for_cpus)
+        modules = readers.get(node.output[0], ())
+        yield ScaleRow(node.input[0], modules, float(scales.max()), fault=fault)
 
 
 def _pair_sums(codes: Array) -> Array:
@@ -296,8 +260,8 @@ def _code_fault(node: NodeProto, codes: Array, scales: Array, *, for_cpus: bool)
     rows = np.abs(np.moveaxis(codes, axis, 0).reshape(len(scales), -1).astype(np.int64))
     largest = rows.max(axis=1)
     reached = np.maximum(largest, _pair_sums(codes)) if for_cpus and codes.ndim == 4 else largest
-    wasted = (reached < LEAST_CODE) & (scales > SMALLEST_SCALE)
-    count, share = MOST_SATURATED
+    wasted = (reached < gates.LEAST_CODE) & (scales > SMALLEST_SCALE)
+    count, share = gates.MOST_SATURATED
     full = (rows >= np.iinfo(np.int8).max).sum(axis=1)
     clipped = full > max(count, share * rows.shape[1])
     name = node.input[0]
@@ -305,7 +269,7 @@ def _code_fault(node: NodeProto, codes: Array, scales: Array, *, for_cpus: bool)
         return (
             f"the scale of '{name}' is too large: the integers of {int(wasted.sum())} of "
             f"{len(rows)} channels end at {int(largest[wasted].min())} of 127 and above, "
-            f"below {LEAST_CODE}"
+            f"below {gates.LEAST_CODE}"
         )
     if clipped.any():
         return (

@@ -10,69 +10,48 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from van_deploy.bundle import Bundle
+from van_deploy.checks.baseline import SpeedFigures
 from van_deploy.checks.gates import SPEED_WITHIN
-from van_deploy.checks.opened import ON_CPU, Execution, NotRun, given_to, open_artefact
+from van_deploy.checks.opened import NotRun, given_to, open_artefact
 from van_deploy.checks.samples import Samples
-from van_deploy.intervals import Interval, median_interval
+from van_deploy.config import RunnerSettings
+from van_deploy.intervals import median_interval
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
-
-
-__all__ = ["SpeedRatio", "paired_ratio", "speed_ratios"]
 
 WARM_UPS = 2
 ROUNDS = (25, 200)  # at least, and at most where the interval stays wide
 
 
-@dataclass(frozen=True)
-class SpeedRatio:
-    """The original network's time over an artifact's.
-
-    Attributes:
-        ratio: the median of the rounds; above 1 the artifact is faster.
-        interval: 95 % interval of that median.
-        rounds: how many there were.
-    """
-
-    ratio: float
-    interval: Interval
-    rounds: int
-
-
 def speed_ratios(
-    bundle: Bundle, loaded: LoadedVan, samples: Samples, *, execution: Execution = ON_CPU
-) -> dict[str, SpeedRatio]:
+    bundle: Bundle, loaded: LoadedVan, samples: Samples, asked: RunnerSettings
+) -> dict[str, SpeedFigures]:
     """Return PyTorch's time over each artifact's, at the bundle's optimal batch.
 
     One thread each, in paired rounds. What does not run here is left out.
     """
     from van_deploy.runners.pytorch import TorchRunner, one_torch_thread
 
-    size = min(bundle.manifest.batch.opt, len(samples))
-    inputs = samples.inputs[:size]
-    pixels = None if samples.pixels is None else samples.pixels[:size]
-    one = replace(execution, threads=1)
-    ratios = {}
+    few, ratios = samples.first(bundle.manifest.batch.opt), {}
     with one_torch_thread():
         for name in bundle.artefacts:
-            opened = open_artefact(bundle, name, one, spin=False)
+            opened = open_artefact(bundle, name, asked, threads=1, spin=False)
             if isinstance(opened, NotRun):
                 continue
             with opened, TorchRunner(loaded.model) as original:
-                given = given_to(opened, inputs, pixels)
+                given = given_to(opened, few.inputs, few.pixels)
                 ratios[name] = paired_ratio(
-                    partial(original.run, inputs), partial(opened.run, given)
+                    partial(original.run, few.inputs), partial(opened.run, given)
                 )
     return ratios
 
 
-def paired_ratio(slow: Callable[[], object], fast: Callable[[], object]) -> SpeedRatio:
+def paired_ratio(slow: Callable[[], object], fast: Callable[[], object]) -> SpeedFigures:
     """Return how many times longer ``slow`` takes than ``fast``, over paired rounds.
 
     Who begins alternates, so that neither always runs in what the other left in the caches.
@@ -83,16 +62,15 @@ def paired_ratio(slow: Callable[[], object], fast: Callable[[], object]) -> Spee
         fast()
     ratios: list[float] = []
     least, most = ROUNDS
-    while True:
-        first, second = (slow, fast) if len(ratios) % 2 else (fast, slow)
-        one, other = _seconds(first), _seconds(second)
-        ratios.append(one / other if len(ratios) % 2 else other / one)
-        if len(ratios) < least:
-            continue
-        low, high = median_interval(ratios)
-        middle = statistics.median(ratios)
-        if len(ratios) >= most or (high - low) / 2 <= SPEED_WITHIN * middle:
-            return SpeedRatio(middle, (low, high), len(ratios))
+    low, high, middle = 0.0, 1.0, 0.0
+    while len(ratios) < least or (len(ratios) < most and high - low > 2 * SPEED_WITHIN * middle):
+        if len(ratios) % 2:
+            one, other = _seconds(slow), _seconds(fast)
+        else:
+            other, one = _seconds(fast), _seconds(slow)
+        ratios.append(one / other)
+        (low, high), middle = median_interval(ratios), statistics.median(ratios)
+    return SpeedFigures(ratio=middle, low=low, high=high)
 
 
 def _seconds(call: Callable[[], object]) -> float:

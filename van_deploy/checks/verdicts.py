@@ -1,25 +1,25 @@
-"""What verifying a bundle finds: the findings on each artifact, and all of them together."""
+"""What verifying a bundle finds, and how a check is kept in it."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal
 
-from van_deploy.checks.gates import Allowed, Finding, Limit, Outcome, outcome_of
-from van_deploy.checks.judging import BatchRow
+from van_deploy.bundle import Bundle, writing
+from van_deploy.checks.gates import Allowed, Finding, Limit, Outcome, Report
+from van_deploy.checks.judging import Judgement
 from van_deploy.checks.layers import DriftRow
-from van_deploy.checks.scales import ScaleRow
-from van_deploy.metrics import Comparison, Flip
-
-__all__ = ["ArtefactVerdict", "VerifyReport"]
+from van_deploy.documents import plain
 
 SCHEMA: Final = "van-deploy/verify/2"
 SHOWN_ROWS = 10
+MAY_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-@dataclass(frozen=True)
-class ArtefactVerdict:
+@dataclass(frozen=True, kw_only=True)
+class ArtefactVerdict(Judgement):
     """What was found of one artifact.
 
     Attributes:
@@ -27,12 +27,7 @@ class ArtefactVerdict:
         precision: of the artifact.
         numeric: the numeric class it was judged in.
         runner: what ran it, or would have.
-        findings: one a rule.
-        comparison: of its logits with the reference, one image at a time.
-        flips: decisions that changed, the widest margin first.
-        batches: one row a batch size.
         modules: every module by the error it adds, worst first.
-        scales: every scale of an INT8 graph.
     """
 
     JSON_PROPERTIES: ClassVar = ("outcome", "reason", "limit", "margin_db", "worst_modules")
@@ -41,23 +36,12 @@ class ArtefactVerdict:
     precision: str
     numeric: str
     runner: str
-    findings: tuple[Finding, ...]
-    comparison: Comparison | None = None
-    flips: tuple[Flip, ...] = ()
-    batches: tuple[BatchRow, ...] = ()
     modules: tuple[DriftRow, ...] = field(default=(), metadata={"json": False})
-    scales: tuple[ScaleRow, ...] = ()
-
-    @property
-    def outcome(self) -> Outcome:
-        """What all findings say together."""
-        return outcome_of(self.findings)
 
     @property
     def reason(self) -> str:
         """Why it was skipped, or ""."""
-        reasons = [f.message for f in self.findings if f.outcome is Outcome.SKIPPED]
-        return reasons[0] if self.outcome is Outcome.SKIPPED and reasons else ""
+        return self.findings[0].message if self.outcome is Outcome.SKIPPED else ""
 
     @property
     def worst_modules(self) -> tuple[DriftRow, ...]:
@@ -84,7 +68,7 @@ class ArtefactVerdict:
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Report):
     """What was found of every artifact of a bundle.
 
     Attributes:
@@ -109,10 +93,6 @@ class VerifyReport:
     allowed: Allowed
     schema: Literal["van-deploy/verify/2"] = SCHEMA
 
-    def having(self, outcome: Outcome) -> list[ArtefactVerdict]:
-        """Return the verdicts with that outcome."""
-        return [found for found in self.artefacts.values() if found.outcome is outcome]
-
     def named(self) -> list[tuple[str, Finding]]:
         """Return every finding and what it is about: the images, or an artifact."""
         about = [("images", finding) for finding in self.findings]
@@ -121,10 +101,32 @@ class VerifyReport:
     @property
     def passed(self) -> bool:
         """Whether an artifact passed, and nothing else stands in the way."""
-        return bool(self.having(Outcome.PASS)) and self.allowed.passes(
-            found for _, found in self.named()
-        )
+        shown = any(verdict.outcome is Outcome.PASS for verdict in self.artefacts.values())
+        return shown and super().passed
 
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
+
+def record_check(bundle: Bundle, name: str, result: object) -> str:
+    """Write the result of a check into the manifest, with the digests of the artifacts.
+
+    A bundle that may only be read keeps no record; the check is worth no less for it.
+
+    Args:
+        bundle: what was checked.
+        name: of the check, such as ``verify``.
+        result: the report.
+
+    Returns:
+        Why nothing was recorded, a sentence, or "".
+
+    Raises:
+        BundleError: the bundle was changed while it was checked.
+    """
+    digests = {key: artefact.sha256 for key, artefact in bundle.artefacts.items()}
+    try:
+        with writing(bundle.path) as draft:
+            draft.checks[name] = {**plain(result), "artefacts_sha256": digests}
+    except OSError as error:
+        if error.errno not in MAY_NOT_WRITE:
+            raise
+        return f"'{bundle.path}' may only be read, so the result of '{name}' is not kept in it."
+    return ""

@@ -13,7 +13,7 @@ from van_deploy.config import CheckSettings, DriftSettings, EvaluationSettings, 
 from van_deploy.errors import GateFailed
 
 if TYPE_CHECKING:
-    from van_deploy.checks.evaluate_report import EvaluateReport
+    from van_deploy.checks.evaluate import EvaluateReport
     from van_deploy.checks.regression import CheckReport
     from van_deploy.checks.verdicts import VerifyReport
 

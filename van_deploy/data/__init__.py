@@ -2,8 +2,7 @@
 
 from van_deploy.data.decode import Batch, decoded_batches, open_image, opened
 from van_deploy.data.items import ImageItem, ImageSet, dataset_digest, find_images, image_set
-from van_deploy.data.label_sets import label_sets
-from van_deploy.data.labels import CLASS_ORDERS, labelled_images, with_labels_if_known
+from van_deploy.data.labels import CLASS_ORDERS, label_sets, labelled_images
 from van_deploy.data.samples import CheckImages, check_images, sample_set
 from van_deploy.data.words import class_names_from_file
 
@@ -24,5 +23,4 @@ __all__ = [
     "open_image",
     "opened",
     "sample_set",
-    "with_labels_if_known",
 ]

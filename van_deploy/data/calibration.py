@@ -11,8 +11,6 @@ from van_deploy.errors import ImageError
 from van_deploy.model.embedded import DigitsSplit, digits_images
 from van_deploy.model.preprocess import Preprocessing
 
-__all__ = ["choose", "digits_set", "noise_set", "refuse_overlap", "split"]
-
 
 def choose(images: ImageSet, count: int, *, seed: int = 0, balanced: bool = True) -> ImageSet:
     """Return at most ``count`` images, chosen by the seed, in their first order.

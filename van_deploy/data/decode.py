@@ -27,8 +27,6 @@ from van_deploy.model.preprocess import Preprocessing
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Batch", "decoded_batches", "item_values", "open_image", "opened"]
-
 # What the suffixes stand for; Pillow reads a camera's MPO as JPEG. No others are tried: it gives an
 # EPS to Ghostscript, whatever the file is called.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -63,8 +61,7 @@ def open_image(
 
     mode = image_mode(channels)
     name = name or ("The image" if isinstance(source, bytes) else f"'{source}'")
-    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-    remedy = "Replace the file or leave it out."
+    failed, remedy = "cannot be read as an image", "Replace the file or leave it out."
     try:
         if not isinstance(source, bytes):
             require_regular_file(Path(source))
@@ -80,8 +77,7 @@ def open_image(
         reason = getattr(problem, "strerror", "") or " ".join(str(problem).split()).rstrip(".")
         if isinstance(problem, UnidentifiedImageError):
             reason = "it is in no known image format"
-        failed = "cannot be read as an image"
-        if isinstance(problem, bombs):
+        elif isinstance(problem, Image.DecompressionBombError | Image.DecompressionBombWarning):
             failed = "is too large to open safely"
             remedy = "Make it smaller first: the network sees a few hundred pixels a side."
         told = f"{name} {failed}: {reason or type(problem).__name__}."
@@ -156,12 +152,12 @@ def item_values(item: ImageItem, preprocessing: Preprocessing) -> npt.NDArray[An
     values = np.asarray(item.data)
     sides, channels = preprocessing.sides, preprocessing.channels
     wanted = (*sides, channels) if values.dtype == np.uint8 else (channels, *sides)
-    if values.shape != wanted:
-        raise UsageError(
-            f"The {item.name} is an array of shape {values.shape}; the network takes {wanted}.",
-            "Save it in the network's size; only uint8 images of 1, 3 or 4 channels are resized.",
-        )
-    return values
+    if values.shape == wanted:
+        return values
+    raise UsageError(
+        f"The {item.name} is an array of shape {values.shape}; the network takes {wanted}.",
+        "Save it in the network's size; only uint8 images of 1, 3 or 4 channels are resized.",
+    )
 
 
 @dataclass(frozen=True)
@@ -186,15 +182,13 @@ class Batch:
         cls, values: Sequence[tuple[int, npt.NDArray[Any] | str]], preprocessing: Preprocessing
     ) -> Batch:
         """Return the batch of what :func:`item_values` gave, by index, or why it did not."""
-        good = [(index, value) for index, value in values if not isinstance(value, str)]
-        bad = [(index, value) for index, value in values if isinstance(value, str)]
-        empty = (*preprocessing.sides, preprocessing.channels)
-        arrays = [value for _, value in good] or [np.empty(empty, np.uint8)]
-        pixels = inputs = np.stack(arrays)[: len(good)]
-        if pixels.dtype == np.uint8:
-            inputs = normalised(pixels, preprocessing)
-        given = pixels if pixels.dtype == np.uint8 else None
-        return cls(tuple(index for index, _ in good), inputs, given, tuple(bad))
+        good = {index: value for index, value in values if not isinstance(value, str)}
+        bad = tuple((index, value) for index, value in values if isinstance(value, str))
+        empty = np.empty((*preprocessing.sides, preprocessing.channels), np.uint8)
+        stacked = np.stack([*good.values()] or [empty])[: len(good)]
+        if stacked.dtype == np.uint8:
+            return cls(tuple(good), normalised(stacked, preprocessing), stacked, bad)
+        return cls(tuple(good), stacked, None, bad)
 
     @property
     def values(self) -> npt.NDArray[Any]:

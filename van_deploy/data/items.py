@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +14,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.data.arrays import DAMAGE, opened_arrays
+from van_deploy.documents import require_regular_file
 from van_deploy.errors import ImageError
 from van_deploy.files import content_key, file_sha256
-
-__all__ = ["IMAGE_SUFFIXES", "ImageItem", "ImageSet", "dataset_digest", "find_images", "image_set"]
 
 IMAGE_SUFFIXES = frozenset(
     {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
+
+MOST_UNPACKED = 100
+"""An archive may claim to unpack to so many times its size; recorded ranges have 5."""
+
+ALWAYS_TAKEN_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,7 @@ class ImageItem:
         try:
             return file_sha256(self.data)
         except OSError as problem:
-            raise ImageError(
-                f"'{self.data}' cannot be read: {problem.strerror}.",
-                "Check the path and its permissions.",
-            ) from problem
+            raise _unreadable(problem) from problem
 
 
 @dataclass(frozen=True)
@@ -161,19 +162,14 @@ def find_images(folder: Path | str) -> tuple[Path, ...]:
     Raises:
         ImageError: the folder is missing, not a folder, not readable, or holds no image.
     """
-    folder = Path(folder)
-    if not folder.exists():
-        raise ImageError(f"The image folder '{folder}' does not exist.", "Check the path.")
-    if not folder.is_dir():
-        raise ImageError(f"'{folder}' is a file, not a folder.", "Pass the folder it lies in.")
     found: list[Path] = []
-    seen: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent, name) for name in files if _is_image(Path(parent, name))]
     if not found:
@@ -189,18 +185,21 @@ def _is_image(path: Path) -> bool:
     return shown and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
-def _refuse_folder(problem: OSError) -> None:
-    raise ImageError(
-        f"The folder '{problem.filename}' cannot be read: {problem.strerror}.",
-        "Check its permissions.",
-    ) from problem
+def _refuse(problem: OSError) -> None:
+    raise _unreadable(problem) from problem
+
+
+def _unreadable(problem: OSError) -> ImageError:
+    return ImageError(
+        f"'{problem.filename}' cannot be read: {problem.strerror}.",
+        "Check the path and its permissions.",
+    )
 
 
 def _items_of_npz(path: Path) -> tuple[ImageItem, ...]:
     try:
-        with opened_arrays(path) as stored:
-            values, labels = _arrays(stored)
-    except (*DAMAGE, OSError) as error:
+        values, labels = _arrays(path)
+    except Exception as error:  # NumPy's and zipfile's readers raise almost anything on damage
         raise ImageError(
             f"'{path}' cannot be read as an .npz of images: {error}.",
             "Save it with np.savez(path, images=array, labels=indices): uint8 (N, H, W) or "
@@ -213,29 +212,34 @@ def _items_of_npz(path: Path) -> tuple[ImageItem, ...]:
     )
 
 
-def _arrays(stored: Mapping[str, npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], Any]:
+def _arrays(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None]:
     """Return the images of an archive (``images``, or its only array), and their labels or None.
 
     Raises:
-        ValueError: they are no such things.
+        ValueError: they are no such things, are pickled, or the file is a decompression bomb.
     """
-    names = list(stored)
-    key = "images" if "images" in names or len(names) != 1 else names[0]
-    if key not in names:
-        raise ValueError(f"it has no array called 'images' (it has: {', '.join(names)})")
-    values = stored[key]
-    labels = stored["labels"] if "labels" in names else None
+    require_regular_file(path)
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > max(ALWAYS_TAKEN_BYTES, MOST_UNPACKED * size):
+        raise ValueError(f"it has {size:,} bytes and claims to unpack to {unpacked:,}")
+    with np.load(path, allow_pickle=False) as stored:
+        names = stored.files
+        key = "images" if "images" in names or len(names) != 1 else names[0]
+        if key not in names:
+            raise ValueError(f"it has no array called 'images' (it has: {', '.join(names)})")
+        values, labels = stored[key], stored["labels"] if "labels" in names else None
     images = values.dtype == np.uint8 and values.ndim in {3, 4} and values.size
     inputs = values.dtype == np.float32 and values.ndim == 4 and values.size
     if not images and not (inputs and np.isfinite(values).all()):
         finite = ", not all finite" if inputs else ""
         raise ValueError(f"the images are {values.dtype} of shape {values.shape}{finite}")
-    if labels is not None and (
-        labels.shape != values.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0
+    if labels is not None and not (
+        labels.shape == values.shape[:1] and labels.dtype.kind in "iu" and labels.min() >= 0
     ):
-        least = f", from {labels.min()}" if labels.dtype.kind == "i" and labels.size else ""
         raise ValueError(
-            f"the labels of its {len(values)} images are {labels.dtype} of shape {labels.shape}"
-            f"{least}"
+            f"the labels are {labels.dtype} of shape {labels.shape}, not {len(values)} whole "
+            "numbers from 0"
         )
     return values, labels

@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from van_deploy.data.items import ImageSet, image_set
 from van_deploy.data.words import WORDNET_ID, ClassWords, text_lines
 from van_deploy.errors import ImageError, InputError, UsageError
-
-__all__ = ["CLASS_ORDERS", "labelled_images", "natural_key", "with_labels_if_known"]
 
 CLASS_ORDERS = {
     "strings": "folders sorted as strings, as torchvision's ImageFolder does",
@@ -36,10 +37,11 @@ GROUND_TRUTH_FILES = (
     KIT_FILE,  # the development kit's
 )
 SYNSET_FILES = ("LOC_synset_mapping.txt", "map_clsloc.txt", "synsets.txt", "synset_words.txt")
-_REMEDY = (
+_FOLDER_REMEDY = (
     "Call the folders by class name or WordNet id, give --labels FILE, or say how training "
     "numbered them with --class-order (an empty folder for a class without images counts)."
 )
+_SETS_FORM = "Write a line for each image: its file, a tab, and its labels with commas between."
 
 _NUMBER = re.compile("[0-9]+")
 
@@ -72,13 +74,10 @@ def labelled_images(
         find_labels: look for a ground-truth file beside the images.
 
     Raises:
-        UsageError: there is no such order.
+        UsageError: the order is one of folders, and the labels are in a file.
         ImageError: there is no image, or no label can be found for one.
         InputError: a labels file cannot be read or does not fit the images.
     """
-    if class_order not in {None, *CLASS_ORDERS}:
-        known = ", ".join(CLASS_ORDERS)
-        raise UsageError(f"There is no class order '{class_order}'.", f"Known: {known}.")
     images = image_set(source)
     words = ClassWords(classes, class_names)
     if labels_file is not None:
@@ -86,12 +85,12 @@ def labelled_images(
         return images.labelled(labels, f"labels from '{labels_file}'")
     if images.labels is not None:
         largest = str(images.labels.max())
-        if not words.indexed(largest):
-            raise InputError(
-                f"Label {largest} of the {images.description} {words.doubt(())}.",
-                "Check that the labels are this network's, and count from 0.",
-            )
-        return images
+        if words.indexed(largest):
+            return images
+        raise InputError(
+            f"Label {largest} of the {images.description} {words.doubt(())}.",
+            "Check that the labels are this network's, and count from 0.",
+        )
     groups = sorted({item.group for item in images.items})
     named = _of_names(images, groups, words) if class_order in {None, "names"} else None
     if named is not None:
@@ -113,20 +112,38 @@ def labelled_images(
     return images.labelled([by_group[item.group] for item in images.items], how + unfit)
 
 
-def with_labels_if_known(
-    images: ImageSet,
-    classes: int,
-    class_names: Sequence[str] | None = None,
-    class_order: str | None = None,
-) -> tuple[ImageSet, str]:
-    """Return the images with labels, and ""; or without any, and why there are none.
+def label_sets(
+    images: ImageSet, file: Path | None, classes: int, class_names: Sequence[str] | None
+) -> npt.NDArray[np.int64]:
+    """Return which of a multi-label network's labels each image has, ``(N, K)`` of 0 and 1.
 
-    For commands that can do without: what they measure is then agreement, not accuracy.
+    Args:
+        images: in the order of the rows.
+        file: lines ``file<TAB>label,label``; a label is a class's name or index, and an image
+            may have none.
+        classes: labels of the network.
+        class_names: in the order of the logits, if known.
+
+    Raises:
+        InputError: there is no file, it cannot be read, or it does not fit the images.
     """
-    try:
-        return labelled_images(images, classes, class_names, class_order=class_order), ""
-    except InputError as reason:
-        return images, str(reason)
+    if file is None:
+        raise InputError(
+            "The network gives many labels an image, and no folder says which.",
+            f"Give --labels FILE. {_SETS_FORM}",
+        )
+    words, sets = ClassWords(classes, class_names), {}
+    for number, line in text_lines(file):
+        name, _, said = line.partition("\t")
+        labels = [word.strip() for word in said.split(",") if word.strip()]
+        sets[name.strip()] = [_class(words, words.meant(w), w, number, file) for w in labels]
+    names = [images.relative(item) for item in images.items]
+    if lost := [name for name in names if name not in sets]:
+        raise InputError(f"'{file}' has no labels for '{lost[0]}'.", _SETS_FORM)
+    found = np.zeros((len(images), classes), np.int64)
+    for row, name in enumerate(names):
+        found[row, sets[name]] = 1
+    return found
 
 
 # --- folders and file names ------------------------------------------------------------------
@@ -144,13 +161,13 @@ def _of_names(
         found = [WORDNET_ID.match(Path(item.name).name) for item in images.items]
         called = [match[0] if match else "" for match in found]
     classes = {word: words.named(word) for word in dict.fromkeys(called)}
-    if not all(len(meant) == 1 for meant in classes.values()):
+    if any(len(meant) != 1 for meant in classes.values()):
         return None
-    for word, meant in classes.items():
-        same = next(other for other, its in classes.items() if its == meant)
-        if same != word:
+    first: dict[int, str] = {}
+    for word, (number,) in classes.items():
+        if first.setdefault(number, word) != word:
             raise ImageError(
-                f"The folders '{same}' and '{word}' are both class {meant[0]}.",
+                f"The folders '{first[number]}' and '{word}' are both class {number}.",
                 "Put their images into one, or rename one of them.",
             )
     return [classes[word][0] for word in called], kind
@@ -211,7 +228,7 @@ def _of_order(
         raise ImageError(
             f"{fits}{len(strangers)} of the {len(groups)} folders in '{images.root}' do not name "
             f"one of the network's {words.count} classes: {', '.join(strangers[:5])}{unfit}.",
-            _REMEDY,
+            _FOLDER_REMEDY,
         )
     kinds: dict[tuple[int, ...], str] = {}  # a reading, and the first order that gives it
     for name, reading in readings.items():
@@ -274,18 +291,23 @@ def _of_file(
             f"images, the first: '{images.relative(missing[0])}'.",
             "Give a line 'file label' for each, or one label a line for all in sorted order.",
         )
-    labels = []
-    for index in range(len(images)):
-        number, word = said[index]
-        found = meant(word)
-        if len(found) != 1:
-            raise InputError(
-                f"'{word}' in line {number} of '{file}' {words.doubt(found)}.",
-                "A label is a class name, a WordNet id, or an index from 0; --class-order names "
-                "or index says which.",
-            )
-        labels.append(found[0])
-    return labels
+    rows = [said[index] for index in range(len(images))]
+    return [_class(words, meant(word), word, number, file) for number, word in rows]
+
+
+def _class(words: ClassWords, meant: Sequence[int], word: str, number: int, file: Path) -> int:
+    """Return the one class that a word in line ``number`` of a file means.
+
+    Raises:
+        InputError: it means none, or several.
+    """
+    if len(meant) != 1:
+        raise InputError(
+            f"'{word}' in line {number} of '{file}' {words.doubt(meant)}.",
+            "A label is a class name, a WordNet id, or an index from 0; --class-order names "
+            "or index says which.",
+        )
+    return meant[0]
 
 
 def _by_image(

@@ -26,8 +26,6 @@ from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.pixels import pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 
-__all__ = ["CheckImages", "check_images", "dead_leaves_image", "sample_set"]
-
 # Photographs of ordinary scenes only: the packages also carry charts, text and micrographs.
 PHOTOGRAPHS = {
     "skimage": [
@@ -78,25 +76,22 @@ def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None)
     elif photographs := _photographs():
         named = ", ".join(item.name for item in photographs)
         return ImageSet(photographs, f"{len(photographs)} natural photographs: {named}")
-    items = [
+    items = tuple(
         ImageItem(f"synthetic {seed}", dead_leaves_image(seed, size, channels))
         for seed in range(SYNTHETIC_IMAGES)
-    ]
-    described = f"{len(items)} synthetic dead-leaves images (not photographs: {why})"
-    return ImageSet(tuple(items), described)
+    )
+    return ImageSet(items, f"{len(items)} synthetic dead-leaves images (not photographs: {why})")
 
 
 def _photographs() -> tuple[ImageItem, ...]:
     """Return the photographs that lie in packages on this machine."""
-    # find_spec finds a top-level package without importing it.
-    specs = {name: importlib.util.find_spec(name) for name in PHOTOGRAPHS}
-    paths = [
-        Path(spec.origin).parent / file
-        for name, spec in specs.items()
-        if spec is not None and spec.origin is not None
-        for file in PHOTOGRAPHS[name]
-    ]  # newer releases moved some of them out of the package
-    return tuple(ImageItem(path.stem, path) for path in paths if path.is_file())
+    found = []
+    for package, files in PHOTOGRAPHS.items():
+        spec = importlib.util.find_spec(package)  # which imports nothing
+        if spec is not None and spec.origin is not None:
+            found += [Path(spec.origin).parent / file for file in files]
+    # Newer releases moved some of them out of the package.
+    return tuple(ImageItem(path.stem, path) for path in found if path.is_file())
 
 
 def dead_leaves_image(

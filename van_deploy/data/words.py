@@ -11,8 +11,6 @@ from pathlib import Path
 from van_deploy.documents import DocumentError, require_regular_file
 from van_deploy.errors import InputError
 
-__all__ = ["WORDNET_ID", "ClassWords", "class_names_from_file", "text_lines"]
-
 WORDNET_ID = re.compile(r"n\d{8}")
 
 

@@ -232,7 +232,7 @@ def _compile(
     device, (batch,) = torch.device(str(settings.device)), settings.profiles
     configs: dict[str, Any] = {"cpp.dynamic_threads": True}
     if device.type == "cuda":
-        # Without Inductor's templates for convolutions: see AUTOTUNE in runners/pytorch_modes.py.
+        # Without Inductor's templates for convolutions: see AUTOTUNE in runners/pytorch.py.
         configs = {"max_autotune": settings.max_autotune, "max_autotune_conv_backends": "ATEN"}
         configs |= {"coordinate_descent_tuning": settings.max_autotune}
     dynamic = {}

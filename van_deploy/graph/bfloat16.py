@@ -13,8 +13,6 @@ import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
-__all__ = ["BF16_EMULATED", "emulated_bf16", "holds_bf16"]
-
 BF16_EMULATED = "BF16 emulated"
 """What reports call such a run."""
 

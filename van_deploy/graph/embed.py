@@ -24,52 +24,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.errors import ConversionError, UsageError
+from van_deploy.errors import ConversionError
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import Task
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto, ValueInfoProto
+    from onnx import ModelProto, NodeProto
 
     from van_deploy.model.preprocess import Preprocessing
-
-__all__ = [
-    "EMBEDDINGS",
-    "OUTPUTS",
-    "PIXELS_NAME",
-    "TOP_CLASSES",
-    "TOP_PROBABILITIES",
-    "check_embedding",
-    "embed_preprocessing",
-]
-
-EMBEDDINGS = ("none", "normalize", "uint8")
-OUTPUTS = ("logits", "probabilities", "top5")
 
 PIXELS_NAME = "pixels"
 PROBABILITIES = "probabilities"
 TOP_CLASSES = "top5_classes"
 TOP_PROBABILITIES = "top5_probabilities"
 TOP = 5
-
-
-def check_embedding(embedding: str, outputs: Sequence[str]) -> None:
-    """Refuse what :func:`embed_preprocessing` cannot make.
-
-    Raises:
-        UsageError: an unknown embedding, or unknown, repeated or no outputs.
-    """
-    if embedding not in EMBEDDINGS:
-        raise UsageError(
-            f"There is no embedded preprocessing called '{embedding}'.",
-            f"Known: {', '.join(EMBEDDINGS)}.",
-        )
-    unknown = [name for name in outputs if name not in OUTPUTS]
-    if unknown or not outputs or len(set(outputs)) != len(outputs):
-        what = f"'{unknown[0]}' is not an output" if unknown else "The outputs make no sense"
-        raise UsageError(
-            f"{what}: '{','.join(outputs)}'.", f"Give some of {','.join(OUTPUTS)}, each once."
-        )
 
 
 def embed_preprocessing(
@@ -79,27 +47,25 @@ def embed_preprocessing(
     outputs: Sequence[str] = ("logits",),
     task: Task = Task.SINGLE_LABEL,
 ) -> ModelProto:
-    """Return a copy of ``model`` that takes pixels and gives ``outputs``; the batch stays free.
+    """Return a copy of ``model`` that takes pixels and gives ``outputs``; the batch stays dynamic.
 
     Args:
         model: a graph from ``images (batch, C, S, S)`` to ``logits (batch, K)``, of any
             precision inside.
         preprocessing: what ``images`` must have gone through.
-        embedding: one of :data:`EMBEDDINGS`; with ``none`` the input stays as it is.
-        outputs: some of :data:`OUTPUTS`. ``probabilities`` is the softmax ``(batch, K)``
-            float32, or what else ``task`` makes of logits; ``top5`` gives ``top5_classes``
-            int64 and ``top5_probabilities`` float32, both ``(batch, min(5, K))``, the most
-            probable first.
+        embedding: ``uint8``, ``normalize``, or ``none``: the input stays as it is.
+        outputs: some of ``logits``, ``probabilities`` and ``top5``, each once. ``probabilities``
+            is the softmax ``(batch, K)`` float32, or what else ``task`` makes of logits; ``top5``
+            gives ``top5_classes`` int64 and ``top5_probabilities`` float32, both
+            ``(batch, min(5, K))``, the most probable first.
         task: how logits become probabilities.
 
     Raises:
-        UsageError: see :func:`check_embedding`.
         ConversionError: the graph has another number of inputs, outputs or channels, or
             is embedded already.
     """
     import onnx
 
-    check_embedding(embedding, outputs)
     _require_plain(model, preprocessing)
     embedded = onnx.ModelProto()
     embedded.CopyFrom(model)
@@ -115,23 +81,21 @@ def embed_preprocessing(
 
 
 def _require_plain(model: ModelProto, preprocessing: Preprocessing) -> None:
-    graph = model.graph
-    if len(graph.input) != 1 or len(graph.output) != 1:
+    inputs, outputs = model.graph.input, model.graph.output
+    shape = [_dimension(d) for d in inputs[0].type.tensor_type.shape.dim] if inputs else []
+    channels, wanted = shape[1] if len(shape) == 4 else 0, preprocessing.channels
+    names = [value.name for value in (*inputs, *outputs)]
+    embedded = any(p.key == "van_deploy.embedded" for p in model.metadata_props)
+    faults = {
+        f"has {len(inputs)} inputs and {len(outputs)} outputs": len(inputs) * len(outputs) != 1,
+        "has its preprocessing inside already": embedded or PIXELS_NAME in names,
+        f"takes {channels} channels, and the preprocessing gives {wanted}": channels != wanted,
+        f"does not give '{OUTPUT_NAME}', but '{names[-1]}'": OUTPUT_NAME not in names,
+    }
+    for fault in (fault for fault, holds in faults.items() if holds):
         raise ConversionError(
-            f"The graph has {len(graph.input)} inputs and {len(graph.output)} outputs; "
-            "preprocessing can be embedded where there is one of each.",
-            "Start from the bundle's plain graph.",
-        )
-    name, shape = graph.input[0].name, graph.input[0].type.tensor_type.shape.dim
-    if name == PIXELS_NAME or any(p.key == "van_deploy.embedded" for p in model.metadata_props):
-        raise ConversionError(
-            "The graph has its preprocessing inside already.", "Start from the plain graph."
-        )
-    if len(shape) != 4 or shape[1].dim_value != preprocessing.channels:
-        raise ConversionError(
-            f"The graph's input '{name}' has {shape[1].dim_value if len(shape) > 1 else 0} "
-            f"channels; the preprocessing has {preprocessing.channels}.",
-            "Export the model again.",
+            f"Preprocessing cannot be embedded: the graph {fault}.",
+            "Start from the bundle's plain graph, or export the model again.",
         )
 
 
@@ -140,98 +104,74 @@ def _prepend_(model: ModelProto, preprocessing: Preprocessing, embedding: str) -
     from onnx import TensorProto, helper
 
     graph = model.graph
+    nodes: list[NodeProto] = []
     images = graph.input[0]
     batch, channels, height, width = (_dimension(d) for d in images.type.tensor_type.shape.dim)
-    kind = images.type.tensor_type.elem_type
-    nodes: list[NodeProto] = []
-    value = PIXELS_NAME
+    kind, shape, value = TensorProto.FLOAT, [batch, channels, height, width], PIXELS_NAME
     if embedding == "uint8":
+        kind, shape = TensorProto.UINT8, [batch, height, width, channels]
         value = _node(nodes, "Cast", [value], "preprocess.float", to=TensorProto.FLOAT)
         value = _node(nodes, "Transpose", [value], "preprocess.channels_first", perm=[0, 3, 1, 2])
-        value = _node(nodes, "Div", [value, "preprocess.255"], "preprocess.unit")
         _constant(model, "preprocess.255", np.array(255, np.float32))
-        shape = (batch, height, width, channels)
-        pixels = helper.make_tensor_value_info(PIXELS_NAME, TensorProto.UINT8, shape)
-    else:
-        shape = (batch, channels, height, width)
-        pixels = helper.make_tensor_value_info(PIXELS_NAME, TensorProto.FLOAT, shape)
+        value = _node(nodes, "Div", [value, "preprocess.255"], "preprocess.unit")
     for step, operator in (("mean", "Sub"), ("std", "Div")):
         constant = np.array(getattr(preprocessing, step), np.float32).reshape(1, -1, 1, 1)
         _constant(model, f"preprocess.{step}", constant)
         value = _node(nodes, operator, [value, f"preprocess.{step}"], f"preprocess.by_{step}")
-    if kind == TensorProto.FLOAT:
-        nodes[-1].output[0] = images.name
-    else:
-        nodes.append(
-            helper.make_node(
-                "Cast", [value], [images.name], name="preprocess.to_network", to=int(kind)
-            )
-        )
-    later = list(graph.node)
+    wanted = images.type.tensor_type.elem_type
+    if wanted != TensorProto.FLOAT:
+        _node(nodes, "Cast", [value], "preprocess.to_network", to=wanted)
+    nodes[-1].output[0] = images.name
+    nodes += graph.node
     graph.ClearField("node")
-    graph.node.extend([*nodes, *later])
+    graph.node.extend(nodes)
     graph.value_info.append(images)
-    graph.input[0].CopyFrom(pixels)
+    images.CopyFrom(helper.make_tensor_value_info(PIXELS_NAME, kind, shape))
 
 
 def _append_(model: ModelProto, outputs: Sequence[str], task: Task) -> None:
     """Put probabilities and the first classes behind the network."""
-    from onnx import TensorProto, helper
+    from onnx import TensorProto, ValueInfoProto, helper
 
     graph = model.graph
-    logits = graph.output[0]
-    batch, classes = (_dimension(d) for d in logits.type.tensor_type.shape.dim)
-    top = min(TOP, int(classes))
     nodes: list[NodeProto] = []
+    logits = ValueInfoProto()
+    logits.CopyFrom(graph.output[0])
+    batch, classes = (_dimension(d) for d in logits.type.tensor_type.shape.dim)
     scores = logits.name
     if logits.type.tensor_type.elem_type != TensorProto.FLOAT:
         scores = _node(nodes, "Cast", [scores], "answer.float", to=TensorProto.FLOAT)
     if task is Task.SINGLE_LABEL:
         _node(nodes, "Softmax", [scores], PROBABILITIES, axis=1)
     else:
-        operator = "Identity" if task is Task.REGRESSION else "Sigmoid"
-        _node(nodes, operator, [scores], PROBABILITIES)
+        _node(nodes, "Identity" if task is Task.REGRESSION else "Sigmoid", [scores], PROBABILITIES)
+    top = min(TOP, int(classes))
     if "top5" in outputs:  # of the logits: where a softmax saturates, it holds ties
         _constant(model, "answer.k", np.array([top], np.int64))
-        nodes.append(
-            helper.make_node(
-                "TopK",
-                [scores, "answer.k"],
-                ["answer.top_logits", TOP_CLASSES],
-                name="answer.top",
-                axis=1,
-            )
-        )
-        gathered = [PROBABILITIES, TOP_CLASSES]
-        _node(nodes, "GatherElements", gathered, TOP_PROBABILITIES, axis=1)
+        _node(nodes, "TopK", [scores, "answer.k"], "answer.top_logits", TOP_CLASSES, axis=1)
+        _node(nodes, "GatherElements", [PROBABILITIES, TOP_CLASSES], TOP_PROBABILITIES, axis=1)
     graph.node.extend(nodes)
+    info, floats = helper.make_tensor_value_info, TensorProto.FLOAT
     kinds = {
         "logits": [logits],
-        "probabilities": [_info(PROBABILITIES, TensorProto.FLOAT, (batch, classes))],
+        "probabilities": [info(PROBABILITIES, floats, [batch, classes])],
         "top5": [
-            _info(TOP_CLASSES, TensorProto.INT64, (batch, top)),
-            _info(TOP_PROBABILITIES, TensorProto.FLOAT, (batch, top)),
+            info(TOP_CLASSES, TensorProto.INT64, [batch, top]),
+            info(TOP_PROBABILITIES, floats, [batch, top]),
         ],
     }
-    wanted = [info for name in outputs for info in kinds[name]]
-    if logits.name != OUTPUT_NAME and "logits" in outputs:
-        raise ConversionError(
-            f"The graph's output is called '{logits.name}', not '{OUTPUT_NAME}'.",
-            "Export the model again.",
-        )
-    copies = [type(info).FromString(info.SerializeToString()) for info in wanted]
     graph.ClearField("output")
-    graph.output.extend(copies)
+    graph.output.extend(value for name in outputs for value in kinds[name])
 
 
 def _node(
-    nodes: list[NodeProto], operator: str, inputs: list[str], name: str, **attributes: Any
+    nodes: list[NodeProto], operator: str, inputs: list[str], *outputs: str, **attributes: Any
 ) -> str:
-    """Append a node whose output has its own name; return that name."""
+    """Append a node called as its first output; return that name."""
     from onnx import helper
 
-    nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
-    return name
+    nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes))
+    return outputs[0]
 
 
 def _constant(model: ModelProto, name: str, values: npt.NDArray[Any]) -> None:
@@ -240,12 +180,6 @@ def _constant(model: ModelProto, name: str, values: npt.NDArray[Any]) -> None:
     model.graph.initializer.append(numpy_helper.from_array(values, name))
 
 
-def _info(name: str, kind: int, shape: Sequence[int | str]) -> ValueInfoProto:
-    from onnx import helper
-
-    return helper.make_tensor_value_info(name, kind, shape)
-
-
 def _dimension(dimension: Any) -> int | str:
-    """Return a dimension's number, or its name where it is free."""
+    """Return a dimension's number, or its name where it is dynamic."""
     return dimension.dim_param or dimension.dim_value

@@ -15,30 +15,30 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from onnx import ModelProto
 from onnx.helper import find_min_ir_version_for, make_attribute
 from onnx.numpy_helper import to_array
 
-from van_deploy.config.sizes import ImageSize, SizeRange, sides_of
-from van_deploy.errors import ConversionError, UsageError
-from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
+from van_deploy.config.sizes import (
+    MAX_IMAGE_SIZE,
+    MIN_IMAGE_SIZE,
+    ImageSize,
+    SizeRange,
+    sides_of,
+)
+from van_deploy.errors import ConversionError
+from van_deploy.graph.names import INPUT_NAME
 from van_deploy.graph.rewritten import RewrittenVan
-from van_deploy.model.preprocess import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from van_deploy.model.van import VAN
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["DEFAULT_OPSET", "INPUT_NAME", "OPSETS", "OUTPUT_NAME", "onnx_from_van"]
-
 DEFAULT_OPSET = 20
 """The first opset in which GELU is one operator; below it, it is five."""
-
-OPSETS = range(17, 24)
-"""17 is the first with LayerNormalization; 23 the newest tried here."""
 
 DYNAMIC_EXAMPLE = (160, 192)
 """Height and width that a graph with dynamic sizes is recorded at. No stage's map has a side of 1
@@ -68,19 +68,13 @@ def onnx_from_van(
         in_chans: channels ``C`` of the input.
         batch: the one batch size; None leaves it dynamic.
         sizes: makes height and width dynamic; the graph itself takes any from
-            :data:`~van_deploy.model.preprocess.MIN_IMAGE_SIZE` on.
-        opset: ONNX operator set, one of :data:`OPSETS`.
+            :data:`~van_deploy.config.sizes.MIN_IMAGE_SIZE` on.
+        opset: ONNX operator set, 17 (the first with LayerNormalization) to 23 (the newest tried).
         metadata: written into the file as ``metadata_props``.
 
     Raises:
-        UsageError: ``opset`` is not supported.
         ConversionError: the exporter failed.
     """
-    if opset not in OPSETS:
-        raise UsageError(
-            f"Opset {opset} is not supported.",
-            f"Choose one from {OPSETS.start} to {OPSETS.stop - 1}; the default is {DEFAULT_OPSET}.",
-        )
     sides = sides_of(image_size) if sizes is None else DYNAMIC_EXAMPLE
     example = torch.zeros(batch or 2, in_chans, *sides)
     dynamic = {} if batch else {0: torch.export.Dim("batch", min=1)}
@@ -89,7 +83,7 @@ def onnx_from_van(
         dynamic |= {i: torch.export.Dim(n, **ends) for i, n in ((2, "height"), (3, "width"))}
     try:
         with _quiet():
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 model,
                 (example,),
                 dynamo=True,
@@ -104,8 +98,6 @@ def onnx_from_van(
             f"The ONNX exporter failed at opset {opset}: {error}",
             f"Try --opset {DEFAULT_OPSET}, or --no-fold to see whether a rewrite is the cause.",
         ) from error
-    if program is None:  # only with a file name, which is not given
-        raise ConversionError("The ONNX exporter returned nothing.")
     _name_after_modules_(program.model)
     _drop_provenance_(program.model)
     program.model.metadata_props.update(metadata or {})

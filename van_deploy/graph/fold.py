@@ -34,8 +34,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +42,6 @@ from torch import Tensor, nn
 from van_deploy.errors import UsageError
 from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
 from van_deploy.model.van import STAGES, VAN, PatchEmbed
-
-__all__ = [
-    "FOLD_TOLERANCE",
-    "STREAM_LIMIT",
-    "FoldReport",
-    "Rewrites",
-    "fold_van",
-]
 
 FOLD_TOLERANCE = 1e-10
 """Largest relative error accepted between original and rewritten in float64."""
@@ -105,9 +96,6 @@ class FoldReport:
             and the rewritten network, both in float64, on ``images_compared``;
             of feature maps, the largest of any stage.
         images_compared: how many images that was measured on.
-        stream_scales: by block (``block3.4``) and patch embedding
-            (``patch_embed3``), the ``P`` ``(C,)`` float64 with which
-            ``original = P * rewritten`` at its output; 1 where nothing was re-scaled.
     """
 
     model: RewrittenVan
@@ -118,7 +106,6 @@ class FoldReport:
     multiplies_kept: int
     relative_error: float
     images_compared: int
-    stream_scales: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def passed(self) -> bool:
@@ -159,7 +146,7 @@ def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> Fo
     batchnorms = _count(work, nn.BatchNorm2d)
     expected = _answers(work, images)
     rewritten = RewrittenVan(work, rewrites.channels_last).eval()
-    stream_scales = _rewrite_(rewritten, rewrites)
+    _rewrite_(rewritten, rewrites)
     actual = _answers(rewritten, images)
     error = max(
         float((a - e).abs().max() / e.abs().max()) for a, e in zip(actual, expected, strict=True)
@@ -176,38 +163,26 @@ def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> Fo
         multiplies_kept=sum(block.carry is not None for block in blocks),
         relative_error=error,
         images_compared=len(images),
-        stream_scales=stream_scales,
     )
 
 
-def _rewrite_(model: RewrittenVan, rewrites: Rewrites) -> dict[str, Tensor]:
-    """Carry out ``rewrites`` on ``model`` (float64), in the order they build on each other.
-
-    Returns:
-        :attr:`FoldReport.stream_scales`.
-    """
-    stream_scales: dict[str, Tensor] = {}
+def _rewrite_(model: RewrittenVan, rewrites: Rewrites) -> None:
+    """Carry out ``rewrites`` on ``model`` (float64), in the order they build on each other."""
     for stage in model.config.stages:
-        embed = model.get_submodule(f"patch_embed{stage}")
+        embed, blocks = model.get_submodule(f"patch_embed{stage}"), model.stage_blocks(stage)
         if rewrites.patch_norm:
             _fold_patch_norm_(embed)
-        for block in model.stage_blocks(stage):
+        for block in blocks:
             if rewrites.block_norm:
                 _fold_block_norms_(block)
             if rewrites.layer_scale:
                 _fold_layer_scales_(block)
             if rewrites.spatial_bias:
                 _fold_spatial_bias_(block)
-        names = [f"patch_embed{stage}"]
-        names += [f"block{stage}.{index}" for index in range(len(model.stage_blocks(stage)))]
         if rewrites.residual_stream:
-            scales = _rescale_stream_(embed, model.stage_blocks(stage))
-        else:
-            scales = [torch.ones_like(embed.proj.bias)] * len(names)
-        stream_scales.update(zip(names, scales, strict=True))
+            _rescale_stream_(embed, blocks)
     if rewrites.final_norm:
         _fold_final_norm_(model)
-    return stream_scales
 
 
 def _fold_patch_norm_(embed: PatchEmbed) -> None:
@@ -256,7 +231,7 @@ def _fold_final_norm_(model: RewrittenVan) -> None:
     norm.bias = None
 
 
-def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> list[Tensor]:
+def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> None:
     """Absorb the carries of one stage by re-scaling its residual stream.
 
     With ``x_k`` the stream before block ``k`` and ``D_k`` that block's carry,
@@ -270,12 +245,8 @@ def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> list[Te
     its carry in that block's multiply, and starts again from ``P = 1``; the others'
     factor there is 1. Where a multiply stays, channels more than half way to the
     limit start again as well, since it costs nothing and saves later multiplies.
-
-    Returns:
-        ``P`` after the patch embedding and after each block, in order.
     """
     after = torch.ones_like(embed.proj.bias)
-    scales = [after]
     for block in reversed(blocks):
         before = after / block.carry
         absorbed = _within(before, STREAM_LIMIT)
@@ -290,13 +261,11 @@ def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> list[Te
         _scale_inputs_(block.mlp.fc1, after)
         _scale_outputs_(block.mlp.fc2, 1 / after)
         after = before
-        scales.append(after)
     if isinstance(embed.norm, nn.BatchNorm2d):
         embed.norm.weight /= after
         embed.norm.bias /= after
     else:
         _scale_outputs_(embed.proj, 1 / after)
-    return scales[::-1]
 
 
 def _within(factor: Tensor, limit: float) -> Tensor:

@@ -1,7 +1,5 @@
 """What a graph's inputs and outputs are called."""
 
-__all__ = ["INPUT_NAME", "OUTPUT_NAME", "module_of"]
-
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"  # of a classifier; a backbone's are stage1 to stage4
 

@@ -23,8 +23,6 @@ from van_deploy.graph.rewritten import RewrittenVan, StageNorm
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VanConfig
 
-__all__ = ["RebuiltVan", "van_from_onnx"]
-
 
 @dataclass(frozen=True)
 class RebuiltVan:

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from van_deploy.model.van import STAGES, VAN, Attention, Block, Mlp
 
-__all__ = ["RewrittenBlock", "RewrittenVan", "StageNorm"]
-
 
 class RewrittenBlock(nn.Module):
     """A VAN block whose normalisations and scales may have been folded away.

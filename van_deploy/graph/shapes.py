@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["fixed_batch", "with_dynamic_batch_"]
-
 
 def fixed_batch(model: ModelProto) -> int | None:
     """Return the one batch size that a graph takes; None where its batch is dynamic."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +19,6 @@ from van_deploy.metrics import compare
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-
-__all__ = [
-    "EXTERNAL_LIMIT_BYTES",
-    "SIMPLIFY_TOLERANCE",
-    "SimplifyReport",
-    "operator_counts",
-    "simplify_onnx",
-    "tensor_bytes",
-]
 
 Floats = npt.NDArray[np.float32]
 
@@ -43,53 +33,16 @@ EXTERNAL_LIMIT_BYTES = 2_000_000_000
 """Weights past this go into a file of their own: protobuf ends at 2 GiB."""
 
 
-@dataclass(frozen=True)
-class SimplifyReport:
-    """What simplification did.
-
-    Attributes:
-        model: the graph to go on with.
-        changed: whether that is the simplified one.
-        reason: why, in words for the user.
-        before: operators by type before.
-        after: operators by type in ``model``.
-        relative_error: ``max|difference| / max|logit|``, or None if there was
-            nothing to compare.
-    """
-
-    model: ModelProto
-    changed: bool
-    reason: str
-    before: Mapping[str, int]
-    after: Mapping[str, int]
-    relative_error: float | None
-
-    @property
-    def removed(self) -> dict[str, int]:
-        """Operators that are gone, by type."""
-        gone = Counter(self.before)
-        gone.subtract(self.after)
-        return {kind: count for kind, count in gone.items() if count > 0}
-
-    def as_dict(self) -> dict[str, object]:
-        """Return the figures, ready for JSON."""
-        return {
-            "changed": self.changed,
-            "reason": self.reason,
-            "nodes_before": sum(self.before.values()),
-            "nodes_after": sum(self.after.values()),
-            "removed": self.removed,
-            "relative_error": self.relative_error,
-            "tolerance": SIMPLIFY_TOLERANCE,
-        }
-
-
 def simplify_onnx(
     model: ModelProto,
     images: Floats,
     run: Callable[[ModelProto, Floats], Mapping[str, Floats]],
-) -> SimplifyReport:
-    """Return ``model`` simplified, if that helps and changes nothing but the size.
+) -> tuple[ModelProto, dict[str, Any]]:
+    """Return ``model`` simplified, if that helps and changes nothing but the size; and the facts.
+
+    The facts, ready for JSON: whether the graph is ``changed``, and the ``reason``; its nodes
+    before and after, and the operators that were ``removed``, by type; the ``relative_error``
+    ``max|difference| / max|logit|``, or None if there was nothing to compare; the ``tolerance``.
 
     Args:
         model: an FP32 graph; it is not changed.
@@ -99,40 +52,47 @@ def simplify_onnx(
     """
     import onnxsim
 
-    before = operator_counts(model)
-    if tensor_bytes(model) > EXTERNAL_LIMIT_BYTES:
-        return SimplifyReport(model, False, "skipped: larger than 2 GB", before, before, None)
-    try:
-        simplified, _ = onnxsim.simplify(model)
-    except Exception as failure:  # onnxsim raises bare C++ errors; the graph is good without it
-        reason = f"kept as exported: onnxsim failed ({failure})"
-        return SimplifyReport(model, False, reason, before, before, None)
-    after = operator_counts(simplified)
-    if after == before:
-        reason = "nothing to remove"
-        return SimplifyReport(model, False, reason, before, before, None)
-    try:
-        fixed = fixed_batch(model)
-        rows = [[*range(len(images))], [0]]
-        if fixed is not None:
-            rows = [[place % len(images) for place in range(fixed)]]
-        error = max(_error(run(model, images[r]), run(simplified, images[r])) for r in rows)
-    except Exception as failure:
-        reason = f"kept as exported: the simplified graph does not run ({failure})"
-        return SimplifyReport(model, False, reason, before, before, None)
-    if not error <= SIMPLIFY_TOLERANCE:  # also for NaN
-        reason = f"kept as exported: the simplified graph differs by {error:.1e}"
-        return SimplifyReport(model, False, reason, before, before, error)
-    return SimplifyReport(simplified, True, "simplified", before, after, error)
+    before, result, error = Counter(operator_counts(model)), model, None
+    reason = "skipped: larger than 2 GB"
+    if tensor_bytes(model) <= EXTERNAL_LIMIT_BYTES:
+        try:
+            simplified, _ = onnxsim.simplify(model)
+            reason = "nothing to remove"
+            if operator_counts(simplified) != before:
+                error = _error(model, simplified, images, run)
+                reason = f"kept as exported: the simplified graph differs by {error:.1e}"
+                if error <= SIMPLIFY_TOLERANCE:  # not for NaN
+                    result, reason = simplified, "simplified"
+        except Exception as failure:  # onnxsim raises bare C++ errors; the graph is good without it
+            reason = f"kept as exported: onnxsim failed, or what it made does not run ({failure})"
+    after = Counter(operator_counts(result))
+    return result, {
+        "changed": result is not model,
+        "reason": reason,
+        "nodes_before": before.total(),
+        "nodes_after": after.total(),
+        "removed": dict(before - after),
+        "relative_error": error,
+        "tolerance": SIMPLIFY_TOLERANCE,
+    }
 
 
-def _error(expected: Mapping[str, Floats], found: Mapping[str, Floats]) -> float:
-    """Return the largest relative difference of any output."""
-    flat = {name: value.reshape(len(value), -1) for name, value in expected.items()}
-    return max(
-        compare(value, found[name].reshape(value.shape), classes=False).relative
-        for name, value in flat.items()
-    )
+def _error(
+    model: ModelProto,
+    simplified: ModelProto,
+    images: Floats,
+    run: Callable[[ModelProto, Floats], Mapping[str, Floats]],
+) -> float:
+    """Return the largest relative difference of any output, at every batch size to compare."""
+    fixed, errors = fixed_batch(model), []
+    for count in (fixed,) if fixed else (len(images), 1):
+        batch = np.resize(images, (count, *images.shape[1:]))  # repeats them where they are few
+        expected, found = run(model, batch), run(simplified, batch)
+        for name, value in expected.items():
+            flat = value.reshape(len(value), -1)
+            same = compare(flat, found[name].reshape(flat.shape), classes=False)
+            errors.append(same.relative)
+    return float(np.max(errors))
 
 
 def operator_counts(model: ModelProto) -> dict[str, int]:

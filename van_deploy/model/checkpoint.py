@@ -15,35 +15,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from timm.data.imagenet_info import ImageNetInfo
+
 from van_deploy.errors import CheckpointError, UsageError
-from van_deploy.model.architecture import config_from_state_dict, variant_of
 from van_deploy.model.embedded import EMBEDDED_NAME, embedded_files
-from van_deploy.model.files import SUFFIXES, read_weights
+from van_deploy.model.files import SUFFIXES, TOP_LEVEL, read_weights
 from van_deploy.model.hub import Progress
 from van_deploy.model.metadata import described
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.random_weights import random_van, sha256_of_state
-from van_deploy.model.sources import REPO, Found, find_weights, from_hub, is_official, on_disk
-from van_deploy.model.state import network_from_state, official_state
+from van_deploy.model.sources import REPO, find_weights, from_hub, is_official
+from van_deploy.model.state import config_from_state_dict, network_from_state, official_state
 from van_deploy.model.van import VAN
-from van_deploy.model.variants import VARIANTS, HubFile, VanConfig, Variant, variant_named
+from van_deploy.model.variants import VARIANTS, VanConfig, Variant, variant_named, variant_of
 from van_deploy.model.weights_source import WeightsSource
-
-__all__ = [
-    "ALL_STAGES",
-    "EMBEDDED",
-    "LoadedVan",
-    "WeightsSource",
-    "config_from_state_dict",
-    "load_van",
-]
 
 ALL_STAGES = (0, 1, 2, 3)
 EMBEDDED = EMBEDDED_NAME
 """Name of the small trained network inside the package."""
 
 _RANDOM = "random weights: the outputs mean nothing"
-_NO_PREPROCESSING = ("layer_norm_eps", "class_names")
 _PLAIN_STEMS = {"model", "pytorch_model", "checkpoint", "model_best", "last", "best"}
 
 
@@ -114,7 +105,6 @@ def load_van(
     >>> loaded.source.format, loaded.config.depths
     ('random', (3, 3, 5, 2))
     """
-    expect_sha256 = _digest_asked_for(expect_sha256)
     given = {name: value for name, value in (preprocessing or {}).items() if value is not None}
     variant = None if _is_place(spec) or spec == EMBEDDED else variant_named(spec)
     if variant is None and weights is not None:
@@ -122,80 +112,48 @@ def load_van(
             f"'{spec}' already says which weights to use, and so does '{weights}'.",
             f"Give one of them; with a variant's name ({', '.join(VARIANTS)}) --weights is free.",
         )
-    eps: dict[str, Any] = {}
-    if layer_norm_eps is not None:
-        eps["layer_norm_eps"] = _epsilon(layer_norm_eps)
     if variant is not None and weights == "random":
         if expect_sha256 or container or head:
             raise UsageError(
                 "Random weights have no digest, no container and no other head.",
                 "Leave these out, or the random weights.",
             )
-        config = replace(variant.config, **eps)
-        if out_indices is not None:
-            config = config.backbone(tuple(out_indices))
-        loaded = _random(variant, spec, seed, config)
+        loaded = _random(variant, spec, seed, layer_norm_eps, out_indices)
         return replace(loaded, preprocessing=loaded.preprocessing.override(**given))
-    if spec == EMBEDDED:
-        found = on_disk(embedded_files().weights, expect_sha256)
-    elif variant is not None and weights is None:
-        found = from_hub(_public(variant), offline, expect_sha256, progress)
+    if variant is None or weights is not None:
+        place = str(embedded_files().weights) if spec == EMBEDDED else weights or spec
+        found = find_weights(place, offline, expect_sha256, progress)
+    elif variant.weights is None:
+        raise UsageError(
+            f"{variant.name} has no public ImageNet-1K weights on the hub.",
+            f"{variant.weights_note[:1].upper()}{variant.weights_note[1:]}.",
+        )
     else:
-        found = find_weights(weights or spec, offline, expect_sha256, progress)
-    if own_labels:
-        given["class_names"] = ()
-    return _load(spec, variant, found, container, head, {**given, **eps}, out_indices)
-
-
-def _load(
-    spec: str,
-    variant: Variant | None,
-    found: Found,
-    container: str | None,
-    head: Sequence[str] | None,
-    given: dict[str, Any],
-    out_indices: Sequence[int] | None,
-) -> LoadedVan:
-    """Return the network in a file; see :func:`load_van`."""
+        found = from_hub(variant.weights, offline, expect_sha256, progress)
     file = read_weights(found.path, container=container)
     state = official_state(file.tensors, file.container)
     config, assumed = config_from_state_dict(state.tensors, head)
-    if variant is not None:
-        assumed += _compare_with_variant(variant, config)
+    assumed += _compare_with_variant(variant, config) if variant else ()
     if out_indices is None and not config.num_classes:
         out_indices = ALL_STAGES
-    if out_indices is not None:
-        given["class_names"] = ()
+    decided = given | ({"layer_norm_eps": layer_norm_eps} if layer_norm_eps else {})
+    if own_labels or out_indices is not None:
+        decided["class_names"] = ()
     official = is_official(found.repo_id)
-    said = described(
-        config, state.format, file.metadata, found.beside, official=official, given=given
+    config, stated, names, notes = described(
+        config, state.format, file.metadata, found.beside, official=official, given=decided
     )
-    given = {key: value for key, value in given.items() if key not in _NO_PREPROCESSING}
-    config, names = said.config, said.class_names
     if out_indices is not None:
         config = config.backbone(tuple(out_indices))
     if names is None and official and config.num_classes == 1000:
-        names = _imagenet_names()
-    source = WeightsSource(
-        spec=spec,
-        path=str(found.path),
-        format="embedded" if spec == EMBEDDED else state.format,
-        sha256=found.sha256,
-        seed=None,
-        container=file.container,
-        notes=(*found.notes, *file.notes, *state.notes, *assumed, *said.notes),
-    )
+        names = tuple(map(ImageNetInfo().index_to_description, range(1000)))
+    form = "embedded" if spec == EMBEDDED else state.format
+    notes = (*found.notes, *file.notes, *state.notes, *assumed, *notes)
+    path = str(found.path)
+    source = WeightsSource(spec, path, form, found.sha256, None, file.container, notes)
     name = variant.name if variant else EMBEDDED if spec == EMBEDDED else _name(spec)
     model = network_from_state(state.tensors, config)
-    return LoadedVan(name, model, config, source, said.preprocessing.override(**given), names)
-
-
-def _digest_asked_for(digest: str | None) -> str | None:
-    if digest is None or re.fullmatch("[0-9a-fA-F]{64}", digest):
-        return digest.lower() if digest else None
-    raise UsageError(
-        f"'{digest}' is no SHA-256.", "Give all 64 hexadecimal digits, as `sha256sum` prints them."
-    )
+    return LoadedVan(name, model, config, source, stated.override(**given), names)
 
 
 def _is_place(word: str) -> bool:
@@ -207,55 +165,39 @@ def _is_place(word: str) -> bool:
     return lowered.replace("-", "_") not in known and Path(word).exists()
 
 
-def _random(variant: Variant, spec: str, seed: int, config: VanConfig) -> LoadedVan:
+def _random(
+    variant: Variant,
+    spec: str,
+    seed: int,
+    layer_norm_eps: float | None,
+    out_indices: Sequence[int] | None,
+) -> LoadedVan:
+    config = variant.config
+    if layer_norm_eps is not None:
+        config = replace(config, layer_norm_eps=layer_norm_eps)
+    if out_indices is not None:
+        config = config.backbone(tuple(out_indices))
     model = random_van(config, seed)
-    source = WeightsSource(
-        spec=spec,
-        path="",
-        format="random",
-        sha256=sha256_of_state(model.state_dict()),
-        seed=seed,
-        container="top level",
-        notes=(_RANDOM,),
-    )
+    digest, notes = sha256_of_state(model.state_dict()), (_RANDOM,)
+    source = WeightsSource(spec, "", "random", digest, seed, TOP_LEVEL, notes)
     preprocessing = replace(OFFICIAL, source="the official VAN weights' (these ones are random)")
     return LoadedVan(variant.name, model, config, source, preprocessing, None)
 
 
-def _public(variant: Variant) -> HubFile:
-    if variant.weights is None:
-        raise UsageError(
-            f"{variant.name} has no public ImageNet-1K weights on the hub.",
-            f"{variant.weights_note[:1].upper()}{variant.weights_note[1:]}.",
-        )
-    return variant.weights
-
-
-def _epsilon(value: float) -> float:
-    if not 0 < value < 1:
-        raise UsageError(
-            f"LayerNorm's eps {value:g} is not between 0 and 1.", "Give a number such as 1e-6."
-        )
-    return value
-
-
 def _compare_with_variant(variant: Variant, config: VanConfig) -> tuple[str, ...]:
     """Refuse another architecture under a variant's name; report other ends."""
-    wanted = variant.config
-    body = ("embed_dims", "depths", "hidden_dims", "lka_kernels")
-    differ = [
-        f"{name} {getattr(config, name)} instead of {getattr(wanted, name)}"
-        for name in body
-        if getattr(config, name) != getattr(wanted, name)
-    ]
-    if differ:
-        actual = variant_of(config)
-        what = f"those of {actual}" if actual else "of another architecture"
+    actual, wanted = variant_of(config), variant.config
+    if actual != variant.name:
+        theirs = wanted.body
+        differ = "; ".join(
+            f"{name} {value} instead of {theirs[name]}"
+            for name, value in config.body.items()
+            if value != theirs[name]
+        )
         raise CheckpointError(
-            f"The weights are not {variant.name}'s but {what}: {'; '.join(differ)}.",
-            f"Say {actual} instead."
-            if actual
-            else "Give the file alone, without a variant's name.",
+            f"The weights are not {variant.name}'s but those of "
+            f"{actual or 'another architecture'}: {differ}.",
+            f"Say {actual} instead." if actual else "Give the file alone, without a name.",
         )
     ends = (("num_classes", "classes"), ("in_chans", "input channels"))
     return tuple(
@@ -264,13 +206,6 @@ def _compare_with_variant(variant: Variant, config: VanConfig) -> tuple[str, ...
         for field, what in ends
         if getattr(config, field) not in (0, getattr(wanted, field))
     )
-
-
-def _imagenet_names() -> tuple[str, ...]:
-    from timm.data.imagenet_info import ImageNetInfo
-
-    info = ImageNetInfo()
-    return tuple(info.index_to_description(index) for index in range(info.num_classes()))
 
 
 def _name(spec: str) -> str:

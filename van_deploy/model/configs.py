@@ -16,33 +16,33 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from van_deploy.errors import CheckpointError
-from van_deploy.model.architecture import variant_of
-from van_deploy.model.variants import VARIANTS, VanConfig
+from van_deploy.model.variants import VARIANTS, VanConfig, variant_of
 from van_deploy.schema import Schema, validated
 
-__all__ = ["is_timm", "is_transformers", "network_said"]
-
 Values = Mapping[str, Any]
-Stride = Annotated[int, Field(ge=1, le=8)]
 
 _EPS = {"mmpretrain": 1e-5}  # mmcv's build_norm_layer; the official code's and Transformers': 1e-6
 _WHERE = "The config.json beside the weights"
 _REMEDY = "Correct it, or move the weights out of its folder to do without it."
 
-# Fields that change nothing at inference, or that are read elsewhere.
+# Fields that change nothing at inference, or that are read elsewhere; and timm 1.0's.
 _IDLE = re.compile(
     "architectures|(torch_)?dtype|transformers_version|_name_or_path|initializer_range"
     "|drop(_path|out)?_rate|layer_scale_init_value|id2label|label2id|label_(names|descriptions)"
-    "|labels|license|tags|img_size|image_size|pretrained_cfg|model_args"
+    "|labels|license|tags|i(mg|mage)_size|pretrained_cfg|model_args"
+)
+_IDLE_IN_TIMM = re.compile(
+    _IDLE.pattern
+    + "|mean|std|interpolation|crop_(pct|mode|border_pixels)|((test_|min_)?input|(test_)?pool)_size"
+    "|fixed_input_size|test_crop_pct|label_offset|url|file|state_dict|hf_hub_(id|filename)|source"
+    "|tag|custom_load|first_conv|classifier|description|origin_url|paper_(name|ids)|notes"
 )
 
-# What other values change nothing in timm's train.py arguments.
-_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
-    "gp": (None, "", "avg", "fast"),
-    "global_pool": (None, "", "avg", "fast"),
+# What timm's train.py arguments may be without changing the network.
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("gp", "global_pool"), (None, "", "avg", "fast")),
+    **dict.fromkeys(("bn_tf", "split_bn"), (None, False)),
     "bn_eps": (None, 1e-5),
-    "bn_tf": (None, False),
-    "split_bn": (None, False),
     "model_kwargs": (None, {}),
 }
 
@@ -53,7 +53,9 @@ class _Added(Schema):
     model_type: Literal["van"] = "van"
     hidden_act: Literal["gelu", "gelu_python"] = "gelu"
     global_pool: Literal["avg", ""] = "avg"
-    strides: Annotated[tuple[Stride, ...], Field(min_length=4, max_length=4)] = (4, 2, 2, 2)
+    strides: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=8)], ...], Field(min_length=4, max_length=4)
+    ] = (4, 2, 2, 2)
     layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6
     problem_type: Literal[
         "single_label_classification", "multi_label_classification", "regression"
@@ -118,55 +120,44 @@ def network_said(
 
 def _from_json(config: VanConfig, beside: Values) -> tuple[dict[str, Any], list[str]]:
     """Return what a ``config.json`` adds to the tensors, and its fields that are unknown."""
-    arguments = beside.get("model_args") or {}
-    first, *_ = (beside.get("pretrained_cfg") or beside).get("input_size") or [None]
-    fields = {**beside, "in_chans": first, **arguments}
-    told = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-    architecture = str(told.get("architecture", "")).partition(".")[0]
-    named = architecture in VARIANTS or not architecture.startswith("van")
-    facts: dict[str, Any] = {
+    arguments, cfg = beside.get("model_args") or {}, beside.get("pretrained_cfg") or {}
+    first, *_ = (cfg or beside).get("input_size") or [None]
+    told = {**beside, "in_chans": first, **arguments}
+    told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if v is not None}
+    name = str(told.get("architecture", "")).partition(".")[0]
+    told["architecture"] = name or None
+    facts = {
         **dict.fromkeys(("hidden_sizes", "embed_dims"), config.embed_dims),
         **dict.fromkeys(("num_channels", "in_chans"), config.in_chans),
-        **{key: getattr(config, key) for key in ("depths", "patch_sizes")},
-        **({"num_classes": config.num_classes} if config.num_classes else {}),
-        "mlp_ratios": _ratios(config, told.get("mlp_ratios")),
+        **{key: getattr(config, key) for key in ("depths", "patch_sizes", "mlp_ratios")},
+        # a backbone's file may say of how many classes its head was
+        "num_classes": config.num_classes or told.get("num_classes"),
         "dilation": config.lka_dilation,
         "num_features": config.embed_dims[-1],
-        "architecture": variant_of(config) if named else architecture,
+        # one of timm's and ours, or the user's own
+        "architecture": name if name not in VARIANTS and name[:3] == "van" else variant_of(config),
     }
-    told["architecture"] = architecture or None
-    if not config.num_classes:  # a backbone's file may say of how many classes its head was
-        told.pop("num_classes", None)
-    added = {key: value for key, value in told.items() if key in _Added.model_fields}
-    unknown = []
-    for key, value in told.items():
-        if value is None or key in added or _IDLE.fullmatch(key):
-            continue
-        if key in arguments and key not in facts:
-            raise CheckpointError(f"{_WHERE} has {key} in model_args: not supported.", _REMEDY)
-        if key in facts and value != facts[key]:
-            raise CheckpointError(
-                f"{_WHERE} says {key} {str(value)[:100]}; the tensors have {facts[key]}.", _REMEDY
-            )
-        unknown += [] if key in facts else [key[:50]]
-    stated = {key: value for key, value in added.items() if value is not None}
+    for key, fact in facts.items():
+        if told.get(key) not in (None, fact):
+            says = f"{key} {str(told[key])[:100]}"
+            raise CheckpointError(f"{_WHERE} says {says}; the tensors have {fact}.", _REMEDY)
+    stated = {key: value for key, value in told.items() if key in _Added.model_fields}
     found = validated(_Added, stated, where=_WHERE, error=CheckpointError, remedy=_REMEDY)
+    known = facts.keys() | stated.keys()
+    idle = _IDLE_IN_TIMM if is_timm(beside) else _IDLE
+    changing = [*arguments, *(key for key, value in cfg.items() if value)]
+    refused = [key for key in changing if key not in known and not idle.fullmatch(key)]
+    if refused:
+        where = "model_args" if refused[0] in arguments else "pretrained_cfg"
+        raise CheckpointError(f"{_WHERE} has {refused[0][:50]} in {where}: not supported.", _REMEDY)
+    unknown = [key[:50] for key in told if key not in known and not idle.fullmatch(key)]
     taken = ("strides", "layer_norm_eps", "problem_type")
     return {key: getattr(found, key) for key in taken if key in stated}, unknown
 
 
-def _ratios(config: VanConfig, stated: Any) -> Any:
-    """Return the MLP ratios as they were stated, if they give the tensors' widths."""
-    try:
-        same = replace(config, mlp_ratios=stated).hidden_dims == config.hidden_dims
-    except (TypeError, ValueError):
-        same = False
-    return stated if same else config.mlp_ratios
-
-
 def _of_arguments(config: VanConfig, arguments: Values) -> Iterator[str]:
     """Yield notes on a training script's arguments; refuse those that change the network."""
-    for key, harmless in _DEFAULTS.items():
+    for key, harmless in _HARMLESS.items():
         if arguments.get(key) not in harmless:
             raise CheckpointError(
                 f"The checkpoint's own arguments say {key} {str(arguments[key])[:100]}, which "
@@ -174,11 +165,11 @@ def _of_arguments(config: VanConfig, arguments: Values) -> Iterator[str]:
                 f"If the network does without, take '{key}' out of the file.",
             )
     variant = variant_of(config)
-    facts = {"in_chans": config.in_chans, "model": variant}
-    facts |= {"num_classes": config.num_classes} if config.num_classes else {}
+    facts = {"in_chans": config.in_chans, "num_classes": config.num_classes, "model": variant}
     for key, actual in facts.items():
         stated = arguments.get(key)
-        if stated != actual and (isinstance(stated, int) or (stated in VARIANTS and variant)):
+        comparable = isinstance(stated, int) or str(stated) in VARIANTS
+        if actual and comparable and stated != actual:
             yield f"the checkpoint's own arguments say {key} {stated}; the tensors have {actual}"
     if arguments.get("bce_loss"):
         yield "trained with --bce-loss: each logit is a class's own odds, not softmax's"

@@ -9,22 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from van_deploy.errors import UsageError
-
-__all__ = [
-    "EMBEDDED_FOLDER",
-    "EMBEDDED_NAME",
-    "DigitsSplit",
-    "EmbeddedFiles",
-    "digits_images",
-    "embedded_files",
-    "write_digits_folder",
-]
 
 EMBEDDED_NAME = "van_digits"
 EMBEDDED_FOLDER = Path(__file__).parent / "digits"
@@ -49,11 +37,9 @@ class EmbeddedFiles:
 
 def embedded_files(folder: Path = EMBEDDED_FOLDER) -> EmbeddedFiles:
     """Return the files of ``van_digits`` in ``folder``, by default the ones in the package."""
-    return EmbeddedFiles(
-        weights=folder / f"{EMBEDDED_NAME}.safetensors",
-        card=folder / f"{EMBEDDED_NAME}.json",
-        images=folder / "digits.npz",
-    )
+    stem = folder / EMBEDDED_NAME
+    weights, card = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+    return EmbeddedFiles(weights, card, folder / "digits.npz")
 
 
 def digits_images(
@@ -62,15 +48,7 @@ def digits_images(
     """Return one part of the digits: images ``(N, 8, 8)`` uint8 and labels ``(N,)`` int64.
 
     Ink is bright (255) on black (0).
-
-    Raises:
-        UsageError: there is no such part.
     """
-    if split not in get_args(DigitsSplit):
-        raise UsageError(
-            f"The digits have no part called '{split}'.",
-            f"Known parts: {', '.join(get_args(DigitsSplit))}.",
-        )
     with np.load(embedded_files(folder).images) as parts:
         return parts[f"images_{split}"], parts[f"labels_{split}"].astype(np.int64)
 

@@ -10,58 +10,51 @@ mmpretrain  ``mmpretrain/models/backbones/van.py``        ``backbone.blocks1.0.a
 
 A network is found by its Large Kernel Attention, whatever stands before its
 names: ``module.``, ``_orig_mod.``, ``model.``, ``net.`` or anything else. Nothing
-is dropped unnamed: a tensor is the network's, known to take no part, or
-handed back for the load to complain about.
+is dropped unnamed: a tensor is the network's, is listed in a note, or stops the load.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from van_deploy.errors import CheckpointError, UsageError
-
-__all__ = ["FORMATS", "STAGES", "Translation", "networks_in", "translate_keys"]
 
 STAGES = 4
 FORMATS = ("official", "transformers", "mmpretrain")
 
-# One row a module or bare parameter: official name, and the other two's; the letters stand
-# for what _modules puts in. The convolution that no other network has is written out, with
-# {s} the stage from 1 ({z}: from 0) and {b} the block.
-_LKA = (
-    "block{s}.{b}.attn.spatial_gating_unit.conv_spatial",
-    "encoder.stages.{z}.layers.{b}.attention.attention_layer.attention.depth_wise_dilated",
-    "blocks{s}.{b}.attn.spatial_gating_unit.DW_D_conv",
+# What stands before a block's modules; {s} is the stage from 1, {z} from 0, {b} the block.
+_BLOCK = ("block{s}.{b}.", "encoder.stages.{z}.layers.{b}.", "blocks{s}.{b}.")
+_GATE, _DEEP = "attn.spatial_gating_unit", "attention.attention_layer.attention"
+# One row a module or bare parameter, its name in each of FORMATS.
+_LKA = (f"{_GATE}.conv_spatial", f"{_DEEP}.depth_wise_dilated", f"{_GATE}.DW_D_conv")
+_OF_A_BLOCK = (
+    ("norm1", "pre_normomalization", "norm1"),
+    ("attn.proj_1", "attention.pre_projection.conv", "attn.proj_1"),
+    (f"{_GATE}.conv0", f"{_DEEP}.depth_wise", f"{_GATE}.DW_conv"),
+    _LKA,
+    (f"{_GATE}.conv1", f"{_DEEP}.point_wise", f"{_GATE}.conv1"),
+    ("attn.proj_2", "attention.post_projection", "attn.proj_2"),
+    ("layer_scale_1", "attention_scaling.weight", "layer_scale_1"),
+    ("norm2", "post_normalization", "norm2"),
+    ("mlp.fc1", "mlp.in_dense", "mlp.fc1"),
+    ("mlp.dwconv.dwconv", "mlp.depth_wise", "mlp.dwconv"),
+    ("mlp.fc2", "mlp.out_dense", "mlp.fc2"),
+    ("layer_scale_2", "mlp_scaling.weight", "layer_scale_2"),
 )
-_ROWS = (
+_OF_A_STAGE = (
     ("patch_embed{s}.proj", "{t}.embeddings.convolution", "patch_embed{s}.projection"),
     ("patch_embed{s}.norm", "{t}.embeddings.normalization", "patch_embed{s}.norm"),
     ("norm{s}", "{t}.normalization", "norm{s}"),
-    ("{o}.norm1", "{l}.pre_normomalization", "{m}.norm1"),
-    ("{o}.attn.proj_1", "{l}.attention.pre_projection.conv", "{m}.attn.proj_1"),
-    ("{o}.{g}.conv0", "{l}.{a}.depth_wise", "{m}.{g}.DW_conv"),
-    ("{o}.{g}.conv_spatial", "{l}.{a}.depth_wise_dilated", "{m}.{g}.DW_D_conv"),
-    ("{o}.{g}.conv1", "{l}.{a}.point_wise", "{m}.{g}.conv1"),
-    ("{o}.attn.proj_2", "{l}.attention.post_projection", "{m}.attn.proj_2"),
-    ("{o}.layer_scale_1", "{l}.attention_scaling.weight", "{m}.layer_scale_1"),
-    ("{o}.norm2", "{l}.post_normalization", "{m}.norm2"),
-    ("{o}.mlp.fc1", "{l}.mlp.in_dense", "{m}.mlp.fc1"),
-    ("{o}.mlp.dwconv.dwconv", "{l}.mlp.depth_wise", "{m}.mlp.dwconv"),
-    ("{o}.mlp.fc2", "{l}.mlp.out_dense", "{m}.mlp.fc2"),
-    ("{o}.layer_scale_2", "{l}.mlp_scaling.weight", "{m}.layer_scale_2"),
 )
 _ANCHORS = {
     source: re.compile(
         r"(?P<prefix>(?:.*\.)?)"
-        + re.escape(lka)
-        .replace(r"\{s\}", "(?P<s>[1-4])")
-        .replace(r"\{z\}", "(?P<z>[0-3])")
-        .replace(r"\{b\}", "(?P<b>0|[1-9][0-9]{0,5})")
-        + r"\.weight"
+        + f"{block}{lka}.weight".replace(".", r"\.").format(
+            s="(?P<s>[1-4])", z="(?P<z>[0-3])", b="(?P<b>0|[1-9][0-9]{0,5})"
+        )
     )
-    for source, lka in zip(FORMATS, _LKA, strict=True)
+    for source, block, lka in zip(FORMATS, _BLOCK, _LKA, strict=True)
 }
 # What a backbone's prefix ends in, and where the head is once that is taken off.
 _HEADS = {
@@ -75,29 +68,15 @@ _IDLE = re.compile(
     r"(.*\.)?(n_averaged|total_ops|total_params)"
     r"|(criterion|.*loss|(train|val|valid|test)_\w+|\w*(metric|accuracy|acc|f1|auroc)s?)(\..+|$)"
 )
+# What stands beside a backbone in OpenMMLab's checkpoints.
+_SEGMENTER = re.compile(r"(decode|auxiliary|segmentation|seg)_head\b.*")
+_SEGMENTER_OR_DETECTOR = re.compile(r"(neck|panoptic_\w+|\w+_head)\b.*")
 
 
-@dataclass(frozen=True)
-class Translation:
-    """Where each tensor of a state dict goes.
-
-    Attributes:
-        names: official name of each tensor of the network, by its name in the file.
-        format: the format the names were in, one of :data:`FORMATS`.
-        prefix: what stands before the network's names.
-        unused: names that the format has and no VAN computes with.
-        idle: names left by training that take no part.
-        unknown: names behind the prefix that no VAN has.
-        beside: names without the prefix, whose part is unknown.
-    """
-
-    names: dict[str, str]
-    format: str
-    prefix: str
-    unused: tuple[str, ...]
-    idle: tuple[str, ...]
-    unknown: tuple[str, ...]
-    beside: tuple[str, ...]
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Return the first names, each cut to 200 characters, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name[:200] for name in names[:most]) + more
 
 
 def networks_in(names: Iterable[str]) -> dict[tuple[str, str], set[tuple[int, str]]]:
@@ -112,50 +91,95 @@ def networks_in(names: Iterable[str]) -> dict[tuple[str, str], set[tuple[int, st
     return found
 
 
-def translate_keys(names: Iterable[str], container: str = "") -> Translation:
-    """Return the official names of a state dict's tensors.
+def translate_keys(
+    names: Sequence[str], container: str = ""
+) -> tuple[dict[str, str], str, tuple[str, ...]]:
+    """Return the official name of each tensor of a network, the format, and notes.
+
+    The names are by those in the file; the format is one of :data:`FORMATS`; the notes say what
+    was left out.
 
     Args:
         names: as in the file.
         container: what of the file they are from, for the advice to choose another part.
 
     Raises:
-        CheckpointError: no names are a VAN's, or two formats are mixed.
+        CheckpointError: no names are a VAN's, two formats are mixed, or some tensors' part is
+            unknown.
         UsageError: there are several whole networks.
     """
-    names = list(names)
-    found = networks_in(names)
-    if not found:
-        first = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-        raise CheckpointError(
-            "The checkpoint is not a VAN: no tensor is called as its Large Kernel Attention is. "
-            f"Its {len(names)} tensors begin with {first}.",
-            "Pass the weights of a VAN classifier (official, Transformers or mmpretrain names).",
-        )
-    whole = [key for key, blocks in found.items() if len({stage for stage, _ in blocks}) == STAGES]
-    if len(found) > 1 and len(whole) != 1:
-        raise _several(list(found), bool(whole), container)
-    source, prefix = (whole or list(found))[0]
-    modules = _modules(source, found[source, prefix])
+    source, prefix, blocks = _network_in(names, container)
+    modules = _modules(source, blocks)
     ending, head = _HEADS[source]
     root = f"{prefix.removesuffix(ending)}{head}." if prefix.endswith(ending) else None
     official: dict[str, str] = {}
-    rest: dict[str, list[str]] = {"unused": [], "idle": [], "unknown": [], "beside": []}
+    unused: list[str] = []
+    idle: list[str] = []
+    strays: list[str] = []
     for name in names:
-        inner = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        inner = name.removeprefix(prefix)
         module, _, parameter = inner.rpartition(".")
-        if inner in modules or module in modules:
+        ours = name.startswith(prefix)
+        if ours and (inner in modules or module in modules):
             official[name] = modules.get(inner) or f"{modules[module]}.{parameter}"
         elif root and name.startswith(root):
             official[name] = f"head.{name.removeprefix(root)}"
-        elif source == "transformers" and module == "layernorm":
-            rest["unused"].append(name)
-        elif _IDLE.fullmatch(name.removeprefix(prefix)):
-            rest["idle"].append(name)
+        elif ours and source == "transformers" and module == "layernorm":
+            unused.append(name)
         else:
-            rest["unknown" if inner else "beside"].append(name)
-    kinds = {kind: tuple(found) for kind, found in rest.items()}
-    return Translation(official, source, prefix, **kinds)
+            (idle if _IDLE.fullmatch(inner) else strays).append(name)
+    notes = []
+    if not any(name.startswith("head.") for name in official.values()):
+        rest = [name for name in strays if _SEGMENTER_OR_DETECTOR.fullmatch(name)]
+        whose = " of a segmenter" if any(map(_SEGMENTER.fullmatch, rest)) else " of a detector"
+        notes.append(
+            f"a backbone{whose if rest else ''} ({source} names), without a classification head"
+        )
+        if rest:
+            roots = listed(list(dict.fromkeys(name.split(".")[0] for name in rest)))
+            notes.append(f"not the backbone's, left out: {len(rest)} tensors of {roots}")
+        strays = [name for name in strays if name not in rest]
+    if strays:
+        inner = ".".join(filter(None, (container, prefix.rstrip("."))))
+        alone = f", or name the network's own alone: --container {inner}" if prefix else ""
+        raise CheckpointError(
+            f"The checkpoint holds tensors beside the VAN's: {listed(strays)}.",
+            f"Nothing is dropped unasked: save the state dict of one whole VAN{alone}.",
+        )
+    if unused:
+        notes.append(
+            f"{', '.join(sorted(unused))}: in the file, but Transformers does not compute "
+            "logits or feature maps with them; left out"
+        )
+    if idle:
+        notes.append(f"left by training, no part of the network: {listed(idle)}")
+    return official, source, tuple(notes)
+
+
+def _network_in(names: Sequence[str], container: str) -> tuple[str, str, set[tuple[int, str]]]:
+    """Return format, prefix and (stage, block)s of the one network among tensor names."""
+    found = networks_in(names)
+    if not found:
+        raise CheckpointError(
+            "The checkpoint is not a VAN: no tensor is called as its Large Kernel Attention is. "
+            f"Its {len(names)} tensors begin with {listed(names, 5)}.",
+            "Pass the weights of a VAN (official, Transformers or mmpretrain names).",
+        )
+    whole = [key for key, blocks in found.items() if len({stage for stage, _ in blocks}) == STAGES]
+    if len(found) > 1 and len(whole) != 1:
+        networks = ", ".join(f"{source} names under '{prefix}'" for source, prefix in found)
+        if not whole:
+            raise CheckpointError(
+                f"The checkpoint mixes formats, and is whole in none: {networks}.",
+                "Save the state dict of one network, with the names of one format.",
+            )
+        choices = [".".join(filter(None, (container, prefix.rstrip(".")))) for _, prefix in found]
+        raise UsageError(
+            f"The checkpoint holds {len(found)} networks: {networks}.",
+            f"Say which: --container {' or --container '.join(filter(None, choices))}.",
+        )
+    chosen = (whole or list(found))[0]
+    return *chosen, found[chosen]
 
 
 def _modules(source: str, blocks: set[tuple[int, str]]) -> dict[str, str]:
@@ -163,30 +187,8 @@ def _modules(source: str, blocks: set[tuple[int, str]]) -> dict[str, str]:
     column = FORMATS.index(source)
     names: dict[str, str] = {}
     for stage, block in blocks:
-        words = {
-            "s": stage,
-            "t": f"encoder.stages.{stage - 1}",
-            "o": f"block{stage}.{block}",
-            "l": f"encoder.stages.{stage - 1}.layers.{block}",
-            "m": f"blocks{stage}.{block}",
-            "g": "attn.spatial_gating_unit",
-            "a": "attention.attention_layer.attention",
-        }
-        names |= {row[column].format(**words): row[0].format(**words) for row in _ROWS}
+        at = {"s": stage, "z": stage - 1, "b": block, "t": f"encoder.stages.{stage - 1}"}
+        ours, theirs = _BLOCK[0].format(**at), _BLOCK[column].format(**at)
+        names |= {theirs + row[column]: ours + row[0] for row in _OF_A_BLOCK}
+        names |= {row[column].format(**at): row[0].format(**at) for row in _OF_A_STAGE}
     return names
-
-
-def _several(
-    found: list[tuple[str, str]], whole: bool, container: str
-) -> CheckpointError | UsageError:
-    listed = ", ".join(f"{source} names under '{prefix}'" for source, prefix in found)
-    if not whole:
-        return CheckpointError(
-            f"The checkpoint mixes formats, and is whole in none: {listed}.",
-            "Save the state dict of one network, with the names of one format.",
-        )
-    choices = [".".join(filter(None, (container, prefix.rstrip(".")))) for _, prefix in found]
-    return UsageError(
-        f"The checkpoint holds {len(found)} networks: {listed}.",
-        f"Say which: --container {' or --container '.join(filter(None, choices))}.",
-    )

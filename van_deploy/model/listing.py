@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from van_deploy.model.variants import Variant
-
-__all__ = ["Listed", "listed_variants"]
+from van_deploy.model.hub import locate_weights
+from van_deploy.model.variants import VARIANTS, VanConfig
 
 IMAGE_SIZE = 224  # what the published networks were trained at
 
@@ -44,44 +41,23 @@ class Listed:
 
 def listed_variants() -> list[Listed]:
     """Return every published variant, then the network that ships in the package."""
-    from van_deploy.model.variants import VARIANTS
-
-    return [*(_listed(variant) for variant in VARIANTS.values()), _embedded()]
-
-
-def _listed(variant: Variant) -> Listed:
-    from van_deploy.model.hub import locate_weights
-
-    here = locate_weights(variant)
-    return Listed(
-        name=variant.name,
-        parameters=variant.config.parameter_count(),
-        multiply_adds=variant.config.mac_count(IMAGE_SIZE),
-        image_size=IMAGE_SIZE,
-        top1_percent=variant.top1,
-        top1_on="ImageNet-1K validation",
-        weights=str(variant.weights) if variant.weights else None,
-        note=variant.weights_note,
-        here=str(here) if here else None,
-    )
-
-
-def _embedded() -> Listed:
-    """Return van_digits as its card describes it; NumPy need not be imported for this."""
-    from van_deploy.model.variants import VanConfig
-
+    found = [
+        Listed(
+            variant.name,
+            *(variant.config.parameter_count(), variant.config.mac_count(IMAGE_SIZE), IMAGE_SIZE),
+            *(variant.top1, "ImageNet-1K validation"),
+            str(variant.weights) if variant.weights else None,
+            variant.weights_note,
+            str(locate_weights(variant) or "") or None,
+        )
+        for variant in VARIANTS.values()
+    ]
+    # Its card is read as text: NumPy need not be imported for this.
     folder = files("van_deploy.model") / "digits"
     card = json.loads((folder / "van_digits.json").read_text(encoding="utf-8"))
-    config = VanConfig(**card["config"])
-    size = card["preprocessing"]["image_size"]
-    return Listed(
-        name=card["name"],
-        parameters=config.parameter_count(),
-        multiply_adds=config.mac_count(size),
-        image_size=size,
-        top1_percent=card["heldout"]["top1_percent"],
-        top1_on="held-out handwritten digits",
-        weights="embedded",
-        note="",
-        here=str(folder / f"{card['name']}.safetensors"),
-    )
+    config, size = VanConfig(**card["config"]), card["preprocessing"]["image_size"]
+    work, top1 = config.mac_count(size), card["heldout"]["top1_percent"]
+    place = str(folder / f"{card['name']}.safetensors")
+    on = "held-out handwritten digits"
+    embedded = (card["name"], config.parameter_count(), work, size, top1, on, "embedded", "", place)
+    return [*found, Listed(*embedded)]

@@ -15,26 +15,18 @@ used and the difference is pointed out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from van_deploy.errors import CheckpointError, UsageError
+from van_deploy.model import processors
 from van_deploy.model.configs import is_timm, is_transformers, network_said
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.processors import (
-    from_mmpretrain,
-    from_openmmlab_colour,
-    from_processor,
-    from_timm,
-    from_timm_config,
-    from_torchvision,
-    python_config,
-)
 from van_deploy.model.variants import CONFIG, PROCESSOR, VanConfig
-
-__all__ = ["Said", "described"]
 
 _ARGUMENTS = ("args", "hyper_parameters", "hparams")
 _TIMM = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "img_size", "input_size")
@@ -42,34 +34,14 @@ _TORCHVISION = ("val_resize_size", "val_crop_size")
 _INDEX_OF = ("class_to_idx", "label2id")
 _NAMES = (*_INDEX_OF, "idx_to_class", "id2label", "class_names", "classes", "label_names")
 _LONGEST_CONFIG = 2**20  # characters
-_OPTIONS = {
-    "image_size": "--image-size",
-    "mean": "--mean",
-    "std": "--std",
-    "interpolation": "--interpolation",
-    "crop_pct": "--crop-pct",
-}
+_OPTIONS = ("image_size", "mean", "std", "interpolation", "crop_pct")
+_BESIDE = " beside the weights"
+_SAY = "Say yourself what the weights want: --image-size --mean --std --interpolation --crop-pct."
+_LABELS = "Give the names yourself, one a line in the logits' order: --labels FILE."
 
 Values = Mapping[str, Any]
 Source = tuple[str, Callable[[Values], dict[str, Any]], Values]
 """What it is called, how it is read, and what is read."""
-
-
-@dataclass(frozen=True)
-class Said:
-    """Everything known of a network but its tensors.
-
-    Attributes:
-        config: the architecture, with what only the metadata tells.
-        preprocessing: what the input must have gone through.
-        class_names: in the order of the logits, or None if nothing says them.
-        notes: what was taken from where, and what the user should know.
-    """
-
-    config: VanConfig
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None
-    notes: tuple[str, ...]
 
 
 def described(
@@ -80,8 +52,12 @@ def described(
     *,
     official: bool = False,
     given: Mapping[str, Any] = MappingProxyType({}),
-) -> Said:
+) -> tuple[VanConfig, Preprocessing, tuple[str, ...] | None, tuple[str, ...]]:
     """Return everything that a checkpoint says beside its tensors.
+
+    That is the architecture with what only the metadata tells, what the input must have gone
+    through, the class names in the order of the logits (None if nothing says them), and notes:
+    what was taken from where, and what the user should know.
 
     Args:
         config: the architecture as the tensors tell it.
@@ -100,11 +76,34 @@ def described(
         arguments |= _table(inside.get(name))
     meta, config_json = _table(inside.get("meta")), beside.get(CONFIG, {})
     cfg = meta.get("cfg", meta.get("config"))
-    openmmlab = python_config(cfg[:_LONGEST_CONFIG]) if isinstance(cfg, str) else _table(cfg)
+    openmmlab = (
+        processors.python_config(cfg[:_LONGEST_CONFIG]) if isinstance(cfg, str) else _table(cfg)
+    )
     eps = given.get("layer_norm_eps")
     config, notes = network_said(config, source, arguments, config_json, openmmlab, eps)
-    read = from_mmpretrain if config.num_classes else from_openmmlab_colour
-    sources = list(_sources(inside, arguments, (openmmlab, read), beside))
+    written, own = _table(inside.get("preprocessing")), "the checkpoint's own training arguments"
+    torchvision = any(key in arguments for key in _TORCHVISION)
+    timm = not torchvision and any(arguments.get(key) not in (None, "") for key in _TIMM)
+    size = config_json.get("image_size") if is_transformers(config_json) else None
+    openmmlabs = partial(processors.from_openmmlab, classifier=bool(config.num_classes))
+    sources: list[Source] = [
+        (str(written.get("source", "the weights file")), dict, written),
+        (own, processors.from_torchvision, arguments if torchvision else {}),
+        (own, processors.from_timm, arguments if timm else {}),
+        (
+            "the checkpoint's own configuration",
+            openmmlabs,
+            openmmlab if "model" in openmmlab else {},
+        ),
+        (f"the {PROCESSOR}{_BESIDE}", processors.from_processor, beside.get(PROCESSOR, {})),
+        (f"the {CONFIG}{_BESIDE}", dict, {} if PROCESSOR in beside else {"image_size": size}),
+        (
+            f"the {CONFIG}{_BESIDE}",
+            processors.from_timm_config,
+            config_json if is_timm(config_json) else {},
+        ),
+    ]
+    sources = [row for row in sources if any(value is not None for value in row[2].values())]
     preprocessing = _preprocessing(config.in_chans, sources, official, given, notes)
     names = None
     if "class_names" not in given:
@@ -113,10 +112,10 @@ def described(
             ("the file's meta", {**meta, "classes": meta.get("CLASSES", meta.get("classes"))}),
             ("the file's meta", _table(meta.get("dataset_meta"))),
             (CONFIG, {"label_names": config_json.get("labels"), **config_json}),
-            (CONFIG, _table(config_json.get("pretrained_cfg"))),
+            (f"pretrained_cfg in {CONFIG}", _table(config_json.get("pretrained_cfg"))),
         )
         names = _class_names(config.num_classes, places, notes)
-    return Said(config, preprocessing, names, tuple(notes))
+    return config, preprocessing, names, tuple(notes)
 
 
 def _table(value: object) -> dict[str, Any]:
@@ -126,97 +125,52 @@ def _table(value: object) -> dict[str, Any]:
 # --- the preprocessing ---------------------------------------------------------------------
 
 
-def _sources(
-    inside: Values,
-    arguments: Values,
-    openmmlab: tuple[Values, Callable[[Values], dict[str, Any]]],
-    beside: Mapping[str, Values],
-) -> Iterator[Source]:
-    """Yield everything that describes a preprocessing, the nearest to the weights first."""
-    if written := _table(inside.get("preprocessing")):
-        yield str(written.get("source", "the weights file")), dict, written
-    own = "the checkpoint's own training arguments"
-    if any(name in arguments for name in _TORCHVISION):
-        yield own, from_torchvision, arguments
-    elif any(arguments.get(name) not in (None, "") for name in _TIMM):
-        yield own, from_timm, arguments
-    if "model" in openmmlab[0]:
-        yield "the checkpoint's own configuration", openmmlab[1], openmmlab[0]
-    config, there = beside.get(CONFIG, {}), "beside the weights"
-    if PROCESSOR in beside:
-        yield f"the {PROCESSOR} {there}", from_processor, beside[PROCESSOR]
-    elif is_transformers(config) and "image_size" in config:
-        yield f"the {CONFIG} {there}", lambda c: {"image_size": c["image_size"]}, config
-    if is_timm(config):
-        yield f"the {CONFIG} {there}", from_timm_config, config
-
-
 def _preprocessing(
     channels: int, sources: list[Source], official: bool, given: Collection[str], notes: list[str]
 ) -> Preprocessing:
     """Return the preprocessing of the first source, or the official one."""
     colour = {"mean": OFFICIAL.mean[:1] * channels, "std": OFFICIAL.std[:1] * channels}
     default = replace(OFFICIAL, **colour)  # type: ignore[arg-type]
-    if not sources:
-        if official:
-            return default
-        return replace(default, source="assumed: the official VAN weights' (nothing says another)")
-    name, _, _ = sources[0]
-    if official and name.endswith("beside the weights"):
-        stated = _built(sources[0], default, ())
-        if differ := [key for key in _OPTIONS if getattr(stated, key) != getattr(default, key)]:
-            says, trained = (
-                ", ".join(f"{key} {_short(getattr(values, key))}" for key in differ)
-                for values in (stated, default)
-            )
+    only_beside = all(name.endswith(_BESIDE) for name, _, _ in sources)
+    if official and only_beside:
+        stated = str(_built(sources[0], default, ())) if sources else str(default)
+        if stated != str(default):
             notes.append(
-                f"the repository's JSON says {says}; the weights were trained with {trained}, "
+                f"the repository's JSON says {stated}; the weights were trained with {default}, "
                 "which is used"
             )
         return default
+    if not sources:
+        return replace(default, source="assumed: the official VAN weights' (nothing says another)")
     result = _built(sources[0], default, given)
     others = ", ".join(other for other, _, _ in sources[1:])
-    if others or name.endswith("beside the weights"):
+    if others or only_beside:
         rest = f"; not from {others}" if others else ""
-        notes.append(f"preprocessing from {name}: {result}{rest}")
+        notes.append(f"preprocessing from {sources[0][0]}: {result}{rest}")
     return result
 
 
 def _built(source: Source, default: Preprocessing, given: Collection[str]) -> Preprocessing:
     """Return the preprocessing that a source describes; what it leaves out is the default's."""
     name, read, values = source
-    if "image_size" in given:
-        values = {key: v for key, v in values.items() if key not in ("img_size", "input_size")}
     try:
         found = {
             key: value
             for key, value in read(values).items()
-            if key not in given and value is not None and value not in ("", [], ())
-        }
-        fixed: dict[str, Any] = {
-            key: found.pop(key) for key in ("resize_size", "crop_rounding") if key in found
+            if key not in (*given, "source") and value is not None and value not in ("", [], ())
         }
         if {"image_size", "crop_pct"} & set(given):
-            fixed.pop("resize_size", None)
+            found.pop("resize_size", None)
         assumed = [key for key in _OPTIONS if key not in found and key not in given]
-        found.pop("source", None)
-        result = default.override(**found).as_dict()
         rest = f" ({', '.join(assumed)}: assumed, the official weights')" if assumed else ""
-        return Preprocessing.from_dict({**result, **fixed, "source": name + rest})
+        return replace(default.override(**found), source=name + rest)
     except (UsageError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
         if set(_OPTIONS) <= set(given):
             return default
         reason = e.message if isinstance(e, UsageError) else f"{str(e)[:200]}."
         raise CheckpointError(
-            f"{name[0].upper()}{name[1:]} cannot be followed: {reason}",
-            f"Say yourself what the weights want: {' '.join(_OPTIONS.values())}.",
+            f"{name[0].upper()}{name[1:]} cannot be followed: {reason}", _SAY
         ) from None
-
-
-def _short(value: object) -> str:
-    if isinstance(value, tuple):
-        return "/".join(f"{number:g}" for number in (value[:1] if len(set(value)) == 1 else value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- the classes ---------------------------------------------------------------------------
@@ -226,42 +180,36 @@ def _class_names(
     classes: int, places: tuple[tuple[str, Values], ...], notes: list[str]
 ) -> tuple[str, ...] | None:
     """Return the names of the classes, on which all that name them must agree."""
-    found: dict[str, tuple[str, ...]] = {}
+    found: dict[tuple[str, ...], str] = {}
     for place, values in places:
         for key in _NAMES:
             if names := _names_in(key, values.get(key), place, classes):
-                found.setdefault(f"{key} in {place}", names)
+                found.setdefault(names, f"{key} in {place}")
     if not found:
         return None
-    where, first = next(iter(found.items()))
-    for other, names in found.items():
-        if names != first:
-            index = next(i for i, name in enumerate(names) if name != first[i])
-            raise CheckpointError(
-                f"The class names contradict each other: class {index} is '{first[index]}' by "
-                f"{where}, and '{names[index]}' by {other}.",
-                _LABELS,
-            )
+    (first, where), *others = found.items()
+    for names, other in others:
+        index = next(i for i, name in enumerate(names) if name != first[i])
+        raise CheckpointError(
+            f"The class names contradict each other: class {index} is '{first[index]}' by {where}, "
+            f"and '{names[index]}' by {other}.",
+            _LABELS,
+        )
     notes.append(f"class names from {where}")
     return first
-
-
-_LABELS = "Give the names yourself, one a line in the logits' order: --labels FILE."
 
 
 def _names_in(key: str, value: object, place: str, classes: int) -> tuple[str, ...] | None:
     """Return the class names that a field holds, or None where it holds none."""
     if not value or not isinstance(value, Mapping | list | tuple):
         return None
-    try:
+    listed: list[Any] = [None]
+    with contextlib.suppress(TypeError, ValueError, LookupError):
         if isinstance(value, Mapping):
             pairs = {i: name for name, i in value.items()} if key in _INDEX_OF else value
             by_index = {int(index): name for index, name in pairs.items()}
-            listed = [by_index[index] for index in range(len(value))]
-        else:
-            listed = list(value)
-    except (TypeError, ValueError, LookupError):
-        listed = [None]
+            value = [by_index[index] for index in range(len(value))]
+        listed = list(value)
     if not all(isinstance(name, str | int) for name in listed):
         raise CheckpointError(f"{key} in {place} does not name one class a logit.", _LABELS)
     names = tuple(map(str, listed))

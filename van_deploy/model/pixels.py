@@ -21,8 +21,6 @@ from van_deploy.model.preprocess import Preprocessing
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["MAX_PIXELS", "Pixels", "image_mode", "normalised", "pixels_from_image"]
-
 Pixels = npt.NDArray[np.uint8]
 """``(H, W, C)`` or ``(N, H, W, C)`` uint8."""
 

@@ -12,30 +12,21 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from van_deploy.config.sizes import (
-    MAX_IMAGE_SIZE,
-    MIN_IMAGE_SIZE,
-    ImageSize,
-    possible_size,
-    sides_of,
-    size_text,
-)
+from van_deploy.config.sizes import ImageSize, possible_size, sides_of, size_text
+from van_deploy.documents import plain
 from van_deploy.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-__all__ = ["INTERPOLATIONS", "MAX_IMAGE_SIZE", "MIN_IMAGE_SIZE", "OFFICIAL", "Preprocessing"]
-
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
-INTERPOLATIONS: tuple[str, ...] = get_args(Interpolation)
 """timm's names of Pillow's filters."""
 
 
@@ -67,7 +58,7 @@ class Preprocessing:
         image_size: of the input in pixels: the side of a square, or ``(height, width)``.
         mean: per channel, of values in 0..1.
         std: per channel, of values in 0..1.
-        interpolation: one of :data:`INTERPOLATIONS`.
+        interpolation: one of :data:`Interpolation`.
         crop_pct: side of the crop over the resized side, in (0, 1], as the source gave it.
         source: where these values came from, one phrase for the user.
         crop_mode: what is resized to ``resize_size``: the side that just covers it
@@ -116,56 +107,35 @@ class Preprocessing:
         """Channels of the input tensor."""
         return len(self.mean)
 
-    def override(
-        self,
-        *,
-        image_size: ImageSize | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        interpolation: str | None = None,
-        crop_pct: float | None = None,
-        crop_mode: str | None = None,
-    ) -> Preprocessing:
+    def override(self, **given: Any) -> Preprocessing:
         """Return a copy with the given values, saying in ``source`` which were given.
 
-        One value for ``mean`` or ``std`` stands for every channel.
+        One value for ``mean`` or ``std`` stands for every channel; None for the value there is.
+        With another ``image_size`` or ``crop_pct`` the resized side is timm's again.
 
         Raises:
-            UsageError: a value is not possible; it is named.
+            UsageError: a value is not possible, or there is none of that name; it is named.
         """
-        given = {
-            "image_size": image_size,
-            "mean": self._per_channel("mean", mean),
-            "std": self._per_channel("std", std),
-            "interpolation": interpolation,
-            "crop_pct": crop_pct,
-            "crop_mode": crop_mode,
-        }
         given = {name: value for name, value in given.items() if value is not None}
         if not given:
             return self
         resize = {"resize_size": 0} if {"image_size", "crop_pct"} & given.keys() else {}
         source = f"{self.source}, except {', '.join(given)} as asked for"
-        return self.from_dict({**self.as_dict(), **resize, **given, "source": source})
-
-    def _per_channel(self, name: str, value: object) -> tuple[Any, ...] | None:
-        if value is None:
-            return None
-        values = tuple(value) if isinstance(value, list | tuple) else (value,)
-        if len(values) not in (1, self.channels):
-            raise UsageError(
-                f"The {name} has {len(values)} values, but the network takes "
-                f"{self.channels} channels.",
-                f"Give one value, or {self.channels}.",
-            )
-        return values * (self.channels // len(values))
+        for name in {"mean", "std"} & given.keys():
+            values = given[name] if isinstance(given[name], list | tuple) else (given[name],)
+            if len(values) not in (1, self.channels):
+                raise UsageError(
+                    f"The {name} has {len(values)} values, but the network takes "
+                    f"{self.channels} channels.",
+                    f"Give one value, or {self.channels}.",
+                )
+            given[name] = tuple(values) * (self.channels // len(values))
+        return self.from_dict({**self.as_dict(), **resize, "source": source, **given})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values as JSON can hold them; :meth:`from_dict` reads them back."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        values: dict[str, Any] = plain(self)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
@@ -190,42 +160,36 @@ class Preprocessing:
     def transform(self) -> Callable[[Image], torch.Tensor]:
         """Return the evaluation transform: an image to ``(C, H, W)`` float32, normalised.
 
-        Raises:
-            UsageError: the network's channels are not an image's (not 1, 3 or 4).
+        It raises what :func:`~van_deploy.model.pixels.pixels_from_image` does.
         """
         import torch
 
-        from van_deploy.model.pixels import image_mode, normalised, pixels_from_image
+        from van_deploy.model.pixels import normalised, pixels_from_image
 
-        image_mode(self.channels)
-
-        def transform(image: Image) -> torch.Tensor:
-            return torch.from_numpy(normalised(pixels_from_image(image, self)[None], self)[0])
-
-        return transform
-
-    @property
-    def geometry(self) -> str:
-        """What is done to the sides, in a few words."""
-        ratio = _resized(self.image_size, float(f"{self.crop_pct:g}")) == self.resize_size
-        size = self.resize_size
-        resize = str(size) if isinstance(size, int) else size_text(size)
-        crop = f"crop {self.crop_pct:g}" if ratio else f"resize {resize}"
-        return crop if self.crop_mode == "center" else f"{crop}, {self.crop_mode}"
+        return lambda image: torch.from_numpy(
+            normalised(pixels_from_image(image, self)[None], self)[0]
+        )
 
     def __str__(self) -> str:
         """Return the values in one line, without their source."""
-        mean = "/".join(f"{value:g}" for value in self.mean)
-        std = "/".join(f"{value:g}" for value in self.std)
-        size = size_text(self.image_size)
-        return f"{size} {self.interpolation}, {self.geometry}, mean {mean}, std {std}"
+        size, mode = (
+            size_text(self.image_size),
+            "" if self.crop_mode == "center" else self.crop_mode,
+        )
+        is_ratio = _resized(self.image_size, float(f"{self.crop_pct:g}")) == self.resize_size
+        resize = (
+            self.resize_size if isinstance(self.resize_size, int) else size_text(self.resize_size)
+        )
+        crop = f"crop {self.crop_pct:g}" if is_ratio else f"resize {resize}"
+        mean, std = ("/".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
+        parts = (f"{size} {self.interpolation}", crop, mode, f"mean {mean}", f"std {std}")
+        return ", ".join(filter(None, parts))
 
 
 def _resized(size: ImageSize, crop_pct: float) -> ImageSize:
     """Return timm's resized size, of which ``crop_pct`` is cut out."""
-    if isinstance(size, int):
-        return math.floor(size / crop_pct)
-    return math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct)
+    height, width = (math.floor(side / crop_pct) for side in sides_of(size))
+    return height if isinstance(size, int) else (height, width)
 
 
 _ADAPTER = TypeAdapter(Preprocessing)

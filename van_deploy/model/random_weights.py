@@ -13,11 +13,10 @@ import hashlib
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torch.optim.swa_utils import update_bn
 
 from van_deploy.model.van import VAN, Block
 from van_deploy.model.variants import VanConfig
-
-__all__ = ["random_van", "sha256_of_state", "smooth_pictures"]
 
 _PICTURES, _SIDE = 4, 96
 _LONG_STAGE = 3  # blocks
@@ -33,7 +32,7 @@ def random_van(config: VanConfig, seed: int = 0) -> VAN:
         torch.manual_seed(seed)
         model = VAN(config).requires_grad_(False)
         _move_affines_(model)
-        _fit_statistics_(model, smooth_pictures(_PICTURES, config.in_chans, _SIDE))
+        update_bn([smooth_pictures(_PICTURES, config.in_chans, _SIDE)], model)
     return model.eval()
 
 
@@ -81,16 +80,3 @@ def _move_affines_(model: VAN) -> None:
         for name, parameter in model.get_submodule(f"block{stage}").named_parameters():
             if "layer_scale" in name:
                 parameter.mul_(min(1.0, _LONG_STAGE / depth))
-
-
-def _fit_statistics_(model: VAN, pictures: Tensor) -> None:
-    """Set every BatchNorm's running statistics to those of ``pictures``."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average of all batches seen
-    model.train()
-    model(pictures)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum

@@ -27,10 +27,8 @@ def _default_cfg(name: str) -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, OFFICIAL.image_size, OFFICIAL.image_size),
-        "pool_size": (7, 7),
         "crop_pct": OFFICIAL.crop_pct,
         "interpolation": OFFICIAL.interpolation,
-        "fixed_input_size": False,
         "mean": OFFICIAL.mean,
         "std": OFFICIAL.std,
         "first_conv": "patch_embed1.proj",

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 
 from van_deploy.model.variants import VanConfig
 
-__all__ = ["HEAD_LAYERS", "LKA", "VAN", "Attention", "Block", "DWConv", "Mlp", "PatchEmbed"]
-
 STAGES = 4
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish)
@@ -163,29 +161,21 @@ class VAN(nn.Module):
         step = drop_path_rate / max(config.blocks - 1, 1)
         drop_paths = (step * index for index in range(config.blocks))
         previous = config.in_chans
-        for index, (dim, hidden) in enumerate(
-            zip(config.embed_dims, config.hidden_dims, strict=True)
-        ):
-            kernel, stride, name = config.patch_sizes[index], config.strides[index], index + 1
-            blocks = [
-                Block(dim, hidden, config, drop_rate, next(drop_paths))
-                for _ in range(config.depths[index])
-            ]
-            self.add_module(f"patch_embed{name}", PatchEmbed(previous, dim, kernel, stride))
-            self.add_module(f"block{name}", nn.ModuleList(blocks))
-            self.add_module(f"norm{name}", nn.LayerNorm(dim, eps=config.layer_norm_eps))
-            reduction = math.prod(config.strides[:name])
-            self.feature_info.append(
-                {"num_chs": dim, "reduction": reduction, "module": f"norm{name}"}
-            )
+        for stage, dim in enumerate(config.embed_dims, start=1):
+            kernel, stride = config.patch_sizes[stage - 1], config.strides[stage - 1]
+            hidden, depth = config.hidden_dims[stage - 1], config.depths[stage - 1]
+            blocks = [Block(dim, hidden, config, drop_rate, next(drop_paths)) for _ in range(depth)]
+            self.add_module(f"patch_embed{stage}", PatchEmbed(previous, dim, kernel, stride))
+            self.add_module(f"block{stage}", nn.ModuleList(blocks))
+            self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=config.layer_norm_eps))
+            facts = {"num_chs": dim, "reduction": math.prod(config.strides[:stage])}
+            self.feature_info.append({**facts, "module": f"norm{stage}"})
             previous = dim
         _require_pooling(config.num_classes, global_pool)
         self.global_pool, self.num_classes = global_pool, config.num_classes
         self.head: nn.Module = nn.Sequential(*_layers(config))
         if not config.head:
-            self.head = (
-                nn.Linear(previous, config.num_classes) if config.num_classes else nn.Identity()
-            )
+            self.head = _linear(previous, config.num_classes)
         if not next(self.parameters()).is_meta:
             self.apply(_initialise_)
 
@@ -264,7 +254,7 @@ class VAN(nn.Module):
         pool = self.global_pool if global_pool is None else global_pool
         _require_pooling(num_classes, pool)
         self.global_pool, self.num_classes = pool, num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = _linear(self.num_features, num_classes)
         self.head.apply(_initialise_)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -274,6 +264,10 @@ class VAN(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Return the parameters weight decay should leave alone."""
         return {name for name, _ in self.named_parameters() if "layer_scale" in name}
+
+
+def _linear(features: int, classes: int) -> nn.Module:
+    return nn.Linear(features, classes) if classes else nn.Identity()
 
 
 def _require_pooling(num_classes: int, global_pool: str) -> None:

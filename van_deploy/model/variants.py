@@ -11,13 +11,11 @@ b4's accuracy, mmpretrain's model zoo.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.errors import UsageError
-
-__all__ = ["CONFIG", "PROCESSOR", "VARIANTS", "HubFile", "VanConfig", "Variant", "variant_named"]
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 """What stands beside weights, by Transformers' and timm's names."""
@@ -77,17 +75,14 @@ class VanConfig:
             UsageError: a stage is not there, or named twice.
         """
         last = len(self.depths) - 1
-        if not out_indices or set(out_indices) - set(range(last + 1)):
-            wrong = next((i for i in out_indices if not 0 <= i <= last), None)
-            raise UsageError(
-                "No stage is asked for." if wrong is None else f"There is no stage {wrong}.",
-                f"The stages of --out-indices are numbered from 0 to {last}, as in OpenMMLab's "
-                "and timm's out_indices.",
-            )
+        wrong = [f"There is no stage {i}." for i in out_indices if not 0 <= i <= last]
         if len(set(out_indices)) != len(out_indices):
+            wrong.append(f"A stage is asked for twice: {', '.join(map(str, out_indices))}.")
+        if wrong or not out_indices:
             raise UsageError(
-                f"A stage is asked for twice: {', '.join(map(str, out_indices))}.",
-                "Give each index of --out-indices once.",
+                wrong[0] if wrong else "No stage is asked for.",
+                f"Give the stages of --out-indices once each; they are numbered from 0 to {last}, "
+                "as in OpenMMLab's and timm's out_indices.",
             )
         return replace(self, num_classes=0, head=(), out_indices=tuple(sorted(out_indices)))
 
@@ -105,6 +100,12 @@ class VanConfig:
     def hidden_dims(self) -> tuple[int, ...]:
         """Channels inside each stage's MLP."""
         return tuple(round(d * r) for d, r in zip(self.embed_dims, self.mlp_ratios, strict=True))
+
+    @property
+    def body(self) -> dict[str, tuple[int, ...]]:
+        """What a published variant fixes: all but the two ends."""
+        names = ("embed_dims", "depths", "hidden_dims", "lka_kernels")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def blocks(self) -> int:
@@ -211,15 +212,25 @@ class Variant:
     top1: float | None = None
     weights: HubFile | None = None
     weights_note: str = ""
-    aliases: tuple[str, ...] = field(default=())
+    aliases: tuple[str, ...] = ()
 
 
-def _official(size: str, file: str) -> HubFile:
-    return HubFile(f"Visual-Attention-Network/VAN-{size}-original", file)
+def _public(
+    name: str, dims: tuple[int, ...], depths: tuple[int, ...], top1: float, size: str
+) -> Variant:
+    """Return a variant with public weights, whose size and accuracy are in their file's name."""
+    file = HubFile(
+        f"Visual-Attention-Network/VAN-{size.title()}-original",
+        f"van_{size}_{top1 * 10:.0f}.pth.tar",
+    )
+    return Variant(name, VanConfig(dims, depths), top1, file, aliases=(f"van_{size}",))
 
 
-_NARROW = (32, 64, 160, 256)
 _USUAL = (64, 128, 320, 512)
+_MMPRETRAIN = (
+    "the only public ImageNet-1K weights are mmpretrain's "
+    "(van-b4_3rdparty_in1k_*.pth): download that file and pass it with --weights FILE"
+)
 _ONLY_21K = (
     "only ImageNet-21K weights were published (by mmpretrain): pass a checkpoint "
     "of your own with --weights FILE, or try the export with --weights random"
@@ -228,43 +239,11 @@ _ONLY_21K = (
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant(
-            "van_b0",
-            VanConfig(_NARROW, (3, 3, 5, 2)),
-            75.4,
-            _official("Tiny", "van_tiny_754.pth.tar"),
-            aliases=("van_tiny",),
-        ),
-        Variant(
-            "van_b1",
-            VanConfig(_USUAL, (2, 2, 4, 2)),
-            81.1,
-            _official("Small", "van_small_811.pth.tar"),
-            aliases=("van_small",),
-        ),
-        Variant(
-            "van_b2",
-            VanConfig(_USUAL, (3, 3, 12, 3)),
-            82.8,
-            _official("Base", "van_base_828.pth.tar"),
-            aliases=("van_base",),
-        ),
-        Variant(
-            "van_b3",
-            VanConfig(_USUAL, (3, 5, 27, 3)),
-            83.9,
-            _official("Large", "van_large_839.pth.tar"),
-            aliases=("van_large",),
-        ),
-        Variant(
-            "van_b4",
-            VanConfig(_USUAL, (3, 6, 40, 3)),
-            84.1,
-            weights_note=(
-                "the only public ImageNet-1K weights are mmpretrain's "
-                "(van-b4_3rdparty_in1k_*.pth): download that file and pass it with --weights FILE"
-            ),
-        ),
+        _public("van_b0", (32, 64, 160, 256), (3, 3, 5, 2), 75.4, "tiny"),
+        _public("van_b1", _USUAL, (2, 2, 4, 2), 81.1, "small"),
+        _public("van_b2", _USUAL, (3, 3, 12, 3), 82.8, "base"),
+        _public("van_b3", _USUAL, (3, 5, 27, 3), 83.9, "large"),
+        Variant("van_b4", VanConfig(_USUAL, (3, 6, 40, 3)), 84.1, weights_note=_MMPRETRAIN),
         Variant("van_b5", VanConfig((96, 192, 480, 768), (3, 3, 24, 3)), weights_note=_ONLY_21K),
         Variant("van_b6", VanConfig((96, 192, 384, 768), (6, 6, 90, 6)), weights_note=_ONLY_21K),
     )
@@ -278,9 +257,8 @@ def variant_named(name: str) -> Variant:
         UsageError: there is none; the nearest names are given.
     """
     wanted = name.lower().replace("-", "_")
-    for variant in VARIANTS.values():
-        if wanted == variant.name or wanted in variant.aliases:
-            return variant
+    if found := next((v for v in VARIANTS.values() if wanted in (v.name, *v.aliases)), None):
+        return found
     near = difflib.get_close_matches(wanted, list(VARIANTS), n=3, cutoff=0.5)
     guess = f"Did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(
@@ -288,3 +266,8 @@ def variant_named(name: str) -> Variant:
         f"{guess}Known variants: {', '.join(VARIANTS)} (see `van-deploy list`); "
         "a checkpoint is given by its path, such as ./mine.pth.",
     )
+
+
+def variant_of(config: VanConfig) -> str | None:
+    """Return the published variant with this architecture (classes and channels aside)."""
+    return next((n for n, known in VARIANTS.items() if known.config.body == config.body), None)

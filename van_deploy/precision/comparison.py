@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,19 +23,24 @@ from van_deploy.checks.gates import (
 )
 from van_deploy.checks.rules import at_least, judge_loss, judge_numbers, paired_loss
 from van_deploy.checks.samples import LOGITS, Outputs
-from van_deploy.errors import ConversionError, ImageError
+from van_deploy.config import QuantizeSettings
+from van_deploy.errors import ConversionError
 from van_deploy.graph.shapes import fixed_batch, with_dynamic_batch_
 from van_deploy.intervals import wilson_interval
 from van_deploy.metrics import Task, find_flips, sqnr_db
+from van_deploy.precision.job_images import JobImages
 from van_deploy.precision.sensitivity import labels_lost
 from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
 
-__all__ = ["Candidate", "PrecisionRow", "compare_precisions", "logits_session", "recommended"]
+if TYPE_CHECKING:
+    from van_deploy.precision.int8 import Int8
 
 ROUNDS = 11  # of timing
 
 Images = npt.NDArray[np.float32]
 Logits = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+Row = dict[str, Any]
 Run = Callable[[Images], Logits]
 
 
@@ -47,199 +52,155 @@ class Candidate:
         name: what the table calls it: its precision, with its scope or how it runs.
         precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``, which decides its gate.
         model: the graph.
+        int8: how it was quantised, where it was.
     """
 
     name: str
     precision: str
     model: ModelProto
-
-
-@dataclass(frozen=True)
-class PrecisionRow:
-    """One line of the comparison; the reference is FP32.
-
-    Attributes:
-        name: of the candidate.
-        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
-        size_bytes: of the file.
-        sqnr_db: of the logits over all images, or of the worst feature map.
-        cosine: smallest of any image.
-        kl: mean over the images, in nats; None where there are no classes, as the next one.
-        agreement: share (0..1) of images with the same label.
-        images: how many.
-        correct: how many were classified right, or None without labels.
-        ms_per_image: median in the target's runtime, or None where it was not measured.
-        passed: whether it holds its gate; None for FP32 itself.
-        failures: what it does not hold.
-        doubts: what the images are too few to decide.
-        agreement_interval: of 95 %, of ``agreement``; None likewise.
-    """
-
-    name: str
-    precision: str
-    size_bytes: int
-    sqnr_db: float
-    cosine: float
-    kl: float | None
-    agreement: float | None
-    images: int
-    correct: int | None
-    ms_per_image: float | None
-    passed: bool | None
-    failures: tuple[str, ...]
-    doubts: tuple[str, ...]
-    agreement_interval: tuple[float, float] | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the line as JSON can hold it, with top-1's interval; infinite figures as None."""
-        known = self.correct is not None
-        values = {
-            **asdict(self),
-            "top1_interval": wilson_interval(self.correct or 0, self.images) if known else None,
-        }
-        return {
-            key: None if isinstance(value, float) and not np.isfinite(value) else value
-            for key, value in values.items()
-        }
+    int8: Int8 | None = None
 
 
 def compare_precisions(
     candidates: Sequence[Candidate],
-    batches: Iterable[tuple[Images, Sequence[int]]],
-    labels: npt.NDArray[np.int64] | None,
-    *,
-    fuse: bool,
-    judged: bool,
+    images: JobImages,
+    settings: QuantizeSettings,
     outputs: Outputs = LOGITS,
-    max_drop: float | None = None,
     providers: Sequence[str] = (),
-    threads: int | None = None,
-) -> tuple[PrecisionRow, ...]:
+) -> list[Row]:
     """Return one line for each candidate; the first one, FP32, is the reference.
+
+    The logits are always judged; a loss of accuracy only where the user named an evaluation set.
+    A line is what the manifest holds; figures that are infinite or not known are None:
+
+    - ``name`` and ``precision`` of the candidate, ``size_bytes`` of the file, ``images`` compared;
+    - ``sqnr_db`` of the logits over all images, or of the worst feature map; the smallest
+      ``cosine`` of any image; the mean ``kl`` in nats; the ``agreement``, the share (0..1) of
+      images with the same label, with the 95 % ``agreement_interval``;
+    - ``correct``, how many were classified right, with the ``top1_interval``;
+    - ``ms_per_image``, the median in the target's runtime;
+    - ``passed``, whether it holds its gate (None for FP32 itself), ``failures``, what it does not
+      hold, and ``doubts``, what the images are too few to decide.
 
     Args:
         candidates: the graphs, FP32 first.
-        batches: images ``(n, C, S, S)`` with their numbers.
-        labels: of all images by number, or None.
-        fuse: see :func:`logits_session`.
-        judged: whether the images were given to judge accuracy on, so that a loss of
-            accuracy is a gate; the logits always are.
+        images: whose evaluation set is run.
+        settings: the target, the budget, and ONNX Runtime's threads.
         outputs: of the network.
-        max_drop: points that may be lost instead of what the class allows.
         providers: of ONNX Runtime to time an image in; none to measure no time.
-        threads: of ONNX Runtime.
 
     Raises:
-        ImageError: no image could be read.
         ConversionError: ONNX Runtime refuses a graph.
     """
+    fuse, threads = settings.target == "cpu", settings.threads
     runs = [
         logits_session(c.model, fuse=fuse, threads=threads, outputs=outputs) for c in candidates
     ]
     pieces: list[list[Logits]] = [[] for _ in runs]
     numbers: list[int] = []
-    first: Images | None = None
-    for images, found in batches:
-        first = images[:1] if first is None else first
+    for batch, found in images.read(images.judges, 32):
         numbers += found
         for run, logits in zip(runs, pieces, strict=True):
-            logits.append(run(images))
-    if first is None:
-        raise ImageError("There is no image to compare on.", "Pass a folder with --eval DIR.")
-    known = None if labels is None or outputs.widths else labels[numbers]
-    times: list[float | None] = [None] * len(runs)
+            logits.append(run(batch))
+    known, judged = images.judges.labels, images.named and not outputs.widths
+    labels = None if known is None or outputs.widths else known[numbers]
+    times: Sequence[float | None] = [None] * len(runs)
     if providers:
-        times = list(_interleaved_ms(candidates, first, providers, threads, outputs))
-    reference = np.concatenate(pieces[0])
-    return tuple(
-        _row(candidate, reference, np.concatenate(logits), known, ms, judged, max_drop, outputs)
-        for candidate, logits, ms in zip(candidates, pieces, times, strict=True)
-    )
+        image = images.few(images.judges, 1)
+        times = _interleaved_ms(candidates, image, providers, threads, outputs)
+    expected, rows = np.concatenate(pieces[0]), []
+    for candidate, logits, ms in zip(candidates, pieces, times, strict=True):
+        actual = np.concatenate(logits)
+        findings = []
+        if judged and candidate.precision != "fp32":
+            findings = _findings(candidate.precision, expected, actual, labels, settings.max_drop)
+        rows.append(_row(candidate, expected, actual, labels, outputs, findings, ms))
+    return rows
 
 
 def _row(
     candidate: Candidate,
     expected: Logits,
     found: Logits,
-    labels: npt.NDArray[np.int64] | None,
-    ms: float | None,
-    judged: bool,
-    max_drop: float | None,
+    labels: Labels | None,
     outputs: Outputs,
-) -> PrecisionRow:
-    figures = outputs.compare(expected, found)
-    same = figures.top1_agreement
-    agreeing = None if same is None else round(same * figures.images)
-    findings: list[Finding] = []
-    if candidate.precision != "fp32":
+    findings: Sequence[Finding],
+    ms: float | None,
+) -> Row:
+    figures, lossless = outputs.compare(expected, found), candidate.precision == "fp32"
+    if not findings and not lossless:
         floor = sqnr_floor(candidate.precision, np.inf)
         findings = [at_least("SQNR", figures.sqnr_db, floor)]
-        if judged and not outputs.widths:
-            findings = _findings(candidate.precision, expected, found, labels, max_drop)
-    failures, doubts = (
-        tuple(finding.message for finding in findings if finding.outcome is outcome)
+    said = {
+        outcome: tuple(finding.message for finding in findings if finding.outcome is outcome)
         for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
-    )
-    return PrecisionRow(
-        candidate.name,
-        candidate.precision,
-        candidate.model.ByteSize(),
-        figures.sqnr_db,
-        figures.cosine,
-        figures.kl,
-        same,
-        figures.images,
-        None if labels is None else int((found.argmax(axis=1) == labels).sum()),
-        ms,
-        None if candidate.precision == "fp32" else not failures,
-        failures,
-        doubts,
-        None if agreeing is None else wilson_interval(agreeing, figures.images),
-    )
+    }
+    same, count = figures.top1_agreement, figures.images
+    correct = None if labels is None else int((found.argmax(axis=1) == labels).sum())
+    row: Row = {
+        "name": candidate.name,
+        "precision": candidate.precision,
+        "size_bytes": candidate.model.ByteSize(),
+        "sqnr_db": figures.sqnr_db,
+        "cosine": figures.cosine,
+        "kl": figures.kl,
+        "agreement": same,
+        "images": count,
+        "correct": correct,
+        "ms_per_image": ms,
+        "passed": None if lossless else not said[Outcome.FAIL],
+        "failures": said[Outcome.FAIL],
+        "doubts": said[Outcome.INCONCLUSIVE],
+        "agreement_interval": None if same is None else wilson_interval(round(same * count), count),
+        "top1_interval": None if correct is None else wilson_interval(correct, count),
+    }
+    infinite = [
+        k for k, value in row.items() if isinstance(value, float) and not np.isfinite(value)
+    ]
+    return row | dict.fromkeys(infinite)
 
 
 def _findings(
     precision: str,
     expected: Logits,
     found: Logits,
-    labels: npt.NDArray[np.int64] | None,
+    labels: Labels | None,
     max_drop: float | None,
 ) -> list[Finding]:
-    """Return what the rules say: to the logits, and to accuracy where that is judged."""
-    floor = sqnr_floor(precision, np.inf)
+    """Return what the rules of an evaluation set say: to the logits, and to the accuracy."""
+    floor, allowed = sqnr_floor(precision, np.inf), allowed_loss(precision)
     quality = sqnr_db(expected, found)
-    what = "agreement" if labels is None else "top-1"
     won = 0 if labels is None else labels_lost(found, expected, labels)
     loss = paired_loss(labels_lost(expected, found, labels), won, len(expected))
-    allowed = allowed_loss(precision)
     if max_drop is not None and precision == "int8":
         allowed = Limit(max_drop, "--max-drop")
     if precision in LOSSY:
+        what = "agreement" if labels is None else "top-1"
         return [at_least("SQNR", quality, floor), judge_loss(loss, allowed, what)]
-    margin = flip_margin(floor.value)
-    flips = find_flips(expected, found, Task.SINGLE_LABEL, margin)
+    flips = find_flips(expected, found, Task.SINGLE_LABEL, flip_margin(floor.value))
     return judge_numbers(loss, allowed, quality, floor, flips)
 
 
-def recommended(rows: Sequence[PrecisionRow], made: PrecisionRow) -> tuple[str | None, str]:
+def recommended(rows: Sequence[Row], made: Row) -> tuple[str | None, str]:
     """Return the fastest candidate that holds its gate, and why; None where no time was measured.
 
     Args:
         rows: FP32 first.
         made: the line of the graph that was asked for.
     """
-    if not made.passed:
-        return None, f"{made.name.upper()} does not hold its gate: {'; '.join(made.failures)}"
-    size = f"{rows[0].size_bytes / made.size_bytes:.2f} times smaller than FP32"
-    times = {r.name: r.ms_per_image for r in rows if r.ms_per_image and r.passed is not False}
-    if not times:
+    name = made["name"]
+    if not made["passed"]:
+        return None, f"{name.upper()} does not hold its gate: {'; '.join(made['failures'])}"
+    size = f"{rows[0]['size_bytes'] / made['size_bytes']:.2f} times smaller than FP32"
+    fit = [row for row in rows if row["ms_per_image"] and row["passed"] is not False]
+    if not fit:
         return None, f"speed not measured: compare engines with `bench`; {size}"
-    best = min(times, key=lambda name: times[name])
-    if best != made.name:
-        slower = times[made.name] / times[best]
-        return best, f"{made.name.upper()} takes {slower:.2f} times as long here"
-    gain = times[rows[0].name] / times[best]
-    return best, f"{gain:.2f} times the speed of FP32 here, {size}"
+    best = min(fit, key=lambda row: row["ms_per_image"])
+    if best is not made:
+        slower = made["ms_per_image"] / best["ms_per_image"]
+        return best["name"], f"{name.upper()} takes {slower:.2f} times as long here"
+    gain = rows[0]["ms_per_image"] / best["ms_per_image"]
+    return name, f"{gain:.2f} times the speed of FP32 here, {size}"
 
 
 def logits_session(
@@ -311,17 +272,8 @@ def _interleaved_ms(
 
     Turn about, so that what else the machine does falls on all of them alike.
     """
-    runs = [
-        logits_session(
-            c.model,
-            fuse=True,
-            threads=threads,
-            providers=providers,
-            in_turns=True,
-            outputs=outputs,
-        )
-        for c in candidates
-    ]
+    how: dict[str, Any] = {"threads": threads, "providers": providers, "outputs": outputs}
+    runs = [logits_session(c.model, fuse=True, in_turns=True, **how) for c in candidates]
     times: list[list[float]] = [[] for _ in runs]
     for number in range(ROUNDS + 1):
         for run, taken in zip(runs, times, strict=True):

@@ -40,8 +40,6 @@ from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
 from van_deploy.precision.observers import ChannelRange
 from van_deploy.precision.scales import ChannelAffine, Floats, percentile_range
 
-__all__ = ["TECHNIQUES", "Equalization", "ShiftScale", "equalize"]
-
 TECHNIQUES = ("cross_layer", "shift_scale", "shift")
 
 STRENGTH = 0.75
@@ -97,20 +95,31 @@ def equalize(
         techniques: some of :data:`TECHNIQUES`.
     """
     changed = Equalization(replace(network, model=copy.deepcopy(network.model)))
+
+    def absorb_(tensor: str, source: str, reader: str) -> None:
+        """Change ``tensor``, which ``source`` decides by channel and ``reader`` alone reads."""
+        made, read = _conv(changed, source), _conv(changed, reader)
+        shift = "shift" in techniques and tensor == source and read.kernel_size == (1, 1)
+        affine = _affine(ranges[tensor], shift=shift, scale=True)
+        factor = torch.from_numpy(affine.factor)
+        made.weight.copy_(made.weight.double() / factor[:, None, None, None])
+        _set_bias_(made, (_bias(made) - torch.from_numpy(affine.shift)) / factor)
+        _take_in_(read, affine)
+        changed.affines[tensor] = affine
+
     for name, block in _blocks(changed.network.model):
         unit, mlp = f"{name}.attn.spatial_gating_unit", f"{name}.mlp"
-        site = _Site(changed, ranges, "shift" in techniques)
-        if "cross_layer" in techniques:
-            gate = block.attn.spatial_gating_unit
-            if f"{unit}.conv_spatial" in layers:
-                site.absorb_(f"{unit}.conv0", gate.conv0, gate.conv_spatial)
-            if f"{mlp}.dwconv.dwconv" in layers:
-                site.absorb_(f"{mlp}.fc1", block.mlp.fc1, block.mlp.dwconv.dwconv)
-            if f"{unit}.conv1" in layers:
-                site.absorb_(f"{unit}.conv_spatial", gate.conv_spatial, gate.conv1)
-            if f"{name}.attn.proj_2" in layers:
-                site.absorb_(unit, gate.conv1, block.attn.proj_2)
-                changed.affines[f"{unit}.conv1"] = changed.affines[unit]
+        sites = (
+            (f"{unit}.conv0", f"{unit}.conv0", f"{unit}.conv_spatial"),
+            (f"{mlp}.fc1", f"{mlp}.fc1", f"{mlp}.dwconv.dwconv"),
+            (f"{unit}.conv_spatial", f"{unit}.conv_spatial", f"{unit}.conv1"),
+            (unit, f"{unit}.conv1", f"{name}.attn.proj_2"),
+        )
+        for tensor, source, reader in sites if "cross_layer" in techniques else ():
+            if reader in layers:
+                absorb_(tensor, source, reader)
+        if unit in changed.affines:
+            changed.affines[f"{unit}.conv1"] = changed.affines[unit]
         if "shift_scale" in techniques and f"{mlp}.fc2" in layers:
             affine = _affine(ranges[f"{mlp}.act"], shift=True, scale=True)
             changed.inserted[f"{mlp}.fc2"] = affine
@@ -120,26 +129,6 @@ def equalize(
         for stage in network.model.config.stages:
             _shift_stream_(changed, ranges, layers, stage)
     return changed
-
-
-@dataclass(frozen=True)
-class _Site:
-    """Where a tensor stands between two linear modules: it can be another one."""
-
-    changed: Equalization
-    ranges: Mapping[str, ChannelRange]
-    shift: bool
-
-    def absorb_(self, tensor: str, source: nn.Conv2d, reader: nn.Conv2d) -> None:
-        """Change ``tensor``, which ``source`` decides by channel and ``reader`` alone reads."""
-        made_by_source = self.changed.network.model.get_submodule(tensor) is source
-        shift = self.shift and made_by_source and reader.kernel_size == (1, 1)
-        affine = _affine(self.ranges[tensor], shift=shift, scale=True)
-        factor = torch.from_numpy(affine.factor)
-        source.weight.copy_(source.weight.double() / factor[:, None, None, None])
-        _set_bias_(source, (_bias(source) - torch.from_numpy(affine.shift)) / factor)
-        _take_in_(reader, affine)
-        self.changed.affines[tensor] = affine
 
 
 def _affine(record: ChannelRange, *, shift: bool, scale: bool) -> ChannelAffine:

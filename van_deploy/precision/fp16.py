@@ -19,15 +19,6 @@ from onnx.helper import find_min_ir_version_for
 
 from van_deploy.errors import ConversionError, UsageError
 
-__all__ = [
-    "BF16_OPSET",
-    "DEFAULT_KEEP",
-    "bf16_from_fp32",
-    "fp16_from_fp32",
-    "kept_nodes",
-    "usually_kept",
-]
-
 DEFAULT_KEEP = ("norm1", "norm2", "norm3", "norm4", "head")
 """Modules that stay FP32: the stages' LayerNorms, the mean behind the last, and the head."""
 
@@ -54,19 +45,16 @@ def kept_nodes(model: ModelProto, keep: Sequence[str]) -> dict[str, str]:
     names = [node.name for node in model.graph.node]
     for entry in keep:
         matched = [name for name in names if name == entry or name.startswith(f"{entry}.")]
-        if not matched:
-            try:
-                pattern = re.compile(entry)
-            except re.error as error:
-                raise UsageError(
-                    f"'{entry}' is neither a module nor a regular expression: {error}.",
-                    "Name modules as `van-deploy inspect` does, for instance block1.0.mlp.",
-                ) from error
-            matched = [name for name in names if pattern.fullmatch(name)]
+        wrong = ""
+        try:
+            matched = matched or [name for name in names if re.fullmatch(entry, name)]
+        except re.error as error:
+            wrong = f", and as a regular expression it is wrong: {error}"
         if not matched:
             raise UsageError(
-                f"There is nothing called '{entry}' to keep in FP32.",
-                f"Modules are called like '{names[len(names) // 2]}', or a part before a dot.",
+                f"There is nothing called '{entry}' to keep in FP32{wrong}.",
+                "Name modules as `van-deploy inspect` does, for instance "
+                f"'{names[len(names) // 2]}' or a part before a dot.",
             )
         found |= dict.fromkeys(matched, f"'{entry}' is kept")
     return found
@@ -154,30 +142,17 @@ class _Halving:
 
     def _convert_(self, node: ir.Node, place: int, value: ir.Value, wanted: ir.DataType) -> None:
         if value.is_initializer() and not any(n.name in self.kept for n, _ in value.uses()):
-            self._store_(value)
+            value.const_value, value.dtype = _stored(value, str(value.name), wanted), wanted
             return
         if (value, wanted) not in self.copies:
             self.copies[value, wanted] = self._copy(node, value, wanted)
         node.replace_input_with(place, self.copies[value, wanted])
 
-    def _store_(self, value: ir.Value) -> None:
-        stored = value.const_value
-        if stored is not None:
-            halves = stored.numpy().astype(self.kind.numpy())
-            value.const_value = ir.tensor(halves, name=value.name)
-            value.dtype = self.kind
-
     def _copy(self, node: ir.Node, value: ir.Value, kind: ir.DataType) -> ir.Value:
         """Return ``value`` as ``kind``: a stored copy, or a Cast put before ``node``."""
         name = f"{value.name}.{_SUFFIXES[kind]}"
         if value.is_initializer():
-            copy = ir.Value(
-                name=name,
-                shape=value.shape,
-                type=ir.TensorType(FLOAT),
-                const_value=value.const_value,
-            )
-            self._store_(copy)
+            copy = ir.val(name, const_value=_stored(value, name, kind))
             self.graph.register_initializer(copy)
             return copy
         cast_ = _cast(value, name, kind)
@@ -194,9 +169,13 @@ class _Halving:
         self.graph.outputs[self.graph.outputs.index(value)] = cast_.outputs[0]
 
 
+def _stored(value: ir.Value, name: str, kind: ir.DataType) -> ir.TensorProtocol:
+    """Return a stored value's numbers as ``kind``."""
+    numbers = cast("ir.TensorProtocol", value.const_value).numpy()
+    return ir.tensor(numbers.astype(kind.numpy()), name=name)
+
+
 def _cast(value: ir.Value, name: str, kind: ir.DataType) -> ir.Node:
     """Return a Cast of ``value`` to ``kind``, whose output is called ``name``."""
-    node = ir.node("Cast", [value], {"to": kind}, name=f"{name}.cast")
-    made = node.outputs[0]
-    made.name, made.dtype, made.shape = name, kind, value.shape
-    return node
+    made = ir.val(name, kind, value.shape)
+    return ir.node("Cast", [value], {"to": kind}, outputs=[made], name=f"{name}.cast")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,13 @@ from van_deploy.precision.job_images import JobImages
 from van_deploy.precision.observers import ChannelRange
 from van_deploy.precision.plan import QuantizationPlan, make_plan, multiply_adds
 from van_deploy.precision.qdq import qdq_for_cpu, qdq_for_tensorrt
-from van_deploy.precision.scales import ChannelAffine, Method
 from van_deploy.precision.sensitivity import (
-    SearchReport,
     labels_lost,
     rank_layers,
     require_resolution,
     search_kept,
 )
 from van_deploy.precision.simulate import CORRECTION_IMAGES, bias_corrected, logits
-
-__all__ = ["Int8", "Int8Maker", "TechniqueGain"]
 
 CONFIRMING_IMAGES = 48
 """Held-out images that techniques are confirmed on; :data:`RANKING_IMAGES` rank layers."""
@@ -40,57 +36,54 @@ Images = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class TechniqueGain:
-    """What one technique brought on top of those kept before it.
-
-    Attributes:
-        name: ``scales``, ``bias_correction``, or one of :data:`TECHNIQUES`.
-        before_db: SQNR of the logits of the held-out images before it; None for ``scales``.
-        after_db: and with it, biases corrected anew.
-        kept: whether it is in the result.
-    """
-
-    name: str
-    before_db: float | None
-    after_db: float
-    kept: bool
-
-
-@dataclass(frozen=True)
 class Int8:
     """A network in INT8.
 
     Attributes:
         plan: what is quantised, and how.
         model: the graph for the target.
-        techniques: what each brought.
+        techniques: what each brought on top of those kept before it: its ``name`` (``scales``,
+            ``bias_correction``, or one of :data:`TECHNIQUES`), the SQNR of the logits of the
+            held-out images ``before_db`` (None for ``scales``) and ``after_db``, biases corrected
+            anew, and whether it is ``kept``.
         share: of the multiply-adds that run in INT8, 0..1.
-        affines: by tensor, how it differs from the FP32 graph's.
-        search: for a budget, what was kept in higher precision.
+        search: for a budget, what was kept in higher precision, and why.
     """
 
     plan: QuantizationPlan
     model: ModelProto
-    techniques: tuple[TechniqueGain, ...]
+    techniques: Sequence[Mapping[str, Any]]
     share: float
-    affines: Mapping[str, ChannelAffine]
-    search: SearchReport | None = None
+    search: Mapping[str, Any] | None = None
 
     def scales(self) -> dict[str, float]:
         """Return the scale of each quantised activation that has one, by its name in the graph."""
         plan = self.plan
         found = {plan.network.reads[name]: plan.layers[name].input for name in plan.convolutions}
-        return {name: float(f"{float(q.scale):.6g}") for name, q in found.items()}
+        return {name: short(q.scale) for name, q in found.items()}
+
+    def channels(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Return how tensors differ from the FP32 graph's: ``(theirs - shift) / factor``."""
+        return {
+            f"{tensor}.{part}": getattr(affine, part).astype(np.float32)
+            for tensor, affine in self.plan.affines.items()
+            for part in ("shift", "factor")
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Return what was decided, for the manifest."""
         found = {
             "quantized": len(self.plan.convolutions),
             "int8_share": self.share,
-            "techniques": [asdict(gain) for gain in self.techniques],
+            "techniques": list(self.techniques),
             "scales": self.scales(),
         }
-        return found if self.search is None else {**found, "search": self.search.as_dict()}
+        return found if self.search is None else {**found, "search": dict(self.search)}
+
+
+def short(value: npt.ArrayLike) -> float:
+    """Return ``value`` with six significant digits, so that files can be compared by eye."""
+    return float(f"{float(value):.6g}")  # type: ignore[arg-type]
 
 
 class Int8Maker:
@@ -127,59 +120,56 @@ class Int8Maker:
         Raises:
             ImageError: the budget is smaller than one image.
         """
-        max_drop, search = self.settings.max_drop, None
-        if max_drop is not None:
-            require_resolution(max_drop, len(self.images.others))
-        plan, affines, gains = self._confirmed(layers)
-        if max_drop is not None:
-            search = self._searched(plan, gains, max_drop)
-            plan = plan.without(search.kept)
-        final = self._corrected(plan, gains)
-        share = sum(self.work[name] for name in final.convolutions) / sum(self.work.values())
-        return Int8(final, self._graph(final), gains, share, affines, search)
+        budget, search = self.settings.max_drop, None
+        if budget is not None:
+            require_resolution(budget, len(self.images.others))
+        plan, gains = self._confirmed(layers)
+        correct = any(gain["kept"] and gain["name"] == "bias_correction" for gain in gains)
 
-    def _confirmed(
-        self, layers: Sequence[str]
-    ) -> tuple[QuantizationPlan, Mapping[str, ChannelAffine], tuple[TechniqueGain, ...]]:
+        def finished(plan: QuantizationPlan) -> tuple[QuantizationPlan, ModelProto]:
+            plan = bias_corrected(plan, self.correcting) if correct else plan
+            return plan, self._graph(plan)
+
+        if budget is not None:
+            search = self._searched(plan, lambda candidate: finished(candidate)[1], budget)
+            plan = plan.without(search["kept"])
+        plan, model = finished(plan)
+        share = sum(self.work[name] for name in plan.convolutions) / sum(self.work.values())
+        return Int8(plan, model, gains, share, search)
+
+    def _confirmed(self, layers: Sequence[str]) -> tuple[QuantizationPlan, list[dict[str, Any]]]:
         """Return the plan with every technique that held-out images confirm, uncorrected."""
-        wanted = ["bias_correction"] if self.settings.bias_correction else []
-        if self.settings.equalize:
-            added = self.settings.target == "tensorrt"
-            wanted += [name for name in TECHNIQUES if added or name != "shift_scale"]
-        expected = logits(QuantizationPlan(self.network), self.confirming)
-        gains: list[TechniqueGain] = []
-        best: tuple[QuantizationPlan, Mapping[str, ChannelAffine]]
-        best_db: float | None = None
-        for name in ("scales", *wanted):
+        asked, gains = self.settings, list[dict[str, Any]]()
+        wanted = ["scales", "bias_correction"] if asked.bias_correction else ["scales"]
+        if asked.equalize:
+            wanted += [n for n in TECHNIQUES if asked.target == "tensorrt" or n != "shift_scale"]
+        best = QuantizationPlan(self.network)
+        expected, best_db = logits(best, self.confirming), None
+        for name in wanted:
             self.images.watch.begin(f"Trying {name.replace('_', ' ')}")
-            trial = [*(gain.name for gain in gains if gain.kept), name]
-            changed = equalize(self.network, self.ranges, layers, trial)
+            trial = [*(gain["name"] for gain in gains if gain["kept"]), name]
             plan = make_plan(
-                changed,
+                equalize(self.network, self.ranges, layers, trial),
                 self.ranges,
                 layers,
-                target=self.settings.target,
-                method=Method(self.settings.method),
-                percentile=self.settings.percentile,
+                target=asked.target,
+                method=asked.method,
+                percentile=asked.percentile,
             )
             tried = bias_corrected(plan, self.correcting) if "bias_correction" in trial else plan
             found = sqnr_db(expected, logits(tried, self.confirming))
             kept = best_db is None or found > best_db
-            gains.append(TechniqueGain(name, best_db, found, kept))
+            gains.append({"name": name, "before_db": best_db, "after_db": found, "kept": kept})
             if kept:
-                best, best_db = (plan, changed.affines), found
-        return (*best, tuple(gains))
-
-    def _corrected(
-        self, plan: QuantizationPlan, gains: Sequence[TechniqueGain]
-    ) -> QuantizationPlan:
-        if any(gain.kept and gain.name == "bias_correction" for gain in gains):
-            return bias_corrected(plan, self.correcting)
-        return plan
+                best, best_db = plan, found
+        return best, gains
 
     def _searched(
-        self, plan: QuantizationPlan, gains: Sequence[TechniqueGain], max_drop: float
-    ) -> SearchReport:
+        self,
+        plan: QuantizationPlan,
+        graph_of: Callable[[QuantizationPlan], ModelProto],
+        budget: float,
+    ) -> dict[str, Any]:
         """Return what to keep in higher precision.
 
         Layers are ranked one at a time in PyTorch; what holds the budget is the graph that
@@ -192,12 +182,11 @@ class Int8Maker:
         known = None if labels is None else labels[numbers]
 
         def lost(candidate: QuantizationPlan) -> int:
-            found = self._logits(self._graph(self._corrected(candidate, gains)))[0]
-            return labels_lost(expected, found, known)
+            return labels_lost(expected, self._logits(graph_of(candidate))[0], known)
 
         of = "agreement" if labels is None else "top-1"
         limit = self.settings.evaluations
-        return search_kept(plan, ranking, lost, max_drop, len(numbers), of=of, limit=limit)
+        return search_kept(plan, ranking, lost, budget, len(numbers), of=of, limit=limit)
 
     def _logits(self, model: ModelProto) -> tuple[Images, list[int]]:
         """Return the logits of the images to search on, and the images' numbers."""

@@ -10,35 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
-from van_deploy.calibration_set import CalibrationSet, ImageSelection, calibration_set_named
+from van_deploy.calibration_set import ImageSelection, calibration_set_named
 from van_deploy.config import QuantizeSettings
-from van_deploy.data import (
-    ImageSet,
-    decoded_batches,
-    image_set,
-    sample_set,
-    with_labels_if_known,
-)
+from van_deploy.data import ImageSet, decoded_batches, image_set, labelled_images, sample_set
 from van_deploy.data.calibration import choose, digits_set, noise_set, refuse_overlap, split
-from van_deploy.errors import ImageError, UsageError
+from van_deploy.errors import ImageError, InputError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.stopwatch import Stopwatch
 
-__all__ = ["MOST_UNREADABLE", "JobImages", "choose_images", "images_for", "spread_over"]
-
-NO_IMAGES = (
-    "INT8 needs images to calibrate on, and none were given.",
-    "Pass --images DIR (about 512 training images), or a set with --calibration NAME. "
-    "Noise is used only with --calibrate-on-noise, and fits no real picture.",
-)
 MOST_UNREADABLE = 0.01
 """Largest share of the images that may be unreadable."""
 
 NOISE_IMAGES = 64
 
 Images = npt.NDArray[np.float32]
-Batch = tuple[Images, list[int]]
 
 
 @dataclass
@@ -70,7 +56,7 @@ class JobImages:
             return self.calibration
         return replace(self.calibration, items=(*self.calibration.items, *self.held_out.items))
 
-    def read(self, chosen: ImageSet, batch: int) -> Iterator[Batch]:
+    def read(self, chosen: ImageSet, batch: int) -> Iterator[tuple[Images, list[int]]]:
         """Yield network input ``(n, C, S, S)`` float32 with the numbers of its images."""
         for part in decoded_batches(
             chosen.items, self.preprocessing, batch, most_unreadable=MOST_UNREADABLE
@@ -85,54 +71,34 @@ class JobImages:
         return np.concatenate([part for part, _ in self.read(spread_over(chosen, count), 16)])
 
 
-def images_for(
-    bundle: Bundle,
-    settings: QuantizeSettings,
-    watch: Stopwatch,
-    *,
-    images: Path | None,
-    calibration: CalibrationSet | str | None,
-    evaluate: Path | None,
-) -> JobImages:
+def images_for(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) -> JobImages:
     """Return the images of a quantisation.
 
     Args:
         bundle: whose network is quantised.
-        settings: what is made.
+        settings: what is made, and from which images.
         watch: told how far the reading is.
-        images: folder or ``.npz`` to calibrate on.
-        calibration: a set, or the name or path of one.
-        evaluate: folder to judge on; by default a part of the calibration images.
 
     Raises:
-        UsageError: noise and images were both asked for.
         ImageError: there are none, or one is on both sides.
+        RecipeError: there is no such calibration set, or it is wrong.
     """
-    found = calibration_set_named(calibration) if isinstance(calibration, str) else calibration
-    selection = found.images if found else ImageSelection()
+    images, name = settings.sources
+    if images is None and name is None and bundle.name == EMBEDDED_NAME:
+        name = "digits"
+    selection = calibration_set_named(name).images if name else ImageSelection()
     preprocessing = bundle.manifest.preprocessing
     if settings.noise:
-        if images is not None or found is not None:
-            raise UsageError(
-                "--calibrate-on-noise and images to calibrate on were both given.",
-                "Leave one of them out; images are always better.",
-            )
         chosen = noise_set(NOISE_IMAGES, preprocessing, selection.seed)
-    elif images is not None or found is not None:
-        chosen = choose_images(selection, images)
-    elif bundle.name == EMBEDDED_NAME:
-        chosen = choose_images(calibration_set_named("digits").images)
-    elif settings.precision != "int8":
+    elif images is None and name is None and settings.precision != "int8":
         chosen = sample_set("", preprocessing)
     else:
-        raise ImageError(*NO_IMAGES)
-    judges = None
-    if evaluate is not None:
-        judges = _labelled(bundle, image_set(evaluate), settings)
+        chosen = choose_images(selection, images)
+    chosen, judges = _labelled(bundle, chosen, settings), None
+    if settings.evaluate is not None:
+        judges = _labelled(bundle, image_set(settings.evaluate), settings)
         refuse_overlap(chosen, judges)
-    calibrated, held_out = split(
-        _labelled(bundle, chosen, settings), selection.held_out, selection.seed
-    )
+    calibrated, held_out = split(chosen, selection.held_out, selection.seed)
     named = judges is not None
     return JobImages(calibrated, held_out, judges or held_out, named, preprocessing, watch)
 
@@ -142,13 +108,14 @@ def _labelled(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> I
     manifest = bundle.manifest
     if manifest.architecture.out_indices:  # feature maps are of no class
         return images
-    classes = manifest.architecture.num_classes
-    order = settings.class_order
-    labelled, why = with_labels_if_known(images, classes, manifest.class_names, order)
-    if why and any(item.group for item in images.items):
-        described = f"{images.description}, without labels: {why.splitlines()[0].rstrip('.:')}"
-        return replace(images, description=described)
-    return labelled
+    classes, order = manifest.architecture.num_classes, settings.class_order
+    try:
+        return labelled_images(images, classes, manifest.class_names, class_order=order)
+    except InputError as error:
+        if not any(item.group for item in images.items):
+            return images
+        why = error.message.splitlines()[0].rstrip(".:")
+        return replace(images, description=f"{images.description}, without labels: {why}")
 
 
 def choose_images(selection: ImageSelection, images: Path | None = None) -> ImageSet:
@@ -161,15 +128,16 @@ def choose_images(selection: ImageSelection, images: Path | None = None) -> Imag
     Raises:
         ImageError: there are none, or they are not the ones the set names.
     """
-    if selection.source == "noise":
-        raise UsageError(*NO_IMAGES)
     if selection.source == "digits" and images is None:
         found = digits_set("train")
+    elif images or selection.path:
+        found = image_set(images or selection.path)
     else:
-        path = images or (Path(selection.path) if selection.path else None)
-        if path is None:
-            raise ImageError(*NO_IMAGES)
-        found = image_set(path)
+        raise ImageError(
+            "INT8 needs images to calibrate on, and none were given.",
+            "Pass --images DIR (about 512 training images), or a set with --calibration NAME. "
+            "Noise is used only with --calibrate-on-noise, and fits no real image.",
+        )
     chosen = choose(found, selection.count, seed=selection.seed, balanced=selection.balanced)
     if selection.digest and images is None and chosen.digest != selection.digest:
         raise ImageError(

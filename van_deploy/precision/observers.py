@@ -19,10 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from van_deploy.errors import ConversionError, ImageError
+from van_deploy.errors import ConversionError
 from van_deploy.graph.rebuilt import RebuiltVan
-
-__all__ = ["BINS", "ChannelRange", "bin_values", "images_at_once", "observe", "range_of"]
 
 MANTISSA_BITS = 3
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -15, 16
@@ -49,12 +47,12 @@ class ChannelRange:
     Attributes:
         minimum: ``(C,)`` smallest values.
         maximum: ``(C,)`` largest values.
-        counts: ``(C, BINS)`` how often each bin occurred; None where it was not counted.
+        counts: ``(C, BINS)`` how often each bin occurred; ``(C, 0)`` where it was not counted.
     """
 
     minimum: Floats
     maximum: Floats
-    counts: npt.NDArray[np.uint32] | None = None
+    counts: npt.NDArray[np.uint32]
 
     @property
     def largest(self) -> float:
@@ -65,8 +63,7 @@ class ChannelRange:
         """Take in more values of the same tensor."""
         np.minimum(self.minimum, values.minimum, out=self.minimum)
         np.maximum(self.maximum, values.maximum, out=self.maximum)
-        if self.counts is not None and values.counts is not None:
-            np.add(self.counts, values.counts, out=self.counts)
+        np.add(self.counts, values.counts, out=self.counts)
 
 
 @functools.cache
@@ -80,16 +77,11 @@ def bin_values() -> Floats:
 
 
 def range_of(values: Tensor, counted: bool) -> ChannelRange:
-    """Return the range of ``values (N, C, H, W)`` or ``(N, C)``, float32.
-
-    Raises:
-        ValueError: some are infinite or NaN.
-    """
+    """Return the range of ``values (N, C, H, W)`` or ``(N, C)``, float32."""
     rows = values.movedim(1, -1).reshape(-1, values.shape[1])  # a view of channels-last values
     low, high = rows.amin(0).double().numpy(), rows.amax(0).double().numpy()
-    if not np.isfinite([low, high]).all():
-        raise ValueError("infinite or NaN")
-    return ChannelRange(low, high, _counts(rows) if counted else None)
+    none = np.zeros((len(low), 0), np.uint32)
+    return ChannelRange(low, high, _counts(rows) if counted else none)
 
 
 def _counts(rows: Tensor) -> npt.NDArray[np.uint32]:
@@ -124,19 +116,17 @@ def observe(
         counted: tensors whose values are counted.
 
     Raises:
-        ImageError: there was no image.
         ConversionError: a tensor became infinite or NaN.
     """
     ranges: dict[str, ChannelRange] = {}
 
     def add(tensor: str, values: Tensor) -> None:
-        try:
-            found = range_of(values, tensor in counted)
-        except ValueError as error:
+        found = range_of(values, tensor in counted)
+        if not np.isfinite([found.minimum, found.maximum]).all():
             raise ConversionError(
-                f"The tensor '{tensor}' is {error} on the calibration images.",
+                f"The tensor '{tensor}' is infinite or NaN on the calibration images.",
                 "Check the weights with `van-deploy inspect`, and the images' preprocessing.",
-            ) from None
+            )
         if tensor in ranges:
             ranges[tensor].add_(found)
         else:
@@ -152,8 +142,4 @@ def observe(
             stack.callback(hook.remove)
         for images in batches:
             network.model(torch.from_numpy(images).contiguous(memory_format=torch.channels_last))
-    if not ranges:
-        raise ImageError(
-            "There is no image to record ranges on.", "Pass a folder with --images DIR."
-        )
     return ranges

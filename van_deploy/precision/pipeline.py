@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
-import numpy.typing as npt
 from onnx import ModelProto, checker, load_model
 from torch import nn
 
-from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
-from van_deploy.calibration_set import CalibrationSet
+from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.checks.golden import golden_samples
 from van_deploy.checks.judging import judge_new
 from van_deploy.checks.samples import Outputs
@@ -25,19 +23,9 @@ from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.rebuilt import van_from_onnx
 from van_deploy.manifest import GraphFacts, Precision
-from van_deploy.precision.comparison import (
-    Candidate,
-    PrecisionRow,
-    compare_precisions,
-    recommended,
-)
-from van_deploy.precision.fp16 import (
-    bf16_from_fp32,
-    fp16_from_fp32,
-    kept_nodes,
-    usually_kept,
-)
-from van_deploy.precision.int8 import Int8, Int8Maker
+from van_deploy.precision.comparison import Candidate, compare_precisions, recommended
+from van_deploy.precision.fp16 import bf16_from_fp32, fp16_from_fp32, kept_nodes, usually_kept
+from van_deploy.precision.int8 import Int8, Int8Maker, short
 from van_deploy.precision.job_images import JobImages, images_for
 from van_deploy.precision.observers import ChannelRange, images_at_once, observe
 from van_deploy.precision.plan import SCOPES, counted_tensors, layers_in_scope
@@ -45,8 +33,6 @@ from van_deploy.precision.range_audit import audit_ranges
 from van_deploy.provenance import code_digest, tool_versions
 from van_deploy.runners.onnxruntime import require_onnxruntime
 from van_deploy.stopwatch import Progress, Stopwatch
-
-__all__ = ["QuantizeResult", "quantize_bundle"]
 
 
 @dataclass(frozen=True)
@@ -96,9 +82,6 @@ def quantize_bundle(
     path: str | Path,
     settings: QuantizeSettings | None = None,
     *,
-    images: Path | None = None,
-    calibration: CalibrationSet | str | None = None,
-    evaluate: Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeResult:
@@ -106,17 +89,14 @@ def quantize_bundle(
 
     Args:
         path: the bundle.
-        settings: what to make; INT8 for TensorRT by default.
-        images: folder or ``.npz`` of images to calibrate on, or, for FP16, to
-            audit the ranges on.
-        calibration: a calibration set, or the name or path of one.
-        evaluate: folder of images to judge on; by default the held-out part of
-            the calibration images, on which only the logits are judged.
+        settings: what to make, and on which images; INT8 for TensorRT by default. Where they
+            name no evaluation set, the held-out part of the calibration images judges, and only
+            the logits are judged.
         force: make it anew even if it is there already.
         progress: told what is being done.
 
     Raises:
-        UsageError: the request contradicts itself.
+        UsageError: a budget is asked for of a network without classes.
         BundleError: there is no bundle, or it is not what its manifest says.
         ImageError: there are no images, too few for the budget, too many cannot be read,
             or an image is used both to calibrate and to judge.
@@ -132,42 +112,27 @@ def quantize_bundle(
             "Leave it out, and keep layers with --keep.",
         )
     watch = Stopwatch(progress)
-    chosen = images_for(
-        opened, asked, watch, images=images, calibration=calibration, evaluate=evaluate
-    )
-    job = _Job(opened, asked, chosen, watch)
+    job = _Job(opened, asked, images_for(opened, asked, watch))
     name = asked.artefact
     reason = "asked to (--force)" if force else opened.why_anew(name, job.ingredients())
-    if not reason:
-        facts = opened.artefact(name).quantization
-        why = "the weights, graph, images, settings and versions are those it was made from"
-        return QuantizeResult(
-            opened, name, True, why, facts, allow_inconclusive=asked.allow_inconclusive
-        )
-    job.make_()
-    written = Bundle.open(path)
-    facts = written.artefact(name).quantization
-    return QuantizeResult(
-        written, name, False, reason, facts, dict(watch.seconds), asked.allow_inconclusive
-    )
+    reused = not reason
+    if reused:
+        reason = "the weights, graph, images, settings and versions are those it was made from"
+    else:
+        job.make_()
+        opened = Bundle.open(path)
+    facts, inconclusive = opened.artefact(name).quantization, asked.allow_inconclusive
+    return QuantizeResult(opened, name, reused, reason, facts, dict(watch.seconds), inconclusive)
 
 
+@dataclass
 class _Job:
     """One quantisation, from an open bundle to a new artefact in it."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        settings: QuantizeSettings,
-        images: JobImages,
-        watch: Stopwatch,
-    ) -> None:
-        self.bundle = bundle
-        self.settings = settings
-        self.images = images
-        self.watch = watch
-        self.facts: dict[str, Any] = {}
-        self.record: dict[str, float] = {}
+    bundle: Bundle
+    settings: QuantizeSettings
+    images: JobImages
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def ingredients(self) -> dict[str, Any]:
         """Return everything that decides what the result will hold."""
@@ -188,26 +153,22 @@ class _Job:
 
     def make_(self) -> None:
         """Make the graph that was asked for, judge it, and write it into the bundle."""
+        asked, images = self.settings, self.images
         model = load_model(self.bundle.verified("fp32"))
         network = van_from_onnx(model, self.bundle.manifest.architecture)
-        asked = self.settings
         by_user = kept_nodes(model, asked.keep)
-        scopes: dict[str, tuple[str, ...]] = {}
-        if asked.precision == "int8":
-            scopes = _scopes(asked, network.model, by_user)
-        every = set().union(*scopes.values())
-        counted = counted_tensors(network, every, asked.target)
-        self.watch.begin("Recording ranges")
-        height, width = self.images.preprocessing.sides
-        read = self.images.read(self.images.calibration, images_at_once(height * width))
-        ranges = observe(network, (images for images, _ in read), counted)
+        scopes = _scopes(asked, network.model, by_user) if asked.precision == "int8" else {}
+        counted = counted_tensors(network, set().union(*scopes.values()), asked.target)
+        images.watch.begin("Recording ranges")
+        height, width = images.preprocessing.sides
+        read = images.read(images.calibration, images_at_once(height * width))
+        ranges = observe(network, (batch for batch, _ in read), counted)
         kept = self.kept(model, ranges, by_user)
-        made: dict[str, Int8] = {}
         self.facts["calibration"] = {
-            "images": len(self.images.calibration) - len(self.images.unreadable),
-            "description": self.images.calibration.description,
-            "noise": self.images.calibration.noise,
-            "unreadable": list(self.images.unreadable),
+            "images": len(images.calibration) - len(images.unreadable),
+            "description": images.calibration.description,
+            "noise": images.calibration.noise,
+            "unreadable": list(images.unreadable),
         }
         candidates = [Candidate("fp32", "fp32", model)]
         if asked.precision == "bf16":
@@ -218,20 +179,14 @@ class _Job:
             half = fp16_from_fp32(model, usual, half_io=half_io)
             candidates.append(Candidate("fp16", "fp16", half))
         if scopes:
-            maker = Int8Maker(model, network, ranges, asked, kept, self.images)
-            made = {name: maker.make(layers) for name, layers in scopes.items()}
-            names = {s: "int8" if len(made) == 1 else f"int8 {s}" for s in made}
-            candidates += [Candidate(names[s], "int8", m.model) for s, m in made.items()]
-        row = self.compare_(candidates)
-        graph = next(c.model for c in candidates if c.name == row.name)
-        int8 = next((result for result in made.values() if result.model is graph), None)
-        if int8 is not None:
-            self.facts |= {"method": asked.method, **int8.as_dict()}
-        self.judge_(graph)
-        self.write_(graph, ranges, int8)
+            maker = Int8Maker(model, network, ranges, asked, kept, images)
+            for scope, layers in scopes.items():
+                made = maker.make(layers)
+                candidates.append(Candidate(f"int8 {scope}".strip(), "int8", made.model, made))
+        self.write_(self.compared(candidates), ranges)
 
     def kept(
-        self, model: ModelProto, ranges: Mapping[str, ChannelRange], asked: Mapping[str, str]
+        self, model: ModelProto, ranges: Mapping[str, ChannelRange], by_user: Mapping[str, str]
     ) -> Mapping[str, str]:
         """Return the nodes that stay FP32: the ones asked for, the usual ones, the audit's.
 
@@ -240,91 +195,79 @@ class _Job:
         """
         settings = self.settings
         if settings.precision == "int8" and settings.rest_precision == "fp32":
-            return asked
-        usual = usually_kept(model) if settings.keep_defaults else {}
-        if settings.precision == "bf16":  # which has FP32's range
-            self.facts["kept"] = {**usual, **asked}
-            return {**usual, **asked}
-        audit = audit_ranges(model, ranges, {*asked, *usual}, len(self.images.calibration))
-        if settings.strict:
-            audit.require_passed()
-        found = {**usual, **asked, **audit.kept}
-        self.facts |= {"audit": audit.as_dict(), "kept": found}
+            return by_user
+        found = {**(usually_kept(model) if settings.keep_defaults else {}), **by_user}
+        if settings.precision != "bf16":  # which has FP32's range
+            audit = audit_ranges(model, ranges, found, len(self.images.calibration))
+            if settings.strict:
+                audit.require_passed()
+            found |= audit.kept
+            self.facts["audit"] = audit.as_dict()
+        self.facts["kept"] = found
         return found
 
-    def compare_(self, candidates: Sequence[Candidate]) -> PrecisionRow:
-        """Check the new graphs, run them beside FP32, note the lines; return the chosen one's."""
-        self.watch.begin("Comparing")
-        asked = self.settings
+    def compared(self, candidates: Sequence[Candidate]) -> Candidate:
+        """Check the new graphs, run them beside FP32, note the lines; return the chosen one."""
+        asked, images = self.settings, self.images
+        images.watch.begin("Comparing")
         for candidate in candidates[1:]:
             _check(candidate.model)
-        rows = compare_precisions(
-            candidates,
-            self.images.read(self.images.judges, 32),
-            self.images.judges.labels,
-            fuse=asked.target == "cpu",
-            judged=self.images.named,
-            outputs=Outputs.of(
-                self.bundle.manifest.architecture, self.images.preprocessing.image_size
-            ),
-            max_drop=asked.max_drop,
-            providers=_timed_in(asked),
-            threads=asked.threads,
-        )
-        ours = [row for row in rows if row.precision == asked.precision]
-        chosen = min(ours, key=lambda row: (not row.passed, row.ms_per_image or 0.0))
+        size = images.preprocessing.image_size
+        outputs = Outputs.of(self.bundle.manifest.architecture, size)
+        rows = compare_precisions(candidates, images, asked, outputs, _timed_in(asked))
+        ours = [row for row in rows if row["precision"] == asked.precision]
+        chosen = min(ours, key=lambda row: (not row["passed"], row["ms_per_image"] or 0.0))
         best, why = recommended(rows, chosen)
         self.facts |= {
-            "judged_on": {"images": rows[0].images, "description": self.images.judges.description},
-            "comparison": [{**row.as_dict(), "requested": row is chosen} for row in rows],
+            "judged_on": {"images": chosen["images"], "description": images.judges.description},
+            "comparison": [{**row, "requested": row is chosen} for row in rows],
             "recommended": best,
             "why": why,
         }
-        return chosen
+        return candidates[rows.index(chosen)]
 
-    def judge_(self, graph: ModelProto) -> None:
-        """Judge the new graph on the bundle's golden samples, as verify will."""
+    def judged(self, graph: ModelProto) -> dict[str, float]:
+        """Judge the new graph on the bundle's golden samples, as verify will; return its SQNR."""
         if self.bundle.manifest.golden is None:
-            return
-        self.watch.begin("Judging on the golden samples")
-        samples = golden_samples(self.bundle)
-        judged, self.record = judge_new(
-            graph, self.settings.precision, samples, method=self.settings.method
-        )
+            return {}
+        self.images.watch.begin("Judging on the golden samples")
+        samples, method = golden_samples(self.bundle), self.settings.method
+        judged, record = judge_new(graph, self.settings.precision, samples, method=method)
         self.facts["judged"] = {"images": samples.description, **plain(judged)}
+        return record
 
-    def write_(
-        self, graph: ModelProto, ranges: Mapping[str, ChannelRange], int8: Int8 | None
-    ) -> None:
-        """Put the graph, its ranges and the facts into the bundle."""
-        self.watch.begin("Writing the bundle")
-        name = self.settings.artefact
-        file = f"model.{name}.onnx"
+    def write_(self, chosen: Candidate, ranges: Mapping[str, ChannelRange]) -> None:
+        """Judge the chosen graph, and put it, its ranges and the facts into the bundle."""
+        name, graph, int8 = self.settings.artefact, chosen.model, chosen.int8
+        if int8 is not None:
+            self.facts |= {"method": self.settings.method, **int8.as_dict()}
+        record, about = self.judged(graph), graph_facts(graph)
+        self.images.watch.begin("Writing the bundle")
+        file, others = f"model.{name}.onnx", [f"ranges.{name}.json"]
         with writing(self.bundle.path) as draft:
-            others = [f"ranges.{name}.json"]
-            draft.file(others[0]).write_text(
-                json.dumps(_summary(ranges, int8), indent=2) + "\n", encoding="utf-8"
-            )
-            if int8 is not None and int8.affines:
+            text = json.dumps(_summary(ranges, int8), indent=2)
+            draft.file(others[0]).write_text(text + "\n", encoding="utf-8")
+            if int8 is not None and int8.plan.affines:
                 others.append(f"channels.{name}.npz")
                 self.facts["channels"] = others[1]
                 with draft.file(others[1]).open("wb") as archive:
-                    np.savez_compressed(archive, **_channels(int8))  # type: ignore[arg-type]
+                    np.savez_compressed(archive, **int8.channels())  # type: ignore[arg-type]
+            files = [*save_onnx(graph, draft.file(file)), *others]
             draft.record(
                 Artefact(
                     name=name,
                     kind="onnx",
                     precision=cast("Precision", self.settings.precision),
                     file=file,
-                    files=dict.fromkeys([*_save(draft, file, graph), *others], ""),
+                    files=dict.fromkeys(files, ""),
                     made_from=Origin(name="fp32", sha256=self.bundle.artefact("fp32").sha256),
                     made_with=self.ingredients(),
-                    graph=graph_facts(graph),
+                    graph=about,
                     quantization=self.facts,
-                    golden_sqnr_db=self.record,
+                    golden_sqnr_db=record,
                 )
             )
-        self.watch.begin("")
+        self.images.watch.begin("")
 
 
 def _scopes(
@@ -358,26 +301,9 @@ def _timed_in(settings: QuantizeSettings) -> tuple[str, ...]:
 
 def _summary(ranges: Mapping[str, ChannelRange], int8: Int8 | None) -> dict[str, Any]:
     """Return the ends of every tensor, and the scales: short numbers, to be read."""
-    ends = {
-        name: [_short(record.minimum.min()), _short(record.maximum.max())]
-        for name, record in ranges.items()
-    }
+    ends = {n: [short(r.minimum.min()), short(r.maximum.max())] for n, r in ranges.items()}
     scales = {} if int8 is None else int8.scales()
     return {"schema": "van-deploy/ranges/2", "ranges": ends, "scales": scales}
-
-
-def _short(value: float) -> float:
-    """Return ``value`` with six significant digits, so that files can be compared by eye."""
-    return float(f"{value:.6g}")
-
-
-def _channels(int8: Int8) -> dict[str, npt.NDArray[np.float32]]:
-    """Return how tensors differ from the FP32 graph's: ``(theirs - shift) / factor``."""
-    return {
-        f"{tensor}.{part}": getattr(affine, part).astype(np.float32)
-        for tensor, affine in int8.affines.items()
-        for part in ("shift", "factor")
-    }
 
 
 def _check(graph: ModelProto) -> None:
@@ -388,9 +314,3 @@ def _check(graph: ModelProto) -> None:
             f"The converted graph is not valid ONNX: {error}",
             "Please report it, with the command and the network's architecture.",
         ) from error
-
-
-def _save(draft: Draft, file: str, graph: ModelProto) -> list[str]:
-    copy = ModelProto()
-    copy.CopyFrom(graph)
-    return save_onnx(copy, draft.file(file))

@@ -31,17 +31,6 @@ from van_deploy.precision.scales import (
     weight_scales,
 )
 
-__all__ = [
-    "SCOPES",
-    "LayerPlan",
-    "QuantizationPlan",
-    "counted_tensors",
-    "layers_in_scope",
-    "make_plan",
-    "multiply_adds",
-    "parameters",
-]
-
 SCOPES = ("pointwise", "deep", "all")
 
 GELU_ENDS = -4.0
@@ -78,11 +67,13 @@ class QuantizationPlan:
         layers: by module path, in the order they run.
         inserted: by module, what its input goes through in ``network`` and not in the graph
             that it was rebuilt from.
+        affines: by tensor, how it differs from that graph's.
     """
 
     network: RebuiltVan
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)
     inserted: Mapping[str, ChannelAffine] = field(default_factory=dict)
+    affines: Mapping[str, ChannelAffine] = field(default_factory=dict)
 
     @property
     def convolutions(self) -> tuple[str, ...]:
@@ -116,16 +107,14 @@ def layers_in_scope(
     """
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     convs = {n: m for n, m in modules.items() if isinstance(m, nn.Conv2d)}
+    named = {
+        "pointwise": {n for n, m in convs.items() if m.kernel_size == (1, 1) and m.groups == 1},
+        "deep": {name for name in convs if not _SHALLOW.match(name)},
+        "all": set(convs),
+    }
     found: set[str] = set()
     for entry in scope:
-        if entry == "pointwise":
-            found |= {n for n, m in convs.items() if m.kernel_size == (1, 1) and m.groups == 1}
-        elif entry == "all":
-            found |= set(convs)
-        elif entry == "deep":
-            found |= {name for name in convs if not _SHALLOW.match(name)}
-        else:
-            found |= _matching(entry, list(modules))
+        found |= named[entry] if entry in named else _matching(entry, list(modules))
     layers = tuple(name for name in modules if name in found and name not in kept)
     if not layers:
         raise UsageError(
@@ -137,19 +126,15 @@ def layers_in_scope(
 
 def _matching(expression: str, names: Sequence[str]) -> set[str]:
     try:
-        pattern = re.compile(expression)
+        found, wrong = {name for name in names if re.search(expression, name)}, ""
     except re.error as error:
-        raise UsageError(
-            f"The scope '{expression}' is neither {' nor '.join(SCOPES)} nor a regular "
-            f"expression: {error}.",
-            "Write for instance --scope 'block[34].*fc1'.",
-        ) from error
-    found = {name for name in names if pattern.search(name)}
+        found, wrong = set(), f" ({error})"
     if not found:
         raise UsageError(
-            f"The scope '{expression}' matches no convolution of this network.",
-            f"Write {', '.join(SCOPES)}, or a part of names like '{names[1]}', which "
-            "`van-deploy inspect` lists.",
+            f"The scope '{expression}' is neither {' nor '.join(SCOPES)} nor a regular expression "
+            f"for a convolution of this network{wrong}.",
+            f"Write for instance --scope 'block[34].*fc1': names are like '{names[1]}', and "
+            "`van-deploy inspect` lists them.",
         )
     return found
 
@@ -189,7 +174,7 @@ def make_plan(
     layers: Sequence[str],
     *,
     target: str = "tensorrt",
-    method: Method = Method.MSE,
+    method: Method = "mse",
     percentile: float = DEFAULT_PERCENTILE,
 ) -> QuantizationPlan:
     """Return the plan with every scale by ``method``.
@@ -228,7 +213,7 @@ def make_plan(
     if target == "cpu":
         gates = _gates(layers)
         chosen |= {gate: LayerPlan(scale_of(network.reads[f"{gate}.conv0"])) for gate in gates}
-    return QuantizationPlan(network, chosen, equalized.inserted)
+    return QuantizationPlan(network, chosen, equalized.inserted, affines)
 
 
 def parameters(network: RebuiltVan, name: str) -> tuple[Floats, Floats]:

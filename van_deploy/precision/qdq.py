@@ -27,8 +27,6 @@ from van_deploy.precision.fp16 import fp16_from_fp32
 from van_deploy.precision.plan import LayerPlan, QuantizationPlan, parameters
 from van_deploy.precision.scales import Quantizer, rounded
 
-__all__ = ["OPSET_FOR_HALF_SCALES", "qdq_for_cpu", "qdq_for_tensorrt"]
-
 OPSET_FOR_HALF_SCALES = 19
 """The first opset whose QuantizeLinear and DequantizeLinear take FP16 scales."""
 
@@ -179,13 +177,8 @@ class _Writer:
 
     def store(self, name: str, values: Array) -> ir.Value:
         """Return a new stored tensor."""
-        tensor = ir.tensor(np.ascontiguousarray(values).reshape(values.shape), name=name)
-        value = ir.Value(
-            name=name,
-            shape=ir.Shape(values.shape),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
+        array = np.ascontiguousarray(values).reshape(values.shape)  # a scalar stays one
+        value = ir.val(name, const_value=ir.tensor(array, name=name))
         self.graph.register_initializer(value)
         return value
 
@@ -193,10 +186,10 @@ class _Writer:
         self, before: ir.Node, operator: str, inputs: list[ir.Value], name: str, **more: int
     ) -> ir.Value:
         """Put a node before another one; return what it gives, called ``name``."""
-        node = ir.node(operator, inputs, more, name=f"{name}/{operator}")
-        node.outputs[0].name = name
+        made = ir.val(name)
+        node = ir.node(operator, inputs, more, outputs=[made], name=f"{name}/{operator}")
         self.graph.insert_before(before, node)
-        return node.outputs[0]
+        return made
 
     def finished(self) -> ModelProto:
         """Return the graph without the stored tensors that nothing reads any more."""
@@ -208,9 +201,7 @@ class _Writer:
 def _with_parameters(model: ModelProto, plan: QuantizationPlan) -> ModelProto:
     """Return the FP32 graph with the plan's weights and biases, and what was inserted."""
     writer = _Writer(model)
-    for node in list(writer.graph):
-        if node.op_type not in {"Conv", "Gemm"}:
-            continue
+    for node in [node for node in writer.graph if node.op_type in {"Conv", "Gemm"}]:
         name = str(node.name)
         for place, values in enumerate(parameters(plan.network, name), 1):
             if place < len(node.inputs):
@@ -220,13 +211,11 @@ def _with_parameters(model: ModelProto, plan: QuantizationPlan) -> ModelProto:
                 node.resize_inputs(place + 1)
                 node.replace_input_with(place, writer.store(f"{name}.bias", values))
         if name in plan.inserted:
-            for operator, values in zip(
-                ("Mul", "Add"), plan.inserted[name].multiply_add(), strict=True
-            ):
+            multiplier, offset = plan.inserted[name].multiply_add()
+            for operator, values in (("Mul", multiplier), ("Add", offset)):
                 constant = writer.store(f"{name}.{operator}.by", values.reshape(1, -1, 1, 1))
-                made = writer.insert(
-                    node, operator, [_input(node, 0), constant], f"{name}.{operator.lower()}"
-                )
+                given = [_input(node, 0), constant]
+                made = writer.insert(node, operator, given, f"{name}.{operator.lower()}")
                 node.replace_input_with(0, made)
     return writer.finished()
 

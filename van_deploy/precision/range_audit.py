@@ -14,8 +14,6 @@ from van_deploy.errors import GateFailed
 from van_deploy.precision.observers import ChannelRange
 from van_deploy.precision.scales import FP16_LARGEST
 
-__all__ = ["HEADROOM", "RangeAudit", "RangeProblem", "audit_ranges"]
-
 FP16_SMALLEST_NORMAL = 2.0**-14
 FP16_SMALLEST = 2.0**-25  # rounds to the smallest FP16 number; below it, to zero
 
@@ -107,54 +105,45 @@ def audit_ranges(
     """
     graph = ir.from_proto(model).graph
     largest = {name: record.largest for name, record in ranges.items()}
+    made = [value for node in graph for value in node.outputs]
+    stored = [v for v in graph.initializers.values() if v.dtype is ir.DataType.FLOAT]
     problems: list[RangeProblem] = []
     reasons: dict[str, str] = {}
-    for value in _values(graph):
-        name = str(value.name)
+    for value in (*graph.inputs, *made, *stored):
         nodes = [node for node, _ in value.uses()] + [value.producer()]
         concerned = {str(node.name) for node in nodes if node is not None} - set(kept)
-        if not concerned:
-            continue
-        if value.const_value is not None:
-            found = _weight_problem(name, value.const_value)
-        else:
-            found = _activation_problem(name, largest.get(name, 0.0))
-        if found is not None:
+        name = str(value.name)
+        found = _problem(name, value.const_value, largest.get(name, 0.0))
+        if concerned and found is not None:
             problems.append(found)
             reasons |= dict.fromkeys(concerned, f"'{name}' {found.problem}")
-    filled = {name: size for name, size in largest.items() if size > 0}
+    filled = [(name, size) for name, size in largest.items() if size > 0]
     return RangeAudit(
-        images,
-        HEADROOM,
-        max(filled.items(), key=lambda item: item[1]),
-        min(filled.items(), key=lambda item: item[1]),
-        tuple(problems),
-        {str(n.name): reasons[str(n.name)] for n in graph if n.name in reasons},
+        images=images,
+        headroom=HEADROOM,
+        largest_activation=max(filled, key=lambda item: item[1]),
+        smallest_activation=min(filled, key=lambda item: item[1]),
+        problems=tuple(problems),
+        kept={str(n.name): reasons[str(n.name)] for n in graph if n.name in reasons},
     )
 
 
-def _values(graph: ir.Graph) -> list[ir.Value]:
-    made = [value for node in graph for value in node.outputs]
-    stored = [v for v in graph.initializers.values() if v.dtype is ir.DataType.FLOAT]
-    return [*graph.inputs, *made, *stored]
+def _problem(name: str, stored: ir.TensorProtocol | None, largest: float) -> RangeProblem | None:
+    """Return what is wrong with a weight, or with a tensor of this largest magnitude, if anything.
 
-
-def _activation_problem(name: str, largest: float) -> RangeProblem | None:
-    if largest * HEADROOM > FP16_LARGEST:
-        return RangeProblem(name, largest, f"reaches {largest:g}, beyond half of FP16's 65504")
-    if 0 < largest < FP16_SMALLEST_NORMAL:
+    A weight fails where what FP16 rounds to zero matters; a tensor where it leaves FP16's range.
+    """
+    why = ""
+    if stored is not None:
+        magnitude = np.abs(stored.numpy().astype(np.float64)).ravel()
+        filled, largest = magnitude[magnitude > 0], float(magnitude.max(initial=0.0))
+        vanishing = filled[filled <= FP16_SMALLEST]
+        if largest > FP16_LARGEST:
+            why = f"holds {largest:g}, beyond FP16's 65504"
+        elif np.square(vanishing).sum() > LOST_ENERGY * np.square(filled).sum():
+            why = f"loses {vanishing.size} of its {filled.size} values, which FP16 rounds to zero"
+    elif largest * HEADROOM > FP16_LARGEST:
+        why = f"reaches {largest:g}, beyond half of FP16's 65504"
+    elif 0 < largest < FP16_SMALLEST_NORMAL:
         why = f"never passes {largest:g}, below FP16's smallest normal number 6.1e-5"
-        return RangeProblem(name, largest, why)
-    return None
-
-
-def _weight_problem(name: str, tensor: ir.TensorProtocol) -> RangeProblem | None:
-    magnitude = np.abs(tensor.numpy().astype(np.float64)).ravel()
-    filled, largest = magnitude[magnitude > 0], float(magnitude.max(initial=0.0))
-    vanishing = filled[filled <= FP16_SMALLEST]
-    if largest > FP16_LARGEST:
-        return RangeProblem(name, largest, f"holds {largest:g}, beyond FP16's 65504")
-    if np.square(vanishing).sum() > LOST_ENERGY * np.square(filled).sum():
-        why = f"loses {vanishing.size} of its {filled.size} values, which FP16 rounds to zero"
-        return RangeProblem(name, largest, why)
-    return None
+    return RangeProblem(name, largest, why) if why else None

@@ -9,38 +9,15 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from van_deploy.precision.observers import ChannelRange, bin_values
-
-__all__ = [
-    "DEFAULT_PERCENTILE",
-    "FP16_LARGEST",
-    "INT8_LIMIT",
-    "SMALLEST_SCALE",
-    "UNCHANGED",
-    "UNSIGNED_ZERO",
-    "ChannelAffine",
-    "Floats",
-    "Method",
-    "Quantizer",
-    "by_channel",
-    "cpu_weight_scales",
-    "pair_sums",
-    "percentile_range",
-    "rounded",
-    "storable_scales",
-    "symmetric",
-    "unsigned",
-    "weight_scales",
-]
 
 DEFAULT_PERCENTILE = 99.999
 """ONNX Runtime's default."""
@@ -74,12 +51,8 @@ _SMALLEST_CLIP = 1 / 64  # of the largest magnitude, where the search starts
 Floats = npt.NDArray[np.floating]
 
 
-class Method(str, enum.Enum):
-    """How a scale is read from a histogram."""
-
-    MINMAX = "minmax"
-    PERCENTILE = "percentile"
-    MSE = "mse"
+Method = Literal["minmax", "percentile", "mse"]
+"""How a scale is read from a histogram."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +178,7 @@ def symmetric(
     """
     low, high = _ends(record, method, percentile, affine)
     largest = max(high, -low)
-    if method is Method.MSE and largest > 0:
+    if method == "mse" and largest > 0:
         sums = _BinSums(record, affine)
         largest = _least(lambda clip: sums.error(clip / INT8_LIMIT, -clip, clip), largest)
     return Quantizer(storable_scales(largest / INT8_LIMIT))
@@ -232,7 +205,7 @@ def unsigned(
     """
     low, high = _ends(record, method, percentile, affine)
     low = max(low, lowest)
-    if method is Method.MSE and low < high:
+    if method == "mse" and low < high:
         sums = _BinSums(record, affine)
 
         def error(low: float, high: float) -> float:
@@ -259,7 +232,7 @@ def percentile_range(record: ChannelRange, percentile: float) -> tuple[Floats, F
 
     At each end at most the rest is cut off, by whole bins.
     """
-    low, high = _within(bin_values()[None], _counted(record), percentile)
+    low, high = _within(bin_values()[None], record.counts, percentile)
     return np.maximum(low, record.minimum), np.minimum(high, record.maximum)
 
 
@@ -278,8 +251,8 @@ def _ends(
 ) -> tuple[float, float]:
     """Return the ends of a whole tensor, zero between them; not yet where ``mse`` clips."""
     low, high = affine.of(record.minimum).min(), affine.of(record.maximum).max()
-    if method is Method.PERCENTILE:
-        counts = _counted(record)
+    if method == "percentile":
+        counts = record.counts
         values = np.broadcast_to(affine.of(bin_values()[:, None]).T, counts.shape)
         order = np.argsort(values, axis=None)
         found = _within(values.flat[order][None], counts.flat[order][None], percentile)
@@ -301,7 +274,7 @@ class _BinSums:
     """
 
     def __init__(self, record: ChannelRange, affine: ChannelAffine) -> None:
-        counts = _counted(record)
+        counts = record.counts
         if affine is UNCHANGED:  # all channels alike
             counts = counts.sum(axis=0, keepdims=True, dtype=np.uint64)
         used = np.flatnonzero(counts.any(axis=0))
@@ -339,9 +312,3 @@ def _least(error: Callable[[float], float], largest: float) -> float:
     best = int(np.argmin([error(float(clip)) for clip in grid]))
     around = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, _GRID - 1)], _GRID)
     return float(around[int(np.argmin([error(float(clip)) for clip in around]))])
-
-
-def _counted(record: ChannelRange) -> npt.NDArray[np.uint32]:
-    if record.counts is None:
-        raise ValueError("the values of this tensor were not counted")
-    return record.counts

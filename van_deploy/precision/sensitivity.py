@@ -22,16 +22,6 @@ from van_deploy.metrics import sqnr_db
 from van_deploy.precision.plan import QuantizationPlan
 from van_deploy.precision.simulate import logits
 
-__all__ = [
-    "LayerSensitivity",
-    "SearchReport",
-    "SearchTrial",
-    "labels_lost",
-    "rank_layers",
-    "require_resolution",
-    "search_kept",
-]
-
 Images = npt.NDArray[np.float32]
 
 
@@ -55,62 +45,8 @@ class LayerSensitivity:
         return self.sqnr_db + 10 * math.log10(max(self.share, 1e-12))
 
 
-@dataclass(frozen=True)
-class SearchTrial:
-    """One plan that was evaluated.
-
-    Attributes:
-        kept: how many of the worst layers were in higher precision.
-        lost: images whose label was lost.
-        holds: whether the budget holds.
-    """
-
-    kept: int
-    lost: int
-    holds: bool
-
-
-@dataclass(frozen=True)
-class SearchReport:
-    """What the search decided, and why.
-
-    Attributes:
-        max_drop: the budget, in percentage points.
-        images: how many it was searched on; none of them judges the result.
-        of: ``top-1``, or ``agreement`` where the images have no labels.
-        ranking: every layer, the worst first.
-        trials: every plan evaluated, in order.
-        kept: the layers returned to higher precision, the worst first.
-        share: of the network's multiply-adds that is left in INT8, 0..1.
-        passed: whether the budget was seen to hold.
-    """
-
-    max_drop: float
-    images: int
-    of: str
-    ranking: tuple[LayerSensitivity, ...]
-    trials: tuple[SearchTrial, ...]
-    kept: tuple[str, ...]
-    share: float
-    passed: bool
-
-    def reasons(self) -> Mapping[str, str]:
-        """Return why each kept layer was kept."""
-        return {
-            layer.name: f"alone it leaves {layer.sqnr_db:.1f} dB for {100 * layer.share:.1f} % "
-            f"of the work, number {place} of {len(self.ranking)}"
-            for place, layer in enumerate(self.ranking[: len(self.kept)], 1)
-        }
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures, ready for JSON."""
-        return {**asdict(self), "kept": dict(self.reasons())}
-
-
 def rank_layers(
-    plan: QuantizationPlan,
-    images: Images,
-    work: Mapping[str, int],
+    plan: QuantizationPlan, images: Images, work: Mapping[str, int]
 ) -> tuple[LayerSensitivity, ...]:
     """Return the layers of ``plan``, first the one that disturbs most for the work it does.
 
@@ -119,12 +55,11 @@ def rank_layers(
         images: ``(N, C, S, S)``; 32 are enough to put layers in order.
         work: multiply-adds of each layer, and of what is not quantised.
     """
-    total, layers = sum(work.values()), plan.convolutions
-    expected = logits(plan.without(layers), images)
-    found = []
-    for name in layers:
-        quality = sqnr_db(expected, logits(plan, images, name))
-        found.append(LayerSensitivity(name, quality, work[name] / total))
+    total, expected = sum(work.values()), logits(plan.without(plan.convolutions), images)
+    found = [
+        LayerSensitivity(name, sqnr_db(expected, logits(plan, images, name)), work[name] / total)
+        for name in plan.convolutions
+    ]
     return tuple(sorted(found, key=lambda layer: layer.worth_db))
 
 
@@ -168,8 +103,14 @@ def search_kept(
     *,
     of: str = "top-1",
     limit: int = 16,
-) -> SearchReport:
+) -> dict[str, Any]:
     """Return which of the worst layers must be kept in higher precision, the fewest that hold.
+
+    What the manifest keeps of it: the budget ``max_drop``, the ``images`` it was searched on, and
+    what is lost ``of`` them; the ``ranking``; every plan that was tried (``trials``: how many
+    layers were ``kept``, images ``lost``, whether the budget ``holds``); the layers to be ``kept``,
+    the worst first, each with the reason; the ``share`` of the multiply-adds that is left in INT8,
+    0..1; ``passed``, whether the budget was seen to hold.
 
     Args:
         plan: everything quantised.
@@ -180,13 +121,14 @@ def search_kept(
         of: what is lost, ``top-1`` or ``agreement``.
         limit: most evaluations.
     """
-    trials: dict[int, SearchTrial] = {}
+    trials: dict[int, dict[str, Any]] = {}
 
     def holds(kept: int) -> bool:
         if kept not in trials:
             count = lost(plan.without([layer.name for layer in ranking[:kept]]))
-            trials[kept] = SearchTrial(kept, count, 100 * count / images <= max_drop)
-        return trials[kept].holds
+            within = 100 * count / images <= max_drop
+            trials[kept] = {"kept": kept, "lost": count, "holds": within}
+        return bool(trials[kept]["holds"])
 
     failing, holding = -1, 0
     while len(trials) < limit and not holds(holding) and holding < len(ranking):
@@ -195,15 +137,20 @@ def search_kept(
         middle = (failing + holding) // 2
         failing, holding = (failing, middle) if holds(middle) else (middle, holding)
     kept = holding
-    if not (kept in trials and trials[kept].holds):
-        kept = min(trials.values(), key=lambda trial: (trial.lost, trial.kept)).kept
-    return SearchReport(
-        max_drop,
-        images,
-        of,
-        tuple(ranking),
-        tuple(trials.values()),
-        tuple(layer.name for layer in ranking[:kept]),
-        sum(layer.share for layer in ranking[kept:]),
-        trials[kept].holds,
-    )
+    if not (kept in trials and trials[kept]["holds"]):
+        kept = min(trials.values(), key=lambda trial: (trial["lost"], trial["kept"]))["kept"]
+    reasons = {
+        layer.name: f"alone it leaves {layer.sqnr_db:.1f} dB for {100 * layer.share:.1f} % "
+        f"of the work, number {place} of {len(ranking)}"
+        for place, layer in enumerate(ranking[:kept], 1)
+    }
+    return {
+        "max_drop": max_drop,
+        "images": images,
+        "of": of,
+        "ranking": [asdict(layer) for layer in ranking],
+        "trials": list(trials.values()),
+        "kept": reasons,
+        "share": sum(layer.share for layer in ranking[kept:]),
+        "passed": trials[kept]["holds"],
+    }

@@ -22,8 +22,6 @@ from van_deploy.checks.samples import Outputs
 from van_deploy.precision.plan import QuantizationPlan
 from van_deploy.precision.scales import Quantizer, rounded
 
-__all__ = ["bias_corrected", "logits", "quantizing"]
-
 CORRECTION_PIXELS = 2**20
 """Biases are corrected on images of so many pixels together, held in memory at once: 20 of
 224 x 224; at most :data:`CORRECTION_IMAGES`."""

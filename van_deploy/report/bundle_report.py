@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import Any, TypeVar
+from typing import Any
 
 from van_deploy import __version__
 from van_deploy.bench.document import SCHEMA, read_report
@@ -44,11 +43,10 @@ COMMANDS = {
 STATES = {"FAIL": "failed", "INCONCLUSIVE": "undecided", "PASS": "", "SKIPPED": "skipped"}
 """The worst first, and how the number of checks in each is worded."""
 SHOWN_PARTS = 5  # of each artifact's drift
-QUOTED_PATH = re.compile(r"'(?:[A-Za-z]:[\\/]|/)[^'\"]*?([^'\"/\\]+)[/\\]*'")
+QUOTED_PATH = re.compile(r"'(?:[A-Za-z]:[\\/]|/)[^']*?([^'/\\]+)[/\\]?'")
 BARE_PATH = re.compile(r"(?<![\w.:/'<-])/(?:[^\s'\"/,;()]+/)+([^\s'\"/,;()]+)")
 
 Row = tuple[str, str, str]
-Kind = TypeVar("Kind")
 
 
 def document_of_bundle(bundle: Bundle) -> Document:
@@ -80,12 +78,13 @@ def _document(bundle: Bundle) -> Document:
     stale += old
     verdicts = [*_files(bundle), *_verdicts(manifest["checks"])]
     states = Counter(state for state, _, _ in verdicts)
-    state = next((state for state in STATES if states[state]), "SKIPPED")
+    state = next(state for state in STATES if states[state])
     words = [f"{states['PASS']} of {len(verdicts)} checks passed"]
     words += [f"{states[one]} {word}" for one, word in STATES.items() if word and states[one]]
     precisions = dict.fromkeys(e["precision"].upper() for e in manifest["artefacts"].values())
     size, network = size_text(manifest["preprocessing"]["image_size"]), manifest["architecture"]
     gives = "feature maps" if network["out_indices"] else f"{network['num_classes']} classes"
+    named = (f"{w}: measured on another file; run `van-deploy {c}` again" for c, w in stale)
     written = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
     return Document(
         title=bundle.name,
@@ -93,10 +92,7 @@ def _document(bundle: Bundle) -> Document:
         f"{size} pixels, {gives}, deployed as {', '.join(precisions)}",
         state="INCONCLUSIVE" if state == "PASS" and stale else state,
         note="; ".join([*words, *[f"{len(stale)} stale"] * bool(stale)]),
-        notices=notices(
-            "STALE",
-            (f"{w}: measured on another file; run `van-deploy {c}` again" for c, w in stale),
-        ),
+        notices=notices("STALE", named),
         tiles=list(_tiles(manifest["checks"], sizes, bench)),
         sections=[
             Section(title, blocks)
@@ -114,19 +110,12 @@ def _sections(
     checks, artefacts, order = manifest["checks"], manifest["artefacts"], [*STATES]
     ordered = sorted(verdicts, key=lambda v: order.index(v[0]) if v[0] in order else len(order))
     yield "Verdicts", checks_table(ordered)
-    yield (
-        "Model",
-        [*model.model_facts(manifest), *notices("NOTE", manifest["weights"]["notes"])],
-    )
-    yield (
-        "Artifacts",
-        [*model.artefacts_table(manifest, sizes), *model.sizes_plot(sizes)],
-    )
+    notes = notices("NOTE", manifest["weights"]["notes"])
+    yield "Model", [*model.model_facts(manifest), *notes]
+    yield "Artifacts", [*model.artefacts_table(manifest, sizes), *model.sizes_plot(sizes)]
     if checks.get("verify", {}).get("artefacts"):
-        yield (
-            "Verification",
-            judged.verify_blocks(checks["verify"], manifest["class_names"], full=True),
-        )
+        names = manifest["class_names"]
+        yield "Verification", judged.verify_blocks(checks["verify"], names, full=True)
     if checks.get("evaluate", {}).get("losses"):
         yield "Accuracy", judged.evaluate_blocks(checks["evaluate"])
     if checks.get("drift", {}).get("artefacts"):
@@ -140,13 +129,8 @@ def _sections(
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     files = [(n, file, digest) for n, e in artefacts.items() for file, digest in e["files"].items()]
     columns = "artifact = 0 name; file = 1 name; SHA-256 = 2 name"
-    yield (
-        "Provenance",
-        [
-            Facts({"made with": versions, "bundle schema": manifest["schema"]}),
-            *table(files, columns, "Every file", folded=True),
-        ],
-    )
+    made_with = Facts({"made with": versions, "bundle schema": manifest["schema"]})
+    yield "Provenance", [made_with, *table(files, columns, "Every file", folded=True)]
     left = [(name, detail) for state, name, detail in verdicts if state == "SKIPPED"]
     left += [(name, what) for name, what in COMMANDS.items() if name not in checks]
     made = {entry["precision"] for entry in artefacts.values()}
@@ -265,12 +249,14 @@ def _tiles(checks: Entry, sizes: Mapping[str, int], bench: Entry | None) -> Iter
     yield Tile("Smallest artifact", bytes_text(sizes[smallest]), smallest)
 
 
-def portable(value: Kind) -> Kind:
-    """Return what JSON can hold with the folders of every absolute path left out.
+def portable(value: Any) -> Any:
+    r"""Return what JSON can hold with the folders of every absolute path left out.
 
-    >>> portable("16 of 520 images of '/data/cifar10/calib', in /srv/a/b.onnx; 3 images/s")
-    "16 of 520 images of 'calib', in b.onnx; 3 images/s"
+    >>> portable(["16 of 520 images of '/data/cifar10/calib',\n/srv/a/b.onnx; 3 images/s"])
+    ["16 of 520 images of 'calib',\nb.onnx; 3 images/s"]
     """
-    text = json.dumps(value, ensure_ascii=False)
-    found: Kind = json.loads(BARE_PATH.sub(r"\1", QUOTED_PATH.sub(r"'\1'", text)))
-    return found
+    if isinstance(value, str):
+        return BARE_PATH.sub(r"\1", QUOTED_PATH.sub(r"'\1'", value))
+    if isinstance(value, Mapping):
+        return {name: portable(item) for name, item in value.items()}
+    return [portable(item) for item in value] if isinstance(value, list | tuple) else value

@@ -17,8 +17,6 @@ from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.base import Images
 
-__all__ = ["TopClasses", "network_input", "top_classes"]
-
 
 @dataclass(frozen=True)
 class TopClasses:
@@ -71,26 +69,22 @@ def top_classes(
         outputs: of the network, by name.
         count: how many classes.
         task: how logits become probabilities.
-        name: of the artefact, for the error.
+        name: of the artifact, for the error.
 
     Raises:
-        UsageError: the artefact gives only its first five and more are asked for.
+        UsageError: the artifact gives only its first five and more are asked for.
     """
     if OUTPUT_NAME in outputs or "probabilities" in outputs:
-        return _ranked(outputs, count, task)
+        logits = outputs.get(OUTPUT_NAME)
+        scores = outputs["probabilities"] if logits is None else logits.astype(np.float32)
+        shares = scores if logits is None else probabilities(scores, task)
+        classes = np.argsort(-scores, axis=1, kind="stable")[:, :count].astype(np.int64)
+        ranked = np.take_along_axis(shares, classes, axis=1).astype(np.float32)
+        return TopClasses(classes, ranked)
     classes, shares = outputs[TOP_CLASSES], outputs[TOP_PROBABILITIES]
     if count > classes.shape[1]:
         raise UsageError(
             f"'{name}' gives its first {classes.shape[1]} classes only, not {count}.",
-            f"Ask for {classes.shape[1]}, or take another artefact.",
+            f"Ask for {classes.shape[1]}, or take another artifact.",
         )
     return TopClasses(classes[:, :count], shares[:, :count])
-
-
-def _ranked(outputs: Mapping[str, npt.NDArray[Any]], count: int, task: Task) -> TopClasses:
-    """Return the first classes by logit where there are logits, else by probability."""
-    logits = outputs.get(OUTPUT_NAME)
-    scores = outputs["probabilities"] if logits is None else logits.astype(np.float32)
-    shares = scores if logits is None else probabilities(scores, task)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :count].astype(np.int64)
-    return TopClasses(order, np.take_along_axis(shares, order, axis=1).astype(np.float32))

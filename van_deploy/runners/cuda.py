@@ -1,7 +1,6 @@
 """Device memory, pinned memory, streams and CUDA graphs, through NVIDIA's cuda-bindings.
 
-Thin: each class owns one thing and releases it once. Nothing here is imported or
-initialised before a runner is opened.
+Nothing here is imported or initialised before a runner is opened.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ import numpy.typing as npt
 
 from van_deploy.environment.packages import pip_command
 from van_deploy.errors import ConversionError, MissingDependency
-from van_deploy.runners.base import Logits
-
-__all__ = ["Cuda", "CudaGraph", "DeviceBatch", "no_device", "out_of_memory", "require_cuda"]
+from van_deploy.runners.base import Logits, Outputs
 
 Specs = Mapping[str, tuple[tuple[int, ...], npt.DTypeLike]]
 """Tensors by name: the shape of one row, and the type."""
@@ -43,10 +40,16 @@ def require_cuda(device: int = 0) -> Cuda:
         ) from error
     try:
         status, count = runtime.cudaGetDeviceCount()
+        why = _text(runtime, status) if int(status) or not count else ""
     except RuntimeError as error:  # without libcuda.so.1 the bindings raise instead
-        raise _no_gpu(str(error)) from error
-    if int(status) != 0 or not count:
-        raise _no_gpu(_text(runtime, status))
+        count, why = 0, str(error)
+    if why:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        hidden = "" if visible is None else f"; CUDA_VISIBLE_DEVICES is '{visible}'"
+        raise MissingDependency(
+            f"CUDA finds no GPU here: {why}{hidden}.",
+            "Run this on a machine with an NVIDIA GPU; see `van-deploy doctor`.",
+        )
     if device >= count:
         raise no_device(device, count)
     return Cuda(runtime, device)
@@ -68,15 +71,6 @@ def no_device(device: int, count: int) -> MissingDependency:
     )
 
 
-def _no_gpu(why: str) -> MissingDependency:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    hidden = "" if visible is None else f"; CUDA_VISIBLE_DEVICES is '{visible}'"
-    return MissingDependency(
-        f"CUDA finds no GPU here: {why}{hidden}.",
-        "Run this on a machine with an NVIDIA GPU; see `van-deploy doctor`.",
-    )
-
-
 def _text(runtime: Any, error: Any) -> str:
     """Return CUDA's words for an error code."""
     _, text = runtime.cudaGetErrorString(error)
@@ -93,11 +87,7 @@ class Cuda:
 
     def __init__(self, runtime: Any, device: int = 0) -> None:
         self.runtime, self.device = runtime, device
-        self.use()
-
-    def use(self) -> None:
-        """Make the device the current one of the calling thread."""
-        self.call("cudaSetDevice", self.device)
+        self.call("cudaSetDevice", device)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Return what the function called ``name`` returns besides its error code.
@@ -152,46 +142,6 @@ class Cuda:
         memory = memoryview((ctypes.c_byte * size).from_address(address))
         return np.frombuffer(memory, kind, count).reshape(shape)
 
-    def copy(self, to: int, source: int, size: int, stream: int, *, to_gpu: bool) -> None:
-        """Enqueue a copy between pinned memory and the GPU."""
-        kinds = self.runtime.cudaMemcpyKind
-        kind = kinds.cudaMemcpyHostToDevice if to_gpu else kinds.cudaMemcpyDeviceToHost
-        self.call("cudaMemcpyAsync", to, source, size, kind, stream)
-
-
-class CudaGraph:
-    """Work recorded from a stream, which can be launched again as a whole.
-
-    Args:
-        cuda: the runtime.
-        stream: where the work is put, and launched.
-        work: puts it there. It runs once, and is recorded instead of done.
-    """
-
-    def __init__(self, cuda: Cuda, stream: int, work: Callable[[], None]) -> None:
-        self._cuda, self._stream = cuda, stream
-        mode = cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        cuda.call("cudaStreamBeginCapture", stream, mode)
-        try:
-            work()
-        except BaseException:
-            # Ends the capture; its own error would hide the one that matters.
-            cuda.runtime.cudaStreamEndCapture(stream)
-            raise
-        graph = cuda.call("cudaStreamEndCapture", stream)
-        try:
-            self._executable = cuda.call("cudaGraphInstantiate", graph, 0)
-        finally:
-            cuda.call("cudaGraphDestroy", graph)
-
-    def launch(self) -> None:
-        """Put the recorded work on the stream."""
-        self._cuda.call("cudaGraphLaunch", self._executable, self._stream)
-
-    def close(self) -> None:
-        """Release the recording."""
-        self._cuda.call("cudaGraphExecDestroy", self._executable)
-
 
 class DeviceBatch:
     """Room for one batch in pinned memory and on the GPU: a :class:`~.base.Resident`.
@@ -225,9 +175,9 @@ class DeviceBatch:
         self.cuda, self.stream, self.rows = cuda, stream, rows
         self._enqueue, self._records = enqueue, graph
         self._input, self._outputs = next(iter(given)), tuple(answers)
-        self._host: dict[str, npt.NDArray[Any]] = {}
+        self._host: Outputs = {}
         self.addresses: dict[str, int] = {}
-        self._graphs: dict[int, CudaGraph] = {}
+        self._graphs: dict[int, Any] = {}
         with ExitStack() as stack:
             for name, (shape, dtype) in {**given, **answers}.items():
                 self._host[name] = cuda.pinned((rows, *shape), dtype, stack)
@@ -243,29 +193,24 @@ class DeviceBatch:
 
     def upload(self) -> None:
         """Enqueue the copy of the images to the GPU."""
-        host = self._host[self._input][: self.rows]
-        to = self.addresses[self._input]
-        self.cuda.copy(to, host.ctypes.data, host.nbytes, self.stream, to_gpu=True)
+        self._copy(self._input, to_gpu=True)
 
     def launch(self) -> None:
         """Enqueue the network, as a CUDA graph from the second call on where that was asked."""
         if self.rows in self._graphs:
-            self._graphs[self.rows].launch()
+            self.cuda.call("cudaGraphLaunch", self._graphs[self.rows], self.stream)
             return
         self._enqueue(self)  # also the warm-up a recording needs
         if self._records:
             self.cuda.synchronize(self.stream)
-            work = CudaGraph(self.cuda, self.stream, lambda: self._enqueue(self))
-            self._graphs[self.rows] = work
+            self._graphs[self.rows] = self._recorded()
 
     def download(self) -> None:
         """Enqueue the copies of the outputs to pinned memory."""
         for name in self._outputs:
-            host = self._host[name][: self.rows]
-            source = self.addresses[name]
-            self.cuda.copy(host.ctypes.data, source, host.nbytes, self.stream, to_gpu=False)
+            self._copy(name, to_gpu=False)
 
-    def values(self) -> dict[str, npt.NDArray[Any]]:
+    def values(self) -> Outputs:
         """Wait, and return every output by name; the arrays are the caller's."""
         self.cuda.synchronize(self.stream)
         return {name: self._host[name][: self.rows].copy() for name in self._outputs}
@@ -274,9 +219,9 @@ class DeviceBatch:
         """Wait, and return the logits ``(N, K)`` float32."""
         return next(iter(self.values().values())).astype(np.float32)
 
-    def answers(self, images: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    def answers(self, images: npt.NDArray[Any]) -> Outputs:
         """Return every output for some images: all steps, one after the other."""
-        self.cuda.use()
+        self.cuda.call("cudaSetDevice", self.cuda.device)  # for the calling thread
         self.fill(images)
         self.upload()
         self.launch()
@@ -287,7 +232,31 @@ class DeviceBatch:
         """Wait, and give everything back."""
         self._stack.close()
 
+    def _copy(self, name: str, *, to_gpu: bool) -> None:
+        host, address = self._host[name][: self.rows], self.addresses[name]
+        kinds = self.cuda.runtime.cudaMemcpyKind
+        kind = kinds.cudaMemcpyHostToDevice if to_gpu else kinds.cudaMemcpyDeviceToHost
+        ends = (address, host.ctypes.data) if to_gpu else (host.ctypes.data, address)
+        self.cuda.call("cudaMemcpyAsync", *ends, host.nbytes, kind, self.stream)
+
+    def _recorded(self) -> Any:
+        """Return one launch of the network, recorded instead of done."""
+        runtime, call = self.cuda.runtime, self.cuda.call
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call("cudaStreamBeginCapture", self.stream, mode)
+        try:
+            self._enqueue(self)
+        except BaseException:
+            # Ends the capture; its own error would hide the one that matters.
+            runtime.cudaStreamEndCapture(self.stream)
+            raise
+        graph = call("cudaStreamEndCapture", self.stream)
+        try:
+            return call("cudaGraphInstantiate", graph, 0)
+        finally:
+            call("cudaGraphDestroy", graph)
+
     def _drop_graphs(self) -> None:
         for graph in self._graphs.values():
-            graph.close()
+            self.cuda.call("cudaGraphExecDestroy", graph)
         self._graphs.clear()

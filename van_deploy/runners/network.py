@@ -1,4 +1,4 @@
-"""An artefact of a bundle as something that answers pictures, whatever it takes and gives.
+"""An artifact of a bundle as something that answers images, whatever it takes and gives.
 
 A plain graph takes normalised floats, an embedded one bytes; one gives logits,
 another the first classes; ONNX Runtime runs a graph, TensorRT an engine.
@@ -20,7 +20,7 @@ from van_deploy.bundle import Artefact, Bundle
 from van_deploy.config import BatchRange
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.compatibility import obstacles
-from van_deploy.engine.host import host_here
+from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
 from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
@@ -28,34 +28,19 @@ from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import Task
 from van_deploy.model.pixels import Pixels
 from van_deploy.runners.answers import TopClasses, network_input, top_classes
-from van_deploy.runners.base import Images, gpu_index
+from van_deploy.runners.base import Images, Runner, gpu_index
+from van_deploy.runners.base import Outputs as Outputs
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-__all__ = [
-    "ORT_CPU",
-    "PYTORCH",
-    "RUNNERS",
-    "Network",
-    "Obstacle",
-    "Outputs",
-    "TensorSpec",
-    "original_of",
-    "require_classes",
-    "runnable_artefacts",
-    "task_of",
-]
-
 PYTORCH = "pytorch"
-"""The name under which the original network can be asked for, beside the artefacts."""
+"""The name under which the original network can be asked for, beside the artifacts."""
 
 ORT_CPU = "ort-cpu"
 RUNNERS = tuple(PROVIDERS)
-"""What can run an ONNX artefact. An engine is always run by TensorRT."""
-
-Outputs = dict[str, npt.NDArray[Any]]
+"""What can run an ONNX artifact. An engine is always run by TensorRT."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +50,7 @@ class TensorSpec:
     Attributes:
         name: of the tensor.
         dtype: NumPy's name of its type.
-        shape: without the batch, which is always first and free.
+        shape: without the batch, which is always first and dynamic.
     """
 
     name: str
@@ -75,7 +60,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What keeps an artefact from running on this machine.
+    """What keeps an artifact from running on this machine.
 
     Attributes:
         kind: ``engines`` where an engine's GPU is not here, else ``runtimes``.
@@ -135,18 +120,18 @@ def require_classes(bundle: Bundle, command: str) -> None:
 
 
 def runnable_artefacts(bundle: Bundle) -> list[str]:
-    """Return the names of the artefacts that ONNX Runtime can run, in the bundle's order."""
+    """Return the names of the artifacts that ONNX Runtime can run, in the bundle's order."""
     return [n for n, item in bundle.artefacts.items() if item.kind not in ("engine", "package")]
 
 
 class Network:
-    """One artefact, or the original network, ready to answer. Open it with ``with``.
+    """One artifact, or the original network, ready to answer. Open it with ``with``.
 
     Args:
         bundle: where it is; every digest is checked on opening.
         artefact: its name in the bundle, or :data:`PYTORCH`.
-        runner: one of :data:`RUNNERS`, for an ONNX artefact; the others have one runner only.
-        threads: threads inside one operator; None lets the run time choose.
+        runner: one of :data:`RUNNERS`, for an ONNX artifact; the others have one runner only.
+        threads: threads inside one operator; None lets the runtime choose.
         spin: see :class:`~van_deploy.runners.onnxruntime.OnnxRuntimeRunner`.
         trust_engine: run an engine whose sidecar is gone; its digest is checked all the same.
         device: which GPU, where something runs on one.
@@ -154,16 +139,17 @@ class Network:
     Attributes:
         input: what :meth:`run` takes.
         outputs: what :meth:`run` gives.
-        max_batch: pictures a batch, at most.
-        emulated: whether BF16 is emulated; known once it is open.
+        max_batch: images a batch, at most.
         runner: what runs it, for reports.
         task: how its logits become labels.
+        opened: the runner of a network that is open.
 
     Raises:
-        BundleError: there is no such artefact.
-        InputError: nothing here runs an artefact of that kind.
+        BundleError: there is no such artifact.
         UsageError: there is no such runner.
     """
+
+    opened: Any
 
     def __init__(
         self,
@@ -178,84 +164,73 @@ class Network:
     ) -> None:
         if runner not in RUNNERS:
             raise UsageError(f"There is no runner '{runner}'.", f"Known: {', '.join(RUNNERS)}.")
-        self.bundle = bundle
-        self.name = artefact
-        self.threads = threads
-        self.preprocessing = bundle.manifest.preprocessing
-        self.max_batch = bundle.manifest.batch.max
-        self.task = task_of(bundle)
-        self._spin, self._trust_engine, self._device = spin, trust_engine, device
-        self.is_engine = self.is_package = self.emulated = False
-        self._profiles: list[BatchRange] = []
-        self._opened: Any = None
-        if artefact == PYTORCH:
-            self.runner, self.embedding = PYTORCH, "none"
-            self.input, self.outputs = self._plain_specs()
-            return
-        described = bundle.artefact(artefact)
-        self.is_engine = described.kind == "engine"
-        self.is_package = described.kind == "package"
-        self.runner = "tensorrt" if self.is_engine else runner
-        if described.engine is not None:
-            self.runner = described.engine.backend.split()[0]
-            self._profiles = list(described.engine.profiles)
-            self.max_batch = max((p.max for p in self._profiles), default=self.max_batch)
-        if self.is_engine:
-            described = bundle.artefacts.get(described.made_from.name, described)
-        elif bundle.manifest.batch.fixed and not self.is_package:
-            self._profiles = [bundle.manifest.batch]
-        self.embedding = described.embedded
-        self.input, self.outputs = self._specs(described)
+        self.bundle, self.name = bundle, artefact
+        self.preprocessing, self.task = bundle.manifest.preprocessing, task_of(bundle)
+        self._threads, self._spin, self._device = threads, spin, device
+        self._trust_engine, self._index = trust_engine, gpu_index(device) or 0
+        entry = None if artefact == PYTORCH else bundle.artefact(artefact)
+        self._made: Mapping[str, Any] = entry.made_with if entry else {}
+        self.is_engine = entry is not None and entry.kind == "engine"
+        self.is_package = entry is not None and entry.kind == "package"
+        self.runner = PYTORCH if entry is None else "tensorrt" if self.is_engine else runner
+        self._profiles: Sequence[BatchRange] = ()
+        if entry and entry.engine:
+            self.runner, self._profiles = entry.engine.backend.split()[0], entry.engine.profiles
+        elif entry and bundle.manifest.batch.fixed and not self.is_package:
+            self._profiles = (bundle.manifest.batch,)
+        self.max_batch = max((p.max for p in self._profiles), default=bundle.manifest.batch.max)
+        if entry and self.is_engine:
+            entry = bundle.artefacts.get(entry.made_from.name, entry)
+        self.embedding = entry.embedded if entry else "none"
+        self.input, self.outputs = self._specs(entry)
 
-    def _plain_specs(self) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
-        sides, channels = self.preprocessing.sides, self.preprocessing.channels
-        config = self.bundle.manifest.architecture
-        given = TensorSpec(INPUT_NAME, "float32", (channels, *sides))
-        if not config.out_indices:
-            return given, (TensorSpec(OUTPUT_NAME, "float32", (config.num_classes,)),)
-        shapes = config.map_shapes(sides)
+    def _specs(self, entry: Artefact | None) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
+        """Return the input and the outputs of a graph, or of the plain network without one."""
+        if entry and entry.graph:
+            inputs, outputs = (
+                tuple(TensorSpec(name, v.dtype, v.row_shape) for name, v in item.items())
+                for item in (entry.graph.inputs, entry.graph.outputs)
+            )
+            return inputs[0], outputs
+        sides, config = self.preprocessing.sides, self.bundle.manifest.architecture
+        shapes: Mapping[str, tuple[int, ...]] = {OUTPUT_NAME: (config.num_classes,)}
+        if config.out_indices:
+            shapes = config.map_shapes(sides)
+        given = TensorSpec(INPUT_NAME, "float32", (self.preprocessing.channels, *sides))
         return given, tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
 
-    def _specs(self, artefact: Artefact) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
-        if artefact.graph is None:
-            return self._plain_specs()
-        inputs, outputs = (
-            tuple(TensorSpec(name, v.dtype, v.row_shape) for name, v in item.items())
-            for item in (artefact.graph.inputs, artefact.graph.outputs)
-        )
-        return inputs[0], outputs
-
     def __enter__(self) -> Network:
-        """Load the artefact.
+        """Load the artifact.
 
         Raises:
             BundleError: a file is missing or was changed.
-            MissingDependency: its run time is not here.
-            ConversionError: the run time refuses it.
+            MissingDependency: its runtime is not here.
+            ConversionError: the runtime refuses it.
         """
+        self.opened = self._runner().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Release it."""
+        self.opened.__exit__(*error)
+
+    def _runner(self) -> Runner:
+        """Return what runs the artifact, not yet open."""
         if self.name == PYTORCH:
             loaded = original_of(self.bundle)
             from van_deploy.runners.pytorch import TorchRunner
 
-            self._opened = TorchRunner(loaded.model)
-            return self
-        self._opened = self._runner().__enter__()
-        self.emulated = getattr(self._opened, "emulated", False)
-        return self
-
-    def _runner(self) -> Any:
-        """Return what runs the artefact, not yet open."""
+            return TorchRunner(loaded.model)
+        path = self.bundle.verified(self.name, only_file=self.is_engine and self._trust_engine)
         if self.is_engine:
             from van_deploy.runners.tensorrt import TensorRtRunner
 
-            plan = self.bundle.verified(self.name, only_file=self._trust_engine)
             return TensorRtRunner(
-                plan,
+                path,
                 trust_engine=self._trust_engine,
                 backend=self.runner,
                 device=self._device,
             )
-        path = self.bundle.verified(self.name)
         if self.is_package:
             try:
                 from van_deploy.runners.inductor import InductorRunner
@@ -263,42 +238,38 @@ class Network:
                 raise MissingDependency(
                     f"An Inductor package needs PyTorch: {error}.", "Install van-deploy whole."
                 ) from error
-            return InductorRunner(path, device=self._device, threads=self.threads)
+            return InductorRunner(path, device=self._device, threads=self._threads)
         return OnnxRuntimeRunner(
-            path, threads=self.threads, spin=self._spin, name=self.runner, device=self._device
+            path, threads=self._threads, spin=self._spin, name=self.runner, device=self._device
         )
 
     def obstacle(self) -> Obstacle | None:
-        """Return what keeps the artefact from running on this machine; None is good.
+        """Return what keeps the artifact from running on this machine; None is good.
 
         Raises:
             InputError: an engine's sidecar is missing, damaged or edited.
         """
-        if self.is_engine or self.is_package:
-            return self._native_obstacle()
         if self.runner in (PYTORCH, ORT_CPU):
             return None
-        provider = PROVIDERS[self.runner]
+        host = host_here(device=self._index)
+        if self.is_engine or self.is_package:
+            return self._native_obstacle(host)
+        provider, settings = PROVIDERS[self.runner], self._made.get("settings")
         if provider not in require_onnxruntime().get_available_providers():
             return Obstacle("runtimes", f"no {provider} in the ONNX Runtime that is installed")
-        if host_here(device=gpu_index(self._device) or 0).gpu is None:
+        if host.gpu is None:
             return Obstacle("runtimes", f"{provider} finds no GPU {self._device}")
-        made = self.bundle.artefact(self.name).made_with.get("settings", {})
-        if made.get("target") == "cpu":
+        if isinstance(settings, Mapping) and settings.get("target") == "cpu":
             return Obstacle("runtimes", f"quantised for CPUs: {provider} has not all its operators")
         return None
 
-    def _native_obstacle(self) -> Obstacle | None:
-        host, file = host_here(device=gpu_index(self._device) or 0), self.bundle.artefact(self.name)
-        path = self.bundle.path / file.file
-        if self.is_package:
-            found = obstacles(verified_package(path), host)
-        elif host.gpu is None:
+    def _native_obstacle(self, host: Host) -> Obstacle | None:
+        path = self.bundle.path / self.bundle.artefact(self.name).file
+        if self.is_engine and host.gpu is None:
             return Obstacle("engines", "engine not executed: no GPU")
-        elif self._trust_engine and not sidecar_path(path).exists():
+        if self.is_engine and self._trust_engine and not sidecar_path(path).exists():
             return None
-        else:
-            found = obstacles(verified_sidecar(path), host)
+        found = obstacles((verified_package if self.is_package else verified_sidecar)(path), host)
         if not found:
             return None
         kind = "engines" if all(each.about == "gpu" for each in found) else "runtimes"
@@ -306,55 +277,42 @@ class Network:
         return Obstacle(kind, f"{what} not executed: " + "; ".join(o.problem for o in found))
 
     @property
-    def opened(self) -> Any:
-        """The runner of a network that is open; see :class:`~.base.ResidentRunner`."""
-        return self._opened
-
-    @property
     def described(self) -> str:
         """What runs it, for reports."""
-        return f"{self.runner}, {BF16_EMULATED}" if self.emulated else self.runner
+        return f"{self.runner}, {BF16_EMULATED}" if self.opened.emulated else self.runner
 
     @property
     def on_gpu(self) -> bool:
         """Whether a GPU runs it."""
         if self.is_package:
-            made_with = self.bundle.artefact(self.name).made_with
-            return str(made_with.get("target", "")).startswith("sm_")
+            return str(self._made.get("target", "")).startswith("sm_")
         return self.is_engine or self.runner not in (PYTORCH, ORT_CPU)
 
     @property
     def tf32(self) -> bool:
         """Whether FP32 layers may compute in TF32; of a network that is open."""
-        made = self.bundle.artefact(self.name).made_with if self.name != PYTORCH else {}
-        if self.is_package:
-            return bool(made.get("tf32")) and self._opened.device.type == "cuda"
-        if self.is_engine:
-            options = made.get("options")
-            return bool(options.get("tf32", True)) if isinstance(options, Mapping) else True
-        return isinstance(self._opened, OnnxRuntimeRunner) and self._opened.tf32
+        return bool(self._built("tf32", True)) and self.opened.tf32
 
-    def __exit__(self, *_: object) -> None:
-        """Release it."""
-        if self._opened is not None:
-            self._opened.__exit__(*_)
-        self._opened = None
+    def _built(self, name: str, default: Any) -> Any:
+        """Return an option that an engine was built with."""
+        options = self._made.get("options") if self.is_engine else None
+        return options.get(name, default) if isinstance(options, Mapping) else default
 
     def prepare(self, pixels: Pixels | Images) -> npt.NDArray[Any]:
-        """Return resized pictures ``(N, S, S, C)`` uint8 as this artefact takes them."""
+        """Return resized images ``(N, S, S, C)`` uint8 as this artifact takes them."""
         return network_input(pixels, self.embedding, self.preprocessing)
 
     def run(self, batch: npt.NDArray[Any]) -> Outputs:
         """Return every output by name for ``batch``, which is what :attr:`input` says.
 
-        An engine gets more pictures than it serves in several batches, and fewer with
+        An engine gets more images than it serves in several batches, and fewer with
         the last one repeated.
         """
         if self.name == PYTORCH:
             names = [output.name for output in self.outputs]
-            return dict(zip(names, self._opened.run_all(batch).values(), strict=True))
+            return dict(zip(names, self.opened.run_all(batch).values(), strict=True))
         if not self._profiles:
-            outputs: Outputs = self._opened.run_all(batch)
+            outputs: Outputs = self.opened.run_all(batch)
             return outputs
         starts = range(0, len(batch), self.max_batch)
         pieces = [self._run_filled(batch[i : i + self.max_batch]) for i in starts]
@@ -363,36 +321,34 @@ class Network:
     def _run_filled(self, batch: npt.NDArray[Any]) -> Outputs:
         rows = next(n for n in range(len(batch), self.max_batch + 1) if self.serves(n))
         filled = np.concatenate([batch, np.repeat(batch[-1:], rows - len(batch), axis=0)])
-        return {name: value[: len(batch)] for name, value in self._opened.run_all(filled).items()}
+        return {name: value[: len(batch)] for name, value in self.opened.run_all(filled).items()}
 
     def serves(self, batch: int) -> bool:
-        """Return whether a batch of that many pictures is run as it is."""
+        """Return whether a batch of that many images is run as it is."""
         if self._profiles:
             return any(p.min <= batch <= p.max for p in self._profiles)
         return batch >= 1
 
     def serves_size(self, sides: Sequence[int]) -> bool:
         """Return whether images of that height and width are run as they are."""
-        sizes = self.bundle.manifest.sizes
+        sizes, (height, width) = self.bundle.manifest.sizes, sides
         if self.is_engine:
-            options = self.bundle.artefact(self.name).made_with.get("options")
-            own = options.get("dynamic_size") if isinstance(options, Mapping) else None
+            own = self._built("dynamic_size", None)
             sizes = SizeRange(**own) if own else None
-        height, width = sides
         native = self.preprocessing.sides == (height, width)
         return native if sizes is None else sizes.holds((height, width))
 
     def logits(self, pixels: Pixels | Images) -> npt.NDArray[np.float32]:
-        """Return the logits ``(N, K)`` of resized pictures ``(N, S, S, C)`` uint8.
+        """Return the logits ``(N, K)`` of resized images ``(N, S, S, C)`` uint8.
 
         Raises:
-            UsageError: the artefact gives none.
+            UsageError: the artifact gives none.
         """
         outputs = self.run(self.prepare(pixels))
         if OUTPUT_NAME not in outputs:
             raise UsageError(
                 f"'{self.name}' gives {', '.join(outputs)} and no logits.",
-                "Take an artefact with logits.",
+                "Take an artifact with logits.",
             )
         return outputs[OUTPUT_NAME].astype(np.float32)
 
@@ -400,6 +356,6 @@ class Network:
         """Return the ``count`` most probable classes of each row, or as many as there are.
 
         Raises:
-            UsageError: the artefact gives only its first five and more are asked for.
+            UsageError: the artifact gives only its first five and more are asked for.
         """
         return top_classes(outputs, count, self.task, self.name)

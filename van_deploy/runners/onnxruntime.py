@@ -7,44 +7,39 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 
 from van_deploy.environment.packages import pip_command
-from van_deploy.errors import ConversionError, MissingDependency, UsageError
+from van_deploy.errors import InputError, MissingDependency
 from van_deploy.graph.bfloat16 import emulated_bf16, holds_bf16
-from van_deploy.runners.base import CudaOptions, Images, Logits, gpu_index
-from van_deploy.runners.cuda import DeviceBatch, out_of_memory, require_cuda
+from van_deploy.runners.base import CudaOptions, Images, Logits, Outputs, Runner, gpu_index
+from van_deploy.runners.cuda import DeviceBatch, require_cuda
+from van_deploy.runners.onnxruntime_cuda import CUDA as CUDA
 from van_deploy.runners.onnxruntime_cuda import (
-    CUDA,
-    OUT_OF_MEMORY,
-    GpuBatches,
     cuda_does_not_start,
+    failed,
     failures,
     preload,
     provider_options,
     provider_starts,
-    refuse_nhwc,
+    refuse_options,
     silent,
 )
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = [
-    "CPU",
-    "CUDA",
-    "PROVIDERS",
-    "OnnxRuntimeRunner",
-    "inference_session",
-    "onnxruntime_logits",
-    "onnxruntime_outputs",
-    "require_onnxruntime",
-    "require_provider",
-]
-
-CPU = "CPUExecutionProvider"
-PROVIDERS: Mapping[str, str] = {"ort-cpu": CPU, "ort-cuda": CUDA}
+PROVIDERS: Mapping[str, str] = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": CUDA}
 """The execution provider of each runner. It runs the whole graph, or the graph is refused."""
+
+DTYPES: Mapping[str, npt.DTypeLike] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+}
 
 
 def require_onnxruntime() -> Any:
@@ -98,13 +93,12 @@ def inference_session(
     return ort.InferenceSession(source, options, **how), True
 
 
-class OnnxRuntimeRunner:
+class OnnxRuntimeRunner(Runner):
     """Runs an ONNX graph.
 
     Args:
         model: a file, or a graph in memory (below 2 GB).
         threads: threads inside one operator; None lets ONNX Runtime choose.
-        optimize: let ONNX Runtime rewrite the graph before running it.
         spin: let idle threads spin for the next operator. That is fastest alone; a
             server has other work for the processor.
         arena: keep freed memory for the next run. Without it a single large batch
@@ -113,10 +107,9 @@ class OnnxRuntimeRunner:
             would leave to the CPU, whole or in part, is refused.
         device: which GPU, for ``ort-cuda``.
         cuda: how the CUDA provider runs it.
-        profile: folder for ONNX Runtime's own profile, written when the runner is closed.
 
     Attributes:
-        emulated: whether BF16 is emulated; known once it is open.
+        profile: folder for ONNX Runtime's own profile, written when the runner is closed.
     """
 
     def __init__(
@@ -124,143 +117,126 @@ class OnnxRuntimeRunner:
         model: Path | ModelProto,
         *,
         threads: int | None = None,
-        optimize: bool = True,
         spin: bool = True,
         arena: bool = True,
         name: str = "ort-cpu",
         device: str = "cuda:0",
         cuda: CudaOptions | None = None,
-        profile: Path | None = None,
     ) -> None:
-        self.profile = profile
-        self.model = model
-        self.threads = threads
-        self.provider = PROVIDERS[name]
-        self.optimize = optimize
-        self.spin = spin
-        self.arena = arena
-        self.name = name
-        self.device = device
-        self.options = cuda or CudaOptions()
-        self.emulated = False
-        self._session: Any = None
-        self._gpu: GpuBatches | None = None
-        self._stack = ExitStack()
+        self.model, self.threads, self.spin, self.arena = model, threads, spin, arena
+        self.provider, self.device, self.options = PROVIDERS[name], device, cuda or CudaOptions()
+        self.on_gpu = self.provider == CUDA
+        self.tf32 = self.on_gpu and self.options.use_tf32
+        self.profile: Path | None = None
 
-    def __enter__(self) -> OnnxRuntimeRunner:
+    def _load(self, stack: ExitStack) -> None:
         """Load the graph.
 
         Raises:
             MissingDependency: ONNX Runtime is not installed, lacks the provider asked for, or
                 cannot start it; there is no GPU.
             ConversionError: it refuses the graph, or would run part of it on the CPU.
-            UsageError: NHWC is asked for a quantised graph.
+            UsageError: its CUDA provider fails, or answers wrongly, with these options.
         """
-        ort = require_provider(self.provider)
-        options = ort.SessionOptions()
+        self._ort = ort = _with_provider(self.provider)
+        options, providers = ort.SessionOptions(), list[Any]([self.provider])
         options.log_severity_level = 3  # errors only
+        options.enable_cpu_mem_arena = self.arena
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
-        options.enable_cpu_mem_arena = self.arena
         if self.profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self.profile / "ort")
         if not self.spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if not self.optimize:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        with ExitStack() as stack:
-            provider: Any = self.provider
-            if self.provider == CUDA:
-                if self.options.prefer_nhwc:
-                    refuse_nhwc(self.model)
-                cuda = require_cuda(gpu_index(self.device) or 0)
-                preload(ort)
-                options.log_severity_level = 4  # its errors come as exceptions, too
-                options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-                stream = cuda.stream(stack)
-                provider = (CUDA, provider_options(self.options, cuda.device, stream))
-            self._session, self.emulated = self._opened(ort, options, provider)
-            stack.callback(self._forget)  # before the stream goes
-            if self.provider == CUDA:
-                self._gpu = GpuBatches(ort, self._session, cuda, stream, self.options, stack)
-            self._stack = stack.pop_all()
-        return self
-
-    def _opened(self, ort: Any, options: Any, provider: Any) -> tuple[Any, bool]:
+        if self.on_gpu:
+            refuse_options(self.model, self.options)
+            self._cuda = require_cuda(gpu_index(self.device) or 0)
+            self._stream = self._cuda.stream(stack)
+            preload(ort)
+            options.log_severity_level = 4  # its errors come as exceptions, too
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            how = provider_options(self.options, self._cuda.device, self._stream)
+            providers = [(CUDA, how)]
         try:
-            with silent(ort) if self.provider == CUDA else nullcontext():
-                return inference_session(self.model, options, [provider])
+            with silent(ort) if self.on_gpu else nullcontext():
+                self._session, self.emulated = inference_session(self.model, options, providers)
         except Exception as error:
-            what = f"'{self.model}'" if isinstance(self.model, Path) else "the graph"
-            if self.provider == CUDA and not provider_starts(ort, CUDA):
+            if self.on_gpu and not provider_starts(ort, CUDA):
                 raise cuda_does_not_start(ort) from error
-            if any(sign in str(error) for sign in OUT_OF_MEMORY):
-                raise out_of_memory(f"loading {what}") from error
-            if "fallback to CPU EP has been explicitly disabled" in str(error):
-                raise ConversionError(
-                    f"ONNX Runtime {ort.__version__} would run part of {what} on the CPU: {CUDA} "
-                    "does not have all of its operators.",
-                    "Take an artefact made for GPUs (--target gpu when quantising), or run it "
-                    "with --runner ort-cpu.",
-                ) from error
-            raise ConversionError(
-                f"ONNX Runtime {ort.__version__} cannot load {what}: {error}",
-                "Look at the file with `van-deploy inspect`, or export at a lower --opset.",
-            ) from error
-
-    def __exit__(self, *_: object) -> None:
-        """Release the session."""
-        stack, self._stack = self._stack, ExitStack()
-        stack.close()
+            what = f"'{self.model}'" if isinstance(self.model, Path) else "the graph"
+            raise failed(f"cannot load {what}", error) from error
+        stack.callback(self._forget)  # before the stream goes
+        self._graphs, self._kept = 0, dict[int, DeviceBatch]()
+        self._late = stack.enter_context(ExitStack())  # what is kept is closed first
 
     def _forget(self) -> None:
         if self.profile is not None:
             self._session.end_profiling()
-        self._session = None
-        self._gpu = None
+        del self._session
 
-    @property
-    def tf32(self) -> bool:
-        """Whether FP32 operators may compute in TF32: CUDA's ``use_tf32``, on by default."""
-        return self.provider == CUDA and self.options.use_tf32
-
-    def run(self, images: Images) -> Logits:
-        """Return the logits ``(N, K)`` of ``images (N, C, H, W)``, or the first feature map.
-
-        Raises:
-            MissingDependency: the GPU is out of memory.
-            ConversionError: ONNX Runtime fails.
-        """
-        return next(iter(self.run_all(images).values()))
-
-    def run_all(self, batch: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    def run_all(self, batch: npt.NDArray[Any]) -> Outputs:
         """Return every output by name, for a batch in the graph's own input type.
 
-        Raises:
-            InputError: the batch is not what the graph takes.
-            MissingDependency: the GPU is out of memory.
-            ConversionError: ONNX Runtime fails.
+        With CUDA graphs through buffers and a graph that are kept for each batch size.
         """
-        with failures(f"a batch of {len(batch)}"):
-            if self._gpu is not None and self.options.cuda_graph:
-                return self._gpu.recorded(batch)
+        rows = len(batch)
+        if self.on_gpu and self.options.cuda_graph:
+            if rows not in self._kept:
+                self._kept[rows] = self._room(rows)
+                self._late.callback(self._kept[rows].close)
+            return self._kept[rows].answers(batch)
+        with failures(f"a batch of {rows}"):
             name = self._session.get_inputs()[0].name
             names = [output.name for output in self._session.get_outputs()]
             return dict(zip(names, self._session.run(names, {name: batch}), strict=True))
 
     def resident(self, images: npt.NDArray[Any]) -> DeviceBatch:
-        """Return a batch that stays on the GPU; see :class:`~.base.ResidentRunner`.
-
-        Raises:
-            UsageError: this is not ``ort-cuda``.
-            MissingDependency: the GPU is out of memory.
-        """
-        if self._gpu is None:
-            raise UsageError(f"'{self.name}' runs on no GPU.", "Open it as ort-cuda.")
-        batch = self._gpu.batch(len(images))
+        """Return a batch that stays on the GPU; see :meth:`Runner.resident`."""
+        if not self.on_gpu:
+            super().resident(images)
+        batch = self._room(len(images))
         batch.fill(images)
         return batch
+
+    def _room(self, rows: int) -> DeviceBatch:
+        """Return buffers for a batch of that many images, bound to the session."""
+        session = self._session
+        binding, options = session.io_binding(), self._ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self.options.cuda_graph:  # one graph each: it is recorded with these addresses
+            self._graphs += 1
+            options.add_run_config_entry("gpu_graph_id", str(self._graphs))
+
+        def enqueue(_: DeviceBatch) -> None:
+            with failures(f"a batch of {rows}"):
+                session.run_with_iobinding(binding, options)
+
+        given = {tensor.name: _spec(tensor) for tensor in session.get_inputs()}
+        answers = {tensor.name: _spec(tensor) for tensor in session.get_outputs()}
+        batch = DeviceBatch(self._cuda, self._stream, given, answers, rows, enqueue)
+        for bind, specs in ((binding.bind_input, given), (binding.bind_output, answers)):
+            for name, (shape, dtype) in specs.items():
+                bind(
+                    name=name,
+                    device_type="cuda",
+                    device_id=self._cuda.device,
+                    element_type=np.dtype(dtype).type,
+                    shape=(rows, *shape),
+                    buffer_ptr=batch.addresses[name],
+                )
+        return batch
+
+
+def _spec(tensor: Any) -> tuple[tuple[int, ...], npt.DTypeLike]:
+    """Return the shape of one row of an input or output, and its type."""
+    row = tuple(tensor.shape[1:])
+    if tensor.type not in DTYPES or not all(isinstance(size, int) for size in row):
+        raise InputError(
+            f"'{tensor.name}' is {tensor.type} {tensor.shape}: only the batch may be dynamic.",
+            "Export it with a fixed image size.",
+        )
+    return row, DTYPES[tensor.type]
 
 
 def onnxruntime_logits(model: ModelProto, images: Images) -> Logits:
@@ -268,13 +244,13 @@ def onnxruntime_logits(model: ModelProto, images: Images) -> Logits:
     return next(iter(onnxruntime_outputs(model, images).values()))
 
 
-def onnxruntime_outputs(model: ModelProto, images: Images) -> dict[str, npt.NDArray[Any]]:
+def onnxruntime_outputs(model: ModelProto, images: Images) -> Outputs:
     """Return the outputs by name of a graph in memory for ``images (N, C, H, W)``."""
     with OnnxRuntimeRunner(model) as runner:
         return runner.run_all(images)
 
 
-def require_provider(provider: str) -> Any:
+def _with_provider(provider: str) -> Any:
     """Return the ``onnxruntime`` module if it was built with the provider.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's CUDA provider needs: its libraries, its options, batches on the GPU."""
+"""What ONNX Runtime's CUDA provider needs: its libraries, its options, its failures told."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import ctypes
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from van_deploy.environment.packages import pip_command
 from van_deploy.errors import (
@@ -24,38 +23,16 @@ from van_deploy.errors import (
     VanDeployError,
 )
 from van_deploy.runners.base import CudaOptions
-from van_deploy.runners.cuda import Cuda, DeviceBatch, out_of_memory
+from van_deploy.runners.cuda import out_of_memory
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = [
-    "CUDA",
-    "OUT_OF_MEMORY",
-    "GpuBatches",
-    "cuda_does_not_start",
-    "cuda_libraries",
-    "failures",
-    "preload",
-    "provider_options",
-    "provider_starts",
-    "refuse_nhwc",
-    "silent",
-]
-
 CUDA = "CUDAExecutionProvider"
-
 LIBRARIES = ("cudart", "nvrtc", "cublasLt", "cublas", "curand", "cufft", "cudnn")
 """What the CUDA provider links, each after those it needs itself."""
 
-DTYPES: Mapping[str, npt.DTypeLike] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(uint8)": np.uint8,
-    "tensor(int32)": np.int32,
-    "tensor(int64)": np.int64,
-}
-OUT_OF_MEMORY = ("out of memory", "Failed to allocate memory", "CUDNN_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = "out of memory|Failed to allocate memory|CUDNN_STATUS_ALLOC_FAILED"
 
 
 def cuda_libraries(cuda_version: str) -> list[Path]:
@@ -65,134 +42,33 @@ def cuda_libraries(cuda_version: str) -> list[Path]:
     ONNX Runtime only, so without PyTorch in the process the provider does not load.
 
     Args:
-        cuda_version: that ONNX Runtime was built for, such as ``13.0``. From CUDA 13 on all but
-            cuDNN lie in one folder (``nvidia/cu13/lib``), before it in one a component.
+        cuda_version: that ONNX Runtime was built for, 13 or later, such as ``13.0``. All but cuDNN
+            lie in one folder: ``nvidia/cu13/lib``.
     """
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    major = cuda_version.partition(".")[0]
-    whole = f"cu{major}" if major.isdecimal() and int(major) >= 13 else ""
-    found = []
+    cuda, found = f"cu{cuda_version.partition('.')[0]}", list[Path]()
     for name in LIBRARIES:
-        inside = "cudnn" if name == "cudnn" else whole or "*"
-        for path in sorted(p for f in folders for p in f.glob(f"{inside}/lib/lib{name}.so.*")):
-            component = path.parents[1].name
-            if whole or not re.fullmatch(r"cu\d+", component):
-                found.append(path)
+        inside = "cudnn" if name == "cudnn" else cuda
+        found += sorted(p for f in folders for p in f.glob(f"{inside}/lib/lib{name}.so.*"))
     return found
 
 
 def preload(ort: Any) -> None:
     """Load what the CUDA provider links, as far as NVIDIA's wheels have it."""
-    if not sys.platform.startswith("linux"):
-        return
-    for path in cuda_libraries(str(getattr(ort, "cuda_version", "") or "")):
-        try:
+    version = str(getattr(ort, "cuda_version", "") or "")
+    for path in cuda_libraries(version) if sys.platform.startswith("linux") else ():
+        with contextlib.suppress(OSError):  # the session says which one it cannot do without
             ctypes.CDLL(str(path))
-        except OSError:  # noqa: PERF203 - the session says which one it cannot do without
-            continue
-
-
-class GpuBatches:
-    """Batches of a CUDA session that stay on the GPU.
-
-    Args:
-        ort: the module.
-        session: on CUDA's provider.
-        cuda: the runtime.
-        stream: that the session runs on.
-        options: of the session.
-        stack: closes what is kept.
-    """
-
-    def __init__(
-        self,
-        ort: Any,
-        session: Any,
-        cuda: Cuda,
-        stream: int,
-        options: CudaOptions,
-        stack: ExitStack,
-    ) -> None:
-        self._ort, self._session, self._cuda, self._stream = ort, session, cuda, stream
-        self._options, self._graphs = options, 0
-        self._late = stack.enter_context(ExitStack())  # what is kept is closed first
-        self._kept: dict[int, DeviceBatch] = {}
-        given, answers = ({t.name: _spec(t) for t in ts} for ts in _tensors(session))
-        self._given, self._answers = given, answers
-
-    def batch(self, rows: int) -> DeviceBatch:
-        """Return room for a batch of that many images."""
-        runs: dict[str, Any] = {}
-
-        def enqueue(batch: DeviceBatch) -> None:
-            if not runs:
-                runs["binding"], runs["options"] = self._bound(batch), self._run_options()
-            with failures(f"a batch of {rows}"):
-                self._session.run_with_iobinding(runs["binding"], runs["options"])
-
-        return DeviceBatch(self._cuda, self._stream, self._given, self._answers, rows, enqueue)
-
-    def recorded(self, images: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """Return every output, through buffers and a CUDA graph kept for this batch size."""
-        rows = len(images)
-        if rows not in self._kept:
-            self._kept[rows] = self.batch(rows)
-            self._late.callback(self._kept[rows].close)
-        return self._kept[rows].answers(images)
-
-    def _bound(self, batch: DeviceBatch) -> Any:
-        binding = self._session.io_binding()
-        for tensors, bind in (
-            (self._given, binding.bind_input),
-            (self._answers, binding.bind_output),
-        ):
-            for name, (shape, dtype) in tensors.items():
-                bind(
-                    name=name,
-                    device_type="cuda",
-                    device_id=self._cuda.device,
-                    element_type=np.dtype(dtype).type,
-                    shape=(batch.rows, *shape),
-                    buffer_ptr=batch.addresses[name],
-                )
-        return binding
-
-    def _run_options(self) -> Any:
-        options = self._ort.RunOptions()
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        if self._options.cuda_graph:  # one graph each: it is recorded with these addresses
-            self._graphs += 1
-            options.add_run_config_entry("gpu_graph_id", str(self._graphs))
-        return options
-
-
-def _tensors(session: Any) -> tuple[Any, Any]:
-    return session.get_inputs(), session.get_outputs()
-
-
-def _spec(tensor: Any) -> tuple[tuple[int, ...], npt.DTypeLike]:
-    rest = tuple(tensor.shape[1:])
-    if tensor.type not in DTYPES or not all(isinstance(size, int) for size in rest):
-        raise InputError(
-            f"'{tensor.name}' is {tensor.type} {tensor.shape}: only the batch may be dynamic.",
-            "Export it with a fixed image size.",
-        )
-    return rest, DTYPES[tensor.type]
 
 
 def provider_options(options: CudaOptions, device: int, stream: int) -> dict[str, str]:
     """Return the CUDA provider's options, all of them text."""
-    return {
-        "device_id": str(device),
-        "user_compute_stream": str(stream),
-        "prefer_nhwc": str(int(options.prefer_nhwc)),
-        "use_tf32": str(int(options.use_tf32)),
-        "cudnn_conv_algo_search": options.cudnn_conv_algo_search,
-        "cudnn_conv_use_max_workspace": "1",
-        "fuse_conv_bias": str(int(options.fuse_conv_bias)),
-        "enable_cuda_graph": str(int(options.cuda_graph)),
-    }
+    asked = asdict(options)
+    asked["enable_cuda_graph"] = asked.pop("cuda_graph")
+    asked |= {"device_id": device, "user_compute_stream": stream}
+    asked["cudnn_conv_use_max_workspace"] = True
+    return {k: str(int(v) if isinstance(v, bool) else v) for k, v in asked.items()}
 
 
 @contextlib.contextmanager
@@ -208,13 +84,28 @@ def failures(what: str) -> Iterator[None]:
     except Exception as error:
         if not (type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError):
             raise
-        if any(sign in str(error) for sign in OUT_OF_MEMORY):
-            raise out_of_memory(f"ONNX Runtime, {what}") from error
         kind = InputError if type(error).__name__ == "InvalidArgument" else ConversionError
-        raise kind(
-            f"ONNX Runtime failed on {what}: {error}",
-            "Compare the images with the inputs that `van-deploy inspect` shows.",
-        ) from error
+        raise failed(f"failed on {what}", error, kind) from error
+
+
+def failed(
+    what: str, error: Exception, kind: type[VanDeployError] = ConversionError
+) -> VanDeployError:
+    """Return the project's error for one of ONNX Runtime's; ``what`` it did is said behind it."""
+    if re.search(OUT_OF_MEMORY, str(error)):
+        return out_of_memory(f"ONNX Runtime {what}")
+    if "fallback to CPU EP has been explicitly disabled" in str(error):
+        return ConversionError(
+            f"ONNX Runtime {what}: it would run part of it on the CPU, because {CUDA} does not "
+            "have all of its operators.",
+            "Take an artifact made for GPUs (--target gpu when quantising), or run it with "
+            "--runner ort-cpu.",
+        )
+    return kind(
+        f"ONNX Runtime {what}: {error}",
+        "Compare the file and the images with what `van-deploy inspect` shows, or export at a "
+        "lower --opset.",
+    )
 
 
 def provider_starts(ort: Any, provider: str, *, quiet: bool = True) -> bool:
@@ -240,15 +131,26 @@ def provider_starts(ort: Any, provider: str, *, quiet: bool = True) -> bool:
     return True
 
 
-def refuse_nhwc(model: Path | ModelProto) -> None:
-    """Return if a graph can run with ``prefer_nhwc``.
+def refuse_options(model: Path | ModelProto, options: CudaOptions) -> None:
+    """Return if a graph can run with these options.
+
+    Both faults were seen on an H200 with ONNX Runtime 1.31. A quantised graph in NHWC memory loads,
+    and its first run fails: "Input channels C is not equal to kernel channels". With a CUDA graph
+    an FP16 graph in NHWC memory gave wrong logits (0.02 dB), then "illegal memory access"; either
+    option alone is right.
 
     Raises:
-        UsageError: it is quantised. ONNX Runtime 1.31 loads it and fails in the first run:
-            "Input channels C is not equal to kernel channels" (seen on an H200).
+        UsageError: the runtime would fail, or answer wrongly.
     """
     import onnx
 
+    if not options.prefer_nhwc:
+        return
+    if options.cuda_graph:
+        raise UsageError(
+            "ONNX Runtime's CUDA provider answers wrongly with prefer_nhwc and a CUDA graph.",
+            "Ask for one of them.",
+        )
     graph = onnx.load(model, load_external_data=False) if isinstance(model, Path) else model
     if any(node.op_type == "QuantizeLinear" for node in graph.graph.node):
         raise UsageError(

@@ -2,107 +2,59 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy.typing as npt
 
 from van_deploy.environment.packages import imported_quietly
-from van_deploy.errors import ConversionError, MissingDependency
-from van_deploy.runners.base import Images, Logits
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
-
-__all__ = ["OpenVinoRunner", "require_openvino"]
+from van_deploy.errors import ConversionError, needs_extra
+from van_deploy.runners.base import Outputs, Runner
 
 
-def require_openvino() -> Any:
-    """Return the ``openvino`` module.
-
-    Raises:
-        MissingDependency: it is not installed.
-    """
-    try:
-        return imported_quietly("openvino")
-    except ImportError as error:
-        raise MissingDependency(
-            f"OpenVINO is not installed: {error}.",
-            "Install it with `pip install 'van-deploy[openvino]'`.",
-        ) from error
-
-
-class OpenVinoRunner:
+class OpenVinoRunner(Runner):
     """Runs an ONNX graph on the CPU.
 
     OpenVINO computes in bfloat16 by default on processors that have it, whatever
     the file says. Here the arithmetic is what ``precision`` says.
 
     Args:
-        model: an ONNX file, a graph in memory, or a model OpenVINO has converted.
+        model: an ONNX file.
         threads: threads for one inference; None lets OpenVINO choose.
         precision: ``f32`` or ``bf16``; quantised parts run as INT8 with either.
-        name: what reports call it.
     """
 
-    def __init__(
-        self,
-        model: Path | ModelProto | Any,
-        *,
-        threads: int | None = None,
-        precision: str = "f32",
-        name: str = "openvino-cpu",
-    ) -> None:
+    def __init__(self, model: Path, *, threads: int | None = None, precision: str = "f32") -> None:
         self.model = model
-        self.threads = threads
-        self.precision = precision
-        self.name = name
-        self._request: Any = None
+        self.settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": precision,
+        }
+        if threads is not None:
+            self.settings["INFERENCE_NUM_THREADS"] = threads
 
-    def __enter__(self) -> OpenVinoRunner:
+    def _load(self, stack: ExitStack) -> None:
         """Compile the graph.
 
         Raises:
             MissingDependency: OpenVINO is not installed.
             ConversionError: it refuses the graph.
         """
-        ov = require_openvino()
-        settings: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": self.precision,
-        }
-        if self.threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = self.threads
+        with needs_extra("OpenVINO", "openvino"):
+            ov: Any = imported_quietly("openvino")
         try:
-            core = ov.Core()
-            compiled = core.compile_model(self._read(ov, core), "CPU", settings)
+            compiled = ov.Core().compile_model(str(self.model), "CPU", self.settings)
         except RuntimeError as error:
             raise ConversionError(
                 f"OpenVINO {ov.__version__} cannot compile the graph: {str(error).strip()[-300:]}",
                 "Look at the file with `van-deploy inspect`, or use ONNX Runtime.",
             ) from error
         self._request = compiled.create_infer_request()
-        return self
+        stack.callback(self.__dict__.pop, "_request")
 
-    def _read(self, ov: Any, core: Any) -> Any:
-        """Return the model as OpenVINO's own."""
-        if isinstance(self.model, ov.Model):
-            return self.model
-        if isinstance(self.model, Path):
-            return core.read_model(str(self.model))
-        return core.read_model(self.model.SerializeToString())
-
-    def __exit__(self, *_: object) -> None:
-        """Release the compiled graph."""
-        self._request = None
-
-    def run(self, images: Images) -> Logits:
-        """Return the logits ``(N, K)`` of ``images (N, C, S, S)``."""
-        logits: Logits = next(iter(self.run_all(images).values()))
-        return logits
-
-    def run_all(self, batch: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    def run_all(self, batch: npt.NDArray[Any]) -> Outputs:
         """Return every output by name, for a batch in the graph's own input type."""
         results = self._request.infer({0: batch}, share_inputs=True)
         return {

@@ -11,11 +11,8 @@ from van_deploy.files import file_sha256
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.embedded import embedded_files
 from van_deploy.model.files import read_weights
-from van_deploy.model.pickles import TOP_LEVEL
 from van_deploy.model.random_weights import random_van, sha256_of_state
 from van_deploy.model.state import network_from_state, official_state
-
-__all__ = ["original_network"]
 
 
 def original_network(bundle: Bundle, weights: str | Path | None = None) -> LoadedVan:
@@ -35,20 +32,20 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
     manifest = bundle.manifest
     recorded, config = manifest.weights, manifest.architecture
     place = Path(weights or recorded.path or recorded.spec).expanduser()
+    drawn = weights is None and recorded.format == "random"
     try:
-        if weights is None and recorded.format == "random":
-            model, place = random_van(config, recorded.seed or 0), Path("")
+        if drawn:
+            model = random_van(config, recorded.seed or 0)
             digest = sha256_of_state(model.state_dict())
         else:
             if weights is None and recorded.format == "embedded":
                 place = embedded_files().weights
             elif place.is_dir():
                 place /= Path(recorded.path).name
-            container = recorded.container
-            file = read_weights(place, container=None if container == TOP_LEVEL else container)
+            file = read_weights(place, container=recorded.container)
             digest = file_sha256(place)
             if digest == recorded.sha256:
-                tensors = official_state(file.tensors, container).tensors
+                tensors = official_state(file.tensors, recorded.container).tensors
                 model = network_from_state(tensors, config)
     except InputError as error:
         raise BundleError(
@@ -57,26 +54,18 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
             "Say where they are with --weights PATH.",
         ) from error
     if digest != recorded.sha256:
-        raise _not_the_weights(bundle, place, digest)
+        what = f"What seed {recorded.seed} draws here" if drawn else f"'{place}'"
+        raise BundleError(
+            f"{what} is not what the bundle '{bundle.path}' was made from: its SHA-256 is "
+            f"{digest[:12]}..., the manifest says {recorded.sha256[:12]}....",
+            "Export again with this PyTorch, or give the weights it was made from with --weights "
+            "PATH.",
+        )
     return LoadedVan(
         bundle.name,
         model,
         config,
-        replace(recorded, path=str(place) if place.name else ""),
+        replace(recorded, path="" if drawn else str(place)),
         manifest.preprocessing,
         manifest.class_names,
-    )
-
-
-def _not_the_weights(bundle: Bundle, place: Path, digest: str) -> BundleError:
-    recorded = bundle.manifest.weights
-    if not place.name:
-        return BundleError(
-            f"Seed {recorded.seed} gives other random weights here than those in '{bundle.path}'.",
-            "Export the model again with this version of PyTorch.",
-        )
-    return BundleError(
-        f"'{place}' is not what the bundle '{bundle.path}' was made from: "
-        f"its SHA-256 is {digest[:12]}..., the manifest says {recorded.sha256[:12]}....",
-        "Give the file it was made from with --weights PATH, or export again.",
     )

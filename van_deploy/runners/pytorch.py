@@ -1,48 +1,204 @@
-"""PyTorch: the original network, which everything else is compared with."""
+"""PyTorch: the original network, in every way that PyTorch itself offers to run it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
-from van_deploy.runners.base import Images, Logits
+from van_deploy.errors import ConversionError, MissingDependency, UsageError
+from van_deploy.runners.base import Logits, Outputs, Runner, gpu_index
+from van_deploy.runners.cuda import no_device, out_of_memory
 
-__all__ = ["TorchRunner", "one_torch_thread"]
+MODES = ("eager", "channels-last", "compile", "autocast")
+"""``eager``: as it is. ``channels-last``: NHWC memory. ``compile``: torch.compile with frozen
+weights, specialised on each batch size; on a GPU in NHWC memory, with ``max-autotune`` and CUDA
+graphs. ``autocast``: mixed precision, bfloat16 on a CPU and float16 on a GPU, in NHWC memory."""
+
+AUTOTUNE = {"max_autotune": True, "max_autotune_conv_backends": "ATEN"}
+"""Inductor's search, without its own templates for convolutions: on an H100 each depth-wise one
+took 22 s to try and was 400 times slower than cuDNN's (PyTorch 2.11; docs/gpu-results.md)."""
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class TorchRunner:
-    """Runs a module on the CPU in its own dtype.
+class TorchRunner(Runner):
+    """Runs a network on the CPU or a GPU. In eager mode on the CPU it need not be opened.
 
     Args:
-        model: a network in eval mode. It is borrowed, not copied.
-        name: what reports call it.
+        model: a network in eval mode. It is borrowed, not copied; on opening it is moved and
+            converted to what is asked.
+        mode: one of :data:`MODES`.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: what weights and images are converted to: a key of :data:`DTYPES`; None leaves
+            the network's own. The outputs are float32 always.
     """
 
-    def __init__(self, model: nn.Module, name: str = "pytorch") -> None:
-        self.model = model
-        self.name = name
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: str = "eager",
+        device: str = "cpu",
+        precision: str | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise UsageError(f"PyTorch has no mode '{mode}'.", f"Choose from: {', '.join(MODES)}.")
+        own = next(model.parameters()).dtype
+        self.model, self.mode, self.device = model, mode, torch_device(device)
+        self.dtype = own if precision is None else DTYPES[precision]
+        self.on_gpu = self.device.type == "cuda"
+        nhwc = mode in {"channels-last", "autocast"} or (mode == "compile" and self.on_gpu)
+        self._layout = torch.channels_last if nhwc else torch.contiguous_format
+        self._call: Any = model
 
-    def __enter__(self) -> TorchRunner:
-        """Return the runner; the network is loaded already."""
-        return self
+    def _load(self, stack: contextlib.ExitStack) -> None:
+        """Move the network to where and how it runs; compiling waits for the first batch."""
+        with torch_failures("loading the network"):
+            self.model.to(self.device, self.dtype).eval()
+        if self._layout is torch.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if self.on_gpu:
+            torch.backends.cudnn.benchmark = True
+        if self.mode == "compile":
+            options: dict[str, Any] = {"freezing": True}
+            options |= {**AUTOTUNE, "triton.cudagraphs": True} if self.on_gpu else {}
+            self._call = torch.compile(self.model, dynamic=False, options=options)
 
-    def __exit__(self, *_: object) -> None:
-        """Do nothing: the network is its owner's."""
+    def run_all(self, batch: npt.NDArray[Any]) -> Outputs:
+        """Return every output by its number, float32. On a GPU the transfers are part of it."""
+        # Freezing does not take tensors of inference mode.
+        with (
+            torch_failures(f"a batch of {len(batch)}"),
+            torch.inference_mode(self.mode != "compile"),
+            torch.no_grad(),
+        ):
+            given = torch.from_numpy(batch).to(self.device, self.dtype)
+            outputs = self._infer(given.contiguous(memory_format=self._layout))
+            return {str(i): found.float().cpu().numpy() for i, found in enumerate(outputs)}
 
-    def run(self, images: Images) -> Logits:
-        """Return the logits ``(N, K)`` of ``images (N, C, H, W)``, or the first map, float32."""
-        return next(iter(self.run_all(images).values()))
+    def resident(self, images: npt.NDArray[Any]) -> TorchBatch:
+        """Return a batch that stays on the GPU; see :meth:`Runner.resident`."""
+        if not self.on_gpu:
+            super().resident(images)
+        return TorchBatch(
+            lambda given: self._infer(given)[0], images, self.device, self.dtype, self._layout
+        )
 
-    @torch.inference_mode()
-    def run_all(self, images: Images) -> dict[str, Logits]:
-        """Return every output by its number, float32."""
-        dtype = next(self.model.parameters()).dtype
-        found = self.model(torch.from_numpy(images).to(dtype))
-        outputs = found if isinstance(found, tuple) else (found,)
-        return {str(index): output.float().numpy() for index, output in enumerate(outputs)}
+    def _infer(self, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kind = torch.float16 if self.on_gpu else torch.bfloat16
+        with torch.autocast(self.device.type, kind, enabled=self.mode == "autocast"):
+            outputs = self._call(given)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+class TorchBatch:
+    """One batch of a PyTorch network on the GPU: a :class:`~.base.Resident`.
+
+    Args:
+        call: maps the images on the GPU to logits there.
+        images: ``(N, C, S, S)``, in host memory.
+        device: of the network.
+        dtype: what the network computes in.
+        layout: how the network's images lie in memory.
+
+    Attributes:
+        stream: a CUDA stream of its own.
+    """
+
+    def __init__(
+        self,
+        call: Callable[[torch.Tensor], torch.Tensor],
+        images: npt.NDArray[Any],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        given = torch.from_numpy(np.ascontiguousarray(images))
+        with torch_failures(f"a batch of {len(images)}"):
+            given = given.to(dtype).contiguous(memory_format=layout)
+            self._host_input = torch.empty_like(given, pin_memory=True).copy_(given)
+            self._input = torch.empty_like(given, device=device)
+            self._input.copy_(given)  # what is launched before an upload sees images, too
+            self._stream = torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+        self.stream = int(self._stream.cuda_stream)
+        self._call = call
+        self._output: Any = None
+        self._host_output: Any = None
+
+    def upload(self) -> None:
+        """Enqueue the copy of the images to the GPU."""
+        with torch.cuda.stream(self._stream):
+            self._input.copy_(self._host_input, non_blocking=True)
+
+    def launch(self) -> None:
+        """Enqueue the network."""
+        with (
+            torch_failures(f"a batch of {len(self._input)}"),
+            torch.cuda.device(self._input.device),
+            torch.cuda.stream(self._stream),
+            torch.no_grad(),
+        ):
+            self._output = self._call(self._input)
+
+    def download(self) -> None:
+        """Enqueue the copy of the logits of the last :meth:`launch` to pinned memory."""
+        if self._host_output is None:
+            self._host_output = torch.empty_like(self._output, device="cpu", pin_memory=True)
+        with torch.cuda.stream(self._stream):
+            self._host_output.copy_(self._output, non_blocking=True)
+
+    def outputs(self) -> Logits:
+        """Wait, and return the logits ``(N, K)`` float32 of the last :meth:`download`."""
+        self._stream.synchronize()
+        logits: Logits = self._host_output.float().numpy().copy()
+        return logits
+
+    def close(self) -> None:
+        """Wait, and let go of the memory."""
+        self._stream.synchronize()
+        self._output = self._host_output = None
+
+
+def torch_device(device: str) -> torch.device:
+    """Return PyTorch's device, having seen that it is there.
+
+    Raises:
+        MissingDependency: PyTorch was built without CUDA, or finds no such GPU.
+    """
+    index = gpu_index(device)
+    if index is None:
+        return torch.device("cpu")
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "has no CUDA"
+        raise MissingDependency(
+            f"PyTorch {torch.__version__} finds no GPU here; it {built}.",
+            "Run this on a machine with an NVIDIA GPU; see `van-deploy doctor`.",
+        )
+    if index >= torch.cuda.device_count():
+        raise no_device(index, torch.cuda.device_count())
+    return torch.device("cuda", index)
+
+
+@contextlib.contextmanager
+def torch_failures(what: str) -> Iterator[None]:
+    """Turn CUDA's failures in PyTorch into the project's errors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise out_of_memory(f"PyTorch, {what}") from error
+        if "CUDA error" not in str(error):
+            raise
+        raise ConversionError(
+            f"CUDA failed in PyTorch ({what}): {str(error).splitlines()[0]}",
+            "Run `van-deploy doctor`; after an illegal access the process must be restarted.",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -29,8 +29,6 @@ from van_deploy.serve.protocol import encode_response, parse_request
 from van_deploy.serve.served import ServedModel
 from van_deploy.serve.service import Service
 
-__all__ = ["App", "Response"]
-
 MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config|/stats)?")
 MODEL = "/v2/models/MODEL"
 READY = {"version": "1", "state": "READY"}

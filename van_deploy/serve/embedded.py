@@ -21,7 +21,6 @@ from van_deploy.files import content_key
 from van_deploy.graph.embed import (
     TOP_CLASSES,
     TOP_PROBABILITIES,
-    check_embedding,
     embed_preprocessing,
 )
 from van_deploy.graph.files import graph_facts, save_onnx
@@ -34,8 +33,6 @@ from van_deploy.runners.answers import network_input
 from van_deploy.runners.base import Images, Logits
 from van_deploy.runners.network import Outputs, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-
-__all__ = ["Embedded", "embed_artefacts"]
 
 SAME_GRAPH = 1e-5
 """Largest relative difference between a plain graph and its embedded form.
@@ -80,12 +77,11 @@ def embed_artefacts(
         batches: batch sizes to prove, each at most N.
 
     Raises:
-        UsageError: the embedding or an output is unknown, or there is nothing to embed.
+        UsageError: there is nothing to embed.
         GateFailed: an embedded graph does not answer as its plain one; nothing was written.
     """
     import onnx
 
-    check_embedding(embedding, outputs)
     if embedding == "none" and tuple(outputs) == (OUTPUT_NAME,):
         raise UsageError(
             "There is nothing to embed: no preprocessing and only the logits.",

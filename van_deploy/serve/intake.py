@@ -23,8 +23,6 @@ from typing import Any, Literal, TypeVar
 from van_deploy.config import ServiceSettings
 from van_deploy.errors import InputError
 
-__all__ = ["Allowance", "ClientGoneError", "Intake", "Request", "RequestError", "file_of_form"]
-
 MIB = 2**20
 DEFLATE_RATIO = 1032  # the most that a byte of deflate stands for (zlib's technical details)
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS

@@ -6,8 +6,6 @@ from typing import Any
 
 from van_deploy.errors import needs_extra
 
-__all__ = ["ServerMetrics"]
-
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 METRICS: dict[str, tuple[str, str, str, dict[str, Any]]] = {

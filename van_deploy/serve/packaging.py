@@ -19,8 +19,6 @@ from van_deploy.serve.triton_model import triton_models, usual_artefacts
 from van_deploy.serve.triton_release import chosen_release, release_named
 from van_deploy.versioned import Versioned, read_versioned
 
-__all__ = ["Finding", "PackageRecord", "PackageReport", "check_package", "package"]
-
 PACKAGE_FILE = "package.json"
 AGAIN = "Package the bundle again."
 

@@ -15,8 +15,6 @@ from van_deploy.model.pixels import Pixels, pixels_from_image
 from van_deploy.runners.answers import TopClasses
 from van_deploy.runners.network import Network
 
-__all__ = ["NamedClass", "Prediction", "Speed", "named_classes", "predict", "sources_from"]
-
 
 @dataclass(frozen=True)
 class NamedClass:

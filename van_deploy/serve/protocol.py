@@ -23,8 +23,6 @@ from van_deploy.schema import Open, validated
 from van_deploy.serve.intake import RequestError
 from van_deploy.serve.triton_model import DATATYPES
 
-__all__ = ["InferRequest", "Values", "encode_response", "parse_request"]
-
 Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
 Values = npt.NDArray[Any]
 

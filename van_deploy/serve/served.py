@@ -23,8 +23,6 @@ from van_deploy.serve.metrics import ServerMetrics
 from van_deploy.serve.protocol import Values
 from van_deploy.serve.triton_model import TritonModel, model_config, served_name
 
-__all__ = ["Answer", "ServedModel"]
-
 QUEUE_IMAGES = 256
 Waiting = tuple[Values, "asyncio.Future[Answer]", float]  # rows, their answer, and since when
 QUEUE_FULL = "The queue is full: the server has more images than it can answer."

@@ -15,8 +15,6 @@ from typing import Any
 from van_deploy.errors import UsageError
 from van_deploy.serve.app import App
 
-__all__ = ["is_loopback", "listen", "run_server", "url_of"]
-
 BACKLOG = 1024
 KEEP_ALIVE_S = 75  # longer than most clients' pools
 DRAIN_S = 30

@@ -27,8 +27,6 @@ from van_deploy.serve.predict import named_classes
 from van_deploy.serve.served import ServedModel
 from van_deploy.serve.triton_model import usual_artefacts
 
-__all__ = ["Service"]
-
 LARGE_IMAGE = 16_000_000  # pixels; larger ones are decoded one at a time, which bounds memory
 
 

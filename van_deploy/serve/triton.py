@@ -36,8 +36,6 @@ from van_deploy.serve.triton_model import (
 )
 from van_deploy.serve.triton_release import Release
 
-__all__ = ["filled", "preferred_batches", "write_environment", "write_repository"]
-
 GOOD_SHARE = 0.9  # of the best throughput: a batch size worth waiting for
 BASE_MIB, PROCESS_MIB = 2048, 512  # of memory: Triton itself, and each process of a Python model
 ODDS = {Task.SINGLE_LABEL: "softmax", Task.REGRESSION: "plain"}

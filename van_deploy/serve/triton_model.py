@@ -19,17 +19,6 @@ from van_deploy.engine.sidecar import Sidecar, verified_sidecar
 from van_deploy.errors import InputError, UsageError, needs_extra
 from van_deploy.runners.network import Network, TensorSpec, runnable_artefacts
 
-__all__ = [
-    "DATATYPES",
-    "LABELS_FILE",
-    "TritonModel",
-    "config_text",
-    "model_config",
-    "served_name",
-    "triton_models",
-    "usual_artefacts",
-]
-
 DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "INT64"}
 """NumPy's names of types, and the v2 protocol's; ``config.pbtxt`` puts ``TYPE_`` before them."""
 

@@ -17,8 +17,6 @@ from van_deploy.documents import toml_from
 from van_deploy.errors import UsageError
 from van_deploy.serve.triton_model import TritonModel
 
-__all__ = ["Release", "chosen_release", "known_releases", "release_named"]
-
 MATRIX = "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/"
 
 
