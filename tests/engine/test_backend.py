@@ -25,7 +25,7 @@ from van_deploy.errors import MissingDependency, UsageError
 
 RECORDED = sorted((Path(__file__).parent / "bindings").glob("*.json"))
 PACKAGE = Path(backend_module.__file__).parents[1]
-USERS = (*sorted((PACKAGE / "engine").glob("*.py")), PACKAGE / "runners" / "plan.py")
+USERS = (*sorted((PACKAGE / "engine").glob("*.py")), PACKAGE / "runners" / "tensorrt.py")
 
 COMMON_NAMES = """
 (module): Builder DataType ILogger IProgressMonitor OnnxParser Runtime
