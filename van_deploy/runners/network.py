@@ -1,7 +1,7 @@
 """An artifact of a bundle as something that answers images, whatever it takes and gives.
 
 A plain graph takes normalised floats, an embedded one bytes; one gives logits,
-another the first classes; ONNX Runtime runs a graph, TensorRT an engine.
+another the top-k classes; ONNX Runtime runs a graph, TensorRT an engine.
 :class:`Network` is one face for all of them: pixels in, outputs by name, and the
 most probable classes from whatever outputs there are.
 """
