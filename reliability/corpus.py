@@ -23,7 +23,7 @@ DOCUMENTS: dict[str, dict[str, Any]] = {
         "do_normalize": True,
     },
     "baseline": {
-        "schema": "van-deploy/baseline/1",
+        "schema": "van-deploy/baseline/2",
         "model": "van_digits",
         "images": "digits",
         "weights_sha256": "0",
@@ -31,7 +31,7 @@ DOCUMENTS: dict[str, dict[str, Any]] = {
         "figures": {"verify/fp16/sqnr_db": FIGURE},
     },
     "bench": {
-        "schema": "van-deploy/bench/1",
+        "schema": "van-deploy/bench/5",
         "results": [{"name": "ort", "median_ms": 1.0}],
     },
 }

@@ -135,7 +135,7 @@ def subject_of(folder: Path, labelled: Path) -> Subject:
 
 
 def digits_graph(path: Path, size: int) -> None:
-    """Write the embedded network, folded, as an ONNX file with a free batch."""
+    """Write the embedded network, folded, as an ONNX file with a dynamic batch."""
     import torch
 
     from van_deploy.graph.export import onnx_from_van

@@ -178,7 +178,7 @@ def cifar(made_once: MadeOnce, cifar_bundle: Bundle, shared: Path) -> Subject:
 
 @pytest.fixture(scope="session")
 def digits_onnx(made_once: MadeOnce) -> Path:
-    """Return the embedded network as an ONNX file, 32 pixels, a free batch; not to be changed."""
+    """Return the embedded network as an ONNX file, 32 pixels, dynamic batch; not to be changed."""
     return made_once("digits32.onnx", lambda path: digits_graph(path, SMALL_SIZE))
 
 

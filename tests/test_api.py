@@ -119,10 +119,14 @@ def test_they_make_the_same_manifest(
     file = tmp_path / "mine.toml"
     file.write_text(RECIPE)
     assert cli("export", file, "-o", tmp_path / "file").exit_code == 0
+    words = ("--batch", "1:2:4", "--opset", "18", "--embed-preprocess", "uint8")
+    line = cli("export", "van_digits", "-o", tmp_path / "line", *words, "--precision", "fp16")
+    assert line.exit_code == 0
     options = {"opset": 18, "embed_preprocess": "uint8", "precision": ["fp16"]}
     assert vd.export("van_digits", tmp_path / "call", batch="1:2:4", **options)  # type: ignore[arg-type]
     made = (tmp_path / "file" / "manifest.json").read_bytes()
-    assert (tmp_path / "call" / "manifest.json").read_bytes() == made
+    for name in ("line", "call"):
+        assert (tmp_path / name / "manifest.json").read_bytes() == made
     assert b'"written": "2023-11-14T22:13:20+00:00"' in made
 
 

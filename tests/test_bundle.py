@@ -82,7 +82,7 @@ def test_killed_while_committing_the_next_reader_sees_the_whole_new_bundle(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
     # Three files are moved (two artefacts and the manifest) and then the folder goes.
-    real, done = Path.replace, 0
+    real, done, before = Path.replace, 0, (bundle / MANIFEST).read_text()
 
     def dies(self: Path, target: Path) -> Path:
         nonlocal done
@@ -100,6 +100,7 @@ def test_killed_while_committing_the_next_reader_sees_the_whole_new_bundle(
                 draft.record(entry(name, "onnx", name, f"{name}.onnx"))
     except Killed:
         assert moves < 3
+        assert (bundle / MANIFEST).read_text() == before, "it is the last to be moved"
     monkeypatch.setattr(Path, "replace", real)
     opened = Bundle.open(bundle)
     assert opened.verified("fp32").read_text() == "new weights"

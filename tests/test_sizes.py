@@ -24,7 +24,7 @@ from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import fold_van
 from van_deploy.graph.shapes import with_dynamic_batch_
 from van_deploy.metrics import sqnr_db
-from van_deploy.model.random_weights import random_van, smooth_pictures
+from van_deploy.model.random_weights import random_van, smooth_images
 from van_deploy.model.state import network_from_state
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VanConfig
@@ -76,7 +76,7 @@ def test_every_combination_answers_as_pytorch_does(
     network = network_from_state(original.state_dict(), config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pictures = smooth_pictures(8, 3, 128)
+        pictures = smooth_images(8, 3, 128)
     height, width = sides_of(native)
     folded = fold_van(network, pictures[:1, :, :height, :width]).model
     fp32 = onnx_from_van(folded, native, batch=BATCHES[batch], sizes=sizes)

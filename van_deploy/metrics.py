@@ -60,7 +60,7 @@ class Comparison:
         sqnr_db: see :func:`sqnr_db`.
         kl: mean Kullback-Leibler divergence of the softmax, in nats; None where the numbers
             are no classes', as the next two.
-        top1_agreement: share of rows with the same first class, 0 to 1.
+        top1_agreement: share of rows with the same top-1 class, 0 to 1.
         top5_agreement: see :func:`topk_agreement`, with ``k = 5``.
     """
 
@@ -186,7 +186,7 @@ def kl_divergence(reference: Array, actual: Array) -> Array:
 
 
 def top1_agreement(reference: Array, actual: Array) -> float:
-    """Return the share of rows with the same first class, as :func:`topk_agreement`."""
+    """Return the share of rows with the same top-1 class, as :func:`topk_agreement`."""
     return topk_agreement(reference, actual, 1)
 
 
@@ -206,7 +206,7 @@ def topk_agreement(reference: Array, actual: Array, k: int) -> float:
     """Return the mean share of each row's first ``k`` classes that are the same, 0 to 1.
 
     Their order does not count. A row of ``actual`` with a NaN agrees with nothing.
-    With ``K <= k`` classes the first classes are always the same.
+    With ``K <= k`` classes the top-k classes are always the same.
 
     >>> topk_agreement(np.array([[3.0, 2.0, 1.0, 0.0]]), np.array([[3.0, 0.0, 2.0, 1.0]]), 2)
     0.5

@@ -201,7 +201,7 @@ def embed_in_bundle(
         output: the bundle's folder; every plain graph in it gets one.
         loaded: the original network.
         recipe: says which preprocessing and which outputs.
-        images: folder of pictures to prove them on; None for sample pictures.
+        images: folder of images to prove them on; None for sample images.
 
     Raises:
         UsageError: the recipe asks for nothing to embed.

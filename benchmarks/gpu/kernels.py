@@ -38,7 +38,7 @@ from result import Result, turn
 from van_deploy.kernels import launch, network, plain, steps
 from van_deploy.kernels.launch import FEW, TILES, Launch, Tile, recorded
 from van_deploy.kernels.network import FusedVan, fused
-from van_deploy.model.random_weights import random_van, smooth_pictures
+from van_deploy.model.random_weights import random_van, smooth_images
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig
 
@@ -120,7 +120,7 @@ def images(name: str, batch: int, size: int) -> torch.Tensor:
     """Return seeded images ``(batch, C, size, size)`` float32 on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        few = smooth_pictures(min(batch, 16), configuration(name).in_chans, size)
+        few = smooth_images(min(batch, 16), configuration(name).in_chans, size)
     return few.repeat(math.ceil(batch / len(few)), 1, 1, 1)[:batch]
 
 

@@ -33,7 +33,7 @@ from van_deploy.bench.profile import by_kernel, by_module
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.graph.fold import fold_van
 from van_deploy.metrics import sqnr_db, top1_agreement
-from van_deploy.model.random_weights import random_van, smooth_pictures
+from van_deploy.model.random_weights import random_van, smooth_images
 from van_deploy.model.variants import variant_named
 
 PACKAGES = (
@@ -252,7 +252,7 @@ class _Subject:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             size = options.image_size
-            self.images = smooth_pictures(max(options.batches), config.in_chans, size)
+            self.images = smooth_images(max(options.batches), config.in_chans, size)
         self.expected = self._fp32(self.images[:COMPARED])
         self.note = ""
         if options.folded:

@@ -11,8 +11,9 @@ from tests.each import each
 from van_deploy.bench.contender import Contender
 from van_deploy.bench.gpu import Clock, GpuWatch, timed
 from van_deploy.bench.on_gpu import int8_not_worth_it, with_ratios
-from van_deploy.bench.profile import by_module
+from van_deploy.bench.profile import by_module, profile_of
 from van_deploy.bench.timing import GpuState, Row, latency_of
+from van_deploy.errors import UsageError
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
 
@@ -132,3 +133,10 @@ def test_an_eager_profile_sums_to_the_kinds_of_layers() -> None:
     assert {"dw 3x3", "dw 5x5", "dw 7x7 d3", "1x1", "GELU", "LayerNorm"} <= set(kinds)
     assert sum(line.percent for line in lines) == pytest.approx(100)
     assert lines == sorted(lines, key=lambda line: -line.ms)
+
+
+def test_onnx_runtimes_profile_of_a_gpu_is_not_shown() -> None:
+    """Its node times there are those of the launches on the host."""
+    contender = Contender("ort-cuda/fp16", "onnxruntime", "fp16", device="cuda:0")
+    with pytest.raises(UsageError, match="'ort-cuda/fp16' does not say where its time goes"):
+        profile_of(contender, None, None)

@@ -25,7 +25,7 @@ from van_deploy.errors import MissingDependency, UsageError
 
 RECORDED = sorted((Path(__file__).parent / "bindings").glob("*.json"))
 PACKAGE = Path(backend_module.__file__).parents[1]
-USERS = (*sorted((PACKAGE / "engine").glob("*.py")), PACKAGE / "runners" / "plan.py")
+USERS = (*sorted((PACKAGE / "engine").glob("*.py")), PACKAGE / "runners" / "tensorrt.py")
 
 COMMON_NAMES = """
 (module): Builder DataType ILogger IProgressMonitor OnnxParser Runtime
@@ -66,9 +66,7 @@ CudaGraphStrategy: DISABLED WHOLE_GRAPH_CAPTURE
 DynamicShapesKernelSpecializationStrategy: EAGER
 IBuilderConfig: num_compute_capabilities set_compute_capability
 ICudaEngine: create_runtime_config
-IRuntimeCache: deserialize serialize
-IRuntimeConfig: create_runtime_cache cuda_graph_strategy set_runtime_cache
-IRuntimeConfig: dynamic_shapes_kernel_specialization_strategy
+IRuntimeConfig: cuda_graph_strategy dynamic_shapes_kernel_specialization_strategy
 Runtime: get_engine_validity
 """
 """The bindings' names this package uses: a class, and members of it."""

@@ -25,7 +25,7 @@ from van_deploy.graph.fold import fold_van
 from van_deploy.kernels import plain, steps
 from van_deploy.kernels.launch import TILES
 from van_deploy.kernels.network import fused
-from van_deploy.model.random_weights import random_van, smooth_pictures
+from van_deploy.model.random_weights import random_van, smooth_images
 from van_deploy.model.variants import VanConfig
 
 TINY = VanConfig((16, 20, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)
@@ -107,7 +107,7 @@ def whole(dtype: torch.dtype, kept: int = 0) -> float:
         dtype: of the kernels.
         kept: multiplies that the residual stream keeps.
     """
-    model, x = random_van(TINY), smooth_pictures(2, 3, 33)
+    model, x = random_van(TINY), smooth_images(2, 3, 33)
     if kept:
         block: Any = model.get_submodule("block2.0")
         scale = block.norm1.weight / torch.sqrt(block.norm1.running_var + block.norm1.eps)

@@ -16,7 +16,7 @@ from van_deploy.errors import UsageError
 from van_deploy.kernels import plain, steps
 from van_deploy.kernels.launch import Launch, nearest, recorded, tuned_tiles
 from van_deploy.kernels.network import FusedVan, fused
-from van_deploy.model.random_weights import random_van, smooth_pictures
+from van_deploy.model.random_weights import random_van, smooth_images
 from van_deploy.model.variants import VARIANTS, VanConfig
 
 TINY = VanConfig((16, 20, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)
@@ -77,7 +77,7 @@ def test_no_kernel_of_van_b0_spills(van_b0: FusedVan, capability: int, batch: in
 
 
 def test_plain_pytorch_computes_the_same_network() -> None:
-    model, x = random_van(TINY), smooth_pictures(2, 3, 33)
+    model, x = random_van(TINY), smooth_images(2, 3, 33)
     plain = fused(model, torch.float32, fallback=True)
     if not torch.cuda.is_available():
         assert plain.fallbacks == ("there is no GPU",)
@@ -124,7 +124,7 @@ def test_each_kernel_on_a_gpu_against_float64(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 def test_the_network_on_a_gpu() -> None:
     model = random_van(VARIANTS["van_b0"].config)
-    x = smooth_pictures(2, 3, 224)
+    x = smooth_images(2, 3, 224)
     found = fused(model, torch.float16).cuda()(x.cuda()).cpu().double()
     expected = model.double()(x.double())
     noise = (found - expected).square().sum()

@@ -200,6 +200,9 @@ def test_random_weights_are_labelled() -> None:
     assert len(loaded.source.sha256) == 64
     assert loaded.preprocessing.mean == OFFICIAL.mean
     assert load_van("van_b0", weights="random", layer_norm_eps=1e-3).config.layer_norm_eps == 1e-3
+    for eps in (0.0, 5.0):
+        with pytest.raises(UsageError, match=rf"^LayerNorm's eps {eps:g} is not between 0 and 1"):
+            load_van("van_b0", weights="random", layer_norm_eps=eps)
 
 
 def test_a_variant_with_weights_of_its_own(shared_checkpoint: Path, saved: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.each import each
-from van_deploy.model.random_weights import random_van, sha256_of_state, smooth_pictures
+from van_deploy.model.random_weights import random_van, sha256_of_state, smooth_images
 from van_deploy.model.variants import VARIANTS, VanConfig
 
 
@@ -40,7 +40,7 @@ def test_activations_stay_of_natural_size(config: VanConfig) -> None:
     model = random_van(config, 0)
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        images = smooth_pictures(2, 3, 128)
+        images = smooth_images(2, 3, 128)
     power = torch.fft.rfft2(images).abs().square().mean(dim=(0, 1))
     assert power[1:4, 1:4].mean() > 100 * power[16:32, 16:32].mean()
     assert 1 < largest_activation(model, images) < 1000

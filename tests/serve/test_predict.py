@@ -63,7 +63,7 @@ def test_batches_are_filled_across_what_cannot_be_read(
     assert sizes == [4, 1]
     assert [a.source for a in answers] == [str(s) for s in sources]
     assert [a.error is None for a in answers] == [True, False, True, True, True, True]
-    assert speed.pictures == 5
+    assert speed.images == 5
     result = cli("predict", digits.path, folder, "--jsonl")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert (len(lines), sum(line["error"] is not None for line in lines)) == (12, 1)

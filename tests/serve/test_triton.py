@@ -37,8 +37,8 @@ from van_deploy.model.pixels import pixels_from_image
 from van_deploy.runners.network import Network
 from van_deploy.serve.packaging import check_package
 from van_deploy.serve.triton import _client, preferred_batches, write_environment
-from van_deploy.serve.triton_model import TritonModel
-from van_deploy.serve.triton_release import known_releases
+from van_deploy.serve.triton_model import TritonModel, triton_models
+from van_deploy.serve.triton_release import Release, known_releases
 
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
@@ -209,6 +209,10 @@ def test_the_release_is_the_newest_that_loads_the_models(
     release = findings[f"{NAME}: release"]
     assert (result.exit_code, release["outcome"]) == (0, None)
     assert release["detail"].startswith("not checked: no table here says which ONNX Runtime")
+    (model,) = triton_models(digits, ["fp32-uint8"])  # of opset 20 and IR version 9
+    for opset, ir_version, loads in ((20, 9, True), (19, 9, False), (20, 8, False)):
+        asked = Release("x", onnxruntime="1", opset=opset, ir_version=ir_version)
+        assert asked.judged(model)[0] is loads
 
 
 def test_the_python_backend_brings_its_onnx_runtime(

@@ -219,14 +219,15 @@ def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLin
     Runtime and TensorRT by the layers they report, found again in the ONNX graph by name.
 
     Raises:
-        UsageError: its runtime tells nothing.
+        UsageError: its runtime tells nothing, or nothing true: on a GPU ONNX Runtime reports how
+            long the host took to launch each node (4.6 of 16.7 ms on an H200).
     """
     if contender.runtime == "pytorch" and contender.mode in ("eager", "channels-last"):
         import torch
 
         images = torch.from_numpy(batch).to(runner.device, runner.dtype)
         return by_module(runner.model, images)
-    if contender.runtime == "onnxruntime":
+    if contender.runtime == "onnxruntime" and contender.device == "cpu":
         return _by_node(contender, batch)
     if contender.device != "cpu" and contender.runtime in ("pytorch", "inductor"):
         resident = runner.resident(batch)
@@ -236,5 +237,5 @@ def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLin
         return _by_layer(runner, batch)
     raise UsageError(
         f"'{contender.name}' does not say where its time goes.",
-        "Profile PyTorch, ONNX Runtime or TensorRT.",
+        "Profile PyTorch, TensorRT, or ONNX Runtime on a CPU.",
     )

@@ -129,7 +129,7 @@ class Bundle:
         return f"changed since: {', '.join(changed)}" if changed else ""
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each artefact that a run time loads: its file and its weights.
+        """Return the bytes of each artefact that a runtime loads: its file and its weights.
 
         What is missing has none; :meth:`problems` names it.
         """

@@ -148,7 +148,7 @@ def _prepare(folder: Path, *, create: bool) -> bool:
     except UnicodeEncodeError:
         shown = str(folder).encode(errors="replace").decode()
         raise BundleError(
-            f"The name of the folder '{shown}' is not UTF-8; run times cannot open files there.",
+            f"The name of the folder '{shown}' is not UTF-8; runtimes cannot open files there.",
             "Rename it, or choose another --output DIR.",
         ) from None
     if folder.exists() and not folder.is_dir():

@@ -42,7 +42,7 @@ class Answers(NamedTuple):
     Attributes:
         classes: ``(n, k)`` int32. Of one of K classes: the first ``min(K, 5)``, most probable
             first. Of one logit or many labels: 0 or 1 for each label. -1 for a NaN.
-        confidence: ``(n,)`` float32, probability of the first class, or of the decision on one
+        confidence: ``(n,)`` float32, probability of the top-1 class, or of the decision on one
             logit; 0 for a NaN and for many labels.
         margins: how far each decision is from another one, in logits
             (:func:`~van_deploy.metrics.decision_margins`); ``(n, 0)`` but of the reference.
@@ -108,7 +108,7 @@ class Accuracy:
     Attributes:
         images: answered.
         metric: ``top-1``; for many labels ``F1 (micro)``.
-        top1: share with the right first class or decision, or the F1, 0 to 1.
+        top1: share with the right top-1 class or decision, or the F1, 0 to 1.
         top1_interval: its 95 % interval: Wilson's, or of resampled images.
         top5: share with the right class among the first five, or None.
         top5_interval: likewise.
@@ -271,8 +271,8 @@ def expected_calibration_error(confidence: npt.ArrayLike, correct: npt.ArrayLike
     :data:`ECE_BINS` of equal width ``(k/bins, (k+1)/bins]``.
 
     Args:
-        confidence: ``(N,)`` probability of the first class, 0 to 1.
-        correct: ``(N,)`` whether the first class was right.
+        confidence: ``(N,)`` probability of the top-1 class, 0 to 1.
+        correct: ``(N,)`` whether the top-1 class was right.
     """
     scores, right = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     index = np.clip(np.ceil(scores * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)

@@ -39,7 +39,7 @@ class AccuracyFigures(Schema):
     """How much of the evaluation set an artifact gets right."""
 
     top1: Count | None = None
-    """Images with the right first class or decision; None for many labels."""
+    """Images with the right top-1 class or decision; None for many labels."""
     top5: Count | None = None
     """Images with the right class among the first five; None with five classes or fewer."""
     f1: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -247,7 +247,7 @@ def _judge_rows(
 def _judge_shares(
     run: Run, given: npt.NDArray[Any], samples: Samples, sizes: Sequence[int], floor: Limit
 ) -> Judged:
-    """Return what a network says that gives probabilities or first classes, and no logits.
+    """Return what a network says that gives probabilities or top-k classes, and no logits.
 
     A probability moves by a quarter of what a difference of logits does, at most.
     """

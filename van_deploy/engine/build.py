@@ -93,7 +93,7 @@ def engine_from_onnx(
         progress: told of it.
 
     Raises:
-        UsageError: the back end cannot do what is asked.
+        UsageError: the backend cannot do what is asked.
         InputError: the ONNX file cannot be used.
         MissingDependency: a driver, a GPU, a library or memory is missing.
         ConversionError: TensorRT cannot take the graph, or builds no plan from it.

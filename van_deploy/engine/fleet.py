@@ -83,7 +83,7 @@ class Cell:
 
     Attributes:
         bundle: the bundle's folder.
-        precision: the ONNX artefact it is built from.
+        precision: the ONNX artifact it is built from.
         targets: what the plan serves.
         options: what is asked of the build, targets included.
         host: where it is built.

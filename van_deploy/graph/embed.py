@@ -1,7 +1,7 @@
 """Preprocessing and answers inside the graph, so that nobody has to write them twice.
 
 A plain graph takes normalised floats and gives logits. An embedded one takes
-the picture's own numbers and can give probabilities and the first classes too:
+the image's own numbers and can give probabilities and the top-k classes too:
 
 - ``uint8``: ``pixels (batch, S, S, C)`` bytes, as every image library holds
   them and a quarter of the transfer. Cast, layout and normalisation are nodes.
@@ -130,7 +130,7 @@ def _prepend_(model: ModelProto, preprocessing: Preprocessing, embedding: str) -
 
 
 def _append_(model: ModelProto, outputs: Sequence[str], task: Task) -> None:
-    """Put probabilities and the first classes behind the network."""
+    """Put probabilities and the top-k classes behind the network."""
     from onnx import TensorProto, ValueInfoProto, helper
 
     graph = model.graph

@@ -12,7 +12,7 @@ from van_deploy.graph.fold import fold_van
 from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
 from van_deploy.kernels import plain, steps
 from van_deploy.kernels.launch import DTYPES, INTERPRETED
-from van_deploy.model.random_weights import smooth_pictures
+from van_deploy.model.random_weights import smooth_images
 from van_deploy.model.van import STAGES, VAN
 
 
@@ -126,7 +126,7 @@ def fused(
         raise UsageError("Only a VAN in eval mode, with average pooling, runs on the kernels.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        report = fold_van(model, smooth_pictures(1, model.config.in_chans, 64))
+        report = fold_van(model, smooth_images(1, model.config.in_chans, 64))
     if not report:
         raise ConversionError(
             f"Folding changed the network: the logits differ by {report.relative_error:.1e} in "

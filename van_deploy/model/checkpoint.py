@@ -105,6 +105,11 @@ def load_van(
     >>> loaded.source.format, loaded.config.depths
     ('random', (3, 3, 5, 2))
     """
+    if layer_norm_eps is not None and not 0 < layer_norm_eps < 1:
+        raise UsageError(
+            f"LayerNorm's eps {layer_norm_eps:g} is not between 0 and 1.",
+            "Give a number such as 1e-6.",
+        )
     given = {name: value for name, value in (preprocessing or {}).items() if value is not None}
     variant = None if _is_place(spec) or spec == EMBEDDED else variant_named(spec)
     if variant is None and weights is not None:

@@ -2,7 +2,7 @@
 
 With the official initialisation and BatchNorm's default statistics a VAN's
 activations grow without bound, and any drift measured on it means nothing. So
-the statistics are those of a few smooth random pictures, and the scales and
+the statistics are those of a few smooth random images, and the scales and
 shifts that training would have moved are moved too.
 """
 
@@ -18,7 +18,7 @@ from torch.optim.swa_utils import update_bn
 from van_deploy.model.van import VAN, Block
 from van_deploy.model.variants import VanConfig
 
-_PICTURES, _SIDE = 4, 96
+_IMAGES, _SIDE = 4, 96
 _LONG_STAGE = 3  # blocks
 
 
@@ -32,11 +32,11 @@ def random_van(config: VanConfig, seed: int = 0) -> VAN:
         torch.manual_seed(seed)
         model = VAN(config).requires_grad_(False)
         _move_affines_(model)
-        update_bn([smooth_pictures(_PICTURES, config.in_chans, _SIDE)], model)
+        update_bn([smooth_images(_IMAGES, config.in_chans, _SIDE)], model)
     return model.eval()
 
 
-def smooth_pictures(count: int, channels: int, side: int) -> Tensor:
+def smooth_images(count: int, channels: int, side: int) -> Tensor:
     """Return ``(count, channels, side, side)`` float32 about 0, with about a 1/f spectrum.
 
     Drawn from the global random state: a sum of random grids, each twice as

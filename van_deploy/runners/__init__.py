@@ -1,1 +1,1 @@
-"""One file a run time, all behind one protocol."""
+"""One file a runtime, all behind one protocol."""

@@ -1,7 +1,7 @@
 """An artifact of a bundle as something that answers images, whatever it takes and gives.
 
 A plain graph takes normalised floats, an embedded one bytes; one gives logits,
-another the first classes; ONNX Runtime runs a graph, TensorRT an engine.
+another the top-k classes; ONNX Runtime runs a graph, TensorRT an engine.
 :class:`Network` is one face for all of them: pixels in, outputs by name, and the
 most probable classes from whatever outputs there are.
 """
@@ -142,14 +142,14 @@ class Network:
         max_batch: images a batch, at most.
         runner: what runs it, for reports.
         task: how its logits become labels.
-        opened: the runner of a network that is open.
+        opened: the runner of a network that is open; None before.
 
     Raises:
         BundleError: there is no such artifact.
         UsageError: there is no such runner.
     """
 
-    opened: Any
+    opened: Any = None
 
     def __init__(
         self,
@@ -279,7 +279,11 @@ class Network:
     @property
     def described(self) -> str:
         """What runs it, for reports."""
-        return f"{self.runner}, {BF16_EMULATED}" if self.opened.emulated else self.runner
+        return (
+            f"{self.runner}, {BF16_EMULATED}"
+            if getattr(self.opened, "emulated", False)
+            else self.runner
+        )
 
     @property
     def on_gpu(self) -> bool:
@@ -291,7 +295,7 @@ class Network:
     @property
     def tf32(self) -> bool:
         """Whether FP32 layers may compute in TF32; of a network that is open."""
-        return bool(self._built("tf32", True)) and self.opened.tf32
+        return bool(self._built("tf32", True)) and getattr(self.opened, "tf32", self.is_engine)
 
     def _built(self, name: str, default: Any) -> Any:
         """Return an option that an engine was built with."""

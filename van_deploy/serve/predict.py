@@ -51,23 +51,23 @@ class Speed:
     """Where the time of a run went.
 
     Attributes:
-        pictures: images answered.
+        images: images answered.
         decode_s: reading, decoding, resizing and cropping.
         infer_s: the network, with normalisation where that is outside it.
     """
 
-    pictures: int = 0
+    images: int = 0
     decode_s: float = 0.0
     infer_s: float = 0.0
 
     def __str__(self) -> str:
         """Return the speed in one line."""
-        if not self.pictures:
+        if not self.images:
             return "no image was answered"
-        decode, infer = (1e3 * s / self.pictures for s in (self.decode_s, self.infer_s))
-        rate = self.pictures / max(self.decode_s + self.infer_s, 1e-9)
+        decode, infer = (1e3 * s / self.images for s in (self.decode_s, self.infer_s))
+        rate = self.images / max(self.decode_s + self.infer_s, 1e-9)
         return (
-            f"{self.pictures} images, {rate:.1f} a second: {decode:.2f} ms to read and "
+            f"{self.images} images, {rate:.1f} a second: {decode:.2f} ms to read and "
             f"{infer:.2f} ms to answer each"
         )
 
@@ -157,7 +157,7 @@ def _answers(
         start = time.perf_counter()
         outputs = network.run(network.prepare(np.stack(pixels)))
         speed.infer_s += time.perf_counter() - start
-        speed.pictures += len(pixels)
+        speed.images += len(pixels)
         ranked, rows = network.top(outputs, top), iter(range(len(pixels)))
     for name, value in read:
         if isinstance(value, str):
