@@ -18,7 +18,7 @@ READY := .venv/.van-deploy
 TESTED := $(READY)-test-$(RUNTIME)
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: setup demo test test-full test-gpu triton test-min test-pythons coverage reference format lint audit check pins bench gpu-report fuzz faults public-weights clean
+.PHONY: setup demo test test-full test-gpu triton test-min test-pythons coverage mutate reference format lint audit check pins bench gpu-report fuzz faults public-weights clean
 
 setup: $(TESTED)
 
@@ -78,6 +78,10 @@ test-pythons:
 # Lines and branches that all tests together run: a table, and coverage.json.
 coverage: $(READY)-full
 	$(PYTEST) --cov=van_deploy --cov-branch --cov-report=term --cov-report=json
+
+# Sixty small faults put into the code one by one: which test notices each?
+mutate: $(TESTED)
+	$(BIN)/python -m reliability.mutate
 
 # docs/schemas, the tables of docs/recipe.md and the types of keyword arguments, from the code.
 reference: $(TESTED)
