@@ -97,7 +97,7 @@ def test_the_command_line_replaces_what_the_recipe_says(
     assert [made["artefact"] for made in document["made"]] == ["fp16"]
     assert document["evaluate"]["count"] == 60
     artefacts = list(Bundle.open(tmp_path / "bundle").artefacts)
-    assert artefacts == ["fp32", "fp32-uint8", "fp16", "fp16-uint8"]
+    assert artefacts == ["fp32", "fp16", "fp32-uint8", "fp16-uint8"]
 
 
 @pytest.mark.parametrize(
