@@ -50,6 +50,7 @@ def page() -> list[str]:
     return PYTHON_BLOCK.findall(text)
 
 
+@pytest.mark.slow
 def test_the_page_runs_as_it_stands(page: list[str], tmp_path: Path) -> None:
     write_digits_folder(tmp_path / "digits", "heldout", 60)
     example, engines, mistake = page

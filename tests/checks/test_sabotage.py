@@ -34,7 +34,7 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-@pytest.fixture(params=["digits", "cifar"])
+@pytest.fixture(params=["digits", pytest.param("cifar", marks=pytest.mark.slow)])
 def whole(request: pytest.FixtureRequest) -> Subject:
     """Return the embedded network and, where it is, the shared one."""
     found: Subject = request.getfixturevalue(request.param)

@@ -58,6 +58,7 @@ class TestRightArtefacts:
             assert verdict.limit.origin.endswith(" dB recorded when it was made, minus 3")
             assert bool(verdict.modules) == (verdict.artefact != "fp32")
 
+    @pytest.mark.slow
     def test_the_shared_network(self, cifar: Subject) -> None:
         found = verify_bundle(cifar.bundle, cifar.samples).artefacts
         outcomes = {name: verdict.outcome for name, verdict in found.items()}

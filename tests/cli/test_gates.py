@@ -348,6 +348,7 @@ class TestCheck:
             assert refused.exit_code == 5
             assert said in words_of(refused.stderr)
 
+    @pytest.mark.slow
     def test_speed_is_compared_by_the_interval_of_its_median(
         self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
     ) -> None:

@@ -148,6 +148,7 @@ def test_one_convolution_is_emulated_as_it_would_be_computed() -> None:
     assert np.array_equal(found, exact.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
+@pytest.mark.slow
 @each("opset", [17, 18, 23])
 def test_an_opset_is_raised_if_need_be_or_refused(
     van_digits: LoadedVan, heldout_digits: Images, opset: int

@@ -174,6 +174,7 @@ def test_other_scales_and_what_is_kept(bundle: Path, few: str, method: Any) -> N
     assert weights == [("block4.1.mlp.fc1.weight", 1)]
 
 
+@pytest.mark.slow
 def test_auto_takes_the_fastest_scope_that_holds(bundle: Path, few: str) -> None:
     asked = PLAIN.changed(calibration=few, scope=("auto",))
     with pytest.raises(MissingDependency, match="--scope auto times graphs on a GPU"):
