@@ -8,6 +8,7 @@ import gc
 import gzip
 import json
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -40,6 +41,7 @@ from van_deploy.runners.network import Network, TensorSpec
 from van_deploy.serve import intake
 from van_deploy.serve.intake import RequestError, file_of_form
 from van_deploy.serve.protocol import encode_response, parse_request
+from van_deploy.serve.server import return_large_blocks
 from van_deploy.serve.service import Service
 
 triton = pytest.importorskip("tritonclient.http")
@@ -720,3 +722,7 @@ def test_spoiled_requests_get_a_status_and_leave_no_traceback(
     assert faults == []
     assert {200, 400, 404, 405, 422} <= set(statuses)
     assert "raceback" not in capfd.readouterr().err
+
+
+def test_large_blocks_go_back_where_the_c_library_is_glibc() -> None:
+    assert return_large_blocks() == (platform.libc_ver()[0] == "glibc")

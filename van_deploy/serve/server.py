@@ -120,7 +120,7 @@ def return_large_blocks() -> bool:
     """Give blocks from 128 KiB on back to the system when they are freed; tell whether it took.
 
     glibc raises that threshold to the size of what is freed, up to 32 MiB; bodies and images then
-    stay in its heaps: 1.2 GiB above the model under the worst bodies, and 0.6 GiB with this
+    stay in its heaps: 1.2 GiB above the model under the worst bodies, and 0.8 GiB with this
     (``python -m benchmarks.serve worst``). Other C libraries have no such call.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
