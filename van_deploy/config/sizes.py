@@ -79,10 +79,14 @@ def possible_size(size: ImageSize) -> ImageSize:
     return size
 
 
+def _possible(value: Any, checked: pydantic.ValidatorFunctionWrapHandler) -> ImageSize:
+    """Return a size from what was written, which is what an error then shows."""
+    return possible_size(checked(parse_image_size(value)))
+
+
 ImageSizeOption = Annotated[
     int | tuple[int, int],
-    pydantic.AfterValidator(possible_size),
-    pydantic.BeforeValidator(parse_image_size, json_schema_input_type=int | str),
+    pydantic.WrapValidator(_possible, json_schema_input_type=int | str),
 ]
 """A size as an option takes it: ``224``, or ``224x320`` (height x width)."""
 
