@@ -96,6 +96,15 @@ def test_image_sizes_embedded_preprocessing_and_profiles(byte_bundle: Bundle) ->
     assert sum(line.percent for line in lines.values()) == pytest.approx(100)
 
 
+def test_what_cannot_be_profiled_is_a_warning(digits_bundle: Bundle) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    settings = QUICK.changed(runners=("openvino/fp32",), batches=(1,), roofline=False, profile=True)
+    report = benchmark_bundle(digits_bundle, settings)
+    assert report.profiles == {}
+    said = "openvino/fp32 was not profiled: 'openvino/fp32' does not say where its time goes."
+    assert any(said in warning for warning in report.warnings), report.warnings
+
+
 def test_a_latency_limit_gives_the_best_batch_below_it(digits_bundle: Bundle) -> None:
     settings = QUICK.changed(roofline=False)
     report = benchmark_bundle(digits_bundle, settings.changed(p99_ms=1e6))

@@ -107,7 +107,7 @@ def benchmark_bundle(
         best_under_p99=_best_under(rows, settings.p99_ms),
         during=during,
         seconds=Seconds(time.perf_counter() - start, run.timed_s),
-        warnings=(*warnings_of(rows, settings, busy, cores, during), *int8),
+        warnings=(*warnings_of(rows, settings, busy, cores, during), *int8, *run.unprofiled),
     )
 
 
@@ -118,6 +118,7 @@ class _Run:
         rows: of all contenders, batches and sizes.
         loaded: what loading took, by name.
         profiles: by name, where they were asked for.
+        unprofiled: whose time is not known, and why.
         timed_s: seconds of timed calls.
         images: what they are, in words.
     """
@@ -128,6 +129,7 @@ class _Run:
         self.rows: list[Row] = []
         self.loaded: dict[str, Loading] = {}
         self.profiles: dict[str, tuple[ProfileLine, ...]] = {}
+        self.unprofiled: list[str] = []
         self.timed_s, self.images = 0.0, ""
         self._bundle, self._settings, self._threads, self._say = bundle, settings, threads, say
 
@@ -191,8 +193,12 @@ class _Run:
         if lane.loaded is None:
             return
         self.loaded[lane.contender.name], lane.failure = lane.loaded, None
-        if self._settings.profile and (lines := lane.ask("profile")):
+        if not self._settings.profile:
+            return
+        if lines := lane.ask("profile"):
             self.profiles[lane.contender.name] = tuple(lines)
+        elif lane.failure is not None:
+            self.unprofiled.append(f"{lane.contender.name} was not profiled: {lane.failure}")
 
 
 def _completed(
