@@ -219,3 +219,11 @@ def test_the_shared_network_at_64x96(shared: Path, tmp_path: Path, cli: Cli) -> 
     records = {n: a.golden_sqnr_db for n, a in Bundle.open(path).artefacts.items()}
     assert min(records["fp32"].values()) >= 110
     assert min(records["bf16"].values()) >= 45
+
+
+def test_a_size_that_is_refused_is_shown_as_it_was_written(cli: Cli) -> None:
+    for words in (("export", "van_digits"), ("bench", "dist/none")):
+        result = cli(*words, "--image-size", "64x30")
+        assert result.exit_code == 2
+        said = " ".join(result.stderr.split())
+        assert "'64x30': it should be greater than or equal to 32" in said, said

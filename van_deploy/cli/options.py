@@ -121,7 +121,8 @@ def _kind(annotation: Any) -> Any:
         return _kind(next(kind for kind in get_args(annotation) if kind is not type(None)))
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
-        is_read = any(isinstance(one, pydantic.BeforeValidator) for one in metadata)
+        readers = (pydantic.BeforeValidator, pydantic.WrapValidator)
+        is_read = any(isinstance(one, readers) for one in metadata)
         return str if is_read else _kind(inner)
     return annotation
 
