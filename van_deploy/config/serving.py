@@ -113,6 +113,7 @@ class TritonSettings(Settings):
         "",
         "Of the container image, such as 25.08.",
         shown_default="the newest that is known to load the models",
+        pattern=r"^([0-9]{2}\.(0[1-9]|1[0-2]))?$",
     )
     triton_python: str = option(
         "",
