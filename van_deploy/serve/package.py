@@ -32,6 +32,7 @@ from van_deploy.files import file_sha256
 from van_deploy.metrics import Task
 from van_deploy.model.pixels import image_mode
 from van_deploy.runners.onnxruntime import require_onnxruntime
+from van_deploy.schema import Versioned, read_versioned
 from van_deploy.serve.triton import (
     DATATYPES,
     LABELS_FILE,
@@ -42,7 +43,6 @@ from van_deploy.serve.triton import (
     triton_models,
     usual_artefacts,
 )
-from van_deploy.versioned import Versioned, read_versioned
 
 PACKAGE_FILE = "package.json"
 AGAIN = "Package the bundle again."
@@ -183,7 +183,7 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
         InputError: there is no package, or it is another bundle's.
     """
     given = (PackageRecord, path / PACKAGE_FILE, "package record", InputError)
-    record = read_versioned(*given, damaged=AGAIN, outdated=AGAIN)
+    record = read_versioned(*given, AGAIN)
     if record.bundle != bundle.name:
         raise InputError(
             f"'{path}' was made from '{record.bundle}', not from '{bundle.name}'.", AGAIN
