@@ -82,9 +82,6 @@ def drift(
             min=0, help="How many parts of each artefact to show; 0 for all, in their order."
         ),
     ] = 10,
-    plot: Annotated[
-        Path | None, typer.Option(help="Write the error each part adds as an SVG file.")
-    ] = None,
     require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
@@ -95,12 +92,8 @@ def drift(
     asked = opened(bundle, require_signature)
     with telling() as tell:
         report = asked.drift(settings, progress=tell)
-    from van_deploy.report.files import write_drift_plot
     from van_deploy.report.sections_checks import drift_blocks
 
-    if plot is not None:
-        write_drift_plot(report, plot)
-        remark(f"Wrote {plot}.")
     for text in asked.remarks:
         remark(f"note: {text}")
     emit(report, as_json, lambda found: drift_blocks(found, top))

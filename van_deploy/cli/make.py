@@ -11,6 +11,7 @@ from van_deploy.cli.console import emit, remark, telling
 from van_deploy.cli.shared import AsJson, BundlePath, Force, Output, RequireSignature, Set, opened
 from van_deploy.config import BuildSettings, FleetSettings, QuantizeSettings, RunSettings
 from van_deploy.config.named import EXPORT, RUN, Changes
+from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, GateFailed, UsageError
 
 
@@ -70,7 +71,7 @@ def quantize(
         result = opened(bundle, None).quantize(settings, force=force, progress=tell)
     word = "reused" if result.reused else "made anew"
     remark(f"{result.artefact}: {word}: {result.reason}")
-    from van_deploy.report.sections_precision import quantized_blocks
+    from van_deploy.report.sections_checks import quantized_blocks
 
     emit(result, as_json, quantized_blocks)
     if not result:
@@ -144,7 +145,7 @@ def _build_matrix(path: Path, fleet: FleetSettings, force: bool, as_json: bool) 
             force=force,
             progress=tell,
             each=lambda count, total, outcome: remark(
-                f"[{count}/{total}] {cell_name(outcome.cell)}: {outcome.outcome}"
+                f"[{count}/{total}] {cell_name(plain(outcome.cell))}: {outcome.outcome}"
             ),
         )
     emit(report, as_json, builds_blocks)

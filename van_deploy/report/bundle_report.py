@@ -206,16 +206,11 @@ def _tiles(checks: Entry, sizes: Mapping[str, int], bench: Entry | None) -> Iter
         note = f"{times}{name}{', measured under load' * loaded}"
         label, value = f"Fastest at batch {best['batch']}", f"{doc.ms_text(best['p50'])} ms"
         yield doc.Tile(label, value, note, "warn" * loaded)
-    losses = list(_losses(checks))
-    for name, own, original, loss in losses:
+    for name, own, original, loss in _losses(checks):
         state = state_of(loss["outcome"])
         note = f"PyTorch {100 * original['top1']:.2f} %{'' if state == 'PASS' else f', {state}'}"
         tone = doc.TONES.get(state, "").replace("good", "")
         yield doc.Tile(name, f"{100 * own['top1']:.2f} %", note, tone)
-    if not losses and "agreement" in checks:
-        levels = [e["sqnr_db"] for e in checks["agreement"]["batches"] if e["sqnr_db"] is not None]
-        least = f"{min(map(float, levels), default=float('nan')):.1f} dB"
-        yield doc.Tile("FP32 against PyTorch", least, "lowest of all batch sizes")
     smallest = min(sizes, key=sizes.__getitem__)
     yield doc.Tile("Smallest artifact", doc.bytes_text(sizes[smallest]), smallest)
 

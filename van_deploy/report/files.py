@@ -29,31 +29,22 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
         output: the HTML file; the Markdown goes beside it.
 
     Raises:
-        InputError: ``output`` cannot be written.
+        InputError: ``output`` is called as the Markdown would be.
         BundleError: the bundle cannot be written.
+        OSError: ``output`` cannot be written.
     """
     page = output or bundle.path / "report.html"
-    texts = {
-        page: html_from_document(document),
-        page.with_suffix(".md"): markdown_from_document(document),
-    }
+    other = page.with_suffix(".md")
+    if page == other:
+        raise InputError(f"'{page}' is where the Markdown would go.", "Name the HTML file x.html.")
+    texts = {page: html_from_document(document), other: markdown_from_document(document)}
     if output is None:
         with writing(bundle.path) as draft:
             for path, text in texts.items():
                 draft.file(path.name).write_text(text, encoding="utf-8")
-        return list(texts)
-    if len(texts) == 1:
-        raise InputError(
-            f"'{output}' is where the Markdown would go.", "Name the HTML file: --output x.html."
-        )
-    try:
+    else:
         for path, text in texts.items():
             _write(path, text)
-    except OSError as error:
-        raise InputError(
-            f"'{output}' cannot be written: {error.strerror or error}.",
-            "Choose another --output FILE.",
-        ) from error
     return list(texts)
 
 

@@ -20,23 +20,6 @@ WIDTH, LEFT, HEIGHT = 940, 66.0, 270.0
 
 
 @dataclass(frozen=True)
-class Axis:
-    """One axis.
-
-    Attributes:
-        label: what it measures, with its unit.
-        log: logarithmic, for values over several decades.
-        zero: start at zero (linear axes).
-        ticks: where the marks go; none for round numbers.
-    """
-
-    label: str
-    log: bool = False
-    zero: bool = True
-    ticks: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class Mark:
     """One row of :func:`rows_chart`, or one point of :func:`xy_chart`.
 
@@ -95,21 +78,27 @@ def nice_ticks(low: float, high: float) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def rows_chart(marks: Sequence[Mark], axis: Axis, *, dots: bool = False) -> str:
-    """Return one row a mark: name, bar (or dot) with its interval and limit, text."""
+def rows_chart(marks: Sequence[Mark], label: str, *, dots: bool = False) -> str:
+    """Return one row a mark: name, bar (or dot) with its interval and limit, text.
+
+    Args:
+        marks: one a row.
+        label: what ``x`` measures, with its unit.
+        dots: dots instead of bars.
+    """
     left = EDGE + CHARACTER * max((len(m.name) for m in marks), default=0) + 10
     right = WIDTH - EDGE - CHARACTER * max((len(m.text) for m in marks), default=0) - 10
     bottom = EDGE + ROW * len(marks)
     ends = [v for m in marks for v in (m.x, m.low, m.high, m.limit) if v is not None]
-    scale = _Scale(axis, [*ends, *[0.0] * dots], left, right)
-    parts = [scale.drawn(axis.label, EDGE, bottom)]
+    scale = _Scale([0.0, *ends], left, right)
+    parts = [scale.drawn(label, EDGE, bottom)]
     for index, mark in enumerate(marks):
         middle, at = EDGE + ROW * (index + 0.5), scale(mark.x)
         colour, told = f"var(--series-{mark.colour})", f"{mark.name}: {mark.text or _short(mark.x)}"
         parts.append(_label(left - 10, middle + 4, mark.name, "end"))
         parts.append(_label(WIDTH - EDGE, middle + 4, mark.text, "end"))
         if not dots:
-            start = scale(max(0.0, scale.low))
+            start = scale(max(0.0, scale.ticks[0]))
             place = {"x": start, "y": middle - 8, "width": max(1.0, at - start), "height": 16}
             parts.append(_tag("rect", _tag("title", escape(told)), fill=colour, rx=2, **place))
         if mark.low is not None and mark.high is not None:
@@ -121,10 +110,10 @@ def rows_chart(marks: Sequence[Mark], axis: Axis, *, dots: bool = False) -> str:
             path = f"M{scale(mark.limit):.1f} {middle - ROW / 2 + 2:.1f}v{ROW - 4}"
             parts.append(_path(path, "var(--bad)", 2, stroke_dasharray="5 4"))
         parts += [_dot(at, middle, colour, told)] * dots
-    return _svg(bottom + BELOW, axis.label, parts)
+    return _svg(bottom + BELOW, label, parts)
 
 
-def xy_chart(series: Sequence[Series], x: Axis, y: Axis) -> str:
+def xy_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
     """Return lines with a mark at every point, and a legend above them."""
     at, top, parts = LEFT, 14.0, list[str]()
     for one in series:
@@ -138,63 +127,42 @@ def xy_chart(series: Sequence[Series], x: Axis, y: Axis) -> str:
     top, right = top + 20, WIDTH - 20.0
     points = [point for one in series for point in one.points]
     ys = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
-    to_x = _Scale(x, [p.x for p in points], LEFT, right)
-    to_y = _Scale(y, ys, top + HEIGHT, top)
-    parts.append(to_x.drawn(x.label, top, top + HEIGHT))
+    to_x = _Scale([p.x for p in points], LEFT, right)
+    to_y = _Scale(ys, top + HEIGHT, top)
+    parts.append(to_x.drawn(x_label, top, top + HEIGHT))
     for tick in to_y.ticks:
         parts.append(_path(f"M{LEFT:.1f} {to_y(tick):.1f}H{right:.1f}", "var(--grid)"))
         parts.append(_label(LEFT - 8, to_y(tick) + 4, _short(tick), "end", "muted"))
     middle = top + HEIGHT / 2
-    turned = _label(14, middle, y.label, "middle", "muted")
+    turned = _label(14, middle, y_label, "middle", "muted")
     parts.append(_tag("g", turned, transform=f"rotate(-90 14 {middle:.1f})"))
     parts += [_line(one, to_x, to_y) for one in series]
-    return _svg(top + HEIGHT + BELOW, f"{y.label} against {x.label}", parts)
+    return _svg(top + HEIGHT + BELOW, f"{y_label} against {x_label}", parts)
 
 
 class _Scale:
-    """From values to drawing units, with the ticks of the axis."""
+    """From values to drawing units, with the ticks of the axis; from zero unless that is far."""
 
-    def __init__(self, axis: Axis, values: Sequence[float], start: float, end: float) -> None:
+    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
         low, high = min(values, default=0.0), max(values, default=1.0)
         room = 0.04 * ((high - low) or abs(high) or 1.0)
-        if axis.ticks:  # away from the edges
-            self.ticks, low, high = list(axis.ticks), low / 1.15, high * 1.15
-        elif axis.log:
-            self.ticks = _log_ticks(low, high)
-        else:
-            low, high = 0.0 if axis.zero and low >= 0 else low - room, high + room
-            self.ticks = nice_ticks(low, high)
-        self.low, self.high = min(low, self.ticks[0]), max(high, self.ticks[-1])
-        self.log, self.start, self.end = axis.log, start, end
+        self.ticks = nice_ticks(0.0 if 0 <= low <= high / 2 else low - room, high + room)
+        self.start, self.end = start, end
 
     def __call__(self, value: float) -> float:
-        low, high, at = self.low, self.high, value
-        if self.log:
-            low, high, at = (math.log10(max(v, 1e-12)) for v in (low, high, value))
-        share = (at - low) / (high - low) if high > low else 0.5
-        return self.start + share * (self.end - self.start)
+        low, high = self.ticks[0], self.ticks[-1]
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def drawn(self, label: str, top: float, bottom: float) -> str:
         """Return the axis below a plot, with a line up from each tick."""
         parts = [_path(f"M{self.start:.1f} {bottom:.1f}H{self.end:.1f}", "var(--axis)")]
         for tick in self.ticks:
             line = f"M{self(tick):.1f} {top:.1f}V{bottom:.1f}"
-            colour = "var(--axis)" if tick == 0 and self.low < 0 else "var(--grid)"
+            colour = "var(--axis)" if tick == 0 and self.ticks[0] < 0 else "var(--grid)"
             parts.append(_path(line, colour))
             parts.append(_label(self(tick), bottom + 17, _short(tick), "middle", "muted"))
         middle = (self.start + self.end) / 2
         return "".join([*parts, _label(middle, bottom + 37, label, "middle", "muted")])
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 of each decade between, or the decades where those are many."""
-    low, high = max(low, 1e-9), max(high, low, 1e-9)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    marks = [m * 10.0**d for d in decades for m in (1, 2, 5)]
-    first = max((i for i, m in enumerate(marks) if m <= low), default=0)
-    last = min((i for i, m in enumerate(marks) if m >= high), default=len(marks) - 1)
-    inside = marks[first : max(last, first + 1) + 1]
-    return inside if len(inside) <= 8 else [10.0**d for d in decades]
 
 
 def _line(line: Series, to_x: _Scale, to_y: _Scale) -> str:

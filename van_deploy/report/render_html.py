@@ -9,16 +9,8 @@ from importlib import resources
 from string import Template
 
 from van_deploy import __version__
-from van_deploy.report.document import (
-    TEXTS,
-    TONES,
-    Block,
-    Document,
-    Facts,
-    Notice,
-    Paragraph,
-    Table,
-)
+from van_deploy.report import document as doc
+from van_deploy.report.document import TEXTS, TONES, Block, Document
 
 FOLDER = resources.files("van_deploy.report")
 
@@ -56,21 +48,21 @@ def _drawn(blocks: Iterable[Block]) -> str:
 
 
 def _block(block: Block) -> str:
-    if isinstance(block, Paragraph):
+    if isinstance(block, doc.Paragraph):
         return f"<p>{_text(block.text)}</p>"
-    if isinstance(block, Notice):
+    if isinstance(block, doc.Notice):
         return f'<p class="notice">{_badge(block.state)} <span>{_text(block.text)}</span></p>'
-    if isinstance(block, Facts):
+    if isinstance(block, doc.Facts):
         title = f"<h3>{escape(block.title)}</h3>" if block.title else ""
         pairs = (f"<dt>{escape(name)}</dt><dd>{_text(value)}</dd>" for name, value in block.pairs())
         return f"{title}<dl>{''.join(pairs)}</dl>"
-    if isinstance(block, Table):
+    if isinstance(block, doc.Table):
         return _table(block)
     caption = f"<figcaption>{_text(block.caption)}</figcaption>"
     return f'<figure><div class="scroll">{block.svg}</div>{caption}</figure>'
 
 
-def _table(table: Table) -> str:
+def _table(table: doc.Table) -> str:
     forms, title = table.forms, escape(table.title)
     head = _row("th", list(table.columns), [form.replace("state", "") for form in forms])
     body = "\n".join(_row("td", row, forms) for row in table.rows)

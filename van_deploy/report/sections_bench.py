@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from van_deploy.config.sizes import size_text
-from van_deploy.report.document import Block, Entry, Facts, Plot, listed, ms_text, notices, table
-from van_deploy.report.plots import Axis, Mark, Series, colours, rows_chart, xy_chart
+from van_deploy.report.document import Block, Entry, Plot, facts, ms_text, notices, table
+from van_deploy.report.plots import Mark, Series, colours, rows_chart, xy_chart
 
 STEADY_PERCENT = 2.5  # deviation over mean of all calls, above which it is marked
 
@@ -20,7 +20,13 @@ def bench_blocks(report: Entry) -> list[Block]:
         {**line, "runner": name} for name, lines in report["profiles"].items() for line in lines
     ]
     return [
-        _facts(report),
+        *facts(
+            report,
+            "model; CPU = machine.cpu.name; cores = machine.cpu.cores_allowed; "
+            "CPU features = machine.cpu.features; GPU = machine.gpus.0.name; settings.device; "
+            "date; threads a runner = settings.threads; settings.streams; versions; images; "
+            "took s = seconds.wall .0f; timed s = seconds.timed .0f; ratios against = reference",
+        ),
         *notices("WARNING", report["warnings"]),
         *_plots(rows),
         *table(
@@ -28,6 +34,7 @@ def bench_blocks(report: Entry) -> list[Block]:
             "runner = contender name; batch d; size name; p50 ms = latency.p50_ms ms; "
             "p90 ms = latency.p90_ms ms; p99 ms = latency.p99_ms ms; images/s = images_per_s ,.1f; "
             "faster (95 %) = ratio ratio; rounds number",
+            "Ratios are paired by round; rounds: quiet ones of all, * where a ratio did not settle",
         ),
         *notices("FAIL", (f"{r['contender']} at batch {r['batch']}: {r['error']}" for r in failed)),
         *table(
@@ -43,7 +50,13 @@ def bench_blocks(report: Entry) -> list[Block]:
             "images/s = 1.images_per_s ,.1f",
             f"Best batch with p99 below {report['settings']['p99_ms']} ms",
         ),
-        *_loading(rows),
+        *table(
+            rows,
+            "runner = contender name; batch d; size name; load s = load_s .2f; "
+            "first call ms = first_call_ms ms; peak RAM = peak_rss_bytes bytes; "
+            "calls = latency.calls d; CV % = latency.cv_percent .1f",
+            "Loading, memory, and unsteadiness (CV: deviation over mean of all calls)",
+        ),
         *_roofline(report),
         *table(
             profiles,
@@ -52,29 +65,15 @@ def bench_blocks(report: Entry) -> list[Block]:
             folded=True,
         ),
         *notices("SKIPPED", (f"{name}: {reason}" for name, reason in report["skipped"].items())),
-        *_changes(report),
+        *table(
+            _sized(report["changes"]),
+            "runner = contender name; batch d; size name; before_ms ms; after_ms ms; "
+            "ratio change % = ratio_change_percent +.1f; open % = uncertainty_percent .1f; "
+            "moved name; same_file name",
+            "Compared with the older benchmark (open: what both ratios' intervals leave open; "
+            "moved: by more than that and by more than 5 %)",
+        ),
     ]
-
-
-def _facts(report: Entry) -> Facts:
-    seconds, cpu = report["seconds"], report["machine"]["cpu"]
-    special = listed(feature for feature in cpu["features"] if feature != "fma")
-    gpus = "".join(f", {gpu['name']}" for gpu in report["machine"]["gpus"])
-    compared = f"times faster than {report['reference']}, paired by round (95 % interval)"
-    return Facts(
-        {
-            "model": report["model"],
-            "machine": f"{cpu['name']}, {cpu['cores_allowed']} cores ({special}){gpus}",
-            "device": report["settings"]["device"],
-            "date": report["date"][:10],
-            "threads": "{threads} a runner, {streams} stream(s)".format(**report["settings"]),
-            "versions": report["versions"],
-            "images": report["images"],
-            "time": f"{seconds['wall']:.0f} s, of which {seconds['timed']:.0f} s timed",
-            "faster": compared if report["reference"] else "nothing to compare with",
-            "rounds": "that were quiet, of all; * a ratio that did not settle",
-        }
-    )
 
 
 def measured(report: Entry) -> list[dict[str, Any]]:
@@ -96,25 +95,6 @@ def _sized(rows: Sequence[Entry]) -> list[dict[str, Any]]:
     sizes = [size_text(row["image_size"]) for row in rows]
     several = len(set(sizes)) > 1
     return [{**r, "size": size if several else ""} for r, size in zip(rows, sizes, strict=True)]
-
-
-def _loading(rows: Sequence[Entry]) -> list[Block]:
-    lines = []
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        own = [row for row in rows if row["contender"] == name]
-        cv = max(row["latency"]["cv_percent"] for row in own)
-        figures = {
-            "bytes": max(row["peak_rss_bytes"] or 0 for row in own),
-            "calls": sum(row["latency"]["calls"] for row in own),
-            "cv": f"{cv:.1f}{'*' * (cv > STEADY_PERCENT)}",
-        }
-        lines.append({**own[0], **figures})
-    return table(
-        lines,
-        "runner = contender name; load s = load_s .2f; first call ms = first_call_ms ms; "
-        "peak RAM = bytes bytes; calls d; CV % = cv number",
-        "Loading, memory, and the unsteadiest batch (CV: deviation over mean of all calls)",
-    )
 
 
 def _roofline(report: Entry) -> list[Block]:
@@ -144,27 +124,6 @@ def limits_blocks(limits: Entry) -> list[Block]:
     )
 
 
-def _changes(report: Entry) -> list[Block]:
-    """Return what changed since an older benchmark."""
-    rows = [
-        {
-            **one,
-            "file": "same" if one["same_file"] else "another",
-            "moved": "!" * one["moved"],
-            "faster": one["before_ms"] / one["after_ms"],
-        }
-        for one in _sized(report["changes"])
-    ]
-    return table(
-        rows,
-        "runner = contender name; batch d; size name; before_ms ms; after_ms ms; "
-        "times faster = faster .3f; ratio change % = ratio_change_percent +.1f; moved name; "
-        "open % = uncertainty_percent .1f; file name",
-        "Compared with the older benchmark (open: what both ratios' intervals leave open; !: the "
-        "ratio moved by more than that and by more than 5 %)",
-    )
-
-
 def _plots(rows: Sequence[Entry]) -> list[Block]:
     """Return latency at the smallest batch, and latency against batch where there are several."""
     rows = [row for row in rows if row["image_size"] == rows[0]["image_size"]]
@@ -178,14 +137,14 @@ def _plots(rows: Sequence[Entry]) -> list[Block]:
             own, p50, p99 = colour[row["artefact"]], row["p50"], row["latency"]["p99_ms"]
             marks.append(Mark(row["contender"], p50, 0.0, f"{ms_text(p50)} ms", own, p50, p99))
     caption = f"Latency at batch {batches[0]}: median, whisker to the 99th percentile."
-    blocks: list[Block] = [Plot(rows_chart(marks, Axis("latency (ms)")), caption)]
+    blocks: list[Block] = [Plot(rows_chart(marks, "latency (ms)"), caption)]
     lines = []
     for artefact, fast in fastest_runners(rows).items():
         own_rows = [row for row in rows if row["contender"] == fast["contender"]]
         points = [Mark("", row["batch"], row["p50"]) for row in own_rows]
         points.sort(key=lambda point: point.x)
         lines.append(Series(fast["contender"], points, colour[artefact]))
-    svg = xy_chart(lines, Axis("batch"), Axis("latency, median (ms)"))
+    svg = xy_chart(lines, "batch", "latency, median (ms)")
     against = Plot(svg, "Latency of one call against batch: each artifact by its fastest runner.")
     return [*blocks, *[against] * (len(batches) > 1)]
 
@@ -208,7 +167,7 @@ def tradeoff_blocks(accuracies: Mapping[str, Entry], report: Entry) -> list[Bloc
         point = Mark("", row["rate"], 100 * row["top1"], low=low, high=high)
         series.append(Series(row["contender"], [point], colour[row["artefact"]]))
     batch = max((row["batch"] for row in both), default=0)
-    svg = xy_chart(series, Axis(f"images/s at batch {batch}"), Axis("top-1 (%)", zero=False))
+    svg = xy_chart(series, f"images/s at batch {batch}", "top-1 (%)")
     words = "Each artifact by its fastest runner here; the whiskers are 95 % intervals."
     return [
         *[Plot(svg, words)] * bool(both),

@@ -9,25 +9,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from van_deploy.report.document import (
-    Block,
-    Entry,
-    Facts,
-    Paragraph,
-    Plot,
-    inner,
-    most,
-    notices,
-    state_of,
-    table,
-)
-from van_deploy.report.plots import Axis, Mark, Series, colours, rows_chart, xy_chart
+from van_deploy.report import document as doc
+from van_deploy.report.document import Block, Entry, Paragraph, inner, most, notices, table
+from van_deploy.report.plots import Mark, Series, colours, rows_chart, xy_chart
 
 if TYPE_CHECKING:
     from van_deploy.checks.gates import Allowed, Finding
 
 MOST_FLIPS, MOST_FAILURES, MOST_NAMED = 10, 12, 5
-USED = {True: "kept", False: "left out"}
 
 # Where a plot ends: past it two results are equal to the last bit that float64 holds.
 LOUDEST_DB = 200.0
@@ -48,7 +37,7 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
     found = [{"about": "images", **finding} for finding in entry["findings"]]
     found += inner(verdicts, "findings")
     ran = [verdict for verdict in verdicts if verdict["outcome"] != "skipped"]
-    limits, worst = [], []
+    limits = []
     for one in ran:
         same = (float(b["invariance_db"]) for b in one["batches"] if b["invariance_db"] is not None)
         one["invariance"] = min(same, default=None)
@@ -56,9 +45,6 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
         if limit := one["limit"]:
             held_to = f"{limit['value']:.1f} dB, {limit['origin']}"
             limits.append(f"{one['about']} (class {one['numeric']}): {held_to}")
-        held = (f["limit"] for f in one["findings"] if f["rule"] == "modules" and f["limit"])
-        least = next(held, None)
-        worst += [{**one, **module, "least": least} for module in one["worst_modules"][:1]]
     flips = [
         {
             **flip,
@@ -86,12 +72,6 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
             "artifact's = now; margin (RMS logits) = margin .1e",
             "Label flips",
         ),
-        *table(
-            worst,
-            "artifact = about name; module = name; isolated SQNR dB ↑ = isolated_db .1f; "
-            "limit dB = least.value .1f",
-            "The module that adds most error by itself",
-        ),
         *_messages(found, "fail"),
     ]
 
@@ -111,7 +91,7 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
         allowed = None if limit is None else float(limit["value"])
         pairs = None if loss["lost"] is None else f"{loss['lost']}/{loss['won']}"
         losses.append({**one, "about": name, "allowed": allowed, "pairs": pairs})
-        text = f"{loss['loss']:+.2f} pp  {state_of(one['outcome'])}"
+        text = f"{loss['loss']:+.2f} pp  {doc.state_of(one['outcome'])}"
         ends = loss["interval"]
         marks.append(Mark(name, loss["loss"], 0.0, text, colour[name], *ends, allowed))
     flipped = [
@@ -122,8 +102,8 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
     changed = [
         {**c, "name": _class(c["label"], names)} for c in inner(losses, "classes", MOST_FLIPS)
     ]
-    plot = Plot(
-        rows_chart(marks, Axis(f"{metric} lost against PyTorch (pp)"), dots=True),
+    plot = doc.Plot(
+        rows_chart(marks, f"{metric} lost against PyTorch (pp)", dots=True),
         "Loss with its 95 % interval; the dashed line is the loss that the artifact is allowed.",
     )
     skipped = ({"about": s["artefact"], "skip": s["kind"], **s} for s in entry["skipped"])
@@ -190,8 +170,7 @@ def drift_blocks(entry: Entry, top: int) -> list[Block]:
             "SQNR so far dB ↑ = sqnr_db .1f; fault = fault; note = note",
             f"{name}: {level}s, {which}",
         )
-    axis = Axis(f"{level}, in the order of the network", zero=False)
-    svg = xy_chart(series, axis, Axis("SQNR against float64 (dB)"))
+    svg = xy_chart(series, f"{level}, in the order of the network", "SQNR against float64 (dB)")
     return [
         Paragraph(f"{entry['images']}. Parts are compared with {entry['reference']}."),
         *table(
@@ -199,7 +178,7 @@ def drift_blocks(entry: Entry, top: int) -> list[Block]:
             "link = name name; SQNR dB ↑ = sqnr_db .1f; note = reason",
             "The chain: logits against the original network in float64",
         ),
-        *[Plot(svg, f"Signal over error after each {level}.")] * bool(series),
+        *[doc.Plot(svg, f"Signal over error after each {level}.")] * bool(series),
         *tables,
         *notices("NOTE", entry["notes"]),
     ]
@@ -258,7 +237,7 @@ def _messages(found: Sequence[Entry], outcome: str) -> Sequence[Block]:
     for name in dict.fromkeys(finding["about"] for finding in chosen):
         own = [finding["message"] for finding in chosen if finding["about"] == name]
         lines += [f"{name}: {text}" for text in most(own, MOST_FAILURES)]
-    return notices(state_of(outcome), lines)
+    return notices(doc.state_of(outcome), lines)
 
 
 def failure_text(found: Sequence[tuple[str, Finding]], allowed: Allowed, done: str) -> str:
@@ -307,22 +286,12 @@ def quantized_blocks(result: Entry) -> list[Block]:
 
 def precision_blocks(facts: Entry) -> list[Block]:
     """Return everything worth reading about one artifact of lower precision."""
-    techniques = [
-        {**gain, "label": gain["name"].replace("_", " "), "used": USED[gain["kept"]]}
-        for gain in facts.get("techniques") or ()
-    ]
     search = facts.get("search") or {"kept": {}, "max_drop": 0.0, "of": "", "images": 0}
     best, share = facts["recommended"], 100 * facts.get("int8_share", 0.0)
     said, layers = "{images} images: {description}", facts.get("quantized")
     findings = (facts.get("judged") or {}).get("findings", ())
     failed = (f"{f['rule']}: {f['message']}" for f in findings if f["outcome"] == "fail")
     return [
-        *table(
-            techniques,
-            "technique = label name; SQNR before (dB, ↑) = before_db .2f; after = after_db .2f; "
-            "used name",
-            "What each technique brings on held-out images",
-        ),
         *table(
             search["kept"].items(),
             "kept out of INT8 = 0 name; why = 1",
@@ -336,7 +305,7 @@ def precision_blocks(facts: Entry) -> list[Block]:
             "cosine .5f; KL nats = kl .1e; agree % = agreement percent; "
             "top-1 % (95 %) = accuracy number; ms/image = ms_per_image .2f; gate = passed state",
         ),
-        Facts(
+        doc.Facts(
             {
                 "judged on": said.format(**facts["judged_on"]),
                 "ranges from": said.format(**facts["calibration"]),

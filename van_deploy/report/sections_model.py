@@ -111,8 +111,10 @@ def run_blocks(done: Entry) -> list[Block]:
     """Return everything a run made, and the verdicts of its gates."""
     failed = " It does not hold its gate; `van-deploy quantize` tells why."
     lines = [f"Exported: {done['export']['reason']}."]
-    for made in done["made"]:
-        lines.append(f"{made['artefact']}: {made['reason']}.{failed * (not made['passed'])}")
+    lines += [
+        f"{made['artefact']}: {made['reason']}.{failed * (not made['passed'])}"
+        for made in done["made"]
+    ]
     return [
         *map(doc.Paragraph, lines),
         *verify_blocks(done["verify"], (done["evaluate"] or {}).get("class_names")),
@@ -156,14 +158,14 @@ def listed_blocks(variants: Sequence[Entry]) -> list[Block]:
         {
             **item,
             "here": "YES" if item["here"] else None,
-            "weights": (item["weights"] or "").removeprefix(f"{HUB_OWNER}/"),
+            "weights": (item["weights"] or "see below").removeprefix(f"{HUB_OWNER}/"),
         }
         for item in variants
     ]
     remarks = {
         **{item["name"]: item["note"] for item in variants},
         "mult-adds": "multiply-adds of one square image with sides of so many pixels",
-        "top-1": ", ".join(dict.fromkeys(item["top1_on"] for item in variants)) + ", as published",
+        "top-1": f"{variants[0]['top1_on']}, as published; van_digits: {variants[-1]['top1_on']}",
         "weights": f"files in repositories of https://huggingface.co/{HUB_OWNER}",
         "licence": LICENCE,
     }
