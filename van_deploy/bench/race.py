@@ -29,7 +29,7 @@ import numpy as np
 from van_deploy.bench.document import Contender, Latency, ProfileLine, Ratio, Row
 from van_deploy.bench.worker import WorkerError, WorkerProcess
 from van_deploy.config import BenchSettings, Budget
-from van_deploy.config.bench import LEAST_ROUNDS
+from van_deploy.config.commands import LEAST_ROUNDS
 from van_deploy.config.sizes import ImageSize
 from van_deploy.stopwatch import Progress, silent
 
