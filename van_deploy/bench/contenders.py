@@ -94,16 +94,18 @@ def contenders_of(bundle: Bundle, device: str = "cpu", cuda: CudaOptions | None 
             "Make one with `van-deploy export`.",
         )
     found, skipped = dict[str, Contender](), dict[str, str]()
-    made_of = {"file": str(bundle.path), "sha256": bundle.manifest.weights.sha256}
+    folder, digest = str(bundle.path), bundle.manifest.weights.sha256
     for name, (mode, precision) in (PYTORCH if device == "cpu" else PYTORCH_ON_GPU).items():
-        place = {"mode": mode, "device": device}
-        found[name] = Contender(name, "pytorch", precision, **made_of, **place)
+        given = (name, "pytorch", precision, folder, mode)
+        found[name] = Contender(*given, sha256=digest, device=device)
         if mode == "autocast" and not cpu().has_bfloat16:
             skipped[name] = "this processor has no bfloat16 instructions"
     onnx = ON_CPU
     if device != "cpu":
         options = asdict(cuda or CudaOptions())
-        onnx = {n: {"mode": "ort-cuda", "options": options | own} for n, own in ON_CUDA.items()}
+        onnx = {
+            n: {"mode": "ort-cuda", "options": {**options, **own}} for n, own in ON_CUDA.items()
+        }
     for artefact in bundle.artefacts.values():
         profiles = artefact.engine.profiles if artefact.engine else ()
         plain = Contender(
@@ -173,8 +175,8 @@ def chosen(entries: Entries, patterns: Sequence[str]) -> Entries:
                 "Install what it needs, or leave it out of --runners.",
             )
         picked.update(names)
-    here, left = ({n: entry for n, entry in part.items() if n in picked} for part in entries)
-    return here, left
+    here = {name: contender for name, contender in ready.items() if name in picked}
+    return here, {name: reason for name, reason in skipped.items() if name in picked}
 
 
 def resized(contender: Contender, size: ImageSize, folder: Path) -> Contender:
