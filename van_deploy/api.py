@@ -15,7 +15,7 @@ from van_deploy import config
 from van_deploy.config.named import EXPORT, Changes, changes_from, settings_from, with_changes
 from van_deploy.recipe import recipe_for
 from van_deploy.results import BuildReport, Predictions, WrittenReport
-from van_deploy.stopwatch import Progress
+from van_deploy.stopwatch import Progress, silent
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -242,10 +242,10 @@ class Bundle:
             VanDeployError: as :func:`~van_deploy.bench.benchmark.benchmark_bundle`.
         """
         from van_deploy.bench.benchmark import benchmark_bundle
-        from van_deploy.bench.store import save_report
+        from van_deploy.bench.document import save_report
 
         opened, asked = self.opened(), settings_from(config.BenchSettings, settings, options)
-        report = benchmark_bundle(opened, asked, progress=progress)
+        report = benchmark_bundle(opened, asked, progress=progress or silent)
         if save:
             save_report(report, opened, None)
         return report
