@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from van_deploy import __version__
-from van_deploy.bench.document import SCHEMA, read_report
+from van_deploy.bench.document import BENCH_FILE, SCHEMA, read_report
 from van_deploy.bundle import Bundle
 from van_deploy.config.sizes import size_text
 from van_deploy.documents import plain
@@ -20,7 +20,6 @@ from van_deploy.report import sections_checks as judged
 from van_deploy.report import sections_model as model
 from van_deploy.report.document import Block, Document, Entry, state_of, table
 
-BENCH_FILE = "bench.json"
 SHOWN_PARTS = 5  # of each artifact's drift
 
 # Keys of a check's result under which there is one entry an artifact.

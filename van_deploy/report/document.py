@@ -190,7 +190,7 @@ def _at(value: Any, path: str) -> Any:
         if isinstance(value, Mapping):
             value = value.get(part)
         elif value is not None:
-            value = value[int(part)]
+            value = value[int(part)] if int(part) < len(value) else None
     return value
 
 

@@ -29,9 +29,8 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
         output: the HTML file; the Markdown goes beside it.
 
     Raises:
-        InputError: ``output`` is called as the Markdown would be.
+        InputError: ``output`` is called as the Markdown would be, or cannot be written.
         BundleError: the bundle cannot be written.
-        OSError: ``output`` cannot be written.
     """
     page = output or bundle.path / "report.html"
     other = page.with_suffix(".md")
@@ -96,5 +95,10 @@ def _kind(row: CheckRow) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    except OSError as error:
+        raise InputError(
+            f"'{path}' cannot be written: {error.strerror or error}.", "Choose another file."
+        ) from error
