@@ -14,6 +14,7 @@ from van_deploy.config.fields import (
     Profiling,
     Size,
     Target,
+    given_of,
     option,
 )
 from van_deploy.config.sizes import SizeRange
@@ -24,6 +25,11 @@ KERNELS = "What is in the plan"
 ARTEFACTS = (
     "fp32, fp16, bf16, int8 or another ONNX artefact of the bundle, such as fp32-uint8: an engine "
     "each, for each of the targets. Inductor computes in fp32, fp16 or bf16."
+)
+ONLY_INDUCTOR = ("max_autotune", "fused_kernels")
+ONLY_TENSORRT = (
+    *("targets", "hardware_compatibility", "version_compatible", "workspace_bytes", "tiling"),
+    *("optimization_level", "profiling", "timing_cache"),
 )
 Profile = Annotated[BatchRange, pydantic.PlainSerializer(str)]
 
@@ -128,6 +134,7 @@ class EngineSettings(PlanSettings):
         "What builds and will run it. inductor: a package that PyTorch compiles ahead of time, "
         "for the GPU or the processor of this machine.",
     )
+
     timing_cache: Path | None = option(
         None, "File of kernel timings to use and add to (TensorRT).", panel=KERNELS
     )
@@ -170,7 +177,20 @@ class BuildSettings(EngineSettings):
         "does.",
         panel="",
     )
-    check_reproducible: bool = option(False, "Build twice and compare the bytes.", panel="")
+
+    @pydantic.model_validator(mode="after")
+    def _of_one_kind(self) -> BuildSettings:
+        inductor = self.backend == "inductor"
+        foreign = given_of(self, *(ONLY_TENSORRT if inductor else ONLY_INDUCTOR))
+        if not inductor and self.device == "cpu":
+            foreign = "{device} cpu"
+        if foreign:
+            whose, what = ("TensorRT", "a package") if inductor else ("Inductor", "an engine")
+            raise Contradiction(
+                f"{foreign} is {whose}'s, and {what} is asked for.",
+                f"Leave {foreign} out, or give another {{backend}}.",
+            )
+        return self
 
 
 class FleetSettings(Settings):
