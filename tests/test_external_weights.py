@@ -17,7 +17,7 @@ from van_deploy.bundle import Bundle, writing
 from van_deploy.config import BuildOptions
 from van_deploy.engine.build import has_weights_beside
 from van_deploy.errors import InputError
-from van_deploy.external_weights import external_files, external_files_of
+from van_deploy.files import external_files, external_files_of
 
 VALUES = np.arange(12, dtype=np.float32)
 

@@ -45,8 +45,9 @@ from van_deploy.errors import (
 )
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
-from van_deploy.results import BuildReport, Progress, Tuned
+from van_deploy.results import BuildReport, Tuned
 from van_deploy.runners.network import Network
+from van_deploy.stopwatch import Progress, silent
 
 MADE_HERE = ("fp16", "bf16", "int8")
 LEAST_S, LEAST_CALLS, ROUNDS = 0.3, 10, 5
@@ -66,28 +67,27 @@ def build_bundle(
         VanDeployError: as :meth:`van_deploy.api.Bundle.build`; nothing that cannot be built is
             found out after the first was.
     """
-    inductor, host = settings.backend == INDUCTOR, host_here(device=device_number(settings.device))
+    host, say = host_here(device=device_number(settings.device)), progress or silent
     if settings.tune:
-        return _fastest(bundle, settings, host, progress or (lambda _: None))
-    if inductor:
-        return BuildReport(tuple(_packages(bundle, settings, host, force, progress)))
+        return _fastest(bundle, settings, host, say)
+    if settings.backend == INDUCTOR:
+        return BuildReport(tuple(_packages(bundle, settings, host, force, say)))
     manifest = bundle.manifest
     cells = planned_engines(bundle.path, settings, manifest.batch, manifest.sizes, host)
     for precision in settings.precisions:
-        _make_missing(Bundle.open(bundle.path), precision, settings, progress)
+        _make_missing(Bundle.open(bundle.path), precision, settings, say)
     cache = settings.timing_cache
-    outcomes = build_cells(cells, host=host, timing_cache=cache, force=force, progress=progress)
+    outcomes = build_cells(cells, host=host, timing_cache=cache, force=force, progress=say)
     return BuildReport(tuple(outcomes))
 
 
 def _packages(
-    bundle: Bundle, settings: BuildSettings, host: Host, force: bool, progress: Progress | None
+    bundle: Bundle, settings: BuildSettings, host: Host, force: bool, say: Progress
 ) -> Iterator[Outcome]:
     """Build Inductor packages, one a precision; all are refused before the first is built."""
     for one in packages_asked(bundle, settings, host):
         precision = one.precisions[0]
-        if progress is not None:
-            progress(f"{bundle.name} {precision}: compiling for {one.device}")
+        say(f"{bundle.name} {precision}: compiling for {one.device}")
         package, reused = build_package(bundle.path, one, host, force=force)
         cell = Cell(bundle.path, precision, package.targets, one.of(), FleetHost())
         yield Outcome(cell, REUSED if reused else BUILT, package.name, package=package)
@@ -120,7 +120,7 @@ def build_fleet(
     if on == "ray":
         stream = build_on_ray(cells, address=address or None, force=force)
     else:
-        stream = build_cells(cells, go_on=True, force=force, progress=progress)
+        stream = build_cells(cells, go_on=True, force=force, progress=progress or silent)
     outcomes = []
     for count, outcome in enumerate(stream, 1):
         if each is not None:
@@ -129,9 +129,7 @@ def build_fleet(
     return BuildReport(tuple(sorted(outcomes, key=lambda outcome: cells.index(outcome.cell))))
 
 
-def _make_missing(
-    bundle: Bundle, precision: str, settings: BuildSettings, progress: Progress | None
-) -> None:
+def _make_missing(bundle: Bundle, precision: str, settings: BuildSettings, say: Progress) -> None:
     """Make sure the bundle has an ONNX file of this precision.
 
     FP16, BF16 and INT8 are made on the way where there are images to make them with: the
@@ -149,10 +147,9 @@ def _make_missing(
         except BundleError as error:
             more = "\nOr give --images DIR to make it on the way." * made_here
             raise BundleError(error.message, error.remedy + more) from None
-    if progress is not None:
-        progress(f"{precision} is not in the bundle yet: making it")
+    say(f"{precision} is not in the bundle yet: making it")
     asked = QuantizeSettings(precision=cast("Precision", precision), images=settings.images)
-    quantize_bundle(bundle.path, asked, progress=progress)
+    quantize_bundle(bundle.path, asked, progress=say)
 
 
 class Candidate(NamedTuple):
@@ -204,9 +201,7 @@ def candidates_of(bundle: Bundle, settings: BuildSettings) -> list[Candidate]:
     return found
 
 
-def _fastest(
-    bundle: Bundle, settings: BuildSettings, host: Host, progress: Callable[[str], None]
-) -> BuildReport:
+def _fastest(bundle: Bundle, settings: BuildSettings, host: Host, say: Progress) -> BuildReport:
     """Build the fastest candidate that holds its gate, and say what became of the others.
 
     Raises:
@@ -222,7 +217,7 @@ def _fastest(
     candidates, found = candidates_of(bundle, settings), []
     with tempfile.TemporaryDirectory(prefix="van-deploy-tuning-") as folder:
         for number, candidate in enumerate(candidates, 1):
-            progress(f"{number} of {len(candidates)}: {candidate.described}")
+            say(f"{number} of {len(candidates)}: {candidate.described}")
             copy = Path(folder) / bundle.path.name
             shutil.copytree(bundle.path, copy)
             try:

@@ -43,8 +43,8 @@ def quantised(scale: float, zero: int) -> ModelProto:
 
 
 def conv(channels: int, kind: type) -> ModelProto:
-    weights = {"w": np.ones((4, channels, 3, 3), kind)}
-    return small(node("Conv", "patch_embed1.proj", "images w"), weights=weights)
+    weights = np.ones((4, channels, 3, 3), kind)
+    return small(node("Conv", "patch_embed1.proj", "images w"), weights={"w": weights})
 
 
 def failed(model: ModelProto, rtx: Backend, folder: Path) -> VanDeployError:

@@ -37,19 +37,15 @@ from van_deploy.engine.sidecar import SCHEMA, Sidecar, log_path, sidecar_path, w
 from van_deploy.engine.worker import LOG, ONNX, PLAN
 from van_deploy.environment.hardware import memory
 from van_deploy.errors import ConversionError, InputError, MissingDependency, VanDeployError
-from van_deploy.external_weights import external_files_of, require_beside
-from van_deploy.files import file_sha256
+from van_deploy.files import external_files_of, file_sha256, require_beside
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.schema import validated
+from van_deploy.stopwatch import Progress, silent
 
 TAGS = {TENSORRT: "trt", RTX: "rtx"}  # in names of files
 CANCEL_WAIT_S = 5.0  # between asking TensorRT to stop and ending its process
 ADDR_NO_RANDOMIZE = 0x0040000  # <sys/personality.h>
 FORBIDDEN = -1
-
-
-Progress = Callable[[str, int, int | None], object]
-"""Told which engine is in which of TensorRT's phases, and how many steps of how many are done."""
 
 
 def targets_of(options: BuildOptions, host: Host) -> tuple[str, ...]:
@@ -85,7 +81,7 @@ def engine_from_onnx(
     host: Host | None = None,
     timing_cache: Path | None = None,
     preprocessing: Preprocessing | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Sidecar:
     """Build ``plan`` from ``source``, with its sidecar and its log beside it.
 
@@ -121,8 +117,7 @@ def engine_from_onnx(
     name = plan.name.removesuffix(".plan")
 
     def tell(phase: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(f"{name}: {phase}", done, total or None)
+        progress(f"{name}: {phase}", done, total or None)
 
     with tempfile.TemporaryDirectory(prefix=".building-", dir=plan.parent) as building:
         folder = Path(building)

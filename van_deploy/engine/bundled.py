@@ -36,15 +36,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
-
 from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.config import BatchRange, BuildOptions, EngineSettings
-from van_deploy.config.engines import PlanSettings
-from van_deploy.config.fields import Target, option
+from van_deploy.config.fields import Table, Target, option
+from van_deploy.config.making import PlanSettings
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, choose_backend, host_here
-from van_deploy.engine.build import Progress, engine_from_onnx, engine_name
+from van_deploy.engine.build import engine_from_onnx, engine_name
 from van_deploy.engine.compatibility import refuse_impossible
 from van_deploy.engine.sidecar import (
     PackageSidecar,
@@ -68,45 +66,57 @@ from van_deploy.files import content_key
 from van_deploy.manifest import EngineFacts
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.ray_tasks import RayTask, require_ray, run_on_ray
-from van_deploy.schema import Contradiction, Settings, read_toml
+from van_deploy.schema import read_toml
+from van_deploy.stopwatch import Progress, silent
 
 BUILT, REUSED, FAILED = "built", "reused", "failed"
 ENGINES = "engines"
 
 
-class FleetHost(Settings):
-    """Where a target is built. Table ``[hosts.<target>]``."""
+class FleetHost(Table):
+    """Where a target is built. Table ``[hosts.<target>]``.
 
-    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = option("auto", "What builds it.")
-    accelerator_type: str = option(
-        "", "Ray's name of the GPU the build must run on.", shown_default="any machine"
-    )
+    Attributes:
+        backend: What builds it.
+        accelerator_type: Ray's name of the GPU the build must run on.
+    """
 
-
-class _Table(Settings):
-    """Which engines. Table ``[fleet]``."""
-
-    bundles: tuple[Path, ...] = option(..., "Folders, relative to this file.", min_length=1)
-    precisions: tuple[str, ...] = option(..., "ONNX artefacts of each.", min_length=1)
-    targets: tuple[Target, ...] = option(..., "What each plan serves.", min_length=1)
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = option("auto")
+    accelerator_type: str = option("", shown_default="any machine")
 
 
-class FleetFile(Settings):
-    """Many engines: bundles, precisions and targets; a fleet file."""
+class _Cells(Table):
+    """Which engines. Table ``[fleet]``.
 
-    fleet: _Table = option(..., "Which engines.")
-    options: PlanSettings = option(PlanSettings, "As on the command line.")
-    hosts: dict[str, FleetHost] = option(dict, "Where a target needs its own GPU.")
+    Attributes:
+        bundles: Folders, relative to this file.
+        precisions: ONNX artefacts of each.
+        targets: What each plan serves.
+    """
 
-    @pydantic.model_validator(mode="after")
-    def _hosts_are_of_targets(self) -> FleetFile:
+    bundles: tuple[Path, ...] = option(..., min_length=1)
+    precisions: tuple[str, ...] = option(..., min_length=1)
+    targets: tuple[Target, ...] = option(..., min_length=1)
+
+
+class FleetFile(Table):
+    """Many engines: bundles, precisions and targets; a fleet file.
+
+    Attributes:
+        fleet: Which engines.
+        options: As on the command line.
+        hosts: Where a target needs its own GPU.
+    """
+
+    fleet: _Cells = option(...)
+    options: PlanSettings = option(PlanSettings)
+    hosts: dict[str, FleetHost] = option(dict)
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield hosts of targets that are not built."""
         known = {"+".join(plan) for plan in self.fleet.targets}
-        for name in self.hosts:
-            if name not in known:
-                raise Contradiction(
-                    f"{{hosts}}.{name} is for no target.", f"Targets: {', '.join(sorted(known))}."
-                )
-        return self
+        for name in sorted(set(self.hosts) - known):
+            yield f"{{hosts}}.{name} is for no target.", f"Targets: {', '.join(sorted(known))}."
 
 
 @dataclass(frozen=True)
@@ -257,7 +267,7 @@ class Job:
         folder: Path,
         host: Host,
         timing_cache: Path | None = None,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> Path:
         """Return the plan that was built on this machine, which is ``host``.
 
@@ -356,7 +366,7 @@ def build_cells(
     timing_cache: Path | None = None,
     force: bool = False,
     go_on: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[Outcome]:
     """Build engines one after the other on this machine, and yield each as it ends.
 

@@ -34,6 +34,7 @@ from van_deploy.engine.messages import BuildLog, failure, memory_facts, parser_f
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.errors import InputError, VanDeployError
 from van_deploy.files import write_atomic
+from van_deploy.schema import validated
 
 Send = Callable[..., None]
 
@@ -93,7 +94,7 @@ def build(job: Mapping[str, Any], log: BuildLog, send: Send) -> dict[str, Any]:
     Raises:
         VanDeployError: the file cannot be taken or the plan cannot be built.
     """
-    backend, options = backend_named(job["backend"]), BuildOptions.from_dict(job["options"])
+    backend, options = backend_named(job["backend"]), validated(BuildOptions, job["options"])
     trt, failed = backend.module, f"{backend.label} built no plan from '{ONNX}'"
     # No error recorder: without one every error goes to the logger, and with one
     # RTX 1.7.1 crashes when the parser is released before the network.
