@@ -42,9 +42,9 @@ def quantised(scale: float, zero: int) -> ModelProto:
     )
 
 
-def conv(channels: int, kind: type) -> ModelProto:
-    weights = np.ones((4, channels, 3, 3), kind)
-    return small(node("Conv", "patch_embed1.proj", "images w"), weights={"w": weights})
+def conv(channels: int, kind: str) -> ModelProto:
+    weights = {"w": np.ones((4, channels, 3, 3)).astype(kind)}
+    return small(node("Conv", "patch_embed1.proj", "images w"), weights=weights)
 
 
 def failed(model: ModelProto, rtx: Backend, folder: Path) -> VanDeployError:
@@ -89,8 +89,8 @@ def test_the_parser_names_the_pytorch_module(
             small(node("Relu", "block1.0.act", "nowhere"), weights={}),
             *("broken graph", "block1.0.act (Relu)"),
         ),
-        (conv(3, np.float16), "mixed types", "patch_embed1.proj (Conv)"),
-        (conv(5, np.float32), "weights do not fit", "patch_embed1.proj (Conv)"),
+        (conv(3, "float16"), "mixed types", "patch_embed1.proj (Conv)"),
+        (conv(5, "float32"), "weights do not fit", "patch_embed1.proj (Conv)"),
     ],
 )
 def test_what_the_parser_refuses(
