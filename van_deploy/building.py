@@ -11,7 +11,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -71,7 +71,14 @@ def build_bundle(
     if settings.tune:
         return _fastest(bundle, settings, host, say)
     if settings.backend == INDUCTOR:
-        return BuildReport(tuple(_packages(bundle, settings, host, force, say)))
+        made = []
+        for one in packages_asked(bundle, settings, host):
+            say(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
+            package, reused = build_package(bundle.path, one, host, force=force)
+            targets, how = package.targets, REUSED if reused else BUILT
+            cell = Cell(bundle.path, package.precision, targets, one.of(), FleetHost())
+            made.append(Outcome(cell, how, package.name, package=package))
+        return BuildReport(tuple(made))
     manifest = bundle.manifest
     cells = planned_engines(bundle.path, settings, manifest.batch, manifest.sizes, host)
     for precision in settings.precisions:
@@ -79,18 +86,6 @@ def build_bundle(
     cache = settings.timing_cache
     outcomes = build_cells(cells, host=host, timing_cache=cache, force=force, progress=say)
     return BuildReport(tuple(outcomes))
-
-
-def _packages(
-    bundle: Bundle, settings: BuildSettings, host: Host, force: bool, say: Progress
-) -> Iterator[Outcome]:
-    """Build Inductor packages, one a precision; all are refused before the first is built."""
-    for one in packages_asked(bundle, settings, host):
-        precision = one.precisions[0]
-        say(f"{bundle.name} {precision}: compiling for {one.device}")
-        package, reused = build_package(bundle.path, one, host, force=force)
-        cell = Cell(bundle.path, precision, package.targets, one.of(), FleetHost())
-        yield Outcome(cell, REUSED if reused else BUILT, package.name, package=package)
 
 
 def build_fleet(

@@ -214,7 +214,6 @@ def test_a_fleet_on_ray(ray: Any, rtx: Backend, fleet_file: Path) -> None:
     assert len(outcomes) == 4
     made = outcomes["van_digits", "sm_86"]
     assert made.outcome == "built", made.error
-    assert made.where
     assert outcomes["van_none", "sm_86"].outcome == "failed"
     bundle = Bundle.open(fleet_file.parent / "dist" / "van_digits")
     assert bundle.problems() == []

@@ -352,6 +352,9 @@ class BuildSettings(EngineSettings):
             whose, what = ("TensorRT", "a package") if inductor else ("Inductor", "an engine")
             remedy = f"Leave {foreign} out, or give another {{backend}}."
             yield f"{foreign} is {whose}'s, and {what} is asked for.", remedy
+        if inductor and len(self.profiles) > 1:
+            message = "A package serves one range of batches, and {batch} gives several."
+            yield message, "Give one, such as 1:8:32."
 
 
 class Recipe(Table):
@@ -379,6 +382,9 @@ class Recipe(Table):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield engines of what is not made, classes of feature maps, and a size out of range."""
+        if self.engines.backend == "inductor":
+            remedy = "Build a package with `van-deploy build BUNDLE --backend inductor`."
+            yield "A recipe's {engines.backend} is a TensorRT.", remedy
         made = ["fp32", *self.precision.make]
         if self.export.embed_preprocess != "none":
             made += [f"{name}-{self.export.embed_preprocess}" for name in made]

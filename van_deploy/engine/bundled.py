@@ -28,7 +28,6 @@ for their GPU.
 from __future__ import annotations
 
 import contextlib
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,12 +58,10 @@ from van_deploy.errors import (
     InputError,
     MissingDependency,
     RecipeError,
-    UsageError,
     VanDeployError,
 )
 from van_deploy.files import content_key
 from van_deploy.manifest import EngineFacts
-from van_deploy.model.preprocess import Preprocessing
 from van_deploy.ray_tasks import RayTask, require_ray, run_on_ray
 from van_deploy.schema import read_toml
 from van_deploy.stopwatch import Progress, silent
@@ -165,7 +162,6 @@ class Outcome:
         sidecar: what is known about the engine; None if it failed, and for a package.
         package: what is known about an Inductor package; None for all else.
         error: why it failed; None otherwise.
-        where: the machine it was built on, as Ray names it; "" for this one.
     """
 
     cell: Cell
@@ -174,7 +170,6 @@ class Outcome:
     sidecar: Sidecar | None = None
     package: PackageSidecar | None = None
     error: VanDeployError | None = None
-    where: str = ""
 
 
 def read_fleet(path: Path) -> tuple[Cell, ...]:
@@ -224,11 +219,6 @@ def planned_engines(
         UsageError: nothing builds what is asked.
         MissingDependency: what builds it is not installed, or wants a GPU.
     """
-    if settings.backend == "inductor":
-        raise UsageError(
-            "A recipe's engines are TensorRT's.",
-            "Build the package with `van-deploy build BUNDLE --backend inductor`.",
-        )
     host = host or host_here()
     asked = []
     for targets in settings.targets or ((),):
@@ -245,65 +235,10 @@ def planned_engines(
     ]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a machine has to know to build a cell, besides the ONNX file.
-
-    Attributes:
-        cell: which one.
-        model: the network's name.
-        source: the ONNX artifact it is built from.
-        preprocessing: of the model.
-    """
-
-    cell: Cell
-    model: str
-    source: Artefact
-    preprocessing: Preprocessing
-
-    def made(
-        self,
-        onnx: Path,
-        folder: Path,
-        host: Host,
-        timing_cache: Path | None = None,
-        progress: Progress = silent,
-    ) -> Path:
-        """Return the plan that was built on this machine, which is ``host``.
-
-        Raises:
-            VanDeployError: as :func:`~van_deploy.engine.build.engine_from_onnx`.
-        """
-        cell = self.cell
-        backend = choose_backend(cell.host.backend, cell.targets, host.target)
-        name = engine_name(self.model, self.source.name, backend, cell.options, host)
-        plan = folder / f"{name}.plan"
-        engine_from_onnx(
-            onnx,
-            plan,
-            backend=backend,
-            options=cell.options,
-            precision=self.source.precision,
-            host=host,
-            timing_cache=timing_cache,
-            preprocessing=self.preprocessing,
-            progress=progress,
-        )
-        return plan
-
-    def entered(self, plan: Path, where: str = "") -> Outcome:
-        """Put a finished plan into the cell's bundle. Errors are :func:`enter`'s."""
-        found = verified_sidecar(plan)
-        made_with = _ingredients(self.source, found.targets, found.options)
-        made_with |= {"backend": found.backend, "backend_version": found.backend_version}
-        enter(self.cell.bundle, self.source, plan, found, made_with)
-        return Outcome(self.cell, BUILT, found.name, found, where=where)
-
-
-def job_of(
+def to_be_built(
     cell: Cell, host: Host, *, force: bool = False, elsewhere: bool = False
-) -> Job | Outcome:
-    """Return what building a cell takes, or what became of it if its bundle holds the engine.
+) -> Bundle | Outcome:
+    """Return the bundle of a cell, or what became of the cell if the bundle holds its engine.
 
     Args:
         cell: which one.
@@ -336,9 +271,7 @@ def job_of(
             if not elsewhere:
                 raise
     present = None if force else existing(bundle, asked, verified_sidecar)
-    if present is not None:
-        return Outcome(cell, REUSED, present.name, present)
-    return Job(cell, bundle.name, source, bundle.manifest.preprocessing)
+    return bundle if present is None else Outcome(cell, REUSED, present.name, present)
 
 
 def _ingredients(source: Artefact, targets: Sequence[str], options: BuildOptions) -> dict[str, Any]:
@@ -380,19 +313,20 @@ def build_cells(
         progress: told what TensorRT is doing.
 
     Raises:
-        VanDeployError: as :func:`job_of` and :func:`~van_deploy.engine.build.engine_from_onnx`;
-            the bundle is as it was.
+        VanDeployError: as :func:`to_be_built` and
+            :func:`~van_deploy.engine.build.engine_from_onnx`; the bundle is as it was.
     """
     host = host or host_here()
     for cell in () if go_on else cells:
-        job_of(cell, host, force=True)
+        to_be_built(cell, host, force=True)
     for cell in cells:
         try:
-            todo = job_of(cell, host, force=force)
-            if isinstance(todo, Job):
+            todo = to_be_built(cell, host, force=force)
+            if isinstance(todo, Bundle):
                 with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-                    where = cell.bundle / todo.source.file, Path(folder), host
-                    todo = todo.entered(todo.made(*where, timing_cache, progress))
+                    onnx = todo.path / todo.artefact(cell.precision).file
+                    where = onnx, Path(folder), host
+                    todo = _entered(cell, todo, _built(cell, todo, *where, timing_cache, progress))
         except VanDeployError as error:
             if not go_on:
                 raise
@@ -418,50 +352,83 @@ def build_on_ray(
     tasks = []
     for cell in cells:
         try:
-            todo = job_of(cell, Host(), force=force, elsewhere=True)
+            todo = to_be_built(cell, Host(), force=force, elsewhere=True)
         except VanDeployError as error:
             todo = Outcome(cell, FAILED, error=error)
-        if isinstance(todo, Job):
-            paths = [cell.bundle / file for file in todo.source.files]
-            files = {path.name: path.read_bytes() for path in paths}
-            tasks.append(RayTask(todo, (files, todo), cell.resources))
-        else:
+        if isinstance(todo, Outcome):
             yield todo
+            continue
+        paths = [todo.path / file for file in todo.artefact(cell.precision).files]
+        files = {path.name: path.read_bytes() for path in paths}
+        tasks.append(RayTask((cell, todo), (cell, todo, files), cell.resources))
     for done in run_on_ray(_delivered, tasks, address=address):
-        cell, (where, delivered) = done.tag.cell, done.result or ("", {})
+        (cell, bundle), delivered = done.tag, done.result
+        if done.failure:
+            said = f"The Ray task ended without an engine: {done.failure}"
+            delivered = ConversionError(said, "Run it again.")
         try:
-            if done.failure:
-                raise ConversionError(
-                    f"The Ray task ended without an engine: {done.failure}", "Run it again."
-                )
             if isinstance(delivered, VanDeployError):
                 raise delivered
             with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-                for name, data in delivered.items():
-                    (Path(folder) / name).write_bytes(data)
-                outcome = done.tag.entered(next(Path(folder).glob("*.plan")), where)
+                _write(delivered, Path(folder))
+                yield _entered(cell, bundle, next(Path(folder).glob("*.plan")))
         except VanDeployError as error:
-            outcome = Outcome(cell, FAILED, error=error, where=where)
-        yield outcome
+            yield Outcome(cell, FAILED, error=error)
 
 
 def _delivered(
-    shared: None, files: Mapping[str, bytes], job: Job
-) -> tuple[str, dict[str, bytes] | VanDeployError]:
-    """Build one engine on the machine this task runs on.
-
-    Returns:
-        The machine's name, and the three files by name or what went wrong.
-    """
+    shared: None, cell: Cell, bundle: Bundle, files: Mapping[str, bytes]
+) -> dict[str, bytes] | VanDeployError:
+    """Return plan, sidecar and log by name, built on the machine this task runs on."""
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-        for name, data in files.items():
-            (Path(folder) / name).write_bytes(data)
+        _write(files, Path(folder))
+        onnx = Path(folder) / Path(bundle.artefact(cell.precision).file).name
         try:
-            onnx = Path(folder) / Path(job.source.file).name
-            plan = job.made(onnx, Path(folder) / "made", host_here())
+            plan = _built(cell, bundle, onnx, Path(folder) / "made", host_here())
         except VanDeployError as error:
-            return platform.node(), error
-        return platform.node(), {path.name: path.read_bytes() for path in plan.parent.iterdir()}
+            return error
+        return {path.name: path.read_bytes() for path in plan.parent.iterdir()}
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def _built(
+    cell: Cell,
+    bundle: Bundle,
+    onnx: Path,
+    folder: Path,
+    host: Host,
+    timing_cache: Path | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Return the plan of a cell, built on this machine, which is ``host``."""
+    source, options = bundle.artefact(cell.precision), cell.options
+    backend = choose_backend(cell.host.backend, cell.targets, host.target)
+    plan = folder / f"{engine_name(bundle.name, source.name, backend, options, host)}.plan"
+    engine_from_onnx(
+        onnx,
+        plan,
+        backend=backend,
+        options=options,
+        precision=source.precision,
+        host=host,
+        timing_cache=timing_cache,
+        preprocessing=bundle.manifest.preprocessing,
+        progress=progress,
+    )
+    return plan
+
+
+def _entered(cell: Cell, bundle: Bundle, plan: Path) -> Outcome:
+    """Put a finished plan into the cell's bundle."""
+    source, found = bundle.artefact(cell.precision), verified_sidecar(plan)
+    made_with = _ingredients(source, found.targets, found.options)
+    made_with |= {"backend": found.backend, "backend_version": found.backend_version}
+    enter(cell.bundle, source, plan, found, made_with)
+    return Outcome(cell, BUILT, found.name, found)
 
 
 def enter(

@@ -61,11 +61,6 @@ def packages_asked(bundle: Bundle, settings: BuildSettings, host: Host) -> list[
     """
     device = settings.device or ("cpu" if host.gpu is None else "cuda:0")
     batch = (settings.profiles or (bundle.manifest.batch,))[0]
-    if len(settings.profiles) > 1:
-        raise UsageError(
-            "An Inductor package serves one range of batches, and several are given.",
-            "Give one, such as --batch 1:8:32.",
-        )
     for precision in set(settings.precisions) - set(PRECISIONS):
         raise InputError(
             f"An Inductor package computes in {', '.join(PRECISIONS)}, not in '{precision}'.",

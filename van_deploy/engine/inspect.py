@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -116,15 +116,25 @@ def describe_engine(path: Path, *, trust_engine: bool = False) -> EngineDescript
     """
     sidecar: Sidecar | None = None
     found: tuple[Obstacle, ...] = ()
-    backends, host_code = tuple(TITLES), False
+    layers: tuple[Layer, ...] = ()
+    backends, host_code = [*TITLES], False
     if not (trust_engine and path.is_file() and not sidecar_path(path).exists()):
         sidecar = verified_sidecar(path)
         found = obstacles(sidecar, host_here())
-        backends, host_code = (sidecar.backend,), sidecar.options.version_compatible
-    layers: tuple[Layer, ...] = ()
-    skipped = "; ".join(obstacle.problem for obstacle in found)
-    if not found:
-        layers, skipped = _layers_of(path, backends, host_code)
+        backends, host_code = [sidecar.backend], sidecar.options.version_compatible
+    skipped = [obstacle.problem for obstacle in found]
+    for name in () if found else backends:
+        try:
+            backend, said = backend_named(name), BuildLog()
+            runtime, _logger = backend.runtime(said)
+            engine = engine_from_plan(runtime, backend, path, said, host_code=host_code)
+        except VanDeployError as error:  # noqa: PERF203 - each backend on its own
+            skipped.append(f"{name}: {error.message.rstrip('.')}")
+        else:
+            kind = backend.module.LayerInformationFormat.JSON
+            layers = layers_from_json(engine.create_engine_inspector().get_engine_information(kind))
+            skipped = []
+            break
     log = log_path(path)
     text = log.read_text(encoding="utf-8", errors="replace") if sidecar and log.is_file() else ""
     return EngineDescription(
@@ -134,29 +144,10 @@ def describe_engine(path: Path, *, trust_engine: bool = False) -> EngineDescript
         sidecar=sidecar,
         obstacles=found,
         layers=layers,
-        layers_skipped=skipped,
+        layers_skipped="; ".join(skipped),
         log=log if log.is_file() else None,
         build_notes=tuple(dict.fromkeys(note[:200] for note in NOTES.findall(text))),
     )
-
-
-def _layers_of(
-    path: Path, backends: Iterable[str], host_code: bool
-) -> tuple[tuple[Layer, ...], str]:
-    """Return the layers of a plan by the first backend that loads it, or why none does."""
-    tried = []
-    for name in backends:
-        try:
-            backend, log = backend_named(name), BuildLog()
-            runtime, _logger = backend.runtime(log)
-            engine = engine_from_plan(runtime, backend, path, log, host_code=host_code)
-        except VanDeployError as error:  # noqa: PERF203 - each backend on its own
-            tried.append(f"{name}: {error.message.rstrip('.')}")
-        else:
-            kind = backend.module.LayerInformationFormat.JSON
-            text = engine.create_engine_inspector().get_engine_information(kind)
-            return layers_from_json(text), ""
-    return (), "; ".join(tried)
 
 
 def layers_from_json(text: str) -> tuple[Layer, ...]:
