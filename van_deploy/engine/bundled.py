@@ -63,7 +63,7 @@ from van_deploy.errors import (
 from van_deploy.files import content_key
 from van_deploy.manifest import EngineFacts
 from van_deploy.ray_tasks import RayTask, require_ray, run_on_ray
-from van_deploy.schema import read_toml
+from van_deploy.schema import read_toml, validated
 from van_deploy.stopwatch import Progress, silent
 
 BUILT, REUSED, FAILED = "built", "reused", "failed"
@@ -227,7 +227,7 @@ def planned_engines(
         options = settings.of(served if backend.builds_for_absent_gpus else targets, batch, sizes)
         refuse_impossible(backend, options, host, settings.timing_cache)
         asked.append((served, options))
-    where = FleetHost(backend=settings.backend)
+    where = validated(FleetHost, {"backend": settings.backend})
     return [
         Cell(bundle, precision, served, options, where)
         for precision in settings.precisions
