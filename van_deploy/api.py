@@ -110,7 +110,7 @@ class Bundle:
         """
         from van_deploy.precision.pipeline import quantize_bundle
 
-        asked = settings_from(config.QuantizeSettings, None, options)
+        asked = settings_from(config.QuantizeSettings, options)
         return quantize_bundle(self.opened().path, asked, force=force, progress=self.progress)
 
     def build(self, *, force: bool = False, **options: Unpack[kw.BuildOptions]) -> BuildReport:
@@ -126,7 +126,7 @@ class Bundle:
         """
         from van_deploy.building import build_bundle
 
-        asked = settings_from(config.BuildSettings, None, options)
+        asked = settings_from(config.BuildSettings, options)
         report = build_bundle(self.opened(), asked, force=force, progress=self.progress)
         if self._key is not None and any(o.outcome == "built" for o in report.outcomes):
             self.remarks.append(
@@ -141,7 +141,7 @@ class Bundle:
             VanDeployError: as :func:`~van_deploy.checks.verify.verify_bundle`.
         """
         opened = self.opened()
-        asked = settings_from(config.VerifySettings, None, options)
+        asked = settings_from(config.VerifySettings, options)
         return self._recorded(opened, "verify", judging.verify(opened, asked, self.progress))
 
     def evaluate(
@@ -153,7 +153,7 @@ class Bundle:
             VanDeployError: as :func:`~van_deploy.checks.evaluate.evaluate_bundle`.
         """
         opened, folder = self.opened(), {"images": images} if images else {}
-        asked = settings_from(config.EvaluationSettings, None, {**options, **folder})
+        asked = settings_from(config.EvaluationSettings, {**options, **folder})
         return self._recorded(opened, "evaluate", judging.evaluate(opened, asked, self.progress))
 
     def drift(self, **options: Unpack[kw.DriftOptions]) -> DriftReport:
@@ -163,7 +163,7 @@ class Bundle:
             VanDeployError: as :func:`~van_deploy.checks.drift.drift_of_bundle`.
         """
         opened = self.opened()
-        asked = settings_from(config.DriftSettings, None, options)
+        asked = settings_from(config.DriftSettings, options)
         return self._recorded(opened, "drift", judging.drift(opened, asked, self.progress))
 
     def check(
@@ -177,7 +177,7 @@ class Bundle:
             InputError: the baseline cannot be read, or is not this bundle's.
             VanDeployError: as :meth:`verify` and :meth:`evaluate`.
         """
-        asked = settings_from(config.CheckSettings, None, options)
+        asked = settings_from(config.CheckSettings, options)
         return judging.check(self.opened(), Path(baseline), asked, update, self.progress)
 
     def benchmark(self, *, save: bool = True, **options: Unpack[kw.BenchOptions]) -> BenchReport:
@@ -190,7 +190,7 @@ class Bundle:
         Raises:
             VanDeployError: as :func:`~van_deploy.bench.benchmark.benchmark_bundle`.
         """
-        opened, asked = self.opened(), settings_from(config.BenchSettings, None, options)
+        opened, asked = self.opened(), settings_from(config.BenchSettings, options)
         report = benchmark_bundle(opened, asked, progress=self.progress)
         if save:
             save_report(report, opened, None)
@@ -207,7 +207,7 @@ class Bundle:
             ImageError: there is no such file, or a folder holds no image.
             BundleError: there is no such artefact, or its files are not the manifest's.
         """
-        asked, speed = settings_from(config.PredictSettings, None, options), Speed()
+        asked, speed = settings_from(config.PredictSettings, options), Speed()
         answers = tuple(self.stream(images, speed=speed, **options))
         return Predictions(self.path, asked.artefact, speed, answers)
 
@@ -222,7 +222,7 @@ class Bundle:
 
         ``speed`` is added to as it goes on. Raises what :meth:`predict` raises.
         """
-        asked = settings_from(config.PredictSettings, None, options)
+        asked = settings_from(config.PredictSettings, options)
         opened = self.opened()
         require_classes(opened, "predict")
         sources = sources_from([images] if isinstance(images, Image) else images)
@@ -260,7 +260,7 @@ class Bundle:
             MissingDependency: ``only_check``, and what holds Triton's schema is not installed.
             UsageError: ``output`` holds something else.
         """
-        asked = settings_from(config.PackageSettings, None, options)
+        asked = settings_from(config.PackageSettings, options)
         return package(self.opened(), Path(output) if output else None, asked, only_check)
 
     def report(self, output: str | Path | None = None) -> WrittenReport:
@@ -367,7 +367,7 @@ def run_recipe(
     """
     from van_deploy import pipeline
 
-    how = settings_from(config.RunSettings, None, options)
+    how = settings_from(config.RunSettings, options)
     values = {tuple(key.split(".")): value for key, value in (changes or {}).items()}
     wanted = _recipe(recipe, Changes(values, {place: ".".join(place) for place in values}))
     loaded = pipeline.load_for(wanted, offline=how.offline, progress=progress)

@@ -38,8 +38,9 @@ import pydantic
 import typer
 
 from van_deploy.cli.console import Shown, show, telling
-from van_deploy.config.fields import BatchRange, range_text, shown
-from van_deploy.config.named import Changes, Named, named_options, put
+from van_deploy.config.fields import range_text, shown
+from van_deploy.config.named import Changes, Named, named_options, put_all
+from van_deploy.config.sizes import BatchRange
 from van_deploy.schema import validated
 
 if TYPE_CHECKING:
@@ -143,15 +144,15 @@ def opened(bundle: Path, require_signature: Path | None, progress: Any) -> Bundl
 def _filled(schema: Any, options: Mapping[str, Named], written: Mapping[str, Any]) -> object:
     """Return the options that were written, checked where they are those of a schema."""
     values = {o: _read(options[o], v) for o, v in written.items() if v is not None}
-    spelling = {options[o].place: _flag(options[o], value) for o, value in values.items()}
+    changes = Changes(
+        {options[o].place: value for o, value in values.items()},
+        {options[o].place: _flag(options[o], value) for o, value in values.items()},
+    )
     if schema is None:
-        return Changes({options[o].place: value for o, value in values.items()}, spelling)
-    tree: dict[str, Any] = {}
-    for name, value in values.items():
-        put(tree, options[name].place, value)
-    others = {option.place: option.flags[0] for option in options.values()}
-    given = Given(values)
-    given.table = validated(schema, tree, spelling={**others, **spelling})
+        return changes
+    given, spelling = Given(values), {option.place: option.flags[0] for option in options.values()}
+    spelling |= changes.spelling
+    given.table = validated(schema, put_all({}, changes), spelling=spelling)
     return given
 
 
