@@ -6,6 +6,7 @@ Functions and methods take the options of the command of their name as keyword a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -22,8 +23,8 @@ from van_deploy.report.bundle_report import document_of_bundle
 from van_deploy.report.files import write_report
 from van_deploy.results import BuildReport, ExportReport, Predictions, RunResult, WrittenReport
 from van_deploy.runners.network import Network, require_classes
-from van_deploy.serve.packaging import PackageReport, package
-from van_deploy.serve.predict import Prediction, Speed, predict, sources_from
+from van_deploy.serve.package import PackageReport, package
+from van_deploy.serve.predict import Prediction, predict, sources_from
 from van_deploy.signing import signed_bundle
 from van_deploy.stopwatch import Progress, silent
 
@@ -207,20 +208,17 @@ class Bundle:
             ImageError: there is no such file, or a folder holds no image.
             BundleError: there is no such artefact, or its files are not the manifest's.
         """
-        asked, speed = settings_from(config.PredictSettings, options), Speed()
-        answers = tuple(self.stream(images, speed=speed, **options))
-        return Predictions(self.path, asked.artefact, speed, answers)
+        asked, start = settings_from(config.PredictSettings, options), time.perf_counter()
+        answers = tuple(self.stream(images, **options))
+        rate = len(answers) / (time.perf_counter() - start)
+        return Predictions(self.path, asked.artefact, rate, answers)
 
     def stream(
-        self,
-        images: Image | Sequence[Image],
-        *,
-        speed: Speed | None = None,
-        **options: Unpack[kw.PredictOptions],
+        self, images: Image | Sequence[Image], **options: Unpack[kw.PredictOptions]
     ) -> Iterator[Prediction]:
         """Yield what :meth:`predict` returns, one image after the other.
 
-        ``speed`` is added to as it goes on. Raises what :meth:`predict` raises.
+        Raises what :meth:`predict` raises.
         """
         asked = settings_from(config.PredictSettings, options)
         opened = self.opened()
@@ -236,7 +234,7 @@ class Bundle:
             device=asked.device,
         )
         with network:
-            answers = predict(network, sources, top=asked.top_k, batch=batch, speed=speed)
+            answers = predict(network, sources, top=asked.top_k, batch=batch)
             for done, answer in enumerate(answers, 1):
                 self.progress("Looking at images", done, len(sources))
                 yield answer

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from van_deploy.errors import VanDeployError
     from van_deploy.precision.pipeline import QuantizeResult
     from van_deploy.serve.embedded import Embedded
-    from van_deploy.serve.predict import Prediction, Speed
+    from van_deploy.serve.predict import Prediction
 
 
 class _Judged:
@@ -170,13 +170,13 @@ class Predictions(_Judged):
     Attributes:
         bundle: whose network answered.
         artefact: which of its artefacts.
-        speed: where the time went.
+        images_per_s: answered, over the whole call.
         predictions: one an image, in order.
     """
 
     bundle: Path
     artefact: str
-    speed: Speed
+    images_per_s: float
     predictions: tuple[Prediction, ...]
 
     @property

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import ipaddress
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -92,23 +94,24 @@ def predict(
     wanted = [_stdin() if image == "-" else image for image in images]
     from van_deploy.report.sections_model import predictions_blocks
     from van_deploy.results import Predictions
-    from van_deploy.serve.predict import Prediction, Speed
+    from van_deploy.serve.predict import Prediction
 
-    speed, kept, artefact = Speed(), list[Prediction](), options.table.artefact
-    total = bad = 0
+    kept, artefact = list[Prediction](), options.table.artefact
+    total, bad, start = 0, 0, time.perf_counter()
     with telling(f"Loading {artefact}") as progress:
         asked = opened(bundle, require_signature, progress)
-        for answer in asked.stream(wanted, speed=speed, **options):
+        for answer in asked.stream(wanted, **options):
             total, bad = total + 1, bad + (answer.error is not None)
             if json_lines:
                 sys.stdout.write(json_text(plain(answer)) + "\n")
                 sys.stdout.flush()
             else:
                 kept.append(answer)
+    rate = total / (time.perf_counter() - start)
     if not json_lines:
-        answers = Predictions(asked.path, artefact, speed, tuple(kept))
+        answers = Predictions(asked.path, artefact, rate, tuple(kept))
         emit(answers, as_json, predictions_blocks)
-    remark(f"{artefact}: {speed}")
+    remark(f"{artefact}: {total} images, {rate:.1f} images/s")
     if bad:
         raise ImageError(
             f"{bad} of {total} images could not be read.",
@@ -169,22 +172,21 @@ def serve(
     """
     from van_deploy.report.document import Paragraph
     from van_deploy.results import Listening
-    from van_deploy.serve.app import App
-    from van_deploy.serve.server import is_loopback, listen, run_server, url_of
-    from van_deploy.serve.service import Service
+    from van_deploy.serve.app import App, listen, run_server
+    from van_deploy.serve.models import Service
 
     settings = options.table
     with telling("Loading"):
         service = Service(opened(bundle, require_signature, silent).opened(), settings)
         app = App(service)
         service.load()
-        bound = listen(settings.host, settings.port)
-    if not is_loopback(settings.host):
+        bound, url = listen(settings.host, settings.port)
+    if not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
         keyless = "" if app.keyed else ", and nobody is asked for a key"
         remark(f"note: {settings.host} is reachable from other machines{keyless}")
 
     def ready(_: object) -> None:
-        ready = Listening(url_of(bound), tuple(service.models))
+        ready = Listening(url, tuple(service.models))
         said = f"{', '.join(ready.models)} at {ready.url}  (Ctrl-C ends)"
         emit(ready, as_json, lambda _: [Paragraph(said)])
 
