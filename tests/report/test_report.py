@@ -61,7 +61,7 @@ def test_the_page_has_every_section_and_needs_nothing_but_itself(document: Docum
     body = ET.fromstring(html[html.index("<body>") : html.index("</html>")])
     assert [heading.text for heading in body.iter("h2")] == [
         *("Verdicts", "Model", "Artifacts", "Verification", "Accuracy", "Drift", "Speed"),
-        *("Throughput against accuracy", "Preprocessing", "Provenance", "Not measured"),
+        *("Throughput against accuracy", "Preprocessing", "Graph", "Provenance", "Not measured"),
     ]
     links = [link.get("href", "") for link in body.iter("a")]
     assert links == [f"#{section.get('id')}" for section in body.iter("section")]

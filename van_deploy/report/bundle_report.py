@@ -118,6 +118,7 @@ def _sections(
         accuracies = checks.get("evaluate", {}).get("accuracy", {})
         yield "Throughput against accuracy", timed.tradeoff_blocks(accuracies, bench)
     yield "Preprocessing", model.preprocessing_facts(manifest["preprocessing"])
+    yield "Graph", model.graph_blocks(artefacts)
     files = [(n, file, digest) for n, e in artefacts.items() for file, digest in e["files"].items()]
     columns = "artifact = 0 name; file = 1 name; SHA-256 = 2 name"
     made_with = {"made with": manifest["versions"], "bundle schema": manifest["schema"]}

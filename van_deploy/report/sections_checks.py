@@ -293,6 +293,12 @@ def precision_blocks(facts: Entry) -> list[Block]:
     failed = (f"{f['rule']}: {f['message']}" for f in findings if f["outcome"] == "fail")
     return [
         *table(
+            facts.get("techniques") or (),
+            "technique = name name; SQNR before dB ↑ = before_db .2f; after = after_db .2f; "
+            "kept name",
+            "What each technique brings on held-out images",
+        ),
+        *table(
             search["kept"].items(),
             "kept out of INT8 = 0 name; why = 1",
             "At most {max_drop:g} points of {of} lost, searched on {images} images".format(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from van_deploy.report import document as doc
 from van_deploy.report.document import Block, Entry, facts, notices, table
 
-MOST_LAYERS, LONGEST_WARNING = 200, 160
+MOST_LAYERS = 200
 
 
 def artefacts_blocks(descriptions: Sequence[Entry]) -> list[Block]:
@@ -62,7 +62,7 @@ def _engine(one: Entry) -> list[Block]:
             one,
             f"engine = sidecar.name; {file}; made from = sidecar.onnx_file; "
             "of sha256 = sidecar.onnx_sha256; sidecar.precision; sidecar.backend; "
-            "version = sidecar.backend_version; CUDA = sidecar.cuda; plan is sound = plan_is_sound",
+            "version = sidecar.backend_version; CUDA = sidecar.cuda",
         ),
         *facts(
             sidecar,
@@ -74,8 +74,7 @@ def _engine(one: Entry) -> list[Block]:
             {**one, **sidecar, "options": options, "notes": "\n".join(one["build_notes"])},
             "parsed in s = parse_seconds .1f; built in s = build_seconds .1f; "
             "peak memory = peak_memory_bytes bytes; parser's layers = parser_layers; "
-            "on = built_on; options; same bytes twice = reproducible; warnings; log; "
-            "from the log = notes",
+            "on = built_on; options; warnings; log; from the log = notes",
             "Build",
         ),
         _here(one["obstacles"]),
@@ -110,7 +109,13 @@ def builds_blocks(report: Entry) -> list[Block]:
     rows, failed = [], []
     for one in report["outcomes"]:
         made, name = one["sidecar"] or one["package"] or {}, cell_name(one["cell"])
-        rows.append({"name": one["engine"] or name, **made, "state": words[one["outcome"]]})
+        row = {
+            "state": words[one["outcome"]],
+            "name": one["engine"] or name,
+            "size": made.get("plan_bytes", made.get("file_bytes")),
+            "batch": made["options"]["profiles"] if one["sidecar"] else made.get("batch"),
+        }
+        rows.append({**made, **row})
         if one["error"]:
             failed.append(f"{name}: {one['error']['message']} {one['error']['remedy']}")
     tuned = [
@@ -125,9 +130,8 @@ def builds_blocks(report: Entry) -> list[Block]:
         ),
         *table(
             rows,
-            "state state; engine = name name; batch = options.profiles name; batch name; "
-            "size = plan_bytes bytes; size = file_bytes bytes; build s = build_seconds .1f; "
-            "memory = peak_memory_bytes bytes; same twice = reproducible name",
+            "state state; engine = name name; batch name; size bytes; build s = build_seconds .1f; "
+            "memory = peak_memory_bytes bytes",
         ),
         *notices("FAIL", failed),
     ]
@@ -137,14 +141,6 @@ def cell_name(cell: Entry) -> str:
     """Return what an engine that has no name yet is called."""
     bundle = cell["bundle"].rstrip("/").rpartition("/")[2]
     return f"{bundle} {cell['precision']} {'+'.join(cell['targets'])}"
-
-
-def warnings_text(name: str, warnings: Mapping[str, int]) -> str:
-    """Return a line that sums up what TensorRT warned of; the log has the rest."""
-    first = max(warnings, key=lambda text: warnings[text])
-    short = first if len(first) <= LONGEST_WARNING else first[: LONGEST_WARNING - 3] + "..."
-    total = sum(warnings.values())
-    return f"{name}: {total} warnings; most often: {short} (all of them are in its .log)"
 
 
 def environment_blocks(diagnosis: Entry) -> list[Block]:

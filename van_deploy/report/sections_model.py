@@ -85,6 +85,15 @@ def artefacts_table(manifest: Entry, sizes: Mapping[str, int]) -> list[Block]:
     )
 
 
+def graph_blocks(artefacts: Entry) -> list[Block]:
+    """Return how many operators of each kind every ONNX file has."""
+    counts = {n: e["graph"]["operators"] for n, e in artefacts.items() if e["graph"]}
+    kinds = dict.fromkeys(kind for own in counts.values() for kind in own)
+    rows = [(kind, *(own.get(kind) for own in counts.values())) for kind in kinds]
+    columns = "".join(f"; {name} = {index} d" for index, name in enumerate(counts, 1))
+    return table(rows, f"operator = 0 name{columns}")
+
+
 def export_blocks(done: Entry) -> list[Block]:
     """Return what was exported, and every precision that was made of it."""
     result, manifest = done["export"], done["manifest"]
