@@ -16,7 +16,7 @@ import numpy as np
 from van_deploy.bundle import Bundle
 from van_deploy.config import ServiceSettings
 from van_deploy.data import open_image
-from van_deploy.data.decode import FORMATS
+from van_deploy.data.images import FORMATS
 from van_deploy.errors import VanDeployError
 from van_deploy.metrics import probabilities
 from van_deploy.model.pixels import Pixels, pixels_from_image
