@@ -327,7 +327,7 @@ def label_sets(
     if file is None:
         raise InputError(
             "The network gives many labels an image, and no folder says which.",
-            "Give --labels FILE: a line for each image, 'file<TAB>label,label'.",
+            "Give --labels FILE. Write a line for each image: 'file<TAB>label,label'.",
         )
     words, found = ClassWords(classes, class_names), np.zeros((len(images), classes), np.int64)
     said = _said(images, file, [(number, f"{line}\t") for number, line in text_lines(file)])
