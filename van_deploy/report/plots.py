@@ -181,9 +181,9 @@ def _line(line: Series, to_x: _Scale, to_y: _Scale) -> str:
 
 
 def _svg(height: float, label: str, parts: Iterable[str]) -> str:
-    given = {"role": "img", "aria-label": escape(label), "font-size": 12}
-    box = {"viewBox": f"0 0 {WIDTH} {height:.0f}", "width": WIDTH, "height": f"{height:.0f}"}
-    return _tag("svg", "".join(parts), **box, **given)
+    given: dict[str, str | float] = {"role": "img", "aria-label": escape(label), "font-size": 12}
+    box, size = f"0 0 {WIDTH} {height:.0f}", f"{height:.0f}"
+    return _tag("svg", "".join(parts), viewBox=box, width=WIDTH, height=size, **given)
 
 
 def _path(path: str, colour: str, width: float = 1, **more: str) -> str:
@@ -191,7 +191,7 @@ def _path(path: str, colour: str, width: float = 1, **more: str) -> str:
 
 
 def _dot(x: float, y: float, colour: str, told: str) -> str:
-    ring = {"stroke": "var(--surface)", "stroke_width": 1.5}
+    ring: dict[str, str | float] = {"stroke": "var(--surface)", "stroke_width": 1.5}
     return _tag("circle", _tag("title", escape(told)), cx=x, cy=y, r=4.5, fill=colour, **ring)
 
 

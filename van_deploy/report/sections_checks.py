@@ -92,8 +92,8 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
         pairs = None if loss["lost"] is None else f"{loss['lost']}/{loss['won']}"
         losses.append({**one, "about": name, "allowed": allowed, "pairs": pairs})
         text = f"{loss['loss']:+.2f} pp  {doc.state_of(one['outcome'])}"
-        ends = loss["interval"]
-        marks.append(Mark(name, loss["loss"], 0.0, text, colour[name], *ends, allowed))
+        low, high = loss["interval"]
+        marks.append(Mark(name, loss["loss"], 0.0, text, colour[name], low, high, allowed))
     flipped = [
         (loss["about"], _class(old, names), _class(new, names), count)
         for loss in losses
