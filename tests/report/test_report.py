@@ -144,13 +144,12 @@ def test_results_of_another_file_are_left_out_and_named_in_the_banner(
 ) -> None:
     checks = changed(full, "evaluate")
     checks["evaluate"]["artefacts_sha256"]["fp32"] = "0" * 64
-    bundle = edited(full, tmp_path / "copy", **checks, novelty={"passed": True, "reason": "new"})
+    bundle = edited(full, tmp_path / "copy", **checks)
     document = document_of_bundle(bundle)
     said = "evaluate of fp32: measured on another file; run `van-deploy evaluate` again"
     assert document.notices == [doc.Notice("STALE", said)]
     assert document.state == "INCONCLUSIVE"
     assert "top-1 of fp32" not in markdown_from_document(document)
-    assert "| ✅ PASS | novelty | new |" in markdown_from_document(document), "unknown, but shown"
     html = html_from_document(document)
     assert html.index("evaluate of fp32") < html.index("<h2>"), "above everything else"
     with (bundle.path / "model.onnx").open("ab") as file:
@@ -216,17 +215,17 @@ def test_the_command_refuses_what_it_cannot_do(full: Bundle, cli: Cli, tmp_path:
 
 
 @each(
-    ("text", "said"),
-    [("{", ""), ('{"schema": "van-deploy/bench/1", "rows": []}', "bench.json, of another version")],
+    "text",
+    ["{", '{"schema": "van-deploy/bench/1", "rows": []}'],
 )
 def test_a_benchmark_that_cannot_be_read_is_left_out(
-    full: Bundle, tmp_path: Path, text: str, said: str
+    full: Bundle, tmp_path: Path, text: str
 ) -> None:
     shutil.copytree(full.path, tmp_path / "copy")
     (tmp_path / "copy" / "bench.json").write_text(text)
     document = document_of_bundle(Bundle.open(tmp_path / "copy"))
     assert "Speed" not in document.sections
-    assert [n.text.partition(":")[0] for n in document.notices] == [said] * bool(said)
+    assert "bench.json: not of this version" in document.notices[0].text
 
 
 def test_speed_of_another_file_is_stale_and_the_rest_of_it_stays(
