@@ -25,9 +25,9 @@ from van_deploy.data import check_images
 from van_deploy.environment.hardware import cpu, memory, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
-from van_deploy.runners.answers import network_input
 from van_deploy.runners.base import CudaOptions, gpu_index
 from van_deploy.runners.cuda import no_device
+from van_deploy.runners.network import network_input
 from van_deploy.stopwatch import Progress, silent
 
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
