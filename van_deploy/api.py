@@ -6,6 +6,7 @@ or its table of :mod:`van_deploy.config` whole. ``docs/api.md`` shows them at wo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -268,8 +269,10 @@ class Bundle:
             BundleError: there is no such artefact, or its files are not the manifest's.
         """
         asked = settings_from(config.PredictSettings, settings, options)
+        start = time.perf_counter()
         answers = tuple(self.stream(images, asked, progress=progress))
-        return Predictions(self.path, asked.artefact, answers)
+        rate = len(answers) / (time.perf_counter() - start)
+        return Predictions(self.path, asked.artefact, rate, answers)
 
     def stream(
         self,

@@ -219,9 +219,7 @@ def embed_in_bundle(
             "Give uint8 images, or leave --images out.",
         )
     export, bundle = recipe.export, Bundle.open(output)
-    return tuple(
-        embed_artefacts(bundle, pixels, export.embed_preprocess, export.outputs, batches=batches)
-    )
+    return tuple(embed_artefacts(bundle, pixels, export.embed_preprocess, export.outputs, batches))
 
 
 def _require_agreement(judged: Judged) -> None:

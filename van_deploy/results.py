@@ -75,11 +75,13 @@ class Predictions:
     Attributes:
         bundle: whose network answered.
         artefact: which of its artefacts.
+        images_per_s: answered, over the whole call.
         predictions: one an image, in order.
     """
 
     bundle: Path
     artefact: str
+    images_per_s: float
     predictions: tuple[Prediction, ...]
 
     @property

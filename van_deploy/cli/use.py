@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -108,7 +109,7 @@ def predict(
     from van_deploy.serve.predict import Prediction
 
     kept = list[Prediction]()
-    total = bad = 0
+    total, bad, start = 0, 0, time.perf_counter()
     with telling(f"Loading {settings.artefact}") as tell:
         for answer in asked.stream(wanted, settings, progress=tell):
             total, bad = total + 1, bad + (answer.error is not None)
@@ -117,9 +118,11 @@ def predict(
                 sys.stdout.flush()
             else:
                 kept.append(answer)
+    rate = total / (time.perf_counter() - start)
     if not json_lines:
-        answers = Predictions(asked.path, settings.artefact, tuple(kept))
+        answers = Predictions(asked.path, settings.artefact, rate, tuple(kept))
         emit(answers, as_json, predictions_blocks)
+    remark(f"{settings.artefact}: {total} images, {rate:.1f} images/s")
     if bad:
         raise ImageError(
             f"{bad} of {total} images could not be read.",
@@ -190,7 +193,6 @@ def serve(
     with telling("Loading"):
         service = Service(opened(bundle, require_signature).opened(), settings)
         app = App(service)
-        service.load()
         bound, url = listen(settings.host, settings.port)
     if not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
         keyless = "" if app.keyed else ", and nobody is asked for a key"

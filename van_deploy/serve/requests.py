@@ -1,30 +1,41 @@
-"""Taking requests in: what is refused, how much is held at once, and where heavy work goes.
+"""Requests: what is refused, how much is held at once, where heavy work goes, what bytes mean.
 
 Heads and bodies are never larger than the limits and never slower than the deadline. Nothing copies
-or searches a large body in one piece while it holds Python's lock: large JSON is parsed in another
-process; joining and decoding release the lock, so threads do.
+a large body in one piece while it holds Python's lock: large JSON is parsed in another process;
+joining and decoding release the lock, so threads do.
+
+What the bytes mean is the v2 inference protocol: KServe's "open inference protocol" over HTTP, with
+Triton's binary tensor extension, as ``tritonclient.http`` speaks it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import math
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
-from email.message import Message
-from typing import Any, Literal, TypeVar
+from itertools import chain
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+from pydantic_core import from_json
 
 from van_deploy.config import ServiceSettings
 from van_deploy.errors import InputError
+from van_deploy.runners.network import TensorSpec
+from van_deploy.schema import Open, validated
+from van_deploy.serve.triton import DATATYPES
 
 MIB = 2**20
-MAX_PARTS = 16  # of a form
-WINDOW = 2**18  # bytes searched or copied at once: a millisecond or two with Python's lock
 HELD_FULL = "The requests that are being received hold all the memory they may."
 SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib."
 SEND_BYTES = (
@@ -37,6 +48,8 @@ MAX_PIPELINED = 16  # requests of one connection that wait for each other
 FREE_CHUNKS, LEAST_CHUNK_BYTES = 200, 64  # each chunk of a body costs a call, whatever its size
 
 T = TypeVar("T")
+Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
+Values = npt.NDArray[Any]
 
 
 @dataclass
@@ -71,10 +84,6 @@ class RequestError(InputError):
         super().__init__(message, remedy)
         self.args = (message, remedy, status)  # how it is made anew in another process
         self.status = status
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection before its request was complete."""
 
 
 class Allowance:
@@ -129,25 +138,27 @@ class Intake:
         self.held = Allowance(round(MIB * settings.max_held_mib), HELD_FULL, 503)
 
     async def body(
-        self, request: Request, take: Callable[[int], None], *, json: bool = False
+        self, request: Request, take: Callable[[int], None], *, is_json: bool = False
     ) -> bytes:
         """Return a request's body.
 
         Args:
             request: whose head has come.
             take: of :attr:`held`; called with the bytes that are held from then on.
-            json: whether all of it is JSON, which has a limit of its own.
+            is_json: whether all of it is JSON, which has a limit of its own.
 
         Raises:
-            ClientGoneError: it will never be complete.
-            RequestError: too large, too slow, too late, too much for all, or compressed.
+            RequestError: too large, too slow, too late, too much for all, compressed, or never
+                to be complete, because the client has closed its connection.
         """
         if self.draining:
             raise RequestError("The server is shutting down.", status=503)
         settings, pieces = self._settings, list[bytes]()
-        limit = round(MIB * (settings.max_json_mib if json else settings.max_body_mib))
+        limit = round(MIB * (settings.max_json_mib if is_json else settings.max_body_mib))
         too_large = RequestError(
-            f"The request is larger than {limit:,} bytes.", SEND_BYTES if json else SEND_LESS, 413
+            f"The request is larger than {limit:,} bytes.",
+            SEND_BYTES if is_json else SEND_LESS,
+            413,
         )
         size = int(request.headers.get("content-length", "0"))
 
@@ -158,7 +169,7 @@ class Intake:
             while more:
                 message = await request.receive()
                 if message["type"] != "http.request":
-                    raise ClientGoneError
+                    raise RequestError("The client has gone.", status=499)
                 piece, more = message["body"], message["more_body"]
                 received += len(piece)
                 size = max(size, received)
@@ -174,9 +185,11 @@ class Intake:
                 raise (too_large if size > limit else RequestError(text, status=408)) from None
             if size > limit:
                 raise too_large
-            if request.headers.get("content-encoding", "identity").lower() != "identity":
-                text = "Bodies are taken as they are, without a Content-Encoding."
-                raise RequestError(text, "Send it uncompressed.", 415)
+            kind = request.headers.get("content-type", "").lower()
+            encoding = request.headers.get("content-encoding", "identity").lower()
+            if encoding != "identity" or kind.startswith("multipart/"):
+                text = "Bodies are taken as they are: no form, and no Content-Encoding."
+                raise RequestError(text, "Send the file itself: curl --data-binary @FILE.", 415)
             # A large join releases Python's lock.
             return await self.run("thread" if size > MIB else "here", b"".join, pieces)
         finally:
@@ -205,35 +218,6 @@ class Intake:
     def close(self) -> None:
         """End the other process once what it was asked for is done."""
         self._pool.shutdown()
-
-
-def file_of_form(body: bytes, content_type: str) -> bytes:
-    """Return the first file of a ``multipart/form-data`` body (RFC 7578).
-
-    Raises:
-        RequestError: the form is broken or has no file.
-    """
-    message = Message()
-    message["content-type"] = content_type
-    boundary, place = message.get_boundary("").encode(), 0
-    for _ in range(MAX_PARTS if boundary else 0):
-        start = _found(b"\r\n\r\n", body, place)
-        end = _found(b"\r\n--" + boundary, body, max(start, 0))
-        if min(start, end) < 0:
-            break
-        if b"filename" in body[place : min(start, place + WINDOW)].lower():
-            start += 4
-            return b"".join([body[i : min(i + WINDOW, end)] for i in range(start, end, WINDOW)])
-        place = end
-    raise RequestError("The form has no file, or no boundary in its Content-Type.")
-
-
-def _found(wanted: bytes, body: bytes, start: int) -> int:
-    """Return ``body.find(wanted, start)``, letting other threads run in between."""
-    for first in range(start, len(body), WINDOW):
-        if (place := body.find(wanted, first, first + WINDOW + len(wanted))) >= 0:
-            return place
-    return -1
 
 
 def _new_pool() -> ProcessPoolExecutor:
@@ -295,16 +279,11 @@ def limited_protocol(timeout_s: float) -> Any:
             if self.head < 0:
                 self.wait_for_head()
 
-        def on_header(self, name: bytes, value: bytes) -> None:
-            if len(self.headers) == MAX_HEADERS:
-                raise ValueError("too many headers")  # answered with 400 by uvicorn
-            super().on_header(name, value)
-
         def on_headers_complete(self) -> None:
             self.head = -1
             self.timer.cancel()
-            if len(self.pipeline) == MAX_PIPELINED:
-                raise ValueError("too many requests at once")
+            if len(self.headers) > MAX_HEADERS or len(self.pipeline) == MAX_PIPELINED:
+                raise ValueError("too many")  # answered with 400 by uvicorn
             super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
@@ -317,3 +296,144 @@ def limited_protocol(timeout_s: float) -> Any:
                 raise ValueError("the chunks are too small")
 
     return Limited
+
+
+class _Parameters(Open):
+    """What the extensions add to a request or to one of its tensors."""
+
+    binary_data: pydantic.StrictBool | None = None
+    binary_data_size: Count | None = None
+    binary_data_output: pydantic.StrictBool = False
+    classification: Literal[0] = 0  # of Triton's extensions the one that is not here
+
+
+class _Output(Open):
+    """One output a client asked for."""
+
+    name: str
+    parameters: _Parameters = _Parameters()
+
+
+class _Input(_Output):
+    """One input as a client describes it; its values are in ``data`` or behind the JSON."""
+
+    datatype: str
+    shape: list[Count]
+    data: Any = None
+
+
+class InferRequest(Open):
+    """The JSON of a request."""
+
+    id: str = ""
+    inputs: tuple[_Input, ...]
+    outputs: tuple[_Output, ...] = ()
+    parameters: _Parameters = _Parameters()
+
+    def in_bytes(self, wanted: _Output) -> bool:
+        """Return whether an output is wanted as bytes behind the JSON."""
+        own = wanted.parameters.binary_data
+        return self.parameters.binary_data_output if own is None else own
+
+
+def parse_request(
+    body: bytes, json_length: int, given: TensorSpec, outputs: Sequence[str], max_batch: int
+) -> tuple[Values, InferRequest]:
+    """Return the rows in ``body`` as the model takes them, and the rest of the request.
+
+    Args:
+        body: JSON, followed by the binary tensors if there are any.
+        json_length: bytes of the JSON.
+        given: the model's input.
+        outputs: names of what the model gives.
+        max_batch: rows a request may have.
+
+    Raises:
+        RequestError: says which rule was broken.
+    """
+    if json_length > len(body):
+        raise RequestError(f"The JSON is said to be {json_length} bytes; the body has {len(body)}.")
+    try:
+        document = from_json(body[:json_length])
+    except ValueError as error:
+        raise RequestError(f"The request is not JSON: {error}.") from None
+    request = validated(InferRequest, document, where="The request", error=RequestError)
+    if [entry.name for entry in request.inputs] != [given.name]:
+        raise RequestError(f"The model has one input, '{given.name}'; give that one.")
+    unknown = [wanted.name for wanted in request.outputs if wanted.name not in outputs]
+    if unknown:
+        names = ", ".join(outputs)
+        raise RequestError(f"There is no output {unknown[0][:99]!r}; the model gives {names}.")
+    every = request.outputs or tuple(_Output(name=name) for name in outputs)
+    rows = _tensor(request.inputs[0], memoryview(body)[json_length:], given, max_batch)
+    return rows, request.model_copy(update={"inputs": (), "outputs": every})
+
+
+def encode_response(
+    request: InferRequest, outputs: Mapping[str, Values], model: str
+) -> tuple[bytes, int | None]:
+    """Return the answer's body, and the length of its JSON if binary tensors follow it."""
+    entries, tail = list[dict[str, Any]](), list[bytes]()
+    for wanted in request.outputs:
+        values = outputs[wanted.name]
+        kind, shape = DATATYPES[str(values.dtype)], list(values.shape)
+        entry: dict[str, Any] = {"name": wanted.name, "datatype": kind, "shape": shape}
+        if request.in_bytes(wanted):
+            tail.append(values.tobytes())
+            entry["parameters"] = {"binary_data_size": values.nbytes}
+        else:
+            entry["data"] = values.ravel().tolist()
+        entries.append(entry)
+    document: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": entries}
+    if request.id:
+        document["id"] = request.id
+    head = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+    return b"".join([head, *tail]), len(head) if tail else None
+
+
+def _tensor(entry: _Input, tail: memoryview, given: TensorSpec, max_batch: int) -> Values:
+    wanted, shape, called = DATATYPES[given.dtype], tuple(entry.shape), f"The input '{given.name}'"
+    if entry.datatype != wanted:
+        raise RequestError(f"{called} is {wanted}, not {entry.datatype[:20]!r}.")
+    if shape[1:] != given.shape or not 1 <= shape[0] <= max_batch:
+        takes = f"[1..{max_batch}, {', '.join(map(str, given.shape))}]"
+        raise RequestError(
+            f"{called} has shape {list(shape[:8])}; the model takes {takes}.",
+            "Send smaller batches: the server fills batches across requests itself.",
+        )
+    expected = math.prod(shape) * np.dtype(given.dtype).itemsize
+    size = entry.parameters.binary_data_size
+    if size is None:
+        values = _numbers(entry.data, given, shape)
+    elif size == len(tail) == expected:
+        values = np.frombuffer(tail, dtype=given.dtype).reshape(shape)
+    else:
+        raise RequestError(
+            f"{called} of shape {list(shape)} takes {expected} bytes; {size} were announced and "
+            f"{len(tail)} sent."
+        )
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise RequestError(f"{called} holds values that are not finite.")
+    return values
+
+
+def _numbers(data: Any, given: TensorSpec, shape: tuple[int, ...]) -> Values:
+    """Return numbers from JSON, flat or nested, without making an array of anything else."""
+    for size in shape[1:]:
+        nested = type(data) is list and {type(item) for item in data} == {list}
+        if nested and set(map(len, data)) == {size}:
+            data = list(chain.from_iterable(data))
+    numbers = type(data) is list and {type(item) for item in data} <= {int, float}
+    if not numbers or len(data) != math.prod(shape):
+        raise RequestError(
+            f"The input '{given.name}' has no data of shape {list(shape)}: give "
+            f"{math.prod(shape)} numbers, or binary_data_size and the bytes."
+        )
+    try:
+        values = np.array(data, np.float64)
+    except OverflowError:
+        raise RequestError(f"The input '{given.name}' holds a number that is too large.") from None
+    if given.dtype == "uint8" and not ((values >= 0) & (values <= 255) & (values % 1 == 0)).all():
+        raise RequestError(f"The input '{given.name}' is UINT8: whole numbers from 0 to 255.")
+    with np.errstate(over="ignore"):  # what float16 cannot hold is told as not finite
+        return values.astype(given.dtype).reshape(shape)
