@@ -128,9 +128,8 @@ def document(names: str, draw: Draw, sound: Path, folder: Path) -> Reader:
 
 def _placed(name: str, draw: Draw, sound: Path, folder: Path) -> tuple[Path, Reader]:
     """Put a sound document into a folder; return it, and what reads it."""
-    from van_deploy.precision.images import choose_images
-
     from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
+    from van_deploy.precision.job_images import choose_images
     from van_deploy.recipe import builtin_files, read_recipe
 
     if name in {"manifest", "signature"}:
@@ -161,7 +160,7 @@ def onnx_file(draw: Draw, sound: Path, folder: Path) -> Reader:
     """Bytes, weights in other files, shapes, types and operators; by `inspect` and `build`."""
     import onnx
 
-    from van_deploy.engine.build import read_source
+    from van_deploy.engine.source import read_source
 
     path, source = folder / "model.onnx", sound / "bundle/model.onnx"
     way = one_of(draw, "bytes", "bytes", "elsewhere", "dims", "type", "operator", "opset")
@@ -196,9 +195,9 @@ def onnx_file(draw: Draw, sound: Path, folder: Path) -> Reader:
 def archive(draw: Draw, sound: Path, folder: Path) -> Reader:
     """Images in `.npz`: other arrays, spoiled bytes and entries; read as `quantize` reads them."""
     import numpy as np
-    from van_deploy.precision.images import choose_images
 
     from van_deploy.calibration_set import ImageSelection
+    from van_deploy.precision.job_images import choose_images
 
     shapes = ((4, 8, 8), (4, 8, 8, 3), (0, 8, 8), (), (2**14, 2**14))
     images = [np.zeros(shape, np.uint8) for shape in shapes]
@@ -212,7 +211,8 @@ def archive(draw: Draw, sound: Path, folder: Path) -> Reader:
     if way == "entry":  # one entry spoiled, its checksum right
         with zipfile.ZipFile(made) as old, zipfile.ZipFile(path, "w", 8) as bad:
             for name in old.namelist():
-                content = spoiled_bytes(draw, old.read(name))
+                data = old.read(name)
+                content = spoiled_bytes(draw, data[:4096]) + data[4096:]
                 bad.writestr(name, content if one_of(draw, True, True, False) else bytes(2**29))
     else:
         path.write_bytes(spoiled_bytes(draw, data) if way == "bytes" else data)

@@ -43,9 +43,10 @@ def spoiled_bytes(draw: Draw, data: bytes) -> bytes:
         start, size = draw(st.integers(0, len(data))), one_of(draw, 0, 1, 4, 64, 4096, 2**40)
         if draw(st.booleans()):  # formats keep their directories at the end
             start = len(data) - start
+        way, other = one_of(draw, "cut", "zero", "repeat", "other"), draw(st.binary(max_size=64))
         piece = data[start : start + size]
-        new = one_of(draw, b"", bytes(len(piece)), 2 * piece, draw(st.binary(max_size=64)))
-        data = data[:start] + new + data[start + size :]
+        new = bytes(len(piece)) if way == "zero" else 2 * piece if way == "repeat" else other
+        data = data[:start] + (b"" if way == "cut" else new) + data[start + size :]
     return data
 
 
@@ -66,7 +67,7 @@ def spoiled_json(draw: Draw, value: Any) -> Any:
 
 def spoiled_document(draw: Draw, sound: bytes, suffix: str) -> bytes:
     """Return a document with spoiled bytes, or with other words (TOML) or values (JSON)."""
-    if one_of(draw, True, False, False):
+    if suffix == ".pub" or one_of(draw, True, False, False):
         return spoiled_bytes(draw, sound)
     if suffix == ".toml":
         text = sound.decode()

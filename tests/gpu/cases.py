@@ -73,8 +73,7 @@ def _torch(mode: str, precision: str = "fp32", device: str = "cuda:0") -> Callab
 
 def need_cuda_provider() -> None:
     """Skip the test where ONNX Runtime has no CUDA."""
-    from van_deploy.runners.onnxruntime import require_onnxruntime
-    from van_deploy.runners.onnxruntime_cuda import CUDA
+    from van_deploy.runners.onnxruntime import CUDA, require_onnxruntime
 
     ort = require_onnxruntime()
     if CUDA not in ort.get_available_providers():

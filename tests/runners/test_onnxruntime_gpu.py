@@ -17,13 +17,14 @@ import pytest
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
 from van_deploy.runners.base import CudaOptions
-from van_deploy.runners.onnxruntime import OnnxRuntimeRunner, require_onnxruntime
-from van_deploy.runners.onnxruntime_cuda import (
+from van_deploy.runners.onnxruntime import (
     CUDA,
     LIBRARIES,
+    OnnxRuntimeRunner,
     cuda_libraries,
     failures,
     refuse_options,
+    require_onnxruntime,
 )
 
 
@@ -114,7 +115,7 @@ from pathlib import Path
 from van_deploy.errors import MissingDependency
 from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-from van_deploy.runners.onnxruntime_cuda import preload, provider_starts, CUDA
+from van_deploy.runners.onnxruntime import preload, provider_starts, CUDA
 
 assert ort.__file__.startswith({folder!r}), ort.__file__
 capi = Path(ort.__file__).parent / "capi"
