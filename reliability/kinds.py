@@ -160,7 +160,8 @@ def onnx_file(draw: Draw, sound: Path, folder: Path) -> Reader:
     """Bytes, weights in other files, shapes, types and operators; by `inspect` and `build`."""
     import onnx
 
-    from van_deploy.engine.source import read_source
+    from van_deploy.config import BuildOptions
+    from van_deploy.engine.build import has_weights_beside
 
     path, source = folder / "model.onnx", sound / "bundle/model.onnx"
     way = one_of(draw, "bytes", "bytes", "elsewhere", "dims", "type", "operator", "opset")
@@ -189,7 +190,7 @@ def onnx_file(draw: Draw, sound: Path, folder: Path) -> Reader:
         model.opset_import[0].version = one_of(draw, 0, 1, 99, 2**40)
     data = source.read_bytes()
     path.write_bytes(spoiled_bytes(draw, data) if way == "bytes" else model.SerializeToString())
-    return one_of(draw, command("inspect", path), lambda: read_source(path))
+    return one_of(draw, command("inspect", path), lambda: has_weights_beside(path, BuildOptions()))
 
 
 def archive(draw: Draw, sound: Path, folder: Path) -> Reader:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from van_deploy.engine.fleet import Outcome
+    from van_deploy.engine.bundled import Outcome
     from van_deploy.errors import VanDeployError
     from van_deploy.serve.predict import Prediction
 

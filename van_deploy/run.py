@@ -14,7 +14,6 @@ from van_deploy.checks.reference import samples_for
 from van_deploy.checks.verdicts import VerifyReport, record_check
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import (
-    EngineSettings,
     EvaluationSettings,
     Recipe,
     RunSettings,
@@ -26,7 +25,7 @@ from van_deploy.pipeline import ExportResult, embed_in_bundle, export_bundle
 from van_deploy.stopwatch import Progress, Stopwatch, silent
 
 if TYPE_CHECKING:
-    from van_deploy.engine.fleet import Cell
+    from van_deploy.engine.bundled import Cell
     from van_deploy.precision.pipeline import QuantizeResult
 
 
@@ -129,7 +128,7 @@ def run_recipe(
         loaded, recipe, output, images=settings.images, force=settings.force, progress=progress
     )
     made = [Made(result.artefact, result.reason, result.passed) for result in precisions]
-    made += _built(engines, recipe.engines, settings.force, say)
+    made += _built(engines, recipe.engines.timing_cache, settings.force, say)
     bundle = Bundle.open(output)
     say("Verifying")
     verify = verify_bundle(
@@ -201,12 +200,12 @@ def _planned(recipe: Recipe, output: Path) -> list[Cell]:
     """Return the engines a recipe asks for; what this machine cannot build is refused."""
     if not recipe.engines.precisions:
         return []
-    from van_deploy.engine.fleet import planned_engines
+    from van_deploy.engine.bundled import planned_engines
 
     return planned_engines(output, recipe.engines, recipe.batch, recipe.export.dynamic_size)
 
 
-def _built(cells: list[Cell], table: EngineSettings, force: bool, say: Progress) -> Iterator[Made]:
+def _built(cells: list[Cell], cache: Path | None, force: bool, say: Progress) -> Iterator[Made]:
     """Build each engine asked for."""
     if not cells:
         return
@@ -215,9 +214,7 @@ def _built(cells: list[Cell], table: EngineSettings, force: bool, say: Progress)
     def building(text: str, *_: object) -> None:
         say(text)
 
-    for outcome in build_cells(
-        cells, timing_cache=table.timing_cache, force=force, progress=building
-    ):
+    for outcome in build_cells(cells, timing_cache=cache, force=force, progress=building):
         same = outcome.outcome == "reused"
         reason = "the file, options and versions are those it was built from" if same else "built"
         yield Made(outcome.engine, reason, passed=True)
