@@ -24,7 +24,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +32,10 @@ from typing import Any
 
 from reliability.clients import exported
 
-NEEDED = ("torch", "torch._dynamo", "torch.onnx", "torchvision", "timm", "onnx", "onnxscript")
-NEEDED += ("onnxsim", "onnxruntime", "tensorrt_rtx", "van_deploy.run", "van_deploy.cli.make")
+NEEDED = (
+    *("torch", "torch._dynamo", "torch.onnx", "torchvision", "timm", "onnx", "onnxscript"),
+    *("onnxsim", "onnxruntime", "tensorrt_rtx", "van_deploy.run", "van_deploy.cli.make"),
+)
 NEEDS_ROOM = {"os.mkdir", "os.rename", "open", "os.link", "os.symlink"}
 CHANGES = {*NEEDS_ROOM, "os.remove", "os.rmdir", "os.truncate"} - {"open"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -236,32 +238,38 @@ def full_disk(
         yield trials
 
 
+def tried(
+    fault: str, commands: Iterable[tuple[Sequence[object], Collection[int]]], **how: Any
+) -> Trials:
+    """Run commands one after the other; each may end with some exit codes."""
+    trials = Trials(fault)
+    for words, allowed in commands:
+        bundle = next((word for word in words if isinstance(word, Path) and word.is_dir()), None)
+        trials.judge(str(words[0]), van_deploy(*words, **how), allowed, bundle)
+    return trials
+
+
 def read_only(folder: Path) -> Iterator[Trials]:
     """Run every command that reads, and every one that writes, on a read-only bundle."""
-    trials, base, disk = (
-        Trials("a bundle on a read-only file system"),
-        folder / "base",
-        folder / "ro",
-    )
-    exported(base, "van_digits")
+    what, disk = "a bundle on a read-only file system", folder / "ro"
+    base, bundle = exported(folder / "base", "van_digits"), disk / "bundle"
+    commands: list[tuple[tuple[object, ...], tuple[int, ...]]] = [
+        (("info", bundle), (0,)),
+        (("inspect", bundle), (0,)),
+        (("predict", bundle, base / "golden/0.png"), (0,)),
+        (("verify", bundle, "--no-modules"), (0, 3, 5)),
+        (("drift", bundle, "--level", "stage"), (0, 3, 5)),
+        (("quantize", bundle, "--precision", "fp16"), (3, 5)),
+        (("build", bundle, "--target", "sm_89"), (3, 5)),
+        (("export", "van_digits", "--output", bundle, "--force"), (3, 5)),
+    ]
     try:
         with small_disk(disk, 20_000):
-            bundle = shutil.copytree(base, disk / "bundle")
+            shutil.copytree(base, bundle)
             subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-            for words, allowed in (
-                (("info", bundle), (0,)),
-                (("inspect", bundle), (0,)),
-                (("predict", bundle, base / "golden/0.png"), (0,)),
-                (("verify", bundle, "--no-modules"), (0, 3, 5)),
-                (("drift", bundle, "--level", "stage"), (0, 3, 5)),
-                (("quantize", bundle, "--precision", "fp16"), (3, 5)),
-                (("build", bundle, "--target", "sm_89"), (3, 5)),
-                (("export", "van_digits", "--output", bundle, "--force"), (3, 5)),
-            ):
-                trials.judge(str(words[0]), van_deploy(*words), allowed, bundle)
+            yield tried(what, commands)
     except OSError as error:
-        trials.skipped = str(error)
-    yield trials
+        yield Trials(what, skipped=str(error))
 
 
 def two_writers(folder: Path) -> Iterator[Trials]:
@@ -283,27 +291,24 @@ def two_writers(folder: Path) -> Iterator[Trials]:
 
 def odd_places(folder: Path) -> Iterator[Trials]:
     """Run commands while the clock goes back a minute at every look, and with a spoiled cache."""
-    trials, bundle = Trials("a clock that goes back a minute at every look"), folder / "clock"
+    bundle, loop, file = folder / "clock", folder / "loop", folder / "a-file"
     export = ("export", "van_digits", "--output", bundle)
-    verify = ("verify", bundle, "--no-modules")
-    for words in (export, ("quantize", bundle, "--precision", "fp16"), verify, export):
-        trials.judge(str(words[0]), van_deploy(*words, program=("-c", CLOCK)), bundle=bundle)
-    yield trials
-    trials, loop, file = Trials("a cache that cannot be read"), folder / "loop", folder / "a-file"
+    others = (("quantize", bundle, "--precision", "fp16"), ("verify", bundle, "--no-modules"))
+    every = [(words, (0,)) for words in (export, *others, export)]
+    yield tried("a clock that goes back a minute at every look", every, program=("-c", CLOCK))
     loop.symlink_to(loop)
     file.write_text("no folder")
+    commands: list[tuple[tuple[object, ...], tuple[int, ...]]] = [
+        (("list",), (0,)),
+        (("info", "van_b1"), (0,)),
+        (("export", "van_b1", "--offline", "--output", folder / "no"), (3, 5)),
+        (("export", "van_digits", "--output", folder / "yes"), (0,)),
+    ]
     for home in map(str, (file, loop, file / "below", "/proc/1/nothing")):
-        for words, allowed in (
-            (("list",), (0,)),
-            (("info", "van_b1"), (0,)),
-            (("export", "van_b1", "--offline", "--output", folder / "no"), (3, 5)),
-            (("export", "van_digits", "--output", folder / "yes"), (0,)),
-        ):
-            ended = van_deploy(*words, HF_HOME=home, HF_HUB_CACHE=home)
-            trials.judge(f"{words[0]} with {home}", ended, allowed)
-    if (folder / "no").exists():
-        trials.broken.append("an export that failed left its folder behind")
-    yield trials
+        trials = tried("a cache that cannot be read", commands, HF_HOME=home, HF_HUB_CACHE=home)
+        if (folder / "no").exists():
+            trials.broken.append("an export that failed left its folder behind")
+        yield trials
 
 
 def table(count: int | None) -> tuple[list[str], list[list[str]], list[str]]:

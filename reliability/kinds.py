@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,14 @@ Spoil = Callable[[Draw, Path, Path], Reader]
 
 PLACES = ("../../etc/passwd", "/etc/passwd", "there", "", "link", "link/x", "a\\b", "..")
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
-ENTRIES = ("manifest.json", "manifest.json.sig", "model.onnx", "golden/0.png", "labels.txt")
-ENTRIES += (".lock", ".pending", ".staging-x", "engines", "bench.json", "stranger")
-GONE = ("model.onnx", "manifest.json", "engines", "model.onnx/x", "../outside", "/etc/passwd", "")
-GONE += (".", ".lock", "a" * 300, "link/outside", "\x00", "é")
+ENTRIES = (
+    *("manifest.json", "manifest.json.sig", "model.onnx", "golden/0.png", "labels.txt"),
+    *(".lock", ".pending", ".staging-x", "engines", "bench.json", "stranger"),
+)
+GONE = (
+    *("model.onnx", "manifest.json", "engines", "model.onnx/x", "../outside", "/etc/passwd", ""),
+    *(".", ".lock", "a" * 300, "link/outside", "\x00", "é"),
+)
 READING = ("info", "inspect", "predict", "report", "package")
 LABELS = {str(number): f"digit {number}" for number in range(10)}
 DOCUMENTS: dict[str, dict[str, Any]] = {
@@ -214,7 +218,7 @@ def archive(draw: Draw, sound: Path, folder: Path) -> Reader:
             for name in old.namelist():
                 data = old.read(name)
                 content = spoiled_bytes(draw, data[:4096]) + data[4096:]
-                bad.writestr(name, content if one_of(draw, True, True, False) else bytes(2**29))
+                bad.writestr(name, content if one_of(draw, True, True, False) else bytes(2**28))
     else:
         path.write_bytes(spoiled_bytes(draw, data) if way == "bytes" else data)
     return lambda: choose_images(ImageSelection(count=2), path)
@@ -270,7 +274,7 @@ def bundle_folder(draw: Draw, sound: Path, folder: Path) -> Reader:
     return read_and_look
 
 
-KINDS: Mapping[str, tuple[int, str, Spoil]] = {
+KINDS: dict[str, tuple[int, str, Spoil]] = {
     "checkpoint": (250, "archives, tensors, pickles that run something", checkpoint),
     "onnx": (150, "weights in other files, shapes, types, operators", onnx_file),
     "repository": (40, "the JSON beside weights", partial(document, "config preprocessor")),

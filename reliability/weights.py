@@ -38,8 +38,8 @@ def _tensors(draw: Draw, sound: Path, path: Path) -> Path:
     state: dict[str, Any] = torch.load(sound / "old.pth", weights_only=True)
     name = one_of(draw, *state)
     value = state.pop(name)
-    changed = (value.reshape(-1), value.unsqueeze(0), value * 1e38, value.to(torch.complex64))
-    changed += (torch.full_like(value.float(), math.nan), torch.zeros(1).expand(3, 2**40))
+    changed = [value.reshape(-1), value.unsqueeze(0), value * 1e38, value.to(torch.complex64)]
+    changed += [torch.full_like(value.float(), math.nan), torch.zeros(1).expand(3, 2**40)]
     named = one_of(draw, name, "module." + name, name[1:], "é", "a" * 500)
     state[named] = one_of(draw, *changed, None, "text", [value], {"a": value})
     torch.save(one_of(draw, state, {"model": state}, {"state_dict": state, "model": 3}), path)

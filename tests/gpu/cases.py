@@ -95,7 +95,7 @@ def _inductor(
     precision: str, device: str, batches: BatchRange = BATCHES, *, fused: bool = False
 ) -> Callable[[Bundle], Any]:
     def opened(bundle: Bundle) -> Any:
-        from van_deploy.runners.inductor import InductorRunner
+        from van_deploy.runners.pytorch import InductorRunner
 
         settings = BuildSettings(
             precisions=(precision,), device=device, profiles=(batches,), fused_kernels=fused

@@ -75,7 +75,8 @@ def test_an_image_gets_bars_times_and_pytorch_beside(
     assert labels == ["fp32-uint8", "PyTorch", "reading the file", "difference"]
     assert all(" ms" in text for text in page.locator("#times b").all_inner_texts()[:3])
     page.uncheck("#compare")
-    page.wait_for_function("document.querySelectorAll('.bar').length == 5")
+    page.locator(".bar.torch").first.wait_for(state="detached")
+    assert page.locator(".bar").count() == 5
     assert page.locator("#times span").all_inner_texts() == ["fp32-uint8", "reading the file"]
     page.select_option("#model", "van_digits-fp32")
     page.wait_for_selector("#times span:text-is('fp32')")

@@ -26,7 +26,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import Cli
 from tests.each import each
 from tests.serve.conftest import Running, serving, top5_of
 from van_deploy.bundle import Bundle
@@ -531,32 +530,18 @@ def test_only_the_page_and_health_are_open_without_a_key(
         assert ask(server, "/predict", image, {"Authorization": f"Bearer {key}"})[0] == 200
 
 
-@each(
-    ("content", "message"),
-    [
-        (None, "cannot be read: [Errno 2]"),
-        (b"two words", "holds no key"),
-        (b"\xff", "cannot be read: 'utf-8' codec"),
-        ("", "'VAN_DEPLOY_API_KEY' holds no key"),  # in the environment
-    ],
-)
-def test_a_file_without_a_key_is_refused(
-    digits: Bundle,
-    tmp_path: Path,
-    cli: Cli,
-    monkeypatch: pytest.MonkeyPatch,
-    content: bytes | str | None,
-    message: str,
-) -> None:
-    words = ["--api-key-file", str(tmp_path / "key")]
-    if isinstance(content, str):
-        monkeypatch.setenv("VAN_DEPLOY_API_KEY", content)
-        words = []
-    elif content is not None:
-        (tmp_path / "key").write_bytes(content)
-    result = cli("serve", digits.path, "--port", "0", *words)
-    assert result.exit_code == 2
-    assert message in " ".join(result.stderr.split())
+def test_what_is_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "key"
+    settings = ServiceSettings(api_key_file=file)
+    with pytest.raises(UsageError, match="cannot be read"):
+        settings.api_key()
+    for content, message in ((b"two words", "holds no key"), (b"\xff", "cannot be read")):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match=message):
+            settings.api_key()
+    monkeypatch.setenv("VAN_DEPLOY_API_KEY", "")
+    with pytest.raises(UsageError, match="'VAN_DEPLOY_API_KEY' holds no key"):
+        ServiceSettings().api_key()
 
 
 def test_many_clients_none_lost_none_wrong_and_batches_are_filled(

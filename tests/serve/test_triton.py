@@ -276,8 +276,8 @@ def test_the_command_packages_and_notices_what_was_changed_since(
     model = onnx.load(copy.path / "model.uint8.onnx")
     model.doc_string = "another one"
     put(copy, "fp32-uint8", "fp32", model, embedded="uint8")
-    detail = "fp32-uint8: made anew in the bundle since"
-    assert failed(Bundle.open(copy.path)) == {f"{NAME}: artefact": detail}
+    detail = "made anew in the bundle since"
+    assert failed(Bundle.open(copy.path)) == {"artefact fp32-uint8": detail}
     other = Bundle(digits.path, digits.manifest.model_copy(update={"name": "other"}))
     with pytest.raises(InputError, match="was made from 'van_digits', not from 'other'"):
         check_package(package, other)

@@ -45,12 +45,13 @@ def test_what_must_not_be_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ((tmp_path / "executed").touch, "it ran something: the payload"),
     ):
         spoil: Any = lambda *_, read=read: read  # noqa: E731
-        monkeypatch.setitem(KINDS, "image", (1, "", spoil))  # type: ignore[call-overload]
-        case = hypothesis.settings(max_examples=1, database=None)(
-            hypothesis.given(st.data())(
-                lambda data: outcome(data, "image", tmp_path, tmp_path, executed)
-            )
-        )
+        monkeypatch.setitem(KINDS, "image", (1, "", spoil))
+
+        @hypothesis.settings(max_examples=1, database=None)
+        @hypothesis.given(st.data())
+        def case(data: st.DataObject) -> None:
+            outcome(data, "image", tmp_path, tmp_path, executed)
+
         with pytest.raises(AssertionError, match=expected):
             case()
 

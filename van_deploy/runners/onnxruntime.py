@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU and, through its CUDA provider, on GPUs."""
+"""ONNX files: in ONNX Runtime on the CPU and, through its CUDA provider, on GPUs; in OpenVINO."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.environment.packages import pip_command
+from van_deploy.environment.packages import imported_quietly, pip_command
 from van_deploy.errors import (
     ConversionError,
     InputError,
     MissingDependency,
     UsageError,
     VanDeployError,
+    needs_extra,
 )
 from van_deploy.graph.bfloat16 import emulated_bf16, holds_bf16
 from van_deploy.runners.base import CudaOptions, Images, Logits, Outputs, Runner, gpu_index
@@ -348,8 +349,10 @@ def refuse_options(model: Path | ModelProto, options: CudaOptions) -> None:
     graph = onnx.load(model, load_external_data=False) if isinstance(model, Path) else model
     quantised = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
     if options.cuda_graph or quantised:
-        why = "answers wrongly with a CUDA graph" if options.cuda_graph else "runs no INT8 graph"
-        raise UsageError(f"ONNX Runtime's CUDA provider {why} and prefer_nhwc.", "Leave one out.")
+        why = "answers wrongly from a CUDA graph" if options.cuda_graph else "runs no INT8 graph"
+        raise UsageError(
+            f"With prefer_nhwc ONNX Runtime's CUDA provider {why}.", "Leave prefer_nhwc off."
+        )
 
 
 def cuda_libraries(cuda_version: str) -> list[Path]:
@@ -387,3 +390,53 @@ def silent(ort: Any) -> Iterator[None]:
         yield
     finally:
         ort.set_default_logger_severity(2)
+
+
+class OpenVinoRunner(Runner):
+    """Runs an ONNX graph on the CPU.
+
+    OpenVINO computes in bfloat16 by default on processors that have it, whatever
+    the file says. Here the arithmetic is what ``precision`` says.
+
+    Args:
+        model: an ONNX file.
+        threads: threads for one inference; None lets OpenVINO choose.
+        precision: ``f32`` or ``bf16``; quantised parts run as INT8 with either.
+    """
+
+    def __init__(self, model: Path, *, threads: int | None = None, precision: str = "f32") -> None:
+        self.model = model
+        self.settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": precision,
+        }
+        if threads is not None:
+            self.settings["INFERENCE_NUM_THREADS"] = threads
+
+    def _load(self, stack: ExitStack) -> None:
+        """Compile the graph.
+
+        Raises:
+            MissingDependency: OpenVINO is not installed.
+            ConversionError: it refuses the graph.
+        """
+        with needs_extra("OpenVINO", "openvino"):
+            ov: Any = imported_quietly("openvino")
+        try:
+            compiled = ov.Core().compile_model(str(self.model), "CPU", self.settings)
+        except RuntimeError as error:
+            raise ConversionError(
+                f"OpenVINO {ov.__version__} cannot compile the graph: {str(error).strip()[-300:]}",
+                "Look at the file with `van-deploy inspect`, or use ONNX Runtime.",
+            ) from error
+        self._request = compiled.create_infer_request()
+        stack.callback(self.__dict__.pop, "_request")
+
+    def run_all(self, batch: npt.NDArray[Any]) -> Outputs:
+        """Return every output by name, for a batch in the graph's own input type."""
+        results = self._request.infer({0: batch}, share_inputs=True)
+        return {
+            port.get_any_name() if port.get_names() else f"output.{index}": value.copy()
+            for index, (port, value) in enumerate(results.to_dict().items())
+        }

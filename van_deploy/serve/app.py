@@ -169,16 +169,16 @@ class App:
         if text is not None and int(text) > SMALL_JSON:
             told = f"has {int(text):,} bytes; {SMALL_JSON:,} are taken."
             raise RequestError(f"The JSON before binary tensors {told}", status=413)
-        with intake.held.hold() as take_bytes, served.queue.hold() as take_images:
-            body = await intake.body(request, take_bytes, is_json=text is None)
-            take_images(1)
+        with contextlib.ExitStack() as held:
+            body = await intake.body(request, held, is_json=text is None)
+            served.queue.take(held, 1)
             network, size = served.network, len(body) if text is None else int(text)
             names = [output.name for output in network.outputs]
             rows, parsed = await intake.run(
                 "process" if size > SMALL_JSON else "thread" if len(body) > MIB else "here",
                 *(parse_request, body, size, network.input, names, network.max_batch),
             )
-            take_images(len(rows) - 1)
+            served.queue.take(held, len(rows) - 1)
             answer = await served.infer(rows)
             texts = [w.name for w in parsed.outputs if not parsed.in_bytes(w)]
             many = sum(answer.outputs[name].size for name in texts) > MANY_NUMBERS
@@ -198,9 +198,9 @@ class App:
         if not re.fullmatch("[0-9]{1,4}", top) or not 1 <= int(top) <= MAX_TOP:
             raise RequestError(f"'top' is {top[:20]!r}; it must be a number from 1 to {MAX_TOP}.")
         compare = query.get("compare", "0") not in {"0", "false", ""}
-        with intake.held.hold() as take_bytes, served.queue.hold() as take_images:
-            image = await intake.body(request, take_bytes)
-            take_images(1)
+        with contextlib.ExitStack() as held:
+            image = await intake.body(request, held)
+            served.queue.take(held, 1)
             if not image:
                 raise RequestError("The request has no image: send an image file as its body.")
             return await self.service.look(served, image, int(top), compare=compare)

@@ -231,14 +231,7 @@ class Service:
         self._torch = ThreadPoolExecutor(1, "van-deploy-pytorch")
         require_classes(bundle, "serve")
         for artefact in settings.artefacts or usual_artefacts(bundle):
-            network = Network(
-                *(bundle, artefact),
-                runner=settings.runner,
-                threads=settings.threads,
-                spin=False,
-                trust_engine=settings.trust_engine,
-                device=settings.device,
-            )
+            network = Network(bundle, artefact, settings, threads=settings.threads, spin=False)
             served = ServedModel(network, settings, self.metrics)
             self._stack.enter_context(network)
             for rows in {1, network.max_batch}:

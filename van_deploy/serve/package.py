@@ -59,15 +59,13 @@ class PackageRecord(Versioned):
 
     Attributes:
         bundle: the model's name.
-        release: of Triton.
-        models: of each model, its artefacts and their digests in the bundle.
+        artefacts: of the bundle, and their digests in it.
         files: SHA-256 of every file, by its path in the package.
     """
 
     schema_: Literal["van-deploy/triton/3"] = Field(alias="schema")
     bundle: str
-    release: str
-    models: dict[str, dict[str, str]]
+    artefacts: dict[str, str]
     files: dict[str, str]
 
 
@@ -145,11 +143,7 @@ def package(
         record = PackageRecord(
             schema="van-deploy/triton/3",
             bundle=bundle.name,
-            release=release,
-            models={
-                model.name: {name: bundle.artefact(name).sha256 for _, name in model.files.values()}
-                for model in models
-            },
+            artefacts={n: bundle.artefact(n).sha256 for m in models for _, n in m.files.values()},
             files=_digests(made),
         )
         (made / PACKAGE_FILE).write_text(record.text(), encoding="utf-8")
@@ -165,13 +159,12 @@ def _chosen_release(models: Sequence[TritonModel], asked: str) -> str:
     """Return the release that was asked for, or the newest that is known to load every model."""
     refused = ""
     for release in [asked] if asked else releases()["releases"]:
-        judged = [(model.name, *loads(release, model)) for model in models]
-        wrong = [
-            (name, why) for name, fits, why in judged if not (fits or (asked and fits is None))
-        ]
+        judged = [(*loads(release, model), model.name) for model in models]
+        wrong = [each for each in judged if each[0] is False or not (each[0] or asked)]
         if not wrong:
             return str(release)
-        refused = refused or "Triton {} is not known to load '{}': {}.".format(release, *wrong[0])
+        _, why, name = wrong[0]
+        refused = refused or f"Triton {release} is not known to load '{name}': {why}."
     raise UsageError(
         refused,
         f"Choose another --triton-release (NVIDIA lists what each has: {MATRIX}), or take "
@@ -196,11 +189,11 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
     wrong = sorted(file for file in both if record.files.get(file) != found.get(file))
     text = f"{', '.join(wrong)}: missing, changed or added" if wrong else "as they were written"
     findings = [Finding("files", not wrong, text)]
-    for model, artefacts in record.models.items():
-        now = {name: entry.sha256 for name, entry in bundle.artefacts.items()}
-        old = [name for name, digest in artefacts.items() if now.get(name) != digest]
-        text = f"{', '.join(old)}: made anew in the bundle since" if old else "the bundle's"
-        findings.append(Finding(f"{model}: artefact", not old, text))
+    now = {name: entry.sha256 for name, entry in bundle.artefacts.items()}
+    for name, digest in record.artefacts.items():
+        old = now.get(name) != digest
+        text = "made anew in the bundle since" if old else "the bundle's"
+        findings.append(Finding(f"artefact {name}", not old, text))
     return PackageReport(path, 0, tuple(findings))
 
 

@@ -11,15 +11,15 @@ Triton's binary tensor extension, as ``tritonclient.http`` speaks it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, Literal, TypeVar
@@ -101,25 +101,19 @@ class Allowance:
     def __init__(self, limit: int, message: str, status: int) -> None:
         self.limit, self.message, self.status, self.used = limit, message, status, 0
 
-    @contextlib.contextmanager
-    def hold(self) -> Iterator[Callable[[int], None]]:
-        """Give a function that takes some more; all are given back at the end of the block.
+    def take(self, held: ExitStack, count: int) -> None:
+        """Take some more, until ``held`` is closed.
 
-        The function raises RequestError where not as many are left.
+        Raises:
+            RequestError: not as many are left.
         """
-        held = 0
+        if self.used + count > self.limit:
+            raise RequestError(self.message, status=self.status)
+        self.used += count
+        held.callback(self._give, count)
 
-        def take(count: int) -> None:
-            nonlocal held
-            if self.used + count > self.limit:
-                raise RequestError(self.message, status=self.status)
-            self.used += count
-            held += count
-
-        try:
-            yield take
-        finally:
-            self.used -= held
+    def _give(self, count: int) -> None:
+        self.used -= count
 
 
 class Intake:
@@ -137,14 +131,12 @@ class Intake:
         self._settings, self._pool, self.draining = settings, _new_pool(), False
         self.held = Allowance(round(MIB * settings.max_held_mib), HELD_FULL, 503)
 
-    async def body(
-        self, request: Request, take: Callable[[int], None], *, is_json: bool = False
-    ) -> bytes:
+    async def body(self, request: Request, held: ExitStack, *, is_json: bool = False) -> bytes:
         """Return a request's body.
 
         Args:
             request: whose head has come.
-            take: of :attr:`held`; called with the bytes that are held from then on.
+            held: gives the bytes back, which count until it is closed.
             is_json: whether all of it is JSON, which has a limit of its own.
 
         Raises:
@@ -174,7 +166,7 @@ class Intake:
                 received += len(piece)
                 size = max(size, received)
                 if size <= limit:
-                    take(len(piece))
+                    self.held.take(held, len(piece))
                     pieces.append(piece)
 
         try:
