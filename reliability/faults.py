@@ -34,7 +34,7 @@ from reliability.clients import exported
 
 NEEDED = (
     *("torch", "torch._dynamo", "torch.onnx", "torchvision", "timm", "onnx", "onnxscript"),
-    *("onnxsim", "onnxruntime", "tensorrt_rtx", "van_deploy.run", "van_deploy.cli.make"),
+    *("onnxsim", "onnxruntime", "tensorrt_rtx", "van_deploy.pipeline", "van_deploy.cli.make"),
 )
 NEEDS_ROOM = {"os.mkdir", "os.rename", "open", "os.link", "os.symlink"}
 CHANGES = {*NEEDS_ROOM, "os.remove", "os.rmdir", "os.truncate"} - {"open"}

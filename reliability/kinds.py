@@ -54,7 +54,7 @@ def make_sound_files(folder: Path) -> None:
     from safetensors.torch import save_file
 
     import van_deploy
-    from van_deploy.signing import private_key_from, sign_bundle
+    from van_deploy.signing import sign_bundle
 
     van_deploy.export("van_digits", folder / "bundle")
     state = {k: v.clone() for k, v in van_deploy.load_van("van_digits").model.state_dict().items()}
@@ -68,7 +68,7 @@ def make_sound_files(folder: Path) -> None:
         out = key if words[0] == "genpkey" else public
         subprocess.run(["openssl", *words, "-out", str(out)], check=True)
     shutil.copytree(folder / "bundle", folder / "signed")
-    sign_bundle(folder / "signed", private_key_from(key))
+    sign_bundle(folder / "signed", key)
     build = ("build", folder / "bundle", "--backend", "tensorrt-rtx", "--target", "sm_89")
     if command(*build)() == 0:
         for file in (folder / "bundle/engines").iterdir():
@@ -133,7 +133,7 @@ def document(names: str, draw: Draw, sound: Path, folder: Path) -> Reader:
 def _placed(name: str, draw: Draw, sound: Path, folder: Path) -> tuple[Path, Reader]:
     """Put a sound document into a folder; return it, and what reads it."""
     from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
-    from van_deploy.precision.job_images import choose_images
+    from van_deploy.precision.images import choose_images
     from van_deploy.recipe import builtin_files, read_recipe
 
     if name in {"manifest", "signature"}:
@@ -202,7 +202,7 @@ def archive(draw: Draw, sound: Path, folder: Path) -> Reader:
     import numpy as np
 
     from van_deploy.calibration_set import ImageSelection
-    from van_deploy.precision.job_images import choose_images
+    from van_deploy.precision.images import choose_images
 
     shapes = ((4, 8, 8), (4, 8, 8, 3), (0, 8, 8), (), (2**14, 2**14))
     images = [np.zeros(shape, np.uint8) for shape in shapes]
