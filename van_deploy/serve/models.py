@@ -265,8 +265,8 @@ class Service:
         pixels, (width, height) = await asyncio.to_thread(self._pixels, content, network)
         decoded = time.perf_counter()
         outputs, times, batch = await served.infer(network.prepare(pixels))
-        ranked, names = network.top(outputs, top), self.bundle.manifest.class_names
-        classes = [vars(c) for c in named_classes(ranked, 0, names)]
+        (ranked,), names = network.top(outputs, top), self.bundle.manifest.class_names
+        classes = [vars(found) for found in named_classes(ranked, names)]
         document: dict[str, Any] = {"model": served.name, "artefact": network.name, "top": classes}
         document |= {"image": {"width": width, "height": height}, "batch": batch}
         if compare and self.settings.compare:
