@@ -101,7 +101,7 @@ def test_a_folder_knows_its_class_folders_and_a_part_is_spread_evenly(tmp_path: 
     for folder in ("emu", ".hidden"):
         (tmp_path / folder).mkdir()
     images = image_set(str(tmp_path))
-    assert [(images.relative(i), i.group) for i in images.items] == [
+    assert [(i.name, i.group) for i in images.items] == [
         *(("cat/a.png", "cat"), ("cat/b.png", "cat")),
         *(("dog/c.png", "dog"), ("dog/x/a.png", "dog")),
     ]
@@ -380,9 +380,6 @@ def test_batches_are_in_order_and_name_what_could_not_be_read(folder: Path, work
     assert bad[0][1].startswith(f"'{folder}/1.png' cannot be read as an image: ")
     chosen = list(decoded_batches(items, for_channels(3), 2, indices=[5, 0, 3]))
     assert [batch.indices for batch in chosen] == [(5, 0), (3,)]
-    assert len(list(decoded_batches(items, for_channels(3), 7, most_unreadable=0.3))) == 1
-    with pytest.raises(ImageError, match="2 of 7 images could not be read, more than 20 %"):
-        list(decoded_batches(items, for_channels(3), 7, most_unreadable=0.2))
 
 
 def test_files_and_arrays_of_images_become_the_same_normalised_input(folder: Path) -> None:

@@ -50,7 +50,7 @@ def by_folder(images: ImageSet) -> dict[str, int | None]:
 
 
 def by_file(images: ImageSet) -> dict[str, int | None]:
-    return {images.relative(item): item.label for item in images.items}
+    return {item.name: item.label for item in images.items}
 
 
 def how(images: ImageSet) -> str:
@@ -87,7 +87,7 @@ def test_folders_are_found_by_name(folders: Sequence[str], names: list[str], mak
         (("Crane", "dog"), ["crane", "CRANE", "dog"], "1 of the 2 folders"),  # two share this form
         (("cat", "dgo"), ["cat", "dog"], "do not name one of the network's 2 classes: dgo"),
         (("x", "y"), ["cat", "dog"], "do not name one of the network's 2 classes: x, y"),
-        (("a", "b", "stray.png"), None, "Nothing says which class '.*/stray.png' belongs to"),
+        (("a", "b", "stray.png"), None, "Nothing says which class 'stray.png' belongs to"),
     ],
 )
 def test_folders_that_are_no_classes_are_refused(
@@ -264,7 +264,7 @@ WRITTEN = {
 
 
 @each("text", WRITTEN.values())
-@each("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@each("encoding", ["utf-8", "utf-8-sig"])
 def test_labels_are_read_as_people_write_them(text: str, encoding: str, flat: Path) -> None:
     names = ["the first", "second, or other", "third"]
     images = labelled_by(flat, text.encode(encoding), names=names)
@@ -276,10 +276,10 @@ def test_labels_are_read_as_people_write_them(text: str, encoding: str, flat: Pa
     ("text", "message"),
     [
         ("h l\na.png 2\nb c.png 0\n\nd, e.png 1\na 0\n", "'a.png': '2' in line 2, '0' in line 6"),
-        ("a.png 2\nb c.png 3\nd, e.png 1\n", "'3' in line 2 of .* is no class of this network"),
+        ("a.png 2\nb c.png 3\nd, e.png 1\n", "'3' in line 2 of .* may mean no class of this network's 0 to 2"),
         ("a.png 2\n", r"\(1 lines\) has no label for 2 of the 3 images, the first: 'b c.png'"),
         ("2\n1\n", r"\(2 lines\) has no label for 3 of the 3 images"),
-        (b"a.png 1\nb\xe9.png 2\n", "cannot be read: 'utf-8' codec can't decode"),
+        (b"a.png 1\nb\xe9.png 2\n", "cannot be read: it is not UTF-8"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_with_its_lines(
@@ -306,7 +306,7 @@ def test_the_longest_name_in_a_line_is_the_file(make: Make) -> None:
 
 def test_a_number_that_is_both_a_name_and_an_index_is_not_guessed(flat: Path) -> None:
     names, text = ["2", "0", "1"], "a.png 2\nb c.png 0\nd, e.png 1\n"
-    with pytest.raises(InputError, match=r"'2' in line 1 of .* any of the classes 0, 2") as refused:
+    with pytest.raises(InputError, match=r"'2' in line 1 of .* may mean 0 or 2 of this") as refused:
         labelled_by(flat, text, names=names)
     assert "--class-order names or index" in refused.value.remedy
     for order, expected in (("names", [0, 1, 2]), ("index", [2, 0, 1])):
@@ -353,7 +353,7 @@ def test_a_file_beside_flat_images_is_found_up_to_three_folders_above(make: Make
     assert how(images) == f"labels from '{above}'"
     (root / "val.txt").write_text("0\n0\n")
     assert [item.label for item in labelled_images(root, 2).items] == [0, 0]
-    with pytest.raises(ImageError, match=f"Nothing says which class '{root}/a.png' belongs to"):
+    with pytest.raises(ImageError, match=r"Nothing says which class 'a.png' belongs to"):
         labelled_images(root, 2, find_labels=False)
 
 

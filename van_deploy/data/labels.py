@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.data.images import SUFFIXES, ImageSet, image_set
-from van_deploy.documents import require_regular_file
+from van_deploy.documents import DocumentError, text_from
 from van_deploy.errors import ImageError, InputError, UsageError
 
 # What ``class_order`` may say of folders, and what it means; ``names`` is of words in a file.
@@ -79,10 +79,9 @@ class ClassWords:
             found.add(int(word))
         if len(found) == 1:
             return found.pop()
-        several = f"may be any of the classes {', '.join(map(str, sorted(found)))}"
-        none = f"is no class of this network (it has {self.count}, 0 to {self.count - 1})"
+        what = " or ".join(map(str, sorted(found))) or "no class"
         raise InputError(
-            f"'{word}' in {where} {several if found else none}.",
+            f"'{word}' in {where} may mean {what} of this network's 0 to {self.count - 1}.",
             "A label is a class name, a WordNet id, or an index from 0; --class-order names "
             "or index says which.",
         )
@@ -252,20 +251,17 @@ def _of_order(
 def text_lines(path: Path) -> list[tuple[int, str]]:
     """Return the lines of a text file that are not blank, stripped, with their numbers from 1.
 
-    UTF-8, or UTF-16 with its byte order mark; a mark is no part of the text.
+    UTF-8; a byte order mark is no part of the text.
 
     Raises:
-        InputError: it cannot be read, or is neither.
+        InputError: it cannot be read, or is not UTF-8.
     """
     try:
-        require_regular_file(path)
-        content = path.read_bytes()
-        wide = content[:2] in {b"\xff\xfe", b"\xfe\xff"}
-        text = content.decode("utf-16" if wide else "utf-8-sig")
-    except (OSError, ValueError) as error:
+        text = text_from(path).removeprefix("\ufeff")
+    except (OSError, DocumentError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"The labels '{path}' cannot be read: {reason}.", "Check it.") from error
-    lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
+    lines = enumerate(text.splitlines(), 1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
@@ -347,7 +343,7 @@ def _said(images: ImageSet, file: Path, lines: Sequence[tuple[int, str]]) -> lis
         InputError: an image has no line, or two that differ.
     """
     named: dict[str, int | None] = {}
-    tails = [_tails(images.relative(item)) for item in images.items]
+    tails = [_tails(item.name) for item in images.items]
     for index, each in enumerate(tails):
         for tail in each:
             named[tail] = None if tail in named else index  # what several are called says nothing
@@ -362,9 +358,8 @@ def _said(images: ImageSet, file: Path, lines: Sequence[tuple[int, str]]) -> lis
             before = said.setdefault(index, (number, label))
             if before[1] != label:
                 raise InputError(
-                    f"'{file}' contradicts itself about "
-                    f"'{images.relative(images.items[index])}': '{before[1]}' in line "
-                    f"{before[0]}, '{label}' in line {number}.",
+                    f"'{file}' contradicts itself about '{images.items[index].name}': "
+                    f"'{before[1]}' in line {before[0]}, '{label}' in line {number}.",
                     "Take the wrong line out.",
                 )
             break
@@ -374,7 +369,7 @@ def _said(images: ImageSet, file: Path, lines: Sequence[tuple[int, str]]) -> lis
     if missing:
         raise InputError(
             f"'{file}' ({len(lines)} lines) has no label for {len(missing)} of the {len(images)} "
-            f"images, the first: '{images.relative(missing[0])}'.",
+            f"images, the first: '{missing[0].name}'.",
             "Give a line 'file label' for each, or one label a line for all in sorted order.",
         )
     return [said[index] for index in range(len(images))]

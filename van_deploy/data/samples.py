@@ -57,9 +57,8 @@ def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None)
         size, channels = preprocessing.image_size, preprocessing.channels
     else:
         for name in PHOTOGRAPHS:
-            package, _, file = name.partition("/")
-            spec = importlib.util.find_spec(package)  # which imports nothing
-            path = Path(spec.origin if spec and spec.origin else "").parent / file
+            spec = importlib.util.find_spec(name.partition("/")[0])  # which imports nothing
+            path = Path(spec.origin).parents[1] / name if spec and spec.origin else Path()
             items += [ImageItem(path.stem, path)] if path.is_file() else []  # releases differ
     if items:
         named = ", ".join(item.name for item in items)
@@ -167,7 +166,7 @@ def _candidates(
     for index in dict.fromkeys([*spread, *range(total)]):  # the rest, should some be unreadable
         item = images.items[index]
         try:
-            yield images.relative(item), item_values(item, preprocessing)
+            yield item.name, item_values(item, preprocessing)
             whole.append(item)
         except ImageError as error:
             bad.append(error.message)
@@ -175,4 +174,4 @@ def _candidates(
         values = item_values(item, preprocessing)
         axes = (0, 1) if values.dtype == np.uint8 else (1, 2)
         part = np.roll(values, rng.integers(1, preprocessing.sides).tolist(), axes)
-        yield f"{SHIFTED}{images.relative(item)}", part
+        yield f"{SHIFTED}{item.name}", part
