@@ -224,7 +224,7 @@ def test_the_shared_checkpoint_keeps_every_prediction(shared: Path, tmp_path: Pa
     assert same == len(items)
 
 
-def test_a_user_folder_smaller_than_the_batch_is_made_up_with_crops(
+def test_a_user_folder_smaller_than_the_batch_is_made_up_with_shifts(
     loaded: LoadedVan, tmp_path: Path
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
@@ -233,5 +233,5 @@ def test_a_user_folder_smaller_than_the_batch_is_made_up_with_crops(
     checked = check_images(loaded.name, loaded.preprocessing, 16, tmp_path)
     assert checked.inputs.shape[0] == 16
     assert checked.description.startswith(
-        f"16 images and parts of 2 images of '{tmp_path}'; 1 could not "
+        f"16 images and shifts of 2 images of '{tmp_path}'; 1 could not "
     )
