@@ -46,8 +46,8 @@ def digits(digits_bundle: Bundle) -> Digits:
     loaded, graph = load_van("van_digits"), load(digits_bundle.verified("fp32"))
     network = van_from_onnx(graph, loaded.config)
     train, heldout = (
-        next(decoded_batches(digits_set(part).items[:count], loaded.preprocessing, count)).inputs
-        for part, count in (("train", 64), ("heldout", 48))
+        next(decoded_batches(part.items[:count], loaded.preprocessing, count)).inputs
+        for part, count in ((digits_set("train"), 64), (digits_set("heldout"), 48))
     )
     ranges = observe(network, batches(train), set(network.tensors))
     pointwise = layers_in_scope(network.model, ("pointwise",))

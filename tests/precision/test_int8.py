@@ -137,7 +137,7 @@ def with_a_multiply(network: RebuiltVan) -> None:
 def with_a_dead_channel(network: RebuiltVan) -> None:
     unit = network.model.stage_blocks(1)[0].attn.spatial_gating_unit
     unit.conv_spatial.weight.data[0] = unit.conv1.weight.data[0] = 0.0
-    unit.conv1.bias.data[0] = 0.0
+    unit.conv1.bias.data[0] = 0.0  # type: ignore[union-attr]
 
 
 @each("spoil", [with_a_multiply, with_a_dead_channel])
