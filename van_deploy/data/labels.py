@@ -65,8 +65,7 @@ class ClassWords:
         for table, form in zip(self._tables, (word, word, folded, folded), strict=True):
             if form and form in table:
                 return tuple(table[form])
-        synset = self._synsets.get(word) if WORDNET_ID.fullmatch(word) else None
-        return () if synset is None else (synset,)
+        return self._synsets.get(word, ()) if WORDNET_ID.fullmatch(word) else ()
 
     def only(self, word: str, order: str | None, where: str) -> int:
         """Return the one class that ``word`` means; ``order`` may say ``names`` or ``index``.
@@ -87,7 +86,7 @@ class ClassWords:
         )
 
     @cached_property
-    def _synsets(self) -> dict[str, int]:
+    def _synsets(self) -> dict[str, tuple[int, ...]]:
         """ImageNet's WordNet ids, if the network's classes are ImageNet's."""
         if self.count != 1000:
             return {}
@@ -97,7 +96,7 @@ class ClassWords:
         lemmas = [{*map(_folded, text.split(","))} for text in info.label_descriptions()]
         pairs = zip(self.names, lemmas, strict=False)
         same = sum(any(_folded(part) in known for part in n.split(",")) for n, known in pairs)
-        ids = dict(zip(info.label_names(), range(1000), strict=True))
+        ids = {name: (index,) for index, name in enumerate(info.label_names())}
         return ids if 2 * same >= len(self.names) else {}
 
 
@@ -176,70 +175,52 @@ def natural_key(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
-def _readings(used: Sequence[str], folders: Sequence[str], classes: int) -> dict[str, list[int]]:
-    """Return, for each way to number class folders that fits, the classes of the ``used`` ones.
-
-    Args:
-        used: the folders that hold images.
-        folders: all of them: where these are as many as the classes, an empty one counts.
-        classes: of the network.
-    """
-    readings: dict[str, list[int]] = {}
-    whole = list(folders if len(folders) == classes else used)
-    numbers = {int(name) for name in whole if _NUMBER.fullmatch(name)}
-    if len(numbers) == len(whole):
-        if max(numbers) < classes:
-            readings["index"] = [int(name) for name in used]
-        if len(whole) < classes:  # some are missing: all of them are taken to be 0.. or 1..
-            width = max(map(len, whole)) if any(name[0] == "0" < name for name in whole) else 0
-            first = 0 if 0 in numbers else 1
-            whole = [str(number).zfill(width) for number in range(first, first + classes)]
-    if len(whole) == classes and set(used) <= set(whole):
-        strings, natural = sorted(whole), sorted(sorted(whole), key=natural_key)
-        readings["strings"] = [strings.index(name) for name in used]
-        readings["natural"] = [natural.index(name) for name in used]
-    return readings
-
-
 def _of_order(
     images: ImageSet, groups: Sequence[str], words: ClassWords, order: str | None, unfit: str
-) -> tuple[list[int], str]:
+) -> tuple[Sequence[int], str]:
     """Return the class of each folder by its place or number, and how it was found.
 
+    Places are those among all folders where these are as many as the classes: then an empty
+    folder is a class without images. Numbers that leave classes out may count from 0 or from 1.
+
     Raises:
-        ImageError: no reading fits, or those that do differ.
+        ImageError: no order fits, or those that do differ.
     """
-    readings = _readings(groups, images.folders or groups, words.count)
+    readings: dict[str, tuple[int, ...]] = {}
+    numeric = all(_NUMBER.fullmatch(name) for name in groups)
+    if numeric and max(map(int, groups)) < words.count:
+        readings["index"] = tuple(map(int, groups))
+    whole = sorted(images.folders if len(images.folders) == words.count else groups)
+    if len(whole) == words.count:
+        natural = sorted(whole, key=natural_key)
+        readings["strings"] = tuple(whole.index(name) for name in groups)
+        readings["natural"] = tuple(natural.index(name) for name in groups)
     if order in readings:
         return readings[order], f"class folders in the order asked for ({order})"
     strangers = [name for name in groups if len(words.named(name)) != 1]
-    numeric = all(_NUMBER.fullmatch(name) for name in groups)
     named = len(strangers) < len(groups) or (words.names and not numeric)
-    fitting: dict[str, list[int]] = {}
-    for name, reading in readings.items():  # the first order that gives each reading
-        fitting |= {} if reading in fitting.values() else {name: reading}
-    if order or named or not fitting:
+    if order or named or not readings:
         wrong = (
             f"{f'--class-order {order} does not fit: ' if order else ''}{len(strangers)} of the "
             f"{len(groups)} folders in '{images.root}' do not name one of the network's "
             f"{words.count} classes: {', '.join(strangers[:5])}{unfit}."
         )
-    elif len(fitting) == 1:
+    elif len({*readings.values()}) == 1 and len(whole) == words.count:
         how = "by number" if numeric else "in sorted order (the weights name no classes)"
-        return readings.popitem()[1], f"class folders {how}"
+        return readings["strings"], f"class folders {how}"
     else:
-        rows = zip(groups, *fitting.values(), strict=True)
-        differ = [row for row in rows if len({*row[1:]}) > 1]
         wrong = (
             f"The classes of the {len(groups)} folders in '{images.root}' are not known: nothing "
-            f"says in which order the network has them, and what fits differs{unfit}:"
+            f"says in which order the network has them{unfit}. What fits:"
         )
-        for place, name in enumerate(fitting, 1):
-            few = ", ".join(f"{row[0]!r} is class {row[place]}" for row in differ[:3])
+        rows = [*zip(groups, *readings.values(), strict=True)]
+        rows.sort(key=lambda row: len({*row[1:]}) == 1)  # first what they differ in
+        for place, name in enumerate(readings, 1):
+            few = ", ".join(f"{row[0]!r} is class {row[place]}" for row in rows[:3])
             wrong += f"\n  {name}: {few} ({CLASS_ORDERS[name]})"
     raise ImageError(
         wrong,
-        f"Give --class-order {' or '.join(fitting or CLASS_ORDERS)}, --labels FILE, or export "
+        f"Give --class-order {' or '.join(readings or CLASS_ORDERS)}, --labels FILE, or export "
         "again with --labels NAMES.txt: one folder's name a line, in the order of the logits (an "
         "empty folder for a class without images counts).",
     )
