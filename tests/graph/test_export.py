@@ -165,11 +165,11 @@ def test_large_weights_go_into_a_file_of_their_own(digits: Exported, tmp_path: P
         lambda model: setattr(model.graph.initializer[0], "data_type", 36),
         lambda model: setattr(model.opset_import[0], "domain", "other"),
         lambda model: model.Clear(),
-        lambda model: setattr(model, "producer_name", "not UTF-8"),
+        lambda model: model.metadata_props.add(key="b", value="not UTF-8"),
     ],
 )
 def test_a_damaged_file_is_one_message(
-    digits: Exported, tmp_path: Path, spoil: Callable[[onnx.ModelProto], None]
+    digits: Exported, tmp_path: Path, spoil: Callable[[onnx.ModelProto], object]
 ) -> None:
     path, model = tmp_path / "m.onnx", copy.deepcopy(digits.graph)
     model.metadata_props.add(key="a", value='{"b": 1}')
