@@ -26,7 +26,7 @@ from onnx import ModelProto
 from benchmarks.builder import build_plan, input_shape
 from benchmarks.table import Table
 from van_deploy.calibration_set import ImageSelection
-from van_deploy.data import ImageSet, decoded_batches, image_set
+from van_deploy.data.images import ImageSet, decoded_batches, image_set
 from van_deploy.data.samples import digits_set
 from van_deploy.graph.export import onnx_from_van, van_from_onnx
 from van_deploy.graph.fold import fold_van

@@ -33,7 +33,7 @@ from benchmarks.ablation import parsed, parser_of
 from benchmarks.table import Table, van_deploy
 from van_deploy.bundle import Bundle
 from van_deploy.calibration_set import ImageSelection
-from van_deploy.data import decoded_batches, image_set
+from van_deploy.data.images import decoded_batches, image_set
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.graph.export import van_from_onnx
 from van_deploy.metrics import compare

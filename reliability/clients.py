@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
-from van_deploy.data import check_images
+from van_deploy.data.samples import check_images
 from van_deploy.runners.network import Network
 from van_deploy.serve.triton import DATATYPES, served_name
 

@@ -223,7 +223,7 @@ def archive(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
 
 def image(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     """PNG, JPEG, BMP, TIFF, WebP, GIF, PPM, and PostScript by their names; as every command."""
-    from van_deploy.data import open_image
+    from van_deploy.data.images import open_image
 
     source, draw = rng.choice(sorted(corpus.folder.glob("image.*"))), rng.random()
     data = spoiled_bytes(rng, source.read_bytes())

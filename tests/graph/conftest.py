@@ -9,7 +9,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor
 
-from van_deploy.data import check_images
+from van_deploy.data.samples import check_images
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import RewrittenVan, fold_van
 from van_deploy.model.checkpoint import LoadedVan, load_van

@@ -8,7 +8,8 @@ import pytest
 from onnx import ModelProto, load
 
 from van_deploy.bundle import Bundle
-from van_deploy.data import decoded_batches, digits_set
+from van_deploy.data.images import decoded_batches
+from van_deploy.data.samples import digits_set
 from van_deploy.graph.export import RebuiltVan, van_from_onnx
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.precision.comparison import logits_session

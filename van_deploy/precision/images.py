@@ -16,15 +16,9 @@ import numpy as np
 from van_deploy.bundle import Bundle
 from van_deploy.calibration_set import ImageSelection, calibration_set_named
 from van_deploy.config import QuantizeSettings
-from van_deploy.data import (
-    ImageSet,
-    decoded_batches,
-    digits_set,
-    image_set,
-    labelled_images,
-    noise_set,
-    sample_set,
-)
+from van_deploy.data.images import ImageSet, decoded_batches, image_set
+from van_deploy.data.labels import labelled_images
+from van_deploy.data.samples import digits_set, noise_set, sample_set
 from van_deploy.errors import ImageError, InputError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing
