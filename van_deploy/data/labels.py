@@ -187,10 +187,10 @@ def _of_order(
         ImageError: no order fits, or those that do differ.
     """
     readings: dict[str, tuple[int, ...]] = {}
-    numeric = all(_NUMBER.fullmatch(name) for name in groups)
-    if numeric and max(map(int, groups)) < words.count:
-        readings["index"] = tuple(map(int, groups))
     whole = sorted(images.folders if len(images.folders) == words.count else groups)
+    numeric = all(_NUMBER.fullmatch(name) for name in whole)
+    if numeric and max(map(int, whole)) < words.count:
+        readings["index"] = tuple(map(int, groups))
     if len(whole) == words.count:
         natural = sorted(whole, key=natural_key)
         readings["strings"] = tuple(whole.index(name) for name in groups)
