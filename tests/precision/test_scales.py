@@ -97,7 +97,9 @@ def test_mse_is_the_least_error_and_an_affine_stands_before_the_rounding(heavy: 
     found = scales.symmetric(record(heavy), "mse")
     tried = [error(heavy, Quantizer(found.scale * f)) for f in np.geomspace(0.3, 4, 60)]
     assert error(heavy, found) <= 1.02 * min(tried)
-    assert error(heavy, found) < 0.8 * error(heavy, scales.symmetric(record(heavy), "minmax"))
+    for make in (scales.symmetric, scales.unsigned):
+        clipped, whole = (make(record(heavy), method) for method in ("mse", "minmax"))
+        assert error(heavy, clipped) < 0.8 * error(heavy, whole)
     affine = ChannelAffine(np.array([0.1, 0.0, -1.0]), np.array([0.1, 1.0, 2.0]))
     changed = affine.of(heavy).astype(np.float32)
     found, direct = (

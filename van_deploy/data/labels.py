@@ -96,8 +96,8 @@ class ClassWords:
         lemmas = [{*map(_folded, text.split(","))} for text in info.label_descriptions()]
         pairs = zip(self.names, lemmas, strict=False)
         same = sum(any(_folded(part) in known for part in n.split(",")) for n, known in pairs)
-        ids = {name: (index,) for index, name in enumerate(info.label_names())}
-        return ids if 2 * same >= len(self.names) else {}
+        known_here = 2 * same >= len(self.names)
+        return {n: (i,) for i, n in enumerate(info.label_names())} if known_here else {}
 
 
 def _folded(name: str) -> str:
