@@ -23,7 +23,7 @@ from PIL import Image
 
 from benchmarks.table import process_cost
 from van_deploy.bundle import Bundle
-from van_deploy.data import check_images
+from van_deploy.data.samples import check_images
 from van_deploy.runners.network import Network
 from van_deploy.serve.triton import DATATYPES, served_name
 

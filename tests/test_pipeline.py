@@ -17,7 +17,8 @@ from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
-from van_deploy.data import check_images, decoded_batches, image_set
+from van_deploy.data.images import decoded_batches, image_set
+from van_deploy.data.samples import check_images
 from van_deploy.documents import plain
 from van_deploy.errors import GateFailed
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
