@@ -309,7 +309,7 @@ def test_a_bundle_that_another_process_keeps_is_said(
 ) -> None:
     from filelock import FileLock
 
-    monkeypatch.setattr("van_deploy.bundle.lock.LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr("van_deploy.bundle.commit.LOCK_WAIT_S", 0.1)
     with FileLock(bundle / ".lock"), pytest.raises(BundleError, match="has been writing"):
         put(bundle, "fp16", "half")
 
