@@ -132,10 +132,3 @@ def test_every_make_target_in_the_readme_exists() -> None:
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     assert phony is not None
     assert set(phony.group(1).split()) == targets
-
-
-def test_ci_runs_the_tests_the_readme_names() -> None:
-    script = (ROOT / ".ci/run").read_text()
-    assert "set -euo pipefail" in script
-    assert script.splitlines()[-1].startswith("make check test test-full ")
-    assert (ROOT / ".ci/run").stat().st_mode & 0o111
