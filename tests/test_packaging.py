@@ -74,11 +74,6 @@ def test_the_wheel_carries_the_licence_and_the_command_and_is_small(
     assert sum(item.compress_size for item in wheel.infolist()) < 3 * 2**20
 
 
-def test_the_embedded_network_is_at_most_1_mb() -> None:
-    weights = ROOT / "van_deploy/model/digits/van_digits.safetensors"
-    assert weights.stat().st_size <= 1_000_000
-
-
 def test_one_onnxruntime_an_extra() -> None:
     """The packages ``onnxruntime`` and ``onnxruntime-gpu`` hold the same module."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
