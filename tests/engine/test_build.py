@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +27,7 @@ from van_deploy.engine.backend import Backend, Host
 from van_deploy.engine.build import engine_name, has_weights_beside
 from van_deploy.engine.messages import BuildLog
 from van_deploy.engine.sidecar import verified_sidecar
-from van_deploy.engine.worker import save_timings, timing_cache_
+from van_deploy.engine.worker import ONNX, save_timings, timing_cache_
 from van_deploy.errors import ConversionError, InputError, MissingDependency
 from van_deploy.files import file_sha256
 from van_deploy.model.preprocess import OFFICIAL
@@ -200,6 +202,25 @@ def test_a_build_that_is_stopped_leaves_nothing(
     assert not workers & set(_children())
 
 
+def test_a_cancelled_build_stops_at_tensorrts_next_step(
+    rtx: Backend, digits_onnx: Path, plan: Plan, tmp_path: Path
+) -> None:
+    (tmp_path / ONNX).symlink_to(digits_onnx)
+    job: dict[str, Any] = {"backend": rtx.name, "options": SM89.as_dict()}
+    job |= {"timing_cache": None, "weights_beside": None}
+    folder = os.open(tmp_path, os.O_RDONLY)
+    words = [sys.executable, "-m", "van_deploy.engine.worker", str(folder)]
+    asked: dict[str, Any] = {
+        "input": json.dumps(job),
+        "pass_fds": [folder],
+        "stdout": subprocess.PIPE,
+    }
+    events = subprocess.run(words, text=True, check=True, **asked).stdout.splitlines()
+    os.close(folder)
+    assert 0 < len(events) < len(plan.told) / 2, "the end of stdin cancels it"
+    assert not any('"built"' in event for event in events)
+
+
 def test_the_worker_stops_when_its_parent_is_gone(
     rtx: Backend, digits_onnx: Path, tmp_path: Path
 ) -> None:
@@ -245,7 +266,7 @@ def test_names(options: BuildOptions, name: str) -> None:
 LEARN = """
 import sys, time
 from pathlib import Path
-from van_deploy.engine.worker import save_timings
+from van_deploy.engine.worker import ONNX, save_timings
 
 class Timings(bytearray):  # as TensorRT's: made of a file's bytes, combined, serialised
     serialize = lambda self: bytes(self)

@@ -60,6 +60,7 @@ def failed(model: ModelProto, rtx: Backend, folder: Path) -> VanDeployError:
 
 QUANTIZE, CONV = "block1.0.quantize (QuantizeLinear)", "patch_embed1.proj (Conv)"
 GELU = helper.make_node("QuickerGelu", ["images"], ["logits"], "act", domain="com.microsoft")
+FIVE = np.ones(5, np.float32)
 RELU, GATE = node("Relu", "block1.0.act", "images"), node("Mul", "block1.0.gate", "images m")
 
 
@@ -71,7 +72,7 @@ RELU, GATE = node("Relu", "block1.0.act", "images"), node("Mul", "block1.0.gate"
         (quantised(1.0, 1), "asymmetric quantisation", QUANTIZE),
         (small(RELU, weights={}, kind=UINT8), "unsupported type", "block1.0.act (Relu)"),
         (
-            small(GATE, weights={"m": np.float32([1] * 5)}),
+            small(GATE, weights={"m": FIVE}),
             "shapes do not fit",
             "block1.0.gate (Mul",
         ),
