@@ -9,7 +9,7 @@ import typer
 
 from van_deploy.cli.console import emit
 from van_deploy.cli.shared import AsJson, RequireSignature, opened
-from van_deploy.environment.needs import Need
+from van_deploy.environment.doctor import Need
 
 
 def list_(as_json: AsJson = False) -> None:
@@ -91,10 +91,9 @@ def doctor(
 
     Example: van-deploy doctor --require onnxruntime --require gpu
     """
-    from van_deploy.environment import needs
-    from van_deploy.environment.machine import environment_here
+    from van_deploy.environment import doctor as here
     from van_deploy.report.sections_engine import environment_blocks
 
-    environment = environment_here(Path.cwd())
-    emit(needs.diagnosis_of(environment), as_json, environment_blocks)
-    needs.require(environment, require or ())
+    environment = here.environment_here()
+    emit(environment, as_json, environment_blocks)
+    here.require(environment, require or ())
