@@ -58,8 +58,8 @@ TASKS: Mapping[str, str] = {
     "run them on a GPU with ONNX Runtime": "onnxruntime gpu cuda-ep",
     "run PyTorch on a GPU": "torch gpu torch-gpu",
     "compile packages with Inductor": "torch c++",
-    "build engines with TensorRT": "gpu tensorrt",
-    "run engines of TensorRT": "gpu tensorrt",
+    "build engines with TensorRT": "tensorrt gpu",
+    "run engines of TensorRT": "tensorrt gpu",
     "build engines with TensorRT for RTX": "tensorrt-rtx",
     "run engines of TensorRT for RTX": "tensorrt-rtx rtx-gpu",
     "spread work over machines with Ray": "ray",
@@ -184,7 +184,7 @@ def environment_here() -> Environment:
     """Return what is installed, what the machine offers, and what works when it is tried."""
     driver, components = hardware.nvidia_driver(), packages.components_here()
     providers = packages.execution_providers()
-    cudas = tuple(map(packages.cuda_version_of, ("torch", "onnxruntime")))
+    cudas = packages.cuda_version_of("torch"), packages.cuda_version_of("onnxruntime")
     usable = {"", *providers, *(c.name for c in components if c.version and not c.fault)}
     has_gpu = driver is not None and bool(driver.gpus)
     programs = {
@@ -207,17 +207,15 @@ def environment_here() -> Environment:
     )
 
 
-def require(environment: Environment, needs: Iterable[Need]) -> None:
-    """Return if everything needed is here and usable.
-
-    Raises:
-        MissingDependency: something is not; all of it is listed.
-    """
-    if missing := dict.fromkeys(filter(None, (environment.lacks(need.value) for need in needs))):
-        raise MissingDependency(
-            f"Required but not here: {'; '.join(lack.problem for lack in missing)}.",
-            "\n".join(lack.remedy for lack in missing),
-        )
+def missing(environment: Environment, needs: Iterable[Need]) -> MissingDependency | None:
+    """Return the error that lists what is needed and not here or not usable; None if all is."""
+    lacking = dict.fromkeys(filter(None, (environment.lacks(need.value) for need in needs)))
+    if not lacking:
+        return None
+    return MissingDependency(
+        f"Required but not here: {'; '.join(lack.problem for lack in lacking)}.",
+        "\n".join(lack.remedy for lack in lacking),
+    )
 
 
 def tried(programs: Mapping[str, str]) -> dict[str, str]:

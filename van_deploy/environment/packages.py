@@ -80,7 +80,7 @@ def cuda_version_of(module: str) -> str | None:
     spec = None
     with contextlib.suppress(ImportError):  # a finder may raise where it finds nothing
         spec = importlib.util.find_spec(module)
-    path = Path(spec.origin).with_name(place) if spec and spec.origin else Path()
+    path = Path(spec.origin).parent / place if spec and spec.origin else Path()
     text = path.read_text() if path.is_file() else ""
     match = re.search(r"^cuda(?:_version)?\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
     return match[1] if match else None
