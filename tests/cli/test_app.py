@@ -195,7 +195,7 @@ def test_output_survives_a_terminal_without_unicode() -> None:
 
 def test_json_is_one_document_and_nothing_else(cli: Cli) -> None:
     result = cli("doctor", "--json", "--require", "onnxruntime")
-    assert json.loads(result.stdout)["environment"]["van_deploy"] == __version__
+    assert json.loads(result.stdout)["van_deploy"] == __version__
     assert result.stderr == ""
 
 

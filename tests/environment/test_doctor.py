@@ -156,6 +156,15 @@ def test_trials_say_why_they_failed() -> None:
     }
 
 
+def test_trials_fail_for_want_of_a_gpu_and_not_of_what_they_import(here: Environment) -> None:
+    if here.driver is not None:
+        pytest.skip("a GPU answers here")
+    programs = {name: doctor.TRIALS[name][2] for name in ("gpu", "torch-gpu", "cuda-ep")}
+    reasons = tried(programs)
+    assert all(reasons.values())
+    assert not any("import" in reason.lower() or "module" in reason for reason in reasons.values())
+
+
 BOTH = "onnxruntime onnxruntime-gpu"
 
 

@@ -35,7 +35,7 @@ cuda.call("cudaFree", cuda.call("cudaMalloc", 1))
 """
 _SESSION = f"""
 import sys, onnxruntime
-from van_deploy.runners.onnxruntime_cuda import provider_starts
+from van_deploy.runners.onnxruntime import provider_starts
 sys.exit(not provider_starts(onnxruntime, "{CUDA}", quiet=False))
 """
 _TORCH = "import torch; torch.ones(1, device='cuda').item()"
