@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -216,9 +217,8 @@ def _swept(race: Race, settings: BenchSettings) -> list[Row]:
 
 
 def _keeps(row: Row, settings: BenchSettings) -> bool:
-    """Return whether a row's latency keeps the limit; without a limit any row does."""
-    limit = settings.p99_ms
-    return limit is None or (row.latency is not None and row.latency.p99_ms <= limit)
+    """Return whether a row has a latency, and that keeps the limit where there is one."""
+    return row.latency is not None and row.latency.p99_ms <= (settings.p99_ms or math.inf)
 
 
 def _best_under(rows: Sequence[Row], settings: BenchSettings) -> dict[str, Row | None] | None:
