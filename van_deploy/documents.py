@@ -26,7 +26,7 @@ from typing import Any
 from van_deploy.errors import VanDeployError
 
 if sys.version_info >= (3, 11):
-    import tomllib as tomllib
+    import tomllib
 else:
     import tomli as tomllib
 
