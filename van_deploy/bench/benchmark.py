@@ -23,7 +23,7 @@ from van_deploy.bench.roofline import measured_limits
 from van_deploy.bench.worker import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
-from van_deploy.data import check_images
+from van_deploy.data.samples import check_images
 from van_deploy.environment.hardware import cpu, memory, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
