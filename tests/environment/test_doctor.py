@@ -225,6 +225,7 @@ def test_openvino_is_imported_with_a_stand_in_for_its_reporter() -> None:
 
 
 def test_a_reporter_that_is_loaded_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
     with pytest.raises(ImportError):
         imported_quietly("there_is_no_such_module")
     assert "openvino_telemetry" not in sys.modules
