@@ -1,6 +1,7 @@
-"""Golden samples: images in the bundle with PyTorch's own answers to them.
+"""What artifacts are judged on: the golden samples of a bundle, or other images.
 
-They are made once, from the original network, when the bundle is exported. From then on any
+Either comes with the *original* network's answers in float64 and float32. Golden samples
+are made once, from the original network, when the bundle is exported. From then on any
 host judges any artifact without PyTorch and without the weights. ``golden.npz`` holds
 
 ===========  ==============================================================================
@@ -19,12 +20,13 @@ originals, of which the first two rows were read: decoding, resizing and croppin
 
 from __future__ import annotations
 
+import copy
 import io
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,22 +35,21 @@ from van_deploy.bundle import Bundle, Draft
 from van_deploy.bundle.reading import verify
 from van_deploy.checks.gates import Finding, held
 from van_deploy.checks.samples import SKETCH, Outputs, Samples, other_sizes, samples_from
-from van_deploy.data import (
-    CheckImages,
-    ImageSet,
-    check_images,
-    image_set,
-    open_image,
-    opened,
-    sample_set,
-)
+from van_deploy.config.sizes import ImageSize
+from van_deploy.data import CheckImages, check_images, image_set, open_image, opened, sample_set
 from van_deploy.errors import BundleError, ImageError
 from van_deploy.manifest import Golden
+from van_deploy.metrics import Array
 from van_deploy.model.keys import STAGES
 from van_deploy.model.pixels import Pixels, normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.variants import VanConfig
 from van_deploy.runners.base import Images
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from van_deploy.model.checkpoint import LoadedVan
 
 GOLDEN_FILE = "golden.npz"
 GOLDEN_IMAGES = 16
@@ -56,6 +57,7 @@ BACKBONE_BYTES = 6_000_000
 ORIGINALS = 2
 IMAGE_CHANNELS = (1, 3, 4)  # those that image files have
 LONGEST_SIDE = 512  # pixels: large enough to be resized by the pipeline, small enough to ship
+REFERENCE_BATCH = 8  # images PyTorch sees at a time: enough to be fast, few enough to be lean
 RESIZED_WITHIN = 1
 """Levels of 255 by which another build of Pillow may resize otherwise."""
 
@@ -95,43 +97,36 @@ def images_for_golden(
     """
     images = image_set(source) if source is not None else sample_set(name, preprocessing)
     chosen = check_images(name, preprocessing, count, images if source else None)
-    originals = _originals(images, preprocessing)
+    originals: list[bytes] = []  # small enough to ship
+    if preprocessing.channels in IMAGE_CHANNELS and chosen.pixels is not None:
+        for item in images.items[:: max(1, len(images) // ORIGINALS)]:
+            try:
+                image = opened(item, preprocessing.channels)
+            except ImageError:
+                continue
+            if image is None or len(originals) == ORIGINALS:
+                break
+            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            file = io.BytesIO()
+            image.save(file, format="PNG", optimize=True)
+            originals.append(file.getvalue())
     if not originals or chosen.pixels is None:
         return chosen, ()
     first = [_pixels(data, preprocessing) for data in originals]
     known = {pixels.tobytes() for pixels in first}
     others = [row for row, p in enumerate(chosen.pixels) if p.tobytes() not in known]
-    pixels = np.stack([*first, *chosen.pixels[others]])[: len(chosen)]
-    names = (
+    pixels = np.stack([*first, *chosen.pixels[others]])[:count]
+    names = [
         *(f"golden/{row}.png" for row in range(len(first))),
         *(chosen.names[r] for r in others),
-    )
+    ]
     inputs = normalised(pixels, preprocessing)
-    return replace(chosen, inputs=inputs, pixels=pixels, names=names[: len(chosen)]), originals
-
-
-def _originals(images: ImageSet, preprocessing: Preprocessing) -> tuple[bytes, ...]:
-    """Return some of the images as PNG, small enough to ship."""
-    encoded: list[bytes] = []
-    if preprocessing.channels not in IMAGE_CHANNELS:
-        return ()
-    for item in images.items[:: max(1, len(images) // ORIGINALS)]:
-        try:
-            image = opened(item, preprocessing.channels)
-        except ImageError:
-            continue
-        if image is None or len(encoded) == ORIGINALS:
-            break
-        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        file = io.BytesIO()
-        image.save(file, format="PNG", optimize=True)
-        encoded.append(file.getvalue())
-    return tuple(encoded)
+    named = tuple(names[:count])
+    return replace(chosen, inputs=inputs, pixels=pixels, names=named), tuple(originals)
 
 
 def _pixels(source: Path | bytes, preprocessing: Preprocessing) -> Pixels:
-    image = open_image(source, channels=preprocessing.channels)
-    return pixels_from_image(image, preprocessing)
+    return pixels_from_image(open_image(source, channels=preprocessing.channels), preprocessing)
 
 
 def write_golden(
@@ -172,6 +167,7 @@ def golden_samples(bundle: Bundle) -> Samples:
     path, preprocessing = bundle.path / golden.file, manifest.preprocessing
     verify(path, bundle.digests[golden.file])
     sides, channels = preprocessing.sides, preprocessing.channels
+    sizes = other_sizes(manifest.sizes, preprocessing.image_size)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             pixels = None
@@ -184,14 +180,15 @@ def golden_samples(bundle: Bundle) -> Samples:
             names = (*first, *(f"golden {row}" for row in range(len(first), len(inputs))))
             described = f"{len(inputs)} golden samples: {golden.images}"
             images = CheckImages((), inputs, pixels, (), names, described)
-            classes = manifest.architecture.num_classes
 
-            def answers(size: str, of: Images, outputs: Outputs) -> tuple[Any, Any]:
-                row, count = (sum(outputs.widths.values()) or classes,), len(of)
-                logits = _array(arrays, f"logits {size}".rstrip(), np.float64, row, count)
-                return logits, _array(arrays, f"float32 {size}".rstrip(), np.float32, row, count)
+            def answers(size: str, of: Images, outputs: Outputs) -> tuple[Array, Array]:
+                row = (sum(outputs.widths.values()) or manifest.architecture.num_classes,)
+                found = [
+                    _array(arrays, f"{name} {size}".rstrip(), kind, row, len(of))
+                    for name, kind in (("logits", np.float64), ("float32", np.float32))
+                ]
+                return found[0], found[1]
 
-            sizes = other_sizes(manifest.sizes, preprocessing.image_size)
             return samples_from(images, manifest.architecture, sizes, answers, golden=True)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise BundleError(
@@ -251,3 +248,69 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
             fault = error.message.rstrip(".")
         findings.append(held("preprocessing", fault, change))
     return findings
+
+
+# --- samples of the original network ---------------------------------------------------------
+
+
+def reference_samples(
+    loaded: LoadedVan,
+    images: CheckImages,
+    sizes: Sequence[ImageSize] = (),
+    *,
+    golden: bool = False,
+) -> Samples:
+    """Return images with the original network's answers in float64 and float32.
+
+    Args:
+        loaded: the original network.
+        images: at its own size.
+        sizes: others, at which the first images are repeated and answered, too.
+        golden: whether they are those of the bundle.
+    """
+    import torch
+
+    double, names = copy.deepcopy(loaded.model).double().eval(), loaded.config.output_names
+
+    def rows(model: nn.Module, given: torch.Tensor, outputs: Outputs) -> Array:
+        pieces = []
+        for images in given.split(REFERENCE_BATCH):
+            found = model(images)
+            found = found if isinstance(found, tuple) else (found,)
+            pieces.append(outputs.rows({n: y.numpy() for n, y in zip(names, found, strict=True)}))
+        return np.concatenate(pieces)
+
+    def answers(_: str, inputs: Images, outputs: Outputs) -> tuple[Array, Array]:
+        given = torch.from_numpy(inputs)
+        with torch.inference_mode():
+            single = rows(loaded.model, given, outputs).astype(np.float32)
+            return rows(double, given.double(), outputs), single
+
+    return samples_from(images, loaded.config, sizes, answers, golden=golden)
+
+
+def samples_for(
+    bundle: Bundle, loaded: LoadedVan | None, images: Path | None, count: int = GOLDEN_IMAGES
+) -> Samples:
+    """Return what a bundle is judged on.
+
+    Args:
+        bundle: the bundle.
+        loaded: its original network; None takes the golden samples as they are.
+        images: the user's folder or ``.npz``; None for the golden samples, or sample
+            photographs where the bundle has none.
+        count: how many of the images, where there is a network.
+
+    Raises:
+        BundleError: there is no network and there are no golden samples, or they were changed.
+        ImageError: the images cannot be read.
+    """
+    if loaded is None:
+        return golden_samples(bundle)
+    sizes = other_sizes(bundle.manifest.sizes, loaded.preprocessing.image_size)
+    if images is not None or bundle.manifest.golden is None:
+        chosen = check_images(loaded.name, loaded.preprocessing, count, images)
+        return reference_samples(loaded, chosen, sizes)
+    golden = golden_samples(bundle).first(count)
+    same = CheckImages((), golden.inputs, golden.pixels, (), golden.names, golden.description)
+    return reference_samples(loaded, same, sizes, golden=True)
