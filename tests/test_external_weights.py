@@ -16,7 +16,7 @@ from tests.each import each
 from van_deploy.bundle import Bundle, writing
 from van_deploy.engine.source import read_source
 from van_deploy.errors import InputError
-from van_deploy.external_weights import external_files, external_files_of
+from van_deploy.files import external_files, external_files_of
 
 VALUES = np.arange(12, dtype=np.float32)
 

@@ -14,7 +14,8 @@ from van_deploy import bundle as on_disk
 from van_deploy import config
 from van_deploy.config.named import EXPORT, Changes, changes_from, settings_from, with_changes
 from van_deploy.recipe import recipe_for
-from van_deploy.results import BuildReport, Predictions, Progress, WrittenReport
+from van_deploy.results import BuildReport, Predictions, WrittenReport
+from van_deploy.stopwatch import Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

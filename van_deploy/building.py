@@ -24,7 +24,8 @@ from van_deploy.engine.inductor import INDUCTOR, build_package, packages_asked
 from van_deploy.errors import BundleError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
-from van_deploy.results import BuildReport, Progress
+from van_deploy.results import BuildReport
+from van_deploy.stopwatch import Progress
 from van_deploy.tuning import require_timing, tuned, with_scope
 
 

@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from van_deploy.engine.fleet import Outcome
     from van_deploy.errors import VanDeployError
     from van_deploy.serve.predict import Prediction, Speed
-
-
-class Progress(Protocol):
-    """What is told how far the work is."""
-
-    def __call__(self, text: str, done: int = 0, total: int | None = None, /) -> None:
-        """Take what is being done, and how much of it is done where that is known."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from van_deploy.config import (
 from van_deploy.manifest import Manifest
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.pipeline import ExportResult, embed_in_bundle, export_bundle
-from van_deploy.stopwatch import Progress, Stopwatch
+from van_deploy.stopwatch import Progress, Stopwatch, silent
 
 if TYPE_CHECKING:
     from van_deploy.engine.fleet import Cell
@@ -123,7 +123,7 @@ def run_recipe(
         MissingDependency: what builds the engines is not installed.
         ConversionError: an engine cannot be built.
     """
-    settings, say = settings or RunSettings(), progress or (lambda _: None)
+    settings, say = settings or RunSettings(), progress or silent
     engines = _planned(recipe, output)  # a mistake is said before any work
     exported, precisions = export_recipe(
         loaded, recipe, output, images=settings.images, force=settings.force, progress=progress

@@ -23,10 +23,9 @@ from pydantic import AfterValidator, Field
 
 from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle
 from van_deploy.errors import BundleError, InputError, SignatureError, UsageError, needs_extra
-from van_deploy.fields import Text
 from van_deploy.files import write_atomic
 from van_deploy.manifest import manifest_from
-from van_deploy.versioned import Versioned, read_versioned
+from van_deploy.schema import Text, Versioned, read_versioned
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -129,14 +128,8 @@ def read_signature(bundle: Path) -> Signature:
             f"The bundle '{bundle}' is not signed: it has no {SIGNATURE}.",
             f"Sign it where it was made, with `van-deploy sign {bundle} --key FILE`.",
         )
-    return read_versioned(
-        Signature,
-        path,
-        "signature",
-        SignatureError,
-        damaged="Do not use this bundle; fetch it again.",
-        outdated="Sign the bundle again with this version of van-deploy.",
-    )
+    remedy = "Do not use this bundle; fetch it again, or have it signed again."
+    return read_versioned(Signature, path, "signature", SignatureError, remedy)
 
 
 def signed_bundle(path: Path, key: ed25519.Ed25519PublicKey) -> tuple[Bundle, Signed]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from van_deploy.report.document import Block
-    from van_deploy.results import Progress
+    from van_deploy.stopwatch import Progress
 
 PIPE_WIDTH = 100  # columns where output does not go to a terminal
 

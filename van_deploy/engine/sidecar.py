@@ -15,12 +15,10 @@ from pydantic import Field
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.documents import plain
 from van_deploy.errors import InputError
-from van_deploy.fields import Count, FileName, Kept, Text
 from van_deploy.files import content_key, file_sha256, write_atomic
 from van_deploy.manifest import Precision
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.schema import Schema
-from van_deploy.versioned import Versioned, read_versioned
+from van_deploy.schema import Count, FileName, Kept, Schema, Text, Versioned, read_versioned
 
 SCHEMA: Final = "van-deploy/engine/2"
 PACKAGE_SCHEMA: Final = "van-deploy/inductor/1"
@@ -228,7 +226,7 @@ def _verified(file: Path, model: type[Vouching]) -> Vouching:
             "Only for a plan you made yourself: --trust-engine, in Python "
             "`TensorRtRunner(plan, trust_engine=True)`.",
         )
-    sidecar = read_versioned(model, path, "sidecar", InputError, damaged=REBUILD, outdated=REBUILD)
+    sidecar = read_versioned(model, path, "sidecar", InputError, REBUILD)
     if sidecar.sidecar_sha256 != sidecar.digest():
         raise InputError(
             f"'{path}' was edited after it was written: its digest does not match.", REBUILD

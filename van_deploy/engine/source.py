@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 from van_deploy.config import BuildOptions
 from van_deploy.errors import InputError
-from van_deploy.external_weights import external_files_of, require_beside
-from van_deploy.files import file_sha256
+from van_deploy.files import external_files_of, file_sha256, require_beside
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto

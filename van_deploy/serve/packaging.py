@@ -14,10 +14,10 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import PackageSettings
 from van_deploy.errors import InputError, UsageError, VanDeployError
 from van_deploy.files import file_sha256
+from van_deploy.schema import Versioned, read_versioned
 from van_deploy.serve.triton import write_repository
 from van_deploy.serve.triton_model import triton_models, usual_artefacts
 from van_deploy.serve.triton_release import chosen_release, release_named
-from van_deploy.versioned import Versioned, read_versioned
 
 PACKAGE_FILE = "package.json"
 AGAIN = "Package the bundle again."
@@ -138,7 +138,7 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
         InputError: there is no package, or it is another bundle's.
     """
     given = (PackageRecord, path / PACKAGE_FILE, "package record", InputError)
-    record = read_versioned(*given, damaged=AGAIN, outdated=AGAIN)
+    record = read_versioned(*given, AGAIN)
     if record.bundle != bundle.name:
         raise InputError(
             f"'{path}' was made from '{record.bundle}', not from '{bundle.name}'.", AGAIN
