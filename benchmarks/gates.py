@@ -27,11 +27,10 @@ import numpy.typing as npt
 
 from benchmarks.table import Table
 from van_deploy import api
-from van_deploy.checks.accuracy import Answers, ArtefactLoss, judge_artefact
-from van_deploy.checks.evaluate import Networks
+from van_deploy.checks.evaluate import Answers, ArtefactLoss, Networks, Truth, judge_artefact
 from van_deploy.checks.gates import allowed_loss
 from van_deploy.checks.golden import golden_samples
-from van_deploy.config import EvaluationSettings, GateProfile
+from van_deploy.config import EvaluationSettings
 from van_deploy.data import decoded_batches, labelled_images
 from van_deploy.metrics import Task
 from van_deploy.runners.network import PYTORCH
@@ -141,9 +140,8 @@ def _judged(
     """Return the gate's verdict on some of the images."""
     before = Answers.of(expected[rows])
     after = Answers.of(found[rows], reference=expected[rows])
-    known, classes = labels[rows], expected.shape[1]
-    numeric = (name, noise_db, GateProfile())
-    return judge_artefact(before, after, known, classes, Task.SINGLE_LABEL, *numeric)
+    truth = Truth(labels[rows], expected.shape[1], Task.SINGLE_LABEL)
+    return judge_artefact(before, after, truth, name, noise_db)
 
 
 def _shifted(logits: Array, rng: np.random.Generator) -> Array:

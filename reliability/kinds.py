@@ -104,7 +104,7 @@ def _placed(
     """Put a sound document into a folder; return it, and what reads it."""
     from van_deploy.bench.document import read_report
     from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
-    from van_deploy.checks.baseline import read_baseline
+    from van_deploy.checks.regression import read_baseline
     from van_deploy.engine.fleet import read_fleet
     from van_deploy.precision.job_images import choose_images
     from van_deploy.recipe import builtin_files, read_recipe

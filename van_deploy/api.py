@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from van_deploy.checks.drift import DriftReport
     from van_deploy.checks.evaluate import EvaluateReport
     from van_deploy.checks.regression import CheckReport
-    from van_deploy.checks.verdicts import VerifyReport
+    from van_deploy.checks.verify import VerifyReport
     from van_deploy.model.checkpoint import LoadedVan
     from van_deploy.pipeline import ExportResult
     from van_deploy.precision.pipeline import QuantizeResult
@@ -357,7 +357,7 @@ class Bundle:
     def _recorded(self, opened: on_disk.Bundle, name: str, result: Result) -> Result:
         """Keep a result in the manifest; what was signed stays as it was signed."""
         if self._key is None:
-            from van_deploy.checks.verdicts import record_check
+            from van_deploy.checks.verify import record_check
 
             self.remarks += filter(None, [record_check(opened, name, result)])
         return result

@@ -11,9 +11,14 @@ from typing import Any
 
 from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
 from van_deploy.checks.gates import Outcome
-from van_deploy.checks.golden import GOLDEN_FILE, golden_count, images_for_golden, write_golden
+from van_deploy.checks.golden import (
+    GOLDEN_FILE,
+    golden_count,
+    images_for_golden,
+    reference_samples,
+    write_golden,
+)
 from van_deploy.checks.judging import Judged, batch_sizes, judge_new
-from van_deploy.checks.reference import reference_samples
 from van_deploy.checks.samples import other_sizes
 from van_deploy.config import Recipe
 from van_deploy.data import check_images, class_names_from_file

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
-from van_deploy.checks.opened import common
-from van_deploy.checks.reference import samples_for
-from van_deploy.checks.verdicts import VerifyReport, record_check
-from van_deploy.checks.verify import verify_bundle
+from van_deploy.checks.golden import samples_for
+from van_deploy.checks.judging import common
+from van_deploy.checks.verify import VerifyReport, record_check, verify_bundle
 from van_deploy.config import (
     EngineSettings,
     EvaluationSettings,
@@ -149,7 +148,7 @@ def run_recipe(
             loaded,
             EvaluationSettings(**{**dict(recipe.evaluate), **common(settings)}),
             gates=recipe.gates,
-            progress=lambda done, total: say(f"{done} of {total} images"),
+            progress=say,
         )
         record_check(bundle, "evaluate", evaluate)
     return RunResult(Bundle.open(output), exported, tuple(made), verify, evaluate)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import Outcome
-from van_deploy.checks.reference import samples_for
+from van_deploy.checks.golden import samples_for
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import BatchRange, BuildSettings, QuantizeSettings, VerifySettings
 from van_deploy.engine.host import Host
@@ -180,7 +180,7 @@ def _tried(copy: Path, candidate: Candidate, batch: BatchRange, build: Build) ->
         batch.opt / seconds,
         verdict.comparison.sqnr_db if verdict.comparison else None,
         passed,
-        "" if passed else "; ".join(verdict.failures) or verdict.reason,
+        verdict.reason,
     )
 
 

@@ -32,12 +32,12 @@ import numpy.typing as npt
 import onnx
 
 from van_deploy.bundle import Artefact, Bundle
-from van_deploy.checks.gates import DEFAULT, Outcome
+from van_deploy.checks.gates import DEFAULT, Outcome, sqnr_floor
 from van_deploy.checks.graphs import FED, isolated, one_line, quiet_session, run_taps, with_taps
 from van_deploy.checks.judging import judge_graph, judge_new, plain_onnx
 from van_deploy.checks.samples import Samples
 from van_deploy.config import DriftSettings, GateProfile
-from van_deploy.errors import BundleError, GateFailed, UsageError
+from van_deploy.errors import BundleError, GateFailed
 from van_deploy.graph.names import INPUT_NAME, module_of
 from van_deploy.metrics import decibels, signal_and_noise
 from van_deploy.runners.base import Images
@@ -185,9 +185,6 @@ def drift_of_artefact(
         reference: gives the tensors to compare with and to feed.
         images: ``(N, C, S, S)`` normalised.
         level: how fine the parts are.
-
-    Raises:
-        UsageError: the FP32 graph carries no module names.
     """
     model, last = onnx.load(bundle.verified(artefact.name)), dict[str, str]()
     for node in onnx.load(bundle.verified("fp32")).graph.node:
@@ -196,11 +193,6 @@ def drift_of_artefact(
         if name and module in reference.modules:
             last.pop(name, None)  # the order is that of the last tensors
             last[name] = node.output[0]
-    if not last:
-        raise UsageError(
-            "The graph's nodes are not named after PyTorch modules, so drift cannot be placed.",
-            "Export the network with van-deploy, which names them.",
-        )
     made = {output for node in model.graph.node for output in node.output}
     tensors = [tensor for tensor in last.values() if tensor in made]
     try:
@@ -259,11 +251,11 @@ def _levels(
 ) -> list[dict[str, float]]:
     """Return the SQNR of each tensor so far, and of what each part adds."""
 
-    def equalised(name: str, like: Array) -> tuple[Any, Any]:
-        shape = (1, -1, *(1,) * (like.ndim - 2))
+    def equalised(name: str, like: Array) -> list[Any]:
         if f"{name}.factor" not in channels:
-            return 1.0, 0.0
-        return tuple(channels[f"{name}.{what}"].reshape(shape) for what in ("factor", "shift"))
+            return [1.0, 0.0]
+        shape = (1, -1, *(1,) * (like.ndim - 2))
+        return [channels[f"{name}.{what}"].reshape(shape) for what in ("factor", "shift")]
 
     sums = [{name: np.zeros(2) for name in tensors} for _ in range(2)]
     sessions = [quiet_session(make(model, tensors)) for make in (with_taps, isolated)]
@@ -364,7 +356,6 @@ def drift_of_bundle(
 
     Raises:
         BundleError: an artifact is not there, or is not the manifest's.
-        UsageError: the graphs carry no module names.
         GateFailed: there is no original network, and ``model.onnx`` does not hold.
     """
     chain = [Link("PyTorch float32", samples.noise_db, "the noise of float32 itself")]
@@ -384,7 +375,8 @@ def drift_of_bundle(
         parts = drift_of_artefact(bundle, artefact, reference, samples.inputs, asked.level)
         method = str(artefact.quantization.get("method", "mse"))
         model, inside = onnx.load(bundle.verified(name)), dict[str, list[str]]()
-        for module, fault in judge_graph(model, artefact.precision, samples, method)[1]:
+        floor = sqnr_floor(artefact.precision, samples.noise_db)
+        for module, fault in judge_graph(model, artefact.precision, samples, floor, method)[1]:
             part = part_name(module, asked.level, [part.name for part in parts])
             inside.setdefault(part, []).append(fault)
         told = (replace(one, fault="; ".join(inside.get(one.name, ()))) for one in parts)

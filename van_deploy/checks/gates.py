@@ -439,24 +439,18 @@ def paired_loss(lost: int, won: int, images: int) -> Loss:
     return Loss(images, loss, (100 * low, 100 * high), lost, won, mcnemar_exact(lost, won))
 
 
-def judge_loss(
-    loss: Loss,
-    allowed: Limit,
-    what: str = "top-1",
-    undecided: Outcome = Outcome.INCONCLUSIVE,
-) -> Finding:
+def judge_loss(loss: Loss, allowed: Limit, what: str = "top-1", lossy: bool = True) -> Finding:
     """Return whether a lossy artifact is shown to lose no more than is allowed.
 
     Non-inferiority: PASS if the interval's upper end is within the allowed loss, FAIL if its
-    lower end is beyond, else ``undecided``.
+    lower end is beyond, else INCONCLUSIVE. What is not lossy passes unless it FAILs.
     """
     low, high = loss.interval
     said = f"{low:+.2f} to {high:+.2f} pp of {what} lost on {loss.images} images"
     said = f"{said}, {allowed.value:g} allowed ({allowed.origin})"
-    outcome = Outcome.FAIL if low > allowed.value else undecided
-    if high <= allowed.value:
-        outcome = Outcome.PASS
-    elif outcome is Outcome.INCONCLUSIVE:
+    outcome = Outcome.FAIL if low > allowed.value else Outcome.PASS
+    if lossy and low <= allowed.value < high:
+        outcome = Outcome.INCONCLUSIVE
         needed = images_to_decide(loss, allowed.value)
         said += (
             f"; {f'about {needed} images' if needed else 'no number of images'} would decide at "
@@ -490,8 +484,8 @@ def judge_numbers(
         task: how logits become labels.
         what: the share that was lost.
     """
-    said = judge_loss(loss, allowed, what, undecided=Outcome.PASS)
-    return [at_least("SQNR", sqnr, floor), _explained(flips, floor, task), said]
+    lost = judge_loss(loss, allowed, what, lossy=False)
+    return [at_least("SQNR", sqnr, floor), _explained(flips, floor, task), lost]
 
 
 def images_to_decide(loss: Loss, allowed: float) -> int | None:

@@ -142,8 +142,10 @@ def overflows_of_graph(model: ModelProto, images: Images) -> list[Fault]:
     types, bad = tensor_types(model), set[str]()
     made = [name for node in model.graph.node for name in node.output if name]
     halves = [name for name in made if types.get(name) == TensorProto.FLOAT16]
-    session = quiet_session(with_taps(model, halves)) if halves else None
-    for image in images if session else ():
+    if not halves:
+        return []
+    session = quiet_session(with_taps(model, halves))
+    for image in images:
         taps = run_taps(session, {session.get_inputs()[0].name: image[None]})
         bad |= {name for name, value in taps if not np.isfinite(value).all()}
     return [
@@ -223,7 +225,7 @@ def _without_activation_rounding(
             node.input[index] = rounded[name].input[0] if name in rounded else name
     inside = dict.fromkeys([*tensors, *(value.name for value in bare.graph.output)])
     session = quiet_session(with_taps(bare, [name for name in inside if name != INPUT_NAME]))
-    rows, met = [], {tensor: [] for tensor in tensors}
+    rows, met = [], {tensor: list[Array]() for tensor in tensors}
     for start in range(0, len(samples), IMAGES_AT_ONCE):
         batch = samples.inputs[start : start + IMAGES_AT_ONCE]
         values: dict[str, Array] = {INPUT_NAME: batch}

@@ -73,16 +73,8 @@ def chosen_artefacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
 
     Raises:
         BundleError: one of the names is not in the bundle.
-        UsageError: the bundle holds nothing.
     """
-    for name in names:
-        bundle.artefact(name)
-    chosen = list(names) or list(bundle.artefacts)
-    if not chosen:
-        raise UsageError(
-            f"The bundle '{bundle.path}' holds no artifact.", "Make one with `van-deploy export`."
-        )
-    return chosen
+    return [bundle.artefact(name).name for name in names] or list(bundle.artefacts)
 
 
 def open_artefact(
@@ -225,7 +217,7 @@ def judge_new(
         judged = judge_answers(lambda of, i: runner.run_all(of.inputs[i]), samples, sizes, floor)
     if judged.comparison is not None:
         record[record_key(ORT_CPU, precision)] = min(judged.comparison.sqnr_db, gates.ROUNDOFF_DB)
-    findings, _ = judge_graph(graph, precision, samples, method, profile)
+    findings, _ = judge_graph(graph, precision, samples, floor, method)
     return replace(judged, findings=(*judged.findings, *findings)), record
 
 
@@ -322,14 +314,13 @@ def _judge_shares(run: Run, samples: Samples, sizes: Sequence[int], floor: Limit
     limit = Limit(max(math.sqrt(2) * noise, 1e-6), f"what noise at {floor.value:.1f} dB explains")
     expected, findings = probabilities(samples.logits, samples.task), []
     for size in sizes:
-        found, pairs = _answers(run, samples, size), []
-        if "probabilities" in found:
-            pairs.append((expected, found["probabilities"]))
+        found = _answers(run, samples, size)
+        pairs = [(expected, found.get("probabilities", expected))]
         if TOP_CLASSES in found:
             chosen = np.take_along_axis(expected, found[TOP_CLASSES], axis=1)
             best = -np.sort(-expected, axis=1)[:, : chosen.shape[1]]
             pairs += [(best, chosen), (best, found[TOP_PROBABILITIES])]  # the right ones, in order
-        change = max(float(np.abs(one - other).max()) for one, other in pairs)
+        change = float(np.max([np.abs(one - other).max() for one, other in pairs]))  # or NaN
         change = change if math.isfinite(change) else math.inf
         fault = (
             f"batch {size}: a probability is off by {change:.1e}, more than {limit.value:.1e} "
@@ -341,11 +332,7 @@ def _judge_shares(run: Run, samples: Samples, sizes: Sequence[int], floor: Limit
 
 
 def judge_graph(
-    model: onnx.ModelProto,
-    numeric: str,
-    samples: Samples,
-    method: str = "mse",
-    profile: GateProfile = gates.DEFAULT,
+    model: onnx.ModelProto, numeric: str, samples: Samples, floor: Limit, method: str = "mse"
 ) -> tuple[list[Finding], list[Fault]]:
     """Return what a plain graph's tensors say: FP16 that overflows, and INT8 scales.
 
@@ -355,8 +342,8 @@ def judge_graph(
         model: the graph, which takes normalised images.
         numeric: its numeric class.
         samples: the golden samples.
+        floor: least SQNR of the logits.
         method: of calibration, for INT8.
-        profile: what a recipe sets otherwise.
     """
     findings: list[Finding] = []
     try:
@@ -364,7 +351,6 @@ def judge_graph(
         if numeric in ("fp16", "int8") or faults:
             findings.append(held("FP16 range", "; ".join(said for _, said in faults[:4])))
         if numeric == "int8":
-            floor = gates.sqnr_floor(numeric, samples.noise_db, profile)
             found, wrong = judge_scales(model, samples, floor, method)
             return findings + found, faults + wrong
     except Exception as error:  # ONNX Runtime raises its own bare types

@@ -108,7 +108,7 @@ def _kind(row: CheckRow) -> str:
 
 def _add_case(suite: ElementTree.Element, row: CheckRow, report: CheckReport) -> None:
     kind, _, name = row.name.partition("/")
-    found, outcome = row.finding, row.outcome.value
+    found, outcome = row.finding, row.finding.outcome.value
     place = {"classname": f"{report.model}.{kind}", "name": name, "time": "0"}
     case = ElementTree.SubElement(suite, "testcase", place)
     if not report.allowed.holds(found):
