@@ -13,7 +13,8 @@ from tests.conftest import Cli
 from tests.each import each
 from van_deploy.cli.app import CommandGroup
 from van_deploy.cli.options import with_options
-from van_deploy.config.fields import BatchRange, Size, option
+from van_deploy.config import BatchRange
+from van_deploy.config.fields import Size, option
 from van_deploy.config.named import RUN, Changes
 from van_deploy.schema import Contradiction, Settings
 
@@ -137,7 +138,7 @@ def test_a_mistake_is_told_with_the_option_s_name(words: list[str], message: str
 def test_help_says_the_choices_the_default_and_the_limits() -> None:
     text = " ".join(run("--help")[0].stdout.replace("│", " ").split())
     for words in (
-        "--count INTEGER How many. [default: 20; 1 to 40]",
+        "--count INTEGER How many. [default: 20; from 1 up to 40]",
         "--kind fast|good Which. [default: the best]",
         "--fold --no-fold Make the [exact] rewrites.",
         "--always Anew.",

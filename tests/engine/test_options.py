@@ -38,7 +38,7 @@ def test_a_table_becomes_the_options_of_each_plan_and_survives_json() -> None:
     )
     level = HardwareCompatibility.AMPERE_PLUS
     more = options.changed(hardware_compatibility=level, version_compatible=True)
-    assert BuildOptions.from_dict(more.as_dict()) == more
+    assert validated(BuildOptions, more.as_dict()) == more
     own = EngineSettings().of(("sm_86",), BatchRange(1, 3, 9))
     assert own == BuildOptions(targets=("sm_86",), profiles=(BatchRange(1, 3, 9),))
 

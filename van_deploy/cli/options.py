@@ -21,8 +21,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import pydantic
 import typer
 
-from van_deploy.config.fields import BatchRange, range_text, shown
-from van_deploy.config.named import Changes, Named, named_options, put
+from van_deploy.config.fields import range_text, shown
+from van_deploy.config.named import Changes, Named, named_options, put_all
+from van_deploy.config.sizes import BatchRange
 from van_deploy.schema import Settings, validated
 
 LONGEST_CHOICES = 24  # columns; longer ones stand in the help
@@ -64,11 +65,9 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _filled(schema: type[Settings], options: Mapping[str, Named], changes: Changes) -> Settings:
-    tree: dict[str, Any] = {}
-    for place, value in changes.values.items():
-        put(tree, place, value)
     spelling = {option.place: option.flags[0] for option in options.values()}
-    return validated(schema, tree, spelling={**spelling, **changes.spelling})
+    spelling |= changes.spelling
+    return validated(schema, put_all({}, changes), spelling=spelling)
 
 
 def _parameter(option: Named) -> inspect.Parameter:

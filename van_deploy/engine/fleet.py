@@ -29,8 +29,8 @@ from typing import Literal
 import pydantic
 
 from van_deploy.config import BatchRange, BuildOptions, EngineSettings
-from van_deploy.config.engines import PlanSettings
 from van_deploy.config.fields import Target, option
+from van_deploy.config.making import PlanSettings
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import choose_backend
 from van_deploy.engine.compatibility import refuse_impossible

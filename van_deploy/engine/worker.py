@@ -36,6 +36,7 @@ from van_deploy.engine.log import BuildLog, memory_facts
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.errors import ConversionError, VanDeployError
 from van_deploy.files import write_atomic
+from van_deploy.schema import validated
 
 Send = Callable[..., None]
 
@@ -103,7 +104,7 @@ def _build(
     job: Mapping[str, Any], log: BuildLog, send: Send, is_cancelled: Callable[[], bool]
 ) -> dict[str, Any]:
     backend = backend_named(job["backend"])
-    options = BuildOptions.from_dict(job["options"])
+    options = validated(BuildOptions, job["options"])
     cache = Path(job["timing_cache"]) if job["timing_cache"] else None
     trt, path = backend.module, Path(job["onnx"])
     # No error recorder: without one every error goes to the logger, and with one
