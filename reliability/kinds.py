@@ -106,7 +106,7 @@ def _placed(
     from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
     from van_deploy.checks.regression import read_baseline
     from van_deploy.engine.fleet import read_fleet
-    from van_deploy.precision.job_images import choose_images
+    from van_deploy.precision.images import choose_images
     from van_deploy.recipe import builtin_files, read_recipe
 
     if name in {"manifest", "signature", "key"}:
@@ -195,7 +195,7 @@ def archive(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     import numpy as np
 
     from van_deploy.calibration_set import ImageSelection
-    from van_deploy.precision.job_images import choose_images
+    from van_deploy.precision.images import choose_images
 
     shapes = ((4, 8, 8), (4, 8, 8, 3), (0, 8, 8), (), (2**14, 2**14))
     images = [np.zeros(shape, np.uint8) for shape in shapes]

@@ -200,12 +200,12 @@ def int8_graph(
     model: ModelProto, config: VanConfig, batches: Sequence[npt.NDArray[np.float32]]
 ) -> ModelProto:
     """Return a folded graph with its 1x1 convolutions in INT8 for TensorRT, and no more."""
-    from van_deploy.graph.rebuilt import van_from_onnx
+    from van_deploy.graph.export import van_from_onnx
     from van_deploy.precision.equalize import Equalization
     from van_deploy.precision.fp16 import usually_kept
-    from van_deploy.precision.observers import observe
     from van_deploy.precision.plan import counted_tensors, layers_in_scope, make_plan
     from van_deploy.precision.qdq import qdq_for_tensorrt
+    from van_deploy.precision.scales import observe
 
     network = van_from_onnx(model, config)
     layers = layers_in_scope(network.model, ("pointwise",))

@@ -26,9 +26,8 @@ from van_deploy.documents import plain
 from van_deploy.errors import BundleError, GateFailed, InputError, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.files import graph_facts, save_onnx
+from van_deploy.graph.files import graph_facts, operator_counts, save_onnx, simplify_onnx
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
-from van_deploy.graph.simplify import operator_counts, simplify_onnx
 from van_deploy.manifest import Description, Golden, GraphFacts
 from van_deploy.model.checkpoint import ALL_STAGES, EMBEDDED, LoadedVan, load_van
 from van_deploy.model.variants import VARIANTS

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import zipfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import pytest
 from PIL import Image
 
 from tests.each import each
-from van_deploy.data.calibration import choose, digits_set, noise_set, refuse_overlap, split
 from van_deploy.data.items import ImageItem, ImageSet, dataset_digest, find_images, image_set
+from van_deploy.data.samples import digits_set, noise_set
 from van_deploy.errors import ImageError
-from van_deploy.model.embedded import write_digits_folder
 from van_deploy.model.preprocess import Preprocessing
 
 # --- finding ---------------------------------------------------------------------------------
@@ -209,92 +207,11 @@ def test_what_is_no_archive_or_a_bomb_is_refused(tmp_path: Path) -> None:
         image_set(path)
 
 
-# --- to calibrate on -------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits_folder(tmp_path_factory.mktemp("digits") / "train", "train", 60)
-
-
-def groups(images: ImageSet) -> Counter[str]:
-    return Counter(item.group for item in images.items)
-
-
-def of_shades(*shades: int, group: str = "") -> tuple[ImageItem, ...]:
-    return tuple(
-        ImageItem(f"{group}{number}", np.full((2, 2), shade, np.uint8), group)
-        for number, shade in enumerate(shades)
-    )
-
-
-def test_a_choice_is_balanced_and_follows_its_seed(digits: Path) -> None:
-    images = image_set(digits)
-    chosen = choose(images, 30)
-    assert groups(chosen) == {str(digit): 3 for digit in range(10)}
-    assert chosen.description == f"30 of 60 images of '{digits}'"
-    assert choose(images, 30).items == chosen.items
-    assert choose(images, 30, seed=1).digest != chosen.digest
-    assert [item.name for item in chosen.items] == sorted(item.name for item in chosen.items)
-    few = groups(choose(images, 4))  # spread over random classes
-    assert set(few.values()) == {1}
-    assert list(few) != ["0", "1", "2", "3"]
-    loose = choose(images, 30, balanced=False)
-    assert len(loose) == 30
-    assert set(groups(loose).values()) != {3}
-
-
-def test_a_class_with_few_images_gives_all_and_the_others_fill_up() -> None:
-    items = [of_shades(*range(n, n + 10), group=g) for g, n in (("b", 50), ("c", 90))]
-    images = ImageSet((*of_shades(0, 1, group="a"), *items[0], *items[1]), "22 images")
-    assert groups(choose(images, 12)) == {"a": 2, "b": 5, "c": 5}
-
-
-def test_the_split_keeps_every_class_and_shares_no_image(digits: Path, tmp_path: Path) -> None:
-    chosen = choose(image_set(digits), 50)
-    kept, aside = split(chosen, 0.2)
-    assert (len(kept), len(aside)) == (40, 10)
-    assert groups(aside) == {str(digit): 1 for digit in range(10)}
-    assert aside.description == f"10 held-out images of 50 of 60 images of '{digits}'"
-    assert split(chosen, 0.2)[1].items == aside.items
-    refuse_overlap(kept, aside)
-    copied = Path(shutil.copytree(digits, tmp_path / "copied"))
-    for path in sorted(copied.rglob("*.png")):  # no copy of a held-out image is calibrated on
-        shutil.copy(path, path.with_name(f"copy of {path.name}"))
-    kept, aside = split(image_set(copied), 0.2)
-    assert len(aside) == 24
-    assert len(kept) < 96
-    refuse_overlap(kept, aside)
-
-
-def test_too_few_different_images_are_refused() -> None:
-    with pytest.raises(ImageError, match=r"1 image\(s\) are too few to calibrate on\."):
-        choose(ImageSet(of_shades(1), "one"), 30)
-    for shades in ([1], [5, 5, 5]):
-        with pytest.raises(ImageError) as refused:
-            split(ImageSet(of_shades(*shades), "some images"), 0.2)
-        assert refused.value.message == (
-            f"{len(shades)} image(s) cannot be split into two parts: too few of them are different."
-        )
-
-
-def test_the_same_image_in_both_sets_is_an_error(digits: Path, tmp_path: Path) -> None:
-    first = sorted(digits.rglob("*.png"))[0]
-    shutil.copy(first, tmp_path / "renamed.png")
-    Image.new("L", (8, 8), 77).save(tmp_path / "other.png")
-    with pytest.raises(ImageError) as caught:
-        refuse_overlap(image_set(digits), image_set(tmp_path))
-    assert caught.value.message == (
-        "1 calibration image(s) are also evaluation images, byte for byte: "
-        f"{first} and {tmp_path / 'renamed.png'}."
-    )
-
-
 def test_the_digits_know_their_classes_and_noise_that_it_is_noise() -> None:
     train, heldout = digits_set("train"), digits_set("heldout")
     assert (len(train), len(heldout)) == (1437, 360)
     assert [str(item.label) for item in train.items] == [item.group for item in train.items]
-    refuse_overlap(train, heldout)
+    assert not {i.digest for i in train.items} & {i.digest for i in heldout.items}
     preprocessing = Preprocessing(32, (0.5,) * 5, (0.5,) * 5, "bicubic", 1.0, "a test")
     noise = noise_set(4, preprocessing)
     assert (noise.noise, noise.description) == (True, "4 samples of NOISE, no images")

@@ -31,8 +31,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 from van_deploy.checks import gates
 from van_deploy.checks.gates import Finding, Limit, at_least, held
 from van_deploy.checks.samples import Samples
-from van_deploy.graph.names import INPUT_NAME
-from van_deploy.graph.shapes import with_dynamic_batch_
+from van_deploy.graph.names import INPUT_NAME, with_dynamic_batch_
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
 

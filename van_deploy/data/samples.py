@@ -18,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.config.sizes import ImageSize, sides_of
-from van_deploy.data.calibration import digits_set
 from van_deploy.data.decode import Batch, item_values, opened
 from van_deploy.data.items import ImageItem, ImageSet, image_set
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.model.embedded import EMBEDDED_NAME
+from van_deploy.model.embedded import EMBEDDED_NAME, DigitsSplit, digits_images
 from van_deploy.model.pixels import pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 
@@ -208,3 +207,25 @@ def _part(
     left, top = (int(rng.integers(0, whole - side, endpoint=True)) for whole in image.size)
     crop = image.crop((left, top, left + side, top + side))
     return pixels_from_image(ImageOps.mirror(crop) if rng.random() < 0.5 else crop, preprocessing)
+
+
+def digits_set(part: DigitsSplit) -> ImageSet:
+    """Return the handwritten digits inside the package: ``train`` or ``heldout``."""
+    values, labels = digits_images(part)
+    items = tuple(
+        ImageItem(f"digit {number}", image, str(label), int(label))
+        for number, (image, label) in enumerate(zip(values, labels, strict=True))
+    )
+    kind = "training" if part == "train" else "held-out"
+    return ImageSet(items, f"{len(items)} {kind} images of handwritten digits")
+
+
+def noise_set(count: int, preprocessing: Preprocessing, seed: int = 0) -> ImageSet:
+    """Return seeded normal noise as network input ``(C, H, W)``, labelled as what it is."""
+    rng = np.random.default_rng(seed)
+    shape = (preprocessing.channels, *preprocessing.sides)
+    items = [
+        ImageItem(f"noise {number}", rng.standard_normal(shape).astype(np.float32))
+        for number in range(count)
+    ]
+    return ImageSet(tuple(items), f"{count} samples of NOISE, no images", noise=True)

@@ -198,7 +198,7 @@ def _network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> nn.Module:
     from onnx import load
     from torch import nn
 
-    from van_deploy.graph.rebuilt import van_from_onnx
+    from van_deploy.graph.export import van_from_onnx
 
     class Cast(nn.Module):
         def __init__(self, dtype: torch.dtype) -> None:
