@@ -27,9 +27,10 @@ import numpy.typing as npt
 
 from benchmarks.table import Table
 from van_deploy import api
-from van_deploy.checks.evaluate import Answers, ArtefactLoss, Networks, Truth, judge_artefact
+from van_deploy.checks.evaluate import Answers, ArtefactLoss, Truth, judge_artefact
 from van_deploy.checks.gates import allowed_loss
 from van_deploy.checks.golden import golden_samples
+from van_deploy.checks.judging import Networks
 from van_deploy.config import EvaluationSettings
 from van_deploy.data import decoded_batches, labelled_images
 from van_deploy.metrics import Task

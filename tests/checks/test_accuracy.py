@@ -21,6 +21,7 @@ from van_deploy.checks.evaluate import (
     judge_artefact,
     loss_of,
 )
+from van_deploy.checks.gates import Outcome
 from van_deploy.checks.regression import ROUNDS, WARM_UPS, paired_ratio
 from van_deploy.metrics import Task, probabilities
 
@@ -61,32 +62,29 @@ class TestOneClassOfMany:
     def test_a_nan_is_no_answer(self) -> None:
         reference = np.array([[3.0, 1.0, 2.0]] * 2, np.float32)
         logits = np.array([[3.0, 1.0, 2.0], [np.nan, 1.0, 2.0]], np.float32)
-        found = Answers.of(logits, SINGLE, reference)
+        found, truth = Answers.of(logits, SINGLE, reference), Truth(np.array([0, 0]), 3, SINGLE)
         assert found.classes.tolist() == [[0, 2, 1], [-1, -1, -1]]
         assert found.confidence[1] == 0
-        assert accuracy_of(found, Truth(np.array([0, 0]), 3, SINGLE)).top1 == 0.5
-        assert found.sqnr_db(Answers.of(reference)) == -math.inf
-        assert [flip.fault for flip in found.flips(Answers.of(reference), 9.0)] == [True]
+        assert accuracy_of(found, truth).top1 == 0.5
+        judged = judge_artefact(Answers.of(reference), found, truth, "fp16", 130.0)
+        assert (judged.sqnr_db, judged.outcome) == (-math.inf, Outcome.FAIL)
+        assert judged.confusions == ((0, -1, 1),)
 
     def test_noise_and_flips_over_the_whole_set(self) -> None:
         rng = np.random.default_rng(3)
         expected = rng.normal(size=(10, 4)).astype(np.float32)
         found = expected + 0.3 * rng.normal(size=(10, 4)).astype(np.float32)
-        batches = [slice(6, 10), slice(0, 3), slice(3, 6)]  # out of order, as from a cluster
-        order = np.argsort([6, 7, 8, 9, 0, 1, 2, 3, 4, 5])
-        before = Answers.joined([Answers.of(expected[b]) for b in batches], order)
-        after = Answers.joined([Answers.of(found[b], SINGLE, expected[b]) for b in batches], order)
+        before, after = Answers.of(expected), Answers.of(found, SINGLE, expected)
+        judged = judge_artefact(before, after, Truth(np.zeros(10, int), 4, SINGLE), "fp16", 130.0)
         noise = np.square(found.astype(np.float64) - expected).sum()
         signal = np.square(expected.astype(np.float64)).sum()
-        assert after.sqnr_db(before) == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
+        assert judged.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
         changed = np.flatnonzero(expected.argmax(1) != found.argmax(1))
-        flips = after.flips(before, explained=0.1)
-        assert sorted(f.image for f in flips) == changed.tolist()
-        for flip in flips:
-            first, second = np.sort(expected[flip.image])[::-1][:2]
-            margin = (first - second) / math.sqrt(signal / expected.size)
-            assert flip.margin == pytest.approx(margin, rel=1e-5)
-            assert flip.fault == (flip.margin > 0.1)
+        assert judged.flips == len(changed) > 0
+        (flips,) = (f for f in judged.findings if f.rule == "label flips")
+        ordered = np.sort(expected[changed])
+        widest = (ordered[:, -1] - ordered[:, -2]).max() / math.sqrt(signal / expected.size)
+        assert flips.value == pytest.approx(widest, rel=1e-5)
 
 
 def test_one_logit_is_decided_at_half_and_no_argmax() -> None:
@@ -101,8 +99,8 @@ def test_one_logit_is_decided_at_half_and_no_argmax() -> None:
     assert (accuracy.top1, accuracy.top5) == (0.5, None)
     loss = loss_of(before, after, Truth(labels, 1, BINARY))
     assert (loss.lost, loss.won, loss.loss) == (2, 0, 50.0)
-    flips = [(f.image, f.expected, f.found) for f in after.flips(before, 0.0)]
-    assert flips == [(1, 0, 1), (2, 1, 0)]
+    judged = judge_artefact(before, after, Truth(labels, 1, BINARY), "fp16", 130.0)
+    assert judged.confusions == ((0, 1, 1), (1, 0, 1))
     extreme = probabilities(np.array([[-1000.0], [0.0], [1000.0]]), BINARY)
     assert extreme.tolist() == [[0.0], [0.5], [1.0]]
 
@@ -163,5 +161,6 @@ def test_a_restless_machine_gets_more_paired_rounds(
 
     monkeypatch.setattr("van_deploy.checks.regression.time.perf_counter", lambda: now[0])
     found = paired_ratio(lambda: takes(next(times), 1), lambda: takes(2.0, 0))
-    assert (found.low or 9) <= found.value == 3.0 <= (found.high or 0)
+    assert found.interval
+    assert found.interval[0] <= found.value == 3.0 <= found.interval[1]
     assert (rounds[0] == ROUNDS[0]) is (len(slow) == 1)

@@ -359,7 +359,7 @@ class TestCheck:
 
         def other(values: Any) -> None:
             for name, low, high in (("fp32", 1e3, 1e4), ("fp16", 1e-6, 1e-5), ("int8", 0.01, 100)):
-                speed = {"value": (low * high) ** 0.5, "low": low, "high": high}
+                speed = {"value": (low * high) ** 0.5, "interval": [low, high]}
                 values["artefacts"][name]["speed"] = speed
 
         rewritten(baseline, other)

@@ -7,7 +7,6 @@ that has no meaning is absent: top-5 of five classes or fewer, calibration of ma
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import time
@@ -25,16 +24,15 @@ from van_deploy.bundle import Bundle
 from van_deploy.checks import gates as rules
 from van_deploy.checks.gates import Finding, Loss, Outcome
 from van_deploy.checks.golden import samples_for
-from van_deploy.checks.judging import NotRun, chosen_artefacts, open_artefact
+from van_deploy.checks.judging import Networks, NotRun
 from van_deploy.config import EvaluationSettings, GateProfile, GateSettings
-from van_deploy.data import Batch, ImageSet
+from van_deploy.data import ImageSet
 from van_deploy.errors import ConversionError, ImageError
 from van_deploy.files import content_key
-from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.intervals import Interval, bootstrap_interval, wilson_interval
-from van_deploy.metrics import Flip, Task
+from van_deploy.metrics import Task
 from van_deploy.ray_tasks import RayTask, run_on_ray
-from van_deploy.runners.network import PYTORCH, Network, require_classes, task_of
+from van_deploy.runners.network import PYTORCH, require_classes, task_of
 from van_deploy.stopwatch import Progress, silent
 
 if TYPE_CHECKING:
@@ -106,25 +104,6 @@ class Answers(NamedTuple):
             np.square(values).mean(axis=1),
             np.square(values - exact).mean(axis=1),
         )
-
-    @classmethod
-    def joined(cls, parts: Sequence[Answers], order: npt.NDArray[np.int64]) -> Answers:
-        """Return the answers of several batches as one, in another order."""
-        return cls(*(np.concatenate(column)[order] for column in zip(*parts, strict=True)))
-
-    def sqnr_db(self, reference: Answers) -> float:
-        """Return the SQNR of the logits against the reference's."""
-        return metrics.decibels(float(reference.power.mean()), float(self.noise.mean()))
-
-    def flips(self, reference: Answers, explained: float) -> list[Flip]:
-        """Return the label flips, the widest margin first.
-
-        Args:
-            reference: PyTorch's answers to the same images.
-            explained: margins up to this, in RMS logits, are noise.
-        """
-        margins = reference.margins / (math.sqrt(float(reference.power.mean())) or 1.0)
-        return metrics.flips_between(reference.classes, self.classes, margins, explained)
 
 
 @dataclass(frozen=True)
@@ -245,12 +224,13 @@ def judge_artefact(
         noise_db: SQNR of PyTorch's float32 against its float64.
         profile: what a recipe sets otherwise.
     """
-    floor, allowed = (
-        rules.sqnr_floor(numeric, noise_db, profile),
-        rules.allowed_loss(numeric, profile),
-    )
-    loss, sqnr, task = loss_of(before, after, truth), after.sqnr_db(before), truth.task
-    flips = after.flips(before, rules.flip_margin(floor.value, task))
+    floor = rules.sqnr_floor(numeric, noise_db, profile)
+    allowed, task = rules.allowed_loss(numeric, profile), truth.task
+    loss, signal = loss_of(before, after, truth), float(before.power.mean())
+    sqnr = metrics.decibels(signal, float(after.noise.mean()))
+    margins = before.margins / (math.sqrt(signal) or 1.0)  # in RMS logits
+    explained = rules.flip_margin(floor.value, task)
+    flips = metrics.flips_between(before.classes, after.classes, margins, explained)
     what = "F1" if task is Task.MULTI_LABEL else "top-1"
     findings = [rules.judge_loss(loss, allowed, what)]
     if not rules.CLASSES[numeric].lossy:
@@ -356,78 +336,6 @@ class EvaluateReport(rules.Report):
         return found + [(s.artefact, rules.skipped("runs", s.reason, s.kind)) for s in self.skipped]
 
 
-class Networks(contextlib.ExitStack):
-    """PyTorch and some artifacts, loaded; closed by ``with``.
-
-    Args:
-        bundle: of the artifacts.
-        loaded: the original network.
-        asked: which artifacts, and what runs them.
-        threads: inside one operator; None lets the runtime choose.
-
-    Attributes:
-        numeric: the numeric class of each artifact.
-        runners: what runs each network, PyTorch first.
-        skipped: artifacts that do not run here.
-    """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        loaded: LoadedVan,
-        asked: EvaluationSettings,
-        threads: int | None = None,
-    ) -> None:
-        from van_deploy.runners.pytorch import TorchRunner
-
-        super().__init__()
-        self.bundle, self.loaded, self.task = bundle, loaded, task_of(bundle)
-        self._torch, self._artefacts = TorchRunner(loaded.model), dict[str, Network]()
-        self.numeric, self.skipped = dict[str, str](), list[NotRun]()
-        for name in chosen_artefacts(bundle, asked.artefacts):
-            # Idle threads must not spin: the next image is being decoded on that core.
-            opened = open_artefact(bundle, name, asked, threads, spin=False)
-            if isinstance(opened, NotRun):
-                self.skipped.append(opened)
-            elif OUTPUT_NAME not in {output.name for output in opened.outputs}:
-                self.skipped.append(NotRun(name, opened.runner, "it gives no logits", ""))
-            else:
-                self._artefacts[name] = self.enter_context(opened)
-                kind = bundle.artefact(name).precision
-                self.numeric[name] = rules.numeric_class(kind, tf32=opened.tf32)
-        self.runners = {PYTORCH: PYTORCH, **{n: a.runner for n, a in self._artefacts.items()}}
-
-    def logits(self, batch: Batch) -> dict[str, npt.NDArray[np.float32]]:
-        """Return each network's logits ``(n, K)``, PyTorch's first; n is 1 or more."""
-        found = {PYTORCH: self._torch.run(batch.inputs)}
-        for name, opened in self._artefacts.items():
-            # Normalised once for all that take it so.
-            given = batch.inputs if opened.embedding == "none" else batch.values
-            found[name] = opened.logits(given)
-        return found
-
-    def answers(
-        self, images: ImageSet, batch: int, workers: int, indices: Sequence[int] | None = None
-    ) -> Iterator[Said]:
-        """Yield what every network says, batch by batch; nothing where no image can be read.
-
-        Args:
-            images: the evaluation set.
-            batch: images a batch.
-            workers: threads that decode.
-            indices: which of the images; None for all.
-        """
-        for found in data.decoded_batches(
-            images.items, self.loaded.preprocessing, batch, indices=indices, workers=workers
-        ):
-            logits = self.logits(found) if found.indices else {}
-            answers = {
-                name: Answers.of(y, self.task, None if name == PYTORCH else logits[PYTORCH])
-                for name, y in logits.items()
-            }
-            yield found.indices, found.unreadable, answers
-
-
 def evaluate_bundle(
     bundle: Bundle,
     loaded: LoadedVan,
@@ -470,11 +378,11 @@ def evaluate_bundle(
             f"Not one of the {total} images could be read; the first: {unreadable[0][1]}",
             "Give images that can be read.",
         )
-    answers = {
-        name: Answers.joined([said[name] for said in pieces], np.argsort(rows))
-        for name in networks.runners
-    }
-    truth = Truth(labels[np.sort(rows)], loaded.config.num_classes, networks.task)
+    order, answers = np.argsort(rows), {}
+    for name in networks.runners:
+        columns = zip(*(said[name] for said in pieces), strict=True)
+        answers[name] = Answers(*(np.concatenate(column)[order] for column in columns))
+    truth = Truth(labels[np.sort(rows)], loaded.config.num_classes, task_of(bundle))
     digests = {"set": data.dataset_digest(images), "labels": labels.tolist()}
     return EvaluateReport(
         images=images.description,
@@ -522,7 +430,7 @@ def _answered(networks: Networks, images: ImageSet, asked: EvaluationSettings) -
     """Yield what the networks say, batch by batch."""
     if asked.on == "here":
         workers = asked.workers or len(os.sched_getaffinity(0))
-        yield from networks.answers(images, asked.batch, workers)
+        yield from _answers(networks, images, asked.batch, workers)
         return
     step = asked.batch * BATCHES_A_TASK
     tasks = [
@@ -540,16 +448,42 @@ def _answered(networks: Networks, images: ImageSet, asked: EvaluationSettings) -
         yield from done.result
 
 
+def _answers(
+    networks: Networks,
+    images: ImageSet,
+    batch: int,
+    workers: int,
+    indices: Sequence[int] | None = None,
+) -> Iterator[Said]:
+    """Yield what every network says, batch by batch; nothing where no image can be read.
+
+    Args:
+        networks: which.
+        images: the evaluation set.
+        batch: images a batch.
+        workers: threads that decode.
+        indices: which of the images; None for all.
+    """
+    preprocessing, task = networks.loaded.preprocessing, task_of(networks.bundle)
+    how: dict[str, Any] = {"indices": indices, "workers": workers}
+    for found in data.decoded_batches(images.items, preprocessing, batch, **how):
+        logits = networks.logits(found) if found.indices else {}
+        said = {
+            name: Answers.of(y, task, None if name == PYTORCH else logits[PYTORCH])
+            for name, y in logits.items()
+        }
+        yield found.indices, found.unreadable, said
+
+
 def _on_machine(
     shared: tuple[str, tuple[str, ...], ImageSet, EvaluationSettings], indices: Sequence[int]
 ) -> list[Said]:
     """Return what the networks say of some images; a machine of the cluster loads them once."""
     path, names, images, asked = shared
     networks = _networks_here(path, asked)
-    lost = set(names).difference(networks.runners)
-    if lost:
+    if lost := set(names).difference(networks.runners):
         raise ConversionError(f"It does not run {', '.join(sorted(lost))}.")
-    return list(networks.answers(images, asked.batch, 1, indices))
+    return list(_answers(networks, images, asked.batch, 1, indices))
 
 
 @lru_cache(maxsize=1)

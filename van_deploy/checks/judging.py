@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +18,26 @@ from van_deploy.checks import gates
 from van_deploy.checks.gates import Finding, Limit, Outcome, held, judge_invariance, judge_logits
 from van_deploy.checks.graphs import Fault, judge_scales, one_line, overflows_of_graph
 from van_deploy.checks.samples import Samples
-from van_deploy.config import BatchRange, CheckSettings, GateProfile, RunnerSettings, RunSettings
+from van_deploy.config import (
+    BatchRange,
+    CheckSettings,
+    EvaluationSettings,
+    GateProfile,
+    RunnerSettings,
+    RunSettings,
+)
+from van_deploy.data import Batch
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import OUTPUT_NAME, fixed_batch
 from van_deploy.metrics import Array, Comparison, Flip, probabilities, rms
-from van_deploy.runners.base import Outputs
-from van_deploy.runners.network import ORT_CPU, Network
+from van_deploy.runners.base import Logits, Outputs
+from van_deploy.runners.network import ORT_CPU, PYTORCH, Network
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
+
+if TYPE_CHECKING:
+    from van_deploy.model.checkpoint import LoadedVan
 
 OVERFLOW_IMAGES = 4
 ORDERS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
@@ -77,7 +89,7 @@ def chosen_artefacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
 
 
 def open_artefact(
-    bundle: Bundle, name: str, asked: RunnerSettings, threads: int | None = None, spin: bool = True
+    bundle: Bundle, name: str, asked: RunnerSettings, threads: int = 0, spin: bool = True
 ) -> Network | NotRun:
     """Return the artifact called ``name`` to be opened with ``with``, or why it does not run here.
 
@@ -85,15 +97,15 @@ def open_artefact(
         bundle: the bundle.
         name: of the artifact.
         asked: what runs it.
-        threads: inside one operator; None lets the runtime choose.
+        threads: inside one operator; 0 lets the runtime choose.
         spin: whether threads that wait keep their cores busy.
 
     Raises:
         BundleError: there is no such artifact, or its files are not the manifest's.
         MissingDependency: ONNX Runtime is not installed.
     """
-    how: dict[str, Any] = {"runner": asked.runner, "device": asked.device, "threads": threads}
-    network = Network(bundle, name, trust_engine=asked.trust_engine, spin=spin, **how)
+    how: dict[str, Any] = {n: getattr(asked, n) for n in ("runner", "device", "trust_engine")}
+    network = Network(bundle, name, threads=threads or None, spin=spin, **how)
     bundle.verified(name, only_file=network.is_engine and asked.trust_engine)
     obstacle = network.obstacle()
     if obstacle is not None:
@@ -115,6 +127,53 @@ def given_to(network: Network, samples: Samples, rows: slice | npt.NDArray[np.in
             "Give images as files, or as uint8 arrays.",
         )
     return network.prepare(samples.pixels[rows])
+
+
+class Networks(ExitStack):
+    """PyTorch and some artifacts, loaded; closed by ``with``.
+
+    Args:
+        bundle: of the artifacts.
+        loaded: the original network.
+        asked: which artifacts, and what runs them.
+        threads: inside one operator; 0 lets the runtime choose.
+
+    Attributes:
+        numeric: the numeric class of each artifact.
+        runners: what runs each network, PyTorch first.
+        skipped: artifacts that do not run here.
+    """
+
+    def __init__(
+        self, bundle: Bundle, loaded: LoadedVan, asked: EvaluationSettings, threads: int = 0
+    ) -> None:
+        from van_deploy.runners.pytorch import TorchRunner
+
+        super().__init__()
+        self.bundle, self.loaded, self._torch = bundle, loaded, TorchRunner(loaded.model)
+        self.numeric, self.skipped = dict[str, str](), list[NotRun]()
+        self._artefacts: dict[str, Network] = {}
+        for name in chosen_artefacts(bundle, asked.artefacts):
+            # Idle threads must not spin: the next image is being decoded on that core.
+            opened = open_artefact(bundle, name, asked, threads, spin=False)
+            if isinstance(opened, NotRun):
+                self.skipped.append(opened)
+            elif OUTPUT_NAME not in {output.name for output in opened.outputs}:
+                self.skipped.append(NotRun(name, opened.runner, "it gives no logits", ""))
+            else:
+                self._artefacts[name] = self.enter_context(opened)
+                kind = bundle.artefact(name).precision
+                self.numeric[name] = gates.numeric_class(kind, tf32=opened.tf32)
+        self.runners = {PYTORCH: PYTORCH, **{n: a.runner for n, a in self._artefacts.items()}}
+
+    def logits(self, batch: Batch) -> dict[str, Logits]:
+        """Return each network's logits ``(n, K)``, PyTorch's first; n is 1 or more."""
+        found = {PYTORCH: self._torch.run(batch.inputs)}
+        for name, opened in self._artefacts.items():
+            # Normalised once for all that take it so.
+            given = batch.inputs if opened.embedding == "none" else batch.values
+            found[name] = opened.logits(given)
+        return found
 
 
 # --- what is found ---------------------------------------------------------------------------

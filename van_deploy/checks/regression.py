@@ -36,7 +36,14 @@ if TYPE_CHECKING:
 SCHEMA: Final = "van-deploy/check/2"
 ANEW = "Write one with --update, look at it, and commit it."
 SHOWN = 4  # messages of one gate
-DIGEST = 64  # characters
+SAME = {
+    "model": "another model",
+    "weights_sha256": "other weights",
+    "samples_sha256": "other images to verify on",
+    "against": "another reference",
+    "evaluation_sha256": "another evaluation set",
+    "evaluation_images": "another number of images that can be read",
+}
 MOST_DB = 300.0  # what "no error at all" is written as
 WARM_UPS = 2
 ROUNDS = (25, 200)  # at least, and at most where the interval stays wide
@@ -52,10 +59,8 @@ class Figure(Schema):
     """
 
     value: float
-    low: Ratio | None = None
-    """Lower end of the 95 % interval of a speed."""
-    high: Ratio | None = None
-    """Its upper end."""
+    interval: tuple[Ratio, Ratio] | None = None
+    """Of a speed, 95 %."""
     by: Text = ""
     """Runner and numeric class, which an SQNR depends on."""
 
@@ -174,7 +179,7 @@ def paired_ratio(slow: Callable[[], object], fast: Callable[[], object]) -> Figu
         if number >= 0:
             ratios.append(seconds[slow] / seconds[fast])
             (low, high), middle = median_interval(ratios), statistics.median(ratios)
-    return Figure(value=middle, low=low, high=high)
+    return Figure(value=middle, interval=(low, high))
 
 
 # --- the check -------------------------------------------------------------------------------
@@ -231,16 +236,13 @@ class CheckReport(gates.Report):
 
 
 def compare_with_baseline(
-    measured: Baseline,
-    baseline: Baseline | None,
-    verify: VerifyReport,
-    evaluate: EvaluateReport | None,
+    now: Baseline, then: Baseline | None, verify: VerifyReport, evaluate: EvaluateReport | None
 ) -> CheckReport:
     """Return every gate, and every figure against the baseline.
 
     Args:
-        measured: what was measured now.
-        baseline: what was good; None while a new one is being written.
+        now: what was measured.
+        then: what was good; None while a new one is being written.
         verify: what verifying found.
         evaluate: what evaluating found, if there were labelled images.
 
@@ -248,21 +250,20 @@ def compare_with_baseline(
         InputError: the baseline is of another model, other weights, or other images.
     """
     rows, new = [*_gate_rows(verify, evaluate)], tuple[str, ...]()
-    if baseline is not None:
-        _require_same(baseline, measured)
+    if then is not None:
+        _require_same(then, now)
         kinds = {name: finding.skip for name, finding in verify.named() if finding.skip}
-        for name, old in baseline.artefacts.items():
-            now = measured.artefacts.get(name)
-            if now is None:
+        for name, figures in then.artefacts.items():
+            if name not in now.artefacts:
                 lacks = "the baseline has this artifact and the bundle lacks it"
                 rows.append(CheckRow(f"baseline/{name}", gates.held("artifact", lacks)))
                 continue
-            for rule, then in old.items():
-                kind, images = kinds.get(name, ""), baseline.evaluation_images
-                found = _against(rule, then, now.get(rule), images, kind)
-                rows.append(CheckRow(f"baseline/{name}/{rule}", found, then.value))
-        new = tuple(name for name in measured.artefacts if name not in baseline.artefacts)
-    return CheckReport(measured.model, tuple(rows), new, verify.images, verify.allowed, measured)
+            for rule, old in figures.items():
+                new_one, images = now.artefacts[name].get(rule), then.evaluation_images
+                found = _against(rule, old, new_one, images, kinds.get(name, ""))
+                rows.append(CheckRow(f"baseline/{name}/{rule}", found, old.value))
+        new = tuple(name for name in now.artefacts if name not in then.artefacts)
+    return CheckReport(now.model, tuple(rows), new, verify.images, verify.allowed, now)
 
 
 def _gate_rows(verify: VerifyReport, evaluate: EvaluateReport | None) -> Iterator[CheckRow]:
@@ -291,21 +292,13 @@ def _summary(whole: Finding, findings: Sequence[Finding]) -> Finding:
 
 
 def _require_same(then: Baseline, now: Baseline) -> None:
-    pairs = [
-        ("another model", then.model, now.model),
-        ("other weights", then.weights_sha256, now.weights_sha256),
-        ("other images to verify on", then.samples_sha256, now.samples_sha256),
-        ("another reference", then.against, now.against),
-    ]
-    if then.evaluation_sha256 and now.evaluation_sha256:
-        number = "another number of images that can be read"
-        pairs.append(("another evaluation set", then.evaluation_sha256, now.evaluation_sha256))
-        pairs.append((number, str(then.evaluation_images), str(now.evaluation_images)))
-    for what, *both in pairs:
-        if both[0] != both[1]:
-            old, new = (text[:12] if len(text) == DIGEST else text for text in both)
+    evaluated = then.evaluation_sha256 and now.evaluation_sha256
+    for name, what in SAME.items():
+        old, new = (str(getattr(baseline, name)) for baseline in (then, now))
+        if old != new and (evaluated or not name.startswith("evaluation")):
+            shown = slice(12 if name.endswith("sha256") else None)
             raise InputError(
-                f"The baseline was measured with {what}: {old}, and now {new}.",
+                f"The baseline was measured with {what}: {old[shown]}, and now {new[shown]}.",
                 "Give the same ones, or write the baseline anew with --update.",
             )
 
@@ -327,25 +320,18 @@ def _against(rule: str, then: Figure, now: Figure | None, images: int, kind: str
         own = "speed" if rule == "speed" else "accuracy"
         why = f"the baseline has it, and this run measured no {own} of this artifact"
         return skipped(rule, f"{why}: add --speed" if rule == "speed" else why, kind or own)
-    if then.low and then.high and now.low and now.high:
-        return _speed(then.value, now.value, now.low / then.high, now.high / then.low)
+    least, drop = 1 - gates.SPEED_SLACK, gates.BELOW_RECORD_DB
+    if then.interval and now.interval:
+        low, high = now.interval[0] / then.interval[1], now.interval[1] / then.interval[0]
+        limit = Limit(then.value * least, f"baseline minus {100 * gates.SPEED_SLACK:g} %")
+        said = f"{100 * low:.0f} to {100 * high:.0f} % of the baseline's ratio"
+        outcome = Outcome.PASS if low >= least else Outcome.FAIL
+        if low < least <= high:
+            outcome, said = Outcome.INCONCLUSIVE, f"{said}: a quieter machine would decide"
+        return Finding(rule, outcome, said, now.value, limit, "x")
     if rule == "SQNR":
-        limit = Limit(
-            then.value - gates.BELOW_RECORD_DB, f"baseline minus {gates.BELOW_RECORD_DB:g}"
-        )
-        return gates.at_least(rule, now.value, limit)
+        return gates.at_least(rule, now.value, Limit(then.value - drop, f"baseline minus {drop:g}"))
     slack = gates.chance_changes(images)
     origin = f"baseline minus {slack} of {images} images, which chance may change"
-    least = round(then.value - 100 * slack / max(images, 1), 9)
-    return gates.at_least(rule, now.value, Limit(least, origin), "%")
-
-
-def _speed(then: float, now: float, low: float, high: float) -> Finding:
-    """Return whether the median ratio fell by more than the slack, as its interval tells."""
-    least = 1 - gates.SPEED_SLACK
-    limit = Limit(then * least, f"baseline minus {100 * gates.SPEED_SLACK:g} %")
-    said = f"{100 * low:.0f} to {100 * high:.0f} % of the baseline's ratio"
-    outcome = Outcome.PASS if low >= least else Outcome.FAIL
-    if low < least <= high:
-        outcome, said = Outcome.INCONCLUSIVE, f"{said}: a quieter machine would decide"
-    return Finding("speed", outcome, said, now, limit, "x")
+    fewest = round(then.value - 100 * slack / max(images, 1), 9)
+    return gates.at_least(rule, now.value, Limit(fewest, origin), "%")

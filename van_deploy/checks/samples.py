@@ -85,6 +85,9 @@ class Outputs:
 LOGITS = Outputs()
 """Those of a classifier."""
 
+Answers = Callable[[str, Images, Outputs], tuple[Array, Array]]
+"""From a size, images, and how outputs become rows, to a network's in float64 and in float32."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -170,9 +173,8 @@ def samples_from(
     images: CheckImages,
     config: VanConfig,
     sizes: Sequence[ImageSize],
-    answers: Callable[[str, Images, Outputs], tuple[Array, Array]],
-    *,
-    golden: bool = False,
+    answers: Answers,
+    golden: bool,
 ) -> Samples:
     """Return images with answers, the first of them at other sizes, too.
 
