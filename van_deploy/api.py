@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from van_deploy.pipeline import ExportResult
     from van_deploy.precision.pipeline import QuantizeResult
     from van_deploy.run import ExportReport, RunResult
-    from van_deploy.serve.packaging import PackageReport
-    from van_deploy.serve.predict import Prediction, Speed
+    from van_deploy.serve.package import PackageReport
+    from van_deploy.serve.predict import Prediction
 
 Image = str | Path | bytes
 Result = TypeVar("Result")
@@ -267,11 +267,9 @@ class Bundle:
             ImageError: there is no such file, or a folder holds no image.
             BundleError: there is no such artefact, or its files are not the manifest's.
         """
-        from van_deploy.serve.predict import Speed
-
-        asked, speed = settings_from(config.PredictSettings, settings, options), Speed()
-        answers = tuple(self.stream(images, asked, speed=speed, progress=progress))
-        return Predictions(self.path, asked.artefact, speed, answers)
+        asked = settings_from(config.PredictSettings, settings, options)
+        answers = tuple(self.stream(images, asked, progress=progress))
+        return Predictions(self.path, asked.artefact, answers)
 
     def stream(
         self,
@@ -279,13 +277,12 @@ class Bundle:
         settings: config.PredictSettings | None = None,
         /,
         *,
-        speed: Speed | None = None,
         progress: Progress | None = None,
         **options: Unpack[option_types.PredictOptions],
     ) -> Iterator[Prediction]:
         """Yield what :meth:`predict` returns, one image after the other.
 
-        ``speed`` is added to as it goes on. Raises what :meth:`predict` raises.
+        Raises what :meth:`predict` raises.
         """
         from van_deploy.runners.network import Network, require_classes
         from van_deploy.serve.predict import predict, sources_from
@@ -304,7 +301,7 @@ class Bundle:
             device=asked.device,
         )
         with network:
-            answers = predict(network, sources, top=asked.top_k, batch=batch, speed=speed)
+            answers = predict(network, sources, top=asked.top_k, batch=batch)
             for done, answer in enumerate(answers, 1):
                 if progress is not None:
                     progress("Looking at images", done, len(sources))
@@ -332,7 +329,7 @@ class Bundle:
             MissingDependency: ``only_check``, and what holds Triton's schema is not installed.
             UsageError: ``output`` holds something else.
         """
-        from van_deploy.serve.packaging import package
+        from van_deploy.serve.package import package
 
         asked = settings_from(config.PackageSettings, settings, options)
         return package(self.opened(), Path(output) if output else None, asked, only_check)

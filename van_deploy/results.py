@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from van_deploy.engine.fleet import Outcome
     from van_deploy.errors import VanDeployError
-    from van_deploy.serve.predict import Prediction, Speed
+    from van_deploy.serve.predict import Prediction
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,11 @@ class Predictions:
     Attributes:
         bundle: whose network answered.
         artefact: which of its artefacts.
-        speed: where the time went.
         predictions: one an image, in order.
     """
 
     bundle: Path
     artefact: str
-    speed: Speed
     predictions: tuple[Prediction, ...]
 
     @property

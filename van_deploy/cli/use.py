@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import ipaddress
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,12 +105,12 @@ def predict(
     wanted = [_stdin() if image == "-" else image for image in images]
     from van_deploy.report.sections_model import predictions_blocks
     from van_deploy.results import Predictions
-    from van_deploy.serve.predict import Prediction, Speed
+    from van_deploy.serve.predict import Prediction
 
-    speed, kept = Speed(), list[Prediction]()
+    kept = list[Prediction]()
     total = bad = 0
     with telling(f"Loading {settings.artefact}") as tell:
-        for answer in asked.stream(wanted, settings, speed=speed, progress=tell):
+        for answer in asked.stream(wanted, settings, progress=tell):
             total, bad = total + 1, bad + (answer.error is not None)
             if json_lines:
                 sys.stdout.write(json_text(plain(answer)) + "\n")
@@ -117,9 +118,8 @@ def predict(
             else:
                 kept.append(answer)
     if not json_lines:
-        answers = Predictions(asked.path, settings.artefact, speed, tuple(kept))
+        answers = Predictions(asked.path, settings.artefact, tuple(kept))
         emit(answers, as_json, predictions_blocks)
-    remark(f"{settings.artefact}: {speed}")
     if bad:
         raise ImageError(
             f"{bad} of {total} images could not be read.",
@@ -184,21 +184,20 @@ def serve(
     """
     from van_deploy.report.document import Paragraph
     from van_deploy.results import Listening
-    from van_deploy.serve.app import App
-    from van_deploy.serve.server import is_loopback, listen, run_server, url_of
-    from van_deploy.serve.service import Service
+    from van_deploy.serve.app import App, listen, run_server
+    from van_deploy.serve.models import Service
 
     with telling("Loading"):
         service = Service(opened(bundle, require_signature).opened(), settings)
         app = App(service)
         service.load()
-        bound = listen(settings.host, settings.port)
-    if not is_loopback(settings.host):
+        bound, url = listen(settings.host, settings.port)
+    if not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
         keyless = "" if app.keyed else ", and nobody is asked for a key"
         remark(f"note: {settings.host} is reachable from other machines{keyless}")
 
     def ready(_: object) -> None:
-        ready = Listening(url_of(bound), tuple(service.models))
+        ready = Listening(url, tuple(service.models))
         said = f"{', '.join(ready.models)} at {ready.url}  (Ctrl-C ends)"
         emit(ready, as_json, lambda _: [Paragraph(said)])
 

@@ -444,7 +444,11 @@ class TritonSettings(Table):
     threads: int = option(2, ge=0)
     gpu: bool = option(False)
     model_version: int = option(1, ge=1)
-    triton_release: str = option("", shown_default="the newest that is known to load the models")
+    triton_release: str = option(
+        "",
+        shown_default="the newest that is known to load the models",
+        pattern=r"^([0-9]{2}\.(0[1-9]|1[0-2]))?$",
+    )
     triton_python: str = option("", shown_default="the release's", pattern=r"^(3\.[0-9]+)?$")
     queue_delay_us: int = option(1000, panel=QUEUE, ge=0)
     queue_limit: int = option(256, panel=QUEUE, ge=1)
