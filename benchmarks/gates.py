@@ -141,8 +141,8 @@ def _judged(
     """Return the gate's verdict on some of the images."""
     before = Answers.of(expected[rows])
     after = Answers.of(found[rows], reference=expected[rows])
-    truth = Truth(labels[rows], expected.shape[1], Task.SINGLE_LABEL)
-    return judge_artefact(before, after, truth, name, noise_db)
+    truth = Truth(labels[rows], expected.shape[1], Task.SINGLE_LABEL, noise_db)
+    return judge_artefact(before, after, truth, name)
 
 
 def _shifted(logits: Array, rng: np.random.Generator) -> Array:

@@ -42,7 +42,7 @@ class TestOneClassOfMany:
         accuracy = accuracy_of(before, Truth(labels, 10, SINGLE))
         assert (accuracy.images, accuracy.metric, accuracy.top1) == (8, "top-1", 0.75)
         assert accuracy.ece == pytest.approx(0.15, abs=1e-6)
-        found = judge_artefact(before, after, Truth(labels, 10, SINGLE), "int8", 130.0)
+        found = judge_artefact(before, after, Truth(labels, 10, SINGLE), "int8")
         assert (found.loss.lost, found.loss.won, found.loss.loss) == (2, 1, 12.5)
         assert found.loss.p_value == binomtest(2, 3, 0.5).pvalue
         changed = [(c.label, c.images, c.before, c.after) for c in found.classes]
@@ -66,7 +66,7 @@ class TestOneClassOfMany:
         assert found.classes.tolist() == [[0, 2, 1], [-1, -1, -1]]
         assert found.confidence[1] == 0
         assert accuracy_of(found, truth).top1 == 0.5
-        judged = judge_artefact(Answers.of(reference), found, truth, "fp16", 130.0)
+        judged = judge_artefact(Answers.of(reference), found, truth, "fp16")
         assert (judged.sqnr_db, judged.outcome) == (-math.inf, Outcome.FAIL)
         assert judged.confusions == ((0, -1, 1),)
 
@@ -75,7 +75,7 @@ class TestOneClassOfMany:
         expected = rng.normal(size=(10, 4)).astype(np.float32)
         found = expected + 0.3 * rng.normal(size=(10, 4)).astype(np.float32)
         before, after = Answers.of(expected), Answers.of(found, SINGLE, expected)
-        judged = judge_artefact(before, after, Truth(np.zeros(10, int), 4, SINGLE), "fp16", 130.0)
+        judged = judge_artefact(before, after, Truth(np.zeros(10, int), 4, SINGLE), "fp16")
         noise = np.square(found.astype(np.float64) - expected).sum()
         signal = np.square(expected.astype(np.float64)).sum()
         assert judged.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
@@ -99,7 +99,7 @@ def test_one_logit_is_decided_at_half_and_no_argmax() -> None:
     assert (accuracy.top1, accuracy.top5) == (0.5, None)
     loss = loss_of(before, after, Truth(labels, 1, BINARY))
     assert (loss.lost, loss.won, loss.loss) == (2, 0, 50.0)
-    judged = judge_artefact(before, after, Truth(labels, 1, BINARY), "fp16", 130.0)
+    judged = judge_artefact(before, after, Truth(labels, 1, BINARY), "fp16")
     assert judged.confusions == ((0, 1, 1), (1, 0, 1))
     extreme = probabilities(np.array([[-1000.0], [0.0], [1000.0]]), BINARY)
     assert extreme.tolist() == [[0.0], [0.5], [1.0]]

@@ -155,7 +155,8 @@ class DriftRow:
     """One part of one artifact.
 
     Attributes:
-        name: PyTorch path, such as ``block3.4.attn.proj_2``, or ``stage2``.
+        name: PyTorch path, such as ``block3.4.attn.proj_2``, or ``stage2``; of the chain, the
+            artifact.
         sqnr_db: so far; None where the artifact has no such tensor.
         isolated_db: of what the part adds by itself; None likewise.
         note: why there are no figures.
@@ -163,8 +164,8 @@ class DriftRow:
     """
 
     name: str
-    sqnr_db: float | None
-    isolated_db: float | None
+    sqnr_db: float | None = None
+    isolated_db: float | None = None
     note: str = ""
     fault: str = ""
 
@@ -199,7 +200,7 @@ def drift_of_artefact(
         so_far, alone = _levels(model, tensors, reference, images, _equalisation(bundle, artefact))
     except Exception as error:  # ONNX Runtime raises its own bare types
         note = f"does not run at batch {IMAGES_AT_ONCE}: {one_line(error)[:200]}"
-        return tuple(DriftRow(name, None, None, note) for name in last)
+        return tuple(DriftRow(name, note=note) for name in last)
     return tuple(
         DriftRow(name, so_far.get(t), alone.get(t), "" if t in made else "not in this graph")
         for name, t in last.items()
@@ -277,21 +278,6 @@ def _levels(
 
 
 @dataclass(frozen=True)
-class Link:
-    """One link of the chain from the original network to the last artifact.
-
-    Attributes:
-        name: what it is.
-        sqnr_db: of its logits against the original network in float64; None if skipped.
-        reason: why it was skipped, or what it says.
-    """
-
-    name: str
-    sqnr_db: float | None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
 class ArtefactDrift:
     """Every part of one artifact.
 
@@ -322,7 +308,8 @@ class DriftReport:
         images: what was fed.
         count: how many images.
         reference: what the parts were compared with.
-        chain: the links in order.
+        chain: the logits against the original network in float64, from float32 itself to the last
+            artifact.
         artefacts: the parts of each plain ONNX artifact, by name.
         notes: what is to be known of such figures.
         schema: of the document.
@@ -332,7 +319,7 @@ class DriftReport:
     images: str
     count: int
     reference: str
-    chain: tuple[Link, ...]
+    chain: tuple[DriftRow, ...]
     artefacts: Mapping[str, ArtefactDrift]
     notes: tuple[str, ...] = (FUSION_NOTE,)
     schema: Literal["van-deploy/drift/2"] = SCHEMA
@@ -358,16 +345,16 @@ def drift_of_bundle(
         BundleError: an artifact is not there, or is not the manifest's.
         GateFailed: there is no original network, and ``model.onnx`` does not hold.
     """
-    chain = [Link("PyTorch float32", samples.noise_db, "the noise of float32 itself")]
+    noise_db, outputs = samples.noise_db, samples.outputs
+    chain = [DriftRow("PyTorch float32", noise_db, note="the noise of float32 itself")]
     progress("What parts are compared with")
-    reference, outputs = module_reference(bundle, samples, loaded), samples.outputs
+    reference = module_reference(bundle, samples, loaded)
     if reference.folding is not None:
         found = reference.outputs(samples.inputs)
         rows = outputs.rows({name: found[module_of(name)] for name in outputs.names})
-        reason = (
-            f"folded weights stored in float32; folding itself is exact to {reference.folding:.0e}"
-        )
-        chain.append(Link("rewritten, float64", outputs.sqnr_db(samples.logits, rows), reason))
+        note = f"folded weights in float32; folding itself is exact to {reference.folding:.0e}"
+        level = outputs.sqnr_db(samples.logits, rows)
+        chain.append(DriftRow("rewritten, float64", level, note=note))
     plain, entries = plain_onnx(bundle), {}
     for name in asked.artefacts or [n for n in plain if loaded is not None or n != "fp32"]:
         progress(f"Every {asked.level} of '{name}', alone and in the whole")
@@ -375,21 +362,22 @@ def drift_of_bundle(
         parts = drift_of_artefact(bundle, artefact, reference, samples.inputs, asked.level)
         method = str(artefact.quantization.get("method", "mse"))
         model, inside = onnx.load(bundle.verified(name)), dict[str, list[str]]()
-        floor = sqnr_floor(artefact.precision, samples.noise_db)
+        floor = sqnr_floor(artefact.precision, noise_db)
         for module, fault in judge_graph(model, artefact.precision, samples, floor, method)[1]:
             part = part_name(module, asked.level, [part.name for part in parts])
             inside.setdefault(part, []).append(fault)
         told = (replace(one, fault="; ".join(inside.get(one.name, ()))) for one in parts)
         entries[name] = ArtefactDrift(name, tuple(told))
     for name in bundle.artefacts:
-        link = Link(name, None, "see `van-deploy verify`: only plain ONNX graphs are opened here")
+        note = "see `van-deploy verify`: only plain ONNX graphs are opened here"
+        link = DriftRow(name, note=note)
         if name in plain:
             try:
                 with Network(bundle, name) as network:
                     rows = outputs.rows(network.run(samples.inputs))
-                link = Link(name, outputs.sqnr_db(samples.logits, rows))
+                link = DriftRow(name, outputs.sqnr_db(samples.logits, rows))
             except Exception as error:  # ONNX Runtime raises its own bare types
-                link = Link(name, None, f"does not run: {one_line(error)[:200]}")
+                link = DriftRow(name, note=f"does not run: {one_line(error)[:200]}")
         chain.append(link)
     return DriftReport(
         asked.level, samples.description, len(samples), reference.described, tuple(chain), entries

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from van_deploy import data, metrics
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates as rules
-from van_deploy.checks.gates import Finding, Loss, Outcome
+from van_deploy.checks.gates import Finding, Loss
 from van_deploy.checks.golden import samples_for
 from van_deploy.checks.judging import Networks, NotRun
 from van_deploy.config import EvaluationSettings, GateProfile, GateSettings
@@ -51,17 +51,19 @@ Logits = npt.NDArray[np.floating[Any]]
 
 
 class Truth(NamedTuple):
-    """What is right.
+    """What is right on an evaluation set.
 
     Attributes:
         labels: ``(N,)`` int64 classes, or ``(N, K)`` of 0 and 1 for many labels.
         classes: how many logits the network gives.
         task: how these become labels.
+        noise_db: SQNR of PyTorch's float32 against its float64.
     """
 
     labels: npt.NDArray[Any]
     classes: int
     task: Task
+    noise_db: float = rules.ROUNDOFF_DB
 
 
 class Answers(NamedTuple):
@@ -147,7 +149,7 @@ class ClassChange:
 
 
 @dataclass(frozen=True)
-class ArtefactLoss:
+class ArtefactLoss(rules.Findings):
     """What an artifact lost against PyTorch on the same images, and what the gate says.
 
     Attributes:
@@ -160,8 +162,6 @@ class ArtefactLoss:
         classes: the classes whose accuracy changed most.
     """
 
-    JSON_PROPERTIES: ClassVar = ("outcome",)
-
     numeric: str
     loss: Loss
     findings: tuple[Finding, ...]
@@ -169,11 +169,6 @@ class ArtefactLoss:
     flips: int
     confusions: tuple[tuple[int, int, int], ...]
     classes: tuple[ClassChange, ...]
-
-    @property
-    def outcome(self) -> Outcome:
-        """What all findings say together."""
-        return rules.outcome_of(self.findings)
 
 
 def accuracy_of(answers: Answers, truth: Truth) -> Accuracy:
@@ -211,7 +206,6 @@ def judge_artefact(
     after: Answers,
     truth: Truth,
     numeric: str,
-    noise_db: float,
     profile: GateProfile = rules.DEFAULT,
 ) -> ArtefactLoss:
     """Return what one artifact lost against PyTorch, and what the gate of its class says.
@@ -221,10 +215,9 @@ def judge_artefact(
         after: the artifact's, to the same images.
         truth: of the images.
         numeric: the artifact's numeric class.
-        noise_db: SQNR of PyTorch's float32 against its float64.
         profile: what a recipe sets otherwise.
     """
-    floor = rules.sqnr_floor(numeric, noise_db, profile)
+    floor = rules.sqnr_floor(numeric, truth.noise_db, profile)
     allowed, task = rules.allowed_loss(numeric, profile), truth.task
     loss, signal = loss_of(before, after, truth), float(before.power.mean())
     sqnr = metrics.decibels(signal, float(after.noise.mean()))
@@ -361,8 +354,6 @@ def evaluate_bundle(
     """
     require_classes(bundle, "evaluate")
     images, labels = _labelled(asked, task_of(bundle), loaded)
-    golden = bundle.manifest.golden is not None
-    noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
     rows, unreadable, pieces = list[int](), list[tuple[int, str]](), list[dict[str, Answers]]()
     started, total = time.perf_counter(), len(images)
     with Networks(bundle, loaded, asked) as networks:
@@ -382,7 +373,9 @@ def evaluate_bundle(
     for name in networks.runners:
         columns = zip(*(said[name] for said in pieces), strict=True)
         answers[name] = Answers(*(np.concatenate(column)[order] for column in columns))
-    truth = Truth(labels[np.sort(rows)], loaded.config.num_classes, task_of(bundle))
+    golden = bundle.manifest.golden is not None
+    noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
+    truth = Truth(labels[np.sort(rows)], loaded.config.num_classes, task_of(bundle), noise_db)
     digests = {"set": data.dataset_digest(images), "labels": labels.tolist()}
     return EvaluateReport(
         images=images.description,
@@ -391,7 +384,7 @@ def evaluate_bundle(
         unreadable=tuple((images.items[index].name, reason) for index, reason in unreadable),
         accuracy={name: accuracy_of(found, truth) for name, found in answers.items()},
         losses={
-            n: judge_artefact(answers[PYTORCH], answers[n], truth, k, noise_db, gates.of(k))
+            n: judge_artefact(answers[PYTORCH], answers[n], truth, k, gates.of(k))
             for n, k in networks.numeric.items()
         },
         skipped=tuple(networks.skipped),
@@ -413,15 +406,9 @@ def _labelled(
         labels = data.label_sets(chosen, asked.labels, classes, names)
         described = f"{chosen.description}, labels from '{asked.labels}'"
         return replace(chosen, description=described), labels
-    every = data.labelled_images(
-        asked.images,
-        classes,
-        names,
-        labels_file=asked.labels,
-        synsets_file=asked.synsets,
-        class_order=asked.class_order,
-        find_labels=asked.label_files,
-    )
+    how: dict[str, Any] = {"synsets_file": asked.synsets, "find_labels": asked.label_files}
+    how |= {"labels_file": asked.labels, "class_order": asked.class_order}
+    every = data.labelled_images(asked.images, classes, names, **how)
     chosen = every.first(asked.limit or len(every))
     return chosen, np.asarray(chosen.labels)
 

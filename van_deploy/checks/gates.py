@@ -25,6 +25,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from van_deploy.config import GateProfile
 from van_deploy.intervals import Interval, mcnemar_exact, tango_interval
@@ -203,12 +204,6 @@ class Allowed:
             return self.inconclusive
         return finding.outcome is Outcome.PASS
 
-    def passes(self, findings: Iterable[Finding]) -> bool:
-        """Return whether a command ends with 0: something ran, and nothing stands in the way."""
-        found = list(findings)
-        ran = any(finding.outcome is not Outcome.SKIPPED for finding in found)
-        return ran and all(self.holds(finding) for finding in found)
-
 
 class Report:
     """Findings that a command ends by.
@@ -225,8 +220,10 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether something passed, and nothing stands in the way."""
-        return self.allowed.passes(finding for _, finding in self.named())
+        """Whether a command ends with 0: something ran, and nothing stands in the way."""
+        found = [finding for _, finding in self.named()]
+        ran = any(finding.outcome is not Outcome.SKIPPED for finding in found)
+        return ran and all(self.allowed.holds(finding) for finding in found)
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
@@ -239,12 +236,39 @@ DEFAULT = GateProfile()
 MOST_IMAGES = 10**8
 """Beyond this a number of images is no advice."""
 
+SHOWN = 4
+"""Messages that are shown of several findings together."""
+
 
 def outcome_of(findings: Iterable[Finding]) -> Outcome:
     """Return what several findings say together: the worst of them; SKIPPED for none."""
     found = {finding.outcome for finding in findings}
     order = (Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.PASS)
     return next((outcome for outcome in order if outcome in found), Outcome.SKIPPED)
+
+
+class Findings:
+    """What was found of one artifact.
+
+    Attributes:
+        findings: one a rule.
+    """
+
+    JSON_PROPERTIES: ClassVar[tuple[str, ...]] = ("outcome",)
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def outcome(self) -> Outcome:
+        """What all findings say together."""
+        return outcome_of(self.findings)
+
+    @property
+    def reason(self) -> str:
+        """Why they do not pass: the messages of what decides; "" where they do."""
+        said = [f.message for f in self.findings if f.outcome is self.outcome and f.message]
+        more = [f"and {len(said) - SHOWN} more"] * (len(said) > SHOWN)
+        return "" if self.outcome is Outcome.PASS else "; ".join([*said[:SHOWN], *more])
 
 
 def held(

@@ -24,6 +24,7 @@ import copy
 import io
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,29 +97,24 @@ def images_for_golden(
     """
     images = image_set(source) if source is not None else sample_set(name, preprocessing)
     chosen = check_images(name, preprocessing, count, images if source else None)
-    originals: list[bytes] = []  # small enough to ship
-    if preprocessing.channels in IMAGE_CHANNELS and chosen.pixels is not None:
-        for item in images.items[:: max(1, len(images) // ORIGINALS)]:
-            try:
-                image = opened(item, preprocessing.channels)
-            except ImageError:
-                continue
-            if image is None or len(originals) == ORIGINALS:
-                break
-            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-            file = io.BytesIO()
-            image.save(file, format="PNG", optimize=True)
-            originals.append(file.getvalue())
-    if not originals or chosen.pixels is None:
+    originals: list[bytes] = []
+    if preprocessing.channels not in IMAGE_CHANNELS or chosen.pixels is None:
         return chosen, ()
+    for item in images.items[:: max(1, len(images) // ORIGINALS)][:ORIGINALS]:
+        with suppress(ImageError):
+            if image := opened(item, preprocessing.channels):
+                image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+                file = io.BytesIO()
+                image.save(file, format="PNG", optimize=True)
+                originals.append(file.getvalue())
     first = [_pixels(data, preprocessing) for data in originals]
     known = {pixels.tobytes() for pixels in first}
     others = [row for row, p in enumerate(chosen.pixels) if p.tobytes() not in known]
     pixels = np.stack([*first, *chosen.pixels[others]])[:count]
     names = [f"golden/{row}.png" for row in range(len(first))]
-    names = (*names, *(chosen.names[row] for row in others))[:count]
+    names = [*names, *(chosen.names[row] for row in others)][:count]
     inputs = normalised(pixels, preprocessing)
-    return replace(chosen, inputs=inputs, pixels=pixels, names=names), tuple(originals)
+    return replace(chosen, inputs=inputs, pixels=pixels, names=tuple(names)), tuple(originals)
 
 
 def _pixels(source: Path | bytes, preprocessing: Preprocessing) -> Pixels:

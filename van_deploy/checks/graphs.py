@@ -33,18 +33,13 @@ from van_deploy.checks.gates import Finding, Limit, at_least, held
 from van_deploy.checks.samples import Samples
 from van_deploy.graph.names import INPUT_NAME, with_dynamic_batch_
 from van_deploy.runners.base import Images
-from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
+from van_deploy.runners.onnxruntime import DTYPES, inference_session, require_onnxruntime
 
 Array = npt.NDArray[Any]
 Fault = tuple[str, str]
 """A module or node, and what is wrong with it beside its error."""
 
 FED = ".reference"  # suffix of the input that stands for a cut tensor
-NUMPY: Mapping[str, Any] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(uint8)": np.uint8,
-}
 LARGEST_FP16 = 65504
 IMAGES_AT_ONCE = 4
 VALUES_AN_IMAGE = 4096  # of each tensor: evenly spread, and its two extremes
@@ -113,7 +108,7 @@ def run_taps(
         feeds: values by input name, and reference tensors by ``t.reference``;
             each is cast to the input's own type.
     """
-    given = {v.name: feeds[v.name].astype(NUMPY[v.type]) for v in session.get_inputs()}
+    given = {v.name: feeds[v.name].astype(DTYPES[v.type]) for v in session.get_inputs()}
     names = [value.name for value in session.get_outputs()]
     for name, value in zip(names, session.run(names, given), strict=True):
         yield name, value.astype(np.float64)
@@ -174,32 +169,24 @@ def judge_scales(
     nodes, makers = model.graph.node, {node.output[0]: node for node in model.graph.node}
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     rounded: dict[str, NodeProto] = {}  # what makes an activation's integers, by their float
+    held_as: dict[str, NodeProto] = {}  # what makes a weight's float of its integers, likewise
     for node in nodes:
-        quantize = makers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        if quantize is not None and quantize.op_type == "QuantizeLinear":
-            rounded[node.output[0]] = quantize
+        if node.op_type == "DequantizeLinear" and node.input[0] in makers:
+            rounded[node.output[0]] = makers[node.input[0]]
+        elif node.op_type == "DequantizeLinear" and stored[node.input[0]].dtype == np.int8:
+            held_as[node.output[0]] = node
     if not rounded:
         return [], []
-    readers: dict[str, list[str]] = {}
-    for node in nodes:
-        for name in node.input:
-            readers.setdefault(name, []).append(node.name)
     for_cpus = any(stored[quantize.input[2]].dtype == np.uint8 for quantize in rounded.values())
     logits, met = _without_activation_rounding(model, rounded, samples)
-    scales = {output: _over_the_best(q, stored, met[q.input[0]]) for output, q in rounded.items()}
+    scales = {name: _over_the_best(q, stored, met[q.input[0]]) for name, q in rounded.items()}
     findings, wrong = _activations(scales, rounded, method, for_cpus)
-    weights = {
-        node.output[0]: _code_fault(node, stored, for_cpus)
-        for node in nodes
-        if node.op_type == "DequantizeLinear"
-        and node.input[0] in stored
-        and stored[node.input[0]].dtype == np.int8
-    }
+    weights = {name: _code_fault(node, stored, for_cpus) for name, node in held_as.items()}
     faults = [
-        (module, fault)
-        for output, fault in (*wrong.items(), *weights.items())
-        if fault
-        for module in readers.get(output, ())
+        (node.name, fault)
+        for name, fault in (*wrong.items(), *weights.items())
+        for node in nodes
+        if fault and name in node.input
     ]
     sqnr = samples.outputs.sqnr_db(samples.logits, logits)
     return [

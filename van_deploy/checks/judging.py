@@ -7,25 +7,18 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
+from van_deploy import config
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
 from van_deploy.checks.gates import Finding, Limit, Outcome, held, judge_invariance, judge_logits
 from van_deploy.checks.graphs import Fault, judge_scales, one_line, overflows_of_graph
 from van_deploy.checks.samples import Samples
-from van_deploy.config import (
-    BatchRange,
-    CheckSettings,
-    EvaluationSettings,
-    GateProfile,
-    RunnerSettings,
-    RunSettings,
-)
 from van_deploy.data import Batch
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError
@@ -67,7 +60,7 @@ class NotRun:
     kind: str
 
 
-def common(asked: CheckSettings | RunSettings) -> dict[str, Any]:
+def common(asked: config.CheckSettings | config.RunSettings) -> dict[str, Any]:
     """Return what runs the artifacts and what may pass, for other settings."""
     names = ("runner", "device", "trust_engine", "allow_skip", "allow_inconclusive")
     return {name: getattr(asked, name) for name in names}
@@ -89,7 +82,7 @@ def chosen_artefacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
 
 
 def open_artefact(
-    bundle: Bundle, name: str, asked: RunnerSettings, threads: int = 0, spin: bool = True
+    bundle: Bundle, name: str, asked: config.RunnerSettings, threads: int = 0, spin: bool = True
 ) -> Network | NotRun:
     """Return the artifact called ``name`` to be opened with ``with``, or why it does not run here.
 
@@ -145,7 +138,7 @@ class Networks(ExitStack):
     """
 
     def __init__(
-        self, bundle: Bundle, loaded: LoadedVan, asked: EvaluationSettings, threads: int = 0
+        self, bundle: Bundle, loaded: LoadedVan, asked: config.EvaluationSettings, threads: int = 0
     ) -> None:
         from van_deploy.runners.pytorch import TorchRunner
 
@@ -197,7 +190,7 @@ class BatchRow:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judged(gates.Findings):
     """What was found of one network.
 
     Attributes:
@@ -208,17 +201,10 @@ class Judged:
         batches: one row a batch size.
     """
 
-    JSON_PROPERTIES: ClassVar[tuple[str, ...]] = ("outcome",)
-
     findings: tuple[Finding, ...]
     comparison: Comparison | None = None
     flips: tuple[Flip, ...] = ()
     batches: tuple[BatchRow, ...] = ()
-
-    @property
-    def outcome(self) -> Outcome:
-        """What all findings say together."""
-        return gates.outcome_of(self.findings)
 
 
 def record_key(runner: str, numeric: str) -> str:
@@ -230,7 +216,7 @@ def record_key(runner: str, numeric: str) -> str:
     return "/".join([runner, numeric, *(f for f in cpu().features if exact and f in ORDERS)])
 
 
-def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
+def batch_sizes(batch: config.BatchRange) -> tuple[int, ...]:
     """Return the batch sizes to try: 1, 2, 3, the optimum, the maximum and another odd one.
 
     A static graph has one.
@@ -252,7 +238,7 @@ def judge_new(
     sizes: Sequence[int] = (1,),
     *,
     method: str = "mse",
-    profile: GateProfile = gates.DEFAULT,
+    profile: config.GateProfile = gates.DEFAULT,
 ) -> tuple[Judged, dict[str, float]]:
     """Return what a graph that was just made says, and the SQNR to record of it.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 SCHEMA: Final = "van-deploy/check/2"
 ANEW = "Write one with --update, look at it, and commit it."
-SHOWN = 4  # messages of one gate
 SAME = {
     "model": "another model",
     "weights_sha256": "other weights",
@@ -271,24 +270,15 @@ def _gate_rows(verify: VerifyReport, evaluate: EvaluateReport | None) -> Iterato
         yield CheckRow(f"gate/{finding.rule}", finding)
     for name, verdict in verify.artefacts.items():
         value = None if verdict.comparison is None else verdict.comparison.sqnr_db
-        whole = Finding("SQNR", verdict.outcome, "", value, verdict.limit, "dB")
-        yield CheckRow(f"gate/verify/{name}", _summary(whole, verdict.findings))
+        said, skip = (verdict.outcome, verdict.reason), verdict.findings[0].skip
+        whole = Finding("SQNR", *said, value, verdict.limit, "dB", skip)
+        yield CheckRow(f"gate/verify/{name}", whole)
     for name, loss in evaluate.losses.items() if evaluate else ():
-        whole = replace(loss.findings[-1], outcome=loss.outcome)  # the loss itself
-        yield CheckRow(f"gate/evaluate/{name}", _summary(whole, loss.findings))
+        itself = loss.findings[-1]
+        whole = replace(itself, outcome=loss.outcome, message=loss.reason)
+        yield CheckRow(f"gate/evaluate/{name}", whole)
     for entry in evaluate.skipped if evaluate else ():
         yield CheckRow(f"gate/evaluate/{entry.artefact}", skipped("runs", entry.reason, entry.kind))
-
-
-def _summary(whole: Finding, findings: Sequence[Finding]) -> Finding:
-    """Return several findings as one, with the messages of those that decide."""
-    found = [f for f in findings if f.outcome is whole.outcome]
-    if whole.outcome is Outcome.SKIPPED:
-        return found[0]
-    shown = [f.message for f in found[:SHOWN] if f.message]
-    more = [f"and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
-    passed = whole.outcome is Outcome.PASS
-    return replace(whole, message="" if passed else "; ".join([*shown, *more]))
 
 
 def _require_same(then: Baseline, now: Baseline) -> None:

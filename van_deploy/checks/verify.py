@@ -62,12 +62,6 @@ class ArtefactVerdict(Judged):
     worst_modules: tuple[DriftRow, ...] = ()
 
     @property
-    def reason(self) -> str:
-        """Why it does not pass: the messages of what decides; "" where it does."""
-        said = [f.message for f in self.findings if f.outcome is self.outcome]
-        return "" if self.outcome is Outcome.PASS else "; ".join(said)
-
-    @property
     def limit(self) -> Limit | None:
         """The limit on the SQNR: the higher of the floor's and the record's."""
         found = [f.limit for f in self.findings if f.rule == "SQNR" and f.limit]
@@ -76,8 +70,8 @@ class ArtefactVerdict(Judged):
     @property
     def margin_db(self) -> float | None:
         """How far the SQNR is above that limit, in dB."""
-        known = self.comparison and self.limit
-        return self.comparison.sqnr_db - self.limit.value if known else None
+        found, limit = self.comparison, self.limit
+        return found.sqnr_db - limit.value if found and limit else None
 
 
 @dataclass(frozen=True)

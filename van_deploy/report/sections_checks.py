@@ -203,7 +203,7 @@ def drift_blocks(entry: Entry, top: int) -> list[Block]:
         Paragraph(f"{entry['images']}. Parts are compared with {entry['reference']}."),
         *table(
             entry["chain"],
-            "link = name name; SQNR dB ↑ = sqnr_db .1f; note = reason",
+            "link = name name; SQNR dB ↑ = sqnr_db .1f; note = note",
             "The chain: logits against the original network in float64",
         ),
         *_drift_plot(entry),
