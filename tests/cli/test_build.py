@@ -107,7 +107,7 @@ def test_no_bundle(cli: Cli, tmp_path: Path) -> None:
 def test_a_bundle_and_a_matrix(cli: Cli, bundle: Path) -> None:
     result = cli("build", bundle, "--matrix", bundle / "fleet.toml")
     assert result.exit_code == 2
-    assert "Both a bundle and --matrix are given." in result.stderr
+    assert "--matrix and a bundle are both given." in result.stderr
 
 
 def test_a_changed_onnx_file_is_not_believed(cli: Cli, bundle: Path) -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.cli.app import CommandGroup
-from van_deploy.cli.options import with_options
+from van_deploy.cli.options import Given, with_options
 from van_deploy.config import BatchRange
 from van_deploy.config.fields import Size, option
 from van_deploy.config.named import RUN, Changes
@@ -58,10 +58,13 @@ def run(*words: str) -> tuple[Result, list[object]]:
     @program.command()
     @with_options
     def make(
-        place: str, table: Table, changes: Annotated[Changes, RUN], quiet: bool = False
+        place: str,
+        table: Annotated[Given, Table],
+        changes: Annotated[Changes, RUN],
+        quiet: bool = False,
     ) -> None:
         """Make it."""
-        called.extend([place, table, dict(changes.values), quiet])
+        called.extend([place, table.table, dict(changes.values), quiet])
 
     result = CliRunner().invoke(program, ["make", *words], env={"COLUMNS": "100", "NO_COLOR": "1"})
     return result, called

@@ -131,16 +131,14 @@ def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
     return validated(Recipe, tree, spelling=changes.spelling)
 
 
-def settings_from(
-    schema: type[AnySettings], given: AnySettings | None, values: Mapping[str, Any]
-) -> AnySettings:
-    """Return the settings of a call: those given whole, with keyword arguments instead of some.
+def settings_from(schema: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+    """Return the settings that a call's keyword arguments are.
 
     Raises:
         UsageError: an option is unknown, is not of its kind, or contradicts another.
     """
     options = named_options(schema)
-    tree = put_all(_written(given) if given else {}, changes_from(options, values))
+    tree = put_all({}, changes_from(options, values))
     return validated(schema, tree, spelling={o.place: f"{o.name}=" for o in options.values()})
 
 
