@@ -274,7 +274,6 @@ class TestCheck:
         rows = {row["name"]: row["finding"] for row in json.loads(result.stdout)["rows"]}
         failed = {name for name, finding in rows.items() if finding["outcome"] == "fail"}
         assert failed == {"gate/verify/fp16", "baseline/fp16/SQNR"}
-        assert "block3.1." in rows["gate/verify/fp16"]["message"]
 
     def test_an_artefact_that_was_deleted_fails_whatever_may_be_skipped(
         self, cli: Cli, good: tuple[Path, Path]

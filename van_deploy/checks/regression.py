@@ -95,8 +95,8 @@ def baseline_from(
         if verdict.comparison is not None:
             level = max(-MOST_DB, min(MOST_DB, round(verdict.comparison.sqnr_db, 3)))
             found["SQNR"] = Figure(value=level, by=f"{verdict.runner}, {verdict.numeric}")
-        accuracy = evaluate and evaluate.accuracy.get(name)
-        if accuracy:
+        accuracy = None if evaluate is None else evaluate.accuracy.get(name)
+        if accuracy is not None:
             # Rounded, so that a share is the same number however it was come by.
             metric = accuracy.metric.partition(" ")[0]
             found[metric] = Figure(value=round(100 * accuracy.top1, 9))
@@ -110,8 +110,8 @@ def baseline_from(
         weights_sha256=bundle.manifest.weights.sha256,
         samples_sha256=hashlib.sha256(samples.inputs.tobytes()).hexdigest(),
         against=verify.against,
-        evaluation_sha256=evaluate.dataset_sha256 if evaluate else "",
-        evaluation_images=evaluate.count if evaluate else 0,
+        evaluation_sha256="" if evaluate is None else evaluate.dataset_sha256,
+        evaluation_images=0 if evaluate is None else evaluate.count,
         artefacts=figures,
     )
 
@@ -273,11 +273,13 @@ def _gate_rows(verify: VerifyReport, evaluate: EvaluateReport | None) -> Iterato
         said, skip = (verdict.outcome, verdict.reason), verdict.findings[0].skip
         whole = Finding("SQNR", *said, value, verdict.limit, "dB", skip)
         yield CheckRow(f"gate/verify/{name}", whole)
-    for name, loss in evaluate.losses.items() if evaluate else ():
+    if evaluate is None:
+        return
+    for name, loss in evaluate.losses.items():
         itself = loss.findings[-1]
         whole = replace(itself, outcome=loss.outcome, message=loss.reason)
         yield CheckRow(f"gate/evaluate/{name}", whole)
-    for entry in evaluate.skipped if evaluate else ():
+    for entry in evaluate.skipped:
         yield CheckRow(f"gate/evaluate/{entry.artefact}", skipped("runs", entry.reason, entry.kind))
 
 
