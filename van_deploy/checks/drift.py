@@ -48,9 +48,8 @@ if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
 SCHEMA: Final = "van-deploy/drift/2"
-FUSION_NOTE = (
-    "Extra outputs keep a runtime from fusing across them, so inside an engine the parts "
-    "would run as other kernels than in use: engines are compared by their logits only."
+NOT_OPENED = (
+    "extra outputs would keep its runtime from fusing: see its logits in `van-deploy verify`"
 )
 IMAGES_AT_ONCE = 2  # more than one, so that a batch frozen at one shows
 SHOWN_ROWS = 10
@@ -306,22 +305,18 @@ class DriftReport:
     Attributes:
         level: how fine the parts are.
         images: what was fed.
-        count: how many images.
         reference: what the parts were compared with.
         chain: the logits against the original network in float64, from float32 itself to the last
             artifact.
         artefacts: the parts of each plain ONNX artifact, by name.
-        notes: what is to be known of such figures.
         schema: of the document.
     """
 
     level: Level
     images: str
-    count: int
     reference: str
     chain: tuple[DriftRow, ...]
     artefacts: Mapping[str, ArtefactDrift]
-    notes: tuple[str, ...] = (FUSION_NOTE,)
     schema: Literal["van-deploy/drift/2"] = SCHEMA
 
 
@@ -369,8 +364,7 @@ def drift_of_bundle(
         told = (replace(one, fault="; ".join(inside.get(one.name, ()))) for one in parts)
         entries[name] = ArtefactDrift(name, tuple(told))
     for name in bundle.artefacts:
-        note = "see `van-deploy verify`: only plain ONNX graphs are opened here"
-        link = DriftRow(name, note=note)
+        link = DriftRow(name, note=NOT_OPENED)
         if name in plain:
             try:
                 with Network(bundle, name) as network:
@@ -379,6 +373,5 @@ def drift_of_bundle(
             except Exception as error:  # ONNX Runtime raises its own bare types
                 link = DriftRow(name, note=f"does not run: {one_line(error)[:200]}")
         chain.append(link)
-    return DriftReport(
-        asked.level, samples.description, len(samples), reference.described, tuple(chain), entries
-    )
+    described = samples.description, reference.described
+    return DriftReport(asked.level, *described, tuple(chain), entries)

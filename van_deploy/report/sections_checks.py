@@ -218,7 +218,7 @@ def drift_blocks(entry: Entry, top: int) -> list[Block]:
             "SQNR so far dB ↑ = sqnr_db .1f; fault = fault; note = note",
             f"{name}: {level}s, {which}",
         )
-    return [*blocks, *notices("NOTE", entry["notes"])]
+    return blocks
 
 
 def _bar(isolated_db: Any) -> str:
