@@ -105,7 +105,7 @@ def _placed(
     from van_deploy.bench.document import read_report
     from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
     from van_deploy.checks.regression import read_baseline
-    from van_deploy.engine.fleet import read_fleet
+    from van_deploy.engine.bundled import read_fleet
     from van_deploy.precision.images import choose_images
     from van_deploy.recipe import builtin_files, read_recipe
 
@@ -144,7 +144,8 @@ def onnx_file(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     """Bytes, weights in other files, shapes, types and operators; by `inspect` and `build`."""
     import onnx
 
-    from van_deploy.engine.source import read_source
+    from van_deploy.config import BuildOptions
+    from van_deploy.engine.build import has_weights_beside
 
     path, source = folder / "model.onnx", corpus.bundle / "model.onnx"
 
@@ -167,7 +168,8 @@ def onnx_file(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
 
     sound = rng.random() < 0.6
     path.write_bytes(spoiled_bytes(rng, source.read_bytes()) if sound else strange())
-    return rng.choice((command("inspect", path), lambda: read_source(path)))
+    asked = BuildOptions()
+    return rng.choice((command("inspect", path), lambda: has_weights_beside(path, asked)))
 
 
 def _elsewhere(model: Any, tensor: Any, rng: random.Random, folder: Path) -> None:

@@ -28,7 +28,7 @@ from pydantic import PlainSerializer
 from van_deploy.calibration_set import CalibrationSet
 from van_deploy.config import Recipe
 from van_deploy.documents import field_is_json, json_properties
-from van_deploy.engine.fleet import FleetFile
+from van_deploy.engine.bundled import FleetFile
 from van_deploy.errors import VanDeployError
 from van_deploy.schema import Open, Schema
 

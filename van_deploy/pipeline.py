@@ -28,8 +28,7 @@ from van_deploy.checks.verify import record_check, verify_bundle
 from van_deploy.config import EvaluationSettings, Recipe, RunSettings, VerifySettings
 from van_deploy.data import check_images, class_names_from_file
 from van_deploy.documents import plain
-from van_deploy.engine.bundled import build_cells
-from van_deploy.engine.fleet import REUSED, planned_engines
+from van_deploy.engine.bundled import REUSED, build_cells, planned_engines
 from van_deploy.errors import BundleError, GateFailed, InputError, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.export import onnx_from_van

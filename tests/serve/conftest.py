@@ -92,11 +92,10 @@ def _sidecar(
         "outputs": (Tensor(name="logits", shape=(-1, 10), dtype="float"),),
         "parser_layers": 1,
         **dict.fromkeys(("parse_seconds", "build_seconds"), 0.0),
-        **dict.fromkeys(("peak_memory_bytes", "workspace_bytes"), 0),
+        "peak_memory_bytes": 0,
         "device_memory": {},
         "warnings": {},
         "fixed_addresses": True,
-        "reproducible": True,
     }
     return Sidecar(schema="van-deploy/engine/2", **{**fields, **changes})
 

@@ -26,6 +26,10 @@ Precision = Literal["fp16", "bf16", "int8"]
 
 Profile = Annotated[BatchRange, pydantic.PlainSerializer(str)]
 IMAGES, TYPES = "Images", "FP16 and BF16"
+ONLY_TENSORRT = (
+    *("targets", "hardware_compatibility", "version_compatible", "workspace_bytes", "tiling"),
+    *("optimization_level", "profiling", "timing_cache"),
+)
 MACHINES, KERNELS = "Where it runs", "What is in the plan"
 LEAVE_OUT = "Leave one of them out."
 FOR_INT8 = ("max_drop", "noise", "scope", "rest")
@@ -321,7 +325,6 @@ class BuildSettings(EngineSettings):
             autotuning), time them on this device, and keep the fastest that holds its gate.
         images: Folder of images to make a missing fp16, bf16 or int8 file with, as `van-deploy
             quantize` does.
-        check_reproducible: Build twice and compare the bytes.
     """
 
     PANEL = KERNELS
@@ -337,7 +340,21 @@ class BuildSettings(EngineSettings):
     fused_kernels: bool = option(False)
     tune: bool = option(False)
     images: Path | None = option(None, panel="")
-    check_reproducible: bool = option(False, panel="")
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield what only the other backend has."""
+        yield from super().contradictions()
+        inductor = self.backend == "inductor"
+        foreign = self.given_of(*(ONLY_TENSORRT if inductor else ("max_autotune", "fused_kernels")))
+        if not inductor and self.device == "cpu":
+            foreign = "{device} cpu"
+        if foreign:
+            whose, what = ("TensorRT", "a package") if inductor else ("Inductor", "an engine")
+            remedy = f"Leave {foreign} out, or give another {{backend}}."
+            yield f"{foreign} is {whose}'s, and {what} is asked for.", remedy
+        if inductor and len(self.profiles) > 1:
+            message = "A package serves one range of batches, and {batch} gives several."
+            yield message, "Give one, such as 1:8:32."
 
 
 class Recipe(Table):
@@ -365,6 +382,9 @@ class Recipe(Table):
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield engines of what is not made, classes of feature maps, and a size out of range."""
+        if self.engines.backend == "inductor":
+            remedy = "Build a package with `van-deploy build BUNDLE --backend inductor`."
+            yield "A recipe's {engines.backend} is a TensorRT.", remedy
         made = ["fp32", *self.precision.make]
         if self.export.embed_preprocess != "none":
             made += [f"{name}-{self.export.embed_preprocess}" for name in made]

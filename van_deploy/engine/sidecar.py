@@ -82,13 +82,11 @@ class Sidecar(_Vouching):
         parse_seconds: time to parse.
         build_seconds: time to build.
         peak_memory_bytes: most main memory the build held.
-        workspace_bytes: limit on scratch memory that was in force.
         device_memory: bytes of weights, activations and scratch on the GPU at the
             largest batch, as the builder said.
         warnings: what the builder warned of, and how often.
         fixed_addresses: whether the build ran without address randomisation, without
-            which two builds differ in a few bytes (see :mod:`van_deploy.engine.isolation`).
-        reproducible: whether a second build gave the same bytes; None where none was made.
+            which two builds differ in a few bytes (see :mod:`van_deploy.engine.build`).
         preprocessing: of the model; None where nobody said.
         sidecar_sha256: digest of all the rest.
     """
@@ -108,11 +106,9 @@ class Sidecar(_Vouching):
     parser_layers: Count
     parse_seconds: float
     peak_memory_bytes: Count
-    workspace_bytes: Count
     device_memory: dict[Text, Count]
     warnings: dict[str, Count]
     fixed_addresses: bool
-    reproducible: bool | None = None
     preprocessing: Annotated[Preprocessing, Kept] | None = None
 
     @property

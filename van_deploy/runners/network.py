@@ -19,8 +19,8 @@ import numpy.typing as npt
 from van_deploy.bundle import Artefact, Bundle
 from van_deploy.config import BatchRange
 from van_deploy.config.sizes import SizeRange
+from van_deploy.engine.backend import Host, host_here
 from van_deploy.engine.compatibility import obstacles
-from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
 from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
