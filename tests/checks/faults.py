@@ -90,7 +90,7 @@ def overflowing(model: ModelProto, tensor: str) -> ModelProto:
     Runtime computes it in FP32 on a CPU.
     """
     factor, half = np.float16(2**15), {"to": TensorProto.FLOAT16}
-    there = (("Cast", [], half), ("Mul", [factor]), ("Mul", [1 / factor]))
+    there: tuple[Step, ...] = (("Cast", [], half), ("Mul", [factor]), ("Mul", [1 / factor]))
     return behind(model, tensor, *there, ("Cast", [], {"to": TensorProto.FLOAT}))
 
 

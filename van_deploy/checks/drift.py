@@ -81,8 +81,10 @@ class Reference(NamedTuple):
 
 def module_reference(
     bundle: Bundle, samples: Samples, loaded: LoadedVan | None, profile: GateProfile = DEFAULT
-) -> Reference:
+) -> Reference | str:
     """Return what modules are compared with: the original network, else ``model.onnx``.
+
+    Or why there is nothing: no original network, and a ``model.onnx`` that does not hold.
 
     Args:
         bundle: the bundle; it says which rewrites were made.
@@ -91,20 +93,15 @@ def module_reference(
         profile: what a recipe sets otherwise for FP32.
 
     Raises:
-        GateFailed: there is no original network, and ``model.onnx`` does not hold.
         BundleError: the manifest does not say how the network was rewritten.
     """
     if loaded is not None:
         return _rewritten(bundle, samples, loaded)
     model = onnx.load(bundle.verified("fp32"))
     judged, _ = judge_new(model, "fp32", samples, profile=profile)
-    reasons = [f.message for f in judged.findings if f.outcome is not Outcome.PASS]
-    if reasons:
-        raise GateFailed(
-            "model.onnx does not hold on the golden samples, so nothing can be compared with "
-            f"it: {reasons[0]}.",
-            "Compare with the original network, on a machine that has PyTorch and the weights.",
-        )
+    if judged.outcome is not Outcome.PASS:
+        lacks = "model.onnx does not hold on the golden samples, so nothing can be compared with it"
+        return f"{lacks}: {judged.reason}"
     made = [name for node in model.graph.node for name in node.output if name]
     session = quiet_session(with_taps(model, made))
 
@@ -344,6 +341,9 @@ def drift_of_bundle(
     chain = [DriftRow("PyTorch float32", noise_db, note="the noise of float32 itself")]
     progress("What parts are compared with")
     reference = module_reference(bundle, samples, loaded)
+    if isinstance(reference, str):
+        original = "Compare with the original network, where PyTorch and the weights are."
+        raise GateFailed(f"{reference}.", original)
     if reference.folding is not None:
         found = reference.outputs(samples.inputs)
         rows = outputs.rows({name: found[module_of(name)] for name in outputs.names})

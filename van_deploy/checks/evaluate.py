@@ -416,8 +416,7 @@ def _labelled(
 def _answered(networks: Networks, images: ImageSet, asked: EvaluationSettings) -> Iterator[Said]:
     """Yield what the networks say, batch by batch."""
     if asked.on == "here":
-        workers = asked.workers or len(os.sched_getaffinity(0))
-        yield from _answers(networks, images, asked.batch, workers)
+        yield from _answers(networks, images, asked)
         return
     step = asked.batch * BATCHES_A_TASK
     tasks = [
@@ -436,24 +435,20 @@ def _answered(networks: Networks, images: ImageSet, asked: EvaluationSettings) -
 
 
 def _answers(
-    networks: Networks,
-    images: ImageSet,
-    batch: int,
-    workers: int,
-    indices: Sequence[int] | None = None,
+    networks: Networks, images: ImageSet, asked: EvaluationSettings, indices: Sequence[int] = ()
 ) -> Iterator[Said]:
     """Yield what every network says, batch by batch; nothing where no image can be read.
 
     Args:
         networks: which.
         images: the evaluation set.
-        batch: images a batch.
-        workers: threads that decode.
-        indices: which of the images; None for all.
+        asked: how many images a batch, and threads that decode.
+        indices: which of the images, by one thread; without any all.
     """
     preprocessing, task = networks.loaded.preprocessing, task_of(networks.bundle)
-    how: dict[str, Any] = {"indices": indices, "workers": workers}
-    for found in data.decoded_batches(images.items, preprocessing, batch, **how):
+    workers = 1 if indices else asked.workers or len(os.sched_getaffinity(0))
+    how: dict[str, Any] = {"indices": indices or None, "workers": workers}
+    for found in data.decoded_batches(images.items, preprocessing, asked.batch, **how):
         logits = networks.logits(found) if found.indices else {}
         said = {
             name: Answers.of(y, task, None if name == PYTORCH else logits[PYTORCH])
@@ -470,7 +465,7 @@ def _on_machine(
     networks = _networks_here(path, asked)
     if lost := set(names).difference(networks.runners):
         raise ConversionError(f"It does not run {', '.join(sorted(lost))}.")
-    return list(_answers(networks, images, asked.batch, 1, indices))
+    return list(_answers(networks, images, asked, indices))
 
 
 @lru_cache(maxsize=1)

@@ -198,11 +198,8 @@ class Allowed:
 
     def holds(self, finding: Finding) -> bool:
         """Return whether a finding stands in nobody's way."""
-        if finding.outcome is Outcome.SKIPPED:
-            return finding.skip in self.skip
-        if finding.outcome is Outcome.INCONCLUSIVE:
-            return self.inconclusive
-        return finding.outcome is Outcome.PASS
+        let = {Outcome.SKIPPED: finding.skip in self.skip, Outcome.INCONCLUSIVE: self.inconclusive}
+        return let.get(finding.outcome, finding.outcome is Outcome.PASS)
 
 
 class Report:

@@ -121,9 +121,7 @@ def _pixels(source: Path | bytes, preprocessing: Preprocessing) -> Pixels:
     return pixels_from_image(open_image(source, channels=preprocessing.channels), preprocessing)
 
 
-def write_golden(
-    draft: Draft, samples: Samples, originals: Sequence[bytes], *, users: bool
-) -> Golden:
+def write_golden(draft: Draft, samples: Samples, originals: Sequence[bytes], users: bool) -> Golden:
     """Write the golden samples into a bundle's draft, and return what the manifest says of them.
 
     Args:
@@ -155,7 +153,13 @@ def golden_samples(bundle: Bundle) -> Samples:
     Raises:
         BundleError: it has none, or they were changed or are not of its network.
     """
-    golden, manifest = _golden_of(bundle), bundle.manifest
+    golden, manifest = bundle.manifest.golden, bundle.manifest
+    if golden is None or golden.file not in bundle.digests:
+        raise BundleError(
+            f"The bundle '{bundle.path}' has no golden samples.",
+            "Compare with the original network (--against weights), or export the model again "
+            "without --golden none.",
+        )
     path, preprocessing = bundle.path / golden.file, manifest.preprocessing
     verify(path, bundle.digests[golden.file])
     sizes = other_sizes(manifest.sizes, preprocessing.image_size)
@@ -180,25 +184,14 @@ def golden_samples(bundle: Bundle) -> Samples:
         ) from error
 
 
-def _golden_of(bundle: Bundle) -> Golden:
-    golden = bundle.manifest.golden
-    if golden is None or golden.file not in bundle.digests:
-        raise BundleError(
-            f"The bundle '{bundle.path}' has no golden samples.",
-            "Compare with the original network (--against weights), or export the model again "
-            "without --golden none.",
-        )
-    return golden
-
-
 def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
     """Return whether this machine reads the encoded originals as the exporting one did.
 
     Raises:
         BundleError: one is missing or was changed.
     """
-    findings = []
-    for row, place in enumerate(_golden_of(bundle).originals):
+    findings, golden = [], bundle.manifest.golden
+    for row, place in enumerate(golden.originals if golden else ()):
         path, change = bundle.path / place, None
         verify(path, bundle.digests[place])
         try:

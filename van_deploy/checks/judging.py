@@ -266,11 +266,7 @@ def judge_new(
 
 
 def judge_answers(
-    run: Run,
-    samples: Samples,
-    sizes: Sequence[int],
-    floor: Limit,
-    recorded_db: float | None = None,
+    run: Run, samples: Samples, sizes: Sequence[int], floor: Limit, recorded_db: float | None = None
 ) -> Judged:
     """Return what the answers of a network say, at every batch size and image size.
 

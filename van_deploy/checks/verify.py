@@ -26,7 +26,7 @@ from van_deploy.checks.judging import Judged
 from van_deploy.checks.samples import Samples
 from van_deploy.config import GateSettings, VerifySettings
 from van_deploy.documents import plain
-from van_deploy.errors import ConversionError, GateFailed, VanDeployError
+from van_deploy.errors import ConversionError, VanDeployError
 from van_deploy.runners.base import Images
 from van_deploy.runners.network import Network
 from van_deploy.stopwatch import Progress, silent
@@ -134,7 +134,7 @@ def verify_bundle(
         BundleError: an artifact is not there, or is not the manifest's.
     """
     verdicts = dict[str, ArtefactVerdict]()
-    reference: Reference | Finding | None = None
+    reference: Reference | str = ""
     for name in judging.chosen_artefacts(bundle, asked.artefacts):
         artefact, opened = bundle.artefact(name), judging.open_artefact(bundle, name, asked)
         if isinstance(opened, judging.NotRun):
@@ -152,7 +152,7 @@ def verify_bundle(
             findings += judging.judge_graph(model, numeric, samples, floor, method)[0]
             if asked.modules and (loaded is not None or name != "fp32"):
                 progress(f"'{name}', module by module")
-                reference = reference or _reference(bundle, samples, loaded, gates)
+                reference = reference or module_reference(bundle, samples, loaded, gates.fp32)
                 limit = rules.module_floor(numeric, gates.of(numeric))
                 modules, found = _modules(bundle, artefact, reference, samples.inputs, limit)
                 findings.append(found)
@@ -203,22 +203,12 @@ def _floor(numeric: str, samples: Samples, gates: GateSettings) -> Limit:
     return rules.sqnr_floor(numeric, samples.noise_db, gates.of(numeric))
 
 
-def _reference(
-    bundle: Bundle, samples: Samples, loaded: LoadedVan | None, gates: GateSettings
-) -> Reference | Finding:
-    """Return what modules are compared with, or why they are not."""
-    try:
-        return module_reference(bundle, samples, loaded, gates.fp32)
-    except GateFailed as error:
-        return skipped("modules", error.message.rstrip("."))
-
-
 def _modules(
-    bundle: Bundle, artefact: Artefact, reference: Reference | Finding, images: Images, limit: Limit
+    bundle: Bundle, artefact: Artefact, reference: Reference | str, images: Images, limit: Limit
 ) -> tuple[tuple[DriftRow, ...], Finding]:
     """Return the modules that add most error, and whether any adds too much."""
-    if isinstance(reference, Finding):
-        return (), reference
+    if isinstance(reference, str):
+        return (), skipped("modules", reference)
     rows = drift_of_artefact(bundle, artefact, reference, images[:MODULE_IMAGES], "module")
     placed = sorted((r for r in rows if r.isolated_db is not None), key=lambda row: row.level)
     if not placed:
