@@ -376,10 +376,9 @@ def evaluate_bundle(
     golden = bundle.manifest.golden is not None
     noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
     truth = Truth(labels[np.sort(rows)], loaded.config.num_classes, task_of(bundle), noise_db)
-    digests = {"set": data.dataset_digest(images), "labels": labels.tolist()}
     return EvaluateReport(
         images=images.description,
-        dataset_sha256=content_key(digests),
+        dataset_sha256=content_key({"set": images.digest, "labels": labels.tolist()}),
         task=truth.task,
         unreadable=tuple((images.items[index].name, reason) for index, reason in unreadable),
         accuracy={name: accuracy_of(found, truth) for name, found in answers.items()},
@@ -406,9 +405,8 @@ def _labelled(
         labels = data.label_sets(chosen, asked.labels, classes, names)
         described = f"{chosen.description}, labels from '{asked.labels}'"
         return replace(chosen, description=described), labels
-    how: dict[str, Any] = {"synsets_file": asked.synsets, "find_labels": asked.label_files}
-    how |= {"labels_file": asked.labels, "class_order": asked.class_order}
-    every = data.labelled_images(asked.images, classes, names, **how)
+    how: dict[str, Any] = {"labels_file": asked.labels, "find_labels": asked.label_files}
+    every = data.labelled_images(asked.images, classes, names, class_order=asked.class_order, **how)
     chosen = every.first(asked.limit or len(every))
     return chosen, np.asarray(chosen.labels)
 

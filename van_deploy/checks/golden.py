@@ -36,7 +36,7 @@ from van_deploy.bundle.reading import verify
 from van_deploy.checks.gates import Finding, held
 from van_deploy.checks.samples import SKETCH, Outputs, Samples, other_sizes, samples_from
 from van_deploy.config.sizes import ImageSize
-from van_deploy.data import CheckImages, check_images, image_set, open_image, opened, sample_set
+from van_deploy.data import Batch, check_images, image_set, open_image, opened, sample_set
 from van_deploy.errors import BundleError, ImageError
 from van_deploy.manifest import Golden
 from van_deploy.metrics import Array
@@ -83,7 +83,7 @@ def golden_count(config: VanConfig, preprocessing: Preprocessing) -> int:
 
 def images_for_golden(
     name: str, preprocessing: Preprocessing, source: Path | None, count: int = GOLDEN_IMAGES
-) -> tuple[CheckImages, tuple[bytes, ...]]:
+) -> tuple[Batch, tuple[bytes, ...]]:
     """Return the images of the golden samples, and the encoded originals of the first ones (PNG).
 
     Args:
@@ -170,7 +170,7 @@ def golden_samples(bundle: Bundle) -> Samples:
             first = golden.originals[: len(inputs)]
             names = (*first, *(f"golden {row}" for row in range(len(first), len(inputs))))
             described = f"{len(inputs)} golden samples: {golden.images}"
-            images = CheckImages((), inputs, pixels, (), names, described)
+            images = Batch((), inputs, pixels, (), names, described)
 
             def answers(size: str, of: Images, outputs: Outputs) -> tuple[Array, Array]:
                 exact, single = (arrays[f"{n} {size}".rstrip()] for n in ("logits", "float32"))
@@ -212,7 +212,7 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
 
 def reference_samples(
     loaded: LoadedVan,
-    images: CheckImages,
+    images: Batch,
     sizes: Sequence[ImageSize] = (),
     *,
     golden: bool = False,
@@ -269,5 +269,5 @@ def samples_for(
         chosen = check_images(loaded.name, loaded.preprocessing, count, images)
         return reference_samples(loaded, chosen, sizes)
     golden = golden_samples(bundle).first(count)
-    same = CheckImages((), golden.inputs, golden.pixels, (), golden.names, golden.description)
+    same = Batch((), golden.inputs, golden.pixels, (), golden.names, golden.description)
     return reference_samples(loaded, same, sizes, golden=True)

@@ -58,10 +58,14 @@ def embed_preprocessing(
         task: how logits become probabilities.
 
     Raises:
-        ConversionError: the graph has another number of inputs, outputs or channels, or
-            is embedded already.
+        ConversionError: the graph gives something else than logits.
     """
-    _require_plain(model, preprocessing)
+    if [value.name for value in model.graph.output] != [OUTPUT_NAME]:
+        given = ", ".join(f"'{value.name}'" for value in model.graph.output)
+        raise ConversionError(
+            f"Preprocessing cannot be embedded: the graph gives {given}, not '{OUTPUT_NAME}'.",
+            "Start from the bundle's plain graph of a classifier.",
+        )
     embedded = ModelProto()
     embedded.CopyFrom(model)
     if embedding != "none":
@@ -73,26 +77,6 @@ def embed_preprocessing(
         embedded.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(embedded)
     return embedded
-
-
-def _require_plain(model: ModelProto, preprocessing: Preprocessing) -> None:
-    inputs, outputs = model.graph.input, model.graph.output
-    shape = _shape(inputs[0]) if inputs else []
-    channels, wanted = shape[1] if len(shape) == 4 else 0, preprocessing.channels
-    names = [value.name for value in (*inputs, *outputs)]
-    embedded = any(p.key == "van_deploy.embedded" for p in model.metadata_props)
-    faults = {
-        f"has {len(inputs)} inputs and {len(outputs)} outputs": len(inputs) * len(outputs) != 1,
-        "has its preprocessing inside already": embedded or PIXELS_NAME in names,
-        f"takes {channels} channels, and the preprocessing gives {wanted}": channels != wanted,
-        f"does not give '{OUTPUT_NAME}', but '{names[-1]}'": OUTPUT_NAME not in names,
-    }
-    for fault, holds in faults.items():
-        if holds:
-            raise ConversionError(
-                f"Preprocessing cannot be embedded: the graph {fault}.",
-                "Start from the bundle's plain graph, or export the model again.",
-            )
 
 
 def _prepend_(model: ModelProto, preprocessing: Preprocessing, embedding: str) -> None:
