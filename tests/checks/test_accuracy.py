@@ -19,7 +19,6 @@ from van_deploy.checks.evaluate import (
     accuracy_of,
     expected_calibration_error,
     judge_artefact,
-    loss_of,
 )
 from van_deploy.checks.gates import Outcome
 from van_deploy.checks.regression import ROUNDS, WARM_UPS, paired_ratio
@@ -97,9 +96,8 @@ def test_one_logit_is_decided_at_half_and_no_argmax() -> None:
     assert after.confidence[[0, 3]].tolist() == pytest.approx(sure)
     accuracy = accuracy_of(after, Truth(labels, 1, BINARY))
     assert (accuracy.top1, accuracy.top5) == (0.5, None)
-    loss = loss_of(before, after, Truth(labels, 1, BINARY))
-    assert (loss.lost, loss.won, loss.loss) == (2, 0, 50.0)
     judged = judge_artefact(before, after, Truth(labels, 1, BINARY), "fp16")
+    assert (judged.loss.lost, judged.loss.won, judged.loss.loss) == (2, 0, 50.0)
     assert judged.confusions == ((0, 1, 1), (1, 0, 1))
     extreme = probabilities(np.array([[-1000.0], [0.0], [1000.0]]), BINARY)
     assert extreme.tolist() == [[0.0], [0.5], [1.0]]
@@ -116,7 +114,7 @@ class TestManyLabels:
         accuracy = accuracy_of(before, Truth(self.LABELS, 3, MULTI))
         assert (accuracy.metric, accuracy.top5, accuracy.ece) == ("F1 (micro)", None, None)
         assert accuracy.top1 == pytest.approx(2 * 3 / (3 + 4))
-        loss = loss_of(before, after, Truth(self.LABELS, 3, MULTI))
+        loss = judge_artefact(before, after, Truth(self.LABELS, 3, MULTI), "int8").loss
         assert loss.loss == pytest.approx(100 * (6 / 7 - 4 / 6))
         assert (loss.lost, loss.won, loss.p_value) == (None, None, None)
         assert loss.interval[0] <= loss.loss <= loss.interval[1]

@@ -192,14 +192,36 @@ def drift_of_artefact(
             last[name] = node.output[0]
     made = {output for node in model.graph.node for output in node.output}
     tensors = [tensor for tensor in last.values() if tensor in made]
+    sums = [{name: np.zeros(2) for name in tensors} for _ in range(2)]
+
+    def equalised(name: str, like: Array) -> list[Any]:
+        if f"{name}.factor" not in channels:
+            return [1.0, 0.0]
+        shape = (1, -1, *(1,) * (like.ndim - 2))
+        return [channels[f"{name}.{what}"].reshape(shape) for what in ("factor", "shift")]
+
     try:
-        so_far, alone = _levels(model, tensors, reference, images, _equalisation(bundle, artefact))
+        channels = _equalisation(bundle, artefact)
+        sessions = [quiet_session(make(model, tensors)) for make in (with_taps, isolated)]
+        for start in range(0, len(images), IMAGES_AT_ONCE):
+            batch = images[start : start + IMAGES_AT_ONCE]
+            results, feeds = reference.outputs(batch), {INPUT_NAME: batch}
+            expected = {name: results[module_of(name)] for name in tensors}
+            for name, exact in expected.items():
+                factor, shift = equalised(name, exact)
+                feeds[f"{name}{FED}"] = (exact - shift) / factor
+            for session, found in zip(sessions, sums, strict=True):
+                for name, value in run_taps(session, feeds):
+                    factor, shift = equalised(name, value)
+                    found[name] += signal_and_noise(expected[name], value * factor + shift)
     except Exception as error:  # ONNX Runtime raises its own bare types
         note = f"does not run at batch {IMAGES_AT_ONCE}: {one_line(error)[:200]}"
         return tuple(DriftRow(name, note=note) for name in last)
     return tuple(
-        DriftRow(name, so_far.get(t), alone.get(t), "" if t in made else "not in this graph")
-        for name, t in last.items()
+        DriftRow(name, *(decibels(*found[tensor]) for found in sums))
+        if tensor in made
+        else DriftRow(name, note="not in this graph")
+        for name, tensor in last.items()
     )
 
 
@@ -237,37 +259,6 @@ def _equalisation(bundle: Bundle, artefact: Artefact) -> dict[str, Array]:
         return {}
     with np.load(bundle.path / str(place), allow_pickle=False) as arrays:
         return {name: arrays[name].astype(np.float64) for name in arrays.files}
-
-
-def _levels(
-    model: onnx.ModelProto,
-    tensors: list[str],
-    reference: Reference,
-    images: Images,
-    channels: Mapping[str, Array],
-) -> list[dict[str, float]]:
-    """Return the SQNR of each tensor so far, and of what each part adds."""
-
-    def equalised(name: str, like: Array) -> list[Any]:
-        if f"{name}.factor" not in channels:
-            return [1.0, 0.0]
-        shape = (1, -1, *(1,) * (like.ndim - 2))
-        return [channels[f"{name}.{what}"].reshape(shape) for what in ("factor", "shift")]
-
-    sums = [{name: np.zeros(2) for name in tensors} for _ in range(2)]
-    sessions = [quiet_session(make(model, tensors)) for make in (with_taps, isolated)]
-    for start in range(0, len(images), IMAGES_AT_ONCE):
-        batch = images[start : start + IMAGES_AT_ONCE]
-        results, feeds = reference.outputs(batch), {INPUT_NAME: batch}
-        expected = {name: results[module_of(name)] for name in tensors}
-        for name, exact in expected.items():
-            factor, shift = equalised(name, exact)
-            feeds[f"{name}{FED}"] = (exact - shift) / factor
-        for session, found in zip(sessions, sums, strict=True):
-            for name, value in run_taps(session, feeds):
-                factor, shift = equalised(name, value)
-                found[name] += signal_and_noise(expected[name], value * factor + shift)
-    return [{name: decibels(*both) for name, both in found.items()} for found in sums]
 
 
 # --- the whole bundle ------------------------------------------------------------------------

@@ -187,20 +187,6 @@ def accuracy_of(answers: Answers, truth: Truth) -> Accuracy:
     return replace(found, top5=among / total, top5_interval=wilson_interval(among, total))
 
 
-def loss_of(before: Answers, after: Answers, truth: Truth) -> Loss:
-    """Return what was lost from ``before`` (PyTorch) to ``after``, in points."""
-    labels, total = truth.labels, len(truth.labels)
-    if truth.task is not Task.MULTI_LABEL:
-        right, still = (answers.classes[:, 0] == labels for answers in (before, after))
-        return rules.paired_loss(int((right & ~still).sum()), int((~right & still).sum()), total)
-    one, other = (_label_counts(answers, labels) for answers in (before, after))
-
-    def lost(rows: npt.NDArray[np.int64]) -> float:
-        return 100 * (_f1(one[rows]) - _f1(other[rows]))
-
-    return Loss(total, lost(np.arange(total)), bootstrap_interval(lost, total))
-
-
 def judge_artefact(
     before: Answers,
     after: Answers,
@@ -219,26 +205,33 @@ def judge_artefact(
     """
     floor = rules.sqnr_floor(numeric, truth.noise_db, profile)
     allowed, task = rules.allowed_loss(numeric, profile), truth.task
-    loss, signal = loss_of(before, after, truth), float(before.power.mean())
+    labels, total, what = truth.labels, len(truth.labels), "top-1"
+    changes: tuple[ClassChange, ...] = ()
+    if task is Task.MULTI_LABEL:
+        one, other = (_label_counts(answers, labels) for answers in (before, after))
+
+        def lost(rows: npt.NDArray[np.int64]) -> float:
+            return 100 * (_f1(one[rows]) - _f1(other[rows]))
+
+        what = "F1"
+        loss = Loss(total, lost(np.arange(total)), bootstrap_interval(lost, total))
+    else:
+        right, still = (answers.classes[:, 0] == labels for answers in (before, after))
+        won = int((~right & still).sum())
+        loss = rules.paired_loss(int((right & ~still).sum()), won, total)
+        changes = _changes(labels, right, still)
+    signal = float(before.power.mean())
     sqnr = metrics.decibels(signal, float(after.noise.mean()))
     margins = before.margins / (math.sqrt(signal) or 1.0)  # in RMS logits
     explained = rules.flip_margin(floor.value, task)
     flips = metrics.flips_between(before.classes, after.classes, margins, explained)
-    what = "F1" if task is Task.MULTI_LABEL else "top-1"
     findings = [rules.judge_loss(loss, allowed, what)]
     if not rules.CLASSES[numeric].lossy:
         findings = rules.judge_numbers(loss, allowed, sqnr, floor, flips, task, what)
     pairs = Counter((flip.expected, flip.found) for flip in flips)
     commonest = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_SHOWN]
-    return ArtefactLoss(
-        numeric=numeric,
-        loss=loss,
-        findings=tuple(findings),
-        sqnr_db=sqnr,
-        flips=len(flips),
-        confusions=tuple((*pair, count) for pair, count in commonest),
-        classes=() if task is Task.MULTI_LABEL else _changes(before, after, truth.labels),
-    )
+    confusions = tuple((*pair, count) for pair, count in commonest)
+    return ArtefactLoss(numeric, loss, tuple(findings), sqnr, len(flips), confusions, changes)
 
 
 def _label_counts(answers: Answers, labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -269,11 +262,18 @@ def expected_calibration_error(confidence: npt.ArrayLike, correct: npt.ArrayLike
     return float(np.abs(surplus).sum() / len(scores))
 
 
-def _changes(before: Answers, after: Answers, labels: npt.NDArray[Any]) -> tuple[ClassChange, ...]:
-    """Return the classes whose accuracy changed, the largest change first; of ``(N,)`` labels."""
-    picked = slice(None), before.classes[:, 0] == labels, after.classes[:, 0] == labels
-    of_each = np.stack([np.bincount(labels[p], minlength=labels.max() + 1) for p in picked], 1)
-    rows = [(label, *counts) for label, counts in enumerate(of_each.tolist())]
+def _changes(
+    labels: npt.NDArray[Any], right: npt.NDArray[Any], still: npt.NDArray[Any]
+) -> tuple[ClassChange, ...]:
+    """Return the classes whose accuracy changed, the largest change first.
+
+    Args:
+        labels: ``(N,)`` classes.
+        right: ``(N,)`` whether PyTorch is right.
+        still: whether the artifact is.
+    """
+    of_each = [np.bincount(labels, each, labels.max() + 1) for each in (None, right, still)]
+    rows = [(label, *map(int, counts)) for label, counts in enumerate(zip(*of_each, strict=True))]
     changed = sorted((r for r in rows if r[2] != r[3]), key=lambda r: (-abs(r[3] - r[2]), r[0]))
     return tuple(ClassChange(*row) for row in changed[:MOST_SHOWN])
 

@@ -178,37 +178,10 @@ def judge_scales(
     if not rounded:
         return [], []
     for_cpus = any(stored[quantize.input[2]].dtype == np.uint8 for quantize in rounded.values())
-    logits, met = _without_activation_rounding(model, rounded, samples)
-    scales = {name: _over_the_best(q, stored, met[q.input[0]]) for name, q in rounded.items()}
-    findings, wrong = _activations(scales, rounded, method, for_cpus)
-    weights = {name: _code_fault(node, stored, for_cpus) for name, node in held_as.items()}
-    faults = [
-        (node.name, fault)
-        for name, fault in (*wrong.items(), *weights.items())
-        for node in nodes
-        if fault and name in node.input
-    ]
-    sqnr = samples.outputs.sqnr_db(samples.logits, logits)
-    return [
-        at_least("SQNR without activation rounding", sqnr, floor),
-        *findings,
-        _together("activation scales", wrong),
-        _together("weight scales", weights),
-    ], faults
-
-
-def _without_activation_rounding(
-    model: ModelProto, rounded: Mapping[str, NodeProto], samples: Samples
-) -> tuple[Array, dict[str, Array]]:
-    """Return the answers with every reader of a rounded activation reading it unrounded.
-
-    And some of the values that each of these activations takes.
-    """
     bare, tensors = ModelProto(), dict.fromkeys(q.input[0] for q in rounded.values())
     bare.CopyFrom(model)
-    for node in bare.graph.node:
-        for index, name in enumerate(node.input):
-            node.input[index] = rounded[name].input[0] if name in rounded else name
+    for node in bare.graph.node:  # every reader of a rounded activation reads it unrounded
+        node.input[:] = [rounded[n].input[0] if n in rounded else n for n in node.input]
     inside = dict.fromkeys([*tensors, *(value.name for value in bare.graph.output)])
     session = quiet_session(with_taps(bare, [name for name in inside if name != INPUT_NAME]))
     rows, met = [], {tensor: list[Array]() for tensor in tensors}
@@ -222,7 +195,23 @@ def _without_activation_rounding(
             # Odd, so that it is no grid's own period.
             stride = max(1, flat.size // (VALUES_AN_IMAGE * len(batch))) | 1
             pieces.append(np.append(flat[::stride], [flat.min(), flat.max()]))
-    return np.concatenate(rows), {name: np.concatenate(pieces) for name, pieces in met.items()}
+    seen = {tensor: np.concatenate(pieces) for tensor, pieces in met.items()}
+    scales = {name: _over_the_best(q, stored, seen[q.input[0]]) for name, q in rounded.items()}
+    findings, wrong = _activations(scales, rounded, method, for_cpus)
+    weights = {name: _code_fault(node, stored, for_cpus) for name, node in held_as.items()}
+    faults = [
+        (node.name, fault)
+        for name, fault in (*wrong.items(), *weights.items())
+        for node in nodes
+        if fault and name in node.input
+    ]
+    sqnr = samples.outputs.sqnr_db(samples.logits, np.concatenate(rows))
+    return [
+        at_least("SQNR without activation rounding", sqnr, floor),
+        *findings,
+        _together("activation scales", wrong),
+        _together("weight scales", weights),
+    ], faults
 
 
 def _over_the_best(quantize: NodeProto, stored: Mapping[str, Array], values: Array) -> float:

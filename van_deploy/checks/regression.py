@@ -250,7 +250,16 @@ def compare_with_baseline(
     """
     rows, new = [*_gate_rows(verify, evaluate)], tuple[str, ...]()
     if then is not None:
-        _require_same(then, now)
+        evaluated = then.evaluation_sha256 and now.evaluation_sha256
+        for name, what in SAME.items():
+            before, here = (str(getattr(baseline, name)) for baseline in (then, now))
+            if before != here and (evaluated or not name.startswith("evaluation")):
+                shown = slice(12 if name.endswith("sha256") else None)
+                raise InputError(
+                    f"The baseline was measured with {what}: {before[shown]}, and now "
+                    f"{here[shown]}.",
+                    "Give the same ones, or write the baseline anew with --update.",
+                )
         kinds = {name: finding.skip for name, finding in verify.named() if finding.skip}
         for name, figures in then.artefacts.items():
             if name not in now.artefacts:
@@ -281,18 +290,6 @@ def _gate_rows(verify: VerifyReport, evaluate: EvaluateReport | None) -> Iterato
         yield CheckRow(f"gate/evaluate/{name}", whole)
     for entry in evaluate.skipped:
         yield CheckRow(f"gate/evaluate/{entry.artefact}", skipped("runs", entry.reason, entry.kind))
-
-
-def _require_same(then: Baseline, now: Baseline) -> None:
-    evaluated = then.evaluation_sha256 and now.evaluation_sha256
-    for name, what in SAME.items():
-        old, new = (str(getattr(baseline, name)) for baseline in (then, now))
-        if old != new and (evaluated or not name.startswith("evaluation")):
-            shown = slice(12 if name.endswith("sha256") else None)
-            raise InputError(
-                f"The baseline was measured with {what}: {old[shown]}, and now {new[shown]}.",
-                "Give the same ones, or write the baseline anew with --update.",
-            )
 
 
 def _against(rule: str, then: Figure, now: Figure | None, images: int, kind: str) -> Finding:
