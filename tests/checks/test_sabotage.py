@@ -18,7 +18,7 @@ from van_deploy.checks.judging import judge_graph, judge_new
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import VerifySettings
 from van_deploy.metrics import sqnr_db
-from van_deploy.runners.onnxruntime import onnxruntime_logits
+from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 Fault = Callable[[ModelProto], ModelProto]
 
@@ -40,8 +40,9 @@ def whole(request: pytest.FixtureRequest) -> Subject:
 def test_a_fault_of_3_db_fails(whole: Subject, broken: Broken, name: str, fault: Fault) -> None:
     (recorded,) = whole.bundle.artefact(name).golden_sqnr_db.values()
     model, inputs = fault(whole.graph(name)), whole.samples.inputs
-    apart = [onnxruntime_logits(model, image[None]) for image in inputs]
-    answers = (np.concatenate(apart), onnxruntime_logits(model, inputs))
+    with OnnxRuntimeRunner(model) as runner:
+        apart = [runner.run(image[None]) for image in inputs]
+        answers = (np.concatenate(apart), runner.run(inputs))
     effect = recorded - min(sqnr_db(whole.samples.logits, found) for found in answers)
     asked = VerifySettings(artefacts=(name,), modules=False)
     report = verify_bundle(broken(whole, name, name, model), whole.samples, asked)

@@ -97,7 +97,7 @@ class TestRightArtefacts:
     ) -> None:
         preprocessing = digits.loaded.preprocessing.override(mean=mean)
         model = embed_preprocessing(digits.graph("fp32"), preprocessing, "uint8", (output,))
-        copy = Bundle.open(copy_of(digits, tmp_path.name))
+        copy = Bundle.open(copy_of(digits, f"copy {tmp_path.name}"))
         verdict = verdict_of(digits, put(copy, "bytes", "fp32", model, embedded="uint8"), "bytes")
         assert (verdict.outcome, verdict.findings[0].rule) == (outcome, rule)
 

@@ -218,7 +218,7 @@ def drift_of_artefact(
         note = f"does not run at batch {IMAGES_AT_ONCE}: {one_line(error)[:200]}"
         return tuple(DriftRow(name, note=note) for name in last)
     return tuple(
-        DriftRow(name, *(decibels(*found[tensor]) for found in sums))
+        DriftRow(name, decibels(*sums[0][tensor]), decibels(*sums[1][tensor]))
         if tensor in made
         else DriftRow(name, note="not in this graph")
         for name, tensor in last.items()
