@@ -6,146 +6,110 @@ import json
 import math
 import os
 import pickle
-import random
 import shutil
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reliability.corpus import Corpus
-from reliability.spoiled import STRANGE_VALUES, spoiled_bytes, spoiled_json
+from reliability.spoiled import STRANGE_VALUES, Draw, one_of, spoiled_bytes, spoiled_json
+
+MARKER = "executed"  # of the sound files' folder: a payload that runs makes it
 
 
-def spoiled_weights(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
-    """Write a checkpoint spoiled in one of the ways below, and return it."""
-    return rng.choice(WAYS)(corpus, rng, folder)
+def spoiled_weights(draw: Draw, sound: Path, folder: Path) -> Path:
+    """Return a checkpoint, spoiled in one of the ways below."""
+    ways = (*[_bytes] * 4, *[_tensors] * 3, _payload, _header, _bomb, _around)
+    return Path(one_of(draw, *ways)(draw, sound, folder / "weights.pth"))
 
 
-def _bytes(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
-    source = corpus.folder / rng.choice(("zip.pth", "old.pth", "model.safetensors"))
-    path = folder / f"weights{source.suffix}"
-    path.write_bytes(spoiled_bytes(rng, source.read_bytes()))
+def _bytes(draw: Draw, sound: Path, path: Path) -> Path:
+    source = sound / one_of(draw, "zip.pth", "old.pth", "model.safetensors")
+    path = path.with_suffix(source.suffix)
+    path.write_bytes(spoiled_bytes(draw, source.read_bytes()))
     return path
 
 
-def _tensors(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
-    """Write a state dict with a tensor renamed, reshaped, retyped, removed, added or NaN."""
+def _tensors(draw: Draw, sound: Path, path: Path) -> Path:
+    """Write a state dict with a tensor renamed, reshaped, retyped, NaN, or no tensor."""
     import torch
 
-    state = dict(torch.load(corpus.folder / "old.pth", weights_only=True))
-    for _ in range(rng.choice((1, 1, 2, 5))):
-        name = rng.choice(list(state))
-        value, way = state.pop(name), rng.randrange(9)
-        huge = [rng.choice((0, 1, 3)), rng.choice((1, 2**20, 2**40))]
-        kind, factor = rng.choice((torch.int64, torch.bool, torch.complex64)), rng.choice((1e38, 0))
-        values = {
-            0: value.reshape(-1),
-            1: value.unsqueeze(0),
-            2: value.to(kind),
-            3: value * factor,
-            4: torch.full_like(value.float(), rng.choice((math.nan, math.inf))),
-            5: torch.zeros(1).expand(huge),
-            6: rng.choice((None, 1, "text", [value], {"a": value})),
-        }
-        cut = rng.choice(("x.", "module.", "")) + name[rng.randrange(len(name)) :]
-        named = name if way != 7 else rng.choice((cut, "é", "a" * 500))
-        state |= {named: values.get(way, value)} if way != 8 else {}
-    whole = rng.choice((state, {"model": state}, {"state_dict": state, "model": 3}))
-    torch.save(whole, folder / "weights.pth")
-    return folder / "weights.pth"
+    state: dict[str, Any] = torch.load(sound / "old.pth", weights_only=True)
+    name = one_of(draw, *state)
+    value = state.pop(name)
+    changed = [value.reshape(-1), value.unsqueeze(0), value * 1e38, value.to(torch.complex64)]
+    changed += [torch.full_like(value.float(), math.nan), torch.zeros(1).expand(3, 2**40)]
+    named = one_of(draw, name, "module." + name, name[1:], "é", "a" * 500)
+    state[named] = one_of(draw, *changed, None, "text", [value], {"a": value})
+    torch.save(one_of(draw, state, {"model": state}, {"state_dict": state, "model": 3}), path)
+    return path
 
 
-class _Payload:
-    """Unpickles by running something."""
-
-    def __init__(self, call: tuple[Any, tuple[Any, ...]]) -> None:
-        self.call = call
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return self.call
-
-
-def _payload(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
+def _payload(draw: Draw, sound: Path, path: Path) -> Path:
     """Write a pickle that leaves a marker behind if it runs."""
-    marker, path = str(corpus.marker), folder / "weights.pth"
-    calls: list[tuple[Any, tuple[Any, ...]]] = [
+    marker = str(sound / MARKER)
+    run = one_of(
+        draw,
         (os.system, (f"touch {marker}",)),
         (exec, (f"open({marker!r}, 'w')",)),
-        (eval, (f"open({marker!r}, 'w')",)),
         (open, (marker, "w")),
         (shutil.copy, (__file__, marker)),
         (eval, ("__import__('os').getpid()",)),
-        (__import__, ("antigravity",)),
         (os.mkdir, (marker,)),
-    ]
-    payload = _Payload(rng.choice(calls))
-    content = rng.choice((payload, {"state_dict": payload}, {"a": [payload]}, {"epoch": payload}))
-    data = pickle.dumps(content, protocol=rng.choice((0, 1, 2, 3, 4, 5)))
-    if rng.random() < 0.5:
-        path.write_bytes(data)
-        return path
-    return _archive(corpus, path, lambda name, sound: data if name.endswith("/data.pkl") else sound)
-
-
-def _archive(corpus: Corpus, path: Path, changed: Any, compression: int = 0) -> Path:
-    """Write the sound archive with the content of its entries changed."""
-    with (
-        zipfile.ZipFile(corpus.folder / "zip.pth") as sound,
-        zipfile.ZipFile(path, "w", compression) as bad,
-    ):
-        for name in sound.namelist():
-            bad.writestr(name, changed(name, sound.read(name)))
+    )
+    payload = type("Payload", (), {"__reduce__": lambda _: run})()
+    content = one_of(draw, payload, {"state_dict": payload}, {"epoch": payload})
+    data = pickle.dumps(content, protocol=one_of(draw, 0, 2, 5))
+    path.write_bytes(data)
+    if one_of(draw, True, False):
+        _archive(sound, path, lambda name, old: data if name.endswith("data.pkl") else old)
     return path
 
 
-def _bomb(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
-    """Write a small archive that claims, or unpacks to, much more than it holds."""
-    which, size = f"/data/{rng.randrange(20)}", rng.choice((2**20, 2**24, 2**26))
-
-    def changed(name: str, sound: bytes) -> bytes:
-        return bytes(size) if name.endswith(which) else sound
-
-    return _archive(corpus, folder / "weights.pth", changed, zipfile.ZIP_DEFLATED)
-
-
-def _header(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
+def _header(draw: Draw, sound: Path, path: Path) -> Path:
     """Write a safetensors file whose header lies: shapes, offsets, types, lengths."""
-    data = (corpus.folder / "model.safetensors").read_bytes()
+    data = (sound / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
-    header = spoiled_json(rng, json.loads(data[8 : 8 + length]))
-    if isinstance(header, dict) and rng.random() < 0.5:
-        huge = rng.choice((2**31, 2**40, 2**62))
-        lie = {"dtype": "F32", "shape": [huge], "data_offsets": [0, 4 * huge]}
-        header[rng.choice(list(header) or ["x"])] = lie
+    header, huge = spoiled_json(draw, json.loads(data[8 : 8 + length])), one_of(draw, 2**31, 2**62)
+    if isinstance(header, dict) and one_of(draw, True, False):
+        header["x"] = {"dtype": "F32", "shape": [huge], "data_offsets": [0, 4 * huge]}
     text = json.dumps(header).encode("utf-8", "surrogatepass")
-    stated = len(text) if rng.random() < 0.8 else rng.choice((0, 1, 2**20, 2**63))
-    path = folder / "weights.safetensors"
+    stated = one_of(draw, len(text), len(text), 0, 1, 2**20, 2**63)
+    path = path.with_suffix(".safetensors")
     path.write_bytes(struct.pack("<Q", stated) + text + data[8 + length :])
     return path
 
 
-def _around(corpus: Corpus, rng: random.Random, folder: Path) -> Path:
+def _bomb(draw: Draw, sound: Path, path: Path) -> Path:
+    """Write a small archive that unpacks to much more than it holds."""
+    which, size = f"/data/{one_of(draw, 0, 3, 19)}", one_of(draw, 2**20, 2**26)
+    return _archive(sound, path, lambda name, old: bytes(size) if name.endswith(which) else old)
+
+
+def _archive(sound: Path, path: Path, changed: Callable[[str, bytes], bytes]) -> Path:
+    """Write the sound archive with the content of its entries changed."""
+    with zipfile.ZipFile(sound / "zip.pth") as old, zipfile.ZipFile(path, "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, changed(name, old.read(name)))
+    return path
+
+
+def _around(draw: Draw, sound: Path, path: Path) -> Path:
     """Write sound tensors, and beside them what no training script leaves."""
     import torch
     from safetensors.torch import save_file
 
-    state = torch.load(corpus.folder / "old.pth", weights_only=True)
-    names = ("img_size", "mean", "std", "crop_pct", "interpolation", "input_size", "preprocessing")
-    if rng.random() < 0.3:
-        text = rng.choice(("[" * 100_000, "nan", '{"a": 1, "a": 2}', "9" * 5000, "\x1b[2J"))
-        save_file(state, folder / "w.safetensors", metadata={rng.choice((*names, "classes")): text})
-        return folder / "w.safetensors"
+    state = torch.load(sound / "old.pth", weights_only=True)
+    if one_of(draw, True, False):
+        text = one_of(draw, "[" * 100_000, "nan", '{"a": 1, "a": 2}', "9" * 5000, "\x1b[2J")
+        path = path.with_suffix(".safetensors")
+        save_file(state, path, metadata={one_of(draw, "img_size", "mean", "classes"): text})
+        return path
     nested: Any = ("x",)
     for _ in range(40):  # 2**40 texts in the memory of a few, as a pickle's memo can spell them
         nested = (nested, nested)
-    strange = rng.choice((*STRANGE_VALUES, nested))
-    place = rng.choice(("classes", "class_names", "meta", "epoch", 3, (1,)))
-    more: dict[Any, Any] = {place: strange}
-    if rng.random() < 0.5:
-        more = {"args": {rng.choice(names): strange}}
-    torch.save({"state_dict": state, **more}, folder / "weights.pth")
-    return folder / "weights.pth"
-
-
-WAYS = (*[_bytes] * 6, *[_tensors] * 4, *[_payload] * 2, *[_header] * 2, _bomb, _around, _around)
+    strange = one_of(draw, *STRANGE_VALUES, nested)
+    more = {one_of(draw, "classes", "meta", "epoch", 3): strange, "args": {"mean": strange}}
+    torch.save({"state_dict": state, **more}, path)
+    return path

@@ -225,15 +225,7 @@ class Bundle:
         require_classes(opened, "predict")
         sources = sources_from([images] if isinstance(images, Image) else images)
         batch = asked.batch or min(opened.manifest.batch.opt, len(sources))
-        network = Network(
-            opened,
-            asked.artefact,
-            runner=asked.runner,
-            threads=asked.threads,
-            trust_engine=asked.trust_engine,
-            device=asked.device,
-        )
-        with network:
+        with Network(opened, asked.artefact, asked, threads=asked.threads) as network:
             answers = predict(network, sources, top=asked.top_k, batch=batch)
             for done, answer in enumerate(answers, 1):
                 self.progress("Looking at images", done, len(sources))

@@ -28,7 +28,7 @@ from van_deploy.config import (
     VerifySettings,
 )
 from van_deploy.recipe import recipe_named
-from van_deploy.runners.network import original_of
+from van_deploy.runners.original import original_network
 from van_deploy.stopwatch import Progress, silent
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _given(
 
 def _original(bundle: Bundle, weights: Path | None, say: Progress) -> LoadedVan:
     say("Loading the original network")
-    return original_of(bundle, weights)
+    return original_network(bundle, weights)
 
 
 def _gates(recipe: str) -> GateSettings:

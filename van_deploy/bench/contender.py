@@ -103,12 +103,12 @@ def runner_of(contender: Contender, threads: int) -> Any:
         name, cuda = contender.mode, CudaOptions(**contender.options)
         return OnnxRuntimeRunner(file, threads=threads, name=name, device=device, cuda=cuda)
     if contender.runtime == "openvino":
-        from van_deploy.runners.openvino import OpenVinoRunner
+        from van_deploy.runners.onnxruntime import OpenVinoRunner
 
         precision = "bf16" if contender.precision == "bf16" else "f32"
         return OpenVinoRunner(file, threads=threads, precision=precision)
     if contender.runtime == "inductor":
-        from van_deploy.runners.inductor import InductorRunner
+        from van_deploy.runners.pytorch import InductorRunner
 
         return InductorRunner(file, device=device, threads=threads)
     from van_deploy.runners.tensorrt import TensorRtRunner

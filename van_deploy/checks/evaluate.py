@@ -33,6 +33,7 @@ from van_deploy.intervals import Interval, bootstrap_interval, wilson_interval
 from van_deploy.metrics import Task
 from van_deploy.ray_tasks import RayTask, run_on_ray
 from van_deploy.runners.network import PYTORCH, require_classes, task_of
+from van_deploy.runners.original import original_network
 from van_deploy.stopwatch import Progress, silent
 
 if TYPE_CHECKING:
@@ -469,8 +470,6 @@ def _on_machine(
 @lru_cache(maxsize=1)
 def _networks_here(path: str, asked: EvaluationSettings) -> Networks:
     import torch
-
-    from van_deploy.runners.original import original_network
 
     torch.set_num_threads(1)
     bundle = Bundle.open(path)

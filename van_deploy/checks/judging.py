@@ -97,8 +97,7 @@ def open_artefact(
         BundleError: there is no such artifact, or its files are not the manifest's.
         MissingDependency: ONNX Runtime is not installed.
     """
-    how: dict[str, Any] = {n: getattr(asked, n) for n in ("runner", "device", "trust_engine")}
-    network = Network(bundle, name, threads=threads or None, spin=spin, **how)
+    network = Network(bundle, name, asked, threads=threads or None, spin=spin)
     bundle.verified(name, only_file=network.is_engine and asked.trust_engine)
     obstacle = network.obstacle()
     if obstacle is not None:

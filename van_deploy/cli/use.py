@@ -179,7 +179,6 @@ def serve(
     with telling("Loading"):
         service = Service(opened(bundle, require_signature, silent).opened(), settings)
         app = App(service)
-        service.load()
         bound, url = listen(settings.host, settings.port)
     if not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
         keyless = "" if app.keyed else ", and nobody is asked for a key"

@@ -52,20 +52,16 @@ def sources_from(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ..
         images: files, folders (searched at any depth), or the bytes of a file.
 
     Raises:
-        UsageError: one is a URL.
         ImageError: a file or folder does not exist, or a folder holds no image.
     """
     found: list[Path | bytes] = []
     for image in images:
         if isinstance(image, bytes):
             found.append(image)
-        elif "://" in str(image):
-            raise UsageError(
-                f"'{image}' is a URL; nothing is downloaded here.",
-                "Download it first, or pipe it in: curl URL | van-deploy predict BUNDLE -",
-            )
         elif not (path := Path(image)).exists():
-            raise ImageError(f"There is no image '{image}'.", "Check the path.")
+            raise ImageError(
+                f"There is no image '{image}'.", "Check the path; download what is a URL first."
+            )
         else:
             found += find_images(path) if path.is_dir() else [path]
     return tuple(found)
