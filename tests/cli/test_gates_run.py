@@ -76,7 +76,7 @@ def test_everything_a_recipe_asks_for(cli: Cli, recipe: Path, tmp_path: Path) ->
     reason = document["verify"]["artefacts"][names[2]]["reason"]
     assert reason == "engine not executed: no GPU"
     assert document["evaluate"]["count"] == 40
-    assert [entry["artefact"] for entry in document["evaluate"]["skipped"]] == [names[2]]
+    assert list(document["evaluate"]["skipped"]) == [names[2]]
     assert set(bundle.manifest.checks) >= {"verify", "evaluate"}
     again = cli("run", recipe, "--output", output, *leave)
     assert again.exit_code == 0

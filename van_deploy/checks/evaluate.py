@@ -24,7 +24,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.checks import gates as rules
 from van_deploy.checks.gates import Finding, Loss
 from van_deploy.checks.golden import samples_for
-from van_deploy.checks.judging import Networks, NotRun
+from van_deploy.checks.judging import Networks
 from van_deploy.config import EvaluationSettings, GateProfile, GateSettings
 from van_deploy.data import ImageSet
 from van_deploy.errors import ConversionError, ImageError
@@ -312,7 +312,7 @@ class EvaluateReport(rules.Report):
     unreadable: tuple[tuple[str, str], ...]
     accuracy: Mapping[str, Accuracy]
     losses: Mapping[str, ArtefactLoss]
-    skipped: tuple[NotRun, ...]
+    skipped: Mapping[str, Finding]
     runners: Mapping[str, str]
     class_names: tuple[str, ...] | None
     seconds: float
@@ -327,7 +327,7 @@ class EvaluateReport(rules.Report):
     def named(self) -> list[tuple[str, Finding]]:
         """Return every finding and its artifact, those of skipped artifacts included."""
         found = [(name, f) for name, loss in self.losses.items() for f in loss.findings]
-        return found + [(s.artefact, rules.skipped("runs", s.reason, s.kind)) for s in self.skipped]
+        return [*found, *self.skipped.items()]
 
 
 def evaluate_bundle(
@@ -387,7 +387,7 @@ def evaluate_bundle(
             n: judge_artefact(answers[PYTORCH], answers[n], truth, k, gates.of(k))
             for n, k in networks.numeric.items()
         },
-        skipped=tuple(networks.skipped),
+        skipped=networks.skipped,
         runners=networks.runners,
         class_names=loaded.class_names,
         seconds=time.perf_counter() - started,

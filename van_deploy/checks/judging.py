@@ -43,23 +43,6 @@ Run = Callable[[Samples, npt.NDArray[np.int64]], Outputs]
 # --- artifacts to be judged ------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class NotRun:
-    """An artifact that this machine does not run.
-
-    Attributes:
-        artefact: its name.
-        runner: what would have run it.
-        reason: one phrase.
-        kind: of skip (:class:`~van_deploy.checks.gates.Finding`), or "".
-    """
-
-    artefact: str
-    runner: str
-    reason: str
-    kind: str
-
-
 def common(asked: config.CheckSettings | config.RunSettings) -> dict[str, Any]:
     """Return what runs the artifacts and what may pass, for other settings."""
     names = ("runner", "device", "trust_engine", "allow_skip", "allow_inconclusive")
@@ -83,7 +66,7 @@ def chosen_artefacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
 
 def open_artefact(
     bundle: Bundle, name: str, asked: config.RunnerSettings, threads: int = 0, spin: bool = True
-) -> Network | NotRun:
+) -> Network | Finding:
     """Return the artifact called ``name`` to be opened with ``with``, or why it does not run here.
 
     Args:
@@ -101,7 +84,7 @@ def open_artefact(
     bundle.verified(name, only_file=network.is_engine and asked.trust_engine)
     obstacle = network.obstacle()
     if obstacle is not None:
-        return NotRun(name, network.runner, obstacle.reason, obstacle.kind)
+        return gates.skipped("runs", obstacle.reason, obstacle.kind)
     return network
 
 
@@ -143,15 +126,15 @@ class Networks(ExitStack):
 
         super().__init__()
         self.bundle, self.loaded, self._torch = bundle, loaded, TorchRunner(loaded.model)
-        self.numeric, self.skipped = dict[str, str](), list[NotRun]()
+        self.numeric, self.skipped = dict[str, str](), dict[str, Finding]()
         self._artefacts: dict[str, Network] = {}
         for name in chosen_artefacts(bundle, asked.artefacts):
             # Idle threads must not spin: the next image is being decoded on that core.
             opened = open_artefact(bundle, name, asked, threads, spin=False)
-            if isinstance(opened, NotRun):
-                self.skipped.append(opened)
+            if isinstance(opened, Finding):
+                self.skipped[name] = opened
             elif OUTPUT_NAME not in {output.name for output in opened.outputs}:
-                self.skipped.append(NotRun(name, opened.runner, "it gives no logits", ""))
+                self.skipped[name] = gates.skipped("runs", "it gives no logits")
             else:
                 self._artefacts[name] = self.enter_context(opened)
                 kind = bundle.artefact(name).precision

@@ -21,7 +21,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
 from van_deploy.checks.evaluate import EvaluateReport
 from van_deploy.checks.gates import Finding, Limit, Outcome, skipped
-from van_deploy.checks.judging import NotRun, given_to, open_artefact
+from van_deploy.checks.judging import given_to, open_artefact
 from van_deploy.checks.samples import Samples
 from van_deploy.checks.verify import VerifyReport
 from van_deploy.config import RunnerSettings
@@ -148,7 +148,7 @@ def speed_ratios(
     with one_torch_thread():
         for name in bundle.artefacts:
             opened = open_artefact(bundle, name, asked, 1, spin=False)
-            if isinstance(opened, NotRun):
+            if isinstance(opened, Finding):
                 continue
             with opened as network, TorchRunner(loaded.model) as original:
                 given = given_to(network, few, slice(None))
@@ -288,8 +288,8 @@ def _gate_rows(verify: VerifyReport, evaluate: EvaluateReport | None) -> Iterato
         itself = loss.findings[-1]
         whole = replace(itself, outcome=loss.outcome, message=loss.reason)
         yield CheckRow(f"gate/evaluate/{name}", whole)
-    for entry in evaluate.skipped:
-        yield CheckRow(f"gate/evaluate/{entry.artefact}", skipped("runs", entry.reason, entry.kind))
+    for name, finding in evaluate.skipped.items():
+        yield CheckRow(f"gate/evaluate/{name}", finding)
 
 
 def _against(rule: str, then: Figure, now: Figure | None, images: int, kind: str) -> Finding:

@@ -49,7 +49,7 @@ class ArtefactVerdict(Judged):
         artefact: its name.
         precision: of the artifact.
         numeric: the numeric class it was judged in.
-        runner: what ran it, or would have.
+        runner: what ran it, or "".
         worst_modules: the modules that add most error, worst first.
     """
 
@@ -137,9 +137,8 @@ def verify_bundle(
     reference: Reference | str = ""
     for name in judging.chosen_artefacts(bundle, asked.artefacts):
         artefact, opened = bundle.artefact(name), judging.open_artefact(bundle, name, asked)
-        if isinstance(opened, judging.NotRun):
-            numeric, runner = numeric_class(artefact.precision), opened.runner
-            said = Judged((skipped("runs", opened.reason, opened.kind),))
+        if isinstance(opened, Finding):
+            numeric, runner, said = numeric_class(artefact.precision), "", Judged((opened,))
         else:
             progress(f"'{name}' at every batch size")
             numeric, said = _judged(opened, artefact, samples, gates)
