@@ -48,7 +48,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.table import Table
-from reliability.clients import Load, drive, exported, infer_requests, started
+from reliability.load import Load, drive, exported, infer_requests, started
 from reliability.tritonserver import PYTHON, triton_running
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle

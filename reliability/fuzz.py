@@ -23,8 +23,7 @@ from typing import Any
 import hypothesis
 from hypothesis import strategies as st
 
-from reliability.kinds import KINDS, command, make_sound_files
-from reliability.weights import MARKER
+from reliability.kinds import KINDS, MARKER, command, make_sound_files
 
 TOTAL, LONGEST_S, MOST_BYTES = 10_000, 20.0, 2 * 10**9
 EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import os
+import pickle
 import shutil
+import struct
 import subprocess
 import zipfile
 from collections.abc import Callable
@@ -13,15 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reliability.spoiled import (
-    STRANGE_VALUES,
-    Draw,
-    one_of,
-    spoiled_bytes,
-    spoiled_document,
-    spoiled_json,
-)
-from reliability.weights import spoiled_weights
+from reliability.spoiled import Draw, one_of, spoiled_bytes, spoiled_document, spoiled_json
 
 Reader = Callable[[], object]
 """Reads a spoiled file; returns or raises what the program would."""
@@ -29,16 +23,8 @@ Reader = Callable[[], object]
 Spoil = Callable[[Draw, Path, Path], Reader]
 """Spoils one of the sound files (in the first folder) into the second; returns its reader."""
 
-PLACES = ("../../etc/passwd", "/etc/passwd", "there", "", "link", "link/x", "a\\b", "..")
+MARKER = "executed"  # of the sound files' folder: a payload that runs makes it
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
-ENTRIES = (
-    *("manifest.json", "manifest.json.sig", "model.onnx", "golden/0.png", "labels.txt"),
-    *(".lock", ".pending", ".staging-x", "engines", "bench.json", "stranger"),
-)
-GONE = (
-    *("model.onnx", "manifest.json", "engines", "model.onnx/x", "../outside", "/etc/passwd", ""),
-    *(".", ".lock", "a" * 300, "link/outside", "\x00", "é"),
-)
 READING = ("info", "inspect", "predict", "report", "package")
 LABELS = {str(number): f"digit {number}" for number in range(10)}
 DOCUMENTS: dict[str, dict[str, Any]] = {
@@ -112,7 +98,79 @@ def on_bundle(sound: Path, name: str, bundle: Path) -> Reader:
 
 def checkpoint(draw: Draw, sound: Path, folder: Path) -> Reader:
     """Bytes, tensors, headers and archives of weights, pickles that run something; by `info`."""
-    return command("info", spoiled_weights(draw, sound, folder))
+    ways = (*[_bytes] * 4, *[_tensors] * 3, _payload, _header, _bomb)
+    return command("info", one_of(draw, *ways)(draw, sound, folder / "weights.pth"))
+
+
+def _bytes(draw: Draw, sound: Path, path: Path) -> Path:
+    source = sound / one_of(draw, "zip.pth", "old.pth", "model.safetensors")
+    path = path.with_suffix(source.suffix)
+    path.write_bytes(spoiled_bytes(draw, source.read_bytes()))
+    return path
+
+
+def _tensors(draw: Draw, sound: Path, path: Path) -> Path:
+    """Write a state dict with a tensor renamed, reshaped, retyped, NaN, or no tensor."""
+    import torch
+
+    state: dict[str, Any] = torch.load(sound / "old.pth", weights_only=True)
+    name = one_of(draw, *state)
+    value = state.pop(name)
+    changed = [value.reshape(-1), value.unsqueeze(0), value * 1e38, value.to(torch.complex64)]
+    changed += [torch.full_like(value.float(), math.nan), torch.zeros(1).expand(3, 2**40)]
+    named = one_of(draw, name, "module." + name, name[1:], "é", "a" * 500)
+    state[named] = one_of(draw, *changed, None, "text", [value], {"a": value})
+    torch.save(one_of(draw, state, {"model": state}, {"state_dict": state, "model": 3}), path)
+    return path
+
+
+def _payload(draw: Draw, sound: Path, path: Path) -> Path:
+    """Write a pickle that leaves a marker behind if it runs."""
+    marker = str(sound / MARKER)
+    run = one_of(
+        draw,
+        (os.system, (f"touch {marker}",)),
+        (exec, (f"open({marker!r}, 'w')",)),
+        (open, (marker, "w")),
+        (shutil.copy, (__file__, marker)),
+        (eval, ("__import__('os').getpid()",)),
+        (os.mkdir, (marker,)),
+    )
+    payload = type("Payload", (), {"__reduce__": lambda _: run})()
+    content = one_of(draw, payload, {"state_dict": payload}, {"epoch": payload})
+    data = pickle.dumps(content, protocol=one_of(draw, 0, 2, 5))
+    path.write_bytes(data)
+    if one_of(draw, True, False):
+        _archive(sound, path, lambda name, old: data if name.endswith("data.pkl") else old)
+    return path
+
+
+def _header(draw: Draw, sound: Path, path: Path) -> Path:
+    """Write a safetensors file whose header lies: shapes, offsets, types, lengths."""
+    data = (sound / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header, huge = spoiled_json(draw, json.loads(data[8 : 8 + length])), one_of(draw, 2**31, 2**62)
+    if isinstance(header, dict) and one_of(draw, True, False):
+        header["x"] = {"dtype": "F32", "shape": [huge], "data_offsets": [0, 4 * huge]}
+    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    stated = one_of(draw, len(text), len(text), 0, 1, 2**20, 2**63)
+    path = path.with_suffix(".safetensors")
+    path.write_bytes(struct.pack("<Q", stated) + text + data[8 + length :])
+    return path
+
+
+def _bomb(draw: Draw, sound: Path, path: Path) -> Path:
+    """Write a small archive that unpacks to much more than it holds."""
+    which, size = f"/data/{one_of(draw, 0, 3, 19)}", one_of(draw, 2**20, 2**26)
+    return _archive(sound, path, lambda name, old: bytes(size) if name.endswith(which) else old)
+
+
+def _archive(sound: Path, path: Path, changed: Callable[[str, bytes], bytes]) -> Path:
+    """Write the sound archive with the content of its entries changed."""
+    with zipfile.ZipFile(sound / "zip.pth") as old, zipfile.ZipFile(path, "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, changed(name, old.read(name)))
+    return path
 
 
 def document(names: str, draw: Draw, sound: Path, folder: Path) -> Reader:
@@ -161,29 +219,17 @@ def _placed(name: str, draw: Draw, sound: Path, folder: Path) -> tuple[Path, Rea
 
 
 def onnx_file(draw: Draw, sound: Path, folder: Path) -> Reader:
-    """Bytes, weights in other files, shapes, types and operators; by `inspect` and `build`."""
+    """Bytes, shapes, types and operators; by `inspect` and `build`."""
     import onnx
 
     from van_deploy.config import BuildOptions
     from van_deploy.engine.build import has_weights_beside
 
     path, source = folder / "model.onnx", sound / "bundle/model.onnx"
-    way = one_of(draw, "bytes", "bytes", "elsewhere", "dims", "type", "operator", "opset")
+    way = one_of(draw, "bytes", "bytes", "dims", "type", "operator", "opset")
     model = onnx.load(source)
     tensor, node = one_of(draw, *model.graph.initializer), one_of(draw, *model.graph.node)
-    if way == "elsewhere":
-        if one_of(draw, True, False):  # a constant made of it
-            constant = onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
-            model.graph.initializer.remove(tensor)
-            model.graph.node.insert(0, constant)
-            tensor = model.graph.node[0].attribute[0].t
-        (folder / "link").symlink_to(one_of(draw, "/etc/passwd", "../there", "link"))
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value=one_of(draw, *PLACES))
-        tensor.external_data.add(key="offset", value=one_of(draw, "0", "-1", "x", str(2**62)))
-        tensor.external_data.add(key="length", value=one_of(draw, "4", "-4", str(2**62)))
-    elif way == "dims":
+    if way == "dims":
         tensor.ClearField("dims")
         tensor.dims.extend([one_of(draw, -1, 0, 2**31, 2**62) for _ in range(3)])
     elif way == "type":
@@ -195,33 +241,6 @@ def onnx_file(draw: Draw, sound: Path, folder: Path) -> Reader:
     data = source.read_bytes()
     path.write_bytes(spoiled_bytes(draw, data) if way == "bytes" else model.SerializeToString())
     return one_of(draw, command("inspect", path), lambda: has_weights_beside(path, BuildOptions()))
-
-
-def archive(draw: Draw, sound: Path, folder: Path) -> Reader:
-    """Images in `.npz`: other arrays, spoiled bytes and entries; read as `quantize` reads them."""
-    import numpy as np
-
-    from van_deploy.calibration_set import ImageSelection
-    from van_deploy.precision.images import choose_images
-
-    shapes = ((4, 8, 8), (4, 8, 8, 3), (0, 8, 8), (), (2**14, 2**14))
-    images = [np.zeros(shape, np.uint8) for shape in shapes]
-    images += [np.zeros((2, 3, 8, 8), np.float32), np.array([None, {}], object)]
-    arrays: dict[str, Any] = {"images": one_of(draw, *images)}
-    if one_of(draw, True, False):
-        arrays["labels"] = np.zeros(one_of(draw, (4,), (), (4, 2), (9,)))
-    path, made, way = folder / "images.npz", io.BytesIO(), one_of(draw, "sound", "bytes", "entry")
-    np.savez_compressed(made, **arrays)
-    data = made.getvalue()
-    if way == "entry":  # one entry spoiled, its checksum right
-        with zipfile.ZipFile(made) as old, zipfile.ZipFile(path, "w", 8) as bad:
-            for name in old.namelist():
-                data = old.read(name)
-                content = spoiled_bytes(draw, data[:4096]) + data[4096:]
-                bad.writestr(name, content if one_of(draw, True, True, False) else bytes(2**28))
-    else:
-        path.write_bytes(spoiled_bytes(draw, data) if way == "bytes" else data)
-    return lambda: choose_images(ImageSelection(count=2), path)
 
 
 def image(draw: Draw, sound: Path, folder: Path) -> Reader:
@@ -236,55 +255,15 @@ def image(draw: Draw, sound: Path, folder: Path) -> Reader:
     return lambda: open_image(path)
 
 
-def bundle_folder(draw: Draw, sound: Path, folder: Path) -> Reader:
-    """A bundle's folder: pipes, links, half a commit; also by `sign` and `verify-signature`."""
-    bundle, outside = folder / "bundle", folder / "outside"
-    shutil.copytree(sound / one_of(draw, "bundle", "signed"), bundle)
-    outside.write_text("mine")
-    path, way = bundle / one_of(draw, *ENTRIES), one_of(draw, "pipe", "folder", "link", "bytes", "")
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-    if way == "pipe":
-        os.mkfifo(path)
-    elif way == "folder":
-        path.mkdir()
-        (path / "x").touch()
-    elif way == "link":
-        path.symlink_to(one_of(draw, "../outside", "..", path.name, "/dev/zero", "nowhere"))
-    elif way == "bytes":
-        path.write_bytes(one_of(draw, b"", b"x", b"half" * 2500))
-    pending = bundle / ".pending"
-    if one_of(draw, True, False) and not (pending.exists() or pending.is_symlink()):
-        pending.mkdir()  # half a commit, with names of a stranger's choice
-        (bundle / "link").symlink_to("..")
-        gone = [one_of(draw, *GONE), one_of(draw, *GONE)]
-        (pending / ".gone").write_text(json.dumps(one_of(draw, gone, gone, *STRANGE_VALUES)))
-        target = pending / one_of(draw, "model.onnx", "engines/x", "link/outside", "manifest.json")
-        target.parent.mkdir(exist_ok=True)
-        target.write_text("theirs")
-    read = on_bundle(sound, one_of(draw, *READING, "verify-signature", "sign"), bundle)
-
-    def read_and_look() -> object:
-        result = read()
-        if outside.read_text() != "mine":
-            raise AssertionError("a file outside the bundle was changed")
-        return result
-
-    return read_and_look
-
-
 KINDS: dict[str, tuple[int, str, Spoil]] = {
     "checkpoint": (250, "archives, tensors, pickles that run something", checkpoint),
-    "onnx": (150, "weights in other files, shapes, types, operators", onnx_file),
+    "onnx": (150, "bytes, shapes, types, operators", onnx_file),
     "repository": (40, "the JSON beside weights", partial(document, "config preprocessor")),
     "manifest": (130, "a bundle's manifest", partial(document, "manifest")),
     "recipe": (80, "recipes", partial(document, "recipe")),
     "calibration": (50, "calibration sets", partial(document, "calibration")),
     "sidecar": (60, "engines' sidecars, most with a right digest", partial(document, "sidecar")),
-    "archives": (60, "images in `.npz`", archive),
     "image": (100, "seven formats, and PostScript by their names", image),
-    "folder": (50, "pipes, links, half a commit in a bundle's folder", bundle_folder),
     "signature": (30, "signatures and keys", partial(document, "signature key")),
 }
 """How much of all cases each kind is, in thousandths; what is spoiled; and what spoils it."""

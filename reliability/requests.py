@@ -21,7 +21,7 @@ from pathlib import Path
 import hypothesis
 from hypothesis import strategies as st
 
-from reliability.clients import exported, started
+from reliability.load import exported, started
 from reliability.spoiled import Draw, one_of, spoiled_bytes, spoiled_json
 
 TOTAL, AT_ONCE, MEAN = 10_000, 32, 12  # requests, connections of a case at most and about

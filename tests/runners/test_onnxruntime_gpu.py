@@ -144,11 +144,8 @@ def test_the_cuda_provider_lacks_the_driver_alone(digits_onnx: Path, tmp_path: P
     if importlib.util.find_spec("nvidia") is None or not cuda_libraries("13.0"):
         pytest.skip("NVIDIA's wheels for CUDA 13 are not installed")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path)]
-    got = subprocess.run(
-        [*pip, "onnxruntime-gpu>=1.31"], capture_output=True, text=True, check=False
-    )
-    if got.returncode:
-        pytest.skip(f"onnxruntime-gpu cannot be had here: {got.stderr[-200:]}")
+    if subprocess.run([*pip, "onnxruntime-gpu>=1.31"], check=False).returncode:
+        pytest.skip("onnxruntime-gpu cannot be had here")
     folder = tmp_path / "ort"
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(folder)
     code = IN_A_FRESH_PROCESS.format(folder=str(folder), model=str(digits_onnx))

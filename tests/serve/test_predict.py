@@ -17,7 +17,7 @@ from tests.conftest import Cli
 from tests.each import each
 from tests.serve.conftest import top5_of
 from van_deploy.bundle import Bundle
-from van_deploy.errors import GateFailed, ImageError, UsageError
+from van_deploy.errors import GateFailed, ImageError
 from van_deploy.graph.embed import embed_preprocessing
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.serve import embedded
@@ -81,8 +81,6 @@ def test_an_embedded_graph_is_the_same_network_or_nothing_is_written(
     digits: Bundle, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy, outputs = copy_of(digits), ("logits", "probabilities", "top5")
-    with pytest.raises(UsageError, match="There is nothing to embed"):
-        embed_artefacts(Bundle.open(copy), PIXELS, "none", outputs[:1], (1,))
     (made,) = embed_artefacts(Bundle.open(copy), PIXELS, "normalize", outputs, (1, 2, 3))
     assert (made.name, made.base, made.reused) == ("fp32-normalize", "fp32", False)
     assert made.agreement is not None

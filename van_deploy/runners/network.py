@@ -55,19 +55,6 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class TopClasses:
-    """The most probable classes of a batch, most probable first.
-
-    Attributes:
-        classes: indices ``(N, k)`` int64.
-        probabilities: ``(N, k)`` float32, 0 to 1.
-    """
-
-    classes: npt.NDArray[np.int64]
-    probabilities: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
 class Obstacle:
     """What keeps an artifact from running on this machine.
 
@@ -330,8 +317,10 @@ class Network:
             )
         return outputs[OUTPUT_NAME].astype(np.float32)
 
-    def top(self, outputs: Mapping[str, npt.NDArray[Any]], count: int) -> TopClasses:
-        """Return the ``count`` most probable classes of each row, or as many as there are.
+    def top(
+        self, outputs: Mapping[str, npt.NDArray[Any]], count: int
+    ) -> list[list[tuple[int, float]]]:
+        """Return each row's most probable classes and their probabilities, the best first.
 
         Raises:
             UsageError: the artifact gives only its first five and more are asked for.
@@ -340,16 +329,17 @@ class Network:
             logits = outputs.get(OUTPUT_NAME)
             scores = outputs["probabilities"] if logits is None else logits.astype(np.float32)
             shares = scores if logits is None else probabilities(scores, self.task)
-            classes = np.argsort(-scores, axis=1, kind="stable")[:, :count].astype(np.int64)
+            classes = np.argsort(-scores, axis=1, kind="stable")[:, :count]
             ranked = np.take_along_axis(shares, classes, axis=1).astype(np.float32)
-            return TopClasses(classes, ranked)
-        classes, shares = outputs[TOP_CLASSES], outputs[TOP_PROBABILITIES]
-        if count > classes.shape[1]:
-            raise UsageError(
-                f"'{self.name}' gives its first {classes.shape[1]} classes only, not {count}.",
-                f"Ask for {classes.shape[1]}, or take another artifact.",
-            )
-        return TopClasses(classes[:, :count], shares[:, :count])
+        else:
+            classes, ranked = outputs[TOP_CLASSES][:, :count], outputs[TOP_PROBABILITIES]
+            if count > classes.shape[1]:
+                raise UsageError(
+                    f"'{self.name}' gives its first {classes.shape[1]} classes only, not {count}.",
+                    f"Ask for {classes.shape[1]}, or take another artifact.",
+                )
+        rows = zip(classes.tolist(), ranked.tolist(), strict=True)
+        return [list(zip(found, shares, strict=False)) for found, shares in rows]
 
 
 def network_input(

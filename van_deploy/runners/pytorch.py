@@ -21,15 +21,10 @@ from van_deploy.engine.backend import host_here
 from van_deploy.engine.compatibility import require_compatible
 from van_deploy.engine.inductor import cudnn_tf32, quietly
 from van_deploy.engine.sidecar import verified_package
-from van_deploy.errors import ConversionError, MissingDependency, UsageError
+from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.runners.base import Logits, Outputs, Runner, gpu_index, require_served
 from van_deploy.runners.cuda import no_device, out_of_memory
-
-MODES = ("eager", "channels-last", "compile", "autocast")
-"""``eager``: as it is. ``channels-last``: NHWC memory. ``compile``: torch.compile with frozen
-weights, specialised on each batch size; on a GPU in NHWC memory, with ``max-autotune`` and CUDA
-graphs. ``autocast``: mixed precision, bfloat16 on a CPU and float16 on a GPU, in NHWC memory."""
 
 AUTOTUNE = {"max_autotune": True, "max_autotune_conv_backends": "ATEN"}
 """Inductor's search, without its own templates for convolutions: on an H200 with PyTorch 2.11 the
@@ -44,7 +39,10 @@ class TorchRunner(Runner):
     Args:
         model: a network in eval mode. It is borrowed, not copied; on opening it is moved and
             converted to what is asked.
-        mode: one of :data:`MODES`.
+        mode: ``eager``: as it is. ``channels-last``: NHWC memory. ``compile``: torch.compile with
+            frozen weights, specialised on each batch size; on a GPU in NHWC memory, with
+            ``max-autotune`` and CUDA graphs. ``autocast``: mixed precision, bfloat16 on a CPU and
+            float16 on a GPU, in NHWC memory.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         precision: what weights and images are converted to: a key of :data:`DTYPES`; None leaves
             the network's own. The outputs are float32 always.
@@ -57,8 +55,6 @@ class TorchRunner(Runner):
         device: str = "cpu",
         precision: str | None = None,
     ) -> None:
-        if mode not in MODES:
-            raise UsageError(f"PyTorch has no mode '{mode}'.", f"Choose from: {', '.join(MODES)}.")
         own = next(model.parameters()).dtype
         self.model, self.mode, self.device = model, mode, torch_device(device)
         self.dtype = own if precision is None else DTYPES[precision]

@@ -179,12 +179,12 @@ class App:
                 *(parse_request, body, size, network.input, names, network.max_batch),
             )
             served.queue.take(held, len(rows) - 1)
-            answer = await served.infer(rows)
+            outputs, *_ = await served.infer(rows)
             texts = [w.name for w in parsed.outputs if not parsed.in_bytes(w)]
-            many = sum(answer.outputs[name].size for name in texts) > MANY_NUMBERS
+            many = sum(outputs[name].size for name in texts) > MANY_NUMBERS
             content, json_size = await intake.run(
                 "process" if many else "here",
-                *(encode_response, parsed, answer.outputs, served.name),
+                *(encode_response, parsed, outputs, served.name),
             )
         if json_size is None:
             return Response(content, {"content-type": "application/json"})

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Artefact, Bundle, Origin, writing
-from van_deploy.errors import GateFailed, UsageError
+from van_deploy.errors import GateFailed
 from van_deploy.files import content_key
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES, embed_preprocessing
 from van_deploy.graph.files import graph_facts, save_onnx
@@ -67,16 +67,10 @@ def embed_artefacts(
         batches: batch sizes to prove, each at most N.
 
     Raises:
-        UsageError: there is nothing to embed.
         GateFailed: an embedded graph does not answer as its plain one; nothing was written.
     """
     import onnx
 
-    if embedding == "none" and tuple(outputs) == (OUTPUT_NAME,):
-        raise UsageError(
-            "There is nothing to embed: no preprocessing and only the logits.",
-            "Give --embed-preprocess uint8, or more --outputs.",
-        )
     preprocessing, made, task = bundle.manifest.preprocessing, list[Embedded](), task_of(bundle)
     pairs = [
         (normalised(some, preprocessing), network_input(some, embedding, preprocessing))

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -75,14 +75,8 @@ class ServerMetrics:
         return self._all[name].labels(*labels)
 
 
-class Answer(NamedTuple):
-    """What one request got: its rows of every output, two times in seconds, its batch's rows."""
-
-    outputs: Outputs
-    queue_s: float
-    infer_s: float
-    batch: int
-
+Answer = tuple[Outputs, dict[str, float], int]
+"""What one request got: its rows of every output, seconds of queue and infer, its batch's rows."""
 
 Waiting = tuple[Values, "asyncio.Future[Answer]", float]  # rows, their answer, and since when
 
@@ -202,7 +196,7 @@ class ServedModel:
             self._metrics.of("queue_seconds", self.name).observe(waited)
             if not future.done():
                 found = {name: values[first:last] for name, values in outputs.items()}
-                future.set_result(Answer(found, waited, seconds, total))
+                future.set_result((found, {"queue": waited, "infer": seconds}, total))
             first = last
 
 
@@ -270,16 +264,15 @@ class Service:
         start, network = time.perf_counter(), served.network
         pixels, (width, height) = await asyncio.to_thread(self._pixels, content, network)
         decoded = time.perf_counter()
-        answer = await served.infer(network.prepare(pixels))
-        ranked, names = network.top(answer.outputs, top), self.bundle.manifest.class_names
-        classes = [vars(c) for c in named_classes(ranked, 0, names)]
+        outputs, times, batch = await served.infer(network.prepare(pixels))
+        (ranked,), names = network.top(outputs, top), self.bundle.manifest.class_names
+        classes = [vars(found) for found in named_classes(ranked, names)]
         document: dict[str, Any] = {"model": served.name, "artefact": network.name, "top": classes}
-        document |= {"image": {"width": width, "height": height}, "batch": answer.batch}
+        document |= {"image": {"width": width, "height": height}, "batch": batch}
         if compare and self.settings.compare:
             ask = asyncio.get_running_loop().run_in_executor
             document["pytorch"] = await ask(self._torch, self._ask_pytorch, pixels, classes)
-        times = {"decode": decoded - start, "queue": answer.queue_s, "infer": answer.infer_s}
-        times["total"] = time.perf_counter() - start
+        times = {"decode": decoded - start, **times, "total": time.perf_counter() - start}
         return {**document, "milliseconds": {k: round(1e3 * s, 3) for k, s in times.items()}}
 
     def _pixels(self, content: bytes, network: Network) -> tuple[Pixels, tuple[int, int]]:
