@@ -1,6 +1,6 @@
 """How surely `evaluate` passes what is right, and whether it passes anything that is wrong.
 
-    python -m benchmarks.gates --checkpoint FILE --calib FOLDER --eval FOLDER [--logits FILE]
+    python -m benchmarks.gates --checkpoint FILE --calib FOLDER --eval FOLDER
 
 Every network answers every image once; all that follows is computed from these logits.
 
@@ -60,15 +60,7 @@ def main() -> int:
     parser.add_argument("--calib", type=Path)
     parser.add_argument("--eval", type=Path, required=True, help="labelled images")
     parser.add_argument("--bundle", type=Path, help="of the checkpoint in fp32, fp16 and int8")
-    parser.add_argument("--logits", type=Path, help="kept here (.npz), and read where it is there")
-    arguments = parser.parse_args()
-    if arguments.logits is not None and arguments.logits.exists():
-        with np.load(arguments.logits, allow_pickle=False) as stored:
-            return measured(dict(stored)).printed()
-    found = _answers(arguments)
-    if arguments.logits is not None:
-        np.savez_compressed(arguments.logits, **found)
-    return measured(found).printed()
+    return measured(_answers(parser.parse_args())).printed()
 
 
 def _answers(arguments: argparse.Namespace) -> dict[str, Array]:
