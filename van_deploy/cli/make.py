@@ -114,8 +114,7 @@ def _build_matrix(path: Path, fleet: FleetSettings, force: bool, progress: Progr
 
     report = build_fleet(
         path,
-        on=fleet.on,
-        address=fleet.ray_address,
+        fleet,
         force=force,
         progress=progress,
         each=lambda count, total, outcome: remark(

@@ -143,21 +143,24 @@ def cell_name(cell: Entry) -> str:
     return f"{bundle} {cell['precision']} {'+'.join(cell['targets'])}"
 
 
-def environment_blocks(diagnosis: Entry) -> list[Block]:
+def environment_blocks(environment: Entry) -> list[Block]:
     """Return the machine, the packages, what can be done here, and what clashes."""
     from packaging.utils import canonicalize_name
 
     from van_deploy.environment.packages import pip_command
 
-    environment, driver = diagnosis["environment"], diagnosis["environment"]["driver"]
-    packages, gpus = [], ["none: no NVIDIA driver answers"]
+    driver, packages, gpus = environment["driver"], [], ["none: no NVIDIA driver answers"]
     for item in environment["components"]:
-        component, version, fault = item["component"], item["version"], item["fault"]
-        if version and item["distribution"] != canonicalize_name(component["install"]):
+        version, fault = item["version"], item["fault"]
+        if version and item["distribution"] != canonicalize_name(item["install"]):
             version = f"{version} ({item['distribution']})"
-        state = "FAIL" if fault else "OK" if version else "MISSING"
-        run = fault or f"{pip_command()} install {component['install']}"
-        packages.append({**component, "state": state, "version": version, "run": run})
+        state = "FAIL" if fault else "MISSING" if version is None else "OK"
+        run = fault or f"{pip_command()} install {item['install']}"
+        packages.append({**item, "state": state, "version": version, "run": run})
+    able = [
+        {"here": "NO" if lack else "YES", "task": task, "shortfall": lack}
+        for task, lack in environment["abilities"].items()
+    ]
     if driver:
         gpus = [
             f"{gpu['name']}, SM{doc.listed(gpu['compute_capability'] or '?', '')}, "
@@ -168,19 +171,17 @@ def environment_blocks(diagnosis: Entry) -> list[Block]:
         newest = doc.listed(driver["cuda_version"], ".")
         gpus += [hidden] * bool(driver["hidden"])
         gpus.append(f"NVIDIA driver {driver['version']}, CUDA up to {newest}")
-    able = [{**one, "here": "NO" if one["shortfall"] else "YES"} for one in diagnosis["abilities"]]
     return [
         *facts(
             {**environment, "gpus": "\n".join(gpus)},
             "van-deploy = van_deploy; Python = python; system; CPU = cpu.name; "
             "cores = cpu.cores; cpu.cores_allowed; CPU features = cpu.features; "
             "memory = memory.total_bytes bytes; memory free = memory.available_bytes bytes; "
-            "disk free = disk.free_bytes bytes; of folder = disk.folder; GPU = gpus; "
-            "PyTorch's CUDA = torch_cuda; ONNX Runtime's CUDA = onnxruntime_cuda; "
+            "GPU = gpus; PyTorch's CUDA = torch_cuda; ONNX Runtime's CUDA = onnxruntime_cuda; "
             "ONNX Runtime = providers",
         ),
         *table(packages, "state state; package = name name; version name; is there for = enables"),
         *table(able, "here state; task name; because = shortfall.problem"),
         *table((one for one in packages if one["state"] != "OK"), "to have = name name; run"),
-        *notices("WARNING", (f"{c['message']}\n{c['remedy']}" for c in environment["clashes"])),
+        *notices("WARNING", (f"{c['problem']}.\n{c['remedy']}" for c in environment["clashes"])),
     ]
