@@ -484,10 +484,6 @@ def _recipe(model: str | Path | config.Recipe, changes: Changes) -> config.Recip
 def _loaded(recipe: config.Recipe, offline: bool, progress: Progress | None) -> LoadedVan:
     from van_deploy.pipeline import load_for
 
-    def downloaded(file: str, here: int, total: int | None) -> None:
-        if progress is not None:
-            progress(f"Downloading {file}", here, total)
-
     if progress is not None:
         progress("Loading weights")
-    return load_for(recipe, offline=offline, download_progress=downloaded)
+    return load_for(recipe, offline=offline)

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from van_deploy.graph.files import OnnxDescription
     from van_deploy.manifest import Manifest
     from van_deploy.model.preprocess import Preprocessing
-    from van_deploy.model.variants import VanConfig, Variant
-    from van_deploy.model.weights_source import WeightsSource
+    from van_deploy.model.variants import VanConfig, Variant, WeightsSource
 
 
 ENGINES = (".plan", ".engine", ".trt")
@@ -131,8 +130,8 @@ def model_described(model: str, image_size: ImageSize | None = None) -> Describe
 
 
 def _variant(variant: Variant, image_size: ImageSize | None) -> VariantDescription:
-    from van_deploy.model.hub import locate_weights
     from van_deploy.model.preprocess import OFFICIAL
+    from van_deploy.model.variants import locate_weights
 
     return VariantDescription(
         name=variant.name,
@@ -140,7 +139,7 @@ def _variant(variant: Variant, image_size: ImageSize | None) -> VariantDescripti
         **_counted(variant.config, image_size or OFFICIAL.image_size),
         preprocessing=OFFICIAL,
         top1_percent=variant.top1,
-        weights=str(variant.weights) if variant.weights else None,
+        weights=variant.weights,
         weights_note=variant.weights_note,
         here=locate_weights(variant),
     )
@@ -148,12 +147,11 @@ def _variant(variant: Variant, image_size: ImageSize | None) -> VariantDescripti
 
 def _weights(spec: str, image_size: ImageSize | None) -> WeightsDescription:
     from van_deploy.model.checkpoint import load_van
-    from van_deploy.model.variants import variant_of
 
     loaded = load_van(spec, offline=True)
     return WeightsDescription(
         name=loaded.name,
-        variant=variant_of(loaded.config),
+        variant=loaded.config.variant,
         **_counted(loaded.config, image_size or loaded.preprocessing.image_size),
         preprocessing=loaded.preprocessing,
         source=loaded.source,

@@ -18,8 +18,7 @@ from van_deploy.errors import BundleError
 from van_deploy.fields import Count, FileName, Kept, Label, Table, Text
 from van_deploy.files import content_key
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.model.variants import VanConfig
-from van_deploy.model.weights_source import WeightsSource
+from van_deploy.model.variants import VanConfig, WeightsSource
 from van_deploy.schema import Schema
 from van_deploy.versioned import Versioned, read_versioned, versioned_from
 

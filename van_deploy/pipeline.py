@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,7 @@ class ExportResult:
     embedded: tuple[Embedded, ...] = ()
 
 
-def load_for(
-    recipe: Recipe,
-    *,
-    offline: bool = False,
-    download_progress: Callable[[str, int, int | None], None] | None = None,
-) -> LoadedVan:
+def load_for(recipe: Recipe, *, offline: bool = False) -> LoadedVan:
     """Return the network a recipe names, with the recipe's preprocessing and class names."""
     settings, export = recipe.model, recipe.export
     spec, weights = settings.name, settings.weights or None
@@ -88,7 +83,6 @@ def load_for(
         preprocessing=asked,
         own_labels=bool(settings.labels),
         out_indices=(export.out_indices or ALL_STAGES) if export.features else None,
-        progress=download_progress,
     )
     if loaded.config.out_indices and not export.features:
         raise UsageError(

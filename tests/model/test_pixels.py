@@ -19,7 +19,7 @@ from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import OFFICIAL, Interpolation, Preprocessing
-from van_deploy.model.processors import from_torchvision
+from van_deploy.model.processors import from_arguments
 
 SIZES = ((8, 8), (33, 57), (57, 33), (249, 248), (300, 301), (1, 5), (224, 224), (1000, 247))
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -75,7 +75,7 @@ def test_every_bit_is_timms(interpolation: str, size: ImageSize, crop: float, mo
 )
 def test_every_bit_is_torchvisions(args: dict[str, Any], size: int, crop: int) -> None:
     """Against the steps of references/classification/presets.py's ClassificationPresetEval."""
-    preprocessing = Preprocessing.from_dict({"source": "", **from_torchvision(args)})
+    preprocessing = Preprocessing.from_dict({"source": "", **from_arguments(args)})
     theirs = transforms.Compose(
         [
             transforms.Resize(

@@ -18,7 +18,7 @@ from van_deploy.bench.timing import Loading, Row
 from van_deploy.config import BatchRange, BenchSettings
 from van_deploy.config.sizes import ImageSize
 from van_deploy.errors import InputError
-from van_deploy.model.weights_source import WeightsSource
+from van_deploy.model.variants import WeightsSource
 from van_deploy.versioned import Versioned, read_versioned
 
 SCHEMA: Final = "van-deploy/bench/5"

@@ -17,7 +17,7 @@ def list_(as_json: AsJson = False) -> None:
 
     Example: van-deploy list --json
     """
-    from van_deploy.model.listing import listed_variants
+    from van_deploy.model.variants import listed_variants
     from van_deploy.report.sections_model import listed_blocks
 
     emit(listed_variants(), as_json, listed_blocks)

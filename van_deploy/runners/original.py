@@ -6,13 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from van_deploy.bundle.reading import Bundle
-from van_deploy.errors import BundleError, InputError
+from van_deploy.errors import BundleError, InputError, UsageError
 from van_deploy.files import file_sha256
-from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.model.embedded import embedded_files
-from van_deploy.model.files import read_weights
+from van_deploy.model.checkpoint import LoadedVan, network_from_state, read_weights
+from van_deploy.model.embedded import EMBEDDED_WEIGHTS
 from van_deploy.model.random_weights import random_van, sha256_of_state
-from van_deploy.model.state import network_from_state, official_state
 
 
 def original_network(bundle: Bundle, weights: str | Path | None = None) -> LoadedVan:
@@ -39,15 +37,14 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
             digest = sha256_of_state(model.state_dict())
         else:
             if weights is None and recorded.format == "embedded":
-                place = embedded_files().weights
+                place = EMBEDDED_WEIGHTS
             elif place.is_dir():
                 place /= Path(recorded.path).name
-            file = read_weights(place, container=recorded.container)
+            file = read_weights(place, recorded.container)
             digest = file_sha256(place)
             if digest == recorded.sha256:
-                tensors = official_state(file.tensors, recorded.container).tensors
-                model = network_from_state(tensors, config)
-    except InputError as error:
+                model = network_from_state(file.tensors, config)
+    except (InputError, UsageError) as error:
         raise BundleError(
             f"The weights that the bundle '{bundle.path}' was made from cannot be read "
             f"from '{place}': {error.message}",
