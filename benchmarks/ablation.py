@@ -27,20 +27,25 @@ from benchmarks.builder import build_plan, input_shape
 from benchmarks.table import Table
 from van_deploy.calibration_set import ImageSelection
 from van_deploy.data import ImageSet, decoded_batches, image_set
-from van_deploy.data.calibration import digits_set, split
-from van_deploy.graph.export import onnx_from_van
+from van_deploy.data.samples import digits_set
+from van_deploy.graph.export import onnx_from_van, van_from_onnx
 from van_deploy.graph.fold import fold_van
-from van_deploy.graph.rebuilt import van_from_onnx
 from van_deploy.metrics import compare
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.equalize import TECHNIQUES, equalize
 from van_deploy.precision.fp16 import fp16_from_fp32, usually_kept
-from van_deploy.precision.job_images import choose_images, spread_over
-from van_deploy.precision.observers import observe
-from van_deploy.precision.plan import QuantizationPlan, layers_in_scope, make_plan
+from van_deploy.precision.images import choose_images, split, spread_over
+from van_deploy.precision.plan import (
+    CORRECTION_IMAGES,
+    QuantizationPlan,
+    bias_corrected,
+    layers_in_scope,
+    logits,
+    make_plan,
+)
 from van_deploy.precision.qdq import qdq_for_tensorrt
-from van_deploy.precision.simulate import CORRECTION_IMAGES, bias_corrected, logits
+from van_deploy.precision.scales import observe
 
 ASKED_DB = {"van_digits": 40.0, "van_b0": 36.0}
 COLUMNS = ("what", "van_digits, dB", "agreement %", "van_b0 on CIFAR-10, dB", "agreement %")

@@ -35,13 +35,13 @@ from van_deploy.bundle import Bundle
 from van_deploy.calibration_set import ImageSelection
 from van_deploy.data import decoded_batches, image_set
 from van_deploy.environment.hardware import peak_memory_bytes
-from van_deploy.graph.rebuilt import van_from_onnx
+from van_deploy.graph.export import van_from_onnx
 from van_deploy.metrics import compare
 from van_deploy.model.embedded import EMBEDDED_NAME, write_digits_folder
 from van_deploy.precision.comparison import logits_session
-from van_deploy.precision.job_images import choose_images
-from van_deploy.precision.observers import images_at_once, observe
+from van_deploy.precision.images import choose_images
 from van_deploy.precision.plan import counted_tensors, layers_in_scope
+from van_deploy.precision.scales import images_at_once, observe
 
 COLUMNS = ("what", "images", "SQNR dB", "agreement %", "Δtop-1 pp", "INT8 % of work", "MB", "s")
 FIGURES = ("SQNR (dB)", "agreement (%)", "Δtop-1 (pp)", "work in INT8 (%)")

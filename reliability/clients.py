@@ -18,7 +18,7 @@ import numpy.typing as npt
 from van_deploy.bundle import Bundle
 from van_deploy.data import check_images
 from van_deploy.runners.network import Network
-from van_deploy.serve.triton_model import DATATYPES, served_name
+from van_deploy.serve.triton import DATATYPES, served_name
 
 TOLERANCE = 1e-4  # of the largest logit: what FP32 artifacts are allowed everywhere else
 RETRY_S = 0.05

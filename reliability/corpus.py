@@ -80,12 +80,18 @@ class Corpus:
         (self.folder / "fleet.toml").write_text(FLEET)
 
     def _make_signed(self) -> None:
-        from van_deploy.signing import new_pair, private_key_from, sign_bundle
+        from cryptography.hazmat.primitives import serialization as pem
+        from cryptography.hazmat.primitives.asymmetric import ed25519
 
-        key = self.folder / "key.pem"
-        new_pair(key)
+        from van_deploy.signing import sign_bundle
+
+        key, path = ed25519.Ed25519PrivateKey.generate(), self.folder / "key.pem"
+        none, spki = pem.NoEncryption(), pem.PublicFormat.SubjectPublicKeyInfo
+        path.write_bytes(key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, none))
+        public = key.public_key().public_bytes(pem.Encoding.PEM, spki)
+        path.with_name("key.pem.pub").write_bytes(public)
         shutil.copytree(self.bundle, self.signed)
-        sign_bundle(self.signed, private_key_from(key))
+        sign_bundle(self.signed, path)
 
     def _make_engine(self) -> None:
         from van_deploy.config import BuildOptions

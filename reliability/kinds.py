@@ -105,8 +105,8 @@ def _placed(
     from van_deploy.bench.document import read_report
     from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
     from van_deploy.checks.baseline import read_baseline
-    from van_deploy.engine.fleet import read_fleet
-    from van_deploy.precision.job_images import choose_images
+    from van_deploy.engine.bundled import read_fleet
+    from van_deploy.precision.images import choose_images
     from van_deploy.recipe import builtin_files, read_recipe
 
     if name in {"manifest", "signature", "key"}:
@@ -144,7 +144,8 @@ def onnx_file(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     """Bytes, weights in other files, shapes, types and operators; by `inspect` and `build`."""
     import onnx
 
-    from van_deploy.engine.source import read_source
+    from van_deploy.config import BuildOptions
+    from van_deploy.engine.build import has_weights_beside
 
     path, source = folder / "model.onnx", corpus.bundle / "model.onnx"
 
@@ -167,7 +168,8 @@ def onnx_file(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
 
     sound = rng.random() < 0.6
     path.write_bytes(spoiled_bytes(rng, source.read_bytes()) if sound else strange())
-    return rng.choice((command("inspect", path), lambda: read_source(path)))
+    asked = BuildOptions()
+    return rng.choice((command("inspect", path), lambda: has_weights_beside(path, asked)))
 
 
 def _elsewhere(model: Any, tensor: Any, rng: random.Random, folder: Path) -> None:
@@ -195,7 +197,7 @@ def archive(corpus: Corpus, rng: random.Random, folder: Path) -> Reader:
     import numpy as np
 
     from van_deploy.calibration_set import ImageSelection
-    from van_deploy.precision.job_images import choose_images
+    from van_deploy.precision.images import choose_images
 
     shapes = ((4, 8, 8), (4, 8, 8, 3), (0, 8, 8), (), (2**14, 2**14))
     images = [np.zeros(shape, np.uint8) for shape in shapes]

@@ -24,7 +24,7 @@ from reliability.trials import Trials, bundle_is_whole, require
 
 NEEDED = (
     *("torch", "torch._dynamo", "torch.onnx", "torchvision", "timm", "onnx", "onnxscript"),
-    *("onnxsim", "onnxruntime", "tensorrt_rtx", "van_deploy.run", "van_deploy.pipeline"),
+    *("onnxsim", "onnxruntime", "tensorrt_rtx", "van_deploy.pipeline"),
     "van_deploy.cli.make",
 )
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}

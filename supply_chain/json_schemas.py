@@ -28,7 +28,7 @@ from pydantic import PlainSerializer
 from van_deploy.calibration_set import CalibrationSet
 from van_deploy.config import Recipe
 from van_deploy.documents import field_is_json, json_properties
-from van_deploy.engine.fleet import FleetFile
+from van_deploy.engine.bundled import FleetFile
 from van_deploy.errors import VanDeployError
 from van_deploy.schema import Open, Schema
 
@@ -41,23 +41,22 @@ DOCUMENTS: Mapping[str, str] = {
     "doctor": "van_deploy.environment.needs:Diagnosis",
     "drift": "van_deploy.checks.drift:DriftReport",
     "evaluate": "van_deploy.checks.evaluate:EvaluateReport",
-    "export": "van_deploy.run:ExportReport",
+    "export": "van_deploy.results:ExportReport",
     "inductor-sidecar": "van_deploy.engine.sidecar:PackageSidecar",
     "info": "van_deploy.describe:model_described",
     "inspect": "van_deploy.describe:artefacts_described",
     "list": "van_deploy.model.variants:listed_variants",
     "manifest": "van_deploy.manifest:Manifest",
-    "package": "van_deploy.serve.packaging:PackageReport",
-    "package-record": "van_deploy.serve.packaging:PackageRecord",
+    "package": "van_deploy.serve.package:PackageReport",
+    "package-record": "van_deploy.serve.package:PackageRecord",
     "predict": "van_deploy.results:Predictions",
     "predict-line": "van_deploy.serve.predict:Prediction",
     "quantize": "van_deploy.precision.pipeline:QuantizeResult",
     "report": "van_deploy.results:WrittenReport",
-    "run": "van_deploy.run:RunResult",
+    "run": "van_deploy.results:RunResult",
     "serve": "van_deploy.results:Listening",
     "sidecar": "van_deploy.engine.sidecar:Sidecar",
     "sign": "van_deploy.signing:Signed",
-    "sign-new-key": "van_deploy.signing:KeyPair",
     "signature": "van_deploy.signing:Signature",
     "verify": "van_deploy.checks.verdicts:VerifyReport",
     "verify-signature": "van_deploy.signing:Signed",

@@ -13,7 +13,8 @@ cd "$folder"
 "$van_deploy" verify digits > verify.txt
 "$van_deploy" predict digits digits/golden/0.png
 "$van_deploy" report digits > report.txt
-"$van_deploy" sign --new-key key.pem > new.txt
+openssl genpkey -algorithm ed25519 -out key.pem
+openssl pkey -in key.pem -pubout -out key.pem.pub
 "$van_deploy" sign digits --key key.pem > sign.txt
 "$van_deploy" verify-signature digits --public-key key.pem.pub
 "$van_deploy" serve digits --port 0 --json > serve.txt &

@@ -21,7 +21,7 @@ from filelock import FileLock
 from onnx import ModelProto
 
 from van_deploy.bundle import Bundle, Origin, writing
-from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe
+from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe, RunSettings
 from van_deploy.recipe import recipe_named
 
 if TYPE_CHECKING:
@@ -160,12 +160,12 @@ def export_network(folder: Path, weights: str = "van_digits", images: Path | Non
 
 def with_byte_graph(folder: Path, exported: Path) -> None:
     """Write a copy of a bundle that also takes bytes, and gives every output."""
-    from van_deploy.pipeline import embed_in_bundle, load_for
+    from van_deploy.pipeline import export_recipe, load_for
 
     shutil.copytree(exported, folder)
     export = ExportSettings(embed_preprocess="uint8", outputs=("logits", "probabilities", "top5"))
     recipe = recipe_named("van_digits").changed(batch=BATCHES, export=export)
-    embed_in_bundle(folder, load_for(recipe), recipe)
+    export_recipe(load_for(recipe), recipe, folder, RunSettings())
 
 
 def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
@@ -200,12 +200,12 @@ def int8_graph(
     model: ModelProto, config: VanConfig, batches: Sequence[npt.NDArray[np.float32]]
 ) -> ModelProto:
     """Return a folded graph with its 1x1 convolutions in INT8 for TensorRT, and no more."""
-    from van_deploy.graph.rebuilt import van_from_onnx
+    from van_deploy.graph.export import van_from_onnx
     from van_deploy.precision.equalize import Equalization
     from van_deploy.precision.fp16 import usually_kept
-    from van_deploy.precision.observers import observe
     from van_deploy.precision.plan import counted_tensors, layers_in_scope, make_plan
     from van_deploy.precision.qdq import qdq_for_tensorrt
+    from van_deploy.precision.scales import observe
 
     network = van_from_onnx(model, config)
     layers = layers_in_scope(network.model, ("pointwise",))

@@ -17,7 +17,7 @@ from tests.conftest import Cli
 from tests.each import each
 from van_deploy import api
 from van_deploy.bundle import Bundle
-from van_deploy.cli.commands import COMMANDS
+from van_deploy.cli.app import COMMANDS
 from van_deploy.config import Recipe
 from van_deploy.errors import BundleError, UsageError
 from van_deploy.model.checkpoint import LoadedVan

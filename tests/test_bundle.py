@@ -221,8 +221,7 @@ def test_what_no_manifest_of_ours_says_is_refused(
         (
             '{"schema": "van-deploy/bundle/1", "name": "m"}',
             f"manifest.json' has schema 'van-deploy/bundle/1'; this version reads '{SCHEMA}'.\n"
-            "Make the bundle anew, in another folder or once this one is removed: "
-            "`van-deploy export MODEL --output DIR`.",
+            "Make the bundle anew: `van-deploy export MODEL",
         ),
     ],
     fresh="bundle",

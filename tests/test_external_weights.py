@@ -14,9 +14,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from tests.described import described, entry
 from tests.each import each
 from van_deploy.bundle import Bundle, writing
-from van_deploy.engine.source import read_source
+from van_deploy.config import BuildOptions
+from van_deploy.engine.build import has_weights_beside
 from van_deploy.errors import InputError
-from van_deploy.external_weights import external_files, external_files_of
+from van_deploy.files import external_files, external_files_of
 
 VALUES = np.arange(12, dtype=np.float32)
 
@@ -113,7 +114,7 @@ def test_no_engine_is_built_from_files_elsewhere(
         prepare(folder)
     (folder / "m.onnx").write_bytes(graph_with(location, where).SerializeToString())
     with pytest.raises(InputError, match=message):
-        read_source(folder / "m.onnx")
+        has_weights_beside(folder / "m.onnx", BuildOptions())
 
 
 def test_a_bundle_vouches_for_the_weights_beside_a_graph(tmp_path: Path) -> None:

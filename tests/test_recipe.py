@@ -9,11 +9,10 @@ import pytest
 
 from supply_chain.reference import files
 from tests.each import each
+from van_deploy import config
 from van_deploy.config import (
     BatchRange,
     BenchSettings,
-    Budget,
-    QuantizeSettings,
     Recipe,
     VerifySettings,
 )
@@ -54,81 +53,56 @@ def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default
     assert re.findall(r"^\w+ *=", text, re.MULTILINE) == ["name ="]
 
 
-@each(
-    ("text", "message", "remedy"),
-    [
-        ("[modle]\nname='x'", "the key 'modle' is unknown.", "Did you mean 'model'?"),
-        ("[model]\nnam='x'", "the key 'model.nam' is unknown.", "Did you mean 'model.name'?"),
-        ("[precision]\nmaxdrop=1", "the key 'precision.maxdrop' is unknown.", ""),
-        ("[model\n", "", ""),
-        ("[model]\nname=3", "'model.name' is 3: it should be a text.", "Correct it."),
-        ("model=3", "'model' is 3: it should be a table.", "Correct it."),
-        ("[export]\nopset='20'", "'export.opset' is '20': it should be a whole number.", ""),
-        ("[export]\nopset=20.0", "'export.opset' is 20.0: it should be a whole number.", ""),
-        ("[batch]\nmin=true", "'batch.min' is True: it should be a whole number.", ""),
-        ("[export]\nopset=40", "'export.opset' is 40: it should be less than or equal to 23.", ""),
-        ("[export]\nfold=1", "'export.fold' is 1: it should be true or false.", ""),
-        ("[export]\noutputs=[]", "'export.outputs' is []: it should have at least 1 item", ""),
-        ("[export]\noutputs=['top5', 'top5']", "export.outputs names an output twice.", ""),
-        ("[batch]\nmin=4\nopt=2", "The batch range 4:2:32 is not min <= opt <= max.", "Give three"),
-        ("batch='1:2'", "'batch' is '1:2': it should be min:opt:max, such as 1:8:32, or one", ""),
-        ("[preprocessing]\nmean=0.5", "'preprocessing.mean' is 0.5: it should be a list.", ""),
-        (
-            "[preprocessing]\nmean=['a']",
-            "'preprocessing.mean.0' is 'a': it should be a number.",
-            "",
-        ),
-        ("[preprocessing]\ncrop_pct=nan", "'preprocessing.crop_pct' is nan: it should be a f", ""),
-        ("[precision]\nmake=['int4']", "'precision.make.0' is 'int4': it should be 'fp16', ", ""),
-        (
-            "[precision]\ncalibrate_on_noise=true\nimages='x'",
-            "precision.calibrate_on_noise and precision.images are both given.",
-            "Leave one of them out; images are always better.",
-        ),
-        (
-            "[precision]\ntarget='cpu'\nrest='fp16'",
-            "precision.rest fp16 is for FP16, and precision.target cpu keeps what is not INT8 in ",
-            "",
-        ),
-        (
-            "[engines]\nprecisions=['bf16']",
-            "engines.precisions wants 'bf16', which is not made.",
-            "Add it to precision.make, or take one of: fp32.",
-        ),
-        ("[engines]\ntarget='sm_89'", "the key 'engines.target' is unknown.", ""),
-        ("[engines]\ntargets=['ada']", "'engines.targets.0' is 'ada': it should be compute", ""),
-        ("[engines]\nbatch=['1:2']", "'engines.batch.0' is '1:2': it should be min:opt:max", ""),
-        ("[engines]\nworkspace='lots'", "'engines.workspace' is 'lots': it should be a number", ""),
-        ("[engines]\nprofiling='all'", "'engines.profiling' is 'all': it should be 'none', ", ""),
-        (
-            "[evaluate]\nlabels='l.txt'",
-            "evaluate.labels is given, and evaluate.images is not.",
-            "Name the folder of images, too.",
-        ),
-        (
-            "[export]\nfeatures=true\n[evaluate]\nimages='x'",
-            "export.features gives feature maps, and evaluate.images is of classes.",
-            "",
-        ),
-        ("[evaluate]\nimages='x'\nlimit=0", "'evaluate.limit' is 0: it should be greater than", ""),
-    ],
-)
-def test_a_mistake_names_the_file_and_the_key(
-    mine: Path, text: str, message: str, remedy: str
-) -> None:
+MISTAKES = {  # what a file says, and what the message about it holds
+    "[modle]\nname='x'": "the key 'modle' is unknown. Did you mean 'model'?",
+    "[model]\nnam='x'": "the key 'model.nam' is unknown. Did you mean 'model.name'?",
+    "[model\n": "is not TOML",
+    "[export]\nopset = 18\nopset = 20\n": "is not TOML: Cannot overwrite a value (at line 3",
+    "[model]\nname=3": "'model.name' is 3: it should be a text. Correct it.",
+    "model=3": "'model' is 3: it should be a table.",
+    "[export]\nopset='20'": "'export.opset' is '20': it should be a whole number.",
+    "[export]\nopset=20.0": "'export.opset' is 20.0: it should be a whole number.",
+    "[batch]\nmin=true": "'batch.min' is True: it should be a whole number.",
+    "[export]\nopset=40": "'export.opset' is 40: it should be less than or equal to 23.",
+    "[export]\nfold=1": "'export.fold' is 1: it should be true or false.",
+    "[export]\noutputs=[]": "'export.outputs' is []: it should have at least 1 item",
+    "[export]\noutputs=['top5', 'top5']": "export.outputs names an output twice. Give each once.",
+    "[export]\nout_indices=[1]": "export.out_indices chooses feature maps, and none are asked",
+    "[batch]\nmin=4\nopt=2": "range 4:2:32 is not min <= opt <= max. Give three rising",
+    "batch='1:2'": "'batch' is '1:2': it should be min:opt:max, such as 1:8:32, or one size.",
+    "[preprocessing]\nmean=0.5": "'preprocessing.mean' is 0.5: it should be a list.",
+    "[preprocessing]\nmean=['a']": "'preprocessing.mean.0' is 'a': it should be a number.",
+    "[preprocessing]\ncrop_pct=nan": "'preprocessing.crop_pct' is nan: it should be a finite",
+    "[precision]\nmake=['int4']": "'precision.make.0' is 'int4': it should be 'fp16', ",
+    "[precision]\ncalibrate_on_noise=true\nimages='x'": (
+        "precision.calibrate_on_noise and precision.images are both given. Leave one"
+    ),
+    "[precision]\ntarget='cpu'\nrest='fp16'": "rest fp16 is for FP16, and precision.target cpu",
+    "[precision]\nbias_correction=false": "Switch off precision.equalize, too.",
+    "[precision]\nscope=['auto', 'all']": "precision.scope auto times whole scopes, and other",
+    "[engines]\nprecisions=['bf16']": "is not made. Add it to precision.make, or take one of: fp32",
+    "[engines]\ntargets=['ada']": "'engines.targets.0' is 'ada': it should be compute",
+    "[engines]\ntargets=['sm_89', '8.9']": "engines.targets names a plan twice.",
+    "[engines]\nbatch=['1:2']": "'engines.batch.0' is '1:2': it should be min:opt:max",
+    "[engines]\nworkspace='lots'": "'engines.workspace' is 'lots': it should be a number",
+    "[engines]\nprofiling='all'": "'engines.profiling' is 'all': it should be 'none', ",
+    "[evaluate]\nlabels='l.txt'": "evaluate.labels is given, and evaluate.images is not. Name",
+    "[evaluate]\nimages='x'\nlimit=0": "'evaluate.limit' is 0: it should be greater than",
+    "[export]\nfeatures=true\n[evaluate]\nimages='x'": "and evaluate.images is of classes.",
+    "[export]\nfeatures=true\noutputs=['top5']": "and export.outputs top5 is of classes.",
+    "[preprocessing]\nimage_size=64\n[export]\ndynamic_size='96:128:160'": (
+        "image_size 64x64 is outside of export.dynamic_size 96:128:160. Give a size inside"
+    ),
+}
+
+
+@each(("text", "said"), MISTAKES.items())
+def test_a_mistake_names_the_file_and_the_key(mine: Path, text: str, said: str) -> None:
     mine.write_text(text)
     with pytest.raises(RecipeError) as caught:
         read_recipe(mine)
     assert caught.value.message.startswith(f"The recipe '{mine}'")
-    assert caught.value.message.removeprefix(f"The recipe '{mine}': ").startswith(message)
-    assert caught.value.remedy.startswith(remedy)
-    assert caught.value.remedy
-
-
-def test_a_key_given_twice_is_no_toml(mine: Path) -> None:
-    mine.write_text("[export]\nopset = 18\nopset = 20\n")
-    with pytest.raises(RecipeError, match=r"is not TOML: Cannot overwrite a value \(at line 3"):
-        read_recipe(mine)
+    assert said in f"{caught.value.message} {caught.value.remedy}"
 
 
 def test_whole_numbers_do_for_floats_and_lists_become_tuples(mine: Path) -> None:
@@ -144,18 +118,14 @@ def test_paths_are_relative_to_the_recipe_and_those_of_changes_are_not(
     (tmp_path / "mine.pth").touch()
     (tmp_path / "set.toml").touch()
     mine.write_text(
-        "[model]\nweights='mine.pth'\nlabels='names.txt'\n"
-        "[precision]\nmake=['fp16']\nimages='train'\ncalibration='set.toml'\n"
-        "[engines]\ntiming_cache='/var/cache/timings'\n"
+        "[model]\nweights='mine.pth'\n[precision]\nimages='/train'\ncalibration='set.toml'\n"
         "[evaluate]\nimages='val/../test'\nlabels='labels.txt'\n"
     )
     recipe = read_recipe(mine, changes_from_text(["precision.evaluate=judges"]))
     assert recipe.model.weights == str(tmp_path / "mine.pth")
-    assert recipe.model.labels == tmp_path / "names.txt"
-    assert recipe.precision.images == tmp_path / "train"
+    assert recipe.precision.images == Path("/train")
     assert recipe.precision.calibration == str(tmp_path / "set.toml")
     assert recipe.precision.evaluate == Path("judges")
-    assert recipe.engines.timing_cache == Path("/var/cache/timings")
     assert recipe.evaluate.images == tmp_path / "val/../test"
     assert recipe.evaluate.labels == tmp_path / "labels.txt"
 
@@ -197,18 +167,11 @@ def test_an_empty_file_is_the_default_recipe(mine: Path) -> None:
     assert read_recipe(mine) == Recipe()
 
 
-@each(
-    ("name", "message", "remedy"),
-    [
-        ("van_b9", "There is no recipe called 'van_b9'", "Did you mean van_b"),
-        ("none.toml", "The recipe 'none.toml' cannot be read: No such file", "Check the path."),
-    ],
-)
-def test_a_recipe_that_is_not_there_is_said(name: str, message: str, remedy: str) -> None:
+@each(("name", "said"), [("van_b9", "Did you mean van_b"), ("none.toml", "No such file")])
+def test_a_recipe_that_is_not_there_is_said(name: str, said: str) -> None:
     with pytest.raises(RecipeError) as caught:
         recipe_named(name)
-    assert caught.value.message.startswith(message)
-    assert caught.value.remedy.startswith(remedy)
+    assert said in f"{caught.value.message} {caught.value.remedy}"
 
 
 @each("text", ["", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1", "4:2:8", "1:9:8"])
@@ -229,41 +192,29 @@ def test_every_key_can_be_set_by_text(mine: Path) -> None:
     assert recipe.gates.int8.top1_loss == 0.5
 
 
-@each(
-    ("text", "message", "remedy"),
-    [
-        ("export.opset=40", "'--set export.opset' is 40: it should be less than or e", "Correct"),
-        (
-            "engines.tf23=false",
-            "The key '--set engines.tf23' is unknown.",
-            "Did you mean '--set engines.tf32'?",
-        ),
-        ("tf32", "--set 'tf32' is no assignment.", "Write KEY=VALUE, such as --set engines."),
-        ("batch.max=8", "'batch.max' cannot be set: 'batch' is no table.", "Set the whole of it."),
-        (
-            "precision.calibrate_on_noise=true",
-            "--set precision.calibrate_on_noise and precision.images are both given.",
-            "Leave one of them out",
-        ),
-    ],
-)
-def test_a_change_that_is_wrong_is_told_as_it_was_written(
-    mine: Path, text: str, message: str, remedy: str
-) -> None:
+SETTINGS = {
+    "export.opset=40": "'--set export.opset' is 40: it should be less than or equal to 23. Correct",
+    "engines.tf23=false": "'--set engines.tf23' is unknown. Did you mean '--set engines.tf32'?",
+    "tf32": "--set 'tf32' is no assignment. Write KEY=VALUE, such as --set engines.",
+    "batch.max=8": "'batch.max' cannot be set: 'batch' is no table. Set the whole of it.",
+    "precision.calibrate_on_noise=true": "--set precision.calibrate_on_noise and precision.images",
+}
+
+
+@each(("text", "said"), SETTINGS.items())
+def test_a_change_that_is_wrong_is_told_as_it_was_written(mine: Path, text: str, said: str) -> None:
     mine.write_text("batch = '1:2:4'\n[precision]\nimages = 'train'\n")
     with pytest.raises(UsageError) as caught:
         read_recipe(mine, changes_from_text([text]))
-    assert caught.value.message.startswith(message)
-    assert caught.value.remedy.startswith(remedy)
+    assert said in f"{caught.value.message} {caught.value.remedy}"
 
 
 @each(
     ("name", "value", "message"),
     [
         ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
-        ("opset", "20", "'opset=' is '20': it should be a whole number."),
         ("opst", 20, "The key 'opst=' is unknown."),
-        ("batch", "1:2", "'batch=' is '1:2': it should be min:opt:max, such as 1:8:32, or one"),
+        ("batch", "1:2", "'batch=' is '1:2': it should be min:opt:max"),
         ("precision", ["int4"], "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'."),
         ("outputs", object(), "A value is none that a file could hold: Unable to serialize"),
     ],
@@ -281,15 +232,9 @@ def test_another_name_keeps_the_weights() -> None:
     assert with_changes(recipe_named("van_b1"), changes) == renamed
 
 
-def test_keyword_arguments_replace_what_a_table_says() -> None:
-    whole = BenchSettings(batches=(1,), budget=Budget(limit_s=9.0, seconds=2.0))
-    found = settings_from(BenchSettings, whole, {"limit": 5, "streams": 2})
-    assert (found.batches, found.streams) == ((1,), 2)
-    assert (found.budget.limit_s, found.budget.seconds) == (5.0, 2.0)
-    noise = settings_from(
-        QuantizeSettings, QuantizeSettings(noise=True), {"calibrate_on_noise": False}
-    )
-    assert noise == QuantizeSettings()
+def test_keyword_arguments_fill_a_table_and_those_inside_it() -> None:
+    found = settings_from(BenchSettings, {"limit": 5, "streams": 2})
+    assert (found.streams, found.budget.limit_s) == (2, 5.0)
 
 
 def test_an_option_stands_under_its_own_heading_or_its_table_s() -> None:
@@ -297,6 +242,12 @@ def test_an_option_stands_under_its_own_heading_or_its_table_s() -> None:
     assert [found[name].panel for name in ("modules", "device", "opset", "name", "batch")] == [
         *("What is measured", "How it is done", "Graph", "", "Graph"),
     ]
+
+
+@each("name", [name for name in vars(config) if name.endswith(("Settings", "Options", "Recipe"))])
+def test_every_option_says_what_it_does(name: str) -> None:
+    options = named_options(getattr(config, name))
+    assert [option.name for option in options.values() if not option.field.description] == []
 
 
 def test_what_is_written_from_the_tables_is_up_to_date(repository: Path) -> None:

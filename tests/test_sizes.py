@@ -22,7 +22,7 @@ from van_deploy.config import BatchRange
 from van_deploy.config.sizes import ImageSize, SizeRange, sides_of
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import fold_van
-from van_deploy.graph.shapes import with_dynamic_batch_
+from van_deploy.graph.names import with_dynamic_batch_
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.checkpoint import network_from_state
 from van_deploy.model.random_weights import random_van, smooth_images

@@ -33,8 +33,9 @@ TOLERANCE = 0.15
 
 def command(*words: str | Path) -> tuple[int, str]:
     """Return the exit code and the standard output of ``van-deploy`` with ``words``."""
-    arguments = [sys.executable, "-m", "van_deploy", *map(str, words)]
-    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "van_deploy", *words], stdout=subprocess.PIPE, text=True, check=False
+    )
     return done.returncode, done.stdout
 
 

@@ -90,13 +90,13 @@ def split_digits() -> dict[str, Any]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    parts = {}
-    for name, values in (("images", images), ("labels", data.target.astype(np.uint8))):
-        parts[f"{name}_train"], parts[f"{name}_heldout"] = np.split(
-            values, [len(values) - HELD_OUT]
-        )
-    return parts
+    images, labels = (
+        np.rint(data.images * (255 / 16)).astype(np.uint8),
+        data.target.astype(np.uint8),
+    )
+    cut = len(images) - HELD_OUT
+    parts = {"images_train": images[:cut], "images_heldout": images[cut:]}
+    return {**parts, "labels_train": labels[:cut], "labels_heldout": labels[cut:]}
 
 
 def augment(batch: Tensor, black: Tensor, plan: Schedule, generator: torch.Generator) -> Tensor:
@@ -114,30 +114,21 @@ def augment(batch: Tensor, black: Tensor, plan: Schedule, generator: torch.Gener
     return nn.functional.grid_sample(batch - black, grid, align_corners=False) + black
 
 
-def parameter_groups(model: VAN, plan: Schedule) -> list[dict[str, Any]]:
-    """Return AdamW's groups: weights, which decay, vectors, and layer scales."""
-    named = dict(sorted(model.named_parameters()))
-    scales = [value for name, value in named.items() if "layer_scale" in name]
-    others = [value for name, value in named.items() if "layer_scale" not in name]
-    return [
-        {
-            "params": [value for value in others if value.ndim >= 2],
-            "weight_decay": plan.weight_decay,
-        },
-        {"params": [value for value in others if value.ndim < 2], "weight_decay": 0.0},
-        {"params": scales, "weight_decay": 0.0},
-    ]
-
-
 def train(inputs: Tensor, labels: Tensor, black: Tensor, plan: Schedule) -> VAN:
     """Return a network trained on ``inputs`` ``(N, 3, S, S)``, in eval mode."""
     torch.manual_seed(plan.seed)
     generator = torch.Generator().manual_seed(plan.seed)
     model = VAN(CONFIG, drop_path_rate=plan.drop_path).train()
-    optimiser = torch.optim.AdamW(parameter_groups(model, plan))
+    named = sorted(model.named_parameters())
+    scales = [value for name, value in named if "layer_scale" in name]
+    others = [value for name, value in named if "layer_scale" not in name]
+    weights, vectors = [v for v in others if v.ndim >= 2], [v for v in others if v.ndim < 2]
+    rates = [plan.learning_rate, plan.vector_learning_rate, plan.scale_learning_rate]
+    groups = [{"params": group, "weight_decay": 0.0} for group in (weights, vectors, scales)]
+    groups[0]["weight_decay"] = plan.weight_decay
+    optimiser = torch.optim.AdamW(groups)
     whole = len(inputs) // plan.batch * plan.batch  # an incomplete last batch is left out
     steps = plan.epochs * (whole // plan.batch)
-    rates = [plan.learning_rate, plan.vector_learning_rate, plan.scale_learning_rate]
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, rates, steps, pct_start=0.2)
     criterion = nn.CrossEntropyLoss(label_smoothing=plan.label_smoothing)
     for epoch in range(plan.epochs):
@@ -167,10 +158,9 @@ def evaluate(folder: Path) -> dict[str, float]:
         dest = write_digits_folder(Path(scratch) / "d", "heldout", folder=folder)
         items = labelled_images(dest, CONFIG.num_classes).items
         for batch in decoded_batches(items, loaded.preprocessing, 64):
-            predicted = loaded.model(torch.from_numpy(batch.inputs)).argmax(1)
-            labels = [items[index].label for index in batch.indices]
-            right += int((predicted == torch.tensor(labels)).sum())
-            count += len(labels)
+            predicted = loaded.model(torch.from_numpy(batch.inputs)).argmax(1).tolist()
+            right += sum(p == items[i].label for p, i in zip(predicted, batch.indices, strict=True))
+            count += len(predicted)
     return {"images": count, "correct": right, "top1_percent": round(100 * right / count, 2)}
 
 
@@ -193,10 +183,8 @@ def make(folder: Path, plan: Schedule) -> None:
     black = transform(Image.new("L", (8, 8)))[None]
     model = train(inputs, torch.from_numpy(labels), black, plan)
     said = {"preprocessing": preprocessing.as_dict(), "classes": CLASSES, "training": asdict(plan)}
-    metadata = {"format": "pt", "name": NAME, "licence": LICENCE} | {
-        "attribution": ATTRIBUTION,
-        **{name: json.dumps(value) for name, value in said.items()},
-    }
+    metadata = {"format": "pt", "name": NAME, "licence": LICENCE, "attribution": ATTRIBUTION}
+    metadata |= {name: json.dumps(value) for name, value in said.items()}
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     weights.write_bytes(save(tensors, metadata))
     card = {
@@ -228,9 +216,9 @@ def main() -> None:
     folder = arguments.output or EMBEDDED_FOLDER
     if not arguments.evaluate:
         make(folder, Schedule())
-    found = evaluate(folder)
-    told = f"({found['correct']} of {found['images']} images)"
-    print(f"held-out top-1 {found['top1_percent']} % {told}")
+    print(
+        "held-out top-1 {top1_percent} % ({correct} of {images} images)".format(**evaluate(folder))
+    )
 
 
 if __name__ == "__main__":

@@ -1,36 +1,42 @@
 """The public API: networks in, bundles out, and everything that is done with a bundle.
 
-Functions and methods take the options of the command of their name as keyword arguments,
-or its table of :mod:`van_deploy.config` whole. ``docs/api.md`` shows them at work.
+Functions and methods take the options of the command of their name as keyword arguments.
+``docs/api.md`` shows them at work.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from van_deploy import bundle as on_disk
-from van_deploy import config
+from van_deploy import config, judging
+from van_deploy.bench.benchmark import benchmark_bundle
+from van_deploy.bench.document import BenchReport
+from van_deploy.bench.store import save_report
+from van_deploy.checks.verdicts import record_check
 from van_deploy.config.named import EXPORT, Changes, changes_from, settings_from, with_changes
 from van_deploy.recipe import recipe_for
-from van_deploy.results import BuildReport, Predictions, Progress, WrittenReport
+from van_deploy.report.bundle_report import document_of_bundle
+from van_deploy.report.files import write_report
+from van_deploy.results import BuildReport, ExportReport, Predictions, RunResult, WrittenReport
+from van_deploy.runners.network import Network, require_classes
+from van_deploy.serve.package import PackageReport, package
+from van_deploy.serve.predict import Prediction, predict, sources_from
+from van_deploy.signing import signed_bundle
+from van_deploy.stopwatch import Progress, silent
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from van_deploy import option_types
-    from van_deploy.bench.document import BenchReport
+    from van_deploy import option_types as kw
     from van_deploy.checks.drift import DriftReport
     from van_deploy.checks.evaluate import EvaluateReport
     from van_deploy.checks.regression import CheckReport
     from van_deploy.checks.verdicts import VerifyReport
-    from van_deploy.model.checkpoint import LoadedVan
-    from van_deploy.pipeline import ExportResult
     from van_deploy.precision.pipeline import QuantizeResult
-    from van_deploy.run import ExportReport, RunResult
-    from van_deploy.serve.packaging import PackageReport
-    from van_deploy.serve.predict import Prediction, Speed
 
 Image = str | Path | bytes
 Result = TypeVar("Result")
@@ -43,6 +49,7 @@ class Bundle:
         path: its folder.
         require_signature: a public key (a PEM file); the bundle is refused unless it is whole
             and signed with that key, and nothing is recorded in it.
+        progress: told what the methods do.
 
     Attributes:
         path: its folder.
@@ -53,10 +60,15 @@ class Bundle:
         SignatureError: it has no signature, one of another key, or was changed since.
     """
 
-    def __init__(self, path: str | Path, *, require_signature: Path | None = None) -> None:
-        self.path = Path(path)
-        self.remarks: list[str] = []
-        self._key = require_signature
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        require_signature: str | Path | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        self.path, self.progress, self.remarks = Path(path), progress, list[str]()
+        self._key = Path(require_signature) if require_signature else None
         self.path = self.opened().path
 
     def opened(self) -> on_disk.Bundle:
@@ -68,9 +80,7 @@ class Bundle:
         """
         if self._key is None:
             return on_disk.Bundle.open(self.path)
-        from van_deploy.signing import public_key_from, signed_bundle
-
-        return signed_bundle(self.path, public_key_from(self._key))[0]
+        return signed_bundle(self.path, self._key)[0]
 
     @property
     def name(self) -> str:
@@ -92,13 +102,7 @@ class Bundle:
         return f"{type(self).__name__}({str(self.path)!r})"
 
     def quantize(
-        self,
-        settings: config.QuantizeSettings | None = None,
-        /,
-        *,
-        force: bool = False,
-        progress: Progress | None = None,
-        **options: Unpack[option_types.QuantizeOptions],
+        self, *, force: bool = False, **options: Unpack[kw.QuantizeOptions]
     ) -> QuantizeResult:
         """Add an FP16 or INT8 graph, judged beside FP32; ``passed`` if it holds its gate.
 
@@ -107,18 +111,10 @@ class Bundle:
         """
         from van_deploy.precision.pipeline import quantize_bundle
 
-        asked = settings_from(config.QuantizeSettings, settings, options)
-        return quantize_bundle(self.opened().path, asked, force=force, progress=progress)
+        asked = settings_from(config.QuantizeSettings, options)
+        return quantize_bundle(self.opened().path, asked, force=force, progress=self.progress)
 
-    def build(
-        self,
-        settings: config.BuildSettings | None = None,
-        /,
-        *,
-        force: bool = False,
-        progress: Progress | None = None,
-        **options: Unpack[option_types.BuildOptions],
-    ) -> BuildReport:
+    def build(self, *, force: bool = False, **options: Unpack[kw.BuildOptions]) -> BuildReport:
         """Build engines: TensorRT plans, or packages of Inductor (``backend="inductor"``).
 
         TensorRT for RTX needs no GPU for it, nor does a package for a CPU.
@@ -131,81 +127,48 @@ class Bundle:
         """
         from van_deploy.building import build_bundle
 
-        asked = settings_from(config.BuildSettings, settings, options)
-        report = build_bundle(self.opened(), asked, force=force, progress=progress)
+        asked = settings_from(config.BuildSettings, options)
+        report = build_bundle(self.opened(), asked, force=force, progress=self.progress)
         if self._key is not None and any(o.outcome == "built" for o in report.outcomes):
             self.remarks.append(
                 "The bundle has new engines, which its signature does not cover: sign it again."
             )
         return report
 
-    def verify(
-        self,
-        settings: config.VerifySettings | None = None,
-        /,
-        *,
-        progress: Progress | None = None,
-        **options: Unpack[option_types.VerifyOptions],
-    ) -> VerifyReport:
+    def verify(self, **options: Unpack[kw.VerifyOptions]) -> VerifyReport:
         """Compare every artefact with PyTorch: logits, batch sizes, flips, modules.
 
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.verify.verify_bundle`.
         """
-        from van_deploy import judging
-
         opened = self.opened()
-        asked = settings_from(config.VerifySettings, settings, options)
-        return self._recorded(opened, "verify", judging.verify(opened, asked, progress))
+        asked = settings_from(config.VerifySettings, options)
+        return self._recorded(opened, "verify", judging.verify(opened, asked, self.progress))
 
     def evaluate(
-        self,
-        images: str | Path | None = None,
-        settings: config.EvaluationSettings | None = None,
-        /,
-        *,
-        progress: Progress | None = None,
-        **options: Unpack[option_types.EvaluateOptions],
+        self, images: str | Path | None = None, /, **options: Unpack[kw.EvaluateOptions]
     ) -> EvaluateReport:
         """Measure top-1 and top-5 of PyTorch and every artefact on a folder of labelled images.
 
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.evaluate.evaluate_bundle`.
         """
-        from van_deploy import judging
+        opened, folder = self.opened(), {"images": images} if images else {}
+        asked = settings_from(config.EvaluationSettings, {**options, **folder})
+        return self._recorded(opened, "evaluate", judging.evaluate(opened, asked, self.progress))
 
-        opened, given = self.opened(), {"images": images} if images else {}
-        asked = settings_from(config.EvaluationSettings, settings, {**options, **given})
-        return self._recorded(opened, "evaluate", judging.evaluate(opened, asked, progress))
-
-    def drift(
-        self,
-        settings: config.DriftSettings | None = None,
-        /,
-        *,
-        progress: Progress | None = None,
-        **options: Unpack[option_types.DriftOptions],
-    ) -> DriftReport:
+    def drift(self, **options: Unpack[kw.DriftOptions]) -> DriftReport:
         """Measure what each stage, block or module of each ONNX artefact adds to the error.
 
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.drift.drift_of_bundle`.
         """
-        from van_deploy import judging
-
         opened = self.opened()
-        asked = settings_from(config.DriftSettings, settings, options)
-        return self._recorded(opened, "drift", judging.drift(opened, asked, progress))
+        asked = settings_from(config.DriftSettings, options)
+        return self._recorded(opened, "drift", judging.drift(opened, asked, self.progress))
 
     def check(
-        self,
-        baseline: str | Path,
-        settings: config.CheckSettings | None = None,
-        /,
-        *,
-        update: bool = False,
-        progress: Progress | None = None,
-        **options: Unpack[option_types.CheckOptions],
+        self, baseline: str | Path, *, update: bool = False, **options: Unpack[kw.CheckOptions]
     ) -> CheckReport:
         """Hold the bundle against its gates and a committed baseline.
 
@@ -215,48 +178,27 @@ class Bundle:
             InputError: the baseline cannot be read, or is not this bundle's.
             VanDeployError: as :meth:`verify` and :meth:`evaluate`.
         """
-        from van_deploy import judging
+        asked = settings_from(config.CheckSettings, options)
+        return judging.check(self.opened(), Path(baseline), asked, update, self.progress)
 
-        asked = settings_from(config.CheckSettings, settings, options)
-        return judging.check(self.opened(), Path(baseline), asked, update, progress)
-
-    def benchmark(
-        self,
-        settings: config.BenchSettings | None = None,
-        /,
-        *,
-        save: bool = True,
-        progress: Progress | None = None,
-        **options: Unpack[option_types.BenchOptions],
-    ) -> BenchReport:
+    def benchmark(self, *, save: bool = True, **options: Unpack[kw.BenchOptions]) -> BenchReport:
         """Time every artefact in every runtime that is here, each in a process of its own.
 
         Args:
-            settings: what, and for how long.
             save: keep the result in the bundle (``bench.json``).
-            progress: told what is timed.
-            options: those of ``settings``.
+            options: those of the command.
 
         Raises:
             VanDeployError: as :func:`~van_deploy.bench.benchmark.benchmark_bundle`.
         """
-        from van_deploy.bench.benchmark import benchmark_bundle
-        from van_deploy.bench.store import save_report
-
-        opened, asked = self.opened(), settings_from(config.BenchSettings, settings, options)
-        report = benchmark_bundle(opened, asked, progress=progress)
+        opened, asked = self.opened(), settings_from(config.BenchSettings, options)
+        report = benchmark_bundle(opened, asked, progress=self.progress)
         if save:
             save_report(report, opened, None)
         return report
 
     def predict(
-        self,
-        images: Image | Sequence[Image],
-        settings: config.PredictSettings | None = None,
-        /,
-        *,
-        progress: Progress | None = None,
-        **options: Unpack[option_types.PredictOptions],
+        self, images: Image | Sequence[Image], **options: Unpack[kw.PredictOptions]
     ) -> Predictions:
         """Return the classes of images: files, folders, or the bytes of a file.
 
@@ -266,30 +208,19 @@ class Bundle:
             ImageError: there is no such file, or a folder holds no image.
             BundleError: there is no such artefact, or its files are not the manifest's.
         """
-        from van_deploy.serve.predict import Speed
-
-        asked, speed = settings_from(config.PredictSettings, settings, options), Speed()
-        answers = tuple(self.stream(images, asked, speed=speed, progress=progress))
-        return Predictions(self.path, asked.artefact, speed, answers)
+        asked, start = settings_from(config.PredictSettings, options), time.perf_counter()
+        answers = tuple(self.stream(images, **options))
+        rate = len(answers) / (time.perf_counter() - start)
+        return Predictions(self.path, asked.artefact, rate, answers)
 
     def stream(
-        self,
-        images: Image | Sequence[Image],
-        settings: config.PredictSettings | None = None,
-        /,
-        *,
-        speed: Speed | None = None,
-        progress: Progress | None = None,
-        **options: Unpack[option_types.PredictOptions],
+        self, images: Image | Sequence[Image], **options: Unpack[kw.PredictOptions]
     ) -> Iterator[Prediction]:
         """Yield what :meth:`predict` returns, one image after the other.
 
-        ``speed`` is added to as it goes on. Raises what :meth:`predict` raises.
+        Raises what :meth:`predict` raises.
         """
-        from van_deploy.runners.network import Network, require_classes
-        from van_deploy.serve.predict import predict, sources_from
-
-        asked = settings_from(config.PredictSettings, settings, options)
+        asked = settings_from(config.PredictSettings, options)
         opened = self.opened()
         require_classes(opened, "predict")
         sources = sources_from([images] if isinstance(images, Image) else images)
@@ -303,37 +234,31 @@ class Bundle:
             device=asked.device,
         )
         with network:
-            answers = predict(network, sources, top=asked.top_k, batch=batch, speed=speed)
+            answers = predict(network, sources, top=asked.top_k, batch=batch)
             for done, answer in enumerate(answers, 1):
-                if progress is not None:
-                    progress("Looking at images", done, len(sources))
+                self.progress("Looking at images", done, len(sources))
                 yield answer
 
     def package(
         self,
         output: str | Path | None = None,
-        settings: config.PackageSettings | None = None,
-        /,
         *,
         only_check: bool = False,
-        **options: Unpack[option_types.PackageOptions],
+        **options: Unpack[kw.PackageOptions],
     ) -> PackageReport:
         """Write a Triton model repository, and check it against the bundle.
 
         Args:
             output: its folder; ``BUNDLE-triton`` by default.
-            settings: how Triton is to run the models.
             only_check: write nothing; check the package that is there.
-            options: those of ``settings``.
+            options: those of the command.
 
         Raises:
             InputError: there is no package to check, or Triton cannot load an artefact.
             MissingDependency: ``only_check``, and what holds Triton's schema is not installed.
             UsageError: ``output`` holds something else.
         """
-        from van_deploy.serve.packaging import package
-
-        asked = settings_from(config.PackageSettings, settings, options)
+        asked = settings_from(config.PackageSettings, options)
         return package(self.opened(), Path(output) if output else None, asked, only_check)
 
     def report(self, output: str | Path | None = None) -> WrittenReport:
@@ -345,9 +270,6 @@ class Bundle:
         Raises:
             InputError: ``output`` cannot be written.
         """
-        from van_deploy.report.bundle_report import document_of_bundle
-        from van_deploy.report.files import write_report
-
         opened = self.opened()
         document = document_of_bundle(opened)
         files = write_report(document, opened, Path(output) if output else None)
@@ -356,8 +278,6 @@ class Bundle:
     def _recorded(self, opened: on_disk.Bundle, name: str, result: Result) -> Result:
         """Keep a result in the manifest; what was signed stays as it was signed."""
         if self._key is None:
-            from van_deploy.checks.verdicts import record_check
-
             self.remarks += filter(None, [record_check(opened, name, result)])
         return result
 
@@ -366,14 +286,13 @@ class Exported(Bundle):
     """A bundle that was just exported.
 
     Attributes:
-        result: what exporting did: whether and why it was made anew, and how long it took.
-        precisions: the other precisions that were made.
+        done: what exporting did in every precision, and the manifest.
+        result: what it did in FP32: whether and why it was made anew, and how long it took.
     """
 
-    def __init__(self, result: ExportResult, precisions: Sequence[QuantizeResult]) -> None:
-        super().__init__(result.bundle.path)
-        self.result = result
-        self.precisions = tuple(precisions)
+    def __init__(self, done: ExportReport) -> None:
+        super().__init__(done.export.bundle.path)
+        self.done, self.result = done, done.export
 
     @property
     def passed(self) -> bool:
@@ -384,13 +303,6 @@ class Exported(Bundle):
         """Return :attr:`passed`."""
         return self.passed
 
-    @property
-    def done(self) -> ExportReport:
-        """What exporting did in every precision, and the manifest."""
-        from van_deploy.run import ExportReport
-
-        return ExportReport(self.result, self.precisions, self.manifest)
-
 
 def export(
     model: str | Path | config.Recipe,
@@ -399,8 +311,8 @@ def export(
     images: str | Path | None = None,
     offline: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
-    **options: Unpack[option_types.ExportOptions],
+    progress: Progress = silent,
+    **options: Unpack[kw.ExportOptions],
 ) -> Exported:
     """Return a bundle with a VAN as ONNX, checked against PyTorch at every batch size.
 
@@ -422,68 +334,50 @@ def export(
     >>> bool(export("van_digits", output=getfixture("tmp_path") / "digits"))
     True
     """
-    from van_deploy.run import export_recipe
+    from van_deploy import pipeline
 
     recipe = _recipe(model, changes_from(EXPORT, options))
-    loaded = _loaded(recipe, offline, progress)
-    result, precisions = export_recipe(
-        loaded,
-        recipe,
-        Path(output) if output else Path("dist") / loaded.name,
-        images=Path(images) if images else None,
-        force=force,
-        progress=progress,
-    )
-    return Exported(result, precisions)
+    loaded = pipeline.load_for(recipe, offline=offline, progress=progress)
+    folder = Path(output) if output else Path("dist") / loaded.name
+    how = config.RunSettings(images=Path(images) if images else None, force=force)
+    return Exported(pipeline.export_recipe(loaded, recipe, folder, how, progress))
 
 
 def run_recipe(
     recipe: str | Path | config.Recipe,
     output: str | Path | None = None,
-    settings: config.RunSettings | None = None,
-    /,
     *,
     changes: Mapping[str, object] | None = None,
-    progress: Progress | None = None,
-    **options: Unpack[option_types.RunOptions],
+    progress: Progress = silent,
+    **options: Unpack[kw.RunOptions],
 ) -> RunResult:
     """Do all that a recipe asks for: export, quantise, build engines, verify and evaluate.
 
     Args:
         recipe: its name or path, or anything that :func:`export` takes.
         output: the bundle's folder; ``dist/NAME`` by default.
-        settings: how.
         changes: keys of the recipe with other values, such as ``{"engines.tf32": False}``.
         progress: told what is done.
-        options: those of ``settings``.
+        options: those of the command.
 
     Raises:
-        VanDeployError: as :func:`~van_deploy.run.run_recipe`.
+        VanDeployError: as :func:`~van_deploy.pipeline.run_recipe`.
     """
-    from van_deploy import run
+    from van_deploy import pipeline
 
-    asked = settings_from(config.RunSettings, settings, options)
+    how = settings_from(config.RunSettings, options)
     values = {tuple(key.split(".")): value for key, value in (changes or {}).items()}
     wanted = _recipe(recipe, Changes(values, {place: ".".join(place) for place in values}))
-    loaded = _loaded(wanted, asked.offline, progress)
+    loaded = pipeline.load_for(wanted, offline=how.offline, progress=progress)
     folder = Path(output) if output else Path("dist") / loaded.name
-    return run.run_recipe(wanted, loaded, folder, asked, progress=progress)
+    return pipeline.run_recipe(loaded, wanted, folder, how, progress)
 
 
-def open_bundle(path: str | Path, *, require_signature: str | Path | None = None) -> Bundle:
-    """Return the bundle at ``path``. Arguments and errors are those of :class:`Bundle`."""
-    return Bundle(path, require_signature=Path(require_signature) if require_signature else None)
+open_bundle = Bundle
+"""Return the bundle at a path. Arguments and errors are those of :class:`Bundle`."""
 
 
 def _recipe(model: str | Path | config.Recipe, changes: Changes) -> config.Recipe:
     if isinstance(model, config.Recipe):
         return with_changes(model, changes)
     return recipe_for(str(model), changes)
-
-
-def _loaded(recipe: config.Recipe, offline: bool, progress: Progress | None) -> LoadedVan:
-    from van_deploy.pipeline import load_for
-
-    if progress is not None:
-        progress("Loading weights")
-    return load_for(recipe, offline=offline)

@@ -1,31 +1,57 @@
-"""Engines of one bundle, with the graphs they are built from made where they are missing."""
+"""Engines built in bundles, with the graphs they are built from made where they are missing.
+
+``--tune`` finds the fastest settings on this device: candidates are built in a copy of the
+bundle, judged and timed, so that only the one that is kept is ever in the bundle itself. An
+engine that does not hold its gate is never the fastest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
-from van_deploy.config import BuildSettings, Precision, QuantizeSettings
-from van_deploy.engine.bundled import build_cells
-from van_deploy.engine.fleet import (
+from van_deploy.checks.gates import Outcome as Verdict
+from van_deploy.checks.reference import samples_for
+from van_deploy.checks.verify import verify_bundle
+from van_deploy.config import BuildSettings, Precision, QuantizeSettings, VerifySettings
+from van_deploy.engine.backend import Host, device_number, host_here
+from van_deploy.engine.bundled import (
     BUILT,
     REUSED,
     Cell,
     FleetHost,
     Outcome,
+    build_cells,
+    build_on_ray,
     planned_engines,
     read_fleet,
 )
-from van_deploy.engine.host import device_number, host_here
-from van_deploy.engine.inductor import INDUCTOR, build_package, packages_asked
-from van_deploy.errors import BundleError, UsageError
+from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, packages_asked
+from van_deploy.errors import (
+    BundleError,
+    ConversionError,
+    MissingDependency,
+    VanDeployError,
+)
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
-from van_deploy.results import BuildReport, Progress
-from van_deploy.tuning import require_timing, tuned, with_scope
+from van_deploy.results import BuildReport, Tuned
+from van_deploy.runners.network import Network
+from van_deploy.stopwatch import Progress, silent
+
+MADE_HERE = ("fp16", "bf16", "int8")
+LEAST_S, LEAST_CALLS, ROUNDS = 0.3, 10, 5
+SCOPES = ("pointwise", "deep", "all")
 
 
 def build_bundle(
@@ -41,63 +67,25 @@ def build_bundle(
         VanDeployError: as :meth:`van_deploy.api.Bundle.build`; nothing that cannot be built is
             found out after the first was.
     """
+    host, say = host_here(device=device_number(settings.device)), progress or silent
     if settings.tune:
-        return _tuned(bundle, settings, progress)
+        return _fastest(bundle, settings, host, say)
     if settings.backend == INDUCTOR:
-        return BuildReport(tuple(_packages(bundle, settings, force, progress)))
-    asked = {
-        "--device cpu": settings.device == "cpu",
-        "--max-autotune": settings.max_autotune,
-        "--fused-kernels": settings.fused_kernels,
-    }
-    for option in (name for name, given in asked.items() if given):
-        raise UsageError(
-            f"{option} is Inductor's, and a TensorRT engine is asked for.",
-            f"Add --backend inductor, or leave {option} out.",
-        )
-    host = host_here(device=device_number(settings.device))
+        made = []
+        for one in packages_asked(bundle, settings, host):
+            say(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
+            package, reused = build_package(bundle.path, one, host, force=force)
+            targets, how = package.targets, REUSED if reused else BUILT
+            cell = Cell(bundle.path, package.precision, targets, one.of(), FleetHost())
+            made.append(Outcome(cell, how, package.name, package=package))
+        return BuildReport(tuple(made))
     manifest = bundle.manifest
     cells = planned_engines(bundle.path, settings, manifest.batch, manifest.sizes, host)
     for precision in settings.precisions:
-        _make_missing(Bundle.open(bundle.path), precision, settings, progress)
-    outcomes = build_cells(
-        cells,
-        host=host,
-        timing_cache=settings.timing_cache,
-        check_reproducible=settings.check_reproducible,
-        force=force,
-        progress=progress,
-    )
+        _make_missing(Bundle.open(bundle.path), precision, settings, say)
+    cache = settings.timing_cache
+    outcomes = build_cells(cells, host=host, timing_cache=cache, force=force, progress=say)
     return BuildReport(tuple(outcomes))
-
-
-def _tuned(bundle: Bundle, settings: BuildSettings, progress: Progress | None) -> BuildReport:
-    """Build the fastest candidate that holds its gate, and say what became of the others."""
-    require_timing(settings, host_here(device=device_number(settings.device)))
-
-    def built(where: Bundle, asked: BuildSettings) -> str:
-        (outcome,) = build_bundle(where, asked).outcomes
-        return outcome.engine
-
-    rows, best = tuned(bundle, settings, built, progress or (lambda _: None))
-    with_scope(bundle.path, best)
-    report = build_bundle(Bundle.open(bundle.path), best.settings)
-    return replace(report, tuned=tuple(rows))
-
-
-def _packages(
-    bundle: Bundle, settings: BuildSettings, force: bool, progress: Progress | None
-) -> Iterator[Outcome]:
-    """Build Inductor packages, one a precision; all are refused before the first is built."""
-    host = host_here(device=device_number(settings.device))
-    for one in packages_asked(bundle, settings, host):
-        precision = one.precisions[0]
-        if progress is not None:
-            progress(f"{bundle.name} {precision}: compiling for {one.device}")
-        package, reused = build_package(bundle.path, one, host, force=force)
-        where = FleetHost()
-        cell = Cell(bundle.path, precision, package.targets, one.of(), where, own_profiles=False)
-        yield Outcome(cell, REUSED if reused else BUILT, package.name, package=package)
 
 
 def build_fleet(
@@ -125,11 +113,9 @@ def build_fleet(
     """
     cells = read_fleet(path)
     if on == "ray":
-        from van_deploy.engine.on_ray import build_on_ray
-
         stream = build_on_ray(cells, address=address or None, force=force)
     else:
-        stream = build_cells(cells, go_on=True, force=force, progress=progress)
+        stream = build_cells(cells, go_on=True, force=force, progress=progress or silent)
     outcomes = []
     for count, outcome in enumerate(stream, 1):
         if each is not None:
@@ -138,9 +124,7 @@ def build_fleet(
     return BuildReport(tuple(sorted(outcomes, key=lambda outcome: cells.index(outcome.cell))))
 
 
-def _make_missing(
-    bundle: Bundle, precision: str, settings: BuildSettings, progress: Progress | None
-) -> None:
+def _make_missing(bundle: Bundle, precision: str, settings: BuildSettings, say: Progress) -> None:
     """Make sure the bundle has an ONNX file of this precision.
 
     FP16, BF16 and INT8 are made on the way where there are images to make them with: the
@@ -149,18 +133,165 @@ def _make_missing(
     Raises:
         BundleError: it is missing, and there are no images; the remedy is the command.
     """
-    if precision in bundle.artefacts or precision not in {"fp16", "bf16", "int8"}:
-        bundle.artefact(precision)
+    if precision in bundle.artefacts:
         return
-    if settings.images is None and bundle.name != EMBEDDED_NAME:
+    made_here = precision in MADE_HERE
+    if not made_here or (settings.images is None and bundle.name != EMBEDDED_NAME):
         try:
             bundle.artefact(precision)
         except BundleError as error:
-            raise BundleError(
-                error.message,
-                f"{error.remedy}\nOr give --images DIR to make it on the way.",
-            ) from None
-    if progress is not None:
-        progress(f"{precision} is not in the bundle yet: making it")
+            more = "\nOr give --images DIR to make it on the way." * made_here
+            raise BundleError(error.message, error.remedy + more) from None
+    say(f"{precision} is not in the bundle yet: making it")
     asked = QuantizeSettings(precision=cast("Precision", precision), images=settings.images)
-    quantize_bundle(bundle.path, asked, progress=progress)
+    quantize_bundle(bundle.path, asked, progress=say)
+
+
+class Candidate(NamedTuple):
+    """One way to build.
+
+    Attributes:
+        described: in words, such as ``int8 pointwise, level 5, tiling full``.
+        settings: of one precision.
+        scope: what of the network is INT8; "" as it is in the bundle.
+    """
+
+    described: str
+    settings: BuildSettings
+    scope: str
+
+
+def candidates_of(bundle: Bundle, settings: BuildSettings) -> list[Candidate]:
+    """Return what is tried: precision, INT8 scope, and how hard the backend searches.
+
+    The precisions are those asked for, or all that there are. INT8 scopes other than the
+    bundle's own are made where there are images to calibrate with.
+    """
+    inductor, precisions = settings.backend == INDUCTOR, settings.precisions
+    if "precisions" not in settings.model_fields_set:
+        graphs = tuple(name for name, item in bundle.artefacts.items() if item.kind == "onnx")
+        precisions = PRECISIONS if inductor else graphs
+    batch = (settings.profiles or (bundle.manifest.batch,))[0]
+    level = settings.optimization_level
+    searches: dict[str, dict[str, Any]] = {
+        f", level {level}, tiling {tiling}": {"optimization_level": level, "tiling": tiling}
+        for level in ((3, 5) if level is None else (level,))
+        for tiling in ("none", "full")
+    }
+    if inductor:
+        searches = {"": {}}
+        if settings.device != "cpu":
+            searches[", max-autotune"] = {"max_autotune": True}
+        if settings.device != "cpu" and batch.min == batch.max:
+            searches[", fused kernels"] = {"fused_kernels": True}
+    found = []
+    for precision in precisions:
+        scopes = SCOPES if precision == "int8" and settings.images is not None else ("",)
+        for scope in scopes:
+            for words, search in searches.items():
+                if not (precision == "fp32" and "fused_kernels" in search):
+                    update = {"precisions": (precision,), "tune": False, **search}
+                    one = settings.model_copy(update=update)
+                    found.append(Candidate(f"{precision} {scope}".strip() + words, one, scope))
+    return found
+
+
+def _fastest(bundle: Bundle, settings: BuildSettings, host: Host, say: Progress) -> BuildReport:
+    """Build the fastest candidate that holds its gate, and say what became of the others.
+
+    Raises:
+        MissingDependency: what would run candidates is not here.
+        ConversionError: no candidate was built and holds its gate.
+    """
+    if host.gpu is None and settings.device != "cpu":
+        raise MissingDependency(
+            "--tune cannot time anything here: no NVIDIA GPU answers.",
+            "Run it on the GPU that will serve, or leave --tune out. Packages for this processor "
+            "are timed with --backend inductor --device cpu.",
+        )
+    candidates, found = candidates_of(bundle, settings), []
+    with tempfile.TemporaryDirectory(prefix="van-deploy-tuning-") as folder:
+        for number, candidate in enumerate(candidates, 1):
+            say(f"{number} of {len(candidates)}: {candidate.described}")
+            copy = Path(folder) / bundle.path.name
+            shutil.copytree(bundle.path, copy)
+            try:
+                found.append(tried(copy, candidate))
+            except VanDeployError as error:
+                found.append(Tuned(candidate.described, error=error.message))
+            finally:
+                shutil.rmtree(copy)
+    times = {i: one.latency_ms for i, one in enumerate(found) if one.passed and one.latency_ms}
+    if not times:
+        reasons = "; ".join(f"{one.candidate}: {one.error}" for one in found)
+        raise ConversionError(
+            f"No candidate holds its gate: {reasons}.", "See `van-deploy verify`."
+        )
+    best = min(times, key=times.__getitem__)
+    found[best] = replace(found[best], kept=True)
+    _with_scope(bundle.path, candidates[best])
+    report = build_bundle(Bundle.open(bundle.path), candidates[best].settings)
+    return replace(report, tuned=tuple(found))
+
+
+def tried(copy: Path, candidate: Candidate) -> Tuned:
+    """Build, judge and time one candidate in a copy of the bundle."""
+    settings = candidate.settings
+    _with_scope(copy, candidate)
+    (built,) = build_bundle(Bundle.open(copy), settings).outcomes
+    bundle, name = Bundle.open(copy), built.engine
+    batch = (settings.profiles or (bundle.manifest.batch,))[0]
+    device = "cuda:0" if settings.device in (None, "cpu") else str(settings.device)
+    verdict = verify_bundle(
+        bundle,
+        samples_for(bundle, None, None),
+        VerifySettings(artefacts=(name,), device=device, modules=False),
+    ).artefacts[name]
+    passed = verdict.outcome is Verdict.PASS
+    with Network(bundle, name, device=device) as network:
+        shape = (batch.opt, *network.input.shape)
+        images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        seconds = _seconds(network.opened, images)
+    return Tuned(
+        candidate.described,
+        name,
+        batch.opt,
+        1e3 * seconds,
+        batch.opt / seconds,
+        verdict.comparison.sqnr_db if verdict.comparison else None,
+        passed,
+        "" if passed else "; ".join(verdict.failures) or verdict.reason,
+    )
+
+
+def _with_scope(path: Path, candidate: Candidate) -> None:
+    """Make the bundle's INT8 graph anew with the candidate's scope, where it names one."""
+    if candidate.scope:
+        images = candidate.settings.images
+        asked = QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
+        quantize_bundle(path, asked, force=True)
+
+
+def _seconds(runner: Any, images: npt.NDArray[Any]) -> float:
+    """Return the least mean time of a call: launches queued on the GPU, or runs on the CPU."""
+    with contextlib.ExitStack() as stack:
+        held = None
+        if runner.on_gpu:
+            held = stack.enter_context(contextlib.closing(runner.resident(images)))
+            held.upload()
+
+        def calls(count: int) -> float:
+            start = time.perf_counter()
+            for _ in range(count):
+                if held is None:
+                    runner.run(images)
+                else:
+                    held.launch()
+            if held is not None:
+                held.download()
+                held.outputs()
+            return (time.perf_counter() - start) / count
+
+        calls(LEAST_CALLS)  # compiles, tunes, records
+        count = max(LEAST_CALLS, round(LEAST_S / calls(LEAST_CALLS)))
+        return min(calls(count) for _ in range(ROUNDS))

@@ -15,8 +15,8 @@ from van_deploy.config import (
     VerifySettings,
 )
 from van_deploy.recipe import recipe_named
-from van_deploy.results import Progress
 from van_deploy.runners.network import original_of
+from van_deploy.stopwatch import Progress
 
 if TYPE_CHECKING:
     from van_deploy.checks.drift import DriftReport

@@ -15,15 +15,25 @@ from van_deploy.config import BatchRange
 from van_deploy.config.sizes import SizeRange
 from van_deploy.documents import LONGEST_TEXT
 from van_deploy.errors import BundleError
-from van_deploy.fields import Count, FileName, Kept, Label, Table, Text
 from van_deploy.files import content_key
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.variants import VanConfig, WeightsSource
-from van_deploy.schema import Schema
-from van_deploy.versioned import Versioned, read_versioned, versioned_from
+from van_deploy.schema import (
+    Count,
+    FileName,
+    Kept,
+    Label,
+    Schema,
+    Table,
+    Text,
+    Versioned,
+    read_versioned,
+    versioned_from,
+)
 
 SCHEMA: Final = "van-deploy/bundle/2"
 MANIFEST = "manifest.json"
+ANEW = "Make the bundle anew: `van-deploy export MODEL --output DIR`, in another folder."
 LONGEST_NAME_BYTES = 255  # of one file, on every file system in use
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -276,7 +286,7 @@ def manifest_from(text: str, path: Path) -> Manifest:
     Raises:
         BundleError: it is damaged, of another version, or names files outside of the bundle.
     """
-    return versioned_from(Manifest, text, path, "manifest", BundleError, **_REMEDIES)
+    return versioned_from(Manifest, text, path, "manifest", BundleError, ANEW)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -291,11 +301,4 @@ def read_manifest(folder: Path) -> Manifest:
             f"'{folder}' is not a bundle: it has no {MANIFEST}.",
             "Make one with `van-deploy export MODEL --output DIR`.",
         )
-    return read_versioned(Manifest, path, "manifest", BundleError, **_REMEDIES)
-
-
-_REMEDIES = {
-    "damaged": "Export the model again; nothing in this bundle can be trusted.",
-    "outdated": "Make the bundle anew, in another folder or once this one is removed: "
-    "`van-deploy export MODEL --output DIR`.",
-}
+    return read_versioned(Manifest, path, "manifest", BundleError, ANEW)

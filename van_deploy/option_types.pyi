@@ -43,7 +43,6 @@ class BuildOptions(TypedDict, total=False):
     fused_kernels: bool
     tune: bool
     images: str | Path | None
-    check_reproducible: bool
 
 class CheckOptions(TypedDict, total=False):
     allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]

@@ -76,7 +76,15 @@ def run_on_ray(
         MissingDependency: Ray is not installed, or the cluster does not answer.
     """
     ray = require_ray()
-    started = _join(ray, address)
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise MissingDependency(
+                f"The Ray cluster at '{address or 'this machine'}' does not answer: {error}",
+                "Start one with `ray start --head`, or give --ray-address.",
+            ) from error
     try:
         remote, given = ray.remote(function), ray.put(shared)
         most = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=1)
@@ -97,17 +105,3 @@ def run_on_ray(
     finally:
         if started:
             ray.shutdown()
-
-
-def _join(ray: Any, address: str | None) -> bool:
-    """Join or start a cluster; return whether it is to be left at the end."""
-    if ray.is_initialized():
-        return False
-    try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise MissingDependency(
-            f"The Ray cluster at '{address or 'this machine'}' does not answer: {error}",
-            "Start one with `ray start --head`, or give --ray-address.",
-        ) from error
-    return True

@@ -26,8 +26,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-
 FILES = "van_deploy.recipes"
+UNCHANGED = Changes()
 
 
 def builtin_files(package: str = FILES) -> dict[str, Path]:
@@ -61,7 +61,7 @@ def file_named(name: str, package: str, what: str) -> Path:
     return Path(name)
 
 
-def recipe_named(name: str, changes: Changes | None = None) -> Recipe:
+def recipe_named(name: str, changes: Changes = UNCHANGED) -> Recipe:
     """Return the built-in recipe ``name``, or the one in the file of that path.
 
     Raises:
@@ -71,7 +71,7 @@ def recipe_named(name: str, changes: Changes | None = None) -> Recipe:
     return read_recipe(file_named(name, FILES, "recipe"), changes)
 
 
-def recipe_for(model: str, changes: Changes | None = None) -> Recipe:
+def recipe_for(model: str, changes: Changes = UNCHANGED) -> Recipe:
     """Return the recipe for what the user named: a recipe, or anything with weights.
 
     Raises:
@@ -80,10 +80,11 @@ def recipe_for(model: str, changes: Changes | None = None) -> Recipe:
     """
     if model.endswith(".toml") or model in builtin_files():
         return recipe_named(model, changes)
-    return _changed({"model": {"weights": model}}, changes or Changes(), "")
+    tables = put_all({"model": {"weights": model}}, changes)
+    return validated(Recipe, tables, error=RecipeError, spelling=changes.spelling)
 
 
-def read_recipe(path: Path, changes: Changes | None = None) -> Recipe:
+def read_recipe(path: Path, changes: Changes = UNCHANGED) -> Recipe:
     """Return the recipe in a TOML file, every key checked.
 
     Args:
@@ -95,12 +96,8 @@ def read_recipe(path: Path, changes: Changes | None = None) -> Recipe:
             not of its kind; names the file and the key.
         UsageError: a change is wrong; names the option as it was written.
     """
-    tables = toml_tables(path, "recipe", RecipeError)
+    tables, where = toml_tables(path, "recipe", RecipeError), f"The recipe '{path}'"
     _find_files_(tables, Recipe, path.parent)
-    return _changed(tables, changes or Changes(), f"The recipe '{path}'")
-
-
-def _changed(tables: dict[str, Any], changes: Changes, where: str) -> Recipe:
     put_all(tables, changes)
     return validated(Recipe, tables, where=where, error=RecipeError, spelling=changes.spelling)
 
@@ -133,12 +130,9 @@ def changes_from_text(assignments: Iterable[str], option: str = "--set") -> Chan
 
 def _find_files_(values: Any, schema: type[Settings], folder: Path) -> None:
     """Make the paths in a recipe's values relative to the working folder, in place."""
-    if not isinstance(values, dict):
-        return
-    for name, field in schema.model_fields.items():
+    for name, field in schema.model_fields.items() if isinstance(values, dict) else ():
         key = key_of(name, field)
-        value = values.get(key)
-        inner = table_in(field.annotation)
+        value, inner = values.get(key), table_in(field.annotation)
         if inner is not None:
             _find_files_(value, inner, folder)
         elif isinstance(value, str) and value:

@@ -1,23 +1,115 @@
-"""What the methods of a bundle return, where no stage has a result of its own."""
+"""What exporting, runs and a bundle's methods return, where no stage has a result of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    from van_deploy.engine.fleet import Outcome
+    from van_deploy.bundle import Bundle, Manifest
+    from van_deploy.checks.evaluate import EvaluateReport
+    from van_deploy.checks.verdicts import VerifyReport
+    from van_deploy.engine.bundled import Outcome
     from van_deploy.errors import VanDeployError
-    from van_deploy.serve.predict import Prediction, Speed
+    from van_deploy.precision.pipeline import QuantizeResult
+    from van_deploy.serve.embedded import Embedded
+    from van_deploy.serve.predict import Prediction
 
 
-class Progress(Protocol):
-    """What is told how far the work is."""
+class _Judged:
+    """A result that is true if it passed."""
 
-    def __call__(self, text: str, done: int = 0, total: int | None = None, /) -> None:
-        """Take what is being done, and how much of it is done where that is known."""
+    @property
+    def passed(self) -> bool:
+        """Whether it passed."""
+        raise NotImplementedError
+
+    def __bool__(self) -> bool:
+        """Return :attr:`passed`."""
+        return self.passed
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export made.
+
+    Attributes:
+        bundle: the bundle as written.
+        reused: whether everything was there already, from the same ingredients.
+        reason: why it was reused or made anew.
+        notes: what the user should know about the weights.
+        seconds: time of each stage that ran.
+        embedded: the graphs with preprocessing inside that were asked for.
+    """
+
+    bundle: Bundle
+    reused: bool
+    reason: str
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float]
+    embedded: tuple[Embedded, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExportReport(_Judged):
+    """What an export made, in every precision that was asked for.
+
+    Attributes:
+        export: of the FP32 graph.
+        precisions: the others.
+        manifest: of the bundle.
+    """
+
+    export: ExportResult
+    precisions: tuple[QuantizeResult, ...]
+    manifest: Manifest
+
+    @property
+    def passed(self) -> bool:
+        """Whether every precision holds its gate; an FP32 graph that does not is never written."""
+        return all(self.precisions)
+
+
+@dataclass(frozen=True)
+class Made:
+    """One artefact that was made after exporting.
+
+    Attributes:
+        artefact: its name.
+        reason: why it was made anew or reused.
+        passed: whether it holds the gate of its own stage.
+    """
+
+    artefact: str
+    reason: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class RunResult(_Judged):
+    """What a run made and what its gates said.
+
+    Attributes:
+        bundle: as written.
+        export: what exporting did.
+        made: the artefacts made after it: precisions, then engines.
+        verify: the verdict on each artefact.
+        evaluate: accuracy, if there were labelled images.
+    """
+
+    bundle: Bundle
+    export: ExportResult
+    made: tuple[Made, ...]
+    verify: VerifyReport
+    evaluate: EvaluateReport | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate passed."""
+        accurate = self.evaluate is None or self.evaluate.passed
+        return self.verify.passed and accurate and all(made.passed for made in self.made)
 
 
 @dataclass(frozen=True)
@@ -49,7 +141,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class BuildReport:
+class BuildReport(_Judged):
     """The engines that were asked for.
 
     Attributes:
@@ -70,25 +162,21 @@ class BuildReport:
         """Whether there is one and none failed."""
         return bool(self.outcomes) and not self.errors
 
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
-
 
 @dataclass(frozen=True)
-class Predictions:
+class Predictions(_Judged):
     """The predictions for some images.
 
     Attributes:
         bundle: whose network answered.
         artefact: which of its artefacts.
-        speed: where the time went.
+        images_per_s: answered, over the whole call.
         predictions: one an image, in order.
     """
 
     bundle: Path
     artefact: str
-    speed: Speed
+    images_per_s: float
     predictions: tuple[Prediction, ...]
 
     @property
@@ -101,10 +189,6 @@ class Predictions:
         """Whether every image could be read."""
         return not self.unreadable
 
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
-
     def __len__(self) -> int:
         """Return how many predictions there are."""
         return len(self.predictions)
@@ -115,7 +199,7 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class WrittenReport:
+class WrittenReport(_Judged):
     """A bundle's report, as files.
 
     Attributes:
@@ -134,10 +218,6 @@ class WrittenReport:
     def passed(self) -> bool:
         """Whether the verdict is ``PASS``."""
         return self.verdict == "PASS"
-
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
 
     @property
     def sizes(self) -> dict[str, int]:

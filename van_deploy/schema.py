@@ -6,27 +6,43 @@ command line, keyword arguments), a mistake becomes one message from
 :func:`validated`: the key as its source spells it, what was given, what it takes, and
 for an unknown key the nearest one. Nothing is taken for another type: ``"3"``, ``3.0``
 and ``true`` are no whole numbers.
+
+Documents of this program's own (:class:`Versioned`) are JSON files that say first which
+form they have. A file of another version is refused, with what makes it anew, rather than
+guessed at.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import pydantic
+from pydantic import AfterValidator, Field
 from pydantic._internal._model_construction import ModelMetaclass
 from pydantic_core import ErrorDetails, PydanticSerializationError, to_json
 from typing_extensions import dataclass_transform
 
-from van_deploy.documents import DocumentError, toml_from
+from van_deploy.documents import (
+    LONGEST_TEXT,
+    DocumentError,
+    json_from,
+    plain,
+    text_from,
+    toml_from,
+)
 from van_deploy.errors import InputError, UsageError
 
+LARGEST = 2**62
+
 Model = TypeVar("Model", bound="Schema")
+Document = TypeVar("Document", bound="Versioned")
 Spelling = Mapping[tuple[str, ...], str]
 """How the user wrote the keys that did not come from a file: ``("export", "opset")``
 is ``--opset`` or ``opset=``. What is not in it is written with dots."""
@@ -114,20 +130,36 @@ class Settings(Schema, metaclass=_Checked):
     model_config = pydantic.ConfigDict(use_attribute_docstrings=False)
 
 
+class Versioned(Schema):
+    """A document whose class says ``schema_: Literal["van-deploy/NAME/VERSION"]``."""
+
+    schema_: str = Field(alias="schema")
+
+    @classmethod
+    def schema_name(cls) -> str:
+        """Return what ``schema`` must be."""
+        return str(get_args(cls.model_fields["schema_"].annotation)[0])
+
+    def text(self) -> str:
+        """Return the document as its file has it."""
+        return json.dumps(plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def validated(
     model: type[Model],
     values: Any,
     *,
     where: str = "",
     error: type[InputError] | type[UsageError] = UsageError,
-    remedy: str = "",
+    remedy: str = "Correct it.",
     spelling: Spelling | None = None,
 ) -> Model:
     """Return ``model`` filled from ``values``.
 
     Args:
         model: the schema.
-        values: a mapping, as TOML, JSON or keyword arguments gave it.
+        values: a mapping, as TOML, JSON or keyword arguments gave it; or JSON in bytes, if it
+            has gone through :func:`~van_deploy.documents.json_from`.
         where: what opens the message, such as ``The recipe 'x.toml'``; "" for the key alone.
         error: what a mistake is raised as.
         remedy: what to do next, where the mistake itself suggests nothing better.
@@ -139,43 +171,63 @@ def validated(
             limits; one sentence about the first mistake.
     """
     try:
-        text = to_json(values, inf_nan_mode="constants")
+        text = values if isinstance(values, bytes) else to_json(values, inf_nan_mode="constants")
+        return model.model_validate_json(text, strict=True)
     except PydanticSerializationError as failure:
         raise UsageError(
             f"A value is none that a file could hold: {failure}.", "Give a plain value."
         ) from None
-    return validated_json(
-        model, text, where=where, error=error, remedy=remedy, spelling=spelling or {}
-    )
-
-
-def validated_json(
-    model: type[Model],
-    text: str | bytes,
-    *,
-    where: str = "",
-    error: type[InputError] | type[UsageError] = UsageError,
-    remedy: str = "",
-    spelling: Spelling | None = None,
-) -> Model:
-    """Return ``model`` filled from JSON.
-
-    A text from outside has gone through :func:`~van_deploy.documents.json_from`, which
-    refuses what pydantic lets pass. Arguments and errors are those of :func:`validated`.
-    """
-    try:
-        return model.model_validate_json(text, strict=True)
     except pydantic.ValidationError as failure:
-        fault = failure.errors(include_url=False)[0]
-        told = _Told(model, fault, spelling or {})
+        told = _Told(model, failure.errors(include_url=False)[0], spelling or {})
     except UsageError as failure:  # what a schema's own validator found to contradict itself
-        text = f"{where}: {failure.message}" if where else failure.message
-        raise error(text, failure.remedy) from None
+        message = f"{where}: {failure.message}" if where else failure.message
+        raise error(message, failure.remedy) from None
     if where and not told.is_spelled:
-        raise error(f"{where}: {told.message}", told.remedy or remedy or "Correct it.")
+        raise error(f"{where}: {told.message}", told.remedy or remedy)
     kind = UsageError if told.is_spelled else error
     sentence = re.sub("^(the|it) ", lambda word: word[0].capitalize(), told.message)
     raise kind(sentence, told.remedy or "Correct it.")
+
+
+def read_versioned(
+    model: type[Document], path: Path, what: str, error: type[InputError], remedy: str
+) -> Document:
+    """Return the document in a file.
+
+    Args:
+        model: its class.
+        path: the file.
+        what: what errors call it, such as ``manifest``.
+        error: what a mistake is raised as.
+        remedy: what to do about a file that is not what was written, or of another version.
+
+    Raises:
+        error: it cannot be read, is damaged, or is of another version.
+    """
+    try:
+        text = text_from(path)
+    except (OSError, ValueError) as failure:
+        reason = getattr(failure, "strerror", None) or failure
+        raise error(f"The {what} '{path}' is damaged: {reason}.", remedy) from failure
+    return versioned_from(model, text, path, what, error, remedy)
+
+
+def versioned_from(
+    model: type[Document], text: str, path: Path, what: str, error: type[InputError], remedy: str
+) -> Document:
+    """Return the document in ``text``. Arguments and errors are :func:`read_versioned`'s."""
+    where = f"The {what} '{path}' is damaged"
+    try:
+        raw = json_from(text)
+    except ValueError as failure:
+        raise error(f"{where}: {failure}.", remedy) from failure
+    found = raw.get("schema") if isinstance(raw, Mapping) else None
+    if isinstance(found, str) and found != model.schema_name():
+        raise error(
+            f"'{path}' has schema '{found[:100]}'; this version reads '{model.schema_name()}'.",
+            remedy,
+        )
+    return validated(model, text.encode(), where=where, error=error, remedy=remedy)
 
 
 def read_toml(model: type[Model], path: Path, what: str, error: type[InputError]) -> Model:
@@ -302,3 +354,62 @@ def _keys_of(table: type[Any]) -> dict[str, Any]:
 def _key(name: str, field: pydantic.fields.FieldInfo) -> str:
     """Return what a field is called in files."""
     return field.validation_alias if isinstance(field.validation_alias, str) else name
+
+
+# --- kinds of values that documents from elsewhere hold, checked when they are read -------------
+
+
+def _text(value: str) -> str:
+    if len(value) > LONGEST_TEXT:
+        raise ValueError(f"has {len(value):,} characters, and a text here has {LONGEST_TEXT:,}")
+    if not value.isprintable():
+        raise ValueError("holds control characters")
+    return value
+
+
+def _file_name(value: str) -> str:
+    """Return a name that is safe as a file's, in YAML and in a program's text.
+
+    >>> _file_name("van_b1-fp16")
+    'van_b1-fp16'
+    """
+    if re.fullmatch(r"\w[\w.+-]{0,199}", value) is None:
+        raise ValueError("is no name: letters, digits and . + - _ only, 200 at most")
+    return value
+
+
+def _kept(value: Any) -> Any:
+    """Return a data class whose texts can be shown and whose numbers are of a sensible size."""
+    for leaf in _leaves(dataclasses.asdict(value)):
+        if isinstance(leaf, str):
+            _text(leaf)
+        elif isinstance(leaf, int | float) and abs(leaf) > LARGEST:
+            raise ValueError(f"holds the number {leaf:.3g}")
+    return value
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list | tuple):
+        for item in [*value, *(value.values() if isinstance(value, dict) else ())]:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+Text = Annotated[str, AfterValidator(_text)]
+"""Text of a sensible length without control characters."""
+
+Label = Annotated[str, Field(max_length=LONGEST_TEXT)]
+"""Text that may hold anything, such as a class's name; what shows it makes it harmless."""
+
+FileName = Annotated[str, AfterValidator(_file_name)]
+"""A name that is safe as a file's, in YAML and in a program's text."""
+
+Count = Annotated[int, Field(ge=0, lt=LARGEST)]
+"""A whole number from 0."""
+
+Table = dict[str, Any]
+"""A JSON object whose keys belong to whoever wrote it."""
+
+Kept = AfterValidator(_kept)
+"""Goes with a data class that a document keeps: its texts are :data:`Text`, numbers sensible."""

@@ -1,10 +1,10 @@
-"""Signing a bundle's manifest with Ed25519, checking such a signature, and the keys for it.
+"""Signing a bundle's manifest with Ed25519, and checking such a signature.
 
 The manifest names every file of the bundle with its SHA-256, so one signature
 over it speaks for all of them. It lies beside the manifest as a small JSON file.
 What is signed is the schema, the date and the manifest's bytes, each of the first
 two ended by a newline. Keys are ordinary PEM files (PKCS #8 and SubjectPublicKeyInfo),
-as OpenSSL writes and reads them.
+as OpenSSL makes and reads them.
 
 Needs the package ``cryptography``.
 """
@@ -17,25 +17,20 @@ import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle
-from van_deploy.errors import BundleError, InputError, SignatureError, UsageError, needs_extra
-from van_deploy.fields import Text
+from van_deploy.errors import BundleError, InputError, SignatureError, needs_extra
 from van_deploy.files import write_atomic
 from van_deploy.manifest import manifest_from
-from van_deploy.versioned import Versioned, read_versioned
+from van_deploy.schema import Text, Versioned, read_versioned
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric import ed25519
-
-SCHEMA: Final = "van-deploy/signature/1"
 SIGNATURE_BYTES = 64  # RFC 8032
 PASSWORD_VARIABLE = "VAN_DEPLOY_KEY_PASSWORD"
 LARGEST_KEY_BYTES = 64 * 2**10  # a PEM key of this kind has 120
-NEW_PAIR = "Make a pair with `van-deploy sign --new-key FILE`."
+FETCH_AGAIN = "Do not use this bundle; fetch it again, or have it signed again."
 
 
 def _signature(text: str) -> str:
@@ -78,38 +73,24 @@ class Signed:
     files: int
 
 
-@dataclass(frozen=True)
-class KeyPair:
-    """A new pair of keys.
-
-    Attributes:
-        private_key: its file, mode 0600.
-        has_password: whether a password protects it.
-        public_key: its file.
-        key_id: of the public key.
-    """
-
-    private_key: Path
-    has_password: bool
-    public_key: Path
-    key_id: str
-
-
-def sign_bundle(path: Path, key: ed25519.Ed25519PrivateKey) -> Signed:
-    """Sign the bundle at ``path``; the signature replaces an older one.
+def sign_bundle(path: Path, key_file: Path) -> Signed:
+    """Sign the bundle at ``path`` with a private key; the signature replaces an older one.
 
     Raises:
         BundleError: a file of the bundle is missing, changed, or not in the manifest,
             so that a signature would not hold or not cover it.
+        InputError: there is no such key in the file, or its password is missing or wrong.
+        MissingDependency: ``cryptography`` is not installed.
     """
+    key = _key_from(key_file, "private")
     bundle = Bundle.open(path)
     content = (bundle.path / MANIFEST).read_bytes()
     _require_whole(bundle, BundleError, "Nothing was signed. Make the bundle again.")
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     signature = Signature(
-        schema=SCHEMA,
+        schema="van-deploy/signature/1",
         algorithm="ed25519",
-        key_id=key_id(key.public_key()),
+        key_id=_key_id(key.public_key()),
         date=date,
         signature=base64.b64encode(key.sign(_signed_bytes(date, content))).decode(),
     )
@@ -117,43 +98,29 @@ def sign_bundle(path: Path, key: ed25519.Ed25519PrivateKey) -> Signed:
     return Signed(path, signature.key_id, date, len(bundle.digests))
 
 
-def read_signature(bundle: Path) -> Signature:
-    """Return what the signature file in a bundle's folder says; it is not checked.
-
-    Raises:
-        SignatureError: there is none, or it cannot be read.
-    """
-    path = bundle / SIGNATURE
-    if not path.is_file():
-        raise SignatureError(
-            f"The bundle '{bundle}' is not signed: it has no {SIGNATURE}.",
-            f"Sign it where it was made, with `van-deploy sign {bundle} --key FILE`.",
-        )
-    return read_versioned(
-        Signature,
-        path,
-        "signature",
-        SignatureError,
-        damaged="Do not use this bundle; fetch it again.",
-        outdated="Sign the bundle again with this version of van-deploy.",
-    )
-
-
-def signed_bundle(path: Path, key: ed25519.Ed25519PublicKey) -> tuple[Bundle, Signed]:
+def signed_bundle(path: Path, key_file: Path) -> tuple[Bundle, Signed]:
     """Return the bundle at ``path`` and whose signature it has, after checking both whole.
 
-    The signature must be this key's and fit the manifest, every file must have the
-    digest the manifest names, and there may be no file that the manifest does not name.
+    The signature must be that of the public key's owner and fit the manifest, every file must
+    have the digest the manifest names, and there may be no file that the manifest does not name.
 
     Raises:
         SignatureError: any of this is not so.
         BundleError: there is no bundle, or its manifest cannot be read.
+        InputError: there is no such key in the file.
+        MissingDependency: ``cryptography`` is not installed.
     """
+    key = _key_from(key_file, "public")
     from cryptography.exceptions import InvalidSignature
 
-    bundle = Bundle.open(path)
-    content = (bundle.path / MANIFEST).read_bytes()
-    found, wanted = read_signature(bundle.path), key_id(key)
+    bundle, wanted = Bundle.open(path), _key_id(key)
+    content, file = (bundle.path / MANIFEST).read_bytes(), bundle.path / SIGNATURE
+    if not file.is_file():
+        raise SignatureError(
+            f"The bundle '{bundle.path}' is not signed: it has no {SIGNATURE}.",
+            f"Sign it where it was made, with `van-deploy sign {bundle.path} --key FILE`.",
+        )
+    found = read_versioned(Signature, file, "signature", SignatureError, FETCH_AGAIN)
     if found.key_id != wanted:
         raise SignatureError(
             f"The bundle '{bundle.path}' is signed with another key, {found.key_id[:16]}..., "
@@ -174,12 +141,12 @@ def signed_bundle(path: Path, key: ed25519.Ed25519PublicKey) -> tuple[Bundle, Si
         raise SignatureError(
             f"'{bundle.path}' was changed while its signature was checked.", "Check it again."
         )
-    _require_whole(bundle, SignatureError, "Do not use this bundle; fetch it again.")
+    _require_whole(bundle, SignatureError, FETCH_AGAIN)
     return bundle, Signed(bundle.path, found.key_id, found.date, len(bundle.digests))
 
 
 def _signed_bytes(date: str, manifest: bytes) -> bytes:
-    return f"{SCHEMA}\n{date}\n".encode() + manifest
+    return f"{Signature.schema_name()}\n{date}\n".encode() + manifest
 
 
 def _require_whole(bundle: Bundle, kind: type[BundleError], remedy: str) -> None:
@@ -194,45 +161,7 @@ def _require_whole(bundle: Bundle, kind: type[BundleError], remedy: str) -> None
         )
 
 
-# --- keys ------------------------------------------------------------------------------------
-
-
-def new_pair(path: Path, password: str = "") -> KeyPair:
-    """Make a pair of keys.
-
-    Args:
-        path: of the private key, mode 0600; the public key goes beside it as ``.pub``.
-        password: encrypts the private key; "" leaves it plain.
-
-    Raises:
-        UsageError: one of the files is there already; nothing is overwritten.
-        InputError: a file cannot be written.
-        MissingDependency: ``cryptography`` is not installed.
-    """
-    with needs_extra("A signature", "sign"):
-        from cryptography.hazmat.primitives import serialization as pem
-        from cryptography.hazmat.primitives.asymmetric import ed25519
-    public = path.with_name(f"{path.name}.pub")
-    for file in (path, public):
-        if file.exists() or file.is_symlink():
-            raise UsageError(
-                f"'{file}' is there already, and keys are never overwritten.",
-                "Choose another name with --new-key FILE.",
-            )
-    key = ed25519.Ed25519PrivateKey.generate()
-    how = pem.BestAvailableEncryption(password.encode()) if password else pem.NoEncryption()
-    secret = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, how)
-    shown = key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
-    _write_new(path, secret, 0o600)
-    try:
-        _write_new(public, shown, 0o644)
-    except InputError:
-        path.unlink()
-        raise
-    return KeyPair(path, bool(password), public, key_id(key.public_key()))
-
-
-def key_id(key: ed25519.Ed25519PublicKey) -> str:
+def _key_id(key: Any) -> str:
     """Return the SHA-256 of a public key's DER form, in hexadecimal.
 
     ``openssl pkey -pubin -in KEY.pub -outform DER | sha256sum`` prints the same.
@@ -243,93 +172,29 @@ def key_id(key: ed25519.Ed25519PublicKey) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
-def private_key_from(path: Path, password: str = "") -> ed25519.Ed25519PrivateKey:
-    """Return the private key in a PEM file; ``password`` is for one that is encrypted.
-
-    Raises:
-        InputError: there is no such key in the file, or the password is missing or wrong.
-        MissingDependency: ``cryptography`` is not installed.
-    """
-    key: ed25519.Ed25519PrivateKey = _key_from(path, "private", "public", password)
-    return key
-
-
-def public_key_from(path: Path) -> ed25519.Ed25519PublicKey:
-    """Return the public key in a PEM file. Errors are :func:`private_key_from`'s."""
-    key: ed25519.Ed25519PublicKey = _key_from(path, "public", "private")
-    return key
-
-
-def _key_from(path: Path, wanted: str, other: str, password: str = "") -> Any:
+def _key_from(path: Path, wanted: Literal["private", "public"]) -> Any:
+    """Return the Ed25519 key in a PEM file, opened with the environment's password."""
     with needs_extra("A signature", "sign"):
         from cryptography.hazmat.primitives import serialization as pem
         from cryptography.hazmat.primitives.asymmetric import ed25519
+    key: object
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_KEY_BYTES)
-    except OSError as error:
-        raise InputError(
-            f"The key '{path}' cannot be read: {error.strerror or error}.", NEW_PAIR
-        ) from error
-    if f"{other.upper()} KEY-----".encode() in content:
-        raise InputError(
-            f"'{path}' is a {other} key; a {wanted} one is wanted.",
-            "The private key signs and stays where it is; FILE.pub beside it checks.",
-        )
-    encrypted = b"ENCRYPTED" in content
-    if encrypted and not password:
-        raise InputError(
-            f"The private key '{path}' is encrypted, and no password is given.",
-            f"Put it in the environment variable {PASSWORD_VARIABLE}, or in a file and give "
-            "--password-file FILE.",
-        )
-    key: object
-    try:
         if wanted == "private":
-            key = pem.load_pem_private_key(content, password.encode() if encrypted else None)
+            password = os.environ.get(PASSWORD_VARIABLE, "").encode() or None
+            key = pem.load_pem_private_key(content, password if b"ENCRYPTED" in content else None)
         else:
             key = pem.load_pem_public_key(content)
+        name = type(key).__name__.lstrip("_")
+        if not isinstance(key, ed25519.Ed25519PrivateKey | ed25519.Ed25519PublicKey):
+            raise TypeError(f"it is an {name}")  # noqa: TRY301 - one message for all
     except Exception as error:  # of many types, one for each way in which a file can be none
-        if encrypted:
-            raise InputError(
-                f"The password does not open the private key '{path}'.",
-                f"Check {PASSWORD_VARIABLE} or --password-file.",
-            ) from error
-        key = error
-    kinds = {"private": ed25519.Ed25519PrivateKey, "public": ed25519.Ed25519PublicKey}
-    if not isinstance(key, kinds[wanted]):
-        found = key if isinstance(key, Exception) else type(key).__name__.lstrip("_")
-        raise InputError(f"'{path}' holds no {wanted} Ed25519 key in PEM form: {found}.", NEW_PAIR)
-    return key
-
-
-def _write_new(path: Path, content: bytes, mode: int) -> None:
-    """Write a file that must not be there yet, with its mode from the first byte on."""
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-    except OSError as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"The key '{path}' cannot be written: {error.strerror or error}.",
-            "Choose another place with --new-key FILE.",
+            f"'{path}' holds no {wanted} Ed25519 key in PEM form that can be read: {reason}.",
+            "The private key signs and stays where it is, the public one checks; an encrypted one "
+            f"wants its password in the environment variable {PASSWORD_VARIABLE}. SECURITY.md "
+            "shows how OpenSSL makes a pair.",
         ) from error
-
-
-def password_from(file: Path | None) -> str:
-    """Return the password in the first line of a file, or in the environment; "" for none.
-
-    Raises:
-        InputError: the file cannot be read, or is empty.
-    """
-    if file is None:
-        return os.environ.get(PASSWORD_VARIABLE, "")
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The password file '{file}' cannot be read: {error}.") from error
-    if not lines or not lines[0]:
-        raise InputError(
-            f"The password file '{file}' is empty.", "Write the password in its first line."
-        )
-    return lines[0]
+    return key

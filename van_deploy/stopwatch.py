@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from typing import Protocol
 
-Progress = Callable[[str], None]
-"""Told what is being done, one phrase."""
+
+class Progress(Protocol):
+    """What is told how far the work is."""
+
+    def __call__(self, text: str, done: int = 0, total: int | None = None, /) -> None:
+        """Take what is being done, and how much of it is done where that is known."""
+
+
+def silent(text: str, done: int = 0, total: int | None = None, /) -> None:
+    """Say nothing: the progress of who wants none."""
 
 
 class Stopwatch:
@@ -21,10 +29,9 @@ class Stopwatch:
 
     def __init__(self, say: Progress | None = None) -> None:
         """Start in no stage."""
-        self.say = say or (lambda _: None)
+        self.say = say or silent
         self.seconds: dict[str, float] = {}
-        self._stage = ""
-        self._started = 0.0
+        self._stage, self._started = "", 0.0
 
     def begin(self, stage: str) -> None:
         """End the present stage and begin another; "" for none."""
@@ -37,4 +44,4 @@ class Stopwatch:
 
     def reached(self, done: int, total: int) -> None:
         """Say how far the present stage is."""
-        self.say(f"{self._stage} {done}/{total}")
+        self.say(self._stage, done, total)

@@ -17,8 +17,7 @@ from typer.testing import CliRunner, Result
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy import __version__
-from van_deploy.cli.app import CommandGroup, translated
-from van_deploy.cli.commands import COMMANDS
+from van_deploy.cli.app import COMMANDS, CommandGroup, translated
 from van_deploy.errors import BundleError, ConversionError, GateFailed, MissingDependency
 
 HEAVY = ("torch", "timm", "onnx", "onnxruntime", "numpy", "PIL", "tensorrt", "tensorrt_rtx")

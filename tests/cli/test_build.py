@@ -70,12 +70,12 @@ def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
             "error: '--optimization-level' is 9: it should be less than or equal to 5.\n",
         ),
         (["--target", "sm_90", "--backend", "tensorrt-rtx"], 2, "does not build for sm_90"),
-        (["--target", "sm_89", "--version-compatible"], 2, "has no version-compatible plans"),
-        (["--target", "sm_89", "--timing-cache", "x"], 2, "accepts a timing cache and does"),
+        (["--target", "sm_89", "--version-compatible"], 2, "has no --version-compatible"),
+        (["--target", "sm_89", "--timing-cache", "x"], 2, "has no --timing-cache"),
         (
             ["--target", "sm_89", "--hardware-compatibility", "ampere-plus"],
             2,
-            "ignores a hardware compatibility level",
+            "has no --hardware-compatibility",
         ),
         (["--target", "sm_89", "--on", "ray"], 2, "--on is for --matrix"),
     ],
@@ -107,7 +107,7 @@ def test_no_bundle(cli: Cli, tmp_path: Path) -> None:
 def test_a_bundle_and_a_matrix(cli: Cli, bundle: Path) -> None:
     result = cli("build", bundle, "--matrix", bundle / "fleet.toml")
     assert result.exit_code == 2
-    assert "Both a bundle and --matrix are given." in result.stderr
+    assert "--matrix and a bundle are both given." in result.stderr
 
 
 def test_a_changed_onnx_file_is_not_believed(cli: Cli, bundle: Path) -> None:

@@ -12,8 +12,9 @@ from typer.testing import CliRunner, Result
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.cli.app import CommandGroup
-from van_deploy.cli.options import with_options
-from van_deploy.config.fields import BatchRange, Size, option
+from van_deploy.cli.options import Given, with_options
+from van_deploy.config import BatchRange
+from van_deploy.config.fields import Size, option
 from van_deploy.config.named import RUN, Changes
 from van_deploy.schema import Contradiction, Settings
 
@@ -57,10 +58,13 @@ def run(*words: str) -> tuple[Result, list[object]]:
     @program.command()
     @with_options
     def make(
-        place: str, table: Table, changes: Annotated[Changes, RUN], quiet: bool = False
+        place: str,
+        table: Annotated[Given, Table],
+        changes: Annotated[Changes, RUN],
+        quiet: bool = False,
     ) -> None:
         """Make it."""
-        called.extend([place, table, dict(changes.values), quiet])
+        called.extend([place, table.table, dict(changes.values), quiet])
 
     result = CliRunner().invoke(program, ["make", *words], env={"COLUMNS": "100", "NO_COLOR": "1"})
     return result, called
@@ -137,7 +141,7 @@ def test_a_mistake_is_told_with_the_option_s_name(words: list[str], message: str
 def test_help_says_the_choices_the_default_and_the_limits() -> None:
     text = " ".join(run("--help")[0].stdout.replace("│", " ").split())
     for words in (
-        "--count INTEGER How many. [default: 20; 1 to 40]",
+        "--count INTEGER How many. [default: 20; from 1 up to 40]",
         "--kind fast|good Which. [default: the best]",
         "--fold --no-fold Make the [exact] rewrites.",
         "--always Anew.",

@@ -17,10 +17,9 @@ from tests.artifacts import SMALL_SIZE
 from tests.described import described, entry
 from van_deploy.bundle import writing
 from van_deploy.config import BatchRange, BuildOptions
-from van_deploy.engine.backend import RTX, Backend, backend_named
+from van_deploy.engine.backend import RTX, TENSORRT, Backend, Host, backend_named
 from van_deploy.engine.build import engine_from_onnx
-from van_deploy.engine.fleet import Cell, FleetHost
-from van_deploy.engine.host import Host
+from van_deploy.engine.bundled import Cell, FleetHost
 from van_deploy.engine.sidecar import Sidecar
 from van_deploy.model.preprocess import OFFICIAL
 
@@ -28,7 +27,7 @@ BundleMaker = Callable[[str], Path]
 
 SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
 ADA = Host("NVIDIA L4", "sm_89", 24 << 30, "580.65.06", (13, 0))
-TENSORRT_11 = Backend("tensorrt", "TensorRT", "trt", "11.4.0.106", 13, None)
+TENSORRT_11 = Backend(TENSORRT, "11.4.0.106", 13, None)
 """TensorRT as far as refusals and names look at it: they never call the bindings."""
 
 
@@ -52,7 +51,7 @@ def built(
 
 def cell_of(folder: Path, precision: str = "fp32", options: BuildOptions = SM89) -> Cell:
     """Return the engine of a bundle for the options' own targets."""
-    return Cell(folder, precision, options.targets, options, FleetHost(), own_profiles=False)
+    return Cell(folder, precision, options.targets, options, FleetHost())
 
 
 @pytest.fixture(scope="session")

@@ -9,20 +9,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, helper, numpy_helper
 
 from tests.each import each
 from tests.engine.conftest import ADA, SM89, TENSORRT_11, Plan, built
 from van_deploy.config import BatchRange, BuildOptions, HardwareCompatibility, Profiling
-from van_deploy.engine.backend import Backend
-from van_deploy.engine.build import engine_name
-from van_deploy.engine.host import Host
+from van_deploy.config.sizes import SizeRange
+from van_deploy.engine.backend import Backend, Host
+from van_deploy.engine.build import engine_name, has_weights_beside
 from van_deploy.engine.sidecar import Sidecar, verified_sidecar
-from van_deploy.errors import ConversionError, MissingDependency
+from van_deploy.engine.worker import save_timings, timing_cache_
+from van_deploy.errors import ConversionError, InputError, MissingDependency
 from van_deploy.files import file_sha256
 from van_deploy.model.preprocess import OFFICIAL
 
@@ -45,7 +48,6 @@ def test_plan_sidecar_and_log(rtx: Backend, digits_onnx: Path, plan: Plan) -> No
     assert 100 << 20 < sidecar.peak_memory_bytes < 2 << 30
     assert sidecar.parser_layers <= 1.2 * (13 * 9 + 17), "hardly more than the graph has nodes"
     assert set(sidecar.device_memory) == {"weights_bytes", "activation_bytes", "scratch_bytes"}
-    assert sidecar.reproducible is None
     assert sidecar.preprocessing == OFFICIAL
     log = plan.path.with_name(f"{name}.log").read_text()
     assert "[V] " in log
@@ -67,10 +69,10 @@ def test_the_same_inputs_give_the_same_bytes(
     rtx: Backend, digits_onnx: Path, tmp_path: Path
 ) -> None:
     options = SM89.changed(profiling=Profiling.DETAILED)
-    first = built(digits_onnx, tmp_path / "e.plan", rtx, options, check_reproducible=True)
+    first = built(digits_onnx, tmp_path / "e.plan", rtx, options)
     if not first.fixed_addresses:
         pytest.skip("this container forbids fixed memory addresses (personality(2))")
-    assert first.reproducible is True
+    assert built(digits_onnx, tmp_path / "e.plan", rtx, options).plan_sha256 == first.plan_sha256
     elsewhere = tmp_path / "a folder with a much longer name than the first" / "other.plan"
     copy = elsewhere.with_suffix(".onnx")
     copy.parent.mkdir()
@@ -107,6 +109,71 @@ def test_weights_beside_the_file(rtx: Backend, graph: ModelProto, tmp_path: Path
     onnx.save(graph, path, save_as_external_data=True, location="model.bin", size_threshold=0)
     sidecar = built(path, tmp_path / "e.plan", rtx)
     assert sidecar.device_memory["weights_bytes"] > 100_000
+    (path.parent / "model.bin").unlink()
+    with pytest.raises(InputError, match=r"are in 'model\.bin', which is not beside it"):
+        built(path, tmp_path / "e.plan", rtx)
+
+
+def for_cpus(model: ModelProto) -> None:
+    scale = numpy_helper.from_array(np.ones((), np.float32), "s")
+    model.graph.initializer.extend([scale, numpy_helper.from_array(np.zeros((), np.uint8), "z")])
+    model.graph.node.insert(0, helper.make_node("QuantizeLinear", ["images", "s", "z"], ["q"]))
+
+
+def dynamic(model: ModelProto) -> None:
+    for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.dim_param = "side"
+
+
+def as_it_is(model: ModelProto) -> None:
+    pass
+
+
+def fixed(model: ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+
+
+@each(
+    ("spoil", "options", "words"),
+    [
+        (for_cpus, SM89, "UINT8 zero-points, which TensorRT would read as INT8"),
+        (lambda model: model.Clear(), SM89, "is not an ONNX file"),
+        (dynamic, SM89, "has dynamic height and width, and no sizes"),
+        (dynamic, SM89.changed(dynamic_size=SizeRange(32, 64, 96)), ""),
+        (fixed, SM89, "has a fixed batch of 4, so it cannot serve 1:2:4"),
+        (fixed, SM89.changed(profiles=(BatchRange(4, 4, 4),)), ""),
+        (
+            as_it_is,
+            SM89.changed(dynamic_size=SizeRange(32, 64, 96)),
+            "takes one image size, so it can",
+        ),
+        (as_it_is, SM89, ""),
+    ],
+    fresh="graph",
+)
+def test_what_the_graph_does_not_serve_or_tensorrt_would_misread(
+    graph: ModelProto,
+    tmp_path: Path,
+    spoil: Callable[[ModelProto], object],
+    options: BuildOptions,
+    words: str,
+) -> None:
+    path = tmp_path / "model.onnx"
+    spoil(graph)
+    onnx.save(graph, path)
+    if not words:
+        assert not has_weights_beside(path, options)
+        return
+    with pytest.raises(InputError, match=words):
+        has_weights_beside(path, options)
+
+
+def test_a_file_that_is_not_onnx(digits_onnx: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    for content in (b"hello world, this is no protobuf", digits_onnx.read_bytes()[:20_000]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="is not an ONNX file"):
+            has_weights_beside(path, SM89)
 
 
 def test_a_plan_that_was_there_survives_a_failed_build(
@@ -114,9 +181,8 @@ def test_a_plan_that_was_there_survives_a_failed_build(
 ) -> None:
     folder = tmp_path / "plans"
     shutil.copytree(plan.path.parent, folder)
-    with pytest.raises(ConversionError, match="no kernel fits into the workspace") as caught:
+    with pytest.raises(ConversionError, match="no kernel fits into the workspace"):
         built(digits_onnx, folder / plan.path.name, rtx, SM89.changed(workspace_bytes=1024))
-    assert caught.value.remedy == "Raise --workspace, or leave it out."
     assert verified_sidecar(folder / plan.path.name) == plan.sidecar
     assert len(list(folder.iterdir())) == 3
 
@@ -202,6 +268,39 @@ def test_names(rtx: Backend, precision: str, options: BuildOptions, name: str) -
     backend, host = (rtx, Host()) if name.endswith("rtx") else (TENSORRT_11, ADA)
     version = rtx.release if backend is rtx else ""
     assert engine_name("van_b1", precision, backend, options, host) == f"van_b1-{name}{version}"
+
+
+LEARN = """
+import sys, time
+from pathlib import Path
+from van_deploy.engine.worker import save_timings
+
+class Timings(bytearray):  # as TensorRT's: made of a file's bytes, combined, serialised
+    serialize = lambda self: bytes(self)
+
+    def combine(self, other, ignore):
+        time.sleep(0.1)
+        self.extend(other)
+
+class Config:
+    create_timing_cache = Timings
+
+save_timings(Config(), Timings(sys.argv[2].encode()), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Use Deprecated:DeprecationWarning")
+def test_builds_that_share_a_timing_cache_lose_nothing(rtx: Backend, tmp_path: Path) -> None:
+    """On RTX it does nothing, but the calls are those that TensorRT has."""
+    path = tmp_path / "caches" / "timing.cache"
+    builds = [subprocess.Popen([sys.executable, "-c", LEARN, str(path), name]) for name in "abc"]
+    assert [build.wait() for build in builds] == [0, 0, 0]
+    assert sorted(path.read_bytes()) == sorted(b"abc")
+    trt = rtx.module
+    config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
+    own = tmp_path / "own.cache"
+    save_timings(config, timing_cache_(config, own), own)
+    assert own.exists()
 
 
 def _children(parent: int | None = None) -> list[int]:

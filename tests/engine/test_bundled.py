@@ -17,11 +17,8 @@ from tests.each import each
 from tests.engine.conftest import SM89, BundleMaker, cell_of
 from van_deploy.bundle import Bundle, Origin, writing
 from van_deploy.config import BatchRange, BuildOptions, Profiling
-from van_deploy.engine.backend import Backend
-from van_deploy.engine.bundled import build_cells, request_for
-from van_deploy.engine.fleet import FleetHost, Outcome, read_fleet
-from van_deploy.engine.host import Host
-from van_deploy.engine.on_ray import build_on_ray, task_resources
+from van_deploy.engine.backend import Backend, Host
+from van_deploy.engine.bundled import FleetHost, Outcome, build_cells, build_on_ray, read_fleet
 from van_deploy.errors import BundleError, InputError, RecipeError
 
 FLEET = """
@@ -53,13 +50,9 @@ def test_an_engine_in_its_bundle(rtx: Backend, new_bundle: BundleMaker) -> None:
     assert first.sidecar.preprocessing == bundle.manifest.preprocessing
     again = made(folder)
     assert (again.outcome, again.sidecar) == ("reused", first.sidecar)
-    checked = made(folder, check_reproducible=True)
-    assert checked.outcome == "built"
-    assert checked.sidecar is not None
-    assert checked.sidecar.reproducible in {True, False}
-    assert made(folder, check_reproducible=True).outcome == "reused"
+    assert made(folder, force=True).outcome == "built"
     with pytest.raises(InputError, match="is of kind 'engine'"):
-        request_for(cell_of(folder, first.engine), Host())
+        made(folder, precision=first.engine)
     plan = Bundle.open(folder).verified(first.engine)
     plan.write_bytes(plan.read_bytes()[:-1])
     assert made(folder).outcome == "built", "a damaged engine is built again"
@@ -152,8 +145,8 @@ def test_a_file_becomes_cells(fleet_file: Path) -> None:
         tf32=False,
         profiling=Profiling.DETAILED,
     )
-    assert task_resources(cells[0]) == {"num_gpus": 1, "accelerator_type": "A10G"}
-    assert "num_gpus" not in task_resources(cells[1])
+    assert cells[0].resources == {"num_gpus": 1, "accelerator_type": "A10G"}
+    assert "num_gpus" not in cells[1].resources
 
 
 @each(
@@ -221,7 +214,6 @@ def test_a_fleet_on_ray(ray: Any, rtx: Backend, fleet_file: Path) -> None:
     assert len(outcomes) == 4
     made = outcomes["van_digits", "sm_86"]
     assert made.outcome == "built", made.error
-    assert made.where
     assert outcomes["van_none", "sm_86"].outcome == "failed"
     bundle = Bundle.open(fleet_file.parent / "dist" / "van_digits")
     assert bundle.problems() == []

@@ -1,43 +1,59 @@
-"""Where a plan does not run and what a backend cannot build, said with reasons that are true."""
+"""What is vouched for, where it does not run, what cannot be built, and what `inspect` tells."""
 
 from __future__ import annotations
 
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import Cli
 from tests.each import each
 from tests.engine.conftest import ADA, SM89, TENSORRT_11, Plan, built
-from van_deploy.config import BuildOptions, HardwareCompatibility
-from van_deploy.engine.backend import RTX, Backend
-from van_deploy.engine.compatibility import obstacles, refuse_impossible, require_compatible
-from van_deploy.engine.host import Host, device_number, host_here
-from van_deploy.engine.sidecar import Sidecar
-from van_deploy.environment.hardware import Driver, Gpu, nvidia_driver
-from van_deploy.errors import MissingDependency, UsageError, VanDeployError
+from van_deploy.config import BatchRange, BuildOptions, HardwareCompatibility
+from van_deploy.engine.backend import RTX, Backend, Host, host_here
+from van_deploy.engine.compatibility import (
+    obstacles,
+    refuse_impossible,
+    require_compatible,
+    torch_version,
+)
+from van_deploy.engine.inspect import Layer, layers_from_json
+from van_deploy.engine.sidecar import (
+    PACKAGE_SCHEMA,
+    PackageSidecar,
+    Sidecar,
+    log_path,
+    sidecar_path,
+    verified_package,
+    verified_sidecar,
+    write_sidecar,
+)
+from van_deploy.environment.hardware import cpu, nvidia_driver
+from van_deploy.errors import InputError, MissingDependency, UsageError, VanDeployError
+from van_deploy.files import file_sha256
+from van_deploy.schema import validated
 
 NO_GPU = Host()
 A100 = Host("NVIDIA A100", "sm_80", 80 << 30, "580.65.06", (13, 0))
 TURING = Host("Tesla T4", "sm_75", 16 << 30, "580.65.06", (13, 0))
 OLD = replace(ADA, driver="535.129.03", cuda=(11, 8))
-RTX_17 = Backend(RTX, "TensorRT for RTX", "rtx", "1.7.1.116", 13, None)
+RTX_17 = Backend(RTX, "1.7.1.116", 13, None)
 PLUS = {"hardware_compatibility": HardwareCompatibility.AMPERE_PLUS}
-
-
-def but(sidecar: Sidecar, **values: object) -> Sidecar:
-    return sidecar.model_copy(update=values)
-
-
-def of_tensorrt(sidecar: Sidecar, version: str = "11.4.0.106", **options: object) -> Sidecar:
-    asked = BuildOptions().changed(**options)
-    return but(sidecar, backend="tensorrt", backend_version=version, options=asked)
-
-
-BUILT = "it was built for sm_89 with {label}"
-BUILT_11 = "it was built for sm_89 with TensorRT 11.4.0"
 VC = {"version_compatible": True}
+Spoil = Callable[[Path], object]
+
+
+def of_tensorrt(sidecar: Sidecar, version: str, **options: object) -> Sidecar:
+    asked = BuildOptions().changed(**options)
+    changes = {"backend": "tensorrt", "backend_version": version, "options": asked}
+    return sidecar.model_copy(update=changes)
 
 
 @each(
@@ -45,39 +61,15 @@ VC = {"version_compatible": True}
     [
         ({}, ADA, None, ""),
         ({"targets": ("sm_80", "sm_89")}, A100, None, ""),
-        (
-            *({}, A100, BUILT + "; this machine has sm_80 (NVIDIA A100)"),
-            "Rebuild with `--target sm_80`.",
-        ),
-        ({}, NO_GPU, BUILT + "; this machine has no NVIDIA GPU that answers", "Run it on a mach"),
-        (
-            {"backend_version": "1.2.0.54"},
-            ADA,
-            "it was built for sm_89 with TensorRT for RTX 1.2.0; installed is {label}",
-            "Rebuild it here, or install TensorRT for RTX 1.2.0.",
-        ),
-        (
-            {"backend_version": "{release}.1"},  # another build of one release
-            ADA,
-            BUILT + "; installed is TensorRT for RTX {version}",
-            "Rebuild it here, or install TensorRT for RTX {release}.1.",
-        ),
-        (
-            *({}, OLD, "it needs CUDA {cuda}, and driver 535.129.03 runs CUDA up to 11.8"),
-            "Update the NVIDIA driver.",
-        ),
+        ({}, A100, "for sm_89 with {label}; this machine has sm_80 (NVIDIA A100)", "t sm_80`."),
+        ({}, NO_GPU, "; this machine has no NVIDIA GPU that answers", "Run it on a machine"),
+        ({"backend_version": "1.2.0.54"}, ADA, "RTX 1.2.0; installed is {label}", "RTX 1.2.0."),
+        # another build of one release
+        ({"backend_version": "{release}.1"}, ADA, "; installed is TensorRT for RTX {version}", ""),
+        ({}, OLD, "it needs CUDA {cuda}, and driver 535.129.03 runs CUDA up to 11.8", "Update"),
         ({"tensorrt": "11.4.0.106", **PLUS}, A100, None, ""),
-        (
-            {"tensorrt": "11.4.0.106", **PLUS},
-            TURING,
-            "it was built for sm_80 and newer with TensorRT 11.4.0; "
-            "this machine has sm_75 (Tesla T4)",
-            "Rebuild on this machine.",
-        ),
-        (
-            *({"tensorrt": "11.4.0.106"}, A100),
-            *(BUILT_11 + "; this machine has sm_80 (NVIDIA A100)", "Rebuild on this machine."),
-        ),
+        ({"tensorrt": "11.4.0.106", **PLUS}, TURING, "for sm_80 and newer with", "this machine."),
+        ({"tensorrt": "11.4.0.106"}, A100, "this machine has sm_80", "Rebuild on this machine."),
         ({"tensorrt": "10.16.1.11", **VC}, ADA, None, ""),
         ({"tensorrt": "11.5.0.1", **VC}, ADA, "never on earlier ones)", "install TensorRT 11.5.0."),
         ({"tensorrt": "10.16.1.11"}, ADA, "; installed is TensorRT 11.4.0", "install TensorRT 10."),
@@ -93,73 +85,90 @@ def test_where_a_plan_runs(
     remedy: str,
 ) -> None:
     """TensorRT's own rules with a stand-in where only its version is looked at."""
-    given, sidecar = dict(changes), plan.sidecar
-    facts = {"label": rtx.label, "version": rtx.version, "cuda": str(rtx.cuda)}
-    facts["release"] = rtx.release
+    facts = {"label": rtx.label, "version": rtx.version, "cuda": rtx.cuda, "release": rtx.release}
+    given = dict(changes)
     if version := given.pop("tensorrt", None):
         stand_in = "van_deploy.engine.compatibility.backend_named"
         monkeypatch.setattr(stand_in, lambda _: TENSORRT_11)
-        sidecar = of_tensorrt(sidecar, version, **given)
+        sidecar = of_tensorrt(plan.sidecar, version, **given)
     else:
         given = {k: v.format(**facts) if isinstance(v, str) else v for k, v in given.items()}
-        sidecar = but(sidecar, **given)
+        sidecar = plan.sidecar.model_copy(update=given)
     found = obstacles(sidecar, host)
     monkeypatch.undo()
     assert len(found) == (problem is not None)
     for obstacle in found:
         assert str(problem).format(**facts) in obstacle.problem
-        assert remedy.format(**facts) in obstacle.remedy
+        assert remedy in obstacle.remedy
 
 
-def test_every_reason_is_given_at_once(plan: Plan) -> None:
-    older = but(plan.sidecar, backend_version="1.2.0.54")
+def package(**changes: Any) -> PackageSidecar:
+    facts = {
+        "schema": PACKAGE_SCHEMA,
+        "name": "p",
+        "onnx_file": "model.onnx",
+        "onnx_sha256": "0",
+        "file_sha256": "0",
+        "file_bytes": 1,
+        "torch": torch_version(),
+        "device": "cuda",
+        "targets": ("sm_90",),
+        "cpu_features": (),
+        "built_on": "NVIDIA H100",
+        "precision": "fp16",
+        "tf32": True,
+        "max_autotune": False,
+        "build_seconds": 1.0,
+        "batch": BatchRange(1, 4, 8),
+        "input_shape": (-1, 3, 32, 32),
+    }
+    return validated(PackageSidecar, {**facts, **changes})
+
+
+H100 = Host("NVIDIA H100", "sm_90", None, "580.0", (13, 0))
+ON_CPU = {"device": "cpu", "targets": (platform.machine(),), "built_on": "a processor"}
+
+
+@each(
+    ("changes", "host", "problem"),
+    [
+        ({}, H100, ""),
+        ({**ON_CPU, "cpu_features": cpu().features}, NO_GPU, ""),
+        ({"torch": "2.0.1"}, H100, f"PyTorch 2.0.1; installed is {torch_version()}"),
+        ({}, ADA, "it was compiled for sm_90; this machine has sm_89 (NVIDIA L4)"),
+        ({}, NO_GPU, "it was compiled for sm_90; this machine has no NVIDIA GPU that answers"),
+        ({**ON_CPU, "cpu_features": ("amx_fp8",)}, NO_GPU, "and may use amx_fp8, which"),
+        ({**ON_CPU, "targets": ("riscv64",)}, NO_GPU, "and may use riscv64, which"),
+    ],
+)
+def test_where_a_package_runs(changes: dict[str, Any], host: Host, problem: str) -> None:
+    if not problem:
+        require_compatible(package(**changes), host)
+        return
+    with pytest.raises(MissingDependency, match="The package 'p' does not run here") as caught:
+        require_compatible(package(**changes), host)
+    assert problem in caught.value.message
+
+
+def test_every_reason_is_given_at_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = plan.sidecar.model_copy(update={"backend_version": "1.2.0.54"})
     with pytest.raises(MissingDependency) as caught:
         require_compatible(older, replace(A100, cuda=(11, 8)))
-    assert caught.value.message.startswith(f"The engine '{older.name}' does not run here: ")
     assert caught.value.message.count(";") >= 3
     assert len(caught.value.remedy.splitlines()) == 3
-    require_compatible(plan.sidecar, ADA)
-
-
-def test_a_backend_that_is_not_installed(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    first, *_ = obstacles(of_tensorrt(plan.sidecar), ADA)
-    assert first.about == "backend"
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    first, *_ = obstacles(of_tensorrt(plan.sidecar, "11.4.0.106"), ADA)
     assert first.problem.startswith("TensorRT is not installed")
-
-
-def test_the_host_is_one_of_the_drivers_gpus() -> None:
-    gpus = (Gpu("NVIDIA L4", (8, 9), 24 << 30), Gpu("NVIDIA A100", (8, 0), None))
-    driver = Driver("580.65.06", (13, 0), gpus)
-    assert host_here(driver) == ADA
-    assert host_here(driver, device_number("cuda:1")).target == "sm_80"
-    assert host_here(driver, 2).gpu is host_here(Driver("580.65.06", (13, 0), ())).gpu is None
-    assert host_here(Driver("470.1", (11, 4), (Gpu("old", None, None),))).target is None
 
 
 @each(
     ("options", "host", "message", "kind"),
     [
-        (
-            *({"targets": ()}, NO_GPU),
-            "TensorRT builds on the GPU that will run the engine, and none answers here.",
-            MissingDependency,
-        ),
-        (
-            *({"targets": ()}, replace(OLD, cuda=(12, 2))),
-            "TensorRT 11.4.0 was made for CUDA 13, and driver 535.129.03 runs CUDA up to 12.2.",
-            MissingDependency,
-        ),
-        (
-            *({**PLUS, "targets": ()}, TURING),
-            "An ampere-plus plan cannot be built on Tesla T4 (sm_75).",
-            UsageError,
-        ),
-        (
-            *({"workspace_bytes": 25 << 30}, ADA),
-            "A workspace of 25.0 GiB is larger than the 24.0 GiB of memory NVIDIA L4 has.",
-            UsageError,
-        ),
+        ({"targets": ()}, NO_GPU, "builds on the GPU that will run the engine", MissingDependency),
+        ({"workspace_bytes": 25 << 30}, ADA, "of memory that NVIDIA L4 has", UsageError),
+        # A level covers other GPUs only where no target is named, and RTX only those it serves.
+        ({"targets": ("sm_90",)}, ADA, "give --hardware-compatibility ampere-plus.", UsageError),
+        ({"targets": ("sm_75",)}, ADA, "on that GPU, or use --backend tensorrt-rtx.", UsageError),
     ],
 )
 def test_what_tensorrt_refuses(
@@ -168,8 +177,7 @@ def test_what_tensorrt_refuses(
     """What RTX refuses is in ``tests/cli/test_build.py``."""
     with pytest.raises(kind) as caught:
         refuse_impossible(TENSORRT_11, SM89.changed(**options), host)
-    assert caught.value.message == message
-    assert caught.value.remedy
+    assert message in str(caught.value)
 
 
 def test_what_is_possible_is_not_refused() -> None:
@@ -181,26 +189,6 @@ def test_what_is_possible_is_not_refused() -> None:
         refuse_impossible(backend, options, host)
 
 
-@each(
-    ("target", "remedy"),
-    [
-        (
-            "sm_90",
-            "Build on that GPU, leave --target out and give --hardware-compatibility ampere-plus.",
-        ),
-        ("sm_75", "Build on that GPU, or use --backend tensorrt-rtx."),
-    ],
-)
-def test_tensorrt_recommends_nothing_that_it_then_refuses(target: str, remedy: str) -> None:
-    """A level covers other GPUs only where no target is named, and RTX only those it serves."""
-    with pytest.raises(UsageError) as caught:
-        refuse_impossible(TENSORRT_11, BuildOptions(targets=(target,)), ADA)
-    assert caught.value.message == (
-        f"TensorRT builds for the GPU in this machine (NVIDIA L4, sm_89), not for {target}."
-    )
-    assert caught.value.remedy == remedy
-
-
 @pytest.mark.skipif(nvidia_driver() is not None, reason="measures RTX on a machine with no GPU")
 def test_what_rtx_is_refused_it_really_cannot_do(
     rtx: Backend, digits_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -209,3 +197,102 @@ def test_what_rtx_is_refused_it_really_cannot_do(
     with pytest.raises(MissingDependency):
         built(digits_onnx, tmp_path / "e.plan", rtx, SM89.changed(version_compatible=True))
     assert list(tmp_path.iterdir()) == []
+
+
+# --- sidecars ----------------------------------------------------------------------------------
+
+
+def edited(key: str, value: object) -> Spoil:
+    def edit(plan: Path) -> None:
+        document = {**json.loads(sidecar_path(plan).read_text()), key: value}
+        sidecar_path(plan).write_text(json.dumps(document))
+
+    return edit
+
+
+def written(text: str) -> Spoil:
+    return lambda plan: sidecar_path(plan).write_text(text, encoding="latin-1")
+
+
+def in_middle(file: Path) -> None:
+    file.write_bytes(b"other" + file.read_bytes()[5:])
+
+
+BOTH = [
+    (lambda file: sidecar_path(file).unlink(), "has no sidecar"),
+    (Path.unlink, "There is no engine"),
+    (in_middle, "is not the (plan|package) its sidecar speaks of"),
+    (edited("targets", ["sm_90"]), "was edited after it was written"),
+    (edited("sidecar_sha256", "0" * 64), "was edited after it was written"),
+    (edited("schema", "van-deploy/engine/1"), "has schema 'van-deploy/engine/1'"),
+    *((written(text), "is damaged") for text in ("", "[]", "{}", "\xff")),
+    (written('{"schema": "van-deploy/engine/2"}'), "is damaged|has schema"),
+]
+
+
+@each(("spoil", "message"), BOTH)
+def test_what_is_not_vouched_for(plan: Plan, tmp_path: Path, spoil: Spoil, message: str) -> None:
+    copy = shutil.copytree(plan.path.parent, tmp_path / "copy") / plan.path.name
+    assert verified_sidecar(copy) == plan.sidecar
+    file = tmp_path / "p-1.7.pt2"
+    file.write_bytes(b"native code")
+    known = write_sidecar(file, package(targets=("sm_89",), file_sha256=file_sha256(file)))
+    assert verified_package(file) == known
+    for path, verified in ((copy, verified_sidecar), (file, verified_package)):
+        spoil(path)
+        with pytest.raises(InputError, match=message):
+            verified(path)
+
+
+def test_inspect_tells_what_sidecar_and_log_know(cli: Cli, plan: Plan) -> None:
+    assert sidecar_path(plan.path).name == "van_digits-fp32-sm89-rtx1.7.1.json"
+    assert log_path(plan.path).name == "van_digits-fp32-sm89-rtx1.7.1.log"
+    if host_here().gpu:
+        pytest.skip("this machine has a GPU, on which the plan may load")
+    sidecar, text = plan.sidecar, " ".join(cli("inspect", plan.path).stdout.split())
+    for words in (
+        f"sha256 {sidecar.plan_sha256}",
+        f"backend tensorrt-rtx version {sidecar.backend_version}",
+        "input images float N 3 32 32",
+        "output logits float N 10",
+        "this machine has no NVIDIA GPU that answers",
+        "SKIPPED layers: only the engine's own GPU can load it",
+        f"After dead-layer removal: {sidecar.parser_layers} layers",
+        "Total Weights Memory",
+    ):
+        assert words in text, words
+    (document,) = json.loads(cli("inspect", plan.path, "--json").stdout)
+    assert document["plan_sha256"] == sidecar.plan_sha256
+    assert document["layers"] == []
+    assert document["layers_skipped"].endswith("this machine has no NVIDIA GPU that answers")
+
+
+def test_trust_is_for_a_plan_without_a_sidecar_only(cli: Cli, plan: Plan, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(plan.path, tmp_path))
+    refused = cli("inspect", copy)
+    assert refused.exit_code == 5
+    assert "--trust-engine" in refused.stderr
+    trusted = cli("inspect", copy, "--trust-engine")
+    assert trusted.exit_code == 0
+    assert "nothing says where this plan comes from" in trusted.stdout
+    shutil.copy(sidecar_path(plan.path), tmp_path)
+    in_middle(copy)
+    swapped = cli("inspect", copy, "--trust-engine")
+    assert (swapped.exit_code, swapped.stdout) == (5, "")
+
+
+def test_layers_of_any_version() -> None:
+    fused = {
+        "Name": "stem.proj + stem.act",
+        "LayerType": "gemm",
+        "Outputs": [{"Name": "x", "Format/Datatype": "Half"}],
+        "Metadata": "[ONNX Layer: stem.proj][ONNX Layer: stem.act]",
+    }
+    new = {"Name": "new", "Outputs": [{"Datatype": "FP8"}]}
+    assert layers_from_json(json.dumps({"Layers": ["plain", fused, new, {"Name": "bare"}]})) == (
+        Layer("plain", "", "", ()),
+        Layer("stem.proj + stem.act", "gemm", "Half", ("stem.proj", "stem.act")),
+        Layer("new", "", "FP8", ()),
+        Layer("bare", "", "", ()),
+    )
+    assert layers_from_json("{}") == ()

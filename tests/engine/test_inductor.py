@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,112 +15,18 @@ from tests.artifacts import Copy, MadeOnce
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
-from van_deploy.config import BatchRange
-from van_deploy.engine.compatibility import obstacles, require_compatible, torch_version
-from van_deploy.engine.host import Host
-from van_deploy.engine.sidecar import (
-    PACKAGE_SCHEMA,
-    PackageSidecar,
-    sidecar_path,
-    verified_package,
-    write_sidecar,
-)
-from van_deploy.environment.hardware import cpu
-from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
-from van_deploy.files import file_sha256
+from van_deploy.engine.compatibility import torch_version
+from van_deploy.errors import BundleError, InputError, UsageError
 from van_deploy.metrics import compare
-from van_deploy.schema import validated
-
-H100 = Host("NVIDIA H100", "sm_90", None, "580.0", (13, 0))
-L4 = Host("NVIDIA L4", "sm_89", None, "580.0", (13, 0))
-
-
-def sidecar(**changes: Any) -> PackageSidecar:
-    facts = {
-        "schema": PACKAGE_SCHEMA,
-        "name": "p",
-        "file_sha256": "0",
-        "file_bytes": 1,
-        "onnx_file": "model.onnx",
-        "onnx_sha256": "0",
-        "torch": torch_version(),
-        "device": "cuda",
-        "targets": ("sm_90",),
-        "cpu_features": (),
-        "built_on": "NVIDIA H100",
-        "precision": "fp16",
-        "tf32": True,
-        "max_autotune": False,
-        "batch": BatchRange(1, 4, 8),
-        "input_shape": (-1, 3, 32, 32),
-        "build_seconds": 1.0,
-    }
-    return validated(PackageSidecar, {**facts, **changes})
-
-
-ON_CPU = {"device": "cpu", "targets": (platform.machine(),), "built_on": "a processor"}
-
-
-@each(
-    ("changes", "host", "problem"),
-    [
-        (
-            {"torch": "2.0.1"},
-            H100,
-            f"it was compiled with PyTorch 2.0.1; installed is {torch_version()}",
-        ),
-        ({}, L4, "it was compiled for sm_90; this machine has sm_89 (NVIDIA L4)"),
-        ({}, Host(), "it was compiled for sm_90; this machine has no NVIDIA GPU that answers"),
-        (
-            {**ON_CPU, "cpu_features": ("amx_fp8_of_tomorrow",)},
-            Host(),
-            "it was compiled on a processor and may use amx_fp8_of_tomorrow, which this processor "
-            f"({cpu().name}) does not have",
-        ),
-        (
-            {**ON_CPU, "targets": ("riscv64",)},
-            Host(),
-            f"it was compiled on a processor and may use riscv64, which this processor "
-            f"({cpu().name}) does not have",
-        ),
-    ],
-)
-def test_what_keeps_a_package_from_running(
-    changes: dict[str, Any], host: Host, problem: str
-) -> None:
-    with pytest.raises(MissingDependency) as caught:
-        require_compatible(sidecar(**changes), host)
-    assert caught.value.message == f"The package 'p' does not run here: {problem}."
-    assert caught.value.remedy
-
-
-def test_a_package_runs_where_it_was_compiled() -> None:
-    assert obstacles(sidecar(), H100) == ()
-    assert obstacles(sidecar(**ON_CPU, cpu_features=cpu().features), Host()) == ()
-
-
-def test_a_package_is_native_code_and_its_digest_is_checked(tmp_path: Path) -> None:
-    file = tmp_path / "p.pt2"
-    file.write_bytes(b"native code")
-    with pytest.raises(InputError, match=r"has no sidecar: 'p\.json' is not beside it"):
-        verified_package(file)
-    written = write_sidecar(file, sidecar(file_sha256=file_sha256(file)))
-    assert verified_package(file) == written
-    file.write_bytes(b"other native code")
-    with pytest.raises(InputError, match="is not the package its sidecar speaks of"):
-        verified_package(file)
-    text = sidecar_path(file).read_text()
-    sidecar_path(file).write_text(text.replace('"sm_90"', '"sm_89"'))
-    with pytest.raises(InputError, match="was edited after it was written"):
-        verified_package(file)
+from van_deploy.runners.network import PYTORCH, Network
 
 
 @each(
     ("words", "code", "message"),
     [
         (["--precision", "int8"], 5, "An Inductor package computes in fp32, fp16, bf16"),
-        (["--target", "sm_90"], 2, "--target is TensorRT's, and an Inductor package is asked for"),
-        (["--batch", "1:1:1", "--batch", "2:4:8"], 2, "serves one range of batches"),
+        (["--target", "sm_90"], 2, "--target is TensorRT's, and a package is asked for"),
+        (["--batch", "1:1:1", "--batch", "2:4:8"], 2, "A package serves one range of batches"),
         (["--device", "cuda:7"], 3, "A package for cuda:7 is compiled on the GPU that will run it"),
         (["--device", "tpu"], 2, "'--device' is 'tpu'"),
         (["--device", "cpu", "--fused-kernels"], 2, "The fused kernels run on a GPU, in fp16 or"),
@@ -129,7 +34,11 @@ def test_a_package_is_native_code_and_its_digest_is_checked(tmp_path: Path) -> N
         (["--backend", "auto", "--device", "cpu"], 2, "--device cpu is Inductor's"),
         (["--backend", "auto", "--max-autotune"], 2, "--max-autotune is Inductor's"),
         (["--backend", "auto", "--fused-kernels"], 2, "--fused-kernels is Inductor's"),
-        (["--device", "cpu", "no-such-compiler"], 3, "there is no 'no-such-compiler' here"),
+        (
+            ["--device", "cpu", "no-such-compiler"],
+            3,
+            "the C++ compiler 'no-such-compiler', which is not here",
+        ),
     ],
 )
 def test_what_cannot_be_asked_of_inductor_or_of_others(
@@ -175,7 +84,6 @@ def names_of(folder: Path) -> dict[str, str]:
 class TestOnThisCpu:
     def test_logits_at_several_batches(self, packaged: Path) -> None:
         from van_deploy.runners.inductor import InductorRunner
-        from van_deploy.runners.network import PYTORCH, Network
 
         bundle, names = Bundle.open(packaged), names_of(packaged)
         shape = (9, bundle.manifest.architecture.in_chans, *bundle.manifest.preprocessing.sides)
@@ -216,8 +124,6 @@ class TestOnThisCpu:
     def test_a_rerun_reuses_it_and_a_changed_one_is_not_loaded(
         self, copy_of: Copy, packaged: Path
     ) -> None:
-        from van_deploy.runners.network import Network
-
         folder = copy_of(packaged)
         again = van_deploy.open_bundle(folder).build(backend="inductor", device="cpu")
         assert [one.outcome for one in again.outcomes] == ["reused"]

@@ -14,9 +14,8 @@ import pytest
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions, BuildSettings
-from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
+from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend, host_here
 from van_deploy.engine.build import engine_from_onnx
-from van_deploy.engine.host import host_here
 from van_deploy.engine.inductor import build_package, packages_asked
 from van_deploy.errors import MissingDependency
 from van_deploy.runners.base import CudaOptions

@@ -18,7 +18,7 @@ import pytest
 import van_deploy
 from tests.gpu.cases import Digits
 from van_deploy.bundle import Bundle
-from van_deploy.engine.host import host_here
+from van_deploy.engine.backend import host_here
 
 IMAGES = 8
 HAS_GPU = host_here().gpu is not None

@@ -11,9 +11,8 @@ import pytest
 import van_deploy
 from tests.gpu.cases import Digits, need_cuda_provider, plan_of
 from van_deploy.config import BatchRange, BuildOptions
-from van_deploy.engine.backend import RTX, RTX_TARGETS, Backend, backend_named
+from van_deploy.engine.backend import RTX, RTX_TARGETS, Backend, backend_named, host_here
 from van_deploy.engine.build import engine_from_onnx
-from van_deploy.engine.host import host_here
 from van_deploy.engine.inspect import describe_engine
 from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.runners.tensorrt import TensorRtRunner

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from van_deploy.data import check_images
 from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.fold import fold_van
-from van_deploy.graph.rewritten import RewrittenVan
+from van_deploy.graph.fold import RewrittenVan, fold_van
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
 

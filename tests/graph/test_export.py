@@ -16,10 +16,14 @@ from torch import Tensor
 from tests.each import each
 from van_deploy.errors import ConversionError, InputError
 from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.files import describe_onnx, graph_facts, save_onnx
-from van_deploy.graph.fold import fold_van
-from van_deploy.graph.rewritten import RewrittenVan
-from van_deploy.graph.simplify import operator_counts, simplify_onnx
+from van_deploy.graph.files import (
+    describe_onnx,
+    graph_facts,
+    operator_counts,
+    save_onnx,
+    simplify_onnx,
+)
+from van_deploy.graph.fold import RewrittenVan, fold_van
 from van_deploy.manifest import TensorFacts
 from van_deploy.metrics import compare
 from van_deploy.model.checkpoint import LoadedVan

@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from tests.each import each
 from van_deploy.errors import ConversionError, UsageError
-from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.fold import FOLD_TOLERANCE, STREAM_LIMIT, Rewrites, fold_van
-from van_deploy.graph.rebuilt import van_from_onnx
-from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
+from van_deploy.graph.export import onnx_from_van, van_from_onnx
+from van_deploy.graph.fold import (
+    FOLD_TOLERANCE,
+    STREAM_LIMIT,
+    Rewrites,
+    RewrittenBlock,
+    RewrittenVan,
+    fold_van,
+)
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.van import VAN, Block
 
@@ -52,7 +57,7 @@ def test_every_choice_of_rewrites_is_exact(
     report = fold_van(digits.model, digit_images[:1], rewrites)
     assert report.relative_error <= FOLD_TOLERANCE
     assert report.passed
-    assert set(report.as_dict()["rewrites"]) == chosen  # type: ignore[call-overload]
+    assert set(report.as_dict()["rewrites"]) == chosen
 
 
 def test_everything_folded_leaves_nothing_and_the_original_as_it_was(

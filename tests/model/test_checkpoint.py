@@ -129,58 +129,35 @@ test_pipeline = [
     dict(type='CenterCrop', crop_size=64),
     dict(type='PackInputs'),
 ]"""
-    forms: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-        "official": (
-            "official",
-            {
-                "args": argparse.Namespace(**resize, img_size=64, model="van_tiny"),
-                "class_to_idx": {name: index for index, name in enumerate(names)},
-            },
-            {},
-        ),
-        "transformers": (
-            "transformers",
-            {},
-            {
-                "config": {"model_type": "van", "id2label": dict(enumerate(names))},
-                "preprocessor_config": {**CONVNEXT, "size": 64},
-            },
-        ),
-        "timm": (
-            "official",
-            {},
-            {
-                "config": {
-                    "architecture": "van_mine",
-                    "label_names": names,
-                    "pretrained_cfg": {**resize, "input_size": [3, 64, 64]},
-                }
-            },
-        ),
-        "mmpretrain": (
-            "mmpretrain",
-            {"meta": {"cfg": text, "dataset_meta": {"classes": names}}},
-            {},
-        ),
-    }
+    classes = {"class_to_idx": {name: index for index, name in enumerate(names)}}
+    cfg = {"label_names": names, "pretrained_cfg": {**resize, "input_size": [3, 64, 64]}}
+    configs = {"model_type": "van", "id2label": dict(enumerate(names))}
+    processor = {**CONVNEXT, "size": 64}
+    meta = {"cfg": text, "dataset_meta": {"classes": names}}
+    forms: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+        ("official", {"args": argparse.Namespace(**resize, img_size=64), **classes}, {}),
+        ("transformers", {}, {"config": configs, "preprocessor_config": processor}),
+        ("official", {}, {"config": {"architecture": "van_mine", **cfg}}),
+        ("mmpretrain", {"meta": meta}, {}),
+    )
     image = Image.effect_mandelbrot((150, 100), (-2, -1.5, 1, 1.5), 100)
     # Transformers cuts one pixel further up where the middle is between two.
     exact = Image.effect_mandelbrot((144, 73), (-2, -1.5, 1, 1.5), 100)
-    transforms = {}
-    for form, (target, inside, beside) in forms.items():
-        (tmp_path / form).mkdir()
-        state = rename(tiny.state_dict(), target)
-        torch.save({"state_dict": state, **inside}, tmp_path / form / "w.pth")
+    transforms = []
+    for number, (target, inside, beside) in enumerate(forms):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        torch.save({"state_dict": rename(tiny.state_dict(), target), **inside}, folder / "w.pth")
         for name, value in beside.items():
-            (tmp_path / form / f"{name}.json").write_text(json.dumps(value))
-        loaded = load_van(str(tmp_path / form))
-        assert same(loaded, tiny), form
-        assert loaded.class_names == tuple(names), form
-        transforms[form] = loaded.preprocessing.transform()
-    pixels = transforms["official"](image)
-    assert torch.equal(pixels, transforms["timm"](image))
-    assert torch.allclose(pixels, transforms["mmpretrain"](image), atol=1e-6)
-    assert torch.equal(transforms["transformers"](exact), transforms["official"](exact))
+            (folder / f"{name}.json").write_text(json.dumps(value))
+        loaded = load_van(str(folder))
+        assert same(loaded, tiny), number
+        assert loaded.class_names == tuple(names), number
+        transforms.append(loaded.preprocessing.transform())
+    official, transformers, timm, mmpretrain = transforms
+    assert torch.equal(official(image), timm(image))
+    assert torch.allclose(official(image), mmpretrain(image), atol=1e-6)
+    assert torch.equal(official(exact), transformers(exact))
 
 
 # --- variants --------------------------------------------------------------------------------
@@ -195,24 +172,22 @@ def test_random_weights_are_labelled() -> None:
     assert loaded.preprocessing.mean == OFFICIAL.mean
     assert load_van("van_b0", weights="random", layer_norm_eps=1e-3).config.layer_norm_eps == 1e-3
     for eps in (0.0, 5.0):
-        with pytest.raises(UsageError, match=rf"^LayerNorm's eps {eps} is not between 0 and 1"):
+        with pytest.raises(UsageError, match=rf"{eps}}} is not between 0 and 1"):
             load_van("van_b0", weights="random", layer_norm_eps=eps)
 
 
 def test_a_variant_with_weights_of_its_own(shared_checkpoint: Path, saved: Path) -> None:
     loaded = load_van("van_b0", weights=str(shared_checkpoint))
     assert (loaded.name, loaded.config.num_classes, loaded.source.notes) == ("van_b0", 10, ())
-    with pytest.raises(CheckpointError, match=r"not van_b1's but those of van_b0: embed_dims \(32"):
+    with pytest.raises(CheckpointError, match="not van_b1's but those of van_b0: "):
         load_van("van_b1", weights=str(shared_checkpoint))
-    with pytest.raises(CheckpointError, match="van_b0's but those of another architecture"):
+    with pytest.raises(CheckpointError, match="van_b0's but those of another: "):
         load_van("van_b0", weights=str(saved))
 
 
 def test_the_embedded_network() -> None:
     loaded = load_van("van_digits")
     assert (loaded.name, loaded.source.format) == ("van_digits", "embedded")
-    assert loaded.class_names == tuple("0123456789")
-    assert "assumed" not in loaded.preprocessing.source
     assert load_van("van_digits", expect_sha256=loaded.source.sha256.upper())
 
 
@@ -280,18 +255,6 @@ def test_official_transformers_repository(hub: FakeHub, tiny_config: VanConfig) 
         f"the repository's JSON says 224x224 bicubic, {IMAGENET}; the weights were trained with "
         f"{OFFICIAL}, which is used",
     )
-
-
-def test_somebody_elses_repository(hub: FakeHub, tiny: VAN) -> None:
-    state = rename(tiny.state_dict(), "transformers")
-    config = {"model_type": "van"}
-    json_files = {"preprocessor_config.json": CONVNEXT, "config.json": config}
-    publish(hub, "me/flowers", {"w.bin": state, "v.bin": state, **json_files})
-    loaded = load_van("me/flowers:w.bin")
-    assert same(loaded, tiny)
-    assert (loaded.name, loaded.preprocessing.crop_pct) == ("flowers", 0.875)
-    assert LICENCE not in loaded.source.notes
-    assert loaded.source.notes[-1].endswith(f"224x224 bicubic, {IMAGENET}")
 
 
 # --- what the caller decides -------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,9 @@ def test_the_files_are_the_ones_the_card_describes() -> None:
     loaded = load_van("van_digits")
     assert loaded.class_names == tuple(card["classes"])
     assert loaded.config.parameter_count() == card["parameters"]
-    stated = {k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()}
+    stated: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()
+    }
     assert loaded.config == VanConfig(**stated)
     listed = listed_variants()[-1]
     assert (listed.parameters, listed.image_size) == (card["parameters"], 64)

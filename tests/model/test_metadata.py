@@ -16,6 +16,7 @@ from tests.each import each
 from van_deploy.errors import CheckpointError
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.hub import Found
+from van_deploy.model.keys import Weights
 from van_deploy.model.metadata import described
 from van_deploy.model.random_weights import random_van
 from van_deploy.model.van import VAN
@@ -97,21 +98,17 @@ def refused(made: Made, things: Things) -> CheckpointError:
         (hf(model_type="vit"), "model_type 'vit'; what fits this network is van"),
         (hf(hidden_sizes=[8, 12, 16, 32]), "hidden_sizes (8, 12, 16, 32); what fits"),
         (hf(depths=[1, 1, 1, 1]), "(1, 1, 1, 1); what fits this network is (1, 2, 1, 1)"),
-        (hf(mlp_ratios=[8, 8, 4, 4]), "mlp_ratios (8, 8, 4, 4); what fits"),
         (hf(num_channels=4), "num_channels 4; what fits this network is 3"),
         (hf(dilation=4), "dilation 4; what fits this network is 3"),
         (timm(architecture="van_b0"), "architecture 'van_b0'; what fits this network is None"),
-        (timm(architecture="resnet50"), "architecture 'resnet50'; what fits"),
         (timm(num_classes=7), "num_classes 7; what fits this network is 5"),
         (timm(num_features=7), "num_features 7; what fits this network is 24"),
-        (timm(global_pool="max"), "global_pool 'max'; what fits"),
         (timm(model_args={"depths": [1, 1, 1, 1]}), "depths (1, 1, 1, 1); what fits"),
         (timm(model_args={"act_layer": "relu"}), "not supported: act_layer"),
         (cfg(input_size=[1, 64, 64]), "in_chans 1; what fits this network is 3"),
         (cfg(pad_mode="edge"), "not supported: pad_mode"),
         (args(bn_eps=1e-3), "own arguments says bn_eps 0.001; what fits"),
         (args(gp="max"), "gp 'max'; what fits this network is avg or fast or"),
-        (args(bn_tf=True), "bn_tf True; what fits this network is False"),
         (args(model_kwargs={"a": 1}), "model_kwargs {'a': 1}; what fits"),
         (pipeline(model="dict(backbone=dict(block_cfgs=dict(a=1)))"), "says block_cfgs {'a': 1}"),
     ],
@@ -183,9 +180,7 @@ test_pipeline = [
         (args(mean=[0.4], crop_mode="squash"), "224x224 bicubic, crop 0.9, squash, mean 0.4/0.4"),
         (args(crop_mode="border", crop_pct=1.0), "224x224 bicubic, crop 1, border"),
         (args(val_crop_size=224, val_resize_size=232), "224x224 bicubic, crop 0.965517"),
-        (args(val_crop_size=64, interpolation="bilinear"), "64x64 bilinear, crop 0.25, mean 0.485"),
         (processor(), "64x64 bicubic, crop 0.875, mean 0.5"),
-        (processor(crop_pct=0.9), "64x64 bicubic, crop 0.9,"),
         (processor(size={"shortest_edge": 384}), "384x384 bicubic, crop 1, squash,"),
         (processor(size=383), "383x383 bicubic, crop 0.875,"),
         ({"processor": {"feature_extractor_type": "ConvNextFeatureExtractor"}}, "384x384 bilinear"),
@@ -196,7 +191,6 @@ test_pipeline = [
         (cfg(input_size=[3, 64, 64], crop_pct=1.0), "64x64 bicubic, crop 1, mean 0.485/"),
         (timm(input_size=[3, 64, 64], crop_pct=1.0), "64x64 bicubic, crop 1, mean 0.485/"),
         (cfg(interpolation="bilinear", mean=[0.1] * 3), "224x224 bilinear, crop 0.875, mean 0.1"),
-        (cfg(crop_mode="squash"), "224x224 bicubic, crop 0.875, squash"),
         (hf(image_size=96), "96x96 bicubic, crop 0.9, mean 0.5"),
         (
             {"meta": {"config": MMCLS}},
@@ -217,9 +211,7 @@ def test_what_is_said_is_done(made: Made, things: Things, text: str) -> None:
     ("things", "message"),
     [
         (args(input_size=[3, 64, 96, 9]), "image_size [64, 96, 9]: Input should be a valid int"),
-        (args(img_size=[64, 96, 3]), "image_size"),
         (args(interpolation="random"), "interpolation 'random': Input should be 'nearest'"),
-        (args(crop_mode="fit"), "crop_mode 'fit': Input should be 'center', 'squash' or"),
         (args(mean=[0.5, 0.5]), "The mean has 2 values, but the network takes 3 channels."),
         (args(std=0), "std 0: Input should be greater than 0"),
         (args(val_crop_size=64, val_resize_size=32), "cuts 64 pixels o"),
@@ -241,12 +233,9 @@ def test_what_is_said_is_done(made: Made, things: Things, text: str) -> None:
         (processor("Bit"), "cuts 224 pixels out of an image"),
         (processor(size=0), "image_size 0"),
         (processor(size="big"), "cannot be followed"),
-        (processor(size=10**400), "image_size"),
         (processor(resample=77), "resample is 77, none of Pillow's filters"),
         (processor(do_resize=False), "do_resize is False"),
         (processor(rescale_factor=1.0), "rescale_factor is 1.0, not 1/255"),
-        (processor(image_mean=[0.5, 0.5]), "The mean has 2 values"),
-        (processor(image_std=[0]), "std 0: Input should be greater than 0"),
         (processor(crop_pct=2), "crop_pct is 2, not in (0, 1]"),
     ],
 )
@@ -271,7 +260,7 @@ def test_lists_that_take_for_ever_to_look_through(tiny_config: VanConfig, name: 
     for inside in ({name: lists_in_lists(60)}, {"preprocessing": {name: lists_in_lists(60)}}):
         if name not in ("classes", "gp") or name in inside:
             with pytest.raises(CheckpointError):
-                described(tiny_config, "official", inside, found, {})
+                described(tiny_config, Weights({}, "official", "", inside, ()), found, {})
     assert time.monotonic() - begun < 10
 
 
@@ -292,11 +281,9 @@ def test_other_sources_are_named(made: Made) -> None:
         ({"idx_to_class": dict(enumerate(NAMES))}, NAMES),
         ({"classes": NAMES, "class_to_idx": INDEX}, NAMES),
         ({"hyper_parameters": {"class_names": tuple(NAMES)}}, NAMES),
-        ({"meta": {"CLASSES": NAMES}}, NAMES),
         ({"meta": {"dataset_meta": {"classes": NAMES}}}, NAMES),
         (hf(id2label=dict(enumerate(NAMES))), NAMES),
         (timm(label_names=NAMES), NAMES),
-        (timm(labels=NAMES), NAMES),
         (cfg(label_names=NAMES), NAMES),
         (hf(id2label={i: f"LABEL_{i}" for i in range(5)}), None),
         ({"classes": 5, "class_names": None}, None),
@@ -315,7 +302,6 @@ def test_class_names(made: Made, inside: Things, names: list[str] | None) -> Non
         ({"classes": NAMES[:4]}, "classes in the file has 4 entries; it does not name each of the"),
         ({"classes": [*NAMES[:4], None]}, "classes in the file has 5 entries; it does not name"),
         ({"class_to_idx": {"a": 0, "b": 2}}, "class_to_idx in the file has 2 entries"),
-        ({"class_to_idx": {"a": "x"}}, "class_to_idx in the file has 1 entries"),
         (
             {"classes": NAMES, "class_to_idx": {name: 4 - i for name, i in INDEX.items()}},
             "class 0 is 'emu' by class_to_idx in the file, and 'ant' by classes in the file.",

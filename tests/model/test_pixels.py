@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -15,7 +14,6 @@ from torchvision import transforms
 
 from tests.each import each
 from van_deploy.config.sizes import ImageSize
-from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import OFFICIAL, Interpolation, Preprocessing
@@ -100,12 +98,6 @@ def test_channels_and_modes(channels: int, mode: str) -> None:
     for crop_mode in ("center", "squash", "border"):
         changed = preprocessing.override(crop_mode=crop_mode)
         assert np.array_equal(ours(converted, changed), timms(changed)(image).numpy())
-
-
-def test_every_bit_is_timms_on_photographs(shared: Path) -> None:
-    theirs = timms(OFFICIAL)
-    for path in find_images(shared / "data/imagenet")[::8]:
-        assert_same(open_image(path), OFFICIAL, theirs)
 
 
 def test_what_is_no_picture_for_the_network() -> None:

@@ -11,7 +11,6 @@ import timm
 import torch
 from timm.data.config import resolve_data_config
 
-from tests.each import each
 from van_deploy.errors import UsageError
 from van_deploy.model import registry  # noqa: F401
 from van_deploy.model.checkpoint import read_weights
@@ -37,14 +36,6 @@ def test_timm_lists_every_variant_with_the_weights_data_configuration() -> None:
     assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 0.9)
 
 
-@each(("classes", "channels"), [(10, 3), (0, 3), (7, 1)])
-def test_heads_and_channels(classes: int, channels: int) -> None:
-    model = create("van_b0", num_classes=classes, in_chans=channels)
-    output = model(torch.randn(2, channels, 64, 64))
-    assert output.shape == (2, classes or 256)
-    assert model.num_classes == classes
-
-
 def test_features_are_maps_until_the_head_pools_them() -> None:
     model, images = create("van_b0"), torch.randn(2, 3, 64, 96)
     maps = model.forward_features(images)
@@ -67,8 +58,8 @@ def test_features_are_maps_until_the_head_pools_them() -> None:
 
 
 def test_head_and_pooling_can_be_replaced() -> None:
-    images = torch.randn(1, 3, 64, 64)
-    model = create("van_b0", num_classes=0, global_pool="", drop_path_rate=0.2)
+    images = torch.randn(1, 1, 64, 64)
+    model = create("van_b0", in_chans=1, num_classes=0, global_pool="", drop_path_rate=0.2)
     assert model.block4[1].drop_path.drop_prob == pytest.approx(0.2)
     assert torch.equal(model(images), model.forward_features(images))
     model.reset_classifier(4, "avg")

@@ -9,13 +9,12 @@ from onnx import ModelProto, load
 
 from van_deploy.bundle import Bundle
 from van_deploy.data import decoded_batches
-from van_deploy.data.calibration import digits_set
-from van_deploy.graph.rebuilt import RebuiltVan, van_from_onnx
+from van_deploy.data.samples import digits_set
+from van_deploy.graph.export import RebuiltVan, van_from_onnx
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME, DigitsSplit
-from van_deploy.precision.observers import ChannelRange, observe
-from van_deploy.precision.plan import QuantizationPlan, layers_in_scope
-from van_deploy.precision.simulate import logits
+from van_deploy.precision.plan import QuantizationPlan, layers_in_scope, logits
+from van_deploy.precision.scales import ChannelRange, observe
 
 Images = npt.NDArray[np.float32]
 

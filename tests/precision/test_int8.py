@@ -12,34 +12,33 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from onnx import ModelProto, TensorProto, checker, numpy_helper
+from onnx import ModelProto, checker, numpy_helper
 
 from benchmarks.ablation import plan_kernels
 from tests.each import each
 from tests.precision.conftest import Images, batches
 from van_deploy.errors import ConversionError, ImageError, UsageError
-from van_deploy.graph.rebuilt import RebuiltVan
+from van_deploy.graph.export import RebuiltVan
 from van_deploy.metrics import sqnr_db
-from van_deploy.precision.comparison import logits_session
+from van_deploy.precision.comparison import labels_lost, logits_session
 from van_deploy.precision.equalize import FACTOR_LIMIT, TECHNIQUES, Equalization, equalize
 from van_deploy.precision.fp16 import DEFAULT_KEEP, fp16_from_fp32, kept_nodes
-from van_deploy.precision.observers import ChannelRange, observe
-from van_deploy.precision.plan import (
-    QuantizationPlan,
-    layers_in_scope,
-    make_plan,
-    multiply_adds,
-)
-from van_deploy.precision.qdq import qdq_for_cpu, qdq_for_tensorrt
-from van_deploy.precision.scales import PAIR_LIMIT, SMALLEST_SCALE, pair_sums
-from van_deploy.precision.sensitivity import (
+from van_deploy.precision.int8 import (
     LayerSensitivity,
-    labels_lost,
     rank_layers,
     require_resolution,
     search_kept,
 )
-from van_deploy.precision.simulate import bias_corrected, logits
+from van_deploy.precision.plan import (
+    QuantizationPlan,
+    bias_corrected,
+    layers_in_scope,
+    logits,
+    make_plan,
+    multiply_adds,
+)
+from van_deploy.precision.qdq import qdq_for_cpu, qdq_for_tensorrt
+from van_deploy.precision.scales import PAIR_LIMIT, SMALLEST_SCALE, ChannelRange, observe, pair_sums
 
 Ranges = Mapping[str, ChannelRange]
 
@@ -248,8 +247,6 @@ def test_it_is_of_the_form_tensorrt_reads(digits_graph: ModelProto, plan: Quanti
     assert len(weights) == 45
     assert all(np.abs(w.astype(int)).max() == 127 for w in weights)
     assert not [n for n in values if n not in {i for m in graph.graph.node for i in m.input}]
-    edge = qdq_for_tensorrt(digits_graph, plan, half_io=True).graph.input[0]
-    assert edge.type.tensor_type.elem_type == TensorProto.FLOAT16
 
 
 def test_two_readers_with_one_scale_share_a_pair(

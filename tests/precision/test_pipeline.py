@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,6 @@ from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
-from van_deploy.calibration_set import (
-    ImageSelection,
-    builtin_calibration_sets,
-    calibration_set_named,
-)
 from van_deploy.checks.golden import golden_samples
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import (
@@ -28,12 +22,10 @@ from van_deploy.errors import (
     GateFailed,
     ImageError,
     MissingDependency,
-    RecipeError,
     UsageError,
 )
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.embedded import write_digits_folder
-from van_deploy.precision.job_images import choose_images
 from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
 from van_deploy.runners.network import Network
 
@@ -244,7 +236,7 @@ def test_what_is_refused_leaves_the_bundle_as_it_was(
         quantize_bundle(tmp_path / "none", PLAIN)
     with pytest.raises(ImageError, match="40 calibration image"):
         quantize_bundle(bundle, PLAIN.changed(images=heldout, evaluate=heldout))
-    monkeypatch.setattr("van_deploy.precision.range_audit.FP16_LARGEST", 50.0)
+    monkeypatch.setattr("van_deploy.precision.fp16.FP16_LARGEST", 50.0)
     with pytest.raises(GateFailed, match="FP16 cannot hold everything"):
         quantize_bundle(bundle, PLAIN.changed(calibration=few, precision="fp16", strict=True))
     assert list(Bundle.open(bundle).artefacts) == ["fp32"]
@@ -257,11 +249,8 @@ def test_what_is_refused_leaves_the_bundle_as_it_was(
         ({"precision": "bf16", "target": "cpu"}, "BF16 makes no sense for target= cpu"),
         ({"precision": "fp16", "max_drop": 1.0}, "max_drop= is for INT8, and precision= is fp16."),
         ({"precision": "fp16", "scope": ("all",)}, "scope= is for INT8, and precision= is fp16."),
-        ({"precision": "bf16", "half_io": True}, "half_io= is for FP16, and precision= is bf16."),
         ({"target": "cpu", "rest": "fp16"}, "rest= fp16 is for FP16, and target= cpu keeps"),
         ({"target": "cpu", "strict": True}, "strict= is for FP16, and target= cpu keeps"),
-        ({"target": "cpu", "half_io": True}, "half_io= is for FP16, and target= cpu keeps"),
-        ({"rest": "fp32", "half_io": True}, "half_io= is for FP16, and rest= is fp32."),
         ({"rest": "fp32", "strict": True}, "strict= is for FP16, and rest= is fp32."),
         ({"bias_correction": False}, "equalize= shifts channels, which loses more than it brings"),
         ({"scope": ("auto", "all")}, "scope= auto times whole scopes, and other scopes were"),
@@ -273,58 +262,3 @@ def test_contradictions_say_why(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as caught:
         QuantizeSettings(**asked)
     assert message in caught.value.message
-
-
-# --- calibration sets ------------------------------------------------------------------------
-
-
-def test_every_shipped_set_is_read_and_described() -> None:
-    known = builtin_calibration_sets()
-    assert {"cifar10", "digits", "folder", "imagenet-512"} <= set(known)
-    for name in known:
-        found = calibration_set_named(name)
-        assert found.description
-        assert found.images.count >= 100
-        assert 0 < found.images.held_out < 0.5
-        assert found.images.path == ""
-
-
-def test_the_digits_are_the_ones_the_set_names(heldout: Path) -> None:
-    selection = calibration_set_named("digits").images
-    chosen = choose_images(selection)
-    assert chosen.digest == selection.digest
-    assert len(chosen.items) == 512
-    assert set(Counter(p.group for p in chosen.items).values()) == {51, 52}
-    with pytest.raises(ImageError, match="The images are not the ones the calibration set"):
-        choose_images(ImageSelection(path=str(heldout), count=10, digest="0" * 64))
-
-
-def test_a_set_of_ones_own_is_relative_to_itself_and_none_is_said(heldout: Path) -> None:
-    manifest = heldout.parent / "mine.toml"
-    manifest.write_text(f'[images]\npath = "{heldout.name}"\ncount = 20\n')
-    assert len(choose_images(calibration_set_named(str(manifest)).images)) == 20
-    with pytest.raises(ImageError) as caught:
-        choose_images(ImageSelection())
-    assert caught.value.message == "INT8 needs images to calibrate on, and none were given."
-    assert "--calibrate-on-noise" in caught.value.remedy
-    with pytest.raises(RecipeError) as unknown:
-        calibration_set_named("digit")
-    assert unknown.value.message == "There is no calibration set called 'digit'."
-    assert unknown.value.remedy.startswith("Did you mean digits? Known calibration sets: ")
-
-
-@each(
-    ("text", "message"),
-    [
-        ("[images]\nsource = 'web'", "'images.source' is 'web': it should be 'folder', 'npz'"),
-        ("[images]\nheld_out = 1.0", "'images.held_out' is 1.0: it should be less than 1."),
-        ("count = 5", "the key 'count' is unknown."),
-    ],
-)
-def test_a_wrong_set_names_the_file_and_the_key(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "wrong.toml"
-    path.write_text(text)
-    with pytest.raises(RecipeError) as caught:
-        calibration_set_named(str(path))
-    assert message in caught.value.message
-    assert str(path) in caught.value.message

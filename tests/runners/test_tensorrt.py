@@ -16,11 +16,9 @@ import pytest
 from tests.artifacts import MadeOnce
 from tests.each import each
 from van_deploy.config import BatchRange, BuildOptions
-from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend
+from van_deploy.engine.backend import RTX_TARGETS, Backend, Host, choose_backend, host_here
 from van_deploy.engine.build import engine_from_onnx
-from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.load import builder_of, runtime_of
-from van_deploy.engine.log import BuildLog
+from van_deploy.engine.messages import BuildLog
 from van_deploy.engine.sidecar import sidecar_path, verified_sidecar, write_sidecar
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, VanDeployError
@@ -142,8 +140,8 @@ def test_a_runtime_that_cannot_be_made_is_the_projects_error(made: Made) -> None
 
     backend = replace(made.backend, module=Module("tensorrt"))
     ways: tuple[Callable[[], object], ...] = (
-        lambda: runtime_of(backend, BuildLog()),
-        lambda: builder_of(backend, BuildLog(), "m"),
+        lambda: backend.runtime(BuildLog()),
+        lambda: backend.builder(BuildLog()),
     )
     for make in ways:
         with pytest.raises(MissingDependency) as caught:
@@ -174,7 +172,7 @@ def test_host_code_is_allowed_for_a_plan_whose_sidecar_says_it_has_some(
     here = Host("a GPU", sidecar.targets[0], None, "999.0", (99, 0))
     monkeypatch.setattr("van_deploy.runners.tensorrt.host_here", lambda **_: here)
     monkeypatch.setattr("van_deploy.runners.tensorrt.require_cuda", lambda _: None)
-    monkeypatch.setattr("van_deploy.runners.tensorrt.runtime_of", lambda *_: (Engine(), None))
+    monkeypatch.setattr(Backend, "runtime", lambda *_: (Engine(), None))
     with pytest.raises(VanDeployError, match="does not load"):
         TensorRtRunner(plan).__enter__()
     assert Engine.allowed is version_compatible

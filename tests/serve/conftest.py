@@ -22,10 +22,9 @@ from van_deploy.engine.sidecar import Sidecar, Tensor, sidecar_path, write_sidec
 from van_deploy.manifest import EngineFacts
 from van_deploy.metrics import softmax
 from van_deploy.runners.network import Outputs
-from van_deploy.serve.app import App
+from van_deploy.serve.app import App, listen, run_server
+from van_deploy.serve.models import Service
 from van_deploy.serve.predict import NamedClass
-from van_deploy.serve.server import listen, run_server, url_of
-from van_deploy.serve.service import Service
 
 PlanMaker = Callable[..., Bundle]
 
@@ -93,11 +92,10 @@ def _sidecar(
         "outputs": (Tensor(name="logits", shape=(-1, 10), dtype="float"),),
         "parser_layers": 1,
         **dict.fromkeys(("parse_seconds", "build_seconds"), 0.0),
-        **dict.fromkeys(("peak_memory_bytes", "workspace_bytes"), 0),
+        "peak_memory_bytes": 0,
         "device_memory": {},
         "warnings": {},
         "fixed_addresses": True,
-        "reproducible": True,
     }
     return Sidecar(schema="van-deploy/engine/2", **{**fields, **changes})
 
@@ -128,8 +126,8 @@ def serving(
     service.load()
     if slow is not None:
         _hold(service, slow)
-    bound = listen(port=0)
-    url, ready, ends = url_of(bound), threading.Event(), list[Callable[[], Any]]()
+    bound, url = listen(port=0)
+    ready, ends = threading.Event(), list[Callable[[], Any]]()
 
     def on_ready(end: Callable[[], Any]) -> None:
         ends.append(end)

@@ -28,7 +28,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.data import find_images, open_image
 from van_deploy.model.pixels import pixels_from_image
 from van_deploy.runners.network import Network
-from van_deploy.serve import triton as triton_files
+from van_deploy.serve import package as triton_files
 
 http = pytest.importorskip("tritonclient.http")
 grpc = pytest.importorskip("tritonclient.grpc")

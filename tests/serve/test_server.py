@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import gzip
 import json
 import os
 import platform
@@ -18,14 +17,12 @@ import time
 import tracemalloc
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from PIL import Image
 
@@ -39,36 +36,33 @@ from van_deploy.model.embedded import digits_images
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.runners.network import Network, TensorSpec
 from van_deploy.serve import intake
-from van_deploy.serve.intake import RequestError, file_of_form
+from van_deploy.serve.app import return_large_blocks
+from van_deploy.serve.models import Service
 from van_deploy.serve.protocol import encode_response, parse_request
-from van_deploy.serve.server import return_large_blocks
-from van_deploy.serve.service import Service
 
 triton = pytest.importorskip("tritonclient.http")
-triton_errors = pytest.importorskip("tritonclient.utils")
 
 BYTES, PLAIN = "van_digits-fp32-uint8", "van_digits-fp32"
 INFER, LIVE = f"/v2/models/{BYTES}/infer", "/v2/health/live"
 ROW, MIB = 64 * 64 * 3, 2**20
-GZIP, FORM = {"Content-Encoding": "gzip"}, {"Content-Type": "multipart/form-data; boundary=x"}
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
 FILE = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a.png"\r\n\r\n'
-
-
-def pictures(bundle: Bundle, count: int) -> npt.NDArray[np.uint8]:
-    """Return ``count`` held-out digits as the network sees them, ``(count, 64, 64, 3)``."""
-    images = (Image.fromarray(i).convert("RGB") for i in digits_images("heldout")[0][:count])
-    return np.stack([pixels_from_image(i, bundle.manifest.preprocessing) for i in images])
+HEAD = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
+CHUNKED = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
 def pixels(digits: Bundle) -> Any:
-    return pictures(digits, 8)
+    """Return held-out digits as the network sees them, ``(64, 64, 64, 3)`` uint8."""
+    images = (Image.fromarray(i).convert("RGB") for i in digits_images("heldout")[0][:64])
+    return np.stack([pixels_from_image(i, digits.manifest.preprocessing) for i in images])
 
 
 @pytest.fixture(scope="module")
 def expected(digits: Bundle, pixels: Any) -> Any:
     with Network(digits, "fp32-uint8") as network:
-        return network.run(pixels)
+        pieces = [network.run(pixels[i : i + 8]) for i in range(0, 64, 8)]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def client_of(server: Running) -> Any:
@@ -95,23 +89,22 @@ def ask(
     """Return status, body (what JSON says) and headers of a GET, or of a POST with a body."""
     request = urllib.request.Request(server.url + path, data=body, headers=dict(headers or {}))
     try:
-        return _read(urllib.request.urlopen(request, timeout=60))
+        return read(urllib.request.urlopen(request, timeout=60))
     except urllib.error.HTTPError as error:
-        return _read(error)
+        return read(error)
 
 
-def _read(response: Any) -> tuple[int, Any, Any]:
+def read(response: Any) -> tuple[int, Any, Any]:
     with response:
         text = response.read().decode()
         is_json = response.headers.get("content-type") == "application/json"
         return response.status, json.loads(text) if is_json else text, response.headers
 
 
-def until(condition: Callable[[], Any]) -> Any:
-    """Return what a condition gives, once that is true."""
+def until(condition: Callable[[], Any]) -> None:
     for _ in range(600):
-        if found := condition():
-            return found
+        if condition():
+            return
         time.sleep(0.05)
     raise AssertionError("it never became true")
 
@@ -128,17 +121,9 @@ def a_head(length: int) -> bytes:
     return f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
-def a_bomb() -> bytes:
-    """Return a small PNG of 900 million pixels."""
-    side = (30_000).to_bytes(4, "big")
-    chunks = [(b"IHDR", side + side + bytes([8, 2, 0, 0, 0])), (b"IDAT", zlib.compress(bytes(MIB)))]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-        for kind, data in chunks
-    )
-
-
-def test_tritonclient_sees_health_metadata_and_statistics(server: Running) -> None:
+def test_tritonclient_sees_health_metadata_and_the_configuration_as_it_runs(
+    server: Running, digits: Bundle
+) -> None:
     with client_of(server) as client:
         assert client.is_server_live()
         assert client.is_server_ready()
@@ -151,24 +136,8 @@ def test_tritonclient_sees_health_metadata_and_statistics(server: Running) -> No
         assert metadata["platform"] == "onnxruntime_onnx"
         assert given == {"name": "pixels", "datatype": "UINT8", "shape": [-1, 64, 64, 3]}
         assert outputs == ["logits", "probabilities", "top5_classes", "top5_probabilities"]
-
-        def counts() -> tuple[int, int]:
-            stats = client.get_inference_statistics(PLAIN)["model_stats"][0]
-            return int(stats["inference_count"]), stats["inference_stats"]["success"]["count"]
-
-        images, requests = counts()
-        client.infer(PLAIN, [an_input(np.zeros((5, 3, 64, 64), np.float32), "images", "FP32")])
-        assert counts() == (images + 5, requests + 1)
-
-
-def test_the_configuration_is_that_of_this_server(digits: Bundle) -> None:
-    settings: dict[str, Any] = {
-        "instances": 2,
-        "threads": 3,
-        "queue_limit": 77,
-        "max_delay_ms": 2.5,
-    }
-    with serving(digits, **settings) as server, client_of(server) as client:
+    how: dict[str, Any] = {"instances": 2, "threads": 3, "queue_limit": 77, "max_delay_ms": 2.5}
+    with serving(digits, **how) as server, client_of(server) as client:
         config = client.get_model_config(BYTES)
     assert (config["max_batch_size"], config["backend"]) == (8, "onnxruntime")
     assert config["instance_group"] == [{"count": 2, "kind": "KIND_CPU", "profile": []}]
@@ -178,47 +147,32 @@ def test_the_configuration_is_that_of_this_server(digits: Bundle) -> None:
     assert batching["default_queue_policy"]["max_queue_size"] == 77
 
 
-@each("rows", [1, 3, 8])
-@each("how", [{"binary": True}, {"binary": False}, {"gzip": True}, {"deflate": True}])
 def test_answers_are_the_artifacts(
-    server: Running, pixels: Any, expected: Any, rows: int, how: dict[str, bool]
-) -> None:
-    (name, value), named = next(iter(how.items())), {"request_id": "7"}
-    if name != "binary":
-        named["request_compression_algorithm"] = name
-    with client_of(server) as client:
-        given = an_input(pixels[:rows], binary=name != "binary" or value)
-        result = client.infer(BYTES, [given], **named)
-    assert result.get_response()["id"] == "7"
-    for output, values in expected.items():
-        found = result.as_numpy(output)
-        assert found.dtype == values.dtype
-        np.testing.assert_allclose(found, values[:rows], rtol=1e-4, atol=1e-5)
-
-
-def test_the_plain_graph_nested_numbers_and_classification(
     server: Running, digits: Bundle, pixels: Any, expected: Any
 ) -> None:
-    wanted = triton.InferRequestedOutput("probabilities", class_count=2)
-    images = normalised(pixels, digits.manifest.preprocessing)
     with client_of(server) as client:
+        for rows, binary in ((1, True), (3, False), (8, True)):
+            given = an_input(pixels[:rows], binary=binary)
+            result = client.infer(BYTES, [given], request_id="7")
+            assert result.get_response()["id"] == "7"
+            for output, values in expected.items():
+                found = result.as_numpy(output)
+                assert found.dtype == values.dtype
+                np.testing.assert_allclose(found, values[:rows], rtol=1e-4, atol=1e-5)
+        images = normalised(pixels[:8], digits.manifest.preprocessing)
         plain = client.infer(PLAIN, [an_input(images, "images", "FP32")]).as_numpy("logits")
-        classes = client.infer(BYTES, [an_input(pixels)], outputs=[wanted])
-    np.testing.assert_allclose(plain, expected["logits"], rtol=1e-4, atol=1e-5)
-    status, answer, _ = ask(server, INFER, tensor(data=pixels[:1].tolist()))
+    np.testing.assert_allclose(plain, expected["logits"][:8], rtol=1e-4, atol=1e-5)
+    status, answer, _ = ask(server, INFER, tensor(data=pixels[:1].tolist()))  # nested numbers
     logits = next(o for o in answer["outputs"] if o["name"] == "logits")
     assert status == 200
     np.testing.assert_allclose(logits["data"], expected["logits"][0], rtol=1e-4, atol=1e-5)
-    first = [row[0].decode().split(":") for row in classes.as_numpy("probabilities")]
-    best = expected["logits"].argmax(axis=1)
-    assert [int(index) for _, index, _ in first] == best.tolist()
-    assert [label for _, _, label in first] == [str(i) for i in best]
-    values, largest = [float(v) for v, _, _ in first], expected["probabilities"].max(axis=1)
-    np.testing.assert_allclose(values, largest, atol=1e-5)
 
 
 NUMBERS = "give 12288 numbers"
 SHAPE = "the model takes [1..8, 64, 64, 3]"
+NANS = {"name": "images", "shape": [1, 3, 64, 64], "datatype": "FP32", "data": [float("nan")] * ROW}
+CLASSES = [{"name": "logits", "parameters": {"classification": 2}}]
+JSON_LENGTH = "Inference-Header-Content-Length"
 REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
     ("/v3", b"", {}, 404, "There is nothing at '/v3'."),
     ("/v2", b"", {}, 405, "'/v2' takes GET, not POST."),
@@ -232,9 +186,7 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
             (b'{"id": ' + b"9" * 5000 + b"}", "number out of range"),
             (b"[]", "The request: it should be a table"),
             (b'{"inputs": []}', "The model has one input, 'pixels'; give that one."),
-            (b'{"inputs": [{}]}', "'inputs.0.name' is missing"),
-            (b'{"inputs": [], "parameters": 3}', "'parameters' is 3"),
-            (tensor([{"name": "x", "parameters": {"classification": True}}]), "on' is True"),
+            (tensor(CLASSES), "outputs.0.parameters.classification' is 2"),
             (tensor([{"name": "boxes"}]), "no output 'boxes'; the model gives logits"),
             (tensor(name="images"), "The model has one input, 'pixels'; give that one."),
             (tensor(datatype="INT8"), "is UINT8, not 'INT8'"),
@@ -242,44 +194,33 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
             (tensor(shape=[1, 3, 64, 64]), SHAPE),
             (tensor(shape=[True, 64, 64, 3]), "'inputs.0.shape.0' is True"),
             *((tensor(data=x), NUMBERS) for x in ([1, 2, 3], None, [[1, 2], [3]])),
-            *((tensor(data=[x] * ROW), NUMBERS) for x in ("a", "1", True)),
+            *((tensor(data=[x] * ROW), NUMBERS) for x in ("1", True)),
             (tensor(data=[[[[1, 2, 3, 4]] * 64] * 48]), NUMBERS),
             *((tensor(data=[x] * ROW), "UINT8: whole numbers from 0") for x in (256, -1, 0.5)),
             (tensor(data=[10**400] + [0] * (ROW - 1)), "a number that is too large"),
             (tensor(parameters={"binary_data_size": ROW}), "12288 were announced and 0 sent"),
-            (tensor(parameters={"binary_data_size": "x"}), "parameters.binary_data_size'"),
         )
     ),
-    (
-        f"/v2/models/{PLAIN}/infer",
-        tensor(name="images", shape=[1, 3, 64, 64], datatype="FP32", data=[float("nan")] * ROW),
-        {},
-        400,
-        "The input 'images' holds values that are not finite.",
-    ),
+    (f"/v2/models/{PLAIN}/infer", tensor(**NANS), {}, 400, "holds values that are not finite."),
     (INFER, tensor(data=[0] * 600_000), {}, 413, "larger than 1,048,576 bytes.\nSend tensors as"),
-    (INFER, b"{}", {"Inference-Header-Content-Length": "20000"}, 413, "16,384 are taken"),
     *(
-        (INFER, b"{}", {"Inference-Header-Content-Length": length}, status, message)
+        (INFER, b"{}", {JSON_LENGTH: length}, status, message)
         for length, status, message in (
             ("3", 400, "The JSON is said to be 3 bytes; the body has 2."),
-            ("999999999", 413, "JSON before binary tensors has 999,999,999"),
+            ("20000", 413, "16,384 are taken"),
             *((text, 400, "not a number") for text in ("x", "-1", "9" * 5000, "\xd9\xa1")),
         )
     ),
     ("/predict", b"", {}, 400, "The request has no image"),
     ("/predict", b"hello", {}, 422, "it is in no known image format"),
-    ("/predict", a_bomb(), {}, 422, "too large to open safely"),
+    ("/predict", b"P6 30000 30000 255\n", {}, 422, "too large to open safely"),
     ("/predict", b"x", {"Content-Type": "multipart/form-data"}, 400, "no boundary"),
     ("/predict", b"--x--", FORM, 400, "has no file"),
-    ("/predict", b"x", {"Content-Encoding": "br"}, 400, "'br' is unknown: gzip or deflate"),
-    ("/predict", b"xyz", GZIP, 400, "is damaged"),
-    ("/predict", gzip.compress(b"x" * 99, mtime=0)[:-4], GZIP, 400, "is truncated"),
-    ("/predict", gzip.compress(bytes(50 * MIB), mtime=0), GZIP, 413, "larger than 4,194,304"),
+    ("/predict", b"x", {"Content-Encoding": "gzip"}, 415, "without a Content-Encoding"),
     ("/predict", bytes(5 * MIB), {}, 413, "The request is larger than 4,194,304 bytes"),
     *(
         (f"/predict?top={top}", b"x", {}, 400, "it must be a number from 1 to 1000")
-        for top in ("0", "-1", "x", "9999", "9" * 5000, "%D9%A1")
+        for top in ("0", "x", "9999", "9" * 5000, "%D9%A1")
     ),
 ]
 
@@ -308,15 +249,14 @@ def test_tensors_that_are_no_pixels() -> None:
     ):
         body = tensor(name="x", shape=[1, len(data)], datatype=datatype, data=data)
         tracemalloc.start()
-        with pytest.raises(RequestError, match=message):
+        with pytest.raises(intake.RequestError, match=message):
             parse_request(body, len(body), TensorSpec("x", dtype, (len(data),)), [], 1)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < max(MIB, 10 * len(body))
-    outputs = [TensorSpec("a", "float32", (2,)), TensorSpec("b", "int64", (1,))]
     body = tensor(name="x", shape=[1, 1], datatype="FP32", data=[1.5])
     given = TensorSpec("x", "float32", (1,))
-    rows, request = parse_request(body, len(body), given, outputs, 1)
+    rows, request = parse_request(body, len(body), given, ["a", "b"], 1)
     found: dict[str, Any] = {"a": np.ones((1, 2), np.float32), "b": np.ones((1, 1), np.int64)}
     text, length = encode_response(request, found, "m")
     assert (rows.tolist(), length) == ([[1.5]], None)
@@ -352,7 +292,7 @@ def test_large_json_is_parsed_and_written_elsewhere_and_others_are_answered(
         both = ["logits", "probabilities"]
         for names, binary in ((both[:1], False), (both[:1], True), (both, False)):
             outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in names]
-            client.infer(BYTES, [an_input(pixels)], outputs=outputs)
+            client.infer(BYTES, [an_input(pixels[:8])], outputs=outputs)
         assert elsewhere == ["parse_request", "encode_response"]  # of 160 numbers, not of 80
         (worker,) = server.service.intake._pool._processes.values()
         assert worker.pid
@@ -362,7 +302,9 @@ def test_large_json_is_parsed_and_written_elsewhere_and_others_are_answered(
     assert set(statuses) <= {200, 503}
 
 
-def test_an_image_gets_the_golden_answer(server: Running, digits: Bundle, original: Path) -> None:
+def test_an_image_gets_the_golden_answer_and_the_page_its_policy(
+    server: Running, digits: Bundle, original: Path
+) -> None:
     image, top = original.read_bytes(), top5_of(digits)
     status, answer, _ = ask(server, "/predict?compare=1", image)
     assert (status, answer["image"]) == (200, {"width": 8, "height": 8})
@@ -375,20 +317,6 @@ def test_an_image_gets_the_golden_answer(server: Running, digits: Bundle, origin
     assert (status, [c["index"] for c in answer["top"]]) == (200, [top[0].index])
     status, answer, _ = ask(server, "/predict", image[: len(image) // 2])
     assert (status, "cannot be read as an image" in answer["error"]) == (422, True)
-
-
-@each("shift", range(len(FILE) - 20, len(FILE) + 8))
-def test_the_file_of_a_form_is_found_among_fields_and_across_pieces(shift: int) -> None:
-    content = bytes(2 * intake.WINDOW - len(FILE) + shift)
-    body = FILE + content + b"\r\n--x--\r\n"
-    assert file_of_form(body, "multipart/form-data; boundary=x") == content
-    field = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n'
-    file = b'--x\r\ncontent-disposition: form-data; name="f"; FileName="a"\r\n\r\n\r\n-x--y\r\n'
-    kind = 'multipart/form-data; charset=utf-8; boundary="x"'
-    assert file_of_form(field + file + b"--x--\r\n", kind) == b"\r\n-x--y"
-
-
-def test_the_page_may_only_talk_to_its_own_server(server: Running) -> None:
     policy = ask(server, "/")[2]["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe-inline" not in policy
@@ -396,8 +324,15 @@ def test_the_page_may_only_talk_to_its_own_server(server: Running) -> None:
         assert ask(server, f"/{file}")[2]["content-type"] == kind
 
 
-HEAD = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
-CHUNKED = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+@each("shift", range(len(FILE) - 20, len(FILE) + 8))
+def test_the_file_of_a_form_is_found_among_fields_and_across_pieces(shift: int) -> None:
+    content = bytes(2 * intake.WINDOW - len(FILE) + shift)
+    body = FILE + content + b"\r\n--x--\r\n"
+    assert intake.file_of_form(body, "multipart/form-data; boundary=x") == content
+    field = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n'
+    file = b'--x\r\ncontent-disposition: form-data; name="f"; FileName="a"\r\n\r\n\r\n-x--y\r\n'
+    kind = 'multipart/form-data; charset=utf-8; boundary="x"'
+    assert intake.file_of_form(field + file + b"--x--\r\n", kind) == b"\r\n-x--y"
 
 
 @each(
@@ -420,21 +355,8 @@ def test_heads_and_chunks_have_limits(server: Running, sent: bytes, status: int)
         assert client.recv(65536).startswith(b"HTTP/1.1 %d" % status)
 
 
-def test_many_requests_at_once_on_one_connection_are_refused(server: Running) -> None:
-    received = b""
-    with (
-        connected(server, (HEAD + b"\r\n") * 1000) as client,
-        contextlib.suppress(ConnectionError),
-    ):
-        while piece := client.recv(65536):
-            received += piece
-    assert received.count(b"HTTP/1.1 200") <= 17
-    assert b"HTTP/1.1 400" in received
-
-
-def test_slow_clients_are_cut_off_and_others_are_not_kept_waiting(
-    digits: Bundle, original: Path
-) -> None:
+def test_slow_many_and_vanishing_requests_harm_nobody(digits: Bundle, original: Path) -> None:
+    image, received = original.read_bytes(), b""
     with (
         serving(digits, read_timeout_s=0.5) as server,
         connected(server, HEAD + b"\r\n") as client,
@@ -442,41 +364,44 @@ def test_slow_clients_are_cut_off_and_others_are_not_kept_waiting(
     ):
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
         client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHo")
-        assert ask(server, "/predict", original.read_bytes())[0] == 200
+        assert ask(server, "/predict", image)[0] == 200
         answer = slow.recv(65536)
         assert client.recv(65536) == b""
+        with (
+            connected(server, (HEAD + b"\r\n") * 1000) as many,
+            contextlib.suppress(ConnectionError),
+        ):
+            while piece := many.recv(65536):
+                received += piece
+        for _ in range(20):
+            with connected(server, a_head(99) + b"half"):
+                pass
+        assert ask(server, "/predict", image)[0] == 200
+        until(lambda: server.service.intake.held.used == 0)
+        assert all(served.queue.used == 0 for served in server.service.models.values())
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"not complete after 0.5 s" in answer
-
-
-def test_clients_that_go_away_harm_nobody(server: Running, original: Path) -> None:
-    for _ in range(20):
-        with connected(server, a_head(99) + b"half"):
-            pass
-    assert ask(server, "/predict", original.read_bytes())[0] == 200
-    until(lambda: server.service.intake.held.used == 0)
-    assert all(served.queue.used == 0 for served in server.service.models.values())
+    assert received.count(b"HTTP/1.1 200") <= 17
+    assert b"HTTP/1.1 400" in received
 
 
 def test_bodies_held_at_once_are_limited_and_given_back(digits: Bundle, original: Path) -> None:
-    bodies: Any = (bytes(200_000), {}), (gzip.compress(bytes(200_000), mtime=0), GZIP)
     with serving(digits, max_held_mib=1, max_body_mib=0.9, read_timeout_s=20) as server:
         held = server.service.intake.held
         with connected(server, a_head(920_000) + bytes(900_000)):
             until(lambda: held.used == 900_000)
-            for body, headers in bodies:  # compressed, what it may grow to counts
-                status, answer, told = ask(server, "/predict", body, headers)
-                assert (status, told["Retry-After"]) == (503, "1")
-                assert "hold all the memory they may" in answer["error"]
+            status, answer, told = ask(server, "/predict", bytes(200_000))
+            assert (status, told["Retry-After"]) == (503, "1")
+            assert "hold all the memory they may" in answer["error"]
             assert ask(server, LIVE)[0] == 200
             assert ask(server, "/predict", original.read_bytes())[0] == 200
         until(lambda: held.used == 0)
-        for body, headers in bodies:
-            assert ask(server, "/predict", body, headers)[0] == 422
+        assert ask(server, "/predict", bytes(200_000))[0] == 422
 
 
-def test_a_refused_body_is_freed_at_once(server: Running) -> None:
+def test_a_refused_body_is_freed_at_once_and_large_blocks_go_back(server: Running) -> None:
     """Not when the collector finds the traceback that holds it."""
+    assert return_large_blocks() == (platform.libc_ver()[0] == "glibc")
     gc.collect()
     gc.disable()
     tracemalloc.start()
@@ -495,13 +420,13 @@ def test_a_full_queue_is_429_whatever_the_route_and_what_waits_is_answered(
 ) -> None:
     gate, image = threading.Event(), original.read_bytes()
     head = tensor(shape=[8, 64, 64, 3], parameters={"binary_data_size": 8 * ROW}, data=None)
-    size = {"Inference-Header-Content-Length": str(len(head))}
+    body, size = head + pixels[:8].tobytes(), {JSON_LENGTH: str(len(head))}
     with (
         serving(digits, slow=gate, queue_limit=16, artefacts=("fp32-uint8",)) as server,
         ThreadPoolExecutor(20) as pool,
     ):
         queue = server.service.models[BYTES].queue
-        asked = [pool.submit(ask, server, INFER, head + pixels.tobytes(), size) for _ in range(6)]
+        asked = [pool.submit(ask, server, INFER, body, size) for _ in range(6)]
         until(lambda: sum(future.done() for future in asked) == 4)  # at once, not after a wait
         assert queue.used == 16
         gate.set()
@@ -526,7 +451,7 @@ def test_a_full_queue_is_429_whatever_the_route_and_what_waits_is_answered(
 def test_two_idle_instances_share_what_waits(digits: Bundle, pixels: Any) -> None:
     with pytest.raises(UsageError, match="A queue of 15 images cannot fill 2 x 8 images"):
         Service(digits, ServiceSettings(queue_limit=15, instances=2)).load()
-    both, given = threading.Barrier(2, timeout=30), an_input(pixels[:2])
+    both, given, sizes = threading.Barrier(2, timeout=30), an_input(pixels[:2]), list[int]()
     settings: dict[str, Any] = {"instances": 2, "max_delay_ms": 500}
     with serving(digits, artefacts=("fp32-uint8",), **settings) as server:
         network = server.service.models[BYTES].network
@@ -534,13 +459,14 @@ def test_two_idle_instances_share_what_waits(digits: Bundle, pixels: Any) -> Non
 
         def together(rows: Any) -> Any:
             both.wait()  # breaks, and fails the batch, where the other never comes
+            sizes.append(len(rows))
             return run(rows)
 
         network.run = together  # type: ignore
         with client_of(server) as client:
             asked = [client.async_infer(BYTES, [given]) for _ in range(4)]
             found = [request.get_result().as_numpy("logits") for request in asked]
-        assert server.service.models[BYTES].counts["batches"] == 2
+    assert sizes == [4, 4]
     assert [f.shape for f in found] == [(2, 10)] * 4
 
 
@@ -622,16 +548,13 @@ def test_only_the_page_and_health_are_open_without_a_key(
         assert key not in str(answer)
         for wrong in ("Bearer", f"Bearer {key}x", key, "Bearer \u00e9"):
             assert ask(server, "/v2", None, {"Authorization": wrong})[0] == 401
-        good = {"Authorization": f"Bearer {key}"}
-        assert ask(server, "/v2", None, good)[0] == 200
-        assert ask(server, "/predict", image, good)[0] == 200
+        assert ask(server, "/predict", image, {"Authorization": f"Bearer {key}"})[0] == 200
 
 
 @each(
     ("content", "message"),
     [
         (None, "cannot be read: [Errno 2]"),
-        (b"\n", "holds no key: one word of printable ASCII characters."),
         (b"two words", "holds no key"),
         (b"\xff", "cannot be read: 'utf-8' codec"),
         ("", "'VAN_DEPLOY_API_KEY' holds no key"),  # in the environment
@@ -656,28 +579,30 @@ def test_a_file_without_a_key_is_refused(
     assert message in " ".join(result.stderr.split())
 
 
-def test_many_clients_none_lost_none_wrong_and_batches_are_filled(digits: Bundle) -> None:
-    every = pictures(digits, 64)
-    with Network(digits, "fp32-uint8") as network:
-        logits = np.concatenate([network.run(every[i : i + 1])["logits"] for i in range(64)])
+def test_many_clients_none_lost_none_wrong_and_batches_are_filled(
+    digits: Bundle, pixels: Any, expected: Any
+) -> None:
     with serving(digits, artefacts=("fp32-uint8",)) as server:
 
         def difference(index: int) -> float:
             with client_of(server) as client:
                 rows = [(index + k) % 64 for k in range(1 + index % 3)]
-                found = client.infer(BYTES, [an_input(every[rows])]).as_numpy("logits")
-                return float(np.abs(found - logits[rows]).max())
+                found = client.infer(BYTES, [an_input(pixels[rows])]).as_numpy("logits")
+                return float(np.abs(found - expected["logits"][rows]).max())
 
         with ThreadPoolExecutor(16) as pool:
             differences = list(pool.map(difference, range(192)))
-        counts = server.service.models[BYTES].counts
-        assert len(differences) == counts["requests"] == 192
-        assert max(differences) < 1e-4
-        assert counts["batches"] < 192  # requests ran together
         text = ask(server, "/metrics")[1]
     route = 'route="/v2/models/MODEL/infer"'
     assert f'van_deploy_requests_total{{model="{BYTES}",{route},status="200"}} 192.0' in text
-    assert f'van_deploy_batch_rows_count{{model="{BYTES}"}} {float(counts["batches"])}' in text
+    figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+    rows, batches, waited = (
+        float(figures[f'van_deploy_{name}{{model="{BYTES}"}}'])
+        for name in ("batch_rows_sum", "batch_rows_count", "queue_seconds_count")
+    )
+    assert max(differences) < 1e-4
+    assert (rows, waited) == (384, 192)
+    assert batches < 192  # requests ran together
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -722,7 +647,3 @@ def test_spoiled_requests_get_a_status_and_leave_no_traceback(
     assert faults == []
     assert {200, 400, 404, 405, 422} <= set(statuses)
     assert "raceback" not in capfd.readouterr().err
-
-
-def test_large_blocks_go_back_where_the_c_library_is_glibc() -> None:
-    assert return_large_blocks() == (platform.libc_ver()[0] == "glibc")

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from van_deploy.cli.commands import COMMANDS
+from van_deploy.cli.app import COMMANDS
 
 HOOK = """
 import json, os, sys

@@ -138,7 +138,7 @@ class _Run:
         import numpy as np
 
         from van_deploy.data import check_images
-        from van_deploy.runners.answers import network_input
+        from van_deploy.runners.network import network_input
 
         preprocessing = self._bundle.manifest.preprocessing
         at_size = preprocessing.override(image_size=size)

@@ -19,7 +19,7 @@ from van_deploy.config import BatchRange, BenchSettings
 from van_deploy.config.sizes import ImageSize
 from van_deploy.errors import InputError
 from van_deploy.model.variants import WeightsSource
-from van_deploy.versioned import Versioned, read_versioned
+from van_deploy.schema import Versioned, read_versioned
 
 SCHEMA: Final = "van-deploy/bench/5"
 
@@ -222,7 +222,5 @@ def read_report(path: Path) -> BenchReport:
         path,
         "benchmark",
         InputError,
-        damaged="Write one with `van-deploy bench BUNDLE --output FILE`.",
-        outdated="Measure again with this version: runners, ratios or rounds are written "
-        "differently.",
+        "Measure again with this version: `van-deploy bench BUNDLE --output FILE`.",
     )

@@ -11,7 +11,7 @@ from van_deploy.bench.contender import Contender
 from van_deploy.bench.process import WorkerError, WorkerProcess
 from van_deploy.bench.timing import Loading, Ratio, Row, latency_of, ratio_of
 from van_deploy.config import Budget
-from van_deploy.config.bench import LEAST_ROUNDS
+from van_deploy.config.commands import LEAST_ROUNDS
 
 
 @dataclass

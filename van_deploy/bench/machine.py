@@ -11,7 +11,7 @@ import psutil
 
 from van_deploy.bench.timing import Row
 from van_deploy.config import BenchSettings
-from van_deploy.config.bench import LEAST_ROUNDS
+from van_deploy.config.commands import LEAST_ROUNDS
 from van_deploy.environment.hardware import Cpu, Gpu, cpu, memory, nvidia_driver
 
 OTHER_LOAD_LIMIT = 0.1

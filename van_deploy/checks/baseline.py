@@ -14,10 +14,8 @@ from van_deploy.checks.evaluate import EvaluateReport
 from van_deploy.checks.samples import Samples
 from van_deploy.checks.verdicts import VerifyReport
 from van_deploy.errors import InputError
-from van_deploy.fields import Count, Text
 from van_deploy.files import write_atomic
-from van_deploy.schema import Schema
-from van_deploy.versioned import Versioned, read_versioned
+from van_deploy.schema import Count, Schema, Text, Versioned, read_versioned
 
 MOST_DB = 300.0  # what "no error at all" is written as
 ANEW = "Write it anew with --update."
@@ -149,4 +147,4 @@ def read_baseline(path: Path) -> Baseline:
             f"There is no baseline at '{path}'.",
             "Make one with --update, look at it, and commit it.",
         )
-    return read_versioned(Baseline, path, "baseline", InputError, damaged=ANEW, outdated=ANEW)
+    return read_versioned(Baseline, path, "baseline", InputError, ANEW)

@@ -230,7 +230,7 @@ def evaluate_bundle(
     same, profiles = (known, classes, task), gates or GateSettings()
     return EvaluateReport(
         images=images.description,
-        dataset_sha256=content_key({"set": data.dataset_digest(images), "labels": labels.tolist()}),
+        dataset_sha256=content_key({"set": images.digest, "labels": labels.tolist()}),
         task=task,
         unreadable=tuple((images.items[index].name, reason) for index, reason in unreadable),
         accuracy={n: accuracy_of(found, *same) for n, found in answers.items()},
@@ -260,7 +260,6 @@ def _labelled(asked: EvaluationSettings, task: Task, loaded: LoadedVan) -> tuple
         classes,
         names,
         labels_file=asked.labels,
-        synsets_file=asked.synsets,
         class_order=asked.class_order,
         find_labels=asked.label_files,
     )

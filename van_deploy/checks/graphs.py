@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, helper, shape_inference
 
-from van_deploy.graph.shapes import with_dynamic_batch_
+from van_deploy.graph.names import with_dynamic_batch_
 from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
 
 FED = ".reference"  # suffix of the input that stands for a cut tensor

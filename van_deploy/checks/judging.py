@@ -22,8 +22,7 @@ from van_deploy.checks.scales import ScaleRow, judge_scales
 from van_deploy.config import BatchRange, GateProfile
 from van_deploy.environment.hardware import cpu
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
-from van_deploy.graph.names import OUTPUT_NAME
-from van_deploy.graph.shapes import fixed_batch
+from van_deploy.graph.names import OUTPUT_NAME, fixed_batch
 from van_deploy.metrics import Array, Comparison, Flip, probabilities, rms
 from van_deploy.runners.network import ORT_CPU, Outputs
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner

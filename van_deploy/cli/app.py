@@ -1,27 +1,43 @@
-"""The ``van-deploy`` program: one place where errors become messages and exit codes.
-
-Its commands are in :mod:`van_deploy.cli.commands`.
+"""The ``van-deploy`` program: its commands, and where errors become messages and exit codes.
 
 Exit codes: 0 done, 1 a gate failed, 2 wrong usage, 3 something is missing from
 the environment, 4 a conversion or a build failed, 5 bad weights, images, recipe
 or bundle, 130 interrupted. Anything else that goes wrong is a fault of this
 program and shows its traceback.
+
+To add a command: write a function of its name in the module of its heading, whose docstring
+opens with one line and carries an ``Example:``, and add its name to :data:`HEADINGS`. The help
+of the whole program reads these first lines from the source, so that it imports no command.
 """
 
 from __future__ import annotations
 
+import ast
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from van_deploy import __version__
-from van_deploy.cli.commands import LazyGroup
 from van_deploy.cli.console import print_error
 from van_deploy.errors import InputError, MissingDependency, VanDeployError
+
+HEADINGS: Mapping[str, tuple[str, str]] = {
+    "make": ("Main job", "export quantize build run"),
+    "gates": ("Gates", "verify evaluate drift check"),
+    "look": ("Look around", "list info inspect doctor"),
+    "use": ("Use", "bench predict package serve sign verify-signature report"),
+}
+"""The heading and the commands of each module here, in the order in which people need them."""
+
+COMMANDS = {name: module for module, (_, names) in HEADINGS.items() for name in names.split()}
+"""The module of each command, in the order of the help."""
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -47,12 +63,25 @@ OS_REMEDIES: Mapping[int, tuple[type[VanDeployError], str]] = {
 EXPORTING = {"torch", "timm", "torchvision", "onnxscript", "onnxsim", "onnx_ir", "safetensors"}
 EXPORTING |= {"huggingface_hub"}
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Failed to allocate memory")
-OUT_OF_SPACE = "No space left on device"
-NO_TEMPORARY = "No usable temporary directory found"
 
 
-class CommandGroup(LazyGroup):
-    """The commands; the one place where an error becomes a message and an exit code."""
+class CommandGroup(TyperGroup):
+    """The commands, each imported when it is asked for; where errors become exit codes."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Enter a command without options for each of :data:`COMMANDS`, for the program's help."""
+        super().__init__(**settings)
+        for module, (panel, names) in HEADINGS.items():
+            source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+            functions = [
+                node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
+            ]
+            said = {
+                node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions
+            }
+            for name in names.split():
+                summary = said[_function(name)]
+                self.commands[name] = TyperCommand(name, help=summary, rich_help_panel=panel)
 
     def invoke(self, ctx: Any) -> object:  # typer.Context, or Click's own in older Typers
         """Run the command and leave with the exit code of what went wrong.
@@ -75,6 +104,22 @@ class CommandGroup(LazyGroup):
                 raise
             print_error(error.message, error.remedy)
             raise typer.Exit(error.exit_code) from failure
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that ``args`` ask for, with its options."""
+        if args and args[0] in COMMANDS:
+            from van_deploy.cli.options import with_options
+
+            name, module = args[0], COMMANDS[args[0]]
+            program = typer.Typer(add_completion=False, rich_markup_mode="rich")
+            function = getattr(importlib.import_module(f"van_deploy.cli.{module}"), _function(name))
+            program.command(name)(with_options(function))
+            self.commands[name] = typer.main.get_command(program)
+        return super().resolve_command(ctx, args)
+
+
+def _function(name: str) -> str:
+    return "list_" if name == "list" else name.replace("-", "_")
 
 
 app = typer.Typer(
@@ -119,14 +164,13 @@ def translated(failure: BaseException) -> VanDeployError | None:
     if isinstance(failure, VanDeployError):
         return failure
     text = str(failure)
-    if isinstance(failure, ModuleNotFoundError) and failure.name:
-        package = failure.name.partition(".")[0]
-        if package in EXPORTING:
-            return MissingDependency(
-                f"This needs {package}, which is not installed.",
-                "Install everything with `pip install van-deploy`; requirements-runtime.txt is for "
-                "hosts that verify, predict, serve and inspect.",
-            )
+    package = (getattr(failure, "name", None) or "").partition(".")[0]
+    if isinstance(failure, ModuleNotFoundError) and package in EXPORTING:
+        return MissingDependency(
+            f"This needs {package}, which is not installed.",
+            "Install everything with `pip install van-deploy`; requirements-runtime.txt is for "
+            "hosts that verify, predict, serve and inspect.",
+        )
     if isinstance(failure, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
         said = f" ({text.strip().splitlines()[0][:200]})" if text.strip() else ""
         return MissingDependency(
@@ -137,12 +181,12 @@ def translated(failure: BaseException) -> VanDeployError | None:
         kind, remedy = OS_REMEDIES[number]
         place = f" '{str(failure.filename)[:200]}'" if failure.filename else ""
         return kind(f"Cannot write or read{place}: {os.strerror(number)}.", remedy)
-    if NO_TEMPORARY in text:
+    if "No usable temporary directory found" in text:
         return MissingDependency(
             "There is no folder for temporary files that may be written.",
             "Set the environment variable TMPDIR to one.",
         )
-    if OUT_OF_SPACE in text:
+    if "No space left on device" in text:
         return MissingDependency(f"Cannot write: {text}", OS_REMEDIES[errno.ENOSPC][1])
     return None
 
@@ -150,29 +194,20 @@ def translated(failure: BaseException) -> VanDeployError | None:
 def main() -> NoReturn:
     """Run ``van-deploy`` with the arguments of this process and exit."""
     _require_utf8()
-    _open_what_is_closed()
-    _require_a_working_folder()
+    # A service or a shell (``>&-``) may have closed a stream: it gets a place to go.
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - for good
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        os.getcwd()
+    except OSError as error:  # the folder is gone: native libraries abort there
+        print_error(f"The working folder cannot be used: {error.strerror}.", "Change to another.")
+        raise SystemExit(InputError.exit_code) from error
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a character shows '?'
             stream.reconfigure(errors="replace")
     app(prog_name="van-deploy")
     raise SystemExit(0)
-
-
-def _open_what_is_closed() -> None:
-    """Give the streams that a service or a shell (``>&-``) has closed a place to go."""
-    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - for good
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-
-
-def _require_a_working_folder() -> None:
-    """Leave where the folder this was started in is gone: native libraries abort there."""
-    try:
-        os.getcwd()
-    except OSError as error:
-        print_error(f"The working folder cannot be used: {error.strerror}.", "Change to another.")
-        raise SystemExit(InputError.exit_code) from error
 
 
 def _require_utf8() -> None:

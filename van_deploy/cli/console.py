@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from van_deploy.documents import CONTROL, plain
@@ -23,18 +24,44 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from van_deploy.report.document import Block
-    from van_deploy.results import Progress
+    from van_deploy.stopwatch import Progress
 
 PIPE_WIDTH = 100  # columns where output does not go to a terminal
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a command prints.
+
+    Attributes:
+        result: plain data: mappings, sequences, frozen dataclasses, numbers.
+        blocks: makes what a person reads from the result in its JSON form.
+        remarks: lines for stderr.
+        failure: what the command ends with; None where it is done.
+    """
+
+    result: object
+    blocks: Callable[[Any], Iterable[Block]]
+    remarks: Iterable[str] = ()
+    failure: Exception | None = None
+
+
+def show(shown: Shown, as_json: bool) -> None:
+    """Print what a command returned, and raise what it ends with."""
+    for text in shown.remarks:
+        remark(text)
+    emit(shown.result, as_json, shown.blocks)
+    if shown.failure is not None:
+        raise shown.failure
 
 
 def emit(result: object, as_json: bool, blocks: Callable[[Any], Iterable[Block]]) -> None:
     """Write a command's result to stdout.
 
     Args:
-        result: plain data: mappings, sequences, frozen dataclasses, numbers.
+        result: see :class:`Shown`.
         as_json: write one JSON document instead.
-        blocks: makes what a person reads from the result in its JSON form.
+        blocks: see :class:`Shown`.
     """
     if as_json:
         text = json_text(plain(result), indent=2) + "\n"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from van_deploy.cli.console import emit, remark, telling
-from van_deploy.cli.shared import AsJson, BundlePath, RequireSignature, opened
+from van_deploy.cli.console import Shown
+from van_deploy.cli.options import Given, Opened
 from van_deploy.config import CheckSettings, DriftSettings, EvaluationSettings, VerifySettings
 from van_deploy.errors import GateFailed
 
@@ -21,61 +21,42 @@ FILES = "What is written"
 MODULE = "See the rows above; `van-deploy drift` names the module."
 
 
-def _require_passed(
+def _failure(
     report: VerifyReport | EvaluateReport | CheckReport, done: str, remedy: str = MODULE
-) -> None:
+) -> GateFailed | None:
     from van_deploy.report.sections_checks import failure_text
 
-    if not report:
-        raise GateFailed(failure_text(report.named(), report.allowed, done), remedy)
+    if report:
+        return None
+    return GateFailed(failure_text(report.named(), report.allowed, done), remedy)
 
 
-def verify(
-    bundle: BundlePath,
-    settings: VerifySettings,
-    require_signature: RequireSignature = None,
-    as_json: AsJson = False,
-) -> None:
+def verify(bundle: Opened, options: Annotated[Given, VerifySettings]) -> Shown:
     """Compare every artefact with PyTorch: logits, batch sizes, flips, and module by module.
 
     Example: van-deploy verify dist/van_b1 --images photos/
     """
-    asked = opened(bundle, require_signature)
-    with telling() as tell:
-        report = asked.verify(settings, progress=tell)
+    report, names = bundle.verify(**options), bundle.manifest.class_names
     from van_deploy.report.sections_checks import verify_blocks
 
-    for text in asked.remarks:
-        remark(f"note: {text}")
-    names = asked.manifest.class_names
-    emit(report, as_json, lambda found: verify_blocks(found, names))
-    _require_passed(report, "verified")
+    failure = _failure(report, "verified")
+    return Shown(report, lambda found: verify_blocks(found, names), bundle.remarks, failure)
 
 
-def evaluate(
-    bundle: BundlePath,
-    settings: EvaluationSettings,
-    require_signature: RequireSignature = None,
-    as_json: AsJson = False,
-) -> None:
+def evaluate(bundle: Opened, options: Annotated[Given, EvaluationSettings]) -> Shown:
     """Measure top-1 and top-5 of PyTorch and every artefact, and what was lost between them.
 
     Example: van-deploy evaluate dist/van_b1 --images imagenet/val
     """
-    asked = opened(bundle, require_signature)
-    with telling() as tell:
-        report = asked.evaluate(None, settings, progress=tell)
+    report = bundle.evaluate(**options)
     from van_deploy.report.sections_checks import evaluate_blocks
 
-    for text in asked.remarks:
-        remark(f"note: {text}")
-    emit(report, as_json, evaluate_blocks)
-    _require_passed(report, "evaluated")
+    return Shown(report, evaluate_blocks, bundle.remarks, _failure(report, "evaluated"))
 
 
 def drift(
-    bundle: BundlePath,
-    settings: DriftSettings,
+    bundle: Opened,
+    options: Annotated[Given, DriftSettings],
     top: Annotated[
         int,
         typer.Option(
@@ -85,30 +66,24 @@ def drift(
     plot: Annotated[
         Path | None, typer.Option(help="Write the error each part adds as an SVG file.")
     ] = None,
-    require_signature: RequireSignature = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Shown:
     """Show what each stage, block or module of each ONNX artefact adds to the error.
 
     Example: van-deploy drift dist/van_b1 --level module --top 10
     """
-    asked = opened(bundle, require_signature)
-    with telling() as tell:
-        report = asked.drift(settings, progress=tell)
+    report = bundle.drift(**options)
     from van_deploy.report.files import write_drift_plot
     from van_deploy.report.sections_checks import drift_blocks
 
     if plot is not None:
         write_drift_plot(report, plot)
-        remark(f"Wrote {plot}.")
-    for text in asked.remarks:
-        remark(f"note: {text}")
-    emit(report, as_json, lambda found: drift_blocks(found, top))
+        bundle.remarks.append(f"Wrote {plot}.")
+    return Shown(report, lambda found: drift_blocks(found, top), bundle.remarks)
 
 
 def check(
-    bundle: BundlePath,
-    settings: CheckSettings,
+    bundle: Opened,
+    options: Annotated[Given, CheckSettings],
     baseline: Annotated[Path, typer.Option(help="The committed baseline.json.")],
     update: Annotated[
         bool, typer.Option("--update", help="Write the baseline from what is measured now.")
@@ -123,17 +98,12 @@ def check(
             rich_help_panel=FILES,
         ),
     ] = None,
-    require_signature: RequireSignature = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Shown:
     """Check a bundle against its gates and a baseline; ends with 1 if anything is worse.
 
     Example: van-deploy check dist/van_b1 --baseline baseline.json --junit junit.xml
     """
-    with telling() as tell:
-        report = opened(bundle, require_signature).check(
-            baseline, settings, update=update, progress=tell
-        )
+    report = bundle.check(baseline, update=update, **options)
     from van_deploy.report.files import append_summary, write_junit
     from van_deploy.report.sections_checks import check_blocks
 
@@ -141,7 +111,6 @@ def check(
         write_junit(report, junit)
     if summary is not None:
         append_summary(report, summary)
-    emit(report, as_json, check_blocks)
-    _require_passed(report, "checked", "See the rows above.")
-    if update:
-        remark(f"Wrote {baseline}; look at it and commit it.")
+    wrote = [f"Wrote {baseline}; look at it and commit it."] if update and report else []
+    failure = _failure(report, "checked", "See the rows above.")
+    return Shown(report, check_blocks, wrote, failure)

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from van_deploy.cli.console import emit
-from van_deploy.cli.shared import AsJson, RequireSignature, opened
+from van_deploy.cli.console import Shown
+from van_deploy.cli.options import RequireSignature, opened
 from van_deploy.environment.needs import Need
+from van_deploy.stopwatch import silent
 
 
-def list_(as_json: AsJson = False) -> None:
+def list_() -> Shown:
     """List the variants: size, work, accuracy, and where their weights are.
 
     Example: van-deploy list --json
@@ -20,34 +21,22 @@ def list_(as_json: AsJson = False) -> None:
     from van_deploy.model.variants import listed_variants
     from van_deploy.report.sections_model import listed_blocks
 
-    emit(listed_variants(), as_json, listed_blocks)
+    return Shown(listed_variants(), listed_blocks)
 
 
 def info(
     model: Annotated[
         str, typer.Argument(help="A variant, a checkpoint, van_digits, or a bundle's folder.")
     ],
-    image_size: Annotated[
-        str | None,
-        typer.Option(
-            help="Size of the input the work is counted for: 224, or 224x320 (height x width).",
-            metavar="SIDE|HxW",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Shown:
     """Show one model or bundle in full. Nothing is downloaded.
 
     Example: van-deploy info ./mine.pth
     """
-    from van_deploy.config import PreprocessingSettings
     from van_deploy.describe import model_described
     from van_deploy.report.sections_model import described_blocks
-    from van_deploy.schema import validated
 
-    given = {"image_size": image_size}
-    asked = validated(PreprocessingSettings, given, spelling={("image_size",): "--image-size"})
-    emit(model_described(model, asked.image_size), as_json, described_blocks)
+    return Shown(model_described(model), described_blocks)
 
 
 def inspect(
@@ -62,18 +51,17 @@ def inspect(
         ),
     ] = False,
     require_signature: RequireSignature = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Shown:
     """Show what is in an artefact: operators, sizes, inputs and outputs, metadata.
 
     Example: van-deploy inspect dist/van_b1/model.onnx
     """
     if require_signature is not None:
-        opened(artefact, require_signature)
+        opened(artefact, require_signature, silent)
     from van_deploy.describe import artefacts_described
     from van_deploy.report.sections_engine import artefacts_blocks
 
-    emit(artefacts_described(artefact, trust_engine=trust_engine), as_json, artefacts_blocks)
+    return Shown(artefacts_described(artefact, trust_engine=trust_engine), artefacts_blocks)
 
 
 def doctor(
@@ -85,16 +73,20 @@ def doctor(
             f"One of {', '.join(need.value for need in Need)}.",
         ),
     ] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Shown:
     """Tell what is installed, what can be done on this machine, and what clashes.
 
     Example: van-deploy doctor --require onnxruntime --require gpu
     """
     from van_deploy.environment import needs
     from van_deploy.environment.machine import environment_here
+    from van_deploy.errors import MissingDependency
     from van_deploy.report.sections_engine import environment_blocks
 
-    environment = environment_here(Path.cwd())
-    emit(needs.diagnosis_of(environment), as_json, environment_blocks)
-    needs.require(environment, require or ())
+    environment, failure = environment_here(Path.cwd()), None
+    diagnosis = needs.diagnosis_of(environment)
+    try:
+        needs.require(environment, require or ())
+    except MissingDependency as error:  # what is here is shown all the same
+        failure = error
+    return Shown(diagnosis, environment_blocks, failure=failure)

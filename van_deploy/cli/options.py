@@ -1,9 +1,15 @@
 """Typer commands made of plain functions and tables of options.
 
-A parameter that is annotated with a table of :mod:`van_deploy.config` becomes the options of
-that table, and the function gets the table, filled and checked. One annotated
-``Annotated[Changes, EXPORT]`` becomes those options of a recipe, and the function gets what was
-given. Everything else about the function is Typer's.
+What a function asks for by its annotations, its command takes as options:
+
+- :data:`Opened`, the bundle, opened: the argument ``BUNDLE`` and ``--require-signature``;
+- ``Annotated[Given, Table]``, a table of :mod:`van_deploy.config`: the options of that table,
+  checked;
+- ``Annotated[Changes, EXPORT]``: those options of a recipe, as they were given.
+
+``progress`` is what to tell how far the work is. Every command has ``--json`` and prints the
+:class:`~van_deploy.cli.console.Shown` that its function returns; a function with ``as_json``
+prints by itself. Everything else about the function is Typer's.
 """
 
 from __future__ import annotations
@@ -16,59 +22,143 @@ import operator
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeAlias,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import pydantic
 import typer
 
-from van_deploy.config.fields import BatchRange, range_text, shown
-from van_deploy.config.named import Changes, Named, named_options, put
-from van_deploy.schema import Settings, validated
+from van_deploy.cli.console import Shown, show, telling
+from van_deploy.config.fields import range_text, shown
+from van_deploy.config.named import Changes, Named, named_options, put_all
+from van_deploy.config.sizes import BatchRange
+from van_deploy.schema import validated
+
+if TYPE_CHECKING:
+    from van_deploy.api import Bundle
+
+    Opened: TypeAlias = Bundle
+else:
+    Opened = Annotated[Any, "opened"]
 
 LONGEST_CHOICES = 24  # columns; longer ones stand in the help
 KINDS = {int: "INTEGER", float: "NUMBER", Path: "PATH", BatchRange: "MIN:OPT:MAX"}
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+BundlePath = Annotated[Path, typer.Argument(help="A bundle that `van-deploy export` made.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Folder of the bundle; dist/NAME by default."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Make everything anew even if nothing changed.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set any key of the recipe, such as engines.tf32=false; repeatable.",
+    ),
+]
+RequireSignature = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PUBLICKEY",
+        help="Refuse the bundle unless it is whole and signed with this key (a PEM file).",
+    ),
+]
 
-def with_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Return a function that Typer makes a command with every option of ``function``'s tables."""
+
+class Given(dict[str, Any]):
+    """The options that were given, as keyword arguments of the API.
+
+    Attributes:
+        table: filled with them and checked.
+    """
+
+    table: Any
+
+
+def with_options(function: Callable[..., Shown | None]) -> Callable[..., None]:
+    """Return a function that Typer makes a command with every option ``function`` asks for."""
     hints = get_type_hints(function, include_extras=True)
-    tables: dict[str, tuple[type[Settings] | None, Mapping[str, Named]]] = {}
+    asked = inspect.signature(function).parameters
+    tables: dict[str, tuple[Any, Mapping[str, Named]]] = {}
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(function).parameters.values():
-        hint = hints[parameter.name]
-        if isinstance(hint, type) and issubclass(hint, Settings):
-            tables[parameter.name] = hint, named_options(hint)
-        elif get_origin(hint) is Annotated and get_args(hint)[0] is Changes:
-            tables[parameter.name] = None, get_args(hint)[1]
-        else:
-            parameters.append(parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY))
-            continue
-        parameters += [_parameter(option) for option in tables[parameter.name][1].values()]
+    for name, parameter in asked.items():
+        hint = hints[name]
+        kind, about = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+        if kind in (Given, Changes):
+            options = named_options(about) if kind is Given else about
+            tables[name] = (about if kind is Given else None), options
+            parameters += [_parameter(option) for option in options.values()]
+        elif about == "opened":
+            parameters.append(_keyword("bundle", BundlePath, inspect.Parameter.empty))
+        elif name != "progress":
+            parameters.append(_keyword(name, hint, parameter.default))
+    opens = [name for name in asked if hints[name] == Opened]
+    if opens:
+        parameters.append(_keyword("require_signature", RequireSignature, None))
+    if "as_json" not in asked:
+        parameters.append(_keyword("as_json", AsJson, False))
 
     @functools.wraps(function)
     def command(**given: Any) -> None:
-        filled = {}
         for name, (schema, options) in tables.items():
-            written = {option: given.pop(option) for option in options}
-            values = {o: _read(options[o], v) for o, v in written.items() if v is not None}
-            changes = Changes(
-                {options[o].place: value for o, value in values.items()},
-                {options[o].place: _flag(options[o], value) for o, value in values.items()},
-            )
-            filled[name] = changes if schema is None else _filled(schema, options, changes)
-        function(**given, **filled)
+            given[name] = _filled(schema, options, {o: given.pop(o) for o in options})
+        if "as_json" in asked:
+            function(**given)
+            return
+        as_json = given.pop("as_json")
+        with telling() if opens or "progress" in asked else contextlib.nullcontext() as progress:
+            for name in opens:
+                given[name] = opened(given.pop("bundle"), given.pop("require_signature"), progress)
+            if "progress" in asked:
+                given["progress"] = progress
+            result = function(**given)
+        if result is not None:
+            show(result, as_json)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
-def _filled(schema: type[Settings], options: Mapping[str, Named], changes: Changes) -> Settings:
-    tree: dict[str, Any] = {}
-    for place, value in changes.values.items():
-        put(tree, place, value)
-    spelling = {option.place: option.flags[0] for option in options.values()}
-    return validated(schema, tree, spelling={**spelling, **changes.spelling})
+def opened(bundle: Path, require_signature: Path | None, progress: Any) -> Bundle:
+    """Return a bundle. Errors are those of :class:`van_deploy.api.Bundle`."""
+    from van_deploy.api import open_bundle
+
+    return open_bundle(bundle, require_signature=require_signature, progress=progress)
+
+
+def _filled(schema: Any, options: Mapping[str, Named], written: Mapping[str, Any]) -> object:
+    """Return the options that were written, checked where they are those of a schema."""
+    values = {o: _read(options[o], v) for o, v in written.items() if v is not None}
+    changes = Changes(
+        {options[o].place: value for o, value in values.items()},
+        {options[o].place: _flag(options[o], value) for o, value in values.items()},
+    )
+    if schema is None:
+        return changes
+    given, spelling = Given(values), {option.place: option.flags[0] for option in options.values()}
+    spelling |= changes.spelling
+    given.table = validated(schema, put_all({}, changes), spelling=spelling)
+    return given
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
 def _parameter(option: Named) -> inspect.Parameter:
@@ -90,10 +180,7 @@ def _parameter(option: Named) -> inspect.Parameter:
         show_default=False,
     )
     annotation: Any = operator.getitem(Annotated, (text if required else text | None, told))
-    default = inspect.Parameter.empty if required else None
-    return inspect.Parameter(
-        option.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
+    return _keyword(option.name, annotation, inspect.Parameter.empty if required else None)
 
 
 def _facts(option: Named, choices: list[str]) -> str:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import enum
+import ipaddress
 import sys
-from collections.abc import Mapping
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from van_deploy.cli.console import emit, json_text, remark, telling
-from van_deploy.cli.shared import AsJson, BundlePath, RequireSignature, opened
+from van_deploy.cli.console import Shown, emit, json_text, remark, telling
+from van_deploy.cli.options import AsJson, BundlePath, Given, Opened, RequireSignature, opened
 from van_deploy.config import BenchSettings, PackageSettings, PredictSettings, ServeSettings
 from van_deploy.documents import plain
 from van_deploy.errors import GateFailed, ImageError, UsageError
-
-if TYPE_CHECKING:
-    from van_deploy.report.document import Facts
+from van_deploy.stopwatch import silent
 
 STDIN_LIMIT_BYTES = 256 * 2**20
 
@@ -29,8 +28,8 @@ class Server(str, enum.Enum):
 
 
 def bench(
-    bundle: BundlePath,
-    settings: BenchSettings,
+    bundle: Opened,
+    options: Annotated[Given, BenchSettings],
     paper: Annotated[
         str,
         typer.Option(
@@ -47,9 +46,7 @@ def bench(
     save: Annotated[
         bool, typer.Option("--save/--no-save", help="Keep the result in the bundle (bench.json).")
     ] = True,
-    require_signature: RequireSignature = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Shown:
     """Time every artefact in every runtime of a device, each in a process of its own.
 
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
@@ -58,25 +55,19 @@ def bench(
     from van_deploy.bench.document import read_report
     from van_deploy.report.sections_bench import bench_blocks, limits_blocks
 
-    asked = opened(bundle, require_signature)
     if paper:
         from van_deploy.bench.roofline import paper_limits
 
-        emit(paper_limits(asked.opened(), paper, settings.batches), as_json, limits_blocks)
-        return
+        return Shown(paper_limits(bundle.opened(), paper, options.table.batches), limits_blocks)
     old = read_report(compare) if compare else None
-    with telling("Looking for runners") as tell:
-        report = asked.benchmark(settings, save=save, progress=tell)
+    report = bundle.benchmark(save=save, **options)
     if output is not None:
         from van_deploy.bench.store import save_report
 
         save_report(report, None, output)
     if old is not None:
         report = compared(old, report)
-    if as_json:
-        for warning in report.warnings:
-            remark(f"warning: {warning}")
-    emit(report, as_json, bench_blocks)
+    return Shown(report, bench_blocks, [f"warning: {warning}" for warning in report.warnings])
 
 
 def predict(
@@ -85,7 +76,7 @@ def predict(
         list[str],
         typer.Argument(help="Image files, folders, or '-' for an image on standard input."),
     ],
-    settings: PredictSettings,
+    options: Annotated[Given, PredictSettings],
     require_signature: RequireSignature = None,
     json_lines: Annotated[
         bool, typer.Option("--jsonl", help="Print one JSON object an image, as they come.")
@@ -100,26 +91,27 @@ def predict(
         raise UsageError("--json and --jsonl exclude each other.", "Give one of them.")
     if images.count("-") > 1:
         raise UsageError("Standard input can be read once.", "Give '-' once.")
-    asked = opened(bundle, require_signature)
     wanted = [_stdin() if image == "-" else image for image in images]
     from van_deploy.report.sections_model import predictions_blocks
     from van_deploy.results import Predictions
-    from van_deploy.serve.predict import Prediction, Speed
+    from van_deploy.serve.predict import Prediction
 
-    speed, kept = Speed(), list[Prediction]()
-    total = bad = 0
-    with telling(f"Loading {settings.artefact}") as tell:
-        for answer in asked.stream(wanted, settings, speed=speed, progress=tell):
+    kept, artefact = list[Prediction](), options.table.artefact
+    total, bad, start = 0, 0, time.perf_counter()
+    with telling(f"Loading {artefact}") as progress:
+        asked = opened(bundle, require_signature, progress)
+        for answer in asked.stream(wanted, **options):
             total, bad = total + 1, bad + (answer.error is not None)
             if json_lines:
                 sys.stdout.write(json_text(plain(answer)) + "\n")
                 sys.stdout.flush()
             else:
                 kept.append(answer)
+    rate = total / (time.perf_counter() - start)
     if not json_lines:
-        answers = Predictions(asked.path, settings.artefact, speed, tuple(kept))
+        answers = Predictions(asked.path, artefact, rate, tuple(kept))
         emit(answers, as_json, predictions_blocks)
-    remark(f"{settings.artefact}: {speed}")
+    remark(f"{artefact}: {total} images, {rate:.1f} images/s")
     if bad:
         raise ImageError(
             f"{bad} of {total} images could not be read.",
@@ -141,8 +133,8 @@ def _stdin() -> bytes:
 
 def package(
     server: Annotated[Server, typer.Argument(help="What serves it.")],
-    bundle: BundlePath,
-    settings: PackageSettings,
+    bundle: Opened,
+    options: Annotated[Given, PackageSettings],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of the package; BUNDLE-triton by default."),
@@ -150,31 +142,27 @@ def package(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; check the package that is there.")
     ] = False,
-    require_signature: RequireSignature = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Shown:
     """Write a Triton model repository with its configuration, client and manifests.
 
     Example: van-deploy package triton dist/van_b1 --output dist/van_b1-triton
     """
-    report = opened(bundle, require_signature).package(output, settings, only_check=check)
-    if report.files:
-        remark(f"Wrote {report.files} files to {report.path}.")
+    report = bundle.package(output, only_check=check, **options)
     from van_deploy.report.document import checks_table
 
-    findings = report.findings
-    emit(report, as_json, lambda _: checks_table((f.outcome, f.name, f.detail) for f in findings))
-    if not report:
-        wrong = ", ".join(finding.name for finding in findings if finding.outcome is False)
-        raise GateFailed(
-            f"The package '{report.path}' is not what the bundle says: {wrong}.",
-            "Package the bundle again.",
-        )
+    wrote = [f"Wrote {report.files} files to {report.path}."] if report.files else []
+    rows = [(finding.outcome, finding.name, finding.detail) for finding in report.findings]
+    wrong = ", ".join(name for outcome, name, _ in rows if outcome is False)
+    failure = GateFailed(
+        f"The package '{report.path}' is not what the bundle says: {wrong}.",
+        "Package the bundle again.",
+    )
+    return Shown(report, lambda _: checks_table(rows), wrote, None if report else failure)
 
 
 def serve(
     bundle: BundlePath,
-    settings: ServeSettings,
+    options: Annotated[Given, ServeSettings],
     require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
@@ -184,21 +172,21 @@ def serve(
     """
     from van_deploy.report.document import Paragraph
     from van_deploy.results import Listening
-    from van_deploy.serve.app import App
-    from van_deploy.serve.server import is_loopback, listen, run_server, url_of
-    from van_deploy.serve.service import Service
+    from van_deploy.serve.app import App, listen, run_server
+    from van_deploy.serve.models import Service
 
+    settings = options.table
     with telling("Loading"):
-        service = Service(opened(bundle, require_signature).opened(), settings)
+        service = Service(opened(bundle, require_signature, silent).opened(), settings)
         app = App(service)
         service.load()
-        bound = listen(settings.host, settings.port)
-    if not is_loopback(settings.host):
+        bound, url = listen(settings.host, settings.port)
+    if not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
         keyless = "" if app.keyed else ", and nobody is asked for a key"
         remark(f"note: {settings.host} is reachable from other machines{keyless}")
 
     def ready(_: object) -> None:
-        ready = Listening(url_of(bound), tuple(service.models))
+        ready = Listening(url, tuple(service.models))
         said = f"{', '.join(ready.models)} at {ready.url}  (Ctrl-C ends)"
         emit(ready, as_json, lambda _: [Paragraph(said)])
 
@@ -207,49 +195,26 @@ def serve(
 
 
 def sign(
-    bundle: Annotated[
-        Path | None, typer.Argument(help="The bundle, made by `van-deploy export`.")
-    ] = None,
-    key: Annotated[Path | None, typer.Option(help="The private key: Ed25519, a PEM file.")] = None,
-    new_key: Annotated[
-        Path | None,
-        typer.Option(help="Make a pair instead: FILE (private, mode 0600) and FILE.pub."),
-    ] = None,
-    password_file: Annotated[
-        Path | None,
+    bundle: BundlePath,
+    key: Annotated[
+        Path,
         typer.Option(
-            help="File whose first line opens or protects the private key; "
-            "VAN_DEPLOY_KEY_PASSWORD by default."
+            help="The private key: Ed25519, a PEM file; VAN_DEPLOY_KEY_PASSWORD opens it if it is "
+            "encrypted."
         ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
+    ],
+) -> Shown:
     """Sign a bundle: its manifest, which names every file with its SHA-256.
 
     Example: van-deploy sign dist/van_b1 --key release.pem
     """
-    from van_deploy.signing import new_pair, password_from, private_key_from, sign_bundle
-
-    if new_key is not None:
-        if bundle is not None or key is not None:
-            raise UsageError("--new-key only makes a pair of keys.", "Sign in a second command.")
-        emit(new_pair(new_key, password_from(password_file)), as_json, _facts)
-        return
-    if bundle is None or key is None:
-        raise UsageError(
-            "A bundle and --key FILE are wanted.",
-            "Make a pair of keys first with `van-deploy sign --new-key FILE`.",
-        )
-    secret = private_key_from(key, password_from(password_file))
-    if key.stat().st_mode & 0o077:
-        remark(f"note: others on this machine may read or use '{key}': chmod 600 it")
-    emit(sign_bundle(bundle, secret), as_json, _facts)
-
-
-def _facts(result: Mapping[str, object]) -> list[Facts]:
     from van_deploy.report.document import Facts
+    from van_deploy.signing import sign_bundle
 
-    return [Facts({key.replace("_", " "): value for key, value in result.items()})]
+    signed, notes = sign_bundle(bundle, key), []
+    if key.stat().st_mode & 0o077:
+        notes = [f"note: others on this machine may read or use '{key}': chmod 600 it"]
+    return Shown(signed, lambda facts: [Facts(facts)], notes)
 
 
 def verify_signature(
@@ -257,18 +222,17 @@ def verify_signature(
     public_key: Annotated[
         Path, typer.Option(help="Of who is to have signed it: Ed25519, a PEM file.")
     ],
-    as_json: AsJson = False,
-) -> None:
+) -> Shown:
     """Check a bundle's signature, every file's digest, and that no other file is in it.
 
     Example: van-deploy verify-signature dist/van_b1 --public-key release.pem.pub
     """
-    from van_deploy.report.document import Notice
-    from van_deploy.signing import public_key_from, signed_bundle
+    from van_deploy.report.document import Facts, Notice
+    from van_deploy.signing import signed_bundle
 
-    _, signed = signed_bundle(bundle, public_key_from(public_key))
+    _, signed = signed_bundle(bundle, public_key)
     said = f"{signed.files} files are what was signed, and there is no other"
-    emit(signed, as_json, lambda facts: [Notice("PASS", said), *_facts(facts)])
+    return Shown(signed, lambda facts: [Notice("PASS", said), Facts(facts)])
 
 
 def report(
@@ -282,8 +246,7 @@ def report(
             "it, with the suffix .md.",
         ),
     ] = None,
-    as_json: AsJson = False,
-) -> None:
+) -> Shown:
     """Write one self-contained HTML file, and the same as Markdown, about a bundle.
 
     Example: van-deploy report dist/van_b1
@@ -291,6 +254,6 @@ def report(
     from van_deploy.report.document import Facts, Notice
     from van_deploy.report.figures import bytes_text
 
-    written = opened(bundle, None).report(output)
+    written = opened(bundle, None, silent).report(output)
     sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}
-    emit(written, as_json, lambda _: [Notice(written.verdict, written.checks), Facts(sizes)])
+    return Shown(written, lambda _: [Notice(written.verdict, written.checks), Facts(sizes)])

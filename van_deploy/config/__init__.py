@@ -1,75 +1,57 @@
 """Every option, once: its type, default, limits, help and key.
 
 Recipe files, the command line and the keyword arguments of the Python API are made from
-these tables. To add an option, add a field to its table:
+these tables. To add an option, add a field to its table, and say in the table's docstring
+what it does::
 
-    layer_norm_eps: float = option(1e-6, "Epsilon of the LayerNorms.", gt=0)
+    class ModelSettings(Table):
+        \"\"\"Which network.
+
+Attributes:
+            layer_norm_eps: Epsilon of the LayerNorms.
+        \"\"\"
+
+        layer_norm_eps: float = option(1e-6, gt=0)
 
 The recipe then reads ``layer_norm_eps``, every command that takes the table has
 ``--layer-norm-eps``, and its function in the API a keyword argument of that name.
-What does not go together is refused by a validator of the table with a
-:class:`~van_deploy.schema.Contradiction`, whose placeholders each source spells its way.
+What does not go together is yielded by the table's ``contradictions``, whose placeholders
+each source spells its way.
 """
 
-from __future__ import annotations
-
-from van_deploy.config.bench import BenchSettings, Budget
-from van_deploy.config.deployment import Recipe
-from van_deploy.config.engines import BuildOptions, BuildSettings, EngineSettings, FleetSettings
-from van_deploy.config.fields import BatchRange, HardwareCompatibility, Profiling
-from van_deploy.config.gates import GateProfile, GateSettings
-from van_deploy.config.judging import (
+from van_deploy.config.commands import (
+    BenchSettings,
+    Budget,
     CheckSettings,
     DriftSettings,
     EvaluationSettings,
-    RunnerSettings,
-    RunSettings,
-    VerifySettings,
-)
-from van_deploy.config.network import (
-    EvaluateSettings,
-    ExportSettings,
-    ModelSettings,
-    PreprocessingSettings,
-)
-from van_deploy.config.precision import Precision, PrecisionSettings, QuantizeSettings
-from van_deploy.config.serving import (
+    FleetSettings,
     PackageSettings,
     PredictSettings,
+    RunnerSettings,
+    RunSettings,
     ServeSettings,
     ServiceSettings,
     TritonSettings,
+    VerifySettings,
 )
-
-__all__ = [
-    "BatchRange",
-    "BenchSettings",
-    "Budget",
-    "BuildOptions",
-    "BuildSettings",
-    "CheckSettings",
-    "DriftSettings",
-    "EngineSettings",
-    "EvaluateSettings",
-    "EvaluationSettings",
-    "ExportSettings",
-    "FleetSettings",
-    "GateProfile",
-    "GateSettings",
-    "HardwareCompatibility",
-    "ModelSettings",
-    "PackageSettings",
-    "Precision",
-    "PrecisionSettings",
-    "PredictSettings",
-    "PreprocessingSettings",
-    "Profiling",
-    "QuantizeSettings",
-    "Recipe",
-    "RunSettings",
-    "RunnerSettings",
-    "ServeSettings",
-    "ServiceSettings",
-    "TritonSettings",
-    "VerifySettings",
-]
+from van_deploy.config.making import (
+    BuildOptions,
+    BuildSettings,
+    EngineSettings,
+    HardwareCompatibility,
+    Precision,
+    PrecisionSettings,
+    Profiling,
+    QuantizeSettings,
+    Recipe,
+)
+from van_deploy.config.sizes import BatchRange
+from van_deploy.config.tables import (
+    EvaluateSettings,
+    ExportSettings,
+    GateProfile,
+    GateSettings,
+    ModelSettings,
+    PreprocessingSettings,
+)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import enum
+import functools
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pydantic
 from pydantic.fields import FieldInfo
+from typing_extensions import Self
 
 from van_deploy.schema import Contradiction, Settings
-
-_UNITS = {
-    "": 1,
-    "b": 1,
-    **{f"{u}{s}": 1024**p for p, u in enumerate("kmgt", 1) for s in ("ib", "b", "")},
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class Shown:
 
 def option(
     default: Any,
-    text: str,
+    text: str = "",
     *,
     key: str = "",
     flags: Sequence[str] = (),
@@ -59,7 +55,8 @@ def option(
     Args:
         default: its value where nothing is given, or what makes it; ``...`` where something
             must be given.
-        text: what it does, one or two sentences: the help everywhere.
+        text: what it does, one or two sentences: the help everywhere; without it what the
+            table's docstring says of the attribute.
         key: what files and keyword arguments call it; "" for the attribute's name.
         flags: see :class:`Shown`.
         panel: see :class:`Shown`.
@@ -71,7 +68,7 @@ def option(
     made = {"default_factory": default} if callable(default) else {"default": default}
     return pydantic.Field(
         **made,
-        description=text,
+        description=text or None,
         validation_alias=key or None,
         json_schema_extra=Shown(tuple(flags), panel, metavar, shown_default, commas),
         **limits,
@@ -89,30 +86,61 @@ def key_of(name: str, field: FieldInfo) -> str:
     return field.validation_alias if isinstance(field.validation_alias, str) else name
 
 
-def given_of(table: Settings, *names: str) -> str:
-    """Return the first of these fields that is not its default, as a contradiction's placeholder.
-
-    >>> given_of(BatchRange(opt=4), "min", "opt", "max"), given_of(BatchRange(), "min")
-    ('{opt}', '')
-    """
-    fields = type(table).model_fields
-    given = (name for name in names if getattr(table, name) != fields[name].get_default())
-    return next((f"{{{key_of(name, fields[name])}}}" for name in given), "")
-
-
 def range_text(limits: Mapping[str, float]) -> str:
     """Return limits in words.
 
     >>> range_text({"ge": 17, "le": 23}), range_text({"gt": 0}), range_text({})
-    ('17 to 23', 'above 0', '')
+    ('from 17 up to 23', 'above 0', '')
     """
-    low = f"{limits['ge']:g}" if "ge" in limits else ""
-    if "gt" in limits:
-        low = f"above {limits['gt']:g}"
-    if "le" not in limits:
-        return f"from {low}" if "ge" in limits else low
-    joined = "to" if "ge" in limits else "up to"
-    return f"{low}{',' if 'gt' in limits else ''} {joined} {limits['le']:g}".strip()
+    words = {"ge": "from", "gt": "above", "le": "up to", "lt": "below"}
+    return " ".join(f"{said} {limits[one]:g}" for one, said in words.items() if one in limits)
+
+
+@functools.cache
+def _described(docstring: str) -> tuple[str, dict[str, str]]:
+    """Return what a class says of itself, and of each of its attributes."""
+    text, _, section = inspect.cleandoc(docstring).partition("\n\nAttributes:\n")
+    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
+    return text, {name: " ".join(words.split()) for name, words in found}
+
+
+def _own_text(schema: dict[str, Any]) -> None:
+    schema["description"], _ = _described(schema["description"])
+
+
+class Table(Settings):
+    """Options that the command line shows under one heading; some may not go together.
+
+    What an option does stands in the docstring, as ``Attributes:`` of Google's style.
+    """
+
+    model_config = pydantic.ConfigDict(json_schema_extra=_own_text)
+    PANEL: ClassVar[str] = ""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Give every option the description that the table's docstring, or its base's, has."""
+        for base in cls.__mro__:
+            for name, words in _described(base.__doc__ or "")[1].items():
+                field = cls.model_fields.get(name)
+                if field is not None and not field.description:
+                    field.description = words
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield what does not go together, and what to do, as a :class:`Contradiction` has it."""
+        yield from ()
+
+    @pydantic.model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        for message, remedy in self.contradictions():
+            raise Contradiction(message, remedy)
+        return self
+
+    def given_of(self, *names: str) -> str:
+        """Return the first of these that is not its default, as a contradiction's placeholder."""
+        fields = type(self).model_fields
+        given = (name for name in names if getattr(self, name) != fields[name].get_default())
+        return next((f"{{{key_of(name, fields[name])}}}" for name in given), "")
 
 
 class InFile:
@@ -121,66 +149,6 @@ class InFile:
 
 FileOrName = Annotated[str, InFile()]
 """A path, or the name of something else (a repository, a calibration set)."""
-
-
-class BatchRange(Settings):
-    """The batch sizes an artefact must serve. Table ``[batch]``; written ``min:opt:max``, too.
-
-    One size alone, ``8``, makes a static graph, which takes batches of 8 only.
-    """
-
-    min: int = option(1, "Smallest batch.", ge=1)
-    opt: int = option(8, "Batch that engines are optimised for.", ge=1)
-    max: int = option(32, "Largest batch.", ge=1)
-
-    if TYPE_CHECKING:
-
-        def __init__(self, min: int = 1, opt: int = 8, max: int = 32) -> None: ...
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        match = re.fullmatch(r"(\d+)(?::(\d+):(\d+))?", value.strip(), re.ASCII)
-        if match is None:
-            raise ValueError("should be min:opt:max, such as 1:8:32, or one size")
-        sizes = [int(size or match[1]) for size in match.groups()]
-        return dict(zip(("min", "opt", "max"), sizes, strict=True))
-
-    @pydantic.model_validator(mode="after")
-    def _rises(self) -> BatchRange:
-        if not self.min <= self.opt <= self.max:
-            raise Contradiction(
-                f"The batch range {self} is not min <= opt <= max.",
-                "Give three rising numbers, such as 1:8:32.",
-            )
-        return self
-
-    @property
-    def fixed(self) -> int | None:
-        """The one batch size of a static graph; None where the batch is dynamic."""
-        return self.max if self.min == self.max else None
-
-    def __str__(self) -> str:
-        """Return ``min:opt:max``."""
-        return f"{self.min}:{self.opt}:{self.max}"
-
-
-class HardwareCompatibility(str, enum.Enum):
-    """Which other GPUs a plan of TensorRT is made for. TensorRT's own names."""
-
-    NONE = "none"
-    AMPERE_PLUS = "ampere-plus"
-    SAME_COMPUTE_CAPABILITY = "same-compute-capability"
-
-
-class Profiling(str, enum.Enum):
-    """How much of itself a plan can tell afterwards. TensorRT's own names."""
-
-    NONE = "none"
-    LAYER_NAMES_ONLY = "layer-names-only"
-    DETAILED = "detailed"
 
 
 def parse_size(text: object) -> object:
@@ -196,11 +164,11 @@ def parse_size(text: object) -> object:
     """
     if not isinstance(text, str):
         return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text, re.ASCII)
-    unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None:
+    pattern = r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*"
+    match = re.fullmatch(pattern, text, re.ASCII | re.IGNORECASE)
+    if match is None:
         raise ValueError("should be a number and a unit, such as 4GiB")
-    return int(float(match[1]) * unit)
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
 
 
 def parse_target(text: object) -> object:

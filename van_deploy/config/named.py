@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 from pydantic.fields import FieldInfo
 
-from van_deploy.config.deployment import Recipe
-from van_deploy.config.fields import BatchRange, key_of, shown
+from van_deploy.config.fields import key_of, shown
+from van_deploy.config.making import Recipe
+from van_deploy.config.sizes import BatchRange
 from van_deploy.errors import UsageError
 from van_deploy.schema import Settings, Spelling, validated
 
-Table = TypeVar("Table", bound=Settings)
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,6 @@ class Named:
     panel: str
 
 
-Options = Mapping[str, Named]
-
-
 @dataclass(frozen=True)
 class Changes:
     """Values for some options of a recipe, and how the user wrote these options.
@@ -56,19 +54,19 @@ class Changes:
         return Changes({**self.values, **other.values}, {**self.spelling, **other.spelling})
 
 
-def named_options(schema: type[Settings], place: tuple[str, ...] = ()) -> dict[str, Named]:
+def named_options(schema: type[Settings]) -> dict[str, Named]:
     """Return every option of a schema by its name; those of tables inside it, too."""
-    return {option.name: option for option in _options(schema, place)}
+    return {option.name: option for option in _options(schema)}
 
 
-def _options(schema: type[Settings], place: tuple[str, ...]) -> Iterator[Named]:
+def _options(schema: type[Settings], place: tuple[str, ...] = ()) -> Iterator[Named]:
     for name, info in schema.model_fields.items():
         key, inner, told = key_of(name, info), info.annotation, shown(info)
         if isinstance(inner, type) and issubclass(inner, Settings) and inner is not BatchRange:
             yield from _options(inner, (*place, key))
         else:
             table = next(c for c in schema.__mro__ if name in c.__annotations__)
-            panel = vars(table).get("PANEL", "") if told.panel is None else told.panel
+            panel = getattr(table, "PANEL", "") if told.panel is None else told.panel
             yield Named(key, (*place, key), info, told.flags or _flags(key), panel)
 
 
@@ -76,7 +74,7 @@ def _flags(name: str) -> tuple[str, ...]:
     return (f"--{name.replace('_', '-')}",)
 
 
-RECIPE = {".".join(option.place): option for option in _options(Recipe, ())}
+RECIPE = {".".join(option.place): option for option in _options(Recipe)}
 """Every key of a recipe."""
 
 
@@ -103,7 +101,7 @@ RUN = _renamed(
 """Options of ``van-deploy run`` that replace keys of a recipe."""
 
 
-def changes_from(options: Options, values: Mapping[str, Any]) -> Changes:
+def changes_from(options: Mapping[str, Named], values: Mapping[str, Any]) -> Changes:
     """Return keyword arguments as changes of a recipe.
 
     Raises:
@@ -116,9 +114,10 @@ def changes_from(options: Options, values: Mapping[str, Any]) -> Changes:
                 f"The key '{name}=' is unknown.",
                 f"Did you mean '{near[0]}='?" if near else f"Known keys: {', '.join(options)}.",
             )
+    places = {name: options[name].place for name in values}
     return Changes(
-        {options[name].place: value for name, value in values.items()},
-        {options[name].place: f"{name}=" for name in values},
+        {places[name]: value for name, value in values.items()},
+        {place: f"{name}=" for name, place in places.items()},
     )
 
 
@@ -128,37 +127,35 @@ def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
     Raises:
         UsageError: a change is wrong; names the option as it was written.
     """
-    tree = _written(recipe)
-    put_all(tree, changes)
+    tree = put_all(_written(recipe), changes)
     return validated(Recipe, tree, spelling=changes.spelling)
 
 
-def settings_from(schema: type[Table], given: Table | None, values: Mapping[str, Any]) -> Table:
-    """Return the settings of a call: those given whole, with keyword arguments instead of some.
+def settings_from(schema: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+    """Return the settings that a call's keyword arguments are.
 
     Raises:
         UsageError: an option is unknown, is not of its kind, or contradicts another.
     """
     options = named_options(schema)
-    tree = _written(given) if given else {}
-    put_all(tree, changes_from(options, values))
+    tree = put_all({}, changes_from(options, values))
     return validated(schema, tree, spelling={o.place: f"{o.name}=" for o in options.values()})
 
 
 def _written(settings: Settings) -> dict[str, Any]:
     """Return the values that were given, as a file would have them."""
-    plain = settings.as_dict()
-    return {
-        key_of(name, info): _written(value)
-        if isinstance(value := getattr(settings, name), Settings)
-        else plain[name]
-        for name, info in type(settings).model_fields.items()
-        if name in settings.model_fields_set
-    }
+    fields, tree = type(settings).model_fields, {}
+    for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
+        inner = getattr(settings, name)
+        is_table = isinstance(inner, Settings)
+        tree[key_of(name, fields[name])] = _written(inner) if is_table else value
+    return tree
 
 
-def put_all(tables: dict[str, Any], changes: Changes) -> None:
-    """Set values in nested tables; a recipe's network of another name keeps the weights it had.
+def put_all(tables: dict[str, Any], changes: Changes) -> dict[str, Any]:
+    """Return nested tables with values set in them, in place.
+
+    A recipe's network of another name keeps the weights it had.
 
     Raises:
         UsageError: something else is where a table should be.
@@ -167,20 +164,13 @@ def put_all(tables: dict[str, Any], changes: Changes) -> None:
     if ("model", "name") in changes.values and isinstance(model, dict) and model.get("name"):
         model.setdefault("weights", model["name"])
     for place, value in changes.values.items():
-        put(tables, place, value)
-
-
-def put(tree: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
-    """Set a value in nested tables, making them where they are missing.
-
-    Raises:
-        UsageError: something else is where a table should be.
-    """
-    for depth, part in enumerate(place[:-1], 1):
-        tree = tree.setdefault(part, {})
-        if not isinstance(tree, dict):
-            raise UsageError(
-                f"'{'.'.join(place)}' cannot be set: '{'.'.join(place[:depth])}' is no table.",
-                "Set the whole of it.",
-            )
-    tree[place[-1]] = value
+        tree = tables
+        for depth, part in enumerate(place[:-1], 1):
+            tree = tree.setdefault(part, {})
+            if not isinstance(tree, dict):
+                raise UsageError(
+                    f"'{'.'.join(place)}' cannot be set: '{'.'.join(place[:depth])}' is no table.",
+                    "Set the whole of it.",
+                )
+        tree[place[-1]] = value
+    return tables

@@ -1,18 +1,17 @@
-"""Sizes of the network's input: one side of a square, or height and width; and ranges of them."""
+"""Sizes of the network's input, and ranges of them and of the batch, which an artefact serves."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import pydantic
 
-from van_deploy.config.fields import option
-from van_deploy.schema import Contradiction, Settings
+from van_deploy.config.fields import Table, option
 
 ImageSize = int | tuple[int, int]
 """Pixels: the side of a square, or ``(height, width)``."""
-
 
 MIN_IMAGE_SIZE = 32
 """Pixels. The four stages divide a side by 32 (rounding up): below, the last has one place left."""
@@ -36,7 +35,7 @@ def size_text(size: Any) -> str:
     >>> size_text(224), size_text((224, 320)), size_text([224, 320])
     ('224x224', '224x320', '224x320')
     """
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = sides_of(size)
     return f"{height}x{width}"
 
 
@@ -62,21 +61,21 @@ def parse_image_size(size: object) -> object:
 
 
 def possible_size(size: ImageSize) -> ImageSize:
-    """Return a size that the network takes: any, from :data:`MIN_IMAGE_SIZE` on.
+    """Return a size that the network takes, the side of a square as one number.
 
     Raises:
-        ValueError: it is not; the end of a sentence.
+        ValueError: it is smaller than :data:`MIN_IMAGE_SIZE` or larger than
+            :data:`MAX_IMAGE_SIZE`; the end of a sentence.
     """
-    if isinstance(size, tuple) and size[0] == size[1]:
-        size = size[0]
-    if min(sides_of(size)) < MIN_IMAGE_SIZE:
+    height, width = sides_of(size)
+    if min(height, width) < MIN_IMAGE_SIZE:
         raise ValueError(
             f"should be greater than or equal to {MIN_IMAGE_SIZE}: the network takes any size "
             "from there on"
         )
-    if max(sides_of(size)) > MAX_IMAGE_SIZE:
+    if max(height, width) > MAX_IMAGE_SIZE:
         raise ValueError(f"should be less than or equal to {MAX_IMAGE_SIZE}")
-    return size
+    return height if height == width else size
 
 
 def _possible(value: Any, checked: pydantic.ValidatorFunctionWrapHandler) -> ImageSize:
@@ -91,43 +90,89 @@ ImageSizeOption = Annotated[
 """A size as an option takes it: ``224``, or ``224x320`` (height x width)."""
 
 
-class SizeRange(Settings):
-    """The input sizes a graph with dynamic height and width must serve; ``min:opt:max``, too."""
+class _Range(Table):
+    """``min``, ``opt`` and ``max``, written ``min:opt:max``, too."""
 
-    min: ImageSizeOption = option(..., "Smallest size.")
-    opt: ImageSizeOption = option(..., "Size that engines are optimised for.")
-    max: ImageSizeOption = option(..., "Largest size.")
-
-    if TYPE_CHECKING:
-
-        def __init__(self, min: ImageSize, opt: ImageSize, max: ImageSize) -> None: ...
+    WHAT: ClassVar[str]
+    PATTERN: ClassVar[str]
+    SUCH_AS: ClassVar[str]
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        parts = value.split(":")
-        if len(parts) != 3:
-            raise ValueError(
-                "should be min:opt:max, such as 192:224:512 or 192x256:224x320:512x640"
-            )
-        return dict(zip(("min", "opt", "max"), parts, strict=True))
+        match = re.fullmatch(cls.PATTERN, value.strip(), re.ASCII)
+        if match is None:
+            raise ValueError(f"should be min:opt:max, such as {cls.SUCH_AS}")
+        ends = [end or match[1] for end in match.groups()]
+        read = [int(end) if end.isdigit() else end for end in ends]
+        return dict(zip(("min", "opt", "max"), read, strict=True))
 
-    @pydantic.model_validator(mode="after")
-    def _rises(self) -> SizeRange:
-        low, middle, high = map(sides_of, (self.min, self.opt, self.max))
-        if not all(a <= b <= c for a, b, c in zip(low, middle, high, strict=True)):
-            raise Contradiction(
-                f"The sizes {self} are not min <= opt <= max in height and in width.",
-                "Give three rising sizes, such as 192:224:512 or 192x256:224x320:512x640.",
-            )
-        return self
+    def _ends(self) -> list[ImageSize]:
+        return [getattr(self, name) for name in ("min", "opt", "max")]
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield that it does not rise."""
+        sides = zip(*map(sides_of, self._ends()), strict=True)
+        if not all(low <= middle <= high for low, middle, high in sides):
+            said = f"The {self.WHAT} range {self} is not min <= opt <= max."
+            yield said, f"Give three rising values, such as {self.SUCH_AS}."
 
     def __str__(self) -> str:
         """Return ``min:opt:max``."""
-        ends = (self.min, self.opt, self.max)
-        return ":".join(str(e) if isinstance(e, int) else size_text(e) for e in ends)
+        return ":".join(str(e) if isinstance(e, int) else size_text(e) for e in self._ends())
+
+
+class BatchRange(_Range):
+    """The batch sizes an artefact must serve. Table ``[batch]``; written ``min:opt:max``, too.
+
+    One size alone, ``8``, makes a static graph, which takes batches of 8 only.
+
+    Attributes:
+        min: Smallest batch.
+        opt: Batch that engines are optimised for.
+        max: Largest batch.
+    """
+
+    WHAT = "batch"
+    PATTERN = r"(\d+)(?::(\d+):(\d+))?"
+    SUCH_AS = "1:8:32, or one size"
+
+    min: int = option(1, ge=1)
+    opt: int = option(8, ge=1)
+    max: int = option(32, ge=1)
+
+    if TYPE_CHECKING:
+
+        def __init__(self, min: int = 1, opt: int = 8, max: int = 32) -> None: ...
+
+    @property
+    def fixed(self) -> int | None:
+        """The one batch size of a static graph; None where the batch is dynamic."""
+        return self.max if self.min == self.max else None
+
+
+class SizeRange(_Range):
+    """The input sizes a graph with dynamic height and width must serve; ``min:opt:max``, too.
+
+    Attributes:
+        min: Smallest size.
+        opt: Size that engines are optimised for.
+        max: Largest size.
+    """
+
+    WHAT = "size"
+    PATTERN = r"([^:]+):([^:]+):([^:]+)"
+    SUCH_AS = "192:224:512 or 192x256:224x320:512x640"
+
+    min: ImageSizeOption = option(...)
+    opt: ImageSizeOption = option(...)
+    max: ImageSizeOption = option(...)
+
+    if TYPE_CHECKING:
+
+        def __init__(self, min: ImageSize, opt: ImageSize, max: ImageSize) -> None: ...
 
     def holds(self, size: ImageSize) -> bool:
         """Return whether a size is in the range."""
@@ -141,12 +186,7 @@ class SizeRange(Settings):
         ((64, 96, 97, 128), ((32, 64), (33, 81), (33, 96)))
         """
         low, high = sides_of(self.min), sides_of(self.max)
-        odd = tuple(_odd_between(a, b) for a, b in zip(low, high, strict=True))
-        sizes = {sides_of(size) for size in (self.min, self.opt, self.max)} | {(odd[0], odd[1])}
+        middle = [(a + b) // 2 | 1 for a, b in zip(low, high, strict=True)]
+        height, width = (m if m <= b else a for a, m, b in zip(low, middle, high, strict=True))
+        sizes = {*map(sides_of, self._ends()), (height, width)}
         return tuple(h if h == w else (h, w) for h, w in sorted(sizes))
-
-
-def _odd_between(low: int, high: int) -> int:
-    """Return an odd number from ``low`` to ``high``, near the middle; ``low`` if there is none."""
-    odd = (low + high) // 2 | 1
-    return odd if odd <= high else low

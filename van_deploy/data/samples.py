@@ -10,50 +10,33 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from van_deploy.config.sizes import ImageSize, sides_of
-from van_deploy.data.calibration import digits_set
-from van_deploy.data.decode import Batch, item_values, opened
-from van_deploy.data.items import ImageItem, ImageSet, image_set
-from van_deploy.errors import ImageError, UsageError
-from van_deploy.model.embedded import EMBEDDED_NAME
-from van_deploy.model.pixels import pixels_from_image
+from van_deploy.data.images import (
+    Batch,
+    ImageItem,
+    ImageSet,
+    Values,
+    image_set,
+    item_values,
+)
+from van_deploy.errors import ImageError
+from van_deploy.model.embedded import EMBEDDED_NAME, DigitsSplit, digits_images
 from van_deploy.model.preprocess import Preprocessing
 
 # Photographs of ordinary scenes only: the packages also carry charts, text and micrographs.
-PHOTOGRAPHS = {
-    "skimage": [
-        *("data/astronaut.png", "data/chelsea.png", "data/coffee.png"),
-        *("data/motorcycle_left.png", "data/rocket.jpg"),
-    ],
-    "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
-}
+PHOTOGRAPHS = (
+    *("skimage/data/astronaut.png", "skimage/data/chelsea.png", "skimage/data/coffee.png"),
+    *("skimage/data/motorcycle_left.png", "skimage/data/rocket.jpg"),
+    *("sklearn/datasets/images/china.jpg", "sklearn/datasets/images/flower.jpg"),
+)
 SYNTHETIC_IMAGES = 8
-PART = "part of "
-SMALLEST_CROP = 0.4  # of the short side
-
-
-@dataclass(frozen=True)
-class CheckImages(Batch):
-    """Distinct network inputs, and what they are.
-
-    Attributes:
-        names: what each is called in a report.
-        description: all of them in one phrase.
-    """
-
-    names: tuple[str, ...] = ()
-    description: str = ""
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        return len(self.names)
+SHIFTED = "shifted "
 
 
 def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None) -> ImageSet:
@@ -69,29 +52,40 @@ def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None)
     if model_name == EMBEDDED_NAME:
         return digits_set("heldout")
     size: ImageSize = 320
-    channels, why = 3, "neither scikit-image nor scikit-learn is installed"
+    channels, items = 3, list[ImageItem]()
     if preprocessing is not None and preprocessing.channels not in {1, 3, 4}:
         size, channels = preprocessing.image_size, preprocessing.channels
-        why = f"no photograph has {channels} channels"
-    elif photographs := _photographs():
-        named = ", ".join(item.name for item in photographs)
-        return ImageSet(photographs, f"{len(photographs)} natural photographs: {named}")
+    else:
+        for name in PHOTOGRAPHS:
+            package, _, file = name.partition("/")
+            spec = importlib.util.find_spec(package)  # which imports nothing
+            path = Path(spec.origin if spec and spec.origin else "").parent / file
+            items += [ImageItem(path.stem, path)] if path.is_file() else []  # releases differ
+    if items:
+        named = ", ".join(item.name for item in items)
+        return ImageSet(tuple(items), f"{len(items)} natural photographs: {named}")
+    leaves = [dead_leaves_image(seed, size, channels) for seed in range(SYNTHETIC_IMAGES)]
+    items = [ImageItem(f"synthetic {seed}", image) for seed, image in enumerate(leaves)]
+    what = f"{len(items)} synthetic dead-leaves images (no photographs of {channels} channels here)"
+    return ImageSet(tuple(items), what)
+
+
+def digits_set(part: DigitsSplit) -> ImageSet:
+    """Return the handwritten digits inside the package: ``train`` or ``heldout``."""
     items = tuple(
-        ImageItem(f"synthetic {seed}", dead_leaves_image(seed, size, channels))
-        for seed in range(SYNTHETIC_IMAGES)
+        ImageItem(f"digit {number}", image, str(label), int(label))
+        for number, (image, label) in enumerate(zip(*digits_images(part), strict=True))
     )
-    return ImageSet(items, f"{len(items)} synthetic dead-leaves images (not photographs: {why})")
+    kind = "training" if part == "train" else "held-out"
+    return ImageSet(items, f"{len(items)} {kind} images of handwritten digits")
 
 
-def _photographs() -> tuple[ImageItem, ...]:
-    """Return the photographs that lie in packages on this machine."""
-    found = []
-    for package, files in PHOTOGRAPHS.items():
-        spec = importlib.util.find_spec(package)  # which imports nothing
-        if spec is not None and spec.origin is not None:
-            found += [Path(spec.origin).parent / file for file in files]
-    # Newer releases moved some of them out of the package.
-    return tuple(ImageItem(path.stem, path) for path in found if path.is_file())
+def noise_set(count: int, preprocessing: Preprocessing, seed: int = 0) -> ImageSet:
+    """Return seeded normal noise as network input ``(C, H, W)``, labelled as what it is."""
+    shape = (count, preprocessing.channels, *preprocessing.sides)
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    items = tuple(ImageItem(f"noise {number}", each) for number, each in enumerate(values))
+    return ImageSet(items, f"{count} samples of NOISE, no images", noise=True)
 
 
 def dead_leaves_image(
@@ -121,36 +115,28 @@ def dead_leaves_image(
 
 
 def check_images(
-    model_name: str,
-    preprocessing: Preprocessing,
-    count: int,
-    source: Path | ImageSet | None = None,
-    *,
-    seed: int = 0,
-) -> CheckImages:
+    model_name: str, preprocessing: Preprocessing, count: int, source: Path | ImageSet | None = None
+) -> Batch:
     """Return ``count`` distinct network inputs from the user's images or from samples.
 
-    The images are taken whole, spread over their set. Where there are fewer than ``count``,
-    random square crops of them make up the number, half of them mirrored; of arrays in the
-    network's own size, cyclic shifts. The same arguments give the same inputs.
+    The images are taken as they are, spread over their set. Where there are fewer than
+    ``count``, random cyclic shifts of them make up the number. The same arguments give the same
+    inputs.
 
     Args:
         model_name: of the network: ``van_digits`` is checked on its held-out digits.
         preprocessing: of the network.
         count: how many, 1 or more.
         source: the user's folder or ``.npz``; None for samples.
-        seed: picks the crops.
 
     Raises:
-        UsageError: ``count`` is below 1, or the images are of other channels or another size.
+        UsageError: the images are of other channels or another size.
         ImageError: not one can be read, or they do not yield that many distinct inputs.
     """
-    if count < 1:
-        raise UsageError(f"{count} images to check on make no sense.", "Ask for 1 or more.")
     images = sample_set(model_name, preprocessing) if source is None else image_set(source)
-    found: dict[bytes, tuple[str, npt.NDArray[Any]]] = {}
+    found: dict[bytes, tuple[str, Values]] = {}
     bad: list[str] = []
-    for name, values in _candidates(images, preprocessing, count, seed, bad):
+    for name, values in _candidates(images, preprocessing, count, bad):
         found.setdefault(values.tobytes(), (name, values))  # the same image twice tells nothing
         if len(found) == count:
             break
@@ -161,50 +147,32 @@ def check_images(
             f"{images.description}{unread or '.'}",
             "Give more images that can be read.",
         )
-    batch = Batch.of(list(enumerate(values for _, values in found.values())), preprocessing)
-    names = tuple(name for name, _ in found.values())
-    parts = any(name.startswith(PART) for name in names)
-    taken = f"{count} images and parts of" if parts else f"{count} of"
-    return CheckImages(
-        **vars(batch), names=names, description=f"{taken} {images.description}{unread}"
-    )
+    names, every = zip(*found.values(), strict=True)
+    made = any(name.startswith(SHIFTED) for name in names)
+    taken = f"{count} images and shifts of" if made else f"{count} of"
+    described = f"{taken} {images.description}{unread}"
+    batch = Batch.of(dict(enumerate(every)), preprocessing)
+    return replace(batch, names=names, description=described)
 
 
 def _candidates(
-    images: ImageSet, preprocessing: Preprocessing, count: int, seed: int, bad: list[str]
-) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """Yield images whole, spread over their set, then random parts of them, each with its name.
+    images: ImageSet, preprocessing: Preprocessing, count: int, bad: list[str]
+) -> Iterator[tuple[str, Values]]:
+    """Yield images, spread over their set, then shifts of them, each with its name.
 
     Why an image could not be read is added to ``bad``.
     """
-    total, whole, rng = len(images), [], np.random.default_rng(seed)
+    total, whole, rng = len(images), list[ImageItem](), np.random.default_rng(0)
     spread = np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
     for index in dict.fromkeys([*spread, *range(total)]):  # the rest, should some be unreadable
         item = images.items[index]
         try:
             yield images.relative(item), item_values(item, preprocessing)
+            whole.append(item)
         except ImageError as error:
             bad.append(error.message)
-        else:
-            whole.append(item)
-    for attempt in range(4 * count if whole else 0):
-        item = whole[attempt % len(whole)]
-        yield f"{PART}{images.relative(item)}", _part(item, preprocessing, rng)
-
-
-def _part(
-    item: ImageItem, preprocessing: Preprocessing, rng: np.random.Generator
-) -> npt.NDArray[Any]:
-    """Return a random square of an image, mirrored half of the time, or a shift of an array."""
-    from PIL import ImageOps
-
-    image = opened(item, preprocessing.channels)
-    if image is None:
+    for item in whole * (4 * -(-count // len(whole))) if whole else ():
         values = item_values(item, preprocessing)
         axes = (0, 1) if values.dtype == np.uint8 else (1, 2)
-        return np.roll(values, rng.integers(1, preprocessing.sides).tolist(), axes)
-    short = min(image.size)
-    side = int(rng.integers(max(1, round(SMALLEST_CROP * short)), short, endpoint=True))
-    left, top = (int(rng.integers(0, whole - side, endpoint=True)) for whole in image.size)
-    crop = image.crop((left, top, left + side, top + side))
-    return pixels_from_image(ImageOps.mirror(crop) if rng.random() < 0.5 else crop, preprocessing)
+        part = np.roll(values, rng.integers(1, preprocessing.sides).tolist(), axes)
+        yield f"{SHIFTED}{images.relative(item)}", part

@@ -3,41 +3,49 @@
 :func:`engine_from_onnx` checks the request, runs :mod:`van_deploy.engine.worker`,
 passes its progress on, and turns whatever happens to it into one error. The plan
 lies under a temporary name until the sidecar is complete.
+
+TensorRT for RTX 1.7.1 numbers some internal names by the order of pointers, so with address
+space randomisation two builds of one file differ in a few bytes of the plan (measured: 24 bytes
+of 17.7 MB for van_b0, in names such as ``__mye13515``). So the worker runs without it, where
+that is allowed, and its heap is laid out alike: the layout follows the lengths of the strings a
+process holds, so files have the same names every time and the folder goes as a descriptor.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
+import onnx
+from google.protobuf.message import DecodeError
+
 from van_deploy import errors
 from van_deploy.config import BuildOptions, HardwareCompatibility
-from van_deploy.engine.backend import Backend
+from van_deploy.engine.backend import RTX, TENSORRT, Backend, Host, host_here
 from van_deploy.engine.compatibility import refuse_impossible
-from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.log import warnings_summary
+from van_deploy.engine.messages import warnings_summary
 from van_deploy.engine.sidecar import SCHEMA, Sidecar, log_path, sidecar_path, write_sidecar
-from van_deploy.engine.source import read_source
+from van_deploy.engine.worker import LOG, ONNX, PLAN
 from van_deploy.environment.hardware import memory
-from van_deploy.errors import ConversionError, MissingDependency, VanDeployError
-from van_deploy.files import file_sha256
+from van_deploy.errors import ConversionError, InputError, MissingDependency, VanDeployError
+from van_deploy.files import external_files_of, file_sha256, require_beside
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.schema import validated
+from van_deploy.stopwatch import Progress, silent
 
-ONNX, PLAN, LOG = "engine.onnx", "engine.plan", "engine.log"  # always the same: see isolation.py
+TAGS = {TENSORRT: "trt", RTX: "rtx"}  # in names of files
 CANCEL_WAIT_S = 5.0  # between asking TensorRT to stop and ending its process
-
-
-Progress = Callable[[str, int, int | None], object]
-"""Told which engine is in which of TensorRT's phases, and how many steps of how many are done."""
+ADDR_NO_RANDOMIZE = 0x0040000  # <sys/personality.h>
+FORBIDDEN = -1
 
 
 def targets_of(options: BuildOptions, host: Host) -> tuple[str, ...]:
@@ -60,11 +68,11 @@ def engine_name(
     elif level is HardwareCompatibility.SAME_COMPUTE_CAPABILITY:
         served = f"{served}-any"
     marks = "-vc" * options.version_compatible
-    return f"{model}-{precision}-{served}-{backend.tag}{backend.release}{marks}"
+    return f"{model}-{precision}-{served}-{TAGS[backend.name]}{backend.release}{marks}"
 
 
 def engine_from_onnx(
-    onnx: Path,
+    source: Path,
     plan: Path,
     *,
     backend: Backend,
@@ -72,23 +80,21 @@ def engine_from_onnx(
     precision: str,
     host: Host | None = None,
     timing_cache: Path | None = None,
-    check_reproducible: bool = False,
     preprocessing: Preprocessing | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Sidecar:
-    """Build ``plan`` from ``onnx``, with its sidecar and its log beside it.
+    """Build ``plan`` from ``source``, with its sidecar and its log beside it.
 
     ``KeyboardInterrupt`` stops TensorRT at its next step and leaves no file.
 
     Args:
-        onnx: the graph; its types are the precision.
+        source: the ONNX file; its types are the precision.
         plan: where the plan goes; ``.json`` and ``.log`` of the same stem beside it.
         backend: what builds it.
         options: what is asked of it.
         precision: what the graph is, for the record: ``fp32``, ``fp16`` or ``int8``.
         host: this machine; None looks.
         timing_cache: a file to learn from and add to.
-        check_reproducible: build a second time and compare the bytes.
         preprocessing: of the model; travels in the sidecar.
         progress: told of it.
 
@@ -100,27 +106,22 @@ def engine_from_onnx(
     """
     host = host or host_here()
     refuse_impossible(backend, options, host, timing_cache)
-    source = read_source(onnx)
-    source.refuse(options)
+    place = str(source.absolute()) if has_weights_beside(source, options) else None
+    job = {
+        "backend": backend.name,
+        "weights_beside": place,
+        "options": options.as_dict(),
+        "timing_cache": str(timing_cache.absolute()) if timing_cache else None,
+    }
     plan.parent.mkdir(parents=True, exist_ok=True)
     name = plan.name.removesuffix(".plan")
 
     def tell(phase: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(f"{name}: {phase}", done, total or None)
+        progress(f"{name}: {phase}", done, total or None)
 
     with tempfile.TemporaryDirectory(prefix=".building-", dir=plan.parent) as building:
         folder = Path(building)
-        (folder / ONNX).symlink_to(onnx.absolute())
-        job = {
-            "backend": backend.name,
-            "onnx": ONNX,
-            "weights_beside": str(onnx.absolute()) if source.has_external_weights else None,
-            "plan": PLAN,
-            "log": LOG,
-            "options": options.as_dict(),
-            "timing_cache": str(timing_cache.absolute()) if timing_cache else None,
-        }
+        (folder / ONNX).symlink_to(source.absolute())
         facts = _run(job, folder, backend, tell)
         draft = (folder / PLAN).rename(folder / plan.name)
         log = (folder / LOG).rename(log_path(draft))
@@ -129,8 +130,8 @@ def engine_from_onnx(
             "name": name,
             "plan_sha256": file_sha256(draft),
             "plan_bytes": draft.stat().st_size,
-            "onnx_file": onnx.name,
-            "onnx_sha256": source.sha256,
+            "onnx_file": source.name,
+            "onnx_sha256": file_sha256(source),
             "backend": backend.name,
             "backend_version": backend.version,
             "cuda": backend.cuda,
@@ -139,15 +140,70 @@ def engine_from_onnx(
             "built_on": None if backend.builds_for_absent_gpus else host.gpu,
             "options": options,
             "preprocessing": preprocessing,
+            "warnings": dict(warnings_summary(facts.pop("warnings"))),
         }
-        if check_reproducible:
-            _run(job, folder, backend, tell)
-            known["reproducible"] = file_sha256(folder / PLAN) == known["plan_sha256"]
-        warnings = dict(warnings_summary(facts.pop("warnings")))
-        sidecar = write_sidecar(draft, validated(Sidecar, {**facts, **known, "warnings": warnings}))
+        sidecar = write_sidecar(draft, validated(Sidecar, {**facts, **known}))
         for path in (log, draft, sidecar_path(draft)):  # the sidecar last
             path.replace(plan.parent / path.name)
     return sidecar
+
+
+def has_weights_beside(path: Path, options: BuildOptions) -> bool:
+    """Return whether some weights of an ONNX file are in another, with the graph looked at.
+
+    TensorRT's parser takes UINT8 zero-points without a word and reads them as INT8 (measured
+    with TensorRT for RTX 1.7.1), and follows links out of the folder.
+
+    Raises:
+        InputError: it is not ONNX; its weights are elsewhere; TensorRT would misread it; or its
+            batch or size is fixed at another than asked for, or dynamic where none is asked for.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        model = onnx.ModelProto()
+    beside = external_files_of(model)
+    require_beside(path, beside, None)
+    dims = [dim for value in model.graph.input[:1] for dim in value.type.tensor_type.shape.dim]
+    batch, *row = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims] or [0]
+    stored, sizes = model.graph.initializer, options.dynamic_size
+    unsigned = {weight.name for weight in stored if weight.data_type == onnx.TensorProto.UINT8}
+    quantised = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    profiles = options.profiles if batch != -1 else ()
+    misfits = {
+        "is not an ONNX file of a network that takes images": not row,
+        "has UINT8 zero-points, which TensorRT would read as INT8: it is made for CPUs": any(
+            unsigned.intersection(node.input[2:]) for node in quantised
+        ),
+        f"has a fixed batch of {batch}, so it cannot serve {', '.join(map(str, profiles))}": any(
+            {profile.min, profile.opt, profile.max} != {batch} for profile in profiles
+        ),
+        "has dynamic height and width, and no sizes to build for are given (--dynamic-size)": (
+            -1 in row and sizes is None
+        ),
+        f"takes one image size, so it cannot serve {sizes}": sizes is not None and -1 not in row,
+    }
+    for problem in (words for words, found in misfits.items() if found):
+        raise InputError(
+            f"'{path}' {problem}.",
+            "Ask for what it serves, or make it again with `van-deploy export` or `quantize`.",
+        )
+    return bool(beside)
+
+
+@contextlib.contextmanager
+def _fixed_addresses() -> Iterator[bool]:
+    """Let what this thread starts have the same memory addresses every time, and yield if it may.
+
+    ``personality(2)`` is a thread's own, and its children's. Some containers forbid it.
+    """
+    personality = ctypes.CDLL(None).personality
+    personality.argtypes = [ctypes.c_ulong]
+    before = personality(0xFFFFFFFF)  # changes nothing
+    try:
+        yield personality(before | ADDR_NO_RANDOMIZE) != FORBIDDEN
+    finally:
+        personality(before)
 
 
 def _run(
@@ -155,27 +211,24 @@ def _run(
 ) -> dict[str, Any]:
     """Run one build in a process of its own, in ``folder``, and return what it reports."""
     here = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")  # for this package
-    descriptor = os.open(folder, os.O_RDONLY)  # the folder goes by descriptor: see isolation.py
+    found = {"PYTHONPATH": os.pathsep.join(filter(None, here)), "PYTHONHASHSEED": "0"}
+    descriptor = os.open(folder, os.O_RDONLY)
     outcome: dict[str, Any] = {}
-    program = "van_deploy.engine.isolation", "van_deploy.engine.worker"
-    with (
-        tempfile.TemporaryFile() as chatter,
-        subprocess.Popen(
-            [sys.executable, "-m", *program, str(descriptor)],
-            cwd="/",
-            pass_fds=[descriptor],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=chatter,
-            encoding="utf-8",
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, here)),
-                "PYTHONHASHSEED": "0",
-            },
-            start_new_session=True,  # Ctrl-C reaches the parent only, which then asks
-        ) as process,
-    ):
+    with contextlib.ExitStack() as stack:
+        chatter = stack.enter_context(tempfile.TemporaryFile())
+        with _fixed_addresses() as fixed:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "van_deploy.engine.worker", str(descriptor)],
+                cwd="/",
+                pass_fds=[descriptor],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=chatter,
+                encoding="utf-8",
+                env={**os.environ, **found},
+                start_new_session=True,  # Ctrl-C reaches the parent only, which then asks
+            )
+        stack.enter_context(process)
         os.close(descriptor)
         commands, events = cast("IO[str]", process.stdin), cast("IO[str]", process.stdout)
         try:
@@ -183,10 +236,10 @@ def _run(
                 commands.write(json.dumps(job) + "\n")
                 commands.flush()
             for event in map(json.loads, events):
-                if event["event"] in {"built", "failed"}:
-                    outcome = event
-                else:
+                if event["event"] == "progress":
                     tell(event["phase"], event["done"], event["total"])
+                else:
+                    outcome = event
             status = process.wait()
         except BaseException:  # Ctrl-C, too
             with contextlib.suppress(OSError):
@@ -205,7 +258,7 @@ def _run(
         kind: type[VanDeployError] = getattr(errors, outcome["kind"])
         source = (folder / ONNX).readlink().name
         raise kind(outcome["message"].replace(f"'{ONNX}'", f"'{source}'"), outcome["remedy"])
-    return outcome
+    return {**outcome, "fixed_addresses": fixed}
 
 
 def _died(status: int, backend: Backend, chatter: str) -> VanDeployError:

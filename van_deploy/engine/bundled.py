@@ -1,21 +1,48 @@
-"""Engines of a bundle: built from its ONNX files, and entered in its manifest."""
+"""Engines of bundles: which are asked for, and each built from the ONNX file and entered.
+
+They are asked of one bundle, or of bundles x precisions x targets by a TOML file:
+
+::
+
+    [fleet]
+    bundles = ["dist/van_b0", "dist/van_b1"]    # relative to this file
+    precisions = ["fp32", "fp16"]
+    targets = ["sm_86", "sm_89", "sm_90"]
+
+    [options]                                   # keys of a recipe's [engines]; all optional
+    batch = ["1:8:32"]
+    workspace = "4GiB"
+
+    [hosts.sm_90]                               # where a target needs its own GPU
+    backend = "tensorrt"
+    accelerator_type = "H100"                   # Ray's name; the task asks for one GPU
+
+A cell that fails does not stop the others, and a cell whose engine is in its
+bundle already, from the same ingredients, is not built again: run the same
+command to resume. On a Ray cluster each cell is a task on a machine with the right GPU. It gets
+the ONNX file and gives back plan, sidecar and log; the bundles are written by the machine that
+started it all, so the machines need no common file system. They need this package, and TensorRT
+for their GPU.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from van_deploy.bundle import Artefact, Bundle, Origin, writing
-from van_deploy.config import BuildOptions
-from van_deploy.engine.backend import Backend, choose_backend
-from van_deploy.engine.build import Progress, engine_from_onnx, engine_name, targets_of
-from van_deploy.engine.fleet import BUILT, FAILED, REUSED, Cell, Outcome
-from van_deploy.engine.host import Host, host_here
+from van_deploy.config import BatchRange, BuildOptions, EngineSettings
+from van_deploy.config.fields import Table, Target, option
+from van_deploy.config.making import PlanSettings
+from van_deploy.config.sizes import SizeRange
+from van_deploy.engine.backend import Host, choose_backend, host_here
+from van_deploy.engine.build import engine_from_onnx, engine_name
+from van_deploy.engine.compatibility import refuse_impossible
 from van_deploy.engine.sidecar import (
     PackageSidecar,
     Sidecar,
@@ -25,70 +52,200 @@ from van_deploy.engine.sidecar import (
     verified_sidecar,
 )
 from van_deploy.engine.worker import TEMPORARY
-from van_deploy.errors import BundleError, InputError, VanDeployError
+from van_deploy.errors import (
+    BundleError,
+    ConversionError,
+    InputError,
+    MissingDependency,
+    RecipeError,
+    VanDeployError,
+)
 from van_deploy.files import content_key
 from van_deploy.manifest import EngineFacts
+from van_deploy.ray_tasks import RayTask, require_ray, run_on_ray
+from van_deploy.schema import read_toml, validated
+from van_deploy.stopwatch import Progress, silent
 
+BUILT, REUSED, FAILED = "built", "reused", "failed"
 ENGINES = "engines"
 
 
-@dataclass(frozen=True)
-class EngineRequest:
-    """One engine to be built from a bundle.
+class FleetHost(Table):
+    """Where a target is built. Table ``[hosts.<target>]``.
 
     Attributes:
-        bundle: as it is.
-        source: the ONNX artifact it is built from.
-        onnx: that artifact's file, its digests checked.
-        backend: what builds it.
-        options: what is asked of it.
-        host: this machine.
+        backend: What builds it.
+        accelerator_type: Ray's name of the GPU the build must run on.
     """
 
-    bundle: Bundle
-    source: Artefact
-    onnx: Path
-    backend: Backend
+    backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = option("auto")
+    accelerator_type: str = option("", shown_default="any machine")
+
+
+class _Cells(Table):
+    """Which engines. Table ``[fleet]``.
+
+    Attributes:
+        bundles: Folders, relative to this file.
+        precisions: ONNX artefacts of each.
+        targets: What each plan serves.
+    """
+
+    bundles: tuple[Path, ...] = option(..., min_length=1)
+    precisions: tuple[str, ...] = option(..., min_length=1)
+    targets: tuple[Target, ...] = option(..., min_length=1)
+
+
+class FleetFile(Table):
+    """Many engines: bundles, precisions and targets; a fleet file.
+
+    Attributes:
+        fleet: Which engines.
+        options: As on the command line.
+        hosts: Where a target needs its own GPU.
+    """
+
+    fleet: _Cells = option(...)
+    options: PlanSettings = option(PlanSettings)
+    hosts: dict[str, FleetHost] = option(dict)
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield hosts of targets that are not built."""
+        known = {"+".join(plan) for plan in self.fleet.targets}
+        for name in sorted(set(self.hosts) - known):
+            yield f"{{hosts}}.{name} is for no target.", f"Targets: {', '.join(sorted(known))}."
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One engine to build.
+
+    Attributes:
+        bundle: the bundle's folder.
+        precision: the ONNX artifact it is built from.
+        targets: what the plan serves.
+        options: what is asked of the build, targets included.
+        host: where it is built.
+    """
+
+    bundle: Path
+    precision: str
+    targets: tuple[str, ...]
     options: BuildOptions
-    host: Host
+    host: FleetHost
 
     @property
-    def name(self) -> str:
-        """What the engine will be called."""
-        return engine_name(
-            self.bundle.name, self.source.name, self.backend, self.options, self.host
-        )
+    def target(self) -> str:
+        """The targets as people write them."""
+        return "+".join(self.targets)
 
     @property
-    def key(self) -> str:
-        """Digest of everything that decides what is in the plan."""
-        targets = targets_of(self.options, self.host)
-        backend = self.backend.name, self.backend.version
-        return content_key(_ingredients(self.source, *backend, targets, self.options))
+    def resources(self) -> dict[str, Any]:
+        """What its Ray task asks for.
+
+        With an accelerator type one GPU of that type, so that builds that time kernels have it
+        to themselves; two cores anywhere without.
+        """
+        if self.host.accelerator_type:
+            return {"num_gpus": 1, "accelerator_type": self.host.accelerator_type}
+        return {"num_cpus": 2}
 
 
-def _ingredients(
-    source: Artefact, backend: str, version: str, targets: Sequence[str], options: BuildOptions
-) -> dict[str, Any]:
-    return {
-        "onnx": {file: sha for file, sha in source.files.items() if ".onnx" in file},
-        "backend": backend,
-        "backend_version": version,
-        "targets": targets,
-        "options": options.as_dict(),
-    }
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one cell.
+
+    Attributes:
+        cell: which one.
+        outcome: ``built``, ``reused`` or ``failed``.
+        engine: the engine's name; "" if it failed before it had one.
+        sidecar: what is known about the engine; None if it failed, and for a package.
+        package: what is known about an Inductor package; None for all else.
+        error: why it failed; None otherwise.
+    """
+
+    cell: Cell
+    outcome: str
+    engine: str = ""
+    sidecar: Sidecar | None = None
+    package: PackageSidecar | None = None
+    error: VanDeployError | None = None
 
 
-def prepared(cell: Cell, bundle: Bundle) -> BuildOptions:
-    """Return a cell's options with the bundle's own batches and sizes where none are given."""
-    return cell.options.changed(
-        profiles=(bundle.manifest.batch,) if cell.own_profiles else cell.options.profiles,
-        dynamic_size=cell.options.dynamic_size or bundle.manifest.sizes,
-    )
+def read_fleet(path: Path) -> tuple[Cell, ...]:
+    """Return every engine that a fleet file asks for, bundle by bundle.
+
+    Raises:
+        RecipeError: it cannot be read, or a key or value in it is wrong.
+    """
+    found = read_toml(FleetFile, path, "fleet file", RecipeError)
+    cells = []
+    for folder in (path.parent / bundle for bundle in found.fleet.bundles):
+        served: tuple[Any, ...] = ()
+        with contextlib.suppress(BundleError):  # of each of its cells, when it is built
+            manifest = Bundle.open(folder).manifest
+            served = manifest.batch, manifest.sizes
+        cells += [
+            Cell(
+                folder,
+                precision,
+                targets,
+                found.options.of(targets, *served),
+                found.hosts.get("+".join(targets), FleetHost()),
+            )
+            for precision in found.fleet.precisions
+            for targets in found.fleet.targets
+        ]
+    return tuple(cells)
 
 
-def request_for(cell: Cell, host: Host) -> EngineRequest:
-    """Return what building a cell on ``host`` comes to.
+def planned_engines(
+    bundle: Path,
+    settings: EngineSettings,
+    batch: BatchRange | None,
+    sizes: SizeRange | None = None,
+    host: Host | None = None,
+) -> list[Cell]:
+    """Return the engines asked of one bundle: each precision, for each of the targets.
+
+    Args:
+        bundle: which; it need not be there yet.
+        settings: what is asked.
+        batch: the profile where none is asked for.
+        sizes: of graphs with dynamic height and width, where none are asked for.
+        host: this machine; None looks.
+
+    Raises:
+        UsageError: nothing builds what is asked.
+        MissingDependency: what builds it is not installed, or wants a GPU.
+    """
+    host = host or host_here()
+    asked = []
+    for targets in settings.targets or ((),):
+        backend = choose_backend(settings.backend, targets, host.target)
+        served = targets or ((host.target,) if host.target else ())
+        options = settings.of(served if backend.builds_for_absent_gpus else targets, batch, sizes)
+        refuse_impossible(backend, options, host, settings.timing_cache)
+        asked.append((served, options))
+    where = validated(FleetHost, {"backend": settings.backend})
+    return [
+        Cell(bundle, precision, served, options, where)
+        for precision in settings.precisions
+        for served, options in asked
+    ]
+
+
+def to_be_built(
+    cell: Cell, host: Host, *, force: bool = False, elsewhere: bool = False
+) -> Bundle | Outcome:
+    """Return the bundle of a cell, or what became of the cell if the bundle holds its engine.
+
+    Args:
+        cell: which one.
+        host: what builds it.
+        force: build it even if it is there.
+        elsewhere: it is built on another machine. Where the version of the backend there is not
+            known, only the file, the options and the targets are compared.
 
     Raises:
         BundleError: the bundle has no such artifact, or a file of it was changed.
@@ -104,24 +261,34 @@ def request_for(cell: Cell, host: Host) -> EngineRequest:
             "from ONNX files.",
             f"Choose one of: {', '.join(graphs)}.",
         )
-    backend = choose_backend(cell.host.backend, cell.targets, host.target)
-    onnx, options = bundle.verified(source.name), prepared(cell, bundle)
-    return EngineRequest(bundle, source, onnx, backend, options, host)
+    bundle.verified(source.name)
+    asked = _ingredients(source, cell.targets, cell.options)
+    if not (elsewhere and cell.host.accelerator_type):
+        try:
+            backend = choose_backend(cell.host.backend, cell.targets, host.target)
+            asked |= {"backend": backend.name, "backend_version": backend.version}
+        except MissingDependency:
+            if not elsewhere:
+                raise
+    present = None if force else existing(bundle, asked, verified_sidecar)
+    return bundle if present is None else Outcome(cell, REUSED, present.name, present)
 
 
-def existing_engine(request: EngineRequest) -> Sidecar | None:
-    """Return the sidecar of the engine asked for if the bundle holds it, unchanged."""
-    return existing(request.bundle, request.name, request.key, verified_sidecar)
+def _ingredients(source: Artefact, targets: Sequence[str], options: BuildOptions) -> dict[str, Any]:
+    """Return what decides what is in a plan, besides the backend."""
+    onnx = {file: sha for file, sha in source.files.items() if ".onnx" in file}
+    return {"onnx": onnx, "targets": targets, "options": options.as_dict()}
 
 
 def existing(
-    bundle: Bundle, name: str, key: str, verified: Callable[[Path], Vouching]
+    bundle: Bundle, made_with: Mapping[str, Any], verified: Callable[[Path], Vouching]
 ) -> Vouching | None:
-    """Return the sidecar of what a bundle holds of this name and key, if it is unchanged."""
-    artefact = bundle.artefacts.get(name)
-    if artefact is not None and artefact.key == key:
-        with contextlib.suppress(BundleError, InputError):
-            return verified(bundle.verified(name))
+    """Return the sidecar of what a bundle holds that was made with this, if it is unchanged."""
+    for artefact in bundle.artefacts.values():
+        had = {name: artefact.made_with.get(name) for name in made_with}
+        if content_key(had) == content_key(made_with):
+            with contextlib.suppress(BundleError, InputError):
+                return verified(bundle.verified(artefact.name))
     return None
 
 
@@ -130,60 +297,138 @@ def build_cells(
     *,
     host: Host | None = None,
     timing_cache: Path | None = None,
-    check_reproducible: bool = False,
     force: bool = False,
     go_on: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[Outcome]:
     """Build engines one after the other on this machine, and yield each as it ends.
 
     Args:
-        cells: from :func:`~van_deploy.engine.fleet.planned_engines` or ``read_fleet``.
+        cells: from :func:`planned_engines` or :func:`read_fleet`.
         host: this machine; None looks.
         timing_cache: a file to learn from and add to.
-        check_reproducible: build twice and compare.
         force: build engines even if they are there.
         go_on: after a failure, which is then an outcome. Otherwise every file to build from is
             checked before any work, and the first failure is raised.
         progress: told what TensorRT is doing.
 
     Raises:
-        VanDeployError: as :func:`request_for` and :func:`engine_from_onnx`; the bundle is as it
-            was.
+        VanDeployError: as :func:`to_be_built` and
+            :func:`~van_deploy.engine.build.engine_from_onnx`; the bundle is as it was.
     """
     host = host or host_here()
-
-    def built(cell: Cell) -> Outcome:
-        request = request_for(cell, host)
-        present = None if force else existing_engine(request)
-        if present is not None and not (check_reproducible and present.reproducible is None):
-            return Outcome(cell, REUSED, request.name, present)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-            plan = Path(folder) / f"{request.name}.plan"
-            sidecar = engine_from_onnx(
-                request.onnx,
-                plan,
-                backend=request.backend,
-                options=request.options,
-                precision=request.source.precision,
-                host=host,
-                timing_cache=timing_cache,
-                check_reproducible=check_reproducible,
-                preprocessing=request.bundle.manifest.preprocessing,
-                progress=progress,
-            )
-            enter(cell.bundle, request.source, plan, sidecar)
-        return Outcome(cell, BUILT, request.name, sidecar)
-
-    def tried(cell: Cell) -> Outcome:
-        try:
-            return built(cell)
-        except VanDeployError as error:
-            return Outcome(cell, FAILED, error=error)
-
     for cell in () if go_on else cells:
-        request_for(cell, host)
-    yield from map(tried if go_on else built, cells)
+        to_be_built(cell, host, force=True)
+    for cell in cells:
+        try:
+            todo = to_be_built(cell, host, force=force)
+            if isinstance(todo, Bundle):
+                with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+                    onnx = todo.path / todo.artefact(cell.precision).file
+                    where = onnx, Path(folder), host
+                    todo = _entered(cell, todo, _built(cell, todo, *where, timing_cache, progress))
+        except VanDeployError as error:
+            if not go_on:
+                raise
+            todo = Outcome(cell, FAILED, error=error)
+        yield todo
+
+
+def build_on_ray(
+    cells: Sequence[Cell], *, address: str | None = None, force: bool = False
+) -> Iterator[Outcome]:
+    """Build cells as Ray tasks, and yield each as it ends; one that fails is an outcome.
+
+    Args:
+        cells: from :func:`read_fleet`.
+        address: of the cluster; None joins the one this machine is in, or starts
+            one of this machine alone. A cluster joined before is used as it is.
+        force: build engines even if they are there.
+
+    Raises:
+        MissingDependency: Ray is not installed, or the cluster does not answer.
+    """
+    require_ray()
+    tasks = []
+    for cell in cells:
+        try:
+            todo = to_be_built(cell, Host(), force=force, elsewhere=True)
+        except VanDeployError as error:
+            todo = Outcome(cell, FAILED, error=error)
+        if isinstance(todo, Outcome):
+            yield todo
+            continue
+        paths = [todo.path / file for file in todo.artefact(cell.precision).files]
+        files = {path.name: path.read_bytes() for path in paths}
+        tasks.append(RayTask((cell, todo), (cell, todo, files), cell.resources))
+    for done in run_on_ray(_delivered, tasks, address=address):
+        (cell, bundle), delivered = done.tag, done.result
+        if done.failure:
+            said = f"The Ray task ended without an engine: {done.failure}"
+            delivered = ConversionError(said, "Run it again.")
+        try:
+            if isinstance(delivered, VanDeployError):
+                raise delivered
+            with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+                _write(delivered, Path(folder))
+                yield _entered(cell, bundle, next(Path(folder).glob("*.plan")))
+        except VanDeployError as error:
+            yield Outcome(cell, FAILED, error=error)
+
+
+def _delivered(
+    shared: None, cell: Cell, bundle: Bundle, files: Mapping[str, bytes]
+) -> dict[str, bytes] | VanDeployError:
+    """Return plan, sidecar and log by name, built on the machine this task runs on."""
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
+        _write(files, Path(folder))
+        onnx = Path(folder) / Path(bundle.artefact(cell.precision).file).name
+        try:
+            plan = _built(cell, bundle, onnx, Path(folder) / "made", host_here())
+        except VanDeployError as error:
+            return error
+        return {path.name: path.read_bytes() for path in plan.parent.iterdir()}
+
+
+def _write(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def _built(
+    cell: Cell,
+    bundle: Bundle,
+    onnx: Path,
+    folder: Path,
+    host: Host,
+    timing_cache: Path | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Return the plan of a cell, built on this machine, which is ``host``."""
+    source, options = bundle.artefact(cell.precision), cell.options
+    backend = choose_backend(cell.host.backend, cell.targets, host.target)
+    plan = folder / f"{engine_name(bundle.name, source.name, backend, options, host)}.plan"
+    engine_from_onnx(
+        onnx,
+        plan,
+        backend=backend,
+        options=options,
+        precision=source.precision,
+        host=host,
+        timing_cache=timing_cache,
+        preprocessing=bundle.manifest.preprocessing,
+        progress=progress,
+    )
+    return plan
+
+
+def _entered(cell: Cell, bundle: Bundle, plan: Path) -> Outcome:
+    """Put a finished plan into the cell's bundle."""
+    source, found = bundle.artefact(cell.precision), verified_sidecar(plan)
+    made_with = _ingredients(source, found.targets, found.options)
+    made_with |= {"backend": found.backend, "backend_version": found.backend_version}
+    enter(cell.bundle, source, plan, found, made_with)
+    return Outcome(cell, BUILT, found.name, found)
 
 
 def enter(
@@ -191,7 +436,7 @@ def enter(
     source: Artefact,
     file: Path,
     sidecar: Sidecar | PackageSidecar,
-    made_with: dict[str, Any] | None = None,
+    made_with: Mapping[str, Any],
 ) -> None:
     """Copy a finished plan or package, and what lies beside it, into a bundle and its manifest.
 
@@ -200,14 +445,11 @@ def enter(
         source: what it was built from, as it was when the build began.
         file: the plan or the package, with its sidecar (and log) beside it.
         sidecar: what is known about it.
-        made_with: everything that decided what is in it; None for a plan, whose sidecar tells.
+        made_with: everything that decided what is in it.
 
     Raises:
         BundleError: the ONNX file was replaced meanwhile.
     """
-    if isinstance(sidecar, Sidecar):
-        backend = sidecar.backend, sidecar.backend_version
-        made_with = _ingredients(source, *backend, sidecar.targets, sidecar.options)
     beside = (path for path in (file, sidecar_path(file), log_path(file)) if path.exists())
     inside = {f"{ENGINES}/{path.name}": path for path in beside}
     with writing(bundle) as draft:
@@ -228,7 +470,7 @@ def enter(
                 file=f"{ENGINES}/{file.name}",
                 files=dict.fromkeys(inside, ""),  # digested by the draft
                 made_from=Origin(name=source.name, sha256=source.sha256),
-                made_with=made_with or {},
+                made_with=dict(made_with),
                 engine=EngineFacts(
                     backend=sidecar.made_by,
                     targets=sidecar.targets,

@@ -1,9 +1,9 @@
 """What a backend cannot build, and where a plan or a package does not run, said beforehand.
 
 TensorRT finds these things out itself, some with a message nobody understands, some by running
-a plan it should not, and many not at all: a hardware compatibility level on RTX is ignored, a
-timing cache does nothing. Every refusal of RTX was measured on RTX 1.7.1;
-``tests/engine/test_compatibility.py`` repeats the measurement.
+a plan it should not, and many not at all: a hardware compatibility level on RTX is ignored.
+Every refusal of RTX was measured on RTX 1.7.1; ``tests/engine/test_compatibility.py`` repeats
+the measurement.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from packaging.version import Version
 
 from van_deploy.config import BuildOptions, HardwareCompatibility
 from van_deploy.engine.backend import (
-    BACKENDS,
     RTX,
     RTX_TARGETS,
+    TITLES,
     Backend,
+    Host,
     backend_named,
     release_of,
 )
-from van_deploy.engine.host import Host
 from van_deploy.engine.sidecar import PackageSidecar, Sidecar
 from van_deploy.environment.hardware import cpu, memory
 from van_deploy.environment.packages import pip_command, version_of
 from van_deploy.errors import MissingDependency, UsageError
 
-AMPERE_PLUS = HardwareCompatibility.AMPERE_PLUS
+AMPERE_PLUS, NONE = HardwareCompatibility.AMPERE_PLUS, HardwareCompatibility.NONE
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,26 @@ def torch_version() -> str:
 def _of_plan(sidecar: Sidecar, host: Host) -> Iterator[Obstacle]:
     plus = sidecar.options.hardware_compatibility is AMPERE_PLUS
     served = "sm_80 and newer" if plus else " and ".join(sidecar.targets)
-    title, version = BACKENDS[sidecar.backend].title, release_of(sidecar.backend_version)
-    built = f"it was built for {served} with {title} {version}"
+    title, there = TITLES[sidecar.backend], sidecar.backend_version
+    built = f"it was built for {served} with {title} {release_of(there)}"
     try:
-        yield from _version(sidecar, backend_named(sidecar.backend), built)
+        here, compatible = (
+            backend_named(sidecar.backend).version,
+            sidecar.options.version_compatible,
+        )
     except MissingDependency as error:
         yield Obstacle("backend", error.message.rstrip("."), error.remedy)
+    else:
+        later = Version(here).release[:3] >= Version(there).release[:3]
+        if here != there and not (compatible and later):
+            if release_of(here) != release_of(there):  # not another build of one release
+                here, there = release_of(here), release_of(there)
+            note = " (a version-compatible plan runs on later versions, never on earlier ones)"
+            yield Obstacle(
+                "version",
+                f"{built}; installed is {title} {here}{note * compatible}",
+                f"Rebuild it here, or install {title} {there}.",
+            )
     serves = not _older_than_ampere(host.target) if plus else host.target in sidecar.targets
     rtx = sidecar.backend == RTX
     rebuild = f"Rebuild with `--target {host.target}`." if rtx else "Rebuild on this machine."
@@ -95,21 +109,6 @@ def _of_plan(sidecar: Sidecar, host: Host) -> Iterator[Obstacle]:
             f"{host.cuda[0]}.{host.cuda[1]}",
             "Update the NVIDIA driver.",
         )
-
-
-def _version(sidecar: Sidecar, backend: Backend, built: str) -> Iterator[Obstacle]:
-    here, there = backend.version, sidecar.backend_version
-    compatible = sidecar.options.version_compatible
-    if here == there or (compatible and Version(here).release[:3] >= Version(there).release[:3]):
-        return
-    if release_of(here) != release_of(there):  # not another build of one release
-        here, there = release_of(here), release_of(there)
-    note = " (a version-compatible plan runs on later versions, never on earlier ones)"
-    yield Obstacle(
-        "version",
-        f"{built}; installed is {backend.title} {here}{note * compatible}",
-        f"Rebuild it here, or install {backend.title} {there}.",
-    )
 
 
 def _gpu(built: str, host: Host, serves: bool, rebuild: str) -> Iterator[Obstacle]:
@@ -159,82 +158,56 @@ def refuse_impossible(
         UsageError: it never can.
         MissingDependency: it could on another machine.
     """
-    if backend.builds_for_absent_gpus:
-        _refuse_rtx(backend, options, timing_cache)
-    else:
-        _refuse_tensorrt(backend, options, host)
-    wanted, there, whose = options.workspace_bytes, host.gpu_memory_bytes, f"{host.gpu} has"
+    title, served = backend.title, ", ".join(RTX_TARGETS)
+    others = [t for t in options.targets if host.target not in (None, t)]
+    there, whose = host.gpu_memory_bytes, f"{host.gpu} has"
     if there is None:
         there, whose = memory().total_bytes, "this machine has"
-    if wanted is not None and wanted > there:
+    if (options.workspace_bytes or 0) > there:
         raise UsageError(
-            f"A workspace of {wanted / 2**30:.1f} GiB is larger than the {there / 2**30:.1f} GiB "
-            f"of memory {whose}.",
+            f"A workspace of {options.workspace_bytes} bytes is larger than the {there} bytes of "
+            f"memory that {whose}.",
             "Give a smaller --workspace, or leave it out for the backend's own limit.",
         )
-
-
-def _refuse_rtx(backend: Backend, options: BuildOptions, timing_cache: Path | None) -> None:
-    served = ", ".join(RTX_TARGETS)
+    unserved = [target for target in options.targets if target not in RTX_TARGETS]
+    if not backend.builds_for_absent_gpus:
+        if host.gpu is None:
+            raise MissingDependency(
+                f"{title} builds on the GPU that will run the engine, and none answers here.",
+                f"Build there, or without a GPU with --backend tensorrt-rtx --target ({served}).",
+            )
+        if others:
+            ways = "Build on that GPU"
+            if not any(map(_older_than_ampere, (*others, host.target))):
+                ways += ", leave --target out and give --hardware-compatibility ampere-plus"
+            ways += "" if unserved else ", or use --backend tensorrt-rtx"
+            raise UsageError(
+                f"{title} builds for the GPU in this machine ({host.gpu}, {host.target}), "
+                f"not for {', '.join(others)}.",
+                f"{ways}.",
+            )
+        return
     if not options.targets:
         raise UsageError(
-            f"{backend.title} builds for GPUs that are named, and none is.",
+            f"{title} builds for GPUs that are named, and none is.",
             f"Name one with --target; it serves {served}.",
         )
-    for target in (target for target in options.targets if target not in RTX_TARGETS):
+    if unserved:
         raise UsageError(
-            f"{backend.label} does not build for {target}; it serves {served}.",
+            f"{backend.label} does not build for {', '.join(unserved)}; it serves {served}.",
             "Build with --backend tensorrt on a machine with that GPU.",
         )
-    if options.hardware_compatibility is not HardwareCompatibility.NONE:
+    asked = {
+        "--hardware-compatibility": options.hardware_compatibility is not NONE,
+        "--version-compatible": options.version_compatible,
+        "--timing-cache": timing_cache is not None,
+    }
+    for option in (name for name, given in asked.items() if given):
         raise UsageError(
-            f"{backend.title} ignores a hardware compatibility level: its plans serve the "
-            "targets they are built for.",
-            "Leave --hardware-compatibility out and join targets with +, as in "
-            "--target sm_86+sm_89.",
-        )
-    if options.version_compatible:
-        raise UsageError(
-            f"{backend.title} has no version-compatible plans: its package has no lean library, "
-            "and its plans never cross its releases.",
-            "Leave --version-compatible out and rebuild after an update.",
-        )
-    if timing_cache is not None:
-        raise UsageError(
-            f"{backend.title} accepts a timing cache and does nothing with it.",
-            "Leave --timing-cache out; it builds without timing kernels.",
-        )
-
-
-def _refuse_tensorrt(backend: Backend, options: BuildOptions, host: Host) -> None:
-    if host.gpu is None:
-        raise MissingDependency(
-            f"{backend.title} builds on the GPU that will run the engine, and none answers here.",
-            "Build there, or without a GPU with --backend tensorrt-rtx --target "
-            f"({', '.join(RTX_TARGETS)}).",
-        )
-    others = [t for t in options.targets if host.target not in (None, t)]
-    if others:
-        ways = "Build on that GPU"
-        if not any(map(_older_than_ampere, (*others, host.target))):
-            ways += ", leave --target out and give --hardware-compatibility ampere-plus"
-        if set(options.targets) <= set(RTX_TARGETS):
-            ways += ", or use --backend tensorrt-rtx"
-        raise UsageError(
-            f"{backend.title} builds for the GPU in this machine ({host.gpu}, {host.target}), "
-            f"not for {', '.join(others)}.",
-            f"{ways}.",
-        )
-    if host.cuda is not None and backend.cuda is not None and host.cuda[0] < backend.cuda:
-        raise MissingDependency(
-            f"{backend.label} was made for CUDA {backend.cuda}, and driver {host.driver} runs "
-            f"CUDA up to {host.cuda[0]}.{host.cuda[1]}.",
-            f"Update the driver, or install the package for CUDA {host.cuda[0]}.",
-        )
-    if options.hardware_compatibility is AMPERE_PLUS and _older_than_ampere(host.target):
-        raise UsageError(
-            f"An ampere-plus plan cannot be built on {host.gpu} ({host.target}).",
-            "Build on a GPU with sm_80 or newer, or leave --hardware-compatibility out.",
+            f"{title} has no {option}: its plans serve the targets they are built for, in the "
+            "release that built them, and it times no kernels.",
+            f"Leave {option} out; join targets with +, as in --target sm_86+sm_89, and rebuild "
+            "after an update.",
         )
 
 

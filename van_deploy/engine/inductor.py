@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BuildSettings
+from van_deploy.engine.backend import Host, host_here
 from van_deploy.engine.bundled import enter, existing
 from van_deploy.engine.compatibility import torch_version
-from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.sidecar import (
     PACKAGE_SCHEMA,
     PackageSidecar,
@@ -34,13 +34,8 @@ from van_deploy.engine.sidecar import (
 )
 from van_deploy.environment.hardware import cpu
 from van_deploy.environment.packages import pip_command
-from van_deploy.errors import (
-    ConversionError,
-    InputError,
-    MissingDependency,
-    UsageError,
-)
-from van_deploy.files import content_key, file_sha256
+from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
+from van_deploy.files import file_sha256
 from van_deploy.schema import validated
 
 if TYPE_CHECKING:
@@ -49,10 +44,6 @@ if TYPE_CHECKING:
 INDUCTOR = "inductor"
 PRECISIONS = ("fp32", "fp16", "bf16")
 SOURCE = "fp32"
-ONLY_TENSORRT = {
-    *("targets", "hardware_compatibility", "version_compatible", "workspace_bytes"),
-    *("optimization_level", "profiling", "timing_cache", "check_reproducible"),
-}
 
 
 def packages_asked(bundle: Bundle, settings: BuildSettings, host: Host) -> list[BuildSettings]:
@@ -66,20 +57,10 @@ def packages_asked(bundle: Bundle, settings: BuildSettings, host: Host) -> list[
     Raises:
         InputError: nothing is compiled in a precision.
         MissingDependency: PyTorch or a compiler is missing; the GPU asked for is not here.
-        UsageError: something is asked that only TensorRT has, or the fused kernels cannot do.
+        UsageError: something is asked that Inductor or the fused kernels cannot do.
     """
     device = settings.device or ("cpu" if host.gpu is None else "cuda:0")
     batch = (settings.profiles or (bundle.manifest.batch,))[0]
-    for name in sorted(settings.model_fields_set & ONLY_TENSORRT):
-        option = f"--{name.removesuffix('s').replace('_', '-')}"
-        raise UsageError(
-            f"{option} is TensorRT's, and an Inductor package is asked for.", f"Leave {option} out."
-        )
-    if len(settings.profiles) > 1:
-        raise UsageError(
-            "An Inductor package serves one range of batches, and several are given.",
-            "Give one, such as --batch 1:8:32.",
-        )
     for precision in set(settings.precisions) - set(PRECISIONS):
         raise InputError(
             f"An Inductor package computes in {', '.join(PRECISIONS)}, not in '{precision}'.",
@@ -91,16 +72,19 @@ def packages_asked(bundle: Bundle, settings: BuildSettings, host: Host) -> list[
             "here.",
             "Build there, or for this processor with --device cpu.",
         )
-    if torch_version() == "":
+    compiler, manifest = os.environ.get("CXX", "g++"), bundle.manifest
+    needed = {"PyTorch": torch_version(), f"the C++ compiler '{compiler}'": shutil.which(compiler)}
+    for name in (name for name, found in needed.items() if not found):
         raise MissingDependency(
-            "PyTorch is not installed, and Inductor is a part of it.",
-            f"Install it with `{pip_command()} install torch`.",
+            f"Inductor needs {name}, which is not here.",
+            f"Install it: `{pip_command()} install torch`; a compiler such as Debian's g++, or "
+            "name another in the environment variable CXX.",
         )
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise MissingDependency(
-            f"Inductor compiles C++, and there is no '{compiler}' here.",
-            "Install one (such as Debian's g++), or name it in the environment variable CXX.",
+    if manifest.architecture.out_indices or manifest.sizes:
+        raise UsageError(
+            "Inductor packages are of classifiers at one image size; "
+            f"'{bundle.path}' is of feature maps or dynamic sizes.",
+            "Build an engine, with --backend tensorrt or tensorrt-rtx.",
         )
     fusable = device != "cpu" and "fp32" not in settings.precisions and batch.min == batch.max
     if settings.fused_kernels and not fusable:
@@ -131,34 +115,28 @@ def build_package(
     """
     host, processor = host or host_here(), cpu()
     bundle, on_gpu, (batch,) = Bundle.open(path), settings.device != "cpu", settings.profiles
-    source, onnx = bundle.artefact(SOURCE), bundle.verified(SOURCE)
+    source, onnx, manifest = bundle.artefact(SOURCE), bundle.verified(SOURCE), bundle.manifest
+    target = (host.target or "cuda") if on_gpu else platform.machine()
     decided = {
         "torch": torch_version(),
         "cpu_features": [] if on_gpu else list(processor.features),
         "precision": settings.precisions[0],
-        "tf32": settings.tf32,
         "max_autotune": settings.max_autotune,
     }
-    target = (host.target or "cuda") if on_gpu else platform.machine()
-    ingredients = {
+    made_with = {
         **decided,
+        "tf32": settings.tf32,
         "onnx": source.files,
         "target": target,
         "batch": str(batch),
         "fused_kernels": settings.fused_kernels,
     }
-    name = _name(bundle.name, target, settings)
-    present = existing(bundle, name, content_key(ingredients), verified_package)
-    if present is not None and not force:
+    present = None if force else existing(bundle, made_with, verified_package)
+    if present is not None:
         return present, True
-    manifest = bundle.manifest
-    if manifest.architecture.out_indices or manifest.sizes:
-        what = "feature maps" if manifest.architecture.out_indices else "dynamic sizes"
-        raise UsageError(
-            "Inductor packages are of classifiers at one image size; "
-            f"'{bundle.path}' is of {what}.",
-            "Build an engine, with --backend tensorrt or tensorrt-rtx.",
-        )
+    marks = "-tuned" * settings.max_autotune + "-fused" * settings.fused_kernels
+    served = f"{target.replace('sm_', 'sm')}-{INDUCTOR}{torch_version()}"
+    name = f"{bundle.name}-{settings.precisions[0]}-{served}{marks}"
     row = (manifest.architecture.in_chans, *manifest.preprocessing.sides)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="van-deploy-package-") as folder:
@@ -181,15 +159,8 @@ def build_package(
             "build_seconds": round(time.perf_counter() - start, 3),
         }
         sidecar = write_sidecar(file, validated(PackageSidecar, facts))
-        enter(path, source, file, sidecar, ingredients)
+        enter(path, source, file, sidecar, made_with)
     return sidecar, False
-
-
-def _name(model: str, target: str, settings: BuildSettings) -> str:
-    """Return what a package is called, such as ``van_b1-fp16-sm90-inductor2.11.0``."""
-    marks = "-tuned" * settings.max_autotune + "-fused" * settings.fused_kernels
-    served = target.replace("sm_", "sm")
-    return f"{model}-{settings.precisions[0]}-{served}-{INDUCTOR}{torch_version()}{marks}"
 
 
 def _network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> nn.Module:
@@ -198,7 +169,7 @@ def _network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> nn.Module:
     from onnx import load
     from torch import nn
 
-    from van_deploy.graph.rebuilt import van_from_onnx
+    from van_deploy.graph.export import van_from_onnx
 
     class Cast(nn.Module):
         def __init__(self, dtype: torch.dtype) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from van_deploy.engine.backend import BACKENDS, backend_named
+from van_deploy.engine.backend import TITLES, backend_named, engine_from_plan, host_here
 from van_deploy.engine.compatibility import Obstacle, obstacles
-from van_deploy.engine.host import Host, host_here
-from van_deploy.engine.load import engine_from_plan, runtime_of
-from van_deploy.engine.log import BuildLog
+from van_deploy.engine.messages import BuildLog
 from van_deploy.engine.sidecar import (
     PackageSidecar,
     Sidecar,
@@ -25,9 +23,8 @@ from van_deploy.engine.sidecar import (
 from van_deploy.errors import VanDeployError
 from van_deploy.files import file_sha256
 
-MALFORMED = 32  # EngineInvalidityDiagnostics.MALFORMED_ENGINE
 NOTES = re.compile(
-    r"(?:After .*layers|(?:Total|Max) .*Memory:|Layer\(|Engine generation completed).*"
+    r"(?m)^\[[VI]\] ((?:After .*layers|(?:Total|Max) .*Memory:|Layer\(|Engine generation compl).*)"
 )
 
 
@@ -58,7 +55,6 @@ class EngineDescription:
         plan_bytes: its size.
         sidecar: what was recorded at the build; None where nothing vouches for the plan.
         obstacles: why it does not run here; empty if it does, or if nothing is known.
-        plan_is_sound: TensorRT's own look at the bytes; None where it has none.
         layers: from the engine inspector; empty where that cannot run.
         layers_skipped: why there are no layers, or "".
         log: the build log, or None if it is not beside the plan.
@@ -71,7 +67,6 @@ class EngineDescription:
     plan_bytes: int
     sidecar: Sidecar | None
     obstacles: tuple[Obstacle, ...]
-    plan_is_sound: bool | None
     layers: tuple[Layer, ...]
     layers_skipped: str
     log: Path | None
@@ -106,9 +101,7 @@ def describe_package(path: Path) -> PackageDescription:
     return PackageDescription(path, sidecar, obstacles(sidecar, host_here()))
 
 
-def describe_engine(
-    path: Path, host: Host | None = None, *, trust_engine: bool = False
-) -> EngineDescription:
+def describe_engine(path: Path, *, trust_engine: bool = False) -> EngineDescription:
     """Return what is known about the engine at ``path``.
 
     The plan's digest is checked first; the plan is deserialised only where it
@@ -116,7 +109,6 @@ def describe_engine(
 
     Args:
         path: the plan.
-        host: the machine; None looks at this one.
         trust_engine: load a plan without a sidecar, to see what is in it. That runs its code.
 
     Raises:
@@ -125,49 +117,37 @@ def describe_engine(
     sidecar: Sidecar | None = None
     found: tuple[Obstacle, ...] = ()
     layers: tuple[Layer, ...] = ()
-    notes: tuple[str, ...] = ()
-    sound, log = None, log_path(path)
-    if trust_engine and path.is_file() and not sidecar_path(path).exists():
-        layers, skipped = _layers_of(path, BACKENDS)
-    else:
+    backends, host_code = [*TITLES], False
+    if not (trust_engine and path.is_file() and not sidecar_path(path).exists()):
         sidecar = verified_sidecar(path)
-        found, sound = obstacles(sidecar, host or host_here()), _is_sound(path, sidecar)
-        skipped = "; ".join(obstacle.problem for obstacle in found)
-        if not found:
-            host_code = sidecar.options.version_compatible
-            layers, skipped = _layers_of(path, (sidecar.backend,), host_code=host_code)
-        notes = _build_notes(log)
+        found = obstacles(sidecar, host_here())
+        backends, host_code = [sidecar.backend], sidecar.options.version_compatible
+    skipped = [obstacle.problem for obstacle in found]
+    for name in () if found else backends:
+        try:
+            backend, said = backend_named(name), BuildLog()
+            runtime, _logger = backend.runtime(said)
+            engine = engine_from_plan(runtime, backend, path, said, host_code=host_code)
+        except VanDeployError as error:  # noqa: PERF203 - each backend on its own
+            skipped.append(f"{name}: {error.message.rstrip('.')}")
+        else:
+            kind = backend.module.LayerInformationFormat.JSON
+            layers = layers_from_json(engine.create_engine_inspector().get_engine_information(kind))
+            skipped = []
+            break
+    log = log_path(path)
+    text = log.read_text(encoding="utf-8", errors="replace") if sidecar and log.is_file() else ""
     return EngineDescription(
         file=path,
         plan_sha256=sidecar.plan_sha256 if sidecar else file_sha256(path),
         plan_bytes=path.stat().st_size,
         sidecar=sidecar,
         obstacles=found,
-        plan_is_sound=sound,
         layers=layers,
-        layers_skipped=skipped,
+        layers_skipped="; ".join(skipped),
         log=log if log.is_file() else None,
-        build_notes=notes,
+        build_notes=tuple(dict.fromkeys(note[:200] for note in NOTES.findall(text))),
     )
-
-
-def _layers_of(
-    path: Path, backends: Iterable[str], *, host_code: bool = False
-) -> tuple[tuple[Layer, ...], str]:
-    """Return the layers of a plan by the first backend that loads it, or why none does."""
-    tried = []
-    for name in backends:
-        try:
-            backend, log = backend_named(name), BuildLog()
-            runtime, _logger = runtime_of(backend, log)
-            engine = engine_from_plan(runtime, backend, path, log, host_code=host_code)
-        except VanDeployError as error:  # noqa: PERF203 - each backend on its own
-            tried.append(f"{name}: {error.message.rstrip('.')}")
-        else:
-            kind = backend.module.LayerInformationFormat.JSON
-            text = engine.create_engine_inspector().get_engine_information(kind)
-            return layers_from_json(text), ""
-    return (), "; ".join(tried)
 
 
 def layers_from_json(text: str) -> tuple[Layer, ...]:
@@ -192,29 +172,3 @@ def _layer(entry: str | Mapping[str, Any]) -> Layer:
         str(output.get("Format/Datatype") or output.get("Datatype") or ""),
         tuple(re.findall(r"\[ONNX Layer: (.*?)\](?=\[|$)", str(entry.get("Metadata", "")))),
     )
-
-
-def _is_sound(path: Path, sidecar: Sidecar) -> bool | None:
-    """Return whether TensorRT takes the bytes for a plan.
-
-    Without a GPU only its MALFORMED bit means anything. This says nothing about
-    tampering: that is what the digest is for.
-    """
-    try:
-        runtime, _logger = runtime_of(backend_named(sidecar.backend), BuildLog())
-    except VanDeployError:
-        return None
-    if not hasattr(runtime, "get_engine_validity"):
-        return None
-    _, diagnostics = runtime.get_engine_validity(path.read_bytes())
-    return not int(diagnostics) & MALFORMED
-
-
-def _build_notes(log: Path) -> tuple[str, ...]:
-    """Return the lines of a build log about what became of the layers."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    lines = (line.removeprefix("[V] ").removeprefix("[I] ") for line in text.splitlines())
-    notes = (
-        line if len(line) <= 200 else line[:197] + "..." for line in lines if NOTES.match(line)
-    )
-    return tuple(dict.fromkeys(notes))

@@ -15,12 +15,10 @@ from pydantic import Field
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.documents import plain
 from van_deploy.errors import InputError
-from van_deploy.fields import Count, FileName, Kept, Text
 from van_deploy.files import content_key, file_sha256, write_atomic
 from van_deploy.manifest import Precision
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.schema import Schema
-from van_deploy.versioned import Versioned, read_versioned
+from van_deploy.schema import Count, FileName, Kept, Schema, Text, Versioned, read_versioned
 
 SCHEMA: Final = "van-deploy/engine/2"
 PACKAGE_SCHEMA: Final = "van-deploy/inductor/1"
@@ -84,13 +82,11 @@ class Sidecar(_Vouching):
         parse_seconds: time to parse.
         build_seconds: time to build.
         peak_memory_bytes: most main memory the build held.
-        workspace_bytes: limit on scratch memory that was in force.
         device_memory: bytes of weights, activations and scratch on the GPU at the
             largest batch, as the builder said.
         warnings: what the builder warned of, and how often.
         fixed_addresses: whether the build ran without address randomisation, without
-            which two builds differ in a few bytes (see :mod:`van_deploy.engine.isolation`).
-        reproducible: whether a second build gave the same bytes; None where none was made.
+            which two builds differ in a few bytes (see :mod:`van_deploy.engine.build`).
         preprocessing: of the model; None where nobody said.
         sidecar_sha256: digest of all the rest.
     """
@@ -110,11 +106,9 @@ class Sidecar(_Vouching):
     parser_layers: Count
     parse_seconds: float
     peak_memory_bytes: Count
-    workspace_bytes: Count
     device_memory: dict[Text, Count]
     warnings: dict[str, Count]
     fixed_addresses: bool
-    reproducible: bool | None = None
     preprocessing: Annotated[Preprocessing, Kept] | None = None
 
     @property
@@ -228,7 +222,7 @@ def _verified(file: Path, model: type[Vouching]) -> Vouching:
             "Only for a plan you made yourself: --trust-engine, in Python "
             "`TensorRtRunner(plan, trust_engine=True)`.",
         )
-    sidecar = read_versioned(model, path, "sidecar", InputError, damaged=REBUILD, outdated=REBUILD)
+    sidecar = read_versioned(model, path, "sidecar", InputError, REBUILD)
     if sidecar.sidecar_sha256 != sidecar.digest():
         raise InputError(
             f"'{path}' was edited after it was written: its digest does not match.", REBUILD

@@ -17,28 +17,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from van_deploy.config import BuildOptions
 from van_deploy.config.sizes import sides_of
-from van_deploy.engine import timing_cache
 from van_deploy.engine.backend import backend_named
-from van_deploy.engine.catalogue import CATALOGUE, build_failure, parser_failure
-from van_deploy.engine.isolation import addresses_are_fixed
-from van_deploy.engine.load import builder_of
-from van_deploy.engine.log import BuildLog, memory_facts
+from van_deploy.engine.messages import BuildLog, failure, memory_facts, parser_failure
 from van_deploy.environment.hardware import peak_memory_bytes
-from van_deploy.errors import ConversionError, VanDeployError
+from van_deploy.errors import InputError, VanDeployError
 from van_deploy.files import write_atomic
+from van_deploy.schema import validated
 
 Send = Callable[..., None]
 
+ONNX, PLAN, LOG = "engine.onnx", "engine.plan", "engine.log"  # always the same: see build.py
 TEMPORARY = "van-deploy-engine-"
 """How the temporary folders are called in which engines of a bundle are built."""
 
@@ -57,12 +57,14 @@ def main() -> None:
         channel.flush()
 
     os.fchdir(int(sys.argv[1]))
-    parent = os.getppid()
-    job = json.loads(sys.stdin.readline())
-    cancelled = threading.Event()
-    threading.Thread(target=_listen, args=(cancelled,), daemon=True).start()
+    parent, log = os.getppid(), BuildLog()
     try:
-        send("built", **build(job, send, cancelled.is_set))
+        job = json.loads(sys.stdin.readline())
+        try:
+            facts = build(job, log, send)
+        finally:
+            write_atomic(Path(LOG), log.text())
+        send("built", **facts)
     except VanDeployError as error:
         send("failed", kind=type(error).__name__, message=error.message, remedy=error.remedy)
     except (_Cancelled, BrokenPipeError):
@@ -80,62 +82,57 @@ def main() -> None:
                     folder.parent.rmdir()
 
 
-def build(job: Mapping[str, Any], send: Send, is_cancelled: Callable[[], bool]) -> dict[str, Any]:
-    """Return what there is to know about the plan just written to ``job["plan"]``.
+def build(job: Mapping[str, Any], log: BuildLog, send: Send) -> dict[str, Any]:
+    """Build the plan of the ONNX file here, and return what there is to know about it.
 
     Args:
-        job: ``backend``, ``onnx``, ``plan``, ``log``, ``options``, ``timing_cache``,
-            and ``weights_beside``: the ONNX file's own path if it has external weights.
+        job: ``backend``, ``options``, ``timing_cache``, and ``weights_beside``: the ONNX file's
+            own path if it has external weights.
+        log: what TensorRT says goes there.
         send: told of TensorRT's phases: ``progress`` events with ``phase``, ``done``, ``total``.
-        is_cancelled: asked at each of TensorRT's steps.
 
     Raises:
         VanDeployError: the file cannot be taken or the plan cannot be built.
     """
-    log = BuildLog()
-    try:
-        return _build(job, log, send, is_cancelled)
-    finally:
-        write_atomic(Path(job["log"]), log.text())
-
-
-def _build(
-    job: Mapping[str, Any], log: BuildLog, send: Send, is_cancelled: Callable[[], bool]
-) -> dict[str, Any]:
-    backend = backend_named(job["backend"])
-    options = BuildOptions.from_dict(job["options"])
-    cache = Path(job["timing_cache"]) if job["timing_cache"] else None
-    trt, path = backend.module, Path(job["onnx"])
+    backend, options = backend_named(job["backend"]), validated(BuildOptions, job["options"])
+    trt, failed = backend.module, f"{backend.label} built no plan from '{ONNX}'"
     # No error recorder: without one every error goes to the logger, and with one
     # RTX 1.7.1 crashes when the parser is released before the network.
-    builder, logger = builder_of(backend, log, path.name)
+    builder, logger = backend.builder(log)
     start = time.perf_counter()
     # Strongly typed: needed on 10, ignored on 11.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     # Parsed from memory: the file's path would otherwise be in the log and in the heap.
-    if not parser.parse(path.read_bytes(), job["weights_beside"]):
-        raise parser_failure(backend.label, path.name, parser, log.errors)
+    if not parser.parse(Path(ONNX).read_bytes(), job["weights_beside"]):
+        raise parser_failure(f"{backend.label} cannot take '{ONNX}'", parser, log.errors)
     parsed = time.perf_counter()
     inputs = [_tensor(network.get_input(i)) for i in range(network.num_inputs)]
     outputs = [_tensor(network.get_output(i)) for i in range(network.num_outputs)]
     layers = int(network.num_layers)
-    _refuse_frozen_batch(inputs, outputs, f"{backend.label} built no plan from '{path.name}'")
+    # TensorRT tries a profile's optimum only (RTX 1.7.1): a graph that was frozen at
+    # just that size would build, and fail later at every other.
+    for output in outputs if inputs[0]["shape"][0] == -1 else ():
+        size = next(iter(output["shape"]), 0)
+        if size != -1:
+            said = f"'{output['name']}' has a fixed batch of {size}: violate shape constraints"
+            raise failure(failed, [said])
     config = builder.create_builder_config()
     backend.configure_(config, options)
     _add_profiles_(builder, network.get_input(0), config, options)
-    monitor = _monitor(trt, send, is_cancelled)
+    monitor = _monitor(trt, send)
     config.progress_monitor = monitor
-    held = timing_cache.attach_(config, cache) if cache else None
+    cache = Path(job["timing_cache"]) if job["timing_cache"] else None
+    timings = timing_cache_(config, cache) if cache else None
     plan = builder.build_serialized_network(network, config)
-    if is_cancelled():
+    if _is_cancelled():
         raise _Cancelled
     if plan is None:
-        raise build_failure(backend.label, path.name, log.errors)
+        raise failure(failed, log.errors)
     built = time.perf_counter()
-    if cache and held is not None:
-        timing_cache.save(config, held, cache)
-    with Path(job["plan"]).open("wb") as file:
+    if cache:
+        save_timings(config, timings, cache)
+    with Path(PLAN).open("wb") as file:
         file.write(memoryview(plan))
         file.flush()
         os.fsync(file.fileno())
@@ -146,41 +143,14 @@ def _build(
         "parse_seconds": round(parsed - start, 3),
         "build_seconds": round(built - parsed, 3),
         "peak_memory_bytes": peak_memory_bytes(),
-        "workspace_bytes": int(config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE)),
         "device_memory": memory_facts(log),
         "warnings": log.warnings,
-        "fixed_addresses": addresses_are_fixed(),
     }
 
 
 def _tensor(tensor: Any) -> dict[str, Any]:
-    return {
-        "name": tensor.name,
-        "shape": [int(size) for size in tensor.shape],
-        "dtype": tensor.dtype.name.lower(),
-    }
-
-
-def _refuse_frozen_batch(
-    inputs: list[dict[str, Any]], outputs: list[dict[str, Any]], what: str
-) -> None:
-    """Return if the outputs' batch is free where the input's is.
-
-    TensorRT tries a profile's optimum only (RTX 1.7.1): a graph that was frozen at
-    just that size would build, and fail later at every other.
-
-    Raises:
-        ConversionError: an output's batch is fixed.
-    """
-    for output in outputs if inputs[0]["shape"][0] == -1 else ():
-        size = next(iter(output["shape"]), 0)
-        if size != -1:
-            entry = next(entry for entry in CATALOGUE if entry.name == "frozen batch")
-            raise ConversionError(
-                f"{what}: {entry.cause}. The output '{output['name']}' has a fixed batch of "
-                f"{size}.",
-                entry.remedy,
-            )
+    shape = [int(size) for size in tensor.shape]
+    return {"name": tensor.name, "shape": shape, "dtype": tensor.dtype.name.lower()}
 
 
 def _add_profiles_(builder: Any, images: Any, config: Any, options: BuildOptions) -> None:
@@ -196,7 +166,36 @@ def _add_profiles_(builder: Any, images: Any, config: Any, options: BuildOptions
         config.add_optimization_profile(profile)
 
 
-def _monitor(trt: Any, send: Send, is_cancelled: Callable[[], bool]) -> Any:
+def timing_cache_(config: Any, path: Path) -> Any:
+    """Give a builder's configuration the timings in ``path``; none if there is no file yet.
+
+    Returns:
+        TensorRT's timing cache; it must live until the build is over.
+
+    Raises:
+        InputError: TensorRT refuses the file.
+    """
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise InputError(
+            f"TensorRT refuses the timing cache '{path}'; it is of another GPU or version, "
+            "or damaged.",
+            "Name another file with --timing-cache: one for each GPU and version.",
+        )
+    return cache
+
+
+def save_timings(config: Any, cache: Any, path: Path) -> None:
+    """Combine ``cache`` with what other builds have written to ``path`` since, and replace it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        other = config.create_timing_cache(path.read_bytes()) if path.exists() else None
+        if other is not None:
+            cache.combine(other, False)
+        write_atomic(path, bytes(memoryview(cache.serialize())))
+
+
+def _monitor(trt: Any, send: Send) -> Any:
     """Return a progress monitor; TensorRT stops when ``step_complete`` returns False."""
     running: dict[str, int] = {}
 
@@ -211,7 +210,7 @@ def _monitor(trt: Any, send: Send, is_cancelled: Callable[[], bool]) -> Any:
         def step_complete(self, name: str, step: int) -> bool:
             if name == next(reversed(running), None):  # the innermost
                 send("progress", phase=name, done=step + 1, total=running[name])
-            return not is_cancelled()
+            return not _is_cancelled()
 
         def phase_finish(self, name: str) -> None:
             running.pop(name, None)
@@ -219,14 +218,9 @@ def _monitor(trt: Any, send: Send, is_cancelled: Callable[[], bool]) -> Any:
     return Monitor()
 
 
-def _listen(cancelled: threading.Event) -> None:
-    """Wait for one more byte of stdin, or its end.
-
-    Not through ``sys.stdin``: a thread that holds its lock would keep the process
-    from ending in peace.
-    """
-    os.read(0, 1)
-    cancelled.set()
+def _is_cancelled() -> bool:
+    """Return whether stdin has another line, or has ended."""
+    return bool(select.select([0], [], [], 0)[0])
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
-BF16_EMULATED = "BF16 emulated"
-"""What reports call such a run."""
-
+BF16_EMULATED = "BF16 emulated"  # what reports call such a run
 BFLOAT16, FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT
 
 

@@ -19,19 +19,16 @@ very bits that the file pipeline gives it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from van_deploy.errors import ConversionError
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import Task
-
-if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
-
-    from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.preprocess import Preprocessing
 
 PIXELS_NAME = "pixels"
 PROBABILITIES = "probabilities"
@@ -61,13 +58,15 @@ def embed_preprocessing(
         task: how logits become probabilities.
 
     Raises:
-        ConversionError: the graph has another number of inputs, outputs or channels, or
-            is embedded already.
+        ConversionError: the graph gives something else than logits.
     """
-    import onnx
-
-    _require_plain(model, preprocessing)
-    embedded = onnx.ModelProto()
+    if [value.name for value in model.graph.output] != [OUTPUT_NAME]:
+        given = ", ".join(f"'{value.name}'" for value in model.graph.output)
+        raise ConversionError(
+            f"Preprocessing cannot be embedded: the graph gives {given}, not '{OUTPUT_NAME}'.",
+            "Start from the bundle's plain graph of a classifier.",
+        )
+    embedded = ModelProto()
     embedded.CopyFrom(model)
     if embedding != "none":
         _prepend_(embedded, preprocessing, embedding)
@@ -80,43 +79,21 @@ def embed_preprocessing(
     return embedded
 
 
-def _require_plain(model: ModelProto, preprocessing: Preprocessing) -> None:
-    inputs, outputs = model.graph.input, model.graph.output
-    shape = [_dimension(d) for d in inputs[0].type.tensor_type.shape.dim] if inputs else []
-    channels, wanted = shape[1] if len(shape) == 4 else 0, preprocessing.channels
-    names = [value.name for value in (*inputs, *outputs)]
-    embedded = any(p.key == "van_deploy.embedded" for p in model.metadata_props)
-    faults = {
-        f"has {len(inputs)} inputs and {len(outputs)} outputs": len(inputs) * len(outputs) != 1,
-        "has its preprocessing inside already": embedded or PIXELS_NAME in names,
-        f"takes {channels} channels, and the preprocessing gives {wanted}": channels != wanted,
-        f"does not give '{OUTPUT_NAME}', but '{names[-1]}'": OUTPUT_NAME not in names,
-    }
-    for fault in (fault for fault, holds in faults.items() if holds):
-        raise ConversionError(
-            f"Preprocessing cannot be embedded: the graph {fault}.",
-            "Start from the bundle's plain graph, or export the model again.",
-        )
-
-
 def _prepend_(model: ModelProto, preprocessing: Preprocessing, embedding: str) -> None:
     """Put normalisation before the network; its old input becomes an inner value."""
-    from onnx import TensorProto, helper
-
-    graph = model.graph
-    nodes: list[NodeProto] = []
+    graph, nodes = model.graph, list[NodeProto]()
     images = graph.input[0]
-    batch, channels, height, width = (_dimension(d) for d in images.type.tensor_type.shape.dim)
+    batch, channels, height, width = _shape(images)
     kind, shape, value = TensorProto.FLOAT, [batch, channels, height, width], PIXELS_NAME
     if embedding == "uint8":
         kind, shape = TensorProto.UINT8, [batch, height, width, channels]
         value = _node(nodes, "Cast", [value], "preprocess.float", to=TensorProto.FLOAT)
         value = _node(nodes, "Transpose", [value], "preprocess.channels_first", perm=[0, 3, 1, 2])
-        _constant(model, "preprocess.255", np.array(255, np.float32))
+        _store_(model, "preprocess.255", np.array(255, np.float32))
         value = _node(nodes, "Div", [value, "preprocess.255"], "preprocess.unit")
     for step, operator in (("mean", "Sub"), ("std", "Div")):
         constant = np.array(getattr(preprocessing, step), np.float32).reshape(1, -1, 1, 1)
-        _constant(model, f"preprocess.{step}", constant)
+        _store_(model, f"preprocess.{step}", constant)
         value = _node(nodes, operator, [value, f"preprocess.{step}"], f"preprocess.by_{step}")
     wanted = images.type.tensor_type.elem_type
     if wanted != TensorProto.FLOAT:
@@ -131,13 +108,10 @@ def _prepend_(model: ModelProto, preprocessing: Preprocessing, embedding: str) -
 
 def _append_(model: ModelProto, outputs: Sequence[str], task: Task) -> None:
     """Put probabilities and the top-k classes behind the network."""
-    from onnx import TensorProto, ValueInfoProto, helper
-
-    graph = model.graph
-    nodes: list[NodeProto] = []
+    graph, nodes = model.graph, list[NodeProto]()
     logits = ValueInfoProto()
     logits.CopyFrom(graph.output[0])
-    batch, classes = (_dimension(d) for d in logits.type.tensor_type.shape.dim)
+    batch, classes = _shape(logits)
     scores = logits.name
     if logits.type.tensor_type.elem_type != TensorProto.FLOAT:
         scores = _node(nodes, "Cast", [scores], "answer.float", to=TensorProto.FLOAT)
@@ -147,7 +121,7 @@ def _append_(model: ModelProto, outputs: Sequence[str], task: Task) -> None:
         _node(nodes, "Identity" if task is Task.REGRESSION else "Sigmoid", [scores], PROBABILITIES)
     top = min(TOP, int(classes))
     if "top5" in outputs:  # of the logits: where a softmax saturates, it holds ties
-        _constant(model, "answer.k", np.array([top], np.int64))
+        _store_(model, "answer.k", np.array([top], np.int64))
         _node(nodes, "TopK", [scores, "answer.k"], "answer.top_logits", TOP_CLASSES, axis=1)
         _node(nodes, "GatherElements", [PROBABILITIES, TOP_CLASSES], TOP_PROBABILITIES, axis=1)
     graph.node.extend(nodes)
@@ -168,18 +142,14 @@ def _node(
     nodes: list[NodeProto], operator: str, inputs: list[str], *outputs: str, **attributes: Any
 ) -> str:
     """Append a node called as its first output; return that name."""
-    from onnx import helper
-
     nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes))
     return outputs[0]
 
 
-def _constant(model: ModelProto, name: str, values: npt.NDArray[Any]) -> None:
-    from onnx import numpy_helper
-
+def _store_(model: ModelProto, name: str, values: Any) -> None:
     model.graph.initializer.append(numpy_helper.from_array(values, name))
 
 
-def _dimension(dimension: Any) -> int | str:
-    """Return a dimension's number, or its name where it is dynamic."""
-    return dimension.dim_param or dimension.dim_value
+def _shape(value: ValueInfoProto) -> list[int | str]:
+    """Return the dimensions of a value: numbers, and names where they are dynamic."""
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]

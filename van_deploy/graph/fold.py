@@ -23,6 +23,10 @@ Every rewrite is an identity of real arithmetic, done here in float64. Below,
                       ``block_norm`` and ``layer_scale`` leave on the residual
                       stream, by re-scaling the stream: see :func:`_rescale_stream_`
 ====================  ========================================================
+
+What is exported is :class:`RewrittenVan`. Its module paths are those of
+:mod:`van_deploy.model.van`, so that every tensor of the graph can be traced back to a module of
+the network a user knows. With none of its optional parts folded away it is the original.
 """
 
 # PyTorch types every attribute of a module as `Tensor | Module`, so the algebra
@@ -35,23 +39,145 @@ import copy
 import functools
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from van_deploy.errors import UsageError
-from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
-from van_deploy.model.van import STAGES, VAN, PatchEmbed
+from van_deploy.model.van import STAGES, VAN, Block, PatchEmbed
 
+# Largest relative error accepted between original and rewritten in float64.
 FOLD_TOLERANCE = 1e-10
-"""Largest relative error accepted between original and rewritten in float64."""
-
+# Largest factor, either way, by which a residual channel may be re-scaled. Float32 would stand
+# far more; FP16's range (6.1e-5 to 65504) is what this leaves room for. Past it, a channel
+# keeps its multiply in that block and starts afresh.
 STREAM_LIMIT = 256.0
-"""Largest factor, either way, by which a residual channel may be re-scaled.
 
-Float32 would stand far more; FP16's range (6.1e-5 to 65504) is what this leaves
-room for. Past it, a channel keeps its multiply in that block and starts afresh.
-"""
+
+# --- the network -----------------------------------------------------------------------------
+
+
+class RewrittenBlock(nn.Module):
+    """A VAN block whose normalisations and scales may have been folded away.
+
+    Attributes:
+        norm1: BatchNorm before the attention, or None once in ``proj_1``.
+        norm2: BatchNorm before the MLP, or None once in ``fc1``.
+        layer_scale_1: ``(C,)``, or None once in ``proj_2``.
+        layer_scale_2: ``(C,)``, or None once in ``fc2``.
+        inner_scale: ``(C,)`` factor of the attention's inner shortcut when its
+            layer scale was folded but ``norm1`` was not, else None (one).
+        carry: ``(C,)`` factor of the residual stream through the attention
+            half, or None where it is one.
+    """
+
+    norm1: nn.Module | None
+    norm2: nn.Module | None
+    layer_scale_1: Tensor | None
+    layer_scale_2: Tensor | None
+    inner_scale: Tensor | None
+    carry: Tensor | None
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.norm1, self.attn = block.norm1, block.attn
+        self.norm2, self.mlp = block.norm2, block.mlp
+        self.layer_scale_1, self.layer_scale_2 = block.layer_scale_1, block.layer_scale_2
+        self.register_buffer("inner_scale", None)
+        self.register_buffer("carry", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, H, W)`` to the same shape."""
+        x = _scaled(x, self.carry) + self._attention(x)
+        hidden = x if self.norm2 is None else self.norm2(x)
+        return x + _scaled(self.mlp(hidden), self.layer_scale_2)
+
+    def _attention(self, x: Tensor) -> Tensor:
+        attn = self.attn
+        normed = x if self.norm1 is None else self.norm1(x)
+        y = attn.proj_2(attn.spatial_gating_unit(attn.activation(attn.proj_1(normed))))
+        if self.norm1 is not None:
+            y = y + _scaled(normed, self.inner_scale)
+        return _scaled(y, self.layer_scale_1)
+
+
+class StageNorm(nn.LayerNorm):
+    """A stage's LayerNorm over channels.
+
+    Args:
+        norm: the LayerNorm whose weights are taken.
+        channels_last: normalise through a permutation instead of through
+            tokens, so that nothing in the graph depends on the batch.
+        last: the last stage of a classifier pools the tokens, the others return maps.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, channels_last: bool, last: bool) -> None:
+        super().__init__(norm.normalized_shape, eps=norm.eps, dtype=norm.weight.dtype)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.channels_last = channels_last
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, H, W)`` to the same shape, or to ``(N, C)`` in the last stage."""
+        if self.channels_last:
+            x = super().forward(x.permute(0, 2, 3, 1))  # (N, H, W, C)
+            return x.mean(dim=(1, 2)) if self.last else x.permute(0, 3, 1, 2)
+        batch, _, height, width = x.shape
+        x = super().forward(x.flatten(2).transpose(1, 2))  # (N, H*W, C)
+        if self.last:
+            return x.mean(dim=1)
+        return x.reshape(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+
+class RewrittenVan(nn.Module):
+    """A VAN assembled from rewritten blocks; takes over the modules of ``model``.
+
+    Args:
+        model: the network to start from. Its modules are used, not copied: it
+            must not be used afterwards.
+        channels_last: see :class:`StageNorm`.
+    """
+
+    def __init__(self, model: VAN, channels_last: bool) -> None:
+        super().__init__()
+        self.config = model.config
+        classifies = not self.config.out_indices
+        for stage in self.config.stages:
+            self.add_module(f"patch_embed{stage}", model.get_submodule(f"patch_embed{stage}"))
+            originals: nn.ModuleList = model.get_submodule(f"block{stage}")
+            self.add_module(f"block{stage}", nn.ModuleList(map(RewrittenBlock, originals)))
+            norm, last = model.get_submodule(f"norm{stage}"), classifies and stage == STAGES
+            self.add_module(f"norm{stage}", StageNorm(norm, channels_last, last))
+        self.head = model.head
+
+    def stage_blocks(self, stage: int) -> list[RewrittenBlock]:
+        """Return the blocks of ``stage`` (1 to 4) in order."""
+        blocks: nn.ModuleList = self.get_submodule(f"block{stage}")
+        return list(blocks)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Map normalised images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``.
+
+        With ``config.out_indices`` to these stages' maps ``(N, C, h, w)``.
+        """
+        maps = []
+        for stage in self.config.stages:
+            x = self.get_submodule(f"patch_embed{stage}")(x)
+            for block in self.stage_blocks(stage):
+                x = block(x)
+            x = self.get_submodule(f"norm{stage}")(x)
+            if stage - 1 in self.config.out_indices:
+                maps.append(x)
+        return tuple(maps) if maps else self.head(x)
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Return ``x (N, C, H, W)`` times ``scale (C,)``, or ``x`` where there is none."""
+    return x if scale is None else x * scale[:, None, None]
+
+
+# --- folding ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -87,7 +213,7 @@ class FoldReport:
 
     Attributes:
         model: the rewritten network, float32, eval mode.
-        rewrites: what was asked.
+        rewrites: what was asked, by name.
         batchnorms_folded: BatchNorms that are gone.
         batchnorms_left: BatchNorms still in the network.
         layer_scales_folded: layer scales that are gone.
@@ -99,7 +225,7 @@ class FoldReport:
     """
 
     model: RewrittenVan
-    rewrites: Rewrites
+    rewrites: list[str]
     batchnorms_folded: int
     batchnorms_left: int
     layer_scales_folded: int
@@ -116,19 +242,11 @@ class FoldReport:
         """Return :attr:`passed`."""
         return self.passed
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the figures, ready for JSON."""
-        return {
-            "rewrites": [f.name for f in fields(Rewrites) if getattr(self.rewrites, f.name)],
-            "batchnorms_folded": self.batchnorms_folded,
-            "batchnorms_left": self.batchnorms_left,
-            "layer_scales_folded": self.layer_scales_folded,
-            "multiplies_kept": self.multiplies_kept,
-            "relative_error_float64": self.relative_error,
-            "tolerance": FOLD_TOLERANCE,
-            "images_compared": self.images_compared,
-            "passed": self.passed,
-        }
+        found = {k: v for k, v in vars(self).items() if k != "model"}
+        found["relative_error_float64"] = found.pop("relative_error")
+        return {**found, "tolerance": FOLD_TOLERANCE, "passed": self.passed}
 
 
 @torch.no_grad()
@@ -141,27 +259,24 @@ def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> Fo
             statistics. Both networks see them in float64.
         rewrites: which rewrites to make (default: all).
     """
-    rewrites = Rewrites() if rewrites is None else rewrites
+    rewrites = rewrites or Rewrites()
     work = copy.deepcopy(model).double().eval()
     batchnorms = _count(work, nn.BatchNorm2d)
     expected = _answers(work, images)
     rewritten = RewrittenVan(work, rewrites.channels_last).eval()
     _rewrite_(rewritten, rewrites)
-    actual = _answers(rewritten, images)
-    error = max(
-        float((a - e).abs().max() / e.abs().max()) for a, e in zip(actual, expected, strict=True)
-    )
+    pairs = zip(_answers(rewritten, images), expected, strict=True)
     left = _count(rewritten, nn.BatchNorm2d)
     blocks = [block for stage in model.config.stages for block in rewritten.stage_blocks(stage)]
     scales = [scale for b in blocks for scale in (b.layer_scale_1, b.layer_scale_2)]
     return FoldReport(
         model=rewritten.float().requires_grad_(False),
-        rewrites=rewrites,
+        rewrites=[name for name, made in vars(rewrites).items() if made],
         batchnorms_folded=batchnorms - left,
         batchnorms_left=left,
         layer_scales_folded=sum(scale is None for scale in scales),
         multiplies_kept=sum(block.carry is not None for block in blocks),
-        relative_error=error,
+        relative_error=max(float((a - e).abs().max() / e.abs().max()) for a, e in pairs),
         images_compared=len(images),
     )
 

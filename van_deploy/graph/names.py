@@ -1,4 +1,11 @@
-"""What a graph's inputs and outputs are called."""
+"""What a graph's inputs and outputs are called, and whether its batch is dynamic."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"  # of a classifier; a backbone's are stage1 to stage4
@@ -13,3 +20,16 @@ def module_of(tensor: str) -> str:
     if tensor == OUTPUT_NAME:
         return "head"
     return tensor.replace("stage", "norm") if tensor[:-1] == "stage" else tensor
+
+
+def fixed_batch(model: ModelProto) -> int | None:
+    """Return the one batch size that a graph takes; None where its batch is dynamic."""
+    return int(model.graph.input[0].type.tensor_type.shape.dim[0].dim_value) or None
+
+
+def with_dynamic_batch_(model: ModelProto) -> None:
+    """Make a static batch dynamic, and forget the shapes that were inferred from it."""
+    if fixed_batch(model) is not None:
+        model.graph.ClearField("value_info")
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_param = "batch"

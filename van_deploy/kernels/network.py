@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from van_deploy.errors import ConversionError, UsageError
-from van_deploy.graph.fold import fold_van
-from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
+from van_deploy.graph.fold import RewrittenBlock, RewrittenVan, fold_van
 from van_deploy.kernels import plain, steps
 from van_deploy.kernels.launch import DTYPES, INTERPRETED
 from van_deploy.model.random_weights import smooth_images

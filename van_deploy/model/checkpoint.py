@@ -28,12 +28,12 @@ from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME, EMBEDDED_WEIGHTS
 from van_deploy.model.files import SUFFIXES, load_file
 from van_deploy.model.hub import find_weights
-from van_deploy.model.keys import TOP_LEVEL, find_network, official_names
+from van_deploy.model.keys import TOP_LEVEL, Weights, find_network, official_names
 from van_deploy.model.metadata import described
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.random_weights import random_van, sha256_of_state
 from van_deploy.model.van import HEAD_LAYERS, STAGES, VAN
-from van_deploy.model.variants import VARIANTS, VanConfig, Variant, WeightsSource, variant_named
+from van_deploy.model.variants import VARIANTS, VanConfig, WeightsSource, variant_named
 
 ALL_STAGES = (0, 1, 2, 3)
 EMBEDDED = EMBEDDED_NAME
@@ -115,44 +115,40 @@ def load_van(
             "checkpoint already says which, and random ones have no digest, container or head.",
             f"Give a checkpoint alone, or a variant's name ({', '.join(VARIANTS)}) with --weights.",
         )
-    if not all(0 < value < 1 for value in eps.values()):
-        raise UsageError(
-            f"LayerNorm's eps {layer_norm_eps} is not between 0 and 1.", "Give a number: 1e-6."
-        )
+    if eps and not 0 < eps["layer_norm_eps"] < 1:
+        raise UsageError(f"LayerNorm's {eps} is not between 0 and 1.", "Give a number: 1e-6.")
     if variant and random:
         config = replace(variant.config, **eps)
         config = config if out_indices is None else config.backbone(tuple(out_indices))
-        model, told = random_van(config, seed), "random weights: the outputs mean nothing"
+        model, told = random_van(config, seed), ("random weights: the outputs mean nothing",)
         digest = sha256_of_state(model.state_dict())
-        source = WeightsSource(spec, "", "random", digest, seed, TOP_LEVEL, (told,))
+        source = WeightsSource(spec, "", "random", digest, seed, TOP_LEVEL, told)
         whose = replace(OFFICIAL, source="the official VAN weights' (these ones are random)")
         return LoadedVan(variant.name, model, config, source, whose.override(**given), None)
     place = str(EMBEDDED_WEIGHTS) if spec == EMBEDDED else weights or spec
     if variant and not weights:
-        place, expect_sha256 = variant.weights or "", expect_sha256 or variant.sha256
-        if not place:
-            raise UsageError(
-                f"{variant.name} has no public ImageNet-1K weights on the hub.",
-                variant.weights_note,
-            )
+        if not variant.weights:
+            told = f"{variant.name} has no public ImageNet-1K weights on the hub."
+            raise UsageError(told, variant.weights_note)
+        place, expect_sha256 = variant.weights, expect_sha256 or variant.sha256
     found = find_weights(place, offline, expect_sha256)
     file = read_weights(found.path, container)
     config, assumed = config_from_state_dict(file.tensors, head)
-    if variant:
-        _require_same(variant, config)
-    if out_indices is None and not config.num_classes:
-        out_indices = ALL_STAGES
-    decided = given | eps
-    if own_labels or out_indices is not None:
-        decided["class_names"] = ()
-    config, stated, names, notes = described(config, file.format, file.inside, found, decided)
-    if out_indices is not None:
-        config = config.backbone(tuple(out_indices))
+    if variant and config.variant != variant.name:
+        raise CheckpointError(
+            f"The weights are not {variant.name}'s but those of "
+            f"{config.variant or 'another'}: {config.body} instead of {variant.config.body}.",
+            f"Say {config.variant or 'where the file is, without a name'} instead.",
+        )
+    indices = out_indices if config.num_classes or out_indices is not None else ALL_STAGES
+    decided = given | eps | ({"class_names": ()} if own_labels or indices is not None else {})
+    config, stated, names, notes = described(config, file, found, decided)
+    config = config if indices is None else config.backbone(tuple(indices))
     if names is None and found.is_official and config.num_classes == 1000:
         names = tuple(map(ImageNetInfo().index_to_description, range(1000)))
-    form = "embedded" if spec == EMBEDDED else file.format
     notes = (*found.notes, *file.notes, *assumed, *notes)
-    source = WeightsSource(spec, str(found.path), form, found.sha256, None, file.container, notes)
+    form, path = "embedded" if spec == EMBEDDED else file.format, str(found.path)
+    source = WeightsSource(spec, path, form, found.sha256, None, file.container, notes)
     model = network_from_state(file.tensors, config)
     name = variant.name if variant else found.name
     return LoadedVan(name, model, config, source, stated.override(**given), names)
@@ -167,43 +163,7 @@ def _is_place(word: str) -> bool:
     return lowered.replace("-", "_") not in known and Path(word).exists()
 
 
-def _require_same(variant: Variant, config: VanConfig) -> None:
-    """Refuse another architecture under a variant's name; other ends are no fault."""
-    actual, wanted = config.variant, variant.config.body
-    if actual != variant.name:
-        differ = "; ".join(
-            f"{name} {value} instead of {wanted[name]}"
-            for name, value in config.body.items()
-            if value != wanted[name]
-        )
-        raise CheckpointError(
-            f"The weights are not {variant.name}'s but those of "
-            f"{actual or 'another architecture'}: {differ}.",
-            f"Say {actual} instead." if actual else "Give the file alone, without a name.",
-        )
-
-
 # --- the tensors -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What was read from a weights file.
-
-    Attributes:
-        tensors: official names to contiguous float32 tensors, none of them sharing memory
-            with the file; BatchNorm's counters, of no meaning at inference, are left out.
-        format: the format the names were in.
-        container: where in the file they were, keys joined by dots, or ``top level``.
-        inside: everything the file holds, beside these tensors what it says about itself.
-        notes: what the user should be told.
-    """
-
-    tensors: dict[str, Tensor]
-    format: str
-    container: str
-    inside: Mapping[Any, Any]
-    notes: tuple[str, ...]
 
 
 def read_weights(path: Path, container: str | None = None) -> Weights:

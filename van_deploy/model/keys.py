@@ -99,6 +99,25 @@ class Network(NamedTuple):
         return ".".join(filter(None, (self.place, prefix.rstrip(".")))) or TOP_LEVEL
 
 
+class Weights(NamedTuple):
+    """What was read from a weights file.
+
+    Attributes:
+        tensors: official names to contiguous float32 tensors, none of them sharing memory
+            with the file; BatchNorm's counters, of no meaning at inference, are left out.
+        format: the format the names were in.
+        container: where in the file they were, keys joined by dots, or ``top level``.
+        inside: everything the file holds, beside these tensors what it says about itself.
+        notes: what the user should be told.
+    """
+
+    tensors: dict[str, Tensor]
+    format: str
+    container: str
+    inside: Mapping[Any, Any]
+    notes: tuple[str, ...]
+
+
 def find_network(
     loaded: Mapping[Any, Any], container: str | None
 ) -> tuple[Network, Mapping[str, Tensor], list[str]]:

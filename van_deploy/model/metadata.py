@@ -30,6 +30,7 @@ from timm.models import PretrainedCfg
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model import processors
 from van_deploy.model.hub import CONFIG, PROCESSOR, Found
+from van_deploy.model.keys import Weights
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.variants import VARIANTS, VanConfig
 
@@ -46,6 +47,9 @@ _CORRECT = "Correct it, or move the weights out of its folder to do without it."
 _EPS = {"mmpretrain": 1e-5}  # mmcv's build_norm_layer; the official code's and Transformers': 1e-6
 
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+# What the tensors tell, and what others call it.
+_TOLD = ("embed_dims", "in_chans", "depths", "patch_sizes", "mlp_ratios", "lka_dilation")
+_CALLED = {"hidden_sizes": "embed_dims", "num_channels": "in_chans", "dilation": "lka_dilation"}
 # What fields may be that no tensor tells, in a config.json or in training arguments.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu", "gelu_python"),
@@ -53,6 +57,10 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("bn_tf", "split_bn"), (False,)),
     "bn_eps": (1e-5,),
     "model_kwargs": ({},),
+}
+_NOTED = {
+    "bce_loss": "trained with --bce-loss: each logit is a class's own odds, not softmax's",
+    "class_map": "trained with --class-map, which orders the classes: give --labels",
 }
 # Fields of Transformers' and timm's that change nothing at inference, or that are read elsewhere.
 _IDLE = re.compile(
@@ -63,11 +71,7 @@ _IDLE = re.compile(
 
 
 def described(
-    config: VanConfig,
-    source: str,
-    inside: Mapping[Any, Any],
-    found: Found,
-    given: Mapping[str, Any],
+    config: VanConfig, file: Weights, found: Found, given: Mapping[str, Any]
 ) -> tuple[VanConfig, Preprocessing, tuple[str, ...] | None, tuple[str, ...]]:
     """Return everything that a checkpoint says beside its tensors.
 
@@ -77,8 +81,7 @@ def described(
 
     Args:
         config: the architecture as the tensors tell it.
-        source: format of the tensors' names, which decides LayerNorm's default ``eps``.
-        inside: what else the file holds.
+        file: what else it holds; the format of its names decides LayerNorm's default ``eps``.
         found: the file, and the JSON beside it.
         given: what the caller decides, by name: values of the preprocessing, ``class_names``
             and ``layer_norm_eps``. What is said of them is not looked at.
@@ -86,12 +89,13 @@ def described(
     Raises:
         CheckpointError: a field contradicts the tensors or another one, or is not supported.
     """
-    arguments = dict(inside)
+    arguments = dict(file.inside)
     for name in ("args", "hyper_parameters", "hparams"):
-        arguments |= _table(inside.get(name))
-    meta, config_json = _table(inside.get("meta")), found.beside.get(CONFIG, {})
+        arguments |= _table(file.inside.get(name))
+    meta, config_json = _table(file.inside.get("meta")), found.beside.get(CONFIG, {})
     openmmlab = processors.python_config(meta.get("cfg", meta.get("config")))
-    notes = _noted(arguments)
+    _require("The checkpoint's own arguments", arguments, _ALLOWED)
+    notes = [note for key, note in _NOTED.items() if arguments.get(key)]
     said = _from_openmmlab(openmmlab)
     is_network = bool({"architecture", "model_type", "hidden_sizes"} & config_json.keys())
     if is_network:
@@ -100,16 +104,16 @@ def described(
         notes.append(f"the {CONFIG}{_BESIDE} is of no network: not used for one")
     if "layer_norm_eps" in given:
         said["layer_norm_eps"] = given["layer_norm_eps"]
-    elif "layer_norm_eps" not in said and source in _EPS:
-        said["layer_norm_eps"] = _EPS[source]
+    elif "layer_norm_eps" not in said and file.format in _EPS:
+        said["layer_norm_eps"] = _EPS[file.format]
         notes.append(
-            f"LayerNorm's eps is {source}'s own {_EPS[source]:g}; the published weights were "
-            "trained with 1e-06 (--layer-norm-eps)"
+            f"LayerNorm's eps is {file.format}'s own {_EPS[file.format]:g}; the published weights "
+            "were trained with 1e-06 (--layer-norm-eps)"
         )
     if config.num_classes == 1 and "problem_type" not in said:
         notes.append("one logit: nothing says whether of two classes or of a regression")
     config = replace(config, **said)
-    written, kept = _table(inside.get("preprocessing")), found.beside.get(PROCESSOR, {})
+    written, kept = _table(file.inside.get("preprocessing")), found.beside.get(PROCESSOR, {})
     has_size = config_json.get("image_size") is not None and not kept
     sized = "architecture" in config_json or (is_network and has_size)
     from_args = any(arguments.get(key) not in (None, "") for key in processors.ARGUMENTS)
@@ -171,13 +175,11 @@ def _from_json(config: VanConfig, beside: Values, notes: list[str]) -> dict[str,
     strides, eps = told.get("strides", config.strides), told.get("layer_norm_eps", 1e-6)
     sound = isinstance(strides, tuple) and len(strides) == len(config.depths)
     sound = sound and all(type(stride) is int and 1 <= stride <= 8 for stride in strides)
+    names = {key: _CALLED.get(key, key) for key in told}
     facts = {
-        **dict.fromkeys(("hidden_sizes", "embed_dims"), (config.embed_dims,)),
-        **dict.fromkeys(("num_channels", "in_chans"), (config.in_chans,)),
-        **{key: (getattr(config, key),) for key in ("depths", "patch_sizes", "mlp_ratios")},
+        **{key: (getattr(config, name),) for key, name in names.items() if name in _TOLD},
         # a backbone's file may say of how many classes its head was
         "num_classes": (config.num_classes or told.get("num_classes"),),
-        "dilation": (config.lka_dilation,),
         "num_features": (config.embed_dims[-1],),
         "architecture": (name if own else config.variant,),
         "model_type": ("van",),
@@ -203,18 +205,6 @@ def _from_json(config: VanConfig, beside: Values, notes: list[str]) -> dict[str,
     for told_of, what in (("from", taken), ("not known here, in", unknown(beside))):
         notes += [f"{told_of} the {CONFIG}{_BESIDE}: {what}"] if what else []
     return found
-
-
-def _noted(arguments: Values) -> list[str]:
-    """Return notes on a training script's arguments; refuse those that change the network."""
-    _require("The checkpoint's own arguments", arguments, _ALLOWED)
-    notes = []
-    if arguments.get("bce_loss"):
-        notes.append("trained with --bce-loss: each logit is a class's own odds, not softmax's")
-    if arguments.get("class_map"):
-        file = reprlib.repr(arguments["class_map"])
-        notes.append(f"trained with --class-map {file}, which orders the classes: give --labels")
-    return notes
 
 
 def _from_openmmlab(config: Values) -> dict[str, Any]:

@@ -160,8 +160,8 @@ class Preprocessing:
     def __str__(self) -> str:
         """Return the values in one line, without their source."""
         is_ratio = _resized(self.image_size, float(f"{self.crop_pct:g}")) == self.resize_size
-        resize = self.resize_size
-        resize = resize if isinstance(resize, int) else size_text(resize)
+        side = self.resize_size
+        resize = side if isinstance(side, int) else size_text(side)
         crop = f"crop {self.crop_pct:g}" if is_ratio else f"resize {resize}"
         crop += "" if self.crop_mode == "center" else f", {self.crop_mode}"
         mean, std = ("/".join(f"{v:g}" for v in values) for values in (self.mean, self.std))

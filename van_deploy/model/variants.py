@@ -78,16 +78,14 @@ class VanConfig:
         Raises:
             UsageError: a stage is not there, is named twice, or none is.
         """
-        last = len(self.depths) - 1
-        if not out_indices or sorted(out_indices) != [
-            i for i in range(last + 1) if i in out_indices
-        ]:
+        wanted = tuple(index for index in range(len(self.depths)) if index in out_indices)
+        if not wanted or len(wanted) != len(out_indices):
             raise UsageError(
                 f"The stages {', '.join(map(str, out_indices)) or '(none)'} are not some of 0 to "
-                f"{last}, each once.",
+                f"{len(self.depths) - 1}, each once.",
                 "Give the stages of --out-indices as OpenMMLab and timm number them: 0,1,2,3.",
             )
-        return replace(self, num_classes=0, head=(), out_indices=tuple(sorted(out_indices)))
+        return replace(self, num_classes=0, head=(), out_indices=wanted)
 
     @property
     def lka_dilation(self) -> int:
@@ -113,9 +111,8 @@ class VanConfig:
     @property
     def variant(self) -> str | None:
         """The published variant with this architecture (classes and channels aside), or None."""
-        return next(
-            (name for name, known in VARIANTS.items() if known.config.body == self.body), None
-        )
+        same = (name for name, known in VARIANTS.items() if known.config.body == self.body)
+        return next(same, None)
 
     @property
     def blocks(self) -> int:
@@ -212,13 +209,9 @@ def _public(
 
 
 _USUAL = (64, 128, 320, 512)
-_MMPRETRAIN = (
-    "The only public ImageNet-1K weights are mmpretrain's "
-    "(van-b4_3rdparty_in1k_*.pth): download that file and pass it with --weights FILE."
-)
-_ONLY_21K = (
-    "Only ImageNet-21K weights were published (by mmpretrain): pass a checkpoint "
-    "of your own with --weights FILE, or try the export with --weights random."
+_NOTE = (
+    "Only mmpretrain published weights of it (van-b4_3rdparty_in1k_*.pth; of van_b5 and van_b6 "
+    "ImageNet-21K's): pass a file with --weights FILE, or try the export with --weights random."
 )
 
 VARIANTS: dict[str, Variant] = {
@@ -228,9 +221,9 @@ VARIANTS: dict[str, Variant] = {
         _public("van_b1", _USUAL, (2, 2, 4, 2), 81.1, "small"),
         _public("van_b2", _USUAL, (3, 3, 12, 3), 82.8, "base"),
         _public("van_b3", _USUAL, (3, 5, 27, 3), 83.9, "large"),
-        Variant("van_b4", VanConfig(_USUAL, (3, 6, 40, 3)), 84.1, weights_note=_MMPRETRAIN),
-        Variant("van_b5", VanConfig((96, 192, 480, 768), (3, 3, 24, 3)), weights_note=_ONLY_21K),
-        Variant("van_b6", VanConfig((96, 192, 384, 768), (6, 6, 90, 6)), weights_note=_ONLY_21K),
+        Variant("van_b4", VanConfig(_USUAL, (3, 6, 40, 3)), 84.1, weights_note=_NOTE),
+        Variant("van_b5", VanConfig((96, 192, 480, 768), (3, 3, 24, 3)), weights_note=_NOTE),
+        Variant("van_b6", VanConfig((96, 192, 384, 768), (6, 6, 90, 6)), weights_note=_NOTE),
     )
 }
 

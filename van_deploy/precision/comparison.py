@@ -25,11 +25,11 @@ from van_deploy.checks.rules import at_least, judge_loss, judge_numbers, paired_
 from van_deploy.checks.samples import LOGITS, Outputs
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ConversionError
-from van_deploy.graph.shapes import fixed_batch, with_dynamic_batch_
+from van_deploy.graph.names import fixed_batch, with_dynamic_batch_
 from van_deploy.intervals import wilson_interval
 from van_deploy.metrics import Task, find_flips, sqnr_db
-from van_deploy.precision.job_images import JobImages
-from van_deploy.precision.sensitivity import labels_lost
+from van_deploy.precision.images import JobImages
+from van_deploy.precision.scales import Images
 from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
 
 if TYPE_CHECKING:
@@ -37,11 +37,8 @@ if TYPE_CHECKING:
 
 ROUNDS = 11  # of timing
 
-Images = npt.NDArray[np.float32]
-Logits = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 Row = dict[str, Any]
-Run = Callable[[Images], Logits]
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def compare_precisions(
     runs = [
         logits_session(c.model, fuse=fuse, threads=threads, outputs=outputs) for c in candidates
     ]
-    pieces: list[list[Logits]] = [[] for _ in runs]
+    pieces: list[list[Images]] = [[] for _ in runs]
     numbers: list[int] = []
     for batch, found in images.read(images.judges, 32):
         numbers += found
@@ -110,62 +107,56 @@ def compare_precisions(
         times = _interleaved_ms(candidates, image, providers, threads, outputs)
     expected, rows = np.concatenate(pieces[0]), []
     for candidate, logits, ms in zip(candidates, pieces, times, strict=True):
-        actual = np.concatenate(logits)
-        findings = []
-        if judged and candidate.precision != "fp32":
-            findings = _findings(candidate.precision, expected, actual, labels, settings.max_drop)
-        rows.append(_row(candidate, expected, actual, labels, outputs, findings, ms))
+        actual, precision = np.concatenate(logits), candidate.precision
+        figures, findings = outputs.compare(expected, actual), list[Finding]()
+        if judged and precision != "fp32":
+            findings = _findings(precision, expected, actual, labels, settings.max_drop)
+        elif precision != "fp32":
+            findings = [at_least("SQNR", figures.sqnr_db, sqnr_floor(precision, np.inf))]
+        failures, doubts = (
+            tuple(finding.message for finding in findings if finding.outcome is outcome)
+            for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
+        )
+        same, count = figures.top1_agreement, figures.images
+        agreed = None if same is None else round(same * count)
+        correct = None if labels is None else int((actual.argmax(axis=1) == labels).sum())
+        row: Row = {
+            "name": candidate.name,
+            "precision": precision,
+            "size_bytes": candidate.model.ByteSize(),
+            "sqnr_db": figures.sqnr_db,
+            "cosine": figures.cosine,
+            "kl": figures.kl,
+            "agreement": same,
+            "images": count,
+            "correct": correct,
+            "ms_per_image": ms,
+            "passed": None if precision == "fp32" else not failures,
+            "failures": failures,
+            "doubts": doubts,
+            "agreement_interval": None if agreed is None else wilson_interval(agreed, count),
+            "top1_interval": None if correct is None else wilson_interval(correct, count),
+        }
+        endless = [k for k, v in row.items() if isinstance(v, float) and not np.isfinite(v)]
+        rows.append(row | dict.fromkeys(endless))
     return rows
 
 
-def _row(
-    candidate: Candidate,
-    expected: Logits,
-    found: Logits,
-    labels: Labels | None,
-    outputs: Outputs,
-    findings: Sequence[Finding],
-    ms: float | None,
-) -> Row:
-    figures, lossless = outputs.compare(expected, found), candidate.precision == "fp32"
-    if not findings and not lossless:
-        floor = sqnr_floor(candidate.precision, np.inf)
-        findings = [at_least("SQNR", figures.sqnr_db, floor)]
-    said = {
-        outcome: tuple(finding.message for finding in findings if finding.outcome is outcome)
-        for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
-    }
-    same, count = figures.top1_agreement, figures.images
-    correct = None if labels is None else int((found.argmax(axis=1) == labels).sum())
-    row: Row = {
-        "name": candidate.name,
-        "precision": candidate.precision,
-        "size_bytes": candidate.model.ByteSize(),
-        "sqnr_db": figures.sqnr_db,
-        "cosine": figures.cosine,
-        "kl": figures.kl,
-        "agreement": same,
-        "images": count,
-        "correct": correct,
-        "ms_per_image": ms,
-        "passed": None if lossless else not said[Outcome.FAIL],
-        "failures": said[Outcome.FAIL],
-        "doubts": said[Outcome.INCONCLUSIVE],
-        "agreement_interval": None if same is None else wilson_interval(round(same * count), count),
-        "top1_interval": None if correct is None else wilson_interval(correct, count),
-    }
-    infinite = [
-        k for k, value in row.items() if isinstance(value, float) and not np.isfinite(value)
-    ]
-    return row | dict.fromkeys(infinite)
+def labels_lost(expected: Images, found: Images, labels: Labels | None) -> int:
+    """Return how many images lose their right label; without labels, how many change it.
+
+    Improvements do not offset regressions.
+
+    >>> labels_lost(np.eye(4), np.eye(4)[[0, 1, 2, 2]], None)
+    1
+    """
+    before, after = expected.argmax(axis=1), found.argmax(axis=1)
+    changed = before != after
+    return int((changed if labels is None else changed & (before == labels)).sum())
 
 
 def _findings(
-    precision: str,
-    expected: Logits,
-    found: Logits,
-    labels: Labels | None,
-    max_drop: float | None,
+    precision: str, expected: Images, found: Images, labels: Labels | None, max_drop: float | None
 ) -> list[Finding]:
     """Return what the rules of an evaluation set say: to the logits, and to the accuracy."""
     floor, allowed = sqnr_floor(precision, np.inf), allowed_loss(precision)
@@ -211,13 +202,13 @@ def logits_session(
     providers: Sequence[str] = ("CPUExecutionProvider",),
     in_turns: bool = False,
     outputs: Outputs = LOGITS,
-) -> Run:
+) -> Callable[[Images], Images]:
     """Return a function from images ``(N, C, H, W)`` to float32 logits ``(N, K)``.
 
     Of a backbone, to the sketches of its maps. A static batch is made dynamic.
 
     Args:
-        model: the graph; FP16 inputs are converted to, and BF16 is emulated.
+        model: the graph; BF16 is emulated.
         fuse: let ONNX Runtime fuse Q/DQ pairs into integer kernels, as on a CPU
             target; otherwise every pair is computed as written, as TensorRT does.
         threads: of ONNX Runtime; None lets it choose.
@@ -230,8 +221,7 @@ def logits_session(
     Raises:
         ConversionError: ONNX Runtime refuses the graph.
     """
-    ort = require_onnxruntime()
-    options = ort.SessionOptions()
+    options = require_onnxruntime().SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -250,12 +240,11 @@ def logits_session(
             f"ONNX Runtime refuses the converted graph: {error}",
             "Please report it, with the command and the network's architecture.",
         ) from error
-    entry = session.get_inputs()[0]
+    entry = session.get_inputs()[0].name
     names = [output.name for output in session.get_outputs()]
-    kind = np.float16 if entry.type == "tensor(float16)" else np.float32
 
-    def run(images: Images) -> Logits:
-        found = session.run(None, {entry.name: images.astype(kind, copy=False)})
+    def run(images: Images) -> Images:
+        found = session.run(None, {entry: images})
         return np.asarray(outputs.rows(dict(zip(names, found, strict=True))), dtype=np.float32)
 
     return run

@@ -35,19 +35,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from van_deploy.graph.rebuilt import RebuiltVan
-from van_deploy.graph.rewritten import RewrittenBlock, RewrittenVan
-from van_deploy.precision.observers import ChannelRange
-from van_deploy.precision.scales import ChannelAffine, Floats, percentile_range
+from van_deploy.graph.export import RebuiltVan
+from van_deploy.graph.fold import RewrittenBlock, RewrittenVan
+from van_deploy.precision.scales import ChannelAffine, ChannelRange, Floats, percentile_range
 
 TECHNIQUES = ("cross_layer", "shift_scale", "shift")
 
 STRENGTH = 0.75
+# What a channel's range holds: its largest values decide neither shift nor factor.
 RANGE_PERCENTILE = 99.99
-"""What a channel's range holds: its largest values decide neither shift nor factor."""
-
-FACTOR_LIMIT = 64.0
-"""Largest factor, either way: FP16 must hold the result."""
+FACTOR_LIMIT = 64.0  # largest factor, either way: FP16 must hold the result
 
 
 @dataclass

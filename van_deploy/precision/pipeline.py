@@ -20,16 +20,21 @@ from van_deploy.config import QuantizeSettings
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
+from van_deploy.graph.export import van_from_onnx
 from van_deploy.graph.files import graph_facts, save_onnx
-from van_deploy.graph.rebuilt import van_from_onnx
 from van_deploy.manifest import GraphFacts, Precision
 from van_deploy.precision.comparison import Candidate, compare_precisions, recommended
-from van_deploy.precision.fp16 import bf16_from_fp32, fp16_from_fp32, kept_nodes, usually_kept
-from van_deploy.precision.int8 import Int8, Int8Maker, short
-from van_deploy.precision.job_images import JobImages, images_for
-from van_deploy.precision.observers import ChannelRange, images_at_once, observe
+from van_deploy.precision.fp16 import (
+    audit_ranges,
+    bf16_from_fp32,
+    fp16_from_fp32,
+    kept_nodes,
+    usually_kept,
+)
+from van_deploy.precision.images import JobImages, images_for
+from van_deploy.precision.int8 import Int8Maker, short
 from van_deploy.precision.plan import SCOPES, counted_tensors, layers_in_scope
-from van_deploy.precision.range_audit import audit_ranges
+from van_deploy.precision.scales import ChannelRange, images_at_once, observe
 from van_deploy.provenance import code_digest, tool_versions
 from van_deploy.runners.onnxruntime import require_onnxruntime
 from van_deploy.stopwatch import Progress, Stopwatch
@@ -174,10 +179,8 @@ class _Job:
         if asked.precision == "bf16":
             candidates.append(Candidate(BF16_EMULATED, "bf16", bf16_from_fp32(model, kept)))
         elif asked.target == "tensorrt":
-            half_io = asked.half_io and asked.precision == "fp16"
             usual = kept if asked.rest_precision == "fp16" else usually_kept(model)
-            half = fp16_from_fp32(model, usual, half_io=half_io)
-            candidates.append(Candidate("fp16", "fp16", half))
+            candidates.append(Candidate("fp16", "fp16", fp16_from_fp32(model, usual)))
         if scopes:
             maker = Int8Maker(model, network, ranges, asked, kept, images)
             for scope, layers in scopes.items():
@@ -198,11 +201,10 @@ class _Job:
             return by_user
         found = {**(usually_kept(model) if settings.keep_defaults else {}), **by_user}
         if settings.precision != "bf16":  # which has FP32's range
-            audit = audit_ranges(model, ranges, found, len(self.images.calibration))
-            if settings.strict:
-                audit.require_passed()
-            found |= audit.kept
-            self.facts["audit"] = audit.as_dict()
+            count = len(self.images.calibration)
+            audit = audit_ranges(model, ranges, found, count, strict=settings.strict)
+            found |= audit["kept"]
+            self.facts["audit"] = audit
         self.facts["kept"] = found
         return found
 
@@ -210,8 +212,14 @@ class _Job:
         """Check the new graphs, run them beside FP32, note the lines; return the chosen one."""
         asked, images = self.settings, self.images
         images.watch.begin("Comparing")
-        for candidate in candidates[1:]:
-            _check(candidate.model)
+        try:
+            for candidate in candidates[1:]:
+                checker.check_model(candidate.model, full_check=True)
+        except checker.ValidationError as error:
+            raise ConversionError(
+                f"The converted graph is not valid ONNX: {error}",
+                "Please report it, with the command and the network's architecture.",
+            ) from error
         size = images.preprocessing.image_size
         outputs = Outputs.of(self.bundle.manifest.architecture, size)
         rows = compare_precisions(candidates, images, asked, outputs, _timed_in(asked))
@@ -245,13 +253,26 @@ class _Job:
         self.images.watch.begin("Writing the bundle")
         file, others = f"model.{name}.onnx", [f"ranges.{name}.json"]
         with writing(self.bundle.path) as draft:
-            text = json.dumps(_summary(ranges, int8), indent=2)
+            summary = {  # short numbers, to be read
+                "schema": "van-deploy/ranges/2",
+                "ranges": {
+                    tensor: [short(found.minimum.min()), short(found.maximum.max())]
+                    for tensor, found in ranges.items()
+                },
+                "scales": {} if int8 is None else int8.scales(),
+            }
+            text = json.dumps(summary, indent=2)
             draft.file(others[0]).write_text(text + "\n", encoding="utf-8")
             if int8 is not None and int8.plan.affines:
                 others.append(f"channels.{name}.npz")
                 self.facts["channels"] = others[1]
+                channels = {  # what a tensor is here: (the FP32 graph's - shift) / factor
+                    f"{tensor}.{part}": values.astype(np.float32)
+                    for tensor, affine in int8.plan.affines.items()
+                    for part, values in vars(affine).items()
+                }
                 with draft.file(others[1]).open("wb") as archive:
-                    np.savez_compressed(archive, **int8.channels())  # type: ignore[arg-type]
+                    np.savez_compressed(archive, **channels)
             files = [*save_onnx(graph, draft.file(file)), *others]
             draft.record(
                 Artefact(
@@ -297,20 +318,3 @@ def _timed_in(settings: QuantizeSettings) -> tuple[str, ...]:
             "Name a scope, or give --target cpu.",
         )
     return ("CUDAExecutionProvider", "CPUExecutionProvider")
-
-
-def _summary(ranges: Mapping[str, ChannelRange], int8: Int8 | None) -> dict[str, Any]:
-    """Return the ends of every tensor, and the scales: short numbers, to be read."""
-    ends = {n: [short(r.minimum.min()), short(r.maximum.max())] for n, r in ranges.items()}
-    scales = {} if int8 is None else int8.scales()
-    return {"schema": "van-deploy/ranges/2", "ranges": ends, "scales": scales}
-
-
-def _check(graph: ModelProto) -> None:
-    try:
-        checker.check_model(graph, full_check=True)
-    except checker.ValidationError as error:
-        raise ConversionError(
-            f"The converted graph is not valid ONNX: {error}",
-            "Please report it, with the command and the network's architecture.",
-        ) from error

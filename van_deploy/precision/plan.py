@@ -1,42 +1,51 @@
-"""Which modules are quantised, and with which numbers: decided before any file is written."""
+"""Which modules are quantised, and with which numbers; and the network that rounds as planned.
+
+The plan is decided before any file is written. To look at what rounding does, and to correct
+it, the network runs as a PyTorch module: rounding is done in float32, as an engine or an integer
+kernel would do it, with a Q/DQ pair before every quantised layer, behind it too where the target
+rounds outputs, and weights that are their integers times their scales.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from van_deploy.checks.samples import Outputs
 from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.errors import UsageError
-from van_deploy.graph.rebuilt import RebuiltVan
+from van_deploy.graph.export import RebuiltVan
 from van_deploy.precision.equalize import Equalization
-from van_deploy.precision.observers import ChannelRange
 from van_deploy.precision.scales import (
-    DEFAULT_PERCENTILE,
     UNCHANGED,
     ChannelAffine,
+    ChannelRange,
+    Images,
     Method,
     Quantizer,
     by_channel,
     cpu_weight_scales,
+    rounded,
     symmetric,
     unsigned,
     weight_scales,
 )
 
 SCOPES = ("pointwise", "deep", "all")
-
+# GELU of anything smaller is within 1.3e-4 of zero: no unsigned integers are spent on it.
 GELU_ENDS = -4.0
-"""GELU of anything smaller is within 1.3e-4 of zero: no unsigned integers are spent on it."""
-
-Floats = npt.NDArray[np.float32]
+# Biases are corrected on images of so many pixels together, held in memory at once: 20 of
+# 224 x 224; and at most on so many images.
+CORRECTION_PIXELS, CORRECTION_IMAGES = 2**20, 128
 
 _SHALLOW = re.compile(r"(patch_embed1|block1)\.")
 _ADDED = re.compile(r"(patch_embed\d\.proj|proj_2|fc2)$")  # what an addition reads
@@ -54,7 +63,7 @@ class LayerPlan:
     """
 
     input: Quantizer
-    weight_scales: npt.NDArray[np.float32] | None = None
+    weight_scales: Images | None = None
     output: Quantizer | None = None
 
 
@@ -87,7 +96,7 @@ class QuantizationPlan:
         return replace(self, layers={n: p for n, p in self.layers.items() if n in stay})
 
 
-# --- which modules -------------------------------------------------------------------------
+# --- which modules ---------------------------------------------------------------------------
 
 
 def layers_in_scope(
@@ -114,7 +123,19 @@ def layers_in_scope(
     }
     found: set[str] = set()
     for entry in scope:
-        found |= named[entry] if entry in named else _matching(entry, list(modules))
+        matched, wrong = named.get(entry, set()), ""
+        try:
+            matched = matched or {name for name in modules if re.search(entry, name)}
+        except re.error as error:
+            wrong = f" ({error})"
+        if not matched:
+            raise UsageError(
+                f"The scope '{entry}' is neither {' nor '.join(SCOPES)} nor a regular expression "
+                f"for a convolution of this network{wrong}.",
+                f"Write for instance --scope 'block[34].*fc1': names are like '{[*modules][1]}', "
+                "and `van-deploy inspect` lists them.",
+            )
+        found |= matched
     layers = tuple(name for name in modules if name in found and name not in kept)
     if not layers:
         raise UsageError(
@@ -122,21 +143,6 @@ def layers_in_scope(
             "Ask for a larger scope, such as --scope all, or name less with --keep.",
         )
     return layers
-
-
-def _matching(expression: str, names: Sequence[str]) -> set[str]:
-    try:
-        found, wrong = {name for name in names if re.search(expression, name)}, ""
-    except re.error as error:
-        found, wrong = set(), f" ({error})"
-    if not found:
-        raise UsageError(
-            f"The scope '{expression}' is neither {' nor '.join(SCOPES)} nor a regular expression "
-            f"for a convolution of this network{wrong}.",
-            f"Write for instance --scope 'block[34].*fc1': names are like '{names[1]}', and "
-            "`van-deploy inspect` lists them.",
-        )
-    return found
 
 
 @torch.inference_mode()
@@ -156,7 +162,7 @@ def multiply_adds(model: nn.Module, channels: int, size: ImageSize) -> dict[str,
     return found
 
 
-# --- with which numbers --------------------------------------------------------------------
+# --- with which numbers ----------------------------------------------------------------------
 
 
 def counted_tensors(network: RebuiltVan, layers: Collection[str], target: str) -> set[str]:
@@ -175,7 +181,6 @@ def make_plan(
     *,
     target: str = "tensorrt",
     method: Method = "mse",
-    percentile: float = DEFAULT_PERCENTILE,
 ) -> QuantizationPlan:
     """Return the plan with every scale by ``method``.
 
@@ -186,22 +191,20 @@ def make_plan(
         target: ``tensorrt``, or ``cpu``: ONNX Runtime's integer kernels want the outputs
             rounded, too, and the gates between quantised convolutions.
         method: how activation scales are read from the ranges.
-        percentile: for that method, in percent.
     """
     network, affines = equalized.network, equalized.affines
 
     @functools.cache
     def scale_of(tensor: str) -> Quantizer:
         lowest = GELU_ENDS if _BEFORE_GELU.search(tensor) else -np.inf
-        affine = affines.get(tensor, UNCHANGED)
-        return unsigned(ranges[tensor], method, percentile, affine, lowest)
+        return unsigned(ranges[tensor], method, affines.get(tensor, UNCHANGED), lowest)
 
     chosen: dict[str, LayerPlan] = {}
     for name in layers:
         tensor, (weight, bias) = network.reads[name], parameters(network, name)
         if target == "tensorrt":
             affine = equalized.inserted.get(name) or affines.get(tensor, UNCHANGED)
-            scale = symmetric(ranges[tensor], method, percentile, affine)
+            scale = symmetric(ranges[tensor], method, affine)
             chosen[name] = LayerPlan(scale, weight_scales(weight))
             continue
         scale, output = scale_of(tensor), None
@@ -216,7 +219,7 @@ def make_plan(
     return QuantizationPlan(network, chosen, equalized.inserted, affines)
 
 
-def parameters(network: RebuiltVan, name: str) -> tuple[Floats, Floats]:
+def parameters(network: RebuiltVan, name: str) -> tuple[Images, Images]:
     """Return a convolution's weight ``(O, ...)`` and bias ``(O,)``, 0 where it has none."""
     module = cast("nn.Conv2d", network.model.get_submodule(name))
     bias = torch.zeros(len(module.weight)) if module.bias is None else module.bias
@@ -228,3 +231,101 @@ def _gates(layers: Collection[str]) -> list[str]:
     attentions = [name.removesuffix(".proj_2") for name in layers if name.endswith(".proj_2")]
     gates = [f"{attention}.spatial_gating_unit" for attention in attentions]
     return [gate for gate in gates if f"{gate}.conv1" in layers]
+
+
+# --- the network as planned ------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quantizing(plan: QuantizationPlan, *only: str) -> Iterator[nn.Module]:
+    """Give the plan's network while its layers round; afterwards it is as before.
+
+    Args:
+        plan: whose network runs.
+        only: of its layers; all by default.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in only or plan.layers:
+            layer, module = plan.layers[name], plan.network.model.get_submodule(name)
+            before = lambda _m, args, q=layer.input: _rounded(args[0], q)  # noqa: E731
+            stack.callback(module.register_forward_pre_hook(before).remove)
+            if layer.output is not None:
+                after = lambda _m, _a, y, q=layer.output: _rounded(y, q)  # noqa: E731
+                stack.callback(module.register_forward_hook(after).remove)
+            if layer.weight_scales is not None:
+                weight = cast("nn.Parameter", module.weight)
+                integers = torch.from_numpy(rounded(weight.numpy(), layer.weight_scales))
+                shape = (-1, *(1,) * (weight.ndim - 1))
+                scales = torch.from_numpy(layer.weight_scales).reshape(shape)
+                stack.callback(setattr, module, "weight", weight)
+                module.weight = nn.Parameter(integers * scales, False)
+        yield plan.network.model
+
+
+def logits(plan: QuantizationPlan, images: Images, *only: str, batch: int = 16) -> Images:
+    """Return the logits ``(N, K)`` of ``images (N, C, H, W)``, rounding ``only`` those layers.
+
+    Of a backbone, the sketches of its maps.
+    """
+    config, (height, width) = plan.network.model.config, images.shape[2:]
+    outputs = Outputs.of(config, (height, width))
+    pieces = []
+    with quantizing(plan, *only) as model, torch.inference_mode():
+        for start in range(0, len(images), batch):
+            found = model(_channels_last(images[start : start + batch]))
+            found = found if isinstance(found, tuple) else (found,)
+            named = {n: y.numpy() for n, y in zip(config.output_names, found, strict=True)}
+            pieces.append(outputs.rows(named))
+    return np.concatenate(pieces)
+
+
+@torch.no_grad()
+def bias_corrected(plan: QuantizationPlan, images: Images) -> QuantizationPlan:
+    """Return ``plan`` with the mean error of each layer's output taken out in its bias.
+
+    Empirical bias correction (arXiv 1906.04721, section 4.2): layer after layer, so that
+    each also answers for what the ones before it still get wrong.
+
+    Args:
+        plan: it is not changed.
+        images: ``(N, C, S, S)``, normalised; see :data:`CORRECTION_PIXELS`.
+    """
+    count = max(min(CORRECTION_IMAGES, CORRECTION_PIXELS // images[0, 0].size), 1)
+    given = _channels_last(images[:count])
+    model = copy.deepcopy(plan.network.model)
+    plan = replace(plan, network=replace(plan.network, model=model))
+    wanted: dict[str, Tensor] = {}
+
+    def remember(name: str, _conv: nn.Conv2d, output: Tensor) -> None:
+        wanted[name] = _mean(output)
+
+    def correct(name: str, conv: nn.Conv2d, output: Tensor) -> Tensor:
+        missing = (wanted[name] - _mean(output)).float()
+        bias = missing if conv.bias is None else conv.bias + missing
+        conv.bias = nn.Parameter(bias, False)
+        return output + missing.reshape(1, -1, *(1,) * (output.ndim - 2))
+
+    for step, running in ((remember, contextlib.nullcontext()), (correct, quantizing(plan))):
+        with contextlib.ExitStack() as stack:
+            for name in plan.convolutions:
+                hook = lambda conv, _a, y, n=name, step=step: step(n, conv, y)  # noqa: E731
+                stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
+            with running:  # whose own hooks come after these: what is rounded is corrected already
+                model(given)
+    return plan
+
+
+def _mean(output: Tensor) -> Tensor:
+    return output.transpose(0, 1).flatten(1).double().mean(dim=1)
+
+
+def _channels_last(images: Images) -> Tensor:
+    return torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
+
+
+def _rounded(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """Return ``x (N, C, ...)`` through the integers and back."""
+    scale = torch.from_numpy(np.array(quantizer.scale, np.float32))
+    if scale.ndim:
+        scale = scale.reshape(1, -1, *(1,) * (x.ndim - 2))
+    return (x / scale).round_().clamp_(*quantizer.limits).mul_(scale)

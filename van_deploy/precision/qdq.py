@@ -23,12 +23,13 @@ import onnx_ir as ir
 from onnx import ModelProto
 
 from van_deploy.errors import ConversionError
+from van_deploy.graph.files import opset_of
 from van_deploy.precision.fp16 import fp16_from_fp32
 from van_deploy.precision.plan import LayerPlan, QuantizationPlan, parameters
 from van_deploy.precision.scales import Quantizer, rounded
 
+# The first opset whose QuantizeLinear and DequantizeLinear take FP16 scales.
 OPSET_FOR_HALF_SCALES = 19
-"""The first opset whose QuantizeLinear and DequantizeLinear take FP16 scales."""
 
 Array = npt.NDArray[np.generic]
 
@@ -39,7 +40,6 @@ def qdq_for_tensorrt(
     *,
     rest: str = "fp16",
     kept: Collection[str] = (),
-    half_io: bool = False,
 ) -> ModelProto:
     """Return the plan's graph in INT8 for TensorRT, everything else ``rest``.
 
@@ -48,20 +48,19 @@ def qdq_for_tensorrt(
         plan: the quantised layers and their numbers.
         rest: ``fp16`` or ``fp32``.
         kept: with ``fp16``, nodes that stay FP32.
-        half_io: with ``fp16``, make the graph's input and output FP16 too.
 
     Raises:
         ConversionError: FP16 scales need a newer opset than the graph's.
     """
     model = _with_parameters(model, plan)
     if rest == "fp16":
-        opset = next(o.version for o in model.opset_import if o.domain in {"", "ai.onnx"})
-        if opset < OPSET_FOR_HALF_SCALES:
+        if opset_of(model) < OPSET_FOR_HALF_SCALES:
             raise ConversionError(
-                f"The graph has opset {opset}; FP16 scales need {OPSET_FOR_HALF_SCALES} or newer.",
+                f"The graph has opset {opset_of(model)}; FP16 scales need "
+                f"{OPSET_FOR_HALF_SCALES} or newer.",
                 "Export it again with --opset 20, or quantize with --rest fp32.",
             )
-        model = fp16_from_fp32(model, kept, half_io=half_io)
+        model = fp16_from_fp32(model, kept)
     writer = _Writer(model)
     for node, layer in writer.quantized(plan):
         if layer.weight_scales is not None:

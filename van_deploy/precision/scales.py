@@ -1,4 +1,10 @@
-"""From a tensor's histogram to the scale of its 8-bit integers. Pure functions.
+"""The range of every tensor on real images, and the scales of 8-bit integers read from it.
+
+In one pass the network runs as a PyTorch module with a hook on each of its parts. A histogram
+bin is the sign, the exponent and the first :data:`MANTISSA_BITS` mantissa bits of a float32, so
+a bin is 6 to 12 % wide wherever it lies, no range has to be known beforehand, and nothing is
+ever binned again. Every value of every image is counted, never a sample. Memory is that of one
+batch and of the records, whatever the number of images. A scale is read by one method:
 
 ==============  =================================================================
 ``minmax``      the largest magnitude is just representable: nothing is clipped
@@ -10,49 +16,71 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
-from van_deploy.precision.observers import ChannelRange, bin_values
+from van_deploy.errors import ConversionError
+from van_deploy.graph.export import RebuiltVan
 
-DEFAULT_PERCENTILE = 99.999
-"""ONNX Runtime's default."""
+MANTISSA_BITS = 3
+# Smaller magnitudes share the first bin, and stand for 0: the smallest scale, 2^-14, rounds
+# them to it. Larger ones, which no FP16 number reaches, share the last.
+SMALLEST_EXPONENT, LARGEST_EXPONENT = -15, 16
+# Of a channel: negative values first, from the largest magnitude down.
+BINS = 2 * ((LARGEST_EXPONENT - SMALLEST_EXPONENT) << MANTISSA_BITS)
+# Images that are looked at together have at most so many pixels: five of 224 x 224.
+BATCH_PIXELS = 2**18
+_SHIFT = 23 - MANTISSA_BITS
+_FIRST = (SMALLEST_EXPONENT + 127) << MANTISSA_BITS  # 127: the exponent's bias in a float32
+_CHUNK = 2**19  # values counted together, few enough for a cache
 
-INT8_LIMIT = 127
-"""Symmetric: -128 is not used, so that a value and its opposite are both there."""
-
-UNSIGNED_ZERO = 128
-"""Zero-point of an unsigned tensor with a scale for every channel."""
-
+PERCENTILE = 99.999  # ONNX Runtime's default
+INT8_LIMIT = 127  # -128 is not used, so that a value and its opposite are both there
+UNSIGNED_ZERO = 128  # zero-point of an unsigned tensor with a scale for every channel
+# Smallest normal FP16 number, 6.1e-5. A smaller scale would be denormal or zero as FP16, and
+# TensorRT refuses zero.
 SMALLEST_SCALE = 2.0**-14
-"""Smallest normal FP16 number, 6.1e-5. A smaller scale would be denormal or zero as FP16,
-and TensorRT refuses zero."""
-
 FP16_LARGEST = 65504.0
-
+# Largest magnitude of the sum of two weights that are multiplied side by side: x86 processors
+# without VNNI add two products of uint8 and int8 in 16 bits (``vpmaddubsw``), where 255 times
+# more does not fit and is cut off (ONNX Runtime's page on quantisation, "When and why do I need
+# to try U8U8?").
 PAIR_LIMIT = 128
-"""Largest magnitude of the sum of two weights that are multiplied side by side: x86 processors
-without VNNI add two products of uint8 and int8 in 16 bits (``vpmaddubsw``), where 255 times
-more does not fit and is cut off (ONNX Runtime's page on quantisation, "When and why do I
-need to try U8U8?")."""
-
-SMALLEST_FP32_SCALE = 2.0**-60
-"""A smaller scale, times that of the activations, could be denormal as float32."""
-
+SMALLEST_FP32_SCALE = 2.0**-60  # a smaller one, times that of the activations, may be denormal
 LARGEST_BIAS = 2.0**30  # of an int32, with a factor of two to spare for the sum it joins
-
 _GRID = 24  # clips tried first, then as many around the best
 _SMALLEST_CLIP = 1 / 64  # of the largest magnitude, where the search starts
 
+Images = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.floating]
-
-
 Method = Literal["minmax", "percentile", "mse"]
-"""How a scale is read from a histogram."""
+
+
+@dataclass(frozen=True)
+class ChannelRange:
+    """What the channels of one tensor were, over every image.
+
+    Attributes:
+        minimum: ``(C,)`` smallest values, float64.
+        maximum: ``(C,)`` largest values, float64.
+        counts: ``(C, BINS)`` how often each bin occurred; ``(C, 0)`` where it was not counted.
+    """
+
+    minimum: Floats
+    maximum: Floats
+    counts: npt.NDArray[np.uint32]
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude of any channel."""
+        return float(max(self.maximum.max(), -self.minimum.min()))
 
 
 @dataclass(frozen=True)
@@ -71,7 +99,7 @@ class ChannelAffine:
         """Return ``values (..., C)`` after the change."""
         return np.asarray((values - self.shift) / self.factor)
 
-    def multiply_add(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def multiply_add(self) -> tuple[Images, Images]:
         """Return the change as ``x * multiplier + offset``, ``(C,)`` float32 each."""
         multiplier = (1 / self.factor).astype(np.float32)
         return multiplier, (-self.shift / self.factor).astype(np.float32)
@@ -101,7 +129,85 @@ class Quantizer:
         return low - self.zero_point, high - self.zero_point
 
 
-def storable_scales(scales: npt.ArrayLike) -> npt.NDArray[np.float32]:
+# --- histograms ------------------------------------------------------------------------------
+
+
+@functools.cache
+def bin_values() -> npt.NDArray[np.float64]:
+    """Return the value in the middle of each bin, ``(BINS,)``, rising."""
+    index = np.arange(BINS // 2) + _FIRST
+    parts = 1 << MANTISSA_BITS
+    magnitude = np.ldexp(1 + (index % parts + 0.5) / parts, index // parts - 127)
+    magnitude[0] = 0.0
+    return np.concatenate([-magnitude[::-1], magnitude])
+
+
+def range_of(values: Tensor, counted: bool) -> ChannelRange:
+    """Return the range of ``values (N, C, H, W)`` or ``(N, C)``, float32."""
+    rows = values.movedim(1, -1).reshape(-1, values.shape[1])  # a view of channels-last values
+    low, high = rows.amin(0).double().numpy(), rows.amax(0).double().numpy()
+    channels = len(low)
+    counts = np.zeros(channels * BINS if counted else 0, np.uint32)
+    start = torch.arange(channels, dtype=torch.int32) * BINS + BINS // 2
+    for some in rows.split(max(_CHUNK, counts.size) // channels) if counted else ():
+        bits = some.contiguous().view(torch.int32)
+        code = (bits & 0x7FFFFFFF).bitwise_right_shift_(_SHIFT)
+        code.clamp_(_FIRST, _FIRST + BINS // 2 - 1).sub_(_FIRST)
+        code.bitwise_xor_(bits >> 31).add_(start)  # ~code = -code - 1 where the sign is set
+        counts += torch.bincount(code.flatten(), minlength=counts.size).numpy().astype(np.uint32)
+    return ChannelRange(low, high, counts.reshape(channels, -1))
+
+
+def images_at_once(pixels: int) -> int:
+    """Return how many images of ``pixels`` each are looked at together."""
+    return min(max(BATCH_PIXELS // pixels, 1), 32)
+
+
+def observe(
+    network: RebuiltVan, batches: Iterable[Images], counted: Collection[str]
+) -> dict[str, ChannelRange]:
+    """Return the range of every tensor of ``network``, by its name in the graph.
+
+    Args:
+        network: runs in float32.
+        batches: normalised images ``(N, C, S, S)``, a batch at a time.
+        counted: tensors whose values are counted.
+
+    Raises:
+        ConversionError: a tensor became infinite or NaN.
+    """
+    ranges: dict[str, ChannelRange] = {}
+
+    def add(tensor: str, values: Tensor) -> None:
+        found = range_of(values, tensor in counted)
+        if not np.isfinite([found.minimum, found.maximum]).all():
+            raise ConversionError(
+                f"The tensor '{tensor}' is infinite or NaN on the calibration images.",
+                "Check the weights with `van-deploy inspect`, and the images' preprocessing.",
+            )
+        known = ranges.setdefault(tensor, found)
+        if known is not found:
+            np.minimum(known.minimum, found.minimum, out=known.minimum)
+            np.maximum(known.maximum, found.maximum, out=known.maximum)
+            np.add(known.counts, found.counts, out=known.counts)
+
+    with ExitStack() as stack, torch.inference_mode():
+        for tensor, (name, is_output) in network.tensors.items():
+            module = network.model.get_submodule(name)
+            if is_output:
+                hook = module.register_forward_hook(lambda _m, _a, y, t=tensor: add(t, y))
+            else:
+                hook = module.register_forward_pre_hook(lambda _m, x, t=tensor: add(t, x[0]))
+            stack.callback(hook.remove)
+        for images in batches:
+            network.model(torch.from_numpy(images).contiguous(memory_format=torch.channels_last))
+    return ranges
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+def storable_scales(scales: npt.ArrayLike) -> Images:
     """Return positive ``scales`` as float32 numbers that FP16 holds exactly.
 
     Each is rounded up, so that what a scale covered is still covered, and is at
@@ -118,7 +224,7 @@ def storable_scales(scales: npt.ArrayLike) -> npt.NDArray[np.float32]:
     return np.asarray(up, dtype=np.float32)
 
 
-def weight_scales(weight: Floats) -> npt.NDArray[np.float32]:
+def weight_scales(weight: Floats) -> Images:
     """Return each output channel's scale ``(O,)``: its largest magnitude over 127, storable."""
     return storable_scales(np.abs(weight.reshape(len(weight), -1)).max(axis=1) / INT8_LIMIT)
 
@@ -139,9 +245,7 @@ def pair_sums(weight: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return np.asarray(np.abs(rows[:, ::2] + rows[:, 1::2]).max(axis=1))
 
 
-def cpu_weight_scales(
-    weight: Floats, bias: Floats, activation_scale: Floats
-) -> npt.NDArray[np.float32]:
+def cpu_weight_scales(weight: Floats, bias: Floats, activation_scale: Floats) -> Images:
     """Return each output channel's scale ``(O,)``, wide enough for ONNX Runtime's kernels.
 
     No two products overflow (:data:`PAIR_LIMIT`; rounding lengthens a sum by one at most),
@@ -159,24 +263,18 @@ def rounded(weight: Floats, scales: Floats) -> npt.NDArray[np.int8]:
     return np.clip(integers, -INT8_LIMIT, INT8_LIMIT).astype(np.int8)
 
 
-# --- activations ---------------------------------------------------------------------------
+# --- activations -----------------------------------------------------------------------------
 
 
-def symmetric(
-    record: ChannelRange,
-    method: Method,
-    percentile: float = DEFAULT_PERCENTILE,
-    affine: ChannelAffine = UNCHANGED,
-) -> Quantizer:
+def symmetric(record: ChannelRange, method: Method, affine: ChannelAffine = UNCHANGED) -> Quantizer:
     """Return signed integers with zero-point 0, whose scale FP16 holds.
 
     Args:
         record: of the tensor, counted.
         method: how the scale is read.
-        percentile: for that method, in percent.
         affine: what the tensor goes through between ``record`` and the rounding.
     """
-    low, high = _ends(record, method, percentile, affine)
+    low, high = _ends(record, method, affine)
     largest = max(high, -low)
     if method == "mse" and largest > 0:
         sums = _BinSums(record, affine)
@@ -187,7 +285,6 @@ def symmetric(
 def unsigned(
     record: ChannelRange,
     method: Method,
-    percentile: float = DEFAULT_PERCENTILE,
     affine: ChannelAffine = UNCHANGED,
     lowest: float = -np.inf,
 ) -> Quantizer:
@@ -199,25 +296,27 @@ def unsigned(
     Args:
         record: of the tensor, counted.
         method: how the scale is read.
-        percentile: for that method, in percent.
         affine: what the tensor goes through between ``record`` and the rounding.
         lowest: no integers are spent below this.
     """
-    low, high = _ends(record, method, percentile, affine)
+
+    def between(low: float, high: float) -> Quantizer:  # both ends and zero
+        scale = min(max((high - low) / 255, SMALLEST_SCALE), FP16_LARGEST)
+        return Quantizer(np.array(scale), int(np.clip(round(-low / scale), 0, 255)), signed=False)
+
+    def error(low: float, high: float) -> float:
+        found = between(low, high)
+        first, last = (limit * float(found.scale) for limit in found.limits)
+        return sums.error(float(found.scale), first, last)
+
+    low, high = _ends(record, method, affine)
     low = max(low, lowest)
     if method == "mse" and low < high:
-        sums = _BinSums(record, affine)
-
-        def error(low: float, high: float) -> float:
-            found = _between(low, high)
-            first, last = (limit * float(found.scale) for limit in found.limits)
-            return sums.error(float(found.scale), first, last)
-
-        least, most = low, high
+        sums, least, most = _BinSums(record, affine), low, high
         for _ in range(2):
             high = _least(functools.partial(error, low), most)
             low = -_least(lambda clip, high=high: error(-clip, high), -least)  # type: ignore[misc]
-    return _between(low, high)
+    return between(low, high)
 
 
 def by_channel(record: ChannelRange, affine: ChannelAffine = UNCHANGED) -> Quantizer:
@@ -246,24 +345,16 @@ def _within(
     return values[..., first].reshape(-1), values[..., last].reshape(-1)
 
 
-def _ends(
-    record: ChannelRange, method: Method, percentile: float, affine: ChannelAffine
-) -> tuple[float, float]:
+def _ends(record: ChannelRange, method: Method, affine: ChannelAffine) -> tuple[float, float]:
     """Return the ends of a whole tensor, zero between them; not yet where ``mse`` clips."""
     low, high = affine.of(record.minimum).min(), affine.of(record.maximum).max()
     if method == "percentile":
         counts = record.counts
         values = np.broadcast_to(affine.of(bin_values()[:, None]).T, counts.shape)
         order = np.argsort(values, axis=None)
-        found = _within(values.flat[order][None], counts.flat[order][None], percentile)
+        found = _within(values.flat[order][None], counts.flat[order][None], PERCENTILE)
         low, high = max(low, found[0][0]), min(high, found[1][0])
     return min(float(low), 0.0), max(float(high), 0.0)
-
-
-def _between(low: float, high: float) -> Quantizer:
-    """Return the unsigned integers that cover both ends and zero."""
-    scale = min(max((high - low) / 255, SMALLEST_SCALE), FP16_LARGEST)
-    return Quantizer(np.array(scale), int(np.clip(round(-low / scale), 0, 255)), signed=False)
 
 
 class _BinSums:
@@ -278,19 +369,15 @@ class _BinSums:
         if affine is UNCHANGED:  # all channels alike
             counts = counts.sum(axis=0, keepdims=True, dtype=np.uint64)
         used = np.flatnonzero(counts.any(axis=0))
-        values = bin_values()[used]
-        powers = counts[:, used] * np.stack([values**power for power in range(3)])[:, None, :]
-        none = np.zeros((3, len(counts), 1))
-        self.values = values
-        self.sums = np.concatenate([none, np.cumsum(powers, axis=2)], axis=2)  # (3, C, B + 1)
-        self.affine = affine
-        self.every = np.arange(len(counts))
+        self.affine, self.values, self.every = affine, bin_values()[used], np.arange(len(counts))
+        powers = np.stack([self.values**power for power in range(3)])[:, None, :]
+        sums = np.cumsum(counts[:, used] * powers, axis=2)
+        self.sums = np.concatenate([np.zeros((3, len(counts), 1)), sums], axis=2)  # (3, C, B + 1)
 
     def error(self, scale: float, low: float, high: float) -> float:
         """Return the squared error of ``x'`` with integers that reach from low to high."""
         fine = scale / np.sqrt(12)
-        rest = np.inf
-        ends = [-rest, low, max(-fine, low), min(fine, high), high, rest]
+        ends = [-np.inf, low, max(-fine, low), min(fine, high), high, np.inf]
         shift, factor = self.affine.shift, self.affine.factor
         places = np.searchsorted(self.values, np.multiply.outer(ends, factor) + shift)
         parts = np.diff(self.sums[:, self.every, places], axis=1)  # (3, 5, C)

@@ -10,7 +10,7 @@ from van_deploy.report.document import Block, Entry, Facts, Notice, facts, notic
 from van_deploy.report.figures import bytes_text, listed, state_of
 
 if TYPE_CHECKING:
-    from van_deploy.engine.fleet import Cell
+    from van_deploy.engine.bundled import Cell
 
 MOST_LAYERS, LONGEST_WARNING = 200, 160
 
@@ -64,7 +64,7 @@ def _engine(one: Entry) -> list[Block]:
             one,
             f"engine = sidecar.name; {file}; made from = sidecar.onnx_file; "
             "of sha256 = sidecar.onnx_sha256; sidecar.precision; sidecar.backend; "
-            "version = sidecar.backend_version; CUDA = sidecar.cuda; plan is sound = plan_is_sound",
+            "version = sidecar.backend_version; CUDA = sidecar.cuda",
         ),
         *facts(
             sidecar,
@@ -76,8 +76,7 @@ def _engine(one: Entry) -> list[Block]:
             {**sidecar, "options": options, "log": one["log"], "notes": notes},
             "parsed in s = parse_seconds .1f; built in s = build_seconds .1f; "
             "peak memory = peak_memory_bytes bytes; parser's layers = parser_layers; "
-            "on = built_on; options; same bytes twice = reproducible; warnings; log; "
-            "from the log = notes",
+            "on = built_on; options; warnings; log; from the log = notes",
             "Build",
         ),
         _here(one["obstacles"]),
@@ -145,7 +144,7 @@ def builds_blocks(report: Entry) -> list[Block]:
         *table(
             rows,
             "state state; engine name; batch name; size bytes; build s = build_seconds .1f; "
-            "memory = peak_memory_bytes bytes; same twice = reproducible name",
+            "memory = peak_memory_bytes bytes",
         ),
         *notices("FAIL", failed),
     ]

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from van_deploy.engine.backend import host_here
 from van_deploy.engine.compatibility import require_compatible
-from van_deploy.engine.host import host_here
 from van_deploy.engine.inductor import cudnn_tf32, quietly
 from van_deploy.engine.sidecar import verified_package
 from van_deploy.errors import ConversionError

@@ -19,15 +19,16 @@ import numpy.typing as npt
 from van_deploy.bundle import Artefact, Bundle
 from van_deploy.config import BatchRange
 from van_deploy.config.sizes import SizeRange
+from van_deploy.engine.backend import Host, host_here
 from van_deploy.engine.compatibility import obstacles
-from van_deploy.engine.host import Host, host_here
 from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
 from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
+from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
-from van_deploy.metrics import Task
-from van_deploy.model.pixels import Pixels
-from van_deploy.runners.answers import TopClasses, network_input, top_classes
+from van_deploy.metrics import Task, probabilities
+from van_deploy.model.pixels import Pixels, normalised
+from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.base import Images, Runner, gpu_index
 from van_deploy.runners.base import Outputs as Outputs
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
@@ -56,6 +57,19 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TopClasses:
+    """The most probable classes of a batch, most probable first.
+
+    Attributes:
+        classes: indices ``(N, k)`` int64.
+        probabilities: ``(N, k)`` float32, 0 to 1.
+    """
+
+    classes: npt.NDArray[np.int64]
+    probabilities: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -362,4 +376,46 @@ class Network:
         Raises:
             UsageError: the artifact gives only its first five and more are asked for.
         """
-        return top_classes(outputs, count, self.task, self.name)
+        if OUTPUT_NAME in outputs or "probabilities" in outputs:
+            logits = outputs.get(OUTPUT_NAME)
+            scores = outputs["probabilities"] if logits is None else logits.astype(np.float32)
+            shares = scores if logits is None else probabilities(scores, self.task)
+            classes = np.argsort(-scores, axis=1, kind="stable")[:, :count].astype(np.int64)
+            ranked = np.take_along_axis(shares, classes, axis=1).astype(np.float32)
+            return TopClasses(classes, ranked)
+        classes, shares = outputs[TOP_CLASSES], outputs[TOP_PROBABILITIES]
+        if count > classes.shape[1]:
+            raise UsageError(
+                f"'{self.name}' gives its first {classes.shape[1]} classes only, not {count}.",
+                f"Ask for {classes.shape[1]}, or take another artifact.",
+            )
+        return TopClasses(classes[:, :count], shares[:, :count])
+
+
+def network_input(
+    pixels: Pixels | Images, embedding: str, preprocessing: Preprocessing
+) -> npt.NDArray[Any]:
+    """Return images as a graph with ``embedding`` takes them.
+
+    Args:
+        pixels: resized images ``(N, S, S, C)`` uint8, or normalised ``(N, C, S, S)`` float32.
+        embedding: the preprocessing inside the graph.
+        preprocessing: of the network.
+
+    Raises:
+        UsageError: the graph normalises, and the images are normalised already.
+    """
+    if pixels.dtype == np.float32 and embedding == "none":
+        return pixels
+    if pixels.dtype == np.float32:
+        raise UsageError(
+            f"The images are normalised network input, and the graph (embedded: {embedding}) "
+            "normalises by itself.",
+            "Give uint8 images.",
+        )
+    if embedding == "uint8":
+        return np.ascontiguousarray(pixels)
+    if embedding == "normalize":
+        values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+        return values / np.float32(255)
+    return normalised(pixels.astype(np.uint8, copy=False), preprocessing)

@@ -15,12 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.config import BatchRange
-from van_deploy.engine.backend import RTX, Backend, backend_named
-from van_deploy.engine.catalogue import load_failure, run_failure
+from van_deploy.engine.backend import RTX, Backend, backend_named, engine_from_plan, host_here
 from van_deploy.engine.compatibility import require_compatible
-from van_deploy.engine.host import host_here
-from van_deploy.engine.load import engine_from_plan, runtime_of
-from van_deploy.engine.log import BuildLog
+from van_deploy.engine.messages import BuildLog, failure
 from van_deploy.engine.sidecar import Sidecar, sidecar_path, verified_sidecar
 from van_deploy.errors import InputError, VanDeployError
 from van_deploy.runners.base import Outputs, Runner, gpu_index, profile_for, require_served
@@ -101,7 +98,7 @@ class TensorRtRunner(Runner):
         self.contexts: dict[int, Any] = {}
         self._engine = self._runtime = self._config = None
         stack.callback(self._forget)
-        self._runtime, self._logger = runtime_of(self.backend, self.log)
+        self._runtime, self._logger = self.backend.runtime(self.log)
         # A version-compatible plan carries host code; only a verified sidecar says so.
         host_code = sidecar is not None and sidecar.options.version_compatible
         self._engine = engine_from_plan(
@@ -203,7 +200,7 @@ class TensorRtRunner(Runner):
             given = () if self._config is None else (self._config,)
             context = engine.create_execution_context(*given)
             if context is None:
-                raise load_failure(self.backend.label, "the engine's context", self.log.errors)
+                raise failure(f"{self.backend.label} makes no context", self.log.errors)
             self.contexts[key] = context
         return self.contexts[key]
 
@@ -245,4 +242,4 @@ class TensorRtRunner(Runner):
         ]
 
     def _refused(self, what: str) -> VanDeployError:
-        return run_failure(self.backend.label, what, self.log.errors[-2:])
+        return failure(f"{self.backend.label} refused {what}", self.log.errors[-2:])

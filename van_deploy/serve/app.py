@@ -1,38 +1,45 @@
-"""The server's addresses, as an ASGI application: v2 protocol, page, images, health, metrics."""
+"""The server: its addresses as an ASGI application, and uvicorn on a listening socket."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import ctypes
+import errno
 import hmac
 import inspect
 import json
+import os
 import re
+import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from van_deploy import __version__
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.serve.intake import (
     MIB,
     ClientGoneError,
-    Receive,
     Request,
     RequestError,
     file_of_form,
+    limited_protocol,
 )
+from van_deploy.serve.models import ServedModel, Service
 from van_deploy.serve.protocol import encode_response, parse_request
-from van_deploy.serve.served import ServedModel
-from van_deploy.serve.service import Service
 
-MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config|/stats)?")
+MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config)?")
 MODEL = "/v2/models/MODEL"
+EXTENSIONS = ["binary_tensor_data", "model_configuration"]
 READY = {"version": "1", "state": "READY"}
-EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics"]
 SERVER = {"name": "van-deploy", "version": __version__, "extensions": EXTENSIONS}
 PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 KEYLESS = {"/", "/page.css", "/page.js", "/v2/health/live", "/v2/health/ready"}
@@ -53,16 +60,18 @@ REFUSED_HEADERS = {
     429: {"retry-after": "1"},
     503: {"retry-after": "1"},
 }
+BACKLOG = 1024
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+THREADS = 2  # that decode and check arrays
 
 Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
-@dataclass
-class Response:
+class Response(NamedTuple):
     """One answer."""
 
     body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = {}
     status: int = 200
 
 
@@ -78,9 +87,9 @@ class App:
     """
 
     def __init__(self, service: Service) -> None:
-        self.service, self._key = service, service.settings.api_key()
-        self.keyed = bool(self._key)
-        models = service.models
+        self.service, key = service, service.settings.api_key()
+        self.keyed, self._authorization = bool(key), f"Bearer {key}".encode()
+        models = service.models  # loaded later
         self._routes: dict[str, tuple[str, Callable[[Request], Any]]] = {
             f"{MODEL}/infer": ("POST", self._infer),
             "/predict": ("POST", self._predict),
@@ -96,14 +105,12 @@ class App:
             "/models": ("GET", lambda _: service.description()),
             "/metrics": ("GET", lambda _: Response(*service.metrics.text())),
             "/v2": ("GET", lambda _: SERVER),
-            "/v2/models/stats": ("GET", lambda _: _statistics(*models.values())),
             MODEL: ("GET", lambda request: _metadata(self._served(request).config)),
             f"{MODEL}/config": ("GET", lambda request: self._served(request).config),
             f"{MODEL}/ready": ("GET", lambda request: self._served(request) and Response()),
-            f"{MODEL}/stats": ("GET", lambda request: _statistics(self._served(request))),
         }
 
-    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Send) -> None:
         """Answer one request; whatever happens, with a status."""
         start, metrics = time.perf_counter(), self.service.metrics
         query = urllib.parse.parse_qsl(scope["query_string"].decode("latin-1"), True)
@@ -137,13 +144,13 @@ class App:
 
     def _handler(self, request: Request) -> Callable[[Request], Any]:
         """Return what answers a request; it may do so at once, or in its own time."""
-        key, path = self._key, request.path
-        given = request.headers.get("authorization", "").encode()
-        if key and path not in KEYLESS and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+        path, given = request.path, request.headers.get("authorization", "").encode()
+        allowed = not self.keyed or hmac.compare_digest(given, self._authorization)
+        if path not in KEYLESS and not allowed:
             raise RequestError(
                 "This server wants its key: 'Authorization: Bearer KEY'.", status=401
             )
-        match = MODEL_PATH.fullmatch(path) if path not in self._routes else None
+        match = MODEL_PATH.fullmatch(path)
         if match:
             request.model, request.version = match[1], match[2] or "1"
             path = f"{MODEL}{match[3] or ''}"
@@ -168,9 +175,10 @@ class App:
             body = await intake.body(request, take_bytes, json=text is None)
             take_images(1)
             network, size = served.network, len(body) if text is None else int(text)
+            names = [output.name for output in network.outputs]
             rows, parsed = await intake.run(
                 "process" if size > SMALL_JSON else "thread" if len(body) > MIB else "here",
-                *(parse_request, body, size, network.input, network.outputs, network.max_batch),
+                *(parse_request, body, size, network.input, names, network.max_batch),
             )
             take_images(len(rows) - 1)
             answer = await served.infer(rows)
@@ -178,7 +186,7 @@ class App:
             many = sum(answer.outputs[name].size for name in texts) > MANY_NUMBERS
             content, json_size = await intake.run(
                 "process" if many else "here",
-                *(encode_response, parsed, answer.outputs, served.name, served.labels),
+                *(encode_response, parsed, answer.outputs, served.name),
             )
         if json_size is None:
             return Response(content, {"content-type": "application/json"})
@@ -224,32 +232,18 @@ def _page(name: str, kind: str) -> Callable[[Request], Response]:
 
 def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the protocol's metadata of what Triton's configuration describes."""
-
-    def tensors(side: str) -> list[dict[str, Any]]:
-        keys = ("name", "datatype", "shape")
-        rows = ((t["name"], t["data_type"].removeprefix("TYPE_"), t["dims"]) for t in config[side])
-        return [
-            dict(zip(keys, (name, kind, [-1, *dims]), strict=True)) for name, kind, dims in rows
+    what: dict[str, Any] = {"name": config["name"], "versions": ["1"]}
+    what["platform"] = PLATFORMS.get(config["backend"], config["backend"])
+    for side in ("input", "output"):
+        what[f"{side}s"] = [
+            {
+                "name": tensor["name"],
+                "datatype": tensor["data_type"].removeprefix("TYPE_"),
+                "shape": [-1, *tensor["dims"]],
+            }
+            for tensor in config[side]
         ]
-
-    platform = PLATFORMS.get(config["backend"], config["backend"])
-    what = {"name": config["name"], "versions": ["1"], "platform": platform}
-    return {**what, "inputs": tensors("input"), "outputs": tensors("output")}
-
-
-def _statistics(*models: ServedModel) -> dict[str, Any]:
-    """Return the protocol's statistics; times are in nanoseconds."""
-    found = []
-    for served in models:
-        counts = served.counts
-        done, queue, infer = (counts[key] for key in ("requests", "queue_ns", "infer_ns"))
-        times = [("success", done, queue + infer), ("fail", counts["failures"], 0)]
-        times += [("queue", done, queue), ("compute_infer", done, infer)]
-        stats = {name: {"count": count, "ns": ns} for name, count, ns in times}
-        totals = {"inference_count": counts["rows"], "execution_count": counts["batches"]}
-        names = {"name": served.name, "version": "1", "last_inference": counts["last_ms"]}
-        found.append({**names, **totals, "inference_stats": stats})
-    return {"model_stats": found}
+    return what
 
 
 def _log(event: str, **fields: object) -> None:
@@ -257,3 +251,90 @@ def _log(event: str, **fields: object) -> None:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     sys.stderr.write(json.dumps({"time": stamp, "event": event, **fields}) + "\n")
     sys.stderr.flush()
+
+
+def listen(host: str = "127.0.0.1", port: int = 8000) -> tuple[socket.socket, str]:
+    """Return a bound socket, and the URL at which it answers; port 0 takes a free one.
+
+    Raises:
+        UsageError: the address is taken, forbidden or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        bound = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        taken = getattr(error, "errno", None) == errno.EADDRINUSE
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
+        raise UsageError(
+            f"Cannot listen on {host} port {port}: {reason}.",
+            "Choose another --port, or 0 for a free one." if taken else "Check --host and --port.",
+        ) from error
+    host, port = bound.getsockname()[:2]
+    return bound, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_server(
+    app: App, bound: socket.socket, on_ready: Callable[[Callable[[], Any]], None] = lambda _: None
+) -> None:
+    """Answer until SIGINT or SIGTERM, then finish what was begun.
+
+    Args:
+        app: of a service that is loaded.
+        bound: from :func:`listen`; closed at the end.
+        on_ready: called once requests are answered, with a function that ends the server
+            from any thread.
+    """
+    import uvicorn
+
+    settings = app.service.settings
+    config = uvicorn.Config(
+        app,
+        http=limited_protocol(settings.read_timeout_s),
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        log_level="critical",
+        server_header=False,
+        backlog=BACKLOG,
+        limit_concurrency=settings.max_connections,
+        timeout_keep_alive=75,  # seconds: longer than most clients' pools
+        timeout_graceful_shutdown=30,
+    )
+    return_large_blocks()
+    server, service = uvicorn.Server(config), app.service
+    # Signals are taken below, and end it with code 0.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment]
+
+    async def serve() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(THREADS, "van-deploy-decode"))
+
+        def end() -> None:
+            server.force_exit = server.should_exit  # asked twice
+            service.intake.draining = server.should_exit = True
+
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, end)
+        service.start()
+        running = asyncio.create_task(server.serve(sockets=[bound]))
+        while not (server.started or running.done()):
+            await asyncio.sleep(0.01)
+        on_ready(lambda: loop.call_soon_threadsafe(end))
+        await running
+        await service.close()
+
+    loop = (config.get_loop_factory() or asyncio.new_event_loop)()
+    with bound, contextlib.closing(loop):
+        loop.run_until_complete(serve())
+
+
+def return_large_blocks() -> bool:
+    """Give blocks from 128 KiB on back to the system when they are freed; tell whether it took.
+
+    glibc raises that threshold to the size of what is freed, up to 32 MiB; bodies and images then
+    stay in its heaps: 1.2 GiB above the model under the worst bodies, and 0.8 GiB with this
+    (``python -m benchmarks.serve worst``). Other C libraries have no such call.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, 128 * 1024))

@@ -9,29 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.errors import GateFailed, UsageError
 from van_deploy.files import content_key
-from van_deploy.graph.embed import (
-    TOP_CLASSES,
-    TOP_PROBABILITIES,
-    embed_preprocessing,
-)
+from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES, embed_preprocessing
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.manifest import Embedding
 from van_deploy.metrics import Task, probabilities
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.provenance import code_digest
-from van_deploy.runners.answers import network_input
-from van_deploy.runners.base import Images, Logits
-from van_deploy.runners.network import Outputs, task_of
+from van_deploy.runners.base import Logits, Outputs
+from van_deploy.runners.network import network_input, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 SAME_GRAPH = 1e-5
@@ -87,12 +80,7 @@ def embed_artefacts(
             "There is nothing to embed: no preprocessing and only the logits.",
             "Give --embed-preprocess uint8, or more --outputs.",
         )
-    kind, task = "outputs" if embedding == "none" else embedding, task_of(bundle)
-    preprocessing, made = bundle.manifest.preprocessing, list[Embedded]()
-    pairs = [
-        (normalised(rows, preprocessing), network_input(rows, embedding, preprocessing))
-        for rows in (pixels[:batch] for batch in batches)
-    ]
+    preprocessing, made, task = bundle.manifest.preprocessing, list[Embedded](), task_of(bundle)
     how = {
         "embedding": embedding,
         "outputs": list(outputs),
@@ -103,23 +91,29 @@ def embed_artefacts(
         for base, source in bundle.artefacts.items():
             if source.kind != "onnx":
                 continue
-            name, path = f"{base}-{kind}", bundle.verified(base)
-            made_with, there = {**how, "base": source.sha256}, bundle.artefacts.get(name)
+            kind, path = "outputs" if embedding == "none" else embedding, bundle.verified(base)
+            name, made_with = f"{base}-{kind}", {**how, "base": source.sha256}
+            there = bundle.artefacts.get(name)
             if there is not None and there.key == content_key(made_with):
                 bundle.verified(name)
                 made.append(Embedded(name, base, reused=True, agreement=None))
                 continue
             model = embed_preprocessing(onnx.load(path), preprocessing, embedding, outputs, task)
-            facts = graph_facts(model)
             files = save_onnx(model, draft.file(f"{path.stem}.{kind}.onnx"))
-            rows = _proof(path, draft.file(files[0]), pairs, task)
-            for row in rows:
-                if not row["difference"] <= SAME_GRAPH:
-                    raise GateFailed(
-                        f"At batch {row['batch']} '{name}' differs from '{base}' by "
-                        f"{row['difference']:.1e} of the largest value; {SAME_GRAPH:g} is allowed.",
-                        "Nothing was written. Please report it.",
-                    )
+            rows = []
+            with OnnxRuntimeRunner(path) as old, OnnxRuntimeRunner(draft.file(files[0])) as new:
+                for batch in batches:
+                    some = pixels[:batch]
+                    logits = old.run(normalised(some, preprocessing))
+                    found = new.run_all(network_input(some, embedding, preprocessing))
+                    difference = _difference(logits, found, task)
+                    rows.append({"batch": batch, "difference": difference})
+                    if not difference <= SAME_GRAPH:
+                        raise GateFailed(
+                            f"At batch {batch} '{name}' differs from '{base}' by {difference:.1e} "
+                            f"of the largest value; {SAME_GRAPH:g} is allowed.",
+                            "Nothing was written. Please report it.",
+                        )
             report = {"base": base, "runner": "ort-cpu", "limit": SAME_GRAPH, "batches": rows}
             draft.checks[f"embedded {name}"] = report
             draft.record(
@@ -131,26 +125,12 @@ def embed_artefacts(
                     files=dict.fromkeys(files, ""),
                     made_from=Origin(name=base, sha256=source.sha256),
                     made_with=made_with,
-                    graph=facts,
+                    graph=graph_facts(model),
                     embedded=cast("Embedding", embedding),
                 )
             )
             made.append(Embedded(name, base, reused=False, agreement=report))
     return made
-
-
-def _proof(
-    plain: Path, embedded: Path, pairs: Sequence[tuple[Images, npt.NDArray[Any]]], task: Task
-) -> list[dict[str, Any]]:
-    """Return the difference at each batch size; the inputs are what either graph takes."""
-    with OnnxRuntimeRunner(plain) as old, OnnxRuntimeRunner(embedded) as new:
-        return [
-            {
-                "batch": len(images),
-                "difference": _difference(old.run(images), new.run_all(given), task),
-            }
-            for images, given in pairs
-        ]
 
 
 def _difference(logits: Logits, found: Outputs, task: Task) -> float:

@@ -1,8 +1,8 @@
 """Taking requests in: what is refused, how much is held at once, and where heavy work goes.
 
-Bodies are never larger than the limit and never slower than the deadline. Nothing copies or
-searches a large body in one piece while it holds Python's lock: large JSON is parsed in another
-process; joining, inflating and decoding release the lock, so threads do.
+Heads and bodies are never larger than the limits and never slower than the deadline. Nothing copies
+or searches a large body in one piece while it holds Python's lock: large JSON is parsed in another
+process; joining and decoding release the lock, so threads do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import zlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from van_deploy.config import ServiceSettings
 from van_deploy.errors import InputError
 
 MIB = 2**20
-DEFLATE_RATIO = 1032  # the most that a byte of deflate stands for (zlib's technical details)
-GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 MAX_PARTS = 16  # of a form
 WINDOW = 2**18  # bytes searched or copied at once: a millisecond or two with Python's lock
 HELD_FULL = "The requests that are being received hold all the memory they may."
@@ -35,7 +32,10 @@ SEND_BYTES = (
     "--max-json-mib."
 )
 
-Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+MAX_HEAD_BYTES, MAX_HEADERS = 16 * 2**10, 100  # of a request; both with its request line
+MAX_PIPELINED = 16  # requests of one connection that wait for each other
+FREE_CHUNKS, LEAST_CHUNK_BYTES = 200, 64  # each chunk of a body costs a call, whatever its size
+
 T = TypeVar("T")
 
 
@@ -58,7 +58,7 @@ class Request:
     path: str
     query: dict[str, str]
     headers: dict[str, str]
-    receive: Receive
+    receive: Callable[[], Awaitable[Mapping[str, Any]]]
     route: str = ""
     model: str = ""
     version: str = "1"
@@ -131,7 +131,7 @@ class Intake:
     async def body(
         self, request: Request, take: Callable[[int], None], *, json: bool = False
     ) -> bytes:
-        """Return a request's body, decompressed.
+        """Return a request's body.
 
         Args:
             request: whose head has come.
@@ -140,7 +140,7 @@ class Intake:
 
         Raises:
             ClientGoneError: it will never be complete.
-            RequestError: too large, too slow, too late, too much for all, or badly encoded.
+            RequestError: too large, too slow, too late, too much for all, or compressed.
         """
         if self.draining:
             raise RequestError("The server is shutting down.", status=503)
@@ -174,17 +174,11 @@ class Intake:
                 raise (too_large if size > limit else RequestError(text, status=408)) from None
             if size > limit:
                 raise too_large
-            encoding = request.headers.get("content-encoding", "identity").lower()
-            if encoding not in {"identity", "gzip", "deflate"}:
-                text = f"The Content-Encoding {encoding[:20]!r} is unknown: gzip or deflate."
-                raise RequestError(text)
-            if encoding == "identity":  # a large join releases Python's lock
-                return await self.run("thread" if size > MIB else "here", b"".join, pieces)
-            take(min(limit, DEFLATE_RATIO * size))
-            plain = await self.run("thread", _inflated, pieces, limit)
-            if len(plain) > limit:
-                raise too_large
-            return plain
+            if request.headers.get("content-encoding", "identity").lower() != "identity":
+                text = "Bodies are taken as they are, without a Content-Encoding."
+                raise RequestError(text, "Send it uncompressed.", 415)
+            # A large join releases Python's lock.
+            return await self.run("thread" if size > MIB else "here", b"".join, pieces)
         finally:
             pieces.clear()  # an error's traceback may keep them for a while
 
@@ -242,18 +236,6 @@ def _found(wanted: bytes, body: bytes, start: int) -> int:
     return -1
 
 
-def _inflated(pieces: list[bytes], limit: int) -> bytes:
-    """Return at most one byte more than the limit."""
-    inflater = zlib.decompressobj(GZIP_OR_ZLIB)
-    try:
-        plain = inflater.decompress(b"".join(pieces), limit + 1)
-    except zlib.error as error:
-        raise RequestError(f"The compressed body is damaged: {error}.") from None
-    if len(plain) <= limit and not inflater.eof:
-        raise RequestError("The compressed body is truncated.")
-    return plain
-
-
 def _new_pool() -> ProcessPoolExecutor:
     """Return one process, which starts when it is first needed."""
     context = multiprocessing.get_context("spawn")
@@ -272,3 +254,66 @@ def _follow_the_server() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def limited_protocol(timeout_s: float) -> Any:
+    """Return uvicorn's HTTP protocol, with limits on what it takes without end by itself.
+
+    The head of a request must be complete in time and within a size. Headers and the chunks of
+    a body cost a call each, whatever their size: a megabyte in chunks of one byte would hold the
+    event loop for seconds.
+    """
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class Limited(HttpToolsProtocol):
+        head = chunks = size = 0  # bytes of a head that is not complete, -1 in a body; of a body
+        timer: Any = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.wait_for_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.timer.cancel()
+            super().connection_lost(exc)
+
+        def wait_for_head(self) -> None:
+            self.head = self.chunks = self.size = 0
+            self.timer = self.loop.call_later(timeout_s, self.transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            while data and self.parser is not None and not self.transport.is_closing():
+                room = MAX_HEAD_BYTES - self.head if self.head >= 0 else len(data)
+                piece, data = data[:room], data[room:]
+                self.head += len(piece) if self.head >= 0 else 0
+                super().data_received(piece)
+                if self.head >= MAX_HEAD_BYTES:
+                    self.send_400_response("The head of the request is too large.")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            if self.head < 0:
+                self.wait_for_head()
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if len(self.headers) == MAX_HEADERS:
+                raise ValueError("too many headers")  # answered with 400 by uvicorn
+            super().on_header(name, value)
+
+        def on_headers_complete(self) -> None:
+            self.head = -1
+            self.timer.cancel()
+            if len(self.pipeline) == MAX_PIPELINED:
+                raise ValueError("too many requests at once")
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self.size += len(body)
+            super().on_body(body)
+
+        def on_chunk_header(self) -> None:
+            self.chunks += 1
+            if self.chunks > FREE_CHUNKS + self.size // LEAST_CHUNK_BYTES:
+                raise ValueError("the chunks are too small")
+
+    return Limited

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,7 @@ import numpy as np
 from van_deploy.data import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.pixels import Pixels, pixels_from_image
-from van_deploy.runners.answers import TopClasses
-from van_deploy.runners.network import Network
+from van_deploy.runners.network import Network, TopClasses
 
 
 @dataclass(frozen=True)
@@ -46,32 +45,6 @@ class Prediction:
     error: str | None = None
 
 
-@dataclass
-class Speed:
-    """Where the time of a run went.
-
-    Attributes:
-        images: images answered.
-        decode_s: reading, decoding, resizing and cropping.
-        infer_s: the network, with normalisation where that is outside it.
-    """
-
-    images: int = 0
-    decode_s: float = 0.0
-    infer_s: float = 0.0
-
-    def __str__(self) -> str:
-        """Return the speed in one line."""
-        if not self.images:
-            return "no image was answered"
-        decode, infer = (1e3 * s / self.images for s in (self.decode_s, self.infer_s))
-        rate = self.images / max(self.decode_s + self.infer_s, 1e-9)
-        return (
-            f"{self.images} images, {rate:.1f} a second: {decode:.2f} ms to read and "
-            f"{infer:.2f} ms to answer each"
-        )
-
-
 def sources_from(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ...]:
     """Return the images asked for, in their order.
 
@@ -99,23 +72,15 @@ def sources_from(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ..
 
 
 def predict(
-    network: Network,
-    sources: Iterable[Path | bytes],
-    *,
-    top: int = 5,
-    batch: int = 8,
-    speed: Speed | None = None,
+    network: Network, sources: Iterable[Path | bytes], *, top: int = 5, batch: int = 8
 ) -> Iterator[Prediction]:
-    """Yield the answer to each image, in order.
-
-    Batches are filled across folders; an image that cannot be read gets an error in its place.
+    """Yield the answer to each image, in order; one that cannot be read gets an error.
 
     Args:
         network: opened.
         sources: the images.
         top: how many classes.
         batch: images a batch, at most the network's ``max_batch``.
-        speed: added to as the run goes on.
 
     Raises:
         UsageError: ``top`` or ``batch`` is not possible.
@@ -125,43 +90,29 @@ def predict(
             f"{top} classes in batches of {batch} are not possible.",
             f"Ask for 1 class or more, and batches of 1 to {network.max_batch}.",
         )
-    speed = speed if speed is not None else Speed()
-    read: list[tuple[str, Pixels | str]] = []  # the name of each, and its pixels or why not
-    for source in sources:
-        start = time.perf_counter()
-        name, called = ("-", "Standard input") if isinstance(source, bytes) else (str(source), "")
-        try:
-            image = open_image(source, channels=network.preprocessing.channels, name=called)
-            read.append((name, pixels_from_image(image, network.preprocessing)))
-        except ImageError as error:
-            read.append((name, error.message))
-        speed.decode_s += time.perf_counter() - start
-        if sum(not isinstance(value, str) for _, value in read) == batch:
-            yield from _answers(network, read, top, speed)
-            read = []
-    yield from _answers(network, read, top, speed)
+    names, remaining = network.bundle.manifest.class_names, iter(sources)
+    while some := list(islice(remaining, batch)):
+        pixels, answers = list[Pixels](), list[Prediction]()
+        for source in some:
+            name, shown = (
+                ("-", "Standard input") if isinstance(source, bytes) else (str(source), "")
+            )
+            try:
+                image = open_image(source, channels=network.preprocessing.channels, name=shown)
+                pixels.append(pixels_from_image(image, network.preprocessing))
+                answers.append(Prediction(name, ()))
+            except ImageError as error:
+                answers.append(Prediction(name, (), error.message))
+        if pixels:
+            ranked = network.top(network.run(network.prepare(np.stack(pixels))), top)
+        rows = iter(range(len(pixels)))
+        for answer in answers:
+            row = None if answer.error else next(rows)
+            classes = () if row is None else named_classes(ranked, row, names)
+            yield Prediction(answer.source, classes, answer.error)
 
 
 def named_classes(top: TopClasses, row: int, names: Sequence[str] | None) -> tuple[NamedClass, ...]:
     """Return one row's classes with their names."""
     pairs = zip(top.classes[row].tolist(), top.probabilities[row].tolist(), strict=True)
     return tuple(NamedClass(c, names[c] if names else str(c), float(p)) for c, p in pairs)
-
-
-def _answers(
-    network: Network, read: Sequence[tuple[str, Pixels | str]], top: int, speed: Speed
-) -> Iterator[Prediction]:
-    """Yield the answers to images, some of which could not be read."""
-    pixels = [value for _, value in read if not isinstance(value, str)]
-    if pixels:
-        start = time.perf_counter()
-        outputs = network.run(network.prepare(np.stack(pixels)))
-        speed.infer_s += time.perf_counter() - start
-        speed.images += len(pixels)
-        ranked, rows = network.top(outputs, top), iter(range(len(pixels)))
-    for name, value in read:
-        if isinstance(value, str):
-            yield Prediction(name, (), value)
-        else:
-            names = network.bundle.manifest.class_names
-            yield Prediction(name, named_classes(ranked, next(rows), names))

@@ -1,8 +1,8 @@
 """The v2 inference protocol: what a request's bytes mean, and the bytes of its answer.
 
-KServe's "open inference protocol" over HTTP, with Triton's binary tensor and
-classification extensions, as ``tritonclient.http`` speaks it. Pure functions of
-bytes; nothing here knows of a network or a socket.
+KServe's "open inference protocol" over HTTP, with Triton's binary tensor extension, as
+``tritonclient.http`` speaks it. Pure functions of bytes; nothing here knows of a network or a
+socket.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from pydantic_core import from_json
 from van_deploy.runners.network import TensorSpec
 from van_deploy.schema import Open, validated
 from van_deploy.serve.intake import RequestError
-from van_deploy.serve.triton_model import DATATYPES
+from van_deploy.serve.triton import DATATYPES
 
 Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
 Values = npt.NDArray[Any]
@@ -32,8 +32,8 @@ class _Parameters(Open):
 
     binary_data: pydantic.StrictBool | None = None
     binary_data_size: Count | None = None
-    classification: Count = 0
     binary_data_output: pydantic.StrictBool = False
+    classification: Literal[0] = 0  # of Triton's extensions the one that is not here
 
 
 class _Output(Open):
@@ -66,7 +66,7 @@ class InferRequest(Open):
 
 
 def parse_request(
-    body: bytes, json_length: int, given: TensorSpec, outputs: Sequence[TensorSpec], max_batch: int
+    body: bytes, json_length: int, given: TensorSpec, outputs: Sequence[str], max_batch: int
 ) -> tuple[Values, InferRequest]:
     """Return the rows in ``body`` as the model takes them, and the rest of the request.
 
@@ -74,7 +74,7 @@ def parse_request(
         body: JSON, followed by the binary tensors if there are any.
         json_length: bytes of the JSON.
         given: the model's input.
-        outputs: what the model gives.
+        outputs: names of what the model gives.
         max_batch: rows a request may have.
 
     Raises:
@@ -89,42 +89,29 @@ def parse_request(
     request = validated(InferRequest, document, where="The request", error=RequestError)
     if [entry.name for entry in request.inputs] != [given.name]:
         raise RequestError(f"The model has one input, '{given.name}'; give that one.")
+    unknown = [wanted.name for wanted in request.outputs if wanted.name not in outputs]
+    if unknown:
+        names = ", ".join(outputs)
+        raise RequestError(f"There is no output {unknown[0][:99]!r}; the model gives {names}.")
+    every = request.outputs or tuple(_Output(name=name) for name in outputs)
     rows = _tensor(request.inputs[0], memoryview(body)[json_length:], given, max_batch)
-    known = {spec.name: spec.dtype for spec in outputs}
-    for wanted in request.outputs:
-        if wanted.name not in known:
-            names = ", ".join(known)
-            raise RequestError(f"There is no output {wanted.name[:99]!r}; the model gives {names}.")
-        if wanted.parameters.classification and known[wanted.name] != "float32":
-            raise RequestError(f"'{wanted.name}' has no classification.")
-    every = request.outputs or tuple(_Output(name=name) for name in known)
     return rows, request.model_copy(update={"inputs": (), "outputs": every})
 
 
 def encode_response(
-    request: InferRequest,
-    outputs: Mapping[str, Values],
-    model: str,
-    labels: Sequence[str] | None = None,
+    request: InferRequest, outputs: Mapping[str, Values], model: str
 ) -> tuple[bytes, int | None]:
     """Return the answer's body, and the length of its JSON if binary tensors follow it."""
-    entries: list[dict[str, Any]] = []
-    tail: list[bytes] = []
+    entries, tail = list[dict[str, Any]](), list[bytes]()
     for wanted in request.outputs:
-        values, count = outputs[wanted.name], wanted.parameters.classification
-        datatype, texts = DATATYPES[str(values.dtype)], list[str]()
-        shape = list(values.shape)
-        if count:
-            texts = _classification(values, count, labels)
-            datatype, shape = "BYTES", [len(values), len(texts) // len(values)]
-        entry: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": shape}
+        values = outputs[wanted.name]
+        kind, shape = DATATYPES[str(values.dtype)], list(values.shape)
+        entry: dict[str, Any] = {"name": wanted.name, "datatype": kind, "shape": shape}
         if request.in_bytes(wanted):
-            encoded = [text.encode() for text in texts]  # each behind its length in four bytes
-            prefixed = (len(text).to_bytes(4, "little") + text for text in encoded)
-            tail.append(b"".join(prefixed) if count else values.tobytes())
-            entry["parameters"] = {"binary_data_size": len(tail[-1])}
+            tail.append(values.tobytes())
+            entry["parameters"] = {"binary_data_size": values.nbytes}
         else:
-            entry["data"] = texts if count else values.ravel().tolist()
+            entry["data"] = values.ravel().tolist()
         entries.append(entry)
     document: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": entries}
     if request.id:
@@ -179,14 +166,3 @@ def _numbers(data: Any, given: TensorSpec, shape: tuple[int, ...]) -> Values:
         raise RequestError(f"The input '{given.name}' is UINT8: whole numbers from 0 to 255.")
     with np.errstate(over="ignore"):  # what float16 cannot hold is told as not finite
         return values.astype(given.dtype).reshape(shape)
-
-
-def _classification(values: Values, count: int, labels: Sequence[str] | None) -> list[str]:
-    """Return ``value:index:label`` of each row's largest columns, as Triton writes them."""
-    order = np.argsort(-values, axis=1, kind="stable")[:, :count]
-    known = [f":{name}" for name in labels or ()] if len(labels or ()) == values.shape[1] else None
-    return [
-        f"{values[row, column]:f}:{column}{known[column] if known else ''}"
-        for row, columns in enumerate(order)
-        for column in columns.tolist()
-    ]

@@ -1,215 +1,269 @@
-"""A Triton model repository, with a client and manifests beside it.
+"""What Triton has to know of a model, and which release of Triton loads it.
 
-Everything a configuration repeats (names, types, shapes, batch limits) is read from the
-artefact or its sidecar, never typed again. The manifests, the client and ``model.py`` are
-files of ``templates/``, filled in.
+The plain data of :func:`model_config` is what the protobuf message ``inference.ModelConfig``
+holds. It is written as ``config.pbtxt`` by Triton's own message class, which refuses a field
+or a value it does not know, and given out by ``van-deploy serve``.
+
+The table of releases is ``releases.toml``, with its sources. What it does not say is *not
+checked*, which is told to the user and is never a pass.
 """
 
 from __future__ import annotations
 
-import json
-import platform
+import functools
 import re
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from string import Template
+from typing import Any
 
+from van_deploy.bundle import Bundle
 from van_deploy.config import TritonSettings
-from van_deploy.errors import ConversionError, UsageError
-from van_deploy.metrics import Task
-from van_deploy.model.pixels import image_mode
-from van_deploy.runners.network import Network
-from van_deploy.runners.onnxruntime import require_onnxruntime
-from van_deploy.serve.triton_model import (
-    DATATYPES,
-    LABELS_FILE,
-    TritonModel,
-    config_text,
-    model_config,
-)
-from van_deploy.serve.triton_release import Release
+from van_deploy.documents import toml_from
+from van_deploy.engine.sidecar import Sidecar, verified_sidecar
+from van_deploy.errors import InputError, UsageError
+from van_deploy.runners.network import Network, TensorSpec, runnable_artefacts
 
-GOOD_SHARE = 0.9  # of the best throughput: a batch size worth waiting for
-BASE_MIB, PROCESS_MIB = 2048, 512  # of memory: Triton itself, and each process of a Python model
-ODDS = {Task.SINGLE_LABEL: "softmax", Task.REGRESSION: "plain"}
-INTERPRETER = "/usr/bin/python3"  # in NVIDIA's images, which are Ubuntu
-NUMPY = "numpy<2"  # as in NVIDIA's images up to 26.07: Triton 2.51 sends tensors of NumPy 2 empty
-GLIBC_MINORS = (31, 28, 27, 24, 17)  # 2.31 is that of Ubuntu 20.04, the oldest image known here
+DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "INT64"}
+"""NumPy's names of types, and the v2 protocol's; ``config.pbtxt`` puts ``TYPE_`` before them."""
+
+LABELS_FILE = "labels.txt"
+LABELLED = ("logits", "probabilities")
+FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
+THREADS_KEY = "intra_op_thread_count"  # the ONNX Runtime backend's; model.py reads the same
 
 
-def preferred_batches(network: Network) -> tuple[int, ...]:
-    """Return the batch sizes worth waiting for.
+@dataclass(frozen=True)
+class TritonModel:
+    """One model as Triton has to see it.
 
-    Those that reached 90 % of the best throughput in the bundle's benchmark; without
-    one, the optimum the bundle was made for and the largest.
+    Attributes:
+        name: of the model.
+        backend: what runs it: ``onnxruntime``, ``tensorrt`` or ``python``.
+        network: what is run; of several plans, the first.
+        files: path and artefact of each file, by the name it gets in the version's folder.
+        sidecar: of the first plan; None for graphs.
+        plans: compute capability to the file of its plan, such as ``{"8.9": "model.plan"}``.
     """
-    manifest, plain, rates = network.bundle.manifest, network.name.split("-")[0], dict[int, float]()
-    for row in manifest.checks.get("bench", {}).get("rows", ()):
-        if plain in str(row["contender"]).replace("/", " ").split():
-            rates[row["batch"]] = max(rates.get(row["batch"], 0.0), row["images_per_s"])
-    good = [n for n, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
-    good = good or [manifest.batch.opt, network.max_batch]
-    return tuple(sorted({n for n in good if 1 < n <= network.max_batch}))
+
+    name: str
+    backend: str
+    network: Network
+    files: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
+    sidecar: Sidecar | None = None
+    plans: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_repository(
-    made: Path, models: Sequence[TritonModel], settings: TritonSettings, release: Release
-) -> None:
-    """Write ``models/``, the manifests and a client.
+def served_name(bundle: Bundle, artefact: str) -> str:
+    """Return what a served artefact is called, here and in Triton: ``van_b1-fp32``."""
+    return f"{bundle.name}-{artefact}"
+
+
+def usual_artefacts(bundle: Bundle) -> tuple[str, ...]:
+    """Return what is served where nobody chooses: ``fp32-uint8`` if there is one, or ``fp32``."""
+    return ("fp32-uint8" if "fp32-uint8" in runnable_artefacts(bundle) else "fp32",)
+
+
+def triton_models(
+    bundle: Bundle, artefacts: Sequence[str], backend: str = "onnxruntime"
+) -> list[TritonModel]:
+    """Return artefacts of a bundle as Triton models, every digest checked.
+
+    Plans of one graph are one model, whose name says nothing of a GPU; each GPU gets the
+    plan of its own compute capability.
 
     Args:
-        made: folder to write; not there yet.
-        models: of one bundle.
-        settings: how they are to be run.
-        release: of Triton.
+        bundle: where they are.
+        artefacts: which.
+        backend: what runs the ONNX artefacts.
 
     Raises:
-        ConversionError: the packages of an execution environment cannot be had.
-        MissingDependency: Triton's schema is not installed.
-        UsageError: nobody knows the release's Python.
+        BundleError: an artefact is missing or was changed.
+        InputError: Triton cannot load it, or its sidecar is missing.
+        UsageError: two artefacts cannot be in one repository.
     """
-    network, python = models[0].network, settings.triton_python or release.python
-    archive, names = f"environment-python{python}.tar.gz", network.bundle.manifest.class_names
-    if settings.backend == "python" and not python:
-        raise UsageError(
-            f"No table here says which Python Triton {release.name} has.",
-            "Name it with --triton-python, such as 3.12.",
-        )
-    for model in models:
-        folder, in_python = made / "models" / model.name, model.backend == "python"
-        version = folder / str(settings.model_version)
-        version.mkdir(parents=True)
-        for file, (source, _) in model.files.items():
-            shutil.copyfile(source, version / file)
-        if names:
-            (folder / LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
-        if in_python:
-            (version / "model.py").write_text(filled("model.py.txt", {}), encoding="utf-8")
-            if not (made / "models" / archive).exists():
-                write_environment(made / "models" / archive, python)
-        config = model_config(
-            *(model, settings),
-            preferred=preferred_batches(model.network),
-            labels=LABELS_FILE if names else "",
-            environment=f"$$TRITON_MODEL_DIRECTORY/../{archive}" if in_python else "",
-        )
-        (folder / "config.pbtxt").write_text(config_text(config), encoding="utf-8")
-    values, holds = _deployment(models, settings, release)
-    for name in ("compose.yaml", "kubernetes.yaml", "kserve.yaml"):
-        (made / name).write_text(filled(name, values, holds), encoding="utf-8")
-    if network.preprocessing.channels in {1, 3, 4} and network.outputs[0].name == "logits":
-        (made / "client.py").write_text(_client(models[0]), encoding="utf-8")
-
-
-def write_environment(archive: Path, python: str) -> None:
-    """Write an execution environment of the Python backend: this ONNX Runtime, for its Python.
-
-    NVIDIA's images have no ONNX Runtime for Python. The archive is a virtual environment with
-    one, which Triton unpacks; the interpreter stays the image's own.
-
-    Args:
-        archive: file to write, ``.tar.gz``.
-        python: version of the server's Python, such as ``3.12``.
-
-    Raises:
-        ConversionError: pip cannot get the packages.
-    """
-    wanted = (f"onnxruntime=={require_onnxruntime().__version__}", NUMPY)
-    with tempfile.TemporaryDirectory(prefix="van-deploy-") as folder:
-        root, machine = Path(folder), platform.machine()
-        packages = root / f"lib/python{python}/site-packages"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", *wanted]
-        command += ["--target", str(packages), "--only-binary=:all:", "--python-version", python]
-        for tag in (*(f"manylinux_2_{minor}" for minor in GLIBC_MINORS), "manylinux2014"):
-            command += ["--platform", f"{tag}_{machine}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            raise ConversionError(
-                f"pip cannot get {' and '.join(wanted)} for Python {python}: "
-                f"{(said or [done.stderr])[-1]}",
-                "Check the connection to the package index, or choose a --triton-release whose "
-                "Python has such a wheel.",
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys(artefacts):
+        artefact = bundle.artefact(name)
+        if artefact.kind == "package":
+            raise InputError(
+                f"Triton does not load Inductor packages here, and '{name}' is one.",
+                "Package an ONNX artefact or a plan, or serve this one with `van-deploy serve`.",
             )
-        shutil.rmtree(packages / "bin", ignore_errors=True)  # scripts that name this interpreter
-        (root / "bin").mkdir()
-        (root / "bin/python3").symlink_to(INTERPRETER)
-        for name, target in (("activate.txt", "bin/activate"), ("pyvenv.cfg", "pyvenv.cfg")):
-            (root / target).write_text(filled(name, {}), encoding="utf-8")
-        with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
-            tar.add(root, ".", filter=_anonymous)
+        source = artefact.made_from.name if artefact.kind == "engine" else name
+        groups.setdefault(source, []).append(name)
+    models = []
+    for source, names in groups.items():
+        network = Network(bundle, names[0])
+        if len({bundle.artefact(name).kind for name in names}) > 1:
+            raise UsageError(
+                f"'{names[0]}' and '{names[1]}' are one network and would be models of one name.",
+                "Package them apart, with two --output folders.",
+            )
+        if network.is_engine:
+            models.append(_of_plans(network, served_name(bundle, source), names))
+            continue
+        beside = (f for f in bundle.artefact(source).files if f.endswith(".data"))
+        files = {Path(file).name: (bundle.path / file, source) for file in beside}
+        files["model.onnx"] = (bundle.verified(source), source)
+        models.append(TritonModel(served_name(bundle, source), backend, network, files))
+    return models
 
 
-def filled(template: str, values: Mapping[str, object], holds: Collection[str] = ()) -> str:
-    """Return a file of ``templates/`` with its values in place.
+def _of_plans(network: Network, called: str, names: Sequence[str]) -> TritonModel:
+    """Return the model of plans of one graph; refuse what Triton cannot load or serve as one."""
+    sidecars, files, plans = [], dict[str, tuple[Path, str]](), dict[str, str]()
+    for name in names:
+        path = network.bundle.verified(name)
+        sidecar = verified_sidecar(path)
+        if sidecar.backend != "tensorrt":
+            raise InputError(
+                f"Triton's TensorRT backend cannot load '{name}': it was built by "
+                f"{sidecar.backend} {sidecar.backend_version}.",
+                "Build a plan with `tensorrt` on a machine with the target GPU, or package the "
+                "ONNX artefact.",
+            )
+        largest = max(profile.max for profile in sidecar.profiles)
+        taken = {n for p in sidecar.profiles for n in range(p.min, p.max + 1)}
+        if gaps := sorted({*range(1, largest)} - taken):
+            raise InputError(
+                f"No profile of '{name}' takes a batch of {gaps[0]} (it has "
+                f"{', '.join(map(str, sidecar.profiles))}), and Triton sends any up to {largest}.",
+                f"Build it with profiles that leave none out, such as --batch "
+                f"1:{largest}:{largest}.",
+            )
+        sidecars.append(sidecar)
+        same = ("inputs", "outputs", "profiles", "onnx_sha256", "backend_version")
+        unlike = [w for w in same if getattr(sidecar, w) != getattr(sidecars[0], w)]
+        if unlike:
+            raise UsageError(
+                f"'{names[0]}' and '{name}' cannot be one model of Triton: their sidecars differ "
+                f"in {', '.join(unlike)}.",
+                "Build them alike with one `van-deploy build --target`, or package one of them.",
+            )
+        file = f"model-{len(files)}.plan" if files else "model.plan"
+        files[file] = (path, name)
+        plans |= {re.sub(r"sm_(\d+)(\d)", r"\1.\2", target): file for target in sidecar.targets}
+    return TritonModel(called, "tensorrt", network, files, sidecars[0], plans)
 
-    A line that ends in ``#if WORD...`` is kept where one of the words holds; the mark itself
-    always goes. ``$name`` stands for a value, as in :class:`string.Template`.
+
+def model_config(
+    model: TritonModel, how: TritonSettings, *, labels: str = "", environment: str = ""
+) -> dict[str, Any]:
+    """Return the configuration of one model.
+
+    One instance group lists all profiles of a plan: the backend takes the fitting one for each
+    batch, where several groups would be scheduled without regard to it. A static profile (one
+    batch size) is run as a CUDA graph. Batch sizes worth waiting for are the bundle's optimum
+    and the largest.
 
     Args:
-        template: its name, such as ``compose.yaml``.
-        values: by the name after ``$``.
-        holds: the words whose lines are kept.
+        model: names, types, shapes and limits.
+        how: it is to be run.
+        labels: file with the names of the classes, beside the configuration; "" for none.
+        environment: execution environment of the Python backend.
     """
-    lines = []
-    folder = resources.files("van_deploy.serve") / "templates"
-    for line in (folder / template).read_text("utf-8").splitlines():
-        text, marked, words = line.partition("#if ")
-        if not marked or set(words.split()) & set(holds):
-            lines.append(text.rstrip() if marked else line)
-    return Template("\n".join(lines) + "\n").substitute(values)
-
-
-def _deployment(
-    models: Sequence[TritonModel], settings: TritonSettings, release: Release
-) -> tuple[dict[str, object], list[str]]:
-    """Return what the manifests' templates are filled with."""
-    weights = sum(path.stat().st_size for model in models for path, _ in model.files.values())
-    processes = settings.instances * sum(model.backend == "python" for model in models)
-    name = models[0].network.bundle.name.lower()
-    plans = [model.sidecar.options for model in models if model.sidecar]
-    values = {
-        "name": re.sub(r"[^a-z0-9]+", "-", name).strip("-")[:50] or "van",
-        "release": release.name,
-        "cpus": settings.threads * settings.instances * len(models) or 2,
-        "memory": BASE_MIB + PROCESS_MIB * processes + 4 * settings.instances * (weights >> 20),
-        "max_batch": max(model.network.max_batch for model in models),
+    network, profiles = model.network, model.sidecar.profiles if model.sidecar else ()
+    largest, optimum = network.max_batch, network.bundle.manifest.batch.opt
+    static = [profile.max for profile in profiles if profile.min == profile.max]
+    ends = {rows for profile in profiles for rows in (profile.min, profile.max)} or {1, largest}
+    gpu, given = how.gpu or model.backend == "tensorrt", _tensor(network.input)
+    parameters = {"EXECUTION_ENV_PATH": environment, THREADS_KEY: str(how.threads or "")}
+    shape = {given["name"]: {"dim": given["dims"]}}
+    cuda = {"graphs": True, "graph_spec": [{"batch_size": n, "input": shape} for n in static]}
+    zeros = {"data_type": given["data_type"], "dims": given["dims"], "zero_data": True}
+    return {
+        "name": model.name,
+        "backend": model.backend,
+        "max_batch_size": largest,
+        "input": [given],
+        "output": [
+            {**_tensor(spec), "label_filename": labels if spec.name in LABELLED else ""}
+            for spec in network.outputs
+        ],
+        "version_policy": {"specific": {"versions": [how.model_version]}},
+        "instance_group": [
+            {
+                "count": how.instances,
+                "kind": "KIND_GPU" if gpu else "KIND_CPU",
+                "profile": [str(index) for index in range(len(profiles))],
+            }
+        ],
+        "default_model_filename": FILES.get(model.backend, ""),
+        "cc_model_filenames": dict(model.plans),
+        "dynamic_batching": {
+            "preferred_batch_size": sorted({n for n in (optimum, largest) if 1 < n <= largest}),
+            "max_queue_delay_microseconds": how.queue_delay_us,
+            "default_queue_policy": {
+                "max_queue_size": how.queue_limit,
+                "timeout_action": "REJECT",
+                "default_timeout_microseconds": 1000 * how.queue_timeout_ms,
+            },
+        },
+        **({"optimization": {"cuda": cuda}} if static else {}),
+        "parameters": {key: {"string_value": v} for key, v in parameters.items() if v and not gpu},
+        "model_warmup": [  # run before it says that it is ready
+            {"name": f"batch of {rows}", "batch_size": rows, "inputs": {given["name"]: zeros}}
+            for rows in sorted(ends)
+        ],
+        "response_cache": {"enable": False},
     }
-    compatible = any(options.version_compatible for options in plans)
-    return values, ["gpu" if settings.gpu or plans else "cpu", *["compatible"] * compatible]
 
 
-def _client(model: TritonModel) -> str:
-    """Return the example client: one file that needs nothing of this project.
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    kind = f"TYPE_{DATATYPES[spec.dtype]}"
+    return {"name": spec.name, "data_type": kind, "dims": list(spec.shape)}
 
-    It is the one place where a client's preprocessing is written down for others to copy,
-    so it holds the weights' own values and is tested to compute the same bytes as
-    :mod:`van_deploy.model.pixels`.
+
+@dataclass(frozen=True)
+class Release:
+    """What one of NVIDIA's images carries; "" or 0 where the table does not say.
+
+    Attributes:
+        name: such as ``25.08``.
+        onnxruntime: version of ONNX Runtime, or ``none`` where there is no such backend.
+        python: of the Python backend, such as ``3.12``.
+        tensorrt: version of TensorRT.
+        opset: the newest opset its ONNX Runtime loads.
+        ir_version: the newest IR version its ONNX Runtime loads.
     """
-    network, preprocessing = model.network, model.network.preprocessing
-    values = {
-        **asdict(preprocessing),
-        "filter": preprocessing.interpolation.upper(),
-        "mode": image_mode(preprocessing.channels),
-        "model": json.dumps(model.name),
-        "input": json.dumps(network.input.name),
-        "datatype": DATATYPES[network.input.dtype],
-    }
-    odds = ODDS.get(network.task, "sigmoid")
-    holds = [network.embedding, odds, preprocessing.crop_mode, preprocessing.crop_rounding]
-    return filled("client.py.txt", values, holds)
+
+    name: str
+    onnxruntime: str = ""
+    python: str = ""
+    tensorrt: str = ""
+    opset: int = 0
+    ir_version: int = 0
+
+    def judged(self, model: TritonModel) -> tuple[bool | None, str]:
+        """Return whether it loads ``model`` (None: not checked), and why."""
+        if model.backend == "python":
+            return True, "the execution environment brings ONNX Runtime"
+        graph = model.network.bundle.artefact(model.network.name).graph
+        if model.sidecar:
+            what, has, built = "TensorRT", self.tensorrt, model.sidecar.backend_version
+            detail, fits = f"the plan was built by {built}", f"{built}.".startswith(f"{has}.")
+        elif self.onnxruntime == "none":
+            return False, f"Triton {self.name} was shipped without an ONNX Runtime backend"
+        elif graph:
+            what, has = "ONNX Runtime", self.onnxruntime
+            detail = (
+                f"it loads opset {self.opset} and IR version {self.ir_version} at most, the graph "
+                f"has opset {graph.opset} and IR version {graph.ir_version}"
+            )
+            fits = graph.opset <= self.opset and graph.ir_version <= self.ir_version
+        if not has:
+            return None, f"not checked: no table here says which {what} Triton {self.name} has"
+        return fits, f"Triton {self.name} has {what} {has}; {detail}"
 
 
-def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Return an entry of an archive without what differs from one run or machine to the next."""
-    entry.uid = entry.gid = entry.mtime = 0
-    entry.uname = entry.gname = ""
-    entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
-    return entry
+@functools.cache
+def known_releases() -> dict[str, Release]:
+    """Return the releases of the table by name, newest first."""
+    table = toml_from(Path(str(resources.files("van_deploy.serve") / "releases.toml")))
+    found = {}
+    for name, entry in table["releases"].items():
+        newest = table["onnx"].get(entry["onnxruntime"].rpartition(".")[0], (0, 0))
+        found[name] = Release(name, **entry, opset=newest[0], ir_version=newest[1])
+    return found

@@ -1,30 +1,39 @@
-"""The images of one quantisation: calibrated on, held out of that, and judged on."""
+"""The images of one quantisation: calibrated on, held out of that, and judged on.
+
+Which images calibrate is chosen by a seed, balanced over the class folders; what is held out of
+them, and what judges, shares no image with them.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
 from van_deploy.calibration_set import ImageSelection, calibration_set_named
 from van_deploy.config import QuantizeSettings
-from van_deploy.data import ImageSet, decoded_batches, image_set, labelled_images, sample_set
-from van_deploy.data.calibration import choose, digits_set, noise_set, refuse_overlap, split
+from van_deploy.data import (
+    ImageSet,
+    decoded_batches,
+    digits_set,
+    image_set,
+    labelled_images,
+    noise_set,
+    sample_set,
+)
 from van_deploy.errors import ImageError, InputError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing
+from van_deploy.precision.scales import Images
 from van_deploy.stopwatch import Stopwatch
 
-MOST_UNREADABLE = 0.01
-"""Largest share of the images that may be unreadable."""
-
+MOST_UNREADABLE = 0.01  # largest share of the images
 NOISE_IMAGES = 64
-
-Images = npt.NDArray[np.float32]
+_FEW = "Give at least 2 different images; about 512 are usual."
 
 
 @dataclass
@@ -97,7 +106,15 @@ def images_for(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) -> 
     chosen, judges = _labelled(bundle, chosen, settings), None
     if settings.evaluate is not None:
         judges = _labelled(bundle, image_set(settings.evaluate), settings)
-        refuse_overlap(chosen, judges)
+        known = {item.digest: item.name for item in chosen.items}
+        both = [(known[i.digest], i.name) for i in judges.items if i.digest in known]
+        if both:
+            raise ImageError(
+                f"{len(both)} calibration image(s) are also evaluation images, byte for byte: "
+                f"{'; '.join(f'{a} and {b}' for a, b in both[:3])}.",
+                "Accuracy measured on calibration images says nothing: take them out of one "
+                "folder.",
+            )
     calibrated, held_out = split(chosen, selection.held_out, selection.seed)
     named = judges is not None
     return JobImages(calibrated, held_out, judges or held_out, named, preprocessing, watch)
@@ -119,14 +136,15 @@ def _labelled(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> I
 
 
 def choose_images(selection: ImageSelection, images: Path | None = None) -> ImageSet:
-    """Return the images a selection means.
+    """Return the images a selection means, in their first order.
 
     Args:
-        selection: which, and how many.
+        selection: which, and how many; with ``balanced``, the same number from every class
+            folder, as far as there are that many.
         images: the user's folder or ``.npz``, instead of the selection's own path.
 
     Raises:
-        ImageError: there are none, or they are not the ones the set names.
+        ImageError: there are fewer than 2, or they are not the ones the set names.
     """
     if selection.source == "digits" and images is None:
         found = digits_set("train")
@@ -138,7 +156,10 @@ def choose_images(selection: ImageSelection, images: Path | None = None) -> Imag
             "Pass --images DIR (about 512 training images), or a set with --calibration NAME. "
             "Noise is used only with --calibrate-on-noise, and fits no real image.",
         )
-    chosen = choose(found, selection.count, seed=selection.seed, balanced=selection.balanced)
+    if len(found) < 2:
+        raise ImageError(f"{len(found)} image(s) are too few to calibrate on.", _FEW)
+    indices = _chosen(found, selection.count, selection.seed, selection.balanced)
+    chosen = found.take(indices, f"{len(indices)} of {found.description}")
     if selection.digest and images is None and chosen.digest != selection.digest:
         raise ImageError(
             f"The images are not the ones the calibration set names: their digest is "
@@ -146,6 +167,39 @@ def choose_images(selection: ImageSelection, images: Path | None = None) -> Imag
             "Restore the images, or correct the digest in the set.",
         )
     return chosen
+
+
+def split(images: ImageSet, held_out: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Return the images to calibrate on, and the share ``held_out`` (0..1) of them kept aside.
+
+    The split is by class folder and at least one image is on each side. No image is on both:
+    a copy of a held-out image, byte for byte, is not calibrated on.
+
+    Raises:
+        ImageError: there are fewer than 2 different ones.
+    """
+    aside = _chosen(images, max(1, round(held_out * len(images))), seed + 1)
+    held = images.take(aside, f"{len(aside)} held-out images of {images.description}")
+    known = {item.digest for item in held.items}
+    kept = [index for index, item in enumerate(images.items) if item.digest not in known]
+    if not kept:
+        raise ImageError(f"{len(images)} image(s) cannot be split into two parts.", _FEW)
+    return images.take(kept), held
+
+
+def _chosen(images: ImageSet, count: int, seed: int, balanced: bool = True) -> list[int]:
+    """Return ``count`` indices; balanced: one of every class folder, then another of each, ..."""
+    rng = np.random.default_rng(seed)
+    if not balanced:
+        return sorted(rng.permutation(len(images))[:count].tolist())
+    classes: dict[str, list[int]] = defaultdict(list)
+    for index, item in enumerate(images.items):
+        classes[item.group].append(index)
+    groups = [sorted(classes)[int(index)] for index in rng.permutation(len(classes))]
+    shuffled = [rng.permutation(classes[group]) for group in groups]
+    rounds = max(len(members) for members in shuffled)
+    order = [int(m[turn]) for turn in range(rounds) for m in shuffled if turn < len(m)]
+    return sorted(order[:count])
 
 
 def spread_over(chosen: ImageSet, count: int) -> ImageSet:

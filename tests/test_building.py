@@ -1,0 +1,83 @@
+"""Which settings ``--tune`` tries, and which of them is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import van_deploy
+from tests.artifacts import Copy
+from tests.each import each
+from van_deploy import building
+from van_deploy.building import Candidate, candidates_of
+from van_deploy.bundle import Bundle
+from van_deploy.config import BatchRange, BuildSettings
+from van_deploy.engine.backend import Host
+from van_deploy.errors import ConversionError
+from van_deploy.results import Tuned
+
+LEVELS = [f", level {level}, tiling {tiling}" for level in (3, 5) for tiling in ("none", "full")]
+FIXED: dict[str, Any] = {"backend": "inductor", "profiles": (BatchRange(8, 8, 8),)}
+RANGE: dict[str, Any] = {"backend": "inductor", "profiles": (BatchRange(1, 4, 8),)}
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@each(
+    ("asked", "expected"),
+    [
+        ({}, [f"{precision}{level}" for precision in ("fp32", "fp16", "int8") for level in LEVELS]),
+        (
+            {"precisions": ("int8",), "optimization_level": 3, "images": Path("images")},
+            [f"int8 {scope}{t}" for scope in ("pointwise", "deep", "all") for t in LEVELS[:2]],
+        ),
+        ({**RANGE, "device": "cpu"}, [*PRECISIONS]),
+        (
+            {**RANGE, "device": "cuda:0"},
+            [p + t for p in PRECISIONS for t in ("", ", max-autotune")],
+        ),
+        (
+            {**FIXED, "device": "cuda:0"},
+            [
+                *("fp32", "fp32, max-autotune"),
+                *("fp16", "fp16, max-autotune", "fp16, fused kernels"),
+                *("bf16", "bf16, max-autotune", "bf16, fused kernels"),
+            ],
+        ),
+    ],
+)
+def test_what_is_tried(precisions_bundle: Path, asked: dict[str, Any], expected: list[str]) -> None:
+    found = candidates_of(Bundle.open(precisions_bundle), BuildSettings(tune=True, **asked))
+    assert [candidate.described for candidate in found] == expected
+
+
+def test_the_fastest_that_holds_its_gate_is_kept(
+    copy_of: Copy, precisions_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fastest of all fails its gate; one cannot be built."""
+    times = {"fp32": (3.0, True), "fp16": (2.0, True), "int8": (1.0, False)}
+    folder, kept = copy_of(precisions_bundle), []
+
+    def tried(copy: Path, candidate: Candidate) -> Tuned:
+        assert copy != folder, "candidates are built in a copy"
+        precision = candidate.settings.precisions[0]
+        if candidate.settings.optimization_level == 5:
+            raise ConversionError("TensorRT built no plan")
+        milliseconds, passed = times[precision]
+        return Tuned(candidate.described, precision, 8, milliseconds, 1.0, 50.0, passed)
+
+    def planned(bundle: Path, settings: BuildSettings, *_: object) -> list[Any]:
+        kept.append((settings.precisions, settings.optimization_level, settings.tune))
+        return []
+
+    monkeypatch.setattr(building, "host_here", lambda **_: Host("a GPU", "sm_90"))
+    monkeypatch.setattr(building, "planned_engines", planned)
+    monkeypatch.setattr(building, "tried", tried)
+    rows = van_deploy.open_bundle(folder).build(tune=True).tuned
+    assert [row.candidate for row in rows if row.kept] == ["fp16, level 3, tiling none"]
+    assert {row.error for row in rows if "level 5" in row.candidate} == {"TensorRT built no plan"}
+    assert kept == [(("fp16",), 3, False)]
+    times.update(dict.fromkeys(times, (1.0, False)))
+    with pytest.raises(ConversionError, match="No candidate holds its gate"):
+        van_deploy.open_bundle(folder).build(tune=True)

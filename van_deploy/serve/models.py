@@ -1,0 +1,345 @@
+"""What the server does, without HTTP: models behind their queues, images to named classes.
+
+Requests that arrive together run together. While a batch runs, requests collect; the next batch
+takes as many as fit, or an equal share where several instances are idle. Under load nothing waits:
+only an idle instance gives the first request a moment for company.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import io
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from van_deploy.bundle import Bundle
+from van_deploy.config import ServiceSettings, TritonSettings
+from van_deploy.data import open_image
+from van_deploy.data.images import FORMATS
+from van_deploy.errors import UsageError, VanDeployError, needs_extra
+from van_deploy.metrics import probabilities
+from van_deploy.model.pixels import Pixels, pixels_from_image
+from van_deploy.runners.network import PYTORCH, Network, Outputs, require_classes
+from van_deploy.serve.intake import MIB, Allowance, Intake
+from van_deploy.serve.predict import named_classes
+from van_deploy.serve.protocol import Values
+from van_deploy.serve.triton import TritonModel, model_config, served_name, usual_artefacts
+
+LARGE_IMAGE = 16_000_000  # pixels; larger ones are decoded one at a time, which bounds memory
+QUEUE_IMAGES = 256
+QUEUE_FULL = "The queue is full: the server has more images than it can answer."
+SECONDS = {"buckets": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)}
+ROWS = {"buckets": (1, 2, 4, 8, 16, 32, 64, 128)}
+METRICS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "requests": ("Counter", "Requests answered", "route model status", {}),
+    "request_seconds": ("Histogram", "To answer", "route model", SECONDS),
+    "queue_seconds": ("Histogram", "Waiting for a batch", "model", SECONDS),
+    "queued_images": ("Gauge", "Images in the server", "model", {}),
+    "batch_rows": ("Histogram", "Images in a batch", "model", ROWS),
+    "infer_seconds": ("Histogram", "Running a batch", "model", SECONDS),
+    "infer_cpu_seconds": ("Counter", "Processor time of running batches", "model", {}),
+}
+
+
+class ServerMetrics:
+    """What one server counts, in Prometheus' terms.
+
+    Raises:
+        MissingDependency: a package the server is built on is not installed.
+    """
+
+    def __init__(self) -> None:
+        with needs_extra("The server", "serve"):
+            import prometheus_client as client
+            import uvicorn  # noqa: F401 - told here, before a model is loaded
+        self._client, self._registry = client, client.CollectorRegistry()
+        client.ProcessCollector(registry=self._registry)  # processor time, memory, files
+        self._all = {
+            name: getattr(client, kind)(
+                f"van_deploy_{name}", text, labels.split(), registry=self._registry, **more
+            )
+            for name, (kind, text, labels, more) in METRICS.items()
+        }
+
+    def of(self, name: str, *labels: object) -> Any:
+        """Return one metric, such as ``requests``, for some values of its labels."""
+        return self._all[name].labels(*labels)
+
+    def text(self) -> tuple[bytes, dict[str, str]]:
+        """Return every figure, and the header that says of what form."""
+        kind = {"content-type": self._client.CONTENT_TYPE_LATEST}
+        return self._client.generate_latest(self._registry), kind
+
+
+class Answer(NamedTuple):
+    """What one request got: its rows of every output, two times in seconds, its batch's rows."""
+
+    outputs: Outputs
+    queue_s: float
+    infer_s: float
+    batch: int
+
+
+Waiting = tuple[Values, "asyncio.Future[Answer]", float]  # rows, their answer, and since when
+
+
+class ServedModel:
+    """One model the server answers for. Use it inside one event loop.
+
+    Args:
+        network: opened.
+        settings: of the server.
+        metrics: likewise.
+
+    Attributes:
+        name: in addresses.
+        network: likewise.
+        queue: images it may have, waiting or being answered.
+        config: Triton's description of it, as it runs here.
+
+    Raises:
+        UsageError: the settings contradict the model.
+    """
+
+    def __init__(self, network: Network, settings: ServiceSettings, metrics: ServerMetrics) -> None:
+        self.network, self._delay_s = network, settings.max_delay_ms / 1e3
+        self.name = served_name(network.bundle, network.name)
+        least = network.max_batch * settings.instances
+        limit = settings.queue_limit or max(QUEUE_IMAGES, 2 * least)
+        if limit < least:
+            raise UsageError(
+                f"A queue of {limit} images cannot fill {settings.instances} x "
+                f"{network.max_batch} images.",
+                f"Give --queue-limit {least} or more.",
+            )
+        compiled = network.is_engine or network.is_package
+        if settings.instances > 1 and compiled:
+            raise UsageError(
+                f"'{network.name}' is compiled, and answers one batch at a time.",
+                "Leave out --instances, or let Triton serve it (`van-deploy package triton`).",
+            )
+        self.queue = Allowance(limit, QUEUE_FULL, 429)
+        names = ("batch_rows", "queue_seconds", "infer_seconds", "infer_cpu_seconds")
+        self._metrics = [metrics.of(name, self.name) for name in names]
+        metrics.of("queued_images", self.name).set_function(lambda: self.queue.used)
+        native = "tensorrt" if network.is_engine else "pytorch"
+        how = TritonSettings(
+            queue_delay_us=round(1e3 * settings.max_delay_ms),
+            queue_limit=limit,
+            instances=settings.instances,
+            threads=settings.threads or 0,
+            gpu=network.on_gpu,
+        )
+        model = TritonModel(self.name, native if compiled else "onnxruntime", network)
+        self.config = model_config(model, how)
+        self.config["dynamic_batching"]["preferred_batch_size"] = []  # it takes what waits
+        self._idle = self._instances = settings.instances
+        self._waiting = deque[Waiting]()
+        self._threads = ThreadPoolExecutor(self._instances, "van-deploy-batch")
+        self._changed, self._closing = asyncio.Event(), False
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to run batches; needs a running event loop."""
+        self._tasks = [asyncio.create_task(self._work()) for _ in range(self._instances)]
+
+    async def close(self) -> None:
+        """Answer everything that waits, then stop."""
+        self._closing = True
+        self._changed.set()
+        await asyncio.gather(*self._tasks)
+        self._threads.shutdown()
+
+    async def infer(self, rows: Values) -> Answer:
+        """Return the answer to ``rows (n, ...)`` as the network takes them, ``n`` of one batch."""
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.append((rows, future, time.perf_counter()))
+        self._changed.set()
+        return await future
+
+    async def _work(self) -> None:
+        while self._waiting or not self._closing:
+            if not self._waiting:
+                self._changed.clear()
+                await self._changed.wait()
+                await asyncio.sleep(0 if self._closing else self._delay_s)
+            waiting = sum(len(rows) for rows, *_ in self._waiting)
+            room, taken = min(self.network.max_batch, -(-waiting // self._idle)), list[Waiting]()
+            while self._waiting and (not taken or len(self._waiting[0][0]) <= room):
+                taken.append(self._waiting.popleft())
+                room -= len(taken[-1][0])
+            if present := [item for item in taken if not item[1].cancelled()]:
+                self._idle -= 1
+                await self._answer(*zip(*present, strict=True))
+                self._idle += 1
+        self._changed.set()  # for the other instances
+
+    async def _answer(
+        self,
+        batch: Sequence[Values],
+        futures: Sequence[asyncio.Future[Answer]],
+        since: Sequence[float],
+    ) -> None:
+        def run() -> tuple[Outputs, float]:
+            begun = time.thread_time()  # the processor time of this thread: all, with one thread
+            outputs = self.network.run(batch[0] if len(batch) == 1 else np.concatenate(batch))
+            return outputs, time.thread_time() - begun
+
+        start, first, total = time.perf_counter(), 0, sum(map(len, batch))
+        in_thread = asyncio.get_running_loop().run_in_executor
+        try:
+            outputs, cpu_s = await in_thread(self._threads, run)
+        except Exception as error:  # the model's own failure is each request's answer
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        seconds = time.perf_counter() - start
+        batch_rows, queue_seconds, infer_seconds, infer_cpu_seconds = self._metrics
+        batch_rows.observe(total)
+        infer_seconds.observe(seconds)
+        infer_cpu_seconds.inc(cpu_s)
+        for rows, future, began in zip(batch, futures, since, strict=True):
+            last, waited = first + len(rows), start - began
+            queue_seconds.observe(waited)
+            if not future.done():
+                found = {name: values[first:last] for name, values in outputs.items()}
+                future.set_result(Answer(found, waited, seconds, total))
+            first = last
+
+
+class Service:
+    """The models of one bundle, ready to answer. :meth:`start` and :meth:`close` in one loop.
+
+    Args:
+        bundle: what is served.
+        settings: how.
+
+    Attributes:
+        metrics: what was counted.
+        models: by name, in the order asked for.
+        intake: of bodies.
+    """
+
+    def __init__(self, bundle: Bundle, settings: ServiceSettings) -> None:
+        self.bundle, self.settings = bundle, settings
+        self.metrics, self.intake = ServerMetrics(), Intake(settings)
+        self.models: dict[str, ServedModel] = {}
+        self._stack, self._large = contextlib.ExitStack(), threading.Lock()
+        self._torch = ThreadPoolExecutor(1, "van-deploy-pytorch")
+
+    def load(self) -> None:
+        """Open every model and run it once, so that the first client does not wait.
+
+        Raises:
+            UsageError: the settings contradict the models.
+            VanDeployError: an artefact is missing, was changed or does not run here.
+        """
+        settings = self.settings
+        require_classes(self.bundle, "serve")
+        for artefact in settings.artefacts or usual_artefacts(self.bundle):
+            network = Network(
+                *(self.bundle, artefact),
+                runner=settings.runner,
+                threads=settings.threads,
+                spin=False,
+                trust_engine=settings.trust_engine,
+                device=settings.device,
+            )
+            served = ServedModel(network, settings, self.metrics)
+            self._stack.enter_context(network)
+            for rows in {1, network.max_batch}:
+                network.run(np.zeros((rows, *network.input.shape), network.input.dtype))
+            self.models[served.name] = served
+
+    def description(self) -> dict[str, Any]:
+        """Return what the page shows of the bundle and of this server."""
+        manifest, settings = self.bundle.manifest, self.settings
+        plain = manifest.model_dump(mode="json", include={"name", "preprocessing", "parameters"})
+        networks = ((name, served.network) for name, served in self.models.items())
+        return {
+            **plain,
+            "classes": manifest.architecture.num_classes,
+            "compare": settings.compare,
+            "max_body_bytes": round(MIB * settings.max_body_mib),
+            "models": [{"name": n, "artefact": v.name, "runner": v.runner} for n, v in networks],
+        }
+
+    def start(self) -> None:
+        """Begin to answer; needs a running event loop."""
+        for served in self.models.values():
+            served.start()
+
+    async def close(self) -> None:
+        """Answer what waits, then release everything."""
+        await asyncio.gather(*(served.close() for served in self.models.values()))
+        self.intake.close()
+        self._torch.shutdown()
+        self._stack.close()
+
+    async def look(
+        self, served: ServedModel, content: bytes, top: int, *, compare: bool
+    ) -> dict[str, Any]:
+        """Return what is in an image file's bytes, as the page shows it.
+
+        Raises:
+            ImageError: it is no image, or too large.
+            UsageError: more classes are asked for than the artefact gives.
+        """
+        start, network = time.perf_counter(), served.network
+        pixels, (width, height) = await asyncio.to_thread(self._pixels, content, network)
+        decoded = time.perf_counter()
+        answer = await served.infer(network.prepare(pixels))
+        ranked, names = network.top(answer.outputs, top), self.bundle.manifest.class_names
+        classes = [vars(c) for c in named_classes(ranked, 0, names)]
+        document: dict[str, Any] = {"model": served.name, "artefact": network.name, "top": classes}
+        document |= {"image": {"width": width, "height": height}, "batch": answer.batch}
+        if compare and self.settings.compare:
+            ask = asyncio.get_running_loop().run_in_executor
+            document["pytorch"] = await ask(self._torch, self._ask_pytorch, pixels, classes)
+        times = {"decode": decoded - start, "queue": answer.queue_s, "infer": answer.infer_s}
+        times["total"] = time.perf_counter() - start
+        return {**document, "milliseconds": {k: round(1e3 * s, 3) for k, s in times.items()}}
+
+    def _pixels(self, content: bytes, network: Network) -> tuple[Pixels, tuple[int, int]]:
+        from PIL import Image
+
+        large = False
+        # What is no image is told by open_image.
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=FORMATS) as it:
+            large = it.width * it.height > LARGE_IMAGE
+        with self._large if large else contextlib.nullcontext():
+            limit, channels = self.settings.max_pixels, network.preprocessing.channels
+            image = open_image(content, channels=channels, max_pixels=limit)
+            return pixels_from_image(image, network.preprocessing)[None], image.size
+
+    @functools.cached_property
+    def _original(self) -> Network | VanDeployError:
+        """The original network, opened and run once when it is first asked, or why it is not."""
+        try:
+            network = self._stack.enter_context(Network(self.bundle, PYTORCH))
+            network.run(np.zeros((1, *network.input.shape), network.input.dtype))
+        except VanDeployError as error:
+            return error
+        return network
+
+    def _ask_pytorch(self, pixels: Pixels, answer: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the original network's answer, beside another one to the same image."""
+        original = self._original
+        if isinstance(original, VanDeployError):
+            return {"skipped": original.message}
+        start = time.perf_counter()
+        outputs = original.run(original.prepare(pixels))
+        times = {"infer": round(1e3 * (time.perf_counter() - start), 3)}
+        shares = probabilities(outputs["logits"], original.task)[0].tolist()
+        beside = [shares[c["index"]] for c in answer]
+        differences = [abs(c["probability"] - p) for c, p in zip(answer, beside, strict=True)]
+        return {"milliseconds": times, "beside": beside, "largest_difference": max(differences)}
