@@ -23,7 +23,13 @@ from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import Outcome as Verdict
 from van_deploy.checks.reference import samples_for
 from van_deploy.checks.verify import verify_bundle
-from van_deploy.config import BuildSettings, Precision, QuantizeSettings, VerifySettings
+from van_deploy.config import (
+    BuildSettings,
+    Precision,
+    QuantizeSettings,
+    RunnerSettings,
+    VerifySettings,
+)
 from van_deploy.engine.backend import Host, device_number, host_here
 from van_deploy.engine.bundled import (
     BUILT,
@@ -248,7 +254,7 @@ def tried(copy: Path, candidate: Candidate) -> Tuned:
         VerifySettings(artefacts=(name,), device=device, modules=False),
     ).artefacts[name]
     passed = verdict.outcome is Verdict.PASS
-    with Network(bundle, name, device=device) as network:
+    with Network(bundle, name, RunnerSettings(device=device)) as network:
         shape = (batch.opt, *network.input.shape)
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         seconds = _seconds(network.opened, images)

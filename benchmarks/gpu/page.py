@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from van_deploy.bench.roofline import work_of
+from van_deploy.bench.document import Ceilings
+from van_deploy.bench.roofline import least_time
 from van_deploy.model.variants import VARIANTS
 from van_deploy.report.render_markdown import markdown_table
 
@@ -152,15 +153,15 @@ def _percent_of_floor(row: Row, ceilings: Any) -> float | None:
     variant = VARIANTS.get(row["network"])
     if variant is None or not ceilings or "fp16" not in ceilings["ops_per_s"]:
         return None
-    work = work_of(variant.config, row.get("image_size", 224), row["batch"])
-    moved = 2 * work.traffic / ceilings["bytes_per_s"]
-    return 100e3 * max(moved, work.operations / ceilings["ops_per_s"]["fp16"]) / row["queued_ms"]
+    place = ("", "fp16", row["batch"], row.get("image_size", 224))
+    rates = Ceilings(ceilings["ops_per_s"], ceilings["bytes_per_s"], "")
+    (least,) = least_time(variant.config, rates, "fp16", place)
+    product_ms = 1e3 * least.operations / rates.ops_per_s["fp16"]
+    return 100 * max(least.unfused_ms, product_ms) / row["queued_ms"]
 
 
 def _cells(row: Row) -> list[str]:
     remarks = [row["note"], *(f"slowed: {why}" for why in row["throttled"] or ())]
-    if row["steady"] is False:
-        remarks.append("clock not steady")
     if row["top1_agreement"] is not None and row["top1_agreement"] < 1:
         remarks.append(f"top-1 as FP32 on {100 * row['top1_agreement']:.1f} %")
     figures = (_number(show(row), digits) for digits, show in COLUMNS.values())
@@ -205,8 +206,8 @@ def _ceiling_lines(document: Document) -> list[str]:
         return []
     rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in ceilings["ops_per_s"].items())
     return [
-        f"- ceilings of this run: {ceilings['bytes_per_s'] / 1e9:.4g} GB/s "
-        f"({ceilings['how']['memory']}); matrix products in TFLOP/s: {rates}"
+        f"- ceilings of this run: copying {ceilings['bytes_per_s'] / 1e9:.4g} GB/s, read and "
+        f"written; matrix products in TFLOP/s: {rates}"
     ]
 
 

@@ -63,7 +63,7 @@ def inductor(result: Result, options: argparse.Namespace) -> None:
     """Build an AOTInductor package for this GPU by the command line, then time it."""
     subject = _Subject(options)
     _built(result, subject.bundle, options, "inductor")
-    from van_deploy.runners.inductor import InductorRunner
+    from van_deploy.runners.pytorch import InductorRunner
 
     for name, path in _of_kind(subject.bundle, "package"):
         words = "inductor, fused kernels" if options.fused else "inductor"

@@ -27,9 +27,9 @@ import torch
 from result import Result, turn
 from torch import Tensor, nn
 
-from van_deploy.bench.ceilings import measured_ceilings
 from van_deploy.bench.gpu import Clock, GpuWatch, clock_of, timed
 from van_deploy.bench.profile import by_kernel, by_module
+from van_deploy.bench.roofline import measured_ceilings
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.graph.fold import fold_van
 from van_deploy.metrics import sqnr_db, top1_agreement

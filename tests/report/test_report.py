@@ -107,7 +107,7 @@ def test_figures_are_the_manifests_own(full: Bundle, document: Document) -> None
     for row in bench["rows"]:
         assert f"| {row['contender']} |" in text
         assert f"{row['images_per_s']:,.1f}" in text
-    assert all(skipped["reason"] in text for skipped in bench["skipped"])
+    assert all(reason in text for reason in bench["skipped"].values())
     (plot,) = (b for s in document.sections if s.title == "Accuracy" for b in s.blocks if svg_of(b))
     assert svg_of(plot).count('stroke="var(--bad)"') == 1, "one artifact, one allowed loss"
     graph = full.manifest.artefacts["fp32"].graph

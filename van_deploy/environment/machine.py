@@ -42,7 +42,7 @@ from van_deploy.environment.packages import (
 WAIT_S = 120.0
 _PROVIDER = """
 import sys, onnxruntime
-from van_deploy.runners.onnxruntime_cuda import provider_starts
+from van_deploy.runners.onnxruntime import provider_starts
 sys.exit(not provider_starts(onnxruntime, "{}ExecutionProvider", quiet=False))
 """
 

@@ -128,8 +128,8 @@ def load_van(
     place = str(EMBEDDED_WEIGHTS) if spec == EMBEDDED else weights or spec
     if variant and not weights:
         if not variant.weights:
-            told = f"{variant.name} has no public ImageNet-1K weights on the hub."
-            raise UsageError(told, variant.weights_note)
+            refusal = f"{variant.name} has no public ImageNet-1K weights on the hub."
+            raise UsageError(refusal, variant.weights_note)
         place, expect_sha256 = variant.weights, expect_sha256 or variant.sha256
     found = find_weights(place, offline, expect_sha256)
     file = read_weights(found.path, container)

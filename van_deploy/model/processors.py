@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from van_deploy.config.sizes import parse_image_size
@@ -118,11 +118,8 @@ def from_processor(processor: Given) -> Values:
 
 def _geometry(given: Given, how: str, size: int, crop: int) -> Values:
     """Return the sides that a processor resizes to and cuts out."""
-    stated = given.get("size", size)
     edges = {"height", "width"} if how == "squash" else {"shortest_edge"}
-    fits = not isinstance(stated, Mapping) or stated.keys() == edges
-    _require(fits, "size", stated, f"not {' and '.join(sorted(edges))}")
-    size = _square("size", stated)
+    size = _square("size", given.get("size", size), edges)
     if how == "crop_pct":
         pct = given.get("crop_pct", 224 / 256)
         if size >= _CONVNEXT_SQUASHES_FROM:
@@ -143,11 +140,12 @@ def from_openmmlab(config: Given, *, classifier: bool) -> Values:
     """
     model, loader = config.get("model") or {}, config.get("test_dataloader") or {}
     pipeline = config.get("test_pipeline") or (loader.get("dataset") or {}).get("pipeline") or []
-    steps = [step for step in [*pipeline, *(config.get("train_pipeline") or [])] if step]
-    steps += [inner for step in steps for inner in step.get("transforms") or []]
+    steps = [*pipeline, *(config.get("train_pipeline") or [])]
+    steps += [s for step in steps if isinstance(step, dict) for s in step.get("transforms") or []]
     steps += [config.get("data_preprocessor"), model.get("data_preprocessor")]
     steps += [config.get("img_norm_cfg")]
-    colour: Given = next((step for step in steps if step and step.get("mean")), {})
+    found = (step for step in steps if isinstance(step, dict) and step.get("mean"))
+    colour: Given = next(found, {})
     rgb = not colour or colour.get("to_rgb") or colour.get("bgr_to_rgb")
     _require(rgb, "to_rgb", False, "so the network takes BGR: not supported")
     values: Values = {k: [float(x) / 255 for x in colour.get(k) or ()] for k in ("mean", "std")}
@@ -200,8 +198,10 @@ def _cut(size: Any, crop: Any) -> Values:
     return {"image_size": crop, "resize_size": size, "crop_pct": min(1.0, crop / size)}
 
 
-def _square(key: str, size: Any) -> Any:
-    """Return the side that a size means: a number, or two equal ones."""
+def _square(key: str, size: Any, edges: Set[str] = frozenset({"height", "width"})) -> Any:
+    """Return the side that a size means: a number, two equal ones, or one of each of ``edges``."""
+    fits = not isinstance(size, Mapping) or size.keys() == edges
+    _require(fits, key, size, f"not {' and '.join(sorted(edges))}")
     sides = list(size.values()) if isinstance(size, Mapping) else size
     if not isinstance(sides, list | tuple):
         return size

@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from van_deploy.model.variants import STAGES as STAGES
 from van_deploy.model.variants import VanConfig
 
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish)
 HEAD_LAYERS: dict[str, type[nn.Module]] = {
     kind.__name__.lower(): kind
-    for kind in (nn.Dropout, nn.Identity, nn.Flatten, *_ACTIVATIONS, nn.Tanh, nn.Sigmoid)
+    for kind in (
+        *(nn.Dropout, nn.Identity, nn.Flatten, nn.Tanh, nn.Sigmoid, nn.ReLU, nn.ReLU6),
+        *(nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
+    )
 }
 """Layers without weights that a sequential head may have, with PyTorch's default arguments."""
 
@@ -181,8 +183,8 @@ class VAN(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``(N, in_chans, H, W)`` to the last maps ``(N, embed_dims[-1], h, w)``."""
-        for stage in range(1, STAGES + 1):
-            x = self._stage(x, stage)
+        for stage in range(STAGES):
+            x = self._stage(x, stage + 1)
         return x
 
     def forward_intermediates(

@@ -220,7 +220,6 @@ def _fresh_bench(
     gone = {name for name, entry in bench["contenders"].items() if entry["sha256"] not in known}
     for key in ("rows", "roofline"):
         bench[key] = [row for row in bench[key] if row["contender"] not in gone]
-    bench["loading"] = {name: took for name, took in bench["loading"].items() if name not in gone}
     return bench, [("bench", f"speed of {name}") for name in sorted(gone)]
 
 
@@ -231,7 +230,7 @@ def _tiles(checks: Entry, sizes: Mapping[str, int], bench: Entry | None) -> Iter
         slower = "PyTorch" if reference.startswith("pytorch") else reference
         is_faster = best["ratio"] and name != reference
         times = f"{best['ratio']['median']:.1f} x {slower}, " if is_faster else ""
-        loaded = bench["during"]["under_load"]
+        loaded = bench["machine"]["under_load"]
         note = f"{times}{name}{', measured under load' * loaded}"
         label, value = f"Fastest at batch {best['batch']}", f"{ms_text(best['p50'])} ms"
         yield Tile(label, value, note, "warn" * loaded)

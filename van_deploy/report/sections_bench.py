@@ -17,7 +17,7 @@ def bench_blocks(report: Entry) -> list[Block]:
     """Return everything a person wants to see of a benchmark."""
     rows = _measured(report)
     failed = [row for row in report["rows"] if row["error"]]
-    under = report["best_under_p99"] or {"best": {}, "limit_ms": 0.0}
+    under, limit_ms = report["best_under_p99"] or {}, report["settings"]["p99_ms"] or 0.0
     profiles = [
         {**line, "runner": name} for name, lines in report["profiles"].items() for line in lines
     ]
@@ -42,11 +42,12 @@ def bench_blocks(report: Entry) -> list[Block]:
             "On the GPU",
         ),
         *table(
-            under["best"].items(),
-            "runner = 0 name; 1.batch d; p99 ms = 1.p99_ms ms; images/s = 1.images_per_s ,.1f",
-            f"Best batch with p99 below {under['limit_ms']:g} ms",
+            under.items(),
+            "runner = 0 name; 1.batch d; p99 ms = 1.latency.p99_ms ms; "
+            "images/s = 1.images_per_s ,.1f",
+            f"Best batch with p99 below {limit_ms:g} ms",
         ),
-        *_loading(report["loading"], rows),
+        *_loading(rows),
         *_roofline(report),
         *table(
             profiles,
@@ -54,7 +55,7 @@ def bench_blocks(report: Entry) -> list[Block]:
             "Time by kind of layer at the largest batch",
             folded=True,
         ),
-        *notices("SKIPPED", (f"{one['name']}: {one['reason']}" for one in report["skipped"])),
+        *notices("SKIPPED", (f"{name}: {reason}" for name, reason in report["skipped"].items())),
         *_changes(report),
     ]
 
@@ -68,9 +69,9 @@ def _facts(report: Entry) -> Facts:
         {
             "model": report["model"],
             "machine": f"{cpu['name']}, {cpu['cores_allowed']} cores ({special}){gpus}",
-            "device": report["device"],
+            "device": report["settings"]["device"],
             "date": report["date"][:10],
-            "threads": f"{report['threads']} a runner, {report['settings']['streams']} stream(s)",
+            "threads": "{threads} a runner, {streams} stream(s)".format(**report["settings"]),
             "versions": ", ".join(f"{n} {version}" for n, version in report["versions"].items()),
             "images": report["images"],
             "time": f"{seconds['wall']:.0f} s, of which {seconds['timed']:.0f} s timed",
@@ -88,8 +89,7 @@ def _measured(report: Entry) -> list[dict[str, Any]]:
             "artefact": _artefact(row["contender"]),
             "p50": float(row["latency"]["p50_ms"]),
             "rate": float(row["images_per_s"] or 0.0),
-            "rounds": f"{sum(row['round_quiet'])} of {len(row['round_ms'])}"
-            f"{'*' * (row['settled'] is False)}",
+            "rounds": f"{row['quiet_rounds']} of {row['rounds']}{'*' * (row['settled'] is False)}",
         }
         for row in _sized([row for row in report["rows"] if row["latency"]])
     ]
@@ -112,23 +112,21 @@ def fastest(report: Entry) -> Entry | None:
     return min(_measured(report), key=lambda row: (row["batch"], row["p50"]), default=None)
 
 
-def _loading(loading: Entry, rows: Sequence[Entry]) -> list[Block]:
+def _loading(rows: Sequence[Entry]) -> list[Block]:
     lines = []
-    for name, took in loading.items():
+    for name in dict.fromkeys(row["contender"] for row in rows):
         own = [row for row in rows if row["contender"] == name]
-        cv = max((row["latency"]["cv_percent"] for row in own), default=None)
+        cv = max(row["latency"]["cv_percent"] for row in own)
         figures = {
-            "name": name,
-            "first_ms": own[0]["first_call_ms"] if own else None,
-            "bytes": max((row["peak_rss_bytes"] or 0 for row in own), default=None),
+            "bytes": max(row["peak_rss_bytes"] or 0 for row in own),
             "calls": sum(row["latency"]["calls"] for row in own),
-            "cv": None if cv is None else f"{cv:.1f}{'*' * (cv > STEADY_PERCENT)}",
+            "cv": f"{cv:.1f}{'*' * (cv > STEADY_PERCENT)}",
         }
-        lines.append({**took, **figures})
+        lines.append({**own[0], **figures})
     return table(
         lines,
-        "runner = name name; import s = import_s .2f; load s = load_s .2f; "
-        "first call ms = first_ms ms; peak RAM = bytes bytes; calls d; CV % = cv number",
+        "runner = contender name; load s = load_s .2f; first call ms = first_call_ms ms; "
+        "peak RAM = bytes bytes; calls d; CV % = cv number",
         "Loading, memory, and the unsteadiest batch (CV: deviation over mean of all calls)",
     )
 
@@ -145,15 +143,15 @@ def _roofline(report: Entry) -> list[Block]:
     for entry in sorted(entries, key=lambda e: -float(e["percent_of_limit"])):
         if entry["batch"] == largest:
             name, share = entry["contender"], entry["percent_of_limit"]
-            text = f"{share:.0f} % ({entry['limit']['bound']})"
+            text = f"{share:.0f} % ({entry['bound']})"
             marks.append(Mark(name, share, 0.0, text, colour[_artefact(name)]))
     words = f"Batch {largest}: share of the least possible time on this machine, and what sets it."
     return [
         *table(
             _sized(entries),
-            "runner = contender name; batch d; size name; work.operations count; "
-            "least ms = limit.ms ms; limit = limit.bound name; reached % = percent_of_limit .0f; "
-            "ms without fusion = limit.traffic_ms ms",
+            "runner = contender name; batch d; size name; operations count; "
+            "least ms = least_ms ms; limit = bound name; reached % = percent_of_limit .0f; "
+            "ms without fusion = unfused_ms ms",
             f"Roofline: measured {', '.join(rates)}",
         ),
         Plot(rows_chart(marks, Axis("of the least possible time (%)")), words),
@@ -162,53 +160,36 @@ def _roofline(report: Entry) -> list[Block]:
 
 def limits_blocks(limits: Entry) -> list[Block]:
     """Return the limits on paper of a device that is not at hand, one line a graph and batch."""
-    rows = [{**one, "rate": 1e3 * one["batch"] / one["limit"]["ms"]} for one in limits["limits"]]
+    rows = [{**one, "rate": 1e3 * one["batch"] / one["least_ms"]} for one in limits["limits"]]
     device = limits["device"].upper()
     return table(
         rows,
-        "graph name; precision name; batch d; operations count; least ms = limit.ms ms; "
-        "most images/s = rate ,.0f; limit = limit.bound name; "
-        "ms without fusion = limit.traffic_ms ms",
-        f"Limits on paper of {device} ({limits['source']}); nothing here was measured",
+        "graph = contender name; precision name; batch d; operations count; "
+        "least ms = least_ms ms; most images/s = rate ,.0f; limit = bound name; "
+        "ms without fusion = unfused_ms ms",
+        f"Limits on paper of {device} ({limits['ceilings']['source']}); nothing here was measured",
     )
 
 
 def _changes(report: Entry) -> list[Block]:
-    """Return what changed since an older benchmark, and in how many ratios both agree."""
-    agreed = report["agreement"]
-    if agreed is None:
-        return []
+    """Return what changed since an older benchmark."""
     rows = [
         {
             **one,
             "file": "same" if one["same_file"] else "another",
             "moved": "!" * one["moved"],
-            "size": size_text(one["image_size"]),
+            "faster": one["before_ms"] / one["after_ms"],
         }
-        for one in report["changes"]
+        for one in _sized(report["changes"])
     ]
-    limit, said = f"{agreed['within_percent']:g} %", []
-    if agreed["ratios"]:
-        said.append(
-            f"{agreed['within']} of {agreed['ratios']} ratios agree within {limit}; the largest "
-            f"change is {agreed['worst_percent']:+.1f} %, {agreed['worst']}"
-        )
-    if agreed["open"]:
-        said.append(
-            f"{agreed['open']} changed by more, but by no more than their intervals leave open: "
-            "measure longer (--limit)"
-        )
-    said += [f"{name} moved by more than {limit} and its uncertainty" for name in agreed["moved"]]
-    return [
-        *table(
-            rows,
-            "runner = contender name; batch d; size name; before_ms ms; after_ms ms; "
-            "times faster = speedup .3f; ratio change % = ratio_change_percent +.1f; moved name; "
-            "open % = uncertainty_percent .1f; file name",
-            "Compared with the older benchmark (open: what both ratios' intervals leave open)",
-        ),
-        *notices("OK" if agreed["within"] == agreed["ratios"] else "WARNING", said),
-    ]
+    return table(
+        rows,
+        "runner = contender name; batch d; size name; before_ms ms; after_ms ms; "
+        "times faster = faster .3f; ratio change % = ratio_change_percent +.1f; moved name; "
+        "open % = uncertainty_percent .1f; file name",
+        "Compared with the older benchmark (open: what both ratios' intervals leave open; !: the "
+        "ratio moved by more than that and by more than 5 %)",
+    )
 
 
 # --- plots -------------------------------------------------------------------------------------
