@@ -316,8 +316,10 @@ def locate_weights(variant: Variant) -> Path | None:
     """Return where a variant's public weights are in the hub's cache, or None."""
     place, _, name = (variant.weights or "").partition(":")
     repo_id, _, revision = place.partition("@")
-    path = cached_snapshot(repo_id, revision or "main") / name
-    return path if path.is_file() else None
+    with contextlib.suppress(ImportError):  # a host that only runs bundles has no huggingface_hub
+        path = cached_snapshot(repo_id, revision or "main") / name
+        return path if path.is_file() else None
+    return None
 
 
 def listed_variants() -> list[Listed]:

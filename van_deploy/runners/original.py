@@ -7,19 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from van_deploy.bundle.reading import Bundle
-<<<<<<< HEAD
-from van_deploy.errors import BundleError, InputError, UsageError
-from van_deploy.files import file_sha256
-from van_deploy.model.checkpoint import LoadedVan, network_from_state, read_weights
-from van_deploy.model.embedded import EMBEDDED_WEIGHTS
-from van_deploy.model.random_weights import random_van, sha256_of_state
-=======
-from van_deploy.errors import BundleError, InputError, MissingDependency
+from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
->>>>>>> main
 
 
 def original_network(bundle: Bundle, weights: str | Path | None = None) -> LoadedVan:
@@ -38,11 +30,9 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
         BundleError: the weights have moved, have changed, or are not this bundle's.
     """
     try:
-        from van_deploy.model.checkpoint import LoadedVan
-        from van_deploy.model.embedded import embedded_files
-        from van_deploy.model.files import read_weights
+        from van_deploy.model.checkpoint import LoadedVan, network_from_state, read_weights
+        from van_deploy.model.embedded import EMBEDDED_WEIGHTS
         from van_deploy.model.random_weights import random_van, sha256_of_state
-        from van_deploy.model.state import network_from_state, official_state
     except ImportError as error:
         raise MissingDependency(
             f"The original network needs PyTorch and timm: {error}.",
