@@ -90,10 +90,8 @@ def split_digits() -> dict[str, Any]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images, labels = (
-        np.rint(data.images * (255 / 16)).astype(np.uint8),
-        data.target.astype(np.uint8),
-    )
+    images = np.rint(data.images * (255 / 16)).astype(np.uint8)
+    labels = data.target.astype(np.uint8)
     cut = len(images) - HELD_OUT
     parts = {"images_train": images[:cut], "images_heldout": images[cut:]}
     return {**parts, "labels_train": labels[:cut], "labels_heldout": labels[cut:]}
@@ -204,9 +202,7 @@ def make(folder: Path, plan: Schedule) -> None:
 
 def main() -> None:
     """Read the command line, then train or evaluate."""
-    parser = argparse.ArgumentParser(
-        description="Train van_digits, or measure the accuracy of a finished one."
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="folder of the three files")
     parser.add_argument("--evaluate", action="store_true", help="measure only, train nothing")
     arguments = parser.parse_args()
@@ -216,9 +212,7 @@ def main() -> None:
     folder = arguments.output or EMBEDDED_FOLDER
     if not arguments.evaluate:
         make(folder, Schedule())
-    print(
-        "held-out top-1 {top1_percent} % ({correct} of {images} images)".format(**evaluate(folder))
-    )
+    print(f"held-out: {evaluate(folder)}")
 
 
 if __name__ == "__main__":

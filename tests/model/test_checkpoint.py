@@ -194,7 +194,7 @@ def test_the_embedded_network() -> None:
 @each(
     ("spec", "asked", "kind", "told"),
     [
-        ("van_b4", {}, UsageError, "van_b4 has no public .*mmpretrain's.*--weights"),
+        ("van_b4", {}, UsageError, "van_b4 has no public .*mmpretrain .*--weights"),
         ("van_b5", {}, UsageError, "van_b5 has no public .*ImageNet-21K.*--weights"),
         ("van_b9", {}, UsageError, "There is no VAN variant called 'van_b9'"),
         ("./x.pth", {"weights": "random"}, UsageError, "does not go with the weights 'random'"),

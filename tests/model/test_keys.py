@@ -188,6 +188,8 @@ def test_every_variant_is_read_back(name: str) -> None:
     assert config_from_state_dict(model.state_dict()) == (config, ())
     assert config.variant == name
     assert config.parameter_count() == sum(p.numel() for p in model.parameters())
+    head = config.embed_dims[-1] * config.num_classes
+    assert config.mac_count((64, 128)) - head == 2 * (config.mac_count(64) - head)
 
 
 @each(
