@@ -245,7 +245,7 @@ def onnx_file(draw: Draw, sound: Path, folder: Path) -> Reader:
 
 def image(draw: Draw, sound: Path, folder: Path) -> Reader:
     """PNG, JPEG, BMP, TIFF, WebP, GIF, PPM, and PostScript by their names; as every command."""
-    from van_deploy.data import open_image
+    from van_deploy.data.images import open_image
 
     source = one_of(draw, *sorted(sound.glob("image.*")))
     huge = b"P6 %d %d 255\n" % (one_of(draw, 2**16, 2**31), 2**16)  # promises what is not there

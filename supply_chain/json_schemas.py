@@ -38,7 +38,7 @@ DOCUMENTS: Mapping[str, str] = {
     "bench-limits": "van_deploy.bench.document:PaperLimits",
     "build": "van_deploy.results:BuildReport",
     "check": "van_deploy.checks.regression:CheckReport",
-    "doctor": "van_deploy.environment.needs:Diagnosis",
+    "doctor": "van_deploy.environment.doctor:Environment",
     "drift": "van_deploy.checks.drift:DriftReport",
     "evaluate": "van_deploy.checks.evaluate:EvaluateReport",
     "export": "van_deploy.results:ExportReport",

@@ -25,6 +25,7 @@ from van_deploy.checks.reference import samples_for
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import (
     BuildSettings,
+    FleetSettings,
     Precision,
     QuantizeSettings,
     RunnerSettings,
@@ -65,7 +66,7 @@ def build_bundle(
     settings: BuildSettings,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> BuildReport:
     """Return the engines asked for, built in the bundle unless they are there already.
 
@@ -73,13 +74,13 @@ def build_bundle(
         VanDeployError: as :meth:`van_deploy.api.Bundle.build`; nothing that cannot be built is
             found out after the first was.
     """
-    host, say = host_here(device=device_number(settings.device)), progress or silent
+    host = host_here(device=device_number(settings.device))
     if settings.tune:
-        return _fastest(bundle, settings, host, say)
+        return _fastest(bundle, settings, host, progress)
     if settings.backend == INDUCTOR:
         made = []
         for one in packages_asked(bundle, settings, host):
-            say(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
+            progress(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
             package, reused = build_package(bundle.path, one, host, force=force)
             targets, how = package.targets, REUSED if reused else BUILT
             cell = Cell(bundle.path, package.precision, targets, one.of(), FleetHost())
@@ -88,27 +89,25 @@ def build_bundle(
     manifest = bundle.manifest
     cells = planned_engines(bundle.path, settings, manifest.batch, manifest.sizes, host)
     for precision in settings.precisions:
-        _make_missing(Bundle.open(bundle.path), precision, settings, say)
+        _make_missing(Bundle.open(bundle.path), precision, settings, progress)
     cache = settings.timing_cache
-    outcomes = build_cells(cells, host=host, timing_cache=cache, force=force, progress=say)
+    outcomes = build_cells(cells, host=host, timing_cache=cache, force=force, progress=progress)
     return BuildReport(tuple(outcomes))
 
 
 def build_fleet(
     path: Path,
+    fleet: FleetSettings,
     *,
-    on: str = "here",
-    address: str = "",
     force: bool = False,
-    progress: Progress | None = None,
-    each: Callable[[int, int, Outcome], None] | None = None,
+    progress: Progress = silent,
+    each: Callable[[int, int, Outcome], None],
 ) -> BuildReport:
     """Return what became of every engine of a fleet file; one that fails does not stop the others.
 
     Args:
         path: the file.
-        on: ``here``, or ``ray`` for a Ray cluster.
-        address: of the cluster; "" for the local one.
+        fleet: where they are built.
         force: build engines even if they are there.
         progress: told what is being built.
         each: told of every engine that is done: which of how many, and how it ended.
@@ -118,14 +117,13 @@ def build_fleet(
         MissingDependency: Ray was asked for and is not here.
     """
     cells = read_fleet(path)
-    if on == "ray":
-        stream = build_on_ray(cells, address=address or None, force=force)
+    if fleet.on == "ray":
+        stream = build_on_ray(cells, address=fleet.ray_address or None, force=force)
     else:
-        stream = build_cells(cells, go_on=True, force=force, progress=progress or silent)
+        stream = build_cells(cells, go_on=True, force=force, progress=progress)
     outcomes = []
     for count, outcome in enumerate(stream, 1):
-        if each is not None:
-            each(count, len(cells), outcome)
+        each(count, len(cells), outcome)
         outcomes.append(outcome)
     return BuildReport(tuple(sorted(outcomes, key=lambda outcome: cells.index(outcome.cell))))
 

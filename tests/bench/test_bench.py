@@ -22,7 +22,7 @@ from van_deploy.bench.document import BenchReport, read_report
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import cpu
-from van_deploy.errors import InputError, UsageError
+from van_deploy.errors import UsageError
 
 QUICK = BenchSettings(
     batches=(1, 2),
@@ -139,9 +139,6 @@ def test_the_command_prints_tables_and_json_and_keeps_the_result(
     ("words", "code", "message"),
     [
         ("--batches 1,two", 2, "'--batches' is 'two': it should be a whole number."),
-        ("--batches 0", 2, "'--batches' is 0"),
-        ("--streams 0", 2, "'--streams' is 0"),
-        ("--seconds 0", 2, "'--seconds' is 0.0: it should be greater than 0."),
         ("--runners tvm", 2, "There is no runner 'tvm' here."),
         ("--reference pytorch-compile", 2, "The reference 'pytorch-compile' is not among"),
         ("--compare no.json", 5, "The benchmark 'no.json' is damaged"),
@@ -228,11 +225,3 @@ def test_what_cannot_be_compared_is_refused(
     place[last] = value
     with pytest.raises(UsageError, match=words):
         compared(read(old), read(plain))
-
-
-@each("text", ["", "[]", '{"schema": "something/else"}', '{"schema": "van-deploy/bench/1"}'])
-def test_another_file_is_not_taken_for_a_benchmark(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "old.json"
-    path.write_text(text)
-    with pytest.raises(InputError):
-        read_report(path)

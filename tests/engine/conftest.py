@@ -16,7 +16,7 @@ from onnx import ModelProto
 from tests.artifacts import SMALL_SIZE
 from tests.described import described, entry
 from van_deploy.bundle import writing
-from van_deploy.config import BatchRange, BuildOptions
+from van_deploy.config import BatchRange, BuildOptions, HardwareCompatibility
 from van_deploy.engine.backend import RTX, TENSORRT, Backend, Host, backend_named
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.bundled import Cell, FleetHost
@@ -27,8 +27,10 @@ BundleMaker = Callable[[str], Path]
 
 SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
 ADA = Host("NVIDIA L4", "sm_89", 24 << 30, "580.65.06", (13, 0))
+PLUS: dict[str, Any] = {"hardware_compatibility": HardwareCompatibility.AMPERE_PLUS}
+RTX_17 = Backend(RTX, "1.7.1.116", 13, None)
 TENSORRT_11 = Backend(TENSORRT, "11.4.0.106", 13, None)
-"""TensorRT as far as refusals and names look at it: they never call the bindings."""
+"""Backends as far as refusals and names look at it: they never call the bindings."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from tests.serve.conftest import PlanMaker, Running, top5_of
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions
-from van_deploy.data import open_image
+from van_deploy.data.images import open_image
 from van_deploy.errors import ConversionError, InputError, UsageError
 from van_deploy.model.pixels import pixels_from_image
 from van_deploy.runners.network import Network

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -21,7 +22,7 @@ from van_deploy.bench.roofline import measured_limits
 from van_deploy.bench.worker import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
-from van_deploy.data import check_images
+from van_deploy.data.samples import check_images
 from van_deploy.environment.hardware import cpu, memory, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
@@ -216,9 +217,8 @@ def _swept(race: Race, settings: BenchSettings) -> list[Row]:
 
 
 def _keeps(row: Row, settings: BenchSettings) -> bool:
-    """Return whether a row's latency keeps the limit; without a limit any row does."""
-    limit = settings.p99_ms
-    return limit is None or (row.latency is not None and row.latency.p99_ms <= limit)
+    """Return whether a row has a latency, and that keeps the limit where there is one."""
+    return row.latency is not None and row.latency.p99_ms <= (settings.p99_ms or math.inf)
 
 
 def _best_under(rows: Sequence[Row], settings: BenchSettings) -> dict[str, Row | None] | None:

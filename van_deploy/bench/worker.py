@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -201,29 +200,27 @@ class Worker:
         return measured_ceilings(**given)
 
     def _timed(self, seconds: float, calls: int) -> list[float]:
-        """Return the latencies of all streams in ms, each a thread of its own."""
+        """Return the ms of each call, until the seconds have passed and the calls were made.
+
+        Each stream has a thread of its own, and they begin together.
+        """
         together = threading.Barrier(len(self._runners))
 
         def run(runner: Any) -> list[float]:
+            latencies: list[float] = []
             together.wait()
-            return timed_calls(lambda: runner.run_all(self._batch), seconds, calls)
+            start = previous = time.perf_counter()
+            while previous - start < seconds or len(latencies) < calls:
+                runner.run_all(self._batch)
+                now = time.perf_counter()
+                latencies.append(1e3 * (now - previous))
+                previous = now
+            return latencies
 
         if len(self._runners) == 1:  # needs no thread
             return run(self._runners[0])
         with ThreadPoolExecutor(len(self._runners)) as pool:
             return [ms for stream in pool.map(run, self._runners) for ms in stream]
-
-
-def timed_calls(call: Callable[[], object], seconds: float, calls: int) -> list[float]:
-    """Return the ms of each call, until ``seconds`` have passed and ``calls`` were made."""
-    latencies: list[float] = []
-    start = previous = time.perf_counter()
-    while previous - start < seconds or len(latencies) < calls:
-        call()
-        now = time.perf_counter()
-        latencies.append(1e3 * (now - previous))
-        previous = now
-    return latencies
 
 
 def runner_of(contender: Contender, threads: int) -> Any:

@@ -248,8 +248,7 @@ def report(
 
     Example: van-deploy report dist/van_b1
     """
-    from van_deploy.report.document import Facts, Notice
-    from van_deploy.report.figures import bytes_text
+    from van_deploy.report.document import Facts, Notice, bytes_text
 
     written = opened(bundle, None, silent).report(output)
     sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}

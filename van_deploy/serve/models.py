@@ -22,8 +22,7 @@ import numpy as np
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import ServiceSettings, TritonSettings
-from van_deploy.data import open_image
-from van_deploy.data.images import FORMATS
+from van_deploy.data.images import FORMATS, open_image
 from van_deploy.errors import UsageError, VanDeployError, needs_extra
 from van_deploy.metrics import probabilities
 from van_deploy.model.pixels import Pixels, pixels_from_image
