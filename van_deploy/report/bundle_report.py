@@ -145,8 +145,8 @@ def _verdicts(checks: Entry) -> Iterator[tuple[str, str, str]]:
     for name, own, original, loss in _losses(checks):
         pair = f"{100 * own['top1']:.2f} %, PyTorch {100 * original['top1']:.2f} %"
         yield state_of(loss["outcome"]), name, "; ".join([pair, *_said(loss)])
-    for skipped in checks.get("evaluate", {}).get("skipped", ()):
-        yield "SKIPPED", f"evaluate {skipped['artefact']}", skipped["reason"]
+    for name, skipped in checks.get("evaluate", {}).get("skipped", {}).items():
+        yield "SKIPPED", f"evaluate {name}", skipped["message"]
 
 
 def _losses(checks: Entry) -> Iterator[tuple[str, Entry, Entry, Entry]]:
