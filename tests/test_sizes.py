@@ -182,7 +182,7 @@ class TestBundle:
         assert sidecar["inputs"][0]["shape"] == [3, 3, -1, -1]
         for asked, message in (
             (("--batch", "1:2:4"), "has a fixed batch of 3, so it cannot serve 1:2:4"),
-            (("--dynamic-size", "64:32:96"), "are not min <= opt <= max"),
+            (("--dynamic-size", "64:32:96"), "is not min <= opt <= max"),
         ):
             result = cli("build", made.path, "--target", "sm_89", *asked)
             assert result.exit_code in (2, 5)
