@@ -107,8 +107,8 @@ pins: $(READY)-full $(READY)-lint $(READY)-audit
 bench: $(TESTED)
 	$(BIN)/python -m benchmarks
 
-# What a GPU does (docs/gpu-results.md); on a host with none, its CPU parts. PART=a PyTorch and
-# this project's kernels, three minutes; PART=b every runtime, tests and gates, five.
+# What a GPU does, command by command; on a host with none, on the CPU what runs there. PART=a
+# PyTorch and this project's kernels, ten minutes; PART=b every runtime, tests and gates, fifteen.
 PART ?= a
 gpu-report: $(TESTED)
 	$(BIN)/python benchmarks/gpu/report.py --part $(PART) --output gpu-report/$(PART)

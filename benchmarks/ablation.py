@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from onnx import ModelProto
 from benchmarks.builder import build_plan, input_shape
 from benchmarks.table import Table
 from van_deploy.calibration_set import ImageSelection
-from van_deploy.data import ImageSet, decoded_batches, image_set
+from van_deploy.data.images import ImageSet, decoded_batches, image_set
 from van_deploy.data.samples import digits_set
 from van_deploy.graph.export import onnx_from_van, van_from_onnx
 from van_deploy.graph.fold import fold_van
@@ -100,39 +100,20 @@ class Network:
         found = compare(self.expected, logits(self.plan(method, techniques), self.judging))
         return f"{found.sqnr_db:.2f}", f"{100 * (found.top1_agreement or 0.0):.2f}"
 
-    def kernels(self) -> list[str]:
-        """Return, one sentence each, how many kernels a block takes in FP16 and in INT8."""
+    def kernels(self) -> Iterator[str]:
+        """Yield, one sentence each, how many kernels a block takes in FP16 and in INT8."""
         kept = usually_kept(self.model)
         plain, usual = (
             qdq_for_tensorrt(self.model, self.plan("mse", techniques), kept=kept)
             for techniques in ((), TECHNIQUES)
         )
-        graphs: Mapping[str, ModelProto] = {
-            "FP16": fp16_from_fp32(self.model, kept),
-            "INT8 plain": plain,
-            "INT8 with the Mul": without(usual, "Add"),
-            "INT8 with the Add": without(usual, "Mul"),
-            "INT8 with both": usual,
-        }
-        found = {name: plan_kernels(graph) for name, graph in graphs.items()}
-        return [
-            f"Kernels in a plan, {self.loaded.name}: {name}: {counts['block2.0']} kernels for "
-            f"block2.0, {counts['total']} for all {self.loaded.config.blocks} blocks and what "
-            "stands between them."
-            for name, counts in found.items()
-        ]
-
-
-def without(model: ModelProto, operator: str) -> ModelProto:
-    """Return the graph without one of the two inserted nodes; its numbers are not the network's."""
-    graph = ModelProto.FromString(model.SerializeToString())
-    for node in [n for n in graph.graph.node if n.name.endswith(f"/{operator}")]:
-        for reader in graph.graph.node:
-            for place, name in enumerate(reader.input):
-                if name == node.output[0]:
-                    reader.input[place] = node.input[0]
-        graph.graph.node.remove(node)
-    return graph
+        half = fp16_from_fp32(self.model, kept)
+        for name, graph in {"FP16": half, "INT8 plain": plain, "INT8": usual}.items():
+            counts, blocks = plan_kernels(graph), self.loaded.config.blocks
+            yield (
+                f"Kernels in a plan, {self.loaded.name}: {name}: {counts['block2.0']} kernels for "
+                f"block2.0, {counts['total']} for all {blocks} blocks and what stands between them."
+            )
 
 
 def plan_kernels(model: ModelProto) -> Counter[str]:
@@ -189,7 +170,7 @@ def main() -> int:
         for name, (found, _) in zip(networks, figures if techniques == EVERY else (), strict=False):
             text = f"{name}: all techniques >= {ASKED_DB[name]:g} dB"
             table.claim(text, f"{found} dB", float(found) >= ASKED_DB[name])
-    table.notes += list(networks.values())[-1].kernels()
+    table.notes += [*networks.values()][-1].kernels()
     return table.printed()
 
 

@@ -18,7 +18,9 @@ import torch
 
 import van_deploy as vd
 from benchmarks.table import Table
-from van_deploy.data import decoded_batches, image_set, labelled_images, opened, sample_set
+from van_deploy.data.images import decoded_batches, image_set, opened
+from van_deploy.data.labels import labelled_images
+from van_deploy.data.samples import sample_set
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.pytorch import TorchRunner
 

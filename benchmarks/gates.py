@@ -32,7 +32,8 @@ from van_deploy.checks.evaluate import Networks
 from van_deploy.checks.gates import allowed_loss
 from van_deploy.checks.golden import golden_samples
 from van_deploy.config import EvaluationSettings, GateProfile
-from van_deploy.data import decoded_batches, labelled_images
+from van_deploy.data.images import decoded_batches
+from van_deploy.data.labels import labelled_images
 from van_deploy.metrics import Task
 from van_deploy.runners.network import PYTORCH
 from van_deploy.runners.original import original_network

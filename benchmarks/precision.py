@@ -33,7 +33,7 @@ from benchmarks.ablation import parsed, parser_of
 from benchmarks.table import Table, van_deploy
 from van_deploy.bundle import Bundle
 from van_deploy.calibration_set import ImageSelection
-from van_deploy.data import decoded_batches, image_set
+from van_deploy.data.images import decoded_batches, image_set
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.graph.export import van_from_onnx
 from van_deploy.metrics import compare
@@ -45,14 +45,14 @@ from van_deploy.precision.scales import images_at_once, observe
 
 COLUMNS = ("what", "images", "SQNR dB", "agreement %", "Δtop-1 pp", "INT8 % of work", "MB", "s")
 FIGURES = ("SQNR (dB)", "agreement (%)", "Δtop-1 (pp)", "work in INT8 (%)")
-FORMS: dict[str, tuple[tuple[str, ...], tuple[float | None, ...]]] = {  # words, least FIGURES
-    "FP16": (("--precision", "fp16"), (70.0, 99.9, -0.1, None)),
-    "INT8": ((), (36.0, 99.3, -0.3, None)),
-    "INT8 --max-drop 0.2": (("--max-drop", "0.2"), (36.0, None, -0.2, 70.0)),
-    "INT8 --scope all": (("--scope", "all"), (30.0, None, -0.5, None)),
-    "INT8 --target cpu": (("--target", "cpu"), (33.7, 99.3, -0.3, None)),
+FORMS: dict[str, tuple[float | None, ...]] = {  # options, and the least FIGURES of van_b0
+    "--precision fp16": (70.0, 99.9, -0.1, None),
+    "--precision int8": (36.0, 99.3, -0.3, None),
+    "--max-drop 0.2": (36.0, None, -0.2, 70.0),
+    "--scope all": (30.0, None, -0.5, None),
+    "--target cpu": (33.7, 99.3, -0.3, None),
 }
-DIGITS = {"INT8": (40.0, 99.3, None, None)}
+DIGITS = {"--precision int8": (40.0, 99.3, None, None)}
 ORT_IMAGES = 24  # ONNX Runtime keeps every activation of every image: 0.09 GB each at 224
 ORT_CALIBRATION, ORT_METHODS = 256, ("MinMax", "Entropy", "Percentile")
 PEAK_GB, FASTER, SIDE = 1.2, 6.0, 224
@@ -91,12 +91,12 @@ def main() -> int:
 def _forms(table: Table, bundle: Path, prefix: str, calib: Path, judge: Path) -> float:
     """Put every form of ``quantize`` into the table; return the SQNR of the default INT8 in dB."""
     usual = 0.0
-    for form, (words, least) in FORMS.items():
-        if prefix and "--max-drop" in words:
+    for form, least in FORMS.items():
+        if prefix and "--max-drop" in form:
             continue
         start = time.perf_counter()
         images = ("--images", calib, "--eval", judge, "--force")
-        facts = van_deploy("quantize", bundle, *words, *images, codes=(0, 1))["facts"]
+        facts = van_deploy("quantize", bundle, *form.split(), *images, codes=(0, 1))["facts"]
         seconds = time.perf_counter() - start
         reference, row = (
             next(r for r in facts["comparison"] if r["requested"] == wanted)
@@ -113,7 +113,7 @@ def _forms(table: Table, bundle: Path, prefix: str, calib: Path, judge: Path) ->
             if limit is not None:
                 text = f"{prefix}{form}: {what} >= {limit:g}"
                 table.claim(text, f"{found:.2f}", found >= limit)
-        usual = row["sqnr_db"] if form == "INT8" else usual
+        usual = row["sqnr_db"] if form == "--precision int8" else usual
     return usual
 
 
@@ -144,8 +144,12 @@ def _quantize_static(source: Path, target: Path, inputs: Images, method: str) ->
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     logging.getLogger().setLevel(logging.ERROR)  # it recommends a preprocessing we have done
-    nodes = onnx.load(source).graph.node
-    pointwise = [n.name for n in nodes if n.op_type == "Conv" and _is_pointwise(n)]
+    every = {n.name: n.attribute for n in onnx.load(source).graph.node if n.op_type == "Conv"}
+    pointwise = []
+    for name, attributes in every.items():
+        values = {a.name: onnx.helper.get_attribute_value(a) for a in attributes}
+        if values["kernel_shape"] == [1, 1] and values.get("group", 1) == 1:
+            pointwise.append(name)
     quantize_static(
         source,
         target,
@@ -163,11 +167,6 @@ def _quantize_static(source: Path, target: Path, inputs: Images, method: str) ->
             "OpTypesToExcludeOutputQuantization": ["Conv"],
         },
     )
-
-
-def _is_pointwise(node: onnx.NodeProto) -> bool:
-    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    return values.get("kernel_shape") == [1, 1] and values.get("group", 1) == 1
 
 
 def _logits(path: Path, images: Images) -> Images:
@@ -210,24 +209,16 @@ def _record(folder: str, who: str, number: str) -> tuple[float, float]:
         )
         observe(network, batches, counted_tensors(network, layers, "tensorrt"))
     else:
+        from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
+
         images = (rng.standard_normal((3, SIDE, SIDE), np.float32) for _ in range(count))
-        _calibrate_with_onnxruntime(path, images)
+        with tempfile.TemporaryDirectory() as place:
+            augmented, method = f"{place}/augmented.onnx", CalibrationMethod.Percentile
+            calibrator = create_calibrator(path, ["Conv"], augmented, method)
+            calibrator.collect_data(_reader(images))
+            calibrator.compute_data()
     seconds = time.perf_counter() - start
     return peak_memory_bytes() / 2**30, seconds / count
-
-
-def _calibrate_with_onnxruntime(model: Path, inputs: Iterable[Images]) -> None:
-    from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
-
-    with tempfile.TemporaryDirectory() as folder:
-        calibrator = create_calibrator(
-            model,
-            ["Conv"],
-            augmented_model_path=f"{folder}/augmented.onnx",
-            calibrate_method=CalibrationMethod.Percentile,
-        )
-        calibrator.collect_data(_reader(inputs))
-        calibrator.compute_data()
 
 
 def _reader(inputs: Iterable[Images]) -> Any:

@@ -24,11 +24,10 @@ import numpy as np
 
 from benchmarks.running import made, options
 from benchmarks.table import Table
-from van_deploy.bench.contender import Contender
+from van_deploy.bench.document import Contender, Row
 from van_deploy.bench.race import Race
-from van_deploy.bench.timing import Row
 from van_deploy.bundle import Bundle
-from van_deploy.config import Budget
+from van_deploy.config import BenchSettings, Budget
 
 COLUMNS = ("variant", "runtime", "theirs", "batch", "ours ms", "theirs ms", "ours x (95 %)")
 SIZE, THREADS = 224, 2
@@ -60,9 +59,12 @@ def main() -> int:
                     for name, path in paths.items()
                 ]
                 budget = Budget(seconds=float(arguments.seconds))
-                with Race(contenders, THREADS) as race:
+                settings = BenchSettings(
+                    device="cpu", threads=THREADS, reference="ours", budget=budget
+                )
+                with Race(contenders, settings, folder, SIZE) as race:
                     for batch in batches:
-                        ours, *theirs = race.run(folder, batch, SIZE, budget, "ours")
+                        ours, *theirs = race.run(batch)
                         for row in theirs:
                             _compare(table, f"{variant}, {title}", ours, row)
     table.notes.append(f"{THREADS} threads, {SIZE} x {SIZE}, random weights.")

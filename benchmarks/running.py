@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.table import Table, van_deploy
-from van_deploy.data import opened, sample_set
+from van_deploy.data.images import opened
+from van_deploy.data.samples import sample_set
 
 COLUMNS = ("variant", "runner", "batch", "p50 ms", "p99 ms", "images/s", "x eager (95 %)")
 PHOTOGRAPHS = 16

@@ -32,12 +32,12 @@ import io
 import itertools
 import json
 import multiprocessing
-import re
 import socket
 import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,9 +45,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.table import Table
-from reliability.clients import Load, drive, exported, infer_requests, started
+from reliability.load import Load, drive, exported, infer_requests, started
 from reliability.tritonserver import PYTHON, triton_running
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
@@ -57,12 +58,6 @@ from van_deploy.serve.triton import DATATYPES, served_name
 DISTINCT, ROUNDS, ATTACKERS, INSTANCES = 64, 6, 16, 2
 LIVE_MS = 200
 OWN_MIB = 900  # see docs/serving.md: what is held, parsed and decoded at once
-METRICS = {
-    "rows": "van_deploy_batch_rows_sum",
-    "batches": "van_deploy_batch_rows_count",
-    "infer_cpu": "van_deploy_infer_cpu_seconds_total",
-    "cpu": "process_cpu_seconds_total",
-}
 
 
 def main() -> int:
@@ -103,15 +98,17 @@ def load(given: argparse.Namespace, table: Table) -> None:
         drive(url, requests, found, count, given.clients)
         seconds = time.perf_counter() - start
         spent = {name: value - before[name] for name, value in server_metrics(url).items()}
+    rows, batches = (spent[f"van_deploy_batch_rows_{what}"] for what in ("sum", "count"))
+    cpu, infer = spent["process_cpu_seconds_total"], spent["van_deploy_infer_cpu_seconds_total"]
     manifest, lost = Bundle.open(given.bundle).manifest, count - found.answered
-    size, own = manifest.preprocessing.image_size, 1 - spent["infer_cpu"] / spent["cpu"]
+    size, own = manifest.preprocessing.image_size, 1 - infer / cpu
     p50, p99 = np.percentile(found.latencies_ms, [50, 99])
     who = f"{manifest.name} at {size} px, {count:,} requests, {given.clients} clients"
     table.row(
         who,
         f"{found.answered / seconds:.1f} images/s, mean batch "
-        f"{spent['rows'] / spent['batches']:.1f}, latency p50 {p50:.0f} ms and p99 {p99:.0f} ms, "
-        f"{1e3 * spent['cpu'] / count:.2f} ms of processor time an image, {100 * own:.2f} % of it "
+        f"{rows / batches:.1f}, latency p50 {p50:.0f} ms and p99 {p99:.0f} ms, "
+        f"{1e3 * cpu / count:.2f} ms of processor time an image, {100 * own:.2f} % of it "
         f"outside inference, largest relative difference {found.worst:.1e}",
     )
     measured = f"{lost} lost, {found.wrong} wrong"
@@ -145,7 +142,7 @@ def triton(given: argparse.Namespace, table: Table) -> None:
             figures = f"{ours_now:.1f} images/s here, {theirs:.1f} in Triton"
             table.row(f"beside Triton, round {index + 1}", figures)
     low, ratio, high = np.percentile(np.divide(rates["ours"], rates["triton"]), [25, 50, 75])
-    wrong = found.wrong + found.statuses.total() - found.answered
+    wrong = found.wrong + len(found.latencies_ms) - found.answered
     measured = f"{ratio:.2f} x (quartiles {low:.2f} to {high:.2f}), {wrong} wrong answers"
     text = "throughput >= 1.0 x Triton's Python backend, equal threads, instances and batching"
     table.claim(text, measured, ratio >= 1 and not wrong)
@@ -248,15 +245,14 @@ def ours(given: argparse.Namespace) -> Iterator[tuple[str, int]]:
         server.wait(60)
 
 
-def server_metrics(url: str) -> dict[str, float]:
-    """Return how many batches ran, their rows, and processor times in seconds."""
+def server_metrics(url: str) -> Counter[str]:
+    """Return the server's figures by their names, summed over their labels."""
+    found = Counter[str]()
     with urllib.request.urlopen(f"{url}/metrics") as response:
-        text = response.read().decode()
-    pattern = r"^%s(?:{.*})? (.*)$"
-    return {
-        name: sum(float(value) for value in re.findall(pattern % metric, text, re.MULTILINE))
-        for name, metric in METRICS.items()
-    }
+        for family in text_string_to_metric_families(response.read().decode()):
+            for sample in family.samples:
+                found[sample.name] += sample.value
+    return found
 
 
 def memory_mib(pid: int) -> float:

@@ -1,29 +1,58 @@
-"""Bad days: killed commands, full disks, read-only folders, two writers, clocks that go back.
+"""Bad days: killed commands, full disks, read-only folders, writers side by side, odd clocks.
 
 After each the bundle must be the old one or the new one, whole, and the next run of
 the same command must succeed. What this machine does not allow (a small file system
 needs the right to mount one) is reported as skipped, with the reason.
+
+A step on the disk is an entry that is opened to write, made, renamed or removed inside the bundle;
+Python's audit hooks see them. Killing at random moments hardly ever falls between two renames;
+this goes through all of them. Such commands run in forks of a process that has imported
+everything: what a command imports takes longer than what it does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import importlib
+import itertools
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from reliability.steps import full_at_every_step, killed_at_every_step
-from reliability.trials import Trials, finished, require, van_deploy
+from reliability.load import exported
 
-WRITERS = 5  # times that three processes write one bundle
+NEEDED = (
+    *("torch", "torch._dynamo", "torch.onnx", "torchvision", "timm", "onnx", "onnxscript"),
+    *("onnxsim", "onnxruntime", "tensorrt_rtx", "van_deploy.pipeline", "van_deploy.cli.make"),
+)
+NEEDS_ROOM = {"os.mkdir", "os.rename", "open", "os.link", "os.symlink"}
+CHANGES = {*NEEDS_ROOM, "os.remove", "os.rmdir", "os.truncate"} - {"open"}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 SIZES_KIB = (64, 256, 512, 900, 1300, 1800, 2600, 3600, 5000)
-QUANTIZE = ("--precision", "fp16")
-BUILD = ("--target", "sm_89")
+MOST_STEPS = 1000
+STOPS = {"kill": "`kill -9` before", "full": "disk full from"}
+BUNDLE = "BUNDLE"
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "export": ("export", "van_digits", "--output", BUNDLE, "--force"),
+    "quantize": ("quantize", BUNDLE, "--precision", "fp16", "--force"),
+    "build": ("build", BUNDLE, "--target", "sm_89", "--force"),
+    "run": ("run", "van_digits", "--precision", "fp16", "--output", BUNDLE, "--force"),
+    "report": ("report", BUNDLE),
+}
+"""The commands that write, with the bundle's place in them."""
 CLOCK = """
-import itertools, sys, time
+import itertools, time
 start, steps = time.time(), itertools.count()
 time.time = lambda: start - 60.0 * next(steps)
 from van_deploy.cli.app import main
@@ -31,159 +60,266 @@ main()
 """
 
 
+@dataclass
+class Trials:
+    """What became of one fault: what came out how often, what must not be, why it was not tried."""
+
+    fault: str
+    outcomes: Counter[str] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)
+    skipped: str = ""
+
+    def judge(
+        self,
+        what: str,
+        ended: tuple[int, str],
+        allowed: Collection[int] = (0,),
+        bundle: Path | None = None,
+    ) -> None:
+        """Count how a command ended; another exit code, a traceback or a mixture is broken."""
+        (code, said), problem = ended, bundle_is_whole(bundle) if bundle else ""
+        if problem or code not in allowed or "Traceback" in said:
+            self.broken.append(f"{what}: {code} {problem} {said[-600:]}")
+        self.outcomes[f"exit code {code}" if code else "ended well"] += 1
+
+
+def van_deploy(
+    *words: object, program: Sequence[str] = ("-m", "van_deploy"), **environment: str
+) -> tuple[int, str]:
+    """Run ``van-deploy`` as a process of its own; return its exit code and its stderr."""
+    done = subprocess.run(
+        [sys.executable, *program, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    return done.returncode, done.stderr
+
+
+def bundle_is_whole(folder: Path) -> str:
+    """Return what is wrong with a bundle, opened as the next command would; "" is good.
+
+    No bundle at all is good as well: nothing was there, nothing is. What the next writer sweeps
+    up is no harm.
+    """
+    from van_deploy.bundle import MANIFEST, Bundle
+    from van_deploy.errors import VanDeployError
+
+    if not (folder / MANIFEST).exists() and not (folder / ".pending").is_dir():
+        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+        strangers = [n for n in names if n != ".lock" and not n.startswith(".staging-")]
+        return f"{folder.name} has no manifest and holds {strangers}" if strangers else ""
+    try:
+        return "; ".join(Bundle.open(folder).problems())
+    except VanDeployError as error:
+        return error.message
+
+
+def stopped_at_every_step(
+    folder: Path, only: Sequence[str] = tuple(COMMANDS), kinds: Sequence[str] = tuple(STOPS)
+) -> Iterator[Trials]:
+    """Kill commands before each of their steps, or let the disk be full from there on."""
+    base = exported(folder / "base", "van_digits")
+    for kind, name in itertools.product(kinds, only):
+        what = (
+            "`kill -9` before every step of" if kind == "kill" else "disk full from every step of"
+        )
+        trials, target = (
+            Trials(f"{what} `{name}`, on the bundle's files"),
+            folder / f"{kind}-{name}",
+        )
+        words = [str(target) if word is BUNDLE else word for word in COMMANDS[name]]
+        for step in range(1, MOST_STEPS):
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(base, target)
+            ended = _forked(words, target, kind, step)
+            if ended[0] == 3 and "not installed" in ended[1]:
+                trials.skipped = ended[1].strip().splitlines()[0]
+                break
+            if ended[0] == 0:  # there was no such step any more
+                break
+            trials.judge(f"step {step}", ended, (3, -signal.SIGKILL), target)
+            again = _forked(words, target, kind, MOST_STEPS)
+            if again[0] or bundle_is_whole(target):
+                trials.broken.append(f"the run after step {step}: {again}")
+        else:
+            trials.broken.append(f"it never came to an end in {MOST_STEPS} steps")
+        yield trials
+
+
+def _forked(words: Sequence[str], target: Path, kind: str, step: int) -> tuple[int, str]:
+    """Return the exit code of a command that is stopped at a step, and its stderr."""
+    for name in NEEDED:
+        with contextlib.suppress(ImportError):  # tensorrt_rtx is not everywhere
+            importlib.import_module(name)
+    log = target.parent / "said"
+    pid = os.fork()
+    if pid == 0:
+        code = 99
+        try:
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            import torch
+
+            from van_deploy.cli.app import app
+
+            torch.set_num_threads(1)
+            sys.addaudithook(_stopping(os.path.realpath(target), kind, step))
+            app([*words, "--json"], prog_name="van-deploy", standalone_mode=True)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return code, log.read_text(errors="replace")
+
+
+def _stopping(place: str, kind: str, step: int) -> Callable[[str, tuple[Any, ...]], None]:
+    """Return an audit hook that counts what is changed below ``place``, and stops it there."""
+    number = itertools.count(1)
+
+    def hook(event: str, details: tuple[Any, ...]) -> None:
+        writes = event == "open" and isinstance(details[2], int) and details[2] & WRITING
+        if not (writes or event in CHANGES) or not isinstance(
+            details[0], str | bytes | os.PathLike
+        ):
+            return
+        if not os.path.realpath(os.fsdecode(details[0])).startswith(place + os.sep):
+            return
+        at = next(number)
+        if kind == "kill" and at == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "full" and at >= step and event in NEEDS_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return hook
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, kib: int) -> Iterator[None]:
     """Mount a file system of that size on ``folder``.
 
     Raises:
-        PermissionError: this process may not mount one.
+        OSError: this process may not mount one.
     """
     folder.mkdir(exist_ok=True)
-    if shutil.which("mount") is None:
-        raise PermissionError("there is no `mount` here")
-    options = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
-    done = subprocess.run(options, capture_output=True, text=True, check=False)
+    options = ["-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+    done = subprocess.run(["mount", *options], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise PermissionError(done.stderr.strip() or "mount failed")
+        raise OSError(f"no file system may be mounted here: {done.stderr.strip()}")
     try:
         yield
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
-def full_disk(folder: Path, only: Sequence[str] = ("export", "quantize", "build")) -> list[Trials]:
-    """Run export, quantize and build where the disk fills up at ever later writes."""
-    base, disk = folder / "full-base", folder / "disk"
-    require("export", "van_digits", "--output", base)
+def full_disk(
+    folder: Path, only: Sequence[str] = ("export", "quantize", "build"), sizes: Any = SIZES_KIB
+) -> Iterator[Trials]:
+    """Run commands that write where the disk fills up at ever later writes."""
+    base, disk = exported(folder / "full-base", "van_digits"), folder / "disk"
     used = 64 + sum(p.stat().st_size for p in base.rglob("*") if p.is_file()) // 1024
-    target, found = disk / "bundle", []
-    commands: dict[str, list[str | Path]] = {
-        "export": ["export", "van_digits", "--output", target],
-        "quantize": ["quantize", target, *QUANTIZE],
-        "build": ["build", target, *BUILD],
-    }
     for name in only:
-        trials = Trials(f"disk full during `{name}`, free space from {SIZES_KIB[0]} KiB up")
-        found.append(trials)
-        for free in SIZES_KIB:
-            with _tried(trials), small_disk(disk, free + (0 if name == "export" else used)):
-                if name != "export":
-                    shutil.copytree(base, target)
-                (disk / "tmp").mkdir()
-                code, said = finished(van_deploy(*commands[name], TMPDIR=str(disk / "tmp")))
-                trials.judge(f"{free} KiB free", code, said, {0, 3}, target)
-                trials.count("went through" if code == 0 else f"exit code {code}, nothing changed")
-    return found
+        trials = Trials(f"disk full during `{name}`, free space from {sizes[0]} KiB up")
+        words = [str(disk / "bundle") if word is BUNDLE else word for word in COMMANDS[name]]
+        try:
+            for free in sizes:
+                with small_disk(disk, free + (0 if name == "export" else used)):
+                    if name != "export":
+                        shutil.copytree(base, disk / "bundle")
+                    (disk / "tmp").mkdir()
+                    ended = van_deploy(*words, TMPDIR=str(disk / "tmp"))
+                    trials.judge(f"{free} KiB free", ended, (0, 3), disk / "bundle")
+        except OSError as error:
+            trials.skipped = str(error)
+        yield trials
 
 
-@contextlib.contextmanager
-def _tried(trials: Trials) -> Iterator[None]:
-    try:
-        yield
-    except PermissionError as error:
-        trials.skipped = f"no file system may be mounted here: {error}"
+def tried(
+    fault: str, commands: Iterable[tuple[Sequence[object], Collection[int]]], **how: Any
+) -> Trials:
+    """Run commands one after the other; each may end with some exit codes."""
+    trials = Trials(fault)
+    for words, allowed in commands:
+        bundle = next((word for word in words if isinstance(word, Path) and word.is_dir()), None)
+        trials.judge(str(words[0]), van_deploy(*words, **how), allowed, bundle)
+    return trials
 
 
-def read_only(folder: Path) -> list[Trials]:
+def read_only(folder: Path) -> Iterator[Trials]:
     """Run every command that reads, and every one that writes, on a read-only bundle."""
-    trials = Trials("a bundle on a read-only file system")
-    base, disk = folder / "read-only-base", folder / "ro"
-    target = disk / "bundle"
-    require("export", "van_digits", "--output", base)
-    cases: Sequence[tuple[list[str | Path], set[int]]] = (
-        (["info", target], {0}),
-        (["inspect", target], {0}),
-        (["predict", target, base / "golden/0.png"], {0}),
-        (["verify", target, "--no-modules"], {0, 3, 5}),
-        (["drift", target, "--level", "stage"], {0, 3, 5}),
-        (["quantize", target, *QUANTIZE], {3, 5}),
-        (["build", target, *BUILD], {3, 5}),
-        (["export", "van_digits", "--output", target, "--force"], {3, 5}),
+    what, disk = "a bundle on a read-only file system", folder / "ro"
+    base, bundle = exported(folder / "base", "van_digits"), disk / "bundle"
+    commands: list[tuple[tuple[object, ...], tuple[int, ...]]] = [
+        (("info", bundle), (0,)),
+        (("inspect", bundle), (0,)),
+        (("predict", bundle, base / "golden/0.png"), (0,)),
+        (("verify", bundle, "--no-modules"), (0, 3, 5)),
+        (("drift", bundle, "--level", "stage"), (0, 3, 5)),
+        (("quantize", bundle, "--precision", "fp16"), (3, 5)),
+        (("build", bundle, "--target", "sm_89"), (3, 5)),
+        (("export", "van_digits", "--output", bundle, "--force"), (3, 5)),
+    ]
+    try:
+        with small_disk(disk, 20_000):
+            shutil.copytree(base, bundle)
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            yield tried(what, commands)
+    except OSError as error:
+        yield Trials(what, skipped=str(error))
+
+
+def two_writers(folder: Path) -> Iterator[Trials]:
+    """Let three processes write one bundle at the same time, five times."""
+    trials, bundle = (
+        Trials("three processes writing one bundle"),
+        exported(folder / "shared", "van_digits"),
     )
-    with _tried(trials), small_disk(disk, 20_000):
-        shutil.copytree(base, target)
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        for words, allowed in cases:
-            code, said = finished(van_deploy(*words))
-            trials.judge(str(words[0]), code, said, allowed, target)
-            trials.count(f"`{words[0]}` {'works' if code == 0 else f'ends with {code}'}")
-    return [trials]
+    writers = [COMMANDS[name] for name in ("quantize", "build", "quantize")]
+    words = [[bundle if word is BUNDLE else word for word in each] for each in writers]
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(5):
+            for code, said in pool.map(lambda each: van_deploy(*each), words):
+                replaced = code == 5 and "was replaced while" in said
+                trials.judge("a writer", (0 if replaced else code, said), (0, 3))
+            trials.judge("all writers", (0, ""), bundle=bundle)
+    yield trials
 
 
-def two_writers(folder: Path) -> list[Trials]:
-    """Let three processes write one bundle at the same time."""
-    trials = Trials("three processes writing one bundle")
-    target = folder / "shared"
-    require("export", "van_digits", "--output", target)
-    quantize = ("quantize", target, *QUANTIZE, "--force")
-    build = ("build", target, *BUILD, "--force")
-    for _ in range(WRITERS):
-        writers = [van_deploy(*words) for words in (quantize, build, quantize)]
-        for code, said in map(finished, writers):
-            replaced = code == 5 and "was replaced while" in said
-            trials.judge("a writer", 0 if replaced else code, said, {0, 3})
-            trials.count(_ended(code))
-        trials.judge("all writers", 0, "", {0}, target)
-    return [trials]
-
-
-def clock(folder: Path) -> list[Trials]:
-    """Run export, quantize and verify while the clock goes back a minute at every look."""
-    trials = Trials("a clock that goes back a minute at every look")
-    target = folder / "clock"
-    export = ("export", "van_digits", "--output", target)
-    verify = ("verify", target, "--no-modules")
-    for words in (export, ("quantize", target, *QUANTIZE), verify, export):
-        code, said = finished(van_deploy(*words, program=("-c", CLOCK)))
-        trials.judge(str(words[0]), code, said, {0}, target)
-        trials.count(_ended(code))
-    return [trials]
-
-
-def unreadable_cache(folder: Path) -> list[Trials]:
-    """Run commands whose cache of downloads is a file, a loop, or not there."""
-    trials = Trials("a cache of downloads that cannot be read")
-    loop, file = folder / "loop", folder / "a-file"
+def odd_places(folder: Path) -> Iterator[Trials]:
+    """Run commands while the clock goes back a minute at every look, and with a spoiled cache."""
+    bundle, loop, file = folder / "clock", folder / "loop", folder / "a-file"
+    export = ("export", "van_digits", "--output", bundle)
+    others = (("quantize", bundle, "--precision", "fp16"), ("verify", bundle, "--no-modules"))
+    every = [(words, (0,)) for words in (export, *others, export)]
+    yield tried("a clock that goes back a minute at every look", every, program=("-c", CLOCK))
     loop.symlink_to(loop)
     file.write_text("no folder")
-    for home in (file, loop, file / "below", Path("/proc/1/nothing")):
-        for words, allowed in (
-            (["list"], {0}),
-            (["info", "van_b1"], {0}),
-            (["export", "van_b1", "--offline", "--output", folder / "no"], {3, 5}),
-            (["export", "van_digits", "--output", folder / "yes"], {0}),
-        ):
-            code, said = finished(van_deploy(*words, HF_HOME=str(home), HF_HUB_CACHE=str(home)))
-            trials.judge(f"{words[0]} with {home}", code, said, allowed)
-            trials.count(_ended(code))
-    if (folder / "no").exists():
-        trials.broken.append("an export that failed left its folder behind")
-    return [trials]
-
-
-def _ended(code: int) -> str:
-    return f"exit code {code}" if code else "ended well"
-
-
-FAULTS: tuple[Callable[[Path], list[Trials]], ...] = (
-    *(killed_at_every_step, full_at_every_step, full_disk, read_only),
-    *(two_writers, clock, unreadable_cache),
-)
-"""Every fault; each takes an empty folder."""
+    commands: list[tuple[tuple[object, ...], tuple[int, ...]]] = [
+        (("list",), (0,)),
+        (("info", "van_b1"), (0,)),
+        (("export", "van_b1", "--offline", "--output", folder / "no"), (3, 5)),
+        (("export", "van_digits", "--output", folder / "yes"), (0,)),
+    ]
+    for home in map(str, (file, loop, file / "below", "/proc/1/nothing")):
+        trials = tried("a cache that cannot be read", commands, HF_HOME=home, HF_HUB_CACHE=home)
+        if (folder / "no").exists():
+            trials.broken.append("an export that failed left its folder behind")
+        yield trials
 
 
 def table(count: int | None) -> tuple[list[str], list[list[str]], list[str]]:
     """Return the columns, a row for each fault tried, and what was broken."""
     rows, broken = [], list[str]()
-    for fault in FAULTS:
+    for fault in (stopped_at_every_step, full_disk, read_only, two_writers, odd_places):
         with tempfile.TemporaryDirectory(prefix="van-deploy-faults-") as folder:
-            found = fault(Path(folder))
-        for trials in found:
-            for sentence in trials.broken:
-                print(f"{trials.fault}: {sentence}", file=sys.stderr, flush=True)
-            outcomes = ", ".join(f"{outcome}: {n}" for outcome, n in trials.outcomes.items())
-            outcomes = f"skipped: {trials.skipped}" if trials.skipped else outcomes
-            tried = str(sum(trials.outcomes.values()))
-            rows.append([trials.fault, tried, outcomes, str(len(trials.broken))])
-            broken += trials.broken
+            for trials in fault(Path(folder)):
+                outcomes = ", ".join(f"{outcome}: {n}" for outcome, n in trials.outcomes.items())
+                outcomes = f"skipped: {trials.skipped}" if trials.skipped else outcomes
+                figures = [str(trials.outcomes.total()), outcomes, str(len(trials.broken))]
+                rows.append([trials.fault, *figures])
+                broken += [f"{trials.fault}: {sentence}" for sentence in trials.broken]
     return ["fault", "tried", "what happened", "broken"], rows, broken

@@ -1,123 +1,87 @@
-"""Seeded ways to spoil bytes, JSON and text."""
+"""Ways to spoil bytes, JSON and TOML; Hypothesis draws each choice, and shrinks what failed."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
-import random
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
 from typing import Any
 
+from hypothesis import strategies as st
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+"""Draws from a strategy, as ``st.data()`` does."""
+
 STRANGE_VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**30, 10**400, 0.0, -0.5, 1e308),
-    *(float("nan"), float("inf"), "", "x", "../../etc/passwd", "/etc/passwd", "..", "a\\b"),
-    *("\x00", "\udc80", "é" * 300, "[red]x[/]", [], {}, [[]], [None], {"": 0}, [1e999]),
+    *(None, True, 0, -1, 2**31, 2**63, 10**30, 10**400, -0.5, 1e308, float("nan"), float("inf")),
+    *(
+        "",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "..",
+        "a\\b",
+        "\x00",
+        "\udc80",
+        "é" * 300,
+        "[red]x[/]",
+    ),
     *("\x1b]0;x\x07\x1b[2J", "\x9b2J\u202e", 'x"); import os; ("', "a" * 5000, ".pending"),
-    *([[[[[]]]]], {"a": {"b": []}}, ["a" * 1000, 1]),
+    *([], {}, [[]], [None], {"": 0}, [[[[[]]]]], {"a": {"b": []}}, ["a" * 1000, 1]),
 )
 STRANGE_WORDS = (
-    *("", "=", "[", "]", '"', "'", "#", "\n", "\t", "\x00", "\ufeff", "[x]\n", "a = 1\n", "nan"),
-    *("-1", "0", "1e999", "99999999999999999999", "true", '""', "[]", "{}", "../../x", "é", "\\"),
+    *("", "=", "[", '"', "#", "\n", "\x00", "\ufeff", "[x]\n", "a = 1\n", "nan", "-1"),
+    *("1e999", "9" * 20, "true", '""', "[]", "{}", "../../x", "é", "\\", "[" * 100_000),
 )
-LEVELS = (50, 900, 100_000)  # of lists in lists
 
 
-def generator_of(name: str, index: int) -> random.Random:
-    """Return the generator of one case: the same on every machine."""
-    return random.Random(hashlib.sha256(f"{name}/{index}".encode()).digest())
+def one_of(draw: Draw, *values: Any) -> Any:
+    """Return one of some values."""
+    return draw(st.sampled_from(values))
 
 
-def spoiled_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Return ``data`` with flipped, removed, repeated, added or zeroed bytes, or cut off."""
-    if not data:
-        return rng.randbytes(rng.randint(1, 64))
-    way = rng.choice(("flip", "flip", "flip", "cut", "remove", "repeat", "insert", "zero", "swap"))
-    start, size = _place(rng, len(data)), rng.choice((1, 2, 4, 8, 64, 512, 4096))
-    spoiled, piece = bytearray(data), data[start : start + size]
-    if way == "cut":
-        del spoiled[rng.randrange(len(data)) :]
-    elif way == "flip":
-        for _ in range(rng.choice((1, 1, 2, 8, 64))):
-            spoiled[_place(rng, len(data))] ^= 1 << rng.randrange(8)
-    elif way in {"repeat", "insert"}:
-        spoiled[start:start] = piece if way == "repeat" else rng.randbytes(size)
-    elif way == "swap":
-        other = rng.randrange(len(data))
-        spoiled[start : start + size] = data[other : other + size]
+def spoiled_bytes(draw: Draw, data: bytes) -> bytes:
+    """Return ``data`` with a piece of it cut, zeroed, repeated, or replaced by other bytes."""
+    for _ in range(draw(st.integers(1, 3))):
+        start, size = draw(st.integers(0, len(data))), one_of(draw, 0, 1, 4, 64, 4096, 2**40)
+        if draw(st.booleans()):  # formats keep their directories at the end
+            start = len(data) - start
+        way, other = one_of(draw, "cut", "zero", "repeat", "other"), draw(st.binary(max_size=64))
+        piece = data[start : start + size]
+        new = bytes(len(piece)) if way == "zero" else 2 * piece if way == "repeat" else other
+        data = data[:start] + (b"" if way == "cut" else new) + data[start + size :]
+    return data
+
+
+def spoiled_json(draw: Draw, value: Any) -> Any:
+    """Return a document with something in it replaced, removed, renamed or repeated."""
+    way = one_of(draw, "inside", "inside", "inside", "replace", "remove", "rename", "repeat")
+    if not isinstance(value, dict | list) or not value or way == "replace":
+        return one_of(draw, *STRANGE_VALUES)
+    key = one_of(draw, *(value if isinstance(value, dict) else range(len(value))))
+    if isinstance(value, list):
+        new = {"remove": [], "inside": [spoiled_json(draw, value[key])]}
+        return [*value[:key], *new.get(way, 2 * [value[key]]), *value[key + 1 :]]
+    rest = {name: inner for name, inner in value.items() if name != key}
+    if way == "inside":
+        return {**value, key: spoiled_json(draw, value[key])}
+    return rest if way == "remove" else {**rest, one_of(draw, *STRANGE_WORDS): value[key]}
+
+
+def spoiled_document(draw: Draw, sound: bytes, suffix: str) -> bytes:
+    """Return a document with spoiled bytes, or with other words (TOML) or values (JSON)."""
+    if suffix == ".pub" or one_of(draw, True, False, False):
+        return spoiled_bytes(draw, sound)
+    if suffix == ".toml":
+        text = sound.decode()
+        for _ in range(draw(st.integers(1, 3))):
+            places = list(re.finditer(r"\S+|\n", text))
+            if places:
+                place = one_of(draw, *places)
+                text = text[: place.start()] + one_of(draw, *STRANGE_WORDS) + text[place.end() :]
     else:
-        spoiled[start : start + size] = b"" if way == "remove" else bytes(len(piece))
-    return bytes(spoiled)
-
-
-def _place(rng: random.Random, length: int) -> int:
-    """Return an index, as often near an end as anywhere: formats keep their directories there."""
-    near = rng.randrange(min(length, 512))
-    return rng.choice((rng.randrange(length), rng.randrange(length), near, length - 1 - near))
-
-
-def spoiled_json(rng: random.Random, document: Any) -> Any:
-    """Return ``document`` with one to three values replaced, removed, renamed or repeated."""
-    spoiled = copy.deepcopy(document)
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        containers = list(_containers(spoiled))
-        if not containers:
-            return rng.choice(STRANGE_VALUES)
-        container, strange = rng.choice(containers), copy.deepcopy(rng.choice(STRANGE_VALUES))
-        way = rng.choice(("replace", "replace", "replace", "remove", "rename", "add"))
-        if isinstance(container, dict):
-            key, word = rng.choice(list(container) or [""]), str(rng.choice(STRANGE_WORDS))
-            value = container.get(key, strange) if way == "add" else container.pop(key, strange)
-            if way != "remove":
-                named = {"replace": key, "rename": word + key, "add": word}[way]
-                container[named] = value if way == "rename" else strange
-        elif container:
-            index = rng.randrange(len(container))
-            more = {"replace": [strange], "remove": []}
-            container[index : index + 1] = more.get(way, 2 * [container[index]])
-    return spoiled
-
-
-def _containers(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict | list):
-        yield value
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _containers(inner)
-
-
-def spoiled_json_text(rng: random.Random, document: Any) -> bytes:
-    """Return spoiled JSON as text; now and then it says a thing twice, or nests without end."""
-    text, way = json.dumps(spoiled_json(rng, document)), rng.randrange(20)
-    levels, strange = rng.choice(LEVELS), json.dumps(rng.choice(STRANGE_VALUES))
-    name = json.dumps(next(iter(document)))
-    more = {
-        0: '"x": ' + "[" * levels + "]" * levels,
-        1: f"{name}: {strange}",
-        2: '"x": ' + "9" * rng.choice((100, 5000)),
-    }
-    if way in more:
-        text = text.replace("{", f"{{{more[way]}, ", 1)
+        text = json.dumps(spoiled_json(draw, json.loads(sound)))
+        first, levels = json.dumps(next(iter(json.loads(sound)))), one_of(draw, 50, 900, 100_000)
+        more = (f"{first}: 1", f'"x": {"[" * levels}{"]" * levels}', f'"x": {"9" * 5000}')
+        if one_of(draw, True, False, False, False):  # said twice, nested or long without end
+            text = text.replace("{", f"{{{one_of(draw, *more)}, ", 1)
     return text.encode("utf-8", "surrogatepass")
-
-
-def spoiled_text(rng: random.Random, text: str) -> bytes:
-    """Return ``text`` with lines or words removed, repeated, swapped or replaced."""
-    lines = text.splitlines(keepends=True)
-    for _ in range(rng.choice((1, 1, 2, 4))):
-        lines = lines or [""]
-        index, other = rng.randrange(len(lines)), rng.randrange(len(lines))
-        way, strange = rng.randrange(8), str(rng.choice(STRANGE_WORDS))
-        if way < 4:  # another word
-            words = lines[index].split(" ")
-            words[rng.randrange(len(words))] = strange
-            lines[index] = " ".join(words)
-        elif way == 4:
-            del lines[index]
-        elif way == 5:
-            lines[index] = lines[other]
-        elif way == 6 or rng.random() < 0.9:
-            lines.insert(index, strange)
-        else:
-            levels = rng.choice(LEVELS)
-            lines.insert(index, "x = " + "[" * levels + "]" * levels + "\n")
-    return "".join(lines).encode("utf-8", "surrogatepass")

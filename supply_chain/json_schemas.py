@@ -35,10 +35,10 @@ from van_deploy.schema import Open, Schema
 DOCUMENTS: Mapping[str, str] = {
     "baseline": "van_deploy.checks.baseline:Baseline",
     "bench": "van_deploy.bench.document:BenchReport",
-    "bench-limits": "van_deploy.bench.roofline:PaperLimits",
+    "bench-limits": "van_deploy.bench.document:PaperLimits",
     "build": "van_deploy.results:BuildReport",
     "check": "van_deploy.checks.regression:CheckReport",
-    "doctor": "van_deploy.environment.needs:Diagnosis",
+    "doctor": "van_deploy.environment.doctor:Environment",
     "drift": "van_deploy.checks.drift:DriftReport",
     "evaluate": "van_deploy.checks.evaluate:EvaluateReport",
     "export": "van_deploy.results:ExportReport",

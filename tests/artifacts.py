@@ -175,7 +175,7 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     """
     from van_deploy.checks.golden import golden_samples
     from van_deploy.checks.judging import judge_new
-    from van_deploy.data import check_images
+    from van_deploy.data.samples import check_images
     from van_deploy.precision.fp16 import fp16_from_fp32, usually_kept
     from van_deploy.runners.original import original_network
 

@@ -6,10 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tests.artifacts import BATCHES, Copy
@@ -17,16 +15,13 @@ from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
-from van_deploy.data import check_images, decoded_batches, image_set
 from van_deploy.documents import plain
 from van_deploy.errors import GateFailed
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
-from van_deploy.model.checkpoint import LoadedVan, load_van
+from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.van import VAN
 from van_deploy.pipeline import export_bundle, load_for
 from van_deploy.recipe import recipe_named
-from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-from van_deploy.runners.pytorch import TorchRunner
 
 
 @pytest.fixture(scope="module")
@@ -204,34 +199,3 @@ def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
     graph = result.bundle.artefact("fp32").graph
     assert graph is not None
     assert graph.nodes == 13 * 13 + 17
-
-
-@pytest.mark.slow
-def test_the_shared_checkpoint_keeps_every_prediction(shared: Path, tmp_path: Path) -> None:
-    checkpoint = shared / "checkpoints" / "van_b0_cifar10.pth.tar"
-    images = shared / "data" / "cifar10" / "eval"
-    recipe = Recipe(model=ModelSettings(weights=str(checkpoint)))
-    loaded = load_for(recipe)
-    bundle = export_bundle(loaded, recipe, tmp_path / "b", images=images).bundle
-    items = image_set(images).items
-    assert len(items) == 2000
-    original = load_van(str(checkpoint)).model
-    same = 0
-    with TorchRunner(original) as pytorch, OnnxRuntimeRunner(bundle.verified("fp32")) as onnx:
-        for batch in decoded_batches(items, loaded.preprocessing, 50):
-            expected = pytorch.run(batch.inputs)
-            same += int((expected.argmax(1) == onnx.run(batch.inputs).argmax(1)).sum())
-    assert same == len(items)
-
-
-def test_a_user_folder_smaller_than_the_batch_is_made_up_with_crops(
-    loaded: LoadedVan, tmp_path: Path
-) -> None:
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"not an image")
-    checked = check_images(loaded.name, loaded.preprocessing, 16, tmp_path)
-    assert checked.inputs.shape[0] == 16
-    assert checked.description.startswith(
-        f"16 images and parts of 2 images of '{tmp_path}'; 1 could not "
-    )

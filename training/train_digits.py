@@ -39,7 +39,8 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from van_deploy.data import decoded_batches, labelled_images
+from van_deploy.data.images import decoded_batches
+from van_deploy.data.labels import labelled_images
 from van_deploy.files import file_sha256
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import (

@@ -41,21 +41,16 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_HOMES = {
-    "api": ("Bundle", "Exported", "export", "open_bundle", "run_recipe"),
-    "config": ("Recipe",),
-    "documents": ("plain",),
-    "errors": ("VanDeployError",),
-    "model.checkpoint": ("LoadedVan", "load_van"),
-    "recipe": ("read_recipe",),
-}
+_HOMES = ("errors", "documents", "config", "recipe", "api", "model.checkpoint")  # the light first
 
 
 def __getattr__(name: str) -> Any:
     """Return a public name, imported now."""
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"van_deploy.{module}"), name)
+    if name in __all__:
+        for home in _HOMES:
+            module = importlib.import_module(f"van_deploy.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
     raise AttributeError(f"module 'van_deploy' has no attribute '{name}'")
 
 

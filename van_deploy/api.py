@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from van_deploy import bundle as on_disk
 from van_deploy import config, judging
 from van_deploy.bench.benchmark import benchmark_bundle
-from van_deploy.bench.document import BenchReport
-from van_deploy.bench.store import save_report
+from van_deploy.bench.document import BenchReport, save_report
 from van_deploy.checks.verdicts import record_check
 from van_deploy.config.named import EXPORT, Changes, changes_from, settings_from, with_changes
 from van_deploy.recipe import recipe_for
@@ -225,15 +224,7 @@ class Bundle:
         require_classes(opened, "predict")
         sources = sources_from([images] if isinstance(images, Image) else images)
         batch = asked.batch or min(opened.manifest.batch.opt, len(sources))
-        network = Network(
-            opened,
-            asked.artefact,
-            runner=asked.runner,
-            threads=asked.threads,
-            trust_engine=asked.trust_engine,
-            device=asked.device,
-        )
-        with network:
+        with Network(opened, asked.artefact, asked, threads=asked.threads) as network:
             answers = predict(network, sources, top=asked.top_k, batch=batch)
             for done, answer in enumerate(answers, 1):
                 self.progress("Looking at images", done, len(sources))

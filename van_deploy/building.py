@@ -28,6 +28,7 @@ from van_deploy.config import (
     FleetSettings,
     Precision,
     QuantizeSettings,
+    RunnerSettings,
     VerifySettings,
 )
 from van_deploy.engine.backend import Host, device_number, host_here
@@ -251,7 +252,7 @@ def tried(copy: Path, candidate: Candidate) -> Tuned:
         VerifySettings(artefacts=(name,), device=device, modules=False),
     ).artefacts[name]
     passed = verdict.outcome is Verdict.PASS
-    with Network(bundle, name, device=device) as network:
+    with Network(bundle, name, RunnerSettings(device=device)) as network:
         shape = (batch.opt, *network.input.shape)
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         seconds = _seconds(network.opened, images)

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from van_deploy.bundle import MANIFEST, Bundle, Manifest
 from van_deploy.config.sizes import ImageSize
+from van_deploy.errors import InputError
+from van_deploy.model.preprocess import OFFICIAL, Preprocessing
+from van_deploy.model.variants import VARIANTS, VanConfig, variant_of
+from van_deploy.model.weights_source import WeightsSource
 
 if TYPE_CHECKING:
     from van_deploy.engine.inspect import EngineDescription, PackageDescription
     from van_deploy.graph.files import OnnxDescription
-    from van_deploy.manifest import Manifest
-    from van_deploy.model.preprocess import Preprocessing
-    from van_deploy.model.variants import VanConfig, Variant
-    from van_deploy.model.weights_source import WeightsSource
-
 
 ENGINES = (".plan", ".engine", ".trt")
 
@@ -42,132 +42,92 @@ class BundleDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkDescription:
-    """A network.
+    """A published variant, as far as is known without its weights, or a checkpoint.
 
     Attributes:
+        kind: says which.
         name: what it is called.
+        also_called: other names a variant goes by.
+        variant: the published one with a checkpoint's architecture, or None.
         architecture: of the network.
         lka_dilation: of the second kernel of Large Kernel Attention.
         parameters: how many it has.
         multiply_adds: of one image.
         multiply_adds_at: size of that image in pixels: a side, or height and width.
         preprocessing: what its input must have gone through.
+        top1_percent: published accuracy on ImageNet-1K; None where none was.
+        weights: where a variant's public weights are; None where there are none.
+        weights_note: what is to be known of them.
+        here: the variant's weights on this machine, or None.
+        source: where a checkpoint's weights came from.
+        class_names: of a checkpoint, in the order of the logits, or None.
     """
 
+    kind: Literal["variant", "weights"]
     name: str
+    also_called: tuple[str, ...] = ()
+    variant: str | None = None
     architecture: VanConfig
     lka_dilation: int
     parameters: int
     multiply_adds: int
     multiply_adds_at: ImageSize
     preprocessing: Preprocessing
+    top1_percent: float | None = None
+    weights: str | None = None
+    weights_note: str = ""
+    here: Path | None = None
+    source: WeightsSource | None = None
+    class_names: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class VariantDescription(NetworkDescription):
-    """A published variant, as far as is known without its weights.
-
-    Attributes:
-        also_called: other names it goes by.
-        top1_percent: published accuracy on ImageNet-1K; None where none was.
-        weights: where the public weights are; None where there are none.
-        weights_note: what is to be known of them.
-        here: the weights' file on this machine, or None.
-        kind: says what this describes.
-    """
-
-    also_called: tuple[str, ...]
-    top1_percent: float | None
-    weights: str | None
-    weights_note: str
-    here: Path | None
-    kind: Literal["variant"] = "variant"
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsDescription(NetworkDescription):
-    """A checkpoint.
-
-    Attributes:
-        variant: the published one with this architecture, or None.
-        source: where the weights came from.
-        class_names: in the order of the logits, or None.
-        kind: says what this describes.
-    """
-
-    variant: str | None
-    source: WeightsSource
-    class_names: tuple[str, ...] | None
-    kind: Literal["weights"] = "weights"
-
-
-Described = BundleDescription | VariantDescription | WeightsDescription
-
-
-def model_described(model: str, image_size: ImageSize | None = None) -> Described:
+def model_described(model: str) -> BundleDescription | NetworkDescription:
     """Return everything known of a bundle, of a variant, or of a checkpoint's weights.
-
-    Args:
-        model: which.
-        image_size: of the image the multiply-adds are counted for, in pixels; None for
-            the network's own.
 
     Raises:
         UsageError: there is no such variant.
         InputError: the checkpoint or the bundle cannot be read.
     """
-    from van_deploy.bundle import MANIFEST, Bundle
-    from van_deploy.model.variants import VARIANTS
-
     if Path(model).is_dir() and (Path(model) / MANIFEST).exists():
         bundle = Bundle.open(model)
-        return BundleDescription(
-            bundle.path, tuple(bundle.problems()), bundle.sizes(), bundle.manifest
-        )
+        found = tuple(bundle.problems())
+        return BundleDescription(bundle.path, found, bundle.sizes(), bundle.manifest)
     for variant in VARIANTS.values():
         if model in (variant.name, *variant.aliases):
-            return _variant(variant, image_size)
-    return _weights(model, image_size)
+            from van_deploy.model.hub import locate_weights
 
-
-def _variant(variant: Variant, image_size: ImageSize | None) -> VariantDescription:
-    from van_deploy.model.hub import locate_weights
-    from van_deploy.model.preprocess import OFFICIAL
-
-    return VariantDescription(
-        name=variant.name,
-        also_called=tuple(variant.aliases),
-        **_counted(variant.config, image_size or OFFICIAL.image_size),
-        preprocessing=OFFICIAL,
-        top1_percent=variant.top1,
-        weights=str(variant.weights) if variant.weights else None,
-        weights_note=variant.weights_note,
-        here=locate_weights(variant),
-    )
-
-
-def _weights(spec: str, image_size: ImageSize | None) -> WeightsDescription:
+            return NetworkDescription(
+                kind="variant",
+                name=variant.name,
+                also_called=tuple(variant.aliases),
+                **_counted(variant.config, OFFICIAL),
+                top1_percent=variant.top1,
+                weights=str(variant.weights) if variant.weights else None,
+                weights_note=variant.weights_note,
+                here=locate_weights(variant),
+            )
     from van_deploy.model.checkpoint import load_van
-    from van_deploy.model.variants import variant_of
 
-    loaded = load_van(spec, offline=True)
-    return WeightsDescription(
+    loaded = load_van(model, offline=True)
+    return NetworkDescription(
+        kind="weights",
         name=loaded.name,
         variant=variant_of(loaded.config),
-        **_counted(loaded.config, image_size or loaded.preprocessing.image_size),
-        preprocessing=loaded.preprocessing,
+        **_counted(loaded.config, loaded.preprocessing),
         source=loaded.source,
         class_names=loaded.class_names,
     )
 
 
-def _counted(config: VanConfig, size: ImageSize) -> dict[str, Any]:
+def _counted(config: VanConfig, preprocessing: Preprocessing) -> dict[str, Any]:
+    size = preprocessing.image_size
     return {
         "architecture": config,
         "lka_dilation": config.lka_dilation,
         "parameters": config.parameter_count(),
         "multiply_adds": config.mac_count(size),
         "multiply_adds_at": size,
+        "preprocessing": preprocessing,
     }
 
 
@@ -181,30 +141,27 @@ def artefacts_described(
     Raises:
         InputError: there is nothing to describe, or it cannot be read.
     """
-    from van_deploy.bundle import Bundle
-    from van_deploy.errors import InputError
+    from van_deploy.engine.inspect import describe_engine, describe_package
     from van_deploy.graph.files import describe_onnx
 
+    files = [artefact]
     if artefact.is_dir():
         bundle = Bundle.open(artefact)
-        files = [bundle.path / artefact.file for artefact in bundle.artefacts.values()]
-        return [
-            one for file in files for one in artefacts_described(file, trust_engine=trust_engine)
-        ]
-    if not artefact.exists():
-        raise InputError(f"There is no file '{artefact}'.", "Check the path.")
-    if artefact.suffix in ENGINES:
-        from van_deploy.engine.inspect import describe_engine
-
-        return [describe_engine(artefact, trust_engine=trust_engine)]
-    if artefact.suffix == ".pt2":
-        from van_deploy.engine.inspect import describe_package
-
-        return [describe_package(artefact)]
-    if artefact.suffix == ".onnx":
-        return [describe_onnx(artefact)]
-    raise InputError(
-        f"'{artefact}' is neither an ONNX file nor an engine.",
-        f"Give a .onnx, .pt2 or {', '.join(ENGINES)} file or a bundle; "
-        f"a checkpoint is shown by `van-deploy info {artefact}`.",
-    )
+        files = [bundle.path / one.file for one in bundle.artefacts.values()]
+    found: list[OnnxDescription | EngineDescription | PackageDescription] = []
+    for file in files:
+        if not file.exists():
+            raise InputError(f"There is no file '{file}'.", "Check the path.")
+        if file.suffix in ENGINES:
+            found.append(describe_engine(file, trust_engine=trust_engine))
+        elif file.suffix == ".pt2":
+            found.append(describe_package(file))
+        elif file.suffix == ".onnx":
+            found.append(describe_onnx(file))
+        else:
+            raise InputError(
+                f"'{file}' is neither an ONNX file nor an engine.",
+                f"Give a .onnx, .pt2 or {', '.join(ENGINES)} file or a bundle; "
+                f"a checkpoint is shown by `van-deploy info {file}`.",
+            )
+    return found

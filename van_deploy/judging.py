@@ -15,7 +15,7 @@ from van_deploy.config import (
     VerifySettings,
 )
 from van_deploy.recipe import recipe_named
-from van_deploy.runners.network import original_of
+from van_deploy.runners.original import original_network
 from van_deploy.stopwatch import Progress
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _original(bundle: Bundle, weights: Path | None, say: Progress) -> LoadedVan:
         BundleError: the weights have moved, have changed, or are not this bundle's.
     """
     say("Loading the original network")
-    return original_of(bundle, weights)
+    return original_network(bundle, weights)
 
 
 def _gates(recipe: str) -> GateSettings | None:

@@ -276,10 +276,6 @@ class Manifest(Description, Versioned):
     checks: dict[Text, Table]
     files: dict[Place, Text]
 
-    def owned_files(self) -> set[str]:
-        """Return the files that belong to an artefact, by relative path."""
-        return {file for artefact in self.artefacts.values() for file in artefact.files}
-
 
 def manifest_from(text: str, path: Path) -> Manifest:
     """Return the manifest that the file at ``path`` holds; the files it names are not looked at.

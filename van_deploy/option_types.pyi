@@ -79,7 +79,6 @@ class EvaluateOptions(TypedDict, total=False):
     recipe: str
     images: str | Path
     labels: str | Path | None
-    synsets: str | Path | None
     class_order: Literal["strings", "natural", "index", "names"] | None
     label_files: bool
     limit: int | None
@@ -147,7 +146,6 @@ class QuantizeOptions(TypedDict, total=False):
     class_order: Literal["strings", "natural", "index", "names"] | None
     calibrate_on_noise: bool
     method: Literal["mse", "percentile", "minmax"]
-    percentile: float
     scope: Sequence[str]
     rest: Literal["fp16", "fp32"] | None
     equalize: bool
@@ -156,7 +154,6 @@ class QuantizeOptions(TypedDict, total=False):
     evaluations: int
     keep: Sequence[str]
     keep_defaults: bool
-    half_io: bool
     strict: bool
     allow_inconclusive: bool
     threads: int | None

@@ -22,7 +22,8 @@ from van_deploy.checks.samples import other_sizes
 from van_deploy.checks.verdicts import record_check
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import EvaluationSettings, Recipe, RunSettings, VerifySettings
-from van_deploy.data import check_images, class_names_from_file
+from van_deploy.data.labels import class_names_from_file
+from van_deploy.data.samples import check_images
 from van_deploy.documents import plain
 from van_deploy.engine.bundled import REUSED, build_cells, planned_engines
 from van_deploy.errors import BundleError, GateFailed, InputError, UsageError

@@ -18,8 +18,6 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import sys
 import time
 from collections import Counter
@@ -30,13 +28,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # processes are forked below
-
 import torch
-from result import Result, turn
+from tiles import candidates
 
+from van_deploy.files import write_atomic
 from van_deploy.kernels import launch, network, plain, steps
-from van_deploy.kernels.launch import FEW, TILES, Launch, Tile, recorded
+from van_deploy.kernels.launch import TILES, Launch, Tile, recorded
 from van_deploy.kernels.network import FusedVan, fused
 from van_deploy.model.random_weights import random_van, smooth_images
 from van_deploy.model.van import VAN
@@ -71,37 +68,30 @@ class Call:
 
 
 class Log:
-    """What :class:`Result` holds, under a budget of time; a failure is a note.
+    """Rows, notes and facts in a file that is replaced whenever one is added."""
 
-    Attributes:
-        left: seconds that are left of the budget.
-    """
+    def __init__(self, path: Path) -> None:
+        """Begin with nothing."""
+        self._path = path
+        self._content: dict[str, Any] = {"rows": [], "notes": [], "facts": {}}
 
-    def __init__(self, path: Path, seconds: float, dtype: str) -> None:
-        """Start the clock of the budget."""
-        self.result, self._end = Result(path), time.monotonic() + seconds
-        self.dtype = dtype
+    def add(self, kind: str, value: Any) -> None:
+        """Add to the ``rows`` or the ``notes``, and print it."""
+        self._content[kind].append(value)
+        print(value if kind == "notes" else json.dumps(value)[1:-1].replace('"', ""), flush=True)
+        write_atomic(self._path, json.dumps(self._content, indent=1))
 
-    @property
-    def left(self) -> float:
-        """Return the seconds that are left of the budget."""
-        return self._end - time.monotonic()
-
-    def line(self, network: str, **values: Any) -> None:
-        """Add a line to the table of a network's kernels, and print it."""
-        title = f"{network}, {self.dtype}: kernels one by one"
-        self.result.table(title, [*self.result.content["tables"].get(title, ()), values])
-        print(" ".join(f"{key}={value}" for key, value in values.items()), flush=True)
+    def fact(self, name: str, value: Any) -> None:
+        """Add or replace a named value; written with the next row or note."""
+        self._content["facts"][name] = value
 
     @contextlib.contextmanager
-    def guarded(self, what: str, needs: float = 0.0) -> Iterator[bool]:
-        """Make a failure inside a note and go on; yield whether ``needs`` seconds are left."""
-        if self.left < needs:
-            self.result.note(f"{what}: skipped, {self.left:.0f} s of its budget were left")
+    def guarded(self, what: str) -> Iterator[None]:
+        """Make a failure inside a note and go on."""
         try:
-            yield self.left >= needs
+            yield
         except Exception as error:
-            self.result.note(f"{what}: {type(error).__name__}: {error}"[:600])
+            self.add("notes", f"{what}: {type(error).__name__}: {error}"[:600])
 
 
 def configuration(name: str) -> VanConfig:
@@ -174,126 +164,6 @@ def unmade(model: FusedVan, batch: int, size: int) -> tuple[dict[str, Call], Cou
     channels = model.patch_embed1.weight.shape[2]
     x = torch.empty(batch, channels, size, size, device="meta", dtype=model.dtype)
     return calls_of(copy.deepcopy(model).to("meta"), x)
-
-
-def candidates(call: Call) -> list[Tile]:
-    """Return the tiles to try for a call: its own first."""
-    made, kind = call.launch, call.key.split("/")[0]
-    own, shapes = dict(made.tile), [a.shape for a in made.arguments if isinstance(a, torch.Tensor)]
-    few = math.prod(shapes[-1][:3]) < FEW
-    names: tuple[str, ...]
-    tries: list[tuple[int, ...]] = []
-    if kind == "depthwise":
-        names = ("ROWS", "BLOCK_P", "BLOCK_C", "num_warps")
-        height, channels, side = shapes[0][1], shapes[0][3], shapes[1][0]
-        dilation = int(call.key.split("/")[1].split("x")[1])
-        if few:
-            tries = [(1, 4, 32, 2), (1, 16, 32, 4), (2, 8, 32, 2), (3, 8, 32, 4), (4, 8, 32, 2)]
-        elif side == 3:
-            tries = [(4, 32, 32, 4), (7, 16, 32, 4), (7, 8, 32, 2), (14, 8, 32, 4)]
-        elif dilation == 1:
-            tries = [(14, 8, 32, 4), (7, 16, 32, 4), (7, 8, 32, 2)]
-        else:
-            tries = [(10, 8, 32, 4), (10, 16, 32, 4), (5, 16, 32, 4), (3, 16, 32, 4)]
-        tries = [t for t in tries if (t[0] - 1) * dilation < height and channels % t[2] == 0]
-    elif kind == "pointwise":
-        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "REPEAT", "num_warps", "num_stages")
-        inner = shapes[1][1]
-        k, n, whole = own["BLOCK_K"], own["BLOCK_N"], launch.power_block(inner, 64)
-        if few:
-            tries = [(16, 32, k, 1, 2, 4), (16, 64, k, 1, 4, 4), (32, 32, k, 1, 4, 4)]
-            tries += [(64, 32, k, 1, 4, 4), (16, 16, k, 1, 1, 4)]
-            tries += [(16, 32, 128, 1, 4, 3)] if inner % 128 == 0 else []
-        else:
-            tries = [(64, n, k, 1, 4, 3), (128, n, k, 1, 4, 4), (128, n, k, 1, 8, 3)]
-            tries += [(256, n, k, 1, 8, 3), (128, 64, k, 1, 4, 3)]
-            tries += [(64, n, whole, 4, 4, 3)] if inner == whole else []
-    elif kind == "layer_norm":
-        names = ("BLOCK_M", "num_warps")
-        m = own["BLOCK_M"]
-        tries = [(m * 2, 4), (max(1, m // 2), 4), (max(1, m // 2), 2), (m * 2, 8)]
-    else:
-        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-        n = own["BLOCK_N"]
-        tries = [(128, n, 4, 3), (64, n, 4, 4), (64, n, 4, 2), (64, min(64, n), 2, 3)]
-        if few:
-            tries = [(16, 16, 2, 4), (16, 32, 4, 5), (32, 32, 4, 3)]
-    found = [own]
-    for values in tries:
-        tile = {**own, **dict(zip(names, values, strict=True))}
-        if tile not in found:
-            found.append(tile)
-    return found
-
-
-Job = tuple[str, tuple[Any, ...], str, Tile]
-
-
-def _compile(job: Job) -> str:
-    """Compile one launch into Triton's cache, in a process of its own."""
-    step, arguments, key, tile = job
-    try:
-        TILES[key] = tile
-        with recorded(run=False) as launches:
-            getattr(steps, step)(
-                *(
-                    torch.empty_strided(a[0], a[1], dtype=a[2], device="meta")
-                    if isinstance(a, tuple)
-                    else a
-                    for a in arguments
-                )
-            )
-        made = launches[-1]
-        known = [a.dtype if isinstance(a, torch.Tensor) else a for a in made.arguments]
-        made.kernel.warmup(*known, grid=made.grid, **made.tile)
-    except Exception as error:
-        return f"{key} {tile}: {type(error).__name__} {error}"[:300]
-    return ""
-
-
-class Compiler:
-    """Processes that compile kernels; made before this process uses the GPU."""
-
-    def __init__(self, log: Log) -> None:
-        """Fork the processes."""
-        self.log, self.seen = log, set[str]()
-        self.pool = multiprocessing.get_context("fork").Pool(min(16, os.cpu_count() or 1))
-
-    def compile(self, calls: dict[str, Call], tries: int) -> Any:
-        """Start to compile each call with its first tiles, in parallel."""
-        wanted: list[Job] = []
-        for call in calls.values() if not launch.INTERPRETED else ():
-            plain_arguments = tuple(
-                (tuple(a.shape), a.stride(), a.dtype) if isinstance(a, torch.Tensor) else a
-                for a in call.arguments
-            )
-            for tile in candidates(call)[:tries]:
-                text = _signature(call.launch_with(tile))
-                if text not in self.seen:
-                    self.seen.add(text)
-                    wanted.append((call.step, plain_arguments, call.key, tile))
-        return self.pool.map_async(_compile, wanted, chunksize=1)
-
-    def wait(self, waiting: Any, what: str) -> None:
-        """Wait until the kernels of :meth:`compile` are in the cache."""
-        with self.log.guarded(f"{what}: compiling"):
-            found = waiting.get(timeout=max(10.0, self.log.left))
-            print(f"{what}: {len(found)} kernels compiled", flush=True)
-            for failure in [text for text in found if text][:20]:
-                self.log.result.note(f"{what}: {failure}")
-
-
-def _signature(made: Launch) -> str:
-    """Return what a launch's machine code depends on."""
-    parts = []
-    for value, parameter in zip(made.arguments, made.kernel.params, strict=False):
-        if isinstance(value, torch.Tensor):
-            parts.append(str(value.dtype))
-        elif parameter.is_constexpr or not isinstance(value, int) or isinstance(value, bool):
-            parts.append(str(value))
-        else:
-            parts.append("1" if value == 1 else "16" if value % 16 == 0 else "i")
-    return f"{made.key.split('/')[0]} {parts} {made.tile}"
 
 
 def timed(run: Callable[[int], Any], copies: int, span: float = 0.01) -> float:
@@ -377,10 +247,10 @@ def tune(args: Any, log: Log, model: FusedVan, batch: int, bandwidth: float) -> 
     calls, counts = calls_of(model, x)
     for key, call in calls.items():
         place = {"network": args.variant, "batch": batch, "kernel": key, "calls": counts[key]}
-        with log.guarded(f"{args.variant}, batch {batch}, {key}", 6.0) as enough, torch.no_grad():
-            if enough:
-                log.line(**place, **tuned(args, call, bandwidth))
-    log.result.fact("tuned", {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())})
+        with log.guarded(f"{args.variant}, batch {batch}, {key}"), torch.no_grad():
+            found = tuned(args, call, bandwidth)
+            log.fact("tuned", {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())})
+            log.add("rows", {**place, **found})
 
 
 def tuned(args: Any, call: Call, bandwidth: float) -> dict[str, Any]:
@@ -404,7 +274,7 @@ def tuned(args: Any, call: Call, bandwidth: float) -> dict[str, Any]:
             error = float((found - expected).norm() / expected.norm())  # NaN where it left a hole
             return timed(lambda i: run(*sets[i]), copies, args.span) * 1e6, error, tile
 
-    tiles, tried, bad = candidates(call)[: args.tries], [], []
+    tiles, tried, bad = candidates(call.launch)[: args.tries], [], []
     for tile in tiles:
         try:
             tried.append(attempt(tile))
@@ -435,23 +305,13 @@ def tuned(args: Any, call: Call, bandwidth: float) -> dict[str, Any]:
 
 def whole(args: Any, log: Log, model: FusedVan, batch: int, tiles: str) -> None:
     """Time the network under a CUDA graph."""
-    with log.guarded(f"{args.variant}, batch {batch}, {tiles} tiles", 1.0) as enough:
-        if not enough:
-            return
-        x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
-        with torch.no_grad():
-            graph = captured(lambda: model(x)) if ON_GPU else None
-            seconds = replay_time(graph, 0.25) if graph else timed(lambda _: model(x), 1)
-        log.result.row(
-            network=args.variant,
-            image_size=args.size,
-            runner=f"kernels, {tiles} tiles",
-            group="van-deploy",
-            precision=args.dtype,
-            batch=batch,
-            queued_ms=seconds * 1e3,
-            note="a CUDA graph, replayed",
-        )
+    x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
+    with log.guarded(f"{args.variant}, batch {batch}, {tiles} tiles"), torch.no_grad():
+        graph = captured(lambda: model(x)) if ON_GPU else None
+        seconds = replay_time(graph, 0.25) if graph else timed(lambda _: model(x), 1)
+        place = {"network": args.variant, "batch": batch, "precision": args.dtype}
+        what = f"the network as a CUDA graph, {tiles} tiles"
+        log.add("rows", {**place, "what": what, "ms": seconds * 1e3})
 
 
 def count(args: Any, model: FusedVan, batch: int) -> None:
@@ -488,7 +348,6 @@ def arguments() -> Any:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--dtype", default="fp16", choices=list(DTYPES))
     parser.add_argument("--out", type=Path, default=Path("kernels.json"))
-    parser.add_argument("--budget", type=float, default=110.0, help="seconds")
     parser.add_argument("--span", type=float, default=0.008, help="seconds to time each tile")
     parser.add_argument("--tries", type=int, default=99, help="tiles to try for each launch")
     return parser.parse_args()
@@ -500,36 +359,25 @@ def main() -> int:
     if args.step == "store":
         return store(args.out)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.set_num_threads(4)  # the networks are made while other processes compile
     variants, batches = args.variant.split(","), [int(b) for b in args.batch.split(",")]
     models = {name: built(name, DTYPES[args.dtype]) for name in variants}
     if args.step == "count":
         for args.variant, batch in itertools.product(variants, batches):
             count(args, models[args.variant], batch)
         return 0
-    log = Log(args.out, args.budget, args.dtype)
+    log, bandwidth = Log(args.out), copy_bandwidth()
     args.tries = args.tries if args.step == "all" else 1
-    compiler = Compiler(log)
-    jobs = {
-        (name, batch): compiler.compile(unmade(models[name], batch, args.size)[0], args.tries)
-        for name, batch in itertools.product(variants, batches)
-    }
-    for (name, batch), job in jobs.items():
-        compiler.wait(job, f"{name}, batch {batch}")
-    compiler.pool.terminate()
-    capability = torch.cuda.get_device_capability() if ON_GPU else (0, 0)
-    log.result.fact("capability", ".".join(map(str, capability)))
-    with turn():
-        bandwidth = copy_bandwidth()
-        log.result.note(f"Copying on this device: {bandwidth / 1e9:.1f} GB/s.")
-        for args.variant, batch in jobs:
-            model = models[args.variant].to(DEVICE)
-            if args.step != "check":
-                whole(args, log, model, batch, "stored")
-            if args.step != "network":
-                tune(args, log, model, batch, bandwidth)
-            if args.step == "all":
-                whole(args, log, model, batch, "tuned")
+    where = torch.cuda.get_device_capability() if ON_GPU else (0, 0)
+    log.fact("capability", ".".join(map(str, where)))
+    log.add("notes", f"Copying on this device: {bandwidth / 1e9:.1f} GB/s.")
+    for args.variant, batch in itertools.product(variants, batches):
+        model = models[args.variant].to(DEVICE)
+        if args.step != "check":
+            whole(args, log, model, batch, "stored")
+        if args.step != "network":
+            tune(args, log, model, batch, bandwidth)
+        if args.step == "all":
+            whole(args, log, model, batch, "tuned")
     return 0
 
 

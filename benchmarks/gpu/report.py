@@ -1,330 +1,217 @@
-"""Runs the GPU report, part a or b, and writes its page.
+"""Runs on a GPU what a user would run there, and writes a page of it.
 
-    python benchmarks/gpu/report.py --part a --output DIR            # PyTorch and our kernels
-    python benchmarks/gpu/report.py --part b --output DIR            # every runtime, tests, gates
-    python benchmarks/gpu/report.py --part a --output DIR --only ceilings,eager-b0
-    python benchmarks/gpu/report.py --part a --output DIR --rehearse # every step, small, on the CPU
-    python benchmarks/gpu/report.py --page DIR [DIR...] > docs/gpu-results.md
+    python benchmarks/gpu/report.py --part a --output DIR   # PyTorch's modes and our kernels
+    python benchmarks/gpu/report.py --part b --output DIR   # every runtime, tests and gates
+    python benchmarks/gpu/report.py --part b --output DIR --only doctor,verify-digits
 
-van-deploy has to be installed as a wheel: nothing is imported from the checkout. Each step is
-a process of its own with a time limit. Steps prepare at the same time and time one by one
-(result.py). After every step ``results.json`` and ``results.md`` are written anew, so a run
-that is cut off leaves what it had. A step that does not fit the budget is not started, and
-says so.
+van-deploy has to be installed as a wheel: nothing is imported from the checkout. Each step is a
+command in a process of its own with a time limit; the next one starts whatever became of it. After
+every step ``results.json`` and ``results.md`` are written anew, so a run that is cut off leaves
+what it had. A step that does not fit the budget is not started, and says so. Without a GPU the
+commands run on van_digits on the CPU, and what needs a GPU is skipped with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import queue
+import shutil
 import signal
 import subprocess
 import sys
-import tarfile
-import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from page import page, short_table
-from result import DONE, GO, REQUEST, VARIABLE, write
-from steps import SKIPPED, WORK, Context, Step, steps_of_a, steps_of_b
-
 from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.files import write_atomic
+from van_deploy.report.render_markdown import markdown_table
 
-SCHEMA = "van-deploy/gpu-report/1"
-WRITE_UP_S = 6  # of the budget, kept for the page and the archive
-ARCHIVE_LIMIT = 15_000_000
-TICK_S = 0.05
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+SCHEMA = "van-deploy/gpu-report/2"
+BUDGETS = {"a": 600.0, "b": 900.0}
+LEAST_S = 10.0  # a step is not started with less of the budget left
+OUTPUT_LIMIT = 20_000  # characters of a step on the page; results.json has all
+IMPORTS = "--import-mode=importlib"
+NO_GPU = "no NVIDIA driver answers here"
+STATES = {0: "done", 1: "a gate failed", 3: "skipped"}
+"""By van-deploy's exit codes: 3 is what is missing here, such as TensorRT."""
+
+VARIABLES = {
+    "COLUMNS": "180",
+    "OMP_NUM_THREADS": "4",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONWARNINGS": "ignore",
+    # Inductor's own templates for convolutions cost minutes and never won: on an H200 cuDNN was
+    # 2.6 times faster for the stem, 80 and 400 times for two depth-wise ones.
+    "TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS": "ATEN",
+    "TORCHINDUCTOR_AUTOTUNE_NUM_CHOICES_DISPLAYED": "3",
+}
+INTRODUCTION = """# Results on a GPU
+
+Written by `{command}` on {date}, on {device}. Each block is what the command printed:
+docs/measuring.md says how `bench` measures. Weights are random with natural statistics.
+"""
 
 
 @dataclass
-class Running:
-    """A step that was started.
+class Step:
+    """One command, and what became of it.
 
     Attributes:
-        step: which one.
-        process: its process, the leader of a group of its own.
-        started: when.
-        deadline: when it is stopped; later by every turn of another step.
-        log: what it printed.
-        turn_s: seconds that it had the machine alone.
+        name: what ``--only`` calls it.
+        words: the command; ``van-deploy`` is that of this Python.
+        limit_s: it is ended after so many seconds.
+        skip: why it does not run here; "" where it does.
+        state: ``done``, ``a gate failed``, ``skipped``, ``failed`` or ``stopped``.
+        reason: of that; "" where it is done.
+        seconds: it took.
+        output: what it printed.
     """
 
-    step: Step
-    process: subprocess.Popen[str]
-    started: float
-    deadline: float
-    log: list[str] = field(default_factory=list)
-    turn_s: float = 0.0
+    name: str
+    words: Sequence[str]
+    limit_s: float = 120.0
+    skip: str = ""
+    state: str = ""
+    reason: str = ""
+    seconds: float = 0.0
+    output: str = ""
 
-
-class Report:
-    """One run of the report: its steps, their turns and what they wrote.
-
-    Args:
-        context: where and how it runs.
-        steps: all of this part, the most valuable first.
-        budget_s: no step starts that would not fit.
-        parallel: steps at the same time.
-    """
-
-    def __init__(
-        self, context: Context, steps: Sequence[Step], budget_s: float, parallel: int
-    ) -> None:
-        """See the class."""
-        self.context, self.steps, self.parallel = context, list(steps), parallel
-        self.start = time.monotonic()
-        self.end = self.start + budget_s - WRITE_UP_S
-        self.date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self.done: dict[str, dict[str, Any]] = {}
-        self.running: list[Running] = []
-        self.waiting: list[Running] = []  # for their turn
-        self.holder: Running | None = None
-        self.since = 0.0
-        self.lines: queue.Queue[tuple[Running, str | None]] = queue.Queue()
-        self.log: list[str] = []
-
-    def run(self) -> None:
-        """Run every step that fits."""
-        left = list(self.steps)
-        while left or self.running:
-            while left and len(self.running) < self.parallel and self.holder is None:
-                step = left.pop(0)
-                reason = self._refusal(step)
-                if reason:
-                    self._finish(step, "skipped", reason)
-                else:
-                    self._launch(step)
-            if self.running:
-                self._attend()
-
-    def stop(self) -> None:
-        """End everything that still runs."""
-        for running in list(self.running):
-            self._kill(running)
-
-    def _refusal(self, step: Step) -> str:
-        if step.skip:
-            return step.skip
-        left = self.end - time.monotonic()
-        if left < step.least_s:
-            return f"{left:.0f} s of the budget were left, it needs about {step.least_s:.0f}"
-        return ""
-
-    def _launch(self, step: Step) -> None:
-        environment = {**os.environ, **self.context.environment, **step.environment}
+    def run(self, folder: Path, seconds: float) -> None:
+        """Run it in ``folder`` unless it has to be skipped, with at most ``seconds`` left."""
+        if self.skip or seconds < LEAST_S:
+            self.state = "skipped"
+            self.reason = self.skip or f"{max(seconds, 0):.0f} s of the budget were left"
+            return
+        first, *words = self.words
+        module = ["-m", first.replace("-", "_")] if first in ("van-deploy", "pytest") else [first]
+        environment = {**os.environ, **VARIABLES, "TRITON_INTERPRET": str(int("tiny" in words))}
+        start = time.monotonic()
         process = subprocess.Popen(
-            step.command,
-            stdin=subprocess.PIPE,
+            [sys.executable, *module, *words],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            cwd=self.context.work,
-            env={**environment, VARIABLE: "1"},
-            preexec_fn=os.setpgrp,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
         )
-        now = time.monotonic()
-        running = Running(step, process, now, now + step.limit_s)
-        self.running.append(running)
-        self._say(f"{step.name}: started")
-        threading.Thread(target=self._read, args=(running,), daemon=True).start()
-
-    def _read(self, running: Running) -> None:
-        with running.process.stdout as lines:
-            for line in lines:
-                self.lines.put((running, line.rstrip("\n")))
-        self.lines.put((running, None))
-
-    def _attend(self) -> None:
-        """Handle what the running steps say, whose turn it is, and whose time is over."""
+        limit = min(self.limit_s, seconds)
         try:
-            running, line = self.lines.get(timeout=TICK_S)
-        except queue.Empty:
-            pass
-        else:
-            if line is None:
-                self._ended(running)
-            elif line == REQUEST:
-                self.waiting.append(running)
-            elif line == DONE:
-                self._release(running)
-            else:
-                running.log.append(line)
-        if self.holder is None and self.waiting:
-            self._grant(self.waiting.pop(0))
-        now = time.monotonic()
-        for running in list(self.running):
-            stopped = self.holder is not None and running is not self.holder
-            if now >= self.end:
-                self._kill(running, "the budget of the whole report was spent")
-            elif now >= running.deadline and not stopped:
-                self._kill(running, f"it took more than {running.step.limit_s:.0f} s")
-
-    def _grant(self, running: Running) -> None:
-        if running not in self.running:
-            return
-        self.holder, self.since = running, time.monotonic()
-        for other in self.running:
-            if other is not running:
-                _signal(other, signal.SIGSTOP)
-        try:
-            running.process.stdin.write(GO + "\n")
-            running.process.stdin.flush()
-        except OSError:
-            self._release(running)
-
-    def _release(self, running: Running) -> None:
-        if self.holder is not running:
-            return
-        took = time.monotonic() - self.since
-        running.turn_s += took
-        self.holder = None
-        for other in self.running:
-            if other is not running:
-                other.deadline += took
-                _signal(other, signal.SIGCONT)
-
-    def _ended(self, running: Running) -> None:
-        if running not in self.running:
-            return
-        code = running.process.wait()
-        last = next((line.strip()[:300] for line in running.log[::-1] if line.strip()), "no word")
-        state = {0: "done", SKIPPED: "skipped"}.get(code, "failed")
-        reason = {0: "", SKIPPED: last}.get(code, f"exit code {code}: {last}")
-        self._drop(running, state, reason)
-
-    def _kill(self, running: Running, reason: str = "the report was stopped") -> None:
-        _signal(running, signal.SIGKILL)
-        _signal(running, signal.SIGCONT)
-        running.process.wait()
-        self._drop(running, "stopped", reason)
-
-    def _drop(self, running: Running, state: str, reason: str) -> None:
-        with contextlib.suppress(OSError):
-            running.process.stdin.close()
-        self.running.remove(running)
-        self.waiting = [other for other in self.waiting if other is not running]
-        self._release(running)
-        self._finish(running.step, state, reason, running)
-
-    def _finish(self, step: Step, state: str, reason: str, running: Running | None = None) -> None:
-        """Keep what became of a step, and write everything anew."""
-        entry: dict[str, Any] = {"name": step.name, "about": step.about, "command": step.shown}
-        entry |= {"state": state, "reason": reason}
-        work, output = self.context.work / f"{step.name}.json", self.context.output
-        if running is not None:
-            work.with_suffix(".log").write_text("\n".join(running.log) + "\n", encoding="utf-8")
-            entry["seconds"] = round(time.monotonic() - running.started, 1)
-            entry["turn_seconds"] = round(running.turn_s, 1)
-            if work.exists():
-                entry["content"] = _json(work)
-            if state != "done":
-                entry["log_end"] = running.log[-30:]
-        self.done[step.name] = entry
-        self._say(f"{step.name}: {state}{f' ({reason})' if reason else ''}")
-        document = {
-            "schema": SCHEMA,
-            "part": self.context.part,
-            "date": self.date,
-            "device": self.context.device,
-            "rehearsal": self.context.rehearse,
-            "seconds": round(time.monotonic() - self.start, 1),
-            "command": self.context.command,
-            "steps": [self.done[step.name] for step in self.steps if step.name in self.done],
-        }
-        write(output / "results.json", document)
-        (output / "results.md").write_text(page([document]), encoding="utf-8")
-        (output / "log.txt").write_text("\n".join(self.log) + "\n", encoding="utf-8")
-
-    def _say(self, text: str) -> None:
-        line = f"[{time.monotonic() - self.start:6.1f} s] {text}"
-        self.log.append(line)
-        print(line, flush=True)
+            self.output, _ = process.communicate(timeout=limit)
+            self.state = STATES.get(process.returncode, "failed")
+            last = ([line for line in self.output.splitlines() if line.strip()] or ["no word"])[-1]
+            self.reason = "" if self.state == "done" else f"{last.strip()[:300]}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and everything it started
+            self.output, _ = process.communicate()
+            self.state, self.reason = "stopped", f"it took more than {limit:.0f} s"
+        self.seconds = round(time.monotonic() - start, 1)
 
 
-def _signal(running: Running, number: int) -> None:
-    """Send a signal to a step and everything it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(running.process.pid, number)
+def steps_of(part: str, device: str) -> Iterator[Step]:
+    """Yield the steps of a part, the most valuable first."""
+    on_gpu = device != "cpu"
+    skip, on = ("", f"--device {device}") if on_gpu else (NO_GPU, "")
+    quick = "--batches 1,2 --seconds 0.1 --limit 0.5 --rounds 6 --calls 2 --warmup 0"
+    timed = f"--device {device} --profile {'--batches 1,8,32,128' if on_gpu else quick}"
+
+    def run(name: str, words: str, limit_s: float = 120.0, skip: str = "") -> Step:
+        return Step(name, ["van-deploy", *words.split()], limit_s, skip)
+
+    def made(variant: str) -> Step:
+        given = f"{variant} --weights random --batch 1:32:128" if on_gpu else "van_digits"
+        return run(f"export-{variant}", f"export {given} --output {variant}")
+
+    yield run("doctor", "doctor")
+    if part == "a":
+        for variant in ("van_b0", "van_b2"):
+            yield made(variant)
+            yield run(f"bench-{variant}", f"bench {variant} --runners pytorch* {timed}", 280)
+            size = f"--variant {variant}" if on_gpu else "--variant tiny --size 32 --tries 1"
+            own = f"all {size} --batch {'128,1' if on_gpu else '1'} --out kernels-{variant}.json"
+            yield Step(f"kernels-{variant}", [str(HERE / "kernels.py"), *own.split()], 150)
+        return
+    ort, engines = ("ort-cuda", "pytorch,ind*,tens*") if on_gpu else ("ort-cpu", "pytorch")
+    one = run("tests", f"-m gpu tests/gpu -q -rs -p no:cacheprovider -o addopts={IMPORTS}", 280)
+    yield replace(one, words=["pytest", *one.words[1:]], skip=skip)
+    yield made("van_b0")
+    yield run("export-digits", "export van_digits --output van_digits")
+    for bundle, how in (("van_b0", "--calibrate-on-noise"), ("van_digits", "")):
+        yield run(f"fp16-{bundle}", f"quantize {bundle} --precision fp16")
+        yield run(f"int8-{bundle}", f"quantize {bundle} --precision int8 {how}")
+    yield run("verify-digits", f"verify van_digits --runner {ort} {on}")
+    yield run("bench-onnx", f"bench van_b0 --runners pytorch,{ort}* {timed}", 280)
+    yield run("bench-fp32", f"bench van_b0 --runners {ort}*/fp32 --no-tf32 {timed}", 120)
+    for name, words in {
+        "inductor-fp16": "inductor --precision fp16",
+        "inductor-fused": "inductor --precision fp16 --fused-kernels --batch 128:128:128",
+        "tensorrt": "tensorrt --precision fp16,int8",
+        "tensorrt-rtx": "tensorrt-rtx --precision fp16,int8",
+    }.items():
+        yield run(f"build-{name}", f"build van_b0 --backend {words} {on}", 280, skip)
+    yield run("verify-engines", f"verify van_b0 --runner {ort} {on}", 280)
+    yield run("bench-engines", f"bench van_b0 --runners {engines} {timed}", 280)
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def page(document: dict[str, Any]) -> str:
+    """Return a run as Markdown: what became of each step, then what each printed."""
+    steps, lines = document["steps"], [INTRODUCTION.format(**document)]
+    rows = [(s["name"], s["state"], f"{s['seconds']:.0f}", s["reason"]) for s in steps]
+    lines.append(markdown_table(("step", "", "s", "reason"), rows, {2}))
+    for step in steps:
+        if step["output"]:
+            command = " ".join(step["words"]).replace(f"{HERE}/", "benchmarks/gpu/")
+            lines += ["", f"## {step['name']}", "", f"`{command}`", ""]
+            lines += ["```text", step["output"][-OUTPUT_LIMIT:].rstrip(), "```"]
+    return "\n".join(lines) + "\n"
 
 
-def _archive(context: Context) -> None:
-    """Put the steps' logs and JSON files into one archive."""
-    with tarfile.open(context.output / "steps.tar.gz", "w:gz") as archive:
-        for path in sorted(context.work.glob("*")):
-            if path.is_file() and path.stat().st_size < ARCHIVE_LIMIT:
-                archive.add(path, path.name)
-
-
-def _arguments() -> argparse.Namespace:
+def main() -> int:
+    """Run one part; return 1 if a step failed or was stopped."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=("a", "b"), default="a")
+    parser.add_argument("--part", choices=BUDGETS, default="a")
     parser.add_argument("--output", type=Path, default=Path("gpu-report"))
     parser.add_argument("--only", default="", help="steps, with commas between")
     parser.add_argument("--list", action="store_true", help="print the steps and end")
     parser.add_argument("--budget", type=float, help="seconds of the whole run")
-    parser.add_argument("--device", default="", help="cuda:N or cpu (default: cuda:0 if any)")
-    parser.add_argument("--parallel", type=int, help="steps that prepare at the same time")
-    parser.add_argument("--rehearse", action="store_true", help="every step, small, on the CPU")
-    parser.add_argument("--bundles", type=Path, default=Path(".gpu/bundles"), help="for part b")
-    parser.add_argument("--page", type=Path, nargs="+", help="print the page of these runs")
-    return parser.parse_args()
-
-
-def _context(options: argparse.Namespace) -> Context:
-    """Return where to run; the working folder lies outside what is kept, and is emptied."""
-    driver = nvidia_driver()
-    here = "cuda:0" if driver and driver.gpus and not options.rehearse else "cpu"
-    output, work = options.output.resolve(), WORK / options.part
-    for folder in (output, work):
-        folder.mkdir(parents=True, exist_ok=True)
-    for old in work.glob("*.json"):
-        old.unlink()
-    command = "python benchmarks/gpu/report.py " + " ".join(sys.argv[1:])
-    given = (options.device or here, options.rehearse, options.bundles.resolve(), command)
-    return Context(options.part, output, work, *given)
-
-
-def main() -> int:
-    """Run one part, or write the page of earlier runs; return 1 if a step failed."""
-    options = _arguments()
-    if options.page:
-        print(page([_json(folder / "results.json") for folder in options.page]), end="")
-        return 0
-    context = _context(options)
-    steps = (steps_of_a if options.part == "a" else steps_of_b)(context)
+    parser.add_argument("--device", help="cuda:N or cpu (default: cuda:0 if there is one)")
+    options = parser.parse_args()
+    driver, folder = nvidia_driver(), options.output.resolve()
+    gpus = driver.gpus if driver else ()
+    device = options.device or ("cuda:0" if gpus else "cpu")
+    steps, wanted = list(steps_of(options.part, device)), set(filter(None, options.only.split(",")))
+    if unknown := wanted - {step.name for step in steps}:
+        raise SystemExit(f"no step '{min(unknown)}'; --list prints them")
+    steps = [step for step in steps if step.name in wanted or not wanted]
     if options.list:
-        for step in steps:
-            print(f"{step.name:<28}{step.about}" + f"  [skipped: {step.skip}]" * bool(step.skip))
+        print("\n".join(f"{step.name:<44}{step.skip or ' '.join(step.words)}" for step in steps))
         return 0
-    if options.only:
-        wanted = options.only.split(",")
-        if unknown := set(wanted) - {step.name for step in steps}:
-            raise SystemExit(f"no step '{min(unknown)}'; --list prints them")
-        steps = [step for step in steps if step.name in wanted]
-    budget = options.budget or (170.0 if options.part == "a" else 290.0)
-    parallel = options.parallel or max(1, min(6, (os.cpu_count() or 1) // 2))
-    report = Report(context, steps, budget, parallel)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        report.run()
-    finally:
-        report.stop()
-        _archive(context)
-        print(short_table(_json(context.output / "results.json")), flush=True)
-    return int(any(entry["state"] in ("failed", "stopped") for entry in report.done.values()))
+    shutil.copytree(ROOT / "tests" / "gpu", folder / "tests" / "gpu", dirs_exist_ok=True)
+    end = time.monotonic() + (options.budget or BUDGETS[options.part])
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": f"python benchmarks/gpu/report.py {' '.join(sys.argv[1:])}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": ", ".join(gpu.name for gpu in gpus) or f"the CPU: {NO_GPU}",
+        "steps": [],
+    }
+    for step in steps:
+        print(f"{step.name} ...", flush=True)
+        step.run(folder, end - time.monotonic())
+        print(f"{step.name}: {step.state} after {step.seconds} s {step.reason}", flush=True)
+        document["steps"].append(asdict(step))
+        write_atomic(folder / "results.json", json.dumps(document, indent=1))
+        write_atomic(folder / "results.md", page(document))
+    return int(any(step.state in ("failed", "stopped") for step in steps))
 
 
 if __name__ == "__main__":

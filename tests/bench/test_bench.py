@@ -15,15 +15,14 @@ import pytest
 from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy.bench.benchmark import benchmark_bundle
+from van_deploy.bench.benchmark import Watch, benchmark_bundle
 from van_deploy.bench.compare import compared
 from van_deploy.bench.contenders import gpu_answers
 from van_deploy.bench.document import BenchReport, read_report
-from van_deploy.bench.machine import Watch, busy_cores
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import cpu
-from van_deploy.errors import InputError, UsageError
+from van_deploy.errors import UsageError
 
 QUICK = BenchSettings(
     batches=(1, 2),
@@ -33,17 +32,24 @@ QUICK = BenchSettings(
     budget=Budget(seconds=0.1, calls=4, limit_s=0.5, rounds=2, warmup_s=0.02),
 )
 WORDS = ("--runners", "ort-cpu", "--device", "cpu", "--threads", "1", "--warmup", "0")
-SHORT = (*WORDS, "--seconds", "0.1", "--calls", "4", "--rounds", "2", "--limit", "0.5")
+SHORT = (
+    *WORDS,
+    "--batches",
+    "1",
+    "--seconds",
+    "0.1",
+    "--calls",
+    "4",
+    "--rounds",
+    "2",
+    "--limit",
+    "0.5",
+)
 
 
 @pytest.fixture(scope="module")
-def measured(digits_bundle: Bundle) -> BenchReport:
-    return benchmark_bundle(digits_bundle, QUICK)
-
-
-@pytest.fixture
-def plain(measured: BenchReport) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(measured.text())
+def plain(digits_bundle: Bundle) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(benchmark_bundle(digits_bundle, QUICK).text())
     return result
 
 
@@ -62,26 +68,22 @@ def test_figures_belong_together_and_hold_what_is_needed_to_repeat_them(
         rate = 1e3 * row["batch"] / latency["mean_ms"]
         assert row["images_per_s"] == pytest.approx(rate, rel=0.2)
         assert row["peak_rss_bytes"] > 10e6
-        assert row["first_call_ms"] > 0
-        assert len(row["round_ms"]) == 2
+        assert min(row["first_call_ms"], row["load_s"]) > 0
+        assert row["rounds"] == 2
     assert plain["reference"] == "ort-cpu/fp32", "the first that runs"
-    assert (plain["threads"], plain["device"], plain["settings"]["threads"]) == (1, "cpu", 1)
-    assert plain["settings"]["budget"]["rounds"] == 2
+    assert (plain["settings"]["threads"], plain["settings"]["device"]) == (1, "cpu")
     assert plain["versions"]["onnxruntime"]
-    assert plain["machine"]["cpu"]["name"]
     assert plain["contenders"]["ort-cpu/fp32"]["sha256"]
-    assert plain["subject"]["weights"]["sha256"]
+    assert plain["weights"]["sha256"]
     assert plain["environment"]["MALLOC_MMAP_MAX_"] == "0"
-    assert plain["loading"]["ort-cpu/fp32"]["load_s"] > 0
     assert 0 < plain["seconds"]["timed"] < plain["seconds"]["wall"]
-    assert plain["ceilings"]["source"] == "measured"
     assert plain["ceilings"]["ops_per_s"]["int8"] > 0
     assert ("bf16" in plain["ceilings"]["ops_per_s"]) == cpu().has_bfloat16
     assert [entry["batch"] for entry in plain["roofline"]] == [1, 2]
     assert all(0 < entry["percent_of_limit"] < 150 for entry in plain["roofline"])
 
 
-def test_image_sizes_embedded_preprocessing_and_profiles(byte_bundle: Bundle) -> None:
+def test_image_sizes_embedded_preprocessing_streams_and_profiles(byte_bundle: Bundle) -> None:
     settings = QUICK.changed(
         batches=(1,), image_sizes=(32, 64), roofline=False, profile=True, streams=2
     )
@@ -90,7 +92,7 @@ def test_image_sizes_embedded_preprocessing_and_profiles(byte_bundle: Bundle) ->
     assert len(timed) == 4
     assert {name for name, _ in timed} > {"ort-cpu/fp32"}, "the graph that takes bytes, too"
     assert {row.error for row in timed.values()} == {""}
-    assert {row.streams for row in timed.values()} == {2}
+    assert all(row.latency and row.latency.calls >= 2 * row.rounds for row in timed.values())
     lines = {line.kind: line for line in report.profiles["ort-cpu/fp32"]}
     assert {"dw 7x7 d3", "1x1", "GELU"} <= set(lines)
     assert sum(line.percent for line in lines.values()) == pytest.approx(100)
@@ -101,83 +103,62 @@ def test_what_cannot_be_profiled_is_a_warning(digits_bundle: Bundle) -> None:
     settings = QUICK.changed(runners=("openvino/fp32",), batches=(1,), roofline=False, profile=True)
     report = benchmark_bundle(digits_bundle, settings)
     assert report.profiles == {}
-    said = "openvino/fp32 was not profiled: 'openvino/fp32' does not say where its time goes."
-    assert any(said in warning for warning in report.warnings), report.warnings
+    assert "openvino/fp32 was not profiled" in " ".join(report.warnings)
 
 
 def test_a_latency_limit_gives_the_best_batch_below_it(digits_bundle: Bundle) -> None:
     settings = QUICK.changed(roofline=False)
     report = benchmark_bundle(digits_bundle, settings.changed(p99_ms=1e6))
-    assert report.best_under_p99
-    best = report.best_under_p99.best["ort-cpu/fp32"]
-    assert best
+    best = (report.best_under_p99 or {})["ort-cpu/fp32"]
     assert [row.batch for row in report.rows] == [1, 2, 4, 8]
-    assert best.images_per_s == max(row.images_per_s or 0 for row in report.rows)
+    assert best == max(report.rows, key=lambda row: row.images_per_s or 0)
     report = benchmark_bundle(digits_bundle, settings.changed(p99_ms=1e-6))
     assert [row.batch for row in report.rows] == [1], "what is too slow is not tried at more"
-    assert report.best_under_p99
-    assert report.best_under_p99.best == {"ort-cpu/fp32": None}
+    assert report.best_under_p99 == {"ort-cpu/fp32": None}
 
 
 def test_the_command_prints_tables_and_json_and_keeps_the_result(
     digits_bundle: Bundle, copy_of: Copy, cli: Cli, tmp_path: Path
 ) -> None:
     bundle, output = copy_of(digits_bundle), tmp_path / "deep" / "new.json"
-    first = cli("bench", bundle, "--batches", "1", *SHORT, "--output", output)
+    first = cli("bench", bundle, *SHORT, "--output", output)
     assert first.exit_code == 0
     assert "ort-cpu/fp32" in first.stdout
     assert "Roofline" in first.stdout
     assert read_report(output) == read_report(bundle / "bench.json")
     summary = Bundle.open(bundle).manifest.checks["bench"]
     assert [row["batch"] for row in summary["rows"]] == [1]
-    words = ("bench", digits_bundle.path, "--batches", "1", *SHORT, "--no-roofline", "--no-save")
+    words = ("bench", digits_bundle.path, *SHORT, "--no-roofline", "--no-save")
     result = json.loads(cli(*words, "--json", "--compare", output).stdout)
     assert result["schema"] == "van-deploy/bench/5"
     assert result["changes"][0]["contender"] == "ort-cpu/fp32"
-    assert result["agreement"]["within_percent"] == 5.0
     assert not (digits_bundle.path / "bench.json").exists()
 
 
 @each(
     ("words", "code", "message"),
     [
-        (["--batches", "1,two"], 2, "'--batches' is 'two': it should be a whole number."),
-        (["--batches", "0"], 2, "'--batches' is 0"),
-        (["--streams", "0"], 2, "'--streams' is 0"),
-        (["--rounds", "0"], 2, "'--rounds' is 0: it should be greater than or equal to 1."),
-        (["--seconds", "0"], 2, "'--seconds' is 0.0: it should be greater than 0."),
-        (["--runners", "tvm"], 2, "There is no runner 'tvm' here."),
-        (["--reference", "pytorch-compile"], 2, "The reference 'pytorch-compile' is not among"),
-        (["--compare", "no.json"], 5, "The benchmark 'no.json' is damaged"),
-        (["--paper-limits", "abacus"], 2, "There are no figures for the device 'abacus'."),
-        (["--output", "/dev/null/x.json"], 5, "'/dev/null/x.json' cannot be written"),
+        ("--batches 1,two", 2, "'--batches' is 'two': it should be a whole number."),
+        ("--runners tvm", 2, "There is no runner 'tvm' here."),
+        ("--reference pytorch-compile", 2, "The reference 'pytorch-compile' is not among"),
+        ("--compare no.json", 5, "The benchmark 'no.json' is damaged"),
+        ("--paper-limits abacus", 2, "There are no figures for the device 'abacus'."),
+        ("--output /dev/null/x.json", 5, "'/dev/null/x.json' cannot be written"),
+        ("--device cuda:0", 3, "No NVIDIA GPU answers here"),
+        ("--device cuda:0 --streams 2", 2, "--streams is 2, and on a GPU one stream is timed"),
     ],
 )
 def test_the_command_refuses_in_words(
-    digits_bundle: Bundle, cli: Cli, words: list[str], code: int, message: str
+    digits_bundle: Bundle, cli: Cli, words: str, code: int, message: str
 ) -> None:
-    given = words if "--runners" in words else [*SHORT, "--batches", "1", *words]
-    result = cli("bench", digits_bundle.path, "--no-roofline", "--no-save", *given)
-    assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
-
-
-@pytest.mark.skipif(gpu_answers(), reason="a GPU answers here")
-@each(
-    ("words", "code", "message"),
-    [
-        ([], 3, "No NVIDIA GPU answers here, so nothing can be timed on 'cuda:0'."),
-        (["--streams", "2"], 2, "--streams is 2, and on a GPU one stream is timed"),
-    ],
-)
-def test_what_a_gpu_cannot_do_is_said_before_anything_runs(
-    digits_bundle: Bundle, cli: Cli, words: list[str], code: int, message: str
-) -> None:
-    result = cli("bench", digits_bundle.path, "--device", "cuda:0", *words)
+    if gpu_answers() and "cuda:0" in words:
+        pytest.skip("a GPU answers here")
+    result = cli("bench", digits_bundle.path, "--no-roofline", "--no-save", *SHORT, *words.split())
     assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
 
 
 def test_limits_on_paper_are_labelled_so(digits_bundle: Bundle, cli: Cli) -> None:
-    result = cli("bench", digits_bundle.path, "--paper-limits", "l4", "--batches", "8")
+    result = cli("bench", digits_bundle.path, "--paper-limits", "L4", "--batches", "8")
     assert "Limits on paper of L4 (NVIDIA L4 data sheet (2023)); nothing here was measured" in (
         " ".join(result.stdout.split())
     )
@@ -188,13 +169,13 @@ def test_limits_on_paper_are_labelled_so(digits_bundle: Bundle, cli: Cli) -> Non
 def test_load_by_others_is_noticed() -> None:
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         try:
-            busy, watch = busy_cores(0.4), Watch(cores=1)
-            time.sleep(0.4)
-            report = watch.report()
+            watch = Watch()
+            time.sleep(0.5)
+            machine = watch.machine()
         finally:
             process.kill()
-    assert busy > 0.2
-    assert report.under_load, "a process that was not waited for is others' work"
+    assert machine.other_load_cores > 0.2, "a process that was not waited for is others' work"
+    assert machine.under_load
 
 
 def shifted(report: dict[str, Any], factor: float, spread: float) -> BenchReport:
@@ -208,30 +189,26 @@ def shifted(report: dict[str, Any], factor: float, spread: float) -> BenchReport
 
 
 @each(
-    ("factor", "spread", "within", "moved"),
-    [(2.04, 0.01, 2, 0), (2.2, 0.02, 0, 2), (2.2, 0.2, 0, 0), (1.8, 0.02, 0, 2)],
+    ("factor", "spread", "moved"),
+    [(2.04, 0.01, False), (2.2, 0.02, True), (2.2, 0.2, False), (1.8, 0.02, True)],
 )
 def test_a_ratio_moved_if_it_changed_by_more_than_its_uncertainty_and_5_percent(
-    plain: dict[str, Any], factor: float, spread: float, within: int, moved: int
+    plain: dict[str, Any], factor: float, spread: float, moved: bool
 ) -> None:
     report = compared(shifted(plain, 2.0, spread), shifted(plain, factor, spread))
     assert [change.batch for change in report.changes] == [1, 2]
-    assert all(change.same_file for change in report.changes)
-    assert all(change.speedup == pytest.approx(factor / 2) for change in report.changes)
-    agreed = report.agreement
-    assert agreed
-    assert (agreed.ratios, agreed.within, len(agreed.moved)) == (2, within, moved)
-    assert agreed.open == 2 - within - moved
-    assert agreed.worst_percent == pytest.approx(100 * (factor / 2 - 1))
-    assert agreed.worst == "ort-cpu/fp32 at batch 1, 64 pixels"
+    for change in report.changes:
+        assert (change.same_file, change.moved) == (True, moved)
+        assert change.before_ms / change.after_ms == pytest.approx(factor / 2)
+        assert change.ratio_change_percent == pytest.approx(100 * (factor / 2 - 1))
 
 
 @each(
     ("path", "value", "words"),
     [
-        ("machine.cpu.name", "Another CPU", "the device was Another CPU"),
-        ("versions.tensorrt", "10.16.1", "TensorRT's major version was TensorRT 10"),
-        ("threads", 7, "the number of threads was 7, now it is 1"),
+        ("machine.cpu.name", "Another CPU", "the device was cpu of Another CPU"),
+        ("versions.tensorrt", "10.16.1", "TensorRT's major version was 10"),
+        ("settings.threads", 7, "the number of threads was 7, now it is 1"),
         ("settings.streams", 3, "the number of streams was 3, now it is 1"),
         ("reference", "pytorch", "the reference was pytorch, now it is ort-cpu/fp32"),
         ("rows", [], "no row in common"),
@@ -248,12 +225,3 @@ def test_what_cannot_be_compared_is_refused(
     place[last] = value
     with pytest.raises(UsageError, match=words):
         compared(read(old), read(plain))
-
-
-@each("text", ["", "[]", "{}", '{"schema": "something/else"}', '{"schema": "van-deploy/bench/1"}'])
-def test_another_file_is_not_taken_for_a_benchmark(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "old.json"
-    path.write_text(text)
-    with pytest.raises(InputError) as caught:
-        read_report(path)
-    assert ("Measure again with this version" in caught.value.remedy) == ("schema" in text)

@@ -1,4 +1,4 @@
-"""Timing on a device: what is in a sample, what is not, and what ratios are against."""
+"""Timing on a device, what ratios are against, and the least possible time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests.each import each
-from van_deploy.bench.contender import Contender
-from van_deploy.bench.gpu import Clock, GpuWatch, timed
-from van_deploy.bench.on_gpu import int8_not_worth_it, with_ratios
+from van_deploy.bench.document import Ceilings, Contender, GpuState, Latency, Row
+from van_deploy.bench.gpu import Clock, GpuWatch, int8_not_worth_it, timed, with_ratios
 from van_deploy.bench.profile import by_module, profile_of
-from van_deploy.bench.timing import GpuState, Row, latency_of
+from van_deploy.bench.roofline import DEVICES, least_time, paper_ceilings
 from van_deploy.errors import UsageError
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
+from van_deploy.model.variants import VARIANTS
 
 
 class Device:
@@ -26,6 +26,7 @@ class Device:
     def __init__(self, ms: float, gap: float = 0.5, cold: float = 100.0) -> None:
         self.alone, self.queued, self.cold = ms + gap, ms, cold
         self.now, self.waits = 0.0, True
+        self.clock = Clock(lambda: self.now, self.wait, lambda start, end: end - start)
 
     def upload(self) -> None:
         self.now += 3.0
@@ -37,18 +38,12 @@ class Device:
     def download(self) -> None:
         self.now += 0.25
 
-    def mark(self) -> float:
-        return self.now
-
     def wait(self, mark: float) -> None:
         self.waits = True
 
-    def ms(self, start: float, end: float) -> float:
-        return end - start
-
 
 class Clocks(GpuWatch):
-    """A GPU whose clock rises to its boost for the first looks."""
+    """A GPU whose clock takes these values, the last one from then on."""
 
     def __init__(self, *mhz: int, throttled: tuple[str, ...] = ()) -> None:
         super().__init__("cpu")
@@ -61,30 +56,30 @@ class Clocks(GpuWatch):
 
 def test_latency_throughput_and_transfers_are_columns_of_their_own() -> None:
     device: Any = Device(ms=2.0)
-    seen = timed(
-        device, 8, Clock(device.mark, device.wait, device.ms), GpuWatch("cpu"), seconds=0.02
-    )
+    seen = timed(device, 8, device.clock, GpuWatch("cpu"), 0.02)
     assert seen["latency"].p50_ms == seen["latency"].p99_ms == 2.5, "no transfer, no first call"
     assert 2.0 < seen["queued_ms"] < 2.1, "the gap is paid once a group"
     assert seen["images_per_s"] == pytest.approx(8e3 / seen["queued_ms"])
     assert (seen["upload_ms"], seen["download_ms"]) == (3.0, 0.25)
     assert seen["latency"].calls >= 20
-    assert seen["steady"] is None
+    assert seen["first_call_ms"] > 0
+    assert seen["throttled"] == ()
 
 
-def test_samples_wait_for_a_steady_clock_and_throttling_is_told() -> None:
+@each(
+    ("mhz", "reasons"),
+    [
+        ((345, 900, 1500, 1900, 1980), ("power cap",)),
+        ((345, 1980) * 200, ("power cap", "clock not steady")),
+    ],
+)
+def test_samples_wait_for_a_steady_clock_and_throttling_is_told(
+    mhz: tuple[int, ...], reasons: tuple[str, ...]
+) -> None:
     device: Any = Device(ms=2.0)
-    watch = Clocks(345, 900, 1500, 1900, 1980, throttled=("power cap",))
-    seen = timed(device, 1, Clock(device.mark, device.wait, device.ms), watch, seconds=0.01)
-    assert seen["steady"] is True
-    assert seen["gpu"].sm_mhz == 1980
-    assert seen["throttled"] == ("power cap",)
-
-
-def row(contender: str, ms: float | None, batch: int = 8) -> Row:
-    if ms is None:
-        return Row(contender, batch, 224, 1, error="out of memory", error_kind="memory")
-    return Row(contender, batch, 224, 1, latency=latency_of([ms]), queued_ms=ms)
+    seen = timed(device, 1, device.clock, Clocks(*mhz, throttled=("power cap",)), 0.01)
+    assert seen["throttled"] == reasons
+    assert seen["gpu"].sm_mhz in mhz[-2:]
 
 
 CONTENDERS = [
@@ -95,13 +90,16 @@ CONTENDERS = [
 ]
 
 
+def row(contender: str, ms: float | None, batch: int = 8) -> Row:
+    if ms is None:
+        return Row(contender, batch, 224, error="out of memory")
+    return Row(contender, batch, 224, latency=Latency.of([ms]), queued_ms=ms)
+
+
 def test_ratios_are_against_the_fastest_of_pytorchs_modes_at_the_same_batch() -> None:
-    rows = [row("pytorch", 20.0), row("pytorch-compile-fp16", 6.0), row("tensorrt/fp16", 3.0)]
-    rows += [
-        row("pytorch", 4.0, 1),
-        row("pytorch-compile-fp16", None, 1),
-        row("tensorrt/fp16", 2.0, 1),
-    ]
+    names = ("pytorch", "pytorch-compile-fp16", "tensorrt/fp16")
+    rows = [row(name, ms) for name, ms in zip(names, (20.0, 6.0, 3.0), strict=True)]
+    rows += [row(name, ms, 1) for name, ms in zip(names, (4.0, None, 2.0), strict=True)]
     words, rows = with_ratios(rows, CONTENDERS, "pytorch")
     assert words == "the fastest of PyTorch's modes"
     assert [r.ratio and r.ratio.median for r in rows] == [0.3, 1.0, 2.0, 1.0, None, 2.0]
@@ -128,7 +126,7 @@ def test_int8_is_recommended_only_where_it_measured_faster(
 
 
 def test_an_eager_profile_sums_to_the_kinds_of_layers() -> None:
-    lines = by_module(load_van(EMBEDDED_NAME).model, torch.zeros(1, 3, 64, 64), runs=1)
+    lines = by_module(load_van(EMBEDDED_NAME).model, torch.zeros(1, 3, 64, 64))
     kinds = {line.kind: line for line in lines}
     assert {"dw 3x3", "dw 5x5", "dw 7x7 d3", "1x1", "GELU", "LayerNorm"} <= set(kinds)
     assert sum(line.percent for line in lines) == pytest.approx(100)
@@ -138,5 +136,39 @@ def test_an_eager_profile_sums_to_the_kinds_of_layers() -> None:
 def test_onnx_runtimes_profile_of_a_gpu_is_not_shown() -> None:
     """Its node times there are those of the launches on the host."""
     contender = Contender("ort-cuda/fp16", "onnxruntime", "fp16", device="cuda:0")
-    with pytest.raises(UsageError, match="'ort-cuda/fp16' does not say where its time goes"):
+    with pytest.raises(UsageError, match="does not say where its time goes"):
         profile_of(contender, None, None)
+
+
+@each(
+    ("rates", "bytes_per_s", "precision", "ms", "bound"),
+    [
+        # van_b0 at 224, batch 10: 17.28 GFLOP; 82.5 % 1x1, 9.9 % depth-wise; 4.105 M weights
+        ({"fp32": 1e12}, 1e15, "fp32", 17.2845, "compute"),
+        ({"fp32": 1e12, "vector": 1e11}, 1e15, "fp32", 17.2845 * (0.9006 + 0.994), "compute"),
+        ({"fp32": 1e12, "int8": 4e12}, 1e15, "int8", 17.2845 * (0.1753 + 0.8247 / 4), "compute"),
+        ({"fp16": 1e12, "int8": 1e12}, 1e15, "int8", 17.2845, "compute"),
+        ({"tf32": 2e12}, 1e15, "fp32", 17.2845 / 2, "compute"),
+        ({"fp16": 1e18}, 1e9, "fp16", 2 * 4.105 + 4 * 1.515, "memory"),
+        ({"fp32": 1e12}, 1e15, "bf16", None, ""),
+        ({"fp32": 1e12}, 1e15, "int8", None, ""),
+    ],
+)
+def test_the_least_time_is_the_slower_of_arithmetic_and_memory(
+    rates: dict[str, float], bytes_per_s: float, precision: str, ms: float | None, bound: str
+) -> None:
+    config, place = VARIANTS["van_b0"].config, ("x", precision, 10, 224)
+    found = least_time(config, Ceilings(rates, bytes_per_s, ""), precision, place, 2 * (ms or 1.0))
+    assert [one.bound for one in found] == [bound] * bool(bound)
+    for one in found:
+        assert one.least_ms == pytest.approx(ms, rel=0.002)
+        assert one.percent_of_limit == pytest.approx(50, rel=0.002)
+        assert one.operations == 20 * config.mac_count(224)
+
+
+def test_paper_figures_name_their_source_and_are_in_a_sane_order() -> None:
+    for name in DEVICES:
+        found = paper_ceilings(f"{name[:2]}-{name[2:].upper()}")
+        assert "NVIDIA" in found.source
+        assert found.ops_per_s["fp32"] < found.ops_per_s["fp16"] < found.ops_per_s["int8"]
+        assert 1e11 < found.bytes_per_s < 1e13

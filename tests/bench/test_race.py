@@ -1,20 +1,105 @@
-"""The order of a round, what a ratio is taken against, and when a race ends."""
+"""A race: its workers, the order of a round, what a ratio is taken against, and when it ends."""
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from van_deploy.bench.contender import Contender
-from van_deploy.bench.lane import Lane
-from van_deploy.bench.machine import During, warnings_of
-from van_deploy.bench.process import WorkerError
-from van_deploy.bench.race import Race, with_reference
-from van_deploy.bench.timing import Loading, Row
+from tests.each import each
+from van_deploy.bench.benchmark import warnings_of
+from van_deploy.bench.document import Contender, Latency, Machine, Ratio, Row
+from van_deploy.bench.race import Lane, Race, with_reference
+from van_deploy.bench.worker import KEEP_MEMORY, Worker, WorkerError, WorkerProcess
+from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
+from van_deploy.environment.hardware import cpu
 
+QUICK = Budget(seconds=0.05, calls=2, limit_s=0.3, rounds=2, warmup_s=0.0)
 SIX = Budget(seconds=0.6, calls=1, limit_s=0.6, rounds=6, warmup_s=0.0)
+HAS_PROC = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc here")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Return a folder of eight inputs for van_digits, noise of natural size."""
+    values = np.random.default_rng(0).standard_normal((8, 3, 64, 64)).astype(np.float32)
+    np.save(tmp_path / "none.npy", values)
+    return tmp_path
+
+
+@pytest.fixture
+def graph(digits_bundle: Bundle) -> Contender:
+    file = str(digits_bundle.verified("fp32"))
+    return Contender("fp32", "onnxruntime", "fp32", file, mode="ort-cpu")
+
+
+def state(pid: int, letter: str) -> str:
+    """Return the process's state, such as ``T`` for stopped, once it is ``letter`` or never is."""
+    for _ in range(100):
+        found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        if found == letter:
+            break
+        time.sleep(0.02)
+    return found
+
+
+@HAS_PROC
+def test_a_worker_sleeps_between_requests_and_keeps_its_memory_unless_told_otherwise(
+    graph: Contender, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in KEEP_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "9")
+    with WorkerProcess(1) as process:
+        process.ask("load", contender=graph, threads=1, streams=1)
+        assert state(process.pid, "T") == "T"
+        given = {"images": images / "none.npy", "batch": 2, "warmup_s": 0.0}
+        first_ms, fastest_ms = process.ask("feed", **given)
+        assert min(first_ms, fastest_ms) > 0
+        assert state(process.pid, "T") == "T"
+        latencies, wall_s, peak = process.ask("time", seconds=0.05)
+        variables = Path(f"/proc/{process.pid}/environ").read_bytes().decode().split("\0")
+    assert peak > 10e6
+    assert wall_s >= sum(latencies) / 1e3 >= 0.05
+    assert {"MALLOC_MMAP_MAX_=9", "OMP_NUM_THREADS=1"} < set(variables)
+    assert f"MALLOC_TRIM_THRESHOLD_={KEEP_MEMORY['MALLOC_TRIM_THRESHOLD_']}" in variables
+
+
+@each("text", ["DefaultCPUAllocator: can't allocate memory", "CUDA out of memory. Tried", ""])
+def test_exhausted_memory_is_recognised(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError(text) if text else MemoryError
+
+    monkeypatch.setattr(Worker, "profile", fail)
+    assert Worker().answer("profile", {}).message == "out of memory"
+
+
+def test_what_fails_is_a_row_and_the_rest_goes_on(
+    graph: Contender, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    narrow = replace(graph, name="narrow", min_batch=2, max_batch=2)
+    broken = replace(graph, name="broken", file=str(tmp_path / "model.onnx"))
+    settings = BenchSettings(
+        device="cpu", threads=2, streams=2, reference="narrow", budget=QUICK, batches=(1, 2)
+    )
+    with Race([graph, narrow, broken], settings, images, 64) as race:
+        os.kill(race.lanes[0].process.pid, signal.SIGKILL)
+        first, second = ({row.contender: row for row in race.run(batch)} for batch in (1, 2))
+    assert "SIGKILL" in first["fp32"].error
+    assert first["narrow"].error == "batch 1 is outside the engine's profile (2 to 2)"
+    assert "cannot load" in first["broken"].error
+    assert "cannot load" in second["broken"].error
+    assert second["narrow"].latency is not None
+    assert second["fp32"].latency is not None, "it starts again at the next batch"
+    assert second["fp32"].ratio is not None
+    assert second["fp32"].latency.calls >= 2 * QUICK.rounds
 
 
 class Scripted(Lane):
@@ -23,18 +108,19 @@ class Scripted(Lane):
     def __init__(
         self, name: str, ms: float, *, fails_at: int = -1, noise: float = 1.0, hurt: float = 1.0
     ) -> None:
-        super().__init__(Contender(name, "onnxruntime", "fp32"), loaded=Loading(0.0, 0.0, 0, 0, 1))
+        super().__init__(Contender(name, "onnxruntime", "fp32"), Path(), 64)
         self.ms, self.fails_at, self.noise, self.hurt, self.slices = ms, fails_at, noise, hurt, 0
-        self.race = Machine(self)
+        self.race = Neighbourhood(self)
 
-    def feed(self, images: Path, batch: int, warmup_s: float) -> None:
-        self.failure, self.call_ms = None, self.ms
+    def feed(self, batch: int, warmup_s: float) -> None:
+        self.start(batch)
+        self.call_ms = self.ms
 
     def time_slice(self, seconds: float) -> float:
         self.slices += 1
         self.race.clock += 1
         if self.slices == self.fails_at:
-            self.failure = WorkerError("killed by SIGKILL", kind="killed")
+            self.failure = WorkerError("killed by SIGKILL")
             return 0.0
         took = self.ms * self.race.drift**self.race.clock * self.noise ** (self.slices % 2)
         took *= self.hurt if self.race.disturbed else 1.0
@@ -43,11 +129,15 @@ class Scripted(Lane):
         return took
 
 
-class Machine(Race):
+class Neighbourhood(Race):
     """A race of scripted contenders, with a neighbour from one look at the machine to another."""
 
-    def __init__(self, *lanes: Scripted, drift: float = 1.0, hurt: range = range(0)) -> None:
-        super().__init__([], threads=1)
+    def __init__(
+        self, *lanes: Scripted, drift: float = 1.0, hurt: range = range(0), budget: Budget = SIX
+    ) -> None:
+        reference = lanes[0].contender.name
+        settings = BenchSettings(device="cpu", reference=reference, budget=budget)
+        super().__init__([], settings, Path(), 64)
         self.lanes, self.clock, self.drift, self.hurt = list(lanes), 0, drift, hurt
         for lane in lanes:
             lane.race = self
@@ -60,19 +150,20 @@ class Machine(Race):
         self.looks.append(1.3 if self.disturbed else 1.0)
         return self.looks[-1]
 
-    def rows(self, budget: Budget) -> dict[str, Row]:
-        rows = self.run(Path("none"), 1, 64, budget, self.lanes[0].contender.name)
-        return {row.contender: row for row in rows}
+    def rows(self) -> dict[str, Row]:
+        return {row.contender: row for row in self.run(1)}
 
-    def ratios(self, budget: Budget = SIX) -> dict[str, float | None]:
-        rows = self.rows(budget).items()
-        return {name: row.ratio.median if row.ratio else None for name, row in rows}
+
+def ratio_of(row: Row) -> float | None:
+    return row.ratio.median if row.ratio else None
 
 
 def test_steady_drift_cancels_between_the_reference_before_and_after() -> None:
     lanes = [Scripted(str(n), 4.0 / n) for n in (1, 2, 4, 8)]
-    ratios = Machine(*lanes, drift=1.1).ratios()  # 10 % slower from each slice to the next
-    assert ratios == {str(n): pytest.approx(n) for n in (1, 2, 4, 8)}
+    rows = Neighbourhood(*lanes, drift=1.1).rows()  # 10 % slower from each slice to the next
+    assert {name: ratio_of(row) for name, row in rows.items()} == {
+        str(n): pytest.approx(n) for n in (1, 2, 4, 8)
+    }
 
 
 def test_the_reference_comes_first_last_and_after_every_few() -> None:
@@ -82,19 +173,13 @@ def test_the_reference_comes_first_last_and_after_every_few() -> None:
     assert with_reference([], base) == [base]
 
 
-def test_one_that_fails_is_a_row_and_the_others_keep_their_ratios() -> None:
+def test_one_that_fails_is_a_row_and_a_reference_that_fails_leaves_no_ratios() -> None:
     dies = Scripted("dies", 2.0, fails_at=3)
-    race = Machine(Scripted("r", 4.0), dies, Scripted("lives", 2.0), drift=1.1)
-    rows = race.rows(SIX)
-    assert (rows["dies"].error_kind, rows["dies"].latency) == ("killed", None)
-    ratio = rows["lives"].ratio
-    assert ratio
-    assert ratio.median == pytest.approx(2.0)
-
-
-def test_a_reference_that_fails_leaves_no_ratios_but_figures() -> None:
+    rows = Neighbourhood(Scripted("r", 4.0), dies, Scripted("lives", 2.0), drift=1.1).rows()
+    assert ("SIGKILL" in rows["dies"].error, rows["dies"].latency) == (True, None)
+    assert ratio_of(rows["lives"]) == pytest.approx(2.0)
     other = Scripted("a", 2.0)
-    rows = Machine(Scripted("r", 4.0, fails_at=3), other).rows(SIX)
+    rows = Neighbourhood(Scripted("r", 4.0, fails_at=3), other).rows()
     assert [row.ratio for row in rows.values()] == [None, None]
     assert rows["a"].latency
     assert other.slices >= SIX.rounds
@@ -103,7 +188,7 @@ def test_a_reference_that_fails_leaves_no_ratios_but_figures() -> None:
 def test_a_race_goes_on_until_the_ratios_settle_or_the_limit_is_reached() -> None:
     budget = Budget(seconds=0.6, calls=1, limit_s=2.0, rounds=6, warmup_s=0.0)
     steady, noisy = Scripted("steady", 2.0), Scripted("noisy", 2.0, noise=1.5)
-    rows = Machine(Scripted("r", 4.0), steady, noisy).rows(budget)
+    rows = Neighbourhood(Scripted("r", 4.0), steady, noisy, budget=budget).rows()
     assert (steady.slices, rows["steady"].settled) == (6, True)
     assert (noisy.slices, rows["noisy"].settled) == (20, False), "slices of 0.1 s, 2 s at most"
     assert rows["r"].settled is None, "the reference is 1 by definition"
@@ -111,30 +196,45 @@ def test_a_race_goes_on_until_the_ratios_settle_or_the_limit_is_reached() -> Non
 
 def test_slices_are_as_long_as_one_call_of_a_slow_reference() -> None:
     fast = Scripted("fast", 1.0)
-    Machine(Scripted("slow", 500.0), fast).ratios()
+    Neighbourhood(Scripted("slow", 500.0), fast).rows()
     assert fast.timed_s == pytest.approx(6 * 0.5)
 
 
 def test_disturbed_rounds_do_not_count_for_a_ratio() -> None:
     budget = Budget(seconds=1.0, calls=1, limit_s=4.0, rounds=10, warmup_s=0.0)
     lanes = (Scripted("r", 4.0, hurt=1.1), Scripted("a", 2.0, hurt=1.6))
-    row = Machine(*lanes, hurt=range(10, 23)).rows(budget)["a"]
+    row = Neighbourhood(*lanes, hurt=range(10, 23), budget=budget).rows()["a"]
     assert row.ratio
     assert row.ratio.median == pytest.approx(2.0)
-    assert row.ratio.rounds == sum(row.round_quiet) < len(row.round_ms)
-    assert len(row.round_quiet) == len(row.round_ms) == len(row.round_ratios)
-    assert min(row.round_ratios) < 1.5, "what the disturbed rounds say"
+    assert row.ratio.rounds == row.quiet_rounds < row.rounds
     assert row.settled is True
 
 
 def test_where_nothing_was_quiet_all_rounds_count_and_that_is_said() -> None:
     lanes = (Scripted("r", 4.0, hurt=1.1), Scripted("a", 2.0, hurt=1.6))
-    rows = Machine(*lanes, hurt=range(3, 1000)).rows(SIX)
+    race = Neighbourhood(*lanes, hurt=range(3, 1000))
+    rows = race.rows()
     assert rows["a"].ratio
     assert (rows["a"].ratio.rounds, rows["a"].settled) == (6, False)
-    given = ([*rows.values()], BenchSettings(device="cpu"), 1.0, 2, During(0.5, True))
-    said = " ".join(warnings_of(*given))
-    assert "disturbed in nearly every round of 2 of 2 rows" in said
+    machine = Machine(cpu(), 2**30, (), None, other_load_cores=0.5, under_load=True)
+    said = " ".join(warnings_of([*rows.values()], race.settings, machine))
     assert "1 of 1 ratios did not settle" in said
-    assert "1.0 of 2 cores busy" in said
-    assert "other work kept 0.5 cores busy" in said
+    assert "other work kept 0.5 of" in said
+
+
+@each("count", [1, 5, 99, 100, 101])
+def test_percentiles_are_calls_that_were_measured(count: int) -> None:
+    values = list(np.random.default_rng(count).lognormal(size=count))
+    latency, ordered = Latency.of(values), sorted(values)
+    assert (latency.calls, latency.min_ms) == (count, ordered[0])
+    assert latency.p90_ms == ordered[-(-90 * count // 100) - 1]
+    assert latency.p99_ms == ordered[-(-99 * count // 100) - 1]
+    assert latency.cv_percent == pytest.approx(100 * np.std(values) / np.mean(values))
+
+
+def test_the_interval_narrows_with_the_rounds_and_leaves_single_outliers_out() -> None:
+    ratio = Ratio.of([*(2.0 + 0.001 * i for i in range(29)), 9.0])
+    assert ratio is not None
+    assert (ratio.low, ratio.high, ratio.rounds) == (2.009, 2.02, 30)
+    assert ratio.uncertainty_percent < 1.0
+    assert Ratio.of([]) is None

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import typer
@@ -21,11 +19,6 @@ from van_deploy.cli.app import COMMANDS, CommandGroup, translated
 from van_deploy.errors import BundleError, ConversionError, GateFailed, MissingDependency
 
 HEAVY = ("torch", "timm", "onnx", "onnxruntime", "numpy", "PIL", "tensorrt", "tensorrt_rtx")
-WORKFLOW = (
-    *("export", "run", "list", "info", "inspect", "doctor", "quantize", "build", "verify"),
-    *("evaluate", "drift", "check", "bench", "predict", "package", "serve", "report"),
-    *("sign", "verify-signature"),
-)
 
 
 def failing(error: BaseException) -> Result:
@@ -50,13 +43,7 @@ def python(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_version() -> None:
-    result = python("-m", "van_deploy", "--version")
-    assert (result.returncode, result.stdout) == (0, f"van-deploy {__version__}\n")
-
-
 def test_the_help_of_the_program_and_of_each_command(cli: Cli) -> None:
-    assert set(COMMANDS) == set(WORKFLOW)
     overview = cli("--help").stdout
     listed = {line.strip(" │").split(" ")[0] for line in overview.splitlines()}
     assert set(COMMANDS) <= listed
@@ -76,29 +63,23 @@ def test_wrong_usage_ends_with_2(cli: Cli, arguments: tuple[str, ...]) -> None:
     assert arguments[-1] in result.stderr
 
 
+KINDS = (GateFailed, MissingDependency, ConversionError, BundleError)
+LONG = "SQNR is low in /a/[red]very/" + "long/" * 40  # neither markup nor wrapped
+
+
 @each(
     ("error", "code"),
     [
-        (GateFailed("SQNR 12.0 dB is below 20.0 dB.", "Keep more in FP16."), 1),
-        (MissingDependency("SQNR 12.0 dB is below 20.0 dB.", "Keep more in FP16."), 3),
-        (ConversionError("SQNR 12.0 dB is below 20.0 dB.", "Keep more in FP16."), 4),
-        (BundleError("SQNR 12.0 dB is below 20.0 dB.", "Keep more in FP16."), 5),
+        *((kind(LONG, "Keep [more].\nOr less."), kind.exit_code) for kind in KINDS),
+        (KeyboardInterrupt(), 130),
     ],
 )
-def test_an_error_is_its_message_its_remedy_and_its_code(error: Exception, code: int) -> None:
+def test_an_error_is_its_message_its_remedy_and_its_code(error: BaseException, code: int) -> None:
     result = failing(error)
-    assert result.exit_code == code
-    assert result.stdout == ""
-    assert result.stderr == "error: SQNR 12.0 dB is below 20.0 dB.\n  Keep more in FP16.\n"
-
-
-def test_an_error_is_not_taken_for_markup_and_not_wrapped() -> None:
-    path = "/a/[red]very/" + "long/" * 40
-    assert failing(BundleError(f"No bundle in {path}")).stderr == f"error: No bundle in {path}\n"
-
-
-def test_a_fault_of_the_program_keeps_its_traceback() -> None:
-    fault = KeyError("weights")
+    assert (result.exit_code, result.stdout) == (code, "")
+    told = f"{LONG}\n  Keep [more].\n  Or less." if code != 130 else "Interrupted."
+    assert result.stderr == f"error: {told}\n"
+    fault = KeyError("weights")  # a fault of the program keeps its traceback
     assert failing(fault).exception is fault
 
 
@@ -145,11 +126,6 @@ def test_other_failures_are_not_explained_away(error: Exception) -> None:
     assert translated(error) is None
 
 
-def test_ctrl_c_ends_with_130() -> None:
-    result = failing(KeyboardInterrupt())
-    assert (result.exit_code, result.stderr) == (130, "error: Interrupted.\n")
-
-
 @pytest.mark.skipif(os.name == "nt", reason="a pipe breaks in another way on Windows")
 @each("arguments", [("list",), ("list", "--json")])
 def test_a_broken_pipe_is_quiet(arguments: tuple[str, ...]) -> None:
@@ -169,7 +145,9 @@ def test_a_broken_pipe_is_quiet(arguments: tuple[str, ...]) -> None:
 @each("arguments", [["--help"], ["list"]])
 def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
     code = (
-        "import sys, runpy\n"
+        "import sys, runpy, pkgutil, importlib, van_deploy.cli as cli\n"
+        "for found in pkgutil.iter_modules(cli.__path__, 'van_deploy.cli.'):\n"
+        "    importlib.import_module(found.name)\n"
         f"sys.argv = ['van-deploy', *{arguments!r}]\n"
         "try: runpy.run_module('van_deploy', run_name='__main__')\n"
         "except SystemExit: pass\n"
@@ -180,23 +158,12 @@ def test_nothing_heavy_is_imported(arguments: list[str]) -> None:
     assert result.stdout
 
 
-def test_importing_every_command_imports_nothing_heavy(repository: Path) -> None:
-    names = [f"van_deploy.cli.{path.stem}" for path in (repository / "van_deploy/cli").glob("*.py")]
-    code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
-    result = python("-c", code + f"print([name for name in {HEAVY!r} if name in sys.modules])")
-    assert (result.stdout, result.stderr) == ("[]\n", "")
-
-
 def test_output_survives_a_terminal_without_unicode() -> None:
     result = python("-m", "van_deploy", "--help", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert result.returncode == 0
     assert "doctor" in result.stdout
-
-
-def test_json_is_one_document_and_nothing_else(cli: Cli) -> None:
-    result = cli("doctor", "--json", "--require", "onnxruntime")
-    assert json.loads(result.stdout)["environment"]["van_deploy"] == __version__
-    assert result.stderr == ""
+    version = python("-OO", "-m", "van_deploy", "--version")
+    assert (version.returncode, version.stdout) == (0, f"van-deploy {__version__}\n")
 
 
 def test_a_name_that_no_file_system_takes_is_one_message(cli: Cli) -> None:

@@ -97,27 +97,6 @@ def test_what_needs_a_gpu(cli: Cli, bundle: Path) -> None:
     assert "builds for GPUs that are named, and none is" in nothing.stderr
 
 
-def test_no_bundle(cli: Cli, tmp_path: Path) -> None:
-    assert cli("build").exit_code == 2
-    missing = cli("build", tmp_path / "none", "--target", "sm_89")
-    assert missing.exit_code == 5
-    assert "There is no bundle at" in missing.stderr
-
-
-def test_a_bundle_and_a_matrix(cli: Cli, bundle: Path) -> None:
-    result = cli("build", bundle, "--matrix", bundle / "fleet.toml")
-    assert result.exit_code == 2
-    assert "--matrix and a bundle are both given." in result.stderr
-
-
-def test_a_changed_onnx_file_is_not_believed(cli: Cli, bundle: Path) -> None:
-    with (bundle / "model.onnx").open("ab") as file:
-        file.write(b"x")
-    result = cli("build", bundle, "--target", "sm_89")
-    assert result.exit_code == 5
-    assert "was changed after the manifest was written" in result.stderr
-
-
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_missing_precision_without_images(cli: Cli, bundle: Path, precision: str) -> None:
     manifest = bundle / "manifest.json"  # of a network that brings no images of its own

@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import jsonschema
 import onnx
@@ -175,11 +174,11 @@ class TestVerify:
 
 class TestDrift:
     def test_the_perturbed_block_comes_first(
-        self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
+        self, cli: Cli, judged: Subject, copy_of: Copy
     ) -> None:
-        path, plot = copy_of(judged), tmp_path / "plots" / "drift.svg"
+        path = copy_of(judged)
         perturbed_in(path)
-        result = cli("drift", path, "--count", "2", "--json", "--plot", plot)
+        result = cli("drift", path, "--count", "2", "--json")
         assert result.exit_code == 0
         found = document(result.stdout, "drift")
         assert found["artefacts"]["fp16"]["worst_names"][0] == "block3.1"
@@ -188,10 +187,6 @@ class TestDrift:
         assert [link["name"] for link in found["chain"]] == [
             *("PyTorch float32", "rewritten, float64", "fp32", "fp16", "int8")
         ]
-        root = ElementTree.parse(plot).getroot()
-        assert root.tag.endswith("svg")
-        texts = {element.text for element in root.iter() if element.text}
-        assert {"fp16 block3.1", "fp32 block1.0"} <= texts
 
     def test_stages_against_model_onnx(self, cli: Cli, judged: Subject, copy_of: Copy) -> None:
         words = ("--count", "1", "--level", "stage", "--artefact", "fp16", "--top", "2")

@@ -21,7 +21,8 @@ from tests.checks.conftest import overwritten
 from tests.cli.test_gates import document, words_of
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
-from van_deploy.data import check_images, image_set
+from van_deploy.data.images import image_set
+from van_deploy.data.samples import check_images
 from van_deploy.model.random_weights import random_van
 from van_deploy.model.variants import VanConfig
 

@@ -51,15 +51,3 @@ def test_the_table_fits_100_columns_and_says_everything(cli: Cli) -> None:
     van_digits = next(line for line in lines if line.startswith("van_digits"))
     assert van_digits.endswith("  YES   in this package")
     assert "for commercial use, please contact" in result.stdout
-
-
-def test_weights_in_the_hub_cache_are_found(cli: Cli, empty_cache: Path) -> None:
-    repository = empty_cache / "models--Visual-Attention-Network--VAN-Small-original"
-    file = repository / "snapshots" / "0123abcd" / "van_small_811.pth.tar"
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"weights")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0123abcd")
-    listed = {item["name"]: item for item in json.loads(cli("list", "--json").stdout)}
-    assert listed["van_b1"]["here"] == str(file)
-    assert listed["van_b0"]["here"] is None

@@ -101,7 +101,7 @@ def test_a_folder_knows_its_class_folders_and_a_part_is_spread_evenly(tmp_path: 
     for folder in ("emu", ".hidden"):
         (tmp_path / folder).mkdir()
     images = image_set(str(tmp_path))
-    assert [(images.relative(i), i.group) for i in images.items] == [
+    assert [(i.name, i.group) for i in images.items] == [
         *(("cat/a.png", "cat"), ("cat/b.png", "cat")),
         *(("dog/c.png", "dog"), ("dog/x/a.png", "dog")),
     ]
@@ -187,14 +187,6 @@ def test_every_mode_becomes_rgb_as_pillow_converts_it_and_is_opaque_with_four(mo
     assert np.array_equal(four[..., :3], np.asarray(opened))
 
 
-def test_four_channels_keep_the_transparency_and_the_others_drop_it_as_timm_does() -> None:
-    image = gradient("RGBA")
-    image.putalpha(Image.linear_gradient("L").resize(image.size))
-    data = encoded(image)
-    for channels, expected in ((4, image), (3, gradient()), (1, gradient("L"))):
-        assert same(open_image(data, channels=channels), expected)
-
-
 def palette() -> bytes:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([*RED, *BLUE])
@@ -207,6 +199,7 @@ def palette() -> bytes:
         (palette(), (*BLUE, 128)),
         (encoded(Image.new("LA", (4, 4), (9, 7))), (9, 9, 9, 7)),
         (encoded(Image.new("RGB", (4, 4), RED), transparency=RED), (*RED, 0)),
+        (encoded(Image.new("RGBA", (4, 4), (*RED, 9))), (*RED, 9)),
     ],
 )
 def test_transparency_is_found_wherever_a_file_keeps_it(data: bytes, colour: Any) -> None:
@@ -214,6 +207,7 @@ def test_transparency_is_found_wherever_a_file_keeps_it(data: bytes, colour: Any
         warnings.simplefilter("error")
         assert open_image(data, channels=4).getcolors() == [(16, colour)]
         assert open_image(data).getcolors() == [(16, colour[:3])]
+        assert open_image(data, channels=1).mode == "L"
 
 
 def test_a_fourth_band_that_is_no_transparency_is_not_dropped_in_silence(tmp_path: Path) -> None:
@@ -299,7 +293,7 @@ DEEP = [encoded(Image.fromarray(np.ones((2, 2), kind)), "TIFF") for kind in (np.
     [
         *((content, UNKNOWN) for content in (b"", b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(40))),
         (EPS, UNKNOWN),  # Pillow would run Ghostscript on it, whatever the file is called
-        (None, "No such file or directory"),
+        *((None, reason) for reason in ("No such file or directory", "it is no regular file")),
         *((content, "have no agreed range") for content in DEEP),
     ],
 )
@@ -313,14 +307,10 @@ def test_what_is_no_image_is_refused(
     path = tmp_path / "x.png"
     if content is not None:
         path.write_bytes(content)
+    elif "regular" in reason:
+        os.mkfifo(path)  # which is not waited for
     with pytest.raises(ImageError, match=rf"cannot be read as an image: .*{reason}"):
         open_image(path)
-
-
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "x.png")
-    with pytest.raises(ImageError, match="it is no regular file"):
-        open_image(tmp_path / "x.png")
 
 
 def bomb(side: int) -> bytes:
@@ -338,9 +328,6 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(side: int, filtere
         warnings.simplefilter(filtered)
         with pytest.raises(ImageError, match=r"'bomb.png' cannot .* too large to open safely"):
             open_image(bomb(side), name="'bomb.png'")
-
-
-def test_the_limit_on_pixels_can_be_set() -> None:
     data = encoded(gradient())
     assert open_image(data, max_pixels=384).size == (24, 16)
     with pytest.raises(ImageError, match=r"The image .* 24 x 16 pixels, more than 383"):
@@ -380,9 +367,6 @@ def test_batches_are_in_order_and_name_what_could_not_be_read(folder: Path, work
     assert bad[0][1].startswith(f"'{folder}/1.png' cannot be read as an image: ")
     chosen = list(decoded_batches(items, for_channels(3), 2, indices=[5, 0, 3]))
     assert [batch.indices for batch in chosen] == [(5, 0), (3,)]
-    assert len(list(decoded_batches(items, for_channels(3), 7, most_unreadable=0.3))) == 1
-    with pytest.raises(ImageError, match="2 of 7 images could not be read, more than 20 %"):
-        list(decoded_batches(items, for_channels(3), 7, most_unreadable=0.2))
 
 
 def test_files_and_arrays_of_images_become_the_same_normalised_input(folder: Path) -> None:

@@ -96,7 +96,7 @@ def names_of(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 class TestOnThisCpu:
     def test_logits_at_several_batches(self, packaged: Path) -> None:
-        from van_deploy.runners.inductor import InductorRunner
+        from van_deploy.runners.pytorch import InductorRunner
 
         bundle, names = Bundle.open(packaged), names_of(packaged)
         shape = (9, bundle.manifest.architecture.in_chans, *bundle.manifest.preprocessing.sides)

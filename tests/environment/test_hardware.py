@@ -10,17 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from tests.each import each
-from van_deploy.environment.hardware import (
-    Cpu,
-    Driver,
-    Gpu,
-    cpu,
-    disk,
-    memory,
-    nvidia_driver,
-    peak_memory_bytes,
-    visible_gpus,
-)
+from van_deploy.environment.hardware import Cpu, cpu, memory, nvidia_driver, peak_memory_bytes
 
 
 def test_the_processor_as_this_process_may_use_it() -> None:
@@ -48,15 +38,10 @@ def test_bfloat16_is_known_by_its_instructions(features: tuple[str, ...], has: b
     assert Cpu("a processor", 2, 2, features).has_bfloat16 is has
 
 
-def test_memory_and_disk_are_bytes(tmp_path: Path) -> None:
+def test_memory_is_bytes() -> None:
     here = memory()
     assert 2**28 < here.available_bytes <= here.total_bytes < 2**50
     assert 2**24 < peak_memory_bytes() < here.total_bytes
-    planned = tmp_path / "dist" / "van_b1"
-    free = disk(planned)
-    assert free.folder == planned
-    assert free.free_bytes > 0
-    assert not planned.exists()
 
 
 def test_no_driver_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,24 +51,10 @@ def test_no_driver_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nvidia_driver() is None
 
 
-FOUR = [Gpu(name, None, None, uuid=f"GPU-{name}{name}") for name in "abcd"]
-
-
-@each(
-    ("listed", "seen"),
-    [
-        *((None, "abcd"), ("", ""), ("1", "b"), ("3,0", "da"), (" GPU-cc , 0", "ca")),
-        *(("0,9,1", "a"), ("-1", ""), ("0,MIG-1", "a")),
-    ],
-)
-def test_the_gpus_that_cuda_visible_devices_leaves(listed: str | None, seen: str) -> None:
-    assert "".join(gpu.name for gpu in visible_gpus(FOUR, listed)) == seen
-
-
 @pytest.mark.gpu
 def test_the_driver_agrees_with_nvidia_smi() -> None:
     driver = nvidia_driver()
-    assert isinstance(driver, Driver)
+    assert driver is not None
     told = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"],
         capture_output=True,

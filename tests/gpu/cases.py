@@ -72,8 +72,7 @@ def _torch(mode: str, precision: str = "fp32", device: str = "cuda:0") -> Callab
 
 def need_cuda_provider() -> None:
     """Skip the test where ONNX Runtime has no CUDA."""
-    from van_deploy.runners.onnxruntime import require_onnxruntime
-    from van_deploy.runners.onnxruntime_cuda import CUDA
+    from van_deploy.runners.onnxruntime import CUDA, require_onnxruntime
 
     ort = require_onnxruntime()
     if CUDA not in ort.get_available_providers():
@@ -96,7 +95,7 @@ def _inductor(
     precision: str, device: str, batches: BatchRange = BATCHES, *, fused: bool = False
 ) -> Callable[[Bundle], Any]:
     def opened(bundle: Bundle) -> Any:
-        from van_deploy.runners.inductor import InductorRunner
+        from van_deploy.runners.pytorch import InductorRunner
 
         settings = BuildSettings(
             precisions=(precision,), device=device, profiles=(batches,), fused_kernels=fused

@@ -135,12 +135,10 @@ assert "torch" not in sys.modules
 
 @pytest.mark.gpu
 def test_a_gpu_without_room_is_said_to_be_full() -> None:
-    from contextlib import ExitStack
-
     from van_deploy.runners.cuda import require_cuda
 
-    with ExitStack() as stack, pytest.raises(MissingDependency) as caught:
-        require_cuda().memory(1 << 48, stack)
+    with pytest.raises(MissingDependency) as caught:
+        require_cuda().call("cudaMalloc", 1 << 48)
     assert caught.value.message == "The GPU is out of memory (cudaMalloc)."
     assert caught.value.exit_code == 3
 

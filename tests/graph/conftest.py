@@ -2,43 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from onnx import ModelProto
 from torch import Tensor
 
-from van_deploy.data import check_images
+from van_deploy.data.samples import check_images
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import RewrittenVan, fold_van
 from van_deploy.model.checkpoint import LoadedVan, load_van
-from van_deploy.model.embedded import EMBEDDED_NAME
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The embedded network and its graphs; nothing of it is to be changed.
+
+    Attributes:
+        loaded: as it was trained.
+        images: five held-out digits, ``(5, 3, S, S)``.
+        folded: with every rewrite.
+        graph: of the folded network.
+        unfolded: the graph of the network as it is.
+    """
+
+    loaded: LoadedVan
+    images: Tensor
+    folded: RewrittenVan
+    graph: ModelProto
+    unfolded: ModelProto
 
 
 @pytest.fixture(scope="session")
-def digits() -> LoadedVan:
-    """Return the embedded trained network."""
-    return load_van(EMBEDDED_NAME)
-
-
-@pytest.fixture(scope="session")
-def digit_images(digits: LoadedVan) -> Tensor:
-    """Return five held-out digits as the network wants them, ``(5, 3, S, S)``."""
-    return torch.from_numpy(check_images(digits.name, digits.preprocessing, 5).inputs)
-
-
-@pytest.fixture(scope="session")
-def folded(digits: LoadedVan, digit_images: Tensor) -> RewrittenVan:
-    """Return the network with every rewrite."""
-    return fold_van(digits.model, digit_images[:1]).model
-
-
-@pytest.fixture(scope="session")
-def graph(digits: LoadedVan, folded: RewrittenVan) -> ModelProto:
-    """Return its graph; not to be changed."""
-    return onnx_from_van(folded, digits.preprocessing.image_size)
-
-
-@pytest.fixture(scope="session")
-def unfolded(digits: LoadedVan) -> ModelProto:
-    """Return the graph of the network as it is; not to be changed."""
-    return onnx_from_van(digits.model, digits.preprocessing.image_size)
+def digits() -> Exported:
+    loaded = load_van("van_digits")
+    size = loaded.preprocessing.image_size
+    images = torch.from_numpy(check_images(loaded.name, loaded.preprocessing, 5).inputs)
+    folded = fold_van(loaded.model, images[:1]).model
+    graphs = (onnx_from_van(model, size) for model in (folded, loaded.model))
+    return Exported(loaded, images, folded, *graphs)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from van_deploy.data import find_images
+from van_deploy.data.images import find_images
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import (
     DigitsSplit,

@@ -15,7 +15,7 @@ from torchvision import transforms
 
 from tests.each import each
 from van_deploy.config.sizes import ImageSize
-from van_deploy.data import find_images, open_image
+from van_deploy.data.images import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import OFFICIAL, Interpolation, Preprocessing

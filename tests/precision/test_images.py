@@ -15,7 +15,7 @@ from van_deploy.calibration_set import (
     builtin_calibration_sets,
     calibration_set_named,
 )
-from van_deploy.data import ImageSet, image_set
+from van_deploy.data.images import ImageSet, image_set
 from van_deploy.errors import ImageError, RecipeError
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.precision.images import choose_images, split

@@ -1,4 +1,4 @@
-"""``quantize`` from a bundle to a bundle: images, what it writes, reuses, judges and refuses."""
+"""``quantize`` from a bundle to a bundle: what it writes, reuses, judges and refuses."""
 
 from __future__ import annotations
 
@@ -17,13 +17,7 @@ from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.checks.golden import golden_samples
 from van_deploy.config import QuantizeSettings
-from van_deploy.errors import (
-    BundleError,
-    GateFailed,
-    ImageError,
-    MissingDependency,
-    UsageError,
-)
+from van_deploy.errors import BundleError, GateFailed, ImageError, MissingDependency, UsageError
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
@@ -56,14 +50,14 @@ def made(
 ) -> dict[str, QuantizeResult]:
     """Return what making every precision of one bundle gave; not to be changed."""
     path = Path(shutil.copytree(digits_bundle.path, tmp_path_factory.mktemp("made") / "b"))
-    every = PLAIN.changed(calibration=few)
     asked = (
-        every.changed(precision="fp16"),
-        every.changed(precision="bf16"),
-        every.changed(equalize=True, bias_correction=True),
-        every.changed(target="cpu"),
+        {"precision": "fp16"},
+        {"precision": "bf16"},
+        {"equalize": True, "bias_correction": True},
+        {"target": "cpu"},
     )
-    return {one.artefact: quantize_bundle(path, one) for one in asked}
+    every = [PLAIN.changed(calibration=few, **one) for one in asked]
+    return {one.artefact: quantize_bundle(path, one) for one in every}
 
 
 def lines(result: QuantizeResult) -> dict[str, Any]:
@@ -77,27 +71,22 @@ def test_everything_lands_in_the_bundle_and_passes(made: dict[str, QuantizeResul
     bundle = made["int8-cpu"].bundle
     assert bundle.problems() == []
     assert list(bundle.artefacts) == ["fp32", "fp16", "bf16", "int8", "int8-cpu"]
-    for name, result in made.items():
+    rows = {"fp16": "fp16", "bf16": "BF16 emulated", "int8": "int8", "int8-cpu": "int8"}
+    for (name, result), least in zip(made.items(), (60, 50, 36, 25), strict=True):
         assert result, name
-        assert bundle.artefact(name).file == f"model.{name}.onnx"
         assert result.facts["judged"]["outcome"] == "pass"
-        assert [f for f in result.facts["judged"]["findings"] if f["outcome"] != "pass"] == []
-
-
-def test_fp16_and_bf16_are_judged_and_recommend_nothing_unmeasured(
-    made: dict[str, QuantizeResult],
-) -> None:
-    for name, row, least in (("fp16", "fp16", 60), ("bf16", "BF16 emulated", 50)):
-        result = made[name]
-        assert list(lines(result)) == ["fp32", row]
-        assert lines(result)[row]["sqnr_db"] > least
-        assert set(result.facts["kept"].values()) == {
-            f"'{kept}' is kept" for kept in ("norm1", "norm2", "norm3", "norm4", "head")
-        }
-        assert result.facts["recommended"] is None
-        assert result.facts["why"].startswith("speed not measured")
+        assert lines(result)[rows[name]]["sqnr_db"] > least
+        if name != "int8-cpu":
+            assert result.facts["recommended"] is None
+            assert result.facts["why"].startswith("speed not measured")
+            assert set(result.facts["kept"].values()) == {
+                f"'{kept}' is kept" for kept in ("norm1", "norm2", "norm3", "norm4", "head")
+            }
     assert made["fp16"].facts["audit"]["problems"] == []
     assert "audit" not in made["bf16"].facts
+    timed = made["int8-cpu"]  # for a CPU the time decides
+    assert lines(timed)["int8"]["ms_per_image"] > 0
+    assert timed.facts["recommended"] in {"fp32", "int8"}
 
 
 def test_every_technique_is_reported_and_the_record_fits_the_file(
@@ -109,24 +98,14 @@ def test_every_technique_is_reported_and_the_record_fits_the_file(
     assert names == ["scales", "bias_correction", "cross_layer", "shift_scale", "shift"]
     kept = [gain["after_db"] for gain in techniques if gain["kept"]]
     assert kept == sorted(kept)
-    found = lines(result)
-    assert list(found) == ["fp32", "fp16", "int8"]
-    assert found["int8"]["sqnr_db"] > 36
-    assert found["int8"]["size_bytes"] < found["fp16"]["size_bytes"] < found["fp32"]["size_bytes"]
+    sizes = [lines(result)[name]["size_bytes"] for name in ("int8", "fp16", "fp32")]
+    assert sizes == sorted(sizes)
     assert 0.5 < result.facts["int8_share"] < 0.6
     with np.load(path / result.facts["channels"]) as channels:
         for part in ("factor", "shift"):
             assert channels[f"block1.0.attn.spatial_gating_unit.{part}"].shape == (16,)
     summary = json.loads((path / "ranges.int8.json").read_text())
     assert summary["scales"] == result.facts["scales"]
-
-
-def test_a_graph_for_a_cpu_is_timed(made: dict[str, QuantizeResult]) -> None:
-    found = lines(made["int8-cpu"])
-    assert list(found) == ["fp32", "int8"]
-    assert found["int8"]["sqnr_db"] > 25
-    assert found["int8"]["ms_per_image"] > 0
-    assert made["int8-cpu"].facts["recommended"] in {"fp32", "int8"}
 
 
 def test_bf16_is_run_verified_and_built_and_said_to_be_emulated(
@@ -143,7 +122,6 @@ def test_bf16_is_run_verified_and_built_and_said_to_be_emulated(
     assert "BF16 emulated" in " ".join(verified.stdout.split())
     drift = cli("drift", bundle.path, "--artefact", "bf16", "--against", "golden")
     assert drift.exit_code == 0, drift.stdout
-    assert "bfloat16" in cli("inspect", bundle.path / "model.bf16.onnx", "--json").stdout
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     path = copy_of(bundle)
     built = cli("build", path, "--precision", "bf16", "--target", "sm_89")
@@ -158,12 +136,9 @@ def test_other_scales_and_what_is_kept(bundle: Path, few: str, method: Any) -> N
     result = quantize_bundle(bundle, asked)
     assert lines(result)["int8"]["sqnr_db"] > 20
     assert (result.facts["method"], result.facts["quantized"]) == (method, 35)
-    weights = [
-        (t.name, t.data_type)
-        for t in load(bundle / "model.int8.onnx").graph.initializer
-        if t.name.startswith("block4.1.mlp.fc1.weight")
-    ]
-    assert weights == [("block4.1.mlp.fc1.weight", 1)]
+    kinds = {t.name: t.data_type for t in load(bundle / "model.int8.onnx").graph.initializer}
+    assert kinds["block4.1.mlp.fc1.weight"] == 1
+    assert "block4.1.mlp.fc1.weight.int8" not in kinds
 
 
 @pytest.mark.slow
@@ -199,8 +174,7 @@ def test_nothing_changed_is_reused_and_what_changed_is_named(
     first = quantize_bundle(bundle, asked)
     assert (first.reused, first.reason) == (False, "not there yet")
     second = quantize_bundle(bundle, asked.changed(threads=2))
-    assert second.reused
-    assert second.facts == first.facts
+    assert (second.reused, second.facts) == (True, first.facts)
     (tmp_path / "other.toml").write_text(Path(few).read_text() + "seed = 5\n")
     third = quantize_bundle(bundle, asked.changed(calibration=str(tmp_path / "other.toml")))
     assert third.reason == "changed since: calibration images, held-out images, evaluation images"
@@ -211,7 +185,12 @@ def test_nothing_changed_is_reused_and_what_changed_is_named(
     load(bundle / "model.int8.onnx")
 
 
-def test_too_few_images_to_decide_are_no_pass(bundle: Path, few: str, heldout: Path) -> None:
+def test_noise_is_labelled_and_too_few_images_to_decide_are_no_pass(
+    bundle: Path, few: str, heldout: Path
+) -> None:
+    noise = quantize_bundle(bundle, PLAIN.changed(noise=True, evaluate=heldout))
+    assert noise.facts["calibration"]["noise"] is True
+    assert "NOISE" in noise.facts["calibration"]["description"]
     asked = PLAIN.changed(calibration=few, evaluate=heldout)
     result = quantize_bundle(bundle, asked)
     (row,) = [row for row in result.facts["comparison"] if row["requested"]]
@@ -219,14 +198,10 @@ def test_too_few_images_to_decide_are_no_pass(bundle: Path, few: str, heldout: P
     assert "would decide at this rate" in row["doubts"][0]
     assert not result.passed
     again = quantize_bundle(bundle, asked.changed(allow_inconclusive=True))
-    assert again.reused
-    assert again.passed
+    assert (again.reused, again.passed) == (True, True)
 
 
-def test_noise_is_labelled(bundle: Path, heldout: Path) -> None:
-    result = quantize_bundle(bundle, PLAIN.changed(noise=True, evaluate=heldout))
-    assert result.facts["calibration"]["noise"] is True
-    assert "NOISE" in result.facts["calibration"]["description"]
+# --- what is refused -------------------------------------------------------------------------
 
 
 def test_what_is_refused_leaves_the_bundle_as_it_was(
@@ -245,20 +220,18 @@ def test_what_is_refused_leaves_the_bundle_as_it_was(
 @each(
     ("asked", "message"),
     [
-        ({"precision": "fp16", "target": "cpu"}, "FP16 makes no sense for target= cpu"),
-        ({"precision": "bf16", "target": "cpu"}, "BF16 makes no sense for target= cpu"),
-        ({"precision": "fp16", "max_drop": 1.0}, "max_drop= is for INT8, and precision= is fp16."),
-        ({"precision": "fp16", "scope": ("all",)}, "scope= is for INT8, and precision= is fp16."),
-        ({"target": "cpu", "rest": "fp16"}, "rest= fp16 is for FP16, and target= cpu keeps"),
-        ({"target": "cpu", "strict": True}, "strict= is for FP16, and target= cpu keeps"),
-        ({"rest": "fp32", "strict": True}, "strict= is for FP16, and rest= is fp32."),
-        ({"bias_correction": False}, "equalize= shifts channels, which loses more than it brings"),
-        ({"scope": ("auto", "all")}, "scope= auto times whole scopes, and other scopes were"),
-        ({"scope": ("auto",), "max_drop": 1.0}, "scope= auto times whole scopes, and max_drop="),
-        ({"noise": True, "images": Path("x")}, "noise= and images= are both given."),
+        ({"precision": "fp16", "target": "cpu"}, "FP16 makes no sense for"),
+        ({"precision": "fp16", "max_drop": 1.0}, "max_drop= is for INT8"),
+        ({"precision": "bf16", "strict": True}, "strict= is for FP16"),
+        ({"target": "cpu", "rest": "fp16"}, "rest= fp16 is for FP16"),
+        ({"target": "cpu", "strict": True}, "strict= is for FP16"),
+        ({"rest": "fp32", "strict": True}, "rest= is fp32"),
+        ({"bias_correction": False}, "equalize= shifts channels"),
+        ({"scope": ("auto", "all")}, "other scopes were"),
+        ({"scope": ("auto",), "max_drop": 1.0}, "auto times whole scopes, and max_drop="),
+        ({"noise": True, "images": Path("x")}, "noise= and images= are both given"),
     ],
 )
 def test_contradictions_say_why(asked: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=message):
         QuantizeSettings(**asked)
-    assert message in caught.value.message

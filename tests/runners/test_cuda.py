@@ -34,22 +34,12 @@ def runtime(count: Any = (CODES.cudaSuccess, 1), **answers: Any) -> Any:
 
 def test_an_error_code_is_one_message() -> None:
     for code, kind, message in (
-        (CODES.cudaErrorMemoryAllocation, MissingDependency, "The GPU is out of memory (f)."),
-        (
-            CODES.cudaErrorDevicesUnavailable,
-            MissingDependency,
-            "The GPU cuda:0 is in use by another process that has it for itself.",
-        ),
-        (
-            CODES.cudaErrorIllegalAddress,
-            ConversionError,
-            "CUDA failed in f: an illegal memory access was encountered.",
-        ),
+        (CODES.cudaErrorMemoryAllocation, MissingDependency, "The GPU is out of memory"),
+        (CODES.cudaErrorDevicesUnavailable, MissingDependency, "cuda:0 is in use by another"),
+        (CODES.cudaErrorIllegalAddress, ConversionError, "in f: an illegal memory access was"),
     ):
-        with pytest.raises(kind) as caught:
+        with pytest.raises(kind, match=message):
             Cuda(runtime(f=(code, None))).call("f")
-        assert caught.value.message == message
-        assert caught.value.remedy
 
 
 NOTHING = (CODES.cudaErrorNoDevice, None)

@@ -123,7 +123,6 @@ def serving(
     """
     service = Service(bundle, ServiceSettings(**settings))
     app = App(service)
-    service.load()
     if slow is not None:
         _hold(service, slow)
     bound, url = listen(port=0)

@@ -26,7 +26,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import Cli
 from tests.each import each
 from tests.serve.conftest import Running, serving, top5_of
 from van_deploy.bundle import Bundle
@@ -35,18 +34,15 @@ from van_deploy.errors import UsageError
 from van_deploy.model.embedded import digits_images
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.runners.network import Network, TensorSpec
-from van_deploy.serve import intake
 from van_deploy.serve.app import return_large_blocks
 from van_deploy.serve.models import Service
-from van_deploy.serve.protocol import encode_response, parse_request
+from van_deploy.serve.requests import RequestError, encode_response, parse_request
 
 triton = pytest.importorskip("tritonclient.http")
 
 BYTES, PLAIN = "van_digits-fp32-uint8", "van_digits-fp32"
 INFER, LIVE = f"/v2/models/{BYTES}/infer", "/v2/health/live"
 ROW, MIB = 64 * 64 * 3, 2**20
-FORM = {"Content-Type": "multipart/form-data; boundary=x"}
-FILE = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a.png"\r\n\r\n'
 HEAD = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -214,9 +210,8 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
     ("/predict", b"", {}, 400, "The request has no image"),
     ("/predict", b"hello", {}, 422, "it is in no known image format"),
     ("/predict", b"P6 30000 30000 255\n", {}, 422, "too large to open safely"),
-    ("/predict", b"x", {"Content-Type": "multipart/form-data"}, 400, "no boundary"),
-    ("/predict", b"--x--", FORM, 400, "has no file"),
-    ("/predict", b"x", {"Content-Encoding": "gzip"}, 415, "without a Content-Encoding"),
+    ("/predict", b"x", {"Content-Type": "multipart/form-data"}, 415, "no form"),
+    ("/predict", b"x", {"Content-Encoding": "gzip"}, 415, "no Content-Encoding"),
     ("/predict", bytes(5 * MIB), {}, 413, "The request is larger than 4,194,304 bytes"),
     *(
         (f"/predict?top={top}", b"x", {}, 400, "it must be a number from 1 to 1000")
@@ -249,7 +244,7 @@ def test_tensors_that_are_no_pixels() -> None:
     ):
         body = tensor(name="x", shape=[1, len(data)], datatype=datatype, data=data)
         tracemalloc.start()
-        with pytest.raises(intake.RequestError, match=message):
+        with pytest.raises(RequestError, match=message):
             parse_request(body, len(body), TensorSpec("x", dtype, (len(data),)), [], 1)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -313,7 +308,7 @@ def test_an_image_gets_the_golden_answer_and_the_page_its_policy(
     np.testing.assert_allclose(found, [c.probability for c in top], atol=1e-5)
     assert answer["pytorch"]["largest_difference"] < 1e-5
     np.testing.assert_allclose(answer["pytorch"]["beside"], found, atol=1e-5)
-    status, answer, _ = ask(server, "/predict?top=1", FILE + image + b"\r\n--x--\r\n", FORM)
+    status, answer, _ = ask(server, f"/predict?top=1&model={PLAIN}", image)
     assert (status, [c["index"] for c in answer["top"]]) == (200, [top[0].index])
     status, answer, _ = ask(server, "/predict", image[: len(image) // 2])
     assert (status, "cannot be read as an image" in answer["error"]) == (422, True)
@@ -322,17 +317,6 @@ def test_an_image_gets_the_golden_answer_and_the_page_its_policy(
     assert "unsafe-inline" not in policy
     for file, kind in (("page.css", "text/css"), ("page.js", "text/javascript")):
         assert ask(server, f"/{file}")[2]["content-type"] == kind
-
-
-@each("shift", range(len(FILE) - 20, len(FILE) + 8))
-def test_the_file_of_a_form_is_found_among_fields_and_across_pieces(shift: int) -> None:
-    content = bytes(2 * intake.WINDOW - len(FILE) + shift)
-    body = FILE + content + b"\r\n--x--\r\n"
-    assert intake.file_of_form(body, "multipart/form-data; boundary=x") == content
-    field = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n1\r\n'
-    file = b'--x\r\ncontent-disposition: form-data; name="f"; FileName="a"\r\n\r\n\r\n-x--y\r\n'
-    kind = 'multipart/form-data; charset=utf-8; boundary="x"'
-    assert intake.file_of_form(field + file + b"--x--\r\n", kind) == b"\r\n-x--y"
 
 
 @each(
@@ -432,13 +416,8 @@ def test_a_full_queue_is_429_whatever_the_route_and_what_waits_is_answered(
         gate.set()
         assert sorted(f.result(30)[0] for f in asked) == [200, 200, 429, 429, 429, 429]
         gate.clear()
-
-        def held(*_: object) -> dict[str, Any]:
-            gate.wait(30)
-            return {"skipped": "not asked"}
-
-        server.service._ask_pytorch = held  # type: ignore
         until(lambda: queue.used == 0)
+        server.service._ask_pytorch = lambda *_: {"held": gate.wait(30)}  # type: ignore
         asked = [pool.submit(ask, server, "/predict?compare=1", image) for _ in range(20)]
         until(lambda: sum(future.done() for future in asked) == 4)
         refused, answer, headers = ask(server, "/predict", image)
@@ -450,7 +429,7 @@ def test_a_full_queue_is_429_whatever_the_route_and_what_waits_is_answered(
 
 def test_two_idle_instances_share_what_waits(digits: Bundle, pixels: Any) -> None:
     with pytest.raises(UsageError, match="A queue of 15 images cannot fill 2 x 8 images"):
-        Service(digits, ServiceSettings(queue_limit=15, instances=2)).load()
+        Service(digits, ServiceSettings(queue_limit=15, instances=2))
     both, given, sizes = threading.Barrier(2, timeout=30), an_input(pixels[:2]), list[int]()
     settings: dict[str, Any] = {"instances": 2, "max_delay_ms": 500}
     with serving(digits, artefacts=("fp32-uint8",), **settings) as server:
@@ -551,32 +530,18 @@ def test_only_the_page_and_health_are_open_without_a_key(
         assert ask(server, "/predict", image, {"Authorization": f"Bearer {key}"})[0] == 200
 
 
-@each(
-    ("content", "message"),
-    [
-        (None, "cannot be read: [Errno 2]"),
-        (b"two words", "holds no key"),
-        (b"\xff", "cannot be read: 'utf-8' codec"),
-        ("", "'VAN_DEPLOY_API_KEY' holds no key"),  # in the environment
-    ],
-)
-def test_a_file_without_a_key_is_refused(
-    digits: Bundle,
-    tmp_path: Path,
-    cli: Cli,
-    monkeypatch: pytest.MonkeyPatch,
-    content: bytes | str | None,
-    message: str,
-) -> None:
-    words = ["--api-key-file", str(tmp_path / "key")]
-    if isinstance(content, str):
-        monkeypatch.setenv("VAN_DEPLOY_API_KEY", content)
-        words = []
-    elif content is not None:
-        (tmp_path / "key").write_bytes(content)
-    result = cli("serve", digits.path, "--port", "0", *words)
-    assert result.exit_code == 2
-    assert message in " ".join(result.stderr.split())
+def test_what_is_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "key"
+    settings = ServiceSettings(api_key_file=file)
+    with pytest.raises(UsageError, match="cannot be read"):
+        settings.api_key()
+    for content, message in ((b"two words", "holds no key"), (b"\xff", "cannot be read")):
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match=message):
+            settings.api_key()
+    monkeypatch.setenv("VAN_DEPLOY_API_KEY", "")
+    with pytest.raises(UsageError, match="'VAN_DEPLOY_API_KEY' holds no key"):
+        ServiceSettings().api_key()
 
 
 def test_many_clients_none_lost_none_wrong_and_batches_are_filled(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
-from van_deploy.data import open_image
+from van_deploy.data.images import open_image
 from van_deploy.model.pixels import pixels_from_image
 from van_deploy.runners.network import Network
 

@@ -30,12 +30,12 @@ from tests.serve.conftest import PlanMaker, Running, top5_of
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions
-from van_deploy.data import open_image
+from van_deploy.data.images import open_image
 from van_deploy.errors import ConversionError, InputError, UsageError
 from van_deploy.model.pixels import pixels_from_image
 from van_deploy.runners.network import Network
 from van_deploy.serve.package import check_package, client_of, write_environment
-from van_deploy.serve.triton import Release, TritonModel, known_releases, triton_models
+from van_deploy.serve.triton import TritonModel, loads, preferred_batches, releases, triton_models
 
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
@@ -131,6 +131,15 @@ def test_plans_are_one_model_with_all_profiles_and_a_cuda_graph_for_a_static_one
     assert "parameters" not in config
 
 
+def test_preferred_sizes_come_from_the_benchmark(digits: Bundle) -> None:
+    rates = {1: 100.0, 2: 150.0, 4: 195.0, 8: 200.0}
+    rows = [{"contender": "ort-cpu/fp32", "batch": n, "images_per_s": r} for n, r in rates.items()]
+    rows.append({"contender": "ort-cpu/int8", "batch": 1, "images_per_s": 9e9})
+    checks = {**digits.manifest.checks, "bench": {"rows": rows}}
+    measured = Bundle(digits.path, digits.manifest.model_copy(update={"checks": checks}))
+    assert preferred_batches(Network(measured, "fp32-uint8")) == [4, 8]
+
+
 def test_plans_that_triton_could_not_serve_are_refused(
     with_plans: PlanMaker, tmp_path: Path
 ) -> None:
@@ -185,10 +194,15 @@ def test_what_the_command_refuses(
 
 
 def test_the_release_is_the_newest_that_loads_the_models(
-    written: Written, digits: Bundle, with_plans: PlanMaker, tmp_path: Path, cli: Cli
+    written: Written,
+    digits: Bundle,
+    with_plans: PlanMaker,
+    tmp_path: Path,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (compose,) = yaml_of(written(digits), "compose.yaml")
-    newest = next(iter(known_releases()))
+    newest = next(iter(releases()["releases"]))
     assert compose["services"]["triton"]["image"] == f"nvcr.io/nvidia/tritonserver:{newest}-py3"
     plan = with_plans(backend_version="10.6.0.26")
     (kserve,) = yaml_of(written(plan, "plan-sm_89"), "kserve.yaml")
@@ -200,9 +214,9 @@ def test_the_release_is_the_newest_that_loads_the_models(
     assert (result.exit_code, release["outcome"]) == (0, None)
     assert release["detail"].startswith("not checked: no table here says which ONNX Runtime")
     (model,) = triton_models(digits, ["fp32-uint8"])  # of opset 20 and IR version 9
-    for opset, ir_version, loads in ((20, 9, True), (19, 9, False), (20, 8, False)):
-        asked = Release("x", onnxruntime="1", opset=opset, ir_version=ir_version)
-        assert asked.judged(model)[0] is loads
+    for newest_loaded, fits in (((20, 9), True), ((19, 9), False), ((20, 8), False)):
+        monkeypatch.setitem(releases()["onnx"], "1.27", newest_loaded)
+        assert loads("26.07", model)[0] is fits
 
 
 def test_the_python_backend_brings_its_onnx_runtime(
@@ -262,8 +276,8 @@ def test_the_command_packages_and_notices_what_was_changed_since(
     model = onnx.load(copy.path / "model.uint8.onnx")
     model.doc_string = "another one"
     put(copy, "fp32-uint8", "fp32", model, embedded="uint8")
-    detail = "model.onnx: made anew in the bundle since"
-    assert failed(Bundle.open(copy.path)) == {f"{NAME}: artefact": detail}
+    detail = "made anew in the bundle since"
+    assert failed(Bundle.open(copy.path)) == {"artefact fp32-uint8": detail}
     other = Bundle(digits.path, digits.manifest.model_copy(update={"name": "other"}))
     with pytest.raises(InputError, match="was made from 'van_digits', not from 'other'"):
         check_package(package, other)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.each import each
 
-ROOT = Path(__file__).parents[2]
 OPTIONAL = (
     *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray", "cryptography"),
     *("uvicorn", "prometheus_client", "tritonclient", "sklearn", "skimage", "scipy"),
@@ -26,13 +26,6 @@ OPTIONAL = (
 ABSENT = """
 import importlib, json, os, pkgutil, sys, traceback
 import numpy, onnx, onnxscript, timm, torch, torchvision, typer, rich.table, huggingface_hub
-
-for package in json.loads(sys.argv[1]):
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        pass
-
 from typer.testing import CliRunner
 
 class Absent:
@@ -59,32 +52,24 @@ def tried(package):
 wrong = {}
 for package in json.loads(sys.argv[1]):
     read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
+    if os.fork() == 0:
         try:
             tried(package)
         except BaseException:
             os.write(write, traceback.format_exc()[-2000:].encode())
         os._exit(0)
     os.close(write)
-    said = b"".join(iter(lambda: os.read(read, 4096), b""))
-    os.close(read)
-    _, status = os.waitpid(child, 0)
-    if said or status:
-        wrong[package] = f"{status} {said.decode()}"
+    said = os.fdopen(read).read()
+    if said or os.wait()[1]:
+        wrong[package] = said
 print(json.dumps(wrong))
 """
 
 
 @pytest.mark.slow
 def test_it_starts_without_each_optional_package() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ABSENT, json.dumps(OPTIONAL)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    words = [sys.executable, "-W", "ignore", "-c", ABSENT, json.dumps(OPTIONAL)]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
     assert ran.stdout, ran.stderr
     assert json.loads(ran.stdout.splitlines()[-1]) == {}
 
@@ -97,18 +82,14 @@ import os, pwd, sys
 
 INSTALLED = os.path.realpath(os.environ["INSTALLED"])
 
-
 def _nobody(*_):
     raise KeyError("getpwuid(): uid not found")
 
-
 pwd.getpwuid = _nobody
-
 
 def _read_only(event, details):
     if event == "open":
-        path, mode, flags = details
-        writing = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        path, writing = details[0], details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate"):
         path, writing = details[0], True
     else:
@@ -117,109 +98,74 @@ def _read_only(event, details):
         if os.path.realpath(os.fsdecode(path)).startswith(INSTALLED + os.sep):
             raise OSError(30, "Read-only file system", os.fsdecode(path))
 
-
 sys.addaudithook(_read_only)
 """
 
-
-@pytest.fixture(scope="module")
-def installed(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the package as a wheel installs it."""
-    target = tmp_path_factory.mktemp("site")
-    wheel.extractall(target)
-    return target
+LOCALES = {
+    "ascii": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
+    "latin-1": {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1"},
+    "utf-8": {"LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"},
+}
 
 
-class Elsewhere:
-    """Runs the installed program in a folder whose name is awkward."""
+@pytest.mark.slow
+def test_names_of_any_language_in_any_locale(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """The bundle is made in the plain C locale; all names are non-ASCII."""
+    installed, hooks, folder = (tmp_path / name for name in ("site", "hooks", "Bänder 文件"))
+    wheel.extractall(installed)
+    hooks.mkdir()
+    folder.mkdir()
+    (hooks / "sitecustomize.py").write_text(HOOK)
+    kept = ("PATH", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    environment |= {"PYTHONPATH": f"{hooks}{os.pathsep}{installed}", "INSTALLED": str(installed)}
 
-    def __init__(self, installed: Path, folder: Path) -> None:
-        self.installed, self.folder = installed, folder
-        self.hooks = folder.parent / "hooks"
-        self.hooks.mkdir()
-        (self.hooks / "sitecustomize.py").write_text(HOOK)
-
-    def run(self, *words: str, **extra: str) -> subprocess.CompletedProcess[str]:
-        kept = ("PATH", "OMP_NUM_THREADS", "SYSTEMROOT", "LD_LIBRARY_PATH")
-        environment = {name: os.environ[name] for name in kept if name in os.environ}
+    def run(locale: str, *words: str, code: int = 0) -> str:
         ran = subprocess.run(
             [sys.executable, "-m", "van_deploy", *words],
-            cwd=self.folder,
-            env={
-                **environment,
-                "PYTHONPATH": os.pathsep.join([str(self.hooks), str(self.installed)]),
-                "INSTALLED": str(self.installed),
-                **extra,
-            },
+            cwd=folder,
+            env={**environment, "PYTHONUTF8": "0", **LOCALES[locale]},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,
         )
-        text = [stream.decode("utf-8", "replace") for stream in (ran.stdout, ran.stderr)]
-        assert "Traceback" not in text[1], text[1]
-        return subprocess.CompletedProcess(ran.args, ran.returncode, *text)
+        told = ran.stderr.decode("utf-8", "replace")
+        assert (ran.returncode, "Traceback" in told) == (code, False), told
+        return ran.stdout.decode("utf-8", "replace") if not code else told
 
-
-ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
-LATIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "latin-1"}
-UTF8 = {"LC_ALL": "C.UTF-8"}
-
-
-@pytest.fixture(scope="module")
-def elsewhere(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Elsewhere:
-    """Return the program, with a bundle made in the plain C locale, all names non-ASCII."""
-    folder = tmp_path_factory.mktemp("away") / "Bücher und Bänder 文件"
-    folder.mkdir()
-    away = Elsewhere(installed, folder)
-    made = away.run("export", "van_digits", "--output", "mein Bündel 一", **ASCII)
-    assert made.returncode == 0, made.stderr
-    assert str(installed) in away.run("info", "van_digits", "--json", **UTF8).stdout
-    shutil.copy(folder / "mein Bündel 一/golden/0.png", folder / "Größe eins.png")
-    return away
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("locale", [ASCII, LATIN, UTF8], ids=["ascii", "latin-1", "utf-8"])
-def test_names_of_any_language_in_any_locale(elsewhere: Elsewhere, locale: dict[str, str]) -> None:
     bundle = "mein Bündel 一"
-    commands: list[tuple[str, ...]] = [
-        ("info", bundle, "--json"),
-        ("predict", bundle, "Größe eins.png", "--json"),
-    ]
-    if locale is not LATIN:  # the two extremes are tried; these write files and take longer
-        commands.append(("package", "triton", bundle, "-o", "Triton für alle"))
-        commands.append(("report", bundle, "-o", "Bericht ½ eins.html"))
-    for words in commands:
-        ran = elsewhere.run(*words, **locale)
-        assert ran.returncode == 0, ran.stderr
-        if "--json" in words and locale is not LATIN:
-            assert json.loads(ran.stdout)
-    missing = elsewhere.run("predict", bundle, "es gibt ½ nichts.png", **locale)
-    assert (missing.returncode, missing.stdout) == (5, "")
-    assert missing.stderr.startswith("error: ")
-    assert not list(elsewhere.installed.rglob("*.pyc")), "something was written"
+    run("ascii", "export", "van_digits", "--output", bundle)
+    shutil.copy(folder / bundle / "golden/0.png", folder / "Größe eins.png")
+    for locale in LOCALES:
+        for words in (("info", bundle), ("predict", bundle, "Größe eins.png")):
+            said = run(locale, *words, "--json")
+            assert locale == "latin-1" or json.loads(said)
+        assert run(locale, "predict", bundle, "½ nichts.png", code=5).startswith("error: ")
+    run("ascii", "package", "triton", bundle, "-o", "Triton für alle")
+    run("utf-8", "report", bundle, "-o", "Bericht ½ eins.html")
+    assert str(installed) in run("utf-8", "info", "van_digits", "--json")
+    assert not list(installed.rglob("*.pyc")), "something was written"
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    at = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = ["sh", "-c", command]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=at, check=False)
 
 
 @each("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
 def test_closed_streams(closed: str) -> None:
     """A service, or a shell, may start a program without them."""
-    command = f"{sys.executable} -m van_deploy report nosuch {closed}"
-    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    ran = shell(f"{sys.executable} -m van_deploy report nosuch {closed}")
     assert ran.returncode == 5
-    assert "Traceback" not in ran.stderr
     assert ran.stderr == "" if "2>" in closed else ran.stderr.startswith("error: There is no ")
 
 
 def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
-    command = f"mkdir {gone}; cd {gone}; rmdir {gone}; {sys.executable} -m van_deploy list"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment)
+    ran = shell(f"mkdir {gone}; cd {gone}; rmdir {gone}; {sys.executable} -m van_deploy list")
     assert ran.returncode == 5
     assert ran.stderr.startswith("error: The working folder cannot be used: ")
-
-
-# --- Python versions -------------------------------------------------------------------------
 
 
 def test_the_sources_parse_as_python_3_10() -> None:

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
-import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
-from van_deploy.bench.ceilings import Ceilings
-from van_deploy.bench.contender import Contender, Skipped
+import numpy as np
+import psutil
+
 from van_deploy.bench.contenders import REFERENCE, chosen, contenders_of, gpu_answers, resized
-from van_deploy.bench.document import SCHEMA, BenchReport, Best, BestUnder, Seconds, Subject
-from van_deploy.bench.lane import Lane
-from van_deploy.bench.machine import Watch, busy_cores, machine_here, warnings_of
-from van_deploy.bench.on_gpu import gpu_row, int8_not_worth_it, with_ratios
-from van_deploy.bench.process import KEEP_MEMORY, WorkerError, WorkerProcess
-from van_deploy.bench.profile import ProfileLine
-from van_deploy.bench.race import Progress, Race
+from van_deploy.bench.document import SCHEMA, BenchReport, Ceilings, Contender, Machine, Row
+from van_deploy.bench.gpu import int8_not_worth_it, with_ratios
+from van_deploy.bench.race import Race
 from van_deploy.bench.roofline import measured_limits
-from van_deploy.bench.timing import Loading, Row
+from van_deploy.bench.worker import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
-from van_deploy.config.sizes import ImageSize
-from van_deploy.environment.hardware import cpu, nvidia_driver
+from van_deploy.data.samples import check_images
+from van_deploy.environment.hardware import cpu, memory, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
 from van_deploy.runners.base import CudaOptions, gpu_index
 from van_deploy.runners.cuda import no_device
+from van_deploy.runners.network import network_input
+from van_deploy.stopwatch import Progress, silent
 
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes tried under a latency limit, as far as the bundle's range goes."""
@@ -42,10 +42,15 @@ VARIABLES = (
     *("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "MKL_", "KMP_", "OPENBLAS_"),
     *("CUDA_", "TORCH", "ORT_", "OPENVINO_", "OV_"),
 )
+OTHER_LOAD_LIMIT = 0.1
+"""Share of the cores this process may use that others may keep busy before it is said."""
+
+CV_LIMIT_PERCENT = 2.5
+"""Coefficient of variation above which trtexec, too, calls its timings unstable."""
 
 
 def benchmark_bundle(
-    bundle: Bundle, settings: BenchSettings, *, progress: Progress | None = None
+    bundle: Bundle, settings: BenchSettings, *, progress: Progress = silent
 ) -> BenchReport:
     """Return how fast each artifact of ``bundle`` is in each runtime of a device.
 
@@ -55,169 +60,58 @@ def benchmark_bundle(
         MissingDependency: there is no GPU, or a runner was asked for by name and cannot start.
         ConversionError: not one contender could be timed.
     """
-    say, device = progress or (lambda _: None), settings.device
-    device = device or ("cuda:0" if gpu_answers() else "cpu")
+    start, watch = time.perf_counter(), Watch()
+    device = settings.device or ("cuda:0" if gpu_answers() else "cpu")
     _require_gpu(device, settings.streams)
     cuda = CudaOptions(False, settings.tf32, settings.conv_search, settings.fuse_conv_bias)
-    entries = chosen(contenders_of(bundle, device, cuda), settings.runners)
-    contenders = [entry for entry in entries if isinstance(entry, Contender)]
-    settings = _completed(settings, device, bundle, contenders)
-    cores, manifest = cpu().cores_allowed, bundle.manifest
-    threads = settings.threads or cores
-    start, busy = time.perf_counter(), busy_cores()
-    ceilings = _ceilings(threads, device, say) if settings.roofline else None
-    watch, run = Watch(cores), _Run(bundle, settings, threads, say)
-    for size in settings.image_sizes or (manifest.preprocessing.image_size,):
-        with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
-            run.at(size, contenders, Path(folder))
-    reference = settings.reference if any(row.ratio for row in run.rows) else None
-    if device != "cpu":
-        reference, run.rows = with_ratios(run.rows, contenders, settings.reference)
-    rows, during = run.rows, watch.report()
-    if not any(row.latency for row in rows):
-        reasons = sorted({f"{row.contender}: {row.error}" for row in rows})
-        raise ConversionError(
-            f"Not one runner could be timed: {'; '.join(reasons) or 'there is none here'}.",
-            "See `van-deploy doctor` for what is missing.",
-        )
+    contenders, skipped = chosen(contenders_of(bundle, device, cuda), settings.runners)
+    settings = _completed(settings.changed(device=device), bundle, list(contenders))
+    ceilings = _ceilings(settings, progress) if settings.roofline else None
+    measured = _measured(bundle, list(contenders.values()), settings, progress)
+    rows, manifest = measured["rows"], bundle.manifest
+    of = (manifest.architecture, list(contenders.values()), rows)
+    machine = watch.machine()
     variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)}
-    limits = measured_limits(manifest.architecture, contenders, rows, ceilings)
-    int8 = int8_not_worth_it(rows, contenders) if device != "cpu" else []
+    timed_ms = sum(row.latency.calls * row.latency.mean_ms for row in rows if row.latency)
+    said = (*warnings_of(rows, settings, machine), *measured.pop("warnings"))
     return BenchReport(
         schema=SCHEMA,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=bundle.name,
-        subject=Subject(str(bundle.path), manifest.parameters, manifest.weights, manifest.batch),
+        weights=manifest.weights,
         settings=settings,
-        device=device,
-        threads=threads,
-        images=run.images,
-        machine=machine_here(),
-        python=platform.python_version(),
+        machine=machine,
         versions=tool_versions(*RUNTIMES),
         environment={**KEEP_MEMORY, **variables},
-        contenders={contender.name: contender for contender in contenders},
-        reference=reference,
-        rows=tuple(rows),
-        skipped=tuple(entry for entry in entries if isinstance(entry, Skipped)),
-        loading=run.loaded,
+        contenders=contenders,
+        skipped=skipped,
         ceilings=ceilings,
-        roofline=limits,
-        profiles=run.profiles,
-        best_under_p99=_best_under(rows, settings.p99_ms),
-        during=during,
-        seconds=Seconds(time.perf_counter() - start, run.timed_s),
-        warnings=(*warnings_of(rows, settings, busy, cores, during), *int8, *run.unprofiled),
+        roofline=measured_limits(*of, ceilings) if ceilings else (),
+        best_under_p99=_best_under(rows, settings),
+        seconds={"wall": time.perf_counter() - start, "timed": timed_ms / 1e3},
+        warnings=said,
+        **measured,
     )
 
 
-class _Run:
-    """The contenders timed at one image size after the other, and what that came to.
+class Watch:
+    """Tells, of the time since it was made, what others used of the processor."""
 
-    Attributes:
-        rows: of all contenders, batches and sizes.
-        loaded: what loading took, by name.
-        profiles: by name, where they were asked for.
-        unprofiled: whose time is not known, and why.
-        timed_s: seconds of timed calls.
-        images: what they are, in words.
-    """
+    def __init__(self) -> None:
+        psutil.cpu_percent()  # from here on it says what was used since it was last asked
+        self._wall, self._own = time.perf_counter(), sum(os.times()[:4])
 
-    def __init__(
-        self, bundle: Bundle, settings: BenchSettings, threads: int, say: Progress
-    ) -> None:
-        self.rows: list[Row] = []
-        self.loaded: dict[str, Loading] = {}
-        self.profiles: dict[str, tuple[ProfileLine, ...]] = {}
-        self.unprofiled: list[str] = []
-        self.timed_s, self.images = 0.0, ""
-        self._bundle, self._settings, self._threads, self._say = bundle, settings, threads, say
+    def machine(self) -> Machine:
+        """Return the machine, and the load since the start.
 
-    def at(self, size: ImageSize, contenders: Sequence[Contender], folder: Path) -> None:
-        """Time the contenders at one image size; ``folder`` is for images and graphs of it."""
-        import numpy as np
-
-        from van_deploy.data import check_images
-        from van_deploy.runners.network import network_input
-
-        preprocessing = self._bundle.manifest.preprocessing
-        at_size = preprocessing.override(image_size=size)
-        checked = check_images(self._bundle.name, at_size, max(self._settings.batches))
-        self.images = checked.description
-        for embedded in {contender.embedded for contender in contenders}:
-            given = network_input(checked.values, embedded, at_size)
-            np.save(folder / f"{embedded}.npy", given)
-        if size != preprocessing.image_size:
-            contenders = [resized(contender, size, folder) for contender in contenders]
-        if self._settings.device == "cpu":
-            self._race(size, contenders, folder)
-        else:
-            self._on_gpu(size, contenders, folder)
-
-    def _race(self, size: ImageSize, contenders: Sequence[Contender], images: Path) -> None:
-        """Race all contenders; under a latency limit the slow ones drop out."""
-        settings, running = self._settings, None
-        with Race(contenders, self._threads, streams=settings.streams, progress=self._say) as race:
-            for batch in sorted(set(settings.batches)):
-                given = (images, batch, size, settings.budget, settings.reference, running)
-                rows = race.run(*given)
-                self.rows += rows
-                self.timed_s += sum(lane.timed_s for lane in race.lanes)
-                running = {row.contender for row in rows if _keeps(row, settings.p99_ms)}
-                if not running:
-                    break
-            for lane in race.lanes:
-                self._add(lane)
-
-    def _on_gpu(self, size: ImageSize, contenders: Sequence[Contender], images: Path) -> None:
-        """Time one contender after the other, each at every batch size.
-
-        Under a latency limit larger batches are not tried once one is too slow.
+        What this process and the children it has waited for used is not "others".
         """
-        settings = self._settings
-        for contender in contenders:
-            self._say(f"Loading {contender.name}")
-            with WorkerProcess(1) as process:
-                lane = Lane(contender)
-                lane.load(process, 1)
-                for batch in sorted(set(settings.batches)):
-                    self._say(f"Batch {batch}: {contender.name}")
-                    row = gpu_row(lane, images, batch, size, settings.budget)
-                    self.rows.append(row)
-                    if row.latency and not _keeps(row, settings.p99_ms):
-                        break
-                self._add(lane)
-
-    def _add(self, lane: Lane) -> None:
-        """Take over what a contender's process says besides its rows."""
-        if lane.loaded is None:
-            return
-        self.loaded[lane.contender.name], lane.failure = lane.loaded, None
-        if not self._settings.profile:
-            return
-        if lines := lane.ask("profile"):
-            self.profiles[lane.contender.name] = tuple(lines)
-        elif lane.failure is not None:
-            self.unprofiled.append(f"{lane.contender.name} was not profiled: {lane.failure}")
-
-
-def _completed(
-    settings: BenchSettings, device: str, bundle: Bundle, contenders: Sequence[Contender]
-) -> BenchSettings:
-    """Return settings with the device, the batches to sweep, and a reference that runs."""
-    settings = settings.changed(device=device)
-    if settings.p99_ms is not None:
-        largest = max(1, bundle.manifest.batch.max)
-        settings = settings.changed(batches=tuple(b for b in SWEEP if b <= largest))
-    names = [contender.name for contender in contenders]
-    if settings.reference in names or not names:
-        return settings
-    if settings.reference != REFERENCE:
-        raise UsageError(
-            f"The reference '{settings.reference}' is not among the runners.",
-            f"Choose one of: {', '.join(names)}.",
-        )
-    return settings.changed(reference=names[0])
+        own = (sum(os.times()[:4]) - self._own) / (time.perf_counter() - self._wall)
+        other = max(0.0, psutil.cpu_percent() / 100 * (psutil.cpu_count() or 1) - own)
+        here, driver = cpu(), nvidia_driver()
+        gpus, version = (driver.gpus, driver.version) if driver else ((), None)
+        under_load = other > OTHER_LOAD_LIMIT * here.cores_allowed
+        return Machine(here, memory().total_bytes, gpus, version, other, under_load)
 
 
 def _require_gpu(device: str, streams: int) -> None:
@@ -239,29 +133,130 @@ def _require_gpu(device: str, streams: int) -> None:
         raise no_device(index, len(driver.gpus))
 
 
-def _keeps(row: Row, p99_ms: float | None) -> bool:
-    """Return whether a row's latency keeps the limit; without a limit any row does."""
-    return p99_ms is None or (row.latency is not None and row.latency.p99_ms <= p99_ms)
+def _completed(settings: BenchSettings, bundle: Bundle, names: Sequence[str]) -> BenchSettings:
+    """Return settings with the threads, the batches to sweep, and a reference that runs."""
+    settings = settings.changed(
+        threads=settings.threads or (cpu().cores_allowed if settings.device == "cpu" else 1)
+    )
+    if settings.p99_ms is not None:
+        largest = max(1, bundle.manifest.batch.max)
+        settings = settings.changed(batches=tuple(b for b in SWEEP if b <= largest))
+    if settings.reference in names or not names:
+        return settings
+    if settings.reference != REFERENCE:
+        raise UsageError(
+            f"The reference '{settings.reference}' is not among the runners.",
+            f"Choose one of: {', '.join(names)}.",
+        )
+    return settings.changed(reference=names[0])
 
 
-def _best_under(rows: Sequence[Row], p99_ms: float | None) -> BestUnder | None:
-    """Return each contender's batch of most images a second under the limit, None for none."""
-    if p99_ms is None:
-        return None
-    best: dict[str, Best | None] = dict.fromkeys(row.contender for row in rows)
-    for row in sorted(rows, key=lambda row: row.images_per_s or 0.0):
-        if row.latency and row.images_per_s and _keeps(row, p99_ms):
-            best[row.contender] = Best(row.batch, row.latency.p99_ms, row.images_per_s)
-    return BestUnder(p99_ms, best)
-
-
-def _ceilings(threads: int, device: str, say: Progress) -> Ceilings | None:
+def _ceilings(settings: BenchSettings, say: Progress) -> Ceilings | None:
     """Return the device's measured limits, from a process of their own."""
     say("Measuring what the device can do")
     try:
-        with WorkerProcess(threads) as process:
-            given = {"threads": threads, "seconds": 0.5, "device": device}
+        with WorkerProcess(settings.threads or 1) as process:
+            given = {"device": settings.device, "threads": settings.threads}
             ceilings: Ceilings = process.ask("ceilings", **given)
             return ceilings
     except WorkerError:
         return None  # the figures stand without it; the report says there is no roofline
+
+
+def _measured(
+    bundle: Bundle, contenders: Sequence[Contender], settings: BenchSettings, say: Progress
+) -> dict[str, Any]:
+    """Time the contenders; return the report's images, rows, reference, profiles and warnings.
+
+    On a CPU all of them race, on a GPU one comes after the other.
+
+    Raises:
+        ConversionError: not one could be timed.
+    """
+    rows, profiles, warnings, own = list[Row](), {}, list[str](), bundle.manifest.preprocessing
+    for size in settings.image_sizes or (own.image_size,):
+        preprocessing = own.override(image_size=size)
+        with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
+            folder, sized = Path(name), contenders
+            images = check_images(bundle.name, preprocessing, max(settings.batches))
+            for kind in {contender.embedded for contender in contenders}:
+                np.save(folder / f"{kind}.npy", network_input(images.values, kind, preprocessing))
+            if size != own.image_size:
+                sized = [resized(contender, size, folder) for contender in contenders]
+            for group in [sized] if settings.device == "cpu" else [[one] for one in sized]:
+                with Race(group, settings, folder, size, say) as race:
+                    rows += _swept(race, settings)
+                    for lane in race.lanes if settings.profile else ():
+                        if lines := lane.profile():
+                            profiles[lane.contender.name] = lines
+                        elif lane.load_s:
+                            warnings.append(
+                                f"{lane.contender.name} was not profiled: {lane.failure}"
+                            )
+    if not any(row.latency for row in rows):
+        reasons = sorted({f"{row.contender}: {row.error}" for row in rows})
+        raise ConversionError(
+            f"Not one runner could be timed: {'; '.join(reasons) or 'there is none here'}.",
+            "See `van-deploy doctor` for what is missing.",
+        )
+    reference = settings.reference if any(row.ratio for row in rows) else None
+    if settings.device != "cpu":
+        reference, rows = with_ratios(rows, contenders, settings.reference)
+        warnings += int8_not_worth_it(rows, contenders)
+    given = {"images": images.description, "rows": tuple(rows), "profiles": profiles}
+    return {**given, "reference": reference, "warnings": warnings}
+
+
+def _swept(race: Race, settings: BenchSettings) -> list[Row]:
+    """Return the rows of every batch size; who is too slow for the limit drops out."""
+    rows, running = list[Row](), {lane.contender.name for lane in race.lanes}
+    for batch in sorted(set(settings.batches)):
+        rows += race.run(batch, running) if running else []
+        running -= {row.contender for row in rows if row.latency and not _keeps(row, settings)}
+    return rows
+
+
+def _keeps(row: Row, settings: BenchSettings) -> bool:
+    """Return whether a row has a latency, and that keeps the limit where there is one."""
+    return row.latency is not None and row.latency.p99_ms <= (settings.p99_ms or math.inf)
+
+
+def _best_under(rows: Sequence[Row], settings: BenchSettings) -> dict[str, Row | None] | None:
+    """Return each contender's row of most images a second under the limit, None for none."""
+    best: dict[str, Row | None] = dict.fromkeys(row.contender for row in rows)
+    for row in sorted(rows, key=lambda row: row.images_per_s or 0.0):
+        if _keeps(row, settings):
+            best[row.contender] = row
+    return None if settings.p99_ms is None else best
+
+
+def warnings_of(rows: Sequence[Row], settings: BenchSettings, machine: Machine) -> Iterator[str]:
+    """Yield what to keep in mind: load, heat, variation, unsettled ratios."""
+    if slowed := [row.throttled for row in rows if row.throttled]:
+        reasons = ", ".join(sorted({reason for why in slowed for reason in why}))
+        yield f"the GPU was slowed down in {len(slowed)} of {len(rows)} rows: {reasons}"
+    if settings.device != "cpu":
+        return
+    if machine.under_load:
+        yield (
+            f"other work kept {machine.other_load_cores:.1f} of {machine.cpu.cores_allowed} cores "
+            "busy while this ran; latencies are too long, ratios less so"
+        )
+    spread = {
+        f"{row.contender} at batch {row.batch}": row.latency.cv_percent
+        for row in rows
+        if row.latency and row.latency.cv_percent > CV_LIMIT_PERCENT
+    }
+    if spread:
+        worst = max(spread, key=spread.__getitem__)
+        yield (
+            f"{len(spread)} of {len(rows)} rows vary by more than {CV_LIMIT_PERCENT} % from call "
+            f"to call (most: {worst}, {spread[worst]:.0f} %)"
+        )
+    settled = [row.settled for row in rows if row.settled is not None]
+    if loose := settled.count(False):
+        yield (
+            f"{loose} of {len(settled)} ratios did not settle within "
+            f"{settings.budget.tolerance_percent:g} % over quiet rounds before their time was up; "
+            "a longer --limit gives them more"
+        )

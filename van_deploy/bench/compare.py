@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from van_deploy.bench.document import Agreement, BenchReport, Change
-from van_deploy.bench.timing import Ratio, Row
-from van_deploy.config.sizes import ImageSize
+from van_deploy.bench.document import BenchReport, Change, Ratio
 from van_deploy.errors import UsageError
 
 AGREE_WITHIN_PERCENT = 5.0
@@ -28,77 +25,36 @@ def compared(old: BenchReport, new: BenchReport) -> BenchReport:
                 f"The two benchmarks cannot be compared: {what} was {before}, now it is {after}.",
                 "Measure both on the same machine, with the same settings.",
             )
-    rows = {_key(row): row for row in old.measured}
-    changes = tuple(
-        _change(rows[_key(row)], row, old, new) for row in new.measured if _key(row) in rows
-    )
+    rows = {(row.contender, row.batch, row.image_size): row for row in old.rows if row.latency}
+    changes = []
+    for row in new.rows:
+        before = rows.get((row.contender, row.batch, row.image_size))
+        if before and before.latency and row.latency:
+            percent, left_open = _ratio_change(before.ratio, row.ratio)
+            moved = abs(percent or 0.0) > max(AGREE_WITHIN_PERCENT, left_open or 0.0)
+            files = {report.contenders[row.contender].sha256 for report in (old, new)}
+            place = (row.contender, row.batch, row.image_size)
+            times = (before.latency.p50_ms, row.latency.p50_ms)
+            changes.append(Change(*place, *times, percent, left_open, moved, len(files) == 1))
     if not changes:
         raise UsageError(
             "The two benchmarks have no row in common.",
             "Measure the same runners at the same batch sizes.",
         )
-    return new.model_copy(update={"changes": changes, "agreement": _agreement(changes)})
-
-
-def _agreement(changes: Sequence[Change]) -> Agreement:
-    """Return in how many ratios two runs agree."""
-    known = [
-        (abs(c.ratio_change_percent), c)
-        for c in changes
-        if c.ratio_change_percent is not None and c.ratio_after != 1.0
-    ]
-    worst = max(known, key=lambda pair: pair[0])[1] if known else None
-    moved = tuple(_named(change) for _, change in known if change.moved)
-    within = sum(percent <= AGREE_WITHIN_PERCENT for percent, _ in known)
-    return Agreement(
-        within_percent=AGREE_WITHIN_PERCENT,
-        ratios=len(known),
-        within=within,
-        open=len(known) - within - len(moved),
-        moved=moved,
-        worst=_named(worst) if worst else None,
-        worst_percent=worst.ratio_change_percent if worst else None,
-    )
-
-
-def _named(change: Change) -> str:
-    return f"{change.contender} at batch {change.batch}, {change.image_size} pixels"
+    return new.model_copy(update={"changes": tuple(changes)})
 
 
 def _comparable(report: BenchReport) -> dict[str, object]:
     """Return what two benchmarks must have in common, by what it is called."""
-    cpu, version = report.machine.cpu, report.versions.get("tensorrt")
+    cpu, settings = report.machine.cpu, report.settings
     gpus = "".join(f", {gpu.name}" for gpu in report.machine.gpus)
-    where = f"{cpu.name}, {cpu.cores_allowed} cores{gpus}"
     return {
-        "the device": where if report.device == "cpu" else f"{report.device} of {where}",
-        "TensorRT's major version": f"TensorRT {version.split('.')[0]}" if version else "none",
-        "the number of threads": report.threads,
-        "the number of streams": report.settings.streams,
+        "the device": f"{settings.device} of {cpu.name}, {cpu.cores_allowed} cores{gpus}",
+        "TensorRT's major version": report.versions.get("tensorrt", "none").partition(".")[0],
+        "the number of threads": settings.threads,
+        "the number of streams": settings.streams,
         "the reference": report.reference,
     }
-
-
-def _key(row: Row) -> tuple[str, int, ImageSize]:
-    return row.contender, row.batch, row.image_size
-
-
-def _change(old: Row, new: Row, old_report: BenchReport, new_report: BenchReport) -> Change:
-    before, after = (row.latency.p50_ms if row.latency else math.nan for row in (old, new))
-    change, left_open = _ratio_change(old.ratio, new.ratio)
-    digests = {report.contenders[new.contender].sha256 for report in (old_report, new_report)}
-    return Change(
-        *_key(new),
-        before_ms=before,
-        after_ms=after,
-        speedup=before / after,
-        ratio_before=old.ratio.median if old.ratio else None,
-        ratio_after=new.ratio.median if new.ratio else None,
-        ratio_change_percent=change,
-        uncertainty_percent=left_open,
-        moved=abs(change or 0.0) > max(AGREE_WITHIN_PERCENT, left_open or 0.0),
-        same_file=len(digests) == 1,
-    )
 
 
 def _ratio_change(old: Ratio | None, new: Ratio | None) -> tuple[float | None, float | None]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.util
-import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.contender import CUDA_GRAPH, Contender, Skipped
+from van_deploy.bench.document import Contender
+from van_deploy.bench.worker import CUDA_GRAPH
 from van_deploy.bundle import Artefact, Bundle
 from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.environment.packages import execution_providers
 from van_deploy.errors import BundleError, MissingDependency, UsageError
+from van_deploy.graph.files import save_onnx
 from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import CUDA
 
@@ -23,12 +24,8 @@ REFERENCE = "pytorch"
 """Eager PyTorch, the network as it came: what ratios are given against on a CPU. Its process
 keeps the memory it frees, as every other's. On a GPU they are against PyTorch's fastest mode."""
 
-GIVES_BACK = "pytorch-default-malloc"
-"""The same with the C library's own settings: what eager PyTorch costs on a CPU untuned."""
-
 PYTORCH = {
     REFERENCE: ("eager", "fp32"),
-    GIVES_BACK: ("eager", "fp32"),
     "pytorch-channels-last": ("channels-last", "fp32"),
     "pytorch-compile": ("compile", "fp32"),
     "pytorch-autocast": ("autocast", "bf16"),
@@ -41,21 +38,21 @@ PYTORCH_ON_GPU = {
 }
 """Mode and precision by name."""
 
-ORT_CUDA: Mapping[str, Mapping[str, Any]] = {
-    "ort-cuda": {},
-    "ort-cuda-nhwc": {"prefer_nhwc": True},
-    "ort-cuda-graph": {"cuda_graph": True},
-}
-"""NCHW, NHWC, and NCHW as one CUDA graph: on an H200 NCHW was the faster layout for van_b0 in
-FP32, TF32 and FP16 at batch 128 (docs/gpu-results.md)."""
-
 Changes = Mapping[str, Any]
-ONNX_ON_CPU: Mapping[str, Changes] = {
+ON_CPU: Mapping[str, Changes] = {
     "ort-cpu": {"runtime": "onnxruntime", "mode": "ort-cpu"},
     "openvino": {"runtime": "openvino"},
     "openvino-bf16": {"runtime": "openvino", "precision": "bf16"},  # of what is not quantised
     "ort-cuda": {},
 }
+ON_CUDA: Mapping[str, Changes] = {
+    "ort-cuda": {},
+    "ort-cuda-nhwc": {"prefer_nhwc": True},
+    "ort-cuda-graph": {"cuda_graph": True},
+}
+"""Of ONNX Runtime: NCHW, NHWC, and NCHW as one CUDA graph: on an H200 NCHW was the faster layout
+for van_b0 in FP32, TF32 and FP16 at batch 128 (docs/gpu-results.md)."""
+
 COMPILED: Mapping[str, Mapping[str, Changes]] = {
     "engine": {
         "tensorrt": {"runtime": "tensorrt"},
@@ -70,7 +67,8 @@ FOR_GPUS = {
     "bf16": "ONNX Runtime has no BF16 convolution for CPUs: the file is for GPUs",
 }
 
-Entry = Contender | Skipped
+Entries = tuple[dict[str, Contender], dict[str, str]]
+"""Contenders by name, and of those that cannot start the reasons, one phrase each."""
 
 
 def gpu_answers() -> bool:
@@ -79,10 +77,8 @@ def gpu_answers() -> bool:
     return driver is not None and bool(driver.gpus)
 
 
-def contenders_of(
-    bundle: Bundle, device: str = "cpu", cuda: CudaOptions | None = None
-) -> list[Entry]:
-    """Return every contender of a bundle on a device, and who cannot start.
+def contenders_of(bundle: Bundle, device: str = "cpu", cuda: CudaOptions | None = None) -> Entries:
+    """Return every contender of a bundle on a device, and why others cannot start.
 
     Args:
         bundle: the digests of its files are checked.
@@ -97,11 +93,19 @@ def contenders_of(
             f"The bundle '{bundle.path}' has no artefact to time.",
             "Make one with `van-deploy export`.",
         )
-    entries = list(_pytorch(bundle, device))
-    on_cuda = {
-        way: {"mode": "ort-cuda", "options": {**asdict(cuda or CudaOptions()), **changes}}
-        for way, changes in ORT_CUDA.items()
-    }
+    found, skipped = dict[str, Contender](), dict[str, str]()
+    folder, digest = str(bundle.path), bundle.manifest.weights.sha256
+    for name, (mode, precision) in (PYTORCH if device == "cpu" else PYTORCH_ON_GPU).items():
+        given = (name, "pytorch", precision, folder, mode)
+        found[name] = Contender(*given, sha256=digest, device=device)
+        if mode == "autocast" and not cpu().has_bfloat16:
+            skipped[name] = "this processor has no bfloat16 instructions"
+    onnx = ON_CPU
+    if device != "cpu":
+        options = asdict(cuda or CudaOptions())
+        onnx = {
+            n: {"mode": "ort-cuda", "options": {**options, **own}} for n, own in ON_CUDA.items()
+        }
     for artefact in bundle.artefacts.values():
         profiles = artefact.engine.profiles if artefact.engine else ()
         plain = Contender(
@@ -115,17 +119,40 @@ def contenders_of(
             max_batch=max((p.max for p in profiles), default=None),
             device=device,
         )
-        ways = COMPILED.get(artefact.kind, ONNX_ON_CPU if device == "cpu" else on_cuda)
-        for way, changes in ways.items():
-            name, obstacle = f"{way}/{artefact.name}", _obstacle(way, artefact, device)
-            if obstacle is None:
-                entries.append(replace(plain, name=name, **changes))
-            elif obstacle:
-                entries.append(Skipped(name, *obstacle))
-    return entries
+        for way, changes in COMPILED.get(artefact.kind, onnx).items():
+            name = f"{way}/{artefact.name}"
+            found[name] = replace(plain, name=name, **changes)
+            if obstacle := _obstacle(way, artefact, device):
+                skipped[name] = obstacle
+    return {name: one for name, one in found.items() if name not in skipped}, skipped
 
 
-def chosen(entries: Sequence[Entry], patterns: Sequence[str]) -> list[Entry]:
+def _obstacle(way: str, artefact: Artefact, device: str) -> str:
+    """Return why an artifact does not run in some way on a device; "" if it does."""
+    targets = artefact.engine.targets if artefact.engine else ()
+    for_gpu = way.startswith(("ort-cuda", "tensorrt")) or any(t.startswith("sm_") for t in targets)
+    target = artefact.made_with.get("settings", {}).get("target", "cpu")
+    if device != "cpu":
+        no_provider = way.startswith("ort-cuda") and CUDA not in execution_providers()
+        why = f"no {CUDA} in ONNX Runtime" if no_provider else ""
+        return why if for_gpu else "compiled for a CPU: time it with --device cpu"
+    if for_gpu:
+        there = "it runs on a GPU: time it with --device cuda:0"
+        return there if gpu_answers() else "no NVIDIA GPU answers here"
+    if artefact.kind in COMPILED:
+        return ""
+    if artefact.precision in FOR_GPUS:
+        return FOR_GPUS[artefact.precision]
+    if artefact.precision == "int8" and target != "cpu":
+        return f"quantised for {target}; for a CPU use `van-deploy quantize --target cpu`"
+    if way == "openvino-bf16" and not cpu().has_bfloat16:
+        return "this processor has no bfloat16 instructions"
+    if way.startswith("openvino") and importlib.util.find_spec("openvino") is None:
+        return "OpenVINO is not installed: `pip install 'van-deploy[openvino]'`"
+    return ""
+
+
+def chosen(entries: Entries, patterns: Sequence[str]) -> Entries:
     """Return the entries whose names match one of the patterns, in the entries' order.
 
     A pattern is a name, the start of one before a ``/``, or holds ``*``. No
@@ -135,74 +162,21 @@ def chosen(entries: Sequence[Entry], patterns: Sequence[str]) -> list[Entry]:
         UsageError: a pattern matches nothing.
         MissingDependency: all a pattern matches cannot start.
     """
-    picked: set[str] = set()
+    ready, skipped = entries
+    picked = set[str]() if patterns else {*ready, *skipped}
     for pattern in patterns:
-        found = [
-            entry
-            for entry in entries
-            if pattern == entry.name.split("/")[0] or fnmatch.fnmatch(entry.name, pattern)
-        ]
-        if not found:
-            known = ", ".join(entry.name for entry in entries)
+        names = [n for n in (*ready, *skipped) if fnmatch.filter((n, n.split("/")[0]), pattern)]
+        if not names:
+            known = ", ".join((*ready, *skipped))
             raise UsageError(f"There is no runner '{pattern}' here.", f"Runners: {known}.")
-        stuck = [entry for entry in found if isinstance(entry, Skipped)]
-        if len(stuck) == len(found):
+        if names[0] in skipped:
             raise MissingDependency(
-                f"The runner '{stuck[0].name}' cannot start: {stuck[0].reason}.",
-                stuck[0].remedy or "Leave it out of --runners.",
+                f"The runner '{names[0]}' cannot start: {skipped[names[0]]}.",
+                "Install what it needs, or leave it out of --runners.",
             )
-        picked |= {entry.name for entry in found}
-    return [entry for entry in entries if not patterns or entry.name in picked]
-
-
-def _pytorch(bundle: Bundle, device: str) -> Iterator[Entry]:
-    for name, (mode, precision) in (PYTORCH if device == "cpu" else PYTORCH_ON_GPU).items():
-        if name == GIVES_BACK and platform.libc_ver()[0] != "glibc":
-            yield Skipped(name, f"with this C library nothing differs from '{REFERENCE}'")
-        elif mode == "autocast" and not cpu().has_bfloat16:
-            yield Skipped(name, "this processor has no bfloat16 instructions")
-        else:
-            yield Contender(
-                name=name,
-                runtime="pytorch",
-                precision=precision,
-                bundle=str(bundle.path),
-                mode=mode,
-                sha256=bundle.manifest.weights.sha256,
-                keeps_memory=name != GIVES_BACK,
-                device=device,
-            )
-
-
-def _obstacle(way: str, artefact: Artefact, device: str) -> tuple[str, ...] | None:
-    """Return why an artifact does not run in some way on a device, and a remedy if there is one.
-
-    None if it does run; nothing where that goes without saying.
-    """
-    targets = artefact.engine.targets if artefact.engine else ()
-    for_gpu = way.startswith(("ort-cuda", "tensorrt")) or any(t.startswith("sm_") for t in targets)
-    if for_gpu and device == "cpu":
-        if gpu_answers():
-            return "runs on a GPU", "Time it with --device cuda:0."
-        return ("no NVIDIA GPU answers here",)
-    if device != "cpu" and not for_gpu:
-        return "compiled for a CPU", "Time it with --device cpu."
-    if device != "cpu":
-        no_provider = way.startswith("ort-cuda") and CUDA not in execution_providers()
-        return (f"no {CUDA} in ONNX Runtime",) if no_provider else None
-    if artefact.kind in COMPILED:
-        return None
-    if artefact.precision in FOR_GPUS:
-        return (FOR_GPUS[artefact.precision],)
-    target = artefact.made_with.get("settings", {}).get("target", "cpu")
-    if artefact.precision == "int8" and target != "cpu":
-        return (f"quantised for {target}; for a CPU use `van-deploy quantize --target cpu`",)
-    if way == "openvino-bf16" and not cpu().has_bfloat16:
-        return ()
-    if way.startswith("openvino") and importlib.util.find_spec("openvino") is None:
-        install = "Install it with `pip install 'van-deploy[openvino]'`."
-        return "OpenVINO is not installed", install
-    return None
+        picked.update(names)
+    here = {name: contender for name, contender in ready.items() if name in picked}
+    return here, {name: reason for name, reason in skipped.items() if name in picked}
 
 
 def resized(contender: Contender, size: ImageSize, folder: Path) -> Contender:
@@ -215,8 +189,6 @@ def resized(contender: Contender, size: ImageSize, folder: Path) -> Contender:
     if source.suffix != ".onnx":
         return contender
     import onnx
-
-    from van_deploy.graph.files import save_onnx
 
     target = folder / source.name
     if not target.exists():

@@ -1,85 +1,294 @@
-"""A benchmark's document: what was measured, and everything needed to measure it again."""
+"""A benchmark's document: what was measured, and everything needed to measure it again.
+
+Times are in milliseconds where nothing else is said.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
+import numpy as np
 from pydantic import Field
 
-from van_deploy.bench.ceilings import Ceilings
-from van_deploy.bench.contender import Contender, Skipped
-from van_deploy.bench.machine import During, Machine
-from van_deploy.bench.profile import ProfileLine
-from van_deploy.bench.roofline import Reached
-from van_deploy.bench.timing import Loading, Row
-from van_deploy.config import BatchRange, BenchSettings
+from van_deploy.bundle import Bundle, writing
+from van_deploy.config import BenchSettings
 from van_deploy.config.sizes import ImageSize
+from van_deploy.environment.hardware import Cpu, Gpu
 from van_deploy.errors import InputError
+from van_deploy.files import write_atomic
+from van_deploy.intervals import median_interval
 from van_deploy.model.weights_source import WeightsSource
 from van_deploy.schema import Versioned, read_versioned
 
 SCHEMA: Final = "van-deploy/bench/5"
+BENCH_FILE = "bench.json"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The bundle that was timed.
+class Contender:
+    """One network in one runtime, described so that another process can open it.
 
     Attributes:
-        bundle: its folder.
-        parameters: of its network.
-        weights: where they came from.
-        batch_range: what the bundle is made for.
+        name: what reports call it, such as ``ort-cpu/fp32``.
+        runtime: ``pytorch``, ``onnxruntime``, ``openvino``, ``tensorrt`` or ``inductor``.
+        precision: of the arithmetic: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
+        file: the ONNX file, plan or package to open; of PyTorch the bundle.
+        mode: how PyTorch runs it (``eager``, ``channels-last``, ``compile``, ``autocast``), ONNX
+            Runtime's runner, or :data:`~.contenders.CUDA_GRAPH`; "" otherwise.
+        embedded: what preprocessing the graph has inside: ``none``, ``normalize`` or ``uint8``.
+        sha256: digest of ``file``, or of the weights.
+        min_batch: smallest batch it takes.
+        max_batch: largest batch it takes, or None where it is dynamic.
+        device: ``cpu`` or ``cuda:N``.
+        options: of the runtime, as :class:`~van_deploy.runners.base.CudaOptions` has them.
     """
 
-    bundle: str
-    parameters: int
-    weights: WeightsSource
-    batch_range: BatchRange
+    name: str
+    runtime: str
+    precision: str
+    file: str = ""
+    mode: str = ""
+    embedded: str = "none"
+    sha256: str = ""
+    min_batch: int = 1
+    max_batch: int | None = None
+    device: str = "cpu"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Best:
-    """A contender's batch of most images a second under a latency limit.
+class Latency:
+    """What many calls took.
 
     Attributes:
-        batch: images a call.
-        p99_ms: its 99th percentile.
-        images_per_s: its throughput.
+        calls: how many.
+        p50_ms: median.
+        p90_ms: 90th percentile.
+        p99_ms: 99th percentile.
+        mean_ms: arithmetic mean.
+        min_ms: fastest call.
+        cv_percent: standard deviation over mean.
     """
 
-    batch: int
+    calls: int
+    p50_ms: float
+    p90_ms: float
     p99_ms: float
-    images_per_s: float
+    mean_ms: float
+    min_ms: float
+    cv_percent: float
+
+    @classmethod
+    def of(cls, milliseconds: Sequence[float]) -> Latency:
+        """Return the figures of one or more calls; a percentile is one of them, the next above."""
+        p90, p99 = np.quantile(milliseconds, [0.90, 0.99], method="inverted_cdf").tolist()
+        mean = statistics.fmean(milliseconds)
+        ends = (p90, p99, mean, min(milliseconds))
+        spread = 100 * statistics.pstdev(milliseconds) / mean if mean else 0.0
+        return cls(len(milliseconds), statistics.median(milliseconds), *ends, spread)
 
 
 @dataclass(frozen=True)
-class BestUnder:
-    """The best batches under a latency limit.
+class Ratio:
+    """How many times faster than the reference, paired by round.
 
     Attributes:
-        limit_ms: for the 99th percentile.
-        best: by contender; None where no batch keeps the limit.
+        median: over the rounds.
+        low: lower end of the median's 95 % interval; of fewer than six rounds the least.
+        high: upper end of it.
+        rounds: how many.
     """
 
-    limit_ms: float
-    best: Mapping[str, Best | None]
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @classmethod
+    def of(cls, rounds: Sequence[float]) -> Ratio | None:
+        """Return the median of each round's ratio, and its interval; None without a round.
+
+        >>> Ratio.of([2.0, 3.0, 2.0])
+        Ratio(median=2.0, low=2.0, high=3.0, rounds=3)
+        """
+        if not rounds:
+            return None
+        return cls(statistics.median(rounds), *median_interval(rounds), len(rounds))
+
+    @property
+    def uncertainty_percent(self) -> float:
+        """How far the interval reaches from the median, in percent of it."""
+        return 100 * max(self.high / self.median - 1, 1 - self.low / self.median)
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """Where the time went.
+class GpuState:
+    """What NVML says of a GPU at one time; None where it does not say.
 
     Attributes:
-        wall: from the first to the last.
-        timed: in timed calls.
+        sm_mhz: clock of the multiprocessors.
+        memory_mhz: clock of the memory.
+        power_w: what the board draws, in watts.
+        temperature_c: of the processor, in degrees Celsius.
+        throttled: why the clocks are held down; empty where they are not.
+        memory_used_bytes: taken on the whole GPU, by everybody.
     """
 
-    wall: float
-    timed: float
+    sm_mhz: int | None = None
+    memory_mhz: int | None = None
+    power_w: float | None = None
+    temperature_c: int | None = None
+    throttled: tuple[str, ...] = ()
+    memory_used_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one batch size. On a GPU all times are the device's, by CUDA events.
+
+    Attributes:
+        contender: which one.
+        batch: images a call.
+        image_size: of the input in pixels: a side, or height and width.
+        load_s: seconds to import its runtime and to open the file, once a stream.
+        latency: of all calls; on a GPU of one launch alone. None where it failed.
+        images_per_s: over all streams; on a GPU of launches queued ahead. None where it failed.
+        ratio: times faster than the reference at this batch, over the quiet rounds, or over
+            all where those were too few; None where one of the two failed.
+        settled: whether the ratio's interval came within the budget's tolerance; None without
+            a ratio, on a GPU, and for the reference's own, which is 1.
+        rounds: in how many it was timed.
+        quiet_rounds: in how many of them the machine was left alone.
+        first_call_ms: the first call with this batch.
+        peak_rss_bytes: largest resident memory of the process at this batch.
+        queued_ms: on a GPU, a launch among queued ones.
+        upload_ms: on a GPU, the images from pinned memory to it.
+        download_ms: on a GPU, the outputs from it to pinned memory.
+        gpu: its state while this ran.
+        throttled: why the GPU was slowed down, or that its clock was not steady.
+        error: why there are no figures; "" where there are.
+    """
+
+    contender: str
+    batch: int
+    image_size: ImageSize
+    load_s: float | None = None
+    latency: Latency | None = None
+    images_per_s: float | None = None
+    ratio: Ratio | None = None
+    settled: bool | None = None
+    rounds: int = 0
+    quiet_rounds: int = 0
+    first_call_ms: float | None = None
+    peak_rss_bytes: int | None = None
+    queued_ms: float | None = None
+    upload_ms: float | None = None
+    download_ms: float | None = None
+    gpu: GpuState | None = None
+    throttled: tuple[str, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a timing depends on.
+
+    Attributes:
+        cpu: the processor.
+        memory_bytes: that this process may use.
+        gpus: that answer.
+        driver: NVIDIA's, or None.
+        other_load_cores: cores that others kept busy meanwhile.
+        under_load: whether that was more than a tenth of the cores.
+    """
+
+    cpu: Cpu
+    memory_bytes: int
+    gpus: tuple[Gpu, ...]
+    driver: str | None
+    other_load_cores: float
+    under_load: bool
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """A device's limits.
+
+    Attributes:
+        ops_per_s: operations a second (a multiply-add is two) of large matrix products, by
+            precision; what was not measured is absent. ``vector`` is outside of products, where
+            that is other silicon (of CPUs float32's figure is used).
+        bytes_per_s: memory traffic a second of a large copy, reads and writes both counted.
+        source: ``measured``, or where figures on paper come from.
+    """
+
+    ops_per_s: dict[str, float]
+    bytes_per_s: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A network's least possible time, and how near a row of the benchmark came to it.
+
+    Attributes:
+        contender: which one; on paper the artifact.
+        precision: of the arithmetic.
+        batch: images a call.
+        image_size: of the input in pixels.
+        operations: of one batch; a multiply-add is two.
+        least_ms: no runtime can be faster: all operations at the device's rates, or the weights,
+            the input and the output once through memory, with everything between in caches.
+        bound: which of the two takes longer.
+        unfused_ms: what one kernel a step moves through memory.
+        percent_of_limit: 100 is the least possible time; None on paper.
+    """
+
+    contender: str
+    precision: str
+    batch: int
+    image_size: ImageSize
+    operations: int
+    least_ms: float
+    bound: Literal["compute", "memory"]
+    unfused_ms: float
+    percent_of_limit: float | None = None
+
+
+@dataclass(frozen=True)
+class PaperLimits:
+    """What a bundle could do at best on a GPU that is not at hand; nothing here was measured.
+
+    Attributes:
+        device: the GPU.
+        ceilings: dense peaks at boost clock, and where they come from.
+        limits: one a graph, precision and batch.
+    """
+
+    device: str
+    ceilings: Ceilings
+    limits: tuple[Reached, ...]
+
+
+@dataclass(frozen=True)
+class ProfileLine:
+    """One part of a network's time.
+
+    Attributes:
+        kind: what kind of module or kernel.
+        ms: of one run.
+        percent: of all kinds.
+        calls: kernels or operators in one run.
+    """
+
+    kind: str
+    ms: float
+    percent: float
+    calls: float
 
 
 @dataclass(frozen=True)
@@ -92,10 +301,8 @@ class Change:
         image_size: of the input.
         before_ms: median latency in the old file.
         after_ms: median latency in the new one.
-        speedup: ``before_ms / after_ms``.
-        ratio_before: times faster than the reference, old; None without one.
-        ratio_after: the same, new.
-        ratio_change_percent: from the one to the other: what two runs should agree on.
+        ratio_change_percent: of times faster than the reference, from the one to the other: what
+            two runs should agree on; None without one.
         uncertainty_percent: how much of that the two 95 % intervals leave open.
         moved: whether the ratio changed by more than that and by more than 5 %.
         same_file: whether both timed the same bytes.
@@ -106,36 +313,10 @@ class Change:
     image_size: ImageSize
     before_ms: float
     after_ms: float
-    speedup: float
-    ratio_before: float | None
-    ratio_after: float | None
     ratio_change_percent: float | None
     uncertainty_percent: float | None
     moved: bool
     same_file: bool
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """In how many ratios two benchmarks agree.
-
-    Attributes:
-        within_percent: a change of no more is agreement.
-        ratios: that both have.
-        within: that agree.
-        open: that changed by more, but by no more than their own uncertainty.
-        moved: names of those that changed by more than both.
-        worst: name of the one that changed most.
-        worst_percent: by how much.
-    """
-
-    within_percent: float
-    ratios: int
-    within: int
-    open: int
-    moved: tuple[str, ...]
-    worst: str | None
-    worst_percent: float | None
 
 
 class BenchReport(Versioned):
@@ -144,67 +325,51 @@ class BenchReport(Versioned):
     Attributes:
         date: when (ISO 8601, UTC).
         model: what was timed.
-        subject: the bundle; None for files alone.
-        settings: what was asked.
-        device: ``cpu`` or ``cuda:N``.
-        threads: of each contender.
+        weights: where its weights came from.
+        settings: what was asked, with the device, threads and reference that were taken.
         images: what the inputs are, in words.
         machine: where it ran.
-        python: version.
-        versions: of the runtimes, by package.
+        versions: of Python, this program and the runtimes.
         environment: variables that change how fast things run.
         contenders: by name.
         reference: what ratios are against; None where there is none.
         rows: one a contender, batch and image size.
-        skipped: who did not start, and why.
-        loading: what loading each contender took, by name.
+        skipped: of who did not start by name why, one phrase each.
         ceilings: what the device can do; None where it was not measured.
         roofline: each row against them.
         profiles: time by kind of layer at the largest batch, by contender, where asked for.
-        best_under_p99: the best batches under the limit that was asked for, if one was.
-        during: what else the machine did meanwhile.
-        seconds: where the time went.
+        best_under_p99: by contender, the row of most images a second under the limit that was
+            asked for, if one was; None where no batch keeps it.
+        seconds: from the first to the last (``wall``), and in timed calls (``timed``).
         warnings: what to keep in mind, one sentence each.
         changes: since an older benchmark that this one is compared with.
-        agreement: with that one; None without one.
     """
 
     schema_: Literal["van-deploy/bench/5"] = Field(alias="schema")
     date: str
     model: str
-    subject: Subject | None
+    weights: WeightsSource
     settings: BenchSettings
-    device: str
-    threads: int
     images: str
     machine: Machine
-    python: str
     versions: dict[str, str]
     environment: dict[str, str]
     contenders: dict[str, Contender]
     reference: str | None
     rows: tuple[Row, ...]
-    skipped: tuple[Skipped, ...]
-    loading: dict[str, Loading]
+    skipped: dict[str, str]
     ceilings: Ceilings | None
     roofline: tuple[Reached, ...]
     profiles: dict[str, tuple[ProfileLine, ...]]
-    best_under_p99: BestUnder | None
-    during: During
-    seconds: Seconds
+    best_under_p99: dict[str, Row | None] | None
+    seconds: dict[str, float]
     warnings: tuple[str, ...]
     changes: tuple[Change, ...] = ()
-    agreement: Agreement | None = None
-
-    @property
-    def measured(self) -> list[Row]:
-        """The rows with figures."""
-        return [row for row in self.rows if row.latency is not None]
 
     @property
     def passed(self) -> bool:
         """Whether every contender that started could be timed."""
-        return bool(self.rows) and len(self.measured) == len(self.rows)
+        return bool(self.rows) and not any(row.error for row in self.rows)
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
@@ -217,10 +382,49 @@ def read_report(path: Path) -> BenchReport:
     Raises:
         InputError: it cannot be read, is something else, or is of another version.
     """
-    return read_versioned(
-        BenchReport,
-        path,
-        "benchmark",
-        InputError,
-        "Measure again with this version: `van-deploy bench BUNDLE --output FILE`.",
-    )
+    remedy = "Measure one with `van-deploy bench BUNDLE --output FILE` of this version."
+    return read_versioned(BenchReport, path, "benchmark", InputError, remedy)
+
+
+def save_report(report: BenchReport, bundle: Bundle | None, output: Path | None) -> None:
+    """Write a report into ``bundle`` and to ``output``, where given.
+
+    In the bundle it becomes ``bench.json``, and the manifest's ``checks`` get a
+    summary, so that whoever reads the manifest alone knows the figures.
+
+    Raises:
+        InputError: ``output`` cannot be written.
+        BundleError: the bundle cannot be written.
+    """
+    if output is not None:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(output, report.text())
+        except OSError as error:
+            raise InputError(
+                f"'{output}' cannot be written: {error.strerror or error}.",
+                "Choose another --output FILE.",
+            ) from error
+    if bundle is None:
+        return
+    rows = [
+        {
+            **{key: getattr(row, key) for key in ("contender", "batch", "image_size")},
+            "p50_ms": row.latency.p50_ms,
+            "images_per_s": row.images_per_s,
+            "ratio": row.ratio.median if row.ratio else None,
+        }
+        for row in report.rows
+        if row.latency
+    ]
+    with writing(bundle.path) as draft:
+        draft.file(BENCH_FILE).write_text(report.text(), encoding="utf-8")
+        draft.checks["bench"] = {
+            "file": BENCH_FILE,
+            "date": report.date,
+            "machine": report.machine.cpu.name,
+            "threads": report.settings.threads,
+            "reference": report.reference,
+            "rows": rows,
+            "skipped": report.skipped,
+        }

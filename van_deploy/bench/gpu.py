@@ -3,26 +3,30 @@
 What is timed is a resident batch (:class:`~van_deploy.runners.base.Resident`). Three numbers
 come out, and none of them holds another: the latency of one batch alone, the time of a batch
 when the next ones are queued behind it (throughput), and the transfers through pinned memory.
-Meanwhile NVML is asked for the GPU's clocks, power, temperature and memory.
+Meanwhile NVML is asked for the GPU's clocks, power, temperature and memory. No rounds as on a
+CPU: CUDA events see nothing of what disturbs the host.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from van_deploy.bench.timing import GpuState, latency_of
+from van_deploy.bench.document import Contender, GpuState, Latency, Ratio, Row
+from van_deploy.config.sizes import ImageSize
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.runners.base import Resident, gpu_index
 
 STEADY_LOOKS, STEADY_PERCENT = 3, 2.0
 """The clock is steady when this many looks in a row lie within this many percent."""
 
+UNSTEADY = "clock not steady"
 WARM_LEAST_S, WARM_MOST_S, WARM_LOOK_S = 0.3, 3.0, 0.05
 """Seconds of unmeasured launches: at least, at most, and between two looks at the clock."""
 
@@ -59,6 +63,18 @@ class Clock:
     wait: Callable[[Any], object] = lambda _: None
     ms: Callable[[Any, Any], float] = lambda start, end: 1e3 * (end - start)
 
+    def span_ms(
+        self, launch: Callable[[], object], meanwhile: Callable[[], object] | None = None
+    ) -> float:
+        """Launch something, wait for it, and return the milliseconds it took on the stream."""
+        start = self.mark()
+        launch()
+        end = self.mark()
+        if meanwhile is not None:
+            meanwhile()
+        self.wait(end)
+        return self.ms(start, end)
+
 
 def torch_clock(stream: int = 0, device: int = 0) -> Clock:
     """Return CUDA events of PyTorch.
@@ -78,10 +94,7 @@ def torch_clock(stream: int = 0, device: int = 0) -> Clock:
         event.record(place)
         return event
 
-    def elapsed(start: Any, end: Any) -> float:
-        return float(start.elapsed_time(end))
-
-    return Clock(mark, lambda event: event.synchronize(), elapsed)
+    return Clock(mark, lambda event: event.synchronize(), lambda a, b: float(a.elapsed_time(b)))
 
 
 def cuda_clock(stream: int = 0, device: int = 0) -> Clock:
@@ -155,13 +168,7 @@ class GpuWatch:
 
 
 def timed(
-    resident: Resident,
-    batch: int,
-    clock: Clock,
-    watch: GpuWatch,
-    *,
-    seconds: float = 1.0,
-    calls: int = 20,
+    resident: Resident, batch: int, clock: Clock, watch: GpuWatch, seconds: float, calls: int = 20
 ) -> dict[str, Any]:
     """Return what ``resident`` takes, once it is warm and the clocks are steady.
 
@@ -174,41 +181,40 @@ def timed(
         calls: launches alone, at least.
 
     Returns:
-        Fields of :class:`~van_deploy.bench.timing.Row`.
+        Fields of :class:`~van_deploy.bench.document.Row`.
     """
     start = time.perf_counter()
     resident.upload()
     resident.launch()
     clock.wait(clock.mark())
     first_call_ms = 1e3 * (time.perf_counter() - start)
-    steady, looks = _warm(resident, clock, watch)
-    alone = _repeated(seconds / 2, calls, lambda: span_ms(clock, resident.launch))
+    looks = _warm(resident, clock, watch)
+    unsteady = [UNSTEADY] * (_is_steady(looks) is False)
+    alone = repeated(seconds / 2, calls, lambda: clock.span_ms(resident.launch))
     count = max(2, min(QUEUE_MOST, round(QUEUE_S / max(median(alone) / 1e3, 1e-6))))
 
     def burst() -> None:
         for _ in range(count):
             resident.launch()
 
-    def look() -> None:
-        looks.append(watch.state())
+    def group() -> float:
+        return clock.span_ms(burst, lambda: looks.append(watch.state())) / count
 
-    groups = _repeated(seconds / 2, STEADY_LOOKS, lambda: span_ms(clock, burst, look) / count)
-    queued_ms = median(groups)
+    queued_ms = median(repeated(seconds / 2, STEADY_LOOKS, group))
     return {
-        "latency": latency_of(alone),
+        "latency": Latency.of(alone),
         "queued_ms": queued_ms,
         "images_per_s": 1e3 * batch / queued_ms,
-        "upload_ms": median(span_ms(clock, resident.upload) for _ in range(TRANSFERS)),
-        "download_ms": median(span_ms(clock, resident.download) for _ in range(TRANSFERS)),
+        "upload_ms": median(clock.span_ms(resident.upload) for _ in range(TRANSFERS)),
+        "download_ms": median(clock.span_ms(resident.download) for _ in range(TRANSFERS)),
         "first_call_ms": first_call_ms,
-        "steady": steady,
         "gpu": looks[-1],
-        "throttled": tuple(sorted({reason for state in looks for reason in state.throttled})),
+        "throttled": (*sorted({why for state in looks for why in state.throttled}), *unsteady),
     }
 
 
-def _warm(resident: Resident, clock: Clock, watch: GpuWatch) -> tuple[bool | None, list[GpuState]]:
-    """Launch until the SM clock is steady; return whether it is, and the looks at it."""
+def _warm(resident: Resident, clock: Clock, watch: GpuWatch) -> list[GpuState]:
+    """Launch until the SM clock is steady, or for long enough; return the looks at it."""
     start = look = time.perf_counter()
     states: list[GpuState] = []
     while True:
@@ -219,17 +225,18 @@ def _warm(resident: Resident, clock: Clock, watch: GpuWatch) -> tuple[bool | Non
             continue
         look = now
         states.append(watch.state())
-        steady = _is_steady([state.sm_mhz for state in states[-STEADY_LOOKS:]])
-        if (now - start >= WARM_LEAST_S and steady is not False) or now - start >= WARM_MOST_S:
-            return steady, states
+        steady = _is_steady(states) is not False
+        if (now - start >= WARM_LEAST_S and steady) or now - start >= WARM_MOST_S:
+            return states
 
 
-def _is_steady(clocks: Sequence[int | None]) -> bool | None:
+def _is_steady(states: Sequence[GpuState]) -> bool | None:
     """Return whether the last looks at a clock agree; None where one saw nothing.
 
-    >>> _is_steady([1980, 1965, 1980]), _is_steady([345, 1980, 1980]), _is_steady([None])
-    (True, False, None)
+    >>> _is_steady([GpuState(1980), GpuState(1965), GpuState(1980)]), _is_steady([GpuState()])
+    (True, None)
     """
+    clocks = [state.sm_mhz for state in states[-STEADY_LOOKS:]]
     known = [clock for clock in clocks if clock is not None]
     if len(known) < len(clocks):
         return None
@@ -238,23 +245,56 @@ def _is_steady(clocks: Sequence[int | None]) -> bool | None:
     return max(known) - min(known) <= STEADY_PERCENT / 100 * max(known)
 
 
-def span_ms(
-    clock: Clock, launch: Callable[[], object], meanwhile: Callable[[], object] | None = None
-) -> float:
-    """Launch something, wait for it, and return the milliseconds it took on the stream."""
-    start = clock.mark()
-    launch()
-    end = clock.mark()
-    if meanwhile is not None:
-        meanwhile()
-    clock.wait(end)
-    return clock.ms(start, end)
-
-
-def _repeated(seconds: float, least: int, measure: Callable[[], float]) -> list[float]:
+def repeated(seconds: float, least: int, measure: Callable[[], float]) -> list[float]:
     """Return what was measured until the seconds are over, ``least`` times at least."""
     samples: list[float] = []
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(samples) < least:
         samples.append(measure())
     return samples
+
+
+Place = tuple[int, ImageSize, str]
+"""A batch, an image size, and what kind of contender."""
+
+
+def with_ratios(
+    rows: Sequence[Row], contenders: Sequence[Contender], reference: str
+) -> tuple[str | None, list[Row]]:
+    """Return what ratios are against, in words, and the rows with their ratios.
+
+    Args:
+        rows: of one or several batches and image sizes.
+        contenders: of the rows.
+        reference: a contender, or ``pytorch`` for the fastest of PyTorch's modes.
+    """
+    rivals = {c.name for c in contenders if c.runtime == "pytorch"} or {rows[0].contender}
+    named = {reference} if reference in {c.name for c in contenders} - rivals else rivals
+    best = _fastest(rows, dict.fromkeys(named, ""))
+    result = []
+    for row in rows:
+        times = best.get((row.batch, row.image_size, ""), 0.0) / (row.queued_ms or math.inf)
+        result.append(replace(row, ratio=Ratio(times, times, times, 1) if times else None))
+    words = "the fastest of PyTorch's modes" if named == rivals else reference
+    return words if best else None, result
+
+
+def int8_not_worth_it(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[str]:
+    """Return a warning for each batch at which no INT8 file is faster than FP16 on this GPU."""
+    best = _fastest(rows, {c.name: c.precision for c in contenders if c.runtime != "pytorch"})
+    return [
+        f"INT8 is not faster than FP16 here at batch {batch} ({int8:.3f} ms against {fp16:.3f} "
+        "ms): deploy FP16 on this GPU"
+        for (batch, size, kind), int8 in best.items()
+        if kind == "int8" and (fp16 := best.get((batch, size, "fp16"), math.inf)) <= int8
+    ]
+
+
+def _fastest(rows: Sequence[Row], kinds: Mapping[str, str]) -> dict[Place, float]:
+    """Return the least queued ms by batch, image size and the kind of the row's contender."""
+    best: dict[Place, float] = {}
+    for row in rows:
+        if row.queued_ms and row.contender in kinds:
+            place = row.batch, row.image_size, kinds[row.contender]
+            best[place] = min(best.get(place, math.inf), row.queued_ms)
+    return best

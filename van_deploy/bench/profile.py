@@ -6,16 +6,18 @@ import json
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.contender import Contender, runner_of
+from van_deploy.bench.document import Contender, ProfileLine
+from van_deploy.bench.worker import runner_of
 from van_deploy.errors import UsageError
 
 LABEL = "van:"
 OTHER = "elementwise (gate, residual, scale)"
+RUNS = 5
+"""How many are averaged."""
 
 KERNEL_KINDS = (
     (r"^triton_poi.*(gelu|erf)", "elementwise with GELU"),
@@ -28,9 +30,9 @@ KERNEL_KINDS = (
     (r"layer_?norm|triton_(per|red)", "reduction (LayerNorm, mean)"),
     (r"gelu|erf", "elementwise with GELU"),
     (r"elementwise|vectorized", "elementwise"),
+    (r"", "other"),
 )
 """What a kernel's name tells of it; the first match counts. Names do not tell 3x3 from 5x5."""
-
 
 LAYER_KINDS = (
     (r"Quantize|\.int8|\.dequantized", "quantise"),
@@ -44,172 +46,24 @@ LAYER_KINDS = (
     (r"block.*norm", "BatchNorm"),
     (r"norm", "LayerNorm"),
     (r"head", "head"),
+    (r"", OTHER),
 )
 """What the name of a PyTorch module tells, which the graph's nodes bear, too; the first counts.
 The kernel sizes are the published variants'."""
 
 
-@dataclass(frozen=True)
-class ProfileLine:
-    """One part of a network's time.
-
-    Attributes:
-        kind: what kind of module or kernel.
-        ms: of one run.
-        percent: of all kinds.
-        calls: kernels or operators in one run.
-    """
-
-    kind: str
-    ms: float
-    percent: float
-    calls: float
-
-
-def by_module(model: Any, images: Any, runs: int = 5) -> list[ProfileLine]:
-    """Return an eager network's time by kind of layer: of its kernels, or of the processor.
-
-    Args:
-        model: a VAN in eval mode.
-        images: its input, on the device it runs on.
-        runs: how many are averaged.
-    """
-    import torch
-    from torch.profiler import record_function
-
-    def labelled(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        label = LABEL + kind_of_layer(name)
-
-        def run(*arguments: Any) -> Any:
-            with record_function(label):
-                return forward(*arguments)
-
-        return run
-
-    layers = {name: layer for name, layer in model.named_modules() if not [*layer.children()]}
-    try:
-        for name, layer in layers.items():
-            layer.forward = labelled(name, layer.forward)
-        with torch.no_grad():
-            model(images)
-            events = _profiled(lambda: model(images), runs)
-    finally:
-        for layer in layers.values():
-            vars(layer).pop("forward", None)
-    times: list[tuple[str, float]] = []
-    for event in events:
-        own = [kernel.duration for kernel in event.kernels]
-        if not images.is_cuda:
-            own = [event.self_cpu_time_total] * bool(event.self_cpu_time_total)
-        if not event.name.startswith(LABEL):
-            times += [(_label_above(event), float(microseconds)) for microseconds in own]
-    return _summed(times, runs)
-
-
-def by_kernel(launch: Callable[[], object], runs: int = 5) -> tuple[list[ProfileLine], list[Any]]:
-    """Return what runs on the GPU in a launch: by kind of kernel, and the 25 longest by name.
-
-    It sees into CUDA graphs and compiled networks, whose kernels belong to no one module.
-    """
-    ran = [
-        (event.name, float(event.time_range.elapsed_us()))
-        for event in _profiled(launch, runs)
-        if event.device_type.name != "CPU" and not event.is_user_annotation
-    ]
-    kinds = _summed(((kind_of_kernel(name), us) for name, us in ran), runs)
-    return kinds, _summed(((name[:160], us) for name, us in ran), runs)[:25]
-
-
-def kind_of_kernel(name: str) -> str:
-    """Return what a GPU kernel's name tells of it.
-
-    >>> kind_of_kernel("triton_poi_fused_convolution_gelu_3"), kind_of_kernel("sm90_xmma_gemm_f16")
-    ('elementwise with GELU', 'matrix product')
-    """
-    return next((kind for sign, kind in KERNEL_KINDS if re.search(sign, name.lower())), "other")
-
-
-def kind_of_layer(name: str) -> str:
-    """Return what kind of module a layer of a session or an engine came from.
+def kind_of(name: str, kinds: Sequence[tuple[str, str]] = LAYER_KINDS) -> str:
+    """Return what a name tells of a layer of a session or an engine, or of a GPU's kernel.
 
     A fused layer's name holds those of all its parts; the first counts.
 
-    >>> kind_of_layer("block1.0.attn.proj_1 + block1.0.attn.activation"), kind_of_layer("block1.0")
+    >>> kind_of("block1.0.attn.proj_1 + block1.0.attn.activation"), kind_of("block1.0")
     ('1x1', 'elementwise (gate, residual, scale)')
+    >>> kind_of("sm90_xmma_gemm_f16", KERNEL_KINDS)
+    'matrix product'
     """
     first = name.partition(" + ")[0]
-    return next((kind for sign, kind in LAYER_KINDS if re.search(sign, first)), OTHER)
-
-
-def _by_node(contender: Contender, batch: Any, runs: int = 5) -> list[ProfileLine]:
-    """Return ONNX Runtime's own profile of a graph, from a session like the contender's."""
-    with tempfile.TemporaryDirectory() as folder:
-        runner = runner_of(contender, 1)
-        runner.profile, runner.threads = Path(folder), None
-        with runner:
-            for _ in range(runs + 1):
-                runner.run_all(batch)
-        (file,) = Path(folder).glob("*.json")
-        events = json.loads(file.read_text(encoding="utf-8"))
-    nodes = [event for event in events if event.get("cat") == "Node"]
-    nodes = nodes[len(nodes) // (runs + 1) :]  # the first run prepares
-    return _summed(((kind_of_layer(e["name"]), e["dur"]) for e in nodes), runs)
-
-
-def _by_layer(runner: Any, batch: Any, runs: int = 5) -> list[ProfileLine]:
-    """Return an engine's time by kind of layer, by TensorRT's ``IProfiler``."""
-    times: list[tuple[str, float]] = []
-
-    class Profiler(runner.trt.IProfiler):  # type: ignore[misc]
-        def __init__(self) -> None:
-            runner.trt.IProfiler.__init__(self)
-
-        def report_layer_time(self, name: str, ms: float) -> None:
-            times.append((kind_of_layer(name), 1e3 * ms))
-
-    runner.run_all(batch)
-    profiler = Profiler()
-    for context in runner.contexts.values():
-        context.profiler = profiler
-    for _ in range(runs):
-        runner.run_all(batch)
-    return _summed(times, runs)
-
-
-def _profiled(launch: Callable[[], object], runs: int) -> Iterable[Any]:
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    on_gpu = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
-        for _ in range(runs):
-            launch()
-        if on_gpu:
-            torch.cuda.synchronize()
-    events: Iterable[Any] = profiler.events() or ()
-    return events
-
-
-def _label_above(event: Any) -> str:
-    while event is not None:
-        if event.name.startswith(LABEL):
-            return str(event.name[len(LABEL) :])
-        event = event.cpu_parent
-    return OTHER
-
-
-def _summed(times: Iterable[tuple[str, float]], runs: int) -> list[ProfileLine]:
-    """Return the kinds and microseconds of all calls in ``runs`` runs, the longest first."""
-    parts: dict[str, list[float]] = defaultdict(list)
-    for kind, microseconds in times:
-        parts[kind].append(microseconds)
-    total = sum(map(sum, parts.values())) or 1.0
-    lines = [
-        ProfileLine(kind, sum(us) / runs / 1e3, 100 * sum(us) / total, len(us) / runs)
-        for kind, us in parts.items()
-    ]
-    return sorted(lines, key=lambda line: -line.ms)
+    return next(kind for sign, kind in kinds if re.search(sign, first))
 
 
 def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLine]:
@@ -222,14 +76,15 @@ def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLin
         UsageError: its runtime tells nothing, or nothing true: on a GPU ONNX Runtime reports how
             long the host took to launch each node (4.6 of 16.7 ms on an H200).
     """
+    on_gpu = contender.device != "cpu"
     if contender.runtime == "pytorch" and contender.mode in ("eager", "channels-last"):
         import torch
 
         images = torch.from_numpy(batch).to(runner.device, runner.dtype)
         return by_module(runner.model, images)
-    if contender.runtime == "onnxruntime" and contender.device == "cpu":
+    if contender.runtime == "onnxruntime" and not on_gpu:
         return _by_node(contender, batch)
-    if contender.device != "cpu" and contender.runtime in ("pytorch", "inductor"):
+    if contender.runtime in ("pytorch", "inductor") and on_gpu:
         resident = runner.resident(batch)
         resident.launch()
         return by_kernel(resident.launch)[0]
@@ -239,3 +94,120 @@ def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLin
         f"'{contender.name}' does not say where its time goes.",
         "Profile PyTorch, TensorRT, or ONNX Runtime on a CPU.",
     )
+
+
+def by_module(model: Any, images: Any) -> list[ProfileLine]:
+    """Return an eager network's time by kind of layer: of its kernels, or of the processor.
+
+    Args:
+        model: a VAN in eval mode.
+        images: its input, on the device it runs on.
+    """
+    import torch
+    from torch.profiler import record_function
+
+    def labelled(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            with record_function(LABEL + kind_of(name)):
+                return forward(*arguments)
+
+        return run
+
+    layers = {name: layer for name, layer in model.named_modules() if not [*layer.children()]}
+    try:
+        for name, layer in layers.items():
+            layer.forward = labelled(name, layer.forward)
+        with torch.no_grad():
+            model(images)
+            events = _profiled(lambda: model(images))
+    finally:
+        for layer in layers.values():
+            vars(layer).pop("forward", None)
+    times: list[tuple[str, float]] = []
+    for event in events:
+        own = [kernel.duration for kernel in event.kernels]
+        if not images.is_cuda:
+            own = [event.self_cpu_time_total] * bool(event.self_cpu_time_total)
+        above = event
+        while above is not None and not above.name.startswith(LABEL):
+            above = above.cpu_parent
+        if above is not event:
+            kind = OTHER if above is None else str(above.name[len(LABEL) :])
+            times += [(kind, float(microseconds)) for microseconds in own]
+    return _summed(times)
+
+
+def by_kernel(launch: Callable[[], object]) -> tuple[list[ProfileLine], list[ProfileLine]]:
+    """Return what runs on the GPU in a launch: by kind of kernel, and the 25 longest by name.
+
+    It sees into CUDA graphs and compiled networks, whose kernels belong to no one module.
+    """
+    ran = [
+        (event.name, float(event.time_range.elapsed_us()))
+        for event in _profiled(launch)
+        if event.device_type.name != "CPU" and not event.is_user_annotation
+    ]
+    kinds = _summed((kind_of(name.lower(), KERNEL_KINDS), us) for name, us in ran)
+    return kinds, _summed((name[:160], us) for name, us in ran)[:25]
+
+
+def _profiled(launch: Callable[[], object]) -> Iterable[Any]:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        for _ in range(RUNS):
+            launch()
+        if on_gpu:
+            torch.cuda.synchronize()
+    return profiler.events() or ()
+
+
+def _by_node(contender: Contender, batch: Any) -> list[ProfileLine]:
+    """Return ONNX Runtime's own profile of a graph, from a session like the contender's."""
+    with tempfile.TemporaryDirectory() as folder:
+        runner = runner_of(contender, 1)
+        runner.profile, runner.threads = Path(folder), None
+        with runner:
+            for _ in range(RUNS + 1):
+                runner.run_all(batch)
+        (file,) = Path(folder).glob("*.json")
+        events = json.loads(file.read_text(encoding="utf-8"))
+    nodes = [event for event in events if event.get("cat") == "Node"]
+    nodes = nodes[len(nodes) // (RUNS + 1) :]  # the first run prepares
+    return _summed((kind_of(node["name"]), node["dur"]) for node in nodes)
+
+
+def _by_layer(runner: Any, batch: Any) -> list[ProfileLine]:
+    """Return an engine's time by kind of layer, by TensorRT's ``IProfiler``."""
+    times: list[tuple[str, float]] = []
+
+    class Profiler(runner.trt.IProfiler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            runner.trt.IProfiler.__init__(self)
+
+        def report_layer_time(self, name: str, ms: float) -> None:
+            times.append((kind_of(name), 1e3 * ms))
+
+    runner.run_all(batch)
+    profiler = Profiler()
+    for context in runner.contexts.values():
+        context.profiler = profiler
+    for _ in range(RUNS):
+        runner.run_all(batch)
+    return _summed(times)
+
+
+def _summed(times: Iterable[tuple[str, float]]) -> list[ProfileLine]:
+    """Return the kinds and microseconds of all calls, a run's share of each, longest first."""
+    parts: dict[str, list[float]] = defaultdict(list)
+    for kind, microseconds in times:
+        parts[kind].append(microseconds)
+    total = sum(map(sum, parts.values())) or 1.0
+    lines = [
+        ProfileLine(kind, sum(us) / RUNS / 1e3, 100 * sum(us) / total, len(us) / RUNS)
+        for kind, us in parts.items()
+    ]
+    return sorted(lines, key=lambda line: -line.ms)

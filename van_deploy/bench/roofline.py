@@ -1,20 +1,39 @@
-"""The least time a network can take: its operations and bytes against a device's limits."""
+"""The least time a network can take: its operations and bytes against a device's limits.
+
+The limits are measured by large matrix products and a large copy, in a worker, on a CPU with the
+same number of threads as the contenders of that run. On paper, for GPUs that are not at hand:
+dense figures (NVIDIA often prints twice that, with structured sparsity), at boost clock, from
+NVIDIA's data sheets.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
-from van_deploy.bench.ceilings import Ceilings, paper_ceilings
-from van_deploy.bench.contender import Contender
-from van_deploy.bench.timing import Row
+from van_deploy.bench.document import Ceilings, Contender, PaperLimits, Reached, Row
+from van_deploy.bench.gpu import Clock, repeated, torch_clock
 from van_deploy.bundle import Bundle
 from van_deploy.config.sizes import ImageSize, sides_of
+from van_deploy.environment.hardware import cpu
+from van_deploy.errors import UsageError
+from van_deploy.model.variants import VanConfig
 
-if TYPE_CHECKING:
-    from van_deploy.model.variants import VanConfig
+DEVICES: dict[str, tuple[str, float, float, float, float, float]] = {
+    "t4": ("NVIDIA T4 data sheet (2019)", 8.1, 0, 65, 130, 320),
+    "a10": ("NVIDIA A10 data sheet (2022)", 31.2, 62.5, 125, 250, 600),
+    "a100": ("NVIDIA A100 80GB SXM data sheet (2021)", 19.5, 156, 312, 624, 2039),
+    "l4": ("NVIDIA L4 data sheet (2023)", 30.3, 60, 121, 242, 300),
+    "l40s": ("NVIDIA L40S data sheet (2023)", 91.6, 183, 362, 733, 864),
+    "h100": ("NVIDIA H100 SXM data sheet (2023)", 67, 494, 989, 1979, 3350),
+    "h200": ("NVIDIA H200 SXM data sheet (2024)", 67, 494, 989, 1979, 4800),
+    "rtx4090": ("NVIDIA Ada architecture white paper (2022)", 82.6, 82.6, 165.2, 660.6, 1008),
+}
+"""Source, and T operations a second in FP32, TF32, FP16 and INT8, and GB/s. Before Ampere (TF32:
+0) there is no BF16 either. Matrix products run at these rates; everything else, the depth-wise
+convolutions included, at FP32's."""
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
 ASSUMED = {"fp32": ("fp32", "tf32", "fp16"), "bf16": ("bf16",)}
@@ -22,108 +41,61 @@ ASSUMED = {"fp32": ("fp32", "tf32", "fp16"), "bf16": ("bf16",)}
 nothing else is listed. The 1x1 convolutions of an INT8 graph run at the INT8 rate."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one batch asks of a device. A multiply-add is two operations.
+def measured_ceilings(device: str, threads: int = 1, seconds: float = 0.5) -> Ceilings:
+    """Return a device's own limits, by PyTorch on random data: fastest of ``seconds`` of calls.
 
-    Attributes:
-        batch: images.
-        operations: all of them.
-        matrix_ops: of ordinary and 1x1 convolutions and the head in floating point.
-        quantized_ops: of 1x1 convolutions in INT8.
-        vector_ops: of depth-wise convolutions.
-        weights: how many.
-        ends: numbers in the input and the output.
-        traffic: numbers that pass through memory with one kernel a step.
+    On a GPU products are of 8192^3 and the copy is 2 GiB, forty times an H100's second-level
+    cache; on a CPU 1536^3 (27 MB in float32, past the caches of most cores) and 256 MiB. A CPU
+    is measured in bfloat16 where it has instructions for it: elsewhere one product takes seconds.
     """
+    import torch
 
-    batch: int
-    operations: int
-    matrix_ops: int
-    quantized_ops: int
-    vector_ops: int
-    weights: int
-    ends: int
-    traffic: int
+    on_gpu = device != "cpu"
+    torch.set_num_threads(threads)
+    side, size = (8192, 2 * 2**30) if on_gpu else (1536, 256 * 2**20)
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if on_gpu:
+        kinds = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
+    elif not cpu().has_bfloat16:
+        del kinds["bf16"]
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+    def fastest_s(call: Callable[..., object], *arguments: Any) -> float:
+        place = arguments[0].device
+        clock = torch_clock(device=place.index or 0) if on_gpu else Clock()
+        call(*arguments)
+        if on_gpu:
+            torch.cuda.synchronize(place)
+        return min(repeated(seconds, 1, lambda: clock.span_ms(lambda: call(*arguments)))) / 1e3
+
+    rates: dict[str, float] = {}
+    for precision, kind in kinds.items():
+        factors = [torch.randn(side, side, device=device).to(kind) for _ in range(2)]
+        rates[precision] = 2.0 * side**3 / fastest_s(torch.mm, *factors)
+    shape = (side, side)
+    a, b = (torch.randint(-127, 128, shape, device=device, dtype=torch.int8) for _ in range(2))
+    rates["int8"] = 2.0 * side**3 / fastest_s(torch._int_mm, a, b.t())
+    source = torch.randn(size // 4, device=device)
+    copied = 2 * size / fastest_s(torch.empty_like(source).copy_, source)
+    return Ceilings(rates, copied, "measured")
 
 
-@dataclass(frozen=True)
-class Limit:
-    """The least time for some work on some device, and what sets it.
+def paper_ceilings(name: str) -> Ceilings:
+    """Return the limits on paper of the GPU ``name``.
 
-    Attributes:
-        ms: the least time: no runtime can be faster.
-        bound: which limit that is.
-        compute_ms: all operations at the device's rates.
-        memory_ms: the weights, the input and the output once through memory, everything
-            between them kept in caches.
-        traffic_ms: what one kernel a step moves through memory.
-        source: where the device's figures come from.
+    Raises:
+        UsageError: it is not in the table.
     """
-
-    ms: float
-    bound: Literal["compute", "memory"]
-    compute_ms: float
-    memory_ms: float
-    traffic_ms: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Reached:
-    """A row's time against the least possible time for the same network.
-
-    Attributes:
-        contender: which one.
-        batch: images a call.
-        image_size: side of the input in pixels.
-        work: what one batch asks of the device.
-        limit: the least time for it.
-        percent_of_limit: 100 is the least possible time.
-    """
-
-    contender: str
-    batch: int
-    image_size: ImageSize
-    work: Work
-    limit: Limit
-    percent_of_limit: float
-
-
-@dataclass(frozen=True)
-class PaperLimit:
-    """The least time of one graph at one batch size.
-
-    Attributes:
-        graph: the artifact.
-        precision: of the arithmetic.
-        batch: images.
-        operations: of one batch.
-        limit: the least time.
-    """
-
-    graph: str
-    precision: str
-    batch: int
-    operations: int
-    limit: Limit
-
-
-@dataclass(frozen=True)
-class PaperLimits:
-    """What a bundle could do at best on a GPU that is not at hand; nothing here was measured.
-
-    Attributes:
-        device: the GPU.
-        source: where its figures come from.
-        ceilings: the figures.
-        limits: one a graph, precision and batch.
-    """
-
-    device: str
-    source: str
-    ceilings: Ceilings
-    limits: tuple[PaperLimit, ...]
+    known = DEVICES.get(name.lower().replace(" ", "").replace("-", ""))
+    if known is None:
+        raise UsageError(
+            f"There are no figures for the device '{name}'.", f"Known: {', '.join(DEVICES)}."
+        )
+    source, fp32, tf32, fp16, int8, gigabytes = known
+    ops = {"fp32": fp32, "fp16": fp16, "int8": int8, "vector": fp32}
+    if tf32:
+        ops |= {"bf16": fp16, "tf32": tf32}
+    return Ceilings({kind: 1e12 * rate for kind, rate in ops.items()}, 1e9 * gigabytes, source)
 
 
 def paper_limits(bundle: Bundle, device: str, batches: Sequence[int]) -> PaperLimits:
@@ -137,37 +109,41 @@ def paper_limits(bundle: Bundle, device: str, batches: Sequence[int]) -> PaperLi
     for artefact in bundle.artefacts.values():
         int8 = artefact.precision == "int8"
         kinds = ASSUMED.get(artefact.precision, ("fp16",)) if artefact.kind == "onnx" else ()
-        for batch in sorted(set(batches)):
-            work = work_of(config, size, batch, int8=int8)
-            for kind in kinds:
-                if limit := limit_of(work, ceilings, kind):
-                    precision = f"int8 + {kind}" if int8 else kind
-                    given = (artefact.name, precision, batch, work.operations, limit)
-                    limits.append(PaperLimit(*given))
-    return PaperLimits(device, ceilings.source, ceilings, tuple(limits))
+        for batch, kind in itertools.product(sorted(set(batches)), kinds):
+            precision = f"int8 + {kind}" if int8 else kind
+            place = (artefact.name, precision, batch, size)
+            limits += least_time(config, ceilings, kind, place)
+    return PaperLimits(device, ceilings, tuple(limits))
 
 
 def measured_limits(
-    config: VanConfig,
-    contenders: Sequence[Contender],
-    rows: Sequence[Row],
-    ceilings: Ceilings | None,
+    config: VanConfig, contenders: Sequence[Contender], rows: Sequence[Row], ceilings: Ceilings
 ) -> tuple[Reached, ...]:
-    """Return each row's time over the least possible time for the same network."""
-    precisions = {contender.name: contender.precision for contender in contenders}
-    result = []
-    for row in rows if ceilings else ():
-        kind = precisions[row.contender]
-        work = work_of(config, row.image_size, row.batch, int8=kind == "int8")
-        if row.images_per_s and ceilings and (limit := limit_of(work, ceilings, kind)):
-            percent = 100 * limit.ms / (1e3 * row.batch / row.images_per_s)
-            place = (row.contender, row.batch, row.image_size)
-            result.append(Reached(*place, work, limit, percent))
+    """Return each row's time over the least possible time for the same network.
+
+    Args:
+        config: the network.
+        contenders: of the rows.
+        rows: those that failed are passed over.
+        ceilings: of the device, measured.
+    """
+    result, precisions = list[Reached](), {c.name: c.precision for c in contenders}
+    for row in rows:
+        if row.images_per_s:
+            kind, ms = precisions[row.contender], 1e3 * row.batch / row.images_per_s
+            place = (row.contender, kind, row.batch, row.image_size)
+            result += least_time(config, ceilings, kind, place, ms)
     return tuple(result)
 
 
-def work_of(config: VanConfig, image_size: ImageSize, batch: int, *, int8: bool = False) -> Work:
-    """Return the work of one batch, from the shapes of the network alone.
+def least_time(
+    config: VanConfig,
+    ceilings: Ceilings,
+    precision: str,
+    place: tuple[str, str, int, ImageSize],
+    ms: float | None = None,
+) -> list[Reached]:
+    """Return the least time for one batch, from the shapes alone; nothing without its rate.
 
     A step is a convolution with what follows it element by element: bias, GELU, gate or
     residual. In a block the C wide maps cross memory 15 times (``proj_1`` 2, ``conv0`` 2,
@@ -175,13 +151,32 @@ def work_of(config: VanConfig, image_size: ImageSize, batch: int, *, int8: bool 
     ``fc2`` with the residual 2), the hidden ones 4 times (``fc1`` 1, ``dwconv`` with the GELU
     2, ``fc2`` 1). The weights are read once a batch.
 
+    The 1x1 convolutions of ``int8`` run at the INT8 rate, and the rest at that of ``precision``:
+    of ``int8`` that is FP16's on a GPU and FP32's on a CPU. A GPU's FP32 is TF32.
+
     Args:
         config: the network.
-        image_size: of the input.
-        batch: images.
-        int8: whether its 1x1 convolutions are quantised.
+        ceilings: of the device.
+        precision: of the arithmetic.
+        place: contender, its precision in words, batch and image size.
+        ms: what was measured, if it was.
+
+    >>> from van_deploy.model.variants import VARIANTS
+    >>> ceilings, place = Ceilings({"fp16": 1e15}, 1e12, ""), ("", "", 1000, 224)
+    >>> (van_b0,) = least_time(VARIANTS["van_b0"].config, ceilings, "fp16", place)
+    >>> int(van_b0.unfused_ms)  # MB an image, at 1 TB/s
+    55
     """
-    (k0, k1), sides, channels = config.lka_kernels, sides_of(image_size), config.in_chans
+    (k0, k1), (_, words, batch, size) = config.lka_kernels, place
+    rates, kind, int8 = ceilings.ops_per_s, precision, "int8" in words
+    if precision == "int8":
+        kind = "fp16" if "fp16" in rates else "fp32"
+    elif precision == "fp32" and "fp32" not in rates:
+        kind = "tf32"
+    if kind not in rates or (int8 and "int8" not in rates):
+        return []
+    sides, channels = sides_of(size), config.in_chans
+    ends = channels * math.prod(sides) + config.num_classes
     pointwise = depthwise = values = 0
     for stage, (dim, hidden) in enumerate(zip(config.embed_dims, config.hidden_dims, strict=True)):
         values += channels * math.prod(sides)  # the patch embedding reads it
@@ -191,55 +186,13 @@ def work_of(config: VanConfig, image_size: ImageSize, batch: int, *, int8: bool 
         depthwise += depth * pixels * (dim * (k0**2 + k1**2) + 9 * hidden)
         # it writes its maps; the LayerNorm reads and writes them; then the blocks
         values += pixels * (3 * dim + depth * (15 * dim + 4 * hidden))
-    rest = config.mac_count(image_size) - pointwise - depthwise
-    pointwise, depthwise, rest = (2 * batch * macs for macs in (pointwise, depthwise, rest))
-    return Work(
-        batch=batch,
-        operations=pointwise + depthwise + rest,
-        matrix_ops=rest + (0 if int8 else pointwise),
-        quantized_ops=pointwise if int8 else 0,
-        vector_ops=depthwise,
-        weights=config.parameter_count(),
-        ends=batch * (config.in_chans * math.prod(sides_of(image_size)) + config.num_classes),
-        traffic=batch * values + config.parameter_count(),
-    )
-
-
-def limit_of(work: Work, ceilings: Ceilings, precision: str) -> Limit | None:
-    """Return the least time for ``work`` in ``precision``, or None without its rate.
-
-    What is quantised runs at the INT8 rate and the rest at that of ``precision``; of ``int8``
-    that is FP16's on a GPU and FP32's on a CPU. A GPU's FP32 is TF32.
-    """
-    rates, kind = ceilings.ops_per_s, precision
-    if precision == "int8":
-        kind = "fp16" if "fp16" in rates else "fp32"
-    elif precision == "fp32" and "fp32" not in rates:
-        kind = "tf32"
-    if kind not in rates or (work.quantized_ops and "int8" not in rates):
-        return None
-    vector = ceilings.vector_ops_per_s or rates.get("fp32") or rates[kind]
-    seconds = work.matrix_ops / rates[kind] + work.vector_ops / vector
-    if work.quantized_ops:
-        seconds += work.quantized_ops / rates["int8"]
-    size = BYTES[kind]
-    once = size * work.weights + 4 * work.ends  # both ends stay float32
-    compute_ms, memory_ms = 1e3 * seconds, 1e3 * once / ceilings.bytes_per_s
-    return Limit(
-        ms=max(compute_ms, memory_ms),
-        bound="compute" if compute_ms >= memory_ms else "memory",
-        compute_ms=compute_ms,
-        memory_ms=memory_ms,
-        traffic_ms=1e3 * size * work.traffic / ceilings.bytes_per_s,
-        source=ceilings.source,
-    )
-
-
-def kernel_traffic_bytes(config: VanConfig, image_size: ImageSize, batch: int) -> int:
-    """Return the bytes through memory in FP16 with one kernel a step and nothing fused further.
-
-    >>> from van_deploy.model.variants import VARIANTS
-    >>> kernel_traffic_bytes(VARIANTS["van_b0"].config, 224, 1000) // 10**9  # MB an image
-    55
-    """
-    return 2 * work_of(config, image_size, batch).traffic
+    macs, weights, width = config.mac_count(size), config.parameter_count(), BYTES[kind]
+    compute_s = 2 * batch * (macs - pointwise - depthwise) / rates[kind]
+    compute_s += 2 * batch * pointwise / rates["int8" if int8 else kind]
+    compute_s += 2 * batch * depthwise / (rates.get("vector") or rates.get("fp32") or rates[kind])
+    memory_s = (width * weights + 4 * batch * ends) / ceilings.bytes_per_s  # both ends stay float32
+    unfused_ms = 1e3 * width * (batch * values + weights) / ceilings.bytes_per_s
+    bound: Literal["compute", "memory"] = "compute" if compute_s >= memory_s else "memory"
+    least_ms = 1e3 * max(compute_s, memory_s)
+    percent = None if ms is None else 100 * least_ms / ms
+    return [Reached(*place, 2 * batch * macs, least_ms, bound, unfused_ms, percent)]

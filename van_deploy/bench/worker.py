@@ -1,8 +1,8 @@
-"""The process that holds one contender. Started by :mod:`van_deploy.bench.process`.
+"""A contender in a process of its own, stopped whenever it is not asked something.
 
-It reads requests from a pipe, each the name of a method of :class:`Worker` and its arguments, and
-answers each with what that returns. Between two requests it is stopped by its parent, so no
-thread of it can spin.
+The process reads requests from a pipe, each the name of a method of :class:`Worker` and its
+arguments, and answers each with what that returns. Between two requests it is stopped by its
+parent, so no thread of it can spin.
 """
 
 from __future__ import annotations
@@ -10,25 +10,31 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from van_deploy.bench.contender import IMPORTED, Contender, runner_of
-from van_deploy.bench.process import WorkerError
-from van_deploy.bench.timing import Loading
+from van_deploy.bench.document import Contender
 from van_deploy.environment.hardware import peak_memory_bytes
-from van_deploy.environment.packages import imported_quietly
-from van_deploy.errors import MissingDependency, VanDeployError
+from van_deploy.errors import VanDeployError
+
+ANSWER_WITHIN_S = 900.0
+"""Longer than any compilation of a VAN; past it a worker hangs."""
+
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+"""Tells glibc to keep what a process frees. It gives large blocks back to the system otherwise,
+and takes them again page by page at the next call: so eager PyTorch spends a third of its time.
+See mallopt(3). Other C libraries ignore it; who sets these variables is not overruled."""
+
+ONE_THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 PR_SET_PDEATHSIG = 1
 REWARM_S = 0.02
@@ -37,64 +43,136 @@ the caches. The first measured call is then as long as those after it."""
 
 WARM_CALLS = 3  # the fastest of them tells how long a call takes
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "failed to allocate")
-Call = Callable[[], object]
+
+CUDA_GRAPH = "cuda-graph"
+"""The mode of an engine that is recorded once and launched as one piece."""
+
+
+class WorkerError(VanDeployError):
+    """A worker answered with an error, or died.
+
+    Attributes:
+        killed: whether the process is gone.
+    """
+
+    killed = False
+
+
+class WorkerProcess:
+    """A process that answers :meth:`ask`, and sleeps otherwise. Open it with ``with``.
+
+    Args:
+        threads: how many its runtime may use, over all streams; set in its environment too.
+
+    Attributes:
+        pid: the process's number.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self.pid = threads, 0
+
+    def __enter__(self) -> WorkerProcess:
+        """Start the process."""
+        pools = dict.fromkeys(ONE_THREAD_POOLS, str(self.threads))
+        self._pipe, theirs = Pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "van_deploy.bench.worker", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env={**KEEP_MEMORY, **os.environ, **pools},
+        )
+        theirs.close()
+        self.pid = self._process.pid
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()  # also ends a stopped process
+        self._process.wait()
+        self._pipe.close()
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Wake the process, return its answer to one request, and stop it again.
+
+        Raises:
+            WorkerError: it answered with an error, died or hung.
+        """
+        try:
+            self._process.send_signal(signal.SIGCONT)
+            self._pipe.send((do, arguments))
+            if not self._pipe.poll(ANSWER_WITHIN_S):
+                self._process.kill()
+                raise WorkerError(f"no answer within {ANSWER_WITHIN_S:.0f} s")
+            answer = self._pipe.recv()
+        except (OSError, EOFError):
+            code = self._process.wait()
+            what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+            memory = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
+            error = WorkerError(f"{what} during '{do}'{memory}")
+            error.killed = True
+            raise error from None
+        self._process.send_signal(signal.SIGSTOP)
+        if isinstance(answer, WorkerError):
+            raise answer
+        return answer
 
 
 class Worker:
-    """One contender, opened once (or once a stream), answering requests."""
+    """One contender, opened once a stream, answering requests."""
 
     def __init__(self) -> None:
         self.opened = contextlib.ExitStack()
         self._runners: list[Any] = []
-        self._calls: list[Call] = []
 
     def answer(self, do: str, arguments: dict[str, Any]) -> Any:
         """Return what a method returns, or a :class:`WorkerError` that a user can act on."""
         try:
             return getattr(self, do)(**arguments)
-        except (VanDeployError, MemoryError, RuntimeError, OSError, ValueError) as error:
-            return _told(error)
+        except VanDeployError as error:
+            return WorkerError(error.message, error.remedy)
+        except Exception as error:
+            text = str(error).strip() or type(error).__name__
+            if isinstance(error, MemoryError) or any(s in text.lower() for s in OUT_OF_MEMORY):
+                return WorkerError("out of memory", "Use a smaller batch.")
+            return WorkerError(text.splitlines()[0][:300])
 
-    def load(self, contender: Contender, threads: int, streams: int) -> Loading:
-        """Import the runtime and open the contender once a stream."""
-        self._contender, each = contender, max(1, threads // streams)
-        start = time.perf_counter()
-        for module in IMPORTED.get(contender.runtime, ()):
-            with contextlib.suppress(ImportError):  # opening it says so
-                imported_quietly(module)
-        imported, before = time.perf_counter(), _memory_bytes()
-        runners = [runner_of(contender, each) for _ in range(streams)]
-        self._runners = [self.opened.enter_context(runner) for runner in runners]
-        took = (imported - start, time.perf_counter() - imported)
-        return Loading(*took, before, _memory_bytes(), threads_each=each)
+    def load(self, contender: Contender, threads: int, streams: int) -> float:
+        """Open the contender once a stream; return the seconds that took."""
+        start, self._contender = time.perf_counter(), contender
+        for _ in range(streams):
+            runner = runner_of(contender, max(1, threads // streams))
+            self._runners.append(self.opened.enter_context(runner))
+        return time.perf_counter() - start
 
     def take(self, images: Path, batch: int) -> None:
         """Take a batch of a file of images. The peak of resident memory starts afresh here."""
         import numpy as np
 
-        _forget_peak()
+        with contextlib.suppress(OSError):  # the peak is then that of the process's whole life
+            Path("/proc/self/clear_refs").write_text("5")
         self._batch = np.ascontiguousarray(np.load(images, mmap_mode="r")[:batch])
 
     def feed(self, images: Path, batch: int, warmup_s: float) -> tuple[float, float]:
         """Take a batch and warm up; return the ms of the first call and of the fastest."""
         self.take(images, batch)
-        self._calls = [partial(runner.run_all, self._batch) for runner in self._runners]
         start = time.perf_counter()
-        for call in self._calls:
-            call()
-        first_ms = 1e3 * (time.perf_counter() - start) / len(self._calls)
+        for runner in self._runners:
+            runner.run_all(self._batch)
+        first_ms = 1e3 * (time.perf_counter() - start) / len(self._runners)
         gc.collect()
         gc.freeze()  # what is there now stays: later collections have next to nothing to look at
-        return first_ms, min(self._run_streams(warmup_s, WARM_CALLS))
+        return first_ms, min(self._timed(warmup_s, WARM_CALLS))
 
     def time(self, seconds: float) -> tuple[list[float], float, int]:
         """Return every call's latency in ms, their wall seconds, and the peak memory in bytes."""
-        self._run_streams(REWARM_S, 1)
+        self._timed(REWARM_S, 1)
         gc.collect()
         gc.disable()
         start = time.perf_counter()
         try:
-            latencies = self._run_streams(seconds, 1)
+            latencies = self._timed(seconds, 1)
         finally:
             gc.enable()
         return latencies, time.perf_counter() - start, peak_memory_bytes()
@@ -107,8 +185,7 @@ class Worker:
         device = self._contender.device
         watch = GpuWatch(device)
         with contextlib.closing(self._runners[0].resident(self._batch)) as held:
-            clock = clock_of(held, device)
-            return timed(held, batch, clock, watch, seconds=seconds, calls=calls)
+            return timed(held, batch, clock_of(held, device), watch, seconds, calls)
 
     def profile(self) -> Any:
         """Return the time of the batch by kind of layer."""
@@ -116,69 +193,82 @@ class Worker:
 
         return profile_of(self._contender, self._runners[0], self._batch)
 
-    def ceilings(self, device: str, threads: int, seconds: float) -> Any:
+    def ceilings(self, **given: Any) -> Any:
         """Return what the device itself can do; it needs no contender."""
-        from van_deploy.bench.ceilings import measured_ceilings
+        from van_deploy.bench.roofline import measured_ceilings
 
-        return measured_ceilings(device, threads, seconds)
+        return measured_ceilings(**given)
 
-    def _run_streams(self, seconds: float, calls: int) -> list[float]:
-        """Run one thread a stream; return the latencies of all. One stream needs no thread."""
-        if len(self._calls) == 1:
-            return timed_calls(self._calls[0], seconds, calls)
-        together = threading.Barrier(len(self._calls))
+    def _timed(self, seconds: float, calls: int) -> list[float]:
+        """Return the ms of each call, until the seconds have passed and the calls were made.
 
-        def run(call: Call) -> list[float]:
+        Each stream has a thread of its own, and they begin together.
+        """
+        together = threading.Barrier(len(self._runners))
+
+        def run(runner: Any) -> list[float]:
+            latencies: list[float] = []
             together.wait()
-            return timed_calls(call, seconds, calls)
+            start = previous = time.perf_counter()
+            while previous - start < seconds or len(latencies) < calls:
+                runner.run_all(self._batch)
+                now = time.perf_counter()
+                latencies.append(1e3 * (now - previous))
+                previous = now
+            return latencies
 
-        with ThreadPoolExecutor(len(self._calls)) as pool:
-            return [ms for stream in pool.map(run, self._calls) for ms in stream]
+        if len(self._runners) == 1:  # needs no thread
+            return run(self._runners[0])
+        with ThreadPoolExecutor(len(self._runners)) as pool:
+            return [ms for stream in pool.map(run, self._runners) for ms in stream]
 
 
-def timed_calls(call: Call, seconds: float, calls: int) -> list[float]:
-    """Return the ms of each call, until ``seconds`` have passed and ``calls`` were made."""
-    latencies: list[float] = []
-    start = previous = time.perf_counter()
-    while previous - start < seconds or len(latencies) < calls:
-        call()
-        now = time.perf_counter()
-        latencies.append(1e3 * (now - previous))
-        previous = now
-    return latencies
+def runner_of(contender: Contender, threads: int) -> Any:
+    """Return the runner of a contender, to be opened by the process that times it."""
+    file, device, mode = Path(contender.file), contender.device, contender.mode
+    if contender.runtime == "pytorch":
+        import torch
+
+        from van_deploy.bundle import Bundle
+        from van_deploy.runners.original import original_network
+        from van_deploy.runners.pytorch import TorchRunner
+
+        torch.set_num_threads(threads)
+        network = original_network(Bundle.open(contender.file)).model
+        precision = "fp32" if mode == "autocast" else contender.precision
+        return TorchRunner(network, mode, device, precision)
+    if contender.runtime == "onnxruntime":
+        from van_deploy.runners.base import CudaOptions
+        from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
+
+        cuda = CudaOptions(**contender.options)
+        return OnnxRuntimeRunner(file, threads=threads, name=mode, device=device, cuda=cuda)
+    if contender.runtime == "openvino":
+        from van_deploy.runners.onnxruntime import OpenVinoRunner
+
+        precision = "bf16" if contender.precision == "bf16" else "f32"
+        return OpenVinoRunner(file, threads=threads, precision=precision)
+    if contender.runtime == "inductor":
+        from van_deploy.runners.pytorch import InductorRunner
+
+        return InductorRunner(file, device=device, threads=threads)
+    from van_deploy.runners.tensorrt import TensorRtRunner
+
+    return TensorRtRunner(file, device=device, cuda_graph=mode == CUDA_GRAPH)
 
 
 def serve(pipe: Connection) -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until there are no more, or the parent is gone."""
+    if sys.platform == "linux":  # the kernel kills it with its parent, even while it is stopped
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     worker = Worker()
     with worker.opened, contextlib.suppress(EOFError):
         while True:
             pipe.send(worker.answer(*pipe.recv()))
 
 
-def _told(error: BaseException) -> WorkerError:
-    """Return an error as plain text, and whether it was memory that ran out."""
-    text = str(error).strip() or type(error).__name__
-    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in OUT_OF_MEMORY):
-        return WorkerError("out of memory", "Use a smaller batch.", "memory")
-    if isinstance(error, VanDeployError):
-        kind = "missing" if isinstance(error, MissingDependency) else "failed"
-        return WorkerError(error.message, error.remedy, kind)
-    return WorkerError(text.splitlines()[0][:300])
-
-
-def _memory_bytes() -> int:
-    return int(psutil.Process().memory_info().rss)
-
-
-def _forget_peak() -> None:
-    """Start the peak of resident memory afresh, where the kernel lets a process do that."""
-    with contextlib.suppress(OSError):  # the peak is then that of the whole life of the process
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 if __name__ == "__main__":
-    if sys.platform == "linux":  # the kernel kills it with its parent, even while it is stopped
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    serve(Connection(int(sys.argv[1])))
+    from van_deploy.bench import worker as imported  # so that what it pickles has a name
+
+    imported.serve(Connection(int(sys.argv[1])))

@@ -9,7 +9,7 @@ So a reader sees the old bundle or the new one, never a mixture.
 Reading believes nothing whose SHA-256 is not the manifest's.
 """
 
-from van_deploy.bundle.lock import SIGNATURE
+from van_deploy.bundle.commit import SIGNATURE
 from van_deploy.bundle.reading import Bundle
 from van_deploy.bundle.writing import Draft, writing
 from van_deploy.manifest import MANIFEST, Artefact, Manifest, Origin

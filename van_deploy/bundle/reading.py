@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from van_deploy.bundle.commit import finish_commit
-from van_deploy.bundle.lock import LOCK, PENDING, SIGNATURE, locked
+from van_deploy.bundle.commit import LOCK, PENDING, SIGNATURE, finish_commit, locked
 from van_deploy.errors import BundleError
 from van_deploy.files import external_files, file_sha256, require_beside
 from van_deploy.manifest import MANIFEST, Artefact, Manifest, read_manifest

@@ -5,13 +5,20 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle.commit import commit, finish_commit
-from van_deploy.bundle.lock import LOCK, PENDING, STAGING, locked, unwritable
+from van_deploy.bundle.commit import (
+    LOCK,
+    PENDING,
+    STAGING,
+    commit,
+    finish_commit,
+    locked,
+    unwritable,
+)
 from van_deploy.bundle.reading import Bundle
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
@@ -108,7 +115,7 @@ def writing(path: str | Path, *, name: str | None = None) -> Iterator[Draft]:
     Raises:
         BundleError: the folder holds something else or another model's bundle,
             cannot be written, or is being written by another process for longer
-            than :data:`~van_deploy.bundle.lock.LOCK_WAIT_S` seconds.
+            than :data:`~van_deploy.bundle.commit.LOCK_WAIT_S` seconds.
     """
     folder = Path(path)
     with contextlib.ExitStack() as lock:
@@ -118,8 +125,13 @@ def writing(path: str | Path, *, name: str | None = None) -> Iterator[Draft]:
             for left in folder.glob(f"{STAGING}*"):  # of a process that died
                 if left.is_dir():  # rmtree would wait for a pipe
                     shutil.rmtree(left, ignore_errors=True)
-            present = _present(folder, name)
-            before = present.owned_files() if present else set()
+            present = read_manifest(folder) if (folder / MANIFEST).exists() else None
+            if present and name not in (None, present.name):
+                raise BundleError(  # noqa: TRY301 - a folder made just now goes again
+                    f"'{folder}' holds the bundle of '{present.name}', not of '{name}'.",
+                    "Nothing was written. Choose another --output DIR, or remove that bundle "
+                    "first.",
+                )
             staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
             try:
                 draft = Draft(folder, staging)
@@ -129,7 +141,11 @@ def writing(path: str | Path, *, name: str | None = None) -> Iterator[Draft]:
                     draft.checks |= present.checks
                     draft.files |= present.files
                 yield draft
-                _commit(draft, before)
+                _name_others(draft)
+                # Read back before it counts: what is written can be read, and written again.
+                manifest = manifest_from(draft.manifest().text(), folder / MANIFEST)
+                gone = _owned(present.artefacts if present else {}) - _owned(manifest.artefacts)
+                commit(folder, staging, manifest.text(), sorted(gone))
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
         except BaseException:  # while the lock is held: the next process may be waiting for it
@@ -198,39 +214,16 @@ def _hold(folder: Path, lock: contextlib.ExitStack, *, create: bool) -> bool:
     )
 
 
-def _present(folder: Path, name: str | None) -> Manifest | None:
-    """Return the manifest there is, which must be of the model called ``name``."""
-    if not (folder / MANIFEST).exists():
-        return None
-    manifest = read_manifest(folder)
-    if name is not None and manifest.name != name:
-        raise BundleError(
-            f"'{folder}' holds the bundle of '{manifest.name}', not of '{name}'.",
-            "Nothing was written. Choose another --output DIR, or remove that bundle first.",
-        )
-    return manifest
-
-
-def _commit(draft: Draft, before: set[str]) -> None:
-    _name_others(draft)
-    manifest = draft.manifest()
-    # Read back before it counts: what is written can be read, and written again, the same.
-    text = manifest_from(manifest.text(), draft.path / MANIFEST).text()
-    commit(draft.path, draft.staging, text, sorted(before - manifest.owned_files()))
+def _owned(artefacts: Mapping[str, Artefact]) -> set[str]:
+    """Return the files that belong to an artefact, by relative path."""
+    return {file for artefact in artefacts.values() for file in artefact.files}
 
 
 def _name_others(draft: Draft) -> None:
     """Enter files that belong to no artefact, such as a report, in the manifest's ``files``."""
-    owned = {file for artefact in draft.artefacts.values() for file in artefact.files}
-    kept = {
-        relative: sha256
-        for relative, sha256 in draft.files.items()
-        if relative not in owned and (draft.path / relative).is_file()
-    }
-    staged = {
-        path.relative_to(draft.staging).as_posix(): path
-        for path in draft.staging.rglob("*")
-        if path.is_file()
-    }
-    new = {name: file_sha256(path) for name, path in staged.items() if name not in owned}
-    draft.files = dict(sorted({**kept, **new}.items()))
+    owned = _owned(draft.artefacts)
+    files = {file: sha256 for file, sha256 in draft.files.items() if (draft.path / file).is_file()}
+    for path in draft.staging.rglob("*"):
+        if path.is_file():
+            files[path.relative_to(draft.staging).as_posix()] = file_sha256(path)
+    draft.files = {file: files[file] for file in sorted(files) if file not in owned}

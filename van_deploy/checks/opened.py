@@ -89,15 +89,7 @@ def open_artefact(
         BundleError: there is no such artifact, or its files are not the manifest's.
         MissingDependency: ONNX Runtime is not installed.
     """
-    network = Network(
-        bundle,
-        name,
-        runner=asked.runner,
-        threads=threads,
-        spin=spin,
-        trust_engine=asked.trust_engine,
-        device=asked.device,
-    )
+    network = Network(bundle, name, asked, threads=threads, spin=spin)
     bundle.verified(name, only_file=network.is_engine and asked.trust_engine)
     obstacle = network.obstacle()
     if obstacle is not None:

@@ -70,7 +70,7 @@ def emit(result: object, as_json: bool, blocks: Callable[[Any], Iterable[Block]]
 
         console = _console(sys.stdout)
         with console.capture() as capture:
-            console.print(rich_from_blocks(blocks(plain(result))))
+            console.print(rich_from_blocks(blocks(plain(result)), console.width))
         text = capture.get()
         if not console.is_terminal:  # no cell padding at the ends of lines in files and pipes
             text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
@@ -131,12 +131,9 @@ def print_error(message: str, remedy: str = "") -> None:
 
 def _console(file: IO[str]) -> Console:
     """Return a console for ``file``, of fixed width where that is not a terminal."""
-    from rich.console import Console
+    from van_deploy.report.render_rich import HarmlessConsole
 
-    from van_deploy.report.harmless import Harmless
-
-    console = Console(file=file)
+    console = HarmlessConsole(file=file)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(file=file, width=PIPE_WIDTH)
-    console.push_render_hook(Harmless())
+        console = HarmlessConsole(file=file, width=PIPE_WIDTH)
     return console

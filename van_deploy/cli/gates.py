@@ -63,21 +63,14 @@ def drift(
             min=0, help="How many parts of each artefact to show; 0 for all, in their order."
         ),
     ] = 10,
-    plot: Annotated[
-        Path | None, typer.Option(help="Write the error each part adds as an SVG file.")
-    ] = None,
 ) -> Shown:
     """Show what each stage, block or module of each ONNX artefact adds to the error.
 
     Example: van-deploy drift dist/van_b1 --level module --top 10
     """
     report = bundle.drift(**options)
-    from van_deploy.report.files import write_drift_plot
     from van_deploy.report.sections_checks import drift_blocks
 
-    if plot is not None:
-        write_drift_plot(report, plot)
-        bundle.remarks.append(f"Wrote {plot}.")
     return Shown(report, lambda found: drift_blocks(found, top), bundle.remarks)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from van_deploy.cli.console import Shown
 from van_deploy.cli.options import RequireSignature, opened
-from van_deploy.environment.needs import Need
+from van_deploy.environment.doctor import Need
 from van_deploy.stopwatch import silent
 
 
@@ -78,15 +78,8 @@ def doctor(
 
     Example: van-deploy doctor --require onnxruntime --require gpu
     """
-    from van_deploy.environment import needs
-    from van_deploy.environment.machine import environment_here
-    from van_deploy.errors import MissingDependency
+    from van_deploy.environment.doctor import environment_here, missing
     from van_deploy.report.sections_engine import environment_blocks
 
-    environment, failure = environment_here(Path.cwd()), None
-    diagnosis = needs.diagnosis_of(environment)
-    try:
-        needs.require(environment, require or ())
-    except MissingDependency as error:  # what is here is shown all the same
-        failure = error
-    return Shown(diagnosis, environment_blocks, failure=failure)
+    environment = environment_here()
+    return Shown(environment, environment_blocks, failure=missing(environment, require or ()))

@@ -11,6 +11,7 @@ from van_deploy.cli.console import Shown, remark
 from van_deploy.cli.options import Force, Given, Opened, Output, RequireSignature, Set, opened
 from van_deploy.config import BuildSettings, FleetSettings, QuantizeSettings, RunSettings
 from van_deploy.config.named import EXPORT, RUN, Changes
+from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, GateFailed, UsageError
 from van_deploy.stopwatch import Progress
 
@@ -60,7 +61,7 @@ def quantize(
     Example: van-deploy quantize dist/van_b1 --images train/ --eval val/
     """
     result = bundle.quantize(force=force, **options)
-    from van_deploy.report.sections_precision import quantized_blocks
+    from van_deploy.report.sections_checks import quantized_blocks
 
     said = f"{result.artefact}: {'reused' if result.reused else 'made anew'}: {result.reason}"
     return Shown(result, quantized_blocks, [said], None if result else typer.Exit(1))
@@ -96,10 +97,10 @@ def build(
         raise UsageError("No bundle is given.", "Name one, or a fleet file with --matrix.")
     asked = opened(bundle, require_signature, progress)
     report = asked.build(force=force, **options)
-    from van_deploy.report.sections_engine import builds_blocks, warnings_text
+    from van_deploy.report.sections_engine import builds_blocks
 
     warned = [
-        warnings_text(outcome.engine, outcome.sidecar.warnings)
+        f"{outcome.engine}: {sum(outcome.sidecar.warnings.values())} warnings, all in its .log"
         for outcome in report.outcomes
         if outcome.outcome == "built" and outcome.sidecar and outcome.sidecar.warnings
     ]
@@ -117,7 +118,7 @@ def _build_matrix(path: Path, fleet: FleetSettings, force: bool, progress: Progr
         force=force,
         progress=progress,
         each=lambda count, total, outcome: remark(
-            f"[{count}/{total}] {cell_name(outcome.cell)}: {outcome.outcome}"
+            f"[{count}/{total}] {cell_name(plain(outcome.cell))}: {outcome.outcome}"
         ),
     )
     failure = None

@@ -52,7 +52,7 @@ def bench(
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
     """
     from van_deploy.bench.compare import compared
-    from van_deploy.bench.document import read_report
+    from van_deploy.bench.document import read_report, save_report
     from van_deploy.report.sections_bench import bench_blocks, limits_blocks
 
     if paper:
@@ -62,8 +62,6 @@ def bench(
     old = read_report(compare) if compare else None
     report = bundle.benchmark(save=save, **options)
     if output is not None:
-        from van_deploy.bench.store import save_report
-
         save_report(report, None, output)
     if old is not None:
         report = compared(old, report)
@@ -179,7 +177,6 @@ def serve(
     with telling("Loading"):
         service = Service(opened(bundle, require_signature, silent).opened(), settings)
         app = App(service)
-        service.load()
         bound, url = listen(settings.host, settings.port)
     if not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
         keyless = "" if app.keyed else ", and nobody is asked for a key"
@@ -251,8 +248,7 @@ def report(
 
     Example: van-deploy report dist/van_b1
     """
-    from van_deploy.report.document import Facts, Notice
-    from van_deploy.report.figures import bytes_text
+    from van_deploy.report.document import Facts, Notice, bytes_text
 
     written = opened(bundle, None, silent).report(output)
     sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}

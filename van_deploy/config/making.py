@@ -33,7 +33,6 @@ ONLY_TENSORRT = (
 MACHINES, KERNELS = "Where it runs", "What is in the plan"
 LEAVE_OUT = "Leave one of them out."
 FOR_INT8 = ("max_drop", "noise", "scope", "rest")
-FOR_FP16 = ("half_io", "strict")
 
 
 class _Quantization(Table):
@@ -50,7 +49,6 @@ class _Quantization(Table):
             strings (torchvision), natural (timm), index (of a number), names.
         noise: Calibrate on noise, which fits no real image.
         method: How ranges become scales.
-        percentile: Of the method percentile.
         scope: What becomes INT8: pointwise, deep (all but stem and stage 1), all, or regular
             expressions over module names; auto times the first three and takes the fastest that
             holds its gate.
@@ -62,7 +60,6 @@ class _Quantization(Table):
         evaluations: Most plans a search for max_drop may try.
         keep: Modules that stay FP32, besides the LayerNorms and the head.
         keep_defaults: Keep the LayerNorms, the pooling and the head in FP32.
-        half_io: Make input and output FP16.
         strict: Refuse where FP16 cannot hold a tensor, instead of keeping it FP32.
         allow_inconclusive: Let pass what the evaluation set cannot decide.
         threads: Of ONNX Runtime.
@@ -77,7 +74,6 @@ class _Quantization(Table):
     class_order: ClassOrder | None = option(None, panel=IMAGES)
     noise: bool = option(False, key="calibrate_on_noise", panel=IMAGES)
     method: Literal["mse", "percentile", "minmax"] = option("mse")
-    percentile: float = option(99.999, gt=50, le=100)
     scope: tuple[str, ...] = option(
         (), shown_default="pointwise for TensorRT, deep for a CPU", commas=False
     )
@@ -90,14 +86,13 @@ class _Quantization(Table):
     evaluations: int = option(16, ge=1)
     keep: tuple[str, ...] = option((), panel=TYPES, commas=False)
     keep_defaults: bool = option(True, panel=TYPES)
-    half_io: bool = option(False, panel=TYPES)
     strict: bool = option(False, panel=TYPES)
     allow_inconclusive: bool = option(False, panel="")
     threads: int | None = option(None, shown_default="its own choice", ge=1, panel="")
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield what is for FP16 or for images where there are none, and techniques that clash."""
-        images, half = self.given_of("images", "calibration"), self.given_of(*FOR_FP16)
+        images, half = self.given_of("images", "calibration"), self.given_of("strict")
         if self.noise and images:
             message = f"{{calibrate_on_noise}} and {images} are both given."
             yield message, "Leave one of them out; images are always better."
@@ -155,7 +150,7 @@ class QuantizeSettings(_Quantization, _One):
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield what is for another precision, too."""
         yield from super().contradictions()
-        int8, half = self.given_of(*FOR_INT8), self.given_of(*FOR_FP16)
+        int8, half = self.given_of(*FOR_INT8), self.given_of("strict")
         if self.precision != "int8" and int8:
             message = f"{int8} is for INT8, and {{precision}} is {self.precision}."
             yield message, f"Make int8, or leave {int8} out."
@@ -167,7 +162,7 @@ class QuantizeSettings(_Quantization, _One):
             yield message, "Make int8 for a CPU, or leave the graph in FP32."
         if self.precision == "bf16" and half:
             message = f"{half} is for FP16, and {{precision}} is bf16."
-            yield message, f"Leave {half} out: BF16 has FP32's own range, and NumPy has no BF16."
+            yield message, f"Leave {half} out: BF16 has FP32's own range."
 
     @property
     def artefact(self) -> str:
@@ -195,7 +190,7 @@ class PrecisionSettings(_Quantization, _Several):
             UsageError: it contradicts itself.
         """
         others = {"target", *FOR_INT8} if precision != "int8" else set()
-        others |= set(FOR_FP16) if precision == "bf16" else set()
+        others |= {"strict"} if precision == "bf16" else set()
         names = (name for name in _Quantization.model_fields if name not in others)
         return QuantizeSettings(precision=precision, **{n: getattr(self, n) for n in names})
 

@@ -127,7 +127,6 @@ class EvaluateSettings(Table):
     Attributes:
         images: Labelled images: one folder a class, ImageNet's own layout, or an .npz.
         labels: File with a label for each image: 'file label' or one a line.
-        synsets: What the numbers of ImageNet's development kit mean: a WordNet id a line.
         class_order: How training numbered the class folders, where nothing names the classes:
             strings (torchvision), natural (timm), index (of a number), names.
         label_files: Look for a ground-truth file such as val.txt beside the images.
@@ -138,14 +137,13 @@ class EvaluateSettings(Table):
 
     images: Path | None = option(None, panel="")
     labels: Path | None = option(None)
-    synsets: Path | None = option(None)
     class_order: ClassOrder | None = option(None)
     label_files: bool = option(True)
     limit: int | None = option(None, ge=1, panel="")
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield what is said of images that are not there."""
-        given = self.given_of("labels", "synsets", "limit")
+        given = self.given_of("labels", "limit")
         if self.images is None and given:
             yield f"{given} is given, and {{images}} is not.", "Name the folder of images, too."
 

@@ -46,7 +46,7 @@ class ImageItem:
     """One image, not opened yet.
 
     Attributes:
-        name: what errors and reports call it; a file's path.
+        name: what reports call it; a file's path below its set's folder, with slashes.
         data: a file, or values: ``(H, W)`` or ``(H, W, C)`` uint8, or normalised network
             input ``(C, S, S)`` float32.
         group: the class folder it lies in; "" if there is none.
@@ -106,12 +106,6 @@ class ImageSet:
         """SHA-256 over the images' contents, in their order."""
         return content_key({"images": [item.digest for item in self.items]})
 
-    def relative(self, item: ImageItem) -> str:
-        """Return an item's path below the root, with slashes; its name where there is none."""
-        if self.root is None or not isinstance(item.data, Path):
-            return item.name
-        return item.data.relative_to(self.root).as_posix()
-
     def take(self, indices: Sequence[int], description: str = "") -> ImageSet:
         """Return the images ``indices``, in that order."""
         items = tuple(self.items[int(index)] for index in indices)
@@ -151,10 +145,8 @@ def image_set(path: Path | str | ImageSet) -> ImageSet:
     if path.suffix == ".npz":
         items = _items_of_npz(path)
         return ImageSet(items, f"{len(items)} images of '{path}'")
-    items = tuple(
-        ImageItem(str(file), file, "".join(file.relative_to(path).parts[:-1][:1]))
-        for file in find_images(path)
-    )
+    pairs = [(file, file.relative_to(path)) for file in find_images(path)]
+    items = tuple(ImageItem(n.as_posix(), file, "".join(n.parts[:-1][:1])) for file, n in pairs)
     folders = sorted(e.name for e in os.scandir(path) if e.is_dir() and e.name[0] != ".")
     return ImageSet(items, f"{len(items)} images of '{path}'", path, tuple(folders))
 
@@ -389,7 +381,6 @@ def decoded_batches(
     *,
     indices: Sequence[int] | None = None,
     workers: int = 1,
-    most_unreadable: float = 1.0,
 ) -> Iterator[Batch]:
     """Yield the items in their order as network input, ``batch`` of them at a time.
 
@@ -402,15 +393,12 @@ def decoded_batches(
         batch: items a batch, 1 or more.
         indices: which of the items; all by default.
         workers: threads.
-        most_unreadable: share (0..1) of the images.
 
     Raises:
         UsageError: the network's channels are not an image's, or an array is not of its size.
-        ImageError: more than ``most_unreadable`` of the images cannot be read.
     """
     every = range(len(items)) if indices is None else indices
     groups = [every[start : start + batch] for start in range(0, len(every), batch)]
-    bad: list[str] = []
 
     def values(index: int) -> Values | str:
         try:
@@ -422,15 +410,6 @@ def decoded_batches(
         waiting: deque[Any] = deque()
         for group in (*groups, *[()] * AHEAD):
             waiting.append({index: pool.submit(values, index) for index in group})
-            if len(waiting) <= AHEAD:
-                continue
-            ready = {index: future.result() for index, future in waiting.popleft().items()}
-            made = Batch.of(ready, preprocessing)
-            bad += [reason for _, reason in made.unreadable]
-            if len(bad) > most_unreadable * len(every):
-                raise ImageError(
-                    f"{len(bad)} of {len(every)} images could not be read, more than "
-                    f"{100 * most_unreadable:g} %; the first: {bad[0]}",
-                    "Replace or remove these files.",
-                )
-            yield made
+            if len(waiting) > AHEAD:
+                ready = {index: future.result() for index, future in waiting.popleft().items()}
+                yield Batch.of(ready, preprocessing)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.data.images import SUFFIXES, ImageSet, image_set
-from van_deploy.documents import require_regular_file
+from van_deploy.documents import DocumentError, text_from
 from van_deploy.errors import ImageError, InputError, UsageError
 
 # What ``class_order`` may say of folders, and what it means; ``names`` is of words in a file.
@@ -65,8 +65,7 @@ class ClassWords:
         for table, form in zip(self._tables, (word, word, folded, folded), strict=True):
             if form and form in table:
                 return tuple(table[form])
-        synset = self._synsets.get(word) if WORDNET_ID.fullmatch(word) else None
-        return () if synset is None else (synset,)
+        return self._synsets.get(word, ()) if WORDNET_ID.fullmatch(word) else ()
 
     def only(self, word: str, order: str | None, where: str) -> int:
         """Return the one class that ``word`` means; ``order`` may say ``names`` or ``index``.
@@ -79,16 +78,15 @@ class ClassWords:
             found.add(int(word))
         if len(found) == 1:
             return found.pop()
-        several = f"may be any of the classes {', '.join(map(str, sorted(found)))}"
-        none = f"is no class of this network (it has {self.count}, 0 to {self.count - 1})"
+        what = " or ".join(map(str, sorted(found))) or "no class"
         raise InputError(
-            f"'{word}' in {where} {several if found else none}.",
+            f"'{word}' in {where} may mean {what} of this network's 0 to {self.count - 1}.",
             "A label is a class name, a WordNet id, or an index from 0; --class-order names "
             "or index says which.",
         )
 
     @cached_property
-    def _synsets(self) -> dict[str, int]:
+    def _synsets(self) -> dict[str, tuple[int, ...]]:
         """ImageNet's WordNet ids, if the network's classes are ImageNet's."""
         if self.count != 1000:
             return {}
@@ -98,8 +96,8 @@ class ClassWords:
         lemmas = [{*map(_folded, text.split(","))} for text in info.label_descriptions()]
         pairs = zip(self.names, lemmas, strict=False)
         same = sum(any(_folded(part) in known for part in n.split(",")) for n, known in pairs)
-        ids = dict(zip(info.label_names(), range(1000), strict=True))
-        return ids if 2 * same >= len(self.names) else {}
+        known_here = 2 * same >= len(self.names)
+        return {n: (i,) for i, n in enumerate(info.label_names())} if known_here else {}
 
 
 def _folded(name: str) -> str:
@@ -177,70 +175,52 @@ def natural_key(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
-def _readings(used: Sequence[str], folders: Sequence[str], classes: int) -> dict[str, list[int]]:
-    """Return, for each way to number class folders that fits, the classes of the ``used`` ones.
-
-    Args:
-        used: the folders that hold images.
-        folders: all of them: where these are as many as the classes, an empty one counts.
-        classes: of the network.
-    """
-    readings: dict[str, list[int]] = {}
-    whole = list(folders if len(folders) == classes else used)
-    numbers = {int(name) for name in whole if _NUMBER.fullmatch(name)}
-    if len(numbers) == len(whole):
-        if max(numbers) < classes:
-            readings["index"] = [int(name) for name in used]
-        if len(whole) < classes:  # some are missing: all of them are taken to be 0.. or 1..
-            width = max(map(len, whole)) if any(name[0] == "0" < name for name in whole) else 0
-            first = 0 if 0 in numbers else 1
-            whole = [str(number).zfill(width) for number in range(first, first + classes)]
-    if len(whole) == classes and set(used) <= set(whole):
-        strings, natural = sorted(whole), sorted(sorted(whole), key=natural_key)
-        readings["strings"] = [strings.index(name) for name in used]
-        readings["natural"] = [natural.index(name) for name in used]
-    return readings
-
-
 def _of_order(
     images: ImageSet, groups: Sequence[str], words: ClassWords, order: str | None, unfit: str
-) -> tuple[list[int], str]:
+) -> tuple[Sequence[int], str]:
     """Return the class of each folder by its place or number, and how it was found.
 
+    Places are those among all folders where these are as many as the classes: then an empty
+    folder is a class without images. Numbers that leave classes out may count from 0 or from 1.
+
     Raises:
-        ImageError: no reading fits, or those that do differ.
+        ImageError: no order fits, or those that do differ.
     """
-    readings = _readings(groups, images.folders or groups, words.count)
+    readings: dict[str, tuple[int, ...]] = {}
+    whole = sorted(images.folders if len(images.folders) == words.count else groups)
+    numeric = all(_NUMBER.fullmatch(name) for name in whole)
+    if numeric and max(map(int, whole)) < words.count:
+        readings["index"] = tuple(map(int, groups))
+    if len(whole) == words.count:
+        natural = sorted(whole, key=natural_key)
+        readings["strings"] = tuple(whole.index(name) for name in groups)
+        readings["natural"] = tuple(natural.index(name) for name in groups)
     if order in readings:
         return readings[order], f"class folders in the order asked for ({order})"
     strangers = [name for name in groups if len(words.named(name)) != 1]
-    numeric = all(_NUMBER.fullmatch(name) for name in groups)
     named = len(strangers) < len(groups) or (words.names and not numeric)
-    fitting: dict[str, list[int]] = {}
-    for name, reading in readings.items():  # the first order that gives each reading
-        fitting |= {} if reading in fitting.values() else {name: reading}
-    if order or named or not fitting:
+    if order or named or not readings:
         wrong = (
             f"{f'--class-order {order} does not fit: ' if order else ''}{len(strangers)} of the "
             f"{len(groups)} folders in '{images.root}' do not name one of the network's "
             f"{words.count} classes: {', '.join(strangers[:5])}{unfit}."
         )
-    elif len(fitting) == 1:
+    elif len({*readings.values()}) == 1 and len(whole) == words.count:
         how = "by number" if numeric else "in sorted order (the weights name no classes)"
-        return readings.popitem()[1], f"class folders {how}"
+        return readings["strings"], f"class folders {how}"
     else:
-        rows = zip(groups, *fitting.values(), strict=True)
-        differ = [row for row in rows if len({*row[1:]}) > 1]
         wrong = (
             f"The classes of the {len(groups)} folders in '{images.root}' are not known: nothing "
-            f"says in which order the network has them, and what fits differs{unfit}:"
+            f"says in which order the network has them{unfit}. What fits:"
         )
-        for place, name in enumerate(fitting, 1):
-            few = ", ".join(f"{row[0]!r} is class {row[place]}" for row in differ[:3])
+        rows = [*zip(groups, *readings.values(), strict=True)]
+        rows.sort(key=lambda row: len({*row[1:]}) == 1)  # first what they differ in
+        for place, name in enumerate(readings, 1):
+            few = ", ".join(f"{row[0]!r} is class {row[place]}" for row in rows[:3])
             wrong += f"\n  {name}: {few} ({CLASS_ORDERS[name]})"
     raise ImageError(
         wrong,
-        f"Give --class-order {' or '.join(fitting or CLASS_ORDERS)}, --labels FILE, or export "
+        f"Give --class-order {' or '.join(readings or CLASS_ORDERS)}, --labels FILE, or export "
         "again with --labels NAMES.txt: one folder's name a line, in the order of the logits (an "
         "empty folder for a class without images counts).",
     )
@@ -252,20 +232,17 @@ def _of_order(
 def text_lines(path: Path) -> list[tuple[int, str]]:
     """Return the lines of a text file that are not blank, stripped, with their numbers from 1.
 
-    UTF-8, or UTF-16 with its byte order mark; a mark is no part of the text.
+    UTF-8; a byte order mark is no part of the text.
 
     Raises:
-        InputError: it cannot be read, or is neither.
+        InputError: it cannot be read, or is not UTF-8.
     """
     try:
-        require_regular_file(path)
-        content = path.read_bytes()
-        wide = content[:2] in {b"\xff\xfe", b"\xfe\xff"}
-        text = content.decode("utf-16" if wide else "utf-8-sig")
-    except (OSError, ValueError) as error:
+        text = text_from(path).removeprefix("\ufeff")
+    except (OSError, DocumentError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"The labels '{path}' cannot be read: {reason}.", "Check it.") from error
-    lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
+    lines = enumerate(text.splitlines(), 1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
@@ -347,7 +324,7 @@ def _said(images: ImageSet, file: Path, lines: Sequence[tuple[int, str]]) -> lis
         InputError: an image has no line, or two that differ.
     """
     named: dict[str, int | None] = {}
-    tails = [_tails(images.relative(item)) for item in images.items]
+    tails = [_tails(item.name) for item in images.items]
     for index, each in enumerate(tails):
         for tail in each:
             named[tail] = None if tail in named else index  # what several are called says nothing
@@ -362,9 +339,8 @@ def _said(images: ImageSet, file: Path, lines: Sequence[tuple[int, str]]) -> lis
             before = said.setdefault(index, (number, label))
             if before[1] != label:
                 raise InputError(
-                    f"'{file}' contradicts itself about "
-                    f"'{images.relative(images.items[index])}': '{before[1]}' in line "
-                    f"{before[0]}, '{label}' in line {number}.",
+                    f"'{file}' contradicts itself about '{images.items[index].name}': "
+                    f"'{before[1]}' in line {before[0]}, '{label}' in line {number}.",
                     "Take the wrong line out.",
                 )
             break
@@ -374,7 +350,7 @@ def _said(images: ImageSet, file: Path, lines: Sequence[tuple[int, str]]) -> lis
     if missing:
         raise InputError(
             f"'{file}' ({len(lines)} lines) has no label for {len(missing)} of the {len(images)} "
-            f"images, the first: '{images.relative(missing[0])}'.",
+            f"images, the first: '{missing[0].name}'.",
             "Give a line 'file label' for each, or one label a line for all in sorted order.",
         )
     return [said[index] for index in range(len(images))]

@@ -57,9 +57,8 @@ def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None)
         size, channels = preprocessing.image_size, preprocessing.channels
     else:
         for name in PHOTOGRAPHS:
-            package, _, file = name.partition("/")
-            spec = importlib.util.find_spec(package)  # which imports nothing
-            path = Path(spec.origin if spec and spec.origin else "").parent / file
+            spec = importlib.util.find_spec(name.partition("/")[0])  # which imports nothing
+            path = Path(spec.origin).parents[1] / name if spec and spec.origin else Path()
             items += [ImageItem(path.stem, path)] if path.is_file() else []  # releases differ
     if items:
         named = ", ".join(item.name for item in items)
@@ -134,9 +133,26 @@ def check_images(
         ImageError: not one can be read, or they do not yield that many distinct inputs.
     """
     images = sample_set(model_name, preprocessing) if source is None else image_set(source)
+    total, rng, bad = len(images), np.random.default_rng(0), list[str]()
+
+    def candidates() -> Iterator[tuple[str, Values]]:
+        whole: list[ImageItem] = []
+        spread = np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
+        for index in dict.fromkeys([*spread, *range(total)]):  # the rest, should some be unreadable
+            item = images.items[index]
+            try:
+                yield item.name, item_values(item, preprocessing)
+                whole.append(item)
+            except ImageError as error:
+                bad.append(error.message)
+        for item in whole * (4 * -(-count // len(whole))) if whole else ():
+            values = item_values(item, preprocessing)
+            axes = (0, 1) if values.dtype == np.uint8 else (1, 2)
+            part = np.roll(values, rng.integers(1, preprocessing.sides).tolist(), axes)
+            yield f"{SHIFTED}{item.name}", part
+
     found: dict[bytes, tuple[str, Values]] = {}
-    bad: list[str] = []
-    for name, values in _candidates(images, preprocessing, count, bad):
+    for name, values in candidates():
         found.setdefault(values.tobytes(), (name, values))  # the same image twice tells nothing
         if len(found) == count:
             break
@@ -153,26 +169,3 @@ def check_images(
     described = f"{taken} {images.description}{unread}"
     batch = Batch.of(dict(enumerate(every)), preprocessing)
     return replace(batch, names=names, description=described)
-
-
-def _candidates(
-    images: ImageSet, preprocessing: Preprocessing, count: int, bad: list[str]
-) -> Iterator[tuple[str, Values]]:
-    """Yield images, spread over their set, then shifts of them, each with its name.
-
-    Why an image could not be read is added to ``bad``.
-    """
-    total, whole, rng = len(images), list[ImageItem](), np.random.default_rng(0)
-    spread = np.linspace(0, total - 1, min(count, total)).astype(int).tolist()
-    for index in dict.fromkeys([*spread, *range(total)]):  # the rest, should some be unreadable
-        item = images.items[index]
-        try:
-            yield images.relative(item), item_values(item, preprocessing)
-            whole.append(item)
-        except ImageError as error:
-            bad.append(error.message)
-    for item in whole * (4 * -(-count // len(whole))) if whole else ():
-        values = item_values(item, preprocessing)
-        axes = (0, 1) if values.dtype == np.uint8 else (1, 2)
-        part = np.roll(values, rng.integers(1, preprocessing.sides).tolist(), axes)
-        yield f"{SHIFTED}{images.relative(item)}", part

@@ -65,19 +65,6 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Disk:
-    """The file system a folder is on.
-
-    Attributes:
-        folder: the folder that was asked about.
-        free_bytes: what may still be written there.
-    """
-
-    folder: Path
-    free_bytes: int
-
-
-@dataclass(frozen=True)
 class Gpu:
     """One NVIDIA GPU.
 
@@ -146,17 +133,6 @@ def memory() -> Memory:
     return Memory(int(limit), min(here.available, left))
 
 
-def disk(folder: Path) -> Disk:
-    """Return the free space where ``folder`` is or, if it is not there yet, would be.
-
-    Raises:
-        OSError: no folder above it can be looked at.
-    """
-    folder = folder.absolute()
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    return Disk(folder, psutil.disk_usage(str(existing)).free)
-
-
 def nvidia_driver() -> Driver | None:
     """Return the NVIDIA driver and its GPUs as CUDA numbers them, or None where none answers.
 
@@ -216,29 +192,7 @@ def _in_cudas_order(gpus: list[Gpu]) -> tuple[Gpu, ...]:
             return ()
         _, count = driver.cuDeviceGetCount()
         return tuple(known[_bus(driver.cuDeviceGetPCIBusId(16, i)[1])] for i in range(count or 0))
-    return visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def visible_gpus(gpus: list[Gpu], listed: str | None) -> tuple[Gpu, ...]:
-    """Return the GPUs that ``CUDA_VISIBLE_DEVICES`` leaves, where CUDA cannot be asked.
-
-    Numbers and beginnings of UUIDs; as CUDA does, it stops at the first that is neither.
-
-    >>> two = [Gpu("a", None, None, uuid="GPU-1"), Gpu("b", None, None, uuid="GPU-2")]
-    >>> [gpu.name for gpu in visible_gpus(two, "GPU-2,0,7,1")]
-    ['b', 'a']
-    """
-    if listed is None:
-        return tuple(gpus)
-    chosen: list[Gpu] = []
-    for part in filter(None, (text.strip() for text in listed.split(","))):
-        named = [gpu for gpu in gpus if part.startswith("GPU-") and gpu.uuid.startswith(part)]
-        if part.isdecimal():
-            named = gpus[int(part) : int(part) + 1]
-        if not named:
-            break
-        chosen += named[:1]
-    return tuple(chosen)
+    return tuple(gpus)
 
 
 def _text(file: str) -> str:

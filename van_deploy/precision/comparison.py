@@ -103,8 +103,9 @@ def compare_precisions(
     labels = None if known is None or outputs.widths else known[numbers]
     times: Sequence[float | None] = [None] * len(runs)
     if providers:
-        image = images.few(images.judges, 1)
-        times = _interleaved_ms(candidates, image, providers, threads, outputs)
+        how: dict[str, Any] = {"threads": threads, "providers": providers, "outputs": outputs}
+        timed = [logits_session(c.model, fuse=True, in_turns=True, **how) for c in candidates]
+        times = _interleaved_ms(timed, images.few(images.judges, 1))
     expected, rows = np.concatenate(pieces[0]), []
     for candidate, logits, ms in zip(candidates, pieces, times, strict=True):
         actual, precision = np.concatenate(logits), candidate.precision
@@ -250,19 +251,11 @@ def logits_session(
     return run
 
 
-def _interleaved_ms(
-    candidates: Sequence[Candidate],
-    image: Images,
-    providers: Sequence[str],
-    threads: int | None,
-    outputs: Outputs,
-) -> list[float]:
+def _interleaved_ms(runs: Sequence[Callable[[Images], Images]], image: Images) -> list[float]:
     """Return each graph's median time for one image in milliseconds, measured in turns.
 
     Turn about, so that what else the machine does falls on all of them alike.
     """
-    how: dict[str, Any] = {"threads": threads, "providers": providers, "outputs": outputs}
-    runs = [logits_session(c.model, fuse=True, in_turns=True, **how) for c in candidates]
     times: list[list[float]] = [[] for _ in runs]
     for number in range(ROUNDS + 1):
         for run, taken in zip(runs, times, strict=True):

@@ -16,15 +16,9 @@ import numpy as np
 from van_deploy.bundle import Bundle
 from van_deploy.calibration_set import ImageSelection, calibration_set_named
 from van_deploy.config import QuantizeSettings
-from van_deploy.data import (
-    ImageSet,
-    decoded_batches,
-    digits_set,
-    image_set,
-    labelled_images,
-    noise_set,
-    sample_set,
-)
+from van_deploy.data.images import ImageSet, decoded_batches, image_set
+from van_deploy.data.labels import labelled_images
+from van_deploy.data.samples import digits_set, noise_set, sample_set
 from van_deploy.errors import ImageError, InputError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing
@@ -66,11 +60,21 @@ class JobImages:
         return replace(self.calibration, items=(*self.calibration.items, *self.held_out.items))
 
     def read(self, chosen: ImageSet, batch: int) -> Iterator[tuple[Images, list[int]]]:
-        """Yield network input ``(n, C, S, S)`` float32 with the numbers of its images."""
-        for part in decoded_batches(
-            chosen.items, self.preprocessing, batch, most_unreadable=MOST_UNREADABLE
-        ):
-            self.unreadable.update((reason, None) for _, reason in part.unreadable)
+        """Yield network input ``(n, C, S, S)`` float32 with the numbers of its images.
+
+        Raises:
+            ImageError: more than :data:`MOST_UNREADABLE` of them cannot be read.
+        """
+        bad: list[str] = []
+        for part in decoded_batches(chosen.items, self.preprocessing, batch):
+            bad += [reason for _, reason in part.unreadable]
+            self.unreadable.update(dict.fromkeys(bad))
+            if len(bad) > MOST_UNREADABLE * len(chosen):
+                raise ImageError(
+                    f"{len(bad)} of {len(chosen)} images could not be read, more than "
+                    f"{100 * MOST_UNREADABLE:g} %; the first: {bad[0]}",
+                    "Replace or remove these files.",
+                )
             if part.indices:
                 yield part.inputs, list(part.indices)
                 self.watch.reached(part.indices[-1] + 1, len(chosen))

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 from onnx import ModelProto, checker, load_model
-from torch import nn
 
 from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.checks.golden import golden_samples
@@ -162,7 +161,12 @@ class _Job:
         model = load_model(self.bundle.verified("fp32"))
         network = van_from_onnx(model, self.bundle.manifest.architecture)
         by_user = kept_nodes(model, asked.keep)
-        scopes = _scopes(asked, network.model, by_user) if asked.precision == "int8" else {}
+        scopes: dict[str, tuple[str, ...]] = {}  # the layers of each to try
+        if asked.precision == "int8" and asked.scope == ("auto",):
+            _timed_in(asked)  # says at once where nothing can be timed
+            scopes = {scope: layers_in_scope(network.model, (scope,), by_user) for scope in SCOPES}
+        elif asked.precision == "int8":
+            scopes = {"": layers_in_scope(network.model, asked.scopes, by_user)}
         counted = counted_tensors(network, set().union(*scopes.values()), asked.target)
         images.watch.begin("Recording ranges")
         height, width = images.preprocessing.sides
@@ -289,16 +293,6 @@ class _Job:
                 )
             )
         self.images.watch.begin("")
-
-
-def _scopes(
-    settings: QuantizeSettings, model: nn.Module, kept: Mapping[str, str]
-) -> dict[str, tuple[str, ...]]:
-    """Return the layers of each scope to try, by its name."""
-    if settings.scope != ("auto",):
-        return {"": layers_in_scope(model, settings.scopes, kept)}
-    _timed_in(settings)  # says at once where nothing can be timed
-    return {scope: layers_in_scope(model, (scope,), kept) for scope in SCOPES}
 
 
 def _timed_in(settings: QuantizeSettings) -> tuple[str, ...]:

@@ -9,44 +9,38 @@ from datetime import datetime, timezone
 from typing import Any
 
 from van_deploy import __version__
-from van_deploy.bench.document import SCHEMA, read_report
+from van_deploy.bench.document import BENCH_FILE, SCHEMA, read_report
 from van_deploy.bundle import Bundle
 from van_deploy.config.sizes import size_text
 from van_deploy.documents import plain
 from van_deploy.errors import BundleError, InputError
+from van_deploy.report import document as doc
 from van_deploy.report import sections_bench as timed
 from van_deploy.report import sections_checks as judged
 from van_deploy.report import sections_model as model
-from van_deploy.report.document import (
-    Block,
-    Document,
-    Entry,
-    Facts,
-    Section,
-    Tile,
-    checks_table,
-    notices,
-    table,
-)
-from van_deploy.report.figures import bytes_text, count_text, ms_text, state_of
+from van_deploy.report.document import Block, Document, Entry, state_of, table
 
-BENCH_FILE = "bench.json"
+SHOWN_PARTS = 5  # of each artifact's drift
+
+# Keys of a check's result under which there is one entry an artifact.
 BY_ARTEFACT = ("artefacts", "accuracy", "losses", "runners")
-"""Keys of a check's result under which there is one entry an artifact."""
-KNOWN = ("fold", "simplify", "agreement", "verify", "evaluate", "drift", "bench")
+
+# What is not measured without its command: checks, precisions and kinds of artifacts by name.
 COMMANDS = {
     "verify": "every artifact against PyTorch at every batch size: `van-deploy verify`",
     "evaluate": "accuracy on labelled images: `van-deploy evaluate`",
     "drift": "where in the network an artifact drifts: `van-deploy drift`",
     "bench": "speed: `van-deploy bench`",
+    "fp16": "not made: `van-deploy quantize --precision fp16`",
+    "int8": "not made: `van-deploy quantize --precision int8`",
+    "engine": "not built: `van-deploy build`",
 }
+TOLD_APART = ("fold", "simplify", "agreement", *COMMANDS)
+
+# The worst first, and how the number of checks in each is worded.
 STATES = {"FAIL": "failed", "INCONCLUSIVE": "undecided", "PASS": "", "SKIPPED": "skipped"}
-"""The worst first, and how the number of checks in each is worded."""
-SHOWN_PARTS = 5  # of each artifact's drift
 QUOTED_PATH = re.compile(r"'(?:[A-Za-z]:[\\/]|/)[^']*?([^'/\\]+)[/\\]?'")
 BARE_PATH = re.compile(r"(?<![\w.:/'<-])/(?:[^\s'\"/,;()]+/)+([^\s'\"/,;()]+)")
-
-Row = tuple[str, str, str]
 
 
 def document_of_bundle(bundle: Bundle) -> Document:
@@ -72,50 +66,49 @@ def document_of_bundle(bundle: Bundle) -> Document:
 
 def _document(bundle: Bundle) -> Document:
     manifest, sizes = portable(plain(bundle.manifest)), bundle.sizes()
-    digests = {name: artefact.sha256 for name, artefact in bundle.artefacts.items()}
-    manifest["checks"], stale = _fresh_checks(manifest["checks"], digests)
-    bench, old = _fresh_bench(bundle, digests)
-    stale += old
-    verdicts = [*_files(bundle), *_verdicts(manifest["checks"])]
+    manifest["checks"], bench, stale = _fresh(bundle, manifest["checks"])
+    problems = [("FAIL", "files", problem) for problem in portable(bundle.problems())]
+    said = f"all {len(bundle.digests)} have the manifest's SHA-256"
+    verdicts = [*(problems or [("PASS", "files", said)]), *_verdicts(manifest["checks"])]
     states = Counter(state for state, _, _ in verdicts)
     state = next(state for state in STATES if states[state])
     words = [f"{states['PASS']} of {len(verdicts)} checks passed"]
     words += [f"{states[one]} {word}" for one, word in STATES.items() if word and states[one]]
+    words += [f"{len(stale)} stale"] * bool(stale)
     precisions = dict.fromkeys(e["precision"].upper() for e in manifest["artefacts"].values())
     size, network = size_text(manifest["preprocessing"]["image_size"]), manifest["architecture"]
     gives = "feature maps" if network["out_indices"] else f"{network['num_classes']} classes"
-    named = (f"{w}: measured on another file; run `van-deploy {c}` again" for c, w in stale)
+    again = (f"{w}: measured on another file; run `van-deploy {c}` again" for c, w in stale)
     written = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
     return Document(
         title=bundle.name,
-        subtitle=f"Visual Attention Network, {count_text(manifest['parameters'])} parameters, "
+        subtitle=f"Visual Attention Network, {doc.count_text(manifest['parameters'])} parameters, "
         f"{size} pixels, {gives}, deployed as {', '.join(precisions)}",
         state="INCONCLUSIVE" if state == "PASS" and stale else state,
-        note="; ".join([*words, *[f"{len(stale)} stale"] * bool(stale)]),
-        notices=notices("STALE", named),
+        note="; ".join(words),
+        sections={t: blocks for t, blocks in _sections(manifest, sizes, verdicts, bench) if blocks},
+        notices=doc.notices("STALE", again),
         tiles=list(_tiles(manifest["checks"], sizes, bench)),
-        sections=[
-            Section(title, blocks)
-            for title, blocks in _sections(manifest, sizes, verdicts, bench)
-            if blocks
-        ],
         footer=f"Written by van-deploy {__version__} on {written}; the bundle was last changed "
         f"{manifest['written']}.",
     )
 
 
 def _sections(
-    manifest: Entry, sizes: Mapping[str, int], verdicts: Sequence[Row], bench: Entry | None
+    manifest: Entry,
+    sizes: Mapping[str, int],
+    verdicts: Sequence[tuple[str, str, str]],
+    bench: Entry | None,
 ) -> Iterator[tuple[str, Sequence[Block]]]:
-    checks, artefacts, order = manifest["checks"], manifest["artefacts"], [*STATES]
-    ordered = sorted(verdicts, key=lambda v: order.index(v[0]) if v[0] in order else len(order))
-    yield "Verdicts", checks_table(ordered)
-    notes = notices("NOTE", manifest["weights"]["notes"])
+    checks, artefacts = manifest["checks"], manifest["artefacts"]
+    worst = {state: place for place, state in enumerate(STATES)}
+    ordered = sorted(verdicts, key=lambda verdict: worst.get(verdict[0], len(worst)))
+    yield "Verdicts", doc.checks_table(ordered)
+    notes = doc.notices("NOTE", manifest["weights"]["notes"])
     yield "Model", [*model.model_facts(manifest), *notes]
-    yield "Artifacts", [*model.artefacts_table(manifest, sizes), *model.sizes_plot(sizes)]
+    yield "Artifacts", model.artefacts_table(manifest, sizes)
     if checks.get("verify", {}).get("artefacts"):
-        names = manifest["class_names"]
-        yield "Verification", judged.verify_blocks(checks["verify"], names, full=True)
+        yield "Verification", judged.verify_blocks(checks["verify"], manifest["class_names"])
     if checks.get("evaluate", {}).get("losses"):
         yield "Accuracy", judged.evaluate_blocks(checks["evaluate"])
     if checks.get("drift", {}).get("artefacts"):
@@ -125,36 +118,22 @@ def _sections(
         accuracies = checks.get("evaluate", {}).get("accuracy", {})
         yield "Throughput against accuracy", timed.tradeoff_blocks(accuracies, bench)
     yield "Preprocessing", model.preprocessing_facts(manifest["preprocessing"])
-    yield "Graph", model.graph_blocks(manifest)
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    yield "Graph", model.graph_blocks(artefacts)
     files = [(n, file, digest) for n, e in artefacts.items() for file, digest in e["files"].items()]
     columns = "artifact = 0 name; file = 1 name; SHA-256 = 2 name"
-    made_with = Facts({"made with": versions, "bundle schema": manifest["schema"]})
-    yield "Provenance", [made_with, *table(files, columns, "Every file", folded=True)]
-    left = [(name, detail) for state, name, detail in verdicts if state == "SKIPPED"]
-    left += [(name, what) for name, what in COMMANDS.items() if name not in checks]
-    made = {entry["precision"] for entry in artefacts.values()}
-    left += [
-        (kind.upper(), f"not made: `van-deploy quantize --precision {kind}`")
-        for kind in ("fp16", "int8")
-        if kind not in made
-    ]
-    if not any(entry["kind"] == "engine" for entry in artefacts.values()):
-        left.append(("TensorRT engine", "not built: `van-deploy build`"))
+    made_with = {"made with": manifest["versions"], "bundle schema": manifest["schema"]}
+    every_file = table(files, columns, "Every file", folded=True)
+    yield "Provenance", [doc.Facts(made_with), *every_file]
+    done = {*checks, *(e[key] for e in artefacts.values() for key in ("precision", "kind"))}
+    left = [(name, said) for state, name, said in verdicts if state == "SKIPPED"]
+    left += [(name, what) for name, what in COMMANDS.items() if name not in done]
     yield "Not measured", table(left, "what = 0 name; why = 1")
 
 
-# --- what was found ----------------------------------------------------------------------------
-
-
-def _files(bundle: Bundle) -> list[Row]:
-    problems = [("FAIL", "files", problem) for problem in portable(bundle.problems())]
-    return problems or [("PASS", "files", f"all {len(bundle.digests)} have the manifest's SHA-256")]
-
-
-def _verdicts(checks: Entry) -> Iterator[Row]:
+def _verdicts(checks: Entry) -> Iterator[tuple[str, str, str]]:
     """Yield state, name and detail of every check."""
-    yield from model.proof_rows(checks)
+    for outcome, name, said in model.proof_rows(checks):
+        yield state_of(outcome), name, said
     for name, verdict in checks.get("verify", {}).get("artefacts", {}).items():
         figures, limit = verdict["comparison"], verdict["limit"]
         said = "; ".join(_said(verdict)[:4])
@@ -164,24 +143,23 @@ def _verdicts(checks: Entry) -> Iterator[Row]:
                 f"{limit['origin']}), {len(verdict['flips'])} label flips"
             )
         yield state_of(verdict["outcome"]), f"verify {name}", said
-    for own, original, loss in _losses(checks):
+    for name, own, original, loss in _losses(checks):
         pair = f"{100 * own['top1']:.2f} %, PyTorch {100 * original['top1']:.2f} %"
-        said = "; ".join([pair, *_said(loss)])
-        yield state_of(loss["outcome"]), f"{own['metric']} of {own['name']}", said
+        yield state_of(loss["outcome"]), name, "; ".join([pair, *_said(loss)])
     for skipped in checks.get("evaluate", {}).get("skipped", ()):
-        yield "SKIPPED", f"evaluate {skipped['artefact']}", str(skipped["reason"])
-    for name, entry in checks.items():  # a check this report knows nothing else about
-        outcome = entry.get("outcome", entry.get("passed")) if isinstance(entry, Mapping) else None
-        if outcome is not None and name not in KNOWN:
-            yield state_of(outcome), name, str(entry.get("reason") or entry.get("detail") or "")
+        yield "SKIPPED", f"evaluate {skipped['artefact']}", skipped["reason"]
+    for name, entry in checks.items():  # such as of embedded preprocessing
+        outcome = entry.get("outcome", entry.get("passed"))
+        if outcome is not None and name not in TOLD_APART:
+            yield state_of(outcome), name, entry.get("reason") or entry.get("detail") or ""
 
 
-def _losses(checks: Entry) -> Iterator[tuple[Entry, Entry, Entry]]:
-    """Yield the accuracy of each artifact with its name, PyTorch's, and what was lost."""
+def _losses(checks: Entry) -> Iterator[tuple[str, Entry, Entry, Entry]]:
+    """Yield what was measured of each artifact, its accuracy, PyTorch's, and what was lost."""
     evaluated = checks.get("evaluate", {})
     for name, loss in evaluated.get("losses", {}).items():
-        accuracy = evaluated["accuracy"]
-        yield {**accuracy[name], "name": name}, accuracy["pytorch"], loss
+        own, original = evaluated["accuracy"][name], evaluated["accuracy"]["pytorch"]
+        yield f"{own['metric']} of {name}", own, original, loss
 
 
 def _said(entry: Entry) -> list[str]:
@@ -189,64 +167,52 @@ def _said(entry: Entry) -> list[str]:
     return list(filter(None, said))
 
 
-def _fresh_checks(
-    checks: Entry, digests: Mapping[str, str]
-) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Return the checks without entries of artifacts made anew since, and ``(check, what)``."""
-    fresh, stale = {}, []
+def _fresh(
+    bundle: Bundle, checks: Entry
+) -> tuple[Mapping[str, Any], Entry | None, Sequence[tuple[str, str]]]:
+    """Return checks and benchmark without what was measured on other files, and what that was."""
+    digests = {name: artefact.sha256 for name, artefact in bundle.artefacts.items()}
+    fresh, stale, path = {}, [], bundle.path / BENCH_FILE
     for name, entry in checks.items():
-        measured = entry.get("artefacts_sha256", {}) if isinstance(entry, Mapping) else {}
-        gone = {one for one, digest in measured.items() if digests.get(one) != digest}
+        measured = entry.get("artefacts_sha256", {}).items()
+        gone = {one for one, digest in measured if digests.get(one) != digest}
         stale += [(name, f"{name} of {artefact}") for artefact in sorted(gone)]
-        fresh[name] = entry
-        for key in BY_ARTEFACT if gone else ():
-            kept = {n: item for n, item in (entry.get(key) or {}).items() if n not in gone}
-            fresh[name] = {**fresh[name], key: kept}
-    return fresh, stale
-
-
-def _fresh_bench(
-    bundle: Bundle, digests: Mapping[str, str]
-) -> tuple[Entry | None, list[tuple[str, str]]]:
-    """Return the benchmark kept in the bundle without rows of other files, and what is stale."""
-    path = bundle.path / BENCH_FILE
+        fresh[name] = dict(entry)
+        for key in {*BY_ARTEFACT} & {*entry} if gone else ():
+            fresh[name][key] = {n: one for n, one in entry[key].items() if n not in gone}
     try:
         bench = portable(plain(read_report(path)))
     except InputError:
         head = path.read_text("utf-8", "replace")[:100] if path.is_file() else ""
-        other = "van-deploy/bench/" in head and SCHEMA not in head
-        return None, [("bench", f"{BENCH_FILE}, of another version")] * other
+        is_old = "van-deploy/bench/" in head and SCHEMA not in head
+        return fresh, None, [*stale, *[("bench", f"{BENCH_FILE}, of another version")] * is_old]
     known = {*digests.values(), bundle.manifest.weights.sha256}
     gone = {name for name, entry in bench["contenders"].items() if entry["sha256"] not in known}
     for key in ("rows", "roofline"):
         bench[key] = [row for row in bench[key] if row["contender"] not in gone]
-    bench["loading"] = {name: took for name, took in bench["loading"].items() if name not in gone}
-    return bench, [("bench", f"speed of {name}") for name in sorted(gone)]
+    return fresh, bench, [*stale, *(("bench", f"speed of {name}") for name in sorted(gone))]
 
 
-def _tiles(checks: Entry, sizes: Mapping[str, int], bench: Entry | None) -> Iterator[Tile]:
+def _tiles(checks: Entry, sizes: Mapping[str, int], bench: Entry | None) -> Iterator[doc.Tile]:
     """Yield the numbers people look for first, those that exist."""
-    if bench is not None and (best := timed.fastest(bench)) is not None:
+    rows = timed.measured(bench) if bench else []
+    if bench is not None and rows:
+        best = min(rows, key=lambda row: (row["batch"], row["p50"]))
         reference, name = str(bench["reference"]), best["contender"]
         slower = "PyTorch" if reference.startswith("pytorch") else reference
         is_faster = best["ratio"] and name != reference
         times = f"{best['ratio']['median']:.1f} x {slower}, " if is_faster else ""
-        loaded = bench["during"]["under_load"]
+        loaded = bench["machine"]["under_load"]
         note = f"{times}{name}{', measured under load' * loaded}"
-        label, value = f"Fastest at batch {best['batch']}", f"{ms_text(best['p50'])} ms"
-        yield Tile(label, value, note, "warn" * loaded)
-    losses = list(_losses(checks))
-    for own, original, loss in losses:
+        label, value = f"Fastest at batch {best['batch']}", f"{doc.ms_text(best['p50'])} ms"
+        yield doc.Tile(label, value, note, "warn" * loaded)
+    for name, own, original, loss in _losses(checks):
         state = state_of(loss["outcome"])
-        tone = {"FAIL": "bad", "INCONCLUSIVE": "open"}.get(state, "")
         note = f"PyTorch {100 * original['top1']:.2f} %{'' if state == 'PASS' else f', {state}'}"
-        yield Tile(f"{own['metric']} of {own['name']}", f"{100 * own['top1']:.2f} %", note, tone)
-    if not losses and "agreement" in checks:
-        levels = [e["sqnr_db"] for e in checks["agreement"]["batches"] if e["sqnr_db"] is not None]
-        least = f"{min(map(float, levels), default=float('nan')):.1f} dB"
-        yield Tile("FP32 against PyTorch", least, "lowest of all batch sizes")
+        tone = doc.TONES.get(state, "").replace("good", "")
+        yield doc.Tile(name, f"{100 * own['top1']:.2f} %", note, tone)
     smallest = min(sizes, key=sizes.__getitem__)
-    yield Tile("Smallest artifact", bytes_text(sizes[smallest]), smallest)
+    yield doc.Tile("Smallest artifact", doc.bytes_text(sizes[smallest]), smallest)
 
 
 def portable(value: Any) -> Any:

@@ -8,15 +8,20 @@ a job's summary, so none can say what the others do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from van_deploy.report.figures import shown, state_of
+from van_deploy.config.sizes import size_text
 
+# A result in its JSON form (:func:`van_deploy.documents.plain`).
 Entry: TypeAlias = Mapping[str, Any]
-"""A result in its JSON form (:func:`van_deploy.documents.plain`)."""
 
+# Forms of cells that are set to the left: text that may be broken over lines, a name that may
+# not, and a state.
+TEXTS = ("", "name", "state")
+
+# The states that have a colour, and which. A state is always written out as well.
 TONES: Mapping[str, str] = {
     **dict.fromkeys(("PASS", "OK", "YES", "HERE"), "good"),
     "FAIL": "bad",
@@ -24,7 +29,8 @@ TONES: Mapping[str, str] = {
     **dict.fromkeys(("WARNING", "STALE", "NO", "MISSING"), "warn"),
     **dict.fromkeys(("SKIPPED", "NOTE", "LIMIT"), "skip"),
 }
-"""The states that have a colour, and which. A state is always written out as well."""
+STATES = {True: "PASS", False: "FAIL", None: "SKIPPED", "passed": "PASS", "failed": "FAIL"}
+LONGEST = 12  # of a list that is shown whole
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Facts:
     def pairs(self) -> Iterator[tuple[str, str]]:
         """Yield names and values as text."""
         for name, value in self.values.items():
-            if value not in (None, ""):
+            if not _missing(value):
                 yield name, shown(value, "")
 
 
@@ -62,7 +68,7 @@ class Table:
 
     Attributes:
         columns: headers, with the unit, and the form of what stands below each (see
-            :func:`~van_deploy.report.figures.shown`). Numbers are set to the right.
+            :func:`shown`). Numbers are set to the right.
         rows: cells as text, as many as there are columns.
         title: one line above.
         folded: shown closed at first, where that is possible.
@@ -86,23 +92,13 @@ class Plot:
     Attributes:
         svg: an ``<svg>`` element that takes its colours from the page.
         caption: what it shows.
-        wide: whether it wants the whole width.
     """
 
     svg: str
     caption: str
-    wide: bool = True
 
 
 Block: TypeAlias = Paragraph | Notice | Facts | Table | Plot
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and what is below it. Neighbouring plots share a row."""
-
-    title: str
-    blocks: Sequence[Block]
 
 
 @dataclass(frozen=True)
@@ -124,9 +120,9 @@ class Document:
         subtitle: what that is, on one line.
         state: PASS, FAIL, INCONCLUSIVE or SKIPPED, for everything together.
         note: how many checks said what.
+        sections: what stands below each heading.
         notices: what has to be known before the numbers: results of other files.
         tiles: the numbers at the top.
-        sections: the rest.
         footer: who wrote it and when.
     """
 
@@ -134,9 +130,9 @@ class Document:
     subtitle: str
     state: str
     note: str
+    sections: Mapping[str, Sequence[Block]]
     notices: Sequence[Notice] = ()
     tiles: Sequence[Tile] = ()
-    sections: Sequence[Section] = ()
     footer: str = ""
 
 
@@ -194,7 +190,7 @@ def _at(value: Any, path: str) -> Any:
         if isinstance(value, Mapping):
             value = value.get(part)
         elif value is not None:
-            value = value[int(part)]
+            value = value[int(part)] if int(part) < len(value) else None
     return value
 
 
@@ -213,6 +209,112 @@ def inner(rows: Iterable[Entry], key: str, most: int | None = None) -> list[dict
     return [{"about": row["about"], **one} for row in rows for one in row[key][:most]]
 
 
+def most(lines: Sequence[str], count: int) -> list[str]:
+    """Return the first lines, and how many more there are."""
+    return [*lines[:count], *[f"and {len(lines) - count:,} more"] * (len(lines) > count)]
+
+
 def notices(state: str, lines: Iterable[str]) -> list[Notice]:
     """Return one notice a line."""
     return [Notice(state, line) for line in lines]
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+
+def shown(value: Any, form: str) -> str:
+    """Return a cell's text.
+
+    Args:
+        value: what the cell holds, as JSON spells it; None is ``-``, or nothing in text.
+        form: one of :data:`TEXTS` or :data:`NAMED`, ``number`` (as it is), or a format such as
+            ``.1f``. A text that is no number stays as it is.
+
+    >>> shown("inf", ".1f"), shown(0.9835, "percent"), shown(None, ".1f"), shown([1, 2.5], "")
+    ('inf', '98.35', '-', '1 2.5')
+    """
+    if value is None:
+        return "-" if form else ""
+    if form == "state":
+        return state_of(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        if value not in ("inf", "-inf", "nan") or form in TEXTS:
+            return value
+        value = float(value)
+    if form in NAMED:
+        return NAMED[form](value)
+    if isinstance(value, Mapping):
+        return ", ".join(_entry(key, item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return listed(value) if len(value) <= LONGEST else f"{listed(value[:8])} ... ({len(value)})"
+    return format(value, form if form[:1] in tuple("+,.dg") else "g" * isinstance(value, float))
+
+
+def _entry(key: str, value: Any) -> str:
+    form = "bytes" if key.endswith("_bytes") else ""
+    return f"{key.removesuffix('_bytes').replace('_', ' ')} {shown(value, form)}"
+
+
+def state_of(outcome: str | bool | None) -> str:
+    """Return the word for an outcome.
+
+    >>> state_of(True), state_of("pass"), state_of("missing")
+    ('PASS', 'PASS', 'MISSING')
+    """
+    return STATES.get(outcome, str(outcome).upper())
+
+
+def scaled(value: float, step: float, units: Sequence[str]) -> str:
+    """Return a number in the largest unit that it fills; each is ``step`` times the one before."""
+    power = 0
+    while abs(value) >= step and power + 1 < len(units):
+        value, power = value / step, power + 1
+    return f"{value:.1f} {units[power]}" if power else f"{value:g} {units[0]}".rstrip()
+
+
+def bytes_text(size: float) -> str:
+    """Return a size in bytes as people read it, in binary units.
+
+    >>> bytes_text(512), bytes_text(16_500_000), bytes_text(25_276_502_016)
+    ('512 B', '15.7 MiB', '23.5 GiB')
+    """
+    return scaled(size, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def count_text(count: float) -> str:
+    """Return a large count with its decimal unit.
+
+    >>> count_text(431), count_text(4_103_176), count_text(2_506_000_000)
+    ('431', '4.1 M', '2.5 G')
+    """
+    return scaled(count, 1000, ("", "k", "M", "G"))
+
+
+def ms_text(value: float) -> str:
+    """Return milliseconds with three figures.
+
+    >>> ms_text(0.4213), ms_text(12.345), ms_text(4321.0)
+    ('0.421', '12.3', '4,321')
+    """
+    return f"{value:,.{sum(value < limit for limit in (1, 10, 100))}f}"
+
+
+def listed(values: Iterable[object], separator: str = " ") -> str:
+    """Return values in one line, floats without trailing zeros."""
+    return separator.join(f"{v:g}" if isinstance(v, float) else shown(v, "") for v in values)
+
+
+# Kinds of numbers: a share and the two ends of an interval in percent, an interval in points,
+# a ratio with its 95 % interval, such as ``4.13 (4.00-4.31)``, and height x width.
+NAMED: Mapping[str, Callable[[Any], str]] = {
+    "bytes": bytes_text,
+    "count": count_text,
+    "ms": ms_text,
+    "percent": lambda share: f"{100 * share:.2f}",
+    "percents": lambda ends: f"{100 * ends[0]:.2f} to {100 * ends[1]:.2f}",
+    "points": lambda ends: f"{ends[0]:+.2f} to {ends[1]:+.2f}",
+    "ratio": lambda ratio: "{median:.2f} ({low:.2f}-{high:.2f})".format(**ratio),
+    "size": size_text,
+}

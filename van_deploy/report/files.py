@@ -1,4 +1,4 @@
-"""Writing reports where they belong."""
+"""Writing reports where they belong: into a bundle, a job's summary, or a CI server's JUnit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from van_deploy.bundle import Bundle, writing
 from van_deploy.documents import plain
 from van_deploy.errors import InputError
 from van_deploy.files import write_atomic
-from van_deploy.report.document import Document, Section
-from van_deploy.report.plots import Axis, rows_chart
-from van_deploy.report.render_html import STYLE, html_from_document
+from van_deploy.report.document import Document
+from van_deploy.report.render_html import html_from_document
 from van_deploy.report.render_markdown import markdown_from_document
-from van_deploy.report.sections_checks import check_blocks, counts_text, drift_marks
+from van_deploy.report.sections_checks import check_blocks, counts_text
 
 if TYPE_CHECKING:
-    from van_deploy.checks.drift import DriftReport
     from van_deploy.checks.regression import CheckReport, CheckRow
 
 
@@ -31,31 +29,21 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
         output: the HTML file; the Markdown goes beside it.
 
     Raises:
-        InputError: ``output`` cannot be written.
+        InputError: ``output`` is called as the Markdown would be, or cannot be written.
         BundleError: the bundle cannot be written.
     """
     page = output or bundle.path / "report.html"
-    texts = {
-        page: html_from_document(document),
-        page.with_suffix(".md"): markdown_from_document(document),
-    }
+    other = page.with_suffix(".md")
+    if page == other:
+        raise InputError(f"'{page}' is where the Markdown would go.", "Name the HTML file x.html.")
+    texts = {page: html_from_document(document), other: markdown_from_document(document)}
     if output is None:
         with writing(bundle.path) as draft:
             for path, text in texts.items():
                 draft.file(path.name).write_text(text, encoding="utf-8")
-    elif len(texts) == 1:
-        raise InputError(
-            f"'{output}' is where the Markdown would go.", "Name the HTML file: --output x.html."
-        )
     else:
-        try:
-            for path, text in texts.items():
-                _write(path, text)
-        except OSError as error:
-            raise InputError(
-                f"'{output}' cannot be written: {error.strerror or error}.",
-                "Choose another --output FILE.",
-            ) from error
+        for path, text in texts.items():
+            _write(path, text)
     return list(texts)
 
 
@@ -67,20 +55,11 @@ def append_summary(report: CheckReport, path: Path) -> None:
         subtitle=report.images,
         state="PASS" if report.passed else "FAIL",
         note=counts_text(entry),
-        sections=(Section("Gates and baseline", check_blocks(entry)),),
+        sections={"Gates and baseline": check_blocks(entry)},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(markdown_from_document(document, level=2))
-
-
-def write_drift_plot(report: DriftReport, path: Path) -> None:
-    """Write the error that each part of each artifact adds as an SVG file of its own."""
-    label = f"RMS of the error that each {report.level} adds over RMS of its result"
-    svg = rows_chart(drift_marks(plain(report)), Axis(label, log=True))
-    light = " ".join(STYLE[STYLE.index("{") + 1 : STYLE.index("}")].split())
-    own = f'xmlns="http://www.w3.org/2000/svg" style="{light} background: var(--surface)" '
-    _write(path, svg.replace("<svg ", f'<svg {own}font-family="sans-serif" ', 1) + "\n")
 
 
 def write_junit(report: CheckReport, path: Path) -> None:
@@ -92,7 +71,16 @@ def write_junit(report: CheckReport, path: Path) -> None:
     for kind, rows in groupby(sorted(report.rows, key=_kind), key=_kind):
         suite = ElementTree.SubElement(root, "testsuite", name=f"{report.model}.{kind}")
         for row in rows:
-            _add_case(suite, row, report)
+            found, name = row.finding, row.name.partition("/")[2]
+            place = {"classname": f"{report.model}.{kind}", "name": name, "time": "0"}
+            case = ElementTree.SubElement(suite, "testcase", place)
+            if not report.allowed.holds(found):
+                words = {"skipped": "not checked: ", "inconclusive": "undecided: "}
+                message = f"{words.get(row.outcome.value, '')}{found.message}"
+                failure = ElementTree.SubElement(case, "failure", message=message, type="gate")
+                failure.text = f"baseline {row.baseline}, now {found.value}: {message}"
+            elif row.outcome.value != "pass":
+                ElementTree.SubElement(case, "skipped", message=found.message)
     for element in (root, *root):
         for attribute, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped",) * 2):
             element.set(attribute, str(len(element.findall(f".//{tag}"))))
@@ -106,20 +94,11 @@ def _kind(row: CheckRow) -> str:
     return row.name.partition("/")[0]
 
 
-def _add_case(suite: ElementTree.Element, row: CheckRow, report: CheckReport) -> None:
-    kind, _, name = row.name.partition("/")
-    found, outcome = row.finding, row.outcome.value
-    place = {"classname": f"{report.model}.{kind}", "name": name, "time": "0"}
-    case = ElementTree.SubElement(suite, "testcase", place)
-    if not report.allowed.holds(found):
-        said = {"skipped": "not checked: ", "inconclusive": "undecided: "}.get(outcome, "")
-        message = f"{said}{found.message}"
-        failure = ElementTree.SubElement(case, "failure", message=message, type="gate")
-        failure.text = f"baseline {row.baseline}, now {found.value}: {message}"
-    elif outcome != "pass":
-        ElementTree.SubElement(case, "skipped", message=found.message)
-
-
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    except OSError as error:
+        raise InputError(
+            f"'{path}' cannot be written: {error.strerror or error}.", "Choose another file."
+        ) from error

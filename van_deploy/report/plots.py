@@ -16,24 +16,7 @@ from html import escape
 KNOWN = {"pytorch": 8, "fp32": 1, "int8": 2, "fp16": 3, "bf16": 4}
 CHARACTER = 7.0  # width of one in drawing units at most fonts' 12 pixels, rounded up
 ROW, EDGE, BELOW = 28, 12, 46
-WIDTH, HALF, LEFT = 940, 480, 66.0
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis.
-
-    Attributes:
-        label: what it measures, with its unit.
-        log: logarithmic, for values over several decades.
-        zero: start at zero (linear axes).
-        ticks: where the marks go; none for round numbers.
-    """
-
-    label: str
-    log: bool = False
-    zero: bool = True
-    ticks: tuple[float, ...] = ()
+WIDTH, LEFT, HEIGHT = 940, 66.0, 270.0
 
 
 @dataclass(frozen=True)
@@ -95,98 +78,91 @@ def nice_ticks(low: float, high: float) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def rows_chart(marks: Sequence[Mark], axis: Axis, *, dots: bool = False) -> str:
-    """Return one row a mark: name, bar (or dot) with its interval and limit, text."""
+def rows_chart(marks: Sequence[Mark], label: str, *, dots: bool = False) -> str:
+    """Return one row a mark: name, bar (or dot) with its interval and limit, text.
+
+    Args:
+        marks: one a row.
+        label: what ``x`` measures, with its unit.
+        dots: dots instead of bars.
+    """
     left = EDGE + CHARACTER * max((len(m.name) for m in marks), default=0) + 10
     right = WIDTH - EDGE - CHARACTER * max((len(m.text) for m in marks), default=0) - 10
     bottom = EDGE + ROW * len(marks)
     ends = [v for m in marks for v in (m.x, m.low, m.high, m.limit) if v is not None]
-    scale = _Scale(axis, [*ends, *[0.0] * dots], left, right)
-    parts = [_x_axis(scale, axis, EDGE, bottom)]
+    scale = _Scale([0.0, *ends], left, right)
+    parts = [scale.drawn(label, EDGE, bottom)]
     for index, mark in enumerate(marks):
-        middle = EDGE + ROW * (index + 0.5)
+        middle, at = EDGE + ROW * (index + 0.5), scale(mark.x)
+        colour, told = f"var(--series-{mark.colour})", f"{mark.name}: {mark.text or _short(mark.x)}"
         parts.append(_label(left - 10, middle + 4, mark.name, "end"))
         parts.append(_label(WIDTH - EDGE, middle + 4, mark.text, "end"))
-        parts.append(_row(mark, scale, middle, dots))
-    return _svg(WIDTH, bottom + BELOW, axis.label, parts)
+        if not dots:
+            start = scale(max(0.0, scale.ticks[0]))
+            place = {"x": start, "y": middle - 8, "width": max(1.0, at - start), "height": 16}
+            parts.append(_tag("rect", _tag("title", escape(told)), fill=colour, rx=2, **place))
+        if mark.low is not None and mark.high is not None:
+            a, b = scale(mark.low), scale(mark.high)
+            ends_drawn = "".join(f"M{end:.1f} {middle - 5:.1f}v10" for end in (a, b))
+            ink, width = (colour, 2.0) if dots else ("var(--ink)", 1.2)
+            parts.append(_path(f"M{a:.1f} {middle:.1f}H{b:.1f}{ends_drawn}", ink, width))
+        if mark.limit is not None:
+            path = f"M{scale(mark.limit):.1f} {middle - ROW / 2 + 2:.1f}v{ROW - 4}"
+            parts.append(_path(path, "var(--bad)", 2, stroke_dasharray="5 4"))
+        parts += [_dot(at, middle, colour, told)] * dots
+    return _svg(bottom + BELOW, label, parts)
 
 
-def xy_chart(series: Sequence[Series], x: Axis, y: Axis, *, wide: bool = True) -> str:
+def xy_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
     """Return lines with a mark at every point, and a legend above them."""
-    width = WIDTH if wide else HALF
-    legend, top = _legend(series, width)
-    right, bottom, middle = width - 20.0, top + 270.0, top + 135.0
+    at, top, parts = LEFT, 14.0, list[str]()
+    for one in series:
+        needed, colour = 44 + CHARACTER * len(one.name), f"var(--series-{one.colour})"
+        if at + needed > WIDTH and at > LEFT:
+            at, top = LEFT, top + 20
+        parts.append(_path(f"M{at:.1f} {top:.1f}h22", colour, 2))
+        parts.append(_dot(at + 11, top, colour, one.name))
+        parts.append(_label(at + 28, top + 4, one.name, "start"))
+        at += needed
+    top, right = top + 20, WIDTH - 20.0
     points = [point for one in series for point in one.points]
     ys = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
-    to_x = _Scale(x, [p.x for p in points], LEFT, right)
-    to_y = _Scale(y, ys, bottom, top)
-    parts = [legend, _x_axis(to_x, x, top, bottom, grid=False)]
+    to_x = _Scale([p.x for p in points], LEFT, right)
+    to_y = _Scale(ys, top + HEIGHT, top)
+    parts.append(to_x.drawn(x_label, top, top + HEIGHT))
     for tick in to_y.ticks:
-        at = to_y(tick)
-        parts.append(_path(f"M{LEFT:.1f} {at:.1f}H{right:.1f}", "var(--grid)"))
-        parts.append(_label(LEFT - 8, at + 4, _number(tick), "end", muted=True))
-    turned = _label(14, middle, y.label, "middle", muted=True)
-    parts.append(f'<g transform="rotate(-90 14 {middle:.1f})">{turned}</g>')
+        parts.append(_path(f"M{LEFT:.1f} {to_y(tick):.1f}H{right:.1f}", "var(--grid)"))
+        parts.append(_label(LEFT - 8, to_y(tick) + 4, _short(tick), "end", "muted"))
+    middle = top + HEIGHT / 2
+    turned = _label(14, middle, y_label, "middle", "muted")
+    parts.append(_tag("g", turned, transform=f"rotate(-90 14 {middle:.1f})"))
     parts += [_line(one, to_x, to_y) for one in series]
-    return _svg(width, bottom + BELOW, f"{y.label} against {x.label}", parts)
+    return _svg(top + HEIGHT + BELOW, f"{y_label} against {x_label}", parts)
 
 
 class _Scale:
-    """From values to drawing units, with the ticks of the axis."""
+    """From values to drawing units, with the ticks of the axis; from zero unless that is far."""
 
-    def __init__(self, axis: Axis, values: Sequence[float], start: float, end: float) -> None:
+    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
         low, high = min(values, default=0.0), max(values, default=1.0)
-        if axis.ticks:
-            room = 1.15 if axis.log else 1.0
-            ticks = list(axis.ticks)
-            low, high = min(ticks) / room, max(ticks) * room
-        elif axis.log:
-            ticks = _log_ticks(low, high)
-            low, high = min(low, ticks[0]), max(high, ticks[-1])
-        else:
-            room = 0.04 * ((high - low) or abs(high) or 1.0)
-            ticks = nice_ticks(0.0 if axis.zero and low >= 0 else low - room, high + room)
-            low, high = ticks[0], ticks[-1]
-        self.ticks, self.low, self.high, self.log = ticks, low, high, axis.log
+        room = 0.04 * ((high - low) or abs(high) or 1.0)
+        self.ticks = nice_ticks(0.0 if 0 <= low <= high / 2 else low - room, high + room)
         self.start, self.end = start, end
 
     def __call__(self, value: float) -> float:
-        low, high, at = self.low, self.high, value
-        if self.log:
-            low, high, at = (math.log10(max(v, 1e-12)) for v in (low, high, value))
-        share = (at - low) / (high - low) if high > low else 0.5
-        return self.start + share * (self.end - self.start)
+        low, high = self.ticks[0], self.ticks[-1]
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
 
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 of each decade between, or the decades where those are many."""
-    low, high = max(low, 1e-9), max(high, low, 1e-9)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    marks = [m * 10.0**d for d in decades for m in (1, 2, 5)]
-    first = max((i for i, m in enumerate(marks) if m <= low), default=0)
-    last = min((i for i, m in enumerate(marks) if m >= high), default=len(marks) - 1)
-    inside = marks[first : max(last, first + 1) + 1]
-    return inside if len(inside) <= 8 else [10.0**d for d in decades]
-
-
-def _row(mark: Mark, scale: _Scale, middle: float, dots: bool) -> str:
-    colour, at = f"var(--series-{mark.colour})", scale(mark.x)
-    told, parts = f"{mark.name}: {mark.text or _number(mark.x)}", []
-    if not dots:
-        start = scale(scale.low if scale.log else max(0.0, scale.low))
-        parts.append(
-            f'<rect x="{start:.1f}" y="{middle - 8:.1f}" width="{max(1.0, at - start):.1f}" '
-            f'height="16" rx="2" fill="{colour}"><title>{escape(told)}</title></rect>'
-        )
-    if mark.low is not None and mark.high is not None:
-        a, b = scale(mark.low), scale(mark.high)
-        ends = "".join(f"M{end:.1f} {middle - 5:.1f}v10" for end in (a, b))
-        ink, width = (colour, 2) if dots else ("var(--ink)", 1.2)
-        parts.append(_path(f"M{a:.1f} {middle:.1f}H{b:.1f}{ends}", ink, width))
-    if mark.limit is not None:
-        path = f"M{scale(mark.limit):.1f} {middle - ROW / 2 + 2:.1f}v{ROW - 4}"
-        parts.append(_path(path, "var(--bad)", 2, ' stroke-dasharray="5 4"'))
-    return "".join([*parts, _dot(at, middle, colour, told) if dots else ""])
+    def drawn(self, label: str, top: float, bottom: float) -> str:
+        """Return the axis below a plot, with a line up from each tick."""
+        parts = [_path(f"M{self.start:.1f} {bottom:.1f}H{self.end:.1f}", "var(--axis)")]
+        for tick in self.ticks:
+            line = f"M{self(tick):.1f} {top:.1f}V{bottom:.1f}"
+            colour = "var(--axis)" if tick == 0 and self.ticks[0] < 0 else "var(--grid)"
+            parts.append(_path(line, colour))
+            parts.append(_label(self(tick), bottom + 17, _short(tick), "middle", "muted"))
+        middle = (self.start + self.end) / 2
+        return "".join([*parts, _label(middle, bottom + 37, label, "middle", "muted")])
 
 
 def _line(line: Series, to_x: _Scale, to_y: _Scale) -> str:
@@ -199,61 +175,38 @@ def _line(line: Series, to_x: _Scale, to_y: _Scale) -> str:
             whisker = f"M{a:.1f} {to_y(point.low):.1f}V{to_y(point.high):.1f}"
             parts.append(_path(whisker, colour, 1.5))
         named = f" ({point.name})" if point.name else ""
-        told = f"{line.name}{named}: {_number(point.y)} at {_number(point.x)}"
+        told = f"{line.name}{named}: {_short(point.y)} at {_short(point.x)}"
         parts.append(_dot(a, b, colour, told))
     return "".join(parts)
 
 
-def _legend(series: Sequence[Series], width: float) -> tuple[str, float]:
-    """Return the legend, in as many lines as it needs, and where the plot begins."""
-    x, y, parts = LEFT, 14.0, []
-    for one in series:
-        needed, colour = 44 + CHARACTER * len(one.name), f"var(--series-{one.colour})"
-        if x + needed > width and x > LEFT:
-            x, y = LEFT, y + 20
-        parts.append(_path(f"M{x:.1f} {y:.1f}h22", colour, 2))
-        parts.append(_dot(x + 11, y, colour, one.name))
-        parts.append(_label(x + 28, y + 4, one.name, "start"))
-        x += needed
-    return "".join(parts), y + 20
+def _svg(height: float, label: str, parts: Iterable[str]) -> str:
+    given: dict[str, str | float] = {"role": "img", "aria-label": escape(label), "font-size": 12}
+    box, size = f"0 0 {WIDTH} {height:.0f}", f"{height:.0f}"
+    return _tag("svg", "".join(parts), viewBox=box, width=WIDTH, height=size, **given)
 
 
-def _x_axis(scale: _Scale, axis: Axis, top: float, bottom: float, grid: bool = True) -> str:
-    parts = [_path(f"M{scale.start:.1f} {bottom:.1f}H{scale.end:.1f}", "var(--axis)")]
-    for tick in scale.ticks:
-        at = scale(tick)
-        if grid:
-            strong = tick == 0 and scale.low < 0
-            path = f"M{at:.1f} {top:.1f}V{bottom:.1f}"
-            parts.append(_path(path, "var(--axis)" if strong else "var(--grid)"))
-        parts.append(_label(at, bottom + 17, _number(tick), "middle", muted=True))
-    middle = (scale.start + scale.end) / 2
-    return "".join([*parts, _label(middle, bottom + 37, axis.label, "middle", muted=True)])
-
-
-def _svg(width: float, height: float, label: str, parts: Iterable[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}" '
-        f'width="{width:.0f}" height="{height:.0f}" font-size="12">{"".join(parts)}</svg>'
-    )
-
-
-def _path(path: str, colour: str, width: float = 1, dash: str = "") -> str:
-    return f'<path d="{path}" stroke="{colour}" stroke-width="{width:g}" fill="none"{dash}/>'
+def _path(path: str, colour: str, width: float = 1, **more: str) -> str:
+    return _tag("path", d=path, stroke=colour, stroke_width=width, fill="none", **more)
 
 
 def _dot(x: float, y: float, colour: str, told: str) -> str:
-    return (
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}" '
-        f'stroke="var(--surface)" stroke-width="1.5"><title>{escape(told)}</title></circle>'
-    )
+    ring: dict[str, str | float] = {"stroke": "var(--surface)", "stroke_width": 1.5}
+    return _tag("circle", _tag("title", escape(told)), cx=x, cy=y, r=4.5, fill=colour, **ring)
 
 
-def _label(x: float, y: float, text: str, anchor: str, *, muted: bool = False) -> str:
-    fill = f' text-anchor="{anchor}" fill="var(--{"muted" if muted else "ink"})"'
-    return f'<text x="{x:.1f}" y="{y:.1f}"{fill}>{escape(text)}</text>'
+def _label(x: float, y: float, text: str, anchor: str, colour: str = "ink") -> str:
+    return _tag("text", escape(text), x=x, y=y, text_anchor=anchor, fill=f"var(--{colour})")
 
 
-def _number(value: float) -> str:
+def _tag(name: str, inside: str = "", **attributes: str | float) -> str:
+    given = [
+        f' {key.replace("_", "-")}="{value if isinstance(value, str) else f"{value:.6g}"}"'
+        for key, value in attributes.items()
+    ]
+    return f"<{name}{''.join(given)}>{inside}</{name}>"
+
+
+def _short(value: float) -> str:
     """Return a short form of a number for a tick."""
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:,.4g}"

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
-from itertools import groupby
 from string import Template
 
 from van_deploy import __version__
-from van_deploy.report.document import TONES, Block, Document, Facts, Notice, Paragraph, Plot, Table
-from van_deploy.report.figures import TEXTS
+from van_deploy.report import document as doc
+from van_deploy.report.document import TEXTS, TONES, Block, Document
 
-CODE = re.compile(r"`([^`]+)`")
 FOLDER = resources.files("van_deploy.report")
-STYLE = FOLDER.joinpath("style.css").read_text(encoding="utf-8").strip()
-"""The page's style sheet; its first rule has the light colours."""
 
 
 def html_from_document(document: Document) -> str:
     """Return the document as a whole HTML page, light or dark as the reader's system is."""
-    anchors = {s.title: "-".join(re.findall(r"\w+", s.title.lower())) for s in document.sections}
+    anchors = {title: "-".join(re.findall(r"\w+", title.lower())) for title in document.sections}
     links = (f'<a href="#{at}">{escape(title)}</a>' for title, at in anchors.items())
     tiles = (
         f'<div class="tile {tile.tone}"><span>{escape(tile.label)}</span>'
@@ -29,18 +25,17 @@ def html_from_document(document: Document) -> str:
         for tile in document.tiles
     )
     sections = (
-        f'<section id="{anchors[section.title]}">\n<h2>{escape(section.title)}</h2>\n'
-        f"{_body(section.blocks)}\n</section>"
-        for section in document.sections
+        f'<section id="{anchors[title]}">\n<h2>{escape(title)}</h2>\n{_drawn(blocks)}\n</section>'
+        for title, blocks in document.sections.items()
     )
     return Template(FOLDER.joinpath("page.html").read_text(encoding="utf-8")).substitute(
         version=escape(__version__),
-        style=STYLE,
+        style=FOLDER.joinpath("style.css").read_text(encoding="utf-8").strip(),
         title=escape(document.title),
         subtitle=escape(document.subtitle),
         state=_badge(document.state),
         note=escape(document.note),
-        notices="\n".join(map(_block, document.notices)),
+        notices=_drawn(document.notices),
         tiles="\n".join(tiles),
         navigation=" ".join(links),
         sections="\n".join(sections),
@@ -48,34 +43,29 @@ def html_from_document(document: Document) -> str:
     )
 
 
-def _body(blocks: Iterable[Block]) -> str:
-    parts = []
-    for in_row, group in groupby(blocks, lambda block: isinstance(block, Plot)):
-        drawn = "\n".join(map(_block, group))
-        parts.append(f'<div class="row">\n{drawn}\n</div>' if in_row else drawn)
-    return "\n".join(parts)
+def _drawn(blocks: Iterable[Block]) -> str:
+    return "\n".join(map(_block, blocks))
 
 
 def _block(block: Block) -> str:
-    if isinstance(block, Paragraph):
+    if isinstance(block, doc.Paragraph):
         return f"<p>{_text(block.text)}</p>"
-    if isinstance(block, Notice):
+    if isinstance(block, doc.Notice):
         return f'<p class="notice">{_badge(block.state)} <span>{_text(block.text)}</span></p>'
-    if isinstance(block, Facts):
+    if isinstance(block, doc.Facts):
         title = f"<h3>{escape(block.title)}</h3>" if block.title else ""
         pairs = (f"<dt>{escape(name)}</dt><dd>{_text(value)}</dd>" for name, value in block.pairs())
         return f"{title}<dl>{''.join(pairs)}</dl>"
-    if isinstance(block, Table):
+    if isinstance(block, doc.Table):
         return _table(block)
-    kind, caption = "wide" if block.wide else "half", _text(block.caption)
-    drawn = f'<div class="scroll">{block.svg}</div>'
-    return f'<figure class="{kind}">{drawn}<figcaption>{caption}</figcaption></figure>'
+    caption = f"<figcaption>{_text(block.caption)}</figcaption>"
+    return f'<figure><div class="scroll">{block.svg}</div>{caption}</figure>'
 
 
-def _table(table: Table) -> str:
-    head = _row("th", ((name, form.replace("state", "")) for name, form in table.columns.items()))
-    body = "\n".join(_row("td", zip(row, table.forms, strict=True)) for row in table.rows)
-    title = escape(table.title)
+def _table(table: doc.Table) -> str:
+    forms, title = table.forms, escape(table.title)
+    head = _row("th", list(table.columns), [form.replace("state", "") for form in forms])
+    body = "\n".join(_row("td", row, forms) for row in table.rows)
     caption = f"<caption>{title}</caption>" if title and not table.folded else ""
     drawn = (
         f'<div class="scroll"><table>{caption}<thead>{head}</thead>\n'
@@ -84,9 +74,9 @@ def _table(table: Table) -> str:
     return f"<details><summary>{title}</summary>{drawn}</details>" if table.folded else drawn
 
 
-def _row(tag: str, cells: Iterable[tuple[str, str]]) -> str:
+def _row(tag: str, cells: Sequence[str], forms: Sequence[str]) -> str:
     drawn = []
-    for text, form in cells:
+    for text, form in zip(cells, forms, strict=True):
         kind = f' class="{form if form in TEXTS else "number"}"' if form else ""
         body = _badge(text) if form == "state" and text in TONES else _text(text)
         drawn.append(f"<{tag}{kind}>{body}</{tag}>")
@@ -94,7 +84,7 @@ def _row(tag: str, cells: Iterable[tuple[str, str]]) -> str:
 
 
 def _text(text: str) -> str:
-    return CODE.sub(r"<code>\1</code>", escape(text))
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _badge(word: str) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from van_deploy.report.document import Block, Document, Facts, Notice, Paragraph, Table
-from van_deploy.report.figures import TEXTS
+from van_deploy.report.document import TEXTS, Block, Document, Facts, Notice, Paragraph, Table
 
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SKIPPED": "⚠️", "STALE": "⚠️"}
 
@@ -22,8 +21,8 @@ def markdown_from_document(document: Document, level: int = 1) -> str:
         *_blocks(document.notices),
         markdown_table(("", "", ""), tiles) if tiles else "",
     ]
-    for section in document.sections:
-        parts += [f"{head}# {_plain(section.title)}", *_blocks(section.blocks)]
+    for title, blocks in document.sections.items():
+        parts += [f"{head}# {_plain(title)}", *_blocks(blocks)]
     parts += ["---", _plain(document.footer)] if document.footer else []
     return "\n\n".join(filter(None, parts)) + "\n"
 

@@ -1,57 +1,62 @@
-"""What verify, evaluate, drift and check found, as blocks.
+"""What quantize, verify, evaluate, drift and check found, as blocks.
 
-Failures and one row an artifact come first; ``full`` adds every rule that was applied.
+Failures and one row an artifact come first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from van_deploy.report.document import Block, Entry, Paragraph, Plot, inner, notices, table
-from van_deploy.report.figures import state_of
-from van_deploy.report.plots import Axis, Mark, Series, colours, rows_chart, xy_chart
+from van_deploy.report import document as doc
+from van_deploy.report.document import Block, Entry, Paragraph, inner, most, notices, table
+from van_deploy.report.plots import Mark, Series, colours, rows_chart, xy_chart
 
 if TYPE_CHECKING:
     from van_deploy.checks.gates import Allowed, Finding
 
 MOST_FLIPS, MOST_FAILURES, MOST_NAMED = 10, 12, 5
-BAR, BAR_TOP_DB = 24, 150.0  # characters, and the level of an empty bar
-LOUDEST_DB = 200.0
-"""Where a plot ends: past it two results are equal to the last bit that float64 holds."""
 
+# Where a plot ends: past it two results are equal to the last bit that float64 holds.
+LOUDEST_DB = 200.0
+
+# Columns of a result an artifact, and of one a batch size.
 HEAD = "verdict = outcome state; artifact = about name; "
 BATCHES = "batch = batch d; SQNR dB ↑ = sqnr_db .1f; batch invariance dB ↑ = invariance_db .1f"
-"""Columns of a result a batch size."""
 
 
-def verify_blocks(
-    entry: Entry, names: Sequence[str] | None = None, *, full: bool = False
-) -> list[Block]:
+def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Block]:
     """Return the verdict on every artifact, where its limit came from, flips and failures.
 
     Args:
         entry: the ``verify`` document.
         names: class names for the flips, or None.
-        full: every rule and every batch size as well.
     """
     verdicts = [{**verdict, "about": name} for name, verdict in entry["artefacts"].items()]
-    ran = [_verdict(verdict) for verdict in verdicts if verdict["outcome"] != "skipped"]
     found = [{"about": "images", **finding} for finding in entry["findings"]]
     found += inner(verdicts, "findings")
-    flips = []
-    for flip in inner(ran, "flips", MOST_FLIPS):
-        state, image = "FAIL" if flip["fault"] else "explained", entry["names"][flip["image"]]
-        was, now = (_class(flip[key], names) for key in ("expected", "found"))
-        flips.append((state, flip["about"], image, was, now, flip["margin"]))
-    limits = (
-        f"{v['about']} (class {v['numeric']}): {v['limit']['value']:.1f} dB, {v['limit']['origin']}"
-        for v in ran
-        if v["limit"]
-    )
+    ran = [verdict for verdict in verdicts if verdict["outcome"] != "skipped"]
+    limits = []
+    for one in ran:
+        same = (float(b["invariance_db"]) for b in one["batches"] if b["invariance_db"] is not None)
+        one["invariance"] = min(same, default=None)
+        one["flipped"] = len(one["flips"]) if one["comparison"] else None
+        if limit := one["limit"]:
+            held_to = f"{limit['value']:.1f} dB, {limit['origin']}"
+            limits.append(f"{one['about']} (class {one['numeric']}): {held_to}")
+    flips = [
+        {
+            **flip,
+            "state": "FAIL" if flip["fault"] else "explained",
+            "name": entry["names"][flip["image"]],
+            "was": _class(flip["expected"], names),
+            "now": _class(flip["found"], names),
+        }
+        for flip in inner(ran, "flips", MOST_FLIPS)
+    ]
     noise = f"PyTorch's own float32 noise is {float(entry['noise_db']):.1f} dB."
-    blocks: list[Block] = [
+    return [
         Paragraph(f"{entry['images']}. Compared with {entry['against']}; {noise}"),
         *table(
             ran,
@@ -63,47 +68,12 @@ def verify_blocks(
         *_skips(found),
         *table(
             flips,
-            "flip = 0 state; artifact = 1 name; image = 2; PyTorch = 3; artifact's = 4; "
-            "margin (RMS logits) = 5 .1e",
+            "flip = state state; artifact = about name; image = name; PyTorch = was; "
+            "artifact's = now; margin (RMS logits) = margin .1e",
             "Label flips",
-        ),
-        *table(
-            inner(ran, "worst"),
-            "artifact = about name; module = name; isolated SQNR dB ↑ = isolated_db .1f; "
-            "limit dB = least.value .1f",
-            "The module that adds most error by itself",
         ),
         *_messages(found, "fail"),
     ]
-    return blocks + _every_rule(found, ran) * full
-
-
-def _verdict(verdict: Entry) -> dict[str, Any]:
-    """Return a verdict with its label flips counted, its least invariance and its worst module."""
-    same = [float(b["invariance_db"]) for b in verdict["batches"] if b["invariance_db"] is not None]
-    flipped = len(verdict["flips"]) if verdict["comparison"] else None
-    held_to = [f["limit"] for f in verdict["findings"] if f["rule"] == "modules"]
-    worst = [
-        {**module, "about": verdict["about"], "least": next(filter(None, held_to), None)}
-        for module in verdict["worst_modules"][:1]
-    ]
-    least = min(same, default=None)
-    return {**verdict, "flipped": flipped, "invariance": least, "worst": worst}
-
-
-def _every_rule(found: Sequence[Entry], ran: Sequence[Entry]) -> list[Block]:
-    shown = [{**f, "said": f["message"] or (f["limit"] or {}).get("origin", "")} for f in found]
-    rules = (
-        "rule = rule; measured = value .4g; limit = limit.value .4g; unit = unit name; "
-        "what was shown = said"
-    )
-    return [
-        *table(shown, HEAD + rules, "Every rule", folded=True),
-        *table(inner(ran, "batches"), HEAD + BATCHES, "Every batch size", folded=True),
-    ]
-
-
-# --- evaluate ----------------------------------------------------------------------------------
 
 
 def evaluate_blocks(entry: Entry) -> list[Block]:
@@ -115,8 +85,15 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
         for name, accuracy in entry["accuracy"].items()
     ]
     metric = accuracies[0]["metric"] if accuracies else "top-1"
-    losses = [_loss(name, loss) for name, loss in entry["losses"].items()]
-    found = inner(losses, "findings")
+    losses, marks, colour = [], [], colours(entry["losses"])
+    for name, one in entry["losses"].items():
+        loss, limit = one["loss"], one["findings"][-1]["limit"]
+        allowed = None if limit is None else float(limit["value"])
+        pairs = None if loss["lost"] is None else f"{loss['lost']}/{loss['won']}"
+        losses.append({**one, "about": name, "allowed": allowed, "pairs": pairs})
+        text = f"{loss['loss']:+.2f} pp  {doc.state_of(one['outcome'])}"
+        low, high = loss["interval"]
+        marks.append(Mark(name, loss["loss"], 0.0, text, colour[name], low, high, allowed))
     flipped = [
         (loss["about"], _class(old, names), _class(new, names), count)
         for loss in losses
@@ -125,6 +102,13 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
     changed = [
         {**c, "name": _class(c["label"], names)} for c in inner(losses, "classes", MOST_FLIPS)
     ]
+    plot = doc.Plot(
+        rows_chart(marks, f"{metric} lost against PyTorch (pp)", dots=True),
+        "Loss with its 95 % interval; the dashed line is the loss that the artifact is allowed.",
+    )
+    skipped = ({"about": s["artefact"], "skip": s["kind"], **s} for s in entry["skipped"])
+    found, unread = inner(losses, "findings"), [reason for _, reason in entry["unreadable"]]
+    left_out = [f"{len(unread)} image(s) could not be read and were left out."] * bool(unread)
     return [
         Paragraph(f"{entry['images']} ({seconds:.1f} s, {rate:.0f} images a second)."),
         *table(
@@ -140,8 +124,8 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
             "label flips = flips d; SQNR dB ↑ = sqnr_db .1f",
             "Against PyTorch (p is McNemar's, and no gate)",
         ),
-        *_losses_plot(losses, metric),
-        *_skips({"about": s["artefact"], "skip": s["kind"], **s} for s in entry["skipped"]),
+        *[plot] * bool(marks),
+        *_skips(skipped),
         *_messages(found, "inconclusive"),
         *_messages(found, "fail"),
         *table(
@@ -157,38 +141,8 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
             "Classes that changed",
             folded=True,
         ),
-        *_left_out([reason for _, reason in entry["unreadable"]]),
+        *notices("WARNING", [*left_out, *most(unread, MOST_FAILURES)]),
     ]
-
-
-def _loss(name: str, entry: Entry) -> dict[str, Any]:
-    """Return a loss with the loss that is allowed and how many images changed each way."""
-    loss, limit = entry["loss"], entry["findings"][-1]["limit"]
-    pairs = None if loss["lost"] is None else f"{loss['lost']}/{loss['won']}"
-    allowed = None if limit is None else float(limit["value"])
-    return {**entry, "about": name, "allowed": allowed, "pairs": pairs}
-
-
-def _losses_plot(losses: Sequence[Entry], metric: str) -> list[Block]:
-    """Return every artifact's loss on its interval, and the loss that it is allowed."""
-    colour = colours(loss["about"] for loss in losses)
-    marks = []
-    for loss in losses:
-        name, lost, (low, high) = loss["about"], loss["loss"]["loss"], loss["loss"]["interval"]
-        text = f"{lost:+.2f} pp  {state_of(loss['outcome'])}"
-        marks.append(Mark(name, lost, 0.0, text, colour[name], low, high, loss["allowed"]))
-    svg = rows_chart(marks, Axis(f"{metric} lost against PyTorch (pp)"), dots=True)
-    words = "Loss with its 95 % interval; the dashed line is the loss that the artifact is allowed."
-    return [Plot(svg, words)] if marks else []
-
-
-def _left_out(reasons: Sequence[str]) -> Sequence[Block]:
-    noun = "image" if len(reasons) == 1 else "images"
-    lines = [f"{len(reasons)} {noun} could not be read and were left out.", *_most(reasons)]
-    return notices("WARNING", lines) if reasons else []
-
-
-# --- drift -------------------------------------------------------------------------------------
 
 
 def drift_blocks(entry: Entry, top: int) -> list[Block]:
@@ -198,33 +152,36 @@ def drift_blocks(entry: Entry, top: int) -> list[Block]:
         entry: the ``drift`` document.
         top: parts shown of each artifact; 0 for all, in the network's order.
     """
-    level = entry["level"]
-    blocks: list[Block] = [
+    level, series, tables = entry["level"], [], list[Block]()
+    for name, colour in colours(entry["artefacts"]).items():
+        drift = entry["artefacts"][name]
+        parts = {row["name"]: row for row in drift["rows"]}
+        points = [
+            Mark(row["name"], place, _within_plot(row["sqnr_db"]))
+            for place, row in enumerate(drift["rows"], 1)
+            if row["sqnr_db"] is not None
+        ]
+        series += [Series(name, points, colour)] * bool(points)
+        worst = [parts[part] for part in drift["worst_names"]][:top]
+        which = f"the {len(worst)} that add most error" if top else "in order"
+        tables += table(
+            worst if top else parts.values(),
+            f"{level} = name name; isolated SQNR dB ↑ = isolated_db .1f; "
+            "SQNR so far dB ↑ = sqnr_db .1f; fault = fault; note = note",
+            f"{name}: {level}s, {which}",
+        )
+    svg = xy_chart(series, f"{level}, in the order of the network", "SQNR against float64 (dB)")
+    return [
         Paragraph(f"{entry['images']}. Parts are compared with {entry['reference']}."),
         *table(
             entry["chain"],
             "link = name name; SQNR dB ↑ = sqnr_db .1f; note = reason",
             "The chain: logits against the original network in float64",
         ),
-        *_drift_plot(entry),
+        *[doc.Plot(svg, f"Signal over error after each {level}.")] * bool(series),
+        *tables,
+        *notices("NOTE", entry["notes"]),
     ]
-    for name, drift in entry["artefacts"].items():
-        parts = {row["name"]: {**row, "bar": _bar(row["isolated_db"])} for row in drift["rows"]}
-        worst = [parts[part] for part in drift["worst_names"]][:top]
-        which = f"the {len(worst)} that add most error" if top else "in order"
-        blocks += table(
-            worst if top else parts.values(),
-            f"{level} = name name; isolated SQNR dB ↑ = isolated_db .1f; error = bar name; "
-            "SQNR so far dB ↑ = sqnr_db .1f; fault = fault; note = note",
-            f"{name}: {level}s, {which}",
-        )
-    return [*blocks, *notices("NOTE", entry["notes"])]
-
-
-def _bar(isolated_db: Any) -> str:
-    """Return a bar that is longer the more error is added: 0 dB fills it."""
-    share = 0.0 if isolated_db is None else 1 - _within_plot(isolated_db) / BAR_TOP_DB
-    return "█" * round(BAR * min(max(share, 0.0), 1.0))
 
 
 def _within_plot(level: Any) -> float:
@@ -233,38 +190,10 @@ def _within_plot(level: Any) -> float:
     return LOUDEST_DB if math.isnan(value) else max(-LOUDEST_DB, min(LOUDEST_DB, value))
 
 
-def _drift_plot(entry: Entry) -> list[Block]:
-    series = []
-    for name, colour in colours(entry["artefacts"]).items():
-        points = []
-        for place, row in enumerate(entry["artefacts"][name]["rows"], 1):
-            if row["sqnr_db"] is not None:
-                points.append(Mark(row["name"], place, _within_plot(row["sqnr_db"])))
-        series.append(Series(name, points, colour))
-    axis = Axis(f"{entry['level']}, in the order of the network", zero=False)
-    svg = xy_chart(series, axis, Axis("SQNR against float64 (dB)"))
-    shown = any(one.points for one in series)
-    return [Plot(svg, f"Signal over error after each {entry['level']}.")] * shown
-
-
-def drift_marks(entry: Entry) -> list[Mark]:
-    """Return the error that each part of each artifact adds, over its result, one row a part."""
-    marks = []
-    for name, colour in colours(entry["artefacts"]).items():
-        for row in entry["artefacts"][name]["rows"]:
-            if (level := row["isolated_db"]) is not None:
-                share, text = 10 ** (-_within_plot(level) / 20), f"{float(level):.1f} dB"
-                marks.append(Mark(f"{name} {row['name']}", share, 0.0, text, colour))
-    return marks
-
-
-# --- check -------------------------------------------------------------------------------------
-
-
 def check_blocks(entry: Entry) -> list[Block]:
     """Return the gates, what failed or is undecided, the skips grouped, and the counts."""
     found = [{"about": row["name"], **row, **row["finding"]} for row in entry["rows"]]
-    rows = [
+    shown = [
         {**row, "message": row["message"] * (row["outcome"] != "pass")}
         for row in found
         if row["outcome"] in ("fail", "inconclusive")
@@ -273,7 +202,7 @@ def check_blocks(entry: Entry) -> list[Block]:
     new = f" Not in the baseline: {', '.join(entry['new'])}." if entry["new"] else ""
     return [
         *table(
-            rows,
+            shown,
             "verdict = outcome state; row = about name; baseline = baseline .4g; now = value .4g; "
             "limit = limit.value .4g; message = message",
         ),
@@ -301,20 +230,14 @@ def _skips(found: Iterable[Entry]) -> Sequence[Block]:
     return notices("SKIPPED", (f"{', '.join(about)}: {why}" for why, about in reasons.items()))
 
 
-def _messages(found: Iterable[Entry], outcome: str) -> Sequence[Block]:
+def _messages(found: Sequence[Entry], outcome: str) -> Sequence[Block]:
     """Return the messages of the findings with that outcome, grouped by what they are about."""
-    by_name: dict[str, list[str]] = {}
-    for finding in found:
-        if finding["outcome"] == outcome:
-            by_name.setdefault(finding["about"], []).append(finding["message"])
-    lines = (f"{name}: {text}" for name, messages in by_name.items() for text in _most(messages))
-    return notices(state_of(outcome), lines)
-
-
-def _most(lines: Sequence[str]) -> list[str]:
-    """Return the first lines, and how many more there are."""
-    more = len(lines) - MOST_FAILURES
-    return [*lines[:MOST_FAILURES], *[f"and {more} more"] * (more > 0)]
+    chosen = [finding for finding in found if finding["outcome"] == outcome]
+    lines = []
+    for name in dict.fromkeys(finding["about"] for finding in chosen):
+        own = [finding["message"] for finding in chosen if finding["about"] == name]
+        lines += [f"{name}: {text}" for text in most(own, MOST_FAILURES)]
+    return notices(doc.state_of(outcome), lines)
 
 
 def failure_text(found: Sequence[tuple[str, Finding]], allowed: Allowed, done: str) -> str:
@@ -325,15 +248,16 @@ def failure_text(found: Sequence[tuple[str, Finding]], allowed: Allowed, done: s
         allowed: what the user lets pass.
         done: what did not happen where nothing was shown at all, such as ``verified``.
     """
-    failed = list(dict.fromkeys(f"'{name}'" for name, f in found if f.outcome.value == "fail"))
-    if failed:
-        more = len(failed) - MOST_NAMED
-        return f"Failed: {', '.join(failed[:MOST_NAMED])}{f' and {more} more' * (more > 0)}."
-    rest = [(name, f) for name, f in found if not allowed.holds(f)]
-    undecided = dict.fromkeys(f"'{n}'" for n, f in rest if f.outcome.value == "inconclusive")
-    if undecided:
-        named = ", ".join(undecided)
-        return f"The data cannot decide: {named}; --allow-inconclusive would let that pass."
+    rest = [(name, finding) for name, finding in found if not allowed.holds(finding)]
+    named = {
+        outcome: list(dict.fromkeys(f"'{n}'" for n, f in rest if f.outcome.value == outcome))
+        for outcome in ("fail", "inconclusive")
+    }
+    if named["fail"]:
+        return f"Failed: {', '.join(most(named['fail'], MOST_NAMED))}."
+    if named["inconclusive"]:
+        undecided = ", ".join(named["inconclusive"])
+        return f"The data cannot decide: {undecided}; --allow-inconclusive would let that pass."
     if rest and any(f.outcome.value == "pass" for _, f in found):
         name, finding = rest[0]
         others = f", and {len(rest) - 1} more," if len(rest) > 1 else ""
@@ -347,3 +271,86 @@ def _class(index: int, names: Sequence[str] | None) -> str:
     if index < 0:
         return "NaN"
     return names[index].split(",")[0] if names and index < len(names) else str(index)
+
+
+# --- quantize ----------------------------------------------------------------------------------
+
+
+def quantized_blocks(result: Entry) -> list[Block]:
+    """Return one quantisation: what it cost, and where it was written."""
+    took = f" in {sum(result['seconds'].values()):.1f} s" if result["seconds"] else ""
+    word = "Reused" if result["reused"] else "Wrote"
+    said = f"{word} {result['artefact']} in {result['bundle']}{took}."
+    return [*precision_blocks(result["facts"]), Paragraph(said)]
+
+
+def precision_blocks(facts: Entry) -> list[Block]:
+    """Return everything worth reading about one artifact of lower precision."""
+    search = facts.get("search") or {"kept": {}, "max_drop": 0.0, "of": "", "images": 0}
+    best, share = facts["recommended"], 100 * facts.get("int8_share", 0.0)
+    said, layers = "{images} images: {description}", facts.get("quantized")
+    findings = (facts.get("judged") or {}).get("findings", ())
+    failed = (f"{f['rule']}: {f['message']}" for f in findings if f["outcome"] == "fail")
+    return [
+        *table(
+            facts.get("techniques") or (),
+            "technique = name name; SQNR before dB ↑ = before_db .2f; after = after_db .2f; "
+            "kept name",
+            "What each technique brings on held-out images",
+        ),
+        *table(
+            search["kept"].items(),
+            "kept out of INT8 = 0 name; why = 1",
+            "At most {max_drop:g} points of {of} lost, searched on {images} images".format(
+                **search
+            ),
+        ),
+        *table(
+            map(_compared, facts["comparison"]),
+            "precision = name name; size = size_bytes bytes; SQNR dB ↑ = sqnr_db .1f; "
+            "cosine .5f; KL nats = kl .1e; agree % = agreement percent; "
+            "top-1 % (95 %) = accuracy number; ms/image = ms_per_image .2f; gate = passed state",
+        ),
+        doc.Facts(
+            {
+                "judged on": said.format(**facts["judged_on"]),
+                "ranges from": said.format(**facts["calibration"]),
+                "in INT8": f"{layers} layers, {share:.1f} % of the multiply-adds" * bool(share),
+                "scales": facts.get("method") if share else None,
+                "recommended": f"{best.upper()}: {facts['why']}" if best else facts["why"],
+            }
+        ),
+        *notices("FAIL", failed),
+        *notices("WARNING", _doubts(facts)),
+    ]
+
+
+def _compared(row: Entry) -> Entry:
+    """Return one precision: what compares the reference with itself is left out."""
+    from van_deploy.intervals import wilson_interval  # needs NumPy
+
+    accuracy = None
+    if row["correct"] is not None:
+        low, high = wilson_interval(row["correct"], row["images"])
+        share = row["correct"] / row["images"]
+        accuracy = f"{100 * share:.2f} ({100 * low:.1f}-{100 * high:.1f})"
+    left_out = dict.fromkeys(("cosine", "kl", "agreement")) if row["passed"] is None else {}
+    return {**row, **left_out, "name": row["name"].upper(), "accuracy": accuracy}
+
+
+def _doubts(facts: Entry) -> Iterator[str]:
+    """Yield what the user should know: noise, unreadable images, what FP16 could not hold."""
+    calibration, search, audit = facts["calibration"], facts.get("search"), facts.get("audit", {})
+    if calibration["noise"]:
+        yield "calibrated on NOISE: the ranges fit no real image"
+    if unreadable := calibration["unreadable"]:
+        yield f"{len(unreadable)} image(s) could not be read: {'; '.join(unreadable[:3])}"
+    if search and not search["passed"]:
+        tried = len(search["trials"])
+        yield f"no plan held {search['max_drop']:g} points in {tried} evaluations"
+    for row in facts["comparison"]:
+        for doubt in row["doubts"] if row["passed"] else ():
+            yield f"{row['name'].upper()} is undecided: {doubt}"
+    yield from (f"kept {node} in FP32: {why}" for node, why in audit.get("kept", {}).items())
+    if audit.get("advice"):
+        yield audit["advice"]

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from van_deploy.report.document import Block, Entry, Facts, Notice, facts, notices, table
-from van_deploy.report.figures import bytes_text, listed, state_of
+from van_deploy.report import document as doc
+from van_deploy.report.document import Block, Entry, facts, notices, table
 
-if TYPE_CHECKING:
-    from van_deploy.engine.bundled import Cell
-
-MOST_LAYERS, LONGEST_WARNING = 200, 160
+MOST_LAYERS = 200
 
 
 def artefacts_blocks(descriptions: Sequence[Entry]) -> list[Block]:
@@ -22,8 +18,7 @@ def artefacts_blocks(descriptions: Sequence[Entry]) -> list[Block]:
 
 
 def _onnx(one: Entry) -> list[Block]:
-    graph, metadata = one["graph"], one["metadata"]
-    weights = [{"weights": kind, **value} for kind, value in one["weights"].items()]
+    graph, weights = one["graph"], one["weights"].items()
     named = {
         way: [{"name": n, **t} for n, t in graph[way].items()] for way in ("inputs", "outputs")
     }
@@ -34,9 +29,9 @@ def _onnx(one: Entry) -> list[Block]:
             "IR version = graph.ir_version; weights in = external_files",
         ),
         *_tensors(named),
-        *table(weights, "weights name; values ,d; size = bytes bytes"),
+        *table(weights, "weights = 0 name; values = 1.values ,d; size = 1.bytes bytes"),
         *table([*graph["operators"].items(), ("all", graph["nodes"])], "operator = 0; nodes = 1 d"),
-        *([Facts(metadata, "Metadata")] if metadata else ()),
+        *([doc.Facts(one["metadata"], "Metadata")] if one["metadata"] else ()),
     ]
 
 
@@ -53,12 +48,15 @@ def _tensors(named: Entry) -> list[Block]:
 def _engine(one: Entry) -> list[Block]:
     """Return whether an engine runs here, what it is, and its layers where they are known."""
     file = "file; size = plan_bytes bytes; sha256 = plan_sha256"
-    sidecar = one["sidecar"]
+    sidecar, layers = one["sidecar"], one["layers"] or ()
+    said = f"{len(layers)} layers"
+    shown = table(layers[:MOST_LAYERS], "layer = name; kind name; precision name; nodes", said)
     if sidecar is None:
-        unknown = Notice("WARNING", "it has no sidecar: nothing says where this plan comes from")
-        return [*facts(one, file), unknown, *_layers(one)]
+        unknown = doc.Notice("WARNING", "it has no sidecar: nothing says where this plan is from")
+        return [*facts(one, file), unknown, *shown]
     options = {k: v for k, v in sidecar["options"].items() if v not in (None, False, "none")}
-    notes = "\n".join(one["build_notes"])
+    gone = "only the engine's own GPU can load it and name them" * bool(one["obstacles"])
+    reasons = [f"layers: {gone or one['layers_skipped']}"] * bool(gone or one["layers_skipped"])
     return [
         *facts(
             one,
@@ -73,14 +71,14 @@ def _engine(one: Entry) -> list[Block]:
         ),
         *_tensors(sidecar),
         *facts(
-            {**sidecar, "options": options, "log": one["log"], "notes": notes},
+            {**one, **sidecar, "options": options, "notes": "\n".join(one["build_notes"])},
             "parsed in s = parse_seconds .1f; built in s = build_seconds .1f; "
             "peak memory = peak_memory_bytes bytes; parser's layers = parser_layers; "
             "on = built_on; options; warnings; log; from the log = notes",
             "Build",
         ),
         _here(one["obstacles"]),
-        *_layers(one),
+        *(notices("SKIPPED", reasons) if not layers else shown),
     ]
 
 
@@ -97,21 +95,12 @@ def _package(one: Entry) -> list[Block]:
     return [*facts(one, places), _here(one["obstacles"])]
 
 
-def _here(obstacles: Sequence[Entry]) -> Notice:
+def _here(obstacles: Sequence[Entry]) -> Block:
     if not obstacles:
-        return Notice("YES", "it runs on this machine")
+        return doc.Notice("YES", "it runs on this machine")
     problems = "; ".join(obstacle["problem"] for obstacle in obstacles)
     remedies = " ".join(dict.fromkeys(obstacle["remedy"] for obstacle in obstacles))
-    return Notice("NO", f"runs here: {problems}. {remedies}")
-
-
-def _layers(one: Entry) -> list[Block]:
-    if one["layers"]:
-        columns = "layer = name; kind name; precision name; modules = nodes"
-        return table(one["layers"][:MOST_LAYERS], columns, f"{len(one['layers'])} layers")
-    gone = "only the engine's own GPU can load it and name them" if one["obstacles"] else ""
-    reason = gone or one["layers_skipped"]
-    return [Notice("SKIPPED", f"layers: {reason}")] if reason else []
+    return doc.Notice("NO", f"runs here: {problems}. {remedies}")
 
 
 def builds_blocks(report: Entry) -> list[Block]:
@@ -119,12 +108,10 @@ def builds_blocks(report: Entry) -> list[Block]:
     words = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
     rows, failed = [], []
     for one in report["outcomes"]:
-        made, cell = one["sidecar"] or one["package"] or {}, one["cell"]
-        bundle = cell["bundle"].rstrip("/").rpartition("/")[2]
-        name = f"{bundle} {cell['precision']} {'+'.join(cell['targets'])}"
+        made, name = one["sidecar"] or one["package"] or {}, cell_name(one["cell"])
         row = {
-            "engine": one["engine"] or made.get("name") or name,
             "state": words[one["outcome"]],
+            "name": one["engine"] or name,
             "size": made.get("plan_bytes", made.get("file_bytes")),
             "batch": made["options"]["profiles"] if one["sidecar"] else made.get("batch"),
         }
@@ -132,7 +119,7 @@ def builds_blocks(report: Entry) -> list[Block]:
         if one["error"]:
             failed.append(f"{name}: {one['error']['message']} {one['error']['remedy']}")
     tuned = [
-        {**one, "state": "KEPT" if one["kept"] else state_of(one["passed"])}
+        {**one, "state": "KEPT" if one["kept"] else doc.state_of(one["passed"])}
         for one in sorted(report["tuned"], key=lambda one: one["latency_ms"] or math.inf)
     ]
     return [
@@ -143,70 +130,58 @@ def builds_blocks(report: Entry) -> list[Block]:
         ),
         *table(
             rows,
-            "state state; engine name; batch name; size bytes; build s = build_seconds .1f; "
+            "state state; engine = name name; batch name; size bytes; build s = build_seconds .1f; "
             "memory = peak_memory_bytes bytes",
         ),
         *notices("FAIL", failed),
     ]
 
 
-def cell_name(cell: Cell) -> str:
+def cell_name(cell: Entry) -> str:
     """Return what an engine that has no name yet is called."""
-    return f"{cell.bundle.name} {cell.precision} {cell.target}"
+    bundle = cell["bundle"].rstrip("/").rpartition("/")[2]
+    return f"{bundle} {cell['precision']} {'+'.join(cell['targets'])}"
 
 
-def warnings_text(name: str, warnings: Mapping[str, int]) -> str:
-    """Return a line that sums up what TensorRT warned of; the log has the rest."""
-    first = max(warnings, key=lambda text: warnings[text])
-    short = first if len(first) <= LONGEST_WARNING else first[: LONGEST_WARNING - 3] + "..."
-    total = sum(warnings.values())
-    return f"{name}: {total} warnings; most often: {short} (all of them are in its .log)"
-
-
-# --- doctor ------------------------------------------------------------------------------------
-
-
-def environment_blocks(diagnosis: Entry) -> list[Block]:
+def environment_blocks(environment: Entry) -> list[Block]:
     """Return the machine, the packages, what can be done here, and what clashes."""
     from packaging.utils import canonicalize_name
 
     from van_deploy.environment.packages import pip_command
 
-    environment, driver = diagnosis["environment"], diagnosis["environment"]["driver"]
-    packages = []
+    driver, packages, gpus = environment["driver"], [], ["none: no NVIDIA driver answers"]
     for item in environment["components"]:
-        component, version, fault = item["component"], item["version"], item["fault"]
-        if version and item["distribution"] != canonicalize_name(component["install"]):
+        version, fault = item["version"], item["fault"]
+        if version and item["distribution"] != canonicalize_name(item["install"]):
             version = f"{version} ({item['distribution']})"
         state = "FAIL" if fault else "MISSING" if version is None else "OK"
-        run = fault or f"{pip_command()} install {component['install']}"
-        packages.append({**component, "state": state, "version": version, "run": run})
-    able = [{**one, "here": "NO" if one["shortfall"] else "YES"} for one in diagnosis["abilities"]]
-    gpus = _gpus(driver) if driver else ["none: no NVIDIA driver answers"]
+        run = fault or f"{pip_command()} install {item['install']}"
+        packages.append({**item, "state": state, "version": version, "run": run})
+    able = [
+        {"here": "NO" if lack else "YES", "task": task, "shortfall": lack}
+        for task, lack in environment["abilities"].items()
+    ]
+    if driver:
+        gpus = [
+            f"{gpu['name']}, SM{doc.listed(gpu['compute_capability'] or '?', '')}, "
+            f"{doc.bytes_text(gpu['memory_bytes'] or 0)}"
+            for gpu in driver["gpus"]
+        ]
+        hidden = f"{driver['hidden']} more that CUDA_VISIBLE_DEVICES hides"
+        newest = doc.listed(driver["cuda_version"], ".")
+        gpus += [hidden] * bool(driver["hidden"])
+        gpus.append(f"NVIDIA driver {driver['version']}, CUDA up to {newest}")
     return [
         *facts(
             {**environment, "gpus": "\n".join(gpus)},
             "van-deploy = van_deploy; Python = python; system; CPU = cpu.name; "
             "cores = cpu.cores; cpu.cores_allowed; CPU features = cpu.features; "
             "memory = memory.total_bytes bytes; memory free = memory.available_bytes bytes; "
-            "disk free = disk.free_bytes bytes; of folder = disk.folder; GPU = gpus; "
-            "PyTorch's CUDA = torch_cuda; ONNX Runtime's CUDA = onnxruntime_cuda; "
+            "GPU = gpus; PyTorch's CUDA = torch_cuda; ONNX Runtime's CUDA = onnxruntime_cuda; "
             "ONNX Runtime = providers",
         ),
         *table(packages, "state state; package = name name; version name; is there for = enables"),
         *table(able, "here state; task name; because = shortfall.problem"),
         *table((one for one in packages if one["state"] != "OK"), "to have = name name; run"),
-        *notices("WARNING", (f"{c['message']}\n{c['remedy']}" for c in environment["clashes"])),
+        *notices("WARNING", (f"{c['problem']}.\n{c['remedy']}" for c in environment["clashes"])),
     ]
-
-
-def _gpus(driver: Entry) -> list[str]:
-    """Return a line a GPU, and one on the driver."""
-    lines = [
-        f"{gpu['name']}, SM{listed(gpu['compute_capability'] or '?', '')}, "
-        f"{bytes_text(gpu['memory_bytes'] or 0)}"
-        for gpu in driver["gpus"]
-    ]
-    hidden = [f"{driver['hidden']} more that CUDA_VISIBLE_DEVICES hides"] * bool(driver["hidden"])
-    newest = listed(driver["cuda_version"], ".")
-    return [*lines, *hidden, f"NVIDIA driver {driver['version']}, CUDA up to {newest}"]

@@ -122,26 +122,6 @@ class Cuda:
         """Wait until everything on the stream is done."""
         self.call("cudaStreamSynchronize", stream)
 
-    def memory(self, size: int, stack: ExitStack) -> int:
-        """Return the address of ``size`` bytes on the GPU; ``stack`` gives them back."""
-        address = int(self.call("cudaMalloc", max(1, size)))
-        stack.callback(self.call, "cudaFree", address)
-        return address
-
-    def pinned(
-        self, shape: tuple[int, ...], dtype: npt.DTypeLike, stack: ExitStack
-    ) -> npt.NDArray[Any]:
-        """Return an array in page-locked memory, which the GPU reads and writes on its own.
-
-        ``stack`` gives the memory back; the array must not be used afterwards.
-        """
-        kind, count = np.dtype(dtype), int(np.prod(shape))
-        size = max(1, count * kind.itemsize)
-        address = int(self.call("cudaMallocHost", size))
-        stack.callback(self.call, "cudaFreeHost", address)
-        memory = memoryview((ctypes.c_byte * size).from_address(address))
-        return np.frombuffer(memory, kind, count).reshape(shape)
-
 
 class DeviceBatch:
     """Room for one batch in pinned memory and on the GPU: a :class:`~.base.Resident`.
@@ -180,8 +160,14 @@ class DeviceBatch:
         self._graphs: dict[int, Any] = {}
         with ExitStack() as stack:
             for name, (shape, dtype) in {**given, **answers}.items():
-                self._host[name] = cuda.pinned((rows, *shape), dtype, stack)
-                self.addresses[name] = cuda.memory(self._host[name].nbytes, stack)
+                kind, count = np.dtype(dtype), int(np.prod((rows, *shape)))
+                size = max(1, count * kind.itemsize)
+                pinned = int(cuda.call("cudaMallocHost", size))
+                stack.callback(cuda.call, "cudaFreeHost", pinned)
+                memory = memoryview((ctypes.c_byte * size).from_address(pinned))
+                self._host[name] = np.frombuffer(memory, kind, count).reshape(rows, *shape)
+                self.addresses[name] = int(cuda.call("cudaMalloc", size))
+                stack.callback(cuda.call, "cudaFree", self.addresses[name])
             stack.callback(self._drop_graphs)
             stack.callback(cuda.synchronize, stream)  # first of all
             self._stack = stack.pop_all()
@@ -233,10 +219,10 @@ class DeviceBatch:
         self._stack.close()
 
     def _copy(self, name: str, *, to_gpu: bool) -> None:
-        host, address = self._host[name][: self.rows], self.addresses[name]
-        kinds = self.cuda.runtime.cudaMemcpyKind
+        host, kinds = self._host[name][: self.rows], self.cuda.runtime.cudaMemcpyKind
         kind = kinds.cudaMemcpyHostToDevice if to_gpu else kinds.cudaMemcpyDeviceToHost
-        ends = (address, host.ctypes.data) if to_gpu else (host.ctypes.data, address)
+        ends = [self.addresses[name], host.ctypes.data]
+        ends = ends if to_gpu else ends[::-1]
         self.cuda.call("cudaMemcpyAsync", *ends, host.nbytes, kind, self.stream)
 
     def _recorded(self) -> Any:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Artefact, Bundle
-from van_deploy.config import BatchRange
+from van_deploy.config import BatchRange, RunnerSettings
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, host_here
 from van_deploy.engine.compatibility import obstacles
@@ -32,16 +31,12 @@ from van_deploy.model.preprocess import Preprocessing
 from van_deploy.runners.base import Images, Runner, gpu_index
 from van_deploy.runners.base import Outputs as Outputs
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
-
-if TYPE_CHECKING:
-    from van_deploy.model.checkpoint import LoadedVan
+from van_deploy.runners.original import original_network
 
 PYTORCH = "pytorch"
 """The name under which the original network can be asked for, beside the artifacts."""
 
 ORT_CPU = "ort-cpu"
-RUNNERS = tuple(PROVIDERS)
-"""What can run an ONNX artifact. An engine is always run by TensorRT."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +52,6 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TopClasses:
-    """The most probable classes of a batch, most probable first.
-
-    Attributes:
-        classes: indices ``(N, k)`` int64.
-        probabilities: ``(N, k)`` float32, 0 to 1.
-    """
-
-    classes: npt.NDArray[np.int64]
-    probabilities: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -89,28 +71,6 @@ def task_of(bundle: Bundle) -> Task:
     """Return how the logits of a bundle's network become labels."""
     network = bundle.manifest.architecture
     return Task.of(network.num_classes, network.problem_type)
-
-
-def original_of(bundle: Bundle, weights: Path | None = None) -> LoadedVan:
-    """Return the network a bundle was made from.
-
-    Args:
-        bundle: the bundle.
-        weights: where its weights are now; None takes the place the manifest names.
-
-    Raises:
-        MissingDependency: PyTorch or timm is not installed.
-        BundleError: the weights have moved, have changed, or are not this bundle's.
-    """
-    try:
-        from van_deploy.runners.original import original_network
-    except ImportError as error:
-        raise MissingDependency(
-            f"The original network needs PyTorch and timm: {error}.",
-            "Install them with `pip install van-deploy`, or compare with the golden samples "
-            "(--against golden), which needs neither.",
-        ) from error
-    return original_network(bundle, weights)
 
 
 def require_classes(bundle: Bundle, command: str) -> None:
@@ -144,11 +104,10 @@ class Network:
     Args:
         bundle: where it is; every digest is checked on opening.
         artefact: its name in the bundle, or :data:`PYTORCH`.
-        runner: one of :data:`RUNNERS`, for an ONNX artifact; the others have one runner only.
+        asked: what runs an ONNX artifact (the others have one runner only), on which GPU, and
+            whether an engine is run whose sidecar is gone (its digest is checked all the same).
         threads: threads inside one operator; None lets the runtime choose.
         spin: see :class:`~van_deploy.runners.onnxruntime.OnnxRuntimeRunner`.
-        trust_engine: run an engine whose sidecar is gone; its digest is checked all the same.
-        device: which GPU, where something runs on one.
 
     Attributes:
         input: what :meth:`run` takes.
@@ -160,7 +119,6 @@ class Network:
 
     Raises:
         BundleError: there is no such artifact.
-        UsageError: there is no such runner.
     """
 
     opened: Any = None
@@ -169,24 +127,19 @@ class Network:
         self,
         bundle: Bundle,
         artefact: str = "fp32",
+        asked: RunnerSettings | None = None,
         *,
-        runner: str = ORT_CPU,
         threads: int | None = None,
         spin: bool = True,
-        trust_engine: bool = False,
-        device: str = "cuda:0",
     ) -> None:
-        if runner not in RUNNERS:
-            raise UsageError(f"There is no runner '{runner}'.", f"Known: {', '.join(RUNNERS)}.")
-        self.bundle, self.name = bundle, artefact
+        self.bundle, self.name, self._asked = bundle, artefact, asked or RunnerSettings()
         self.preprocessing, self.task = bundle.manifest.preprocessing, task_of(bundle)
-        self._threads, self._spin, self._device = threads, spin, device
-        self._trust_engine, self._index = trust_engine, gpu_index(device) or 0
+        self._threads, self._spin = threads, spin
         entry = None if artefact == PYTORCH else bundle.artefact(artefact)
         self._made: Mapping[str, Any] = entry.made_with if entry else {}
         self.is_engine = entry is not None and entry.kind == "engine"
         self.is_package = entry is not None and entry.kind == "package"
-        self.runner = PYTORCH if entry is None else "tensorrt" if self.is_engine else runner
+        self.runner = self._asked.runner if entry else PYTORCH
         self._profiles: Sequence[BatchRange] = ()
         if entry and entry.engine:
             self.runner, self._profiles = entry.engine.backend.split()[0], entry.engine.profiles
@@ -230,32 +183,27 @@ class Network:
 
     def _runner(self) -> Runner:
         """Return what runs the artifact, not yet open."""
+        trust, device = self._asked.trust_engine, self._asked.device
         if self.name == PYTORCH:
-            loaded = original_of(self.bundle)
+            model = original_network(self.bundle).model
             from van_deploy.runners.pytorch import TorchRunner
 
-            return TorchRunner(loaded.model)
-        path = self.bundle.verified(self.name, only_file=self.is_engine and self._trust_engine)
+            return TorchRunner(model)
+        path = self.bundle.verified(self.name, only_file=self.is_engine and trust)
         if self.is_engine:
             from van_deploy.runners.tensorrt import TensorRtRunner
 
-            return TensorRtRunner(
-                path,
-                trust_engine=self._trust_engine,
-                backend=self.runner,
-                device=self._device,
-            )
+            return TensorRtRunner(path, trust_engine=trust, backend=self.runner, device=device)
         if self.is_package:
             try:
-                from van_deploy.runners.inductor import InductorRunner
+                from van_deploy.runners.pytorch import InductorRunner
             except ImportError as error:
                 raise MissingDependency(
                     f"An Inductor package needs PyTorch: {error}.", "Install van-deploy whole."
                 ) from error
-            return InductorRunner(path, device=self._device, threads=self._threads)
-        return OnnxRuntimeRunner(
-            path, threads=self._threads, spin=self._spin, name=self.runner, device=self._device
-        )
+            return InductorRunner(path, device=device, threads=self._threads)
+        how: dict[str, Any] = {"threads": self._threads, "spin": self._spin}
+        return OnnxRuntimeRunner(path, name=self.runner, device=device, **how)
 
     def obstacle(self) -> Obstacle | None:
         """Return what keeps the artifact from running on this machine; None is good.
@@ -265,23 +213,25 @@ class Network:
         """
         if self.runner in (PYTORCH, ORT_CPU):
             return None
-        host = host_here(device=self._index)
+        device = self._asked.device
+        host = host_here(device=gpu_index(device) or 0)
         if self.is_engine or self.is_package:
             return self._native_obstacle(host)
         provider, settings = PROVIDERS[self.runner], self._made.get("settings")
+        reason = ""
         if provider not in require_onnxruntime().get_available_providers():
-            return Obstacle("runtimes", f"no {provider} in the ONNX Runtime that is installed")
-        if host.gpu is None:
-            return Obstacle("runtimes", f"{provider} finds no GPU {self._device}")
-        if isinstance(settings, Mapping) and settings.get("target") == "cpu":
-            return Obstacle("runtimes", f"quantised for CPUs: {provider} has not all its operators")
-        return None
+            reason = f"no {provider} in the ONNX Runtime that is installed"
+        elif host.gpu is None:
+            reason = f"{provider} finds no GPU {device}"
+        elif isinstance(settings, Mapping) and settings.get("target") == "cpu":
+            reason = f"quantised for CPUs: {provider} has not all its operators"
+        return Obstacle("runtimes", reason) if reason else None
 
     def _native_obstacle(self, host: Host) -> Obstacle | None:
         path = self.bundle.path / self.bundle.artefact(self.name).file
         if self.is_engine and host.gpu is None:
             return Obstacle("engines", "engine not executed: no GPU")
-        if self.is_engine and self._trust_engine and not sidecar_path(path).exists():
+        if self.is_engine and self._asked.trust_engine and not sidecar_path(path).exists():
             return None
         found = obstacles((verified_package if self.is_package else verified_sidecar)(path), host)
         if not found:
@@ -293,11 +243,8 @@ class Network:
     @property
     def described(self) -> str:
         """What runs it, for reports."""
-        return (
-            f"{self.runner}, {BF16_EMULATED}"
-            if getattr(self.opened, "emulated", False)
-            else self.runner
-        )
+        emulated = getattr(self.opened, "emulated", False)
+        return f"{self.runner}, {BF16_EMULATED}" if emulated else self.runner
 
     @property
     def on_gpu(self) -> bool:
@@ -370,8 +317,10 @@ class Network:
             )
         return outputs[OUTPUT_NAME].astype(np.float32)
 
-    def top(self, outputs: Mapping[str, npt.NDArray[Any]], count: int) -> TopClasses:
-        """Return the ``count`` most probable classes of each row, or as many as there are.
+    def top(
+        self, outputs: Mapping[str, npt.NDArray[Any]], count: int
+    ) -> list[list[tuple[int, float]]]:
+        """Return each row's most probable classes and their probabilities, the best first.
 
         Raises:
             UsageError: the artifact gives only its first five and more are asked for.
@@ -380,16 +329,17 @@ class Network:
             logits = outputs.get(OUTPUT_NAME)
             scores = outputs["probabilities"] if logits is None else logits.astype(np.float32)
             shares = scores if logits is None else probabilities(scores, self.task)
-            classes = np.argsort(-scores, axis=1, kind="stable")[:, :count].astype(np.int64)
+            classes = np.argsort(-scores, axis=1, kind="stable")[:, :count]
             ranked = np.take_along_axis(shares, classes, axis=1).astype(np.float32)
-            return TopClasses(classes, ranked)
-        classes, shares = outputs[TOP_CLASSES], outputs[TOP_PROBABILITIES]
-        if count > classes.shape[1]:
-            raise UsageError(
-                f"'{self.name}' gives its first {classes.shape[1]} classes only, not {count}.",
-                f"Ask for {classes.shape[1]}, or take another artifact.",
-            )
-        return TopClasses(classes[:, :count], shares[:, :count])
+        else:
+            classes, ranked = outputs[TOP_CLASSES][:, :count], outputs[TOP_PROBABILITIES]
+            if count > classes.shape[1]:
+                raise UsageError(
+                    f"'{self.name}' gives its first {classes.shape[1]} classes only, not {count}.",
+                    f"Ask for {classes.shape[1]}, or take another artifact.",
+                )
+        rows = zip(classes.tolist(), ranked.tolist(), strict=True)
+        return [list(zip(found, shares, strict=False)) for found, shares in rows]
 
 
 def network_input(

@@ -1,35 +1,38 @@
-"""ONNX Runtime on the CPU and, through its CUDA provider, on GPUs."""
+"""ONNX files: in ONNX Runtime on the CPU and, through its CUDA provider, on GPUs; in OpenVINO."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+import contextlib
+import ctypes
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.environment.packages import pip_command
-from van_deploy.errors import InputError, MissingDependency
+from van_deploy.environment.packages import imported_quietly, pip_command
+from van_deploy.errors import (
+    ConversionError,
+    InputError,
+    MissingDependency,
+    UsageError,
+    VanDeployError,
+    needs_extra,
+)
 from van_deploy.graph.bfloat16 import emulated_bf16, holds_bf16
 from van_deploy.runners.base import CudaOptions, Images, Logits, Outputs, Runner, gpu_index
-from van_deploy.runners.cuda import DeviceBatch, require_cuda
-from van_deploy.runners.onnxruntime_cuda import CUDA as CUDA
-from van_deploy.runners.onnxruntime_cuda import (
-    cuda_does_not_start,
-    failed,
-    failures,
-    preload,
-    provider_options,
-    provider_starts,
-    refuse_options,
-    silent,
-)
+from van_deploy.runners.cuda import DeviceBatch, out_of_memory, require_cuda
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+CUDA = "CUDAExecutionProvider"
 PROVIDERS: Mapping[str, str] = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": CUDA}
 """The execution provider of each runner. It runs the whole graph, or the graph is refused."""
 
@@ -40,23 +43,38 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
     "tensor(int32)": np.int32,
     "tensor(int64)": np.int64,
 }
+LIBRARIES = ("cudart", "nvrtc", "cublasLt", "cublas", "curand", "cufft", "cudnn")
+"""What the CUDA provider links, each after those it needs itself."""
+
+OUT_OF_MEMORY = "out of memory|Failed to allocate memory|CUDNN_STATUS_ALLOC_FAILED"
 
 
-def require_onnxruntime() -> Any:
+def require_onnxruntime(provider: str = "") -> Any:
     """Return the ``onnxruntime`` module.
 
+    Args:
+        provider: that it has to be built with.
+
     Raises:
-        MissingDependency: it is not installed.
+        MissingDependency: it is not installed, or has no such provider.
     """
     try:
-        import onnxruntime
+        import onnxruntime as ort
     except ImportError as error:
         raise MissingDependency(
             f"ONNX Runtime is not installed, and nothing leaves this program unchecked: {error}.",
             "Install it with `pip install 'van-deploy[cpu]'` "
             "(or 'van-deploy[gpu]' on a machine with an NVIDIA GPU).",
         ) from error
-    return onnxruntime
+    available, pip = ort.get_available_providers(), pip_command()
+    if provider and provider not in available:
+        raise MissingDependency(
+            f"This ONNX Runtime ({ort.__version__}) has no {provider}; it has "
+            f"{', '.join(available)}.",
+            f"Install the one for GPUs: `{pip} uninstall --yes onnxruntime && "
+            f"{pip} install 'onnxruntime-gpu[cuda,cudnn]'`.",
+        )
+    return ort
 
 
 def inference_session(
@@ -112,6 +130,8 @@ class OnnxRuntimeRunner(Runner):
         profile: folder for ONNX Runtime's own profile, written when the runner is closed.
     """
 
+    profile: Path | None = None
+
     def __init__(
         self,
         model: Path | ModelProto,
@@ -127,7 +147,6 @@ class OnnxRuntimeRunner(Runner):
         self.provider, self.device, self.options = PROVIDERS[name], device, cuda or CudaOptions()
         self.on_gpu = self.provider == CUDA
         self.tf32 = self.on_gpu and self.options.use_tf32
-        self.profile: Path | None = None
 
     def _load(self, stack: ExitStack) -> None:
         """Load the graph.
@@ -138,7 +157,7 @@ class OnnxRuntimeRunner(Runner):
             ConversionError: it refuses the graph, or would run part of it on the CPU.
             UsageError: its CUDA provider fails, or answers wrongly, with these options.
         """
-        self._ort = ort = _with_provider(self.provider)
+        self._ort = ort = require_onnxruntime(self.provider)
         options, providers = ort.SessionOptions(), list[Any]([self.provider])
         options.log_severity_level = 3  # errors only
         options.enable_cpu_mem_arena = self.arena
@@ -156,16 +175,26 @@ class OnnxRuntimeRunner(Runner):
             preload(ort)
             options.log_severity_level = 4  # its errors come as exceptions, too
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            how = provider_options(self.options, self._cuda.device, self._stream)
-            providers = [(CUDA, how)]
+            asked = asdict(self.options)
+            asked["enable_cuda_graph"] = asked.pop("cuda_graph")
+            asked |= {"device_id": self._cuda.device, "user_compute_stream": self._stream}
+            asked["cudnn_conv_use_max_workspace"] = True
+            texts = {k: str(int(v) if isinstance(v, bool) else v) for k, v in asked.items()}
+            providers = [(CUDA, texts)]
         try:
-            with silent(ort) if self.on_gpu else nullcontext():
+            with silent(ort) if self.on_gpu else contextlib.nullcontext():
                 self._session, self.emulated = inference_session(self.model, options, providers)
         except Exception as error:
             if self.on_gpu and not provider_starts(ort, CUDA):
-                raise cuda_does_not_start(ort) from error
+                raise MissingDependency(
+                    f"ONNX Runtime {ort.__version__} has {CUDA} but could not start it, and would "
+                    "have run on the CPU without a word.",
+                    f"It needs CUDA {getattr(ort, 'cuda_version', '') or 'and cuDNN'} and cuDNN 9: "
+                    f"`{pip_command()} install 'onnxruntime-gpu[cuda,cudnn]'`; see `van-deploy "
+                    "doctor`.",
+                ) from error
             what = f"'{self.model}'" if isinstance(self.model, Path) else "the graph"
-            raise failed(f"cannot load {what}", error) from error
+            raise _failed(f"cannot load {what}", error) from error
         stack.callback(self._forget)  # before the stream goes
         self._graphs, self._kept = 0, dict[int, DeviceBatch]()
         self._late = stack.enter_context(ExitStack())  # what is kept is closed first
@@ -217,14 +246,8 @@ class OnnxRuntimeRunner(Runner):
         batch = DeviceBatch(self._cuda, self._stream, given, answers, rows, enqueue)
         for bind, specs in ((binding.bind_input, given), (binding.bind_output, answers)):
             for name, (shape, dtype) in specs.items():
-                bind(
-                    name=name,
-                    device_type="cuda",
-                    device_id=self._cuda.device,
-                    element_type=np.dtype(dtype).type,
-                    shape=(rows, *shape),
-                    buffer_ptr=batch.addresses[name],
-                )
+                kind, address = np.dtype(dtype).type, batch.addresses[name]
+                bind(name, "cuda", self._cuda.device, kind, (rows, *shape), address)
         return batch
 
 
@@ -250,20 +273,170 @@ def onnxruntime_outputs(model: ModelProto, images: Images) -> Outputs:
         return runner.run_all(images)
 
 
-def _with_provider(provider: str) -> Any:
-    """Return the ``onnxruntime`` module if it was built with the provider.
+@contextlib.contextmanager
+def failures(what: str) -> Iterator[None]:
+    """Turn ONNX Runtime's exceptions into the project's.
+
+    They derive from Exception alone, and some failures of a GPU come as RuntimeError.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError):
+            raise
+        kind = InputError if type(error).__name__ == "InvalidArgument" else ConversionError
+        raise _failed(f"failed on {what}", error, kind) from error
+
+
+def _failed(
+    what: str, error: Exception, kind: type[VanDeployError] = ConversionError
+) -> VanDeployError:
+    """Return the project's error for one of ONNX Runtime's; ``what`` it did is said behind it."""
+    if re.search(OUT_OF_MEMORY, str(error)):
+        return out_of_memory(f"ONNX Runtime {what}")
+    if "fallback to CPU EP has been explicitly disabled" in str(error):
+        return ConversionError(
+            f"ONNX Runtime {what}: it would run part of it on the CPU, because {CUDA} does not "
+            "have all of its operators.",
+            "Take an artifact made for GPUs (--target gpu when quantising), or run it with "
+            "--runner ort-cpu.",
+        )
+    return kind(
+        f"ONNX Runtime {what}: {error}",
+        "Compare the file and the images with what `van-deploy inspect` shows, or export at a "
+        "lower --opset.",
+    )
+
+
+def provider_starts(ort: Any, provider: str, *, quiet: bool = True) -> bool:
+    """Return whether a session of one operator runs on the provider.
+
+    A listed provider whose libraries do not load is left out of a session with a warning only,
+    which ``quiet`` keeps from the user.
+    """
+    from onnx import TensorProto, helper
+
+    if provider == CUDA:
+        preload(ort)
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "one", value[:1], value[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4 if quiet else 2
+    with silent(ort) if quiet else contextlib.nullcontext():
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
+    if provider not in session.get_providers():
+        return False
+    session.run(None, {"x": np.zeros(1, np.float32)})
+    return True
+
+
+def refuse_options(model: Path | ModelProto, options: CudaOptions) -> None:
+    """Return if a graph can run with these options.
+
+    Both faults were seen on an H200 with ONNX Runtime 1.31. A quantised graph in NHWC memory loads,
+    and its first run fails: "Input channels C is not equal to kernel channels". With a CUDA graph
+    an FP16 graph in NHWC memory gave wrong logits (0.02 dB), then "illegal memory access"; either
+    option alone is right.
 
     Raises:
-        MissingDependency: it was not, or is not installed.
+        UsageError: the runtime would fail, or answer wrongly.
     """
-    ort = require_onnxruntime()
-    available = ort.get_available_providers()
-    if provider not in available:
-        pip = pip_command()
-        raise MissingDependency(
-            f"This ONNX Runtime ({ort.__version__}) has no {provider}; it has "
-            f"{', '.join(available)}.",
-            f"Install the one for GPUs: `{pip} uninstall --yes onnxruntime && "
-            f"{pip} install 'onnxruntime-gpu[cuda,cudnn]'`.",
+    import onnx
+
+    if not options.prefer_nhwc:
+        return
+    graph = onnx.load(model, load_external_data=False) if isinstance(model, Path) else model
+    quantised = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
+    if options.cuda_graph or quantised:
+        why = "answers wrongly from a CUDA graph" if options.cuda_graph else "runs no INT8 graph"
+        raise UsageError(
+            f"With prefer_nhwc ONNX Runtime's CUDA provider {why}.", "Leave prefer_nhwc off."
         )
-    return ort
+
+
+def cuda_libraries(cuda_version: str) -> list[Path]:
+    """Return CUDA's and cuDNN's libraries in NVIDIA's wheels, in the order to load them in.
+
+    ONNX Runtime's wheel has no RUNPATH, and ``onnxruntime.preload_dlls()`` looks beside
+    ONNX Runtime only, so without PyTorch in the process the provider does not load.
+
+    Args:
+        cuda_version: that ONNX Runtime was built for, 13 or later, such as ``13.0``. All but cuDNN
+            lie in one folder: ``nvidia/cu13/lib``.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    cuda, found = f"cu{cuda_version.partition('.')[0]}", list[Path]()
+    for name in LIBRARIES:
+        inside = "cudnn" if name == "cudnn" else cuda
+        found += sorted(p for f in folders for p in f.glob(f"{inside}/lib/lib{name}.so.*"))
+    return found
+
+
+def preload(ort: Any) -> None:
+    """Load what the CUDA provider links, as far as NVIDIA's wheels have it."""
+    version = str(getattr(ort, "cuda_version", "") or "")
+    for path in cuda_libraries(version) if sys.platform.startswith("linux") else ():
+        with contextlib.suppress(OSError):  # the session says which one it cannot do without
+            ctypes.CDLL(str(path))
+
+
+@contextlib.contextmanager
+def silent(ort: Any) -> Iterator[None]:
+    """Keep what ONNX Runtime logs about providers from the user: it comes as an error."""
+    ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)
+
+
+class OpenVinoRunner(Runner):
+    """Runs an ONNX graph on the CPU.
+
+    OpenVINO computes in bfloat16 by default on processors that have it, whatever
+    the file says. Here the arithmetic is what ``precision`` says.
+
+    Args:
+        model: an ONNX file.
+        threads: threads for one inference; None lets OpenVINO choose.
+        precision: ``f32`` or ``bf16``; quantised parts run as INT8 with either.
+    """
+
+    def __init__(self, model: Path, *, threads: int | None = None, precision: str = "f32") -> None:
+        self.model = model
+        self.settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": precision,
+        }
+        if threads is not None:
+            self.settings["INFERENCE_NUM_THREADS"] = threads
+
+    def _load(self, stack: ExitStack) -> None:
+        """Compile the graph.
+
+        Raises:
+            MissingDependency: OpenVINO is not installed.
+            ConversionError: it refuses the graph.
+        """
+        with needs_extra("OpenVINO", "openvino"):
+            ov: Any = imported_quietly("openvino")
+        try:
+            compiled = ov.Core().compile_model(str(self.model), "CPU", self.settings)
+        except RuntimeError as error:
+            raise ConversionError(
+                f"OpenVINO {ov.__version__} cannot compile the graph: {str(error).strip()[-300:]}",
+                "Look at the file with `van-deploy inspect`, or use ONNX Runtime.",
+            ) from error
+        self._request = compiled.create_infer_request()
+        stack.callback(self.__dict__.pop, "_request")
+
+    def run_all(self, batch: npt.NDArray[Any]) -> Outputs:
+        """Return every output by name, for a batch in the graph's own input type."""
+        results = self._request.infer({0: batch}, share_inputs=True)
+        return {
+            port.get_any_name() if port.get_names() else f"output.{index}": value.copy()
+            for index, (port, value) in enumerate(results.to_dict().items())
+        }

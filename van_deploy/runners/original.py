@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from van_deploy.bundle.reading import Bundle
-from van_deploy.errors import BundleError, InputError
+from van_deploy.errors import BundleError, InputError, MissingDependency
 from van_deploy.files import file_sha256
-from van_deploy.model.checkpoint import LoadedVan
-from van_deploy.model.embedded import embedded_files
-from van_deploy.model.files import read_weights
-from van_deploy.model.random_weights import random_van, sha256_of_state
-from van_deploy.model.state import network_from_state, official_state
+
+if TYPE_CHECKING:
+    from van_deploy.model.checkpoint import LoadedVan
 
 
 def original_network(bundle: Bundle, weights: str | Path | None = None) -> LoadedVan:
@@ -27,8 +26,21 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
         weights: where its weights file is now; None takes the place the manifest names.
 
     Raises:
+        MissingDependency: PyTorch or timm is not installed.
         BundleError: the weights have moved, have changed, or are not this bundle's.
     """
+    try:
+        from van_deploy.model.checkpoint import LoadedVan
+        from van_deploy.model.embedded import embedded_files
+        from van_deploy.model.files import read_weights
+        from van_deploy.model.random_weights import random_van, sha256_of_state
+        from van_deploy.model.state import network_from_state, official_state
+    except ImportError as error:
+        raise MissingDependency(
+            f"The original network needs PyTorch and timm: {error}.",
+            "Install them with `pip install van-deploy`, or compare with the golden samples "
+            "(--against golden), which needs neither.",
+        ) from error
     manifest = bundle.manifest
     recorded, config = manifest.weights, manifest.architecture
     place = Path(weights or recorded.path or recorded.spec).expanduser()

@@ -165,34 +165,30 @@ class TensorRtRunner(Runner):
     def _enqueue(self, batch: DeviceBatch) -> None:
         """Put one inference on the stream.
 
-        A recorded graph keeps using its context, so then each batch size has one of its own.
+        A recorded graph keeps using its context, so then each batch size has one of its own. A
+        context is told which profile, which batch and which memory comes, where they change.
         """
         key = batch.rows if self._records else 0
-        context = self._context(key)
+        context, what = self._context(key), f"a batch of {batch.rows}"
         wanted = (batch.rows, *batch.addresses.values())
         if self._bound != wanted:
-            self._bind(context, key, batch)
+            profile = profile_for(self.profiles, batch.rows)
+            if profile != self._profile.get(key, 0):
+                done = context.set_optimization_profile_async(profile, self._stream)
+                self.cuda.synchronize(self._stream)
+                if not done:
+                    raise self._refused(f"profile {profile}")
+                self._profile[key] = profile
+            if not context.set_input_shape(self._input, (batch.rows, *self._specs[self._input][0])):
+                raise self._refused(what)
+            for name, address in batch.addresses.items():
+                if not context.set_tensor_address(name, address):
+                    raise self._refused(f"the memory of '{name}'")
+            if missing := context.infer_shapes():
+                raise self._refused(f"{what}, for want of {', '.join(missing)}")
             self._bound = wanted
         if not context.execute_async_v3(self._stream):
-            raise self._refused(f"a batch of {batch.rows}")
-
-    def _bind(self, context: Any, key: int, batch: DeviceBatch) -> None:
-        """Tell a context which profile, which batch and which memory comes next."""
-        profile = profile_for(self.profiles, batch.rows)
-        if profile != self._profile.get(key, 0):
-            done = context.set_optimization_profile_async(profile, self._stream)
-            self.cuda.synchronize(self._stream)
-            if not done:
-                raise self._refused(f"profile {profile}")
-            self._profile[key] = profile
-        if not context.set_input_shape(self._input, (batch.rows, *self._specs[self._input][0])):
-            raise self._refused(f"a batch of {batch.rows}")
-        for name, address in batch.addresses.items():
-            if not context.set_tensor_address(name, address):
-                raise self._refused(f"the memory of '{name}'")
-        missing = context.infer_shapes()
-        if missing:
-            raise self._refused(f"a batch of {batch.rows}, for want of {', '.join(missing)}")
+            raise self._refused(what)
 
     def _context(self, key: int) -> Any:
         if key not in self.contexts:

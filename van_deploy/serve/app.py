@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import errno
 import hmac
 import inspect
 import json
@@ -18,23 +17,24 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any, NamedTuple
 
 from van_deploy import __version__
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.serve.intake import (
+from van_deploy.runners.network import TensorSpec
+from van_deploy.serve.models import ServedModel, Service
+from van_deploy.serve.requests import (
     MIB,
-    ClientGoneError,
     Request,
     RequestError,
-    file_of_form,
+    encode_response,
     limited_protocol,
+    parse_request,
 )
-from van_deploy.serve.models import ServedModel, Service
-from van_deploy.serve.protocol import encode_response, parse_request
+from van_deploy.serve.triton import DATATYPES
 
 MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config)?")
 MODEL = "/v2/models/MODEL"
@@ -76,7 +76,7 @@ class Response(NamedTuple):
 
 
 class App:
-    """Answers for ``service``, which is loaded and started.
+    """Answers for ``service``.
 
     Attributes:
         service: likewise.
@@ -89,7 +89,7 @@ class App:
     def __init__(self, service: Service) -> None:
         self.service, key = service, service.settings.api_key()
         self.keyed, self._authorization = bool(key), f"Bearer {key}".encode()
-        models = service.models  # loaded later
+        models, metrics = service.models, service.metrics
         self._routes: dict[str, tuple[str, Callable[[Request], Any]]] = {
             f"{MODEL}/infer": ("POST", self._infer),
             "/predict": ("POST", self._predict),
@@ -103,9 +103,9 @@ class App:
             "/page.css": ("GET", _page("page.css", "text/css")),
             "/page.js": ("GET", _page("page.js", "text/javascript")),
             "/models": ("GET", lambda _: service.description()),
-            "/metrics": ("GET", lambda _: Response(*service.metrics.text())),
+            "/metrics": ("GET", lambda _: Response(metrics.text(), metrics.kind)),
             "/v2": ("GET", lambda _: SERVER),
-            MODEL: ("GET", lambda request: _metadata(self._served(request).config)),
+            MODEL: ("GET", lambda request: _metadata(self._served(request))),
             f"{MODEL}/config": ("GET", lambda request: self._served(request).config),
             f"{MODEL}/ready": ("GET", lambda request: self._served(request) and Response()),
         }
@@ -125,8 +125,6 @@ class App:
             status = 422 if isinstance(error, ImageError) else getattr(error, "status", 400)
             response = _json({"error": str(error)}, status)
             traceback.clear_frames(error.__traceback__)  # so that the body is freed now
-        except ClientGoneError:
-            response = Response(status=499)  # nobody reads it
         except Exception:  # one request's failure must not be the server's
             response = _json({"error": "The server failed; its log says why."}, 500)
             _log("fault", path=request.path, traceback=traceback.format_exc())
@@ -171,22 +169,22 @@ class App:
         if text is not None and int(text) > SMALL_JSON:
             told = f"has {int(text):,} bytes; {SMALL_JSON:,} are taken."
             raise RequestError(f"The JSON before binary tensors {told}", status=413)
-        with intake.held.hold() as take_bytes, served.queue.hold() as take_images:
-            body = await intake.body(request, take_bytes, json=text is None)
-            take_images(1)
+        with contextlib.ExitStack() as held:
+            body = await intake.body(request, held, is_json=text is None)
+            served.queue.take(held, 1)
             network, size = served.network, len(body) if text is None else int(text)
             names = [output.name for output in network.outputs]
             rows, parsed = await intake.run(
                 "process" if size > SMALL_JSON else "thread" if len(body) > MIB else "here",
                 *(parse_request, body, size, network.input, names, network.max_batch),
             )
-            take_images(len(rows) - 1)
-            answer = await served.infer(rows)
+            served.queue.take(held, len(rows) - 1)
+            outputs, *_ = await served.infer(rows)
             texts = [w.name for w in parsed.outputs if not parsed.in_bytes(w)]
-            many = sum(answer.outputs[name].size for name in texts) > MANY_NUMBERS
+            many = sum(outputs[name].size for name in texts) > MANY_NUMBERS
             content, json_size = await intake.run(
                 "process" if many else "here",
-                *(encode_response, parsed, answer.outputs, served.name),
+                *(encode_response, parsed, outputs, served.name),
             )
         if json_size is None:
             return Response(content, {"content-type": "application/json"})
@@ -200,12 +198,9 @@ class App:
         if not re.fullmatch("[0-9]{1,4}", top) or not 1 <= int(top) <= MAX_TOP:
             raise RequestError(f"'top' is {top[:20]!r}; it must be a number from 1 to {MAX_TOP}.")
         compare = query.get("compare", "0") not in {"0", "false", ""}
-        with intake.held.hold() as take_bytes, served.queue.hold() as take_images:
-            image = await intake.body(request, take_bytes)
-            take_images(1)
-            kind = request.headers.get("content-type", "")
-            if kind.lower().startswith("multipart/form-data"):
-                image = await intake.run("thread", file_of_form, image, kind)
+        with contextlib.ExitStack() as held:
+            image = await intake.body(request, held)
+            served.queue.take(held, 1)
             if not image:
                 raise RequestError("The request has no image: send an image file as its body.")
             return await self.service.look(served, image, int(top), compare=compare)
@@ -230,20 +225,17 @@ def _page(name: str, kind: str) -> Callable[[Request], Response]:
     return lambda _: Response(content, {"content-type": kind, **PAGE_HEADERS})
 
 
-def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the protocol's metadata of what Triton's configuration describes."""
-    what: dict[str, Any] = {"name": config["name"], "versions": ["1"]}
-    what["platform"] = PLATFORMS.get(config["backend"], config["backend"])
-    for side in ("input", "output"):
-        what[f"{side}s"] = [
-            {
-                "name": tensor["name"],
-                "datatype": tensor["data_type"].removeprefix("TYPE_"),
-                "shape": [-1, *tensor["dims"]],
-            }
-            for tensor in config[side]
+def _metadata(served: ServedModel) -> dict[str, Any]:
+    def tensors(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
+        return [
+            {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": [-1, *spec.shape]}
+            for spec in specs
         ]
-    return what
+
+    backend, network = served.config["backend"], served.network
+    what = {"name": served.name, "versions": ["1"], "platform": PLATFORMS.get(backend, backend)}
+    inputs, outputs = tensors([network.input]), tensors(network.outputs)
+    return {**what, "inputs": inputs, "outputs": outputs}
 
 
 def _log(event: str, **fields: object) -> None:
@@ -262,12 +254,11 @@ def listen(host: str = "127.0.0.1", port: int = 8000) -> tuple[socket.socket, st
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         bound = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
-        taken = getattr(error, "errno", None) == errno.EADDRINUSE
-        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
+    except OSError as error:
+        reason = (error.strerror or "").partition(" (while")[0]
         raise UsageError(
             f"Cannot listen on {host} port {port}: {reason}.",
-            "Choose another --port, or 0 for a free one." if taken else "Check --host and --port.",
+            "Check --host, or choose another --port; 0 takes a free one.",
         ) from error
     host, port = bound.getsockname()[:2]
     return bound, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -279,7 +270,7 @@ def run_server(
     """Answer until SIGINT or SIGTERM, then finish what was begun.
 
     Args:
-        app: of a service that is loaded.
+        app: which answers.
         bound: from :func:`listen`; closed at the end.
         on_ready: called once requests are answered, with a function that ends the server
             from any thread.
@@ -316,7 +307,8 @@ def run_server(
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, end)
-        service.start()
+        for served in service.models.values():
+            served.start()
         running = asyncio.create_task(server.serve(sockets=[bound]))
         while not (server.started or running.done()):
             await asyncio.sleep(0.01)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from van_deploy.bundle import Artefact, Bundle, Origin, writing
-from van_deploy.errors import GateFailed, UsageError
+from van_deploy.errors import GateFailed
 from van_deploy.files import content_key
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES, embed_preprocessing
 from van_deploy.graph.files import graph_facts, save_onnx
@@ -23,7 +25,7 @@ from van_deploy.manifest import Embedding
 from van_deploy.metrics import Task, probabilities
 from van_deploy.model.pixels import Pixels, normalised
 from van_deploy.provenance import code_digest
-from van_deploy.runners.base import Logits, Outputs
+from van_deploy.runners.base import Images
 from van_deploy.runners.network import network_input, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -53,12 +55,7 @@ class Embedded:
 
 
 def embed_artefacts(
-    bundle: Bundle,
-    pixels: Pixels,
-    embedding: str,
-    outputs: Sequence[str] = (OUTPUT_NAME,),
-    *,
-    batches: Sequence[int] = (1, 2, 3),
+    bundle: Bundle, pixels: Pixels, embedding: str, outputs: Sequence[str], batches: Sequence[int]
 ) -> list[Embedded]:
     """Return the embedded form of every plain graph of ``bundle``, made and proved where missing.
 
@@ -70,17 +67,15 @@ def embed_artefacts(
         batches: batch sizes to prove, each at most N.
 
     Raises:
-        UsageError: there is nothing to embed.
         GateFailed: an embedded graph does not answer as its plain one; nothing was written.
     """
     import onnx
 
-    if embedding == "none" and tuple(outputs) == (OUTPUT_NAME,):
-        raise UsageError(
-            "There is nothing to embed: no preprocessing and only the logits.",
-            "Give --embed-preprocess uint8, or more --outputs.",
-        )
     preprocessing, made, task = bundle.manifest.preprocessing, list[Embedded](), task_of(bundle)
+    pairs = [
+        (normalised(some, preprocessing), network_input(some, embedding, preprocessing))
+        for some in (pixels[:batch] for batch in batches)
+    ]
     how = {
         "embedding": embedding,
         "outputs": list(outputs),
@@ -100,20 +95,14 @@ def embed_artefacts(
                 continue
             model = embed_preprocessing(onnx.load(path), preprocessing, embedding, outputs, task)
             files = save_onnx(model, draft.file(f"{path.stem}.{kind}.onnx"))
-            rows = []
-            with OnnxRuntimeRunner(path) as old, OnnxRuntimeRunner(draft.file(files[0])) as new:
-                for batch in batches:
-                    some = pixels[:batch]
-                    logits = old.run(normalised(some, preprocessing))
-                    found = new.run_all(network_input(some, embedding, preprocessing))
-                    difference = _difference(logits, found, task)
-                    rows.append({"batch": batch, "difference": difference})
-                    if not difference <= SAME_GRAPH:
-                        raise GateFailed(
-                            f"At batch {batch} '{name}' differs from '{base}' by {difference:.1e} "
-                            f"of the largest value; {SAME_GRAPH:g} is allowed.",
-                            "Nothing was written. Please report it.",
-                        )
+            rows = _proof(path, draft.file(files[0]), pairs, task)
+            for row in rows:
+                if not row["difference"] <= SAME_GRAPH:
+                    raise GateFailed(
+                        f"At batch {row['batch']} '{name}' differs from '{base}' by "
+                        f"{row['difference']:.1e} of the largest value; {SAME_GRAPH:g} is allowed.",
+                        "Nothing was written. Please report it.",
+                    )
             report = {"base": base, "runner": "ort-cpu", "limit": SAME_GRAPH, "batches": rows}
             draft.checks[f"embedded {name}"] = report
             draft.record(
@@ -133,13 +122,24 @@ def embed_artefacts(
     return made
 
 
-def _difference(logits: Logits, found: Outputs, task: Task) -> float:
-    """Return the largest relative difference of any output from what ``logits`` mean."""
-    shares = probabilities(logits.astype(np.float64), task)
-    wanted = {OUTPUT_NAME: logits, "probabilities": shares}
-    pairs = [(value, found[name]) for name, value in wanted.items() if name in found]
-    if TOP_CLASSES in found:
-        chosen = np.take_along_axis(shares, found[TOP_CLASSES], axis=1)
-        best = -np.sort(-shares, axis=1)[:, : chosen.shape[1]]
-        pairs += [(best, chosen), (best, found[TOP_PROBABILITIES])]  # the right ones, in order
-    return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)
+def _proof(
+    plain: Path, embedded: Path, pairs: Sequence[tuple[Images, npt.NDArray[Any]]], task: Task
+) -> list[dict[str, Any]]:
+    """Return at each batch size how far any output is from what the plain graph's logits mean.
+
+    The difference is that of the largest value. Each pair holds what either graph takes.
+    """
+    rows = []
+    with OnnxRuntimeRunner(plain) as old, OnnxRuntimeRunner(embedded) as new:
+        for images, given in pairs:
+            logits, found = old.run(images), new.run_all(given)
+            shares = probabilities(logits.astype(np.float64), task)
+            wanted = {OUTPUT_NAME: logits, "probabilities": shares}
+            compared = [(value, found[name]) for name, value in wanted.items() if name in found]
+            if TOP_CLASSES in found:  # the right ones, in order
+                chosen = np.take_along_axis(shares, found[TOP_CLASSES], axis=1)
+                best = -np.sort(-shares, axis=1)[:, : chosen.shape[1]]
+                compared += [(best, chosen), (best, found[TOP_PROBABILITIES])]
+            difference = max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in compared)
+            rows.append({"batch": len(images), "difference": difference})
+    return rows

@@ -14,23 +14,21 @@ import io
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import ServiceSettings, TritonSettings
-from van_deploy.data import open_image
-from van_deploy.data.images import FORMATS
+from van_deploy.data.images import FORMATS, open_image
 from van_deploy.errors import UsageError, VanDeployError, needs_extra
 from van_deploy.metrics import probabilities
 from van_deploy.model.pixels import Pixels, pixels_from_image
 from van_deploy.runners.network import PYTORCH, Network, Outputs, require_classes
-from van_deploy.serve.intake import MIB, Allowance, Intake
 from van_deploy.serve.predict import named_classes
-from van_deploy.serve.protocol import Values
+from van_deploy.serve.requests import MIB, Allowance, Intake, Values
 from van_deploy.serve.triton import TritonModel, model_config, served_name, usual_artefacts
 
 LARGE_IMAGE = 16_000_000  # pixels; larger ones are decoded one at a time, which bounds memory
@@ -60,11 +58,13 @@ class ServerMetrics:
         with needs_extra("The server", "serve"):
             import prometheus_client as client
             import uvicorn  # noqa: F401 - told here, before a model is loaded
-        self._client, self._registry = client, client.CollectorRegistry()
-        client.ProcessCollector(registry=self._registry)  # processor time, memory, files
+        registry = client.CollectorRegistry()
+        client.ProcessCollector(registry=registry)  # processor time, memory, files
+        self.text: Callable[[], bytes] = lambda: client.generate_latest(registry)
+        self.kind = {"content-type": client.CONTENT_TYPE_LATEST}
         self._all = {
             name: getattr(client, kind)(
-                f"van_deploy_{name}", text, labels.split(), registry=self._registry, **more
+                f"van_deploy_{name}", text, labels.split(), registry=registry, **more
             )
             for name, (kind, text, labels, more) in METRICS.items()
         }
@@ -73,20 +73,9 @@ class ServerMetrics:
         """Return one metric, such as ``requests``, for some values of its labels."""
         return self._all[name].labels(*labels)
 
-    def text(self) -> tuple[bytes, dict[str, str]]:
-        """Return every figure, and the header that says of what form."""
-        kind = {"content-type": self._client.CONTENT_TYPE_LATEST}
-        return self._client.generate_latest(self._registry), kind
 
-
-class Answer(NamedTuple):
-    """What one request got: its rows of every output, two times in seconds, its batch's rows."""
-
-    outputs: Outputs
-    queue_s: float
-    infer_s: float
-    batch: int
-
+Answer = tuple[Outputs, dict[str, float], int]
+"""What one request got: its rows of every output, seconds of queue and infer, its batch's rows."""
 
 Waiting = tuple[Values, "asyncio.Future[Answer]", float]  # rows, their answer, and since when
 
@@ -127,9 +116,8 @@ class ServedModel:
                 "Leave out --instances, or let Triton serve it (`van-deploy package triton`).",
             )
         self.queue = Allowance(limit, QUEUE_FULL, 429)
-        names = ("batch_rows", "queue_seconds", "infer_seconds", "infer_cpu_seconds")
-        self._metrics = [metrics.of(name, self.name) for name in names]
-        metrics.of("queued_images", self.name).set_function(lambda: self.queue.used)
+        self._metrics = metrics
+        self._metrics.of("queued_images", self.name).set_function(lambda: self.queue.used)
         native = "tensorrt" if network.is_engine else "pytorch"
         how = TritonSettings(
             queue_delay_us=round(1e3 * settings.max_delay_ms),
@@ -178,46 +166,41 @@ class ServedModel:
                 room -= len(taken[-1][0])
             if present := [item for item in taken if not item[1].cancelled()]:
                 self._idle -= 1
-                await self._answer(*zip(*present, strict=True))
+                await self._answer(present)
                 self._idle += 1
         self._changed.set()  # for the other instances
 
-    async def _answer(
-        self,
-        batch: Sequence[Values],
-        futures: Sequence[asyncio.Future[Answer]],
-        since: Sequence[float],
-    ) -> None:
+    async def _answer(self, batch: Sequence[Waiting]) -> None:
         def run() -> tuple[Outputs, float]:
             begun = time.thread_time()  # the processor time of this thread: all, with one thread
-            outputs = self.network.run(batch[0] if len(batch) == 1 else np.concatenate(batch))
+            outputs = self.network.run(every[0] if len(every) == 1 else np.concatenate(every))
             return outputs, time.thread_time() - begun
 
-        start, first, total = time.perf_counter(), 0, sum(map(len, batch))
+        every = [rows for rows, *_ in batch]
+        start, first, total = time.perf_counter(), 0, sum(map(len, every))
         in_thread = asyncio.get_running_loop().run_in_executor
         try:
             outputs, cpu_s = await in_thread(self._threads, run)
         except Exception as error:  # the model's own failure is each request's answer
-            for future in futures:
+            for _, future, _ in batch:
                 if not future.done():
                     future.set_exception(error)
             return
         seconds = time.perf_counter() - start
-        batch_rows, queue_seconds, infer_seconds, infer_cpu_seconds = self._metrics
-        batch_rows.observe(total)
-        infer_seconds.observe(seconds)
-        infer_cpu_seconds.inc(cpu_s)
-        for rows, future, began in zip(batch, futures, since, strict=True):
+        self._metrics.of("batch_rows", self.name).observe(total)
+        self._metrics.of("infer_seconds", self.name).observe(seconds)
+        self._metrics.of("infer_cpu_seconds", self.name).inc(cpu_s)
+        for rows, future, began in batch:
             last, waited = first + len(rows), start - began
-            queue_seconds.observe(waited)
+            self._metrics.of("queue_seconds", self.name).observe(waited)
             if not future.done():
                 found = {name: values[first:last] for name, values in outputs.items()}
-                future.set_result(Answer(found, waited, seconds, total))
+                future.set_result((found, {"queue": waited, "infer": seconds}, total))
             first = last
 
 
 class Service:
-    """The models of one bundle, ready to answer. :meth:`start` and :meth:`close` in one loop.
+    """The models of one bundle, ready to answer: each is opened and run once.
 
     Args:
         bundle: what is served.
@@ -227,6 +210,10 @@ class Service:
         metrics: what was counted.
         models: by name, in the order asked for.
         intake: of bodies.
+
+    Raises:
+        UsageError: the settings contradict the models.
+        VanDeployError: an artefact is missing, was changed or does not run here.
     """
 
     def __init__(self, bundle: Bundle, settings: ServiceSettings) -> None:
@@ -235,25 +222,9 @@ class Service:
         self.models: dict[str, ServedModel] = {}
         self._stack, self._large = contextlib.ExitStack(), threading.Lock()
         self._torch = ThreadPoolExecutor(1, "van-deploy-pytorch")
-
-    def load(self) -> None:
-        """Open every model and run it once, so that the first client does not wait.
-
-        Raises:
-            UsageError: the settings contradict the models.
-            VanDeployError: an artefact is missing, was changed or does not run here.
-        """
-        settings = self.settings
-        require_classes(self.bundle, "serve")
-        for artefact in settings.artefacts or usual_artefacts(self.bundle):
-            network = Network(
-                *(self.bundle, artefact),
-                runner=settings.runner,
-                threads=settings.threads,
-                spin=False,
-                trust_engine=settings.trust_engine,
-                device=settings.device,
-            )
+        require_classes(bundle, "serve")
+        for artefact in settings.artefacts or usual_artefacts(bundle):
+            network = Network(bundle, artefact, settings, threads=settings.threads, spin=False)
             served = ServedModel(network, settings, self.metrics)
             self._stack.enter_context(network)
             for rows in {1, network.max_batch}:
@@ -267,16 +238,11 @@ class Service:
         networks = ((name, served.network) for name, served in self.models.items())
         return {
             **plain,
-            "classes": manifest.architecture.num_classes,
             "compare": settings.compare,
+            "classes": manifest.architecture.num_classes,
             "max_body_bytes": round(MIB * settings.max_body_mib),
             "models": [{"name": n, "artefact": v.name, "runner": v.runner} for n, v in networks],
         }
-
-    def start(self) -> None:
-        """Begin to answer; needs a running event loop."""
-        for served in self.models.values():
-            served.start()
 
     async def close(self) -> None:
         """Answer what waits, then release everything."""
@@ -297,16 +263,15 @@ class Service:
         start, network = time.perf_counter(), served.network
         pixels, (width, height) = await asyncio.to_thread(self._pixels, content, network)
         decoded = time.perf_counter()
-        answer = await served.infer(network.prepare(pixels))
-        ranked, names = network.top(answer.outputs, top), self.bundle.manifest.class_names
-        classes = [vars(c) for c in named_classes(ranked, 0, names)]
+        outputs, times, batch = await served.infer(network.prepare(pixels))
+        (ranked,), names = network.top(outputs, top), self.bundle.manifest.class_names
+        classes = [vars(found) for found in named_classes(ranked, names)]
         document: dict[str, Any] = {"model": served.name, "artefact": network.name, "top": classes}
-        document |= {"image": {"width": width, "height": height}, "batch": answer.batch}
+        document |= {"image": {"width": width, "height": height}, "batch": batch}
         if compare and self.settings.compare:
             ask = asyncio.get_running_loop().run_in_executor
             document["pytorch"] = await ask(self._torch, self._ask_pytorch, pixels, classes)
-        times = {"decode": decoded - start, "queue": answer.queue_s, "infer": answer.infer_s}
-        times["total"] = time.perf_counter() - start
+        times = {"decode": decoded - start, **times, "total": time.perf_counter() - start}
         return {**document, "milliseconds": {k: round(1e3 * s, 3) for k, s in times.items()}}
 
     def _pixels(self, content: bytes, network: Network) -> tuple[Pixels, tuple[int, int]]:
@@ -322,24 +287,19 @@ class Service:
             return pixels_from_image(image, network.preprocessing)[None], image.size
 
     @functools.cached_property
-    def _original(self) -> Network | VanDeployError:
-        """The original network, opened and run once when it is first asked, or why it is not."""
-        try:
-            network = self._stack.enter_context(Network(self.bundle, PYTORCH))
-            network.run(np.zeros((1, *network.input.shape), network.input.dtype))
-        except VanDeployError as error:
-            return error
-        return network
+    def _original(self) -> Network:
+        return self._stack.enter_context(Network(self.bundle, PYTORCH))
 
     def _ask_pytorch(self, pixels: Pixels, answer: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the original network's answer, beside another one to the same image."""
-        original = self._original
-        if isinstance(original, VanDeployError):
-            return {"skipped": original.message}
+        try:
+            original = self._original
+        except VanDeployError as error:
+            return {"skipped": error.message}
         start = time.perf_counter()
-        outputs = original.run(original.prepare(pixels))
+        logits = original.run(original.prepare(pixels))["logits"]
         times = {"infer": round(1e3 * (time.perf_counter() - start), 3)}
-        shares = probabilities(outputs["logits"], original.task)[0].tolist()
+        shares = probabilities(logits, original.task)[0].tolist()
         beside = [shares[c["index"]] for c in answer]
-        differences = [abs(c["probability"] - p) for c, p in zip(answer, beside, strict=True)]
-        return {"milliseconds": times, "beside": beside, "largest_difference": max(differences)}
+        largest = max(abs(c["probability"] - p) for c, p in zip(answer, beside, strict=True))
+        return {"milliseconds": times, "beside": beside, "largest_difference": largest}

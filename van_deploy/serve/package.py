@@ -27,7 +27,7 @@ from pydantic import Field
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import PackageSettings
-from van_deploy.errors import ConversionError, InputError, UsageError, VanDeployError, needs_extra
+from van_deploy.errors import ConversionError, InputError, UsageError, needs_extra
 from van_deploy.files import file_sha256
 from van_deploy.metrics import Task
 from van_deploy.model.pixels import image_mode
@@ -36,10 +36,10 @@ from van_deploy.schema import Versioned, read_versioned
 from van_deploy.serve.triton import (
     DATATYPES,
     LABELS_FILE,
-    Release,
     TritonModel,
-    known_releases,
+    loads,
     model_config,
+    releases,
     triton_models,
     usual_artefacts,
 )
@@ -59,17 +59,13 @@ class PackageRecord(Versioned):
 
     Attributes:
         bundle: the model's name.
-        release: of Triton.
-        backend: of ONNX artefacts.
-        models: of each model, the artefact behind each file of its version.
+        artefacts: of the bundle, and their digests in it.
         files: SHA-256 of every file, by its path in the package.
     """
 
-    schema_: Literal["van-deploy/triton/2"] = Field(alias="schema")
+    schema_: Literal["van-deploy/triton/3"] = Field(alias="schema")
     bundle: str
-    release: str
-    backend: str
-    models: dict[str, dict[str, str]]
+    artefacts: dict[str, str]
     files: dict[str, str]
 
 
@@ -145,35 +141,35 @@ def package(
         made = Path(workshop) / "package"
         _write_repository(made, models, settings, release)
         record = PackageRecord(
-            schema="van-deploy/triton/2",
+            schema="van-deploy/triton/3",
             bundle=bundle.name,
-            release=release.name,
-            backend=settings.backend,
-            models={m.name: {file: name for file, (_, name) in m.files.items()} for m in models},
-            files={file: file_sha256(made / file) for file in _files_in(made)},
+            artefacts={n: bundle.artefact(n).sha256 for m in models for _, n in m.files.values()},
+            files=_digests(made),
         )
         (made / PACKAGE_FILE).write_text(record.text(), encoding="utf-8")
         if folder.exists():
             os.replace(folder, Path(workshop) / "old")
         os.replace(made, folder)
-    return PackageReport(folder, len(record.files) + 1, check_package(folder, bundle).findings)
+    findings = check_package(folder, bundle).findings
+    findings += tuple(Finding(f"{m.name}: release", *loads(release, m)) for m in models)
+    return PackageReport(folder, len(record.files) + 1, findings)
 
 
-def _chosen_release(models: Sequence[TritonModel], asked: str) -> Release:
+def _chosen_release(models: Sequence[TritonModel], asked: str) -> str:
     """Return the release that was asked for, or the newest that is known to load every model."""
-    known = known_releases()
-    fitting = [release for release in known.values() if all(release.judged(m)[0] for m in models)]
-    newest = next(iter(fitting or known.values()))
-    release = known.get(asked, Release(asked)) if asked else newest
-    for model in models:
-        loads, why = release.judged(model)
-        if loads is False or not (loads or asked):
-            raise UsageError(
-                f"Triton {release.name} is not known to load '{model.name}': {why}.",
-                f"Choose another --triton-release (NVIDIA lists what each has: {MATRIX}), or take "
-                "--backend python, which brings its own ONNX Runtime.",
-            )
-    return release
+    refused = ""
+    for release in [asked] if asked else releases()["releases"]:
+        judged = [(*loads(release, model), model.name) for model in models]
+        wrong = [each for each in judged if each[0] is False or not (each[0] or asked)]
+        if not wrong:
+            return str(release)
+        _, why, name = wrong[0]
+        refused = refused or f"Triton {release} is not known to load '{name}': {why}."
+    raise UsageError(
+        refused,
+        f"Choose another --triton-release (NVIDIA lists what each has: {MATRIX}), or take "
+        "--backend python, which brings its own ONNX Runtime.",
+    )
 
 
 def check_package(path: Path, bundle: Bundle) -> PackageReport:
@@ -188,46 +184,38 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
         raise InputError(
             f"'{path}' was made from '{record.bundle}', not from '{bundle.name}'.", AGAIN
         )
-    wrong = [file for file, digest in record.files.items() if _digest(path / file) != digest]
-    wrong += sorted({*_files_in(path)} - {*record.files, PACKAGE_FILE})
+    found = {file: digest for file, digest in _digests(path).items() if file != PACKAGE_FILE}
+    both = {*record.files, *found}
+    wrong = sorted(file for file in both if record.files.get(file) != found.get(file))
     text = f"{', '.join(wrong)}: missing, changed or added" if wrong else "as they were written"
     findings = [Finding("files", not wrong, text)]
-    release = known_releases().get(record.release, Release(record.release))
-    for name, sources in record.models.items():
-        try:
-            (model,) = triton_models(bundle, tuple(sources.values()), record.backend)
-        except VanDeployError as error:
-            findings.append(Finding(f"{name}: artefact", False, error.message))
-            continue
-        written = {*record.files.values()}
-        old = [file for file, (source, _) in model.files.items() if _digest(source) not in written]
-        text = f"{', '.join(old)}: made anew in the bundle since" if old else "the bundle's"
-        findings.append(Finding(f"{name}: artefact", not old, text))
-        findings.append(Finding(f"{name}: release", *release.judged(model)))
+    now = {name: entry.sha256 for name, entry in bundle.artefacts.items()}
+    for name, digest in record.artefacts.items():
+        old = now.get(name) != digest
+        text = "made anew in the bundle since" if old else "the bundle's"
+        findings.append(Finding(f"artefact {name}", not old, text))
     return PackageReport(path, 0, tuple(findings))
 
 
-def _files_in(folder: Path) -> list[str]:
-    return [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
-
-
-def _digest(path: Path) -> str:
-    return file_sha256(path) if path.is_file() else ""
+def _digests(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def _write_repository(
-    made: Path, models: Sequence[TritonModel], settings: PackageSettings, release: Release
+    made: Path, models: Sequence[TritonModel], settings: PackageSettings, release: str
 ) -> None:
     """Write ``models/``, the manifests and a client into a folder that is not there yet."""
     with needs_extra("Triton's schema of config.pbtxt", "triton"):
         from tritonclient.grpc import model_config_pb2
     from google.protobuf import json_format, text_format
 
-    network, python = models[0].network, settings.triton_python or release.python
+    network, entry = models[0].network, releases()["releases"].get(release, {})
+    python = settings.triton_python or entry.get("python", "")
     archive, names = f"environment-python{python}.tar.gz", network.bundle.manifest.class_names
     if settings.backend == "python" and not python:
         raise UsageError(
-            f"No table here says which Python Triton {release.name} has.",
+            f"No table here says which Python Triton {release} has.",
             "Name it with --triton-python, such as 3.12.",
         )
     for model in models:
@@ -254,7 +242,7 @@ def _write_repository(
     name = re.sub(r"[^a-z0-9]+", "-", network.bundle.name.lower()).strip("-")[:50]
     values = {
         "name": name or "van",
-        "release": release.name,
+        "release": release,
         "cpus": settings.threads * settings.instances * len(models) or 2,
         "memory": BASE_MIB + PROCESS_MIB * processes + 4 * settings.instances * (weights >> 20),
         "max_batch": max(model.network.max_batch for model in models),

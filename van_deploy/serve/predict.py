@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from van_deploy.data import find_images, open_image
+from van_deploy.data.images import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.pixels import Pixels, pixels_from_image
-from van_deploy.runners.network import Network, TopClasses
+from van_deploy.runners.network import Network
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,16 @@ def sources_from(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ..
         images: files, folders (searched at any depth), or the bytes of a file.
 
     Raises:
-        UsageError: one is a URL.
         ImageError: a file or folder does not exist, or a folder holds no image.
     """
     found: list[Path | bytes] = []
     for image in images:
         if isinstance(image, bytes):
             found.append(image)
-        elif "://" in str(image):
-            raise UsageError(
-                f"'{image}' is a URL; nothing is downloaded here.",
-                "Download it first, or pipe it in: curl URL | van-deploy predict BUNDLE -",
-            )
         elif not (path := Path(image)).exists():
-            raise ImageError(f"There is no image '{image}'.", "Check the path.")
+            raise ImageError(
+                f"There is no image '{image}'.", "Check the path; download what is a URL first."
+            )
         else:
             found += find_images(path) if path.is_dir() else [path]
     return tuple(found)
@@ -104,15 +100,14 @@ def predict(
             except ImageError as error:
                 answers.append(Prediction(name, (), error.message))
         if pixels:
-            ranked = network.top(network.run(network.prepare(np.stack(pixels))), top)
-        rows = iter(range(len(pixels)))
+            ranked = iter(network.top(network.run(network.prepare(np.stack(pixels))), top))
         for answer in answers:
-            row = None if answer.error else next(rows)
-            classes = () if row is None else named_classes(ranked, row, names)
+            classes = () if answer.error else named_classes(next(ranked), names)
             yield Prediction(answer.source, classes, answer.error)
 
 
-def named_classes(top: TopClasses, row: int, names: Sequence[str] | None) -> tuple[NamedClass, ...]:
-    """Return one row's classes with their names."""
-    pairs = zip(top.classes[row].tolist(), top.probabilities[row].tolist(), strict=True)
-    return tuple(NamedClass(c, names[c] if names else str(c), float(p)) for c, p in pairs)
+def named_classes(
+    top: Iterable[tuple[int, float]], names: Sequence[str] | None
+) -> tuple[NamedClass, ...]:
+    """Return classes and their probabilities with their names."""
+    return tuple(NamedClass(c, names[c] if names else str(c), p) for c, p in top)

@@ -28,6 +28,7 @@ from van_deploy.runners.network import Network, TensorSpec, runnable_artefacts
 DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "INT64"}
 """NumPy's names of types, and the v2 protocol's; ``config.pbtxt`` puts ``TYPE_`` before them."""
 
+GOOD_SHARE = 0.9  # of the best throughput: a batch size worth waiting for
 LABELS_FILE = "labels.txt"
 LABELLED = ("logits", "probabilities")
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
@@ -148,6 +149,21 @@ def _of_plans(network: Network, called: str, names: Sequence[str]) -> TritonMode
     return TritonModel(called, "tensorrt", network, files, sidecars[0], plans)
 
 
+def preferred_batches(network: Network) -> list[int]:
+    """Return the batch sizes worth waiting for.
+
+    Those that reached 90 % of the best throughput in the bundle's benchmark; without
+    one, the optimum the bundle was made for and the largest.
+    """
+    manifest, plain, rates = network.bundle.manifest, network.name.split("-")[0], dict[int, float]()
+    for row in manifest.checks.get("bench", {}).get("rows", ()):
+        if plain in str(row["contender"]).replace("/", " ").split():
+            rates[row["batch"]] = max(rates.get(row["batch"], 0.0), row["images_per_s"])
+    good = [n for n, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
+    good = good or [manifest.batch.opt, network.max_batch]
+    return sorted({n for n in good if 1 < n <= network.max_batch})
+
+
 def model_config(
     model: TritonModel, how: TritonSettings, *, labels: str = "", environment: str = ""
 ) -> dict[str, Any]:
@@ -155,8 +171,7 @@ def model_config(
 
     One instance group lists all profiles of a plan: the backend takes the fitting one for each
     batch, where several groups would be scheduled without regard to it. A static profile (one
-    batch size) is run as a CUDA graph. Batch sizes worth waiting for are the bundle's optimum
-    and the largest.
+    batch size) is run as a CUDA graph.
 
     Args:
         model: names, types, shapes and limits.
@@ -165,7 +180,7 @@ def model_config(
         environment: execution environment of the Python backend.
     """
     network, profiles = model.network, model.sidecar.profiles if model.sidecar else ()
-    largest, optimum = network.max_batch, network.bundle.manifest.batch.opt
+    largest = network.max_batch
     static = [profile.max for profile in profiles if profile.min == profile.max]
     ends = {rows for profile in profiles for rows in (profile.min, profile.max)} or {1, largest}
     gpu, given = how.gpu or model.backend == "tensorrt", _tensor(network.input)
@@ -193,7 +208,7 @@ def model_config(
         "default_model_filename": FILES.get(model.backend, ""),
         "cc_model_filenames": dict(model.plans),
         "dynamic_batching": {
-            "preferred_batch_size": sorted({n for n in (optimum, largest) if 1 < n <= largest}),
+            "preferred_batch_size": preferred_batches(network),
             "max_queue_delay_microseconds": how.queue_delay_us,
             "default_queue_policy": {
                 "max_queue_size": how.queue_limit,
@@ -216,54 +231,32 @@ def _tensor(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "data_type": kind, "dims": list(spec.shape)}
 
 
-@dataclass(frozen=True)
-class Release:
-    """What one of NVIDIA's images carries; "" or 0 where the table does not say.
-
-    Attributes:
-        name: such as ``25.08``.
-        onnxruntime: version of ONNX Runtime, or ``none`` where there is no such backend.
-        python: of the Python backend, such as ``3.12``.
-        tensorrt: version of TensorRT.
-        opset: the newest opset its ONNX Runtime loads.
-        ir_version: the newest IR version its ONNX Runtime loads.
-    """
-
-    name: str
-    onnxruntime: str = ""
-    python: str = ""
-    tensorrt: str = ""
-    opset: int = 0
-    ir_version: int = 0
-
-    def judged(self, model: TritonModel) -> tuple[bool | None, str]:
-        """Return whether it loads ``model`` (None: not checked), and why."""
-        if model.backend == "python":
-            return True, "the execution environment brings ONNX Runtime"
-        graph = model.network.bundle.artefact(model.network.name).graph
-        if model.sidecar:
-            what, has, built = "TensorRT", self.tensorrt, model.sidecar.backend_version
-            detail, fits = f"the plan was built by {built}", f"{built}.".startswith(f"{has}.")
-        elif self.onnxruntime == "none":
-            return False, f"Triton {self.name} was shipped without an ONNX Runtime backend"
-        elif graph:
-            what, has = "ONNX Runtime", self.onnxruntime
-            detail = (
-                f"it loads opset {self.opset} and IR version {self.ir_version} at most, the graph "
-                f"has opset {graph.opset} and IR version {graph.ir_version}"
-            )
-            fits = graph.opset <= self.opset and graph.ir_version <= self.ir_version
-        if not has:
-            return None, f"not checked: no table here says which {what} Triton {self.name} has"
-        return fits, f"Triton {self.name} has {what} {has}; {detail}"
-
-
 @functools.cache
-def known_releases() -> dict[str, Release]:
-    """Return the releases of the table by name, newest first."""
-    table = toml_from(Path(str(resources.files("van_deploy.serve") / "releases.toml")))
-    found = {}
-    for name, entry in table["releases"].items():
-        newest = table["onnx"].get(entry["onnxruntime"].rpartition(".")[0], (0, 0))
-        found[name] = Release(name, **entry, opset=newest[0], ir_version=newest[1])
-    return found
+def releases() -> dict[str, Any]:
+    """Return the table: ``releases`` by name, newest first, and what each ``onnx`` loads."""
+    return toml_from(Path(str(resources.files("van_deploy.serve") / "releases.toml")))
+
+
+def loads(release: str, model: TritonModel) -> tuple[bool | None, str]:
+    """Return whether a release of Triton loads ``model`` (None: not checked), and why."""
+    if model.backend == "python":
+        return True, "the execution environment brings ONNX Runtime"
+    entry = releases()["releases"].get(release, {})
+    if model.sidecar:
+        what, has, built = "TensorRT", entry.get("tensorrt"), model.sidecar.backend_version
+        detail, fits = f"the plan was built by {built}", f"{built}.".startswith(f"{has}.")
+    else:
+        what, has = "ONNX Runtime", entry.get("onnxruntime")
+        graph = model.network.bundle.artefact(model.network.name).graph
+        newest = releases()["onnx"].get(str(has).rpartition(".")[0], (0, 0))
+        own = (graph.opset, graph.ir_version) if graph else (0, 0)
+        detail = (
+            f"it loads opset {newest[0]} and IR version {newest[1]} at most, the graph has opset "
+            f"{own[0]} and IR version {own[1]}"
+        )
+        fits = own[0] <= newest[0] and own[1] <= newest[1]
+    if has == "none":
+        return False, f"Triton {release} was shipped without an ONNX Runtime backend"
+    if not has:
+        return None, f"not checked: no table here says which {what} Triton {release} has"
+    return fits, f"Triton {release} has {what} {has}; {detail}"
