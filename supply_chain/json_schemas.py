@@ -45,7 +45,7 @@ DOCUMENTS: Mapping[str, str] = {
     "inductor-sidecar": "van_deploy.engine.sidecar:PackageSidecar",
     "info": "van_deploy.describe:model_described",
     "inspect": "van_deploy.describe:artefacts_described",
-    "list": "van_deploy.model.listing:listed_variants",
+    "list": "van_deploy.model.variants:listed_variants",
     "manifest": "van_deploy.manifest:Manifest",
     "package": "van_deploy.serve.package:PackageReport",
     "package-record": "van_deploy.serve.package:PackageRecord",

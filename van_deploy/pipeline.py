@@ -82,7 +82,6 @@ def load_for(recipe: Recipe, *, offline: bool = False, progress: Progress = sile
         preprocessing=asked,
         own_labels=bool(settings.labels),
         out_indices=(export.out_indices or ALL_STAGES) if export.features else None,
-        progress=lambda file, here, total: progress(f"Downloading {file}", here, total),
     )
     if loaded.config.out_indices and not export.features:
         raise UsageError(

@@ -40,10 +40,9 @@ from van_deploy.data import Batch, check_images, image_set, open_image, opened, 
 from van_deploy.errors import BundleError, ImageError
 from van_deploy.manifest import Golden
 from van_deploy.metrics import Array
-from van_deploy.model.keys import STAGES
 from van_deploy.model.pixels import Pixels, normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.model.variants import VanConfig
+from van_deploy.model.variants import STAGES, VanConfig
 from van_deploy.runners.base import Images
 
 if TYPE_CHECKING:
