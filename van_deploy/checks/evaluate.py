@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy import data, metrics
+from van_deploy import metrics
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates as rules
 from van_deploy.checks.gates import Finding, Loss
 from van_deploy.checks.golden import samples_for
 from van_deploy.checks.judging import Networks
 from van_deploy.config import EvaluationSettings, GateProfile, GateSettings
-from van_deploy.data import ImageSet
+from van_deploy.data.images import ImageSet, decoded_batches, image_set
+from van_deploy.data.labels import label_sets, labelled_images
 from van_deploy.errors import ConversionError, ImageError
 from van_deploy.files import content_key
 from van_deploy.intervals import Interval, bootstrap_interval, wilson_interval
@@ -401,13 +402,13 @@ def _labelled(
     """Return the evaluation set and its labels."""
     classes, names = loaded.config.num_classes, loaded.class_names
     if task is Task.MULTI_LABEL:
-        every = data.image_set(asked.images)
+        every = image_set(asked.images)
         chosen = every.first(asked.limit or len(every))
-        labels = data.label_sets(chosen, asked.labels, classes, names)
+        labels = label_sets(chosen, asked.labels, classes, names)
         described = f"{chosen.description}, labels from '{asked.labels}'"
         return replace(chosen, description=described), labels
     how: dict[str, Any] = {"labels_file": asked.labels, "find_labels": asked.label_files}
-    every = data.labelled_images(asked.images, classes, names, class_order=asked.class_order, **how)
+    every = labelled_images(asked.images, classes, names, class_order=asked.class_order, **how)
     chosen = every.first(asked.limit or len(every))
     return chosen, np.asarray(chosen.labels)
 
@@ -447,7 +448,7 @@ def _answers(
     preprocessing, task = networks.loaded.preprocessing, task_of(networks.bundle)
     workers = 1 if indices else asked.workers or len(os.sched_getaffinity(0))
     how: dict[str, Any] = {"indices": indices or None, "workers": workers}
-    for found in data.decoded_batches(images.items, preprocessing, asked.batch, **how):
+    for found in decoded_batches(images.items, preprocessing, asked.batch, **how):
         logits = networks.logits(found) if found.indices else {}
         said = {
             name: Answers.of(y, task, None if name == PYTORCH else logits[PYTORCH])

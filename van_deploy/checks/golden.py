@@ -36,7 +36,8 @@ from van_deploy.bundle.reading import verify
 from van_deploy.checks.gates import Finding, held
 from van_deploy.checks.samples import SKETCH, Outputs, Samples, other_sizes, samples_from
 from van_deploy.config.sizes import ImageSize
-from van_deploy.data import Batch, check_images, image_set, open_image, opened, sample_set
+from van_deploy.data.images import Batch, image_set, open_image, opened
+from van_deploy.data.samples import check_images, sample_set
 from van_deploy.errors import BundleError, ImageError
 from van_deploy.manifest import Golden
 from van_deploy.metrics import Array
