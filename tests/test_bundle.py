@@ -48,6 +48,7 @@ def test_what_was_written_is_read_back_and_verified(bundle: Path) -> None:
     assert opened.verified("fp32").read_text() == "weights"
     assert opened.problems() == []
     assert opened.sizes() == {"fp32": 7}
+    assert opened.manifest.files == {}, "an artefact's own file is not named twice"
     assert set(contents(bundle)) == {MANIFEST, "fp32.onnx"}
     assert Bundle.open(bundle / MANIFEST).path == bundle
     with pytest.raises(BundleError, match="has no artefact 'int8'; it has: fp32") as caught:
