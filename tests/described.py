@@ -9,8 +9,7 @@ from van_deploy.bundle import Artefact, Origin
 from van_deploy.config import BatchRange
 from van_deploy.manifest import Description
 from van_deploy.model.preprocess import OFFICIAL
-from van_deploy.model.variants import VARIANTS
-from van_deploy.model.weights_source import WeightsSource
+from van_deploy.model.variants import VARIANTS, WeightsSource
 
 __all__ = ["WEIGHTS", "described", "entry"]
 

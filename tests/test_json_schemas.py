@@ -14,7 +14,7 @@ from tests.each import each
 from tests.json_documents import require_valid
 from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.documents import plain, toml_from
-from van_deploy.model.listing import listed_variants
+from van_deploy.model.variants import listed_variants
 
 
 def test_the_files_are_what_the_types_say(repository: Path) -> None:

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from van_deploy.errors import VanDeployError
-from van_deploy.model.sources import from_hub
-from van_deploy.model.variants import VARIANTS, HubFile, Variant, variant_named
+from van_deploy.model.hub import find_weights
+from van_deploy.model.variants import VARIANTS, Variant, variant_named
 
 TOLERANCE = 0.15
 """Percentage points: the papers round to 0.1, and decoders differ by a few images."""
@@ -33,29 +33,29 @@ TOLERANCE = 0.15
 
 def command(*words: str | Path) -> tuple[int, str]:
     """Return the exit code and the standard output of ``van-deploy`` with ``words``."""
-    arguments = [sys.executable, "-m", "van_deploy", *map(str, words)]
-    done = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "van_deploy", *words], stdout=subprocess.PIPE, text=True, check=False
+    )
     return done.returncode, done.stdout
 
 
-def fault_of(variant: Variant, file: HubFile, output: Path, imagenet: Path | None) -> str:
+def fault_of(variant: Variant, output: Path, imagenet: Path | None) -> str:
     """Return what is wrong with a variant's public weights, "" if nothing; print what was found."""
+    if not variant.weights:
+        return "has no public weights"
     try:
-        found = from_hub(file, offline=False, expect_sha256=None, progress=None)
+        found = find_weights(variant.weights, expect_sha256=variant.sha256)
     except VanDeployError as error:
         return error.message
     commit = next((p.name for p in found.path.parents if p.parent.name == "snapshots"), "?")
-    print(f"{variant.name}: {file}, {found.path.stat().st_size:,} bytes")
-    print(f"  revision  {commit}\n  pinned    {file.revision}")
-    print(
-        f"  sha256    {found.sha256}\n  pinned    {file.sha256 or '(not yet: pin the line above)'}"
-    )
+    pinned = variant.sha256 or "(not yet: pin the line above)"
+    print(f"{variant.name}: {variant.weights}, {found.path.stat().st_size:,} bytes")
+    print(f"  revision  {commit}\n  sha256    {found.sha256}\n  pinned    {pinned}")
     bundle = output / variant.name
     words: list[tuple[str | Path, ...]] = [("export", variant.name, "-o", bundle)]
-    words.append(("verify", bundle))
-    if imagenet is not None:
-        words.append(("evaluate", bundle, "--images", imagenet, "--json"))
-    for asked in words:
+    words += [("verify", bundle), ("evaluate", bundle, "--images", imagenet or "", "--json")]
+    text = ""
+    for asked in words if imagenet else words[:2]:
         code, text = command(*asked)
         print(f"  {asked[0]:8}  {'passed' if code == 0 else f'exit code {code}'}")
         if code:
@@ -77,12 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("dist"), help="folder of the bundles")
     parser.add_argument("--imagenet", type=Path, help="ImageNet's validation images")
     chosen = parser.parse_args(arguments)
-    faults = {}
-    for variant in map(variant_named, chosen.variants):
-        fault = "has no public weights"
-        if variant.weights:
-            fault = fault_of(variant, variant.weights, chosen.output, chosen.imagenet)
-        faults[variant.name] = fault
+    variants = map(variant_named, chosen.variants)
+    faults = {v.name: fault_of(v, chosen.output, chosen.imagenet) for v in variants}
     for name, fault in faults.items():
         print(f"{name}: {fault or 'as published'}")
     return int(any(faults.values()))

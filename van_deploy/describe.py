@@ -11,8 +11,7 @@ from van_deploy.bundle import MANIFEST, Bundle, Manifest
 from van_deploy.config.sizes import ImageSize
 from van_deploy.errors import InputError
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.variants import VARIANTS, VanConfig, variant_of
-from van_deploy.model.weights_source import WeightsSource
+from van_deploy.model.variants import VARIANTS, VanConfig, WeightsSource, locate_weights
 
 if TYPE_CHECKING:
     from van_deploy.engine.inspect import EngineDescription, PackageDescription
@@ -94,15 +93,13 @@ def model_described(model: str) -> BundleDescription | NetworkDescription:
         return BundleDescription(bundle.path, found, bundle.sizes(), bundle.manifest)
     for variant in VARIANTS.values():
         if model in (variant.name, *variant.aliases):
-            from van_deploy.model.hub import locate_weights
-
             return NetworkDescription(
                 kind="variant",
                 name=variant.name,
                 also_called=tuple(variant.aliases),
                 **_counted(variant.config, OFFICIAL),
                 top1_percent=variant.top1,
-                weights=str(variant.weights) if variant.weights else None,
+                weights=variant.weights,
                 weights_note=variant.weights_note,
                 here=locate_weights(variant),
             )
@@ -112,7 +109,7 @@ def model_described(model: str) -> BundleDescription | NetworkDescription:
     return NetworkDescription(
         kind="weights",
         name=loaded.name,
-        variant=variant_of(loaded.config),
+        variant=loaded.config.variant,
         **_counted(loaded.config, loaded.preprocessing),
         source=loaded.source,
         class_names=loaded.class_names,

@@ -17,8 +17,7 @@ from van_deploy.documents import LONGEST_TEXT
 from van_deploy.errors import BundleError
 from van_deploy.files import content_key
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.model.variants import VanConfig
-from van_deploy.model.weights_source import WeightsSource
+from van_deploy.model.variants import VanConfig, WeightsSource
 from van_deploy.schema import (
     Count,
     FileName,

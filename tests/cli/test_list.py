@@ -13,7 +13,7 @@ from van_deploy.model.variants import VARIANTS
 
 @pytest.fixture
 def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     return tmp_path
 
 
@@ -28,7 +28,7 @@ def test_every_variant_and_the_embedded_network_are_listed(cli: Cli) -> None:
         "image_size": 224,
         "top1_percent": 75.4,
         "top1_on": "ImageNet-1K validation",
-        "weights": "Visual-Attention-Network/VAN-Tiny-original/van_tiny_754.pth.tar",
+        "weights": "Visual-Attention-Network/VAN-Tiny-original:van_tiny_754.pth.tar",
         "note": "",
         "here": None,
     }
@@ -46,7 +46,7 @@ def test_the_table_fits_100_columns_and_says_everything(cli: Cli) -> None:
     van_b1 = next(line for line in lines if line.startswith("van_b1"))
     assert van_b1 == (
         "van_b1       13.9 M      2.5 G  224     81.1  -     "
-        "VAN-Small-original/van_small_811.pth.tar"
+        "VAN-Small-original:van_small_811.pth.tar"
     )
     van_digits = next(line for line in lines if line.startswith("van_digits"))
     assert van_digits.endswith("  YES   in this package")

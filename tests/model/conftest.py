@@ -1,4 +1,4 @@
-"""Fixtures of the model room: other formats' names, written independently of the package."""
+"""Fixtures of the model package: other formats' names, written independently of the package."""
 
 from __future__ import annotations
 
@@ -42,20 +42,15 @@ def renamed() -> Rename:
 
 def rename(state: Mapping[str, Tensor], target: str) -> dict[str, Tensor]:
     """Return an official state dict under another format's names."""
-    spellings: dict[str, Callable[[str], str]] = {
-        "official": str,
-        "transformers": _transformers,
-        "mmpretrain": _mmpretrain,
-    }
-    spell = spellings[target]
-    return {spell(name): tensor for name, tensor in state.items()}
+    spellings: dict[str, Callable[[str], str]] = {"official": str}
+    spellings |= {"transformers": _transformers, "mmpretrain": _mmpretrain}
+    return {spellings[target](name): tensor for name, tensor in state.items()}
 
 
 def _mmpretrain(name: str) -> str:
     """Rename as mmpretrain's tools/model_converters/van2mmpretrain.py does."""
-    if name.startswith("head."):
-        return name.replace("head.", "head.fc.")
     for old, new in (
+        (r"^head\.", "head.fc."),
         (r"^(patch_embed\d)\.proj\.", r"\1.projection."),
         (r"^block(\d)", r"blocks\1"),
         (r"\.conv0\.", ".DW_conv."),
@@ -63,20 +58,13 @@ def _mmpretrain(name: str) -> str:
         (r"\.dwconv\.dwconv\.", ".dwconv."),
     ):
         name = re.sub(old, new, name)
-    return "backbone." + name
+    return name if name.startswith("head.") else f"backbone.{name}"
 
 
 def _transformers(name: str) -> str:
     """Rename as the modules of VanForImageClassification are called."""
     if name.startswith("head."):
         return name.replace("head.", "classifier.")
-    stage, rest = re.fullmatch(r"(?:patch_embed|block|norm)(\d)\.(.*)", name).groups()  # type: ignore[union-attr]
-    prefix = f"van.encoder.stages.{int(stage) - 1}."
-    if name.startswith("norm"):
-        return f"{prefix}normalization.{rest}"
-    if name.startswith("patch"):
-        rest = rest.replace("proj.", "convolution.").replace("norm.", "normalization.")
-        return f"{prefix}embeddings.{rest}"
     for old, new in (
         ("layer_scale_1", "attention_scaling.weight"),
         ("layer_scale_2", "mlp_scaling.weight"),
@@ -94,8 +82,17 @@ def _transformers(name: str) -> str:
         ("norm1", "pre_normomalization"),
         ("norm2", "post_normalization"),
     ):
-        rest = re.sub(rf"^(\d+)\.{re.escape(old)}(?=\.|$)", rf"\1.{new}", rest)
-    return f"{prefix}layers.{rest}"
+        name = re.sub(rf"^(block\d\.\d+)\.{re.escape(old)}(?=\.|$)", rf"\1.{new}", name)
+    for old, new in (
+        ("patch_embed(.).proj", "embeddings.convolution"),
+        ("patch_embed(.).norm", "embeddings.normalization"),
+        ("norm(.)", "normalization"),
+        ("block(.)", "layers"),
+    ):
+        if match := re.match(rf"{old}\.", name):
+            stage = int(match[1]) - 1
+            return f"van.encoder.stages.{stage}.{new}.{name[match.end() :]}"
+    raise ValueError(name)
 
 
 # --- a server that answers as the hub does -------------------------------------------------
@@ -235,11 +232,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put both caches in a folder of the test's own, and forget the user's hub settings."""
-    for name in ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "XDG_CACHE_HOME"):
+    """Put the hub's cache in a folder of the test's own, and forget the user's hub settings."""
+    for name in ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("VAN_DEPLOY_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))  # of processes that are started
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     return tmp_path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -15,11 +14,10 @@ from torchvision import transforms
 
 from tests.each import each
 from van_deploy.config.sizes import ImageSize
-from van_deploy.data.images import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.pixels import normalised, pixels_from_image
 from van_deploy.model.preprocess import OFFICIAL, Interpolation, Preprocessing
-from van_deploy.model.processors import from_torchvision
+from van_deploy.model.processors import from_arguments
 
 SIZES = ((8, 8), (33, 57), (57, 33), (249, 248), (300, 301), (1, 5), (224, 224), (1000, 247))
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -75,7 +73,7 @@ def test_every_bit_is_timms(interpolation: str, size: ImageSize, crop: float, mo
 )
 def test_every_bit_is_torchvisions(args: dict[str, Any], size: int, crop: int) -> None:
     """Against the steps of references/classification/presets.py's ClassificationPresetEval."""
-    preprocessing = Preprocessing.from_dict({"source": "", **from_torchvision(args)})
+    preprocessing = Preprocessing.from_dict({"source": "", **from_arguments(args)})
     theirs = transforms.Compose(
         [
             transforms.Resize(
@@ -100,12 +98,6 @@ def test_channels_and_modes(channels: int, mode: str) -> None:
     for crop_mode in ("center", "squash", "border"):
         changed = preprocessing.override(crop_mode=crop_mode)
         assert np.array_equal(ours(converted, changed), timms(changed)(image).numpy())
-
-
-def test_every_bit_is_timms_on_photographs(shared: Path) -> None:
-    theirs = timms(OFFICIAL)
-    for path in find_images(shared / "data/imagenet")[::8]:
-        assert_same(open_image(path), OFFICIAL, theirs)
 
 
 def test_what_is_no_picture_for_the_network() -> None:

@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 @pytest.fixture
 def published(hub: FakeHub) -> bytes:
     """Return the file that the local hub publishes as van_b0's."""
-    file = VARIANTS["van_b0"].weights
-    assert file is not None
+    repo, _, file = (VARIANTS["van_b0"].weights or "").partition(":")
     buffer = io.BytesIO()
     torch.save({"state_dict": random_van(VARIANTS["van_b0"].config, 1).state_dict()}, buffer)
-    hub.repos[file.repo_id] = {file.filename: buffer.getvalue()}
+    hub.repos[repo] = {file: buffer.getvalue()}
     return buffer.getvalue()
 
 
@@ -50,10 +49,8 @@ def test_what_is_not_as_published_is_told(
     assert "van_b0: top-1 is 74.00 %, published 75.4 %" in measured
     answers["verify"] = (1, "")
     assert "van_b0: verify ended with exit code 1" in told(1, "van_b0", "--imagenet", "val")
-    assert "van_b1: There is no repository Visual-Attention-Network/" in told(1, "van_b1")
-    file = VARIANTS["van_b0"].weights
-    assert file is not None
-    pinned = replace(VARIANTS["van_b0"], weights=replace(file, sha256="0" * 64))
+    assert "van_b1: Visual-Attention-Network/VAN-Small-original/" in told(1, "van_b1")
+    pinned = replace(VARIANTS["van_b0"], sha256="0" * 64)
     monkeypatch.setitem(VARIANTS, "van_b0", pinned)
     assert f"its SHA-256 is {digest}, the expected one {'0' * 64}." in told(1, "van_b0")
 

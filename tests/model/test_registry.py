@@ -11,10 +11,9 @@ import timm
 import torch
 from timm.data.config import resolve_data_config
 
-from tests.each import each
 from van_deploy.errors import UsageError
 from van_deploy.model import registry  # noqa: F401
-from van_deploy.model.files import read_weights
+from van_deploy.model.checkpoint import read_weights
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig
 
@@ -35,14 +34,6 @@ def test_timm_lists_every_variant_with_the_weights_data_configuration() -> None:
     assert data["input_size"] == (3, 224, 224)
     assert data["mean"] == data["std"] == (0.5, 0.5, 0.5)
     assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 0.9)
-
-
-@each(("classes", "channels"), [(10, 3), (0, 3), (7, 1)])
-def test_heads_and_channels(classes: int, channels: int) -> None:
-    model = create("van_b0", num_classes=classes, in_chans=channels)
-    output = model(torch.randn(2, channels, 64, 64))
-    assert output.shape == (2, classes or 256)
-    assert model.num_classes == classes
 
 
 def test_features_are_maps_until_the_head_pools_them() -> None:
@@ -67,15 +58,15 @@ def test_features_are_maps_until_the_head_pools_them() -> None:
 
 
 def test_head_and_pooling_can_be_replaced() -> None:
-    images = torch.randn(1, 3, 64, 64)
-    model = create("van_b0", num_classes=0, global_pool="", drop_path_rate=0.2)
+    images = torch.randn(1, 1, 64, 64)
+    model = create("van_b0", in_chans=1, num_classes=0, global_pool="", drop_path_rate=0.2)
     assert model.block4[1].drop_path.drop_prob == pytest.approx(0.2)
     assert torch.equal(model(images), model.forward_features(images))
     model.reset_classifier(4, "avg")
     assert model(images).shape == (1, 4) == (1, model.get_classifier().out_features)
     model.reset_classifier(0, "")
     assert model(images).shape == (1, 256, 2, 2)
-    with pytest.raises(ValueError, match="Without pooling there can be no head"):
+    with pytest.raises(ValueError, match="for 4 classes"):
         model.reset_classifier(4)
     with pytest.raises(ValueError, match="not by 'max'"):
         create("van_b0", global_pool="max")
@@ -97,13 +88,12 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 def test_pretrained_comes_through_the_checked_loader(hub: FakeHub, shared_checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="van_b5 has no public ImageNet-1K weights"):
         create("van_b5", pretrained=True)
-    file = VARIANTS["van_b0"].weights
-    assert file is not None
+    repo, _, file = (VARIANTS["van_b0"].weights or "").partition(":")
     tensors = dict(read_weights(shared_checkpoint).tensors)
     tensors |= {"head.weight": torch.randn(1000, 256) / 16, "head.bias": torch.zeros(1000)}
     buffer = io.BytesIO()
     torch.save({"state_dict": tensors}, buffer)
-    hub.repos[file.repo_id] = {file.filename: buffer.getvalue()}
+    hub.repos[repo] = {file: buffer.getvalue()}
     model = create("van_b0", pretrained=True, num_classes=4)
     name = "block1.0.attn.proj_1.weight"
     assert torch.equal(model.get_parameter(name), tensors[name])

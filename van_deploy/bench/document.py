@@ -21,7 +21,7 @@ from van_deploy.environment.hardware import Cpu, Gpu
 from van_deploy.errors import InputError
 from van_deploy.files import write_atomic
 from van_deploy.intervals import median_interval
-from van_deploy.model.weights_source import WeightsSource
+from van_deploy.model.variants import WeightsSource
 from van_deploy.schema import Versioned, read_versioned
 
 SCHEMA: Final = "van-deploy/bench/5"

@@ -7,39 +7,21 @@ the tests deploy: drift is measured on a network that has learnt something.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 EMBEDDED_NAME = "van_digits"
 EMBEDDED_FOLDER = Path(__file__).parent / "digits"
+EMBEDDED_WEIGHTS = EMBEDDED_FOLDER / f"{EMBEDDED_NAME}.safetensors"
+"""Official key names, BatchNorm statistics included. Beside it ``van_digits.json``
+(architecture, preprocessing, classes, accuracy, how it was made, licence) and ``digits.npz``
+(``images_train``, ``labels_train``, ``images_heldout``, ``labels_heldout``)."""
 
 DigitsSplit = Literal["train", "heldout"]
-
-
-@dataclass(frozen=True)
-class EmbeddedFiles:
-    """Where the parts of ``van_digits`` lie.
-
-    Attributes:
-        weights: safetensors with official key names, BatchNorm statistics included.
-        card: JSON: architecture, preprocessing, classes, accuracy, how it was made, licence.
-        images: npz with ``images_train``, ``labels_train``, ``images_heldout``, ``labels_heldout``.
-    """
-
-    weights: Path
-    card: Path
-    images: Path
-
-
-def embedded_files(folder: Path = EMBEDDED_FOLDER) -> EmbeddedFiles:
-    """Return the files of ``van_digits`` in ``folder``, by default the ones in the package."""
-    stem = folder / EMBEDDED_NAME
-    weights, card = stem.with_suffix(".safetensors"), stem.with_suffix(".json")
-    return EmbeddedFiles(weights, card, folder / "digits.npz")
 
 
 def digits_images(
@@ -49,7 +31,7 @@ def digits_images(
 
     Ink is bright (255) on black (0).
     """
-    with np.load(embedded_files(folder).images) as parts:
+    with np.load(folder / "digits.npz") as parts:
         return parts[f"images_{split}"], parts[f"labels_{split}"].astype(np.int64)
 
 
@@ -70,8 +52,6 @@ def write_digits_folder(
         limit: at most so many images, spread evenly over the classes; by default all.
         folder: where ``digits.npz`` lies.
     """
-    from PIL import Image
-
     images, labels = digits_images(split, folder)
     rank = np.array([(labels[:index] == label).sum() for index, label in enumerate(labels)])
     for index in np.lexsort((labels, rank))[:limit]:

@@ -1,177 +1,194 @@
-"""The Hugging Face hub: what a repository has, and its files, downloaded.
+"""Where weights come from: a file, a folder, or the Hugging Face hub.
 
-Downloads, caching, resuming and revisions are ``huggingface_hub``'s, with the mirror in
-``HF_ENDPOINT`` if there is one and the user's token for gated repositories.
-:func:`locate_weights` needs neither the network nor any heavy import.
+Everything here ends in a :class:`Found`: a file on this machine, its digest (checked against
+the one asked for), and the JSON that stands beside it. A folder and the weights file in it are
+the same. Downloads, caching, resuming and revisions are ``huggingface_hub``'s, with the mirror
+in ``HF_ENDPOINT`` if there is one and the user's token for gated repositories.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from van_deploy.errors import DownloadError, UsageError, VanDeployError
-from van_deploy.model.variants import HubFile, Variant
+from van_deploy.documents import json_from, text_from
+from van_deploy.errors import CheckpointError, DownloadError, UsageError
+from van_deploy.files import file_sha256
+from van_deploy.model.variants import cached_snapshot
 
-Progress = Callable[[str, int, "int | None"], None]
-"""Called with a file's name, the bytes that are here, and those there will be (or None)."""
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+"""What stands beside weights, by Transformers' and timm's names."""
+
+LICENCE = (
+    "licence of the public weights: Apache-2.0; their README adds "
+    '"for commercial use, please contact the authors"'
+)
+_REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?")
+_PREFERRED = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = re.compile(r"(\.(safetensors|bin|pth|pt|ckpt|tar))+$", re.IGNORECASE)
+_PLAIN_STEMS = {"model", "pytorch_model", "checkpoint", "model_best", "last", "best"}
 
 
-class _UnreachableError(DownloadError):
-    """The hub did not answer, or broke off."""
+@dataclass(frozen=True)
+class Found:
+    """A weights file on this machine and what stood beside it.
+
+    Attributes:
+        name: what to call the network: the file, or its folder or repository.
+        path: the file.
+        sha256: of its bytes; "" where it cannot be read.
+        beside: the ``config.json`` and ``preprocessor_config.json`` beside it, by name.
+        is_official: whether it came from the authors' own repositories on the hub.
+        notes: what the user should be told.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    beside: Mapping[str, Mapping[str, Any]]
+    is_official: bool = False
+    notes: tuple[str, ...] = ()
 
 
-def locate_weights(variant: Variant) -> Path | None:
-    """Return where a variant's public weights are in the hub's cache, or None."""
-    file = variant.weights
-    snapshot = _snapshot(file.repo_id, file.revision) if file else None
-    path = snapshot / file.filename if file and snapshot else None
-    return path if path and path.is_file() else None
+def find_weights(word: str, offline: bool = False, expect_sha256: str | None = None) -> Found:
+    """Return the weights a word names: a path, a folder, or ``owner/name[@revision][:file]``.
 
-
-def known_files(file: HubFile, offline: bool) -> tuple[list[str], bool, tuple[str, ...]]:
-    """Return what files a repository has, whether only the cache can be used, and what to tell.
+    Args:
+        word: which; without a file, the one in the folder or repository that can be meant.
+        offline: use only what is in the cache (also ``HF_HUB_OFFLINE=1``).
+        expect_sha256: what the digest must be.
 
     Raises:
-        DownloadError: there is no such repository, or the hub cannot be asked and the cache
-            does not have it.
+        UsageError: the word is none of these, or several files could be meant.
+        CheckpointError: the JSON beside the weights cannot be read.
+        DownloadError: no network, no such repository or file, no permission, no room, or
+            another digest than the hub announced or than asked for.
     """
-    from huggingface_hub import errors
-
-    repo_id, wanted, revision = file.repo_id, file.filename, file.revision
-    offline = offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    snapshot = _snapshot(repo_id, revision)
-    here = [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*")] if snapshot else []
-    is_commit = snapshot is not None and snapshot.name == revision
-    if here and (offline or (is_commit and wanted in here)):
-        return here, offline, ()
-    try:
-        with _clear_errors(repo_id, wanted if offline else ""):
-            if offline:
-                raise errors.OfflineModeIsEnabled
-            siblings = _api().model_info(repo_id, revision=revision).siblings
-    except _UnreachableError as error:
-        if not here or (wanted and wanted not in here):
-            raise
-        note = f"the copy in the cache, since the hub cannot be asked: {error.message}"
-        return here, True, (note,)
-    return [sibling.rfilename for sibling in siblings or ()], offline, ()
-
-
-def cache_folder() -> Path:
-    """Return ``$VAN_DEPLOY_CACHE``, else ``van-deploy`` in the user's cache; it may not exist."""
-    return Path(os.environ.get("VAN_DEPLOY_CACHE") or _user_cache() / "van-deploy")
-
-
-def hub_cache() -> Path:
-    """Return the hub's cache folder, as ``huggingface_hub`` would choose it now."""
-    home = os.environ.get("HF_HOME") or _user_cache() / "huggingface"
-    return Path(
-        os.path.expandvars(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    ).expanduser()
-
-
-def _user_cache() -> Path:
-    """Return ``$XDG_CACHE_HOME``, else ``~/.cache``, else this user's in the temporary folder."""
-    home = os.path.expanduser("~")
-    if not os.path.isdir(home):
-        home = os.path.join(tempfile.gettempdir(), f"home-{getattr(os, 'getuid', int)()}")
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"))
-
-
-def _snapshot(repo_id: str, revision: str) -> Path | None:
-    """Return the cached snapshot of a repository's revision."""
-    folder = hub_cache() / f"models--{repo_id.replace('/', '--')}"
-    commit = revision
-    with contextlib.suppress(OSError):
-        commit = (folder / "refs" / revision).read_text(encoding="utf-8").strip()
-    snapshot = folder / "snapshots" / commit
-    return snapshot if snapshot.is_dir() else None
-
-
-def _api() -> Any:
-    from huggingface_hub import HfApi
-
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
-
-
-def download(
-    repo_id: str, name: str, revision: str, offline: bool, progress: Progress | None
-) -> Path:
-    """Return a repository's file in the cache, downloaded if it is not there yet.
-
-    Raises:
-        DownloadError: it cannot be had.
-    """
-    from huggingface_hub.utils.tqdm import tqdm
-
-    class Reported(tqdm):  # type: ignore[type-arg, unused-ignore]
-        """A progress bar that draws nothing and reports."""
-
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call, unused-ignore]
-            self.total, self.n = options.get("total"), options.get("initial") or 0
-
-        def update(self, n: float | None = 1) -> None:
-            self.n += n or 0
-            if progress is not None:
-                progress(name, int(self.n), self.total)
-
-    with _clear_errors(repo_id, name):
-        path = _api().hf_hub_download(
-            repo_id,
-            name,
-            revision=revision,
-            cache_dir=hub_cache(),
-            local_files_only=offline,
-            tqdm_class=Reported,
+    path, repo, what = Path(word).expanduser(), _REPO.fullmatch(word), word
+    notes: tuple[str, ...] = ()
+    stem, official = _WEIGHTS.sub("", path.name), False
+    is_file = path.exists() or (_WEIGHTS.search(word) and not (repo and repo["file"]))
+    if path.is_dir():
+        stem = path.resolve().name
+        path /= _chosen_file([e.name for e in path.iterdir() if e.is_file()], f"{path}/")
+    elif is_file or word.startswith((".", "/", "~")):
+        stem = path.resolve().parent.name if stem.lower() in _PLAIN_STEMS else stem
+    elif repo is None:
+        raise UsageError(
+            f"'{word}' is neither a file that is here, nor a repository, nor 'random'.",
+            "Give a path, a Hugging Face repository (owner/name), or random.",
         )
-    return Path(path)
-
-
-@contextlib.contextmanager
-def _clear_errors(repo_id: str, name: str = "") -> Iterator[None]:
-    """Turn whatever huggingface_hub raises into an error that says what to do."""
+    else:
+        owner, _, stem = repo["repo"].partition("/")
+        official = owner.lower() == "visual-attention-network"
+        path, notes = _downloaded(
+            repo["repo"], repo["revision"] or "main", repo["file"] or "", offline
+        )
+        what, notes = f"{repo['repo']}/{path.name}", notes + (LICENCE,) * official
+    name = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "van"
     try:
-        yield
-    except Exception as error:
-        raise _explained(error, repo_id, name) from None
+        digest = file_sha256(path)
+    except OSError:
+        return Found(name, path, "", {})  # reading it says what is wrong
+    _check_digest(path, what, digest, expect_sha256)
+    files = [file for file in (path.parent / CONFIG, path.parent / PROCESSOR) if file.exists()]
+    return Found(name, path, digest, {f.name: _json_object(f) for f in files}, official, notes)
 
 
-def _explained(error: Exception, repo_id: str, name: str) -> VanDeployError:
+def _check_digest(path: Path, what: str, digest: str, expected: str | None) -> None:
+    """Refuse a file of another digest than was asked for, or than the hub announced."""
+    blob = path.resolve()
+    # The hub names large files' blobs by their SHA-256.
+    if re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
+        with contextlib.suppress(OSError):  # a cache that may only be read
+            blob.unlink()
+        raise DownloadError(
+            f"{what} is damaged: the hub announced the SHA-256 {blob.name}, the file has {digest}.",
+            f"Try again once {blob} is gone, and check HF_ENDPOINT if it is set.",
+        )
+    if expected and digest != expected.lower():
+        raise DownloadError(
+            f"{what} is not the file that was asked for: its SHA-256 is {digest}, "
+            f"the expected one {expected}.",
+            "Check the expected digest, or the mirror in HF_ENDPOINT if one is set; or get the "
+            "file again.",
+        )
+
+
+def _chosen_file(names: Iterable[str], where: str) -> str:
+    """Return ``model.safetensors``, else ``pytorch_model.bin``, else the only weights file."""
+    names = sorted(names)
+    found = [name for name in _PREFERRED if name in names][:1]
+    found = found or [name for name in names if _WEIGHTS.search(name)]
+    if len(found) != 1:
+        raise UsageError(
+            f"{where[:-1]} has {len(found)} weights files that PyTorch can read, among "
+            f"{', '.join((found or names)[:10])}.",
+            f"Say which, such as {where}{(found or ['weights.pth'])[0]}.",
+        )
+    return found[0]
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json_from(text_from(file)))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"The file {file} cannot be read: {error}.",
+            "Correct it, or move the weights out of its folder to do without it.",
+        ) from None
+
+
+# --- the hub ---------------------------------------------------------------------------------
+
+
+def _downloaded(
+    repo_id: str, revision: str, wanted: str, offline: bool
+) -> tuple[Path, tuple[str, ...]]:
+    """Return a repository's weights, and the JSON beside them, in the cache; and what to tell."""
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
-    what = f"{repo_id}/{name}" if name else repo_id
-    here = f" ({os.environ['HF_ENDPOINT']})" if os.environ.get("HF_ENDPOINT") else ""
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
-    if cause is None or isinstance(cause, errors.OfflineModeIsEnabled):
-        return DownloadError(
-            f"{what} is not in the cache ({hub_cache()}), and this is offline.",
-            "Run once without --offline, or pass a file with --weights FILE.",
-        )
-    for kind, told in (
-        (errors.GatedRepoError, f"{repo_id} is gated: its owners must let you in"),
-        (errors.RepositoryNotFoundError, f"There is no repository {repo_id}, or it is private"),
-        (errors.RevisionNotFoundError, f"The repository {repo_id} has no such revision"),
-        (errors.EntryNotFoundError, f"The repository {repo_id} has no file {name}"),
-        (errors.HFValidationError, f"'{repo_id}' is no repository: {cause}"),
-    ):
-        if isinstance(cause, kind):
-            return (UsageError if kind is errors.HFValidationError else DownloadError)(
-                f"{told}{here}.",
-                f"See https://huggingface.co/{repo_id}, and that no path was meant; what is "
-                "private or gated needs `hf auth login` or HF_TOKEN.",
-            )
-    # The next download begins with a new connection: this one's may be half dead.
-    getattr(huggingface_hub, "close_session", lambda: None)()  # from huggingface_hub 1 on
-    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
-    return _UnreachableError(
-        f"{what} could not be downloaded{here}: {reason}.",
-        "Check the network, the room on the disk, and HF_ENDPOINT if a mirror is set; or "
-        "download the file elsewhere and pass it with --weights FILE.",
-    )
+    api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+    notes: tuple[str, ...] = ()
+    snapshot = cached_snapshot(repo_id, revision)
+    names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
+    is_here = snapshot.name == revision and wanted in names  # a commit never changes
+    offline = offline or constants.HF_HUB_OFFLINE or is_here
+    try:
+        try:
+            if not offline:
+                siblings = api.model_info(repo_id, revision=revision).siblings or ()
+                names = [sibling.rfilename for sibling in siblings]
+        except Exception as error:  # of whatever the network is made of
+            unknown = errors.RepositoryNotFoundError | errors.RevisionNotFoundError
+            if not names or isinstance(error, unknown):
+                raise
+            offline, told = True, str(error).strip().partition("\n")[0]
+            notes = (f"the copy in the cache, since the hub cannot be asked: {told}",)
+        chosen = wanted or (_chosen_file(names, f"{repo_id}:") if names else _PREFERRED[0])
+        folder = chosen[: chosen.rfind("/") + 1]
+        beside = [folder + name for name in (CONFIG, PROCESSOR) if folder + name in names]
+        path, *_ = [
+            api.hf_hub_download(repo_id, name, revision=revision, local_files_only=offline)
+            for name in (chosen, *beside)
+        ]
+        return Path(path), notes
+    except UsageError:
+        raise
+    except Exception as error:
+        # The next download begins with a new connection: this one's may be half dead.
+        getattr(huggingface_hub, "close_session", lambda: None)()  # from huggingface_hub 1 on
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise DownloadError(
+            f"{repo_id}{f'/{wanted}' if wanted else ''} could not be had from {api.endpoint} or "
+            f"the cache ({constants.HF_HUB_CACHE}): {reason}",
+            f"See https://huggingface.co/{repo_id}: is it spelt so, has it this file, is it "
+            "private or gated (`hf auth login`)? Check the network, --offline, HF_ENDPOINT and "
+            "the room on the disk; or pass a file with --weights FILE.",
+        ) from None

@@ -16,11 +16,14 @@ is dropped unnamed: a tensor is the network's, is listed in a note, or stops the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from van_deploy.errors import CheckpointError, UsageError
+from van_deploy.model.variants import STAGES
 
-STAGES = 4
 FORMATS = ("official", "transformers", "mmpretrain")
 
 # What stands before a block's modules; {s} is the stage from 1, {z} from 0, {b} the block.
@@ -68,53 +71,143 @@ _IDLE = re.compile(
     r"(.*\.)?(n_averaged|total_ops|total_params)"
     r"|(criterion|.*loss|(train|val|valid|test)_\w+|\w*(metric|accuracy|acc|f1|auroc)s?)(\..+|$)"
 )
-# What stands beside a backbone in OpenMMLab's checkpoints.
-_SEGMENTER = re.compile(r"(decode|auxiliary|segmentation|seg)_head\b.*")
-_SEGMENTER_OR_DETECTOR = re.compile(r"(neck|panoptic_\w+|\w+_head)\b.*")
+# What stands beside a backbone in OpenMMLab's segmenters and detectors.
+_BESIDE_A_BACKBONE = re.compile(r"(neck|panoptic_\w+|\w+_head)\b")
+_AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
+TOP_LEVEL = "top level"
 
 
-def listed(names: Sequence[str], most: int = 10) -> str:
-    """Return the first names, each cut to 200 characters, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name[:200] for name in names[:most]) + more
+class Network(NamedTuple):
+    """A VAN, or a part of one, among the tensors of a file.
+
+    Attributes:
+        place: keys of the mapping it is in, joined by dots; "" for the top level.
+        source: one of :data:`FORMATS`.
+        prefix: what stands before its names.
+        blocks: stage, from 1, and number of each of its blocks.
+    """
+
+    place: str
+    source: str
+    prefix: str
+    blocks: set[tuple[int, str]]
+
+    @property
+    def container(self) -> str:
+        """What ``--container`` takes for this one, its head included."""
+        prefix = self.prefix.removesuffix(_HEADS[self.source][0])
+        return ".".join(filter(None, (self.place, prefix.rstrip(".")))) or TOP_LEVEL
 
 
-def networks_in(names: Iterable[str]) -> dict[tuple[str, str], set[tuple[int, str]]]:
-    """Return the VANs among tensor names: format and prefix, and each one's (stage, block)s."""
-    found: dict[tuple[str, str], set[tuple[int, str]]] = {}
+class Weights(NamedTuple):
+    """What was read from a weights file.
+
+    Attributes:
+        tensors: official names to contiguous float32 tensors, none of them sharing memory
+            with the file; BatchNorm's counters, of no meaning at inference, are left out.
+        format: the format the names were in.
+        container: where in the file they were, keys joined by dots, or ``top level``.
+        inside: everything the file holds, beside these tensors what it says about itself.
+        notes: what the user should be told.
+    """
+
+    tensors: dict[str, Tensor]
+    format: str
+    container: str
+    inside: Mapping[Any, Any]
+    notes: tuple[str, ...]
+
+
+def find_network(
+    loaded: Mapping[Any, Any], container: str | None
+) -> tuple[Network, Mapping[str, Tensor], list[str]]:
+    """Return a file's one network, the tensors that are in its mapping, and notes.
+
+    Args:
+        loaded: the file's content.
+        container: which mapping of tensors to take: its keys joined by dots, and behind
+            them, if need be, the beginning of the tensors' names (``state_dict.student``).
+            By default the one that holds a VAN, averaged weights before others.
+
+    Raises:
+        CheckpointError: there is no network.
+        UsageError: there is no such ``container``, or there are several networks.
+    """
+    places = dict(_places(loaded))
+    if container not in (None, TOP_LEVEL):
+        inside = places.get(container) or {
+            name: tensor
+            for place, tensors in places.items()
+            for name, tensor in tensors.items()
+            if (f"{place}.{name}" if place else name).startswith(f"{container}.")
+        }
+        if not inside:
+            held = (f"{place or TOP_LEVEL} ({len(held)})" for place, held in places.items())
+            raise UsageError(
+                f"The checkpoint has no tensors under '{container}'.",
+                f"It has tensors in: {', '.join(held)}.",
+            )
+        places = {container: inside}
+    found = [network for place, tensors in places.items() for network in _networks(place, tensors)]
+    if not found:
+        names = [name for tensors in sorted(places.values(), key=len)[-1:] for name in tensors]
+        raise CheckpointError(
+            "The checkpoint is not a VAN: no tensor is called as its Large Kernel Attention is. "
+            f"Its {len(names)} tensors begin with {_listed(names, 5)}.",
+            "Pass the weights of a VAN (official, Transformers or mmpretrain names).",
+        )
+    whole = [network for network in found if len({stage for stage, _ in network.blocks}) == STAGES]
+    several = whole or found
+    averaged = [network for network in several if _AVERAGED.search(network.place)]
+    chosen = averaged if len(averaged) == 1 else several
+    if len(chosen) > 1:
+        told = ", ".join(f"{one.source} names under '{one.container}'" for one in chosen)
+        raise (UsageError if whole else CheckpointError)(
+            f"The checkpoint holds several networks, or one in mixed formats: {told}.",
+            f"Say which: --container {' or --container '.join(one.container for one in chosen)}; "
+            "or save the state dict of one network.",
+        )
+    others = ", ".join(one.container for one in several if one is not chosen[0])
+    note = f"the file also holds {others}: the averaged weights were taken (--container)"
+    return chosen[0], places[chosen[0].place], [note] if others else []
+
+
+def _places(
+    value: Mapping[Any, Any], where: str = "", depth: int = 2
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the tensors of every mapping that has some, and the keys that lead to it."""
+    if tensors := {str(key): inner for key, inner in value.items() if isinstance(inner, Tensor)}:
+        yield where, tensors
+    for key, inner in value.items():
+        if depth and isinstance(inner, Mapping) and isinstance(key, str):
+            yield from _places(inner, f"{where}.{key}" if where else key, depth - 1)
+
+
+def _networks(place: str, names: Iterable[str]) -> list[Network]:
+    """Return the VANs, or parts of some, among the names of a mapping."""
+    found: dict[tuple[str, str], Network] = {}
     for name in names:
         for source, pattern in _ANCHORS.items():
             if match := pattern.fullmatch(name):
                 at = match.groupdict()
                 stage = int(at["s"]) if "s" in at else int(at["z"]) + 1
-                found.setdefault((source, at["prefix"]), set()).add((stage, at["b"]))
-    return found
+                network = Network(place, source, at["prefix"], set())
+                found.setdefault((source, at["prefix"]), network).blocks.add((stage, at["b"]))
+    return list(found.values())
 
 
-def translate_keys(
-    names: Sequence[str], container: str = ""
-) -> tuple[dict[str, str], str, tuple[str, ...]]:
-    """Return the official name of each tensor of a network, the format, and notes.
-
-    The names are by those in the file; the format is one of :data:`FORMATS`; the notes say what
-    was left out.
-
-    Args:
-        names: as in the file.
-        container: what of the file they are from, for the advice to choose another part.
+def official_names(network: Network, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the official name of each tensor of a network by its own, and notes.
 
     Raises:
-        CheckpointError: no names are a VAN's, two formats are mixed, or some tensors' part is
-            unknown.
-        UsageError: there are several whole networks.
+        CheckpointError: there are tensors beside the network whose part is unknown.
     """
-    source, prefix, blocks = _network_in(names, container)
-    modules = _modules(source, blocks)
+    source, prefix = network.source, network.prefix
+    modules = _modules(network)
     ending, head = _HEADS[source]
     root = f"{prefix.removesuffix(ending)}{head}." if prefix.endswith(ending) else None
     official: dict[str, str] = {}
-    unused: list[str] = []
-    idle: list[str] = []
+    idle: list[str] = []  # also Transformers' last LayerNorm, which it does not compute with
     strays: list[str] = []
     for name in names:
         inner = name.removeprefix(prefix)
@@ -124,69 +217,37 @@ def translate_keys(
             official[name] = modules.get(inner) or f"{modules[module]}.{parameter}"
         elif root and name.startswith(root):
             official[name] = f"head.{name.removeprefix(root)}"
-        elif ours and source == "transformers" and module == "layernorm":
-            unused.append(name)
         else:
-            (idle if _IDLE.fullmatch(inner) else strays).append(name)
+            unused = ours and source == "transformers" and module == "layernorm"
+            (idle if unused or _IDLE.fullmatch(inner) else strays).append(name)
     notes = []
     if not any(name.startswith("head.") for name in official.values()):
-        rest = [name for name in strays if _SEGMENTER_OR_DETECTOR.fullmatch(name)]
-        whose = " of a segmenter" if any(map(_SEGMENTER.fullmatch, rest)) else " of a detector"
-        notes.append(
-            f"a backbone{whose if rest else ''} ({source} names), without a classification head"
-        )
-        if rest:
-            roots = listed(list(dict.fromkeys(name.split(".")[0] for name in rest)))
-            notes.append(f"not the backbone's, left out: {len(rest)} tensors of {roots}")
-        strays = [name for name in strays if name not in rest]
+        notes.append(f"a backbone ({source} names), without a classification head")
+        idle += [name for name in strays if _BESIDE_A_BACKBONE.match(name)]
+        strays = [name for name in strays if name not in idle]
     if strays:
-        inner = ".".join(filter(None, (container, prefix.rstrip("."))))
-        alone = f", or name the network's own alone: --container {inner}" if prefix else ""
+        alone = f", or name the network's own alone: --container {network.container}"
         raise CheckpointError(
-            f"The checkpoint holds tensors beside the VAN's: {listed(strays)}.",
-            f"Nothing is dropped unasked: save the state dict of one whole VAN{alone}.",
-        )
-    if unused:
-        notes.append(
-            f"{', '.join(sorted(unused))}: in the file, but Transformers does not compute "
-            "logits or feature maps with them; left out"
+            f"The checkpoint holds tensors beside the VAN's: {_listed(strays)}.",
+            "Nothing is dropped unasked: save the state dict of one whole VAN"
+            f"{alone if prefix else ''}.",
         )
     if idle:
-        notes.append(f"left by training, no part of the network: {listed(idle)}")
-    return official, source, tuple(notes)
+        notes.append(f"in the file, but no part of the network; left out: {_listed(idle)}")
+    return official, notes
 
 
-def _network_in(names: Sequence[str], container: str) -> tuple[str, str, set[tuple[int, str]]]:
-    """Return format, prefix and (stage, block)s of the one network among tensor names."""
-    found = networks_in(names)
-    if not found:
-        raise CheckpointError(
-            "The checkpoint is not a VAN: no tensor is called as its Large Kernel Attention is. "
-            f"Its {len(names)} tensors begin with {listed(names, 5)}.",
-            "Pass the weights of a VAN (official, Transformers or mmpretrain names).",
-        )
-    whole = [key for key, blocks in found.items() if len({stage for stage, _ in blocks}) == STAGES]
-    if len(found) > 1 and len(whole) != 1:
-        networks = ", ".join(f"{source} names under '{prefix}'" for source, prefix in found)
-        if not whole:
-            raise CheckpointError(
-                f"The checkpoint mixes formats, and is whole in none: {networks}.",
-                "Save the state dict of one network, with the names of one format.",
-            )
-        choices = [".".join(filter(None, (container, prefix.rstrip(".")))) for _, prefix in found]
-        raise UsageError(
-            f"The checkpoint holds {len(found)} networks: {networks}.",
-            f"Say which: --container {' or --container '.join(filter(None, choices))}.",
-        )
-    chosen = (whole or list(found))[0]
-    return *chosen, found[chosen]
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    """Return the first names, each cut to 200 characters, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name[:200] for name in names[:most]) + more
 
 
-def _modules(source: str, blocks: set[tuple[int, str]]) -> dict[str, str]:
-    """Return the official name of every module and bare parameter, by its name in ``source``."""
-    column = FORMATS.index(source)
+def _modules(network: Network) -> dict[str, str]:
+    """Return the official name of every module and bare parameter, by its own name."""
+    column = FORMATS.index(network.source)
     names: dict[str, str] = {}
-    for stage, block in blocks:
+    for stage, block in network.blocks:
         at = {"s": stage, "z": stage - 1, "b": block, "t": f"encoder.stages.{stage - 1}"}
         ours, theirs = _BLOCK[0].format(**at), _BLOCK[column].format(**at)
         names |= {theirs + row[column]: ours + row[0] for row in _OF_A_BLOCK}

@@ -15,43 +15,63 @@ used and the difference is pointed out.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+import dataclasses
+import re
+import reprlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
+
+from timm.models import PretrainedCfg
 
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model import processors
-from van_deploy.model.configs import is_timm, is_transformers, network_said
+from van_deploy.model.hub import CONFIG, PROCESSOR, Found
+from van_deploy.model.keys import Weights
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.variants import CONFIG, PROCESSOR, VanConfig
-
-_ARGUMENTS = ("args", "hyper_parameters", "hparams")
-_TIMM = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "img_size", "input_size")
-_TORCHVISION = ("val_resize_size", "val_crop_size")
-_INDEX_OF = ("class_to_idx", "label2id")
-_NAMES = (*_INDEX_OF, "idx_to_class", "id2label", "class_names", "classes", "label_names")
-_LONGEST_CONFIG = 2**20  # characters
-_OPTIONS = ("image_size", "mean", "std", "interpolation", "crop_pct")
-_BESIDE = " beside the weights"
-_SAY = "Say yourself what the weights want: --image-size --mean --std --interpolation --crop-pct."
-_LABELS = "Give the names yourself, one a line in the logits' order: --labels FILE."
+from van_deploy.model.variants import VARIANTS, VanConfig
 
 Values = Mapping[str, Any]
 Source = tuple[str, Callable[[Values], dict[str, Any]], Values]
 """What it is called, how it is read, and what is read."""
 
+_NAMES = ("class_to_idx", "idx_to_class", "id2label", "class_names", "classes", "label_names")
+_OPTIONS = ("image_size", "mean", "std", "interpolation", "crop_pct")
+_BESIDE = " beside the weights"
+_SAY = "Say yourself what the weights want: --image-size --mean --std --interpolation --crop-pct."
+_LABELS = "Give the names yourself, one a line in the logits' order: --labels FILE."
+_CORRECT = "Correct it, or move the weights out of its folder to do without it."
+_EPS = {"mmpretrain": 1e-5}  # mmcv's build_norm_layer; the official code's and Transformers': 1e-6
+
+_PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+# What the tensors tell, and what others call it.
+_TOLD = ("embed_dims", "in_chans", "depths", "patch_sizes", "mlp_ratios", "lka_dilation")
+_CALLED = {"hidden_sizes": "embed_dims", "num_channels": "in_chans", "dilation": "lka_dilation"}
+# What fields may be that no tensor tells, in a config.json or in training arguments.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu", "gelu_python"),
+    **dict.fromkeys(("gp", "global_pool"), ("avg", "fast", "")),
+    **dict.fromkeys(("bn_tf", "split_bn"), (False,)),
+    "bn_eps": (1e-5,),
+    "model_kwargs": ({},),
+}
+_NOTED = {
+    "bce_loss": "trained with --bce-loss: each logit is a class's own odds, not softmax's",
+    "class_map": "trained with --class-map, which orders the classes: give --labels",
+}
+# Fields of Transformers' and timm's that change nothing at inference, or that are read elsewhere.
+_IDLE = re.compile(
+    "architectures|(torch_)?dtype|transformers_version|_name_or_path|initializer_range|labels|tags"
+    "|drop(_path|out)?_rate|layer_scale_init_value|id2label|label2id|i(mg|mage)_size|pretrained_cfg"
+    "|model_args|crop_border_pixels|" + "|".join(f.name for f in dataclasses.fields(PretrainedCfg))
+)
+
 
 def described(
-    config: VanConfig,
-    source: str,
-    inside: Values,
-    beside: Mapping[str, Values],
-    *,
-    official: bool = False,
-    given: Mapping[str, Any] = MappingProxyType({}),
+    config: VanConfig, file: Weights, found: Found, given: Mapping[str, Any]
 ) -> tuple[VanConfig, Preprocessing, tuple[str, ...] | None, tuple[str, ...]]:
     """Return everything that a checkpoint says beside its tensors.
 
@@ -61,50 +81,56 @@ def described(
 
     Args:
         config: the architecture as the tensors tell it.
-        source: format of the tensors' names.
-        inside: what else the file holds.
-        beside: the JSON beside it, by file name.
-        official: whether the weights come from the authors' own repositories.
+        file: what else it holds; the format of its names decides LayerNorm's default ``eps``.
+        found: the file, and the JSON beside it.
         given: what the caller decides, by name: values of the preprocessing, ``class_names``
             and ``layer_norm_eps``. What is said of them is not looked at.
 
     Raises:
         CheckpointError: a field contradicts the tensors or another one, or is not supported.
     """
-    arguments = dict(inside)
-    for name in _ARGUMENTS:
-        arguments |= _table(inside.get(name))
-    meta, config_json = _table(inside.get("meta")), beside.get(CONFIG, {})
-    cfg = meta.get("cfg", meta.get("config"))
-    openmmlab = (
-        processors.python_config(cfg[:_LONGEST_CONFIG]) if isinstance(cfg, str) else _table(cfg)
-    )
-    eps = given.get("layer_norm_eps")
-    config, notes = network_said(config, source, arguments, config_json, openmmlab, eps)
-    written, own = _table(inside.get("preprocessing")), "the checkpoint's own training arguments"
-    torchvision = any(key in arguments for key in _TORCHVISION)
-    timm = not torchvision and any(arguments.get(key) not in (None, "") for key in _TIMM)
-    size = config_json.get("image_size") if is_transformers(config_json) else None
-    openmmlabs = partial(processors.from_openmmlab, classifier=bool(config.num_classes))
+    arguments = dict(file.inside)
+    for name in ("args", "hyper_parameters", "hparams"):
+        arguments |= _table(file.inside.get(name))
+    meta, config_json = _table(file.inside.get("meta")), found.beside.get(CONFIG, {})
+    openmmlab = processors.python_config(meta.get("cfg", meta.get("config")))
+    _require("The checkpoint's own arguments", arguments, _ALLOWED)
+    notes = [note for key, note in _NOTED.items() if arguments.get(key)]
+    said = _from_openmmlab(openmmlab)
+    is_network = bool({"architecture", "model_type", "hidden_sizes"} & config_json.keys())
+    if is_network:
+        said |= _from_json(config, config_json, notes)
+    elif config_json:
+        notes.append(f"the {CONFIG}{_BESIDE} is of no network: not used for one")
+    if "layer_norm_eps" in given:
+        said["layer_norm_eps"] = given["layer_norm_eps"]
+    elif "layer_norm_eps" not in said and file.format in _EPS:
+        said["layer_norm_eps"] = _EPS[file.format]
+        notes.append(
+            f"LayerNorm's eps is {file.format}'s own {_EPS[file.format]:g}; the published weights "
+            "were trained with 1e-06 (--layer-norm-eps)"
+        )
+    if config.num_classes == 1 and "problem_type" not in said:
+        notes.append("one logit: nothing says whether of two classes or of a regression")
+    config = replace(config, **said)
+    written, kept = _table(file.inside.get("preprocessing")), found.beside.get(PROCESSOR, {})
+    has_size = config_json.get("image_size") is not None and not kept
+    sized = "architecture" in config_json or (is_network and has_size)
+    from_args = any(arguments.get(key) not in (None, "") for key in processors.ARGUMENTS)
+    from_openmmlab = partial(processors.from_openmmlab, classifier=bool(config.num_classes))
     sources: list[Source] = [
         (str(written.get("source", "the weights file")), dict, written),
-        (own, processors.from_torchvision, arguments if torchvision else {}),
-        (own, processors.from_timm, arguments if timm else {}),
         (
-            "the checkpoint's own configuration",
-            openmmlabs,
-            openmmlab if "model" in openmmlab else {},
+            "the checkpoint's own training arguments",
+            processors.from_arguments,
+            arguments if from_args else {},
         ),
-        (f"the {PROCESSOR}{_BESIDE}", processors.from_processor, beside.get(PROCESSOR, {})),
-        (f"the {CONFIG}{_BESIDE}", dict, {} if PROCESSOR in beside else {"image_size": size}),
-        (
-            f"the {CONFIG}{_BESIDE}",
-            processors.from_timm_config,
-            config_json if is_timm(config_json) else {},
-        ),
+        ("the checkpoint's own configuration", from_openmmlab, openmmlab),
+        (f"the {PROCESSOR}{_BESIDE}", processors.from_processor, kept),
+        (f"the {CONFIG}{_BESIDE}", processors.from_config, config_json if sized else {}),
     ]
-    sources = [row for row in sources if any(value is not None for value in row[2].values())]
-    preprocessing = _preprocessing(config.in_chans, sources, official, given, notes)
+    sources = [row for row in sources if row[2]]
+    preprocessing = _preprocessing(config.in_chans, sources, found.is_official, given, notes)
     names = None
     if "class_names" not in given:
         places = (
@@ -119,7 +145,77 @@ def described(
 
 
 def _table(value: object) -> dict[str, Any]:
+    value = vars(value) if isinstance(value, argparse.Namespace) else value
     return {str(key): inner for key, inner in value.items()} if isinstance(value, Mapping) else {}
+
+
+# --- the network ---------------------------------------------------------------------------
+
+
+def _require(where: str, told: Values, allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse the first field that says what the network is not."""
+    for key, values in allowed.items():
+        if told.get(key) not in (None, *values):
+            raise CheckpointError(
+                f"{where} says {key} {reprlib.repr(told[key])}; what fits this network is "
+                f"{' or '.join(map(str, values))}.",
+                _CORRECT if _BESIDE in where else f"If that is not so, take '{key}' out of it.",
+            )
+
+
+def _from_json(config: VanConfig, beside: Values, notes: list[str]) -> dict[str, Any]:
+    """Return what a ``config.json`` adds to the tensors, and hold the rest against them."""
+    arguments, cfg = beside.get("model_args") or {}, beside.get("pretrained_cfg") or {}
+    first, *_ = (cfg or beside).get("input_size") or [None]
+    told = {**beside, "in_chans": first, **arguments}
+    told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if v is not None}
+    name = str(told.get("architecture", "")).partition(".")[0]
+    own = name.startswith("van") and name not in VARIANTS  # not one of timm's and ours
+    told["architecture"] = name or None
+    strides, eps = told.get("strides", config.strides), told.get("layer_norm_eps", 1e-6)
+    sound = isinstance(strides, tuple) and len(strides) == len(config.depths)
+    sound = sound and all(type(stride) is int and 1 <= stride <= 8 for stride in strides)
+    names = {key: _CALLED.get(key, key) for key in told}
+    facts = {
+        **{key: (getattr(config, name),) for key, name in names.items() if name in _TOLD},
+        # a backbone's file may say of how many classes its head was
+        "num_classes": (config.num_classes or told.get("num_classes"),),
+        "num_features": (config.embed_dims[-1],),
+        "architecture": (name if own else config.variant,),
+        "model_type": ("van",),
+        "strides": (strides if sound else "four numbers from 1 to 8",),
+        "layer_norm_eps": (eps if type(eps) is float and 0 < eps < 1 else "between 0 and 1",),
+        "problem_type": _PROBLEM_TYPES,
+        **_ALLOWED,
+    }
+    where = f"The {CONFIG}{_BESIDE}"
+    _require(where, told, facts)
+
+    def unknown(keys: Iterable[str]) -> str:
+        strange = [key[:50] for key in keys if key not in facts and not _IDLE.fullmatch(key)]
+        return ", ".join(strange[:10])
+
+    if refused := unknown([*arguments, *(key for key, value in cfg.items() if value)]):
+        raise CheckpointError(
+            f"{where} has in model_args or pretrained_cfg what is not supported: {refused}.",
+            _CORRECT,
+        )
+    found = {key: told[key] for key in ("strides", "layer_norm_eps", "problem_type") if key in told}
+    taken = ", ".join(f"{key} {value}" for key, value in found.items())
+    for told_of, what in (("from", taken), ("not known here, in", unknown(beside))):
+        notes += [f"{told_of} the {CONFIG}{_BESIDE}: {what}"] if what else []
+    return found
+
+
+def _from_openmmlab(config: Values) -> dict[str, Any]:
+    model = config.get("model") or {}
+    backbone, head = model.get("backbone") or {}, model.get("head") or {}
+    _require("The checkpoint's own configuration", backbone, {"block_cfgs": ({},)})
+    eps = (backbone.get("norm_cfg") or {}).get("eps")
+    said: dict[str, Any] = {"layer_norm_eps": float(eps)} if eps else {}
+    if str(head.get("type")).startswith("MultiLabel"):
+        said["problem_type"] = "multi_label_classification"
+    return said
 
 
 # --- the preprocessing ---------------------------------------------------------------------
@@ -129,24 +225,23 @@ def _preprocessing(
     channels: int, sources: list[Source], official: bool, given: Collection[str], notes: list[str]
 ) -> Preprocessing:
     """Return the preprocessing of the first source, or the official one."""
-    colour = {"mean": OFFICIAL.mean[:1] * channels, "std": OFFICIAL.std[:1] * channels}
-    default = replace(OFFICIAL, **colour)  # type: ignore[arg-type]
-    only_beside = all(name.endswith(_BESIDE) for name, _, _ in sources)
-    if official and only_beside:
-        stated = str(_built(sources[0], default, ())) if sources else str(default)
-        if stated != str(default):
+    half = OFFICIAL.mean[:1] * channels
+    default = replace(OFFICIAL, mean=half, std=half)
+    if not sources:
+        assumed = replace(default, source="assumed: the official weights' (nothing says another)")
+        return default if official else assumed
+    result = _built(sources[0], default, given)
+    first, *others = (name for name, _, _ in sources)
+    if first.endswith(_BESIDE) and official:
+        if str(result) != str(default):
             notes.append(
-                f"the repository's JSON says {stated}; the weights were trained with {default}, "
+                f"the repository's JSON says {result}; the weights were trained with {default}, "
                 "which is used"
             )
         return default
-    if not sources:
-        return replace(default, source="assumed: the official VAN weights' (nothing says another)")
-    result = _built(sources[0], default, given)
-    others = ", ".join(other for other, _, _ in sources[1:])
-    if others or only_beside:
-        rest = f"; not from {others}" if others else ""
-        notes.append(f"preprocessing from {sources[0][0]}: {result}{rest}")
+    if others or first.endswith(_BESIDE):
+        rest = f"; not from {', '.join(others)}" if others else ""
+        notes.append(f"preprocessing from {first}: {result}{rest}")
     return result
 
 
@@ -157,7 +252,7 @@ def _built(source: Source, default: Preprocessing, given: Collection[str]) -> Pr
         found = {
             key: value
             for key, value in read(values).items()
-            if key not in (*given, "source") and value is not None and value not in ("", [], ())
+            if key not in (*given, "source") and value not in (None, "", [], ())
         }
         if {"image_size", "crop_pct"} & set(given):
             found.pop("resize_size", None)
@@ -199,26 +294,27 @@ def _class_names(
     return first
 
 
-def _names_in(key: str, value: object, place: str, classes: int) -> tuple[str, ...] | None:
-    """Return the class names that a field holds, or None where it holds none."""
+def _names_in(key: str, value: Any, place: str, classes: int) -> tuple[str, ...]:
+    """Return the class names that a field holds, none where it holds none."""
     if not value or not isinstance(value, Mapping | list | tuple):
-        return None
-    listed: list[Any] = [None]
+        return ()
+    names: tuple[str, ...] = ()
     with contextlib.suppress(TypeError, ValueError, LookupError):
+        named = value
         if isinstance(value, Mapping):
-            pairs = {i: name for name, i in value.items()} if key in _INDEX_OF else value
-            by_index = {int(index): name for index, name in pairs.items()}
-            value = [by_index[index] for index in range(len(value))]
-        listed = list(value)
-    if not all(isinstance(name, str | int) for name in listed):
-        raise CheckpointError(f"{key} in {place} does not name one class a logit.", _LABELS)
-    names = tuple(map(str, listed))
-    if names == tuple(f"LABEL_{index}" for index in range(len(names))):
-        return None
+            pairs = [(i, n) if key != "class_to_idx" else (n, i) for i, n in value.items()]
+            by_index = {int(index): name for index, name in pairs}
+            named = [by_index[index] for index in range(len(value))]
+        if all(isinstance(name, str | int) for name in named):
+            names = tuple(map(str, named))
+    if names == tuple(f"LABEL_{index}" for index in range(len(names))) != ():
+        return ()
     if classes == 1 and len(names) == 2:  # of two classes, one logit is the second's
         return names[1:]
     if len(names) != classes:
         raise CheckpointError(
-            f"{key} in {place} names {len(names)} classes; the network has {classes}.", _LABELS
+            f"{key} in {place} has {len(value)} entries; it does not name each of the network's "
+            f"{classes} classes.",
+            _LABELS,
         )
     return names

@@ -9,17 +9,13 @@ mean, divide by the deviation), which an embedded graph does itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from van_deploy.config.sizes import sides_of
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.preprocess import Preprocessing
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 """``(H, W, C)`` or ``(N, H, W, C)`` uint8."""
@@ -52,20 +48,18 @@ def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> Pixel
         UsageError: the network's channels are not an image's (not 1, 3 or 4).
         ImageError: the image is so narrow that its resized form would not fit in memory.
     """
-    from PIL import Image as PilImage
-
     mode = image_mode(preprocessing.channels)
     if image.mode != mode:
         image = image.convert(mode)
     size = _resized(image.size, preprocessing)
     if size != image.size:
-        image = image.resize(size, PilImage.Resampling[preprocessing.interpolation.upper()])
+        image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
     height, width = preprocessing.sides
     rounding = preprocessing.crop_rounding
     left, top = _offset(size[0] - width, rounding), _offset(size[1] - height, rounding)
     if size[0] < width or size[1] < height:  # a border
         fill = tuple(round(255 * value) for value in preprocessing.mean)
-        padded = PilImage.new(mode, (width, height), fill)
+        padded = Image.new(mode, (width, height), fill)
         padded.paste(image, (-left, -top))
         image = padded
     else:

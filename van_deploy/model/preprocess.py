@@ -30,21 +30,9 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lan
 """timm's names of Pillow's filters."""
 
 
-def _positive(values: tuple[float, ...]) -> tuple[float, ...]:
-    if min(values) <= 0:
-        raise ValueError("is not positive: images are divided by it")
-    return values
-
-
-def _unit(value: float) -> float:
-    if abs(value) > 1:
-        raise ValueError("is not of values in 0..1: divide those of 0..255 images by 255")
-    return value
-
-
-_Number = Annotated[float, Field(strict=True), AfterValidator(_unit)]
 _Side = Annotated[int, Field(strict=True, ge=0)]
-_Channels = Annotated[tuple[_Number, ...], Field(min_length=1)]
+_Number = Annotated[float, Field(strict=True, ge=-1, le=1)]
+_Positive = Annotated[float, Field(strict=True, gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -76,10 +64,10 @@ class Preprocessing:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False, extra="forbid")
 
     image_size: Annotated[_Side | tuple[_Side, _Side], AfterValidator(possible_size)]
-    mean: _Channels
-    std: Annotated[_Channels, AfterValidator(_positive)]
+    mean: Annotated[tuple[_Number, ...], Field(min_length=1)]
+    std: tuple[_Positive, ...]
     interpolation: Interpolation
-    crop_pct: Annotated[float, Field(strict=True, gt=0, le=1)]
+    crop_pct: _Positive
     source: str
     crop_mode: Literal["center", "squash", "border"] = "center"
     resize_size: _Side | tuple[_Side, _Side] = 0
@@ -148,13 +136,12 @@ class Preprocessing:
             return _ADAPTER.validate_python({"source": "a stored description", **values})
         except ValidationError as error:
             fault = error.errors(include_url=False)[0]
-        text = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
-        name = str(fault["loc"][0]) if fault["loc"] else ""
-        if fault["type"] == "missing":
-            raise UsageError(f"The preprocessing lacks {name}.", "Give it.")
-        shown = f"{name} {reprlib.repr(fault['input'])}" if name else "preprocessing"
+        text = fault["msg"].removeprefix("Value error, ")
+        name = f"{fault['loc'][0]} {reprlib.repr(fault['input'])}" if fault["loc"] else "whole"
         raise UsageError(
-            f"The {shown} {text}.", "Correct it, or leave it out to take the weights' own."
+            f"The preprocessing is not possible: {name}: {text}.",
+            "Correct it (mean and std are of values in 0..1, not 0..255), or leave it out to take "
+            "the weights' own.",
         )
 
     def transform(self) -> Callable[[Image], torch.Tensor]:
@@ -172,18 +159,14 @@ class Preprocessing:
 
     def __str__(self) -> str:
         """Return the values in one line, without their source."""
-        size, mode = (
-            size_text(self.image_size),
-            "" if self.crop_mode == "center" else self.crop_mode,
-        )
         is_ratio = _resized(self.image_size, float(f"{self.crop_pct:g}")) == self.resize_size
-        resize = (
-            self.resize_size if isinstance(self.resize_size, int) else size_text(self.resize_size)
-        )
+        side = self.resize_size
+        resize = side if isinstance(side, int) else size_text(side)
         crop = f"crop {self.crop_pct:g}" if is_ratio else f"resize {resize}"
+        crop += "" if self.crop_mode == "center" else f", {self.crop_mode}"
         mean, std = ("/".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
-        parts = (f"{size} {self.interpolation}", crop, mode, f"mean {mean}", f"std {std}")
-        return ", ".join(filter(None, parts))
+        size = size_text(self.image_size)
+        return f"{size} {self.interpolation}, {crop}, mean {mean}, std {std}"
 
 
 def _resized(size: ImageSize, crop_pct: float) -> ImageSize:

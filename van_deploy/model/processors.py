@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from van_deploy.config.sizes import parse_image_size
@@ -37,6 +37,7 @@ _PROCESSORS: dict[str, tuple[str, int, int, int, Values]] = {
     "MobileNetV1": ("center", 256, 224, 2, _HALF),
     "MobileNetV2": ("center", 256, 224, 2, _HALF),
 }
+_LONGEST_CONFIG = 2**20  # characters
 _CONVNEXT_SQUASHES_FROM = 384  # pixels
 _KNOWN = re.compile(  # read below, or of no meaning for the pixels
     "do_(resize|center_crop|rescale|normalize|convert_rgb)|size|resample|crop_size|crop_pct"
@@ -44,6 +45,11 @@ _KNOWN = re.compile(  # read below, or of no meaning for the pixels
     "|_?processor_class|return_tensors|(input_)?data_format|device|disable_grouping"
     "|default_to_square|_?valid_processor_keys"
 )
+ARGUMENTS = (
+    *("mean", "std", "interpolation", "crop_pct", "crop_mode", "img_size", "input_size"),
+    *("val_resize_size", "val_crop_size"),
+)
+"""What :func:`from_arguments` reads."""
 
 
 def _require(fits: object, key: str, value: object, wanted: str = "which is not supported") -> None:
@@ -51,30 +57,35 @@ def _require(fits: object, key: str, value: object, wanted: str = "which is not 
         raise UsageError(f"{key} is {reprlib.repr(value)}, {wanted}.")
 
 
-def from_timm(args: Given) -> Values:
-    """Return what timm's ``train.py`` arguments say; what they leave out is the model's own."""
+def from_arguments(args: Given) -> Values:
+    """Return what a training script's arguments say, torchvision's or timm's.
+
+    Mean and std of torchvision's reference ``train.py`` are fixed; timm's leave what they do
+    not say to the model.
+    """
+    if {"val_resize_size", "val_crop_size"} & args.keys():
+        backend = str(args.get("backend", "pil"))
+        _require(backend.lower() == "pil", "backend", backend, "and images are resized by Pillow")
+        cut = _cut(args.get("val_resize_size", 256), args.get("val_crop_size", 224))
+        return {**_IMAGENET, "interpolation": args.get("interpolation"), **cut}
     names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     size = list(args.get("input_size") or ())[1:] or args.get("img_size")
     size = size[0] if isinstance(size, list) and len(size) == 1 else size
     return {name: args.get(name) for name in names} | {"image_size": parse_image_size(size)}
 
 
-def from_timm_config(config: Given) -> Values:
-    """Return what a timm ``config.json`` says, in its ``pretrained_cfg`` or, as once, beside it."""
+def from_config(config: Given) -> Values:
+    """Return what a ``config.json`` says: Transformers' size, or timm's ``pretrained_cfg``.
+
+    The latter's fields once stood beside it.
+    """
+    if "architecture" not in config:
+        return {"image_size": config["image_size"]}
     cfg = config.get("pretrained_cfg") or config
     for key in ("crop_border_pixels", "label_offset"):
         _require(not cfg.get(key), key, cfg.get(key))
-    stated = {name: value for name, value in from_timm(cfg).items() if value}
-    default = {"interpolation": "bicubic", "crop_pct": 0.875, "image_size": 224}
-    return {**_IMAGENET, **default, **stated}
-
-
-def from_torchvision(args: Given) -> Values:
-    """Return what torchvision's reference ``train.py`` arguments say; mean and std are fixed."""
-    backend = args.get("backend", "pil")
-    _require(str(backend).lower() == "pil", "backend", backend, "and images are resized by Pillow")
-    cut = _cut(args.get("val_resize_size", 256), args.get("val_crop_size", 224))
-    return {**_IMAGENET, "interpolation": args.get("interpolation"), **cut}
+    stated = {name: value for name, value in from_arguments(cfg).items() if value}
+    return {**_IMAGENET, "interpolation": "bicubic", "crop_pct": 0.875, "image_size": 224, **stated}
 
 
 def from_processor(processor: Given) -> Values:
@@ -107,11 +118,8 @@ def from_processor(processor: Given) -> Values:
 
 def _geometry(given: Given, how: str, size: int, crop: int) -> Values:
     """Return the sides that a processor resizes to and cuts out."""
-    stated = given.get("size", size)
     edges = {"height", "width"} if how == "squash" else {"shortest_edge"}
-    fits = not isinstance(stated, Mapping) or stated.keys() == edges
-    _require(fits, "size", stated, f"not {' and '.join(sorted(edges))}")
-    size = _square("size", stated)
+    size = _square("size", given.get("size", size), edges)
     if how == "crop_pct":
         pct = given.get("crop_pct", 224 / 256)
         if size >= _CONVNEXT_SQUASHES_FROM:
@@ -132,25 +140,23 @@ def from_openmmlab(config: Given, *, classifier: bool) -> Values:
     """
     model, loader = config.get("model") or {}, config.get("test_dataloader") or {}
     pipeline = config.get("test_pipeline") or (loader.get("dataset") or {}).get("pipeline") or []
-    steps = [s for s in [*pipeline, *(config.get("train_pipeline") or [])] if isinstance(s, dict)]
-    steps += [inner for step in steps for inner in step.get("transforms") or []]
-    colours: list[Any] = [
-        step for step in steps if step.get("type") == "Normalize" and step.get("mean")
-    ]
-    colours += [config.get("data_preprocessor"), model.get("data_preprocessor")]
-    colour: Given = next(filter(None, (*colours, config.get("img_norm_cfg"))), {})
-    if colour.get("mean"):
-        rgb = colour.get("to_rgb") or colour.get("bgr_to_rgb")
-        _require(rgb, "to_rgb", False, "so the network takes BGR: not supported")
-    numbers = {key: colour.get(key) or () for key in ("mean", "std")}
-    values: Values = {key: [float(x) / 255 for x in given] for key, given in numbers.items()}
+    steps = [*pipeline, *(config.get("train_pipeline") or [])]
+    steps += [s for step in steps if isinstance(step, dict) for s in step.get("transforms") or []]
+    steps += [config.get("data_preprocessor"), model.get("data_preprocessor")]
+    steps += [config.get("img_norm_cfg")]
+    found = (step for step in steps if isinstance(step, dict) and step.get("mean"))
+    colour: Given = next(found, {})
+    rgb = not colour or colour.get("to_rgb") or colour.get("bgr_to_rgb")
+    _require(rgb, "to_rgb", False, "so the network takes BGR: not supported")
+    values: Values = {k: [float(x) / 255 for x in colour.get(k) or ()] for k in ("mean", "std")}
+    if not (classifier and pipeline):
+        return values
     size = crop = None
-    for step in pipeline if classifier else ():
+    for step in pipeline:
         kind = str(step.get("type"))
         if kind in ("ResizeEdge", "Resize"):
             backend, edge = step.get("backend", "cv2"), step.get("edge", "short")
-            _require(backend == "pillow", f"{kind}'s backend", backend, "not pillow")
-            _require(edge == "short", f"{kind}'s edge", edge)
+            _require((backend, edge) == ("pillow", "short"), kind, step, "not pillow's short edge")
             size = step.get("scale", step.get("size"))
             one_side = kind == "ResizeEdge" or (isinstance(size, list) and size[1:] == [-1])
             size = size[0] if one_side and isinstance(size, list) else _square("scale", size)
@@ -161,10 +167,10 @@ def from_openmmlab(config: Given, *, classifier: bool) -> Values:
         else:
             known = re.match(r"(Normalize|LoadImage|Pack|ToTensor|ImageToTensor|Collect)", kind)
             _require(known, "a step of the test pipeline", kind)
-    return values | (_cut(size, crop or size) if classifier and pipeline else {})
+    return values | _cut(size, crop or size)
 
 
-def python_config(text: str) -> Values:
+def python_config(text: object) -> Values:
     """Return the plain values assigned in the text of an OpenMMLab configuration; runs nothing."""
 
     def value(node: ast.expr) -> Any:
@@ -178,7 +184,8 @@ def python_config(text: str) -> Values:
             return None
 
     try:
-        found = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+        lines = ast.parse(text[:_LONGEST_CONFIG]).body if isinstance(text, str) else []
+        found = [node for node in lines if isinstance(node, ast.Assign)]
         return {ast.unparse(node.targets[0]): value(node.value) for node in found}
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
@@ -191,8 +198,10 @@ def _cut(size: Any, crop: Any) -> Values:
     return {"image_size": crop, "resize_size": size, "crop_pct": min(1.0, crop / size)}
 
 
-def _square(key: str, size: Any) -> Any:
-    """Return the side that a size means: a number, or two equal ones."""
+def _square(key: str, size: Any, edges: Set[str] = frozenset({"height", "width"})) -> Any:
+    """Return the side that a size means: a number, two equal ones, or one of each of ``edges``."""
+    fits = not isinstance(size, Mapping) or size.keys() == edges
+    _require(fits, key, size, f"not {' and '.join(sorted(edges))}")
     sides = list(size.values()) if isinstance(size, Mapping) else size
     if not isinstance(sides, list | tuple):
         return size

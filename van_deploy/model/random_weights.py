@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.optim.swa_utils import update_bn
@@ -52,13 +53,9 @@ def smooth_images(count: int, channels: int, side: int) -> Tensor:
 
 
 def sha256_of_state(state: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of a state dict: names, types, shapes and bytes, by name."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
+    """Return the SHA-256 of a state dict: names, types, shapes and bytes."""
+    tensors = {name: state[name].contiguous() for name in sorted(state)}
+    return hashlib.sha256(save(tensors)).hexdigest()
 
 
 def _move_affines_(model: VAN) -> None:

@@ -15,31 +15,29 @@ from torch import nn
 
 from van_deploy.model.preprocess import OFFICIAL
 from van_deploy.model.van import VAN
-from van_deploy.model.variants import VARIANTS, VanConfig
+from van_deploy.model.variants import VARIANTS, VanConfig, Variant
 
 __all__: list[str] = []
 
 
-def _default_cfg(name: str) -> dict[str, Any]:
+def _default_cfg(variant: Variant) -> dict[str, Any]:
     """Return timm's data configuration of a variant."""
-    weights = VARIANTS[name].weights
-    hub = {"hf_hub_id": weights.repo_id, "hf_hub_filename": weights.filename} if weights else {}
+    repo, _, file = (variant.weights or "").partition(":")
     return {
         "num_classes": 1000,
         "input_size": (3, OFFICIAL.image_size, OFFICIAL.image_size),
-        "crop_pct": OFFICIAL.crop_pct,
-        "interpolation": OFFICIAL.interpolation,
-        "mean": OFFICIAL.mean,
-        "std": OFFICIAL.std,
+        **{key: getattr(OFFICIAL, key) for key in ("crop_pct", "interpolation", "mean", "std")},
         "first_conv": "patch_embed1.proj",
         "classifier": "head",
         "license": "apache-2.0",
         "origin_url": "https://github.com/Visual-Attention-Network/VAN-Classification",
-        **hub,
+        **({"hf_hub_id": repo, "hf_hub_filename": file} if file else {}),
     }
 
 
-default_cfgs = generate_default_cfgs({f"{name}.in1k": _default_cfg(name) for name in VARIANTS})
+default_cfgs = generate_default_cfgs(
+    {f"{name}.in1k": _default_cfg(variant) for name, variant in VARIANTS.items()}
+)
 
 
 def _van(cfg: VanConfig, num_classes: int = 1000, in_chans: int = 3, **options: Any) -> VAN:

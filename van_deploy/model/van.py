@@ -12,7 +12,8 @@ Layout: images and features are ``(N, C, H, W)``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,14 +23,15 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from van_deploy.model.variants import STAGES as STAGES
 from van_deploy.model.variants import VanConfig
 
-STAGES = 4
-
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish)
 HEAD_LAYERS: dict[str, type[nn.Module]] = {
     kind.__name__.lower(): kind
-    for kind in (nn.Dropout, nn.Identity, nn.Flatten, *_ACTIVATIONS, nn.Tanh, nn.Sigmoid)
+    for kind in (
+        *(nn.Dropout, nn.Identity, nn.Flatten, nn.Tanh, nn.Sigmoid, nn.ReLU, nn.ReLU6),
+        *(nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
+    )
 }
 """Layers without weights that a sequential head may have, with PyTorch's default arguments."""
 
@@ -49,18 +51,16 @@ class DWConv(nn.Module):
 class Mlp(nn.Module):
     """1x1 convolution, depth-wise 3x3, GELU, 1x1 convolution."""
 
-    def __init__(self, dim: int, hidden: int, drop_rate: float = 0.0) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(dim, hidden, 1)
         self.dwconv = DWConv(hidden)
         self.act = nn.GELU()
         self.fc2 = nn.Conv2d(hidden, dim, 1)
-        self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, dim, H, W)`` to the same shape."""
-        x = self.drop(self.act(self.dwconv(self.fc1(x))))
-        return self.drop(self.fc2(x))
+        return self.fc2(self.act(self.dwconv(self.fc1(x))))
 
 
 class LKA(nn.Module):
@@ -98,19 +98,16 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One VAN block: attention, then MLP, each normalised, scaled and added."""
 
-    LAYER_SCALE_INIT = 1e-2  # the official code's layer_scale_init_value
-
-    def __init__(
-        self, dim: int, hidden: int, config: VanConfig, drop_rate: float, drop_path: float
-    ) -> None:
+    def __init__(self, dim: int, hidden: int, config: VanConfig, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm2d(dim)
         self.attn = Attention(dim, config.lka_kernels, config.lka_dilation)
         self.norm2 = nn.BatchNorm2d(dim)
-        self.mlp = Mlp(dim, hidden, drop_rate)
+        self.mlp = Mlp(dim, hidden)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.layer_scale_1 = nn.Parameter(self.LAYER_SCALE_INIT * torch.ones(dim))
-        self.layer_scale_2 = nn.Parameter(self.LAYER_SCALE_INIT * torch.ones(dim))
+        # the official code's layer_scale_init_value
+        self.layer_scale_1 = nn.Parameter(1e-2 * torch.ones(dim))
+        self.layer_scale_2 = nn.Parameter(1e-2 * torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, dim, H, W)`` to the same shape."""
@@ -138,7 +135,6 @@ class VAN(nn.Module):
 
     Args:
         config: the architecture; ``num_classes`` 0 leaves the pooled features.
-        drop_rate: dropout in the MLPs (training only).
         drop_path_rate: stochastic depth of the last block (training only).
         global_pool: ``avg``, or "" for the last feature maps as they are (no head then).
 
@@ -147,35 +143,29 @@ class VAN(nn.Module):
     """
 
     def __init__(
-        self,
-        config: VanConfig,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        global_pool: str = "avg",
+        self, config: VanConfig, drop_path_rate: float = 0.0, global_pool: str = "avg"
     ) -> None:
         super().__init__()
         self.config = config
         self.num_features = self.head_hidden_size = config.embed_dims[-1]
         self.grad_checkpointing = False
-        self.feature_info: list[dict[str, Any]] = []
-        step = drop_path_rate / max(config.blocks - 1, 1)
-        drop_paths = (step * index for index in range(config.blocks))
-        previous = config.in_chans
-        for stage, dim in enumerate(config.embed_dims, start=1):
-            kernel, stride = config.patch_sizes[stage - 1], config.strides[stage - 1]
-            hidden, depth = config.hidden_dims[stage - 1], config.depths[stage - 1]
-            blocks = [Block(dim, hidden, config, drop_rate, next(drop_paths)) for _ in range(depth)]
-            self.add_module(f"patch_embed{stage}", PatchEmbed(previous, dim, kernel, stride))
-            self.add_module(f"block{stage}", nn.ModuleList(blocks))
+        self.feature_info: list[dict[str, Any]] = []  # as timm's features_only reads it
+        blocks = config.blocks
+        drop_paths = (drop_path_rate / max(blocks - 1, 1) * index for index in range(blocks))
+        widths = (config.in_chans, *config.embed_dims)
+        for index, (previous, dim) in enumerate(pairwise(widths)):
+            stage, stride, hidden = index + 1, config.strides[index], config.hidden_dims[index]
+            embed = PatchEmbed(previous, dim, config.patch_sizes[index], stride)
+            depth = range(config.depths[index])
+            made = nn.ModuleList(Block(dim, hidden, config, next(drop_paths)) for _ in depth)
+            self.add_module(f"patch_embed{stage}", embed)
+            self.add_module(f"block{stage}", made)
             self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=config.layer_norm_eps))
-            facts = {"num_chs": dim, "reduction": math.prod(config.strides[:stage])}
-            self.feature_info.append({**facts, "module": f"norm{stage}"})
-            previous = dim
-        _require_pooling(config.num_classes, global_pool)
+            reduction = math.prod(config.strides[:stage])
+            info = {"num_chs": dim, "reduction": reduction, "module": f"norm{stage}"}
+            self.feature_info.append(info)
         self.global_pool, self.num_classes = global_pool, config.num_classes
-        self.head: nn.Module = nn.Sequential(*_layers(config))
-        if not config.head:
-            self.head = _linear(previous, config.num_classes)
+        self.head = _head(config, global_pool)
         if not next(self.parameters()).is_meta:
             self.apply(_initialise_)
 
@@ -193,8 +183,8 @@ class VAN(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``(N, in_chans, H, W)`` to the last maps ``(N, embed_dims[-1], h, w)``."""
-        for stage in range(1, STAGES + 1):
-            x = self._stage(x, stage)
+        for stage in range(STAGES):
+            x = self._stage(x, stage + 1)
         return x
 
     def forward_intermediates(
@@ -237,8 +227,7 @@ class VAN(nn.Module):
         """
         if self.config.out_indices:
             indices = list(self.config.out_indices)
-            maps = self.forward_intermediates(x, indices, intermediates_only=True, stop_early=True)
-            return tuple(maps)
+            return tuple(self.forward_intermediates(x, indices, stop_early=True)[1])
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
@@ -252,40 +241,31 @@ class VAN(nn.Module):
             ValueError: another pooling than ``avg`` and "", or "" although there is a head.
         """
         pool = self.global_pool if global_pool is None else global_pool
-        _require_pooling(num_classes, pool)
-        self.global_pool, self.num_classes = pool, num_classes
-        self.head = _linear(self.num_features, num_classes)
+        self.head = _head(replace(self.config, num_classes=num_classes, head=()), pool)
         self.head.apply(_initialise_)
+        self.global_pool, self.num_classes = pool, num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input for the backward pass, and compute the rest again."""
         self.grad_checkpointing = enable
 
-    def no_weight_decay(self) -> set[str]:
-        """Return the parameters weight decay should leave alone."""
-        return {name for name, _ in self.named_parameters() if "layer_scale" in name}
 
-
-def _linear(features: int, classes: int) -> nn.Module:
-    return nn.Linear(features, classes) if classes else nn.Identity()
-
-
-def _require_pooling(num_classes: int, global_pool: str) -> None:
-    if global_pool not in ("avg", ""):
-        raise ValueError(f"VAN pools by avg or not at all (''), not by {global_pool!r}.")
-    if num_classes and not global_pool:
-        raise ValueError("Without pooling there can be no head: num_classes must be 0.")
-
-
-def _layers(config: VanConfig) -> Iterator[nn.Module]:
-    """Yield the layers of a sequential head."""
-    width = config.embed_dims[-1]
-    for layer in config.head:
+def _head(config: VanConfig, pool: str) -> nn.Module:
+    """Return a fresh head: one linear layer, a sequence of layers, or nothing."""
+    classes, width = config.num_classes, config.embed_dims[-1]
+    if pool not in ("avg", "") or (classes and not pool):
+        raise ValueError(
+            f"VAN pools by 'avg', or without a head (num_classes 0) by '': not by {pool!r} for "
+            f"{classes} classes."
+        )
+    layers: list[nn.Module] = []
+    for layer in config.head or ((classes,) if classes else ()):
         if isinstance(layer, int):
-            yield nn.Linear(width, layer)
+            layers.append(nn.Linear(width, layer))
             width = layer
         else:
-            yield nn.BatchNorm1d(width) if layer == "batchnorm" else HEAD_LAYERS[layer]()
+            layers.append(nn.BatchNorm1d(width) if layer == "batchnorm" else HEAD_LAYERS[layer]())
+    return nn.Sequential(*layers) if config.head else layers[0] if layers else nn.Identity()
 
 
 def _initialise_(module: nn.Module) -> None:

@@ -10,15 +10,19 @@ b4's accuracy, mmpretrain's model zoo.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.errors import UsageError
 
-CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-"""What stands beside weights, by Transformers' and timm's names."""
+STAGES = 4
+"""Of every VAN."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,16 @@ class VanConfig:
         """Return the architecture without its head, giving feature maps.
 
         Raises:
-            UsageError: a stage is not there, or named twice.
+            UsageError: a stage is not there, is named twice, or none is.
         """
-        last = len(self.depths) - 1
-        wrong = [f"There is no stage {i}." for i in out_indices if not 0 <= i <= last]
-        if len(set(out_indices)) != len(out_indices):
-            wrong.append(f"A stage is asked for twice: {', '.join(map(str, out_indices))}.")
-        if wrong or not out_indices:
+        wanted = tuple(index for index in range(len(self.depths)) if index in out_indices)
+        if not wanted or len(wanted) != len(out_indices):
             raise UsageError(
-                wrong[0] if wrong else "No stage is asked for.",
-                f"Give the stages of --out-indices once each; they are numbered from 0 to {last}, "
-                "as in OpenMMLab's and timm's out_indices.",
+                f"The stages {', '.join(map(str, out_indices)) or '(none)'} are not some of 0 to "
+                f"{len(self.depths) - 1}, each once.",
+                "Give the stages of --out-indices as OpenMMLab and timm number them: 0,1,2,3.",
             )
-        return replace(self, num_classes=0, head=(), out_indices=tuple(sorted(out_indices)))
+        return replace(self, num_classes=0, head=(), out_indices=wanted)
 
     @property
     def lka_dilation(self) -> int:
@@ -108,9 +109,21 @@ class VanConfig:
         return {name: getattr(self, name) for name in names}
 
     @property
+    def variant(self) -> str | None:
+        """The published variant with this architecture (classes and channels aside), or None."""
+        same = (name for name, known in VARIANTS.items() if known.config.body == self.body)
+        return next(same, None)
+
+    @property
     def blocks(self) -> int:
         """Blocks in the whole network."""
         return sum(self.depths)
+
+    def _kernel_weights(self, stage: int) -> tuple[int, int]:
+        """Return the weights, without biases, of a stage's patch embedding and of one block."""
+        dim, hidden, (k0, k1) = self.embed_dims[stage], self.hidden_dims[stage], self.lka_kernels
+        embed = dim * (self.in_chans, *self.embed_dims)[stage] * self.patch_sizes[stage] ** 2
+        return embed, 3 * dim * dim + dim * (k0**2 + k1**2) + hidden * (2 * dim + 9)
 
     def parameter_count(self) -> int:
         """Trainable parameters (BatchNorm's running statistics not counted).
@@ -118,21 +131,16 @@ class VanConfig:
         >>> VARIANTS["van_b0"].config.parameter_count()
         4105800
         """
-        k0, k1 = self.lka_kernels
-        total, previous = 0, self.in_chans
-        for dim, hidden, depth, kernel in zip(
-            self.embed_dims, self.hidden_dims, self.depths, self.patch_sizes, strict=True
-        ):
-            embed = dim * previous * kernel**2 + dim + 2 * dim
-            attention = 3 * (dim * dim + dim) + dim * (k0**2 + 1) + dim * (k1**2 + 1)
-            mlp = dim * hidden + hidden + hidden * (9 + 1) + hidden * dim + dim
-            total += embed + depth * (4 * dim + 2 * dim + attention + mlp) + 2 * dim
-            previous = dim
+        total, width = 0, self.embed_dims[-1]
+        for stage, (dim, hidden) in enumerate(zip(self.embed_dims, self.hidden_dims, strict=True)):
+            embed, block = self._kernel_weights(stage)
+            # and what is one number a channel: biases, norms, layer scales
+            total += embed + 5 * dim + self.depths[stage] * (block + 12 * dim + 2 * hidden)
         for layer in self.head or (self.num_classes,):
             if isinstance(layer, int):
-                total, previous = total + (previous + 1) * layer, layer
+                total, width = total + (width + 1) * layer, layer
             elif layer == "batchnorm":
-                total += 2 * previous
+                total += 2 * width
         return total
 
     def mac_count(self, image_size: ImageSize = 224) -> int:
@@ -141,18 +149,12 @@ class VanConfig:
         >>> round(VARIANTS["van_b0"].config.mac_count() / 1e9, 2)
         0.86
         """
-        k0, k1 = self.lka_kernels
-        total, previous, sides = 0, self.in_chans, sides_of(image_size)
-        for stage, (dim, hidden, depth) in enumerate(
-            zip(self.embed_dims, self.hidden_dims, self.depths, strict=True)
-        ):
-            sides = self.sides_after(stage, sides)
-            kernel = self.patch_sizes[stage]
-            block = 3 * dim * dim + dim * (k0**2 + k1**2) + hidden * (2 * dim + 9)
-            total += sides[0] * sides[1] * (dim * previous * kernel**2 + depth * block)
-            previous = dim
+        total, sides = 0, sides_of(image_size)
+        for stage, depth in enumerate(self.depths):
+            sides, (embed, block) = self.sides_after(stage, sides), self._kernel_weights(stage)
+            total += sides[0] * sides[1] * (embed + depth * block)
         linear = (layer for layer in self.head or (self.num_classes,) if isinstance(layer, int))
-        return total + sum(i * o for i, o in pairwise((previous, *linear)))
+        return total + sum(i * o for i, o in pairwise((self.embed_dims[-1], *linear)))
 
     def map_shapes(self, sides: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
         """Return the shape ``(C, h, w)`` of each output of a backbone for images ``(H, W)``.
@@ -175,27 +177,6 @@ class VanConfig:
 
 
 @dataclass(frozen=True)
-class HubFile:
-    """One file in a Hugging Face repository.
-
-    Attributes:
-        repo_id: ``owner/name`` on the hub.
-        filename: path of the file inside the repository.
-        revision: the commit it is taken from, or a branch or tag.
-        sha256: of its bytes, or "" where nobody wrote it down yet.
-    """
-
-    repo_id: str
-    filename: str
-    revision: str = "main"
-    sha256: str = ""
-
-    def __str__(self) -> str:
-        """Return ``owner/name/filename``."""
-        return f"{self.repo_id}/{self.filename}"
-
-
-@dataclass(frozen=True)
 class Variant:
     """A published VAN.
 
@@ -203,14 +184,17 @@ class Variant:
         name: what timm and this program call it.
         config: its architecture.
         top1: ImageNet-1K validation top-1 in percent as published, or None.
-        weights: public ImageNet-1K weights on the hub, or None.
+        weights: public ImageNet-1K weights, as ``owner/name[@revision]:file`` on the hub, or None.
+        sha256: of that file's bytes, or "" where nobody wrote it down yet.
         weights_note: where weights are if not on the hub, and what to pass.
+        aliases: other names it goes by.
     """
 
     name: str
     config: VanConfig
     top1: float | None = None
-    weights: HubFile | None = None
+    weights: str | None = None
+    sha256: str = ""
     weights_note: str = ""
     aliases: tuple[str, ...] = ()
 
@@ -219,21 +203,15 @@ def _public(
     name: str, dims: tuple[int, ...], depths: tuple[int, ...], top1: float, size: str
 ) -> Variant:
     """Return a variant with public weights, whose size and accuracy are in their file's name."""
-    file = HubFile(
-        f"Visual-Attention-Network/VAN-{size.title()}-original",
-        f"van_{size}_{top1 * 10:.0f}.pth.tar",
-    )
-    return Variant(name, VanConfig(dims, depths), top1, file, aliases=(f"van_{size}",))
+    repo = f"Visual-Attention-Network/VAN-{size.title()}-original"
+    weights = f"{repo}:van_{size}_{top1 * 10:.0f}.pth.tar"
+    return Variant(name, VanConfig(dims, depths), top1, weights, aliases=(f"van_{size}",))
 
 
 _USUAL = (64, 128, 320, 512)
-_MMPRETRAIN = (
-    "the only public ImageNet-1K weights are mmpretrain's "
-    "(van-b4_3rdparty_in1k_*.pth): download that file and pass it with --weights FILE"
-)
-_ONLY_21K = (
-    "only ImageNet-21K weights were published (by mmpretrain): pass a checkpoint "
-    "of your own with --weights FILE, or try the export with --weights random"
+_NOTE = (
+    "Only mmpretrain published weights of it (van-b4_3rdparty_in1k_*.pth; of van_b5 and van_b6 "
+    "ImageNet-21K's): pass a file with --weights FILE, or try the export with --weights random."
 )
 
 VARIANTS: dict[str, Variant] = {
@@ -243,9 +221,9 @@ VARIANTS: dict[str, Variant] = {
         _public("van_b1", _USUAL, (2, 2, 4, 2), 81.1, "small"),
         _public("van_b2", _USUAL, (3, 3, 12, 3), 82.8, "base"),
         _public("van_b3", _USUAL, (3, 5, 27, 3), 83.9, "large"),
-        Variant("van_b4", VanConfig(_USUAL, (3, 6, 40, 3)), 84.1, weights_note=_MMPRETRAIN),
-        Variant("van_b5", VanConfig((96, 192, 480, 768), (3, 3, 24, 3)), weights_note=_ONLY_21K),
-        Variant("van_b6", VanConfig((96, 192, 384, 768), (6, 6, 90, 6)), weights_note=_ONLY_21K),
+        Variant("van_b4", VanConfig(_USUAL, (3, 6, 40, 3)), 84.1, weights_note=_NOTE),
+        Variant("van_b5", VanConfig((96, 192, 480, 768), (3, 3, 24, 3)), weights_note=_NOTE),
+        Variant("van_b6", VanConfig((96, 192, 384, 768), (6, 6, 90, 6)), weights_note=_NOTE),
     )
 }
 
@@ -268,6 +246,96 @@ def variant_named(name: str) -> Variant:
     )
 
 
-def variant_of(config: VanConfig) -> str | None:
-    """Return the published variant with this architecture (classes and channels aside)."""
-    return next((n for n, known in VARIANTS.items() if known.config.body == config.body), None)
+@dataclass(frozen=True)
+class WeightsSource:
+    """Where a network's weights came from: part of every bundle's manifest.
+
+    Attributes:
+        spec: what the user asked for.
+        path: the file, or "" for random weights.
+        format: ``official``, ``transformers``, ``mmpretrain``, ``random`` or ``embedded``.
+        sha256: of the file's bytes; for random weights, of the state dict's.
+        seed: of random weights, else None.
+        container: key of the file the tensors were under, or ``top level``.
+        notes: everything the user should be told, one sentence each.
+    """
+
+    spec: str
+    path: str
+    format: str
+    sha256: str
+    seed: int | None
+    container: str
+    notes: tuple[str, ...]
+
+
+# --- what `van-deploy list` shows ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One line of the list.
+
+    Attributes:
+        name: what ``van-deploy export`` takes.
+        parameters: trainable parameters.
+        multiply_adds: of one image of ``image_size``.
+        image_size: side of a square image, in pixels.
+        top1_percent: top-1 accuracy as published, or None.
+        top1_on: what the accuracy was measured on.
+        weights: the file on the hub, ``embedded``, or None.
+        note: what to pass where there are no public weights.
+        here: where the weights are on this machine, or None.
+    """
+
+    name: str
+    parameters: int
+    multiply_adds: int
+    image_size: int
+    top1_percent: float | None
+    top1_on: str
+    weights: str | None
+    note: str
+    here: str | None
+
+
+def cached_snapshot(repo_id: str, revision: str) -> Path:
+    """Return the folder of a repository's revision in the hub's cache; it may not exist."""
+    from huggingface_hub import constants
+
+    folder, commit = (
+        Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}",
+        revision,
+    )
+    with contextlib.suppress(OSError):
+        commit = (folder / "refs" / revision).read_text(encoding="utf-8").strip()
+    return folder / "snapshots" / commit
+
+
+def locate_weights(variant: Variant) -> Path | None:
+    """Return where a variant's public weights are in the hub's cache, or None."""
+    place, _, name = (variant.weights or "").partition(":")
+    repo_id, _, revision = place.partition("@")
+    with contextlib.suppress(ImportError):  # a host that only runs bundles has no huggingface_hub
+        path = cached_snapshot(repo_id, revision or "main") / name
+        return path if path.is_file() else None
+    return None
+
+
+def listed_variants() -> list[Listed]:
+    """Return every published variant, then the network that ships in the package."""
+
+    def row(name: str, config: VanConfig, size: int, *told: Any) -> Listed:
+        return Listed(name, config.parameter_count(), config.mac_count(size), size, *told)
+
+    found = []
+    for known in VARIANTS.values():
+        here = str(locate_weights(known) or "") or None
+        told = (known.top1, "ImageNet-1K validation", known.weights, known.weights_note, here)
+        found.append(row(known.name, known.config, 224, *told))
+    file = Path(__file__).parent / "digits" / "van_digits.json"
+    card = json.loads(file.read_text(encoding="utf-8"))
+    top1, weights = card["heldout"]["top1_percent"], str(file.with_suffix(".safetensors"))
+    told = (top1, "held-out handwritten digits", "embedded", "", weights)
+    size = card["preprocessing"]["image_size"]
+    return [*found, row(card["name"], VanConfig(**card["config"]), size, *told)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from van_deploy.bundle.reading import Bundle
-from van_deploy.errors import BundleError, InputError, MissingDependency
+from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
 
 if TYPE_CHECKING:
@@ -30,11 +30,9 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
         BundleError: the weights have moved, have changed, or are not this bundle's.
     """
     try:
-        from van_deploy.model.checkpoint import LoadedVan
-        from van_deploy.model.embedded import embedded_files
-        from van_deploy.model.files import read_weights
+        from van_deploy.model.checkpoint import LoadedVan, network_from_state, read_weights
+        from van_deploy.model.embedded import EMBEDDED_WEIGHTS
         from van_deploy.model.random_weights import random_van, sha256_of_state
-        from van_deploy.model.state import network_from_state, official_state
     except ImportError as error:
         raise MissingDependency(
             f"The original network needs PyTorch and timm: {error}.",
@@ -51,15 +49,14 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
             digest = sha256_of_state(model.state_dict())
         else:
             if weights is None and recorded.format == "embedded":
-                place = embedded_files().weights
+                place = EMBEDDED_WEIGHTS
             elif place.is_dir():
                 place /= Path(recorded.path).name
-            file = read_weights(place, container=recorded.container)
+            file = read_weights(place, recorded.container)
             digest = file_sha256(place)
             if digest == recorded.sha256:
-                tensors = official_state(file.tensors, recorded.container).tensors
-                model = network_from_state(tensors, config)
-    except InputError as error:
+                model = network_from_state(file.tensors, config)
+    except (InputError, UsageError) as error:
         raise BundleError(
             f"The weights that the bundle '{bundle.path}' was made from cannot be read "
             f"from '{place}': {error.message}",

@@ -1,0 +1,283 @@
+"""Names of three formats, the architecture read back, and the strict load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.each import each
+from tests.model.conftest import rename
+from van_deploy.errors import CheckpointError, UsageError, VanDeployError
+from van_deploy.model.checkpoint import (
+    config_from_state_dict,
+    load_van,
+    network_from_state,
+    read_weights,
+)
+from van_deploy.model.keys import FORMATS
+from van_deploy.model.random_weights import random_van
+from van_deploy.model.van import VAN
+from van_deploy.model.variants import VARIANTS, VanConfig
+
+State = dict[str, Tensor]
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+PREFIXES = ("", "module.", "_orig_mod.", "net.", "backbone.", "_forward_module.", "a.b.c.")
+GATE = "block1.0.attn.spatial_gating_unit"
+
+
+@pytest.fixture
+def state(tiny: VAN) -> State:
+    return {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "w.pth"
+
+
+def load(path: Path, whole: object, head: list[str] | None = None) -> VAN:
+    torch.save(whole, path)
+    return load_van(str(path), head=head, layer_norm_eps=1e-6).model
+
+
+def body(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+
+
+def under(prefix: str, state: State) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+@each("target", FORMATS, fresh="state")
+@each("prefix", PREFIXES, fresh="state")
+def test_a_network_is_found_in_every_format_behind_any_prefix(
+    path: Path, state: State, tiny: VAN, prefix: str, target: str
+) -> None:
+    wrapped = under(prefix, rename(state, target))
+    wrapped |= {"n_averaged": torch.tensor(9), "criterion.weight": torch.ones(5)}
+    wrapped |= {f"{prefix}total_ops": torch.zeros(1), "val_accuracy.tp": torch.zeros(5)}
+    torch.save(wrapped, path)
+    found = read_weights(path)
+    assert found.format == target
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.tensors.items())
+    (note,) = found.notes
+    assert note.endswith(f"n_averaged, criterion.weight, {prefix}total_ops, val_accuracy.tp")
+    assert torch.equal(load(path, wrapped)(IMAGES), tiny(IMAGES))
+
+
+@each(
+    ("target", "prefix", "beside", "note"),
+    [
+        ("official", "", "", "a backbone (official names), without a classification head"),
+        ("mmpretrain", "", "", "a backbone (mmpretrain names), without"),
+        ("transformers", "", "layernorm.weight", "no part of the network; left out: layernorm.w"),
+        ("official", "backbone.", "decode_head.conv_seg.weight", "left out: decode_head.conv_seg"),
+        ("official", "backbone.", "rpn_head.rpn_conv.weight", "left out: rpn_head.rpn_conv.weight"),
+    ],
+    fresh="state",
+)
+def test_backbones_are_read_without_what_surrounds_them(
+    path: Path, state: State, target: str, prefix: str, beside: str, note: str
+) -> None:
+    names = {n.removeprefix("van."): t for n, t in rename(body(state), target).items()}
+    torch.save(under(prefix, names) | ({beside: torch.ones(2)} if beside else {}), path)
+    found = read_weights(path)
+    assert note in found.notes[-1]
+    assert found.tensors.keys() == {n for n in body(state) if "num_batches" not in n}
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def mixed(state: State, other: str) -> State:
+    first = {n: t for n, t in state.items() if n.startswith("block1")}
+    return {n: t for n, t in state.items() if n not in first} | rename(first, other)
+
+
+@each(
+    ("wrap", "told"),
+    [
+        (
+            lambda s: under("model.", s) | {"normalize.mean": torch.ones(3)},
+            "beside the VAN's: normalize.mean. Nothing is dropped unasked: save the state dict of "
+            "one whole VAN, or name the network's own alone: --container state_dict.model.",
+        ),
+        (lambda s: s | {"van.layernorm.weight": torch.ones(24)}, "beside the VAN's: van.layernorm"),
+        (
+            lambda s: under("backbone.", body(s)) | {"stem2.weight": torch.ones(2)},
+            "beside the VAN's: stem2.weight.",
+        ),
+        (
+            lambda s: under("a.", s) | under("b.", rename(s, "transformers")),
+            "official names under 'state_dict.a', transformers names under 'state_dict.b'. "
+            "Say which: --container state_dict.a or --container state_dict.b;",
+        ),
+        (lambda s: mixed(s, "transformers"), "several networks, or one in mixed formats: "),
+        (lambda s: mixed(s, "mmpretrain"), "several networks, or one in mixed formats: "),
+        (
+            lambda _: {"layer1.0.conv1.weight": torch.ones(1), "fc.weight": torch.ones(1)},
+            "is not a VAN: no tensor is called as its Large Kernel Attention is. "
+            "Its 2 tensors begin with layer1.0.conv1.weight, fc.weight.",
+        ),
+    ],
+    fresh="state",
+)
+def test_names_that_are_not_one_network(
+    path: Path, state: State, wrap: Callable[[State], State], told: str
+) -> None:
+    with pytest.raises(VanDeployError) as error:
+        load(path, {"state_dict": wrap(state)})
+    assert told in " ".join(str(error.value).split())
+
+
+@each(
+    ("changes", "told"),
+    [
+        ({"block2.0.": None}, "block2.0.mlp.fc1.weight"),
+        ({"block4.": None}, "tensors beside the VAN's: patch_embed4."),
+        ({"block1.999999.norm1.weight": torch.ones(8)}, "beside the VAN's: block1.999999.norm1"),
+        ({"extra.weight": torch.ones(1)}, "beside the VAN's: extra.weight."),
+        ({"patch_embed1.proj.weight": torch.ones(8, 3, 7)}, "patch_embed1.proj.weight"),
+        ({f"{GATE}.conv_spatial.weight": torch.ones(8, 1, 4, 4)}, "are (5, 4); LKA's are odd"),
+        ({f"{GATE}.conv0.weight": torch.ones(8, 1, 3, 5)}, f"mismatch for {GATE}.conv0.weight"),
+        ({"norm3.bias": None}, 'Missing key(s) in state_dict: "norm3.bias".'),
+        ({"block2.1.norm2.running_var": None}, 'Missing key(s) in state_dict: "block2.1.norm2.ru'),
+        ({"block2.0.mlp.fc2.weight": torch.ones(12, 47, 1, 1)}, "block2.0.mlp.fc2.weight: copying"),
+        ({"head.weight": torch.ones(5)}, "head.weight"),
+        ({"head.bias": torch.tensor([0, float("nan"), 0, 0, 0])}, "head.bias holds NaN or inf"),
+        ({"norm1.bias": torch.full((8,), float("-inf"))}, "norm1.bias holds NaN or infinite"),
+        ({"head.bias": torch.full((5,), 1e300, dtype=torch.float64)}, "head.bias holds NaN or in"),
+        ({"patch_embed2.norm.running_var": -torch.ones(12)}, "norm.running_var is negative"),
+        ({"head.weight": torch.ones(5, 24, dtype=torch.int8)}, "head.weight is not floating point"),
+    ],
+    fresh="state",
+)
+def test_tensors_that_are_no_whole_van(
+    path: Path, state: State, changes: dict[str, Any], told: str
+) -> None:
+    for name, tensor in changes.items():
+        state = {n: t for n, t in state.items() if tensor is not None or not n.startswith(name)}
+        state |= {} if tensor is None else {name: tensor}
+    with pytest.raises(CheckpointError) as error:
+        load(path, state)
+    assert told in error.value.message
+    assert error.value.remedy
+
+
+def test_a_tensor_of_more_elements_than_the_file(path: Path, state: State) -> None:
+    with pytest.raises(CheckpointError, match="claims more elements than the file holds"):
+        load(path, state | {"head.weight": torch.ones(1).expand(10**9, 24)})
+
+
+# --- the architecture ------------------------------------------------------------------------
+
+
+@each("name", VARIANTS)
+def test_every_variant_is_read_back(name: str) -> None:
+    config = VARIANTS[name].config
+    with torch.device("meta"):
+        model = VAN(config)
+    assert config_from_state_dict(model.state_dict()) == (config, ())
+    assert config.variant == name
+    assert config.parameter_count() == sum(p.numel() for p in model.parameters())
+    head = config.embed_dims[-1] * config.num_classes
+    assert config.mac_count((64, 128)) - head == 2 * (config.mac_count(64) - head)
+
+
+@each(
+    "config",
+    [
+        VanConfig((8, 8, 16, 16), (1, 1, 1, 1), (4, 3, 2, 1), num_classes=2, in_chans=1),
+        VanConfig((8, 8, 8, 8), (1, 2, 11, 1), (1.5, 2.25, 2, 2), lka_kernels=(7, 9)),
+        VanConfig((10, 6, 7, 3), (2, 1, 1, 1), (1.3, 2, 2, 2), in_chans=7, lka_kernels=(3, 5)),
+        VanConfig((8, 8, 8, 8), (1, 1, 1, 1), (1, 1, 1, 1), patch_sizes=(4, 2, 5, 3)),
+    ],
+)
+def test_unusual_architectures_are_read_back(path: Path, config: VanConfig) -> None:
+    model = random_van(config, seed=3)
+    torch.save(model.state_dict(), path)
+    loaded = load_van(str(path))
+    assert len(loaded.source.notes) == (config.lka_kernels != (5, 7))
+    assert (loaded.config.body, loaded.config.patch_sizes) == (config.body, config.patch_sizes)
+    images = torch.randn(1, config.in_chans, 64, 64)
+    assert torch.equal(loaded.model(images), model(images))
+
+
+# --- sequential heads ------------------------------------------------------------------------
+
+LONG = (nn.Flatten(), nn.Linear(24, 9), nn.BatchNorm1d(9), nn.GELU(), nn.Linear(9, 7), nn.SiLU())
+
+
+@each(
+    ("layers", "said", "read"),
+    [
+        ((nn.Dropout(0.2), nn.Linear(24, 7)), None, ("dropout", 7)),
+        ((nn.BatchNorm1d(24), nn.Linear(24, 7)), None, ("batchnorm", 7)),
+        ((nn.Linear(24, 9), nn.Tanh(), nn.Linear(9, 7)), "linear,tanh,linear", (9, "tanh", 7)),
+        (
+            *(LONG, "flatten,linear,batchnorm,gelu,linear,silu"),
+            ("flatten", 9, "batchnorm", "gelu", 7, "silu"),
+        ),
+    ],
+)
+def test_a_sequential_head_is_part_of_the_network(
+    path: Path, tiny: VAN, layers: tuple[nn.Module, ...], said: str | None, read: tuple[Any, ...]
+) -> None:
+    own = nn.Sequential(*layers).eval()
+    for layer in own:
+        if isinstance(layer, nn.BatchNorm1d):
+            nn.init.uniform_(layer.running_var, 0.5, 2)  # type: ignore[arg-type]
+            nn.init.normal_(layer.running_mean)  # type: ignore[arg-type]
+    state = {**body(tiny.state_dict()), **under("head.", own.state_dict())}
+    model = load(path, state, said.split(",") if said else None)
+    assert (model.config.head, model.config.num_classes) == (read, 7)
+    features = tiny.forward_head(tiny.forward_features(IMAGES), pre_logits=True)
+    assert torch.equal(model(IMAGES), own(features))
+    assert model.config.parameter_count() == sum(p.numel() for p in model.parameters())
+
+
+def test_what_a_head_does_not_tell_is_asked(path: Path, tiny: VAN, state: State) -> None:
+    own = nn.Sequential(nn.Linear(24, 9), nn.Tanh(), nn.Linear(9, 7))
+    wide = {**body(state), **under("head.", own.state_dict())}
+    with pytest.raises(CheckpointError, match=r"^The head is not told: it is linear, \?, linear, "):
+        load(path, wide)
+    for said in ("linear,linear", "linear,relu", "linear,relu,linear,linear", "relu,linear,linear"):
+        with pytest.raises(UsageError, match=f"^--head {said} is not the checkpoint's: it is lin"):
+            load(path, wide, said.split(","))
+    with pytest.raises(UsageError, match="The head is no sequence of layers"):
+        load(path, state, ["linear"])
+
+
+# --- the strict load -------------------------------------------------------------------------
+
+
+def test_the_network_is_ready_and_its_own(path: Path, state: State, tiny: VAN) -> None:
+    random_state = torch.random.get_rng_state()
+    counted = {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
+    model = load(path, counted)
+    path.write_bytes(b"")
+    assert torch.equal(model(IMAGES), tiny(IMAGES))
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {(t.device.type, t.dtype) for t in model.parameters()} == {("cpu", torch.float32)}
+    assert torch.equal(torch.random.get_rng_state(), random_state)
+    assert network_from_state(dict(model.state_dict()), model.config)
+
+
+@each("dtype", [torch.float16, torch.bfloat16, torch.float64], fresh="state")
+def test_other_precisions_are_converted_and_noted(
+    path: Path, state: State, dtype: torch.dtype
+) -> None:
+    other = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    torch.save(other, path)
+    loaded = read_weights(path)
+    assert {t.dtype for t in loaded.tensors.values()} == {torch.float32}
+    assert loaded.notes == (f"weights converted to float32 from {str(dtype)[6:]}",)
