@@ -51,8 +51,7 @@ def bench(
 
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
     """
-    from van_deploy.bench.compare import compared
-    from van_deploy.bench.document import read_report, save_report
+    from van_deploy.bench.document import compared, read_report, save_report
     from van_deploy.report.sections_bench import bench_blocks, limits_blocks
 
     if paper:

@@ -192,19 +192,10 @@ def environment_here() -> Environment:
         for name, (_, needs, program) in TRIALS.items()
         if needs in usable and (has_gpu or name == "tensorrt-rtx")
     }
-    return Environment(
-        __version__,
-        platform.python_version(),
-        f"{platform.system()} {platform.machine()}",
-        components,
-        providers,
-        *cudas,
-        hardware.cpu(),
-        hardware.memory(),
-        driver,
-        tried(programs),
-        clashes_among(driver, *cudas),
-    )
+    program = (__version__, platform.python_version(), f"{platform.system()} {platform.machine()}")
+    machine = (hardware.cpu(), hardware.memory(), driver)
+    found = (tried(programs), clashes_among(driver, *cudas))
+    return Environment(*program, components, providers, *cudas, *machine, *found)
 
 
 def missing(environment: Environment, needs: Iterable[Need]) -> MissingDependency | None:
@@ -262,16 +253,8 @@ def clashes_among(
         if len(names) > 1:
             problem = "both installed; they hold the same module and overwrite each other's files"
             found.append(Shortfall(f"{' and '.join(names)} are {problem}", f"Keep one: {change}"))
-        elif names == ["onnxruntime"] and driver and driver.gpus:
-            problem = "There is an NVIDIA GPU, but the installed onnxruntime is the one for CPUs"
-            found.append(Shortfall(problem, f"For the GPU: {change}"))
         elif names and cuda and major and cuda.partition(".")[0] != major:
             problem = f"{names[0]} was built for CUDA {cuda}, but PyTorch for CUDA {torch_cuda}"
             remedy = f"Take the one that is built for PyTorch's CUDA{page}: {change}"
             found.append(Shortfall(f"{problem}: one process cannot load both", remedy))
-    if driver and major and driver.cuda_version[0] < int(major):
-        problem = f"PyTorch was built for CUDA {torch_cuda}, but NVIDIA driver {driver.version} "
-        problem += "runs CUDA up to {}.{}".format(*driver.cuda_version)
-        remedy = f"Update the driver, or install a PyTorch built for CUDA {driver.cuda_version[0]}."
-        found.append(Shortfall(problem, remedy))
     return tuple(found)
