@@ -19,7 +19,7 @@ import pytest
 from tests.described import WEIGHTS, described, entry
 from tests.each import each
 from van_deploy.bundle import MANIFEST, Bundle, Origin, writing
-from van_deploy.errors import BundleError
+from van_deploy.errors import BundleError, UsageError
 from van_deploy.manifest import SCHEMA
 
 
@@ -48,6 +48,7 @@ def test_what_was_written_is_read_back_and_verified(bundle: Path) -> None:
     assert opened.verified("fp32").read_text() == "weights"
     assert opened.problems() == []
     assert opened.sizes() == {"fp32": 7}
+    assert opened.manifest.files == {}, "an artefact's own file is not named twice"
     assert set(contents(bundle)) == {MANIFEST, "fp32.onnx"}
     assert Bundle.open(bundle / MANIFEST).path == bundle
     with pytest.raises(BundleError, match="has no artefact 'int8'; it has: fp32") as caught:
@@ -172,7 +173,7 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m["batch"].update(max=True), "'batch.max' is True: it should be a whole nu"),
     (lambda m: m["batch"].update(max=0), "'batch.max' is 0: it should be greater"),
     (lambda m: m["preprocessing"].update(image_size=3), "'preprocessing.image_size' is 3: it"),
-    (lambda m: m["preprocessing"].update(std=[0, 1, 1]), "not positive"),
+    (lambda m: m["preprocessing"].update(std=[0, 1, 1]), "greater than 0"),
     (lambda m: m["preprocessing"].update(mean=[10**400] * 3), "'preprocessing.mean.0' is"),
     (lambda m: m["architecture"].update(depths=[-1, 2, 2, 2]), "depths that no network has"),
     (lambda m: m["architecture"].update(num_classes=0), "num_classes that no network has"),
@@ -219,12 +220,19 @@ def test_what_is_no_manifest_is_one_message(bundle: Path, text: str, message: st
     assert message in str(caught.value)
 
 
-def test_what_is_written_again_is_the_same_but_for_its_date(bundle: Path) -> None:
+def test_what_is_written_again_is_the_same_but_for_its_date(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = Bundle.open(bundle).manifest
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     with writing(bundle):
         pass
     after = Bundle.open(bundle).manifest
+    assert after.written == "2023-11-14T22:13:20+00:00"
     assert after.model_copy(update={"written": before.written}) == before
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH is 'yesterday'"), writing(bundle):
+        pass
 
 
 @each(
