@@ -176,7 +176,10 @@ class Environment:
             remedy = f"Try `{pip} install --force-reinstall {item.distribution}`."
         elif reason := self.trials.get(need) or (needs_gpu and self.trials.get("gpu")):
             trial = TRIALS[need if self.trials.get(need) else "gpu"][0]
-            problem, remedy = f"{trial}, tried here, failed: {reason}", "See what clashes, above."
+            problem, remedy = (
+                f"{trial}, tried here, failed: {reason}",
+                "Mend that, or see what clashes.",
+            )
         return Shortfall(problem, remedy) if problem else None
 
 
@@ -192,10 +195,20 @@ def environment_here() -> Environment:
         for name, (_, needs, program) in TRIALS.items()
         if needs in usable and (has_gpu or name == "tensorrt-rtx")
     }
-    program = (__version__, platform.python_version(), f"{platform.system()} {platform.machine()}")
-    machine = (hardware.cpu(), hardware.memory(), driver)
-    found = (tried(programs), clashes_among(driver, *cudas))
-    return Environment(*program, components, providers, *cudas, *machine, *found)
+    return Environment(
+        van_deploy=__version__,
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        components=components,
+        providers=providers,
+        torch_cuda=cudas[0],
+        onnxruntime_cuda=cudas[1],
+        cpu=hardware.cpu(),
+        memory=hardware.memory(),
+        driver=driver,
+        trials=tried(programs),
+        clashes=clashes_among(driver, *cudas),
+    )
 
 
 def missing(environment: Environment, needs: Iterable[Need]) -> MissingDependency | None:
