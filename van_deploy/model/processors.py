@@ -97,9 +97,7 @@ def from_processor(processor: Given) -> Values:
     given = {key: value for key, value in processor.items() if value is not None}
     kind = given.get("image_processor_type") or given.get("feature_extractor_type") or "ConvNext"
     name = re.sub(r"(ImageProcessor(Fast)?|FeatureExtractor)$", "", str(kind))
-    _require(
-        name in _PROCESSORS, "its type", kind, f"none of those known: {', '.join(_PROCESSORS)}"
-    )
+    _require(name in _PROCESSORS, "its type", kind, f"none of those known: {list(_PROCESSORS)}")
     for key, value in given.items():
         _require(not value or _KNOWN.fullmatch(key), key, value, "which is not known here")
     for key in ("do_resize", "do_rescale"):
