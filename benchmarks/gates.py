@@ -1,6 +1,6 @@
 """How surely `evaluate` passes what is right, and whether it passes anything that is wrong.
 
-    python -m benchmarks.gates --checkpoint FILE --calib FOLDER --eval FOLDER [--logits FILE]
+    python -m benchmarks.gates --checkpoint FILE --calib FOLDER --eval FOLDER
 
 Every network answers every image once; all that follows is computed from these logits.
 
@@ -27,11 +27,11 @@ import numpy.typing as npt
 
 from benchmarks.table import Table
 from van_deploy import api
-from van_deploy.checks.accuracy import Answers, ArtefactLoss, judge_artefact
-from van_deploy.checks.evaluate import Networks
+from van_deploy.checks.evaluate import Answers, ArtefactLoss, Truth, judge_artefact
 from van_deploy.checks.gates import allowed_loss
 from van_deploy.checks.golden import golden_samples
-from van_deploy.config import EvaluationSettings, GateProfile
+from van_deploy.checks.judging import Networks
+from van_deploy.config import EvaluationSettings
 from van_deploy.data.images import decoded_batches
 from van_deploy.data.labels import labelled_images
 from van_deploy.metrics import Task
@@ -61,15 +61,7 @@ def main() -> int:
     parser.add_argument("--calib", type=Path)
     parser.add_argument("--eval", type=Path, required=True, help="labelled images")
     parser.add_argument("--bundle", type=Path, help="of the checkpoint in fp32, fp16 and int8")
-    parser.add_argument("--logits", type=Path, help="kept here (.npz), and read where it is there")
-    arguments = parser.parse_args()
-    if arguments.logits is not None and arguments.logits.exists():
-        with np.load(arguments.logits, allow_pickle=False) as stored:
-            return measured(dict(stored)).printed()
-    found = _answers(arguments)
-    if arguments.logits is not None:
-        np.savez_compressed(arguments.logits, **found)
-    return measured(found).printed()
+    return measured(_answers(parser.parse_args())).printed()
 
 
 def _answers(arguments: argparse.Namespace) -> dict[str, Array]:
@@ -142,9 +134,8 @@ def _judged(
     """Return the gate's verdict on some of the images."""
     before = Answers.of(expected[rows])
     after = Answers.of(found[rows], reference=expected[rows])
-    known, classes = labels[rows], expected.shape[1]
-    numeric = (name, noise_db, GateProfile())
-    return judge_artefact(before, after, known, classes, Task.SINGLE_LABEL, *numeric)
+    truth = Truth(labels[rows], expected.shape[1], Task.SINGLE_LABEL, noise_db)
+    return judge_artefact(before, after, truth, name)
 
 
 def _shifted(logits: Array, rng: np.random.Generator) -> Array:

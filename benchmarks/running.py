@@ -86,7 +86,7 @@ def _put(table: Table, variant: str, report: dict[str, Any]) -> None:
             factor >= OURS_OVER_PYTORCH,
         )
     table.notes += [f"{variant}: {text}" for text in report["warnings"]]
-    table.notes += [f"{variant}: {s['name']} skipped, {s['reason']}" for s in report["skipped"]]
+    table.notes += [f"{variant}: {name} skipped, {why}" for name, why in report["skipped"].items()]
 
 
 if __name__ == "__main__":

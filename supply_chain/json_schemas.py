@@ -33,7 +33,7 @@ from van_deploy.errors import VanDeployError
 from van_deploy.schema import Open, Schema
 
 DOCUMENTS: Mapping[str, str] = {
-    "baseline": "van_deploy.checks.baseline:Baseline",
+    "baseline": "van_deploy.checks.regression:Baseline",
     "bench": "van_deploy.bench.document:BenchReport",
     "bench-limits": "van_deploy.bench.document:PaperLimits",
     "build": "van_deploy.results:BuildReport",
@@ -58,7 +58,7 @@ DOCUMENTS: Mapping[str, str] = {
     "sidecar": "van_deploy.engine.sidecar:Sidecar",
     "sign": "van_deploy.signing:Signed",
     "signature": "van_deploy.signing:Signature",
-    "verify": "van_deploy.checks.verdicts:VerifyReport",
+    "verify": "van_deploy.checks.verify:VerifyReport",
     "verify-signature": "van_deploy.signing:Signed",
 }
 """Each document by name: the class of it, or the function that returns it."""

@@ -10,34 +10,32 @@ import pytest
 from tests.each import each
 from van_deploy.documents import DocumentError, json_from, text_from, toml_from
 
+DEEP = "it is nested more than 40 deep"
+
 
 @each(
     ("text", "message"),
     [
-        ("[" * 100_000, "it is nested more than 40 deep"),
-        ("[" * 60 + "]" * 60, "it is nested more than 40 deep"),
-        ('{"a": ' * 50 + "1" + "}" * 50, "it is nested more than 40 deep"),
+        *((text, DEEP) for text in ("[" * 100_000, "[" * 42 + "]" * 42)),
+        ('{"a": [' * 30 + "1" + "]}" * 30, DEEP),
         ('{"a": [{"b": 1, "b": 1}]}', "it gives the key 'b' twice"),
+        ('{"a": "\\ud800"}', "half a character"),
+        ("", "Expecting value"),
     ],
 )
 def test_json_that_is_refused(text: str, message: str) -> None:
-    with pytest.raises(DocumentError, match=f"^{message}$"):
+    with pytest.raises(ValueError, match=message):
         json_from(text)
-
-
-def test_json_as_usual() -> None:
-    assert json_from('{"a": [1, {"b": null}], "c": 1e3}') == {"a": [1, {"b": None}], "c": 1000.0}
     assert json_from("[" * 41 + "]" * 41)
-    with pytest.raises(ValueError, match="Expecting value"):
-        json_from("")
+    assert json_from('{"a": [1, {"b": null}], "c": 1e3}') == {"a": [1, {"b": None}], "c": 1000.0}
 
 
 @each(
     ("text", "message"),
     [
-        ("a = " + "[" * 20_000 + "]" * 20_000, "it is nested more than 40 deep"),
-        ("a = " + "[" * 60 + "]" * 60, "it is nested more than 40 deep"),
-        (".".join("a" * 60) + " = 1", "it is nested more than 40 deep"),
+        ("a = " + "[" * 20_000 + "]" * 20_000, DEEP),
+        ("a = " + "[" * 60 + "]" * 60, DEEP),
+        (".".join("a" * 60) + " = 1", DEEP),
         ("a = '" + "x" * 70_000 + "'", "it has a line of 70,006 characters"),
     ],
 )
@@ -47,16 +45,13 @@ def test_toml_that_is_refused(tmp_path: Path, text: str, message: str) -> None:
         toml_from(tmp_path / "x.toml")
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+def test_what_is_no_text_of_a_sensible_size(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(IsADirectoryError):
         text_from(tmp_path)
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(DocumentError, match=r"^it is no regular file$"):
             text_from(path)
-
-
-def test_too_much_and_no_text(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"12345")
     assert text_from(tmp_path / "x", 5) == "12345"
     with pytest.raises(DocumentError, match=r"^it has more than 4 bytes$"):
@@ -64,5 +59,3 @@ def test_too_much_and_no_text(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"\xff")
     with pytest.raises(DocumentError, match=r"^it is not UTF-8: "):
         text_from(tmp_path / "x")
-    with pytest.raises(FileNotFoundError):
-        text_from(tmp_path / "y")

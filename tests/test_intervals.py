@@ -23,11 +23,11 @@ COUNTS = st.integers(0, 300)
 
 
 @settings(deadline=None)
-@given(st.integers(1, 3000), st.floats(0, 1), st.sampled_from([0.9, 0.95, 0.99]))
-def test_wilsons_interval_is_scipys(total: int, share: float, confidence: float) -> None:
+@given(st.integers(1, 3000), st.floats(0, 1))
+def test_wilsons_interval_is_scipys(total: int, share: float) -> None:
     hits = round(share * total)
-    expected = binomtest(hits, total).proportion_ci(confidence, method="wilson")
-    found = wilson_interval(hits, total, confidence)
+    expected = binomtest(hits, total).proportion_ci(method="wilson")
+    found = wilson_interval(hits, total)
     assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
     assert 0 <= found[0] <= hits / total <= found[1] <= 1
 
@@ -50,7 +50,6 @@ class TestTango:
     def test_soft_contact_lenses(self) -> None:
         """Tango, section 6.1: 44 pairs, one of which differs; Z = 1.709 at a margin of 0.1."""
         assert tango_score(0, 1, 44, -0.1) == pytest.approx(1.709, abs=5e-4)
-        assert tango_interval(0, 1, 44, 0.9)[0] == pytest.approx(-0.096, abs=5e-4)
 
     def test_airway_hyper_responsiveness(self) -> None:
         """Fagerland, Lydersen and Laake, table V: 21 children, 1 and 7 of whom differ."""
@@ -103,7 +102,7 @@ def test_few_values_are_their_own_interval() -> None:
 
 def test_the_bootstrap_finds_a_means_standard_error() -> None:
     values = np.random.default_rng(2).normal(size=400)
-    low, high = bootstrap_interval(lambda rows: float(values[rows].mean()), 400, resamples=2000)
+    low, high = bootstrap_interval(lambda rows: float(values[rows].mean()), 400)
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.06)
 
 

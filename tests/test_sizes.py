@@ -16,7 +16,6 @@ from tests.artifacts import int8_graph
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.checks.judging import batch_sizes
-from van_deploy.checks.verify import contract_failures
 from van_deploy.config import BatchRange
 from van_deploy.config.sizes import ImageSize, SizeRange, sides_of
 from van_deploy.graph.export import onnx_from_van
@@ -168,7 +167,6 @@ class TestBundle:
             assert network.serves_size((96, 64))
             assert not network.serves_size((96, 160))
         assert np.allclose(together, apart, atol=1e-4)
-        assert contract_failures(made, "fp32") == []
 
     def test_the_other_precisions_and_engines_follow(self, made: Bundle, cli: Cli) -> None:
         pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
@@ -184,7 +182,7 @@ class TestBundle:
         assert sidecar["inputs"][0]["shape"] == [3, 3, -1, -1]
         for asked, message in (
             (("--batch", "1:2:4"), "has a fixed batch of 3, so it cannot serve 1:2:4"),
-            (("--dynamic-size", "64:32:96"), "are not min <= opt <= max"),
+            (("--dynamic-size", "64:32:96"), "is not min <= opt <= max"),
         ):
             result = cli("build", made.path, "--target", "sm_89", *asked)
             assert result.exit_code in (2, 5)

@@ -15,7 +15,7 @@ from van_deploy import bundle as on_disk
 from van_deploy import config, judging
 from van_deploy.bench.benchmark import benchmark_bundle
 from van_deploy.bench.document import BenchReport, save_report
-from van_deploy.checks.verdicts import record_check
+from van_deploy.checks.verify import record_check
 from van_deploy.config.named import EXPORT, Changes, changes_from, settings_from, with_changes
 from van_deploy.recipe import recipe_for
 from van_deploy.report.bundle_report import document_of_bundle
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from van_deploy.checks.drift import DriftReport
     from van_deploy.checks.evaluate import EvaluateReport
     from van_deploy.checks.regression import CheckReport
-    from van_deploy.checks.verdicts import VerifyReport
+    from van_deploy.checks.verify import VerifyReport
     from van_deploy.precision.pipeline import QuantizeResult
 
 Image = str | Path | bytes

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import Outcome as Verdict
-from van_deploy.checks.reference import samples_for
+from van_deploy.checks.golden import samples_for
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import (
     BuildSettings,
@@ -264,7 +264,7 @@ def tried(copy: Path, candidate: Candidate) -> Tuned:
         batch.opt / seconds,
         verdict.comparison.sqnr_db if verdict.comparison else None,
         passed,
-        "" if passed else "; ".join(verdict.failures) or verdict.reason,
+        verdict.reason,
     )
 
 

@@ -16,12 +16,14 @@ import numpy.typing as npt
 Interval = tuple[float, float]
 
 CONFIDENCE = 0.95
-"""Of an interval, where nothing else is asked."""
+"""Of every interval."""
+
+_Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
 _BISECTIONS = 60  # from a width of 2 to below 1e-17
 
 
-def wilson_interval(hits: int, total: int, confidence: float = CONFIDENCE) -> Interval:
+def wilson_interval(hits: int, total: int) -> Interval:
     """Return Wilson's score interval of the share ``hits / total``.
 
     Wilson, "Probable inference, the law of succession, and statistical
@@ -33,18 +35,15 @@ def wilson_interval(hits: int, total: int, confidence: float = CONFIDENCE) -> In
     """
     if total == 0:
         return 0.0, 1.0
-    z = _quantile(confidence)
-    share, weight = hits / total, z * z / total
+    share, weight = hits / total, _Z * _Z / total
     centre = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / total + weight / (4 * total)) / (1 + weight)
+    half = _Z * math.sqrt(share * (1 - share) / total + weight / (4 * total)) / (1 + weight)
     low = max(0.0, centre - half) if hits else 0.0  # exactly: rounding leaves 1e-18
     high = min(1.0, centre + half) if hits < total else 1.0
     return low, high
 
 
-def tango_interval(
-    lost: float, won: float, total: float, confidence: float = CONFIDENCE
-) -> Interval:
+def tango_interval(lost: float, won: float, total: float) -> Interval:
     """Return Tango's score interval of ``(lost - won) / total``, a difference of paired shares.
 
     Tango, "Equivalence test and confidence interval for the difference in proportions for the
@@ -56,7 +55,6 @@ def tango_interval(
         lost: pairs in which only the first is right.
         won: pairs in which only the second is right.
         total: all pairs.
-        confidence: of the interval.
 
     >>> low, high = tango_interval(9, 3, 32)  # his example in section 6.2
     >>> round(low, 3), round(high, 3)
@@ -64,10 +62,10 @@ def tango_interval(
     """
     if not total:
         return -1.0, 1.0
-    z, estimate = _quantile(confidence), (lost - won) / total
+    estimate = (lost - won) / total
     # The score falls as the difference rises: it is above z below the interval, under -z above it.
-    low = _crossing(lambda end: tango_score(lost, won, total, end) - z, -1.0, estimate)
-    high = _crossing(lambda end: tango_score(lost, won, total, end) + z, estimate, 1.0)
+    low = _crossing(lambda end: tango_score(lost, won, total, end) - _Z, -1.0, estimate)
+    high = _crossing(lambda end: tango_score(lost, won, total, end) + _Z, estimate, 1.0)
     return low, high
 
 
@@ -109,14 +107,14 @@ def mcnemar_exact(lost: int, won: int) -> float:
     return min(1.0, 2 * tail / 2**flips)
 
 
-def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def median_interval(values: Sequence[float]) -> Interval:
     """Return the interval of a median between two of the ``values``, whatever their distribution.
 
     The ranks are those of the sign test (Conover, "Practical Nonparametric Statistics", 3.2);
     with fewer than 6 values the interval is all of them.
     """
     ordered, count = sorted(values), len(values)
-    tail = (1 - confidence) / 2 * 2**count
+    tail = (1 - CONFIDENCE) / 2 * 2**count
     rank, below = 0, 0
     while below + math.comb(count, rank) <= tail:
         below += math.comb(count, rank)
@@ -125,29 +123,14 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     return ordered[first], ordered[count - 1 - first]
 
 
-def bootstrap_interval(
-    figure: Callable[[npt.NDArray[np.int64]], float],
-    rows: int,
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
-) -> Interval:
-    """Return the percentile interval of a figure over resampled images.
+def bootstrap_interval(figure: Callable[[npt.NDArray[np.int64]], float], rows: int) -> Interval:
+    """Return the percentile interval of a figure over 1,000 resamples of images.
 
     Args:
         figure: takes the indices ``(rows,)`` of one resample.
         rows: how many images there are.
-        resamples: how many to draw, with replacement.
-        seed: of the drawing.
-        confidence: of the interval.
     """
-    rng = np.random.default_rng(seed)
-    found = [figure(rng.integers(0, rows, rows)) for _ in range(resamples)]
-    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    rng = np.random.default_rng(0)
+    found = [figure(rng.integers(0, rows, rows)) for _ in range(1000)]
+    low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
-
-
-def _quantile(confidence: float) -> float:
-    """Return ``z`` with which a normal variable is inside ``+-z`` that often."""
-    return NormalDist().inv_cdf((1 + confidence) / 2)

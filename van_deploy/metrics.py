@@ -288,18 +288,11 @@ def flips_between(
         margins: of the reference ``(N, m)``, in RMS logits.
         explained: margins up to this are noise.
     """
-    width = margins.shape[1]
-    flips = [
-        Flip(
-            image=int(row),
-            expected=int(before[row, label]),
-            found=int(after[row, label]),
-            margin=float(margins[row, label]),
-            fault=bool(margins[row, label] > explained or after[row, label] < 0),
-            label=int(label),
-        )
-        for row, label in np.argwhere(before[:, :width] != after[:, :width])
-    ]
+    flips = []
+    for row, label in np.argwhere(before[:, : margins.shape[1]] != after[:, : margins.shape[1]]):
+        was, now, margin = int(before[row, label]), int(after[row, label]), margins[row, label]
+        fault = bool(margin > explained or now < 0)
+        flips.append(Flip(int(row), was, now, float(margin), fault, int(label)))
     return sorted(flips, key=lambda flip: -flip.margin)
 
 

@@ -14,13 +14,17 @@ from onnx import ModelProto
 from van_deploy.bundle import Artefact, Bundle, Origin, writing
 from van_deploy.checks.evaluate import evaluate_bundle
 from van_deploy.checks.gates import Outcome
-from van_deploy.checks.golden import GOLDEN_FILE, golden_count, images_for_golden, write_golden
-from van_deploy.checks.judging import batch_sizes, judge_new
-from van_deploy.checks.opened import common
-from van_deploy.checks.reference import reference_samples, samples_for
+from van_deploy.checks.golden import (
+    GOLDEN_FILE,
+    golden_count,
+    images_for_golden,
+    reference_samples,
+    samples_for,
+    write_golden,
+)
+from van_deploy.checks.judging import batch_sizes, common, judge_new
 from van_deploy.checks.samples import other_sizes
-from van_deploy.checks.verdicts import record_check
-from van_deploy.checks.verify import verify_bundle
+from van_deploy.checks.verify import record_check, verify_bundle
 from van_deploy.config import EvaluationSettings, Recipe, RunSettings, VerifySettings
 from van_deploy.data.labels import class_names_from_file
 from van_deploy.data.samples import check_images
@@ -349,14 +353,8 @@ def run_recipe(
         made.append(Made(outcome.engine, reason, passed=True))
     bundle = Bundle.open(output)
     progress("Verifying")
-    verify = verify_bundle(
-        bundle,
-        samples_for(bundle, loaded, None),
-        VerifySettings(**common(how)),
-        loaded=loaded,
-        gates=recipe.gates,
-        progress=progress,
-    )
+    samples, asked = samples_for(bundle, loaded, None), VerifySettings(**common(how))
+    verify = verify_bundle(bundle, samples, asked, loaded, recipe.gates, progress)
     record_check(bundle, "verify", verify)
     evaluate = None
     if recipe.evaluate.images is not None:
@@ -366,7 +364,7 @@ def run_recipe(
             loaded,
             EvaluationSettings(**{**dict(recipe.evaluate), **common(how)}),
             gates=recipe.gates,
-            progress=lambda done, total: progress("Evaluating images", done, total),
+            progress=progress,
         )
         record_check(bundle, "evaluate", evaluate)
     return RunResult(Bundle.open(output), exported.export, tuple(made), verify, evaluate)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from van_deploy.bundle import Bundle, Manifest
     from van_deploy.checks.evaluate import EvaluateReport
-    from van_deploy.checks.verdicts import VerifyReport
+    from van_deploy.checks.verify import VerifyReport
     from van_deploy.engine.bundled import Outcome
     from van_deploy.errors import VanDeployError
     from van_deploy.precision.pipeline import QuantizeResult

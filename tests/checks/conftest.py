@@ -46,9 +46,8 @@ def broken(copy_of: Copy, tmp_path: Path) -> Broken:
     ) -> Bundle:
         shutil.rmtree(tmp_path / "broken", ignore_errors=True)
         copy = Bundle.open(copy_of(whole, "broken"))
-        right = copy.artefacts.get(name)
-        if right is None or more:
-            return put(copy, name, precision, model, **more)
-        return overwritten(copy, name, model)
+        if name in copy.artefacts and not more:
+            return overwritten(copy, name, model)
+        return put(copy, name, precision, model, **more)
 
     return replace

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from tests.each import each
-from van_deploy.checks.accuracy import (
+from van_deploy.checks.evaluate import (
     ECE_BINS,
     Answers,
+    Truth,
     accuracy_of,
     expected_calibration_error,
     judge_artefact,
-    loss_of,
 )
-from van_deploy.checks.speed import ROUNDS, WARM_UPS, paired_ratio
-from van_deploy.config import GateProfile
+from van_deploy.checks.gates import Outcome
+from van_deploy.checks.regression import ROUNDS, WARM_UPS, paired_ratio
 from van_deploy.metrics import Task, probabilities
 
 SINGLE, BINARY, MULTI = Task.SINGLE_LABEL, Task.BINARY, Task.MULTI_LABEL
@@ -38,10 +38,10 @@ class TestOneClassOfMany:
     def test_counted_by_hand(self) -> None:
         labels = np.array([0, 0, 1, 1, 2, 2, 3, 3])
         before, after = said([0, 0, 1, 1, 2, 0, 3, 0]), said([0, 1, 1, 1, 2, 2, 0, 0])
-        accuracy = accuracy_of(before, labels, 10, SINGLE)
+        accuracy = accuracy_of(before, Truth(labels, 10, SINGLE))
         assert (accuracy.images, accuracy.metric, accuracy.top1) == (8, "top-1", 0.75)
         assert accuracy.ece == pytest.approx(0.15, abs=1e-6)
-        found = judge_artefact(before, after, labels, 10, SINGLE, "int8", 130.0, GateProfile())
+        found = judge_artefact(before, after, Truth(labels, 10, SINGLE), "int8")
         assert (found.loss.lost, found.loss.won, found.loss.loss) == (2, 1, 12.5)
         assert found.loss.p_value == binomtest(2, 3, 0.5).pvalue
         changed = [(c.label, c.images, c.before, c.after) for c in found.classes]
@@ -52,39 +52,38 @@ class TestOneClassOfMany:
         """It is 100 % whatever the network says."""
         logits = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
         labels = np.zeros(20, np.int64)
-        few = accuracy_of(Answers.of(logits), labels, 5, SINGLE)
+        few = accuracy_of(Answers.of(logits), Truth(labels, 5, SINGLE))
         assert (few.top5, few.top5_interval) == (None, None)
-        assert accuracy_of(Answers.of(np.tile(logits, 2)), labels, 10, SINGLE).top5 is not None
+        assert (
+            accuracy_of(Answers.of(np.tile(logits, 2)), Truth(labels, 10, SINGLE)).top5 is not None
+        )
 
     def test_a_nan_is_no_answer(self) -> None:
         reference = np.array([[3.0, 1.0, 2.0]] * 2, np.float32)
         logits = np.array([[3.0, 1.0, 2.0], [np.nan, 1.0, 2.0]], np.float32)
-        found = Answers.of(logits, SINGLE, reference)
+        found, truth = Answers.of(logits, SINGLE, reference), Truth(np.array([0, 0]), 3, SINGLE)
         assert found.classes.tolist() == [[0, 2, 1], [-1, -1, -1]]
         assert found.confidence[1] == 0
-        assert accuracy_of(found, np.array([0, 0]), 3, SINGLE).top1 == 0.5
-        assert found.sqnr_db(Answers.of(reference)) == -math.inf
-        assert [flip.fault for flip in found.flips(Answers.of(reference), 9.0)] == [True]
+        assert accuracy_of(found, truth).top1 == 0.5
+        judged = judge_artefact(Answers.of(reference), found, truth, "fp16")
+        assert (judged.sqnr_db, judged.outcome) == (-math.inf, Outcome.FAIL)
+        assert judged.confusions == ((0, -1, 1),)
 
     def test_noise_and_flips_over_the_whole_set(self) -> None:
         rng = np.random.default_rng(3)
         expected = rng.normal(size=(10, 4)).astype(np.float32)
         found = expected + 0.3 * rng.normal(size=(10, 4)).astype(np.float32)
-        batches = [slice(6, 10), slice(0, 3), slice(3, 6)]  # out of order, as from a cluster
-        order = np.argsort([6, 7, 8, 9, 0, 1, 2, 3, 4, 5])
-        before = Answers.joined([Answers.of(expected[b]) for b in batches], order)
-        after = Answers.joined([Answers.of(found[b], SINGLE, expected[b]) for b in batches], order)
+        before, after = Answers.of(expected), Answers.of(found, SINGLE, expected)
+        judged = judge_artefact(before, after, Truth(np.zeros(10, int), 4, SINGLE), "fp16")
         noise = np.square(found.astype(np.float64) - expected).sum()
         signal = np.square(expected.astype(np.float64)).sum()
-        assert after.sqnr_db(before) == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
+        assert judged.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
         changed = np.flatnonzero(expected.argmax(1) != found.argmax(1))
-        flips = after.flips(before, explained=0.1)
-        assert sorted(f.image for f in flips) == changed.tolist()
-        for flip in flips:
-            first, second = np.sort(expected[flip.image])[::-1][:2]
-            margin = (first - second) / math.sqrt(signal / expected.size)
-            assert flip.margin == pytest.approx(margin, rel=1e-5)
-            assert flip.fault == (flip.margin > 0.1)
+        assert judged.flips == len(changed) > 0
+        (flips,) = (f for f in judged.findings if f.rule == "label flips")
+        ordered = np.sort(expected[changed])
+        widest = (ordered[:, -1] - ordered[:, -2]).max() / math.sqrt(signal / expected.size)
+        assert flips.value == pytest.approx(widest, rel=1e-5)
 
 
 def test_one_logit_is_decided_at_half_and_no_argmax() -> None:
@@ -95,12 +94,11 @@ def test_one_logit_is_decided_at_half_and_no_argmax() -> None:
     assert before.classes[:, 0].tolist() == [1, 0, 1, 0]
     sure = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-3))]
     assert after.confidence[[0, 3]].tolist() == pytest.approx(sure)
-    accuracy = accuracy_of(after, labels, 1, BINARY)
+    accuracy = accuracy_of(after, Truth(labels, 1, BINARY))
     assert (accuracy.top1, accuracy.top5) == (0.5, None)
-    loss = loss_of(before, after, labels, BINARY)
-    assert (loss.lost, loss.won, loss.loss) == (2, 0, 50.0)
-    flips = [(f.image, f.expected, f.found) for f in after.flips(before, 0.0)]
-    assert flips == [(1, 0, 1), (2, 1, 0)]
+    judged = judge_artefact(before, after, Truth(labels, 1, BINARY), "fp16")
+    assert (judged.loss.lost, judged.loss.won, judged.loss.loss) == (2, 0, 50.0)
+    assert judged.confusions == ((0, 1, 1), (1, 0, 1))
     extreme = probabilities(np.array([[-1000.0], [0.0], [1000.0]]), BINARY)
     assert extreme.tolist() == [[0.0], [0.5], [1.0]]
 
@@ -113,10 +111,10 @@ class TestManyLabels:
         worse = self.LOGITS.copy()
         worse[0, 0] = -2.0
         before, after = Answers.of(self.LOGITS, MULTI), Answers.of(worse, MULTI)
-        accuracy = accuracy_of(before, self.LABELS, 3, MULTI)
+        accuracy = accuracy_of(before, Truth(self.LABELS, 3, MULTI))
         assert (accuracy.metric, accuracy.top5, accuracy.ece) == ("F1 (micro)", None, None)
         assert accuracy.top1 == pytest.approx(2 * 3 / (3 + 4))
-        loss = loss_of(before, after, self.LABELS, MULTI)
+        loss = judge_artefact(before, after, Truth(self.LABELS, 3, MULTI), "int8").loss
         assert loss.loss == pytest.approx(100 * (6 / 7 - 4 / 6))
         assert (loss.lost, loss.won, loss.p_value) == (None, None, None)
         assert loss.interval[0] <= loss.loss <= loss.interval[1]
@@ -128,7 +126,7 @@ class TestManyLabels:
         logits = np.where(rng.random((30, 1)) < 0.2, 1 - 2 * one, 2 * one - 1)
         found = Answers.of(np.repeat(logits, 200, axis=1).astype(np.float32), MULTI)
         labels = np.repeat(one, 200, axis=1)
-        low, high = accuracy_of(found, labels, 200, MULTI).top1_interval
+        low, high = accuracy_of(found, Truth(labels, 200, MULTI)).top1_interval
         assert high - low > 0.15
 
 
@@ -137,15 +135,10 @@ class TestManyLabels:
 def test_the_calibration_error_is_its_definition(found: list[tuple[int, bool]]) -> None:
     """Guo et al.'s, bin by bin."""
     # Not on the edge of a bin, where the last digit of a float decides.
-    confidence = [min((share + 0.5) / 10_001, 1.0) for share, _ in found]
-    correct = [right for _, right in found]
-    total = 0.0
-    for index in range(ECE_BINS):
-        inside = [
-            i for i, c in enumerate(confidence) if index / ECE_BINS < c <= (index + 1) / ECE_BINS
-        ]
-        surplus = sum(correct[i] - confidence[i] for i in inside)
-        total += abs(surplus) / len(found)
+    confidence = np.array([min((share + 0.5) / 10_001, 1.0) for share, _ in found])
+    correct, bins = np.array([right for _, right in found]), np.arange(ECE_BINS) / ECE_BINS
+    inside = [(low < confidence) & (confidence <= low + 1 / ECE_BINS) for low in bins]
+    total = sum(abs((correct[rows] - confidence[rows]).sum()) for rows in inside) / len(found)
     assert expected_calibration_error(confidence, correct) == pytest.approx(total, abs=1e-12)
 
 
@@ -159,7 +152,8 @@ def test_a_restless_machine_gets_more_paired_rounds(
         now[0] += seconds
         rounds[0] += round_
 
-    monkeypatch.setattr("van_deploy.checks.speed.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("van_deploy.checks.regression.time.perf_counter", lambda: now[0])
     found = paired_ratio(lambda: takes(next(times), 1), lambda: takes(2.0, 0))
-    assert found.low <= found.ratio == 3.0 <= found.high
+    assert found.interval
+    assert found.interval[0] <= found.value == 3.0 <= found.interval[1]
     assert (rounds[0] == ROUNDS[0]) is (len(slow) == 1)

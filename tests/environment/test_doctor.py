@@ -161,7 +161,7 @@ def test_trials_fail_for_want_of_a_gpu_and_not_of_what_they_import(here: Environ
         pytest.skip("a GPU answers here")
     programs = {name: doctor.TRIALS[name][2] for name in ("gpu", "torch-gpu", "cuda-ep")}
     reasons = tried(programs)
-    assert all(reasons.values())
+    assert reasons["gpu"].startswith("CUDA finds no GPU here")
     assert not any("import" in reason.lower() or "module" in reason for reason in reasons.values())
 
 
@@ -225,6 +225,7 @@ def test_openvino_is_imported_with_a_stand_in_for_its_reporter() -> None:
 
 
 def test_a_reporter_that_is_loaded_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
     with pytest.raises(ImportError):
         imported_quietly("there_is_no_such_module")
     assert "openvino_telemetry" not in sys.modules

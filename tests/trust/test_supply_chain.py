@@ -35,9 +35,7 @@ PINS = pins_in(PINNED)
 MODULES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 MODULES |= {"google": "protobuf", "cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 MODULES |= {"pynvml": "nvidia-ml-py"}
-INSTALLED: dict[str, str] = {
-    canonicalize_name(one.name): one.version for one in metadata.distributions()
-}
+INSTALLED = {str(canonicalize_name(d.name)): d.version for d in metadata.distributions()}
 HERE = [one for one in declared(NAMES) if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 

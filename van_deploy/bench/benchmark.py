@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
@@ -34,10 +35,7 @@ from van_deploy.stopwatch import Progress, silent
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
 """Batch sizes tried under a latency limit, as far as the bundle's range goes."""
 
-RUNTIMES = (
-    *("torch", "timm", "onnxruntime", "onnxruntime-gpu", "openvino"),
-    *("tensorrt", "tensorrt-rtx-cu13"),
-)
+RUNTIMES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13")
 VARIABLES = (
     *("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "MKL_", "KMP_", "OPENBLAS_"),
     *("CUDA_", "TORCH", "ORT_", "OPENVINO_", "OV_"),
@@ -66,7 +64,12 @@ def benchmark_bundle(
     cuda = CudaOptions(False, settings.tf32, settings.conv_search, settings.fuse_conv_bias)
     contenders, skipped = chosen(contenders_of(bundle, device, cuda), settings.runners)
     settings = _completed(settings.changed(device=device), bundle, list(contenders))
-    ceilings = _ceilings(settings, progress) if settings.roofline else None
+    ceilings: Ceilings | None = None  # the figures stand without it
+    if settings.roofline:
+        progress("Measuring what the device can do")
+        given = {"device": device, "threads": settings.threads}
+        with contextlib.suppress(WorkerError), WorkerProcess(settings.threads or 1) as process:
+            ceilings = process.ask("ceilings", **given)
     measured = _measured(bundle, list(contenders.values()), settings, progress)
     rows, manifest = measured["rows"], bundle.manifest
     of = (manifest.architecture, list(contenders.values()), rows)
@@ -149,18 +152,6 @@ def _completed(settings: BenchSettings, bundle: Bundle, names: Sequence[str]) ->
             f"Choose one of: {', '.join(names)}.",
         )
     return settings.changed(reference=names[0])
-
-
-def _ceilings(settings: BenchSettings, say: Progress) -> Ceilings | None:
-    """Return the device's measured limits, from a process of their own."""
-    say("Measuring what the device can do")
-    try:
-        with WorkerProcess(settings.threads or 1) as process:
-            given = {"device": settings.device, "threads": settings.threads}
-            ceilings: Ceilings = process.ask("ceilings", **given)
-            return ceilings
-    except WorkerError:
-        return None  # the figures stand without it; the report says there is no roofline
 
 
 def _measured(

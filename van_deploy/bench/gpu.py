@@ -148,19 +148,19 @@ class GpuWatch:
         nvml = self._nvml
         if nvml is None:
             return GpuState()
-        power = self.ask("nvmlDeviceGetPowerUsage")
-        memory = self.ask("nvmlDeviceGetMemoryInfo")
-        reasons = self.ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
+        power = self._ask("nvmlDeviceGetPowerUsage")
+        memory = self._ask("nvmlDeviceGetMemoryInfo")
+        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
         return GpuState(
-            sm_mhz=self.ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
-            memory_mhz=self.ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
+            sm_mhz=self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
+            memory_mhz=self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
             power_w=None if power is None else power / 1e3,
-            temperature_c=self.ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+            temperature_c=self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
             throttled=tuple(words for bit, words in THROTTLING.items() if reasons & bit),
             memory_used_bytes=None if memory is None else int(memory.used),
         )
 
-    def ask(self, function: str, *arguments: Any) -> Any:
+    def _ask(self, function: str, *arguments: Any) -> Any:
         """Return NVML's answer, or None where this GPU or this version has none."""
         with contextlib.suppress(self._nvml.NVMLError, AttributeError):
             return getattr(self._nvml, function)(self._gpu, *arguments)

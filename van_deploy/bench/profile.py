@@ -87,7 +87,7 @@ def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLin
     if contender.runtime in ("pytorch", "inductor") and on_gpu:
         resident = runner.resident(batch)
         resident.launch()
-        return by_kernel(resident.launch)[0]
+        return by_kernel(resident.launch)
     if contender.runtime == "tensorrt":
         return _by_layer(runner, batch)
     raise UsageError(
@@ -137,18 +137,16 @@ def by_module(model: Any, images: Any) -> list[ProfileLine]:
     return _summed(times)
 
 
-def by_kernel(launch: Callable[[], object]) -> tuple[list[ProfileLine], list[ProfileLine]]:
-    """Return what runs on the GPU in a launch: by kind of kernel, and the 25 longest by name.
+def by_kernel(launch: Callable[[], object]) -> list[ProfileLine]:
+    """Return what runs on the GPU in a launch, by kind of kernel.
 
     It sees into CUDA graphs and compiled networks, whose kernels belong to no one module.
     """
-    ran = [
-        (event.name, float(event.time_range.elapsed_us()))
+    return _summed(
+        (kind_of(event.name.lower(), KERNEL_KINDS), float(event.time_range.elapsed_us()))
         for event in _profiled(launch)
         if event.device_type.name != "CPU" and not event.is_user_annotation
-    ]
-    kinds = _summed((kind_of(name.lower(), KERNEL_KINDS), us) for name, us in ran)
-    return kinds, _summed((name[:160], us) for name, us in ran)[:25]
+    )
 
 
 def _profiled(launch: Callable[[], object]) -> Iterable[Any]:

@@ -9,61 +9,259 @@ Two figures for each part (stage, block or module) of each plain ONNX artifact:
   where it arises, not where it is first seen or grows.
 
 Parts with a fault that the error does not show are ranked before the others: an INT8 scale
-out of its bounds (:mod:`van_deploy.checks.scales`), and a tensor that overflows FP16, which a
-CPU does not notice.
+out of its bounds, and a tensor that overflows FP16, which a CPU does not notice.
+
+Parts are compared with the *rewritten* network's: an artifact's residual stream is re-scaled
+by the rewrites, so its blocks can be compared with no other. Where PyTorch is not,
+``model.onnx`` stands in for it once it holds on the golden samples. Tensors are named after
+PyTorch modules (:mod:`van_deploy.graph.export`), and the precision passes keep those names,
+so the same cuts fit every artifact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple
 
-from van_deploy.bundle import Bundle
-from van_deploy.checks.gates import sqnr_floor
-from van_deploy.checks.graphs import one_line
-from van_deploy.checks.layers import (
-    DriftRow,
-    Level,
-    drift_of_artefact,
-    overflows_of_graph,
-    part_name,
-)
-from van_deploy.checks.opened import plain_onnx
-from van_deploy.checks.reference import TorchModules, module_reference
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from van_deploy.bundle import Artefact, Bundle
+from van_deploy.checks.gates import DEFAULT, Outcome, sqnr_floor
+from van_deploy.checks.graphs import FED, isolated, one_line, quiet_session, run_taps, with_taps
+from van_deploy.checks.judging import judge_graph, judge_new, plain_onnx
 from van_deploy.checks.samples import Samples
-from van_deploy.checks.scales import judge_scales
-from van_deploy.config import DriftSettings
-from van_deploy.graph.names import module_of
+from van_deploy.config import DriftSettings, GateProfile
+from van_deploy.errors import BundleError, GateFailed
+from van_deploy.graph.names import INPUT_NAME, module_of
+from van_deploy.metrics import decibels, signal_and_noise
+from van_deploy.runners.base import Images
 from van_deploy.runners.network import Network
+from van_deploy.stopwatch import Progress, silent
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-
 SCHEMA: Final = "van-deploy/drift/2"
-
-FUSION_NOTE = (
-    "Extra outputs keep a runtime from fusing across them, so inside an engine the parts "
-    "would run as other kernels than in use: engines are compared by their logits only."
+NOT_OPENED = (
+    "extra outputs would keep its runtime from fusing: see its logits in `van-deploy verify`"
 )
-
+IMAGES_AT_ONCE = 2  # more than one, so that a batch frozen at one shows
 SHOWN_ROWS = 10
+
+Array = npt.NDArray[np.float64]
+Level = Literal["stage", "block", "module"]
+
+_UNIT = re.compile(r"(patch_embed(?P<embed>\d)|block(?P<block>\d)\.\d+|norm(?P<norm>\d)|head)\b")
+
+
+# --- what modules are compared with ----------------------------------------------------------
+
+
+class Reference(NamedTuple):
+    """What modules are compared with.
+
+    Attributes:
+        described: what it is.
+        modules: paths of the modules whose results are known.
+        outputs: from images ``(N, C, S, S)`` to every module's result, float64, by path.
+        folding: relative error of the rewrites that PyTorch's network got; None without it.
+    """
+
+    described: str
+    modules: list[str]
+    outputs: Callable[[Images], Mapping[str, Array]]
+    folding: float | None = None
+
+
+def module_reference(
+    bundle: Bundle, samples: Samples, loaded: LoadedVan | None, profile: GateProfile = DEFAULT
+) -> Reference | str:
+    """Return what modules are compared with: the original network, else ``model.onnx``.
+
+    Or why there is nothing: no original network, and a ``model.onnx`` that does not hold.
+
+    Args:
+        bundle: the bundle; it says which rewrites were made.
+        samples: what it is judged on; the rewriting is proved on the first of them.
+        loaded: the original network, or None.
+        profile: what a recipe sets otherwise for FP32.
+
+    Raises:
+        BundleError: the manifest does not say how the network was rewritten.
+    """
+    if loaded is not None:
+        return _rewritten(bundle, samples, loaded)
+    model = onnx.load(bundle.verified("fp32"))
+    judged, _ = judge_new(model, "fp32", samples, profile=profile)
+    if judged.outcome is not Outcome.PASS:
+        lacks = "model.onnx does not hold on the golden samples, so nothing can be compared with it"
+        return f"{lacks}: {judged.reason}"
+    made = [name for node in model.graph.node for name in node.output if name]
+    session = quiet_session(with_taps(model, made))
+
+    def outputs(images: Images) -> Mapping[str, Array]:
+        return {module_of(name): v for name, v in run_taps(session, {INPUT_NAME: images})}
+
+    described = "model.onnx in ONNX Runtime, which holds on the golden samples"
+    return Reference(described, [module_of(name) for name in made], outputs)
+
+
+def _rewritten(bundle: Bundle, samples: Samples, loaded: LoadedVan) -> Reference:
+    """Return the original network, rewritten as the bundle's export was, in float64."""
+    import torch
+
+    from van_deploy.graph.fold import Rewrites, fold_van
+
+    names = bundle.manifest.checks.get("fold", {}).get("rewrites")
+    if not isinstance(names, list | tuple):
+        raise BundleError(
+            f"The bundle '{bundle.path}' does not say how its network was rewritten.",
+            "Export the model again.",
+        )
+    rewrites = Rewrites(**{field: field in names for field in Rewrites.__dataclass_fields__})
+    fold = fold_van(loaded.model, torch.from_numpy(samples.inputs[:1]), rewrites)
+    # Folded in float64 and stored in float32: these are the weights the artifacts hold.
+    network, found = copy.deepcopy(fold.model).double().eval(), dict[str, Array]()
+    modules = {name: module for name, module in network.named_modules() if name}
+    for name, module in modules.items():
+        module.register_forward_hook(
+            lambda *call, name=name: found.__setitem__(name, call[-1].numpy())
+        )
+
+    def outputs(images: Images) -> Mapping[str, Array]:
+        with torch.inference_mode():
+            network(torch.from_numpy(images).double())
+        return dict(found)
+
+    described = "PyTorch, the rewritten network in float64"
+    return Reference(described, list(modules), outputs, fold.relative_error)
+
+
+# --- the parts of one artifact ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Link:
-    """One link of the chain from the original network to the last artifact.
+class DriftRow:
+    """One part of one artifact.
 
     Attributes:
-        name: what it is.
-        sqnr_db: of its logits against the original network in float64; None if skipped.
-        reason: why it was skipped, or what it says.
+        name: PyTorch path, such as ``block3.4.attn.proj_2``, or ``stage2``; of the chain, the
+            artifact.
+        sqnr_db: so far; None where the artifact has no such tensor.
+        isolated_db: of what the part adds by itself; None likewise.
+        note: why there are no figures.
+        fault: what is wrong inside it beside the error: an INT8 scale, an FP16 overflow.
     """
 
     name: str
-    sqnr_db: float | None
-    reason: str = ""
+    sqnr_db: float | None = None
+    isolated_db: float | None = None
+    note: str = ""
+    fault: str = ""
+
+    @property
+    def level(self) -> float:
+        """The isolated SQNR in dB; infinite where there is none."""
+        return math.inf if self.isolated_db is None else self.isolated_db
+
+
+def drift_of_artefact(
+    bundle: Bundle, artefact: Artefact, reference: Reference, images: Images, level: Level
+) -> tuple[DriftRow, ...]:
+    """Return the drift of each part of one plain ONNX artifact, in the order of the network.
+
+    Args:
+        bundle: of the artifact.
+        artefact: with the module names of the FP32 graph.
+        reference: gives the tensors to compare with and to feed.
+        images: ``(N, C, S, S)`` normalised.
+        level: how fine the parts are.
+    """
+    model, last = onnx.load(bundle.verified(artefact.name)), dict[str, str]()
+    for node in onnx.load(bundle.verified("fp32")).graph.node:
+        module = module_of(node.output[0])
+        name = module if level == "module" else _unit(node.name or module, level)
+        if name and module in reference.modules:
+            last.pop(name, None)  # the order is that of the last tensors
+            last[name] = node.output[0]
+    made = {output for node in model.graph.node for output in node.output}
+    tensors = [tensor for tensor in last.values() if tensor in made]
+    sums = [{name: np.zeros(2) for name in tensors} for _ in range(2)]
+
+    def equalised(name: str, like: Array) -> list[Any]:
+        if f"{name}.factor" not in channels:
+            return [1.0, 0.0]
+        shape = (1, -1, *(1,) * (like.ndim - 2))
+        return [channels[f"{name}.{what}"].reshape(shape) for what in ("factor", "shift")]
+
+    try:
+        channels = _equalisation(bundle, artefact)
+        sessions = [quiet_session(make(model, tensors)) for make in (with_taps, isolated)]
+        for start in range(0, len(images), IMAGES_AT_ONCE):
+            batch = images[start : start + IMAGES_AT_ONCE]
+            results, feeds = reference.outputs(batch), {INPUT_NAME: batch}
+            expected = {name: results[module_of(name)] for name in tensors}
+            for name, exact in expected.items():
+                factor, shift = equalised(name, exact)
+                feeds[f"{name}{FED}"] = (exact - shift) / factor
+            for session, found in zip(sessions, sums, strict=True):
+                for name, value in run_taps(session, feeds):
+                    factor, shift = equalised(name, value)
+                    found[name] += signal_and_noise(expected[name], value * factor + shift)
+    except Exception as error:  # ONNX Runtime raises its own bare types
+        note = f"does not run at batch {IMAGES_AT_ONCE}: {one_line(error)[:200]}"
+        return tuple(DriftRow(name, note=note) for name in last)
+    return tuple(
+        DriftRow(name, decibels(*sums[0][tensor]), decibels(*sums[1][tensor]))
+        if tensor in made
+        else DriftRow(name, note="not in this graph")
+        for name, tensor in last.items()
+    )
+
+
+def _unit(node: str, level: Level) -> str:
+    """Return the block or stage that a node belongs to ("" for none)."""
+    unit = _UNIT.match(node)
+    if unit is None:
+        return ""
+    stage = unit["embed"] or unit["block"] or unit["norm"]
+    return f"stage{stage}" if level == "stage" and stage else unit[0]
+
+
+def part_name(module: str, level: Level, parts: Iterable[str]) -> str:
+    """Return the part that a module is in: the longest of the names it begins with, or "".
+
+    >>> part_name("block1.0.mlp.fc2", "block", ["block1.0", "block1.1"])
+    'block1.0'
+    >>> part_name("block1.0.mlp.fc2", "stage", ["stage1"])
+    'stage1'
+    """
+    if level == "stage":
+        return _unit(module, level)
+    around = [part for part in parts if f"{module}.".startswith(f"{part}.")]
+    return max(around, key=len, default="")
+
+
+def _equalisation(bundle: Bundle, artefact: Artefact) -> dict[str, Array]:
+    """Return what equalisation did to the channels of tensors, as its maker recorded it.
+
+    The artifact's tensor ``t`` is ``(reference - t.shift) / t.factor``, both ``(C,)``. Empty
+    where nothing was done.
+    """
+    place = artefact.quantization.get("channels")
+    if place is None:
+        return {}
+    with np.load(bundle.path / str(place), allow_pickle=False) as arrays:
+        return {name: arrays[name].astype(np.float64) for name in arrays.files}
+
+
+# --- the whole bundle ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -81,15 +279,11 @@ class ArtefactDrift:
     rows: tuple[DriftRow, ...]
 
     @property
-    def worst(self) -> list[DriftRow]:
+    def worst_names(self) -> list[str]:
         """The parts with a fault first, then by the error they add, the largest first."""
         placed = [row for row in self.rows if row.isolated_db is not None]
-        return sorted(placed, key=lambda row: (not row.fault, row.level))
-
-    @property
-    def worst_names(self) -> list[str]:
-        """The names of the first of :attr:`worst`."""
-        return [row.name for row in self.worst[:SHOWN_ROWS]]
+        worst = sorted(placed, key=lambda row: (not row.fault, row.level))
+        return [row.name for row in worst[:SHOWN_ROWS]]
 
 
 @dataclass(frozen=True)
@@ -99,31 +293,27 @@ class DriftReport:
     Attributes:
         level: how fine the parts are.
         images: what was fed.
-        count: how many images.
         reference: what the parts were compared with.
-        chain: the links in order.
+        chain: the logits against the original network in float64, from float32 itself to the last
+            artifact.
         artefacts: the parts of each plain ONNX artifact, by name.
-        notes: what is to be known of such figures.
         schema: of the document.
     """
 
     level: Level
     images: str
-    count: int
     reference: str
-    chain: tuple[Link, ...]
+    chain: tuple[DriftRow, ...]
     artefacts: Mapping[str, ArtefactDrift]
-    notes: tuple[str, ...] = (FUSION_NOTE,)
     schema: Literal["van-deploy/drift/2"] = SCHEMA
 
 
 def drift_of_bundle(
     bundle: Bundle,
     samples: Samples,
-    asked: DriftSettings | None = None,
-    *,
+    asked: DriftSettings,
     loaded: LoadedVan | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = silent,
 ) -> DriftReport:
     """Return where each plain ONNX artifact of ``bundle`` leaves the network.
 
@@ -136,70 +326,43 @@ def drift_of_bundle(
 
     Raises:
         BundleError: an artifact is not there, or is not the manifest's.
-        UsageError: the graphs carry no module names.
         GateFailed: there is no original network, and ``model.onnx`` does not hold.
     """
-    asked = asked or DriftSettings()
-    chain = [Link("PyTorch float32", samples.noise_db, "the noise of float32 itself")]
+    noise_db, outputs = samples.noise_db, samples.outputs
+    chain = [DriftRow("PyTorch float32", noise_db, note="the noise of float32 itself")]
     progress("What parts are compared with")
     reference = module_reference(bundle, samples, loaded)
-    if isinstance(reference, TorchModules):
-        chain.append(_rewritten(reference, samples))
-    names = asked.artefacts or [n for n in plain_onnx(bundle) if loaded is not None or n != "fp32"]
-    entries = {}
-    for name in names:
+    if isinstance(reference, str):
+        original = "Compare with the original network, where PyTorch and the weights are."
+        raise GateFailed(f"{reference}.", original)
+    if reference.folding is not None:
+        found = reference.outputs(samples.inputs)
+        rows = outputs.rows({name: found[module_of(name)] for name in outputs.names})
+        note = f"folded weights in float32; folding itself is exact to {reference.folding:.0e}"
+        level = outputs.sqnr_db(samples.logits, rows)
+        chain.append(DriftRow("rewritten, float64", level, note=note))
+    plain, entries = plain_onnx(bundle), {}
+    for name in asked.artefacts or [n for n in plain if loaded is not None or n != "fp32"]:
         progress(f"Every {asked.level} of '{name}', alone and in the whole")
         artefact = bundle.artefact(name)
-        rows = drift_of_artefact(bundle, artefact, reference, samples.inputs, asked.level)
-        inside: dict[str, list[str]] = {}
-        for module, fault in _faults(bundle, name, samples):
-            part = part_name(module, asked.level, [row.name for row in rows])
+        parts = drift_of_artefact(bundle, artefact, reference, samples.inputs, asked.level)
+        method = str(artefact.quantization.get("method", "mse"))
+        model, inside = onnx.load(bundle.verified(name)), dict[str, list[str]]()
+        floor = sqnr_floor(artefact.precision, noise_db)
+        for module, fault in judge_graph(model, artefact.precision, samples, floor, method)[1]:
+            part = part_name(module, asked.level, [part.name for part in parts])
             inside.setdefault(part, []).append(fault)
-        entries[name] = ArtefactDrift(
-            name,
-            tuple(replace(row, fault="; ".join(inside.get(row.name, ()))) for row in rows),
-        )
-    chain += [_link(bundle, name, samples) for name in bundle.artefacts]
-    return DriftReport(
-        asked.level, samples.description, len(samples), reference.described, tuple(chain), entries
-    )
-
-
-def _rewritten(reference: TorchModules, samples: Samples) -> Link:
-    found, outputs = reference.outputs(samples.inputs), samples.outputs
-    rows = outputs.rows({name: found[module_of(name)] for name in outputs.names})
-    folding = f"folding itself is exact to {reference.fold.relative_error:.0e}"
-    return Link(
-        "rewritten, float64",
-        outputs.sqnr_db(samples.logits, rows),
-        f"folded weights stored in float32; {folding}",
-    )
-
-
-def _link(bundle: Bundle, name: str, samples: Samples) -> Link:
-    """Return an artifact's link: its logits in ONNX Runtime, or why there are none."""
-    if name not in plain_onnx(bundle):
-        return Link(name, None, "see `van-deploy verify`: only plain ONNX graphs are opened here")
-    try:
-        with Network(bundle, name) as network:
-            found = samples.outputs.rows(network.run(samples.inputs))
-            return Link(name, samples.outputs.sqnr_db(samples.logits, found))
-    except Exception as error:  # ONNX Runtime raises its own bare types
-        return Link(name, None, f"does not run: {one_line(error)[:200]}")
-
-
-def _faults(bundle: Bundle, name: str, samples: Samples) -> list[tuple[str, str]]:
-    """Return what is wrong in a graph beside its error, each with its module or node."""
-    import onnx
-
-    artefact, model = bundle.artefact(name), onnx.load(bundle.verified(name))
-    try:
-        faults = list(overflows_of_graph(model, samples.inputs).items())
-        if artefact.precision == "int8":
-            method = str(artefact.quantization.get("method", "mse"))
-            floor = sqnr_floor("int8", samples.noise_db)
-            rows = judge_scales(model, samples, floor, method)[1]
-            faults += [(module, row.fault) for row in rows if row.fault for module in row.modules]
-    except Exception as error:  # ONNX Runtime raises its own bare types
-        return [("", f"its tensors cannot be looked at: {one_line(error)[:200]}")]
-    return faults
+        told = (replace(one, fault="; ".join(inside.get(one.name, ()))) for one in parts)
+        entries[name] = ArtefactDrift(name, tuple(told))
+    for name in bundle.artefacts:
+        link = DriftRow(name, note=NOT_OPENED)
+        if name in plain:
+            try:
+                with Network(bundle, name) as network:
+                    rows = outputs.rows(network.run(samples.inputs))
+                link = DriftRow(name, outputs.sqnr_db(samples.logits, rows))
+            except Exception as error:  # ONNX Runtime raises its own bare types
+                link = DriftRow(name, note=f"does not run: {one_line(error)[:200]}")
+        chain.append(link)
+    described = samples.description, reference.described
+    return DriftReport(asked.level, *described, tuple(chain), entries)

@@ -1,54 +1,293 @@
-"""The evaluation itself: every labelled image through every network, on one machine or on Ray."""
+"""Accuracy on labelled images: PyTorch's, each artifact's, and what was lost between them.
+
+Every image goes through every network, on one machine or on Ray. What is kept of an evaluation
+set are a few dozen bytes an image, whatever the number of classes (:class:`Answers`). A metric
+that has no meaning is absent: top-5 of five classes or fewer, calibration of many labels.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from van_deploy import data
+from van_deploy import metrics
 from van_deploy.bundle import Bundle
-from van_deploy.checks.accuracy import (
-    Accuracy,
-    Answers,
-    ArtefactLoss,
-    Labels,
-    accuracy_of,
-    judge_artefact,
-)
-from van_deploy.checks.gates import Allowed, Finding, Report, numeric_class, skipped
-from van_deploy.checks.opened import NotRun, chosen_artefacts, open_artefact
-from van_deploy.checks.reference import samples_for
-from van_deploy.config import EvaluationSettings, GateSettings
-from van_deploy.data import Batch, ImageSet
+from van_deploy.checks import gates as rules
+from van_deploy.checks.gates import Finding, Loss
+from van_deploy.checks.golden import samples_for
+from van_deploy.checks.judging import Networks
+from van_deploy.config import EvaluationSettings, GateProfile, GateSettings
+from van_deploy.data.images import ImageSet, decoded_batches, image_set
+from van_deploy.data.labels import label_sets, labelled_images
 from van_deploy.errors import ConversionError, ImageError
 from van_deploy.files import content_key
-from van_deploy.graph.names import OUTPUT_NAME
+from van_deploy.intervals import Interval, bootstrap_interval, wilson_interval
 from van_deploy.metrics import Task
 from van_deploy.ray_tasks import RayTask, run_on_ray
-from van_deploy.runners.base import Logits
-from van_deploy.runners.network import PYTORCH, Network, require_classes, task_of
+from van_deploy.runners.network import PYTORCH, require_classes, task_of
+from van_deploy.runners.original import original_network
+from van_deploy.stopwatch import Progress, silent
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-
 SCHEMA: Final = "van-deploy/evaluate/2"
 BATCHES_A_TASK = 4  # so that decoding runs ahead of the networks inside a task of the cluster
+ECE_BINS = 15
+"""Equal-width bins of confidence, as in Guo et al., "On Calibration of Modern Neural
+Networks", ICML 2017."""
+TOP = 5
+MOST_SHOWN = 20  # confusions, and classes that changed
+NO_RECIPE = GateSettings()
 
-Unreadable = tuple[tuple[int, str], ...]
-Answered = tuple[Sequence[int], Unreadable, dict[str, Answers]]
+Logits = npt.NDArray[np.floating[Any]]
+
+
+class Truth(NamedTuple):
+    """What is right on an evaluation set.
+
+    Attributes:
+        labels: ``(N,)`` int64 classes, or ``(N, K)`` of 0 and 1 for many labels.
+        classes: how many logits the network gives.
+        task: how these become labels.
+        noise_db: SQNR of PyTorch's float32 against its float64.
+    """
+
+    labels: npt.NDArray[Any]
+    classes: int
+    task: Task
+    noise_db: float = rules.ROUNDOFF_DB
+
+
+class Answers(NamedTuple):
+    """What one network says of some images.
+
+    Attributes:
+        classes: ``(n, k)`` int32. Of one of K classes: the first ``min(K, 5)``, most probable
+            first. Of one logit or many labels: 0 or 1 for each label. -1 for a NaN.
+        confidence: ``(n,)`` float32, probability of the top-1 class, or of the decision on one
+            logit; 0 for a NaN and for many labels.
+        margins: how far each decision is from another one, in logits
+            (:func:`~van_deploy.metrics.decision_margins`); ``(n, 0)`` but of the reference.
+        power: ``(n,)`` float64, mean square of the logits.
+        noise: ``(n,)`` float64, mean square of the difference to the reference's.
+    """
+
+    classes: npt.NDArray[np.int32]
+    confidence: npt.NDArray[np.float32]
+    margins: npt.NDArray[np.float64]
+    power: npt.NDArray[np.float64]
+    noise: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls, logits: Logits, task: Task = Task.SINGLE_LABEL, reference: Logits | None = None
+    ) -> Answers:
+        """Return the answers in ``logits (n, K)``; without a ``reference`` they are its own."""
+        values = np.asarray(logits, np.float64)
+        exact = values if reference is None else np.asarray(reference, np.float64)
+        finite = np.isfinite(values).all(axis=1).reshape(-1, 1)
+        safe, single = np.where(finite, values, 0.0), task is Task.SINGLE_LABEL
+        classes = metrics.top_classes(safe, TOP) if single else metrics.decisions(safe, task)
+        shares = metrics.probabilities(safe, task)
+        confidence = shares.max(axis=1) if single else np.maximum(shares, 1 - shares)[:, 0]
+        known, margins = finite[:, 0], metrics.decision_margins(exact, task)
+        return cls(
+            np.where(finite, classes, -1).astype(np.int32),
+            np.where(known & (task is not Task.MULTI_LABEL), confidence, 0.0).astype(np.float32),
+            margins if reference is None else margins[:, :0],
+            np.square(values).mean(axis=1),
+            np.square(values - exact).mean(axis=1),
+        )
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often one network is right.
+
+    Attributes:
+        images: answered.
+        metric: ``top-1``; for many labels ``F1 (micro)``.
+        top1: share with the right top-1 class or decision, or the F1, 0 to 1.
+        top1_interval: its 95 % interval: Wilson's, or of resampled images.
+        top5: share with the right class among the first five, or None.
+        top5_interval: likewise.
+        ece: expected calibration error, 0 to 1, or None.
+    """
+
+    images: int
+    metric: str
+    top1: float
+    top1_interval: Interval
+    top5: float | None = None
+    top5_interval: Interval | None = None
+    ece: float | None = None
+
+
+@dataclass(frozen=True)
+class ClassChange:
+    """One class whose accuracy changed.
+
+    Attributes:
+        label: the class.
+        images: of it.
+        before: how many PyTorch gets right.
+        after: how many the artifact gets right.
+    """
+
+    label: int
+    images: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class ArtefactLoss(rules.Findings):
+    """What an artifact lost against PyTorch on the same images, and what the gate says.
+
+    Attributes:
+        numeric: the numeric class it was judged in.
+        loss: with its interval, in points.
+        findings: of the gate.
+        sqnr_db: of its logits on these images.
+        flips: how many labels flipped.
+        confusions: ``(PyTorch's class, the artifact's, count)`` of flipped labels.
+        classes: the classes whose accuracy changed most.
+    """
+
+    numeric: str
+    loss: Loss
+    findings: tuple[Finding, ...]
+    sqnr_db: float
+    flips: int
+    confusions: tuple[tuple[int, int, int], ...]
+    classes: tuple[ClassChange, ...]
+
+
+def accuracy_of(answers: Answers, truth: Truth) -> Accuracy:
+    """Return how often ``answers`` are right."""
+    labels, total = truth.labels, len(truth.labels)
+    if truth.task is Task.MULTI_LABEL:
+        counts = _label_counts(answers, labels)
+        interval = bootstrap_interval(lambda rows: _f1(counts[rows]), total)
+        return Accuracy(total, "F1 (micro)", _f1(counts), interval)
+    right = answers.classes[:, 0] == labels
+    first, ece = int(right.sum()), expected_calibration_error(answers.confidence, right)
+    found = Accuracy(total, "top-1", first / total, wilson_interval(first, total), ece=ece)
+    if truth.task is not Task.SINGLE_LABEL or truth.classes <= TOP:
+        return found
+    among = int((answers.classes == labels[:, None]).any(axis=1).sum())
+    return replace(found, top5=among / total, top5_interval=wilson_interval(among, total))
+
+
+def judge_artefact(
+    before: Answers,
+    after: Answers,
+    truth: Truth,
+    numeric: str,
+    profile: GateProfile = rules.DEFAULT,
+) -> ArtefactLoss:
+    """Return what one artifact lost against PyTorch, and what the gate of its class says.
+
+    Args:
+        before: PyTorch's answers.
+        after: the artifact's, to the same images.
+        truth: of the images.
+        numeric: the artifact's numeric class.
+        profile: what a recipe sets otherwise.
+    """
+    floor = rules.sqnr_floor(numeric, truth.noise_db, profile)
+    allowed, task = rules.allowed_loss(numeric, profile), truth.task
+    labels, total, what = truth.labels, len(truth.labels), "top-1"
+    changes: tuple[ClassChange, ...] = ()
+    if task is Task.MULTI_LABEL:
+        one, other = (_label_counts(answers, labels) for answers in (before, after))
+
+        def lost(rows: npt.NDArray[np.int64]) -> float:
+            return 100 * (_f1(one[rows]) - _f1(other[rows]))
+
+        what = "F1"
+        loss = Loss(total, lost(np.arange(total)), bootstrap_interval(lost, total))
+    else:
+        right, still = (answers.classes[:, 0] == labels for answers in (before, after))
+        won = int((~right & still).sum())
+        loss = rules.paired_loss(int((right & ~still).sum()), won, total)
+        changes = _changes(labels, right, still)
+    signal = float(before.power.mean())
+    sqnr = metrics.decibels(signal, float(after.noise.mean()))
+    margins = before.margins / (math.sqrt(signal) or 1.0)  # in RMS logits
+    explained = rules.flip_margin(floor.value, task)
+    flips = metrics.flips_between(before.classes, after.classes, margins, explained)
+    findings = [rules.judge_loss(loss, allowed, what)]
+    if not rules.CLASSES[numeric].lossy:
+        findings = rules.judge_numbers(loss, allowed, sqnr, floor, flips, task, what)
+    pairs = Counter((flip.expected, flip.found) for flip in flips)
+    commonest = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_SHOWN]
+    confusions = tuple((*pair, count) for pair, count in commonest)
+    return ArtefactLoss(numeric, loss, tuple(findings), sqnr, len(flips), confusions, changes)
+
+
+def _label_counts(answers: Answers, labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return each image's labels that are found, wanted, and both, ``(N, 3)``."""
+    found, wanted = answers.classes == 1, labels.astype(bool)
+    return np.stack([found.sum(1), wanted.sum(1), (found & wanted).sum(1)], axis=1)
+
+
+def _f1(counts: npt.NDArray[np.int64]) -> float:
+    """Return the micro F1 of images' counts: twice the hits over what is found and wanted."""
+    found, wanted, hits = counts.sum(axis=0).tolist()
+    return 2 * hits / (found + wanted) if found + wanted else 1.0
+
+
+def expected_calibration_error(confidence: npt.ArrayLike, correct: npt.ArrayLike) -> float:
+    """Return how far confidence is from being right, 0 to 1: the ECE.
+
+    The mean over images of ``|accuracy - mean confidence|`` of each image's bin, one of
+    :data:`ECE_BINS` of equal width ``(k/bins, (k+1)/bins]``.
+
+    Args:
+        confidence: ``(N,)`` probability of the top-1 class, 0 to 1.
+        correct: ``(N,)`` whether the top-1 class was right.
+    """
+    scores, right = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
+    index = np.clip(np.ceil(scores * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
+    surplus = np.bincount(index, weights=scores - right, minlength=ECE_BINS)
+    return float(np.abs(surplus).sum() / len(scores))
+
+
+def _changes(
+    labels: npt.NDArray[Any], right: npt.NDArray[Any], still: npt.NDArray[Any]
+) -> tuple[ClassChange, ...]:
+    """Return the classes whose accuracy changed, the largest change first.
+
+    Args:
+        labels: ``(N,)`` classes.
+        right: ``(N,)`` whether PyTorch is right.
+        still: whether the artifact is.
+    """
+    of_each = [np.bincount(labels, each, labels.max() + 1) for each in (None, right, still)]
+    rows = [(label, *map(int, counts)) for label, counts in enumerate(zip(*of_each, strict=True))]
+    changed = sorted((r for r in rows if r[2] != r[3]), key=lambda r: (-abs(r[3] - r[2]), r[0]))
+    return tuple(ClassChange(*row) for row in changed[:MOST_SHOWN])
+
+
+# --- the evaluation --------------------------------------------------------------------------
+
+Said = tuple[Sequence[int], tuple[tuple[int, str], ...], dict[str, Answers]]
 """Which images they are, index and reason of those left out, and what each network says."""
 
 
 @dataclass(frozen=True)
-class EvaluateReport(Report):
+class EvaluateReport(rules.Report):
     """Accuracy of PyTorch and each artifact.
 
     Attributes:
@@ -74,11 +313,11 @@ class EvaluateReport(Report):
     unreadable: tuple[tuple[str, str], ...]
     accuracy: Mapping[str, Accuracy]
     losses: Mapping[str, ArtefactLoss]
-    skipped: tuple[NotRun, ...]
+    skipped: Mapping[str, Finding]
     runners: Mapping[str, str]
     class_names: tuple[str, ...] | None
     seconds: float
-    allowed: Allowed
+    allowed: rules.Allowed
     schema: Literal["van-deploy/evaluate/2"] = SCHEMA
 
     @property
@@ -89,101 +328,15 @@ class EvaluateReport(Report):
     def named(self) -> list[tuple[str, Finding]]:
         """Return every finding and its artifact, those of skipped artifacts included."""
         found = [(name, f) for name, loss in self.losses.items() for f in loss.findings]
-        return found + [(s.artefact, skipped("runs", s.reason, s.kind)) for s in self.skipped]
-
-
-class Networks(contextlib.ExitStack):
-    """PyTorch and some artifacts, opened together with ``with``.
-
-    Args:
-        bundle: of the artifacts.
-        loaded: the original network.
-        asked: which artifacts, and what runs them.
-        threads: inside one operator; None lets the runtime choose.
-
-    Attributes:
-        numeric: the numeric class of each artifact, once it is open.
-        runners: what runs each network, PyTorch first.
-        skipped: artifacts that do not run here.
-    """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        loaded: LoadedVan,
-        asked: EvaluationSettings,
-        threads: int | None = None,
-    ) -> None:
-        from van_deploy.runners.pytorch import TorchRunner
-
-        super().__init__()
-        self.bundle, self.loaded, self.task = bundle, loaded, task_of(bundle)
-        self._torch = TorchRunner(loaded.model)
-        self._artefacts: dict[str, Network] = {}
-        self.numeric: dict[str, str] = {}
-        self.skipped: list[NotRun] = []
-        for name in chosen_artefacts(bundle, asked.artefacts):
-            # Idle threads must not spin: the next image is being decoded on that core.
-            opened = open_artefact(bundle, name, asked, threads=threads, spin=False)
-            if isinstance(opened, NotRun):
-                self.skipped.append(opened)
-            elif OUTPUT_NAME not in {output.name for output in opened.outputs}:
-                self.skipped.append(NotRun(name, opened.runner, "it gives no logits", ""))
-            else:
-                self._artefacts[name] = opened
-        self.runners = {PYTORCH: PYTORCH, **{n: a.runner for n, a in self._artefacts.items()}}
-
-    def __enter__(self) -> Networks:
-        """Load every network."""
-        super().__enter__()
-        for name, opened in self._artefacts.items():
-            self.enter_context(opened)
-            precision = self.bundle.artefact(name).precision
-            self.numeric[name] = numeric_class(precision, tf32=opened.tf32)
-        return self
-
-    def logits(self, batch: Batch) -> dict[str, Logits]:
-        """Return each network's logits ``(n, K)``, PyTorch's first; n is 1 or more."""
-        found = {PYTORCH: self._torch.run(batch.inputs)}
-        for name, opened in self._artefacts.items():
-            # Normalised once for all that take it so.
-            given = batch.inputs if opened.embedding == "none" else batch.values
-            found[name] = opened.logits(given)
-        return found
-
-    def answers(
-        self,
-        images: ImageSet,
-        batch: int,
-        workers: int,
-        indices: Sequence[int] | None = None,
-    ) -> Iterator[Answered]:
-        """Yield what every network says, batch by batch; nothing where no image can be read.
-
-        Args:
-            images: the evaluation set.
-            batch: images a batch.
-            workers: threads that decode.
-            indices: which of the images; None for all.
-        """
-        for found in data.decoded_batches(
-            images.items, self.loaded.preprocessing, batch, indices=indices, workers=workers
-        ):
-            logits = self.logits(found) if found.indices else {}
-            answers = {
-                name: Answers.of(y, self.task, None if name == PYTORCH else logits[PYTORCH])
-                for name, y in logits.items()
-            }
-            yield found.indices, found.unreadable, answers
+        return [*found, *self.skipped.items()]
 
 
 def evaluate_bundle(
     bundle: Bundle,
     loaded: LoadedVan,
     asked: EvaluationSettings,
-    *,
-    gates: GateSettings | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    gates: GateSettings = NO_RECIPE,
+    progress: Progress = silent,
 ) -> EvaluateReport:
     """Return the accuracy of PyTorch and of each artifact of ``bundle`` on labelled images.
 
@@ -203,77 +356,67 @@ def evaluate_bundle(
     """
     require_classes(bundle, "evaluate")
     images, labels = _labelled(asked, task_of(bundle), loaded)
-    golden = bundle.manifest.golden is not None
-    noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
-    networks, started = Networks(bundle, loaded, asked), time.perf_counter()
-    rows: list[int] = []
-    unreadable: list[tuple[int, str]] = []
-    pieces: list[dict[str, Answers]] = []
-    progress(0, len(images))
-    with networks:
+    rows, unreadable, pieces = list[int](), list[tuple[int, str]](), list[dict[str, Answers]]()
+    started, total = time.perf_counter(), len(images)
+    with Networks(bundle, loaded, asked) as networks:
         for indices, bad, said in _answered(networks, images, asked):
             rows += indices
             unreadable += bad
             pieces += [said] if said else []
-            progress(len(rows) + len(unreadable), len(images))
+            done = len(rows) + len(unreadable)
+            progress(f"{done} of {total} images", done, total)
     unreadable.sort()
     if not rows:
         raise ImageError(
-            f"Not one of the {len(images)} images could be read; the first: {unreadable[0][1]}",
+            f"Not one of the {total} images could be read; the first: {unreadable[0][1]}",
             "Give images that can be read.",
         )
-    answers = {
-        name: Answers.joined([said[name] for said in pieces], np.argsort(rows))
-        for name in networks.runners
-    }
-    known, classes, task = labels[np.sort(rows)], loaded.config.num_classes, networks.task
-    same, profiles = (known, classes, task), gates or GateSettings()
+    order, answers = np.argsort(rows), {}
+    for name in networks.runners:
+        columns = zip(*(said[name] for said in pieces), strict=True)
+        answers[name] = Answers(*(np.concatenate(column)[order] for column in columns))
+    golden = bundle.manifest.golden is not None
+    noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
+    truth = Truth(labels[np.sort(rows)], loaded.config.num_classes, task_of(bundle), noise_db)
     return EvaluateReport(
         images=images.description,
         dataset_sha256=content_key({"set": images.digest, "labels": labels.tolist()}),
-        task=task,
+        task=truth.task,
         unreadable=tuple((images.items[index].name, reason) for index, reason in unreadable),
-        accuracy={n: accuracy_of(found, *same) for n, found in answers.items()},
+        accuracy={name: accuracy_of(found, truth) for name, found in answers.items()},
         losses={
-            n: judge_artefact(answers[PYTORCH], answers[n], *same, k, noise_db, profiles.of(k))
+            n: judge_artefact(answers[PYTORCH], answers[n], truth, k, gates.of(k))
             for n, k in networks.numeric.items()
         },
-        skipped=tuple(networks.skipped),
+        skipped=networks.skipped,
         runners=networks.runners,
         class_names=loaded.class_names,
         seconds=time.perf_counter() - started,
-        allowed=Allowed(asked.allow_skip, asked.allow_inconclusive),
+        allowed=rules.Allowed(asked.allow_skip, asked.allow_inconclusive),
     )
 
 
-def _labelled(asked: EvaluationSettings, task: Task, loaded: LoadedVan) -> tuple[ImageSet, Labels]:
+def _labelled(
+    asked: EvaluationSettings, task: Task, loaded: LoadedVan
+) -> tuple[ImageSet, npt.NDArray[Any]]:
     """Return the evaluation set and its labels."""
     classes, names = loaded.config.num_classes, loaded.class_names
     if task is Task.MULTI_LABEL:
-        every = data.image_set(asked.images)
+        every = image_set(asked.images)
         chosen = every.first(asked.limit or len(every))
-        labels = data.label_sets(chosen, asked.labels, classes, names)
+        labels = label_sets(chosen, asked.labels, classes, names)
         described = f"{chosen.description}, labels from '{asked.labels}'"
         return replace(chosen, description=described), labels
-    every = data.labelled_images(
-        asked.images,
-        classes,
-        names,
-        labels_file=asked.labels,
-        class_order=asked.class_order,
-        find_labels=asked.label_files,
-    )
+    how: dict[str, Any] = {"labels_file": asked.labels, "find_labels": asked.label_files}
+    every = labelled_images(asked.images, classes, names, class_order=asked.class_order, **how)
     chosen = every.first(asked.limit or len(every))
     return chosen, np.asarray(chosen.labels)
 
 
-def _answered(
-    networks: Networks, images: ImageSet, asked: EvaluationSettings
-) -> Iterator[Answered]:
+def _answered(networks: Networks, images: ImageSet, asked: EvaluationSettings) -> Iterator[Said]:
     """Yield what the networks say, batch by batch."""
     if asked.on == "here":
-        workers = asked.workers or len(os.sched_getaffinity(0))
-        yield from networks.answers(images, asked.batch, workers)
+        yield from _answers(networks, images, asked)
         return
     step = asked.batch * BATCHES_A_TASK
     tasks = [
@@ -291,24 +434,44 @@ def _answered(
         yield from done.result
 
 
+def _answers(
+    networks: Networks, images: ImageSet, asked: EvaluationSettings, indices: Sequence[int] = ()
+) -> Iterator[Said]:
+    """Yield what every network says, batch by batch; nothing where no image can be read.
+
+    Args:
+        networks: which.
+        images: the evaluation set.
+        asked: how many images a batch, and threads that decode.
+        indices: which of the images, by one thread; without any all.
+    """
+    preprocessing, task = networks.loaded.preprocessing, task_of(networks.bundle)
+    workers = 1 if indices else asked.workers or len(os.sched_getaffinity(0))
+    how: dict[str, Any] = {"indices": indices or None, "workers": workers}
+    for found in decoded_batches(images.items, preprocessing, asked.batch, **how):
+        logits = networks.logits(found) if found.indices else {}
+        said = {
+            name: Answers.of(y, task, None if name == PYTORCH else logits[PYTORCH])
+            for name, y in logits.items()
+        }
+        yield found.indices, found.unreadable, said
+
+
 def _on_machine(
     shared: tuple[str, tuple[str, ...], ImageSet, EvaluationSettings], indices: Sequence[int]
-) -> list[Answered]:
+) -> list[Said]:
     """Return what the networks say of some images; a machine of the cluster loads them once."""
     path, names, images, asked = shared
     networks = _networks_here(path, asked)
-    lost = set(names).difference(networks.runners)
-    if lost:
+    if lost := set(names).difference(networks.runners):
         raise ConversionError(f"It does not run {', '.join(sorted(lost))}.")
-    return list(networks.answers(images, asked.batch, 1, indices))
+    return list(_answers(networks, images, asked, indices))
 
 
 @lru_cache(maxsize=1)
 def _networks_here(path: str, asked: EvaluationSettings) -> Networks:
     import torch
 
-    from van_deploy.runners.original import original_network
-
     torch.set_num_threads(1)
     bundle = Bundle.open(path)
-    return Networks(bundle, original_network(bundle, asked.weights), asked, threads=1).__enter__()
+    return Networks(bundle, original_network(bundle, asked.weights), asked, threads=1)

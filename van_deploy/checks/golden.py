@@ -1,6 +1,7 @@
-"""Golden samples: images in the bundle with PyTorch's own answers to them.
+"""What artifacts are judged on: the golden samples of a bundle, or other images.
 
-They are made once, from the original network, when the bundle is exported. From then on any
+Either comes with the *original* network's answers in float64 and float32. Golden samples
+are made once, from the original network, when the bundle is exported. From then on any
 host judges any artifact without PyTorch and without the weights. ``golden.npz`` holds
 
 ===========  ==============================================================================
@@ -19,35 +20,36 @@ originals, of which the first two rows were read: decoding, resizing and croppin
 
 from __future__ import annotations
 
+import copy
 import io
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from van_deploy.bundle import Bundle, Draft
 from van_deploy.bundle.reading import verify
 from van_deploy.checks.gates import Finding, held
 from van_deploy.checks.samples import SKETCH, Outputs, Samples, other_sizes, samples_from
-from van_deploy.data import (
-    CheckImages,
-    ImageSet,
-    check_images,
-    image_set,
-    open_image,
-    opened,
-    sample_set,
-)
+from van_deploy.config.sizes import ImageSize
+from van_deploy.data.images import Batch, image_set, open_image, opened
+from van_deploy.data.samples import check_images, sample_set
 from van_deploy.errors import BundleError, ImageError
 from van_deploy.manifest import Golden
+from van_deploy.metrics import Array
 from van_deploy.model.pixels import Pixels, normalised, pixels_from_image
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.variants import STAGES, VanConfig
 from van_deploy.runners.base import Images
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from van_deploy.model.checkpoint import LoadedVan
 
 GOLDEN_FILE = "golden.npz"
 GOLDEN_IMAGES = 16
@@ -55,6 +57,7 @@ BACKBONE_BYTES = 6_000_000
 ORIGINALS = 2
 IMAGE_CHANNELS = (1, 3, 4)  # those that image files have
 LONGEST_SIDE = 512  # pixels: large enough to be resized by the pipeline, small enough to ship
+REFERENCE_BATCH = 8  # images PyTorch sees at a time: enough to be fast, few enough to be lean
 RESIZED_WITHIN = 1
 """Levels of 255 by which another build of Pillow may resize otherwise."""
 
@@ -80,7 +83,7 @@ def golden_count(config: VanConfig, preprocessing: Preprocessing) -> int:
 
 def images_for_golden(
     name: str, preprocessing: Preprocessing, source: Path | None, count: int = GOLDEN_IMAGES
-) -> tuple[CheckImages, tuple[bytes, ...]]:
+) -> tuple[Batch, tuple[bytes, ...]]:
     """Return the images of the golden samples, and the encoded originals of the first ones (PNG).
 
     Args:
@@ -94,48 +97,31 @@ def images_for_golden(
     """
     images = image_set(source) if source is not None else sample_set(name, preprocessing)
     chosen = check_images(name, preprocessing, count, images if source else None)
-    originals = _originals(images, preprocessing)
-    if not originals or chosen.pixels is None:
+    originals: list[bytes] = []
+    if preprocessing.channels not in IMAGE_CHANNELS or chosen.pixels is None:
         return chosen, ()
+    for item in images.items[:: max(1, len(images) // ORIGINALS)][:ORIGINALS]:
+        with suppress(ImageError):
+            if image := opened(item, preprocessing.channels):
+                image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+                file = io.BytesIO()
+                image.save(file, format="PNG", optimize=True)
+                originals.append(file.getvalue())
     first = [_pixels(data, preprocessing) for data in originals]
     known = {pixels.tobytes() for pixels in first}
     others = [row for row, p in enumerate(chosen.pixels) if p.tobytes() not in known]
-    pixels = np.stack([*first, *chosen.pixels[others]])[: len(chosen)]
-    names = (
-        *(f"golden/{row}.png" for row in range(len(first))),
-        *(chosen.names[r] for r in others),
-    )
+    pixels = np.stack([*first, *chosen.pixels[others]])[:count]
+    names = [f"golden/{row}.png" for row in range(len(first))]
+    names = [*names, *(chosen.names[row] for row in others)][:count]
     inputs = normalised(pixels, preprocessing)
-    return replace(chosen, inputs=inputs, pixels=pixels, names=names[: len(chosen)]), originals
-
-
-def _originals(images: ImageSet, preprocessing: Preprocessing) -> tuple[bytes, ...]:
-    """Return some of the images as PNG, small enough to ship."""
-    encoded: list[bytes] = []
-    if preprocessing.channels not in IMAGE_CHANNELS:
-        return ()
-    for item in images.items[:: max(1, len(images) // ORIGINALS)]:
-        try:
-            image = opened(item, preprocessing.channels)
-        except ImageError:
-            continue
-        if image is None or len(encoded) == ORIGINALS:
-            break
-        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        file = io.BytesIO()
-        image.save(file, format="PNG", optimize=True)
-        encoded.append(file.getvalue())
-    return tuple(encoded)
+    return replace(chosen, inputs=inputs, pixels=pixels, names=tuple(names)), tuple(originals)
 
 
 def _pixels(source: Path | bytes, preprocessing: Preprocessing) -> Pixels:
-    image = open_image(source, channels=preprocessing.channels)
-    return pixels_from_image(image, preprocessing)
+    return pixels_from_image(open_image(source, channels=preprocessing.channels), preprocessing)
 
 
-def write_golden(
-    draft: Draft, samples: Samples, originals: Sequence[bytes], *, users: bool
-) -> Golden:
+def write_golden(draft: Draft, samples: Samples, originals: Sequence[bytes], users: bool) -> Golden:
     """Write the golden samples into a bundle's draft, and return what the manifest says of them.
 
     Args:
@@ -167,66 +153,35 @@ def golden_samples(bundle: Bundle) -> Samples:
     Raises:
         BundleError: it has none, or they were changed or are not of its network.
     """
-    golden, manifest = _golden_of(bundle), bundle.manifest
-    path, preprocessing = bundle.path / golden.file, manifest.preprocessing
-    verify(path, bundle.digests[golden.file])
-    sides, channels = preprocessing.sides, preprocessing.channels
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            pixels = None
-            if "pixels" in arrays.files:
-                pixels = _array(arrays, "pixels", np.uint8, (*sides, channels))
-                inputs = normalised(pixels, preprocessing)
-            else:
-                inputs = _array(arrays, "inputs", np.float32, (channels, *sides))
-            first = golden.originals[: len(inputs)]
-            names = (*first, *(f"golden {row}" for row in range(len(first), len(inputs))))
-            described = f"{len(inputs)} golden samples: {golden.images}"
-            images = CheckImages((), inputs, pixels, (), names, described)
-            classes = manifest.architecture.num_classes
-
-            def answers(size: str, of: Images, outputs: Outputs) -> tuple[Any, Any]:
-                row, count = (sum(outputs.widths.values()) or classes,), len(of)
-                logits = _array(arrays, f"logits {size}".rstrip(), np.float64, row, count)
-                return logits, _array(arrays, f"float32 {size}".rstrip(), np.float32, row, count)
-
-            sizes = other_sizes(manifest.sizes, preprocessing.image_size)
-            return samples_from(images, manifest.architecture, sizes, answers, golden=True)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BundleError(
-            f"The golden samples '{path}' are damaged: {error}.",
-            "Export the model again; nothing made it from here.",
-        ) from error
-
-
-def _array(
-    arrays: Any, name: str, kind: type[np.generic], row: tuple[int, ...], count: int | None = None
-) -> npt.NDArray[Any]:
-    """Return an array of the golden samples.
-
-    Raises:
-        ValueError: it is not that of this network: of ``count`` finite rows of shape ``row``.
-    """
-    values: npt.NDArray[Any] = arrays[name]
-    wanted = (count or max(1, len(values)), *row)
-    if values.dtype != kind or values.shape != wanted:
-        raise ValueError(
-            f"'{name}' is {values.dtype} {values.shape}, not {np.dtype(kind)} of rows {row}"
-        )
-    if not np.isfinite(values).all():
-        raise ValueError(f"'{name}' holds what is no number")
-    return values
-
-
-def _golden_of(bundle: Bundle) -> Golden:
-    golden = bundle.manifest.golden
+    golden, manifest = bundle.manifest.golden, bundle.manifest
     if golden is None or golden.file not in bundle.digests:
         raise BundleError(
             f"The bundle '{bundle.path}' has no golden samples.",
             "Compare with the original network (--against weights), or export the model again "
             "without --golden none.",
         )
-    return golden
+    path, preprocessing = bundle.path / golden.file, manifest.preprocessing
+    verify(path, bundle.digests[golden.file])
+    sizes = other_sizes(manifest.sizes, preprocessing.image_size)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            pixels = arrays["pixels"] if "pixels" in arrays.files else None
+            inputs = arrays["inputs"] if pixels is None else normalised(pixels, preprocessing)
+            first = golden.originals[: len(inputs)]
+            names = (*first, *(f"golden {row}" for row in range(len(first), len(inputs))))
+            described = f"{len(inputs)} golden samples: {golden.images}"
+            images = Batch((), inputs, pixels, (), names, described)
+
+            def answers(size: str, of: Images, outputs: Outputs) -> tuple[Array, Array]:
+                exact, single = (arrays[f"{n} {size}".rstrip()] for n in ("logits", "float32"))
+                return exact.astype(np.float64), single.astype(np.float32)
+
+            return samples_from(images, manifest.architecture, sizes, answers, True)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise BundleError(
+            f"The golden samples '{path}' are damaged: {error}.",
+            "Export the model again; nothing made it from here.",
+        ) from error
 
 
 def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
@@ -235,8 +190,8 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
     Raises:
         BundleError: one is missing or was changed.
     """
-    findings = []
-    for row, place in enumerate(_golden_of(bundle).originals):
+    findings, golden = [], bundle.manifest.golden
+    for row, place in enumerate(golden.originals if golden else ()):
         path, change = bundle.path / place, None
         verify(path, bundle.digests[place])
         try:
@@ -250,3 +205,69 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
             fault = error.message.rstrip(".")
         findings.append(held("preprocessing", fault, change))
     return findings
+
+
+# --- samples of the original network ---------------------------------------------------------
+
+
+def reference_samples(
+    loaded: LoadedVan,
+    images: Batch,
+    sizes: Sequence[ImageSize] = (),
+    *,
+    golden: bool = False,
+) -> Samples:
+    """Return images with the original network's answers in float64 and float32.
+
+    Args:
+        loaded: the original network.
+        images: at its own size.
+        sizes: others, at which the first images are repeated and answered, too.
+        golden: whether they are those of the bundle.
+    """
+    import torch
+
+    double, names = copy.deepcopy(loaded.model).double().eval(), loaded.config.output_names
+
+    def rows(model: nn.Module, given: torch.Tensor, outputs: Outputs) -> Array:
+        pieces = []
+        for images in given.split(REFERENCE_BATCH):
+            found = model(images)
+            found = found if isinstance(found, tuple) else (found,)
+            pieces.append(outputs.rows({n: y.numpy() for n, y in zip(names, found, strict=True)}))
+        return np.concatenate(pieces)
+
+    def answers(_: str, inputs: Images, outputs: Outputs) -> tuple[Array, Array]:
+        given = torch.from_numpy(inputs)
+        with torch.inference_mode():
+            single = rows(loaded.model, given, outputs).astype(np.float32)
+            return rows(double, given.double(), outputs), single
+
+    return samples_from(images, loaded.config, sizes, answers, golden)
+
+
+def samples_for(
+    bundle: Bundle, loaded: LoadedVan | None, images: Path | None, count: int = GOLDEN_IMAGES
+) -> Samples:
+    """Return what a bundle is judged on.
+
+    Args:
+        bundle: the bundle.
+        loaded: its original network; None takes the golden samples as they are.
+        images: the user's folder or ``.npz``; None for the golden samples, or sample
+            photographs where the bundle has none.
+        count: how many of the images, where there is a network.
+
+    Raises:
+        BundleError: there is no network and there are no golden samples, or they were changed.
+        ImageError: the images cannot be read.
+    """
+    if loaded is None:
+        return golden_samples(bundle)
+    sizes = other_sizes(bundle.manifest.sizes, loaded.preprocessing.image_size)
+    if images is not None or bundle.manifest.golden is None:
+        chosen = check_images(loaded.name, loaded.preprocessing, count, images)
+        return reference_samples(loaded, chosen, sizes)
+    golden = golden_samples(bundle).first(count)
+    same = Batch((), golden.inputs, golden.pixels, (), golden.names, golden.description)
+    return reference_samples(loaded, same, sizes, golden=True)

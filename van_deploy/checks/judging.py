@@ -4,38 +4,154 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
+from van_deploy import config
+from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
-from van_deploy.checks.gates import Finding, Limit, Outcome, held
-from van_deploy.checks.graphs import one_line
-from van_deploy.checks.layers import overflows_of_graph
-from van_deploy.checks.opened import in_batches
-from van_deploy.checks.rules import judge_invariance, judge_logits
+from van_deploy.checks.gates import Finding, Limit, Outcome, held, judge_invariance, judge_logits
+from van_deploy.checks.graphs import Fault, judge_scales, one_line, overflows_of_graph
 from van_deploy.checks.samples import Samples
-from van_deploy.checks.scales import ScaleRow, judge_scales
-from van_deploy.config import BatchRange, GateProfile
+from van_deploy.data.images import Batch
 from van_deploy.environment.hardware import cpu
+from van_deploy.errors import UsageError
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import OUTPUT_NAME, fixed_batch
 from van_deploy.metrics import Array, Comparison, Flip, probabilities, rms
-from van_deploy.runners.network import ORT_CPU, Outputs
+from van_deploy.runners.base import Logits, Outputs
+from van_deploy.runners.network import ORT_CPU, PYTORCH, Network
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
-
+    from van_deploy.model.checkpoint import LoadedVan
 
 OVERFLOW_IMAGES = 4
 ORDERS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 """Instruction sets for which ONNX Runtime has kernels that add in another order."""
 
-Run = Callable[[npt.NDArray[Any]], Outputs]
+Run = Callable[[Samples, npt.NDArray[np.int64]], Outputs]
+"""From samples and which of them to every output of a network for these."""
+
+
+# --- artifacts to be judged ------------------------------------------------------------------
+
+
+def common(asked: config.CheckSettings | config.RunSettings) -> dict[str, Any]:
+    """Return what runs the artifacts and what may pass, for other settings."""
+    names = ("runner", "device", "trust_engine", "allow_skip", "allow_inconclusive")
+    return {name: getattr(asked, name) for name in names}
+
+
+def plain_onnx(bundle: Bundle) -> list[str]:
+    """Return the ONNX artifacts that take normalised images and give logits."""
+    entries = bundle.artefacts.items()
+    return [name for name, one in entries if one.kind == "onnx" and one.embedded == "none"]
+
+
+def chosen_artefacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
+    """Return the artifacts called ``names``, or all of them.
+
+    Raises:
+        BundleError: one of the names is not in the bundle.
+    """
+    return [bundle.artefact(name).name for name in names] or list(bundle.artefacts)
+
+
+def open_artefact(
+    bundle: Bundle, name: str, asked: config.RunnerSettings, threads: int = 0, spin: bool = True
+) -> Network | Finding:
+    """Return the artifact called ``name`` to be opened with ``with``, or why it does not run here.
+
+    Args:
+        bundle: the bundle.
+        name: of the artifact.
+        asked: what runs it.
+        threads: inside one operator; 0 lets the runtime choose.
+        spin: whether threads that wait keep their cores busy.
+
+    Raises:
+        BundleError: there is no such artifact, or its files are not the manifest's.
+        MissingDependency: ONNX Runtime is not installed.
+    """
+    network = Network(bundle, name, asked, threads=threads or None, spin=spin)
+    bundle.verified(name, only_file=network.is_engine and asked.trust_engine)
+    obstacle = network.obstacle()
+    if obstacle is not None:
+        return gates.skipped("runs", obstacle.reason, obstacle.kind)
+    return network
+
+
+def given_to(network: Network, samples: Samples, rows: slice | npt.NDArray[np.int64]) -> Array:
+    """Return some of the samples as an artifact takes them.
+
+    Raises:
+        UsageError: the artifact takes pixels and there are none.
+    """
+    if network.embedding == "none":
+        return samples.inputs[rows]
+    if samples.pixels is None:
+        raise UsageError(
+            f"'{network.name}' takes pixels, and the images at hand are network input.",
+            "Give images as files, or as uint8 arrays.",
+        )
+    return network.prepare(samples.pixels[rows])
+
+
+class Networks(ExitStack):
+    """PyTorch and some artifacts, loaded; closed by ``with``.
+
+    Args:
+        bundle: of the artifacts.
+        loaded: the original network.
+        asked: which artifacts, and what runs them.
+        threads: inside one operator; 0 lets the runtime choose.
+
+    Attributes:
+        numeric: the numeric class of each artifact.
+        runners: what runs each network, PyTorch first.
+        skipped: artifacts that do not run here.
+    """
+
+    def __init__(
+        self, bundle: Bundle, loaded: LoadedVan, asked: config.EvaluationSettings, threads: int = 0
+    ) -> None:
+        from van_deploy.runners.pytorch import TorchRunner
+
+        super().__init__()
+        self.bundle, self.loaded, self._torch = bundle, loaded, TorchRunner(loaded.model)
+        self.numeric, self.skipped = dict[str, str](), dict[str, Finding]()
+        self._artefacts: dict[str, Network] = {}
+        for name in chosen_artefacts(bundle, asked.artefacts):
+            # Idle threads must not spin: the next image is being decoded on that core.
+            opened = open_artefact(bundle, name, asked, threads, spin=False)
+            if isinstance(opened, Finding):
+                self.skipped[name] = opened
+            elif OUTPUT_NAME not in {output.name for output in opened.outputs}:
+                self.skipped[name] = gates.skipped("runs", "it gives no logits")
+            else:
+                self._artefacts[name] = self.enter_context(opened)
+                kind = bundle.artefact(name).precision
+                self.numeric[name] = gates.numeric_class(kind, tf32=opened.tf32)
+        self.runners = {PYTORCH: PYTORCH, **{n: a.runner for n, a in self._artefacts.items()}}
+
+    def logits(self, batch: Batch) -> dict[str, Logits]:
+        """Return each network's logits ``(n, K)``, PyTorch's first; n is 1 or more."""
+        found = {PYTORCH: self._torch.run(batch.inputs)}
+        for name, opened in self._artefacts.items():
+            # Normalised once for all that take it so.
+            given = batch.inputs if opened.embedding == "none" else batch.values
+            found[name] = opened.logits(given)
+        return found
+
+
+# --- what is found ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -56,7 +172,7 @@ class BatchRow:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judged(gates.Findings):
     """What was found of one network.
 
     Attributes:
@@ -65,30 +181,12 @@ class Judgement:
             there are none.
         flips: decisions that changed, the widest margin first.
         batches: one row a batch size.
-        scales: every scale of an INT8 graph.
     """
 
     findings: tuple[Finding, ...]
     comparison: Comparison | None = None
     flips: tuple[Flip, ...] = ()
     batches: tuple[BatchRow, ...] = ()
-    scales: tuple[ScaleRow, ...] = ()
-
-    @property
-    def outcome(self) -> Outcome:
-        """What all findings say together."""
-        return gates.outcome_of(self.findings)
-
-
-class Judged(Judgement):
-    """What the answers of a graph that was just made say, and its tensors."""
-
-    JSON_PROPERTIES: ClassVar = ("outcome",)
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing failed and nothing is left open."""
-        return self.outcome is Outcome.PASS
 
 
 def record_key(runner: str, numeric: str) -> str:
@@ -96,12 +194,11 @@ def record_key(runner: str, numeric: str) -> str:
 
     On a CPU, float32's noise and what INT8 kernels saturate depend on the instruction set.
     """
-    if runner != ORT_CPU or numeric not in ("fp32", "int8"):
-        return f"{runner}/{numeric}"
-    return "/".join([runner, numeric, *(f for f in cpu().features if f in ORDERS)])
+    exact = runner == ORT_CPU and numeric in ("fp32", "int8")
+    return "/".join([runner, numeric, *(f for f in cpu().features if exact and f in ORDERS)])
 
 
-def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
+def batch_sizes(batch: config.BatchRange) -> tuple[int, ...]:
     """Return the batch sizes to try: 1, 2, 3, the optimum, the maximum and another odd one.
 
     A static graph has one.
@@ -117,13 +214,13 @@ def batch_sizes(batch: BatchRange) -> tuple[int, ...]:
 
 
 def judge_new(
-    model: Path | ModelProto,
+    model: Path | onnx.ModelProto,
     precision: str,
     samples: Samples,
     sizes: Sequence[int] = (1,),
     *,
     method: str = "mse",
-    profile: GateProfile = gates.DEFAULT,
+    profile: config.GateProfile = gates.DEFAULT,
 ) -> tuple[Judged, dict[str, float]]:
     """Return what a graph that was just made says, and the SQNR to record of it.
 
@@ -139,35 +236,24 @@ def judge_new(
         MissingDependency: ONNX Runtime is not installed.
         ConversionError: it refuses the graph.
     """
-    import onnx
-
-    numeric = gates.numeric_class(precision)
-    floor = gates.sqnr_floor(numeric, samples.noise_db, profile)
-    graph = onnx.load(model) if isinstance(model, Path) else model
-    fixed, record = fixed_batch(graph), {}
+    graph, record = onnx.load(model) if isinstance(model, Path) else model, {}
+    floor, fixed = gates.sqnr_floor(precision, samples.noise_db, profile), fixed_batch(graph)
     with OnnxRuntimeRunner(model, arena=False) as runner:
-        judged = judge_answers(
-            runner.run_all, lambda of: of.inputs, samples, (fixed,) if fixed else sizes, floor
-        )
+        sizes = (fixed,) if fixed else sizes
+        judged = judge_answers(lambda of, i: runner.run_all(of.inputs[i]), samples, sizes, floor)
     if judged.comparison is not None:
-        record[record_key(ORT_CPU, numeric)] = min(judged.comparison.sqnr_db, gates.ROUNDOFF_DB)
-    findings, scales = judge_graph(graph, numeric, samples, method, profile)
-    return replace(judged, findings=(*judged.findings, *findings), scales=scales), record
+        record[record_key(ORT_CPU, precision)] = min(judged.comparison.sqnr_db, gates.ROUNDOFF_DB)
+    findings, _ = judge_graph(graph, precision, samples, floor, method)
+    return replace(judged, findings=(*judged.findings, *findings)), record
 
 
 def judge_answers(
-    run: Run,
-    prepare: Callable[[Samples], npt.NDArray[Any]],
-    samples: Samples,
-    sizes: Sequence[int],
-    floor: Limit,
-    recorded_db: float | None = None,
+    run: Run, samples: Samples, sizes: Sequence[int], floor: Limit, recorded_db: float | None = None
 ) -> Judged:
     """Return what the answers of a network say, at every batch size and image size.
 
     Args:
         run: the network.
-        prepare: gives samples as it takes them.
         samples: with the reference's logits.
         sizes: batch sizes to try, the one that the others are compared with first: 1, or the
             one of a static graph; every size gets all samples.
@@ -177,134 +263,119 @@ def judge_answers(
     Raises:
         Exception: the runtime's own, where the network does not run one image at a time.
     """
-    least, level = sizes[0], samples.outputs.sqnr_db
-    static = least > 1
-    outputs = _answers(run, samples, prepare(samples), least)
+    least, static, level = sizes[0], sizes[0] > 1, samples.outputs.sqnr_db
+    outputs = _answers(run, samples, least)
     if OUTPUT_NAME not in outputs:
-        return _judge_shares(run, prepare(samples), samples, sizes, floor)
+        return _judge_shares(run, samples, sizes, floor)
     alone = outputs[OUTPUT_NAME]
     findings, flips = _judge_rows(samples, alone, floor, recorded_db)
     if alone.shape != samples.logits.shape:
         return Judged(tuple(findings))
     rows = [BatchRow(least, gates.outcome_of(findings), level(samples.logits, alone), math.inf)]
-
-    def tried(of: Samples, size: int, where: str, shift: int) -> Array | None:
-        """Judge the answers to samples that are moved within their batches, and return them."""
+    tried = [(samples, size, f"batch {size}: ") for size in (sizes if static else sizes[1:])]
+    tried += [(other, least, f"{other.size}: ") for other in samples.others]
+    for of, size, where in tried:
+        # A static graph gets the same images at the same batch size, in other places.
+        own, moved, known = of is samples, int(static and of is samples), len(findings)
+        row = BatchRow(size, Outcome.FAIL)
         try:
-            found = _answers(run, of, np.roll(prepare(of), shift, axis=0), size)[OUTPUT_NAME]
+            found = _answers(run, of, size, moved)[OUTPUT_NAME]
         except Exception as error:  # the runtimes raise their own bare types
             findings.append(held("runs", f"{where}it does not run: {one_line(error)}"))
-            return None
-        back, record = np.roll(found, -shift, axis=0), recorded_db if of is samples else None
-        if not shift:  # else these are the same images at the same batch size again
-            findings.extend(_judge_rows(of, back, floor, record, where)[0])
-        return back if back.shape == of.logits.shape else None
-
-    for size in sizes if static else sizes[1:]:
-        known = 0 if static else len(findings)
-        found = tried(samples, size, f"batch {size}: ", int(static))
-        row = BatchRow(size, Outcome.FAIL)
-        if found is not None:
-            findings.append(judge_invariance(alone, found, floor, size))
-            said = gates.outcome_of(findings[known:])
-            row = BatchRow(size, said, level(samples.logits, found), findings[-1].value)
-        rows = [row] if static else [*rows, row]
-    for other in samples.others:
-        tried(other, least, f"{other.size}: ", 0)
+        else:
+            if not moved:
+                record = recorded_db if own else None
+                findings += _judge_rows(of, found, floor, record, where)[0]
+            if own and found.shape == alone.shape:
+                findings.append(judge_invariance(alone, found, floor, size))
+                said = gates.outcome_of(findings[0 if moved else known :])
+                row = BatchRow(size, said, level(of.logits, found), findings[-1].value)
+        if own:
+            rows = [row] if moved else [*rows, row]
     comparison = samples.outputs.compare(samples.logits, alone)
     return Judged(tuple(findings), comparison, tuple(flips), tuple(rows))
 
 
-def _answers(run: Run, samples: Samples, given: npt.NDArray[Any], batch: int) -> Outputs:
+def _answers(run: Run, samples: Samples, batch: int, moved: int = 0) -> Outputs:
     """Return the answers to all images, ``batch`` at a time, as one output.
 
-    Where the network gives other outputs than the reference, these.
+    Where the network gives other outputs than the reference, these. Every batch is full: the
+    last one is filled up with other images, and a batch of more images than there are repeats
+    them in another order. Images are ``moved`` by so many places within their batches.
     """
-
-    def reduced(part: npt.NDArray[Any]) -> Outputs:
-        outputs, wanted = run(part), samples.outputs
-        known = outputs.keys() >= set(wanted.names)
-        return {OUTPUT_NAME: wanted.rows(outputs)} if known else outputs
-
-    return in_batches(reduced, given, batch)
+    count, pieces = len(samples), []
+    for start in range(0, count, batch):
+        places = np.arange(start, start + batch)
+        outputs = run(samples, (places + places // count - moved) % count)
+        if outputs.keys() >= set(samples.outputs.names):
+            outputs = {OUTPUT_NAME: samples.outputs.rows(outputs)}
+        pieces.append(outputs)
+    whole = {name: np.concatenate([p[name] for p in pieces])[:count] for name in pieces[0]}
+    return {name: np.roll(rows, -moved, axis=0) for name, rows in whole.items()}
 
 
 def _judge_rows(
     samples: Samples, found: Array, floor: Limit, recorded_db: float | None, where: str = ""
 ) -> tuple[list[Finding], list[Flip]]:
     """Return the findings on the logits, or on each feature map, and the label flips."""
-    options: dict[str, Any] = {"recorded_db": recorded_db, "task": samples.task}
+    how = (floor, recorded_db, samples.task)
     if not samples.outputs.widths or found.shape != samples.logits.shape:
-        return judge_logits(samples.logits, found, floor, where=where, **options)
+        return judge_logits(samples.logits, found, *how, where)
     findings, actual = [], samples.outputs.parts(found)
     for name, expected in samples.outputs.parts(samples.logits).items():
-        of_map = judge_logits(expected, actual[name], floor, where=f"{where}{name}: ", **options)
-        findings += of_map[0]
+        findings += judge_logits(expected, actual[name], *how, f"{where}{name}: ")[0]
     return findings, []
 
 
-def _judge_shares(
-    run: Run, given: npt.NDArray[Any], samples: Samples, sizes: Sequence[int], floor: Limit
-) -> Judged:
+def _judge_shares(run: Run, samples: Samples, sizes: Sequence[int], floor: Limit) -> Judged:
     """Return what a network says that gives probabilities or top-k classes, and no logits.
 
     A probability moves by a quarter of what a difference of logits does, at most.
     """
     noise = rms(samples.logits) * 10 ** (-floor.value / 20)
     limit = Limit(max(math.sqrt(2) * noise, 1e-6), f"what noise at {floor.value:.1f} dB explains")
-    findings = []
+    expected, findings = probabilities(samples.logits, samples.task), []
     for size in sizes:
-        change = _largest_change(samples, in_batches(run, given, size))
+        found = _answers(run, samples, size)
+        pairs = [(expected, found.get("probabilities", expected))]
+        if TOP_CLASSES in found:
+            chosen = np.take_along_axis(expected, found[TOP_CLASSES], axis=1)
+            best = -np.sort(-expected, axis=1)[:, : chosen.shape[1]]
+            pairs += [(best, chosen), (best, found[TOP_PROBABILITIES])]  # the right ones, in order
+        change = float(np.max([np.abs(one - other).max() for one, other in pairs]))  # or NaN
+        change = change if math.isfinite(change) else math.inf
         fault = (
             f"batch {size}: a probability is off by {change:.1e}, more than {limit.value:.1e} "
             f"({limit.origin})"
-        )
-        fault *= change > limit.value
+        ) * (change > limit.value)
         findings.append(held("probabilities", fault, change, limit))
     rows = (BatchRow(size, f.outcome) for size, f in zip(sizes, findings, strict=True))
     return Judged(tuple(findings), batches=tuple(rows))
 
 
-def _largest_change(samples: Samples, found: Outputs) -> float:
-    """Return by how much any probability is off; infinite for what is no number."""
-    expected = probabilities(samples.logits, samples.task)
-    pairs = []
-    if "probabilities" in found:
-        pairs.append((expected, found["probabilities"]))
-    if TOP_CLASSES in found:
-        chosen = np.take_along_axis(expected, found[TOP_CLASSES], axis=1)
-        best = -np.sort(-expected, axis=1)[:, : chosen.shape[1]]
-        pairs += [(best, chosen), (best, found[TOP_PROBABILITIES])]  # the right ones, in order
-    largest = max(float(np.abs(one - other).max()) for one, other in pairs)
-    return largest if math.isfinite(largest) else math.inf
-
-
 def judge_graph(
-    model: ModelProto,
-    numeric: str,
-    samples: Samples,
-    method: str = "mse",
-    profile: GateProfile = gates.DEFAULT,
-) -> tuple[list[Finding], tuple[ScaleRow, ...]]:
+    model: onnx.ModelProto, numeric: str, samples: Samples, floor: Limit, method: str = "mse"
+) -> tuple[list[Finding], list[Fault]]:
     """Return what a plain graph's tensors say: FP16 that overflows, and INT8 scales.
+
+    And each fault with the module or node that it is in.
 
     Args:
         model: the graph, which takes normalised images.
         numeric: its numeric class.
         samples: the golden samples.
+        floor: least SQNR of the logits.
         method: of calibration, for INT8.
-        profile: what a recipe sets otherwise.
     """
     findings: list[Finding] = []
-    rows: tuple[ScaleRow, ...] = ()
     try:
-        over = overflows_of_graph(model, samples.inputs[:OVERFLOW_IMAGES])
-        if numeric in ("fp16", "int8") or over:
-            findings.append(held("FP16 range", "; ".join(list(over.values())[:4])))
+        faults = overflows_of_graph(model, samples.inputs[:OVERFLOW_IMAGES])
+        if numeric in ("fp16", "int8") or faults:
+            findings.append(held("FP16 range", "; ".join(said for _, said in faults[:4])))
         if numeric == "int8":
-            floor = gates.sqnr_floor(numeric, samples.noise_db, profile)
-            found, rows = judge_scales(model, samples, floor, method)
-            findings += found
+            found, wrong = judge_scales(model, samples, floor, method)
+            return findings + found, faults + wrong
     except Exception as error:  # ONNX Runtime raises its own bare types
-        findings.append(held("graph", f"its tensors cannot be looked at: {one_line(error)}"))
-    return findings, rows
+        said = f"its tensors cannot be looked at: {one_line(error)}"
+        return [*findings, held("graph", said)], [("", said)]
+    return findings, faults

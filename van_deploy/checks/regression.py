@@ -1,30 +1,187 @@
-"""A bundle against its gates and a baseline: every row, and whether it got worse."""
+"""A bundle against its gates and a baseline: every row, and whether it got worse.
+
+A baseline is what was measured when somebody said it was good: a document to commit beside
+the recipe.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Final, Literal
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
+
+from pydantic import Field
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
-from van_deploy.checks.baseline import (
-    AccuracyFigures,
-    ArtefactFigures,
-    Baseline,
-    SpeedFigures,
-    baseline_from,
-)
 from van_deploy.checks.evaluate import EvaluateReport
-from van_deploy.checks.gates import Allowed, Finding, Limit, Outcome, Report, held, skipped
-from van_deploy.checks.rules import at_least
+from van_deploy.checks.gates import Finding, Limit, Outcome, skipped
+from van_deploy.checks.judging import given_to, open_artefact
 from van_deploy.checks.samples import Samples
-from van_deploy.checks.verdicts import VerifyReport
+from van_deploy.checks.verify import VerifyReport
+from van_deploy.config import RunnerSettings
 from van_deploy.errors import InputError
+from van_deploy.files import write_atomic
+from van_deploy.intervals import median_interval
+from van_deploy.schema import Count, Schema, Text, Versioned, read_versioned
+
+if TYPE_CHECKING:
+    from van_deploy.model.checkpoint import LoadedVan
 
 SCHEMA: Final = "van-deploy/check/2"
-SHOWN = 4  # messages of one gate
-DIGEST = 64  # characters
+ANEW = "Write one with --update, look at it, and commit it."
+SAME = {
+    "model": "another model",
+    "weights_sha256": "other weights",
+    "samples_sha256": "other images to verify on",
+    "against": "another reference",
+    "evaluation_sha256": "another evaluation set",
+    "evaluation_images": "another number of images that can be read",
+}
+MOST_DB = 300.0  # what "no error at all" is written as
+WARM_UPS = 2
+ROUNDS = (25, 200)  # at least, and at most where the interval stays wide
+
+Ratio = Annotated[float, Field(gt=0)]
+
+
+class Figure(Schema):
+    """What was measured of one artifact.
+
+    ``SQNR`` in dB, ``top-1``, ``top-5`` and ``F1`` in percent, ``speed`` as the original
+    network's time over the artifact's, the median of paired rounds: above 1 it is faster.
+    """
+
+    value: float
+    interval: tuple[Ratio, Ratio] | None = None
+    """Of a speed, 95 %."""
+    by: Text = ""
+    """Runner and numeric class, which an SQNR depends on."""
+
+
+class Baseline(Versioned):
+    """Figures that were good once."""
+
+    schema_: Literal["van-deploy/baseline/3"] = Field("van-deploy/baseline/3", alias="schema")
+    model: Text
+    weights_sha256: Text
+    samples_sha256: Text
+    """Of the images that the artifacts were verified on."""
+    against: Text
+    """What artifacts were compared with."""
+    evaluation_sha256: Text = ""
+    """Of the labelled images' names, contents and labels; "" where there were none."""
+    evaluation_images: Count = 0
+    """How many of them could be read."""
+    artefacts: dict[Text, dict[Text, Figure]]
+
+
+def baseline_from(
+    bundle: Bundle,
+    samples: Samples,
+    verify: VerifyReport,
+    evaluate: EvaluateReport | None,
+    speed: Mapping[str, Figure],
+) -> Baseline:
+    """Return the baseline that says what was measured is good."""
+    figures: dict[str, dict[str, Figure]] = {}
+    for name, verdict in verify.artefacts.items():
+        found = figures.setdefault(name, {})
+        if verdict.comparison is not None:
+            level = max(-MOST_DB, min(MOST_DB, round(verdict.comparison.sqnr_db, 3)))
+            found["SQNR"] = Figure(value=level, by=f"{verdict.runner}, {verdict.numeric}")
+        accuracy = None if evaluate is None else evaluate.accuracy.get(name)
+        if accuracy is not None:
+            # Rounded, so that a share is the same number however it was come by.
+            metric = accuracy.metric.partition(" ")[0]
+            found[metric] = Figure(value=round(100 * accuracy.top1, 9))
+            if accuracy.top5 is not None:
+                found["top-5"] = Figure(value=round(100 * accuracy.top5, 9))
+        if name in speed:
+            found["speed"] = speed[name]
+    return Baseline(
+        schema="van-deploy/baseline/3",
+        model=bundle.name,
+        weights_sha256=bundle.manifest.weights.sha256,
+        samples_sha256=hashlib.sha256(samples.inputs.tobytes()).hexdigest(),
+        against=verify.against,
+        evaluation_sha256="" if evaluate is None else evaluate.dataset_sha256,
+        evaluation_images=0 if evaluate is None else evaluate.count,
+        artefacts=figures,
+    )
+
+
+def write_baseline(path: Path, baseline: Baseline) -> None:
+    """Write a baseline as JSON, one figure a line, so that a change shows in a diff."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, baseline.text())
+
+
+def read_baseline(path: Path) -> Baseline:
+    """Return the baseline in a file.
+
+    Raises:
+        InputError: it cannot be read, is of another version, or is none.
+    """
+    return read_versioned(Baseline, path, "baseline", InputError, ANEW)
+
+
+# --- speed -----------------------------------------------------------------------------------
+
+
+def speed_ratios(
+    bundle: Bundle, loaded: LoadedVan, samples: Samples, asked: RunnerSettings
+) -> dict[str, Figure]:
+    """Return PyTorch's time over each artifact's, at the bundle's optimal batch.
+
+    For the gate only: a ratio within one run on one machine is all that can be compared between
+    runs; ``bench`` measures properly. One thread each. What does not run here is left out.
+    """
+    from van_deploy.runners.pytorch import TorchRunner, one_torch_thread
+
+    few, ratios = samples.first(bundle.manifest.batch.opt), {}
+    with one_torch_thread():
+        for name in bundle.artefacts:
+            opened = open_artefact(bundle, name, asked, 1, spin=False)
+            if isinstance(opened, Finding):
+                continue
+            with opened as network, TorchRunner(loaded.model) as original:
+                given = given_to(network, few, slice(None))
+                slow = partial(original.run, few.inputs)
+                ratios[name] = paired_ratio(slow, partial(network.run, given))
+    return ratios
+
+
+def paired_ratio(slow: Callable[[], object], fast: Callable[[], object]) -> Figure:
+    """Return how many times longer ``slow`` takes than ``fast``, over paired rounds.
+
+    Each round times both, one right after the other, so that what slows the machine slows both.
+    Who begins alternates, so that neither always runs in what the other left in the caches.
+    Rounds go on until the median's interval is within :data:`~gates.SPEED_WITHIN`, or are too
+    many.
+    """
+    ratios: list[float] = []
+    low, high, middle = 0.0, 1.0, 0.0
+    for number in range(-WARM_UPS, ROUNDS[1]):
+        if number >= ROUNDS[0] and high - low <= 2 * gates.SPEED_WITHIN * middle:
+            break
+        seconds = {}
+        for call in (slow, fast) if number % 2 else (fast, slow):
+            start = time.perf_counter()
+            call()
+            seconds[call] = time.perf_counter() - start
+        if number >= 0:
+            ratios.append(seconds[slow] / seconds[fast])
+            (low, high), middle = median_interval(ratios), statistics.median(ratios)
+    return Figure(value=middle, interval=(low, high))
+
+
+# --- the check -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -41,14 +198,9 @@ class CheckRow:
     finding: Finding
     baseline: float | None = None
 
-    @property
-    def outcome(self) -> Outcome:
-        """What was found, in a word."""
-        return self.finding.outcome
-
 
 @dataclass(frozen=True)
-class CheckReport(Report):
+class CheckReport(gates.Report):
     """The verdict of a check.
 
     Attributes:
@@ -67,14 +219,14 @@ class CheckReport(Report):
     rows: tuple[CheckRow, ...]
     new: tuple[str, ...]
     images: str
-    allowed: Allowed
+    allowed: gates.Allowed
     measured: Baseline = field(metadata={"json": False})
     schema: Literal["van-deploy/check/2"] = SCHEMA
 
     @property
     def counts(self) -> dict[str, int]:
         """How many rows have each outcome."""
-        outcomes = [row.outcome for row in self.rows]
+        outcomes = [row.finding.outcome for row in self.rows]
         return {outcome.value: outcomes.count(outcome) for outcome in Outcome}
 
     def named(self) -> list[tuple[str, Finding]]:
@@ -83,38 +235,43 @@ class CheckReport(Report):
 
 
 def compare_with_baseline(
-    bundle: Bundle,
-    samples: Samples,
-    baseline: Baseline | None,
-    verify: VerifyReport,
-    evaluate: EvaluateReport | None,
-    speed: Mapping[str, SpeedFigures],
+    now: Baseline, then: Baseline | None, verify: VerifyReport, evaluate: EvaluateReport | None
 ) -> CheckReport:
     """Return every gate, and every figure against the baseline.
 
     Args:
-        bundle: what was measured.
-        samples: what it was verified on.
-        baseline: what was good; None while a new one is being written.
+        now: what was measured.
+        then: what was good; None while a new one is being written.
         verify: what verifying found.
         evaluate: what evaluating found, if there were labelled images.
-        speed: by artifact; empty where it was not measured.
 
     Raises:
         InputError: the baseline is of another model, other weights, or other images.
     """
-    measured = baseline_from(bundle, samples, verify, evaluate, speed)
-    rows = list(_gate_rows(verify, evaluate))
-    new: tuple[str, ...] = ()
-    if baseline is not None:
-        _require_same(baseline, measured)
-        images = baseline.evaluation.images if baseline.evaluation else 0
+    rows, new = [*_gate_rows(verify, evaluate)], tuple[str, ...]()
+    if then is not None:
+        evaluated = then.evaluation_sha256 and now.evaluation_sha256
+        for name, what in SAME.items():
+            before, here = (str(getattr(baseline, name)) for baseline in (then, now))
+            if before != here and (evaluated or not name.startswith("evaluation")):
+                shown = slice(12 if name.endswith("sha256") else None)
+                raise InputError(
+                    f"The baseline was measured with {what}: {before[shown]}, and now "
+                    f"{here[shown]}.",
+                    "Give the same ones, or write the baseline anew with --update.",
+                )
         kinds = {name: finding.skip for name, finding in verify.named() if finding.skip}
-        for name, old in baseline.artefacts.items():
-            now, kind = measured.artefacts.get(name), kinds.get(name, "")
-            rows += _baseline_rows(f"baseline/{name}", old, now, images, kind)
-        new = tuple(name for name in measured.artefacts if name not in baseline.artefacts)
-    return CheckReport(bundle.name, tuple(rows), new, samples.description, verify.allowed, measured)
+        for name, figures in then.artefacts.items():
+            if name not in now.artefacts:
+                lacks = "the baseline has this artifact and the bundle lacks it"
+                rows.append(CheckRow(f"baseline/{name}", gates.held("artifact", lacks)))
+                continue
+            for rule, old in figures.items():
+                new_one, images = now.artefacts[name].get(rule), then.evaluation_images
+                found = _against(rule, old, new_one, images, kinds.get(name, ""))
+                rows.append(CheckRow(f"baseline/{name}/{rule}", found, old.value))
+        new = tuple(name for name in now.artefacts if name not in then.artefacts)
+    return CheckReport(now.model, tuple(rows), new, verify.images, verify.allowed, now)
 
 
 def _gate_rows(verify: VerifyReport, evaluate: EvaluateReport | None) -> Iterator[CheckRow]:
@@ -122,118 +279,48 @@ def _gate_rows(verify: VerifyReport, evaluate: EvaluateReport | None) -> Iterato
         yield CheckRow(f"gate/{finding.rule}", finding)
     for name, verdict in verify.artefacts.items():
         value = None if verdict.comparison is None else verdict.comparison.sqnr_db
-        whole = Finding("SQNR", verdict.outcome, "", value, verdict.limit, "dB")
-        yield CheckRow(f"gate/verify/{name}", _summary(whole, verdict.findings))
+        said, skip = (verdict.outcome, verdict.reason), verdict.findings[0].skip
+        whole = Finding("SQNR", *said, value, verdict.limit, "dB", skip)
+        yield CheckRow(f"gate/verify/{name}", whole)
     if evaluate is None:
         return
     for name, loss in evaluate.losses.items():
-        whole = replace(loss.findings[-1], outcome=loss.outcome)  # the loss itself
-        yield CheckRow(f"gate/evaluate/{name}", _summary(whole, loss.findings))
-    for entry in evaluate.skipped:
-        yield CheckRow(f"gate/evaluate/{entry.artefact}", skipped("runs", entry.reason, entry.kind))
+        itself = loss.findings[-1]
+        whole = replace(itself, outcome=loss.outcome, message=loss.reason)
+        yield CheckRow(f"gate/evaluate/{name}", whole)
+    for name, finding in evaluate.skipped.items():
+        yield CheckRow(f"gate/evaluate/{name}", finding)
 
 
-def _summary(whole: Finding, findings: Sequence[Finding]) -> Finding:
-    """Return several findings as one, with the messages of those that decide."""
-    found = [f for f in findings if f.outcome is whole.outcome]
-    if whole.outcome is Outcome.SKIPPED:
-        return found[0]
-    shown = [f.message for f in found[:SHOWN] if f.message]
-    more = [f"and {len(found) - SHOWN} more"] * (len(found) > SHOWN)
-    passed = whole.outcome is Outcome.PASS
-    return replace(whole, message="" if passed else "; ".join([*shown, *more]))
-
-
-def _require_same(baseline: Baseline, now: Baseline) -> None:
-    pairs = [
-        ("another model", baseline.model, now.model),
-        ("other weights", baseline.weights_sha256, now.weights_sha256),
-        ("other images to verify on", baseline.samples_sha256, now.samples_sha256),
-        ("another reference", baseline.against, now.against),
-    ]
-    old, new = baseline.evaluation, now.evaluation
-    if old and new:
-        number = "another number of images that can be read"
-        pairs.append(("another evaluation set", old.sha256, new.sha256))
-        pairs.append((number, str(old.images), str(new.images)))
-    for what, then, here in pairs:
-        if then != here:
-            short = [text[:12] if len(text) == DIGEST else text for text in (then, here)]
-            raise InputError(
-                f"The baseline was measured with {what}: {short[0]}, and now {short[1]}.",
-                "Give the same ones, or write the baseline anew with --update.",
-            )
-
-
-def _baseline_rows(
-    row: str, old: ArtefactFigures, now: ArtefactFigures | None, images: int, kind: str
-) -> Iterator[CheckRow]:
-    """Yield every figure of an artifact against the baseline's.
+def _against(rule: str, then: Figure, now: Figure | None, images: int, kind: str) -> Finding:
+    """Return whether a figure is as good as the baseline's.
 
     Args:
-        row: begins the names of the rows.
-        old: the baseline's figures.
-        now: those of this run; None where the bundle lacks the artifact.
+        rule: what it is.
+        then: the baseline's.
+        now: of this run; None where it was not measured.
         images: of the evaluation set.
         kind: of skip, where the artifact was not run.
     """
+    if rule == "SQNR" and (now is None or now.by != then.by):
+        why = "it was not run here" if now is None else f"run by {now.by}"
+        return skipped(rule, f"{why}; the baseline is of {then.by}", kind or "runtimes")
     if now is None:
-        message = "the baseline has this artifact and the bundle lacks it"
-        yield CheckRow(row, held("artifact", message))
-        return
-    here, there = (f"{f.runner}, {f.numeric_class}" for f in (now, old))
-    if old.sqnr_db is not None:
-        drops: dict[str, float] = {}
-        if now.sqnr_db is None or here != there:
-            why = "it was not run here" if now.sqnr_db is None else f"run by {here}"
-            found = skipped("SQNR", f"{why}; the baseline is of {there}", kind or "runtimes")
-        else:
-            origin = f"baseline minus {gates.BELOW_RECORD_DB:g}"
-            found = at_least(
-                "SQNR", now.sqnr_db, Limit(old.sqnr_db - gates.BELOW_RECORD_DB, origin)
-            )
-            drops = {m: db - now.modules[m] for m, db in old.modules.items() if m in now.modules}
-        yield CheckRow(f"{row}/SQNR", found, old.sqnr_db)
-        for worst in sorted(drops, key=drops.__getitem__, reverse=True)[:1]:
-            slack = gates.CLASSES[old.numeric_class].slack_db
-            limit = Limit(old.modules[worst] - slack, f"baseline minus {slack:g}")
-            found = at_least("modules", now.modules[worst], limit, where=f"{worst}: ")
-            yield CheckRow(f"{row}/modules", found, old.modules[worst])
-    if old.accuracy is not None:
-        yield from _accuracy_rows(row, old.accuracy, now.accuracy, images, kind or "accuracy")
-    if old.speed is not None:
-        yield CheckRow(
-            f"{row}/speed", _speed(old.speed, now.speed, kind or "speed"), old.speed.ratio
-        )
-
-
-def _accuracy_rows(
-    row: str, old: AccuracyFigures, now: AccuracyFigures | None, images: int, kind: str
-) -> Iterator[CheckRow]:
+        own = "speed" if rule == "speed" else "accuracy"
+        why = f"the baseline has it, and this run measured no {own} of this artifact"
+        return skipped(rule, f"{why}: add --speed" if rule == "speed" else why, kind or own)
+    least, drop = 1 - gates.SPEED_SLACK, gates.BELOW_RECORD_DB
+    if then.interval and now.interval:
+        low, high = now.interval[0] / then.interval[1], now.interval[1] / then.interval[0]
+        limit = Limit(then.value * least, f"baseline minus {100 * gates.SPEED_SLACK:g} %")
+        said = f"{100 * low:.0f} to {100 * high:.0f} % of the baseline's ratio"
+        outcome = Outcome.PASS if low >= least else Outcome.FAIL
+        if low < least <= high:
+            outcome, said = Outcome.INCONCLUSIVE, f"{said}: a quieter machine would decide"
+        return Finding(rule, outcome, said, now.value, limit, "x")
+    if rule == "SQNR":
+        return gates.at_least(rule, now.value, Limit(then.value - drop, f"baseline minus {drop:g}"))
     slack = gates.chance_changes(images)
     origin = f"baseline minus {slack} of {images} images, which chance may change"
-    for figure, label in (("top1", "top-1"), ("top5", "top-5"), ("f1", "F1")):
-        whole = 1 if figure == "f1" else images
-        then, here = getattr(old, figure), getattr(now, figure, None)
-        if then is None:
-            continue
-        why = "the baseline has it, and this run measured no accuracy of this artifact"
-        found = skipped(label, why, kind)
-        if here is not None:
-            limit = Limit(100 * ((then - slack * whole / images) / whole), origin)
-            found = at_least(label, 100 * (here / whole), limit, "%")
-        yield CheckRow(f"{row}/{label}", found, 100 * (then / whole))
-
-
-def _speed(old: SpeedFigures, now: SpeedFigures | None, kind: str) -> Finding:
-    """Return whether the median ratio fell by more than the slack, as its interval tells."""
-    if now is None:
-        why = "the baseline has it, and this run did not measure it: add --speed"
-        return skipped("speed", why, kind)
-    least, low, high = 1 - gates.SPEED_SLACK, now.low / old.high, now.high / old.low
-    limit = Limit(old.ratio * least, f"baseline minus {100 * gates.SPEED_SLACK:g} %")
-    said = f"{100 * low:.0f} to {100 * high:.0f} % of the baseline's ratio"
-    outcome = Outcome.PASS if low >= least else Outcome.FAIL
-    if low < least <= high:
-        outcome, said = Outcome.INCONCLUSIVE, f"{said}: a quieter machine would decide"
-    return Finding("speed", outcome, said, now.ratio, limit, "x")
+    fewest = round(then.value - 100 * slack / max(images, 1), 9)
+    return gates.at_least(rule, now.value, Limit(fewest, origin), "%")

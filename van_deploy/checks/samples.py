@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.config.sizes import ImageSize, SizeRange, sides_of, size_text
-from van_deploy.data import CheckImages
+from van_deploy.data.images import Batch
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import Array, Comparison, Task, compare, sqnr_db
 from van_deploy.model.pixels import Pixels
@@ -78,14 +78,15 @@ class Outputs:
     def compare(self, expected: Array, found: Array) -> Comparison:
         """Return the figures of merit of the logits, or of the worst map."""
         actual, classes = self.parts(found), not self.widths
-        figures = (
-            compare(e, actual[name], classes=classes) for name, e in self.parts(expected).items()
-        )
-        return min(figures, key=lambda each: each.sqnr_db)
+        pairs = [(part, actual[name]) for name, part in self.parts(expected).items()]
+        return min((compare(*pair, classes=classes) for pair in pairs), key=lambda c: c.sqnr_db)
 
 
 LOGITS = Outputs()
 """Those of a classifier."""
+
+Answers = Callable[[str, Images, Outputs], tuple[Array, Array]]
+"""From a size, images, and how outputs become rows, to a network's in float64 and in float32."""
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,9 @@ class Samples:
     def first(self, count: int) -> Samples:
         """Return at most ``count`` of them."""
         parts = {n: getattr(self, n)[:count] for n in ("inputs", "logits", "single", "names")}
+        pixels = None if self.pixels is None else self.pixels[:count]
         described = "" if count >= len(self) else f"the first {count} of "
-        return replace(
-            self,
-            **parts,
-            pixels=None if self.pixels is None else self.pixels[:count],
-            description=described + self.description,
-        )
+        return replace(self, **parts, pixels=pixels, description=described + self.description)
 
 
 def sketch(maps: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -173,12 +170,11 @@ def other_sizes(sizes: SizeRange | None, native: ImageSize) -> tuple[ImageSize, 
 
 
 def samples_from(
-    images: CheckImages,
+    images: Batch,
     config: VanConfig,
     sizes: Sequence[ImageSize],
-    answers: Callable[[str, Images, Outputs], tuple[Array, Array]],
-    *,
-    golden: bool = False,
+    answers: Answers,
+    golden: bool,
 ) -> Samples:
     """Return images with answers, the first of them at other sizes, too.
 
@@ -195,24 +191,20 @@ def samples_from(
         golden: whether they are those of the bundle.
     """
 
-    def at(size: ImageSize | None, count: int, described: str) -> Samples:
-        inputs, pixels = images.inputs[:count], images.pixels
+    def at(size: ImageSize | None) -> Samples:
+        count = len(images) if size is None else min(OTHER_IMAGES, len(images))
+        inputs, pixels, described = images.inputs[:count], images.pixels, images.description
         pixels = None if pixels is None else pixels[:count]
         if size is not None:
             inputs = _tiled(inputs, size, 2)
             pixels = None if pixels is None else _tiled(pixels, size, 1)
+            described = f"{count} images repeated to {size_text(size)}"
         outputs = Outputs.of(config, inputs.shape[2:])
-        exact, single = answers("" if size is None else size_text(size), inputs, outputs)
-        return Samples(
-            *(inputs, pixels, exact, single, images.names[:count], described),
-            Task.of(config.num_classes, config.problem_type),
-            golden,
-            outputs,
-        )
+        answered = answers("" if size is None else size_text(size), inputs, outputs)
+        given = (inputs, pixels, *answered, images.names[:count], described)
+        return Samples(*given, Task.of(config.num_classes, config.problem_type), golden, outputs)
 
-    few = min(OTHER_IMAGES, len(images))
-    others = [at(size, few, f"{few} images repeated to {size_text(size)}") for size in sizes]
-    return replace(at(None, len(images), images.description), others=tuple(others))
+    return replace(at(None), others=tuple(at(size) for size in sizes))
 
 
 def _tiled(values: npt.NDArray[Any], size: ImageSize, axis: int) -> npt.NDArray[Any]:

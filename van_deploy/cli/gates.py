@@ -15,7 +15,7 @@ from van_deploy.errors import GateFailed
 if TYPE_CHECKING:
     from van_deploy.checks.evaluate import EvaluateReport
     from van_deploy.checks.regression import CheckReport
-    from van_deploy.checks.verdicts import VerifyReport
+    from van_deploy.checks.verify import VerifyReport
 
 FILES = "What is written"
 MODULE = "See the rows above; `van-deploy drift` names the module."

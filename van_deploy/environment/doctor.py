@@ -232,7 +232,7 @@ def tried(programs: Mapping[str, str]) -> dict[str, str]:
             return f"it did not answer within {WAIT_S:.0f} s"
         if ran.returncode == 0:
             return ""
-        cause = re.search(r"with error: (.*)", ran.stderr)
+        cause = re.search(r"(?:with error|van_deploy\.errors\.\w+): (.*)", ran.stderr)
         lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
         text = re.sub(r"\x1b\[[\d;]*m", "", cause[1] if cause else lines[-1])
         return " ".join(text.split())[:300].rstrip(".")

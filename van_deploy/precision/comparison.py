@@ -18,10 +18,13 @@ from van_deploy.checks.gates import (
     Limit,
     Outcome,
     allowed_loss,
+    at_least,
     flip_margin,
+    judge_loss,
+    judge_numbers,
+    paired_loss,
     sqnr_floor,
 )
-from van_deploy.checks.rules import at_least, judge_loss, judge_numbers, paired_loss
 from van_deploy.checks.samples import LOGITS, Outputs
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ConversionError

@@ -146,8 +146,8 @@ def _verdicts(checks: Entry) -> Iterator[tuple[str, str, str]]:
     for name, own, original, loss in _losses(checks):
         pair = f"{100 * own['top1']:.2f} %, PyTorch {100 * original['top1']:.2f} %"
         yield state_of(loss["outcome"]), name, "; ".join([pair, *_said(loss)])
-    for skipped in checks.get("evaluate", {}).get("skipped", ()):
-        yield "SKIPPED", f"evaluate {skipped['artefact']}", skipped["reason"]
+    for name, skipped in checks.get("evaluate", {}).get("skipped", {}).items():
+        yield "SKIPPED", f"evaluate {name}", skipped["message"]
     for name, entry in checks.items():  # such as of embedded preprocessing
         outcome = entry.get("outcome", entry.get("passed"))
         if outcome is not None and name not in TOLD_APART:

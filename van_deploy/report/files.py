@@ -76,10 +76,10 @@ def write_junit(report: CheckReport, path: Path) -> None:
             case = ElementTree.SubElement(suite, "testcase", place)
             if not report.allowed.holds(found):
                 words = {"skipped": "not checked: ", "inconclusive": "undecided: "}
-                message = f"{words.get(row.outcome.value, '')}{found.message}"
+                message = f"{words.get(row.finding.outcome.value, '')}{found.message}"
                 failure = ElementTree.SubElement(case, "failure", message=message, type="gate")
                 failure.text = f"baseline {row.baseline}, now {found.value}: {message}"
-            elif row.outcome.value != "pass":
+            elif row.finding.outcome.value != "pass":
                 ElementTree.SubElement(case, "skipped", message=found.message)
     for element in (root, *root):
         for attribute, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped",) * 2):

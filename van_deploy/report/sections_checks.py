@@ -106,7 +106,7 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
         rows_chart(marks, f"{metric} lost against PyTorch (pp)", dots=True),
         "Loss with its 95 % interval; the dashed line is the loss that the artifact is allowed.",
     )
-    skipped = ({"about": s["artefact"], "skip": s["kind"], **s} for s in entry["skipped"])
+    skipped = ({"about": name, **finding} for name, finding in entry["skipped"].items())
     found, unread = inner(losses, "findings"), [reason for _, reason in entry["unreadable"]]
     left_out = [f"{len(unread)} image(s) could not be read and were left out."] * bool(unread)
     return [
@@ -175,12 +175,11 @@ def drift_blocks(entry: Entry, top: int) -> list[Block]:
         Paragraph(f"{entry['images']}. Parts are compared with {entry['reference']}."),
         *table(
             entry["chain"],
-            "link = name name; SQNR dB ↑ = sqnr_db .1f; note = reason",
+            "link = name name; SQNR dB ↑ = sqnr_db .1f; note = note",
             "The chain: logits against the original network in float64",
         ),
         *[doc.Plot(svg, f"Signal over error after each {level}.")] * bool(series),
         *tables,
-        *notices("NOTE", entry["notes"]),
     ]
 
 
@@ -223,8 +222,8 @@ def _skips(found: Iterable[Entry]) -> Sequence[Block]:
     """Return what was not run, each reason once."""
     reasons: dict[str, dict[str, None]] = {}
     for finding in found:
-        if finding.get("outcome", "skipped") == "skipped":
-            kind, reason = finding["skip"], finding.get("message") or finding.get("reason", "")
+        if finding["outcome"] == "skipped":
+            kind, reason = finding["skip"], finding["message"]
             remedy = f" (--allow-skip {kind} lets that pass)" if kind else ""
             reasons.setdefault(f"{reason}{remedy}", {})[finding["about"]] = None
     return notices("SKIPPED", (f"{', '.join(about)}: {why}" for why, about in reasons.items()))
