@@ -57,7 +57,7 @@ class TestTheDigits:
         manifest = json.loads((path / "manifest.json").read_text())
         assert manifest["checks"]["evaluate"]["count"] == 60
         table = cli("evaluate", path, "--images", images)
-        assert "2 images could not be read and were left out." in table.stdout
+        assert "2 image(s) could not be read and were left out." in table.stdout
         assert "torn.png" in "".join(table.stdout.split())
 
     @pytest.mark.parametrize("images", [5, 50])
