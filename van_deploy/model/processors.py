@@ -34,8 +34,6 @@ _PROCESSORS: dict[str, tuple[str, int, int, int, Values]] = {
     "DeiT": ("squash", 256, 224, 3, _HALF),
     "Bit": ("center", 224, 224, 3, _CLIP),
     "CLIP": ("center", 224, 224, 3, _CLIP),
-    "MobileNetV1": ("center", 256, 224, 2, _HALF),
-    "MobileNetV2": ("center", 256, 224, 2, _HALF),
 }
 _LONGEST_CONFIG = 2**20  # characters
 _CONVNEXT_SQUASHES_FROM = 384  # pixels
