@@ -40,7 +40,7 @@ def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(digits_bundle: Bun
     assert manifest.checks["fold"]["batchnorms_left"] == 0
     assert manifest.checks["fold"]["passed"]
     agreement = manifest.checks["agreement"]
-    assert agreement["passed"]
+    assert agreement["outcome"] == "pass"
     assert [entry["batch"] for entry in agreement["batches"]] == [1, 2, 3, 5, 8]
     assert agreement["images"] == "16 of 360 held-out images of handwritten digits"
     assert manifest.preprocessing.image_size == 64
@@ -81,7 +81,7 @@ def test_another_recipe_makes_it_anew_and_says_what_changed(
     assert fp32.graph is not None
     assert fp32.graph.opset == 21
     assert checks["fold"]["batchnorms_left"] == 22
-    assert checks["agreement"]["passed"]
+    assert checks["agreement"]["outcome"] == "pass"
     assert "simplify" not in checks
     assert result.bundle.why_anew("fp32", fp32.made_with) == ""
     (folder / "model.onnx").write_bytes(b"changed")
@@ -195,7 +195,7 @@ def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
     weights = result.bundle.manifest.weights
     assert (weights.format, weights.seed) == ("random", 3)
     assert any("random weights" in note for note in result.notes)
-    assert result.bundle.manifest.checks["agreement"]["passed"]
+    assert result.bundle.manifest.checks["agreement"]["outcome"] == "pass"
     graph = result.bundle.artefact("fp32").graph
     assert graph is not None
     assert graph.nodes == 13 * 13 + 17

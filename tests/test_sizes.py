@@ -152,7 +152,7 @@ class TestBundle:
         assert [row["batch"] for row in agreement["batches"]] == [3]
         rules = [finding["rule"] for finding in agreement["findings"]]
         assert rules.count("SQNR") == 1 + 3  # at its own size and the others
-        assert agreement["passed"]
+        assert agreement["outcome"] == "pass"
         with np.load(made.path / "golden.npz") as arrays:
             sizes = {name.split()[1] for name in arrays.files if " " in name}
         assert sizes == {"64x64", "81x97", "96x128"}

@@ -12,7 +12,7 @@ from van_deploy.config.sizes import ImageSizeOption, SizeRange
 LABELS = "Labels"
 
 ClassOrder = Literal["strings", "natural", "index", "names"]
-"""How the classes of images are numbered; :data:`van_deploy.data.CLASS_ORDERS` explains them."""
+"""How the classes of images are numbered: `van_deploy.data.labels.CLASS_ORDERS` explains it."""
 
 
 class ModelSettings(Table):
