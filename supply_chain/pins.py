@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -26,6 +25,8 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
+TABLES = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+OPTIONAL = {**TABLES["project"]["optional-dependencies"], **TABLES["dependency-groups"]}
 PINNED, LOWEST = ROOT / "constraints.txt", ROOT / "constraints-min.txt"
 BILL = ROOT / "van_deploy/environment/sbom.cdx.json"
 NOT_TOGETHER = {"gpu"}  # holds the other ONNX Runtime, and TensorRT for a GPU that is there
@@ -38,12 +39,9 @@ def declared(names: Iterable[str] | None = None) -> list[Requirement]:
     Args:
         names: extras and dependency groups to add to the base; by default all of them.
     """
-    tables = _tables()
-    optional: dict[str, list[Any]] = tables["project"]["optional-dependencies"]
-    everything = {**optional, **tables["dependency-groups"]}
-    lines = [*tables["project"]["dependencies"]]
-    for name in everything if names is None else names:  # a table includes another group
-        wanted = (line for line in everything[name] if isinstance(line, str))
+    lines = [*TABLES["project"]["dependencies"]]
+    for name in OPTIONAL if names is None else names:  # a table includes another group
+        wanted = (line for line in OPTIONAL[name] if isinstance(line, str))
         lines += [line for line in wanted if line not in lines]
     return [Requirement(line) for line in lines]
 
@@ -54,7 +52,7 @@ def needed(requirements: Iterable[Requirement]) -> dict[str, list[Requirement]]:
     waiting, seen = list(requirements), set()
     while waiting:
         wanted = waiting.pop()
-        if wanted.marker is not None and not _holds(wanted.marker, {""}):
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
         name = canonicalize_name(wanted.name)
         found.setdefault(name, []).append(wanted)
@@ -63,7 +61,8 @@ def needed(requirements: Iterable[Requirement]) -> dict[str, list[Requirement]]:
         seen.add((name, frozenset(wanted.extras)))
         for line in metadata.requires(name) or ():
             further = Requirement(line)
-            if further.marker is None or _holds(further.marker, {"", *wanted.extras}):
+            extras, marker = {"", *wanted.extras}, further.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):
                 further.marker = None
                 waiting.append(further)
     return found
@@ -110,35 +109,24 @@ def bill_of_materials(pins: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _holds(marker: Marker, extras: Iterable[str]) -> bool:
-    return any(marker.evaluate({"extra": extra}) for extra in extras)
-
-
 def _text(title: str, pins: Mapping[str, str]) -> str:
     lines = [f"# {line}" for line in title.splitlines()]
     return "\n".join([*lines, *(f"{name}=={version}" for name, version in pins.items())]) + "\n"
 
 
-def _tables() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-
-
 def pinned_names() -> list[str]:
     """Return the extras and groups that the tests run with."""
-    tables = _tables()
-    names = [*tables["project"]["optional-dependencies"], *tables["dependency-groups"]]
-    return [name for name in names if name not in NOT_TOGETHER]
+    return [name for name in OPTIONAL if name not in NOT_TOGETHER]
 
 
 def main() -> None:
     """Write the three files."""
     names = sorted(needed(declared(pinned_names())))
     pinned = {name: metadata.version(name).partition("+")[0] for name in names}
-    python = ".".join(platform.python_version_tuple()[:2])
+    python = platform.python_version().rpartition(".")[0]
     title = (
         "Versions the tests have passed with, of everything that is needed, directly or not.\n"
-        f"Python {python}, {platform.system()} {platform.machine()}. "
-        "Written by `make pins`.\n"
+        f"Python {python}, {platform.system()} {platform.machine()}. Written by `make pins`.\n"
         "pip install --constraint constraints.txt ..."
     )
     PINNED.write_text(_text(title, pinned), encoding="utf-8")

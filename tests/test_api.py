@@ -15,11 +15,9 @@ import van_deploy as vd
 from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy import api
 from van_deploy.bundle import Bundle
-from van_deploy.cli.app import COMMANDS
 from van_deploy.config import Recipe
-from van_deploy.errors import BundleError, UsageError
+from van_deploy.errors import UsageError
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.embedded import write_digits_folder
 
@@ -71,22 +69,16 @@ def test_the_page_runs_as_it_stands(tmp_path: Path) -> None:
         assert lines[6].startswith("True van_digits-fp32-sm89-rtx")
 
 
-@pytest.fixture
-def recipes(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
-    """Return the list of the recipes that are asked for; nothing is made of them."""
-    found: list[Recipe] = []
+def test_a_file_a_command_and_a_call_ask_for_the_same(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes: list[Recipe] = []
 
     def asked(recipe: Recipe, **_: object) -> LoadedVan:
-        found.append(recipe)
+        recipes.append(recipe)
         raise UsageError("asked")
 
     monkeypatch.setattr("van_deploy.pipeline.load_for", asked)
-    return found
-
-
-def test_a_file_a_command_and_a_call_ask_for_the_same(
-    cli: Cli, tmp_path: Path, recipes: list[Recipe]
-) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(RECIPE)
     flags = ("--batch", "1:2:4", "--opset", "18", "--embed-preprocess", "uint8")
@@ -132,19 +124,7 @@ def test_no_public_name_is_a_package_s_or_a_module_s() -> None:
     assert set(vd.__all__) <= set(dir(vd))
 
 
-def test_every_command_that_makes_something_of_a_bundle_is_a_method() -> None:
-    others = {"export", "run", "list", "info", "inspect", "doctor"}  # of no bundle, or only shown
-    others |= {"serve", "sign", "verify-signature"}
-    renamed = {"bench": "benchmark"}
-    for name in set(COMMANDS) - others:
-        assert hasattr(api.Bundle, renamed.get(name, name)), name
-
-
 class TestBundle:
-    def test_a_bundle_that_is_not_there(self, tmp_path: Path) -> None:
-        with pytest.raises(BundleError, match="There is no bundle at"):
-            vd.open_bundle(tmp_path / "none")
-
     def test_it_sees_what_another_one_wrote(self, copy_of: Copy, digits_bundle: Bundle) -> None:
         path = copy_of(digits_bundle)
         first, second = vd.open_bundle(path), vd.open_bundle(path)
@@ -184,10 +164,5 @@ class TestBundle:
         assert len(answers) == 2
         assert [answer.source for answer in answers] == [str(file), "-"]
         assert answers.predictions[0].top == answers.predictions[1].top
-
-    def test_an_image_that_cannot_be_read_is_no_pass(
-        self, digits_bundle: Bundle, tmp_path: Path
-    ) -> None:
-        (tmp_path / "broken.png").write_bytes(b"no image")
-        answers = vd.open_bundle(digits_bundle.path).predict(tmp_path / "broken.png")
+        answers = bundle.predict(b"no image")  # is no pass
         assert (bool(answers), answers.unreadable) == (False, 1)

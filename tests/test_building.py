@@ -56,28 +56,30 @@ def test_the_fastest_that_holds_its_gate_is_kept(
     copy_of: Copy, precisions_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fastest of all fails its gate; one cannot be built."""
-    times = {"fp32": (3.0, True), "fp16": (2.0, True), "int8": (1.0, False)}
+    times = {"fp16": (3.0, True), "deep": (2.0, True), "all": (1.0, False)}
     folder, kept = copy_of(precisions_bundle), []
 
     def tried(copy: Path, candidate: Candidate) -> Tuned:
         assert copy != folder, "candidates are built in a copy"
-        precision = candidate.settings.precisions[0]
-        if candidate.settings.optimization_level == 5:
+        if candidate.scope == "pointwise":
             raise ConversionError("TensorRT built no plan")
-        milliseconds, passed = times[precision]
+        precision = candidate.settings.precisions[0]
+        milliseconds, passed = times[candidate.scope or precision]
         return Tuned(candidate.described, precision, 8, milliseconds, 1.0, 50.0, passed)
 
     def planned(bundle: Path, settings: BuildSettings, *_: object) -> list[Any]:
-        kept.append((settings.precisions, settings.optimization_level, settings.tune))
+        kept.append((settings.precisions, settings.tiling, settings.tune))
         return []
 
     monkeypatch.setattr(building, "host_here", lambda **_: Host("a GPU", "sm_90"))
     monkeypatch.setattr(building, "planned_engines", planned)
+    monkeypatch.setattr(building, "quantize_bundle", lambda _, how, **__: kept.append(how.scope))
     monkeypatch.setattr(building, "tried", tried)
-    rows = van_deploy.open_bundle(folder).build(tune=True).tuned
-    assert [row.candidate for row in rows if row.kept] == ["fp16, level 3, tiling none"]
-    assert {row.error for row in rows if "level 5" in row.candidate} == {"TensorRT built no plan"}
-    assert kept == [(("fp16",), 3, False)]
+    asked: Any = {"tune": True, "precisions": ["fp16", "int8"], "optimization_level": 3}
+    rows = van_deploy.open_bundle(folder).build(**asked, images=folder).tuned
+    assert [row.candidate for row in rows if row.kept] == ["int8 deep, level 3, tiling none"]
+    assert {row.error for row in rows if "point" in row.candidate} == {"TensorRT built no plan"}
+    assert kept == [("deep",), (("int8",), "none", False)]
     times.update(dict.fromkeys(times, (1.0, False)))
     with pytest.raises(ConversionError, match="No candidate holds its gate"):
-        van_deploy.open_bundle(folder).build(tune=True)
+        van_deploy.open_bundle(folder).build(**asked, images=folder)

@@ -19,7 +19,7 @@ import pytest
 from tests.described import WEIGHTS, described, entry
 from tests.each import each
 from van_deploy.bundle import MANIFEST, Bundle, Origin, writing
-from van_deploy.errors import BundleError
+from van_deploy.errors import BundleError, UsageError
 from van_deploy.manifest import SCHEMA
 
 
@@ -48,6 +48,7 @@ def test_what_was_written_is_read_back_and_verified(bundle: Path) -> None:
     assert opened.verified("fp32").read_text() == "weights"
     assert opened.problems() == []
     assert opened.sizes() == {"fp32": 7}
+    assert opened.manifest.files == {}, "an artefact's own file is not named twice"
     assert set(contents(bundle)) == {MANIFEST, "fp32.onnx"}
     assert Bundle.open(bundle / MANIFEST).path == bundle
     with pytest.raises(BundleError, match="has no artefact 'int8'; it has: fp32") as caught:
@@ -219,12 +220,19 @@ def test_what_is_no_manifest_is_one_message(bundle: Path, text: str, message: st
     assert message in str(caught.value)
 
 
-def test_what_is_written_again_is_the_same_but_for_its_date(bundle: Path) -> None:
+def test_what_is_written_again_is_the_same_but_for_its_date(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = Bundle.open(bundle).manifest
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     with writing(bundle):
         pass
     after = Bundle.open(bundle).manifest
+    assert after.written == "2023-11-14T22:13:20+00:00"
     assert after.model_copy(update={"written": before.written}) == before
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH is 'yesterday'"), writing(bundle):
+        pass
 
 
 @each(

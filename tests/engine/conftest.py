@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,12 @@ import onnx
 import pytest
 from onnx import ModelProto
 
-from tests.artifacts import SMALL_SIZE
-from tests.described import described, entry
-from van_deploy.bundle import writing
 from van_deploy.config import BatchRange, BuildOptions, HardwareCompatibility
 from van_deploy.engine.backend import RTX, TENSORRT, Backend, Host, backend_named
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.bundled import Cell, FleetHost
 from van_deploy.engine.sidecar import Sidecar
 from van_deploy.model.preprocess import OFFICIAL
-
-BundleMaker = Callable[[str], Path]
 
 SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
 ADA = Host("NVIDIA L4", "sm_89", 24 << 30, "580.65.06", (13, 0))
@@ -85,19 +79,3 @@ def digits_graph(digits_onnx: Path) -> ModelProto:
 def graph(digits_graph: ModelProto) -> ModelProto:
     """Return a copy of that graph to spoil."""
     return copy.deepcopy(digits_graph)
-
-
-@pytest.fixture
-def new_bundle(digits_onnx: Path, tmp_path: Path) -> BundleMaker:
-    """Return a function that makes a bundle with an FP32 file."""
-
-    def make(name: str = "van_digits") -> Path:
-        folder = tmp_path / "dist" / name
-        with writing(folder, name=name) as draft:
-            draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
-            draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
-            preprocessing = replace(OFFICIAL, image_size=SMALL_SIZE)
-            draft.description = described(name, preprocessing=preprocessing)
-        return folder
-
-    return make

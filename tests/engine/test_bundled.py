@@ -14,7 +14,7 @@ from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.described import entry
 from tests.each import each
-from tests.engine.conftest import SM89, BundleMaker, cell_of
+from tests.engine.conftest import SM89, cell_of
 from van_deploy.bundle import Bundle, Origin, writing
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import Backend, Host
@@ -36,8 +36,12 @@ def made(
     return outcome
 
 
-def test_an_engine_in_its_bundle(rtx: Backend, new_bundle: BundleMaker) -> None:
-    folder = new_bundle("van_digits")
+@pytest.fixture
+def folder(copy_of: Copy, digits_bundle: Bundle) -> Path:
+    return copy_of(digits_bundle, "dist/van_digits")
+
+
+def test_an_engine_in_its_bundle(rtx: Backend, folder: Path) -> None:
     first = made(folder)
     bundle = Bundle.open(folder)
     artefact = bundle.artefact(first.engine)
@@ -56,18 +60,12 @@ def test_an_engine_in_its_bundle(rtx: Backend, new_bundle: BundleMaker) -> None:
     plan = Bundle.open(folder).verified(first.engine)
     plan.write_bytes(plan.read_bytes()[:-1])
     assert made(folder).outcome == "built", "a damaged engine is built again"
-    assert Bundle.open(folder).problems() == []
     assert made(folder, SM89.changed(tf32=False)).outcome == "built"
+    assert Bundle.open(folder).problems() == Bundle.open(folder).unnamed() == []
     assert len([a for a in Bundle.open(folder).artefacts.values() if a.kind == "engine"]) == 1
-    assert sorted(path.name for path in folder.iterdir()) == [
-        *(".lock", "engines", "manifest.json", "model.onnx")
-    ]
 
 
-def test_a_source_replaced_meanwhile(
-    rtx: Backend, new_bundle: BundleMaker, digits_onnx: Path
-) -> None:
-    folder = new_bundle("van_digits")
+def test_a_source_replaced_meanwhile(rtx: Backend, folder: Path, digits_onnx: Path) -> None:
     replaced: list[str] = []
 
     def replace_source(phase: str, done: int, total: int | None) -> None:
@@ -83,8 +81,7 @@ def test_a_source_replaced_meanwhile(
     assert replaced == [f"van_digits-fp32-sm89-rtx{rtx.release}: Building engine"]
 
 
-def test_nothing_is_built_where_a_source_is_missing(rtx: Backend, new_bundle: BundleMaker) -> None:
-    folder = new_bundle("van_digits")
+def test_nothing_is_built_where_a_source_is_missing(rtx: Backend, folder: Path) -> None:
     with pytest.raises(BundleError) as caught:
         list(build_cells([cell_of(folder), cell_of(folder, "fp16")], host=Host()))
     assert caught.value.remedy == f"Make it with `van-deploy quantize {folder} --precision fp16`."
@@ -104,9 +101,8 @@ def test_an_engine_from_a_graph_with_preprocessing(
 
 
 @pytest.fixture
-def fleet_file(tmp_path: Path, new_bundle: BundleMaker) -> Path:
-    new_bundle("van_digits")
-    path = tmp_path / "fleet.toml"
+def fleet_file(folder: Path) -> Path:
+    path = folder.parents[1] / "fleet.toml"
     path.write_text(FLEET)
     return path
 
@@ -153,7 +149,7 @@ def test_a_fleet_goes_on_after_a_failure_and_resumes(
     first = cli("build", "--matrix", fleet_file)
     assert first.exit_code == 4
     assert f"van_digits-fp32-sm86-rtx{rtx.release}" in first.stdout
-    assert "1:2:4" in first.stdout, "the bundle's own batch range"
+    assert "1:2:8" in first.stdout, "the bundle's own batch range"
     assert "FAIL  van_none fp32 sm_86: There is no bundle at" in first.stdout
     assert "[1/4] van_digits fp32 sm_86: built" in first.stderr
     assert "error: 2 of 4 engines failed." in first.stderr
@@ -191,7 +187,7 @@ def test_a_fleet_on_ray(ray: Any, rtx: Backend, fleet_file: Path) -> None:
     made = outcomes["van_digits", "sm_86"]
     assert made.outcome == "built", made.error
     assert outcomes["van_none", "sm_86"].outcome == "failed"
-    bundle = Bundle.open(fleet_file.parent / "dist" / "van_digits")
+    bundle = Bundle.open(cells[0].bundle)
     assert bundle.problems() == []
     assert made.engine in bundle.artefacts
     again = list(build_on_ray(cells))

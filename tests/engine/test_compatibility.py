@@ -245,7 +245,7 @@ def test_trust_is_for_a_plan_without_a_sidecar_only(cli: Cli, plan: Plan, tmp_pa
     refused, trusted = cli("inspect", copy), cli("inspect", copy, "--trust-engine")
     assert (refused.exit_code, trusted.exit_code) == (5, 0)
     assert "--trust-engine" in refused.stderr
-    assert "nothing says where this plan comes from" in trusted.stdout
+    assert "it has no sidecar" in trusted.stdout
     shutil.copy(sidecar_path(plan.path), tmp_path)
     in_middle(copy)
     swapped = cli("inspect", copy, "--trust-engine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,10 @@ from tests.artifacts import Copy, MadeOnce
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
+from van_deploy.config import BatchRange, BuildSettings
+from van_deploy.engine.backend import Host
 from van_deploy.engine.compatibility import torch_version
+from van_deploy.engine.inductor import packages_asked
 from van_deploy.errors import BundleError, InputError, UsageError
 from van_deploy.metrics import compare
 from van_deploy.runners.network import PYTORCH, Network
@@ -50,6 +54,19 @@ def test_what_cannot_be_asked_of_inductor_or_of_others(
     result = cli("build", digits_bundle.path, "--backend", "inductor", *words)
     assert (result.exit_code, result.stdout) == (code, "")
     assert message in " ".join(result.stderr.split())
+
+
+@each(
+    ("precision", "batch", "served"),
+    [("fp16", (8, 8, 8), True), ("fp16", (1, 4, 8), False), ("fp32", (8, 8, 8), False)],
+)
+def test_where_the_fused_kernels_run(
+    digits_bundle: Bundle, precision: str, batch: tuple[int, int, int], served: bool
+) -> None:
+    one: Any = {"backend": "inductor", "fused_kernels": True, "profiles": (BatchRange(*batch),)}
+    asked = BuildSettings(precisions=(precision,), **one)
+    with contextlib.nullcontext() if served else pytest.raises(UsageError, match="fused kernels"):
+        assert packages_asked(digits_bundle, asked, Host("a GPU", "sm_90"))[0].device == "cuda:0"
 
 
 @pytest.fixture(scope="module")

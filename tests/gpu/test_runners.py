@@ -16,7 +16,7 @@ from tests.gpu.cases import Case, Digits, need_cuda_provider, params
 from van_deploy.checks.gates import sqnr_floor
 from van_deploy.errors import ConversionError, InputError, MissingDependency
 from van_deploy.metrics import compare
-from van_deploy.runners.base import CudaOptions, Resident
+from van_deploy.runners.base import Resident
 
 Held = tuple[Case, Any]
 ALL = pytest.mark.parametrize("held", params(), indirect=True)
@@ -165,15 +165,3 @@ def test_no_gpu_is_visible(digits: Digits) -> None:
     )
     assert "CUDA finds no GPU here" in done.stderr
     assert "CUDA_VISIBLE_DEVICES is ''" in done.stderr
-
-
-@pytest.mark.gpu
-def test_cuda_options_do_not_change_what_is_said(digits: Digits) -> None:
-    need_cuda_provider()
-    from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-
-    for options in (CudaOptions(), CudaOptions(use_tf32=False)):
-        with OnnxRuntimeRunner(
-            digits.bundle.verified("fp32"), name="ort-cuda", cuda=options
-        ) as runner:
-            assert runner.tf32 is options.use_tf32

@@ -74,6 +74,8 @@ def test_everything_folded_leaves_nothing_and_the_original_as_it_was(digits: Exp
         *(({(1, 5): carry}, 1) for carry in (0.0, 1e-6, -1e-6, 2 * STREAM_LIMIT)),
         ({(1, 5): -0.5}, 0),
         ({(block, 0): STREAM_LIMIT**-0.7 for block in range(3)}, 1),  # they restart on the way
+        # Where a multiply stays, what is half way to the limit starts again and saves another one.
+        ({(1, 5): 0.0, (0, 0): STREAM_LIMIT**-0.7, (2, 0): STREAM_LIMIT**-0.7}, 1),
     ],
 )
 def test_a_stream_that_cannot_be_rescaled_keeps_a_multiply_and_stays_exact(
