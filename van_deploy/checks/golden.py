@@ -189,20 +189,18 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
 
     Raises:
         BundleError: one is missing or was changed.
+        ImageError: one cannot be read here.
     """
     findings, golden = [], bundle.manifest.golden
     for row, place in enumerate(golden.originals if golden else ()):
-        path, change = bundle.path / place, None
+        path = bundle.path / place
         verify(path, bundle.digests[place])
-        try:
-            found = _pixels(path, bundle.manifest.preprocessing).astype(int)
-            change = float(np.abs(found - np.asarray(samples.pixels)[row]).max())
-            fault = (
-                f"'{path.name}', read and resized here, differs by {change:g} of 255 from the "
-                f"golden sample {row}: another decoder, or other preprocessing"
-            ) * (change > RESIZED_WITHIN)
-        except ImageError as error:
-            fault = error.message.rstrip(".")
+        found = _pixels(path, bundle.manifest.preprocessing).astype(int)
+        change = float(np.abs(found - np.asarray(samples.pixels)[row]).max())
+        fault = (
+            f"'{path.name}', read and resized here, differs by {change:g} of 255 from the "
+            f"golden sample {row}: another decoder, or other preprocessing"
+        ) * (change > RESIZED_WITHIN)
         findings.append(held("preprocessing", fault, change))
     return findings
 
@@ -211,11 +209,7 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
 
 
 def reference_samples(
-    loaded: LoadedVan,
-    images: Batch,
-    sizes: Sequence[ImageSize] = (),
-    *,
-    golden: bool = False,
+    loaded: LoadedVan, images: Batch, sizes: Sequence[ImageSize] = (), golden: bool = False
 ) -> Samples:
     """Return images with the original network's answers in float64 and float32.
 

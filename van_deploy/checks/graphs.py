@@ -98,9 +98,7 @@ def quiet_session(model: ModelProto) -> Any:
     return inference_session(model, options, ["CPUExecutionProvider"])[0]
 
 
-def run_taps(
-    session: Any, feeds: Mapping[str, npt.NDArray[Any]]
-) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
+def run_taps(session: Any, feeds: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
     """Yield each output's name and float64 value, feeding what the graph asks for.
 
     Args:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,7 +33,6 @@ from van_deploy.schema import Count, Schema, Text, Versioned, read_versioned
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-SCHEMA: Final = "van-deploy/check/2"
 ANEW = "Write one with --update, look at it, and commit it."
 SAME = {
     "model": "another model",
@@ -221,7 +220,7 @@ class CheckReport(gates.Report):
     images: str
     allowed: gates.Allowed
     measured: Baseline = field(metadata={"json": False})
-    schema: Literal["van-deploy/check/2"] = SCHEMA
+    schema: Literal["van-deploy/check/2"] = "van-deploy/check/2"
 
     @property
     def counts(self) -> dict[str, int]:
