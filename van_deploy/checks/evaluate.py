@@ -406,8 +406,7 @@ def _answered(networks: Networks, images: ImageSet, asked: EvaluationSettings) -
         if done.failure:
             raise ConversionError(
                 f"A machine of the Ray cluster failed: {done.failure}",
-                "Every machine must see the bundle, the weights and the images under the same "
-                "paths. Run it again.",
+                "Every machine must see bundle, weights and images under the same paths.",
             )
         yield from done.result
 
