@@ -9,7 +9,6 @@ of their own. ``docs/recipe.md`` shows every key.
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -18,13 +17,9 @@ from typing import Any, get_args
 from van_deploy.config import Recipe
 from van_deploy.config.fields import InFile, key_of
 from van_deploy.config.named import Changes, put_all
+from van_deploy.documents import tomllib
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.schema import Settings, table_in, toml_tables, validated
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FILES = "van_deploy.recipes"
 UNCHANGED = Changes()

@@ -14,9 +14,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.report.bundle_report import document_of_bundle
 from van_deploy.report.render_html import html_from_document
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -41,13 +39,8 @@ def page(full: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chromium(page: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri()],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=WITHIN_S,
-    )
+    words = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri()]
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=WITHIN_S)
 
 
 def screenshot(page: Path, folder: Path, *flags: str, width: int = 1180) -> np.ndarray:

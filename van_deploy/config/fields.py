@@ -105,7 +105,7 @@ def _described(docstring: str) -> tuple[str, dict[str, str]]:
 
 
 def _own_text(schema: dict[str, Any]) -> None:
-    schema["description"], _ = _described(schema["description"])
+    schema["description"], _ = _described(schema.get("description", ""))  # none under -OO
 
 
 class Table(Settings):

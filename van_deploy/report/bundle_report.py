@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from van_deploy import __version__
-from van_deploy.bench.document import BENCH_FILE, SCHEMA, read_report
+from van_deploy.bench.document import BENCH_FILE, read_report
 from van_deploy.bundle import Bundle
 from van_deploy.config.sizes import size_text
 from van_deploy.documents import plain
@@ -35,7 +35,6 @@ COMMANDS = {
     "int8": "not made: `van-deploy quantize --precision int8`",
     "engine": "not built: `van-deploy build`",
 }
-TOLD_APART = ("fold", "simplify", "agreement", *COMMANDS)
 
 # The worst first, and how the number of checks in each is worded.
 STATES = {"FAIL": "failed", "INCONCLUSIVE": "undecided", "PASS": "", "SKIPPED": "skipped"}
@@ -78,7 +77,7 @@ def _document(bundle: Bundle) -> Document:
     precisions = dict.fromkeys(e["precision"].upper() for e in manifest["artefacts"].values())
     size, network = size_text(manifest["preprocessing"]["image_size"]), manifest["architecture"]
     gives = "feature maps" if network["out_indices"] else f"{network['num_classes']} classes"
-    again = (f"{w}: measured on another file; run `van-deploy {c}` again" for c, w in stale)
+    again = (f"{what}; run `van-deploy {command}` again" for command, what in stale)
     written = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
     return Document(
         title=bundle.name,
@@ -148,10 +147,6 @@ def _verdicts(checks: Entry) -> Iterator[tuple[str, str, str]]:
         yield state_of(loss["outcome"]), name, "; ".join([pair, *_said(loss)])
     for name, skipped in checks.get("evaluate", {}).get("skipped", {}).items():
         yield "SKIPPED", f"evaluate {name}", skipped["message"]
-    for name, entry in checks.items():  # such as of embedded preprocessing
-        outcome = entry.get("outcome", entry.get("passed"))
-        if outcome is not None and name not in TOLD_APART:
-            yield state_of(outcome), name, entry.get("reason") or entry.get("detail") or ""
 
 
 def _losses(checks: Entry) -> Iterator[tuple[str, Entry, Entry, Entry]]:
@@ -176,21 +171,21 @@ def _fresh(
     for name, entry in checks.items():
         measured = entry.get("artefacts_sha256", {}).items()
         gone = {one for one, digest in measured if digests.get(one) != digest}
-        stale += [(name, f"{name} of {artefact}") for artefact in sorted(gone)]
+        stale += [(name, f"{name} of {one}: measured on another file") for one in sorted(gone)]
         fresh[name] = dict(entry)
         for key in {*BY_ARTEFACT} & {*entry} if gone else ():
             fresh[name][key] = {n: one for n, one in entry[key].items() if n not in gone}
     try:
         bench = portable(plain(read_report(path)))
     except InputError:
-        head = path.read_text("utf-8", "replace")[:100] if path.is_file() else ""
-        is_old = "van-deploy/bench/" in head and SCHEMA not in head
-        return fresh, None, [*stale, *[("bench", f"{BENCH_FILE}, of another version")] * is_old]
+        unread = [("bench", f"{BENCH_FILE}: not of this version")]
+        return fresh, None, [*stale, *unread * path.is_file()]
     known = {*digests.values(), bundle.manifest.weights.sha256}
     gone = {name for name, entry in bench["contenders"].items() if entry["sha256"] not in known}
     for key in ("rows", "roofline"):
         bench[key] = [row for row in bench[key] if row["contender"] not in gone]
-    return fresh, bench, [*stale, *(("bench", f"speed of {name}") for name in sorted(gone))]
+    stale += [("bench", f"speed of {one}: measured on another file") for one in sorted(gone)]
+    return fresh, bench, stale
 
 
 def _tiles(checks: Entry, sizes: Mapping[str, int], bench: Entry | None) -> Iterator[doc.Tile]:

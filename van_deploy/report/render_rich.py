@@ -62,7 +62,7 @@ def rich_from_blocks(blocks: Iterable[Block], width: int) -> RenderableType:
     for kind, group in groupby(blocks, type):
         if kind is Notice:
             found = (block for block in group if isinstance(block, Notice))
-            parts.append(_pairs((_cell(one.state, "state"), one.text) for one in found))
+            parts.append(_pairs((_cell(one.state, "state"), Text(one.text)) for one in found))
         else:
             parts += [_rich(block, width) for block in group if not isinstance(block, Plot)]
     last = len(parts) - 1
@@ -71,7 +71,7 @@ def rich_from_blocks(blocks: Iterable[Block], width: int) -> RenderableType:
 
 def _rich(block: Block, width: int) -> RenderableType:
     if isinstance(block, Facts):
-        body: RenderableType = _pairs((Text(n, "dim"), value) for n, value in block.pairs())
+        body: RenderableType = _pairs((Text(n, "dim"), Text(v)) for n, v in block.pairs())
     elif isinstance(block, Table):
         widths = _widths(block, width)
         body = _grid(block, widths) if widths else _records(block)
@@ -86,12 +86,12 @@ def _cell(text: str, form: str) -> Text:
     return Text(text, "dim" if text == "-" else "")
 
 
-def _pairs(rows: Iterable[tuple[Text, str]]) -> Grid:
+def _pairs(rows: Iterable[tuple[Text, Text]]) -> Grid:
     grid = Grid(box=None, pad_edge=False, show_header=False, padding=(0, GAP, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for name, value in rows:
-        grid.add_row(name, Text(value))
+        grid.add_row(name, value)
     return grid
 
 
@@ -122,12 +122,10 @@ def _grid(table: Table, widths: list[int]) -> Grid:
 
 
 def _records(table: Table) -> RenderableType:
-    """Return each row as its first cells on a line, and the others named below it."""
-    parts: list[RenderableType] = []
-    names, forms = list(table.columns), table.forms
-    heads = [index for index, form in enumerate(forms[:3]) if form in ("state", "name")] or [0]
+    """Return each row as a list of its columns that say something."""
+    records: list[RenderableType] = []
     for row in table.rows:
-        below = [i for i, cell in enumerate(row) if i not in heads and cell not in ("", "-")]
-        parts.append(Text("  ").join(_cell(row[i], forms[i]) for i in heads))
-        parts.append(Padding(_pairs((Text(names[i], "dim"), row[i]) for i in below), (0, 0, 0, 2)))
-    return Group(*parts)
+        named = zip(table.columns.items(), row, strict=True)
+        said = ((Text(n, "dim"), _cell(t, form)) for (n, form), t in named if t not in ("", "-"))
+        records.append(Padding(_pairs(said), (0, 0, len(records) + 1 < len(table.rows), 0)))
+    return Group(*records)

@@ -103,24 +103,23 @@ def _roofline(report: Entry) -> list[Block]:
     known = report["ceilings"]["ops_per_s"].items()
     rates = [f"{kind} {rate / 1e9:,.0f} G operations/s" for kind, rate in known]
     rates.append(f"memory {report['ceilings']['bytes_per_s'] / 1e9:.1f} GB/s")
-    return table(
-        _sized(report["roofline"]),
-        "runner = contender name; batch d; size name; operations count; least ms = least_ms ms; "
-        "limit = bound name; reached % = percent_of_limit .0f; ms without fusion = unfused_ms ms",
-        f"Roofline: measured {', '.join(rates)}",
-    )
+    return _reached(report["roofline"], f"Roofline: measured {', '.join(rates)}")
 
 
 def limits_blocks(limits: Entry) -> list[Block]:
     """Return the limits on paper of a device that is not at hand, one line a graph and batch."""
     rows = [{**one, "rate": 1e3 * one["batch"] / one["least_ms"]} for one in limits["limits"]]
     device, source = limits["device"].upper(), limits["ceilings"]["source"]
+    return _reached(rows, f"Limits on paper of {device} ({source}); nothing here was measured")
+
+
+def _reached(rows: Sequence[Entry], title: str) -> list[Block]:
     return table(
-        rows,
-        "graph = contender name; precision name; batch d; operations count; "
+        _sized(rows),
+        "runner = contender name; precision name; batch d; size name; operations count; "
         "least ms = least_ms ms; most images/s = rate ,.0f; limit = bound name; "
-        "ms without fusion = unfused_ms ms",
-        f"Limits on paper of {device} ({source}); nothing here was measured",
+        "reached % = percent_of_limit .0f; ms without fusion = unfused_ms ms",
+        title,
     )
 
 

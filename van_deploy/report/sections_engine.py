@@ -13,26 +13,27 @@ MOST_LAYERS = 200
 
 def artefacts_blocks(descriptions: Sequence[Entry]) -> list[Block]:
     """Return what is in each artifact."""
-    kinds = {"onnx": _onnx, "engine": _engine, "package": _package}
-    return [block for one in descriptions for block in kinds[one["kind"]](one)]
+    blocks = (_onnx(one) if one["kind"] == "onnx" else _built(one) for one in descriptions)
+    return [block for each in blocks for block in each]
 
 
 def _onnx(one: Entry) -> list[Block]:
-    graph, weights = one["graph"], one["weights"].items()
-    named = {
-        way: [{"name": n, **t} for n, t in graph[way].items()] for way in ("inputs", "outputs")
-    }
+    graph = one["graph"]
     return [
         *facts(
             one,
             "file; size = bytes bytes; written by = producer; graph.opset; "
             "IR version = graph.ir_version; weights in = external_files",
         ),
-        *_tensors(named),
-        *table(weights, "weights = 0 name; values = 1.values ,d; size = 1.bytes bytes"),
+        *_tensors({way: _named(graph[way]) for way in ("inputs", "outputs")}),
+        *table(_named(one["weights"]), "weights = name name; values ,d; size = bytes bytes"),
         *table([*graph["operators"].items(), ("all", graph["nodes"])], "operator = 0; nodes = 1 d"),
-        *([doc.Facts(one["metadata"], "Metadata")] if one["metadata"] else ()),
+        *[doc.Facts(one["metadata"], "Metadata")] * bool(one["metadata"]),
     ]
+
+
+def _named(entries: Entry) -> list[Entry]:
+    return [{"name": name, **entry} for name, entry in entries.items()]
 
 
 def _tensors(named: Entry) -> list[Block]:
@@ -40,59 +41,50 @@ def _tensors(named: Entry) -> list[Block]:
     rows = [
         {**tensor, "tensor": way[:-1], "shape": ["N" if n == -1 else n for n in tensor["shape"]]}
         for way in ("inputs", "outputs")
-        for tensor in named[way]
+        for tensor in named.get(way, ())
     ]
     return table(rows, "tensor name; name name; type = dtype name; shape")
 
 
-def _engine(one: Entry) -> list[Block]:
-    """Return whether an engine runs here, what it is, and its layers where they are known."""
+def _built(one: Entry) -> list[Block]:
+    """Return what an engine or a package is, whether it runs here, and its layers if known."""
     file = "file; size = plan_bytes bytes; sha256 = plan_sha256"
-    sidecar, layers = one["sidecar"], one["layers"] or ()
+    sidecar, layers = one["sidecar"], one.get("layers") or ()
     said = f"{len(layers)} layers"
     shown = table(layers[:MOST_LAYERS], "layer = name; kind name; precision name; nodes", said)
     if sidecar is None:
         unknown = doc.Notice("WARNING", "it has no sidecar: nothing says where this plan is from")
         return [*facts(one, file), unknown, *shown]
-    options = {k: v for k, v in sidecar["options"].items() if v not in (None, False, "none")}
+    off = (None, False, "none")
+    options = {key: v for key, v in sidecar.get("options", {}).items() if v not in off}
+    build = {**one, **sidecar, "options": options, "log": one.get("log")}
     gone = "only the engine's own GPU can load it and name them" * bool(one["obstacles"])
-    reasons = [f"layers: {gone or one['layers_skipped']}"] * bool(gone or one["layers_skipped"])
+    reason = (gone or one["layers_skipped"]) if "layers_skipped" in one else ""
     return [
         *facts(
             one,
-            f"engine = sidecar.name; {file}; made from = sidecar.onnx_file; "
+            f"name = sidecar.name; {file}; size = sidecar.file_bytes bytes; "
+            "sha256 = sidecar.file_sha256; made from = sidecar.onnx_file; "
             "of sha256 = sidecar.onnx_sha256; sidecar.precision; sidecar.backend; "
-            "version = sidecar.backend_version; CUDA = sidecar.cuda",
+            "version = sidecar.backend_version; by PyTorch = sidecar.torch; CUDA = sidecar.cuda",
         ),
         *facts(
             sidecar,
-            "GPUs = targets; batch = options.profiles; memory on the GPU = device_memory",
+            "GPUs = targets; CPU features = cpu_features; batch; batch = options.profiles; "
+            "input = input_shape; memory on the GPU = device_memory",
             "Serves",
         ),
         *_tensors(sidecar),
         *facts(
-            {**one, **sidecar, "options": options, "notes": "\n".join(one["build_notes"])},
+            {**build, "notes": "\n".join(one.get("build_notes", ()))},
             "parsed in s = parse_seconds .1f; built in s = build_seconds .1f; "
             "peak memory = peak_memory_bytes bytes; parser's layers = parser_layers; "
-            "on = built_on; options; warnings; log; from the log = notes",
+            "on = built_on; options; max_autotune; tf32; warnings; log; from the log = notes",
             "Build",
         ),
         _here(one["obstacles"]),
-        *(notices("SKIPPED", reasons) if not layers else shown),
+        *(shown or notices("SKIPPED", [f"layers: {reason}"] * bool(reason))),
     ]
-
-
-def _package(one: Entry) -> list[Block]:
-    """Return what a package of PyTorch's Inductor is, and whether it runs here."""
-    places = (
-        "package = sidecar.name; file; size = sidecar.file_bytes bytes; "
-        "sha256 = sidecar.file_sha256; compiled from = sidecar.onnx_file; sidecar.precision; "
-        "by PyTorch = sidecar.torch; built in s = sidecar.build_seconds .1f; "
-        "on = sidecar.built_on; serves = sidecar.targets; CPU features = sidecar.cpu_features; "
-        "sidecar.batch; input = sidecar.input_shape; max-autotune = sidecar.max_autotune; "
-        "TF32 = sidecar.tf32"
-    )
-    return [*facts(one, places), _here(one["obstacles"])]
 
 
 def _here(obstacles: Sequence[Entry]) -> Block:

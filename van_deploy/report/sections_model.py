@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from van_deploy.report import document as doc
+from van_deploy.report import sections_checks as judged
 from van_deploy.report.document import Block, Entry, checks_table, facts, notices, table
-from van_deploy.report.sections_checks import (
-    BATCHES,
-    evaluate_blocks,
-    quantized_blocks,
-    verify_blocks,
-)
 
 MOST_PROBLEMS = 20  # told one by one; --json has them all
 HUB_OWNER = "Visual-Attention-Network"
-LICENCE = (
-    "The public weights are Apache-2.0; their authors add: "
-    '"for commercial use, please contact the authors".'
-)
 
 
 def model_facts(manifest: Entry) -> list[Block]:
@@ -55,17 +46,22 @@ def proof_rows(checks: Entry) -> Iterator[tuple[str | bool, str, str]]:
     if simple := checks.get("simplify"):
         error = simple["relative_error"]
         said = "{nodes_before} nodes to {nodes_after}: {reason}".format(**simple)
-        if simple["removed"]:
-            removed = (f"{count} {kind}" for kind, count in simple["removed"].items())
-            said += f" (removed {', '.join(removed)})"
+        said += f" (removed {doc.shown(simple['removed'], '')})" * bool(simple["removed"])
         said += "" if error is None else f", relative error {float(error):.1e}"
         state = "SKIPPED" if error is None else "PASS" if simple["changed"] else "KEPT"
         yield state, "simplification", said
     if agreement := checks.get("agreement"):
-        levels = [float(b["sqnr_db"]) for b in agreement["batches"] if b["sqnr_db"] is not None]
-        least = f"at least {min(levels):.1f} dB " if levels else ""
-        said = f"{least}at {_batches(agreement)}: ONNX Runtime against PyTorch in float64"
-        yield agreement["outcome"], "FP32 agreement", f"{said}; {agreement['images']}"
+        levels = (float(b["sqnr_db"]) for b in agreement["batches"] if b["sqnr_db"] is not None)
+        least = min(levels, default=float("nan"))
+        said = f"at least {least:.1f} dB at {_batches(agreement)}: ONNX Runtime against"
+        images = agreement["images"]
+        yield agreement["outcome"], "FP32 agreement", f"{said} PyTorch in float64; {images}"
+    for name, embedded in checks.items():
+        if name.startswith("embedded "):
+            most = max(row["difference"] for row in embedded["batches"])
+            allowed = f"(at most {embedded['limit']:.0e}) from {embedded['base']}"
+            said = f"relative difference {most:.1e} {allowed}, at {_batches(embedded)}"
+            yield "PASS", name, said
 
 
 def _batches(agreement: Entry) -> str:
@@ -98,21 +94,15 @@ def export_blocks(done: Entry) -> list[Block]:
     """Return what was exported, and every precision that was made of it."""
     result, manifest = done["export"], done["manifest"]
     took = f" in {sum(result['seconds'].values()):.1f} s" if result["seconds"] else ""
-    made, embedded = "Reused" if result["reused"] else "Wrote", []
-    for item in result["embedded"]:
-        agreed, said = item["agreement"], f"nothing changed in {item['base']}"
-        if agreed:
-            most = max(row["difference"] for row in agreed["batches"])
-            said = f"relative difference {most:.1e} from {item['base']}, at {_batches(agreed)}"
-        embedded.append(("PASS" if agreed else "REUSED", item["name"], said))
+    made, checks = "Reused" if result["reused"] else "Wrote", manifest["checks"]
     return [
         *model_facts(manifest),
         *preprocessing_facts(manifest["preprocessing"]),
-        *checks_table([*proof_rows(manifest["checks"]), *embedded]),
-        *table(manifest["checks"]["agreement"]["batches"], f"verdict = outcome state; {BATCHES}"),
+        *checks_table(proof_rows(checks)),
+        *table(checks["agreement"]["batches"], f"verdict = outcome state; {judged.BATCHES}"),
         *artefacts_table(manifest, {}),
         doc.Paragraph(f"{made} the bundle {result['bundle']}{took} ({result['reason']})."),
-        *(block for other in done["precisions"] for block in quantized_blocks(other)),
+        *(block for other in done["precisions"] for block in judged.quantized_blocks(other)),
     ]
 
 
@@ -126,8 +116,8 @@ def run_blocks(done: Entry) -> list[Block]:
     ]
     return [
         *map(doc.Paragraph, lines),
-        *verify_blocks(done["verify"], (done["evaluate"] or {}).get("class_names")),
-        *(evaluate_blocks(done["evaluate"]) if done["evaluate"] else ()),
+        *judged.verify_blocks(done["verify"], (done["evaluate"] or {}).get("class_names")),
+        *(judged.evaluate_blocks(done["evaluate"]) if done["evaluate"] else ()),
         doc.Paragraph(f"The bundle is {done['bundle']}."),
     ]
 
@@ -176,7 +166,8 @@ def listed_blocks(variants: Sequence[Entry]) -> list[Block]:
         "mult-adds": "multiply-adds of one square image with sides of so many pixels",
         "top-1": f"{variants[0]['top1_on']}, as published; van_digits: {variants[-1]['top1_on']}",
         "weights": f"files in repositories of https://huggingface.co/{HUB_OWNER}",
-        "licence": LICENCE,
+        "licence": "The public weights are Apache-2.0; their authors add: "
+        '"for commercial use, please contact the authors".',
     }
     columns = (
         "variant = name name; params = parameters count; mult-adds = multiply_adds count; "
@@ -189,14 +180,9 @@ def predictions_blocks(predictions: Entry) -> list[Block]:
     """Return one line an image: its classes, or why it could not be read."""
     rows = []
     for answer in predictions["predictions"]:
-        others = ", ".join(f"{c['name']} {c['probability']:.1%}" for c in answer["top"][1:])
-        rows.append(
-            {
-                "state": "FAIL" if answer["error"] else None,
-                "image": answer["source"],
-                "first": next(iter(answer["top"]), None),
-                "then": answer["error"] or others,
-            }
-        )
-    columns = "verdict = state state; image; class = first.name name; first.probability .1%; then"
+        first, *others = answer["top"] or [None]
+        then = ", ".join(f"{c['name']} {c['probability']:.1%}" for c in others)
+        state = "FAIL" if answer["error"] else None
+        rows.append((state, answer["source"], first, answer["error"] or then))
+    columns = "verdict = 0 state; image = 1; class = 2.name name; 2.probability .1%; then = 3"
     return table(rows, columns)
