@@ -5,86 +5,72 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from van_deploy import config
 from van_deploy.bundle import Bundle
+from van_deploy.checks import regression
 from van_deploy.checks.drift import DriftReport, drift_of_bundle
 from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
 from van_deploy.checks.golden import GOLDEN_IMAGES, samples_for
 from van_deploy.checks.judging import common
-from van_deploy.checks.regression import (
-    CheckReport,
-    baseline_from,
-    compare_with_baseline,
-    read_baseline,
-    speed_ratios,
-    write_baseline,
-)
 from van_deploy.checks.samples import Samples
 from van_deploy.checks.verify import NO_RECIPE, VerifyReport, verify_bundle
-from van_deploy.config import (
-    CheckSettings,
-    DriftSettings,
-    EvaluationSettings,
-    GateSettings,
-    VerifySettings,
-)
 from van_deploy.recipe import recipe_named
 from van_deploy.runners.original import original_network
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.stopwatch import Progress
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
 
-def verify(bundle: Bundle, asked: VerifySettings, progress: Progress | None) -> VerifyReport:
+def verify(bundle: Bundle, asked: config.VerifySettings, say: Progress) -> VerifyReport:
     """Return what is found of each artifact (:func:`~van_deploy.checks.verify.verify_bundle`)."""
-    say, gates = progress or silent, _gates(asked.recipe)
+    gates = _gates(asked.recipe)
     loaded, samples = _given(bundle, asked, say)
     return verify_bundle(bundle, samples, asked, loaded, gates, say)
 
 
-def evaluate(
-    bundle: Bundle, asked: EvaluationSettings, progress: Progress | None
-) -> EvaluateReport:
+def evaluate(bundle: Bundle, asked: config.EvaluationSettings, say: Progress) -> EvaluateReport:
     """Return the accuracy, as :func:`~van_deploy.checks.evaluate.evaluate_bundle`."""
-    say, gates = progress or silent, _gates(asked.recipe)
+    gates = _gates(asked.recipe)
     return evaluate_bundle(bundle, _original(bundle, asked.weights, say), asked, gates, say)
 
 
-def drift(bundle: Bundle, asked: DriftSettings, progress: Progress | None) -> DriftReport:
+def drift(bundle: Bundle, asked: config.DriftSettings, say: Progress) -> DriftReport:
     """Return where the artifacts drift, as :func:`~van_deploy.checks.drift.drift_of_bundle`."""
-    say = progress or silent
     loaded, samples = _given(bundle, asked, say)
     return drift_of_bundle(bundle, samples.first(asked.count), asked, loaded, say)
 
 
 def check(
-    bundle: Bundle, baseline: Path, asked: CheckSettings, update: bool, progress: Progress | None
-) -> CheckReport:
+    bundle: Bundle, baseline: Path, asked: config.CheckSettings, update: bool, say: Progress
+) -> regression.CheckReport:
     """Return the bundle against its gates and a baseline, which is written with ``update``."""
-    say, gates = progress or silent, _gates(asked.recipe)
-    known = None if update else read_baseline(baseline)
+    gates = _gates(asked.recipe)
+    known = None if update else regression.read_baseline(baseline)
     loaded, samples = _given(bundle, asked, say)
-    same = VerifySettings(**common(asked))
+    same = config.VerifySettings(**common(asked))
     verified = verify_bundle(bundle, samples, same, loaded, gates, say)
     if asked.evaluate is not None or asked.speed:
         loaded = loaded or _original(bundle, asked.weights, say)
     evaluated, ratios = None, {}
     if asked.evaluate is not None and loaded is not None:
         table = {"images": asked.evaluate, "labels": asked.labels, **common(asked)}
-        settings = EvaluationSettings(**table, class_order=asked.class_order)
+        settings = config.EvaluationSettings(**table, class_order=asked.class_order)
         evaluated = evaluate_bundle(bundle, loaded, settings, gates, say)
     if asked.speed and loaded is not None:
         say("Measuring ratios of speed")
-        ratios = speed_ratios(bundle, loaded, samples, asked)
-    measured = baseline_from(bundle, samples, verified, evaluated, ratios)
-    report = compare_with_baseline(measured, known, verified, evaluated)
+        ratios = regression.speed_ratios(bundle, loaded, samples, asked)
+    measured = regression.baseline_from(bundle, samples, verified, evaluated, ratios)
+    report = regression.compare_with_baseline(measured, known, verified, evaluated)
     if update and report:
-        write_baseline(baseline, report.measured)
+        regression.write_baseline(baseline, report.measured)
     return report
 
 
 def _given(
-    bundle: Bundle, asked: VerifySettings | DriftSettings | CheckSettings, say: Progress
+    bundle: Bundle,
+    asked: config.VerifySettings | config.DriftSettings | config.CheckSettings,
+    say: Progress,
 ) -> tuple[LoadedVan | None, Samples]:
     """Return the original network, where it is asked for, and what is judged on."""
     loaded = _original(bundle, asked.weights, say) if asked.against == "weights" else None
@@ -96,6 +82,6 @@ def _original(bundle: Bundle, weights: Path | None, say: Progress) -> LoadedVan:
     return original_network(bundle, weights)
 
 
-def _gates(recipe: str) -> GateSettings:
+def _gates(recipe: str) -> config.GateSettings:
     """Return the gates of the recipe called that, or the defaults."""
     return recipe_named(recipe).gates if recipe else NO_RECIPE

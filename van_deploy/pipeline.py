@@ -359,12 +359,7 @@ def run_recipe(
     evaluate = None
     if recipe.evaluate.images is not None:
         progress("Evaluating")
-        evaluate = evaluate_bundle(
-            bundle,
-            loaded,
-            EvaluationSettings(**{**dict(recipe.evaluate), **common(how)}),
-            gates=recipe.gates,
-            progress=progress,
-        )
+        settings = EvaluationSettings(**{**dict(recipe.evaluate), **common(how)})
+        evaluate = evaluate_bundle(bundle, loaded, settings, recipe.gates, progress)
         record_check(bundle, "evaluate", evaluate)
     return RunResult(Bundle.open(output), exported.export, tuple(made), verify, evaluate)

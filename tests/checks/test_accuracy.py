@@ -44,7 +44,7 @@ class TestOneClassOfMany:
         found = judge_artefact(before, after, Truth(labels, 10, SINGLE), "int8")
         assert (found.loss.lost, found.loss.won, found.loss.loss) == (2, 1, 12.5)
         assert found.loss.p_value == binomtest(2, 3, 0.5).pvalue
-        changed = [(c.label, c.images, c.before, c.after) for c in found.classes]
+        changed = [tuple(change.values()) for change in found.classes]
         assert changed == [(0, 2, 2, 1), (2, 2, 1, 2), (3, 2, 1, 0)]
         assert found.confusions == ((0, 1, 1), (0, 2, 1), (3, 0, 1))
 

@@ -232,5 +232,7 @@ def test_near_lossless_numbers_decide(
     explained = gates.flip_margin(45.0)
     flips = find_flips(before, after, Task.SINGLE_LABEL, explained) if lost else []
     floor = Limit(45.0, "floor for fp16")
-    findings = judge_numbers(paired_loss(lost, 0, images), FP16, sqnr, floor, flips)
+    findings = judge_numbers(
+        paired_loss(lost, 0, images), FP16, sqnr, floor, flips, Task.SINGLE_LABEL
+    )
     assert outcome_of(findings) is outcome

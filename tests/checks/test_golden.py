@@ -20,6 +20,7 @@ from van_deploy.checks.golden import golden_samples, images_for_golden, judge_or
 from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
+from van_deploy.metrics import sqnr_db
 from van_deploy.model.pixels import normalised
 from van_deploy.model.preprocess import OFFICIAL
 
@@ -45,12 +46,13 @@ def test_they_are_pytorchs_own_answers(digits: Subject) -> None:
     inputs = normalised(samples.pixels, digits.loaded.preprocessing)
     assert np.array_equal(samples.inputs, inputs)
     with torch.inference_mode():
-        single = digits.loaded.model(torch.from_numpy(inputs)).numpy()
+        parts = torch.from_numpy(inputs).split(8)  # how many at a time decides float32's noise
+        single = torch.cat([digits.loaded.model(part) for part in parts]).numpy()
         double = digits.loaded.model.double()(torch.from_numpy(inputs).double()).numpy()
         digits.loaded.model.float()
-    assert np.abs(samples.single - single).max() < 1e-5
     assert np.abs(samples.logits - double).max() < 1e-12
     assert 120 < samples.noise_db < 150
+    assert samples.noise_db == pytest.approx(sqnr_db(double, single), abs=1e-3)
 
 
 def test_the_originals_and_the_terms(digits: Subject) -> None:

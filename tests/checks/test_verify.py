@@ -23,6 +23,7 @@ from van_deploy.checks.verify import ArtefactVerdict, verify_bundle
 from van_deploy.config import DriftSettings, VerifySettings
 from van_deploy.errors import GateFailed
 from van_deploy.graph.embed import embed_preprocessing
+from van_deploy.stopwatch import silent
 
 DIGITS_BLOCKS = [f"block{s}.{b}" for s, depth in enumerate((2, 2, 3, 2), 1) for b in range(depth)]
 PASS, FAIL = Outcome.PASS, Outcome.FAIL
@@ -35,7 +36,7 @@ def verdict_of(whole: Subject, bundle: Bundle, name: str) -> ArtefactVerdict:
 
 def drift(whole: Subject, bundle: Bundle, *names: str, known: bool = True) -> DriftReport:
     asked, few = DriftSettings(artefacts=names), whole.samples.first(2)
-    return drift_of_bundle(bundle, few, asked, whole.loaded if known else None)
+    return drift_of_bundle(bundle, few, asked, whole.loaded if known else None, silent)
 
 
 class TestRightArtefacts:
@@ -216,7 +217,9 @@ class TestDrift:
         model = faults.scale_times(digits.graph("int8"), layer, "activation", 8)
         asked = DriftSettings(level="module", artefacts=("int8",))
         bundle = broken(digits, "int8", "int8", model)
-        found = drift_of_bundle(bundle, digits.samples, asked, digits.loaded).artefacts["int8"]
+        found = drift_of_bundle(bundle, digits.samples, asked, digits.loaded, silent).artefacts[
+            "int8"
+        ]
         assert found.worst_names[0] == layer
         faults_of = {row.name: row.fault for row in found.rows}
         assert "times the one of least error on the golden images" in faults_of[layer]

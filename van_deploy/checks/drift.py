@@ -25,7 +25,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,12 +42,11 @@ from van_deploy.graph.names import INPUT_NAME, module_of
 from van_deploy.metrics import decibels, signal_and_noise
 from van_deploy.runners.base import Images
 from van_deploy.runners.network import Network
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.stopwatch import Progress
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-SCHEMA: Final = "van-deploy/drift/2"
 NOT_OPENED = (
     "extra outputs would keep its runtime from fusing: see its logits in `van-deploy verify`"
 )
@@ -195,13 +194,17 @@ def drift_of_artefact(
     sums = [{name: np.zeros(2) for name in tensors} for _ in range(2)]
 
     def equalised(name: str, like: Array) -> list[Any]:
+        """Return factor and shift: a tensor of the artifact is ``(reference - shift) / factor``."""
         if f"{name}.factor" not in channels:
             return [1.0, 0.0]
         shape = (1, -1, *(1,) * (like.ndim - 2))
         return [channels[f"{name}.{what}"].reshape(shape) for what in ("factor", "shift")]
 
     try:
-        channels = _equalisation(bundle, artefact)
+        channels: dict[str, Array] = {}  # as the quantiser recorded it
+        if place := artefact.quantization.get("channels"):
+            with np.load(bundle.path / str(place), allow_pickle=False) as arrays:
+                channels = {name: arrays[name].astype(np.float64) for name in arrays.files}
         sessions = [quiet_session(make(model, tensors)) for make in (with_taps, isolated)]
         for start in range(0, len(images), IMAGES_AT_ONCE):
             batch = images[start : start + IMAGES_AT_ONCE]
@@ -248,19 +251,6 @@ def part_name(module: str, level: Level, parts: Iterable[str]) -> str:
     return max(around, key=len, default="")
 
 
-def _equalisation(bundle: Bundle, artefact: Artefact) -> dict[str, Array]:
-    """Return what equalisation did to the channels of tensors, as its maker recorded it.
-
-    The artifact's tensor ``t`` is ``(reference - t.shift) / t.factor``, both ``(C,)``. Empty
-    where nothing was done.
-    """
-    place = artefact.quantization.get("channels")
-    if place is None:
-        return {}
-    with np.load(bundle.path / str(place), allow_pickle=False) as arrays:
-        return {name: arrays[name].astype(np.float64) for name in arrays.files}
-
-
 # --- the whole bundle ------------------------------------------------------------------------
 
 
@@ -305,15 +295,11 @@ class DriftReport:
     reference: str
     chain: tuple[DriftRow, ...]
     artefacts: Mapping[str, ArtefactDrift]
-    schema: Literal["van-deploy/drift/2"] = SCHEMA
+    schema: Literal["van-deploy/drift/2"] = "van-deploy/drift/2"
 
 
 def drift_of_bundle(
-    bundle: Bundle,
-    samples: Samples,
-    asked: DriftSettings,
-    loaded: LoadedVan | None = None,
-    progress: Progress = silent,
+    bundle: Bundle, samples: Samples, asked: DriftSettings, loaded: LoadedVan | None, say: Progress
 ) -> DriftReport:
     """Return where each plain ONNX artifact of ``bundle`` leaves the network.
 
@@ -322,7 +308,7 @@ def drift_of_bundle(
         samples: images with the original network's answers.
         asked: how fine, and which artifacts; by default all plain ONNX ones.
         loaded: the original network; None compares with ``model.onnx`` once that holds.
-        progress: told what is measured.
+        say: told what is measured.
 
     Raises:
         BundleError: an artifact is not there, or is not the manifest's.
@@ -330,7 +316,7 @@ def drift_of_bundle(
     """
     noise_db, outputs = samples.noise_db, samples.outputs
     chain = [DriftRow("PyTorch float32", noise_db, note="the noise of float32 itself")]
-    progress("What parts are compared with")
+    say("What parts are compared with")
     reference = module_reference(bundle, samples, loaded)
     if isinstance(reference, str):
         original = "Compare with the original network, where PyTorch and the weights are."
@@ -343,7 +329,7 @@ def drift_of_bundle(
         chain.append(DriftRow("rewritten, float64", level, note=note))
     plain, entries = plain_onnx(bundle), {}
     for name in asked.artefacts or [n for n in plain if loaded is not None or n != "fp32"]:
-        progress(f"Every {asked.level} of '{name}', alone and in the whole")
+        say(f"Every {asked.level} of '{name}', alone and in the whole")
         artefact = bundle.artefact(name)
         parts = drift_of_artefact(bundle, artefact, reference, samples.inputs, asked.level)
         method = str(artefact.quantization.get("method", "mse"))

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,19 +35,17 @@ from van_deploy.metrics import Task
 from van_deploy.ray_tasks import RayTask, run_on_ray
 from van_deploy.runners.network import PYTORCH, require_classes, task_of
 from van_deploy.runners.original import original_network
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.stopwatch import Progress
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-SCHEMA: Final = "van-deploy/evaluate/2"
 BATCHES_A_TASK = 4  # so that decoding runs ahead of the networks inside a task of the cluster
 ECE_BINS = 15
 """Equal-width bins of confidence, as in Guo et al., "On Calibration of Modern Neural
 Networks", ICML 2017."""
 TOP = 5
 MOST_SHOWN = 20  # confusions, and classes that changed
-NO_RECIPE = GateSettings()
 
 Logits = npt.NDArray[np.floating[Any]]
 
@@ -134,23 +132,6 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class ClassChange:
-    """One class whose accuracy changed.
-
-    Attributes:
-        label: the class.
-        images: of it.
-        before: how many PyTorch gets right.
-        after: how many the artifact gets right.
-    """
-
-    label: int
-    images: int
-    before: int
-    after: int
-
-
-@dataclass(frozen=True)
 class ArtefactLoss(rules.Findings):
     """What an artifact lost against PyTorch on the same images, and what the gate says.
 
@@ -161,7 +142,8 @@ class ArtefactLoss(rules.Findings):
         sqnr_db: of its logits on these images.
         flips: how many labels flipped.
         confusions: ``(PyTorch's class, the artifact's, count)`` of flipped labels.
-        classes: the classes whose accuracy changed most.
+        classes: the classes whose accuracy changed most: ``label``, ``images`` of it, and how many
+            PyTorch (``before``) and the artifact (``after``) get right.
     """
 
     numeric: str
@@ -170,7 +152,7 @@ class ArtefactLoss(rules.Findings):
     sqnr_db: float
     flips: int
     confusions: tuple[tuple[int, int, int], ...]
-    classes: tuple[ClassChange, ...]
+    classes: tuple[Mapping[str, int], ...]
 
 
 def accuracy_of(answers: Answers, truth: Truth) -> Accuracy:
@@ -207,15 +189,14 @@ def judge_artefact(
     """
     floor = rules.sqnr_floor(numeric, truth.noise_db, profile)
     allowed, task = rules.allowed_loss(numeric, profile), truth.task
-    labels, total, what = truth.labels, len(truth.labels), "top-1"
-    changes: tuple[ClassChange, ...] = ()
+    labels, total = truth.labels, len(truth.labels)
+    changes: tuple[Mapping[str, int], ...] = ()
     if task is Task.MULTI_LABEL:
         one, other = (_label_counts(answers, labels) for answers in (before, after))
 
         def lost(rows: npt.NDArray[np.int64]) -> float:
             return 100 * (_f1(one[rows]) - _f1(other[rows]))
 
-        what = "F1"
         loss = Loss(total, lost(np.arange(total)), bootstrap_interval(lost, total))
     else:
         right, still = (answers.classes[:, 0] == labels for answers in (before, after))
@@ -227,9 +208,9 @@ def judge_artefact(
     margins = before.margins / (math.sqrt(signal) or 1.0)  # in RMS logits
     explained = rules.flip_margin(floor.value, task)
     flips = metrics.flips_between(before.classes, after.classes, margins, explained)
-    findings = [rules.judge_loss(loss, allowed, what)]
+    findings = [rules.judge_loss(loss, allowed, rules.what_of(task))]
     if not rules.CLASSES[numeric].lossy:
-        findings = rules.judge_numbers(loss, allowed, sqnr, floor, flips, task, what)
+        findings = rules.judge_numbers(loss, allowed, sqnr, floor, flips, task)
     pairs = Counter((flip.expected, flip.found) for flip in flips)
     commonest = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_SHOWN]
     confusions = tuple((*pair, count) for pair, count in commonest)
@@ -266,7 +247,7 @@ def expected_calibration_error(confidence: npt.ArrayLike, correct: npt.ArrayLike
 
 def _changes(
     labels: npt.NDArray[Any], right: npt.NDArray[Any], still: npt.NDArray[Any]
-) -> tuple[ClassChange, ...]:
+) -> tuple[Mapping[str, int], ...]:
     """Return the classes whose accuracy changed, the largest change first.
 
     Args:
@@ -277,7 +258,8 @@ def _changes(
     of_each = [np.bincount(labels, each, labels.max() + 1) for each in (None, right, still)]
     rows = [(label, *map(int, counts)) for label, counts in enumerate(zip(*of_each, strict=True))]
     changed = sorted((r for r in rows if r[2] != r[3]), key=lambda r: (-abs(r[3] - r[2]), r[0]))
-    return tuple(ClassChange(*row) for row in changed[:MOST_SHOWN])
+    names = ("label", "images", "before", "after")
+    return tuple(dict(zip(names, row, strict=True)) for row in changed[:MOST_SHOWN])
 
 
 # --- the evaluation --------------------------------------------------------------------------
@@ -318,7 +300,7 @@ class EvaluateReport(rules.Report):
     class_names: tuple[str, ...] | None
     seconds: float
     allowed: rules.Allowed
-    schema: Literal["van-deploy/evaluate/2"] = SCHEMA
+    schema: Literal["van-deploy/evaluate/2"] = "van-deploy/evaluate/2"
 
     @property
     def count(self) -> int:
@@ -332,11 +314,7 @@ class EvaluateReport(rules.Report):
 
 
 def evaluate_bundle(
-    bundle: Bundle,
-    loaded: LoadedVan,
-    asked: EvaluationSettings,
-    gates: GateSettings = NO_RECIPE,
-    progress: Progress = silent,
+    bundle: Bundle, loaded: LoadedVan, asked: EvaluationSettings, gates: GateSettings, say: Progress
 ) -> EvaluateReport:
     """Return the accuracy of PyTorch and of each artifact of ``bundle`` on labelled images.
 
@@ -345,7 +323,7 @@ def evaluate_bundle(
         loaded: its original network.
         asked: which images, and how.
         gates: limits a recipe sets otherwise.
-        progress: told how many images of how many are answered.
+        say: told how many images of how many are answered.
 
     Raises:
         BundleError: an artifact is not there, or is not the manifest's.
@@ -364,7 +342,7 @@ def evaluate_bundle(
             unreadable += bad
             pieces += [said] if said else []
             done = len(rows) + len(unreadable)
-            progress(f"{done} of {total} images", done, total)
+            say(f"{done} of {total} images", done, total)
     unreadable.sort()
     if not rows:
         raise ImageError(
@@ -428,8 +406,7 @@ def _answered(networks: Networks, images: ImageSet, asked: EvaluationSettings) -
         if done.failure:
             raise ConversionError(
                 f"A machine of the Ray cluster failed: {done.failure}",
-                "Every machine must see the bundle, the weights and the images under the same "
-                "paths. Run it again.",
+                "Every machine must see bundle, weights and images under the same paths.",
             )
         yield from done.result
 

@@ -269,19 +269,14 @@ class Findings:
 
 
 def held(
-    rule: str,
-    fault: str,
-    value: float | None = None,
-    limit: Limit | None = None,
-    unit: str = "",
-    shown: str = "",
+    rule: str, fault: str, value: float | None = None, limit: Limit | None = None, shown: str = ""
 ) -> Finding:
     """Return a rule that was applied: PASS, and what was ``shown``, or FAIL where there is a fault.
 
     The other arguments are those of :class:`Finding`.
     """
     outcome = Outcome.FAIL if fault else Outcome.PASS
-    return Finding(rule, outcome, fault or shown, value, limit, unit)
+    return Finding(rule, outcome, fault or shown, value, limit)
 
 
 def skipped(rule: str, message: str, kind: str = "") -> Finding:
@@ -292,7 +287,8 @@ def skipped(rule: str, message: str, kind: str = "") -> Finding:
 def at_least(rule: str, value: float, limit: Limit, unit: str = "dB", where: str = "") -> Finding:
     """Return whether ``value`` is at least the limit; NaN is not."""
     said = f"{where}{rule} {value:.1f} {unit} is below {limit.value:.1f} {unit} ({limit.origin})"
-    return held(rule, "" if value >= limit.value else said, value, limit, unit)
+    outcome, fault = (Outcome.PASS, "") if value >= limit.value else (Outcome.FAIL, said)
+    return Finding(rule, outcome, fault, value, limit, unit)
 
 
 # --- limits ----------------------------------------------------------------------------------
@@ -415,7 +411,8 @@ def _explained(flips: Sequence[Flip], floor: Limit, task: Task, where: str = "")
         f"explains {limit.value:.2g}"
     ) * bool(faults)
     shown = f"{said}, within what the allowed noise explains" * bool(flips)
-    return held("label flips", fault, widest, limit, "RMS logits", shown)
+    outcome = Outcome.FAIL if faults else Outcome.PASS
+    return Finding("label flips", outcome, fault or shown, widest, limit, "RMS logits")
 
 
 def judge_invariance(alone: Array, together: Array, floor: Limit, batch: int) -> Finding:
@@ -460,6 +457,11 @@ def paired_loss(lost: int, won: int, images: int) -> Loss:
     return Loss(images, loss, (100 * low, 100 * high), lost, won, mcnemar_exact(lost, won))
 
 
+def what_of(task: Task) -> str:
+    """Return the share that is lost."""
+    return "F1" if task is Task.MULTI_LABEL else "top-1"
+
+
 def judge_loss(loss: Loss, allowed: Limit, what: str = "top-1", lossy: bool = True) -> Finding:
     """Return whether a lossy artifact is shown to lose no more than is allowed.
 
@@ -482,13 +484,7 @@ def judge_loss(loss: Loss, allowed: Limit, what: str = "top-1", lossy: bool = Tr
 
 
 def judge_numbers(
-    loss: Loss,
-    allowed: Limit,
-    sqnr: float,
-    floor: Limit,
-    flips: Sequence[Flip],
-    task: Task = Task.SINGLE_LABEL,
-    what: str = "top-1",
+    loss: Loss, allowed: Limit, sqnr: float, floor: Limit, flips: Sequence[Flip], task: Task
 ) -> list[Finding]:
     """Return whether a near-lossless artifact's numbers hold on the evaluation set.
 
@@ -503,9 +499,8 @@ def judge_numbers(
         floor: from :func:`sqnr_floor`.
         flips: of the evaluation set, from :func:`van_deploy.metrics.find_flips`.
         task: how logits become labels.
-        what: the share that was lost.
     """
-    lost = judge_loss(loss, allowed, what, lossy=False)
+    lost = judge_loss(loss, allowed, what_of(task), lossy=False)
     return [at_least("SQNR", sqnr, floor), _explained(flips, floor, task), lost]
 
 

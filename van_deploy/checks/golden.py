@@ -1,21 +1,22 @@
 """What artifacts are judged on: the golden samples of a bundle, or other images.
 
-Either comes with the *original* network's answers in float64 and float32. Golden samples
+Either comes with the *original* network's answers in float64. Golden samples
 are made once, from the original network, when the bundle is exported. From then on any
 host judges any artifact without PyTorch and without the weights. ``golden.npz`` holds
 
-===========  ==============================================================================
-``pixels``   ``(N, H, W, C)`` uint8, resized and cropped; or, for a network that was given
-             network input, ``inputs``: ``(N, C, H, W)`` float32, normalised
-``logits``   ``(N, K)`` float64: the original network in float64
-``float32``  ``(N, K)`` float32: the original network in float32, whose distance from
-             ``logits`` is the noise that FP32 artifacts are judged by
-===========  ==============================================================================
+============  ==============================================================================
+``pixels``    ``(N, H, W, C)`` uint8, resized and cropped; or, for a network that was given
+              network input, ``inputs``: ``(N, C, H, W)`` float32, normalised
+``logits``    ``(N, K)`` float64: the original network in float64
+``noise_db``  SQNR of the original network in float32 against that, which FP32 artifacts are
+              judged by
+============  ==============================================================================
 
-Of a backbone both hold the sketches of its maps side by side (:mod:`van_deploy.checks.samples`).
-Where height and width are dynamic there are ``logits 192x192`` and ``float32 192x192`` of the
-first images at each other size, repeated side by side and cut. Beside it lie two encoded
-originals, of which the first two rows were read: decoding, resizing and cropping are checked too.
+Of a backbone ``logits`` holds the sketches of its maps side by side
+(:mod:`van_deploy.checks.samples`). Where height and width are dynamic there are
+``logits 192x192`` of the first images at each other size, repeated side by side and cut.
+Beside it lie two encoded originals, of which the first two rows were read: decoding, resizing
+and cropping are checked too.
 """
 
 from __future__ import annotations
@@ -131,9 +132,8 @@ def write_golden(draft: Draft, samples: Samples, originals: Sequence[bytes], use
         users: whether the images are the user's own.
     """
     arrays = {"inputs": samples.inputs} if samples.pixels is None else {"pixels": samples.pixels}
-    arrays |= {"logits": samples.logits, "float32": samples.single}
-    for other in samples.others:
-        arrays |= {f"logits {other.size}": other.logits, f"float32 {other.size}": other.single}
+    arrays |= {"logits": samples.logits, "noise_db": np.array(samples.noise_db)}
+    arrays |= {f"logits {other.size}": other.logits for other in samples.others}
     np.savez_compressed(draft.file(GOLDEN_FILE), **arrays)
     places = [f"golden/{row}.png" for row in range(len(originals))]
     for place, data in zip(places, originals, strict=True):
@@ -157,8 +157,7 @@ def golden_samples(bundle: Bundle) -> Samples:
     if golden is None or golden.file not in bundle.digests:
         raise BundleError(
             f"The bundle '{bundle.path}' has no golden samples.",
-            "Compare with the original network (--against weights), or export the model again "
-            "without --golden none.",
+            "Use the original network (--against weights), or export again without --golden none.",
         )
     path, preprocessing = bundle.path / golden.file, manifest.preprocessing
     verify(path, bundle.digests[golden.file])
@@ -172,9 +171,9 @@ def golden_samples(bundle: Bundle) -> Samples:
             described = f"{len(inputs)} golden samples: {golden.images}"
             images = Batch((), inputs, pixels, (), names, described)
 
-            def answers(size: str, of: Images, outputs: Outputs) -> tuple[Array, Array]:
-                exact, single = (arrays[f"{n} {size}".rstrip()] for n in ("logits", "float32"))
-                return exact.astype(np.float64), single.astype(np.float32)
+            def answers(size: str, of: Images, outputs: Outputs) -> tuple[Array, float]:
+                logits = arrays[f"logits {size}".rstrip()].astype(np.float64)
+                return logits, float(arrays["noise_db"])
 
             return samples_from(images, manifest.architecture, sizes, answers, True)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -189,20 +188,18 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
 
     Raises:
         BundleError: one is missing or was changed.
+        ImageError: one cannot be read here.
     """
     findings, golden = [], bundle.manifest.golden
     for row, place in enumerate(golden.originals if golden else ()):
-        path, change = bundle.path / place, None
+        path = bundle.path / place
         verify(path, bundle.digests[place])
-        try:
-            found = _pixels(path, bundle.manifest.preprocessing).astype(int)
-            change = float(np.abs(found - np.asarray(samples.pixels)[row]).max())
-            fault = (
-                f"'{path.name}', read and resized here, differs by {change:g} of 255 from the "
-                f"golden sample {row}: another decoder, or other preprocessing"
-            ) * (change > RESIZED_WITHIN)
-        except ImageError as error:
-            fault = error.message.rstrip(".")
+        found = _pixels(path, bundle.manifest.preprocessing).astype(int)
+        change = float(np.abs(found - np.asarray(samples.pixels)[row]).max())
+        fault = (
+            f"'{path.name}', read and resized here, differs by {change:g} of 255 from the "
+            f"golden sample {row}: another decoder, or other preprocessing"
+        ) * (change > RESIZED_WITHIN)
         findings.append(held("preprocessing", fault, change))
     return findings
 
@@ -211,11 +208,7 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
 
 
 def reference_samples(
-    loaded: LoadedVan,
-    images: Batch,
-    sizes: Sequence[ImageSize] = (),
-    *,
-    golden: bool = False,
+    loaded: LoadedVan, images: Batch, sizes: Sequence[ImageSize] = (), golden: bool = False
 ) -> Samples:
     """Return images with the original network's answers in float64 and float32.
 
@@ -237,11 +230,12 @@ def reference_samples(
             pieces.append(outputs.rows({n: y.numpy() for n, y in zip(names, found, strict=True)}))
         return np.concatenate(pieces)
 
-    def answers(_: str, inputs: Images, outputs: Outputs) -> tuple[Array, Array]:
+    def answers(_: str, inputs: Images, outputs: Outputs) -> tuple[Array, float]:
         given = torch.from_numpy(inputs)
         with torch.inference_mode():
+            exact = rows(double, given.double(), outputs)
             single = rows(loaded.model, given, outputs).astype(np.float32)
-            return rows(double, given.double(), outputs), single
+        return exact, outputs.sqnr_db(exact, single)
 
     return samples_from(images, loaded.config, sizes, answers, golden)
 

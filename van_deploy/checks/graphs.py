@@ -98,9 +98,7 @@ def quiet_session(model: ModelProto) -> Any:
     return inference_session(model, options, ["CPUExecutionProvider"])[0]
 
 
-def run_taps(
-    session: Any, feeds: Mapping[str, npt.NDArray[Any]]
-) -> Iterator[tuple[str, npt.NDArray[np.float64]]]:
+def run_taps(session: Any, feeds: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
     """Yield each output's name and float64 value, feeding what the graph asks for.
 
     Args:
@@ -255,16 +253,12 @@ def _activations(
     ratios = np.array(list(scales.values()))
     median = float(np.median(ratios))
     far = float(np.mean(np.abs(np.log(ratios / median)) > np.log(factor)))
-    origin = f"right scales of '{method}' are {centre:g} times the best ones"
-    ratio_is = (
-        f"activation scales are {median:.2f} times those of least error on the golden images; "
-        f"{origin}, up to a factor of {gates.SCALE_MEDIAN_FACTOR:g}"
-    )
-    share_is = (
-        f"{100 * far:.0f} % of the activation scales are off their median by more than a factor "
-        f"of {factor:g}, at most {100 * most:.0f} % may be"
-    )
-    off = max(median / centre, centre / median) > gates.SCALE_MEDIAN_FACTOR
+    slack = gates.SCALE_MEDIAN_FACTOR
+    origin = f"right scales of '{method}' are {centre:g} times the best, to a factor of {slack:g}"
+    ratio_is = f"activation scales are {median:.2f} times the best on the golden images; {origin}"
+    limit_is = f"at most {100 * most:.0f} % may be"
+    share_is = f"{100 * far:.0f} % of them are off the median by over {factor:g} times, {limit_is}"
+    off = max(median / centre, centre / median) > slack
     wide, limit = far > most, Limit(most, "floor for int8")
     return [
         held("median scale", ratio_is * off, median, Limit(centre, origin), shown=ratio_is),
@@ -299,14 +293,13 @@ def _code_fault(node: NodeProto, stored: Mapping[str, Array], for_cpus: bool) ->
     clipped = full > max(count, share * rows.shape[1])
     if wasted.any():
         return (
-            f"the scale of '{node.input[0]}' is too large: the integers of {int(wasted.sum())} of "
-            f"{len(rows)} channels end at {int(largest[wasted].min())} of 127 and above, "
-            f"below {gates.LEAST_CODE}"
+            f"the scale of '{node.input[0]}' is too large: {int(wasted.sum())} of {len(rows)} "
+            f"channels end at {int(largest[wasted].min())} of 127 and above, below "
+            f"{gates.LEAST_CODE}"
         )
     if clipped.any():
         return (
-            f"the scale of '{node.input[0]}' is too small: up to {int(full[clipped].max())} of "
-            f"{rows.shape[1]} integers of {int(clipped.sum())} channels are at the end of the "
-            "range"
+            f"the scale of '{node.input[0]}' is too small: {int(clipped.sum())} channels have "
+            f"up to {int(full[clipped].max())} of {rows.shape[1]} integers at the end of the range"
         )
     return ""

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,7 +33,6 @@ from van_deploy.schema import Count, Schema, Text, Versioned, read_versioned
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-SCHEMA: Final = "van-deploy/check/2"
 ANEW = "Write one with --update, look at it, and commit it."
 SAME = {
     "model": "another model",
@@ -221,7 +220,7 @@ class CheckReport(gates.Report):
     images: str
     allowed: gates.Allowed
     measured: Baseline = field(metadata={"json": False})
-    schema: Literal["van-deploy/check/2"] = SCHEMA
+    schema: Literal["van-deploy/check/2"] = "van-deploy/check/2"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -248,7 +247,19 @@ def compare_with_baseline(
     Raises:
         InputError: the baseline is of another model, other weights, or other images.
     """
-    rows, new = [*_gate_rows(verify, evaluate)], tuple[str, ...]()
+    rows, new = [CheckRow(f"gate/{f.rule}", f) for f in verify.findings], tuple[str, ...]()
+    for name, verdict in verify.artefacts.items():
+        value = None if verdict.comparison is None else verdict.comparison.sqnr_db
+        said, skip = (verdict.outcome, verdict.reason), verdict.findings[0].skip
+        whole = Finding("SQNR", *said, value, verdict.limit, "dB", skip)
+        rows.append(CheckRow(f"gate/verify/{name}", whole))
+    if evaluate is not None:
+        for name, loss in evaluate.losses.items():
+            itself = loss.findings[-1]
+            whole = replace(itself, outcome=loss.outcome, message=loss.reason)
+            rows.append(CheckRow(f"gate/evaluate/{name}", whole))
+        not_run = evaluate.skipped.items()
+        rows += [CheckRow(f"gate/evaluate/{name}", finding) for name, finding in not_run]
     if then is not None:
         evaluated = then.evaluation_sha256 and now.evaluation_sha256
         for name, what in SAME.items():
@@ -272,24 +283,6 @@ def compare_with_baseline(
                 rows.append(CheckRow(f"baseline/{name}/{rule}", found, old.value))
         new = tuple(name for name in now.artefacts if name not in then.artefacts)
     return CheckReport(now.model, tuple(rows), new, verify.images, verify.allowed, now)
-
-
-def _gate_rows(verify: VerifyReport, evaluate: EvaluateReport | None) -> Iterator[CheckRow]:
-    for finding in verify.findings:
-        yield CheckRow(f"gate/{finding.rule}", finding)
-    for name, verdict in verify.artefacts.items():
-        value = None if verdict.comparison is None else verdict.comparison.sqnr_db
-        said, skip = (verdict.outcome, verdict.reason), verdict.findings[0].skip
-        whole = Finding("SQNR", *said, value, verdict.limit, "dB", skip)
-        yield CheckRow(f"gate/verify/{name}", whole)
-    if evaluate is None:
-        return
-    for name, loss in evaluate.losses.items():
-        itself = loss.findings[-1]
-        whole = replace(itself, outcome=loss.outcome, message=loss.reason)
-        yield CheckRow(f"gate/evaluate/{name}", whole)
-    for name, finding in evaluate.skipped.items():
-        yield CheckRow(f"gate/evaluate/{name}", finding)
 
 
 def _against(rule: str, then: Figure, now: Figure | None, images: int, kind: str) -> Finding:

@@ -85,8 +85,8 @@ class Outputs:
 LOGITS = Outputs()
 """Those of a classifier."""
 
-Answers = Callable[[str, Images, Outputs], tuple[Array, Array]]
-"""From a size, images, and how outputs become rows, to a network's in float64 and in float32."""
+Answers = Callable[[str, Images, Outputs], tuple[Array, float]]
+"""From a size, images, and how outputs become rows, to a network's in float64 and its noise."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Samples:
         pixels: the same ``(N, H, W, C)`` uint8; None where there are only inputs.
         logits: ``(N, K)`` float64, of the original network in float64; of a backbone, the
             sketches of its maps side by side.
-        single: the same of the original network in float32.
+        noise_db: SQNR of the same network in float32 against these; of a backbone, the least of
+            any map.
         names: what each image is called.
         description: all of them in one phrase.
         task: how logits become labels.
@@ -110,18 +111,13 @@ class Samples:
     inputs: Images
     pixels: Pixels | None
     logits: Array
-    single: Array
+    noise_db: float
     names: tuple[str, ...]
     description: str
     task: Task = Task.SINGLE_LABEL
     golden: bool = False
     outputs: Outputs = LOGITS
     others: tuple[Samples, ...] = ()
-
-    @property
-    def noise_db(self) -> float:
-        """SQNR of float32 against float64; of a backbone, the least of any map."""
-        return self.outputs.sqnr_db(self.logits, self.single)
 
     @property
     def size(self) -> str:
@@ -134,7 +130,7 @@ class Samples:
 
     def first(self, count: int) -> Samples:
         """Return at most ``count`` of them."""
-        parts = {n: getattr(self, n)[:count] for n in ("inputs", "logits", "single", "names")}
+        parts = {n: getattr(self, n)[:count] for n in ("inputs", "logits", "names")}
         pixels = None if self.pixels is None else self.pixels[:count]
         described = "" if count >= len(self) else f"the first {count} of "
         return replace(self, **parts, pixels=pixels, description=described + self.description)
@@ -185,7 +181,7 @@ def samples_from(
         images: at the network's own size.
         config: of the network.
         sizes: the others.
-        answers: gives the rows of the network in float64 and in float32. It is told the size,
+        answers: gives the rows of the network in float64, and float32's noise. It is told the size,
             such as ``192x192`` ("" for the network's own), the images, and how outputs become
             rows.
         golden: whether they are those of the bundle.

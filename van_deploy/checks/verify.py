@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx
 
@@ -34,7 +34,6 @@ from van_deploy.stopwatch import Progress, silent
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-SCHEMA: Final = "van-deploy/verify/2"
 SHOWN_ROWS = 10
 MODULE_IMAGES = 4
 MAY_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -98,7 +97,7 @@ class VerifyReport(rules.Report):
     findings: tuple[Finding, ...]
     artefacts: Mapping[str, ArtefactVerdict]
     allowed: rules.Allowed
-    schema: Literal["van-deploy/verify/2"] = SCHEMA
+    schema: Literal["van-deploy/verify/2"] = "van-deploy/verify/2"
 
     def named(self) -> list[tuple[str, Finding]]:
         """Return every finding and what it is about: the images, or an artifact."""
@@ -147,12 +146,13 @@ def verify_bundle(
         if said.comparison is not None and name in judging.plain_onnx(bundle):
             progress(f"'{name}', its tensors")
             method = str(artefact.quantization.get("method", "mse"))
-            model, floor = onnx.load(bundle.verified(name)), _floor(numeric, samples, gates)
+            model, profile = onnx.load(bundle.verified(name)), gates.of(numeric)
+            floor = rules.sqnr_floor(numeric, samples.noise_db, profile)
             findings += judging.judge_graph(model, numeric, samples, floor, method)[0]
             if asked.modules and (loaded is not None or name != "fp32"):
                 progress(f"'{name}', module by module")
                 reference = reference or module_reference(bundle, samples, loaded, gates.fp32)
-                limit = rules.module_floor(numeric, gates.of(numeric))
+                limit = rules.module_floor(numeric, profile)
                 modules, found = _modules(bundle, artefact, reference, samples.inputs, limit)
                 findings.append(found)
         what = {**vars(said), "findings": tuple(findings), "precision": artefact.precision}
@@ -186,20 +186,14 @@ def _judged(
                 lambda of, rows: opened.run(judging.given_to(opened, of, rows)),
                 replace(samples, others=tuple(served)),
                 [first, *(size for size in more if opened.serves(size))],
-                _floor(numeric, samples, gates),
+                rules.sqnr_floor(numeric, samples.noise_db, gates.of(numeric)),
                 records.get(judging.record_key(opened.runner, numeric)),
             )
-    except ConversionError as error:
-        fault = held("loads", f"it does not load: {one_line(error)}")
-    except VanDeployError:
-        raise
     except Exception as error:  # the runtimes raise their own bare types
-        fault = held("runs", f"it does not run at batch 1: {one_line(error)}")
-    return numeric, Judged((fault,))
-
-
-def _floor(numeric: str, samples: Samples, gates: GateSettings) -> Limit:
-    return rules.sqnr_floor(numeric, samples.noise_db, gates.of(numeric))
+        if isinstance(error, VanDeployError) and not isinstance(error, ConversionError):
+            raise
+        loads = "load" if isinstance(error, ConversionError) else "run at batch 1"
+        return numeric, Judged((held("runs", f"it does not {loads}: {one_line(error)}"),))
 
 
 def _modules(
@@ -216,8 +210,8 @@ def _modules(
     more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
     fault = f"modules below {limit.value:g} dB ({limit.origin}): {', '.join(bad[:4])}{more}"
     shown, worst = f"{placed[0].name} adds most", placed[0].level
-    found = held("modules", fault * bool(bad), worst, limit, "dB", shown)
-    return tuple(placed[:SHOWN_ROWS]), found
+    found = held("modules", fault * bool(bad), worst, limit, shown)
+    return tuple(placed[:SHOWN_ROWS]), replace(found, unit="dB")
 
 
 def record_check(bundle: Bundle, name: str, result: object) -> str:

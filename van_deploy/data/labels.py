@@ -142,6 +142,13 @@ def labelled_images(
     if class_order in {None, "names"} and all(len(found) == 1 for found in meant.values()):
         kind = "WordNet id" if all(map(WORDNET_ID.fullmatch, meant)) else "class name"
         how = f"{'files' if flat else 'class folders'} by {kind}"
+        first = {found[0]: word for word, found in reversed(meant.items())}
+        for word, found in meant.items():
+            if first[found[0]] != word:
+                raise ImageError(
+                    f"The folders '{first[found[0]]}' and '{word}' are both class {found[0]}.",
+                    "Put their images into one, or rename one of them.",
+                )
         return images.labelled([meant[word][0] for word in called], how)
     places = [images.root.resolve()] if images.root is not None and find_labels else []
     places += [*places[0].parents][:3] if flat and places else []

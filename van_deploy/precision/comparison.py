@@ -173,7 +173,7 @@ def _findings(
         what = "agreement" if labels is None else "top-1"
         return [at_least("SQNR", quality, floor), judge_loss(loss, allowed, what)]
     flips = find_flips(expected, found, Task.SINGLE_LABEL, flip_margin(floor.value))
-    return judge_numbers(loss, allowed, quality, floor, flips)
+    return judge_numbers(loss, allowed, quality, floor, flips, Task.SINGLE_LABEL)
 
 
 def recommended(rows: Sequence[Row], made: Row) -> tuple[str | None, str]:
