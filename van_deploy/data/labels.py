@@ -142,11 +142,11 @@ def labelled_images(
     if class_order in {None, "names"} and all(len(found) == 1 for found in meant.values()):
         kind = "WordNet id" if all(map(WORDNET_ID.fullmatch, meant)) else "class name"
         how = f"{'files' if flat else 'class folders'} by {kind}"
-        first = {found[0]: word for word, found in reversed(meant.items())}
-        for word, found in meant.items():
-            if first[found[0]] != word:
+        first = {number: word for word, (number,) in reversed(meant.items())}
+        for word, (number,) in meant.items():
+            if first[number] != word:
                 raise ImageError(
-                    f"The folders '{first[found[0]]}' and '{word}' are both class {found[0]}.",
+                    f"The folders '{first[number]}' and '{word}' are both class {number}.",
                     "Put their images into one, or rename one of them.",
                 )
         return images.labelled([meant[word][0] for word in called], how)
