@@ -200,7 +200,7 @@ def test_the_embedded_network() -> None:
         ("./x.pth", {"weights": "random"}, UsageError, "does not go with the weights 'random'"),
         ("van_digits", {"weights": "random"}, UsageError, "does not go with the weights 'random'"),
         ("van_b0", {"weights": "rnadom"}, UsageError, "neither a file that is here, nor a repos"),
-        ("van_b0", {"weights": "random", "container": "m"}, UsageError, "have no digest, containe"),
+        ("van_b0", {"weights": "random", "container": "m"}, UsageError, "have no digest, contain"),
         ("van_digits", {"expect_sha256": "0" * 64}, DownloadError, "is not the file that was ask"),
         ("./absent.pth", {}, CheckpointError, r"absent\.pth cannot be read: No such file"),
         ("weights/absent.pth", {}, CheckpointError, r"weights/absent\.pth cannot be read: No"),
