@@ -110,9 +110,11 @@ class Step:
             self.state = STATES.get(process.returncode, "failed")
             last = ([line for line in self.output.splitlines() if line.strip()] or ["no word"])[-1]
             self.reason = "" if self.state == "done" else f"{last.strip()[:300]}"
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # too slow, or the report itself is ended
             os.killpg(process.pid, signal.SIGKILL)  # and everything it started
             self.output, _ = process.communicate()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             self.state, self.reason = "stopped", f"it took more than {limit:.0f} s"
         self.seconds = round(time.monotonic() - start, 1)
 
@@ -196,6 +198,7 @@ def main() -> int:
         print("\n".join(f"{step.name:<44}{step.skip or ' '.join(step.words)}" for step in steps))
         return 0
     shutil.copytree(ROOT / "tests" / "gpu", folder / "tests" / "gpu", dirs_exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     end = time.monotonic() + (options.budget or BUDGETS[options.part])
     document: dict[str, Any] = {
         "schema": SCHEMA,

@@ -16,9 +16,8 @@ from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bench.benchmark import Watch, benchmark_bundle
-from van_deploy.bench.compare import compared
 from van_deploy.bench.contenders import gpu_answers
-from van_deploy.bench.document import BenchReport, read_report
+from van_deploy.bench.document import BenchReport, compared, read_report
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from tests.each import each
 from van_deploy.bench.document import Ceilings, Contender, GpuState, Latency, Row
 from van_deploy.bench.gpu import Clock, GpuWatch, int8_not_worth_it, timed, with_ratios
 from van_deploy.bench.profile import by_module, profile_of
-from van_deploy.bench.roofline import DEVICES, least_time, paper_ceilings
+from van_deploy.bench.race import Race
+from van_deploy.bench.roofline import least_time
+from van_deploy.bench.worker import WorkerError, WorkerProcess
+from van_deploy.config import BenchSettings, Budget
 from van_deploy.errors import UsageError
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
@@ -64,6 +68,29 @@ def test_latency_throughput_and_transfers_are_columns_of_their_own() -> None:
     assert seen["latency"].calls >= 20
     assert seen["first_call_ms"] > 0
     assert seen["throttled"] == ()
+    assert Row("x", 8, 224, **seen).queued_ms == seen["queued_ms"]
+
+
+def test_on_a_gpu_a_batch_is_one_request_and_a_failure_one_row(tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    class Process(WorkerProcess):
+        def ask(self, do: str, **given: Any) -> Any:
+            asked.append((do, given))
+            if given["batch"] == 2:
+                raise WorkerError("out of memory")
+            return {"queued_ms": 2.0, "images_per_s": 500.0}
+
+    settings = BenchSettings(device="cuda:0", budget=Budget(seconds=0.5, calls=7))
+    race = Race([Contender("x", "tensorrt", "fp16", max_batch=4)], settings, tmp_path, 224)
+    (lane,) = race.lanes
+    lane.process, lane.load_s = Process(1), 1.0
+    rows = [row for batch in (1, 2, 4, 8) for row in race.run(batch)]
+    assert [row.queued_ms for row in rows] == [2.0, None, 2.0, None]
+    assert [row.error[:13] for row in rows] == ["", "out of memory", "", "batch 8 is ou"]
+    given = {"images": tmp_path / "none.npy", "batch": 1, "seconds": 0.5, "calls": 7}
+    assert asked[0] == ("resident", given)
+    assert len(asked) == 3
 
 
 @each(
@@ -126,7 +153,9 @@ def test_int8_is_recommended_only_where_it_measured_faster(
 
 
 def test_an_eager_profile_sums_to_the_kinds_of_layers() -> None:
-    lines = by_module(load_van(EMBEDDED_NAME).model, torch.zeros(1, 3, 64, 64))
+    model = load_van(EMBEDDED_NAME).model
+    lines = by_module(model, torch.zeros(1, 3, 64, 64))
+    assert not any("forward" in vars(layer) for layer in model.modules()), "it is left as it was"
     kinds = {line.kind: line for line in lines}
     assert {"dw 3x3", "dw 5x5", "dw 7x7 d3", "1x1", "GELU", "LayerNorm"} <= set(kinds)
     assert sum(line.percent for line in lines) == pytest.approx(100)
@@ -164,11 +193,3 @@ def test_the_least_time_is_the_slower_of_arithmetic_and_memory(
         assert one.least_ms == pytest.approx(ms, rel=0.002)
         assert one.percent_of_limit == pytest.approx(50, rel=0.002)
         assert one.operations == 20 * config.mac_count(224)
-
-
-def test_paper_figures_name_their_source_and_are_in_a_sane_order() -> None:
-    for name in DEVICES:
-        found = paper_ceilings(f"{name[:2]}-{name[2:].upper()}")
-        assert "NVIDIA" in found.source
-        assert found.ops_per_s["fp32"] < found.ops_per_s["fp16"] < found.ops_per_s["int8"]
-        assert 1e11 < found.bytes_per_s < 1e13

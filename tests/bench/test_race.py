@@ -58,13 +58,13 @@ def test_a_worker_sleeps_between_requests_and_keeps_its_memory_unless_told_other
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "9")
     with WorkerProcess(1) as process:
         process.ask("load", contender=graph, threads=1, streams=1)
-        assert state(process.pid, "T") == "T"
+        assert state(process.process.pid, "T") == "T"
         given = {"images": images / "none.npy", "batch": 2, "warmup_s": 0.0}
         first_ms, fastest_ms = process.ask("feed", **given)
         assert min(first_ms, fastest_ms) > 0
-        assert state(process.pid, "T") == "T"
+        assert state(process.process.pid, "T") == "T"
         latencies, wall_s, peak = process.ask("time", seconds=0.05)
-        variables = Path(f"/proc/{process.pid}/environ").read_bytes().decode().split("\0")
+        variables = Path(f"/proc/{process.process.pid}/environ").read_bytes().decode().split("\0")
     assert peak > 10e6
     assert wall_s >= sum(latencies) / 1e3 >= 0.05
     assert {"MALLOC_MMAP_MAX_=9", "OMP_NUM_THREADS=1"} < set(variables)
@@ -90,7 +90,7 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(
         device="cpu", threads=2, streams=2, reference="narrow", budget=QUICK, batches=(1, 2)
     )
     with Race([graph, narrow, broken], settings, images, 64) as race:
-        os.kill(race.lanes[0].process.pid, signal.SIGKILL)
+        os.kill(race.lanes[0].process.process.pid, signal.SIGKILL)
         first, second = ({row.contender: row for row in race.run(batch)} for batch in (1, 2))
     assert "SIGKILL" in first["fp32"].error
     assert first["narrow"].error == "batch 1 is outside the engine's profile (2 to 2)"
@@ -216,7 +216,7 @@ def test_where_nothing_was_quiet_all_rounds_count_and_that_is_said() -> None:
     rows = race.rows()
     assert rows["a"].ratio
     assert (rows["a"].ratio.rounds, rows["a"].settled) == (6, False)
-    machine = Machine(cpu(), 2**30, (), None, other_load_cores=0.5, under_load=True)
+    machine = Machine(cpu(), (), None, other_load_cores=0.5, under_load=True)
     said = " ".join(warnings_of([*rows.values()], race.settings, machine))
     assert "1 of 1 ratios did not settle" in said
     assert "other work kept 0.5 of" in said

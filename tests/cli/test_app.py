@@ -63,14 +63,14 @@ def test_wrong_usage_ends_with_2(cli: Cli, arguments: tuple[str, ...]) -> None:
     assert arguments[-1] in result.stderr
 
 
-KINDS = (GateFailed, MissingDependency, ConversionError, BundleError)
+KINDS = {GateFailed: 1, MissingDependency: 3, ConversionError: 4, BundleError: 5}
 LONG = "SQNR is low in /a/[red]very/" + "long/" * 40  # neither markup nor wrapped
 
 
 @each(
     ("error", "code"),
     [
-        *((kind(LONG, "Keep [more].\nOr less."), kind.exit_code) for kind in KINDS),
+        *((kind(LONG, "Keep [more].\nOr less."), code) for kind, code in KINDS.items()),
         (KeyboardInterrupt(), 130),
     ],
 )

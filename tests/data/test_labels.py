@@ -87,6 +87,7 @@ def test_folders_are_found_by_name(folders: Sequence[str], names: list[str], mak
         (("Crane", "dog"), ["crane", "CRANE", "dog"], "1 of the 2 folders"),  # two share this form
         (("cat", "dgo"), ["cat", "dog"], "do not name one of the network's 2 classes: dgo"),
         (("x", "y"), ["cat", "dog"], "do not name one of the network's 2 classes: x, y"),
+        (("a", "A", "b"), ["a", "b"], "The folders 'A' and 'a' are both class 0"),
         (("a", "b", "stray.png"), None, "Nothing says which class 'stray.png' belongs to"),
     ],
 )

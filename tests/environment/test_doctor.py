@@ -24,7 +24,6 @@ from van_deploy.environment.packages import cuda_version_of, imported_quietly, p
 L4 = Driver("580.65.06", (13, 0), (Gpu("NVIDIA L4", (8, 9), 24 * 2**30),))
 H100 = Driver("580.65.06", (13, 0), (Gpu("NVIDIA H100", (9, 0), 80 * 2**30),))
 NO_GPUS, HIDDEN = Driver("580.65.06", (13, 0), ()), Driver("580.65.06", (13, 0), (), hidden=2)
-OLD = Driver("535.104.05", (12, 2), L4.gpus)
 NO_DRIVER = "no NVIDIA driver answers"
 PIP = pip_command()
 
@@ -174,7 +173,6 @@ BOTH = "onnxruntime onnxruntime-gpu"
         ("onnxruntime tensorrt-rtx-cu13", "13.0", None, None, "", ""),
         (BOTH, "13.0", None, None, "are both", "-y onnxruntime onnxruntime-gpu && {pip} install"),
         (BOTH, None, L4, None, "are both", "install 'onnxruntime-gpu[cuda,cudnn]'"),
-        ("onnxruntime", "13.0", L4, None, "is the one for CPUs", "install 'onnxruntime-gpu["),
         ("tensorrt-cu12", "13.0", None, None, "built for CUDA 12", "install 'tensorrt-cu13'"),
         ("tensorrt-rtx-cu12", "13.0", None, None, "CUDA 12", "install 'tensorrt-rtx-cu13'"),
         ("tensorrt-cu12", "12.8", None, None, "", ""),
@@ -182,8 +180,6 @@ BOTH = "onnxruntime onnxruntime-gpu"
         ("onnxruntime-gpu", "13.0", None, "12.8", "built for CUDA 12.8", "CUDA-ExecutionProvider"),
         ("onnxruntime-gpu", "13.2", None, "13.0", "", ""),
         ("tensorrt-cu12 tensorrt-cu13", "13.0", None, None, "are both", "'tensorrt-cu13'"),
-        ("onnxruntime-gpu", "13.0", OLD, None, "535.104.05 runs CUDA up to 12.2", "for CUDA 12."),
-        ("onnxruntime-gpu", "12.6", OLD, None, "", ""),
     ],
 )
 def test_what_does_not_go_together(

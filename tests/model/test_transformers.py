@@ -33,9 +33,7 @@ PROCESSORS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("DeiTImageProcessor", {"size": 71, "crop_size": 64}),
     ("DeiTImageProcessor", {"size": 64, "do_center_crop": False}),
     ("BitImageProcessor", {"size": {"shortest_edge": 71}, "crop_size": 64}),
-    ("CLIPImageProcessor", {"image_mean": [0.5, 0.4, 0.3]}),
-    ("MobileNetV1ImageProcessor", {"resample": 0}),
-    ("MobileNetV2ImageProcessor", {"image_std": [0.2, 0.3, 0.4]}),
+    ("CLIPImageProcessor", {"image_mean": [0.5, 0.4, 0.3], "resample": 0}),
 )
 PIXELS = """
 import json, sys

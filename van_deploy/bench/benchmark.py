@@ -24,7 +24,7 @@ from van_deploy.bench.worker import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
 from van_deploy.data.samples import check_images
-from van_deploy.environment.hardware import cpu, memory, nvidia_driver
+from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
 from van_deploy.runners.base import CudaOptions, gpu_index
@@ -114,7 +114,7 @@ class Watch:
         here, driver = cpu(), nvidia_driver()
         gpus, version = (driver.gpus, driver.version) if driver else ((), None)
         under_load = other > OTHER_LOAD_LIMIT * here.cores_allowed
-        return Machine(here, memory().total_bytes, gpus, version, other, under_load)
+        return Machine(here, gpus, version, other, under_load)
 
 
 def _require_gpu(device: str, streams: int) -> None:

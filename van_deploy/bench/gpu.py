@@ -235,6 +235,8 @@ def _is_steady(states: Sequence[GpuState]) -> bool | None:
 
     >>> _is_steady([GpuState(1980), GpuState(1965), GpuState(1980)]), _is_steady([GpuState()])
     (True, None)
+    >>> _is_steady([GpuState(1980), GpuState(1980)])  # too few
+    False
     """
     clocks = [state.sm_mhz for state in states[-STEADY_LOOKS:]]
     known = [clock for clock in clocks if clock is not None]

@@ -63,19 +63,16 @@ class WorkerProcess:
 
     Args:
         threads: how many its runtime may use, over all streams; set in its environment too.
-
-    Attributes:
-        pid: the process's number.
     """
 
     def __init__(self, threads: int) -> None:
-        self.threads, self.pid = threads, 0
+        self.threads = threads
 
     def __enter__(self) -> WorkerProcess:
         """Start the process."""
         pools = dict.fromkeys(ONE_THREAD_POOLS, str(self.threads))
         self._pipe, theirs = Pipe()
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-m", "van_deploy.bench.worker", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -84,13 +81,12 @@ class WorkerProcess:
             env={**KEEP_MEMORY, **os.environ, **pools},
         )
         theirs.close()
-        self.pid = self._process.pid
         return self
 
     def __exit__(self, *_: object) -> None:
         """End the process, whatever it is doing."""
-        self._process.kill()  # also ends a stopped process
-        self._process.wait()
+        self.process.kill()  # also ends a stopped process
+        self.process.wait()
         self._pipe.close()
 
     def ask(self, do: str, **arguments: Any) -> Any:
@@ -100,20 +96,20 @@ class WorkerProcess:
             WorkerError: it answered with an error, died or hung.
         """
         try:
-            self._process.send_signal(signal.SIGCONT)
+            self.process.send_signal(signal.SIGCONT)
             self._pipe.send((do, arguments))
             if not self._pipe.poll(ANSWER_WITHIN_S):
-                self._process.kill()
+                self.process.kill()
                 raise WorkerError(f"no answer within {ANSWER_WITHIN_S:.0f} s")
             answer = self._pipe.recv()
         except (OSError, EOFError):
-            code = self._process.wait()
+            code = self.process.wait()
             what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
             memory = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
             error = WorkerError(f"{what} during '{do}'{memory}")
             error.killed = True
             raise error from None
-        self._process.send_signal(signal.SIGSTOP)
+        self.process.send_signal(signal.SIGSTOP)
         if isinstance(answer, WorkerError):
             raise answer
         return answer

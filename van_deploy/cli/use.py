@@ -7,7 +7,7 @@ import ipaddress
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,10 @@ from van_deploy.config import BenchSettings, PackageSettings, PredictSettings, S
 from van_deploy.documents import plain
 from van_deploy.errors import GateFailed, ImageError, UsageError
 from van_deploy.stopwatch import silent
+
+if TYPE_CHECKING:
+    from van_deploy.report.document import Facts
+    from van_deploy.signing import Signed
 
 STDIN_LIMIT_BYTES = 256 * 2**20
 
@@ -51,8 +55,7 @@ def bench(
 
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
     """
-    from van_deploy.bench.compare import compared
-    from van_deploy.bench.document import read_report, save_report
+    from van_deploy.bench.document import compared, read_report, save_report
     from van_deploy.report.sections_bench import bench_blocks, limits_blocks
 
     if paper:
@@ -205,13 +208,18 @@ def sign(
 
     Example: van-deploy sign dist/van_b1 --key release.pem
     """
-    from van_deploy.report.document import Facts
     from van_deploy.signing import sign_bundle
 
     signed, notes = sign_bundle(bundle, key), []
     if key.stat().st_mode & 0o077:
         notes = [f"note: others on this machine may read or use '{key}': chmod 600 it"]
-    return Shown(signed, lambda facts: [Facts(facts)], notes)
+    return Shown(signed, lambda _: [_signature_facts(signed)], notes)
+
+
+def _signature_facts(signed: Signed) -> Facts:
+    from van_deploy.report.document import Facts
+
+    return Facts({name.replace("_", " "): value for name, value in plain(signed).items()})
 
 
 def verify_signature(
@@ -224,12 +232,12 @@ def verify_signature(
 
     Example: van-deploy verify-signature dist/van_b1 --public-key release.pem.pub
     """
-    from van_deploy.report.document import Facts, Notice
+    from van_deploy.report.document import Notice
     from van_deploy.signing import signed_bundle
 
     _, signed = signed_bundle(bundle, public_key)
     said = f"{signed.files} files are what was signed, and there is no other"
-    return Shown(signed, lambda facts: [Notice("PASS", said), Facts(facts)])
+    return Shown(signed, lambda _: [Notice("PASS", said), _signature_facts(signed)])
 
 
 def report(

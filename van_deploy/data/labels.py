@@ -142,6 +142,13 @@ def labelled_images(
     if class_order in {None, "names"} and all(len(found) == 1 for found in meant.values()):
         kind = "WordNet id" if all(map(WORDNET_ID.fullmatch, meant)) else "class name"
         how = f"{'files' if flat else 'class folders'} by {kind}"
+        first = {number: word for word, (number,) in reversed(meant.items())}
+        for word, (number,) in meant.items():
+            if first[number] != word:
+                raise ImageError(
+                    f"The folders '{first[number]}' and '{word}' are both class {number}.",
+                    "Put their images into one, or rename one of them.",
+                )
         return images.labelled([meant[word][0] for word in called], how)
     places = [images.root.resolve()] if images.root is not None and find_labels else []
     places += [*places[0].parents][:3] if flat and places else []

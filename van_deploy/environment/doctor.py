@@ -176,7 +176,10 @@ class Environment:
             remedy = f"Try `{pip} install --force-reinstall {item.distribution}`."
         elif reason := self.trials.get(need) or (needs_gpu and self.trials.get("gpu")):
             trial = TRIALS[need if self.trials.get(need) else "gpu"][0]
-            problem, remedy = f"{trial}, tried here, failed: {reason}", "See what clashes, above."
+            problem, remedy = (
+                f"{trial}, tried here, failed: {reason}",
+                "Mend that, or see what clashes.",
+            )
         return Shortfall(problem, remedy) if problem else None
 
 
@@ -193,17 +196,18 @@ def environment_here() -> Environment:
         if needs in usable and (has_gpu or name == "tensorrt-rtx")
     }
     return Environment(
-        __version__,
-        platform.python_version(),
-        f"{platform.system()} {platform.machine()}",
-        components,
-        providers,
-        *cudas,
-        hardware.cpu(),
-        hardware.memory(),
-        driver,
-        tried(programs),
-        clashes_among(driver, *cudas),
+        van_deploy=__version__,
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        components=components,
+        providers=providers,
+        torch_cuda=cudas[0],
+        onnxruntime_cuda=cudas[1],
+        cpu=hardware.cpu(),
+        memory=hardware.memory(),
+        driver=driver,
+        trials=tried(programs),
+        clashes=clashes_among(driver, *cudas),
     )
 
 
@@ -262,16 +266,8 @@ def clashes_among(
         if len(names) > 1:
             problem = "both installed; they hold the same module and overwrite each other's files"
             found.append(Shortfall(f"{' and '.join(names)} are {problem}", f"Keep one: {change}"))
-        elif names == ["onnxruntime"] and driver and driver.gpus:
-            problem = "There is an NVIDIA GPU, but the installed onnxruntime is the one for CPUs"
-            found.append(Shortfall(problem, f"For the GPU: {change}"))
         elif names and cuda and major and cuda.partition(".")[0] != major:
             problem = f"{names[0]} was built for CUDA {cuda}, but PyTorch for CUDA {torch_cuda}"
             remedy = f"Take the one that is built for PyTorch's CUDA{page}: {change}"
             found.append(Shortfall(f"{problem}: one process cannot load both", remedy))
-    if driver and major and driver.cuda_version[0] < int(major):
-        problem = f"PyTorch was built for CUDA {torch_cuda}, but NVIDIA driver {driver.version} "
-        problem += "runs CUDA up to {}.{}".format(*driver.cuda_version)
-        remedy = f"Update the driver, or install a PyTorch built for CUDA {driver.cuda_version[0]}."
-        found.append(Shortfall(problem, remedy))
     return tuple(found)

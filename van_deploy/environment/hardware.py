@@ -139,10 +139,8 @@ def nvidia_driver() -> Driver | None:
     NVML knows every GPU of the machine; which of them ``cuda:0`` is, only CUDA says. Nothing is
     started on a GPU.
     """
-    try:
-        import pynvml
-    except ImportError:
-        return None
+    import pynvml
+
     with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
         try:

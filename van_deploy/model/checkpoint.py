@@ -282,10 +282,8 @@ def config_from_state_dict(
         head=layers,
     )
     if kernels != (5, 7):
-        notes += (
-            f"kernels {kernels}: the dilation {config.lka_dilation} is the paper's for the first, "
-            "the weights do not say",
-        )
+        told = f"the dilation {config.lka_dilation} is the paper's, the weights do not say"
+        notes += (f"kernels {kernels}: {told}",)
     return config, notes
 
 
@@ -293,8 +291,8 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int
     shape = tuple(state[name].shape) if name in state else ()
     if len(shape) != dimensions or 0 in shape:
         raise CheckpointError(
-            f"The checkpoint {f'has {name} of the shape {shape}' if shape else f'lacks {name}'}, "
-            f"which tells the architecture and has {dimensions} dimensions in a VAN.",
+            f"The checkpoint's {name}, which tells the architecture, is missing or has another "
+            f"shape than in a VAN: {shape}.",
             "It is incomplete or damaged: save the state dict of the whole network.",
         )
     return shape

@@ -122,8 +122,7 @@ class Preprocessing:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values as JSON can hold them; :meth:`from_dict` reads them back."""
-        values: dict[str, Any] = plain(self)
-        return values
+        return dict(plain(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:

@@ -34,8 +34,6 @@ _PROCESSORS: dict[str, tuple[str, int, int, int, Values]] = {
     "DeiT": ("squash", 256, 224, 3, _HALF),
     "Bit": ("center", 224, 224, 3, _CLIP),
     "CLIP": ("center", 224, 224, 3, _CLIP),
-    "MobileNetV1": ("center", 256, 224, 2, _HALF),
-    "MobileNetV2": ("center", 256, 224, 2, _HALF),
 }
 _LONGEST_CONFIG = 2**20  # characters
 _CONVNEXT_SQUASHES_FROM = 384  # pixels
@@ -97,9 +95,7 @@ def from_processor(processor: Given) -> Values:
     given = {key: value for key, value in processor.items() if value is not None}
     kind = given.get("image_processor_type") or given.get("feature_extractor_type") or "ConvNext"
     name = re.sub(r"(ImageProcessor(Fast)?|FeatureExtractor)$", "", str(kind))
-    _require(
-        name in _PROCESSORS, "its type", kind, f"none of those known: {', '.join(_PROCESSORS)}"
-    )
+    _require(name in _PROCESSORS, "its type", kind, f"none of those known: {list(_PROCESSORS)}")
     for key, value in given.items():
         _require(not value or _KNOWN.fullmatch(key), key, value, "which is not known here")
     for key in ("do_resize", "do_rescale"):

@@ -13,6 +13,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from van_deploy.model.checkpoint import load_van
 from van_deploy.model.preprocess import OFFICIAL
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig, Variant
@@ -51,8 +52,6 @@ def _register(name: str) -> None:
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         overlay = dict(options.pop("pretrained_cfg_overlay", None) or {})
         if pretrained and not {"file", "url", "state_dict"} & overlay.keys():
-            from van_deploy.model.checkpoint import load_van
-
             overlay["state_dict"] = load_van(name).model.state_dict()
         model: nn.Module = build_model_with_cfg(
             _van,

@@ -161,9 +161,8 @@ class VAN(nn.Module):
             self.add_module(f"patch_embed{stage}", embed)
             self.add_module(f"block{stage}", made)
             self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=config.layer_norm_eps))
-            reduction = math.prod(config.strides[:stage])
-            info = {"num_chs": dim, "reduction": reduction, "module": f"norm{stage}"}
-            self.feature_info.append(info)
+            facts = {"num_chs": dim, "reduction": math.prod(config.strides[:stage])}
+            self.feature_info.append({**facts, "module": f"norm{stage}"})
         self.global_pool, self.num_classes = global_pool, config.num_classes
         self.head = _head(config, global_pool)
         if not next(self.parameters()).is_meta:
@@ -172,11 +171,11 @@ class VAN(nn.Module):
     def _stage(self, x: Tensor, stage: int) -> Tensor:
         """Map the maps before ``stage`` (1 to 4) to those after its LayerNorm."""
         x = self.get_submodule(f"patch_embed{stage}")(x)
-        blocks = self.get_submodule(f"block{stage}")
+        blocks = list(self.get_submodule(f"block{stage}").children())
         if self.grad_checkpointing:
-            x = checkpoint_seq(list(blocks.children()), x)
+            x = checkpoint_seq(blocks, x)
         else:
-            for block in blocks.children():
+            for block in blocks:
                 x = block(x)
         norm = self.get_submodule(f"norm{stage}")
         return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()

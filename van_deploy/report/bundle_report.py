@@ -190,17 +190,12 @@ def _fresh(
 
 def _tiles(checks: Entry, sizes: Mapping[str, int], bench: Entry | None) -> Iterator[doc.Tile]:
     """Yield the numbers people look for first, those that exist."""
-    rows = timed.measured(bench) if bench else []
-    if bench is not None and rows:
+    if bench is not None and (rows := timed.measured(bench)):
         best = min(rows, key=lambda row: (row["batch"], row["p50"]))
-        reference, name = str(bench["reference"]), best["contender"]
-        slower = "PyTorch" if reference.startswith("pytorch") else reference
-        is_faster = best["ratio"] and name != reference
-        times = f"{best['ratio']['median']:.1f} x {slower}, " if is_faster else ""
-        loaded = bench["machine"]["under_load"]
-        note = f"{times}{name}{', measured under load' * loaded}"
+        name, ratio, reference = best["contender"], best["ratio"], bench["reference"]
+        times = f"{ratio['median']:.1f} x {reference}, " if ratio and name != reference else ""
         label, value = f"Fastest at batch {best['batch']}", f"{doc.ms_text(best['p50'])} ms"
-        yield doc.Tile(label, value, note, "warn" * loaded)
+        yield doc.Tile(label, value, f"{times}{name}")
     for name, own, original, loss in _losses(checks):
         state = state_of(loss["outcome"])
         note = f"PyTorch {100 * original['top1']:.2f} %{'' if state == 'PASS' else f', {state}'}"

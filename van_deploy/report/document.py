@@ -306,11 +306,13 @@ def listed(values: Iterable[object], separator: str = " ") -> str:
     return separator.join(f"{v:g}" if isinstance(v, float) else shown(v, "") for v in values)
 
 
-# Kinds of numbers: a share and the two ends of an interval in percent, an interval in points,
-# a ratio with its 95 % interval, such as ``4.13 (4.00-4.31)``, and height x width.
+# Kinds of numbers: the parts of a version, a share and the two ends of an interval in percent, an
+# interval in points, a ratio with its 95 % interval, such as ``4.13 (4.00-4.31)``, and height x
+# width.
 NAMED: Mapping[str, Callable[[Any], str]] = {
     "bytes": bytes_text,
     "count": count_text,
+    "dotted": lambda parts: ".".join(map(str, parts)),
     "ms": ms_text,
     "percent": lambda share: f"{100 * share:.2f}",
     "percents": lambda ends: f"{100 * ends[0]:.2f} to {100 * ends[1]:.2f}",

@@ -16,9 +16,7 @@ def bench_blocks(report: Entry) -> list[Block]:
     """Return everything a person wants to see of a benchmark."""
     rows = measured(report)
     failed = [row for row in report["rows"] if row["error"]]
-    profiles = [
-        {**line, "runner": name} for name, lines in report["profiles"].items() for line in lines
-    ]
+    profiles = [(name, line) for name, lines in report["profiles"].items() for line in lines]
     return [
         *facts(
             report,
@@ -60,7 +58,7 @@ def bench_blocks(report: Entry) -> list[Block]:
         *_roofline(report),
         *table(
             profiles,
-            "runner name; kind; ms ms; % = percent .1f; calls .0f",
+            "runner = 0 name; 1.kind; 1.ms ms; % = 1.percent .1f; 1.calls .0f",
             "Time by kind of layer at the largest batch",
             folded=True,
         ),

@@ -45,16 +45,11 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
         if limit := one["limit"]:
             held_to = f"{limit['value']:.1f} dB, {limit['origin']}"
             limits.append(f"{one['about']} (class {one['numeric']}): {held_to}")
-    flips = [
-        {
-            **flip,
-            "state": "FAIL" if flip["fault"] else "explained",
-            "name": entry["names"][flip["image"]],
-            "was": _class(flip["expected"], names),
-            "now": _class(flip["found"], names),
-        }
-        for flip in inner(ran, "flips", MOST_FLIPS)
-    ]
+    flips = []
+    for flip in inner(ran, "flips", MOST_FLIPS):
+        state, image = "FAIL" if flip["fault"] else "explained", entry["names"][flip["image"]]
+        was, now = (_class(flip[key], names) for key in ("expected", "found"))
+        flips.append((state, flip["about"], image, was, now, flip["margin"]))
     noise = f"PyTorch's own float32 noise is {float(entry['noise_db']):.1f} dB."
     return [
         Paragraph(f"{entry['images']}. Compared with {entry['against']}; {noise}"),
@@ -68,8 +63,8 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
         *_skips(found),
         *table(
             flips,
-            "flip = state state; artifact = about name; image = name; PyTorch = was; "
-            "artifact's = now; margin (RMS logits) = margin .1e",
+            "flip = 0 state; artifact = 1 name; image = 2; PyTorch = 3; artifact's = 4; "
+            "margin (RMS logits) = 5 .1e",
             "Label flips",
         ),
         *_messages(found, "fail"),
@@ -80,11 +75,8 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
     """Return accuracy, what was lost, what flipped into what, and the images left out."""
     names, seconds = entry["class_names"], float(entry["seconds"])
     rate = entry["count"] / seconds if seconds else math.nan
-    accuracies = [
-        {"about": name, "runner": entry["runners"][name], **accuracy}
-        for name, accuracy in entry["accuracy"].items()
-    ]
-    metric = accuracies[0]["metric"] if accuracies else "top-1"
+    accuracies = [(name, entry["runners"][name], one) for name, one in entry["accuracy"].items()]
+    metric = accuracies[0][2]["metric"] if accuracies else "top-1"
     losses, marks, colour = [], [], colours(entry["losses"])
     for name, one in entry["losses"].items():
         loss, limit = one["loss"], one["findings"][-1]["limit"]
@@ -113,9 +105,9 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
         Paragraph(f"{entry['images']} ({seconds:.1f} s, {rate:.0f} images a second)."),
         *table(
             accuracies,
-            f"network = about name; runner = runner name; {metric} % = top1 percent; "
-            f"{metric}, 95 % = top1_interval percents; top-5 % = top5 percent; "
-            "top-5, 95 % = top5_interval percents; ECE % = ece percent",
+            f"network = 0 name; runner = 1 name; {metric} % = 2.top1 percent; "
+            f"{metric}, 95 % = 2.top1_interval percents; top-5 % = 2.top5 percent; "
+            "top-5, 95 % = 2.top5_interval percents; ECE % = 2.ece percent",
         ),
         *table(
             losses,
@@ -283,44 +275,34 @@ def quantized_blocks(result: Entry) -> list[Block]:
     return [*precision_blocks(result["facts"]), Paragraph(said)]
 
 
-def precision_blocks(facts: Entry) -> list[Block]:
+def precision_blocks(made: Entry) -> list[Block]:
     """Return everything worth reading about one artifact of lower precision."""
-    search = facts.get("search") or {"kept": {}, "max_drop": 0.0, "of": "", "images": 0}
-    best, share = facts["recommended"], 100 * facts.get("int8_share", 0.0)
-    said, layers = "{images} images: {description}", facts.get("quantized")
-    findings = (facts.get("judged") or {}).get("findings", ())
+    search = made.get("search") or {"kept": {}, "max_drop": 0.0, "of": "", "images": 0}
+    lost = "At most {max_drop:g} points of {of} lost, searched on {images} images".format(**search)
+    findings = (made.get("judged") or {}).get("findings", ())
     failed = (f"{f['rule']}: {f['message']}" for f in findings if f["outcome"] == "fail")
     return [
         *table(
-            facts.get("techniques") or (),
+            made.get("techniques") or (),
             "technique = name name; SQNR before dB ↑ = before_db .2f; after = after_db .2f; "
             "kept name",
             "What each technique brings on held-out images",
         ),
+        *table(search["kept"].items(), "kept out of INT8 = 0 name; why = 1", lost),
         *table(
-            search["kept"].items(),
-            "kept out of INT8 = 0 name; why = 1",
-            "At most {max_drop:g} points of {of} lost, searched on {images} images".format(
-                **search
-            ),
-        ),
-        *table(
-            map(_compared, facts["comparison"]),
+            map(_compared, made["comparison"]),
             "precision = name name; size = size_bytes bytes; SQNR dB ↑ = sqnr_db .1f; "
             "cosine .5f; KL nats = kl .1e; agree % = agreement percent; "
             "top-1 % (95 %) = accuracy number; ms/image = ms_per_image .2f; gate = passed state",
         ),
-        doc.Facts(
-            {
-                "judged on": said.format(**facts["judged_on"]),
-                "ranges from": said.format(**facts["calibration"]),
-                "in INT8": f"{layers} layers, {share:.1f} % of the multiply-adds" * bool(share),
-                "scales": facts.get("method") if share else None,
-                "recommended": f"{best.upper()}: {facts['why']}" if best else facts["why"],
-            }
+        *doc.facts(
+            made,
+            "judged on = judged_on.description; ranges from = calibration.description; "
+            "layers in INT8 = quantized; % of the multiply-adds = int8_share percent; "
+            "scales = method; recommended; because = why",
         ),
         *notices("FAIL", failed),
-        *notices("WARNING", _doubts(facts)),
+        *notices("WARNING", _doubts(made)),
     ]
 
 

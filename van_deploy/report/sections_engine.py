@@ -141,7 +141,7 @@ def environment_blocks(environment: Entry) -> list[Block]:
 
     from van_deploy.environment.packages import pip_command
 
-    driver, packages, gpus = environment["driver"], [], ["none: no NVIDIA driver answers"]
+    driver, packages = environment["driver"] or {"gpus": ()}, []
     for item in environment["components"]:
         version, fault = item["version"], item["fault"]
         if version and item["distribution"] != canonicalize_name(item["install"]):
@@ -153,24 +153,19 @@ def environment_blocks(environment: Entry) -> list[Block]:
         {"here": "NO" if lack else "YES", "task": task, "shortfall": lack}
         for task, lack in environment["abilities"].items()
     ]
-    if driver:
-        gpus = [
-            f"{gpu['name']}, SM{doc.listed(gpu['compute_capability'] or '?', '')}, "
-            f"{doc.bytes_text(gpu['memory_bytes'] or 0)}"
-            for gpu in driver["gpus"]
-        ]
-        hidden = f"{driver['hidden']} more that CUDA_VISIBLE_DEVICES hides"
-        newest = doc.listed(driver["cuda_version"], ".")
-        gpus += [hidden] * bool(driver["hidden"])
-        gpus.append(f"NVIDIA driver {driver['version']}, CUDA up to {newest}")
     return [
         *facts(
-            {**environment, "gpus": "\n".join(gpus)},
+            environment,
             "van-deploy = van_deploy; Python = python; system; CPU = cpu.name; "
             "cores = cpu.cores; cpu.cores_allowed; CPU features = cpu.features; "
             "memory = memory.total_bytes bytes; memory free = memory.available_bytes bytes; "
-            "GPU = gpus; PyTorch's CUDA = torch_cuda; ONNX Runtime's CUDA = onnxruntime_cuda; "
-            "ONNX Runtime = providers",
+            "NVIDIA driver = driver.version; CUDA up to = driver.cuda_version dotted; "
+            "hidden by CUDA_VISIBLE_DEVICES = driver.hidden; PyTorch's CUDA = torch_cuda; "
+            "ONNX Runtime's CUDA = onnxruntime_cuda; ONNX Runtime = providers",
+        ),
+        *table(
+            driver["gpus"],
+            "GPU = name name; compute_capability dotted; memory = memory_bytes bytes",
         ),
         *table(packages, "state state; package = name name; version name; is there for = enables"),
         *table(able, "here state; task name; because = shortfall.problem"),

@@ -157,7 +157,9 @@ def listed_blocks(variants: Sequence[Entry]) -> list[Block]:
         {
             **item,
             "here": "YES" if item["here"] else None,
-            "weights": (item["weights"] or "see below").removeprefix(f"{HUB_OWNER}/"),
+            "weights": {None: "see below", "embedded": "in this package"}.get(
+                item["weights"], str(item["weights"]).removeprefix(f"{HUB_OWNER}/")
+            ),
         }
         for item in variants
     ]
