@@ -14,6 +14,7 @@ from van_deploy.checks.gates import (
     Allowed,
     Finding,
     Limit,
+    Loss,
     Outcome,
     allowed_loss,
     held,
@@ -148,6 +149,7 @@ class TestLogits:
                 [(0, 1, True), (0, 2, False)],
             ),
             (Task.BINARY, [[2.0], [-1.0]], [[2.001], [-1.001]], []),
+            (Task.SINGLE_LABEL, [[10, 9.99, 0]], [[np.nan, 10, 0]], [(0, 0, True)]),
             (Task.REGRESSION, [[2.0], [-1.0]], [[-2.0], [1.0]], []),
         ],
     )
@@ -193,6 +195,8 @@ class TestNonInferiority:
         assert judge_loss(few, limit).outcome is INCONCLUSIVE
         assert f"about {images} images would decide" in judge_loss(few, limit).message
         assert judge_loss(few, limit, lossy=False).outcome is PASS
+        assert judge_loss(Loss(9, 0.0, (-1.0, allowed)), limit).outcome is PASS, "within"
+        assert judge_loss(Loss(9, 0.0, (allowed, 2.0)), limit).outcome is INCONCLUSIVE
 
     def test_how_many_images_decide(self) -> None:
         just = judge_loss(paired_loss(10, 0, 1000), INT8)
