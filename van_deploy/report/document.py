@@ -149,7 +149,7 @@ def table(
         title: one line above.
         folded: shown closed at first, where that is possible.
 
-    >>> table([{"at": {"ms": 4.2}, "no": None}], "latency = at.ms .2f; at.ms .1f; left out = no")
+    >>> table([{"at": {"ms": 4.2}, "no": None}, {}], "latency = at.ms .2f; at.ms .1f; none = no")
     [Table(columns={'latency': '.2f', 'ms': '.1f'}, rows=[['4.20', '4.2']], title='', folded=False)]
     """
     places = list(_places(columns))
