@@ -108,7 +108,7 @@ bench: $(TESTED)
 	$(BIN)/python -m benchmarks
 
 # What a GPU does, command by command; on a host with none, on the CPU what runs there. PART=a
-# PyTorch and this project's kernels, ten minutes; PART=b every runtime, tests and gates, fifteen.
+# PyTorch and this project's kernels, three minutes; PART=b every runtime, tests and gates, five.
 PART ?= a
 gpu-report: $(TESTED)
 	$(BIN)/python benchmarks/gpu/report.py --part $(PART) --output gpu-report/$(PART)

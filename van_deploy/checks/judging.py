@@ -203,8 +203,9 @@ def batch_sizes(batch: config.BatchRange) -> tuple[int, ...]:
 
     A static graph has one.
 
-    >>> batch_sizes(BatchRange(min=1, opt=8, max=32)), batch_sizes(BatchRange(min=1, opt=1, max=2))
-    ((1, 2, 3, 5, 8, 32), (1, 2))
+    >>> profiles = config.BatchRange(min=1, opt=8, max=32), config.BatchRange(min=1, opt=1, max=2)
+    >>> [batch_sizes(profile) for profile in profiles]
+    [(1, 2, 3, 5, 8, 32), (1, 2)]
     """
     if batch.fixed:
         return (batch.fixed,)

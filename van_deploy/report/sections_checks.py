@@ -281,6 +281,7 @@ def precision_blocks(made: Entry) -> list[Block]:
     lost = "At most {max_drop:g} points of {of} lost, searched on {images} images".format(**search)
     findings = (made.get("judged") or {}).get("findings", ())
     failed = (f"{f['rule']}: {f['message']}" for f in findings if f["outcome"] == "fail")
+    best = f"{made['recommended'].upper()}: " if made["recommended"] else ""
     return [
         *table(
             made.get("techniques") or (),
@@ -296,10 +297,10 @@ def precision_blocks(made: Entry) -> list[Block]:
             "top-1 % (95 %) = accuracy number; ms/image = ms_per_image .2f; gate = passed state",
         ),
         *doc.facts(
-            made,
+            {**made, "best": best + made["why"]},
             "judged on = judged_on.description; ranges from = calibration.description; "
             "layers in INT8 = quantized; % of the multiply-adds = int8_share percent; "
-            "scales = method; recommended; because = why",
+            "scales = method; recommended = best",
         ),
         *notices("FAIL", failed),
         *notices("WARNING", _doubts(made)),
