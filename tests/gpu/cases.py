@@ -98,7 +98,11 @@ def _inductor(
         from van_deploy.runners.pytorch import InductorRunner
 
         settings = BuildSettings(
-            precisions=(precision,), device=device, profiles=(batches,), fused_kernels=fused
+            precisions=(precision,),
+            backend="inductor",
+            device=device,
+            profiles=(batches,),
+            fused_kernels=fused,
         )
         (asked,) = packages_asked(bundle, settings, host_here())
         package, _ = build_package(bundle.path, asked)
