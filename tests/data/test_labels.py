@@ -334,6 +334,10 @@ def test_a_file_beside_flat_images_is_found_up_to_three_folders_above(make: Make
     assert [item.label for item in labelled_images(root, 2).items] == [0, 0]
     with pytest.raises(ImageError, match=r"Nothing says which class 'a.png' belongs to"):
         labelled_images(root, 2, find_labels=False)
+    (root / "val.txt").unlink()
+    above.rename(root.parents[3] / "val.txt")
+    with pytest.raises(ImageError, match=r"Nothing says which class 'a.png' belongs to"):
+        labelled_images(root, 2)
 
 
 @each("text", ["data/val/a/x.png\ndata/val/b/x.png\n", "run 7\nfine\n", ""])
