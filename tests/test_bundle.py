@@ -173,6 +173,7 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m["batch"].update(max=True), "'batch.max' is True: it should be a whole nu"),
     (lambda m: m["batch"].update(max=0), "'batch.max' is 0: it should be greater"),
     (lambda m: m["preprocessing"].update(image_size=3), "'preprocessing.image_size' is 3: it"),
+    (lambda m: m["architecture"].update(out_indices=[9]), "out_indices"),
     (lambda m: m["preprocessing"].update(std=[0, 1, 1]), "greater than 0"),
     (lambda m: m["preprocessing"].update(mean=[10**400] * 3), "'preprocessing.mean.0' is"),
     (lambda m: m["architecture"].update(depths=[-1, 2, 2, 2]), "depths that no network has"),
