@@ -29,6 +29,10 @@ SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
 """Endings that make a word on the command line a path (``.pth.tar`` is a ``.tar``)."""
 
 _SAVE = "Save the weights: torch.save(model.state_dict(), 'weights.pth')."
+_AGAIN = (
+    "If it is damaged or truncated, get it again; if another program wrote it, save its weights: "
+    "torch.save(model.state_dict(), 'weights.pth')."
+)
 _MOST_ENTRIES = 30_000  # a VAN-B6 has 3,000 tensors, and its optimizer twice as many
 _MAX_UNPACKED = 8  # times the file's size; PyTorch itself writes 1
 
@@ -47,7 +51,8 @@ def load_file(path: Path) -> Mapping[Any, Any]:
         with path.open("rb") as file:
             head = file.read(40)
     except (OSError, ValueError) as error:
-        raise _unreadable(path, getattr(error, "strerror", None) or str(error)) from None
+        what = getattr(error, "strerror", None) or str(error)
+        raise _unreadable(path, what, "Check its path and permissions.") from None
     if head[8:9] == b"{":
         return _from_safetensors(path)
     if not head.startswith((b"PK", b"\x80")):
@@ -63,11 +68,8 @@ def load_file(path: Path) -> Mapping[Any, Any]:
     return loaded
 
 
-def _unreadable(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"The checkpoint {path} cannot be read: {what}.",
-        f"Check its path and permissions; if it is truncated, get it again. {_SAVE}",
-    )
+def _unreadable(path: Path, what: str, remedy: str = _AGAIN) -> CheckpointError:
+    return CheckpointError(f"The checkpoint {path} cannot be read: {what}.", remedy)
 
 
 def _from_safetensors(path: Path) -> dict[str, Any]:
@@ -93,7 +95,8 @@ def _is_stored(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise _unreadable(path, str(error)) from None
+        what = f"it begins as a zip archive and is not a whole one ({error})"
+        raise _unreadable(path, what) from None
     unpacked = sum(entry.file_size for entry in entries)
     if len(entries) > _MOST_ENTRIES or unpacked > _MAX_UNPACKED * path.stat().st_size:
         claim = f"it claims to unpack to {unpacked:,} bytes in {len(entries):,} entries"

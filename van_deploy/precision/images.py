@@ -114,8 +114,8 @@ def images_for(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) -> 
         both = [(known[i.digest], i.name) for i in judges.items if i.digest in known]
         if both:
             raise ImageError(
-                f"{len(both)} calibration image(s) are also evaluation images, byte for byte: "
-                f"{'; '.join(f'{a} and {b}' for a, b in both[:3])}.",
+                f"{len(both)} calibration image(s) are, byte for byte, evaluation images in "
+                f"'{settings.evaluate}', too: {'; '.join(f'{a} as {b}' for a, b in both[:3])}.",
                 "Accuracy measured on calibration images says nothing: take them out of one "
                 "folder.",
             )
