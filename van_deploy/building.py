@@ -78,21 +78,21 @@ def build_bundle(
     if settings.tune:
         return _fastest(bundle, settings, host, progress)
     if settings.backend == INDUCTOR:
-        made = []
+        packages = []
         for one in packages_asked(bundle, settings, host):
             progress(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
             package, reused = build_package(bundle.path, one, host, force=force)
             targets, how = package.targets, REUSED if reused else BUILT
             cell = Cell(bundle.path, package.precision, targets, one.of(), FleetHost())
-            made.append(Outcome(cell, how, package.name, package=package))
-        return BuildReport(tuple(made))
+            packages.append(Outcome(cell, how, package.name, package=package))
+        return BuildReport(tuple(packages))
     manifest = bundle.manifest
     cells = planned_engines(bundle.path, settings, manifest.batch, manifest.sizes, host)
-    for precision in settings.precisions:
-        _make_missing(Bundle.open(bundle.path), precision, settings, progress)
+    missing = [name for name in settings.precisions if name not in bundle.artefacts]
+    made = [_made_missing(Bundle.open(bundle.path), name, settings, progress) for name in missing]
     cache = settings.timing_cache
     outcomes = build_cells(cells, host=host, timing_cache=cache, force=force, progress=progress)
-    return BuildReport(tuple(outcomes))
+    return BuildReport(tuple(outcomes), remarks=tuple(made))
 
 
 def build_fleet(
@@ -128,19 +128,18 @@ def build_fleet(
     return BuildReport(tuple(sorted(outcomes, key=lambda outcome: cells.index(outcome.cell))))
 
 
-def _make_missing(bundle: Bundle, precision: str, settings: BuildSettings, say: Progress) -> None:
-    """Make sure the bundle has an ONNX file of this precision.
+def _made_missing(bundle: Bundle, precision: str, settings: BuildSettings, say: Progress) -> str:
+    """Make the ONNX file of a precision that a bundle lacks, and return what to tell of it.
 
-    FP16, BF16 and INT8 are made on the way where there are images to make them with: the
-    ranges of real activations decide what is in them.
+    FP16 and BF16 are made as ``van-deploy quantize`` makes them, and so is INT8 where there are
+    images to calibrate it on.
 
     Raises:
-        BundleError: it is missing, and there are no images; the remedy is the command.
+        BundleError: it cannot be made; the remedy is the command.
     """
-    if precision in bundle.artefacts:
-        return
     made_here = precision in MADE_HERE
-    if not made_here or (settings.images is None and bundle.name != EMBEDDED_NAME):
+    without = precision == "int8" and settings.images is None and bundle.name != EMBEDDED_NAME
+    if without or not made_here:
         try:
             bundle.artefact(precision)
         except BundleError as error:
@@ -148,7 +147,9 @@ def _make_missing(bundle: Bundle, precision: str, settings: BuildSettings, say: 
             raise BundleError(error.message, error.remedy + more) from None
     say(f"{precision} is not in the bundle yet: making it")
     asked = QuantizeSettings(precision=cast("Precision", precision), images=settings.images)
-    quantize_bundle(bundle.path, asked, progress=say)
+    result = quantize_bundle(bundle.path, asked, progress=say)
+    held = "" if result else f"; its gate is not shown to hold: `van-deploy verify {bundle.path}`"
+    return f"{precision}: was not in the bundle, and was made as `van-deploy quantize` does{held}"
 
 
 class Candidate(NamedTuple):

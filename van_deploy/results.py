@@ -147,10 +147,12 @@ class BuildReport(_Judged):
     Attributes:
         outcomes: one an engine, in order.
         tuned: the candidates that were timed, where that was asked.
+        remarks: a sentence for each precision that was made on the way.
     """
 
     outcomes: tuple[Outcome, ...]
     tuned: tuple[Tuned, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def errors(self) -> list[VanDeployError]:

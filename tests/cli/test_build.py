@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,12 +98,17 @@ def test_what_needs_a_gpu(cli: Cli, bundle: Path) -> None:
     assert "builds for GPUs that are named, and none is" in nothing.stderr
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_a_missing_precision_without_images(cli: Cli, bundle: Path, precision: str) -> None:
+def test_a_missing_precision_without_images(
+    cli: Cli, digits_bundle: Bundle, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(digits_bundle.path, tmp_path / "mine"))
     manifest = bundle / "manifest.json"  # of a network that brings no images of its own
     manifest.write_text(manifest.read_text().replace('"name": "van_digits"', '"name": "mine"'))
-    result = cli("build", bundle, "--precision", precision, "--target", "sm_89")
+    result = cli("build", bundle, "--precision", "int8", "--target", "sm_89")
     assert result.exit_code == 5
-    assert f"has no artefact '{precision}'; it has: fp32." in result.stderr
-    assert f"Make it with `van-deploy quantize {bundle} --precision {precision}`." in result.stderr
+    assert "has no artefact 'int8'; it has: fp32." in result.stderr
+    assert f"Make it with `van-deploy quantize {bundle} --precision int8`." in result.stderr
     assert "Or give --images DIR to make it on the way." in result.stderr
+    made = cli("build", bundle, "--precision", "fp16", "--target", "sm_89")
+    assert made.exit_code == 0
+    assert "fp16: was not in the bundle, and was made" in made.stderr

@@ -104,7 +104,7 @@ def build(
         for outcome in report.outcomes
         if outcome.outcome == "built" and outcome.sidecar and outcome.sidecar.warnings
     ]
-    return Shown(report, builds_blocks, [*warned, *asked.remarks])
+    return Shown(report, builds_blocks, [*report.remarks, *warned, *asked.remarks])
 
 
 def _build_matrix(path: Path, fleet: FleetSettings, force: bool, progress: Progress) -> Shown:
