@@ -4,8 +4,9 @@
     python -m reliability.mutate --tree ../old --count 60 # another checkout, with its own tests
     python -m reliability.mutate --area gates --output rows.jsonl   # rows there are kept
 
-A fixed seed draws the faults, as many in each area. The tests of the package that holds
-the fault run in a copy of the tree, the file's own first; tests marked ``slow`` do not.
+A fixed seed draws the faults, as many in each area and in each by itself. The tests of the
+package that holds the fault run in a copy of the tree, the file's own first; tests marked
+``slow`` do not.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def mutated(source: str, mutant: Mutant) -> str:
 
 
 def chosen(tree: Path, count: int) -> list[Mutant]:
-    """Return ``count`` faults of a tree, as many in each area, the same for the same tree."""
-    rng, found = random.Random(SEED), list[Mutant]()
+    """Return ``count`` faults of a tree, as many in each area: the same for the same files."""
+    found = list[Mutant]()
     for number, (area, patterns) in enumerate(AREAS.items()):
         files = [path for each in patterns for path in sorted((tree / "van_deploy").glob(each))]
         every = [
@@ -170,6 +171,7 @@ def chosen(tree: Path, count: int) -> list[Mutant]:
                 path.read_text("utf-8"), area, path.relative_to(tree / "van_deploy").as_posix()
             )
         ]
+        rng = random.Random(f"{SEED} {area}")
         found += rng.sample(every, (count - len(found)) // (len(AREAS) - number))
     return found
 
