@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from van_deploy import bundle as on_disk
 from van_deploy import config, judging
 from van_deploy.bench.benchmark import benchmark_bundle
-from van_deploy.bench.document import BenchReport, save_report
+from van_deploy.bench.document import BenchReport, record
 from van_deploy.checks.verify import record_check
 from van_deploy.config.named import EXPORT, Changes, changes_from, settings_from, with_changes
 from van_deploy.recipe import recipe_for
@@ -193,7 +193,7 @@ class Bundle:
         opened, asked = self.opened(), settings_from(config.BenchSettings, options)
         report = benchmark_bundle(opened, asked, progress=self.progress)
         if save:
-            save_report(report, opened, None)
+            record(report, opened)
         return report
 
     def predict(

@@ -143,8 +143,8 @@ def test_the_command_prints_tables_and_json_and_keeps_the_result(
         ("--compare no.json", 5, "The benchmark 'no.json' is damaged"),
         ("--paper-limits abacus", 2, "There are no figures for the device 'abacus'."),
         ("--output /dev/null/x.json", 5, "'/dev/null/x.json' cannot be written"),
-        ("--device cuda:0", 3, "No NVIDIA GPU answers here"),
-        ("--device cuda:0 --streams 2", 2, "--streams is 2, and on a GPU one stream is timed"),
+        ("--device cuda:0", 3, "No NVIDIA GPU 'cuda:0' answers here"),
+        ("--device cuda:0 --streams 2", 2, "--streams is 2; on a GPU one is timed"),
     ],
 )
 def test_the_command_refuses_in_words(

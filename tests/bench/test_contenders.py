@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tests.each import each
 from van_deploy.bench.contenders import chosen, contenders_of, gpu_answers
 from van_deploy.bench.document import Contender
 from van_deploy.bundle import MANIFEST, Bundle
+from van_deploy.config import BenchSettings
 from van_deploy.errors import BundleError, MissingDependency, UsageError, VanDeployError
 from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import CUDA
@@ -84,7 +84,9 @@ def test_every_artefact_has_an_entry_and_what_cannot_run_has_a_reason(
     bundle = changed(
         copy_of(digits_bundle), lambda own: {name: {**own, **kinds[name]} for name in kinds}
     )
-    (runs, said), (on_gpu, not_there) = (contenders_of(bundle, d) for d in ("cpu", "cuda:0"))
+    (runs, said), (on_gpu, not_there) = (
+        contenders_of(bundle, BenchSettings(device=device)) for device in ("cpu", "cuda:0")
+    )
     assert {"pytorch", "ort-cpu/fp32", "ort-cpu/int8-cpu", "inductor/package"} <= set(runs)
     for name, words in {
         "ort-cpu/fp16": "FP16 is for GPUs",
@@ -102,8 +104,8 @@ def test_the_cuda_provider_runs_each_file_in_three_ways_with_its_options_on_reco
     digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("van_deploy.bench.contenders.execution_providers", lambda: (CUDA,))
-    asked = CudaOptions(use_tf32=False, fuse_conv_bias=True)
-    found, _ = contenders_of(digits_bundle, "cuda:1", asked)
+    asked = BenchSettings(device="cuda:1", tf32=False, conv_search="DEFAULT", fuse_conv_bias=True)
+    found, _ = contenders_of(digits_bundle, asked)
     assert list(found) == [
         *("pytorch", "pytorch-channels-last-fp16", "pytorch-compile-fp16", "pytorch-compile-bf16"),
         *("ort-cuda/fp32", "ort-cuda-nhwc/fp32", "ort-cuda-graph/fp32"),
@@ -111,16 +113,16 @@ def test_the_cuda_provider_runs_each_file_in_three_ways_with_its_options_on_reco
     assert {entry.device for entry in found.values()} == {"cuda:1"}
     assert found["ort-cuda-nhwc/fp32"].options["prefer_nhwc"]
     options = found["ort-cuda-graph/fp32"].options
-    assert CudaOptions(**options) == replace(asked, cuda_graph=True)
+    assert CudaOptions(**options) == CudaOptions(False, False, "DEFAULT", True, cuda_graph=True)
 
 
 def test_a_file_that_is_not_the_manifest_s_and_no_file_at_all_are_refused(
     digits_bundle: Bundle, copy_of: Copy
 ) -> None:
     with pytest.raises(BundleError, match="has no artefact to time"):
-        contenders_of(changed(copy_of(digits_bundle, "empty"), lambda _: {}))
+        contenders_of(changed(copy_of(digits_bundle, "empty"), lambda _: {}), BenchSettings())
     folder = copy_of(digits_bundle)
     with (folder / "model.onnx").open("ab") as file:
         file.write(b"!")
     with pytest.raises(BundleError, match="was changed after the manifest"):
-        contenders_of(Bundle.open(folder))
+        contenders_of(Bundle.open(folder), BenchSettings())

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,9 +90,10 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(
     settings = BenchSettings(
         device="cpu", threads=2, streams=2, reference="narrow", budget=QUICK, batches=(1, 2)
     )
-    with Race([graph, narrow, broken], settings, images, 64) as race:
-        os.kill(race.lanes[0].process.process.pid, signal.SIGKILL)
-        first, second = ({row.contender: row for row in race.run(batch)} for batch in (1, 2))
+    lanes = [Lane(one, images / "none.npy", 64, settings) for one in (graph, narrow, broken)]
+    with Race(lanes, settings) as race:
+        os.kill(lanes[0].process.pid, signal.SIGKILL)
+        first, second = ({row.contender: row for row in race.run(n, lanes)} for n in (1, 2))
     assert "SIGKILL" in first["fp32"].error
     assert first["narrow"].error == "batch 1 is outside the engine's profile (2 to 2)"
     assert "cannot load" in first["broken"].error
@@ -108,25 +110,20 @@ class Scripted(Lane):
     def __init__(
         self, name: str, ms: float, *, fails_at: int = -1, noise: float = 1.0, hurt: float = 1.0
     ) -> None:
-        super().__init__(Contender(name, "onnxruntime", "fp32"), Path(), 64)
+        super().__init__(Contender(name, "onnxruntime", "fp32"), Path(), 64, BenchSettings())
         self.ms, self.fails_at, self.noise, self.hurt, self.slices = ms, fails_at, noise, hurt, 0
         self.race = Neighbourhood(self)
 
-    def feed(self, batch: int, warmup_s: float) -> None:
-        self.start(batch)
-        self.call_ms = self.ms
-
-    def time_slice(self, seconds: float) -> float:
+    def ask(self, do: str, **given: Any) -> Any:
+        if do == "feed":
+            return self.ms, self.ms
         self.slices += 1
         self.race.clock += 1
         if self.slices == self.fails_at:
-            self.failure = WorkerError("killed by SIGKILL")
-            return 0.0
+            raise WorkerError("killed by SIGKILL")
         took = self.ms * self.race.drift**self.race.clock * self.noise ** (self.slices % 2)
         took *= self.hurt if self.race.disturbed else 1.0
-        self.latencies.append(took)
-        self.timed_s += seconds
-        return took
+        return [took], given["seconds"], 0
 
 
 class Neighbourhood(Race):
@@ -137,8 +134,8 @@ class Neighbourhood(Race):
     ) -> None:
         reference = lanes[0].contender.name
         settings = BenchSettings(device="cpu", reference=reference, budget=budget)
-        super().__init__([], settings, Path(), 64)
-        self.lanes, self.clock, self.drift, self.hurt = list(lanes), 0, drift, hurt
+        super().__init__(lanes, settings)
+        self.clock, self.drift, self.hurt = 0, drift, hurt
         for lane in lanes:
             lane.race = self
 
@@ -151,7 +148,7 @@ class Neighbourhood(Race):
         return self.looks[-1]
 
     def rows(self) -> dict[str, Row]:
-        return {row.contender: row for row in self.run(1)}
+        return {row.contender: row for row in self.run(1, self.lanes)}
 
 
 def ratio_of(row: Row) -> float | None:

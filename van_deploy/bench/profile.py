@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from van_deploy.bench.contenders import runner_of
 from van_deploy.bench.document import Contender, ProfileLine
-from van_deploy.bench.worker import runner_of
 from van_deploy.errors import UsageError
 
 LABEL = "van:"
@@ -76,20 +76,19 @@ def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLin
         UsageError: its runtime tells nothing, or nothing true: on a GPU ONNX Runtime reports how
             long the host took to launch each node (4.6 of 16.7 ms on an H200).
     """
-    on_gpu = contender.device != "cpu"
-    if contender.runtime == "pytorch" and contender.mode in ("eager", "channels-last"):
+    runtime, on_gpu = contender.runtime, contender.device != "cpu"
+    if runtime == "tensorrt":
+        return _by_layer(runner, batch)
+    if runtime == "onnxruntime" and not on_gpu:
+        return _by_node(contender, batch)
+    if runtime == "pytorch" and contender.mode in ("eager", "channels-last"):
         import torch
 
-        images = torch.from_numpy(batch).to(runner.device, runner.dtype)
-        return by_module(runner.model, images)
-    if contender.runtime == "onnxruntime" and not on_gpu:
-        return _by_node(contender, batch)
-    if contender.runtime in ("pytorch", "inductor") and on_gpu:
+        return by_module(runner.model, torch.from_numpy(batch).to(runner.device, runner.dtype))
+    if runtime in ("pytorch", "inductor") and on_gpu:
         resident = runner.resident(batch)
         resident.launch()
         return by_kernel(resident.launch)
-    if contender.runtime == "tensorrt":
-        return _by_layer(runner, batch)
     raise UsageError(
         f"'{contender.name}' does not say where its time goes.",
         "Profile PyTorch, TensorRT, or ONNX Runtime on a CPU.",

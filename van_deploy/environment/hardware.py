@@ -151,7 +151,7 @@ def nvidia_driver() -> Driver | None:
     return None
 
 
-def nvml_answer(function: str, gpu: Any, *arguments: Any) -> Any:
+def nvml_answer(gpu: Any, function: str, *arguments: Any) -> Any:
     """Return NVML's answer about a GPU; None where it has none: MIG and virtual machines do not."""
     import pynvml
 
@@ -161,15 +161,15 @@ def nvml_answer(function: str, gpu: Any, *arguments: Any) -> Any:
 
 
 def _gpu(nvml: Any, handle: Any) -> Gpu:
-    capability = nvml_answer("nvmlDeviceGetCudaComputeCapability", handle)
-    installed = nvml_answer("nvmlDeviceGetMemoryInfo", handle)
-    place = nvml_answer("nvmlDeviceGetPciInfo", handle)
+    capability = nvml_answer(handle, "nvmlDeviceGetCudaComputeCapability")
+    installed = nvml_answer(handle, "nvmlDeviceGetMemoryInfo")
+    place = nvml_answer(handle, "nvmlDeviceGetPciInfo")
     return Gpu(
         str(nvml.nvmlDeviceGetName(handle)),
         tuple(capability) if capability else None,
         int(installed.total) if installed else None,
         _bus(place.busId) if place else "",
-        str(nvml_answer("nvmlDeviceGetUUID", handle) or ""),
+        str(nvml_answer(handle, "nvmlDeviceGetUUID") or ""),
     )
 
 

@@ -43,7 +43,7 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
                 draft.file(path.name).write_text(text, encoding="utf-8")
     else:
         for path, text in texts.items():
-            _write(path, text)
+            write_text(path, text)
     return list(texts)
 
 
@@ -87,14 +87,19 @@ def write_junit(report: CheckReport, path: Path) -> None:
         element.set("errors", "0")
     ElementTree.indent(root)
     text = ElementTree.tostring(root, encoding="unicode")
-    _write(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
+    write_text(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
 
 
 def _kind(row: CheckRow) -> str:
     return row.name.partition("/")[0]
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file that somebody asked for, and its folder.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
