@@ -16,13 +16,13 @@ from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bench.benchmark import Watch, benchmark_bundle
-from van_deploy.bench.contenders import gpu_answers
 from van_deploy.bench.document import BenchReport, compared, read_report
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
-from van_deploy.environment.hardware import cpu
+from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import UsageError
 
+GPU = bool((driver := nvidia_driver()) and driver.gpus)
 QUICK = BenchSettings(
     batches=(1, 2),
     device="cpu",
@@ -150,7 +150,7 @@ def test_the_command_prints_tables_and_json_and_keeps_the_result(
 def test_the_command_refuses_in_words(
     digits_bundle: Bundle, cli: Cli, words: str, code: int, message: str
 ) -> None:
-    if gpu_answers() and "cuda:0" in words:
+    if GPU and "cuda:0" in words:
         pytest.skip("a GPU answers here")
     result = cli("bench", digits_bundle.path, "--no-roofline", "--no-save", *SHORT, *words.split())
     assert (result.exit_code, message in result.stderr) == (code, True), result.stderr

@@ -11,14 +11,16 @@ import pytest
 
 from tests.artifacts import Copy
 from tests.each import each
-from van_deploy.bench.contenders import chosen, contenders_of, gpu_answers
+from van_deploy.bench.contenders import chosen, contenders_of
 from van_deploy.bench.document import Contender
 from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.config import BenchSettings
+from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import BundleError, MissingDependency, UsageError, VanDeployError
 from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import CUDA
 
+GPU = bool((driver := nvidia_driver()) and driver.gpus)
 NAMES = ("pytorch", "pytorch-compile", "ort-cpu/fp32", "ort-cpu/int8-cpu")
 READY = {name: Contender(name, "onnxruntime", "fp32") for name in NAMES}
 SKIPPED = {"openvino/fp32": "OpenVINO is not installed"}
@@ -92,7 +94,7 @@ def test_every_artefact_has_an_entry_and_what_cannot_run_has_a_reason(
         "ort-cpu/fp16": "FP16 is for GPUs",
         "ort-cpu/int8": "quantised for tensorrt",
         "openvino/int8": "quantised for tensorrt",
-        "tensorrt/engine": "it runs on a GPU" if gpu_answers() else "no NVIDIA GPU answers here",
+        "tensorrt/engine": "it runs on a GPU" if GPU else "no NVIDIA GPU answers here",
     }.items():
         assert said[name].startswith(words)
     engine = on_gpu["tensorrt-graph/engine"]

@@ -134,7 +134,7 @@ class Neighbourhood(Race):
     ) -> None:
         reference = lanes[0].contender.name
         settings = BenchSettings(device="cpu", reference=reference, budget=budget)
-        super().__init__(lanes, settings)
+        super().__init__([*lanes], settings)
         self.clock, self.drift, self.hurt = 0, drift, hurt
         for lane in lanes:
             lane.race = self

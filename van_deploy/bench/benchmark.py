@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from van_deploy.bench.contenders import REFERENCE, chosen, contenders_of, gpu_answers, resized
+from van_deploy.bench.contenders import REFERENCE, chosen, contenders_of, resized
 from van_deploy.bench.document import BenchReport, Ceilings, Contender, Machine, Row
 from van_deploy.bench.gpu import int8_not_worth_it, with_ratios
 from van_deploy.bench.race import Lane, Race
@@ -30,19 +30,19 @@ from van_deploy.runners.base import gpu_index
 from van_deploy.runners.network import network_input
 from van_deploy.stopwatch import Progress, silent
 
+# Batch sizes tried under a latency limit, as far as the bundle's range goes.
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
-"""Batch sizes tried under a latency limit, as far as the bundle's range goes."""
 
 RUNTIMES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13")
 VARIABLES = (
     *("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "MKL_", "KMP_", "OPENBLAS_"),
     *("CUDA_", "TORCH", "ORT_", "OPENVINO_", "OV_"),
 )
+# Share of the cores this process may use that others may keep busy before it is said.
 OTHER_LOAD_LIMIT = 0.1
-"""Share of the cores this process may use that others may keep busy before it is said."""
 
+# Coefficient of variation above which trtexec, too, calls its timings unstable.
 CV_LIMIT_PERCENT = 2.5
-"""Coefficient of variation above which trtexec, too, calls its timings unstable."""
 
 
 def benchmark_bundle(
@@ -114,22 +114,23 @@ def _prepared(
     bundle: Bundle, settings: BenchSettings
 ) -> tuple[BenchSettings, dict[str, Contender], dict[str, str]]:
     """Return the settings with all that was left open, who is timed, and who is skipped and why."""
-    device = settings.device or ("cuda:0" if gpu_answers() else "cpu")
-    index, driver = gpu_index(device), nvidia_driver()
+    driver = nvidia_driver()
+    gpus = driver.gpus if driver else ()
+    device = settings.device or ("cuda:0" if gpus else "cpu")
+    index = gpu_index(device)
     if index is not None and settings.streams > 1:
         raise UsageError(
             f"--streams is {settings.streams}; on a GPU one is timed, with batches queued on it.",
             "Leave --streams out, or time with --device cpu.",
         )
-    if index is not None and index >= len(driver.gpus if driver else ()):
+    if index is not None and index >= len(gpus):
         raise MissingDependency(
             f"No NVIDIA GPU '{device}' answers here, so nothing can be timed on it.",
             "Time with --device cpu, or see `van-deploy doctor`.",
         )
     threads = settings.threads or (cpu().cores_allowed if index is None else 1)
-    largest, batches = max(1, bundle.manifest.batch.max), settings.batches
-    if settings.p99_ms is not None:
-        batches = tuple(batch for batch in SWEEP if batch <= largest)
+    largest = max(1, bundle.manifest.batch.max)
+    batches = tuple(n for n in SWEEP if n <= largest) if settings.p99_ms else settings.batches
     settings = settings.changed(device=device, threads=threads, batches=batches)
     contenders, skipped = chosen(contenders_of(bundle, settings), settings.runners)
     if contenders and settings.reference not in contenders:

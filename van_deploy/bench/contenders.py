@@ -24,13 +24,14 @@ from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, OpenVinoRunn
 from van_deploy.runners.original import original_network
 from van_deploy.runners.tensorrt import TensorRtRunner
 
+# Eager PyTorch, the network as it came: what ratios are given against on a CPU. Its process
+# keeps the memory it frees, as every other's. On a GPU they are against PyTorch's fastest mode.
 REFERENCE = "pytorch"
-"""Eager PyTorch, the network as it came: what ratios are given against on a CPU. Its process
-keeps the memory it frees, as every other's. On a GPU they are against PyTorch's fastest mode."""
 
+# The mode of an engine that is recorded once and launched as one piece.
 CUDA_GRAPH = "cuda-graph"
-"""The mode of an engine that is recorded once and launched as one piece."""
 
+# Mode and precision by name.
 PYTORCH = {
     REFERENCE: ("eager", "fp32"),
     "pytorch-channels-last": ("channels-last", "fp32"),
@@ -43,16 +44,16 @@ PYTORCH_ON_GPU = {
     "pytorch-compile-fp16": ("compile", "fp16"),
     "pytorch-compile-bf16": ("compile", "bf16"),
 }
-"""Mode and precision by name."""
 
+# Of ONNX Runtime: NCHW, NHWC, and NCHW as one CUDA graph: on an H200 NCHW was the faster layout
+# for van_b0 in FP32, TF32 and FP16 at batch 128 (docs/gpu-results.md).
 ON_CUDA: Mapping[str, Mapping[str, Any]] = {
     "ort-cuda": {},
     "ort-cuda-nhwc": {"prefer_nhwc": True},
     "ort-cuda-graph": {"cuda_graph": True},
 }
-"""Of ONNX Runtime: NCHW, NHWC, and NCHW as one CUDA graph: on an H200 NCHW was the faster layout
-for van_b0 in FP32, TF32 and FP16 at batch 128 (docs/gpu-results.md)."""
 
+# How an artifact runs: what to call it, and what is special of the contender.
 Changes = Mapping[str, Any]
 ON_CPU: Mapping[str, Changes] = {
     "ort-cpu": {"runtime": "onnxruntime", "mode": "ort-cpu"},
@@ -67,7 +68,6 @@ COMPILED: Mapping[str, Mapping[str, Changes]] = {
     },
     "package": {"inductor": {"runtime": "inductor"}},
 }
-"""How an artifact runs: what to call it, and what is special of the contender."""
 
 FOR_GPUS = {
     "fp16": "FP16 is for GPUs: CPUs cast it to FP32 and back",
@@ -75,14 +75,8 @@ FOR_GPUS = {
 }
 NO_BF16 = "this processor has no bfloat16 instructions"
 
+# Contenders by name, and of those that cannot start the reasons, one phrase each.
 Entries = tuple[dict[str, Contender], dict[str, str]]
-"""Contenders by name, and of those that cannot start the reasons, one phrase each."""
-
-
-def gpu_answers() -> bool:
-    """Return whether a driver with a GPU answers."""
-    driver = nvidia_driver()
-    return driver is not None and bool(driver.gpus)
 
 
 def contenders_of(bundle: Bundle, settings: BenchSettings) -> Entries:
@@ -144,8 +138,8 @@ def _obstacle(way: str, artefact: Artefact, device: str) -> str:
         no_provider = way.startswith("ort-cuda") and CUDA not in execution_providers()
         return f"no {CUDA} in ONNX Runtime" if no_provider else ""
     if for_gpu:
-        there = "it runs on a GPU: time it with --device cuda:0"
-        return there if gpu_answers() else "no NVIDIA GPU answers here"
+        driver, there = nvidia_driver(), "it runs on a GPU: time it with --device cuda:0"
+        return there if driver and driver.gpus else "no NVIDIA GPU answers here"
     if artefact.kind in COMPILED:
         return ""
     if artefact.precision == "int8" and target != "cpu":
@@ -190,19 +184,17 @@ def resized(contender: Contender, size: ImageSize, folder: Path) -> Contender:
     own declaration. PyTorch takes any size, and an engine refuses what is outside its profile.
     """
     source = Path(contender.file)
-    target = folder / source.name
     if source.suffix != ".onnx":
         return contender
-    if not target.exists():
-        model = onnx.load_model(source)
-        dims = model.graph.input[0].type.tensor_type.shape.dim
-        axes = (1, 2) if contender.embedded == "uint8" else (2, 3)
-        for axis, side in zip(axes, sides_of(size), strict=True):
-            dims[axis].dim_value = side
-        for value in model.graph.output:  # a backbone's maps have other sides then
-            value.type.tensor_type.ClearField("shape")
-        del model.graph.value_info[:]  # shapes inferred for the old size
-        save_onnx(model, target)
+    model, target = onnx.load_model(source), folder / source.name
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    axes = (1, 2) if contender.embedded == "uint8" else (2, 3)
+    for axis, side in zip(axes, sides_of(size), strict=True):
+        dims[axis].dim_value = side
+    for value in model.graph.output:  # a backbone's maps have other sides then
+        value.type.tensor_type.ClearField("shape")
+    del model.graph.value_info[:]  # shapes inferred for the old size
+    save_onnx(model, target)
     return replace(contender, file=str(target))
 
 

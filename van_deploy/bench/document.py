@@ -25,8 +25,8 @@ from van_deploy.model.variants import WeightsSource
 from van_deploy.schema import Versioned, read_versioned
 
 BENCH_FILE = "bench.json"
+# Two runs of the same files agree on a ratio that changed by no more.
 AGREE_WITHIN_PERCENT = 5.0
-"""Two runs of the same files agree on a ratio that changed by no more."""
 
 
 @dataclass(frozen=True)
@@ -393,9 +393,8 @@ def record(report: BenchReport, bundle: Bundle) -> None:
     """
     rows = [
         {
-            **{key: getattr(row, key) for key in ("contender", "batch", "image_size")},
+            **{k: getattr(row, k) for k in ("contender", "batch", "image_size", "images_per_s")},
             "p50_ms": row.latency.p50_ms,
-            "images_per_s": row.images_per_s,
             "ratio": row.ratio.median if row.ratio else None,
         }
         for row in report.rows

@@ -23,18 +23,20 @@ from van_deploy.config.sizes import ImageSize
 from van_deploy.environment.hardware import nvidia_driver, nvml_answer
 from van_deploy.runners.base import Resident, gpu_index
 
+# The clock is steady when this many looks in a row lie within this many percent.
 STEADY_LOOKS, STEADY_PERCENT = 3, 2.0
-"""The clock is steady when this many looks in a row lie within this many percent."""
 
+# Seconds of unmeasured launches: at least, at most, and between two looks at the clock.
 WARM_LEAST_S, WARM_MOST_S, WARM_LOOK_S = 0.3, 3.0, 0.05
-"""Seconds of unmeasured launches: at least, at most, and between two looks at the clock."""
 
+# One group of queued launches lasts about this long, and holds no more than this many.
 QUEUE_S, QUEUE_MOST = 0.05, 512
-"""One group of queued launches lasts about this long, and holds no more than this many."""
 
+# Copies each way of which the median counts.
 TRANSFERS = 20
-"""Copies each way of which the median counts."""
 
+# Bits of NVML's clock event reasons (``nvml.h``, ``nvmlClocksEventReason*``) that slow a GPU
+# down. The others say that it is idle, or that somebody has set its clocks.
 THROTTLING = {
     0x04: "power cap",
     0x08: "hardware slowdown",
@@ -42,12 +44,10 @@ THROTTLING = {
     0x40: "temperature (hardware)",
     0x80: "power brake",
 }
-"""Bits of NVML's clock event reasons (``nvml.h``, ``nvmlClocksEventReason*``) that slow a GPU
-down. The others say that it is idle, or that somebody has set its clocks."""
 
 
-Watch = Callable[[], GpuState]
-"""Reads the state of a GPU."""
+Call = Callable[[], object]
+Watch = Callable[[], GpuState]  # reads the state of a GPU
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,7 @@ class Clock:
     wait: Callable[[Any], object] = lambda _: None
     ms: Callable[[Any, Any], float] = lambda start, end: 1e3 * (end - start)
 
-    def span_ms(
-        self,
-        launch: Callable[[], object],
-        times: int = 1,
-        meanwhile: Callable[[], object] = lambda: None,
-    ) -> float:
+    def span_ms(self, launch: Call, times: int = 1, meanwhile: Call = lambda: None) -> float:
         """Launch something some times, and return the milliseconds until it was done."""
         start = self.mark()
         for _ in range(times):
@@ -146,7 +141,6 @@ def gpu_watch(device: str) -> Watch:
         gpu = nvml.nvmlDeviceGetHandleByUUID(driver.gpus[index].uuid)
     except nvml.NVMLError:
         return GpuState
-
     ask = functools.partial(nvml_answer, gpu)
 
     def state() -> GpuState:

@@ -34,9 +34,9 @@ from van_deploy.config.sizes import ImageSize
 from van_deploy.stopwatch import Progress, silent
 
 SIDE, PRODUCTS = 384, 10  # about 10 ms on two cores
+# How much longer than undisturbed the product may take; the share of all looks that may be
+# faster than the one that stands for undisturbed.
 QUIET_LIMIT, UNDISTURBED = 1.1, 0.1
-"""How much longer than undisturbed the product may take; the share of all looks that may be
-faster than the one that stands for undisturbed."""
 
 
 class Lane(WorkerProcess):
@@ -96,8 +96,9 @@ class Lane(WorkerProcess):
 
     def on_gpu(self, batch: int, budget: Budget) -> None:
         """Measure a batch on the device itself."""
-        given = {"seconds": budget.seconds, "calls": budget.calls}
-        self.row = replace(self.row, **self.answer("resident", **self.start(batch), **given) or {})
+        given = {**self.start(batch), "seconds": budget.seconds, "calls": budget.calls}
+        if figures := self.answer("resident", **given):
+            self.row = replace(self.row, **figures)
 
     def time_slice(self, seconds: float) -> float:
         """Time calls for ``seconds``, one at least; return their mean in ms, 0 on failure.
@@ -140,17 +141,15 @@ class Race(ExitStack):
     Args:
         lanes: who runs; names are unique.
         settings: how long, with which threads and streams, and compared with which contender.
-        progress: told what is going on.
+        say: told what is going on.
 
     Attributes:
         looks: what the product took, in ms, whenever it was timed.
     """
 
-    def __init__(
-        self, lanes: Sequence[Lane], settings: BenchSettings, progress: Progress = silent
-    ) -> None:
+    def __init__(self, lanes: list[Lane], settings: BenchSettings, say: Progress = silent) -> None:
         super().__init__()
-        self.lanes, self.settings, self._say = lanes, settings, progress
+        self.lanes, self.settings, self._say = lanes, settings, say
         self.looks: list[float] = []
 
     def __enter__(self) -> Race:
@@ -269,10 +268,6 @@ def with_reference(others: Sequence[Lane], base: Lane) -> list[Lane]:
     reference is in every ratio, and so many times the slices of one other is
     where more of it stops paying (Dunnett, 1955, on comparing with a control).
     """
-    if not others:
-        return [base]
-    size = math.isqrt(len(others) - 1) + 1  # the root, rounded up
-    order = [base]
-    for start in range(0, len(others), size):
-        order += [*others[start : start + size], base]
-    return order
+    size = math.isqrt(max(len(others), 1) - 1) + 1  # the root, rounded up
+    groups = [others[start : start + size] for start in range(0, len(others), size)]
+    return [base, *(lane for group in groups for lane in (*group, base))]

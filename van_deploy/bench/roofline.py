@@ -22,6 +22,9 @@ from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError
 from van_deploy.model.variants import VanConfig
 
+# Source, and T operations a second in FP32, TF32, FP16 and INT8, and GB/s. Before Ampere (TF32:
+# 0) there is no BF16 either. Matrix products run at these rates; everything else, the depth-wise
+# convolutions included, at FP32's.
 DEVICES: dict[str, tuple[str, float, float, float, float, float]] = {
     "t4": ("NVIDIA T4 data sheet (2019)", 8.1, 0, 65, 130, 320),
     "a10": ("NVIDIA A10 data sheet (2022)", 31.2, 62.5, 125, 250, 600),
@@ -32,16 +35,13 @@ DEVICES: dict[str, tuple[str, float, float, float, float, float]] = {
     "h200": ("NVIDIA H200 SXM data sheet (2024)", 67, 494, 989, 1979, 4800),
     "rtx4090": ("NVIDIA Ada architecture white paper (2022)", 82.6, 82.6, 165.2, 660.6, 1008),
 }
-"""Source, and T operations a second in FP32, TF32, FP16 and INT8, and GB/s. Before Ampere (TF32:
-0) there is no BF16 either. Matrix products run at these rates; everything else, the depth-wise
-convolutions included, at FP32's."""
 
 Place = tuple[str, str, int, ImageSize]
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
+# On paper, the floating-point arithmetic an engine made from an artifact may use; FP16 where
+# nothing else is listed. The 1x1 convolutions of an INT8 graph run at the INT8 rate.
 ASSUMED = {"fp32": ("fp32", "tf32", "fp16"), "bf16": ("bf16",)}
-"""On paper, the floating-point arithmetic an engine made from an artifact may use; FP16 where
-nothing else is listed. The 1x1 convolutions of an INT8 graph run at the INT8 rate."""
 
 
 def measured_ceilings(device: str, threads: int = 1, seconds: float = 0.5) -> Ceilings:

@@ -32,21 +32,21 @@ from van_deploy.bench.roofline import measured_ceilings
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.errors import VanDeployError
 
+# Longer than any compilation of a VAN; past it a worker hangs.
 ANSWER_WITHIN_S = 900.0
-"""Longer than any compilation of a VAN; past it a worker hangs."""
 
+# Tells glibc to keep what a process frees. It gives large blocks back to the system otherwise,
+# and takes them again page by page at the next call: so eager PyTorch spends a third of its time.
+# See mallopt(3). Other C libraries ignore it; who sets these variables is not overruled.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-"""Tells glibc to keep what a process frees. It gives large blocks back to the system otherwise,
-and takes them again page by page at the next call: so eager PyTorch spends a third of its time.
-See mallopt(3). Other C libraries ignore it; who sets these variables is not overruled."""
 
 SERVE = "from van_deploy.bench.worker import serve; serve({})"
 ONE_THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 PR_SET_PDEATHSIG = 1
+# Unmeasured seconds after a process was woken: its threads start, its weights come back into
+# the caches. The first measured call is then as long as those after it.
 REWARM_S = 0.02
-"""Unmeasured seconds after a process was woken: its threads start, its weights come back into
-the caches. The first measured call is then as long as those after it."""
 
 WARM_CALLS = 3  # the fastest of them tells how long a call takes
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "failed to allocate")

@@ -30,6 +30,7 @@ WAIT_S = 120.0
 
 _MEMORY = "cuda = m.require_cuda(); cuda.call('cudaFree', cuda.call('cudaMalloc', 1))"
 _SESSION = "assert m.provider_starts(m.require_onnxruntime(), m.CUDA, quiet=False)"
+# By what they are needed for: a module ``m``, and what is tried of it.
 TRIALS: Mapping[str, tuple[str, str]] = {
     "gpu": ("van_deploy.runners.cuda", _MEMORY),
     "torch-gpu": ("torch", "m.ones(1, device='cuda').item()"),
@@ -37,8 +38,8 @@ TRIALS: Mapping[str, tuple[str, str]] = {
     "tensorrt": ("tensorrt", "m.Runtime(m.Logger(m.Logger.ERROR))"),
     "tensorrt-rtx": ("tensorrt_rtx", "m.Builder(m.Logger(m.Logger.ERROR))"),
 }
-"""By what they are needed for: a module ``m``, and what is tried of it."""
 
+# What somebody may want to do, and what it needs; see :meth:`Environment.lacks`.
 TASKS: Mapping[str, str] = {
     "export ONNX files": "torch timm onnx onnxscript onnxsim",
     "check them against PyTorch": "torch timm onnx onnxscript onnxsim onnxruntime",
@@ -54,13 +55,12 @@ TASKS: Mapping[str, str] = {
     "spread work over machines with Ray": "ray",
     "sign bundles and check signatures": "cryptography",
 }
-"""What somebody may want to do, and what it needs; see :meth:`Environment.lacks`."""
 
+# What only brings another package, beside which it is no second one of a kind.
 METAPACKAGES = ("tensorrt", "tensorrt-rtx")
-"""What only brings another package, beside which it is no second one of a kind."""
 
+# What a script can require of a machine before it starts.
 NEEDS = ("onnxruntime", "cuda-ep", "tensorrt", "tensorrt-rtx", "openvino", "ray", "gpu")
-"""What a script can require of a machine before it starts."""
 
 
 @dataclass(frozen=True)

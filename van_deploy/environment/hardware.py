@@ -23,9 +23,9 @@ CPU_FEATURES = (
     *("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16"),
 )
+# What TensorRT for RTX 1.7 can build for: the members of its ``ComputeCapability``. On an H200
+# (sm_90) it built a plan without a target and did not load it (docs/gpu-results.md).
 RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-"""What TensorRT for RTX 1.7 can build for: the members of its ``ComputeCapability``. On an H200
-(sm_90) it built a plan without a target and did not load it (docs/gpu-results.md)."""
 
 
 @dataclass(frozen=True)
