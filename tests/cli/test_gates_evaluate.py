@@ -23,7 +23,7 @@ from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.data.images import image_set
 from van_deploy.data.samples import check_images
-from van_deploy.model.random_weights import random_van
+from van_deploy.model.van import random_van
 from van_deploy.model.variants import VanConfig
 
 SYNSETS = ("n01440764", "n01443537", "n02123045", "n04254680")

@@ -26,8 +26,7 @@ from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import Task, probabilities
-from van_deploy.model.pixels import Pixels, normalised
-from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.preprocess import Pixels, Preprocessing, normalised
 from van_deploy.runners.base import Images, Runner, gpu_index
 from van_deploy.runners.base import Outputs as Outputs
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime

@@ -32,7 +32,7 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
     try:
         from van_deploy.model.checkpoint import LoadedVan, network_from_state, read_weights
         from van_deploy.model.embedded import EMBEDDED_WEIGHTS
-        from van_deploy.model.random_weights import random_van, sha256_of_state
+        from van_deploy.model.van import random_van, sha256_of_state
     except ImportError as error:
         raise MissingDependency(
             f"The original network needs PyTorch and timm: {error}.",
