@@ -214,7 +214,7 @@ def images(pictures: list[Image.Image], tmp_path: Path) -> Path:
 
 def labels_of(bundle: Path, images: Path, line: Any) -> tuple[str | Path, ...]:
     """Return a command's words, with a labels file of what PyTorch decides of each image."""
-    from van_deploy.runners.original import original_network
+    from van_deploy.runners.network import original_network
 
     loaded = original_network(Bundle.open(bundle))
     inputs = check_images("", loaded.preprocessing, 12, image_set(images)).inputs
