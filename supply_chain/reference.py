@@ -20,6 +20,12 @@ from van_deploy.config.named import EXPORT, Named, named_options
 from van_deploy.schema import Settings
 
 BEGIN, END = "<!-- keys: python -m supply_chain.reference -->", "<!-- /keys -->"
+LIMITS = {
+    "ge": "minimum",
+    "gt": "exclusiveMinimum",
+    "le": "maximum",
+    "lt": "exclusiveMaximum",
+}
 TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 
 
@@ -133,7 +139,7 @@ def _values(schema: Mapping[str, Any], value: Mapping[str, Any]) -> str:
         return f"list of {_values(schema, value['items'])}"
     if value.get("type") == "object":
         return "`min:opt:max`"
-    limits = {word: value[key] for word, key in json_schemas.LIMITS.items() if key in value}
+    limits = {word: value[key] for word, key in LIMITS.items() if key in value}
     words = {"integer": "whole number", "number": "number", "boolean": "true, false"}
     kind = "path" if value.get("format") == "path" else words.get(value["type"], "text")
     return f"{kind} {range_text(limits)}".strip()

@@ -149,7 +149,7 @@ def digits_graph(path: Path, size: int) -> None:
 
 def export_network(folder: Path, weights: str = "van_digits", images: Path | None = None) -> None:
     """Write a bundle of the embedded network, or of a checkpoint, with ``BATCHES``."""
-    from van_deploy.pipeline import export_bundle, load_for
+    from van_deploy.exporting import export_bundle, load_for
 
     if weights == "van_digits":
         recipe = recipe_named(weights).changed(batch=BATCHES)
@@ -160,7 +160,8 @@ def export_network(folder: Path, weights: str = "van_digits", images: Path | Non
 
 def with_byte_graph(folder: Path, exported: Path) -> None:
     """Write a copy of a bundle that also takes bytes, and gives every output."""
-    from van_deploy.pipeline import export_recipe, load_for
+    from van_deploy.exporting import load_for
+    from van_deploy.pipeline import export_recipe
 
     shutil.copytree(exported, folder)
     export = ExportSettings(embed_preprocess="uint8", outputs=("logits", "probabilities", "top5"))

@@ -78,7 +78,7 @@ def test_a_file_a_command_and_a_call_ask_for_the_same(
         recipes.append(recipe)
         raise UsageError("asked")
 
-    monkeypatch.setattr("van_deploy.pipeline.load_for", asked)
+    monkeypatch.setattr("van_deploy.exporting.load_for", asked)
     file = tmp_path / "mine.toml"
     file.write_text(RECIPE)
     flags = ("--batch", "1:2:4", "--opset", "18", "--embed-preprocess", "uint8")

@@ -11,12 +11,11 @@ import van_deploy
 from tests.artifacts import Copy
 from tests.each import each
 from van_deploy import building
-from van_deploy.building import Candidate, candidates_of
+from van_deploy.building import Candidate, Tuned, candidates_of
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildSettings
 from van_deploy.engine.backend import Host
 from van_deploy.errors import ConversionError
-from van_deploy.results import Tuned
 
 LEVELS = [f", level {level}, tiling {tiling}" for level in (3, 5) for tiling in ("none", "full")]
 FIXED: dict[str, Any] = {"backend": "inductor", "profiles": (BatchRange(8, 8, 8),)}

@@ -17,10 +17,10 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
 from van_deploy.documents import plain
 from van_deploy.errors import GateFailed
+from van_deploy.exporting import export_bundle, load_for
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.van import VAN
-from van_deploy.pipeline import export_bundle, load_for
 from van_deploy.recipe import recipe_named
 
 
@@ -104,7 +104,7 @@ def test_what_is_not_the_network_never_reaches_the_bundle(
         return report
 
     with monkeypatch.context() as patch:
-        patch.setattr("van_deploy.pipeline.fold_van", slightly_wrong)
+        patch.setattr("van_deploy.exporting.fold_van", slightly_wrong)
         with pytest.raises(GateFailed, match="not the network it was made from: SQNR"):
             export_bundle(loaded, smaller, tmp_path / "b")
     fold = "van_deploy.graph.fold"

@@ -31,7 +31,7 @@ class Table(Settings):
     """One option of every kind."""
 
     count: int = option(20, "How many.", ge=1, le=40)
-    kind: Literal["fast", "good"] | None = option(None, "Which.", shown_default="the best")
+    kind: Literal["fast", "good"] | None = option(None, "Which.")
     fold: bool = option(True, "Make the [exact] rewrites.")
     force: bool = option(False, "Anew.", key="always")
     batch: BatchRange = option(BatchRange, "Sizes.")
@@ -126,7 +126,7 @@ def test_help_says_the_choices_the_default_and_the_limits() -> None:
     text = " ".join(run("--help")[0].stdout.replace("│", " ").split())
     for words in (
         "--count INTEGER How many. [default: 20; from 1 up to 40]",
-        "--kind fast|good Which. [default: the best]",
+        "--kind fast|good Which.",
         "--fold --no-fold Make the [exact] rewrites.",
         "--always Anew.",
         "--batch MIN:OPT:MAX Sizes. [default: 1:8:32]",

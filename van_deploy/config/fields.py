@@ -18,20 +18,16 @@ from van_deploy.schema import Contradiction, Settings
 
 @dataclass(frozen=True)
 class Shown:
-    """How the command line shows an option.
+    """How the command line shows and reads an option.
 
     Attributes:
         flags: such as ``--output`` and ``-o``; empty for the key with dashes.
         panel: heading it stands under in the help; None for its table's ``PANEL``.
-        metavar: what stands for its value; "" for the kind of value.
-        default: the default in words, where the value itself says nothing.
         commas: whether a list may be written with commas, besides repeating the option.
     """
 
     flags: tuple[str, ...] = ()
     panel: str | None = None
-    metavar: str = ""
-    default: str = ""
     commas: bool = True
 
     def __call__(self, schema: dict[str, Any]) -> None:
@@ -45,8 +41,6 @@ def option(
     key: str = "",
     flags: Sequence[str] = (),
     panel: str | None = None,
-    metavar: str = "",
-    shown_default: str = "",
     commas: bool = True,
     **limits: Any,
 ) -> Any:
@@ -60,8 +54,6 @@ def option(
         key: what files and keyword arguments call it; "" for the attribute's name.
         flags: see :class:`Shown`.
         panel: see :class:`Shown`.
-        metavar: see :class:`Shown`.
-        shown_default: :attr:`Shown.default`.
         commas: see :class:`Shown`.
         limits: such as ``ge=1``; pydantic's names.
     """
@@ -70,7 +62,7 @@ def option(
         **made,
         description=text or None,
         validation_alias=key or None,
-        json_schema_extra=Shown(tuple(flags), panel, metavar, shown_default, commas),
+        json_schema_extra=Shown(tuple(flags), panel, commas),
         **limits,
     )
 
@@ -97,7 +89,7 @@ def range_text(limits: Mapping[str, float]) -> str:
 
 
 @functools.cache
-def _described(docstring: str) -> tuple[str, dict[str, str]]:
+def described(docstring: str) -> tuple[str, dict[str, str]]:
     """Return what a class says of itself, and of each of its attributes."""
     text, _, section = inspect.cleandoc(docstring).partition("\n\nAttributes:\n")
     found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
@@ -105,7 +97,7 @@ def _described(docstring: str) -> tuple[str, dict[str, str]]:
 
 
 def _own_text(schema: dict[str, Any]) -> None:
-    schema["description"], _ = _described(schema.get("description", ""))  # none under -OO
+    schema["description"], _ = described(schema.get("description", ""))  # none under -OO
 
 
 class Table(Settings):
@@ -121,7 +113,7 @@ class Table(Settings):
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Give every option the description that the table's docstring, or its base's, has."""
         for base in cls.__mro__:
-            for name, words in _described(base.__doc__ or "")[1].items():
+            for name, words in described(base.__doc__ or "")[1].items():
                 field = cls.model_fields.get(name)
                 if field is not None and not field.description:
                     field.description = words

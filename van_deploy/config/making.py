@@ -24,7 +24,7 @@ from van_deploy.config.tables import (
 Precision = Literal["fp16", "bf16", "int8"]
 """What can be made of an exported graph."""
 
-Profile = Annotated[BatchRange, pydantic.PlainSerializer(str)]
+Profile = Annotated[BatchRange, pydantic.PlainSerializer(str, return_type=str)]
 IMAGES, TYPES = "Images", "FP16 and BF16"
 ONLY_TENSORRT = (
     *("targets", "hardware_compatibility", "version_compatible", "workspace_bytes", "tiling"),
@@ -51,8 +51,8 @@ class _Quantization(Table):
         method: How ranges become scales.
         scope: What becomes INT8: pointwise, deep (all but stem and stage 1), all, or regular
             expressions over module names; auto times the first three and takes the fastest that
-            holds its gate.
-        rest: What is not INT8.
+            holds its gate. By default pointwise for TensorRT, deep for a CPU.
+        rest: What is not INT8; by default fp16 for TensorRT, fp32 for a CPU.
         equalize: Re-scale and shift channels exactly, so that they round better.
         bias_correction: Take the mean error of every layer out in its bias.
         max_drop: Points of top-1 (of agreement without labels) that may be lost; the layers that
@@ -62,7 +62,7 @@ class _Quantization(Table):
         keep_defaults: Keep the LayerNorms, the pooling and the head in FP32.
         strict: Refuse where FP16 cannot hold a tensor, instead of keeping it FP32.
         allow_inconclusive: Let pass what the evaluation set cannot decide.
-        threads: Of ONNX Runtime.
+        threads: Of ONNX Runtime; its own choice by default.
     """
 
     PANEL = "INT8"
@@ -74,12 +74,8 @@ class _Quantization(Table):
     class_order: ClassOrder | None = option(None, panel=IMAGES)
     noise: bool = option(False, key="calibrate_on_noise", panel=IMAGES)
     method: Literal["mse", "percentile", "minmax"] = option("mse")
-    scope: tuple[str, ...] = option(
-        (), shown_default="pointwise for TensorRT, deep for a CPU", commas=False
-    )
-    rest: Literal["fp16", "fp32"] | None = option(
-        None, shown_default="fp16 for TensorRT, fp32 for a CPU"
-    )
+    scope: tuple[str, ...] = option((), commas=False)
+    rest: Literal["fp16", "fp32"] | None = option(None)
     equalize: bool = option(True)
     bias_correction: bool = option(True)
     max_drop: float | None = option(None, ge=0)
@@ -88,7 +84,7 @@ class _Quantization(Table):
     keep_defaults: bool = option(True, panel=TYPES)
     strict: bool = option(False, panel=TYPES)
     allow_inconclusive: bool = option(False, panel="")
-    threads: int | None = option(None, shown_default="its own choice", ge=1, panel="")
+    threads: int | None = option(None, ge=1, panel="")
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield what is for FP16 or for images where there are none, and techniques that clash."""
@@ -215,13 +211,13 @@ class PlanSettings(Table):
     """What decides the contents of a plan, besides the ONNX file, the backend and the GPUs.
 
     Attributes:
-        profiles: Batch sizes min:opt:max, one profile each.
+        profiles: Batch sizes min:opt:max, one profile each; by default the bundle's own.
         dynamic_size: Sizes min:opt:max that the plan serves, of a graph with dynamic height and
-            width.
+            width; by default the bundle's own.
         hardware_compatibility: Other GPUs to serve (TensorRT).
         version_compatible: Let later versions load it (TensorRT).
-        workspace_bytes: Scratch memory a layer may use, as 4GiB.
-        optimization_level: 0 builds fast, 5 searches longest.
+        workspace_bytes: Scratch memory a layer may use, as 4GiB; by default the backend's limit.
+        optimization_level: 0 builds fast, 5 searches longest; by default the backend's own.
         tiling: How long to search for ways to keep tensors in the GPU's cache.
         tf32: Let FP32 layers compute in TF32.
         profiling: What the engine inspector can tell.
@@ -229,20 +225,14 @@ class PlanSettings(Table):
 
     PANEL = KERNELS
 
-    profiles: tuple[Profile, ...] = option(
-        (), key="batch", shown_default="the bundle's own", panel=""
-    )
-    dynamic_size: SizeRange | None = option(
-        None, metavar="MIN:OPT:MAX", shown_default="the bundle's own", panel=""
-    )
+    profiles: tuple[Profile, ...] = option((), key="batch", panel="")
+    dynamic_size: SizeRange | None = option(None, panel="")
     hardware_compatibility: HardwareCompatibility = option(
         HardwareCompatibility.NONE, panel=MACHINES
     )
     version_compatible: bool = option(False, panel=MACHINES)
-    workspace_bytes: Size | None = option(
-        None, key="workspace", shown_default="the backend's own limit"
-    )
-    optimization_level: int | None = option(None, shown_default="the backend's own", ge=0, le=5)
+    workspace_bytes: Size | None = option(None, key="workspace")
+    optimization_level: int | None = option(None, ge=0, le=5)
     tiling: Literal["none", "fast", "moderate", "full"] = option("none")
     tf32: bool = option(True)
     profiling: Profiling = option(Profiling.LAYER_NAMES_ONLY)
@@ -284,7 +274,8 @@ class EngineSettings(PlanSettings):
         precisions: fp32, fp16, bf16, int8 or another ONNX artefact of the bundle, such as
             fp32-uint8: an engine each, for each of the targets. Inductor computes in fp32, fp16 or
             bf16.
-        targets: Compute capabilities: sm_86,sm_89 are two plans, sm_86+sm_89 is one for both.
+        targets: Compute capabilities: sm_86,sm_89 are two plans, sm_86+sm_89 is one for both; by
+            default that of the GPU in this machine.
         backend: What builds and will run it. inductor: a package that PyTorch compiles ahead of
             time, for the GPU or the processor of this machine.
         timing_cache: File of kernel timings to use and add to (TensorRT).
@@ -293,9 +284,7 @@ class EngineSettings(PlanSettings):
     PANEL = MACHINES
 
     precisions: tuple[str, ...] = option((), flags=["--precision"], panel="")
-    targets: tuple[Target, ...] = option(
-        (), flags=["--target"], shown_default="the GPU in this machine"
-    )
+    targets: tuple[Target, ...] = option((), flags=["--target"])
     backend: Literal["auto", "tensorrt", "tensorrt-rtx", "inductor"] = option("auto")
     timing_cache: Path | None = option(None, panel=KERNELS)
 
@@ -312,7 +301,8 @@ class BuildSettings(EngineSettings):
         precisions: fp32, fp16, bf16, int8 or another ONNX artefact of the bundle, such as
             fp32-uint8: an engine each, for each of the targets. Inductor computes in fp32, fp16 or
             bf16.
-        device: What it is built on: cuda:N, or cpu (inductor).
+        device: What it is built on: cuda:N, or cpu (inductor); by default cuda:0, without a GPU cpu
+            for inductor.
         max_autotune: Choose Inductor's kernels by timing them, which takes minutes.
         fused_kernels: Compile a package on this project's fused kernels: FP16 or BF16 on a GPU, one
             batch size.
@@ -328,7 +318,6 @@ class BuildSettings(EngineSettings):
     device: str | None = option(
         None,
         panel=MACHINES,
-        shown_default="cuda:0; without a GPU, cpu for inductor",
         pattern=r"^(cpu|cuda(:\d+)?)$",
     )
     max_autotune: bool = option(False)

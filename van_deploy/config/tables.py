@@ -58,7 +58,7 @@ class PreprocessingSettings(Table):
 
     PANEL = "Preprocessing (the weights' own by default; timm's names)"
 
-    image_size: ImageSizeOption | None = option(None, metavar="SIDE|HxW")
+    image_size: ImageSizeOption | None = option(None)
     mean: tuple[float, ...] | None = option(None)
     std: tuple[float, ...] | None = option(None)
     interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = (
@@ -80,7 +80,8 @@ class ExportSettings(Table):
         outputs: What those graphs give.
         features: Leave the head out, and give feature maps: stage1 to stage4, each after its
             LayerNorm.
-        out_indices: Which stages' maps, from 0 as in OpenMMLab and timm, such as 1,2,3.
+        out_indices: Which stages' maps, from 0 as in OpenMMLab and timm, such as 1,2,3; all four
+            by default.
         dynamic_size: Make height and width dynamic: sizes min:opt:max that are checked and that
             engines serve, such as 192:224:512 or 192x256:224x320:512x640; opt is the input size
             unless image_size is given.
@@ -99,8 +100,8 @@ class ExportSettings(Table):
         ("logits",), min_length=1
     )
     features: bool = option(False)
-    out_indices: tuple[int, ...] = option((), shown_default="0,1,2,3")
-    dynamic_size: SizeRange | None = option(None, metavar="MIN:OPT:MAX")
+    out_indices: tuple[int, ...] = option(())
+    dynamic_size: SizeRange | None = option(None)
     golden: Literal["images", "samples", "none"] = option("images")
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
