@@ -21,12 +21,12 @@ from pydantic import ConfigDict, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from van_deploy.calibration_set import CalibrationSet
 from van_deploy.config import Recipe
 from van_deploy.config.fields import described
 from van_deploy.documents import field_is_json, json_properties
 from van_deploy.engine.bundled import FleetFile
 from van_deploy.errors import VanDeployError
+from van_deploy.recipe import CalibrationSet
 from van_deploy.schema import Schema
 
 DOCUMENTS: Mapping[str, str] = {
@@ -89,7 +89,8 @@ def schema_of(name: str) -> dict[str, Any]:
     if not isinstance(kind, type):
         kind = typing.get_type_hints(kind)["return"]
     config = ConfigDict(arbitrary_types_allowed=True)  # which a class cannot be given, a list can
-    adapter: TypeAdapter[Any] = TypeAdapter(list[kind], config=config)
+    lists: Any = list
+    adapter = TypeAdapter[Any](lists[kind], config=config)
     schema = adapter.json_schema(schema_generator=_Writer, mode="serialization")
     definitions = {"$defs": schema["$defs"]} if "$defs" in schema else {}
     return {"$schema": DIALECT, "title": name, **schema["items"], **definitions}

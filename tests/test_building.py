@@ -20,7 +20,7 @@ from van_deploy.errors import ConversionError
 LEVELS = [f", level {level}, tiling {tiling}" for level in (3, 5) for tiling in ("none", "full")]
 FIXED: dict[str, Any] = {"backend": "inductor", "profiles": (BatchRange(8, 8, 8),)}
 RANGE: dict[str, Any] = {"backend": "inductor", "profiles": (BatchRange(1, 4, 8),)}
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS, MAX, FUSED = ("fp32", "fp16", "bf16"), ", max-autotune", ", fused kernels"
 
 
 @each(
@@ -32,17 +32,10 @@ PRECISIONS = ("fp32", "fp16", "bf16")
             [f"int8 {scope}{t}" for scope in ("pointwise", "deep", "all") for t in LEVELS[:2]],
         ),
         ({**RANGE, "device": "cpu"}, [*PRECISIONS]),
-        (
-            {**RANGE, "device": "cuda:0"},
-            [p + t for p in PRECISIONS for t in ("", ", max-autotune")],
-        ),
+        ({**RANGE, "device": "cuda:0"}, [p + t for p in PRECISIONS for t in ("", MAX)]),
         (
             {**FIXED, "device": "cuda:0"},
-            [
-                *("fp32", "fp32, max-autotune"),
-                *("fp16", "fp16, max-autotune", "fp16, fused kernels"),
-                *("bf16", "bf16, max-autotune", "bf16, fused kernels"),
-            ],
+            ["fp32", f"fp32{MAX}", *(p + t for p in ("fp16", "bf16") for t in ("", MAX, FUSED))],
         ),
     ],
 )

@@ -17,7 +17,7 @@ from van_deploy import config, judging
 from van_deploy.bench.benchmark import benchmark_bundle
 from van_deploy.bench.document import BenchReport, save_report
 from van_deploy.checks.verify import record_check
-from van_deploy.config.named import EXPORT, Changes, changes_from, settings_from, with_changes
+from van_deploy.config.named import EXPORT, Change, changes_from, settings_from
 from van_deploy.documents import Verdict
 from van_deploy.recipe import recipe_for
 from van_deploy.report.bundle_report import document_of_bundle
@@ -210,7 +210,7 @@ class Bundle:
         return self._recorded(opened, "verify", judging.verify(opened, asked, self.progress))
 
     def evaluate(
-        self, images: str | Path | None = None, /, **options: Unpack[kw.EvaluateOptions]
+        self, images: str | Path | None = None, /, **options: Unpack[kw.EvaluationOptions]
     ) -> EvaluateReport:
         """Measure top-1 and top-5 of PyTorch and every artefact on a folder of labelled images.
 
@@ -392,7 +392,7 @@ def export(
     """
     from van_deploy import exporting, pipeline
 
-    recipe = _recipe(model, changes_from(EXPORT, options))
+    recipe = recipe_for(model, changes_from(EXPORT, options))
     loaded = exporting.load_for(recipe, offline=offline, progress=progress)
     folder = Path(output) if output else Path("dist") / loaded.name
     how = config.RunSettings(images=Path(images) if images else None, force=force)
@@ -422,8 +422,8 @@ def run_recipe(
     from van_deploy import exporting, pipeline
 
     how = settings_from(config.RunSettings, options)
-    values = {tuple(key.split(".")): value for key, value in (changes or {}).items()}
-    wanted = _recipe(recipe, Changes(values, {place: ".".join(place) for place in values}))
+    values = {tuple(key.split(".")): Change(one, key) for key, one in (changes or {}).items()}
+    wanted = recipe_for(recipe, values)
     loaded = exporting.load_for(wanted, offline=how.offline, progress=progress)
     folder = Path(output) if output else Path("dist") / loaded.name
     return pipeline.run_recipe(loaded, wanted, folder, how, progress)
@@ -431,9 +431,3 @@ def run_recipe(
 
 open_bundle = Bundle
 """Return the bundle at a path. Arguments and errors are those of :class:`Bundle`."""
-
-
-def _recipe(model: str | Path | config.Recipe, changes: Changes) -> config.Recipe:
-    if isinstance(model, config.Recipe):
-        return with_changes(model, changes)
-    return recipe_for(str(model), changes)

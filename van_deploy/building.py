@@ -279,24 +279,29 @@ def _fastest(bundle: Bundle, settings: BuildSettings, host: Host, say: Progress)
                 found.append(Tuned(candidate.described, error=error.message))
             finally:
                 shutil.rmtree(copy)
-    times = {i: one.latency_ms for i, one in enumerate(found) if one.passed and one.latency_ms}
-    if not times:
+    holding = [one for one in found if one.passed and one.latency_ms]
+    if not holding:
         reasons = "; ".join(f"{one.candidate}: {one.error}" for one in found)
         raise ConversionError(
             f"No candidate holds its gate: {reasons}.", "See `van-deploy verify`."
         )
-    best = min(times, key=times.__getitem__)
+    best = found.index(min(holding, key=lambda one: one.latency_ms or 0.0))
     found[best] = replace(found[best], kept=True)
-    _with_scope(bundle.path, candidates[best])
-    report = build_bundle(Bundle.open(bundle.path), candidates[best].settings)
-    return replace(report, tuned=tuple(found))
+    return replace(_built(bundle.path, candidates[best]), tuned=tuple(found))
+
+
+def _built(path: Path, candidate: Candidate) -> BuildReport:
+    """Build a candidate, the INT8 graph it is built from first where it names a scope."""
+    if candidate.scope:
+        images = candidate.settings.images
+        asked = QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
+        quantize_bundle(path, asked, force=True)
+    return build_bundle(Bundle.open(path), candidate.settings)
 
 
 def tried(copy: Path, candidate: Candidate) -> Tuned:
     """Build, judge and time one candidate in a copy of the bundle."""
-    settings = candidate.settings
-    _with_scope(copy, candidate)
-    (built,) = build_bundle(Bundle.open(copy), settings).outcomes
+    settings, (built,) = candidate.settings, _built(copy, candidate).outcomes
     bundle, name = Bundle.open(copy), built.engine
     batch = (settings.profiles or (bundle.manifest.batch,))[0]
     device = "cuda:0" if settings.device in (None, "cpu") else str(settings.device)
@@ -320,14 +325,6 @@ def tried(copy: Path, candidate: Candidate) -> Tuned:
         passed,
         verdict.reason,
     )
-
-
-def _with_scope(path: Path, candidate: Candidate) -> None:
-    """Make the bundle's INT8 graph anew with the candidate's scope, where it names one."""
-    if candidate.scope:
-        images = candidate.settings.images
-        asked = QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
-        quantize_bundle(path, asked, force=True)
 
 
 def _seconds(runner: Any, images: npt.NDArray[Any]) -> float:

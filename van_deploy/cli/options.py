@@ -39,7 +39,7 @@ import typer
 
 from van_deploy.cli.console import Shown, show, telling
 from van_deploy.config.fields import range_text, shown
-from van_deploy.config.named import Changes, Named, named_options, put_all
+from van_deploy.config.named import Change, Changes, Named, named_options, put_all
 from van_deploy.config.sizes import BatchRange, SizeRange
 from van_deploy.schema import validated
 
@@ -145,14 +145,13 @@ def opened(bundle: Path, require_signature: Path | None, progress: Any) -> Bundl
 def _filled(schema: Any, options: Mapping[str, Named], written: Mapping[str, Any]) -> object:
     """Return the options that were written, checked where they are those of a schema."""
     values = {o: _read(options[o], v) for o, v in written.items() if v is not None}
-    changes = Changes(
-        {options[o].place: value for o, value in values.items()},
-        {options[o].place: _flag(options[o], value) for o, value in values.items()},
-    )
+    changes = {
+        options[o].place: Change(value, _flag(options[o], value)) for o, value in values.items()
+    }
     if schema is None:
         return changes
     given, spelling = Given(values), {option.place: option.flags[0] for option in options.values()}
-    spelling |= changes.spelling
+    spelling |= {place: change.written for place, change in changes.items()}
     given.table = validated(schema, put_all({}, changes), spelling=spelling)
     return given
 

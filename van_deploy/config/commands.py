@@ -11,9 +11,8 @@ from typing import Annotated, Literal
 import pydantic
 
 from van_deploy.config.fields import Table, option
-from van_deploy.config.making import LEAVE_OUT
+from van_deploy.config.making import LEAVE_OUT, ClassOrder, EvaluateSettings
 from van_deploy.config.sizes import ImageSizeOption
-from van_deploy.config.tables import ClassOrder, EvaluateSettings
 from van_deploy.errors import UsageError
 
 WHAT, HOW = "What is measured", "How it is done"
@@ -374,8 +373,8 @@ class ServiceSettings(_RequestLimits, _Threads):
         max_delay_ms: How long a lone request waits for others.
         compare: Let the page ask PyTorch too.
         log_requests: Log every request, not only faults.
-        api_key_file: File with the key that clients must send as 'Authorization: Bearer KEY'; by default
-            VAN_DEPLOY_API_KEY in the environment, else no key.
+        api_key_file: File with the key that clients must send as 'Authorization: Bearer KEY'; by
+            default VAN_DEPLOY_API_KEY in the environment, else no key.
     """
 
     PANEL = ""

@@ -13,7 +13,7 @@ import pydantic
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
-from van_deploy.schema import Contradiction, Settings
+from van_deploy.schema import Contradiction, Settings, key_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class Shown:
 
 def option(
     default: Any,
-    text: str = "",
     *,
     key: str = "",
     flags: Sequence[str] = (),
@@ -44,13 +43,11 @@ def option(
     commas: bool = True,
     **limits: Any,
 ) -> Any:
-    """Return the field of one option; everything about it is said here.
+    """Return the field of one option; what it does, the table's docstring says of the attribute.
 
     Args:
         default: its value where nothing is given, or what makes it; ``...`` where something
             must be given.
-        text: what it does, one or two sentences: the help everywhere; without it what the
-            table's docstring says of the attribute.
         key: what files and keyword arguments call it; "" for the attribute's name.
         flags: see :class:`Shown`.
         panel: see :class:`Shown`.
@@ -60,7 +57,6 @@ def option(
     made = {"default_factory": default} if callable(default) else {"default": default}
     return pydantic.Field(
         **made,
-        description=text or None,
         validation_alias=key or None,
         json_schema_extra=Shown(tuple(flags), panel, commas),
         **limits,
@@ -71,11 +67,6 @@ def shown(field: FieldInfo) -> Shown:
     """Return how the command line shows a field."""
     extra: object = field.json_schema_extra
     return extra if isinstance(extra, Shown) else Shown()
-
-
-def key_of(name: str, field: FieldInfo) -> str:
-    """Return what files and keyword arguments call a field."""
-    return field.validation_alias if isinstance(field.validation_alias, str) else name
 
 
 def range_text(limits: Mapping[str, float]) -> str:
