@@ -29,22 +29,6 @@ if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
     from van_deploy.model.variants import VanConfig
 
-__all__ = [
-    "BATCHES",
-    "SMALL_SIZE",
-    "Copy",
-    "MadeOnce",
-    "Subject",
-    "digits_graph",
-    "enter_engine",
-    "export_network",
-    "int8_graph",
-    "put",
-    "subject_of",
-    "with_byte_graph",
-    "with_precisions",
-]
-
 BATCHES = BatchRange(1, 2, 8)
 SMALL_SIZE = 32
 CALIBRATION_IMAGES = 48
