@@ -143,7 +143,7 @@ class TestTheDigits:
 def tiny_bundle(folder: Path, classes: int, problem: str = "") -> Path:
     """Return the bundle of a tiny network of random weights, 32 x 32."""
     from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
-    from van_deploy.pipeline import export_bundle, load_for
+    from van_deploy.exporting import export_bundle, load_for
 
     config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=classes)
     torch.save(random_van(config, seed=3).state_dict(), folder / "tiny.pth")
