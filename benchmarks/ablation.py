@@ -24,7 +24,6 @@ from onnx import ModelProto
 
 from benchmarks.kinds import build_plan, input_shape
 from benchmarks.table import Table, options
-from van_deploy.calibration_set import ImageSelection
 from van_deploy.data.images import ImageSet, decoded_batches, image_set
 from van_deploy.data.samples import digits_set
 from van_deploy.graph.export import onnx_from_van, van_from_onnx
@@ -45,6 +44,7 @@ from van_deploy.precision.plan import (
 )
 from van_deploy.precision.qdq import qdq_for_tensorrt
 from van_deploy.precision.scales import observe
+from van_deploy.recipe import ImageSelection
 
 COLUMNS = ("what", "van_digits, dB", "agreement %", "van_b0 on CIFAR-10, dB", "agreement %")
 CORRECTION = "bias correction"

@@ -17,7 +17,7 @@ from benchmarks.table import Table, options, process_cost
 
 BARE = """
 import sys, torch, onnx, onnxsim
-from van_deploy.model.random_weights import random_van
+from van_deploy.model.van import random_van
 from van_deploy.model.variants import variant_named
 model = random_van(variant_named(sys.argv[1]).config)
 program = torch.onnx.export(

@@ -20,8 +20,8 @@ from van_deploy.environment.packages import execution_providers
 from van_deploy.errors import BundleError, MissingDependency, UsageError
 from van_deploy.graph.files import save_onnx
 from van_deploy.runners.base import CudaOptions
+from van_deploy.runners.network import original_network
 from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, OpenVinoRunner
-from van_deploy.runners.original import original_network
 from van_deploy.runners.tensorrt import TensorRtRunner
 
 # Eager PyTorch, the network as it came: what ratios are given against on a CPU. Its process
