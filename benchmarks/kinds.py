@@ -74,9 +74,11 @@ def graphs_of(spec: str) -> dict[tuple[str, ...], ModelProto]:
             fp32 = onnx_from_van(folded, (64, 96), batch=batch, sizes=sizes)
             kept = usually_kept(fp32)
             kind = (what, f"batch {batch}" if batch else "dynamic batch", str(sizes or "64x96"))
-            found[(*kind, "fp32")] = fp32
-            found[(*kind, "fp16")] = fp16_from_fp32(fp32, kept)
-            found[(*kind, "bf16")] = bf16_from_fp32(fp32, kept)
+            found |= {
+                (*kind, "fp32"): fp32,
+                (*kind, "fp16"): fp16_from_fp32(fp32, kept),
+                (*kind, "bf16"): bf16_from_fp32(fp32, kept),
+            }
     return found
 
 

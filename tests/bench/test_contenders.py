@@ -16,7 +16,7 @@ from van_deploy.bench.document import Contender
 from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.config import BenchSettings
 from van_deploy.environment.hardware import nvidia_driver
-from van_deploy.errors import BundleError, MissingDependency, UsageError, VanDeployError
+from van_deploy.errors import BundleError, MissingDependency, UsageError
 from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import CUDA
 
@@ -29,33 +29,25 @@ SKIPPED = {"openvino/fp32": "OpenVINO is not installed"}
 @each(
     ("patterns", "names"),
     [
-        ((), (*NAMES, *SKIPPED)),
-        (("pytorch",), ("pytorch",)),
-        (("pytorch*",), ("pytorch", "pytorch-compile")),
-        (("ort-cpu",), ("ort-cpu/fp32", "ort-cpu/int8-cpu")),
-        (("*/int8*", "pytorch"), ("pytorch", "ort-cpu/int8-cpu")),
-        (("*/fp32",), ("ort-cpu/fp32", "openvino/fp32")),
+        ("", (*NAMES, *SKIPPED)),
+        ("pytorch", ("pytorch",)),
+        ("pytorch*", ("pytorch", "pytorch-compile")),
+        ("ort-cpu", ("ort-cpu/fp32", "ort-cpu/int8-cpu")),
+        ("*/int8* pytorch", ("pytorch", "ort-cpu/int8-cpu")),
+        ("*/fp32", ("ort-cpu/fp32", "openvino/fp32")),
+        ("tvm", "There is no runner 'tvm' here."),
+        ("openvino", "The runner 'openvino/fp32' cannot start: OpenVINO is not installed."),
     ],
 )
-def test_runners_are_chosen_by_name_run_time_or_pattern(
-    patterns: tuple[str, ...], names: tuple[str, ...]
+def test_runners_are_chosen_by_name_runtime_or_pattern(
+    patterns: str, names: tuple[str, ...] | str
 ) -> None:
-    ready, skipped = chosen((READY, SKIPPED), patterns)
-    assert (*ready, *skipped) == names
-
-
-@each(
-    ("pattern", "error", "words"),
-    [
-        ("tvm", UsageError, "There is no runner 'tvm' here."),
-        ("openvino", MissingDependency, "'openvino/fp32' cannot start: OpenVINO is not installed."),
-    ],
-)
-def test_a_runner_that_cannot_be_had_is_refused(
-    pattern: str, error: type[VanDeployError], words: str
-) -> None:
-    with pytest.raises(error, match=words):
-        chosen((READY, SKIPPED), (pattern,))
+    try:
+        ready, skipped = chosen((READY, SKIPPED), patterns.split())
+        told: object = (*ready, *skipped)
+    except (UsageError, MissingDependency) as error:
+        told = error.message
+    assert told == names
 
 
 def changed(copy: Path, artefacts: Callable[[dict[str, Any]], dict[str, Any]]) -> Bundle:
@@ -75,11 +67,12 @@ def compiled(kind: str, target: str, low: int, high: int) -> dict[str, Any]:
 def test_every_artefact_has_an_entry_and_what_cannot_run_has_a_reason(
     digits_bundle: Bundle, copy_of: Copy
 ) -> None:
+    targets = [{"settings": {"target": target}} for target in ("tensorrt", "cpu")]
     kinds: dict[str, dict[str, Any]] = {
         "fp32": {},
         "fp16": {"precision": "fp16"},
-        "int8": {"precision": "int8", "made_with": {"settings": {"target": "tensorrt"}}},
-        "int8-cpu": {"precision": "int8", "made_with": {"settings": {"target": "cpu"}}},
+        "int8": {"precision": "int8", "made_with": targets[0]},
+        "int8-cpu": {"precision": "int8", "made_with": targets[1]},
         "engine": compiled("engine", "sm_89", 2, 8),
         "package": compiled("package", "x86_64", 1, 128),
     }
