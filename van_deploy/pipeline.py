@@ -18,12 +18,12 @@ from van_deploy.checks.golden import (
     GOLDEN_FILE,
     golden_count,
     images_for_golden,
+    other_sizes,
     reference_samples,
     samples_for,
     write_golden,
 )
 from van_deploy.checks.judging import batch_sizes, common, judge_new
-from van_deploy.checks.samples import other_sizes
 from van_deploy.checks.verify import record_check, verify_bundle
 from van_deploy.config import EvaluationSettings, Recipe, RunSettings, VerifySettings
 from van_deploy.data.labels import class_names_from_file
