@@ -229,6 +229,9 @@ class Report:
 # A recipe that sets nothing.
 DEFAULT = GateProfile()
 
+# Levels of 255 by which an image that is read and resized here may differ.
+RESIZED = Limit(1, "what another build of Pillow may resize otherwise")
+
 # Beyond this a number of images is no advice.
 MOST_IMAGES = 10**8
 

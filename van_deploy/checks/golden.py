@@ -41,7 +41,7 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Bundle, Draft
 from van_deploy.bundle.reading import verify
-from van_deploy.checks.gates import Finding, held
+from van_deploy.checks.gates import RESIZED, Finding, held
 from van_deploy.config.sizes import ImageSize, SizeRange, sides_of, size_text
 from van_deploy.data.images import Batch, image_set, open_image, opened
 from van_deploy.data.samples import check_images, sample_set
@@ -66,8 +66,6 @@ ORIGINALS = 2
 IMAGE_CHANNELS = (1, 3, 4)  # those that image files have
 LONGEST_SIDE = 512  # pixels: large enough to be resized by the pipeline, small enough to ship
 REFERENCE_BATCH = 8  # images PyTorch sees at a time: enough to be fast, few enough to be lean
-RESIZED_WITHIN = 1
-"""Levels of 255 by which another build of Pillow may resize otherwise."""
 
 THEIRS = "the terms of the images given with --images"
 SAMPLES = (
@@ -385,8 +383,8 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
         fault = (
             f"'{path.name}', read and resized here, differs by {change:g} of 255 from the "
             f"golden sample {row}: another decoder, or other preprocessing"
-        ) * (change > RESIZED_WITHIN)
-        findings.append(held("preprocessing", fault, change))
+        ) * (change > RESIZED.value)
+        findings.append(held("preprocessing", fault, change, RESIZED))
     return findings
 
 
