@@ -15,7 +15,7 @@ from van_deploy.checks.judging import common
 from van_deploy.checks.verify import NO_RECIPE, VerifyReport, verify_bundle
 from van_deploy.files import write_atomic
 from van_deploy.recipe import recipe_named
-from van_deploy.runners.original import original_network
+from van_deploy.runners.network import original_network
 from van_deploy.stopwatch import Progress
 
 if TYPE_CHECKING:
