@@ -166,6 +166,13 @@ def test_nothing_from_a_bundle_is_taken_for_markup() -> None:
     assert shown == "\ufffd]0;titleab\ufffd2J[bold]", "nor for a terminal's"
 
 
+@each(("columns", "folded"), [("ms = 1 .1f", True), ("verdict = 0 state; ms = 1 .1f", False)])
+def test_a_long_table_is_folded_but_no_verdict(columns: str, folded: bool) -> None:
+    blocks = table([("fail", 1.0)] * 30, columns, "title")
+    html = html_from_document(Document("name", "", "FAIL", "", {"Speed": blocks}))
+    assert ("<details>" in html) is folded
+
+
 @each("width", [60, 80, 100])
 def test_a_table_that_does_not_fit_becomes_lines_instead_of_slivers(width: int) -> None:
     row = {"name": "fp16", "verdict": "inconclusive", "why": "more images would decide " * 3}
