@@ -164,6 +164,7 @@ def test_a_build_that_is_stopped_leaves_nothing(
     def stop(phase: str, done: int, total: int | None) -> None:
         workers.update(set(psutil.Process().children()) - others)
         for worker in workers:
+            assert os.getsid(worker.pid) == worker.pid, "Ctrl-C would reach it"
             if number is not None:
                 worker.send_signal(number)
         if number is None and done:
