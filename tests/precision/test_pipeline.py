@@ -18,6 +18,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.checks.golden import golden_samples
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import BundleError, GateFailed, ImageError, MissingDependency, UsageError
+from van_deploy.intervals import wilson_interval
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
@@ -195,6 +196,9 @@ def test_noise_is_labelled_and_too_few_images_to_decide_are_no_pass(
     result = quantize_bundle(bundle, asked)
     (row,) = [row for row in result.facts["comparison"] if row["requested"]]
     assert row["passed"]
+    intervals = {"agreement": round(40 * row["agreement"]), "top1": row["correct"]}
+    for name, hits in intervals.items():
+        assert tuple(row[f"{name}_interval"]) == wilson_interval(hits, 40)
     assert "would decide at this rate" in row["doubts"][0]
     assert not result.passed
     again = quantize_bundle(bundle, asked.changed(allow_inconclusive=True))
