@@ -131,12 +131,11 @@ def test_bf16_is_run_verified_and_built_and_said_to_be_emulated(
     assert engine.precision == "bf16"
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile"])
-def test_other_scales_and_what_is_kept(bundle: Path, few: str, method: Any) -> None:
-    asked = PLAIN.changed(calibration=few, method=method, keep=("block4",))
+def test_other_scales_and_what_is_kept(bundle: Path, few: str) -> None:
+    asked = PLAIN.changed(calibration=few, method="percentile", keep=("block4",))
     result = quantize_bundle(bundle, asked)
     assert lines(result)["int8"]["sqnr_db"] > 20
-    assert (result.facts["method"], result.facts["quantized"]) == (method, 35)
+    assert (result.facts["method"], result.facts["quantized"]) == ("percentile", 35)
     kinds = {t.name: t.data_type for t in load(bundle / "model.int8.onnx").graph.initializer}
     assert kinds["block4.1.mlp.fc1.weight"] == 1
     assert "block4.1.mlp.fc1.weight.int8" not in kinds
@@ -159,6 +158,7 @@ def test_a_budget_is_searched_on_other_images_than_it_is_judged_on(
 ) -> None:
     settings = PLAIN.changed(calibration=few, method="minmax", max_drop=0.0, evaluations=3)
     result = quantize_bundle(bundle, settings.changed(evaluate=heldout))
+    assert lines(result)["int8"]["sqnr_db"] > 20
     search = result.facts["search"]
     assert (search["images"], search["of"]) == (60, "top-1")
     assert len(search["trials"]) <= 3
