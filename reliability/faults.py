@@ -221,8 +221,8 @@ def full_disk(
                     if name != "export":
                         shutil.copytree(base, disk / "bundle")
                     (disk / "tmp").mkdir()
-                    where = {"bundle": disk / "bundle", "TMPDIR": str(disk / "tmp")}
-                    trials.run(COMMANDS[name], 0, 3, **where)
+                    full: Any = {"bundle": disk / "bundle", "TMPDIR": str(disk / "tmp")}
+                    trials.run(COMMANDS[name], 0, 3, **full)
         except OSError as error:
             trials.skipped = str(error)
         yield trials

@@ -25,8 +25,7 @@ from van_deploy.runners.network import PYTORCH, Network
 from van_deploy.runners.pytorch import InductorRunner
 
 GPU = Host("a GPU", "sm_90")
-FUSED = {"backend": "inductor", "fused_kernels": True}
-FP16, FP32 = ({**FUSED, "precisions": (precision,)} for precision in ("fp16", "fp32"))
+FUSED: dict[str, Any] = {"backend": "inductor", "fused_kernels": True}
 
 
 @each(
@@ -59,12 +58,12 @@ def test_what_cannot_be_asked_of_inductor_or_of_others(
 
 def test_where_the_fused_kernels_run(digits_bundle: Bundle) -> None:
     one, some = (BatchRange(8, 8, 8),), (BatchRange(1, 4, 8),)
-    served: Any = {**FP16, "profiles": one}
-    assert packages_asked(digits_bundle, BuildSettings(**served), GPU)[0].device == "cuda:0"
-    for refused in ({**FP16, "profiles": some}, {**FP32, "profiles": one}):
-        settings = BuildSettings(**refused)
+    served = BuildSettings(**FUSED, precisions=("fp16",), profiles=one)
+    assert packages_asked(digits_bundle, served, GPU)[0].device == "cuda:0"
+    for precision, batches in (("fp16", some), ("fp32", one)):
+        refused = BuildSettings(**FUSED, precisions=(precision,), profiles=batches)
         with pytest.raises(UsageError, match="fused kernels"):
-            packages_asked(digits_bundle, settings, GPU)
+            packages_asked(digits_bundle, refused, GPU)
 
 
 @pytest.fixture(scope="module")

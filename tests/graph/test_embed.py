@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,8 @@ from van_deploy.model.pixels import normalised
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.random_weights import random_van
 from van_deploy.model.variants import VanConfig
-from van_deploy.runners.onnxruntime import onnxruntime_outputs as run
+from van_deploy.runners.base import Outputs
+from van_deploy.runners.onnxruntime import onnxruntime_outputs
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 PREPROCESSING = Preprocessing(32, *IMAGENET, "bicubic", 0.9, "test")
@@ -31,6 +33,10 @@ NAMES = {"top5": ("top5_classes", "top5_probabilities")}
 def plain() -> onnx.ModelProto:
     """Return a tiny network of four classes: fewer than the five best."""
     return onnx_from_van(random_van(VanConfig((8, 8, 16, 16), (1,) * 4, (2,) * 4, 4)), 32)
+
+
+def run(model: onnx.ModelProto, values: npt.NDArray[Any]) -> Outputs:
+    return onnxruntime_outputs(model, values)
 
 
 def pixels(count: int) -> npt.NDArray[np.uint8]:

@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def test_what_must_not_be_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def fails() -> object:
         raise KeyError("x")
 
+    where: Any = {"sound": tmp_path, "folder": tmp_path, "executed": executed}
     for read, expected in (
         (lambda: 0, ""),
         (fails, "KeyError: 'x'"),
@@ -54,8 +56,7 @@ def test_what_must_not_be_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ((tmp_path / "executed").touch, "it ran something: the payload"),
     ):
         monkeypatch.setitem(KINDS, "image", (1, "", lambda *_, read=read: read))
-        where = ("image", tmp_path, tmp_path, executed)
-        seen = first_fault(lambda draw, where=where: outcome(draw, *where), 0, 1)
+        seen = first_fault(partial(outcome, kind="image", **where), 0, 1)
         assert seen.startswith(expected)
         assert bool(seen) == bool(expected)
 
