@@ -194,54 +194,17 @@ def document(names: str, draw: Draw, sound: Path, folder: Path) -> Reader:
     return command(*(word.format(it=it, sound=sound) for word in words))
 
 
-<<<<<<< HEAD
-def settings_file(source: str, draw: Draw, sound: Path, folder: Path) -> Reader:
+def settings_file(of: str, draw: Draw, sound: Path, folder: Path) -> Reader:
     """Spoil a recipe or a calibration set; read as `run` and `quantize` read them."""
-    from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
-=======
-def _placed(name: str, draw: Draw, sound: Path, folder: Path) -> tuple[Path, Reader]:
-    """Put a sound document into a folder; return it, and what reads it."""
->>>>>>> main
+    from van_deploy import recipe
     from van_deploy.precision.images import choose_images
-    from van_deploy.recipe import (
-        CALIBRATION_SETS,
-        builtin_files,
-        calibration_set_named,
-        read_recipe,
-    )
 
-<<<<<<< HEAD
-    recipe = source == "recipe"
-    known = builtin_files() if recipe else builtin_files(CALIBRATION_SETS)
+    known = recipe.builtin_files(recipe.RECIPES if of == "recipe" else recipe.CALIBRATION_SETS)
     path = Path(shutil.copy(one_of(draw, *sorted(known.values())), folder))
     path.write_bytes(spoiled_document(draw, path.read_bytes(), path.suffix))
-    if recipe:
-        return lambda: read_recipe(path)
-    return lambda: choose_images(calibration_set_named(str(path)).images)
-=======
-    if name in {"manifest", "signature"}:
-        bundle = Path(shutil.copytree(sound / "signed", folder / "bundle"))
-        verb = one_of(draw, *READING) if name == "manifest" else "verify-signature"
-        file = "manifest.json" if name == "manifest" else "manifest.json.sig"
-        return bundle / file, on_bundle(sound, verb, bundle)
-    if name == "key":
-        path = Path(shutil.copy(sound / "key.pem.pub", folder))
-        return path, command("verify-signature", sound / "signed", "--public-key", path)
-    beside = {
-        "sidecar": ("engine.json", "engine.plan"),
-        "config": ("config.json", "preprocessor_config.json", "model.safetensors"),
-        "preprocessor": ("preprocessor_config.json", "config.json", "model.safetensors"),
-    }
-    if name in beside:
-        path, second, *_ = (Path(shutil.copy(sound / n, folder)) for n in beside[name])
-        return path, command(*(("inspect", second) if name == "sidecar" else ("info", folder)))
-    if name == "recipe":
-        path = Path(shutil.copy(one_of(draw, *sorted(builtin_files().values())), folder))
-        return path, lambda: read_recipe(path)
-    source = builtin_files(CALIBRATION_SETS)[one_of(draw, "digits", "folder", "cifar10")]
-    path = Path(shutil.copy(source, folder))
-    return path, lambda: choose_images(calibration_set_named(str(path)).images)
->>>>>>> main
+    if of == "recipe":
+        return lambda: recipe.read_recipe(path)
+    return lambda: choose_images(recipe.calibration_set_named(str(path)).images)
 
 
 def onnx_file(draw: Draw, sound: Path, folder: Path) -> Reader:

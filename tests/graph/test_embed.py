@@ -16,14 +16,8 @@ from van_deploy.errors import ConversionError
 from van_deploy.graph.embed import embed_preprocessing
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.metrics import Task, probabilities
-<<<<<<< HEAD
-from van_deploy.model.preprocess import normalised
-from van_deploy.model.preprocess import Preprocessing
-from van_deploy.model.van import random_van
-=======
 from van_deploy.model.preprocess import Preprocessing, normalised
-from van_deploy.model.van import VAN
->>>>>>> main
+from van_deploy.model.van import random_van
 from van_deploy.model.variants import VanConfig
 from van_deploy.runners.base import Outputs
 from van_deploy.runners.onnxruntime import onnxruntime_outputs
