@@ -109,7 +109,7 @@ class Subject:
 def subject_of(folder: Path, labelled: Path) -> Subject:
     """Return a bundle that :func:`with_precisions` made, with its network and images."""
     from van_deploy.checks.golden import golden_samples
-    from van_deploy.runners.original import original_network
+    from van_deploy.runners.network import original_network
 
     bundle = Bundle.open(folder)
     return Subject(bundle, original_network(bundle), golden_samples(bundle), labelled)
@@ -162,7 +162,7 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     from van_deploy.checks.judging import judge_new
     from van_deploy.data.samples import check_images
     from van_deploy.precision.fp16 import fp16_from_fp32, usually_kept
-    from van_deploy.runners.original import original_network
+    from van_deploy.runners.network import original_network
 
     shutil.copytree(exported, folder)
     bundle = Bundle.open(folder)

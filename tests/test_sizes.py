@@ -23,8 +23,7 @@ from van_deploy.graph.fold import fold_van
 from van_deploy.graph.names import with_dynamic_batch_
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.checkpoint import network_from_state
-from van_deploy.model.random_weights import random_van, smooth_images
-from van_deploy.model.van import VAN
+from van_deploy.model.van import VAN, random_van, smooth_images
 from van_deploy.model.variants import VanConfig
 from van_deploy.precision.fp16 import bf16_from_fp32, fp16_from_fp32, usually_kept
 from van_deploy.runners.network import Network

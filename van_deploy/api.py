@@ -28,8 +28,7 @@ from van_deploy.documents import Verdict
 from van_deploy.recipe import recipe_for, recipe_named
 from van_deploy.report.bundle_report import document_of_bundle
 from van_deploy.report.files import write_report
-from van_deploy.runners.network import Network, require_classes
-from van_deploy.runners.original import original_network
+from van_deploy.runners.network import Network, original_network, require_classes
 from van_deploy.serve.package import PackageReport, package
 from van_deploy.serve.predict import Prediction, predict, sources_from
 from van_deploy.signing import signed_bundle

@@ -122,8 +122,8 @@ def export_recipe(
                 "normalised network input.",
                 "Give uint8 images, or leave --images out.",
             )
-        asked = recipe.export.embed_preprocess, recipe.export.outputs
-        embedded = embed_artefacts(Bundle.open(output), pixels, *asked, batches=batches)
+        images_of_sizes = [pixels[:size] for size in batches]
+        embedded = embed_artefacts(Bundle.open(output), recipe.export, images_of_sizes)
         clock.begin("")
         seconds = {**exported.seconds, **clock.seconds}
         exported = replace(exported, embedded=tuple(embedded), seconds=seconds)

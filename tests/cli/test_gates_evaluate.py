@@ -23,7 +23,7 @@ from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.data.images import image_set
 from van_deploy.data.samples import check_images
-from van_deploy.model.random_weights import random_van
+from van_deploy.model.van import random_van
 from van_deploy.model.variants import VanConfig
 
 SYNSETS = ("n01440764", "n01443537", "n02123045", "n04254680")
@@ -214,7 +214,7 @@ def images(pictures: list[Image.Image], tmp_path: Path) -> Path:
 
 def labels_of(bundle: Path, images: Path, line: Any) -> tuple[str | Path, ...]:
     """Return a command's words, with a labels file of what PyTorch decides of each image."""
-    from van_deploy.runners.original import original_network
+    from van_deploy.runners.network import original_network
 
     loaded = original_network(Bundle.open(bundle))
     inputs = check_images("", loaded.preprocessing, 12, image_set(images)).inputs

@@ -33,8 +33,7 @@ from van_deploy.files import content_key
 from van_deploy.intervals import Interval, bootstrap_interval, wilson_interval
 from van_deploy.metrics import Task
 from van_deploy.ray_tasks import RayTask, run_on_ray
-from van_deploy.runners.network import PYTORCH, require_classes, task_of
-from van_deploy.runners.original import original_network
+from van_deploy.runners.network import PYTORCH, original_network, require_classes, task_of
 from van_deploy.stopwatch import Progress
 
 if TYPE_CHECKING:
