@@ -19,15 +19,14 @@ from van_deploy.bench.document import BenchReport, save_report
 from van_deploy.checks import regression
 from van_deploy.checks.drift import DriftReport, drift_of_bundle
 from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
-from van_deploy.checks.golden import GOLDEN_IMAGES, samples_for
+from van_deploy.checks.golden import GOLDEN_IMAGES, Samples, samples_for
 from van_deploy.checks.judging import common
-from van_deploy.checks.samples import Samples
 from van_deploy.checks.verify import NO_RECIPE, VerifyReport, record_check, verify_bundle
 from van_deploy.config.named import EXPORT, Change, changes_from, settings_from
 from van_deploy.documents import Verdict
+from van_deploy.files import write_atomic
 from van_deploy.recipe import recipe_for, recipe_named
-from van_deploy.report.bundle_report import document_of_bundle
-from van_deploy.report.files import write_report
+from van_deploy.report.files import document_of_bundle, write_report
 from van_deploy.runners.network import Network, original_network, require_classes
 from van_deploy.serve.package import PackageReport, package
 from van_deploy.serve.predict import Prediction, predict, sources_from
@@ -269,7 +268,8 @@ class Bundle:
         measured = regression.baseline_from(opened, samples, verified, evaluated, ratios)
         report = regression.compare_with_baseline(measured, known, verified, evaluated)
         if update and report:
-            regression.write_baseline(file, report.measured)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, report.measured.text())  # one figure a line: a change is one line
         return report
 
     def benchmark(self, *, save: bool = True, **options: Unpack[kw.BenchOptions]) -> BenchReport:

@@ -16,7 +16,6 @@ from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
 from van_deploy.checks import golden
 from van_deploy.checks.gates import Outcome
 from van_deploy.checks.judging import batch_sizes, judge_new
-from van_deploy.checks.samples import Samples, other_sizes
 from van_deploy.config import Recipe
 from van_deploy.data.images import Batch
 from van_deploy.data.labels import class_names_from_file
@@ -171,7 +170,7 @@ def _checked_graph(
     rewrites: Rewrites,
     checked: Batch,
     clock: Stopwatch,
-) -> tuple[Artefact, Samples]:
+) -> tuple[Artefact, golden.Samples]:
     """Write the FP32 graph into a draft, and judge it; return its entry, and what it was judged on.
 
     Raises:
@@ -183,7 +182,7 @@ def _checked_graph(
     files = dict.fromkeys(save_onnx(model, path), "")
     del model
     clock.begin("Running the original network in float64")
-    sizes = other_sizes(recipe.export.dynamic_size, loaded.preprocessing.image_size)
+    sizes = golden.other_sizes(recipe.export.dynamic_size, loaded.preprocessing.image_size)
     samples = golden.reference_samples(loaded, checked, sizes)
     clock.begin(f"Checking agreement at batch {', '.join(map(str, batches))}")
     judged, record = judge_new(path, "fp32", samples, batches)
