@@ -309,9 +309,7 @@ class Network:
 
     def serves(self, batch: int) -> bool:
         """Return whether a batch of that many images is run as it is."""
-        if self._profiles:
-            return any(p.min <= batch <= p.max for p in self._profiles)
-        return batch >= 1
+        return not self._profiles or any(p.min <= batch <= p.max for p in self._profiles)
 
     def serves_size(self, sides: Sequence[int]) -> bool:
         """Return whether images of that height and width are run as they are."""
