@@ -21,7 +21,7 @@ LIMITS_GB = {"van_b1": 1.85, "van_b6": 12.0}
 
 BARE = """
 import sys, torch, onnx, onnxsim
-from van_deploy.model.random_weights import random_van
+from van_deploy.model.van import random_van
 from van_deploy.model.variants import variant_named
 model = random_van(variant_named(sys.argv[1]).config)
 program = torch.onnx.export(

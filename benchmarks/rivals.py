@@ -89,7 +89,7 @@ def _rivals(variant: str, folder: Path) -> dict[str, Path]:
     import openvino
     import torch
 
-    from van_deploy.model.random_weights import random_van
+    from van_deploy.model.van import random_van
     from van_deploy.model.variants import variant_named
 
     warnings.simplefilter("ignore")

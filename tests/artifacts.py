@@ -29,22 +29,6 @@ if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
     from van_deploy.model.variants import VanConfig
 
-__all__ = [
-    "BATCHES",
-    "SMALL_SIZE",
-    "Copy",
-    "MadeOnce",
-    "Subject",
-    "digits_graph",
-    "enter_engine",
-    "export_network",
-    "int8_graph",
-    "put",
-    "subject_of",
-    "with_byte_graph",
-    "with_precisions",
-]
-
 BATCHES = BatchRange(1, 2, 8)
 SMALL_SIZE = 32
 CALIBRATION_IMAGES = 48
@@ -149,7 +133,7 @@ def digits_graph(path: Path, size: int) -> None:
 
 def export_network(folder: Path, weights: str = "van_digits", images: Path | None = None) -> None:
     """Write a bundle of the embedded network, or of a checkpoint, with ``BATCHES``."""
-    from van_deploy.pipeline import export_bundle, load_for
+    from van_deploy.exporting import export_bundle, load_for
 
     if weights == "van_digits":
         recipe = recipe_named(weights).changed(batch=BATCHES)
@@ -160,7 +144,8 @@ def export_network(folder: Path, weights: str = "van_digits", images: Path | Non
 
 def with_byte_graph(folder: Path, exported: Path) -> None:
     """Write a copy of a bundle that also takes bytes, and gives every output."""
-    from van_deploy.pipeline import export_recipe, load_for
+    from van_deploy.exporting import load_for
+    from van_deploy.pipeline import export_recipe
 
     shutil.copytree(exported, folder)
     export = ExportSettings(embed_preprocess="uint8", outputs=("logits", "probabilities", "top5"))

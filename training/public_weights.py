@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from van_deploy.errors import VanDeployError
-from van_deploy.model.hub import find_weights
+from van_deploy.model.files import find_weights
 from van_deploy.model.variants import VARIANTS, Variant, variant_named
 
 TOLERANCE = 0.15

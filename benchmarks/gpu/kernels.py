@@ -35,8 +35,7 @@ from van_deploy.files import write_atomic
 from van_deploy.kernels import launch, network, plain, steps
 from van_deploy.kernels.launch import TILES, Launch, Tile, recorded
 from van_deploy.kernels.network import FusedVan, fused
-from van_deploy.model.random_weights import random_van, smooth_images
-from van_deploy.model.van import VAN
+from van_deploy.model.van import VAN, random_van, smooth_images
 from van_deploy.model.variants import VARIANTS, VanConfig
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -21,8 +21,7 @@ from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
 from van_deploy.metrics import sqnr_db
-from van_deploy.model.pixels import normalised
-from van_deploy.model.preprocess import OFFICIAL
+from van_deploy.model.preprocess import OFFICIAL, normalised
 
 
 def rewritten(path: Path, **arrays: Any) -> Bundle:
@@ -96,9 +95,9 @@ def test_of_few_images_none_is_there_twice(tmp_path: Path) -> None:
 def test_the_users_images_stay_at_home_where_they_should(
     tmp_path: Path, digits: Subject, choice: Any
 ) -> None:
-    from van_deploy.model.random_weights import random_van
+    from van_deploy.exporting import export_bundle, load_for
+    from van_deploy.model.van import random_van
     from van_deploy.model.variants import VanConfig
-    from van_deploy.pipeline import export_bundle, load_for
 
     config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=7)
     torch.save(random_van(config, seed=3).state_dict(), tmp_path / "tiny.pth")

@@ -23,7 +23,7 @@ from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.data.images import image_set
 from van_deploy.data.samples import check_images
-from van_deploy.model.random_weights import random_van
+from van_deploy.model.van import random_van
 from van_deploy.model.variants import VanConfig
 
 SYNSETS = ("n01440764", "n01443537", "n02123045", "n04254680")
@@ -143,7 +143,7 @@ class TestTheDigits:
 def tiny_bundle(folder: Path, classes: int, problem: str = "") -> Path:
     """Return the bundle of a tiny network of random weights, 32 x 32."""
     from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
-    from van_deploy.pipeline import export_bundle, load_for
+    from van_deploy.exporting import export_bundle, load_for
 
     config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=classes)
     torch.save(random_van(config, seed=3).state_dict(), folder / "tiny.pth")

@@ -28,8 +28,7 @@ from van_deploy.data.images import (
     open_image,
 )
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.model.pixels import normalised, pixels_from_image
-from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.preprocess import Preprocessing, normalised, pixels_from_image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

@@ -20,8 +20,7 @@ from van_deploy.data.samples import (
     sample_set,
 )
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.model.pixels import normalised, pixels_from_image
-from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.preprocess import Preprocessing, normalised, pixels_from_image
 
 
 def for_channels(channels: int = 3, side: int = 32) -> Preprocessing:
@@ -63,7 +62,7 @@ def test_without_those_packages_the_images_are_synthetic_and_say_so(
     assert len({item.digest for item in samples.items}) == 8
     slopes = [spectral_slope(dead_leaves_image(seed, 320)) for seed in (1, 2)]
     assert all(-2.7 < slope < -1.5 for slope in slopes), slopes
-    once, other, again = (dead_leaves_image(seed, 96, leaves=200) for seed in (3, 4, 3))
+    once, other, again = (dead_leaves_image(seed, 96) for seed in (3, 4, 3))
     assert (once.shape, str(once.dtype)) == ((96, 96, 3), "uint8")
     assert np.array_equal(once, again)
     assert not np.array_equal(once, other)
@@ -87,7 +86,7 @@ def test_the_digits_know_their_classes_and_noise_that_it_is_noise() -> None:
 
 def test_few_images_are_taken_whole_and_then_shifted(tmp_path: Path) -> None:
     for seed in (0, 1):
-        image = Image.fromarray(dead_leaves_image(seed, 160, leaves=300)).resize((200, 160))
+        image = Image.fromarray(dead_leaves_image(seed, 160)).resize((200, 160))
         image.save(tmp_path / f"{seed}.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     checked = check_images("", for_channels(), 33, tmp_path)

@@ -18,8 +18,7 @@ from van_deploy.errors import ConversionError
 from van_deploy.graph.embed import embed_preprocessing
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.metrics import Task, probabilities
-from van_deploy.model.pixels import normalised
-from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.preprocess import Preprocessing, normalised
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VanConfig
 

@@ -25,7 +25,7 @@ from van_deploy.graph.fold import fold_van
 from van_deploy.kernels import plain, steps
 from van_deploy.kernels.launch import TILES
 from van_deploy.kernels.network import fused
-from van_deploy.model.random_weights import random_van, smooth_images
+from van_deploy.model.van import random_van, smooth_images
 from van_deploy.model.variants import VanConfig
 
 TINY = VanConfig((16, 20, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)

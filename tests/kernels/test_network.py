@@ -16,7 +16,7 @@ from van_deploy.errors import UsageError
 from van_deploy.kernels import plain, steps
 from van_deploy.kernels.launch import Launch, nearest, recorded, tuned_tiles
 from van_deploy.kernels.network import FusedVan, fused
-from van_deploy.model.random_weights import random_van, smooth_images
+from van_deploy.model.van import random_van, smooth_images
 from van_deploy.model.variants import VARIANTS, VanConfig
 
 TINY = VanConfig((16, 20, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)

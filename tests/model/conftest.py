@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from van_deploy.model.random_weights import random_van
-from van_deploy.model.van import VAN
+from van_deploy.model.van import VAN, random_van
 from van_deploy.model.variants import VanConfig
 
 Rename = Callable[[Mapping[str, Tensor], str], dict[str, Tensor]]

@@ -22,10 +22,9 @@ from tests.model.conftest import rename
 from van_deploy.bundle import Bundle, writing
 from van_deploy.errors import BundleError, CheckpointError, DownloadError, UsageError
 from van_deploy.model.checkpoint import LoadedVan, load_van
-from van_deploy.model.hub import LICENCE
+from van_deploy.model.files import LICENCE
 from van_deploy.model.preprocess import OFFICIAL
-from van_deploy.model.random_weights import random_van
-from van_deploy.model.van import VAN
+from van_deploy.model.van import VAN, random_van
 from van_deploy.model.variants import VARIANTS, VanConfig
 from van_deploy.runners.network import original_network
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.each import each
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
-from van_deploy.model.hub import find_weights
+from van_deploy.model.files import find_weights
 from van_deploy.model.variants import VARIANTS, locate_weights
 
 if TYPE_CHECKING:

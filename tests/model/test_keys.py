@@ -20,8 +20,7 @@ from van_deploy.model.checkpoint import (
     read_weights,
 )
 from van_deploy.model.keys import FORMATS
-from van_deploy.model.random_weights import random_van
-from van_deploy.model.van import VAN
+from van_deploy.model.van import VAN, random_van
 from van_deploy.model.variants import VARIANTS, VanConfig
 
 State = dict[str, Tensor]

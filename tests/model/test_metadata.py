@@ -15,11 +15,10 @@ import torch
 from tests.each import each
 from van_deploy.errors import CheckpointError
 from van_deploy.model.checkpoint import LoadedVan, load_van
-from van_deploy.model.hub import Found
+from van_deploy.model.files import Found
 from van_deploy.model.keys import Weights
 from van_deploy.model.metadata import described
-from van_deploy.model.random_weights import random_van
-from van_deploy.model.van import VAN
+from van_deploy.model.van import VAN, random_van
 from van_deploy.model.variants import VanConfig
 
 NAMES = ["ant", "bee", "cat", "dog", "emu"]

@@ -15,8 +15,13 @@ from torchvision import transforms
 from tests.each import each
 from van_deploy.config.sizes import ImageSize
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.model.pixels import normalised, pixels_from_image
-from van_deploy.model.preprocess import OFFICIAL, Interpolation, Preprocessing
+from van_deploy.model.preprocess import (
+    OFFICIAL,
+    Interpolation,
+    Preprocessing,
+    normalised,
+    pixels_from_image,
+)
 from van_deploy.model.processors import from_arguments
 
 SIZES = ((8, 8), (33, 57), (57, 33), (249, 248), (300, 301), (1, 5), (224, 224), (1000, 247))

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from training import public_weights
-from van_deploy.model.random_weights import random_van
-from van_deploy.model.variants import VARIANTS
+from van_deploy.model.van import random_van
+from van_deploy.model.variants import NAMES, VARIANTS
 
 if TYPE_CHECKING:
     from tests.model.conftest import FakeHub
@@ -51,7 +51,7 @@ def test_what_is_not_as_published_is_told(
     assert "van_b0: verify ended with exit code 1" in told(1, "van_b0", "--imagenet", "val")
     assert "van_b1: Visual-Attention-Network/VAN-Small-original/" in told(1, "van_b1")
     pinned = replace(VARIANTS["van_b0"], sha256="0" * 64)
-    monkeypatch.setitem(VARIANTS, "van_b0", pinned)
+    monkeypatch.setitem(NAMES, "van_b0", pinned)
     assert f"its SHA-256 is {digest}, the expected one {'0' * 64}." in told(1, "van_b0")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.each import each
-from van_deploy.model.random_weights import random_van, sha256_of_state, smooth_images
+from van_deploy.model.van import random_van, sha256_of_state, smooth_images
 from van_deploy.model.variants import VARIANTS, VanConfig
 
 

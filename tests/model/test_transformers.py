@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from van_deploy.model.checkpoint import load_van
-from van_deploy.model.pixels import normalised, pixels_from_image
-from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.preprocess import Preprocessing, normalised, pixels_from_image
 from van_deploy.model.processors import from_processor
 
 pytestmark = pytest.mark.slow

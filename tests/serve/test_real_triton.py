@@ -26,7 +26,7 @@ from tests.serve.conftest import PlanMaker
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
 from van_deploy.data.images import find_images, open_image
-from van_deploy.model.pixels import pixels_from_image
+from van_deploy.model.preprocess import pixels_from_image
 from van_deploy.runners.network import Network
 from van_deploy.serve import package as triton_files
 

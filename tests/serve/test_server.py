@@ -31,7 +31,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import ServiceSettings
 from van_deploy.errors import UsageError
 from van_deploy.model.embedded import digits_images
-from van_deploy.model.pixels import normalised, pixels_from_image
+from van_deploy.model.preprocess import normalised, pixels_from_image
 from van_deploy.runners.network import Network, TensorSpec
 from van_deploy.serve.app import return_large_blocks
 from van_deploy.serve.models import Service

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.data.images import open_image
-from van_deploy.model.pixels import pixels_from_image
+from van_deploy.model.preprocess import pixels_from_image
 from van_deploy.runners.network import Network
 
 DOCS = Path(__file__).parents[2] / "docs"

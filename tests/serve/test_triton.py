@@ -32,7 +32,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.data.images import open_image
 from van_deploy.errors import ConversionError, InputError, UsageError
-from van_deploy.model.pixels import pixels_from_image
+from van_deploy.model.preprocess import pixels_from_image
 from van_deploy.runners.network import Network
 from van_deploy.serve.package import check_package, client_of, write_environment
 from van_deploy.serve.triton import TritonModel, loads, models_of, preferred_batches, releases

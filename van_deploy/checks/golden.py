@@ -42,8 +42,7 @@ from van_deploy.data.samples import check_images, sample_set
 from van_deploy.errors import BundleError, ImageError
 from van_deploy.manifest import Golden
 from van_deploy.metrics import Array
-from van_deploy.model.pixels import Pixels, normalised, pixels_from_image
-from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.preprocess import Pixels, Preprocessing, normalised, pixels_from_image
 from van_deploy.model.variants import STAGES, VanConfig
 from van_deploy.runners.base import Images
 

@@ -22,7 +22,7 @@ from van_deploy.config.sizes import ImageSize, SizeRange, sides_of, size_text
 from van_deploy.data.images import Batch
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import Array, Comparison, Task, compare, sqnr_db
-from van_deploy.model.pixels import Pixels
+from van_deploy.model.preprocess import Pixels
 from van_deploy.model.variants import VanConfig
 from van_deploy.runners.base import Images
 

@@ -6,6 +6,7 @@ import enum
 import ipaddress
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,19 @@ class Server(str, enum.Enum):
     """What a package can be for."""
 
     TRITON = "triton"
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A server that answers.
+
+    Attributes:
+        url: where.
+        models: what it serves.
+    """
+
+    url: str
+    models: tuple[str, ...]
 
 
 def bench(
@@ -93,8 +107,8 @@ def predict(
     if images.count("-") > 1:
         raise UsageError("Standard input can be read once.", "Give '-' once.")
     wanted = [_stdin() if image == "-" else image for image in images]
+    from van_deploy.api import Predictions
     from van_deploy.report.sections_model import predictions_blocks
-    from van_deploy.results import Predictions
     from van_deploy.serve.predict import Prediction
 
     kept, artefact = list[Prediction](), options.table.artefact
@@ -172,7 +186,6 @@ def serve(
     Example: van-deploy serve dist/van_b1 --port 8000
     """
     from van_deploy.report.document import Paragraph
-    from van_deploy.results import Listening
     from van_deploy.serve.app import App, listen, run_server
     from van_deploy.serve.models import Service
 

@@ -20,19 +20,18 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from van_deploy.documents import require_regular_file
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.files import content_key, file_sha256
-from van_deploy.model.pixels import MAX_PIXELS, Pixels, image_mode, normalised, pixels_from_image
-from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model import preprocess
+from van_deploy.model.preprocess import MAX_PIXELS, Preprocessing
 
 # What the suffixes stand for; Pillow reads a camera's MPO as JPEG. No others are tried: it gives an
 # EPS to Ghostscript, whatever the file is called.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-BITS_PER_SAMPLE, SAMPLES_PER_PIXEL = 258, 277  # TIFF 6.0, section 8
 # An archive may claim to unpack to so many times its size (recorded ranges have 5), or bytes.
 MOST_UNPACKED, ALWAYS_TAKEN_BYTES = 100, 256 * 2**20
 # Batches decoded before they are asked for: enough to hide a slow file, and a bound on memory.
@@ -242,7 +241,7 @@ def open_image(
         ImageError: not an image, damaged, truncated, too large, or of a pixel
             type without an agreed range (32-bit integers, floats).
     """
-    mode = image_mode(channels)
+    mode = preprocess.image_mode(channels)
     name = name or ("The image" if isinstance(source, bytes) else f"'{source}'")
     try:
         if not isinstance(source, bytes):
@@ -269,18 +268,18 @@ def _converted(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
         DecompressionBombError: it has more than ``max_pixels``.
         ValueError: its pixels have no agreed range, or channels that Pillow drops.
     """
-    width, height = image.size
-    if width * height > max_pixels:
-        raise Image.DecompressionBombError(f"{width} x {height} pixels, more than {max_pixels:,}")
+    if image.width * image.height > max_pixels:
+        size = f"{image.width} x {image.height} pixels"
+        raise Image.DecompressionBombError(f"{size}, more than {max_pixels:,}")
     image.seek(0)
     tags = getattr(image, "tag_v2", {})
-    if mode == "RGBA" and image.mode == "RGB" and tags.get(SAMPLES_PER_PIXEL, 3) > 3:
+    if mode == "RGBA" and image.mode == "RGB" and tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 3) > 3:
         raise ValueError("it has more than 3 channels, and none is marked as transparency")
     ImageOps.exif_transpose(image, in_place=True)  # which makes no copy where nothing is turned
     upright: Image.Image = image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        bits = tags.get(BITS_PER_SAMPLE, 16)  # scaled by what a file can hold: 4095 for 12 bits
-        largest = (1 << int(bits[0] if isinstance(bits, tuple) else bits)) - 1
+        bits = np.ravel(tags.get(TiffImagePlugin.BITSPERSAMPLE, 16))[0]
+        largest = (1 << int(bits)) - 1  # what such a file can hold: 4095 for 12 bits
         values = np.asarray(image).astype(np.float64) * (255 / largest)
         upright = Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
     elif image.mode in {"I", "F"}:
@@ -305,7 +304,7 @@ def opened(item: ImageItem, channels: int = 3) -> Image.Image | None:
     if values.dtype != np.uint8 or values.shape[2] not in {1, 3, 4}:
         return None
     values = values[:, :, 0] if values.shape[2] == 1 else values
-    return Image.fromarray(np.ascontiguousarray(values)).convert(image_mode(channels))
+    return Image.fromarray(np.ascontiguousarray(values)).convert(preprocess.image_mode(channels))
 
 
 def item_values(item: ImageItem, preprocessing: Preprocessing) -> Values:
@@ -317,7 +316,7 @@ def item_values(item: ImageItem, preprocessing: Preprocessing) -> Values:
     """
     image = opened(item, preprocessing.channels)
     if image is not None:
-        return pixels_from_image(image, preprocessing)
+        return preprocess.pixels_from_image(image, preprocessing)
     values, channels = np.asarray(item.data), (preprocessing.channels,)
     bytes_ = values.dtype == np.uint8
     wanted = (*preprocessing.sides, *channels) if bytes_ else (*channels, *preprocessing.sides)
@@ -348,7 +347,7 @@ class Batch:
 
     indices: tuple[int, ...]
     inputs: npt.NDArray[np.float32]
-    pixels: Pixels | None
+    pixels: preprocess.Pixels | None
     unreadable: tuple[tuple[int, str], ...] = ()
     names: tuple[str, ...] = ()
     description: str = ""
@@ -361,7 +360,7 @@ class Batch:
         empty = np.empty((*preprocessing.sides, preprocessing.channels), np.uint8)
         stacked = np.stack([*good.values()] or [empty])[: len(good)]
         if stacked.dtype == np.uint8:
-            return cls(tuple(good), normalised(stacked, preprocessing), stacked, bad)
+            return cls(tuple(good), preprocess.normalised(stacked, preprocessing), stacked, bad)
         return cls(tuple(good), stacked, None, bad)
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,16 +23,13 @@ from van_deploy.data.images import SUFFIXES, ImageSet, image_set
 from van_deploy.documents import DocumentError, text_from
 from van_deploy.errors import ImageError, InputError, UsageError
 
-# What ``class_order`` may say of folders, and what it means; ``names`` is of words in a file.
-CLASS_ORDERS = {
-    "strings": "folders sorted as strings, as torchvision's ImageFolder does",
-    "natural": "folders sorted with numbers as numbers, ignoring case, as timm does",
-    "index": "a number is the class's index, from 0",
-}
-KIT_FILE, KAGGLE_HEADER = "ILSVRC2012_validation_ground_truth.txt", "ImageId,PredictionString"
-GROUND_TRUTH_FILES = (  # Kaggle's ImageNet, TensorFlow's, Caffe's, the development kit's
-    *("LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt", "val.txt", KIT_FILE),
-)
+# What ``class_order`` may say of folders: sorted as strings, or numbers as numbers and ignoring
+# case, or by the number that each is. ``names`` is of words in a file.
+CLASS_ORDERS = {"strings": "as torchvision", "natural": "as timm", "index": "counted from 0"}
+KAGGLE_FILE, KAGGLE_HEADER = "LOC_val_solution.csv", "ImageId,PredictionString"
+TENSORFLOW_FILE = "imagenet_2012_validation_synset_labels.txt"
+KIT_FILE = "ILSVRC2012_validation_ground_truth.txt"
+GROUND_TRUTH_FILES = (KAGGLE_FILE, TENSORFLOW_FILE, "val.txt", KIT_FILE)  # val.txt is Caffe's
 WORDNET_ID = re.compile(r"n\d{8}")
 _NUMBER = re.compile("[0-9]+")
 
@@ -81,8 +78,7 @@ class ClassWords:
         what = " or ".join(map(str, sorted(found))) or "no class"
         raise InputError(
             f"'{word}' in {where} may mean {what} of this network's 0 to {self.count - 1}.",
-            "A label is a class name, a WordNet id, or an index from 0; --class-order names "
-            "or index says which.",
+            "Give a name, a WordNet id or an index; --class-order names or index says which.",
         )
 
     @cached_property
@@ -135,39 +131,48 @@ def labelled_images(
         return _of_file(images, labels_file, words, class_order)
     if images.labels is not None:  # the digits' own
         return images
-    called = [i.group or (WORDNET_ID.match(Path(i.name).name) or [""])[0] for i in images.items]
-    meant = {word: words.named(word) for word in dict.fromkeys(called)}
+    if class_order in {None, "names"} and (named := _by_name(images, words)):
+        return named
     groups = sorted({item.group for item in images.items})
     flat, unfit = groups == [""], ""
-    if class_order in {None, "names"} and all(len(found) == 1 for found in meant.values()):
-        kind = "WordNet id" if all(map(WORDNET_ID.fullmatch, meant)) else "class name"
-        how = f"{'files' if flat else 'class folders'} by {kind}"
-        first = {number: word for word, (number,) in reversed(meant.items())}
-        for word, (number,) in meant.items():
-            if first[number] != word:
-                raise ImageError(
-                    f"The folders '{first[number]}' and '{word}' are both class {number}.",
-                    "Put their images into one, or rename one of them.",
-                )
-        return images.labelled([meant[word][0] for word in called], how)
-    places = [images.root.resolve()] if images.root is not None and find_labels else []
-    places += [*places[0].parents][:3] if flat and places else []
-    beside = (place / name for place in places for name in GROUND_TRUTH_FILES)
-    file = next((path for path in beside if path.is_file()), None)
-    if file is not None and (flat or class_order is None):
-        try:
-            return _of_file(images, file, words, class_order)
-        except InputError as error:
-            unfit = f" ('{file}' is not used: {error.message.rstrip('.')})"
+    if images.root is not None and find_labels and (flat or class_order is None):
+        here = images.root.resolve()
+        places = (here, *here.parents[:3]) if flat else (here,)
+        beside = (place / name for place in places for name in GROUND_TRUTH_FILES)
+        if file := next(filter(Path.is_file, beside), None):
+            try:
+                return _of_file(images, file, words, class_order)
+            except InputError as error:
+                unfit = f" ('{file}' is not used: {error.message.rstrip('.')})"
     if "" in groups:
         lost = next(item.name for item in images.items if not item.group)
         raise ImageError(
             f"Nothing says which class '{lost}' belongs to{unfit}.",
             "Sort the images into one folder a class, or give --labels FILE.",
         )
-    found, how = _of_order(images, groups, words, class_order, unfit)
-    by_group = dict(zip(groups, found, strict=True))
-    return images.labelled([by_group[item.group] for item in images.items], how + unfit)
+    return _by_order(images, groups, words, class_order, unfit)
+
+
+def _by_name(images: ImageSet, words: ClassWords) -> ImageSet | None:
+    """Return the images by class folders' names or WordNet ids; None where one names no class.
+
+    Raises:
+        ImageError: two folders name the same class.
+    """
+    called = [i.group or (WORDNET_ID.match(Path(i.name).name) or [""])[0] for i in images.items]
+    meant = {word: words.named(word) for word in dict.fromkeys(called)}
+    if any(len(found) != 1 for found in meant.values()):
+        return None
+    by_class: dict[int, str] = {}
+    for word, (number,) in meant.items():
+        if by_class.setdefault(number, word) != word:
+            raise ImageError(
+                f"The folders '{by_class[number]}' and '{word}' are both class {number}.",
+                "Put their images into one, or rename one of them.",
+            )
+    kind = "WordNet id" if all(map(WORDNET_ID.fullmatch, meant)) else "class name"
+    what = "class folders" if any(item.group for item in images.items) else "files"
+    return images.labelled([meant[word][0] for word in called], f"{what} by {kind}")
 
 
 # --- the order of class folders --------------------------------------------------------------
@@ -182,10 +187,10 @@ def natural_key(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
-def _of_order(
+def _by_order(
     images: ImageSet, groups: Sequence[str], words: ClassWords, order: str | None, unfit: str
-) -> tuple[Sequence[int], str]:
-    """Return the class of each folder by its place or number, and how it was found.
+) -> ImageSet:
+    """Return the images with the class of each folder, by the folder's place or number.
 
     Places are those among all folders where these are as many as the classes: then an empty
     folder is a class without images. Numbers that leave classes out may count from 0 or from 1.
@@ -195,31 +200,29 @@ def _of_order(
     """
     readings: dict[str, tuple[int, ...]] = {}
     whole = sorted(images.folders if len(images.folders) == words.count else groups)
-    numeric = all(_NUMBER.fullmatch(name) for name in whole)
+    numeric, complete = all(map(_NUMBER.fullmatch, whole)), len(whole) == words.count
     if numeric and max(map(int, whole)) < words.count:
         readings["index"] = tuple(map(int, groups))
-    if len(whole) == words.count:
+    if complete:
         natural = sorted(whole, key=natural_key)
-        readings["strings"] = tuple(whole.index(name) for name in groups)
-        readings["natural"] = tuple(natural.index(name) for name in groups)
-    if order in readings:
-        return readings[order], f"class folders in the order asked for ({order})"
+        readings["strings"] = tuple(map(whole.index, groups))
+        readings["natural"] = tuple(map(natural.index, groups))
     strangers = [name for name in groups if len(words.named(name)) != 1]
-    named = len(strangers) < len(groups) or (words.names and not numeric)
-    if order or named or not readings:
-        wrong = (
-            f"{f'--class-order {order} does not fit: ' if order else ''}{len(strangers)} of the "
-            f"{len(groups)} folders in '{images.root}' do not name one of the network's "
-            f"{words.count} classes: {', '.join(strangers[:5])}{unfit}."
-        )
-    elif len({*readings.values()}) == 1 and len(whole) == words.count:
+    nameless = len(strangers) == len(groups) and (numeric or not words.names)
+    agreed = complete and nameless and len({*readings.values()}) == 1
+    if order in readings or (agreed and not order):
         how = "by number" if numeric else "in sorted order (the weights name no classes)"
-        return readings["strings"], f"class folders {how}"
-    else:
-        wrong = (
-            f"The classes of the {len(groups)} folders in '{images.root}' are not known: nothing "
-            f"says in which order the network has them{unfit}. What fits:"
-        )
+        how = f"in the order asked for ({order})" if order else how
+        by_group = dict(zip(groups, readings[order or "strings"], strict=True))
+        labels = [by_group[item.group] for item in images.items]
+        return images.labelled(labels, f"class folders {how}{unfit}")
+    wrong = (
+        f"{f'--class-order {order} does not fit: ' if order else ''}{len(strangers)} of the "
+        f"{len(groups)} folders in '{images.root}' do not name one of the network's "
+        f"{words.count} classes: {', '.join(strangers[:5])}{unfit}."
+    )
+    if nameless and readings and not order:
+        wrong += " Nothing says in which order the network has them. What fits:"
         rows = [*zip(groups, *readings.values(), strict=True)]
         rows.sort(key=lambda row: len({*row[1:]}) == 1)  # first what they differ in
         for place, name in enumerate(readings, 1):
@@ -330,24 +333,22 @@ def _said(images: ImageSet, file: Path, lines: Sequence[tuple[int, str]]) -> lis
     Raises:
         InputError: an image has no line, or two that differ.
     """
-    named: dict[str, int | None] = {}
     tails = [_tails(item.name) for item in images.items]
-    for index, each in enumerate(tails):
-        for tail in each:
-            named[tail] = None if tail in named else index  # what several are called says nothing
-    named.update({each[0]: index for index, each in enumerate(tails)})
+    times = Counter(tail for each in tails for tail in each)  # what several are called names none
+    named = {t: index for index, each in enumerate(tails) for t in each if times[t] == 1}
+    named |= {each[0]: index for index, each in enumerate(tails)}
     said: dict[int, tuple[int, str]] = {}
     for number, line in lines:
         for cut in reversed([*re.finditer(r"[\s,;]+", line)]):
-            found = [named.get(tail) for tail in _tails(_bare(line[: cut.start()]))]
-            index, label = next((i for i in found if i is not None), -1), _bare(line[cut.end() :])
-            if index < 0:
+            found = [named[tail] for tail in _tails(_bare(line[: cut.start()])) if tail in named]
+            if not found:
                 continue
-            before = said.setdefault(index, (number, label))
+            label, image = _bare(line[cut.end() :]), images.items[found[0]].name
+            before = said.setdefault(found[0], (number, label))
             if before[1] != label:
                 raise InputError(
-                    f"'{file}' contradicts itself about '{images.items[index].name}': "
-                    f"'{before[1]}' in line {before[0]}, '{label}' in line {number}.",
+                    f"'{file}' contradicts itself about '{image}': '{before[1]}' in line "
+                    f"{before[0]}, '{label}' in line {number}.",
                     "Take the wrong line out.",
                 )
             break

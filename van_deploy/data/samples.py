@@ -17,14 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.config.sizes import ImageSize, sides_of
-from van_deploy.data.images import (
-    Batch,
-    ImageItem,
-    ImageSet,
-    Values,
-    image_set,
-    item_values,
-)
+from van_deploy.data.images import Batch, ImageItem, ImageSet, Values, image_set, item_values
 from van_deploy.errors import ImageError
 from van_deploy.model.embedded import EMBEDDED_NAME, DigitsSplit, digits_images
 from van_deploy.model.preprocess import Preprocessing
@@ -35,7 +28,7 @@ PHOTOGRAPHS = (
     *("skimage/data/motorcycle_left.png", "skimage/data/rocket.jpg"),
     *("sklearn/datasets/images/china.jpg", "sklearn/datasets/images/flower.jpg"),
 )
-SYNTHETIC_IMAGES = 8
+SYNTHETIC_IMAGES, LEAVES = 8, 1000
 SHIFTED = "shifted "
 
 
@@ -52,14 +45,13 @@ def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None)
     if model_name == EMBEDDED_NAME:
         return digits_set("heldout")
     size: ImageSize = 320
-    channels, items = 3, list[ImageItem]()
+    channels, names, items = 3, [*PHOTOGRAPHS], list[ImageItem]()
     if preprocessing is not None and preprocessing.channels not in {1, 3, 4}:
-        size, channels = preprocessing.image_size, preprocessing.channels
-    else:
-        for name in PHOTOGRAPHS:
-            spec = importlib.util.find_spec(name.partition("/")[0])  # which imports nothing
-            path = Path(spec.origin).parents[1] / name if spec and spec.origin else Path()
-            items += [ImageItem(path.stem, path)] if path.is_file() else []  # releases differ
+        size, channels, names = preprocessing.image_size, preprocessing.channels, []
+    for name in names:
+        spec = importlib.util.find_spec(name.partition("/")[0])  # which imports nothing
+        path = Path(spec.origin).parents[1] / name if spec and spec.origin else Path()
+        items += [ImageItem(path.stem, path)] if path.is_file() else []  # releases differ
     if items:
         named = ", ".join(item.name for item in items)
         return ImageSet(tuple(items), f"{len(items)} natural photographs: {named}")
@@ -87,9 +79,7 @@ def noise_set(count: int, preprocessing: Preprocessing, seed: int = 0) -> ImageS
     return ImageSet(items, f"{count} samples of NOISE, no images", noise=True)
 
 
-def dead_leaves_image(
-    seed: int, size: ImageSize, channels: int = 3, leaves: int = 1000
-) -> npt.NDArray[np.uint8]:
+def dead_leaves_image(seed: int, size: ImageSize, channels: int = 3) -> npt.NDArray[np.uint8]:
     """Return a synthetic image ``(H, W, channels)`` uint8, always the same one.
 
     Shaded discs that hide each other, with radii of density ``r**-3``: the edges, contrasts and
@@ -99,7 +89,7 @@ def dead_leaves_image(
     rng, sides = np.random.default_rng(seed), sides_of(size)
     canvas = np.tile(rng.uniform(0, 255, channels), (*sides, 1))
     low, high = 2.0, 0.35 * min(sides)  # pixels
-    radii = (low**-2 - rng.uniform(size=leaves) * (low**-2 - high**-2)) ** -0.5
+    radii = (low**-2 - rng.uniform(size=LEAVES) * (low**-2 - high**-2)) ** -0.5
     for radius in radii:
         y, x = rng.uniform(-radius, np.add(sides, radius))
         window = [slice(max(0, int(c - radius)), max(0, int(c + radius + 2))) for c in (y, x)]
@@ -164,8 +154,7 @@ def check_images(
             "Give more images that can be read.",
         )
     names, every = zip(*found.values(), strict=True)
-    made = any(name.startswith(SHIFTED) for name in names)
-    taken = f"{count} images and shifts of" if made else f"{count} of"
-    described = f"{taken} {images.description}{unread}"
+    shifted = "images and shifts of" if any(name.startswith(SHIFTED) for name in names) else "of"
     batch = Batch.of(dict(enumerate(every)), preprocessing)
+    described = f"{count} {shifted} {images.description}{unread}"
     return replace(batch, names=names, description=described)

@@ -7,7 +7,7 @@ the image's own numbers and can give probabilities and the top-k classes too:
   them and a quarter of the transfer. Cast, layout and normalisation are nodes.
 - ``normalize``: ``pixels (batch, C, S, S)`` float32 in 0..1.
 
-Resizing and cropping stay with the client (:mod:`van_deploy.model.pixels`).
+Resizing and cropping stay with the client (:mod:`van_deploy.model.preprocess`).
 
 Nothing is folded into the first convolution. It pads with zeros, which stand
 for the *mean* colour: with the subtraction folded into its bias they would

@@ -26,13 +26,11 @@ from torch import Tensor
 
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME, EMBEDDED_WEIGHTS
-from van_deploy.model.files import SUFFIXES, load_file
-from van_deploy.model.hub import find_weights
+from van_deploy.model.files import SUFFIXES, find_weights, load_file
 from van_deploy.model.keys import TOP_LEVEL, Weights, find_network, official_names
 from van_deploy.model.metadata import described
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.random_weights import random_van, sha256_of_state
-from van_deploy.model.van import HEAD_LAYERS, STAGES, VAN
+from van_deploy.model.van import HEAD_LAYERS, STAGES, VAN, random_van, sha256_of_state
 from van_deploy.model.variants import VARIANTS, VanConfig, WeightsSource, variant_named
 
 ALL_STAGES = (0, 1, 2, 3)

@@ -29,7 +29,7 @@ from timm.models import PretrainedCfg
 
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model import processors
-from van_deploy.model.hub import CONFIG, PROCESSOR, Found
+from van_deploy.model.files import CONFIG, PROCESSOR, Found
 from van_deploy.model.keys import Weights
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.variants import VARIANTS, VanConfig

@@ -111,8 +111,7 @@ class VanConfig:
     @property
     def variant(self) -> str | None:
         """The published variant with this architecture (classes and channels aside), or None."""
-        same = (name for name, known in VARIANTS.items() if known.config.body == self.body)
-        return next(same, None)
+        return next((n for n, known in VARIANTS.items() if known.config.body == self.body), None)
 
     @property
     def blocks(self) -> int:
@@ -227,6 +226,11 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 
+NAMES = {
+    name: variant for variant in VARIANTS.values() for name in (variant.name, *variant.aliases)
+}
+"""Every name of a variant."""
+
 
 def variant_named(name: str) -> Variant:
     """Return the variant called ``name`` (``van_b1``, or its older name ``van_small``).
@@ -235,7 +239,7 @@ def variant_named(name: str) -> Variant:
         UsageError: there is none; the nearest names are given.
     """
     wanted = name.lower().replace("-", "_")
-    if found := next((v for v in VARIANTS.values() if wanted in (v.name, *v.aliases)), None):
+    if found := NAMES.get(wanted):
         return found
     near = difflib.get_close_matches(wanted, list(VARIANTS), n=3, cutoff=0.5)
     guess = f"Did you mean {' or '.join(near)}? " if near else ""
@@ -303,13 +307,10 @@ def cached_snapshot(repo_id: str, revision: str) -> Path:
     """Return the folder of a repository's revision in the hub's cache; it may not exist."""
     from huggingface_hub import constants
 
-    folder, commit = (
-        Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}",
-        revision,
-    )
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
     with contextlib.suppress(OSError):
-        commit = (folder / "refs" / revision).read_text(encoding="utf-8").strip()
-    return folder / "snapshots" / commit
+        revision = (folder / "refs" / revision).read_text(encoding="utf-8").strip()
+    return folder / "snapshots" / revision
 
 
 def locate_weights(variant: Variant) -> Path | None:

@@ -28,8 +28,7 @@ from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import Task, probabilities
-from van_deploy.model.pixels import Pixels, normalised
-from van_deploy.model.preprocess import Preprocessing
+from van_deploy.model.preprocess import Pixels, Preprocessing, normalised
 from van_deploy.runners.base import Images, Runner, gpu_index
 from van_deploy.runners.base import Outputs as Outputs
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
@@ -381,7 +380,7 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
     try:
         from van_deploy.model.checkpoint import LoadedVan, network_from_state, read_weights
         from van_deploy.model.embedded import EMBEDDED_WEIGHTS
-        from van_deploy.model.random_weights import random_van, sha256_of_state
+        from van_deploy.model.van import random_van, sha256_of_state
     except ImportError as error:
         raise MissingDependency(
             f"The original network needs PyTorch and timm: {error}.",

@@ -22,7 +22,7 @@ from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES, embed_preproc
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import probabilities
-from van_deploy.model.pixels import Pixels, normalised
+from van_deploy.model.preprocess import Pixels, normalised
 from van_deploy.provenance import code_digest
 from van_deploy.runners.network import network_input, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner

@@ -25,7 +25,7 @@ from van_deploy.config import ServiceSettings, TritonSettings
 from van_deploy.data.images import FORMATS, open_image
 from van_deploy.errors import UsageError, VanDeployError, needs_extra
 from van_deploy.metrics import probabilities
-from van_deploy.model.pixels import Pixels, pixels_from_image
+from van_deploy.model.preprocess import Pixels, pixels_from_image
 from van_deploy.runners.network import PYTORCH, NamedClass, Network, Outputs, require_classes
 from van_deploy.serve.requests import MIB, Allowance, Intake, Values
 from van_deploy.serve.triton import TritonModel, model_config, served_name, usual_artefacts

@@ -30,7 +30,7 @@ from van_deploy.config import PackageSettings
 from van_deploy.errors import ConversionError, InputError, UsageError, needs_extra
 from van_deploy.files import file_sha256
 from van_deploy.metrics import Task
-from van_deploy.model.pixels import image_mode
+from van_deploy.model.preprocess import image_mode
 from van_deploy.runners.onnxruntime import require_onnxruntime
 from van_deploy.schema import Versioned, read_versioned
 from van_deploy.serve import triton
@@ -229,7 +229,7 @@ def client_of(model: TritonModel) -> str:
 
     It is the one place where a client's preprocessing is written down for others to copy,
     so it holds the weights' own values and is tested to compute the same bytes as
-    :mod:`van_deploy.model.pixels`.
+    :mod:`van_deploy.model.preprocess`.
     """
     network, preprocessing = model.network, model.network.preprocessing
     values = {

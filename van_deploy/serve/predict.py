@@ -11,7 +11,7 @@ import numpy as np
 
 from van_deploy.data.images import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.model.pixels import Pixels, pixels_from_image
+from van_deploy.model.preprocess import Pixels, pixels_from_image
 from van_deploy.runners.network import NamedClass, Network
 
 
