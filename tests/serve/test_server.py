@@ -411,9 +411,10 @@ def test_a_full_queue_is_429_whatever_the_route_and_what_waits_is_answered(
     ):
         server.service._ask_pytorch = lambda *_: {"held": gate.wait(30)}  # type: ignore
         queue = server.service.models[BYTES].queue
-        for what, answered in (((INFER, body, size), 2), (("/predict?compare=1", image), 16)):
+        every: Any = (((INFER, body, size), 2), (("/predict?compare=1", image), 16))
+        for what, answered in every:
             asked = [pool.submit(ask, server, *what) for _ in range(answered + 4)]
-            until(lambda asked=asked: sum(future.done() for future in asked) == 4)  # at once
+            until(lambda: sum(future.done() for future in asked) == 4)  # noqa: B023 - at once
             assert queue.used == 16
             refused, answer, headers = ask(server, "/predict", image)
             assert (refused, headers["Retry-After"]) == (429, "1")
