@@ -25,7 +25,7 @@ from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe,
 from van_deploy.recipe import recipe_named
 
 if TYPE_CHECKING:
-    from van_deploy.checks.samples import Samples
+    from van_deploy.checks.golden import Samples
     from van_deploy.model.checkpoint import LoadedVan
     from van_deploy.model.variants import VanConfig
 

@@ -18,8 +18,7 @@ from tests.conftest import Cli
 from tests.each import each
 from tests.model.conftest import rename
 from van_deploy.bundle import Bundle, writing
-from van_deploy.checks.golden import golden_count, golden_samples
-from van_deploy.checks.samples import SKETCH, sketch
+from van_deploy.checks.golden import SKETCH, golden_count, golden_samples, sketch
 from van_deploy.config import (
     BatchRange,
     ExportSettings,

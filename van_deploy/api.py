@@ -20,8 +20,7 @@ from van_deploy.checks.verify import record_check
 from van_deploy.config.named import EXPORT, Change, changes_from, settings_from
 from van_deploy.documents import Verdict
 from van_deploy.recipe import recipe_for
-from van_deploy.report.bundle_report import document_of_bundle
-from van_deploy.report.files import write_report
+from van_deploy.report.files import document_of_bundle, write_report
 from van_deploy.runners.network import Network, require_classes
 from van_deploy.serve.package import PackageReport, package
 from van_deploy.serve.predict import Prediction, predict, sources_from

@@ -16,13 +16,14 @@ from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
 from van_deploy.checks.gates import Outcome
 from van_deploy.checks.golden import (
     GOLDEN_FILE,
+    Samples,
     golden_count,
     images_for_golden,
+    other_sizes,
     reference_samples,
     write_golden,
 )
 from van_deploy.checks.judging import batch_sizes, judge_new
-from van_deploy.checks.samples import Samples, other_sizes
 from van_deploy.config import Recipe
 from van_deploy.data.images import Batch
 from van_deploy.data.labels import class_names_from_file

@@ -20,7 +20,7 @@ from van_deploy.errors import GateFailed, ImageError, UsageError
 from van_deploy.stopwatch import silent
 
 if TYPE_CHECKING:
-    from van_deploy.report.document import Facts
+    from van_deploy.report.document import Block
     from van_deploy.signing import Signed
 
 STDIN_LIMIT_BYTES = 256 * 2**20
@@ -226,13 +226,13 @@ def sign(
     signed, notes = sign_bundle(bundle, key), []
     if key.stat().st_mode & 0o077:
         notes = [f"note: others on this machine may read or use '{key}': chmod 600 it"]
-    return Shown(signed, lambda _: [_signature_facts(signed)], notes)
+    return Shown(signed, lambda _: _signature_facts(signed), notes)
 
 
-def _signature_facts(signed: Signed) -> Facts:
-    from van_deploy.report.document import Facts
+def _signature_facts(signed: Signed) -> list[Block]:
+    from van_deploy.report.document import named
 
-    return Facts({name.replace("_", " "): value for name, value in plain(signed).items()})
+    return named({name.replace("_", " "): value for name, value in plain(signed).items()})
 
 
 def verify_signature(
@@ -245,12 +245,12 @@ def verify_signature(
 
     Example: van-deploy verify-signature dist/van_b1 --public-key release.pem.pub
     """
-    from van_deploy.report.document import Notice
+    from van_deploy.report.document import notices
     from van_deploy.signing import signed_bundle
 
     _, signed = signed_bundle(bundle, public_key)
     said = f"{signed.files} files are what was signed, and there is no other"
-    return Shown(signed, lambda _: [Notice("PASS", said), _signature_facts(signed)])
+    return Shown(signed, lambda _: [*notices("PASS", [said]), *_signature_facts(signed)])
 
 
 def report(
@@ -269,8 +269,9 @@ def report(
 
     Example: van-deploy report dist/van_b1
     """
-    from van_deploy.report.document import Facts, Notice, bytes_text
+    from van_deploy.report.document import bytes_text, named, notices
 
     written = opened(bundle, None, silent).report(output)
     sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}
-    return Shown(written, lambda _: [Notice(written.verdict, written.checks), Facts(sizes)])
+    said = notices(written.verdict, [written.checks])
+    return Shown(written, lambda _: [*said, *named(sizes)])
