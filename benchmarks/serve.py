@@ -98,17 +98,16 @@ def load(given: argparse.Namespace, table: Table) -> None:
         spent = {name: value - before[name] for name, value in server_metrics(url).items()}
     rows, batches = (spent[f"van_deploy_batch_rows_{what}"] for what in ("sum", "count"))
     cpu, infer = spent["process_cpu_seconds_total"], spent["van_deploy_infer_cpu_seconds_total"]
-    manifest, lost = Bundle.open(given.bundle).manifest, count - found.answered
-    size, own = manifest.preprocessing.image_size, 1 - infer / cpu
+    manifest = Bundle.open(given.bundle).manifest
     p50, p99 = np.percentile(found.latencies_ms, [50, 99])
-    who = f"{manifest.name} at {size} px, {count:,} requests, {given.clients} clients"
     table.row(
-        who,
-        f"{found.answered / seconds:.1f} images/s, mean batch "
-        f"{rows / batches:.1f}, latency p50 {p50:.0f} ms and p99 {p99:.0f} ms, "
-        f"{1e3 * cpu / count:.2f} ms of processor time an image, {100 * own:.2f} % of it "
-        f"outside inference, largest relative difference {found.worst:.1e}, "
-        f"{lost} lost, {found.wrong} wrong",
+        f"{manifest.name} at {manifest.preprocessing.image_size} px, {count:,} requests, "
+        f"{given.clients} clients",
+        f"{found.answered / seconds:.1f} images/s, mean batch {rows / batches:.1f}, latency p50 "
+        f"{p50:.0f} ms and p99 {p99:.0f} ms, {1e3 * cpu / count:.2f} ms of processor time an "
+        f"image, {100 * (1 - infer / cpu):.2f} % of it outside inference, "
+        f"{count - found.answered} lost, {found.wrong} wrong, largest relative difference "
+        f"{found.worst:.1e}",
     )
 
 
@@ -137,9 +136,10 @@ def triton(given: argparse.Namespace, table: Table) -> None:
             table.row(f"beside Triton, round {index + 1}", figures)
     low, ratio, high = np.percentile(np.divide(rates["ours"], rates["triton"]), [25, 50, 75])
     wrong = found.wrong + len(found.latencies_ms) - found.answered
-    measured = f"{ratio:.2f} x (quartiles {low:.2f} to {high:.2f}), {wrong} wrong answers"
-    text = "throughput over Triton's Python backend, equal threads, instances and batching"
-    table.row(text, measured)
+    figures = f"{ratio:.2f} x (quartiles {low:.2f} to {high:.2f}), {wrong} wrong answers"
+    table.row(
+        "throughput over Triton's Python backend: threads, instances, batching alike", figures
+    )
 
 
 def worst(given: argparse.Namespace, table: Table) -> None:
@@ -164,11 +164,11 @@ def worst(given: argparse.Namespace, table: Table) -> None:
         attacking.kill()
         attacking.join()
     p50, p99, most = np.percentile(latencies, [50, 99, 100])
-    live = f"p50 {p50:.0f}, p99 {p99:.0f}, most {most:.0f} ms of {len(latencies)}"
-    text = f"{ATTACKERS} clients with the worst bodies"
-    table.row(f"{text}: /v2/health/live", live)
-    more = f"{peak - idle:.0f} MiB above {idle:.0f}"
-    table.row(f"{text}: memory", more)
+    table.row(
+        f"{ATTACKERS} clients with the worst bodies",
+        f"/v2/health/live p50 {p50:.0f}, p99 {p99:.0f}, most {most:.0f} ms of {len(latencies)}; "
+        f"memory {peak - idle:.0f} MiB above {idle:.0f}",
+    )
 
 
 def attack(url: str, bodies: list[bytes]) -> None:
