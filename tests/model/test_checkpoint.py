@@ -171,7 +171,7 @@ def test_random_weights_are_labelled() -> None:
     assert loaded.preprocessing.mean == OFFICIAL.mean
     assert load_van("van_b0", weights="random", layer_norm_eps=1e-3).config.layer_norm_eps == 1e-3
     for eps in (0.0, 5.0):
-        with pytest.raises(UsageError, match=rf"{eps}}} is not between 0 and 1"):
+        with pytest.raises(UsageError, match=rf"eps {eps} is not between 0 and 1"):
             load_van("van_b0", weights="random", layer_norm_eps=eps)
 
 
@@ -200,7 +200,7 @@ def test_the_embedded_network() -> None:
         ("van_digits", {"weights": "random"}, UsageError, "does not go with the weights 'random'"),
         ("van_b0", {"weights": "rnadom"}, UsageError, "neither a file that is here, nor a repos"),
         ("van_b0", {"weights": "random", "container": "m"}, UsageError, "have no digest, contain"),
-        ("van_digits", {"expect_sha256": "0" * 64}, DownloadError, "is not the file that was ask"),
+        ("van_digits", {"expect_sha256": "0" * 64}, DownloadError, "is another file: its SHA"),
         ("./absent.pth", {}, CheckpointError, r"absent\.pth cannot be read: No such file"),
         ("weights/absent.pth", {}, CheckpointError, r"weights/absent\.pth cannot be read: No"),
     ],

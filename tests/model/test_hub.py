@@ -27,7 +27,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 def refusal(word: str, *, offline: bool = False, sha256: str | None = None) -> str:
     with pytest.raises(DownloadError) as error:
-        find_weights(word, offline, sha256)
+        find_weights(word, sha256, offline)
     assert error.value.remedy
     return error.value.message
 
@@ -94,7 +94,7 @@ def test_a_revision_is_its_own_file(hub: FakeHub) -> None:
     assert find_weights(REPO).path.read_bytes() == CONTENT
     for revision in ("v1", commit):
         for offline, file in ((False, ":w.pth"), (True, "")):
-            found = find_weights(f"{REPO}@{revision}{file}", offline)
+            found = find_weights(f"{REPO}@{revision}{file}", offline=offline)
             assert found.path.read_bytes() == CONTENT + b"old"
     hub.log.clear()
     assert find_weights(f"{REPO}@{commit}:w.pth").name == "van"
@@ -130,8 +130,7 @@ def test_what_the_hub_does_not_give_is_named(hub: FakeHub) -> None:
 def test_digests_must_be_the_expected_and_the_announced(hub: FakeHub) -> None:
     hub.repos[REPO] = {"w.pth": CONTENT}
     assert refusal(REPO, sha256="0" * 64) == (
-        f"{REPO}/w.pth is not the file that was asked for: its SHA-256 is {DIGEST}, "
-        f"the expected one {'0' * 64}."
+        f"{REPO}/w.pth is another file: its SHA-256 is {DIGEST}, the expected one {'0' * 64}."
     )
     assert find_weights(REPO, expect_sha256=DIGEST.upper()).sha256 == DIGEST
     hub.repos[REPO] = {"v.pth": CONTENT}

@@ -106,8 +106,8 @@ def mixed(state: State, other: str) -> State:
     [
         (
             lambda s: under("model.", s) | {"normalize.mean": torch.ones(3)},
-            "beside the VAN's: normalize.mean. Nothing is dropped unasked: save the state dict of "
-            "one whole VAN, or name the network's own alone: --container state_dict.model.",
+            "beside the VAN's: normalize.mean. Save the state dict of one whole VAN, or name its own "
+            "alone: --container state_dict.model.",
         ),
         (lambda s: s | {"van.layernorm.weight": torch.ones(24)}, "beside the VAN's: van.layernorm"),
         (
@@ -123,8 +123,7 @@ def mixed(state: State, other: str) -> State:
         (lambda s: mixed(s, "mmpretrain"), "several networks, or one in mixed formats: "),
         (
             lambda _: {"layer1.0.conv1.weight": torch.ones(1), "fc.weight": torch.ones(1)},
-            "is not a VAN: no tensor is called as its Large Kernel Attention is. "
-            "Its 2 tensors begin with layer1.0.conv1.weight, fc.weight.",
+            "is not a VAN: its 2 tensors begin with layer1.0.conv1.weight, fc.weight.",
         ),
     ],
     fresh="state",
@@ -249,7 +248,7 @@ def test_what_a_head_does_not_tell_is_asked(path: Path, tiny: VAN, state: State)
     with pytest.raises(CheckpointError, match=r"^The head is not told: it is linear, \?, linear, "):
         load(path, wide)
     for said in ("linear,linear", "linear,relu", "linear,relu,linear,linear", "relu,linear,linear"):
-        with pytest.raises(UsageError, match=f"^--head {said} is not the checkpoint's: it is lin"):
+        with pytest.raises(UsageError, match=f"^--head {said} does not fit: it is lin"):
             load(path, wide, said.split(","))
     with pytest.raises(UsageError, match="The head is no sequence of layers"):
         load(path, state, ["linear"])

@@ -107,7 +107,7 @@ def test_channels_and_modes(channels: int, mode: str) -> None:
 
 def test_what_is_no_picture_for_the_network() -> None:
     ribbon = Image.new("RGB", (60_000, 1))
-    with pytest.raises(ImageError, match=r"60000 x 1 pixels is too narrow.* 14880000 pixels long"):
+    with pytest.raises(ImageError, match=r"60000 x 1 pixels would be 14880000 pixels"):
         pixels_from_image(ribbon, OFFICIAL)
     preprocessing = Preprocessing(64, (0.5,) * 5, (0.5,) * 5, "bicubic", 0.9, "test")
     with pytest.raises(UsageError, match="The network takes 5 channels"):

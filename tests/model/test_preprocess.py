@@ -33,7 +33,7 @@ def test_override_says_what_was_asked_for() -> None:
         ({"image_size": 5000}, "image_size 5000: should be less than or equal to 4096"),
         ({"image_size": "224"}, "image_size '224': Input should be a valid integer"),
         ({"image_size": True}, "image_size True: Input should be a valid integer"),
-        ({"mean": (0.5, 0.5)}, "The mean has 2 values, but the network takes 3 channels."),
+        ({"mean": (0.5, 0.5)}, "The mean has 2 values for 3 channels."),
         ({"mean": (0.5, float("nan"), 0.5)}, "mean nan: Input should be"),
         ({"mean": (123.7, 116.3, 103.5)}, "mean 123.7: Input should be less than or equal to 1"),
         ({"std": (0.2, 0.0, 0.2)}, "std 0.0: Input should be greater than 0"),

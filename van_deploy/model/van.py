@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,14 +29,10 @@ from torch.optim.swa_utils import update_bn
 from van_deploy.model.variants import STAGES as STAGES
 from van_deploy.model.variants import VanConfig
 
-HEAD_LAYERS: dict[str, type[nn.Module]] = {
-    kind.__name__.lower(): kind
-    for kind in (
-        *(nn.Dropout, nn.Identity, nn.Flatten, nn.Tanh, nn.Sigmoid, nn.ReLU, nn.ReLU6),
-        *(nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
-    )
-}
-"""Layers without weights that a sequential head may have, with PyTorch's default arguments."""
+# Layers without weights that a sequential head may have, with PyTorch's default arguments.
+_ACTIVATIONS = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)
+_LAYERS: tuple[type[nn.Module], ...] = (nn.Dropout, nn.Identity, nn.Flatten, *_ACTIVATIONS)
+HEAD_LAYERS = {kind.__name__.lower(): kind for kind in (*_LAYERS, nn.Mish, nn.Hardswish)}
 
 
 class DWConv(nn.Module):
@@ -74,9 +69,7 @@ class LKA(nn.Module):
         super().__init__()
         k0, k1 = kernels
         self.conv0 = nn.Conv2d(dim, dim, k0, padding=k0 // 2, groups=dim)
-        self.conv_spatial = nn.Conv2d(
-            dim, dim, k1, padding=dilation * (k1 // 2), groups=dim, dilation=dilation
-        )
+        self.conv_spatial = nn.Conv2d(dim, dim, k1, 1, dilation * (k1 // 2), dilation, groups=dim)
         self.conv1 = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,8 +108,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, dim, H, W)`` to the same shape."""
-        scale_1 = self.layer_scale_1[:, None, None]
-        scale_2 = self.layer_scale_2[:, None, None]
+        scale_1, scale_2 = self.layer_scale_1[:, None, None], self.layer_scale_2[:, None, None]
         x = x + self.drop_path(scale_1 * self.attn(self.norm1(x)))
         return x + self.drop_path(scale_2 * self.mlp(self.norm2(x)))
 
@@ -154,19 +146,18 @@ class VAN(nn.Module):
         self.num_features = self.head_hidden_size = config.embed_dims[-1]
         self.grad_checkpointing = False
         self.feature_info: list[dict[str, Any]] = []  # as timm's features_only reads it
-        blocks = config.blocks
+        blocks, previous = sum(config.depths), config.in_chans
         drop_paths = (drop_path_rate / max(blocks - 1, 1) * index for index in range(blocks))
-        widths = (config.in_chans, *config.embed_dims)
-        for index, (previous, dim) in enumerate(pairwise(widths)):
-            stage, stride, hidden = index + 1, config.strides[index], config.hidden_dims[index]
-            embed = PatchEmbed(previous, dim, config.patch_sizes[index], stride)
-            depth = range(config.depths[index])
-            made = nn.ModuleList(Block(dim, hidden, config, next(drop_paths)) for _ in depth)
+        for index, dim in enumerate(config.embed_dims):
+            stage, hidden, depth = index + 1, config.hidden_dims[index], config.depths[index]
+            embed = PatchEmbed(previous, dim, config.patch_sizes[index], config.strides[index])
+            made = (Block(dim, hidden, config, next(drop_paths)) for _ in range(depth))
             self.add_module(f"patch_embed{stage}", embed)
-            self.add_module(f"block{stage}", made)
+            self.add_module(f"block{stage}", nn.ModuleList(made))
             self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=config.layer_norm_eps))
             facts = {"num_chs": dim, "reduction": math.prod(config.strides[:stage])}
             self.feature_info.append({**facts, "module": f"norm{stage}"})
+            previous = dim
         self.global_pool, self.num_classes = global_pool, config.num_classes
         self.head = _head(config, global_pool)
         if not next(self.parameters()).is_meta:
@@ -177,10 +168,9 @@ class VAN(nn.Module):
         x = self.get_submodule(f"patch_embed{stage}")(x)
         blocks = list(self.get_submodule(f"block{stage}").children())
         if self.grad_checkpointing:
-            x = checkpoint_seq(blocks, x)
-        else:
-            for block in blocks:
-                x = block(x)
+            x, blocks = checkpoint_seq(blocks, x), []
+        for block in blocks:
+            x = block(x)
         norm = self.get_submodule(f"norm{stage}")
         return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
@@ -257,10 +247,8 @@ def _head(config: VanConfig, pool: str) -> nn.Module:
     """Return a fresh head: one linear layer, a sequence of layers, or nothing."""
     classes, width = config.num_classes, config.embed_dims[-1]
     if pool not in ("avg", "") or (classes and not pool):
-        raise ValueError(
-            f"VAN pools by 'avg', or without a head (num_classes 0) by '': not by {pool!r} for "
-            f"{classes} classes."
-        )
+        how = f"by {pool!r} for {classes} classes"
+        raise ValueError(f"VAN pools by 'avg', or without a head (num_classes 0) by '': not {how}.")
     layers: list[nn.Module] = []
     for layer in config.head or ((classes,) if classes else ()):
         if isinstance(layer, int):
